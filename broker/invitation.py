@@ -1,0 +1,84 @@
+"""The invitation: the one TOML file that an operator hands to a device, and all that the device needs."""
+
+import json
+import re
+import tomllib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final
+
+from broker.errors import ConfigError
+from broker.identity import check_device, check_federation
+
+BROKER_URL: Final = re.compile(r"mqtts?://[^\s/@:]+(:\d{1,5})?/?\Z|mqtts?://\[[0-9a-fA-F:]+\](:\d{1,5})?/?\Z")
+CODE_BYTES_MAX: Final = 64  # BLAKE2b's longest key
+
+
+def check_broker_url(url: str) -> str:
+    """Return ``url`` or raise ConfigError."""
+    if not BROKER_URL.match(url):
+        raise ConfigError(f"{url!r} is not a broker's address: write mqtt://HOST:PORT or mqtts://HOST:PORT")
+    return url
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Invitation:
+    """Who invites whom, where they meet, and the one-time code."""
+
+    federation: str
+    device: str
+    broker: str
+    aggregator_key: str  # 64 hex digits
+    code: str = field(repr=False)
+    ca: str | None = None
+    certificate: str | None = None
+    key: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        check_federation(self.federation)
+        check_device(self.device)
+        check_broker_url(self.broker)
+        if not re.fullmatch(r"[0-9a-fA-F]{64}", self.aggregator_key):
+            raise ConfigError("the invitation's aggregator_key is not 64 hex digits; ask for a new invitation")
+        if not 1 <= len(self.code.encode("utf-8", "surrogatepass")) <= CODE_BYTES_MAX:
+            raise ConfigError(f"the invitation's code is not 1 to {CODE_BYTES_MAX} bytes; ask for a new invitation")
+
+    @property
+    def aggregator_public(self) -> bytes:
+        return bytes.fromhex(self.aggregator_key)
+
+    def dumps(self) -> str:
+        """The TOML file's text."""
+        lines = ["# A Ternbus invitation: whoever holds this file can join as this device, once."]
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if value is not None:
+                lines.append(f"{entry.name} = {json.dumps(value)}")  # a JSON string is a TOML basic string
+        return "\n".join(lines) + "\n"
+
+    @classmethod
+    def loads(cls, text: str, source: str = "the invitation") -> "Invitation":
+        try:
+            table: dict[str, Any] = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{source} is not an invitation: {error}") from error
+        known = {entry.name for entry in fields(cls)}
+        unknown = sorted(set(table) - known)
+        if unknown:
+            raise ConfigError(f"{source} has an unknown key {unknown[0]!r}; is it an invitation?")
+        missing = sorted({"federation", "device", "broker", "aggregator_key", "code"} - set(table))
+        if missing:
+            raise ConfigError(f"{source} lacks {missing[0]!r}; is it an invitation?")
+        if not all(isinstance(value, str) for value in table.values()):
+            raise ConfigError(f"{source} has a value that is not a string; is it an invitation?")
+        return cls(**table)
+
+    @classmethod
+    def load(cls, path: Path) -> "Invitation":
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path} is not an invitation: not UTF-8 text") from error
+        return cls.loads(text, str(path))

@@ -1,0 +1,411 @@
+"""The kinds of message as values: what each ``meta`` holds, checked field by field as it comes from the wire."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, ClassVar, Final, Self
+
+from broker.errors import ProtocolError
+from broker.frame import PARTS_MAX, U64
+from broker.identity import KeyId, is_device
+
+METRICS_MAX: Final = 32
+GRANT_RANGES_MAX: Final = 500
+SAMPLES_MAX: Final = 2**32 - 1
+
+OPEN, PAUSED, CLOSED = "open", "paused", "closed"
+STATES: Final = (OPEN, PAUSED, CLOSED)
+OUTCOMES: Final = ("accepted", "stale", "duplicate", "invalid", "busy", "revoked", "enrolled", "refused")
+DEVICE_STATES: Final = ("idle", "training", "offline")
+AGGREGATOR_STATES: Final = ("online", "offline")
+SPLITS: Final = ("test", "local")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotRef:
+    """Which snapshot a head names: in frames an array ``[version, parts, bytes, place]``."""
+
+    version: int
+    parts: int
+    content_bytes: int
+    place: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """What the newest version is, and how to follow and train."""
+
+    KIND: ClassVar[str] = "head"
+    version: int
+    digest: bytes
+    schema: bytes
+    snapshot: SnapshotRef
+    slots: int
+    max_staleness: int
+    direct_parts: int
+    state: str
+    plan: Mapping[str, Any]
+
+    def meta(self) -> dict[str, Any]:
+        named = self.snapshot
+        return {
+            "version": self.version,
+            "digest": self.digest,
+            "schema": self.schema,
+            "snapshot": [named.version, named.parts, named.content_bytes, named.place],
+            "slots": self.slots,
+            "max_staleness": self.max_staleness,
+            "direct_parts": self.direct_parts,
+            "state": self.state,
+            "plan": dict(self.plan),
+        }
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> Self:
+        named = _get(meta, "snapshot")
+        if not isinstance(named, list) or len(named) != 4:
+            raise ProtocolError("bad-meta", "'snapshot' is not [version, parts, bytes, place]")
+        version, parts, size_bytes, place = (_checked_integer(number, "snapshot") for number in named)
+        head = cls(
+            version=_integer(meta, "version"),
+            digest=_binary(meta, "digest", 32),
+            schema=_binary(meta, "schema", 32),
+            snapshot=SnapshotRef(version=version, parts=parts, content_bytes=size_bytes, place=place),
+            slots=_integer(meta, "slots", 1, PARTS_MAX),
+            max_staleness=_integer(meta, "max_staleness"),
+            direct_parts=_integer(meta, "direct_parts"),
+            state=_one_of(meta, "state", STATES),
+            plan=_map(meta, "plan"),
+        )
+        if version > head.version or not 1 <= parts <= PARTS_MAX or place > 1:
+            raise ProtocolError("bad-meta", "'snapshot' names what cannot be")
+        return head
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """The whole model: the body is the schema's bytes, then the vector, encoded."""
+
+    KIND: ClassVar[str] = "snapshot"
+    version: int
+    digest: bytes
+    schema_bytes: int
+    content_bytes: int
+    encoding: str
+
+    def meta(self) -> dict[str, Any]:
+        return {
+            "version": self.version,
+            "digest": self.digest,
+            "schema_bytes": self.schema_bytes,
+            "bytes": self.content_bytes,
+            "encoding": self.encoding,
+        }
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> Self:
+        return cls(
+            version=_integer(meta, "version"),
+            digest=_binary(meta, "digest", 32),
+            schema_bytes=_integer(meta, "schema_bytes"),
+            content_bytes=_integer(meta, "bytes"),
+            encoding=_text(meta, "encoding"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """The block that turns version - 1 into version."""
+
+    KIND: ClassVar[str] = "delta"
+    version: int
+    digest: bytes
+    codec: str
+    encoding: str
+
+    def meta(self) -> dict[str, Any]:
+        return {"version": self.version, "digest": self.digest, "codec": self.codec, "encoding": self.encoding}
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> Self:
+        return cls(
+            version=_integer(meta, "version", 1),
+            digest=_binary(meta, "digest", 32),
+            codec=_text(meta, "codec"),
+            encoding=_text(meta, "encoding"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """What local training added to the vector of version ``base``; the body is a block."""
+
+    KIND: ClassVar[str] = "update"
+    base: int
+    samples: int
+    codec: str
+    encoding: str
+    sealed: bool
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def meta(self) -> dict[str, Any]:
+        return {
+            "base": self.base,
+            "samples": self.samples,
+            "codec": self.codec,
+            "encoding": self.encoding,
+            "sealed": self.sealed,
+            "metrics": dict(self.metrics),
+        }
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> Self:
+        return cls(
+            base=_integer(meta, "base"),
+            samples=_integer(meta, "samples", 1, SAMPLES_MAX),
+            codec=_text(meta, "codec"),
+            encoding=_text(meta, "encoding"),
+            sealed=_boolean(meta, "sealed"),
+            metrics=_floats(meta, "metrics"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """Announces an update of ``parts`` parts under the update's own seq."""
+
+    KIND: ClassVar[str] = "offer"
+    base: int
+    parts: int
+
+    def meta(self) -> dict[str, Any]:
+        return {"base": self.base, "parts": self.parts}
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> Self:
+        return cls(base=_integer(meta, "base"), parts=_integer(meta, "parts", 1, PARTS_MAX))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """The ranges [first, last] of an offered update's parts that are wanted."""
+
+    KIND: ClassVar[str] = "grant"
+    device: str
+    device_key: KeyId
+    seq: int
+    parts: tuple[tuple[int, int], ...]
+    deadline_s: float
+
+    def meta(self) -> dict[str, Any]:
+        return {
+            "device": self.device,
+            "device_key": bytes(self.device_key),
+            "seq": self.seq,
+            "parts": [list(pair) for pair in self.parts],
+            "deadline_s": self.deadline_s,
+        }
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> Self:
+        rows = _get(meta, "parts")
+        if not isinstance(rows, list) or len(rows) > GRANT_RANGES_MAX:
+            raise ProtocolError("bad-meta", f"'parts' is not an array of at most {GRANT_RANGES_MAX} ranges")
+        return cls(
+            device=_device(meta),
+            device_key=KeyId(_binary(meta, "device_key", 8)),
+            seq=_integer(meta, "seq"),
+            parts=tuple(_range(row) for row in rows),
+            deadline_s=_float(meta, "deadline_s", 0.0),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """The aggregator's signed answer: the only thing that says what became of an update or an enroll."""
+
+    KIND: ClassVar[str] = "receipt"
+    device: str
+    device_key: KeyId
+    seq: int
+    outcome: str
+    version: int
+    reason: str = ""
+    retry_after_s: float = 0.0
+    highest_seq: int = 0
+
+    def meta(self) -> dict[str, Any]:
+        return {
+            "device": self.device,
+            "device_key": bytes(self.device_key),
+            "seq": self.seq,
+            "outcome": self.outcome,
+            "version": self.version,
+            "reason": self.reason,
+            "retry_after_s": self.retry_after_s,
+            "highest_seq": self.highest_seq,
+        }
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> Self:
+        return cls(
+            device=_device(meta),
+            device_key=KeyId(_binary(meta, "device_key", 8)),
+            seq=_integer(meta, "seq"),
+            outcome=_one_of(meta, "outcome", OUTCOMES),
+            version=_integer(meta, "version"),
+            reason=_text(meta, "reason") if "reason" in meta else "",
+            retry_after_s=_float(meta, "retry_after_s", 0.0) if "retry_after_s" in meta else 0.0,
+            highest_seq=_integer(meta, "highest_seq") if "highest_seq" in meta else 0,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """A hint for people and schedulers: what its sender does; a last will says ``offline``."""
+
+    KIND: ClassVar[str] = "status"
+    state: str
+    session: int
+    base: int = -1
+    software: str = ""
+
+    def meta(self) -> dict[str, Any]:
+        return {"state": self.state, "session": self.session, "base": self.base, "software": self.software}
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> Self:
+        return cls(
+            state=_one_of(meta, "state", (*DEVICE_STATES, *AGGREGATOR_STATES)),
+            session=_integer(meta, "session"),
+            base=_integer(meta, "base", -1),
+            software=_text(meta, "software")[:100],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metrics:
+    """An evaluation of a version."""
+
+    KIND: ClassVar[str] = "metrics"
+    version: int
+    samples: int
+    split: str
+    values: Mapping[str, float]
+
+    def meta(self) -> dict[str, Any]:
+        return {
+            "version": self.version,
+            "samples": self.samples,
+            "split": self.split,
+            "values": dict(self.values),
+        }
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> Self:
+        return cls(
+            version=_integer(meta, "version"),
+            samples=_integer(meta, "samples", 0, SAMPLES_MAX),
+            split=_one_of(meta, "split", SPLITS),
+            values=_floats(meta, "values"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Enroll:
+    """Makes a key known for a device; the body proves that its sender holds the invitation's code."""
+
+    KIND: ClassVar[str] = "enroll"
+    public_key: bytes
+
+    def meta(self) -> dict[str, Any]:
+        return {"public_key": self.public_key}
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> Self:
+        return cls(public_key=_binary(meta, "public_key", 32))
+
+
+def _get(meta: Mapping[str, Any], key: str) -> Any:
+    if key not in meta:
+        raise ProtocolError("bad-meta", f"no {key!r}")
+    return meta[key]
+
+
+def _checked_integer(value: object, key: str, low: int = 0, high: int = U64 - 1) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ProtocolError("bad-meta", f"{key!r} is not an integer from {low} to {high}")
+    return value
+
+
+def _integer(meta: Mapping[str, Any], key: str, low: int = 0, high: int = U64 - 1) -> int:
+    return _checked_integer(_get(meta, key), key, low, high)
+
+
+def _checked_float(value: object, key: str, low: float = -math.inf) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value < low:
+        raise ProtocolError("bad-meta", f"{key!r} is not a finite number")
+    return float(value)
+
+
+def _float(meta: Mapping[str, Any], key: str, low: float = -math.inf) -> float:
+    return _checked_float(_get(meta, key), key, low)
+
+
+def _boolean(meta: Mapping[str, Any], key: str) -> bool:
+    value = _get(meta, key)
+    if not isinstance(value, bool):
+        raise ProtocolError("bad-meta", f"{key!r} is neither true nor false")
+    return value
+
+
+def _text(meta: Mapping[str, Any], key: str) -> str:
+    value = _get(meta, key)
+    if not isinstance(value, str):
+        raise ProtocolError("bad-meta", f"{key!r} is not a string")
+    return value
+
+
+def _one_of(meta: Mapping[str, Any], key: str, names: tuple[str, ...]) -> str:
+    value = _text(meta, key)
+    if value not in names:
+        raise ProtocolError("bad-meta", f"{key!r} is none of {', '.join(names)}")
+    return value
+
+
+def _binary(meta: Mapping[str, Any], key: str, length: int) -> bytes:
+    value = _get(meta, key)
+    if not isinstance(value, bytes) or len(value) != length:
+        raise ProtocolError("bad-meta", f"{key!r} is not {length} bytes")
+    return value
+
+
+def _map(meta: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = _get(meta, key)
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise ProtocolError("bad-meta", f"{key!r} is not a map of strings to values")
+    return MappingProxyType(value)
+
+
+def _floats(meta: Mapping[str, Any], key: str) -> Mapping[str, float]:
+    values = _map(meta, key)
+    if len(values) > METRICS_MAX:
+        raise ProtocolError("bad-meta", f"{key!r} has more than {METRICS_MAX} entries")
+    return MappingProxyType({name: _checked_float(value, f"{key}.{name[:40]}") for name, value in values.items()})
+
+
+def _device(meta: Mapping[str, Any]) -> str:
+    name = _text(meta, "device")
+    if not is_device(name):
+        raise ProtocolError("bad-meta", "'device' is not a name")
+    return name
+
+
+def _range(row: object) -> tuple[int, int]:
+    if not isinstance(row, list) or len(row) != 2:
+        raise ProtocolError("bad-meta", "a range is not [first, last]")
+    first, last = (_checked_integer(number, "parts", 0, PARTS_MAX - 1) for number in row)
+    if first > last:
+        raise ProtocolError("bad-meta", "a range that ends before it begins")
+    return first, last

@@ -1,0 +1,127 @@
+"""A message larger than one frame: cut into signed parts, and collected again within bounds."""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from broker.errors import ConfigError, ProtocolError
+from broker.frame import PARTS_MAX, SIGNATURE_BYTES, Frame, build
+from broker.identity import Identity, KeyId
+
+PART_BYTES_MIN: Final = 1024  # every part but the last carries at least so much
+
+
+def cut(  # noqa: PLR0913 - what a header holds, all of it named at the call
+    identity: Identity,
+    *,
+    federation: str,
+    sender: str,
+    kind: str,
+    seq: int,
+    meta: Mapping[str, Any],
+    body: bytes = b"",
+    frame_bytes: int,
+) -> list[bytes]:
+    """Sign ``body`` as one frame or as several of at most ``frame_bytes``; ConfigError where that is too small."""
+    about: dict[str, Any] = {"federation": federation, "sender": sender, "kind": kind, "seq": seq, "meta": meta}
+    envelope = len(build(identity, **about, part=PARTS_MAX - 1, parts=PARTS_MAX))
+    room = frame_bytes - envelope
+    if len(body) <= room:
+        return [build(identity, **about, body=body)]
+    if room < PART_BYTES_MIN:
+        raise ConfigError(
+            f"frames of at most {frame_bytes} bytes leave {room} for a part's body; raise the broker's maximum packet size"
+        )
+    parts = -(-len(body) // room)
+    if parts > PARTS_MAX:
+        raise ConfigError(f"a message of {len(body)} bytes needs more than {PARTS_MAX} parts; raise the frame size")
+    return [
+        build(identity, **about, body=body[part * room : (part + 1) * room], part=part, parts=parts)
+        for part in range(parts)
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Whole:
+    """A message of which every part has come."""
+
+    kind: str
+    federation: str
+    sender: str
+    key: KeyId
+    seq: int
+    parts: int
+    meta: Mapping[str, Any]
+    body: bytes
+
+
+@dataclass(slots=True)
+class _Assembly:
+    parts: int
+    bodies: dict[int, bytes] = field(default_factory=dict)
+    size_bytes: int = 0
+
+
+@dataclass(slots=True)
+class Collector:
+    """Parts of one sender's messages until they are whole; what exceeds the bounds is dropped, oldest first."""
+
+    messages_max: int
+    bytes_max: int
+    dropped: int = 0
+    size_bytes: int = 0
+    _assemblies: OrderedDict[tuple[KeyId, str, int, int, bytes], _Assembly] = field(default_factory=OrderedDict)
+
+    def add(self, frame: Frame) -> Whole | None:
+        """Take in an authentic frame; return the whole message when this was its last missing part."""
+        if frame.parts == 1:
+            return _whole(frame, frame.body)
+        if frame.part < frame.parts - 1 and len(frame.body) < PART_BYTES_MIN:
+            raise ProtocolError("short-part", f"{len(frame.body)} bytes in part {frame.part} of {frame.parts}")
+        if len(frame.body) > self.bytes_max:
+            raise ProtocolError("too-long", f"more than {self.bytes_max} bytes")
+        name = (frame.key, frame.kind, frame.seq, frame.parts, frame.meta_bytes)
+        assembly = self._assemblies.setdefault(name, _Assembly(frame.parts))
+        if frame.part in assembly.bodies:
+            return None  # the first copy of a part wins
+        assembly.bodies[frame.part] = frame.body
+        assembly.size_bytes += len(frame.body)
+        self.size_bytes += len(frame.body)
+        if len(assembly.bodies) == frame.parts:
+            self._forget(name)
+            return _whole(frame, b"".join(assembly.bodies[part] for part in range(frame.parts)))
+        while len(self._assemblies) > self.messages_max or self.size_bytes > self.bytes_max:
+            self._forget(next(iter(self._assemblies)))
+            self.dropped += 1
+        return None
+
+    def missing(self, kind: str, seq: int) -> list[int]:
+        """The parts that a begun message still lacks; empty where nothing of it has come."""
+        for (_, its_kind, its_seq, _, _), assembly in self._assemblies.items():
+            if (its_kind, its_seq) == (kind, seq):
+                return [part for part in range(assembly.parts) if part not in assembly.bodies]
+        return []
+
+    def clear(self) -> None:
+        self._assemblies.clear()
+        self.size_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._assemblies)
+
+    def _forget(self, name: tuple[KeyId, str, int, int, bytes]) -> None:
+        self.size_bytes -= self._assemblies.pop(name).size_bytes
+
+
+def _whole(frame: Frame, body: bytes) -> Whole:
+    return Whole(
+        kind=frame.kind,
+        federation=frame.federation,
+        sender=frame.sender,
+        key=frame.key,
+        seq=frame.seq,
+        parts=frame.parts,
+        meta=frame.meta,
+        body=body,
+    )

@@ -1,0 +1,203 @@
+"""Every entry of vectors.json is reproduced, both ways, and each malformed one is refused with a reason."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from broker import frame as frames
+from broker.errors import ProtocolError
+from broker.identity import Identity, enroll_proof, seal
+from broker.messages import Enroll, Head, Receipt, Update
+from broker.parts import Collector
+from broker.schema import Schema, Tensor, vector_digest, vector_of
+from broker.ternary import Block, content_bytes, decode, encode, pack, unpack
+
+VECTORS: dict[str, Any] = json.loads((Path(__file__).parent / "vectors.json").read_text())
+DEVICE = Identity(bytes.fromhex(VECTORS["keys"]["device"]["seed"]))
+AGGREGATOR = Identity(bytes.fromhex(VECTORS["keys"]["aggregator"]["seed"]))
+SCHEMA = Schema.parse(bytes.fromhex(VECTORS["schema"]["bytes"]))
+VECTOR = vector_of(bytes.fromhex(VECTORS["vector"]["float32"]), SCHEMA)
+CONTENT = bytes.fromhex(VECTORS["ternary_block"]["content"])
+
+
+def unhex(name: str, key: str) -> bytes:
+    return bytes.fromhex(VECTORS[name][key])
+
+
+@pytest.mark.parametrize(("name", "identity"), [("device", DEVICE), ("aggregator", AGGREGATOR)])
+def test_keys_follow_from_their_seeds(name: str, identity: Identity) -> None:
+    assert identity.public.hex() == VECTORS["keys"][name]["public"]
+    assert identity.key_id.hex() == VECTORS["keys"][name]["key_id"]
+
+
+def test_the_schema_reads_and_writes_the_same_bytes() -> None:
+    entries = [(name, tuple(shape), role) for name, shape, role in VECTORS["schema"]["entries"]]
+    assert SCHEMA.tensors == tuple(Tensor(*entry) for entry in entries)
+    assert SCHEMA.digest.hex() == VECTORS["schema"]["digest"]
+    assert Schema.write(SCHEMA.tensors) == SCHEMA
+
+
+def test_the_vector_and_its_digest() -> None:
+    assert VECTOR.tobytes() == unhex("vector", "float32")
+    assert vector_digest(VECTOR).hex() == VECTORS["vector"]["digest"]
+
+
+def test_a_ternary_block_is_written_and_read() -> None:
+    entry = VECTORS["ternary_block"]
+    trits = np.array(entry["trits"], dtype=np.int8)
+    block = Block.of_trits(SCHEMA, entry["scales"], trits, np.array(entry["dense"], dtype=np.float32))
+    assert block.content == CONTENT
+    assert unpack(pack(trits), len(trits)).tolist() == entry["trits"]
+    read = Block.read(SCHEMA, "ternary", "raw", CONTENT)
+    assert read == block
+    after = read.apply(VECTOR)
+    assert after.tobytes() == unhex("ternary_block", "vector_after")
+    assert vector_digest(after).hex() == entry["digest_after"]
+
+
+def test_zstd_both_ways() -> None:
+    assert decode(unhex("ternary_block", "zstd_example"), "zstd", len(CONTENT)) == CONTENT
+    assert decode(encode(CONTENT, "zstd"), "zstd", len(CONTENT)) == CONTENT
+
+
+def test_a_float32_block_is_written_and_read() -> None:
+    content = unhex("float32_block", "content")
+    block = Block.read(SCHEMA, "float32", "raw", content)
+    assert block.apply(VECTOR).tobytes() == unhex("float32_block", "vector_after")
+    assert Block.of_float32(SCHEMA, block.value()).content == content
+
+
+def test_tiny_numbers_count_as_zero() -> None:
+    vector = vector_of(unhex("tiny_numbers", "vector"), SCHEMA)
+    block = Block.read(SCHEMA, "ternary", "raw", unhex("tiny_numbers", "content"))
+    assert block.apply(vector).tobytes() == unhex("tiny_numbers", "vector_after")
+
+
+def test_an_update_frame_byte_for_byte() -> None:
+    entry = VECTORS["update"]
+    header = entry["header"]
+    update = Update.from_meta(header["meta"])
+    built = frames.build(
+        DEVICE, federation="lab", sender="pi-01", kind="update", seq=7, meta=update.meta(), body=CONTENT
+    )
+    assert built.hex() == entry["frame"]
+    frame = frames.parse(built)
+    frame.check_authentic(DEVICE.public)
+    assert (frame.kind, frame.federation, frame.sender, frame.seq) == ("update", "lab", "pi-01", 7)
+    assert (frame.part, frame.parts) == (0, 1)
+    assert (frame.key.hex(), frame.digest.hex()) == (header["key"], header["digest"])
+    assert frame.meta == header["meta"]
+    assert frame.body == CONTENT
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 1, 2, 0)])
+def test_three_parts_join_in_any_order(order: tuple[int, ...]) -> None:
+    sent = [bytes.fromhex(part) for part in VECTORS["message_in_3_parts"]["frames"]]
+    collector = Collector(messages_max=4, bytes_max=10_000)
+    wholes = []
+    for part in order:
+        frame = frames.parse(sent[part])
+        frame.check_authentic(DEVICE.public)
+        wholes.append(collector.add(frame))
+    assert all(whole is None for whole in wholes[:-1])
+    assert wholes[-1] is not None
+    assert wholes[-1].body == unhex("message_in_3_parts", "body")
+    assert len(collector) == 0
+
+
+def test_three_parts_are_built_byte_for_byte() -> None:
+    sent = [bytes.fromhex(part) for part in VECTORS["message_in_3_parts"]["frames"]]
+    for raw in sent:
+        frame = frames.parse(raw)
+        rebuilt = frames.build(
+            DEVICE,
+            federation=frame.federation,
+            sender=frame.sender,
+            kind=frame.kind,
+            seq=frame.seq,
+            meta=frame.meta,
+            body=frame.body,
+            part=frame.part,
+            parts=frame.parts,
+        )
+        assert rebuilt == raw
+
+
+def test_a_head_byte_for_byte() -> None:
+    meta = dict(VECTORS["head"]["meta"])
+    meta["digest"], meta["schema"] = bytes.fromhex(meta["digest"]), bytes.fromhex(meta["schema"])
+    frame = frames.parse(unhex("head", "frame"))
+    frame.check_authentic(AGGREGATOR.public)
+    head = Head.from_meta(frame.meta)
+    assert head == Head.from_meta(meta)
+    built = frames.build(
+        AGGREGATOR, federation="lab", sender="aggregator", kind="head", seq=frame.seq, meta=head.meta()
+    )
+    assert built == unhex("head", "frame")
+
+
+def test_a_receipt_byte_for_byte() -> None:
+    frame = frames.parse(unhex("receipt", "frame"))
+    frame.check_authentic(AGGREGATOR.public)
+    receipt = Receipt.from_meta(frame.meta)
+    assert (receipt.device, receipt.device_key, receipt.seq) == ("pi-01", DEVICE.key_id, 7)
+    assert (receipt.outcome, receipt.version) == ("accepted", 42)
+    built = frames.build(
+        AGGREGATOR, federation="lab", sender="aggregator", kind="receipt", seq=frame.seq, meta=receipt.meta()
+    )
+    assert built == unhex("receipt", "frame")
+
+
+def test_an_enroll_byte_for_byte() -> None:
+    proof = enroll_proof(VECTORS["enroll"]["code"], "lab", "pi-01", DEVICE.public)
+    assert proof.hex() == VECTORS["enroll"]["body"]
+    meta = Enroll(public_key=DEVICE.public).meta()
+    built = frames.build(DEVICE, federation="lab", sender="pi-01", kind="enroll", seq=1, meta=meta, body=proof)
+    assert built.hex() == VECTORS["enroll"]["frame"]
+    frame = frames.parse(built)
+    assert Enroll.from_meta(frame.meta).public_key == DEVICE.public
+
+
+def test_a_sealed_box_opens() -> None:
+    plain = unhex("sealed", "plain")
+    assert plain == bytes(DEVICE.key_id) + (7).to_bytes(8, "little") + CONTENT
+    assert AGGREGATOR.unseal(unhex("sealed", "example")) == plain
+    assert AGGREGATOR.unseal(seal(AGGREGATOR.public, plain)) == plain
+
+
+@pytest.mark.parametrize("what", VECTORS["malformed_zstd"])
+def test_malformed_zstd_is_refused(what: str) -> None:
+    with pytest.raises(ProtocolError) as error:
+        decode(unhex("malformed_zstd", what), "zstd", len(CONTENT))
+    assert error.value.reason == "bad-zstd"
+
+
+REASONS = {
+    "trit byte above 242": "bad-trits",
+    "one byte short": "bad-length",
+    "one byte long": "bad-length",
+    "scale is NaN": "bad-scale",
+    "scale is negative": "bad-scale",
+    "scale is infinite": "bad-scale",
+    "scale above 65504": "bad-scale",
+    "dense element of -1e6": "bad-element",
+    "fill digit not zero": "bad-trits",
+    "dense element is NaN": "bad-element",
+}
+
+
+@pytest.mark.parametrize("what", VECTORS["malformed_blocks"])
+def test_malformed_blocks_are_refused(what: str) -> None:
+    with pytest.raises(ProtocolError) as error:
+        Block.read(SCHEMA, "ternary", "raw", unhex("malformed_blocks", what))
+    assert error.value.reason == REASONS[what]
+
+
+def test_every_entry_is_used() -> None:
+    """A vector added to the file must be added here."""
+    used = "about keys schema vector ternary_block float32_block tiny_numbers update message_in_3_parts head receipt"
+    assert set(VECTORS) == {*used.split(), "enroll", "sealed", "malformed_zstd", "malformed_blocks"}
+    assert content_bytes(SCHEMA, "ternary") == len(CONTENT)
