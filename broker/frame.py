@@ -46,7 +46,7 @@ class Frame:
             raise ProtocolError("bad-digest", "the body is not the one that the header names")
 
 
-def build(  # noqa: PLR0913 - the header's keys, all of them named at the call
+def build(
     identity: Identity,
     *,
     federation: str,

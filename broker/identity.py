@@ -35,9 +35,7 @@ def is_device(name: str) -> bool:
 def check_federation(name: str) -> str:
     """Return ``name`` or raise ConfigError."""
     if not is_federation(name):
-        raise ConfigError(
-            f"{name!r} cannot name a federation: use 1 to 32 of a-z, 0-9 and '-', not beginning with '-'"
-        )
+        raise ConfigError(f"{name!r} cannot name a federation: use 1 to 32 of a-z, 0-9 and '-', not beginning with '-'")
     return name
 
 

@@ -1,16 +1,14 @@
 """The kinds of message as values: what each ``meta`` holds, checked field by field as it comes from the wire."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, ClassVar, Final, Self
 
+from broker import read
 from broker.errors import ProtocolError
-from broker.frame import PARTS_MAX, U64
-from broker.identity import KeyId, is_device
+from broker.frame import PARTS_MAX
+from broker.identity import KeyId
 
-METRICS_MAX: Final = 32
 GRANT_RANGES_MAX: Final = 500
 SAMPLES_MAX: Final = 2**32 - 1
 
@@ -63,20 +61,20 @@ class Head:
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
-        named = _get(meta, "snapshot")
+        named = read.get(meta, "snapshot")
         if not isinstance(named, list) or len(named) != 4:
             raise ProtocolError("bad-meta", "'snapshot' is not [version, parts, bytes, place]")
-        version, parts, size_bytes, place = (_checked_integer(number, "snapshot") for number in named)
+        version, parts, size_bytes, place = (read.checked_integer(number, "snapshot") for number in named)
         head = cls(
-            version=_integer(meta, "version"),
-            digest=_binary(meta, "digest", 32),
-            schema=_binary(meta, "schema", 32),
+            version=read.integer(meta, "version"),
+            digest=read.binary(meta, "digest", 32),
+            schema=read.binary(meta, "schema", 32),
             snapshot=SnapshotRef(version=version, parts=parts, content_bytes=size_bytes, place=place),
-            slots=_integer(meta, "slots", 1, PARTS_MAX),
-            max_staleness=_integer(meta, "max_staleness"),
-            direct_parts=_integer(meta, "direct_parts"),
-            state=_one_of(meta, "state", STATES),
-            plan=_map(meta, "plan"),
+            slots=read.integer(meta, "slots", 1, PARTS_MAX),
+            max_staleness=read.integer(meta, "max_staleness"),
+            direct_parts=read.integer(meta, "direct_parts"),
+            state=read.one_of(meta, "state", STATES),
+            plan=read.mapping(meta, "plan"),
         )
         if version > head.version or not 1 <= parts <= PARTS_MAX or place > 1:
             raise ProtocolError("bad-meta", "'snapshot' names what cannot be")
@@ -106,11 +104,11 @@ class Snapshot:
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
         return cls(
-            version=_integer(meta, "version"),
-            digest=_binary(meta, "digest", 32),
-            schema_bytes=_integer(meta, "schema_bytes"),
-            content_bytes=_integer(meta, "bytes"),
-            encoding=_text(meta, "encoding"),
+            version=read.integer(meta, "version"),
+            digest=read.binary(meta, "digest", 32),
+            schema_bytes=read.integer(meta, "schema_bytes"),
+            content_bytes=read.integer(meta, "bytes"),
+            encoding=read.text(meta, "encoding"),
         )
 
 
@@ -130,10 +128,10 @@ class Delta:
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
         return cls(
-            version=_integer(meta, "version", 1),
-            digest=_binary(meta, "digest", 32),
-            codec=_text(meta, "codec"),
-            encoding=_text(meta, "encoding"),
+            version=read.integer(meta, "version", 1),
+            digest=read.binary(meta, "digest", 32),
+            codec=read.text(meta, "codec"),
+            encoding=read.text(meta, "encoding"),
         )
 
 
@@ -162,12 +160,12 @@ class Update:
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
         return cls(
-            base=_integer(meta, "base"),
-            samples=_integer(meta, "samples", 1, SAMPLES_MAX),
-            codec=_text(meta, "codec"),
-            encoding=_text(meta, "encoding"),
-            sealed=_boolean(meta, "sealed"),
-            metrics=_floats(meta, "metrics"),
+            base=read.integer(meta, "base"),
+            samples=read.integer(meta, "samples", 1, SAMPLES_MAX),
+            codec=read.text(meta, "codec"),
+            encoding=read.text(meta, "encoding"),
+            sealed=read.boolean(meta, "sealed"),
+            metrics=read.numbers(meta, "metrics"),
         )
 
 
@@ -184,7 +182,7 @@ class Offer:
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
-        return cls(base=_integer(meta, "base"), parts=_integer(meta, "parts", 1, PARTS_MAX))
+        return cls(base=read.integer(meta, "base"), parts=read.integer(meta, "parts", 1, PARTS_MAX))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,15 +207,15 @@ class Grant:
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
-        rows = _get(meta, "parts")
+        rows = read.get(meta, "parts")
         if not isinstance(rows, list) or len(rows) > GRANT_RANGES_MAX:
             raise ProtocolError("bad-meta", f"'parts' is not an array of at most {GRANT_RANGES_MAX} ranges")
         return cls(
-            device=_device(meta),
-            device_key=KeyId(_binary(meta, "device_key", 8)),
-            seq=_integer(meta, "seq"),
-            parts=tuple(_range(row) for row in rows),
-            deadline_s=_float(meta, "deadline_s", 0.0),
+            device=read.device(meta),
+            device_key=KeyId(read.binary(meta, "device_key", 8)),
+            seq=read.integer(meta, "seq"),
+            parts=tuple(read.part_range(row) for row in rows),
+            deadline_s=read.number(meta, "deadline_s", 0.0),
         )
 
 
@@ -250,14 +248,14 @@ class Receipt:
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
         return cls(
-            device=_device(meta),
-            device_key=KeyId(_binary(meta, "device_key", 8)),
-            seq=_integer(meta, "seq"),
-            outcome=_one_of(meta, "outcome", OUTCOMES),
-            version=_integer(meta, "version"),
-            reason=_text(meta, "reason") if "reason" in meta else "",
-            retry_after_s=_float(meta, "retry_after_s", 0.0) if "retry_after_s" in meta else 0.0,
-            highest_seq=_integer(meta, "highest_seq") if "highest_seq" in meta else 0,
+            device=read.device(meta),
+            device_key=KeyId(read.binary(meta, "device_key", 8)),
+            seq=read.integer(meta, "seq"),
+            outcome=read.one_of(meta, "outcome", OUTCOMES),
+            version=read.integer(meta, "version"),
+            reason=read.text(meta, "reason") if "reason" in meta else "",
+            retry_after_s=read.number(meta, "retry_after_s", 0.0) if "retry_after_s" in meta else 0.0,
+            highest_seq=read.integer(meta, "highest_seq") if "highest_seq" in meta else 0,
         )
 
 
@@ -277,10 +275,10 @@ class Status:
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
         return cls(
-            state=_one_of(meta, "state", (*DEVICE_STATES, *AGGREGATOR_STATES)),
-            session=_integer(meta, "session"),
-            base=_integer(meta, "base", -1),
-            software=_text(meta, "software")[:100],
+            state=read.one_of(meta, "state", (*DEVICE_STATES, *AGGREGATOR_STATES)),
+            session=read.integer(meta, "session"),
+            base=read.integer(meta, "base", -1),
+            software=read.text(meta, "software")[:100],
         )
 
 
@@ -305,10 +303,10 @@ class Metrics:
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
         return cls(
-            version=_integer(meta, "version"),
-            samples=_integer(meta, "samples", 0, SAMPLES_MAX),
-            split=_one_of(meta, "split", SPLITS),
-            values=_floats(meta, "values"),
+            version=read.integer(meta, "version"),
+            samples=read.integer(meta, "samples", 0, SAMPLES_MAX),
+            split=read.one_of(meta, "split", SPLITS),
+            values=read.numbers(meta, "values"),
         )
 
 
@@ -324,88 +322,4 @@ class Enroll:
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
-        return cls(public_key=_binary(meta, "public_key", 32))
-
-
-def _get(meta: Mapping[str, Any], key: str) -> Any:
-    if key not in meta:
-        raise ProtocolError("bad-meta", f"no {key!r}")
-    return meta[key]
-
-
-def _checked_integer(value: object, key: str, low: int = 0, high: int = U64 - 1) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ProtocolError("bad-meta", f"{key!r} is not an integer from {low} to {high}")
-    return value
-
-
-def _integer(meta: Mapping[str, Any], key: str, low: int = 0, high: int = U64 - 1) -> int:
-    return _checked_integer(_get(meta, key), key, low, high)
-
-
-def _checked_float(value: object, key: str, low: float = -math.inf) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value < low:
-        raise ProtocolError("bad-meta", f"{key!r} is not a finite number")
-    return float(value)
-
-
-def _float(meta: Mapping[str, Any], key: str, low: float = -math.inf) -> float:
-    return _checked_float(_get(meta, key), key, low)
-
-
-def _boolean(meta: Mapping[str, Any], key: str) -> bool:
-    value = _get(meta, key)
-    if not isinstance(value, bool):
-        raise ProtocolError("bad-meta", f"{key!r} is neither true nor false")
-    return value
-
-
-def _text(meta: Mapping[str, Any], key: str) -> str:
-    value = _get(meta, key)
-    if not isinstance(value, str):
-        raise ProtocolError("bad-meta", f"{key!r} is not a string")
-    return value
-
-
-def _one_of(meta: Mapping[str, Any], key: str, names: tuple[str, ...]) -> str:
-    value = _text(meta, key)
-    if value not in names:
-        raise ProtocolError("bad-meta", f"{key!r} is none of {', '.join(names)}")
-    return value
-
-
-def _binary(meta: Mapping[str, Any], key: str, length: int) -> bytes:
-    value = _get(meta, key)
-    if not isinstance(value, bytes) or len(value) != length:
-        raise ProtocolError("bad-meta", f"{key!r} is not {length} bytes")
-    return value
-
-
-def _map(meta: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = _get(meta, key)
-    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        raise ProtocolError("bad-meta", f"{key!r} is not a map of strings to values")
-    return MappingProxyType(value)
-
-
-def _floats(meta: Mapping[str, Any], key: str) -> Mapping[str, float]:
-    values = _map(meta, key)
-    if len(values) > METRICS_MAX:
-        raise ProtocolError("bad-meta", f"{key!r} has more than {METRICS_MAX} entries")
-    return MappingProxyType({name: _checked_float(value, f"{key}.{name[:40]}") for name, value in values.items()})
-
-
-def _device(meta: Mapping[str, Any]) -> str:
-    name = _text(meta, "device")
-    if not is_device(name):
-        raise ProtocolError("bad-meta", "'device' is not a name")
-    return name
-
-
-def _range(row: object) -> tuple[int, int]:
-    if not isinstance(row, list) or len(row) != 2:
-        raise ProtocolError("bad-meta", "a range is not [first, last]")
-    first, last = (_checked_integer(number, "parts", 0, PARTS_MAX - 1) for number in row)
-    if first > last:
-        raise ProtocolError("bad-meta", "a range that ends before it begins")
-    return first, last
+        return cls(public_key=read.binary(meta, "public_key", 32))

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from broker.errors import ConfigError, ProtocolError
-from broker.frame import PARTS_MAX, SIGNATURE_BYTES, Frame, build
+from broker.frame import PARTS_MAX, Frame, build
 from broker.identity import Identity, KeyId
 
 PART_BYTES_MIN: Final = 1024  # every part but the last carries at least so much
 
 
-def cut(  # noqa: PLR0913 - what a header holds, all of it named at the call
+def cut(
     identity: Identity,
     *,
     federation: str,
@@ -31,7 +31,7 @@ def cut(  # noqa: PLR0913 - what a header holds, all of it named at the call
         return [build(identity, **about, body=body)]
     if room < PART_BYTES_MIN:
         raise ConfigError(
-            f"frames of at most {frame_bytes} bytes leave {room} for a part's body; raise the broker's maximum packet size"
+            f"frames of {frame_bytes} bytes leave {room} for a part's body; raise the broker's maximum packet size"
         )
     parts = -(-len(body) // room)
     if parts > PARTS_MAX:
@@ -76,7 +76,7 @@ class Collector:
     def add(self, frame: Frame) -> Whole | None:
         """Take in an authentic frame; return the whole message when this was its last missing part."""
         if frame.parts == 1:
-            return _whole(frame, frame.body)
+            return whole(frame, frame.body)
         if frame.part < frame.parts - 1 and len(frame.body) < PART_BYTES_MIN:
             raise ProtocolError("short-part", f"{len(frame.body)} bytes in part {frame.part} of {frame.parts}")
         if len(frame.body) > self.bytes_max:
@@ -90,7 +90,7 @@ class Collector:
         self.size_bytes += len(frame.body)
         if len(assembly.bodies) == frame.parts:
             self._forget(name)
-            return _whole(frame, b"".join(assembly.bodies[part] for part in range(frame.parts)))
+            return whole(frame, b"".join(assembly.bodies[part] for part in range(frame.parts)))
         while len(self._assemblies) > self.messages_max or self.size_bytes > self.bytes_max:
             self._forget(next(iter(self._assemblies)))
             self.dropped += 1
@@ -114,7 +114,8 @@ class Collector:
         self.size_bytes -= self._assemblies.pop(name).size_bytes
 
 
-def _whole(frame: Frame, body: bytes) -> Whole:
+def whole(frame: Frame, body: bytes) -> Whole:
+    """The message that ``frame`` is a part of, or all of, with its joined body."""
     return Whole(
         kind=frame.kind,
         federation=frame.federation,

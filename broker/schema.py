@@ -165,10 +165,9 @@ def to_vector(schema: Schema, tensors: Mapping[str, npt.NDArray[Any]]) -> Vector
     vector = np.empty(schema.elements, dtype=np.float32)
     for segment in schema.segments:
         array = tensors[segment.tensor.name]
-        if tuple(array.shape) != segment.tensor.shape:
-            raise ConfigError(
-                f"tensor {segment.tensor.name!r} has shape {tuple(array.shape)}, the federation's is {segment.tensor.shape}"
-            )
+        name, shape = segment.tensor.name, segment.tensor.shape
+        if tuple(array.shape) != shape:
+            raise ConfigError(f"tensor {name!r} has shape {tuple(array.shape)}, the federation's has {shape}")
         vector[segment.start : segment.stop] = np.asarray(array, dtype=np.float32).reshape(-1)
     if not np.isfinite(vector).all():
         raise ConfigError("the model holds numbers that are not finite; was the learning rate too high?")

@@ -63,7 +63,7 @@ class Block:
         return cls(schema, FLOAT32, _clip(np.concatenate(runs)).tobytes())
 
     def add_to(self, vector: Vector, weight: float = 1.0) -> None:
-        """vector += weight * value, in place, in pieces that fit the cache."""
+        """Add weight * value to ``vector`` in place, in pieces that fit the cache."""
         for start, values in self._pieces(np.float32(weight)):
             vector[start : start + len(values)] += values
 
@@ -184,7 +184,8 @@ def _decompress(encoded: bytes, size: int) -> bytes:
 
 
 def _check_ternary(schema: Schema, content: bytes) -> None:
-    scales = np.frombuffer(content, dtype=type_f32, count=len(schema.ternary))
+    scales = np.frombuffer(content, dtype=type_f32, count=len(schema.ternary)).copy()
+    flush_tiny(scales)  # a tiny negative scale is a zero like any other
     if not ((scales >= 0) & (scales <= VALUE_MAX)).all():
         raise ProtocolError("bad-scale", f"a scale outside 0 to {VALUE_MAX:.0f}")
     packed = np.frombuffer(content, dtype=np.uint8, count=trit_bytes(schema), offset=4 * len(scales))
@@ -236,10 +237,10 @@ def nearest(values: npt.NDArray[np.float32], out: Trits) -> np.float32:
 def nearest_block(schema: Schema, change: Vector) -> Block:
     """The deterministic ternary block closest to a change; dense tensors travel as they are."""
     trits = np.empty(schema.ternary_elements, dtype=np.int8)
-    scales = [
-        float(nearest(change[segment.start : segment.stop], trits[segment.offset : segment.offset + segment.tensor.elements]))
-        for segment in schema.ternary
-    ]
+    scales = []
+    for segment in schema.ternary:
+        end = segment.offset + segment.tensor.elements
+        scales.append(float(nearest(change[segment.start : segment.stop], trits[segment.offset : end])))
     return Block.of_trits(schema, scales, trits, dense_elements(schema, change))
 
 

@@ -43,7 +43,7 @@ def down(federation: str, device: str, kind: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Address:
-    """A topic taken apart: ``group`` is ``all``, ``up`` or ``down``; ``slot`` is a delta's slot or a snapshot's place."""
+    """A topic taken apart: ``group`` is all, up or down; ``slot`` is a delta's slot or a snapshot's place."""
 
     federation: str
     group: str

@@ -1,0 +1,188 @@
+"""`ternbus aggregator …`: make, run, watch and steer a federation's server."""
+
+import json
+import logging
+import signal
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from aggregator import home, requests
+from aggregator import status as statuses
+from aggregator.service import Service
+from aggregator.settings import toml_value
+from broker.errors import ConfigError
+from broker.identity import write_secret
+from broker.invitation import Invitation
+from broker.schema import load_safetensors, save_safetensors
+
+app = typer.Typer(no_args_is_help=True, help="The server: accept updates, merge them, publish the model.")
+
+Dir = Annotated[Path, typer.Argument(metavar="DIR", help="The aggregator's directory.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+def _software() -> str:
+    try:
+        return f"ternbus {version('ternbus')}"
+    except PackageNotFoundError:
+        return "ternbus"
+
+
+@app.command()
+def init(
+    directory: Dir,
+    *,
+    federation: Annotated[str, typer.Option(help="Its name: a-z, 0-9, '-'; at most 32.")],
+    broker: Annotated[str, typer.Option(help="mqtt://HOST:PORT or mqtts://HOST:PORT, as devices reach it.")],
+    model: Annotated[Path, typer.Option(help="The initial model; `ternbus edge init-model` makes one.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="For example merge.buffer_size=1; repeatable."),
+    ] = None,
+    dense: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Tensors never to be made ternary, for example 'fc.*'.")
+    ] = None,
+) -> None:
+    """Make a federation: its key, its ledger, DIR/aggregator.toml, and version 0 of the model.
+
+    Example: ternbus aggregator init agg --federation lab --broker mqtt://127.0.0.1:1883 --model m.safetensors
+    """
+    overrides = dict(_override(text) for text in settings or [])
+    tensors = load_safetensors(model)
+    home.create(directory, federation=federation, broker=broker, model=tensors, settings=overrides, dense=dense or ())
+    elements = sum(array.size for array in tensors.values())
+    typer.echo(f"{directory}: federation {federation!r}, {len(tensors)} tensors, {elements:,} parameters")
+    typer.echo(f"next: ternbus aggregator run {directory}   and   ternbus aggregator invite {directory} DEVICE")
+
+
+def _override(text: str) -> tuple[str, object]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {text}: write SECTION.KEY=VALUE, for example merge.buffer_size=1")
+    return key, toml_value(value)
+
+
+@app.command()
+def run(directory: Dir) -> None:
+    """Serve until Ctrl-C or SIGTERM, which finish what is accepted first. Waits for a broker that is not there yet."""
+    logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    service = Service(directory, _software(), _say)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: service.stop())
+    home.load_settings(directory)
+    service.run()
+    _say("stopped")
+
+
+def _say(text: str) -> None:
+    typer.echo(f"{time.strftime('%H:%M:%S')} {text}", err=True)
+
+
+@app.command()
+def invite(
+    directory: Dir,
+    devices: Annotated[list[str], typer.Argument(metavar="DEVICE…", help="Names: a-z, 0-9, '_', '-'; at most 64.")],
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write FOLDER/DEVICE.toml for each.")] = None,
+) -> None:
+    """Invite devices. The invitation is secret: whoever holds it can join as that device, once."""
+    if out is None and len(devices) > 1:
+        raise ConfigError("several invitations need a folder: add --out FOLDER")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    for invitation in home.invite(directory, *devices):
+        _hand_out(invitation, out)
+
+
+def _hand_out(invitation: Invitation, out: Path | None) -> None:
+    if out is None:
+        typer.echo(invitation.dumps(), nl=False)
+        return
+    path = out / f"{invitation.device}.toml"
+    write_secret(path, invitation.dumps().encode())
+    typer.echo(str(path))
+
+
+@app.command()
+def status(directory: Dir, as_json: AsJson = False) -> None:
+    """Show version, buffer, counters, devices and the last versions."""
+    home.flush_counts(directory)
+    found = statuses.read(directory)
+    typer.echo(json.dumps(found) if as_json else _summary(found))
+
+
+def _summary(found: dict[str, Any]) -> str:
+    counts = dict(found["counts"])
+    invalid = counts.pop("invalid")
+    lines = [
+        f"federation {found['federation']}: {found['state']}, version {found['version']}, digest {found['digest']}",
+        f"{found['buffer']} in the buffer",
+        "updates: " + ", ".join(f"{value} {name}" for name, value in counts.items()),
+    ]
+    if invalid:
+        lines.append("refused: " + ", ".join(f"{value} {name}" for name, value in invalid.items()))
+    lines.append(_device_table(found["devices"]))
+    lines.append("")
+    lines.append(f"{'version':>8} {'updates':>8} {'staleness':>10} {'accuracy':>9}   time")
+    for row in found["versions"][-10:]:
+        accuracy = row["metrics"].get("accuracy")
+        shown = "" if accuracy is None else f"{accuracy:.4f}"
+        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["time"]))
+        staleness = f"{row['staleness_mean']:.2f}/{row['staleness_max']}"
+        lines.append(f"{row['version']:>8} {row['updates']:>8} {staleness:>10} {shown:>9}   {moment}")
+    return "\n".join(lines)
+
+
+def _device_table(devices: dict[str, Any]) -> str:
+    lines = ["", f"{'device':<24} {'state':<10} {'updates':>8} {'base':>8} {'staleness':>10} {'kB':>9} {'last seq':>9}"]
+    for name, row in devices.items():
+        state = row["state"] if row["key_state"] == "active" else row["key_state"]
+        base = "" if row["base"] is None else row["base"]
+        behind = "" if row["staleness"] is None else row["staleness"]
+        traffic = f"{row['bytes'] / 1000:>9.1f} {row['last_seq']:>9}"
+        lines.append(f"{name:<24} {state:<10} {row['updates']:>8} {base:>8} {behind:>10} {traffic}")
+    return "\n".join(lines)
+
+
+@app.command()
+def devices(directory: Dir, as_json: AsJson = False) -> None:
+    """List the devices that joined."""
+    home.flush_counts(directory)
+    found = statuses.read(directory)["devices"]
+    typer.echo(json.dumps(found) if as_json else _device_table(found).lstrip("\n"))
+
+
+@app.command()
+def pause(directory: Dir) -> None:
+    """Let devices follow but not train; in force when this returns."""
+    home.change_state(directory, requests.PAUSE, _software())
+
+
+@app.command()
+def resume(directory: Dir) -> None:
+    """Open the federation again."""
+    home.change_state(directory, requests.RESUME, _software())
+
+
+@app.command()
+def close(directory: Dir) -> None:
+    """End the training: what is accepted is merged, devices drop the rest and stop."""
+    home.change_state(directory, requests.CLOSE, _software())
+
+
+@app.command()
+def export(
+    directory: Dir,
+    out: Annotated[Path, typer.Argument(metavar="OUT.safetensors")],
+    number: Annotated[
+        int | None, typer.Option("--version", help="One of the last versions; default: the newest.")
+    ] = None,
+) -> None:
+    """Write a version of the model, as devices hold it, to a safetensors file."""
+    found, digest, tensors = home.tensors_of(directory, number)
+    save_safetensors(out, tensors, {"version": str(found), "digest": digest.hex()})
+    typer.echo(f"{out}: version {found}, digest {digest.hex()}")

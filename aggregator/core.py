@@ -1,0 +1,292 @@
+"""The aggregator as a state machine: events in, actions out, in the order in which they must be done.
+
+It knows the protocol, who may say what, and when to merge. It does no I/O and reads no clock: time comes with each
+event. What must survive a crash is a ``Save``, and stands before every action that tells anybody of it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Final, assert_never
+
+from aggregator import events, records
+from aggregator.desk import Desk
+from aggregator.intake import Intake, Verdict
+from aggregator.model import Model
+from aggregator.outlet import Outlet
+from aggregator.press import Kept, Press
+from aggregator.registry import Member, Registry
+from aggregator.settings import Settings
+from aggregator.tally import Bucket, Tally
+from broker import topics
+from broker.errors import ProtocolError
+from broker.frame import Frame, parse
+from broker.identity import Identity
+from broker.messages import CLOSED, Metrics, Status
+from broker.schema import Schema
+
+ECHO_S: Final = 5.0  # how long the broker has to show us the head that it should have kept
+
+
+@dataclass(slots=True, kw_only=True)
+class Core:
+    """One federation's aggregator. ``handle`` is its only door."""
+
+    settings: Settings
+    identity: Identity
+    schema: Schema
+    model: Model
+    registry: Registry
+    kept: Kept
+    seq: int  # the highest that was reserved
+    session: int
+    software: str = "ternbus"
+    _outlet: Outlet = field(init=False)
+    _desk: Desk = field(init=False)
+    _press: Press = field(init=False)
+    _tally: Tally = field(default_factory=Tally)
+    _refusals: Bucket = field(init=False)
+    _actions: list[events.Action] = field(default_factory=list)
+    _echo_by: float | None = None
+    _now: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._outlet = Outlet(self.settings, self.identity, self.schema, self._save, self.seq)
+        self._desk = Desk(
+            settings=self.settings,
+            model=self.model,
+            intake=Intake(self.settings, self.identity, self.schema),
+            outlet=self._outlet,
+            tally=self._tally,
+            do=self._do,
+            closed=self.kept.state == CLOSED,
+        )
+        self._refusals = Bucket(float(self.settings.limits.refusals_per_s))
+        self._press = Press(settings=self.settings, model=self.model, kept=self.kept, outlet=self._outlet, do=self._do)
+
+    @property
+    def deadline(self) -> float | None:
+        """When ``TimeReached`` is due at the latest."""
+        return min(
+            (due for due in (self._desk.merge_by, self._echo_by, self._tally.due) if due is not None), default=None
+        )
+
+    def handle(self, event: events.Event, now: float) -> list[events.Action]:
+        """Take in one event at ``now`` (seconds, never going back); return what is to be done, in order."""
+        self._now = now
+        self._actions = []
+        match event:
+            case events.MessageArrived():
+                self._message(event)
+            case events.Connecting():
+                self._connecting()
+            case events.Connected():
+                self._connected(event)
+            case events.Disconnected():
+                self._echo_by = None
+            case events.InvitationsRead():
+                self.registry.codes = dict(event.codes)
+                self._done(event.request)
+            case events.StateRequested():
+                self._change_state(event)
+            case events.CountsRequested():
+                self._count()
+                self._done(event.request)
+            case events.TimeReached():
+                pass
+            case events.StopRequested():
+                self._stop()
+            case _:
+                assert_never(event)
+        self._on_time()
+        return self._actions
+
+    # --- connection
+
+    def _connecting(self) -> None:
+        self.session += 1
+        self._save(records.SessionBegun(session=self.session))
+        topic, payload = self._outlet.status("offline", self.session, self.software)
+        self._do(events.Connect(will_topic=topic, will_payload=payload))
+
+    def _connected(self, event: events.Connected) -> None:
+        federation = self.settings.federation
+        self._do(
+            events.Subscribe(
+                filters=(f"{topics.root(federation)}/up/#", topics.head(federation), topics.status(federation))
+            )
+        )
+        self._publish(self._outlet.status("online", self.session, self.software), retain=True)
+        self._press.fit(event.frame_bytes)
+        if self.session == 1:
+            self._republish()  # nothing of ours can be there yet
+        else:
+            self._echo_by = self._now + ECHO_S
+
+    def _republish(self) -> None:
+        self._echo_by = None
+        self._press.republish()
+
+    def _stop(self) -> None:
+        """Finish what is accepted, say goodbye."""
+        self._desk.stopping = True
+        if self.model.buffer:
+            self._merge()
+        self._count()
+        self._publish(self._outlet.status("offline", self.session, self.software), retain=True)
+        self._do(events.Stop())
+
+    # --- messages
+
+    def _message(self, event: events.MessageArrived) -> None:
+        """Take in what the broker delivered; whatever is wrong with it is counted, and that is all."""
+        try:
+            address = topics.parse(event.topic)
+            if address.group == "up" and address.federation == self.settings.federation:
+                self._from_device(event, address)
+            else:
+                self._own(event, address.kind)
+        except ProtocolError as error:
+            self._tally.refuse(error.reason, self._now)
+
+    def _from_device(self, event: events.MessageArrived, address: topics.Address) -> None:
+        member = self.registry.members.get(address.device or "")
+        if member is not None:
+            if address.kind == "update":
+                member.update_bytes += event.packet_bytes
+                self._tally.observe(member.name, self._now)
+            member.take_token(self._now, self.settings.limits.frames_per_s)
+        frame = parse(event.payload)
+        topics.check(frame, address)
+        if frame.kind == "enroll":
+            self._enroll(frame)
+        else:
+            self._frame(self._authenticate(frame), frame)
+
+    def _authenticate(self, frame: Frame) -> Member:
+        try:
+            return self.registry.authenticate(frame)
+        except ProtocolError as error:
+            if error.reason == "revoked-key" and self._refusals.take(self._now):
+                self._desk.receipt(frame.sender, frame.key, frame.seq, Verdict("revoked", "this key was revoked"))
+            raise
+
+    def _frame(self, member: Member, frame: Frame) -> None:
+        match frame.kind:
+            case "update":
+                self._desk.update(member, frame, self._now)
+            case "offer":
+                self._desk.offer(member, frame, self._now)
+            case "status":
+                if member.observe(Status.from_meta(frame.meta), frame.seq):
+                    self._tally.observe(member.name, self._now)
+            case "metrics":
+                self._metrics(member, frame)
+            case _:
+                raise ProtocolError("unknown-kind", frame.kind[:20])
+
+    def _own(self, event: events.MessageArrived, kind: str) -> None:
+        """Our own retained frames as the broker has them: they tell whether it lost any, and nothing else."""
+        if kind == "head" and self._echo_by is not None:
+            if event.payload == self.kept.head_frame:
+                self._echo_by = None
+            else:
+                self._republish()
+        elif kind == "status" and event.payload and not self._desk.stopping:
+            frame = parse(event.payload)
+            frame.check_authentic(self.identity.public)
+            status = Status.from_meta(frame.meta)
+            if status.state == "offline" and status.session >= self.session:
+                self.session = status.session + 1
+                self._save(records.SessionBegun(session=self.session))
+                self._publish(self._outlet.status("online", self.session, self.software), retain=True)
+
+    def _enroll(self, frame: Frame) -> None:
+        verdict = Verdict("enrolled")
+        try:
+            public, is_new = self.registry.admit(frame)
+        except ProtocolError as error:
+            if error.reason != "refused":
+                raise
+            self._tally.refuse("refused-enroll", self._now)
+            if self._refusals.take(self._now):
+                self._desk.receipt(frame.sender, frame.key, frame.seq, Verdict("refused", error.detail))
+            return
+        if is_new:
+            self.registry.enroll(frame.sender, public, frame.body)
+            self._save(records.DeviceEnrolled(device=frame.sender, public=public, proof=frame.body))
+            self._log(f"{frame.sender} enrolled")
+        self._desk.receipt(frame.sender, frame.key, frame.seq, verdict)
+
+    def _metrics(self, member: Member, frame: Frame) -> None:
+        metrics = Metrics.from_meta(frame.meta)
+        if metrics.version > self.model.version:
+            raise ProtocolError("bad-meta", "metrics of a version that is not yet")
+        if frame.seq <= member.metrics_seq:
+            raise ProtocolError("replayed-metrics", member.name)
+        member.metrics_seq = frame.seq
+        member.evaluates = member.evaluates or metrics.split == "test"
+        self._save(records.MetricsReceived(device=member.name, seq=frame.seq, metrics=metrics))
+
+    # --- the model
+
+    def start(self, now: float) -> list[events.Action]:
+        """What is to be done before the first event."""
+        self._now, self._actions = now, []
+        self._press.renew()
+        if self.model.buffer:
+            self._desk.merge_by = now + self.settings.merge.max_wait_s
+        return self._actions
+
+    def _merge(self) -> None:
+        self._desk.merge_by = None
+        self._press.merge()
+
+    def _change_state(self, event: events.StateRequested) -> None:
+        if event.state == CLOSED and self.model.buffer:
+            self._merge()
+        if event.state != self.kept.state:
+            self._press.change_state(event.state)
+            self._desk.closed = event.state == CLOSED
+            self._log(f"the federation is {event.state}")
+        self._done(event.request)
+
+    # --- time and counters
+
+    def _on_time(self) -> None:
+        due = self._desk.merge_by is not None and self._desk.merge_by <= self._now
+        if self.model.buffer and (
+            due or len(self.model.buffer) >= self.settings.merge.buffer_size or self._all_contributed()
+        ):
+            self._merge()
+        if self._echo_by is not None and self._echo_by <= self._now:
+            self._republish()
+        if self._tally.due is not None and self._tally.due <= self._now:
+            self._count()
+
+    def _all_contributed(self) -> bool:
+        """Whether there is nobody online whose update is still to come; evaluators send none."""
+        contributed = {update.device for update in self.model.buffer}
+        members = self.registry.members
+        return any(members[name].online for name in contributed) and all(
+            member.name in contributed or member.evaluates or not member.online for member in members.values()
+        )
+
+    def _count(self) -> None:
+        self._save(self._tally.take(self.registry))
+
+    # --- actions
+
+    def _done(self, request: int) -> None:
+        if request:
+            self._save(records.RequestDone(request=request))
+
+    def _save(self, record: records.Record) -> None:
+        self._do(events.Save(record=record))
+
+    def _publish(self, message: tuple[str, bytes], *, retain: bool = False) -> None:
+        self._do(events.Publish(topic=message[0], payload=message[1], retain=retain))
+
+    def _log(self, text: str) -> None:
+        self._do(events.Log(text=text))
+
+    def _do(self, action: events.Action) -> None:
+        self._actions.append(action)

@@ -1,0 +1,131 @@
+"""What can happen to the aggregator, in the past tense, and what it then wants done, in the imperative."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from aggregator.records import Record
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connecting:
+    """The service is about to connect; it needs a last will."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connected:
+    """The broker accepted us; frames may have at most ``frame_bytes``."""
+
+    frame_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disconnected:
+    """The connection is gone, and with it what was not acknowledged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MessageArrived:
+    """An MQTT message, of which nothing is believed yet; ``packet_bytes`` is its size on the wire."""
+
+    topic: str
+    payload: bytes
+    packet_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InvitationsRead:
+    """The open invitations' codes by device, as the ledger has them now."""
+
+    codes: Mapping[str, str]
+    request: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateRequested:
+    """The operator wants the federation open, paused or closed."""
+
+    state: str
+    request: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CountsRequested:
+    """The operator looks at the status: counters are to be on disk."""
+
+    request: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimeReached:
+    """Nothing happened but time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopRequested:
+    """The operator ends this process."""
+
+
+Event = (
+    Connecting
+    | Connected
+    | Disconnected
+    | MessageArrived
+    | InvitationsRead
+    | StateRequested
+    | CountsRequested
+    | TimeReached
+    | StopRequested
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Save:
+    """Make a record durable."""
+
+    record: Record
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connect:
+    """Connect to the broker with this last will."""
+
+    will_topic: str
+    will_payload: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subscribe:
+    """Subscribe to these filters with QoS 1."""
+
+    filters: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publish:
+    """Publish with QoS 1. Lost where there is no connection: the protocol sends again what matters."""
+
+    topic: str
+    payload: bytes
+    retain: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepublishKept:
+    """Publish the kept frames of these topics again, unchanged and in this order."""
+
+    topics: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Log:
+    """Tell the operator."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop:
+    """All is done: flush, disconnect, exit."""
+
+
+Action = Save | Connect | Subscribe | Publish | RepublishKept | Log | Stop

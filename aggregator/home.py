@@ -1,0 +1,180 @@
+"""An aggregator's directory: made, opened, and changed by commands, whether or not a process serves it."""
+
+import secrets
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from aggregator import downlink, events, optimizer, records, requests
+from aggregator import settings as configuration
+from aggregator.core import Core
+from aggregator.ledger import Ledger
+from aggregator.outlet import Outlet
+from aggregator.recovery import recover
+from aggregator.settings import Settings
+from broker.errors import ConfigError
+from broker.identity import Identity, check_device
+from broker.invitation import Invitation
+from broker.messages import CLOSED, OPEN, PAUSED
+from broker.schema import Schema, to_tensors, to_vector, vector_digest
+
+KEY: Final = "aggregator.key"
+TOML: Final = "aggregator.toml"
+LEDGER: Final = "ledger.sqlite"
+STATES: Final = {requests.PAUSE: PAUSED, requests.RESUME: OPEN, requests.CLOSE: CLOSED}
+
+
+def create(
+    directory: Path,
+    *,
+    federation: str,
+    broker: str,
+    model: Mapping[str, npt.NDArray[Any]],
+    settings: Mapping[str, object] | None = None,
+    dense: Sequence[str] = (),
+) -> Settings:
+    """Make an aggregator: keys, settings, and version 0 from ``model`` (name -> array, any float type).
+
+    Nothing is left behind where it fails. ConfigError where the directory holds one already.
+    """
+    if (directory / LEDGER).exists() or (directory / KEY).exists():
+        raise ConfigError(f"{directory} holds an aggregator already; choose another directory")
+    table = configuration.with_overrides({"federation": federation, "broker": broker}, settings or {})
+    checked = configuration.from_table(table, "--set")
+    schema = Schema.of({name: array.shape for name, array in model.items()}, dense)
+    vector = to_vector(schema, model)
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True, mode=0o700)
+    identity = Identity.generate()
+    identity.save(partial / KEY)
+    (partial / TOML).write_text(configuration.dumps(checked), encoding="utf-8")
+    facts = {"federation": federation, "schema": schema.encoded, "slots": checked.downlink.slots}
+    ledger = Ledger.create(partial / LEDGER, facts)
+    try:
+        _first_version(ledger, checked, identity, schema, vector)
+    finally:
+        ledger.close()
+    _move_into(partial, directory)
+    return checked
+
+
+def _first_version(
+    ledger: Ledger, settings: Settings, identity: Identity, schema: Schema, vector: npt.NDArray[np.float32]
+) -> None:
+    batch: list[records.Record] = []
+    outlet = Outlet(settings, identity, schema, batch.append, 0)
+    digest = vector_digest(vector)
+    named, frames = outlet.snapshot(0, digest, vector, 0)
+    head = outlet.head(version=0, digest=digest, snapshot=named, state=OPEN)
+    server = optimizer.init(settings.optimizer.name, vector)
+    encoding, body = downlink.encoded_block(downlink.next_block(schema, settings.downlink.codec, vector, vector))
+    batch += [
+        records.VersionMade(
+            version=0,
+            digest=digest,
+            updates=0,
+            staleness_mean=0.0,
+            staleness_max=0,
+            codec=settings.downlink.codec,
+            encoding=encoding,
+            body=body,
+        ),
+        records.SnapshotTaken(version=0, published=vector, server=server, named=named),
+        records.FramesKept(frames=(*frames, head)),
+    ]
+    ledger.write(batch)
+
+
+def _move_into(partial: Path, directory: Path) -> None:
+    """The finished directory in one step, or into an empty or foreign one file by file, the ledger last."""
+    if not directory.exists():
+        partial.rename(directory)
+        return
+    for name in (KEY, TOML, LEDGER):
+        (partial / name).rename(directory / name)
+    shutil.rmtree(partial)
+
+
+def load_settings(directory: Path) -> Settings:
+    if not (directory / LEDGER).exists():
+        raise ConfigError(f"{directory} holds no aggregator; make one with: ternbus aggregator init {directory} …")
+    return configuration.load(directory / TOML)
+
+
+def open_core(directory: Path, ledger: Ledger, software: str) -> Core:
+    """The core as the ledger has it, under the settings of now."""
+    settings = load_settings(directory)
+    if settings.federation != ledger.fact("federation"):
+        raise ConfigError(
+            f"{directory / TOML} says federation {settings.federation!r}, the ledger {ledger.fact('federation')!r}: "
+            "a federation cannot be renamed"
+        )
+    return recover(ledger, settings, Identity.load(directory / KEY), software)
+
+
+def invite(directory: Path, *devices: str) -> list[Invitation]:
+    """One new invitation for each device, in force when this returns; an open one of before is replaced."""
+    settings, identity = load_settings(directory), Identity.load(directory / KEY)
+    invitations = [
+        Invitation(
+            federation=settings.federation,
+            device=check_device(device),
+            broker=settings.broker,
+            aggregator_key=identity.public.hex(),
+            code=secrets.token_urlsafe(24),
+        )
+        for device in devices
+    ]
+    ledger = Ledger(directory / LEDGER)
+    try:
+        with ledger.transaction():
+            rows = [(invitation.device, invitation.code, time.time()) for invitation in invitations]
+            ledger.db.executemany("INSERT OR REPLACE INTO invitations VALUES (?, ?, ?)", rows)
+    finally:
+        ledger.close()
+    _tell(directory, requests.INVITATIONS)
+    return invitations
+
+
+def flush_counts(directory: Path) -> None:
+    """Have a running aggregator write its counters down."""
+    _tell(directory, requests.COUNTS)
+
+
+def _tell(directory: Path, what: str) -> None:
+    try:
+        requests.ask(directory, what)
+    except requests.NotRunningError:
+        return  # the next start reads it from the ledger
+
+
+def change_state(directory: Path, what: str, software: str) -> None:
+    """Pause, resume or close; by the running aggregator, or here, to be published by the next."""
+    try:
+        requests.ask(directory, what)
+    except requests.NotRunningError:
+        with requests.exclusive(directory):
+            ledger = Ledger(directory / LEDGER)
+            try:
+                core = open_core(directory, ledger, software)
+                actions = core.handle(events.StateRequested(state=STATES[what]), 0.0)
+                ledger.write([action.record for action in actions if isinstance(action, events.Save)])
+            finally:
+                ledger.close()
+
+
+def tensors_of(directory: Path, version: int | None) -> tuple[int, bytes, dict[str, npt.NDArray[np.float32]]]:
+    """(version, digest, tensors) of a kept version, the newest by default."""
+    ledger = Ledger(directory / LEDGER, read_only=True)
+    try:
+        number = int(ledger.fact("version")) if version is None else version
+        vector = ledger.vector(number)
+        return number, vector_digest(vector), to_tensors(ledger.schema(), vector)
+    finally:
+        ledger.close()

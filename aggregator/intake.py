@@ -1,0 +1,138 @@
+"""What becomes of an update: the protocol's checks in their order, its parts assembled, its block read."""
+
+from collections import Counter, OrderedDict
+from dataclasses import dataclass, field
+from typing import Final
+
+from aggregator.merge import clip_factor
+from aggregator.registry import Member
+from aggregator.settings import Settings
+from aggregator.staleness import discount
+from broker.errors import ProtocolError
+from broker.frame import Frame
+from broker.identity import Identity
+from broker.messages import Update
+from broker.parts import PART_BYTES_MIN, Collector, Whole, whole
+from broker.schema import Schema
+from broker.ternary import Block
+
+SEAL_BYTES: Final = 64  # key id, seq and what a libsodium sealed box adds
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """An answer other than a stored update."""
+
+    outcome: str
+    reason: str = ""
+    retry_after_s: float = 0.0
+    highest_seq: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A whole update whose content is good: ``body`` is its block as it is encoded, unsealed."""
+
+    update: Update
+    block: Block
+    body: bytes
+
+
+@dataclass(slots=True)
+class Intake:
+    """Judges updates by what their device may send; holds unfinished ones within bounds."""
+
+    settings: Settings
+    identity: Identity
+    schema: Schema
+    update_bytes_max: int = field(init=False)
+    _assembling: OrderedDict[str, Collector] = field(default_factory=OrderedDict)
+    _drops: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        largest = 4 * self.schema.elements
+        self.update_bytes_max = largest + largest // 256 + 1024
+
+    def oldest(self, version: int) -> int:
+        """The oldest base that is not stale at this version."""
+        return version - self.settings.staleness.max
+
+    def worth(self, block: Block, staleness: int) -> float:
+        """What an update counts beside a fresh one: its discount, times what clipping to the largest norm leaves."""
+        about = self.settings.staleness
+        return discount(about.discount, about.exponent, staleness) * clip_factor(
+            block, self.settings.merge.max_update_norm
+        )
+
+    def judge_base(self, member: Member, base: int, version: int, *, closed: bool) -> Verdict | None:
+        """The checks that need only (device, base): duplicate, then stale, then what cannot be."""
+        if member.has_accepted(base, self.oldest(version)):
+            return Verdict("duplicate", f"an update on version {base} was accepted before")
+        if base < self.oldest(version):
+            return Verdict("stale", f"base {base} is more than {self.settings.staleness.max} behind {version}")
+        if base > version:
+            return Verdict("invalid", "base-in-future")
+        if closed:
+            return Verdict("invalid", "closed")
+        return None
+
+    def judge(self, member: Member, frame: Frame, version: int, *, closed: bool) -> Verdict | None:
+        """Everything that can be said of an update before it is whole."""
+        try:
+            update = Update.from_meta(frame.meta)
+        except ProtocolError as error:
+            return Verdict("invalid", str(error))
+        if (frame.parts - 1) * PART_BYTES_MIN > self.update_bytes_max:
+            return Verdict("invalid", "too-long")
+        return self.judge_base(member, update.base, version, closed=closed)
+
+    def collect(self, member: Member, frame: Frame) -> Ready | Verdict | None:
+        """Take in a part; None while parts are missing."""
+        if frame.parts == 1:
+            return self._read(whole(frame, frame.body))
+        if member.collector is None:
+            limits = self.settings.limits
+            member.collector = Collector(
+                limits.messages_in_assembly, limits.messages_in_assembly * self.update_bytes_max
+            )
+        collector = member.collector
+        before = collector.dropped
+        message = collector.add(frame)
+        self._drops["unfinished"] += collector.dropped - before
+        self._assembling.pop(member.name, None)
+        if len(collector):
+            self._assembling[member.name] = collector
+            self._bound()
+        else:
+            member.collector = None
+        return None if message is None else self._read(message)
+
+    def take_drops(self) -> Counter[str]:
+        """Unfinished messages dropped since the last call, by reason."""
+        drops, self._drops = +self._drops, Counter()
+        return drops
+
+    def _bound(self) -> None:
+        """Keep all devices' unfinished messages within one bound, the longest silent device's going first."""
+        while (
+            sum(collector.size_bytes for collector in self._assembling.values()) > self.settings.limits.assembly_bytes
+        ):
+            _, collector = self._assembling.popitem(last=False)
+            self._drops["unfinished"] += len(collector)
+            collector.clear()
+
+    def _read(self, message: Whole) -> Ready | Verdict:
+        try:
+            update = Update.from_meta(message.meta)
+            body = self._unseal(message) if update.sealed else message.body
+            return Ready(update, Block.read(self.schema, update.codec, update.encoding, body), body)
+        except ProtocolError as error:
+            return Verdict("invalid", str(error))
+
+    def _unseal(self, message: Whole) -> bytes:
+        if len(message.body) > self.update_bytes_max + SEAL_BYTES:
+            raise ProtocolError("bad-length", "a sealed body longer than any update")
+        plain = self.identity.unseal(message.body)
+        if plain[:16] != bytes(message.key) + message.seq.to_bytes(8, "little"):
+            raise ProtocolError("bad-seal", "sealed for another update than this")
+        return plain[16:]

@@ -1,0 +1,82 @@
+"""What a command asks of an aggregator: done by the running process if there is one, else done here."""
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from aggregator.ledger import Ledger
+from broker.errors import ConfigError, FederationError
+
+POLL_S: Final = 0.02
+WAIT_S: Final = 60.0
+
+PAUSE, RESUME, CLOSE = "pause", "resume", "close"
+INVITATIONS: Final = "invitations"  # the open invitations changed
+COUNTS: Final = "counts"  # counters are to be on disk
+
+
+class NotRunningError(FederationError):
+    """No process serves this directory."""
+
+
+@contextmanager
+def exclusive(directory: Path, *, patience_s: float = 0.0) -> Iterator[None]:
+    """Be the one process that serves this directory; ConfigError where another still is after ``patience_s``."""
+    descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        deadline = time.monotonic() + patience_s
+        while not _lock(descriptor, fcntl.LOCK_EX):
+            if time.monotonic() >= deadline:
+                raise ConfigError(f"another process serves {directory}; stop it first")
+            time.sleep(POLL_S)
+        yield
+    finally:
+        os.close(descriptor)  # which releases the lock
+
+
+def _lock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_running(directory: Path) -> bool:
+    """Whether a process serves this directory now. It looks with a shared lock, which is why ``run`` has patience."""
+    descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        return not _lock(descriptor, fcntl.LOCK_SH)
+    finally:
+        os.close(descriptor)
+
+
+def ask(directory: Path, what: str, argument: str = "") -> None:
+    """Have the running aggregator do something, and return when it is done and on disk; NotRunningError otherwise."""
+    if not is_running(directory):
+        raise NotRunningError(f"no aggregator runs on {directory}")
+    ledger = Ledger(directory / "ledger.sqlite")
+    try:
+        with ledger.transaction():
+            cursor = ledger.db.execute("INSERT INTO requests (what, argument) VALUES (?, ?)", (what, argument))
+        _wait(ledger, directory, cursor.lastrowid or 0)
+    finally:
+        ledger.close()
+
+
+def _wait(ledger: Ledger, directory: Path, request: int) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline:
+        row = ledger.db.execute("SELECT done, error FROM requests WHERE id = ?", (request,)).fetchone()
+        if row is not None and row[0]:
+            if row[1]:
+                raise ConfigError(row[1])
+            return
+        if not is_running(directory):
+            raise NotRunningError(f"the aggregator on {directory} stopped before it answered")
+        time.sleep(POLL_S)
+    raise ConfigError(f"the aggregator on {directory} did not answer within {WAIT_S:.0f} s; look at its log")

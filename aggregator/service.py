@@ -1,0 +1,207 @@
+"""The running aggregator: it owns the connection, the ledger and the clock, and does what the core says, in order."""
+
+import queue
+import random
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, assert_never
+
+from aggregator import events, requests
+from aggregator.core import Core
+from aggregator.home import LEDGER, STATES, open_core
+from aggregator.ledger import Ledger
+from broker.errors import LinkError
+from broker.identity import AGGREGATOR
+from broker.link import Arrived, Connected, Disconnected, Link, LinkEvent, Published, Refused, Token, packet_bytes
+
+BATCH: Final = 64  # events whose records share one fsync
+POLL_S: Final = 0.1  # how often the ledger is looked at for what commands have asked
+SAY_S: Final = 10.0  # how often a wait is spoken of
+DELAYS_S: Final = (0.2, 30.0)  # between attempts to connect: the first, and the longest
+GOODBYE_S: Final = 5.0
+RECEIVE_MAXIMUM: Final = 256  # unacknowledged messages in flight to us: this bounds the queue, too
+
+
+class Interrupted:
+    """SIGINT or SIGTERM has come."""
+
+
+@dataclass(slots=True)
+class Service:
+    """Serves one directory until ``stop`` is called (from a signal handler, or any thread)."""
+
+    directory: Path
+    software: str
+    say: Callable[[str], None]
+    _queue: "queue.SimpleQueue[LinkEvent | Interrupted]" = field(default_factory=queue.SimpleQueue)
+    _ledger: Ledger = field(init=False)
+    _core: Core = field(init=False)
+    _link: Link = field(init=False)
+    _protocol: int = 5
+    _connect_at: float | None = 0.0
+    _attempts: int = 0
+    _said_at: float = -SAY_S
+    _change_count: int = -1
+    _polled_at: float = 0.0
+    _stopped: bool = False
+
+    def stop(self) -> None:
+        """End soon: what is accepted is finished first."""
+        self._queue.put(Interrupted())
+
+    def run(self) -> None:
+        """Serve; return when stopped. ConfigError where the directory or the broker's address is wrong."""
+        with requests.exclusive(self.directory, patience_s=2.0):
+            self._ledger = Ledger(self.directory / LEDGER)
+            try:
+                self._serve()
+            finally:
+                self._ledger.close()
+
+    def _serve(self) -> None:
+        self._core = open_core(self.directory, self._ledger, self.software)
+        settings = self._core.settings
+        self._link = Link(
+            settings.broker,
+            client_id=f"{AGGREGATOR}-{settings.federation}",
+            deliver=self._queue.put,
+            frame_bytes=settings.limits.frame_bytes,
+            receive_maximum=RECEIVE_MAXIMUM,
+        )
+        try:
+            self._perform(self._core.start(time.monotonic()))
+            self.say(
+                f"federation {settings.federation!r} at version {self._core.model.version}, broker {settings.broker}"
+            )
+            while not self._stopped:
+                self._turn()
+        finally:
+            self._link.disconnect(GOODBYE_S if self._stopped else 0.0)
+
+    def _turn(self) -> None:
+        """One round: connect if due, look for requests, take in what has come, tell the core the time."""
+        now = time.monotonic()
+        if self._connect_at is not None and now >= self._connect_at:
+            self._connect()
+        if now - self._polled_at >= POLL_S:
+            self._polled_at = now
+            self._poll()
+        batch = self._next_batch()
+        actions: list[events.Action] = []
+        tokens: list[Token] = []
+        for event in batch:
+            actions += self._translate(event, tokens)
+        actions += self._core.handle(events.TimeReached(), time.monotonic())
+        self._perform(actions)
+        for token in tokens:
+            self._link.acknowledge(token)
+
+    def _next_batch(self) -> list[LinkEvent | Interrupted]:
+        """Everything that waits, at most BATCH; nothing if a deadline comes first."""
+        now = time.monotonic()
+        due = [self._polled_at + POLL_S] + [
+            when for when in (self._core.deadline, self._connect_at) if when is not None
+        ]
+        batch: list[LinkEvent | Interrupted] = []
+        with suppress(queue.Empty):
+            batch.append(self._queue.get(timeout=max(0.0, min(due) - now)))
+            while len(batch) < BATCH:
+                batch.append(self._queue.get_nowait())
+        return batch
+
+    def _translate(self, event: LinkEvent | Interrupted, tokens: list[Token]) -> list[events.Action]:
+        now = time.monotonic()
+        match event:
+            case Arrived():
+                tokens.append(event.token)
+                size = packet_bytes(event.topic, len(event.payload), self._protocol)
+                arrived = events.MessageArrived(topic=event.topic, payload=event.payload, packet_bytes=size)
+                return self._core.handle(arrived, now)
+            case Connected():
+                self._attempts, self._protocol = 0, event.protocol
+                self.say(f"connected (MQTT {'5' if event.protocol == 5 else '3.1.1'})")
+                return self._core.handle(events.Connected(frame_bytes=event.frame_bytes), now)
+            case Disconnected():
+                self.say(f"connection lost: {event.reason}")
+                self._retry()
+                return self._core.handle(events.Disconnected(), now)
+            case Interrupted():
+                return [] if self._stopped else self._core.handle(events.StopRequested(), now)
+            case Refused():
+                self.say(f"the broker refused a message: {event.reason}")
+                return []
+            case Published():
+                return []
+            case _:
+                assert_never(event)
+
+    def _perform(self, actions: Iterable[events.Action]) -> None:
+        """Do the actions in order, but every record first and with one fsync: to publish later is always safe."""
+        ordered = list(actions)
+        batch = [action.record for action in ordered if isinstance(action, events.Save)]
+        if batch:
+            self._ledger.write(batch)
+        for action in ordered:
+            match action:
+                case events.Save():
+                    continue
+                case events.Publish():
+                    self._publish(action.topic, action.payload, retain=action.retain)
+                case events.RepublishKept():
+                    self.say(f"publishing {len(action.topics)} retained messages: the broker has not shown ours")
+                    for topic in action.topics:
+                        self._publish(topic, self._ledger.frame(topic), retain=True)
+                case events.Subscribe():
+                    self._link.subscribe(action.filters)
+                case events.Log():
+                    self.say(action.text)
+                case events.Stop():
+                    self._stopped = True
+                case events.Connect():
+                    raise AssertionError("only _connect asks for it")
+                case _:
+                    assert_never(action)
+
+    def _publish(self, topic: str, payload: bytes, *, retain: bool) -> None:
+        try:
+            self._link.publish(topic, payload, retain=retain)
+        except LinkError:
+            return  # what matters is sent again at the next connection
+
+    def _connect(self) -> None:
+        actions = self._core.handle(events.Connecting(), time.monotonic())
+        self._perform(action for action in actions if not isinstance(action, events.Connect))
+        (will,) = [action for action in actions if isinstance(action, events.Connect)]
+        self._connect_at = None
+        try:
+            self._link.connect(will.will_topic, will.will_payload)
+        except LinkError as error:
+            if time.monotonic() - self._said_at >= SAY_S:
+                self._said_at = time.monotonic()
+                self.say(f"waiting for the broker: {error}")
+            self._retry()
+
+    def _retry(self) -> None:
+        first, longest = DELAYS_S
+        delay = min(longest, first * 2**self._attempts)
+        self._attempts = min(self._attempts + 1, 10)
+        self._connect_at = time.monotonic() + delay * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, no secret
+
+    def _poll(self) -> None:
+        """See what commands have asked for since the last look."""
+        change_count = self._ledger.change_count()
+        if change_count == self._change_count:
+            return
+        self._change_count = change_count
+        for request, what, _ in self._ledger.open_requests():
+            self._perform(self._core.handle(self._request(request, what), time.monotonic()))
+
+    def _request(self, request: int, what: str) -> events.Event:
+        if what in STATES:
+            return events.StateRequested(state=STATES[what], request=request)
+        if what == requests.INVITATIONS:
+            return events.InvitationsRead(codes=self._ledger.codes(), request=request)
+        return events.CountsRequested(request=request)

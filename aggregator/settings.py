@@ -1,0 +1,253 @@
+"""aggregator.toml: every key with its default and its meaning, checked when it is read."""
+
+import json
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final
+
+from aggregator.optimizer import OPTIMIZERS
+from aggregator.staleness import DISCOUNTS
+from broker.errors import ConfigError
+from broker.frame import FRAME_BYTES
+from broker.identity import check_federation
+from broker.invitation import check_broker_url
+from broker.ternary import CODECS
+
+
+def _key(default: Any, doc: str, *, low: float | None = None, high: float | None = None, one_of: Any = None) -> Any:
+    return field(default=default, metadata={"doc": doc, "low": low, "high": high, "one_of": one_of})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeSettings:
+    """When updates are merged."""
+
+    buffer_size: int = _key(4, "updates in one merge", low=1, high=1_000_000)
+    max_wait_s: float = _key(30.0, "a smaller buffer is merged so long after its first update", low=0.01, high=1e7)
+    max_update_norm: float = _key(0.0, "longer updates are scaled down to this L2 norm; 0 = off", low=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StalenessSettings:
+    """How old an update may be, and what it is then worth."""
+
+    max: int = _key(8, "versions an update's base may lie behind the head; older ones are answered `stale`", low=0)
+    discount: str = _key("polynomial", "polynomial: (1 + staleness)^-exponent; constant: 1", one_of=DISCOUNTS)
+    exponent: float = _key(0.5, "of the polynomial discount", low=0, high=100)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerSettings:
+    """How far the model follows a merge."""
+
+    name: str = _key("fedavg", "fedavg or fedavgm (server momentum)", one_of=OPTIMIZERS)
+    learning_rate: float = _key(1.0, "of the server", low=0, high=1e6)
+    momentum: float = _key(0.9, "of fedavgm", low=0, high=0.9999)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DownlinkSettings:
+    """How the model travels to the devices."""
+
+    codec: str = _key("ternary", "ternary, what it loses being carried later; or float32", one_of=CODECS)
+    slots: int = _key(32, "deltas kept on the broker; a device further behind takes a snapshot", low=1, high=65_535)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitSettings:
+    """What a peer can make this aggregator hold or do."""
+
+    direct_parts: int = _key(8, "an update of so many parts is sent unasked (more where the model needs more)", low=4)
+    frames_per_s: int = _key(500, "from one device; more are dropped and counted", low=500)
+    broker_queue_messages: int = _key(4000, "what the broker queues for the aggregator", low=100)
+    frame_bytes: int = _key(FRAME_BYTES, "largest MQTT payload sent", low=4096, high=268_000_000)
+    messages_in_assembly: int = _key(4, "of one device; the oldest is dropped", low=4)
+    assembly_bytes: int = _key(256 * 2**20, "of all devices' unfinished messages", low=2**20)
+    refusals_per_s: int = _key(20, "receipts `refused` or `revoked` sent to whoever has no key here", low=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The whole file."""
+
+    federation: str
+    broker: str
+    merge: MergeSettings = field(default_factory=MergeSettings)
+    staleness: StalenessSettings = field(default_factory=StalenessSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    downlink: DownlinkSettings = field(default_factory=DownlinkSettings)
+    limits: LimitSettings = field(default_factory=LimitSettings)
+    plan: Mapping[str, Any] = field(default_factory=dict)
+
+
+SECTIONS: Final[Mapping[str, type]] = {
+    "merge": MergeSettings,
+    "staleness": StalenessSettings,
+    "optimizer": OptimizerSettings,
+    "downlink": DownlinkSettings,
+    "limits": LimitSettings,
+}
+# (type, lowest, highest) of the plan's keys that the protocol names; others go to the training code as they are
+PLAN: Final[Mapping[str, tuple[type, float, float]]] = {
+    "local_epochs": (float, 0, 1e6),
+    "local_steps": (int, 1, 1e9),
+    "batch_size": (int, 1, 1e9),
+    "learning_rate": (float, 0, 1e6),
+    "momentum": (float, 0, 1),
+    "weight_decay": (float, 0, 1e6),
+    "proximal_mu": (float, 0, 1e6),
+    "clip_sigma": (float, 0, 1e6),
+    "codec": (str, 0, 0),
+    "seal": (bool, 0, 0),
+    "error_feedback": (bool, 0, 0),
+    "seed": (int, 0, 2**63 - 1),
+}
+PLAN_DOC: Final = """\
+# What devices are asked to do; every key may be left out, and keys not listed reach the training code as they are.
+# local_epochs, local_steps, batch_size, learning_rate, momentum, weight_decay, proximal_mu (FedProx),
+# clip_sigma (TernGrad's clipping, 2.5; 0 = off), codec ("ternary" or "float32"), error_feedback (bool), seal (bool),
+# seed
+"""
+
+
+def parse(text: str, source: str = "aggregator.toml") -> Settings:
+    """Read and check the file's text; ConfigError names the key that is wrong and what it may be."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source}: {error}") from error
+    return from_table(table, source)
+
+
+def load(path: Path) -> Settings:
+    try:
+        return parse(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+
+
+def from_table(table: Mapping[str, Any], source: str = "aggregator.toml") -> Settings:
+    """Check a table of sections, as TOML gives it."""
+    unknown = sorted(set(table) - {"federation", "broker", "plan", *SECTIONS})
+    if unknown:
+        raise ConfigError(f"{source}: unknown key {unknown[0]!r}; known are {', '.join(SECTIONS)}, plan")
+    for key in ("federation", "broker"):
+        if not isinstance(table.get(key), str):
+            raise ConfigError(f"{source}: {key!r} must be a string")
+    sections = {name: _section(kind, table.get(name, {}), f"{source}: {name}") for name, kind in SECTIONS.items()}
+    return Settings(
+        federation=check_federation(table["federation"]),
+        broker=check_broker_url(table["broker"]),
+        plan=_plan(table.get("plan", {}), f"{source}: plan"),
+        **sections,
+    )
+
+
+def _section(kind: type, table: object, where: str) -> Any:
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{where} must be a table")
+    known = {entry.name: entry for entry in fields(kind)}
+    for key in table:
+        if key not in known:
+            raise ConfigError(f"{where}.{key} is unknown; known are {', '.join(known)}")
+    return kind(**{key: _value(known[key], value, f"{where}.{key}") for key, value in table.items()})
+
+
+def _value(entry: Field[Any], value: object, where: str) -> Any:
+    about = entry.metadata
+    if entry.default is MISSING:  # every key has a default
+        raise AssertionError(entry.name)
+    if about["one_of"] is not None:
+        if value not in about["one_of"]:
+            raise ConfigError(f"{where} = {value!r} must be one of {', '.join(about['one_of'])}")
+        return value
+    return _number(type(entry.default), value, about["low"], about["high"], where)
+
+
+def _number(kind: type, value: object, low: float | None, high: float | None, where: str) -> Any:
+    wanted = int | float if kind is float else kind
+    if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(f"{where} = {value!r} must be {'a number' if kind is float else kind.__name__}")
+    if isinstance(value, int | float) and not (
+        math.isfinite(value) and (low is None or value >= low) and (high is None or value <= high)
+    ):
+        raise ConfigError(f"{where} = {value!r} must be {_interval(low, high)}")
+    return kind(value)
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    if high is None:
+        return f"at least {low:g}"
+    return f"from {low:g} to {high:g}"
+
+
+def _plan(table: object, where: str) -> dict[str, Any]:
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{where} must be a table")
+    plan: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in PLAN:
+            plan[key] = _plain(value, f"{where}.{key}")
+            continue
+        kind, low, high = PLAN[key]
+        if key == "codec":
+            if value not in CODECS:
+                raise ConfigError(f"{where}.codec = {value!r} must be one of {', '.join(CODECS)}")
+            plan[key] = value
+        else:
+            checked = _number(kind, value, low, high, f"{where}.{key}")
+            plan[key] = value if kind is float else checked  # 1 stays 1 on the wire
+    return plan
+
+
+def _plain(value: object, where: str) -> object:
+    """A value of an unknown plan key: whatever msgpack carries unchanged."""
+    if isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(value, list) and len(value) <= 100 and all(isinstance(item, str | int | float) for item in value):
+        return value
+    raise ConfigError(f"{where} = {value!r}: use a string, a number, true, false or a flat list")
+
+
+def with_overrides(table: dict[str, Any], overrides: Mapping[str, object]) -> dict[str, Any]:
+    """The table with dotted keys such as ``merge.buffer_size`` set."""
+    for dotted, value in overrides.items():
+        section, dot, key = dotted.partition(".")
+        if not dot or not key or "." in key:
+            raise ConfigError(f"--set {dotted}: write SECTION.KEY=VALUE, for example merge.buffer_size=1")
+        table.setdefault(section, {})[key] = value
+    return table
+
+
+def toml_value(text: str) -> object:
+    """A ``--set`` value: TOML where it is TOML, else the string itself."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def dumps(settings: Settings) -> str:
+    """The file's text: every key, its value, and what it means."""
+    lines = [
+        "# A Ternbus aggregator. Changes are in force after a restart; what is wrong is refused by name at start.",
+        f"federation = {json.dumps(settings.federation)}",
+        f"broker = {json.dumps(settings.broker)}",
+    ]
+    for name, kind in SECTIONS.items():
+        lines += ["", f"[{name}]"]
+        section = getattr(settings, name)
+        for entry in fields(kind):
+            lines.append(f"{entry.name} = {_dump(getattr(section, entry.name))}  # {entry.metadata['doc']}")
+    lines += ["", "[plan]", PLAN_DOC.rstrip()]
+    lines += [f"{json.dumps(key)} = {_dump(value)}" for key, value in settings.plan.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _dump(value: object) -> str:
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value)

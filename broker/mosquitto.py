@@ -1,0 +1,92 @@
+"""mosquitto: where it is, and the configuration and access list with which it serves a federation."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+
+SYSTEM_FOLDERS = "/usr/sbin:/usr/local/sbin"  # where distributions put it; not on an ordinary user's PATH
+
+
+def find() -> Path | None:
+    """The executable, if this machine has one."""
+    found = shutil.which("mosquitto") or shutil.which("mosquitto", path=SYSTEM_FOLDERS)
+    return Path(found) if found else None
+
+
+def version(executable: Path) -> str:
+    """What the executable says that it is, such as ``2.0.11``."""
+    # Its exit code is 3 even when it only prints its help.
+    about = subprocess.run([executable, "-h"], capture_output=True, text=True, check=False, timeout=10).stdout
+    found = re.search(r"version (\S+)", about)
+    return found[1] if found else "of unknown version"
+
+
+def access_list(federations: Sequence[str] = ()) -> str:
+    """Who may read and write what (protocol, Topics): MQTT user names are device names, the aggregator's is its own.
+
+    Names mean something only where the broker makes clients prove them. Without ``federations`` it does not, and
+    everybody may do everything below ``ternbus/1``.
+    """
+    if not federations:
+        return (
+            "# As `ternbus broker up` generates it. Without certificates nobody proves a name, so there is nobody to\n"
+            "# confine: what protects a federation here is that the broker listens on this machine only, and that\n"
+            "# every message is signed.\n"
+            "pattern readwrite ternbus/1/#\n"
+        )
+    several = len(federations) > 1
+    lines = ["# A device writes what is its own and reads what is for it and for all."]
+    for name in federations:
+        root = f"ternbus/1/{name}"
+        lines += [f"pattern write {root}/up/%u/#", f"pattern read {root}/down/%u/#", f"pattern read {root}/all/#"]
+    lines += ["", f"# The aggregator{'s' if several else ''} of {', '.join(federations)}."]
+    for name in federations:
+        root = f"ternbus/1/{name}"
+        lines += [
+            f"user aggregator-{name}",
+            f"topic readwrite {root}/all/#",
+            f"topic write {root}/down/#",
+            f"topic read {root}/up/#",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def configuration(*, host: str, port: int, data: PurePath, access: PurePath, user: str | None = None) -> str:
+    """The configuration of a broker without TLS. ``user`` is whom mosquitto becomes when root starts it."""
+    become = (
+        f"\n# Started by root; what is not changed keeps its tie to `ternbus broker up`.\nuser {user}\n" if user else ""
+    )
+    return f"""\
+# As `ternbus broker up` generates it.
+
+listener {port} {host}
+allow_anonymous true
+acl_file {access}
+{become}
+# Whoever sends more than this in one packet is disconnected. MQTT 5 tells it the limit beforehand.
+max_packet_size 1100000
+
+# What waits for a client that reads slowly or is away. What exceeds it is dropped without a word.
+max_inflight_messages 32
+max_inflight_bytes 8388608
+max_queued_messages 4000
+max_queued_bytes 268435456
+max_keepalive 120
+persistent_client_expiration 14d
+
+# Sessions, queues and retained messages survive an orderly restart. A crash loses at most five minutes of them,
+# which the protocol makes good; saving each change rewrites the whole file every time.
+persistence true
+persistence_location {data}/
+autosave_interval 300
+
+set_tcp_nodelay true
+connection_messages false
+log_dest stderr
+log_type error
+log_type warning
+log_type notice
+log_timestamp_format %Y-%m-%dT%H:%M:%S
+"""

@@ -1,0 +1,50 @@
+"""How much may be under way to a broker and unanswered at a time, learned from how fast its answers come.
+
+paho queues its ping behind what it has to send and takes the broker for dead when no answer comes within a keepalive.
+So on a slow uplink little may be under way; on a fast one much must be, or the line stands idle.
+"""
+
+from dataclasses import dataclass, field
+from typing import Final
+
+BYTES_TO_BEGIN: Final = 256 << 10
+BYTES_MAX: Final = 4 << 20
+MESSAGES_MAX: Final = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sent:
+    ticket: int
+    size_bytes: int
+    at: float
+
+
+@dataclass(slots=True, kw_only=True)
+class Window:
+    """Publications that wait for their PUBACK. An answer later than ``patience_s`` narrows the window."""
+
+    patience_s: float
+    messages_max: int = MESSAGES_MAX
+    bytes_max: int = BYTES_TO_BEGIN
+    size_bytes: int = 0
+    _under_way: dict[int, _Sent] = field(default_factory=dict)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether one more may be sent: always if none is under way."""
+        return not self._under_way or (len(self._under_way) < self.messages_max and self.size_bytes < self.bytes_max)
+
+    def sent(self, mid: int, *, ticket: int, size_bytes: int, now: float) -> None:
+        """Enter what has been sent under the packet identifier ``mid``."""
+        self._under_way[mid] = _Sent(ticket=ticket, size_bytes=size_bytes, at=now)
+        self.size_bytes += size_bytes
+
+    def answered(self, mid: int, *, now: float) -> int:
+        """Take out what has been answered, learn from the time it took, and return its ticket."""
+        sent = self._under_way.pop(mid)
+        self.size_bytes -= sent.size_bytes
+        if now - sent.at > self.patience_s:
+            self.bytes_max = max(1, self.bytes_max - sent.size_bytes)
+        elif now - sent.at < self.patience_s / 2:
+            self.bytes_max = min(BYTES_MAX, self.bytes_max + sent.size_bytes)
+        return sent.ticket
