@@ -11,13 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
-from aggregator import home, requests
+from aggregator import home, requests, together
 from aggregator import status as statuses
 from aggregator.service import Service
 from aggregator.settings import toml_value
 from broker.errors import ConfigError
-from broker.identity import write_secret
-from broker.invitation import Invitation
+from broker.running import Engine, is_loopback
 from broker.schema import load_safetensors, save_safetensors
 
 app = typer.Typer(no_args_is_help=True, help="The server: accept updates, merge them, publish the model.")
@@ -70,13 +69,46 @@ def _override(text: str) -> tuple[str, object]:
 @app.command()
 def run(directory: Dir) -> None:
     """Serve until Ctrl-C or SIGTERM, which finish what is accepted first. Waits for a broker that is not there yet."""
+    home.load_settings(directory)
+    _serve(directory)
+
+
+def _serve(directory: Path) -> None:
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     service = Service(directory, _software(), _say)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: service.stop())
-    home.load_settings(directory)
     service.run()
     _say("stopped")
+
+
+@app.command()
+def up(
+    directory: Dir,
+    *,
+    model: Annotated[Path | None, typer.Option(help="The initial model, at the first start.")] = None,
+    devices: Annotated[
+        list[str] | None, typer.Option("--invite", metavar="DEVICE", help="Invite a device; repeatable.")
+    ] = None,
+    federation: Annotated[str, typer.Option(help="Its name, at the first start.")] = "home",
+    host: Annotated[str, typer.Option(help="This machine's address, as devices reach it.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The broker's; 0: any free one.")] = 1883,
+    engine: Annotated[Engine, typer.Option(help="auto: mosquitto if there is one, else nats-server.")] = Engine.AUTO,
+) -> None:
+    """Run broker and aggregator together, made on the first start: the short way to a first federation.
+
+    Example: ternbus aggregator up home --model model.safetensors --host 192.168.1.10 --invite pi-1 --invite pi-2
+    """
+    first = together.First(model=model, federation=federation, host=host, port=port)
+    with together.start_broker(directory, engine, first) as broker:
+        if not is_loopback(broker.endpoint.host):
+            _say(
+                f"{broker.url} is open to the network, without TLS: anybody there can read and disturb, though not forge"
+            )
+        _say(f"{broker.software} ready on {broker.url}")
+        for path in together.prepare(directory, first, broker.url, devices or ()):
+            _say(f"invitation, to be copied to the device: {path}")
+        _serve(directory)
 
 
 def _say(text: str) -> None:
@@ -95,16 +127,10 @@ def invite(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     for invitation in home.invite(directory, *devices):
-        _hand_out(invitation, out)
-
-
-def _hand_out(invitation: Invitation, out: Path | None) -> None:
-    if out is None:
-        typer.echo(invitation.dumps(), nl=False)
-        return
-    path = out / f"{invitation.device}.toml"
-    write_secret(path, invitation.dumps().encode())
-    typer.echo(str(path))
+        if out is None:
+            typer.echo(invitation.dumps(), nl=False)
+        else:
+            typer.echo(str(together.write_invitation(out, invitation)))
 
 
 @app.command()

@@ -7,17 +7,16 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
+from broker.endpoint import Endpoint
 from broker.errors import ConfigError
 from broker.identity import check_device, check_federation
 
-BROKER_URL: Final = re.compile(r"mqtts?://[^\s/@:]+(:\d{1,5})?/?\Z|mqtts?://\[[0-9a-fA-F:]+\](:\d{1,5})?/?\Z")
 CODE_BYTES_MAX: Final = 64  # BLAKE2b's longest key
 
 
 def check_broker_url(url: str) -> str:
     """Return ``url`` or raise ConfigError."""
-    if not BROKER_URL.match(url):
-        raise ConfigError(f"{url!r} is not a broker's address: write mqtt://HOST:PORT or mqtts://HOST:PORT")
+    Endpoint.parse(url)
     return url
 
 

@@ -1,0 +1,69 @@
+"""Broker and aggregator of a first federation, made and run by one command."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from aggregator import home
+from aggregator.ledger import Ledger
+from broker import running
+from broker.endpoint import Endpoint
+from broker.errors import ConfigError
+from broker.identity import write_secret
+from broker.invitation import Invitation
+from broker.schema import load_safetensors
+
+BROKER: Final = "broker"
+INVITATIONS: Final = "invitations"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class First:
+    """What a directory that holds no aggregator yet is made from."""
+
+    model: Path | None
+    federation: str
+    host: str
+    port: int
+
+
+def start_broker(directory: Path, engine: running.Engine, first: First) -> running.RunningBroker:
+    """The broker that this directory's federation has, or the one that its first start chooses."""
+    software = running.choose(engine)
+    host, port = first.host, first.port
+    if (directory / home.LEDGER).exists():
+        endpoint = Endpoint.parse(home.load_settings(directory).broker)
+        host, port = endpoint.host, endpoint.port
+    elif first.model is None:
+        raise ConfigError(f"{directory} holds no aggregator yet: add --model FILE.safetensors to make one")
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return running.start(software, host=host, port=port, directory=directory / BROKER)
+
+
+def prepare(directory: Path, first: First, broker_url: str, devices: Sequence[str]) -> list[Path]:
+    """Make the aggregator if there is none; invite those of ``devices`` that are not known. Returns new files."""
+    if not (directory / home.LEDGER).exists():
+        assert first.model is not None  # noqa: S101 - start_broker has looked
+        tensors = load_safetensors(first.model)
+        home.create(directory, federation=first.federation, broker=broker_url, model=tensors)
+    new = [device for device in devices if device not in _known(directory)]
+    folder = directory / INVITATIONS
+    folder.mkdir(exist_ok=True, mode=0o700)
+    return [write_invitation(folder, invitation) for invitation in home.invite(directory, *new)]
+
+
+def write_invitation(folder: Path, invitation: Invitation) -> Path:
+    """FOLDER/DEVICE.toml, for its owner's eyes only."""
+    path = folder / f"{invitation.device}.toml"
+    write_secret(path, invitation.dumps().encode())
+    return path
+
+
+def _known(directory: Path) -> set[str]:
+    ledger = Ledger(directory / home.LEDGER, read_only=True)
+    try:
+        rows = ledger.db.execute("SELECT name FROM devices UNION SELECT device FROM invitations")
+        return {name for (name,) in rows}
+    finally:
+        ledger.close()

@@ -1,0 +1,1 @@
+"""Figures, each printed by a command that the reader can run: ``python -m benchmarks.NAME [--json]``."""
