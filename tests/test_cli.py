@@ -1,0 +1,179 @@
+"""The `ternbus` command as a process: what it imports, what it prints, how it exits."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ternbus
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Stands in for lab/cli.py, each command one way in which a real one may end.
+FAKE_LAB = """
+import sys
+import typer
+from broker.errors import ConfigError, LinkError
+
+app = typer.Typer()
+
+@app.command()
+def modules() -> None:
+    print(*sys.modules)
+
+@app.command()
+def misconfigured() -> None:
+    raise ConfigError("no aggregator.toml in DIR; run `ternbus aggregator init DIR` first")
+
+@app.command()
+def unreachable() -> None:
+    raise LinkError("127.0.0.1:1 refuses the connection")
+
+@app.command()
+def buggy() -> None:
+    secret_seed = "4f2c"
+    raise ZeroDivisionError
+
+@app.command()
+def wait() -> None:
+    print("waiting", flush=True)
+    sys.stdin.read()
+
+@app.command()
+def chatty() -> None:
+    for line in range(100_000):
+        print(line)
+"""
+
+
+@pytest.fixture
+def fake_lab(tmp_path: Path) -> Path:
+    """A folder that has a package `lab` of its own, found first by a Python that starts there."""
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "lab" / "__init__.py").touch()
+    (tmp_path / "lab" / "cli.py").write_text(FAKE_LAB)
+    return tmp_path
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "ternbus", *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+
+
+def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def loaded_by(*arguments: str) -> tuple[list[str], set[str]]:
+    """The lines that a command prints, and the modules that are loaded when it has finished."""
+    code = f"import sys, ternbus\ntry: ternbus.main({arguments!r})\nfinally: print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    *lines, modules = done.stdout.splitlines()
+    return lines, set(modules.split())
+
+
+def test_help_names_every_command_and_imports_none() -> None:
+    lines, modules = loaded_by("--help")
+    for name, entry in ternbus.COMMANDS.items():
+        assert any(f" {name} " in line and entry.help in line for line in lines)
+        assert entry.module not in modules
+
+
+def test_version_is_printed() -> None:
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, f"ternbus {ternbus.__version__}\n")
+
+
+@pytest.mark.parametrize("name", ternbus.COMMANDS)
+def test_each_command_has_help(name: str) -> None:
+    done = run(name, "--help")
+    assert done.returncode == 0, done.stderr
+    assert f"Usage: ternbus {name} " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "absent"),
+    [
+        ("broker", {"aggregator", "edge_client", "lab", "torch", "matplotlib"}),
+        ("aggregator", {"edge_client", "lab", "torch", "matplotlib"}),
+        ("edge", {"aggregator", "lab", "torch", "matplotlib"}),
+        ("lab", {"torch"}),
+    ],
+)
+def test_a_command_imports_only_its_own_side_of_the_house(name: str, absent: set[str]) -> None:
+    _, modules = loaded_by(name, "--help")
+    assert ternbus.COMMANDS[name].module in modules
+    assert not modules & absent
+
+
+def test_an_unknown_command_is_a_usage_error_that_suggests_the_nearest() -> None:
+    done = run("agregator")
+    assert done.returncode == 2
+    assert "Did you mean 'aggregator'?" in done.stderr
+
+
+def test_a_configuration_error_is_one_line_and_exit_code_2(fake_lab: Path) -> None:
+    done = run("lab", "misconfigured", cwd=fake_lab)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "ternbus: no aggregator.toml in DIR; run `ternbus aggregator init DIR` first\n"
+
+
+def test_an_unreachable_broker_is_one_line_and_exit_code_1(fake_lab: Path) -> None:
+    done = run("lab", "unreachable", cwd=fake_lab)
+    assert (done.returncode, done.stderr) == (1, "ternbus: 127.0.0.1:1 refuses the connection\n")
+
+
+def test_a_bug_ends_in_a_plain_traceback_without_the_values_of_variables(fake_lab: Path) -> None:
+    done = run("lab", "buggy", cwd=fake_lab)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback (most recent call last)")
+    assert done.stderr.endswith("ZeroDivisionError\n")
+    assert "secret_seed = '4f2c'" not in done.stderr
+
+
+def test_ctrl_c_exits_130_and_prints_nothing(fake_lab: Path) -> None:
+    with subprocess.Popen(
+        command("lab", "wait"),
+        cwd=fake_lab,
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "waiting\n"
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=30)
+    assert (child.returncode, out, err) == (130, "", "")
+
+
+@pytest.mark.parametrize("name", ["chatty", "modules"])  # more than the pipe holds, and less than the buffer
+def test_a_reader_that_has_gone_is_no_traceback(fake_lab: Path, name: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            command("lab", name),
+            cwd=fake_lab,
+            env=environment(),
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")

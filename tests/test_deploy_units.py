@@ -1,0 +1,50 @@
+"""The systemd units of deploy/: valid to systemd, and in agreement with the command that they start."""
+
+import configparser
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import ternbus
+
+UNITS = sorted((Path(__file__).resolve().parent.parent / "deploy" / "systemd").glob("*.service"))
+
+
+def service(unit: Path) -> configparser.SectionProxy:
+    parser = configparser.ConfigParser(strict=False, interpolation=None, delimiters=("=",))
+    parser.optionxform = str  # type: ignore[assignment,method-assign]  # keys are case-sensitive, as systemd reads them
+    parser.read(unit)
+    return parser["Service"]
+
+
+def test_there_is_a_unit_for_the_aggregator_and_one_for_a_device() -> None:
+    assert [unit.name for unit in UNITS] == ["ternbus-aggregator.service", "ternbus-edge.service"]
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+def test_it_starts_a_command_that_exists_in_the_folder_that_systemd_makes(unit: Path) -> None:
+    settings = service(unit)
+    program, command, action, folder = settings["ExecStart"].split()
+    assert (program, action) == ("/opt/ternbus/bin/ternbus", "run")
+    assert command in ternbus.COMMANDS
+    assert folder == f"/var/lib/{settings['StateDirectory']}"
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+def test_a_crash_is_restarted_and_a_configuration_error_is_not(unit: Path) -> None:
+    settings = service(unit)
+    assert settings["Restart"] == "on-failure"
+    assert settings["RestartPreventExitStatus"] == str(ternbus.EXIT_CONFIG)
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not installed")
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+def test_systemd_accepts_it(unit: Path, tmp_path: Path) -> None:
+    copy = tmp_path / unit.name  # with a program that exists on this machine, or systemd complains of that
+    copy.write_text(unit.read_text().replace("/opt/ternbus/bin/ternbus", "/bin/true"))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(copy)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, [line for line in done.stderr.splitlines() if unit.name in line]) == (0, [])
