@@ -1,0 +1,1 @@
+"""The device: follows the model, trains on its own data, compresses, and keeps what has no answer yet."""

@@ -1,0 +1,131 @@
+"""A device's process put together: folder, task, store, core and service, and how it ends."""
+
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+
+from broker import topics
+from broker.errors import ConfigError
+from broker.identity import Identity, seal
+from broker.link import Link, LinkEvent
+from broker.messages import Status
+from edge_client.actions import Stop
+from edge_client.core import EXIT_CONFIG, EXIT_DONE, Core
+from edge_client.home import Home, Settings
+from edge_client.member import Member, Role, subscriptions
+from edge_client.outbox import Outbox
+from edge_client.service import Report, Service
+from edge_client.trainer import Task, Trainer, load_task
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How long to stay, and how slow to pretend to be."""
+
+    versions: int | None = None
+    timeout_s: float | None = None
+    min_seconds: float = 0.0
+
+
+def software() -> str:
+    try:
+        return f"ternbus {version('ternbus')}"
+    except PackageNotFoundError:
+        return "ternbus"
+
+
+def join(home: Home, settings: Settings, task: Task, options: Options, report: Report) -> Stop:
+    """Enrol, and see that the task's model fits; then the invitation's code is forgotten."""
+    with home.held():
+        stop, _ = _serve(home, settings, task=task, role="join", trainer=None, options=options, report=report)
+        if stop.code == EXIT_DONE:
+            home.write(replace(settings, code=""))
+    return stop
+
+
+def serve(home: Home, role: Role, options: Options, report: Report) -> tuple[Stop, bool]:
+    """Train or evaluate until it is time to stop; why, and whether the training thread has ended.
+
+    Raises what the task's code raises, and ConfigError.
+    """
+    settings = home.joined()
+    task = load_task(settings.task)
+    with home.held():
+        if role == "evaluate":
+            trainer = task.evaluator(data=settings.data_folder)
+        else:
+            trainer = task.trainer(data=settings.data_folder, partition=settings.partition)
+        return _serve(home, settings, task=task, role=role, trainer=trainer, options=options, report=report)
+
+
+def say_goodbye(home: Home, settings: Settings) -> None:
+    """Clear the retained status, and leave a session to which nothing is delivered. LinkError without a broker."""
+    status = topics.up(settings.federation, settings.device, Status.KIND)
+    link = make_link(home, settings)(lambda _: None)
+    link.connect(status, b"")
+    link.unsubscribe(subscriptions(settings.federation, settings.device))
+    link.publish(status, b"", retain=True)
+    link.disconnect()
+
+
+def make_link(home: Home, settings: Settings) -> Callable[[Callable[[LinkEvent], None]], Link]:
+    def connect_to(deliver: Callable[[LinkEvent], None]) -> Link:
+        return Link(
+            settings.broker,
+            client_id=settings.device,
+            username=settings.device,
+            deliver=deliver,
+            tls=home.tls(),
+        )
+
+    return connect_to
+
+
+def _serve(
+    home: Home,
+    settings: Settings,
+    *,
+    task: Task,
+    role: Role,
+    trainer: Trainer | None,
+    options: Options,
+    report: Report,
+) -> tuple[Stop, bool]:
+    """How it ended, and whether its training thread has ended too."""
+    identity = home.identity()
+    with Outbox(home.folder, identity.key_id) as outbox:
+        core = Core(_member(settings, identity, task, role, options), outbox.kept)
+        service = Service(
+            core,
+            outbox=outbox,
+            make_link=make_link(home, settings),
+            report=report,
+            trainer=trainer,
+            min_seconds=options.min_seconds,
+        )
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda received, _: service.request_stop(signal.Signals(received).name))
+        stop = service.run()
+        ended = service.leave_training()
+    if stop.code == EXIT_CONFIG:
+        raise ConfigError(stop.reason)
+    return stop, ended
+
+
+def _member(settings: Settings, identity: Identity, task: Task, role: Role, options: Options) -> Member:
+    aggregator_public = bytes.fromhex(settings.aggregator_key)
+    return Member(
+        federation=settings.federation,
+        device=settings.device,
+        identity=identity,
+        aggregator_public=aggregator_public,
+        seal=lambda plain: seal(aggregator_public, plain),
+        role=role,
+        code=settings.code,
+        tensors={name: tuple(tensor.shape) for name, tensor in task.initial(0).items()},
+        default_plan=dict(task.default_plan),
+        software=software(),
+        versions=options.versions,
+        timeout_s=options.timeout_s,
+    )

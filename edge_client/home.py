@@ -1,0 +1,162 @@
+"""A device's folder: its key, edge.toml, and who holds it; made by `join`, emptied by `leave`."""
+
+import fcntl
+import json
+import os
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final, Self
+
+from broker.errors import ConfigError
+from broker.identity import Identity, check_device, check_federation, read_secret, write_secret
+from broker.invitation import Invitation, check_broker_url
+from broker.link import Tls
+from edge_client.outbox import FILE as OUTBOX
+
+KEY: Final = "device.key"
+TOML: Final = "edge.toml"
+LOCK: Final = "lock"
+CA, CERTIFICATE, TLS_KEY = "ca.pem", "certificate.pem", "certificate.key"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """edge.toml: where the federation is, and what this device trains."""
+
+    federation: str
+    device: str
+    broker: str
+    aggregator_key: str  # 64 hex digits
+    task: str
+    data: str = ""  # a folder; empty where the task brings its own data
+    partition: str = "all"
+    code: str = field(default="", repr=False)  # the invitation's, until the device has joined
+
+    def __post_init__(self) -> None:
+        check_federation(self.federation)
+        check_device(self.device)
+        check_broker_url(self.broker)
+
+    @property
+    def data_folder(self) -> Path | None:
+        return Path(self.data) if self.data else None
+
+    @classmethod
+    def loads(cls, text: str, source: str) -> Self:
+        try:
+            table: dict[str, Any] = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{source} is not TOML: {error}") from error
+        known = {entry.name for entry in fields(cls)}
+        wrong = [name for name, value in table.items() if name not in known or not isinstance(value, str)]
+        if wrong:
+            raise ConfigError(f"{source} has {wrong[0]!r}, which is no setting of a device, or no string")
+        missing = {"federation", "device", "broker", "aggregator_key", "task"} - set(table)
+        if missing:
+            raise ConfigError(f"{source} lacks {min(missing)!r}; run `ternbus edge join` again")
+        settings = cls(**table)
+        try:
+            long_enough = len(bytes.fromhex(settings.aggregator_key)) == 32
+        except ValueError:
+            long_enough = False
+        if not long_enough:
+            raise ConfigError(f"{source}: aggregator_key is not 64 hex digits; copy it from the invitation")
+        return settings
+
+    def dumps(self) -> str:
+        lines = ["# A Ternbus device. What it keeps is in outbox.db, its key in device.key."]
+        lines += [f"{name} = {json.dumps(value)}" for name, value in asdict(self).items() if value]
+        return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """The folder of one device."""
+
+    folder: Path
+
+    def settings(self) -> Settings:
+        """ConfigError where the folder is not a device's."""
+        path = self.folder / TOML
+        if not path.exists():
+            raise ConfigError(
+                f"{self.folder} has not joined a federation: run `ternbus edge join INVITATION {self.folder}`"
+            )
+        return Settings.loads(read_secret(path).decode("utf-8", "replace"), str(path))
+
+    def joined(self) -> Settings:
+        """The settings of a device whose `join` came to its end."""
+        settings = self.settings()
+        if settings.code:
+            raise ConfigError(f"{self.folder} has not finished joining; run `ternbus edge join` again")
+        return settings
+
+    def identity(self) -> Identity:
+        return Identity.load(self.folder / KEY)
+
+    def tls(self) -> Tls | None:
+        ca, certificate, key = (self._present(name) for name in (CA, CERTIFICATE, TLS_KEY))
+        return Tls(ca=ca, certificate=certificate, key=key) if ca or certificate else None
+
+    def prepare(self, invitation: Invitation, *, task: str, data: Path | None, partition: str) -> Settings:
+        """Write what `join` needs; what an interrupted one left is used again, its key above all."""
+        if (self.folder / TOML).exists() and not self.settings().code:
+            raise ConfigError(
+                f"{self.folder} has joined already; choose another folder, or `ternbus edge leave` it first"
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise ConfigError(f"cannot make {self.folder}: {error.strerror}") from error
+        settings = Settings(
+            federation=invitation.federation,
+            device=invitation.device,
+            broker=invitation.broker,
+            aggregator_key=invitation.aggregator_key,
+            task=task,
+            data=str(data.resolve()) if data is not None else "",
+            partition=partition,
+            code=invitation.code,
+        )
+        if not (self.folder / KEY).exists():
+            Identity.generate().save(self.folder / KEY)
+        for name, pem in ((CA, invitation.ca), (CERTIFICATE, invitation.certificate), (TLS_KEY, invitation.key)):
+            if pem is not None:
+                write_secret(self.folder / name, pem.encode())
+        self.write(settings)
+        return settings
+
+    def write(self, settings: Settings) -> None:
+        write_secret(self.folder / TOML, settings.dumps().encode())
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """One process at a time: two would use each other's sequence numbers."""
+        try:
+            descriptor = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise ConfigError(f"cannot use {self.folder}: {error.strerror}") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            raise ConfigError(f"another `ternbus edge` runs in {self.folder}; stop it first") from error
+        try:
+            yield
+        finally:
+            os.close(descriptor)
+
+    def erase(self) -> None:
+        """Remove key, settings and store, and the folder if nothing else is in it."""
+        names = [KEY, TOML, CA, CERTIFICATE, TLS_KEY, OUTBOX, f"{OUTBOX}-wal", f"{OUTBOX}-shm", LOCK]
+        for name in names:
+            (self.folder / name).unlink(missing_ok=True)
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def _present(self, name: str) -> Path | None:
+        path = self.folder / name
+        return path if path.exists() else None

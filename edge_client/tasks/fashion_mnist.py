@@ -1,0 +1,46 @@
+"""Fashion-MNIST in torchvision's layout (FashionMNIST/raw/*-ubyte in --data DIR) with a small convolutional network."""
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from broker.errors import ConfigError
+from edge_client import torchvision_ops  # noqa: F401  # first: see there
+from edge_client.torch_trainer import Split, TorchTask
+
+from torchvision.datasets import FashionMNIST  # isort: skip
+
+
+def model() -> nn.Module:
+    """Two convolutions and two fully connected layers; takes [samples, 1, 28, 28] in 0…1."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 5, stride=2, padding=2),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * 7 * 7, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
+
+
+def data(folder: Path | None, split: Split) -> tuple[Tensor, Tensor]:
+    """Raises `ConfigError`, which says where the files are looked for."""
+    if folder is None:
+        raise ConfigError("fashion-mnist needs --data DIR, with the four *-ubyte files in DIR/FashionMNIST/raw")
+    try:
+        images = FashionMNIST(str(folder), train=split == "train", download=False)
+    except RuntimeError as error:
+        raw = folder / "FashionMNIST" / "raw"
+        raise ConfigError(f"no Fashion-MNIST: its four *-ubyte files are looked for in {raw}") from error
+    return images.data.unsqueeze(1), images.targets
+
+
+TASK = TorchTask(
+    name="fashion-mnist",
+    model=model,
+    data=data,
+    default_plan={"local_epochs": 1, "batch_size": 32, "learning_rate": 0.03, "momentum": 0.9},
+)

@@ -1,0 +1,166 @@
+"""An aggregator for the tests of the device, made from broker's primitives alone: it signs whatever a test needs."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from broker import topics
+from broker.frame import Frame, build, parse
+from broker.identity import AGGREGATOR, Identity
+from broker.messages import Delta, Grant, Head, Receipt, Snapshot, SnapshotRef, Status
+from broker.parts import cut
+from broker.schema import Schema, Vector, vector_digest
+from broker.ternary import RAW, ZSTD, Block, encode, nearest_block
+
+SHAPES = {"w": (50, 20), "b": (7,)}
+FEDERATION = "fed"
+Message = tuple[str, bytes]  # topic, payload
+
+
+@dataclass
+class ScriptedAggregator:
+    """Holds every version; what it returns is (topic, payload), for a test to deliver, lose or bend."""
+
+    slots: int = 4
+    codec: str = "float32"
+    frame_bytes: int = 2000  # a delta or snapshot of SHAPES takes three frames
+    direct_parts: int = 8
+    max_staleness: int = 2
+    state: str = "open"
+    plan: dict[str, Any] = field(default_factory=dict)
+    identity: Identity = field(default_factory=Identity.generate)
+    schema: Schema = field(default_factory=lambda: Schema.of(SHAPES))
+    seq: int = 0
+    snapshot_version: int = 0
+    place: int = 0
+
+    def __post_init__(self) -> None:
+        vector = np.arange(self.schema.elements, dtype=np.float32)
+        self.vectors: list[Vector] = [vector]
+        self.blocks: list[Block | None] = [None]
+        self.delta_frames: dict[int, list[Message]] = {}
+        self.snapshot_frames: dict[int, list[Message]] = {}
+
+    @property
+    def version(self) -> int:
+        return len(self.vectors) - 1
+
+    def number(self) -> int:
+        self.seq += 1
+        return self.seq
+
+    def advance(self, change: Vector | None = None) -> None:
+        """Make the next version."""
+        if change is None:
+            rng = np.random.default_rng(self.version)
+            change = rng.integers(-3, 4, self.schema.elements).astype(np.float32)
+        ternary = self.codec == "ternary"
+        block = nearest_block(self.schema, change) if ternary else Block.of_float32(self.schema, change)
+        self.vectors.append(block.apply(self.vectors[-1]))
+        self.blocks.append(block)
+
+    def head(self, **changes: Any) -> Message:
+        parts = len(self.snapshot())
+        named = SnapshotRef(
+            version=self.snapshot_version,
+            parts=parts,
+            content_bytes=len(self.schema.encoded) + 4 * self.schema.elements,
+            place=self.place,
+        )
+        fields: dict[str, Any] = {
+            "version": self.version,
+            "digest": vector_digest(self.vectors[self.version]),
+            "schema": self.schema.digest,
+            "snapshot": named,
+            "slots": self.slots,
+            "max_staleness": self.max_staleness,
+            "direct_parts": self.direct_parts,
+            "state": self.state,
+            "plan": self.plan,
+        }
+        seq = changes.pop("seq", None) or self.number()
+        head = Head(**{**fields, **changes})
+        return topics.head(FEDERATION), self.frame(Head.KIND, head.meta(), seq=seq)
+
+    def delta(self, version: int) -> list[Message]:
+        """All parts; the same frames each time, as they are retained."""
+        if version not in self.delta_frames:
+            block = self.blocks[version]
+            assert block is not None
+            about = Delta(version=version, digest=vector_digest(self.vectors[version]), codec=block.codec, encoding=RAW)
+            frames = self.cut(Delta.KIND, about.meta(), encode(block.content, RAW))
+            slot = version % self.slots
+            self.delta_frames[version] = [
+                (topics.delta(FEDERATION, slot, part), frame) for part, frame in enumerate(frames)
+            ]
+        return self.delta_frames[version]
+
+    def snapshot(self, version: int | None = None, place: int | None = None) -> list[Message]:
+        version = self.snapshot_version if version is None else version
+        place = self.place if place is None else place
+        if version not in self.snapshot_frames:
+            vector = self.vectors[version]
+            content = self.schema.encoded + vector.tobytes()
+            about = Snapshot(
+                version=version,
+                digest=vector_digest(vector),
+                schema_bytes=len(self.schema.encoded),
+                content_bytes=len(content),
+                encoding=RAW,
+            )
+            frames = self.cut(Snapshot.KIND, about.meta(), encode(content, RAW))
+            self.snapshot_frames[version] = [
+                (topics.snapshot(FEDERATION, place, part), frame) for part, frame in enumerate(frames)
+            ]
+        return self.snapshot_frames[version]
+
+    def new_snapshot(self) -> list[Message]:
+        """A snapshot of the newest version in the other place, to be named by the next head."""
+        self.snapshot_version, self.place = self.version, 1 - self.place
+        return self.snapshot()
+
+    def status(self, state: str = "online", session: int = 1) -> Message:
+        meta = Status(state=state, session=session, software="scripted").meta()
+        return topics.status(FEDERATION), self.frame(Status.KIND, meta)
+
+    def receipt(self, device: str, key: bytes, seq: int, outcome: str, **more: Any) -> Message:
+        fields = {"device": device, "device_key": key, "seq": seq, "outcome": outcome, "version": self.version, **more}
+        return topics.down(FEDERATION, device, "receipt"), self.frame(Receipt.KIND, Receipt(**fields).meta())
+
+    def grant(self, device: str, key: bytes, seq: int, parts: Any, deadline_s: float = 30.0) -> Message:
+        grant = Grant(device=device, device_key=key, seq=seq, parts=parts, deadline_s=deadline_s)  # type: ignore[arg-type]
+        return topics.down(FEDERATION, device, "grant"), self.frame(Grant.KIND, grant.meta())
+
+    def frame(self, kind: str, meta: Any, *, seq: int | None = None, identity: Identity | None = None) -> bytes:
+        return build(
+            identity or self.identity,
+            federation=FEDERATION,
+            sender=AGGREGATOR,
+            kind=kind,
+            seq=seq or self.number(),
+            meta=meta,
+        )
+
+    def cut(self, kind: str, meta: Any, body: bytes) -> list[bytes]:
+        return cut(
+            self.identity,
+            federation=FEDERATION,
+            sender=AGGREGATOR,
+            kind=kind,
+            seq=self.number(),
+            meta=meta,
+            body=body,
+            frame_bytes=self.frame_bytes,
+        )
+
+
+def as_frames(messages: list[Message]) -> list[tuple[str, Frame]]:
+    return [(topic, parse(payload)) for topic, payload in messages]
+
+
+def decoded(schema: Schema, codec: str, encoding: str, body: bytes) -> Vector:
+    return Block.read(schema, codec, encoding, body).value()
+
+
+__all__ = ["FEDERATION", "SHAPES", "ZSTD", "Message", "ScriptedAggregator", "as_frames", "decoded"]

@@ -1,0 +1,325 @@
+"""A device that crashes between any two actions, on a network that loses, doubles and reorders messages.
+
+Changes are small whole numbers sent as float32, so that every sum is exact: what training gave must at any time be in
+what was accepted, in the outstanding update, or in the residual, and nowhere twice.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from scripted_aggregator import FEDERATION, SHAPES, Message, ScriptedAggregator
+
+from broker.frame import Frame, parse
+from broker.identity import Identity
+from broker.messages import Update
+from broker.parts import Collector, Whole
+from broker.schema import Vector
+from broker.ternary import Block
+from edge_client import events
+from edge_client.actions import Action, Connect, Publish, Save, StartTraining, Stop, Subscribe, Unsubscribe
+from edge_client.core import Core
+from edge_client.kept import Answered, Kept
+from edge_client.member import Member
+
+DEVICE = "pi"
+KEY = Identity(b"d" * 32)
+FRAME_BYTES = 2000
+
+
+@dataclass
+class Answers:
+    """What an aggregator remembers of one key: the rules of the protocol, written down once more, plainly."""
+
+    scripted: ScriptedAggregator
+    highest: int = 0
+    answer: str = ""
+    bases: set[int] = field(default_factory=set)
+    merged: dict[int, Vector] = field(default_factory=dict)  # by seq
+
+    def update(self, whole: Whole, busy: bool) -> Message | None:
+        about = Update.from_meta(whole.meta)
+        if whole.seq < self.highest:
+            return self._receipt(whole.seq, "duplicate", highest_seq=self.highest)
+        if whole.seq == self.highest:
+            return self._receipt(whole.seq, self.answer)
+        if busy:
+            return self._receipt(whole.seq, "busy", retry_after_s=5.0)
+        value = Block.read(self.scripted.schema, about.codec, about.encoding, whole.body).value()
+        if about.base in self.bases:
+            outcome = "duplicate"
+        elif about.base < self.scripted.version - self.scripted.max_staleness:
+            outcome = "stale"
+        else:
+            outcome = "accepted"
+            self.bases.add(about.base)
+            self.merged[whole.seq] = value
+        self.highest, self.answer = whole.seq, outcome
+        return self._receipt(whole.seq, outcome)
+
+    def _receipt(self, seq: int, outcome: str, **more: float) -> Message:
+        return self.scripted.receipt(DEVICE, KEY.key_id, seq, outcome, **more)
+
+
+class CrashingDevice(RuleBasedStateMachine):
+    """Rules are what may happen; each may be followed by any other."""
+
+    @initialize()
+    def begin(self) -> None:
+        self.scripted = ScriptedAggregator(max_staleness=1)
+        self.answers = Answers(self.scripted)
+        self.collector = Collector(4, 2**20)
+        self.retained = dict([*self.scripted.snapshot(), self.scripted.status(), self.scripted.head()])
+        self.member = Member(
+            federation=FEDERATION,
+            device=DEVICE,
+            identity=KEY,
+            aggregator_public=self.scripted.identity.public,
+            seal=bytes,
+            role="train",
+            tensors={name: tuple(shape) for name, shape in SHAPES.items()},
+        )
+        self.now = 0.0
+        self.disk = Kept(key=KEY.key_id, enrolled=True)
+        self.records: list[Answered] = []
+        self.gained = np.zeros(self.scripted.schema.elements, np.float32)  # by trainings whose result was saved
+        self.sent: dict[tuple[int, int], bytes] = {}
+        self.crash_after: int | None = None
+        self.start()
+
+    def start(self) -> None:
+        """The process begins, with nothing but the disk."""
+        self.core = Core(self.member, self.disk)
+        self.connected = False
+        self.wants_connection = False
+        self.job: StartTraining | None = None
+        self.result: events.TrainingFinished | None = None
+        self.change: Vector | None = None
+        self.down: list[Message] = []
+        self.up: list[bytes] = []
+        self.live: set[str] = set()
+        self.handle(events.Started())
+
+    # -- what performs the core's actions, and may stop half-way
+
+    def handle(self, event: events.Event) -> None:
+        for action in self.core.handle(event, self.now):
+            if self.crash_after is not None:
+                if self.crash_after == 0:
+                    self.crash_after = None
+                    self.start()
+                    return
+                self.crash_after -= 1
+            self.perform(action)
+
+    def perform(self, action: Action) -> None:
+        match action:
+            case Save(kept=kept, answered=answered):
+                self.save(kept, answered)
+            case Connect(will_payload=will):
+                self.check_public(parse(will))
+                self.wants_connection = True
+            case Subscribe(filters=filters):
+                self.live.update(filters)
+                self.down += [(topic, self.retained[topic]) for topic in filters if topic in self.retained]
+            case Unsubscribe(filters=filters):
+                self.live.difference_update(filters)
+            case Publish(payload=payload):
+                self.check_public(parse(payload))
+                if self.connected:
+                    self.up.append(payload)
+            case StartTraining():
+                assert self.job is None
+                assert self.disk.outstanding is None
+                assert action.base > self.disk.answered_base
+                assert action.vector.tobytes() == self.scripted.vectors[action.base].tobytes()
+                self.job = action
+            case Stop():
+                raise AssertionError(action.reason)
+            case _:
+                pass
+
+    def save(self, kept: Kept, answered: Answered | None) -> None:
+        assert kept.head_version >= self.disk.head_version
+        assert kept.head_seq >= self.disk.head_seq
+        assert kept.seq_limit >= self.disk.seq_limit
+        before, after = self.disk.outstanding, kept.outstanding
+        if before is None and after is not None:
+            assert self.change is not None
+            self.gained += self.change
+        if before is not None and after is None:
+            assert answered is not None
+            self.records.append(answered)
+        self.disk = kept
+
+    def check_public(self, frame: Frame) -> None:
+        """Nothing public is unsaved, and no number stands for two messages."""
+        assert frame.seq < self.disk.seq_limit
+        if frame.kind == "status":
+            assert frame.meta["session"] <= self.disk.session
+        if frame.kind in {"update", "offer"}:
+            assert self.disk.outstanding is not None
+            assert self.disk.outstanding.seq == frame.seq
+        first = self.sent.setdefault((frame.seq, frame.part), frame.header + frame.body)
+        assert first == frame.header + frame.body
+
+    # -- what may happen
+
+    @rule(after=st.integers(0, 6))
+    def crash_soon(self, after: int) -> None:
+        self.crash_after = after
+
+    @rule()
+    def crash(self) -> None:
+        self.start()
+
+    @precondition(lambda self: self.wants_connection)
+    @rule(succeeds=st.booleans())
+    def connect(self, succeeds: bool) -> None:
+        self.wants_connection = False
+        self.down, self.up = [], []
+        self.connected = succeeds
+        self.live = set()
+        if succeeds:
+            self.handle(events.Connected(frame_bytes=FRAME_BYTES))
+        else:
+            self.handle(events.ConnectFailed(reason="refused"))
+
+    @precondition(lambda self: self.connected)
+    @rule()
+    def disconnect(self) -> None:
+        self.connected = False
+        self.handle(events.Disconnected(reason="gone"))
+
+    @precondition(lambda self: self.connected and self.down)
+    @rule(data=st.data(), fate=st.sampled_from(["once", "once", "once", "lost", "again"]))
+    def deliver(self, data: st.DataObject, fate: str) -> None:
+        chosen = data.draw(st.integers(0, len(self.down) - 1))
+        topic, payload = self.down[chosen] if fate == "again" else self.down.pop(chosen)
+        if fate != "lost":
+            self.handle(events.FrameArrived(topic=topic, frame=parse(payload)))
+
+    @precondition(lambda self: self.up)
+    @rule(data=st.data(), fate=st.sampled_from(["once", "once", "lost", "again"]), busy=st.booleans())
+    def aggregator_receives(self, data: st.DataObject, fate: str, busy: bool) -> None:
+        chosen = data.draw(st.integers(0, len(self.up) - 1))
+        payload = self.up[chosen] if fate == "again" else self.up.pop(chosen)
+        if fate != "lost":
+            self.receive(payload, busy)
+
+    def receive(self, payload: bytes, busy: bool = False) -> None:
+        frame = parse(payload)
+        if self.connected:
+            self.handle(events.Published(seq=frame.seq))
+        whole = self.collector.add(frame) if frame.kind == "update" else None
+        if whole is not None and (receipt := self.answers.update(whole, busy)) is not None:
+            self.down.append(receipt)
+
+    @rule(snapshot=st.booleans())
+    def aggregator_publishes(self, snapshot: bool) -> None:
+        self.scripted.advance()
+        messages = list(self.scripted.delta(self.scripted.version))
+        if snapshot or self.scripted.version - self.scripted.snapshot_version >= 2:
+            messages += self.scripted.new_snapshot()
+        messages.append(self.scripted.head())
+        self.retained.update(messages)
+        if self.connected:
+            self.down += [message for message in messages if "/snapshot/" not in message[0] or message[0] in self.live]
+
+    @rule(session=st.integers(2, 9), online=st.booleans())
+    def aggregator_comes_or_goes(self, session: int, online: bool) -> None:
+        message = self.scripted.status("online" if online else "offline", session)
+        self.retained[message[0]] = message[1]
+        self.down += [message] if self.connected else []
+
+    @precondition(lambda self: self.job is not None)
+    @rule(change=st.integers(-4, 4))
+    def training_ends(self, change: int) -> None:
+        self.finish_training(change)
+
+    def finish_training(self, change: int) -> None:
+        job, self.job = self.job, None
+        assert job is not None
+        self.change = np.full(job.schema.elements, change, np.float32)
+        self.change[: 1000 : job.base + 1] += 1
+        total = self.change if job.residual is None else self.change + job.residual
+        kept_back = np.zeros_like(total)
+        kept_back[::7] = total[::7]  # as error feedback would: part of it stays behind
+        self.handle(
+            events.TrainingFinished(
+                base=job.base,
+                samples=1,
+                metrics={},
+                block=Block.of_float32(job.schema, total - kept_back),
+                residual=kept_back,
+            )
+        )
+
+    @rule(seconds=st.sampled_from([0.5, 5.0, 35.0, 100.0]))
+    def time_passes(self, seconds: float) -> None:
+        end = self.now + seconds
+        for _ in range(200):
+            due = self.core.due_s()
+            if due is None or due > end:
+                break
+            self.now = max(self.now, due)
+            self.handle(events.TimeReached())
+        else:
+            raise AssertionError("the core wants to be woken without end")
+        self.now = end
+
+    # -- what must hold
+
+    @invariant()
+    def nothing_is_lost_and_nothing_counts_twice(self) -> None:
+        if not hasattr(self, "disk"):
+            return
+        total = np.zeros_like(self.gained)
+        for record in self.records:
+            if record.outcome == "accepted":
+                total += self.answers.merged[record.seq]
+        if self.disk.residual is not None:
+            total += self.disk.residual
+        if self.disk.outstanding is not None:
+            total += self.disk.outstanding.block(self.scripted.schema).value()
+        np.testing.assert_array_equal(total, self.gained)
+        bases = [record.base for record in self.records if record.outcome == "accepted"]
+        assert len(set(bases)) == len(bases)
+        assert {record.outcome for record in self.records} <= {"accepted", "stale"}
+        assert self.disk.accepted == len(bases)
+
+    @invariant()
+    def a_version_is_bit_exact(self) -> None:
+        if hasattr(self, "core") and self.core.follower.version is not None:
+            assert self.core.follower.vector is not None
+            true = self.scripted.vectors[self.core.follower.version]
+            assert self.core.follower.vector.tobytes() == true.tobytes()
+
+    def teardown(self) -> None:
+        """With an honest network it gets everywhere: synced, and every update answered."""
+        if not hasattr(self, "disk"):
+            return
+        self.crash_after = None
+        self.aggregator_comes_or_goes(10, online=True)
+        for _ in range(60):
+            if self.wants_connection:
+                self.connect(succeeds=True)
+            while self.down or self.up:
+                while self.up:
+                    self.receive(self.up.pop(0))
+                if self.down:
+                    topic, payload = self.down.pop(0)
+                    self.handle(events.FrameArrived(topic=topic, frame=parse(payload)))
+            if self.job is not None:
+                self.finish_training(1)
+            self.time_passes(35.0)
+        assert self.core.follower.version == self.scripted.version
+        assert self.disk.outstanding is None
+        assert {record.seq for record in self.records if record.outcome == "accepted"} == set(self.answers.merged)
+        assert self.disk.answered_base == self.scripted.version
+
+
+TestCrashingDevice = CrashingDevice.TestCase
+TestCrashingDevice.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)

@@ -1,0 +1,413 @@
+"""Following: head, snapshot and deltas to the vector, bit for bit, whatever the network does with the frames."""
+
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scripted_aggregator import FEDERATION, Message, ScriptedAggregator
+
+from broker.errors import ProtocolError
+from broker.frame import parse
+from broker.messages import Head
+from edge_client.actions import Action, Log, Subscribe, Unsubscribe
+from edge_client.asking import AT_ONCE, Asking
+from edge_client.follower import Follower
+
+
+@dataclass
+class Broker:
+    """Retained messages and a follower's subscriptions by name; what is retained comes at once when asked for."""
+
+    retained: dict[str, bytes] = field(default_factory=dict)
+    subscribed: set[str] = field(default_factory=set)
+    asked: list[str] = field(default_factory=list)
+    logs: list[str] = field(default_factory=list)
+    silent: bool = False
+
+    def publish(self, messages: list[Message]) -> None:
+        self.retained.update(messages)
+
+    def perform(self, follower: Follower, actions: list[Action], now: float) -> None:
+        queue = list(actions)
+        while queue:
+            match queue.pop(0):
+                case Subscribe(filters=filters):
+                    self.subscribed.update(filters)
+                    assert len(self.subscribed) <= AT_ONCE
+                    self.asked += filters
+                    for topic in filters:
+                        if topic in self.retained and not self.silent:
+                            queue += follower.part_arrived(topic, parse(self.retained[topic]), now)
+                case Unsubscribe(filters=filters):
+                    self.subscribed.difference_update(filters)
+                case Log(event=event):
+                    self.logs.append(event)
+
+
+def a_head(aggregator: ScriptedAggregator) -> Head:
+    return Head.from_meta(parse(aggregator.head()[1]).meta)
+
+
+def connected() -> tuple[Follower, Broker]:
+    follower, broker = Follower(federation=FEDERATION), Broker()
+    broker.perform(follower, follower.reconnected(0.0), 0.0)
+    return follower, broker
+
+
+def started(versions: int = 0, **settings: int) -> tuple[ScriptedAggregator, Follower, Broker]:
+    """A follower that has the newest version."""
+    aggregator = ScriptedAggregator(**settings)  # type: ignore[arg-type]
+    follower, broker = connected()
+    for _ in range(versions):
+        aggregator.advance()
+    aggregator.snapshot_version = aggregator.version
+    broker.publish(aggregator.snapshot())
+    broker.perform(follower, follower.head_accepted(a_head(aggregator), 0.0), 0.0)
+    assert follower.synced
+    return aggregator, follower, broker
+
+
+def has(follower: Follower, aggregator: ScriptedAggregator, version: int) -> bool:
+    return (
+        follower.version == version
+        and follower.vector is not None
+        and follower.vector.tobytes() == aggregator.vectors[version].tobytes()
+    )
+
+
+def deliver(follower: Follower, messages: list[Message], now: float = 0.0) -> list[Action]:
+    return [action for topic, payload in messages for action in follower.part_arrived(topic, parse(payload), now)]
+
+
+def test_a_snapshot_in_parts_is_asked_for_by_name_and_unsubscribed_when_it_has_come() -> None:
+    aggregator, follower, broker = started()
+    assert has(follower, aggregator, 0)
+    assert broker.asked == [topic for topic, _ in aggregator.snapshot()]
+    assert len(broker.asked) == 3
+    assert broker.subscribed == set()
+    assert follower.schema is not None
+    assert follower.schema.digest == aggregator.schema.digest
+
+
+def test_deltas_are_applied_when_a_head_names_them_in_any_order_and_before_it() -> None:
+    aggregator, follower, _ = started()
+    for _ in range(3):
+        aggregator.advance()
+    messages = [message for version in (3, 1, 2) for message in aggregator.delta(version)]
+    assert deliver(follower, messages[::-1]) == []
+    assert has(follower, aggregator, 0)
+    follower.head_accepted(a_head(aggregator), 1.0)
+    assert has(follower, aggregator, 3)
+
+
+def test_deltas_that_come_before_the_first_head_are_kept() -> None:
+    aggregator = ScriptedAggregator()
+    follower, broker = connected()
+    aggregator.advance()
+    deliver(follower, aggregator.delta(1))
+    broker.publish(aggregator.snapshot())
+    broker.perform(follower, follower.head_accepted(a_head(aggregator), 0.0), 0.0)
+    assert has(follower, aggregator, 1)
+
+
+def test_an_early_delta_from_a_slot_that_is_not_its_own_is_forgotten() -> None:
+    aggregator = ScriptedAggregator()
+    follower, broker = connected()
+    aggregator.advance()
+    for _, payload in aggregator.delta(1):
+        frame = parse(payload)
+        follower.part_arrived(f"ternbus/1/{FEDERATION}/all/delta/3/{frame.part}", frame, 0.0)
+    broker.publish(aggregator.snapshot())
+    broker.perform(follower, follower.head_accepted(a_head(aggregator), 0.0), 0.0)
+    assert has(follower, aggregator, 0)
+
+
+def test_a_delta_that_does_not_come_by_itself_is_asked_for_after_a_second_its_first_part_first() -> None:
+    aggregator, follower, broker = started()
+    aggregator.advance()
+    broker.publish(aggregator.delta(1))
+    broker.asked.clear()
+    broker.perform(follower, follower.head_accepted(a_head(aggregator), 10.0), 10.0)
+    assert broker.asked == []
+    assert follower.due_s() == 11.0
+    broker.perform(follower, follower.time_reached(10.5), 10.5)
+    assert broker.asked == []
+    broker.perform(follower, follower.time_reached(11.0), 11.0)
+    assert broker.asked == [topic for topic, _ in aggregator.delta(1)]
+    assert broker.subscribed == set()
+    assert has(follower, aggregator, 1)
+    assert follower.due_s() is None
+
+
+def test_only_the_missing_parts_of_a_delta_are_asked_for() -> None:
+    aggregator, follower, broker = started()
+    aggregator.advance()
+    deliver(follower, aggregator.delta(1)[:1])
+    broker.publish(aggregator.delta(1))
+    broker.asked.clear()
+    broker.perform(follower, follower.head_accepted(a_head(aggregator), 1.0), 1.0)
+    broker.perform(follower, follower.time_reached(2.0), 2.0)
+    assert broker.asked == [topic for topic, _ in aggregator.delta(1)][1:]
+    assert has(follower, aggregator, 1)
+
+
+def test_a_delta_missing_30_s_after_it_was_asked_for_gives_way_to_a_snapshot() -> None:
+    aggregator, follower, broker = started()
+    for _ in range(2):
+        aggregator.advance()
+    broker.publish(aggregator.delta(2))
+    broker.perform(follower, follower.head_accepted(a_head(aggregator), 0.0), 0.0)
+    broker.perform(follower, follower.time_reached(1.0), 1.0)
+    broker.perform(follower, follower.time_reached(30.9), 30.9)
+    assert has(follower, aggregator, 0)
+    broker.publish(aggregator.new_snapshot())
+    broker.perform(follower, follower.head_accepted(a_head(aggregator), 30.9), 30.9)
+    broker.perform(follower, follower.time_reached(31.0), 31.0)
+    assert broker.logs == ["snapshot", "resync", "snapshot"]
+    assert has(follower, aggregator, 2)
+
+
+@pytest.mark.parametrize("fault", ["digest", "length"])
+def test_a_delta_that_gives_another_digest_gives_way_to_a_snapshot(fault: str) -> None:
+    aggregator, follower, broker = started()
+    aggregator.advance()
+    true = aggregator.vectors[1]
+    if fault == "digest":
+        aggregator.vectors[1] = true + 1
+        deliver(follower, aggregator.delta(1))
+        aggregator.vectors[1] = true
+    else:
+        aggregator.delta_frames[1] = []
+        meta = {"version": 1, "digest": bytes(32), "codec": "float32", "encoding": "raw"}
+        frame = aggregator.cut("delta", meta, b"short")[0]
+        deliver(follower, [(f"ternbus/1/{FEDERATION}/all/delta/1/0", frame)])
+    broker.publish(aggregator.new_snapshot())
+    broker.perform(follower, follower.head_accepted(a_head(aggregator), 1.0), 1.0)
+    assert has(follower, aggregator, 1)
+    assert broker.logs == ["snapshot", "resync", "snapshot"]
+
+
+def test_a_head_with_another_digest_for_our_version_is_followed_from_its_snapshot_and_then_rested_from() -> None:
+    aggregator, follower, broker = started()
+    head = Head.from_meta(parse(aggregator.head(digest=bytes(32))[1]).meta)
+    broker.perform(follower, follower.head_accepted(head, 1.0), 1.0)
+    assert broker.logs == ["snapshot", "resync", "snapshot", "resync", "resting"]
+    assert not follower.synced
+    assert follower.due_s() == 61.0
+    broker.perform(follower, follower.time_reached(61.0), 61.0)
+    assert broker.logs[-3:] == ["snapshot", "resync", "resting"]
+    broker.perform(follower, follower.head_accepted(a_head(aggregator), 70.0), 70.0)
+    assert has(follower, aggregator, 0)
+
+
+def test_more_than_d_versions_behind_means_a_snapshot() -> None:
+    aggregator, follower, broker = started()
+    for _ in range(5):
+        aggregator.advance()
+    broker.publish(aggregator.new_snapshot())
+    broker.perform(follower, follower.head_accepted(a_head(aggregator), 1.0), 1.0)
+    assert broker.logs == ["snapshot", "resync", "snapshot"]
+    assert has(follower, aggregator, 5)
+
+
+def test_a_snapshot_that_does_not_come_is_looked_for_in_the_other_place_and_then_rested_from() -> None:
+    aggregator = ScriptedAggregator()
+    follower, broker = connected()
+    aggregator.advance()
+    old = aggregator.snapshot()
+    broker.publish(aggregator.delta(1))
+    aggregator.new_snapshot()
+    broker.silent = True
+    broker.perform(follower, follower.head_accepted(a_head(aggregator), 0.0), 0.0)
+    broker.perform(follower, follower.time_reached(30.0), 30.0)
+    assert broker.subscribed == {old[0][0]}
+    broker.perform(follower, follower.time_reached(60.0), 60.0)
+    assert broker.logs == ["snapshot-failed", "resting"]
+    assert broker.subscribed == set()
+    broker.silent = False
+    broker.publish(old)
+    broker.perform(follower, follower.time_reached(119.0), 119.0)
+    assert follower.version is None
+    for now in (120.0, 150.0, 151.0, 152.0):
+        broker.perform(follower, follower.time_reached(now), now)
+    assert has(follower, aggregator, 1)
+
+
+def test_a_snapshot_is_not_given_up_while_its_parts_keep_coming() -> None:
+    aggregator = ScriptedAggregator()
+    follower, broker = connected()
+    broker.silent = True
+    broker.perform(follower, follower.head_accepted(a_head(aggregator), 0.0), 0.0)
+    for number, message in enumerate(aggregator.snapshot(), start=1):
+        broker.perform(follower, follower.time_reached(25.0 * number), 25.0 * number)
+        deliver(follower, [message], 25.0 * number)
+    assert has(follower, aggregator, 0)
+
+
+@pytest.mark.parametrize("fault", ["schema", "digest", "length"])
+def test_a_snapshot_that_is_not_what_it_says_is_not_taken(fault: str) -> None:
+    aggregator = ScriptedAggregator()
+    follower, broker = connected()
+    head = a_head(aggregator)
+    if fault == "schema":
+        head = Head.from_meta(parse(aggregator.head(schema=bytes(32))[1]).meta)
+    elif fault == "digest":
+        aggregator.snapshot_frames.clear()
+        true, aggregator.vectors[0] = aggregator.vectors[0], aggregator.vectors[0] + 1
+        for _, payload in aggregator.snapshot():
+            meta = dict(parse(payload).meta)
+        aggregator.vectors[0] = true
+        meta["digest"] = bytes(32)
+        frames = aggregator.cut("snapshot", meta, aggregator.schema.encoded + true.tobytes())
+        place = [topic for topic, _ in aggregator.snapshot()]
+        aggregator.snapshot_frames[0] = list(zip(place, frames, strict=True))
+    else:
+        named = head.snapshot
+        longer = type(named)(version=0, parts=named.parts, content_bytes=named.content_bytes + 4, place=named.place)
+        head = Head.from_meta(parse(aggregator.head(snapshot=longer)[1]).meta)
+    broker.publish(aggregator.snapshot())
+    broker.perform(follower, follower.head_accepted(head, 0.0), 0.0)
+    assert follower.version is None
+    assert broker.logs == ["snapshot-failed"]
+
+
+def test_a_snapshot_newer_than_the_head_waits_for_its_head() -> None:
+    aggregator = ScriptedAggregator()
+    follower, broker = connected()
+    old = a_head(aggregator)
+    aggregator.advance()
+    aggregator.snapshot_frames.clear()
+    aggregator.snapshot_version = 1  # in the place that the old head names
+    broker.publish(aggregator.snapshot())
+    broker.perform(follower, follower.head_accepted(old, 0.0), 0.0)
+    assert follower.version is None
+    broker.perform(follower, follower.head_accepted(a_head(aggregator), 1.0), 1.0)
+    assert has(follower, aggregator, 1)
+
+
+def test_a_delta_in_a_slot_that_is_not_its_own_or_far_ahead_is_refused() -> None:
+    aggregator, follower, _ = started()
+    for _ in range(6):
+        aggregator.advance()
+    frame = parse(aggregator.delta(1)[0][1])
+    with pytest.raises(ProtocolError, match="wrong-slot"):
+        follower.part_arrived(f"ternbus/1/{FEDERATION}/all/delta/2/0", frame, 0.0)
+    topic, payload = aggregator.delta(6)[0]
+    with pytest.raises(ProtocolError, match="far-ahead"):
+        follower.part_arrived(topic, parse(payload), 0.0)
+
+
+def test_an_old_delta_and_a_second_copy_change_nothing() -> None:
+    aggregator, follower, _ = started(versions=1)
+    assert deliver(follower, aggregator.delta(1)) == []
+    aggregator.advance()
+    deliver(follower, aggregator.delta(2) * 2)
+    follower.head_accepted(a_head(aggregator), 0.0)
+    assert has(follower, aggregator, 2)
+
+
+def test_a_snapshot_part_that_nobody_asked_for_is_unsubscribed() -> None:
+    aggregator, follower, _ = started()
+    topic, payload = aggregator.snapshot()[0]
+    assert follower.part_arrived(topic, parse(payload), 0.0) == [Unsubscribe(filters=(topic,))]
+    follower.disconnected()
+    assert follower.part_arrived(topic, parse(payload), 0.0) == []
+
+
+def test_after_a_reconnect_what_is_missing_is_asked_for_again() -> None:
+    aggregator = ScriptedAggregator()
+    follower, broker = connected()
+    broker.silent = True
+    broker.perform(follower, follower.head_accepted(a_head(aggregator), 0.0), 0.0)
+    follower.disconnected()
+    assert follower.due_s() is None
+    broker.subscribed.clear()
+    broker.silent = False
+    broker.publish(aggregator.snapshot())
+    broker.perform(follower, follower.reconnected(50.0), 50.0)
+    assert has(follower, aggregator, 0)
+
+
+def test_a_missing_delta_gets_its_second_of_grace_after_a_reconnect() -> None:
+    aggregator, follower, broker = started()
+    aggregator.advance()
+    broker.perform(follower, follower.head_accepted(a_head(aggregator), 0.0), 0.0)
+    follower.disconnected()
+    broker.perform(follower, follower.reconnected(50.0), 50.0)
+    assert follower.due_s() == 51.0
+
+
+def test_at_most_forty_topics_are_asked_for_at_once() -> None:
+    asking = Asking()
+    wanted = [f"t/{number}" for number in range(100)]
+    assert asking.want(wanted, 0.0) == []
+    assert asking.reconnected(0.0) == [Subscribe(filters=tuple(wanted[:40]))]
+    assert asking.want(wanted, 0.0) == []
+    assert asking.came("t/3", 1.0) == [Unsubscribe(filters=("t/3",)), Subscribe(filters=("t/40",))]
+    assert asking.came("t/3", 1.0) == []
+    assert "t/99" in asking
+    asking.connected = False
+    assert asking.drop() == []
+    assert not asking
+    left = asking.reconnected(2.0)
+    assert [type(action) for action in left] == [Unsubscribe]
+    asking.want(["a"], 3.0)
+    assert asking.drop() == [Unsubscribe(filters=("a",))]
+
+
+def test_the_digits_of_a_long_run_agree_with_ternary_deltas_too() -> None:
+    aggregator, follower, broker = started()
+    aggregator.codec = "ternary"
+    rng = np.random.default_rng(7)
+    for _ in range(20):
+        aggregator.advance(rng.normal(size=aggregator.schema.elements).astype(np.float32) / 50)
+        if aggregator.version - aggregator.snapshot_version >= 2:
+            broker.publish(aggregator.new_snapshot())
+        deliver(follower, aggregator.delta(aggregator.version))
+        follower.head_accepted(a_head(aggregator), 0.0)
+        assert has(follower, aggregator, aggregator.version)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_whatever_is_lost_doubled_or_disordered_the_newest_version_is_reached(data: st.DataObject) -> None:
+    """The broker keeps what is retained; live parts get lost, come twice, and in any order."""
+    aggregator = ScriptedAggregator()
+    follower, broker = connected()
+    broker.publish(aggregator.snapshot())
+    now = 0.0
+    heads = [a_head(aggregator)]
+    for _ in range(data.draw(st.integers(1, 8), label="versions")):
+        aggregator.advance()
+        parts = aggregator.delta(aggregator.version)
+        broker.publish(parts)
+        if aggregator.version - aggregator.snapshot_version >= 2:
+            broker.publish(aggregator.new_snapshot())
+        live = data.draw(st.lists(st.sampled_from(range(len(parts))), max_size=5), label="live")
+        for topic, payload in (parts[part] for part in live):
+            with suppress(ProtocolError):  # too far ahead of the last head that arrived
+                broker.perform(follower, follower.part_arrived(topic, parse(payload), now), now)
+        heads.append(a_head(aggregator))
+        if data.draw(st.booleans(), label="head arrives"):
+            broker.perform(follower, follower.head_accepted(heads[-1], now), now)
+        if data.draw(st.booleans(), label="reconnect"):
+            follower.disconnected()
+            broker.subscribed.clear()
+            broker.perform(follower, follower.reconnected(now), now)
+        now += data.draw(st.floats(0, 40), label="time")
+        broker.perform(follower, follower.time_reached(now), now)
+        if follower.version is not None:
+            assert has(follower, aggregator, follower.version)
+    broker.perform(follower, follower.head_accepted(heads[-1], now), now)
+    for _ in range(20):
+        due = follower.due_s()
+        if due is None:
+            break
+        now = max(now, due)
+        broker.perform(follower, follower.time_reached(now), now)
+    assert has(follower, aggregator, aggregator.version)
+    assert all(earlier.version <= later.version for earlier, later in pairwise(heads))

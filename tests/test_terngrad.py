@@ -1,0 +1,154 @@
+"""TernGrad: the scale is the formula's, the trits are right on average, and a seed decides them."""
+
+import math
+import tracemalloc
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from edge_client import terngrad
+
+FloatArray = npt.NDArray[np.float32]
+
+vectors = hnp.arrays(
+    np.float32,
+    hnp.array_shapes(max_dims=3, max_side=40),
+    elements=st.floats(-1e6, 1e6, width=32, allow_subnormal=False),
+)
+clips = st.sampled_from([0.0, 0.5, 1.0, 2.5])
+
+
+def gaussian(size: int, seed: int = 0) -> FloatArray:
+    return np.random.default_rng(seed).normal(0, 0.01, size).astype(np.float32)
+
+
+def plain_scale(values: FloatArray, clip_sigma: float) -> float:
+    """The formula a second time, without blocks: min(max|g|, c·sigma) within the protocol's bounds."""
+    elements = [float(value) for value in values.reshape(-1)]
+    largest = max(abs(element) for element in elements)
+    mean = math.fsum(elements) / len(elements)
+    sigma = math.sqrt(math.fsum((element - mean) ** 2 for element in elements) / len(elements))
+    if clip_sigma > 0 and sigma > 0:
+        largest = min(largest, clip_sigma * sigma)
+    return min(largest, 65_504.0) if largest >= 2**-126 else 0.0
+
+
+@given(vectors, clips)
+def test_scale_is_the_smaller_of_the_largest_magnitude_and_c_sigma(values: FloatArray, clip: float) -> None:
+    if len(set(values.reshape(-1).tolist())) > 1:
+        assert float(terngrad.scale(values, clip_sigma=clip)) == pytest.approx(plain_scale(values, clip), rel=1e-5)
+    else:
+        assert float(terngrad.scale(values, clip_sigma=clip)) == min(abs(float(values.flat[0])), 65_504.0)
+
+
+@given(vectors, clips, st.integers(0, 100))
+def test_trits_have_the_sign_of_their_element_and_the_shape_of_the_tensor(
+    values: FloatArray, clip: float, seed: int
+) -> None:
+    before = values.copy()
+    scale, trits = terngrad.ternarize(values, clip_sigma=clip, rng=np.random.default_rng(seed))
+    assert trits.dtype == np.int8
+    assert scale.dtype == np.float32
+    assert trits.shape == values.shape
+    assert 0 <= scale <= 65_504
+    assert set(np.unique(trits)) <= {-1, 0, 1}
+    assert np.all((trits == 0) | (trits == np.sign(values)))
+    assert np.all(trits[np.abs(values) >= scale] == np.sign(values[np.abs(values) >= scale])) or scale == 0
+    assert np.array_equal(values, before)
+
+
+@pytest.mark.parametrize("clip", [0.0, 2.5])
+def test_what_is_sent_is_on_average_the_clipped_tensor(clip: float) -> None:
+    """The mean of n draws of s·t lies within five standard errors of each clipped element."""
+    values, draws = gaussian(3_000), 2_000
+    rng = np.random.default_rng(1)
+    total = np.zeros(values.shape)
+    for _ in range(draws):
+        scale, trits = terngrad.ternarize(values, clip_sigma=clip, rng=rng)
+        total += float(scale) * trits
+    clipped = np.clip(values.astype(np.float64), -float(scale), float(scale))
+    deviation = np.sqrt(np.abs(clipped) * (float(scale) - np.abs(clipped)) / draws)
+    off = np.abs(total / draws - clipped)
+    assert np.all(off <= 5 * deviation + 2e-6 * float(scale))
+
+
+def test_an_outlier_is_clipped_to_c_sigma_and_raises_no_other_element() -> None:
+    values = gaussian(10_000)
+    values[17] = 1.0
+    scale, trits = terngrad.ternarize(values, clip_sigma=2.5, rng=np.random.default_rng(0))
+    assert float(scale) == pytest.approx(2.5 * float(values.std(dtype=np.float64)), rel=1e-6)
+    assert trits[17] == 1
+    unclipped, _ = terngrad.ternarize(values, clip_sigma=0, rng=np.random.default_rng(0))
+    assert unclipped == np.float32(1.0)
+
+
+def test_the_seed_decides_every_trit() -> None:
+    values = gaussian(200_000)
+    first = terngrad.ternarize(values, clip_sigma=2.5, rng=np.random.default_rng(7))
+    again = terngrad.ternarize(values, clip_sigma=2.5, rng=np.random.default_rng(7))
+    other = terngrad.ternarize(values, clip_sigma=2.5, rng=np.random.default_rng(8))
+    assert first[0] == again[0] == other[0]
+    assert np.array_equal(first[1], again[1])
+    assert not np.array_equal(first[1], other[1])
+
+
+def test_an_element_at_the_scale_is_always_sent_and_a_zero_never() -> None:
+    values = np.tile(np.array([1, -1, 0], np.float32), 5_000)
+    scale, trits = terngrad.ternarize(values, clip_sigma=2.5, rng=np.random.default_rng(0))
+    assert scale == np.float32(1)
+    assert np.array_equal(trits, values.astype(np.int8))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.zeros(300, np.float32),
+        np.full(300, -0.0, np.float32),
+        np.full(300, 2.0**-130, np.float32),
+        np.zeros(0, np.float32),
+    ],
+    ids=["zeros", "negative zeros", "too small to count", "empty"],
+)
+def test_what_is_as_good_as_zero_has_scale_zero_and_no_trits(values: FloatArray) -> None:
+    scale, trits = terngrad.ternarize(values, clip_sigma=2.5, rng=np.random.default_rng(0))
+    assert scale.tobytes() == bytes(4)
+    assert not trits.any()
+
+
+def test_a_constant_tensor_has_nothing_to_clip() -> None:
+    values = np.full(100_001, 0.1, np.float32)
+    scale, trits = terngrad.ternarize(values, clip_sigma=2.5, rng=np.random.default_rng(0))
+    assert scale == np.float32(0.1)
+    assert np.all(trits == 1)
+
+
+def test_the_scale_never_exceeds_what_the_protocol_takes() -> None:
+    values = np.array([3e38, -3e38, 1.0], np.float32)
+    scale, trits = terngrad.ternarize(values, clip_sigma=2.5, rng=np.random.default_rng(0))
+    assert scale == np.float32(65_504)
+    assert trits.tolist()[:2] == [1, -1]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_refused(bad: float) -> None:
+    values = gaussian(1_000)
+    values[500] = bad
+    with pytest.raises(ValueError, match="NaN or an infinity"):
+        terngrad.ternarize(values, clip_sigma=2.5, rng=np.random.default_rng(0))
+
+
+def test_no_temporary_grows_with_the_tensor() -> None:
+    """Beside the trits themselves, four million elements take less than 2 MB."""
+    values = gaussian(4_000_000)
+    rng = np.random.default_rng(0)
+    tracemalloc.start()
+    try:
+        terngrad.ternarize(values, clip_sigma=2.5, rng=rng)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak - values.size < 2_000_000

@@ -1,0 +1,116 @@
+"""A plan from the wire is valid or a ProtocolError; steps and batches are what it says; tasks are found by name."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from broker.errors import ConfigError, ProtocolError
+from edge_client.trainer import BUILT_IN_TASKS, Plan, Trained, TrainingError, load_task
+
+anything = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.integers())
+keys = st.sampled_from([*Plan.__slots__]) | st.text(max_size=5)
+
+
+def test_an_empty_plan_is_the_defaults() -> None:
+    plan = Plan.from_meta({})
+    assert plan == Plan()
+    assert (plan.clip_sigma, plan.codec, plan.local_steps, plan.error_feedback) == (2.5, "ternary", None, False)
+
+
+def test_every_key_of_the_protocol_is_taken_and_an_unknown_one_kept_for_the_trainer() -> None:
+    meta = {
+        "local_epochs": 3, "local_steps": 7, "batch_size": 16, "learning_rate": 0.1, "momentum": 0.5,
+        "weight_decay": 1e-4, "proximal_mu": 0.01,
+        "clip_sigma": 0, "codec": "float32", "seal": True, "seed": 9, "error_feedback": True,
+        "schedule": "cosine", "extra": 1,
+    }  # fmt: skip
+    plan = Plan.from_meta(meta)
+    for name, value in meta.items():
+        if name not in ("schedule", "extra"):
+            assert getattr(plan, name) == value
+    assert plan.extra == {"schedule": "cosine", "extra": 1}
+
+
+@given(st.dictionaries(keys, anything, max_size=4))
+def test_whatever_comes_from_the_wire_is_a_plan_or_a_protocol_error(meta: Mapping[str, object]) -> None:
+    try:
+        plan = Plan.from_meta(meta)
+    except ProtocolError:
+        return
+    assert plan.steps(100) >= 1
+    assert math.isfinite(plan.learning_rate)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("local_epochs", -1), ("local_epochs", math.nan), ("local_epochs", True), ("local_epochs", "2"),
+        ("local_epochs", None),
+        ("local_steps", 0), ("local_steps", 1.5), ("batch_size", 0), ("batch_size", 2.0), ("learning_rate", math.inf),
+        ("momentum", 1.1), ("weight_decay", -1e-9), ("clip_sigma", -1), ("codec", "zip"), ("codec", None), ("seal", 1),
+        ("error_feedback", "no"), ("seed", 2**64), ("seed", 0.5),
+    ],
+)  # fmt: skip
+def test_nonsense_is_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(ProtocolError, match=name) as caught:
+        Plan.from_meta({name: value})
+    assert caught.value.reason == "bad-plan"
+
+
+def test_steps_count_epochs_of_batches_unless_they_are_given() -> None:
+    assert Plan(local_epochs=2, batch_size=10).steps(100) == 20
+    assert Plan(local_epochs=0.25, batch_size=10).steps(100) == 2
+    assert Plan(local_epochs=0, batch_size=10).steps(100) == 1
+    assert Plan(local_epochs=2, batch_size=1000).steps(3) == 2
+    assert Plan(local_epochs=2, local_steps=5, batch_size=10).steps(100) == 5
+
+
+@given(st.integers(1, 60), st.integers(1, 70), st.integers(1, 20))
+def test_batches_are_full_and_take_every_sample_once_before_any_twice(samples: int, size: int, steps: int) -> None:
+    plan = Plan(local_steps=steps, batch_size=size)
+    batches = list(plan.batches(samples, np.random.default_rng(0)))
+    assert [len(batch) for batch in batches] == [min(size, samples)] * steps
+    counts = np.bincount(np.concatenate(batches), minlength=samples)
+    whole, begun = divmod(steps * min(size, samples), samples)
+    if samples % min(size, samples) == 0:
+        assert counts.max() - counts.min() <= (begun > 0)
+    assert counts.max() <= whole + 2
+
+
+def test_batches_depend_on_the_seed_alone() -> None:
+    def drawn(seed: int) -> list[list[int]]:
+        return [batch.tolist() for batch in Plan(batch_size=7).batches(50, np.random.default_rng(seed))]
+
+    assert drawn(1) == drawn(1) != drawn(2)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_model_that_diverged_is_never_handed_on(bad: float) -> None:
+    with pytest.raises(TrainingError, match="w is not finite"):
+        Trained(tensors={"w": np.array([1, bad], np.float32)}, samples=1, metrics={})
+
+
+def test_the_built_in_tasks_are_named_when_another_is_asked_for() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_task("mnist")
+    assert all(name in str(caught.value) for name in BUILT_IN_TASKS)
+    assert "MODULE:ATTRIBUTE" in str(caught.value)
+
+
+def test_a_task_of_ones_own_is_found_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_own_task.py").write_text("from edge_client.tasks.digits_numpy import TASK as MINE\nNOT = 1\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [path for path in __import__("sys").path if path])
+    assert load_task("my_own_task:MINE").name == "digits-numpy"
+    for spec, says in [
+        ("my_own_task:NOT", "is no task"),
+        ("my_own_task:NONE", "is no task"),
+        ("no_such:T", "no module"),
+    ]:
+        with pytest.raises(ConfigError, match=says):
+            load_task(spec)
