@@ -1,0 +1,1 @@
+"""The testbed: a whole federation on one machine, faults included, and its report."""

@@ -1,0 +1,54 @@
+"""A device of the testbed as one process: it joins, unless it has already, and then runs.
+
+`ternbus edge join` and `ternbus edge run` in two processes would import PyTorch twice.
+"""
+
+import argparse
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+from broker.errors import ConfigError
+from broker.invitation import Invitation
+from edge_client import agent
+from edge_client.agent import Options
+from edge_client.home import TOML, Home
+from edge_client.progress import Printer
+from edge_client.trainer import load_task
+
+
+def main() -> None:
+    """Become `ternbus edge run …` or `ternbus edge evaluate …`, whichever arguments follow, for a joined device."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("invitation", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--task", required=True)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--partition", default="all")
+    parser.add_argument("command", nargs=argparse.REMAINDER)
+    given = parser.parse_args()
+    _join(given.invitation, Home(given.folder), task=given.task, data=given.data, partition=given.partition)
+    sys.argv[:] = ["ternbus", "edge", *given.command]
+    runpy.run_module("ternbus", run_name="__main__", alter_sys=True)
+
+
+def _join(invitation: Path, home: Home, *, task: str, data: Path | None, partition: str) -> None:
+    if (home.folder / TOML).exists() and not home.settings().code:
+        return  # killed after it had joined, and started again
+    printer = Printer(as_json=False)
+    model = load_task(task)
+    settings = home.prepare(Invitation.load(invitation), task=task, data=data, partition=partition)
+    stop = agent.join(home, settings, model, Options(), printer)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # joining has ended, and nobody listens to its handlers any more
+    if home.settings().code:
+        printer.end(stop)
+        sys.exit(stop.code)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ConfigError as error:
+        sys.exit(f"ternbus: {error}")

@@ -1,0 +1,186 @@
+"""`ternbus lab run` as a user starts it: a federation of real processes, its report, and Ctrl-C at any moment."""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aggregator import home, requests, status
+from broker import running
+from broker.running import Engine
+from broker.schema import load_safetensors
+from lab.child import ROOT
+
+pytestmark = pytest.mark.slow
+
+SMALL = """
+task = "digits-numpy"
+devices = 3
+[speeds]
+median_s = 0.05
+[aggregator.merge]
+buffer_size = 2
+[end]
+versions = {versions}
+"""
+TIMEOUT_S = 120
+
+
+class Lab:
+    """A `ternbus lab run` whose processes are known by a variable in their environment."""
+
+    def __init__(self, folder: Path) -> None:
+        self.out = folder / "out"
+        self._scenario = folder / "scenario.toml"
+        self._mark = uuid.uuid4().hex
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self, *options: str, versions: int = 6, more: str = "") -> subprocess.Popen[str]:
+        self._scenario.write_text(SMALL.format(versions=versions) + more)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "ternbus", "lab", "run", str(self._scenario), "--out", str(self.out), *options],
+            cwd=ROOT,
+            env={**os.environ, "TERNBUS_TEST_RUN": self._mark},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        return self.process
+
+    def run(self, *options: str, versions: int = 6, more: str = "") -> tuple[str, dict[str, Any]]:
+        """What it printed and its report."""
+        process = self.start(*options, versions=versions, more=more)
+        printed, errors = process.communicate(timeout=TIMEOUT_S)
+        assert process.returncode == 0, printed + errors
+        return printed, json.loads((self.out / "report.json").read_text())
+
+    def left_over(self) -> list[str]:
+        """The command lines of its processes that are still there."""
+        found = []
+        for folder in Path("/proc").iterdir():
+            try:
+                if folder.name.isdigit() and self._mark.encode() in (folder / "environ").read_bytes():
+                    found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+            except OSError:
+                continue
+        return found
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    lab = Lab(tmp_path)
+    yield lab
+    if lab.process is not None and lab.process.poll() is None:
+        lab.process.kill()
+        lab.process.communicate()
+
+
+def test_a_run_leaves_report_plot_model_and_logs_and_no_process(lab: Lab) -> None:
+    printed, report = lab.run()
+    assert {
+        "accuracy", "updates", "bytes_up", "bytes_down", "bits_per_parameter_up", "bits_per_parameter_down",
+        "rejected", "seconds", "versions",
+    } <= report.keys()  # fmt: skip
+    assert len(report["versions"]) >= 7
+    assert report["versions"][-1]["accuracy"] == report["accuracy"] > 0.5
+    assert all({"seconds", "accuracy", "loss", "updates", "staleness"} <= row.keys() for row in report["versions"])
+    assert 1.0 < report["bits_per_parameter_up"] < 4
+    assert 1.0 < report["bits_per_parameter_down"] < 4
+    model = load_safetensors(lab.out / "model.safetensors")
+    assert sum(tensor.size for tensor in model.values()) == report["parameters"]
+    logs = {path.stem for path in (lab.out / "logs").iterdir()}
+    assert {"broker", "aggregator", "device-0", "device-1", "device-2", "evaluator"} <= logs
+    assert str(lab.out / "report.json") in printed
+    devices = status.read(lab.out / "aggregator")["devices"]
+    assert report["bytes_up"] == sum(row["bytes"] for row in devices.values())  # what was sent is what arrived
+    assert lab.left_over() == []
+
+
+def test_a_second_run_replaces_the_first_and_a_barrier_takes_nothing_stale(lab: Lab) -> None:
+    lab.run(versions=2)
+    (lab.out / "notes.txt").write_text("mine")
+    _, report = lab.run("--sync", versions=3)
+    assert (lab.out / "notes.txt").read_text() == "mine"
+    assert report["scenario"]["sync"] is True
+    assert all(row["staleness"] == 0 and row["updates"] == 3 for row in report["versions"][1:4])
+
+
+def test_the_lab_runs_on_a_broker_that_exists_and_leaves_it_alone(lab: Lab, tmp_path: Path) -> None:
+    with running.start(running.choose(Engine.AUTO), host="127.0.0.1", port=0, directory=tmp_path / "broker") as broker:
+        _, report = lab.run(versions=2, more=f'[broker]\nurl = "{broker.url}"\n')
+        assert not (lab.out / "broker").exists()
+    assert report["scenario"]["broker_url"] == broker.url
+    assert report["versions"][-1]["accuracy"] is not None
+
+
+def test_closing_the_federation_from_elsewhere_ends_the_run(lab: Lab) -> None:
+    process = lab.start(versions=100_000)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("version") and not line.startswith("version 0"):
+            break
+    home.change_state(lab.out / "aggregator", requests.CLOSE, "test")
+    printed, errors = process.communicate(timeout=TIMEOUT_S)
+    assert (process.returncode, errors) == (0, "")
+    assert "every device has ended; the federation is closed" in printed
+
+
+def test_json_is_all_that_is_on_standard_output(lab: Lab) -> None:
+    printed, report = lab.run("--json", versions=2)
+    assert json.loads(printed) == report
+
+
+def test_a_child_that_fails_shows_its_last_lines(lab: Lab) -> None:
+    process = lab.start("--task", "nowhere:TASK")
+    _, errors = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 1
+    assert "nowhere" in errors
+    assert "prepare ended with exit code 1" in errors
+    assert lab.left_over() == []
+
+
+@pytest.mark.parametrize("moment", ["digits-numpy:", "broker:", "everything", "version", "closing"])
+@pytest.mark.parametrize("number", [signal.SIGINT])
+def test_ctrl_c_at_any_moment_leaves_no_process(lab: Lab, moment: str, number: signal.Signals) -> None:
+    """The moments are lines that the run prints."""
+    interrupt(lab, moment, number, 130, "Ctrl-C")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_sigterm_and_a_hangup_too(lab: Lab, number: signal.Signals, code: int) -> None:
+    interrupt(lab, "version", number, code, number.name)
+
+
+def interrupt(lab: Lab, moment: str, number: signal.Signals, code: int, word: str) -> None:
+    process = lab.start()
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(moment):
+            break
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=TIMEOUT_S)
+    assert (process.returncode, lab.left_over()) == (code, [])
+    assert errors == f"ternbus: stopped by {word}; every process has ended\n"
+
+
+def test_a_lab_that_is_killed_leaves_no_process(lab: Lab) -> None:
+    process = lab.start()
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("version"):
+            break
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 20
+    while lab.left_over() and time.monotonic() < deadline:  # the tether is a signal, and they end in order
+        select.select([], [], [], 0.1)
+    assert lab.left_over() == []

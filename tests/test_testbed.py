@@ -1,0 +1,274 @@
+"""The lab's processes, with plain children in place of a federation, and the folder that a run writes."""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from broker.errors import ConfigError
+from lab import output
+from lab.child import ROOT, Child
+from lab.interrupts import Interrupted, Interrupts
+from lab.supervisor import RESTARTS_MAX, ChildError, Supervisor
+
+# What the children are: modules that a Python finds in a folder on its path.
+MODULES = {
+    "patient": "import signal; print('ready', flush=True); signal.pause()",
+    "stubborn": "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True)\n"
+    "while True: signal.pause()",
+    "failing": "import sys; print('one'); print('two'); sys.exit('three')",
+    "content": "print('done')",
+    "parent": "import subprocess, sys, signal\n"
+    "print(subprocess.Popen([sys.executable, '-c', 'import signal; signal.pause()']).pid, flush=True); signal.pause()",
+    "suicidal": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+}
+
+MakeChild = Callable[[str], Child]
+
+
+@pytest.fixture
+def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeChild]:
+    """Makes a child that runs one of the modules, and leaves none running."""
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    for name, text in MODULES.items():
+        (modules / f"{name}.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(modules))
+    made: list[Child] = []
+
+    def make(module: str) -> Child:
+        made.append(Child(f"{module}-{len(made)}", tmp_path / "logs" / f"{len(made)}.log", module, []))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.kill()
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def supervisor(said: list[str]) -> Iterator[Supervisor]:
+    supervisor = Supervisor(said.append)
+    yield supervisor
+    supervisor.stop_all(grace_s=1)
+
+
+def until(condition: Callable[[], bool], *, timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        select.select([], [], [], 0.01)
+
+
+def has_ended(process: int, *, timeout_s: float = 20.0) -> bool:
+    """Whether the process, ours or not, ends in time."""
+    try:
+        watched = os.pidfd_open(process)
+    except ProcessLookupError:
+        return True
+    ready, _, _ = select.select([watched], [], [], timeout_s)
+    os.close(watched)
+    return bool(ready)
+
+
+def test_a_child_is_a_session_of_its_own_with_a_log(child: MakeChild) -> None:
+    patient = child("patient")
+    patient.start()
+    until(lambda: patient.output() == "ready\n")
+    assert os.getsid(patient.pid) == patient.pid != os.getsid(0)
+    patient.kill()
+    assert patient.ended() == -signal.SIGKILL
+
+
+def test_a_child_uses_one_thread(child: MakeChild, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")
+    patient = child("patient")
+    patient.start()
+    until(lambda: patient.output() == "ready\n")
+    assert b"OMP_NUM_THREADS=1\0" in Path(f"/proc/{patient.pid}/environ").read_bytes()
+
+
+def test_the_output_is_that_since_the_last_start_and_the_log_has_all(child: MakeChild) -> None:
+    content = child("content")
+    for _ in range(2):
+        content.start()
+        until(lambda: content.ended() == 0)
+    assert content.output() == "done\n"
+    assert content.log.read_text() == "done\ndone\n"
+
+
+def test_what_a_child_started_is_killed_with_it(child: MakeChild) -> None:
+    parent = child("parent")
+    parent.start()
+    until(lambda: parent.output().endswith("\n"))
+    parent.kill()
+    assert has_ended(int(parent.output()))
+
+
+def test_killing_the_lab_leaves_no_child(child: MakeChild, tmp_path: Path) -> None:
+    code = (
+        "import signal, sys; from pathlib import Path; from lab.child import Child\n"
+        "child = Child('patient', Path(sys.argv[1]), 'patient', []); child.start(); print(child.pid, flush=True)\n"
+        "signal.pause()"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{os.environ['PYTHONPATH']}{os.pathsep}{ROOT}"}
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "log")], stdout=subprocess.PIPE, env=environment
+    ) as lab:
+        assert lab.stdout is not None
+        process = int(lab.stdout.readline())
+        lab.kill()
+    assert has_ended(process)
+
+
+def test_a_killed_child_is_started_again(child: MakeChild, supervisor: Supervisor, said: list[str]) -> None:
+    patient = child("patient")
+    supervisor.start(patient)
+    first = patient.pid
+    os.kill(first, signal.SIGKILL)
+    until(lambda: supervisor.check() or patient.pid != first)
+    assert patient.running
+    assert ["was killed" in said[0], "started again" in said[1]] == [True, True]
+
+
+def test_a_child_that_is_killed_again_and_again_ends_the_run(
+    child: MakeChild, supervisor: Supervisor, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lab.supervisor.RESTART_AFTER_S", 0.0)
+    supervisor.start(child("suicidal"))
+    with pytest.raises(ChildError, match=f"killed {RESTARTS_MAX + 1} times"):
+        until(lambda: supervisor.check() is not None)
+
+
+def test_a_child_that_fails_ends_the_run_with_its_last_lines(child: MakeChild, supervisor: Supervisor) -> None:
+    supervisor.start(child("failing"))
+    with pytest.raises(ChildError, match="failing-0 ended with exit code 1") as caught:
+        until(lambda: supervisor.check() is not None)
+    assert caught.value.lines == ["one", "two", "three"]
+
+
+def test_a_child_that_ends_too_early_ends_the_run(child: MakeChild, supervisor: Supervisor) -> None:
+    supervisor.start(child("content"))
+    with pytest.raises(ChildError, match="ended with exit code 0"):
+        until(lambda: supervisor.check() is not None)
+
+
+def test_a_child_that_may_end_may_end(child: MakeChild, supervisor: Supervisor) -> None:
+    content = child("content")
+    supervisor.may_end([content.name])
+    supervisor.start(content)
+    until(lambda: not supervisor.running([content.name]))
+    supervisor.check()
+
+
+def test_a_fault_is_no_failure_and_the_child_comes_back(
+    child: MakeChild, supervisor: Supervisor, said: list[str]
+) -> None:
+    patient = child("patient")
+    supervisor.start(patient)
+    first = patient.pid
+    supervisor.kill(patient.name, restart_after_s=0.1)
+    assert supervisor.running([patient.name])
+    until(lambda: supervisor.check() or patient.pid != first)
+    assert patient.running
+
+
+def test_stopping_ends_a_child_that_ignores_it_and_one_that_waits_to_come_back(
+    child: MakeChild, supervisor: Supervisor
+) -> None:
+    stubborn, patient = child("stubborn"), child("patient")
+    supervisor.start(stubborn)
+    supervisor.start(patient)
+    until(lambda: stubborn.output() == "ready\n")
+    supervisor.kill(patient.name, restart_after_s=0)
+    supervisor.stop_all(grace_s=0.1)
+    supervisor.check()
+    assert (stubborn.ended(), patient.ended()) == (-signal.SIGKILL, -signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM"), (signal.SIGHUP, 129, "SIGHUP")],
+)
+def test_a_signal_is_a_value_until_it_is_looked_at(number: signal.Signals, code: int, word: str) -> None:
+    before = signal.getsignal(number)
+    with Interrupts() as interrupts:
+        interrupts.check()
+        signal.raise_signal(number)
+        with pytest.raises(Interrupted, match=word) as caught:
+            interrupts.check()
+    assert caught.value.exit_code == code
+    assert signal.getsignal(number) is before
+
+
+def test_what_was_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupts() as interrupts:
+            signal.raise_signal(signal.SIGHUP)
+            interrupts.check()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_run_replaces_only_what_a_lab_run_wrote(tmp_path: Path) -> None:
+    first = output.claim(tmp_path / "out")
+    first.logs.mkdir()
+    first.log("broker").write_text("old")
+    first.report.write_text("{}")
+    (first.folder / "notes.txt").write_text("mine")
+    first.release()
+    second = output.claim(tmp_path / "out")
+    assert sorted(path.name for path in second.folder.iterdir()) == [output.MARKER, "notes.txt"]
+    second.release()
+
+
+def test_a_folder_of_something_else_is_refused_and_untouched(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("mine")
+    with pytest.raises(ConfigError, match="no lab run wrote it"):
+        output.claim(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_what_an_earlier_lab_did_not_write_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / output.MARKER).write_text(json.dumps({"wrote": ["logs", "../../elsewhere", "..", ""]}))
+    (tmp_path / "report.json").write_text("mine")
+    with pytest.raises(ConfigError, match=r"no lab run wrote .*report\.json"):
+        output.claim(tmp_path)
+    assert (tmp_path / "report.json").read_text() == "mine"
+
+
+def test_a_link_is_removed_and_not_followed(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "kept").touch()
+    out = output.claim(tmp_path / "out")
+    out.logs.symlink_to(elsewhere)
+    out.release()
+    output.claim(tmp_path / "out").release()
+    assert (elsewhere / "kept").exists()
+    assert not (tmp_path / "out" / "logs").is_symlink()
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    first = output.claim(tmp_path)
+    with pytest.raises(ConfigError, match="another lab run is using"):
+        output.claim(tmp_path)
+    first.release()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot write to"):
+        output.claim(tmp_path / "file" / "out")
