@@ -1,0 +1,109 @@
+"""What ternary costs in accuracy: fashion-mnist, 20 devices, Dirichlet 0.5, 60 versions of 5 updates, beside float32.
+
+    python -m benchmarks.fashion --data DIR [--seeds 3] [--out FOLDER] [--json]
+
+Each run is a real federation of 22 processes (`ternbus lab run`). A run that is already in --out is not run again.
+DIR holds FashionMNIST/raw/*-ubyte, as torchvision lays it out.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+SCENARIO: Final = """\
+task = "fashion-mnist"
+devices = 20
+seed = {seed}
+data = {data}
+partition = "dirichlet:0.5"
+
+[speeds]
+sigma = 0.7
+median_s = 8.0
+
+[plan]
+codec = "{codec}"
+
+[aggregator.merge]
+buffer_size = 5
+
+[aggregator.staleness]
+max = 20
+
+[aggregator.downlink]
+codec = "{codec}"
+
+[end]
+versions = {versions}
+"""
+CODECS: Final = ("ternary", "float32")
+LAST: Final = 10  # the accuracy of a run is the mean of its last versions: single ones scatter by a point
+
+
+def run(codec: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One run's report."""
+    folder = arguments.out / f"{codec}-{seed}"
+    report = folder / "report.json"
+    if not report.exists():
+        scenario = arguments.out / f"{codec}-{seed}.toml"
+        text = SCENARIO.format(
+            seed=seed, data=json.dumps(str(arguments.data.absolute())), codec=codec, versions=arguments.versions
+        )
+        scenario.write_text(text, encoding="utf-8")
+        command = [sys.executable, "-m", "ternbus", "lab", "run", str(scenario), "--out", str(folder)]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+    found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+    return found
+
+
+def summary(report: dict[str, Any], versions: int) -> dict[str, float]:
+    """What a row of the table is made from."""
+    measured = [row["accuracy"] for row in report["versions"][: versions + 1] if row["accuracy"] is not None]
+    return {
+        "last": measured[-1],
+        "mean_of_last": statistics.mean(measured[-LAST:]),
+        "bits_up": report["bits_per_parameter_up"],
+        "bits_down": report["bits_per_parameter_down"],
+        "megabytes": (report["bytes_up"] + report["bytes_down"]) / 1e6,
+        "seconds": report["seconds"],
+    }
+
+
+def main() -> None:
+    """Run what is missing, print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--versions", type=int, default=60)
+    parser.add_argument("--out", type=Path, default=Path("benchmark-fashion"))
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, list[dict[str, float]]] = {codec: [] for codec in CODECS}
+    for seed in range(arguments.seeds):
+        for codec in CODECS:
+            rows[codec].append(summary(run(codec, seed, arguments), arguments.versions))
+    if arguments.json:
+        print(json.dumps(rows))
+        return
+    print(
+        f"| both ways | accuracy, mean of the last {LAST} versions | of seeds | bits/parameter up | down | MB in all |"
+    )
+    print("|---|---|---|---|---|---|")
+    for codec, found in rows.items():
+        accuracies = [row["mean_of_last"] for row in found]
+        seeds = ", ".join(f"{accuracy:.2%}" for accuracy in accuracies)
+        up, down, megabytes = (
+            statistics.mean(row[key] for row in found) for key in ("bits_up", "bits_down", "megabytes")
+        )
+        print(f"| {codec} | {statistics.mean(accuracies):.2%} | {seeds} | {up:.2f} | {down:.2f} | {megabytes:.0f} |")
+    ternary, plain = ([row["mean_of_last"] for row in rows[codec]] for codec in CODECS)
+    print(f"\nternary - float32: {100 * (statistics.mean(ternary) - statistics.mean(plain)):+.2f} points")
+
+
+if __name__ == "__main__":
+    main()
