@@ -287,7 +287,8 @@ def main() -> None:
     for row in rows:
         full, half = row["full"], row["half"]
         print(
-            f"{row['parameters']:>11,} {row['skeleton_per_s']:>11.0f} {full['updates_per_s']:>9.0f} {row['ratio']:>6.2f}"
+            f"{row['parameters']:>11,} {row['skeleton_per_s']:>11.0f}"
+            f" {full['updates_per_s']:>9.0f} {row['ratio']:>6.2f}"
             f" {half['p50_ms']:>14.1f} {half['p99_ms']:>8.1f} {full['peak_mb']:>8.0f} {full['ledger_mb']:>10.1f}"
         )
 

@@ -1,7 +1,8 @@
 """A device's process put together: folder, task, store, core and service, and how it ends."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 
@@ -104,13 +105,25 @@ def _serve(
             trainer=trainer,
             min_seconds=options.min_seconds,
         )
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda received, _: service.request_stop(signal.Signals(received).name))
-        stop = service.run()
+        with _signals_stop(service):
+            stop = service.run()
         ended = service.leave_training()
     if stop.code == EXIT_CONFIG:
         raise ConfigError(stop.reason)
     return stop, ended
+
+
+@contextmanager
+def _signals_stop(service: Service) -> Iterator[None]:
+    before = {
+        number: signal.signal(number, lambda received, _: service.request_stop(signal.Signals(received).name))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _member(settings: Settings, identity: Identity, task: Task, role: Role, options: Options) -> Member:

@@ -1,8 +1,6 @@
 """`ternbus edge …`: join a federation, train or evaluate for it, look at what a device did, and leave."""
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,10 +10,10 @@ from broker.errors import LinkError
 from broker.invitation import Invitation
 from broker.schema import save_safetensors
 from edge_client import agent, outbox
-from edge_client.actions import Stop
 from edge_client.agent import Options
 from edge_client.home import Home
 from edge_client.partition import Partition
+from edge_client.process import become
 from edge_client.progress import Printer
 from edge_client.trainer import load_task
 
@@ -40,21 +38,29 @@ def join(
     partition: Annotated[
         str, typer.Option(help="Which part is this device's: all, iid:I/N or dirichlet:ALPHA:I/N:SEED.")
     ] = "all",
+    then_run: Annotated[bool, typer.Option("--run", help="Then train, as `ternbus edge run` does.")] = False,
     timeout: Timeout = None,
     as_json: AsJson = False,
 ) -> None:
     """Become a member: make a key, enrol with the invitation's code, check that the task's model fits.
 
-    Waits for a broker or an aggregator that is not there yet. Interrupted, it can be repeated.
+    Waits for a broker or an aggregator that is not there yet. Interrupted, it can be repeated; with `--run` also
+    when the device has joined: then it only runs.
 
     Example: ternbus edge join pi-7.toml pi-7 --task digits --partition iid:0/8
     """
     printer = Printer(as_json=as_json)
     Partition.parse(partition)
-    model = load_task(task)
-    home = Home(directory)
-    settings = home.prepare(Invitation.load(invitation), task=task, data=data, partition=partition)
-    _finish(printer, agent.join(home, settings, model, Options(timeout_s=timeout), printer))
+    home, options = Home(directory), Options(timeout_s=timeout)
+    asked = Invitation.load(invitation)
+    if not (then_run and home.has_joined(asked)):
+        model = load_task(task)
+        settings = home.prepare(asked, task=task, data=data, partition=partition)
+        stop = agent.join(home, settings, model, options, printer)
+        if not then_run or home.settings().code:
+            raise typer.Exit(printer.finish(stop, ended=True))
+        printer.end(stop)
+    raise typer.Exit(become(home, "train", options, as_json=as_json))
 
 
 @app.command()
@@ -74,9 +80,8 @@ def run(
 
     Example: ternbus edge run pi-7
     """
-    printer = Printer(as_json=as_json)
     options = Options(versions=versions, timeout_s=timeout, min_seconds=min_seconds)
-    _finish(printer, *agent.serve(Home(directory), "train", options, printer))
+    raise typer.Exit(become(Home(directory), "train", options, as_json=as_json))
 
 
 @app.command()
@@ -85,9 +90,8 @@ def evaluate(directory: Dir, versions: Versions = None, timeout: Timeout = None,
 
     Example: ternbus edge evaluate judge
     """
-    printer = Printer(as_json=as_json)
     options = Options(versions=versions, timeout_s=timeout)
-    _finish(printer, *agent.serve(Home(directory), "evaluate", options, printer))
+    raise typer.Exit(become(Home(directory), "evaluate", options, as_json=as_json))
 
 
 @app.command("init-model")
@@ -101,7 +105,8 @@ def init_model(
     Example: ternbus edge init-model digits model.safetensors --seed 1
     """
     tensors = load_task(task).initial(seed)
-    save_safetensors(out, tensors, {"task": task, "seed": str(seed)})
+    about = {"ternbus": f"{task}, seed {seed}"}  # one entry: several come in any order, and the file would differ
+    save_safetensors(out, tensors, about)
     typer.echo(f"{out}: {len(tensors)} tensors, {sum(tensor.size for tensor in tensors.values()):,} parameters")
 
 
@@ -160,14 +165,3 @@ def leave(
                 raise LinkError(f"{error}; with --force it is removed from here only") from error
         home.erase()
     typer.echo(f"{settings.device} has left {settings.federation}")
-
-
-def _finish(printer: Printer, stop: Stop, ended: bool = True) -> None:
-    printer.end(stop)
-    if not ended:
-        # All is saved and said, but a thread is deep in somebody's training code: Python would crash in it or wait.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(stop.code)
-    if stop.code:
-        raise typer.Exit(stop.code)

@@ -21,7 +21,7 @@ class Compressed:
 def compress(schema: Schema, plan: Plan, change: Vector, residual: Vector | None, seed: int) -> Compressed:
     """Block and new residual of ``change + residual``, both float32 vectors of the schema's length.
 
-    Without error feedback the ternary block is drawn at random and right on average (Wen et al. 2017, eq. 2-3), so
+    Without error feedback the ternary block is drawn at random and right on average (Wen et al. 2017), so
     nothing is kept. With it the block is the nearest one, and what it loses is kept for the next
     (Karimireddy et al. 2019, algorithm 1).
     """
@@ -36,11 +36,11 @@ def compress(schema: Schema, plan: Plan, change: Vector, residual: Vector | None
 
 
 def _terngrad(schema: Schema, total: Vector, clip_sigma: float, seed: int) -> Block:
-    rng = np.random.default_rng(seed)
-    trits = np.zeros(schema.ternary_elements, dtype=np.int8)
+    bits = np.random.SFC64(seed)
+    trits = np.empty(schema.ternary_elements, dtype=np.int8)
     scales = []
     for segment in schema.ternary:
-        scale, drawn = ternarize(total[segment.start : segment.stop], clip_sigma=clip_sigma, rng=rng)
-        trits[segment.offset : segment.offset + segment.tensor.elements] = drawn
+        place = trits[segment.offset : segment.offset + segment.tensor.elements]
+        scale, _ = ternarize(total[segment.start : segment.stop], clip_sigma=clip_sigma, bits=bits, out=place)
         scales.append(float(scale))
     return Block.of_trits(schema, scales, trits, dense_elements(schema, total))

@@ -57,6 +57,7 @@ class Core:
         self._head_state = ""
         self._heard_about: set[int] = set()  # the last status and metrics: a revocation may answer them
         self._contributed = 0  # updates accepted in this life
+        self._fits = False  # the task's model has been held against the federation's schema
         self._stopped = False
         if kept.key != member.key:
             self.memory.replaced(kept.under(member.key))
@@ -274,21 +275,23 @@ class Core:
     def _look_at_schema(self) -> list[Action]:
         """The federation's schema is fixed, and the task's model must fit it."""
         schema = self.follower.schema
-        if schema is None or schema.encoded == self.kept.schema:
+        if schema is None or self._fits:
             return []
-        if self.kept.schema:
+        if self.kept.schema not in {b"", schema.encoded}:
             return self._stop(EXIT_CONFIG, "the federation's schema has changed; leave it and join again")
         fault = misfit(schema, self.member.tensors)
         if fault:
             return self._stop(EXIT_CONFIG, fault)
-        self.memory.replaced(replace(self.kept, schema=schema.encoded))
+        self._fits = True
+        if not self.kept.schema:
+            self.memory.replaced(replace(self.kept, schema=schema.encoded))
         return []
 
     def _leave_if_done(self) -> list[Action]:
         if self._stopped:
             return []
         if self.member.role == "join":
-            done = self.kept.enrolled and self.kept.schema
+            done = self.kept.enrolled and self._fits
             return self._stop(EXIT_DONE, f"{self.member.device} has joined {self.member.federation}") if done else []
         if max(self._contributed, self.evaluating.done) == self.member.versions and not self.evaluating.pending:
             return self._stop(EXIT_DONE, f"{self.member.versions} versions are done")

@@ -94,6 +94,14 @@ class Home:
             raise ConfigError(f"{self.folder} has not finished joining; run `ternbus edge join` again")
         return settings
 
+    def has_joined(self, invitation: Invitation) -> bool:
+        """Whether `join` with an invitation of this federation and device came to its end here."""
+        if not (self.folder / TOML).exists():
+            return False
+        settings = self.settings()
+        same = (settings.federation, settings.device) == (invitation.federation, invitation.device)
+        return same and not settings.code
+
     def identity(self) -> Identity:
         return Identity.load(self.folder / KEY)
 

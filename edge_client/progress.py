@@ -1,9 +1,9 @@
 """What a device tells people and programs: a line an event, as text or as JSON."""
 
 import json
+import os
+import sys
 import time
-
-import typer
 
 from edge_client.actions import Log, Stop
 
@@ -19,13 +19,23 @@ class Printer:
             line = json.dumps({"time": round(time.time(), 3), "event": log.event, "text": log.text, **log.fields})
         else:
             line = f"{time.strftime('%H:%M:%S')}  {log.text}"
-        typer.echo(line)
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
 
     def end(self, stop: Stop) -> None:
         """The last line."""
         if self._as_json or stop.code == 0:
-            self(
-                Log(event="stopped", text=f"stopped: {stop.reason}", fields={"code": stop.code, "reason": stop.reason})
-            )
+            fields = {"code": stop.code, "reason": stop.reason}
+            self(Log(event="stopped", text=f"stopped: {stop.reason}", fields=fields))
         if stop.code != 0:
-            typer.echo(f"ternbus: {stop.reason}", err=True)
+            sys.stderr.write(f"ternbus: {stop.reason}\n")
+
+    def finish(self, stop: Stop, *, ended: bool) -> int:
+        """The last line, and the exit code; the end itself, if a training thread will not `ended`."""
+        self.end(stop)
+        if not ended:
+            # All is saved and said, but a thread is deep in somebody's training code: Python would crash in it or wait.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(stop.code)
+        return stop.code

@@ -1,7 +1,7 @@
 """TernGrad: an update becomes one scale and one trit an element, right on average (Wen et al. 2017).
 
 Knows flat float32 arrays; needs nothing but numpy, and works in blocks, so that a device's memory holds the
-model once more, not four times more.
+model once more, not four times more, and a block stays in the processor's cache.
 """
 
 import math
@@ -10,27 +10,36 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-BLOCK = 65_536  # elements at a time; the largest temporary is a block in float64, 512 KiB
+BLOCK = 65_536  # elements at a time; the largest temporary is a block in float32 or in random bits, 256 KiB
 LARGEST_SCALE = 65_504.0  # the protocol's bound
 SMALLEST_SCALE = 2.0**-126  # below it a float32 counts as zero everywhere in the protocol
+EPSILON = 2.0**-20
+ONE_TO_TWO = np.uint64(0x3F800000_3F800000)  # the exponent of two float32 in [1, 2)
+# 22 random bits each: with 23 the sum below could round up to 3
+MANTISSAS = np.uint64(0x007FFFFE_007FFFFE)
 
 FloatArray = npt.NDArray[np.float32]
 Trits = npt.NDArray[np.int8]
 
 
-def ternarize(values: FloatArray, *, clip_sigma: float, rng: np.random.Generator) -> tuple[np.float32, Trits]:
+def ternarize(
+    values: FloatArray, *, clip_sigma: float, bits: np.random.SFC64, out: Trits | None = None
+) -> tuple[np.float32, Trits]:
     """(s, t) of one tensor, t in {-1, 0, 1} element by element: E[s·t] is the clipped tensor.
 
     t = sign(g)·b with P(b = 1) = |g| / s, where g is the tensor clipped to ±c·sigma and s its largest magnitude (the
     `ternarize` and the gradient clipping of Wen et al. 2017). `clip_sigma` is c; 0 turns clipping off. Any shape is
-    taken, and the trits have the same. Raises `ValueError` for a NaN or an infinity.
+    taken, and the trits have the same; they are written to `out`, a flat int8 array, where one is given. Raises
+    `ValueError` for a NaN or an infinity.
     """
     flat = values.reshape(-1)
-    trits = np.zeros(flat.shape, np.int8)
+    trits = np.empty(flat.shape, np.int8) if out is None else out
     s = scale(flat, clip_sigma=clip_sigma)
     if s > 0:
         for block in _blocks(flat.size):
-            trits[block] = _draw(flat[block], s, rng)
+            _draw(flat[block], s, bits, trits[block])
+    else:
+        trits[:] = 0
     return s, trits.reshape(values.shape)
 
 
@@ -47,27 +56,34 @@ def scale(values: FloatArray, *, clip_sigma: float) -> np.float32:
     if not math.isfinite(largest):
         raise ValueError("cannot ternarize: the tensor has a NaN or an infinity")
     sigma = _standard_deviation(flat) if clip_sigma > 0 else 0.0
-    bounded = min(largest, LARGEST_SCALE, clip_sigma * sigma if sigma > 0 else math.inf)
+    spread = sigma > largest * EPSILON  # what is less than float32 resolves is rounding, and nothing to clip
+    bounded = min(largest, LARGEST_SCALE, clip_sigma * sigma if spread else math.inf)
     return np.float32(bounded) if bounded >= SMALLEST_SCALE else np.float32(0)
 
 
-def _draw(values: FloatArray, s: np.float32, rng: np.random.Generator) -> Trits:
-    probability = np.abs(values)
-    probability /= s  # above 1 for what is clipped: drawn for certain
-    drawn = rng.random(values.shape, dtype=np.float32) < probability
-    trits = np.sign(values).astype(np.int8)
-    trits *= drawn
-    return trits
+def _draw(values: FloatArray, s: np.float32, bits: np.random.SFC64, out: Trits) -> None:
+    """Write t = floor(g/s + u) with u uniform in [0, 1): 1 with probability g/s, or -1 with probability -g/s.
+
+    Shifted by one, so that the conversion to an integer, which cuts off, is the floor.
+    """
+    raw = bits.random_raw(-(-values.size // 2))
+    raw &= MANTISSAS
+    raw |= ONE_TO_TWO
+    shares = values / s
+    np.clip(shares, -1, 1, out=shares)
+    shares += raw.view(np.float32)[: values.size]  # 1 + u
+    np.subtract(shares.astype(np.uint8), 1, out=out.view(np.uint8))
 
 
 def _standard_deviation(flat: FloatArray) -> float:
-    # Two passes in float64: the sum of a block never cancels, and a constant tensor has exactly 0.
-    mean = sum(float(flat[block].sum(dtype=np.float64)) for block in _blocks(flat.size)) / flat.size
+    """In two passes, so that a mean far from zero cancels nothing; a block's sums in float32, their sum in float64."""
     squares = 0.0
-    for block in _blocks(flat.size):
-        off = flat[block].astype(np.float64)
-        off -= mean
-        squares += float(off @ off)
+    with np.errstate(over="ignore", invalid="ignore"):  # an overflow is bounded by LARGEST_SCALE later
+        mean = sum(float(flat[block].sum()) for block in _blocks(flat.size)) / flat.size
+        for block in _blocks(flat.size):
+            off = flat[block] - np.float32(mean)
+            np.square(off, out=off)
+            squares += float(off.sum())
     return math.sqrt(squares / flat.size)
 
 

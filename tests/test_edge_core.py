@@ -675,6 +675,13 @@ def test_a_task_that_does_not_fit_is_a_configuration_error_that_names_the_tensor
     assert words in stop.reason
 
 
+def test_a_task_is_checked_again_when_another_one_fitted_before() -> None:
+    scripted, born, _ = sending()
+    again = born.reborn(tensors={**TENSORS, "c": (3,)})
+    again.connect()
+    assert only(again.arrive(scripted.status(), scripted.head(), *scripted.snapshot()), Stop).code == 2
+
+
 def test_another_schema_than_the_one_joined_is_not_followed() -> None:
     other = Schema.of({"x": (9,)})
     _, born = following(kept={"schema": other.encoded})

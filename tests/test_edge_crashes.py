@@ -86,6 +86,7 @@ class CrashingDevice(RuleBasedStateMachine):
         self.records: list[Answered] = []
         self.gained = np.zeros(self.scripted.schema.elements, np.float32)  # by trainings whose result was saved
         self.sent: dict[tuple[int, int], bytes] = {}
+        self.past: list[Message] = []  # all that was ever delivered
         self.crash_after: int | None = None
         self.start()
 
@@ -199,7 +200,7 @@ class CrashingDevice(RuleBasedStateMachine):
         chosen = data.draw(st.integers(0, len(self.down) - 1))
         topic, payload = self.down[chosen] if fate == "again" else self.down.pop(chosen)
         if fate != "lost":
-            self.handle(events.FrameArrived(topic=topic, frame=parse(payload)))
+            self.arrive(topic, payload)
 
     @precondition(lambda self: self.up)
     @rule(data=st.data(), fate=st.sampled_from(["once", "once", "lost", "again"]), busy=st.booleans())
@@ -208,6 +209,26 @@ class CrashingDevice(RuleBasedStateMachine):
         payload = self.up[chosen] if fate == "again" else self.up.pop(chosen)
         if fate != "lost":
             self.receive(payload, busy)
+
+    @precondition(lambda self: self.connected and self.past)
+    @rule(data=st.data())
+    def the_broker_replays(self, data: st.DataObject) -> None:
+        topic, payload = self.past[data.draw(st.integers(0, len(self.past) - 1))]
+        self.arrive(topic, payload)
+
+    def arrive(self, topic: str, payload: bytes) -> None:
+        self.past.append((topic, payload))
+        self.handle(events.FrameArrived(topic=topic, frame=parse(payload)))
+
+    @rule(messages=st.integers(1, 30))
+    def the_network_works_for_a_while(self, messages: int) -> None:
+        if self.wants_connection:
+            self.connect(succeeds=True)
+        for _ in range(messages):
+            if self.up:
+                self.receive(self.up.pop(0))
+            elif self.down:
+                self.arrive(*self.down.pop(0))
 
     def receive(self, payload: bytes, busy: bool = False) -> None:
         frame = parse(payload)
@@ -310,8 +331,7 @@ class CrashingDevice(RuleBasedStateMachine):
                 while self.up:
                     self.receive(self.up.pop(0))
                 if self.down:
-                    topic, payload = self.down.pop(0)
-                    self.handle(events.FrameArrived(topic=topic, frame=parse(payload)))
+                    self.arrive(*self.down.pop(0))
             if self.job is not None:
                 self.finish_training(1)
             self.time_passes(35.0)
@@ -322,4 +342,4 @@ class CrashingDevice(RuleBasedStateMachine):
 
 
 TestCrashingDevice = CrashingDevice.TestCase
-TestCrashingDevice.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestCrashingDevice.settings = settings(max_examples=100, stateful_step_count=80, deadline=None)

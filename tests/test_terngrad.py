@@ -50,7 +50,7 @@ def test_trits_have_the_sign_of_their_element_and_the_shape_of_the_tensor(
     values: FloatArray, clip: float, seed: int
 ) -> None:
     before = values.copy()
-    scale, trits = terngrad.ternarize(values, clip_sigma=clip, rng=np.random.default_rng(seed))
+    scale, trits = terngrad.ternarize(values, clip_sigma=clip, bits=np.random.SFC64(seed))
     assert trits.dtype == np.int8
     assert scale.dtype == np.float32
     assert trits.shape == values.shape
@@ -65,10 +65,10 @@ def test_trits_have_the_sign_of_their_element_and_the_shape_of_the_tensor(
 def test_what_is_sent_is_on_average_the_clipped_tensor(clip: float) -> None:
     """The mean of n draws of s·t lies within five standard errors of each clipped element."""
     values, draws = gaussian(3_000), 2_000
-    rng = np.random.default_rng(1)
+    bits = np.random.SFC64(1)
     total = np.zeros(values.shape)
     for _ in range(draws):
-        scale, trits = terngrad.ternarize(values, clip_sigma=clip, rng=rng)
+        scale, trits = terngrad.ternarize(values, clip_sigma=clip, bits=bits)
         total += float(scale) * trits
     clipped = np.clip(values.astype(np.float64), -float(scale), float(scale))
     deviation = np.sqrt(np.abs(clipped) * (float(scale) - np.abs(clipped)) / draws)
@@ -79,18 +79,18 @@ def test_what_is_sent_is_on_average_the_clipped_tensor(clip: float) -> None:
 def test_an_outlier_is_clipped_to_c_sigma_and_raises_no_other_element() -> None:
     values = gaussian(10_000)
     values[17] = 1.0
-    scale, trits = terngrad.ternarize(values, clip_sigma=2.5, rng=np.random.default_rng(0))
+    scale, trits = terngrad.ternarize(values, clip_sigma=2.5, bits=np.random.SFC64(0))
     assert float(scale) == pytest.approx(2.5 * float(values.std(dtype=np.float64)), rel=1e-6)
     assert trits[17] == 1
-    unclipped, _ = terngrad.ternarize(values, clip_sigma=0, rng=np.random.default_rng(0))
+    unclipped, _ = terngrad.ternarize(values, clip_sigma=0, bits=np.random.SFC64(0))
     assert unclipped == np.float32(1.0)
 
 
 def test_the_seed_decides_every_trit() -> None:
     values = gaussian(200_000)
-    first = terngrad.ternarize(values, clip_sigma=2.5, rng=np.random.default_rng(7))
-    again = terngrad.ternarize(values, clip_sigma=2.5, rng=np.random.default_rng(7))
-    other = terngrad.ternarize(values, clip_sigma=2.5, rng=np.random.default_rng(8))
+    first = terngrad.ternarize(values, clip_sigma=2.5, bits=np.random.SFC64(7))
+    again = terngrad.ternarize(values, clip_sigma=2.5, bits=np.random.SFC64(7))
+    other = terngrad.ternarize(values, clip_sigma=2.5, bits=np.random.SFC64(8))
     assert first[0] == again[0] == other[0]
     assert np.array_equal(first[1], again[1])
     assert not np.array_equal(first[1], other[1])
@@ -98,7 +98,7 @@ def test_the_seed_decides_every_trit() -> None:
 
 def test_an_element_at_the_scale_is_always_sent_and_a_zero_never() -> None:
     values = np.tile(np.array([1, -1, 0], np.float32), 5_000)
-    scale, trits = terngrad.ternarize(values, clip_sigma=2.5, rng=np.random.default_rng(0))
+    scale, trits = terngrad.ternarize(values, clip_sigma=2.5, bits=np.random.SFC64(0))
     assert scale == np.float32(1)
     assert np.array_equal(trits, values.astype(np.int8))
 
@@ -114,21 +114,21 @@ def test_an_element_at_the_scale_is_always_sent_and_a_zero_never() -> None:
     ids=["zeros", "negative zeros", "too small to count", "empty"],
 )
 def test_what_is_as_good_as_zero_has_scale_zero_and_no_trits(values: FloatArray) -> None:
-    scale, trits = terngrad.ternarize(values, clip_sigma=2.5, rng=np.random.default_rng(0))
+    scale, trits = terngrad.ternarize(values, clip_sigma=2.5, bits=np.random.SFC64(0))
     assert scale.tobytes() == bytes(4)
     assert not trits.any()
 
 
 def test_a_constant_tensor_has_nothing_to_clip() -> None:
     values = np.full(100_001, 0.1, np.float32)
-    scale, trits = terngrad.ternarize(values, clip_sigma=2.5, rng=np.random.default_rng(0))
+    scale, trits = terngrad.ternarize(values, clip_sigma=2.5, bits=np.random.SFC64(0))
     assert scale == np.float32(0.1)
     assert np.all(trits == 1)
 
 
 def test_the_scale_never_exceeds_what_the_protocol_takes() -> None:
     values = np.array([3e38, -3e38, 1.0], np.float32)
-    scale, trits = terngrad.ternarize(values, clip_sigma=2.5, rng=np.random.default_rng(0))
+    scale, trits = terngrad.ternarize(values, clip_sigma=2.5, bits=np.random.SFC64(0))
     assert scale == np.float32(65_504)
     assert trits.tolist()[:2] == [1, -1]
 
@@ -138,16 +138,16 @@ def test_what_is_not_finite_is_refused(bad: float) -> None:
     values = gaussian(1_000)
     values[500] = bad
     with pytest.raises(ValueError, match="NaN or an infinity"):
-        terngrad.ternarize(values, clip_sigma=2.5, rng=np.random.default_rng(0))
+        terngrad.ternarize(values, clip_sigma=2.5, bits=np.random.SFC64(0))
 
 
 def test_no_temporary_grows_with_the_tensor() -> None:
     """Beside the trits themselves, four million elements take less than 2 MB."""
     values = gaussian(4_000_000)
-    rng = np.random.default_rng(0)
+    bits = np.random.SFC64(0)
     tracemalloc.start()
     try:
-        terngrad.ternarize(values, clip_sigma=2.5, rng=rng)
+        terngrad.ternarize(values, clip_sigma=2.5, bits=bits)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -1,0 +1,123 @@
+"""How fast an update is encoded and added up, for 10^4 to 10^8 parameters, beside what this machine's memory can do.
+
+    python -m benchmarks.codec [--json] [--parameters 10000 1200000 …]
+
+Encode is what a device does: clip, ternarize, pack, zstd. Decode is what an aggregator does: decompress, check,
+look up, add to a float32 vector. The baseline adds one float32 vector to another: the same memory, read and written.
+GB/s count the update as float32.
+"""
+
+import argparse
+import json
+import statistics
+import time
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Final
+
+import numpy as np
+
+from broker.schema import Schema, Vector
+from broker.ternary import TERNARY, ZSTD, Block, encode
+from edge_client.compress import compress
+from edge_client.trainer import Plan
+
+SIZES: Final = (10_000, 100_000, 1_200_000, 10_000_000, 100_000_000)
+BUDGET_S: Final = 2.0  # for each figure
+RUNS_MAX: Final = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Medians, in milliseconds."""
+
+    parameters: int
+    add_ms: float
+    encode_ms: float
+    decode_ms: float
+    encode_temporary_mb: float
+    decode_temporary_mb: float
+
+    def gb_per_s(self, milliseconds: float) -> float:
+        return 4e-6 * self.parameters / milliseconds
+
+
+def median_ms(function: Callable[[], object]) -> float:
+    """Of as many runs as the budget allows, after one that is not counted."""
+    function()
+    times: list[float] = []
+    end = time.perf_counter() + BUDGET_S
+    while len(times) < 3 or (time.perf_counter() < end and len(times) < RUNS_MAX):
+        begun = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - begun)
+    return 1000 * statistics.median(times)
+
+
+def temporary_mb(function: Callable[[], object], result_bytes: int) -> float:
+    """What a call allocates at its peak beyond its result."""
+    tracemalloc.start()
+    try:
+        kept = function()
+        _, peak = tracemalloc.get_traced_memory()
+        del kept
+    finally:
+        tracemalloc.stop()
+    return (peak - result_bytes) / 2**20
+
+
+def measure(parameters: int) -> Row:
+    """One size: a Gaussian change of one tensor."""
+    schema = Schema.of({"weight": (parameters,)})
+    change = np.random.default_rng(0).normal(0.0, 0.01, parameters).astype(np.float32)
+    total: Vector = np.zeros(parameters, dtype=np.float32)
+
+    def encode_update() -> bytes:
+        return encode(compress(schema, Plan(), change, None, 7).block.content, ZSTD)
+
+    body = encode_update()
+
+    def decode_update() -> None:
+        Block.read(schema, TERNARY, ZSTD, body).add_to(total, 600.0)
+
+    def add() -> None:
+        np.add(total, change, out=total)
+
+    # beside its result an update exists once as trits, once packed: inputs of the next step, not temporaries
+    kept = parameters + parameters // 5 + len(body)
+    return Row(
+        parameters=parameters,
+        add_ms=median_ms(add),
+        encode_ms=median_ms(encode_update),
+        decode_ms=median_ms(decode_update),
+        encode_temporary_mb=temporary_mb(encode_update, kept),
+        decode_temporary_mb=temporary_mb(decode_update, parameters // 5),
+    )
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--parameters", type=int, nargs="+", default=list(SIZES))
+    arguments = parser.parse_args()
+    rows = [measure(parameters) for parameters in arguments.parameters]
+    if arguments.json:
+        print(json.dumps([asdict(row) for row in rows]))
+        return
+    print(
+        f"{'parameters':>11} {'add, ms':>9} {'GB/s':>6} {'encode, ms':>11} {'GB/s':>6} {'decode, ms':>11} {'GB/s':>6}"
+        f" {'of add':>7} {'temporary MB':>13}"
+    )
+    for row in rows:
+        print(
+            f"{row.parameters:>11,} {row.add_ms:>9.3f} {row.gb_per_s(row.add_ms):>6.1f}"
+            f" {row.encode_ms:>11.3f} {row.gb_per_s(row.encode_ms):>6.2f}"
+            f" {row.decode_ms:>11.3f} {row.gb_per_s(row.decode_ms):>6.2f} {row.decode_ms / row.add_ms:>7.1f}"
+            f" {row.encode_temporary_mb:>6.2f} {row.decode_temporary_mb:>6.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

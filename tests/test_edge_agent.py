@@ -1,0 +1,389 @@
+"""The device as a process on a real mosquitto, against an aggregator made of broker's primitives."""
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripted_aggregator import FEDERATION, Message, ScriptedAggregator, decoded
+
+from broker import running, topics
+from broker.errors import ConfigError, LinkError
+from broker.frame import Frame, parse
+from broker.identity import Identity, enroll_proof, key_id
+from broker.invitation import Invitation
+from broker.link import Arrived, Link
+from broker.messages import Enroll, Metrics, Status, Update
+from broker.parts import Collector
+from broker.schema import Schema, to_vector
+from broker.ternary import content_bytes
+from edge_client import outbox
+from edge_client.home import Home
+from edge_client.trainer import load_task
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parent.parent
+WITHIN_S = 60.0
+TASK = "digits-numpy"
+CODE = "c" * 32
+RESIDENT_KB_MAX = 60 * 1024
+
+
+class Server:
+    """Answers devices as a test says; every frame that it believes is checked as the protocol wants."""
+
+    def __init__(self, url: str, **plan: Any) -> None:
+        model = load_task(TASK).initial(1)
+        schema = Schema.of({name: tensor.shape for name, tensor in model.items()})
+        self.scripted = ScriptedAggregator(schema=schema, slots=8, frame_bytes=8000, plan=plan)
+        self.scripted.vectors[0] = to_vector(schema, model)
+        self.url = url
+        self.keys: dict[str, bytes] = {}
+        self.updates: list[Frame] = []
+        self.metrics: list[Metrics] = []
+        self.statuses: list[Status] = []
+        self.answer: Callable[[Frame], str | None] = lambda _: "accepted"
+        self._collector = Collector(8, 2**24)
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.link = Link(url, client_id="aggregator-fed", deliver=self._queue.put)
+
+    def start(self) -> None:
+        topic, will = self.scripted.status("offline")
+        self.link.connect(topic, will)
+        self.link.subscribe([f"ternbus/1/{FEDERATION}/up/#"])
+        self.publish(*self.scripted.snapshot(), self.scripted.head(), self.scripted.status())
+
+    def publish(self, *messages: Message) -> None:
+        for topic, payload in messages:
+            self.link.publish(topic, payload, retain="/all/" in topic)
+
+    def invite(self, folder: Path, device: str, code: str = CODE) -> Path:
+        invitation = Invitation(
+            federation=FEDERATION,
+            device=device,
+            broker=self.url,
+            aggregator_key=self.scripted.identity.public.hex(),
+            code=code,
+        )
+        path = folder / f"{device}.toml"
+        path.write_text(invitation.dumps())
+        return path
+
+    def until(self, done: Callable[[], object]) -> None:
+        """Answer what comes until something holds."""
+        deadline = time.monotonic() + WITHIN_S
+        while not done():
+            try:
+                event = self._queue.get(timeout=0.2)
+            except queue.Empty:
+                assert time.monotonic() < deadline, "it took too long"
+                continue
+            if isinstance(event, Arrived):
+                self._arrived(event)
+                self.link.acknowledge(event.token)
+
+    def until_ended(self, process: subprocess.Popen[str]) -> tuple[int, str]:
+        """The exit code, and what it printed."""
+        self.until(lambda: process.poll() is not None)
+        out, err = process.communicate()
+        return process.returncode, out + err
+
+    def _arrived(self, message: Arrived) -> None:
+        if not message.payload:
+            return
+        frame = parse(message.payload)
+        address = topics.parse(message.topic)
+        topics.check(frame, address)
+        assert address.device is not None
+        if frame.kind == "enroll":
+            self._enroll(frame)
+            return
+        if frame.sender not in self.keys:
+            return  # the last will of one that was refused
+        frame.check_authentic(self.keys[frame.sender])
+        if frame.kind == "status":
+            self.statuses.append(Status.from_meta(frame.meta))
+        elif frame.kind == "metrics":
+            self.metrics.append(Metrics.from_meta(frame.meta))
+        elif frame.kind == "update" and self._collector.add(frame) is not None:
+            self.updates.append(frame)
+            if (outcome := self.answer(frame)) is not None:
+                self.publish(self.scripted.receipt(frame.sender, frame.key, frame.seq, outcome))
+                if outcome == "accepted":
+                    self.next_version()
+
+    def _enroll(self, frame: Frame) -> None:
+        public = Enroll.from_meta(frame.meta).public_key
+        frame.check_authentic(public)
+        good = frame.body == enroll_proof(CODE, FEDERATION, frame.sender, public)
+        if good:
+            self.keys[frame.sender] = public
+        outcome = "enrolled" if good else "refused"
+        self.publish(
+            self.scripted.receipt(frame.sender, key_id(public), frame.seq, outcome, reason="" if good else "code")
+        )
+
+    def next_version(self) -> None:
+        self.scripted.advance()
+        version = self.scripted.version
+        snapshot = self.scripted.new_snapshot() if version - self.scripted.snapshot_version >= 4 else []
+        self.publish(*self.scripted.delta(version), *snapshot, self.scripted.head())
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> Iterator[str]:
+    try:
+        software = running.choose(running.Engine.MOSQUITTO)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    with running.start(software, host="127.0.0.1", port=0, directory=tmp_path / "broker") as broker:
+        yield broker.url
+
+
+@pytest.fixture
+def server(url: str) -> Iterator[Server]:
+    with serving(url) as started:
+        yield started
+
+
+@contextmanager
+def serving(url: str, **plan: Any) -> Iterator[Server]:
+    server = Server(url, **plan)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.link.disconnect(flush_s=0.0)
+
+
+STARTED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def _nobody_stays_behind() -> Iterator[None]:
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            process.kill()
+        with process:
+            pass  # waits, and closes its pipes
+
+
+def edge(*arguments: object, cwd: Path = ROOT) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "ternbus", "edge", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    STARTED.append(process)
+    return process
+
+
+def joined(server: Server, tmp_path: Path, device: str = "pi", *options: object) -> Path:
+    invitation = server.invite(tmp_path, device)
+    code, said = server.until_ended(edge("join", invitation, tmp_path / device, "--task", TASK, *options))
+    assert code == 0, said
+    assert f"{device} has joined {FEDERATION}" in said
+    return tmp_path / device
+
+
+def status_of(folder: Path) -> dict[str, Any]:
+    out, _ = edge("status", folder, "--json").communicate()
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+def test_join_run_and_leave(server: Server, tmp_path: Path) -> None:
+    folder = joined(server, tmp_path, "pi", "--partition", "iid:0/4")
+    assert CODE not in (folder / "edge.toml").read_text()
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
+    code, said = server.until_ended(edge("join", tmp_path / "pi.toml", folder, "--task", TASK))
+    assert code == 2
+    assert "has joined already" in said
+
+    code, said = server.until_ended(edge("run", folder, "--versions", 3, "--json"))
+    assert code == 0, said
+    events = [json.loads(line)["event"] for line in said.splitlines()]
+    assert events.count("accepted") == 3
+    assert [Update.from_meta(frame.meta).base for frame in server.updates] == [0, 1, 2]
+    for frame in server.updates:
+        update = Update.from_meta(frame.meta)
+        value = decoded(server.scripted.schema, update.codec, update.encoding, frame.body)
+        assert (update.codec, value.any()) == ("ternary", True)
+        assert len(frame.body) <= content_bytes(server.scripted.schema, "ternary")
+        assert set(update.metrics) == {"loss", "accuracy", "seconds"}
+    assert [status.state for status in server.statuses][-1] == "offline"
+    assert {"idle", "training"} <= {status.state for status in server.statuses}
+    sessions = [status.session for status in server.statuses]
+    assert sessions == sorted(sessions)
+
+    shown = status_of(folder)
+    assert (shown["accepted"], shown["base"], shown["outstanding"]) == (3, 2, None)
+    assert shown["receipt"] == {"seq": server.updates[-1].seq, "base": 2, "outcome": "accepted"}
+    counters = shown["counters"]
+    assert counters["updates.accepted"] == counters["sent.update"] == 3
+    assert counters["sent_bytes.update"] > sum(len(frame.body) for frame in server.updates)
+    assert [answer.base for answer in outbox.answers(folder)] == [2, 1, 0]
+
+    code, said = server.until_ended(edge("leave", folder, "--yes"))
+    assert (code, folder.exists()) == (0, False), said
+
+
+def test_a_killed_device_sends_the_same_bytes_again(server: Server, tmp_path: Path) -> None:
+    folder = joined(server, tmp_path)
+    server.answer = lambda _: None
+    process = edge("run", folder)
+    server.until(lambda: server.updates)
+    process.kill()
+    process.communicate()
+    server.until(lambda: server.statuses[-1].state == "offline")  # the last will
+    first = server.updates.pop()
+    server.answer = lambda _: "accepted"
+    process = edge("run", folder, "--versions", 1)
+    code, said = server.until_ended(process)
+    assert code == 0, said
+    assert server.updates == [first]
+
+
+def test_a_stale_update_is_kept_for_the_next(server: Server, tmp_path: Path) -> None:
+    folder = joined(server, tmp_path)
+    server.answer = lambda _: "stale"
+    process = edge("run", folder)
+    server.until(lambda: status_of(folder)["receipt"])
+    process.send_signal(signal.SIGTERM)
+    code, said = server.until_ended(process)
+    assert code == 0, said
+    assert "came too late" in said
+    kept = outbox.summary(folder).kept
+    (frame,) = server.updates
+    update = Update.from_meta(frame.meta)
+    value = decoded(server.scripted.schema, update.codec, update.encoding, frame.body)
+    assert kept.residual is not None
+    assert kept.residual.tobytes() == value.tobytes()
+    assert (kept.outstanding, kept.answered_base) == (None, 0)
+
+
+def test_sigterm_in_the_middle_of_training_ends_it_at_once(server: Server, tmp_path: Path) -> None:
+    folder = joined(server, tmp_path)
+    process = edge("run", folder, "--min-seconds", 600)
+    server.until(lambda: server.statuses[-1].state == "training")
+    assert edge("run", folder).wait(WITHIN_S) == 2  # one process a folder
+    process.send_signal(signal.SIGTERM)
+    code, said = server.until_ended(process)
+    assert code == 0
+    assert "stopped: SIGTERM" in said
+    server.until(lambda: server.statuses[-1].state == "offline")
+
+
+def test_the_numpy_agent_stays_small(server: Server, tmp_path: Path) -> None:
+    folder = joined(server, tmp_path)
+    process = edge("run", folder)
+    server.until(lambda: len(server.updates) >= 5)
+    peak_kb = next(
+        int(line.split()[1])
+        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
+    process.send_signal(signal.SIGINT)
+    assert server.until_ended(process)[0] == 0
+    print(f"peak resident memory of the numpy agent: {peak_kb / 1024:.1f} MB")
+    assert peak_kb < RESIDENT_KB_MAX
+
+
+def test_the_evaluator_publishes_what_each_version_is_worth(server: Server, tmp_path: Path) -> None:
+    folder = joined(server, tmp_path, "judge")
+    process = edge("evaluate", folder, "--json")
+    server.until(lambda: server.metrics)
+    server.scripted.state = "closed"
+    server.next_version()
+    code, said = server.until_ended(process)
+    assert code == 0, said
+    server.until(lambda: len(server.metrics) == 2)
+    assert [metrics.version for metrics in server.metrics] == [0, 1]
+    assert all(0 <= metrics.values["accuracy"] <= 1 and metrics.samples > 300 for metrics in server.metrics)
+    assert [json.loads(line)["version"] for line in said.splitlines() if '"evaluated"' in line] == [0, 1]
+
+
+def test_closing_ends_the_device(server: Server, tmp_path: Path) -> None:
+    folder = joined(server, tmp_path)
+    process = edge("run", folder)
+    server.until(lambda: server.updates)
+    server.scripted.state = "closed"
+    server.publish(server.scripted.head())
+    code, said = server.until_ended(process)
+    assert code == 0
+    assert "the federation is closed" in said
+
+
+def test_a_sealed_update_opens_with_the_aggregators_key_only(url: str, tmp_path: Path) -> None:
+    with serving(url, seal=True) as server:
+        folder = joined(server, tmp_path)
+        code, said = server.until_ended(edge("run", folder, "--versions", 1))
+        assert code == 0, said
+        (frame,) = server.updates
+        plain = server.scripted.identity.unseal(frame.body)
+        assert plain[:16] == frame.key + frame.seq.to_bytes(8, "little")
+
+
+def test_a_wrong_code_is_refused_and_a_task_that_does_not_fit_is_named(server: Server, tmp_path: Path) -> None:
+    invitation = server.invite(tmp_path, "pi", code="wrong" * 8)
+    code, said = server.until_ended(edge("join", invitation, tmp_path / "pi", "--task", TASK))
+    assert code == 3
+    assert "refused the invitation (code)" in said
+    with pytest.raises(ConfigError, match="has not finished joining"):
+        Home(tmp_path / "pi").joined()
+    own = tmp_path / "own_task.py"
+    own.write_text(
+        "from edge_client.tasks.digits_numpy import DigitsNumpy\nimport numpy as np\n"
+        "class Other(DigitsNumpy):\n"
+        "    def initial(self, seed):\n        return {**super().initial(seed), 'extra': np.zeros(3, np.float32)}\n"
+        "TASK = Other()\n"
+    )
+    invitation = server.invite(tmp_path, "pi")
+    code, said = server.until_ended(edge("join", invitation, "pi", "--task", "own_task:TASK", cwd=tmp_path))
+    assert code == 2, said
+    assert "tensor 'extra' is (3,) in the task and missing in the federation" in said
+
+
+def test_join_and_run_in_one(server: Server, tmp_path: Path) -> None:
+    invitation = server.invite(tmp_path, "pi")
+    for _ in range(2):  # the second time it has joined already, and goes on
+        count = len(server.updates)
+        process = edge("join", invitation, tmp_path / "pi", "--task", TASK, "--run")
+        server.until(lambda count=count: len(server.updates) > count)
+        process.send_signal(signal.SIGINT)
+        assert server.until_ended(process)[0] == 0
+
+
+def test_who_starts_first_waits_and_gives_up_only_when_told_to(tmp_path: Path) -> None:
+    with pytest.raises(LinkError):
+        Link("mqtt://127.0.0.1:1", client_id="x", deliver=print).connect("t", b"")
+    invitation = Invitation(
+        federation=FEDERATION,
+        device="pi",
+        broker="mqtt://127.0.0.1:1",
+        aggregator_key=Identity.generate().public.hex(),
+        code=CODE,
+    )
+    (tmp_path / "pi.toml").write_text(invitation.dumps())
+    process = edge("join", tmp_path / "pi.toml", tmp_path / "pi", "--task", TASK, "--timeout", 4)
+    out, err = process.communicate(timeout=WITHIN_S)
+    assert process.returncode == 1
+    assert "waiting for the broker (no broker answers at mqtt://127.0.0.1:1" in out
+    assert "gave up after waiting 4 s for the broker" in err
+
+
+def test_the_same_seed_gives_the_same_model(tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert edge("init-model", TASK, tmp_path / name, "--seed", seed).wait(WITHIN_S) == 0
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() != (tmp_path / "c").read_bytes()
