@@ -5,6 +5,7 @@ import logging
 import signal
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,15 +15,23 @@ import typer
 from aggregator import home, requests, together
 from aggregator import status as statuses
 from aggregator.service import Service
-from aggregator.settings import toml_value
+from aggregator.settings import TransportSettings, toml_value
+from broker.endpoint import PORTS, is_loopback
 from broker.errors import ConfigError
-from broker.running import Engine, is_loopback
+from broker.identity import read_password
+from broker.running import Engine
 from broker.schema import load_safetensors, save_safetensors
 
 app = typer.Typer(no_args_is_help=True, help="The server: accept updates, merge them, publish the model.")
 
 Dir = Annotated[Path, typer.Argument(metavar="DIR", help="The aggregator's directory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Username = Annotated[
+    str, typer.Option(metavar="NAME", help="At a broker that others run. [default: aggregator-FEDERATION]")
+]
+PasswordFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="With the password in its first line; mode 0600, TLS only.")
+]
 
 
 def _software() -> str:
@@ -37,8 +46,19 @@ def init(
     directory: Dir,
     *,
     federation: Annotated[str, typer.Option(help="Its name: a-z, 0-9, '-'; at most 32.")],
-    broker: Annotated[str, typer.Option(help="mqtt://HOST:PORT or mqtts://HOST:PORT, as devices reach it.")],
     model: Annotated[Path, typer.Option(help="The initial model; `ternbus edge init-model` makes one.")],
+    broker: Annotated[
+        str | None, typer.Option(metavar="URL", help="mqtt://HOST:PORT or mqtts://HOST:PORT, as devices reach it.")
+    ] = None,
+    broker_dir: Annotated[
+        Path | None, typer.Option(help="Instead: a `ternbus broker init` on this machine, which certifies devices too.")
+    ] = None,
+    tls: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="With ca.pem, certificate.pem, certificate.key for another's broker."),
+    ] = None,
+    username: Username = "",
+    password_file: PasswordFile = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="For example merge.buffer_size=1; repeatable."),
@@ -49,14 +69,47 @@ def init(
 ) -> None:
     """Make a federation: its key, its ledger, DIR/aggregator.toml, and version 0 of the model.
 
-    Example: ternbus aggregator init agg --federation lab --broker mqtt://127.0.0.1:1883 --model m.safetensors
+    Example: ternbus aggregator init agg --federation lab --broker-dir bus --model m.safetensors
     """
     overrides = dict(_override(text) for text in settings or [])
+    overrides |= _login(username, password_file)
+    if broker_dir is not None:
+        overrides["transport.authority"] = str(broker_dir.resolve())
+    url = _broker_url(broker, broker_dir)
     tensors = load_safetensors(model)
-    home.create(directory, federation=federation, broker=broker, model=tensors, settings=overrides, dense=dense or ())
+    home.create(
+        directory,
+        federation=federation,
+        broker=url,
+        model=tensors,
+        settings=overrides,
+        dense=dense or (),
+        certificates=tls,
+    )
     elements = sum(array.size for array in tensors.values())
     typer.echo(f"{directory}: federation {federation!r}, {len(tensors)} tensors, {elements:,} parameters")
     typer.echo(f"next: ternbus aggregator run {directory}   and   ternbus aggregator invite {directory} DEVICE")
+
+
+def _broker_url(broker: str | None, broker_dir: Path | None) -> str:
+    if broker is not None and broker_dir is None:
+        return broker
+    if broker is not None or broker_dir is None:
+        raise ConfigError("say which broker: either --broker mqtts://HOST:PORT or --broker-dir DIR")
+    from broker.home import Home  # noqa: PLC0415 - certificates take a library that only few need
+
+    return Home(broker_dir.absolute()).url
+
+
+def _login(username: str, password_file: Path | None) -> dict[str, object]:
+    """As settings. The password itself stays in its file, and goes into no invitation."""
+    entries: dict[str, object] = {}
+    if username:
+        entries["transport.username"] = username
+    if password_file is not None:
+        read_password(password_file)  # a mistake is best said before
+        entries["transport.password_file"] = str(password_file.resolve())
+    return entries
 
 
 def _override(text: str) -> tuple[str, object]:
@@ -67,15 +120,19 @@ def _override(text: str) -> tuple[str, object]:
 
 
 @app.command()
-def run(directory: Dir) -> None:
+def run(directory: Dir, username: Username = "", password_file: PasswordFile = None) -> None:
     """Serve until Ctrl-C or SIGTERM, which finish what is accepted first. Waits for a broker that is not there yet."""
-    home.load_settings(directory)
-    _serve(directory)
+    transport = home.load_settings(directory).transport
+    if username:
+        transport = replace(transport, username=username)
+    if password_file is not None:
+        transport = replace(transport, password_file=str(password_file.resolve()))
+    _serve(directory, transport)
 
 
-def _serve(directory: Path) -> None:
+def _serve(directory: Path, transport: TransportSettings | None = None) -> None:
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
-    service = Service(directory, _software(), _say)
+    service = Service(directory, _software(), _say, transport)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: service.stop())
     service.run()
@@ -92,18 +149,29 @@ def up(
     ] = None,
     federation: Annotated[str, typer.Option(help="Its name, at the first start.")] = "home",
     host: Annotated[str, typer.Option(help="This machine's address, as devices reach it.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="The broker's; 0: any free one.")] = 1883,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="0: any free one. [default: 8883, without TLS 1883]")
+    ] = None,
+    tls: Annotated[
+        bool | None, typer.Option("--tls/--no-tls", help="At the first start. [default: TLS if others reach the host]")
+    ] = None,
     engine: Annotated[Engine, typer.Option(help="auto: mosquitto if there is one, else nats-server.")] = Engine.AUTO,
 ) -> None:
     """Run broker and aggregator together, made on the first start: the short way to a first federation.
 
+    With an address that other machines reach, the broker speaks TLS 1.3 and lets in only who was invited: the
+    invitations carry certificates.
+
     Example: ternbus aggregator up home --model model.safetensors --host 192.168.1.10 --invite pi-1 --invite pi-2
     """
-    first = together.First(model=model, federation=federation, host=host, port=port)
+    secured = not is_loopback(host) if tls is None else tls
+    port = PORTS["mqtts" if secured else "mqtt"] if port is None else port
+    first = together.First(model=model, federation=federation, host=host, port=port, tls=secured)
     with together.start_broker(directory, engine, first) as broker:
-        if not is_loopback(broker.endpoint.host):
+        if not broker.endpoint.tls and not is_loopback(broker.endpoint.host):
             _say(
-                f"{broker.url} is open to the network, without TLS: anybody there can read and disturb, though not forge"
+                f"{broker.url} is open to the network, without TLS: "
+                "anybody there can read and disturb, though not forge"
             )
         _say(f"{broker.software} ready on {broker.url}")
         for path in together.prepare(directory, first, broker.url, devices or ()):
@@ -120,13 +188,19 @@ def invite(
     directory: Dir,
     devices: Annotated[list[str], typer.Argument(metavar="DEVICE…", help="Names: a-z, 0-9, '_', '-'; at most 64.")],
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write FOLDER/DEVICE.toml for each.")] = None,
+    certificates: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Theirs, as `ternbus broker certificate --out` wrote them.")
+    ] = None,
 ) -> None:
-    """Invite devices. The invitation is secret: whoever holds it can join as that device, once."""
+    """Invite devices. The invitation is secret: whoever holds it can join as that device, once.
+
+    Where the broker was made by `ternbus broker init` on this machine it carries a certificate, made now.
+    """
     if out is None and len(devices) > 1:
         raise ConfigError("several invitations need a folder: add --out FOLDER")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    for invitation in home.invite(directory, *devices):
+    for invitation in home.invite(directory, *devices, certificates=certificates):
         if out is None:
             typer.echo(invitation.dumps(), nl=False)
         else:

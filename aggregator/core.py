@@ -45,7 +45,8 @@ class Core:
     _tally: Tally = field(default_factory=Tally)
     _refusals: Bucket = field(init=False)
     _actions: list[events.Action] = field(default_factory=list)
-    _echo_by: float | None = None
+    _echo_by: float = 0.0
+    _census_by: float | None = None  # until then the broker is still telling us who is online
     _now: float = 0.0
 
     def __post_init__(self) -> None:
@@ -65,9 +66,10 @@ class Core:
     @property
     def deadline(self) -> float | None:
         """When ``TimeReached`` is due at the latest."""
-        return min(
-            (due for due in (self._desk.merge_by, self._echo_by, self._tally.due) if due is not None), default=None
-        )
+        echo_by = self._echo_by if self._press.in_doubt else None
+        census_by = self._census_by if self.model.buffer else None
+        dues = (self._desk.merge_by, echo_by, census_by, self._tally.due)
+        return min((due for due in dues if due is not None), default=None)
 
     def handle(self, event: events.Event, now: float) -> list[events.Action]:
         """Take in one event at ``now`` (seconds, never going back); return what is to be done, in order."""
@@ -81,7 +83,7 @@ class Core:
             case events.Connected():
                 self._connected(event)
             case events.Disconnected():
-                self._echo_by = None
+                self._press.in_doubt = False
             case events.InvitationsRead():
                 self.registry.codes = dict(event.codes)
                 self._done(event.request)
@@ -114,16 +116,14 @@ class Core:
                 filters=(f"{topics.root(federation)}/up/#", topics.head(federation), topics.status(federation))
             )
         )
+        if self._desk.stopping:
+            return  # the last word was said
         self._publish(self._outlet.status("online", self.session, self.software), retain=True)
+        self._press.in_doubt, self._echo_by = True, self._now + ECHO_S
+        self._census_by = self._now + ECHO_S
         self._press.fit(event.frame_bytes)
-        if self.session == 1:
-            self._republish()  # nothing of ours can be there yet
-        else:
-            self._echo_by = self._now + ECHO_S
-
-    def _republish(self) -> None:
-        self._echo_by = None
-        self._press.republish()
+        if self.session == 1 and self._press.in_doubt:
+            self._press.republish()  # nothing of ours can be there yet
 
     def _stop(self) -> None:
         """Finish what is accepted, say goodbye."""
@@ -139,13 +139,19 @@ class Core:
     def _message(self, event: events.MessageArrived) -> None:
         """Take in what the broker delivered; whatever is wrong with it is counted, and that is all."""
         try:
-            address = topics.parse(event.topic)
-            if address.group == "up" and address.federation == self.settings.federation:
+            address = self._address(event.topic)
+            if address.group != "up":
+                self._own(event, address)
+            elif event.payload:  # an empty one only clears what was retained
                 self._from_device(event, address)
-            else:
-                self._own(event, address.kind)
         except ProtocolError as error:
             self._tally.refuse(error.reason, self._now)
+
+    def _address(self, topic: str) -> topics.Address:
+        address = topics.parse(topic)
+        if address.federation != self.settings.federation:
+            raise ProtocolError("wrong-federation", address.federation)
+        return address
 
     def _from_device(self, event: events.MessageArrived, address: topics.Address) -> None:
         member = self.registry.members.get(address.device or "")
@@ -176,22 +182,22 @@ class Core:
             case "offer":
                 self._desk.offer(member, frame, self._now)
             case "status":
+                frame.check_bodiless()
                 if member.observe(Status.from_meta(frame.meta), frame.seq):
                     self._tally.observe(member.name, self._now)
-            case "metrics":
+            case _:  # the topics that a device may write on leave only metrics
                 self._metrics(member, frame)
-            case _:
-                raise ProtocolError("unknown-kind", frame.kind[:20])
 
-    def _own(self, event: events.MessageArrived, kind: str) -> None:
+    def _own(self, event: events.MessageArrived, address: topics.Address) -> None:
         """Our own retained frames as the broker has them: they tell whether it lost any, and nothing else."""
-        if kind == "head" and self._echo_by is not None:
+        if address.kind == "head" and self._press.in_doubt:
             if event.payload == self.kept.head_frame:
-                self._echo_by = None
+                self._press.in_doubt = False
             else:
-                self._republish()
-        elif kind == "status" and event.payload and not self._desk.stopping:
+                self._press.republish()
+        elif address.kind == "status" and event.payload and not self._desk.stopping:
             frame = parse(event.payload)
+            topics.check(frame, address)
             frame.check_authentic(self.identity.public)
             status = Status.from_meta(frame.meta)
             if status.state == "offline" and status.session >= self.session:
@@ -217,13 +223,15 @@ class Core:
         self._desk.receipt(frame.sender, frame.key, frame.seq, verdict)
 
     def _metrics(self, member: Member, frame: Frame) -> None:
+        frame.check_bodiless()
         metrics = Metrics.from_meta(frame.meta)
         if metrics.version > self.model.version:
             raise ProtocolError("bad-meta", "metrics of a version that is not yet")
         if frame.seq <= member.metrics_seq:
             raise ProtocolError("replayed-metrics", member.name)
         member.metrics_seq = frame.seq
-        member.evaluates = member.evaluates or metrics.split == "test"
+        if metrics.split == "test" and member.highest_base < 0:
+            member.evaluates = True
         self._save(records.MetricsReceived(device=member.name, seq=frame.seq, metrics=metrics))
 
     # --- the model
@@ -252,18 +260,22 @@ class Core:
     # --- time and counters
 
     def _on_time(self) -> None:
+        if self._census_by is not None and self._census_by <= self._now:
+            self._census_by = None
         due = self._desk.merge_by is not None and self._desk.merge_by <= self._now
         if self.model.buffer and (
             due or len(self.model.buffer) >= self.settings.merge.buffer_size or self._all_contributed()
         ):
             self._merge()
-        if self._echo_by is not None and self._echo_by <= self._now:
-            self._republish()
+        if self._press.in_doubt and self._echo_by <= self._now:
+            self._press.republish()
         if self._tally.due is not None and self._tally.due <= self._now:
             self._count()
 
     def _all_contributed(self) -> bool:
         """Whether there is nobody online whose update is still to come; evaluators send none."""
+        if self._census_by is not None:
+            return False
         contributed = {update.device for update in self.model.buffer}
         members = self.registry.members
         return any(members[name].online for name in contributed) and all(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from aggregator import events, records
+from aggregator.grants import GRANT_S, Grants
 from aggregator.intake import Intake, Ready, Verdict
 from aggregator.model import Accepted, Model
 from aggregator.outlet import Outlet
@@ -15,9 +16,8 @@ from broker import topics
 from broker.errors import ProtocolError
 from broker.frame import Frame
 from broker.identity import KeyId
-from broker.messages import Grant, Offer, Receipt
+from broker.messages import Grant, Receipt
 
-GRANT_S: Final = 60.0
 BUSY_S: Final = 5.0
 
 
@@ -33,26 +33,28 @@ class Desk:
     do: Callable[[events.Action], None]
     closed: bool = False
     stopping: bool = False
-    merge_by: float | None = field(default=None)  # when what the buffer holds must be merged
+    merge_by: float | None = None  # when what the buffer holds must be merged
+    _grants: Grants = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._grants = Grants(self.settings.limits.broker_queue_messages // 2)
 
     def offer(self, member: Member, frame: Frame, now: float) -> None:
-        offer = Offer.from_meta(frame.meta)
+        """Answer an offer at once where nothing of the update is wanted; else ask for what there is room for."""
         if frame.seq <= member.answer.seq:
             self._answer_again(member, frame.seq, now)
             return
-        verdict = self.intake.judge_base(member, offer.base, self.model.version, closed=self.closed)
-        if verdict is not None:
-            self._answer(member, frame.seq, verdict)
+        offer = self.intake.judge_offer(member, frame, self.model.version, closed=self.closed)
+        if isinstance(offer, Verdict):
+            self._answer(member, frame.seq, offer)
+            return
+        missing = member.collector.missing("update", frame.seq) if member.collector is not None else []
+        granted = self._grants.grant(member.name, missing or list(range(offer.parts)), now)
+        if not granted or self.stopping:
+            self._busy(member, frame.seq, now)
             return
         member.granted = frame.seq
-        missing = member.collector.missing("update", frame.seq) if member.collector is not None else []
-        grant = Grant(
-            device=member.name,
-            device_key=member.key,
-            seq=frame.seq,
-            parts=_ranges(missing, offer.parts),
-            deadline_s=GRANT_S,
-        )
+        grant = Grant(device=member.name, device_key=member.key, seq=frame.seq, parts=granted, deadline_s=GRANT_S)
         topic = topics.down(self.settings.federation, member.name, grant.KIND)
         self.do(events.Publish(topic=topic, payload=self.outlet.frame(grant.KIND, grant.meta())))
 
@@ -65,9 +67,7 @@ class Desk:
         if verdict is not None:
             self._answer(member, frame.seq, verdict)
         elif self.stopping:
-            self.tally.answer("busy", now)
-            busy = Verdict("busy", "the aggregator is stopping", retry_after_s=BUSY_S)
-            self.receipt(member.name, member.key, frame.seq, busy)
+            self._busy(member, frame.seq, now)
         elif frame.parts > self.outlet.direct_parts and member.granted != frame.seq:
             raise ProtocolError("not-granted", f"{frame.parts} parts, unasked")
         else:
@@ -86,6 +86,7 @@ class Desk:
 
     def _accept(self, member: Member, seq: int, ready: Ready, now: float) -> None:
         """Put an update into the buffer; its record stands before its receipt."""
+        self._grants.close(member.name)
         update, staleness = ready.update, self.model.version - ready.update.base
         worth = self.intake.worth(ready.block, staleness)
         self._save(
@@ -113,6 +114,7 @@ class Desk:
 
     def _answer(self, member: Member, seq: int, verdict: Verdict) -> None:
         """Answer an update that will not be merged, for good."""
+        self._grants.close(member.name)
         member.answer = Answer(seq=seq, outcome=verdict.outcome, reason=verdict.reason)
         self._save(
             records.UpdateAnswered(
@@ -125,9 +127,17 @@ class Desk:
         )
         self.receipt(member.name, member.key, seq, verdict)
 
+    def _busy(self, member: Member, seq: int, now: float) -> None:
+        """Not now; which is no answer."""
+        self.tally.answer("busy", now)
+        why = "the aggregator is stopping" if self.stopping else "too much is on its way already"
+        self.receipt(member.name, member.key, seq, Verdict("busy", why, retry_after_s=BUSY_S))
+
     def _answer_again(self, member: Member, seq: int, now: float) -> None:
         """The same answer for the same number; a lower one is told how far this key has come."""
         answer = member.answer
+        if seq == 0:
+            raise ProtocolError("bad-seq", "sequence numbers start at 1")
         if seq == answer.seq:
             verdict = Verdict(answer.outcome, answer.reason)
         else:
@@ -151,16 +161,3 @@ class Desk:
 
     def _save(self, record: records.Record) -> None:
         self.do(events.Save(record=record))
-
-
-def _ranges(missing: list[int], parts: int) -> tuple[tuple[int, int], ...]:
-    """Part numbers as at most 500 [first, last] ranges; all parts where nothing has come yet."""
-    if not missing:
-        return ((0, parts - 1),)
-    ranges: list[tuple[int, int]] = []
-    for part in missing:
-        if ranges and ranges[-1][1] == part - 1:
-            ranges[-1] = (ranges[-1][0], part)
-        else:
-            ranges.append((part, part))
-    return tuple(ranges[:500])

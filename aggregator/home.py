@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from aggregator import downlink, events, optimizer, records, requests
+from aggregator import downlink, events, optimizer, records, requests, transport
 from aggregator import settings as configuration
 from aggregator.core import Core
 from aggregator.ledger import Ledger
@@ -37,11 +37,14 @@ def create(
     model: Mapping[str, npt.NDArray[Any]],
     settings: Mapping[str, object] | None = None,
     dense: Sequence[str] = (),
+    certificates: Path | None = None,
 ) -> Settings:
     """Make an aggregator: keys, settings, and version 0 from ``model`` (name -> array, any float type).
 
-    Nothing is left behind where it fails. ConfigError where the directory holds one already.
+    ``certificates`` is a folder with its own ones, where no authority is set that makes them. Nothing is left behind
+    where it fails. ConfigError where the directory holds one already, or cannot be written.
     """
+    directory = directory.resolve()
     if (directory / LEDGER).exists() or (directory / KEY).exists():
         raise ConfigError(f"{directory} holds an aggregator already; choose another directory")
     table = configuration.with_overrides({"federation": federation, "broker": broker}, settings or {})
@@ -49,19 +52,29 @@ def create(
     schema = Schema.of({name: array.shape for name, array in model.items()}, dense)
     vector = to_vector(schema, model)
     partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True, mode=0o700)
-    identity = Identity.generate()
-    identity.save(partial / KEY)
-    (partial / TOML).write_text(configuration.dumps(checked), encoding="utf-8")
-    facts = {"federation": federation, "schema": schema.encoded, "slots": checked.downlink.slots}
-    ledger = Ledger.create(partial / LEDGER, facts)
     try:
-        _first_version(ledger, checked, identity, schema, vector)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True, mode=0o700)
+        _fill(partial, checked, schema, vector)
+        transport.equip(partial, checked, certificates, directory)
+        _move_into(partial, directory)
+    except OSError as error:
+        raise ConfigError(f"cannot make {directory}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return checked
+
+
+def _fill(directory: Path, settings: Settings, schema: Schema, vector: npt.NDArray[np.float32]) -> None:
+    identity = Identity.generate()
+    identity.save(directory / KEY)
+    (directory / TOML).write_text(configuration.dumps(settings), encoding="utf-8")
+    facts = {"federation": settings.federation, "schema": schema.encoded, "slots": settings.downlink.slots}
+    ledger = Ledger.create(directory / LEDGER, facts)
+    try:
+        _first_version(ledger, settings, identity, schema, vector)
     finally:
         ledger.close()
-    _move_into(partial, directory)
-    return checked
 
 
 def _first_version(
@@ -85,7 +98,7 @@ def _first_version(
             encoding=encoding,
             body=body,
         ),
-        records.SnapshotTaken(version=0, published=vector, server=server, named=named),
+        records.SnapshotTaken(version=0, published=vector, server=server, named=named, optimizer=settings.optimizer),
         records.FramesKept(frames=(*frames, head)),
     ]
     ledger.write(batch)
@@ -96,9 +109,9 @@ def _move_into(partial: Path, directory: Path) -> None:
     if not directory.exists():
         partial.rename(directory)
         return
-    for name in (KEY, TOML, LEDGER):
-        (partial / name).rename(directory / name)
-    shutil.rmtree(partial)
+    for name in (KEY, TOML, *transport.FILES, LEDGER):
+        if (partial / name).exists():
+            (partial / name).rename(directory / name)
 
 
 def load_settings(directory: Path) -> Settings:
@@ -118,19 +131,13 @@ def open_core(directory: Path, ledger: Ledger, software: str) -> Core:
     return recover(ledger, settings, Identity.load(directory / KEY), software)
 
 
-def invite(directory: Path, *devices: str) -> list[Invitation]:
-    """One new invitation for each device, in force when this returns; an open one of before is replaced."""
+def invite(directory: Path, *devices: str, certificates: Path | None = None) -> list[Invitation]:
+    """One new invitation for each device, in force when this returns; an open one of before is replaced.
+
+    With TLS it carries the device's certificate: out of ``certificates``/DEVICE, or made by the broker's authority.
+    """
     settings, identity = load_settings(directory), Identity.load(directory / KEY)
-    invitations = [
-        Invitation(
-            federation=settings.federation,
-            device=check_device(device),
-            broker=settings.broker,
-            aggregator_key=identity.public.hex(),
-            code=secrets.token_urlsafe(24),
-        )
-        for device in devices
-    ]
+    invitations = [_invitation(directory, settings, identity, check_device(each), certificates) for each in devices]
     ledger = Ledger(directory / LEDGER)
     try:
         with ledger.transaction():
@@ -140,6 +147,22 @@ def invite(directory: Path, *devices: str) -> list[Invitation]:
         ledger.close()
     _tell(directory, requests.INVITATIONS)
     return invitations
+
+
+def _invitation(
+    directory: Path, settings: Settings, identity: Identity, device: str, certificates: Path | None
+) -> Invitation:
+    papers = transport.for_device(directory, settings, device, certificates)
+    return Invitation(
+        federation=settings.federation,
+        device=device,
+        broker=settings.broker,
+        aggregator_key=identity.public.hex(),
+        code=secrets.token_urlsafe(24),
+        ca=papers.ca,
+        certificate=papers.certificate,
+        key=papers.key,
+    )
 
 
 def flush_counts(directory: Path) -> None:
@@ -156,10 +179,11 @@ def _tell(directory: Path, what: str) -> None:
 
 def change_state(directory: Path, what: str, software: str) -> None:
     """Pause, resume or close; by the running aggregator, or here, to be published by the next."""
+    load_settings(directory)
     try:
         requests.ask(directory, what)
     except requests.NotRunningError:
-        with requests.exclusive(directory):
+        with requests.exclusive(directory, patience_s=2.0):
             ledger = Ledger(directory / LEDGER)
             try:
                 core = open_core(directory, ledger, software)

@@ -11,8 +11,9 @@ from aggregator.staleness import discount
 from broker.errors import ProtocolError
 from broker.frame import Frame
 from broker.identity import Identity
-from broker.messages import Update
+from broker.messages import Offer, Update
 from broker.parts import PART_BYTES_MIN, Collector, Whole, whole
+from broker.read import integer
 from broker.schema import Schema
 from broker.ternary import Block
 
@@ -79,12 +80,25 @@ class Intake:
     def judge(self, member: Member, frame: Frame, version: int, *, closed: bool) -> Verdict | None:
         """Everything that can be said of an update before it is whole."""
         try:
-            update = Update.from_meta(frame.meta)
+            verdict = self.judge_base(member, integer(frame.meta, "base"), version, closed=closed)
+            if verdict is not None:
+                return verdict
+            Update.from_meta(frame.meta)
         except ProtocolError as error:
             return Verdict("invalid", str(error))
-        if (frame.parts - 1) * PART_BYTES_MIN > self.update_bytes_max:
-            return Verdict("invalid", "too-long")
-        return self.judge_base(member, update.base, version, closed=closed)
+        return self._judge_parts(frame.parts)
+
+    def judge_offer(self, member: Member, frame: Frame, version: int, *, closed: bool) -> Offer | Verdict:
+        """The offer, or what is to be answered in place of a grant."""
+        try:
+            frame.check_bodiless()
+            offer = Offer.from_meta(frame.meta)
+        except ProtocolError as error:
+            return Verdict("invalid", str(error))
+        return self.judge_base(member, offer.base, version, closed=closed) or self._judge_parts(offer.parts) or offer
+
+    def _judge_parts(self, parts: int) -> Verdict | None:
+        return Verdict("invalid", "too-long") if (parts - 1) * PART_BYTES_MIN > self.update_bytes_max else None
 
     def collect(self, member: Member, frame: Frame) -> Ready | Verdict | None:
         """Take in a part; None while parts are missing."""

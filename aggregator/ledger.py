@@ -12,11 +12,13 @@ from typing import Any, Final, assert_never
 import numpy as np
 
 from aggregator import records
+from aggregator.bodies import Bodies, Place
 from broker.errors import ConfigError
 from broker.messages import OPEN
 from broker.schema import Schema, Vector, type_f32, vector_digest
 
 FORMAT: Final = 1
+BODIES: Final = "bodies"
 SCHEMA_SQL: Final = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE devices (
@@ -26,13 +28,15 @@ CREATE TABLE devices (
 CREATE TABLE keys (  -- every key that a device ever had, and the last answer given under it
     device TEXT NOT NULL, key BLOB NOT NULL, public BLOB NOT NULL, state TEXT NOT NULL,
     seq INTEGER NOT NULL DEFAULT 0, outcome TEXT NOT NULL DEFAULT '', reason TEXT NOT NULL DEFAULT '',
-    metrics_seq INTEGER NOT NULL DEFAULT -1, PRIMARY KEY (device, key)) WITHOUT ROWID;
+    metrics_seq INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (device, key)) WITHOUT ROWID;
 CREATE TABLE invitations (device TEXT PRIMARY KEY, code TEXT NOT NULL, made_at REAL NOT NULL);
 CREATE TABLE updates (  -- one row for every accepted update, for good: the proof that none merged twice
     id INTEGER PRIMARY KEY, device TEXT NOT NULL, key BLOB NOT NULL, seq INTEGER NOT NULL, base INTEGER NOT NULL,
     staleness INTEGER NOT NULL, samples INTEGER NOT NULL, discount REAL NOT NULL, codec TEXT NOT NULL,
-    encoding TEXT NOT NULL, body BLOB, received_at REAL NOT NULL, merged INTEGER, UNIQUE (device, base));
+    encoding TEXT NOT NULL, segment INTEGER, place INTEGER, size INTEGER, received_at REAL NOT NULL, merged INTEGER,
+    UNIQUE (device, base));
 CREATE INDEX updates_by_version ON updates (merged);
+CREATE INDEX updates_by_segment ON updates (segment) WHERE segment IS NOT NULL;
 CREATE TABLE versions (
     version INTEGER PRIMARY KEY, digest BLOB NOT NULL, made_at REAL NOT NULL, updates INTEGER NOT NULL,
     staleness_mean REAL NOT NULL, staleness_max INTEGER NOT NULL,
@@ -72,6 +76,7 @@ class Ledger:
             self.db = sqlite3.connect(path, isolation_level=None, timeout=30.0)
             self.db.execute("PRAGMA query_only = ON" if read_only else "PRAGMA synchronous = FULL")
             found = self.fact("format")
+            self.bodies = Bodies(path.parent / BODIES, int(self.fact("segment") or 0))
         except sqlite3.DatabaseError as error:
             raise ConfigError(f"{path} cannot be read as a ledger: {error}") from error
         if found != FORMAT:
@@ -91,6 +96,7 @@ class Ledger:
         return cls(path)
 
     def close(self) -> None:
+        self.bodies.close()
         self.db.close()
 
     def fact(self, name: str) -> Any:
@@ -118,6 +124,16 @@ class Ledger:
         with self.transaction():
             for record in batch:
                 self._write(record, moment)
+            self.bodies.sync()  # before the rows that refer to them
+        self._drop_bodies()
+
+    def _drop_bodies(self) -> None:
+        """After a snapshot: begin another file, and remove those that no update in the buffer needs."""
+        segment = int(self.fact("segment") or 0)
+        if segment != self.bodies.segment:
+            self.bodies.begin(segment)
+            (oldest,) = self.db.execute("SELECT min(segment) FROM updates WHERE segment IS NOT NULL").fetchone()
+            self.bodies.drop_below(segment if oldest is None else oldest)
 
     def _write(self, record: records.Record, now: float) -> None:
         match record:
@@ -161,10 +177,12 @@ class Ledger:
         self.db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
 
     def _accepted(self, record: records.UpdateAccepted, now: float) -> None:
+        place = self.bodies.append(record.body)
         self.db.execute(
             "INSERT INTO updates"
-            " (device, key, seq, base, staleness, samples, discount, codec, encoding, body, received_at)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            " (device, key, seq, base, staleness, samples, discount,"
+            " codec, encoding, segment, place, size, received_at)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 record.device,
                 record.key,
@@ -175,7 +193,9 @@ class Ledger:
                 record.discount,
                 record.codec,
                 record.encoding,
-                record.body,
+                place.segment,
+                place.offset,
+                place.size_bytes,
                 now,
             ),
         )
@@ -224,7 +244,10 @@ class Ledger:
         named = record.named
         place = json.dumps([named.version, named.parts, named.content_bytes, named.place])
         self._set("snapshot", place)
-        self.db.execute("UPDATE updates SET body = NULL WHERE merged <= ? AND body IS NOT NULL", (record.version,))
+        about = record.optimizer
+        self._set("optimizer", json.dumps([about.name, about.learning_rate, about.momentum]))
+        self.db.execute("UPDATE updates SET segment = NULL WHERE segment IS NOT NULL AND merged IS NOT NULL")
+        self._set("segment", int(self.fact("segment") or 0) + 1)
         oldest = record.version - int(self.fact("slots") or 0) + 1
         row = self.db.execute("SELECT max(version) FROM snapshots WHERE version <= ?", (max(oldest, 0),)).fetchone()
         if row[0] is not None:
@@ -314,6 +337,10 @@ class Ledger:
             if vector_digest(vector) != digest:
                 raise ConfigError(f"{self.path}: version {number} does not have its digest; restore it from a backup")
         return vector
+
+    def body(self, segment: int, offset: int, size_bytes: int) -> bytes:
+        """An accepted update's block as it came, where ``updates`` says that it is kept."""
+        return self.bodies.read(Place(segment=segment, offset=offset, size_bytes=size_bytes))
 
     def frame(self, topic: str) -> bytes:
         row = self.db.execute("SELECT payload FROM frames WHERE topic = ?", (topic,)).fetchone()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from aggregator import events, records
 from aggregator.model import Model
 from aggregator.outlet import Frames, Outlet
-from aggregator.settings import Settings
+from aggregator.settings import OptimizerSettings, Settings
 from broker import topics
 from broker.frame import parse
 from broker.messages import SnapshotRef
@@ -21,6 +21,7 @@ class Kept:
     sizes: dict[str, int]  # retained topic -> bytes of its frame
     head_frame: bytes
     slots: int  # how many delta slots the frames were laid out for
+    optimizer: OptimizerSettings  # by which merges since the snapshot were made
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,6 +33,7 @@ class Press:
     kept: Kept
     outlet: Outlet
     do: Callable[[events.Action], None]
+    in_doubt: bool = False  # whether the broker still has what it was given; until then no head may say that it does
 
     def merge(self) -> None:
         """Make the next version: on disk first, then its delta, then the head that names it."""
@@ -60,12 +62,18 @@ class Press:
         place = 1 - self.kept.snapshot.place
         model = self.model
         self.kept.snapshot, frames = self.outlet.snapshot(model.version, model.digest, model.published, place)
+        self.kept.optimizer = self.settings.optimizer
         self._save(
             records.SnapshotTaken(
-                version=model.version, published=model.published, server=model.server, named=self.kept.snapshot
+                version=model.version,
+                published=model.published,
+                server=model.server,
+                named=self.kept.snapshot,
+                optimizer=self.kept.optimizer,
             )
         )
-        self._keep([*frames, self._head()])
+        left = self._parts_in(lambda part: topics.snapshot(self.settings.federation, place, part))[len(frames) :]
+        self._keep([*frames, self._head(), *((topic, b"") for topic in left)])
 
     def change_state(self, state: str) -> None:
         self.kept.state = state
@@ -73,41 +81,61 @@ class Press:
         self._keep([self._head()])
 
     def renew(self) -> None:
-        """At start: say anew what the settings changed since the last head."""
+        """At start: begin at a snapshot where the settings no longer are those of the deltas and merges before."""
         if self.kept.slots != self.settings.downlink.slots:
             self._lay_out_slots()
+        elif self.kept.optimizer != self.settings.optimizer:
+            self.snapshot()  # what was merged under the old settings must not be merged again under the new ones
+
+    def fit(self, frame_bytes: int) -> None:
+        """Obey a broker's packet limit, and say anew what it or the settings changed since the last head.
+
+        Kept frames that are larger than the limit give way to a snapshot in smaller parts.
+        """
+        self.outlet.frame_bytes = min(self.settings.limits.frame_bytes, frame_bytes)
+        if any(self.kept.sizes[topic] > self.outlet.frame_bytes for topic in self._wanted()):
+            self.snapshot()
+            return
         topic, frame = self._build_head()
         if parse(frame).meta != parse(self.kept.head_frame).meta:
             self.kept.head_frame = frame
             self._keep([(topic, frame)])
 
-    def fit(self, frame_bytes: int) -> None:
-        """Obey a broker's packet limit: kept frames that are larger give way to a snapshot in smaller parts."""
-        self.outlet.frame_bytes = min(self.settings.limits.frame_bytes, frame_bytes)
-        if max(self.kept.sizes.values()) > self.outlet.frame_bytes:
-            self.snapshot()
-
     def republish(self) -> None:
-        """Give the broker what it should have kept: the snapshot, the deltas since, the head."""
+        """Give the broker what it should have kept: the snapshot, the deltas since, the head.
+
+        The head is sent as it is now. Later events may share a commit with this one, and a head of theirs, read from
+        the ledger, would name what only follows it.
+        """
+        self.in_doubt = False
+        self.do(events.RepublishKept(topics=tuple(self._wanted())))
+        head = topics.head(self.settings.federation)
+        self.do(events.Publish(topic=head, payload=self.kept.head_frame, retain=True))
+
+    def _wanted(self) -> list[str]:
+        """What a device needs to get from nothing to the head, in order."""
         federation, named = self.settings.federation, self.kept.snapshot
         wanted = [topics.snapshot(federation, named.place, part) for part in range(named.parts)]
         for version in range(named.version + 1, self.model.version + 1):
             wanted += self._delta_topics(version)
-        self.do(events.RepublishKept(topics=(*wanted, topics.head(federation))))
+        return wanted
 
     def _lay_out_slots(self) -> None:
-        """Another number of slots puts every delta elsewhere: clear the old ones and begin at a snapshot."""
+        """Another number of slots puts every delta elsewhere: begin at a snapshot, then clear the old ones."""
         prefix = f"{topics.root(self.settings.federation)}/all/delta/"
         self._save(records.SlotsChanged(slots=self.settings.downlink.slots))
-        self._keep([(topic, b"") for topic in sorted(self.kept.sizes) if topic.startswith(prefix)])
         self.kept.slots = self.settings.downlink.slots
         self.snapshot()
+        self._keep([(topic, b"") for topic in sorted(self.kept.sizes) if topic.startswith(prefix)])
 
     def _delta_topics(self, version: int) -> list[str]:
         """The topics of the parts that are kept in a version's slot."""
         slot = version % self.settings.downlink.slots
+        return self._parts_in(lambda part: topics.delta(self.settings.federation, slot, part))
+
+    def _parts_in(self, topic_of: Callable[[int], str]) -> list[str]:
         found: list[str] = []
-        while (topic := topics.delta(self.settings.federation, slot, len(found))) in self.kept.sizes:
+        while (topic := topic_of(len(found))) in self.kept.sizes:
             found.append(topic)
         return found
 
@@ -124,14 +152,17 @@ class Press:
         return topic, self.kept.head_frame
 
     def _keep(self, frames: Frames) -> None:
-        """Make retained frames durable, then publish them."""
+        """Make retained frames durable, then publish them: all that a device needs, while the broker is in doubt."""
         self._save(records.FramesKept(frames=tuple(frames)))
         for topic, payload in frames:
             if payload:
                 self.kept.sizes[topic] = len(payload)
             else:
                 self.kept.sizes.pop(topic, None)
-            self.do(events.Publish(topic=topic, payload=payload, retain=True))
+            if not (payload and self.in_doubt):
+                self.do(events.Publish(topic=topic, payload=payload, retain=True))
+        if self.in_doubt:
+            self.republish()
 
     def _save(self, record: records.Record) -> None:
         self.do(events.Save(record=record))

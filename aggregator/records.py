@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from aggregator.optimizer import ServerState
+from aggregator.settings import OptimizerSettings
 from broker.identity import KeyId
 from broker.messages import Metrics, SnapshotRef, Status
 from broker.schema import Vector
@@ -81,6 +82,7 @@ class SnapshotTaken:
     published: Vector
     server: ServerState
     named: SnapshotRef
+    optimizer: OptimizerSettings  # by which the merges that follow are made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

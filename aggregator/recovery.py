@@ -1,6 +1,7 @@
 """From the ledger back to a running state: the last snapshot, and every merge since then done again."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from aggregator.model import Accepted, Model
 from aggregator.optimizer import ServerState
 from aggregator.press import Kept
 from aggregator.registry import ACTIVE, REVOKED, Answer, Member, Registry
-from aggregator.settings import Settings
+from aggregator.settings import OptimizerSettings, Settings
 from broker import topics
 from broker.errors import ConfigError
 from broker.identity import Identity, KeyId
@@ -29,6 +30,7 @@ def recover(ledger: Ledger, settings: Settings, identity: Identity, software: st
         sizes=dict(ledger.db.execute("SELECT topic, length(payload) FROM frames").fetchall()),
         head_frame=ledger.frame(topics.head(settings.federation)),
         slots=int(ledger.fact("slots")),
+        optimizer=_optimizer(ledger),
     )
     return Core(
         settings=settings,
@@ -49,9 +51,10 @@ def recover_model(ledger: Ledger, settings: Settings, schema: Schema) -> Model:
     The published vector follows the deltas as they were sent, so its bits never depend on this replay; what the
     server's own vector has beyond it is recomputed from the updates.
     """
+    then = replace(settings, optimizer=_optimizer(ledger))  # the settings may have been changed since
     start, target, momentum = ledger.db.execute("SELECT version, target, momentum FROM server").fetchone()
     server = ServerState(_vector(target), None if momentum is None else _vector(momentum))
-    model = Model(settings=settings, schema=schema, version=start, published=ledger.vector(start), server=server)
+    model = Model(settings=then, schema=schema, version=start, published=ledger.vector(start), server=server)
     made = ledger.db.execute(
         "SELECT version, digest, codec, encoding, body FROM versions WHERE version > ? ORDER BY version", (start,)
     ).fetchall()
@@ -62,18 +65,25 @@ def recover_model(ledger: Ledger, settings: Settings, schema: Schema) -> Model:
         model.buffer = []
         if model.digest != digest:
             raise ConfigError(f"{ledger.path}: version {version} does not have its digest; restore it from a backup")
+    model.settings = settings
     _refill(ledger, model, "merged IS NULL", ())
     return model
 
 
+def _optimizer(ledger: Ledger) -> OptimizerSettings:
+    name, learning_rate, momentum = json.loads(ledger.fact("optimizer"))
+    return OptimizerSettings(name=name, learning_rate=learning_rate, momentum=momentum)
+
+
 def _refill(ledger: Ledger, model: Model, where: str, values: tuple[int, ...]) -> None:
     rows = ledger.db.execute(
-        "SELECT device, staleness, samples, discount, codec, encoding, body FROM updates"  # noqa: S608 - our own text
+        "SELECT device, staleness, samples, discount, codec, encoding, segment, place, size"  # noqa: S608 - our own text
+        " FROM updates"
         f" WHERE {where} ORDER BY id",
         values,
     )
-    for device, staleness, samples, worth, codec, encoding, body in rows:
-        block = Block.read(model.schema, codec, encoding, body)
+    for device, staleness, samples, worth, codec, encoding, segment, place, size in rows:
+        block = Block.read(model.schema, codec, encoding, ledger.body(segment, place, size))
         model.accept(Accepted(device=device, staleness=staleness, samples=samples), block, worth)
 
 
@@ -90,7 +100,7 @@ def _registry(ledger: Ledger, settings: Settings) -> Registry:
         member = registry.members[device]
         if key == member.key:
             member.answer = Answer(seq=unsigned(seq), outcome=outcome, reason=reason)
-            member.metrics_seq = metrics_seq if metrics_seq == -1 else unsigned(metrics_seq)
+            member.metrics_seq = unsigned(metrics_seq)
         elif state != ACTIVE:
             member.old_keys[KeyId(key)] = (public, state)
     oldest = int(ledger.fact("version")) - settings.staleness.max

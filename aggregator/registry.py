@@ -41,7 +41,7 @@ class Member:
     evaluates: bool = False  # it published test metrics and no update: nobody waits for its updates
     status: Status | None = None
     status_seq: int = -1
-    metrics_seq: int = -1
+    metrics_seq: int = 0
     update_bytes: int = 0  # PUBLISH packets since the last count was written
     collector: Collector | None = None
     tokens: float = 0.0

@@ -48,7 +48,10 @@ def _lock(descriptor: int, kind: int) -> bool:
 
 def is_running(directory: Path) -> bool:
     """Whether a process serves this directory now. It looks with a shared lock, which is why ``run`` has patience."""
-    descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        descriptor = os.open(directory / "lock", os.O_RDWR)
+    except FileNotFoundError:
+        return False  # none ever did
     try:
         return not _lock(descriptor, fcntl.LOCK_SH)
     finally:
@@ -77,6 +80,8 @@ def _wait(ledger: Ledger, directory: Path, request: int) -> None:
                 raise ConfigError(row[1])
             return
         if not is_running(directory):
+            with ledger.transaction():  # or the next process would do it, whatever was asked for in between
+                ledger.db.execute("DELETE FROM requests WHERE id = ?", (request,))
             raise NotRunningError(f"the aggregator on {directory} stopped before it answered")
         time.sleep(POLL_S)
     raise ConfigError(f"the aggregator on {directory} did not answer within {WAIT_S:.0f} s; look at its log")

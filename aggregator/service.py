@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, assert_never
 
-from aggregator import events, requests
+from aggregator import events, requests, transport
 from aggregator.core import Core
 from aggregator.home import LEDGER, STATES, open_core
 from aggregator.ledger import Ledger
+from aggregator.settings import TransportSettings
 from broker.errors import LinkError
-from broker.identity import AGGREGATOR
 from broker.link import Arrived, Connected, Disconnected, Link, LinkEvent, Published, Refused, Token, packet_bytes
 
 BATCH: Final = 64  # events whose records share one fsync
@@ -22,7 +22,6 @@ POLL_S: Final = 0.1  # how often the ledger is looked at for what commands have 
 SAY_S: Final = 10.0  # how often a wait is spoken of
 DELAYS_S: Final = (0.2, 30.0)  # between attempts to connect: the first, and the longest
 GOODBYE_S: Final = 5.0
-RECEIVE_MAXIMUM: Final = 256  # unacknowledged messages in flight to us: this bounds the queue, too
 
 
 class Interrupted:
@@ -36,6 +35,7 @@ class Service:
     directory: Path
     software: str
     say: Callable[[str], None]
+    transport: TransportSettings | None = None  # instead of what aggregator.toml says
     _queue: "queue.SimpleQueue[LinkEvent | Interrupted]" = field(default_factory=queue.SimpleQueue)
     _ledger: Ledger = field(init=False)
     _core: Core = field(init=False)
@@ -64,13 +64,7 @@ class Service:
     def _serve(self) -> None:
         self._core = open_core(self.directory, self._ledger, self.software)
         settings = self._core.settings
-        self._link = Link(
-            settings.broker,
-            client_id=f"{AGGREGATOR}-{settings.federation}",
-            deliver=self._queue.put,
-            frame_bytes=settings.limits.frame_bytes,
-            receive_maximum=RECEIVE_MAXIMUM,
-        )
+        self._link = transport.connect(self.directory, settings, self._queue.put, self.transport)
         try:
             self._perform(self._core.start(time.monotonic()))
             self.say(
@@ -155,7 +149,8 @@ class Service:
                     for topic in action.topics:
                         self._publish(topic, self._ledger.frame(topic), retain=True)
                 case events.Subscribe():
-                    self._link.subscribe(action.filters)
+                    with suppress(LinkError):  # lost again already: the next connection subscribes
+                        self._link.subscribe(action.filters)
                 case events.Log():
                     self.say(action.text)
                 case events.Stop():

@@ -8,6 +8,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
+import msgpack
+
 from aggregator.optimizer import OPTIMIZERS
 from aggregator.staleness import DISCOUNTS
 from broker.errors import ConfigError
@@ -70,6 +72,15 @@ class LimitSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TransportSettings:
+    """How the broker is reached, besides the certificates in this directory."""
+
+    authority: str = _key("", "directory of the `ternbus broker init` that makes the devices' certificates")
+    username: str = _key("", "at a broker that others run; empty: aggregator-FEDERATION")
+    password_file: str = _key("", "a file with the password in its first line, mode 0600")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The whole file."""
 
@@ -80,6 +91,7 @@ class Settings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     downlink: DownlinkSettings = field(default_factory=DownlinkSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
+    transport: TransportSettings = field(default_factory=TransportSettings)
     plan: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -89,6 +101,7 @@ SECTIONS: Final[Mapping[str, type]] = {
     "optimizer": OptimizerSettings,
     "downlink": DownlinkSettings,
     "limits": LimitSettings,
+    "transport": TransportSettings,
 }
 # (type, lowest, highest) of the plan's keys that the protocol names; others go to the training code as they are
 PLAN: Final[Mapping[str, tuple[type, float, float]]] = {
@@ -101,10 +114,11 @@ PLAN: Final[Mapping[str, tuple[type, float, float]]] = {
     "proximal_mu": (float, 0, 1e6),
     "clip_sigma": (float, 0, 1e6),
     "codec": (str, 0, 0),
-    "seal": (bool, 0, 0),
-    "error_feedback": (bool, 0, 0),
+    "seal": (bool, 0, 1),
+    "error_feedback": (bool, 0, 1),
     "seed": (int, 0, 2**63 - 1),
 }
+PLAN_BYTES_MAX: Final = 8192  # half of what a header may have
 PLAN_DOC: Final = """\
 # What devices are asked to do; every key may be left out, and keys not listed reach the training code as they are.
 # local_epochs, local_steps, batch_size, learning_rate, momentum, weight_decay, proximal_mu (FedProx),
@@ -172,7 +186,7 @@ def _number(kind: type, value: object, low: float | None, high: float | None, wh
     if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
         raise ConfigError(f"{where} = {value!r} must be {'a number' if kind is float else kind.__name__}")
     if isinstance(value, int | float) and not (
-        math.isfinite(value) and (low is None or value >= low) and (high is None or value <= high)
+        _is_plain(value) and (low is None or value >= low) and (high is None or value <= high)
     ):
         raise ConfigError(f"{where} = {value!r} must be {_interval(low, high)}")
     return kind(value)
@@ -200,16 +214,23 @@ def _plan(table: object, where: str) -> dict[str, Any]:
         else:
             checked = _number(kind, value, low, high, f"{where}.{key}")
             plan[key] = value if kind is float else checked  # 1 stays 1 on the wire
+    size_bytes = len(msgpack.packb(plan))
+    if size_bytes > PLAN_BYTES_MAX:
+        raise ConfigError(f"{where} takes {size_bytes} bytes, at most {PLAN_BYTES_MAX}: every head carries it")
     return plan
 
 
 def _plain(value: object, where: str) -> object:
     """A value of an unknown plan key: whatever msgpack carries unchanged."""
-    if isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value)):
+    items = value if isinstance(value, list) else [value]
+    if all(isinstance(item, str) or (isinstance(item, int | float) and _is_plain(item)) for item in items):
         return value
-    if isinstance(value, list) and len(value) <= 100 and all(isinstance(item, str | int | float) for item in value):
-        return value
-    raise ConfigError(f"{where} = {value!r}: use a string, a number, true, false or a flat list")
+    raise ConfigError(f"{where} = {value!r}: use a string, a number of 64 bits, true, false or a flat list of these")
+
+
+def _is_plain(number: int | float) -> bool:
+    """Whether it is finite and within 64 bits, as every number on the wire is."""
+    return math.isfinite(number) if isinstance(number, float) else -(2**63) <= number < 2**63
 
 
 def with_overrides(table: dict[str, Any], overrides: Mapping[str, object]) -> dict[str, Any]:
@@ -218,7 +239,9 @@ def with_overrides(table: dict[str, Any], overrides: Mapping[str, object]) -> di
         section, dot, key = dotted.partition(".")
         if not dot or not key or "." in key:
             raise ConfigError(f"--set {dotted}: write SECTION.KEY=VALUE, for example merge.buffer_size=1")
-        table.setdefault(section, {})[key] = value
+        if not isinstance(table.setdefault(section, {}), dict):
+            raise ConfigError(f"--set {dotted}: {section!r} is no section; known are {', '.join(SECTIONS)}, plan")
+        table[section][key] = value
     return table
 
 
@@ -243,11 +266,12 @@ def dumps(settings: Settings) -> str:
         for entry in fields(kind):
             lines.append(f"{entry.name} = {_dump(getattr(section, entry.name))}  # {entry.metadata['doc']}")
     lines += ["", "[plan]", PLAN_DOC.rstrip()]
-    lines += [f"{json.dumps(key)} = {_dump(value)}" for key, value in settings.plan.items()]
+    lines += [f"{_dump(key)} = {_dump(value)}" for key, value in settings.plan.items()]
     return "\n".join(lines) + "\n"
 
 
 def _dump(value: object) -> str:
+    """A value as TOML; JSON's is the same but for characters beyond 16 bits, and for DEL."""
     if isinstance(value, float):
         return repr(value)
-    return json.dumps(value)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

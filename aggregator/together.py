@@ -1,6 +1,6 @@
 """Broker and aggregator of a first federation, made and run by one command."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -26,27 +26,53 @@ class First:
     federation: str
     host: str
     port: int
+    tls: bool
 
 
 def start_broker(directory: Path, engine: running.Engine, first: First) -> running.RunningBroker:
     """The broker that this directory's federation has, or the one that its first start chooses."""
-    software = running.choose(engine)
+    folder = directory / BROKER
     host, port = first.host, first.port
     if (directory / home.LEDGER).exists():
         endpoint = Endpoint.parse(home.load_settings(directory).broker)
         host, port = endpoint.host, endpoint.port
+        if endpoint.tls and not running.is_home(folder):
+            raise ConfigError(
+                f"the broker {endpoint} is not one of {directory}: use ternbus aggregator run {directory}"
+            )
     elif first.model is None:
         raise ConfigError(f"{directory} holds no aggregator yet: add --model FILE.safetensors to make one")
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return running.start(software, host=host, port=port, directory=directory / BROKER)
+    if running.is_home(folder) or (first.tls and not (directory / home.LEDGER).exists()):
+        return _start_secured(directory, engine, first)
+    return running.start(running.choose(engine), host=host, port=port, directory=folder)
+
+
+def _start_secured(directory: Path, engine: running.Engine, first: First) -> running.RunningBroker:
+    """Start a broker with TLS, which knows the aggregator from its first moment."""
+    from broker import upkeep  # noqa: PLC0415 - certificates take a library that only few need
+    from broker.home import Home  # noqa: PLC0415
+
+    folder = (directory / BROKER).absolute()
+    running.choose(engine)  # or nothing is made
+    if not running.is_home(folder):
+        Home.create(folder, names=[first.host], port=first.port, engine=engine)
+    broker = Home(folder)
+    if not (directory / home.LEDGER).exists():
+        _create(directory, first, broker.url, {"transport.authority": BROKER})
+    return upkeep.start(broker, engine)
+
+
+def _create(directory: Path, first: First, broker_url: str, settings: Mapping[str, object]) -> None:
+    assert first.model is not None  # noqa: S101 - start_broker has looked
+    tensors = load_safetensors(first.model)
+    home.create(directory, federation=first.federation, broker=broker_url, model=tensors, settings=settings)
 
 
 def prepare(directory: Path, first: First, broker_url: str, devices: Sequence[str]) -> list[Path]:
     """Make the aggregator if there is none; invite those of ``devices`` that are not known. Returns new files."""
     if not (directory / home.LEDGER).exists():
-        assert first.model is not None  # noqa: S101 - start_broker has looked
-        tensors = load_safetensors(first.model)
-        home.create(directory, federation=first.federation, broker=broker_url, model=tensors)
+        _create(directory, first, broker_url, {})
     new = [device for device in devices if device not in _known(directory)]
     folder = directory / INVITATIONS
     folder.mkdir(exist_ok=True, mode=0o700)

@@ -1,12 +1,22 @@
 """Where a broker listens: its URL, checked and taken apart."""
 
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Final, Self
 from urllib.parse import urlsplit
 
 from broker.errors import ConfigError
 
+WILDCARDS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - what to listen on -> where it is heard here
 PORTS: Final = {"mqtt": 1883, "mqtts": 8883}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

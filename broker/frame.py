@@ -45,6 +45,11 @@ class Frame:
         if blake2b(self.body, digest_size=32).digest() != self.digest:
             raise ProtocolError("bad-digest", "the body is not the one that the header names")
 
+    def check_bodiless(self) -> None:
+        """Raise ProtocolError unless this is a whole message without a body, as most kinds are."""
+        if self.parts != 1 or self.body:
+            raise ProtocolError("bad-body", f"a message of kind {self.kind} has no body and one part")
+
 
 def build(
     identity: Identity,

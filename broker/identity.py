@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import stat
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -136,12 +137,33 @@ def write_secret(path: Path, secret: bytes) -> None:
         os.close(folder)
 
 
-def read_secret(path: Path) -> bytes:
-    """Read a secret; refuse one that others on this machine can read, and say which command mends it."""
+def is_exposed(path: Path) -> bool:
+    """Whether others on this machine can do anything with a file; OSError where there is none."""
+    return bool(stat.S_IMODE(path.stat().st_mode) & 0o077)
+
+
+def check_secret(path: Path) -> Path:
+    """Return the path of a secret; refuse one that others on this machine can read, with the command that mends it."""
     try:
-        mode = path.stat().st_mode
-        if stat.S_IMODE(mode) & 0o077:
-            raise ConfigError(f"{path} holds a secret that other users can read; run: chmod 600 {path}")
-        return path.read_bytes()
+        exposed = is_exposed(path)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    if exposed:
+        raise ConfigError(f"{path} holds a secret that other users can read; run: chmod 600 {shlex.quote(str(path))}")
+    return path
+
+
+def read_secret(path: Path) -> bytes:
+    """Read a secret that only its owner can read, else ConfigError."""
+    try:
+        return check_secret(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+
+
+def read_password(path: Path) -> str:
+    """The first line of a password file, mode 0600; ConfigError where there is none."""
+    password = read_secret(path).decode("utf-8", "replace").partition("\n")[0].rstrip("\r")
+    if not password:
+        raise ConfigError(f"{path} has no password in its first line")
+    return password

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from broker.connection import MQTT_5, MQTT_311, Connection, UnsupportedProtocolError, Will
-from broker.endpoint import Endpoint
+from broker.endpoint import Endpoint, is_loopback
 from broker.errors import ConfigError, LinkError
 from broker.events import Arrived, Connected, Disconnected, LinkEvent, Published, Refused, Token
 from broker.tls import Tls
@@ -48,6 +48,8 @@ class Link:
         self._endpoint = Endpoint.parse(url)
         if keepalive_s < 1:
             raise ConfigError(f"a keepalive of {keepalive_s} s is none: use at least 1")
+        if password is not None and not self._endpoint.tls and not is_loopback(self._endpoint.host):
+            raise ConfigError(f"a password would be open to read on the way to {self._endpoint}: use mqtts://")
         if tls is not None and not self._endpoint.tls:
             raise ConfigError(f"certificates are of no use with {self._endpoint}: write mqtts:// in the broker's URL")
         self._tls_context = (tls or Tls()).context() if self._endpoint.tls else None

@@ -3,8 +3,10 @@
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
+
+from broker.tls import ServerTls
 
 SYSTEM_FOLDERS = "/usr/sbin:/usr/local/sbin"  # where distributions put it; not on an ordinary user's PATH
 
@@ -53,8 +55,56 @@ def access_list(federations: Sequence[str] = ()) -> str:
     return "\n".join(lines) + "\n"
 
 
-def configuration(*, host: str, port: int, data: PurePath, access: PurePath, user: str | None = None) -> str:
-    """The configuration of a broker without TLS. ``user`` is whom mosquitto becomes when root starts it."""
+def separating_list(names: Mapping[str, Sequence[str]]) -> str:
+    """Who may read and write what, where names are proven, for each federation with the names of its members.
+
+    One federation needs only patterns. With several each member is listed, or a device could enter another
+    federation's topics under its own name.
+    """
+    if len(names) == 1:
+        return access_list(list(names))
+    lines = ["# Everybody that has a certificate, each with its own federation."]
+    for federation, members in sorted(names.items()):
+        root = f"ternbus/1/{federation}"
+        for name in sorted(members):
+            if name == f"aggregator-{federation}":
+                topics = [f"readwrite {root}/all/#", f"write {root}/down/#", f"read {root}/up/#"]
+            else:
+                topics = [f"write {root}/up/{name}/#", f"read {root}/down/{name}/#", f"read {root}/all/#"]
+            lines += [f"user {name}", *(f"topic {each}" for each in topics)]
+    return "\n".join(lines) + "\n"
+
+
+def _admission(tls: ServerTls | None) -> str:
+    if tls is None:
+        return "allow_anonymous true\n"
+    return f"""\
+cafile {tls.authority}
+certfile {tls.certificate}
+keyfile {tls.key}
+tls_version tlsv1.3
+
+# Nobody without a certificate of ours, and nobody under another name than its certificate's.
+require_certificate true
+use_identity_as_username true
+use_username_as_clientid true
+allow_anonymous false
+"""
+
+
+def configuration(
+    *,
+    host: str,
+    port: int,
+    data: PurePath,
+    access: PurePath,
+    tls: ServerTls | None = None,
+    user: str | None = None,
+) -> str:
+    """The configuration of a broker. ``user`` is whom mosquitto becomes when root starts it.
+
+    All of it is understood by 2.0 and by 2.1, which would have ``acl_file`` as a plugin and says so in its log.
+    """
     become = (
         f"\n# Started by root; what is not changed keeps its tie to `ternbus broker up`.\nuser {user}\n" if user else ""
     )
@@ -62,8 +112,7 @@ def configuration(*, host: str, port: int, data: PurePath, access: PurePath, use
 # As `ternbus broker up` generates it.
 
 listener {port} {host}
-allow_anonymous true
-acl_file {access}
+{_admission(tls)}acl_file {access}
 {become}
 # Whoever sends more than this in one packet is disconnected. MQTT 5 tells it the limit beforehand.
 max_packet_size 1100000

@@ -8,17 +8,21 @@ import socket
 import subprocess
 import time
 from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from ipaddress import ip_address
+from functools import partial
 from pathlib import Path
-from typing import IO, Final, Self
+from typing import IO, TYPE_CHECKING, Final, Self, TypeVar
 
 from broker import embedded, mosquitto, tether
-from broker.endpoint import Endpoint
+from broker.endpoint import WILDCARDS, Endpoint
 from broker.errors import ConfigError, LinkError
+from broker.tls import PROBE, ServerTls, Tls
+
+if TYPE_CHECKING:
+    from broker.doorkeeper import Doorkeeper
 
 READY_WITHIN_S: Final = 30.0  # a large store is read first
 STOP_WITHIN_S: Final = 10.0
@@ -26,10 +30,14 @@ FREED_WITHIN_S: Final = 5.0  # a broker whose `broker up` was killed saves what 
 LOOK_EVERY_S: Final = 0.02
 PORT_ATTEMPTS: Final = 5
 LOG: Final = "broker.log"
-# MQTT 3.1.1 CONNECT: clean session, keepalive 5 s, client id `probe`; CONNACK without error; DISCONNECT
-PROBE: Final = b"\x10\x11\x00\x04MQTT\x04\x02\x00\x05\x00\x05probe"
+ACCESS: Final = "access.list"
+HOME: Final = "broker.toml"
+# MQTT 3.1.1 CONNECT: clean session, keepalive 5 s, and the client id; CONNACK without error; DISCONNECT
+HELLO: Final = b"\x10\x11\x00\x04MQTT\x04\x02\x00\x05\x00\x05" + PROBE.encode()
 WELCOME: Final = b"\x20\x02\x00\x00"
 GOODBYE: Final = b"\xe0\x00"
+
+Seen = TypeVar("Seen")
 
 
 class Engine(StrEnum):
@@ -67,12 +75,19 @@ def choose(engine: Engine) -> Software:
     raise ConfigError(f"{missing} on this machine: {'; or '.join(wanted)}")
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach ``host``."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+def is_home(directory: Path) -> bool:
+    """Whether `ternbus broker init` made this directory, so that its broker runs with TLS."""
+    return (directory / HOME).exists()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Secured:
+    """What a broker with TLS is started with: its files, its name to the world, and who has a certificate."""
+
+    files: ServerTls
+    name: str
+    probe: Tls
+    names: Mapping[str, Sequence[str]]  # of each federation the members
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +98,7 @@ class RunningBroker:
     endpoint: Endpoint
     directory: Path
     process: subprocess.Popen[bytes]
+    door: "Doorkeeper | None" = None
 
     @property
     def url(self) -> str:
@@ -92,6 +108,10 @@ class RunningBroker:
     def pid(self) -> int:
         return self.process.pid
 
+    def reload(self) -> None:
+        """Let the broker read its certificate and its access list again."""
+        self.process.send_signal(signal.SIGHUP)
+
     def wait(self) -> int:
         """Wait until the broker ends, and return its exit code."""
         return self.process.wait()
@@ -99,10 +119,13 @@ class RunningBroker:
     def stop(self) -> None:
         """Let the broker save what it holds and end; kill it if it does not."""
         _end(self.process)
+        if self.door is not None:
+            self.door.close()
 
     def last_lines(self, count: int = 10) -> str:
         """The end of the broker's log."""
-        return _last_lines(self.directory, count)
+        with (self.directory / LOG).open(errors="replace") as log:
+            return "".join(deque(log, maxlen=count)).rstrip()
 
     def __enter__(self) -> Self:
         return self
@@ -112,29 +135,45 @@ class RunningBroker:
 
 
 def start(
-    software: Software, *, host: str, port: int, directory: Path, federations: Sequence[str] = ()
+    software: Software,
+    *,
+    host: str,
+    port: int,
+    directory: Path,
+    federations: Sequence[str] = (),
+    secured: Secured | None = None,
 ) -> RunningBroker:
     """Start a broker on ``port`` (0: any free one) that keeps its data in ``directory``, and wait until it answers.
 
-    With ``federations`` mosquitto confines each of their clients to its own topics, by a user name that it believes.
+    With ``federations`` mosquitto confines each of their clients to its own topics, by a user name that it believes;
+    with ``secured`` it listens for TLS only, and every client must prove its name.
     ConfigError where port or directory cannot be had, LinkError where the broker ends instead of answering.
     """
     directory = directory.absolute()
     with _occupy(directory) as lock:
         for attempts_left in reversed(range(PORT_ATTEMPTS)):
-            endpoint = Endpoint(host=host, port=_reserve(host, port))
-            process = _launch(_configure(software, endpoint, directory, federations), directory, lock)
+            listener = Endpoint(host=host, port=reserve(host, port), tls=secured is not None)
+            door = _door(software, secured)
+            admission = _Admission(federations=federations, secured=secured, door=door)
+            broker = RunningBroker(
+                software=software,
+                endpoint=listener if secured is None else replace(listener, host=secured.name),
+                directory=directory,
+                process=_launch(_configure(software, listener, directory, admission), directory, lock),
+                door=door,
+            )
             try:
-                _await_answer(process, endpoint, directory, software)
+                _await_answer(broker, listener, secured)
             except LinkError:
+                broker.stop()
                 # between our look and its own somebody else may have taken a port that was free
-                if port or not attempts_left or "in use" not in _last_lines(directory, 10):
+                if port or not attempts_left or "in use" not in broker.last_lines():
                     raise
             except BaseException:  # Ctrl-C too: leave no process behind
-                _end(process)
+                broker.stop()
                 raise
             else:
-                return RunningBroker(software=software, endpoint=endpoint, directory=directory, process=process)
+                return broker
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -160,7 +199,7 @@ def _occupy(directory: Path) -> IO[bytes]:
             return lock
 
 
-def _reserve(host: str, port: int) -> int:
+def reserve(host: str, port: int) -> int:
     """A port on which one can listen now; ConfigError for one on which one cannot."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -190,41 +229,87 @@ def _launch(command: list[str | os.PathLike[str]], directory: Path, lock: IO[byt
         )
 
 
+def _door(software: Software, secured: Secured | None) -> "Doorkeeper | None":
+    if secured is None or software.engine is not Engine.NATS:
+        return None
+    from broker.doorkeeper import Doorkeeper  # noqa: PLC0415 - it reads certificates, which takes a library
+
+    return Doorkeeper()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Admission:
+    """Who may connect and do what, as configurations say it."""
+
+    federations: Sequence[str]
+    secured: Secured | None
+    door: "Doorkeeper | None"
+
+    @property
+    def tls(self) -> ServerTls | None:
+        return self.secured.files if self.secured is not None else None
+
+    @property
+    def guard(self) -> embedded.Guard | None:
+        return self.door.guard(self.tls) if self.door is not None and self.tls is not None else None
+
+    @property
+    def access_list(self) -> str:
+        if self.secured is None:
+            return mosquitto.access_list(self.federations)
+        return mosquitto.separating_list(self.secured.names)
+
+
 def _configure(
-    software: Software, endpoint: Endpoint, directory: Path, federations: Sequence[str]
+    software: Software, listener: Endpoint, directory: Path, admission: _Admission
 ) -> list[str | os.PathLike[str]]:
     """Write the configuration, and return the command line that uses it."""
+    host, port = listener.host, listener.port
     if software.engine is Engine.NATS:
         file = directory / "nats.conf"
-        file.write_text(embedded.configuration(host=endpoint.host, port=endpoint.port, data=directory))
+        text = embedded.configuration(host=host, port=port, data=directory, guard=admission.guard)
     else:
-        access = directory / "access.list"
-        access.write_text(mosquitto.access_list(federations))
+        access = directory / ACCESS
+        access.write_text(admission.access_list)
         file = directory / "mosquitto.conf"
         # As root mosquitto would become another user, which may not read the directory and loses the tether.
         user = "root" if os.geteuid() == 0 else None
-        file.write_text(
-            mosquitto.configuration(host=endpoint.host, port=endpoint.port, data=directory, access=access, user=user)
+        text = mosquitto.configuration(
+            host=host, port=port, data=directory, access=access, tls=admission.tls, user=user
         )
+    file.write_text(text)
     return [software.executable, "-c", file]
 
 
-def _await_answer(process: subprocess.Popen[bytes], endpoint: Endpoint, directory: Path, software: Software) -> None:
+def _await_answer(broker: RunningBroker, listener: Endpoint, secured: Secured | None) -> None:
+    if broker.door is not None:  # first, or nobody is let in, nor is our own probe
+        broker.door.attend(_await(partial(embedded.own_port, broker.directory, broker.pid), broker))
+    _await(partial(_answers, listener, secured), broker)
+
+
+def _await(look: Callable[[], Seen | None], broker: RunningBroker) -> Seen:
+    """What ``look`` sees, once it sees anything."""
     deadline = time.monotonic() + READY_WITHIN_S
-    while not _answers(endpoint):
-        if (code := process.poll()) is not None:
-            raise LinkError(f"{software} ended with code {code} at its start:\n{_last_lines(directory, 10)}")
+    while not (seen := look()):
+        if (code := broker.process.poll()) is not None:
+            raise LinkError(f"{broker.software} ended with code {code} at its start:\n{broker.last_lines()}")
         if time.monotonic() > deadline:
-            _end(process)
-            raise LinkError(f"{software} does not answer on {endpoint}; its log is {directory / LOG}")
+            raise LinkError(f"{broker.software} does not answer on {broker.url}; its log is {broker.directory / LOG}")
         time.sleep(LOOK_EVERY_S)
+    return seen
 
 
-def _answers(endpoint: Endpoint) -> bool:
+def _answers(endpoint: Endpoint, secured: Secured | None) -> bool:
     """Whether an MQTT client is welcome there, not only a TCP connection."""
-    with suppress(OSError), socket.create_connection((endpoint.host, endpoint.port), timeout=1.0) as trial:
-        trial.sendall(PROBE)
-        answer = trial.recv(len(WELCOME), socket.MSG_WAITALL)
+    address = (WILDCARDS.get(endpoint.host, endpoint.host), endpoint.port)
+    with suppress(OSError), ExitStack() as stack:
+        trial = stack.enter_context(socket.create_connection(address, timeout=1.0))
+        if secured is not None:
+            context = secured.probe.context()
+            trial = stack.enter_context(context.wrap_socket(trial, server_hostname=secured.name))
+        trial.sendall(HELLO)
+        with trial.makefile("rb") as stream:  # TLS knows no MSG_WAITALL
+            answer = stream.read(len(WELCOME))
         trial.sendall(GOODBYE)
         return answer == WELCOME
     return False
@@ -237,8 +322,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def _last_lines(directory: Path, count: int) -> str:
-    with (directory / LOG).open(errors="replace") as log:
-        return "".join(deque(log, maxlen=count)).rstrip()

@@ -202,12 +202,13 @@ def load_safetensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
 
 def save_safetensors(path: Path, tensors: Mapping[str, npt.NDArray[np.float32]], about: Mapping[str, str]) -> None:
     """Write named tensors, whole or not at all; ``about`` becomes the file's metadata."""
+    from safetensors import SafetensorError  # noqa: PLC0415 - as above
     from safetensors.numpy import save_file  # noqa: PLC0415 - as above
 
     partial = path.with_name(path.name + ".partial")
-    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}  # a scalar stays one
     try:
         save_file(arrays, partial, metadata=dict(about))
         partial.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ConfigError(f"cannot write {path}: {error}") from error

@@ -223,7 +223,7 @@ def nearest(values: npt.NDArray[np.float32], out: Trits) -> np.float32:
     for first in range(0, len(values), CHUNK):
         piece = values[first : first + CHUNK]
         magnitude = np.abs(piece)
-        kept = magnitude > threshold
+        kept = magnitude >= threshold  # where all are as large, none would be above
         np.multiply(np.sign(piece), kept, out=out[first : first + CHUNK], casting="unsafe")
         total += float(magnitude[kept].sum(dtype=np.float64))
         count += int(np.count_nonzero(kept))

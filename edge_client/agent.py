@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from broker import topics
 from broker.errors import ConfigError
-from broker.identity import Identity, seal
+from broker.identity import Identity, read_password, seal
 from broker.link import Link, LinkEvent
 from broker.messages import Status
 from edge_client.actions import Stop
@@ -75,7 +76,8 @@ def make_link(home: Home, settings: Settings) -> Callable[[Callable[[LinkEvent],
         return Link(
             settings.broker,
             client_id=settings.device,
-            username=settings.device,
+            username=settings.username or settings.device,
+            password=read_password(Path(settings.password_file)) if settings.password_file else None,
             deliver=deliver,
             tls=home.tls(),
         )

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from broker.errors import LinkError
+from broker.identity import is_exposed
 from broker.invitation import Invitation
 from broker.schema import save_safetensors
 from edge_client import agent, outbox
@@ -38,6 +39,12 @@ def join(
     partition: Annotated[
         str, typer.Option(help="Which part is this device's: all, iid:I/N or dirichlet:ALPHA:I/N:SEED.")
     ] = "all",
+    username: Annotated[
+        str, typer.Option(metavar="NAME", help="At a broker that others run. [default: the device's name]")
+    ] = "",
+    password_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With the password in its first line; mode 0600, TLS only.")
+    ] = None,
     then_run: Annotated[bool, typer.Option("--run", help="Then train, as `ternbus edge run` does.")] = False,
     timeout: Timeout = None,
     as_json: AsJson = False,
@@ -53,9 +60,13 @@ def join(
     Partition.parse(partition)
     home, options = Home(directory), Options(timeout_s=timeout)
     asked = Invitation.load(invitation)
+    if is_exposed(invitation):
+        typer.echo(f"ternbus: others on this machine can read {invitation}, a secret: chmod 600 {invitation}", err=True)
     if not (then_run and home.has_joined(asked)):
         model = load_task(task)
-        settings = home.prepare(asked, task=task, data=data, partition=partition)
+        settings = home.prepare(
+            asked, task=task, data=data, partition=partition, username=username, password_file=password_file
+        )
         stop = agent.join(home, settings, model, options, printer)
         if not then_run or home.settings().code:
             raise typer.Exit(printer.finish(stop, ended=True))

@@ -197,8 +197,7 @@ class Core:
         frame.check_authentic(self.member.aggregator_public)
         if address.part is not None:
             return self.follower.part_arrived(topic, frame, now)
-        if frame.parts != 1:
-            raise ProtocolError("bad-header", f"a {frame.kind} in parts")
+        frame.check_bodiless()
         match frame.kind:
             case Status.KIND:
                 if self.presence.heard(Status.from_meta(frame.meta), frame.seq):

@@ -33,6 +33,8 @@ class Settings:
     task: str
     data: str = ""  # a folder; empty where the task brings its own data
     partition: str = "all"
+    username: str = ""  # at a broker that others run; else the device's name
+    password_file: str = ""
     code: str = field(default="", repr=False)  # the invitation's, until the device has joined
 
     def __post_init__(self) -> None:
@@ -109,7 +111,16 @@ class Home:
         ca, certificate, key = (self._present(name) for name in (CA, CERTIFICATE, TLS_KEY))
         return Tls(ca=ca, certificate=certificate, key=key) if ca or certificate else None
 
-    def prepare(self, invitation: Invitation, *, task: str, data: Path | None, partition: str) -> Settings:
+    def prepare(
+        self,
+        invitation: Invitation,
+        *,
+        task: str,
+        data: Path | None,
+        partition: str,
+        username: str = "",
+        password_file: Path | None = None,
+    ) -> Settings:
         """Write what `join` needs; what an interrupted one left is used again, its key above all."""
         if (self.folder / TOML).exists() and not self.settings().code:
             raise ConfigError(
@@ -127,6 +138,8 @@ class Home:
             task=task,
             data=str(data.resolve()) if data is not None else "",
             partition=partition,
+            username=username,
+            password_file=str(password_file.resolve()) if password_file is not None else "",
             code=invitation.code,
         )
         if not (self.folder / KEY).exists():

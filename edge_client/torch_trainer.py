@@ -5,7 +5,7 @@ What travels is the model's floating-point state: parameters and buffers (batch 
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -51,29 +51,37 @@ class TorchTask:
             return _to_arrays(_state(self.model()))
 
     def trainer(self, *, data: Path | None, partition: str) -> "TorchTrainer":
+        return self.trainers(data=data, partitions=[partition])[0]
+
+    def trainers(self, *, data: Path | None, partitions: Sequence[str]) -> list["TorchTrainer"]:
+        """Many devices in one process, of which one trains at a time: one model for all, the data read once."""
         inputs, targets = self.data(data, "train")
-        if partition != "all":
-            if targets.dim() != 1 or targets.is_floating_point():
-                raise ConfigError(f"the task {self.name} has no classes to split by: only --partition all")
-            chosen = torch.from_numpy(select(partition, targets.numpy()))
-            inputs, targets = inputs[chosen], targets[chosen]
-        return TorchTrainer(self, inputs, targets)
+        model = self.model()
+        return [TorchTrainer(self, *self._part(inputs, targets, partition), model) for partition in partitions]
+
+    def _part(self, inputs: Tensor, targets: Tensor, partition: str) -> tuple[Tensor, Tensor]:
+        if partition == "all":
+            return inputs, targets
+        if targets.dim() != 1 or targets.is_floating_point():
+            raise ConfigError(f"the task {self.name} has no classes to split by: only --partition all")
+        chosen = torch.from_numpy(select(partition, targets.numpy()))
+        return inputs[chosen], targets[chosen]
 
     def evaluator(self, *, data: Path | None) -> "TorchTrainer":
-        return TorchTrainer(self, *self.data(data, "test"))
+        return TorchTrainer(self, *self.data(data, "test"), self.model())
 
 
 class TorchTrainer:
     """One device's model and data. Raises `ConfigError` if there is no data."""
 
-    def __init__(self, task: TorchTask, inputs: Tensor, targets: Tensor) -> None:
+    def __init__(self, task: TorchTask, inputs: Tensor, targets: Tensor, model: nn.Module) -> None:
         if not len(inputs) or len(inputs) != len(targets):
             raise ConfigError(f"the task {task.name} has {len(inputs)} inputs and {len(targets)} targets here")
         torch.set_num_threads(_threads())
         self._task = task
         self._inputs = inputs
         self._targets = targets
-        self._model = task.model()
+        self._model = model
         self._state = _state(self._model)
 
     @property

@@ -12,12 +12,15 @@ from lab.moment import Moment
 from lab.scenario import Scenario
 
 
-def summary(moment: Moment, *, scenario: Scenario, parameters: int, wall_seconds: float) -> dict[str, Any]:
+def summary(
+    moment: Moment, *, scenario: Scenario, parameters: int, wall_seconds: float, virtual: bool = False
+) -> dict[str, Any]:
     """The content of `report.json`.
 
-    `seconds` count from version 0, `wall_seconds` also starting and stopping the processes. `updates` were accepted;
-    `rejected` were too stale, malformed or forged. The bits are 8 · bytes of PUBLISH packets a parameter: up for each
-    update, down for each device and version. The evaluator follows the model too and is left out of both.
+    `seconds` count from version 0, and are `virtual` where they were simulated; `wall_seconds` are real, and count
+    also starting and stopping. `updates` were accepted; `rejected` were too stale, malformed or forged. The bits are
+    8 · bytes of PUBLISH packets a parameter: up for each update, down for each device and version. The evaluator
+    follows the model too and is left out of both.
     """
     evaluated = moment.evaluated
     versions = moment.version
@@ -29,6 +32,7 @@ def summary(moment: Moment, *, scenario: Scenario, parameters: int, wall_seconds
         "bits_per_parameter_up": _bits(moment.bytes_up, moment.accepted * parameters),
         "bits_per_parameter_down": _bits(moment.bytes_down, scenario.devices * versions * parameters),
         "rejected": moment.rejected,
+        "virtual": virtual,
         "seconds": round(moment.last.seconds, 3),
         "versions": [_rounded(asdict(version)) for version in moment.versions],
         "wall_seconds": round(wall_seconds, 3),
@@ -64,7 +68,7 @@ def plot(report: Mapping[str, Any], path: Path) -> str | None:
     by_version.plot([row["version"] for row in known], accuracies, marker=".")
     by_version.set(xlabel="version", ylabel="test accuracy", title="accuracy by version")
     by_time.plot([row["seconds"] for row in known], accuracies, marker=".")
-    by_time.set(xlabel="seconds since version 0", ylabel="test accuracy", title="accuracy by time")
+    by_time.set(xlabel=f"{_seconds(report)} since version 0", ylabel="test accuracy", title="accuracy by time")
     merged = [row for row in versions if row["staleness"] is not None]
     numbers = [row["version"] for row in merged]
     staleness.plot(numbers, [row["staleness"] for row in merged], label="mean")
@@ -87,7 +91,7 @@ def table(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("updates", f"{report['updates']} accepted, {report['rejected']} rejected"),
         ("up", f"{size(report['bytes_up'])}, {up} bits a parameter and update"),
         ("down", f"{size(report['bytes_down'])}, {down} bits a parameter, device and version"),
-        ("seconds", f"{report['seconds']:.1f} (whole run {report['wall_seconds']:.1f})"),
+        (_seconds(report), f"{report['seconds']:.1f} (whole run {report['wall_seconds']:.1f})"),
     ]
 
 
@@ -98,6 +102,10 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
+
+
+def _seconds(report: Mapping[str, Any]) -> str:
+    return "virtual seconds" if report["virtual"] else "seconds"
 
 
 def _bits(count: int, parameters: int) -> float | None:

@@ -89,6 +89,27 @@ class Fault:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Simulated:
+    """What only `lab simulate` can be told: each device's line, and what real processes bring with them anyway.
+
+    A training lasts what `Speeds` says of its device, times exp(jitter · z), z standard normal, once a training.
+    """
+
+    jitter: float = 0.0
+    up_mbit_s: float = 0.0  # 0 = unlimited
+    down_mbit_s: float = 0.0  # likewise
+    latency_s: float = 0.02  # one way
+    evaluate_every: int = 1  # versions
+
+    def __post_init__(self) -> None:
+        _within("simulate.jitter", self.jitter, 0, 5)
+        _within("simulate.up_mbit_s", self.up_mbit_s, 0, 1e6)
+        _within("simulate.down_mbit_s", self.down_mbit_s, 0, 1e6)
+        _within("simulate.latency_s", self.latency_s, 0, 3600)
+        _within("simulate.evaluate_every", self.evaluate_every, 1, 1_000_000)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
     """One run of the lab. The defaults are those of `ternbus lab run` without a file."""
 
@@ -105,6 +126,7 @@ class Scenario:
     aggregator: Mapping[str, object] = field(default_factory=dict)  # dotted keys of aggregator.toml
     end: End = field(default_factory=lambda: End(versions=60))
     faults: tuple[Fault, ...] = ()
+    simulate: Simulated = field(default_factory=Simulated)
 
     def __post_init__(self) -> None:
         _within("devices", self.devices, 1, DEVICES_MAX)
@@ -179,6 +201,7 @@ def parse(table: Mapping[str, object]) -> Scenario:
         "aggregator": _dotted(top.table("aggregator").rest()),
         "end": _end(top.table("end")),
         "faults": tuple(_fault(row) for row in top.rows("fault")),
+        "simulate": _simulated(top.table("simulate")),
     }
     broker.refuse_unknown()
     top.refuse_unknown()
@@ -206,6 +229,18 @@ def _fault(table: Table) -> Fault:
     if kill is None or after is None:
         raise ConfigError("[[fault]] needs kill and after_version")
     return Fault(kill=kill, after_version=after, restart_after_s=1.0 if restart is None else restart)
+
+
+def _simulated(table: Table) -> Simulated:
+    given = {
+        "jitter": table.number("jitter"),
+        "up_mbit_s": table.number("up_mbit_s"),
+        "down_mbit_s": table.number("down_mbit_s"),
+        "latency_s": table.number("latency_s"),
+        "evaluate_every": table.whole("evaluate_every"),
+    }
+    table.refuse_unknown()
+    return Simulated(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]  # read by kind above
 
 
 def _dotted(table: Mapping[str, object]) -> dict[str, object]:

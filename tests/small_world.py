@@ -43,7 +43,7 @@ def initial_model(seed: int = 0) -> dict[str, npt.NDArray[np.float32]]:
 
 @cache
 def _template(settings: tuple[tuple[str, object], ...]) -> Path:
-    directory = _SCRATCH / f"template-{len(list(_SCRATCH.iterdir()))}"
+    directory = Path(tempfile.mkdtemp(dir=_SCRATCH)) / "template"
     home.create(directory, federation=LAB, broker=BROKER_URL, model=initial_model(), settings=dict(settings))
     return directory
 
@@ -125,9 +125,7 @@ class Device:
         return self.frame("status", Status(state=state, session=session, base=base).meta(), seq=seq)
 
     def metrics(self, version: int, split: str = "test", *, seq: int | None = None, **values: float) -> bytes:
-        return self.frame(
-            "metrics", Metrics(version=version, samples=100, split=split, values=values).meta(), seq=seq
-        )
+        return self.frame("metrics", Metrics(version=version, samples=100, split=split, values=values).meta(), seq=seq)
 
     def enroll(self, code: str, *, seq: int | None = None) -> bytes:
         public = self.identity.public

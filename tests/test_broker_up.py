@@ -16,10 +16,11 @@ import pytest
 from brokers import WITHIN_S, Inbox, linked
 
 from broker import embedded, mosquitto
+from broker.endpoint import is_loopback
 from broker.errors import ConfigError
 from broker.events import Arrived, Connected, Published
 from broker.link import Link
-from broker.running import Engine, choose, is_loopback
+from broker.running import Engine, choose
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, str(ROOT / "ternbus.py"), "broker", "up"]

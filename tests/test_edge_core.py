@@ -490,7 +490,7 @@ def test_what_is_not_the_aggregators_is_dropped_and_counted_in_the_protocols_ord
         "bad-signature": 1,
         "bad-digest": 1,
         "not-ours": 1,
-        "bad-header": 1,
+        "bad-body": 1,
         "not-a-frame": 1,
     }
     assert born.disk is kept

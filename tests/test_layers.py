@@ -32,6 +32,7 @@ CONFINED = {
     "torch": {"edge_client/torch_trainer.py", "edge_client/torchvision_ops.py", "edge_client/tasks/"},
     "torchvision": {"edge_client/torchvision_ops.py", "edge_client/tasks/"},
     "matplotlib": {"lab/"},
+    "cryptography": {"broker/certificates.py"},
 }
 WITHOUT_TORCH = {
     "edge_client/tasks/__init__.py",

@@ -1,0 +1,201 @@
+"""How much sooner, and for how many bytes, an asynchronous ternary federation learns than a synchronous float32 one.
+
+    python -m benchmarks.time_to_accuracy --data DIR [--seeds 1] [--out FOLDER] [--json]
+
+Fashion-MNIST, 20 devices, Dirichlet 0.5, lognormal speeds, in virtual time with real training through the very
+cores that run on devices (`ternbus lab simulate`). A run that is already in --out is not run again. DIR holds
+FashionMNIST/raw/*-ubyte, as torchvision lays it out.
+
+Reached is an accuracy at the first version that has it and keeps it: the mean of that version and the two after it
+has it too. So one lucky version does not count, and none of the two ways waits for a window to fill. Bytes are PUBLISH
+packets until that version was made: updates up, deltas and snapshots down.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from edge_client.trainer import load_task
+from lab.progress import Lines
+from lab.scenario import End, Scenario, Simulated, Speeds
+from lab.simulate import Simulation
+
+ASYNCHRONOUS: Final = "asynchronous, ternary"
+SYNCHRONOUS: Final = "synchronous, float32"
+WAYS: Final = (ASYNCHRONOUS, SYNCHRONOUS)
+WINDOW: Final = 3  # versions
+DEVICES: Final = 20
+GOALS: Final = {"sooner": 3.0, "up": 0.05, "both": 0.10}
+
+
+def scenario(way: str, seed: int, arguments: argparse.Namespace) -> Scenario:
+    """Both ways have the same model, data, speeds, lines and local plan."""
+    codec = "float32" if way == SYNCHRONOUS else "ternary"
+    merging: dict[str, object] = {"downlink.codec": codec}
+    if way == ASYNCHRONOUS:
+        # A bound that the slowest device of twenty keeps: it misses about 30 versions while it trains.
+        merging |= {"merge.buffer_size": arguments.buffer, "merge.max_wait_s": 1e6, "staleness.max": arguments.bound}
+    return Scenario(
+        task="fashion-mnist",
+        devices=DEVICES,
+        seed=seed,
+        data=arguments.data,
+        partition="dirichlet:0.5",
+        sync=way == SYNCHRONOUS,
+        speeds=Speeds(sigma=1.0, median_s=arguments.median_s),
+        plan={"codec": codec},
+        aggregator=merging,
+        end=End(versions=arguments.versions),
+        simulate=Simulated(up_mbit_s=arguments.up_mbit_s, down_mbit_s=arguments.down_mbit_s, latency_s=0.05),
+    )
+
+
+def run(way: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One run's report; it ends once the accuracy is reached."""
+    path: Path = arguments.out / f"{way.partition(',')[0]}-{seed}.json"
+    if path.exists():
+        kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return kept
+    began, wanted = time.monotonic(), scenario(way, seed, arguments)
+    simulation = Simulation(wanted, load_task(wanted.task), Lines(sys.stderr))
+    seen = 0
+
+    def look() -> None:
+        nonlocal seen
+        if len(simulation.carried) > seen:
+            seen = len(simulation.carried)
+            rows = [{"accuracy": version.accuracy} for version in simulation.moment().versions]
+            if reached(rows, arguments.accuracy) is not None:
+                simulation.stop()
+
+    simulation.run(look)
+    report = simulation.report(time.monotonic() - began)
+    path.write_text(json.dumps(report) + "\n", encoding="utf-8")
+    return report
+
+
+def reached(versions: Sequence[Mapping[str, Any]], accuracy: float) -> int | None:
+    """The first version that has the accuracy, and keeps it on average over the window that begins with it."""
+    found = [row["accuracy"] for row in versions]
+    for first in range(len(found) - WINDOW + 1):
+        window = found[first : first + WINDOW]
+        if None not in window and min(window[0], statistics.mean(window)) >= accuracy:
+            return first
+    return None
+
+
+def figures(report: Mapping[str, Any], accuracy: float) -> dict[str, Any]:
+    """What a row of the table shows."""
+    version = reached(report["versions"], accuracy)
+    best = max(row["accuracy"] for row in report["versions"])
+    if version is None:
+        return {"version": None, "best": best}
+    row = report["versions"][version]
+    first = next(row for row in report["versions"] if row["accuracy"] >= accuracy)
+    return {
+        "version": version,
+        "best": best,
+        "accuracy": row["accuracy"],
+        "seconds": row["seconds"],
+        "updates": sum(each["updates"] for each in report["versions"][: version + 1]),
+        "up": row["update_bytes"],
+        "delta": row["delta_bytes"],
+        "snapshot": row["snapshot_bytes"],
+        "both": row["update_bytes"] + row["delta_bytes"] + row["snapshot_bytes"],
+        "first_seconds": first["seconds"],
+        "bits_up": report["bits_per_parameter_up"],
+        "bits_down": report["bits_per_parameter_down"],
+        "wall_seconds": report["wall_seconds"],
+    }
+
+
+def compared(quick: Sequence[Mapping[str, Any]], slow: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
+    """How much sooner, and for what share of the bytes, all runs together; None where one never came so far."""
+    if any(row["version"] is None for row in (*quick, *slow)):
+        return None
+
+    def share(*names: str) -> float:
+        quicks, slows = (sum(row[name] for row in rows for name in names) for rows in (quick, slow))
+        return float(quicks / slows)
+
+    return {
+        "sooner": 1 / share("seconds"),
+        "up": share("up"),
+        "both": share("up", "delta", "snapshot"),
+        # without the model that each device begins with: it is the same for both, and dwarfs what follows it
+        "after_joining": share("up", "delta"),
+    }
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """As a table."""
+    heading = f"until {result['accuracy']:.0%}"
+    print(f"| seed | {heading} | virtual s | versions | updates | MB up | MB down | of it snapshots |")
+    print("|---|---|---|---|---|---|---|---|")
+    for each in result["seeds"]:
+        for way in WAYS:
+            row = each[way]
+            if row["version"] is None:
+                print(f"| {each['seed']} | {way} | never: best {row['best']:.2%} | | | | | |")
+                continue
+            up, delta, snapshot = (row[name] / 1e6 for name in ("up", "delta", "snapshot"))
+            counts = f"{row['seconds']:.0f} | {row['version']} | {row['updates']}"
+            print(f"| {each['seed']} | {way} | {counts} | {up:.1f} | {delta + snapshot:.1f} | {snapshot:.1f} |")
+    for each in result["seeds"]:
+        _say(f"seed {each['seed']}", each["compared"])
+    _say("all seeds", result["compared"])
+
+
+def _say(name: str, ratios: Mapping[str, float] | None) -> None:
+    if ratios is not None:
+        print(
+            f"\n{name}: {ratios['sooner']:.1f} times sooner (goal {GOALS['sooner']:.0f}), "
+            f"{ratios['up']:.1%} of the bytes up (goal {GOALS['up']:.0%}), "
+            f"{ratios['both']:.1%} of the bytes both ways (goal {GOALS['both']:.0%}; "
+            f"{ratios['after_joining']:.1%} without the model that each device begins with)"
+        )
+
+
+def main() -> None:
+    """Run what is missing, and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--accuracy", type=float, default=0.85)
+    parser.add_argument("--median-s", type=float, default=10.0, help="of one local training")
+    parser.add_argument("--up-mbit-s", type=float, default=1.0, help="of each device's line; 0 = unlimited")
+    parser.add_argument("--down-mbit-s", type=float, default=4.0)
+    parser.add_argument("--buffer", type=int, default=10)
+    parser.add_argument("--bound", type=int, default=50, help="on the staleness, asynchronous")
+    parser.add_argument("--versions", type=int, default=150, help="at most")
+    parser.add_argument("--out", type=Path, default=Path("benchmark-time-to-accuracy"))
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    seeds: list[dict[str, Any]] = []
+    for seed in range(arguments.seeds):
+        found = {way: figures(run(way, seed, arguments), arguments.accuracy) for way in WAYS}
+        seeds.append({"seed": seed, **found, "compared": compared(*([found[way]] for way in WAYS))})
+    result = {
+        "accuracy": arguments.accuracy,
+        "seeds": seeds,
+        "compared": compared(*([each[way] for each in seeds] for way in WAYS)),
+        "goals": GOALS,
+        "asked": {name: value for name, value in vars(arguments).items() if name not in {"data", "out", "json"}},
+        "machine": {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()},
+    }
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        show(result)
+
+
+if __name__ == "__main__":
+    main()

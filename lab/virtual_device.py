@@ -1,0 +1,166 @@
+"""A device's shell in virtual time: the very same core, real training, and seconds that pass only in name."""
+
+from collections import Counter
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import assert_never
+
+from broker import frame
+from broker.errors import ProtocolError
+from broker.schema import Vector
+from edge_client import events
+from edge_client.actions import (
+    Action,
+    Connect,
+    Log,
+    Publish,
+    Save,
+    StartEvaluation,
+    StartTraining,
+    Stop,
+    Subscribe,
+    Unsubscribe,
+)
+from edge_client.core import Core
+from edge_client.kept import Kept
+from edge_client.member import Member
+from edge_client.trainer import Trainer
+from edge_client.training import train
+from lab.clock import Alarm, Clock
+from lab.memory_broker import Line, MemoryBroker, Session
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Body:
+    """What makes one device another than the next: who it is, what it learns from, how fast, over which line."""
+
+    member: Member
+    trainer: Trainer
+    seconds: Callable[[], float]  # how long its next training lasts
+    line: Line
+
+
+class VirtualDevice:
+    """Performs what a core wants. Its outbox is memory that outlives a kill.
+
+    ``vectors`` holds every version that some device has, by digest: equal digests are equal bits, so all devices of a
+    version share one array. ``left`` is told why it stops.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        broker: MemoryBroker,
+        body: Body,
+        vectors: MutableMapping[bytes, Vector],
+        left: Callable[[Stop], None],
+    ) -> None:
+        self.session: Session = broker.session(self, body.line)
+        self.kept = Kept(key=body.member.key)
+        self.happened: Counter[str] = Counter()  # the events of its log
+        self._clock = clock
+        self._body = body
+        self._vectors = vectors
+        self._left = left
+        self.core, self._alarm = self._begin()
+        self._runs = False
+
+    @property
+    def name(self) -> str:
+        return self._body.member.device
+
+    def start(self) -> None:
+        self._runs = True
+        self._handle(events.Started())
+
+    def kill(self) -> None:
+        """What is not in the outbox is lost, a training that is under way above all."""
+        self._runs = False
+        self._alarm.off()
+        self.session.cut()
+
+    def restart(self) -> None:
+        self.core, self._alarm = self._begin()
+        self.start()
+
+    # what the session says
+
+    def connected(self) -> None:
+        self._handle(events.Connected(frame_bytes=frame.FRAME_BYTES))
+
+    def disconnected(self, reason: str) -> None:
+        self._handle(events.Disconnected(reason=reason))
+
+    def arrived(self, topic: str, payload: bytes) -> None:
+        if not payload:  # what a retained topic is cleared with
+            return
+        try:
+            parsed = frame.parse(payload)
+        except ProtocolError as error:
+            self._handle(events.FrameMalformed(reason=error.reason))
+        else:
+            self._handle(events.FrameArrived(topic=topic, frame=parsed))
+
+    def acknowledged(self, seq: int) -> None:
+        self._handle(events.Published(seq=seq))
+
+    def _begin(self) -> tuple[Core, Alarm]:
+        core = Core(self._body.member, self.kept)
+        return core, Alarm(self._clock, core.due_s, lambda: self._handle(events.TimeReached()))
+
+    def _handle(self, event: events.Event) -> None:
+        for action in self.core.handle(event, self._clock.now):
+            self._perform(action)
+        self._share()
+        self._alarm.look()
+
+    def _perform(self, action: Action) -> None:
+        match action:
+            case Save():
+                self.kept = action.kept
+            case Connect():
+                self.session.connect(action.will_topic, action.will_payload)
+            case Subscribe():
+                self.session.subscribe(action.filters)
+            case Unsubscribe():
+                self.session.unsubscribe(action.filters)
+            case Publish():
+                self.session.publish(action.topic, action.payload, retain=action.retain, seq=action.seq)
+            case StartTraining():
+                self._train()
+            case StartEvaluation():
+                raise AssertionError("a device that trains evaluates nothing")
+            case Stop():
+                self.session.disconnect()
+                self._left(action)
+            case Log():
+                self.happened[action.event] += 1
+            case _:
+                assert_never(action)
+
+    def _train(self) -> None:
+        seconds = self._body.seconds()
+        self._clock.at(self._clock.now + seconds, partial(self._trained, self.core, seconds))
+
+    def _trained(self, life: Core, seconds: float) -> None:
+        """Compute now what has taken so many virtual seconds: what a kill would lose is not computed at all."""
+        job = life.learning.running
+        if life is not self.core or not self._runs or job is None:
+            return
+        result = train(self._body.trainer, job)
+        if isinstance(result, events.TrainingFinished):
+            result = replace(result, metrics={**result.metrics, "seconds": seconds})
+        self._handle(result)
+
+    def _share(self) -> None:
+        follower, learning = self.core.follower, self.core.learning
+        if follower.vector is None:
+            return
+        shared = self._vectors.setdefault(follower.digest, follower.vector)
+        if shared is follower.vector:
+            shared.flags.writeable = False  # it is everybody's now
+            return
+        if learning.running is not None and learning.running.vector is follower.vector:
+            learning.running = replace(learning.running, vector=shared)
+        follower.vector = shared

@@ -1,0 +1,351 @@
+"""`ternbus aggregator …` as commands and processes: beside a stopped aggregator, and beside one on a real mosquitto."""
+
+import json
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_world import BROKER_URL, LAB, Device, float32_block, follow, initial_model
+
+from aggregator import home
+from aggregator.ledger import Ledger
+from broker import mosquitto, running, topics
+from broker.frame import parse
+from broker.invitation import Invitation
+from broker.link import Arrived, Link, LinkEvent
+from broker.messages import Head, Receipt, Status
+from broker.running import Engine
+from broker.schema import Schema, load_safetensors, save_safetensors
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+
+
+def run(*arguments: object, code: int = 0) -> str:
+    """Run a command to its end; return what it printed, or its error where it is to fail."""
+    done = subprocess.run(
+        [sys.executable, "-m", "ternbus", "aggregator", *map(str, arguments)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    if code:
+        assert done.stdout == ""
+        assert done.stderr.startswith("ternbus: ")
+        assert done.stderr.count("\n") == 1
+        return done.stderr
+    return done.stdout
+
+
+def status(directory: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(run("status", directory, "--json"))
+    return found
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "model.safetensors"
+    save_safetensors(path, initial_model(), {})
+    return path
+
+
+def init(directory: Path, model: Path, *more: str, broker: str = BROKER_URL, code: int = 0) -> str:
+    return run("init", directory, "--federation", LAB, "--broker", broker, "--model", model, *more, code=code)
+
+
+pytestmark = pytest.mark.slow
+
+
+# --- init
+
+
+def test_init_makes_keys_a_ledger_and_a_commented_configuration(tmp_path: Path, model: Path) -> None:
+    directory = tmp_path / "agg"
+    out = init(directory, model, "--set", "merge.buffer_size=1", "--set", "staleness.discount=constant")
+    assert "643 parameters" in out
+    assert {entry.name for entry in directory.iterdir()} == {home.KEY, home.TOML, home.LEDGER}
+    assert (directory / home.KEY).stat().st_mode & 0o777 == 0o600
+    settings = home.load_settings(directory)
+    assert (settings.merge.buffer_size, settings.staleness.discount) == (1, "constant")
+    assert "# updates in one merge" in (directory / home.TOML).read_text()
+    found = status(directory)
+    assert (found["version"], found["state"], found["buffer"], found["devices"]) == (0, "open", 0, {})
+
+
+def test_init_refuses_a_directory_that_has_one(tmp_path: Path, model: Path) -> None:
+    directory = tmp_path / "agg"
+    init(directory, model)
+    before = (directory / home.KEY).read_bytes()
+    assert "holds an aggregator already" in init(directory, model, code=2)
+    assert (directory / home.KEY).read_bytes() == before
+
+
+def test_init_moves_into_a_directory_that_holds_other_things(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "agg").mkdir()
+    (tmp_path / "agg" / "notes").write_text("mine")
+    init(tmp_path / "agg", model, "--dense", "w")
+    assert (tmp_path / "agg" / "notes").read_text() == "mine"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["agg", "model.safetensors"]
+    ledger = Ledger(tmp_path / "agg" / home.LEDGER, read_only=True)
+    assert ledger.schema().ternary_elements == 0
+    ledger.close()
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (["--set", "merge.buffer_size=0"], "merge.buffer_size"),
+        (["--set", "merge.bufer=3"], "merge.bufer is unknown"),
+        (["--set", "merge.buffer_size"], "SECTION.KEY=VALUE"),
+        (["--set", "optimizer.name=adam"], "fedavg, fedavgm"),
+        (["--set", "federation.x=1"], "'federation' is no section"),
+        (["--set", "plan.x=1e400"], "plan.x"),
+        (["--federation", "No"], "cannot name a federation"),
+        (["--broker", "localhost"], "mqtt://HOST:PORT"),
+        (["--model", "/none.safetensors"], "not a safetensors file"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_is_wrong_is_one_line_and_exit_code_2(tmp_path: Path, model: Path, more: list[str], named: str) -> None:
+    assert named in init(tmp_path / "agg", model, *more, code=2)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_init_says_where_it_cannot_write(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot make" in init(tmp_path / "file" / "agg", model, code=2)
+    assert "cannot make" in init(tmp_path / "file", model, code=2)
+
+
+@pytest.mark.parametrize("command", ["status", "devices", "invite", "run", "pause", "resume", "close", "export"])
+def test_commands_want_a_directory_that_holds_an_aggregator(tmp_path: Path, command: str) -> None:
+    more = {"invite": ["pi"], "export": [tmp_path / "out.safetensors"]}.get(command, [])
+    assert "ternbus aggregator init" in run(command, tmp_path / "none", *more, code=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- beside a stopped aggregator
+
+
+def test_invitations_are_printed_or_written(tmp_path: Path, model: Path) -> None:
+    directory = tmp_path / "agg"
+    init(directory, model)
+    printed = Invitation.loads(run("invite", directory, "pi"))
+    assert (printed.federation, printed.device, printed.broker) == (LAB, "pi", BROKER_URL)
+    out = run("invite", directory, "pi", "other", "--out", tmp_path / "invitations")
+    written = Invitation.load(tmp_path / "invitations" / "pi.toml")
+    assert out.splitlines() == [str(tmp_path / "invitations" / f"{name}.toml") for name in ("pi", "other")]
+    assert (tmp_path / "invitations" / "pi.toml").stat().st_mode & 0o777 == 0o600
+    assert written.code != printed.code
+    assert len(written.code) >= 22  # of 6 bits each
+    ledger = Ledger(directory / home.LEDGER, read_only=True)
+    assert ledger.codes()["pi"] == written.code
+    ledger.close()
+    assert "add --out" in run("invite", directory, "a", "b", code=2)
+    assert "cannot name a device" in run("invite", directory, "Not a name", code=2)
+
+
+def test_states_are_set_while_nothing_runs(tmp_path: Path, model: Path) -> None:
+    directory = tmp_path / "agg"
+    init(directory, model)
+    for command, state in [("pause", "paused"), ("resume", "open"), ("close", "closed")]:
+        run(command, directory)
+        assert status(directory)["state"] == state
+    assert "federation lab: closed, version 0" in run("status", directory)
+    assert "device" in run("devices", directory)
+    assert json.loads(run("devices", directory, "--json")) == {}
+
+
+def test_export_writes_the_model(tmp_path: Path, model: Path) -> None:
+    directory, out = tmp_path / "agg", tmp_path / "out.safetensors"
+    init(directory, model)
+    assert status(directory)["digest"] in run("export", directory, out)
+    assert {name: (array.shape, array.tobytes()) for name, array in load_safetensors(out).items()} == {
+        name: (array.shape, array.tobytes()) for name, array in initial_model().items()
+    }
+    assert "version 1 is not kept" in run("export", directory, "--version", "1", out, code=2)
+    assert "cannot write" in run("export", directory, tmp_path / "none" / "out.safetensors", code=2)
+
+
+# --- beside a running one
+
+
+@dataclass(slots=True)
+class Running:
+    """An aggregator as a process, and a client that hears all it says."""
+
+    directory: Path
+    process: subprocess.Popen[str]
+    link: Link
+    heard: "queue.SimpleQueue[LinkEvent]"
+    retained: dict[str, bytes]
+    receipts: list[Receipt]
+
+    def until(self, done: Any) -> None:
+        """Take in what comes until ``done()``."""
+        while not done():
+            event = self.heard.get(timeout=30.0)
+            if isinstance(event, Arrived):
+                self.link.acknowledge(event.token)
+                if "/down/" in event.topic:
+                    self.receipts.append(Receipt.from_meta(parse(event.payload).meta))
+                elif event.payload:
+                    self.retained[event.topic] = event.payload
+                else:
+                    self.retained.pop(event.topic, None)
+
+    @property
+    def head(self) -> Head | None:
+        payload = self.retained.get(topics.head(LAB))
+        return None if payload is None else Head.from_meta(parse(payload).meta)
+
+    def receipt(self) -> Receipt:
+        self.until(lambda: self.receipts)
+        return self.receipts.pop(0)
+
+
+@contextmanager
+def started(directory: Path) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ternbus", "aggregator", "run", str(directory)],
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> Iterator[str]:
+    if mosquitto.find() is None:
+        pytest.skip("no mosquitto on this machine")
+    with running.start(
+        running.choose(Engine.MOSQUITTO), host="127.0.0.1", port=0, directory=tmp_path / "broker"
+    ) as broker:
+        yield broker.url
+
+
+@contextmanager
+def listening(directory: Path, url: str, *filters: str) -> Iterator[Running]:
+    """The aggregator started, and a client of its broker that has heard its head."""
+    heard: queue.SimpleQueue[LinkEvent] = queue.SimpleQueue()
+    link = Link(url, client_id="listener", deliver=heard.put)
+    with started(directory) as process:
+        link.connect("nobody/listens", b"")
+        link.subscribe([f"{topics.root(LAB)}/all/#", f"{topics.root(LAB)}/down/#"])
+        found = Running(directory, process, link, heard, {}, [])
+        try:
+            found.until(lambda: found.head is not None)
+            yield found
+        finally:
+            link.disconnect(1.0)
+
+
+def joined(agg: Running, name: str, schema: Schema) -> Device:
+    code = Invitation.loads(run("invite", agg.directory, name)).code
+    device = Device(name, schema)
+    agg.link.publish(device.topic("enroll"), device.enroll(code))
+    assert agg.receipt().outcome == "enrolled"
+    return device
+
+
+def test_a_running_aggregator_is_steered_and_watched(tmp_path: Path, model: Path, url: str) -> None:
+    """Each command is in force, and the status not behind what was published, when it returns."""
+    directory = tmp_path / "agg"
+    init(directory, model, "--set", "merge.buffer_size=1", "--set", "downlink.codec=float32", broker=url)
+    ledger = Ledger(directory / home.LEDGER, read_only=True)
+    schema = ledger.schema()
+    ledger.close()
+    with listening(directory, url) as agg:
+        assert "another process serves" in run("run", directory, code=2)
+        pi = joined(agg, "pi", schema)
+        (frame,) = pi.update(float32_block(schema, 1), 0)
+        agg.link.publish(pi.topic("update"), frame)
+        agg.link.publish(pi.topic("update"), b"nonsense")
+        assert agg.receipt().outcome == "accepted"
+        agg.until(lambda: agg.head is not None and agg.head.version == 1)
+        found = status(directory)
+        assert agg.head is not None
+        assert (found["version"], found["digest"]) == (1, agg.head.digest.hex())
+        assert found["counts"]["accepted"] == found["counts"]["merged"] == 1
+        assert found["counts"]["invalid"] == {"not-a-frame": 1}
+        assert found["devices"]["pi"]["bytes"] > len(frame)
+        assert follow(agg.retained, home.Identity.load(directory / home.KEY).public)[0] == 1
+        for command, state in [("pause", "paused"), ("resume", "open")]:
+            run(command, directory)
+            assert status(directory)["state"] == state
+            agg.until(lambda state=state: agg.head is not None and agg.head.state == state)
+        assert "1/1" not in run("status", directory)
+        assert re.search(r"pi +\w+ +1 ", run("devices", directory))
+        out = tmp_path / "out.safetensors"
+        assert found["digest"] in run("export", directory, out)
+        run("export", directory, "--version", "0", out)
+        assert load_safetensors(out)["w"].tobytes() == initial_model()["w"].tobytes()
+        run("close", directory)
+        agg.until(lambda: agg.head is not None and agg.head.state == "closed")
+        agg.process.send_signal(signal.SIGTERM)
+        assert agg.process.wait(30) == 0
+        agg.until(lambda: Status.from_meta(parse(agg.retained[topics.status(LAB)]).meta).state == "offline")
+    assert status(directory)["state"] == "closed"
+
+
+def test_a_killed_aggregator_goes_on_where_it_was(tmp_path: Path, model: Path, url: str) -> None:
+    directory = tmp_path / "agg"
+    init(directory, model, "--set", "merge.buffer_size=2", "--set", "downlink.codec=float32", broker=url)
+    ledger = Ledger(directory / home.LEDGER, read_only=True)
+    schema = ledger.schema()
+    ledger.close()
+    with listening(directory, url) as agg:
+        pi, other = joined(agg, "pi", schema), joined(agg, "other", schema)
+        frame = pi.update(float32_block(schema, 1), 0)[0]
+        agg.link.publish(pi.topic("update"), frame)
+        assert agg.receipt().outcome == "accepted"
+        agg.process.kill()
+        agg.process.wait()
+        assert status(directory)["buffer"] == 1
+        run("pause", directory)
+        run("resume", directory)
+    with listening(directory, url) as agg:
+        agg.link.publish(pi.topic("update"), frame)
+        assert agg.receipt().outcome == "accepted"
+        agg.link.publish(other.topic("update"), other.update(float32_block(schema, 2), 0)[0])
+        assert agg.receipt().outcome == "accepted"
+        agg.until(lambda: agg.head is not None and agg.head.version == 1)
+        found = status(directory)
+        assert (found["counts"]["accepted"], found["counts"]["merged"], found["buffer"]) == (2, 2, 0)
+        assert found["versions"][1]["updates"] == 2
+
+
+def test_an_aggregator_waits_for_a_broker_that_is_not_there(tmp_path: Path, model: Path) -> None:
+    directory = tmp_path / "agg"
+    init(directory, model)
+    with started(directory) as process:
+        assert process.stderr is not None
+        assert "at version 0" in process.stderr.readline()
+        assert "waiting for the broker" in process.stderr.readline()
+        run("pause", directory)
+        assert status(directory)["state"] == "paused"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0

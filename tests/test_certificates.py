@@ -1,0 +1,362 @@
+"""Certificates, who may do what with one, and the files that hold secrets: without a broker."""
+
+import base64
+import binascii
+import datetime as dt
+import ssl
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import pytest
+from cryptography import x509
+
+from aggregator import home as aggregators
+from aggregator import transport
+from broker import certificates, doorkeeper, mosquitto, nats_token
+from broker.certificates import Authority, Pair
+from broker.errors import ConfigError, ProtocolError
+from broker.home import Home
+from broker.identity import Identity, read_password
+from broker.invitation import Invitation
+from broker.link import Link, Tls
+from broker.nats_token import Question
+from broker.running import Engine
+from broker.tls import ServerTls
+from edge_client.home import Home as Device
+
+ROOT = Path(__file__).resolve().parent.parent
+AUTHORITY = Authority.create("Ternbus broker bus")
+
+
+def handshake(server: Pair, client: Pair | None, name: str, folder: Path) -> None:
+    """A TLS 1.3 handshake in memory, both sides as strict as OpenSSL can be; SSLError where either refuses."""
+    for file, pair in (("server", server), ("client", client or server)):
+        (folder / file).write_text(pair.certificate + pair.key)
+    here = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    here.load_cert_chain(folder / "server")
+    here.verify_mode = ssl.CERT_REQUIRED
+    there = ssl.create_default_context(cadata=AUTHORITY.pair.certificate)
+    if client is not None:
+        there.load_cert_chain(folder / "client")
+    for context in (here, there):
+        context.load_verify_locations(cadata=AUTHORITY.pair.certificate)
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [there.wrap_bio(down, up, server_hostname=name), here.wrap_bio(up, down, server_side=True)]
+    done = 0
+    while done < 2:
+        done = 0
+        for end in ends:
+            try:
+                end.do_handshake()
+                done += 1
+            except ssl.SSLWantReadError:
+                continue
+
+
+@pytest.mark.parametrize("name", ["bus.example.org", "192.168.1.10", "::1"])
+def test_a_broker_is_believed_under_each_of_its_names(name: str, tmp_path: Path) -> None:
+    server = AUTHORITY.server(["bus.example.org", "192.168.1.10", "::1"])
+    handshake(server, AUTHORITY.client("pi-1", "lab"), name, tmp_path)
+
+
+def test_under_another_name_it_is_not(tmp_path: Path) -> None:
+    with pytest.raises(ssl.SSLCertVerificationError):
+        handshake(AUTHORITY.server(["bus"]), AUTHORITY.client("pi-1", "lab"), "pi", tmp_path)
+
+
+def test_a_client_cannot_play_the_broker(tmp_path: Path) -> None:
+    with pytest.raises(ssl.SSLCertVerificationError):
+        handshake(AUTHORITY.client("bus", "lab"), AUTHORITY.client("pi-1", "lab"), "bus", tmp_path)
+
+
+def test_without_a_certificate_the_broker_refuses(tmp_path: Path) -> None:
+    with pytest.raises(ssl.SSLError):
+        handshake(AUTHORITY.server(["bus"]), None, "bus", tmp_path)
+
+
+def test_a_renewed_authority_goes_with_what_the_old_one_signed(tmp_path: Path) -> None:
+    renewed = AUTHORITY.renewed()
+    assert renewed.pair.certificate != AUTHORITY.pair.certificate
+    handshake(renewed.server(["bus"]), renewed.client("pi-1", "lab"), "bus", tmp_path)  # all others hold the old one
+
+
+def test_a_certificate_says_whom_it_names_and_is_valid_whatever_an_unset_clock_says() -> None:
+    pem = AUTHORITY.client("pi-1", "lab").certificate
+    named = certificates.read(pem, "it")
+    assert (named.name, named.federation) == ("pi-1", "lab")
+    assert 9.9 * 365 < named.days_left(certificates.now()) < 10.1 * 365
+    assert x509.load_pem_x509_certificate(pem.encode()).not_valid_before_utc == dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+
+
+@pytest.mark.parametrize("name", ["", "0.0.0.0", "::", "a b", "-a", "a..b", "bus:8883", "*"])
+def test_what_no_device_could_reach_is_no_name(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is no host name or address by which devices could reach the broker"):
+        Home.create(tmp_path / "bus", names=[name], port=8883)
+    assert not (tmp_path / "bus").exists()
+
+
+# A broker's directory.
+
+
+@pytest.fixture
+def bus(tmp_path: Path) -> Home:
+    return Home.create(tmp_path / "bus", names=["192.168.1.10", "bus"], port=8883, engine=Engine.NATS)
+
+
+def test_a_brokers_directory_says_where_it_is_and_is_made_once(bus: Home) -> None:
+    assert bus.url == "mqtts://192.168.1.10:8883"
+    assert bus.settings().listen == "0.0.0.0"
+    with pytest.raises(ConfigError, match="holds a broker already"):
+        Home.create(bus.folder, names=["bus"], port=8883)
+
+
+def test_broker_toml_is_checked(bus: Home) -> None:
+    path = bus.folder / "broker.toml"
+    for line in ('names = []\nlisten = ""\nport = 1\nengine = "nats"', 'names = ["a"]', "port =", 'engine = "x"'):
+        path.write_text(line)
+        with pytest.raises(ConfigError):
+            bus.settings()
+
+
+def test_a_name_belongs_to_one_federation_of_a_broker(bus: Home) -> None:
+    bus.issue("pi-1", "lab")
+    bus.issue("pi-1", "lab")
+    with pytest.raises(ConfigError, match="'pi-1' is in federation 'lab' on this broker already"):
+        bus.issue("pi-1", "other")
+    for name in ("aggregator-other", "Probe", "../pi", "aggregator"):
+        with pytest.raises(ConfigError, match="cannot name a device"):
+            bus.issue(name, "lab")
+
+
+def test_renewal_keeps_keys_and_is_due_before_the_end(bus: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    issued = bus.issue("pi-1", "lab")
+    assert not bus.renew_if_due()
+    assert [path.name for path in bus.renew()] == ["server.pem"]
+    assert [path.name for path in bus.renew(everything=True)] == ["server.pem", "pi-1.pem"]
+    before, after = issued.certificate.encode(), bus.issued("pi-1").read_bytes()
+    assert before != after
+    assert x509.load_pem_x509_certificate(before).public_key() == x509.load_pem_x509_certificate(after).public_key()
+    later = certificates.now() + dt.timedelta(days=310)
+    monkeypatch.setattr(certificates, "now", lambda: later)
+    assert bus.renew_if_due()
+    assert bus.certificates()["tls/server.pem"].days_left(later) > 360
+
+
+def test_a_certificates_key_is_never_kept_by_the_authority(bus: Home) -> None:
+    key = bus.issue("pi-1", "lab").key
+    assert [file for file in bus.folder.rglob("*") if file.is_file() and key in file.read_text()] == []
+
+
+# Who may do what: both brokers' answers.
+
+
+def asked(name: str, federation: str, *, client_id: str | None = None, kind: str = "mqtt") -> Question:
+    chain = (AUTHORITY.client(name, federation).certificate,)
+    return Question(server="S", user="U", kind=kind, client_id=client_id or name, chain=chain)
+
+
+def test_a_device_gets_what_the_access_list_gives_it() -> None:
+    access = doorkeeper.decide(asked("pi-1", "lab"))
+    root = "ternbus.1.lab"
+    assert access.write == [f"{root}.up.pi-1.>"]
+    assert access.read == [f"{root}.down.pi-1", f"{root}.down.pi-1.>", f"{root}.all", f"{root}.all.>"]
+    assert access.until > certificates.now().timestamp()
+
+
+def test_the_aggregator_gets_what_the_access_list_gives_it() -> None:
+    access = doorkeeper.decide(asked("aggregator-lab", "lab"))
+    root = "ternbus.1.lab"
+    assert access.write == [f"{root}.all.>", f"{root}.down.>"]
+    assert access.read == [f"{root}.up", f"{root}.up.>", f"{root}.all", f"{root}.all.>"]
+
+
+@pytest.mark.parametrize(
+    ("question", "reason"),
+    [
+        (asked("pi-1", "lab", client_id="pi-2"), "wrong-client-id"),
+        (asked("pi-1", "lab", kind="nats"), "not-mqtt"),
+        (asked("pi-1", ""), "no-federation"),
+        (asked("aggregator-lab", "other"), "no-device"),
+        (asked("a.>", "lab"), "no-device"),
+        (asked("pi-1", "lab.>"), "no-federation"),
+        (Question(server="S", user="U", kind="mqtt", client_id="pi-1", chain=()), "no-certificate"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_others_get_nothing(question: Question, reason: str) -> None:
+    with pytest.raises(ProtocolError) as refused:
+        doorkeeper.decide(question)
+    assert refused.value.reason == reason
+
+
+@pytest.mark.parametrize("token", ["", "a", "a.b.c", "a.e30.c", "a.bnVsbA.c", "a.eyJuYXRzIjp7fX0.c"])
+def test_what_is_no_question_is_a_protocol_error(token: str) -> None:
+    with pytest.raises(ProtocolError):
+        nats_token.question(token)
+
+
+def test_a_key_is_written_as_nats_writes_it() -> None:
+    """A prefix byte that makes the first letter, the key, and a checksum, in base32 without padding."""
+    identity = Identity(bytes(32))
+    for letter, text in (("A", nats_token.account_key(identity)), ("U", nats_token.user_key(identity))):
+        content = base64.b32decode(text)
+        assert (text[0], len(text), content[1:33]) == (letter, 56, identity.public)
+        assert binascii.crc_hqx(content[:-2], 0) == int.from_bytes(content[-2:], "little")
+
+
+def test_with_several_federations_each_member_is_listed_with_its_own() -> None:
+    text = mosquitto.separating_list({"other": ["pi-9"], "lab": ["pi-1", "aggregator-lab"]})
+    assert "pattern" not in text
+    assert text.splitlines()[1:] == [
+        "user aggregator-lab",
+        "topic readwrite ternbus/1/lab/all/#",
+        "topic write ternbus/1/lab/down/#",
+        "topic read ternbus/1/lab/up/#",
+        "user pi-1",
+        "topic write ternbus/1/lab/up/pi-1/#",
+        "topic read ternbus/1/lab/down/pi-1/#",
+        "topic read ternbus/1/lab/all/#",
+        "user pi-9",
+        "topic write ternbus/1/other/up/pi-9/#",
+        "topic read ternbus/1/other/down/pi-9/#",
+        "topic read ternbus/1/other/all/#",
+    ]
+    assert mosquitto.separating_list({"lab": ["pi-1"]}) == mosquitto.access_list(["lab"])
+    assert [line for line in mosquitto.separating_list({}).splitlines() if not line.startswith("#")] == []
+
+
+def test_the_deployed_files_are_what_is_generated() -> None:
+    deployed = ROOT / "deploy" / "mosquitto-tls"
+    here = PurePosixPath("/etc/mosquitto/tls")
+    assert (deployed / "access.list").read_text() == mosquitto.separating_list({"home": ["pi-1"]})
+    assert (deployed / "mosquitto.conf").read_text() == mosquitto.configuration(
+        host="0.0.0.0",
+        port=8883,
+        data=PurePosixPath("/var/lib/mosquitto"),
+        access=PurePosixPath("/etc/mosquitto/access.list"),
+        tls=ServerTls(authority=here / "ca.pem", certificate=here / "server.pem", key=here / "server.key"),
+    )
+
+
+# The aggregator, its invitations, and devices.
+
+
+@pytest.fixture
+def aggregator(bus: Home, tmp_path: Path) -> Path:
+    folder = tmp_path / "agg"
+    settings = {"transport.authority": str(bus.folder)}
+    aggregators.create(folder, federation="lab", broker=bus.url, model={"w": np.zeros(3)}, settings=settings)
+    return folder
+
+
+def test_an_invitation_carries_all_that_a_device_needs(aggregator: Path, tmp_path: Path) -> None:
+    (invitation,) = aggregators.invite(aggregator, "pi-1")
+    again = Invitation.loads(invitation.dumps())
+    assert again == invitation
+    assert again.certificate is not None
+    assert certificates.read(again.certificate, "it").name == "pi-1"
+    device = Device(tmp_path / "pi-1")
+    device.prepare(again, task="digits-numpy", data=None, partition="all")
+    tls = device.tls()
+    assert tls is not None
+    tls.context()
+    assert {file.name: file.stat().st_mode & 0o777 for file in device.folder.iterdir()} == dict.fromkeys(
+        ("ca.pem", "certificate.pem", "certificate.key", "device.key", "edge.toml"), 0o600
+    )
+    assert "PRIVATE" not in repr(again)
+
+
+def test_the_aggregator_has_papers_of_its_own_and_takes_up_renewed_ones(aggregator: Path, bus: Home) -> None:
+    settings = aggregators.load_settings(aggregator)
+    bus.renew(everything=True)
+    assert (aggregator / "certificate.pem").read_bytes() != bus.issued("aggregator-lab").read_bytes()
+    transport.connect(aggregator, settings, lambda _: None)
+    assert (aggregator / "certificate.pem").read_bytes() == bus.issued("aggregator-lab").read_bytes()
+
+
+def test_a_broker_elsewhere_gives_its_papers_in_folders(bus: Home, tmp_path: Path) -> None:
+    for name in ("aggregator-lab", "pi-1"):
+        issued, folder = bus.issue(name, "lab"), tmp_path / "papers" / name
+        folder.mkdir(parents=True)
+        texts = (issued.authority, issued.certificate, issued.key)
+        for file, text in zip(transport.FILES, texts, strict=True):
+            (folder / file).write_text(text)
+            (folder / file).chmod(0o600)
+    papers, agg, model = tmp_path / "papers", tmp_path / "agg", {"w": np.zeros(3)}
+    own = papers / "aggregator-lab"
+    aggregators.create(agg, federation="lab", broker=bus.url, model=model, certificates=own)
+    with pytest.raises(ConfigError, match="add --certificates FOLDER"):
+        aggregators.invite(agg, "pi-1")
+    (invitation,) = aggregators.invite(agg, "pi-1", certificates=papers)
+    assert invitation.certificate == (papers / "pi-1" / "certificate.pem").read_text()
+    with pytest.raises(ConfigError, match="pi-2 has neither"):
+        aggregators.invite(agg, "pi-2", certificates=papers)
+
+
+# Secrets.
+
+
+@pytest.mark.parametrize("name", ["aggregator.key", "certificate.key"])
+def test_the_aggregator_refuses_keys_that_others_can_read(aggregator: Path, name: str) -> None:
+    (aggregator / name).chmod(0o640)
+    settings = aggregators.load_settings(aggregator)
+    use = {
+        "aggregator.key": lambda: aggregators.invite(aggregator, "pi-1"),
+        "certificate.key": lambda: transport.connect(aggregator, settings, lambda _: None),
+    }[name]
+    with pytest.raises(ConfigError, match=f"other users can read; run: chmod 600 .*{name}"):
+        use()
+
+
+@pytest.mark.parametrize("name", ["ca.key", "server.key", "probe.key"])
+def test_a_broker_refuses_keys_that_others_can_read(bus: Home, name: str) -> None:
+    (bus.folder / "tls" / name).chmod(0o604)
+    with pytest.raises(ConfigError, match=f"run: chmod 600 .*{name}"):
+        bus.secured()
+
+
+def test_a_device_refuses_a_key_that_others_can_read(tmp_path: Path) -> None:
+    pair = AUTHORITY.client("pi-1", "lab")
+    for name, text in (("certificate.pem", pair.certificate), ("certificate.key", pair.key)):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "certificate.key").chmod(0o644)
+    tls = Tls(certificate=tmp_path / "certificate.pem", key=tmp_path / "certificate.key")
+    with pytest.raises(ConfigError, match="run: chmod 600"):
+        Link("mqtts://bus", client_id="pi-1", deliver=lambda _: None, tls=tls)
+
+
+def test_a_password_comes_from_a_file_that_only_its_owner_reads(tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_text("käse 7\nnot this\n")
+    file.chmod(0o600)
+    assert read_password(file) == "käse 7"
+    file.chmod(0o644)
+    with pytest.raises(ConfigError, match="run: chmod 600"):
+        read_password(file)
+    file.write_text("\n")
+    file.chmod(0o600)
+    with pytest.raises(ConfigError, match="has no password"):
+        read_password(file)
+
+
+def test_a_password_is_not_sent_in_the_open() -> None:
+    with pytest.raises(ConfigError, match="a password would be open to read on the way"):
+        Link("mqtt://bus.example.org", client_id="pi-1", deliver=lambda _: None, username="u", password="p")
+    Link("mqtt://127.0.0.1", client_id="pi-1", deliver=lambda _: None, username="u", password="p")
+
+
+def test_a_password_is_in_no_invitation_and_in_no_settings(bus: Home, tmp_path: Path) -> None:
+    secret = tmp_path / "password"
+    secret.write_text("correct horse")
+    secret.chmod(0o600)
+    agg = tmp_path / "agg"
+    settings = {"transport.username": "us", "transport.password_file": str(secret)}
+    aggregators.create(agg, federation="lab", broker="mqtts://bus", model={"w": np.zeros(3)}, settings=settings)
+    (invitation,) = aggregators.invite(agg, "pi-1")
+    assert "correct horse" not in invitation.dumps() + (agg / "aggregator.toml").read_text()
+    device = Device(tmp_path / "pi-1")
+    device.prepare(invitation, task="digits-numpy", data=None, partition="all", username="me", password_file=secret)
+    assert device.settings().username == "me"
+    assert "correct horse" not in (device.folder / "edge.toml").read_text()

@@ -1,0 +1,201 @@
+"""From the ledger back to a running state: the recovered core is the one that was."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from small_world import Bench, Device, float32_block, make_directory, scratch, ternary_block
+
+from aggregator import events, home
+from aggregator.core import Core
+from broker.errors import ConfigError
+from broker.identity import Identity
+from broker.schema import vector_digest
+
+Make = Callable[..., Bench]
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    made: list[Bench] = []
+
+    def start(**settings: object) -> Bench:
+        bench = Bench(make_directory(scratch() / "aggregator", **settings))
+        made.append(bench)
+        bench.start()
+        return bench
+
+    yield start
+    for bench in made:
+        bench.close()
+
+
+def state(core: Core) -> dict[str, Any]:
+    """All of a core that must survive."""
+    model = core.model
+    oldest = model.version - core.settings.staleness.max
+    return {
+        "version": model.version,
+        "digest": model.digest,
+        "published": model.published.tobytes(),
+        "target": model.server.target.tobytes(),
+        "momentum": None if model.server.momentum is None else model.server.momentum.tobytes(),
+        "buffer": list(model.buffer),
+        "sum": model._mean.result().tobytes() if model.buffer else b"",
+        "samples": model._mean.samples,
+        "kept": (core.kept.state, core.kept.snapshot, core.kept.sizes, core.kept.head_frame, core.kept.slots),
+        "optimizer": core.kept.optimizer,
+        "codes": dict(core.registry.codes),
+        "members": {
+            name: (
+                member.public,
+                member.proof,
+                member.old_keys,
+                member.revoked,
+                {base for base in member.bases if base >= oldest},
+                member.highest_base,
+                member.answer,
+                member.evaluates,
+                member.metrics_seq,
+            )
+            for name, member in core.registry.members.items()
+        },
+    }
+
+
+def live(bench: Bench, merges: int) -> list[Device]:
+    """Some versions with updates of both codecs, zstd and sealed, stale ones too, and something in the buffer."""
+    devices = [bench.join(name) for name in ("a", "b", "c")]
+    bench.invite("not-yet")
+    for version in range(merges):
+        for index, device in enumerate(devices[:2]):
+            block = (ternary_block if index else float32_block)(bench.schema, 10 * version + index)
+            sealed = bench.identity.public if version % 2 else None
+            bench.send(device, block, version, samples=5 + index, encoding="zstd" if index else "raw", seal_to=sealed)
+        assert bench.version == version + 1
+    bench.send(devices[2], float32_block(bench.schema, 999), merges // 2)
+    bench.send(devices[0], b"nonsense", merges)
+    return devices
+
+
+@pytest.mark.parametrize("codec", ["ternary", "float32"])
+@pytest.mark.parametrize("name", ["fedavg", "fedavgm"])
+@pytest.mark.parametrize("merges", [0, 1, 3, 7])
+def test_the_recovered_core_is_the_one_before_the_crash(make: Make, codec: str, name: str, merges: int) -> None:
+    """To the bit: the same additions in the same order."""
+    bench = make(merge__buffer_size=2, downlink__codec=codec, optimizer__name=name, downlink__slots=6)
+    live(bench, merges)
+    before = state(bench.core)
+    assert len(bench.core.model.buffer) == 1
+    for _ in range(2):
+        bench.restart()
+        assert state(bench.core) == before
+    residual = np.abs(bench.core.model.server.target - bench.core.model.published).max()
+    assert (residual > 0) == (codec == "ternary" and merges > 0) or codec == "float32"
+
+
+def test_it_goes_on_as_if_nothing_had_happened(make: Make) -> None:
+    """Two aggregators take the same updates; one is restarted in between."""
+    one, twin = (
+        make(merge__buffer_size=2, optimizer__name="fedavgm", downlink__slots=5),
+        make(merge__buffer_size=2, optimizer__name="fedavgm", downlink__slots=5),
+    )
+    for bench in (one, twin):
+        devices = live(bench, 4)
+        for version in range(4, 9):
+            if bench is one:
+                bench.restart()
+                bench.start()
+            bench.send(devices[0], float32_block(bench.schema, version), version)
+            if version > 4:
+                bench.send(devices[1], ternary_block(bench.schema, version), version)
+    assert one.version == twin.version == 9
+    assert one.core.model.digest == twin.core.model.digest
+    assert one.core.model.server.target.tobytes() == twin.core.model.server.target.tobytes()
+
+
+def test_an_update_is_not_merged_again_after_a_restart(make: Make) -> None:
+    bench = make(merge__buffer_size=1)
+    pi = bench.join("pi")
+    frames = pi.update(float32_block(bench.schema, 1), 0)
+    bench.receive(pi.topic("update"), *frames)
+    bench.restart()
+    bench.start()
+    bench.receive(pi.topic("update"), *frames)
+    assert bench.version == 1
+    assert bench.send(pi, float32_block(bench.schema, 2), 0)[0].outcome == "duplicate"
+    assert bench.version == 1
+
+
+def test_old_keys_and_revoked_ones_are_known(make: Make) -> None:
+    bench = make()
+    old = bench.join("pi")
+    bench.join("pi")
+    bench.ledger.db.execute("UPDATE devices SET state = 'revoked' WHERE name = 'pi'")
+    bench.restart()
+    member = bench.core.registry.members["pi"]
+    assert member.revoked
+    assert member.old_keys == {old.identity.key_id: (old.identity.public, "replaced")}
+
+
+def test_the_state_that_a_command_set_while_nothing_ran_is_published(make: Make) -> None:
+    bench = make()
+    bench.close()
+    home.change_state(bench.directory, "pause", "test")
+    bench.recover()
+    assert bench.core.kept.state == "paused"
+    bench.start()
+    assert bench.head.state == "paused"
+
+
+def test_closing_while_nothing_runs_merges_the_buffer(make: Make) -> None:
+    bench = make(merge__buffer_size=2)
+    live(bench, 1)
+    bench.close()
+    home.change_state(bench.directory, "close", "test")
+    bench.recover()
+    assert (bench.version, bench.core.model.buffer, bench.core.kept.state) == (2, [], "closed")
+    bench.start()
+    assert (bench.head.version, bench.head.state) == (2, "closed")
+    assert bench.head.digest == vector_digest(bench.core.model.published)
+
+
+def test_a_federation_cannot_be_renamed(make: Make) -> None:
+    bench = make()
+    toml = bench.directory / home.TOML
+    toml.write_text(toml.read_text().replace('"lab"', '"other"', 1))
+    with pytest.raises(ConfigError, match="cannot be renamed"):
+        home.open_core(bench.directory, bench.ledger, "test")
+
+
+def test_a_restart_under_another_bound_knows_the_bases_it_needs(make: Make) -> None:
+    """A base that was forgotten as stale is known again when the operator raises the bound."""
+    bench = make(merge__buffer_size=1, staleness__max=1)
+    pi, other = bench.join("pi"), bench.join("other")
+    bench.send(pi, float32_block(bench.schema, 1), 0)
+    for version in range(1, 6):
+        bench.send(other, float32_block(bench.schema, version), version)
+    toml = bench.directory / home.TOML
+    toml.write_text(toml.read_text().replace("max = 1 ", "max = 20 "))
+    bench.restart()
+    bench.start()
+    assert bench.head.max_staleness == 20
+    assert bench.send(pi, float32_block(bench.schema, 9), 0)[0].outcome == "duplicate"
+    assert bench.send(pi, float32_block(bench.schema, 9), 2)[0].outcome == "accepted"
+
+
+def test_a_directory_moves_with_all_that_is_in_it(make: Make) -> None:
+    bench = make(merge__buffer_size=2)
+    live(bench, 3)
+    before = state(bench.core)
+    bench.close()
+    moved = scratch() / "elsewhere"
+    shutil.move(bench.directory, moved)
+    again = Bench(moved)
+    assert state(again.core) == before
+    assert again.identity == Identity.load(moved / home.KEY)
+    again.start()
+    assert again.handle(events.TimeReached()) == []
+    again.close()

@@ -1,0 +1,220 @@
+"""aggregator.toml: each key within its bounds, unknown ones refused by name, and what is written is read again."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aggregator.settings import (
+    PLAN,
+    SECTIONS,
+    Settings,
+    dumps,
+    from_table,
+    load,
+    parse,
+    toml_value,
+    with_overrides,
+)
+from broker.errors import ConfigError
+
+BASE: dict[str, Any] = {"federation": "lab", "broker": "mqtt://127.0.0.1:1883"}
+
+DEFAULTS = {
+    "merge": {"buffer_size": 4, "max_wait_s": 30.0, "max_update_norm": 0.0},
+    "staleness": {"max": 8, "discount": "polynomial", "exponent": 0.5},
+    "optimizer": {"name": "fedavg", "learning_rate": 1.0, "momentum": 0.9},
+    "downlink": {"codec": "ternary", "slots": 32},
+}
+
+# section.key: (good values, bad values)
+BOUNDS: dict[str, tuple[list[object], list[object]]] = {
+    "merge.buffer_size": ([1, 1_000_000], [0, -1, 1_000_001, 1.0, True, "4", None]),
+    "merge.max_wait_s": ([0.01, 1, 1e7], [0, 0.001, -1.0, 1e8, float("nan"), float("inf"), "30", True]),
+    "merge.max_update_norm": ([0, 0.0, 1e9], [-0.1, float("nan"), float("inf"), True]),
+    "staleness.max": ([0, 8, 2**40], [-1, 8.0, True, 2**63, 10**400]),
+    "staleness.discount": (["polynomial", "constant"], ["linear", 1, ["constant"], None]),
+    "staleness.exponent": ([0, 0.5, 100], [-0.5, 101, float("nan")]),
+    "optimizer.name": (["fedavg", "fedavgm"], ["adam", 0]),
+    "optimizer.learning_rate": ([0, 1, 1e6], [-1, 1e7, float("inf"), "1.0"]),
+    "optimizer.momentum": ([0, 0.9, 0.9999], [1, -0.1]),
+    "downlink.codec": (["ternary", "float32"], ["float16", 32]),
+    "downlink.slots": ([1, 65_535], [0, 65_536, 32.0]),
+    "limits.direct_parts": ([4, 100], [3, 8.0, 2**63]),
+    "limits.frames_per_s": ([500, 10_000], [499, True]),
+    "limits.broker_queue_messages": ([100], [99]),
+    "limits.frame_bytes": ([4096, 268_000_000], [4095, 268_000_001]),
+    "limits.messages_in_assembly": ([4, 50], [3]),
+    "limits.assembly_bytes": ([2**20], [2**20 - 1, 0]),
+    "limits.refusals_per_s": ([1], [0]),
+    "transport.authority": (["", "/srv/broker"], [3, True]),
+    "transport.username": (["", "someone"], [3]),
+    "transport.password_file": (["", "password"], [3]),
+    "plan.local_epochs": ([0, 0.5, 3], [-1, "1", True, float("nan")]),
+    "plan.local_steps": ([1, 50], [0, 1.5]),
+    "plan.batch_size": ([1, 32], [0, 32.0]),
+    "plan.learning_rate": ([0, 0.1], [-0.1, float("inf")]),
+    "plan.momentum": ([0, 1], [1.1, -0.1]),
+    "plan.weight_decay": ([0, 0.01], [-1]),
+    "plan.proximal_mu": ([0, 0.01], [-1]),
+    "plan.clip_sigma": ([0, 2.5], [-1]),
+    "plan.codec": (["ternary", "float32"], ["sign", 3]),
+    "plan.seal": ([True, False], [0, 1, "yes"]),
+    "plan.error_feedback": ([True, False], [1]),
+    "plan.seed": ([0, 2**63 - 1], [-1, 2**63, 1.0]),
+    "plan.anything": ([1, -3, 0.5, "text", True, [1, 2.5, "a"], []], [{}, [[1]], 2**63, 1e400, [float("nan")], None]),
+}
+
+
+def table(key: str, value: object) -> dict[str, Any]:
+    section, _, name = key.partition(".")
+    return {**BASE, section: {name: value}}
+
+
+def test_every_key_is_tried() -> None:
+    keys = {f"{name}.{entry.name}" for name, kind in SECTIONS.items() for entry in fields(kind)}
+    assert set(BOUNDS) == keys | {f"plan.{key}" for key in PLAN} | {"plan.anything"}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, (good, _) in BOUNDS.items() for value in good])
+def test_values_within_their_bounds(key: str, value: object) -> None:
+    section, _, name = key.partition(".")
+    part = getattr(from_table(table(key, value)), section)
+    assert (part[name] if section == "plan" else getattr(part, name)) == value
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, (_, bad) in BOUNDS.items() for value in bad])
+def test_values_out_of_their_bounds_are_refused_by_name(key: str, value: object) -> None:
+    with pytest.raises(ConfigError) as error:
+        from_table(table(key, value))
+    assert key in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_first_alternatives_are_the_defaults() -> None:
+    made = from_table(BASE)
+    assert made == Settings(**BASE)
+    for section, keys in DEFAULTS.items():
+        assert {key: getattr(getattr(made, section), key) for key in keys} == keys
+    assert made.limits.direct_parts == 8
+    assert made.limits.frames_per_s == 500
+    assert made.limits.broker_queue_messages == 4000
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"merg": {}}, "'merg'"),
+        ({"merge": {"buffersize": 1}}, "merge.buffersize"),
+        ({"limits": {"x": 1}}, "limits.x"),
+        ({"merge": 3}, "merge must be a table"),
+        ({"plan": 3}, "plan must be a table"),
+        ({"federation": 3}, "'federation' must be a string"),
+        ({"broker": None}, "'broker' must be a string"),
+        ({"federation": "No Name"}, "cannot name a federation"),
+        ({"broker": "127.0.0.1:1883"}, "mqtt://HOST:PORT"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_named(wrong: dict[str, object], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        from_table({**BASE, **wrong})
+
+
+def test_a_plan_too_large_for_a_head_is_refused() -> None:
+    assert len(from_table(table("plan.notes", ["x" * 100] * 70)).plan["notes"]) == 70
+    with pytest.raises(ConfigError, match="plan takes"):
+        from_table(table("plan.notes", "x" * 9000))
+
+
+value_of = {
+    key: st.sampled_from([value for value in good if not isinstance(value, list)]) for key, (good, _) in BOUNDS.items()
+}
+
+
+@given(
+    keys=st.lists(st.sampled_from(sorted(BOUNDS)), unique=True),
+    data=st.data(),
+    extra=st.dictionaries(
+        st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8).filter(lambda key: key not in PLAN),
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.integers(-(2**63), 2**63 - 1)
+        | st.lists(st.integers(0, 9), max_size=3),
+        max_size=3,
+    ),
+)
+@settings(max_examples=60, deadline=None)
+def test_what_is_written_is_read_again(keys: list[str], data: st.DataObject, extra: dict[str, object]) -> None:
+    whole: dict[str, Any] = {**BASE, "plan": dict(extra)}
+    for key in keys:
+        section, _, name = key.partition(".")
+        whole.setdefault(section, {})[name] = data.draw(value_of[key])
+    made = from_table(whole)
+    assert parse(dumps(made)) == made
+
+
+def test_every_key_is_written_with_its_meaning() -> None:
+    text = dumps(from_table(BASE))
+    for name, kind in SECTIONS.items():
+        assert f"[{name}]" in text
+        for entry in fields(kind):
+            (line,) = [line for line in text.splitlines() if line.startswith(f"{entry.name} =") and "  # " in line][:1]
+            assert len(line.split("  # ")[1]) > 3
+    for key in PLAN:
+        assert key in text.split("[plan]")[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1", 1),
+        ("0.5", 0.5),
+        ("true", True),
+        ('"a b"', "a b"),
+        ("constant", "constant"),
+        ("", ""),
+        ("[1, 2]", [1, 2]),
+        ("1.2.3", "1.2.3"),
+        ("fc.*", "fc.*"),
+        ("#", "#"),
+    ],
+)
+def test_a_value_that_is_not_toml_is_a_string(text: str, value: object) -> None:
+    assert toml_value(text) == value
+
+
+@given(st.text(max_size=30))
+@settings(max_examples=100, deadline=None)
+def test_any_set_value_is_a_value(text: str) -> None:
+    toml_value(text)
+
+
+def test_dotted_keys_are_set() -> None:
+    made = from_table(
+        with_overrides(dict(BASE), {"merge.buffer_size": 1, "plan.local_epochs": 2, "merge.max_wait_s": 1})
+    )
+    assert (made.merge.buffer_size, made.merge.max_wait_s, made.plan) == (1, 1.0, {"local_epochs": 2})
+
+
+@pytest.mark.parametrize("dotted", ["merge", "merge.", "merge.a.b", ".", "", "federation.x"])
+def test_other_keys_are_refused(dotted: str) -> None:
+    with pytest.raises(ConfigError, match="--set"):
+        with_overrides(dict(BASE), {dotted: 1})
+
+
+def test_files_are_read_and_named(tmp_path: Path) -> None:
+    path = tmp_path / "aggregator.toml"
+    with pytest.raises(ConfigError, match="cannot read"):
+        load(path)
+    path.write_text(dumps(from_table(BASE)), encoding="utf-8")
+    assert load(path) == from_table(BASE)
+    path.write_text("federation = ")
+    with pytest.raises(ConfigError, match=r"aggregator\.toml"):
+        load(path)
+    path.write_bytes(b"federation = '\xff'")
+    with pytest.raises(ConfigError, match="cannot read"):
+        load(path)

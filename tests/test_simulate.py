@@ -1,0 +1,556 @@
+"""Virtual time: the same cores, a broker in memory, and a report in which the machine decides only the wall clock."""
+
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from aggregator import home, records
+from aggregator.ledger import Ledger
+from broker.errors import ConfigError
+from broker.link import packet_bytes
+from broker.schema import vector_digest
+from edge_client.tasks import digits_numpy
+from edge_client.trainer import Evaluation, FloatArray, Plan, Task, Tensors, Trained
+from lab import cli, scenario
+from lab.clock import Alarm, Clock
+from lab.memory_broker import Line, MemoryBroker, Session, matches
+from lab.memory_ledger import MemoryLedger
+from lab.progress import Lines
+from lab.scenario import End, Fault, Scenario, Simulated, Speeds
+from lab.simulate import Simulation
+
+SMALL = Scenario(
+    devices=5,
+    speeds=Speeds(sigma=0.8, median_s=10.0),
+    aggregator={"merge.buffer_size": 2, "merge.max_wait_s": 1000.0},
+    end=End(versions=12),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Noise:
+    """A task that costs next to nothing: training adds noise, and the accuracy is how often it did."""
+
+    name: str = "noise"
+    default_plan: Mapping[str, object] = field(default_factory=dict)
+
+    def initial(self, seed: int) -> dict[str, FloatArray]:
+        rng = np.random.default_rng(seed)
+        return {"w": rng.normal(size=(16, 40)).astype(np.float32), "b": np.zeros(3, np.float32)}
+
+    def trainer(self, *, data: Path | None, partition: str) -> "NoiseTrainer":
+        return NoiseTrainer()
+
+    def evaluator(self, *, data: Path | None) -> "NoiseTrainer":
+        return NoiseTrainer()
+
+
+class NoiseTrainer:
+    samples = 10
+
+    def __init__(self) -> None:
+        self.evaluations = 0
+
+    def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:
+        rng = np.random.default_rng(seed)
+        changed = {name: tensor + rng.normal(0, 0.1, tensor.shape).astype(np.float32) for name, tensor in start.items()}
+        return Trained(tensors=changed, samples=self.samples, metrics={"loss": 1.0, "seconds": 1e-6})
+
+    def evaluate(self, tensors: Tensors) -> Evaluation:
+        self.evaluations += 1
+        return Evaluation(samples=10, values={"accuracy": min(1.0, self.evaluations / 100), "loss": 0.0})
+
+
+class Slow(NoiseTrainer):
+    """The same result for more arithmetic."""
+
+    def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:
+        np.linalg.inv(np.random.default_rng(0).normal(size=(150, 150)))
+        return super().train(start, plan, version=version, seed=seed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlowNoise(Noise):
+    def trainer(self, *, data: Path | None, partition: str) -> Slow:
+        return Slow()
+
+
+def simulated(wanted: Scenario = SMALL, task: Task | None = None, folder: Path | None = None) -> Simulation:
+    simulation = Simulation(wanted, task or Noise(), Lines(io.StringIO()), folder)
+    simulation.run()
+    return simulation
+
+
+def report(simulation: Simulation) -> dict[str, Any]:
+    """What of it the machine does not decide."""
+    found = simulation.report(1.0)
+    found.pop("machine")
+    return found
+
+
+def memory(simulation: Simulation) -> MemoryLedger:
+    assert isinstance(simulation.ledger, MemoryLedger)
+    return simulation.ledger
+
+
+def check_invariants(simulation: Simulation) -> None:
+    """Nothing is merged twice, nothing accepted is lost, the bound holds, and every device has bits of some version."""
+    ledger = memory(simulation)
+    merges = Counter((row.device, row.base) for row in ledger.contributions)
+    assert max(merges.values()) == 1
+    core = simulation.aggregator.core
+    assert sum(row.merged is None for row in ledger.contributions) == len(core.model.buffer)
+    by_version = Counter(row.merged for row in ledger.contributions)
+    for version in simulation.moment().versions[1:]:
+        assert version.updates == by_version[version.version] > 0
+    assert all(0 <= row.staleness <= core.settings.staleness.max for row in ledger.contributions)
+    assert vector_digest(core.model.published) == ledger.digests[core.model.version]
+    followers = [device.core.follower for device in simulation.devices if device.core.follower.version]
+    assert followers
+    for follower in followers:
+        assert follower.vector is not None
+        assert follower.version is not None
+        assert vector_digest(follower.vector) == ledger.digests[follower.version]
+
+
+# --- the federation
+
+
+def test_the_same_seed_gives_the_same_versions_bit_for_bit() -> None:
+    one, other = simulated(), simulated()
+    assert memory(one).digests == memory(other).digests
+    assert report(one) == report(other)
+    assert memory(simulated(replace(SMALL, seed=1))).digests != memory(one).digests
+
+
+def test_a_federation_keeps_its_promises() -> None:
+    line = Simulated(jitter=0.5, up_mbit_s=0.1, down_mbit_s=0.1, latency_s=0.3)
+    simulation = simulated(replace(SMALL, simulate=line, end=End(versions=30)))
+    check_invariants(simulation)
+    assert simulation.moment().version == 30
+    assert simulation.moment().accepted >= 60
+    assert {row.device for row in memory(simulation).contributions} == {device.name for device in simulation.devices}
+
+
+def test_digits_are_learned_in_virtual_time() -> None:
+    wanted = Scenario(
+        task="digits-numpy", devices=4, aggregator={"merge.buffer_size": 2}, end=End(versions=40, accuracy=0.9)
+    )
+    simulation = simulated(wanted, digits_numpy.TASK)
+    check_invariants(simulation)
+    evaluated = simulation.moment().evaluated
+    assert evaluated is not None
+    assert evaluated.accuracy is not None
+    assert evaluated.accuracy >= 0.9
+    assert simulation.moment().version < 40
+
+
+def test_what_training_costs_this_machine_is_no_part_of_the_report() -> None:
+    quick, slow = report(simulated()), report(simulated(task=SlowNoise()))
+    assert quick["versions"] == slow["versions"]
+    assert quick["seconds"] == slow["seconds"] > 10
+
+
+def test_training_lasts_what_was_drawn() -> None:
+    """One device, no line to speak of: a version each time that its training takes, and a little for the protocol."""
+    wanted = replace(SMALL, devices=1, end=End(versions=5), simulate=Simulated(latency_s=0.0))
+    wanted = replace(wanted, aggregator={"merge.buffer_size": 1})
+    (pace,) = wanted.speeds.draw(1, wanted.seed)
+    seconds = [version.seconds for version in simulated(wanted).moment().versions]
+    assert np.diff(seconds) == pytest.approx([pace] * 5)
+    jittered = replace(wanted, simulate=Simulated(latency_s=0.0, jitter=0.5))
+    assert len({*np.diff([version.seconds for version in simulated(jittered).moment().versions]).round(6)}) == 5
+
+
+def test_a_device_reports_virtual_seconds() -> None:
+    simulation = Simulation(SMALL, Noise(), Lines(io.StringIO()))
+    sent: list[Mapping[str, float]] = []
+
+    def look() -> None:
+        waiting = [device.kept.outstanding for device in simulation.devices]
+        sent.extend(update.metrics for update in waiting if update is not None)
+
+    simulation.run(look)
+    assert {metrics["seconds"] for metrics in sent} <= {*SMALL.speeds.draw(5, 0)}
+
+
+def test_a_barrier_waits_for_the_slowest() -> None:
+    wanted = replace(SMALL, sync=True, end=End(versions=4), simulate=Simulated(latency_s=0.0))
+    simulation = simulated(wanted)
+    check_invariants(simulation)
+    slowest = max(wanted.speeds.draw(5, wanted.seed))
+    versions = simulation.moment().versions
+    assert [version.updates for version in versions[1:]] == [5] * 4
+    assert [version.staleness_max for version in versions[1:]] == [0] * 4
+    assert np.diff([version.seconds for version in versions]) == pytest.approx([slowest] * 4)
+
+
+def test_a_thin_line_takes_its_time() -> None:
+    """Float32 over 0.1 Mbit/s: each round takes as much longer as the bytes of an update and a delta take."""
+    wide = replace(
+        SMALL,
+        sync=True,
+        plan={"codec": "float32"},
+        aggregator={"downlink.codec": "float32"},
+        end=End(versions=3),
+        simulate=Simulated(latency_s=0.0),
+    )
+    thin = replace(wide, simulate=Simulated(latency_s=0.0, up_mbit_s=0.1, down_mbit_s=0.1))
+    quick, slow = (simulated(each).moment().versions for each in (wide, thin))
+    extra = np.diff([version.seconds for version in slow]) - np.diff([version.seconds for version in quick])
+    float32_s = 8 * 643 * 4 / 0.1e6
+    assert (extra[1:] > 1.8 * float32_s).all()
+    assert (extra[1:] < 3 * float32_s).all()
+
+
+def test_bytes_are_counted_by_version() -> None:
+    found = report(simulated())
+    rows = found["versions"]
+    assert [row["update_bytes"] for row in rows] == sorted(row["update_bytes"] for row in rows)
+    assert rows[-1]["update_bytes"] == found["bytes_up"] > 0
+    assert rows[-1]["delta_bytes"] == found["bytes_down"] > 0
+    assert rows[0]["update_bytes"] == rows[0]["delta_bytes"] == rows[0]["snapshot_bytes"] == 0
+    assert rows[-1]["snapshot_bytes"] > 5 * 4 * found["parameters"]
+    assert found["virtual"] is True
+
+
+def test_devices_of_a_version_share_its_vector() -> None:
+    simulation = simulated(replace(SMALL, devices=40, aggregator={"merge.buffer_size": 20}))
+    followers = [device.core.follower for device in simulation.devices]
+    assert len({id(follower.vector) for follower in followers}) == len({follower.version for follower in followers})
+
+
+def test_every_kth_version_is_evaluated_and_the_last() -> None:
+    wanted = replace(SMALL, end=End(versions=7), simulate=Simulated(evaluate_every=3))
+    known = [version.version for version in simulated(wanted).moment().versions if version.accuracy is not None]
+    assert known == [0, 3, 6, 7]
+
+
+def test_versions_of_the_same_moment_all_have_a_row() -> None:
+    """Devices of one speed finish together, and each of their updates makes a version."""
+    wanted = replace(SMALL, speeds=Speeds(sigma=0.0, median_s=10.0), end=End(versions=3))
+    wanted = replace(wanted, aggregator={"merge.buffer_size": 1}, simulate=Simulated(latency_s=0.0))
+    rows = report(simulated(wanted))["versions"]
+    assert len({row["seconds"] for row in rows[1:4]}) == 1
+    assert [row["version"] for row in rows] == list(range(len(rows)))
+
+
+def test_virtual_seconds_end_a_run() -> None:
+    simulation = simulated(replace(SMALL, end=End(seconds=100.0)))
+    assert 0 < simulation.moment().last.seconds <= 100.0
+    assert simulation.clock.now <= 100.0
+
+
+# --- faults
+
+
+def test_a_device_that_was_away_comes_back() -> None:
+    fault = Fault(kill="device:1", after_version=2, restart_after_s=60.0)
+    simulation = Simulation(replace(SMALL, faults=(fault,), end=End(versions=40)), Noise(), Lines(io.StringIO()))
+    simulation.run()
+    check_invariants(simulation)
+    ledger = memory(simulation)
+    bases = sorted(row.base for row in ledger.contributions if row.device == "device-1")
+    versions = simulation.moment().versions
+    away = [version.version for version in versions[3:] if version.seconds < versions[2].seconds + 60.0]
+    assert len(away) > 2
+    assert not {*away[:-1]} & {*bases}  # on the last of them it trains when it is back
+    assert bases[-1] > away[-1]
+    assert simulation.devices[1].happened["connected"] == 2
+
+
+def test_a_broker_that_died_costs_no_update() -> None:
+    fault = Fault(kill="broker", after_version=3, restart_after_s=45.0)
+    simulation = simulated(replace(SMALL, faults=(fault,), end=End(versions=20)))
+    check_invariants(simulation)
+    versions = simulation.moment().versions
+    assert versions[-1].version == 20
+    gap = versions[4].seconds - versions[3].seconds
+    assert gap >= 45.0
+
+
+def test_an_aggregator_that_died_goes_on_from_its_ledger(tmp_path: Path) -> None:
+    fault = Fault(kill="aggregator", after_version=3, restart_after_s=5.0)
+    wanted = replace(SMALL, faults=(fault,), end=End(versions=20))
+    folder = tmp_path / "aggregator"
+    simulation = simulated(wanted, folder=folder)
+    moment = simulation.moment()
+    simulation.close()
+    assert moment.version == 20
+    assert moment.began == 0.0
+    assert all(version.accuracy is not None for version in moment.versions)
+    ledger = Ledger(folder / home.LEDGER, read_only=True)
+    twice = ledger.db.execute("SELECT device, base FROM updates GROUP BY device, base HAVING count(*) > 1").fetchall()
+    lost = ledger.db.execute(
+        "SELECT version FROM versions v WHERE updates != (SELECT count(*) FROM updates WHERE merged = v.version)"
+    ).fetchall()
+    assert (twice, lost) == ([], [])
+    assert vector_digest(ledger.vector(20)) == vector_digest(simulation.aggregator.core.model.published)
+    ledger.close()
+
+
+def test_without_a_ledger_an_aggregator_cannot_die() -> None:
+    fault = Fault(kill="aggregator", after_version=3)
+    with pytest.raises(ConfigError, match="--ledger"):
+        simulated(replace(SMALL, faults=(fault,)))
+
+
+def test_a_ledger_changes_nothing_but_the_keys(tmp_path: Path) -> None:
+    wanted = replace(SMALL, simulate=Simulated(latency_s=0.01))
+    kept = simulated(wanted, folder=tmp_path / "aggregator")
+    plain = simulated(wanted)
+    assert kept.aggregator.core.model.digest == plain.aggregator.core.model.digest
+    assert [row["seconds"] for row in report(kept)["versions"]] == [row["seconds"] for row in report(plain)["versions"]]
+    kept.close()
+
+
+def test_a_federation_in_which_nobody_can_train_ends() -> None:
+    """Each update diverges, so no version is ever made; virtual days pass at once."""
+
+    class Diverging(NoiseTrainer):
+        def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:
+            return Trained(tensors={"w": np.full((16, 40), np.nan, np.float32)}, samples=1, metrics={})
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Hopeless(Noise):
+        def trainer(self, *, data: Path | None, partition: str) -> Diverging:
+            return Diverging()
+
+    assert simulated(replace(SMALL, devices=2), Hopeless()).moment().version == 0
+
+
+# --- the clock and the broker
+
+
+def test_what_is_asked_for_at_the_same_moment_happens_in_that_order() -> None:
+    clock, seen = Clock(), list[str]()
+    clock.at(2.0, lambda: seen.append("b"))
+    clock.at(1.0, lambda: clock.at(0.5, lambda: seen.append("a, though its time has passed")))
+    clock.at(2.0, lambda: seen.append("c"))
+    while clock.next_at is not None:
+        clock.step()
+    assert (seen, clock.now) == (["a, though its time has passed", "b", "c"], 2.0)
+
+
+def test_an_alarm_follows_what_is_due() -> None:
+    clock, rung = Clock(), list[float]()
+    due: list[float | None] = [5.0]
+
+    def wake() -> None:
+        rung.append(clock.now)
+        due[0] = 8.0 if clock.now < 8 else None
+
+    alarm = Alarm(clock, lambda: due[0], wake)
+    alarm.look()
+    due[0] = 3.0
+    alarm.look()  # sooner
+    due[0] = 4.0
+    alarm.look()  # later again
+    while clock.next_at is not None:
+        clock.step()
+    assert rung == [4.0, 8.0]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "topic", "expected"),
+    [
+        ("a/b", "a/b", True),
+        ("a/b", "a/b/c", False),
+        ("a/#", "a/b/c", True),
+        ("a/#", "a", True),
+        ("a/b/#", "a", False),
+        ("#", "a/b", True),
+        ("a/+/c", "a/b/c", True),
+        ("a/+", "a/b/c", False),
+        ("+/+/#", "a/b/c/d", True),
+        ("a/+/d/#", "a/b/c", False),
+    ],
+)
+def test_filters_match_as_mqtt_says(pattern: str, topic: str, expected: bool) -> None:
+    assert matches(pattern, topic) is expected
+
+
+class Ear:
+    """A client that notes what it is told, and when."""
+
+    def __init__(self, broker: MemoryBroker, line: Line | None = None, *filters: str) -> None:
+        self.clock = broker.clock
+        self.heard: list[tuple[float, str, bytes]] = []
+        self.told: list[str] = []
+        self.acknowledged_seqs: list[int] = []
+        self.filters = filters
+        self.session: Session = broker.session(self, line or Line())
+        self.session.connect("will", b"dead")
+
+    def connected(self) -> None:
+        self.told.append("connected")
+        self.session.subscribe(self.filters)
+
+    def disconnected(self, reason: str) -> None:
+        self.told.append(reason)
+
+    def arrived(self, topic: str, payload: bytes) -> None:
+        self.heard.append((self.clock.now, topic, payload))
+
+    def acknowledged(self, seq: int) -> None:
+        self.acknowledged_seqs.append(seq)
+
+    @property
+    def payloads(self) -> list[bytes]:
+        return [payload for _, _, payload in self.heard]
+
+
+@pytest.fixture
+def broker() -> MemoryBroker:
+    return MemoryBroker(Clock())
+
+
+def settle(broker: MemoryBroker) -> None:
+    while broker.clock.next_at is not None:
+        broker.clock.step()
+
+
+@pytest.mark.parametrize("pattern", ["x/y", "x/#", "x/+", "#"])
+def test_what_is_retained_comes_with_the_subscription(broker: MemoryBroker, pattern: str) -> None:
+    broker.route("x/y", b"old", retain=True)
+    broker.route("x/z", b"gone", retain=True)
+    broker.route("x/z", b"", retain=True)
+    broker.route("x/z", b"passing", retain=False)
+    ear = Ear(broker, None, pattern)
+    settle(broker)
+    assert ear.payloads == [b"old"]
+
+
+def test_overlapping_filters_deliver_once(broker: MemoryBroker) -> None:
+    ear = Ear(broker, None, "x/#", "x/+", "x/y")
+    settle(broker)
+    broker.route("x/y", b"news", retain=False)
+    settle(broker)
+    assert ear.payloads == [b"news"]
+    ear.session.unsubscribe(["x/#", "x/+"])
+    settle(broker)
+    broker.route("x/y", b"more", retain=False)
+    broker.route("x/z", b"not asked for", retain=False)
+    settle(broker)
+    assert ear.payloads == [b"news", b"more"]
+
+
+def test_a_line_carries_one_thing_after_the_other(broker: MemoryBroker) -> None:
+    line = Line(up_bits_s=8_000.0, down_bits_s=4_000.0, latency_s=1.0)
+    speaker, ear = Ear(broker, line), Ear(broker, line, "x")
+    settle(broker)
+    began = broker.clock.now
+    for number in range(2):
+        speaker.session.publish("x", bytes(1000), seq=number)
+    settle(broker)
+    size = packet_bytes("x", 1000, 5)
+    up_s, down_s = size / 1000, size / 500
+    assert [when - began for when, _, _ in ear.heard] == pytest.approx(
+        [up_s + 1 + down_s + 1, up_s + 1 + 2 * down_s + 1]
+    )
+    assert speaker.acknowledged_seqs == [0, 1]
+    assert speaker.session.sent["other"] == ear.session.carried["other"] == 2 * size
+
+
+def test_what_was_under_way_to_a_client_that_died_comes_when_it_is_back(broker: MemoryBroker) -> None:
+    ear = Ear(broker, Line(down_bits_s=8.0), "x")
+    settle(broker)
+    broker.route("x", b"under way", retain=False)
+    ear.session.cut()
+    broker.route("x", b"while away", retain=False)
+    settle(broker)
+    assert ear.heard == []
+    assert broker.retained["will"] == b"dead"
+    ear.session.connect("will", b"dead")
+    settle(broker)
+    assert ear.payloads == [b"under way", b"while away"]
+
+
+def test_what_was_under_way_from_a_client_that_died_is_lost(broker: MemoryBroker) -> None:
+    speaker, ear = Ear(broker, Line(up_bits_s=8.0)), Ear(broker, None, "x")
+    settle(broker)
+    speaker.session.publish("x", b"too late")
+    speaker.session.cut()
+    settle(broker)
+    assert ear.heard == []
+    assert speaker.acknowledged_seqs == []
+
+
+def test_who_takes_leave_has_no_will(broker: MemoryBroker) -> None:
+    ear = Ear(broker)
+    settle(broker)
+    ear.session.publish("x", b"goodbye", retain=True)
+    ear.session.disconnect()
+    settle(broker)
+    assert broker.retained == {"x": b"goodbye"}
+    ear.session.publish("x", b"too late", retain=True)
+    settle(broker)
+    assert broker.retained == {"x": b"goodbye"}
+
+
+def test_a_broker_that_is_down_says_so(broker: MemoryBroker) -> None:
+    ear = Ear(broker)
+    settle(broker)
+    broker.stop()
+    ear.session.connect("will", b"dead")
+    settle(broker)
+    broker.start()
+    ear.session.connect("will", b"dead")
+    settle(broker)
+    assert ear.told == ["connected", "the broker is gone", "the broker does not answer", "connected"]
+    assert broker.retained == {}
+
+
+# --- scenario and command
+
+
+def test_the_scenario_says_what_is_simulated() -> None:
+    given = {"jitter": 0.2, "up_mbit_s": 1, "down_mbit_s": 4.0, "latency_s": 0.05, "evaluate_every": 3}
+    assert scenario.parse({"simulate": given}).simulate == Simulated(
+        jitter=0.2, up_mbit_s=1.0, down_mbit_s=4.0, latency_s=0.05, evaluate_every=3
+    )
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ({"up_mbit_s": -1}, "simulate.up_mbit_s is -1"),
+        ({"latency_s": math.nan}, "simulate.latency_s is nan"),
+        ({"evaluate_every": 0}, "simulate.evaluate_every is 0"),
+        ({"evaluate_every": 1.5}, "simulate.evaluate_every is 1.5"),
+        ({"bandwidth": 1}, "unknown key 'simulate.bandwidth'"),
+    ],
+)
+def test_what_cannot_be_simulated_is_refused_by_name(table: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        scenario.parse({"simulate": table})
+
+
+def test_the_command_leaves_a_report_and_a_model(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    options = ["--task", "digits-numpy", "--devices", "3", "--versions", "3", "--every", "2", "--ledger", "--json"]
+    result = CliRunner().invoke(cli.app, ["simulate", *options, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (found["virtual"], found["versions"][-1]["version"]) == (True, 3)
+    assert [row["accuracy"] is None for row in found["versions"]] == [False, True, False, False]
+    assert {each.name for each in (tmp_path / "out").iterdir()} >= {"aggregator", "model.safetensors", "report.png"}
+    version, digest, _ = home.tensors_of(tmp_path / "out" / "aggregator", None)
+    assert version == 3
+    assert digest
+
+
+def test_a_record_that_only_a_restart_would_read_is_not_kept() -> None:
+    ledger = MemoryLedger([("x", b"1"), ("y", b"2")])
+    ledger.write([records.FramesKept(frames=(("x", b"3"), ("y", b""))), records.SessionBegun(session=2)])
+    assert (ledger.frame("x"), ledger.frame("y"), ledger.status()["state"]) == (b"3", b"", "open")
