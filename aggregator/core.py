@@ -160,16 +160,17 @@ class Core:
                 member.update_bytes += event.packet_bytes
                 self._tally.observe(member.name, self._now)
             member.take_token(self._now, self.settings.limits.frames_per_s)
-        frame = parse(event.payload)
+        opened = event.opened
+        frame = parse(event.payload) if opened is None else opened.frame
         topics.check(frame, address)
         if frame.kind == "enroll":
             self._enroll(frame)
         else:
-            self._frame(self._authenticate(frame), frame)
+            self._frame(self._authenticate(frame, b"" if opened is None else opened.public), frame)
 
-    def _authenticate(self, frame: Frame) -> Member:
+    def _authenticate(self, frame: Frame, verified: bytes) -> Member:
         try:
-            return self.registry.authenticate(frame)
+            return self.registry.authenticate(frame, verified)
         except ProtocolError as error:
             if error.reason == "revoked-key" and self._refusals.take(self._now):
                 self._desk.receipt(frame.sender, frame.key, frame.seq, Verdict("revoked", "this key was revoked"))

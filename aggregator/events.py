@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from aggregator.gate import Opened
 from aggregator.records import Record
 
 
@@ -25,11 +26,15 @@ class Disconnected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MessageArrived:
-    """An MQTT message, of which nothing is believed yet; ``packet_bytes`` is its size on the wire."""
+    """An MQTT message, of which nothing is believed yet; ``packet_bytes`` is its size on the wire.
+
+    ``opened`` is the payload's frame where it was looked into ahead.
+    """
 
     topic: str
     payload: bytes
     packet_bytes: int = 0
+    opened: Opened | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

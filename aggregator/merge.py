@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from broker.schema import Vector
+from aggregator.accumulator import Accumulator
+from broker.schema import Schema, Vector
 from broker.ternary import Block
 
 
@@ -16,21 +17,23 @@ class Mean:
     The discount s is not in the denominator: a buffer of stale updates moves the model less, not equally far.
     """
 
-    elements: int
+    schema: Schema
     samples: int = 0
-    _sum: Vector | None = field(default=None)
+    _sum: Accumulator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._sum = Accumulator(self.schema)
 
     def add(self, block: Block, samples: int, discount: float) -> None:
         """Take in one update of ``samples`` examples, worth ``discount`` of a fresh one."""
-        if self._sum is None:
-            self._sum = np.zeros(self.elements, dtype=np.float32)
-        block.add_to(self._sum, samples * discount)
+        self._sum.add(block, samples * discount)
         self.samples += samples
 
     def result(self) -> Vector:
         """The mean, shape (elements,), float32. There must have been an update."""
-        assert self._sum is not None  # noqa: S101 - a merge of nothing is our bug
-        return self._sum / np.float32(self.samples)
+        total = self._sum.total()
+        total /= np.float32(self.samples)
+        return total
 
 
 def norm(block: Block) -> float:

@@ -46,7 +46,7 @@ class Model:
     _mean: Mean = field(init=False)
 
     def __post_init__(self) -> None:
-        self._mean = Mean(self.schema.elements)
+        self._mean = Mean(self.schema)
         self.digest = self.digest or vector_digest(self.published)
 
     def accept(self, update: Accepted, block: Block, discount: float) -> None:
@@ -77,7 +77,7 @@ class Model:
         self.server = optimizer.apply(
             about.name, self.server, self._mean.result(), learning_rate=about.learning_rate, momentum=about.momentum
         )
-        self._mean = Mean(self.schema.elements)
+        self._mean = Mean(self.schema)
 
     def publish(self, block: Block) -> None:
         """The devices' part of a merge, done by the very code that they use."""

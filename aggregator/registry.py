@@ -98,16 +98,18 @@ class Registry:
     members: dict[str, Member] = field(default_factory=dict)
     codes: Mapping[str, str] = field(default_factory=dict)
 
-    def authenticate(self, frame: Frame) -> Member:
+    def authenticate(self, frame: Frame, verified: bytes = b"") -> Member:
         """The member whose present key signed this frame; ProtocolError with the reason for anybody else.
 
+        ``verified`` is a public key under which the frame was found authentic already.
         ``revoked-key`` is raised only once the signature verifies under a key that was revoked for this device.
         """
         member = self.members.get(frame.sender)
         if member is None:
             raise ProtocolError("unknown-device", frame.sender)
         if frame.key == member.key and not member.revoked:
-            frame.check_authentic(member.public)
+            if member.public != verified:
+                frame.check_authentic(member.public)
             return member
         public, state = (
             (member.public, REVOKED) if frame.key == member.key else member.old_keys.get(frame.key, (b"", "unknown"))

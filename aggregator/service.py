@@ -4,6 +4,7 @@ import queue
 import random
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Final, assert_never
 
 from aggregator import events, requests, transport
 from aggregator.core import Core
+from aggregator.gate import WORTHWHILE_BYTES, Opened, open_ahead
 from aggregator.home import LEDGER, STATES, open_core
 from aggregator.ledger import Ledger
 from aggregator.settings import TransportSettings
@@ -28,6 +30,17 @@ class Interrupted:
     """SIGINT or SIGTERM has come."""
 
 
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """A message whose frame is being opened in another thread; its place in the queue is its order of arrival."""
+
+    arrived: Arrived
+    opened: "Future[Opened | None]"
+
+
+Item = LinkEvent | Ahead | Interrupted
+
+
 @dataclass(slots=True)
 class Service:
     """Serves one directory until ``stop`` is called (from a signal handler, or any thread)."""
@@ -36,7 +49,8 @@ class Service:
     software: str
     say: Callable[[str], None]
     transport: TransportSettings | None = None  # instead of what aggregator.toml says
-    _queue: "queue.SimpleQueue[LinkEvent | Interrupted]" = field(default_factory=queue.SimpleQueue)
+    _queue: "queue.SimpleQueue[Item]" = field(default_factory=queue.SimpleQueue)
+    _gate: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="gate"))
     _ledger: Ledger = field(init=False)
     _core: Core = field(init=False)
     _link: Link = field(init=False)
@@ -74,6 +88,15 @@ class Service:
                 self._turn()
         finally:
             self._link.disconnect(GOODBYE_S if self._stopped else 0.0)
+            self._gate.shutdown()
+
+    def _deliver(self, event: LinkEvent) -> None:
+        """Called in the network thread: put into the queue, and no more."""
+        if isinstance(event, Arrived) and len(event.payload) >= WORTHWHILE_BYTES:
+            opened = self._gate.submit(open_ahead, self._core.registry, event.payload)
+            self._queue.put(Ahead(event, opened))
+        else:
+            self._queue.put(event)
 
     def _turn(self) -> None:
         """One round: connect if due, look for requests, take in what has come, tell the core the time."""
@@ -93,27 +116,26 @@ class Service:
         for token in tokens:
             self._link.acknowledge(token)
 
-    def _next_batch(self) -> list[LinkEvent | Interrupted]:
+    def _next_batch(self) -> list[Item]:
         """Everything that waits, at most BATCH; nothing if a deadline comes first."""
         now = time.monotonic()
         due = [self._polled_at + POLL_S] + [
             when for when in (self._core.deadline, self._connect_at) if when is not None
         ]
-        batch: list[LinkEvent | Interrupted] = []
+        batch: list[Item] = []
         with suppress(queue.Empty):
             batch.append(self._queue.get(timeout=max(0.0, min(due) - now)))
             while len(batch) < BATCH:
                 batch.append(self._queue.get_nowait())
         return batch
 
-    def _translate(self, event: LinkEvent | Interrupted, tokens: list[Token]) -> list[events.Action]:
+    def _translate(self, event: Item, tokens: list[Token]) -> list[events.Action]:
         now = time.monotonic()
         match event:
+            case Ahead():
+                return self._message(event.arrived, event.opened.result(), tokens)
             case Arrived():
-                tokens.append(event.token)
-                size = packet_bytes(event.topic, len(event.payload), self._protocol)
-                arrived = events.MessageArrived(topic=event.topic, payload=event.payload, packet_bytes=size)
-                return self._core.handle(arrived, now)
+                return self._message(event, None, tokens)
             case Connected():
                 self._attempts, self._protocol = 0, event.protocol
                 self.say(f"connected (MQTT {'5' if event.protocol == 5 else '3.1.1'})")
@@ -131,6 +153,12 @@ class Service:
                 return []
             case _:
                 assert_never(event)
+
+    def _message(self, arrived: Arrived, opened: Opened | None, tokens: list[Token]) -> list[events.Action]:
+        tokens.append(arrived.token)
+        size = packet_bytes(arrived.topic, len(arrived.payload), self._protocol)
+        event = events.MessageArrived(topic=arrived.topic, payload=arrived.payload, packet_bytes=size, opened=opened)
+        return self._core.handle(event, time.monotonic())
 
     def _perform(self, actions: Iterable[events.Action]) -> None:
         """Do the actions in order, but every record first and with one fsync: to publish later is always safe."""

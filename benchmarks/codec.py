@@ -3,7 +3,7 @@
     python -m benchmarks.codec [--json] [--parameters 10000 1200000 …]
 
 Encode is what a device does: clip, ternarize, pack, zstd. Decode is what an aggregator does: decompress, check,
-look up, add to a float32 vector. The baseline adds one float32 vector to another: the same memory, read and written.
+look up, add to a float32 sum. The baseline adds one float32 vector to another: the same memory, read and written.
 GB/s count the update as float32.
 """
 
@@ -18,6 +18,7 @@ from typing import Final
 
 import numpy as np
 
+from aggregator.accumulator import Accumulator
 from broker.schema import Schema, Vector
 from broker.ternary import TERNARY, ZSTD, Block, encode
 from edge_client.compress import compress
@@ -72,6 +73,7 @@ def measure(parameters: int) -> Row:
     schema = Schema.of({"weight": (parameters,)})
     change = np.random.default_rng(0).normal(0.0, 0.01, parameters).astype(np.float32)
     total: Vector = np.zeros(parameters, dtype=np.float32)
+    accumulator = Accumulator(schema)
 
     def encode_update() -> bytes:
         return encode(compress(schema, Plan(), change, None, 7).block.content, ZSTD)
@@ -79,7 +81,7 @@ def measure(parameters: int) -> Row:
     body = encode_update()
 
     def decode_update() -> None:
-        Block.read(schema, TERNARY, ZSTD, body).add_to(total, 600.0)
+        accumulator.add(Block.read(schema, TERNARY, ZSTD, body), 600.0)
 
     def add() -> None:
         np.add(total, change, out=total)

@@ -12,9 +12,9 @@ import sys
 from hashlib import blake2b
 
 import msgpack
-import numpy as np
 import zstandard
 
+from aggregator.accumulator import Accumulator
 from benchmarks.ingest import FEDERATION, identity, shapes
 from broker import topics
 from broker.frame import SIGNED_PREFIX, build
@@ -32,7 +32,7 @@ def main() -> None:
     url, parameters, path = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     schema = Schema.of(shapes(parameters))
-    total = np.zeros(schema.elements, dtype=np.float32)
+    total = Accumulator(schema)
     inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
     link = Link(url, client_id="skeleton", deliver=inbox.put, receive_maximum=256)
     link.connect("bench/skeleton", b"")
@@ -45,8 +45,8 @@ def main() -> None:
     while True:
         tokens: list[Token] = []
         finished: list[tuple[str, int]] = []
-        event = inbox.get()
-        while event is not None and len(finished) < GROUP:
+        event: object = inbox.get()
+        while event is not None:
             if isinstance(event, Arrived):
                 tokens.append(event.token)
                 payload = event.payload
@@ -63,10 +63,10 @@ def main() -> None:
                 bodies.append(body)
                 if len(bodies) == header["part"][1]:
                     content = zstandard.ZstdDecompressor().decompress(b"".join(parts.pop(sender)))
-                    Block(schema, "ternary", content).add_to(total, 100.0)
+                    total.add(Block(schema, "ternary", content), 100.0)
                     finished.append((sender, header["seq"]))
             try:
-                event = inbox.get_nowait()
+                event = inbox.get_nowait() if len(finished) < GROUP else None
             except queue.Empty:
                 event = None
         os.fsync(journal)

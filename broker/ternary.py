@@ -28,8 +28,8 @@ CHUNK: Final = 5 * CHUNK_BYTES
 
 Trits = npt.NDArray[np.int8]
 _POWERS: Final = np.array([1, 3, 9, 27, 81], dtype=np.uint8)
-# _TRITS[b] are the five trits of byte b, t0 first
-_TRITS: Final = ((np.arange(243)[:, None] // _POWERS) % 3 - 1).astype(np.int8)
+# TRITS[b] are the five trits of byte b, t0 first
+TRITS: Final = ((np.arange(243)[:, None] // _POWERS) % 3 - 1).astype(np.int8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +62,10 @@ class Block:
         runs = [change[segment.start : segment.stop] for segment in (*schema.ternary, *schema.dense)]
         return cls(schema, FLOAT32, _clip(np.concatenate(runs)).tobytes())
 
-    def add_to(self, vector: Vector, weight: float = 1.0) -> None:
-        """Add weight * value to ``vector`` in place, in pieces that fit the cache."""
-        for start, values in self._pieces(np.float32(weight)):
-            vector[start : start + len(values)] += values
-
     def apply(self, vector: Vector) -> Vector:
         """The next version: v + s*t and v + d in float32, tiny numbers counting as +0; the same bits everywhere."""
         result = vector.copy()
-        for start, values in self._pieces(np.float32(1.0)):
+        for start, values in self._pieces():
             target = result[start : start + len(values)]
             target += values
             flush_tiny(target)
@@ -80,39 +75,52 @@ class Block:
         """The change itself as a vector."""
         return self.apply(np.zeros(self.schema.elements, dtype=np.float32))
 
-    def _pieces(self, weight: np.float32) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-        """(place in the vector, weighted values), in pieces of at most CHUNK elements."""
+    @property
+    def scales(self) -> npt.NDArray[np.float32]:
+        """Of a ternary block: one for each ternary tensor, tiny ones as 0."""
+        scales = np.frombuffer(self.content, dtype=type_f32, count=len(self.schema.ternary)).astype(np.float32)
+        flush_tiny(scales)
+        return scales
+
+    @property
+    def packed(self) -> npt.NDArray[np.uint8]:
+        """Of a ternary block: the bytes of five trits each."""
+        first = 4 * len(self.schema.ternary)
+        return np.frombuffer(self.content, dtype=np.uint8)[first : first + trit_bytes(self.schema)]
+
+    @property
+    def elements(self) -> npt.NDArray[np.float32]:
+        """What is float32 in it: the dense tensors' elements, in a float32 block the ternary ones' before them."""
+        first = 4 * len(self.schema.ternary) + trit_bytes(self.schema) if self.codec == TERNARY else 0
+        return np.frombuffer(self.content[first:], dtype=type_f32)
+
+    def _pieces(self) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """(place in the vector, values), in pieces of at most CHUNK elements."""
+        elements = self.elements
+        runs = [(segment.start, segment.stop, segment.offset) for segment in self.schema.dense]
         if self.codec == TERNARY:
-            yield from self._ternary_pieces(weight)
-            dense = np.frombuffer(self.content, dtype=type_f32, offset=self._dense_offset())
-            runs = [(segment.start, segment.stop, segment.offset) for segment in self.schema.dense]
+            yield from self._ternary_pieces()
         else:
-            dense = np.frombuffer(self.content, dtype=type_f32)
             after = self.schema.ternary_elements
-            runs = [(segment.start, segment.stop, segment.offset) for segment in self.schema.ternary]
-            runs += [(segment.start, segment.stop, segment.offset + after) for segment in self.schema.dense]
+            runs = [(start, stop, offset + after) for start, stop, offset in runs]
+            runs += [(segment.start, segment.stop, segment.offset) for segment in self.schema.ternary]
         for start, stop, offset in runs:
             for place in range(start, stop, CHUNK):
                 first = offset + place - start
-                values = dense[first : first + min(CHUNK, stop - place)].astype(np.float32)
+                values = elements[first : first + min(CHUNK, stop - place)].astype(np.float32)
                 flush_tiny(values)
-                yield place, values if weight == 1 else values * weight
+                yield place, values
 
-    def _ternary_pieces(self, weight: np.float32) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-        scales = np.frombuffer(self.content, dtype=type_f32, count=len(self.schema.ternary))
-        packed = np.frombuffer(self.content, dtype=np.uint8)[4 * len(scales) : self._dense_offset()]
-        for segment, scale in zip(self.schema.ternary, scales, strict=True):
-            factor = np.float32(0) if scale < SMALLEST_NORMAL else scale * weight
-            table = _TRITS * factor  # (243, 5) float32: one look-up turns a byte into five scaled values
+    def _ternary_pieces(self) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        packed = self.packed
+        for segment, scale in zip(self.schema.ternary, self.scales, strict=True):
+            table = TRITS * scale  # (243, 5) float32: one look-up turns a byte into five scaled values
             end = segment.offset + segment.tensor.elements
             for first in range(segment.offset // 5, -(-end // 5), CHUNK_BYTES):
                 last = min(first + CHUNK_BYTES, -(-end // 5))
                 values = table.take(packed[first:last], axis=0).reshape(-1)
                 low, high = max(segment.offset, 5 * first), min(end, 5 * last)
                 yield segment.start + low - segment.offset, values[low - 5 * first : high - 5 * first]
-
-    def _dense_offset(self) -> int:
-        return 4 * len(self.schema.ternary) + trit_bytes(self.schema)
 
 
 def trit_bytes(schema: Schema) -> int:
@@ -146,7 +154,7 @@ def pack(trits: Trits) -> bytes:
 
 def unpack(packed: bytes, count: int) -> Trits:
     """The first ``count`` trits of bytes that ``pack`` made."""
-    return _TRITS.take(np.frombuffer(packed, dtype=np.uint8), axis=0).reshape(-1)[:count]
+    return TRITS.take(np.frombuffer(packed, dtype=np.uint8), axis=0).reshape(-1)[:count]
 
 
 def encode(content: bytes, encoding: str = ZSTD) -> bytes:
@@ -192,7 +200,7 @@ def _check_ternary(schema: Schema, content: bytes) -> None:
     if packed.size and int(packed.max()) > TRIT_BYTE_MAX:
         raise ProtocolError("bad-trits", f"a byte above {TRIT_BYTE_MAX}")
     used = schema.ternary_elements % 5
-    if used and _TRITS[packed[-1], used:].any():
+    if used and TRITS[packed[-1], used:].any():
         raise ProtocolError("bad-trits", "the last byte is not filled with 0")
     _check_elements(np.frombuffer(content, dtype=type_f32, offset=4 * len(scales) + len(packed)))
 

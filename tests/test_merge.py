@@ -40,7 +40,7 @@ def plain_mean(chosen: list[tuple[int, int, float, bool]]) -> F64:
 @given(updates)
 @settings(max_examples=60, deadline=None)
 def test_the_mean_is_the_formula_s(chosen: list[tuple[int, int, float, bool]]) -> None:
-    mean = Mean(SCHEMA.elements)
+    mean = Mean(SCHEMA)
     for seed, samples, worth, ternary in chosen:
         mean.add(block(seed, ternary=ternary), samples, worth)
     assert mean.samples == sum(samples for _, samples, _, _ in chosen)
@@ -49,7 +49,7 @@ def test_the_mean_is_the_formula_s(chosen: list[tuple[int, int, float, bool]]) -
 
 
 def test_a_buffer_of_stale_updates_moves_the_model_less() -> None:
-    mean = Mean(SCHEMA.elements)
+    mean = Mean(SCHEMA)
     one = block(1, ternary=True)
     mean.add(one, 10, 0.5)
     mean.add(one, 30, 0.5)

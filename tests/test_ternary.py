@@ -9,6 +9,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aggregator.accumulator import Accumulator
 from broker.errors import ProtocolError
 from broker.schema import Schema, Tensor
 from broker.ternary import (
@@ -146,11 +147,11 @@ def test_a_block_is_applied_bit_by_bit_as_a_second_implementation_does(name: str
     assert vector.tobytes() == np.array(start, dtype=np.float32).tobytes()
     assert np.array_equal(read.value(), np.array(values, dtype=np.float32))
     weight = np.float32(data.draw(st.floats(0, 100, width=32)))
-    total = vector.copy()
-    read.add_to(total, float(weight))
-    np.testing.assert_allclose(
-        total, vector.astype(np.float64) + float(weight) * np.array(values, dtype=np.float64), rtol=1e-5, atol=1e-3
-    )
+    accumulator = Accumulator(schema)
+    for factor in (1.0, float(weight)):
+        accumulator.add(read, factor)
+    expected_sum = (1.0 + float(weight)) * np.array(values, dtype=np.float64)
+    np.testing.assert_allclose(accumulator.total(), expected_sum, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("before", [0, 1, 3])
