@@ -275,6 +275,15 @@ def close(directory: Dir) -> None:
 
 
 @app.command()
+def restored(directory: Dir) -> None:
+    """Say, before the next `run`, that DIR was restored from a backup.
+
+    Devices refuse what is older than what they have seen, so version and sequence numbers go on 2^32 higher.
+    """
+    typer.echo(f"{directory} goes on at version {home.restored(directory, _software())}")
+
+
+@app.command()
 def export(
     directory: Dir,
     out: Annotated[Path, typer.Argument(metavar="OUT.safetensors")],

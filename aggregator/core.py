@@ -23,6 +23,7 @@ from broker.identity import Identity
 from broker.messages import CLOSED, Metrics, Status
 from broker.schema import Schema
 
+RESTORED: Final = 2**32
 ECHO_S: Final = 5.0  # how long the broker has to show us the head that it should have kept
 
 
@@ -243,6 +244,15 @@ class Core:
         self._press.renew()
         if self.model.buffer:
             self._desk.merge_by = now + self.settings.merge.max_wait_s
+        return self._actions
+
+    def restored(self) -> list[events.Action]:
+        """This state is an older copy: go above every number that a device may have seen (protocol, section 14)."""
+        self._actions = []
+        self._outlet.leap(RESTORED)
+        self.session += RESTORED
+        self._save(records.SessionBegun(session=self.session))
+        self._press.leap(RESTORED)
         return self._actions
 
     def _merge(self) -> None:

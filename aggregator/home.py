@@ -3,7 +3,7 @@
 import secrets
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -179,18 +179,27 @@ def _tell(directory: Path, what: str) -> None:
 
 def change_state(directory: Path, what: str, software: str) -> None:
     """Pause, resume or close; by the running aggregator, or here, to be published by the next."""
-    load_settings(directory)
     try:
         requests.ask(directory, what)
     except requests.NotRunningError:
-        with requests.exclusive(directory, patience_s=2.0):
-            ledger = Ledger(directory / LEDGER)
-            try:
-                core = open_core(directory, ledger, software)
-                actions = core.handle(events.StateRequested(state=STATES[what]), 0.0)
-                ledger.write([action.record for action in actions if isinstance(action, events.Save)])
-            finally:
-                ledger.close()
+        _apply(directory, software, lambda core: core.handle(events.StateRequested(state=STATES[what]), 0.0))
+
+
+def restored(directory: Path, software: str) -> int:
+    """Take note that this directory came from a backup; returns the version at which it goes on."""
+    _apply(directory, software, Core.restored)
+    return tensors_of(directory, None)[0]
+
+
+def _apply(directory: Path, software: str, change: Callable[[Core], list[events.Action]]) -> None:
+    """Change the state on disk while no process serves the directory."""
+    with requests.exclusive(directory, patience_s=2.0):
+        ledger = Ledger(directory / LEDGER)
+        try:
+            actions = change(open_core(directory, ledger, software))
+            ledger.write([action.record for action in actions if isinstance(action, events.Save)])
+        finally:
+            ledger.close()
 
 
 def tensors_of(directory: Path, version: int | None) -> tuple[int, bytes, dict[str, npt.NDArray[np.float32]]]:

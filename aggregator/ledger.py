@@ -214,7 +214,8 @@ class Ledger:
 
     def _version(self, record: records.VersionMade, now: float) -> None:
         self._set("version", record.version)
-        self.db.execute("UPDATE updates SET merged = ? WHERE merged IS NULL", (record.version,))
+        if record.updates:
+            self.db.execute("UPDATE updates SET merged = ? WHERE merged IS NULL", (record.version,))
         self.db.execute(
             "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (

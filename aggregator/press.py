@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from aggregator import events, records
+from aggregator.downlink import encoded_block, next_block
 from aggregator.model import Model
 from aggregator.outlet import Frames, Outlet
 from aggregator.settings import OptimizerSettings, Settings
@@ -74,6 +75,26 @@ class Press:
         )
         left = self._parts_in(lambda part: topics.snapshot(self.settings.federation, place, part))[len(frames) :]
         self._keep([*frames, self._head(), *((topic, b"") for topic in left)])
+
+    def leap(self, versions: int) -> None:
+        """Go on so many versions later with the same model: after a restore, above whatever devices may have seen."""
+        model = self.model
+        model.version += versions
+        block = next_block(model.schema, self.settings.downlink.codec, model.published, model.published)
+        encoding, body = encoded_block(block)
+        self._save(
+            records.VersionMade(
+                version=model.version,
+                digest=model.digest,
+                updates=0,
+                staleness_mean=0.0,
+                staleness_max=0,
+                codec=block.codec,
+                encoding=encoding,
+                body=body,
+            )
+        )
+        self.snapshot()
 
     def change_state(self, state: str) -> None:
         self.kept.state = state

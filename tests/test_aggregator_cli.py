@@ -349,3 +349,12 @@ def test_an_aggregator_waits_for_a_broker_that_is_not_there(tmp_path: Path, mode
         assert status(directory)["state"] == "paused"
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
+
+
+def test_a_restored_directory_goes_on_2_32_versions_later(tmp_path: Path, model: Path) -> None:
+    directory = tmp_path / "agg"
+    init(directory, model)
+    before = status(directory)
+    assert str(2**32) in run("restored", directory)
+    after = status(directory)
+    assert (after["version"], after["digest"]) == (2**32, before["digest"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_world import Bench, Device, float32_block, make_directory, scratch, ternary_block
+from small_world import Bench, Device, float32_block, follow, make_directory, scratch, ternary_block
 
 from aggregator import events, home
 from aggregator.core import Core
@@ -199,3 +199,25 @@ def test_a_directory_moves_with_all_that_is_in_it(make: Make) -> None:
     again.start()
     assert again.handle(events.TimeReached()) == []
     again.close()
+
+
+def test_a_restored_directory_goes_on_above_what_devices_have_seen(make: Make) -> None:
+    bench = make(merge__buffer_size=2, downlink__slots=4)
+    pi, other = bench.join("pi"), bench.join("other")
+    for version in range(3):
+        for device in (pi, other):
+            bench.send(device, ternary_block(bench.schema, version), version)
+    bench.send(pi, ternary_block(bench.schema, 9), 3)  # in the buffer when the copy is made
+    head, session = bench.head, bench.core.session
+    head_seq = bench.core._outlet.seq
+    bench.perform(bench.core.restored())
+    bench.restart()
+    bench.start()
+    assert (bench.head.version, bench.head.digest) == (head.version + 2**32, head.digest)
+    assert bench.core._outlet.seq > head_seq + 2**32
+    assert bench.core.session > session + 2**32
+    assert follow(bench.retained, bench.identity.public) == (bench.head.version, bench.core.model.digest)
+    bench.send(other, ternary_block(bench.schema, 10), bench.head.version)
+    assert bench.head.version == head.version + 2**32 + 1
+    assert not bench.core.model.buffer
+    assert follow(bench.retained, bench.identity.public) == (bench.head.version, bench.core.model.digest)
