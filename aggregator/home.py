@@ -179,6 +179,7 @@ def _tell(directory: Path, what: str) -> None:
 
 def change_state(directory: Path, what: str, software: str) -> None:
     """Pause, resume or close; by the running aggregator, or here, to be published by the next."""
+    load_settings(directory)  # or there is none
     try:
         requests.ask(directory, what)
     except requests.NotRunningError:
@@ -187,6 +188,7 @@ def change_state(directory: Path, what: str, software: str) -> None:
 
 def restored(directory: Path, software: str) -> int:
     """Take note that this directory came from a backup; returns the version at which it goes on."""
+    load_settings(directory)
     _apply(directory, software, Core.restored)
     return tensors_of(directory, None)[0]
 
