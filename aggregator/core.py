@@ -4,6 +4,7 @@ It knows the protocol, who may say what, and when to merge. It does no I/O and r
 event. What must survive a crash is a ``Save``, and stands before every action that tells anybody of it.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Final, assert_never
 
@@ -48,6 +49,7 @@ class Core:
     _actions: list[events.Action] = field(default_factory=list)
     _echo_by: float = 0.0
     _census_by: float | None = None  # until then the broker is still telling us who is online
+    _merge_from: float = -math.inf  # not before
     _now: float = 0.0
 
     def __post_init__(self) -> None:
@@ -68,8 +70,9 @@ class Core:
     def deadline(self) -> float | None:
         """When ``TimeReached`` is due at the latest."""
         echo_by = self._echo_by if self._press.in_doubt else None
-        census_by = self._census_by if self.model.buffer else None
-        dues = (self._desk.merge_by, echo_by, census_by, self._tally.due)
+        dues = [self._desk.merge_by, echo_by, self._tally.due]
+        if self.model.buffer:
+            dues += [self._census_by, self._merge_from if self._merge_from > self._now else None]
         return min((due for due in dues if due is not None), default=None)
 
     def handle(self, event: events.Event, now: float) -> list[events.Action]:
@@ -257,6 +260,7 @@ class Core:
 
     def _merge(self) -> None:
         self._desk.merge_by = None
+        self._merge_from = self._now + self.settings.downlink.min_interval_s
         self._press.merge()
 
     def _change_state(self, event: events.StateRequested) -> None:
@@ -273,15 +277,19 @@ class Core:
     def _on_time(self) -> None:
         if self._census_by is not None and self._census_by <= self._now:
             self._census_by = None
-        due = self._desk.merge_by is not None and self._desk.merge_by <= self._now
-        if self.model.buffer and (
-            due or len(self.model.buffer) >= self.settings.merge.buffer_size or self._all_contributed()
-        ):
+        if self.model.buffer and self._is_merge_due():
             self._merge()
         if self._press.in_doubt and self._echo_by <= self._now:
             self._press.republish()
         if self._tally.due is not None and self._tally.due <= self._now:
             self._count()
+
+    def _is_merge_due(self) -> bool:
+        """Whether it is time: max_wait_s after the first update, or earlier, but not too soon, when all is there."""
+        if self._desk.merge_by is not None and self._desk.merge_by <= self._now:
+            return True
+        full = len(self.model.buffer) >= self.settings.merge.buffer_size
+        return self._merge_from <= self._now and (full or self._all_contributed())
 
     def _all_contributed(self) -> bool:
         """Whether there is nobody online whose update is still to come; evaluators send none."""

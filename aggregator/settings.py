@@ -55,6 +55,7 @@ class DownlinkSettings:
     """How the model travels to the devices."""
 
     codec: str = _key("ternary", "ternary, what it loses being carried later; or float32", one_of=CODECS)
+    min_interval_s: float = _key(0.0, "no two versions closer than this; updates wait in the buffer", low=0, high=1e6)
     slots: int = _key(32, "deltas kept on the broker; a device further behind takes a snapshot", low=1, high=65_535)
 
 

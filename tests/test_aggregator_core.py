@@ -800,6 +800,34 @@ def test_after_a_connect_the_broker_first_tells_who_is_online(make: Make) -> Non
     assert bench.version == 1
 
 
+def test_versions_keep_their_distance(make: Make) -> None:
+    bench = make(merge__buffer_size=1, downlink__min_interval_s=3.0, merge__max_wait_s=10.0)
+    devices = [bench.join(name) for name in ("a", "b", "c")]
+    bench.send(devices[0], ternary_block(bench.schema, 1), 0)
+    assert bench.version == 1
+    bench.tick(1.0)
+    for device in devices[1:]:
+        bench.send(device, ternary_block(bench.schema, 2), 1)
+    assert bench.version == 1
+    assert bench.core.deadline == bench.now + 1.0  # what was counted
+    bench.tick(1.0)
+    assert bench.core.deadline == bench.now + 1.0
+    bench.tick(1.0)
+    assert bench.version == 2
+    assert not bench.core.model.buffer
+
+
+def test_no_distance_is_longer_than_the_longest_wait(make: Make) -> None:
+    bench = make(merge__buffer_size=1, downlink__min_interval_s=30.0, merge__max_wait_s=10.0)
+    a, b = bench.join("a"), bench.join("b")
+    bench.send(a, ternary_block(bench.schema, 1), 0)
+    bench.send(b, ternary_block(bench.schema, 2), 1)
+    bench.tick(9.9)
+    assert bench.version == 1
+    bench.tick(0.1)
+    assert bench.version == 2
+
+
 def test_nobody_online_means_nobody_known(make: Make) -> None:
     """A contributor that never said a word about itself does not make the merge happen at once."""
     bench = make()

@@ -31,7 +31,7 @@ def block(word: str) -> str:
 def test_the_model_loads_into_the_tasks_model_and_predicts(tmp_path: Path) -> None:
     run(tmp_path, "-m", "ternbus", "edge", "init-model", "digits", "model.safetensors")
     printed = run(tmp_path, "-W", "error", "-c", block("load_file"))
-    assert printed.count("tensor") == 2
+    assert printed.startswith("tensor([")
 
 
 def test_the_example_of_ones_own_task_is_a_task(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ DEFAULTS = {
     "merge": {"buffer_size": 4, "max_wait_s": 30.0, "max_update_norm": 0.0},
     "staleness": {"max": 8, "discount": "polynomial", "exponent": 0.5},
     "optimizer": {"name": "fedavg", "learning_rate": 1.0, "momentum": 0.9},
-    "downlink": {"codec": "ternary", "slots": 32},
+    "downlink": {"codec": "ternary", "min_interval_s": 0.0, "slots": 32},
 }
 
 # section.key: (good values, bad values)
@@ -42,6 +42,7 @@ BOUNDS: dict[str, tuple[list[object], list[object]]] = {
     "optimizer.learning_rate": ([0, 1, 1e6], [-1, 1e7, float("inf"), "1.0"]),
     "optimizer.momentum": ([0, 0.9, 0.9999], [1, -0.1]),
     "downlink.codec": (["ternary", "float32"], ["float16", 32]),
+    "downlink.min_interval_s": ([0, 2.5, 1e6], [-0.1, 1e7, "1"]),
     "downlink.slots": ([1, 65_535], [0, 65_536, 32.0]),
     "limits.direct_parts": ([4, 100], [3, 8.0, 2**63]),
     "limits.frames_per_s": ([500, 10_000], [499, True]),
