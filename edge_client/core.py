@@ -20,6 +20,7 @@ from edge_client.events import Event
 from edge_client.follower import Follower
 from edge_client.kept import Kept
 from edge_client.learning import Learning
+from edge_client.listening import Listening
 from edge_client.member import ENROLL_SEQ, OFFLINE, Member, misfit, subscriptions
 from edge_client.memory import Memory
 from edge_client.presence import Presence
@@ -51,6 +52,7 @@ class Core:
         self._reconnecting = Reconnecting(salt=member.key.hex())
         self._enrolling = Sending(salt=member.key.hex(), first_s=FIRST_ENROLL_RESEND_S)
         self._waiting = Waiting(timeout_s=member.timeout_s)
+        self._listening = Listening()
         self._online = False  # whether there is a connection
         self._connecting = False
         self._trouble = ""  # why there is none
@@ -83,6 +85,7 @@ class Core:
         times = [
             None if self._online or self._connecting else self._reconnecting.due_s,
             self.follower.due_s() if self._online else None,
+            self._listening.due_s(self.presence.online is not None) if self._online else None,
             self._enroll_due_s(),
             self._send_due_s(),
             self._waiting.due_s(),
@@ -125,7 +128,7 @@ class Core:
         """Whatever the state now allows, whichever event led to it."""
         actions = self._connect(now)
         if self._online:
-            actions += self.follower.time_reached(now)
+            actions += [*self._listen(now), *self.follower.time_reached(now)]
         actions += self._look_at_schema()
         actions += self._leave_if_done()
         if self._stopped:
@@ -150,12 +153,20 @@ class Core:
         self._online, self._connecting, self._trouble = True, False, ""
         self._reconnecting.connected(now)
         self.presence.reconnected()
+        self._listening.connected(now)
         self._enrolling.wanted(now)
         self.uplink.connected(frame_bytes, now)
         log = Log(event="connected", text="connected to the broker", fields={"session": self.kept.session})
         subscribe = Subscribe(filters=subscriptions(self.member.federation, self.member.device))
         metrics = self.evaluating.pending.values()
         return [log, subscribe, *self._status(), *self.follower.reconnected(now), *metrics]
+
+    def _listen(self, now: float) -> list[Action]:
+        """Ask again for what every connection begins with, where it has not come."""
+        if now < self._listening.due_s(self.presence.online is not None):
+            return []
+        self._listening.asked(now)
+        return [Subscribe(filters=(topics.status(self.member.federation), topics.head(self.member.federation)))]
 
     def _disconnected(self, reason: str, now: float) -> list[Action]:
         known = self._trouble == reason
@@ -213,6 +224,7 @@ class Core:
 
     def _head(self, frame: Frame, now: float) -> list[Action]:
         head = Head.from_meta(frame.meta)
+        self._listening.head_came(now)
         kept = self.kept
         if head.version < kept.head_version or frame.seq < kept.head_seq:
             raise ProtocolError("old-head", f"version {head.version}, seq {frame.seq}")

@@ -23,7 +23,7 @@ from broker.identity import Identity, enroll_proof, seal
 from broker.messages import Enroll, Head, Metrics, Offer, Receipt, Snapshot, Status, Update
 from broker.parts import cut
 from broker.schema import Schema, vector_digest, vector_of
-from broker.ternary import Block, encode
+from broker.ternary import Block, decode, encode
 
 LAB = "lab"
 BROKER_URL = "mqtt://127.0.0.1:1"
@@ -302,6 +302,7 @@ def follow(retained: Mapping[str, bytes], public: bytes) -> tuple[int, bytes]:
     snapshot = Snapshot.from_meta(frame.meta)
     if snapshot.version != named.version:
         raise LostError(f"the snapshot is of version {snapshot.version}, not {named.version}")
+    body = decode(body, snapshot.encoding, snapshot.content_bytes)
     schema = Schema.parse(body[: snapshot.schema_bytes])
     vector = vector_of(body[snapshot.schema_bytes :], schema)
     assert vector_digest(vector) == snapshot.digest

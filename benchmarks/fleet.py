@@ -1,0 +1,335 @@
+"""Ten thousand devices at one aggregator: how they join, how fast they hear of a new version, what each costs it.
+
+    python -m benchmarks.fleet [--json] [--devices 10000] [--engine auto]
+
+Crowds in other processes hold a connection, a session and a last will for each device and enrol all of them at
+once; then each device sends an update at some moment of half a minute; then single updates make versions while all
+is quiet, to see how long a new version takes to reach everybody: from when it is on the aggregator's disk until a
+device has read the head that names it. The model is small: it is the number of devices that is measured.
+Aggregator, broker and crowds share the machine.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from aggregator import home, records
+from aggregator import status as statuses
+from aggregator.ledger import Ledger
+from benchmarks.crowd import Answers, Task, serve, shares
+from benchmarks.ingest import FEDERATION, device, identity, prepared_body, resident_mb, shapes
+from broker.identity import enroll_proof
+from broker.running import Engine, RunningBroker, choose, start
+from broker.ternary import ZSTD
+
+CROWDS: Final = 2
+PARAMETERS: Final = 10_000
+FEW: Final = 10  # devices of the aggregator that the others are held against
+BUFFER: Final = 1000
+SPAN_S: Final = 30.0  # in which each device sends one update
+QUIET: Final = 5  # versions made while all is quiet
+MERGE_S: Final = 1.0  # after a single update
+RESERVED_FILES: Final = 300  # of a broker, beside its clients
+GOAL_BYTES: Final = 2048  # of the aggregator's memory, a device
+
+
+@dataclass(slots=True)
+class Aggregator:
+    """The running process, and what it has used."""
+
+    process: subprocess.Popen[bytes]
+    began: float
+
+    @property
+    def cpu_s(self) -> float:
+        return cpu_s(self.process.pid)
+
+    def settled_kb(self) -> float:
+        """Its resident memory once it has little to do."""
+        while True:
+            before = self.cpu_s
+            time.sleep(2.0)
+            if self.cpu_s - before < 0.2:
+                return 1024 * resident_mb(self.process.pid, "VmRSS")
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(60)
+
+
+def cpu_s(pid: int) -> float:
+    """Of a process, until now."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def possible(wanted: int) -> tuple[int, str]:
+    """(how many devices this machine allows, why not all); raises our limit of open files as far as it goes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + RESERVED_FILES
+    if 0 <= hard < needed:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, needed))
+        except (ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    elif 0 <= soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    bounds = {
+        f"a process may open {files} files": files - RESERVED_FILES if files >= 0 else wanted,
+        f"{last - first} local ports": last - first - 1000,
+    }
+    why = min(bounds, key=lambda each: bounds[each])
+    return (wanted, "") if bounds[why] >= wanted else (bounds[why], why)
+
+
+def prepare(directory: Path, url: str) -> None:
+    """An aggregator with a few devices."""
+    model = {name: np.zeros(shape, dtype=np.float32) for name, shape in shapes(PARAMETERS).items()}
+    settings = {
+        "merge.buffer_size": BUFFER,
+        "merge.max_wait_s": MERGE_S,
+        "downlink.min_interval_s": 2.0,
+        "staleness.max": 1_000_000,
+    }
+    home.create(directory, federation=FEDERATION, broker=url, model=model, settings=settings)
+    names = {f"few-{number}": identity(10**6 + number).public for number in range(FEW)}
+    with closing(Ledger(directory / home.LEDGER)) as ledger:
+        ledger.write(
+            records.DeviceEnrolled(device=name, public=public, proof=enroll_proof("bench", FEDERATION, name, public))
+            for name, public in names.items()
+        )
+
+
+def run_aggregator(directory: Path, log: Path) -> Aggregator:
+    """Start it, and wait until it is connected."""
+    began = time.monotonic()
+    command = [sys.executable, "-m", "ternbus", "aggregator", "run", str(directory)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stderr=output)
+    while b"connected (" not in log.read_bytes():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.02)
+    return Aggregator(process, time.monotonic() - began)
+
+
+def crowds(broker: RunningBroker, codes: dict[str, str]) -> tuple[list[Any], list[Connection]]:
+    """Processes that hold the devices, ready to join."""
+    codec, body = prepared_body(PARAMETERS)
+    context, processes, pipes = multiprocessing.get_context("spawn"), [], []
+    for names in shares(list(codes), CROWDS):
+        task = Task(
+            host=broker.endpoint.host,
+            port=broker.endpoint.port,
+            federation=FEDERATION,
+            codes={name: codes[name] for name in names},
+            seeds={name: identity(int(name[1:])).seed for name in names},
+            codec=codec,
+            encoding=ZSTD,
+            body=body,
+        )
+        ours, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(task, theirs))
+        process.start()
+        processes.append(process)
+        pipes.append(ours)
+    for pipe in pipes:
+        pipe.recv()
+    return processes, pipes
+
+
+def tell(pipes: Sequence[Connection], what: str, argument: float = 0.0) -> list[Any]:
+    """All crowds do something; what each made of it."""
+    for pipe in pipes:
+        pipe.send((what, argument))
+    return [pipe.recv() for pipe in pipes]
+
+
+def gathered(found: Sequence[Answers], devices: int, parts: dict[str, float]) -> dict[str, Any]:
+    """One phase's figures. ``parts`` is what each process's CPU clock showed for it."""
+    times = [pair for each in found for pair in each.times]
+    waits = sorted(1000 * (answered - asked) for asked, answered in times)
+    seconds = max(answered for _, answered in times) - min(asked for asked, _ in times)
+    return {
+        "answered": len(times),
+        "outcomes": {name: sum(each.outcomes[name] for each in found) for each in found for name in each.outcomes},
+        "seconds": seconds,
+        "per_s": len(times) / seconds,
+        "p50_ms": percentile(waits, 0.5),
+        "p99_ms": percentile(waits, 0.99),
+        "resent": sum(each.resent for each in found),
+        "lost": sum(each.lost for each in found),
+        "cpu_ms_per_device": {name: 1000 * spent / devices for name, spent in parts.items()},
+    }
+
+
+def percentile(ordered: Sequence[float], share: float) -> float:
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def fan_outs(pipes: Sequence[Connection], directory: Path, devices: int) -> list[dict[str, float]]:
+    """Of every version after the first: how long until half, 99 % and all of the devices had its head, in ms."""
+    arrivals: dict[int, list[float]] = {}
+    for found in tell(pipes, "heads"):
+        for version, times in found.items():
+            arrivals.setdefault(version, []).extend(times)
+    with closing(sqlite3.connect(directory / home.LEDGER)) as db:
+        made = dict(db.execute("SELECT version, made_at FROM versions"))
+    rows = []
+    for version, times in sorted(arrivals.items()):
+        if version:
+            waits = sorted(1000 * (arrived - made[version]) for arrived in times)
+            # a device that missed a head hears the next one; so all that did not hear are counted as later than all
+            waits += [float("inf")] * (devices - len(waits))
+            row = {"version": version, "first_ms": waits[0], "p50_ms": percentile(waits, 0.5)}
+            rows.append(row | {"p99_ms": percentile(waits, 0.99), "all_ms": waits[-1], "heard": len(times)})
+    return rows
+
+
+@dataclass(slots=True, kw_only=True)
+class Fleet:
+    """All that runs."""
+
+    devices: int
+    broker: RunningBroker
+    aggregator: Aggregator
+    pipes: Sequence[Connection]
+
+    def phase(self, what: str, span_s: float = 0.0) -> dict[str, Any]:
+        """One in which every device asks for something."""
+        before = self.aggregator.cpu_s, cpu_s(self.broker.pid)
+        found = tell(self.pipes, what, span_s)
+        spent = {"aggregator": self.aggregator.cpu_s - before[0], "broker": cpu_s(self.broker.pid) - before[1]}
+        return gathered(found, self.devices, spent)
+
+
+def idle_share(aggregator: Aggregator, seconds: float = 5.0) -> float:
+    """Of a core, that it takes to have all these devices and nothing to do."""
+    before = aggregator.cpu_s
+    time.sleep(seconds)
+    return (aggregator.cpu_s - before) / seconds
+
+
+def measure(devices: int, engine: Engine, folder: Path) -> dict[str, Any]:
+    """Few devices, all join, all send, single versions, started again."""
+    directory, log, software = folder / "aggregator", folder / "aggregator.log", choose(engine)
+    processes: list[Any] = []
+    with start(software, host="127.0.0.1", port=0, directory=folder / "broker") as broker:
+        prepare(directory, broker.url)
+        aggregator = run_aggregator(directory, log)
+        try:
+            few_kb = aggregator.settled_kb()
+            aggregator.stop()
+            names = [device(number) for number in range(devices)]
+            began = time.monotonic()
+            codes = {each.device: each.code for each in home.invite(directory, *names)}
+            invited_s = time.monotonic() - began
+            aggregator = run_aggregator(directory, log)
+            processes, pipes = crowds(broker, codes)
+            fleet = Fleet(devices=devices, broker=broker, aggregator=aggregator, pipes=pipes)
+            join = fleet.phase("join")
+            joined_kb = aggregator.settled_kb()
+            idle = idle_share(aggregator)
+            send = fleet.phase("send", SPAN_S)
+            time.sleep(2 * MERGE_S)
+            busy = fan_outs(pipes, directory, devices)
+            sent_kb = aggregator.settled_kb()
+            for number in range(QUIET):
+                tell(pipes[:1], "one", number)
+                time.sleep(3 * MERGE_S)
+            quiet = fan_outs(pipes, directory, devices)[len(busy) :]
+            aggregator.stop()
+            aggregator = run_aggregator(directory, log)
+            started_kb = aggregator.settled_kb()
+            tell(pipes[:1], "one", QUIET)
+        finally:
+            aggregator.stop()
+            for process in processes:
+                process.terminate()
+    counts = statuses.read(directory)["counts"]
+    memory = {"joined": joined_kb, "sent": sent_kb, "started_again": started_kb}
+    return {
+        "devices": devices,
+        "broker": str(software),
+        "cores": os.cpu_count(),
+        "invited_s": invited_s,
+        "join": join,
+        "send": send,
+        "fan_out_while_sending": busy,
+        "fan_out_quiet": quiet,
+        "few_kb": few_kb,
+        "resident_kb": memory,
+        "bytes_per_device": {name: 1024 * (kb - few_kb) / (devices - FEW) for name, kb in memory.items()},
+        "idle_share_of_a_core": idle,
+        "started_again_s": aggregator.began,
+        "ledger_mb": sum(path.stat().st_size for path in directory.iterdir()) / 2**20,
+        "counts": counts,
+    }
+
+
+def show(row: dict[str, Any]) -> None:
+    """As a table."""
+    print(f"{row['devices']:,} devices in {CROWDS} processes, {row['broker']}, {row['cores']} cores carry everything")
+    print(f"invitations: {row['invited_s']:.1f} s\n")
+    print(f"{'':10} {'answered':>9} {'in s':>6} {'a second':>9} {'p50 ms':>8} {'p99 ms':>8} {'sent again':>10}", end="")
+    print(f" {'CPU ms a device: aggregator':>28} {'broker':>7}")
+    for name in ("join", "send"):
+        one, spent = row[name], row[name]["cpu_ms_per_device"]
+        print(
+            f"{name:10} {one['answered']:>9,} {one['seconds']:>6.1f} {one['per_s']:>9.0f} {one['p50_ms']:>8.0f}", end=""
+        )
+        print(f" {one['p99_ms']:>8.0f} {one['resent']:>10} {spent['aggregator']:>28.2f} {spent['broker']:>7.2f}")
+    print("\nnew version, from the aggregator's disk to the devices, ms (median over versions)")
+    print(f"{'':10} {'versions':>9} {'first':>7} {'50 %':>7} {'99 %':>7} {'all':>7} {'not heard':>10}")
+    for name, rows in (("sending", row["fan_out_while_sending"]), ("quiet", row["fan_out_quiet"])):
+        middle = {
+            key: float(np.median([one[key] for one in rows])) for key in ("first_ms", "p50_ms", "p99_ms", "all_ms")
+        }
+        missed = sum(row["devices"] - one["heard"] for one in rows)
+        print(f"{name:10} {len(rows):>9}" + "".join(f" {each:>7.0f}" for each in middle.values()) + f" {missed:>10}")
+    print(
+        f"\naggregator's memory a device (goal {GOAL_BYTES:,} B), above {row['few_kb'] / 1024:.0f} MB with {FEW} devices"
+    )
+    for name, size in row["bytes_per_device"].items():
+        print(f"{name.replace('_', ' '):16} {size:>7,.0f} B")
+    print(f"\nidle with all connected: {row['idle_share_of_a_core']:.1%} of a core", end="; ")
+    print(f"started again in {row['started_again_s']:.1f} s; ledger {row['ledger_mb']:.1f} MB")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--devices", type=int, default=10_000)
+    parser.add_argument("--engine", type=Engine, default=Engine.AUTO)
+    arguments = parser.parse_args()
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    devices, why = possible(arguments.devices)
+    if why:
+        print(f"{devices:,} devices instead of {arguments.devices:,}: {why}", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        row = measure(devices, arguments.engine, Path(folder))
+    if arguments.json:
+        print(json.dumps(row))
+    else:
+        show(row)
+
+
+if __name__ == "__main__":
+    main()
