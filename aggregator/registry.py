@@ -2,7 +2,6 @@
 
 import hmac
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -96,7 +95,7 @@ class Registry:
 
     federation: str
     members: dict[str, Member] = field(default_factory=dict)
-    codes: Mapping[str, str] = field(default_factory=dict)
+    codes: dict[str, str] = field(default_factory=dict)
 
     def authenticate(self, frame: Frame, verified: bytes = b"") -> Member:
         """The member whose present key signed this frame; ProtocolError with the reason for anybody else.
@@ -148,5 +147,5 @@ class Registry:
             member.old_keys = before.old_keys | {before.key: (before.public, state)}
             member.bases, member.highest_base = before.bases, before.highest_base
         self.members[device] = member
-        self.codes = {name: code for name, code in self.codes.items() if name != device}
+        self.codes.pop(device, None)
         return member

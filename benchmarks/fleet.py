@@ -42,8 +42,9 @@ PARAMETERS: Final = 10_000
 FEW: Final = 10  # devices of the aggregator that the others are held against
 BUFFER: Final = 1000
 SPAN_S: Final = 30.0  # in which each device sends one update
-QUIET: Final = 5  # versions made while all is quiet
-MERGE_S: Final = 1.0  # after a single update
+QUIET: Final = 4  # versions made while all is quiet
+MERGE_S: Final = 4.0  # after the first update of a smaller buffer
+HEARD_S: Final = 3.0  # by then a version has reached everybody
 RESERVED_FILES: Final = 300  # of a broker, beside its clients
 GOAL_BYTES: Final = 2048  # of the aggregator's memory, a device
 
@@ -105,7 +106,6 @@ def prepare(directory: Path, url: str) -> None:
     settings = {
         "merge.buffer_size": BUFFER,
         "merge.max_wait_s": MERGE_S,
-        "downlink.min_interval_s": 2.0,
         "staleness.max": 1_000_000,
     }
     home.create(directory, federation=FEDERATION, broker=url, model=model, settings=settings)
@@ -247,12 +247,12 @@ def measure(devices: int, engine: Engine, folder: Path) -> dict[str, Any]:
             joined_kb = aggregator.settled_kb()
             idle = idle_share(aggregator)
             send = fleet.phase("send", SPAN_S)
-            time.sleep(2 * MERGE_S)
+            time.sleep(MERGE_S + HEARD_S)
             busy = fan_outs(pipes, directory, devices)
             sent_kb = aggregator.settled_kb()
             for number in range(QUIET):
                 tell(pipes[:1], "one", number)
-                time.sleep(3 * MERGE_S)
+                time.sleep(MERGE_S + HEARD_S)
             quiet = fan_outs(pipes, directory, devices)[len(busy) :]
             aggregator.stop()
             aggregator = run_aggregator(directory, log)
@@ -304,7 +304,7 @@ def show(row: dict[str, Any]) -> None:
         missed = sum(row["devices"] - one["heard"] for one in rows)
         print(f"{name:10} {len(rows):>9}" + "".join(f" {each:>7.0f}" for each in middle.values()) + f" {missed:>10}")
     print(
-        f"\naggregator's memory a device (goal {GOAL_BYTES:,} B), above {row['few_kb'] / 1024:.0f} MB with {FEW} devices"
+        f"\naggregator's memory a device (goal {GOAL_BYTES:,} B), above the {row['few_kb'] / 1024:.0f} MB of {FEW} devices"
     )
     for name, size in row["bytes_per_device"].items():
         print(f"{name.replace('_', ' '):16} {size:>7,.0f} B")

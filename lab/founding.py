@@ -100,7 +100,7 @@ def _first_core(
         identity=identity,
         schema=schema,
         model=Model(settings=settings, schema=schema, version=0, published=vector, server=server, digest=digest),
-        registry=Registry(settings.federation, codes=codes),
+        registry=Registry(settings.federation, codes=dict(codes)),
         kept=kept,
         seq=reserved[-1],
         session=0,

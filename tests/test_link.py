@@ -121,6 +121,8 @@ def test_the_will_is_published_when_the_line_is_cut_and_not_at_leave(broker: Run
     line = Line(broker.endpoint.port)
     with linked(broker.url, f"{client_id}-w") as (watcher, seen):
         watcher.subscribe([f"{UP}/{client_id}/#"])
+        watcher.publish(f"{UP}/watcher/metrics", b"once this is through, so is the subscription")
+        seen.next(Published)
         with linked(line.url, client_id) as (link, inbox):
             link.publish(f"{UP}/{client_id}/status", b"first")
             inbox.next(Published)
@@ -287,6 +289,8 @@ def test_the_access_list_lets_everybody_read_what_is_for_them(confining: Running
         linked(confining.url, "pi-1", username="pi-1") as (device, at_device),
     ):
         aggregator.subscribe([f"{UP}/#"])
+        aggregator.publish("ternbus/1/demo/all/status", b"once this is through, so is the subscription")
+        at_aggregator.next(Published)
         device.subscribe(["ternbus/1/demo/#"])  # granted, and then filtered
         device.publish(f"{UP}/pi-1/update", b"mine")
         at_device.next(Published)

@@ -202,14 +202,17 @@ def test_stopping_ends_a_child_that_ignores_it_and_one_that_waits_to_come_back(
     [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM"), (signal.SIGHUP, 129, "SIGHUP")],
 )
 def test_a_signal_is_a_value_until_it_is_looked_at(number: signal.Signals, code: int, word: str) -> None:
-    before = signal.getsignal(number)
-    with Interrupts() as interrupts:
-        interrupts.check()
-        signal.raise_signal(number)
-        with pytest.raises(Interrupted, match=word) as caught:
+    outside = signal.signal(number, signal.default_int_handler)  # also where whoever started pytest ignores it
+    try:
+        with Interrupts() as interrupts:
             interrupts.check()
-    assert caught.value.exit_code == code
-    assert signal.getsignal(number) is before
+            signal.raise_signal(number)
+            with pytest.raises(Interrupted, match=word) as caught:
+                interrupts.check()
+        assert caught.value.exit_code == code
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, outside)
 
 
 def test_what_was_ignored_stays_ignored() -> None:
