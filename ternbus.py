@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import sqlite3
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final, NamedTuple, NoReturn
@@ -82,8 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         get_command(app)(arguments, prog_name="ternbus")
     except ConfigError as error:
         code = _complain(error, EXIT_CONFIG)
-    except LinkError as error:
+    except (LinkError, sqlite3.Error) as error:
         code = _complain(error, EXIT_FAILED)
+    except OSError as error:  # a full disk, a file in the way: no fault of the program, and no traceback mends it
+        if isinstance(error, BrokenPipeError):
+            raise
+        code = _complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", EXIT_FAILED)
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     except SystemExit as done:
@@ -91,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code if _flushed() else EXIT_FAILED)
 
 
-def _complain(error: Exception, code: int) -> int:
+def _complain(error: object, code: int) -> int:
     typer.echo(f"ternbus: {error}", err=True)
     return code
 

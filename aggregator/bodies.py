@@ -4,10 +4,14 @@ SQLite would write each of them twice, page by page; appended they cost one writ
 """
 
 import os
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from broker.errors import ConfigError
+
+MEND: Final = "restore the directory from a backup (`ternbus aggregator export` still gives the model)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +21,7 @@ class Place:
     segment: int
     offset: int
     size_bytes: int
+    checksum: int  # CRC-32: a disk may lie, and zstd would not notice
 
 
 @dataclass(slots=True)
@@ -34,7 +39,7 @@ class Bodies:
         if self._descriptor is None:
             self._open()
         assert self._descriptor is not None  # noqa: S101 - for the type checker
-        place = Place(segment=self.segment, offset=self._end, size_bytes=len(body))
+        place = Place(segment=self.segment, offset=self._end, size_bytes=len(body), checksum=zlib.crc32(body))
         left = memoryview(body)
         while left:
             left = left[os.write(self._descriptor, left) :]
@@ -49,15 +54,16 @@ class Bodies:
         self._dirty = False
 
     def read(self, place: Place) -> bytes:
-        """A body; ConfigError where the file has lost it."""
+        """A body; ConfigError where the file has lost or changed it."""
+        path = self._path(place.segment)
         try:
-            with self._path(place.segment).open("rb") as file:
+            with path.open("rb") as file:
                 file.seek(place.offset)
                 body = file.read(place.size_bytes)
         except OSError as error:
-            raise ConfigError(f"cannot read {self._path(place.segment)}: {error.strerror}") from error
-        if len(body) != place.size_bytes:
-            raise ConfigError(f"{self._path(place.segment)} is cut short; restore the directory from a backup")
+            raise ConfigError(f"cannot read {path}: {error.strerror}; {MEND}") from error
+        if len(body) != place.size_bytes or zlib.crc32(body) != place.checksum:
+            raise ConfigError(f"{path} is damaged; {MEND}")
         return body
 
     def begin(self, segment: int) -> None:

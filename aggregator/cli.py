@@ -19,7 +19,7 @@ from aggregator.settings import TransportSettings, toml_value
 from broker.endpoint import PORTS, is_loopback
 from broker.errors import ConfigError
 from broker.identity import read_password
-from broker.running import Engine
+from broker.running import Engine, RunningBroker
 from broker.schema import load_safetensors, save_safetensors
 
 app = typer.Typer(no_args_is_help=True, help="The server: accept updates, merge them, publish the model.")
@@ -130,12 +130,16 @@ def run(directory: Dir, username: Username = "", password_file: PasswordFile = N
     _serve(directory, transport)
 
 
-def _serve(directory: Path, transport: TransportSettings | None = None) -> None:
+def _serve(directory: Path, transport: TransportSettings | None = None, broker: RunningBroker | None = None) -> None:
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     service = Service(directory, _software(), _say, transport)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: service.stop())
+    ended = together.watch(broker, service.stop) if broker is not None else []
     service.run()
+    if broker is not None and ended:
+        _say(f"{broker.software} ended by itself with code {ended[0]}; its last lines:\n{broker.last_lines()}")
+        raise typer.Exit(1)
     _say("stopped")
 
 
@@ -176,7 +180,7 @@ def up(
         _say(f"{broker.software} ready on {broker.url}")
         for path in together.prepare(directory, first, broker.url, devices or ()):
             _say(f"invitation, to be copied to the device: {path}")
-        _serve(directory)
+        _serve(directory, broker=broker)
 
 
 def _say(text: str) -> None:
@@ -210,9 +214,17 @@ def invite(
 @app.command()
 def status(directory: Dir, as_json: AsJson = False) -> None:
     """Show version, buffer, counters, devices and the last versions."""
-    home.flush_counts(directory)
+    _flush_counts(directory)
     found = statuses.read(directory)
     typer.echo(json.dumps(found) if as_json else _summary(found))
+
+
+def _flush_counts(directory: Path) -> None:
+    home.load_settings(directory)
+    try:
+        home.flush_counts(directory)
+    except ConfigError as error:
+        _say(f"as the ledger has it: {error}")
 
 
 def _summary(found: dict[str, Any]) -> str:
@@ -251,7 +263,7 @@ def _device_table(devices: dict[str, Any]) -> str:
 @app.command()
 def devices(directory: Dir, as_json: AsJson = False) -> None:
     """List the devices that joined."""
-    home.flush_counts(directory)
+    _flush_counts(directory)
     found = statuses.read(directory)["devices"]
     typer.echo(json.dumps(found) if as_json else _device_table(found).lstrip("\n"))
 
@@ -288,7 +300,8 @@ def export(
     directory: Dir,
     out: Annotated[Path, typer.Argument(metavar="OUT.safetensors")],
     number: Annotated[
-        int | None, typer.Option("--version", help="One of the last versions; default: the newest.")
+        int | None,
+        typer.Option("--version", min=0, max=2**63 - 1, help="One of the last versions; default: the newest."),
     ] = None,
 ) -> None:
     """Write a version of the model, as devices hold it, to a safetensors file."""

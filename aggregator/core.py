@@ -21,7 +21,7 @@ from broker import topics
 from broker.errors import ProtocolError
 from broker.frame import Frame, parse
 from broker.identity import Identity
-from broker.messages import CLOSED, Metrics, Status
+from broker.messages import CLOSED, Head, Metrics, Status
 from broker.schema import Schema
 
 RESTORED: Final = 2**32
@@ -160,9 +160,6 @@ class Core:
     def _from_device(self, event: events.MessageArrived, address: topics.Address) -> None:
         member = self.registry.members.get(address.device or "")
         if member is not None:
-            if address.kind == "update":
-                member.update_bytes += event.packet_bytes
-                self._tally.observe(member.name, self._now)
             member.take_token(self._now, self.settings.limits.frames_per_s)
         opened = event.opened
         frame = parse(event.payload) if opened is None else opened.frame
@@ -170,7 +167,11 @@ class Core:
         if frame.kind == "enroll":
             self._enroll(frame)
         else:
-            self._frame(self._authenticate(frame, b"" if opened is None else opened.public), frame)
+            member = self._authenticate(frame, b"" if opened is None else opened.public)
+            if frame.kind == "update":
+                member.update_bytes += event.packet_bytes
+                self._tally.observe(member.name, self._now)
+            self._frame(member, frame)
 
     def _authenticate(self, frame: Frame, verified: bytes) -> Member:
         try:
@@ -188,7 +189,7 @@ class Core:
                 self._desk.offer(member, frame, self._now)
             case "status":
                 frame.check_bodiless()
-                if member.observe(Status.from_meta(frame.meta), frame.seq):
+                if self.registry.observe(member, Status.from_meta(frame.meta), frame.seq):
                     self._tally.observe(member.name, self._now)
             case _:  # the topics that a device may write on leave only metrics
                 self._metrics(member, frame)
@@ -198,7 +199,7 @@ class Core:
         if address.kind == "head" and self._press.in_doubt:
             if event.payload == self.kept.head_frame:
                 self._press.in_doubt = False
-            else:
+            elif not self._is_older_copy(event, address):
                 self._press.republish()
         elif address.kind == "status" and event.payload and not self._desk.stopping:
             frame = parse(event.payload)
@@ -209,6 +210,26 @@ class Core:
                 self.session = status.session + 1
                 self._save(records.SessionBegun(session=self.session))
                 self._publish(self._outlet.status("online", self.session, self.software), retain=True)
+
+    def _is_older_copy(self, event: events.MessageArrived, address: topics.Address) -> bool:
+        """Whether the broker shows a head that we signed and do not know: then our state is a copy from before it."""
+        try:
+            frame = parse(event.payload)
+            topics.check(frame, address)
+            frame.check_authentic(self.identity.public)
+            head = Head.from_meta(frame.meta)
+        except ProtocolError:
+            return False
+        if head.version <= self.model.version and frame.seq <= self._outlet.seq:
+            return False
+        self._desk.stopping = True
+        self._do(
+            events.Stop(
+                error=f"the broker holds version {head.version}, signed by this aggregator, whose ledger knows only "
+                f"{self.model.version}: was it restored from a backup? Then run: ternbus aggregator restored DIR"
+            )
+        )
+        return True
 
     def _enroll(self, frame: Frame) -> None:
         verdict = Verdict("enrolled")
@@ -296,9 +317,9 @@ class Core:
         if self._census_by is not None:
             return False
         contributed = {update.device for update in self.model.buffer}
-        members = self.registry.members
-        return any(members[name].online for name in contributed) and all(
-            member.name in contributed or member.evaluates or not member.online for member in members.values()
+        online, members = self.registry.online, self.registry.members
+        return not online.isdisjoint(contributed) and all(
+            name in contributed or members[name].evaluates for name in online
         )
 
     def _count(self) -> None:

@@ -130,7 +130,9 @@ class Log:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stop:
-    """All is done: flush, disconnect, exit."""
+    """All is done: flush, disconnect, exit; with ``error`` where going on would do harm."""
+
+    error: str = ""
 
 
 Action = Save | Connect | Subscribe | Publish | RepublishKept | Log | Stop

@@ -166,7 +166,7 @@ def _invitation(
 
 
 def flush_counts(directory: Path) -> None:
-    """Have a running aggregator write its counters down."""
+    """Have a running aggregator write its counters down; ConfigError where it does not answer."""
     _tell(directory, requests.COUNTS)
 
 

@@ -33,7 +33,8 @@ CREATE TABLE invitations (device TEXT PRIMARY KEY, code TEXT NOT NULL, made_at R
 CREATE TABLE updates (  -- one row for every accepted update, for good: the proof that none merged twice
     id INTEGER PRIMARY KEY, device TEXT NOT NULL, key BLOB NOT NULL, seq INTEGER NOT NULL, base INTEGER NOT NULL,
     staleness INTEGER NOT NULL, samples INTEGER NOT NULL, discount REAL NOT NULL, codec TEXT NOT NULL,
-    encoding TEXT NOT NULL, segment INTEGER, place INTEGER, size INTEGER, received_at REAL NOT NULL, merged INTEGER,
+    encoding TEXT NOT NULL, segment INTEGER, place INTEGER, size INTEGER, checksum INTEGER,
+    received_at REAL NOT NULL, merged INTEGER,
     UNIQUE (device, base));
 CREATE INDEX updates_by_version ON updates (merged);
 CREATE INDEX updates_by_segment ON updates (segment) WHERE segment IS NOT NULL;
@@ -181,8 +182,8 @@ class Ledger:
         self.db.execute(
             "INSERT INTO updates"
             " (device, key, seq, base, staleness, samples, discount,"
-            " codec, encoding, segment, place, size, received_at)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            " codec, encoding, segment, place, size, checksum, received_at)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 record.device,
                 record.key,
@@ -196,6 +197,7 @@ class Ledger:
                 place.segment,
                 place.offset,
                 place.size_bytes,
+                place.checksum,
                 now,
             ),
         )
@@ -339,9 +341,9 @@ class Ledger:
                 raise ConfigError(f"{self.path}: version {number} does not have its digest; restore it from a backup")
         return vector
 
-    def body(self, segment: int, offset: int, size_bytes: int) -> bytes:
+    def body(self, segment: int, offset: int, size_bytes: int, checksum: int) -> bytes:
         """An accepted update's block as it came, where ``updates`` says that it is kept."""
-        return self.bodies.read(Place(segment=segment, offset=offset, size_bytes=size_bytes))
+        return self.bodies.read(Place(segment=segment, offset=offset, size_bytes=size_bytes, checksum=checksum))
 
     def frame(self, topic: str) -> bytes:
         row = self.db.execute("SELECT payload FROM frames WHERE topic = ?", (topic,)).fetchone()

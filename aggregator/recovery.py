@@ -77,13 +77,13 @@ def _optimizer(ledger: Ledger) -> OptimizerSettings:
 
 def _refill(ledger: Ledger, model: Model, where: str, values: tuple[int, ...]) -> None:
     rows = ledger.db.execute(
-        "SELECT device, staleness, samples, discount, codec, encoding, segment, place, size"  # noqa: S608 - our own text
+        "SELECT device, staleness, samples, discount, codec, encoding, segment, place, size, checksum"  # noqa: S608 - our own text
         " FROM updates"
         f" WHERE {where} ORDER BY id",
         values,
     )
-    for device, staleness, samples, worth, codec, encoding, segment, place, size in rows:
-        block = Block.read(model.schema, codec, encoding, ledger.body(segment, place, size))
+    for device, staleness, samples, worth, codec, encoding, *place in rows:
+        block = Block.read(model.schema, codec, encoding, ledger.body(*place))
         model.accept(Accepted(device=device, staleness=staleness, samples=samples), block, worth)
 
 

@@ -12,7 +12,7 @@ from aggregator.ledger import Ledger
 from broker.errors import ConfigError, FederationError
 
 POLL_S: Final = 0.02
-WAIT_S: Final = 60.0
+WAIT_S: Final = 20.0
 
 PAUSE, RESUME, CLOSE = "pause", "resume", "close"
 INVITATIONS: Final = "invitations"  # the open invitations changed
@@ -80,8 +80,14 @@ def _wait(ledger: Ledger, directory: Path, request: int) -> None:
                 raise ConfigError(row[1])
             return
         if not is_running(directory):
-            with ledger.transaction():  # or the next process would do it, whatever was asked for in between
-                ledger.db.execute("DELETE FROM requests WHERE id = ?", (request,))
+            _withdraw(ledger, request)
             raise NotRunningError(f"the aggregator on {directory} stopped before it answered")
         time.sleep(POLL_S)
+    _withdraw(ledger, request)
     raise ConfigError(f"the aggregator on {directory} did not answer within {WAIT_S:.0f} s; look at its log")
+
+
+def _withdraw(ledger: Ledger, request: int) -> None:
+    """Or it would be done later, whatever was asked for in between."""
+    with ledger.transaction():
+        ledger.db.execute("DELETE FROM requests WHERE id = ?", (request,))

@@ -16,7 +16,7 @@ from aggregator.gate import WORTHWHILE_BYTES, Opened, open_ahead
 from aggregator.home import LEDGER, STATES, open_core
 from aggregator.ledger import Ledger
 from aggregator.settings import TransportSettings
-from broker.errors import LinkError
+from broker.errors import ConfigError, LinkError
 from broker.link import Arrived, Connected, Disconnected, Link, LinkEvent, Published, Refused, Token, packet_bytes
 
 BATCH: Final = 64  # events whose records share one fsync
@@ -183,6 +183,8 @@ class Service:
                     self.say(action.text)
                 case events.Stop():
                     self._stopped = True
+                    if action.error:
+                        raise ConfigError(action.error)
                 case events.Connect():
                     raise AssertionError("only _connect asks for it")
                 case _:

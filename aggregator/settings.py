@@ -106,12 +106,12 @@ SECTIONS: Final[Mapping[str, type]] = {
 }
 # (type, lowest, highest) of the plan's keys that the protocol names; others go to the training code as they are
 PLAN: Final[Mapping[str, tuple[type, float, float]]] = {
-    "local_epochs": (float, 0, 1e6),
+    "local_epochs": (float, 0, 1e4),
     "local_steps": (int, 1, 1e9),
-    "batch_size": (int, 1, 1e9),
-    "learning_rate": (float, 0, 1e6),
+    "batch_size": (int, 1, 1e6),
+    "learning_rate": (float, 0, 1e3),
     "momentum": (float, 0, 1),
-    "weight_decay": (float, 0, 1e6),
+    "weight_decay": (float, 0, 1e3),
     "proximal_mu": (float, 0, 1e6),
     "clip_sigma": (float, 0, 1e6),
     "codec": (str, 0, 0),

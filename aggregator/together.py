@@ -1,6 +1,7 @@
 """Broker and aggregator of a first federation, made and run by one command."""
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -93,3 +94,15 @@ def _known(directory: Path) -> set[str]:
         return {name for (name,) in rows}
     finally:
         ledger.close()
+
+
+def watch(broker: running.RunningBroker, stop: Callable[[], None]) -> list[int]:
+    """Call ``stop`` when the broker ends before we end it; its exit code is then in the list that is returned."""
+    ended: list[int] = []
+
+    def wait() -> None:
+        ended.append(broker.wait())
+        stop()
+
+    threading.Thread(target=wait, name="broker", daemon=True).start()
+    return ended

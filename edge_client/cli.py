@@ -109,7 +109,7 @@ def evaluate(directory: Dir, versions: Versions = None, timeout: Timeout = None,
 def init_model(
     task: Annotated[str, typer.Argument(help="digits, digits-numpy, fashion-mnist, or MODULE:ATTRIBUTE.")],
     out: Annotated[Path, typer.Argument(metavar="OUT.safetensors")],
-    seed: Annotated[int, typer.Option(help="The same seed gives the same model.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same model.")] = 0,
 ) -> None:
     """Make the initial model, version 0, for `ternbus aggregator init --model`.
 

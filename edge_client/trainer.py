@@ -188,6 +188,8 @@ def load_task(spec: str) -> Task:
     if not own and spec not in BUILT_IN_TASKS:
         raise ConfigError(f"no task {spec!r}: choose {', '.join(BUILT_IN_TASKS)}, or your own as MODULE:ATTRIBUTE")
     module_name, _, attribute = (spec if own else BUILT_IN_TASKS[spec]).partition(":")
+    if not module_name or not attribute:
+        raise ConfigError(f"{spec!r} names no task: write MODULE:ATTRIBUTE")
     if own and "" not in sys.path:
         sys.path.insert(0, "")  # an installed command does not look in the folder that it is started in; people do
     task = getattr(_module(spec, module_name), attribute, None)

@@ -358,3 +358,15 @@ def test_a_restored_directory_goes_on_2_32_versions_later(tmp_path: Path, model:
     assert str(2**32) in run("restored", directory)
     after = status(directory)
     assert (after["version"], after["digest"]) == (2**32, before["digest"])
+
+
+def test_up_ends_when_its_broker_does(tmp_path: Path, model: Path) -> None:
+    command = [sys.executable, "-m", "ternbus", "aggregator", "up", str(tmp_path / "home"), "--model", str(model)]
+    with subprocess.Popen([*command, "--port", "0"], env=environment(), stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while "connected" not in (line := process.stderr.readline()):
+            assert line, "it ended before it was connected"
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGKILL)
+        assert process.wait(30) == 1
+        assert "ended by itself" in process.stderr.read()

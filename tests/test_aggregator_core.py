@@ -1288,3 +1288,35 @@ def test_a_key_that_was_replaced_meanwhile_does_not_pass(make: Make) -> None:
     bench.handle(events.MessageArrived(topic=pi.topic("update"), payload=frame, opened=opened))
     assert receipts(bench.last) == []
     assert refusals(bench.tick(1.0)) == {"replaced-key": 1}
+
+
+# --- an older copy
+
+
+def test_a_head_of_ours_that_we_do_not_know_means_that_we_are_an_older_copy(make: Make) -> None:
+    bench = make(merge__buffer_size=1)
+    pi = bench.join("pi")
+    bench.send(pi, ternary_block(bench.schema, 1), 0)
+    newer = bench.core._outlet.head(
+        version=7, digest=bench.core.model.digest, snapshot=bench.core.kept.snapshot, state="open"
+    )[1]
+    before = bench.retained[topics.head(LAB)]
+    bench.restart()
+    bench.retained.pop(topics.head(LAB))
+    bench.start()
+    bench.receive(topics.head(LAB), newer)
+    (stop,) = [action for action in bench.last if isinstance(action, events.Stop)]
+    assert "version 7" in stop.error
+    assert "restored" in stop.error
+    assert topics.head(LAB) not in bench.retained
+    assert before != newer
+
+
+@pytest.mark.parametrize("damage", [lambda frame: b"junk", lambda frame: frame[:-1] + b"x", lambda frame: b""])
+def test_a_head_that_is_not_ours_is_replaced(make: Make, damage: Callable[[bytes], bytes]) -> None:
+    bench = make()
+    bench.restart()
+    kept = bench.retained.pop(topics.head(LAB))
+    bench.start()
+    bench.receive(topics.head(LAB), damage(kept))
+    assert bench.retained[topics.head(LAB)] == kept

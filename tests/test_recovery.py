@@ -221,3 +221,19 @@ def test_a_restored_directory_goes_on_above_what_devices_have_seen(make: Make) -
     assert bench.head.version == head.version + 2**32 + 1
     assert not bench.core.model.buffer
     assert follow(bench.retained, bench.identity.public) == (bench.head.version, bench.core.model.digest)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "lose"])
+def test_a_damaged_body_is_noticed(make: Make, damage: str) -> None:
+    bench = make()
+    bench.send(bench.join("pi"), ternary_block(bench.schema, 1), 0)
+    (path,) = (bench.directory / "bodies").iterdir()
+    body = bytearray(path.read_bytes())
+    if damage == "lose":
+        path.unlink()
+    else:
+        body[len(body) // 2] ^= 1
+        path.write_bytes(body if damage == "flip" else body[:-1])
+    bench.ledger.close()
+    with pytest.raises(ConfigError, match="restore the directory from a backup"):
+        bench.recover()
