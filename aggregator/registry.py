@@ -96,6 +96,7 @@ class Registry:
     federation: str
     members: dict[str, Member] = field(default_factory=dict)
     codes: dict[str, str] = field(default_factory=dict)
+    online: set[str] = field(default_factory=set)  # asked for at each event, when most of a large fleet may be asleep
 
     def authenticate(self, frame: Frame, verified: bytes = b"") -> Member:
         """The member whose present key signed this frame; ProtocolError with the reason for anybody else.
@@ -138,6 +139,16 @@ class Registry:
             raise ProtocolError("refused", "the code is not the invitation's")
         return public, True
 
+    def observe(self, member: Member, status: Status, seq: int) -> bool:
+        """Take in a member's status; return whether it is news."""
+        if not member.observe(status, seq):
+            return False
+        if member.online:
+            self.online.add(member.name)
+        else:
+            self.online.discard(member.name)
+        return True
+
     def enroll(self, device: str, public: bytes, proof: bytes) -> Member:
         """Make ``public`` the device's key; what belonged to the key before is forgotten, its bases are not."""
         before = self.members.get(device)
@@ -147,5 +158,6 @@ class Registry:
             member.old_keys = before.old_keys | {before.key: (before.public, state)}
             member.bases, member.highest_base = before.bases, before.highest_base
         self.members[device] = member
+        self.online.discard(device)
         self.codes.pop(device, None)
         return member
