@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, Final
 
+from benchmarks import mqtt
 from broker import topics
 from broker.frame import build, parse
 from broker.identity import Identity, enroll_proof
@@ -163,17 +164,17 @@ class Crowd:
         will = self._status(device, OFFLINE, WILL_SEQ)
         topic = topics.up(self._task.federation, device.name, Status.KIND)
         flags = 0x20 | 0x08 | 0x04  # a will, retained, QoS 1; the session is kept
-        about = _text("MQTT") + bytes((4, flags)) + struct.pack(">H", KEEPALIVE_S)
+        about = mqtt.text("MQTT") + bytes((4, flags)) + struct.pack(">H", KEEPALIVE_S)
         device.line = socket.create_connection((self._task.host, self._task.port), timeout=30.0)
         device.line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._selector.register(device.line, selectors.EVENT_READ, device)
         self._connecting += 1
-        device.send(_packet(0x10, about + _text(device.name) + _text(topic) + _binary(will)))
+        device.send(mqtt.packet(0x10, about + mqtt.text(device.name) + mqtt.text(topic) + mqtt.binary(will)))
 
     def _subscribe(self, device: Device) -> None:
         filters = subscriptions(self._task.federation, device.name)
-        asked = b"".join(_text(each) + b"\x01" for each in filters)
-        device.send(_packet(0x82, struct.pack(">H", device.next_packet()) + asked))
+        asked = b"".join(mqtt.text(each) + b"\x01" for each in filters)
+        device.send(mqtt.packet(0x82, struct.pack(">H", device.next_packet()) + asked))
 
     def _enroll(self, device: Device) -> None:
         federation, public = self._task.federation, device.identity.public
@@ -207,8 +208,8 @@ class Crowd:
         return build(device.identity, federation=federation, sender=name, kind=kind, seq=seq, meta=meta, body=body)
 
     def _publication(self, device: Device, kind: str, payload: bytes, *, retain: bool = False) -> bytes:
-        topic = _text(topics.up(self._task.federation, device.name, kind))
-        return _packet(0x32 | retain, topic + struct.pack(">H", device.next_packet()) + payload)
+        topic = mqtt.text(topics.up(self._task.federation, device.name, kind))
+        return mqtt.packet(0x32 | retain, topic + struct.pack(">H", device.next_packet()) + payload)
 
     # --- what is heard
 
@@ -234,7 +235,7 @@ class Crowd:
 
     def _packets(self, device: Device) -> Iterator[tuple[int, bytes]]:
         content, start = device.received, 0
-        while (found := _length(content, start + 1)) is not None:
+        while (found := mqtt.length(content, start + 1)) is not None:
             length, first = found
             if len(content) < first + length:
                 break
@@ -292,30 +293,3 @@ def serve(task: Task, pipe: Connection) -> None:
 def shares(names: Sequence[str], number: int) -> list[list[str]]:
     """The names dealt out to so many crowds."""
     return [list(names[first::number]) for first in range(number)]
-
-
-def _packet(kind: int, body: bytes) -> bytes:
-    length, rest = bytearray(), len(body)
-    while True:
-        rest, low = divmod(rest, 128)
-        length.append(low | (0x80 if rest else 0))
-        if not rest:
-            return bytes((kind,)) + bytes(length) + body
-
-
-def _length(content: bytes, start: int) -> tuple[int, int] | None:
-    """(remaining length, where what it counts begins), or None while it has not come whole."""
-    length = 0
-    for position, byte in enumerate(content[start : start + 4]):
-        length |= (byte & 0x7F) << (7 * position)
-        if byte < 0x80:
-            return length, start + position + 1
-    return None
-
-
-def _binary(content: bytes) -> bytes:
-    return struct.pack(">H", len(content)) + content
-
-
-def _text(text: str) -> bytes:
-    return _binary(text.encode())

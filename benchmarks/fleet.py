@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import resource
 import sqlite3
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,8 +30,9 @@ import numpy as np
 from aggregator import home, records
 from aggregator import status as statuses
 from aggregator.ledger import Ledger
+from benchmarks.aggregating import Aggregator, cpu_s, run_aggregator
 from benchmarks.crowd import Answers, Task, serve, shares
-from benchmarks.ingest import FEDERATION, device, identity, prepared_body, resident_mb, shapes
+from benchmarks.ingest import FEDERATION, device, identity, prepared_body, shapes
 from broker.identity import enroll_proof
 from broker.running import Engine, RunningBroker, choose, start
 from broker.ternary import ZSTD
@@ -47,36 +47,6 @@ MERGE_S: Final = 4.0  # after the first update of a smaller buffer
 HEARD_S: Final = 3.0  # by then a version has reached everybody
 RESERVED_FILES: Final = 300  # of a broker, beside its clients
 GOAL_BYTES: Final = 2048  # of the aggregator's memory, a device
-
-
-@dataclass(slots=True)
-class Aggregator:
-    """The running process, and what it has used."""
-
-    process: subprocess.Popen[bytes]
-    began: float
-
-    @property
-    def cpu_s(self) -> float:
-        return cpu_s(self.process.pid)
-
-    def settled_kb(self) -> float:
-        """Its resident memory once it has little to do."""
-        while True:
-            before = self.cpu_s
-            time.sleep(2.0)
-            if self.cpu_s - before < 0.2:
-                return 1024 * resident_mb(self.process.pid, "VmRSS")
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(60)
-
-
-def cpu_s(pid: int) -> float:
-    """Of a process, until now."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def possible(wanted: int) -> tuple[int, str]:
@@ -115,18 +85,6 @@ def prepare(directory: Path, url: str) -> None:
             records.DeviceEnrolled(device=name, public=public, proof=enroll_proof("bench", FEDERATION, name, public))
             for name, public in names.items()
         )
-
-
-def run_aggregator(directory: Path, log: Path) -> Aggregator:
-    """Start it, and wait until it is connected."""
-    began = time.monotonic()
-    command = [sys.executable, "-m", "ternbus", "aggregator", "run", str(directory)]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stderr=output)
-    while b"connected (" not in log.read_bytes():
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.02)
-    return Aggregator(process, time.monotonic() - began)
 
 
 def crowds(broker: RunningBroker, codes: dict[str, str]) -> tuple[list[Any], list[Connection]]:
@@ -219,68 +177,64 @@ class Fleet:
         return gathered(found, self.devices, spent)
 
 
-def idle_share(aggregator: Aggregator, seconds: float = 5.0) -> float:
-    """Of a core, that it takes to have all these devices and nothing to do."""
-    before = aggregator.cpu_s
-    time.sleep(seconds)
-    return (aggregator.cpu_s - before) / seconds
-
-
 def measure(devices: int, engine: Engine, folder: Path) -> dict[str, Any]:
     """Few devices, all join, all send, single versions, started again."""
     directory, log, software = folder / "aggregator", folder / "aggregator.log", choose(engine)
-    processes: list[Any] = []
     with start(software, host="127.0.0.1", port=0, directory=folder / "broker") as broker:
         prepare(directory, broker.url)
         aggregator = run_aggregator(directory, log)
         try:
             few_kb = aggregator.settled_kb()
-            aggregator.stop()
-            names = [device(number) for number in range(devices)]
-            began = time.monotonic()
-            codes = {each.device: each.code for each in home.invite(directory, *names)}
-            invited_s = time.monotonic() - began
-            aggregator = run_aggregator(directory, log)
-            processes, pipes = crowds(broker, codes)
-            fleet = Fleet(devices=devices, broker=broker, aggregator=aggregator, pipes=pipes)
-            join = fleet.phase("join")
-            joined_kb = aggregator.settled_kb()
-            idle = idle_share(aggregator)
-            send = fleet.phase("send", SPAN_S)
-            time.sleep(MERGE_S + HEARD_S)
-            busy = fan_outs(pipes, directory, devices)
-            sent_kb = aggregator.settled_kb()
-            for number in range(QUIET):
-                tell(pipes[:1], "one", number)
-                time.sleep(MERGE_S + HEARD_S)
-            quiet = fan_outs(pipes, directory, devices)[len(busy) :]
-            aggregator.stop()
-            aggregator = run_aggregator(directory, log)
-            started_kb = aggregator.settled_kb()
-            tell(pipes[:1], "one", QUIET)
         finally:
             aggregator.stop()
+        began = time.monotonic()
+        codes = {each.device: each.code for each in home.invite(directory, *map(device, range(devices)))}
+        invited_s = time.monotonic() - began
+        processes, pipes = crowds(broker, codes)
+        try:
+            found = live(broker, pipes, directory, log, devices)
+        finally:
             for process in processes:
                 process.terminate()
-    counts = statuses.read(directory)["counts"]
-    memory = {"joined": joined_kb, "sent": sent_kb, "started_again": started_kb}
     return {
         "devices": devices,
         "broker": str(software),
         "cores": os.cpu_count(),
         "invited_s": invited_s,
-        "join": join,
-        "send": send,
-        "fan_out_while_sending": busy,
-        "fan_out_quiet": quiet,
+        **found,
         "few_kb": few_kb,
-        "resident_kb": memory,
-        "bytes_per_device": {name: 1024 * (kb - few_kb) / (devices - FEW) for name, kb in memory.items()},
-        "idle_share_of_a_core": idle,
-        "started_again_s": aggregator.began,
+        "bytes_per_device": {name: 1024 * (kb - few_kb) / (devices - FEW) for name, kb in found["resident_kb"].items()},
         "ledger_mb": sum(path.stat().st_size for path in directory.iterdir()) / 2**20,
-        "counts": counts,
+        "counts": statuses.read(directory)["counts"],
     }
+
+
+def live(
+    broker: RunningBroker, pipes: Sequence[Connection], directory: Path, log: Path, devices: int
+) -> dict[str, Any]:
+    """What becomes of an aggregator with so many invited devices."""
+    aggregator = run_aggregator(directory, log)
+    try:
+        fleet = Fleet(devices=devices, broker=broker, aggregator=aggregator, pipes=pipes)
+        found: dict[str, Any] = {"join": fleet.phase("join")}
+        resident_kb = {"joined": aggregator.settled_kb()}
+        found["idle_share_of_a_core"] = aggregator.idle_share()
+        found["send"] = fleet.phase("send", SPAN_S)
+        time.sleep(MERGE_S + HEARD_S)
+        busy = fan_outs(pipes, directory, devices)
+        resident_kb["sent"] = aggregator.settled_kb()
+        for number in range(QUIET):
+            tell(pipes[:1], "one", number)
+            time.sleep(MERGE_S + HEARD_S)
+        quiet = fan_outs(pipes, directory, devices)[len(busy) :]
+        aggregator.stop()
+        aggregator = run_aggregator(directory, log)
+        resident_kb["started_again"] = aggregator.settled_kb()
+        tell(pipes[:1], "one", QUIET)
+    finally:
+        aggregator.stop()
+    found |= {"fan_out_while_sending": busy, "fan_out_quiet": quiet, "resident_kb": resident_kb}
+    return {**found, "started_again_s": aggregator.began_s}
 
 
 def show(row: dict[str, Any]) -> None:
@@ -303,9 +257,7 @@ def show(row: dict[str, Any]) -> None:
         }
         missed = sum(row["devices"] - one["heard"] for one in rows)
         print(f"{name:10} {len(rows):>9}" + "".join(f" {each:>7.0f}" for each in middle.values()) + f" {missed:>10}")
-    print(
-        f"\naggregator's memory a device (goal {GOAL_BYTES:,} B), above the {row['few_kb'] / 1024:.0f} MB of {FEW} devices"
-    )
+    print(f"\naggregator's memory a device (goal {GOAL_BYTES:,} B), above {row['few_kb'] / 1024:.0f} MB with {FEW}")
     for name, size in row["bytes_per_device"].items():
         print(f"{name.replace('_', ' '):16} {size:>7,.0f} B")
     print(f"\nidle with all connected: {row['idle_share_of_a_core']:.1%} of a core", end="; ")

@@ -1,0 +1,58 @@
+"""An aggregator as a benchmark sees it from outside: what its process has used, and when it has come to rest."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.ingest import resident_mb
+
+
+@dataclass(slots=True)
+class Aggregator:
+    """The running process, and what it has used."""
+
+    process: subprocess.Popen[bytes]
+    began_s: float  # until it was connected
+
+    @property
+    def cpu_s(self) -> float:
+        return cpu_s(self.process.pid)
+
+    def settled_kb(self) -> float:
+        """Its resident memory once it has little to do."""
+        while True:
+            before = self.cpu_s
+            time.sleep(2.0)
+            if self.cpu_s - before < 0.2:
+                return 1024 * resident_mb(self.process.pid, "VmRSS")
+
+    def idle_share(self, seconds: float = 5.0) -> float:
+        """Of a core, that it takes while nothing is asked of it."""
+        before = self.cpu_s
+        time.sleep(seconds)
+        return (self.cpu_s - before) / seconds
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(60)
+
+
+def cpu_s(pid: int) -> float:
+    """Of a process, until now."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def run_aggregator(directory: Path, log: Path) -> Aggregator:
+    """Start it, and wait until it is connected."""
+    began = time.monotonic()
+    command = [sys.executable, "-m", "ternbus", "aggregator", "run", str(directory)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stderr=output)
+    while b"connected (" not in log.read_bytes():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.02)
+    return Aggregator(process, time.monotonic() - began)

@@ -1,0 +1,273 @@
+"""What Ternbus costs a device beside its training: CPU, memory, wakeups, bytes on disk, and the time to begin.
+
+    python -m benchmarks.edge [--data DIR] [--rounds 12] [--json]
+
+The same trainer trains in a process of its own without Ternbus, and in a real `ternbus edge run` at a real broker and
+aggregator that merge each of its updates at once. What a device's process uses between its trainings, and in other
+threads during them, is Ternbus' own. Two tasks: digits-numpy, and, with --data, fashion-mnist with 3,000
+samples and one local epoch; DIR holds FashionMNIST/raw/*-ubyte, as torchvision lays it out.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from aggregator import home, requests
+from benchmarks.watched import used
+from broker.identity import write_secret
+from broker.running import Engine, choose, start
+from broker.schema import load_safetensors
+
+DEVICE: Final = "pi"
+IDLE_S: Final = 10.0
+WARM_UP: Final = 2  # trainings that do not count
+PATIENCE_S: Final = 300.0
+GOALS: Final = {"share": 0.03, "above_mb": 20.0}
+PARTITIONS: Final = {"digits-numpy": "iid:0/2", "fashion-mnist": "iid:0/20"}
+ONE_THREAD: Final = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+Note = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One task on this machine."""
+
+    task: str
+    data: Path | None
+    rounds: int
+    folder: Path
+
+    @property
+    def partition(self) -> str:
+        return PARTITIONS[self.task]
+
+    def environment(self, notes: Path) -> dict[str, str]:
+        root = str(Path(__file__).parent.parent)
+        paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        watched = {"WATCHED_TASK": self.task, "WATCHED_NOTES": str(notes)}
+        return {**os.environ, **ONE_THREAD, **watched, "PYTHONPATH": os.pathsep.join(paths)}
+
+    @property
+    def data_arguments(self) -> list[str]:
+        return [str(self.data.absolute())] if self.data is not None else []
+
+
+def notes_in(path: Path) -> list[tuple[Note, Note]]:
+    """(start, end) of each training that has ended."""
+    notes = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return list(zip(notes[::2], notes[1::2], strict=False))
+
+
+def alone(case: Case, name: str) -> dict[str, float]:
+    """The trainer in a process of its own."""
+    path = case.folder / f"{name}.notes"
+    began = time.monotonic()
+    command = [sys.executable, "-m", "benchmarks.watched", str(case.rounds), case.partition, *case.data_arguments]
+    subprocess.run(command, env=case.environment(path), check=True)
+    pairs = notes_in(path)
+    return {**trained(pairs), "first_training_s": pairs[0][0]["came"]["wall"] - began}
+
+
+def trained(pairs: list[tuple[Note, Note]]) -> dict[str, float]:
+    """What the trainings themselves took, the first ones left out, and the process's peak."""
+    spans = [{clock: _span(*pair, clock) for clock in ("wall", "thread")} for pair in pairs[WARM_UP:]]
+    return {
+        "trainings": len(spans),
+        "samples": pairs[0][0]["samples"],
+        "training_s": statistics.median(span["wall"] for span in spans),
+        "training_cpu_s": statistics.median(span["thread"] for span in spans),
+        "peak_mb": max(end["peak_kb"] for _, end in pairs) / 1024,
+        "reading_peak_mb": pairs[0][0]["peak_kb"] / 1024,
+    }
+
+
+def _span(first: Note, end: Note, clock: str) -> float:
+    """Of one training."""
+    return float(end["came"][clock] - first["went"][clock])
+
+
+def own(pairs: list[tuple[Note, Note]]) -> dict[str, float]:
+    """What an update costs beside its training, from the start of one to the start of the next."""
+    rows = []
+    for (first, end), (following, _) in zip(pairs[WARM_UP:-1], pairs[WARM_UP + 1 :], strict=True):
+        between = following["came"]["process"] - end["went"]["process"]
+        beside = _span(first, end, "process") - _span(first, end, "thread")
+        rows.append(
+            {
+                "own_cpu_s": between + beside,
+                "own_while_training_cpu_s": beside,
+                "between_s": following["came"]["wall"] - end["went"]["wall"],
+                "wakeups": following["wakeups"] - first["wakeups"],
+                "wakeups_while_training": end["wakeups"] - first["wakeups"],
+                "written_bytes": following["written_bytes"] - first["written_bytes"],
+            }
+        )
+    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+
+
+@contextmanager
+def running(command: list[str], log: Path, environment: dict[str, str] | None = None) -> Any:
+    """A process that ends with the block."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def federated(case: Case, url: str) -> dict[str, Any]:
+    """The same trainer in a device that joins, trains for each version, and is then left idle."""
+    ternbus, folder = [sys.executable, "-m", "ternbus"], case.folder
+    directory, model, invitation = folder / "aggregator", folder / "model.safetensors", folder / "pi.toml"
+    subprocess.run([*ternbus, "edge", "init-model", case.task, str(model)], check=True, stdout=subprocess.DEVNULL)
+    settings = {"merge.buffer_size": 1}
+    home.create(directory, federation="bench", broker=url, model=load_safetensors(model), settings=settings)
+    write_secret(invitation, home.invite(directory, DEVICE)[0].dumps().encode())
+    notes, device = folder / "device.notes", folder / DEVICE
+    environment = case.environment(notes)
+    with running([*ternbus, "aggregator", "run", str(directory)], folder / "aggregator.log"):
+        began = time.monotonic()
+        where = ["--data", *case.data_arguments] if case.data is not None else []
+        join = [*ternbus, "edge", "join", str(invitation), str(device), "--task", "benchmarks.watched:TASK"]
+        subprocess.run(
+            [*join, *where, "--partition", case.partition], env=environment, check=True, stdout=subprocess.DEVNULL
+        )
+        joined_s = time.monotonic() - began
+        began = time.monotonic()
+        with running([*ternbus, "edge", "run", str(device)], folder / "device.log", environment) as process:
+            await_trainings(case, notes, process)
+            home.change_state(directory, requests.PAUSE, "benchmark")
+            idle = idling(process.pid, notes)
+            peak_mb = used(Path(f"/proc/{process.pid}"))["peak_kb"] / 1024
+    pairs = notes_in(notes)
+    return {
+        **trained(pairs),
+        "peak_mb": peak_mb,  # with all that comes after the last training too
+        **own(pairs),
+        **idle,
+        "join_s": joined_s,
+        "first_training_s": pairs[0][0]["came"]["wall"] - began,
+        "store_bytes": sum(path.stat().st_size for path in device.iterdir()),
+    }
+
+
+def await_trainings(case: Case, notes: Path, process: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while len(notes_in(notes)) < case.rounds:
+        assert process.poll() is None, (case.folder / "device.log").read_text()
+        assert time.monotonic() < deadline, f"{case.rounds} trainings take too long"
+        time.sleep(0.2)
+
+
+def idling(pid: int, notes: Path) -> dict[str, float]:
+    """What a device uses that has nothing to do, once its last training has ended."""
+    lines = -1
+    while lines != (lines := len(notes.read_text().splitlines())) or lines % 2:
+        time.sleep(2.0)
+    time.sleep(2.0)
+    process, ticks = Path(f"/proc/{pid}"), os.sysconf("SC_CLK_TCK")
+
+    def look() -> tuple[float, float]:
+        fields = (process / "stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / ticks, used(process)["wakeups"]
+
+    before = look()
+    time.sleep(IDLE_S)
+    after = look()
+    return {
+        "idle_cpu_share": (after[0] - before[0]) / IDLE_S,
+        "idle_wakeups_per_s": (after[1] - before[1]) / IDLE_S,
+        "idle_mb": used(process)["resident_kb"] / 1024,
+    }
+
+
+def measure(case: Case, engine: Engine) -> dict[str, Any]:
+    """Alone, then in a federation; what the second has beyond the first."""
+    before = alone(case, "before")
+    with start(choose(engine), host="127.0.0.1", port=0, directory=case.folder / "broker") as broker:
+        device = federated(case, broker.url)
+    after = alone(case, "after")  # a machine that others use too is not as fast at all times
+    bare = {name: (before[name] + after[name]) / 2 for name in before}
+    return {
+        "task": case.task,
+        "alone": bare,
+        "device": device,
+        "training_ratio": device["training_cpu_s"] / bare["training_cpu_s"],
+        "share": device["own_cpu_s"] / bare["training_cpu_s"],
+        "above_mb": device["peak_mb"] - bare["peak_mb"],
+        "later_s": device["first_training_s"] - bare["first_training_s"],
+    }
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """As tables."""
+    for row in rows:
+        bare, device = row["alone"], row["device"]
+        print(f"\n{row['task']}, {bare['samples']:,.0f} samples, median of {device['trainings']} trainings")
+        print(f"{'':28} {'alone':>9} {'as device':>10}")
+        for name, key, unit in (
+            ("training, CPU ms", "training_cpu_s", 1000),
+            ("training, ms", "training_s", 1000),
+            ("peak memory training, MB", "peak_mb", 1),
+            ("peak before it, MB", "reading_peak_mb", 1),
+            ("start to first training, s", "first_training_s", 1),
+        ):
+            print(f"{name:28} {unit * bare[key]:>9.2f} {unit * device[key]:>10.2f}")
+        print(
+            f"Ternbus' own CPU an update: {1000 * device['own_cpu_s']:.1f} ms, {row['share']:.2%} of the training",
+            end="",
+        )
+        print(f" ({1000 * device['own_while_training_cpu_s']:.2f} ms of it while training)")
+        print(f"Ternbus' own memory: {row['above_mb']:.1f} MB above the trainer's peak")
+        print(f"from one training to the next: {1000 * device['between_s']:.0f} ms, aggregator and broker included")
+        print(f"wakeups an update: {device['wakeups']:.0f}, of them {device['wakeups_while_training']:.0f} in training")
+        print(
+            f"written to disk an update: {device['written_bytes']:,.0f} B; the folder: {device['store_bytes']:,.0f} B"
+        )
+        print(f"idle: {device['idle_wakeups_per_s']:.1f} wakeups/s, {device['idle_cpu_share']:.2%} of a core", end="")
+        print(f", {device['idle_mb']:.0f} MB")
+        print(f"join: {device['join_s']:.1f} s")
+    print(
+        f"\ngoals, for fashion-mnist: at most {GOALS['share']:.0%} of the training, at most {GOALS['above_mb']:.0f} MB"
+    )
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, help="for fashion-mnist, which is left out without")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--engine", type=Engine, default=Engine.AUTO)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for task in PARTITIONS:
+            if task == "fashion-mnist" and arguments.data is None:
+                continue
+            place = Path(folder) / task
+            place.mkdir()
+            data = arguments.data if task == "fashion-mnist" else None
+            case = Case(task=task, data=data, rounds=max(arguments.rounds, WARM_UP + 3), folder=place)
+            rows.append(measure(case, arguments.engine))
+    if arguments.json:
+        print(json.dumps(rows))
+    else:
+        show(rows)
+
+
+if __name__ == "__main__":
+    main()
