@@ -78,7 +78,7 @@ class Service:
     def _serve(self) -> None:
         self._core = open_core(self.directory, self._ledger, self.software)
         settings = self._core.settings
-        self._link = transport.connect(self.directory, settings, self._queue.put, self.transport)
+        self._link = transport.connect(self.directory, settings, self._deliver, self.transport)
         try:
             self._perform(self._core.start(time.monotonic()))
             self.say(
