@@ -28,7 +28,6 @@ median_s = 10.0
 
 [plan]
 codec = "{codec}"
-learning_rate = 0.02
 
 [aggregator.merge]
 buffer_size = 5
