@@ -14,8 +14,10 @@ import numpy as np
 from aggregator import records
 from aggregator.bodies import Bodies, Place
 from broker.errors import ConfigError
+from broker.identity import key_id
 from broker.messages import OPEN
 from broker.schema import Schema, Vector, type_f32, vector_digest
+from broker.ternary import Block
 
 FORMAT: Final = 1
 BODIES: Final = "bodies"
@@ -265,8 +267,6 @@ class Ledger:
                 self.db.execute("DELETE FROM frames WHERE topic = ?", (topic,))
 
     def _enrolled(self, record: records.DeviceEnrolled, now: float) -> None:
-        from broker.identity import key_id  # noqa: PLC0415 - a name that is used here only
-
         self.db.execute("UPDATE keys SET state = 'replaced' WHERE device = ? AND state = 'active'", (record.device,))
         self.db.execute(
             "INSERT INTO keys (device, key, public, state) VALUES (?, ?, ?, 'active')",
@@ -320,8 +320,6 @@ class Ledger:
 
     def vector(self, version: int) -> Vector:
         """The published vector of a version that is still kept; ConfigError says which are."""
-        from broker.ternary import Block  # noqa: PLC0415 - as above
-
         schema, newest = self.schema(), int(self.fact("version"))
         row = self.db.execute(
             "SELECT version, vector FROM snapshots WHERE version <= ? ORDER BY version DESC LIMIT 1", (version,)

@@ -157,7 +157,6 @@ def run_load(url: str, load: Load) -> list[Answered]:
     processes = [context.Process(target=send, args=(url, load, first, go, results)) for first in range(SENDERS)]
     for process in processes:
         process.start()
-    time.sleep(0)  # they prepare their updates while the receiver starts
     go.set()
     answered = [results.get(timeout=600) for _ in processes]
     for process in processes:
