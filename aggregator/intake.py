@@ -47,7 +47,8 @@ class Intake:
     identity: Identity
     schema: Schema
     update_bytes_max: int = field(init=False)
-    _assembling: OrderedDict[str, Collector] = field(default_factory=OrderedDict)
+    _assembling: OrderedDict[str, Collector] = field(default_factory=OrderedDict)  # longest silent device first
+    _held_bytes: int = 0  # in all of them: counted along, since there is one for every device that is sending
     _drops: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -110,16 +111,27 @@ class Intake:
                 limits.messages_in_assembly, limits.messages_in_assembly * self.update_bytes_max
             )
         collector = member.collector
+        self._forget(member.name)
         before = collector.dropped
-        message = collector.add(frame)
+        try:
+            message = collector.add(frame)
+        finally:
+            self._remember(member, collector)
         self._drops["unfinished"] += collector.dropped - before
-        self._assembling.pop(member.name, None)
+        self._bound()
+        return None if message is None else self._read(message)
+
+    def _forget(self, device: str) -> None:
+        collector = self._assembling.pop(device, None)
+        if collector is not None:
+            self._held_bytes -= collector.size_bytes
+
+    def _remember(self, member: Member, collector: Collector) -> None:
         if len(collector):
             self._assembling[member.name] = collector
-            self._bound()
+            self._held_bytes += collector.size_bytes
         else:
             member.collector = None
-        return None if message is None else self._read(message)
 
     def take_drops(self) -> Counter[str]:
         """Unfinished messages dropped since the last call, by reason."""
@@ -128,10 +140,9 @@ class Intake:
 
     def _bound(self) -> None:
         """Keep all devices' unfinished messages within one bound, the longest silent device's going first."""
-        while (
-            sum(collector.size_bytes for collector in self._assembling.values()) > self.settings.limits.assembly_bytes
-        ):
-            _, collector = self._assembling.popitem(last=False)
+        while self._held_bytes > self.settings.limits.assembly_bytes:
+            device, collector = next(iter(self._assembling.items()))
+            self._forget(device)
             self._drops["unfinished"] += len(collector)
             collector.clear()
 

@@ -52,7 +52,7 @@ def start_broker(directory: Path, engine: running.Engine, first: First) -> runni
 def _start_secured(directory: Path, engine: running.Engine, first: First) -> running.RunningBroker:
     """Start a broker with TLS, which knows the aggregator from its first moment."""
     from broker import upkeep  # noqa: PLC0415 - certificates take a library that only few need
-    from broker.home import Home  # noqa: PLC0415
+    from broker.home import Home  # noqa: PLC0415 - likewise
 
     folder = (directory / BROKER).absolute()
     running.choose(engine)  # or nothing is made

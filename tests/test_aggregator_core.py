@@ -1320,3 +1320,28 @@ def test_a_head_that_is_not_ours_is_replaced(make: Make, damage: Callable[[bytes
     bench.start()
     bench.receive(topics.head(LAB), damage(kept))
     assert bench.retained[topics.head(LAB)] == kept
+
+
+def test_what_unfinished_messages_hold_is_counted_along(make: Make) -> None:
+    """Also over a refused part, a finished message, a replaced key and the bound over all devices."""
+    bench = make(limits__assembly_bytes=2**20)
+    intake = bench.core._desk.intake
+
+    def check() -> None:
+        assert intake._held_bytes == sum(collector.size_bytes for collector in intake._assembling.values())
+
+    devices = [bench.join(name) for name in ("a", "b", "c")]
+    for device in devices:
+        parts = device.update(float32_block(bench.schema, 1), 0, frame_bytes=1500)
+        bench.receive(device.topic("update"), *parts[:-1])
+        check()
+    assert intake._held_bytes > 0
+    bench.join("b")
+    last = devices[0].update(float32_block(bench.schema, 2), 0, frame_bytes=1500)
+    bench.receive(devices[0].topic("update"), *last)
+    check()
+    intake.settings = replace(bench.core.settings, limits=replace(bench.core.settings.limits, assembly_bytes=1))
+    more = devices[2].update(float32_block(bench.schema, 3), 0, frame_bytes=1500)
+    bench.receive(devices[2].topic("update"), more[0])
+    check()
+    assert intake._held_bytes == 0
