@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Never
 
 import typer
 
+from broker import refusals as counts
 from broker.endpoint import is_loopback
 from broker.errors import ConfigError
 from broker.identity import write_secret
@@ -172,6 +173,33 @@ def status(directory: Dir, as_json: AsJson = False) -> None:
     typer.echo(f"{'certificate of':<32} {'federation':<20} {'until':<10} {'days':>6}")
     for row in rows:
         typer.echo(f"{row['name']:<32} {row['federation']:<20} {row['until']:<10} {row['days_left']:>6}")
+
+
+@app.command()
+def refusals(directory: Dir, as_json: AsJson = False) -> None:
+    """Show what the broker refused: how often, whom, why, and what that one wanted last.
+
+    A client is the name in its certificate, `?` whoever proved none, `*` those beyond the first 200. What an access
+    list denies is a device that is broken, or not its owner's any more: ternbus aggregator revoke AGG DEVICE.
+    Counts outlive restarts; to begin anew remove refusals.json while the broker is stopped.
+    """
+    _home(directory)
+    path = directory / counts.FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text)
+    except FileNotFoundError:
+        raise ConfigError(f"nothing was counted in {directory}: `ternbus broker up {directory}` does it") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}; remove it while the broker is stopped") from error
+    if as_json:
+        typer.echo(text)
+        return
+    typer.echo(f"since {found['since']}: {sum(row['count'] for row in found['refused'])} refused")
+    for row in found["refused"]:
+        wanted = f": {row['detail']}" if row["detail"] else ""
+        why = counts.REASONS.get(row["reason"], row["reason"])
+        typer.echo(f"{row['count']:>8}  {row['client']:<24} {why}\n{'':>10}last {row['last']}{wanted}")
 
 
 def _home(directory: Path) -> "Home":

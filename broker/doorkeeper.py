@@ -35,7 +35,9 @@ def decide(asked: Question) -> Access:
         raise ProtocolError("no-certificate", f"{asked.client_id!r} shows no certificate")
     named = certificates.read(asked.chain[0], "a client's certificate")
     if asked.client_id != named.name:
-        raise ProtocolError("wrong-client-id", f"the certificate of {named.name!r} calls itself {asked.client_id!r}")
+        # broker/refusals.py reads this off the log: a foreign certificate's subject gets into it too, quotes escaped
+        claimed = repr(asked.client_id[:80])
+        raise ProtocolError("wrong-client-id", f'the certificate of "{named.name}" calls itself {claimed}')
     write, read = _subjects(named.name, named.federation)
     return Access(name=named.name, write=write, read=read, until=int(named.until.timestamp()))
 

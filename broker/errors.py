@@ -9,13 +9,14 @@ class ProtocolError(FederationError):
     """A peer's fault: count it, acknowledge the message to the broker, carry on.
 
     ``reason`` is a short slug, the same for every instance of one fault, so that it can be counted;
-    ``detail`` says what was found, for a log line or a receipt.
+    ``detail`` says what was found, for a log line or a receipt: one line, since it may quote what the peer wrote.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
+        shown = detail if detail.isprintable() else "".join(each if each.isprintable() else "?" for each in detail)
+        super().__init__(f"{reason}: {shown}" if shown else reason)
         self.reason = reason
-        self.detail = detail
+        self.detail = shown
 
 
 class ConfigError(FederationError):

@@ -19,6 +19,7 @@ PARTS_MAX: Final = 65_535
 DEPTH_MAX: Final = 8
 U64: Final = 2**64
 FRAME_BYTES: Final = 120 * 1024  # AWS IoT Core takes 128 KB; a broker that takes less says so at CONNACK
+FRAME_BYTES_RANGE: Final = 4096, 268_000_000  # what may be configured instead: a frame's own, and MQTT's bound
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,15 +3,14 @@
 import json
 import os
 import shutil
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Final, Self
 
-from broker import certificates, mosquitto
+from broker import certificates, mosquitto, toml
 from broker.certificates import Authority, Named, Pair
 from broker.endpoint import Endpoint, is_loopback
 from broker.errors import ConfigError
@@ -46,12 +45,12 @@ class Settings:
     @classmethod
     def loads(cls, text: str, source: str) -> Self:
         try:
-            table: dict[str, Any] = tomllib.loads(text)
+            table = toml.read(text, source)
             names, listen, port, engine = (table.pop(key) for key in ("names", "listen", "port", "engine"))
             if not isinstance(names, list) or not isinstance(port, int) or table:
                 raise TypeError("names must be a list, port a number, and nothing else be there")  # noqa: TRY301
             return cls(names=tuple(map(str, names)), listen=str(listen), port=port, engine=Engine(engine))
-        except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{source} cannot be read: {error}") from error
 
     def dumps(self) -> str:

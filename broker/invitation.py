@@ -2,11 +2,12 @@
 
 import json
 import re
-import tomllib
 from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+from broker import toml
 from broker.endpoint import Endpoint
 from broker.errors import ConfigError
 from broker.identity import check_device, check_federation
@@ -32,6 +33,8 @@ class Invitation:
     ca: str | None = None
     certificate: str | None = None
     key: str | None = field(default=None, repr=False)
+    # For people: the aggregator knows it by its own clock, and a device may have none.
+    expires: datetime | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         check_federation(self.federation)
@@ -49,20 +52,18 @@ class Invitation:
     def dumps(self) -> str:
         """The TOML file's text."""
         lines = ["# A Ternbus invitation: whoever holds this file can join as this device, once."]
-        for entry in fields(self):
-            value = getattr(self, entry.name)
+        if self.expires is not None:
+            lines.append(f"# It ends on {self.expires.astimezone(UTC):%Y-%m-%d at %H:%M:%S} UTC.")
+        for entry in _entries():
+            value = getattr(self, entry)
             if value is not None:
-                lines.append(f"{entry.name} = {json.dumps(value)}")  # a JSON string is a TOML basic string
+                lines.append(f"{entry} = {json.dumps(value)}")  # a JSON string is a TOML basic string
         return "\n".join(lines) + "\n"
 
     @classmethod
     def loads(cls, text: str, source: str = "the invitation") -> "Invitation":
-        try:
-            table: dict[str, Any] = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{source} is not an invitation: {error}") from error
-        known = {entry.name for entry in fields(cls)}
-        unknown = sorted(set(table) - known)
+        table = toml.read(text, source)
+        unknown = sorted(set(table) - set(_entries()))
         if unknown:
             raise ConfigError(f"{source} has an unknown key {unknown[0]!r}; is it an invitation?")
         missing = sorted({"federation", "device", "broker", "aggregator_key", "code"} - set(table))
@@ -81,3 +82,8 @@ class Invitation:
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path} is not an invitation: not UTF-8 text") from error
         return cls.loads(text, str(path))
+
+
+def _entries() -> list[str]:
+    """The keys of the file."""
+    return [entry.name for entry in fields(Invitation) if entry.name != "expires"]

@@ -100,13 +100,20 @@ def configuration(
     access: PurePath,
     tls: ServerTls | None = None,
     user: str | None = None,
+    counted: bool = False,
 ) -> str:
     """The configuration of a broker. ``user`` is whom mosquitto becomes when root starts it.
 
+    ``counted``: its log goes through `broker.refusals`, so let it say what it denies, among all packets.
     All of it is understood by 2.0 and by 2.1, which would have ``acl_file`` as a plugin and says so in its log.
     """
     become = (
         f"\n# Started by root; what is not changed keeps its tie to `ternbus broker up`.\nuser {user}\n" if user else ""
+    )
+    stamp = "log_timestamp_format %Y-%m-%dT%H:%M:%S\n"
+    lines = (
+        "# What `ternbus broker refusals` reads; it keeps most of it out of the file, and notes the time of the rest.\n"
+        "log_type debug\nlog_type subscribe\nlog_timestamp false\n"
     )
     return f"""\
 # As `ternbus broker up` generates it.
@@ -137,5 +144,4 @@ log_dest stderr
 log_type error
 log_type warning
 log_type notice
-log_timestamp_format %Y-%m-%dT%H:%M:%S
-"""
+{lines if counted else stamp}"""

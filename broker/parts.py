@@ -1,8 +1,9 @@
 """A message larger than one frame: cut into signed parts, and collected again within bounds."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any, Final
 
 from broker.errors import ConfigError, ProtocolError
@@ -54,12 +55,24 @@ class Whole:
     parts: int
     meta: Mapping[str, Any]
     body: bytes
+    digest: bytes  # see message_digest
+
+
+def header_digest(header: bytes) -> bytes:
+    """BLAKE2b-256 of a frame's header: what its sender signed, with the digest of the body in it."""
+    return blake2b(header, digest_size=32).digest()
+
+
+def message_digest(headers: Iterable[bytes]) -> bytes:
+    """BLAKE2b-256 of the digests of a message's headers in order of the parts: it stands for all that was signed."""
+    return header_digest(b"".join(map(header_digest, headers)))
 
 
 @dataclass(slots=True)
 class _Assembly:
     parts: int
     bodies: dict[int, bytes] = field(default_factory=dict)
+    headers: dict[int, bytes] = field(default_factory=dict)  # their digests
     size_bytes: int = 0
 
 
@@ -76,25 +89,32 @@ class Collector:
     def add(self, frame: Frame) -> Whole | None:
         """Take in an authentic frame; return the whole message when this was its last missing part."""
         if frame.parts == 1:
-            return whole(frame, frame.body)
+            return whole(frame)
         if frame.part < frame.parts - 1 and len(frame.body) < PART_BYTES_MIN:
             raise ProtocolError("short-part", f"{len(frame.body)} bytes in part {frame.part} of {frame.parts}")
         if len(frame.body) > self.bytes_max:
             raise ProtocolError("too-long", f"more than {self.bytes_max} bytes")
-        name = (frame.key, frame.kind, frame.seq, frame.parts, frame.meta_bytes)
+        name = _name(frame)
         assembly = self._assemblies.setdefault(name, _Assembly(frame.parts))
         if frame.part in assembly.bodies:
             return None  # the first copy of a part wins
         assembly.bodies[frame.part] = frame.body
+        assembly.headers[frame.part] = header_digest(frame.header)
         assembly.size_bytes += len(frame.body)
         self.size_bytes += len(frame.body)
         if len(assembly.bodies) == frame.parts:
             self._forget(name)
-            return whole(frame, b"".join(assembly.bodies[part] for part in range(frame.parts)))
+            body = b"".join(assembly.bodies[part] for part in range(frame.parts))
+            return _whole(frame, body, b"".join(assembly.headers[part] for part in range(frame.parts)))
         while len(self._assemblies) > self.messages_max or self.size_bytes > self.bytes_max:
             self._forget(next(iter(self._assemblies)))
             self.dropped += 1
         return None
+
+    def lacks_only(self, frame: Frame) -> bool:
+        """Whether this part is the one that its message still lacks."""
+        assembly = self._assemblies.get(_name(frame))
+        return assembly is not None and len(assembly.bodies) == frame.parts - 1 and frame.part not in assembly.bodies
 
     def missing(self, kind: str, seq: int) -> list[int]:
         """The parts that a begun message still lacks; empty where nothing of it has come."""
@@ -114,8 +134,17 @@ class Collector:
         self.size_bytes -= self._assemblies.pop(name).size_bytes
 
 
-def whole(frame: Frame, body: bytes) -> Whole:
-    """The message that ``frame`` is a part of, or all of, with its joined body."""
+def _name(frame: Frame) -> tuple[KeyId, str, int, int, bytes]:
+    """What parts of one message agree in; the sender is the collector's."""
+    return frame.key, frame.kind, frame.seq, frame.parts, frame.meta_bytes
+
+
+def whole(frame: Frame) -> Whole:
+    """The message that a single frame is."""
+    return _whole(frame, frame.body, header_digest(frame.header))
+
+
+def _whole(frame: Frame, body: bytes, headers: bytes) -> Whole:
     return Whole(
         kind=frame.kind,
         federation=frame.federation,
@@ -125,4 +154,5 @@ def whole(frame: Frame, body: bytes) -> Whole:
         parts=frame.parts,
         meta=frame.meta,
         body=body,
+        digest=header_digest(headers),
     )

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final, Self, TypeVar
 
-from broker import embedded, mosquitto, tether
+from broker import embedded, mosquitto, refusals, tether
 from broker.endpoint import WILDCARDS, Endpoint
 from broker.errors import ConfigError, LinkError
 from broker.tls import PROBE, ServerTls, Tls
@@ -29,8 +30,8 @@ STOP_WITHIN_S: Final = 10.0
 FREED_WITHIN_S: Final = 5.0  # a broker whose `broker up` was killed saves what it holds, then ends
 LOOK_EVERY_S: Final = 0.02
 PORT_ATTEMPTS: Final = 5
-LOG: Final = "broker.log"
-ACCESS: Final = "access.list"
+LOG: Final = refusals.LOG
+ACCESS: Final = refusals.ACCESS
 HOME: Final = "broker.toml"
 # MQTT 3.1.1 CONNECT: clean session, keepalive 5 s, and the client id; CONNACK without error; DISCONNECT
 HELLO: Final = b"\x10\x11\x00\x04MQTT\x04\x02\x00\x05\x00\x05" + PROBE.encode()
@@ -99,6 +100,7 @@ class RunningBroker:
     directory: Path
     process: subprocess.Popen[bytes]
     door: "Doorkeeper | None" = None
+    counter: subprocess.Popen[bytes] | None = None  # which writes the log of a broker with TLS
 
     @property
     def url(self) -> str:
@@ -114,18 +116,28 @@ class RunningBroker:
 
     def wait(self) -> int:
         """Wait until the broker ends, and return its exit code."""
-        return self.process.wait()
+        code = self.process.wait()
+        self._await_log()
+        return code
 
     def stop(self) -> None:
         """Let the broker save what it holds and end; kill it if it does not."""
         _end(self.process)
+        self._await_log()
         if self.door is not None:
             self.door.close()
 
     def last_lines(self, count: int = 10) -> str:
         """The end of the broker's log."""
+        if self.process.poll() is not None:
+            self._await_log()
         with (self.directory / LOG).open(errors="replace") as log:
             return "".join(deque(log, maxlen=count)).rstrip()
+
+    def _await_log(self) -> None:
+        """Wait until the last words of a broker that has ended are written."""
+        if self.counter is not None:
+            self.counter.wait(STOP_WITHIN_S)
 
     def __enter__(self) -> Self:
         return self
@@ -155,12 +167,15 @@ def start(
             listener = Endpoint(host=host, port=reserve(host, port), tls=secured is not None)
             door = _door(software, secured)
             admission = _Admission(federations=federations, secured=secured, door=door)
+            command = _configure(software, listener, directory, admission)
+            process, counter = _launch(command, directory, lock, software.engine if secured is not None else None)
             broker = RunningBroker(
                 software=software,
                 endpoint=listener if secured is None else replace(listener, host=secured.name),
                 directory=directory,
-                process=_launch(_configure(software, listener, directory, admission), directory, lock),
+                process=process,
                 door=door,
+                counter=counter,
             )
             try:
                 _await_answer(broker, listener, secured)
@@ -214,19 +229,36 @@ def reserve(host: str, port: int) -> int:
     return found
 
 
-def _launch(command: list[str | os.PathLike[str]], directory: Path, lock: IO[bytes]) -> subprocess.Popen[bytes]:
+def _launch(
+    command: list[str | os.PathLike[str]], directory: Path, lock: IO[bytes], counted: Engine | None
+) -> tuple[subprocess.Popen[bytes], subprocess.Popen[bytes] | None]:
+    """(the broker, and where what it refuses is ``counted`` the process through which its log goes)."""
     log = directory / LOG
     if log.exists():
         log.replace(directory / f"{LOG}.1")  # so that a log is never longer than one run
-    with log.open("wb") as output:
-        return subprocess.Popen(
-            tether.command(command),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            pass_fds=(lock.fileno(),),
-            start_new_session=True,  # Ctrl-C in a terminal is for us; we end the broker
-        )
+    with ExitStack() as stack:
+        output: IO[bytes] = stack.enter_context(log.open("ab"))
+        counter = None
+        if counted is not None:
+            reading, writing = os.pipe()
+            source = stack.enter_context(os.fdopen(reading, "rb"))
+            into = stack.enter_context(os.fdopen(writing, "wb"))
+            counting = [sys.executable, "-I", "-S", refusals.__file__, str(directory), str(counted)]
+            counter, output = _spawn(counting, source, output, lock), into
+        return _spawn(tether.command(command), subprocess.DEVNULL, output, lock), counter
+
+
+def _spawn(
+    command: Sequence[str | os.PathLike[str]], source: IO[bytes] | int, output: IO[bytes], lock: IO[bytes]
+) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command,
+        stdin=source,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        pass_fds=(lock.fileno(),),
+        start_new_session=True,  # Ctrl-C in a terminal is for us; we end the broker, and with it its log
+    )
 
 
 def _door(software: Software, secured: Secured | None) -> "Doorkeeper | None":
@@ -275,7 +307,13 @@ def _configure(
         # As root mosquitto would become another user, which may not read the directory and loses the tether.
         user = "root" if os.geteuid() == 0 else None
         text = mosquitto.configuration(
-            host=host, port=port, data=directory, access=access, tls=admission.tls, user=user
+            host=host,
+            port=port,
+            data=directory,
+            access=access,
+            tls=admission.tls,
+            user=user,
+            counted=bool(admission.tls),
         )
     file.write_text(text)
     return [software.executable, "-c", file]

@@ -21,6 +21,7 @@ Vector = npt.NDArray[np.float32]  # shape (elements,), little-endian float32, ev
 TERNARY: Final = "ternary"
 DENSE: Final = "dense"
 DENSE_BELOW: Final = 256  # a tensor with fewer elements is dense: its scale would cost more than it saves
+DENSE_NAMES: Final = ("*running_mean", "*running_var")  # batch norm's: trits would make a variance negative
 TENSORS_MAX: Final = 100_000
 ELEMENTS_MAX: Final = 2**31
 SMALLEST_NORMAL: Final = np.float32(2.0**-126)
@@ -58,8 +59,8 @@ class Schema:
 
     @classmethod
     def of(cls, shapes: Mapping[str, Sequence[int]], dense: Iterable[str] = ()) -> "Schema":
-        """A schema over named shapes; tensors below 256 elements or matching a ``dense`` pattern are dense."""
-        patterns = tuple(dense)
+        """A schema over named shapes; dense are tensors below 256 elements, statistics, and what matches ``dense``."""
+        patterns = (*DENSE_NAMES, *dense)
         tensors = []
         for name, shape in shapes.items():
             small = math.prod(shape) < DENSE_BELOW
@@ -138,7 +139,11 @@ def _tensor(row: Any) -> Tensor:
 
 def flush_tiny(values: npt.NDArray[np.float32]) -> None:
     """Turn every magnitude below 2^-126, and -0, into +0, in place: some processors would, so all must."""
-    values[np.abs(values) < SMALLEST_NORMAL] = 0.0
+    values += np.float32(0.0)  # -0 + 0 is +0
+    tiny = np.abs(values) < SMALLEST_NORMAL
+    tiny &= values != 0  # a third of a ternary change is 0 already, and numpy is slow where it writes
+    if tiny.any():
+        values[tiny] = 0.0
 
 
 def vector_digest(vector: Vector) -> bytes:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import zstandard
 
 from broker.errors import ProtocolError
-from broker.schema import SMALLEST_NORMAL, Schema, Vector, flush_tiny, type_f32
+from broker.schema import SMALLEST_NORMAL, Schema, Segment, Vector, flush_tiny, type_f32
 
 TERNARY: Final = "ternary"
 FLOAT32: Final = "float32"
@@ -71,6 +71,20 @@ class Block:
             flush_tiny(target)
         return result
 
+    def piece(self, segment: Segment, first: int, last: int) -> npt.NDArray[np.float32]:
+        """Elements [first, last) of one tensor of the change; no others are unpacked."""
+        low, high = segment.offset + first, segment.offset + last
+        if self.codec == TERNARY and segment.tensor.role == TERNARY:
+            rows = (TRITS * self.scales[self.schema.ternary.index(segment)]).take(
+                self.packed[low // 5 : -(-high // 5)], axis=0
+            )
+            unpacked: npt.NDArray[np.float32] = rows.reshape(-1)[low % 5 :][: high - low]
+            return unpacked
+        after = self.schema.ternary_elements if self.codec == FLOAT32 and segment.tensor.role != TERNARY else 0
+        values = self.elements[after + low : after + high].astype(np.float32)
+        flush_tiny(values)
+        return values
+
     def value(self) -> Vector:
         """The change itself as a vector."""
         return self.apply(np.zeros(self.schema.elements, dtype=np.float32))
@@ -92,7 +106,7 @@ class Block:
     def elements(self) -> npt.NDArray[np.float32]:
         """What is float32 in it: the dense tensors' elements, in a float32 block the ternary ones' before them."""
         first = 4 * len(self.schema.ternary) + trit_bytes(self.schema) if self.codec == TERNARY else 0
-        return np.frombuffer(self.content[first:], dtype=type_f32)
+        return np.frombuffer(self.content, dtype=type_f32, offset=first)
 
     def _pieces(self) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
         """(place in the vector, values), in pieces of at most CHUNK elements."""
@@ -193,6 +207,8 @@ def _decompress(encoded: bytes, size: int) -> bytes:
 
 def _check_ternary(schema: Schema, content: bytes) -> None:
     scales = np.frombuffer(content, dtype=type_f32, count=len(schema.ternary)).copy()
+    if not np.isfinite(scales).all():  # before any arithmetic: a signalling NaN makes numpy warn
+        raise ProtocolError("bad-scale", "a scale that is not finite")
     flush_tiny(scales)  # a tiny negative scale is a zero like any other
     if not ((scales >= 0) & (scales <= VALUE_MAX)).all():
         raise ProtocolError("bad-scale", f"a scale outside 0 to {VALUE_MAX:.0f}")
@@ -229,11 +245,10 @@ def nearest(values: npt.NDArray[np.float32], out: Trits) -> np.float32:
     threshold = np.float32(total / len(values))
     total = 0.0
     for first in range(0, len(values), CHUNK):
-        piece = values[first : first + CHUNK]
-        magnitude = np.abs(piece)
-        kept = magnitude >= threshold  # where all are as large, none would be above
-        np.multiply(np.sign(piece), kept, out=out[first : first + CHUNK], casting="unsafe")
-        total += float(magnitude[kept].sum(dtype=np.float64))
+        piece, kept = values[first : first + CHUNK], out[first : first + CHUNK]
+        # where all are as large, none would be above the threshold
+        np.subtract((piece >= threshold).view(np.int8), (piece <= -threshold).view(np.int8), out=kept)
+        total += float((piece * kept).sum(dtype=np.float64))
         count += int(np.count_nonzero(kept))
     scale = np.float32(min(total / count, VALUE_MAX)) if count else np.float32(0)
     if scale < SMALLEST_NORMAL:
