@@ -71,11 +71,10 @@ class Bodies:
         self.close()
         self.segment = segment
 
-    def drop_below(self, segment: int) -> None:
-        """Remove every file with a lower number: nobody needs what is in it."""
-        for path in self.folder.glob("*.bodies"):
-            if path.stem.isdecimal() and int(path.stem) < segment:
-                path.unlink()
+    def below(self, segment: int) -> list[Path]:
+        """Every file with a lower number."""
+        numbered = [path for path in self.folder.glob("*.bodies") if path.stem.isdecimal()]
+        return [path for path in numbered if int(path.stem) < segment]
 
     def close(self) -> None:
         if self._descriptor is not None:

@@ -6,14 +6,14 @@ import signal
 import sys
 import time
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from aggregator import home, requests, together
+from aggregator import admission, home, local_tests, log_command, requests, together
 from aggregator import status as statuses
+from aggregator.arguments import AsJson, Dir, software
 from aggregator.service import Service
 from aggregator.settings import TransportSettings, toml_value
 from broker.endpoint import PORTS, is_loopback
@@ -23,22 +23,14 @@ from broker.running import Engine, RunningBroker
 from broker.schema import load_safetensors, save_safetensors
 
 app = typer.Typer(no_args_is_help=True, help="The server: accept updates, merge them, publish the model.")
+app.add_typer(log_command.app, name="log")
 
-Dir = Annotated[Path, typer.Argument(metavar="DIR", help="The aggregator's directory.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Username = Annotated[
     str, typer.Option(metavar="NAME", help="At a broker that others run. [default: aggregator-FEDERATION]")
 ]
 PasswordFile = Annotated[
     Path | None, typer.Option(metavar="FILE", help="With the password in its first line; mode 0600, TLS only.")
 ]
-
-
-def _software() -> str:
-    try:
-        return f"ternbus {version('ternbus')}"
-    except PackageNotFoundError:
-        return "ternbus"
 
 
 @app.command()
@@ -132,7 +124,7 @@ def run(directory: Dir, username: Username = "", password_file: PasswordFile = N
 
 def _serve(directory: Path, transport: TransportSettings | None = None, broker: RunningBroker | None = None) -> None:
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
-    service = Service(directory, _software(), _say, transport)
+    service = Service(directory, software(), _say, transport)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: service.stop())
     ended = together.watch(broker, service.stop) if broker is not None else []
@@ -187,28 +179,8 @@ def _say(text: str) -> None:
     typer.echo(f"{time.strftime('%H:%M:%S')} {text}", err=True)
 
 
-@app.command()
-def invite(
-    directory: Dir,
-    devices: Annotated[list[str], typer.Argument(metavar="DEVICE…", help="Names: a-z, 0-9, '_', '-'; at most 64.")],
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write FOLDER/DEVICE.toml for each.")] = None,
-    certificates: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Theirs, as `ternbus broker certificate --out` wrote them.")
-    ] = None,
-) -> None:
-    """Invite devices. The invitation is secret: whoever holds it can join as that device, once.
-
-    Where the broker was made by `ternbus broker init` on this machine it carries a certificate, made now.
-    """
-    if out is None and len(devices) > 1:
-        raise ConfigError("several invitations need a folder: add --out FOLDER")
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-    for invitation in home.invite(directory, *devices, certificates=certificates):
-        if out is None:
-            typer.echo(invitation.dumps(), nl=False)
-        else:
-            typer.echo(str(together.write_invitation(out, invitation)))
+for each in (admission.invite, admission.invitations, admission.revoke):
+    app.command()(each)
 
 
 @app.command()
@@ -237,25 +209,38 @@ def _summary(found: dict[str, Any]) -> str:
     ]
     if invalid:
         lines.append("refused: " + ", ".join(f"{value} {name}" for name, value in invalid.items()))
+    lines += [f"{name}: {value}" for name, value in local_tests.sentences(found["local"])]
     lines.append(_device_table(found["devices"]))
-    lines.append("")
-    lines.append(f"{'version':>8} {'updates':>8} {'staleness':>10} {'accuracy':>9}   time")
-    for row in found["versions"][-10:]:
+    return "\n".join([*lines, "", *_version_table(found["versions"][-10:], local=found["local"] is not None)])
+
+
+def _version_table(versions: list[dict[str, Any]], *, local: bool) -> list[str]:
+    """The last columns are of the devices' own data, and of so many of them."""
+    heading = f"{'version':>8} {'updates':>8} {'staleness':>10} {'accuracy':>9}   {'time':<19}"
+    lines = [heading + (f" {'worst tenth':>12} {'median':>8} {'devices':>8}" if local else "").rstrip()]
+    for row in versions:
         accuracy = row["metrics"].get("accuracy")
         shown = "" if accuracy is None else f"{accuracy:.4f}"
         moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["time"]))
         staleness = f"{row['staleness_mean']:.2f}/{row['staleness_max']}"
-        lines.append(f"{row['version']:>8} {row['updates']:>8} {staleness:>10} {shown:>9}   {moment}")
-    return "\n".join(lines)
+        line = f"{row['version']:>8} {row['updates']:>8} {staleness:>10} {shown:>9}   {moment}"
+        if (own := row["local"]) is not None:
+            among = own["accuracy"]
+            line += f" {among['worst_decile']:>12.4f} {among['median']:>8.4f} {own['devices']:>8}"
+        lines.append(line)
+    return lines
 
 
 def _device_table(devices: dict[str, Any]) -> str:
     lines = ["", f"{'device':<24} {'state':<10} {'updates':>8} {'base':>8} {'staleness':>10} {'kB':>9} {'last seq':>9}"]
+    private = any(row["epsilon"] is not None for row in devices.values())
+    lines[-1] += f" {'epsilon':>8}" if private else ""
     for name, row in devices.items():
         state = row["state"] if row["key_state"] == "active" else row["key_state"]
         base = "" if row["base"] is None else row["base"]
         behind = "" if row["staleness"] is None else row["staleness"]
         traffic = f"{row['bytes'] / 1000:>9.1f} {row['last_seq']:>9}"
+        traffic += "" if row["epsilon"] is None else f" {row['epsilon']:>8.3f}"
         lines.append(f"{name:<24} {state:<10} {row['updates']:>8} {base:>8} {behind:>10} {traffic}")
     return "\n".join(lines)
 
@@ -271,19 +256,19 @@ def devices(directory: Dir, as_json: AsJson = False) -> None:
 @app.command()
 def pause(directory: Dir) -> None:
     """Let devices follow but not train; in force when this returns."""
-    home.change_state(directory, requests.PAUSE, _software())
+    home.change_state(directory, requests.PAUSE, software())
 
 
 @app.command()
 def resume(directory: Dir) -> None:
     """Open the federation again."""
-    home.change_state(directory, requests.RESUME, _software())
+    home.change_state(directory, requests.RESUME, software())
 
 
 @app.command()
 def close(directory: Dir) -> None:
     """End the training: what is accepted is merged, devices drop the rest and stop."""
-    home.change_state(directory, requests.CLOSE, _software())
+    home.change_state(directory, requests.CLOSE, software())
 
 
 @app.command()
@@ -292,7 +277,7 @@ def restored(directory: Dir) -> None:
 
     Devices refuse what is older than what they have seen, so version and sequence numbers go on 2^32 higher.
     """
-    typer.echo(f"{directory} goes on at version {home.restored(directory, _software())}")
+    typer.echo(f"{directory} goes on at version {home.restored(directory, software())}")
 
 
 @app.command()

@@ -4,23 +4,26 @@ It knows the protocol, who may say what, and when to merge. It does no I/O and r
 event. What must survive a crash is a ``Save``, and stands before every action that tells anybody of it.
 """
 
+import json
 import math
 from dataclasses import dataclass, field
 from typing import Final, assert_never
 
 from aggregator import events, records
 from aggregator.desk import Desk
-from aggregator.intake import Intake, Verdict
+from aggregator.door import Door
+from aggregator.intake import Intake
 from aggregator.model import Model
 from aggregator.outlet import Outlet
+from aggregator.pace import Lines
 from aggregator.press import Kept, Press
 from aggregator.registry import Member, Registry
 from aggregator.settings import Settings
-from aggregator.tally import Bucket, Tally
+from aggregator.tally import Tally
 from broker import topics
 from broker.errors import ProtocolError
 from broker.frame import Frame, parse
-from broker.identity import Identity
+from broker.identity import AGGREGATOR, Identity
 from broker.messages import CLOSED, Head, Metrics, Status
 from broker.schema import Schema
 
@@ -45,7 +48,8 @@ class Core:
     _desk: Desk = field(init=False)
     _press: Press = field(init=False)
     _tally: Tally = field(default_factory=Tally)
-    _refusals: Bucket = field(init=False)
+    _door: Door = field(init=False)
+    _lines: Lines = field(init=False)
     _actions: list[events.Action] = field(default_factory=list)
     _echo_by: float = 0.0
     _census_by: float | None = None  # until then the broker is still telling us who is online
@@ -63,7 +67,10 @@ class Core:
             do=self._do,
             closed=self.kept.state == CLOSED,
         )
-        self._refusals = Bucket(float(self.settings.limits.refusals_per_s))
+        self._door = Door(
+            settings=self.settings, registry=self.registry, desk=self._desk, do=self._do, refuse=self._refuse
+        )
+        self._lines = Lines(self.settings.limits.log_lines_per_minute)
         self._press = Press(settings=self.settings, model=self.model, kept=self.kept, outlet=self._outlet, do=self._do)
 
     @property
@@ -89,8 +96,12 @@ class Core:
             case events.Disconnected():
                 self._press.in_doubt = False
             case events.InvitationsRead():
-                self.registry.codes = dict(event.codes)
+                self._door.invite(event.codes)
                 self._done(event.request)
+            case events.CancelRequested():
+                self._done(event.request, self._door.cancel(event.device))
+            case events.RevokeRequested():
+                self._done(event.request, self._door.revoke(event))
             case events.StateRequested():
                 self._change_state(event)
             case events.CountsRequested():
@@ -142,14 +153,23 @@ class Core:
 
     def _message(self, event: events.MessageArrived) -> None:
         """Take in what the broker delivered; whatever is wrong with it is counted, and that is all."""
+        about = "a message"
         try:
             address = self._address(event.topic)
+            about = f"{address.kind} of {address.device or AGGREGATOR}"
             if address.group != "up":
                 self._own(event, address)
             elif event.payload:  # an empty one only clears what was retained
                 self._from_device(event, address)
         except ProtocolError as error:
-            self._tally.refuse(error.reason, self._now)
+            self._refuse(error.reason, f"dropped {about}: {error}")
+
+    def _refuse(self, reason: str, text: str) -> None:
+        """Count what was refused, and tell the operator, who is not to be drowned in it."""
+        self._tally.refuse(reason, self._now)
+        line = self._lines.write(reason, text, self._now)
+        if line:
+            self._log(line)
 
     def _address(self, topic: str) -> topics.Address:
         address = topics.parse(topic)
@@ -160,26 +180,18 @@ class Core:
     def _from_device(self, event: events.MessageArrived, address: topics.Address) -> None:
         member = self.registry.members.get(address.device or "")
         if member is not None:
-            member.take_token(self._now, self.settings.limits.frames_per_s)
+            member.take_frame(self._now, self.settings.limits.frames_per_s)
         opened = event.opened
         frame = parse(event.payload) if opened is None else opened.frame
         topics.check(frame, address)
         if frame.kind == "enroll":
-            self._enroll(frame)
+            self._door.enroll(frame, self._now, event.clock_s)
         else:
-            member = self._authenticate(frame, b"" if opened is None else opened.public)
+            member = self._door.authenticate(frame, b"" if opened is None else opened.public, self._now)
             if frame.kind == "update":
                 member.update_bytes += event.packet_bytes
                 self._tally.observe(member.name, self._now)
             self._frame(member, frame)
-
-    def _authenticate(self, frame: Frame, verified: bytes) -> Member:
-        try:
-            return self.registry.authenticate(frame, verified)
-        except ProtocolError as error:
-            if error.reason == "revoked-key" and self._refusals.take(self._now):
-                self._desk.receipt(frame.sender, frame.key, frame.seq, Verdict("revoked", "this key was revoked"))
-            raise
 
     def _frame(self, member: Member, frame: Frame) -> None:
         match frame.kind:
@@ -231,23 +243,6 @@ class Core:
         )
         return True
 
-    def _enroll(self, frame: Frame) -> None:
-        verdict = Verdict("enrolled")
-        try:
-            public, is_new = self.registry.admit(frame)
-        except ProtocolError as error:
-            if error.reason != "refused":
-                raise
-            self._tally.refuse("refused-enroll", self._now)
-            if self._refusals.take(self._now):
-                self._desk.receipt(frame.sender, frame.key, frame.seq, Verdict("refused", error.detail))
-            return
-        if is_new:
-            self.registry.enroll(frame.sender, public, frame.body)
-            self._save(records.DeviceEnrolled(device=frame.sender, public=public, proof=frame.body))
-            self._log(f"{frame.sender} enrolled")
-        self._desk.receipt(frame.sender, frame.key, frame.seq, verdict)
-
     def _metrics(self, member: Member, frame: Frame) -> None:
         frame.check_bodiless()
         metrics = Metrics.from_meta(frame.meta)
@@ -255,6 +250,10 @@ class Core:
             raise ProtocolError("bad-meta", "metrics of a version that is not yet")
         if frame.seq <= member.metrics_seq:
             raise ProtocolError("replayed-metrics", member.name)
+        size_bytes = len(json.dumps(dict(metrics.values)))  # as the ledger keeps them
+        if member.metrics_bytes + size_bytes > self.settings.limits.metrics_bytes:
+            raise ProtocolError("too-many-metrics", f"more than limits.metrics_bytes of {member.name}")
+        member.metrics_bytes += size_bytes
         member.metrics_seq = frame.seq
         if metrics.split == "test" and member.highest_base < 0:
             member.evaluates = True
@@ -282,6 +281,8 @@ class Core:
     def _merge(self) -> None:
         self._desk.merge_by = None
         self._merge_from = self._now + self.settings.downlink.min_interval_s
+        for update in self.model.buffer:
+            self.registry.members[update.device].waiting_bytes = 0
         self._press.merge()
 
     def _change_state(self, event: events.StateRequested) -> None:
@@ -327,9 +328,9 @@ class Core:
 
     # --- actions
 
-    def _done(self, request: int) -> None:
-        if request:
-            self._save(records.RequestDone(request=request))
+    def _done(self, request: int, error: str = "") -> None:
+        if request or error:
+            self._save(records.RequestDone(request=request, error=error))
 
     def _save(self, record: records.Record) -> None:
         self._do(events.Save(record=record))

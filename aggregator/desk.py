@@ -1,13 +1,13 @@
 """Where updates are handed in: each is judged, collected, accepted or refused, and answered once and for all."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
 from aggregator import events, records
 from aggregator.grants import GRANT_S, Grants
 from aggregator.intake import Intake, Ready, Verdict
-from aggregator.model import Accepted, Model
+from aggregator.model import Accepted, Model, Waiting
 from aggregator.outlet import Outlet
 from aggregator.registry import Answer, Member
 from aggregator.settings import Settings
@@ -41,6 +41,7 @@ class Desk:
 
     def offer(self, member: Member, frame: Frame, now: float) -> None:
         """Answer an offer at once where nothing of the update is wanted; else ask for what there is room for."""
+        self.afford(member, now)
         if frame.seq <= member.answer.seq:
             self._answer_again(member, frame.seq, now)
             return
@@ -61,12 +62,15 @@ class Desk:
     def update(self, member: Member, frame: Frame, now: float) -> None:
         if frame.seq <= member.answer.seq:
             if frame.part == 0:  # once a message, not once a part
+                self.afford(member, now)
                 self._answer_again(member, frame.seq, now)
             return
         verdict = self.intake.judge(member, frame, self.model.version, closed=self.closed)
         if verdict is not None:
+            self.afford(member, now)
             self._answer(member, frame.seq, verdict)
         elif self.stopping:
+            self.afford(member, now)
             self._busy(member, frame.seq, now)
         elif frame.parts > self.outlet.direct_parts and member.granted != frame.seq:
             raise ProtocolError("not-granted", f"{frame.parts} parts, unasked")
@@ -74,6 +78,8 @@ class Desk:
             self._collect(member, frame, now)
 
     def _collect(self, member: Member, frame: Frame, now: float) -> None:
+        if self.intake.is_last(member, frame):
+            self.afford(member, now)  # before it is decompressed and read
         ready = self.intake.collect(member, frame)
         for reason in self.intake.take_drops().elements():
             self.tally.refuse(reason, now)
@@ -81,6 +87,8 @@ class Desk:
             return
         if isinstance(ready, Verdict):
             self._answer(member, frame.seq, ready)
+        elif member.waiting_bytes and member.waiting_bytes + len(ready.body) > self.settings.limits.journal_bytes:
+            self._busy(member, frame.seq, now, "too many updates of this device wait to be merged")
         else:
             self._accept(member, frame.seq, ready, now)
 
@@ -98,16 +106,27 @@ class Desk:
                 staleness=staleness,
                 samples=update.samples,
                 discount=worth,
+                digest=ready.digest,
                 codec=update.codec,
                 encoding=update.encoding,
                 body=ready.body,
+                epsilon=update.metrics.get("epsilon"),
             )
         )
         member.accept(update.base, self.intake.oldest(self.model.version))
         member.answer = Answer(seq=seq, outcome="accepted")
         member.evaluates = False
-        accepted = Accepted(device=member.name, staleness=staleness, samples=update.samples)
-        self.model.accept(accepted, ready.block, worth)
+        member.waiting_bytes += len(ready.body)
+        accepted = Accepted(
+            device=member.name,
+            key=member.key,
+            seq=seq,
+            digest=ready.digest,
+            staleness=staleness,
+            samples=update.samples,
+            discount=worth,
+        )
+        self.model.accept(accepted, ready.block)
         if self.merge_by is None:
             self.merge_by = now + self.settings.merge.max_wait_s
         self.receipt(member.name, member.key, seq, Verdict("accepted"))
@@ -127,10 +146,11 @@ class Desk:
         )
         self.receipt(member.name, member.key, seq, verdict)
 
-    def _busy(self, member: Member, seq: int, now: float) -> None:
+    def _busy(self, member: Member, seq: int, now: float, why: str = "too much is on its way already") -> None:
         """Not now; which is no answer."""
         self.tally.answer("busy", now)
-        why = "the aggregator is stopping" if self.stopping else "too much is on its way already"
+        if self.stopping:
+            why = "the aggregator is stopping"
         self.receipt(member.name, member.key, seq, Verdict("busy", why, retry_after_s=BUSY_S))
 
     def _answer_again(self, member: Member, seq: int, now: float) -> None:
@@ -144,6 +164,27 @@ class Desk:
             verdict = Verdict("duplicate", "a lower sequence number", highest_seq=answer.seq)
             self.tally.answer("duplicate", now)
         self.receipt(member.name, member.key, seq, verdict)
+
+    def afford(self, member: Member, now: float) -> None:
+        """Raise ProtocolError where a device has had its receipts, before any work is done for another."""
+        member.take_receipt(now, self.settings.limits.receipts_per_s)
+
+    def forget(self, member: Member) -> None:
+        """Drop what a device has begun to send."""
+        self._grants.close(member.name)
+        self.intake.forget(member)
+
+    def drop(self, member: Member, buffer: Iterable[Waiting]) -> bool:
+        """Take a device's updates out of the buffer, the whole of which is ``buffer``; whether there were any."""
+        left = sum(update.device != member.name for update in self.model.buffer)
+        if left == len(self.model.buffer):
+            return False
+        self.model.refill(waiting for waiting in buffer if waiting[0].device != member.name)
+        assert len(self.model.buffer) == left  # noqa: S101 - nothing that was accepted may be lost with them
+        member.waiting_bytes = 0
+        if not left:
+            self.merge_by = None
+        return True
 
     def receipt(self, device: str, key: KeyId, seq: int, verdict: Verdict) -> None:
         receipt = Receipt(

@@ -1,10 +1,12 @@
 """What can happen to the aggregator, in the past tense, and what it then wants done, in the imperative."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from aggregator.gate import Opened
+from aggregator.model import Waiting
 from aggregator.records import Record
+from aggregator.registry import Invited
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,20 +30,44 @@ class Disconnected:
 class MessageArrived:
     """An MQTT message, of which nothing is believed yet; ``packet_bytes`` is its size on the wire.
 
-    ``opened`` is the payload's frame where it was looked into ahead.
+    ``opened`` is the payload's frame where it was looked into ahead. ``clock_s`` is the time of day in Unix seconds,
+    against which only the end of an invitation is held.
     """
 
     topic: str
     payload: bytes
     packet_bytes: int = 0
     opened: Opened | None = None
+    clock_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InvitationsRead:
-    """The open invitations' codes by device, as the ledger has them now."""
+    """The open invitations by device, as the ledger has them now."""
 
-    codes: Mapping[str, str]
+    codes: Mapping[str, Invited]
+    request: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelRequested:
+    """The operator wants a device's open invitation void."""
+
+    device: str
+    request: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RevokeRequested:
+    """The operator wants a device out, told ``why``; its updates in the buffer dropped unless ``keep``.
+
+    ``buffer`` is all that waits for a merge, in order, as the ledger has it; read at most once.
+    """
+
+    device: str
+    why: str = ""
+    keep: bool = False
+    buffer: Iterable[Waiting] = ()
     request: int = 0
 
 
@@ -76,6 +102,8 @@ Event = (
     | Disconnected
     | MessageArrived
     | InvitationsRead
+    | CancelRequested
+    | RevokeRequested
     | StateRequested
     | CountsRequested
     | TimeReached

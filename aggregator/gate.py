@@ -26,7 +26,7 @@ def open_ahead(registry: Registry, payload: bytes) -> Opened | None:
     try:
         frame = parse(payload)
         member = registry.members.get(frame.sender)
-        if member is None:
+        if member is None or member.revoked or member.is_flooding:
             return None
         frame.check_authentic(member.public)
     except ProtocolError:

@@ -1,32 +1,36 @@
 """An aggregator's directory: made, opened, and changed by commands, whether or not a process serves it."""
 
+import json
 import secrets
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from aggregator import downlink, events, optimizer, records, requests, transport
+from aggregator import downlink, events, membership, optimizer, records, requests, transport
 from aggregator import settings as configuration
 from aggregator.core import Core
-from aggregator.ledger import Ledger
+from aggregator.ledger import VECTORS, Ledger
 from aggregator.outlet import Outlet
 from aggregator.recovery import recover
 from aggregator.settings import Settings
+from broker import merge_log
 from broker.errors import ConfigError
 from broker.identity import Identity, check_device
 from broker.invitation import Invitation
-from broker.messages import CLOSED, OPEN, PAUSED
+from broker.messages import OPEN
 from broker.schema import Schema, to_tensors, to_vector, vector_digest
 
 KEY: Final = "aggregator.key"
 TOML: Final = "aggregator.toml"
 LEDGER: Final = "ledger.sqlite"
-STATES: Final = {requests.PAUSE: PAUSED, requests.RESUME: OPEN, requests.CLOSE: CLOSED}
+WHY_CHARS_MAX: Final = 200
 
 
 def create(
@@ -85,7 +89,7 @@ def _first_version(
     digest = vector_digest(vector)
     named, frames = outlet.snapshot(0, digest, vector, 0)
     head = outlet.head(version=0, digest=digest, snapshot=named, state=OPEN)
-    server = optimizer.init(settings.optimizer.name, vector)
+    server = optimizer.init(settings.optimizer, vector)
     encoding, body = downlink.encoded_block(downlink.next_block(schema, settings.downlink.codec, vector, vector))
     batch += [
         records.VersionMade(
@@ -97,8 +101,9 @@ def _first_version(
             codec=settings.downlink.codec,
             encoding=encoding,
             body=body,
+            entry=outlet.entry(0, digest, merge_log.FIRST),
         ),
-        records.SnapshotTaken(version=0, published=vector, server=server, named=named, optimizer=settings.optimizer),
+        records.SnapshotTaken(version=0, published=vector, server=server, named=named, recipe=settings.recipe),
         records.FramesKept(frames=(*frames, head)),
     ]
     ledger.write(batch)
@@ -109,7 +114,7 @@ def _move_into(partial: Path, directory: Path) -> None:
     if not directory.exists():
         partial.rename(directory)
         return
-    for name in (KEY, TOML, *transport.FILES, LEDGER):
+    for name in (KEY, TOML, *transport.FILES, VECTORS, LEDGER):
         if (partial / name).exists():
             (partial / name).rename(directory / name)
 
@@ -131,18 +136,27 @@ def open_core(directory: Path, ledger: Ledger, software: str) -> Core:
     return recover(ledger, settings, Identity.load(directory / KEY), software)
 
 
-def invite(directory: Path, *devices: str, certificates: Path | None = None) -> list[Invitation]:
+def invite(
+    directory: Path, *devices: str, certificates: Path | None = None, expires_in_s: float | None = None
+) -> list[Invitation]:
     """One new invitation for each device, in force when this returns; an open one of before is replaced.
 
     With TLS it carries the device's certificate: out of ``certificates``/DEVICE, or made by the broker's authority.
+    It ends after ``expires_in_s``, or as aggregator.toml says.
     """
     settings, identity = load_settings(directory), Identity.load(directory / KEY)
-    invitations = [_invitation(directory, settings, identity, check_device(each), certificates) for each in devices]
+    now = time.time()
+    expires_at = now + (settings.invitations.expire_after_s if expires_in_s is None else expires_in_s)
+    expires = datetime.fromtimestamp(expires_at, UTC)
+    invitations = [
+        replace(_invitation(directory, settings, identity, check_device(each), certificates), expires=expires)
+        for each in devices
+    ]
     ledger = Ledger(directory / LEDGER)
     try:
         with ledger.transaction():
-            rows = [(invitation.device, invitation.code, time.time()) for invitation in invitations]
-            ledger.db.executemany("INSERT OR REPLACE INTO invitations VALUES (?, ?, ?)", rows)
+            rows = [(invitation.device, invitation.code, now, expires_at) for invitation in invitations]
+            ledger.db.executemany("INSERT OR REPLACE INTO invitations VALUES (?, ?, ?, ?)", rows)
     finally:
         ledger.close()
     _tell(directory, requests.INVITATIONS)
@@ -179,27 +193,57 @@ def _tell(directory: Path, what: str) -> None:
 
 def change_state(directory: Path, what: str, software: str) -> None:
     """Pause, resume or close; by the running aggregator, or here, to be published by the next."""
+    _request(directory, what, "", software)
+
+
+def cancel(directory: Path, device: str, software: str) -> None:
+    """Make a device's invitation void, in force when this returns. ConfigError where it has no open one."""
+    _request(directory, requests.CANCEL, device, software)
+
+
+def revoke(directory: Path, device: str, software: str, *, why: str = "", keep: bool = False) -> int:
+    """Put a device out for good, in force when this returns; how many of its updates were dropped, in all.
+
+    The device is told ``why``. Its updates that wait to be merged are dropped unless ``keep``.
+    """
+    if len(why) > WHY_CHARS_MAX or not why.isprintable():
+        raise ConfigError(f"the reason is told to the device: one line of at most {WHY_CHARS_MAX} characters")
+    _request(directory, requests.REVOKE, json.dumps({"device": device, "why": why, "keep": keep}), software)
+    ledger = Ledger(directory / LEDGER, read_only=True)
+    try:
+        return membership.dropped(ledger.db, device)
+    finally:
+        ledger.close()
+
+
+def _request(directory: Path, what: str, argument: str, software: str) -> None:
+    """Have the running aggregator do it, or do it here; done and on disk when this returns."""
     load_settings(directory)  # or there is none
     try:
-        requests.ask(directory, what)
+        requests.ask(directory, what, argument)
     except requests.NotRunningError:
-        _apply(directory, software, lambda core: core.handle(events.StateRequested(state=STATES[what]), 0.0))
+        _apply(directory, software, lambda core, ledger: core.handle(requests.event(ledger, what, argument), 0.0))
 
 
 def restored(directory: Path, software: str) -> int:
     """Take note that this directory came from a backup; returns the version at which it goes on."""
     load_settings(directory)
-    _apply(directory, software, Core.restored)
+    _apply(directory, software, lambda core, _: core.restored())
     return tensors_of(directory, None)[0]
 
 
-def _apply(directory: Path, software: str, change: Callable[[Core], list[events.Action]]) -> None:
-    """Change the state on disk while no process serves the directory."""
+def _apply(directory: Path, software: str, change: Callable[[Core, Ledger], list[events.Action]]) -> None:
+    """Change the state on disk while no process serves the directory; ConfigError where it cannot be changed so."""
     with requests.exclusive(directory, patience_s=2.0):
         ledger = Ledger(directory / LEDGER)
         try:
-            actions = change(open_core(directory, ledger, software))
-            ledger.write([action.record for action in actions if isinstance(action, events.Save)])
+            core = open_core(directory, ledger, software)
+            actions = [*core.start(0.0), *change(core, ledger)]  # the first are what changed settings ask for
+            batch = [action.record for action in actions if isinstance(action, events.Save)]
+            ledger.write(batch)
+            for record in batch:
+                if isinstance(record, records.RequestDone) and record.error:
+                    raise ConfigError(record.error)
         finally:
             ledger.close()
 

@@ -4,7 +4,7 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from typing import Final
 
-from aggregator.merge import clip_factor
+from aggregator.merge import clip_factor, norm
 from aggregator.registry import Member
 from aggregator.settings import Settings
 from aggregator.staleness import discount
@@ -37,6 +37,7 @@ class Ready:
     update: Update
     block: Block
     body: bytes
+    digest: bytes  # of the message
 
 
 @dataclass(slots=True)
@@ -61,10 +62,9 @@ class Intake:
 
     def worth(self, block: Block, staleness: int) -> float:
         """What an update counts beside a fresh one: its discount, times what clipping to the largest norm leaves."""
-        about = self.settings.staleness
-        return discount(about.discount, about.exponent, staleness) * clip_factor(
-            block, self.settings.merge.max_update_norm
-        )
+        about = self.settings.merge
+        longest = about.max_update_norm if about.on_large == "clip" else 0
+        return discount(self.settings.staleness, staleness) * clip_factor(block, longest)
 
     def judge_base(self, member: Member, base: int, version: int, *, closed: bool) -> Verdict | None:
         """The checks that need only (device, base): duplicate, then stale, then what cannot be."""
@@ -104,7 +104,7 @@ class Intake:
     def collect(self, member: Member, frame: Frame) -> Ready | Verdict | None:
         """Take in a part; None while parts are missing."""
         if frame.parts == 1:
-            return self._read(whole(frame, frame.body))
+            return self._read(whole(frame))
         if member.collector is None:
             limits = self.settings.limits
             member.collector = Collector(
@@ -120,6 +120,15 @@ class Intake:
         self._drops["unfinished"] += collector.dropped - before
         self._bound()
         return None if message is None else self._read(message)
+
+    def is_last(self, member: Member, frame: Frame) -> bool:
+        """Whether this part makes its message whole."""
+        return frame.parts == 1 or (member.collector is not None and member.collector.lacks_only(frame))
+
+    def forget(self, member: Member) -> None:
+        """Drop what a device has begun to send."""
+        self._forget(member.name)
+        member.collector = None
 
     def _forget(self, device: str) -> None:
         collector = self._assembling.pop(device, None)
@@ -150,9 +159,16 @@ class Intake:
         try:
             update = Update.from_meta(message.meta)
             body = self._unseal(message) if update.sealed else message.body
-            return Ready(update, Block.read(self.schema, update.codec, update.encoding, body), body)
+            block = Block.read(self.schema, update.codec, update.encoding, body)
+            self._check_norm(block)
         except ProtocolError as error:
             return Verdict("invalid", str(error))
+        return Ready(update, block, body, message.digest)
+
+    def _check_norm(self, block: Block) -> None:
+        about = self.settings.merge
+        if about.on_large == "refuse" and (length := norm(block)) > about.max_update_norm:
+            raise ProtocolError("too-large", f"an L2 norm of {length:.4g}, at most {about.max_update_norm:g}")
 
     def _unseal(self, message: Whole) -> bytes:
         if len(message.body) > self.update_bytes_max + SEAL_BYTES:

@@ -5,56 +5,27 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, assert_never
 
-import numpy as np
-
-from aggregator import records
+from aggregator import membership, records
+from aggregator.beside import checkpoint, remove
 from aggregator.bodies import Bodies, Place
-from broker.errors import ConfigError
-from broker.identity import key_id
+from aggregator.optimizer import ServerState
+from aggregator.tables import FORMAT, SCHEMA_SQL
+from aggregator.vectors import Vectors
+from broker.errors import ConfigError, ProtocolError
+from broker.merge_log import Signed, unpack
 from broker.messages import OPEN
-from broker.schema import Schema, Vector, type_f32, vector_digest
+from broker.schema import Schema, Vector, vector_digest
 from broker.ternary import Block
 
-FORMAT: Final = 1
 BODIES: Final = "bodies"
-SCHEMA_SQL: Final = """
-CREATE TABLE facts (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
-CREATE TABLE devices (
-    name TEXT PRIMARY KEY, public BLOB NOT NULL, proof BLOB NOT NULL, state TEXT NOT NULL, enrolled_at REAL NOT NULL,
-    status TEXT NOT NULL DEFAULT '', base INTEGER NOT NULL DEFAULT -1, software TEXT NOT NULL DEFAULT '',
-    seen_at REAL, update_bytes INTEGER NOT NULL DEFAULT 0);
-CREATE TABLE keys (  -- every key that a device ever had, and the last answer given under it
-    device TEXT NOT NULL, key BLOB NOT NULL, public BLOB NOT NULL, state TEXT NOT NULL,
-    seq INTEGER NOT NULL DEFAULT 0, outcome TEXT NOT NULL DEFAULT '', reason TEXT NOT NULL DEFAULT '',
-    metrics_seq INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (device, key)) WITHOUT ROWID;
-CREATE TABLE invitations (device TEXT PRIMARY KEY, code TEXT NOT NULL, made_at REAL NOT NULL);
-CREATE TABLE updates (  -- one row for every accepted update, for good: the proof that none merged twice
-    id INTEGER PRIMARY KEY, device TEXT NOT NULL, key BLOB NOT NULL, seq INTEGER NOT NULL, base INTEGER NOT NULL,
-    staleness INTEGER NOT NULL, samples INTEGER NOT NULL, discount REAL NOT NULL, codec TEXT NOT NULL,
-    encoding TEXT NOT NULL, segment INTEGER, place INTEGER, size INTEGER, checksum INTEGER,
-    received_at REAL NOT NULL, merged INTEGER,
-    UNIQUE (device, base));
-CREATE INDEX updates_by_version ON updates (merged);
-CREATE INDEX updates_by_segment ON updates (segment) WHERE segment IS NOT NULL;
-CREATE TABLE versions (
-    version INTEGER PRIMARY KEY, digest BLOB NOT NULL, made_at REAL NOT NULL, updates INTEGER NOT NULL,
-    staleness_mean REAL NOT NULL, staleness_max INTEGER NOT NULL,
-    codec TEXT NOT NULL, encoding TEXT NOT NULL, body BLOB);
-CREATE TABLE snapshots (version INTEGER PRIMARY KEY, vector BLOB NOT NULL);
-CREATE TABLE server (version INTEGER NOT NULL, target BLOB NOT NULL, momentum BLOB);
-CREATE TABLE frames (topic TEXT PRIMARY KEY, payload BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE metrics (
-    device TEXT NOT NULL, version INTEGER NOT NULL, split TEXT NOT NULL, samples INTEGER NOT NULL,
-    entries TEXT NOT NULL, received_at REAL NOT NULL, PRIMARY KEY (device, version, split)) WITHOUT ROWID;
-CREATE TABLE counts (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE requests (
-    id INTEGER PRIMARY KEY, what TEXT NOT NULL, argument TEXT NOT NULL, done INTEGER NOT NULL DEFAULT 0,
-    error TEXT NOT NULL DEFAULT '');
-"""
+VECTORS: Final = "vectors"
+CHECKPOINT_S: Final = 1.0
 
 
 def signed(number: int) -> int:
@@ -66,10 +37,24 @@ def unsigned(number: int) -> int:
     return number + 2**64 if number < 0 else number
 
 
-class Ledger:
-    """One connection to DIR/ledger.sqlite. ``write`` makes records durable; other processes read beside it."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Written:
+    """A snapshot whose vectors are on disk, with the files' checksums."""
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+    record: records.SnapshotTaken
+    segment: int
+    model: int
+    server: int
+
+
+class Ledger:
+    """One connection to DIR/ledger.sqlite. ``write`` makes records durable; other processes read beside it.
+
+    ``beside`` is a thread for what may become durable later: the vectors of a snapshot taken at leisure. Until they
+    are, a start begins at the snapshot before, and all that it needs for that is kept.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool = False, beside: Executor | None = None) -> None:
         if not path.exists():
             raise ConfigError(
                 f"{path.parent} holds no aggregator; make one with: ternbus aggregator init {path.parent} …"
@@ -78,8 +63,17 @@ class Ledger:
         try:
             self.db = sqlite3.connect(path, isolation_level=None, timeout=30.0)
             self.db.execute("PRAGMA query_only = ON" if read_only else "PRAGMA synchronous = FULL")
+            self.db.execute("PRAGMA secure_delete = FAST")  # or spent codes would stay in the page, as free space
             found = self.fact("format")
             self.bodies = Bodies(path.parent / BODIES, int(self.fact("segment") or 0))
+            self.vectors = Vectors(path.parent / VECTORS)
+            self._beside, self._unneeded = beside, False
+            self._checkpoint: Future[None] | None = None
+            self._checkpoint_at = time.monotonic()
+            if beside is not None:
+                self.db.execute("PRAGMA wal_autocheckpoint = 0")  # else a commit does it, and everything waits
+                self.db.execute("PRAGMA cache_spill = 0")  # a snapshot's frames are more than the cache, once
+            self._pending: Future[_Written] | None = None
         except sqlite3.DatabaseError as error:
             raise ConfigError(f"{path} cannot be read as a ledger: {error}") from error
         if found != FORMAT:
@@ -99,6 +93,8 @@ class Ledger:
         return cls(path)
 
     def close(self) -> None:
+        if self._pending is not None:
+            self.write([])
         self.bodies.close()
         self.db.close()
 
@@ -125,18 +121,39 @@ class Ledger:
         """Make records durable, in order, with one fsync; ``now`` is the time to write beside them (Unix seconds)."""
         moment = time.time() if now is None else now
         with self.transaction():
+            self._settle(wait=not batch)
             for record in batch:
                 self._write(record, moment)
             self.bodies.sync()  # before the rows that refer to them
-        self._drop_bodies()
+        self._drop()
+        if self._beside is not None and time.monotonic() - self._checkpoint_at >= CHECKPOINT_S:
+            self._clear_log(self._beside)
 
-    def _drop_bodies(self) -> None:
-        """After a snapshot: begin another file, and remove those that no update in the buffer needs."""
+    def _clear_log(self, beside: Executor) -> None:
+        """Have SQLite's write-ahead log moved into the file, beside what follows."""
+        if self._checkpoint is not None:
+            if not self._checkpoint.done():
+                return
+            self._checkpoint.result()
+        self._checkpoint, self._checkpoint_at = beside.submit(checkpoint, self.path), time.monotonic()
+
+    def _drop(self) -> None:
+        """After a snapshot: begin another file of bodies, and remove files that nothing refers to any more."""
         segment = int(self.fact("segment") or 0)
         if segment != self.bodies.segment:
             self.bodies.begin(segment)
+        if self._unneeded:
+            self._unneeded = False
             (oldest,) = self.db.execute("SELECT min(segment) FROM updates WHERE segment IS NOT NULL").fetchone()
-            self.bodies.drop_below(segment if oldest is None else oldest)
+            kept = [f"{kept}-model" for (kept,) in self.db.execute("SELECT segment FROM snapshots")]
+            (start,) = self.db.execute("SELECT segment FROM server").fetchone()
+            coming = [f"{segment}-model", f"{segment}-server"]  # perhaps they are being written
+            unneeded = self.vectors.beyond([*kept, f"{start}-server", *coming])
+            unneeded += self.bodies.below(segment if oldest is None else oldest)
+            if self._beside is None:
+                remove(unneeded)
+            else:
+                self._beside.submit(remove, unneeded)
 
     def _write(self, record: records.Record, now: float) -> None:
         match record:
@@ -151,7 +168,11 @@ class Ledger:
             case records.FramesKept():
                 self._frames(record)
             case records.DeviceEnrolled():
-                self._enrolled(record, now)
+                membership.enroll(self.db, record, now)
+            case records.DeviceRevoked():
+                membership.revoke(self.db, record, now)
+            case records.InvitationCancelled():
+                self.db.execute("DELETE FROM invitations WHERE device = ?", (record.device,))
             case records.MetricsReceived():
                 self._metrics(record, now)
             case records.Observed():
@@ -183,14 +204,15 @@ class Ledger:
         place = self.bodies.append(record.body)
         self.db.execute(
             "INSERT INTO updates"
-            " (device, key, seq, base, staleness, samples, discount,"
-            " codec, encoding, segment, place, size, checksum, received_at)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            " (device, key, seq, base, digest, staleness, samples, discount,"
+            " codec, encoding, segment, place, size, checksum, received_at, epsilon)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 record.device,
                 record.key,
                 signed(record.seq),
                 record.base,
+                record.digest,
                 record.staleness,
                 record.samples,
                 record.discount,
@@ -201,6 +223,7 @@ class Ledger:
                 place.size_bytes,
                 place.checksum,
                 now,
+                record.epsilon,
             ),
         )
         self._answer(record.device, record.key, record.seq, "accepted", "")
@@ -234,30 +257,51 @@ class Ledger:
                 record.body,
             ),
         )
+        self.db.execute("INSERT INTO log VALUES (?, ?)", (record.version, record.entry.pack()))
 
     def _snapshot(self, record: records.SnapshotTaken) -> None:
-        """Keep the state; drop the bodies that led to it, and the vectors from which no kept version is made."""
-        self.db.execute(
-            "INSERT OR REPLACE INTO snapshots VALUES (?, ?)", (record.version, record.published.astype(type_f32).data)
-        )
-        momentum = record.server.momentum
-        self.db.execute("DELETE FROM server")
-        self.db.execute(
-            "INSERT INTO server VALUES (?, ?, ?)",
-            (record.version, record.server.target.data, None if momentum is None else momentum.data),
-        )
+        """Say where it lies on the broker; keep its vectors now, or beside what follows."""
         named = record.named
-        place = json.dumps([named.version, named.parts, named.content_bytes, named.place])
-        self._set("snapshot", place)
-        about = record.optimizer
-        self._set("optimizer", json.dumps([about.name, about.learning_rate, about.momentum]))
-        self.db.execute("UPDATE updates SET segment = NULL WHERE segment IS NOT NULL AND merged IS NOT NULL")
-        self._set("segment", int(self.fact("segment") or 0) + 1)
+        self._set("snapshot", json.dumps([named.version, named.parts, named.content_bytes, named.place]))
+        segment = int(self.fact("segment") or 0) + 1
+        self._set("segment", segment)
+        self._settle(wait=True)  # one at a time, in their order
+        if record.at_leisure and self._beside is not None:
+            self._pending = self._beside.submit(self._write_vectors, record, segment)
+        else:
+            self._keep(self._write_vectors(record, segment))
+
+    def _write_vectors(self, record: records.SnapshotTaken, segment: int) -> "_Written":
+        """Touches nothing but files that no row names yet: it may run in another thread, and be for nothing."""
+        return _Written(
+            record=record,
+            segment=segment,
+            model=self.vectors.write(f"{segment}-model", [record.published]),
+            server=self.vectors.write(f"{segment}-server", record.server.vectors),
+        )
+
+    def _settle(self, *, wait: bool) -> None:
+        """Build on the vectors that were written meanwhile, if they are all there."""
+        if self._pending is not None and (wait or self._pending.done()):
+            pending, self._pending = self._pending, None
+            self._keep(pending.result())
+
+    def _keep(self, written: "_Written") -> None:
+        """Begin here at the next start; let go of the bodies that led to it, and of what no kept version needs."""
+        record, segment = written.record, written.segment
+        self.db.execute("INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?)", (record.version, segment, written.model))
+        self.db.execute("DELETE FROM server")
+        self.db.execute("INSERT INTO server VALUES (?, ?, ?)", (record.version, segment, written.server))
+        self._set("recipe", record.recipe.dumps())
+        self.db.execute(
+            "UPDATE updates SET segment = NULL WHERE segment IS NOT NULL AND merged <= ?", (record.version,)
+        )
         oldest = record.version - int(self.fact("slots") or 0) + 1
         row = self.db.execute("SELECT max(version) FROM snapshots WHERE version <= ?", (max(oldest, 0),)).fetchone()
         if row[0] is not None:
             self.db.execute("DELETE FROM snapshots WHERE version < ?", (row[0],))
             self.db.execute("UPDATE versions SET body = NULL WHERE version <= ? AND body IS NOT NULL", (row[0],))
+        self._unneeded = True
 
     def _frames(self, record: records.FramesKept) -> None:
         for topic, payload in record.frames:
@@ -265,20 +309,6 @@ class Ledger:
                 self.db.execute("INSERT OR REPLACE INTO frames VALUES (?, ?)", (topic, payload))
             else:
                 self.db.execute("DELETE FROM frames WHERE topic = ?", (topic,))
-
-    def _enrolled(self, record: records.DeviceEnrolled, now: float) -> None:
-        self.db.execute("UPDATE keys SET state = 'replaced' WHERE device = ? AND state = 'active'", (record.device,))
-        self.db.execute(
-            "INSERT INTO keys (device, key, public, state) VALUES (?, ?, ?, 'active')",
-            (record.device, key_id(record.public), record.public),
-        )
-        self.db.execute(
-            "INSERT INTO devices (name, public, proof, state, enrolled_at) VALUES (?, ?, ?, 'active', ?)"
-            " ON CONFLICT (name) DO UPDATE SET public = excluded.public, proof = excluded.proof, state = 'active',"
-            " enrolled_at = excluded.enrolled_at",
-            (record.device, record.public, record.proof, now),
-        )
-        self.db.execute("DELETE FROM invitations WHERE device = ?", (record.device,))
 
     def _metrics(self, record: records.MetricsReceived, now: float) -> None:
         about = record.metrics
@@ -322,16 +352,17 @@ class Ledger:
         """The published vector of a version that is still kept; ConfigError says which are."""
         schema, newest = self.schema(), int(self.fact("version"))
         row = self.db.execute(
-            "SELECT version, vector FROM snapshots WHERE version <= ? ORDER BY version DESC LIMIT 1", (version,)
+            "SELECT segment, checksum, version FROM snapshots WHERE version <= ? ORDER BY version DESC LIMIT 1",
+            (version,),
         ).fetchone()
         if row is None or version > newest:
             (oldest,) = self.db.execute("SELECT min(version) FROM snapshots").fetchone()
             raise ConfigError(f"version {version} is not kept; kept are {oldest} to {newest}")
-        vector = np.frombuffer(row[1], dtype=type_f32).astype(np.float32)
+        vector = self.vectors.read(f"{row[0]}-model", row[1])
         deltas = self.db.execute(
             "SELECT version, digest, codec, encoding, body FROM versions WHERE version > ? AND version <= ?"
             " ORDER BY version",
-            (row[0], version),
+            (row[2], version),
         )
         for number, digest, codec, encoding, body in deltas:
             vector = Block.read(schema, codec, encoding, body).apply(vector)
@@ -339,17 +370,30 @@ class Ledger:
                 raise ConfigError(f"{self.path}: version {number} does not have its digest; restore it from a backup")
         return vector
 
+    def server(self) -> tuple[int, ServerState]:
+        """The version at which a start begins, and the server's state then."""
+        version, segment, checksum = self.db.execute("SELECT version, segment, checksum FROM server").fetchone()
+        content = self.vectors.read(f"{segment}-server", checksum)
+        return version, ServerState(*content.reshape(-1, self.schema().elements))
+
     def body(self, segment: int, offset: int, size_bytes: int, checksum: int) -> bytes:
         """An accepted update's block as it came, where ``updates`` says that it is kept."""
         return self.bodies.read(Place(segment=segment, offset=offset, size_bytes=size_bytes, checksum=checksum))
 
+    def last_entry(self) -> Signed:
+        """The newest version's entry in the log of merges."""
+        version = int(self.fact("version"))
+        row = self.db.execute("SELECT entry FROM log WHERE version = ?", (version,)).fetchone()
+        try:
+            return unpack(b"" if row is None else row[0])
+        except ProtocolError as error:
+            raise ConfigError(
+                f"{self.path}: the log of merges lacks version {version}; restore from a backup"
+            ) from error
+
     def frame(self, topic: str) -> bytes:
         row = self.db.execute("SELECT payload FROM frames WHERE topic = ?", (topic,)).fetchone()
         return b"" if row is None else bytes(row[0])
-
-    def codes(self) -> dict[str, str]:
-        """The codes of open invitations, by device."""
-        return dict(self.db.execute("SELECT device, code FROM invitations").fetchall())
 
     def open_requests(self) -> list[tuple[int, str, str]]:
         """(id, what, argument) of what commands have asked for, oldest first."""

@@ -2,12 +2,31 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
-from aggregator.accumulator import Accumulator
-from broker.schema import Schema, Vector
+from broker.schema import Vector
 from broker.ternary import Block
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a buffer comes to: Delta, of shape (elements,), float32, and what each update in it was given.
+
+    ``weights`` are in the order in which updates came: Delta = sum_i weights_i Delta_i. Where a rule looks at each
+    coordinate by itself, it is an update's mean weight over them. An update that a rule has left out has 0.
+    """
+
+    delta: Vector
+    weights: tuple[float, ...]
+
+
+class Sum(Protocol):
+    """sum_i w_i block_i: an `Accumulator`, or something that adds up elsewhere."""
+
+    def add(self, block: Block, weight: float) -> None: ...
+    def total(self) -> Vector: ...
 
 
 @dataclass(slots=True)
@@ -17,23 +36,21 @@ class Mean:
     The discount s is not in the denominator: a buffer of stale updates moves the model less, not equally far.
     """
 
-    schema: Schema
+    sum: Sum
     samples: int = 0
-    _sum: Accumulator = field(init=False)
+    _worths: list[float] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self._sum = Accumulator(self.schema)
-
-    def add(self, block: Block, samples: int, discount: float) -> None:
-        """Take in one update of ``samples`` examples, worth ``discount`` of a fresh one."""
-        self._sum.add(block, samples * discount)
+    def add(self, block: Block, *, device: str, samples: int, worth: float) -> None:  # noqa: ARG002 - as of Buffered
+        """Take in one update of ``samples`` examples, worth so much of a fresh one."""
+        self.sum.add(block, samples * worth)
         self.samples += samples
+        self._worths.append(samples * worth)
 
-    def result(self) -> Vector:
-        """The mean, shape (elements,), float32. There must have been an update."""
-        total = self._sum.total()
+    def result(self) -> Change:
+        """There must have been an update."""
+        total = self.sum.total()
         total /= np.float32(self.samples)
-        return total
+        return Change(total, tuple(worth / self.samples for worth in self._worths))
 
 
 def norm(block: Block) -> float:

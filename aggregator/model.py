@@ -1,23 +1,39 @@
 """The global model between merges: what devices hold, what the server holds, and the buffer in between."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from aggregator import optimizer
+from aggregator.accumulator import Accumulator
 from aggregator.downlink import next_block
-from aggregator.merge import Mean
+from aggregator.merge import Mean, Sum
 from aggregator.optimizer import ServerState
+from aggregator.robust import Buffered, gather
 from aggregator.settings import Settings
+from broker.identity import KeyId
+from broker.merge_log import Contribution
 from broker.schema import Schema, Vector, vector_digest
 from broker.ternary import Block
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accepted:
-    """An update in the buffer; its block is already in the mean."""
+    """An update in the buffer; its block is already where it is merged."""
 
     device: str
+    key: KeyId
+    seq: int
+    digest: bytes  # of the message, as the log of merges names it
     staleness: int
     samples: int
+    discount: float  # s(tau), times what clipping left of it
+
+    def contribution(self, weight: float) -> Contribution:
+        """As the log of merges has it, with the weight that a rule gave it (``merge.Change``)."""
+        return Contribution(device=self.device, key=self.key, seq=self.seq, digest=self.digest, weight=weight)
+
+
+Waiting = tuple[Accepted, Block]  # an update in the buffer, and what it says
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +43,7 @@ class Merged:
     version: int
     digest: bytes
     block: Block
+    contributions: tuple[Contribution, ...]
     updates: int
     staleness_mean: float
     staleness_max: int
@@ -43,20 +60,38 @@ class Model:
     server: ServerState
     digest: bytes = b""
     buffer: list[Accepted] = field(default_factory=list)
-    _mean: Mean = field(init=False)
+    summing: Callable[[Schema], Sum] = Accumulator  # of buffers that begin from now on
+    _gathered: Mean | Buffered = field(init=False)
 
     def __post_init__(self) -> None:
-        self._mean = Mean(self.schema)
+        self._gathered = gather(self.settings.merge, self.schema, self.summing)
         self.digest = self.digest or vector_digest(self.published)
 
-    def accept(self, update: Accepted, block: Block, discount: float) -> None:
-        """Put an update into the buffer; ``discount`` is s(tau), times what clipping left of it."""
-        self._mean.add(block, update.samples, discount)
+    def accept(self, update: Accepted, block: Block) -> None:
+        """Put an update into the buffer."""
+        self._gathered.add(block, device=update.device, samples=update.samples, worth=update.discount)
         self.buffer.append(update)
 
+    def sum_by(self, summing: Callable[[Schema], Sum]) -> None:
+        """Add up by another way from the next update on, or from the next buffer where this one has begun."""
+        self.summing = summing
+        if not self.buffer:
+            self.empty()
+
+    def empty(self) -> None:
+        """Forget the buffer; what comes next is merged by the settings of now."""
+        self.buffer = []
+        self._gathered = gather(self.settings.merge, self.schema, self.summing)
+
+    def refill(self, updates: Iterable[Waiting]) -> None:
+        """Let the buffer hold these and no others, added up in this order: a sum of floats depends on it."""
+        self.empty()
+        for update, block in updates:
+            self.accept(update, block)
+
     def merge(self) -> Merged:
-        """Step the server's optimizer with the buffer's mean, and the published vector towards it."""
-        self.step_server()
+        """Step the server's optimizer with what the buffer comes to, and the published vector towards it."""
+        weights = self.step_server()
         block = next_block(self.schema, self.settings.downlink.codec, self.published, self.server.target)
         staleness = [update.staleness for update in self.buffer]
         self.publish(block)
@@ -64,20 +99,23 @@ class Model:
             version=self.version,
             digest=self.digest,
             block=block,
+            contributions=tuple(map(Accepted.contribution, self.buffer, weights)),
             updates=len(staleness),
             staleness_mean=sum(staleness) / len(staleness),
             staleness_max=max(staleness),
         )
-        self.buffer = []
+        self.empty()
         return merged
 
-    def step_server(self) -> None:
-        """The optimizer's part of a merge; replayed from the ledger at start."""
-        about = self.settings.optimizer
-        self.server = optimizer.apply(
-            about.name, self.server, self._mean.result(), learning_rate=about.learning_rate, momentum=about.momentum
-        )
-        self._mean = Mean(self.schema)
+    def step_server(self) -> tuple[float, ...]:
+        """The optimizer's part of a merge; replayed from the ledger at start. Returns the updates' weights."""
+        change = self._gathered.result()
+        self.server = optimizer.apply(self.settings.optimizer, self.server, change.delta)
+        return change.weights
+
+    def restart_server(self) -> None:
+        """Begin anew where the last optimizer came to: what it kept beside that means nothing to another."""
+        self.server = optimizer.init(self.settings.optimizer, self.server.target)
 
     def publish(self, block: Block) -> None:
         """The devices' part of a merge, done by the very code that they use."""

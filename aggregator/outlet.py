@@ -10,6 +10,7 @@ from aggregator.settings import Settings
 from broker import topics
 from broker.frame import build
 from broker.identity import AGGREGATOR, Identity
+from broker.merge_log import Contribution, Entry, Signed
 from broker.messages import Delta, Head, Receipt, Snapshot, SnapshotRef, Status
 from broker.parts import cut
 from broker.schema import Schema, Vector
@@ -97,6 +98,12 @@ class Outlet:
         return named, [
             (topics.snapshot(self.settings.federation, place, part), frame) for part, frame in enumerate(frames)
         ]
+
+    def entry(self, version: int, digest: bytes, previous: bytes, updates: tuple[Contribution, ...] = ()) -> Signed:
+        """An entry in the log of merges, which is not published: who asks the operator is given it."""
+        federation = self.settings.federation
+        entry = Entry(federation=federation, version=version, digest=digest, previous=previous, updates=updates)
+        return entry.signed(self.identity)
 
     def frame(self, kind: str, meta: Mapping[str, Any]) -> bytes:
         """One frame without a body."""

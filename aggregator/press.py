@@ -7,9 +7,10 @@ from aggregator import events, records
 from aggregator.downlink import encoded_block, next_block
 from aggregator.model import Model
 from aggregator.outlet import Frames, Outlet
-from aggregator.settings import OptimizerSettings, Settings
+from aggregator.settings import Recipe, Settings
 from broker import topics
 from broker.frame import parse
+from broker.merge_log import Contribution, Signed
 from broker.messages import SnapshotRef
 
 
@@ -22,7 +23,8 @@ class Kept:
     sizes: dict[str, int]  # retained topic -> bytes of its frame
     head_frame: bytes
     slots: int  # how many delta slots the frames were laid out for
-    optimizer: OptimizerSettings  # by which merges since the snapshot were made
+    recipe: Recipe  # by which merges since the snapshot were made
+    log_hash: bytes  # of the last entry in the log of merges
 
 
 @dataclass(slots=True, kw_only=True)
@@ -50,27 +52,29 @@ class Press:
                 codec=merged.block.codec,
                 encoding=encoding,
                 body=body,
+                entry=self._entry(merged.contributions),
             )
         )
         # an empty message clears what an older, longer delta left in this slot
         left = self._delta_topics(merged.version)[len(frames) :]
         self._keep([*frames, *((topic, b"") for topic in left), self._head()])
         if merged.version - self.kept.snapshot.version >= -(-self.settings.downlink.slots // 2):
-            self.snapshot()
+            self.snapshot(at_leisure=True)
 
-    def snapshot(self) -> None:
+    def snapshot(self, *, at_leisure: bool = False) -> None:
         """Publish the whole model to the other place, then a head that names it."""
         place = 1 - self.kept.snapshot.place
         model = self.model
         self.kept.snapshot, frames = self.outlet.snapshot(model.version, model.digest, model.published, place)
-        self.kept.optimizer = self.settings.optimizer
+        self.kept.recipe = self.settings.recipe
         self._save(
             records.SnapshotTaken(
                 version=model.version,
                 published=model.published,
                 server=model.server,
                 named=self.kept.snapshot,
-                optimizer=self.kept.optimizer,
+                recipe=self.kept.recipe,
+                at_leisure=at_leisure,
             )
         )
         left = self._parts_in(lambda part: topics.snapshot(self.settings.federation, place, part))[len(frames) :]
@@ -92,6 +96,7 @@ class Press:
                 codec=block.codec,
                 encoding=encoding,
                 body=body,
+                entry=self._entry(()),
             )
         )
         self.snapshot()
@@ -103,9 +108,11 @@ class Press:
 
     def renew(self) -> None:
         """At start: begin at a snapshot where the settings no longer are those of the deltas and merges before."""
+        if self.kept.recipe.optimizer.name != self.settings.optimizer.name:
+            self.model.restart_server()
         if self.kept.slots != self.settings.downlink.slots:
             self._lay_out_slots()
-        elif self.kept.optimizer != self.settings.optimizer:
+        elif self.kept.recipe != self.settings.recipe:
             self.snapshot()  # what was merged under the old settings must not be merged again under the new ones
 
     def fit(self, frame_bytes: int) -> None:
@@ -159,6 +166,12 @@ class Press:
         while (topic := topic_of(len(found))) in self.kept.sizes:
             found.append(topic)
         return found
+
+    def _entry(self, updates: tuple[Contribution, ...]) -> Signed:
+        """The entry in the log of merges for the version that was just made."""
+        entry = self.outlet.entry(self.model.version, self.model.digest, self.kept.log_hash, updates)
+        self.kept.log_hash = entry.hash
+        return entry
 
     def _build_head(self) -> tuple[str, bytes]:
         return self.outlet.head(

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from aggregator.optimizer import ServerState
-from aggregator.settings import OptimizerSettings
+from aggregator.settings import Recipe
 from broker.identity import KeyId
+from broker.merge_log import Signed
 from broker.messages import Metrics, SnapshotRef, Status
 from broker.schema import Vector
 
@@ -34,6 +35,22 @@ class DeviceEnrolled:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InvitationCancelled:
+    """A device's open invitation is void."""
+
+    device: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceRevoked:
+    """A device's key, and its open invitation, are void for good."""
+
+    device: str
+    why: str
+    drop: bool  # of its accepted updates, those that no version has yet are never to be merged
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateAccepted:
     """An update that will be merged: its block as it came (unsealed), and its weight in the merge."""
 
@@ -44,9 +61,11 @@ class UpdateAccepted:
     staleness: int
     samples: int
     discount: float
+    digest: bytes  # of the message, as the log of merges names it
     codec: str
     encoding: str
     body: bytes
+    epsilon: float | None = None  # what its device says that it has spent of privacy, with this update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +91,7 @@ class VersionMade:
     codec: str
     encoding: str
     body: bytes
+    entry: Signed  # of the log of merges
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +102,8 @@ class SnapshotTaken:
     published: Vector
     server: ServerState
     named: SnapshotRef
-    optimizer: OptimizerSettings  # by which the merges that follow are made
+    recipe: Recipe  # by which the merges that follow are made
+    at_leisure: bool = False  # nothing that follows depends on it: its vectors may become durable later
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +158,8 @@ Record = (
     SessionBegun
     | SeqReserved
     | DeviceEnrolled
+    | InvitationCancelled
+    | DeviceRevoked
     | UpdateAccepted
     | UpdateAnswered
     | VersionMade

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Final
 
+from aggregator.pace import BURST_S, Bucket
 from broker.errors import ProtocolError
 from broker.frame import Frame
 from broker.identity import KeyId, enroll_proof, key_id
@@ -12,7 +13,15 @@ from broker.messages import Enroll, Status
 from broker.parts import Collector
 
 ACTIVE, REPLACED, REVOKED = "active", "replaced", "revoked"
-BURST_S: Final = 2.0  # a device may send so many seconds' worth of frames at once
+UNKNOWN: Final = "unknown"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Invited:
+    """An invitation that nobody has used yet."""
+
+    code: str = field(repr=False)
+    expires_at: float = math.inf  # Unix seconds, by the aggregator's clock
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +42,7 @@ class Member:
     proof: bytes = b""
     old_keys: dict[KeyId, tuple[bytes, str]] = field(default_factory=dict)  # key id -> (public, replaced|revoked)
     revoked: bool = False
+    revoked_why: str = ""  # in the operator's words
     bases: set[int] = field(default_factory=set)  # accepted ones that could still be sent again and not be stale
     highest_base: int = -1
     answer: Answer = field(default_factory=Answer)
@@ -41,10 +51,12 @@ class Member:
     status: Status | None = None
     status_seq: int = -1
     metrics_seq: int = 0
+    metrics_bytes: int = 0  # of its evaluations on disk
+    waiting_bytes: int = 0  # of its updates in the buffer, on disk
     update_bytes: int = 0  # PUBLISH packets since the last count was written
     collector: Collector | None = None
-    tokens: float = 0.0
-    tokens_at: float = -math.inf
+    frames: Bucket = field(default_factory=Bucket)
+    receipts: Bucket = field(default_factory=Bucket)
     key: KeyId = field(init=False)
 
     def __post_init__(self) -> None:
@@ -53,6 +65,11 @@ class Member:
     @property
     def online(self) -> bool:
         return self.status is not None and self.status.state != "offline"
+
+    @property
+    def is_flooding(self) -> bool:
+        """Whether the last that was heard of it exceeded its frames; also looked at from another thread, as a hint."""
+        return self.frames.is_empty
 
     def has_accepted(self, base: int, oldest: int) -> bool:
         """Whether an update on ``base`` was accepted from this device before.
@@ -67,20 +84,28 @@ class Member:
         self.bases = {kept for kept in self.bases if kept >= oldest} | {base}
         self.highest_base = max(self.highest_base, base)
 
-    def take_token(self, now: float, per_s: int) -> None:
-        """Let one more frame pass, or raise ProtocolError: a token bucket."""
-        self.tokens = min(per_s * BURST_S, self.tokens + (now - self.tokens_at) * per_s)
-        self.tokens_at = now
-        if self.tokens < 1:
+    def take_frame(self, now: float, per_s: int) -> None:
+        """Let one more frame pass, or raise ProtocolError."""
+        if not self.frames.take(now, per_s, per_s * BURST_S):
             raise ProtocolError("too-fast", f"{self.name} sends more than {per_s} frames a second")
-        self.tokens -= 1
+
+    def take_receipt(self, now: float, per_s: int) -> None:
+        """Let one more frame be answered, or raise ProtocolError."""
+        if not self.receipts.take(now, per_s, per_s * BURST_S):
+            raise ProtocolError("too-many-receipts", f"{self.name} asks for more than {per_s} receipts a second")
+
+    def standing(self, key: KeyId) -> tuple[bytes, str]:
+        """The public key of a key id that this device has or had, and whether it is active, replaced or revoked."""
+        if key == self.key:
+            return self.public, REVOKED if self.revoked else ACTIVE
+        return self.old_keys.get(key, (b"", UNKNOWN))
 
     def observe(self, status: Status, seq: int) -> bool:
-        """Take in a status unless it is older than what is known; return whether it is news."""
+        """Take in a status; return whether it is news. ProtocolError for one of an earlier session: a replay."""
         known = self.status
         if known is not None:
             if status.session < known.session:
-                return False
+                raise ProtocolError("old-session", f"{self.name} has begun session {known.session} since")
             if status.session == known.session and (
                 known.state == "offline" or (status.state != "offline" and seq <= self.status_seq)
             ):
@@ -95,32 +120,15 @@ class Registry:
 
     federation: str
     members: dict[str, Member] = field(default_factory=dict)
-    codes: dict[str, str] = field(default_factory=dict)
+    codes: dict[str, Invited] = field(default_factory=dict)
+    retired: set[bytes] = field(default_factory=set)  # public keys, replaced or revoked, that never return to anybody
     online: set[str] = field(default_factory=set)  # asked for at each event, when most of a large fleet may be asleep
 
-    def authenticate(self, frame: Frame, verified: bytes = b"") -> Member:
-        """The member whose present key signed this frame; ProtocolError with the reason for anybody else.
+    def admit(self, frame: Frame, clock_s: float) -> tuple[bytes, bool]:
+        """Check an enroll; return (public key, whether it is new). ProtocolError('refused', why) to be answered.
 
-        ``verified`` is a public key under which the frame was found authentic already.
-        ``revoked-key`` is raised only once the signature verifies under a key that was revoked for this device.
+        ``clock_s`` is the time by which invitations end, in Unix seconds.
         """
-        member = self.members.get(frame.sender)
-        if member is None:
-            raise ProtocolError("unknown-device", frame.sender)
-        if frame.key == member.key and not member.revoked:
-            if member.public != verified:
-                frame.check_authentic(member.public)
-            return member
-        public, state = (
-            (member.public, REVOKED) if frame.key == member.key else member.old_keys.get(frame.key, (b"", "unknown"))
-        )
-        if state == REVOKED:
-            frame.check_authentic(public)
-            raise ProtocolError("revoked-key", frame.sender)
-        raise ProtocolError(f"{state}-key", f"{frame.sender} signs with a key that is not its present one")
-
-    def admit(self, frame: Frame) -> tuple[bytes, bool]:
-        """Check an enroll; return (public key, whether it is new). ProtocolError('refused', why) to be answered."""
         public = Enroll.from_meta(frame.meta).public_key
         if key_id(public) != frame.key:
             raise ProtocolError("unknown-key", "an enroll signed by another key than the one in it")
@@ -130,12 +138,14 @@ class Registry:
             if member.proof and hmac.compare_digest(member.proof, frame.body):
                 return public, False
             raise ProtocolError("refused", "this key is enrolled; its invitation is spent")
-        if member is not None and (member.public == public or key_id(public) in member.old_keys):
+        if public in self.retired:
             raise ProtocolError("refused", "a key that was replaced or revoked does not return")
-        code = self.codes.get(frame.sender)
-        if code is None:
-            raise ProtocolError("refused", "no open invitation for this device: spent, expired or never made")
-        if not hmac.compare_digest(enroll_proof(code, self.federation, frame.sender, public), frame.body):
+        invited = self.codes.get(frame.sender)
+        if invited is None:
+            raise ProtocolError("refused", "no open invitation for this device: spent, cancelled or never made")
+        if clock_s >= invited.expires_at:
+            raise ProtocolError("refused", "the invitation has expired")
+        if not hmac.compare_digest(enroll_proof(invited.code, self.federation, frame.sender, public), frame.body):
             raise ProtocolError("refused", "the code is not the invitation's")
         return public, True
 
@@ -157,7 +167,20 @@ class Registry:
             state = REVOKED if before.revoked else REPLACED
             member.old_keys = before.old_keys | {before.key: (before.public, state)}
             member.bases, member.highest_base = before.bases, before.highest_base
+            member.waiting_bytes, member.metrics_bytes = before.waiting_bytes, before.metrics_bytes
+            self.retired.add(before.public)
         self.members[device] = member
         self.online.discard(device)
-        self.codes.pop(device, None)
+        self.close(device)
         return member
+
+    def revoke(self, member: Member, why: str) -> None:
+        """Take the device's key from it, and an invitation that it might use to come back."""
+        member.revoked, member.revoked_why = True, why
+        self.retired.add(member.public)
+        self.online.discard(member.name)
+        self.close(member.name)
+
+    def close(self, device: str) -> None:
+        """A device's invitation is spent, or is no longer wanted."""
+        self.codes.pop(device, None)

@@ -1,6 +1,7 @@
 """What a command asks of an aggregator: done by the running process if there is one, else done here."""
 
 import fcntl
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -8,19 +9,38 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from aggregator import events, membership, recovery
 from aggregator.ledger import Ledger
 from broker.errors import ConfigError, FederationError
+from broker.messages import CLOSED, OPEN, PAUSED
 
 POLL_S: Final = 0.02
 WAIT_S: Final = 20.0
 
 PAUSE, RESUME, CLOSE = "pause", "resume", "close"
+STATES: Final = {PAUSE: PAUSED, RESUME: OPEN, CLOSE: CLOSED}
 INVITATIONS: Final = "invitations"  # the open invitations changed
 COUNTS: Final = "counts"  # counters are to be on disk
+CANCEL: Final = "cancel"  # a device's invitation
+REVOKE: Final = "revoke"  # a device; the argument is JSON
 
 
 class NotRunningError(FederationError):
     """No process serves this directory."""
+
+
+def event(ledger: Ledger, what: str, argument: str, request: int = 0) -> events.Event:
+    """A request as the core is told of it. Every record of before must be in the ledger."""
+    if what == CANCEL:
+        return events.CancelRequested(device=argument, request=request)
+    if what == REVOKE:
+        buffer = recovery.waiting(ledger, ledger.schema())
+        return events.RevokeRequested(**json.loads(argument), buffer=buffer, request=request)
+    if what == INVITATIONS:
+        return events.InvitationsRead(codes=membership.codes(ledger.db), request=request)
+    if what == COUNTS:
+        return events.CountsRequested(request=request)
+    return events.StateRequested(state=STATES[what], request=request)
 
 
 @contextmanager

@@ -5,13 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from aggregator.ledger import Ledger, unsigned
+from aggregator.local_tests import LocalTests, Report
+from aggregator.tables import DROPPED
 
 
 def read(directory: Path) -> dict[str, Any]:
     """The status as JSON values.
 
     ``versions`` has a row for every version, with the newest test metrics that any evaluator sent for it; ``devices``
-    is a map by name; ``counts.invalid`` is a map by reason of everything refused.
+    is a map by name, its ``epsilon`` what a device says that it has spent of privacy (None: nothing); ``local`` is what
+    devices report of their own data, see ``local_tests``, over all of them, for a version or of a device, and None
+    where nobody does; ``counts.invalid`` is a map by reason of everything refused.
     """
     ledger = Ledger(directory / "ledger.sqlite", read_only=True)
     try:
@@ -21,10 +25,33 @@ def read(directory: Path) -> dict[str, Any]:
         ledger.close()
 
 
+def invitations(directory: Path, now: float) -> list[dict[str, Any]]:
+    """Invitations that nobody has used, as JSON values, without their codes; ``now`` in Unix seconds."""
+    ledger = Ledger(directory / "ledger.sqlite", read_only=True)
+    try:
+        rows = ledger.db.execute(
+            "SELECT i.device, i.made_at, i.expires_at, d.state FROM invitations i LEFT JOIN devices d"
+            " ON d.name = i.device ORDER BY i.device"
+        ).fetchall()
+    finally:
+        ledger.close()
+    return [
+        {
+            "device": device,
+            "state": "expired" if expires_at <= now else "open",
+            "made_at": made_at,
+            "expires_at": expires_at,
+            "key_state": key_state,  # of the key that it will replace, if the device has one
+        }
+        for device, made_at, expires_at, key_state in rows
+    ]
+
+
 def _read(ledger: Ledger) -> dict[str, Any]:
     version = int(ledger.fact("version"))
     (digest,) = ledger.db.execute("SELECT digest FROM versions WHERE version = ?", (version,)).fetchone()
     (buffer,) = ledger.db.execute("SELECT count(*) FROM updates WHERE merged IS NULL").fetchone()
+    tests = _local(ledger)
     return {
         "federation": ledger.fact("federation"),
         "version": version,
@@ -32,16 +59,21 @@ def _read(ledger: Ledger) -> dict[str, Any]:
         "state": ledger.fact("state"),
         "buffer": buffer,
         "counts": _counts(ledger),
-        "devices": _devices(ledger, version),
-        "versions": _versions(ledger),
+        "local": tests.summary(),
+        "devices": _devices(ledger, version, tests),
+        "versions": _versions(ledger, tests),
     }
 
 
 def _counts(ledger: Ledger) -> dict[str, Any]:
-    accepted, merged = ledger.db.execute("SELECT count(*), count(merged) FROM updates").fetchone()
+    accepted, merged, dropped = ledger.db.execute(
+        "SELECT count(*), count(*) FILTER (WHERE merged >= 0), count(*) FILTER (WHERE merged = ?) FROM updates",
+        (DROPPED,),
+    ).fetchone()
     counts: dict[str, Any] = {
         "accepted": accepted,
         "merged": merged,
+        "dropped": dropped,
         "stale": 0,
         "duplicate": 0,
         "busy": 0,
@@ -56,17 +88,31 @@ def _counts(ledger: Ledger) -> dict[str, Any]:
     return counts
 
 
-def _devices(ledger: Ledger, version: int) -> dict[str, Any]:
+def _local(ledger: Ledger) -> LocalTests:
+    """Of devices that are not revoked."""
     rows = ledger.db.execute(
-        "SELECT d.name, d.state, d.status, d.base, d.software, d.seen_at, d.update_bytes, k.key, k.seq,"
+        "SELECT m.device, m.version, m.samples, m.entries FROM metrics m JOIN devices d ON d.name = m.device"
+        " WHERE m.split = 'local' AND d.state = 'active' ORDER BY m.received_at"
+    )
+    return LocalTests.of(
+        Report(device=device, version=version, samples=samples, values=json.loads(entries))
+        for device, version, samples, entries in rows
+    )
+
+
+def _devices(ledger: Ledger, version: int, tests: LocalTests) -> dict[str, Any]:
+    rows = ledger.db.execute(
+        "SELECT d.name, d.state, d.why, d.status, d.base, d.software, d.seen_at, d.update_bytes, k.key, k.seq,"
         " (SELECT count(*) FROM updates u WHERE u.device = d.name),"
-        " (SELECT max(base) FROM updates u WHERE u.device = d.name)"
+        " (SELECT max(base) FROM updates u WHERE u.device = d.name),"
+        " (SELECT epsilon FROM updates u WHERE u.device = d.name ORDER BY id DESC LIMIT 1)"
         " FROM devices d JOIN keys k ON k.device = d.name AND k.public = d.public ORDER BY d.name"
     )
     return {
         name: {
             "key": key.hex(),
             "key_state": state,
+            "revoked_why": why,
             "state": status or "offline",
             "training_on": unsigned(training_on) if training_on < -1 else training_on,
             "last_seq": unsigned(seq),
@@ -76,12 +122,28 @@ def _devices(ledger: Ledger, version: int) -> dict[str, Any]:
             "bytes": size_bytes,
             "seen_at": seen_at,
             "software": software,
+            "epsilon": epsilon,
+            "local": tests.device(name),
         }
-        for name, state, status, training_on, software, seen_at, size_bytes, key, seq, updates, base in rows
+        for (
+            name,
+            state,
+            why,
+            status,
+            training_on,
+            software,
+            seen_at,
+            size_bytes,
+            key,
+            seq,
+            updates,
+            base,
+            epsilon,
+        ) in rows
     }
 
 
-def _versions(ledger: Ledger) -> list[dict[str, Any]]:
+def _versions(ledger: Ledger, tests: LocalTests) -> list[dict[str, Any]]:
     measured = {
         version: json.loads(entries)
         for version, entries in ledger.db.execute(
@@ -100,6 +162,7 @@ def _versions(ledger: Ledger) -> list[dict[str, Any]]:
             "staleness_mean": mean,
             "staleness_max": highest,
             "metrics": measured.get(version, {}),
+            "local": tests.version(version),
         }
         for version, digest, made_at, updates, mean, highest in rows
     ]

@@ -54,22 +54,3 @@ class Tally:
         self._devices.clear()
         self.due = None
         return record
-
-
-@dataclass(slots=True)
-class Bucket:
-    """A token bucket: at most ``per_s`` a second, and at most that many at once."""
-
-    per_s: float
-    tokens: float = 0.0
-    at: float | None = None
-
-    def take(self, now: float) -> bool:
-        """Whether one more is within the rate."""
-        passed = 0.0 if self.at is None else now - self.at
-        self.tokens = self.per_s if self.at is None else min(self.per_s, self.tokens + passed * self.per_s)
-        self.at = now
-        if self.tokens < 1:
-            return False
-        self.tokens -= 1
-        return True

@@ -1,6 +1,7 @@
 """Broker and aggregator of a first federation, made and run by one command."""
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,9 @@ def write_invitation(folder: Path, invitation: Invitation) -> Path:
 def _known(directory: Path) -> set[str]:
     ledger = Ledger(directory / home.LEDGER, read_only=True)
     try:
-        rows = ledger.db.execute("SELECT name FROM devices UNION SELECT device FROM invitations")
+        rows = ledger.db.execute(
+            "SELECT name FROM devices UNION SELECT device FROM invitations WHERE expires_at > ?", (time.time(),)
+        )
         return {name for (name,) in rows}
     finally:
         ledger.close()

@@ -1,7 +1,7 @@
 """How an aggregator reaches its broker, by certificate or password, and what of it its invitations carry."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -24,7 +24,7 @@ class Papers:
 
     ca: str | None = None
     certificate: str | None = None
-    key: str | None = None
+    key: str | None = field(default=None, repr=False)
 
 
 def client_name(federation: str) -> str:

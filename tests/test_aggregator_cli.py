@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from small_world import BROKER_URL, LAB, Device, float32_block, follow, initial_
 
 from aggregator import home
 from aggregator.ledger import Ledger
+from aggregator.membership import codes
 from broker import mosquitto, running, topics
 from broker.frame import parse
 from broker.invitation import Invitation
@@ -78,7 +80,7 @@ def test_init_makes_keys_a_ledger_and_a_commented_configuration(tmp_path: Path, 
     directory = tmp_path / "agg"
     out = init(directory, model, "--set", "merge.buffer_size=1", "--set", "staleness.discount=constant")
     assert "643 parameters" in out
-    assert {entry.name for entry in directory.iterdir()} == {home.KEY, home.TOML, home.LEDGER}
+    assert {entry.name for entry in directory.iterdir()} == {home.KEY, home.TOML, home.LEDGER, "vectors"}
     assert (directory / home.KEY).stat().st_mode & 0o777 == 0o600
     settings = home.load_settings(directory)
     assert (settings.merge.buffer_size, settings.staleness.discount) == (1, "constant")
@@ -112,7 +114,7 @@ def test_init_moves_into_a_directory_that_holds_other_things(tmp_path: Path, mod
         (["--set", "merge.buffer_size=0"], "merge.buffer_size"),
         (["--set", "merge.bufer=3"], "merge.bufer is unknown"),
         (["--set", "merge.buffer_size"], "SECTION.KEY=VALUE"),
-        (["--set", "optimizer.name=adam"], "fedavg, fedavgm"),
+        (["--set", "optimizer.name=adam"], "fedavg, fedavgm, fedadagrad, fedadam, fedyogi"),
         (["--set", "federation.x=1"], "'federation' is no section"),
         (["--set", "plan.x=1e400"], "plan.x"),
         (["--federation", "No"], "cannot name a federation"),
@@ -132,9 +134,11 @@ def test_init_says_where_it_cannot_write(tmp_path: Path, model: Path) -> None:
     assert "cannot make" in init(tmp_path / "file", model, code=2)
 
 
-@pytest.mark.parametrize("command", ["status", "devices", "invite", "run", "pause", "resume", "close", "export"])
+@pytest.mark.parametrize(
+    "command", ["status", "devices", "invite", "invitations", "revoke", "run", "pause", "resume", "close", "export"]
+)
 def test_commands_want_a_directory_that_holds_an_aggregator(tmp_path: Path, command: str) -> None:
-    more = {"invite": ["pi"], "export": [tmp_path / "out.safetensors"]}.get(command, [])
+    more = {"invite": ["pi"], "revoke": ["pi"], "export": [tmp_path / "out.safetensors"]}.get(command, [])
     assert "ternbus aggregator init" in run(command, tmp_path / "none", *more, code=2)
     assert list(tmp_path.iterdir()) == []
 
@@ -154,7 +158,7 @@ def test_invitations_are_printed_or_written(tmp_path: Path, model: Path) -> None
     assert written.code != printed.code
     assert len(written.code) >= 22  # of 6 bits each
     ledger = Ledger(directory / home.LEDGER, read_only=True)
-    assert ledger.codes()["pi"] == written.code
+    assert codes(ledger.db)["pi"].code == written.code
     ledger.close()
     assert "add --out" in run("invite", directory, "a", "b", code=2)
     assert "cannot name a device" in run("invite", directory, "Not a name", code=2)
@@ -309,6 +313,51 @@ def test_a_running_aggregator_is_steered_and_watched(tmp_path: Path, model: Path
         assert agg.process.wait(30) == 0
         agg.until(lambda: Status.from_meta(parse(agg.retained[topics.status(LAB)]).meta).state == "offline")
     assert status(directory)["state"] == "closed"
+
+
+def test_keys_are_given_and_taken_beside_a_running_aggregator(tmp_path: Path, model: Path, url: str) -> None:
+    """Each command is in force when it returns: an end, a cancellation, a revocation."""
+    directory = tmp_path / "agg"
+    init(directory, model, broker=url)
+    ledger = Ledger(directory / home.LEDGER)
+    schema = ledger.schema()
+    with listening(directory, url) as agg:
+
+        def enrolled(device: Device, code: str) -> Receipt:
+            agg.link.publish(device.topic("enroll"), device.enroll(code))
+            return agg.receipt()
+
+        late = Invitation.loads(run("invite", directory, "late", "--expires-in", "0.001s"))
+        assert (receipt := enrolled(Device("late", schema), late.code)).outcome == "refused"
+        assert receipt.reason == "the invitation has expired"
+        text = run("invite", directory, "guest", "--expires-in", "2w")
+        assert "# It ends on " in text
+        listed = json.loads(run("invitations", directory, "--json"))
+        assert [(row["device"], row["state"]) for row in listed] == [("guest", "open"), ("late", "expired")]
+        assert 13.9 * 86_400 < listed[0]["expires_at"] - time.time() < 14 * 86_400
+        assert Invitation.loads(text).code not in run("invitations", directory) + json.dumps(listed)
+        run("invitations", directory, "--cancel", "guest", "--cancel", "late")
+        assert enrolled(Device("guest", schema), Invitation.loads(text).code).outcome == "refused"
+        assert "guest has no open invitation" in run("invitations", directory, "--cancel", "guest", code=2)
+        assert "has not joined" in run("revoke", directory, "guest", code=2)
+        bad, good = joined(agg, "bad", schema), joined(agg, "good", schema)
+        for device in (bad, good):
+            agg.link.publish(device.topic("update"), device.update(float32_block(schema, 1), 0)[0])
+            assert agg.receipt().outcome == "accepted"
+        assert "bad is revoked; 1 of its" in run("revoke", directory, "bad", "--reason", "stolen")
+        agg.link.publish(bad.topic("status"), bad.status("idle"))
+        assert ((receipt := agg.receipt()).outcome, receipt.reason) == ("revoked", "stolen")
+        found = status(directory)
+        assert (found["buffer"], found["counts"]["dropped"]) == (1, 1)
+        assert "1 dropped" in run("status", directory)
+        assert "revoked" in run("devices", directory)
+    ledger.close()
+
+
+@pytest.mark.parametrize("text", ["7", "d", "-1d", "0s", "1y", "1e9d", "99999w", "inf", "1 d"])
+def test_a_time_that_is_none_is_refused(tmp_path: Path, model: Path, text: str) -> None:
+    init(tmp_path / "agg", model)
+    assert "30m, 12h, 7d or 2w" in run("invite", tmp_path / "agg", "pi", f"--expires-in={text}", code=2)
 
 
 def test_a_killed_aggregator_goes_on_where_it_was(tmp_path: Path, model: Path, url: str) -> None:

@@ -24,7 +24,7 @@ from small_world import (
 
 from aggregator import events, home, records
 from aggregator import settings as configuration
-from aggregator.gate import open_ahead
+from aggregator.gate import Opened, open_ahead
 from aggregator.grants import Grants, ranges
 from broker import topics
 from broker.frame import build, parse
@@ -129,7 +129,7 @@ def test_every_form_of_an_update_is_accepted(
     assert [answer.outcome for answer in answers[len(frames) - 1]] == ["accepted"]
     assert not any(answers[: len(frames) - 1])
     assert len(bench.core.model.buffer) == 1
-    value = bench.core.model._mean.result()
+    value = bench.core.model._gathered.result().delta
     np.testing.assert_allclose(value, block.value(), rtol=1e-6)
 
 
@@ -389,7 +389,7 @@ def test_a_cleared_topic_of_a_device_is_no_frame_and_no_fault(make: Make) -> Non
 def test_a_revoked_key_is_told_so_if_the_signature_is_its_own(make: Make) -> None:
     bench = make()
     pi = bench.join("pi")
-    bench.core.registry.members["pi"].revoked = True
+    bench.revoke("pi")
     good = pi.update(ternary_block(bench.schema, 1), 0)[0]
     (receipt,) = receipts(bench.receive(pi.topic("update"), good))
     assert (receipt.outcome, receipt.device_key, receipt.seq) == ("revoked", pi.identity.key_id, pi.seq)
@@ -403,7 +403,7 @@ def test_a_revoked_key_is_told_so_if_the_signature_is_its_own(make: Make) -> Non
 def test_a_revoked_device_may_be_invited_again_with_a_new_key_only(make: Make) -> None:
     bench = make()
     pi = bench.join("pi")
-    bench.core.registry.members["pi"].revoked = True
+    bench.revoke("pi")
     code = bench.invite("pi")
     assert receipts(bench.receive(pi.topic("enroll"), pi.enroll(code)))[0].outcome == "refused"
     new = Device("pi", bench.schema)
@@ -414,15 +414,21 @@ def test_a_revoked_device_may_be_invited_again_with_a_new_key_only(make: Make) -
 
 
 def test_receipts_to_those_without_a_key_are_few(make: Make) -> None:
-    bench = make(limits__refusals_per_s=2)
+    """Strangers share their bound; it is not that of a revoked device, nor of one that is invited."""
+    bench = make(limits__refusals_per_s=2, limits__receipts_per_s=10)
     pi = bench.join("pi")
-    bench.core.registry.members["pi"].revoked = True
-    frames = [pi.status("idle") for _ in range(5)]
-    assert len(receipts(bench.receive(pi.topic("status"), *frames))) == 2
-    eve = Device("eve", bench.schema)
-    assert receipts(bench.receive(eve.topic("enroll"), eve.enroll("guess"))) == []
+    bench.revoke("pi")
+    frames = [pi.status("idle") for _ in range(50)]
+    assert len(receipts(bench.receive(pi.topic("status"), *frames))) == 20
+    eve, guest = Device("eve", bench.schema), Device("guest", bench.schema)
+    assert len(receipts(bench.receive(eve.topic("enroll"), *[eve.enroll("guess") for _ in range(5)]))) == 2
+    code = bench.invite("guest")
+    assert receipts(bench.receive(guest.topic("enroll"), guest.enroll(code)))[0].outcome == "enrolled"
     bench.now += 1.0
     assert len(receipts(bench.receive(eve.topic("enroll"), *[eve.enroll("guess") for _ in range(5)]))) == 2
+    bench.tick(1.0)
+    counted = bench.ledger.db.execute("SELECT value FROM counts WHERE name = 'invalid:too-many-enrolments'").fetchone()
+    assert counted == (6,)
 
 
 # --- enroll
@@ -696,8 +702,8 @@ def test_a_forged_status_of_its_own_is_counted_only(make: Make) -> None:
     eve = Identity.generate()
     meta = Status(state="offline", session=99).meta()
     about = {"federation": LAB, "sender": "aggregator", "seq": 9, "meta": meta}
-    assert bench.receive(STATUS, build(eve, kind="status", **about)) == []
-    assert bench.receive(STATUS, build(bench.identity, kind="head", **about)) == []
+    for forged in (build(eve, kind="status", **about), build(bench.identity, kind="head", **about)):
+        assert [type(action) for action in bench.receive(STATUS, forged)] == [events.Log]
     assert refusals(bench.tick(1.0)) == {"bad-signature": 1, "wrong-topic": 1}
     assert bench.core.session == 1
 
@@ -853,6 +859,25 @@ def test_evaluators_are_not_waited_for(make: Make) -> None:
     assert bench.version == 2
 
 
+def test_a_device_that_reports_of_its_own_data_is_no_evaluator(make: Make) -> None:
+    """Even before its first update: the buffer waits for it, before and after a restart."""
+    bench = make(merge__buffer_size=3)
+    bench.tick(5.0)
+    pi, other = bench.join("pi"), bench.join("other")
+    for session in (1, 2):
+        for device in (pi, other):
+            bench.receive(device.topic("status"), device.status("idle", session))
+        bench.receive(other.topic("metrics"), other.metrics(0, "local", accuracy=0.1))
+        if session == 1:
+            bench.restart()
+            bench.start()
+            bench.tick(5.0)
+    bench.send(pi, ternary_block(bench.schema, 1), 0)
+    assert bench.version == 0
+    bench.send(other, ternary_block(bench.schema, 2), 0)
+    assert bench.version == 1
+
+
 def test_a_device_that_trains_and_evaluates_is_waited_for(make: Make) -> None:
     bench = make(merge__buffer_size=2)
     pi, both = bench.join("pi"), bench.join("both")
@@ -877,6 +902,46 @@ def test_the_discount_and_the_norm_bound_weigh_an_update(make: Make) -> None:
     bench.send(late, block, 0)
     step = block.value().astype(np.float64) * 0.5 / length / np.sqrt(2)
     np.testing.assert_allclose(bench.core.model.published, before + step, atol=1e-6)
+
+
+def test_an_update_that_is_too_large_is_refused_where_the_operator_wants_it(make: Make) -> None:
+    bench = make(merge__buffer_size=1, merge__max_update_norm=0.5, merge__on_large="refuse")
+    pi = bench.join("pi")
+    before = bench.core.model.published.copy()
+    (receipt,) = bench.send(pi, float32_block(bench.schema, 1), 0)
+    length = float(np.linalg.norm(float32_block(bench.schema, 1).value().astype(np.float64)))
+    assert (receipt.outcome, receipt.reason) == ("invalid", f"too-large: an L2 norm of {length:.4g}, at most 0.5")
+    assert (bench.version, bench.core.model.buffer) == (0, [])
+    assert np.array_equal(bench.core.model.published, before)
+    counted = bench.ledger.db.execute("SELECT value FROM counts WHERE name = 'invalid:too-large'").fetchone()
+    assert counted == (1,)
+    small = Block.of_float32(bench.schema, float32_block(bench.schema, 1).value() * np.float32(0.499 / length))
+    assert bench.send(pi, small, 0)[0].outcome == "accepted"
+    np.testing.assert_allclose(bench.core.model.server.target, before + small.value(), atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["median", "trimmed-mean", "krum", "multi-krum", "norm-clip"])
+def test_a_robust_rule_merges_a_whole_buffer_and_a_smaller_one_in_time(make: Make, rule: str) -> None:
+    bench = make(merge__buffer_size=5, merge__rule=rule, downlink__codec="float32")
+    devices = [bench.join(name) for name in "abcde"]
+    honest = float32_block(bench.schema, 1)
+    evil = Block.of_float32(bench.schema, np.full(bench.schema.elements, 60_000, dtype=np.float32))
+    before = bench.core.model.published.copy()
+    bench.send(devices[0], evil, 0, samples=2**32 - 1)
+    for device in devices[1:]:
+        assert bench.version == 0
+        bench.send(device, honest, 0)
+    assert bench.version == 1
+    moved = bench.core.model.published - before
+    if rule == "norm-clip":
+        assert np.linalg.norm(moved) <= np.linalg.norm(honest.value()) * 1.001
+    else:
+        np.testing.assert_allclose(moved, honest.value(), atol=1e-6)
+    before = bench.core.model.published.copy()
+    bench.send(devices[1], honest, 1)
+    bench.tick(31.0)
+    assert bench.version == 2
+    np.testing.assert_allclose(bench.core.model.published - before, honest.value(), atol=1e-6)
 
 
 # --- what stands on the broker
@@ -1011,7 +1076,15 @@ def test_another_optimizer_does_not_rewrite_what_was_merged(make: Make) -> None:
     for version in range(3):
         bench.send(pi, float32_block(bench.schema, version), version)
     target = bench.core.model.server.target.copy()
-    for changes in ({"learning_rate": 0.1}, {"name": "fedavgm"}, {"momentum": 0.5}):
+    for changes in (
+        {"learning_rate": 0.1},
+        {"name": "fedavgm"},
+        {"momentum": 0.5},
+        {"name": "fedyogi"},
+        {"tau": 0.1},
+        {"name": "fedadagrad"},
+        {"name": "fedavg"},
+    ):
         reconfigure(bench, optimizer=changes)
         bench.restart()
         bench.start()
@@ -1105,7 +1178,7 @@ def test_parts_beyond_the_direct_ones_are_dropped_unless_they_were_granted(make:
     bench.core._outlet.settings = replace(bench.core.settings, limits=limits)
     wide = pi.update(float32_block(bench.schema, 1), 0, frame_bytes=1500)
     assert len(wide) == 3
-    assert bench.receive(pi.topic("update"), wide[0]) == []
+    assert published(bench.receive(pi.topic("update"), wide[0])) == []
     assert refusals(bench.tick(1.0)) == {"not-granted": 1}
     (grant,) = grants(bench.receive(pi.topic("offer"), pi.offer(0, 3, seq=pi.seq)))
     assert (grant.device, grant.device_key, grant.seq, grant.parts) == ("pi", pi.identity.key_id, pi.seq, ((0, 2),))
@@ -1267,6 +1340,18 @@ def test_a_frame_that_was_opened_ahead_is_the_same_update(make: Make) -> None:
     opened = open_ahead(bench.core.registry, frame)
     assert opened is not None
     bench.handle(events.MessageArrived(topic=pi.topic("update"), payload=frame, opened=opened))
+    assert receipts(bench.last)[-1].outcome == "accepted"
+
+
+def test_what_was_verified_ahead_is_not_verified_again(make: Make) -> None:
+    """The signature of these bytes is wrong: only who looks at it a second time notices."""
+    bench = make()
+    pi = bench.join("pi")
+    (frame,) = pi.update(ternary_block(bench.schema, 1), 0)
+    opened = open_ahead(bench.core.registry, frame)
+    assert opened is not None
+    false = Opened(frame=replace(opened.frame, signature=bytes(64)), public=opened.public)
+    bench.handle(events.MessageArrived(topic=pi.topic("update"), payload=frame, opened=false))
     assert receipts(bench.last)[-1].outcome == "accepted"
 
 

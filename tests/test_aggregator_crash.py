@@ -6,17 +6,24 @@ each crash the federation goes on from where its devices are.
 
 import shutil
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 
 import numpy as np
+import numpy.typing as npt
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from small_world import LAB, Bench, Device, float32_block, follow, make_directory, scratch, ternary_block
 
-from aggregator import events, home, records
+from aggregator import events, home, log, records
 from aggregator import settings as configuration
+from aggregator.membership import codes
+from aggregator.recovery import waiting
+from aggregator.registry import REVOKED
+from aggregator.tables import DROPPED
 from broker import topics
 from broker.frame import parse
+from broker.merge_log import FIRST, Entry
 from broker.messages import Head, Receipt, Status
 from broker.schema import vector_digest
 from broker.ternary import Block
@@ -27,6 +34,8 @@ SMALL_FRAMES = 1500  # an update in three parts
 LOST = st.sampled_from([False, False, False, True])
 FRAMES = st.sampled_from([100_000, 100_000, SMALL_FRAMES])
 CODECS = st.sampled_from(["ternary", "float32"])
+RULES = st.sampled_from(["mean", "mean", "median"])
+OPTIMIZERS = st.sampled_from(["fedavg", "fedavgm", "fedadam", "fedyogi"])
 DEVICES = st.sampled_from(["a", "b", "c"])
 HEAD, STATUS = topics.head(LAB), topics.status(LAB)
 
@@ -53,40 +62,50 @@ class Federation(RuleBasedStateMachine):
         self.echo: list[tuple[str, bytes]] = []  # to the aggregator, its own
         self.sent: set[tuple[str, bytes, int, int, int, bytes]] = set()
         self.blocks: dict[bytes, Block] = {}
+        self.digests: dict[tuple[str, bytes, int], set[bytes]] = {}
         self.kept: set[tuple[str, bytes]] = set()
         self.numbers: dict[tuple[int, int], bytes] = {}
         self.promised: set[tuple[str, bytes, int]] = set()
         self.pending: list[records.UpdateAccepted] = []
         self.merged: dict[tuple[str, int], int] = {}
+        self.logged: list[bytes] = [FIRST]  # the hash of each entry that is on disk
+        self.revoked: set[bytes] = set()  # key ids
         self.highest_head = (-1, 0)  # version, seq
         self.highest_session = 0
         self.made = 0
 
     @initialize(
         codec=CODECS,
-        optimizer=st.sampled_from(["fedavg", "fedavgm"]),
+        optimizer=OPTIMIZERS,
+        rule=RULES,
         buffer_size=st.integers(1, 3),
         staleness=st.integers(0, 3),
         slots=st.integers(1, 4),
     )
-    def begin(self, codec: str, optimizer: str, buffer_size: int, staleness: int, slots: int) -> None:
+    def begin(self, *, codec: str, optimizer: str, rule: str, buffer_size: int, staleness: int, slots: int) -> None:
         directory = make_directory(
             self.folder / "aggregator",
             merge__buffer_size=buffer_size,
+            merge__rule=rule,
             staleness__max=staleness,
             downlink__codec=codec,
             downlink__slots=slots,
             optimizer__name=optimizer,
         )
         self.bench = Bench(directory)
+        self.logged.append(self.bench.ledger.last_entry().hash)
         self.target = self.bench.core.model.published.astype(np.float64)
-        self.momentum = np.zeros_like(self.target)
+        self.begin_optimizer(self.bench.core.settings.optimizer)
         self.kept = set(self.bench.ledger.db.execute("SELECT topic, payload FROM frames"))
         self.trainers = {}
         for name in ("a", "b", "c"):
             self.trainers[name] = Trainer(self.bench.join(name))
         self.start(None)
         self.connect(None, lost=True, frame_bytes=100_000)
+
+    def begin_optimizer(self, about: configuration.OptimizerSettings) -> None:
+        self.optimizer = about.name
+        self.momentum, self.squares = np.zeros_like(self.target), np.full_like(self.target, about.tau**2)
 
     def teardown(self) -> None:
         if not hasattr(self, "bench"):
@@ -98,6 +117,7 @@ class Federation(RuleBasedStateMachine):
         rows = self.bench.ledger.db.execute("SELECT device, base, merged FROM updates")
         merged = {(device, base): version for device, base, version in rows}
         assert merged == self.merged
+        self._check_log()
         self.bench.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -115,7 +135,7 @@ class Federation(RuleBasedStateMachine):
             for action in public[:crash]:
                 self._do(action)
         if crash is not None and crash < len(public):
-            self.bench.ledger.close()
+            self.bench.crash()
             self.alive = self.connected = self.settled = False
             self.echo.clear()
 
@@ -135,17 +155,29 @@ class Federation(RuleBasedStateMachine):
                     self.kept.update(record.frames)
                 case records.UpdateAccepted():
                     self._accepted(record)
+                case records.DeviceRevoked():
+                    self._revoked(record)
                 case records.VersionMade():
                     self._merged(record)
+                case records.SnapshotTaken() if record.recipe.optimizer.name != self.optimizer:
+                    self.begin_optimizer(record.recipe.optimizer)
                 case _:
                     pass
 
     def _accepted(self, record: records.UpdateAccepted) -> None:
         about = (record.device, bytes(record.key), record.seq, record.base, record.samples, record.body)
         assert about in self.sent, "what is accepted is what somebody sent"
+        assert bytes(record.key) not in self.revoked, "accepted under a revoked key"
         assert 0 <= record.staleness <= self.bench.core.settings.staleness.max
         assert abs(record.discount - (1 + record.staleness) ** -0.5) < 1e-12
         self.pending.append(record)
+
+    def _revoked(self, record: records.DeviceRevoked) -> None:
+        """Dropped is as if merged: for good, and never again."""
+        self.revoked.add(bytes(self.bench.core.registry.members[record.device].key))
+        for each in [each for each in self.pending if record.drop and each.device == record.device]:
+            self.pending.remove(each)
+            self.merged[each.device, each.base] = DROPPED
 
     def _merged(self, version: records.VersionMade) -> None:
         """The second implementation: FedBuff's mean and the server's step, in float64."""
@@ -157,11 +189,55 @@ class Federation(RuleBasedStateMachine):
             self.merged[record.device, record.base] = version.version
             weight = record.samples * (1 + record.staleness) ** -0.5
             total += weight * self.blocks[record.body].value().astype(np.float64)
+        self._logged(version)
         mean = total / sum(record.samples for record in self.pending)
+        if self.bench.core.settings.merge.rule == "median":
+            mean = self._median()
         about = self.bench.core.settings.optimizer
-        self.momentum = about.momentum * self.momentum + mean
-        self.target = self.target + about.learning_rate * (self.momentum if about.name == "fedavgm" else mean)
+        if about.name in ("fedadam", "fedyogi"):
+            self.momentum = about.beta1 * self.momentum + (1 - about.beta1) * mean
+            apart = self.squares - mean**2  # Adam goes towards it, Yogi by its sign
+            self.squares = self.squares - (1 - about.beta2) * (
+                apart if about.name == "fedadam" else np.sign(apart) * mean**2
+            )
+            step = self.momentum / (np.sqrt(self.squares) + about.tau)
+        else:
+            self.momentum = about.momentum * self.momentum + mean
+            step = self.momentum if about.name == "fedavgm" else mean
+        self.target = self.target + about.learning_rate * step
         self.pending.clear()
+
+    def _logged(self, version: records.VersionMade) -> None:
+        """The entry of a merge names what is in it, and the entry before."""
+        entry = Entry.parse(version.entry.content)
+        assert (entry.version, entry.digest, entry.previous) == (version.version, version.digest, self.logged[-1])
+        assert [(each.device, each.key, each.seq) for each in entry.updates] == [
+            (each.device, each.key, each.seq) for each in self.pending
+        ]
+        assert all(each.digest in self.digests[each.device, bytes(each.key), each.seq] for each in entry.updates)
+        if self.bench.core.settings.merge.rule == "mean":
+            samples = sum(each.samples for each in self.pending)
+            weights = [each.samples * each.discount / samples for each in self.pending]
+            np.testing.assert_allclose([each.weight for each in entry.updates], weights)
+        self.logged.append(version.entry.hash)
+
+    def _check_log(self) -> None:
+        """Every version's entry is there once, in the order of the merges, and every merged update in one of them."""
+        audit = log.verify(self.bench.directory, self.bench.identity.public, None)
+        assert (audit.faults, audit.last[2]) == ([], self.logged[-1])
+        entries = list(log.entries(self.bench.directory))
+        assert [signed.hash for _, signed in entries] == self.logged[1:]
+        merged = [version for version in self.merged.values() if version != DROPPED]
+        assert len({(each.device, each.digest) for entry, _ in entries for each in entry.updates}) == len(merged)
+
+    def _median(self) -> npt.NDArray[np.float64]:
+        """Of what each device says, on average, in the buffer."""
+        said: dict[str, list[npt.NDArray[np.float64]]] = {}
+        for record in self.pending:
+            value = self.blocks[record.body].value().astype(np.float64)
+            said.setdefault(record.device, []).append(value * (1 + record.staleness) ** -0.5)
+        middle: npt.NDArray[np.float64] = np.median([sum(each) / len(each) for each in said.values()], axis=0)
+        return middle
 
     def _do(self, action: events.Action) -> None:
         match action:
@@ -235,6 +311,12 @@ class Federation(RuleBasedStateMachine):
 
     # --- what happens
 
+    @precondition(lambda self: self.alive)
+    @rule()
+    def the_disk_catches_up(self) -> None:
+        """The vectors of a snapshot are there; without this a crash finds them missing."""
+        self.bench.beside.work()
+
     @precondition(lambda self: not self.alive)
     @rule(crashes=st.tuples(CRASHES, CRASHES), lost=LOST, frame_bytes=FRAMES)
     def start_again(self, crashes: tuple[int | None, int | None], lost: bool, frame_bytes: int) -> None:
@@ -249,6 +331,7 @@ class Federation(RuleBasedStateMachine):
         model = self.bench.core.model
         assert model.version == self.bench.ledger.fact("version") >= self.highest_head[0]
         assert vector_digest(model.published) == model.digest
+        assert self.bench.ledger.last_entry().hash == self.logged[-1] == self.bench.core.kept.log_hash
         head = Head.from_meta(parse(self.bench.ledger.frame(HEAD)).meta)
         assert (head.version, head.digest) == (model.version, model.digest)
         assert self.promised <= self._in_ledger()
@@ -291,14 +374,17 @@ class Federation(RuleBasedStateMachine):
         self.bench.restart()
         after = self.bench.core
         assert after.model.published.tobytes() == before.model.published.tobytes()
-        assert after.model.server.target.tobytes() == before.model.server.target.tobytes()
+        for vector in ("target", "momentum", "squares"):
+            assert np.array_equal(getattr(after.model.server, vector), getattr(before.model.server, vector)), vector
         assert after.model.buffer == before.model.buffer
         for name, member in before.registry.members.items():
             again = after.registry.members[name]
-            assert (again.public, again.answer, again.highest_base) == (
+            assert (again.public, again.answer, again.highest_base, again.revoked, again.waiting_bytes) == (
                 member.public,
                 member.answer,
                 member.highest_base,
+                member.revoked,
+                member.waiting_bytes,
             )
             oldest = before.model.version - before.settings.staleness.max
             assert {base for base in member.bases if base >= oldest} == again.bases
@@ -308,19 +394,31 @@ class Federation(RuleBasedStateMachine):
     @precondition(lambda self: not self.alive)
     @rule(
         slots=st.integers(1, 4),
+        rule=RULES,
         buffer_size=st.integers(1, 3),
         staleness=st.integers(0, 3),
+        optimizer=OPTIMIZERS,
         learning_rate=st.sampled_from([0.5, 1.0]),
         codec=CODECS,
     )
-    def configure(self, slots: int, buffer_size: int, staleness: int, learning_rate: float, codec: str) -> None:
+    def configure(
+        self,
+        *,
+        slots: int,
+        rule: str,
+        buffer_size: int,
+        staleness: int,
+        optimizer: str,
+        learning_rate: float,
+        codec: str,
+    ) -> None:
         """The operator edits aggregator.toml while nothing runs."""
         was = home.load_settings(self.bench.directory)
         now = replace(
             was,
-            merge=replace(was.merge, buffer_size=buffer_size),
+            merge=replace(was.merge, rule=rule, buffer_size=buffer_size),
             staleness=replace(was.staleness, max=staleness),
-            optimizer=replace(was.optimizer, learning_rate=learning_rate),
+            optimizer=replace(was.optimizer, name=optimizer, learning_rate=learning_rate),
             downlink=replace(was.downlink, slots=slots, codec=codec),
         )
         (self.bench.directory / home.TOML).write_text(configuration.dumps(now))
@@ -389,6 +487,9 @@ class Federation(RuleBasedStateMachine):
         frames = device.update(block, base, samples=samples, seq=seq, frame_bytes=SMALL_FRAMES if small else 100_000)
         self.sent.add((device.name, bytes(device.identity.key_id), seq, base, samples, block.content))
         self.blocks[block.content] = block
+        headers = b"".join(blake2b(parse(frame).header, digest_size=32).digest() for frame in frames)
+        digest = blake2b(headers, digest_size=32).digest()
+        self.digests.setdefault((device.name, bytes(device.identity.key_id), seq), set()).add(digest)
         self.wire += [(device.topic("update"), frame) for frame in frames]
         del self.wire[:-40]
 
@@ -437,6 +538,8 @@ class Federation(RuleBasedStateMachine):
                 trainer.outstanding = (device.next_seq(), base, block, samples)
             case "stale" | "duplicate" | "invalid":
                 trainer.outstanding = None
+            case "revoked":
+                assert bytes(receipt.device_key) in self.revoked
             case other:
                 raise AssertionError(other)
 
@@ -458,14 +561,34 @@ class Federation(RuleBasedStateMachine):
     def change_key(self, name: str, crash: int | None) -> None:
         """The device lost its disk, and the operator invites it again."""
         code = f"code-{self.made}-{self.bench.now}"
-        self.bench.ledger.db.execute("INSERT OR REPLACE INTO invitations VALUES (?, ?, 0)", (name, code))
-        self.perform(self.handle(events.InvitationsRead(codes=self.bench.ledger.codes())), None)
+        self.bench.ledger.db.execute("INSERT OR REPLACE INTO invitations VALUES (?, ?, 0, 1e12)", (name, code))
+        self.perform(self.handle(events.InvitationsRead(codes=codes(self.bench.ledger.db))), None)
         new = Device(name, self.bench.schema)
         event = events.MessageArrived(topic=new.topic("enroll"), payload=new.enroll(code))
         self.perform(self.handle(event), crash)
         if not self.alive:
             return
         self.trainers[name] = Trainer(new, accepted=self.trainers[name].accepted)
+
+    @precondition(lambda self: self.alive)
+    @rule(name=DEVICES, keep=st.booleans(), crash=CRASHES)
+    def revoke(self, name: str, keep: bool, crash: int | None) -> None:
+        """The operator puts a device out, perhaps one that was out already; `change_key` lets it in again."""
+        buffer = waiting(self.bench.ledger, self.bench.schema)
+        self.perform(self.handle(events.RevokeRequested(device=name, keep=keep, buffer=buffer)), crash)
+
+    @precondition(lambda self: self.alive)
+    @rule(name=DEVICES, crash=CRASHES)
+    def return_with_a_revoked_key(self, name: str, crash: int | None) -> None:
+        """By a new invitation, with the key that was taken away."""
+        trainer = self.trainers[name]
+        if bytes(trainer.device.identity.key_id) not in self.revoked:
+            return
+        self.bench.ledger.db.execute("INSERT OR REPLACE INTO invitations VALUES (?, 'code', 0, 1e12)", (name,))
+        self.perform(self.handle(events.InvitationsRead(codes=codes(self.bench.ledger.db))), None)
+        frame = trainer.device.enroll("code", seq=0)
+        self.perform(self.handle(events.MessageArrived(topic=trainer.device.topic("enroll"), payload=frame)), crash)
+        assert self.bench.core.registry.members[name].standing(trainer.device.identity.key_id)[1] == REVOKED
 
     @invariant()
     def the_ledger_says_so(self) -> None:

@@ -24,7 +24,7 @@ from broker.errors import ConfigError
 BASE: dict[str, Any] = {"federation": "lab", "broker": "mqtt://127.0.0.1:1883"}
 
 DEFAULTS = {
-    "merge": {"buffer_size": 4, "max_wait_s": 30.0, "max_update_norm": 0.0},
+    "merge": {"buffer_size": 4, "max_wait_s": 30.0, "max_update_norm": 0.0, "on_large": "clip", "rule": "mean"},
     "staleness": {"max": 8, "discount": "polynomial", "exponent": 0.5},
     "optimizer": {"name": "fedavg", "learning_rate": 1.0, "momentum": 0.9},
     "downlink": {"codec": "ternary", "min_interval_s": 0.0, "slots": 32},
@@ -35,12 +35,25 @@ BOUNDS: dict[str, tuple[list[object], list[object]]] = {
     "merge.buffer_size": ([1, 1_000_000], [0, -1, 1_000_001, 1.0, True, "4", None]),
     "merge.max_wait_s": ([0.01, 1, 1e7], [0, 0.001, -1.0, 1e8, float("nan"), float("inf"), "30", True]),
     "merge.max_update_norm": ([0, 0.0, 1e9], [-0.1, float("nan"), float("inf"), True]),
+    "merge.on_large": (["clip"], ["drop", True, None]),
+    "merge.max_share": ([1e-6, 0.2, 1], [0, 1.1, float("nan")]),
+    "merge.rule": (["mean", "median", "trimmed-mean", "norm-clip"], ["krum", "multi-krum", "average", 1, None]),
+    "merge.trim": ([0, 0.2, 0.49], [-0.1, 0.5, float("nan")]),
+    "merge.byzantine": ([0, 1, 100_000], [-1, 0.5, 100_001]),
+    "merge.krum_keep": ([0, 1, 1_000_000], [-1, 0.5]),
+    "merge.clip_norm": ([0, 1e9], [-0.1, float("inf")]),
     "staleness.max": ([0, 8, 2**40], [-1, 8.0, True, 2**63, 10**400]),
-    "staleness.discount": (["polynomial", "constant"], ["linear", 1, ["constant"], None]),
+    "staleness.discount": (["polynomial", "constant", "hinge", "exponential"], ["linear", 1, ["constant"], None]),
     "staleness.exponent": ([0, 0.5, 100], [-0.5, 101, float("nan")]),
-    "optimizer.name": (["fedavg", "fedavgm"], ["adam", 0]),
+    "staleness.decay": ([0, 0.5, 100], [-0.5, 101, float("nan")]),
+    "staleness.hinge_slope": ([0, 10, 1e6], [-0.5, 1e7, float("inf")]),
+    "staleness.hinge_from": ([0, 4, 1_000_000], [-1, 1_000_001, 0.5]),
+    "optimizer.name": (["fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi"], ["adam", 0]),
     "optimizer.learning_rate": ([0, 1, 1e6], [-1, 1e7, float("inf"), "1.0"]),
     "optimizer.momentum": ([0, 0.9, 0.9999], [1, -0.1]),
+    "optimizer.beta1": ([0, 0.9, 0.9999], [1, -0.1, "0"]),
+    "optimizer.beta2": ([0, 0.99, 0.999999], [1, -0.1, float("nan")]),
+    "optimizer.tau": ([1e-9, 1e-3, 1000], [0, 1001, -1e-3]),
     "downlink.codec": (["ternary", "float32"], ["float16", 32]),
     "downlink.min_interval_s": ([0, 2.5, 1e6], [-0.1, 1e7, "1"]),
     "downlink.slots": ([1, 65_535], [0, 65_536, 32.0]),
@@ -50,7 +63,13 @@ BOUNDS: dict[str, tuple[list[object], list[object]]] = {
     "limits.frame_bytes": ([4096, 268_000_000], [4095, 268_000_001]),
     "limits.messages_in_assembly": ([4, 50], [3]),
     "limits.assembly_bytes": ([2**20], [2**20 - 1, 0]),
+    "limits.receipts_per_s": ([10, 100], [9, 1.5]),
     "limits.refusals_per_s": ([1], [0]),
+    "limits.enrolments_per_minute": ([1, 60], [0]),
+    "limits.journal_bytes": ([0, 2**40], [-1, 1.0]),
+    "limits.metrics_bytes": ([1024], [1023]),
+    "limits.log_lines_per_minute": ([1], [0]),
+    "invitations.expire_after_s": ([1, 604_800.0, 1e9], [0, 2e9, "7d"]),
     "transport.authority": (["", "/srv/broker"], [3, True]),
     "transport.username": (["", "someone"], [3]),
     "transport.password_file": (["", "password"], [3]),
@@ -106,6 +125,43 @@ def test_the_first_alternatives_are_the_defaults() -> None:
 
 
 @pytest.mark.parametrize(
+    ("merge", "named"),
+    [
+        ({"rule": "krum"}, "needs a buffer_size of at least 5 .2 byzantine . 3., not 4"),
+        ({"rule": "krum", "byzantine": 2, "buffer_size": 6}, "at least 7"),
+        ({"rule": "multi-krum", "buffer_size": 4, "byzantine": 1}, "at least 5"),
+        ({"rule": "multi-krum", "buffer_size": 5, "krum_keep": 5}, "krum_keep = 5 must be at most 4"),
+        ({"rule": "trimmed-mean", "trim": 0.3}, "leaves nothing of a buffer_size of 4"),
+        ({"rule": "trimmed-mean", "buffer_size": 2}, "leaves nothing of a buffer_size of 2"),
+        ({"rule": "median", "max_share": 0.5}, "max_share is for rule"),
+        ({"on_large": "refuse"}, "max_update_norm is 0"),
+    ],
+)
+def test_what_a_rule_cannot_do_is_refused(merge: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named) as error:
+        from_table({**BASE, "merge": merge})
+    assert "merge." in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "merge",
+    [
+        {"rule": "krum", "buffer_size": 5},
+        {"rule": "krum", "byzantine": 0},
+        {"rule": "multi-krum", "buffer_size": 5, "krum_keep": 4},
+        {"rule": "trimmed-mean", "buffer_size": 3},
+        {"rule": "trimmed-mean", "buffer_size": 1, "trim": 0},
+        {"max_share": 0.5},
+        {"on_large": "refuse", "max_update_norm": 2},
+    ],
+)
+def test_what_a_rule_can_do_is_taken(merge: dict[str, Any]) -> None:
+    found = from_table({**BASE, "merge": merge}).merge
+    assert {key: getattr(found, key) for key in merge} == merge
+
+
+@pytest.mark.parametrize(
     ("wrong", "named"),
     [
         ({"merg": {}}, "'merg'"),
@@ -154,6 +210,8 @@ def test_what_is_written_is_read_again(keys: list[str], data: st.DataObject, ext
     for key in keys:
         section, _, name = key.partition(".")
         whole.setdefault(section, {})[name] = data.draw(value_of[key])
+    if "rule" in whole.get("merge", {}):  # what a rule allows beside it is another test's
+        whole["merge"] = {"rule": whole["merge"]["rule"]}
     made = from_table(whole)
     assert parse(dumps(made)) == made
 

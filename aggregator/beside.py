@@ -1,0 +1,19 @@
+"""What a ledger leaves to another thread: it holds nothing up there, and a crash before it costs nothing."""
+
+import sqlite3
+from collections.abc import Iterable
+from contextlib import closing
+from pathlib import Path
+
+
+def checkpoint(path: Path) -> None:
+    """Move SQLite's write-ahead log into its file. Else a commit does so now and then, and everything waits."""
+    with closing(sqlite3.connect(path, isolation_level=None, timeout=30.0)) as db:
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Remove files that nothing refers to any more; those of hundreds of megabytes take the disk a while."""
+    for path in paths:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,252 @@
+"""What versions are worth on data that devices hold out: reported, spread over devices, improved by fine-tuning."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_world import Bench, make_directory, ternary_block
+from typer.testing import CliRunner
+
+from aggregator import cli as aggregator_cli
+from aggregator import status as statuses
+from aggregator.local_tests import LocalTests, Report, sentences, spread
+from broker.errors import ConfigError
+from broker.invitation import Invitation
+from broker.schema import Schema, to_vector
+from edge_client import agent
+from edge_client import cli as edge_cli
+from edge_client.actions import StartFineTuning
+from edge_client.events import FineTuned, FineTuningFailed
+from edge_client.home import Home
+from edge_client.personal import plan_of
+from edge_client.tasks import digits_numpy
+from edge_client.trainer import Plan, Task, Trainer, halves_of
+from edge_client.training import fine_tune
+
+
+def report(device: str, version: int, accuracy: float, **more: float) -> Report:
+    return Report(device=device, version=version, samples=9, values={"accuracy": accuracy, **more})
+
+
+# --- the spread
+
+
+@given(values=st.lists(st.floats(0, 1), min_size=1, max_size=60))
+def test_the_spread_against_a_plain_second_reckoning(values: list[float]) -> None:
+    found = spread(values)
+    assert found["mean"] == pytest.approx(np.mean(values))
+    assert found["median"] == pytest.approx(np.median(values))
+    assert found["worst_decile"] == pytest.approx(np.mean(np.sort(values)[: -(-len(values) // 10)]))
+    assert found["worst_decile"] <= found["median"] + 1e-12
+
+
+def test_the_worst_tenth_of_devices_is_not_hidden_by_the_mean() -> None:
+    found = spread([0.1, 0.2, *[0.95] * 18])
+    assert found["worst_decile"] == pytest.approx(0.15)
+    assert found["median"] == 0.95
+    assert found["mean"] == pytest.approx(0.87)
+
+
+def test_a_device_counts_once_with_its_newest_version_in_whichever_order_reports_come() -> None:
+    reports = [report("a", 3, 0.3), report("a", 1, 0.1), report("b", 2, 0.5), report("b", 2, 0.7)]
+    tests = LocalTests.of(reports)
+    summary = tests.summary()
+    assert summary is not None
+    assert (summary["devices"], summary["oldest"], summary["newest"]) == (2, 2, 3)
+    assert summary["accuracy"]["mean"] == pytest.approx((0.3 + 0.7) / 2)
+    assert tests.version(2) == {"devices": 1, "accuracy": spread([0.7])}
+    assert tests.version(0) is None
+    assert tests.device("a") == {"version": 3, "samples": 9, "accuracy": 0.3}
+
+
+def test_the_gain_of_own_models_is_spread_too_and_may_be_a_loss() -> None:
+    tests = LocalTests.of([report("a", 3, 0.5, personal_accuracy=0.75), report("b", 3, 0.9, personal_accuracy=0.8)])
+    tests.add(report("c", 3, 0.4))
+    summary = tests.summary()
+    assert summary is not None
+    tuned = summary["fine_tuned"]
+    assert (summary["devices"], tuned["devices"], tuned["better"]) == (3, 2, 1)
+    assert tuned["gain"]["worst_decile"] == pytest.approx(-0.1)
+    assert tuned["gain"]["mean"] == pytest.approx(0.075)
+    lines = dict(sentences(summary))
+    assert lines["local accuracy"] == "worst tenth 0.4000, median 0.5000, mean 0.6000 (3 devices, version 3)"
+    assert lines["their gain"] == "worst tenth -0.1000, median +0.0750, mean +0.0750 (1 of 2 better)"
+
+
+def test_without_reports_nothing_is_said() -> None:
+    assert LocalTests().summary() is None
+    assert sentences(None) == []
+
+
+def test_what_no_metric_can_be_does_not_count() -> None:
+    tests = LocalTests.of([report("a", 1, 1e308), report("b", 1, 0.5, personal_accuracy=-1e308)])
+    tests.add(Report(device="c", version=1, samples=9, values={"loss": 0.5}))
+    assert tests.summary() is None
+
+
+# --- the aggregator's status
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(make_directory(tmp_path / "aggregator", merge__buffer_size=2))
+    made.start()
+    yield made
+    made.close()
+
+
+def test_the_status_has_the_spread_by_version_and_of_each_devices_newest(bench: Bench) -> None:
+    devices = [bench.join(f"pi-{number}") for number in range(3)]
+    judge = bench.join("judge")
+    bench.receive(judge.topic("metrics"), judge.metrics(0, accuracy=0.99))
+    for device, accuracy in zip(devices, (0.2, 0.6, 0.7), strict=True):
+        bench.receive(device.topic("metrics"), device.metrics(0, "local", accuracy=accuracy))
+    for device in devices[:2]:
+        bench.send(device, ternary_block(bench.schema, 1), 0)
+    values = {"accuracy": 0.9, "personal_accuracy": 0.95}
+    bench.receive(devices[1].topic("metrics"), devices[1].metrics(1, "local", **values))
+    found = statuses.read(bench.directory)
+    zero, one = found["versions"]
+    assert zero["metrics"] == {"accuracy": 0.99}  # the evaluator's alone
+    assert zero["local"] == {"devices": 3, "accuracy": spread([0.2, 0.6, 0.7])}
+    assert one["local"] == {"devices": 1, "accuracy": spread([0.9])}
+    assert found["local"]["accuracy"] == spread([0.2, 0.9, 0.7])
+    assert (found["local"]["oldest"], found["local"]["newest"], found["local"]["fine_tuned"]["better"]) == (0, 1, 1)
+    assert found["devices"]["pi-1"]["local"] == {"version": 1, "samples": 100, **values}
+    assert found["devices"]["judge"]["local"] is None
+    json.dumps(found, allow_nan=False)
+
+
+def test_people_see_the_worst_tenth_and_the_median(bench: Bench) -> None:
+    assert "worst tenth" not in status_text(bench)
+    for number, accuracy in enumerate((0.25, 0.5, 0.75)):
+        device = bench.join(f"pi-{number}")
+        bench.receive(device.topic("metrics"), device.metrics(0, "local", accuracy=accuracy))
+    text = status_text(bench)
+    assert "local accuracy: worst tenth 0.2500, median 0.5000, mean 0.5000 (3 devices, version 0)" in text
+    heading, row = text.rstrip().splitlines()[-2:]
+    assert heading.split()[-4:] == ["worst", "tenth", "median", "devices"]
+    assert row.split()[-3:] == ["0.2500", "0.5000", "3"]
+
+
+def status_text(bench: Bench) -> str:
+    done = CliRunner().invoke(aggregator_cli.app, ["status", str(bench.directory)])
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_a_device_that_was_revoked_does_not_count(bench: Bench) -> None:
+    for name, accuracy in (("good", 0.5), ("bad", 0.0)):
+        device = bench.join(name)
+        bench.receive(device.topic("metrics"), device.metrics(0, "local", accuracy=accuracy))
+    bench.ledger.db.execute("UPDATE devices SET state = 'revoked' WHERE name = 'bad'")
+    found = statuses.read(bench.directory)
+    assert found["local"]["accuracy"] == found["versions"][0]["local"]["accuracy"] == spread([0.5])
+
+
+# --- the device
+
+
+def halves(task: Task = digits_numpy.TASK, share: float = 0.2) -> tuple[Trainer, Trainer]:
+    return halves_of(task, None, ["dirichlet:0.2:1/8:0"], share)[0]
+
+
+def test_a_task_that_does_not_split_is_found_out() -> None:
+    class Careless(digits_numpy.DigitsNumpy):
+        def trainer(self, *, data: Path | None, partition: str) -> digits_numpy.NumpyTrainer:
+            return super().trainer(data=data, partition=partition.partition(";")[0])
+
+    with pytest.raises(ConfigError, match="the task digits-numpy holds nothing out"):
+        halves(Careless())
+
+
+def job(plan: Plan) -> StartFineTuning:
+    tensors = digits_numpy.TASK.initial(0)
+    schema = Schema.of({name: tensor.shape for name, tensor in tensors.items()})
+    return StartFineTuning(version=4, schema=schema, vector=to_vector(schema, tensors), plan=plan, seed=1)
+
+
+def test_fine_tuning_trains_on_the_rest_and_measures_on_what_is_held_out() -> None:
+    trainer, held = halves()
+    plan = plan_of(Plan.from_meta(digits_numpy.TASK.default_plan), 4.0)
+    found = fine_tune(trainer, held, job(plan))
+    assert isinstance(found, FineTuned)
+    assert (found.version, found.samples) == (4, held.samples)
+    assert found.before == held.evaluate(digits_numpy.TASK.initial(0)).values
+    assert found.after == held.evaluate(found.tensors).values
+    assert found.after["accuracy"] > found.before["accuracy"] + 0.3  # skewed classes, from a model that knows nothing
+    again = trainer.train(digits_numpy.TASK.initial(0), plan, version=4, seed=1)
+    assert all(np.array_equal(again.tensors[name], found.tensors[name]) for name in again.tensors)
+
+
+def test_fine_tuning_that_diverges_is_no_model() -> None:
+    plan = replace(plan_of(Plan.from_meta(digits_numpy.TASK.default_plan), 4.0), learning_rate=1e3, weight_decay=1e3)
+    found = fine_tune(*halves(), job(plan))
+    assert isinstance(found, FineTuningFailed)
+    assert "diverged" in found.reason
+
+
+def test_the_plan_of_ones_own_model_does_not_stand_still_where_the_schedule_has_ended() -> None:
+    asked = {
+        "schedule": "linear",
+        "schedule_versions": 10,
+        "warmup_versions": 2,
+        "local_steps": 7,
+        "local_seconds": 1.0,
+    }
+    plan = Plan.from_meta({**asked, "learning_rate": 0.1, "proximal_mu": 0.5})
+    assert plan.rate(100) == 0
+    own = plan_of(plan, 3.0)
+    assert own.rate(100) == own.rate(0) == 0.1
+    assert own.steps(64) == 6
+    assert (own.local_seconds, own.statistics_rate, own.proximal_mu) == (None, 1.0, 0.5)
+
+
+def prepared(folder: Path, **about: Any) -> Home:
+    invitation = Invitation(
+        federation="fed", device="pi", broker="mqtt://127.0.0.1:9", aggregator_key="ab" * 32, code="c" * 32
+    )
+    home = Home(folder)
+    home.prepare(invitation, task="digits-numpy", data=None, partition="iid:0/4", **about)
+    return home
+
+
+def test_the_share_is_kept_with_the_device_and_without_one_nothing_can_be_measured(tmp_path: Path) -> None:
+    settings = prepared(tmp_path / "a", hold_out=0.25).settings()
+    assert settings.hold_out == "0.25"
+    agent.check(settings, agent.Options(reports=True, fine_tune=1.0))
+    without = prepared(tmp_path / "b").settings()
+    agent.check(without, agent.Options())
+    for options in (agent.Options(reports=True), agent.Options(fine_tune=1.0)):
+        with pytest.raises(ConfigError, match=r"--hold-out 0\.2"):
+            agent.check(without, options)
+    with pytest.raises(ConfigError, match=r"held out is 0\.9"):
+        replace(settings, hold_out="0.9")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--hold-out", "0.6"], "held out is 0.6 of the data, but must be above 0 and at most 0.4"),
+        (["--hold-out", "0.2", "--report-metrics"], "add --run"),
+        (["--fine-tune", "2"], "add --run"),
+        (["--report-metrics", "--run"], "needs data that are never trained on"),
+    ],
+)
+def test_join_says_what_is_wrong_before_anything_is_sent(tmp_path: Path, options: list[str], message: str) -> None:
+    invitation = tmp_path / "pi.toml"
+    text = Invitation(
+        federation="fed", device="pi", broker="mqtt://127.0.0.1:9", aggregator_key="ab" * 32, code="c" * 32
+    ).dumps()
+    invitation.write_text(text)
+    invitation.chmod(0o600)
+    arguments = ["join", str(invitation), str(tmp_path / "pi"), "--task", "digits-numpy", *options]
+    done = CliRunner().invoke(edge_cli.app, arguments)
+    assert isinstance(done.exception, ConfigError)
+    assert message in str(done.exception)
