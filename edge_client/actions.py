@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 from broker.schema import Schema, Vector
 from edge_client.kept import Answered, Kept
-from edge_client.trainer import Plan
+from edge_client.privacy import Account
+from edge_client.trainer import Plan, Tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,15 +59,35 @@ class StartTraining:
     residual: Vector | None
     plan: Plan
     seed: int
+    account: Account = field(default_factory=Account)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StartEvaluation:
-    """Try version ``version`` on the test data; the vector is not to be modified."""
+    """Try version ``version`` on the test data, or on what is held out; the vector is not to be modified."""
 
     version: int
     schema: Schema
     vector: Vector
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StartFineTuning:
+    """Train a model of the device's own from ``version``, and try both on what is held out."""
+
+    version: int
+    schema: Schema
+    vector: Vector
+    plan: Plan
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SavePersonal:
+    """Write the device's own model to a file for its owner; ``about`` says in words what it is."""
+
+    tensors: Tensors
+    about: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,4 +108,5 @@ class Log:
 
 
 LinkAction = Subscribe | Unsubscribe | Publish
-Action = Save | Connect | LinkAction | StartTraining | StartEvaluation | Stop | Log
+Job = StartTraining | StartEvaluation | StartFineTuning
+Action = Save | SavePersonal | Connect | LinkAction | Job | Stop | Log

@@ -1,7 +1,7 @@
 """A device's process put together: folder, task, store, core and service, and how it ends."""
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -14,11 +14,14 @@ from broker.link import Link, LinkEvent
 from broker.messages import Status
 from edge_client.actions import Stop
 from edge_client.core import EXIT_CONFIG, EXIT_DONE, Core
+from edge_client.follower import Beginning
 from edge_client.home import Home, Settings
 from edge_client.member import Member, Role, subscriptions
+from edge_client.narrow import narrow
 from edge_client.outbox import Outbox
-from edge_client.service import Report, Service
-from edge_client.trainer import Task, Trainer, load_task
+from edge_client.service import PERSONAL, Report, Service
+from edge_client.succession import succeed
+from edge_client.trainer import Task, Trainer, halves_of, load_task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +31,8 @@ class Options:
     versions: int | None = None
     timeout_s: float | None = None
     min_seconds: float = 0.0
+    reports: bool = False  # what versions are worth on the data held out
+    fine_tune: float = 0.0  # epochs
 
 
 def software() -> str:
@@ -40,7 +45,7 @@ def software() -> str:
 def join(home: Home, settings: Settings, task: Task, options: Options, report: Report) -> Stop:
     """Enrol, and see that the task's model fits; then the invitation's code is forgotten."""
     with home.held():
-        stop, _ = _serve(home, settings, task=task, role="join", trainer=None, options=options, report=report)
+        stop, _ = _serve(home, settings, task=task, role="join", data=None, options=options, report=report)
         if stop.code == EXIT_DONE:
             home.write(replace(settings, code=""))
     return stop
@@ -52,13 +57,36 @@ def serve(home: Home, role: Role, options: Options, report: Report) -> tuple[Sto
     Raises what the task's code raises, and ConfigError.
     """
     settings = home.joined()
+    check(settings, options)
     task = load_task(settings.task)
     with home.held():
-        if role == "evaluate":
-            trainer = task.evaluator(data=settings.data_folder)
-        else:
-            trainer = task.trainer(data=settings.data_folder, partition=settings.partition)
-        return _serve(home, settings, task=task, role=role, trainer=trainer, options=options, report=report)
+        succeed(home)
+        settings = home.joined()
+        return _serve(
+            home, settings, task=task, role=role, data=_data(settings, task, role), options=options, report=report
+        )
+
+
+def check(settings: Settings, options: Options) -> None:
+    """ConfigError where an option needs data that nobody has held out."""
+    if not settings.hold_out and (options.reports or options.fine_tune):
+        asked = "--report-metrics" if options.reports else "--fine-tune"
+        raise ConfigError(
+            f"{asked} needs data that are never trained on: `ternbus edge join … --hold-out 0.2` keeps them apart"
+        )
+    if options.fine_tune and settings.share_of_channels < 1:
+        raise ConfigError("--fine-tune makes a model of the full width: not on a device that joined with --width")
+
+
+def _data(settings: Settings, task: Task, role: Role) -> tuple[Trainer, Trainer | None]:
+    """What the device trains on, or an evaluator tries versions on; and what it holds out, if anything."""
+    if role == "evaluate":
+        return task.evaluator(data=settings.data_folder), None
+    trained = narrow(task, settings.share_of_channels)
+    if settings.hold_out:
+        tried_by = None if trained is task else task
+        return halves_of(trained, settings.data_folder, [settings.partition], float(settings.hold_out), tried_by)[0]
+    return trained.trainer(data=settings.data_folder, partition=settings.partition), None
 
 
 def say_goodbye(home: Home, settings: Settings) -> None:
@@ -80,6 +108,7 @@ def make_link(home: Home, settings: Settings) -> Callable[[Callable[[LinkEvent],
             password=read_password(Path(settings.password_file)) if settings.password_file else None,
             deliver=deliver,
             tls=home.tls(),
+            frame_bytes=settings.frame_limit,
         )
 
     return connect_to
@@ -91,21 +120,28 @@ def _serve(
     *,
     task: Task,
     role: Role,
-    trainer: Trainer | None,
+    data: tuple[Trainer, Trainer | None] | None,
     options: Options,
     report: Report,
 ) -> tuple[Stop, bool]:
     """How it ended, and whether its training thread has ended too."""
     identity = home.identity()
+    trainer, held = data or (None, None)
     with Outbox(home.folder, identity.key_id) as outbox:
-        core = Core(_member(settings, identity, task, role, options), outbox.kept)
+        initial = task.initial(int(settings.seed or 0))
+        shapes = {name: tuple(tensor.shape) for name, tensor in initial.items()}
+        member = _member(settings, identity, task, role=role, options=options, shapes=shapes)
+        core = Core(member, outbox.kept, Beginning(tensors=initial))
+        del initial  # the core lets go of it at the first head
         service = Service(
             core,
             outbox=outbox,
             make_link=make_link(home, settings),
             report=report,
             trainer=trainer,
+            held=held,
             min_seconds=options.min_seconds,
+            personal=home.folder / PERSONAL,
         )
         with _signals_stop(service):
             stop = service.run()
@@ -128,7 +164,15 @@ def _signals_stop(service: Service) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _member(settings: Settings, identity: Identity, task: Task, role: Role, options: Options) -> Member:
+def _member(
+    settings: Settings,
+    identity: Identity,
+    task: Task,
+    *,
+    role: Role,
+    options: Options,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> Member:
     aggregator_public = bytes.fromhex(settings.aggregator_key)
     return Member(
         federation=settings.federation,
@@ -138,9 +182,12 @@ def _member(settings: Settings, identity: Identity, task: Task, role: Role, opti
         seal=lambda plain: seal(aggregator_public, plain),
         role=role,
         code=settings.code,
-        tensors={name: tuple(tensor.shape) for name, tensor in task.initial(0).items()},
+        tensors=shapes,
         default_plan=dict(task.default_plan),
+        promise=settings.promise,
         software=software(),
         versions=options.versions,
         timeout_s=options.timeout_s,
+        reports=options.reports,
+        fine_tune=options.fine_tune,
     )

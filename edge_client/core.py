@@ -5,24 +5,26 @@ public that is not on disk, and a receipt and what it changes are one durable wr
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final, assert_never
 
 from broker import topics
 from broker.errors import ProtocolError
 from broker.frame import Frame
-from broker.messages import CLOSED, OPEN, Grant, Head, Receipt, Status
+from broker.messages import OPEN, Grant, Head, Receipt, Status
 from broker.schema import Schema
 from edge_client import events
 from edge_client.actions import Action, Connect, Log, Publish, Stop, Subscribe
 from edge_client.evaluating import Evaluating
 from edge_client.events import Event
-from edge_client.follower import Follower
+from edge_client.follower import Beginning, Follower
 from edge_client.kept import Kept
-from edge_client.learning import Learning
+from edge_client.learning import Learning, sentence, spent
 from edge_client.listening import Listening
 from edge_client.member import ENROLL_SEQ, OFFLINE, Member, misfit, subscriptions
 from edge_client.memory import Memory
+from edge_client.personal import Personal
 from edge_client.presence import Presence
 from edge_client.reconnecting import Reconnecting
 from edge_client.sending import Sending
@@ -34,19 +36,21 @@ EXIT_TIMEOUT: Final = 1
 EXIT_INTERRUPTED: Final = 1
 EXIT_CONFIG: Final = 2
 EXIT_REFUSED: Final = 3
+EXIT_BUDGET: Final = 4
 FIRST_ENROLL_RESEND_S: Final = 10.0
 
 
 class Core:
     """One device. Call `handle` with what happened, perform what it returns, and wake it at `due_s`."""
 
-    def __init__(self, member: Member, kept: Kept) -> None:
+    def __init__(self, member: Member, kept: Kept, beginning: Beginning | None = None) -> None:
         self.member = member
         self.memory = Memory(kept)
-        self.follower = Follower(federation=member.federation)
+        self.follower = Follower(federation=member.federation, beginning=beginning)
         self.uplink = Uplink(member=member, memory=self.memory)
         self.learning = Learning(member=member)
         self.evaluating = Evaluating(member=member, memory=self.memory)
+        self.personal = Personal(member=member, learning=self.learning, evaluating=self.evaluating)
         self.presence = Presence()
         self.dropped: Counter[str] = Counter()
         self._reconnecting = Reconnecting(salt=member.key.hex())
@@ -60,7 +64,7 @@ class Core:
         self._heard_about: set[int] = set()  # the last status and metrics: a revocation may answer them
         self._contributed = 0  # updates accepted in this life
         self._fits = False  # the task's model has been held against the federation's schema
-        self._stopped = False
+        self._leaving = self._stopped = False
         if kept.key != member.key:
             self.memory.replaced(kept.under(member.key))
             self.uplink.renewed()
@@ -109,15 +113,14 @@ class Core:
                 return []
             case events.Refused():
                 self._acknowledged(event.seq, now)
-                fields = {"seq": event.seq, "reason": event.reason}
-                return [Log(event="refused", text=f"the broker refused a message: {event.reason}", fields=fields)]
+                text = f"the broker refused a message: {event.reason}"
+                return self._rarely("refused", event.reason, text, {"seq": event.seq})
             case events.TrainingFinished():
                 return self._trained(event, now)
-            case events.TrainingFailed():
-                return [self.learning.failed(event), *self._status()]
-            case events.Evaluated():
-                log, message = self.evaluating.finished(event)
-                return [log, *([self._remembered(message)] if self._online else [])]
+            case events.TrainingFailed() | events.BudgetSpent():
+                return self._not_trained(event)
+            case events.Evaluated() | events.FineTuned() | events.FineTuningFailed():
+                return self._tried(event)
             case events.StopRequested():
                 unfinished = self.member.role == "join"  # to be repeated
                 return self._stop(EXIT_INTERRUPTED if unfinished else EXIT_DONE, event.reason)
@@ -133,8 +136,8 @@ class Core:
         actions += self._leave_if_done()
         if self._stopped:
             return actions
-        actions += self._begin_training()
-        actions += self.evaluating.begin(self.follower)
+        actions += self.evaluating.begin(self.follower, busy=self.learning.running is not None)
+        actions += [] if self._leaving else self._begin_training()
         actions += self._send(now)
         return [*actions, *self._look_who_is_missing(now)]
 
@@ -191,6 +194,11 @@ class Core:
         seq = self.memory.number()
         return [self._remembered(self.member.status(state, seq=seq, session=self.kept.session, base=base))]
 
+    def _tried(self, event: events.Evaluated | events.FineTuned | events.FineTuningFailed) -> list[Action]:
+        """Metrics that there is no connection for are sent at the next."""
+        done, metrics = self.personal.tried(event)
+        return [*done, *map(self._remembered, metrics if self._online else [])]
+
     def _remembered(self, publish: Publish) -> Publish:
         self._heard_about = {*sorted(self._heard_about)[-7:], publish.seq}
         return publish
@@ -229,7 +237,8 @@ class Core:
         if head.version < kept.head_version or frame.seq < kept.head_seq:
             raise ProtocolError("old-head", f"version {head.version}, seq {frame.seq}")
         if (head.version, frame.seq) != (kept.head_version, kept.head_seq):
-            self.memory.replaced(replace(kept, head_version=head.version, head_seq=frame.seq))
+            seen = replace(kept, head_version=head.version, head_seq=frame.seq, head_digest=head.digest)
+            self.memory.replaced(seen)
         actions: list[Action] = []
         if head.state != self._head_state:
             self._head_state = head.state
@@ -270,13 +279,16 @@ class Core:
         return [Log(event="enrolled", text=f"enrolled as {self.member.device}"), *self._status()]
 
     def _drop(self, error: ProtocolError) -> list[Action]:
-        """Count what is not to be believed; say so the first, tenth, hundredth time."""
-        self.dropped[error.reason] += 1
-        count = self.dropped[error.reason]
+        """Count what is not to be believed."""
+        return self._rarely("dropped", error.reason, f"dropped a message: {error}", {"detail": error.detail})
+
+    def _rarely(self, event: str, reason: str, text: str, fields: Mapping[str, object]) -> list[Action]:
+        """Say so the first, tenth, hundredth time: what others can cause must not fill a log."""
+        self.dropped[reason] += 1
+        count = self.dropped[reason]
         if str(count).strip("0") != "1":
             return []
-        fields = {"reason": error.reason, "detail": error.detail, "count": count}
-        return [Log(event="dropped", text=f"dropped a message: {error} ({count} so far)", fields=fields)]
+        return [Log(event=event, text=f"{text} ({count} so far)", fields={"reason": reason, **fields, "count": count})]
 
     # -- the work
 
@@ -304,32 +316,33 @@ class Core:
         if self.member.role == "join":
             done = self.kept.enrolled and self._fits
             return self._stop(EXIT_DONE, f"{self.member.device} has joined {self.member.federation}") if done else []
-        if max(self._contributed, self.evaluating.done) == self.member.versions and not self.evaluating.pending:
-            return self._stop(EXIT_DONE, f"{self.member.versions} versions are done")
-        head = self.follower.head
-        if head is None or head.state != CLOSED:
+        reason = self.personal.why_leave(self.follower, self._contributed)
+        self._leaving = bool(reason)  # not for good: the federation may be opened again
+        if not reason:
             return []
-        if self.member.role == "evaluate" and (self.kept.evaluated < head.version or self.evaluating.pending):
-            return []
+        last = self.personal.begin(self.follower)
+        if not self.personal.done or self.evaluating.pending:
+            return [*last]
         if self.kept.outstanding is not None:
             self.memory.replaced(replace(self.kept, outstanding=None))
-        return self._stop(EXIT_DONE, "the federation is closed")
+        return self._stop(EXIT_DONE, reason)
 
     def _begin_training(self) -> list[Action]:
         started = self.learning.begin(self.follower, self.kept)
-        logs = [
-            Log(event="training", text=f"training on version {job.base}", fields={"base": job.base}) for job in started
-        ]
-        return [*started, *logs, *self._status()] if started else []
+        return [*started, *self._status()] if started else []
 
     def _trained(self, event: events.TrainingFinished, now: float) -> list[Action]:
         job = self.learning.finished(event)
         if job is None:
             return []
-        self.uplink.put(event, seal=job.plan.seal, now=now)
-        fields = {"base": event.base, "samples": event.samples, **event.metrics}
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in event.metrics.items())
-        return [Log(event="trained", text=f"trained on version {event.base}: {shown}", fields=fields), *self._status()]
+        self.uplink.put(event, job.plan, now)
+        return [sentence(event), *self._status()]
+
+    def _not_trained(self, event: events.TrainingFailed | events.BudgetSpent) -> list[Action]:
+        if isinstance(event, events.BudgetSpent):
+            return self._stop(EXIT_BUDGET, spent(event))
+        self.memory.replaced(replace(self.kept, account=event.account or self.kept.account))
+        return [self.learning.failed(event), *self._status()]
 
     # -- sending
 

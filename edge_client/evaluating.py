@@ -1,10 +1,15 @@
-"""The evaluator's part of the state machine: each version once, the newest whenever free, the result published."""
+"""Evaluating's part of the state machine: each version once, the newest whenever free, the result published.
 
+An evaluator tries versions on the task's test data. A device that trains does so if its owner allows it to, on data
+that it holds out, before it trains on the version; it says "local" then, so that nobody takes it for an evaluator.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
 from broker.messages import Metrics
-from edge_client.actions import Log, Publish, StartEvaluation
+from edge_client.actions import Action, Log, Publish, StartEvaluation
 from edge_client.events import Evaluated
 from edge_client.follower import Follower
 from edge_client.member import Member
@@ -20,32 +25,42 @@ class Evaluating:
     member: Member
     memory: Memory
     pending: dict[int, Publish] = field(default_factory=dict)
-    done: int = 0
+    done: int = 0  # by an evaluator
     _busy: bool = False
 
-    def begin(self, follower: Follower) -> list[StartEvaluation]:
-        """Evaluate what the follower has, if it is new and nothing else is being evaluated."""
+    def begin(self, follower: Follower, *, busy: bool = False) -> list[StartEvaluation]:
+        """Evaluate what the follower has, if it is new, and nothing is being evaluated or, with ``busy``, trained."""
         version, vector, schema = follower.version, follower.vector, follower.schema
-        if self.member.role != "evaluate" or self._busy or not follower.synced or self.done == self.member.versions:
+        if not self.member.evaluates or busy or self._busy or not follower.synced or self.done == self.member.versions:
             return []
         if version is None or vector is None or schema is None or version <= self.memory.kept.evaluated:
             return []
         self._busy = True
         return [StartEvaluation(version=version, schema=schema, vector=vector)]
 
-    def finished(self, event: Evaluated) -> tuple[Log, Publish]:
+    def finished(self, event: Evaluated, *, sealed: bool) -> tuple[list[Action], list[Publish]]:
         """Keep that it is done, and say so to people and to the aggregator."""
         self._busy = False
-        self.done += 1
+        self.done += self.member.role == "evaluate"
         self.memory.replaced(replace(self.memory.kept, evaluated=event.version))
-        meta = Metrics(version=event.version, samples=event.samples, split="test", values=event.values).meta()
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in event.values.items())
+        where = "" if self.member.role == "evaluate" else " on the data held out"
+        fields = {"version": event.version, "samples": event.samples, **event.values}
+        log = Log(event="evaluated", text=f"version {event.version}{where}: {shown}", fields=fields)
+        return [log], self.report(event.version, event.samples, event.values, sealed=sealed)
+
+    def report(self, version: int, samples: int, values: Mapping[str, float], *, sealed: bool) -> list[Publish]:
+        """Say what a version is worth; nothing of a device's own data, where the plan seals what tells of them."""
+        own = self.member.role == "train"
+        if own and (sealed or not self.member.reports):
+            return []
+        split = "local" if own else "test"
+        meta = Metrics(version=version, samples=samples, split=split, values=values).meta()
         message = self.member.message(Metrics.KIND, self.memory.number(), meta)
         self.pending[message.seq] = message
         while len(self.pending) > PENDING_MAX:
             self.pending.pop(next(iter(self.pending)))
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in event.values.items())
-        fields = {"version": event.version, "samples": event.samples, **event.values}
-        return Log(event="evaluated", text=f"version {event.version}: {shown}", fields=fields), message
+        return [message]
 
     def acknowledged(self, seq: int) -> None:
         self.pending.pop(seq, None)

@@ -3,9 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from broker.frame import Frame
 from broker.schema import Vector
 from broker.ternary import Block
+from edge_client.privacy import Account
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +77,7 @@ class TrainingFinished:
     metrics: Mapping[str, float]
     block: Block
     residual: Vector | None
+    account: Account | None = None  # with this training in it, where the plan asks for differential privacy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,15 +86,50 @@ class TrainingFailed:
 
     base: int
     reason: str
+    account: Account | None = None  # likewise: that it failed is seen, so it costs as much
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetSpent:
+    """There was no training on ``base``: with it ``epsilon`` would be above the ``budget``, at this ``delta``."""
+
+    base: int
+    epsilon: float
+    budget: float
+    delta: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated:
-    """The model of ``version`` has been tried on the test data."""
+    """The model of ``version`` has been tried on the test data, or on what the device holds out."""
 
     version: int
     samples: int
     values: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FineTuned:
+    """A model of the device's own was trained from ``version``: what both are worth on the data held out."""
+
+    version: int
+    samples: int  # held out
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    tensors: Mapping[str, npt.NDArray[np.float32]]
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Both, as metrics have them."""
+        return {**self.before, **{f"personal_{name}": value for name, value in self.after.items()}}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FineTuningFailed:
+    """It gave no usable model."""
+
+    version: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +155,10 @@ Event = (
     | Refused
     | TrainingFinished
     | TrainingFailed
+    | BudgetSpent
     | Evaluated
+    | FineTuned
+    | FineTuningFailed
     | TimeReached
     | StopRequested
 )

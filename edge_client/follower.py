@@ -3,15 +3,19 @@
 Knows nothing of who may be believed: the frames that it is given are authentic, and the head is accepted.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
+
+import numpy as np
+import numpy.typing as npt
 
 from broker import topics
 from broker.errors import ProtocolError
 from broker.frame import Frame
 from broker.messages import Delta, Head, Snapshot
 from broker.parts import Collector
-from broker.schema import Schema, Vector, vector_digest, vector_of
+from broker.schema import Schema, Vector, to_vector, vector_digest, vector_of
 from broker.ternary import Block, decode
 from broker.topics import Address
 from edge_client.actions import Action, Log, Unsubscribe
@@ -38,11 +42,27 @@ class _Seen:
     parts: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Beginning:
+    """Version 0 as a device's own task makes it: where the federation began with the same, nobody has to send it."""
+
+    tensors: Mapping[str, npt.NDArray[np.float32]] = field(repr=False)
+
+    def under(self, schema_digest: bytes) -> tuple[Schema, Vector] | None:
+        """As schema and vector, if the federation's schema is one that it fits: by name, as in a file, or as it is."""
+        for names in (sorted(self.tensors), list(self.tensors)):
+            schema = Schema.of({name: self.tensors[name].shape for name in names})
+            if schema.digest == schema_digest:
+                return schema, to_vector(schema, self.tensors)
+        return None
+
+
 @dataclass(slots=True, kw_only=True)
 class Follower:
     """The vector of version ``version``, and how to get from there to the head."""
 
     federation: str
+    beginning: Beginning | None = None  # until the first head
     head: Head | None = None
     version: int | None = None
     vector: Vector | None = None
@@ -57,6 +77,7 @@ class Follower:
     _tried: bool = False  # a snapshot since this head was accepted
     _rest_until_s: float | None = None
     _missing_since_s: float | None = None
+    guessed: bool = False  # the vector is the task's own beginning, and no digest has confirmed it yet
 
     @property
     def synced(self) -> bool:
@@ -76,6 +97,7 @@ class Follower:
         self._tried = False
         self._rest_until_s = None
         self._collector.bytes_max = max(BYTES_MAX, 2 * head.snapshot.content_bytes + 2**20)
+        self._begin(head)
         actions: list[Action] = []
         early, self._early = self._early, []
         for topic, frame in early:
@@ -86,6 +108,19 @@ class Follower:
         if self.vector is None and (self._attempt is None or self._overwritten(head)):
             actions += self._fetch_snapshot(now)
         return [*actions, *self._advance(now)]
+
+    def _begin(self, head: Head) -> None:
+        """Start from the task's own version 0 while every delta since is kept; their digests tell whether it is ours.
+
+        From a later snapshot on fetching that one is as cheap, and it is certain.
+        """
+        beginning, self.beginning = self.beginning, None
+        if beginning is None or head.snapshot.version != 0:
+            return
+        found = beginning.under(head.schema)
+        if found is not None:
+            (self.schema, self.vector), self.version = found, 0
+            self.digest, self.guessed = vector_digest(self.vector), True
 
     def part_arrived(self, topic: str, frame: Frame, now: float) -> list[Action]:
         """Take in a part of a snapshot or delta; raise ProtocolError for one that has no business where it was."""
@@ -158,7 +193,7 @@ class Follower:
         if self.version == head.version:
             if self.digest != head.digest:
                 return self._lose("the digest is not the head's", now)
-            self._missing_since_s = None
+            self._missing_since_s, self.guessed = None, False
             return [*self.asking.drop()]
         if not self.version < head.version <= self.version + head.slots:
             return self._lose(f"version {self.version} is too far from the head", now)
@@ -176,7 +211,7 @@ class Follower:
             return f"the delta of version {delta.version} is malformed ({error})"
         if vector_digest(vector) != delta.digest:
             return f"the digest after the delta of version {delta.version} differs"
-        self.vector, self.version, self.digest = vector, delta.version, delta.digest
+        self.vector, self.version, self.digest, self.guessed = vector, delta.version, delta.digest, False
         return ""
 
     def _ask_for_deltas(self, now: float) -> list[Action]:
@@ -201,7 +236,9 @@ class Follower:
         """The vector is of no use: begin again from a snapshot."""
         fields = {"version": self.version, "reason": reason}
         log = Log(event="resync", text=f"starting again from a snapshot: {reason}", fields=fields)
-        self.vector, self.version = None, None
+        if self.guessed:
+            log = Log(event="other-beginning", text="the federation began with another model than the task's own")
+        self.vector, self.version, self.guessed = None, None, False
         self._missing_since_s = None
         if self._tried:
             return [log, *self._rest(now)]

@@ -3,23 +3,36 @@
 import fcntl
 import json
 import os
-import tomllib
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Final, Self
 
+from broker import toml
 from broker.errors import ConfigError
+from broker.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from broker.identity import Identity, check_device, check_federation, read_secret, write_secret
 from broker.invitation import Invitation, check_broker_url
 from broker.link import Tls
+from edge_client.narrow import check_width
 from edge_client.outbox import FILE as OUTBOX
+from edge_client.partition import Partition
+from edge_client.privacy import Promise
 
 KEY: Final = "device.key"
 TOML: Final = "edge.toml"
 LOCK: Final = "lock"
+BESIDE: Final = "renewal"  # where a new key is enrolled
 CA, CERTIFICATE, TLS_KEY = "ca.pem", "certificate.pem", "certificate.key"
+
+
+def check_frame_bytes(text: str) -> None:
+    """Raises `ConfigError` for a limit in which no frame fits, or which no MQTT packet can reach."""
+    low, high = FRAME_BYTES_RANGE
+    if not (text.isascii() and text.isdecimal() and low <= int(text) <= high):
+        raise ConfigError(f"edge.toml: frame_bytes is {text!r}, but must be a number within {low} and {high}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,25 +46,62 @@ class Settings:
     task: str
     data: str = ""  # a folder; empty where the task brings its own data
     partition: str = "all"
+    hold_out: str = ""  # the share of its data that is never trained on
+    width: str = ""  # the share of each layer's channels that it trains; empty for all
+    seed: str = ""  # of the task's initial model
     username: str = ""  # at a broker that others run; else the device's name
     password_file: str = ""
+    frame_bytes: str = ""  # the largest MQTT payload that it sends; empty for the protocol's 120 KiB
+    dp: str = ""  # the kind of differential privacy without which this device does not train; see docs/privacy.md
+    max_epsilon: str = ""
+    max_delta: str = ""
     code: str = field(default="", repr=False)  # the invitation's, until the device has joined
 
     def __post_init__(self) -> None:
         check_federation(self.federation)
+        _ = self.promise  # refuses nonsense
         check_device(self.device)
         check_broker_url(self.broker)
+        if self.seed and not (self.seed.isascii() and self.seed.isdecimal()):
+            raise ConfigError(f"edge.toml: seed is {self.seed!r}, not a number; it is that of `edge init-model`")
+        if self.frame_bytes:
+            check_frame_bytes(self.frame_bytes)
+        if self.hold_out:
+            Partition.parse(f"all;test:{self.hold_out}")
+        try:
+            check_width(self.share_of_channels)
+        except ValueError:
+            raise ConfigError(f"edge.toml: width is {self.width!r}, not a number") from None
+
+    @property
+    def share_of_channels(self) -> float:
+        return float(self.width or 1)
+
+    @property
+    def frame_limit(self) -> int:
+        return int(self.frame_bytes or FRAME_BYTES)
+
+    @property
+    def promise(self) -> Promise | None:
+        """What the owner insists on. Raises `ConfigError` for what is no number, or no kind of privacy."""
+        if not (self.dp or self.max_epsilon or self.max_delta):
+            return None
+        try:
+            return Promise(kind=self.dp, epsilon=float(self.max_epsilon), delta=float(self.max_delta))
+        except ValueError:
+            raise ConfigError("edge.toml: dp needs numbers for max_epsilon and max_delta beside it") from None
 
     @property
     def data_folder(self) -> Path | None:
         return Path(self.data) if self.data else None
 
+    @property
+    def password_path(self) -> Path | None:
+        return Path(self.password_file) if self.password_file else None
+
     @classmethod
     def loads(cls, text: str, source: str) -> Self:
-        try:
-            table: dict[str, Any] = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{source} is not TOML: {error}") from error
+        table = toml.read(text, source)
         known = {entry.name for entry in fields(cls)}
         wrong = [name for name, value in table.items() if name not in known or not isinstance(value, str)]
         if wrong:
@@ -79,6 +129,20 @@ class Home:
     """The folder of one device."""
 
     folder: Path
+
+    def beside(self) -> "Home":
+        """Where this device's next key is enrolled."""
+        return Home(self.folder / BESIDE)
+
+    def exists(self) -> bool:
+        return (self.folder / TOML).exists()
+
+    def discard(self) -> None:
+        """Remove the folder: at once it is no device's, in the end there is nothing left of it."""
+        gone = self.folder.with_name(f"{self.folder.name}.gone")
+        shutil.rmtree(gone, ignore_errors=True)
+        self.folder.rename(gone)
+        shutil.rmtree(gone)
 
     def settings(self) -> Settings:
         """ConfigError where the folder is not a device's."""
@@ -118,11 +182,20 @@ class Home:
         task: str,
         data: Path | None,
         partition: str,
+        seed: int = 0,
+        hold_out: float = 0.0,
+        width: float = 1.0,
+        frame_bytes: int = FRAME_BYTES,
         username: str = "",
         password_file: Path | None = None,
+        promise: Promise | None = None,
     ) -> Settings:
-        """Write what `join` needs; what an interrupted one left is used again, its key above all."""
-        if (self.folder / TOML).exists() and not self.settings().code:
+        """Write what `join` needs; what an interrupted one left is used again, its key above all.
+
+        Not so under another code: the broker may still hold the answer to the last one, for the last key.
+        """
+        before = self.settings().code if (self.folder / TOML).exists() else None
+        if before == "":
             raise ConfigError(
                 f"{self.folder} has joined already; choose another folder, or `ternbus edge leave` it first"
             )
@@ -138,11 +211,18 @@ class Home:
             task=task,
             data=str(data.resolve()) if data is not None else "",
             partition=partition,
+            width=repr(width) if width != 1 else "",
+            hold_out=repr(hold_out) if hold_out else "",
+            seed=str(seed) if seed else "",
+            frame_bytes=str(frame_bytes) if frame_bytes != FRAME_BYTES else "",
             username=username,
             password_file=str(password_file.resolve()) if password_file is not None else "",
+            dp=promise.kind if promise is not None else "",
+            max_epsilon=str(promise.epsilon) if promise is not None else "",
+            max_delta=str(promise.delta) if promise is not None else "",
             code=invitation.code,
         )
-        if not (self.folder / KEY).exists():
+        if before not in {None, invitation.code} or not (self.folder / KEY).exists():
             Identity.generate().save(self.folder / KEY)
         for name, pem in ((CA, invitation.ca), (CERTIFICATE, invitation.certificate), (TLS_KEY, invitation.key)):
             if pem is not None:
@@ -172,6 +252,8 @@ class Home:
 
     def erase(self) -> None:
         """Remove key, settings and store, and the folder if nothing else is in it."""
+        for folder in (self.folder / BESIDE, self.folder / f"{BESIDE}.gone"):
+            shutil.rmtree(folder, ignore_errors=True)
         names = [KEY, TOML, CA, CERTIFICATE, TLS_KEY, OUTBOX, f"{OUTBOX}-wal", f"{OUTBOX}-shm", LOCK]
         for name in names:
             (self.folder / name).unlink(missing_ok=True)

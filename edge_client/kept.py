@@ -8,9 +8,12 @@ from broker.identity import KeyId
 from broker.messages import Update
 from broker.schema import Schema, Vector
 from broker.ternary import Block
+from edge_client.privacy import Account
 
 SEQ_BLOCK = 64  # sequence numbers reserved by one write; a crash skips what is left of them
 FIRST_SEQ = 2  # 1 is the enrolment's, so that it is the same frame however often it is sent
+
+RENUMBERED = "renumbered"  # in place of an outcome, of a number that will not be used again
 
 Seal = Callable[[bytes], bytes]
 
@@ -80,13 +83,14 @@ def sealed(update: Outstanding, key: KeyId, seal: Seal) -> Outstanding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answered:
-    """A receipt for an update, as it is remembered."""
+    """A receipt for an update, as it is remembered; or that it was given another number."""
 
     seq: int
     base: int
     outcome: str
     version: int
     key: KeyId
+    digest: bytes = field(repr=False)  # of the message, as the aggregator's log of merges has it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -99,12 +103,15 @@ class Kept:
     session: int = 0
     head_version: int = 0  # the highest head that was accepted
     head_seq: int = 0
+    head_digest: bytes = b""  # the model's, in that head
     answered_base: int = -1  # no update on this version or an older one is wanted any more
     evaluated: int = -1
     accepted: int = 0  # how many updates were
     schema: bytes = field(default=b"", repr=False)
     residual: Vector | None = field(default=None, repr=False)  # what updates have not carried yet; None is zero
     outstanding: Outstanding | None = None
+    protected: str = ""  # the kind of privacy that outstanding and residual were made under
+    account: Account = field(default_factory=Account)
 
     def under(self, key: KeyId) -> "Kept":
         """The same for a device that has this key: a new key counts anew and must be enrolled."""

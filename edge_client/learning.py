@@ -6,11 +6,18 @@ from hashlib import blake2b
 from broker.errors import ProtocolError
 from broker.messages import OPEN, Head
 from edge_client.actions import Log, StartTraining
-from edge_client.events import TrainingFailed, TrainingFinished
+from edge_client.events import BudgetSpent, TrainingFailed, TrainingFinished
 from edge_client.follower import Follower
 from edge_client.kept import Kept
 from edge_client.member import Member
-from edge_client.trainer import Plan
+from edge_client.trainer import NO_DP, Plan
+
+
+def sentence(event: TrainingFinished) -> Log:
+    """What came of a training, in words."""
+    fields = {"base": event.base, "samples": event.samples, **event.metrics}
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in event.metrics.items())
+    return Log(event="trained", text=f"trained on version {event.base}: {shown}", fields=fields)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -19,21 +26,30 @@ class Learning:
 
     member: Member
     running: StartTraining | None = None
-    _plan: Plan | None = None
+    plan: Plan | None = None  # the federation's, where it can be followed
     _failed_base: int = -1  # training on it came to nothing, and would again
+
+    @property
+    def sealed(self) -> bool:
+        """Whether what tells of a device's data may not be sent in the open, or without noise; true without a plan."""
+        return self.plan is None or self.plan.seal or self.plan.dp != NO_DP
 
     def read_plan(self, head: Head) -> list[Log]:
         """The task's own plan, and over it what the federation asks for."""
+        self.plan, promise = None, self.member.promise
         try:
-            self._plan = Plan.from_meta({**self.member.default_plan, **head.plan})
+            plan = Plan.from_meta({**self.member.default_plan, **head.plan})
         except ProtocolError as error:
-            self._plan = None
-            return [Log(event="bad-plan", text=f"no training by this plan: {error}", fields={"reason": str(error)})]
+            return [_refused(str(error))]
+        bound = plan if promise is None else promise.bound(plan)
+        if isinstance(bound, str):
+            return [_refused(bound)]
+        self.plan = bound
         return []
 
-    def begin(self, follower: Follower, kept: Kept) -> list[StartTraining]:
+    def begin(self, follower: Follower, kept: Kept) -> list[StartTraining | Log]:
         """Train on the head's version, if it is time to."""
-        head, vector, schema, plan = follower.head, follower.vector, follower.schema, self._plan
+        head, vector, schema, plan = follower.head, follower.vector, follower.schema, self.plan
         if self.member.role != "train" or self.running is not None or kept.outstanding is not None:
             return []
         if head is None or head.state != OPEN or not kept.enrolled or not follower.synced:
@@ -44,11 +60,13 @@ class Learning:
             base=head.version,
             schema=schema,
             vector=vector,
-            residual=kept.residual,
+            residual=None if plan.dp not in {NO_DP, kept.protected} else kept.residual,  # it would go round the noise
             plan=plan,
-            seed=self._seed(plan, head.version),
+            seed=self.seed(plan, head.version),
+            account=kept.account,
         )
-        return [self.running]
+        text = f"training on version {head.version}"
+        return [self.running, Log(event="training", text=text, fields={"base": head.version})]
 
     def answered(self, kept: Kept) -> int:
         """The newest version on which no more training is wanted."""
@@ -64,7 +82,20 @@ class Learning:
         self._failed_base = event.base
         return Log(event="training-failed", text=event.reason, fields={"base": event.base, "reason": event.reason})
 
-    def _seed(self, plan: Plan, base: int) -> int:
+    def seed(self, plan: Plan, base: int) -> int:
         """Its own for each device and version, and the same when a run is repeated."""
         text = f"{self.member.federation}/{self.member.device}/{plan.seed}/{base}"
         return int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) >> 1
+
+
+def _refused(reason: str) -> Log:
+    return Log(event="bad-plan", text=f"no training by this plan: {reason}", fields={"reason": reason})
+
+
+def spent(event: BudgetSpent) -> str:
+    """Why a device stops that may not train once more."""
+    return (
+        f"the privacy budget is spent: with one more update epsilon would be {event.epsilon:.4g}, above "
+        f"{event.budget:g} (delta {event.delta:g}); this device sends no more unless dp_epsilon, or its own "
+        "max_epsilon, is raised"
+    )

@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from broker import topics
-from broker.frame import build
+from broker.frame import build, parse
 from broker.identity import Identity, KeyId, enroll_proof, key_id
 from broker.messages import DEVICE_STATES, Enroll, Grant, Receipt, Status
-from broker.parts import cut
+from broker.parts import cut, message_digest
 from broker.schema import Schema
 from edge_client.actions import Publish
 from edge_client.kept import Outstanding, Seal
+from edge_client.privacy import Promise
 
 Role = Literal["join", "train", "evaluate"]
 ENROLL_SEQ: Final = 1
@@ -53,9 +54,17 @@ class Member:
     code: str = field(default="", repr=False)  # of the invitation, until it is spent
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # what the task's model is made of
     default_plan: Mapping[str, object] = field(default_factory=dict)
+    promise: Promise | None = None  # the differential privacy that its owner insists on
     software: str = ""
     versions: int | None = None  # contribute to (or evaluate) so many, then stop
     timeout_s: float | None = None  # stop if somebody is waited for so long
+    reports: bool = False  # tell the aggregator what versions are worth on the data that are held out here
+    fine_tune: float = 0.0  # before leaving, so many epochs more on the device's own data; 0: none
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether it tries each version, on the task's test data or on what it holds out itself."""
+        return self.role == "evaluate" or (self.role == "train" and self.reports)
 
     @property
     def key(self) -> KeyId:
@@ -94,6 +103,10 @@ class Member:
         )
         topic = topics.up(self.federation, self.device, message.KIND)
         return [Publish(topic=topic, payload=frame, seq=update.seq) for frame in frames]
+
+    def digest(self, update: Outstanding) -> bytes:
+        """By what the aggregator's log of merges names this message."""
+        return message_digest(parse(part.payload).header for part in self.update(update))
 
     def is_addressed(self, receipt: Receipt | Grant) -> bool:
         return receipt.device == self.device and receipt.device_key == self.key

@@ -17,7 +17,8 @@ import numpy as np
 from broker.errors import ConfigError
 from broker.identity import KeyId
 from broker.schema import Vector, type_f32
-from edge_client.kept import Answered, Kept, Outstanding
+from edge_client.kept import RENUMBERED, Answered, Kept, Outstanding
+from edge_client.privacy import Account
 
 FILE: Final = "outbox.db"
 RECEIPTS_MAX: Final = 100_000
@@ -33,7 +34,7 @@ CREATE TABLE IF NOT EXISTS outstanding (
     frame_bytes INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS receipts (
     number INTEGER PRIMARY KEY, key BLOB NOT NULL, seq TEXT NOT NULL, base TEXT NOT NULL, outcome TEXT NOT NULL,
-    version TEXT NOT NULL);
+    version TEXT NOT NULL, digest BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 """
 
@@ -86,7 +87,8 @@ class Outbox:
 
     def _save_numbers(self, kept: Kept) -> None:
         values: dict[str, Any] = {name: str(int(getattr(kept, name))) for name in _NUMBERS}
-        values |= {"key": bytes(kept.key), "schema": kept.schema}
+        values |= {"key": bytes(kept.key), "schema": kept.schema, "head_digest": kept.head_digest}
+        values |= {"protected": kept.protected, "account": kept.account.dumps()}
         before = self._stored
         if before is not None:
             values = {name: value for name, value in values.items() if getattr(kept, name) != getattr(before, name)}
@@ -108,8 +110,12 @@ class Outbox:
             self._db.execute("INSERT INTO outstanding VALUES (0, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
 
     def _save_answered(self, answered: Answered) -> None:
-        row = (bytes(answered.key), str(answered.seq), str(answered.base), answered.outcome, str(answered.version))
-        self._db.execute("INSERT INTO receipts (key, seq, base, outcome, version) VALUES (?, ?, ?, ?, ?)", row)
+        row = (
+            bytes(answered.key), str(answered.seq), str(answered.base), answered.outcome, str(answered.version),
+            answered.digest,
+        )  # fmt: skip
+        columns = "key, seq, base, outcome, version, digest"
+        self._db.execute(f"INSERT INTO receipts ({columns}) VALUES (?, ?, ?, ?, ?, ?)", row)  # noqa: S608 - see above
         self._db.execute("DELETE FROM receipts WHERE number <= (SELECT max(number) FROM receipts) - ?", (RECEIPTS_MAX,))
 
 
@@ -119,7 +125,7 @@ def summary(folder: Path) -> Summary:
     if not path.exists():
         raise ConfigError(f"{folder} has no {FILE}: it has not joined a federation; see `ternbus edge join --help`")
     with closing(_open(path)) as db:
-        rows = receipts(db, limit=1)
+        rows = receipts(db, limit=1, but=RENUMBERED)
         kept = _read(db)
         if kept is None:
             raise ConfigError(f"{folder} has not joined yet; run `ternbus edge join` again")
@@ -127,7 +133,7 @@ def summary(folder: Path) -> Summary:
 
 
 def answers(folder: Path) -> list[Answered]:
-    """Every receipt that is remembered, newest first."""
+    """Every receipt that is remembered, newest first, and numbers that were given up."""
     with closing(_open(folder / FILE)) as db:
         return receipts(db, limit=RECEIPTS_MAX)
 
@@ -141,11 +147,13 @@ def counters(folder: Path) -> dict[str, int]:
         return _counters(db) if begun else {}
 
 
-def receipts(db: sqlite3.Connection, *, limit: int) -> list[Answered]:
-    query = "SELECT key, seq, base, outcome, version FROM receipts ORDER BY number DESC LIMIT ?"
+def receipts(db: sqlite3.Connection, *, limit: int, but: str = "") -> list[Answered]:
+    query = (
+        "SELECT key, seq, base, outcome, version, digest FROM receipts WHERE outcome <> ? ORDER BY number DESC LIMIT ?"
+    )
     return [
-        Answered(key=KeyId(key), seq=int(seq), base=int(base), outcome=outcome, version=int(version))
-        for key, seq, base, outcome, version in db.execute(query, (limit,))
+        Answered(key=KeyId(key), seq=int(seq), base=int(base), outcome=outcome, version=int(version), digest=digest)
+        for key, seq, base, outcome, version, digest in db.execute(query, (but, limit))
     ]
 
 
@@ -173,6 +181,9 @@ def _read(db: sqlite3.Connection) -> Kept | None:
         key=KeyId(values["key"]),
         enrolled=values["enrolled"] == "1",
         schema=values["schema"],
+        head_digest=values["head_digest"],
+        protected=values["protected"],
+        account=Account.loads(values["account"]),
         residual=np.frombuffer(vector[0], dtype=type_f32).astype(np.float32) if vector else None,
         outstanding=_read_outstanding(db),
         **numbers,

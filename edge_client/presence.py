@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from broker.errors import ProtocolError
 from broker.messages import Status
 
 
@@ -19,10 +20,10 @@ class Presence:
         self.online = None
 
     def heard(self, status: Status, seq: int) -> bool:
-        """Take in a status; whether it says that the aggregator has come (or come back)."""
+        """Take in a status; whether it says that the aggregator has come (or come back). ProtocolError for a replay."""
         offline = status.state == "offline"
         if status.session < self._session:
-            return False
+            raise ProtocolError("old-session", f"the aggregator has begun session {self._session} since")
         new = status.session > self._session
         if not new and not offline and (self._final or seq < self._seq):
             return False

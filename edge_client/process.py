@@ -26,7 +26,7 @@ EXIT_INTERRUPTED = 130
 
 def become(home: Home, role: Role, options: Options, *, as_json: bool) -> int:
     """Run the device: in a fresh interpreter of the same process id, or here, if more than typer is loaded already."""
-    home.joined()  # a mistake is best said before
+    agent.check(home.joined(), options)  # a mistake is best said before
     if "torch" not in sys.modules:
         request = {"folder": str(home.folder), "role": role, "options": asdict(options), "as_json": as_json}
         sys.stdout.flush()

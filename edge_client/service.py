@@ -3,12 +3,14 @@
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Final
 
 from broker import frame, link, topics
 from broker.errors import LinkError, ProtocolError
 from broker.link import Link, packet_bytes
+from broker.schema import save_safetensors
 from edge_client import events
 from edge_client.actions import (
     Action,
@@ -16,7 +18,9 @@ from edge_client.actions import (
     Log,
     Publish,
     Save,
+    SavePersonal,
     StartEvaluation,
+    StartFineTuning,
     StartTraining,
     Stop,
     Subscribe,
@@ -28,6 +32,7 @@ from edge_client.trainer import Trainer
 from edge_client.training import TrainingThread
 
 FLUSH_S: Final = 5.0
+PERSONAL: Final = "personal.safetensors"
 Report = Callable[[Log], None]
 LinkMaker = Callable[[Callable[[link.LinkEvent], None]], Link]
 _Happened = events.Event | link.LinkEvent | Exception
@@ -44,14 +49,18 @@ class Service:
         make_link: LinkMaker,
         report: Report,
         trainer: Trainer | None = None,
+        held: Trainer | None = None,
         min_seconds: float = 0.0,
+        personal: Path = Path(PERSONAL),
     ) -> None:
+        """`held` has the data that are held out, `personal` is where the owner's own model is written."""
         self._core = core
         self._outbox = outbox
         self._report = report
+        self._personal = personal
         self._queue: SimpleQueue[_Happened] = SimpleQueue()
         self._link = make_link(self._queue.put)
-        self._training = TrainingThread(trainer, self._queue.put, min_seconds) if trainer is not None else None
+        self._training = TrainingThread(trainer, self._queue.put, min_seconds, held) if trainer is not None else None
         self._counters: Counter[str] = Counter(outbox.counters)
         self._tickets: dict[int, int] = {}  # of the link's publications -> the message's sequence number
         self._protocol = 5
@@ -132,9 +141,11 @@ class Service:
                 self._connect(action)
             case Subscribe() | Unsubscribe() | Publish():
                 self._use_link(action)
-            case StartTraining() | StartEvaluation():
+            case StartTraining() | StartEvaluation() | StartFineTuning():
                 assert self._training is not None  # noqa: S101 - who joins only is not told to train
                 self._training.start(action)
+            case SavePersonal():
+                save_safetensors(self._personal, action.tensors, {"ternbus": action.about})
             case Stop():
                 self._stop = action
             case Log():

@@ -6,7 +6,7 @@ Knows numpy arrays by name and nothing of any framework; PyTorch is one way to b
 import importlib
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from broker.errors import ConfigError, FederationError, ProtocolError
+from edge_client.noise import Chance
+from edge_client.schedule import SCHEDULES, share
 
 FloatArray = npt.NDArray[np.float32]
 Tensors = Mapping[str, FloatArray]
@@ -24,9 +26,17 @@ BUILT_IN_TASKS: Mapping[str, str] = {
     "digits": "edge_client.tasks.digits:TASK",
     "digits-numpy": "edge_client.tasks.digits_numpy:TASK",
     "fashion-mnist": "edge_client.tasks.fashion_mnist:TASK",
+    "mnist-by-writer": "edge_client.tasks.mnist_by_writer:TASK",
+    "emnist-62": "edge_client.tasks.emnist_62:TASK",
+    "hapt": "edge_client.tasks.hapt:TASK",
+    "hapt-unseen": "edge_client.tasks.hapt:UNSEEN_TASK",
+    "cifar10-cnn": "edge_client.tasks.cifar10_cnn:TASK",
+    "cifar10-resnet": "edge_client.tasks.cifar10_resnet:TASK",
+    "cifar10-finetune": "edge_client.tasks.cifar10_finetune:TASK",
 }
 
 CODECS = ("ternary", "float32")
+NO_DP = "none"
 
 # What a plan's numbers may be: (whole number?, least, most). Whatever is outside is a mistake, not a plan.
 _NUMBERS: Mapping[str, tuple[bool, float, float]] = {
@@ -39,6 +49,26 @@ _NUMBERS: Mapping[str, tuple[bool, float, float]] = {
     "proximal_mu": (False, 0.0, 1e6),
     "clip_sigma": (False, 0.0, 1e6),
     "seed": (True, -(2**63), 2**64 - 1),
+    "local_seconds": (False, 0.0, 1e7),
+    "beta1": (False, 0.0, 1 - 1e-9),
+    "beta2": (False, 0.0, 1 - 1e-9),
+    "warmup_versions": (True, 0, 1e9),
+    "schedule_versions": (True, 0, 1e9),
+    "final_rate": (False, 0.0, 1.0),
+    "statistics_rate": (False, 0.0, 1.0),
+    "dp_clip": (False, 0.0, 1e6),
+    "dp_noise": (False, 0.0, 1e6),
+    "dp_epsilon": (False, 0.0, 1e6),
+    "dp_delta": (False, 1e-30, 0.1),
+}
+_OPTIONAL = ("local_steps", "local_seconds")
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "codec": CODECS,
+    "optimizer": ("sgd", "adam", "adamw"),
+    "schedule": SCHEDULES,
+    "precision": ("float32", "bfloat16", "auto"),
+    "memory_format": ("contiguous", "channels-last", "auto"),
+    "dp": (NO_DP, "device", "sample"),
 }
 _SWITCHES = ("seal", "error_feedback")
 
@@ -49,11 +79,16 @@ class TrainingError(FederationError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What the federation asks of local training: the keys of the protocol's `plan`, with their defaults.
+    """What the federation asks of local training: the keys of the protocol's `plan`, and Ternbus' own.
 
-    `local_steps`, where given, counts instead of `local_epochs`. `proximal_mu` is FedProx's µ (Li et al. 2020,
-    eq. 2), `clip_sigma` TernGrad's c (Wen et al. 2017; 0 = no clipping). Keys that the protocol
-    does not know are in `extra`, as they came. Raises `ProtocolError` ("bad-plan") for a value out of range.
+    `local_steps`, where given, counts instead of `local_epochs`; `local_seconds` ends either early, so that a slow
+    device does less. The learning rate follows `schedule` (see `edge_client/schedule.py`), which ends at
+    `schedule_versions` with the share `final_rate`. `statistics_rate` is how much of the change of batch norm's
+    statistics is sent. `beta1` and `beta2` are Adam's, `momentum` SGD's.
+    `precision` and `memory_format` are for trainers that know them; "auto" measures which is faster. `proximal_mu` is
+    FedProx's µ (Li et al. 2020, eq. 2), `clip_sigma` TernGrad's c (Wen et al. 2017; 0 = no clipping). `dp` is a kind of
+    differential privacy (docs/privacy.md), by `dp_clip` and `dp_noise`, until `dp_epsilon` at `dp_delta` is spent. Keys
+    that neither knows are in `extra`, as they came. Raises `ProtocolError` ("bad-plan") for a value out of range.
     """
 
     local_epochs: float = 1.0
@@ -68,24 +103,50 @@ class Plan:
     seal: bool = False
     seed: int = 0
     error_feedback: bool = False
+    local_seconds: float | None = None
+    optimizer: str = "sgd"
+    beta1: float = 0.9
+    beta2: float = 0.999
+    schedule: str = "constant"
+    warmup_versions: int = 0
+    schedule_versions: int = 0
+    final_rate: float = 0.0
+    statistics_rate: float = 0.25
+    precision: str = "float32"
+    memory_format: str = "contiguous"
+    dp: str = NO_DP
+    dp_clip: float = 0.0
+    dp_noise: float = 0.0
+    dp_epsilon: float = 0.0
+    dp_delta: float = 1e-5
     extra: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         numbers = (self.local_epochs, self.local_steps, self.batch_size, self.learning_rate, self.momentum,
-                   self.weight_decay, self.proximal_mu, self.clip_sigma, self.seed)  # fmt: skip
+                   self.weight_decay, self.proximal_mu, self.clip_sigma, self.seed, self.local_seconds,
+                   self.beta1, self.beta2, self.warmup_versions, self.schedule_versions, self.final_rate,
+                   self.statistics_rate, self.dp_clip, self.dp_noise, self.dp_epsilon, self.dp_delta)  # fmt: skip
         for name, value in zip(_NUMBERS, numbers, strict=True):
-            if not (name == "local_steps" and value is None):
+            if not (name in _OPTIONAL and value is None):
                 _check_number(name, value)
+        choices = (self.codec, self.optimizer, self.schedule, self.precision, self.memory_format, self.dp)
+        for name, choice in zip(_CHOICES, choices, strict=True):
+            if choice not in _CHOICES[name]:
+                raise ProtocolError("bad-plan", f"{name} is {choice!r}, not one of {', '.join(_CHOICES[name])}")
+        if self.schedule != "constant" and self.schedule_versions <= self.warmup_versions:
+            raise ProtocolError(
+                "bad-plan", f"schedule_versions is {self.schedule_versions}: {self.schedule} must end after the warm-up"
+            )
+        if self.dp != NO_DP and not (self.dp_clip and self.dp_noise and self.dp_epsilon):
+            raise ProtocolError("bad-plan", f"dp is {self.dp!r}: dp_clip, dp_noise and dp_epsilon must be above 0")
         for name, switch in zip(_SWITCHES, (self.seal, self.error_feedback), strict=True):
             if not isinstance(switch, bool):
                 raise ProtocolError("bad-plan", f"{name} is {switch!r}, not true or false")
-        if self.codec not in CODECS:
-            raise ProtocolError("bad-plan", f"codec is {self.codec!r}, not one of {', '.join(CODECS)}")
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, object]) -> "Plan":
         """The plan in a head's `plan`, or in a task's `default_plan`. Raises `ProtocolError` on nonsense."""
-        known = {"codec", *_NUMBERS, *_SWITCHES}
+        known = {*_CHOICES, *_NUMBERS, *_SWITCHES}
         extra = {name: value for name, value in meta.items() if name not in known}
         given = {name: value for name, value in meta.items() if name in known}
         return cls(**given, extra=extra)  # type: ignore[arg-type]  # __post_init__ checks every one
@@ -96,11 +157,30 @@ class Plan:
             return self.local_steps
         return max(1, round(self.local_epochs * samples / min(self.batch_size, samples)))
 
-    def batches(self, samples: int, rng: np.random.Generator) -> Iterator[npt.NDArray[np.int64]]:
-        """The sample indices of each step: every sample once before any comes twice, and no batch is smaller."""
+    def rate(self, version: int) -> float:
+        """The learning rate for training on a version."""
+        factor = share(
+            self.schedule,
+            version,
+            warmup=self.warmup_versions,
+            total=self.schedule_versions,
+            final=self.final_rate,
+        )
+        return self.learning_rate * factor
+
+    def batches(
+        self, samples: int, rng: np.random.Generator, clock: Callable[[], float] | None = None
+    ) -> Iterator[npt.NDArray[np.int64]]:
+        """The sample indices of each step: every sample once before any comes twice, and no batch is smaller.
+
+        At least one; after it none that would begin when `local_seconds` are over on the `clock`, which is in seconds.
+        """
         size = min(self.batch_size, samples)
         order = np.empty(0, np.int64)
-        for _ in range(self.steps(samples)):
+        ends = math.inf if clock is None or self.local_seconds is None else clock() + self.local_seconds
+        for step in range(self.steps(samples)):
+            if step and clock is not None and clock() >= ends:
+                return
             if len(order) < size:
                 order = np.concatenate([order, rng.permutation(samples)])
             yield order[:size]
@@ -120,7 +200,7 @@ def _check_number(name: str, value: object) -> None:
 class Trained:
     """What local training made of a version: all tensors (not the difference), and from how many samples.
 
-    `metrics` has `loss` and `accuracy` (means over the training batches) and `seconds`.
+    `metrics` has `loss` and `accuracy` (means over the training batches), `seconds` and `steps`.
     Raises `TrainingError` if any tensor has a NaN or an infinity.
     """
 
@@ -142,6 +222,11 @@ class Evaluation:
     samples: int
     values: Mapping[str, float]
 
+    @property
+    def finite(self) -> dict[str, float]:
+        """What may be published: a model that diverged can have a loss that is no number."""
+        return {name: value for name, value in self.values.items() if math.isfinite(value)}
+
 
 @runtime_checkable
 class Trainer(Protocol):
@@ -155,6 +240,18 @@ class Trainer(Protocol):
         ...
 
     def evaluate(self, tensors: Tensors) -> Evaluation: ...
+
+
+@runtime_checkable
+class PrivateTrainer(Protocol):
+    """A trainer that knows per-sample differential privacy too; `dp = "sample"` is refused by any other."""
+
+    def train_privately(self, start: Tensors, plan: Plan, *, version: int, seed: int, chance: Chance) -> Trained:
+        """As `train`, and every step a Gaussian mechanism: a batch in which each sample is with the probability
+        `batch_size` / samples, by `chance.sampled`; each sample's gradient clipped to the L2 norm `dp_clip`; their sum
+        with noise of standard deviation `dp_noise` · `dp_clip` from `chance`. `plan.steps(samples)` of them at most.
+        """
+        ...
 
 
 @runtime_checkable
@@ -180,6 +277,43 @@ class Task(Protocol):
     def evaluator(self, *, data: Path | None) -> Trainer:
         """A device with the test data."""
         ...
+
+
+@runtime_checkable
+class SharingTask(Protocol):
+    """A task that can make many trainers cheaper than one by one; they are used one at a time."""
+
+    def trainers(self, *, data: Path | None, partitions: Sequence[str]) -> Sequence[Trainer]: ...
+
+
+def trainers_of(task: Task, data: Path | None, partitions: Sequence[str]) -> list[Trainer]:
+    """A trainer for each partition. Raises `ConfigError` where there are no such data."""
+    if isinstance(task, SharingTask):
+        return list(task.trainers(data=data, partitions=partitions))
+    return [task.trainer(data=data, partition=partition) for partition in partitions]
+
+
+def halves_of(
+    task: Task, data: Path | None, partitions: Sequence[str], share: float, tried_by: Task | None = None
+) -> list[tuple[Trainer, Trainer]]:
+    """For each partition a trainer without the share that is held out, and one that has nothing else.
+
+    The second is `tried_by`'s, if that is another task: versions are tried whole, also where a part of them is trained.
+    Raises `ConfigError` for a task that does not split as it is told to: it would be tried on what it has learned.
+    """
+    train, test = ([f"{partition};{half}:{share!r}" for partition in partitions] for half in ("train", "test"))
+    if tried_by is None:
+        made = trainers_of(task, data, [*train, *test])
+    else:
+        made = [*trainers_of(task, data, train), *trainers_of(tried_by, data, test)]
+    pairs = list(zip(made[: len(train)], made[len(train) :], strict=True))
+    for trainer, held in pairs:
+        if held.samples >= trainer.samples:
+            raise ConfigError(
+                f"the task {task.name} holds nothing out: its trainer() must choose its rows by "
+                "edge_client.partition.select, or understand ';train:SHARE' and ';test:SHARE' itself"
+            )
+    return pairs
 
 
 def load_task(spec: str) -> Task:

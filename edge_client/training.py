@@ -3,48 +3,113 @@
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from queue import SimpleQueue
 
+from broker.errors import ConfigError
 from broker.schema import to_tensors, to_vector
-from edge_client.actions import StartEvaluation, StartTraining
+from edge_client.accountant import epsilon
+from edge_client.actions import Job, StartEvaluation, StartFineTuning, StartTraining
 from edge_client.compress import compress
-from edge_client.events import Evaluated, TrainingFailed, TrainingFinished
-from edge_client.trainer import Trainer, TrainingError
+from edge_client.events import BudgetSpent, Evaluated, FineTuned, FineTuningFailed, TrainingFailed, TrainingFinished
+from edge_client.noise import Chance, clip_and_noise
+from edge_client.privacy import DEVICE, SAMPLE, TOLD, Account, cost
+from edge_client.trainer import NO_DP, Plan, PrivateTrainer, Tensors, Trained, Trainer, TrainingError
 
-Result = TrainingFinished | TrainingFailed | Evaluated
-Job = StartTraining | StartEvaluation
+Result = TrainingFinished | TrainingFailed | BudgetSpent | Evaluated | FineTuned | FineTuningFailed
 
 
-def train(trainer: Trainer, job: StartTraining) -> TrainingFinished | TrainingFailed:
-    """Train, and compress what it changed. Raises whatever the task's own code raises."""
+def train(
+    trainer: Trainer, job: StartTraining, chance: Chance | None = None
+) -> TrainingFinished | TrainingFailed | BudgetSpent:
+    """Train, and compress what it changed, under the plan's differential privacy if there is budget for it.
+
+    `chance` is for tests and simulations; on a device it is the operating system's. Raises whatever the task's own code
+    raises, and `ConfigError` where the privacy that the plan asks for cannot be had.
+    """
+    plan, account, chance = job.plan, None, chance or Chance()
+    if plan.dp != NO_DP:
+        account = _charged(job.account, plan, trainer.samples)
+        if account.epsilon > plan.dp_epsilon:
+            return BudgetSpent(base=job.base, epsilon=account.epsilon, budget=plan.dp_epsilon, delta=plan.dp_delta)
+    start = to_tensors(job.schema, job.vector)
     try:
-        trained = trainer.train(to_tensors(job.schema, job.vector), job.plan, version=job.base, seed=job.seed)
+        trained = _learned(trainer, start, job, chance)
     except TrainingError as error:
-        return TrainingFailed(base=job.base, reason=str(error))
+        if plan.dp != DEVICE:
+            return TrainingFailed(base=job.base, reason=str(error), account=account)
+        trained = Trained(tensors=start, samples=1, metrics={})  # to send nothing would tell of the data too
     change = to_vector(job.schema, trained.tensors)
     change -= job.vector
-    compressed = compress(job.schema, job.plan, change, job.residual, job.seed)
+    if plan.dp == DEVICE:
+        clip_and_noise(change, clip=plan.dp_clip, noise=plan.dp_noise, chance=chance)
+    # From here on nothing knows the data but by what the mechanism gave: quantization and residual cost no privacy.
+    compressed = compress(job.schema, plan, change, job.residual, job.seed)
     return TrainingFinished(
         base=job.base,
-        samples=trained.samples,
-        metrics=trained.metrics,
+        samples=1 if plan.dp == DEVICE else trained.samples,
+        metrics=trained.metrics if account is None else {**trained.metrics, **_told(account)},
         block=compressed.block,
         residual=compressed.residual,
+        account=account,
     )
+
+
+def _learned(trainer: Trainer, start: Tensors, job: StartTraining, chance: Chance) -> Trained:
+    if job.plan.dp != SAMPLE:
+        return trainer.train(start, job.plan, version=job.base, seed=job.seed)
+    if not isinstance(trainer, PrivateTrainer):
+        raise ConfigError('the plan has dp = "sample", and this task has no train_privately(): ask for dp = "device"')
+    return trainer.train_privately(start, job.plan, version=job.base, seed=job.seed, chance=chance)
+
+
+def _charged(account: Account, plan: Plan, samples: int) -> Account:
+    """The account after one more training by this plan."""
+    after = account.plus(cost(plan, samples))
+    return replace(after, epsilon=epsilon(after.of(plan.dp), plan.dp_delta), delta=plan.dp_delta)
+
+
+def _told(account: Account) -> dict[str, float]:
+    return dict(zip(TOLD, (account.epsilon, account.delta), strict=True))
 
 
 def evaluate(trainer: Trainer, job: StartEvaluation) -> Evaluated:
     found = trainer.evaluate(to_tensors(job.schema, job.vector))
-    return Evaluated(version=job.version, samples=found.samples, values=found.values)
+    return Evaluated(version=job.version, samples=found.samples, values=found.finite)
+
+
+def fine_tune(trainer: Trainer, held: Trainer, job: StartFineTuning) -> FineTuned | FineTuningFailed:
+    """Train on the data of `trainer`, and try the model before and after on those of `held`."""
+    start = to_tensors(job.schema, job.vector)
+    before = held.evaluate(start)
+    try:
+        trained = trainer.train(start, job.plan, version=job.version, seed=job.seed)
+    except TrainingError as error:
+        return FineTuningFailed(version=job.version, reason=str(error))
+    return FineTuned(
+        version=job.version,
+        samples=before.samples,
+        before=before.finite,
+        after=held.evaluate(trained.tensors).finite,
+        tensors=trained.tensors,
+    )
 
 
 class TrainingThread:
-    """Runs jobs; `deliver` gets each result, or the exception that the task's code raised."""
+    """Runs jobs; `deliver` gets each result, or the exception that the task's code raised.
+
+    Versions are tried on the data of `held`, which for an evaluator are those of `trainer`.
+    """
 
     def __init__(
-        self, trainer: Trainer, deliver: Callable[[Result | Exception], None], min_seconds: float = 0.0
+        self,
+        trainer: Trainer,
+        deliver: Callable[[Result | Exception], None],
+        min_seconds: float = 0.0,
+        held: Trainer | None = None,
     ) -> None:
         self._trainer = trainer
+        self._held = held or trainer
         self._deliver = deliver
         self._min_seconds = min_seconds
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
@@ -78,7 +143,9 @@ class TrainingThread:
 
     def _perform(self, job: Job) -> Result:
         if isinstance(job, StartEvaluation):
-            return evaluate(self._trainer, job)
+            return evaluate(self._held, job)
+        if isinstance(job, StartFineTuning):
+            return fine_tune(self._trainer, self._held, job)
         began = time.monotonic()
         result = train(self._trainer, job)
         self._leaving.wait(max(0.0, self._min_seconds - (time.monotonic() - began)))

@@ -12,10 +12,12 @@ from broker.schema import Schema
 from edge_client.actions import Action, Log, Publish
 from edge_client.answers import is_behind, sentence, settled
 from edge_client.events import TrainingFinished
-from edge_client.kept import Answered, Outstanding, prepare, sealed
+from edge_client.kept import RENUMBERED, Answered, Outstanding, prepare, sealed
 from edge_client.member import Member
 from edge_client.memory import Memory
+from edge_client.privacy import told
 from edge_client.sending import Sending
+from edge_client.trainer import NO_DP, Plan
 
 FIRST_RESEND_S: Final = 60.0
 
@@ -44,22 +46,37 @@ class Uplink:
         self.frame_bytes = frame_bytes
         update = self.memory.kept.outstanding
         if update is not None and any(len(part.payload) > frame_bytes for part in self.member.update(update)):
-            self._keep(self._renumbered(update))
+            # the old number may have been accepted, and its receipt lost
+            before = self._noted(update, RENUMBERED, self.memory.kept.head_version)
+            self._keep(self._renumbered(update), before)
         self.sending.wanted(now)
 
-    def put(self, finished: TrainingFinished, *, seal: bool, now: float) -> None:
-        """Keep the result of training as the outstanding update, and what it does not carry as the residual."""
+    def put(self, finished: TrainingFinished, plan: Plan, now: float) -> None:
+        """Keep the result of training as the outstanding update, what it does not carry, and what it cost of privacy.
+
+        All of it is one durable write, made before anything of the update is sent.
+        """
+        hidden = plan.seal or plan.dp != NO_DP  # metrics travel in the header, and tell of the data
+        kept = self.memory.kept
         update = prepare(
             finished.block,
             seq=self.memory.number(),
             base=finished.base,
             samples=min(max(finished.samples, 1), SAMPLES_MAX),
-            metrics=_sendable(finished.metrics),
+            metrics=told(finished.metrics) if hidden else _sendable(finished.metrics),
             frame_bytes=self.frame_bytes,
         )
-        if seal:
+        if plan.seal:
             update = sealed(update, self.member.key, self.member.seal)
-        self.memory.replaced(replace(self.memory.kept, outstanding=update, residual=finished.residual))
+        self.memory.replaced(
+            replace(
+                kept,
+                outstanding=update,
+                residual=finished.residual,
+                protected=plan.dp,
+                account=finished.account or kept.account,
+            )
+        )
         self.sending.wanted(now)
 
     def send(self, direct_parts: int, now: float) -> list[Action]:
@@ -107,14 +124,17 @@ class Uplink:
             return [
                 Log(event="renumbered", text="the sequence numbers were behind; sent under a new one", fields=fields)
             ]
-        answered = Answered(
-            seq=update.seq, base=update.base, outcome=receipt.outcome, version=receipt.version, key=self.member.key
-        )
+        answered = self._noted(update, receipt.outcome, receipt.version)
         self.memory.replaced(settled(kept, update, receipt, schema), answered)
         return [Log(event=receipt.outcome, text=sentence(receipt, update), fields={**fields, "reason": receipt.reason})]
 
-    def _keep(self, update: Outstanding) -> None:
-        self.memory.replaced(replace(self.memory.kept, outstanding=update))
+    def _noted(self, update: Outstanding, outcome: str, version: int) -> Answered:
+        digest = self.member.digest(update)
+        key = self.member.key
+        return Answered(seq=update.seq, base=update.base, outcome=outcome, version=version, key=key, digest=digest)
+
+    def _keep(self, update: Outstanding, answered: Answered | None = None) -> None:
+        self.memory.replaced(replace(self.memory.kept, outstanding=update), answered)
 
     def _renumbered(self, update: Outstanding) -> Outstanding:
         """The same update to be cut, sealed and signed anew under a new sequence number."""

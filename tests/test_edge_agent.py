@@ -23,11 +23,13 @@ from broker.invitation import Invitation
 from broker.link import Arrived, Link
 from broker.messages import Enroll, Metrics, Status, Update
 from broker.parts import Collector
-from broker.schema import Schema, to_vector
+from broker.schema import Schema, load_safetensors, to_vector
 from broker.ternary import content_bytes
 from edge_client import outbox
-from edge_client.home import Home
-from edge_client.trainer import load_task
+from edge_client.home import Home, Settings
+from edge_client.partition import select
+from edge_client.tasks import digits_data
+from edge_client.trainer import halves_of, load_task
 
 pytestmark = pytest.mark.slow
 
@@ -49,6 +51,7 @@ class Server:
         self.url = url
         self.keys: dict[str, bytes] = {}
         self.updates: list[Frame] = []
+        self.sizes: list[int] = []  # of all frames of updates
         self.metrics: list[Metrics] = []
         self.statuses: list[Status] = []
         self.answer: Callable[[Frame], str | None] = lambda _: "accepted"
@@ -107,9 +110,11 @@ class Server:
         if frame.kind == "enroll":
             self._enroll(frame)
             return
-        if frame.sender not in self.keys:
+        if frame.sender not in self.keys or frame.key != key_id(self.keys[frame.sender]):
             return  # the last will of one that was refused
         frame.check_authentic(self.keys[frame.sender])
+        if frame.kind == "update":
+            self.sizes.append(len(message.payload))
         if frame.kind == "status":
             self.statuses.append(Status.from_meta(frame.meta))
         elif frame.kind == "metrics":
@@ -221,7 +226,7 @@ def test_join_run_and_leave(server: Server, tmp_path: Path) -> None:
         value = decoded(server.scripted.schema, update.codec, update.encoding, frame.body)
         assert (update.codec, value.any()) == ("ternary", True)
         assert len(frame.body) <= content_bytes(server.scripted.schema, "ternary")
-        assert set(update.metrics) == {"loss", "accuracy", "seconds"}
+        assert set(update.metrics) == {"loss", "accuracy", "seconds", "steps"}
     assert [status.state for status in server.statuses][-1] == "offline"
     assert {"idle", "training"} <= {status.state for status in server.statuses}
     sessions = [status.session for status in server.statuses]
@@ -314,6 +319,30 @@ def test_the_evaluator_publishes_what_each_version_is_worth(server: Server, tmp_
     assert [json.loads(line)["version"] for line in said.splitlines() if '"evaluated"' in line] == [0, 1]
 
 
+def test_a_device_reports_of_its_own_data_and_keeps_a_model_of_its_own(server: Server, tmp_path: Path) -> None:
+    folder = joined(server, tmp_path, "pi", "--partition", "iid:0/8", "--hold-out", "0.25")
+    process = edge("run", folder, "--report-metrics", "--fine-tune", "2", "--json")
+    server.until(lambda: len(server.updates) >= 2)
+    server.scripted.state = "closed"
+    server.next_version()
+    code, said = server.until_ended(process)
+    assert code == 0, said
+    last = server.scripted.version
+    server.until(lambda: server.metrics and "personal_accuracy" in server.metrics[-1].values)
+    assert {metrics.split for metrics in server.metrics} == {"local"}
+    assert [metrics.version for metrics in server.metrics][-2:] == [last, last]
+    assert len(server.metrics) >= 3
+    held = server.metrics[-1].samples
+    trained_on = {Update.from_meta(update.meta).samples for update in server.updates}
+    assert trained_on == {select("iid:0/8", digits_data.load("train")[1]).size - held}
+    found = status_of(folder)
+    assert (found["hold_out"], found["personal"]) == ("0.25", str(folder / "personal.safetensors"))
+    own = load_safetensors(folder / "personal.safetensors")
+    (trainer, judge), *_ = halves_of(load_task(TASK), None, ["iid:0/8"], 0.25)
+    assert judge.evaluate(own).values["accuracy"] == pytest.approx(server.metrics[-1].values["personal_accuracy"])
+    assert trainer.samples + judge.samples == trained_on.pop() + held
+
+
 def test_closing_ends_the_device(server: Server, tmp_path: Path) -> None:
     folder = joined(server, tmp_path)
     process = edge("run", folder)
@@ -323,6 +352,23 @@ def test_closing_ends_the_device(server: Server, tmp_path: Path) -> None:
     code, said = server.until_ended(process)
     assert code == 0
     assert "the federation is closed" in said
+
+
+def test_its_frames_are_as_large_as_its_owner_allows(url: str, tmp_path: Path) -> None:
+    with serving(url, codec="float32") as server:
+        for size in (8192, 16384):  # in more than 8 parts it would ask first
+            code, said = server.until_ended(
+                edge("run", joined(server, tmp_path, f"pi-{size}", "--frame-bytes", size), "--versions", 1)
+            )
+            assert code == 0, said
+            assert size // 2 < max(server.sizes) <= size
+            server.sizes.clear()
+
+
+@pytest.mark.parametrize("size", ["4095", "268000001", "-1", "x"])
+def test_a_size_in_which_no_frame_fits_is_refused(tmp_path: Path, size: str) -> None:
+    with pytest.raises(ConfigError, match=f"frame_bytes is '{size}'"):
+        Settings(federation=FEDERATION, device="pi", broker="mqtt://x", aggregator_key="", task=TASK, frame_bytes=size)
 
 
 def test_a_sealed_update_opens_with_the_aggregators_key_only(url: str, tmp_path: Path) -> None:
@@ -335,6 +381,46 @@ def test_a_sealed_update_opens_with_the_aggregators_key_only(url: str, tmp_path:
         assert plain[:16] == frame.key + frame.seq.to_bytes(8, "little")
 
 
+def test_a_device_stops_at_its_privacy_budget_and_remembers_it(url: str, tmp_path: Path) -> None:
+    """Its owner's epsilon pays for three updates, though the plan allows more; killed in between, it counts on."""
+    pytest.importorskip("dp_accounting")
+    plan = {"dp": "device", "dp_clip": 0.5, "dp_noise": 3.0, "dp_epsilon": 100.0}
+    with serving(url, **plan) as server:
+        folder = joined(server, tmp_path, "pi", "--dp", "device", "--max-epsilon", 2.95)
+        server.answer = lambda _: None
+        process = edge("run", folder)
+        server.until(lambda: server.updates)
+        process.kill()
+        process.communicate()
+        first = server.updates.pop()
+        server.answer = lambda _: "accepted"
+        code, said = server.until_ended(edge("run", folder))
+        assert code == 4, said
+        assert "the privacy budget is spent: with one more update epsilon would be" in said
+        assert server.updates[0] == first
+        told = [Update.from_meta(frame.meta) for frame in server.updates]
+        assert [set(update.metrics) for update in told] == [{"epsilon", "delta"}] * 3
+        assert [update.samples for update in told] == [1, 1, 1]
+        epsilons = [update.metrics["epsilon"] for update in told]
+        assert epsilons == sorted(epsilons)
+        assert status_of(folder)["epsilon"] == epsilons[-1] <= 2.95
+        code, said = server.until_ended(edge("run", folder))
+        assert (code, len(server.updates)) == (4, 3), said
+
+
+def test_a_device_whose_owner_wants_privacy_does_not_train_without(server: Server, tmp_path: Path) -> None:
+    folder = joined(server, tmp_path, "pi", "--dp", "device", "--max-epsilon", 3)
+    process = edge("run", folder, "--json")
+    server.until(lambda: any(status.state == "idle" for status in server.statuses))
+    server.next_version()
+    server.scripted.state = "closed"
+    server.publish(server.scripted.head())
+    code, said = server.until_ended(process)
+    assert code == 0, said
+    assert "its owner wants" in said
+    assert server.updates == []
+
+
 def test_a_wrong_code_is_refused_and_a_task_that_does_not_fit_is_named(server: Server, tmp_path: Path) -> None:
     invitation = server.invite(tmp_path, "pi", code="wrong" * 8)
     code, said = server.until_ended(edge("join", invitation, tmp_path / "pi", "--task", TASK))
@@ -342,6 +428,7 @@ def test_a_wrong_code_is_refused_and_a_task_that_does_not_fit_is_named(server: S
     assert "refused the invitation (code)" in said
     with pytest.raises(ConfigError, match="has not finished joining"):
         Home(tmp_path / "pi").joined()
+    refused = Home(tmp_path / "pi").identity()
     own = tmp_path / "own_task.py"
     own.write_text(
         "from edge_client.tasks.digits_numpy import DigitsNumpy\nimport numpy as np\n"
@@ -352,6 +439,7 @@ def test_a_wrong_code_is_refused_and_a_task_that_does_not_fit_is_named(server: S
     invitation = server.invite(tmp_path, "pi")
     code, said = server.until_ended(edge("join", invitation, "pi", "--task", "own_task:TASK", cwd=tmp_path))
     assert code == 2, said
+    assert Home(tmp_path / "pi").identity().key_id != refused.key_id  # what was said of that key is not about this one
     assert "tensor 'extra' is (3,) in the task and missing in the federation" in said
 
 
@@ -387,3 +475,51 @@ def test_the_same_seed_gives_the_same_model(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert edge("init-model", TASK, tmp_path / name, "--seed", seed).wait(WITHIN_S) == 0
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() != (tmp_path / "c").read_bytes()
+
+
+def test_a_new_key_by_a_new_invitation_signs_what_is_outstanding_anew(server: Server, tmp_path: Path) -> None:
+    folder = joined(server, tmp_path, "pi", "--partition", "iid:0/2")
+    server.answer = lambda _: None
+    process = edge("run", folder)
+    server.until(lambda: server.updates)
+    process.kill()
+    server.until_ended(process)
+    before, old = outbox.summary(folder), server.keys["pi"]
+    assert before.kept.outstanding is not None
+    renewal = server.invite(tmp_path, "pi")
+    code, said = server.until_ended(edge("join", "--renew", renewal, folder))
+    assert code == 0, said
+    assert "pi has a new key" in said
+    assert server.keys["pi"] != old
+    kept = outbox.summary(folder).kept
+    assert kept.key == key_id(server.keys["pi"])
+    assert kept.outstanding is not None
+    assert kept.outstanding.encoded == before.kept.outstanding.encoded
+    assert Home(folder).settings().partition == "iid:0/2"
+    server.updates.clear()
+    server.answer = lambda _: "accepted"
+    code, said = server.until_ended(edge("run", folder, "--versions", 1))
+    assert code == 0, said
+    (frame,) = server.updates
+    assert frame.key == key_id(server.keys["pi"])
+    assert frame.meta["base"] == before.kept.outstanding.base
+
+
+def test_a_refused_renewal_costs_nothing(server: Server, tmp_path: Path) -> None:
+    folder = joined(server, tmp_path)
+    key = server.keys["pi"]
+    code, said = server.until_ended(edge("join", "--renew", server.invite(tmp_path, "pi", code="x" * 32), folder))
+    assert code == 3, said
+    assert "refused the invitation" in said
+    code, said = server.until_ended(edge("join", "--renew", server.invite(tmp_path, "other"), folder))
+    assert code == 2
+    assert "the invitation is for 'other'" in said
+    code, said = server.until_ended(edge("join", "--renew", server.invite(tmp_path, "pi"), folder, "--task", TASK))
+    assert code == 2
+    assert "leave these options out" in said
+    code, said = server.until_ended(edge("join", server.invite(tmp_path, "pi"), tmp_path / "new"))
+    assert code == 2
+    assert "add --task" in said
+    assert server.until_ended(edge("run", folder, "--versions", 1))[0] == 0
+    assert server.keys["pi"] == key
+    assert not list(folder.glob("renewal*"))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,7 +16,19 @@ from broker.messages import Enroll, Metrics, Offer, Status, Update
 from broker.schema import Schema, Vector
 from broker.ternary import Block
 from edge_client import events
-from edge_client.actions import Action, Connect, Log, Publish, Save, StartEvaluation, StartTraining, Stop, Subscribe
+from edge_client.actions import (
+    Action,
+    Connect,
+    Log,
+    Publish,
+    Save,
+    SavePersonal,
+    StartEvaluation,
+    StartFineTuning,
+    StartTraining,
+    Stop,
+    Subscribe,
+)
 from edge_client.core import Core
 from edge_client.kept import Kept
 from edge_client.member import ENROLL_SEQ, Member, Role
@@ -307,6 +320,7 @@ def test_a_sealed_update_binds_key_and_number() -> None:
     plain = AGGREGATOR_KEY.unseal(frame.body)
     assert plain[:16] == DEVICE_KEY.key_id + frame.seq.to_bytes(8, "little")
     update = Update.from_meta(frame.meta)
+    assert dict(update.metrics) == {}  # anybody could read them
     assert (Block.read(scripted.schema, update.codec, update.encoding, plain[16:]).value() == 1).all()
     born.handle(events.Disconnected(reason="gone"))
     born.wait(30)
@@ -637,6 +651,10 @@ def test_an_update_that_no_longer_fits_is_cut_and_signed_anew_under_a_new_number
     assert len(parts) == 3
     assert {part.seq for part in parts} == {parts[0].seq}
     assert parts[0].seq > frame.seq
+    (before,) = [save.answered for save in of(born.actions, Save) if save.answered is not None]
+    header = blake2b(frame.header, digest_size=32).digest()
+    assert (before.seq, before.outcome) == (frame.seq, "renumbered")  # it may have been accepted
+    assert before.digest == blake2b(header, digest_size=32).digest()
     assert born.disk is not None
     assert born.disk.outstanding is not None
     plain = b"".join(part.body for part in parts).removeprefix(b"sealed:")
@@ -758,6 +776,12 @@ def test_a_refusal_of_the_broker_is_said_and_the_update_tried_again_later() -> N
     assert published(born.wait(80), "update") == [frame]
 
 
+def test_a_broker_that_refuses_everything_does_not_fill_the_log() -> None:
+    born = device()
+    done = [action for _ in range(1000) for action in born.handle(events.Refused(seq=9, reason="Quota exceeded"))]
+    assert [log.fields["count"] for log in of(done, Log)] == [1, 10, 100, 1000]
+
+
 def test_the_evaluator_takes_each_version_once_and_the_newest_whenever_free() -> None:
     scripted, born = following("evaluate")
     job = only(born.actions, StartEvaluation)
@@ -831,3 +855,159 @@ def test_an_update_of_a_training_that_ends_while_disconnected_is_sent_later() ->
     born.wait(1)
     born.connect()
     assert len(published(born.arrive(scripted.status(), scripted.head()), "update")) == 1
+
+
+# --- what versions are worth on data held out, and a model of the device's own
+
+VALUES = {"accuracy": 0.5, "loss": 2.0}
+
+
+def tried(version: int = 0) -> events.Evaluated:
+    return events.Evaluated(version=version, samples=9, values=VALUES)
+
+
+def metrics_in(actions: list[Action]) -> Metrics:
+    (frame,) = published(actions, "metrics")
+    return Metrics.from_meta(frame.meta)
+
+
+def test_a_device_that_reports_tries_a_version_before_it_trains_on_it_and_calls_it_local() -> None:
+    scripted, born = following(reports=True)
+    kinds = [type(action) for action in born.actions if isinstance(action, StartEvaluation | StartTraining)]
+    assert kinds == [StartEvaluation, StartTraining]
+    done = born.handle(tried())
+    assert only(done, Save).kept.evaluated == 0
+    assert metrics_in(done) == Metrics(version=0, samples=9, split="local", values=VALUES)
+    scripted.advance()
+    assert of(born.arrive(*scripted.delta(1), scripted.head()), StartEvaluation) == []  # it is training
+    assert only(born.handle(trained(only(born.actions, StartTraining))), StartEvaluation).version == 1
+
+
+def test_a_device_that_was_not_allowed_to_reports_nothing() -> None:
+    _, born = following()
+    assert of(born.actions, StartEvaluation) == []
+
+
+PRIVATE = {"dp": "device", "dp_clip": 1.0, "dp_noise": 1.0, "dp_epsilon": 8.0}
+
+
+@pytest.mark.parametrize("plan", [{"seal": True}, PRIVATE, {"batch_size": -1}])
+def test_metrics_of_a_devices_own_data_stay_here_where_the_plan_seals_or_adds_noise_or_cannot_be_read(
+    plan: dict[str, Any],
+) -> None:
+    _, born = following(scripted=aggregator(plan=plan), reports=True)
+    done = born.handle(tried())
+    assert logged(done) == ["evaluated"]
+    assert published(done, "metrics") == []
+    judged = following("evaluate", aggregator(plan=plan))[1].handle(tried())
+    assert metrics_in(judged).split == "test"  # the test data are the task's
+
+
+def test_many_reports_do_not_end_a_device_that_was_to_make_so_many_updates() -> None:
+    scripted, born = following(reports=True, versions=2)
+    done = born.handle(tried())
+    for version in (1, 2):
+        scripted.advance()
+        born.arrive(*scripted.delta(version), scripted.head())
+        done += born.handle(tried(version))
+    assert of(done, Stop) == []
+
+
+def test_a_device_that_reports_tries_the_last_version_before_it_leaves() -> None:
+    scripted, born = following(reports=True)
+    born.handle(tried())
+    scripted.advance()
+    scripted.state = "closed"
+    assert of(born.arrive(*scripted.delta(1), scripted.head()), Stop) == []
+    assert only(born.handle(trained(only(born.actions, StartTraining))), StartEvaluation).version == 1
+    done = born.handle(tried(1))
+    assert of(done, Stop) == []
+    reports = published(born.actions, "metrics")
+    assert [frame.meta["version"] for frame in reports] == [0, 1]
+    for frame in reports:
+        done = born.handle(events.Published(seq=frame.seq))
+    assert only(done, Stop).code == 0
+
+
+def closed(**changes: Any) -> tuple[Device, StartFineTuning]:
+    """A device that makes a model of its own from the last version, which is 1."""
+    scripted, born = following(fine_tune=3.0, **changes)
+    scripted.advance()
+    scripted.state = "closed"
+    born.arrive(*scripted.delta(1), scripted.head())
+    for version in (0, 1) if changes.get("reports") else ():
+        born.handle(tried(version))
+    born.handle(trained(only(born.actions, StartTraining)))
+    if changes.get("reports"):
+        for frame in published(born.actions, "metrics"):
+            born.handle(events.Published(seq=frame.seq))
+        born.handle(tried(1))
+    return born, only(born.actions, StartFineTuning)
+
+
+def tuned(version: int = 1) -> events.FineTuned:
+    better = {"accuracy": 0.75, "loss": 1.0}
+    return events.FineTuned(version=version, samples=9, before=VALUES, after=better, tensors={"w": np.ones(2)})
+
+
+def test_before_it_leaves_a_device_makes_a_model_of_its_own_and_tells_its_owner_only() -> None:
+    born, job = closed()
+    assert (job.version, job.plan.local_epochs) == (1, 3.0)
+    assert of(born.actions, Stop) == []
+    assert of(born.handle(events.TimeReached()), StartFineTuning) == []  # it is on its way
+    done = born.handle(tuned())
+    kinds = [type(action) for action in done if not isinstance(action, Publish)]
+    assert kinds in ([SavePersonal, Log, Stop], [Save, SavePersonal, Log, Stop])
+    saved = only(done, SavePersonal)
+    assert saved.about.startswith("pi: own model from version 1, on 9 samples held out: accuracy 0.5000 -> 0.7500")
+    assert published(done, "metrics") == []
+
+
+def test_what_the_own_model_gains_is_reported_where_the_owner_allows_it() -> None:
+    born, _ = closed(reports=True)
+    done = born.handle(tuned())
+    assert of(done, Stop) == []
+    assert metrics_in(done) == Metrics(
+        version=1, samples=9, split="local", values={**VALUES, "personal_accuracy": 0.75, "personal_loss": 1.0}
+    )
+    for frame in published(born.actions, "metrics"):
+        done = born.handle(events.Published(seq=frame.seq))
+    assert only(done, Stop).code == 0
+
+
+def test_a_model_of_its_own_that_came_to_nothing_keeps_nobody() -> None:
+    born, _ = closed()
+    done = born.handle(events.FineTuningFailed(version=1, reason="diverged"))
+    assert logged(done) == ["fine-tuning-failed"]
+    assert of(done, SavePersonal) == []
+    assert only(done, Stop).code == 0
+
+
+def test_without_a_plan_that_can_be_followed_there_is_no_model_of_its_own() -> None:
+    scripted, born = following(scripted=aggregator(plan={"batch_size": -1}), fine_tune=3.0)
+    scripted.state = "closed"
+    assert only(born.arrive(scripted.head()), Stop).code == 0
+
+
+def test_after_so_many_updates_the_own_model_is_made_and_nothing_else_trained() -> None:
+    scripted, born = following(fine_tune=1.0, versions=1)
+    update = update_in(born.handle(trained(only(born.actions, StartTraining))))
+    scripted.advance()
+    born.arrive(*scripted.delta(1), scripted.head())
+    done = born.arrive(scripted.receipt(DEVICE, update.key, update.seq, "accepted"))
+    assert only(done, StartFineTuning).version == 1
+    assert of(done, StartTraining) == []
+    assert only(born.handle(tuned()), Stop).code == 0
+
+
+def test_a_federation_that_opens_again_while_the_own_model_is_made_is_trained_for() -> None:
+    scripted, born = following(fine_tune=1.0)
+    scripted.state = "closed"
+    assert len(of(born.arrive(scripted.head()), StartFineTuning)) == 1
+    scripted.advance()
+    scripted.state = "open"
+    born.arrive(*scripted.delta(1), scripted.head())
+    born.handle(trained(only(born.actions, StartTraining)))
+    assert of(born.handle(tuned(0)), Stop) == []
+    (frame,) = published(born.actions, "update")
+    assert only(born.arrive(scripted.receipt(DEVICE, frame.key, frame.seq, "accepted")), StartTraining).base == 1

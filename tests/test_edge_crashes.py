@@ -23,6 +23,7 @@ from edge_client.actions import Action, Connect, Publish, Save, StartTraining, S
 from edge_client.core import Core
 from edge_client.kept import Answered, Kept
 from edge_client.member import Member
+from edge_client.privacy import Cost
 
 DEVICE = "pi"
 KEY = Identity(b"d" * 32)
@@ -86,6 +87,7 @@ class CrashingDevice(RuleBasedStateMachine):
         self.records: list[Answered] = []
         self.gained = np.zeros(self.scripted.schema.elements, np.float32)  # by trainings whose result was saved
         self.sent: dict[tuple[int, int], bytes] = {}
+        self.told: set[int] = set()  # the versions on which an update was made and sent
         self.past: list[Message] = []  # all that was ever delivered
         self.crash_after: int | None = None
         self.start()
@@ -162,6 +164,8 @@ class CrashingDevice(RuleBasedStateMachine):
             assert frame.meta["session"] <= self.disk.session
         if frame.kind in {"update", "offer"}:
             assert self.disk.outstanding is not None
+            self.told.add(frame.meta["base"])
+            assert len(self.told) <= sum(cost.steps for cost in self.disk.account.spent)  # each has been paid for
             assert self.disk.outstanding.seq == frame.seq
         first = self.sent.setdefault((frame.seq, frame.part), frame.header + frame.body)
         assert first == frame.header + frame.body
@@ -275,6 +279,7 @@ class CrashingDevice(RuleBasedStateMachine):
                 metrics={},
                 block=Block.of_float32(job.schema, total - kept_back),
                 residual=kept_back,
+                account=job.account.plus(Cost(kind="device", noise=1.0, rate=1.0, steps=1)),
             )
         )
 

@@ -13,9 +13,10 @@ from scripted_aggregator import FEDERATION, Message, ScriptedAggregator
 from broker.errors import ProtocolError
 from broker.frame import parse
 from broker.messages import Head
+from broker.schema import to_tensors
 from edge_client.actions import Action, Log, Subscribe, Unsubscribe
 from edge_client.asking import AT_ONCE, Asking
-from edge_client.follower import Follower
+from edge_client.follower import Beginning, Follower
 
 
 @dataclass
@@ -411,3 +412,76 @@ def test_whatever_is_lost_doubled_or_disordered_the_newest_version_is_reached(da
         broker.perform(follower, follower.time_reached(now), now)
     assert has(follower, aggregator, aggregator.version)
     assert all(earlier.version <= later.version for earlier, later in pairwise(heads))
+
+
+def beginning_of(aggregator: ScriptedAggregator) -> Beginning:
+    """What a task makes of itself where the federation began with its model."""
+    return Beginning(tensors=to_tensors(aggregator.schema, aggregator.vectors[0].copy()))
+
+
+def with_a_beginning(aggregator: ScriptedAggregator, beginning: Beginning) -> tuple[Follower, Broker]:
+    follower, broker = Follower(federation=FEDERATION, beginning=beginning), Broker()
+    broker.perform(follower, follower.reconnected(0.0), 0.0)
+    broker.publish(aggregator.snapshot())
+    return follower, broker
+
+
+def test_the_tasks_own_first_model_is_not_fetched() -> None:
+    aggregator = ScriptedAggregator()
+    follower, broker = with_a_beginning(aggregator, beginning_of(aggregator))
+    broker.perform(follower, follower.head_accepted(a_head(aggregator), 0.0), 0.0)
+    assert has(follower, aggregator, 0)
+    assert follower.synced
+    assert broker.asked == []
+    assert follower.beginning is None  # it is as large as the model
+
+
+def test_from_the_tasks_own_first_model_the_deltas_lead_to_the_head() -> None:
+    aggregator = ScriptedAggregator()
+    follower, broker = with_a_beginning(aggregator, beginning_of(aggregator))
+    for _ in range(3):
+        aggregator.advance()
+    broker.perform(follower, follower.head_accepted(a_head(aggregator), 0.0), 0.0)
+    deliver(follower, [message for version in (1, 2, 3) for message in aggregator.delta(version)])
+    assert has(follower, aggregator, 3)
+    assert broker.asked == []
+
+
+@pytest.mark.parametrize("versions", [0, 2])
+def test_a_federation_that_began_with_another_model_has_it_fetched(versions: int) -> None:
+    aggregator = ScriptedAggregator()
+    other = beginning_of(aggregator)
+    next(iter(other.tensors.values())).flat[0] += 1
+    follower, broker = with_a_beginning(aggregator, other)
+    for _ in range(versions):
+        aggregator.advance()
+    broker.perform(follower, follower.head_accepted(a_head(aggregator), 0.0), 0.0)
+    for version in range(1, versions + 1):
+        for topic, payload in aggregator.delta(version):
+            broker.perform(follower, follower.part_arrived(topic, parse(payload), 0.0), 0.0)
+    assert broker.logs[0] == "other-beginning"
+    assert broker.logs.count("snapshot") == 1
+    for version in range(1, versions + 1):  # the first came before there was anything to apply it to
+        deliver(follower, aggregator.delta(version))
+    assert has(follower, aggregator, versions)
+
+
+def test_where_a_later_snapshot_is_named_it_is_fetched() -> None:
+    aggregator = ScriptedAggregator()
+    beginning = beginning_of(aggregator)
+    for _ in range(2):
+        aggregator.advance()
+    aggregator.snapshot_version = 2
+    follower, broker = with_a_beginning(aggregator, beginning)
+    broker.perform(follower, follower.head_accepted(a_head(aggregator), 0.0), 0.0)
+    assert has(follower, aggregator, 2)
+    assert follower.beginning is None
+
+
+def test_a_task_whose_tensors_are_not_the_federations_begins_with_a_snapshot() -> None:
+    aggregator = ScriptedAggregator()
+    beginning = Beginning(tensors={"another": np.zeros(3, dtype=np.float32)})
+    follower, broker = with_a_beginning(aggregator, beginning)
+    broker.perform(follower, follower.head_accepted(a_head(aggregator), 0.0), 0.0)
+    assert has(follower, aggregator, 0)
+    assert broker.asked != []

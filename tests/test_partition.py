@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from broker.errors import ConfigError
-from edge_client.partition import LEAST_SAMPLES, Partition, select
+from edge_client.partition import LARGEST_SHARE, LEAST_SAMPLES, Partition, select
 
 Labels = npt.NDArray[np.int64]
 
@@ -67,13 +67,61 @@ def test_a_small_alpha_gives_each_class_to_few_devices_and_a_large_one_to_all_al
     "spec",
     ["", "some", "iid", "iid:1", "iid:3/3", "iid:-1/3", "iid:0/0", "iid:0/3:1", "dirichlet:0.5:0/3",
      "dirichlet:0:0/3:1", "dirichlet:-1:0/3:1", "dirichlet:e:0/3:1", "dirichlet:1e7:0/3:1",
-     "dirichlet:0.5:3/3:1", "ALL", "iid:0/3 "],
+     "dirichlet:0.5:3/3:1", "ALL", "iid:0/3 ", "natural", "natural:", "natural:-1", "natural:0/3",
+     "all;test:", "all;test:x", "all;test:1.2.3", ";test:0.1", "all;test:0.1;train:0.1", "all;valid:0.1"],
 )  # fmt: skip
 def test_what_is_no_specification_is_refused_in_a_sentence(spec: str) -> None:
     with pytest.raises(ConfigError, match="partition"):
         Partition.parse(spec)
 
 
+def test_natural_parts_are_those_of_the_owners() -> None:
+    owners = np.array([2, 0, 2, 1], np.int64)
+    assert [select(f"natural:{number}", np.zeros(4, np.int64), owners).tolist() for number in range(3)] == [
+        [1],
+        [3],
+        [0, 2],
+    ]
+    with pytest.raises(ConfigError, match="numbered 0 to 2"):
+        select("natural:3", np.zeros(4, np.int64), owners)
+    with pytest.raises(ConfigError, match="no natural devices"):
+        select("natural:0", np.zeros(4, np.int64))
+
+
 def test_more_devices_than_samples_are_refused() -> None:
     with pytest.raises(ConfigError, match="3 samples are too few for 4 devices"):
         select("iid:0/4", np.zeros(3, np.int64))
+
+
+@given(
+    labels=hnp.arrays(np.int64, st.integers(12, 400), elements=st.integers(0, 9)),
+    part=st.sampled_from(["all", "iid:1/3", "dirichlet:0.3:1/3:4", "natural:1"]),
+    share=st.floats(0.01, LARGEST_SHARE),
+)
+def test_what_is_held_out_is_never_trained_on(labels: Labels, part: str, share: float) -> None:
+    owners = np.arange(len(labels)) % 3
+    whole = select(part, labels, owners)
+    train, test = (select(f"{part};{half}:{share!r}", labels, owners) for half in ("train", "test"))
+    assert sorted([*train.tolist(), *test.tolist()]) == whole.tolist()
+    assert max(1, int(share * len(whole))) <= len(test) + 1e-9 <= max(1.0, share * len(whole)) + 1e-6
+    assert len(test) < len(train)
+
+
+def test_the_end_of_each_class_is_held_out() -> None:
+    """Of a recording the end: windows overlap, and one between two that were trained on would be no test."""
+    labels = np.array([0] * 10 + [1] * 5 + [0] * 10)
+    assert select("all;test:0.2", labels).tolist() == [14, 21, 22, 23, 24]
+    alternating = np.arange(20) % 2
+    assert select("all;test:0.1", alternating).tolist() == [18, 19]
+
+
+def test_the_least_that_is_held_out_is_one_sample_and_two_are_too_few_to_hold_out_any() -> None:
+    assert select("all;test:0.01", np.zeros(3, np.int64)).tolist() == [2]
+    with pytest.raises(ConfigError, match="2 samples: too few to hold some out"):
+        select("iid:0/2;train:0.2", np.zeros(4, np.int64))
+
+
+@pytest.mark.parametrize("spec", ["all;test:0", "all;test:0.5", "all;test:-0.1", "all;train:1e3", "all;train:nan"])
+def test_most_of_the_data_are_trained_on(spec: str) -> None:
+    with pytest.raises(ConfigError, match=r"held out|not a number|write all"):
+        Partition.parse(spec)

@@ -27,13 +27,15 @@ def test_every_key_of_the_protocol_is_taken_and_an_unknown_one_kept_for_the_trai
         "local_epochs": 3, "local_steps": 7, "batch_size": 16, "learning_rate": 0.1, "momentum": 0.5,
         "weight_decay": 1e-4, "proximal_mu": 0.01,
         "clip_sigma": 0, "codec": "float32", "seal": True, "seed": 9, "error_feedback": True,
-        "schedule": "cosine", "extra": 1,
+        "local_seconds": 2.5, "optimizer": "adamw", "beta1": 0.8, "beta2": 0.99, "schedule": "cosine",
+        "warmup_versions": 3, "schedule_versions": 9, "final_rate": 0.1, "statistics_rate": 0.5, "precision": "auto",
+        "memory_format": "channels-last", "flavour": "vanilla", "extra": 1,
     }  # fmt: skip
     plan = Plan.from_meta(meta)
     for name, value in meta.items():
-        if name not in ("schedule", "extra"):
+        if name not in ("flavour", "extra"):
             assert getattr(plan, name) == value
-    assert plan.extra == {"schedule": "cosine", "extra": 1}
+    assert plan.extra == {"flavour": "vanilla", "extra": 1}
 
 
 @given(st.dictionaries(keys, anything, max_size=4))
@@ -53,13 +55,23 @@ def test_whatever_comes_from_the_wire_is_a_plan_or_a_protocol_error(meta: Mappin
         ("local_epochs", None),
         ("local_steps", 0), ("local_steps", 1.5), ("batch_size", 0), ("batch_size", 2.0), ("learning_rate", math.inf),
         ("momentum", 1.1), ("weight_decay", -1e-9), ("clip_sigma", -1), ("codec", "zip"), ("codec", None), ("seal", 1),
-        ("error_feedback", "no"), ("seed", 2**64), ("seed", 0.5),
+        ("error_feedback", "no"), ("seed", 2**64), ("seed", 0.5), ("local_seconds", -1), ("local_seconds", "1"),
+        ("optimizer", "lion"), ("optimizer", ["sgd"]), ("beta1", 1.0), ("beta2", 1), ("schedule", "step"),
+        ("schedule", None), ("warmup_versions", 1.5), ("warmup_versions", -1), ("schedule_versions", True),
+        ("final_rate", 1.1), ("statistics_rate", -1), ("precision", "float16"), ("memory_format", 1),
     ],
 )  # fmt: skip
 def test_nonsense_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(ProtocolError, match=name) as caught:
         Plan.from_meta({name: value})
     assert caught.value.reason == "bad-plan"
+
+
+def test_a_schedule_without_an_end_is_refused() -> None:
+    for schedule in ("linear", "cosine"):
+        with pytest.raises(ProtocolError, match=r"schedule_versions is 3: .* must end after the warm-up"):
+            Plan(schedule=schedule, warmup_versions=3, schedule_versions=3)
+    assert Plan(warmup_versions=3).rate(1) == pytest.approx(0.05 * 2 / 3)
 
 
 def test_steps_count_epochs_of_batches_unless_they_are_given() -> None:

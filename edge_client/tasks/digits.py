@@ -5,23 +5,25 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from edge_client.narrow import channels
 from edge_client.tasks import digits_data
 from edge_client.torch_trainer import Split, TorchTask
 
 
-def model() -> nn.Module:
+def model(width: float = 1.0) -> nn.Module:
     """Two convolutions and two fully connected layers, 38,538 parameters; takes [samples, 1, 8, 8] in 0…1."""
+    first, second, units = channels(16, width), channels(32, width), channels(64, width)
     return nn.Sequential(
-        nn.Conv2d(1, 16, 5, padding=2),
+        nn.Conv2d(1, first, 5, padding=2),
         nn.ReLU(),
-        nn.Conv2d(16, 32, 3, padding=1),
+        nn.Conv2d(first, second, 3, padding=1),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
         nn.Dropout(0.3),  # half a point of test accuracy with parts as small and one-sided as a device's
-        nn.Linear(32 * 4 * 4, 64),
+        nn.Linear(second * 4 * 4, units),
         nn.ReLU(),
-        nn.Linear(64, digits_data.CLASSES),
+        nn.Linear(units, digits_data.CLASSES),
     )
 
 
@@ -34,6 +36,7 @@ def data(folder: Path | None, split: Split) -> tuple[Tensor, Tensor]:  # noqa: A
 TASK = TorchTask(
     name="digits",
     model=model,
+    narrow=model,
     data=data,
     default_plan={"local_epochs": 6, "batch_size": 16, "learning_rate": 0.03, "momentum": 0.9},
 )

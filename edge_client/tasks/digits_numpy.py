@@ -5,12 +5,14 @@ It is also the example of a trainer of one's own: nothing here but arrays and th
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from edge_client import local_optimizer
+from edge_client.narrow import channels
 from edge_client.partition import select
 from edge_client.tasks import digits_data
 from edge_client.trainer import Evaluation, FloatArray, Plan, Tensors, Trained
@@ -25,6 +27,7 @@ class DigitsNumpy:
     """64 pixels → hidden units with ReLU → 10 classes, softmax cross-entropy."""
 
     name: str = "digits-numpy"
+    hidden: int = HIDDEN
     default_plan: Mapping[str, object] = field(
         default_factory=lambda: {"local_epochs": 6, "batch_size": 16, "learning_rate": 0.15, "momentum": 0.9}
     )
@@ -33,11 +36,14 @@ class DigitsNumpy:
         """He et al. 2015: weights of variance 2 / inputs, biases 0."""
         rng = np.random.default_rng(seed)
         return {
-            "hidden.weight": _weights(rng, digits_data.PIXELS, HIDDEN),
-            "hidden.bias": np.zeros(HIDDEN, np.float32),
-            "output.weight": _weights(rng, HIDDEN, digits_data.CLASSES),
+            "hidden.weight": _weights(rng, digits_data.PIXELS, self.hidden),
+            "hidden.bias": np.zeros(self.hidden, np.float32),
+            "output.weight": _weights(rng, self.hidden, digits_data.CLASSES),
             "output.bias": np.zeros(digits_data.CLASSES, np.float32),
         }
+
+    def narrowed(self, width: float) -> "DigitsNumpy":
+        return replace(self, hidden=channels(self.hidden, width))
 
     def trainer(self, *, data: Path | None, partition: str) -> "NumpyTrainer":  # noqa: ARG002  # it is in the package
         images, labels = digits_data.load("train")
@@ -59,21 +65,18 @@ class NumpyTrainer:
     def samples(self) -> int:
         return len(self._labels)
 
-    def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:  # noqa: ARG002  # its plan is the same for every version
-        """SGD with momentum: g = grad(loss) + wd·w + mu·(w - w0);  m = beta·m + g;  w = w - lr·m."""
+    def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:
         began = time.perf_counter()
         weights = {name: np.array(tensor) for name, tensor in start.items()}
-        velocity = {name: np.zeros_like(tensor) for name, tensor in weights.items()}
-        losses, hits, seen = 0.0, 0.0, 0
+        optimizer, rate = local_optimizer.begin(plan, list(weights.values())), plan.rate(version)
+        losses, hits, seen, steps = 0.0, 0.0, 0, 0
         with np.errstate(over="ignore", invalid="ignore"):  # `Trained` refuses what diverges
-            for chosen in plan.batches(self.samples, np.random.default_rng(seed)):
+            for chosen in plan.batches(self.samples, np.random.default_rng(seed), time.perf_counter):
                 loss, hit, gradients = _backward(weights, self._images[chosen], self._labels[chosen])
-                for name, weight in weights.items():
-                    pull = plan.weight_decay * weight + plan.proximal_mu * (weight - start[name])
-                    velocity[name] = plan.momentum * velocity[name] + gradients[name] + pull
-                    np.subtract(weight, plan.learning_rate * velocity[name], out=weight)
-                losses, hits, seen = losses + loss, hits + hit, seen + len(chosen)
-        metrics = {"loss": losses / seen, "accuracy": hits / seen, "seconds": time.perf_counter() - began}
+                optimizer.step([gradients[name] for name in weights], rate)
+                losses, hits, seen, steps = losses + loss, hits + hit, seen + len(chosen), steps + 1
+        seconds = time.perf_counter() - began
+        metrics = {"loss": losses / seen, "accuracy": hits / seen, "seconds": seconds, "steps": steps}
         return Trained(tensors=weights, samples=self.samples, metrics=metrics)
 
     def evaluate(self, tensors: Tensors) -> Evaluation:

@@ -6,24 +6,15 @@ from torch import Tensor, nn
 
 from broker.errors import ConfigError
 from edge_client import torchvision_ops  # noqa: F401  # first: see there
+from edge_client.tasks.convolutions import two_convolutions
 from edge_client.torch_trainer import Split, TorchTask
 
 from torchvision.datasets import FashionMNIST  # isort: skip
 
 
-def model() -> nn.Module:
+def model(width: float = 1.0) -> nn.Module:
     """Two convolutions and two fully connected layers; takes [samples, 1, 28, 28] in 0…1."""
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 5, stride=2, padding=2),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(32 * 7 * 7, 64),
-        nn.ReLU(),
-        nn.Linear(64, 10),
-    )
+    return two_convolutions(16, 32, 64, 10, width)
 
 
 def data(folder: Path | None, split: Split) -> tuple[Tensor, Tensor]:
@@ -41,6 +32,7 @@ def data(folder: Path | None, split: Split) -> tuple[Tensor, Tensor]:
 TASK = TorchTask(
     name="fashion-mnist",
     model=model,
+    narrow=model,
     data=data,
     default_plan={"local_epochs": 1, "batch_size": 32, "learning_rate": 0.03, "momentum": 0.9},
 )

@@ -1,0 +1,199 @@
+"""DP-SGD in PyTorch: every sample's gradient clipped, the noise that was paid for, and models that cannot have it."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from broker.errors import ConfigError
+from broker.schema import Schema, to_vector
+from edge_client import events
+from edge_client.accountant import epsilon
+from edge_client.actions import StartTraining
+from edge_client.noise import Chance
+from edge_client.privacy import cost
+from edge_client.torch_trainer import TorchTask, TorchTrainer
+from edge_client.trainer import FloatArray, Plan, PrivateTrainer, load_task
+from edge_client.training import train
+
+pytest.importorskip("opacus")
+
+SAMPLES = 24
+CLIP = 0.5
+PLAN: dict[str, object] = {
+    "dp": "sample", "dp_clip": CLIP, "dp_noise": 1e-9, "dp_epsilon": 1e6, "batch_size": SAMPLES, "local_steps": 1,
+    "learning_rate": 1.0, "momentum": 0.0,
+}  # fmt: skip
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Tanh(), nn.Flatten(), nn.Linear(64, 3))
+
+
+def data(folder: Path | None, split: str) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    inputs = torch.randn(SAMPLES, 2, 6, 6, generator=draw)
+    inputs[0] *= 1000  # one that would pull much harder than the others
+    return inputs, torch.randint(0, 3, (SAMPLES,), generator=draw)
+
+
+def task(model: Callable[[], nn.Module] = network) -> TorchTask:
+    return TorchTask(name="own", model=model, data=data)
+
+
+def seeded(seed: int = 3) -> Chance:
+    return Chance(np.random.default_rng(seed).bytes)
+
+
+def stepped(chance: Chance | None = None, made: TorchTask | None = None, **plan: Any) -> dict[str, FloatArray]:
+    """What one training changes of each tensor."""
+    made = made or task()
+    start = made.initial(0)
+    trainer = made.trainer(data=None, partition="all")
+    wanted = Plan.from_meta({**PLAN, **plan})
+    trained = trainer.train_privately(start, wanted, version=0, seed=1, chance=chance or seeded())
+    return {name: tensor - start[name] for name, tensor in trained.tensors.items()}
+
+
+def flat(change: dict[str, FloatArray]) -> FloatArray:
+    return np.concatenate([tensor.reshape(-1) for tensor in change.values()])
+
+
+def gradients() -> list[FloatArray]:
+    """Each sample's own, one at a time."""
+    net = network()
+    net.load_state_dict({name: torch.tensor(array) for name, array in task().initial(0).items()})
+    inputs, targets = data(None, "train")
+    found = []
+    for row in range(SAMPLES):
+        loss = nn.functional.cross_entropy(net(inputs[row : row + 1]), targets[row : row + 1])
+        found.append(np.concatenate([g.numpy().reshape(-1) for g in torch.autograd.grad(loss, list(net.parameters()))]))
+    return found
+
+
+def test_a_step_is_the_mean_of_each_samples_clipped_gradient() -> None:
+    own = gradients()
+    lengths = [float(np.linalg.norm(g)) for g in own]
+    assert min(lengths) < 5.0 < max(lengths)  # so that one of these clips some and leaves others
+    for clip in (CLIP, 5.0, 1e6):
+        clipped = sum(g * min(1.0, clip / length) for g, length in zip(own, lengths, strict=True)) / SAMPLES
+        np.testing.assert_allclose(flat(stepped(dp_clip=clip, dp_noise=1e-12)), -clipped, atol=2e-5)
+
+
+def test_the_noise_of_a_step_has_the_deviation_that_was_paid_for() -> None:
+    noisy = [flat(stepped(seeded(seed), dp_noise=8.0)) - flat(stepped()) for seed in range(8)]
+    values = np.concatenate(noisy)
+    assert values.std() == pytest.approx(8.0 * CLIP / SAMPLES, rel=4 / math.sqrt(2 * values.size))
+    assert abs(values.mean()) < 4 * values.std() / math.sqrt(values.size)
+
+
+def test_steps_that_draw_nobody_are_noise_all_the_same() -> None:
+    change = flat(stepped(seeded(), dp_noise=8.0, batch_size=1, local_steps=60))  # (23/24)^24: a third of all batches
+    # 60 steps of noise 8·C/1, one on another, and at most one clipped gradient or two in each
+    assert change.std() == pytest.approx(8.0 * CLIP * math.sqrt(60), rel=0.1)
+
+
+def test_batches_and_noise_are_not_the_jobs_seeds() -> None:
+    one, other = (flat(stepped(Chance(), batch_size=6, dp_noise=1e-9)) for _ in range(2))
+    assert not np.allclose(one, other, atol=1e-5)  # other samples
+    assert np.array_equal(flat(stepped(seeded(4), batch_size=6)), flat(stepped(seeded(4), batch_size=6)))
+
+
+def test_a_training_is_charged_its_steps_on_its_own_samples() -> None:
+    made = task()
+    start = made.initial(0)
+    schema = Schema.of({name: tensor.shape for name, tensor in start.items()})
+    plan = Plan.from_meta({**PLAN, "dp_noise": 1.1, "batch_size": 6, "local_steps": 5})
+    job = StartTraining(base=0, schema=schema, vector=to_vector(schema, start), residual=None, plan=plan, seed=1)
+    trainer = made.trainer(data=None, partition="all")
+    assert isinstance(trainer, PrivateTrainer)
+    result = train(trainer, job)
+    assert isinstance(result, events.TrainingFinished)
+    assert result.account is not None
+    (charged,) = result.account.spent
+    assert charged == cost(plan, SAMPLES)
+    assert (charged.rate, charged.steps) == (0.25, 5)
+    assert result.metrics["epsilon"] == epsilon([charged], 1e-5)
+    assert result.samples == SAMPLES
+
+
+def test_the_model_is_as_before_once_it_has_been_trained_privately() -> None:
+    """Devices of one process share it; hooks that stayed would cost, and then fail."""
+    made = task()
+    trainer = made.trainer(data=None, partition="all")
+    start, plan = made.initial(0), Plan.from_meta(PLAN)
+    before = trainer.train(start, plan, version=0, seed=1)
+    for _ in range(2):
+        trainer.train_privately(start, plan, version=0, seed=1, chance=seeded())
+    after = trainer.train(start, plan, version=0, seed=1)
+    assert all(np.array_equal(before.tensors[name], after.tensors[name]) for name in start)
+
+
+def test_a_model_whose_samples_share_statistics_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cannot train this model"):
+        stepped(made=task(lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3))))
+
+
+class Idle(nn.Module):
+    """Has a parameter that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = nn.Linear(72, 3), nn.Linear(2, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.used(inputs.flatten(1))
+
+
+def test_a_model_with_a_parameter_that_nothing_uses_is_refused() -> None:
+    with pytest.raises(ConfigError, match="does not depend on"):
+        stepped(made=task(Idle))
+
+
+class Running(nn.Module):
+    """Keeps a statistic of what it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(72, 3)
+        self.watch = Watch()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.linear(self.watch(inputs.flatten(1)))
+
+
+class Watch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.seen += inputs.abs().mean().detach()
+        return inputs
+
+
+def test_statistics_of_the_samples_are_not_sent() -> None:
+    change = stepped(made=task(Running))
+    assert not change["watch.seen"].any()
+    assert change["linear.weight"].any()
+
+
+@pytest.mark.slow
+def test_digits_are_learned_under_per_sample_privacy() -> None:
+    """719 samples, 6 passes, epsilon below 8: chance is 10 %."""
+    digits = load_task("digits")
+    trainer = digits.trainer(data=None, partition="iid:0/2")
+    assert isinstance(trainer, TorchTrainer)
+    plan = Plan.from_meta({
+        **digits.default_plan, "dp": "sample", "dp_clip": 1.0, "dp_noise": 1.0, "dp_epsilon": 8.0, "batch_size": 64,
+        "learning_rate": 0.1, "local_epochs": 6,
+    })  # fmt: skip
+    assert epsilon([cost(plan, trainer.samples)], 1e-5) < 8
+    trained = trainer.train_privately(digits.initial(0), plan, version=0, seed=1, chance=seeded())
+    found = digits.evaluator(data=None).evaluate(trained.tensors).values["accuracy"]
+    assert found > 0.55

@@ -1,0 +1,138 @@
+"""A device's new key: all else stays, what is outstanding is signed anew, and a crash at any moment is mended."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from broker.errors import ConfigError
+from broker.identity import Identity, write_secret
+from broker.schema import Schema
+from broker.ternary import Block
+from edge_client.home import CERTIFICATE, KEY, TOML, Home, Settings
+from edge_client.kept import Kept, Outstanding, prepare, sealed
+from edge_client.outbox import Outbox
+from edge_client.succession import succeed
+
+SCHEMA = Schema.of({"w": (20, 10)})
+AGGREGATOR = Identity(b"a" * 32)
+OLD, NEW = Identity(b"o" * 32), Identity(b"n" * 32)
+RESIDUAL = np.arange(SCHEMA.elements, dtype=np.float32)
+BLOCK = Block.of_float32(SCHEMA, RESIDUAL / 7)
+
+
+def settings(**changes: str) -> Settings:
+    about = {"federation": "lab", "device": "pi", "broker": "mqtt://127.0.0.1:1", "task": "digits-numpy"}
+    return Settings(**{**about, "aggregator_key": AGGREGATOR.public.hex(), "partition": "iid:1/2", **changes})
+
+
+def outstanding(*, seal: bool) -> Outstanding:
+    update = prepare(BLOCK, seq=70, base=5, samples=9, metrics={"loss": 0.5}, frame_bytes=3000)
+    return sealed(update, OLD.key_id, lambda plain: b"old:" + plain) if seal else update
+
+
+def device(folder: Path, *, seal: bool = False, code: str = "") -> Home:
+    """A device that has joined, and a new key beside it, enrolled unless there is a code."""
+    home = Home(folder / "pi")
+    home.folder.mkdir()
+    OLD.save(home.folder / KEY)
+    home.write(settings())
+    (home.folder / CERTIFICATE).write_text("the old certificate")
+    kept = Kept(
+        key=OLD.key_id,
+        enrolled=True,
+        seq_limit=129,
+        session=12,
+        head_version=6,
+        head_seq=44,
+        answered_base=4,
+        accepted=3,
+        schema=SCHEMA.encoded,
+        residual=RESIDUAL,
+        outstanding=outstanding(seal=seal),
+    )
+    with Outbox(home.folder, OLD.key_id) as outbox:
+        outbox.save(kept, None, {"updates.accepted": 3})
+    beside = home.beside()
+    beside.folder.mkdir()
+    NEW.save(beside.folder / KEY)
+    beside.write(settings(broker="mqtt://127.0.0.1:2", task="another", code=code))
+    write_secret(beside.folder / CERTIFICATE, b"the new certificate")
+    with Outbox(beside.folder, NEW.key_id) as outbox:
+        outbox.save(Kept(key=NEW.key_id, enrolled=not code, seq_limit=66, session=2), None, {})
+    return home
+
+
+def kept_in(home: Home) -> Kept:
+    with Outbox(home.folder, NEW.key_id) as outbox:
+        assert outbox.counters == {"updates.accepted": 3}
+        return outbox.kept
+
+
+def check_succeeded(home: Home, *, seal: bool = False) -> None:
+    kept = kept_in(home)
+    assert (home.identity(), kept.key, kept.enrolled) == (NEW, NEW.key_id, True)
+    assert (kept.head_version, kept.head_seq, kept.answered_base, kept.accepted) == (6, 44, 4, 3)
+    assert kept.session == 2
+    assert kept.residual is not None
+    assert kept.residual.tobytes() == RESIDUAL.tobytes()
+    update = kept.outstanding
+    assert update is not None
+    assert update.seq == 66 < kept.seq_limit  # above all that the new key has used
+    before = outstanding(seal=seal)
+    assert replace(update, seq=0, sealed=b"", frame_bytes=0).body == before.encoded
+    assert (update.base, update.samples, update.metrics) == (before.base, before.samples, before.metrics)
+    if seal:
+        plain = AGGREGATOR.unseal(update.sealed)
+        assert plain == NEW.key_id + (66).to_bytes(8, "little") + before.encoded
+    assert home.settings() == settings(broker="mqtt://127.0.0.1:2")
+    assert (home.folder / CERTIFICATE).read_text() == "the new certificate"
+    assert not list(home.folder.glob("renewal*"))
+
+
+@pytest.mark.parametrize("seal", [False, True])
+def test_the_new_key_takes_the_old_ones_place_and_all_else_stays(tmp_path: Path, seal: bool) -> None:
+    home = device(tmp_path, seal=seal)
+    succeed(home)
+    check_succeeded(home, seal=seal)
+    succeed(home)
+    check_succeeded(home, seal=seal)
+
+
+@pytest.mark.parametrize(
+    "undo",
+    [
+        lambda home: home.write(settings()),
+        lambda home: OLD.save(home.folder / KEY),
+        lambda home: (OLD.save(home.folder / KEY), home.write(settings())),
+        lambda home: None,
+    ],
+    ids=["settings", "key", "key and settings", "only the last step"],
+)
+def test_a_crash_in_the_middle_is_mended_at_the_next_start(tmp_path: Path, undo: Callable[[Home], object]) -> None:
+    home = device(tmp_path)
+    shutil.copytree(home.beside().folder, tmp_path / "copy")
+    succeed(home)
+    undo(home)
+    shutil.copytree(tmp_path / "copy", home.beside().folder)
+    succeed(home)
+    check_succeeded(home)
+
+
+def test_while_it_is_not_known_which_key_is_good_the_device_does_not_run(tmp_path: Path) -> None:
+    home = device(tmp_path, code="a-code")
+    with pytest.raises(ConfigError, match="edge join --renew"):
+        succeed(home)
+    assert home.identity() == OLD
+    with Outbox(home.folder, OLD.key_id) as outbox:
+        assert (outbox.kept.key, outbox.kept.seq_limit) == (OLD.key_id, 129)
+
+
+def test_leaving_takes_the_new_key_along(tmp_path: Path) -> None:
+    home = device(tmp_path, code="a-code")
+    home.erase()
+    assert not (home.folder / TOML).exists()
+    assert not home.folder.exists()
