@@ -26,19 +26,31 @@ def main() -> None:
     parser.add_argument("--task", required=True)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--partition", default="all")
+    parser.add_argument("--hold-out", type=float, default=0.0)
+    parser.add_argument("--width", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     given = parser.parse_args()
-    _join(given.invitation, Home(given.folder), task=given.task, data=given.data, partition=given.partition)
+    _join(given)
     sys.argv[:] = ["ternbus", "edge", *given.command]
     runpy.run_module("ternbus", run_name="__main__", alter_sys=True)
 
 
-def _join(invitation: Path, home: Home, *, task: str, data: Path | None, partition: str) -> None:
+def _join(given: argparse.Namespace) -> None:
+    home = Home(given.folder)
     if (home.folder / TOML).exists() and not home.settings().code:
         return  # killed after it had joined, and started again
     printer = Printer(as_json=False)
-    model = load_task(task)
-    settings = home.prepare(Invitation.load(invitation), task=task, data=data, partition=partition)
+    model = load_task(given.task)
+    settings = home.prepare(
+        Invitation.load(given.invitation),
+        task=given.task,
+        data=given.data,
+        partition=given.partition,
+        seed=given.seed,
+        hold_out=given.hold_out,
+        width=given.width,
+    )
     stop = agent.join(home, settings, model, Options(), printer)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # joining has ended, and nobody listens to its handlers any more

@@ -3,10 +3,10 @@
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Final, Protocol, runtime_checkable
+from typing import Final
 
 from aggregator import home, optimizer, records
 from aggregator import ledger as durable
@@ -15,13 +15,17 @@ from aggregator.core import Core
 from aggregator.model import Model
 from aggregator.outlet import Outlet
 from aggregator.press import Kept
-from aggregator.registry import Registry
+from aggregator.registry import Invited, Registry
 from aggregator.settings import Settings
 from broker.identity import Identity, seal
+from broker.merge_log import FIRST
 from broker.messages import OPEN
 from broker.schema import Schema, Vector, to_vector, vector_digest
+from edge_client.follower import Beginning
 from edge_client.member import Member
-from edge_client.trainer import Task, Tensors, Trainer
+from edge_client.narrow import narrow
+from edge_client.trainer import Task, Tensors, Trainer, halves_of, trainers_of
+from lab.hostile import HostileTrainer
 from lab.memory_broker import Line
 from lab.memory_ledger import Ledger, MemoryLedger
 from lab.scenario import Scenario, Simulated
@@ -33,25 +37,20 @@ SOFTWARE: Final = "ternbus lab simulate"
 URL: Final = "mqtt://localhost"  # settings need one; nobody connects to it
 
 
-@runtime_checkable
-class SharingTask(Protocol):
-    """A task that can make many trainers cheaper than one by one; they are used one at a time."""
-
-    def trainers(self, *, data: Path | None, partitions: Sequence[str]) -> Sequence[Trainer]: ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Founded:
     """An aggregator's ledger, the core that it holds, and an invitation's code for each device."""
 
     ledger: Ledger
     core: Callable[[], Core]
-    codes: Mapping[str, str]
+    codes: Mapping[str, str] = field(repr=False)
 
 
-def on_disk(folder: Path, names: Sequence[str], model: Tensors, chosen: Mapping[str, object]) -> Founded:
+def on_disk(
+    folder: Path, names: Sequence[str], model: Tensors, chosen: Mapping[str, object], dense: Sequence[str] = ()
+) -> Founded:
     """A real aggregator's directory, which its commands can read afterwards."""
-    home.create(folder, federation=FEDERATION, broker=URL, model=model, settings=chosen)
+    home.create(folder, federation=FEDERATION, broker=URL, model=model, settings=chosen, dense=dense)
     codes = {invitation.device: invitation.code for invitation in home.invite(folder, *names)}
     ledger = durable.Ledger(folder / home.LEDGER)
     ledger.db.execute("PRAGMA synchronous = OFF")  # a crash of this machine is not what is simulated
@@ -92,15 +91,16 @@ def _first_core(
         sizes={topic: len(payload) for topic, payload in [*frames, head]},
         head_frame=head[1],
         slots=settings.downlink.slots,
-        optimizer=settings.optimizer,
+        recipe=settings.recipe,
+        log_hash=outlet.entry(0, digest, FIRST).hash,
     )
-    server = optimizer.init(settings.optimizer.name, vector)
+    server = optimizer.init(settings.optimizer, vector)
     core = Core(
         settings=settings,
         identity=identity,
         schema=schema,
         model=Model(settings=settings, schema=schema, version=0, published=vector, server=server, digest=digest),
-        registry=Registry(settings.federation, codes=dict(codes)),
+        registry=Registry(settings.federation, codes={name: Invited(code=code) for name, code in codes.items()}),
         kept=kept,
         seq=reserved[-1],
         session=0,
@@ -111,12 +111,8 @@ def _first_core(
 
 def bodies(scenario: Scenario, task: Task, model: Tensors, aggregator: bytes, codes: Mapping[str, str]) -> list[Body]:
     """The devices of an aggregator with this public key, each with its key, its data, its speed and its line."""
-    partitions = [scenario.partition_of(index) for index in range(scenario.devices)]
-    if isinstance(task, SharingTask):
-        trainers = task.trainers(data=scenario.data, partitions=partitions)
-    else:
-        trainers = [task.trainer(data=scenario.data, partition=partition) for partition in partitions]
     shapes = {name: tuple(array.shape) for name, array in model.items()}
+    beginning = Beginning(tensors=model)
     paces = scenario.speeds.draw(scenario.devices, scenario.seed)
     return [
         Body(
@@ -131,12 +127,40 @@ def bodies(scenario: Scenario, task: Task, model: Tensors, aggregator: bytes, co
                 tensors=shapes,
                 default_plan=dict(task.default_plan),
                 software=SOFTWARE,
+                reports=held is not None,
+                fine_tune=scenario.local.fine_tune if held is not None else 0.0,
             ),
+            beginning=beginning,
             trainer=trainer,
+            held=held,
             seconds=_seconds(scenario, name, pace),
             line=_line(scenario.simulate),
         )
-        for (name, code), trainer, pace in zip(codes.items(), trainers, paces, strict=True)
+        for (name, code), (trainer, held), pace in zip(
+            codes.items(), _trainers(scenario, task, model), paces, strict=True
+        )
+    ]
+
+
+def _trainers(scenario: Scenario, task: Task, model: Tensors) -> list[tuple[Trainer, Trainer | None]]:
+    """Each device's own data, and apart from them what it holds out; hostile devices hold nothing out."""
+    partitions = [scenario.partition_of(index) for index in range(scenario.devices)]
+    behaviours, share = scenario.behaviours, scenario.local.hold_out
+    made: dict[int, tuple[Trainer, Trainer | None]] = {}
+    for width in sorted(set(scenario.widths)):  # those of a width share a model
+        trained = narrow(task, width)
+        chosen = [index for index in range(scenario.devices) if scenario.widths[index] == width]
+        parts = [partitions[index] for index in chosen]
+        if share:
+            tried_by = None if trained is task else task
+            made |= zip(chosen, halves_of(trained, scenario.data, parts, share, tried_by), strict=True)
+        else:
+            made |= zip(
+                chosen, ((trainer, None) for trainer in trainers_of(trained, scenario.data, parts)), strict=True
+            )
+    return [
+        (HostileTrainer(trainer, behaviours[index], tuple(model)), None) if index in behaviours else (trainer, held)
+        for index, (trainer, held) in sorted(made.items())
     ]
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from aggregator import records
+from aggregator.local_tests import LocalTests, Report
 from broker.messages import OPEN, Status
 
 
@@ -24,6 +25,7 @@ class Contribution:
     base: int
     staleness: int
     samples: int
+    epsilon: float | None = None
     merged: int | None = None
 
 
@@ -43,6 +45,7 @@ class MemoryLedger:
         self._buffer: list[Contribution] = []
         self._versions = [_Version(made=None, seconds=0.0)]
         self._metrics: dict[int, dict[str, float]] = {}
+        self._local = LocalTests()
         self._statuses: dict[str, Status] = {}
         self._counts: Counter[str] = Counter()
         self._invalid: Counter[str] = Counter()
@@ -63,6 +66,7 @@ class MemoryLedger:
         return {
             "state": self._state,
             "counts": {**counts, "invalid": dict(self._invalid)},
+            "local": self._local.summary(),
             "devices": self._devices(accepted),
             "versions": [self._version(number) for number in range(len(self._versions))],
         }
@@ -71,7 +75,11 @@ class MemoryLedger:
         match record:
             case records.UpdateAccepted():
                 row = Contribution(
-                    device=record.device, base=record.base, staleness=record.staleness, samples=record.samples
+                    device=record.device,
+                    base=record.base,
+                    staleness=record.staleness,
+                    samples=record.samples,
+                    epsilon=record.epsilon,
                 )
                 self.contributions.append(row)
                 self._buffer.append(row)
@@ -86,7 +94,7 @@ class MemoryLedger:
             case records.FramesKept():
                 self._keep(record)
             case records.MetricsReceived():
-                self._metrics[record.metrics.version] = dict(record.metrics.values)
+                self._measured(record)
             case records.Observed():
                 self._statuses |= record.statuses
                 self._counts.update(record.outcomes)
@@ -95,6 +103,16 @@ class MemoryLedger:
                 self._state = record.state
             case _:
                 return  # what only a restart would read
+
+    def _measured(self, record: records.MetricsReceived) -> None:
+        about = record.metrics
+        if about.split == "test":
+            self._metrics[about.version] = dict(about.values)
+        else:
+            report = Report(
+                device=record.device, version=about.version, samples=about.samples, values=dict(about.values)
+            )
+            self._local.add(report)
 
     def _answered(self, record: records.UpdateAnswered) -> None:
         if record.outcome == "invalid":
@@ -111,7 +129,9 @@ class MemoryLedger:
 
     def _devices(self, accepted: Counter[str]) -> dict[str, dict[str, Any]]:
         bases: dict[str, int] = {}
+        spent: dict[str, float | None] = {}
         for row in self.contributions:
+            spent[row.device] = row.epsilon
             bases[row.device] = max(row.base, bases.get(row.device, -1))
         newest = len(self._versions) - 1
         return {
@@ -120,6 +140,8 @@ class MemoryLedger:
                 "base": bases.get(name),
                 "staleness": newest - bases[name] if name in bases else None,
                 "updates": accepted[name],
+                "epsilon": spent.get(name),
+                "local": self._local.device(name),
             }
             for name, status in self._statuses.items()
         }
@@ -134,4 +156,5 @@ class MemoryLedger:
             "staleness_mean": made.staleness_mean if made is not None else 0.0,
             "staleness_max": made.staleness_max if made is not None else 0,
             "metrics": self._metrics.get(number, {}),
+            "local": self._local.version(number),
         }

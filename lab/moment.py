@@ -28,6 +28,7 @@ class Version:
     staleness_max: int | None
     accuracy: float | None
     loss: float | None
+    local: Mapping[str, Any] | None = None  # as devices report it of their own data; see aggregator.local_tests
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,7 @@ class Moment:
     counts: Mapping[str, Any]
     devices: tuple[Device, ...]
     versions: tuple[Version, ...]
+    local: Mapping[str, Any] | None = None  # over all devices, each with its newest report
 
     @classmethod
     def read(cls, status: Mapping[str, Any], counters: Mapping[str, Mapping[str, int]]) -> Self:
@@ -60,6 +62,7 @@ class Moment:
             counts=counts,
             devices=rows,
             versions=tuple(_version(row, began) for row in status["versions"]),
+            local=status.get("local"),
         )
 
     @property
@@ -101,4 +104,5 @@ def _version(row: Mapping[str, Any], began: float) -> Version:
         staleness_max=row.get("staleness_max"),
         accuracy=metrics.get("accuracy"),
         loss=metrics.get("loss"),
+        local=row.get("local"),
     )

@@ -3,11 +3,12 @@
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from aggregator import local_tests
 from lab.moment import Moment
 from lab.scenario import Scenario
 
@@ -20,7 +21,8 @@ def summary(
     `seconds` count from version 0, and are `virtual` where they were simulated; `wall_seconds` are real, and count
     also starting and stopping. `updates` were accepted; `rejected` were too stale, malformed or forged. The bits are
     8 · bytes of PUBLISH packets a parameter: up for each update, down for each device and version. The evaluator
-    follows the model too and is left out of both.
+    follows the model too and is left out of both. `local` is what devices report of data that they hold out: over all
+    of them, each with its newest report, and for each version over those that reported it.
     """
     evaluated = moment.evaluated
     versions = moment.version
@@ -34,6 +36,7 @@ def summary(
         "rejected": moment.rejected,
         "virtual": virtual,
         "seconds": round(moment.last.seconds, 3),
+        "local": _rounded(moment.local),
         "versions": [_rounded(asdict(version)) for version in moment.versions],
         "wall_seconds": round(wall_seconds, 3),
         "parameters": parameters,
@@ -65,7 +68,8 @@ def plot(report: Mapping[str, Any], path: Path) -> str | None:
     by_version, by_time, staleness = figure.subplots(1, 3)
     known = [row for row in versions if row["accuracy"] is not None]
     accuracies = [row["accuracy"] for row in known]
-    by_version.plot([row["version"] for row in known], accuracies, marker=".")
+    by_version.plot([row["version"] for row in known], accuracies, marker=".", label="test")
+    _plot_local(by_version, versions)
     by_version.set(xlabel="version", ylabel="test accuracy", title="accuracy by version")
     by_time.plot([row["seconds"] for row in known], accuracies, marker=".")
     by_time.set(xlabel=f"{_seconds(report)} since version 0", ylabel="test accuracy", title="accuracy by time")
@@ -81,12 +85,24 @@ def plot(report: Mapping[str, Any], path: Path) -> str | None:
     return None
 
 
+def _plot_local(axes: Any, versions: Sequence[Mapping[str, Any]]) -> None:
+    """Points, not lines: each version is reported by other devices."""
+    own = [row for row in versions if row["local"] is not None]
+    if own:
+        numbers = [row["version"] for row in own]
+        for name, mark in (("median", "_"), ("worst_decile", "v")):
+            values = [row["local"]["accuracy"][name] for row in own]
+            axes.plot(numbers, values, mark, label=f"devices' own data, {name.replace('_', ' ')}")
+        axes.legend()
+
+
 def table(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The few figures that a person wants to see at the end, each with its name."""
     accuracy = report["accuracy"]
     up, down = (_or_none(report[f"bits_per_parameter_{way}"]) for way in ("up", "down"))
     return [
         ("test accuracy", "not measured" if accuracy is None else f"{accuracy:.4f}"),
+        *local_tests.sentences(report["local"]),
         ("versions", str(report["versions"][-1]["version"])),
         ("updates", f"{report['updates']} accepted, {report['rejected']} rejected"),
         ("up", f"{size(report['bytes_up'])}, {up} bits a parameter and update"),
@@ -116,8 +132,10 @@ def _or_none(bits: float | None) -> str:
     return "no" if bits is None else f"{bits:.2f}"
 
 
-def _rounded(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: round(value, 6) if isinstance(value, float) else value for name, value in row.items()}
+def _rounded(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _rounded(each) for name, each in value.items()}
+    return round(value, 6) if isinstance(value, float) else value
 
 
 def _scenario(scenario: Scenario) -> dict[str, Any]:

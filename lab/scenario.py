@@ -6,16 +6,18 @@ Knows the TOML file's keys and their bounds; the aggregator's own keys are check
 import math
 import random
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from aggregator.settings import from_table, with_overrides
+from broker import toml
 from broker.errors import ConfigError
 from broker.invitation import check_broker_url
-from edge_client.partition import Partition
+from edge_client.narrow import check_width
+from edge_client.partition import LARGEST_SHARE, Partition
+from lab.hostile import KINDS, STRENGTHS, Behaviour
 from lab.tables import Table
 
 ENGINES: Final = ("auto", "mosquitto", "nats")
@@ -89,6 +91,28 @@ class Fault:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Hostile:
+    """A part of the devices that means harm, drawn by the scenario's seed; see ``lab.hostile.Behaviour``."""
+
+    kind: str
+    share: float = 0.2
+    strength: float | None = None  # None is the kind's own
+    samples: int = 0  # that each claims to have; 0 is the truth
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f'[[hostile]] kind = "{self.kind}": choose {", ".join(KINDS)}')
+        _within("hostile.share", self.share, 0, 1)
+        _within("hostile.strength", self.behaviour.strength, 0, 1e6)
+        _within("hostile.samples", self.samples, 0, 2**32 - 1)
+
+    @property
+    def behaviour(self) -> Behaviour:
+        strength = STRENGTHS.get(self.kind, 1.0) if self.strength is None else self.strength
+        return Behaviour(kind=self.kind, strength=strength, samples=self.samples)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Simulated:
     """What only `lab simulate` can be told: each device's line, and what real processes bring with them anyway.
 
@@ -110,6 +134,35 @@ class Simulated:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Local:
+    """What devices try on data of their own: each version, and at the end a model that they fine-tune for themselves.
+
+    Hostile devices hold nothing out and report nothing.
+    """
+
+    hold_out: float = 0.0  # share of each device's data
+    fine_tune: float = 0.0  # epochs
+
+    def __post_init__(self) -> None:
+        _within("local.hold_out", self.hold_out, 0, LARGEST_SHARE)
+        _within("local.fine_tune", self.fine_tune, 0, 1e4)
+        if self.fine_tune and not self.hold_out:
+            raise ConfigError("local.fine_tune needs local.hold_out: what it gains is measured on data held out")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Narrow:
+    """A part of the devices, drawn by the scenario's seed, that train a narrower sub-network."""
+
+    share: float = 0.0
+    width: float = 0.5
+
+    def __post_init__(self) -> None:
+        _within("narrow.share", self.share, 0, 1)
+        check_width(self.width)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
     """One run of the lab. The defaults are those of `ternbus lab run` without a file."""
 
@@ -118,6 +171,9 @@ class Scenario:
     seed: int = 0
     data: Path | None = None
     partition: str = "dirichlet:0.5"
+    dense: tuple[
+        str, ...
+    ] = ()  # patterns of tensors that are never made ternary, as `aggregator init --dense` has them
     sync: bool = False
     speeds: Speeds = field(default_factory=Speeds)
     plan: Mapping[str, object] = field(default_factory=dict)
@@ -126,6 +182,9 @@ class Scenario:
     aggregator: Mapping[str, object] = field(default_factory=dict)  # dotted keys of aggregator.toml
     end: End = field(default_factory=lambda: End(versions=60))
     faults: tuple[Fault, ...] = ()
+    hostile: tuple[Hostile, ...] = ()
+    narrow: Narrow = field(default_factory=Narrow)
+    local: Local = field(default_factory=Local)
     simulate: Simulated = field(default_factory=Simulated)
 
     def __post_init__(self) -> None:
@@ -140,11 +199,35 @@ class Scenario:
         from_table(table, "[aggregator]")
         for fault in self.faults:
             self._check(fault)
+        if self.narrow.share and self.local.fine_tune:
+            raise ConfigError("local.fine_tune makes models of the full width: leave out narrow.share, or it")
+        if sum(self._counts()) > self.devices:
+            raise ConfigError("[[hostile]] the shares come to more than 1: more hostile devices than there are")
+
+    @property
+    def behaviours(self) -> Mapping[int, Behaviour]:
+        """What each hostile device does, by its number."""
+        order = random.Random(f"{self.seed}/hostile").sample(range(self.devices), self.devices)  # noqa: S311 - an experiment's, to be repeated
+        kinds = [each.behaviour for each, count in zip(self.hostile, self._counts(), strict=True) for _ in range(count)]
+        return dict(sorted(zip(order, kinds, strict=False)))
+
+    @property
+    def widths(self) -> tuple[float, ...]:
+        """Of each device's sub-network; 1 is the whole model. Hostile ones have all of it."""
+        count = round(self.narrow.share * self.devices)
+        drawn = random.Random(f"{self.seed}/narrow").sample(range(self.devices), count)  # noqa: S311 - an experiment's, to be repeated
+        chosen = set(drawn) - set(self.behaviours)
+        return tuple(self.narrow.width if index in chosen else 1.0 for index in range(self.devices))
+
+    def _counts(self) -> list[int]:
+        return [round(each.share * self.devices) for each in self.hostile]
 
     def partition_of(self, device: int) -> str:
         """The device's own part, in the form that `edge join --partition` takes."""
         if self.partition == "all":
             return "all"
+        if self.partition == "natural":
+            return f"natural:{device}"
         part = f"{self.partition}:{device}/{self.devices}"
         return part if self.partition == "iid" else f"{part}:{self.seed}"
 
@@ -172,15 +255,21 @@ class Scenario:
 def load(path: Path) -> Scenario:
     """The scenario in a TOML file. Raises `ConfigError`, which names the file and the key."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
+    return loads(text, str(path))
+
+
+def loads(text: str, source: str) -> Scenario:
+    """The scenario in a TOML file's text; `source` is what errors call it."""
+    table = toml.read(text, source)
     try:
         return parse(table)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{source}: {error}") from error
 
 
 def parse(table: Mapping[str, object]) -> Scenario:
@@ -193,6 +282,7 @@ def parse(table: Mapping[str, object]) -> Scenario:
         "seed": top.whole("seed"),
         "data": None if (data := top.text("data")) is None else Path(data),
         "partition": top.text("partition"),
+        "dense": top.texts("dense"),
         "sync": top.switch("sync"),
         "engine": broker.text("engine"),
         "broker_url": broker.text("url"),
@@ -200,7 +290,10 @@ def parse(table: Mapping[str, object]) -> Scenario:
         "plan": top.table("plan").rest(),
         "aggregator": _dotted(top.table("aggregator").rest()),
         "end": _end(top.table("end")),
+        "hostile": tuple(_hostile(row) for row in top.rows("hostile")),
         "faults": tuple(_fault(row) for row in top.rows("fault")),
+        "narrow": _narrow(top.table("narrow")),
+        "local": _local(top.table("local")),
         "simulate": _simulated(top.table("simulate")),
     }
     broker.refuse_unknown()
@@ -229,6 +322,27 @@ def _fault(table: Table) -> Fault:
     if kill is None or after is None:
         raise ConfigError("[[fault]] needs kill and after_version")
     return Fault(kill=kill, after_version=after, restart_after_s=1.0 if restart is None else restart)
+
+
+def _hostile(table: Table) -> Hostile:
+    kind = table.text("kind")
+    given = {"share": table.number("share"), "strength": table.number("strength"), "samples": table.whole("samples")}
+    table.refuse_unknown()
+    if kind is None:
+        raise ConfigError(f"[[hostile]] needs kind: {', '.join(KINDS)}")
+    return Hostile(kind=kind, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]  # read by kind above
+
+
+def _narrow(table: Table) -> Narrow:
+    given = {"share": table.number("share"), "width": table.number("width")}
+    table.refuse_unknown()
+    return Narrow(**{name: value for name, value in given.items() if value is not None})
+
+
+def _local(table: Table) -> Local:
+    given = {"hold_out": table.number("hold_out"), "fine_tune": table.number("fine_tune")}
+    table.refuse_unknown()
+    return Local(**{name: value for name, value in given.items() if value is not None})
 
 
 def _simulated(table: Table) -> Simulated:

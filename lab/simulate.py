@@ -59,13 +59,13 @@ class Simulation:
         self._made_at = 0.0
         self._ended = False
         model = task.initial(scenario.seed)
-        self.schema = Schema.of({name: array.shape for name, array in model.items()})
+        self.schema = Schema.of({name: array.shape for name, array in model.items()}, scenario.dense)
         names = [f"device-{index}" for index in range(scenario.devices)]
         chosen = scenario.settings(task.default_plan)
         if folder is None:
             founded = founding.without_disk(scenario.seed, names, model, chosen, self.schema)
         else:
-            founded = founding.on_disk(folder, names, model, chosen)
+            founded = founding.on_disk(folder, names, model, chosen, scenario.dense)
         self.ledger = founded.ledger
         self.aggregator = VirtualAggregator(self.clock, self.broker, founded.ledger, founded.core, self._made)
         vectors: WeakValueDictionary[bytes, Vector] = WeakValueDictionary()
@@ -96,6 +96,7 @@ class Simulation:
         model = self.aggregator.core.model
         if self._evaluated < model.version:
             self._evaluate(model.version, model.published)
+        self._hear_devices(model.version, model.published)
         while len(self.carried) <= model.version:  # made in the very moment of the end
             self.carried.append(self._count())
 
@@ -161,11 +162,21 @@ class Simulation:
     def _evaluate(self, version: int, vector: Vector) -> Evaluation:
         found = self._evaluator.evaluate(to_tensors(self.schema, vector))
         self._evaluated = version
-        metrics = Metrics(version=version, samples=found.samples, split="test", values=found.values)
+        metrics = Metrics(version=version, samples=found.samples, split="test", values=found.finite)
         self.ledger.write(
             [records.MetricsReceived(device=founding.EVALUATOR, seq=version, metrics=metrics)], self.clock.now
         )
         return found
+
+    def _hear_devices(self, version: int, vector: Vector) -> None:
+        """Their last reports: devices in a federation that closes stay for them, and the clock stops before."""
+        members = self.aggregator.core.registry.members
+        for device in self.devices:
+            metrics = device.last_report(version, self.schema, vector)
+            if metrics is not None and device.name in members:
+                seq = members[device.name].metrics_seq + 1
+                record = records.MetricsReceived(device=device.name, seq=seq, metrics=metrics)
+                self.ledger.write([record], self.clock.now)
 
     def _disturb(self, version: int) -> None:
         """Kill what is due."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from broker.errors import FederationError
+from edge_client.core import EXIT_BUDGET
 from lab.child import Child, stop
 
 RESTART_AFTER_S: Final = 1.0
@@ -38,12 +39,15 @@ class Supervisor:
         child.start()
 
     def check(self) -> None:
-        """Raise `ChildError` for a process that ended by itself; start those that were killed, when it is time."""
+        """Raise `ChildError` for a process that ended by itself; start those that were killed, when it is time.
+
+        A device may end whose budget of privacy is spent.
+        """
         now = time.monotonic()
         for name, child in self._children.items():
             if name in self._start_again:
                 self._start_if_due(child, now)
-            elif (code := child.ended()) is not None and not (code == 0 and name in self._may_end):
+            elif (code := child.ended()) is not None and not self._may_have(name, code):
                 self._ended(child, code, now)
 
     def kill(self, name: str, *, restart_after_s: float) -> None:
@@ -76,6 +80,9 @@ class Supervisor:
 
     def stop_all(self, *, grace_s: float) -> None:
         self.stop(list(self._children), grace_s=grace_s)
+
+    def _may_have(self, name: str, code: int) -> bool:
+        return code == EXIT_BUDGET or (code == 0 and name in self._may_end)
 
     def _start_if_due(self, child: Child, now: float) -> None:
         if now >= self._start_again[child.name]:

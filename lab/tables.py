@@ -22,6 +22,12 @@ class Table:
             return value
         raise self._wrong(key, value, "a string")
 
+    def texts(self, key: str) -> tuple[str, ...] | None:
+        value = self._get(key)
+        if value is None or (isinstance(value, list) and all(isinstance(each, str) and each for each in value)):
+            return None if value is None else tuple(value)
+        raise self._wrong(key, value, "a list of strings")
+
     def switch(self, key: str) -> bool | None:
         value = self._get(key)
         if value is None or isinstance(value, bool):

@@ -82,6 +82,7 @@ class Testbed:
             broker=broker,
             model=load_safetensors(output.initial),
             settings=scenario.settings(task["plan"]),
+            dense=scenario.dense,
         )
         self._invite()
         self._start(AGGREGATOR, "ternbus", ["aggregator", "run", str(output.aggregator)])

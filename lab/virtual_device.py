@@ -6,9 +6,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import assert_never
 
+import numpy as np
+
 from broker import frame
 from broker.errors import ProtocolError
-from broker.schema import Vector
+from broker.messages import Metrics
+from broker.schema import Schema, Vector
 from edge_client import events
 from edge_client.actions import (
     Action,
@@ -16,17 +19,21 @@ from edge_client.actions import (
     Log,
     Publish,
     Save,
+    SavePersonal,
     StartEvaluation,
+    StartFineTuning,
     StartTraining,
     Stop,
     Subscribe,
     Unsubscribe,
 )
 from edge_client.core import Core
+from edge_client.follower import Beginning
 from edge_client.kept import Kept
 from edge_client.member import Member
+from edge_client.noise import Chance
 from edge_client.trainer import Trainer
-from edge_client.training import train
+from edge_client.training import evaluate, fine_tune, train
 from lab.clock import Alarm, Clock
 from lab.memory_broker import Line, MemoryBroker, Session
 
@@ -36,7 +43,9 @@ class Body:
     """What makes one device another than the next: who it is, what it learns from, how fast, over which line."""
 
     member: Member
+    beginning: Beginning
     trainer: Trainer
+    held: Trainer | None  # with the data that it holds out
     seconds: Callable[[], float]  # how long its next training lasts
     line: Line
 
@@ -106,7 +115,7 @@ class VirtualDevice:
         self._handle(events.Published(seq=seq))
 
     def _begin(self) -> tuple[Core, Alarm]:
-        core = Core(self._body.member, self.kept)
+        core = Core(self._body.member, self.kept, self._body.beginning)
         return core, Alarm(self._clock, core.due_s, lambda: self._handle(events.TimeReached()))
 
     def _handle(self, event: events.Event) -> None:
@@ -130,7 +139,9 @@ class VirtualDevice:
             case StartTraining():
                 self._train()
             case StartEvaluation():
-                raise AssertionError("a device that trains evaluates nothing")
+                self._clock.at(self._clock.now, partial(self._evaluate, self.core, action))
+            case StartFineTuning() | SavePersonal():
+                raise AssertionError("the simulation fine-tunes for its devices")
             case Stop():
                 self.session.disconnect()
                 self._left(action)
@@ -148,10 +159,29 @@ class VirtualDevice:
         job = life.learning.running
         if life is not self.core or not self._runs or job is None:
             return
-        result = train(self._body.trainer, job)
+        # Nobody's data are at stake, and the same scenario is to give the same report: the noise has a seed here.
+        result = train(self._body.trainer, job, Chance(np.random.default_rng(job.seed).bytes))
         if isinstance(result, events.TrainingFinished):
             result = replace(result, metrics={**result.metrics, "seconds": seconds})
         self._handle(result)
+
+    def _evaluate(self, life: Core, job: StartEvaluation) -> None:
+        """It takes no time: the published figures of a device's speed are for training."""
+        if life is self.core and self._runs and self._body.held is not None:
+            self._handle(evaluate(self._body.held, job))
+
+    def last_report(self, version: int, schema: Schema, vector: Vector) -> Metrics | None:
+        """What it would say of the last version, and of a model of its own, before it leaves; None if nothing."""
+        learning, held = self.core.learning, self._body.held
+        if held is None or learning.plan is None or learning.sealed:
+            return None
+        found: events.Evaluated | events.FineTuned = evaluate(
+            held, StartEvaluation(version=version, schema=schema, vector=vector)
+        )
+        if self._body.member.fine_tune:
+            tuned = fine_tune(self._body.trainer, held, self.core.personal.job(learning.plan, version, schema, vector))
+            found = found if isinstance(tuned, events.FineTuningFailed) else tuned
+        return Metrics(version=version, samples=found.samples, split="local", values=found.values)
 
     def _share(self) -> None:
         follower, learning = self.core.follower, self.core.learning

@@ -3,11 +3,13 @@
 import io
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from aggregator.local_tests import LocalTests, Report
 from lab import progress, report
 from lab.moment import Moment
 from lab.scenario import Scenario
@@ -85,8 +87,27 @@ def test_each_version_has_its_row(summary: dict[str, Any]) -> None:
         "updates": 4,
         "staleness": 0.5,
         "staleness_max": 2,
+        "local": None,
     }
     assert summary["versions"][2]["accuracy"] is None
+
+
+def test_the_report_has_the_spread_over_devices(tmp_path: Path) -> None:
+    tests = LocalTests.of(
+        Report(device=name, version=version, samples=5, values={"accuracy": accuracy})
+        for name, version, accuracy in (("device-0", 1, 0.25), ("device-1", 1, 0.5), ("device-1", 2, 1 / 3))
+    )
+    found = status()
+    for row in found["versions"]:
+        row["local"] = tests.version(row["version"])
+    moment = Moment.read(found | {"local": tests.summary()}, COUNTERS)
+    summary = report.summary(moment, scenario=Scenario(), parameters=PARAMETERS, wall_seconds=1.0)
+    assert [row["local"] and row["local"]["devices"] for row in summary["versions"]] == [None, 2, 1]
+    assert summary["local"]["accuracy"] == {"worst_decile": 0.25, "median": 0.291667, "mean": 0.291667}
+    assert "worst tenth 0.2500, median 0.2917" in progress.closing_table(summary, ["report.json"])
+    if find_spec("matplotlib"):
+        assert report.plot(summary, tmp_path / "with.png") is None
+        assert (tmp_path / "with.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_report_is_json(summary: dict[str, Any], tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ def test_the_example_has_every_key(tmp_path: Path) -> None:
     assert example.end.seconds
     assert example.end.accuracy
     assert [fault.kill for fault in example.faults] == ["aggregator", "device:2"]
+    assert [each.kind for each in example.hostile] == ["sign-flip"]
 
 
 def test_an_empty_file_is_the_run_without_a_file(tmp_path: Path) -> None:
@@ -198,3 +199,15 @@ def test_an_accuracy_that_nobody_measured_ends_nothing() -> None:
 def test_without_any_end_there_is_none() -> None:
     with pytest.raises(ConfigError, match="when does the run end"):
         End()
+
+
+def test_what_devices_hold_out_is_read_and_what_cannot_be_measured_refused() -> None:
+    wanted = scenario.loads("[local]\nhold_out = 0.25\nfine_tune = 2", "x")
+    assert (wanted.local.hold_out, wanted.local.fine_tune) == (0.25, 2.0)
+    for text, message in (
+        ("[local]\nhold_out = 0.5", r"local\.hold_out is 0\.5"),
+        ("[local]\nfine_tune = 2", r"needs local\.hold_out"),
+        ("[local]\nholdout = 0.2", r"local\.holdout"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            scenario.loads(text, "x")

@@ -17,15 +17,15 @@ from aggregator import home, records
 from aggregator.ledger import Ledger
 from broker.errors import ConfigError
 from broker.link import packet_bytes
-from broker.schema import vector_digest
+from broker.schema import to_tensors, vector_digest
 from edge_client.tasks import digits_numpy
-from edge_client.trainer import Evaluation, FloatArray, Plan, Task, Tensors, Trained
+from edge_client.trainer import Evaluation, FloatArray, Plan, Task, Tensors, Trained, halves_of
 from lab import cli, scenario
 from lab.clock import Alarm, Clock
 from lab.memory_broker import Line, MemoryBroker, Session, matches
 from lab.memory_ledger import MemoryLedger
 from lab.progress import Lines
-from lab.scenario import End, Fault, Scenario, Simulated, Speeds
+from lab.scenario import End, Fault, Hostile, Local, Scenario, Simulated, Speeds
 from lab.simulate import Simulation
 
 SMALL = Scenario(
@@ -219,8 +219,16 @@ def test_bytes_are_counted_by_version() -> None:
     assert rows[-1]["update_bytes"] == found["bytes_up"] > 0
     assert rows[-1]["delta_bytes"] == found["bytes_down"] > 0
     assert rows[0]["update_bytes"] == rows[0]["delta_bytes"] == rows[0]["snapshot_bytes"] == 0
-    assert rows[-1]["snapshot_bytes"] > 5 * 4 * found["parameters"]
+    assert rows[-1]["snapshot_bytes"] == 0  # every device makes the first model itself
     assert found["virtual"] is True
+
+
+def test_a_device_that_lost_the_model_fetches_a_snapshot() -> None:
+    fault = Fault(kill="device:0", after_version=5, restart_after_s=1.0)
+    lost = replace(SMALL, aggregator={"downlink.slots": 4}, end=End(versions=8), faults=(fault,))
+    found = report(simulated(lost))
+    vector_bytes = 4 * found["parameters"]
+    assert 0.7 * vector_bytes < found["versions"][-1]["snapshot_bytes"] < 3 * vector_bytes
 
 
 def test_devices_of_a_version_share_its_vector() -> None:
@@ -554,3 +562,44 @@ def test_a_record_that_only_a_restart_would_read_is_not_kept() -> None:
     ledger = MemoryLedger([("x", b"1"), ("y", b"2")])
     ledger.write([records.FramesKept(frames=(("x", b"3"), ("y", b""))), records.SessionBegun(session=2)])
     assert (ledger.frame("x"), ledger.frame("y"), ledger.status()["state"]) == (b"3", b"", "open")
+
+
+OWN = replace(
+    SMALL, task="digits-numpy", partition="dirichlet:0.2", local=Local(hold_out=0.2, fine_tune=2.0), end=End(versions=8)
+)
+
+
+def test_devices_report_of_their_own_data_and_hostile_ones_do_not() -> None:
+    wanted = replace(OWN, hostile=(Hostile(kind="free-rider", share=0.4),))
+    found = report(simulated(wanted, digits_numpy.TASK))
+    assert found["local"]["devices"] == 3
+    assert (found["local"]["oldest"], found["local"]["newest"]) == (8, 8)
+    assert found["local"]["fine_tuned"]["devices"] == 3
+    assert found["local"]["fine_tuned"]["gain"]["median"] > 0  # each has few classes, and tunes to them
+    assert sum(row["local"] is not None for row in found["versions"]) > 2
+    assert found["accuracy"] == found["versions"][-1]["accuracy"] is not None  # the evaluator's, of all classes
+
+
+def test_what_is_reported_is_what_was_held_out() -> None:
+    simulation = simulated(OWN, digits_numpy.TASK)
+    vector = to_tensors(simulation.schema, simulation.aggregator.core.model.published)
+    accuracies = []
+    for index in range(OWN.devices):
+        trainer, held = halves_of(digits_numpy.TASK, None, [OWN.partition_of(index)], 0.2)[0]
+        accuracies.append(held.evaluate(vector).values["accuracy"])
+        samples = {row.samples for row in memory(simulation).contributions if row.device == f"device-{index}"}
+        assert samples <= {trainer.samples}
+    assert report(simulation)["local"]["accuracy"]["mean"] == pytest.approx(sum(accuracies) / len(accuracies), abs=1e-6)
+
+
+def test_a_real_ledger_has_the_same_reports(tmp_path: Path) -> None:
+    """Until the devices' last words: they come after the last version, which both have."""
+    in_memory, on_disk = simulated(OWN, digits_numpy.TASK), simulated(OWN, digits_numpy.TASK, tmp_path / "agg")
+    one, other = report(in_memory), report(on_disk)
+    assert one["local"] == other["local"]
+    assert [row["local"] for row in one["versions"]] == [row["local"] for row in other["versions"]]
+    on_disk.close()
+
+
+def test_under_a_sealing_plan_nothing_is_reported() -> None:
+    assert report(simulated(replace(OWN, plan={"seal": True}), digits_numpy.TASK))["local"] is None

@@ -25,6 +25,7 @@ MODULES = {
     "while True: signal.pause()",
     "failing": "import sys; print('one'); print('two'); sys.exit('three')",
     "content": "print('done')",
+    "spent": "import sys; sys.exit(4)",
     "parent": "import subprocess, sys, signal\n"
     "print(subprocess.Popen([sys.executable, '-c', 'import signal; signal.pause()']).pid, flush=True); signal.pause()",
     "suicidal": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
@@ -130,6 +131,14 @@ def test_killing_the_lab_leaves_no_child(child: MakeChild, tmp_path: Path) -> No
         process = int(lab.stdout.readline())
         lab.kill()
     assert has_ended(process)
+
+
+def test_a_device_may_end_whose_privacy_budget_is_spent(child: MakeChild, supervisor: Supervisor) -> None:
+    spent = child("spent")
+    supervisor.start(spent)
+    until(lambda: not spent.running)
+    supervisor.check()
+    assert not supervisor.running([spent.name])
 
 
 def test_a_killed_child_is_started_again(child: MakeChild, supervisor: Supervisor, said: list[str]) -> None:
