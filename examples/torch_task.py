@@ -1,0 +1,61 @@
+"""The same in a federation: ternbus lab run --task examples.torch_task:TASK --data edge_client/tasks.
+
+The folder has digits.csv.gz: a row an image of 8 x 8 pixels from 0 to 16, and what it shows.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edge_client.torch_trainer import TorchTask
+
+FOLDER = Path(__file__).parent.parent / "edge_client" / "tasks"
+
+
+def model() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16 * 4 * 4, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
+
+
+def data(folder: Path, split: str) -> tuple[Tensor, Tensor]:
+    table = np.loadtxt(folder / "digits.csv.gz", delimiter=",", dtype=np.float32)
+    held_out = np.arange(len(table)) % 5 == 0
+    table = torch.from_numpy(table[held_out if split == "test" else ~held_out])
+    return table[:, :64].reshape(-1, 1, 8, 8) / 16, table[:, 64].long()
+
+
+TASK = TorchTask(
+    name="digits-example",
+    model=model,
+    data=data,
+    default_plan={"local_epochs": 2, "batch_size": 32, "learning_rate": 0.05, "momentum": 0.9},
+)
+
+
+def main(folder: Path = FOLDER, epochs: int = 10) -> None:
+    net = model()
+    inputs, targets = data(folder, "train")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(inputs)).split(32):
+            optimizer.zero_grad()
+            functional.cross_entropy(net(inputs[batch]), targets[batch]).backward()
+            optimizer.step()
+    inputs, targets = data(folder, "test")
+    print(f"accuracy {(net.eval()(inputs).argmax(1) == targets).float().mean():.3f}")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:2]), *map(int, sys.argv[2:3]))

@@ -1,0 +1,86 @@
+"""The examples run as they stand there, alone and as tasks, and a script becomes a task by less than 15 lines."""
+
+import difflib
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from broker.errors import ConfigError
+from edge_client.check import check
+from edge_client.trainer import Plan, load_task
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+DATA = ROOT / "edge_client" / "tasks"
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def test_a_plain_script_becomes_a_task_by_less_than_15_lines() -> None:
+    plain, task = ((EXAMPLES / name).read_text().splitlines() for name in ("plain_torch.py", "torch_task.py"))
+    changed = [line for line in difflib.unified_diff(plain, task, n=0, lineterm="") if line[:3] not in ("---", "+++")]
+    changed = [line for line in changed if line[0] in "+-"]
+    assert 0 < len(changed) < 15
+    assert [line for line in changed if line[0] == "-"] == [f"-{plain[0]}"]  # its title: all that it was it still is
+
+
+@pytest.mark.slow
+def test_the_plain_script_and_the_task_run_alone_and_learn() -> None:
+    for name in ("plain_torch.py", "torch_task.py"):
+        command = [sys.executable, "-W", "error", str(EXAMPLES / name), str(DATA), "2"]
+        ran = subprocess.run(
+            command, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120, check=True
+        )
+        assert float(ran.stdout.split()[1]) > 0.85
+
+
+def test_the_classifier_in_scikit_style_fits_and_predicts_without_a_federation() -> None:
+    module = importlib.import_module("examples.numpy_task")
+    inputs, labels = module.load("train")
+    found = module.SoftmaxRegression(64, 10, steps=60).fit(inputs, labels)
+    test_inputs, test_labels = module.load("test")
+    assert (found.predict(test_inputs) == test_labels).mean() == found.score(test_inputs, test_labels) > 0.85
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "least"), [("torch_task", 1, 0.75), ("numpy_task", 1, 0.7), ("sensor_task", 4, 0.8)]
+)
+def test_an_example_is_a_task_that_is_ready_and_learns(name: str, epochs: int, least: float) -> None:
+    task = load_task(f"examples.{name}:TASK")
+    data = DATA if name == "torch_task" else None
+    report = check(task, data=data)
+    assert not report.problems
+    alone = {"local_epochs": epochs, "statistics_rate": 1}  # one device, one training: nothing to overshoot
+    plan = Plan.from_meta({**task.default_plan, **alone})
+    start = task.initial(0)
+    trained = task.trainer(data=data, partition="iid:0/2").train(start, plan, version=0, seed=0)
+    assert task.evaluator(data=data).evaluate(trained.tensors).values["accuracy"] > least
+
+
+def test_the_sensor_task_reads_recordings_of_ones_own_and_says_where_it_looks_for_them(tmp_path: Path) -> None:
+    module = importlib.import_module("examples.sensor_task")
+    table = module.recording(seed=3, minutes=1)
+    np.savetxt(tmp_path / "train.csv", table, delimiter=",", header="x,y,z,state", comments="")
+    inputs, labels = module.data(tmp_path, "train")
+    expected, states = module.windows(table)
+    np.testing.assert_allclose(inputs, expected, atol=1e-5)
+    assert labels.tolist() == states.tolist()
+    with pytest.raises(ConfigError, match=f"{tmp_path}/test.csv"):
+        module.data(tmp_path, "test")
+
+
+def test_the_sensor_task_trains_in_no_window_in_which_the_state_changes() -> None:
+    module = importlib.import_module("examples.sensor_task")
+    table = np.zeros((250, 4))
+    table[:, 0] = np.arange(250)
+    table[120:, 3] = 2
+    inputs, labels = module.windows(table)
+    assert labels.tolist() == [0, 2]  # from 0 and from 150: those from 50 and 100 see both
+    assert inputs.shape == (2, 3, 100)
