@@ -1,0 +1,50 @@
+"""One target under libFuzzer, in a process of its own: it ends the process. ``fuzz.__main__`` starts it.
+
+python -m fuzz.one TARGET SAMPLE_EVERY [libFuzzer's options and corpus …]
+"""
+
+import importlib
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import atheris
+from atheris.import_hook import HookManager
+
+# atheris 3.0.0 loses the result of each comparison of arrays that it traces. So of what reads arrays (and, for speed,
+# of tomllib) only branches are traced, and of what computes with them nothing.
+with HookManager({"broker", "tomllib"}, set(), enable_loader_override=False, trace_dataflow=False):
+    for module in ("broker.schema", "broker.ternary", "tomllib"):
+        importlib.import_module(module)
+ARITHMETIC = ["aggregator.accumulator", "aggregator.downlink", "aggregator.merge", "aggregator.optimizer"]
+with atheris.instrument_imports(include=["aggregator", "broker", "edge_client", "lab"], exclude=ARITHMETIC):
+    from fuzz.targets import TARGETS, ends_well
+
+SAMPLE = "memory"
+
+
+def resident_kib() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") // 1024
+
+
+def main() -> None:
+    """Fuzz until libFuzzer's options say so; says on stderr after so many inputs how much memory is held."""
+    name, every, *options = sys.argv[1:]
+    target, sample_every, count = TARGETS[name], int(every), 0
+
+    def test_one_input(data: bytes) -> None:
+        nonlocal count
+        ends_well(target, data)
+        count += 1
+        if count % sample_every == 0:
+            print(SAMPLE, count, resident_kib(), file=sys.stderr, flush=True)
+
+    warnings.simplefilter("error")
+    atheris.Setup([name, *options], test_one_input)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""The corpus that fuzzing begins with: ``tests/vectors.json``, our own files as we write them, and what was found.
+
+``python -m fuzz.seeds`` writes the first two to ``fuzz/corpus``. What fuzzing found, and a fix mended, is put there by
+hand, as ``found-NAME``: ``tests/test_fuzz.py`` reads all of it, with or without a fuzzer.
+"""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any, Final
+
+import msgpack
+
+from aggregator import settings
+from broker.frame import parse
+from broker.invitation import Invitation
+from broker.messages import Delta, Enroll, Grant, Metrics, Offer, Snapshot, Status
+from broker.ternary import RAW, encode
+from fuzz import peer
+from fuzz.targets import KINDS
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+CORPUS: Final = Path(__file__).resolve().parent / "corpus"
+
+Seeds = dict[str, bytes]
+
+
+def seeds() -> dict[str, Seeds]:
+    """By target and name."""
+    vectors = json.loads((ROOT / "tests" / "vectors.json").read_text(encoding="utf-8"))
+    frames = {name: bytes.fromhex(vectors[name]["frame"]) for name in ("update", "head", "receipt", "enroll")}
+    frames |= {f"part-{i}": bytes.fromhex(frame) for i, frame in enumerate(vectors["message_in_3_parts"]["frames"])}
+    schema = bytes.fromhex(vectors["schema"]["bytes"])
+    vector = bytes.fromhex(vectors["vector"]["float32"])
+    return {
+        "frame": frames,
+        "header": _headers(frames),
+        "block": _blocks(vectors),
+        "schema": {"vectors": schema, "one": msgpack.packb([["w", [3], "dense"]])},
+        "snapshot": _snapshots(schema, vector),
+        "invitation": {name: each.encode() for name, each in _invitations().items()},
+        "aggregator-toml": _aggregator(),
+        "scenario-toml": {"example": (ROOT / "lab" / "example.toml").read_bytes(), "full": SCENARIO.encode()},
+        "broker-log": {"mosquitto": b"\xfe" + MOSQUITTO.encode(), "nats": b"\xff" + NATS.encode()},
+        "update": _peer(frames),
+    }
+
+
+def _headers(frames: Seeds) -> Seeds:
+    """Of the vectors' frames, and one of each kind that they lack."""
+    headers = {name: parse(frame).header for name, frame in frames.items()}
+    about = msgpack.unpackb(headers["receipt"])
+    for message in (
+        Delta(version=3, digest=bytes(32), codec="ternary", encoding="zstd"),
+        Grant(device="pi-01", device_key=about["key"], seq=7, parts=((0, 2), (5, 9)), deadline_s=30.0),
+        Metrics(version=3, samples=100, split="test", values={"accuracy": 0.5}),
+        Offer(base=3, parts=9),
+        Snapshot(version=3, digest=bytes(32), schema_bytes=80, content_bytes=200, encoding="zstd"),
+        Status(state="training", session=2, base=3, software="ternbus"),
+    ):
+        headers[message.KIND] = msgpack.packb({**about, "kind": message.KIND, "meta": message.meta()})
+    assert {msgpack.unpackb(header)["kind"] for header in headers.values()} == set(KINDS)
+    return headers
+
+
+def _blocks(vectors: Any) -> Seeds:
+    ternary, floats = (bytes.fromhex(vectors[name]["content"]) for name in ("ternary_block", "float32_block"))
+    blocks = {"ternary": b"\0" + ternary, "float32": b"\1" + floats, "ternary-zstd": b"\2" + encode(ternary)}
+    blocks["float32-zstd"] = b"\3" + encode(floats)
+    blocks |= {_slug("bad", name): b"\0" + bytes.fromhex(bad) for name, bad in vectors["malformed_blocks"].items()}
+    return blocks | {_slug("bad", name): b"\2" + bytes.fromhex(bad) for name, bad in vectors["malformed_zstd"].items()}
+
+
+def _snapshots(schema: bytes, vector: bytes) -> Seeds:
+    length = struct.pack("<H", len(schema))
+    return {"raw": length + b"\0" + schema + vector, "zstd": length + b"\1" + encode(schema + vector)}
+
+
+def _invitations() -> dict[str, str]:
+    invitation = Invitation(
+        federation="lab", device="pi-01", broker="mqtt://127.0.0.1:1883", aggregator_key="0a" * 32, code="c" * 32
+    )
+    pem = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
+    secured = Invitation(
+        federation="lab",
+        device="pi-01",
+        broker="mqtts://[::1]:8883",
+        aggregator_key="0A" * 32,
+        code="ü",
+        ca=pem,
+        certificate=pem,
+        key=pem,
+    )
+    return {"plain": invitation.dumps(), "tls": secured.dumps()}
+
+
+def _aggregator() -> Seeds:
+    table = {"federation": "lab", "broker": "mqtt://127.0.0.1:1883"}
+    plan = {"local_epochs": 0.5, "codec": "ternary", "seal": True, "seed": 7, "own": ["a", 1, 2.5, False], "ü": "\x7f"}
+    chosen: dict[str, Any] = {**table, "plan": plan, "optimizer": {"name": "fedavgm"}, "downlink": {"codec": "float32"}}
+    named = {"default": table, "chosen": chosen}
+    return {name: settings.dumps(settings.from_table(each)).encode() for name, each in named.items()}
+
+
+def _peer(frames: Seeds) -> Seeds:
+    """[kind, part, flags, meta's length] meta, body: as ``fuzz.peer`` takes them apart."""
+    update = parse(frames["update"])
+    meta = {**update.meta, "base": 0}
+    metas = {
+        "status": Status(state="idle", session=1).meta(),
+        "offer": Offer(base=0, parts=3).meta(),
+        "metrics": Metrics(version=0, samples=9, split="local", values={"loss": 0.5}).meta(),
+        "enroll": Enroll(public_key=peer.KEY.public).meta(),
+    }
+    found = {kind: _told(kind, about, b"") for kind, about in metas.items()}
+    body = update.body
+    found["update"] = _told("update", meta, body)
+    found["update-zstd"] = _told("update", {**meta, "encoding": "zstd"}, encode(body))
+    found["update-float32"] = _told("update", {**meta, "codec": "float32", "encoding": RAW}, bytes(60))
+    found["update-sealed"] = _told("update", {**meta, "sealed": True}, body)
+    found["part-0"] = _told("update", meta, bytes(1024), part=0x20)
+    found["part-1"] = _told("update", meta, body, part=0x21, flags=1)
+    return found
+
+
+def _told(kind: str, meta: Any, body: bytes, *, part: int = 0x10, flags: int = 0) -> bytes:
+    packed: bytes = msgpack.packb(meta)
+    return bytes([peer.KINDS.index(kind), part, flags]) + struct.pack("<H", len(packed)) + packed + body
+
+
+def _slug(prefix: str, name: str) -> str:
+    return "-".join((prefix, *"".join(each if each.isalnum() else " " for each in name).split()))
+
+
+SCENARIO: Final = """\
+task = "digits-numpy"
+devices = 4
+partition = "iid"
+sync = true
+[speeds]
+sigma = 0
+median_s = 1
+[plan]
+local_steps = 3
+[broker]
+engine = "nats"
+[end]
+versions = 9
+seconds = 10.5
+accuracy = 0.9
+[aggregator.merge]
+buffer_size = 2
+[[fault]]
+kill = "device:3"
+after_version = 5
+restart_after_s = 2.5
+[[fault]]
+kill = "broker"
+after_version = 8
+[simulate]
+jitter = 0.1
+up_mbit_s = 1
+"""
+
+
+MOSQUITTO: Final = """\
+OpenSSL Error[0]: error:0A0000C7:SSL routines::peer did not return a certificate
+Received SUBSCRIBE from pi-2
+\tternbus/1/lab/down/pi-1/# (QoS 1)
+pi-2 1 $share/g/ternbus/1/lab/down/+/#
+Denied PUBLISH from pi-2 (d0, q1, r1, m3, 'ternbus/1/lab/up/pi-1/update', ... (1 bytes))
+"""
+
+NATS: Final = """\
+[7] 2026/11/20 14:06:14.449466 [ERR] 127.0.0.1:55865 - mid:25 - TLS handshake error: tls: client offered only unsupported versions: [303]
+[7] 2026/11/20 14:06:17.302451 [WRN] Auth callout service returned an error: wrong-client-id: the certificate of "pi-2" calls itself 'pi-1'
+[7] 2026/11/20 14:06:19.436519 [ERR] 127.0.0.1:48429 - mid:40 - "pi-2" - Subscription Violation - Subject ">", SID >
+[7] 2026/11/20 14:06:20.837250 [ERR] 127.0.0.1:48429 - mid:40 - "pi-2" - Publish Violation - Subject "ternbus.1.lab.up.pi-1.update"
+"""  # noqa: E501 - as it writes them
+
+
+def main() -> None:
+    """Write what is computed; leave what was found."""
+    for target, made in seeds().items():
+        folder = CORPUS / target
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in made.items():
+            (folder / name).write_bytes(data)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""What is fuzzed: each target reads any bytes as one kind of input, and only ever refuses them as it should.
+
+A target ends by itself or by ``ProtocolError`` or ``ConfigError``. Whatever is read without an error is also held
+against what must be true of it: written again it reads as the same, a vector is finite, a digest fits.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from hashlib import blake2b
+from typing import Final
+
+import numpy as np
+import zstandard
+
+from aggregator import settings
+from broker import mosquitto, refusals, topics
+from broker.errors import ConfigError, ProtocolError
+from broker.frame import MAGIC, SIGNATURE_BYTES, Frame, build, parse
+from broker.identity import AGGREGATOR, Identity
+from broker.invitation import Invitation
+from broker.messages import (
+    OPEN,
+    Delta,
+    Enroll,
+    Grant,
+    Head,
+    Metrics,
+    Offer,
+    Receipt,
+    Snapshot,
+    SnapshotRef,
+    Status,
+    Update,
+)
+from broker.schema import Schema, to_tensors, vector_digest
+from broker.ternary import CODECS, RAW, VALUE_MAX, ZSTD, Block, content_bytes, decode, encode
+from edge_client.follower import Follower
+from fuzz import peer
+from lab import scenario
+
+Target = Callable[[bytes], None]
+Message = Delta | Enroll | Grant | Head | Metrics | Offer | Receipt | Snapshot | Status | Update
+
+FEDERATION: Final = "lab"
+DEVICE: Final = Identity(bytes(range(32)))  # the keys of tests/vectors.json
+SERVER: Final = Identity(bytes(range(32, 64)))
+KINDS: Final = {
+    kind.KIND: kind for kind in (Delta, Enroll, Grant, Head, Metrics, Offer, Receipt, Snapshot, Status, Update)
+}
+SCHEMA: Final = peer.SCHEMA
+START: Final = np.arange(SCHEMA.elements, dtype=np.float32)
+SNAPSHOT_BYTES_MAX: Final = 2**20
+ACCESS: Final = refusals.Access.parse(mosquitto.access_list(["lab"]))
+EXPECTED: Final = (ProtocolError, ConfigError)
+
+
+def frame(data: bytes) -> None:
+    """A payload: envelope, header, and who signed it."""
+    found = parse(data)
+    if found.parts == 1:
+        assert data == b"".join(
+            (MAGIC, len(found.header).to_bytes(4, "little"), found.header, found.signature, found.body)
+        )
+    found.check_authentic((SERVER if found.sender == AGGREGATOR else DEVICE).public)
+
+
+def header(data: bytes) -> None:
+    """A header, then its meta as its kind reads it."""
+    found = parse(MAGIC + len(data).to_bytes(4, "little") + data + bytes(SIGNATURE_BYTES))
+    assert found.meta_bytes in data
+    check_topic(found)
+    kind = KINDS.get(found.kind)
+    if kind is not None:
+        message: Message = kind.from_meta(found.meta)
+        assert kind.from_meta(message.meta()) == message
+
+
+def check_topic(found: Frame) -> None:
+    """On the topic of another it is refused, whatever it is."""
+    for topic in (topics.head("other"), topics.up("other", "pi", "update")):
+        try:
+            topics.check(found, topics.parse(topic))
+        except ProtocolError:
+            continue
+        assert found.federation == "other"
+
+
+def block(data: bytes) -> None:
+    """A block by the schema of ``tests/vectors.json``; the first byte chooses codec and encoding."""
+    choice = data[0] if data else 0
+    codec, encoding = CODECS[choice & 1], (RAW, ZSTD)[choice >> 1 & 1]
+    read = Block.read(SCHEMA, codec, encoding, data[1:])
+    assert len(read.content) == content_bytes(SCHEMA, codec)
+    assert Block.read(SCHEMA, codec, ZSTD, encode(read.content)) == read
+    change = read.value()
+    assert np.isfinite(change).all()
+    assert np.abs(change).max() <= VALUE_MAX
+    assert np.isfinite(read.apply(START)).all()
+
+
+def schema(data: bytes) -> None:
+    """A schema's bytes."""
+    read = Schema.parse(data)
+    assert Schema.write(read.tensors).tensors == read.tensors
+    assert [segment.tensor for segment in read.segments] == list(read.tensors)
+    assert read.segments[-1].stop == read.elements
+    for codec in CODECS:
+        assert content_bytes(read, codec) > 0
+
+
+def snapshot(data: bytes) -> None:
+    """A snapshot as the follower takes it, of whoever signs anything: two bytes of schema_bytes, encoding, body."""
+    length, encoding, body = int.from_bytes(data[:2], "little"), (RAW, ZSTD)[len(data) > 2 and data[2] & 1], data[3:]
+    size, content = _stated(encoding, body)
+    follower = Follower(federation=FEDERATION)
+    follower.reconnected(0.0)
+    follower.head_accepted(
+        Head(
+            version=0,
+            digest=blake2b(content[length:], digest_size=32).digest(),
+            schema=blake2b(content[:length], digest_size=32).digest(),
+            snapshot=SnapshotRef(version=0, parts=1, content_bytes=size, place=0),
+            slots=4,
+            max_staleness=0,
+            direct_parts=4,
+            state=OPEN,
+            plan={},
+        ),
+        0.0,
+    )
+    told = Snapshot(
+        version=0,
+        digest=blake2b(content[length:], digest_size=32).digest(),
+        schema_bytes=length,
+        content_bytes=size,
+        encoding=encoding,
+    )
+    payload = build(
+        SERVER, federation=FEDERATION, sender=AGGREGATOR, kind=Snapshot.KIND, seq=1, meta=told.meta(), body=body
+    )
+    follower.part_arrived(topics.snapshot(FEDERATION, 0, 0), parse(payload), 0.0)
+    if follower.vector is not None and follower.schema is not None:
+        assert np.isfinite(follower.vector).all()
+        assert vector_digest(follower.vector) == told.digest
+        assert len(to_tensors(follower.schema, follower.vector)) == len(follower.schema.tensors)
+
+
+def _stated(encoding: str, body: bytes) -> tuple[int, bytes]:
+    """What an aggregator would call the length of this content, and the content as far as there is one."""
+    if encoding == RAW:
+        return len(body), body
+    try:
+        size = min(zstandard.get_frame_parameters(body).content_size, SNAPSHOT_BYTES_MAX)
+        return size, decode(body, encoding, size)
+    except (ProtocolError, zstandard.ZstdError):
+        return 0, b""
+
+
+def invitation(data: bytes) -> None:
+    """An invitation's text."""
+    read = Invitation.loads(text_of(data))
+    assert len(read.aggregator_public) == 32
+    assert Invitation.loads(read.dumps()) == read
+
+
+def aggregator_toml(data: bytes) -> None:
+    """The text of aggregator.toml."""
+    read = settings.parse(text_of(data))
+    assert settings.parse(settings.dumps(read)) == read
+
+
+def scenario_toml(data: bytes) -> None:
+    """A scenario's text."""
+    read = scenario.loads(text_of(data), "the scenario")
+    assert len(read.speeds.draw(1, read.seed)) == 1
+    read.settings({})
+
+
+def broker_log(data: bytes) -> None:
+    """What a broker writes of its clients, read in pieces; the first byte chooses the broker and their length."""
+    choice = data[0] if data else 0
+    dialect = list(refusals.DIALECTS.values())[choice & 1]
+    lines, tally, size = refusals.Lines(), refusals.Tally(since=""), 1 + (choice >> 1)
+    for start in range(1, len(data), size):
+        for line in lines.feed(data[start : start + size]):
+            assert len(line) <= refusals.LINE_BYTES
+            if refusal := dialect.refusal(line.decode("utf-8", "replace"), ACCESS):
+                tally.add(refusal, "")
+    for row in tally.rows.values():
+        assert row.reason in refusals.REASONS
+        assert row.client == refusals.STRANGER or re.fullmatch(refusals.NAME, row.client)
+        assert len(row.detail) <= refusals.DETAIL_CHARS
+        assert refusals.printable(row.detail) == row.detail
+    assert json.loads(tally.dumps())["since"] == ""
+
+
+def text_of(data: bytes) -> str:
+    """As from a file; one that is no UTF-8 is refused before anything of it is read."""
+    return data.decode("utf-8", "replace")
+
+
+TARGETS: Final[Mapping[str, Target]] = {
+    "frame": frame,
+    "header": header,
+    "block": block,
+    "schema": schema,
+    "snapshot": snapshot,
+    "invitation": invitation,
+    "aggregator-toml": aggregator_toml,
+    "scenario-toml": scenario_toml,
+    "broker-log": broker_log,
+    "update": peer.update,
+}
+
+
+def ends_well(target: Target, data: bytes) -> bool:
+    """Whether the input was read; refused is well too. Anything else raises."""
+    try:
+        target(data)
+    except EXPECTED:
+        return False
+    return True
