@@ -15,7 +15,8 @@ import msgpack
 import zstandard
 
 from aggregator.accumulator import Accumulator
-from benchmarks.ingest import FEDERATION, identity, shapes
+from benchmarks.ingest import FEDERATION, shapes
+from benchmarks.volley import identity
 from broker import topics
 from broker.frame import SIGNED_PREFIX, build
 from broker.identity import KeyId, verify

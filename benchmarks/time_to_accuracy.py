@@ -1,6 +1,6 @@
 """How much sooner, and for how many bytes, an asynchronous ternary federation learns than a synchronous float32 one.
 
-    python -m benchmarks.time_to_accuracy --data DIR [--seeds 1] [--out FOLDER] [--json]
+    python -m benchmarks.time_to_accuracy --data DIR [--seeds 1] [--out FOLDER] [--json] [--real]
 
 Fashion-MNIST, 20 devices, Dirichlet 0.5, lognormal speeds, in virtual time with real training through the very
 cores that run on devices (`ternbus lab simulate`). A run that is already in --out is not run again. DIR holds
@@ -9,6 +9,9 @@ FashionMNIST/raw/*-ubyte, as torchvision lays it out.
 Reached is an accuracy at the first version that has it and keeps it: the mean of that version and the two after it
 has it too. So one lucky version does not count, and none of the two ways waits for a window to fill. Bytes are PUBLISH
 packets until that version was made: updates up, deltas and snapshots down.
+
+With --real each run is `ternbus lab run`: 23 processes, a broker, and seconds that pass; no lines are emulated, and the
+run ends at the first version in which the evaluator finds the accuracy.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -81,6 +85,62 @@ def run(way: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
+REAL: Final = """\
+task = "fashion-mnist"
+devices = {devices}
+seed = {seed}
+data = {data}
+partition = "dirichlet:0.5"
+sync = {sync}
+speeds = {{ sigma = 1.0, median_s = {median_s} }}
+plan = {{ codec = "{codec}" }}
+end = {{ versions = {versions}, accuracy = {accuracy} }}
+
+[aggregator]
+{aggregator}
+"""
+
+
+def run_real(way: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The same in real processes: seconds, versions and bytes until the evaluator first finds the accuracy."""
+    name = f"real-{way.partition(',')[0]}-{seed}"
+    folder, path = arguments.out / name, arguments.out / f"{name}.toml"
+    wanted = scenario(way, seed, arguments)
+    if not (folder / "report.json").exists():
+        text = REAL.format(
+            devices=DEVICES,
+            seed=seed,
+            data=json.dumps(str(arguments.data.absolute())),
+            sync=json.dumps(wanted.sync),
+            median_s=arguments.median_s,
+            codec=wanted.plan["codec"],
+            versions=arguments.versions,
+            accuracy=arguments.accuracy,
+            aggregator="\n".join(f"{key} = {json.dumps(value)}" for key, value in wanted.aggregator.items()),
+        )
+        path.write_text(text, encoding="utf-8")
+        command = [sys.executable, "-m", "ternbus", "lab", "run", str(path), "--out", str(folder)]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    has = [row for row in report["versions"] if (row["accuracy"] or 0.0) >= arguments.accuracy]
+    first = has[0] if has else {"seconds": None, "version": None}
+    return {
+        "seconds": first["seconds"],
+        "version": first["version"],
+        "up": report["bytes_up"],
+        "down": report["bytes_down"],
+    }
+
+
+def show_real(rows: Sequence[tuple[int, str, Mapping[str, Any]]], accuracy: float) -> None:
+    """As a table."""
+    print(f"| seed | until {accuracy:.0%}, real processes | s | version | MB up | MB down, deltas |")
+    print("|---|---|---|---|---|---|")
+    for seed, way, row in rows:
+        seconds = "never" if row["seconds"] is None else f"{row['seconds']:.0f}"
+        print(f"| {seed} | {way} | {seconds} | {row['version']} | {row['up'] / 1e6:.1f} | {row['down'] / 1e6:.1f} |")
+
+
 def reached(versions: Sequence[Mapping[str, Any]], accuracy: float) -> int | None:
     """The first version that has the accuracy, and keeps it on average over the window that begins with it."""
     found = [row["accuracy"] for row in versions]
@@ -129,8 +189,6 @@ def compared(quick: Sequence[Mapping[str, Any]], slow: Sequence[Mapping[str, Any
         "sooner": 1 / share("seconds"),
         "up": share("up"),
         "both": share("up", "delta", "snapshot"),
-        # without the model that each device begins with: it is the same for both, and dwarfs what follows it
-        "after_joining": share("up", "delta"),
     }
 
 
@@ -158,8 +216,7 @@ def _say(name: str, ratios: Mapping[str, float] | None) -> None:
         print(
             f"\n{name}: {ratios['sooner']:.1f} times sooner (goal {GOALS['sooner']:.0f}), "
             f"{ratios['up']:.1%} of the bytes up (goal {GOALS['up']:.0%}), "
-            f"{ratios['both']:.1%} of the bytes both ways (goal {GOALS['both']:.0%}; "
-            f"{ratios['after_joining']:.1%} without the model that each device begins with)"
+            f"{ratios['both']:.1%} of the bytes both ways (goal {GOALS['both']:.0%})"
         )
 
 
@@ -177,8 +234,16 @@ def main() -> None:
     parser.add_argument("--versions", type=int, default=150, help="at most")
     parser.add_argument("--out", type=Path, default=Path("benchmark-time-to-accuracy"))
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--real", action="store_true", help="in real processes and real seconds instead")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.real:
+        rows = [(seed, way, run_real(way, seed, arguments)) for seed in range(arguments.seeds) for way in WAYS]
+        if arguments.json:
+            print(json.dumps(rows))
+        else:
+            show_real(rows, arguments.accuracy)
+        return
     seeds: list[dict[str, Any]] = []
     for seed in range(arguments.seeds):
         found = {way: figures(run(way, seed, arguments), arguments.accuracy) for way in WAYS}
@@ -188,7 +253,9 @@ def main() -> None:
         "seeds": seeds,
         "compared": compared(*([each[way] for each in seeds] for way in WAYS)),
         "goals": GOALS,
-        "asked": {name: value for name, value in vars(arguments).items() if name not in {"data", "out", "json"}},
+        "asked": {
+            name: value for name, value in vars(arguments).items() if name not in {"data", "out", "json", "real"}
+        },
         "machine": {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()},
     }
     if arguments.json:

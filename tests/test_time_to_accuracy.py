@@ -44,7 +44,7 @@ def test_figures_are_those_of_the_version_that_reached_it() -> None:
 
 def test_the_ways_are_compared_where_both_came_so_far() -> None:
     quick, slow = figures(report(1.0, 100), 0.5), figures(report(10.0, 1000), 0.5)
-    same = {"sooner": 10.0, "up": 0.1, "both": 500 / 4100, "after_joining": 0.1}
+    same = {"sooner": 10.0, "up": 0.1, "both": 500 / 4100}
     assert compared([quick], [slow]) == same
     assert compared([quick, quick], [slow, slow]) == same
     never = figures(report(1.0, 100), 2.0)

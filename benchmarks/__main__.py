@@ -1,0 +1,149 @@
+"""Run benchmarks one after the other and keep what they found: ``make bench`` does this.
+
+    python -m benchmarks [NAME …] [--data DIR] [--out benchmarks/results]
+
+Each result is a JSON file, NAME.json, with the command, the machine and the packages beside it; README's figures are
+made from them (`python -m benchmarks.figures`). Nothing else should run meanwhile: ``load_before`` says what did.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final
+
+RESULTS: Final = Path(__file__).parent / "results"
+PACKAGES: Final = ("numpy", "paho-mqtt", "pynacl", "zstandard", "torch")
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """One module of this package: what it is asked, and whether it needs a dataset or room for its own files."""
+
+    arguments: tuple[str, ...] = ()
+    data: bool = False
+    folder: bool = False
+    long: bool = False  # run when it is named only
+
+
+BENCHMARKS: Final[Mapping[str, Benchmark]] = {
+    "uplink": Benchmark(),
+    "codec": Benchmark(),
+    "ingest": Benchmark(),
+    "fleet": Benchmark(),
+    "edge": Benchmark(data=True),
+    "time_to_accuracy": Benchmark(("--seeds", "1"), data=True, folder=True),
+    "hostile": Benchmark(long=True),
+    "fashion": Benchmark(("--seeds", "6"), data=True, folder=True, long=True),
+}
+
+
+@dataclass(slots=True)
+class Runner:
+    """Runs what is asked for, and tells how long it took."""
+
+    data: Path | None
+    out: Path
+    failed: list[str] = field(default_factory=list)
+
+    def run(self, name: str, about: Benchmark) -> None:
+        if about.data and self.data is None:
+            print(f"{name}: needs fashion-mnist, left out; give --data DIR (make bench DATA=DIR)", flush=True)
+            return
+        print(f"{name} …", end=" ", flush=True)
+        began, load = time.time(), os.getloadavg()[0]
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = [*about.arguments]
+            arguments += ["--data", str(self.data)] if about.data else []
+            arguments += ["--out", folder] if about.folder else []
+            command = [sys.executable, "-m", f"benchmarks.{name}", *arguments, "--json"]
+            log = self.out / f"{name}.log"
+            with log.open("wb") as errors:
+                done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, check=False)
+        seconds = time.time() - began
+        if done.returncode:
+            self.failed.append(name)
+            print(f"failed with {done.returncode} after {seconds:.0f} s; see {log}", flush=True)
+            return
+        log.unlink()
+        shown = " ".join(["python -m", f"benchmarks.{name}", *about.arguments, *(["--data DIR"] if about.data else [])])
+        kept = {
+            "command": shown,
+            "began": datetime.fromtimestamp(began, UTC).isoformat(timespec="seconds"),
+            "seconds": round(seconds, 1),
+            "load_before": round(load, 2),
+            "machine": machine(),
+            "result": json.loads(done.stdout),
+        }
+        (self.out / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        print(f"{seconds:.0f} s", flush=True)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on, as far as the system tells; nothing that names the host."""
+    return {
+        "processor": _first("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(int(_first("/proc/meminfo", "MemTotal").partition(" ")[0] or 0) / 2**20),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "mosquitto": _mosquitto(),
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _first(path: str, key: str) -> str:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
+
+
+def _mosquitto() -> str:
+    found = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+    if found is None:
+        return ""
+    told = subprocess.run([found, "-h"], capture_output=True, text=True, check=False)
+    return told.stdout.partition("\n")[0].strip()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def main() -> None:
+    """Run them; 1 where one failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").splitlines()[0])
+    everything = [name for name, about in BENCHMARKS.items() if not about.long]
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
+    parser.add_argument("--data", type=Path, help="a folder with FashionMNIST/raw/*-ubyte")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    for name in arguments.names:
+        if name not in BENCHMARKS:
+            parser.error(f"no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    runner = Runner(data=arguments.data, out=arguments.out)
+    began = time.monotonic()
+    for name in arguments.names or everything:
+        runner.run(name, BENCHMARKS[name])
+    print(f"in all {time.monotonic() - began:.0f} s; results in {arguments.out}")
+    sys.exit(1 if runner.failed else 0)
+
+
+if __name__ == "__main__":
+    main()

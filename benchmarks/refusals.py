@@ -1,0 +1,166 @@
+"""What it costs mosquitto to say what it denies: the same small messages, with the log of `broker up` and with less.
+
+    python -m benchmarks.refusals [--json] [--messages 20000] [--runs 5]
+
+One client with a certificate publishes with QoS 1, another receives and acknowledges: four packets and four lines of
+log a message. "counted" is as `ternbus broker up` runs a broker with TLS: mosquitto logs each packet into
+`broker/refusals.py`. "plain" logs errors, warnings and notices into a file. They take turns; medians.
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Final
+
+from benchmarks.mqtt import packet, text
+from broker import mosquitto, refusals
+from broker.home import Home
+from broker.running import ACCESS, Engine, choose, reserve
+from broker.tls import Tls
+
+TOPIC: Final = "ternbus/1/lab/up/pi-1/update"
+BYTES: Final = 100
+WINDOW: Final = 20  # on their way at a time
+CONNECTED: Final = b"\x20\x02\x00\x00"
+WITHIN_S: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Of a message: processor time of mosquitto and of the process that counts; and messages a second."""
+
+    broker_us: float
+    counter_us: float
+    per_s: float
+
+
+def processor_s(pid: int) -> float:
+    """User and system time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def papers(home: Home, folder: Path, name: str) -> Tls:
+    issued = home.issue(name, "lab")
+    files = {"ca": issued.authority, "certificate": issued.certificate, "key": issued.key}
+    for file, content in files.items():
+        (folder / f"{name}.{file}").write_text(content)
+        (folder / f"{name}.{file}").chmod(0o600)
+    return Tls(**{file: folder / f"{name}.{file}" for file in files})
+
+
+def connect(tls: Tls, name: str, port: int) -> socket.socket:
+    deadline = time.monotonic() + WITHIN_S
+    while True:
+        try:
+            plain = socket.create_connection(("127.0.0.1", port), timeout=WITHIN_S)
+            break
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+    line = tls.context().wrap_socket(plain, server_hostname="127.0.0.1")
+    line.sendall(packet(0x10, text("MQTT") + b"\x04\x02\x00\x3c" + text(name)))
+    if (answer := exactly(line, 4)) != CONNECTED:
+        raise OSError(f"mosquitto answers {answer!r}")
+    return line
+
+
+def exactly(line: socket.socket, count: int) -> bytes:
+    found = b""
+    while len(found) < count and (more := line.recv(count - len(found))):
+        found += more
+    return found
+
+
+def exchange(sender: socket.socket, receiver: socket.socket, count: int) -> None:
+    """So many messages, a window at a time, each acknowledged by mosquitto and by who receives it."""
+    receiver.sendall(packet(0x82, b"\x00\x01" + text("ternbus/1/lab/up/#") + b"\x01"))
+    exactly(receiver, 5)
+    published = [
+        packet(0x32, text(TOPIC) + number.to_bytes(2, "big") + bytes(BYTES)) for number in range(1, WINDOW + 1)
+    ]
+    window, size = b"".join(published), len(published[0])
+    for _ in range(count // WINDOW):
+        sender.sendall(window)
+        arrived = exactly(receiver, len(window))
+        numbers = [arrived[end - BYTES - 2 :][:2] for end in range(size, len(window) + 1, size)]
+        receiver.sendall(b"".join(b"\x40\x02" + number for number in numbers))
+        exactly(sender, 4 * WINDOW)
+
+
+def measure(home: Home, folder: Path, clients: dict[str, Tls], *, counted: bool, count: int) -> Cost:
+    """One broker, started for this and ended."""
+    port = reserve("127.0.0.1", 0)
+    configuration = mosquitto.configuration(
+        host="127.0.0.1",
+        port=port,
+        data=folder,
+        access=home.folder / ACCESS,
+        tls=home.files,
+        user="root" if os.geteuid() == 0 else None,
+        counted=counted,
+    )
+    (folder / "mosquitto.conf").write_text(configuration.replace("persistence true", "persistence false"))
+    with ExitStack() as stack:
+        output: IO[bytes] = stack.enter_context((folder / "log").open("wb"))
+        counter = None
+        if counted:
+            counting = [sys.executable, "-I", "-S", refusals.__file__, str(home.folder), "mosquitto"]
+            counter = stack.enter_context(subprocess.Popen(counting, stdin=subprocess.PIPE))
+            output = counter.stdin or output
+        command = [choose(Engine.MOSQUITTO).executable, "-c", folder / "mosquitto.conf"]
+        process = stack.enter_context(subprocess.Popen(command, stdout=output, stderr=output))
+        output.close()
+        stack.callback(process.terminate)
+        lines = [stack.enter_context(connect(tls, name, port)) for name, tls in clients.items()]
+        pids = [process.pid, counter.pid if counter is not None else os.getpid()]
+        before, began = [processor_s(pid) for pid in pids], time.monotonic()
+        exchange(lines[0], lines[1], count)
+        took_s = time.monotonic() - began
+        spent = [1e6 * (processor_s(pid) - earlier) / count for pid, earlier in zip(pids, before, strict=True)]
+    return Cost(broker_us=spent[0], counter_us=spent[1] if counter is not None else 0.0, per_s=count / took_s)
+
+
+def median(costs: list[Cost]) -> Cost:
+    fields = {name: statistics.median(asdict(cost)[name] for cost in costs) for name in Cost.__dataclass_fields__}
+    return Cost(**fields)
+
+
+def main() -> None:
+    """Measure, and print a table or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--messages", type=int, default=20_000)
+    parser.add_argument("--runs", type=int, default=5)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        home = Home.create(folder / "bus", names=["127.0.0.1"], port=0)
+        clients = {each: papers(home, folder, each) for each in ("pi-1", "aggregator-lab")}
+        found: dict[bool, list[Cost]] = {False: [], True: []}
+        for _ in range(options.runs):
+            for counted, costs in found.items():
+                costs.append(measure(home, folder, clients, counted=counted, count=options.messages))
+    rows = {"plain": median(found[False]), "counted": median(found[True])}
+    if options.json:
+        print(json.dumps({name: asdict(cost) for name, cost in rows.items()}, indent=2))
+        return
+    print(
+        f"mosquitto {choose(Engine.MOSQUITTO).version}, of a message: µs of the broker, µs of the counter; messages/s"
+    )
+    for label, cost in rows.items():
+        print(f"{label:<10} {cost.broker_us:>8.1f} {cost.counter_us:>8.1f} {cost.per_s:>10.0f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""Senders of prepared updates that leave the machine to who is measured: bytes onto a socket, receipts off it.
+
+A sender signs, cuts and frames its updates as MQTT 3.1.1 packets before the clock starts. It keeps a window of
+them on the way, acknowledges each receipt, and notes when it came.
+"""
+
+import multiprocessing
+import selectors
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from benchmarks import mqtt
+from broker import topics
+from broker.frame import parse
+from broker.identity import Identity
+from broker.messages import Receipt, Update
+from broker.parts import cut
+from broker.ternary import ZSTD
+
+SENDERS: Final = 2
+WITHIN_S: Final = 60.0
+CONNACK, PUBLISH, SUBACK = 2, 3, 9
+SOCKET_BYTES: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What the senders send: ``updates`` devices, one update each, at most ``window`` unanswered in each process."""
+
+    parameters: int
+    updates: int
+    window: int
+    frame_bytes: int
+    per_s: float = 0.0  # of all senders together; 0 = as fast as receipts come
+
+
+@dataclass(frozen=True, slots=True)
+class Ammunition:
+    """What all senders share."""
+
+    host: str
+    port: int
+    federation: str
+    codec: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What one sender saw: (sent at, receipt at) of each update, on the machine's monotonic clock."""
+
+    times: list[tuple[float, float]] = field(default_factory=list)
+    outcomes: dict[str, int] = field(default_factory=dict)
+
+
+def identity(number: int) -> Identity:
+    """The key of device ``number``; only a benchmark makes keys so."""
+    return Identity(number.to_bytes(32, "big"))
+
+
+def device(number: int) -> str:
+    return f"d{number}"
+
+
+def packets_of(number: int, about: Ammunition, frame_bytes: int) -> list[bytes]:
+    """One device's only update, on version 0, signed, cut, and each part a PUBLISH of QoS 1."""
+    update = Update(base=0, samples=100, codec=about.codec, encoding=ZSTD, sealed=False, metrics={"loss": 0.5})
+    frames = cut(
+        identity(number),
+        federation=about.federation,
+        sender=device(number),
+        kind=update.KIND,
+        seq=1,
+        meta=update.meta(),
+        body=about.body,
+        frame_bytes=frame_bytes,
+    )
+    head = mqtt.text(topics.up(about.federation, device(number), Update.KIND)) + b"\x00\x01"
+    return [mqtt.packet(0x32, head + frame) for frame in frames]
+
+
+class Line:
+    """A connection to the broker."""
+
+    def __init__(self, about: Ammunition, client: str) -> None:
+        self.socket = socket.create_connection((about.host, about.port), timeout=WITHIN_S)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
+        self._received = b""
+        self.socket.sendall(mqtt.packet(0x10, mqtt.text("MQTT") + b"\x04\x02\x00\x00" + mqtt.text(client)))
+        while not any(kind >> 4 == CONNACK for kind, _ in self.packets()):
+            pass
+
+    def subscribe(self, wanted: str) -> None:
+        self.socket.sendall(mqtt.packet(0x82, b"\x00\x01" + mqtt.text(wanted) + b"\x01"))
+
+    def packets(self) -> list[tuple[int, bytes]]:
+        """What has come whole, once something has come."""
+        content, start, found = self._received + self.socket.recv(SOCKET_BYTES), 0, []
+        assert len(content) > len(self._received), "the broker has cut the connection"
+        while (size := mqtt.length(content, start + 1)) is not None:
+            length, first = size
+            if len(content) < first + length:
+                break
+            found.append((content[start], content[first : first + length]))
+            start = first + length
+        self._received = content[start:]
+        return found
+
+
+def await_retained(about: Ammunition, topic: str) -> None:
+    """Wait until there is something under a topic."""
+    line = Line(about, "looks")
+    line.subscribe(topic)
+    while not any(kind >> 4 == PUBLISH for kind, _ in line.packets()):
+        pass
+    line.socket.close()
+
+
+class Sender:
+    """One sender's updates, and what became of them."""
+
+    def __init__(self, about: Ammunition, load: Load, first: int) -> None:
+        self._load = load
+        self._ready = [(n, packets_of(n, about, load.frame_bytes)) for n in range(first, load.updates, SENDERS)]
+        self._sent: dict[str, float] = {}
+        self._answered = Answered()
+        self._line = Line(about, f"sender-{first}")
+        self._line.subscribe(topics.down(about.federation, "+", Receipt.KIND))
+        while not any(kind >> 4 == SUBACK for kind, _ in self._line.packets()):
+            pass
+
+    def fire(self) -> Answered:
+        """Send all, until the last receipt has come or none comes any more."""
+        total, position, begun = len(self._ready), 0, time.monotonic()
+        readable = selectors.DefaultSelector()
+        readable.register(self._line.socket, selectors.EVENT_READ)
+        while len(self._answered.times) < total:
+            patience = WITHIN_S
+            while position < total and position - len(self._answered.times) < self._load.window:
+                due = begun + position * SENDERS / self._load.per_s if self._load.per_s else 0.0
+                if (patience := due - time.monotonic()) > 0:
+                    break
+                patience = WITHIN_S
+                number, packets = self._ready[position]
+                self._sent[device(number)] = due or time.monotonic()
+                for packet in packets:
+                    self._line.socket.sendall(packet)
+                self._ready[position] = (number, [])  # each update is large
+                position += 1
+            if readable.select(patience):
+                self._hear()
+            elif patience == WITHIN_S:
+                break
+        self._line.socket.close()
+        return self._answered
+
+    def _hear(self) -> None:
+        acknowledgements = []
+        for kind, body in self._line.packets():
+            if kind >> 4 != PUBLISH:
+                continue
+            end = 2 + int.from_bytes(body[:2], "big")
+            acknowledgements.append(b"\x40\x02" + body[end : end + 2])
+            name = body[2:end].decode().split("/")[4]
+            if (sent := self._sent.pop(name, None)) is not None:
+                self._answered.times.append((sent, time.monotonic()))
+                outcome = Receipt.from_meta(parse(body[end + 2 :]).meta).outcome
+                self._answered.outcomes[outcome] = self._answered.outcomes.get(outcome, 0) + 1
+        self._line.socket.sendall(b"".join(acknowledgements))
+
+
+def send(about: Ammunition, load: Load, first: int, go: Any, results: Any) -> None:
+    """One sender process: devices first, first + SENDERS, …"""
+    sender = Sender(about, load, first)
+    results.put(None)
+    go.wait()
+    results.put(sender.fire())
+
+
+def run_load(about: Ammunition, load: Load) -> Sequence[Answered]:
+    """Start the senders, let them go together, gather what they saw."""
+    context = multiprocessing.get_context("spawn")
+    go, results = context.Event(), context.Queue()
+    processes = [context.Process(target=send, args=(about, load, first, go, results)) for first in range(SENDERS)]
+    for process in processes:
+        process.start()
+    for _ in processes:
+        assert results.get(timeout=120) is None
+    go.set()
+    answered = [results.get(timeout=600) for _ in processes]
+    for process in processes:
+        process.join()
+    return answered

@@ -1,0 +1,155 @@
+"""`python -m benchmarks.experiment`: what its files may say, what it measures, and that nothing is made twice."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import experiment
+from benchmarks.experiment import Experiment, Goal, judged, measures
+from broker.errors import ConfigError
+
+SMALL = """
+title = "Two devices"
+seeds = 2
+[scenario]
+task = "digits-numpy"
+devices = 2
+partition = "iid"
+end = { versions = 2 }
+aggregator = { merge = { buffer_size = 2 } }
+[axes.codec]
+ternary = {}
+float32 = { plan = { codec = "float32" } }
+[axes.steps]
+few = { plan = { local_epochs = 1 } }
+more = { plan = { local_epochs = 2 } }
+[beside]
+alone = { devices = 1, partition = "all", aggregator = { merge = { buffer_size = 1 } } }
+[[goal]]
+measure = "accuracy"
+least = 0.05
+[[goal]]
+measure = "up_share"
+most = 0.5
+of = { codec = "float32" }
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "small.toml"
+    path.write_text(SMALL)
+    return path
+
+
+def run(file: Path, *arguments: str) -> tuple[int, str, str]:
+    command = [sys.executable, "-m", "benchmarks.experiment", str(file), "--out", str(file.parent / "out"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name", experiment.names())
+def test_what_ships_can_be_read(name: str) -> None:
+    found = Experiment.load(name)
+    assert found.title
+    assert found.x in found.axes
+
+
+def test_a_combination_has_the_changes_of_all_its_labels(file: Path) -> None:
+    found = {tuple(labels.values()): table for labels, table in Experiment.load(str(file)).combinations()}
+    assert len(found) == 5
+    assert found["float32", "more"]["plan"] == {"codec": "float32", "local_epochs": 2}
+    assert found["ternary", "few"]["plan"] == {"local_epochs": 1}
+    alone = found["alone",]
+    assert (alone["devices"], alone["aggregator"]["merge"]["buffer_size"]) == (1, 1)
+    assert alone["task"] == "digits-numpy"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "what"),
+    [
+        ("seeds = 2", "sedes = 2", "sedes"),
+        ('codec = "float32"', "nothing = 1.5.2", "small.toml"),
+        ('task = "digits-numpy"', 'tusk = "digits-numpy"', "tusk"),
+        ("least = 0.05", "least = 0.05\nmost = 1.0", "either least or most"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_name(file: Path, before: str, after: str, what: str) -> None:
+    file.write_text(SMALL.replace(before, after))
+    with pytest.raises(ConfigError, match=what):
+        Experiment.load(str(file))
+
+
+def test_an_unknown_name_says_what_there_is() -> None:
+    with pytest.raises(ConfigError, match="writers"):
+        Experiment.load("nonesuch")
+
+
+@pytest.mark.slow
+def test_it_runs_all_once_and_says_which_goals_are_met(file: Path) -> None:
+    code, table, said = run(file)
+    assert "10 runs, 0 of them known" in said
+    assert code == 1, said  # float32 up is far more than half of float32
+    lines = table.splitlines()
+    assert lines[0].startswith("| codec | steps | test accuracy |")
+    assert sum(line.startswith("| ") for line in lines) == 1 + 1 + 5
+    assert "accuracy ≥ 0.05: met" in table
+    assert "up_share (float32) ≤ 0.5: MISSED" in table
+    out = file.parent / "out" / "small"
+    assert (out / "result.png").read_bytes().startswith(b"\x89PNG")
+    first = json.loads((out / "result.json").read_text())["result"]
+    assert all(len(row["measures"]["accuracy"]) == 2 for row in first["rows"])
+
+    file.write_text(SMALL.replace('most = 0.5\nof = { codec = "float32" }', 'most = 0.5\nof = { codec = "ternary" }'))
+    code, again, said = run(file, "--json")
+    assert (code, said.count("runs,")) == (0, 0), said  # all known
+    assert json.loads(again)["result"]["rows"] == first["rows"]
+
+    file.write_text(SMALL.replace("local_epochs = 2", "local_epochs = 3"))
+    assert "10 runs, 6 of them known" in run(file)[2]  # those whose scenario has changed
+
+
+def report(**changes: Any) -> dict[str, Any]:
+    versions = [
+        {"updates": count, "accuracy": accuracy, "delta_bytes": down, "snapshot_bytes": 10}
+        for count, accuracy, down in ((0, 0.1, 0), (5, 0.5, 40), (5, None, 80), (4, 0.8, 120))
+    ]
+    rows = [{"version": number, **row} for number, row in enumerate(versions)]
+    counts = {"stale": 6}
+    return {
+        "versions": rows,
+        "updates": 14,
+        "counts": counts,
+        "parameters": 10,
+        "bytes_up": 56,
+        "wall_seconds": 1.0,
+        **changes,
+    }
+
+
+def test_the_measures_of_a_run() -> None:
+    found = measures(report(), last=2, updates=10)
+    assert found["accuracy"] == 0.8  # the version before was not tried
+    assert found["accuracy_at_updates"] == 0.5  # of those until the tenth update
+    assert found["stale"] == 6 / 20
+    assert found["up_share"] == 56 / (4 * 10 * 14)
+    assert found["both_share"] == (56 + 130) / (2 * 4 * 10 * 14)
+    assert measures(report(), last=3, updates=None)["accuracy"] == pytest.approx((0.5 + 0.8) / 2)
+    assert measures(report(), last=2, updates=15)["accuracy_at_updates"] is None  # it never came so far
+
+
+def test_a_goal_is_about_the_worst_of_what_it_names() -> None:
+    rows = [
+        {"labels": {"codec": codec, "speeds": speeds}, "measures": {"accuracy": [value, value + 0.02]}}
+        for codec, speeds, value in (("ternary", "a", 0.9), ("ternary", "b", 0.8), ("float32", "a", 0.1))
+    ]
+    goal = Goal(measure="accuracy", least=0.81, most=None, of={"codec": "ternary"})
+    assert judged(goal, rows)["found"] == pytest.approx(0.81)
+    assert judged(goal, rows)["met"]
+    assert not judged(Goal(measure="accuracy", least=0.82, most=None, of={"codec": "ternary"}), rows)["met"]
+    assert not judged(Goal(measure="accuracy", least=None, most=0.5, of={}), rows)["met"]
+    assert not judged(Goal(measure="accuracy", least=0.0, most=None, of={"codec": "nothing"}), rows)["met"]
