@@ -4,9 +4,10 @@ import atexit
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +17,8 @@ import numpy.typing as npt
 from aggregator import events, home, records
 from aggregator.core import Core
 from aggregator.ledger import Ledger
-from aggregator.recovery import recover
+from aggregator.membership import codes
+from aggregator.recovery import recover, waiting
 from broker import topics
 from broker.frame import Frame, build, parse
 from broker.identity import Identity, enroll_proof, seal
@@ -93,6 +95,7 @@ class Device:
         encoding: str = "raw",
         seal_to: bytes | None = None,
         frame_bytes: int = FRAME_BYTES,
+        metrics: Mapping[str, float] | None = None,
     ) -> list[bytes]:
         """The frames of an update; a block as bytes is sent as it is."""
         number = self.next_seq() if seq is None else seq
@@ -105,7 +108,7 @@ class Device:
             codec=codec or ("ternary" if isinstance(block, bytes) else block.codec),
             encoding=encoding,
             sealed=seal_to is not None,
-            metrics={"loss": 0.5},
+            metrics={"loss": 0.5} if metrics is None else metrics,
         )
         return cut(
             self.identity,
@@ -146,6 +149,35 @@ def float32_block(schema: Schema, seed: int) -> Block:
     return Block.of_float32(schema, change)
 
 
+class Late(Future[Any]):
+    """Work that a thread has not come to: it is done when somebody wants to see it."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        super().__init__()
+        self.work = work
+
+    def result(self, timeout: float | None = None) -> Any:
+        if not self.done():
+            self.set_result(self.work())
+        return super().result(timeout)
+
+
+class Lazy(Executor):
+    """A thread at the test's command: what it was given is done by ``work``, or when it is waited for."""
+
+    def __init__(self) -> None:
+        self.given: list[Late] = []
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **named: Any) -> Late:
+        self.given.append(Late(partial(function, *args, **named)))
+        return self.given[-1]
+
+    def work(self) -> None:
+        for late in self.given:
+            late.result()
+        self.given.clear()
+
+
 class Bench:
     """An aggregator's core over its real ledger; what it publishes is kept here, what it saves is on disk first."""
 
@@ -159,14 +191,20 @@ class Bench:
         self.recover()
 
     def recover(self) -> None:
-        self.ledger = Ledger(self.directory / home.LEDGER)
+        self.beside = Lazy()
+        self.ledger = Ledger(self.directory / home.LEDGER, beside=self.beside)
         self.core: Core = recover(self.ledger, home.load_settings(self.directory), self.identity, "test")
         self.schema = self.core.schema
 
     def restart(self) -> None:
         """End without a word, begin again from disk; nothing is connected yet."""
-        self.ledger.close()
+        self.crash()
         self.recover()
+
+    def crash(self) -> None:
+        """Nothing more is written, not even what was to be written beside."""
+        self.ledger.bodies.close()
+        self.ledger.db.close()
 
     def close(self) -> None:
         self.ledger.close()
@@ -220,10 +258,15 @@ class Bench:
         self.now += seconds
         return self.handle(events.TimeReached())
 
-    def invite(self, name: str, code: str = "a-code-of-an-invitation") -> str:
-        self.ledger.db.execute("INSERT OR REPLACE INTO invitations VALUES (?, ?, 0)", (name, code))
-        self.handle(events.InvitationsRead(codes=self.ledger.codes()))
+    def invite(self, name: str, code: str = "a-code-of-an-invitation", expires_at: float = 1e12) -> str:
+        row = (name, code, expires_at)
+        self.ledger.db.execute("INSERT OR REPLACE INTO invitations VALUES (?, ?, 0, ?)", row)
+        self.handle(events.InvitationsRead(codes=codes(self.ledger.db)))
         return code
+
+    def revoke(self, name: str, why: str = "", *, keep: bool = False) -> list[events.Action]:
+        buffer = waiting(self.ledger, self.schema)
+        return self.handle(events.RevokeRequested(device=name, why=why, keep=keep, buffer=buffer))
 
     def join(self, name: str) -> Device:
         """A device that enrolled under a new key."""

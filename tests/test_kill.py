@@ -113,3 +113,32 @@ def test_the_versions_count_each_update_once(killed: tuple[Path, str]) -> None:
     assert [version for version, _ in by_version] == list(range(1, len(by_version) + 1))
     assert rows(ledger, "SELECT 1 FROM updates GROUP BY device, base HAVING count(*) > 1") == []
     assert rows(ledger, "SELECT 1 FROM updates GROUP BY device, key, seq HAVING count(*) > 1") == []
+
+
+def test_the_log_shows_each_device_its_updates(killed: tuple[Path, str]) -> None:
+    """Exported, and checked by others than who wrote it."""
+    out, _ = killed
+    exported = ternbus("aggregator", "log", "export", out / "aggregator", out / "lab.log")
+    assert "check it with" in exported
+    facts = json.loads(ternbus("aggregator", "log", "verify", out / "aggregator", "--json"))
+    merged = rows(out / "aggregator" / "ledger.sqlite", "SELECT count(*) FROM updates WHERE merged IS NOT NULL")
+    assert (facts["ok"], facts["updates"]) == (True, merged[0][0])
+    shown = 0
+    for index in range(DEVICES):
+        folder = out / "devices" / f"device-{index}"
+        found = json.loads(ternbus("edge", "verify", folder, out / "lab.log", "--json"))
+        accepted = [answer for answer in outbox.answers(folder) if answer.outcome == "accepted"]
+        assert (found["ok"], len(found["merged"]), found["waiting"]) == (True, len(accepted), [])
+        shown += len(found["merged"])
+    assert shown >= VERSIONS
+
+
+def ternbus(*arguments: object) -> str:
+    return subprocess.run(
+        [sys.executable, "-m", "ternbus", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    ).stdout

@@ -1,5 +1,6 @@
 """A broker with TLS as `broker init` makes it, attacked by whoever is near it; and a whole federation over it."""
 
+import fcntl
 import gc
 import json
 import os
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from brokers import WITHIN_S, Inbox
@@ -261,6 +262,19 @@ def test_a_renewal_breaks_nobody(bus: Bus) -> None:
         pass
 
 
+def test_a_flood_of_refused_publications_is_counted_to_the_last_and_fills_no_disk(bus: Bus) -> None:
+    flood = 2000
+    with bus.linked("pi-1") as (device, inbox):
+        for _ in range(flood):
+            publish(device, inbox, f"{LAB}/up/pi-2/update", b"forged")
+    bus.broker.stop()
+    (row,) = json.loads((bus.home.folder / "refusals.json").read_text())["refused"]
+    assert (row["client"], row["reason"], row["count"]) == ("pi-1", "write-denied", flood)
+    assert row["detail"] == f"{LAB}/up/pi-2/update"
+    denied = [line for line in bus.broker.last_lines(10**6).splitlines() if "pi-2" in line]
+    assert len(denied) == 4  # the first, tenth, hundredth, thousandth
+
+
 def test_nats_own_port_lets_nobody_in(bus: Bus) -> None:
     if bus.broker.software.engine is not Engine.NATS:
         pytest.skip("mosquitto has none")
@@ -363,6 +377,8 @@ def test_a_broker_by_hand(tmp_path: Path) -> None:
     init = ["broker", "init", "bus", "--name", "127.0.0.1", "--port", "0"]
     assert "next: ternbus broker up bus" in said_by(tmp_path, *init)
     assert said_by(tmp_path, *init, code=2).endswith("holds a broker already; choose another directory\n")
+    assert "`ternbus broker up bus` does it" in said_by(tmp_path, "broker", "refusals", "bus", code=2)
+    assert "holds no broker with TLS" in said_by(tmp_path, "broker", "refusals", "nowhere", code=2)
     up = command("broker", "up", "bus", "--json")
     with subprocess.Popen(up, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -382,9 +398,34 @@ def test_a_broker_by_hand(tmp_path: Path) -> None:
         ("pi-1", "lab", True),
     }
     assert "pi-1" in said_by(tmp_path, "broker", "status", "bus")
+    assert said_by(tmp_path, "broker", "refusals", "bus").endswith(": 0 refused\n")
     assert "leave out --host and --port" in said_by(tmp_path, "broker", "up", "bus", "--port", "1", code=2)
     (tmp_path / "bus" / "tls" / "ca.key").chmod(0o644)
     assert "run: chmod 600" in said_by(tmp_path, "broker", "up", "bus", code=2)
+
+
+@pytest.mark.parametrize("engine", [Engine.MOSQUITTO, Engine.NATS])
+def test_a_killed_broker_up_leaves_a_whole_log_and_a_free_place(engine: Engine, tmp_path: Path) -> None:
+    Home.create(tmp_path / "bus", names=["127.0.0.1"], port=0, engine=engine)
+    up = command("broker", "up", "bus")
+    for _ in range(2):  # at once: the second waits for the broker of the first
+        with subprocess.Popen(up, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert b"ready on mqtts://" in process.stdout.readline()
+            process.kill()
+    lock = (tmp_path / "bus" / "lock").open("wb")
+    awaited(lambda: is_free(lock))
+    lock.close()
+    assert said_by(tmp_path, "broker", "refusals", "bus").endswith(": 0 refused\n")
+    if engine is Engine.NATS:  # mosquitto says nothing of its end at this level
+        assert "Server Exiting" in (tmp_path / "bus" / "broker.log").read_text()
+
+
+def is_free(lock: IO[bytes]) -> bool:
+    with suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
 
 
 def join(name: str, partition: str) -> list[str]:

@@ -79,12 +79,15 @@ class Broker:
 class Aggregator:
     """`ternbus aggregator …` over one directory."""
 
-    def __init__(self, folder: Path, *, federation: str, broker: str, model: Path, settings: dict[str, object]) -> None:
-        """Make the federation; `start` runs it."""
+    def __init__(
+        self, folder: Path, *, federation: str, broker: str | Path, model: Path, settings: dict[str, object]
+    ) -> None:
+        """Make the federation, on the broker of a URL or of a directory; `start` runs it."""
         self.folder = folder
         self._process: subprocess.Popen[bytes] | None = None
         sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-        ternbus("aggregator", "init", folder, "--federation", federation, "--broker", broker, "--model", model, *sets)
+        where = "--broker-dir" if isinstance(broker, Path) else "--broker"
+        ternbus("aggregator", "init", folder, "--federation", federation, where, broker, "--model", model, *sets)
 
     def start(self) -> None:
         """Run it; that it serves is seen on the broker."""

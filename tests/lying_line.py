@@ -1,0 +1,198 @@
+"""A TCP proxy that speaks MQTT and lies: between real clients and a real broker, it bends what is published."""
+
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import IO
+
+from liar import Liar
+
+CONNECT, PUBLISH, PUBACK = 0x10, 0x30, 0x40
+V5 = 5
+Packet = tuple[int, bytes]
+
+
+class LyingLine:
+    """``up`` bends what devices publish, ``down`` what anybody gets. What is bent travels at QoS 0, unanswered."""
+
+    def __init__(self, port: int, up: Liar, down: Liar) -> None:
+        self.up, self.down = up, down
+        self._target = port
+        self._lock = threading.RLock()
+        self._ends: list[socket.socket] = []
+        self._says: list[Callable[[str, bytes], None]] = []  # one for each connection, to its client
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"mqtt://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def lie(self, liar: Liar, fates: list[object]) -> None:
+        with self._lock:
+            liar.fates.extend(fates)  # type: ignore[arg-type]
+
+    def say_again(self, client: int, chosen: list[int]) -> None:
+        """Tell one client what somebody was told once."""
+        with self._lock:
+            heard = self.down.heard
+            if heard and self._says:
+                for number in chosen:
+                    with suppress(OSError):
+                        self._says[client % len(self._says)](*heard[number % len(heard)])
+
+    def tell_late(self) -> None:
+        with self._lock, suppress(OSError):
+            self.up.let_go()
+            self.down.let_go()
+
+    def become_honest(self) -> None:
+        with self._lock:
+            self.up.stop()
+            self.down.stop()
+        self.cut()
+
+    def cut(self) -> None:
+        with self._lock:
+            self._says.clear()
+            while self._ends:
+                with suppress(OSError):
+                    self._ends.pop().shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._listener.close()
+        self.cut()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                try:
+                    far = socket.create_connection(("127.0.0.1", self._target))
+                except OSError:
+                    near.close()
+                    continue
+                threading.Thread(target=_Connection(self, near, far).run, daemon=True).start()
+
+    def opened(self, near: socket.socket, far: socket.socket, say: Callable[[str, bytes], None]) -> None:
+        with self._lock:
+            self._ends += [near, far]
+            self._says.append(say)
+
+    def tell(self, liar: Liar, topic: str, payload: bytes, say: Callable[[str, bytes], None]) -> None:
+        with self._lock:
+            self.down.hear(topic, payload)
+            liar.tell(topic, payload, say)
+
+
+class _Connection:
+    """One client's two ways."""
+
+    def __init__(self, line: LyingLine, near: socket.socket, far: socket.socket) -> None:
+        self.line, self.near, self.far = line, near, far
+        self.protocol = V5
+        self.is_device = False
+        self._writing = {near: threading.Lock(), far: threading.Lock()}
+
+    def run(self) -> None:
+        stream = self.near.makefile("rb")
+        with suppress(OSError, EOFError, IndexError):
+            packet = read(stream)
+            self.protocol = packet[1][6]
+            self.is_device = b"aggregator-" not in packet[1]
+            self._write(self.far, written(packet))
+            self.line.opened(self.near, self.far, lambda topic, payload: self._say(self.near, topic, payload))
+            threading.Thread(target=self._down, daemon=True).start()
+            self._pump(stream, self.far, self.near, self.line.up if self.is_device else Liar())
+        self._end(stream)
+
+    def _down(self) -> None:
+        stream = self.far.makefile("rb")
+        with suppress(OSError, EOFError, IndexError):
+            self._pump(stream, self.near, self.far, self.line.down)
+        self._end(stream)
+
+    def _end(self, stream: IO[bytes]) -> None:
+        stream.close()
+        for end in (self.near, self.far):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def _pump(self, source: IO[bytes], sink: socket.socket, back: socket.socket, liar: Liar) -> None:
+        while True:
+            packet = read(source)
+            if packet[0] & 0xF0 == PUBLISH:
+                self._published(packet, sink, back, liar)
+            else:
+                self._write(sink, written(packet))
+
+    def _published(self, packet: Packet, sink: socket.socket, back: socket.socket, liar: Liar) -> None:
+        first, content = packet
+        at = 2 + int.from_bytes(content[:2], "big")
+        topic = content[2:at].decode()
+        number = b""
+        if first & 6:
+            number, at = content[at : at + 2], at + 2
+        if self.protocol == V5:
+            length, used = variable(content[at:])
+            at += used + length
+        payload = content[at:]
+        passed = False
+        here = True
+
+        def say(what: str, told: bytes) -> None:
+            nonlocal passed
+            if here and not passed and (what, told) == (topic, payload):
+                passed = True
+                self._write(sink, written(packet))
+            else:
+                self._say(sink, what, told, retain=first & 1)
+
+        self.line.tell(liar, topic, payload, say)
+        here = False
+        if number and not passed:
+            self._write(back, bytes([PUBACK, 2]) + number)  # "it has arrived"
+
+    def _say(self, sink: socket.socket, topic: str, payload: bytes, *, retain: int = 0) -> None:
+        name = topic.encode()
+        properties = b"\0" if self.protocol == V5 else b""
+        self._write(sink, written((PUBLISH | retain, len(name).to_bytes(2, "big") + name + properties + payload)))
+
+    def _write(self, sink: socket.socket, data: bytes) -> None:
+        with self._writing[sink]:
+            sink.sendall(data)
+
+
+def read(stream: IO[bytes]) -> Packet:
+    """One control packet: its first byte, and what follows its length (MQTT 5.0 §2.1)."""
+    first = stream.read(1)
+    if not first:
+        raise EOFError
+    length = shift = 0
+    while True:
+        byte = stream.read(1)[0]
+        length |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            content = stream.read(length)
+            if len(content) < length:
+                raise EOFError
+            return first[0], content
+
+
+def written(packet: Packet) -> bytes:
+    length, encoded = len(packet[1]), b""
+    while True:
+        length, digit = divmod(length, 128)
+        encoded += bytes([digit | (128 if length else 0)])
+        if not length:
+            return bytes([packet[0]]) + encoded + packet[1]
+
+
+def variable(data: bytes) -> tuple[int, int]:
+    """A variable byte integer and how many bytes it takes."""
+    value = 0
+    for used, byte in enumerate(data[:4]):
+        value |= (byte & 127) << 7 * used
+        if byte < 128:
+            return value, used + 1
+    raise EOFError

@@ -1,0 +1,81 @@
+"""A device's service as it runs, in a thread of the test, so that what it holds can be looked at."""
+
+import threading
+from pathlib import Path
+
+from test_liar import MODEL, Noise
+
+from broker.identity import Identity, seal
+from broker.invitation import Invitation
+from broker.link import Link
+from broker.tls import Tls
+from edge_client.actions import Log, Stop
+from edge_client.core import Core
+from edge_client.member import Member
+from edge_client.outbox import Outbox
+from edge_client.service import Service
+
+WITHIN_S = 45.0
+TRAINING_S = 0.1
+
+
+def papers(folder: Path, invitation: Invitation) -> Tls | None:
+    """What of an invitation is for TLS, as files."""
+    if invitation.ca is None or invitation.certificate is None or invitation.key is None:
+        return None
+    tls = Tls(ca=folder / "ca.pem", certificate=folder / "certificate.pem", key=folder / "certificate.key")
+    for path, text in ((tls.ca, invitation.ca), (tls.certificate, invitation.certificate), (tls.key, invitation.key)):
+        assert path is not None
+        path.write_text(text)
+        path.chmod(0o600)
+    return tls
+
+
+class Device:
+    """A device's service in a thread of its own; what ends it, whatever it is, is remembered."""
+
+    def __init__(self, folder: Path, invitation: Invitation) -> None:
+        folder.mkdir()
+        self.tls = papers(folder, invitation)
+        identity, public = Identity.generate(), invitation.aggregator_public
+        member = Member(
+            federation=invitation.federation,
+            device=invitation.device,
+            identity=identity,
+            aggregator_public=public,
+            seal=lambda plain: seal(public, plain),
+            role="train",
+            code=invitation.code,
+            tensors={name: tuple(array.shape) for name, array in MODEL.items()},
+        )
+        self.ended: Stop | BaseException | None = None
+        self.logs: list[Log] = []
+        self._folder, self._member, self._url = folder, member, invitation.broker
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=member.device, daemon=True)
+        self._thread.start()
+        assert self._ready.wait(WITHIN_S)
+
+    def _run(self) -> None:
+        try:
+            with Outbox(self._folder, self._member.key) as outbox:
+                self.core = Core(self._member, outbox.kept)
+                name, url = self._member.device, self._url
+                self.service = Service(
+                    self.core,
+                    outbox=outbox,
+                    make_link=lambda deliver: Link(url, client_id=name, username=name, deliver=deliver, tls=self.tls),
+                    report=self.logs.append,
+                    trainer=Noise(),
+                    min_seconds=TRAINING_S,
+                )
+                self._ready.set()
+                self.ended = self.service.run()
+                self.service.leave_training()
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the test must see it
+            self.ended = error
+
+    def stop(self) -> None:
+        self.service.request_stop("the test is over")
+        self._thread.join(WITHIN_S)
+        assert isinstance(self.ended, Stop), repr(self.ended)

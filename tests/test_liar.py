@@ -1,0 +1,285 @@
+"""The whole federation, both cores, on a broker that lies.
+
+Whatever it says: nothing forged is merged, nothing merges twice, a device only ever holds a vector whose digest the
+aggregator signed, nobody ends, and when the lying ends everybody comes to the same digest.
+"""
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from weakref import WeakValueDictionary
+
+import numpy as np
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from liar import FATES, Fate, Liar, LyingBroker
+from small_world import scratch
+
+from aggregator import events as aggregator_events
+from aggregator import ledger as durable
+from aggregator import records
+from broker.identity import Identity, seal
+from broker.messages import PAUSED
+from broker.schema import Vector, vector_digest
+from edge_client import events
+from edge_client.actions import Action, Save, Stop
+from edge_client.follower import Beginning
+from edge_client.member import Member
+from edge_client.trainer import Evaluation, FloatArray, Plan, Tensors, Trained
+from lab import founding
+from lab.clock import Clock
+from lab.memory_broker import Line
+from lab.virtual_aggregator import VirtualAggregator
+from lab.virtual_device import Body, VirtualDevice
+
+NAMES = ("a", "b", "c")
+FRAME_BYTES = (
+    3_000  # a device's update takes three, a snapshot of the aggregator's two, to be lost, swapped and spliced
+)
+STEPS_MAX = 20_000
+MODEL: Mapping[str, FloatArray] = {
+    "w": np.random.default_rng(0).normal(size=(25, 80)).astype(np.float32),
+    "b": np.zeros(3, np.float32),
+}
+NUMBERS = st.integers(0, 2**20)
+LIES = st.lists(st.builds(Fate, st.sampled_from(FATES), NUMBERS), min_size=1, max_size=12)
+CLIENTS = st.integers(0, len(NAMES))  # the aggregator first
+
+
+class Noise:
+    """A task that costs nothing."""
+
+    samples = 10
+
+    def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:
+        rng = np.random.default_rng(seed)
+        changed = {name: each + rng.normal(0, 0.1, each.shape).astype(np.float32) for name, each in start.items()}
+        return Trained(tensors=changed, samples=self.samples, metrics={"loss": 1.0})
+
+    def evaluate(self, tensors: Tensors) -> Evaluation:
+        raise NotImplementedError
+
+
+class Device(VirtualDevice):
+    """Takes down what it made, on a broker that takes small frames only."""
+
+    made: dict[tuple[str, bytes, int], tuple[int, int, bytes]]
+
+    def connected(self) -> None:
+        self._handle(events.Connected(frame_bytes=FRAME_BYTES))
+
+    def _perform(self, action: Action) -> None:
+        if isinstance(action, Save) and (update := action.kept.outstanding) is not None:
+            about = (self.name, bytes(action.kept.key), update.seq)
+            content = (update.base, update.samples, update.encoded)
+            assert self.made.setdefault(about, content) == content, "a number stands for two updates"
+        super()._perform(action)
+
+
+class Watched:
+    """The aggregator's ledger, and what is written to it held against what devices made."""
+
+    def __init__(self, ledger: durable.Ledger, made: dict[tuple[str, bytes, int], tuple[int, int, bytes]]) -> None:
+        self._ledger = ledger
+        self._made = made
+        self.digests: dict[int, bytes] = {}
+        self.pending: list[tuple[str, int]] = []
+        self.merged: set[tuple[str, int]] = set()
+        self.frame = ledger.frame
+
+    def write(self, batch: Iterable[records.Record], now: float | None = None) -> None:
+        given = list(batch)
+        self._ledger.write(given, now)
+        for record in given:
+            match record:
+                case records.UpdateAccepted():
+                    about = (record.device, bytes(record.key), record.seq)
+                    assert self._made.get(about) == (record.base, record.samples, record.body), "nobody made this"
+                    self.pending.append((record.device, record.base))
+                case records.VersionMade():
+                    assert record.version not in self.digests
+                    self.digests[record.version] = record.digest
+                    assert record.updates == len(self.pending)
+                    assert self.merged.isdisjoint(self.pending), "merged twice"
+                    self.merged.update(self.pending)
+                    self.pending.clear()
+                case _:
+                    pass
+
+
+def left(stop: Stop) -> None:
+    raise AssertionError(f"a device ended: {stop.reason}")
+
+
+class LyingFederation(RuleBasedStateMachine):
+    """Rules are lies, crashes and time."""
+
+    @initialize(bends_what_it_keeps=st.booleans(), codec=st.sampled_from(["ternary", "float32"]), stolen=st.booleans())
+    def begin(self, bends_what_it_keeps: bool, codec: str, stolen: bool) -> None:
+        self.folder = scratch()
+        self.bends_what_it_keeps = bends_what_it_keeps
+        self.clock = Clock()
+        chosen = {
+            "merge.buffer_size": 2,
+            "merge.max_wait_s": 5.0,
+            "downlink.codec": codec,
+            "downlink.slots": 4,
+            "limits.frame_bytes": 4096,
+            "plan.codec": "float32",
+        }
+        founded = founding.on_disk(self.folder / "aggregator", NAMES, dict(MODEL), chosen)
+        assert isinstance(founded.ledger, durable.Ledger)
+        self.ledger = founded.ledger
+        identities = {name: Identity(founding.drawn(0, name)) for name in NAMES}
+        keys = (Identity(b"l" * 32), *(identities.values() if stolen else ()))
+        self.broker = LyingBroker(self.clock, Liar(keys), Liar(keys))
+        made: dict[tuple[str, bytes, int], tuple[int, int, bytes]] = {}
+        self.watched = Watched(self.ledger, made)
+        self.aggregator = VirtualAggregator(
+            self.clock, self.broker, self.watched, founded.core, lambda version, vector: None
+        )
+        core = self.aggregator.core
+        self.watched.digests[0] = core.model.digest
+        public = core.identity.public
+        vectors: WeakValueDictionary[bytes, Vector] = WeakValueDictionary()
+        self.devices: list[Device] = []
+        for index, (name, identity) in enumerate(identities.items()):
+            member = Member(
+                federation=founding.FEDERATION,
+                device=name,
+                identity=identity,
+                aggregator_public=public,
+                seal=lambda plain: seal(public, plain),
+                role="train",
+                code=founded.codes[name],
+                tensors={each: tuple(array.shape) for each, array in MODEL.items()},
+            )
+            body = Body(
+                member=member,
+                trainer=Noise(),
+                held=None,
+                beginning=Beginning(tensors={**MODEL, "b": np.full(3, index, np.float32)}),  # the first one's is right
+                seconds=lambda pace=1.5 + index: pace,
+                line=Line(latency_s=0.02),
+            )
+            device = Device(self.clock, self.broker, body, vectors, left)
+            device.made = made
+            self.devices.append(device)
+        self.dead: set[int] = set()
+        self.aggregator.start()
+        for device in self.devices:
+            device.start()
+
+    def run_for(self, seconds: float) -> None:
+        end = self.clock.now + seconds
+        for _ in range(STEPS_MAX):
+            if (when := self.clock.next_at) is None or when > end:
+                break
+            self.clock.step()
+        else:
+            raise AssertionError("it never comes to rest")
+        self.clock.at(end, lambda: None)
+        while self.clock.now < end:
+            self.clock.step()
+
+    def run_until(self, done: Callable[[], bool]) -> None:
+        """Every timer of the protocol that waits for somebody has run out long before this gives up."""
+        end = self.clock.now + 600.0
+        while not done():
+            assert self.clock.now < end
+            self.run_for(2.0)
+
+    # -- what may happen
+
+    @rule(seconds=st.sampled_from([0.1, 1.0, 3.0, 10.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.run_for(seconds)
+
+    @rule(lies=LIES)
+    def lie_to_clients(self, lies: list[Fate]) -> None:
+        self.broker.down.fates.extend(lies)
+        self.run_for(0.5)
+
+    @precondition(lambda self: self.bends_what_it_keeps)
+    @rule(lies=LIES)
+    def lie_about_what_came(self, lies: list[Fate]) -> None:
+        self.broker.up.fates.extend(lies)
+        self.run_for(0.5)
+
+    @rule()
+    def tell_late(self) -> None:
+        self.broker.down.let_go()
+        self.broker.up.let_go()
+
+    @precondition(lambda self: self.broker.down.heard)
+    @rule(client=CLIENTS, chosen=st.lists(NUMBERS, min_size=1, max_size=8))
+    def say_again(self, client: int, chosen: list[int]) -> None:
+        heard = self.broker.down.heard
+        for number in chosen:
+            self.broker.say(client, *heard[number % len(heard)])
+
+    @precondition(lambda self: self.broker.down.heard)
+    @rule(client=CLIENTS, number=NUMBERS, chosen=NUMBERS)
+    def forge(self, client: int, number: int, chosen: int) -> None:
+        topic, payload = self.broker.down.heard[chosen % len(self.broker.down.heard)]
+        self.broker.say(client, topic, self.broker.down.forged(payload, number))
+
+    @rule(client=CLIENTS, after=st.sampled_from([0.0, 0.3, 5.0]))
+    def crash(self, client: int, after: float) -> None:
+        victim = self.aggregator if client == 0 else self.devices[client - 1]
+        victim.kill()
+        self.run_for(after)
+        victim.restart()
+
+    @rule(after=st.sampled_from([0.0, 3.0]))
+    def everybody_is_cut_off(self, after: float) -> None:
+        self.broker.stop()
+        self.run_for(after)
+        self.broker.start()
+
+    # -- what must hold
+
+    @invariant()
+    def devices_hold_what_the_aggregator_signed(self) -> None:
+        for device in getattr(self, "devices", ()):
+            follower = device.core.follower
+            assert not (follower.guessed and follower.synced)  # nobody trains on its own guess
+            if follower.vector is not None and follower.version is not None and not follower.guessed:
+                assert vector_digest(follower.vector) == self.watched.digests[follower.version]
+
+    @invariant()
+    def the_ledger_has_everything_once(self) -> None:
+        if hasattr(self, "ledger"):
+            rows = self.ledger.db.execute("SELECT device, base, merged FROM updates").fetchall()
+            assert {(device, base) for device, base, merged in rows if merged is not None} == self.watched.merged
+            assert len(rows) == len(self.watched.merged) + len(self.watched.pending)
+
+    def teardown(self) -> None:
+        """The lying ends: the federation goes on, and everybody comes to the same digest."""
+        if len(getattr(self, "devices", ())) < len(NAMES):
+            return  # it never began
+        self.broker.become_honest(lose_everything=self.bends_what_it_keeps)
+        before = self.aggregator.core.model.version
+        accepted = [device.kept.accepted for device in self.devices]
+        self.run_until(
+            lambda: (
+                self.aggregator.core.model.version >= before + 3
+                and all(device.kept.accepted > count for device, count in zip(self.devices, accepted, strict=True))
+            )
+        )
+        self.aggregator._handle(aggregator_events.StateRequested(state=PAUSED))
+        self.run_until(lambda: all(device.core.follower.synced for device in self.devices))
+        self.run_for(10.0)
+        self.devices_hold_what_the_aggregator_signed()
+        self.the_ledger_has_everything_once()
+        model = self.aggregator.core.model
+        assert {device.core.follower.digest for device in self.devices} == {model.digest}
+        assert {device.core.follower.version for device in self.devices} == {model.version}
+        self.ledger.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+TestLyingFederation = LyingFederation.TestCase
+TestLyingFederation.settings = settings(
+    max_examples=120, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
+)

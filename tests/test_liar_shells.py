@@ -1,0 +1,157 @@
+"""The shells as they run, over real sockets to a real mosquitto, with a proxy in between that lies."""
+
+import sqlite3
+from contextlib import closing
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from liar import Fate, Liar
+from lying_line import LyingLine
+from shell_device import WITHIN_S, Device
+from small_world import scratch
+from stranger.house import Aggregator, until
+from test_liar import LIES, MODEL, NUMBERS
+
+from aggregator import home
+from aggregator import status as aggregator_status
+from broker.running import Engine, RunningBroker, choose, start
+from broker.schema import save_safetensors, vector_digest
+
+pytestmark = pytest.mark.slow
+
+NAMES = ("a", "b", "c")
+
+
+class LyingHouse(RuleBasedStateMachine):
+    """Rules are lies, cuts and kills; time is real, so each waits until its lies have been told."""
+
+    @initialize()
+    def begin(self) -> None:
+        self.folder = scratch()
+        save_safetensors(self.folder / "model.safetensors", MODEL, {})
+        self.broker: RunningBroker = start(
+            choose(Engine.MOSQUITTO), host="127.0.0.1", port=0, directory=self.folder / "broker"
+        )
+        self.line = LyingLine(self.broker.endpoint.port, Liar(), Liar())
+        self.aggregator = Aggregator(
+            self.folder / "aggregator",
+            federation="lab",
+            broker=self.line.url,
+            model=self.folder / "model.safetensors",
+            settings={"merge.buffer_size": 2, "merge.max_wait_s": 2, "downlink.slots": 4, "plan.codec": "float32"},
+        )
+        self.aggregator.start()
+        invitations = home.invite(self.aggregator.folder, *NAMES)
+        self.devices = [Device(self.folder / each.device, each) for each in invitations]
+        until(lambda: self.version >= 1, WITHIN_S, "no version")
+
+    @property
+    def version(self) -> int:
+        return int(self.status()["version"])
+
+    def status(self) -> dict[str, Any]:
+        return aggregator_status.read(self.aggregator.folder)
+
+    def at_rest(self) -> bool:
+        """Whether nothing is left to be merged, and all devices have what there is."""
+        found = self.status()
+        digests = {each.core.follower.digest.hex() for each in self.devices if each.core.follower.synced}
+        return found["state"] == "paused" and found["buffer"] == 0 and digests == {found["digest"]}
+
+    def told(self, liar: Liar) -> None:
+        """Wait until all lies are told, or nobody says anything that could be lied about."""
+        try:
+            until(lambda: not liar.fates, 3.0, "not all is told")
+        except TimeoutError:
+            liar.fates.clear()
+
+    @rule(lies=LIES)
+    def lie_to_clients(self, lies: list[Fate]) -> None:
+        self.line.lie(self.line.down, list(lies))
+        self.told(self.line.down)
+
+    @rule(lies=LIES)
+    def lie_about_what_devices_say(self, lies: list[Fate]) -> None:
+        self.line.lie(self.line.up, list(lies))
+        self.told(self.line.up)
+
+    @rule()
+    def tell_late(self) -> None:
+        self.line.tell_late()
+
+    @rule(client=st.integers(0, 3), chosen=st.lists(NUMBERS, min_size=1, max_size=20))
+    def say_again(self, client: int, chosen: list[int]) -> None:
+        self.line.say_again(client, chosen)
+
+    @rule()
+    def cut(self) -> None:
+        self.line.cut()
+
+    @rule()
+    def kill_the_aggregator(self) -> None:
+        self.aggregator.kill()
+        self.aggregator.start()
+
+    @invariant()
+    def everybody_lives(self) -> None:
+        if hasattr(self, "devices"):
+            assert self.aggregator.alive, self.aggregator.log.read_text()
+            assert [device.ended for device in self.devices if device.ended is not None] == []
+
+    def teardown(self) -> None:
+        if not hasattr(self, "devices"):
+            return
+        try:
+            self._end_well()
+        finally:
+            for device in self.devices:
+                device.service.request_stop("the test is over")
+            if self.aggregator.alive:
+                self.aggregator.kill()
+            self.line.close()
+            self.broker.stop()
+
+    def _end_well(self) -> None:
+        """The lying ends: the federation goes on, and everybody comes to the same digest."""
+        self.line.become_honest()
+        before, accepted = self.version, [device.core.kept.accepted for device in self.devices]
+        until(
+            lambda: (
+                self.version >= before + 3
+                and all(device.core.kept.accepted > count for device, count in zip(self.devices, accepted, strict=True))
+            ),
+            WITHIN_S,
+            "the federation does not go on",
+        )
+        home.change_state(self.aggregator.folder, "pause", "test")
+        until(self.at_rest, WITHIN_S, "not all come to the same version")
+        self.everybody_lives()
+        found = self.status()
+        for device in self.devices:
+            vector = device.core.follower.vector
+            assert vector is not None
+            assert vector_digest(vector).hex() == found["digest"]
+            device.stop()
+        assert self.aggregator.terminate() == 0
+        assert "Traceback" not in self.aggregator.log.read_text()
+        with closing(sqlite3.connect(self.aggregator.folder / home.LEDGER)) as db:
+            twice = db.execute("SELECT 1 FROM updates GROUP BY device, base HAVING count(*) > 1").fetchall()
+            counted = db.execute("SELECT sum(updates) FROM versions").fetchone()
+            merged = db.execute("SELECT count(*) FROM updates WHERE merged IS NOT NULL").fetchone()
+        assert (twice, counted) == ([], merged)
+        # of now: a last update may have been accepted after the look above
+        accepted_by_devices = sum(device.core.kept.accepted for device in self.devices)
+        assert accepted_by_devices <= self.status()["counts"]["accepted"]
+
+
+TestLyingHouse = LyingHouse.TestCase
+TestLyingHouse.settings = settings(
+    max_examples=5,
+    stateful_step_count=8,
+    deadline=None,
+    phases=[Phase.explicit, Phase.generate],  # to shrink what real time was part of is to look for another failure
+    suppress_health_check=list(HealthCheck),
+)
