@@ -2,6 +2,8 @@
 
 TASK ?= digits
 PIP_ARGS ?=
+DATA ?=
+NAME ?=
 MOSQUITTO ?=
 
 VENV := .venv
@@ -28,12 +30,12 @@ SLOW_TESTS := -m slow
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo check lint types core test format clean
+.PHONY: help setup demo check lint types core test fuzz bench experiment format clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
 	@echo "Variables:"
-	@echo "  TASK=digits    the demo's task: digits, digits-numpy (needs no torch), fashion-mnist, module:attribute"
+	@echo "  TASK=digits    the demo's task: digits, digits-numpy (needs no torch), one of docs/tasks.md"
 	@echo "  PIP_ARGS=…     handed to pip. On Linux, for torch without CUDA: PIP_ARGS='$(CPU_INDEX)'"
 	@echo "  PYTHON=…       the Python to make $(VENV) with; MOSQUITTO=no: do not install mosquitto"
 
@@ -55,8 +57,18 @@ core: $(FULL)
 	$(BIN)/coverage run -m pytest -q $(CORE_TESTS)
 	$(BIN)/coverage report
 
-test: check ## check, then the tests that start brokers and processes, and that train
+test: check ## check, then the tests that start brokers and processes, and that train, then a minute of fuzzing
 	$(BIN)/python -m pytest -q $(SLOW_TESTS)
+	$(BIN)/python -m fuzz --seconds 60
+
+fuzz: $(FULL) ## A million hostile inputs to each parser (x86-64 Linux)
+	$(BIN)/python -m fuzz --runs 1000000
+
+bench: $(FULL) ## Measure everything into benchmarks/results, under 15 minutes (DATA=DIR with FashionMNIST/raw for all of it)
+	$(BIN)/python -m benchmarks $(if $(DATA),--data '$(DATA)')
+
+experiment: $(FULL) ## Run an experiment and show its table: NAME=…, DATA=DIR; without a NAME list them
+	$(BIN)/python -m benchmarks.experiment $(NAME) $(if $(DATA),--data '$(DATA)')
 
 format: $(FULL) ## Format the code, and mend what the linter can mend
 	$(BIN)/ruff check --fix
