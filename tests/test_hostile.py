@@ -535,7 +535,7 @@ def test_a_grant_is_less_than_half_of_what_the_broker_queues(siege: Siege) -> No
 
 
 def test_thousands_of_messages_never_finished_take_no_memory(siege: Siege) -> None:
-    unfinished(siege, 200, 60_000, 0)  # warms up: all that may be kept is kept after it
+    unfinished(siege, 1_200, 60_000, 0)  # warms up with as much as follows: all that may be kept is kept after it
     siege.fence(siege.rogue)
     before = siege.aggregator.resident_kib()
     unfinished(siege, 1_200, 60_000, 1)  # 72 MB
@@ -545,7 +545,7 @@ def test_thousands_of_messages_never_finished_take_no_memory(siege: Siege) -> No
     after = siege.aggregator.resident_kib()
     print(f"resident: {before} KiB before, {after} KiB after")
     assert after - before < GROWTH_KIB
-    siege.unchanged(invalid=2_900)
+    siege.unchanged(invalid=3_900)
 
 
 def test_thousands_of_strangers_take_no_memory(siege: Siege) -> None:
