@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Self
@@ -33,6 +34,7 @@ from lab import scenario
 from lab.progress import Lines
 from lab.simulate import Simulation
 from lab.tables import Table
+from lab.training import Workers
 
 FOLDER: Final = Path(__file__).parent / "experiments"
 BESIDE: Final = "beside"  # the axis of runs that stand outside the grid
@@ -151,13 +153,16 @@ def runs(experiment: Experiment, seeds: int, data: Path | None, out: Path) -> li
     ]
 
 
-def simulate(run: Run) -> dict[str, Any]:
-    """Run it and leave its report in its folder; the report. Called in a process of its own."""
+def simulate(run: Run, jobs: int) -> dict[str, Any]:
+    """Run it, with so many trainings at a time, and leave its report in its folder; the report."""
     run.folder.mkdir(parents=True, exist_ok=True)
     wanted = replace(scenario.parse(run.table), data=run.data)
     began = time.monotonic()
-    with (run.folder / "log").open("w", encoding="utf-8") as log:
-        simulation = Simulation(wanted, load_task(wanted.task), Lines(log))
+    with (
+        (run.folder / "log").open("w", encoding="utf-8") as log,
+        Workers(wanted, jobs) if jobs > 1 else nullcontext() as workers,
+    ):
+        simulation = Simulation(wanted, load_task(wanted.task), Lines(log), place=workers)
         simulation.run()
     found = simulation.report(time.monotonic() - began)
     found["scenario"]["data"] = None  # where it lay is nobody's business
@@ -177,7 +182,8 @@ def reports(wanted: Sequence[Run], jobs: int) -> list[dict[str, Any]]:
     os.environ["OMP_NUM_THREADS"] = "1"  # a run is one process and one core; the threads of two would only spin
     began = time.monotonic()
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(simulate, wanted[index]): index for index in missing}
+        each = max(1, jobs // max(1, len(missing)))  # what no other run needs
+        futures = {pool.submit(simulate, wanted[index], each): index for index in missing}
         try:
             for count, future in enumerate(as_completed(futures), 1):
                 index = futures[future]

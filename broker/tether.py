@@ -23,14 +23,19 @@ def command(arguments: Sequence[str | os.PathLike[str]]) -> list[str]:
     return [sys.executable, "-I", "-S", __file__, str(os.getpid()), *(os.fspath(each) for each in arguments)]
 
 
-def main(parent: int, arguments: list[str]) -> None:
-    """Become the command; on systems other than Linux without the tie."""
+def tie(parent: int) -> None:
+    """Make this process end with its parent; on systems other than Linux do nothing."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0):
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
         if os.getppid() != parent:  # it died before the request was made
             sys.exit(1)
+
+
+def main(parent: int, arguments: list[str]) -> None:
+    """Become the command."""
+    tie(parent)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))  # a connection is a file; the usual limit is 1,024

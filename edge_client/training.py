@@ -16,12 +16,11 @@ from edge_client.noise import Chance, clip_and_noise
 from edge_client.privacy import DEVICE, SAMPLE, TOLD, Account, cost
 from edge_client.trainer import NO_DP, Plan, PrivateTrainer, Tensors, Trained, Trainer, TrainingError
 
-Result = TrainingFinished | TrainingFailed | BudgetSpent | Evaluated | FineTuned | FineTuningFailed
+TrainingResult = TrainingFinished | TrainingFailed | BudgetSpent
+Result = TrainingResult | Evaluated | FineTuned | FineTuningFailed
 
 
-def train(
-    trainer: Trainer, job: StartTraining, chance: Chance | None = None
-) -> TrainingFinished | TrainingFailed | BudgetSpent:
+def train(trainer: Trainer, job: StartTraining, chance: Chance | None = None) -> TrainingResult:
     """Train, and compress what it changed, under the plan's differential privacy if there is budget for it.
 
     `chance` is for tests and simulations; on a device it is the operating system's. Raises whatever the task's own code

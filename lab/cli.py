@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -19,6 +19,7 @@ from lab.scenario import Scenario
 from lab.simulate import Simulation
 from lab.supervisor import ChildError
 from lab.testbed import Testbed
+from lab.training import Workers
 
 app = typer.Typer(no_args_is_help=True, help="A whole federation on this machine, and its report.")
 
@@ -82,14 +83,16 @@ def simulate(
     data: Data = None,
     sync: Sync = False,
     every: Annotated[int | None, typer.Option(help="Evaluate each so many versions.", show_default="1", min=1)] = None,
+    jobs: Annotated[int, typer.Option(help="How many processes train at a time: the model is the same.", min=1)] = 1,
     ledger: Annotated[bool, typer.Option("--ledger", help="Keep the aggregator's ledger, in OUT/aggregator.")] = False,
     out: Out = Path("ternbus-lab"),
     as_json: AsJson = False,
 ) -> None:
-    """Run a federation in virtual time and one process: the same code for all but network and clock.
+    """Run a federation in virtual time: the same code for all but network and clock.
 
     Training is real, its seconds are not: they are drawn. So a slow federation takes no longer than its arithmetic,
-    and the same seed gives the same model, bit for bit. Which broker the scenario names plays no part.
+    and the same seed gives the same model, bit for bit. Which broker the scenario names plays no part. --jobs spreads
+    the training over processors, which pays where a training takes seconds.
 
     Example: ternbus lab simulate --devices 20 --versions 100
     """
@@ -97,7 +100,7 @@ def simulate(
     wanted = _wanted(file, given, versions)
     if every is not None:
         wanted = dataclasses.replace(wanted, simulate=dataclasses.replace(wanted.simulate, evaluate_every=every))
-    raise typer.Exit(_simulate(wanted, out, as_json, keep_ledger=ledger))
+    raise typer.Exit(_simulate(wanted, out, as_json, jobs=jobs, keep_ledger=ledger))
 
 
 @app.command()
@@ -125,12 +128,12 @@ def _run(wanted: Scenario, out: Path, as_json: bool) -> int:
     )
 
 
-def _simulate(wanted: Scenario, out: Path, as_json: bool, *, keep_ledger: bool) -> int:
+def _simulate(wanted: Scenario, out: Path, as_json: bool, *, jobs: int, keep_ledger: bool) -> int:
     """The same in virtual time."""
     return _reported(
         out,
         as_json,
-        lambda place, interrupts, shown: _simulated(wanted, place, interrupts, shown, keep_ledger=keep_ledger),
+        lambda place, interrupts, shown: _simulated(wanted, place, interrupts, shown, jobs, keep_ledger=keep_ledger),
         "nothing was kept",
     )
 
@@ -177,13 +180,22 @@ def _result(wanted: Scenario, place: output.Output, interrupts: Interrupts, show
 
 
 def _simulated(
-    wanted: Scenario, place: output.Output, interrupts: Interrupts, shown: progress.Progress, *, keep_ledger: bool
+    wanted: Scenario,
+    place: output.Output,
+    interrupts: Interrupts,
+    shown: progress.Progress,
+    jobs: int,
+    *,
+    keep_ledger: bool,
 ) -> dict[str, Any]:
     began = time.monotonic()
     with shown:
         shown.say(f"{wanted.task}: {wanted.devices} devices in virtual time")
         folder = place.aggregator if keep_ledger else None
-        with closing(Simulation(wanted, load_task(wanted.task), shown, folder)) as simulation:
+        with (
+            Workers(wanted, jobs) if jobs > 1 else nullcontext() as workers,
+            closing(Simulation(wanted, load_task(wanted.task), shown, folder, workers)) as simulation,
+        ):
             simulation.run(interrupts.check)
             simulation.export(place.model)
             result = simulation.report(time.monotonic() - began)

@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Final
@@ -23,12 +24,11 @@ from broker.messages import OPEN
 from broker.schema import Schema, Vector, to_vector, vector_digest
 from edge_client.follower import Beginning
 from edge_client.member import Member
-from edge_client.narrow import narrow
-from edge_client.trainer import Task, Tensors, Trainer, halves_of, trainers_of
-from lab.hostile import HostileTrainer
+from edge_client.trainer import Task, Tensors
 from lab.memory_broker import Line
 from lab.memory_ledger import Ledger, MemoryLedger
 from lab.scenario import Scenario, Simulated
+from lab.training import Here, Place, pairs
 from lab.virtual_device import Body
 
 FEDERATION: Final = "lab"
@@ -109,8 +109,21 @@ def _first_core(
     return core, [*frames, head]
 
 
-def bodies(scenario: Scenario, task: Task, model: Tensors, aggregator: bytes, codes: Mapping[str, str]) -> list[Body]:
-    """The devices of an aggregator with this public key, each with its key, its data, its speed and its line."""
+def bodies(
+    scenario: Scenario,
+    task: Task,
+    model: Tensors,
+    aggregator: bytes,
+    codes: Mapping[str, str],
+    *,
+    place: Place | None = None,
+) -> list[Body]:
+    """The devices of an aggregator with this public key, each with its key, its data, its speed and its line.
+
+    They train at `place`, by default here.
+    """
+    own = pairs(scenario, task, model)
+    place = place or Here([trainer for trainer, _ in own])
     shapes = {name: tuple(array.shape) for name, array in model.items()}
     beginning = Beginning(tensors=model)
     paces = scenario.speeds.draw(scenario.devices, scenario.seed)
@@ -131,36 +144,13 @@ def bodies(scenario: Scenario, task: Task, model: Tensors, aggregator: bytes, co
                 fine_tune=scenario.local.fine_tune if held is not None else 0.0,
             ),
             beginning=beginning,
+            begin=partial(place.begin, index),
             trainer=trainer,
             held=held,
             seconds=_seconds(scenario, name, pace),
             line=_line(scenario.simulate),
         )
-        for (name, code), (trainer, held), pace in zip(
-            codes.items(), _trainers(scenario, task, model), paces, strict=True
-        )
-    ]
-
-
-def _trainers(scenario: Scenario, task: Task, model: Tensors) -> list[tuple[Trainer, Trainer | None]]:
-    """Each device's own data, and apart from them what it holds out; hostile devices hold nothing out."""
-    partitions = [scenario.partition_of(index) for index in range(scenario.devices)]
-    behaviours, share = scenario.behaviours, scenario.local.hold_out
-    made: dict[int, tuple[Trainer, Trainer | None]] = {}
-    for width in sorted(set(scenario.widths)):  # those of a width share a model
-        trained = narrow(task, width)
-        chosen = [index for index in range(scenario.devices) if scenario.widths[index] == width]
-        parts = [partitions[index] for index in chosen]
-        if share:
-            tried_by = None if trained is task else task
-            made |= zip(chosen, halves_of(trained, scenario.data, parts, share, tried_by), strict=True)
-        else:
-            made |= zip(
-                chosen, ((trainer, None) for trainer in trainers_of(trained, scenario.data, parts)), strict=True
-            )
-    return [
-        (HostileTrainer(trainer, behaviours[index], tuple(model)), None) if index in behaviours else (trainer, held)
-        for index, (trainer, held) in sorted(made.items())
+        for index, ((name, code), (trainer, held), pace) in enumerate(zip(codes.items(), own, paces, strict=True))
     ]
 
 

@@ -1,4 +1,4 @@
-"""A federation in virtual time and one process: the same cores and real training, seconds that only the clock knows.
+"""A federation in virtual time: the same cores and real training, seconds that only the clock knows.
 
 A scenario gives the same versions, bit for bit, however fast the machine is. The published vector is tried on the
 test data here, without a line: no device holds other bits.
@@ -26,6 +26,7 @@ from lab.memory_ledger import MemoryLedger
 from lab.moment import Moment
 from lab.progress import Progress
 from lab.scenario import Fault, Scenario
+from lab.training import Place
 from lab.virtual_aggregator import VirtualAggregator
 from lab.virtual_device import VirtualDevice
 
@@ -42,9 +43,20 @@ class Carried:
 
 
 class Simulation:
-    """One run: `run`, then `report`. ``folder`` is where a ledger is kept, as a real aggregator's; None for none."""
+    """One run: `run`, then `report`.
 
-    def __init__(self, scenario: Scenario, task: Task, progress: Progress, folder: Path | None = None) -> None:
+    ``folder`` is where a ledger is kept, as a real aggregator's; None for none. ``place`` is where devices train, by
+    default this process.
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        task: Task,
+        progress: Progress,
+        folder: Path | None = None,
+        place: Place | None = None,
+    ) -> None:
         self.clock = Clock()
         self.broker = MemoryBroker(self.clock)
         self.carried: list[Carried] = []  # by version
@@ -72,7 +84,7 @@ class Simulation:
         public = self.aggregator.core.identity.public
         self.devices = [
             VirtualDevice(self.clock, self.broker, body, vectors, self._left)
-            for body in founding.bodies(scenario, task, model, public, founded.codes)
+            for body in founding.bodies(scenario, task, model, public, founded.codes, place=place)
         ]
         self._staying = len(self.devices)
 

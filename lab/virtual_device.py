@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import assert_never
 
-import numpy as np
-
 from broker import frame
 from broker.errors import ProtocolError
 from broker.messages import Metrics
@@ -31,11 +29,11 @@ from edge_client.core import Core
 from edge_client.follower import Beginning
 from edge_client.kept import Kept
 from edge_client.member import Member
-from edge_client.noise import Chance
 from edge_client.trainer import Trainer
-from edge_client.training import evaluate, fine_tune, train
+from edge_client.training import evaluate, fine_tune
 from lab.clock import Alarm, Clock
 from lab.memory_broker import Line, MemoryBroker, Session
+from lab.training import Awaited
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +42,7 @@ class Body:
 
     member: Member
     beginning: Beginning
+    begin: Callable[[StartTraining], Awaited]  # a training
     trainer: Trainer
     held: Trainer | None  # with the data that it holds out
     seconds: Callable[[], float]  # how long its next training lasts
@@ -119,9 +118,10 @@ class VirtualDevice:
         return core, Alarm(self._clock, core.due_s, lambda: self._handle(events.TimeReached()))
 
     def _handle(self, event: events.Event) -> None:
-        for action in self.core.handle(event, self._clock.now):
-            self._perform(action)
+        wanted = self.core.handle(event, self._clock.now)
         self._share()
+        for action in wanted:
+            self._perform(action)
         self._alarm.look()
 
     def _perform(self, action: Action) -> None:
@@ -151,16 +151,17 @@ class VirtualDevice:
                 assert_never(action)
 
     def _train(self) -> None:
+        job = self.core.learning.running  # with the vector that all share
+        assert job is not None  # noqa: S101 - the core has just begun it
         seconds = self._body.seconds()
-        self._clock.at(self._clock.now + seconds, partial(self._trained, self.core, seconds))
+        awaited = self._body.begin(job)
+        self._clock.at(self._clock.now + seconds, partial(self._trained, self.core, seconds, awaited))
 
-    def _trained(self, life: Core, seconds: float) -> None:
-        """Compute now what has taken so many virtual seconds: what a kill would lose is not computed at all."""
-        job = life.learning.running
-        if life is not self.core or not self._runs or job is None:
+    def _trained(self, life: Core, seconds: float, awaited: Awaited) -> None:
+        """So many virtual seconds later."""
+        if life is not self.core or not self._runs or life.learning.running is None:
             return
-        # Nobody's data are at stake, and the same scenario is to give the same report: the noise has a seed here.
-        result = train(self._body.trainer, job, Chance(np.random.default_rng(job.seed).bytes))
+        result = awaited()
         if isinstance(result, events.TrainingFinished):
             result = replace(result, metrics={**result.metrics, "seconds": seconds})
         self._handle(result)

@@ -6,6 +6,7 @@ aggregator signed, nobody ends, and when the lying ends everybody comes to the s
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -29,6 +30,7 @@ from edge_client.trainer import Evaluation, FloatArray, Plan, Tensors, Trained
 from lab import founding
 from lab.clock import Clock
 from lab.memory_broker import Line
+from lab.training import Here
 from lab.virtual_aggregator import VirtualAggregator
 from lab.virtual_device import Body, VirtualDevice
 
@@ -156,6 +158,7 @@ class LyingFederation(RuleBasedStateMachine):
             )
             body = Body(
                 member=member,
+                begin=partial(Here([Noise()]).begin, 0),
                 trainer=Noise(),
                 held=None,
                 beginning=Beginning(tensors={**MODEL, "b": np.full(3, index, np.float32)}),  # the first one's is right

@@ -1,0 +1,60 @@
+"""Simulated devices that train in processes of their own: the same model, and nothing left behind."""
+
+import io
+import multiprocessing
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+
+from broker.errors import FederationError
+from edge_client.trainer import load_task
+from lab.memory_ledger import MemoryLedger
+from lab.progress import Lines
+from lab.scenario import End, Hostile, Scenario, Speeds
+from lab.simulate import Simulation
+from lab.training import Workers
+
+pytestmark = pytest.mark.slow
+
+SMALL = Scenario(
+    task="digits-numpy",
+    devices=5,
+    speeds=Speeds(sigma=0.8, median_s=10.0),
+    hostile=(Hostile(kind="label-flip", share=0.2),),
+    aggregator={"merge.buffer_size": 2},
+    end=End(versions=4),
+)
+
+
+def digests(workers: Workers | None, wanted: Scenario = SMALL) -> object:
+    simulation = Simulation(wanted, load_task(wanted.task), Lines(io.StringIO()), place=workers)
+    simulation.run()
+    assert isinstance(simulation.ledger, MemoryLedger)
+    return simulation.ledger.digests
+
+
+def test_processes_make_the_same_model_and_end() -> None:
+    with Workers(SMALL, 2) as workers:
+        found = digests(workers)
+        processes = multiprocessing.active_children()
+        assert len(processes) == 2
+    for process in processes:
+        process.join(10)
+        assert not process.is_alive()
+    assert found == digests(None)
+    assert found != digests(None, replace(SMALL, seed=1))
+
+
+def test_a_process_that_is_killed_is_said_in_words() -> None:
+    with Workers(SMALL, 1) as workers:
+        simulation = Simulation(SMALL, load_task(SMALL.task), Lines(io.StringIO()), place=workers)
+
+        def kill() -> None:
+            if simulation.aggregator.core.model.version == 1:
+                for process in multiprocessing.active_children():
+                    os.kill(process.pid or 0, signal.SIGKILL)
+
+        with pytest.raises(FederationError, match="fewer --jobs"):
+            simulation.run(kill)
