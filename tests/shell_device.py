@@ -8,6 +8,7 @@ from test_liar import MODEL, Noise
 from broker.identity import Identity, seal
 from broker.invitation import Invitation
 from broker.link import Link
+from broker.schema import vector_digest
 from broker.tls import Tls
 from edge_client.actions import Log, Stop
 from edge_client.core import Core
@@ -74,6 +75,12 @@ class Device:
                 self.service.leave_training()
         except BaseException as error:  # noqa: BLE001 - whatever it is, the test must see it
             self.ended = error
+
+    @property
+    def vector_digest(self) -> str | None:
+        """Of the bits that it holds, whatever its follower says of them."""
+        vector = self.core.follower.vector
+        return None if vector is None else vector_digest(vector).hex()
 
     def stop(self) -> None:
         self.service.request_stop("the test is over")

@@ -36,7 +36,7 @@ from broker.link import Link, LinkEvent
 from broker.messages import Delta, Enroll, Receipt, Status, Update
 from broker.refusals import STRANGER
 from broker.running import Engine
-from broker.schema import save_safetensors, vector_digest
+from broker.schema import save_safetensors
 from broker.tls import Tls
 
 pytestmark = [
@@ -445,16 +445,11 @@ def test_after_all_that_the_honest_devices_are_at_the_aggregators_digest(siege: 
     home.change_state(siege.aggregator.folder, "pause", "test")
 
     def at_rest() -> bool:
-        found = siege.status()
-        return found["buffer"] == 0 and {
-            device.core.follower.digest.hex() for device in siege.honest if device.core.follower.synced
-        } == {found["digest"]}
+        found = siege.status()  # an update that was under way may make one more version after the pause
+        return found["buffer"] == 0 and {device.vector_digest for device in siege.honest} == {found["digest"]}
 
     until(at_rest, WITHIN_S, "not all come to the same digest")
     for device in siege.honest:
-        vector = device.core.follower.vector
-        assert vector is not None
-        assert vector_digest(vector).hex() == siege.status()["digest"]
         device.stop()
     accepted = siege.status()["devices"]
     assert accepted["rogue"]["updates"] == accepted["guest"]["updates"] == 0

@@ -18,7 +18,7 @@ from test_liar import LIES, MODEL, NUMBERS
 from aggregator import home
 from aggregator import status as aggregator_status
 from broker.running import Engine, RunningBroker, choose, start
-from broker.schema import save_safetensors, vector_digest
+from broker.schema import save_safetensors
 
 pytestmark = pytest.mark.slow
 
@@ -56,10 +56,13 @@ class LyingHouse(RuleBasedStateMachine):
         return aggregator_status.read(self.aggregator.folder)
 
     def at_rest(self) -> bool:
-        """Whether nothing is left to be merged, and all devices have what there is."""
+        """Whether nothing is left to be merged, and all devices hold the bits that there are.
+
+        An update that is still under way may make one more version after a pause: so look until all is the same.
+        """
         found = self.status()
-        digests = {each.core.follower.digest.hex() for each in self.devices if each.core.follower.synced}
-        return found["state"] == "paused" and found["buffer"] == 0 and digests == {found["digest"]}
+        same = {device.vector_digest for device in self.devices} == {found["digest"]}
+        return found["state"] == "paused" and found["buffer"] == 0 and same
 
     def told(self, liar: Liar) -> None:
         """Wait until all lies are told, or nobody says anything that could be lied about."""
@@ -129,11 +132,7 @@ class LyingHouse(RuleBasedStateMachine):
         home.change_state(self.aggregator.folder, "pause", "test")
         until(self.at_rest, WITHIN_S, "not all come to the same version")
         self.everybody_lives()
-        found = self.status()
         for device in self.devices:
-            vector = device.core.follower.vector
-            assert vector is not None
-            assert vector_digest(vector).hex() == found["digest"]
             device.stop()
         assert self.aggregator.terminate() == 0
         assert "Traceback" not in self.aggregator.log.read_text()
