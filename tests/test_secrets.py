@@ -119,8 +119,8 @@ def test_no_secret_shows_where_it_does_not_belong(engine: Engine, tmp_path: Path
             listed = json.loads(run(tmp_path, "aggregator", "invitations", "home", "--json"))
             assert [row["device"] for row in listed] == ["late", "pi"]
             run(tmp_path, "aggregator", "revoke", "home", "pi", "--reason", "a test")
-            edge.send_signal(signal.SIGTERM)  # it may have nothing to send that would be answered
-            assert edge.wait(WITHIN_S) in {0, 3}
+            edge.send_signal(signal.SIGTERM)  # it may have nothing to send that would be answered,
+            assert edge.wait(WITHIN_S) in {0, 3, -signal.SIGTERM}  # or be on its way out by itself
         assert "revoked this device's key (a test)" in run(tmp_path, "edge", "run", "pi", code=3)
         # what goes wrong tells nothing, either
         run(tmp_path, "edge", "join", "home/invitations/pi.toml", "thief", "--task", "digits-numpy", code=3)
