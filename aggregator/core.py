@@ -26,6 +26,7 @@ from broker.frame import Frame, parse
 from broker.identity import AGGREGATOR, Identity
 from broker.messages import CLOSED, Head, Metrics, Status
 from broker.schema import Schema
+from broker.ternary import Block
 
 RESTORED: Final = 2**32
 ECHO_S: Final = 5.0  # how long the broker has to show us the head that it should have kept
@@ -191,12 +192,12 @@ class Core:
             if frame.kind == "update":
                 member.update_bytes += event.packet_bytes
                 self._tally.observe(member.name, self._now)
-            self._frame(member, frame)
+            self._frame(member, frame, None if opened is None else opened.block)
 
-    def _frame(self, member: Member, frame: Frame) -> None:
+    def _frame(self, member: Member, frame: Frame, ahead: Block | None) -> None:
         match frame.kind:
             case "update":
-                self._desk.update(member, frame, self._now)
+                self._desk.update(member, frame, self._now, ahead)
             case "offer":
                 self._desk.offer(member, frame, self._now)
             case "status":

@@ -17,6 +17,7 @@ from broker.errors import ProtocolError
 from broker.frame import Frame
 from broker.identity import KeyId
 from broker.messages import Grant, Receipt
+from broker.ternary import Block
 
 BUSY_S: Final = 5.0
 
@@ -59,7 +60,8 @@ class Desk:
         topic = topics.down(self.settings.federation, member.name, grant.KIND)
         self.do(events.Publish(topic=topic, payload=self.outlet.frame(grant.KIND, grant.meta())))
 
-    def update(self, member: Member, frame: Frame, now: float) -> None:
+    def update(self, member: Member, frame: Frame, now: float, ahead: Block | None = None) -> None:
+        """Take in a part of an update; ``ahead`` is the block of a single part, if it was read already."""
         if frame.seq <= member.answer.seq:
             if frame.part == 0:  # once a message, not once a part
                 self.afford(member, now)
@@ -75,12 +77,12 @@ class Desk:
         elif frame.parts > self.outlet.direct_parts and member.granted != frame.seq:
             raise ProtocolError("not-granted", f"{frame.parts} parts, unasked")
         else:
-            self._collect(member, frame, now)
+            self._collect(member, frame, now, ahead)
 
-    def _collect(self, member: Member, frame: Frame, now: float) -> None:
+    def _collect(self, member: Member, frame: Frame, now: float, ahead: Block | None) -> None:
         if self.intake.is_last(member, frame):
             self.afford(member, now)  # before it is decompressed and read
-        ready = self.intake.collect(member, frame)
+        ready = self.intake.collect(member, frame, ahead)
         for reason in self.intake.take_drops().elements():
             self.tally.refuse(reason, now)
         if ready is None:

@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from aggregator.gate import Opened
 from aggregator.model import Waiting
 from aggregator.records import Record
 from aggregator.registry import Invited
+from broker.frame import Frame
+from broker.ternary import Block
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +25,18 @@ class Connected:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Disconnected:
     """The connection is gone, and with it what was not acknowledged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """A frame that is authentic under this public key; whether the key may still sign is the core's question.
+
+    ``block`` is what an update in one unsealed part says, where that was read ahead. None says nothing of it.
+    """
+
+    frame: Frame
+    public: bytes
+    block: Block | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -101,10 +101,10 @@ class Intake:
     def _judge_parts(self, parts: int) -> Verdict | None:
         return Verdict("invalid", "too-long") if (parts - 1) * PART_BYTES_MIN > self.update_bytes_max else None
 
-    def collect(self, member: Member, frame: Frame) -> Ready | Verdict | None:
-        """Take in a part; None while parts are missing."""
+    def collect(self, member: Member, frame: Frame, ahead: Block | None = None) -> Ready | Verdict | None:
+        """Take in a part; None while parts are missing. ``ahead`` is the block of a single part, if it was read."""
         if frame.parts == 1:
-            return self._read(whole(frame))
+            return self._read(whole(frame), ahead)
         if member.collector is None:
             limits = self.settings.limits
             member.collector = Collector(
@@ -155,11 +155,11 @@ class Intake:
             self._drops["unfinished"] += len(collector)
             collector.clear()
 
-    def _read(self, message: Whole) -> Ready | Verdict:
+    def _read(self, message: Whole, ahead: Block | None = None) -> Ready | Verdict:
         try:
             update = Update.from_meta(message.meta)
             body = self._unseal(message) if update.sealed else message.body
-            block = Block.read(self.schema, update.codec, update.encoding, body)
+            block = Block.read(self.schema, update.codec, update.encoding, body) if ahead is None else ahead
             self._check_norm(block)
         except ProtocolError as error:
             return Verdict("invalid", str(error))

@@ -71,6 +71,11 @@ class Member:
         """Whether the last that was heard of it exceeded its frames; also looked at from another thread, as a hint."""
         return self.frames.is_empty
 
+    @property
+    def has_had_receipts(self) -> bool:
+        """Whether the last that it sent took the last of its receipts; a hint, too."""
+        return self.receipts.is_empty
+
     def has_accepted(self, base: int, oldest: int) -> bool:
         """Whether an update on ``base`` was accepted from this device before.
 

@@ -15,7 +15,8 @@ from typing import Final, assert_never
 from aggregator import events, requests, transport
 from aggregator.background import summing
 from aggregator.core import Core
-from aggregator.gate import WORTHWHILE_BYTES, Opened, open_ahead
+from aggregator.events import Opened
+from aggregator.gate import WORTHWHILE_BYTES, Gate
 from aggregator.home import LEDGER, open_core
 from aggregator.ledger import Ledger
 from aggregator.pace import Lines
@@ -66,7 +67,8 @@ class Service:
     say: Callable[[str], None]
     transport: TransportSettings | None = None  # instead of what aggregator.toml says
     _queue: "queue.SimpleQueue[Item]" = field(default_factory=queue.SimpleQueue)
-    _gate: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="gate"))
+    _opening: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="gate"))
+    _gate: Gate = field(init=False)
     _ledger: Ledger = field(init=False)
     _core: Core = field(init=False)
     _lines: Lines = field(init=False)
@@ -94,6 +96,7 @@ class Service:
         ):
             self._core = open_core(self.directory, self._ledger, self.software)
             self._core.model.sum_by(partial(summing, adding))
+            self._gate = Gate(registry=self._core.registry, schema=self._core.schema)
             self._serve()
 
     def _serve(self) -> None:
@@ -109,12 +112,12 @@ class Service:
                 self._turn()
         finally:
             self._link.disconnect(GOODBYE_S if self._stopped else 0.0)
-            self._gate.shutdown()
+            self._opening.shutdown()
 
     def _deliver(self, event: LinkEvent) -> None:
         """Called in the network thread: put into the queue, and no more."""
         if isinstance(event, Arrived) and len(event.payload) >= WORTHWHILE_BYTES:
-            opened = self._gate.submit(open_ahead, self._core.registry, event.payload)
+            opened = self._opening.submit(self._gate.open, event.topic, event.payload)
             self._queue.put(Ahead(event, opened))
         else:
             self._queue.put(event)
@@ -154,7 +157,10 @@ class Service:
         now = time.monotonic()
         match event:
             case Ahead():
-                return self._message(event.arrived, event.opened.result(), tokens)
+                opened = event.opened.result()
+                actions = self._message(event.arrived, opened, tokens)
+                self._gate.close(opened)
+                return actions
             case Arrived():
                 return self._message(event, None, tokens)
             case Connected():

@@ -24,7 +24,6 @@ from small_world import (
 
 from aggregator import events, home, records
 from aggregator import settings as configuration
-from aggregator.gate import Opened, open_ahead
 from aggregator.grants import Grants, ranges
 from broker import topics
 from broker.frame import build, parse
@@ -1328,51 +1327,6 @@ def test_the_content_length_follows_from_the_schema(make: Make, tmp_path: Path) 
     assert content_bytes(bench.schema, "ternary") == 4 + 128 + 12
     frames = cut(bench.identity, federation=LAB, sender="a", kind="delta", seq=1, meta={}, body=b"x", frame_bytes=5000)
     assert len(frames) == 1
-
-
-# --- frames opened ahead
-
-
-def test_a_frame_that_was_opened_ahead_is_the_same_update(make: Make) -> None:
-    bench = make(merge__buffer_size=1)
-    pi = bench.join("pi")
-    (frame,) = pi.update(ternary_block(bench.schema, 1), 0)
-    opened = open_ahead(bench.core.registry, frame)
-    assert opened is not None
-    bench.handle(events.MessageArrived(topic=pi.topic("update"), payload=frame, opened=opened))
-    assert receipts(bench.last)[-1].outcome == "accepted"
-
-
-def test_what_was_verified_ahead_is_not_verified_again(make: Make) -> None:
-    """The signature of these bytes is wrong: only who looks at it a second time notices."""
-    bench = make()
-    pi = bench.join("pi")
-    (frame,) = pi.update(ternary_block(bench.schema, 1), 0)
-    opened = open_ahead(bench.core.registry, frame)
-    assert opened is not None
-    false = Opened(frame=replace(opened.frame, signature=bytes(64)), public=opened.public)
-    bench.handle(events.MessageArrived(topic=pi.topic("update"), payload=frame, opened=false))
-    assert receipts(bench.last)[-1].outcome == "accepted"
-
-
-def test_what_is_not_authentic_is_not_opened_ahead(make: Make) -> None:
-    bench = make()
-    pi, stranger = bench.join("pi"), Device("stranger", bench.schema)
-    (frame,) = pi.update(ternary_block(bench.schema, 1), 0)
-    (strange,) = stranger.update(ternary_block(bench.schema, 1), 0)
-    for payload in (b"", frame[:-1], frame[:200] + b"x" + frame[201:], strange):
-        assert open_ahead(bench.core.registry, payload) is None
-
-
-def test_a_key_that_was_replaced_meanwhile_does_not_pass(make: Make) -> None:
-    bench = make()
-    pi = bench.join("pi")
-    (frame,) = pi.update(ternary_block(bench.schema, 1), 0)
-    opened = open_ahead(bench.core.registry, frame)
-    bench.join("pi")
-    bench.handle(events.MessageArrived(topic=pi.topic("update"), payload=frame, opened=opened))
-    assert receipts(bench.last) == []
-    assert refusals(bench.tick(1.0)) == {"replaced-key": 1}
 
 
 # --- an older copy

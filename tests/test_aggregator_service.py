@@ -1,8 +1,10 @@
-"""The running aggregator uses its threads: large frames are verified ahead in one, and added up in another."""
+"""The running aggregator uses its threads: large frames are opened ahead in one, and added up in another."""
 
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,22 +12,42 @@ from brokers import Inbox
 from small_world import LAB, Device, ternary_block
 
 from aggregator import home, records
+from aggregator.accumulator import Accumulator
 from aggregator.background import WORTHWHILE
 from aggregator.gate import WORTHWHILE_BYTES
 from aggregator.ledger import Ledger
 from aggregator.service import SWITCH_S, Service
 from broker import topics
 from broker.events import Arrived, Connected
-from broker.frame import parse
+from broker.frame import Frame, parse
 from broker.link import Link
 from broker.messages import Receipt
 from broker.running import Engine, choose, start
 from broker.schema import Schema
+from broker.ternary import Block
 
 pytestmark = pytest.mark.slow
 
 
-def test_large_frames_are_verified_and_added_in_threads_of_their_own(tmp_path: Path) -> None:
+def noted(
+    monkeypatch: pytest.MonkeyPatch, owner: type, name: str, when: Callable[..., bool] = lambda *_: True
+) -> list[str]:
+    """In which threads a method is called from now on."""
+    threads: list[str] = []
+    method = getattr(owner, name)
+
+    def noting(*args: Any, **named: Any) -> Any:
+        if when(*args):
+            threads.append(threading.current_thread().name.partition("_")[0])
+        return method(*args, **named)
+
+    monkeypatch.setattr(owner, name, noting)
+    return threads
+
+
+def test_a_large_update_is_opened_and_added_in_threads_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = {"w": np.zeros((1000, WORTHWHILE // 1000), dtype=np.float32)}
     schema = Schema.of({name: array.shape for name, array in model.items()})
     device, directory = Device("pi", schema), tmp_path / "aggregator"
@@ -36,6 +58,9 @@ def test_large_frames_are_verified_and_added_in_threads_of_their_own(tmp_path: P
         ledger = Ledger(directory / home.LEDGER)
         ledger.write([records.DeviceEnrolled(device="pi", public=device.identity.public, proof=bytes(32))])
         ledger.close()
+        verified = noted(monkeypatch, Frame, "check_authentic", lambda about, _: about.kind == "update")
+        read = noted(monkeypatch, Block, "read")
+        added = noted(monkeypatch, Accumulator, "add")
         service = Service(directory, "test", lambda _: None)
         running = threading.Thread(target=service.run)
         running.start()
@@ -50,12 +75,12 @@ def test_large_frames_are_verified_and_added_in_threads_of_their_own(tmp_path: P
             while (arrived := inbox.until(Arrived)).topic != topic:
                 pass
             assert Receipt.from_meta(parse(arrived.payload).meta).outcome == "accepted"
-            names = {thread.name.partition("_")[0] for thread in threading.enumerate()}
-            assert {"gate", "adding"} <= names
+            assert (verified, read) == (["gate"], ["gate"])  # once each, and the core is left nothing of it
             assert sys.getswitchinterval() == pytest.approx(SWITCH_S)
         finally:
             link.disconnect()
             service.stop()
             running.join(20)
     assert not running.is_alive()
+    assert added == ["adding"]
     assert sys.getswitchinterval() > SWITCH_S

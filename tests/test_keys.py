@@ -11,7 +11,7 @@ from small_world import LAB, Bench, Device, float32_block, make_directory, recei
 
 from aggregator import events, home, records
 from aggregator import status as statuses
-from aggregator.gate import open_ahead
+from aggregator.gate import Gate
 from aggregator.ledger import Ledger
 from aggregator.membership import codes
 from aggregator.registry import Invited
@@ -151,14 +151,15 @@ def test_a_revocation_is_in_force_with_the_next_frame_and_says_why(make: Make) -
     bench = make()
     pi = bench.join("pi")
     frames = pi.update(float32_block(bench.schema, 1), 0)
-    opened = open_ahead(bench.core.registry, frames[0])
+    gate = Gate(registry=bench.core.registry, schema=bench.schema)
+    opened = gate.open(pi.topic("update"), frames[0])
     assert opened is not None
     bench.revoke("pi", "lost on the train")
     event = events.MessageArrived(topic=pi.topic("update"), payload=frames[0], opened=opened)
     (receipt,) = receipts(bench.handle(event))
     assert (receipt.outcome, receipt.reason) == ("revoked", "lost on the train")
     assert bench.core.model.buffer == []
-    assert open_ahead(bench.core.registry, frames[0]) is None
+    assert gate.open(pi.topic("update"), frames[0]) is None
 
 
 @pytest.mark.parametrize("rule", ["mean", "median"])
@@ -349,9 +350,10 @@ def test_a_flood_is_dropped_before_anything_costly(make: Make) -> None:
     bench = make()
     bad, good = bench.join("bad"), bench.join("good")
     (frame,) = bad.update(float32_block(bench.schema, 1), 0)
-    assert open_ahead(bench.core.registry, frame) is not None
+    gate = Gate(registry=bench.core.registry, schema=bench.schema)
+    assert gate.open(bad.topic("update"), frame) is not None
     bench.receive(bad.topic("update"), *[b"nonsense"] * 3000)
-    assert open_ahead(bench.core.registry, frame) is None
+    assert gate.open(bad.topic("update"), frame) is None
     assert bench.send(good, float32_block(bench.schema, 1), 0)[0].outcome == "accepted"
     refused = refusals(bench.tick(1.0))
     assert refused == {"not-a-frame": 1000, "too-fast": 2000}
