@@ -15,7 +15,7 @@ from broker.ternary import TERNARY, TRITS, Block, trit_bytes
 
 FloatArray = npt.NDArray[np.float32]
 ROW: Final = 8
-CHUNK_ROWS: Final = 2**14  # 512 KiB of looked-up rows stay in the processor's cache
+CHUNK_ROWS: Final = 2**15  # 1 MiB of looked-up rows: they stay in the processor's cache, and are few calls
 _ROWS_OF_TRITS: Final = np.pad(TRITS, ((0, 0), (0, ROW - 5)))
 
 
@@ -49,6 +49,7 @@ class Accumulator:
     _rows: FloatArray | None = field(default=None)  # (bytes, 8), of ternary blocks
     _plain: FloatArray | None = field(default=None)  # (ternary elements,), of float32 blocks
     _dense: FloatArray = field(init=False)  # (dense elements,)
+    _looked_up: FloatArray | None = field(default=None)  # (at most CHUNK_ROWS, 8), of the block that is being added
 
     def __post_init__(self) -> None:
         self._layout = Layout.of(self.schema)
@@ -80,16 +81,20 @@ class Accumulator:
         return vector
 
     def _add_trits(self, packed: npt.NDArray[np.uint8], scales: FloatArray) -> None:
-        if self._rows is None:
+        if self._rows is None or self._looked_up is None:
             self._rows = np.zeros((len(packed), ROW), dtype=np.float32)
+            self._looked_up = np.empty((min(len(packed), CHUNK_ROWS), ROW), dtype=np.float32)
         for (first, last), scale in zip(self._layout.inner, scales, strict=True):
             table = _ROWS_OF_TRITS * scale
             for start in range(first, last, CHUNK_ROWS):
                 stop = min(start + CHUNK_ROWS, last)
-                rows = self._rows[start:stop]
-                rows += table.take(packed[start:stop], axis=0)
+                rows, looked_up = self._rows[start:stop], self._looked_up[: stop - start]
+                # no byte is beyond the table: "clip" has numpy write straight to ``out``
+                table.take(packed[start:stop], axis=0, out=looked_up, mode="clip")
+                rows += looked_up
         shared = self._layout.shared
-        self._rows[shared, :5] += TRITS[packed[shared]] * np.append(scales, np.float32(0))[self._layout.owners]
+        if len(shared):
+            self._rows[shared, :5] += TRITS[packed[shared]] * np.append(scales, np.float32(0))[self._layout.owners]
 
 
 def _add(total: FloatArray, values: FloatArray, factor: np.float32) -> None:

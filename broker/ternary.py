@@ -3,6 +3,7 @@
 TernGrad (Wen et al. 2017, eq. 1-3) sends sign, zero and one scale a tensor; here five trits make one byte.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -27,6 +28,7 @@ CHUNK_BYTES: Final = 2**15  # of trits at a time: 640 KiB of float32 stay in the
 CHUNK: Final = 5 * CHUNK_BYTES
 
 Trits = npt.NDArray[np.int8]
+_decompressors: "deque[zstandard.ZstdDecompressor]" = deque(maxlen=4)
 _POWERS: Final = np.array([1, 3, 9, 27, 81], dtype=np.uint8)
 # TRITS[b] are the five trits of byte b, t0 first
 TRITS: Final = ((np.arange(243)[:, None] // _POWERS) % 3 - 1).astype(np.int8)
@@ -199,10 +201,21 @@ def _decompress(encoded: bytes, size: int) -> bytes:
             raise ProtocolError("bad-zstd", "the frame wants a dictionary")
         if frame.window_size > WINDOW_BYTES_MAX:
             raise ProtocolError("bad-zstd", f"a window of {frame.window_size} bytes")
-        decompressor = zstandard.ZstdDecompressor(max_window_size=WINDOW_BYTES_MAX)
-        return decompressor.decompress(encoded, allow_extra_data=False)
+        return _decompress_frame(encoded)
     except zstandard.ZstdError as error:
         raise ProtocolError("bad-zstd", "not exactly one zstd frame") from error
+
+
+def _decompress_frame(encoded: bytes) -> bytes:
+    """With a decompressor that nobody uses: one serves one thread at a time, and to make one takes a while."""
+    try:
+        decompressor = _decompressors.pop()
+    except IndexError:
+        decompressor = zstandard.ZstdDecompressor(max_window_size=WINDOW_BYTES_MAX)
+    try:
+        return decompressor.decompress(encoded, allow_extra_data=False)
+    finally:
+        _decompressors.append(decompressor)
 
 
 def _check_ternary(schema: Schema, content: bytes) -> None:

@@ -1,6 +1,7 @@
 """Blocks against a second implementation that does one element at a time, and against what hostile peers send."""
 
 import struct
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -302,6 +303,19 @@ def test_exactly_one_frame() -> None:
     for wrong in (half + half, encode(bytes(100)) + b"\0", encode(bytes(100))[:-1], b"", b"\x28\xb5\x2f\xfd", half[1:]):
         with pytest.raises(ProtocolError, match="bad-zstd"):
             decode(wrong, "zstd", 100)
+
+
+def test_threads_that_decompress_at_once_do_not_disturb_each_other() -> None:
+    contents = [np.random.default_rng(seed).integers(0, 243, 300_000, np.uint8).tobytes() for seed in range(8)]
+    encoded = [encode(content) for content in contents]
+
+    def read(number: int) -> bool:
+        with pytest.raises(ProtocolError, match="bad-zstd"):
+            decode(encoded[number % 8][:-1], "zstd", 300_000)
+        return decode(encoded[number % 8], "zstd", 300_000) == contents[number % 8]
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(read, range(64)))
 
 
 def test_a_frame_that_does_not_state_its_size_is_refused() -> None:
