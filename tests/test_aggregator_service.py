@@ -2,23 +2,27 @@
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from errno import ENOSPC
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pytest
-from brokers import Inbox
+from brokers import Inbox, linked
 from small_world import LAB, Device, ternary_block
 
 from aggregator import home, records
+from aggregator import status as statuses
 from aggregator.accumulator import Accumulator
 from aggregator.background import WORTHWHILE
 from aggregator.gate import WORTHWHILE_BYTES
 from aggregator.ledger import Ledger
 from aggregator.service import SWITCH_S, Service
 from broker import topics
-from broker.events import Arrived, Connected
+from broker.events import Arrived
 from broker.frame import Frame, parse
 from broker.link import Link
 from broker.messages import Receipt
@@ -27,6 +31,8 @@ from broker.schema import Schema
 from broker.ternary import Block
 
 pytestmark = pytest.mark.slow
+
+RECEIPTS: Final = topics.down(LAB, "pi", "receipt")
 
 
 def noted(
@@ -45,9 +51,24 @@ def noted(
     return threads
 
 
-def test_a_large_update_is_opened_and_added_in_threads_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@dataclass(slots=True)
+class World:
+    """A broker, an aggregator that is not running yet, and its one device's update on version 0."""
+
+    url: str
+    service: Service
+    frame: bytes
+    errors: list[BaseException] = field(default_factory=list)  # with which the service ended
+
+    def run(self) -> None:
+        try:
+            self.service.run()
+        except BaseException as error:  # noqa: BLE001 - it is looked at in another thread
+            self.errors.append(error)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
     model = {"w": np.zeros((1000, WORTHWHILE // 1000), dtype=np.float32)}
     schema = Schema.of({name: array.shape for name, array in model.items()})
     device, directory = Device("pi", schema), tmp_path / "aggregator"
@@ -58,29 +79,66 @@ def test_a_large_update_is_opened_and_added_in_threads_of_their_own(
         ledger = Ledger(directory / home.LEDGER)
         ledger.write([records.DeviceEnrolled(device="pi", public=device.identity.public, proof=bytes(32))])
         ledger.close()
-        verified = noted(monkeypatch, Frame, "check_authentic", lambda about, _: about.kind == "update")
-        read = noted(monkeypatch, Block, "read")
-        added = noted(monkeypatch, Accumulator, "add")
-        service = Service(directory, "test", lambda _: None)
-        running = threading.Thread(target=service.run)
-        running.start()
-        inbox, topic = Inbox(), topics.down(LAB, "pi", "receipt")
-        link = Link(broker.url, client_id="pi", deliver=inbox.put)
-        try:
-            link.connect(topics.up(LAB, "pi", "status"), b"")
-            inbox.next(Connected)
-            link.subscribe([topic, topics.status(LAB)])
-            inbox.until(Arrived)  # the aggregator's status, retained: it is there
-            link.publish(topics.up(LAB, "pi", "update"), frame)
-            while (arrived := inbox.until(Arrived)).topic != topic:
-                pass
-            assert Receipt.from_meta(parse(arrived.payload).meta).outcome == "accepted"
-            assert (verified, read) == (["gate"], ["gate"])  # once each, and the core is left nothing of it
-            assert sys.getswitchinterval() == pytest.approx(SWITCH_S)
-        finally:
-            link.disconnect()
-            service.stop()
-            running.join(20)
-    assert not running.is_alive()
+        yield World(broker.url, Service(directory, "test", lambda _: None), frame)
+
+
+@contextmanager
+def running(world: World) -> Iterator[tuple[threading.Thread, Link, Inbox]]:
+    """The aggregator in a thread, and its device's link once the aggregator is there."""
+    thread = threading.Thread(target=world.run)
+    thread.start()
+    try:
+        with linked(world.url, "pi") as (link, inbox):
+            link.subscribe([RECEIPTS, topics.status(LAB)])
+            inbox.until(Arrived)  # the aggregator's status, retained
+            yield thread, link, inbox
+    finally:
+        world.service.stop()
+        thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_a_large_update_is_opened_and_added_in_threads_of_their_own(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verified = noted(monkeypatch, Frame, "check_authentic", lambda about, _: about.kind == "update")
+    read = noted(monkeypatch, Block, "read")
+    added = noted(monkeypatch, Accumulator, "add")
+    with running(world) as (_, link, inbox):
+        link.publish(topics.up(LAB, "pi", "update"), world.frame)
+        while (arrived := inbox.until(Arrived)).topic != RECEIPTS:
+            pass
+        assert Receipt.from_meta(parse(arrived.payload).meta).outcome == "accepted"
+        assert (verified, read) == (["gate"], ["gate"])  # once each, and the core is left nothing of it
+        assert sys.getswitchinterval() == pytest.approx(SWITCH_S)
+    assert world.errors == []
     assert added == ["adding"]
     assert sys.getswitchinterval() > SWITCH_S
+
+
+def test_where_the_disk_fails_the_service_ends_and_nobody_is_told_of_what_is_not_on_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Ledger.write
+
+    def fail(ledger: Ledger, batch: list[records.Record]) -> None:
+        if any(isinstance(record, records.UpdateAccepted) for record in batch):
+            raise OSError(ENOSPC, "no space left")
+        write(ledger, batch)
+
+    monkeypatch.setattr(Ledger, "write", fail)
+    with running(world) as (thread, link, inbox):
+        link.publish(topics.up(LAB, "pi", "update"), world.frame)
+        thread.join(20)
+        assert not thread.is_alive()
+        told = [event for event in inbox.rest() if isinstance(event, Arrived) and event.topic == RECEIPTS]
+    assert told == []
+    assert [type(error) for error in world.errors] == [OSError]
+    monkeypatch.undo()
+    world.service = Service(world.service.directory, "test", lambda _: None)
+    with running(world) as (_, link, inbox):  # the broker delivers it again, and so does the device
+        link.publish(topics.up(LAB, "pi", "update"), world.frame)
+        while (arrived := inbox.until(Arrived)).topic != RECEIPTS:
+            pass
+        assert Receipt.from_meta(parse(arrived.payload).meta).outcome == "accepted"
+    assert statuses.read(world.service.directory)["counts"]["accepted"] == 1
