@@ -16,7 +16,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c const
 # may be installed first; a stamp says how far the environment has come.
 SMALL := $(VENV)/installed-without-torch
 FULL := $(VENV)/installed
-INSTALLED_FROM := pyproject.toml constraints.txt
+NATIVE := aggregator/native
+INSTALLED_FROM := pyproject.toml constraints.txt $(wildcard $(NATIVE)/*.*)
 
 ifeq ($(TASK),digits-numpy)
 DEMO_NEEDS := $(if $(wildcard $(FULL)),$(FULL),$(SMALL))
@@ -97,6 +98,7 @@ $(FULL): $(INSTALLED_FROM) | $(BIN)/python
 	@echo "Installing Ternbus, torch and the development tools into $(VENV)"
 	@$(if $(PIP_ARGS),,if [ "$$(uname)" = Linux ]; then echo "$(CUDA_HINT)"; fi)
 	@$(PIP_INSTALL) -e '.[all]'
+	@if command -v cc > /dev/null; then $(PIP_INSTALL) ./$(NATIVE) || echo "$(NATIVE) is left out: numpy does the same"; fi
 	@$(INSTALL_MOSQUITTO)
 	@touch $(SMALL) $@
 

@@ -1,7 +1,8 @@
 """A weighted sum of blocks, laid out so that a ternary block is added at the speed of memory.
 
 Five trits are one byte and one look-up. numpy copies rows of 8 floats at twice the speed of rows of 5, so the sum of
-the ternary tensors has a row of 8 for each byte, three of them always 0; ``total`` takes them out once a merge.
+the ternary tensors has a row of 8 for each byte, three of them always 0; ``total`` takes them out once a merge. Where
+`aggregator/native` is installed, look-up and addition are one pass, in C: the same additions, the same bits.
 """
 
 from dataclasses import dataclass, field
@@ -13,10 +14,17 @@ import numpy.typing as npt
 from broker.schema import Schema, Vector
 from broker.ternary import TERNARY, TRITS, Block, trit_bytes
 
+try:
+    import ternbus_rows
+except ModuleNotFoundError:
+    ternbus_rows = None
+
+Bytes = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32]
+COMPILED: Final = ternbus_rows is not None
 ROW: Final = 8
 CHUNK_ROWS: Final = 2**15  # 1 MiB of looked-up rows: they stay in the processor's cache, and are few calls
-_ROWS_OF_TRITS: Final = np.pad(TRITS, ((0, 0), (0, ROW - 5)))
+_ROWS_OF_TRITS: Final = np.pad(TRITS, ((0, 256 - len(TRITS)), (0, ROW - 5)))  # a row for every byte there is
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +53,12 @@ class Accumulator:
     """sum_i w_i block_i over one schema; nothing is allocated before the first block."""
 
     schema: Schema
+    compiled: bool = COMPILED
     _layout: Layout = field(init=False)
     _rows: FloatArray | None = field(default=None)  # (bytes, 8), of ternary blocks
     _plain: FloatArray | None = field(default=None)  # (ternary elements,), of float32 blocks
     _dense: FloatArray = field(init=False)  # (dense elements,)
-    _looked_up: FloatArray | None = field(default=None)  # (at most CHUNK_ROWS, 8), of the block that is being added
+    _looked_up: FloatArray | None = field(default=None)  # (CHUNK_ROWS, 8), of the block that is being added
 
     def __post_init__(self) -> None:
         self._layout = Layout.of(self.schema)
@@ -80,21 +89,28 @@ class Accumulator:
                     target += part[segment.offset :][: segment.tensor.elements]
         return vector
 
-    def _add_trits(self, packed: npt.NDArray[np.uint8], scales: FloatArray) -> None:
-        if self._rows is None or self._looked_up is None:
+    def _add_trits(self, packed: Bytes, scales: FloatArray) -> None:
+        if self._rows is None:
             self._rows = np.zeros((len(packed), ROW), dtype=np.float32)
-            self._looked_up = np.empty((min(len(packed), CHUNK_ROWS), ROW), dtype=np.float32)
         for (first, last), scale in zip(self._layout.inner, scales, strict=True):
-            table = _ROWS_OF_TRITS * scale
-            for start in range(first, last, CHUNK_ROWS):
-                stop = min(start + CHUNK_ROWS, last)
-                rows, looked_up = self._rows[start:stop], self._looked_up[: stop - start]
-                # no byte is beyond the table: "clip" has numpy write straight to ``out``
-                table.take(packed[start:stop], axis=0, out=looked_up, mode="clip")
-                rows += looked_up
+            self._add_rows(self._rows[first:last], _ROWS_OF_TRITS * scale, packed[first:last])
         shared = self._layout.shared
         if len(shared):
             self._rows[shared, :5] += TRITS[packed[shared]] * np.append(scales, np.float32(0))[self._layout.owners]
+
+    def _add_rows(self, rows: FloatArray, table: FloatArray, packed: Bytes) -> None:
+        """rows[i] += table[packed[i]]."""
+        if self.compiled:
+            ternbus_rows.add(rows, table, packed)
+            return
+        if self._looked_up is None:
+            self._looked_up = np.empty((CHUNK_ROWS, ROW), dtype=np.float32)
+        for start in range(0, len(packed), CHUNK_ROWS):
+            part = packed[start : start + CHUNK_ROWS]
+            looked_up = self._looked_up[: len(part)]
+            # no byte is beyond the table: "clip" has numpy write straight to ``out``
+            table.take(part, axis=0, out=looked_up, mode="clip")
+            rows[start : start + CHUNK_ROWS] += looked_up
 
 
 def _add(total: FloatArray, values: FloatArray, factor: np.float32) -> None:

@@ -3,8 +3,8 @@
     python -m benchmarks.codec [--json] [--parameters 10000 1200000 …]
 
 Encode is what a device does: clip, ternarize, pack, zstd. Decode is what an aggregator does: decompress, check,
-look up, add to a float32 sum. The baseline adds one float32 vector to another: the same memory, read and written.
-GB/s count the update as float32.
+look up, add to a float32 sum; where `aggregator/native` is installed, also with its compiled loop. The baseline adds
+one float32 vector to another: the same memory, read and written. GB/s count the update as float32.
 """
 
 import argparse
@@ -14,11 +14,12 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Final
 
 import numpy as np
 
-from aggregator.accumulator import Accumulator
+from aggregator.accumulator import COMPILED, Accumulator
 from broker.schema import Schema, Vector
 from broker.ternary import TERNARY, ZSTD, Block, encode
 from edge_client.compress import compress
@@ -37,6 +38,7 @@ class Row:
     add_ms: float
     encode_ms: float
     decode_ms: float
+    decode_compiled_ms: float | None
     encode_temporary_mb: float
     decode_temporary_mb: float
 
@@ -73,14 +75,14 @@ def measure(parameters: int) -> Row:
     schema = Schema.of({"weight": (parameters,)})
     change = np.random.default_rng(0).normal(0.0, 0.01, parameters).astype(np.float32)
     total: Vector = np.zeros(parameters, dtype=np.float32)
-    accumulator = Accumulator(schema)
+    plain, compiled = Accumulator(schema, compiled=False), Accumulator(schema)
 
     def encode_update() -> bytes:
         return encode(compress(schema, Plan(), change, None, 7).block.content, ZSTD)
 
     body = encode_update()
 
-    def decode_update() -> None:
+    def decode_update(accumulator: Accumulator = plain) -> None:
         accumulator.add(Block.read(schema, TERNARY, ZSTD, body), 600.0)
 
     def add() -> None:
@@ -93,6 +95,7 @@ def measure(parameters: int) -> Row:
         add_ms=median_ms(add),
         encode_ms=median_ms(encode_update),
         decode_ms=median_ms(decode_update),
+        decode_compiled_ms=median_ms(partial(decode_update, compiled)) if COMPILED else None,
         encode_temporary_mb=temporary_mb(encode_update, kept),
         decode_temporary_mb=temporary_mb(decode_update, parameters // 5),
     )
@@ -110,13 +113,14 @@ def main() -> None:
         return
     print(
         f"{'parameters':>11} {'add, ms':>9} {'GB/s':>6} {'encode, ms':>11} {'GB/s':>6} {'decode, ms':>11} {'GB/s':>6}"
-        f" {'of add':>7} {'temporary MB':>13}"
+        f" {'of add':>7} {'compiled':>9} {'temporary MB':>13}"
     )
     for row in rows:
         print(
             f"{row.parameters:>11,} {row.add_ms:>9.3f} {row.gb_per_s(row.add_ms):>6.1f}"
             f" {row.encode_ms:>11.3f} {row.gb_per_s(row.encode_ms):>6.2f}"
             f" {row.decode_ms:>11.3f} {row.gb_per_s(row.decode_ms):>6.2f} {row.decode_ms / row.add_ms:>7.1f}"
+            f" {'' if row.decode_compiled_ms is None else format(row.decode_compiled_ms, '.3f'):>9}"
             f" {row.encode_temporary_mb:>6.2f} {row.decode_temporary_mb:>6.2f}"
         )
 

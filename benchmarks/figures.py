@@ -34,9 +34,12 @@ def uplink(sizes: Any) -> str:
 def codec(rows: Any) -> str:
     row = _large(rows)
     encode, decode, add = (row[name] for name in ("encode_ms", "decode_ms", "add_ms"))
+    compiled = row.get("decode_compiled_ms")
+    faster = "" if compiled is None else f" With the compiled loop of `aggregator/native` that is {compiled:.2f} ms."
     return (
         f"{row['parameters']:,} parameters on one core: {encode:.1f} ms to clip, ternarize, pack and compress; "
         f"{decode:.2f} ms to decompress, check and add, where adding one float32 vector to another takes {add:.2f} ms."
+        + faster
     )
 
 
@@ -52,8 +55,9 @@ def ingest(rows: Any) -> str:
         "peak memory",
         "on disk",
     )
+    how = " With the compiled loop of `aggregator/native`." if any(row.get("compiled") for row in rows) else ""
     lines = [
-        "updates merged a second, broker and senders on the same cores, each on disk before its receipt:",
+        f"updates merged a second, broker and senders on the same cores, each on disk before its receipt.{how}",
         "",
         _row(columns),
         _row(["---"] * len(columns)),

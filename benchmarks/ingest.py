@@ -23,6 +23,7 @@ import numpy as np
 
 from aggregator import home, records
 from aggregator import status as statuses
+from aggregator.accumulator import COMPILED
 from aggregator.ledger import Ledger
 from benchmarks.volley import SENDERS, Ammunition, Answered, Load, await_retained, device, identity, run_load
 from broker import topics
@@ -151,6 +152,7 @@ def measure(parameters: int, frame_bytes: int, engine: Engine, folder: Path) -> 
     return {
         "parameters": Schema.of(shapes(parameters)).elements,
         **asdict(load),
+        "compiled": COMPILED,  # whether aggregator/native is installed
         "skeleton_per_s": bare,
         "ratio": full["updates_per_s"] / bare,
         "full": full,

@@ -42,6 +42,7 @@ CONFINED = {
     "cryptography": {"broker/certificates.py"},
     "dp_accounting": {"edge_client/accountant.py"},
     "opacus": {"edge_client/torch_private.py"},
+    "ternbus_rows": {"aggregator/accumulator.py"},
 }
 WITHOUT_TORCH = {
     "edge_client/tasks/__init__.py",

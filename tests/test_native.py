@@ -1,0 +1,59 @@
+"""The compiled loop of aggregator/native: the bits of the numpy path, and no byte beyond what it was given."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aggregator.accumulator import COMPILED, Accumulator
+from broker.schema import Schema, Tensor
+from broker.ternary import Block
+
+pytestmark = pytest.mark.skipif(not COMPILED, reason="pip install ./aggregator/native")
+
+
+@given(st.data())
+def test_the_sums_have_the_same_bits(data: st.DataObject) -> None:
+    sizes = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=5))
+    schema = Schema.write([Tensor(f"t{index}", (size,), "ternary") for index, size in enumerate(sizes)])
+    plain, compiled = Accumulator(schema, compiled=False), Accumulator(schema, compiled=True)
+    generator = np.random.default_rng(data.draw(st.integers(0, 99)))
+    for _ in range(data.draw(st.integers(1, 4))):
+        trits = generator.integers(-1, 2, schema.ternary_elements).astype(np.int8)
+        scales = generator.random(len(sizes)).astype(np.float32).tolist()
+        block = Block.of_trits(schema, scales, trits, np.zeros(0, np.float32))
+        weight = float(generator.random())
+        for each in (plain, compiled):
+            each.add(block, weight)
+    assert plain.total().tobytes() == compiled.total().tobytes()
+    assert np.any(plain.total()) or not np.any(trits)
+
+
+ROWS, TABLE, PACKED = np.zeros((6, 8), np.float32), np.ones((256, 8), np.float32), np.zeros(6, np.uint8)
+READ_ONLY = np.zeros((6, 8), np.float32)
+READ_ONLY.flags.writeable = False
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [(ROWS[:5], TABLE, PACKED), (ROWS, TABLE[:243], PACKED), (ROWS, TABLE, PACKED[1:]), (READ_ONLY, TABLE, PACKED)],
+    ids=["few rows", "few values", "few bytes", "read-only"],
+)
+def test_what_does_not_fit_is_refused(wrong: Any) -> None:
+    import ternbus_rows  # noqa: PLC0415 - not everywhere
+
+    with pytest.raises((ValueError, TypeError, BufferError)):
+        ternbus_rows.add(*wrong)
+    ternbus_rows.add(ROWS, TABLE, PACKED)  # and what fits is not
+    assert ROWS.sum() == ROWS.size
+    ROWS[:] = 0
+
+
+def test_the_largest_byte_has_a_row() -> None:
+    import ternbus_rows  # noqa: PLC0415 - not everywhere
+
+    rows = np.zeros((1, 8), np.float32)
+    ternbus_rows.add(rows, np.repeat(np.arange(256, dtype=np.float32)[:, None], 8, axis=1), np.array([255], np.uint8))
+    assert rows.tolist() == [[255.0] * 8]
