@@ -142,7 +142,7 @@ def test_each_image_of_a_batch_is_cropped_and_flipped_for_itself() -> None:
 
 def test_the_models_are_of_the_size_that_they_say() -> None:
     assert parameters("mnist-by-writer") == 106_122
-    assert parameters("hapt") == parameters("hapt-unseen") == 18_982
+    assert parameters("hapt") == parameters("hapt-unseen") == 19_590
     assert round(parameters("cifar10-cnn") / 1e6, 1) == 4.3
     assert round(parameters("cifar10-resnet") / 1e6, 2) == 0.93
 
@@ -256,3 +256,38 @@ def test_the_summary_of_the_first_channels_stands_first() -> None:
     """So that a narrower network's last layer is a corner of the whole one's."""
     channels = torch.randn(4, 8, 20)
     assert torch.equal(hapt.Summary()(channels)[:, :12], hapt.Summary()(channels[:, :4]))
+
+
+def test_a_spectrum_says_how_strong_each_band_is_whatever_the_windows_mean() -> None:
+    """A sine of amplitude A within one bin has a mean power that any FFT agrees on: here numpy's, written out."""
+    time = np.arange(hapt.WINDOW) / 50  # s
+    windows = np.zeros((2, 6, hapt.WINDOW), np.float32)
+    windows[:, 0] = 0.02 * np.sin(2 * np.pi * (7 * 50 / hapt.WINDOW) * time)  # the band of bins 6 and 7
+    windows[:, 1] = [[1.0], [-3.0]]  # gravity, which is none of its business
+    found = hapt.Spectrum()(torch.from_numpy(windows)).reshape(2, 8, len(hapt.BANDS) - 1)
+    power = np.abs(np.fft.rfft(windows[0, 0] * np.hanning(hapt.WINDOW))) ** 2 / hapt.WINDOW
+    expected = [np.log(power[a:b].mean() + hapt.FAINT) for a, b in zip(hapt.BANDS, hapt.BANDS[1:], strict=False)]
+    assert found[0, 0].numpy() == pytest.approx(np.array(expected), abs=1e-3)
+    assert int(found[0, 0].argmax()) == hapt.BANDS.index(6)
+    assert torch.allclose(found[0, :6], found[1, :6], atol=1e-4)
+    assert found[:, 2:6].numpy() == pytest.approx(np.log(hapt.FAINT))  # silence
+
+
+def test_a_window_is_judged_by_itself_and_not_by_those_beside_it() -> None:
+    """No person's windows may change what becomes of another's, also while it is trained: no batch norm."""
+    net = hapt.model()
+    net[1].eval()  # dropout draws for each window
+    torch.manual_seed(0)
+    windows = torch.randn(8, 6, hapt.WINDOW)
+    others = torch.cat([windows[:1], 5 * windows[1:] + 2])
+    assert net.training
+    assert torch.allclose(net(windows)[0], net(others)[0], atol=1e-5)
+    assert not torch.allclose(net(windows)[1], net(others)[1], atol=1e-1)
+
+
+def test_what_every_width_has_stands_first_before_the_last_layer() -> None:
+    """The spectrum has no channels to cut; after them it would meet other weights in a narrower network."""
+    windows = torch.randn(4, 6, hapt.WINDOW)
+    whole, half = (hapt.model(width)[0](windows) for width in (1.0, 0.5))
+    assert (whole.shape[1], half.shape[1]) == (104 + 144, 104 + 72)
+    assert torch.equal(whole[:, :104], half[:, :104])
