@@ -60,8 +60,8 @@ class Summary(nn.Module):
 class Spectrum(nn.Module):
     """The logarithm of the mean power in each of `BANDS`, of each channel and of the two vectors' lengths.
 
-    Takes [windows, 6, 128], gives [windows, 104]. Who stands sways a little and who sits does not: of an amplitude of
-    some thousandths of a g, which a convolution hardly sees beside walking.
+    Takes [windows, 6, 128], gives [windows, 104]. Those who sit and who stand differ in how little they sway: by some
+    thousandths of a g and hundredths of a rad/s, where walking has 0.2 g. A logarithm shows it.
     """
 
     def forward(self, windows: Tensor) -> Tensor:
