@@ -9,6 +9,7 @@ into ``benchmarks/results/experiments``, of which README's figures are made.
 """
 
 import argparse
+import gc
 import itertools
 import json
 import multiprocessing
@@ -170,6 +171,8 @@ def simulate(run: Run, jobs: int) -> dict[str, Any]:
     path = run.folder / "report.json"
     path.with_suffix(".part").write_text(json.dumps({"table": run.table, "report": found}), encoding="utf-8")
     path.with_suffix(".part").replace(path)
+    del simulation
+    gc.collect()  # a federation is full of cycles, which are few objects and much memory: of those gc knows nothing
     return found
 
 
