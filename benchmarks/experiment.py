@@ -209,7 +209,9 @@ def measures(found: Mapping[str, Any], last: int, updates: int | None) -> dict[s
 
     Shares of bytes are of what synchronous float32 averaging moves for as many updates: 4 B a parameter down and up.
     ``stale`` is the share of updates that came too late to be merged; their devices send it with a later one.
+    ``most_updates`` and ``epsilon`` are those of the device that has sent, or spent, most.
     """
+    devices = found["devices"].values()
     rows, accepted, stale = found["versions"], found["updates"], found["counts"]["stale"]
     plain = 4 * found["parameters"] * accepted
     merged = list(itertools.accumulate(row["updates"] for row in rows))
@@ -221,6 +223,8 @@ def measures(found: Mapping[str, Any], last: int, updates: int | None) -> dict[s
         "stale": stale / (accepted + stale) if accepted + stale else None,
         "versions": rows[-1]["version"],
         "updates": accepted,
+        "most_updates": max(device["updates"] for device in devices),
+        "epsilon": max(device["epsilon"] for device in devices) or None,
         "up_share": found["bytes_up"] / plain if plain else None,
         "both_share": (found["bytes_up"] + _down(found)) / (2 * plain) if plain else None,
         "megabytes": (found["bytes_up"] + _down(found)) / 1e6,

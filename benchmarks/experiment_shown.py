@@ -11,6 +11,8 @@ MEASURES: Final[Mapping[str, tuple[str, str]]] = {
     "stale": ("updates too stale", "percent"),
     "versions": ("versions", "number"),
     "updates": ("updates", "number"),
+    "most_updates": ("of one device, at most", "number"),
+    "epsilon": ("epsilon of a device, at most", "decimal"),
     "up_share": ("bytes up, of float32", "percent"),
     "both_share": ("both ways", "percent"),
     "megabytes": ("MB in all", "number"),
@@ -28,12 +30,12 @@ def table(result: Mapping[str, Any]) -> str:
     """In Markdown: a row a combination, its measures as mean ± standard deviation of the seeds; then the goals."""
     rows = result["rows"]
     axes = list(rows[0]["labels"])
-    columns = [name for name in MEASURES if any(mean(row["measures"][name]) is not None for row in rows)]
+    columns = [name for name in MEASURES if any(mean(_of(row, name)) is not None for row in rows)]
     lines = [_row([*axes, *(MEASURES[name][0] for name in columns)]), _row(["---"] * (len(axes) + len(columns)))]
     for row in rows:
         labels = list(row["labels"].values())
         labels += [""] * (len(axes) - len(labels))  # a run beside the grid has one label only
-        lines.append(_row([*labels, *(_cell(name, row["measures"][name]) for name in columns)]))
+        lines.append(_row([*labels, *(_cell(name, _of(row, name)) for name in columns)]))
     for goal in result["goals"]:
         found = "nothing" if goal["found"] is None else f"{goal['found']:.4g}"
         of = f" ({', '.join(goal['of'].values())})" if goal["of"] else ""
@@ -80,7 +82,15 @@ def _cell(name: str, values: Sequence[float | None]) -> str:
     spread = statistics.stdev(values) if len(values) > 1 else 0.0  # type: ignore[type-var]  # none of them is None
     if MEASURES[name][1] == "number":
         return f"{known:,.0f}"
+    if MEASURES[name][1] == "decimal":
+        return f"{known:.2f}"
     return f"{100 * known:.1f} %" + (f" ± {100 * spread:.1f}" if len(values) > 1 and name.startswith("acc") else "")
+
+
+def _of(row: Mapping[str, Any], name: str) -> Sequence[float | None]:
+    """Nothing where the result is older than the measure."""
+    found: Sequence[float | None] = row["measures"].get(name, ())
+    return found
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """`ternbus edge …`: join a federation, train or evaluate for it, look at what a device did, and leave."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,18 +12,18 @@ from broker.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from broker.identity import is_exposed
 from broker.invitation import Invitation
 from broker.schema import save_safetensors
-from edge_client import agent, outbox, proof, renewing
+from edge_client import accountant, agent, outbox, proof, renewing
 from edge_client.agent import Options
 from edge_client.check import check as examine
 from edge_client.core import EXIT_DONE
 from edge_client.home import Home
 from edge_client.narrow import narrow
 from edge_client.partition import FORMS, Partition
-from edge_client.privacy import Promise
+from edge_client.privacy import DEVICE, SAMPLE, Promise, cost
 from edge_client.process import become
 from edge_client.progress import Printer
 from edge_client.service import PERSONAL
-from edge_client.trainer import BUILT_IN_TASKS, load_task
+from edge_client.trainer import BUILT_IN_TASKS, Plan, load_task
 
 app = typer.Typer(no_args_is_help=True, help="The device: follow the model, train, send updates.")
 
@@ -244,6 +245,35 @@ def check(
         for line in report.lines():
             typer.echo(line)
     raise typer.Exit(2 if report.problems else 0)
+
+
+@app.command()
+def noise(
+    *,
+    dp: Annotated[str, typer.Option(metavar="KIND", help="device or sample, as in the plan.")],
+    epsilon: Annotated[float, typer.Option(metavar="EPSILON", help="What a device may spend.")],
+    updates: Annotated[int, typer.Option(min=1, metavar="N", help="How many times a device is to train.")],
+    delta: Annotated[float, typer.Option(metavar="DELTA")] = 1e-5,
+    samples: Annotated[int, typer.Option(min=0, help="For sample: how many a device has.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="For sample: as in the plan, and so the next two.")] = 32,
+    local_epochs: Annotated[float, typer.Option(min=0)] = 1.0,
+    local_steps: Annotated[int | None, typer.Option(min=1)] = None,
+) -> None:
+    """Say the least noise, the plan's `dp_noise`, with which a device can train so many times within an epsilon.
+
+    Example: ternbus edge noise --dp sample --epsilon 8 --updates 20 --samples 5000 --batch-size 1000 --local-steps 5
+    """
+    if dp not in (DEVICE, SAMPLE) or not epsilon > 0 or not 0 < delta < 1 or (dp == SAMPLE) != bool(samples):
+        raise ConfigError(
+            "noise takes --dp device or sample, --epsilon above 0, --delta between 0 and 1, and for sample --samples"
+        )
+    plan = Plan(
+        dp=dp, dp_clip=1, dp_noise=1, dp_epsilon=epsilon,
+        batch_size=batch_size, local_epochs=local_epochs, local_steps=local_steps,
+    )  # fmt: skip
+    one = cost(plan, samples)
+    least = accountant.noise(replace(one, steps=updates * one.steps), epsilon, delta)
+    typer.echo(f"dp_noise = {least:g}")
 
 
 @app.command()

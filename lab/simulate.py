@@ -128,12 +128,20 @@ class Simulation:
         return Moment.read(self._status(), counters)
 
     def report(self, wall_seconds: float) -> dict[str, Any]:
-        """The content of `report.json`; each version has also what was `carried` until it was made."""
+        """The content of `report.json`; each version has also what was `carried` until it was made.
+
+        Of each device: how many of its updates were accepted, and the epsilon that it has spent by its own account.
+        """
         result = report.summary(
             self.moment(), scenario=self._scenario, parameters=self.parameters, wall_seconds=wall_seconds, virtual=True
         )
         for row, carried in zip(result["versions"], self.carried, strict=True):
             row |= {"update_bytes": carried.update, "delta_bytes": carried.delta, "snapshot_bytes": carried.snapshot}
+        accepted = {device.name: device.updates for device in self.moment().devices}
+        result["devices"] = {
+            device.name: {"updates": accepted[device.name], "epsilon": device.kept.account.epsilon}
+            for device in self.devices
+        }
         return result
 
     def export(self, path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import experiment
+from benchmarks import experiment_shown as shown
 from benchmarks.experiment import Experiment, Goal, judged, measures
 from broker.errors import ConfigError
 
@@ -122,6 +123,7 @@ def report(**changes: Any) -> dict[str, Any]:
     counts = {"stale": 6}
     return {
         "versions": rows,
+        "devices": {"device-0": {"updates": 9, "epsilon": 1.5}, "device-1": {"updates": 5, "epsilon": 2.5}},
         "updates": 14,
         "counts": counts,
         "parameters": 10,
@@ -137,6 +139,9 @@ def test_the_measures_of_a_run() -> None:
     assert found["accuracy_at_updates"] == 0.5  # of those until the tenth update
     assert found["stale"] == 6 / 20
     assert found["up_share"] == 56 / (4 * 10 * 14)
+    assert (found["most_updates"], found["epsilon"]) == (9, 2.5)
+    without = {"device-0": {"updates": 14, "epsilon": 0.0}}
+    assert measures(report(devices=without), last=2, updates=None)["epsilon"] is None
     assert found["both_share"] == (56 + 130) / (2 * 4 * 10 * 14)
     assert measures(report(), last=3, updates=None)["accuracy"] == pytest.approx((0.5 + 0.8) / 2)
     assert measures(report(), last=2, updates=15)["accuracy_at_updates"] is None  # it never came so far
@@ -153,3 +158,13 @@ def test_a_goal_is_about_the_worst_of_what_it_names() -> None:
     assert not judged(Goal(measure="accuracy", least=0.82, most=None, of={"codec": "ternary"}), rows)["met"]
     assert not judged(Goal(measure="accuracy", least=None, most=0.5, of={}), rows)["met"]
     assert not judged(Goal(measure="accuracy", least=0.0, most=None, of={"codec": "nothing"}), rows)["met"]
+
+
+def test_a_table_shows_what_was_measured_and_nothing_where_it_was_not() -> None:
+    rows = [
+        {"labels": {"privacy": "none"}, "measures": {"accuracy": [0.5, 0.6], "updates": [1200]}},
+        {"labels": {"privacy": "some"}, "measures": {"accuracy": [0.4, 0.4], "updates": [7], "epsilon": [7.996, 7.0]}},
+    ]
+    lines = shown.table({"rows": rows, "goals": []}).splitlines()
+    assert lines[0] == "| privacy | test accuracy | updates | epsilon of a device, at most |"
+    assert lines[2:] == ["| none | 55.0 % ± 7.1 | 1,200 |  |", "| some | 40.0 % ± 0.0 | 7 | 7.50 |"]

@@ -501,6 +501,9 @@ def test_each_device_pays_for_its_own_updates_and_stops_by_itself() -> None:
     assert all(sum(each.steps for each in device.kept.account.spent) == affordable for device in simulation.devices)
     shown = simulation.ledger.status()["devices"]
     assert {name: row["epsilon"] for name, row in shown.items()} == {name: told[name][-1] for name in told}
+    for name, row in simulation.report(0.0)["devices"].items():
+        assert row["updates"] == len(told[name])
+        assert row["epsilon"] == pytest.approx(of_so_many[-1])  # those that were stale are in it
 
 
 def test_the_aggregators_status_shows_what_each_device_says(bench: Bench) -> None:
