@@ -33,6 +33,7 @@ BUILT_IN_TASKS: Mapping[str, str] = {
     "cifar10-cnn": "edge_client.tasks.cifar10_cnn:TASK",
     "cifar10-resnet": "edge_client.tasks.cifar10_resnet:TASK",
     "cifar10-finetune": "edge_client.tasks.cifar10_finetune:TASK",
+    "cifar10-features": "edge_client.tasks.cifar10_features:TASK",
 }
 
 CODECS = ("ternary", "float32")

@@ -43,6 +43,7 @@ CONFINED = {
     "dp_accounting": {"edge_client/accountant.py"},
     "opacus": {"edge_client/torch_private.py"},
     "ternbus_rows": {"aggregator/accumulator.py"},
+    "efficientnet_lite_pytorch": {"edge_client/tasks/cifar10_features.py"},
 }
 WITHOUT_TORCH = {
     "edge_client/tasks/__init__.py",

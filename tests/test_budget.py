@@ -1,0 +1,80 @@
+"""The noise that a budget asks for: `ternbus edge noise`, and the plans of the privacy experiment."""
+
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks.experiment import Experiment
+from broker.errors import ConfigError
+from edge_client import cli
+from edge_client.accountant import epsilon, noise
+from edge_client.privacy import Cost, cost
+from edge_client.trainer import Plan
+
+SAMPLES = 5000  # CIFAR-10's 50,000 on 10 devices
+
+
+def planned(rate: float, steps: int) -> Cost:
+    return Cost(kind="sample", noise=0, rate=rate, steps=steps)
+
+
+@pytest.mark.parametrize("budget", [0.5, 8.0, 1000.0])
+@pytest.mark.parametrize(("rate", "steps"), [(1.0, 20), (0.2, 200)])
+def test_the_noise_is_enough_and_a_thousandth_less_is_not(rate: float, steps: int, budget: float) -> None:
+    found = noise(planned(rate, steps), budget, 1e-5)
+    assert found == round(found, 3)
+    assert epsilon([replace(planned(rate, steps), noise=found)], 1e-5) <= budget
+    assert epsilon([replace(planned(rate, steps), noise=found - 0.001)], 1e-5) > budget
+
+
+def test_a_single_gaussian_needs_what_the_accountants_own_test_says() -> None:
+    """4.530877117 is exactly (1, 1e-6), in dp-accounting's test_compute_epsilon_delta_gaussian; ours is a bound."""
+    assert noise(planned(1.0, 1), 1.0, 1e-6) == pytest.approx(4.53, abs=0.01)
+
+
+def test_what_no_noise_can_do_is_said() -> None:
+    with pytest.raises(ConfigError, match="no noise"):
+        noise(planned(1.0, 10**9), 1e-3, 1e-12)
+
+
+def run(line: str) -> tuple[int, str]:
+    found = CliRunner().invoke(cli.app, ["noise", *line.split()])
+    return found.exit_code, found.output
+
+
+def test_the_command_says_what_the_plan_needs() -> None:
+    assert run("--dp device --epsilon 8 --updates 20") == (0, f"dp_noise = {noise(planned(1.0, 20), 8, 1e-5)}\n")
+    steps = "--dp sample --epsilon 4 --updates 20 --samples 5000 --batch-size 1000 --local-steps 10"
+    assert run(steps) == (0, f"dp_noise = {noise(planned(0.2, 200), 4, 1e-5)}\n")
+    assert run(steps.replace("steps 10", "epochs 2")) == run(steps)
+    assert run(f"{steps} --delta 1e-9") == (0, f"dp_noise = {noise(planned(0.2, 200), 4, 1e-9)}\n")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "--dp none --epsilon 8",
+        "--dp device --epsilon 0",
+        "--dp sample --epsilon 8",
+        "--dp device --epsilon 8 --delta 1",
+    ],
+)
+def test_the_command_refuses_what_is_no_privacy(wrong: str) -> None:
+    assert isinstance(CliRunner().invoke(cli.app, ["noise", *wrong.split(), "--updates", "1"]).exception, ConfigError)
+
+
+def test_the_experiment_spends_its_budgets_and_no_more() -> None:
+    """Each plan's noise is the least, to three digits, for as many trainings as its run has room for."""
+    checked = 0
+    for labels, table in Experiment.load("privacy").combinations():
+        plan = Plan.from_meta(table["plan"])
+        if plan.dp == "none":
+            continue
+        assert (labels["privacy"], plan.dp_delta) == (f"{plan.dp}, epsilon {plan.dp_epsilon:g}", 1e-5)
+        one = cost(plan, SAMPLES)
+        updates = 1 if plan.dp == "device" else table["end"]["versions"]  # a device trains once a version at most
+        assert updates <= 20
+        assert plan.dp_noise == noise(replace(one, steps=updates * one.steps), plan.dp_epsilon, plan.dp_delta)
+        checked += 1
+    assert checked == 4
