@@ -36,10 +36,11 @@ def digests(workers: Workers | None, wanted: Scenario = SMALL) -> object:
 
 
 def test_processes_make_the_same_model_and_end() -> None:
+    others = set(multiprocessing.active_children())
     with Workers(SMALL, 2) as workers:
         found = digests(workers)
-        processes = multiprocessing.active_children()
-        assert len(processes) == 2
+        processes = set(multiprocessing.active_children()) - others
+        assert processes  # one or two: a second is started only if the first is busy
     for process in processes:
         process.join(10)
         assert not process.is_alive()
@@ -48,12 +49,13 @@ def test_processes_make_the_same_model_and_end() -> None:
 
 
 def test_a_process_that_is_killed_is_said_in_words() -> None:
+    others = set(multiprocessing.active_children())
     with Workers(SMALL, 1) as workers:
         simulation = Simulation(SMALL, load_task(SMALL.task), Lines(io.StringIO()), place=workers)
 
         def kill() -> None:
             if simulation.aggregator.core.model.version == 1:
-                for process in multiprocessing.active_children():
+                for process in set(multiprocessing.active_children()) - others:
                     os.kill(process.pid or 0, signal.SIGKILL)
 
         with pytest.raises(FederationError, match="fewer --jobs"):
