@@ -1,6 +1,6 @@
 """What the protocol says of the aggregator, sentence by sentence, asked of its core."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +14,9 @@ from small_world import (
     follow,
     frames_of,
     heads,
-    make_directory,
     receipts,
     refusals,
     saved,
-    scratch,
     ternary_block,
 )
 
@@ -34,23 +32,6 @@ from broker.ternary import Block, content_bytes
 
 HEAD, STATUS = topics.head(LAB), topics.status(LAB)
 Make = Callable[..., Bench]
-
-
-@pytest.fixture
-def make() -> Iterator[Make]:
-    """Makes a started aggregator with these settings; by default it merges nothing by itself."""
-    made: list[Bench] = []
-
-    def start(*, started: bool = True, frame_bytes: int = 120 * 1024, **settings: object) -> Bench:
-        bench = Bench(make_directory(scratch() / "aggregator", **{"merge__buffer_size": 100, **settings}))
-        made.append(bench)
-        if started:
-            bench.start(frame_bytes)
-        return bench
-
-    yield start
-    for bench in made:
-        bench.close()
 
 
 def published(actions: list[events.Action]) -> list[events.Publish]:

@@ -1,6 +1,6 @@
 """What is read ahead of the core: only what it would have afforded, and nothing that decides."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -9,11 +9,9 @@ from small_world import (
     Bench,
     Device,
     float32_block,
-    make_directory,
     receipts,
     refusals,
     saved,
-    scratch,
     ternary_block,
 )
 
@@ -25,21 +23,6 @@ from broker.schema import Schema
 from broker.ternary import FLOAT32, TERNARY, Block, content_bytes, encode
 
 Make = Callable[..., Bench]
-
-
-@pytest.fixture
-def make() -> Iterator[Make]:
-    made: list[Bench] = []
-
-    def start(**settings: object) -> Bench:
-        bench = Bench(make_directory(scratch() / "aggregator", **{"merge__buffer_size": 100, **settings}))
-        made.append(bench)
-        bench.start()
-        return bench
-
-    yield start
-    for bench in made:
-        bench.close()
 
 
 def gate_of(bench: Bench, room_bytes: int = 2**25) -> Gate:

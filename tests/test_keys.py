@@ -2,12 +2,12 @@
 
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from small_world import LAB, Bench, Device, float32_block, make_directory, receipts, refusals, saved, scratch
+from small_world import LAB, Bench, Device, float32_block, receipts, refusals, saved
 
 from aggregator import events, home, records
 from aggregator import status as statuses
@@ -24,21 +24,6 @@ from edge_client.home import Settings
 from edge_client.member import Member
 
 Make = Callable[..., Bench]
-
-
-@pytest.fixture
-def make() -> Iterator[Make]:
-    made: list[Bench] = []
-
-    def start(**settings: object) -> Bench:
-        bench = Bench(make_directory(scratch() / "aggregator", **{"merge__buffer_size": 100, **settings}))
-        made.append(bench)
-        bench.start()
-        return bench
-
-    yield start
-    for bench in made:
-        bench.close()
 
 
 def enroll(bench: Bench, device: Device, code: str, clock_s: float = 0.0) -> tuple[str, str]:
