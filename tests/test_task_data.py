@@ -7,9 +7,10 @@ import miniatures
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from broker.errors import ConfigError
-from edge_client.tasks import cifar10_data, emnist_62, hapt, idx, mnist_by_writer
+from edge_client.tasks import cifar10_data, cifar10_resnet, emnist_62, hapt, idx, mnist_by_writer
 from edge_client.torch_trainer import TorchTask
 from edge_client.trainer import Plan, halves_of, load_task
 from lab.scenario import Scenario
@@ -138,6 +139,27 @@ def test_each_image_of_a_batch_is_cropped_and_flipped_for_itself() -> None:
     assert set(rows) == set(range(12, 21))  # up to 4 up or down
     assert set(columns) == set(range(6, 15)) | set(range(17, 26))  # and to the sides, half of them seen in a mirror
     assert 150 < int((columns > 15).sum()) < 250
+
+
+def test_the_first_layer_of_the_resnet_takes_patches_apart_and_loses_nothing() -> None:
+    layer = cifar10_resnet.Whitening()
+    filters = layer.filters[:12].reshape(12, 12)
+    apart = filters * torch.tensor(cifar10_resnet.DEVIATIONS)[:, None]
+    torch.testing.assert_close(apart @ apart.T, torch.eye(12))
+    images = torch.rand(5, 3, 32, 32)
+    seen = layer(images)
+    assert seen.shape == (5, 24, 31, 31)
+    torch.testing.assert_close(seen[:, :12], -seen[:, 12:])
+
+
+def test_the_resnet_takes_an_image_for_what_it_takes_its_mirror_image() -> None:
+    torch.manual_seed(0)
+    network = cifar10_resnet.model()
+    nn.init.normal_(network.get_parameter("network.10.weight"))  # it begins at nothing
+    images = torch.rand(4, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(network.eval()(images), network(images.flip(3)))
+        assert not torch.allclose(network.train()(images), network(images.flip(3)))
 
 
 def test_the_models_are_of_the_size_that_they_say() -> None:
