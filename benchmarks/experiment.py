@@ -21,14 +21,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Self
 
 from benchmarks import experiment_shown as shown
 from benchmarks.__main__ import machine
 from benchmarks.figures import KEPT
-from broker import toml
+from broker import tether, toml
 from broker.errors import ConfigError
 from edge_client.trainer import load_task
 from lab import scenario
@@ -45,12 +45,13 @@ Changes = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
-    """What a measure should come to, in all combinations with these labels."""
+    """What a measure should come to, in all combinations with the labels ``of``, less that in ``than`` if any."""
 
     measure: str
     least: float | None
     most: float | None
-    of: Mapping[str, str]
+    of: Mapping[str, str] = field(default_factory=dict)
+    than: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +185,8 @@ def reports(wanted: Sequence[Run], jobs: int) -> list[dict[str, Any]]:
         _say(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them known; {min(jobs, len(missing))} at a time")
     os.environ["OMP_NUM_THREADS"] = "1"  # a run is one process and one core; the threads of two would only spin
     began = time.monotonic()
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=tether.tie, initargs=(os.getpid(),)) as pool:
         each = max(1, jobs // max(1, len(missing)))  # what no other run needs
         futures = {pool.submit(simulate, wanted[index], each): index for index in missing}
         try:
@@ -254,23 +256,29 @@ def result(experiment: Experiment, wanted: Sequence[Run], found: Sequence[Mappin
 
 def judged(goal: Goal, rows: Any) -> dict[str, Any]:
     """The goal, what was found (the worst of the combinations it is about), and whether that is enough."""
-    chosen = [row for row in rows if goal.of.items() <= row["labels"].items()]
-    values = [value for row in chosen for value in [shown.mean(row["measures"][goal.measure])] if value is not None]
+
+    def found(labels: Mapping[str, str]) -> list[float]:
+        chosen = [row for row in rows if labels.items() <= row["labels"].items()]
+        return [value for row in chosen for value in [shown.mean(row["measures"][goal.measure])] if value is not None]
+
+    compared = found(goal.than) if goal.than else [0.0]
+    values = [value - other for value in found(goal.of) for other in compared]
     worst = (min if goal.least is not None else max)(values, default=None)
     met = (
         worst is not None and (goal.least is None or worst >= goal.least) and (goal.most is None or worst <= goal.most)
     )
     bound = f"≥ {goal.least:g}" if goal.least is not None else f"≤ {goal.most:g}"
-    return {"measure": goal.measure, "of": dict(goal.of), "goal": bound, "found": worst, "met": met}
+    about = {"measure": goal.measure, "of": dict(goal.of), "than": dict(goal.than)}
+    return about | {"goal": bound, "found": worst, "met": met}
 
 
 def _goal(table: Table) -> Goal:
     measure, least, most = table.text("measure"), table.number("least"), table.number("most")
-    of = table.table("of").rest()
+    of, than = ({axis: str(label) for axis, label in table.table(key).rest().items()} for key in ("of", "than"))
     table.refuse_unknown()
     if measure is None or (least is None) == (most is None):
         raise ConfigError("[[goal]] needs measure, and either least or most")
-    return Goal(measure=measure, least=least, most=most, of={axis: str(label) for axis, label in of.items()})
+    return Goal(measure=measure, least=least, most=most, of=of, than=than)
 
 
 def _merged(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,7 @@ def table(result: Mapping[str, Any]) -> str:
     for goal in result["goals"]:
         found = "nothing" if goal["found"] is None else f"{goal['found']:.4g}"
         of = f" ({', '.join(goal['of'].values())})" if goal["of"] else ""
+        of += f" less that of {', '.join(than.values())}" if (than := goal.get("than")) else ""
         verdict = "met" if goal["met"] else "MISSED"
         lines.append(f"\nGoal: {goal['measure']}{of} {goal['goal']}: {verdict}, {found}.")
     return "\n".join(lines)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stranger.house import until
 
 from benchmarks import experiment
 from benchmarks import experiment_shown as shown
@@ -114,6 +115,19 @@ def test_it_runs_all_once_and_says_which_goals_are_met(file: Path) -> None:
     assert "10 runs, 6 of them known" in run(file)[2]  # those whose scenario has changed
 
 
+@pytest.mark.slow
+def test_a_killed_one_leaves_no_process(file: Path) -> None:
+    file.write_text(SMALL.replace("end = { versions = 2 }", "end = { versions = 1000000 }"))
+    log = file.parent / "out" / "small" / "ternary-few-0" / "log"
+    command = [sys.executable, "-m", "benchmarks.experiment", str(file), "--out", str(file.parent / "out")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            until(lambda: log.exists() and "version" in log.read_text(), 60.0, "a run is under way")
+        finally:
+            process.kill()
+        process.communicate(timeout=30)  # the pipe ends when the last that holds it does
+
+
 def report(**changes: Any) -> dict[str, Any]:
     versions = [
         {"updates": count, "accuracy": accuracy, "delta_bytes": down, "snapshot_bytes": 10}
@@ -156,8 +170,23 @@ def test_a_goal_is_about_the_worst_of_what_it_names() -> None:
     assert judged(goal, rows)["found"] == pytest.approx(0.81)
     assert judged(goal, rows)["met"]
     assert not judged(Goal(measure="accuracy", least=0.82, most=None, of={"codec": "ternary"}), rows)["met"]
-    assert not judged(Goal(measure="accuracy", least=None, most=0.5, of={}), rows)["met"]
+    assert not judged(Goal(measure="accuracy", least=None, most=0.5), rows)["met"]
     assert not judged(Goal(measure="accuracy", least=0.0, most=None, of={"codec": "nothing"}), rows)["met"]
+
+
+def test_a_goal_may_be_about_how_far_one_is_from_another() -> None:
+    rows = [
+        {"labels": {"training": "federated"}, "measures": {"accuracy": [0.88, 0.9]}},
+        {"labels": {"beside": "centralized"}, "measures": {"accuracy": [0.91, 0.91]}},
+    ]
+    of, than = {"training": "federated"}, {"beside": "centralized"}
+    goal = judged(Goal(measure="accuracy", least=-0.021, most=None, of=of, than=than), rows)
+    assert goal["found"] == pytest.approx(-0.02)
+    assert goal["met"]
+    lines = shown.table({"rows": rows, "goals": [goal]}).splitlines()
+    assert lines[-1] == "Goal: accuracy (federated) less that of centralized ≥ -0.021: met, -0.02."
+    assert not judged(Goal(measure="accuracy", least=-0.01, most=None, of=of, than=than), rows)["met"]
+    assert not judged(Goal(measure="accuracy", least=-1.0, most=None, of=of, than={"beside": "no"}), rows)["met"]
 
 
 def test_a_table_shows_what_was_measured_and_nothing_where_it_was_not() -> None:
