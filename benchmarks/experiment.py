@@ -183,6 +183,7 @@ def reports(wanted: Sequence[Run], jobs: int) -> list[dict[str, Any]]:
     missing = [index for index, report in enumerate(found) if report is None]
     if missing:
         _say(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them known; {min(jobs, len(missing))} at a time")
+        _say(f"how far each is, its log says: {wanted[0].folder.parent}/*/log")
     os.environ["OMP_NUM_THREADS"] = "1"  # a run is one process and one core; the threads of two would only spin
     began = time.monotonic()
     spawn = multiprocessing.get_context("spawn")

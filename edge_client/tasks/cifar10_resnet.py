@@ -3,7 +3,7 @@
 Its layout is that of Page's "How to Train Your ResNet" (2018, part 4): few layers, and most of the work where images
 are already small, so that a pass takes a core half of what a ResNet of He's layout and as many weights takes.
 From there too: a first layer that whitens the images and is not trained (part 8); and convolutions begin by passing on
-what they get (Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", section 3.2).
+what they get (Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", "Identity initialization").
 """
 
 import torch
@@ -24,8 +24,8 @@ DEVIATIONS = (3.17, 0.574, 0.626, 0.236, 0.913, 0.120, 0.132, 0.050, 0.439, 0.07
 class Whitening(nn.Module):
     """[samples, 3, 32, 32] to [samples, 24, 31, 31]: twelve filters whose outputs hardly correlate; and negated.
 
-    In patches of natural images the principal components are edges of opponent colours, so the patches of these data
-    need not be looked at: between these filters' outputs no correlation is above 0.27.
+    In patches of natural images the principal components are nearly edges of opponent colours. So the filters come from
+    no data, and of the training part, as for its normalization, only twelve deviations are known.
     """
 
     filters: Tensor
