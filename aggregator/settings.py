@@ -200,7 +200,7 @@ PLAN_DOC: Final = """\
 # What devices are asked to do; every key may be left out, and keys not listed reach the training code as they are.
 # local_epochs, local_steps, batch_size, learning_rate, momentum, weight_decay, proximal_mu (FedProx),
 # clip_sigma (TernGrad's clipping, 2.5; 0 = off), codec ("ternary" or "float32"), error_feedback (bool), seal (bool),
-# seed; Ternbus' own devices also take optimizer, schedule, local_seconds, precision and others: see docs/tasks.md
+# seed; Ternbus' own devices also take optimizer, schedule, local_seconds, participation and others: see docs/tasks.md
 """
 
 

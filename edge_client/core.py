@@ -15,7 +15,7 @@ from broker.frame import Frame
 from broker.messages import OPEN, Grant, Head, Receipt, Status
 from broker.schema import Schema
 from edge_client import events
-from edge_client.actions import Action, Connect, Log, Publish, Stop, Subscribe
+from edge_client.actions import Action, Connect, Log, Publish, StartTraining, Stop, Subscribe
 from edge_client.evaluating import Evaluating
 from edge_client.events import Event
 from edge_client.follower import Beginning, Follower
@@ -93,6 +93,7 @@ class Core:
             self._enroll_due_s(),
             self._send_due_s(),
             self._waiting.due_s(),
+            None if self._leaving else self.learning.due_s,
         ]
         return None if self._stopped else min((time for time in times if time is not None), default=None)
 
@@ -137,7 +138,7 @@ class Core:
         if self._stopped:
             return actions
         actions += self.evaluating.begin(self.follower, busy=self.learning.running is not None)
-        actions += [] if self._leaving else self._begin_training()
+        actions += [] if self._leaving else self._begin_training(now)
         actions += self._send(now)
         return [*actions, *self._look_who_is_missing(now)]
 
@@ -327,9 +328,10 @@ class Core:
             self.memory.replaced(replace(self.kept, outstanding=None))
         return self._stop(EXIT_DONE, reason)
 
-    def _begin_training(self) -> list[Action]:
-        started = self.learning.begin(self.follower, self.kept)
-        return [*started, *self._status()] if started else []
+    def _begin_training(self, now: float) -> list[Action]:
+        done = self.learning.begin(self.follower, self.kept, now)
+        began = any(isinstance(action, StartTraining) for action in done)
+        return [*done, *(self._status() if began else [])]
 
     def _trained(self, event: events.TrainingFinished, now: float) -> list[Action]:
         job = self.learning.finished(event)

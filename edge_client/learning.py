@@ -10,6 +10,7 @@ from edge_client.events import BudgetSpent, TrainingFailed, TrainingFinished
 from edge_client.follower import Follower
 from edge_client.kept import Kept
 from edge_client.member import Member
+from edge_client.schedule import TURNS, turn
 from edge_client.trainer import NO_DP, Plan
 
 
@@ -27,7 +28,10 @@ class Learning:
     member: Member
     running: StartTraining | None = None
     plan: Plan | None = None  # the federation's, where it can be followed
+    due_s: float | None = None  # when its turn comes, if no version comes before
     _failed_base: int = -1  # training on it came to nothing, and would again
+    _newest: tuple[int, float] = (-1, 0.0)  # a version, and when it was first there to be trained on
+    _turn: int = -1  # the last that it took
 
     @property
     def sealed(self) -> bool:
@@ -47,8 +51,9 @@ class Learning:
         self.plan = bound
         return []
 
-    def begin(self, follower: Follower, kept: Kept) -> list[StartTraining | Log]:
+    def begin(self, follower: Follower, kept: Kept, now: float) -> list[StartTraining | Log]:
         """Train on the head's version, if it is time to."""
+        self.due_s = None
         head, vector, schema, plan = follower.head, follower.vector, follower.schema, self.plan
         if self.member.role != "train" or self.running is not None or kept.outstanding is not None:
             return []
@@ -56,6 +61,8 @@ class Learning:
             return []
         if plan is None or vector is None or schema is None or head.version <= self.answered(kept):
             return []
+        if (rest := self._rest(plan, head.version, now)) is not None:
+            return [*rest]
         self.running = StartTraining(
             base=head.version,
             schema=schema,
@@ -67,6 +74,25 @@ class Learning:
         )
         text = f"training on version {head.version}"
         return [self.running, Log(event="training", text=text, fields={"base": head.version})]
+
+    def _rest(self, plan: Plan, version: int, now: float) -> list[Log] | None:
+        """None if it is this device's turn to train on the newest version: it is taken. If not, `due_s` is when it is.
+
+        Each `turn_s` that a version lasts counts as one more, so that somebody always trains, however few take part. A
+        turn that was taken so is over: the version that it was for comes later.
+        """
+        if plan.participation == 1:
+            return None
+        own = turn(max(version, self._turn + 1), participation=plan.participation, phase=self.seed(plan, 0) % TURNS)
+        known, since = self._newest
+        self._newest = version, (since if known == version else now)
+        due_s = self._newest[1] + (own - max(version, self._turn)) * plan.turn_s
+        if now >= due_s:
+            self._turn = own
+            return None
+        self.due_s = due_s
+        text = f"version {version} is for other devices to train on; this one's turn is version {own}"
+        return [] if known == version else [Log(event="resting", text=text, fields={"version": version, "turn": own})]
 
     def answered(self, kept: Kept) -> int:
         """The newest version on which no more training is wanted."""

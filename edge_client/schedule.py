@@ -1,8 +1,9 @@
-"""How the learning rate changes with the federation's versions: a warm-up, then constant, linear or cosine."""
+"""What goes by the federation's versions: the learning rate (a warm-up, then constant, linear or cosine), and turns."""
 
 import math
 
 SCHEDULES = ("constant", "linear", "cosine")
+TURNS = 1_000_000  # versions in which every whole number of turns can be had
 RESTORED = 2**32  # an aggregator restored from an older copy adds this to its version
 
 
@@ -21,3 +22,15 @@ def share(schedule: str, version: int, *, warmup: int, total: int, final: float)
     progress = min(1.0, (version - warmup) / (total - warmup))
     left = 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
     return final + (1 - final) * left
+
+
+def turn(version: int, *, participation: float, phase: int) -> int:
+    """The first version from this one on which it is a device's turn to train.
+
+    With C = `participation` in millionths (the client fraction of McMahan et al. 2017, algorithm 1) it is at each v
+    where floor((C·(v + 1) + phase) / 10⁶) > floor((C·v + phase) / 10⁶): on that share of the versions, evenly.
+    `phase`, 0 … 999,999, sets devices apart.
+    """
+    millionths = max(1, round(participation * TURNS))
+    number = (millionths * version + phase) // TURNS + 1  # of the turn
+    return (number * TURNS - phase - 1) // millionths

@@ -61,6 +61,8 @@ _NUMBERS: Mapping[str, tuple[bool, float, float]] = {
     "dp_noise": (False, 0.0, 1e6),
     "dp_epsilon": (False, 0.0, 1e6),
     "dp_delta": (False, 1e-30, 0.1),
+    "participation": (False, 1e-6, 1.0),
+    "turn_s": (False, 1e-3, 1e7),
 }
 _OPTIONAL = ("local_steps", "local_seconds")
 _CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -88,8 +90,10 @@ class Plan:
     statistics is sent. `beta1` and `beta2` are Adam's, `momentum` SGD's.
     `precision` and `memory_format` are for trainers that know them; "auto" measures which is faster. `proximal_mu` is
     FedProx's µ (Li et al. 2020, eq. 2), `clip_sigma` TernGrad's c (Wen et al. 2017; 0 = no clipping). `dp` is a kind of
-    differential privacy (docs/privacy.md), by `dp_clip` and `dp_noise`, until `dp_epsilon` at `dp_delta` is spent. Keys
-    that neither knows are in `extra`, as they came. Raises `ProtocolError` ("bad-plan") for a value out of range.
+    differential privacy (docs/privacy.md), by `dp_clip` and `dp_noise`, until `dp_epsilon` at `dp_delta` is spent. A
+    device trains on the share `participation` of the versions, in turns; each `turn_s` seconds without a new version
+    count as one more. Keys that neither knows are in `extra`, as they came. Raises `ProtocolError` ("bad-plan") for a
+    value out of range.
     """
 
     local_epochs: float = 1.0
@@ -120,13 +124,16 @@ class Plan:
     dp_noise: float = 0.0
     dp_epsilon: float = 0.0
     dp_delta: float = 1e-5
+    participation: float = 1.0
+    turn_s: float = 600.0
     extra: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         numbers = (self.local_epochs, self.local_steps, self.batch_size, self.learning_rate, self.momentum,
                    self.weight_decay, self.proximal_mu, self.clip_sigma, self.seed, self.local_seconds,
                    self.beta1, self.beta2, self.warmup_versions, self.schedule_versions, self.final_rate,
-                   self.statistics_rate, self.dp_clip, self.dp_noise, self.dp_epsilon, self.dp_delta)  # fmt: skip
+                   self.statistics_rate, self.dp_clip, self.dp_noise, self.dp_epsilon, self.dp_delta,
+                   self.participation, self.turn_s)  # fmt: skip
         for name, value in zip(_NUMBERS, numbers, strict=True):
             if not (name in _OPTIONAL and value is None):
                 _check_number(name, value)

@@ -1,6 +1,6 @@
 """The device's state machine, the protocol's sentences for devices one by one; no network, no disk, no clock."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any, TypeVar
@@ -610,6 +610,46 @@ def test_the_seed_differs_by_device_and_version_and_is_the_same_again() -> None:
     seeds.append(only(following(scripted=aggregator(plan={"seed": 1}))[1].actions, StartTraining).seed)
     assert seeds[0] == seeds[1] != seeds[2]
     assert scripted.version == 0
+
+
+def contributed(scripted: ScriptedAggregator, born: Device, done: list[Action]) -> int | None:
+    """The version that the device has begun to train on, if any. Its update is accepted at once."""
+    for job in of(done, StartTraining):
+        frame = update_in(born.handle(trained(job)))
+        born.arrive(scripted.receipt(DEVICE, frame.key, frame.seq, "accepted"))
+        return int(job.base)
+    return None
+
+
+def taking_turns(**plan: float) -> tuple[ScriptedAggregator, Device, Callable[[], bool]]:
+    """A device that has just had its turn, and what makes a version and says whether the device trains on it."""
+    scripted, born = following(scripted=aggregator(plan=plan))
+
+    def advance() -> bool:
+        scripted.advance()
+        done = born.arrive(*scripted.delta(scripted.version), scripted.head())
+        return contributed(scripted, born, done) is not None
+
+    trains = contributed(scripted, born, born.actions) is not None
+    while not trains:
+        trains = advance()
+    return scripted, born, advance
+
+
+def test_a_device_that_takes_part_in_a_third_trains_on_every_third_version() -> None:
+    scripted, _, advance = taking_turns(participation=1 / 3)
+    assert scripted.version < 3
+    assert [advance() for _ in range(9)] == [False, False, True] * 3
+
+
+def test_a_version_that_lasts_passes_the_turns_on_and_none_is_taken_twice() -> None:
+    scripted, born, advance = taking_turns(participation=1 / 3, turn_s=100.0)
+    assert not advance()  # this one and the next are others'
+    assert logged(born.actions)[-1] == "resting"
+    assert logged(born.wait(199.9)) == logged(born.arrive(scripted.head())) == []  # said once
+    assert contributed(scripted, born, born.wait(0.2)) == scripted.version
+    assert born.core.learning.due_s is None
+    assert [advance() for _ in range(6)] == [False, False, False, False, True, False]
 
 
 def test_a_large_update_is_offered_and_sent_by_grant() -> None:

@@ -1,6 +1,7 @@
 """`python -m benchmarks.experiment`: what its files may say, what it measures, and that nothing is made twice."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,17 @@ def test_what_ships_can_be_read(name: str) -> None:
     found = Experiment.load(name)
     assert found.title
     assert found.x in found.axes
+
+
+def test_the_example_of_the_documentation_is_right_and_names_every_measure(tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "experiments.md").read_text(encoding="utf-8")
+    example = text.partition("```toml\n")[2].partition("```")[0]
+    (tmp_path / "mine.toml").write_text(example, encoding="utf-8")
+    found = Experiment.load(str(tmp_path / "mine.toml"))
+    assert len([*found.combinations()]) == 5
+    assert {goal.measure for goal in found.goals} | {*found.y} <= {*shown.MEASURES}
+    cells = re.findall(r"^\| (`.+?`) \|", text.partition("| measure | |")[2], re.MULTILINE)
+    assert {*re.findall(r"\w+", " ".join(cells))} == {*shown.MEASURES}
 
 
 def test_a_combination_has_the_changes_of_all_its_labels(file: Path) -> None:

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable, Iterator
-from itertools import count
+from fractions import Fraction
+from functools import partial
+from itertools import accumulate, count, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from edge_client import local_optimizer, torch_speed
-from edge_client.schedule import RESTORED, share
+from edge_client.schedule import RESTORED, TURNS, share, turn
 from edge_client.torch_speed import Way, fastest, ways
 from edge_client.torch_trainer import TorchTask
 from edge_client.trainer import Plan, load_task
@@ -142,6 +144,23 @@ def test_a_share_is_a_share_and_goes_on_after_a_restore(schedule: str, version: 
     found = share(schedule, version, warmup=warmup, total=warmup + 20, final=final)
     assert 0 <= found <= 1
     assert found == share(schedule, version + RESTORED, warmup=warmup, total=warmup + 20, final=final)
+
+
+@given(st.floats(1e-6, 1), st.integers(0, TURNS - 1), st.integers(0, 2**40))
+def test_turns_come_evenly_and_every_version_before_one_names_it(part: float, phase: int, version: int) -> None:
+    next_from = partial(turn, participation=part, phase=phase)
+    first = next_from(version)
+    assert first >= version
+    assert {next_from((version + first) // 2), next_from(first)} == {first}
+    own = list(accumulate(range(20), lambda last, _: next_from(last + 1), initial=first))
+    exact = Fraction(max(1, round(part * TURNS)), TURNS)
+    assert {later - earlier for earlier, later in pairwise(own)} <= {math.floor(1 / exact), math.ceil(1 / exact)}
+
+
+def test_with_phases_all_over_every_version_has_its_share_of_the_devices() -> None:
+    for version in range(30):
+        on_turn = [turn(version, participation=0.3, phase=device * TURNS // 10) == version for device in range(10)]
+        assert sum(on_turn) == 3
 
 
 @pytest.mark.parametrize("name", ["digits", "digits-numpy"])

@@ -183,6 +183,29 @@ def test_a_device_reports_virtual_seconds() -> None:
     assert {metrics["seconds"] for metrics in sent} <= {*SMALL.speeds.draw(5, 0)}
 
 
+def test_devices_take_turns_and_nobody_is_asked_more_often_than_the_others() -> None:
+    turns = {"participation": 0.25, "turn_s": 60.0}
+    wanted = replace(SMALL, devices=12, plan=turns, end=End(versions=40))
+    simulation = simulated(wanted)
+    check_invariants(simulation)
+    updates = [device["updates"] for device in report(simulation)["devices"].values()]
+    assert sum(updates) == 80  # 40 buffers of 2
+    assert max(updates) <= 11  # a turn in four versions, and the one that may have been under way
+    everybody = [device["updates"] for device in report(simulated(replace(wanted, plan={})))["devices"].values()]
+    assert max(everybody) > 11
+
+
+def test_too_few_turns_for_a_buffer_keep_nobody_waiting_for_good() -> None:
+    """Two devices that train on every tenth version, and a buffer of two: a version that waits passes turns on."""
+    turns = {"participation": 0.1, "turn_s": 30.0}
+    settings = {"merge.buffer_size": 2, "merge.max_wait_s": 1e6}
+    wanted = replace(SMALL, devices=2, plan=turns, aggregator=settings, end=End(versions=6))
+    simulation = simulated(wanted)
+    check_invariants(simulation)
+    assert simulation.moment().version == 6
+    assert simulation.clock.now < 6 * (10 * 30.0 + max(wanted.speeds.draw(2, 0)) + 1)
+
+
 def test_a_barrier_waits_for_the_slowest() -> None:
     wanted = replace(SMALL, sync=True, end=End(versions=4), simulate=Simulated(latency_s=0.0))
     simulation = simulated(wanted)

@@ -29,7 +29,7 @@ def test_every_key_of_the_protocol_is_taken_and_an_unknown_one_kept_for_the_trai
         "clip_sigma": 0, "codec": "float32", "seal": True, "seed": 9, "error_feedback": True,
         "local_seconds": 2.5, "optimizer": "adamw", "beta1": 0.8, "beta2": 0.99, "schedule": "cosine",
         "warmup_versions": 3, "schedule_versions": 9, "final_rate": 0.1, "statistics_rate": 0.5, "precision": "auto",
-        "memory_format": "channels-last", "flavour": "vanilla", "extra": 1,
+        "memory_format": "channels-last", "participation": 0.25, "turn_s": 7.5, "flavour": "vanilla", "extra": 1,
     }  # fmt: skip
     plan = Plan.from_meta(meta)
     for name, value in meta.items():
@@ -59,6 +59,7 @@ def test_whatever_comes_from_the_wire_is_a_plan_or_a_protocol_error(meta: Mappin
         ("optimizer", "lion"), ("optimizer", ["sgd"]), ("beta1", 1.0), ("beta2", 1), ("schedule", "step"),
         ("schedule", None), ("warmup_versions", 1.5), ("warmup_versions", -1), ("schedule_versions", True),
         ("final_rate", 1.1), ("statistics_rate", -1), ("precision", "float16"), ("memory_format", 1),
+        ("participation", 0), ("participation", 1.01), ("participation", "all"), ("turn_s", 0), ("turn_s", math.inf),
     ],
 )  # fmt: skip
 def test_nonsense_is_refused_by_name(name: str, value: object) -> None:
