@@ -174,10 +174,14 @@ def experiments() -> list[str]:
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(KEPT.glob("*.json"))]
     return [
         f"**{kept['result']['title']}** (`{kept['command']}`, {kept['seconds'] / 60:.0f} minutes on a shared core): "
-        f"{' '.join(kept['result']['about'].split())} Means of {kept['result']['seeds']} seeds, ± their standard "
-        f"deviation.\n\n{shown.table(kept['result'])}"
+        f"{' '.join(kept['result']['about'].split())} {_of_seeds(kept['result']['seeds'])}\n\n"
+        f"{shown.table(kept['result'])}"
         for kept in found
     ]
+
+
+def _of_seeds(count: int) -> str:
+    return "One seed." if count == 1 else f"Means of {count} seeds, ± their standard deviation."
 
 
 def main() -> None:
