@@ -19,11 +19,11 @@ from typing import Final
 
 import numpy as np
 
-from aggregator.accumulator import COMPILED, Accumulator
-from broker.schema import Schema, Vector
-from broker.ternary import TERNARY, ZSTD, Block, encode
-from edge_client.compress import compress
-from edge_client.trainer import Plan
+from ternbus.aggregator.merge.accumulator import COMPILED, Accumulator
+from ternbus.broker.protocol.schema import Schema, Vector
+from ternbus.broker.protocol.ternary import TERNARY, ZSTD, Block, encode
+from ternbus.edge.learn.compress import compress
+from ternbus.edge.learn.trainer import Plan
 
 SIZES: Final = (10_000, 100_000, 1_200_000, 10_000_000, 100_000_000)
 BUDGET_S: Final = 2.0  # for each figure

@@ -16,11 +16,11 @@ from multiprocessing.connection import Connection
 from typing import Any, Final
 
 from benchmarks import mqtt
-from broker import topics
-from broker.frame import build, parse
-from broker.identity import Identity, enroll_proof
-from broker.messages import Enroll, Head, Receipt, Status, Update
-from edge_client.member import ENROLL_SEQ, OFFLINE, subscriptions
+from ternbus.broker.protocol import topics
+from ternbus.broker.protocol.frame import build, parse
+from ternbus.broker.protocol.identity import Identity, enroll_proof
+from ternbus.broker.protocol.messages import Enroll, Head, Receipt, Status, Update
+from ternbus.edge.core.member import ENROLL_SEQ, OFFLINE, subscriptions
 
 CONNECTING_MAX: Final = 32  # at once: brokers listen with a backlog of about a hundred
 KEEPALIVE_S: Final = 120

@@ -22,11 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from aggregator import home, requests
 from benchmarks.watched import used
-from broker.identity import write_secret
-from broker.running import Engine, choose, start
-from broker.schema import load_safetensors
+from ternbus.aggregator.shell import home
+from ternbus.aggregator.store import requests
+from ternbus.broker.protocol.identity import write_secret
+from ternbus.broker.protocol.schema import load_safetensors
+from ternbus.broker.server.running import Engine, choose, start
 
 DEVICE: Final = "pi"
 IDLE_S: Final = 10.0

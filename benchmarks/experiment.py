@@ -28,14 +28,15 @@ from typing import Any, Final, Self
 from benchmarks import experiment_shown as shown
 from benchmarks.__main__ import machine
 from benchmarks.figures import KEPT
-from broker import tether, toml
-from broker.errors import ConfigError
-from edge_client.trainer import load_task
-from lab import scenario
-from lab.progress import Lines
-from lab.simulate import Simulation
-from lab.tables import Table
-from lab.training import Workers
+from ternbus.broker import toml
+from ternbus.broker.errors import ConfigError
+from ternbus.broker.server import tether
+from ternbus.edge.learn.trainer import load_task
+from ternbus.lab.report.progress import Lines
+from ternbus.lab.scenario import scenario
+from ternbus.lab.scenario.tables import Table
+from ternbus.lab.virtual.simulate import Simulation
+from ternbus.lab.virtual.training import Workers
 
 FOLDER: Final = Path(__file__).parent / "experiments"
 BESIDE: Final = "beside"  # the axis of runs that stand outside the grid

@@ -27,15 +27,16 @@ from typing import Any, Final
 
 import numpy as np
 
-from aggregator import home, records
-from aggregator import status as statuses
-from aggregator.ledger import Ledger
 from benchmarks.aggregating import Aggregator, cpu_s, run_aggregator
 from benchmarks.crowd import Answers, Task, serve, shares
 from benchmarks.ingest import FEDERATION, device, identity, prepared_body, shapes
-from broker.identity import enroll_proof
-from broker.running import Engine, RunningBroker, choose, start
-from broker.ternary import ZSTD
+from ternbus.aggregator.core import records
+from ternbus.aggregator.shell import home
+from ternbus.aggregator.store import status as statuses
+from ternbus.aggregator.store.ledger import Ledger
+from ternbus.broker.protocol.identity import enroll_proof
+from ternbus.broker.protocol.ternary import ZSTD
+from ternbus.broker.server.running import Engine, RunningBroker, choose, start
 
 CROWDS: Final = 2
 PARAMETERS: Final = 10_000

@@ -16,10 +16,10 @@ import time
 from collections.abc import Mapping
 from typing import Any, Final
 
-from edge_client.trainer import load_task
-from lab.progress import Lines
-from lab.scenario import End, Hostile, Scenario
-from lab.simulate import Simulation
+from ternbus.edge.learn.trainer import load_task
+from ternbus.lab.report.progress import Lines
+from ternbus.lab.scenario.scenario import End, Hostile, Scenario
+from ternbus.lab.virtual.simulate import Simulation
 
 DEVICES: Final = 20
 LAST: Final = 5

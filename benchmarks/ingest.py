@@ -21,18 +21,19 @@ from typing import Any, Final
 
 import numpy as np
 
-from aggregator import home, records
-from aggregator import status as statuses
-from aggregator.accumulator import COMPILED
-from aggregator.ledger import Ledger
 from benchmarks.volley import SENDERS, Ammunition, Answered, Load, await_retained, device, identity, run_load
-from broker import topics
-from broker.identity import enroll_proof
-from broker.running import Engine, choose, start
-from broker.schema import Schema
-from broker.ternary import ZSTD, encode
-from edge_client.compress import compress
-from edge_client.trainer import Plan
+from ternbus.aggregator.core import records
+from ternbus.aggregator.merge.accumulator import COMPILED
+from ternbus.aggregator.shell import home
+from ternbus.aggregator.store import status as statuses
+from ternbus.aggregator.store.ledger import Ledger
+from ternbus.broker.protocol import topics
+from ternbus.broker.protocol.identity import enroll_proof
+from ternbus.broker.protocol.schema import Schema
+from ternbus.broker.protocol.ternary import ZSTD, encode
+from ternbus.broker.server.running import Engine, choose, start
+from ternbus.edge.learn.compress import compress
+from ternbus.edge.learn.trainer import Plan
 
 BUFFER: Final = 64
 FEDERATION: Final = "bench"

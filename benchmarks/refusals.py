@@ -4,7 +4,7 @@
 
 One client with a certificate publishes with QoS 1, another receives and acknowledges: four packets and four lines of
 log a message. "counted" is as `ternbus broker up` runs a broker with TLS: mosquitto logs each packet into
-`broker/refusals.py`. "plain" logs errors, warnings and notices into a file. They take turns; medians.
+`ternbus.broker.server.refusals`. "plain" logs errors, warnings and notices into a file. They take turns; medians.
 """
 
 import argparse
@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import IO, Final
 
 from benchmarks.mqtt import packet, text
-from broker import mosquitto, refusals
-from broker.home import Home
-from broker.running import ACCESS, Engine, choose, reserve
-from broker.tls import Tls
+from ternbus.broker.link.tls import Tls
+from ternbus.broker.server import mosquitto, refusals
+from ternbus.broker.server.home import Home
+from ternbus.broker.server.running import ACCESS, Engine, choose, reserve
 
 TOPIC: Final = "ternbus/1/lab/up/pi-1/update"
 BYTES: Final = 100

@@ -16,16 +16,16 @@ from typing import Final
 
 import numpy as np
 
-from aggregator.accumulator import Accumulator
-from broker.frame import FRAME_BYTES, parse
-from broker.identity import Identity, seal
-from broker.messages import Update
-from broker.parts import cut
-from broker.schema import Schema
-from broker.ternary import Block
-from edge_client.compress import compress
-from edge_client.kept import prepare, sealed
-from edge_client.trainer import Plan
+from ternbus.aggregator.merge.accumulator import Accumulator
+from ternbus.broker.protocol.frame import FRAME_BYTES, parse
+from ternbus.broker.protocol.identity import Identity, seal
+from ternbus.broker.protocol.messages import Update
+from ternbus.broker.protocol.parts import cut
+from ternbus.broker.protocol.schema import Schema
+from ternbus.broker.protocol.ternary import Block
+from ternbus.edge.core.kept import prepare, sealed
+from ternbus.edge.learn.compress import compress
+from ternbus.edge.learn.trainer import Plan
 
 BUDGET_S: Final = 10.0  # for each size
 RUNS_MAX: Final = 200

@@ -14,16 +14,16 @@ from hashlib import blake2b
 import msgpack
 import zstandard
 
-from aggregator.accumulator import Accumulator
 from benchmarks.ingest import FEDERATION, shapes
 from benchmarks.volley import identity
-from broker import topics
-from broker.frame import SIGNED_PREFIX, build
-from broker.identity import KeyId, verify
-from broker.link import Arrived, Link, Token
-from broker.messages import Receipt
-from broker.schema import Schema
-from broker.ternary import Block
+from ternbus.aggregator.merge.accumulator import Accumulator
+from ternbus.broker.link.link import Arrived, Link, Token
+from ternbus.broker.protocol import topics
+from ternbus.broker.protocol.frame import SIGNED_PREFIX, build
+from ternbus.broker.protocol.identity import KeyId, verify
+from ternbus.broker.protocol.messages import Receipt
+from ternbus.broker.protocol.schema import Schema
+from ternbus.broker.protocol.ternary import Block
 
 GROUP = 16
 

@@ -26,10 +26,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from edge_client.trainer import load_task
-from lab.progress import Lines
-from lab.scenario import End, Scenario, Simulated, Speeds
-from lab.simulate import Simulation
+from ternbus.edge.learn.trainer import load_task
+from ternbus.lab.report.progress import Lines
+from ternbus.lab.scenario.scenario import End, Scenario, Simulated, Speeds
+from ternbus.lab.virtual.simulate import Simulation
 
 ASYNCHRONOUS: Final = "asynchronous, ternary"
 SYNCHRONOUS: Final = "synchronous, float32"

@@ -11,16 +11,16 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from broker import topics
-from broker.frame import FRAME_BYTES
-from broker.identity import Identity
-from broker.link import packet_bytes
-from broker.messages import Update
-from broker.parts import cut
-from broker.schema import Schema
-from broker.ternary import RAW, ZSTD, encode
-from edge_client.compress import compress
-from edge_client.trainer import Plan
+from ternbus.broker.link.link import packet_bytes
+from ternbus.broker.protocol import topics
+from ternbus.broker.protocol.frame import FRAME_BYTES
+from ternbus.broker.protocol.identity import Identity
+from ternbus.broker.protocol.messages import Update
+from ternbus.broker.protocol.parts import cut
+from ternbus.broker.protocol.schema import Schema
+from ternbus.broker.protocol.ternary import RAW, ZSTD, encode
+from ternbus.edge.learn.compress import compress
+from ternbus.edge.learn.trainer import Plan
 
 SHAPES = {"conv.weight": (64, 32, 3, 3), "conv.bias": (64,), "fc.weight": (1024, 1152), "fc.bias": (1024,)}
 ENVELOPE_BYTES = 500  # what a part may cost beside its body

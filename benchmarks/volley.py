@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from benchmarks import mqtt
-from broker import topics
-from broker.frame import parse
-from broker.identity import Identity
-from broker.messages import Receipt, Update
-from broker.parts import cut
-from broker.ternary import ZSTD
+from ternbus.broker.protocol import topics
+from ternbus.broker.protocol.frame import parse
+from ternbus.broker.protocol.identity import Identity
+from ternbus.broker.protocol.messages import Receipt, Update
+from ternbus.broker.protocol.parts import cut
+from ternbus.broker.protocol.ternary import ZSTD
 
 SENDERS: Final = 2
 WITHIN_S: Final = 60.0

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_client.trainer import Evaluation, FloatArray, Plan, Task, Tensors, Trained, Trainer, load_task
+from ternbus.edge.learn.trainer import Evaluation, FloatArray, Plan, Task, Tensors, Trained, Trainer, load_task
 
 OURSELVES = Path("/proc/self")
 

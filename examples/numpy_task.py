@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from edge_client.partition import select
-from edge_client.tasks.digits_data import CLASSES, PIXELS, load
-from edge_client.trainer import Evaluation, Trained
+from ternbus.edge.learn.partition import select
+from ternbus.edge.learn.trainer import Evaluation, Trained
+from ternbus.edge.tasks.digits_data import CLASSES, PIXELS, load
 
 
 class SoftmaxRegression:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-FOLDER = Path(__file__).parent.parent / "edge_client" / "tasks"
+FOLDER = Path(__file__).parent.parent / "edge_client" / "ternbus" / "edge" / "tasks"
 
 
 def model() -> nn.Module:

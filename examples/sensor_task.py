@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from broker.errors import ConfigError
-from edge_client.torch_trainer import TorchTask
+from ternbus.broker.errors import ConfigError
+from ternbus.edge.torch.torch_trainer import TorchTask
 
 WINDOW, HOP = 100, 50  # samples: windows of a second that overlap by half
 CLASSES = 3

@@ -1,4 +1,4 @@
-"""The same in a federation: ternbus lab run --task examples.torch_task:TASK --data edge_client/tasks.
+"""The same in a federation: ternbus lab run --task examples.torch_task:TASK --data edge_client/ternbus/edge/tasks.
 
 The folder has digits.csv.gz: a row an image of 8 x 8 pixels from 0 to 16, and what it shows.
 """
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edge_client.torch_trainer import TorchTask
+from ternbus.edge.torch.torch_trainer import TorchTask
 
-FOLDER = Path(__file__).parent.parent / "edge_client" / "tasks"
+FOLDER = Path(__file__).parent.parent / "edge_client" / "ternbus" / "edge" / "tasks"
 
 
 def model() -> nn.Module:

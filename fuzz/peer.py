@@ -11,13 +11,14 @@ from typing import Final
 import msgpack
 import numpy as np
 
-from aggregator import events, settings
-from aggregator.core import Core
-from broker import topics
-from broker.frame import HEADER_BYTES_MAX, MAGIC, SIGNED_PREFIX
-from broker.identity import Identity
-from broker.schema import Schema, Tensor
-from lab.founding import FEDERATION, without_disk
+from ternbus.aggregator import settings
+from ternbus.aggregator.core import events
+from ternbus.aggregator.core.core import Core
+from ternbus.broker.protocol import topics
+from ternbus.broker.protocol.frame import HEADER_BYTES_MAX, MAGIC, SIGNED_PREFIX
+from ternbus.broker.protocol.identity import Identity
+from ternbus.broker.protocol.schema import Schema, Tensor
+from ternbus.lab.virtual.founding import FEDERATION, without_disk
 
 DEVICE: Final = "rogue"
 KEY: Final = Identity(b"r" * 32)

@@ -11,13 +11,13 @@ from typing import Any, Final
 
 import msgpack
 
-from aggregator import settings
-from broker.frame import parse
-from broker.invitation import Invitation
-from broker.messages import Delta, Enroll, Grant, Metrics, Offer, Snapshot, Status
-from broker.ternary import RAW, encode
 from fuzz import peer
 from fuzz.targets import KINDS
+from ternbus.aggregator import settings
+from ternbus.broker.protocol.frame import parse
+from ternbus.broker.protocol.invitation import Invitation
+from ternbus.broker.protocol.messages import Delta, Enroll, Grant, Metrics, Offer, Snapshot, Status
+from ternbus.broker.protocol.ternary import RAW, encode
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 CORPUS: Final = Path(__file__).resolve().parent / "corpus"
@@ -40,7 +40,10 @@ def seeds() -> dict[str, Seeds]:
         "snapshot": _snapshots(schema, vector),
         "invitation": {name: each.encode() for name, each in _invitations().items()},
         "aggregator-toml": _aggregator(),
-        "scenario-toml": {"example": (ROOT / "lab" / "example.toml").read_bytes(), "full": SCENARIO.encode()},
+        "scenario-toml": {
+            "example": (ROOT / "lab" / "ternbus" / "lab" / "example.toml").read_bytes(),
+            "full": SCENARIO.encode(),
+        },
         "broker-log": {"mosquitto": b"\xfe" + MOSQUITTO.encode(), "nats": b"\xff" + NATS.encode()},
         "update": _peer(frames),
     }

@@ -13,13 +13,14 @@ from typing import Final
 import numpy as np
 import zstandard
 
-from aggregator import settings
-from broker import mosquitto, refusals, topics
-from broker.errors import ConfigError, ProtocolError
-from broker.frame import MAGIC, SIGNATURE_BYTES, Frame, build, parse
-from broker.identity import AGGREGATOR, Identity
-from broker.invitation import Invitation
-from broker.messages import (
+from fuzz import peer
+from ternbus.aggregator import settings
+from ternbus.broker.errors import ConfigError, ProtocolError
+from ternbus.broker.protocol import topics
+from ternbus.broker.protocol.frame import MAGIC, SIGNATURE_BYTES, Frame, build, parse
+from ternbus.broker.protocol.identity import AGGREGATOR, Identity
+from ternbus.broker.protocol.invitation import Invitation
+from ternbus.broker.protocol.messages import (
     OPEN,
     Delta,
     Enroll,
@@ -33,11 +34,11 @@ from broker.messages import (
     Status,
     Update,
 )
-from broker.schema import Schema, to_tensors, vector_digest
-from broker.ternary import CODECS, RAW, VALUE_MAX, ZSTD, Block, content_bytes, decode, encode
-from edge_client.follower import Follower
-from fuzz import peer
-from lab import scenario
+from ternbus.broker.protocol.schema import Schema, to_tensors, vector_digest
+from ternbus.broker.protocol.ternary import CODECS, RAW, VALUE_MAX, ZSTD, Block, content_bytes, decode, encode
+from ternbus.broker.server import mosquitto, refusals
+from ternbus.edge.core.follower import Follower
+from ternbus.lab.scenario import scenario
 
 Target = Callable[[bytes], None]
 Message = Delta | Enroll | Grant | Head | Metrics | Offer | Receipt | Snapshot | Status | Update

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
-from broker.link import Arrived, Connected, Link, LinkEvent
+from ternbus.broker.link.link import Arrived, Connected, Link, LinkEvent
 
 WITHIN_S = 15.0
 CONNECT, CONNACK, PUBLISH, PUBACK, SUBSCRIBE = 0x10, 0x20, 0x30, 0x40, 0x80

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from broker.errors import ProtocolError
-from broker.frame import Frame, build, parse
-from broker.identity import Identity
-from lab.clock import Clock
-from lab.memory_broker import Client, Line, MemoryBroker, Session
+from ternbus.broker.errors import ProtocolError
+from ternbus.broker.protocol.frame import Frame, build, parse
+from ternbus.broker.protocol.identity import Identity
+from ternbus.lab.virtual.clock import Clock
+from ternbus.lab.virtual.memory_broker import Client, Line, MemoryBroker, Session
 
 Say = Callable[[str, bytes], None]
 FATES: Final = (

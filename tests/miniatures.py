@@ -73,7 +73,7 @@ def write_cifar10(folder: Path) -> None:
 
 def write_checkpoint(folder: Path) -> None:
     """MobileNet's, but drawn: in a folder as TORCH_HOME is one."""
-    from edge_client.tasks import cifar10_finetune  # noqa: PLC0415  # it brings torchvision
+    from ternbus.edge.tasks import cifar10_finetune  # noqa: PLC0415  # it brings torchvision
 
     (folder / "hub" / "checkpoints").mkdir(parents=True)
     with torch.random.fork_rng(devices=[]):

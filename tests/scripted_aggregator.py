@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from broker import topics
-from broker.frame import Frame, build, parse
-from broker.identity import AGGREGATOR, Identity
-from broker.messages import Delta, Grant, Head, Receipt, Snapshot, SnapshotRef, Status
-from broker.parts import cut
-from broker.schema import Schema, Vector, vector_digest
-from broker.ternary import RAW, ZSTD, Block, encode, nearest_block
+from ternbus.broker.protocol import topics
+from ternbus.broker.protocol.frame import Frame, build, parse
+from ternbus.broker.protocol.identity import AGGREGATOR, Identity
+from ternbus.broker.protocol.messages import Delta, Grant, Head, Receipt, Snapshot, SnapshotRef, Status
+from ternbus.broker.protocol.parts import cut
+from ternbus.broker.protocol.schema import Schema, Vector, vector_digest
+from ternbus.broker.protocol.ternary import RAW, ZSTD, Block, encode, nearest_block
 
 SHAPES = {"w": (50, 20), "b": (7,)}
 FEDERATION = "fed"

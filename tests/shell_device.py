@@ -5,16 +5,16 @@ from pathlib import Path
 
 from test_liar import MODEL, Noise
 
-from broker.identity import Identity, seal
-from broker.invitation import Invitation
-from broker.link import Link
-from broker.schema import vector_digest
-from broker.tls import Tls
-from edge_client.actions import Log, Stop
-from edge_client.core import Core
-from edge_client.member import Member
-from edge_client.outbox import Outbox
-from edge_client.service import Service
+from ternbus.broker.link.link import Link
+from ternbus.broker.link.tls import Tls
+from ternbus.broker.protocol.identity import Identity, seal
+from ternbus.broker.protocol.invitation import Invitation
+from ternbus.broker.protocol.schema import vector_digest
+from ternbus.edge.core.actions import Log, Stop
+from ternbus.edge.core.core import Core
+from ternbus.edge.core.member import Member
+from ternbus.edge.shell.outbox import Outbox
+from ternbus.edge.shell.service import Service
 
 WITHIN_S = 45.0
 TRAINING_S = 0.1

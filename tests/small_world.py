@@ -14,18 +14,19 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from aggregator import events, home, records
-from aggregator.core import Core
-from aggregator.ledger import Ledger
-from aggregator.membership import codes
-from aggregator.recovery import recover, waiting
-from broker import topics
-from broker.frame import Frame, build, parse
-from broker.identity import Identity, enroll_proof, seal
-from broker.messages import Enroll, Head, Metrics, Offer, Receipt, Snapshot, Status, Update
-from broker.parts import cut
-from broker.schema import Schema, vector_digest, vector_of
-from broker.ternary import Block, decode, encode
+from ternbus.aggregator.core import events, records
+from ternbus.aggregator.core.core import Core
+from ternbus.aggregator.shell import home
+from ternbus.aggregator.store.ledger import Ledger
+from ternbus.aggregator.store.membership import codes
+from ternbus.aggregator.store.recovery import recover, waiting
+from ternbus.broker.protocol import topics
+from ternbus.broker.protocol.frame import Frame, build, parse
+from ternbus.broker.protocol.identity import Identity, enroll_proof, seal
+from ternbus.broker.protocol.messages import Enroll, Head, Metrics, Offer, Receipt, Snapshot, Status, Update
+from ternbus.broker.protocol.parts import cut
+from ternbus.broker.protocol.schema import Schema, vector_digest, vector_of
+from ternbus.broker.protocol.ternary import Block, decode, encode
 
 LAB = "lab"
 BROKER_URL = "mqtt://127.0.0.1:1"

@@ -17,22 +17,21 @@ from typing import Any
 import pytest
 from small_world import BROKER_URL, LAB, Device, float32_block, follow, initial_model
 
-from aggregator import home
-from aggregator.ledger import Ledger
-from aggregator.membership import codes
-from broker import mosquitto, running, topics
-from broker.frame import parse
-from broker.invitation import Invitation
-from broker.link import Arrived, Link, LinkEvent
-from broker.messages import Head, Receipt, Status
-from broker.running import Engine
-from broker.schema import Schema, load_safetensors, save_safetensors
-
-ROOT = Path(__file__).resolve().parent.parent
+from ternbus.aggregator.shell import home
+from ternbus.aggregator.store.ledger import Ledger
+from ternbus.aggregator.store.membership import codes
+from ternbus.broker.link.link import Arrived, Link, LinkEvent
+from ternbus.broker.protocol import topics
+from ternbus.broker.protocol.frame import parse
+from ternbus.broker.protocol.invitation import Invitation
+from ternbus.broker.protocol.messages import Head, Receipt, Status
+from ternbus.broker.protocol.schema import Schema, load_safetensors, save_safetensors
+from ternbus.broker.server import mosquitto, running
+from ternbus.broker.server.running import Engine
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    return {**os.environ, "COLUMNS": "100"}
 
 
 def run(*arguments: object, code: int = 0) -> str:

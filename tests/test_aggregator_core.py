@@ -20,15 +20,16 @@ from small_world import (
     ternary_block,
 )
 
-from aggregator import events, home, records
-from aggregator import settings as configuration
-from aggregator.grants import Grants, ranges
-from broker import topics
-from broker.frame import build, parse
-from broker.identity import Identity
-from broker.messages import Grant, Status
-from broker.parts import cut
-from broker.ternary import Block, content_bytes
+from ternbus.aggregator import settings as configuration
+from ternbus.aggregator.core import events, records
+from ternbus.aggregator.core.grants import Grants, ranges
+from ternbus.aggregator.shell import home
+from ternbus.broker.protocol import topics
+from ternbus.broker.protocol.frame import build, parse
+from ternbus.broker.protocol.identity import Identity
+from ternbus.broker.protocol.messages import Grant, Status
+from ternbus.broker.protocol.parts import cut
+from ternbus.broker.protocol.ternary import Block, content_bytes
 
 HEAD, STATUS = topics.head(LAB), topics.status(LAB)
 Make = Callable[..., Bench]

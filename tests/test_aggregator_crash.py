@@ -15,18 +15,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from small_world import LAB, Bench, Device, float32_block, follow, make_directory, scratch, ternary_block
 
-from aggregator import events, home, log, records
-from aggregator import settings as configuration
-from aggregator.membership import codes
-from aggregator.recovery import waiting
-from aggregator.registry import REVOKED
-from aggregator.tables import DROPPED
-from broker import topics
-from broker.frame import parse
-from broker.merge_log import FIRST, Entry
-from broker.messages import Head, Receipt, Status
-from broker.schema import vector_digest
-from broker.ternary import Block
+from ternbus.aggregator import settings as configuration
+from ternbus.aggregator.core import events, records
+from ternbus.aggregator.core.registry import REVOKED
+from ternbus.aggregator.shell import home, log
+from ternbus.aggregator.store.membership import codes
+from ternbus.aggregator.store.recovery import waiting
+from ternbus.aggregator.store.tables import DROPPED
+from ternbus.broker.protocol import topics
+from ternbus.broker.protocol.frame import parse
+from ternbus.broker.protocol.merge_log import FIRST, Entry
+from ternbus.broker.protocol.messages import Head, Receipt, Status
+from ternbus.broker.protocol.schema import vector_digest
+from ternbus.broker.protocol.ternary import Block
 
 BEFORE_COMMIT, TORN_COMMIT = -2, -1  # a crash after n >= 0 public actions otherwise
 CRASHES = st.sampled_from([None] * 6 + [BEFORE_COMMIT, TORN_COMMIT, 0, 1, 2, 3, 4, 6, 9])

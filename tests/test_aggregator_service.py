@@ -14,21 +14,22 @@ import pytest
 from brokers import Inbox, linked
 from small_world import LAB, Device, ternary_block
 
-from aggregator import home, records
-from aggregator import status as statuses
-from aggregator.accumulator import Accumulator
-from aggregator.background import WORTHWHILE
-from aggregator.gate import WORTHWHILE_BYTES
-from aggregator.ledger import Ledger
-from aggregator.service import SWITCH_S, Service
-from broker import topics
-from broker.events import Arrived
-from broker.frame import Frame, parse
-from broker.link import Link
-from broker.messages import Receipt
-from broker.running import Engine, choose, start
-from broker.schema import Schema
-from broker.ternary import Block
+from ternbus.aggregator.core import records
+from ternbus.aggregator.merge.accumulator import Accumulator
+from ternbus.aggregator.merge.background import WORTHWHILE
+from ternbus.aggregator.shell import home
+from ternbus.aggregator.shell.gate import WORTHWHILE_BYTES
+from ternbus.aggregator.shell.service import SWITCH_S, Service
+from ternbus.aggregator.store import status as statuses
+from ternbus.aggregator.store.ledger import Ledger
+from ternbus.broker.link.events import Arrived
+from ternbus.broker.link.link import Link
+from ternbus.broker.protocol import topics
+from ternbus.broker.protocol.frame import Frame, parse
+from ternbus.broker.protocol.messages import Receipt
+from ternbus.broker.protocol.schema import Schema
+from ternbus.broker.protocol.ternary import Block
+from ternbus.broker.server.running import Engine, choose, start
 
 pytestmark = pytest.mark.slow
 

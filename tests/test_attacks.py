@@ -18,26 +18,28 @@ from typing import Any
 import pytest
 from brokers import Inbox
 from shell_device import WITHIN_S, Device, papers
-from stranger.house import Aggregator, until
 from test_liar import MODEL
 from typer.testing import CliRunner
 
-from aggregator import home
-from aggregator import status as aggregator_status
-from broker import cli, topics, upkeep
-from broker.certificates import Authority
-from broker.errors import LinkError
-from broker.events import Arrived, Connected
-from broker.frame import build, parse
-from broker.home import Home
-from broker.identity import AGGREGATOR, Identity, enroll_proof
-from broker.invitation import Invitation
-from broker.link import Link, LinkEvent
-from broker.messages import Delta, Enroll, Receipt, Status, Update
-from broker.refusals import STRANGER
-from broker.running import Engine
-from broker.schema import save_safetensors
-from broker.tls import Tls
+from stranger.house import Aggregator, until
+from ternbus.aggregator.shell import home
+from ternbus.aggregator.store import status as aggregator_status
+from ternbus.broker import cli
+from ternbus.broker.errors import LinkError
+from ternbus.broker.link.events import Arrived, Connected
+from ternbus.broker.link.link import Link, LinkEvent
+from ternbus.broker.link.tls import Tls
+from ternbus.broker.protocol import topics
+from ternbus.broker.protocol.frame import build, parse
+from ternbus.broker.protocol.identity import AGGREGATOR, Identity, enroll_proof
+from ternbus.broker.protocol.invitation import Invitation
+from ternbus.broker.protocol.messages import Delta, Enroll, Receipt, Status, Update
+from ternbus.broker.protocol.schema import save_safetensors
+from ternbus.broker.server import upkeep
+from ternbus.broker.server.certificates import Authority
+from ternbus.broker.server.home import Home
+from ternbus.broker.server.refusals import STRANGER
+from ternbus.broker.server.running import Engine
 
 pytestmark = [
     pytest.mark.slow,

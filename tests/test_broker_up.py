@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 from brokers import WITHIN_S, Inbox, linked
 
-from broker import embedded, mosquitto
-from broker.endpoint import is_loopback
-from broker.errors import ConfigError
-from broker.events import Arrived, Connected, Published
-from broker.link import Link
-from broker.running import Engine, choose
+from ternbus.broker.errors import ConfigError
+from ternbus.broker.link.events import Arrived, Connected, Published
+from ternbus.broker.link.link import Link
+from ternbus.broker.protocol.endpoint import is_loopback
+from ternbus.broker.server import embedded, mosquitto
+from ternbus.broker.server.running import Engine, choose
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMAND = [sys.executable, str(ROOT / "ternbus.py"), "broker", "up"]
+COMMAND = [sys.executable, "-m", "ternbus", "broker", "up"]
 pytestmark = pytest.mark.slow
 ENGINES = pytest.mark.parametrize("engine", [Engine.MOSQUITTO, Engine.NATS])
 

@@ -6,11 +6,11 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.experiment import Experiment
-from broker.errors import ConfigError
-from edge_client import cli
-from edge_client.accountant import epsilon, noise
-from edge_client.privacy import Cost, cost
-from edge_client.trainer import Plan
+from ternbus.broker.errors import ConfigError
+from ternbus.edge.learn.accountant import epsilon, noise
+from ternbus.edge.learn.trainer import Plan
+from ternbus.edge.plan.privacy import Cost, cost
+from ternbus.edge.shell import cli
 
 SAMPLES = 5000  # CIFAR-10's 50,000 on 10 devices
 

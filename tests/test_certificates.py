@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 from cryptography import x509
 
-from aggregator import home as aggregators
-from aggregator import transport
-from broker import certificates, doorkeeper, mosquitto, nats_token
-from broker.certificates import Authority, Pair
-from broker.errors import ConfigError, ProtocolError
-from broker.home import Home
-from broker.identity import Identity, read_password
-from broker.invitation import Invitation
-from broker.link import Link, Tls
-from broker.nats_token import Question
-from broker.running import Engine
-from broker.tls import ServerTls
-from edge_client.home import Home as Device
+from ternbus.aggregator.shell import home as aggregators
+from ternbus.aggregator.shell import transport
+from ternbus.broker.errors import ConfigError, ProtocolError
+from ternbus.broker.link.link import Link, Tls
+from ternbus.broker.link.tls import ServerTls
+from ternbus.broker.protocol.identity import Identity, read_password
+from ternbus.broker.protocol.invitation import Invitation
+from ternbus.broker.server import certificates, doorkeeper, mosquitto, nats_token
+from ternbus.broker.server.certificates import Authority, Pair
+from ternbus.broker.server.home import Home
+from ternbus.broker.server.nats_token import Question
+from ternbus.broker.server.running import Engine
+from ternbus.edge.shell.home import Home as Device
 
 ROOT = Path(__file__).resolve().parent.parent
 AUTHORITY = Authority.create("Ternbus broker bus")

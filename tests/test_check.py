@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from broker.errors import ConfigError
-from edge_client.check import check
-from edge_client.cli import app
-from edge_client.trainer import Evaluation, Trained, load_task
+from ternbus.broker.errors import ConfigError
+from ternbus.edge.learn.trainer import Evaluation, Trained, load_task
+from ternbus.edge.shell.check import check
+from ternbus.edge.shell.cli import app
 
 GOOD = {"w": np.ones((20, 20), np.float32), "b": np.zeros(3, np.float32)}
 

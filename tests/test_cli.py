@@ -4,19 +4,20 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-import ternbus
+from ternbus.command import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Stands in for lab/cli.py, each command one way in which a real one may end.
+# Stands in for the lab's command line, each command one way in which a real one may end.
 FAKE_LAB = """
 import sys
 import typer
-from broker.errors import ConfigError, LinkError
+from ternbus.broker.errors import ConfigError, LinkError
 
 app = typer.Typer()
 
@@ -49,12 +50,19 @@ def chatty() -> None:
 """
 
 
+# The command as it is, but `lab` is the module beside it.
+WITH_FAKE_LAB = """
+from ternbus.command import COMMANDS, Command, main
+
+COMMANDS["lab"] = Command("fake_lab", "Stands in for the lab.")
+main()
+"""
+
+
 @pytest.fixture
 def fake_lab(tmp_path: Path) -> Path:
-    """A folder that has a package `lab` of its own, found first by a Python that starts there."""
-    (tmp_path / "lab").mkdir()
-    (tmp_path / "lab" / "__init__.py").touch()
-    (tmp_path / "lab" / "cli.py").write_text(FAKE_LAB)
+    """A folder in which `python -c WITH_FAKE_LAB` finds the stand-in."""
+    (tmp_path / "fake_lab.py").write_text(FAKE_LAB)
     return tmp_path
 
 
@@ -62,19 +70,25 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "ternbus", *arguments]
 
 
+def faked(*arguments: str) -> list[str]:
+    return [sys.executable, "-c", WITH_FAKE_LAB, "lab", *arguments]
+
+
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    return {**os.environ, "COLUMNS": "100"}
 
 
-def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=60, check=False
-    )
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return ended(command(*arguments), ROOT)
+
+
+def ended(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=60, check=False)
 
 
 def loaded_by(*arguments: str) -> tuple[list[str], set[str]]:
     """The lines that a command prints, and the modules that are loaded when it has finished."""
-    code = f"import sys, ternbus\ntry: ternbus.main({arguments!r})\nfinally: print(*sys.modules)"
+    code = f"import sys; from ternbus.command import main\ntry: main({arguments!r})\nfinally: print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60, check=False
     )
@@ -85,17 +99,17 @@ def loaded_by(*arguments: str) -> tuple[list[str], set[str]]:
 
 def test_help_names_every_command_and_imports_none() -> None:
     lines, modules = loaded_by("--help")
-    for name, entry in ternbus.COMMANDS.items():
+    for name, entry in COMMANDS.items():
         assert any(f" {name} " in line and entry.help in line for line in lines)
         assert entry.module not in modules
 
 
 def test_version_is_printed() -> None:
     done = run("--version")
-    assert (done.returncode, done.stdout) == (0, f"ternbus {ternbus.__version__}\n")
+    assert (done.returncode, done.stdout) == (0, f"ternbus {version('ternbus')}\n")
 
 
-@pytest.mark.parametrize("name", ternbus.COMMANDS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_each_command_has_help(name: str) -> None:
     done = run(name, "--help")
     assert done.returncode == 0, done.stderr
@@ -105,15 +119,15 @@ def test_each_command_has_help(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "absent"),
     [
-        ("broker", {"aggregator", "edge_client", "lab", "torch", "matplotlib"}),
-        ("aggregator", {"edge_client", "lab", "torch", "matplotlib"}),
-        ("edge", {"aggregator", "lab", "torch", "matplotlib"}),
+        ("broker", {"ternbus.aggregator", "ternbus.edge", "ternbus.lab", "torch", "matplotlib"}),
+        ("aggregator", {"ternbus.edge", "ternbus.lab", "torch", "matplotlib"}),
+        ("edge", {"ternbus.aggregator", "ternbus.lab", "torch", "matplotlib"}),
         ("lab", {"torch"}),
     ],
 )
 def test_a_command_imports_only_its_own_side_of_the_house(name: str, absent: set[str]) -> None:
     _, modules = loaded_by(name, "--help")
-    assert ternbus.COMMANDS[name].module in modules
+    assert COMMANDS[name].module in modules
     assert not modules & absent
 
 
@@ -124,18 +138,18 @@ def test_an_unknown_command_is_a_usage_error_that_suggests_the_nearest() -> None
 
 
 def test_a_configuration_error_is_one_line_and_exit_code_2(fake_lab: Path) -> None:
-    done = run("lab", "misconfigured", cwd=fake_lab)
+    done = ended(faked("misconfigured"), fake_lab)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "ternbus: no aggregator.toml in DIR; run `ternbus aggregator init DIR` first\n"
 
 
 def test_an_unreachable_broker_is_one_line_and_exit_code_1(fake_lab: Path) -> None:
-    done = run("lab", "unreachable", cwd=fake_lab)
+    done = ended(faked("unreachable"), fake_lab)
     assert (done.returncode, done.stderr) == (1, "ternbus: 127.0.0.1:1 refuses the connection\n")
 
 
 def test_a_bug_ends_in_a_plain_traceback_without_the_values_of_variables(fake_lab: Path) -> None:
-    done = run("lab", "buggy", cwd=fake_lab)
+    done = ended(faked("buggy"), fake_lab)
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback (most recent call last)")
     assert done.stderr.endswith("ZeroDivisionError\n")
@@ -144,7 +158,7 @@ def test_a_bug_ends_in_a_plain_traceback_without_the_values_of_variables(fake_la
 
 def test_ctrl_c_exits_130_and_prints_nothing(fake_lab: Path) -> None:
     with subprocess.Popen(
-        command("lab", "wait"),
+        faked("wait"),
         cwd=fake_lab,
         env=environment(),
         stdin=subprocess.PIPE,
@@ -165,7 +179,7 @@ def test_a_reader_that_has_gone_is_no_traceback(fake_lab: Path, name: str) -> No
     os.close(reading)
     try:
         done = subprocess.run(
-            command("lab", name),
+            faked(name),
             cwd=fake_lab,
             env=environment(),
             stdout=writing,

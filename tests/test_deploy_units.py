@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import ternbus
-from edge_client.core import EXIT_BUDGET
+from ternbus.command import COMMANDS, EXIT_CONFIG
+from ternbus.edge.core.core import EXIT_BUDGET
 
 UNITS = sorted((Path(__file__).resolve().parent.parent / "deploy" / "systemd").glob("*.service"))
 
@@ -29,7 +29,7 @@ def test_it_starts_a_command_that_exists_in_the_folder_that_systemd_makes(unit: 
     settings = service(unit)
     program, command, action, folder = settings["ExecStart"].split()
     assert (program, action) == ("/opt/ternbus/bin/ternbus", "run")
-    assert command in ternbus.COMMANDS
+    assert command in COMMANDS
     assert folder == f"/var/lib/{settings['StateDirectory']}"
 
 
@@ -37,7 +37,7 @@ def test_it_starts_a_command_that_exists_in_the_folder_that_systemd_makes(unit: 
 def test_a_crash_is_restarted_and_a_configuration_error_is_not(unit: Path) -> None:
     settings = service(unit)
     assert settings["Restart"] == "on-failure"
-    codes = [ternbus.EXIT_CONFIG, EXIT_BUDGET] if unit.stem == "ternbus-edge" else [ternbus.EXIT_CONFIG]
+    codes = [EXIT_CONFIG, EXIT_BUDGET] if unit.stem == "ternbus-edge" else [EXIT_CONFIG]
     assert settings["RestartPreventExitStatus"].split() == [str(code) for code in codes]
 
 

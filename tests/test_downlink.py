@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from aggregator.downlink import encoded_block, next_block, snapshot_body
-from broker.schema import Schema, Tensor, vector_of
-from broker.ternary import CHUNK, Block, decode
+from ternbus.aggregator.merge.downlink import encoded_block, next_block, snapshot_body
+from ternbus.broker.protocol.schema import Schema, Tensor, vector_of
+from ternbus.broker.protocol.ternary import CHUNK, Block, decode
 
 SCHEMA = Schema.write([Tensor("w", (50, 40), "ternary"), Tensor("b", (8,), "dense"), Tensor("v", (301,), "ternary")])
 

@@ -1,7 +1,6 @@
 """The device as a process on a real mosquitto, against an aggregator made of broker's primitives."""
 
 import json
-import os
 import queue
 import signal
 import subprocess
@@ -15,21 +14,22 @@ from typing import Any
 import pytest
 from scripted_aggregator import FEDERATION, Message, ScriptedAggregator, decoded
 
-from broker import running, topics
-from broker.errors import ConfigError, LinkError
-from broker.frame import Frame, parse
-from broker.identity import Identity, enroll_proof, key_id
-from broker.invitation import Invitation
-from broker.link import Arrived, Link
-from broker.messages import Enroll, Metrics, Status, Update
-from broker.parts import Collector
-from broker.schema import Schema, load_safetensors, to_vector
-from broker.ternary import content_bytes
-from edge_client import outbox
-from edge_client.home import Home, Settings
-from edge_client.partition import select
-from edge_client.tasks import digits_data
-from edge_client.trainer import halves_of, load_task
+from ternbus.broker.errors import ConfigError, LinkError
+from ternbus.broker.link.link import Arrived, Link
+from ternbus.broker.protocol import topics
+from ternbus.broker.protocol.frame import Frame, parse
+from ternbus.broker.protocol.identity import Identity, enroll_proof, key_id
+from ternbus.broker.protocol.invitation import Invitation
+from ternbus.broker.protocol.messages import Enroll, Metrics, Status, Update
+from ternbus.broker.protocol.parts import Collector
+from ternbus.broker.protocol.schema import Schema, load_safetensors, to_vector
+from ternbus.broker.protocol.ternary import content_bytes
+from ternbus.broker.server import running
+from ternbus.edge.learn.partition import select
+from ternbus.edge.learn.trainer import halves_of, load_task
+from ternbus.edge.shell import outbox
+from ternbus.edge.shell.home import Home, Settings
+from ternbus.edge.tasks import digits_data
 
 pytestmark = pytest.mark.slow
 
@@ -186,10 +186,7 @@ def _nobody_stays_behind() -> Iterator[None]:
 
 def edge(*arguments: object, cwd: Path = ROOT) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "ternbus", "edge", *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     STARTED.append(process)
     return process
 
@@ -431,7 +428,7 @@ def test_a_wrong_code_is_refused_and_a_task_that_does_not_fit_is_named(server: S
     refused = Home(tmp_path / "pi").identity()
     own = tmp_path / "own_task.py"
     own.write_text(
-        "from edge_client.tasks.digits_numpy import DigitsNumpy\nimport numpy as np\n"
+        "from ternbus.edge.tasks.digits_numpy import DigitsNumpy\nimport numpy as np\n"
         "class Other(DigitsNumpy):\n"
         "    def initial(self, seed):\n        return {**super().initial(seed), 'extra': np.zeros(3, np.float32)}\n"
         "TASK = Other()\n"

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from scripted_aggregator import FEDERATION, SHAPES, Message, ScriptedAggregator
 
-from broker import topics
-from broker.frame import Frame, parse
-from broker.identity import Identity, enroll_proof, seal
-from broker.messages import Enroll, Metrics, Offer, Status, Update
-from broker.schema import Schema, Vector
-from broker.ternary import Block
-from edge_client import events
-from edge_client.actions import (
+from ternbus.broker.protocol import topics
+from ternbus.broker.protocol.frame import Frame, parse
+from ternbus.broker.protocol.identity import Identity, enroll_proof, seal
+from ternbus.broker.protocol.messages import Enroll, Metrics, Offer, Status, Update
+from ternbus.broker.protocol.schema import Schema, Vector
+from ternbus.broker.protocol.ternary import Block
+from ternbus.edge.core import events
+from ternbus.edge.core.actions import (
     Action,
     Connect,
     Log,
@@ -29,9 +29,9 @@ from edge_client.actions import (
     Stop,
     Subscribe,
 )
-from edge_client.core import Core
-from edge_client.kept import Kept
-from edge_client.member import ENROLL_SEQ, Member, Role
+from ternbus.edge.core.core import Core
+from ternbus.edge.core.kept import Kept
+from ternbus.edge.core.member import ENROLL_SEQ, Member, Role
 
 T = TypeVar("T")
 DEVICE = "pi"

@@ -12,18 +12,18 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from scripted_aggregator import FEDERATION, SHAPES, Message, ScriptedAggregator
 
-from broker.frame import Frame, parse
-from broker.identity import Identity
-from broker.messages import Update
-from broker.parts import Collector, Whole
-from broker.schema import Vector
-from broker.ternary import Block
-from edge_client import events
-from edge_client.actions import Action, Connect, Publish, Save, StartTraining, Stop, Subscribe, Unsubscribe
-from edge_client.core import Core
-from edge_client.kept import Answered, Kept
-from edge_client.member import Member
-from edge_client.privacy import Cost
+from ternbus.broker.protocol.frame import Frame, parse
+from ternbus.broker.protocol.identity import Identity
+from ternbus.broker.protocol.messages import Update
+from ternbus.broker.protocol.parts import Collector, Whole
+from ternbus.broker.protocol.schema import Vector
+from ternbus.broker.protocol.ternary import Block
+from ternbus.edge.core import events
+from ternbus.edge.core.actions import Action, Connect, Publish, Save, StartTraining, Stop, Subscribe, Unsubscribe
+from ternbus.edge.core.core import Core
+from ternbus.edge.core.kept import Answered, Kept
+from ternbus.edge.core.member import Member
+from ternbus.edge.plan.privacy import Cost
 
 DEVICE = "pi"
 KEY = Identity(b"d" * 32)

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-import ternbus
-from broker.identity import Identity, KeyId
-from broker.merge_log import FIRST, Contribution, Entry, Signed
-from edge_client import proof
-from edge_client.home import Home, Settings
-from edge_client.kept import RENUMBERED, Answered, Kept, Outstanding
-from edge_client.outbox import Outbox
-from edge_client.proof import Proof
+from ternbus.broker.protocol.identity import Identity, KeyId
+from ternbus.broker.protocol.merge_log import FIRST, Contribution, Entry, Signed
+from ternbus.command import main
+from ternbus.edge.core.kept import RENUMBERED, Answered, Kept, Outstanding
+from ternbus.edge.shell import proof
+from ternbus.edge.shell.home import Home, Settings
+from ternbus.edge.shell.outbox import Outbox
+from ternbus.edge.shell.proof import Proof
 
 AGGREGATOR = Identity(b"a" * 32)
 KEY, OLD_KEY = KeyId(b"k" * 8), KeyId(b"o" * 8)
@@ -158,7 +158,7 @@ def test_the_command_reads_the_device_s_folder(tmp_path: Path, capsys: pytest.Ca
 
     def verify(log: Path, *more: str) -> tuple[int, str]:
         with pytest.raises(SystemExit) as ended:
-            ternbus.main(["edge", "verify", str(folder), str(log), *more])
+            main(["edge", "verify", str(folder), str(log), *more])
         return int(ended.value.code or 0), capsys.readouterr().out
 
     log = log_of(tmp_path, *([ours(seq)] for seq in range(2, 14)))

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from broker.errors import ConfigError
-from edge_client.check import check
-from edge_client.trainer import Plan, load_task
+from ternbus.broker.errors import ConfigError
+from ternbus.edge.learn.trainer import Plan, load_task
+from ternbus.edge.shell.check import check
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-DATA = ROOT / "edge_client" / "tasks"
+DATA = ROOT / "edge_client" / "ternbus" / "edge" / "tasks"
 
 
 @pytest.fixture(autouse=True)

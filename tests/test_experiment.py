@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stranger.house import until
 
 from benchmarks import experiment
 from benchmarks import experiment_shown as shown
 from benchmarks.experiment import Experiment, Goal, judged, measures
-from broker.errors import ConfigError
+from stranger.house import until
+from ternbus.broker.errors import ConfigError
 
 SMALL = """
 title = "Two devices"

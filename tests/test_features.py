@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from broker.errors import ConfigError
-from edge_client.tasks import cifar10_features
-from edge_client.tasks.cifar10_features import FEATURES, FOLDER, NAMES, data
-from edge_client.trainer import load_task
+from ternbus.broker.errors import ConfigError
+from ternbus.edge.learn.trainer import load_task
+from ternbus.edge.tasks import cifar10_features
+from ternbus.edge.tasks.cifar10_features import FEATURES, FOLDER, NAMES, data
 
 
 class Counting(miniatures.Body):

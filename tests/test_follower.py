@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted_aggregator import FEDERATION, Message, ScriptedAggregator
 
-from broker.errors import ProtocolError
-from broker.frame import parse
-from broker.messages import Head
-from broker.schema import to_tensors
-from edge_client.actions import Action, Log, Subscribe, Unsubscribe
-from edge_client.asking import AT_ONCE, Asking
-from edge_client.follower import Beginning, Follower
+from ternbus.broker.errors import ProtocolError
+from ternbus.broker.protocol.frame import parse
+from ternbus.broker.protocol.messages import Head
+from ternbus.broker.protocol.schema import to_tensors
+from ternbus.edge.core.actions import Action, Log, Subscribe, Unsubscribe
+from ternbus.edge.core.asking import AT_ONCE, Asking
+from ternbus.edge.core.follower import Beginning, Follower
 
 
 @dataclass

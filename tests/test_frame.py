@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.errors import ProtocolError
-from broker.frame import HEADER_BYTES_MAX, SIGNED_PREFIX, build, parse
-from broker.identity import Identity
+from ternbus.broker.errors import ProtocolError
+from ternbus.broker.protocol.frame import HEADER_BYTES_MAX, SIGNED_PREFIX, build, parse
+from ternbus.broker.protocol.identity import Identity
 
 PI = Identity(bytes(range(32)))
 EVE = Identity(bytes(32))

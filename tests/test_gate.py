@@ -15,12 +15,12 @@ from small_world import (
     ternary_block,
 )
 
-from aggregator import events, records
-from aggregator.events import Opened
-from aggregator.gate import Gate
-from broker import topics
-from broker.schema import Schema
-from broker.ternary import FLOAT32, TERNARY, Block, content_bytes, encode
+from ternbus.aggregator.core import events, records
+from ternbus.aggregator.core.events import Opened
+from ternbus.aggregator.shell.gate import Gate
+from ternbus.broker.protocol import topics
+from ternbus.broker.protocol.schema import Schema
+from ternbus.broker.protocol.ternary import FLOAT32, TERNARY, Block, content_bytes, encode
 
 Make = Callable[..., Bench]
 

@@ -9,6 +9,7 @@ import msgpack
 import numpy as np
 import pytest
 from nacl.signing import SigningKey
+
 from stranger import wire
 from stranger.device import Device, Link
 from stranger.house import ENGINES, Aggregator, Broker, until

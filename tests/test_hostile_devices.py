@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 
 from benchmarks.hostile import ATTACKS, RULES
-from broker.errors import ConfigError
-from edge_client.tasks.digits_numpy import TASK, NumpyTrainer
-from edge_client.trainer import Plan, Tensors, load_task
-from lab import fleet, output, scenario
-from lab.hostile import KINDS, Behaviour, HostileTask, HostileTrainer
-from lab.progress import Lines
-from lab.scenario import End, Hostile, Scenario
-from lab.simulate import Simulation
+from ternbus.broker.errors import ConfigError
+from ternbus.edge.learn.trainer import Plan, Tensors, load_task
+from ternbus.edge.tasks.digits_numpy import TASK, NumpyTrainer
+from ternbus.lab.hostile import KINDS, Behaviour, HostileTask, HostileTrainer
+from ternbus.lab.processes import fleet
+from ternbus.lab.report import output
+from ternbus.lab.report.progress import Lines
+from ternbus.lab.scenario import scenario
+from ternbus.lab.scenario.scenario import End, Hostile, Scenario
+from ternbus.lab.virtual.simulate import Simulation
 
 PLAN = Plan(local_steps=5)
 SMALL = Scenario(
@@ -110,14 +112,14 @@ def test_labels_are_flipped_only_where_there_are_classes(shapes: dict[str, tuple
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_process_gets_its_behaviour_with_the_task_s_name(kind: str) -> None:
     behaviour = Behaviour(kind=kind, strength=2.5, samples=7)
-    task = load_task(behaviour.spec("edge_client.tasks.digits_numpy:TASK"))
+    task = load_task(behaviour.spec("ternbus.edge.tasks.digits_numpy:TASK"))
     assert isinstance(task, HostileTask)
     assert (task.behaviour, task.honest, task.name) == (behaviour, TASK, "digits-numpy")
     trainer = task.trainer(data=None, partition="iid:0/100")
     assert isinstance(trainer, HostileTrainer)
     assert isinstance(task.evaluator(data=None), NumpyTrainer)
     with pytest.raises(ConfigError):
-        load_task("lab.hostile:helpful/1.0/0/digits")
+        load_task("ternbus.lab.hostile:helpful/1.0/0/digits")
 
 
 # --- scenario
@@ -180,7 +182,7 @@ def test_processes_are_told_who_is_hostile(tmp_path: Path) -> None:
         tasks.append(arguments[arguments.index("--task") + 1])
     place.release()
     assert [number for number, task in enumerate(tasks) if task != "digits-numpy"] == list(wanted.behaviours)
-    assert set(tasks) == {"digits-numpy", "lab.hostile:sign-flip/5.0/0/digits-numpy"}
+    assert set(tasks) == {"digits-numpy", "ternbus.lab.hostile:sign-flip/5.0/0/digits-numpy"}
 
 
 # --- what comes of it

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.errors import ConfigError, ProtocolError
-from broker.identity import (
+from ternbus.broker.errors import ConfigError, ProtocolError
+from ternbus.broker.protocol.identity import (
     Identity,
     check_device,
     check_federation,

@@ -9,19 +9,20 @@ import numpy as np
 import pytest
 from small_world import LAB, Bench, Device, float32_block, receipts, refusals, saved
 
-from aggregator import events, home, records
-from aggregator import status as statuses
-from aggregator.gate import Gate
-from aggregator.ledger import Ledger
-from aggregator.membership import codes
-from aggregator.registry import Invited
-from aggregator.transport import Papers
-from broker.errors import ConfigError, ProtocolError
-from broker.home import Credentials
-from broker.identity import Identity
-from broker.invitation import Invitation
-from edge_client.home import Settings
-from edge_client.member import Member
+from ternbus.aggregator.core import events, records
+from ternbus.aggregator.core.registry import Invited
+from ternbus.aggregator.shell import home
+from ternbus.aggregator.shell.gate import Gate
+from ternbus.aggregator.shell.transport import Papers
+from ternbus.aggregator.store import status as statuses
+from ternbus.aggregator.store.ledger import Ledger
+from ternbus.aggregator.store.membership import codes
+from ternbus.broker.errors import ConfigError, ProtocolError
+from ternbus.broker.protocol.identity import Identity
+from ternbus.broker.protocol.invitation import Invitation
+from ternbus.broker.server.home import Credentials
+from ternbus.edge.core.member import Member
+from ternbus.edge.shell.home import Settings
 
 Make = Callable[..., Bench]
 

@@ -1,7 +1,6 @@
 """SIGKILL of aggregator, broker and a device, each in turn, in a federation of real processes: the promises hold."""
 
 import json
-import os
 import sqlite3
 import subprocess
 import sys
@@ -10,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from broker.running import Engine, choose
-from edge_client import outbox
-from lab.child import ROOT
+from ternbus.broker.server.running import Engine, choose
+from ternbus.edge.shell import outbox
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +52,6 @@ def killed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     done = subprocess.run(
         [sys.executable, "-m", "ternbus", "lab", "run", "scenario.toml", "--out", "out", "--engine", str(engine)],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=180,
@@ -136,7 +133,6 @@ def test_the_log_shows_each_device_its_updates(killed: tuple[Path, str]) -> None
 def ternbus(*arguments: object) -> str:
     return subprocess.run(
         [sys.executable, "-m", "ternbus", *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=60,

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from aggregator import home, requests, status
-from broker import running
-from broker.running import Engine
-from broker.schema import load_safetensors
-from lab.child import ROOT
+from ternbus.aggregator.shell import home
+from ternbus.aggregator.store import requests, status
+from ternbus.broker.protocol.schema import load_safetensors
+from ternbus.broker.server import running
+from ternbus.broker.server.running import Engine
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +48,6 @@ class Lab:
         self._scenario.write_text(SMALL.format(versions=versions) + more)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "ternbus", "lab", "run", str(self._scenario), "--out", str(self.out), *options],
-            cwd=ROOT,
             env={**os.environ, "TERNBUS_TEST_RUN": self._mark},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -1,6 +1,7 @@
 """The house rules of ARCHITECTURE.md that can be read off the source: who imports whom, sizes, names."""
 
 import ast
+import tomllib
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -9,57 +10,75 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What each package may import besides itself; ternbus.py is checked with them, as if it were a package.
-LAYERS = {
+# What each room may import besides itself. A room is a sub-package; a component's own modules (settings, errors, …)
+# are the room of its name, but for its command line, which may import all of it.
+BUS = {"broker", "broker.protocol"}
+EDGE = {"edge", "edge.plan", "edge.learn", "edge.core", "edge.shell"}
+AGGREGATOR = {"aggregator", "aggregator.merge", "aggregator.core", "aggregator.store", "aggregator.shell"}
+LAB = {"lab", "lab.scenario", "lab.report", "lab.processes", "lab.virtual"}
+ARROWS = {
+    "command": {"broker"},  # the components' commands it imports by name, when one is run
     "broker": set[str](),
-    "aggregator": {"broker"},
-    "edge_client": {"broker"},
-    "lab": {"broker", "aggregator", "edge_client"},
-    "ternbus": {"broker"},  # the packages' commands it imports by name, when one is run
+    "broker.protocol": {"broker"},
+    "broker.link": BUS,
+    "broker.server": {*BUS, "broker.link"},
+    "broker.cli": {*BUS, "broker.link", "broker.server"},
+    "edge": set[str](),
+    "edge.plan": {*BUS, "edge.learn"},  # trainer holds both the plan and the task until it is split
+    "edge.learn": {*BUS, "edge.plan"},
+    "edge.torch": {*BUS, "edge.plan", "edge.learn"},
+    "edge.tasks": {*BUS, "edge.plan", "edge.learn", "edge.torch"},
+    "edge.core": {*BUS, "edge.plan", "edge.learn"},
+    "edge.shell": {*BUS, "broker.link", "edge.plan", "edge.learn", "edge.core"},
+    "aggregator": BUS,
+    "aggregator.merge": {*BUS, "aggregator"},
+    "aggregator.core": {*BUS, "aggregator", "aggregator.merge"},
+    "aggregator.store": {*BUS, "aggregator", "aggregator.merge", "aggregator.core"},
+    "aggregator.shell": {*BUS, "broker.link", "broker.server", *AGGREGATOR},
+    "lab": {*BUS, *EDGE},
+    "lab.scenario": {*BUS, "lab", *EDGE, *AGGREGATOR},
+    "lab.report": {*BUS, "lab", "lab.scenario", *EDGE, *AGGREGATOR},
+    "lab.processes": {*BUS, "broker.server", "lab", "lab.scenario", "lab.report", *EDGE, *AGGREGATOR},
+    "lab.virtual": {*BUS, "broker.link", "broker.server", "lab", "lab.scenario", "lab.report", *EDGE, *AGGREGATOR},
+    "lab.cli": {*BUS, *EDGE, *AGGREGATOR, *LAB},
 }
+ROOTS = {"broker": "broker", "edge_client": "edge", "aggregator": "aggregator", "lab": "lab"}
 
 # A core is handed time and chance and hands back actions. What it uses of ours must not reach for these either.
 CLOCK_CHANCE_NETWORK = {
     "asyncio", "concurrent", "multiprocessing", "paho", "queue", "random", "secrets", "select", "selectors", "signal",
     "socket", "sqlite3", "ssl", "subprocess", "threading", "time", "torch",
 }  # fmt: skip
-# Files too, for the core itself only: broker.identity, which knows names and signatures, also keeps the key files.
+# Files too, for the core itself only: identity, which knows names and signatures, also keeps the key files.
 FILES = {"io", "os", "pathlib", "shutil", "tempfile"}
 
 # Libraries that one place in the house knows about.
 CONFINED = {
-    "paho": {"broker/connection.py"},
-    "torch": {
-        "edge_client/torch_model.py",
-        "edge_client/torch_private.py",
-        "edge_client/torch_speed.py",
-        "edge_client/torch_trainer.py",
-        "edge_client/torchvision_ops.py",
-        "edge_client/tasks/",
-    },
-    "torchvision": {"edge_client/torchvision_ops.py", "edge_client/tasks/"},
-    "matplotlib": {"lab/"},
-    "cryptography": {"broker/certificates.py"},
-    "dp_accounting": {"edge_client/accountant.py"},
-    "opacus": {"edge_client/torch_private.py"},
-    "ternbus_rows": {"aggregator/accumulator.py"},
-    "efficientnet_lite_pytorch": {"edge_client/tasks/cifar10_features.py"},
+    "paho": {"broker/ternbus/broker/link/connection.py"},
+    "torch": {"edge_client/ternbus/edge/torch/", "edge_client/ternbus/edge/tasks/"},
+    "torchvision": {"edge_client/ternbus/edge/torch/torchvision_ops.py", "edge_client/ternbus/edge/tasks/"},
+    "matplotlib": {"lab/ternbus/lab/report/"},
+    "cryptography": {"broker/ternbus/broker/server/certificates.py"},
+    "dp_accounting": {"edge_client/ternbus/edge/learn/accountant.py"},
+    "opacus": {"edge_client/ternbus/edge/torch/torch_private.py"},
+    "ternbus_rows": {"aggregator/ternbus/aggregator/merge/accumulator.py"},
+    "efficientnet_lite_pytorch": {"edge_client/ternbus/edge/tasks/cifar10_features.py"},
 }
 WITHOUT_TORCH = {
-    "edge_client/tasks/__init__.py",
-    "edge_client/tasks/digits_data.py",
-    "edge_client/tasks/digits_numpy.py",
-    "edge_client/tasks/idx.py",
+    "edge_client/ternbus/edge/torch/__init__.py",
+    "edge_client/ternbus/edge/tasks/__init__.py",
+    "edge_client/ternbus/edge/tasks/digits_data.py",
+    "edge_client/ternbus/edge/tasks/digits_numpy.py",
+    "edge_client/ternbus/edge/tasks/idx.py",
 }
 
 FILE_LINES = 400
 FUNCTION_LINES = 60
-VAGUE = {"utils", "util", "helpers", "helper", "manager", "common", "misc"}
+VAGUE = {"utils", "util", "helpers", "manager", "common", "misc"}  # `helper` is a role, of private sums
 
 
 def files() -> list[Path]:
-    packages = [file for package in LAYERS for file in sorted((ROOT / package).rglob("*.py"))]
-    return [*packages, ROOT / "ternbus.py"]
+    return [file for root in ROOTS for file in sorted((ROOT / root / "ternbus").rglob("*.py"))]
 
 
 def name_of(file: Path) -> str:
@@ -68,7 +87,15 @@ def name_of(file: Path) -> str:
 
 
 def module_of(file: Path) -> str:
-    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts[1:]).removesuffix(".__init__")
+
+
+def room_of(module: str, modules: Iterable[str]) -> str:
+    """The room that a module of ours is in; `modules` are all of ours."""
+    parts = module.split(".")[1:]
+    name = ".".join(parts[:2])
+    is_room = name in ARROWS and (len(parts) > 2 or name.endswith(".cli") or f"ternbus.{name}" in modules)
+    return name if is_room else parts[0]
 
 
 @cache
@@ -122,17 +149,30 @@ CORES = [file for file in files() if file.name == "core.py"]
 
 
 def test_both_state_machines_are_checked() -> None:
-    assert {"aggregator/core.py", "edge_client/core.py"} <= {name_of(core) for core in CORES}
+    assert len(CORES) == 2
 
 
-def test_packages_import_one_way() -> None:
+def test_rooms_import_one_way() -> None:
+    modules = {module_of(file) for file in files()}
     wrong = {
-        name_of(file): beyond
+        f"{room} imports {there}, in {name_of(file)}"
         for file in files()
-        if (top := module_of(file).partition(".")[0])
-        if (beyond := (tops(imported_by(file)) & LAYERS.keys()) - LAYERS[top] - {top})
+        if (room := room_of(module_of(file), modules)) != "__main__"
+        for module in imported_by(file) & modules
+        if (there := room_of(module, modules)) != room and there not in ARROWS[room]
     }
     assert not wrong
+
+
+def test_every_package_is_in_the_wheel_s_list_and_typed() -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    assert set(setuptools["packages"]) == {module_of(file.parent / "__init__.py") for file in files()}
+    assert len(set(setuptools["packages"])) == len(setuptools["packages"])
+    for root, component in ROOTS.items():
+        folder = f"{root}/ternbus/{component}"
+        assert setuptools["package-dir"][f"ternbus.{component}"] == folder
+        assert (ROOT / folder / "py.typed").exists()
+        assert "py.typed" in setuptools["package-data"][f"ternbus.{component}"]
 
 
 @pytest.mark.parametrize("core", CORES, ids=name_of)
@@ -161,7 +201,7 @@ def test_a_library_is_known_in_one_place(library: str) -> None:
 
 def test_torch_does_not_follow_the_trainer_that_does_without() -> None:
     by_module = {module_of(file): file for file in files()}
-    start = by_module.get("edge_client.tasks.digits_numpy")
+    start = by_module.get("ternbus.edge.tasks.digits_numpy")
     assert start is not None
     assert not [chain for file, chain in reached_from(start, by_module).items() if "torch" in tops(imported_by(file))]
 
@@ -201,14 +241,14 @@ def test_names_say_what_a_thing_is() -> None:
 
 def test_relative_and_nested_imports_are_seen() -> None:
     source = "from . import core\nfrom .tasks import digits\ndef f():\n    import paho.mqtt.client as mqtt\n"
-    assert set(imports(ast.parse(source), "edge_client")) == {
-        "edge_client",
-        "edge_client.core",
-        "edge_client.tasks",
-        "edge_client.tasks.digits",
+    assert set(imports(ast.parse(source), "ternbus.edge")) == {
+        "ternbus.edge",
+        "ternbus.edge.core",
+        "ternbus.edge.tasks",
+        "ternbus.edge.tasks.digits",
         "paho.mqtt.client",
     }
-    assert set(imports(ast.parse("from ..errors import ConfigError"), "broker.engines")) == {
-        "broker.errors",
-        "broker.errors.ConfigError",
+    assert set(imports(ast.parse("from ..errors import ConfigError"), "ternbus.broker.server")) == {
+        "ternbus.broker.errors",
+        "ternbus.broker.errors.ConfigError",
     }

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from small_world import LAB, Bench, float32_block, make_directory, ternary_block
 
-from aggregator import home, records
-from aggregator import status as statuses
-from aggregator.ledger import Ledger, signed, unsigned
-from broker.errors import ConfigError
-from broker.messages import Metrics, Status
+from ternbus.aggregator.core import records
+from ternbus.aggregator.shell import home
+from ternbus.aggregator.store import status as statuses
+from ternbus.aggregator.store.ledger import Ledger, signed, unsigned
+from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol.messages import Metrics, Status
 
 
 @pytest.fixture
@@ -84,8 +85,8 @@ def test_what_was_not_committed_is_gone_after_a_kill(bench: Bench) -> None:
     code = (
         "import os, sys\n"
         "from pathlib import Path\n"
-        "from aggregator import records\n"
-        "from aggregator.ledger import Ledger\n"
+        "from ternbus.aggregator.core import records\n"
+        "from ternbus.aggregator.store.ledger import Ledger\n"
         "ledger = Ledger(Path(sys.argv[1]))\n"
         "ledger.write([records.SeqReserved(upto=77_777)])\n"
         "ledger.db.execute('BEGIN IMMEDIATE')\n"

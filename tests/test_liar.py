@@ -16,23 +16,23 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from liar import FATES, Fate, Liar, LyingBroker
 from small_world import scratch
 
-from aggregator import events as aggregator_events
-from aggregator import ledger as durable
-from aggregator import records
-from broker.identity import Identity, seal
-from broker.messages import PAUSED
-from broker.schema import Vector, vector_digest
-from edge_client import events
-from edge_client.actions import Action, Save, Stop
-from edge_client.follower import Beginning
-from edge_client.member import Member
-from edge_client.trainer import Evaluation, FloatArray, Plan, Tensors, Trained
-from lab import founding
-from lab.clock import Clock
-from lab.memory_broker import Line
-from lab.training import Here
-from lab.virtual_aggregator import VirtualAggregator
-from lab.virtual_device import Body, VirtualDevice
+from ternbus.aggregator.core import events as aggregator_events
+from ternbus.aggregator.core import records
+from ternbus.aggregator.store import ledger as durable
+from ternbus.broker.protocol.identity import Identity, seal
+from ternbus.broker.protocol.messages import PAUSED
+from ternbus.broker.protocol.schema import Vector, vector_digest
+from ternbus.edge.core import events
+from ternbus.edge.core.actions import Action, Save, Stop
+from ternbus.edge.core.follower import Beginning
+from ternbus.edge.core.member import Member
+from ternbus.edge.learn.trainer import Evaluation, FloatArray, Plan, Tensors, Trained
+from ternbus.lab.virtual import founding
+from ternbus.lab.virtual.clock import Clock
+from ternbus.lab.virtual.memory_broker import Line
+from ternbus.lab.virtual.training import Here
+from ternbus.lab.virtual.virtual_aggregator import VirtualAggregator
+from ternbus.lab.virtual.virtual_device import Body, VirtualDevice
 
 NAMES = ("a", "b", "c")
 FRAME_BYTES = (

@@ -12,13 +12,13 @@ from liar import Fate, Liar
 from lying_line import LyingLine
 from shell_device import WITHIN_S, Device
 from small_world import scratch
-from stranger.house import Aggregator, until
 from test_liar import LIES, MODEL, NUMBERS
 
-from aggregator import home
-from aggregator import status as aggregator_status
-from broker.running import Engine, RunningBroker, choose, start
-from broker.schema import save_safetensors
+from stranger.house import Aggregator, until
+from ternbus.aggregator.shell import home
+from ternbus.aggregator.store import status as aggregator_status
+from ternbus.broker.protocol.schema import save_safetensors
+from ternbus.broker.server.running import Engine, RunningBroker, choose, start
 
 pytestmark = pytest.mark.slow
 

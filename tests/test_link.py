@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 from brokers import CONNECT, PUBLISH, SUBSCRIBE, WITHIN_S, Inbox, Line, linked, scripted
 
-from broker import connection, embedded, silence
-from broker.connection import MQTT_5, MQTT_311
-from broker.endpoint import Endpoint
-from broker.errors import ConfigError, LinkError
-from broker.events import Arrived, Connected, Disconnected, Published, Refused
-from broker.link import Link, packet_bytes
-from broker.running import Engine, RunningBroker, choose, start
+from ternbus.broker.errors import ConfigError, LinkError
+from ternbus.broker.link import connection, silence
+from ternbus.broker.link.connection import MQTT_5, MQTT_311
+from ternbus.broker.link.events import Arrived, Connected, Disconnected, Published, Refused
+from ternbus.broker.link.link import Link, packet_bytes
+from ternbus.broker.protocol.endpoint import Endpoint
+from ternbus.broker.server import embedded
+from ternbus.broker.server.running import Engine, RunningBroker, choose, start
 
 UP = "ternbus/1/demo/up"
 DOWN = "ternbus/1/demo/down"

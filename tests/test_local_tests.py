@@ -13,21 +13,21 @@ from hypothesis import strategies as st
 from small_world import Bench, make_directory, ternary_block
 from typer.testing import CliRunner
 
-from aggregator import cli as aggregator_cli
-from aggregator import status as statuses
-from aggregator.local_tests import LocalTests, Report, sentences, spread
-from broker.errors import ConfigError
-from broker.invitation import Invitation
-from broker.schema import Schema, to_vector
-from edge_client import agent
-from edge_client import cli as edge_cli
-from edge_client.actions import StartFineTuning
-from edge_client.events import FineTuned, FineTuningFailed
-from edge_client.home import Home
-from edge_client.personal import plan_of
-from edge_client.tasks import digits_numpy
-from edge_client.trainer import Plan, Task, Trainer, halves_of
-from edge_client.training import fine_tune
+from ternbus.aggregator.shell import cli as aggregator_cli
+from ternbus.aggregator.store import status as statuses
+from ternbus.aggregator.store.local_tests import LocalTests, Report, sentences, spread
+from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol.invitation import Invitation
+from ternbus.broker.protocol.schema import Schema, to_vector
+from ternbus.edge.core.actions import StartFineTuning
+from ternbus.edge.core.events import FineTuned, FineTuningFailed
+from ternbus.edge.core.personal import plan_of
+from ternbus.edge.learn.trainer import Plan, Task, Trainer, halves_of
+from ternbus.edge.shell import agent
+from ternbus.edge.shell import cli as edge_cli
+from ternbus.edge.shell.home import Home
+from ternbus.edge.shell.training import fine_tune
+from ternbus.edge.tasks import digits_numpy
 
 
 def report(device: str, version: int, accuracy: float, **more: float) -> Report:

@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from edge_client import local_optimizer, torch_speed
-from edge_client.schedule import RESTORED, TURNS, share, turn
-from edge_client.torch_speed import Way, fastest, ways
-from edge_client.torch_trainer import TorchTask
-from edge_client.trainer import Plan, load_task
+from ternbus.edge.learn import local_optimizer
+from ternbus.edge.learn.trainer import Plan, load_task
+from ternbus.edge.plan.schedule import RESTORED, TURNS, share, turn
+from ternbus.edge.torch import torch_speed
+from ternbus.edge.torch.torch_speed import Way, fastest, ways
+from ternbus.edge.torch.torch_trainer import TorchTask
 
 RATE = 0.05
 

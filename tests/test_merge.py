@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_world import float32_block, ternary_block
 
-from aggregator import optimizer
-from aggregator.accumulator import Accumulator
-from aggregator.merge import Mean, clip_factor, norm
-from aggregator.model import Accepted, Model
-from aggregator.settings import (
+from ternbus.aggregator.merge import optimizer
+from ternbus.aggregator.merge.accumulator import Accumulator
+from ternbus.aggregator.merge.merge import Mean, clip_factor, norm
+from ternbus.aggregator.merge.model import Accepted, Model
+from ternbus.aggregator.merge.staleness import discount
+from ternbus.aggregator.settings import (
     DISCOUNTS,
     OPTIMIZERS,
     DownlinkSettings,
@@ -21,10 +22,9 @@ from aggregator.settings import (
     Settings,
     StalenessSettings,
 )
-from aggregator.staleness import discount
-from broker.identity import KeyId
-from broker.schema import Schema, Tensor
-from broker.ternary import Block
+from ternbus.broker.protocol.identity import KeyId
+from ternbus.broker.protocol.schema import Schema, Tensor
+from ternbus.broker.protocol.ternary import Block
 
 SCHEMA = Schema.write([Tensor("w", (13,), "ternary"), Tensor("b", (4,), "dense"), Tensor("v", (9,), "ternary")])
 F64 = npt.NDArray[np.float64]

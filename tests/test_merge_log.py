@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_world import LAB, Bench, Device, float32_block, make_directory, receipts, ternary_block
 
-import ternbus
-from aggregator import home, log
-from broker.errors import ConfigError, ProtocolError
-from broker.frame import parse
-from broker.identity import Identity, KeyId
-from broker.merge_log import FIRST, LEAP, Audit, Contribution, Entry, Signed, unpack, unpack_all
+from ternbus.aggregator.shell import home, log
+from ternbus.broker.errors import ConfigError, ProtocolError
+from ternbus.broker.protocol.frame import parse
+from ternbus.broker.protocol.identity import Identity, KeyId
+from ternbus.broker.protocol.merge_log import FIRST, LEAP, Audit, Contribution, Entry, Signed, unpack, unpack_all
+from ternbus.command import main
 
 KEY = Identity(b"a" * 32)
 VERSIONS = 6
@@ -430,7 +430,7 @@ def test_an_update_costs_less_than_70_bytes(bench: World) -> None:
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
     with pytest.raises(SystemExit) as ended:
-        ternbus.main(["aggregator", "log", *map(str, arguments)])
+        main(["aggregator", "log", *map(str, arguments)])
     printed = capsys.readouterr()
     return int(ended.value.code or 0), printed.out + printed.err
 

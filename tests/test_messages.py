@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.errors import ProtocolError
-from broker.identity import KeyId
-from broker.messages import (
+from ternbus.broker.errors import ProtocolError
+from ternbus.broker.protocol.identity import KeyId
+from ternbus.broker.protocol.messages import (
     AGGREGATOR_STATES,
     DEVICE_STATES,
     OUTCOMES,

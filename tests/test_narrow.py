@@ -9,25 +9,25 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from broker.errors import ConfigError
-from broker.invitation import Invitation
-from broker.schema import Schema, to_vector
-from edge_client import agent
-from edge_client import cli as edge_cli
-from edge_client.actions import StartTraining
-from edge_client.events import TrainingFinished
-from edge_client.home import Home
-from edge_client.narrow import NarrowTask, channels, narrow
-from edge_client.partition import select
-from edge_client.tasks import digits, digits_data, digits_numpy, hapt
-from edge_client.torch_trainer import TorchTask
-from edge_client.trainer import FloatArray, Plan, Task, Tensors, load_task
-from edge_client.training import train
-from lab import scenario
-from lab.memory_ledger import MemoryLedger
-from lab.progress import Lines
-from lab.scenario import End, Narrow, Scenario, Speeds
-from lab.simulate import Simulation
+from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol.invitation import Invitation
+from ternbus.broker.protocol.schema import Schema, to_vector
+from ternbus.edge.core.actions import StartTraining
+from ternbus.edge.core.events import TrainingFinished
+from ternbus.edge.learn.narrow import NarrowTask, channels, narrow
+from ternbus.edge.learn.partition import select
+from ternbus.edge.learn.trainer import FloatArray, Plan, Task, Tensors, load_task
+from ternbus.edge.shell import agent
+from ternbus.edge.shell import cli as edge_cli
+from ternbus.edge.shell.home import Home
+from ternbus.edge.shell.training import train
+from ternbus.edge.tasks import digits, digits_data, digits_numpy, hapt
+from ternbus.edge.torch.torch_trainer import TorchTask
+from ternbus.lab.report.progress import Lines
+from ternbus.lab.scenario import scenario
+from ternbus.lab.scenario.scenario import End, Narrow, Scenario, Speeds
+from ternbus.lab.virtual.memory_ledger import MemoryLedger
+from ternbus.lab.virtual.simulate import Simulation
 
 NARROWING = ("digits", "digits-numpy", "fashion-mnist", "mnist-by-writer", "emnist-62", "cifar10-cnn", "hapt")
 

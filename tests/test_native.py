@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator.accumulator import COMPILED, Accumulator
-from broker.schema import Schema, Tensor
-from broker.ternary import Block
+from ternbus.aggregator.merge.accumulator import COMPILED, Accumulator
+from ternbus.broker.protocol.schema import Schema, Tensor
+from ternbus.broker.protocol.ternary import Block
 
 pytestmark = pytest.mark.skipif(not COMPILED, reason="pip install ./aggregator/native")
 

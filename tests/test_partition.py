@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from broker.errors import ConfigError
-from edge_client.partition import LARGEST_SHARE, LEAST_SAMPLES, Partition, select
+from ternbus.broker.errors import ConfigError
+from ternbus.edge.learn.partition import LARGEST_SHARE, LEAST_SAMPLES, Partition, select
 
 Labels = npt.NDArray[np.int64]
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.errors import ConfigError, ProtocolError
-from broker.frame import Frame, parse
-from broker.identity import Identity, KeyId
-from broker.parts import PART_BYTES_MIN, Collector, Whole, cut
+from ternbus.broker.errors import ConfigError, ProtocolError
+from ternbus.broker.protocol.frame import Frame, parse
+from ternbus.broker.protocol.identity import Identity, KeyId
+from ternbus.broker.protocol.parts import PART_BYTES_MIN, Collector, Whole, cut
 
 PI = Identity(bytes(range(32)))
 META = {"base": 3}

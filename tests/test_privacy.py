@@ -17,27 +17,28 @@ from test_edge_core import DEVICE as DEVICE_NAME
 from test_edge_core import DEVICE_KEY, Device, aggregator, following, only, trained, update_in
 from typer.testing import CliRunner
 
-from aggregator import cli as aggregator_cli
-from aggregator import status as statuses
-from broker.errors import ConfigError, ProtocolError
-from broker.invitation import Invitation
-from broker.messages import Update
-from broker.schema import Schema
-from edge_client import events, renewing
-from edge_client.accountant import epsilon
-from edge_client.actions import Log, Publish, Save, StartTraining, Stop
-from edge_client.core import EXIT_BUDGET
-from edge_client.home import Home
-from edge_client.noise import BLOCK, Chance, clip_and_noise
-from edge_client.outbox import Outbox
-from edge_client.privacy import Account, Cost, Promise, cost
-from edge_client.tasks import digits_numpy
-from edge_client.trainer import Evaluation, Plan, Tensors, Trained, TrainingError
-from edge_client.training import train
-from lab.memory_ledger import MemoryLedger
-from lab.progress import Lines
-from lab.scenario import End, Scenario, Speeds
-from lab.simulate import Simulation
+from ternbus.aggregator.shell import cli as aggregator_cli
+from ternbus.aggregator.store import status as statuses
+from ternbus.broker.errors import ConfigError, ProtocolError
+from ternbus.broker.protocol.invitation import Invitation
+from ternbus.broker.protocol.messages import Update
+from ternbus.broker.protocol.schema import Schema
+from ternbus.edge.core import events
+from ternbus.edge.core.actions import Log, Publish, Save, StartTraining, Stop
+from ternbus.edge.core.core import EXIT_BUDGET
+from ternbus.edge.learn.accountant import epsilon
+from ternbus.edge.learn.noise import BLOCK, Chance, clip_and_noise
+from ternbus.edge.learn.trainer import Evaluation, Plan, Tensors, Trained, TrainingError
+from ternbus.edge.plan.privacy import Account, Cost, Promise, cost
+from ternbus.edge.shell import renewing
+from ternbus.edge.shell.home import Home
+from ternbus.edge.shell.outbox import Outbox
+from ternbus.edge.shell.training import train
+from ternbus.edge.tasks import digits_numpy
+from ternbus.lab.report.progress import Lines
+from ternbus.lab.scenario.scenario import End, Scenario, Speeds
+from ternbus.lab.virtual.memory_ledger import MemoryLedger
+from ternbus.lab.virtual.simulate import Simulation
 
 Z = 1.5
 CLIP = 0.25

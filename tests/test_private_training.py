@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from broker.errors import ConfigError
-from broker.schema import Schema, to_vector
-from edge_client import events
-from edge_client.accountant import epsilon
-from edge_client.actions import StartTraining
-from edge_client.noise import Chance
-from edge_client.privacy import cost
-from edge_client.torch_trainer import TorchTask, TorchTrainer
-from edge_client.trainer import FloatArray, Plan, PrivateTrainer, load_task
-from edge_client.training import train
+from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol.schema import Schema, to_vector
+from ternbus.edge.core import events
+from ternbus.edge.core.actions import StartTraining
+from ternbus.edge.learn.accountant import epsilon
+from ternbus.edge.learn.noise import Chance
+from ternbus.edge.learn.trainer import FloatArray, Plan, PrivateTrainer, load_task
+from ternbus.edge.plan.privacy import cost
+from ternbus.edge.shell.training import train
+from ternbus.edge.torch.torch_trainer import TorchTask, TorchTrainer
 
 pytest.importorskip("opacus")
 

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from small_world import Bench, Device, float32_block, follow, make_directory, scratch, ternary_block
 
-from aggregator import events, home
-from aggregator.core import Core
-from aggregator.merge import Change
-from aggregator.model import Model
-from aggregator.robust import Buffered
-from aggregator.settings import OPTIMIZERS, RULES
-from broker.errors import ConfigError
-from broker.identity import Identity
-from broker.schema import vector_digest
+from ternbus.aggregator.core import events
+from ternbus.aggregator.core.core import Core
+from ternbus.aggregator.merge.merge import Change
+from ternbus.aggregator.merge.model import Model
+from ternbus.aggregator.merge.robust import Buffered
+from ternbus.aggregator.settings import OPTIMIZERS, RULES
+from ternbus.aggregator.shell import home
+from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol.identity import Identity
+from ternbus.broker.protocol.schema import vector_digest
 
 Make = Callable[..., Bench]
 

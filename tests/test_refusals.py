@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from broker import mosquitto, refusals
-from broker.refusals import (
+from ternbus.broker.server import mosquitto, refusals
+from ternbus.broker.server.refusals import (
     CLIENTS_MAX,
     DETAIL_CHARS,
     LINE_BYTES,

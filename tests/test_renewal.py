@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from broker.errors import ConfigError
-from broker.identity import Identity, write_secret
-from broker.schema import Schema
-from broker.ternary import Block
-from edge_client.home import CERTIFICATE, KEY, TOML, Home, Settings
-from edge_client.kept import Kept, Outstanding, prepare, sealed
-from edge_client.outbox import Outbox
-from edge_client.succession import succeed
+from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol.identity import Identity, write_secret
+from ternbus.broker.protocol.schema import Schema
+from ternbus.broker.protocol.ternary import Block
+from ternbus.edge.core.kept import Kept, Outstanding, prepare, sealed
+from ternbus.edge.shell.home import CERTIFICATE, KEY, TOML, Home, Settings
+from ternbus.edge.shell.outbox import Outbox
+from ternbus.edge.shell.succession import succeed
 
 SCHEMA = Schema.of({"w": (20, 10)})
 AGGREGATOR = Identity(b"a" * 32)

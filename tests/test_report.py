@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from aggregator.local_tests import LocalTests, Report
-from lab import progress, report
-from lab.moment import Moment
-from lab.scenario import Scenario
+from ternbus.aggregator.store.local_tests import LocalTests, Report
+from ternbus.lab.report import progress, report
+from ternbus.lab.report.moment import Moment
+from ternbus.lab.scenario.scenario import Scenario
 
 PARAMETERS = 1000
 

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_world import float32_block, ternary_block
 
-from aggregator import merge
-from aggregator.merge import Mean
-from aggregator.robust import Buffered, cap, gather, trimmed
-from aggregator.settings import RULES, MergeSettings
-from broker.schema import Schema, Tensor
-from broker.ternary import Block
+from ternbus.aggregator.merge import merge
+from ternbus.aggregator.merge.merge import Mean
+from ternbus.aggregator.merge.robust import Buffered, cap, gather, trimmed
+from ternbus.aggregator.settings import RULES, MergeSettings
+from ternbus.broker.protocol.schema import Schema, Tensor
+from ternbus.broker.protocol.ternary import Block
 
 SCHEMA = Schema.write(
     [

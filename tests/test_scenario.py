@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from broker.errors import ConfigError
-from lab import scenario
-from lab.cli import EXAMPLE
-from lab.scenario import End, Fault, Scenario, Speeds
+from ternbus.broker.errors import ConfigError
+from ternbus.lab.cli import EXAMPLE
+from ternbus.lab.scenario import scenario
+from ternbus.lab.scenario.scenario import End, Fault, Scenario, Speeds
 
 WHOLE = """
 task = "digits-numpy"

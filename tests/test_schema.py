@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.errors import ConfigError, ProtocolError
-from broker.schema import (
+from ternbus.broker.errors import ConfigError, ProtocolError
+from ternbus.broker.protocol.schema import (
     Schema,
     Tensor,
     flush_tiny,

@@ -1,6 +1,5 @@
 """`seal = true`: what an operator of the broker can read of a federation of real processes, and what not."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,18 +7,17 @@ from pathlib import Path
 
 import pytest
 from brokers import Inbox, linked
-from stranger.house import Aggregator
 
-from aggregator.home import KEY, LEDGER
-from aggregator.ledger import Ledger
-from broker import running
-from broker.errors import ConfigError
-from broker.frame import Frame, parse
-from broker.identity import Identity
-from broker.link import Arrived
-from broker.schema import save_safetensors
-from edge_client.trainer import load_task
-from lab.child import ROOT
+from stranger.house import Aggregator
+from ternbus.aggregator.shell.home import KEY, LEDGER
+from ternbus.aggregator.store.ledger import Ledger
+from ternbus.broker.errors import ConfigError
+from ternbus.broker.link.link import Arrived
+from ternbus.broker.protocol.frame import Frame, parse
+from ternbus.broker.protocol.identity import Identity
+from ternbus.broker.protocol.schema import save_safetensors
+from ternbus.broker.server import running
+from ternbus.edge.learn.trainer import load_task
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +29,6 @@ DEVICES = ("pi-1", "pi-2")
 def edge(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "ternbus", "edge", *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 
-from broker.running import Engine
+from ternbus.broker.server.running import Engine
 
-ROOT = Path(__file__).resolve().parent.parent
 WITHIN_S = 60.0
 pytestmark = [
     pytest.mark.slow,
@@ -31,7 +30,7 @@ def ternbus(*arguments: object) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
+    return {**os.environ}
 
 
 def run(folder: Path, *arguments: object, code: int = 0) -> str:

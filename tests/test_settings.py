@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregator.settings import (
+from ternbus.aggregator.settings import (
     PLAN,
     SECTIONS,
     Settings,
@@ -19,7 +19,7 @@ from aggregator.settings import (
     toml_value,
     with_overrides,
 )
-from broker.errors import ConfigError
+from ternbus.broker.errors import ConfigError
 
 BASE: dict[str, Any] = {"federation": "lab", "broker": "mqtt://127.0.0.1:1883"}
 

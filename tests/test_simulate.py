@@ -13,20 +13,22 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from aggregator import home, records
-from aggregator.ledger import Ledger
-from broker.errors import ConfigError
-from broker.link import packet_bytes
-from broker.schema import to_tensors, vector_digest
-from edge_client.tasks import digits_numpy
-from edge_client.trainer import Evaluation, FloatArray, Plan, Task, Tensors, Trained, halves_of
-from lab import cli, scenario
-from lab.clock import Alarm, Clock
-from lab.memory_broker import Line, MemoryBroker, Session, matches
-from lab.memory_ledger import MemoryLedger
-from lab.progress import Lines
-from lab.scenario import End, Fault, Hostile, Local, Scenario, Simulated, Speeds
-from lab.simulate import Simulation
+from ternbus.aggregator.core import records
+from ternbus.aggregator.shell import home
+from ternbus.aggregator.store.ledger import Ledger
+from ternbus.broker.errors import ConfigError
+from ternbus.broker.link.link import packet_bytes
+from ternbus.broker.protocol.schema import to_tensors, vector_digest
+from ternbus.edge.learn.trainer import Evaluation, FloatArray, Plan, Task, Tensors, Trained, halves_of
+from ternbus.edge.tasks import digits_numpy
+from ternbus.lab import cli
+from ternbus.lab.report.progress import Lines
+from ternbus.lab.scenario import scenario
+from ternbus.lab.scenario.scenario import End, Fault, Hostile, Local, Scenario, Simulated, Speeds
+from ternbus.lab.virtual.clock import Alarm, Clock
+from ternbus.lab.virtual.memory_broker import Line, MemoryBroker, Session, matches
+from ternbus.lab.virtual.memory_ledger import MemoryLedger
+from ternbus.lab.virtual.simulate import Simulation
 
 SMALL = Scenario(
     devices=5,

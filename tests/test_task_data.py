@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from broker.errors import ConfigError
-from edge_client.tasks import cifar10_data, cifar10_resnet, emnist_62, hapt, idx, mnist_by_writer
-from edge_client.torch_trainer import TorchTask
-from edge_client.trainer import Plan, halves_of, load_task
-from lab.scenario import Scenario
+from ternbus.broker.errors import ConfigError
+from ternbus.edge.learn.trainer import Plan, halves_of, load_task
+from ternbus.edge.tasks import cifar10_data, cifar10_resnet, emnist_62, hapt, idx, mnist_by_writer
+from ternbus.edge.torch.torch_trainer import TorchTask
+from ternbus.lab.scenario.scenario import Scenario
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from broker.errors import ConfigError
-from edge_client.tasks import cifar10_features, digits_data
-from edge_client.torch_trainer import TorchTask
-from edge_client.trainer import BUILT_IN_TASKS, Plan, Task, Tensors, TrainingError, load_task
+from ternbus.broker.errors import ConfigError
+from ternbus.edge.learn.trainer import BUILT_IN_TASKS, Plan, Task, Tensors, TrainingError, load_task
+from ternbus.edge.tasks import cifar10_features, digits_data
+from ternbus.edge.torch.torch_trainer import TorchTask
 
 NAMES = tuple(BUILT_IN_TASKS)
 
@@ -130,7 +130,7 @@ def test_missing_fashion_mnist_says_where_it_is_looked_for(tmp_path: Path) -> No
 
 def test_the_numpy_gradient_is_that_of_the_loss() -> None:
     """Against central differences in float64, element by element."""
-    from edge_client.tasks.digits_numpy import _backward  # noqa: PLC0415  # only this test looks inside
+    from ternbus.edge.tasks.digits_numpy import _backward  # noqa: PLC0415  # only this test looks inside
 
     task = load_task("digits-numpy")
     weights = {key: tensor.astype(np.float64) for key, tensor in task.initial(0).items()}
@@ -204,8 +204,8 @@ def test_the_demo_without_torch_imports_no_torch_and_stays_small() -> None:
     """Trains digits-numpy beside all that an agent imports, in a process of its own: under 60 MB resident."""
     program = """
 import sys, msgpack, nacl.public, nacl.signing, paho.mqtt.client, zstandard
-from edge_client import partition, terngrad
-from edge_client.trainer import Plan, load_task
+from ternbus.edge.learn import partition, terngrad
+from ternbus.edge.learn.trainer import Plan, load_task
 task = load_task("digits-numpy")
 trainer = task.trainer(data=None, partition="dirichlet:0.5:0/8:1")
 trainer.train(task.initial(0), Plan.from_meta(task.default_plan), version=0, seed=0)

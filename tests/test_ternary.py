@@ -10,10 +10,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregator.accumulator import Accumulator
-from broker.errors import ProtocolError
-from broker.schema import Schema, Tensor
-from broker.ternary import (
+from ternbus.aggregator.merge.accumulator import Accumulator
+from ternbus.broker.errors import ProtocolError
+from ternbus.broker.protocol.schema import Schema, Tensor
+from ternbus.broker.protocol.ternary import (
     CHUNK,
     Block,
     content_bytes,

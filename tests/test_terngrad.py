@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from edge_client import terngrad
+from ternbus.edge.learn import terngrad
 
 FloatArray = npt.NDArray[np.float32]
 

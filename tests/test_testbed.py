@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from broker.errors import ConfigError
-from lab import output
-from lab.child import ROOT, Child
-from lab.interrupts import Interrupted, Interrupts
-from lab.supervisor import RESTARTS_MAX, ChildError, Supervisor
+from ternbus.broker.errors import ConfigError
+from ternbus.lab.interrupts import Interrupted, Interrupts
+from ternbus.lab.processes.child import Child
+from ternbus.lab.processes.supervisor import RESTARTS_MAX, ChildError, Supervisor
+from ternbus.lab.report import output
 
 # What the children are: modules that a Python finds in a folder on its path.
 MODULES = {
@@ -119,14 +119,11 @@ def test_what_a_child_started_is_killed_with_it(child: MakeChild) -> None:
 
 def test_killing_the_lab_leaves_no_child(child: MakeChild, tmp_path: Path) -> None:
     code = (
-        "import signal, sys; from pathlib import Path; from lab.child import Child\n"
+        "import signal, sys; from pathlib import Path; from ternbus.lab.processes.child import Child\n"
         "child = Child('patient', Path(sys.argv[1]), 'patient', []); child.start(); print(child.pid, flush=True)\n"
         "signal.pause()"
     )
-    environment = {**os.environ, "PYTHONPATH": f"{os.environ['PYTHONPATH']}{os.pathsep}{ROOT}"}
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / "log")], stdout=subprocess.PIPE, env=environment
-    ) as lab:
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "log")], stdout=subprocess.PIPE) as lab:
         assert lab.stdout is not None
         process = int(lab.stdout.readline())
         lab.kill()
@@ -154,7 +151,7 @@ def test_a_killed_child_is_started_again(child: MakeChild, supervisor: Superviso
 def test_a_child_that_is_killed_again_and_again_ends_the_run(
     child: MakeChild, supervisor: Supervisor, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lab.supervisor.RESTART_AFTER_S", 0.0)
+    monkeypatch.setattr("ternbus.lab.processes.supervisor.RESTART_AFTER_S", 0.0)
     supervisor.start(child("suicidal"))
     with pytest.raises(ChildError, match=f"killed {RESTARTS_MAX + 1} times"):
         until(lambda: supervisor.check() is not None)

@@ -19,16 +19,15 @@ from typing import IO, Any
 import pytest
 from brokers import WITHIN_S, Inbox
 
-from broker import certificates, embedded, upkeep
-from broker.certificates import Authority
-from broker.errors import LinkError
-from broker.events import Arrived, Connected, Published, Refused
-from broker.home import Credentials, Home
-from broker.link import Link
-from broker.running import Engine, RunningBroker, reserve
-from broker.tls import Tls
+from ternbus.broker.errors import LinkError
+from ternbus.broker.link.events import Arrived, Connected, Published, Refused
+from ternbus.broker.link.link import Link
+from ternbus.broker.link.tls import Tls
+from ternbus.broker.server import certificates, embedded, upkeep
+from ternbus.broker.server.certificates import Authority
+from ternbus.broker.server.home import Credentials, Home
+from ternbus.broker.server.running import Engine, RunningBroker, reserve
 
-ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [
     pytest.mark.slow,
     # paho leaves the socket of a handshake that fails to the garbage collector
@@ -345,7 +344,7 @@ def command(*arguments: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def run_all(folder: Path, *commands: list[str]) -> None:

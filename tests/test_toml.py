@@ -2,8 +2,8 @@
 
 import pytest
 
-from broker import toml
-from broker.errors import ConfigError
+from ternbus.broker import toml
+from ternbus.broker.errors import ConfigError
 
 NESTED = {
     "arrays": "x = " + "[" * 1000 + "]" * 1000,

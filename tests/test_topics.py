@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker import topics
-from broker.errors import ProtocolError
-from broker.frame import Frame, build, parse
-from broker.identity import Identity
-from broker.topics import Address
+from ternbus.broker.errors import ProtocolError
+from ternbus.broker.protocol import topics
+from ternbus.broker.protocol.frame import Frame, build, parse
+from ternbus.broker.protocol.identity import Identity
+from ternbus.broker.protocol.topics import Address
 
 PI = Identity(bytes(range(32)))
 

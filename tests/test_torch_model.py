@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from broker.errors import ConfigError
-from broker.schema import Schema, to_tensors, to_vector
-from edge_client.check import check
-from edge_client.compress import compress
-from edge_client.torch_trainer import TorchTask
-from edge_client.trainer import Plan, Tensors
+from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol.schema import Schema, to_tensors, to_vector
+from ternbus.edge.learn.compress import compress
+from ternbus.edge.learn.trainer import Plan, Tensors
+from ternbus.edge.shell.check import check
+from ternbus.edge.torch.torch_trainer import TorchTask
 
 PLAN = Plan(local_steps=3, batch_size=8, learning_rate=0.1)
 

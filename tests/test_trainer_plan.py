@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.errors import ConfigError, ProtocolError
-from edge_client.trainer import BUILT_IN_TASKS, Plan, Trained, TrainingError, load_task
+from ternbus.broker.errors import ConfigError, ProtocolError
+from ternbus.edge.learn.trainer import BUILT_IN_TASKS, Plan, Trained, TrainingError, load_task
 
 anything = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.integers())
 keys = st.sampled_from([*Plan.__slots__]) | st.text(max_size=5)
@@ -116,7 +116,7 @@ def test_the_built_in_tasks_are_named_when_another_is_asked_for() -> None:
 
 
 def test_a_task_of_ones_own_is_found_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_own_task.py").write_text("from edge_client.tasks.digits_numpy import TASK as MINE\nNOT = 1\n")
+    (tmp_path / "my_own_task.py").write_text("from ternbus.edge.tasks.digits_numpy import TASK as MINE\nNOT = 1\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [path for path in __import__("sys").path if path])
     assert load_task("my_own_task:MINE").name == "digits-numpy"

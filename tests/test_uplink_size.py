@@ -1,7 +1,7 @@
 """What an update costs on the wire, as the README says."""
 
 from benchmarks.uplink import measure
-from broker.ternary import RAW, ZSTD
+from ternbus.broker.protocol.ternary import RAW, ZSTD
 
 
 def test_a_raw_update_stays_within_its_bound() -> None:

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from broker import frame as frames
-from broker.errors import ProtocolError
-from broker.identity import Identity, enroll_proof, seal
-from broker.messages import Enroll, Head, Receipt, Update
-from broker.parts import Collector
-from broker.schema import Schema, Tensor, vector_digest, vector_of
-from broker.ternary import Block, content_bytes, decode, encode, pack, unpack
+from ternbus.broker.errors import ProtocolError
+from ternbus.broker.protocol import frame as frames
+from ternbus.broker.protocol.identity import Identity, enroll_proof, seal
+from ternbus.broker.protocol.messages import Enroll, Head, Receipt, Update
+from ternbus.broker.protocol.parts import Collector
+from ternbus.broker.protocol.schema import Schema, Tensor, vector_digest, vector_of
+from ternbus.broker.protocol.ternary import Block, content_bytes, decode, encode, pack, unpack
 
 VECTORS: dict[str, Any] = json.loads((Path(__file__).parent / "vectors.json").read_text())
 DEVICE = Identity(bytes.fromhex(VECTORS["keys"]["device"]["seed"]))

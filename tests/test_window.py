@@ -1,6 +1,6 @@
 """How much may be under way to a broker: limits, and what is learned from the time an answer takes."""
 
-from broker.window import BYTES_MAX, BYTES_TO_BEGIN, Window
+from ternbus.broker.link.window import BYTES_MAX, BYTES_TO_BEGIN, Window
 
 
 def window(**limits: int) -> Window:

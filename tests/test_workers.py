@@ -7,15 +7,15 @@ import signal
 from dataclasses import replace
 
 import pytest
-from stranger.house import until
 
-from broker.errors import FederationError
-from edge_client.trainer import load_task
-from lab.memory_ledger import MemoryLedger
-from lab.progress import Lines
-from lab.scenario import End, Hostile, Scenario, Speeds
-from lab.simulate import Simulation
-from lab.training import Workers
+from stranger.house import until
+from ternbus.broker.errors import FederationError
+from ternbus.edge.learn.trainer import load_task
+from ternbus.lab.report.progress import Lines
+from ternbus.lab.scenario.scenario import End, Hostile, Scenario, Speeds
+from ternbus.lab.virtual.memory_ledger import MemoryLedger
+from ternbus.lab.virtual.simulate import Simulation
+from ternbus.lab.virtual.training import Workers
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,1 @@
+"""The aggregator as a state machine without I/O."""

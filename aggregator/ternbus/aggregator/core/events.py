@@ -1,0 +1,179 @@
+"""What can happen to the aggregator, in the past tense, and what it then wants done, in the imperative."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ternbus.aggregator.core.records import Record
+from ternbus.aggregator.core.registry import Invited
+from ternbus.aggregator.merge.model import Waiting
+from ternbus.broker.protocol.frame import Frame
+from ternbus.broker.protocol.ternary import Block
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connecting:
+    """The service is about to connect; it needs a last will."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connected:
+    """The broker accepted us; frames may have at most ``frame_bytes``."""
+
+    frame_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disconnected:
+    """The connection is gone, and with it what was not acknowledged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """A frame that is authentic under this public key; whether the key may still sign is the core's question.
+
+    ``block`` is what an update in one unsealed part says, where that was read ahead. None says nothing of it.
+    """
+
+    frame: Frame
+    public: bytes
+    block: Block | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MessageArrived:
+    """An MQTT message, of which nothing is believed yet; ``packet_bytes`` is its size on the wire.
+
+    ``opened`` is the payload's frame where it was looked into ahead. ``clock_s`` is the time of day in Unix seconds,
+    against which only the end of an invitation is held.
+    """
+
+    topic: str
+    payload: bytes
+    packet_bytes: int = 0
+    opened: Opened | None = None
+    clock_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InvitationsRead:
+    """The open invitations by device, as the ledger has them now."""
+
+    codes: Mapping[str, Invited]
+    request: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelRequested:
+    """The operator wants a device's open invitation void."""
+
+    device: str
+    request: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RevokeRequested:
+    """The operator wants a device out, told ``why``; its updates in the buffer dropped unless ``keep``.
+
+    ``buffer`` is all that waits for a merge, in order, as the ledger has it; read at most once.
+    """
+
+    device: str
+    why: str = ""
+    keep: bool = False
+    buffer: Iterable[Waiting] = ()
+    request: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateRequested:
+    """The operator wants the federation open, paused or closed."""
+
+    state: str
+    request: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CountsRequested:
+    """The operator looks at the status: counters are to be on disk."""
+
+    request: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimeReached:
+    """Nothing happened but time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopRequested:
+    """The operator ends this process."""
+
+
+Event = (
+    Connecting
+    | Connected
+    | Disconnected
+    | MessageArrived
+    | InvitationsRead
+    | CancelRequested
+    | RevokeRequested
+    | StateRequested
+    | CountsRequested
+    | TimeReached
+    | StopRequested
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Save:
+    """Make a record durable."""
+
+    record: Record
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connect:
+    """Connect to the broker with this last will."""
+
+    will_topic: str
+    will_payload: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subscribe:
+    """Subscribe to these filters with QoS 1."""
+
+    filters: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publish:
+    """Publish with QoS 1. Lost where there is no connection: the protocol sends again what matters."""
+
+    topic: str
+    payload: bytes
+    retain: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepublishKept:
+    """Publish the kept frames of these topics again, unchanged and in this order."""
+
+    topics: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Log:
+    """Tell the operator."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop:
+    """All is done: flush, disconnect, exit; with ``error`` where going on would do harm."""
+
+    error: str = ""
+
+
+Action = Save | Connect | Subscribe | Publish | RepublishKept | Log | Stop

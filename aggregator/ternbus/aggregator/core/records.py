@@ -1,0 +1,173 @@
+"""What the core asks to have written down: each record is one fact, durable before anything that follows from it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ternbus.aggregator.merge.optimizer import ServerState
+from ternbus.aggregator.settings import Recipe
+from ternbus.broker.protocol.identity import KeyId
+from ternbus.broker.protocol.merge_log import Signed
+from ternbus.broker.protocol.messages import Metrics, SnapshotRef, Status
+from ternbus.broker.protocol.schema import Vector
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionBegun:
+    """A connection attempt with this session number is about to be made."""
+
+    session: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeqReserved:
+    """No sequence number up to this one will be used again after a restart."""
+
+    upto: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceEnrolled:
+    """A key is admitted for a device; it spends the invitation and replaces the key before it."""
+
+    device: str
+    public: bytes
+    proof: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InvitationCancelled:
+    """A device's open invitation is void."""
+
+    device: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceRevoked:
+    """A device's key, and its open invitation, are void for good."""
+
+    device: str
+    why: str
+    drop: bool  # of its accepted updates, those that no version has yet are never to be merged
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateAccepted:
+    """An update that will be merged: its block as it came (unsealed), and its weight in the merge."""
+
+    device: str
+    key: KeyId
+    seq: int
+    base: int
+    staleness: int
+    samples: int
+    discount: float
+    digest: bytes  # of the message, as the log of merges names it
+    codec: str
+    encoding: str
+    body: bytes
+    epsilon: float | None = None  # what its device says that it has spent of privacy, with this update
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateAnswered:
+    """An update that will not be merged, and what its sender was told."""
+
+    device: str
+    key: KeyId
+    seq: int
+    outcome: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionMade:
+    """A merge: every accepted update that no version has yet is in this one. The block turned version - 1 into it."""
+
+    version: int
+    digest: bytes
+    updates: int
+    staleness_mean: float
+    staleness_max: int
+    codec: str
+    encoding: str
+    body: bytes
+    entry: Signed  # of the log of merges
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotTaken:
+    """The whole state at a version; what led up to it is no longer needed to start again."""
+
+    version: int
+    published: Vector
+    server: ServerState
+    named: SnapshotRef
+    recipe: Recipe  # by which the merges that follow are made
+    at_leisure: bool = False  # nothing that follows depends on it: its vectors may become durable later
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FramesKept:
+    """Retained frames by topic as they stand on the broker from now on; an empty one was cleared."""
+
+    frames: tuple[tuple[str, bytes], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotsChanged:
+    """Deltas are laid out over another number of slots from now on."""
+
+    slots: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateChanged:
+    """Open, paused or closed."""
+
+    state: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsReceived:
+    """A device evaluated a version."""
+
+    device: str
+    seq: int
+    metrics: Metrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observed:
+    """What is only counted or hinted at, gathered since the last such record."""
+
+    refused: Mapping[str, int]  # frames dropped, by reason
+    outcomes: Mapping[str, int]  # answers that no other record stands for: a lower seq, busy
+    update_bytes: Mapping[str, int]  # PUBLISH packets on ``update``, by device
+    statuses: Mapping[str, Status]  # the last one of each device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestDone:
+    """What a command asked for is in force."""
+
+    request: int
+    error: str = ""
+
+
+Record = (
+    SessionBegun
+    | SeqReserved
+    | DeviceEnrolled
+    | InvitationCancelled
+    | DeviceRevoked
+    | UpdateAccepted
+    | UpdateAnswered
+    | VersionMade
+    | SnapshotTaken
+    | FramesKept
+    | SlotsChanged
+    | StateChanged
+    | MetricsReceived
+    | Observed
+    | RequestDone
+)

@@ -1,0 +1,191 @@
+"""Who belongs: devices, their keys past and present, their invitations, and what each was last told."""
+
+import hmac
+import math
+from dataclasses import dataclass, field
+from typing import Final
+
+from ternbus.aggregator.core.pace import BURST_S, Bucket
+from ternbus.broker.errors import ProtocolError
+from ternbus.broker.protocol.frame import Frame
+from ternbus.broker.protocol.identity import KeyId, enroll_proof, key_id
+from ternbus.broker.protocol.messages import Enroll, Status
+from ternbus.broker.protocol.parts import Collector
+
+ACTIVE, REPLACED, REVOKED = "active", "replaced", "revoked"
+UNKNOWN: Final = "unknown"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Invited:
+    """An invitation that nobody has used yet."""
+
+    code: str = field(repr=False)
+    expires_at: float = math.inf  # Unix seconds, by the aggregator's clock
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """The highest sequence number answered under a key, and the answer, which the same number gets again."""
+
+    seq: int = 0
+    outcome: str = ""
+    reason: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
+class Member:
+    """One device: what survives a key change, what belongs to its present key, and what is only a hint."""
+
+    name: str
+    public: bytes
+    proof: bytes = b""
+    old_keys: dict[KeyId, tuple[bytes, str]] = field(default_factory=dict)  # key id -> (public, replaced|revoked)
+    revoked: bool = False
+    revoked_why: str = ""  # in the operator's words
+    bases: set[int] = field(default_factory=set)  # accepted ones that could still be sent again and not be stale
+    highest_base: int = -1
+    answer: Answer = field(default_factory=Answer)
+    granted: int = -1  # the seq whose parts were asked for
+    evaluates: bool = False  # it published test metrics and no update: nobody waits for its updates
+    status: Status | None = None
+    status_seq: int = -1
+    metrics_seq: int = 0
+    metrics_bytes: int = 0  # of its evaluations on disk
+    waiting_bytes: int = 0  # of its updates in the buffer, on disk
+    update_bytes: int = 0  # PUBLISH packets since the last count was written
+    collector: Collector | None = None
+    frames: Bucket = field(default_factory=Bucket)
+    receipts: Bucket = field(default_factory=Bucket)
+    key: KeyId = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.key = key_id(self.public)
+
+    @property
+    def online(self) -> bool:
+        return self.status is not None and self.status.state != "offline"
+
+    @property
+    def is_flooding(self) -> bool:
+        """Whether the last that was heard of it exceeded its frames; also looked at from another thread, as a hint."""
+        return self.frames.is_empty
+
+    @property
+    def has_had_receipts(self) -> bool:
+        """Whether the last that it sent took the last of its receipts; a hint, too."""
+        return self.receipts.is_empty
+
+    def has_accepted(self, base: int, oldest: int) -> bool:
+        """Whether an update on ``base`` was accepted from this device before.
+
+        Below ``oldest``, the oldest base that is not stale, single bases are not remembered: whatever is not above
+        the highest accepted one counts as accepted. A device makes its next update on a higher version always, so
+        only one that came back from an old copy of its disk asks, and it must not put that work in twice.
+        """
+        return base in self.bases or (base < oldest and base <= self.highest_base)
+
+    def accept(self, base: int, oldest: int) -> None:
+        self.bases = {kept for kept in self.bases if kept >= oldest} | {base}
+        self.highest_base = max(self.highest_base, base)
+
+    def take_frame(self, now: float, per_s: int) -> None:
+        """Let one more frame pass, or raise ProtocolError."""
+        if not self.frames.take(now, per_s, per_s * BURST_S):
+            raise ProtocolError("too-fast", f"{self.name} sends more than {per_s} frames a second")
+
+    def take_receipt(self, now: float, per_s: int) -> None:
+        """Let one more frame be answered, or raise ProtocolError."""
+        if not self.receipts.take(now, per_s, per_s * BURST_S):
+            raise ProtocolError("too-many-receipts", f"{self.name} asks for more than {per_s} receipts a second")
+
+    def standing(self, key: KeyId) -> tuple[bytes, str]:
+        """The public key of a key id that this device has or had, and whether it is active, replaced or revoked."""
+        if key == self.key:
+            return self.public, REVOKED if self.revoked else ACTIVE
+        return self.old_keys.get(key, (b"", UNKNOWN))
+
+    def observe(self, status: Status, seq: int) -> bool:
+        """Take in a status; return whether it is news. ProtocolError for one of an earlier session: a replay."""
+        known = self.status
+        if known is not None:
+            if status.session < known.session:
+                raise ProtocolError("old-session", f"{self.name} has begun session {known.session} since")
+            if status.session == known.session and (
+                known.state == "offline" or (status.state != "offline" and seq <= self.status_seq)
+            ):
+                return False
+        self.status, self.status_seq = status, seq
+        return True
+
+
+@dataclass(slots=True)
+class Registry:
+    """All members by name, and the codes of invitations that are open."""
+
+    federation: str
+    members: dict[str, Member] = field(default_factory=dict)
+    codes: dict[str, Invited] = field(default_factory=dict)
+    retired: set[bytes] = field(default_factory=set)  # public keys, replaced or revoked, that never return to anybody
+    online: set[str] = field(default_factory=set)  # asked for at each event, when most of a large fleet may be asleep
+
+    def admit(self, frame: Frame, clock_s: float) -> tuple[bytes, bool]:
+        """Check an enroll; return (public key, whether it is new). ProtocolError('refused', why) to be answered.
+
+        ``clock_s`` is the time by which invitations end, in Unix seconds.
+        """
+        public = Enroll.from_meta(frame.meta).public_key
+        if key_id(public) != frame.key:
+            raise ProtocolError("unknown-key", "an enroll signed by another key than the one in it")
+        frame.check_authentic(public)
+        member = self.members.get(frame.sender)
+        if member is not None and member.public == public and not member.revoked:
+            if member.proof and hmac.compare_digest(member.proof, frame.body):
+                return public, False
+            raise ProtocolError("refused", "this key is enrolled; its invitation is spent")
+        if public in self.retired:
+            raise ProtocolError("refused", "a key that was replaced or revoked does not return")
+        invited = self.codes.get(frame.sender)
+        if invited is None:
+            raise ProtocolError("refused", "no open invitation for this device: spent, cancelled or never made")
+        if clock_s >= invited.expires_at:
+            raise ProtocolError("refused", "the invitation has expired")
+        if not hmac.compare_digest(enroll_proof(invited.code, self.federation, frame.sender, public), frame.body):
+            raise ProtocolError("refused", "the code is not the invitation's")
+        return public, True
+
+    def observe(self, member: Member, status: Status, seq: int) -> bool:
+        """Take in a member's status; return whether it is news."""
+        if not member.observe(status, seq):
+            return False
+        if member.online:
+            self.online.add(member.name)
+        else:
+            self.online.discard(member.name)
+        return True
+
+    def enroll(self, device: str, public: bytes, proof: bytes) -> Member:
+        """Make ``public`` the device's key; what belonged to the key before is forgotten, its bases are not."""
+        before = self.members.get(device)
+        member = Member(name=device, public=public, proof=proof)
+        if before is not None:
+            state = REVOKED if before.revoked else REPLACED
+            member.old_keys = before.old_keys | {before.key: (before.public, state)}
+            member.bases, member.highest_base = before.bases, before.highest_base
+            member.waiting_bytes, member.metrics_bytes = before.waiting_bytes, before.metrics_bytes
+            self.retired.add(before.public)
+        self.members[device] = member
+        self.online.discard(device)
+        self.close(device)
+        return member
+
+    def revoke(self, member: Member, why: str) -> None:
+        """Take the device's key from it, and an invitation that it might use to come back."""
+        member.revoked, member.revoked_why = True, why
+        self.retired.add(member.public)
+        self.online.discard(member.name)
+        self.close(member.name)
+
+    def close(self, device: str) -> None:
+        """A device's invitation is spent, or is no longer wanted."""
+        self.codes.pop(device, None)

@@ -1,0 +1,119 @@
+"""A weighted sum of blocks, laid out so that a ternary block is added at the speed of memory.
+
+Five trits are one byte and one look-up. numpy copies rows of 8 floats at twice the speed of rows of 5, so the sum of
+the ternary tensors has a row of 8 for each byte, three of them always 0; ``total`` takes them out once a merge. Where
+`aggregator/native` is installed, look-up and addition are one pass, in C: the same additions, the same bits.
+"""
+
+from dataclasses import dataclass, field
+from typing import Final, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from ternbus.broker.protocol.schema import Schema, Vector
+from ternbus.broker.protocol.ternary import TERNARY, TRITS, Block, trit_bytes
+
+try:
+    import ternbus_rows
+except ModuleNotFoundError:
+    ternbus_rows = None
+
+Bytes = npt.NDArray[np.uint8]
+FloatArray = npt.NDArray[np.float32]
+COMPILED: Final = ternbus_rows is not None
+ROW: Final = 8
+CHUNK_ROWS: Final = 2**15  # 1 MiB of looked-up rows: they stay in the processor's cache, and are few calls
+_ROWS_OF_TRITS: Final = np.pad(TRITS, ((0, 256 - len(TRITS)), (0, ROW - 5)))  # a row for every byte there is
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which bytes hold the trits of one tensor only, and who owns each trit of those that do not."""
+
+    inner: tuple[tuple[int, int], ...]  # for each ternary tensor its own bytes, [first, last)
+    shared: npt.NDArray[np.intp]  # bytes with trits of several tensors, or with fill
+    owners: npt.NDArray[np.intp]  # (shared, 5): index of the tensor, or len(tensors) for fill
+
+    @classmethod
+    def of(cls, schema: Schema) -> Self:
+        ends = [(segment.offset, segment.offset + segment.tensor.elements) for segment in schema.ternary]
+        inner = tuple((first, max(first, end // 5)) for first, end in ((-(-start // 5), end) for start, end in ends))
+        own = np.zeros(trit_bytes(schema), dtype=bool)
+        for first, last in inner:
+            own[first:last] = True
+        shared = np.flatnonzero(~own)
+        trits = 5 * shared[:, None] + np.arange(5)
+        owners = np.searchsorted([end for _, end in ends], trits, side="right") if ends else trits
+        return cls(inner, shared, owners)
+
+
+@dataclass(slots=True)
+class Accumulator:
+    """sum_i w_i block_i over one schema; nothing is allocated before the first block."""
+
+    schema: Schema
+    compiled: bool = COMPILED
+    _layout: Layout = field(init=False)
+    _rows: FloatArray | None = field(default=None)  # (bytes, 8), of ternary blocks
+    _plain: FloatArray | None = field(default=None)  # (ternary elements,), of float32 blocks
+    _dense: FloatArray = field(init=False)  # (dense elements,)
+    _looked_up: FloatArray | None = field(default=None)  # (CHUNK_ROWS, 8), of the block that is being added
+
+    def __post_init__(self) -> None:
+        self._layout = Layout.of(self.schema)
+        self._dense = np.zeros(self.schema.dense_elements, dtype=np.float32)
+
+    def add(self, block: Block, weight: float) -> None:
+        """Add ``weight`` times a block."""
+        factor, elements = np.float32(weight), block.elements
+        if block.codec == TERNARY:
+            self._add_trits(block.packed, block.scales * factor)
+        else:
+            if self._plain is None:
+                self._plain = np.zeros(self.schema.ternary_elements, dtype=np.float32)
+            own, elements = np.split(elements, [self.schema.ternary_elements])
+            _add(self._plain, own, factor)
+        _add(self._dense, elements, factor)
+
+    def total(self) -> Vector:
+        """The sum as a vector, shape (elements,)."""
+        vector = np.zeros(self.schema.elements, dtype=np.float32)
+        for segment in self.schema.dense:
+            vector[segment.start : segment.stop] = self._dense[segment.offset :][: segment.tensor.elements]
+        flat = None if self._rows is None else self._rows[:, :5].reshape(-1)
+        for segment in self.schema.ternary:
+            target = vector[segment.start : segment.stop]
+            for part in (flat, self._plain):
+                if part is not None:
+                    target += part[segment.offset :][: segment.tensor.elements]
+        return vector
+
+    def _add_trits(self, packed: Bytes, scales: FloatArray) -> None:
+        if self._rows is None:
+            self._rows = np.zeros((len(packed), ROW), dtype=np.float32)
+        for (first, last), scale in zip(self._layout.inner, scales, strict=True):
+            self._add_rows(self._rows[first:last], _ROWS_OF_TRITS * scale, packed[first:last])
+        shared = self._layout.shared
+        if len(shared):
+            self._rows[shared, :5] += TRITS[packed[shared]] * np.append(scales, np.float32(0))[self._layout.owners]
+
+    def _add_rows(self, rows: FloatArray, table: FloatArray, packed: Bytes) -> None:
+        """rows[i] += table[packed[i]]."""
+        if self.compiled:
+            ternbus_rows.add(rows, table, packed)
+            return
+        if self._looked_up is None:
+            self._looked_up = np.empty((CHUNK_ROWS, ROW), dtype=np.float32)
+        for start in range(0, len(packed), CHUNK_ROWS):
+            part = packed[start : start + CHUNK_ROWS]
+            looked_up = self._looked_up[: len(part)]
+            # no byte is beyond the table: "clip" has numpy write straight to ``out``
+            table.take(part, axis=0, out=looked_up, mode="clip")
+            rows[start : start + CHUNK_ROWS] += looked_up
+
+
+def _add(total: FloatArray, values: FloatArray, factor: np.float32) -> None:
+    for first in range(0, len(total), CHUNK_ROWS * ROW):
+        piece = total[first : first + CHUNK_ROWS * ROW]
+        piece += values[first : first + CHUNK_ROWS * ROW] * factor

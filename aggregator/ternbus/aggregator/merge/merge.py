@@ -1,0 +1,67 @@
+"""The buffered weighted mean of updates, added up as they come so that a buffer costs one vector."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from ternbus.broker.protocol.schema import Vector
+from ternbus.broker.protocol.ternary import Block
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a buffer comes to: Delta, of shape (elements,), float32, and what each update in it was given.
+
+    ``weights`` are in the order in which updates came: Delta = sum_i weights_i Delta_i. Where a rule looks at each
+    coordinate by itself, it is an update's mean weight over them. An update that a rule has left out has 0.
+    """
+
+    delta: Vector
+    weights: tuple[float, ...]
+
+
+class Sum(Protocol):
+    """sum_i w_i block_i: an `Accumulator`, or something that adds up elsewhere."""
+
+    def add(self, block: Block, weight: float) -> None: ...
+    def total(self) -> Vector: ...
+
+
+@dataclass(slots=True)
+class Mean:
+    """Delta = sum_i n_i s(tau_i) Delta_i / sum_i n_i (FedBuff, Nguyen et al. 2022, algorithm 1, with FedAvg's n_i).
+
+    The discount s is not in the denominator: a buffer of stale updates moves the model less, not equally far.
+    """
+
+    sum: Sum
+    samples: int = 0
+    _worths: list[float] = field(default_factory=list)
+
+    def add(self, block: Block, *, device: str, samples: int, worth: float) -> None:  # noqa: ARG002 - as of Buffered
+        """Take in one update of ``samples`` examples, worth so much of a fresh one."""
+        self.sum.add(block, samples * worth)
+        self.samples += samples
+        self._worths.append(samples * worth)
+
+    def result(self) -> Change:
+        """There must have been an update."""
+        total = self.sum.total()
+        total /= np.float32(self.samples)
+        return Change(total, tuple(worth / self.samples for worth in self._worths))
+
+
+def norm(block: Block) -> float:
+    """The update's L2 norm."""
+    value = block.value()
+    return math.sqrt(float(np.dot(value, value)))
+
+
+def clip_factor(block: Block, max_norm: float) -> float:
+    """By what the update is multiplied so that its L2 norm is at most ``max_norm``; 0 switches clipping off."""
+    if max_norm == 0:
+        return 1.0
+    length = norm(block)
+    return 1.0 if length <= max_norm else max_norm / length

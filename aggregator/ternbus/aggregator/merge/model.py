@@ -1,0 +1,124 @@
+"""The global model between merges: what devices hold, what the server holds, and the buffer in between."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from ternbus.aggregator.merge import optimizer
+from ternbus.aggregator.merge.accumulator import Accumulator
+from ternbus.aggregator.merge.downlink import next_block
+from ternbus.aggregator.merge.merge import Mean, Sum
+from ternbus.aggregator.merge.optimizer import ServerState
+from ternbus.aggregator.merge.robust import Buffered, gather
+from ternbus.aggregator.settings import Settings
+from ternbus.broker.protocol.identity import KeyId
+from ternbus.broker.protocol.merge_log import Contribution
+from ternbus.broker.protocol.schema import Schema, Vector, vector_digest
+from ternbus.broker.protocol.ternary import Block
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """An update in the buffer; its block is already where it is merged."""
+
+    device: str
+    key: KeyId
+    seq: int
+    digest: bytes  # of the message, as the log of merges names it
+    staleness: int
+    samples: int
+    discount: float  # s(tau), times what clipping left of it
+
+    def contribution(self, weight: float) -> Contribution:
+        """As the log of merges has it, with the weight that a rule gave it (``merge.Change``)."""
+        return Contribution(device=self.device, key=self.key, seq=self.seq, digest=self.digest, weight=weight)
+
+
+Waiting = tuple[Accepted, Block]  # an update in the buffer, and what it says
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Merged:
+    """What a merge made."""
+
+    version: int
+    digest: bytes
+    block: Block
+    contributions: tuple[Contribution, ...]
+    updates: int
+    staleness_mean: float
+    staleness_max: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Model:
+    """``published`` is bit for bit what every device holds; ``server.target`` is ahead of it by the residual."""
+
+    settings: Settings
+    schema: Schema
+    version: int
+    published: Vector
+    server: ServerState
+    digest: bytes = b""
+    buffer: list[Accepted] = field(default_factory=list)
+    summing: Callable[[Schema], Sum] = Accumulator  # of buffers that begin from now on
+    _gathered: Mean | Buffered = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._gathered = gather(self.settings.merge, self.schema, self.summing)
+        self.digest = self.digest or vector_digest(self.published)
+
+    def accept(self, update: Accepted, block: Block) -> None:
+        """Put an update into the buffer."""
+        self._gathered.add(block, device=update.device, samples=update.samples, worth=update.discount)
+        self.buffer.append(update)
+
+    def sum_by(self, summing: Callable[[Schema], Sum]) -> None:
+        """Add up by another way from the next update on, or from the next buffer where this one has begun."""
+        self.summing = summing
+        if not self.buffer:
+            self.empty()
+
+    def empty(self) -> None:
+        """Forget the buffer; what comes next is merged by the settings of now."""
+        self.buffer = []
+        self._gathered = gather(self.settings.merge, self.schema, self.summing)
+
+    def refill(self, updates: Iterable[Waiting]) -> None:
+        """Let the buffer hold these and no others, added up in this order: a sum of floats depends on it."""
+        self.empty()
+        for update, block in updates:
+            self.accept(update, block)
+
+    def merge(self) -> Merged:
+        """Step the server's optimizer with what the buffer comes to, and the published vector towards it."""
+        weights = self.step_server()
+        block = next_block(self.schema, self.settings.downlink.codec, self.published, self.server.target)
+        staleness = [update.staleness for update in self.buffer]
+        self.publish(block)
+        merged = Merged(
+            version=self.version,
+            digest=self.digest,
+            block=block,
+            contributions=tuple(map(Accepted.contribution, self.buffer, weights)),
+            updates=len(staleness),
+            staleness_mean=sum(staleness) / len(staleness),
+            staleness_max=max(staleness),
+        )
+        self.empty()
+        return merged
+
+    def step_server(self) -> tuple[float, ...]:
+        """The optimizer's part of a merge; replayed from the ledger at start. Returns the updates' weights."""
+        change = self._gathered.result()
+        self.server = optimizer.apply(self.settings.optimizer, self.server, change.delta)
+        return change.weights
+
+    def restart_server(self) -> None:
+        """Begin anew where the last optimizer came to: what it kept beside that means nothing to another."""
+        self.server = optimizer.init(self.settings.optimizer, self.server.target)
+
+    def publish(self, block: Block) -> None:
+        """The devices' part of a merge, done by the very code that they use."""
+        self.published = block.apply(self.published)
+        self.version += 1
+        self.digest = vector_digest(self.published)

@@ -1,0 +1,373 @@
+"""aggregator.toml: every key with its default and its meaning, checked when it is read."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final, Self
+
+import msgpack
+
+from ternbus.broker import toml
+from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
+from ternbus.broker.protocol.identity import check_federation
+from ternbus.broker.protocol.invitation import check_broker_url
+from ternbus.broker.protocol.ternary import CODECS
+
+OPTIMIZERS: Final = ("fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi")
+RULES: Final = ("mean", "median", "trimmed-mean", "krum", "multi-krum", "norm-clip")
+DISCOUNTS: Final = ("polynomial", "constant", "hinge", "exponential")
+
+
+def _key(default: Any, doc: str, *, low: float | None = None, high: float | None = None, one_of: Any = None) -> Any:
+    return field(default=default, metadata={"doc": doc, "low": low, "high": high, "one_of": one_of})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeSettings:
+    """When updates are merged, and how much any of them may weigh."""
+
+    buffer_size: int = _key(4, "updates in one merge", low=1, high=1_000_000)
+    max_wait_s: float = _key(30.0, "a smaller buffer is merged so long after its first update", low=0.01, high=1e7)
+    max_update_norm: float = _key(0.0, "the L2 norm that an update may have; 0 = any", low=0)
+    on_large: str = _key(
+        "clip",
+        "clip: longer ones are scaled down to it; refuse: they are answered `invalid`",
+        one_of=("clip", "refuse"),
+    )
+    max_share: float = _key(
+        1.0, "the part of a buffer's samples that one device may have (rule mean)", low=1e-6, high=1
+    )
+    rule: str = _key(
+        "mean",
+        "mean, weighted by samples; robust, each device one voice: median, trimmed-mean, krum, multi-krum, norm-clip",
+        one_of=RULES,
+    )
+    trim: float = _key(0.2, "of trimmed-mean: the part of the devices left out at each end", low=0, high=0.49)
+    byzantine: int = _key(
+        1, "of krum and multi-krum: so many of 2 byzantine + 3 or more may be hostile", low=0, high=100_000
+    )
+    krum_keep: int = _key(0, "of multi-krum: so many voices are averaged; 0 = all but byzantine", low=0, high=1_000_000)
+    clip_norm: float = _key(0.0, "of norm-clip: the L2 norm that a voice may have; 0 = the buffer's median", low=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StalenessSettings:
+    """How old an update may be, and what it is then worth."""
+
+    max: int = _key(8, "versions an update's base may lie behind the head; older ones are answered `stale`", low=0)
+    discount: str = _key(
+        "polynomial",
+        "polynomial: (1 + staleness)^-exponent; constant: 1; exponential: exp(-decay * staleness); "
+        "hinge: 1 up to hinge_from, then 1 / (1 + hinge_slope * (staleness - hinge_from))",
+        one_of=DISCOUNTS,
+    )
+    exponent: float = _key(0.5, "of the polynomial discount", low=0, high=100)
+    decay: float = _key(0.5, "of the exponential discount", low=0, high=100)
+    hinge_slope: float = _key(1.0, "of the hinge", low=0, high=1e6)
+    hinge_from: int = _key(2, "versions that cost nothing under the hinge", low=0, high=1_000_000)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerSettings:
+    """How far the model follows a merge."""
+
+    name: str = _key("fedavg", "fedavg, fedavgm (server momentum), fedadagrad, fedadam or fedyogi", one_of=OPTIMIZERS)
+    learning_rate: float = _key(1.0, "of the server; the last three want about 0.01 to 0.1", low=0, high=1e6)
+    momentum: float = _key(0.9, "of fedavgm", low=0, high=0.9999)
+    beta1: float = _key(
+        0.9,
+        "of fedadam, fedyogi and fedadagrad: what a mean update keeps of those before; 0 = plain fedadagrad",
+        low=0,
+        high=0.9999,
+    )
+    beta2: float = _key(
+        0.99, "of fedadam and fedyogi: what a squared mean update keeps of those before", low=0, high=0.999999
+    )
+    tau: float = _key(1e-3, "of the same three: the smaller, the more they adapt to each parameter", low=1e-9, high=1e3)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DownlinkSettings:
+    """How the model travels to the devices."""
+
+    codec: str = _key("ternary", "ternary, what it loses being carried later; or float32", one_of=CODECS)
+    min_interval_s: float = _key(0.0, "no two versions closer than this; updates wait in the buffer", low=0, high=1e6)
+    slots: int = _key(32, "deltas kept on the broker; a device further behind takes a snapshot", low=1, high=65_535)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitSettings:
+    """What a peer can make this aggregator hold or do."""
+
+    direct_parts: int = _key(8, "an update of so many parts is sent unasked (more where the model needs more)", low=4)
+    frames_per_s: int = _key(500, "from one device; more are dropped and counted", low=500)
+    broker_queue_messages: int = _key(4000, "what the broker queues for the aggregator", low=100)
+    frame_bytes: int = _key(
+        FRAME_BYTES, "largest MQTT payload sent", low=FRAME_BYTES_RANGE[0], high=FRAME_BYTES_RANGE[1]
+    )
+    messages_in_assembly: int = _key(4, "of one device; the oldest is dropped", low=4)
+    assembly_bytes: int = _key(256 * 2**20, "of all devices' unfinished messages", low=2**20)
+    receipts_per_s: int = _key(100, "to one device; what would need more is dropped before it is read", low=10)
+    refusals_per_s: int = _key(20, "receipts `refused` to names that are not invited, all together", low=1)
+    enrolments_per_minute: int = _key(60, "tries of one invited name; more are dropped before they are read", low=1)
+    journal_bytes: int = _key(2**28, "of one device's updates that wait to be merged; one always fits", low=0)
+    metrics_bytes: int = _key(2**24, "of one device's evaluations, which are kept for good", low=1024)
+    log_lines_per_minute: int = _key(6, "about messages refused for one reason; all are counted", low=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InvitationSettings:
+    """How long an invitation stands open."""
+
+    expire_after_s: float = _key(7 * 86_400.0, "unless `invite --expires-in` says otherwise; 7 days", low=1, high=1e9)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransportSettings:
+    """How the broker is reached, besides the certificates in this directory."""
+
+    authority: str = _key("", "directory of the `ternbus broker init` that makes the devices' certificates")
+    username: str = _key("", "at a broker that others run; empty: aggregator-FEDERATION")
+    password_file: str = _key("", "a file with the password in its first line, mode 0600")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What a merge depends on besides its updates; whoever makes one again needs the same."""
+
+    merge: MergeSettings
+    optimizer: OptimizerSettings
+
+    def dumps(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def loads(cls, text: str) -> Self:
+        """What ``dumps`` made."""
+        found = json.loads(text)
+        return cls(merge=MergeSettings(**found["merge"]), optimizer=OptimizerSettings(**found["optimizer"]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The whole file."""
+
+    federation: str
+    broker: str
+    merge: MergeSettings = field(default_factory=MergeSettings)
+    staleness: StalenessSettings = field(default_factory=StalenessSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    downlink: DownlinkSettings = field(default_factory=DownlinkSettings)
+    limits: LimitSettings = field(default_factory=LimitSettings)
+    invitations: InvitationSettings = field(default_factory=InvitationSettings)
+    transport: TransportSettings = field(default_factory=TransportSettings)
+    plan: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(merge=self.merge, optimizer=self.optimizer)
+
+
+SECTIONS: Final[Mapping[str, type]] = {
+    "merge": MergeSettings,
+    "staleness": StalenessSettings,
+    "optimizer": OptimizerSettings,
+    "downlink": DownlinkSettings,
+    "limits": LimitSettings,
+    "invitations": InvitationSettings,
+    "transport": TransportSettings,
+}
+# (type, lowest, highest) of the plan's keys that the protocol names; others go to the training code as they are
+PLAN: Final[Mapping[str, tuple[type, float, float]]] = {
+    "local_epochs": (float, 0, 1e4),
+    "local_steps": (int, 1, 1e9),
+    "batch_size": (int, 1, 1e6),
+    "learning_rate": (float, 0, 1e3),
+    "momentum": (float, 0, 1),
+    "weight_decay": (float, 0, 1e3),
+    "proximal_mu": (float, 0, 1e6),
+    "clip_sigma": (float, 0, 1e6),
+    "codec": (str, 0, 0),
+    "seal": (bool, 0, 1),
+    "error_feedback": (bool, 0, 1),
+    "seed": (int, 0, 2**63 - 1),
+}
+PLAN_BYTES_MAX: Final = 8192  # half of what a header may have
+PLAN_DOC: Final = """\
+# What devices are asked to do; every key may be left out, and keys not listed reach the training code as they are.
+# local_epochs, local_steps, batch_size, learning_rate, momentum, weight_decay, proximal_mu (FedProx),
+# clip_sigma (TernGrad's clipping, 2.5; 0 = off), codec ("ternary" or "float32"), error_feedback (bool), seal (bool),
+# seed; Ternbus' own devices also take optimizer, schedule, local_seconds, participation and others: see docs/tasks.md
+"""
+
+
+def parse(text: str, source: str = "aggregator.toml") -> Settings:
+    """Read and check the file's text; ConfigError names the key that is wrong and what it may be."""
+    return from_table(toml.read(text, source), source)
+
+
+def load(path: Path) -> Settings:
+    try:
+        return parse(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+
+
+def from_table(table: Mapping[str, Any], source: str = "aggregator.toml") -> Settings:
+    """Check a table of sections, as TOML gives it."""
+    unknown = sorted(set(table) - {"federation", "broker", "plan", *SECTIONS})
+    if unknown:
+        raise ConfigError(f"{source}: unknown key {unknown[0]!r}; known are {', '.join(SECTIONS)}, plan")
+    for key in ("federation", "broker"):
+        if not isinstance(table.get(key), str):
+            raise ConfigError(f"{source}: {key!r} must be a string")
+    sections = {name: _section(kind, table.get(name, {}), f"{source}: {name}") for name, kind in SECTIONS.items()}
+    _check_merge(sections["merge"], f"{source}: merge")
+    return Settings(
+        federation=check_federation(table["federation"]),
+        broker=check_broker_url(table["broker"]),
+        plan=_plan(table.get("plan", {}), f"{source}: plan"),
+        **sections,
+    )
+
+
+def _check_merge(about: MergeSettings, where: str) -> None:
+    """Refuse what each key allows by itself and the rule does not."""
+    size, rule = about.buffer_size, about.rule
+    if about.on_large == "refuse" and about.max_update_norm == 0:
+        raise ConfigError(f'{where}.on_large = "refuse" refuses nothing while max_update_norm is 0: set it')
+    if about.max_share < 1 and rule != "mean":
+        raise ConfigError(f'{where}.max_share is for rule = "mean": with "{rule}" has one voice a device; leave it out')
+    if rule in ("krum", "multi-krum") and size < 2 * about.byzantine + 3:
+        raise ConfigError(
+            f'{where}.rule = "{rule}" with byzantine = {about.byzantine} needs a buffer_size of at least '
+            f"{2 * about.byzantine + 3} (2 byzantine + 3), not {size}"
+        )
+    if rule == "multi-krum" and about.krum_keep > size - about.byzantine:
+        raise ConfigError(
+            f"{where}.krum_keep = {about.krum_keep} must be at most {size - about.byzantine} (buffer_size - byzantine)"
+        )
+    if rule == "trimmed-mean" and 2 * math.ceil(about.trim * size - 1e-9) >= size:
+        raise ConfigError(
+            f"{where}.trim = {about.trim:g} leaves nothing of a buffer_size of {size}: trim less, or merge more"
+        )
+
+
+def _section(kind: type, table: object, where: str) -> Any:
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{where} must be a table")
+    known = {entry.name: entry for entry in fields(kind)}
+    for key in table:
+        if key not in known:
+            raise ConfigError(f"{where}.{key} is unknown; known are {', '.join(known)}")
+    return kind(**{key: _value(known[key], value, f"{where}.{key}") for key, value in table.items()})
+
+
+def _value(entry: Field[Any], value: object, where: str) -> Any:
+    about = entry.metadata
+    if entry.default is MISSING:  # every key has a default
+        raise AssertionError(entry.name)
+    if about["one_of"] is not None:
+        if value not in about["one_of"]:
+            raise ConfigError(f"{where} = {value!r} must be one of {', '.join(about['one_of'])}")
+        return value
+    return _number(type(entry.default), value, about["low"], about["high"], where)
+
+
+def _number(kind: type, value: object, low: float | None, high: float | None, where: str) -> Any:
+    wanted = int | float if kind is float else kind
+    if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(f"{where} = {value!r} must be {'a number' if kind is float else kind.__name__}")
+    if isinstance(value, int | float) and not (
+        _is_plain(value) and (low is None or value >= low) and (high is None or value <= high)
+    ):
+        raise ConfigError(f"{where} = {value!r} must be {_interval(low, high)}")
+    return kind(value)
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    if high is None:
+        return f"at least {low:g}"
+    return f"from {low:g} to {high:g}"
+
+
+def _plan(table: object, where: str) -> dict[str, Any]:
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{where} must be a table")
+    plan: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in PLAN:
+            plan[key] = _plain(value, f"{where}.{key}")
+            continue
+        kind, low, high = PLAN[key]
+        if key == "codec":
+            if value not in CODECS:
+                raise ConfigError(f"{where}.codec = {value!r} must be one of {', '.join(CODECS)}")
+            plan[key] = value
+        else:
+            checked = _number(kind, value, low, high, f"{where}.{key}")
+            plan[key] = value if kind is float else checked  # 1 stays 1 on the wire
+    size_bytes = len(msgpack.packb(plan))
+    if size_bytes > PLAN_BYTES_MAX:
+        raise ConfigError(f"{where} takes {size_bytes} bytes, at most {PLAN_BYTES_MAX}: every head carries it")
+    return plan
+
+
+def _plain(value: object, where: str) -> object:
+    """A value of an unknown plan key: whatever msgpack carries unchanged."""
+    items = value if isinstance(value, list) else [value]
+    if all(isinstance(item, str) or (isinstance(item, int | float) and _is_plain(item)) for item in items):
+        return value
+    raise ConfigError(f"{where} = {value!r}: use a string, a number of 64 bits, true, false or a flat list of these")
+
+
+def _is_plain(number: int | float) -> bool:
+    """Whether it is finite and within 64 bits, as every number on the wire is."""
+    return math.isfinite(number) if isinstance(number, float) else -(2**63) <= number < 2**63
+
+
+def with_overrides(table: dict[str, Any], overrides: Mapping[str, object]) -> dict[str, Any]:
+    """The table with dotted keys such as ``merge.buffer_size`` set."""
+    for dotted, value in overrides.items():
+        section, dot, key = dotted.partition(".")
+        if not dot or not key or "." in key:
+            raise ConfigError(f"--set {dotted}: write SECTION.KEY=VALUE, for example merge.buffer_size=1")
+        if not isinstance(table.setdefault(section, {}), dict):
+            raise ConfigError(f"--set {dotted}: {section!r} is no section; known are {', '.join(SECTIONS)}, plan")
+        table[section][key] = value
+    return table
+
+
+def toml_value(text: str) -> object:
+    """A ``--set`` value: TOML where it is TOML, else the string itself."""
+    try:
+        return toml.read(f"value = {text}", "the value")["value"]
+    except ConfigError:
+        return text
+
+
+def dumps(settings: Settings) -> str:
+    """The file's text: every key, its value, and what it means."""
+    lines = [
+        "# A Ternbus aggregator. Changes are in force after a restart; what is wrong is refused by name at start.",
+        f"federation = {json.dumps(settings.federation)}",
+        f"broker = {json.dumps(settings.broker)}",
+    ]
+    for name, kind in SECTIONS.items():
+        lines += ["", f"[{name}]"]
+        section = getattr(settings, name)
+        for entry in fields(kind):
+            lines.append(f"{entry.name} = {_dump(getattr(section, entry.name))}  # {entry.metadata['doc']}")
+    lines += ["", "[plan]", PLAN_DOC.rstrip()]
+    lines += [f"{_dump(key)} = {_dump(value)}" for key, value in settings.plan.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _dump(value: object) -> str:
+    """A value as TOML; JSON's is the same but for characters beyond 16 bits, and for DEL."""
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,1 @@
+"""What runs an aggregator: process, threads, directory and the command line."""

@@ -1,0 +1,100 @@
+"""`ternbus aggregator invite`, `invitations` and `revoke`: who belongs, as commands."""
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from ternbus.aggregator.shell import home, together
+from ternbus.aggregator.shell.arguments import AsJson, Dir
+from ternbus.aggregator.store import status as statuses
+from ternbus.broker.errors import ConfigError
+from ternbus.broker.version import software
+
+UNITS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0}
+
+
+def invite(
+    directory: Dir,
+    devices: Annotated[list[str], typer.Argument(metavar="DEVICE…", help="Names: a-z, 0-9, '_', '-'; at most 64.")],
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write FOLDER/DEVICE.toml for each.")] = None,
+    certificates: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Theirs, as `ternbus broker certificate --out` wrote them.")
+    ] = None,
+    expires_in: Annotated[
+        str | None, typer.Option(metavar="TIME", help="30m, 12h, 7d, 2w. [default: invitations.expire_after_s, 7d]")
+    ] = None,
+) -> None:
+    """Invite devices. The invitation is secret: whoever holds it can join as that device, once.
+
+    For a device that has joined it is the way to a new key: `ternbus edge join --renew`. An open invitation of
+    before is void. Where the broker was made by `ternbus broker init` on this machine it carries a certificate, made
+    now.
+
+    Example: ternbus aggregator invite agg pi-1 pi-2 --expires-in 12h --out invitations
+    """
+    expires_in_s = None if expires_in is None else _seconds(expires_in)
+    if out is None and len(devices) > 1:
+        raise ConfigError("several invitations need a folder: add --out FOLDER")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    for invitation in home.invite(directory, *devices, certificates=certificates, expires_in_s=expires_in_s):
+        if out is None:
+            typer.echo(invitation.dumps(), nl=False)
+        else:
+            typer.echo(str(together.write_invitation(out, invitation)))
+
+
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhdw])", text)
+    if found is None or not 0 < (seconds := float(found[1]) * UNITS[found[2]]) <= 1e9:
+        raise ConfigError(f"--expires-in {text}: write a number and a unit, for example 30m, 12h, 7d or 2w")
+    return seconds
+
+
+def invitations(
+    directory: Dir,
+    cancel: Annotated[
+        list[str] | None, typer.Option(metavar="DEVICE", help="Make its invitation void, at once; repeatable.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the invitations that nobody has used yet, never with their codes; or cancel some.
+
+    Example: ternbus aggregator invitations agg --cancel pi-7
+    """
+    home.load_settings(directory)
+    for device in cancel or ():
+        home.cancel(directory, device, software())
+    found = statuses.invitations(directory, time.time())
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    typer.echo(f"{'device':<24} {'state':<8} {'made':<16} {'ends':<16} for")
+    for row in found:
+        made, ends = (time.strftime("%Y-%m-%d %H:%M", time.localtime(row[name])) for name in ("made_at", "expires_at"))
+        purpose = "a new device" if row["key_state"] is None else f"a new key ({row['key_state']} now)"
+        typer.echo(f"{row['device']:<24} {row['state']:<8} {made:<16} {ends:<16} {purpose}")
+
+
+def revoke(
+    directory: Dir,
+    device: Annotated[str, typer.Argument(metavar="DEVICE", help="Which has joined.")],
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="Told to the device, and kept.")] = "",
+    keep: Annotated[
+        bool,
+        typer.Option("--keep", help="Merge what was accepted from it. [default: what is not merged yet is dropped]"),
+    ] = False,
+) -> None:
+    """Put a device out: its key is void for good; in force when this returns, beside a running aggregator too.
+
+    Its next message is answered `revoked`, and it stops. What is merged already stays merged. It comes back only by
+    a new invitation and with a new key. At the broker it stays who it is: see docs/security.md.
+
+    Example: ternbus aggregator revoke agg pi-7 --reason "stolen on 3 May"
+    """
+    dropped = home.revoke(directory, device, software(), why=reason, keep=keep)
+    typer.echo(f"{device} is revoked; {dropped} of its accepted updates will not be merged")

@@ -1,0 +1,297 @@
+"""`ternbus aggregator …`: make, run, watch and steer a federation's server."""
+
+import json
+import logging
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ternbus.aggregator.settings import TransportSettings, toml_value
+from ternbus.aggregator.shell import admission, home, log_command, together
+from ternbus.aggregator.shell.arguments import AsJson, Dir
+from ternbus.aggregator.shell.service import Service
+from ternbus.aggregator.store import local_tests, requests
+from ternbus.aggregator.store import status as statuses
+from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol.endpoint import PORTS, is_loopback
+from ternbus.broker.protocol.identity import read_password
+from ternbus.broker.protocol.schema import load_safetensors, save_safetensors
+from ternbus.broker.server.running import Engine, RunningBroker
+from ternbus.broker.version import software
+
+app = typer.Typer(no_args_is_help=True, help="The server: accept updates, merge them, publish the model.")
+app.add_typer(log_command.app, name="log")
+
+Username = Annotated[
+    str, typer.Option(metavar="NAME", help="At a broker that others run. [default: aggregator-FEDERATION]")
+]
+PasswordFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="With the password in its first line; mode 0600, TLS only.")
+]
+
+
+@app.command()
+def init(
+    directory: Dir,
+    *,
+    federation: Annotated[str, typer.Option(help="Its name: a-z, 0-9, '-'; at most 32.")],
+    model: Annotated[Path, typer.Option(help="The initial model; `ternbus edge init-model` makes one.")],
+    broker: Annotated[
+        str | None, typer.Option(metavar="URL", help="mqtt://HOST:PORT or mqtts://HOST:PORT, as devices reach it.")
+    ] = None,
+    broker_dir: Annotated[
+        Path | None, typer.Option(help="Instead: a `ternbus broker init` on this machine, which certifies devices too.")
+    ] = None,
+    tls: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="With ca.pem, certificate.pem, certificate.key for another's broker."),
+    ] = None,
+    username: Username = "",
+    password_file: PasswordFile = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="For example merge.buffer_size=1; repeatable."),
+    ] = None,
+    dense: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Tensors never to be made ternary, for example 'fc.*'.")
+    ] = None,
+) -> None:
+    """Make a federation: its key, its ledger, DIR/aggregator.toml, and version 0 of the model.
+
+    Example: ternbus aggregator init agg --federation lab --broker-dir bus --model m.safetensors
+    """
+    overrides = dict(_override(text) for text in settings or [])
+    overrides |= _login(username, password_file)
+    if broker_dir is not None:
+        overrides["transport.authority"] = str(broker_dir.resolve())
+    url = _broker_url(broker, broker_dir)
+    tensors = load_safetensors(model)
+    home.create(
+        directory,
+        federation=federation,
+        broker=url,
+        model=tensors,
+        settings=overrides,
+        dense=dense or (),
+        certificates=tls,
+    )
+    elements = sum(array.size for array in tensors.values())
+    typer.echo(f"{directory}: federation {federation!r}, {len(tensors)} tensors, {elements:,} parameters")
+    typer.echo(f"next: ternbus aggregator run {directory}   and   ternbus aggregator invite {directory} DEVICE")
+
+
+def _broker_url(broker: str | None, broker_dir: Path | None) -> str:
+    if broker is not None and broker_dir is None:
+        return broker
+    if broker is not None or broker_dir is None:
+        raise ConfigError("say which broker: either --broker mqtts://HOST:PORT or --broker-dir DIR")
+    from ternbus.broker.server.home import Home  # noqa: PLC0415 - certificates take a library that only few need
+
+    return Home(broker_dir.absolute()).url
+
+
+def _login(username: str, password_file: Path | None) -> dict[str, object]:
+    """As settings. The password itself stays in its file, and goes into no invitation."""
+    entries: dict[str, object] = {}
+    if username:
+        entries["transport.username"] = username
+    if password_file is not None:
+        read_password(password_file)  # a mistake is best said before
+        entries["transport.password_file"] = str(password_file.resolve())
+    return entries
+
+
+def _override(text: str) -> tuple[str, object]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {text}: write SECTION.KEY=VALUE, for example merge.buffer_size=1")
+    return key, toml_value(value)
+
+
+@app.command()
+def run(directory: Dir, username: Username = "", password_file: PasswordFile = None) -> None:
+    """Serve until Ctrl-C or SIGTERM, which finish what is accepted first. Waits for a broker that is not there yet."""
+    transport = home.load_settings(directory).transport
+    if username:
+        transport = replace(transport, username=username)
+    if password_file is not None:
+        transport = replace(transport, password_file=str(password_file.resolve()))
+    _serve(directory, transport)
+
+
+def _serve(directory: Path, transport: TransportSettings | None = None, broker: RunningBroker | None = None) -> None:
+    logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    service = Service(directory, software(), _say, transport)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: service.stop())
+    ended = together.watch(broker, service.stop) if broker is not None else []
+    service.run()
+    if broker is not None and ended:
+        _say(f"{broker.software} ended by itself with code {ended[0]}; its last lines:\n{broker.last_lines()}")
+        raise typer.Exit(1)
+    _say("stopped")
+
+
+@app.command()
+def up(
+    directory: Dir,
+    *,
+    model: Annotated[Path | None, typer.Option(help="The initial model, at the first start.")] = None,
+    devices: Annotated[
+        list[str] | None, typer.Option("--invite", metavar="DEVICE", help="Invite a device; repeatable.")
+    ] = None,
+    federation: Annotated[str, typer.Option(help="Its name, at the first start.")] = "home",
+    host: Annotated[str, typer.Option(help="This machine's address, as devices reach it.")] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="0: any free one. [default: 8883, without TLS 1883]")
+    ] = None,
+    tls: Annotated[
+        bool | None, typer.Option("--tls/--no-tls", help="At the first start. [default: TLS if others reach the host]")
+    ] = None,
+    engine: Annotated[Engine, typer.Option(help="auto: mosquitto if there is one, else nats-server.")] = Engine.AUTO,
+) -> None:
+    """Run broker and aggregator together, made on the first start: the short way to a first federation.
+
+    With an address that other machines reach, the broker speaks TLS 1.3 and lets in only who was invited: the
+    invitations carry certificates.
+
+    Example: ternbus aggregator up home --model model.safetensors --host 192.168.1.10 --invite pi-1 --invite pi-2
+    """
+    secured = not is_loopback(host) if tls is None else tls
+    port = PORTS["mqtts" if secured else "mqtt"] if port is None else port
+    first = together.First(model=model, federation=federation, host=host, port=port, tls=secured)
+    with together.start_broker(directory, engine, first) as broker:
+        if not broker.endpoint.tls and not is_loopback(broker.endpoint.host):
+            _say(
+                f"{broker.url} is open to the network, without TLS: "
+                "anybody there can read and disturb, though not forge"
+            )
+        _say(f"{broker.software} ready on {broker.url}")
+        for path in together.prepare(directory, first, broker.url, devices or ()):
+            _say(f"invitation, to be copied to the device: {path}")
+        _serve(directory, broker=broker)
+
+
+def _say(text: str) -> None:
+    typer.echo(f"{time.strftime('%H:%M:%S')} {text}", err=True)
+
+
+for each in (admission.invite, admission.invitations, admission.revoke):
+    app.command()(each)
+
+
+@app.command()
+def status(directory: Dir, as_json: AsJson = False) -> None:
+    """Show version, buffer, counters, devices and the last versions."""
+    _flush_counts(directory)
+    found = statuses.read(directory)
+    typer.echo(json.dumps(found) if as_json else _summary(found))
+
+
+def _flush_counts(directory: Path) -> None:
+    home.load_settings(directory)
+    try:
+        home.flush_counts(directory)
+    except ConfigError as error:
+        _say(f"as the ledger has it: {error}")
+
+
+def _summary(found: dict[str, Any]) -> str:
+    counts = dict(found["counts"])
+    invalid = counts.pop("invalid")
+    lines = [
+        f"federation {found['federation']}: {found['state']}, version {found['version']}, digest {found['digest']}",
+        f"{found['buffer']} in the buffer",
+        "updates: " + ", ".join(f"{value} {name}" for name, value in counts.items()),
+    ]
+    if invalid:
+        lines.append("refused: " + ", ".join(f"{value} {name}" for name, value in invalid.items()))
+    lines += [f"{name}: {value}" for name, value in local_tests.sentences(found["local"])]
+    lines.append(_device_table(found["devices"]))
+    return "\n".join([*lines, "", *_version_table(found["versions"][-10:], local=found["local"] is not None)])
+
+
+def _version_table(versions: list[dict[str, Any]], *, local: bool) -> list[str]:
+    """The last columns are of the devices' own data, and of so many of them."""
+    heading = f"{'version':>8} {'updates':>8} {'staleness':>10} {'accuracy':>9}   {'time':<19}"
+    lines = [heading + (f" {'worst tenth':>12} {'median':>8} {'devices':>8}" if local else "").rstrip()]
+    for row in versions:
+        accuracy = row["metrics"].get("accuracy")
+        shown = "" if accuracy is None else f"{accuracy:.4f}"
+        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["time"]))
+        staleness = f"{row['staleness_mean']:.2f}/{row['staleness_max']}"
+        line = f"{row['version']:>8} {row['updates']:>8} {staleness:>10} {shown:>9}   {moment}"
+        if (own := row["local"]) is not None:
+            among = own["accuracy"]
+            line += f" {among['worst_decile']:>12.4f} {among['median']:>8.4f} {own['devices']:>8}"
+        lines.append(line)
+    return lines
+
+
+def _device_table(devices: dict[str, Any]) -> str:
+    lines = ["", f"{'device':<24} {'state':<10} {'updates':>8} {'base':>8} {'staleness':>10} {'kB':>9} {'last seq':>9}"]
+    private = any(row["epsilon"] is not None for row in devices.values())
+    lines[-1] += f" {'epsilon':>8}" if private else ""
+    for name, row in devices.items():
+        state = row["state"] if row["key_state"] == "active" else row["key_state"]
+        base = "" if row["base"] is None else row["base"]
+        behind = "" if row["staleness"] is None else row["staleness"]
+        traffic = f"{row['bytes'] / 1000:>9.1f} {row['last_seq']:>9}"
+        traffic += "" if row["epsilon"] is None else f" {row['epsilon']:>8.3f}"
+        lines.append(f"{name:<24} {state:<10} {row['updates']:>8} {base:>8} {behind:>10} {traffic}")
+    return "\n".join(lines)
+
+
+@app.command()
+def devices(directory: Dir, as_json: AsJson = False) -> None:
+    """List the devices that joined."""
+    _flush_counts(directory)
+    found = statuses.read(directory)["devices"]
+    typer.echo(json.dumps(found) if as_json else _device_table(found).lstrip("\n"))
+
+
+@app.command()
+def pause(directory: Dir) -> None:
+    """Let devices follow but not train; in force when this returns."""
+    home.change_state(directory, requests.PAUSE, software())
+
+
+@app.command()
+def resume(directory: Dir) -> None:
+    """Open the federation again."""
+    home.change_state(directory, requests.RESUME, software())
+
+
+@app.command()
+def close(directory: Dir) -> None:
+    """End the training: what is accepted is merged, devices drop the rest and stop."""
+    home.change_state(directory, requests.CLOSE, software())
+
+
+@app.command()
+def restored(directory: Dir) -> None:
+    """Say, before the next `run`, that DIR was restored from a backup.
+
+    Devices refuse what is older than what they have seen, so version and sequence numbers go on 2^32 higher.
+    """
+    typer.echo(f"{directory} goes on at version {home.restored(directory, software())}")
+
+
+@app.command()
+def export(
+    directory: Dir,
+    out: Annotated[Path, typer.Argument(metavar="OUT.safetensors")],
+    number: Annotated[
+        int | None,
+        typer.Option("--version", min=0, max=2**63 - 1, help="One of the last versions; default: the newest."),
+    ] = None,
+) -> None:
+    """Write a version of the model, as devices hold it, to a safetensors file."""
+    found, digest, tensors = home.tensors_of(directory, number)
+    save_safetensors(out, tensors, {"version": str(found), "digest": digest.hex()})
+    typer.echo(f"{out}: version {found}, digest {digest.hex()}")

@@ -1,0 +1,114 @@
+"""The log of merges as it is kept and as it is handed out: read, checked against the ledger, written to a file."""
+
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+from ternbus.aggregator.shell.home import KEY, LEDGER
+from ternbus.aggregator.store.ledger import Ledger, unsigned
+from ternbus.broker.errors import ConfigError, ProtocolError
+from ternbus.broker.protocol import topics
+from ternbus.broker.protocol.frame import parse
+from ternbus.broker.protocol.identity import Identity
+from ternbus.broker.protocol.merge_log import Audit, Entry, Signed, unpack, unpack_all
+from ternbus.broker.protocol.messages import Head
+
+Published = tuple[int, bytes | None]
+
+
+def verify(source: Path, public: bytes | None, head: Published | None) -> Audit:
+    """Check a directory's log beside its ledger and its head, or a file that `export` wrote, by ``public`` alone."""
+    if source.is_dir():
+        own = Identity.load(source / KEY).public if public is None else public
+        with closing(_open(source)) as ledger:
+            return _verify_ledger(ledger, own, head)
+    if public is None:
+        raise ConfigError("a file is checked by the aggregator's public key: add --key HEX (it is in every invitation)")
+    audit = Audit(public=public)
+    try:
+        with source.open("rb") as file:
+            for signed in unpack_all(file):
+                audit.take(signed)
+    except ProtocolError as error:
+        audit.faults.append(error.detail)
+    audit.finish(head)
+    return audit
+
+
+def _open(directory: Path) -> Ledger:
+    ledger = Ledger(directory / LEDGER, read_only=True)
+    ledger.db.execute("BEGIN")  # one moment for all of it
+    return ledger
+
+
+def _verify_ledger(ledger: Ledger, public: bytes, head: Published | None) -> Audit:
+    """The chain, and whether the other tables and the head that was published say the same."""
+    audit = Audit(public=public, federation=ledger.fact("federation"))
+    for version, packed in ledger.db.execute("SELECT version, entry FROM log ORDER BY version"):
+        try:
+            entry = audit.take(unpack(packed))
+        except ProtocolError as error:
+            audit.faults.append(f"version {version} is damaged: {error.detail}")
+            continue
+        if entry is not None and entry.version != version:
+            audit.faults.append(f"version {entry.version} stands in the place of version {version}")
+        elif entry is not None:
+            audit.faults += _differences(ledger, entry)
+    try:
+        frame = parse(ledger.frame(topics.head(audit.federation)))
+        frame.check_authentic(public)
+        published = Head.from_meta(frame.meta)
+        audit.finish(head or (published.version, published.digest))
+    except ProtocolError as error:
+        audit.finish(head)
+        audit.faults.append(f"the head that was published last is not signed by this key ({error.reason})")
+    return audit
+
+
+def _differences(ledger: Ledger, entry: Entry) -> Iterator[str]:
+    row = ledger.db.execute("SELECT digest FROM versions WHERE version = ?", (entry.version,)).fetchone()
+    if row != (entry.digest,):
+        yield f"version {entry.version} has another digest in the ledger than in the log"
+    rows = ledger.db.execute(
+        "SELECT device, key, seq, digest FROM updates WHERE merged = ? ORDER BY id", (entry.version,)
+    )
+    found = {(device, key, unsigned(seq), digest) for device, key, seq, digest in rows}
+    logged = {(each.device, bytes(each.key), each.seq, each.digest) for each in entry.updates}
+    for device, _, seq, _ in sorted(found - logged):
+        yield f"version {entry.version} holds update {seq} of {device} in the ledger, and not in the log"
+    for device, _, seq, _ in sorted(logged - found):
+        yield f"version {entry.version} holds update {seq} of {device} in the log, and not in the ledger"
+
+
+def entries(source: Path, version: int | None = None) -> Iterator[tuple[Entry, Signed]]:
+    """What a directory's log or an exported file says, unchecked; ConfigError where it cannot be read."""
+    try:
+        for signed in _signed(source, version):
+            entry = Entry.parse(signed.content)
+            if version in {None, entry.version}:
+                yield entry, signed
+    except ProtocolError as error:
+        raise ConfigError(f"{source}: {error.detail}; what is wrong says: ternbus aggregator log verify") from error
+
+
+def _signed(source: Path, version: int | None = None) -> Iterator[Signed]:
+    if not source.is_dir():
+        with source.open("rb") as file:
+            yield from unpack_all(file)
+        return
+    with closing(_open(source)) as ledger:
+        query = "SELECT entry FROM log WHERE ? IS NULL OR version = ? ORDER BY version"
+        for (packed,) in ledger.db.execute(query, (version, version)):
+            yield unpack(packed)
+
+
+def export(directory: Path, out: Path) -> None:
+    """Write the log as it is now: entries one behind the other, so that a later export begins with this one."""
+    partial = out.with_name(out.name + ".partial")
+    with closing(_open(directory)) as ledger, partial.open("wb") as file:
+        for (packed,) in ledger.db.execute("SELECT entry FROM log ORDER BY version"):
+            file.write(packed)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(out)

@@ -1,0 +1,161 @@
+"""`ternbus aggregator log …`: look at the log of merges, check it, and hand it out."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ternbus.aggregator.shell import log
+from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol.merge_log import Audit, Contribution, Entry, Signed
+
+app = typer.Typer(
+    no_args_is_help=True, help="The log of merges: which updates are in which version, signed and chained."
+)
+
+Source = Annotated[
+    Path, typer.Argument(metavar="DIR|FILE", exists=True, help="The aggregator's directory, or an export.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+@app.command()
+def verify(
+    source: Source,
+    key: Annotated[
+        str | None, typer.Option(metavar="HEX", help="The aggregator's public key; for a DIR: its own is the default.")
+    ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VERSION[:DIGEST]",
+            help="A head that was published, which the log has to hold: only by one is a missing end noticed.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check every signature and the chain; name each entry that was changed, removed or moved. Exit code 1 if any was.
+
+    For a DIR the entries are also held against the ledger's other tables and the head that it published last.
+
+    Example: ternbus aggregator log verify lab.log --key 9f2c… --head 120
+    """
+    audit = log.verify(source, None if key is None else _hex(key, "--key"), None if head is None else _head(head))
+    typer.echo(json.dumps(_facts(audit)) if as_json else _report(audit))
+    if audit.faults:
+        raise typer.Exit(1)
+
+
+def _hex(text: str, option: str) -> bytes:
+    try:
+        value = bytes.fromhex(text)
+    except ValueError:
+        value = b""
+    if len(value) != 32:
+        raise ConfigError(f"{option}: {text!r} is not 64 hex digits")
+    return value
+
+
+def _head(text: str) -> tuple[int, bytes | None]:
+    version, _, digest = text.partition(":")
+    if not version.isdecimal():
+        raise ConfigError(f"--head: {text!r} is not VERSION or VERSION:DIGEST, as `ternbus edge status` shows it")
+    return int(version), _hex(digest, "--head") if digest else None
+
+
+def _facts(audit: Audit) -> dict[str, object]:
+    version, digest, entry = audit.last if audit.readable else (None, b"", b"")
+    return {
+        "ok": not audit.faults,
+        "faults": audit.faults,
+        "federation": audit.federation,
+        "entries": audit.entries,
+        "updates": audit.updates,
+        "bytes": audit.size_bytes,
+        "version": version,
+        "digest": digest.hex(),
+        "hash": entry.hex(),
+    }
+
+
+def _report(audit: Audit) -> str:
+    if audit.faults:
+        return "\n".join([f"the log is not as it was written: {len(audit.faults)} faults", *audit.faults])
+    version, digest, entry = audit.last
+    each = f", {audit.size_bytes / audit.updates:.0f} an update" if audit.updates else ""
+    return (
+        f"the log of {audit.federation} is as it was written: {audit.entries} entries, {audit.updates} updates, "
+        f"{audit.size_bytes} bytes{each}\n"
+        f"it ends with version {version}, digest {digest.hex()}\n"
+        f"the last entry's hash, which stands for all of it: {entry.hex()}"
+    )
+
+
+@app.command()
+def show(
+    source: Source,
+    device: Annotated[str | None, typer.Option(help="Only what this device contributed.")] = None,
+    number: Annotated[int | None, typer.Option("--version", min=0, max=2**63 - 1, help="Only this version.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, an entry a line.")] = False,
+) -> None:
+    """Show which updates each version was made of: device, sequence number, weight, digest. Nothing is checked here.
+
+    Example: ternbus aggregator log show agg --device pi-7
+    """
+    found = False
+    for entry, signed in log.entries(source, number):
+        updates = [each for each in entry.updates if device in {None, each.device}]
+        if device is not None and not updates:
+            continue
+        found = True
+        typer.echo(json.dumps(_row(entry, signed, updates)) if as_json else _table(entry, updates))
+    if not found:
+        whom = "" if device is None else f" of {device}"
+        where = "" if number is None else f" in version {number}"
+        typer.echo(f"nothing{whom}{where}", err=True)
+        raise typer.Exit(1)
+
+
+def _row(entry: Entry, signed: Signed, updates: list[Contribution]) -> dict[str, object]:
+    return {
+        "version": entry.version,
+        "digest": entry.digest.hex(),
+        "previous": entry.previous.hex(),
+        "hash": signed.hash.hex(),
+        "updates": [
+            {
+                "device": each.device,
+                "key": each.key.hex(),
+                "seq": each.seq,
+                "digest": each.digest.hex(),
+                "weight": each.weight,
+            }
+            for each in updates
+        ],
+    }
+
+
+def _table(entry: Entry, updates: list[Contribution]) -> str:
+    total = sum(each.weight for each in entry.updates)
+    lines = [f"version {entry.version}, digest {entry.digest.hex()}, {len(entry.updates)} updates"]
+    for each in updates:
+        share = f"{100 * each.weight / total:>5.1f} %" if total else ""
+        name = f"{each.device} ({each.key.hex()})"
+        lines.append(f"  {name:<32} seq {each.seq:<8} weight {each.weight:<12.6g} {share}  {each.digest.hex()}")
+    return "\n".join(lines)
+
+
+@app.command()
+def export(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The aggregator's directory.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write; it holds no secret.")],
+) -> None:
+    """Write the log to a file, which anybody can check who has the aggregator's public key.
+
+    It names devices, and says when each contributed how much: hand it to whom that may concern.
+
+    Example: ternbus aggregator log export agg lab.log
+    """
+    log.export(directory, out)
+    typer.echo(f"{out}: {out.stat().st_size} bytes; check it with: ternbus aggregator log verify {out} --key …")

@@ -1,0 +1,269 @@
+"""The running aggregator: it owns the connection, the ledger and the clock, and does what the core says, in order."""
+
+import queue
+import random
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Final, assert_never
+
+from ternbus.aggregator.core import events
+from ternbus.aggregator.core.core import Core
+from ternbus.aggregator.core.events import Opened
+from ternbus.aggregator.core.pace import Lines
+from ternbus.aggregator.merge.background import summing
+from ternbus.aggregator.settings import TransportSettings
+from ternbus.aggregator.shell import transport
+from ternbus.aggregator.shell.gate import WORTHWHILE_BYTES, Gate
+from ternbus.aggregator.shell.home import LEDGER, open_core
+from ternbus.aggregator.store import requests
+from ternbus.aggregator.store.ledger import Ledger
+from ternbus.broker.errors import ConfigError, LinkError
+from ternbus.broker.link.link import (
+    Arrived,
+    Connected,
+    Disconnected,
+    Link,
+    LinkEvent,
+    Published,
+    Refused,
+    Token,
+    packet_bytes,
+)
+
+BATCH: Final = 64  # events whose records share one fsync
+POLL_S: Final = 0.1  # how often the ledger is looked at for what commands have asked
+SAY_S: Final = 10.0  # how often a wait is spoken of
+DELAYS_S: Final = (0.2, 30.0)  # between attempts to connect: the first, and the longest
+GOODBYE_S: Final = 5.0
+SWITCH_S: Final = 0.0005
+
+
+class Interrupted:
+    """SIGINT or SIGTERM has come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """A message whose frame is being opened in another thread; its place in the queue is its order of arrival."""
+
+    arrived: Arrived
+    opened: "Future[Opened | None]"
+
+
+Item = LinkEvent | Ahead | Interrupted
+
+
+@contextmanager
+def _quick_handover() -> Iterator[None]:
+    """Let threads that numpy, zstd or a hash set free have the interpreter back soon: a tenth more updates a second."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+@dataclass(slots=True)
+class Service:
+    """Serves one directory until ``stop`` is called (from a signal handler, or any thread)."""
+
+    directory: Path
+    software: str
+    say: Callable[[str], None]
+    transport: TransportSettings | None = None  # instead of what aggregator.toml says
+    _queue: "queue.SimpleQueue[Item]" = field(default_factory=queue.SimpleQueue)
+    _opening: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="gate"))
+    _gate: Gate = field(init=False)
+    _ledger: Ledger = field(init=False)
+    _core: Core = field(init=False)
+    _lines: Lines = field(init=False)
+    _link: Link = field(init=False)
+    _protocol: int = 5
+    _connect_at: float | None = 0.0
+    _attempts: int = 0
+    _said_at: float = -SAY_S
+    _change_count: int = -1
+    _polled_at: float = 0.0
+    _stopped: bool = False
+
+    def stop(self) -> None:
+        """End soon: what is accepted is finished first."""
+        self._queue.put(Interrupted())
+
+    def run(self) -> None:
+        """Serve; return when stopped. ConfigError where the directory or the broker's address is wrong."""
+        with (
+            requests.exclusive(self.directory, patience_s=2.0),
+            ThreadPoolExecutor(1, thread_name_prefix="vectors") as beside,
+            ThreadPoolExecutor(1, thread_name_prefix="adding") as adding,
+            closing(Ledger(self.directory / LEDGER, beside=beside)) as self._ledger,
+            _quick_handover(),
+        ):
+            self._core = open_core(self.directory, self._ledger, self.software)
+            self._core.model.sum_by(partial(summing, adding))
+            self._gate = Gate(registry=self._core.registry, schema=self._core.schema)
+            self._serve()
+
+    def _serve(self) -> None:
+        settings = self._core.settings
+        self._lines = Lines(settings.limits.log_lines_per_minute)
+        self._link = transport.connect(self.directory, settings, self._deliver, self.transport)
+        try:
+            self._perform(self._core.start(time.monotonic()))
+            self.say(
+                f"federation {settings.federation!r} at version {self._core.model.version}, broker {settings.broker}"
+            )
+            while not self._stopped:
+                self._turn()
+        finally:
+            self._link.disconnect(GOODBYE_S if self._stopped else 0.0)
+            self._opening.shutdown()
+
+    def _deliver(self, event: LinkEvent) -> None:
+        """Called in the network thread: put into the queue, and no more."""
+        if isinstance(event, Arrived) and len(event.payload) >= WORTHWHILE_BYTES:
+            opened = self._opening.submit(self._gate.open, event.topic, event.payload)
+            self._queue.put(Ahead(event, opened))
+        else:
+            self._queue.put(event)
+
+    def _turn(self) -> None:
+        """One round: connect if due, look for requests, take in what has come, tell the core the time."""
+        now = time.monotonic()
+        if self._connect_at is not None and now >= self._connect_at:
+            self._connect()
+        if now - self._polled_at >= POLL_S:
+            self._polled_at = now
+            self._poll()
+        batch = self._next_batch()
+        actions: list[events.Action] = []
+        tokens: list[Token] = []
+        for event in batch:
+            actions += self._translate(event, tokens)
+        actions += self._core.handle(events.TimeReached(), time.monotonic())
+        self._perform(actions)
+        for token in tokens:
+            self._link.acknowledge(token)
+
+    def _next_batch(self) -> list[Item]:
+        """Everything that waits, at most BATCH; nothing if a deadline comes first."""
+        now = time.monotonic()
+        due = [self._polled_at + POLL_S] + [
+            when for when in (self._core.deadline, self._connect_at) if when is not None
+        ]
+        batch: list[Item] = []
+        with suppress(queue.Empty):
+            batch.append(self._queue.get(timeout=max(0.0, min(due) - now)))
+            while len(batch) < BATCH:
+                batch.append(self._queue.get_nowait())
+        return batch
+
+    def _translate(self, event: Item, tokens: list[Token]) -> list[events.Action]:
+        now = time.monotonic()
+        match event:
+            case Ahead():
+                opened = event.opened.result()
+                actions = self._message(event.arrived, opened, tokens)
+                self._gate.close(opened)
+                return actions
+            case Arrived():
+                return self._message(event, None, tokens)
+            case Connected():
+                self._attempts, self._protocol = 0, event.protocol
+                self.say(f"connected (MQTT {'5' if event.protocol == 5 else '3.1.1'})")
+                return self._core.handle(events.Connected(frame_bytes=event.frame_bytes), now)
+            case Disconnected():
+                self.say(f"connection lost: {event.reason}")
+                self._retry()
+                return self._core.handle(events.Disconnected(), now)
+            case Interrupted():
+                return [] if self._stopped else self._core.handle(events.StopRequested(), now)
+            case Refused():
+                line = self._lines.write(event.reason, f"the broker refused a message: {event.reason}", now)
+                if line:
+                    self.say(line)
+                return []
+            case Published():
+                return []
+            case _:
+                assert_never(event)
+
+    def _message(self, arrived: Arrived, opened: Opened | None, tokens: list[Token]) -> list[events.Action]:
+        tokens.append(arrived.token)
+        size = packet_bytes(arrived.topic, len(arrived.payload), self._protocol)
+        event = events.MessageArrived(
+            topic=arrived.topic, payload=arrived.payload, packet_bytes=size, opened=opened, clock_s=time.time()
+        )
+        return self._core.handle(event, time.monotonic())
+
+    def _perform(self, actions: Iterable[events.Action]) -> None:
+        """Do the actions in order, but every record first and with one fsync: to publish later is always safe."""
+        ordered = list(actions)
+        batch = [action.record for action in ordered if isinstance(action, events.Save)]
+        if batch:
+            self._ledger.write(batch)
+        for action in ordered:
+            match action:
+                case events.Save():
+                    continue
+                case events.Publish():
+                    self._publish(action.topic, action.payload, retain=action.retain)
+                case events.RepublishKept():
+                    self.say(f"publishing {len(action.topics)} retained messages: the broker has not shown ours")
+                    for topic in action.topics:
+                        self._publish(topic, self._ledger.frame(topic), retain=True)
+                case events.Subscribe():
+                    with suppress(LinkError):  # lost again already: the next connection subscribes
+                        self._link.subscribe(action.filters)
+                case events.Log():
+                    self.say(action.text)
+                case events.Stop():
+                    self._stopped = True
+                    if action.error:
+                        raise ConfigError(action.error)
+                case events.Connect():
+                    raise AssertionError("only _connect asks for it")
+                case _:
+                    assert_never(action)
+
+    def _publish(self, topic: str, payload: bytes, *, retain: bool) -> None:
+        try:
+            self._link.publish(topic, payload, retain=retain)
+        except LinkError:
+            return  # what matters is sent again at the next connection
+
+    def _connect(self) -> None:
+        actions = self._core.handle(events.Connecting(), time.monotonic())
+        self._perform(action for action in actions if not isinstance(action, events.Connect))
+        (will,) = [action for action in actions if isinstance(action, events.Connect)]
+        self._connect_at = None
+        try:
+            self._link.connect(will.will_topic, will.will_payload)
+        except LinkError as error:
+            if time.monotonic() - self._said_at >= SAY_S:
+                self._said_at = time.monotonic()
+                self.say(f"waiting for the broker: {error}")
+            self._retry()
+
+    def _retry(self) -> None:
+        first, longest = DELAYS_S
+        delay = min(longest, first * 2**self._attempts)
+        self._attempts = min(self._attempts + 1, 10)
+        self._connect_at = time.monotonic() + delay * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, no secret
+
+    def _poll(self) -> None:
+        """See what commands have asked for since the last look."""
+        change_count = self._ledger.change_count()
+        if change_count == self._change_count:
+            return
+        self._change_count = change_count
+        for request, what, argument in self._ledger.open_requests():
+            event = requests.event(self._ledger, what, argument, request)
+            self._perform(self._core.handle(event, time.monotonic()))

@@ -1,0 +1,112 @@
+"""How an aggregator reaches its broker, by certificate or password, and what of it its invitations carry."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from ternbus.aggregator.settings import Settings, TransportSettings
+from ternbus.broker.errors import ConfigError
+from ternbus.broker.link.link import Link, LinkEvent, Tls
+from ternbus.broker.protocol.identity import AGGREGATOR, read_password, read_secret, write_secret
+
+if TYPE_CHECKING:
+    from ternbus.broker.server.home import Home
+
+CA, CERTIFICATE, TLS_KEY = "ca.pem", "certificate.pem", "certificate.key"
+FILES: Final = (CA, CERTIFICATE, TLS_KEY)
+RECEIVE_MAXIMUM: Final = 256  # unacknowledged messages in flight to us: this bounds what waits in memory, too
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Papers:
+    """PEM text for one client: whom to believe, and, where the broker wants to know, who it is."""
+
+    ca: str | None = None
+    certificate: str | None = None
+    key: str | None = field(default=None, repr=False)
+
+
+def client_name(federation: str) -> str:
+    return f"{AGGREGATOR}-{federation}"
+
+
+def equip(directory: Path, settings: Settings, certificates: Path | None, home: Path) -> None:
+    """Write the aggregator's own papers into its directory: out of a folder, or issued by its broker's authority."""
+    papers = _papers(settings, client_name(settings.federation), certificates, home)
+    for name, pem in ((CA, papers.ca), (CERTIFICATE, papers.certificate), (TLS_KEY, papers.key)):
+        if pem is not None:
+            write_secret(directory / name, pem.encode())
+
+
+def for_device(directory: Path, settings: Settings, device: str, certificates: Path | None) -> Papers:
+    """A device's papers; without an authority and a folder only whom to believe, if anybody in particular."""
+    if certificates is not None or settings.transport.authority:
+        folder = certificates / device if certificates is not None else None
+        return _papers(settings, device, folder, directory)
+    if (directory / CERTIFICATE).exists():
+        raise ConfigError(f"the broker wants a certificate of {device}: add --certificates FOLDER, from who runs it")
+    return Papers(ca=(directory / CA).read_text() if (directory / CA).exists() else None)
+
+
+def connect(
+    directory: Path,
+    settings: Settings,
+    deliver: Callable[[LinkEvent], None],
+    transport: TransportSettings | None = None,
+) -> Link:
+    """A link to the broker, not connected yet. ``transport`` goes before what the settings say."""
+    access = transport or settings.transport
+    _refresh(directory, settings)
+    ca, certificate, key = (directory / name if (directory / name).exists() else None for name in FILES)
+    return Link(
+        settings.broker,
+        client_id=client_name(settings.federation),
+        deliver=deliver,
+        frame_bytes=settings.limits.frame_bytes,
+        receive_maximum=RECEIVE_MAXIMUM,
+        username=access.username or client_name(settings.federation),
+        password=read_password(directory / access.password_file) if access.password_file else None,
+        tls=Tls(ca=ca, certificate=certificate, key=key) if ca or certificate else None,
+    )
+
+
+def _refresh(directory: Path, settings: Settings) -> None:
+    """Take up what `broker renew` has renewed, if it is over the key that we have."""
+    if not settings.transport.authority:
+        return
+    authority = _authority(settings, directory)
+    newest = Tls(
+        ca=authority.files.authority,
+        certificate=authority.issued(client_name(settings.federation)),
+        key=directory / TLS_KEY,
+    )
+    newest.context()
+    for ours, theirs in ((CA, newest.ca), (CERTIFICATE, newest.certificate)):
+        if theirs is not None and theirs.read_bytes() != (directory / ours).read_bytes():
+            write_secret(directory / ours, theirs.read_bytes())
+
+
+def _papers(settings: Settings, name: str, folder: Path | None, home: Path) -> Papers:
+    if folder is not None:
+        ca, certificate, key = (_text(folder / each) if (folder / each).exists() else None for each in FILES)
+        if ca is None and certificate is None:
+            raise ConfigError(f"{folder} has neither {CA} nor {CERTIFICATE}; `ternbus broker certificate` makes both")
+        return Papers(ca=ca, certificate=certificate, key=key)
+    if settings.transport.authority:
+        issued = _authority(settings, home).issue(name, settings.federation)
+        return Papers(ca=issued.authority, certificate=issued.certificate, key=issued.key)
+    return Papers()
+
+
+def _text(path: Path) -> str:
+    secret = read_secret(path) if path.name == TLS_KEY else path.read_bytes()
+    return secret.decode("ascii", "replace")
+
+
+def _authority(settings: Settings, directory: Path) -> "Home":
+    from ternbus.broker.server.home import Home  # noqa: PLC0415 - certificates take a library that only few need
+
+    home = Home(directory / settings.transport.authority)
+    home.settings()
+    return home

@@ -1,0 +1,98 @@
+"""Update bodies on disk: appended to a file, one file from snapshot to snapshot, and dropped a file at a time.
+
+SQLite would write each of them twice, page by page; appended they cost one write, and dropping them costs nothing.
+"""
+
+import os
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from ternbus.broker.errors import ConfigError
+
+MEND: Final = "restore the directory from a backup (`ternbus aggregator export` still gives the model)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a body lies."""
+
+    segment: int
+    offset: int
+    size_bytes: int
+    checksum: int  # CRC-32: a disk may lie, and zstd would not notice
+
+
+@dataclass(slots=True)
+class Bodies:
+    """The files FOLDER/NUMBER.bodies; what was appended is durable after ``sync``, and readable at once."""
+
+    folder: Path
+    segment: int  # the one that is appended to
+    _descriptor: int | None = field(default=None)
+    _end: int = 0
+    _dirty: bool = False
+
+    def append(self, body: bytes) -> Place:
+        """Put a body behind the last one."""
+        if self._descriptor is None:
+            self._open()
+        assert self._descriptor is not None  # noqa: S101 - for the type checker
+        place = Place(segment=self.segment, offset=self._end, size_bytes=len(body), checksum=zlib.crc32(body))
+        left = memoryview(body)
+        while left:
+            left = left[os.write(self._descriptor, left) :]
+        self._end += len(body)
+        self._dirty = True
+        return place
+
+    def sync(self) -> None:
+        """Make durable what was appended since the last call."""
+        if self._dirty and self._descriptor is not None:
+            os.fdatasync(self._descriptor)
+        self._dirty = False
+
+    def read(self, place: Place) -> bytes:
+        """A body; ConfigError where the file has lost or changed it."""
+        path = self._path(place.segment)
+        try:
+            with path.open("rb") as file:
+                file.seek(place.offset)
+                body = file.read(place.size_bytes)
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}; {MEND}") from error
+        if len(body) != place.size_bytes or zlib.crc32(body) != place.checksum:
+            raise ConfigError(f"{path} is damaged; {MEND}")
+        return body
+
+    def begin(self, segment: int) -> None:
+        """Append to another file from now on."""
+        self.close()
+        self.segment = segment
+
+    def below(self, segment: int) -> list[Path]:
+        """Every file with a lower number."""
+        numbered = [path for path in self.folder.glob("*.bodies") if path.stem.isdecimal()]
+        return [path for path in numbered if int(path.stem) < segment]
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _open(self) -> None:
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        new = not self._path(self.segment).exists()
+        self._descriptor = os.open(self._path(self.segment), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        # what a crash left behind without a row in the ledger stays where it is: nothing refers to it
+        self._end = os.fstat(self._descriptor).st_size
+        if new:
+            folder = os.open(self.folder, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+    def _path(self, segment: int) -> Path:
+        return self.folder / f"{segment}.bodies"

@@ -1,0 +1,400 @@
+"""The aggregator's disk: records in, whole state out, in one SQLite file that survives a kill at any moment."""
+
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, assert_never
+
+from ternbus.aggregator.core import records
+from ternbus.aggregator.merge.optimizer import ServerState
+from ternbus.aggregator.store import membership
+from ternbus.aggregator.store.beside import checkpoint, remove
+from ternbus.aggregator.store.bodies import Bodies, Place
+from ternbus.aggregator.store.tables import FORMAT, SCHEMA_SQL
+from ternbus.aggregator.store.vectors import Vectors
+from ternbus.broker.errors import ConfigError, ProtocolError
+from ternbus.broker.protocol.merge_log import Signed, unpack
+from ternbus.broker.protocol.messages import OPEN
+from ternbus.broker.protocol.schema import Schema, Vector, vector_digest
+from ternbus.broker.protocol.ternary import Block
+
+BODIES: Final = "bodies"
+VECTORS: Final = "vectors"
+CHECKPOINT_S: Final = 1.0
+
+
+def signed(number: int) -> int:
+    """An unsigned 64-bit number in SQLite's signed one, the bits unchanged: a peer may send any of them."""
+    return number - 2**64 if number >= 2**63 else number
+
+
+def unsigned(number: int) -> int:
+    return number + 2**64 if number < 0 else number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Written:
+    """A snapshot whose vectors are on disk, with the files' checksums."""
+
+    record: records.SnapshotTaken
+    segment: int
+    model: int
+    server: int
+
+
+class Ledger:
+    """One connection to DIR/ledger.sqlite. ``write`` makes records durable; other processes read beside it.
+
+    ``beside`` is a thread for what may become durable later: the vectors of a snapshot taken at leisure. Until they
+    are, a start begins at the snapshot before, and all that it needs for that is kept.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool = False, beside: Executor | None = None) -> None:
+        if not path.exists():
+            raise ConfigError(
+                f"{path.parent} holds no aggregator; make one with: ternbus aggregator init {path.parent} …"
+            )
+        self.path = path
+        try:
+            self.db = sqlite3.connect(path, isolation_level=None, timeout=30.0)
+            self.db.execute("PRAGMA query_only = ON" if read_only else "PRAGMA synchronous = FULL")
+            self.db.execute("PRAGMA secure_delete = FAST")  # or spent codes would stay in the page, as free space
+            found = self.fact("format")
+            self.bodies = Bodies(path.parent / BODIES, int(self.fact("segment") or 0))
+            self.vectors = Vectors(path.parent / VECTORS)
+            self._beside, self._unneeded, self._checkpoint_at = beside, False, time.monotonic()
+            if beside is not None:
+                self.db.execute("PRAGMA wal_autocheckpoint = 0")  # else a commit does it, and everything waits
+                self.db.execute("PRAGMA cache_spill = 0")  # a snapshot's frames are more than the cache, once
+            self._pending: Future[_Written] | None = None
+            self._checkpoint: Future[None] | None = None
+        except sqlite3.DatabaseError as error:
+            raise ConfigError(f"{path} cannot be read as a ledger: {error}") from error
+        if found != FORMAT:
+            self.close()
+            raise ConfigError(f"{path} has format {found}; this version of Ternbus reads {FORMAT}")
+
+    @classmethod
+    def create(cls, path: Path, facts: dict[str, Any]) -> "Ledger":
+        """Make the file, readable by its owner only."""
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        db = sqlite3.connect(path, isolation_level=None)
+        db.execute("PRAGMA journal_mode = WAL")
+        db.executescript(SCHEMA_SQL)
+        rows = {"format": FORMAT, "state": OPEN, "version": 0, "seq": 0, "session": 0, **facts}
+        db.executemany("INSERT INTO facts VALUES (?, ?)", rows.items())
+        db.close()
+        return cls(path)
+
+    def close(self) -> None:
+        if self._pending is not None:
+            self.write([])
+        self.bodies.close()
+        self.db.close()
+
+    def fact(self, name: str) -> Any:
+        row = self.db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        return None if row is None else row[0]
+
+    def change_count(self) -> int:
+        """A number that changes when another connection has committed something."""
+        return int(self.db.execute("PRAGMA data_version").fetchone()[0])
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing, on stable storage when it ends."""
+        self.db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self.db.execute("ROLLBACK")
+            raise
+        self.db.execute("COMMIT")
+
+    def write(self, batch: Iterable[records.Record], now: float | None = None) -> None:
+        """Make records durable, in order, with one fsync; ``now`` is the time to write beside them (Unix seconds)."""
+        moment = time.time() if now is None else now
+        with self.transaction():
+            self._settle(wait=not batch)
+            for record in batch:
+                self._write(record, moment)
+            self.bodies.sync()  # before the rows that refer to them
+        self._drop()
+        if self._beside is not None and time.monotonic() - self._checkpoint_at >= CHECKPOINT_S:
+            self._clear_log(self._beside)
+
+    def _clear_log(self, beside: Executor) -> None:
+        """Have SQLite's write-ahead log moved into the file, beside what follows."""
+        if self._checkpoint is not None:
+            if not self._checkpoint.done():
+                return
+            self._checkpoint.result()
+        self._checkpoint, self._checkpoint_at = beside.submit(checkpoint, self.path), time.monotonic()
+
+    def _drop(self) -> None:
+        """After a snapshot: begin another file of bodies, and remove files that nothing refers to any more."""
+        segment = int(self.fact("segment") or 0)
+        if segment != self.bodies.segment:
+            self.bodies.begin(segment)
+        if self._unneeded:
+            self._unneeded = False
+            (oldest,) = self.db.execute("SELECT min(segment) FROM updates WHERE segment IS NOT NULL").fetchone()
+            kept = [f"{kept}-model" for (kept,) in self.db.execute("SELECT segment FROM snapshots")]
+            (start,) = self.db.execute("SELECT segment FROM server").fetchone()
+            coming = [f"{segment}-model", f"{segment}-server"]  # perhaps they are being written
+            unneeded = self.vectors.beyond([*kept, f"{start}-server", *coming])
+            unneeded += self.bodies.below(segment if oldest is None else oldest)
+            if self._beside is None:
+                remove(unneeded)
+            else:
+                self._beside.submit(remove, unneeded)
+
+    def _write(self, record: records.Record, now: float) -> None:
+        match record:
+            case records.UpdateAccepted():
+                self._accepted(record, now)
+            case records.UpdateAnswered():
+                self._answered(record)
+            case records.VersionMade():
+                self._version(record, now)
+            case records.SnapshotTaken():
+                self._snapshot(record)
+            case records.FramesKept():
+                self._frames(record)
+            case records.DeviceEnrolled():
+                membership.enroll(self.db, record, now)
+            case records.DeviceRevoked():
+                membership.revoke(self.db, record, now)
+            case records.InvitationCancelled():
+                self.db.execute("DELETE FROM invitations WHERE device = ?", (record.device,))
+            case records.MetricsReceived():
+                self._metrics(record, now)
+            case records.Observed():
+                self._observed(record, now)
+            case records.RequestDone():
+                self.db.execute("UPDATE requests SET done = 1, error = ? WHERE id = ?", (record.error, record.request))
+            case _:
+                self._fact(record)
+
+    def _fact(
+        self, record: records.SeqReserved | records.SessionBegun | records.StateChanged | records.SlotsChanged
+    ) -> None:
+        match record:
+            case records.SeqReserved():
+                self._set("seq", record.upto)
+            case records.SessionBegun():
+                self._set("session", record.session)
+            case records.StateChanged():
+                self._set("state", record.state)
+            case records.SlotsChanged():
+                self._set("slots", record.slots)
+            case _:
+                assert_never(record)
+
+    def _set(self, name: str, value: object) -> None:
+        self.db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+
+    def _accepted(self, record: records.UpdateAccepted, now: float) -> None:
+        place = self.bodies.append(record.body)
+        self.db.execute(
+            "INSERT INTO updates"
+            " (device, key, seq, base, digest, staleness, samples, discount,"
+            " codec, encoding, segment, place, size, checksum, received_at, epsilon)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                record.device,
+                record.key,
+                signed(record.seq),
+                record.base,
+                record.digest,
+                record.staleness,
+                record.samples,
+                record.discount,
+                record.codec,
+                record.encoding,
+                place.segment,
+                place.offset,
+                place.size_bytes,
+                place.checksum,
+                now,
+                record.epsilon,
+            ),
+        )
+        self._answer(record.device, record.key, record.seq, "accepted", "")
+
+    def _answered(self, record: records.UpdateAnswered) -> None:
+        self._answer(record.device, record.key, record.seq, record.outcome, record.reason)
+        slug = record.reason.partition(":")[0]
+        self._count(f"invalid:{slug}" if record.outcome == "invalid" else record.outcome, 1)
+
+    def _answer(self, device: str, key: bytes, seq: int, outcome: str, reason: str) -> None:
+        self.db.execute(
+            "UPDATE keys SET seq = ?, outcome = ?, reason = ? WHERE device = ? AND key = ?",
+            (signed(seq), outcome, reason, device, key),
+        )
+
+    def _version(self, record: records.VersionMade, now: float) -> None:
+        self._set("version", record.version)
+        if record.updates:
+            self.db.execute("UPDATE updates SET merged = ? WHERE merged IS NULL", (record.version,))
+        self.db.execute(
+            "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                record.version,
+                record.digest,
+                now,
+                record.updates,
+                record.staleness_mean,
+                record.staleness_max,
+                record.codec,
+                record.encoding,
+                record.body,
+            ),
+        )
+        self.db.execute("INSERT INTO log VALUES (?, ?)", (record.version, record.entry.pack()))
+
+    def _snapshot(self, record: records.SnapshotTaken) -> None:
+        """Say where it lies on the broker; keep its vectors now, or beside what follows."""
+        named = record.named
+        self._set("snapshot", json.dumps([named.version, named.parts, named.content_bytes, named.place]))
+        segment = int(self.fact("segment") or 0) + 1
+        self._set("segment", segment)
+        self._settle(wait=True)  # one at a time, in their order
+        if record.at_leisure and self._beside is not None:
+            self._pending = self._beside.submit(self._write_vectors, record, segment)
+        else:
+            self._keep(self._write_vectors(record, segment))
+
+    def _write_vectors(self, record: records.SnapshotTaken, segment: int) -> "_Written":
+        """Touches nothing but files that no row names yet: it may run in another thread, and be for nothing."""
+        return _Written(
+            record=record,
+            segment=segment,
+            model=self.vectors.write(f"{segment}-model", [record.published]),
+            server=self.vectors.write(f"{segment}-server", record.server.vectors),
+        )
+
+    def _settle(self, *, wait: bool) -> None:
+        """Build on the vectors that were written meanwhile, if they are all there."""
+        if self._pending is not None and (wait or self._pending.done()):
+            pending, self._pending = self._pending, None
+            self._keep(pending.result())
+
+    def _keep(self, written: "_Written") -> None:
+        """Begin here at the next start; let go of the bodies that led to it, and of what no kept version needs."""
+        record, segment = written.record, written.segment
+        self.db.execute("INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?)", (record.version, segment, written.model))
+        self.db.execute("DELETE FROM server")
+        self.db.execute("INSERT INTO server VALUES (?, ?, ?)", (record.version, segment, written.server))
+        self._set("recipe", record.recipe.dumps())
+        self.db.execute(
+            "UPDATE updates SET segment = NULL WHERE segment IS NOT NULL AND merged <= ?", (record.version,)
+        )
+        oldest = record.version - int(self.fact("slots") or 0) + 1
+        row = self.db.execute("SELECT max(version) FROM snapshots WHERE version <= ?", (max(oldest, 0),)).fetchone()
+        if row[0] is not None:
+            self.db.execute("DELETE FROM snapshots WHERE version < ?", (row[0],))
+            self.db.execute("UPDATE versions SET body = NULL WHERE version <= ? AND body IS NOT NULL", (row[0],))
+        self._unneeded = True
+
+    def _frames(self, record: records.FramesKept) -> None:
+        for topic, payload in record.frames:
+            if payload:
+                self.db.execute("INSERT OR REPLACE INTO frames VALUES (?, ?)", (topic, payload))
+            else:
+                self.db.execute("DELETE FROM frames WHERE topic = ?", (topic,))
+
+    def _metrics(self, record: records.MetricsReceived, now: float) -> None:
+        about = record.metrics
+        self.db.execute(
+            "INSERT OR REPLACE INTO metrics VALUES (?, ?, ?, ?, ?, ?)",
+            (record.device, about.version, about.split, about.samples, json.dumps(dict(about.values)), now),
+        )
+        self.db.execute(
+            "UPDATE keys SET metrics_seq = ? WHERE device = ? AND state = 'active'",
+            (signed(record.seq), record.device),
+        )
+
+    def _observed(self, record: records.Observed, now: float) -> None:
+        for reason, number in record.refused.items():
+            self._count(f"invalid:{reason}", number)
+        for outcome, number in record.outcomes.items():
+            self._count(outcome, number)
+        for device, size_bytes in record.update_bytes.items():
+            self.db.execute(
+                "UPDATE devices SET update_bytes = update_bytes + ?, seen_at = ? WHERE name = ?",
+                (size_bytes, now, device),
+            )
+        for device, status in record.statuses.items():
+            self.db.execute(
+                "UPDATE devices SET status = ?, base = ?, software = ?, seen_at = ? WHERE name = ?",
+                (status.state, signed(status.base), status.software, now, device),
+            )
+
+    def _count(self, name: str, number: int) -> None:
+        self.db.execute(
+            "INSERT INTO counts VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value",
+            (name, number),
+        )
+
+    # --- reading
+
+    def schema(self) -> Schema:
+        return Schema.parse(self.fact("schema"))
+
+    def vector(self, version: int) -> Vector:
+        """The published vector of a version that is still kept; ConfigError says which are."""
+        schema, newest = self.schema(), int(self.fact("version"))
+        row = self.db.execute(
+            "SELECT segment, checksum, version FROM snapshots WHERE version <= ? ORDER BY version DESC LIMIT 1",
+            (version,),
+        ).fetchone()
+        if row is None or version > newest:
+            (oldest,) = self.db.execute("SELECT min(version) FROM snapshots").fetchone()
+            raise ConfigError(f"version {version} is not kept; kept are {oldest} to {newest}")
+        vector = self.vectors.read(f"{row[0]}-model", row[1])
+        deltas = self.db.execute(
+            "SELECT version, digest, codec, encoding, body FROM versions WHERE version > ? AND version <= ?"
+            " ORDER BY version",
+            (row[2], version),
+        )
+        for number, digest, codec, encoding, body in deltas:
+            vector = Block.read(schema, codec, encoding, body).apply(vector)
+            if vector_digest(vector) != digest:
+                raise ConfigError(f"{self.path}: version {number} does not have its digest; restore it from a backup")
+        return vector
+
+    def server(self) -> tuple[int, ServerState]:
+        """The version at which a start begins, and the server's state then."""
+        version, segment, checksum = self.db.execute("SELECT version, segment, checksum FROM server").fetchone()
+        content = self.vectors.read(f"{segment}-server", checksum)
+        return version, ServerState(*content.reshape(-1, self.schema().elements))
+
+    def body(self, segment: int, offset: int, size_bytes: int, checksum: int) -> bytes:
+        """An accepted update's block as it came, where ``updates`` says that it is kept."""
+        return self.bodies.read(Place(segment=segment, offset=offset, size_bytes=size_bytes, checksum=checksum))
+
+    def last_entry(self) -> Signed:
+        """The newest version's entry in the log of merges."""
+        version = int(self.fact("version"))
+        row = self.db.execute("SELECT entry FROM log WHERE version = ?", (version,)).fetchone()
+        try:
+            return unpack(b"" if row is None else row[0])
+        except ProtocolError as error:
+            raise ConfigError(
+                f"{self.path}: the log of merges lacks version {version}; restore from a backup"
+            ) from error
+
+    def frame(self, topic: str) -> bytes:
+        row = self.db.execute("SELECT payload FROM frames WHERE topic = ?", (topic,)).fetchone()
+        return b"" if row is None else bytes(row[0])
+
+    def open_requests(self) -> list[tuple[int, str, str]]:
+        """(id, what, argument) of what commands have asked for, oldest first."""
+        return self.db.execute("SELECT id, what, argument FROM requests WHERE done = 0 ORDER BY id").fetchall()

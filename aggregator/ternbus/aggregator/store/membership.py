@@ -1,0 +1,49 @@
+"""Who belongs, as the ledger's rows: keys, invitations, revocations."""
+
+import sqlite3
+
+from ternbus.aggregator.core import records
+from ternbus.aggregator.core.registry import Invited
+from ternbus.aggregator.store.tables import DROPPED
+from ternbus.broker.protocol.identity import key_id
+
+
+def enroll(db: sqlite3.Connection, record: records.DeviceEnrolled, now: float) -> None:
+    db.execute("UPDATE keys SET state = 'replaced' WHERE device = ? AND state = 'active'", (record.device,))
+    db.execute(
+        "INSERT INTO keys (device, key, public, state) VALUES (?, ?, ?, 'active')",
+        (record.device, key_id(record.public), record.public),
+    )
+    db.execute(
+        "INSERT INTO devices (name, public, proof, state, enrolled_at) VALUES (?, ?, ?, 'active', ?)"
+        " ON CONFLICT (name) DO UPDATE SET public = excluded.public, proof = excluded.proof, state = 'active',"
+        " enrolled_at = excluded.enrolled_at, revoked_at = NULL, why = ''",
+        (record.device, record.public, record.proof, now),
+    )
+    db.execute("DELETE FROM invitations WHERE device = ?", (record.device,))
+
+
+def revoke(db: sqlite3.Connection, record: records.DeviceRevoked, now: float) -> None:
+    db.execute("UPDATE keys SET state = 'revoked' WHERE device = ? AND state = 'active'", (record.device,))
+    db.execute(
+        "UPDATE devices SET state = 'revoked', revoked_at = ?, why = ? WHERE name = ?",
+        (now, record.why, record.device),
+    )
+    db.execute("DELETE FROM invitations WHERE device = ?", (record.device,))
+    if record.drop:
+        db.execute(
+            "UPDATE updates SET merged = ?, segment = NULL WHERE device = ? AND merged IS NULL",
+            (DROPPED, record.device),
+        )
+
+
+def codes(db: sqlite3.Connection) -> dict[str, Invited]:
+    """Invitations that nobody has used, by device; among them those that have expired."""
+    rows = db.execute("SELECT device, code, expires_at FROM invitations")
+    return {device: Invited(code=code, expires_at=expires_at) for device, code, expires_at in rows}
+
+
+def dropped(db: sqlite3.Connection, device: str) -> int:
+    """How many of a device's accepted updates were dropped, since it was revoked."""
+    row = db.execute("SELECT count(*) FROM updates WHERE merged = ? AND device = ?", (DROPPED, device))
+    return int(row.fetchone()[0])

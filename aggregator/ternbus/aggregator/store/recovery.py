@@ -1,0 +1,124 @@
+"""From the ledger back to a running state: the last snapshot, and every merge since then done again."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ternbus.aggregator.core.core import Core
+from ternbus.aggregator.core.press import Kept
+from ternbus.aggregator.core.registry import ACTIVE, REVOKED, Answer, Member, Registry
+from ternbus.aggregator.merge.model import Accepted, Model, Waiting
+from ternbus.aggregator.settings import Recipe, Settings
+from ternbus.aggregator.store import membership
+from ternbus.aggregator.store.ledger import Ledger, unsigned
+from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol import topics
+from ternbus.broker.protocol.identity import Identity, KeyId
+from ternbus.broker.protocol.messages import SnapshotRef
+from ternbus.broker.protocol.schema import Schema
+from ternbus.broker.protocol.ternary import Block
+
+
+def recover(ledger: Ledger, settings: Settings, identity: Identity, software: str) -> Core:
+    """The core as it was when its last record became durable."""
+    schema = ledger.schema()
+    version, parts, content_bytes, place = json.loads(ledger.fact("snapshot"))
+    kept = Kept(
+        state=ledger.fact("state"),
+        snapshot=SnapshotRef(version=version, parts=parts, content_bytes=content_bytes, place=place),
+        sizes=dict(ledger.db.execute("SELECT topic, length(payload) FROM frames").fetchall()),
+        head_frame=ledger.frame(topics.head(settings.federation)),
+        slots=int(ledger.fact("slots")),
+        recipe=Recipe.loads(ledger.fact("recipe")),
+        log_hash=ledger.last_entry().hash,
+    )
+    return Core(
+        settings=settings,
+        identity=identity,
+        schema=schema,
+        model=recover_model(ledger, settings, schema),
+        registry=_registry(ledger, settings),
+        kept=kept,
+        seq=int(ledger.fact("seq")),
+        session=int(ledger.fact("session")),
+        software=software,
+    )
+
+
+def recover_model(ledger: Ledger, settings: Settings, schema: Schema) -> Model:
+    """Published vector, server state and buffer.
+
+    The published vector follows the deltas as they were sent, so its bits never depend on this replay; what the
+    server's own vector has beyond it is recomputed from the updates.
+    """
+    recipe = Recipe.loads(ledger.fact("recipe"))  # the settings may have been changed since
+    then = replace(settings, merge=recipe.merge, optimizer=recipe.optimizer)
+    start, server = ledger.server()
+    model = Model(settings=then, schema=schema, version=start, published=ledger.vector(start), server=server)
+    made = ledger.db.execute(
+        "SELECT version, digest, codec, encoding, body FROM versions WHERE version > ? ORDER BY version", (start,)
+    ).fetchall()
+    for version, digest, codec, encoding, body in made:
+        model.refill(_updates(ledger, schema, "merged = ?", (version,)))
+        model.step_server()
+        model.publish(Block.read(schema, codec, encoding, body))
+        if model.digest != digest:
+            raise ConfigError(f"{ledger.path}: version {version} does not have its digest; restore it from a backup")
+    model.settings = settings
+    model.refill(waiting(ledger, schema))
+    return model
+
+
+def waiting(ledger: Ledger, schema: Schema) -> Iterator[Waiting]:
+    """What the buffer holds, in the order in which it came; a body is read when it is its turn."""
+    return _updates(ledger, schema, "merged IS NULL", ())
+
+
+def _updates(ledger: Ledger, schema: Schema, where: str, values: tuple[int, ...]) -> Iterator[Waiting]:
+    rows = ledger.db.execute(
+        "SELECT device, key, seq, digest, staleness, samples, discount, codec, encoding, segment, place, size, checksum"  # noqa: S608 - our own text
+        " FROM updates"
+        f" WHERE {where} ORDER BY id",
+        values,
+    )
+    for device, key, seq, digest, staleness, samples, worth, codec, encoding, *place in rows:
+        accepted = Accepted(
+            device=device,
+            key=KeyId(key),
+            seq=unsigned(seq),
+            digest=digest,
+            staleness=staleness,
+            samples=samples,
+            discount=worth,
+        )
+        yield accepted, Block.read(schema, codec, encoding, ledger.body(*place))
+
+
+def _registry(ledger: Ledger, settings: Settings) -> Registry:
+    registry = Registry(settings.federation, codes=membership.codes(ledger.db))
+    for name, public, proof, state, why in ledger.db.execute("SELECT name, public, proof, state, why FROM devices"):
+        registry.members[name] = Member(
+            name=name, public=public, proof=proof, revoked=state == REVOKED, revoked_why=why
+        )
+    rows = ledger.db.execute("SELECT device, key, public, state, seq, outcome, reason, metrics_seq FROM keys")
+    for device, key, public, state, seq, outcome, reason, metrics_seq in rows:
+        member = registry.members[device]
+        if state != ACTIVE:
+            registry.retired.add(public)
+        if key == member.key:
+            member.answer = Answer(seq=unsigned(seq), outcome=outcome, reason=reason)
+            member.metrics_seq = unsigned(metrics_seq)
+        else:
+            member.old_keys[KeyId(key)] = (public, state)
+    oldest = int(ledger.fact("version")) - settings.staleness.max
+    for device, base in ledger.db.execute("SELECT device, max(base) FROM updates GROUP BY device"):
+        registry.members[device].highest_base = base
+    for device, base in ledger.db.execute("SELECT device, base FROM updates WHERE base >= ?", (oldest,)):
+        registry.members[device].bases.add(base)
+    for device, size in ledger.db.execute("SELECT device, sum(size) FROM updates WHERE merged IS NULL GROUP BY device"):
+        registry.members[device].waiting_bytes = size
+    for device, size in ledger.db.execute("SELECT device, sum(length(entries)) FROM metrics GROUP BY device"):
+        registry.members[device].metrics_bytes = size
+    for (device,) in ledger.db.execute("SELECT DISTINCT device FROM metrics WHERE split = 'test'"):
+        registry.members[device].evaluates = registry.members[device].highest_base < 0
+    return registry

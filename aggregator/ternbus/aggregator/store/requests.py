@@ -1,0 +1,114 @@
+"""What a command asks of an aggregator: done by the running process if there is one, else done here."""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from ternbus.aggregator.core import events
+from ternbus.aggregator.store import membership, recovery
+from ternbus.aggregator.store.ledger import Ledger
+from ternbus.broker.errors import ConfigError, FederationError
+from ternbus.broker.protocol.messages import CLOSED, OPEN, PAUSED
+
+POLL_S: Final = 0.02
+WAIT_S: Final = 20.0
+
+PAUSE, RESUME, CLOSE = "pause", "resume", "close"
+STATES: Final = {PAUSE: PAUSED, RESUME: OPEN, CLOSE: CLOSED}
+INVITATIONS: Final = "invitations"  # the open invitations changed
+COUNTS: Final = "counts"  # counters are to be on disk
+CANCEL: Final = "cancel"  # a device's invitation
+REVOKE: Final = "revoke"  # a device; the argument is JSON
+
+
+class NotRunningError(FederationError):
+    """No process serves this directory."""
+
+
+def event(ledger: Ledger, what: str, argument: str, request: int = 0) -> events.Event:
+    """A request as the core is told of it. Every record of before must be in the ledger."""
+    if what == CANCEL:
+        return events.CancelRequested(device=argument, request=request)
+    if what == REVOKE:
+        buffer = recovery.waiting(ledger, ledger.schema())
+        return events.RevokeRequested(**json.loads(argument), buffer=buffer, request=request)
+    if what == INVITATIONS:
+        return events.InvitationsRead(codes=membership.codes(ledger.db), request=request)
+    if what == COUNTS:
+        return events.CountsRequested(request=request)
+    return events.StateRequested(state=STATES[what], request=request)
+
+
+@contextmanager
+def exclusive(directory: Path, *, patience_s: float = 0.0) -> Iterator[None]:
+    """Be the one process that serves this directory; ConfigError where another still is after ``patience_s``."""
+    descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        deadline = time.monotonic() + patience_s
+        while not _lock(descriptor, fcntl.LOCK_EX):
+            if time.monotonic() >= deadline:
+                raise ConfigError(f"another process serves {directory}; stop it first")
+            time.sleep(POLL_S)
+        yield
+    finally:
+        os.close(descriptor)  # which releases the lock
+
+
+def _lock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_running(directory: Path) -> bool:
+    """Whether a process serves this directory now. It looks with a shared lock, which is why ``run`` has patience."""
+    try:
+        descriptor = os.open(directory / "lock", os.O_RDWR)
+    except FileNotFoundError:
+        return False  # none ever did
+    try:
+        return not _lock(descriptor, fcntl.LOCK_SH)
+    finally:
+        os.close(descriptor)
+
+
+def ask(directory: Path, what: str, argument: str = "") -> None:
+    """Have the running aggregator do something, and return when it is done and on disk; NotRunningError otherwise."""
+    if not is_running(directory):
+        raise NotRunningError(f"no aggregator runs on {directory}")
+    ledger = Ledger(directory / "ledger.sqlite")
+    try:
+        with ledger.transaction():
+            cursor = ledger.db.execute("INSERT INTO requests (what, argument) VALUES (?, ?)", (what, argument))
+        _wait(ledger, directory, cursor.lastrowid or 0)
+    finally:
+        ledger.close()
+
+
+def _wait(ledger: Ledger, directory: Path, request: int) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline:
+        row = ledger.db.execute("SELECT done, error FROM requests WHERE id = ?", (request,)).fetchone()
+        if row is not None and row[0]:
+            if row[1]:
+                raise ConfigError(row[1])
+            return
+        if not is_running(directory):
+            _withdraw(ledger, request)
+            raise NotRunningError(f"the aggregator on {directory} stopped before it answered")
+        time.sleep(POLL_S)
+    _withdraw(ledger, request)
+    raise ConfigError(f"the aggregator on {directory} did not answer within {WAIT_S:.0f} s; look at its log")
+
+
+def _withdraw(ledger: Ledger, request: int) -> None:
+    """Or it would be done later, whatever was asked for in between."""
+    with ledger.transaction():
+        ledger.db.execute("DELETE FROM requests WHERE id = ?", (request,))

@@ -1,0 +1,168 @@
+"""What an aggregator has done so far, read from its ledger beside a running process."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ternbus.aggregator.store.ledger import Ledger, unsigned
+from ternbus.aggregator.store.local_tests import LocalTests, Report
+from ternbus.aggregator.store.tables import DROPPED
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """The status as JSON values.
+
+    ``versions`` has a row for every version, with the newest test metrics that any evaluator sent for it; ``devices``
+    is a map by name, its ``epsilon`` what a device says that it has spent of privacy (None: nothing); ``local`` is what
+    devices report of their own data, see ``local_tests``, over all of them, for a version or of a device, and None
+    where nobody does; ``counts.invalid`` is a map by reason of everything refused.
+    """
+    ledger = Ledger(directory / "ledger.sqlite", read_only=True)
+    try:
+        ledger.db.execute("BEGIN")  # one moment for all of it
+        return _read(ledger)
+    finally:
+        ledger.close()
+
+
+def invitations(directory: Path, now: float) -> list[dict[str, Any]]:
+    """Invitations that nobody has used, as JSON values, without their codes; ``now`` in Unix seconds."""
+    ledger = Ledger(directory / "ledger.sqlite", read_only=True)
+    try:
+        rows = ledger.db.execute(
+            "SELECT i.device, i.made_at, i.expires_at, d.state FROM invitations i LEFT JOIN devices d"
+            " ON d.name = i.device ORDER BY i.device"
+        ).fetchall()
+    finally:
+        ledger.close()
+    return [
+        {
+            "device": device,
+            "state": "expired" if expires_at <= now else "open",
+            "made_at": made_at,
+            "expires_at": expires_at,
+            "key_state": key_state,  # of the key that it will replace, if the device has one
+        }
+        for device, made_at, expires_at, key_state in rows
+    ]
+
+
+def _read(ledger: Ledger) -> dict[str, Any]:
+    version = int(ledger.fact("version"))
+    (digest,) = ledger.db.execute("SELECT digest FROM versions WHERE version = ?", (version,)).fetchone()
+    (buffer,) = ledger.db.execute("SELECT count(*) FROM updates WHERE merged IS NULL").fetchone()
+    tests = _local(ledger)
+    return {
+        "federation": ledger.fact("federation"),
+        "version": version,
+        "digest": digest.hex(),
+        "state": ledger.fact("state"),
+        "buffer": buffer,
+        "counts": _counts(ledger),
+        "local": tests.summary(),
+        "devices": _devices(ledger, version, tests),
+        "versions": _versions(ledger, tests),
+    }
+
+
+def _counts(ledger: Ledger) -> dict[str, Any]:
+    accepted, merged, dropped = ledger.db.execute(
+        "SELECT count(*), count(*) FILTER (WHERE merged >= 0), count(*) FILTER (WHERE merged = ?) FROM updates",
+        (DROPPED,),
+    ).fetchone()
+    counts: dict[str, Any] = {
+        "accepted": accepted,
+        "merged": merged,
+        "dropped": dropped,
+        "stale": 0,
+        "duplicate": 0,
+        "busy": 0,
+        "invalid": {},
+    }
+    for name, value in ledger.db.execute("SELECT name, value FROM counts ORDER BY name"):
+        outcome, _, reason = name.partition(":")
+        if reason:
+            counts["invalid"][reason] = value
+        else:
+            counts[outcome] = value
+    return counts
+
+
+def _local(ledger: Ledger) -> LocalTests:
+    """Of devices that are not revoked."""
+    rows = ledger.db.execute(
+        "SELECT m.device, m.version, m.samples, m.entries FROM metrics m JOIN devices d ON d.name = m.device"
+        " WHERE m.split = 'local' AND d.state = 'active' ORDER BY m.received_at"
+    )
+    return LocalTests.of(
+        Report(device=device, version=version, samples=samples, values=json.loads(entries))
+        for device, version, samples, entries in rows
+    )
+
+
+def _devices(ledger: Ledger, version: int, tests: LocalTests) -> dict[str, Any]:
+    rows = ledger.db.execute(
+        "SELECT d.name, d.state, d.why, d.status, d.base, d.software, d.seen_at, d.update_bytes, k.key, k.seq,"
+        " (SELECT count(*) FROM updates u WHERE u.device = d.name),"
+        " (SELECT max(base) FROM updates u WHERE u.device = d.name),"
+        " (SELECT epsilon FROM updates u WHERE u.device = d.name ORDER BY id DESC LIMIT 1)"
+        " FROM devices d JOIN keys k ON k.device = d.name AND k.public = d.public ORDER BY d.name"
+    )
+    return {
+        name: {
+            "key": key.hex(),
+            "key_state": state,
+            "revoked_why": why,
+            "state": status or "offline",
+            "training_on": unsigned(training_on) if training_on < -1 else training_on,
+            "last_seq": unsigned(seq),
+            "base": base,
+            "staleness": None if base is None else version - base,
+            "updates": updates,
+            "bytes": size_bytes,
+            "seen_at": seen_at,
+            "software": software,
+            "epsilon": epsilon,
+            "local": tests.device(name),
+        }
+        for (
+            name,
+            state,
+            why,
+            status,
+            training_on,
+            software,
+            seen_at,
+            size_bytes,
+            key,
+            seq,
+            updates,
+            base,
+            epsilon,
+        ) in rows
+    }
+
+
+def _versions(ledger: Ledger, tests: LocalTests) -> list[dict[str, Any]]:
+    measured = {
+        version: json.loads(entries)
+        for version, entries in ledger.db.execute(
+            "SELECT version, entries FROM metrics WHERE split = 'test' ORDER BY received_at"
+        )
+    }
+    rows = ledger.db.execute(
+        "SELECT version, digest, made_at, updates, staleness_mean, staleness_max FROM versions ORDER BY version"
+    )
+    return [
+        {
+            "version": version,
+            "digest": digest.hex(),
+            "time": made_at,
+            "updates": updates,
+            "staleness_mean": mean,
+            "staleness_max": highest,
+            "metrics": measured.get(version, {}),
+            "local": tests.version(version),
+        }
+        for version, digest, made_at, updates, mean, highest in rows
+    ]

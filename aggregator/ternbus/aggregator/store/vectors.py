@@ -1,0 +1,64 @@
+"""Whole vectors on disk, a file each: SQLite would write them twice, and hold everything up meanwhile."""
+
+import os
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol.schema import Vector, type_f32
+
+PIECE: Final = 2**19  # bytes written at a time: who waits for the disk meanwhile waits for one piece
+MEND: Final = "restore the directory from a backup"
+
+
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """The files FOLDER/NAME.f32, each of one or several vectors, little-endian; who names one keeps its checksum."""
+
+    folder: Path
+
+    def write(self, name: str, vectors: Sequence[Vector]) -> int:
+        """Make vectors durable under a name, return the checksum.
+
+        What an interrupted attempt left there is overwritten; a file that something refers to must not be.
+        """
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        checksum = 0
+        descriptor = os.open(self._path(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "wb"):
+            for vector in vectors:
+                content = np.ascontiguousarray(vector, dtype=type_f32).data.cast("B")
+                checksum = zlib.crc32(content, checksum)
+                for first in range(0, len(content), PIECE):
+                    os.write(descriptor, content[first : first + PIECE])
+                    os.fdatasync(descriptor)
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+        return checksum
+
+    def read(self, name: str, checksum: int) -> Vector:
+        """What was written under a name, in one row; ConfigError where the file has lost or changed it."""
+        path = self._path(name)
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}; {MEND}") from error
+        if zlib.crc32(content) != checksum:
+            raise ConfigError(f"{path} is damaged; {MEND}")
+        return np.frombuffer(content, dtype=type_f32).astype(np.float32)
+
+    def beyond(self, names: Iterable[str]) -> list[Path]:
+        """The files that are there under any other name."""
+        kept = {self._path(name) for name in names}
+        return [path for path in self.folder.glob("*.f32") if path not in kept]
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.f32"

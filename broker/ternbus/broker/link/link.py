@@ -1,0 +1,165 @@
+"""A persistent session with a broker: connect, publish, subscribe, acknowledge; all that happens comes as events."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from ternbus.broker.errors import ConfigError, LinkError
+from ternbus.broker.link.connection import MQTT_5, MQTT_311, Connection, UnsupportedProtocolError, Will
+from ternbus.broker.link.events import Arrived, Connected, Disconnected, LinkEvent, Published, Refused, Token
+from ternbus.broker.link.tls import Tls
+from ternbus.broker.protocol.endpoint import Endpoint, is_loopback
+
+__all__ = [
+    "Arrived", "Connected", "Disconnected", "Link", "LinkError", "LinkEvent", "Published", "Refused", "Tls", "Token",
+    "packet_bytes",
+]  # fmt: skip
+
+FILTERS_PER_PACKET: Final = 8
+PACKET_RESERVE_BYTES: Final = 1024  # of a broker's maximum packet size, for what surrounds the frame
+
+
+def packet_bytes(topic: str, payload_bytes: int, protocol: int) -> int:
+    """The size on the wire of a QoS 1 PUBLISH packet without properties (MQTT 5.0 §3.3)."""
+    remaining = 2 + len(topic.encode()) + 2 + (1 if protocol == MQTT_5 else 0) + payload_bytes
+    return 1 + -(-remaining.bit_length() // 7) + remaining
+
+
+class Link:
+    """A persistent session with one broker. Its methods are for one thread; ``deliver`` is called in another.
+
+    ``deliver`` does no more than put the event into a queue.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        client_id: str,
+        deliver: Callable[[LinkEvent], None],
+        frame_bytes: int = 120 * 1024,
+        receive_maximum: int = 64,
+        keepalive_s: int = 30,
+        username: str | None = None,
+        password: str | None = None,
+        tls: Tls | None = None,
+    ) -> None:
+        """Connect to nothing yet; ConfigError for a malformed URL or for certificates that cannot be used."""
+        self._endpoint = Endpoint.parse(url)
+        if keepalive_s < 1:
+            raise ConfigError(f"a keepalive of {keepalive_s} s is none: use at least 1")
+        if password is not None and not self._endpoint.tls and not is_loopback(self._endpoint.host):
+            raise ConfigError(f"a password would be open to read on the way to {self._endpoint}: use mqtts://")
+        if tls is not None and not self._endpoint.tls:
+            raise ConfigError(f"certificates are of no use with {self._endpoint}: write mqtts:// in the broker's URL")
+        self._tls_context = (tls or Tls()).context() if self._endpoint.tls else None
+        self._client_id = client_id
+        self._deliver = deliver
+        self._frame_bytes = frame_bytes
+        self._receive_maximum = receive_maximum
+        self._keepalive_s = keepalive_s
+        self._username, self._password = username, password
+        self._protocol = MQTT_5
+        self._numbers = itertools.count(1)
+        self._tickets = itertools.count(1)
+        self._connection: Connection | None = None
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection, as far as one can know."""
+        return self._connection is not None and self._connection.alive
+
+    @property
+    def outstanding(self) -> int:
+        """How many publications of this connection the broker has not answered yet."""
+        return self._connection.outstanding if self._connection is not None else 0
+
+    def connect(self, will_topic: str, will_payload: bytes) -> Connected:
+        """Connect with a retained last will, or raise LinkError, within 5 s (10 s where 3.1.1 must be found out).
+
+        The ``Connected`` that is returned is delivered too, before anything else of the connection.
+        """
+        self.disconnect(flush_s=0.0)
+        will = Will(topic=will_topic, payload=will_payload)
+        try:
+            connection = self._open(will)
+        except UnsupportedProtocolError:
+            if self._protocol == MQTT_311:
+                raise
+            connection = self._open(will, protocol=MQTT_311)
+            self._protocol = MQTT_311
+        connected = Connected(
+            session_present=connection.session_present,
+            protocol=self._protocol,
+            frame_bytes=min(self._frame_bytes, connection.packet_bytes_max - PACKET_RESERVE_BYTES),
+        )
+        self._connection = connection
+        self._deliver(connected)
+        connection.start()
+        return connected
+
+    def _open(self, will: Will, protocol: int | None = None) -> Connection:
+        connection = Connection(
+            self._endpoint,
+            number=next(self._numbers),
+            protocol=protocol or self._protocol,
+            client_id=self._client_id,
+            will=will,
+            receive_maximum=self._receive_maximum,
+            keepalive_s=self._keepalive_s,
+            deliver=self._deliver,
+        )
+        if self._username is not None:
+            connection.client.username_pw_set(self._username, self._password)
+        if self._tls_context is not None:
+            connection.client.tls_set_context(self._tls_context)
+        connection.open()
+        return connection
+
+    def subscribe(self, filters: Sequence[str]) -> None:
+        """Ask for topics, at QoS 1; a refusal is logged. LinkError when not connected."""
+        connection = self._alive()
+        for start in range(0, len(filters), FILTERS_PER_PACKET):
+            connection.subscribe(list(filters[start : start + FILTERS_PER_PACKET]))
+
+    def unsubscribe(self, filters: Sequence[str]) -> None:
+        """Ask for topics no more. LinkError when not connected."""
+        connection = self._alive()
+        for start in range(0, len(filters), FILTERS_PER_PACKET):
+            connection.unsubscribe(list(filters[start : start + FILTERS_PER_PACKET]))
+
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> int:
+        """Queue a publication at QoS 1; return the ticket that its ``Published`` or ``Refused`` will bear.
+
+        LinkError when not connected; ConfigError for a packet larger than the broker takes: mosquitto would cut
+        the connection at it, and at the next attempt again.
+        """
+        connection = self._alive()
+        size_bytes = packet_bytes(topic, len(payload), self._protocol)
+        if size_bytes > connection.packet_bytes_max:
+            raise ConfigError(
+                f"{topic} needs a packet of {size_bytes} bytes, but the broker at {self._endpoint} takes "
+                f"{connection.packet_bytes_max}: raise its maximum packet size"
+            )
+        ticket = next(self._tickets)
+        connection.publish(ticket, topic, payload, retain)
+        return ticket
+
+    def acknowledge(self, token: Token) -> None:
+        """Let the broker forget a message, in order of arrival. The token of an older connection is ignored."""
+        if self._connection is not None and token.connection == self._connection.number:
+            self._connection.acknowledge(token.mid)
+
+    def disconnect(self, flush_s: float = 5.0) -> None:
+        """Wait at most ``flush_s`` for what is outstanding, then take leave, so that no last will is published.
+
+        No ``Disconnected`` is delivered for it, and nothing else after it.
+        """
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close(flush_s)
+
+    def _alive(self) -> Connection:
+        if self._connection is None or not self._connection.alive:
+            raise LinkError(f"not connected to {self._endpoint}")
+        return self._connection

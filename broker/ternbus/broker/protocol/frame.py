@@ -1,0 +1,203 @@
+"""Bytes to signed frame and back: the envelope of every message, knowing nothing of what the kinds mean."""
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, Final
+
+import msgpack
+
+from ternbus.broker.errors import ProtocolError
+from ternbus.broker.protocol.identity import AGGREGATOR, Identity, KeyId, is_device, is_federation, verify
+
+MAGIC: Final = b"TBF1"
+HEADER_BYTES_MAX: Final = 16_384
+SIGNATURE_BYTES: Final = 64
+SIGNED_PREFIX: Final = b"ternbus/1 frame\0"
+PARTS_MAX: Final = 65_535
+DEPTH_MAX: Final = 8
+U64: Final = 2**64
+FRAME_BYTES: Final = 120 * 1024  # AWS IoT Core takes 128 KB; a broker that takes less says so at CONNACK
+FRAME_BYTES_RANGE: Final = 4096, 268_000_000  # what may be configured instead: a frame's own, and MQTT's bound
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame:
+    """One MQTT payload, its header checked for form; ``check_authentic`` says who wrote it."""
+
+    kind: str
+    federation: str
+    sender: str
+    key: KeyId
+    seq: int
+    part: int
+    parts: int
+    digest: bytes
+    meta: Mapping[str, Any]
+    meta_bytes: bytes
+    header: bytes
+    signature: bytes
+    body: bytes
+
+    def check_authentic(self, public: bytes) -> None:
+        """Raise ProtocolError unless ``public`` signed this header and the body is the one it names."""
+        verify(public, SIGNED_PREFIX + self.header, self.signature)
+        if blake2b(self.body, digest_size=32).digest() != self.digest:
+            raise ProtocolError("bad-digest", "the body is not the one that the header names")
+
+    def check_bodiless(self) -> None:
+        """Raise ProtocolError unless this is a whole message without a body, as most kinds are."""
+        if self.parts != 1 or self.body:
+            raise ProtocolError("bad-body", f"a message of kind {self.kind} has no body and one part")
+
+
+def build(
+    identity: Identity,
+    *,
+    federation: str,
+    sender: str,
+    kind: str,
+    seq: int,
+    meta: Mapping[str, Any],
+    body: bytes = b"",
+    part: int = 0,
+    parts: int = 1,
+) -> bytes:
+    """Sign one frame: ``TBF1``, header length, header, signature, body."""
+    header = msgpack.packb(
+        {
+            "kind": kind,
+            "federation": federation,
+            "sender": sender,
+            "key": bytes(identity.key_id),
+            "seq": seq,
+            "part": [part, parts],
+            "digest": blake2b(body, digest_size=32).digest(),
+            "meta": dict(meta),
+        }
+    )
+    if len(header) > HEADER_BYTES_MAX:
+        raise ProtocolError("header-too-long", f"{len(header)} bytes, at most {HEADER_BYTES_MAX}")
+    signature = identity.sign(SIGNED_PREFIX + header)
+    return b"".join((MAGIC, struct.pack("<I", len(header)), header, signature, body))
+
+
+def parse(payload: bytes) -> Frame:
+    """Take a payload apart and check the header's form. Neither signature nor digest is looked at yet."""
+    if len(payload) < 8 + SIGNATURE_BYTES or payload[:4] != MAGIC:
+        raise ProtocolError("not-a-frame", "too short, or does not begin with TBF1")
+    (length,) = struct.unpack_from("<I", payload, 4)
+    if length > HEADER_BYTES_MAX:
+        raise ProtocolError("header-too-long", f"{length} bytes, at most {HEADER_BYTES_MAX}")
+    end = 8 + length
+    if len(payload) < end + SIGNATURE_BYTES:
+        raise ProtocolError("not-a-frame", "shorter than its header says")
+    header = payload[8:end]
+    fields, meta_bytes = _parse_header(header)
+    part, parts = _part(fields)
+    return Frame(
+        kind=_text(fields, "kind"),
+        federation=_name(fields, "federation"),
+        sender=_name(fields, "sender"),
+        key=KeyId(_binary(fields, "key", 8)),
+        seq=_integer(fields["seq"], "seq"),
+        part=part,
+        parts=parts,
+        digest=_binary(fields, "digest", 32),
+        meta=fields["meta"],
+        meta_bytes=meta_bytes,
+        header=header,
+        signature=payload[end : end + SIGNATURE_BYTES],
+        body=payload[end + SIGNATURE_BYTES :],
+    )
+
+
+def _parse_header(header: bytes) -> tuple[dict[str, Any], bytes]:
+    """The header as a map, and the bytes of ``meta`` as they were sent (parts belong together by them)."""
+    unpacker = msgpack.Unpacker(
+        strict_map_key=False, object_pairs_hook=_unique, max_buffer_size=HEADER_BYTES_MAX, use_list=True
+    )
+    unpacker.feed(header)
+    fields: dict[str, Any] = {}
+    meta_bytes = b""
+    try:
+        for _ in range(unpacker.read_map_header()):
+            key = unpacker.unpack()
+            start = unpacker.tell()
+            value = unpacker.unpack()
+            if not isinstance(key, str) or key in fields:
+                raise ProtocolError("bad-header", "a key that is no string, or stands twice")
+            fields[key] = value
+            if key == "meta":
+                meta_bytes = header[start : unpacker.tell()]
+    # msgpack raises its own OutOfData, StackError, FormatError and plain ValueErrors (also UnicodeDecodeError)
+    # and, for extension types it knows, whatever their constructors raise.
+    except (msgpack.UnpackException, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise ProtocolError("bad-header", "not one msgpack map") from error
+    if unpacker.tell() != len(header):
+        raise ProtocolError("bad-header", "bytes after the map")
+    for key in ("kind", "federation", "sender", "key", "seq", "part", "digest", "meta"):
+        if key not in fields:
+            raise ProtocolError("bad-header", f"no {key!r}")
+    if not isinstance(fields["meta"], dict):
+        raise ProtocolError("bad-header", "'meta' is not a map")
+    _check_depth(fields, 1)
+    return fields, meta_bytes
+
+
+def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    try:
+        result = dict(pairs)
+    except TypeError as error:  # an unhashable key: an array or a map
+        raise ValueError("a key that cannot be one") from error
+    if len(result) != len(pairs):
+        raise ValueError("a key stands twice")
+    return result
+
+
+def _check_depth(value: object, depth: int) -> None:
+    if not isinstance(value, dict | list):
+        return
+    if depth > DEPTH_MAX:
+        raise ProtocolError("bad-header", f"nested deeper than {DEPTH_MAX}")
+    for child in value.values() if isinstance(value, dict) else value:
+        _check_depth(child, depth + 1)
+
+
+def _part(fields: Mapping[str, Any]) -> tuple[int, int]:
+    value = fields["part"]
+    if not isinstance(value, list) or len(value) != 2:
+        raise ProtocolError("bad-header", "'part' is not [i, n]")
+    part, parts = (_integer(number, "part") for number in value)
+    if not (1 <= parts <= PARTS_MAX and part < parts):
+        raise ProtocolError("bad-header", f"part {part} of {parts}")
+    return part, parts
+
+
+def _integer(value: object, key: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < U64:
+        raise ProtocolError("bad-header", f"{key!r} is not an unsigned 64-bit integer")
+    return value
+
+
+def _text(fields: Mapping[str, Any], key: str) -> str:
+    value = fields[key]
+    if not isinstance(value, str):
+        raise ProtocolError("bad-header", f"{key!r} is not a string")
+    return value
+
+
+def _name(fields: Mapping[str, Any], key: str) -> str:
+    value = _text(fields, key)
+    good = is_federation(value) if key == "federation" else value == AGGREGATOR or is_device(value)
+    if not good:
+        raise ProtocolError("bad-header", f"{key!r} is not a name")
+    return value
+
+
+def _binary(fields: Mapping[str, Any], key: str, length: int) -> bytes:
+    value = fields[key]
+    if not isinstance(value, bytes) or len(value) != length:
+        raise ProtocolError("bad-header", f"{key!r} is not {length} bytes")
+    return value

@@ -1,0 +1,246 @@
+"""The log of merges: an entry for each version, signed, that names the one before it by its hash (docs/log.md).
+
+Knows an entry's bytes, and what tampering a log as a whole shows; neither where logs are kept nor how they are made.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from io import BytesIO
+from itertools import pairwise
+from typing import Any, BinaryIO, Final, Self
+
+import msgpack
+
+from ternbus.broker.errors import ProtocolError
+from ternbus.broker.protocol import read
+from ternbus.broker.protocol.frame import SIGNATURE_BYTES
+from ternbus.broker.protocol.identity import Identity, KeyId, is_federation, verify
+
+SIGNED_PREFIX: Final = b"ternbus/1 log\0"
+FIRST: Final = bytes(32)  # in place of a hash, in the entry that is the first
+LEAP: Final = 2**32  # so many versions later goes on what was restored from a backup (protocol)
+ENTRY_BYTES_MAX: Final = 2**28  # some millions of updates in one merge
+_KEYS: Final = ["federation", "version", "digest", "previous", "updates"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contribution:
+    """An update in a merge, and how much it weighed there: by what its block was multiplied, 0 if it was left out.
+
+    Under a rule that looks at each coordinate by itself it is the mean weight over them.
+    """
+
+    device: str
+    key: KeyId
+    seq: int
+    digest: bytes
+    weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """What one merge was made of. ``digest`` is the model's, as heads have it; ``previous`` the entry's before."""
+
+    federation: str
+    version: int
+    digest: bytes
+    previous: bytes
+    updates: tuple[Contribution, ...] = ()
+
+    def content(self) -> bytes:
+        """The one encoding that this entry has."""
+        values = [self.federation, self.version, self.digest, self.previous]
+        rows = [[each.device, bytes(each.key), each.seq, each.digest, float(each.weight)] for each in self.updates]
+        return bytes(msgpack.packb(dict(zip(_KEYS, [*values, rows], strict=True))))
+
+    def signed(self, identity: Identity) -> "Signed":
+        content = self.content()
+        return Signed(content=content, signature=identity.sign(SIGNED_PREFIX + content))
+
+    @classmethod
+    def parse(cls, content: bytes) -> Self:
+        """ProtocolError where these bytes are not exactly what ``content`` would give."""
+        try:
+            fields = msgpack.unpackb(content, strict_map_key=False)
+        except (msgpack.UnpackException, ValueError, TypeError, OverflowError, RecursionError) as error:
+            raise ProtocolError("bad-entry", "not msgpack") from error
+        if not isinstance(fields, dict) or list(fields) != _KEYS:
+            raise ProtocolError("bad-entry", f"not a map of {', '.join(_KEYS)}")
+        federation, rows = read.text(fields, "federation"), fields["updates"]
+        if not is_federation(federation) or not isinstance(rows, list):
+            raise ProtocolError("bad-entry", "a federation or a list of updates that cannot be one")
+        entry = cls(
+            federation=federation,
+            version=read.integer(fields, "version"),
+            digest=read.binary(fields, "digest", 32),
+            previous=read.binary(fields, "previous", 32),
+            updates=tuple(_contribution(row) for row in rows),
+        )
+        if entry.content() != content:
+            raise ProtocolError("bad-entry", "another encoding than the canonical one")
+        return entry
+
+
+def _contribution(row: object) -> Contribution:
+    if not isinstance(row, list) or len(row) != 5:
+        raise ProtocolError("bad-entry", "an update is not [device, key, seq, digest, weight]")
+    about = dict(zip(("device", "key", "seq", "digest", "weight"), row, strict=True))
+    return Contribution(
+        device=read.device(about),
+        key=KeyId(read.binary(about, "key", 8)),
+        seq=read.integer(about, "seq"),
+        digest=read.binary(about, "digest", 32),
+        weight=read.number(about, "weight"),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signed:
+    """An entry's bytes and the aggregator's signature over them."""
+
+    content: bytes = field(repr=False)
+    signature: bytes = field(repr=False)
+
+    @property
+    def hash(self) -> bytes:
+        """How the next entry names this one."""
+        return blake2b(self.content, digest_size=32).digest()
+
+    def pack(self) -> bytes:
+        return bytes(msgpack.packb([self.content, self.signature]))
+
+
+def unpack(packed: bytes) -> Signed:
+    """What ``pack`` gave; ProtocolError where it is nothing like it."""
+    entries = list(unpack_all(BytesIO(packed)))
+    if len(entries) != 1:
+        raise ProtocolError("bad-log", f"{len(entries)} entries in place of one")
+    return entries[0]
+
+
+def unpack_all(file: BinaryIO) -> Iterator[Signed]:
+    """The entries of a log, packed one behind the other; ProtocolError from the first that is none."""
+    unpacker = msgpack.Unpacker(
+        file, max_buffer_size=ENTRY_BYTES_MAX, max_array_len=2, max_map_len=0, max_ext_len=0, max_str_len=0
+    )
+    start = 0
+    try:
+        for found in unpacker:
+            yield _signed(found, start)
+            start = unpacker.tell()
+        file.seek(0, 2)
+        if file.tell() != start:
+            raise ProtocolError("bad-log", f"it ends in the middle of the entry that begins at byte {start}")
+    except (msgpack.UnpackException, ValueError, TypeError, RecursionError) as error:
+        raise ProtocolError("bad-log", f"no entry at byte {start}, and what follows it cannot be told") from error
+
+
+def _signed(found: Any, start: int) -> Signed:
+    match found:
+        case [bytes(content), bytes(signature)] if len(signature) == SIGNATURE_BYTES:
+            return Signed(content=content, signature=signature)
+        case _:
+            raise ProtocolError("bad-log", f"no entry at byte {start}, and what follows it cannot be told")
+
+
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """What is remembered of an entry to see whether the next one fits."""
+
+    previous: bytes
+    hash: bytes
+    digest: bytes
+    genuine: bool
+
+
+@dataclass(slots=True, kw_only=True)
+class Audit:
+    """Takes a log's entries as they stand and names whatever is not as the holder of ``public`` wrote it."""
+
+    public: bytes
+    federation: str = ""  # whose the log has to be; of the first genuine entry where it is not known
+    faults: list[str] = field(default_factory=list)
+    entries: int = 0
+    updates: int = 0
+    size_bytes: int = 0
+    _links: dict[int, _Link] = field(default_factory=dict)
+    _highest: int = -1
+
+    def take(self, signed: Signed) -> Entry | None:
+        """The entry, where it is genuine in itself."""
+        self.entries += 1
+        self.size_bytes += len(signed.pack())
+        try:
+            entry = Entry.parse(signed.content)
+        except ProtocolError as error:
+            self.faults.append(f"entry {self.entries} is damaged: {error.detail}")
+            return None
+        self.updates += len(entry.updates)
+        genuine = self._is_genuine(entry, signed)
+        if entry.version in self._links:
+            self.faults.append(f"version {entry.version} stands there twice, the second time as entry {self.entries}")
+            return None
+        if entry.version < self._highest:
+            self.faults.append(f"version {entry.version} stands behind version {self._highest}: the order was changed")
+        self._highest = max(self._highest, entry.version)
+        self._links[entry.version] = _Link(entry.previous, signed.hash, entry.digest, genuine)
+        return entry if genuine else None
+
+    def _is_genuine(self, entry: Entry, signed: Signed) -> bool:
+        try:
+            verify(self.public, SIGNED_PREFIX + signed.content, signed.signature)
+        except ProtocolError:
+            self.faults.append(f"version {entry.version} was changed, or another key signed it")
+            return False
+        self.federation = self.federation or entry.federation
+        if entry.federation != self.federation:
+            self.faults.append(f"version {entry.version} is of the federation {entry.federation!r}")
+            return False
+        return True
+
+    def finish(self, head: tuple[int, bytes | None] | None = None) -> list[str]:
+        """All faults, those of the chain included; ``head``, a version and its digest, must be in the log."""
+        if not self._links:
+            self.faults.append("there is no entry")
+            return self.faults
+        versions = sorted(self._links)
+        if versions[0] != 0 or (self._links[0].genuine and self._links[0].previous != FIRST):
+            self.faults.append(f"the log begins with version {versions[0]}: what stood before it was removed")
+        for before, after in pairwise(versions):
+            self._compare(before, after)
+        if head is not None:
+            self._look_for(*head)
+        return self.faults
+
+    def _compare(self, before: int, after: int) -> None:
+        """Whether one entry was made right after the other."""
+        earlier, later = self._links[before], self._links[after]
+        fits = later.previous == earlier.hash
+        if after != before + 1 and not (fits and after == before + LEAP):
+            gap = f"version {before + 1} is" if after == before + 2 else f"versions {before + 1} to {after - 1} are"
+            self.faults.append(f"{gap} missing")
+        elif not fits and earlier.genuine and later.genuine:
+            self.faults.append(f"version {after} was made behind another version {before} than this one")
+
+    def _look_for(self, version: int, digest: bytes | None) -> None:
+        if version > self._highest:
+            self.faults.append(
+                f"the log ends with version {self._highest}, and version {version} was published: "
+                "its end was cut off, or it was exported before"
+            )
+        elif version not in self._links:
+            self.faults.append(f"version {version} was published, and is not in the log")
+        elif digest is not None and self._links[version].digest != digest:
+            self.faults.append(f"version {version} was published with another digest than the log has")
+
+    @property
+    def readable(self) -> bool:
+        """Whether there was an entry at all."""
+        return bool(self._links)
+
+    @property
+    def last(self) -> tuple[int, bytes, bytes]:
+        """(version, the model's digest, the entry's hash) of the newest entry; there must be one."""
+        link = self._links[self._highest]
+        return self._highest, link.digest, link.hash

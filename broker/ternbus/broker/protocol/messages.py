@@ -1,0 +1,325 @@
+"""The kinds of message as values: what each ``meta`` holds, checked field by field as it comes from the wire."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final, Self
+
+from ternbus.broker.errors import ProtocolError
+from ternbus.broker.protocol import read
+from ternbus.broker.protocol.frame import PARTS_MAX
+from ternbus.broker.protocol.identity import KeyId
+
+GRANT_RANGES_MAX: Final = 500
+SAMPLES_MAX: Final = 2**32 - 1
+
+OPEN, PAUSED, CLOSED = "open", "paused", "closed"
+STATES: Final = (OPEN, PAUSED, CLOSED)
+OUTCOMES: Final = ("accepted", "stale", "duplicate", "invalid", "busy", "revoked", "enrolled", "refused")
+DEVICE_STATES: Final = ("idle", "training", "offline")
+AGGREGATOR_STATES: Final = ("online", "offline")
+SPLITS: Final = ("test", "local")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotRef:
+    """Which snapshot a head names: in frames an array ``[version, parts, bytes, place]``."""
+
+    version: int
+    parts: int
+    content_bytes: int
+    place: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """What the newest version is, and how to follow and train."""
+
+    KIND: ClassVar[str] = "head"
+    version: int
+    digest: bytes
+    schema: bytes
+    snapshot: SnapshotRef
+    slots: int
+    max_staleness: int
+    direct_parts: int
+    state: str
+    plan: Mapping[str, Any]
+
+    def meta(self) -> dict[str, Any]:
+        named = self.snapshot
+        return {
+            "version": self.version,
+            "digest": self.digest,
+            "schema": self.schema,
+            "snapshot": [named.version, named.parts, named.content_bytes, named.place],
+            "slots": self.slots,
+            "max_staleness": self.max_staleness,
+            "direct_parts": self.direct_parts,
+            "state": self.state,
+            "plan": dict(self.plan),
+        }
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> Self:
+        named = read.get(meta, "snapshot")
+        if not isinstance(named, list) or len(named) != 4:
+            raise ProtocolError("bad-meta", "'snapshot' is not [version, parts, bytes, place]")
+        version, parts, size_bytes, place = (read.checked_integer(number, "snapshot") for number in named)
+        head = cls(
+            version=read.integer(meta, "version"),
+            digest=read.binary(meta, "digest", 32),
+            schema=read.binary(meta, "schema", 32),
+            snapshot=SnapshotRef(version=version, parts=parts, content_bytes=size_bytes, place=place),
+            slots=read.integer(meta, "slots", 1, PARTS_MAX),
+            max_staleness=read.integer(meta, "max_staleness"),
+            direct_parts=read.integer(meta, "direct_parts"),
+            state=read.one_of(meta, "state", STATES),
+            plan=read.mapping(meta, "plan"),
+        )
+        if version > head.version or not 1 <= parts <= PARTS_MAX or place > 1:
+            raise ProtocolError("bad-meta", "'snapshot' names what cannot be")
+        return head
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """The whole model: the body is the schema's bytes, then the vector, encoded."""
+
+    KIND: ClassVar[str] = "snapshot"
+    version: int
+    digest: bytes
+    schema_bytes: int
+    content_bytes: int
+    encoding: str
+
+    def meta(self) -> dict[str, Any]:
+        return {
+            "version": self.version,
+            "digest": self.digest,
+            "schema_bytes": self.schema_bytes,
+            "bytes": self.content_bytes,
+            "encoding": self.encoding,
+        }
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> Self:
+        return cls(
+            version=read.integer(meta, "version"),
+            digest=read.binary(meta, "digest", 32),
+            schema_bytes=read.integer(meta, "schema_bytes"),
+            content_bytes=read.integer(meta, "bytes"),
+            encoding=read.text(meta, "encoding"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """The block that turns version - 1 into version."""
+
+    KIND: ClassVar[str] = "delta"
+    version: int
+    digest: bytes
+    codec: str
+    encoding: str
+
+    def meta(self) -> dict[str, Any]:
+        return {"version": self.version, "digest": self.digest, "codec": self.codec, "encoding": self.encoding}
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> Self:
+        return cls(
+            version=read.integer(meta, "version", 1),
+            digest=read.binary(meta, "digest", 32),
+            codec=read.text(meta, "codec"),
+            encoding=read.text(meta, "encoding"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """What local training added to the vector of version ``base``; the body is a block."""
+
+    KIND: ClassVar[str] = "update"
+    base: int
+    samples: int
+    codec: str
+    encoding: str
+    sealed: bool
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def meta(self) -> dict[str, Any]:
+        return {
+            "base": self.base,
+            "samples": self.samples,
+            "codec": self.codec,
+            "encoding": self.encoding,
+            "sealed": self.sealed,
+            "metrics": dict(self.metrics),
+        }
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> Self:
+        return cls(
+            base=read.integer(meta, "base"),
+            samples=read.integer(meta, "samples", 1, SAMPLES_MAX),
+            codec=read.text(meta, "codec"),
+            encoding=read.text(meta, "encoding"),
+            sealed=read.boolean(meta, "sealed"),
+            metrics=read.numbers(meta, "metrics"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """Announces an update of ``parts`` parts under the update's own seq."""
+
+    KIND: ClassVar[str] = "offer"
+    base: int
+    parts: int
+
+    def meta(self) -> dict[str, Any]:
+        return {"base": self.base, "parts": self.parts}
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> Self:
+        return cls(base=read.integer(meta, "base"), parts=read.integer(meta, "parts", 1, PARTS_MAX))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """The ranges [first, last] of an offered update's parts that are wanted."""
+
+    KIND: ClassVar[str] = "grant"
+    device: str
+    device_key: KeyId
+    seq: int
+    parts: tuple[tuple[int, int], ...]
+    deadline_s: float
+
+    def meta(self) -> dict[str, Any]:
+        return {
+            "device": self.device,
+            "device_key": bytes(self.device_key),
+            "seq": self.seq,
+            "parts": [list(pair) for pair in self.parts],
+            "deadline_s": self.deadline_s,
+        }
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> Self:
+        rows = read.get(meta, "parts")
+        if not isinstance(rows, list) or len(rows) > GRANT_RANGES_MAX:
+            raise ProtocolError("bad-meta", f"'parts' is not an array of at most {GRANT_RANGES_MAX} ranges")
+        return cls(
+            device=read.device(meta),
+            device_key=KeyId(read.binary(meta, "device_key", 8)),
+            seq=read.integer(meta, "seq"),
+            parts=tuple(read.part_range(row) for row in rows),
+            deadline_s=read.number(meta, "deadline_s", 0.0),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """The aggregator's signed answer: the only thing that says what became of an update or an enroll."""
+
+    KIND: ClassVar[str] = "receipt"
+    device: str
+    device_key: KeyId
+    seq: int
+    outcome: str
+    version: int
+    reason: str = ""
+    retry_after_s: float = 0.0
+    highest_seq: int = 0
+
+    def meta(self) -> dict[str, Any]:
+        return {
+            "device": self.device,
+            "device_key": bytes(self.device_key),
+            "seq": self.seq,
+            "outcome": self.outcome,
+            "version": self.version,
+            "reason": self.reason,
+            "retry_after_s": self.retry_after_s,
+            "highest_seq": self.highest_seq,
+        }
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> Self:
+        return cls(
+            device=read.device(meta),
+            device_key=KeyId(read.binary(meta, "device_key", 8)),
+            seq=read.integer(meta, "seq"),
+            outcome=read.one_of(meta, "outcome", OUTCOMES),
+            version=read.integer(meta, "version"),
+            reason=read.text(meta, "reason") if "reason" in meta else "",
+            retry_after_s=read.number(meta, "retry_after_s", 0.0) if "retry_after_s" in meta else 0.0,
+            highest_seq=read.integer(meta, "highest_seq") if "highest_seq" in meta else 0,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """A hint for people and schedulers: what its sender does; a last will says ``offline``."""
+
+    KIND: ClassVar[str] = "status"
+    state: str
+    session: int
+    base: int = -1
+    software: str = ""
+
+    def meta(self) -> dict[str, Any]:
+        return {"state": self.state, "session": self.session, "base": self.base, "software": self.software}
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> Self:
+        return cls(
+            state=read.one_of(meta, "state", (*DEVICE_STATES, *AGGREGATOR_STATES)),
+            session=read.integer(meta, "session"),
+            base=read.integer(meta, "base", -1),
+            software=read.text(meta, "software")[:100],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metrics:
+    """An evaluation of a version."""
+
+    KIND: ClassVar[str] = "metrics"
+    version: int
+    samples: int
+    split: str
+    values: Mapping[str, float]
+
+    def meta(self) -> dict[str, Any]:
+        return {
+            "version": self.version,
+            "samples": self.samples,
+            "split": self.split,
+            "values": dict(self.values),
+        }
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> Self:
+        return cls(
+            version=read.integer(meta, "version"),
+            samples=read.integer(meta, "samples", 0, SAMPLES_MAX),
+            split=read.one_of(meta, "split", SPLITS),
+            values=read.numbers(meta, "values"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Enroll:
+    """Makes a key known for a device; the body proves that its sender holds the invitation's code."""
+
+    KIND: ClassVar[str] = "enroll"
+    public_key: bytes
+
+    def meta(self) -> dict[str, Any]:
+        return {"public_key": self.public_key}
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> Self:
+        return cls(public_key=read.binary(meta, "public_key", 32))

@@ -1,0 +1,158 @@
+"""A message larger than one frame: cut into signed parts, and collected again within bounds."""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any, Final
+
+from ternbus.broker.errors import ConfigError, ProtocolError
+from ternbus.broker.protocol.frame import PARTS_MAX, Frame, build
+from ternbus.broker.protocol.identity import Identity, KeyId
+
+PART_BYTES_MIN: Final = 1024  # every part but the last carries at least so much
+
+
+def cut(
+    identity: Identity,
+    *,
+    federation: str,
+    sender: str,
+    kind: str,
+    seq: int,
+    meta: Mapping[str, Any],
+    body: bytes = b"",
+    frame_bytes: int,
+) -> list[bytes]:
+    """Sign ``body`` as one frame or as several of at most ``frame_bytes``; ConfigError where that is too small."""
+    about: dict[str, Any] = {"federation": federation, "sender": sender, "kind": kind, "seq": seq, "meta": meta}
+    envelope = len(build(identity, **about, part=PARTS_MAX - 1, parts=PARTS_MAX))
+    room = frame_bytes - envelope
+    if len(body) <= room:
+        return [build(identity, **about, body=body)]
+    if room < PART_BYTES_MIN:
+        raise ConfigError(
+            f"frames of {frame_bytes} bytes leave {room} for a part's body; raise the broker's maximum packet size"
+        )
+    parts = -(-len(body) // room)
+    if parts > PARTS_MAX:
+        raise ConfigError(f"a message of {len(body)} bytes needs more than {PARTS_MAX} parts; raise the frame size")
+    return [
+        build(identity, **about, body=body[part * room : (part + 1) * room], part=part, parts=parts)
+        for part in range(parts)
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Whole:
+    """A message of which every part has come."""
+
+    kind: str
+    federation: str
+    sender: str
+    key: KeyId
+    seq: int
+    parts: int
+    meta: Mapping[str, Any]
+    body: bytes
+    digest: bytes  # see message_digest
+
+
+def header_digest(header: bytes) -> bytes:
+    """BLAKE2b-256 of a frame's header: what its sender signed, with the digest of the body in it."""
+    return blake2b(header, digest_size=32).digest()
+
+
+def message_digest(headers: Iterable[bytes]) -> bytes:
+    """BLAKE2b-256 of the digests of a message's headers in order of the parts: it stands for all that was signed."""
+    return header_digest(b"".join(map(header_digest, headers)))
+
+
+@dataclass(slots=True)
+class _Assembly:
+    parts: int
+    bodies: dict[int, bytes] = field(default_factory=dict)
+    headers: dict[int, bytes] = field(default_factory=dict)  # their digests
+    size_bytes: int = 0
+
+
+@dataclass(slots=True)
+class Collector:
+    """Parts of one sender's messages until they are whole; what exceeds the bounds is dropped, oldest first."""
+
+    messages_max: int
+    bytes_max: int
+    dropped: int = 0
+    size_bytes: int = 0
+    _assemblies: OrderedDict[tuple[KeyId, str, int, int, bytes], _Assembly] = field(default_factory=OrderedDict)
+
+    def add(self, frame: Frame) -> Whole | None:
+        """Take in an authentic frame; return the whole message when this was its last missing part."""
+        if frame.parts == 1:
+            return whole(frame)
+        if frame.part < frame.parts - 1 and len(frame.body) < PART_BYTES_MIN:
+            raise ProtocolError("short-part", f"{len(frame.body)} bytes in part {frame.part} of {frame.parts}")
+        if len(frame.body) > self.bytes_max:
+            raise ProtocolError("too-long", f"more than {self.bytes_max} bytes")
+        name = _name(frame)
+        assembly = self._assemblies.setdefault(name, _Assembly(frame.parts))
+        if frame.part in assembly.bodies:
+            return None  # the first copy of a part wins
+        assembly.bodies[frame.part] = frame.body
+        assembly.headers[frame.part] = header_digest(frame.header)
+        assembly.size_bytes += len(frame.body)
+        self.size_bytes += len(frame.body)
+        if len(assembly.bodies) == frame.parts:
+            self._forget(name)
+            body = b"".join(assembly.bodies[part] for part in range(frame.parts))
+            return _whole(frame, body, b"".join(assembly.headers[part] for part in range(frame.parts)))
+        while len(self._assemblies) > self.messages_max or self.size_bytes > self.bytes_max:
+            self._forget(next(iter(self._assemblies)))
+            self.dropped += 1
+        return None
+
+    def lacks_only(self, frame: Frame) -> bool:
+        """Whether this part is the one that its message still lacks."""
+        assembly = self._assemblies.get(_name(frame))
+        return assembly is not None and len(assembly.bodies) == frame.parts - 1 and frame.part not in assembly.bodies
+
+    def missing(self, kind: str, seq: int) -> list[int]:
+        """The parts that a begun message still lacks; empty where nothing of it has come."""
+        for (_, its_kind, its_seq, _, _), assembly in self._assemblies.items():
+            if (its_kind, its_seq) == (kind, seq):
+                return [part for part in range(assembly.parts) if part not in assembly.bodies]
+        return []
+
+    def clear(self) -> None:
+        self._assemblies.clear()
+        self.size_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._assemblies)
+
+    def _forget(self, name: tuple[KeyId, str, int, int, bytes]) -> None:
+        self.size_bytes -= self._assemblies.pop(name).size_bytes
+
+
+def _name(frame: Frame) -> tuple[KeyId, str, int, int, bytes]:
+    """What parts of one message agree in; the sender is the collector's."""
+    return frame.key, frame.kind, frame.seq, frame.parts, frame.meta_bytes
+
+
+def whole(frame: Frame) -> Whole:
+    """The message that a single frame is."""
+    return _whole(frame, frame.body, header_digest(frame.header))
+
+
+def _whole(frame: Frame, body: bytes, headers: bytes) -> Whole:
+    return Whole(
+        kind=frame.kind,
+        federation=frame.federation,
+        sender=frame.sender,
+        key=frame.key,
+        seq=frame.seq,
+        parts=frame.parts,
+        meta=frame.meta,
+        body=body,
+        digest=header_digest(headers),
+    )

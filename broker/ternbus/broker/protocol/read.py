@@ -1,0 +1,109 @@
+"""A ``meta`` map's entries, checked one by one as they come from the wire: each returns its value or ProtocolError."""
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Final
+
+from ternbus.broker.errors import ProtocolError
+from ternbus.broker.protocol.frame import PARTS_MAX, U64
+from ternbus.broker.protocol.identity import is_device
+
+ENTRIES_MAX: Final = 32  # of a map of metrics
+
+
+def get(meta: Mapping[str, Any], key: str) -> Any:
+    """The value, which must be there."""
+    if key not in meta:
+        raise ProtocolError("bad-meta", f"no {key!r}")
+    return meta[key]
+
+
+def checked_integer(value: object, key: str, low: int = 0, high: int = U64 - 1) -> int:
+    """An int, not a bool, within its range."""
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ProtocolError("bad-meta", f"{key!r} is not an integer from {low} to {high}")
+    return value
+
+
+def integer(meta: Mapping[str, Any], key: str, low: int = 0, high: int = U64 - 1) -> int:
+    """The int under ``key``."""
+    return checked_integer(get(meta, key), key, low, high)
+
+
+def checked_number(value: object, key: str, low: float = -math.inf) -> float:
+    """A finite float; an int is accepted."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value < low:
+        raise ProtocolError("bad-meta", f"{key!r} is not a finite number")
+    return float(value)
+
+
+def number(meta: Mapping[str, Any], key: str, low: float = -math.inf) -> float:
+    """The float under ``key``."""
+    return checked_number(get(meta, key), key, low)
+
+
+def boolean(meta: Mapping[str, Any], key: str) -> bool:
+    """The bool under ``key``."""
+    value = get(meta, key)
+    if not isinstance(value, bool):
+        raise ProtocolError("bad-meta", f"{key!r} is neither true nor false")
+    return value
+
+
+def text(meta: Mapping[str, Any], key: str) -> str:
+    """The str under ``key``."""
+    value = get(meta, key)
+    if not isinstance(value, str):
+        raise ProtocolError("bad-meta", f"{key!r} is not a string")
+    return value
+
+
+def one_of(meta: Mapping[str, Any], key: str, names: tuple[str, ...]) -> str:
+    """The str under ``key``, one of ``names``."""
+    value = text(meta, key)
+    if value not in names:
+        raise ProtocolError("bad-meta", f"{key!r} is none of {', '.join(names)}")
+    return value
+
+
+def binary(meta: Mapping[str, Any], key: str, length: int) -> bytes:
+    """The bytes under ``key``, exactly so many."""
+    value = get(meta, key)
+    if not isinstance(value, bytes) or len(value) != length:
+        raise ProtocolError("bad-meta", f"{key!r} is not {length} bytes")
+    return value
+
+
+def mapping(meta: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The map from str under ``key``."""
+    value = get(meta, key)
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise ProtocolError("bad-meta", f"{key!r} is not a map of strings to values")
+    return MappingProxyType(value)
+
+
+def numbers(meta: Mapping[str, Any], key: str) -> Mapping[str, float]:
+    """The map from str to float under ``key``."""
+    values = mapping(meta, key)
+    if len(values) > ENTRIES_MAX:
+        raise ProtocolError("bad-meta", f"{key!r} has more than {ENTRIES_MAX} entries")
+    return MappingProxyType({name: checked_number(value, f"{key}.{name[:40]}") for name, value in values.items()})
+
+
+def device(meta: Mapping[str, Any]) -> str:
+    """A device's name."""
+    name = text(meta, "device")
+    if not is_device(name):
+        raise ProtocolError("bad-meta", "'device' is not a name")
+    return name
+
+
+def part_range(row: object) -> tuple[int, int]:
+    """A pair [first, last] of part numbers."""
+    if not isinstance(row, list) or len(row) != 2:
+        raise ProtocolError("bad-meta", "a range is not [first, last]")
+    first, last = (checked_integer(number, "parts", 0, PARTS_MAX - 1) for number in row)
+    if first > last:
+        raise ProtocolError("bad-meta", "a range that ends before it begins")
+    return first, last

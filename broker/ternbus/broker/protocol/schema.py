@@ -1,0 +1,219 @@
+"""The model as bytes: which tensors, in which order and role, and the float32 vector that they make."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Final
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+
+from ternbus.broker.errors import ConfigError, ProtocolError
+
+type_f32 = np.dtype("<f4")
+Vector = npt.NDArray[np.float32]  # shape (elements,), little-endian float32, every element finite
+
+TERNARY: Final = "ternary"
+DENSE: Final = "dense"
+DENSE_BELOW: Final = 256  # a tensor with fewer elements is dense: its scale would cost more than it saves
+DENSE_NAMES: Final = ("*running_mean", "*running_var")  # batch norm's: trits would make a variance negative
+TENSORS_MAX: Final = 100_000
+ELEMENTS_MAX: Final = 2**31
+SMALLEST_NORMAL: Final = np.float32(2.0**-126)
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One entry of a schema."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: str
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Where one tensor lies: in the vector, and in a block's run of its role's elements."""
+
+    tensor: Tensor
+    start: int  # in the vector
+    stop: int
+    offset: int  # of its first element among all elements of its role
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The tensors of a model in their fixed order, and the bytes by which the aggregator first wrote them."""
+
+    tensors: tuple[Tensor, ...]
+    encoded: bytes = field(repr=False)
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, Sequence[int]], dense: Iterable[str] = ()) -> "Schema":
+        """A schema over named shapes; dense are tensors below 256 elements, statistics, and what matches ``dense``."""
+        patterns = (*DENSE_NAMES, *dense)
+        tensors = []
+        for name, shape in shapes.items():
+            small = math.prod(shape) < DENSE_BELOW
+            role = DENSE if small or any(fnmatchcase(name, pattern) for pattern in patterns) else TERNARY
+            tensors.append(Tensor(name, tuple(int(size) for size in shape), role))
+        return cls.write(tensors)
+
+    @classmethod
+    def write(cls, tensors: Iterable[Tensor]) -> "Schema":
+        """A schema over these tensors, in the bytes that the aggregator that calls this fixes for good."""
+        return cls.parse(msgpack.packb([[tensor.name, list(tensor.shape), tensor.role] for tensor in tensors]))
+
+    @classmethod
+    def parse(cls, encoded: bytes) -> "Schema":
+        """Read the msgpack array of ``[name, shape, role]``; raise ProtocolError for anything else."""
+        try:
+            rows = msgpack.unpackb(encoded, strict_map_key=True)
+        except (msgpack.UnpackException, ValueError, TypeError, OverflowError, RecursionError) as error:
+            raise ProtocolError("bad-schema", "not msgpack") from error
+        if not isinstance(rows, list) or not 1 <= len(rows) <= TENSORS_MAX:
+            raise ProtocolError("bad-schema", f"not an array of 1 to {TENSORS_MAX} tensors")
+        tensors = tuple(_tensor(row) for row in rows)
+        if len({tensor.name for tensor in tensors}) != len(tensors):
+            raise ProtocolError("bad-schema", "a name stands twice")
+        if not 0 < sum(tensor.elements for tensor in tensors) <= ELEMENTS_MAX:
+            raise ProtocolError("bad-schema", f"not 1 to {ELEMENTS_MAX} elements")
+        return cls(tensors, encoded)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """BLAKE2b-256 over the schema's bytes."""
+        return blake2b(self.encoded, digest_size=32).digest()
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """Every tensor's place, in schema order."""
+        start, offsets, segments = 0, {TERNARY: 0, DENSE: 0}, []
+        for tensor in self.tensors:
+            stop = start + tensor.elements
+            segments.append(Segment(tensor, start, stop, offsets[tensor.role]))
+            offsets[tensor.role] += tensor.elements
+            start = stop
+        return tuple(segments)
+
+    @cached_property
+    def ternary(self) -> tuple[Segment, ...]:
+        return tuple(segment for segment in self.segments if segment.tensor.role == TERNARY)
+
+    @cached_property
+    def dense(self) -> tuple[Segment, ...]:
+        return tuple(segment for segment in self.segments if segment.tensor.role == DENSE)
+
+    @cached_property
+    def ternary_elements(self) -> int:
+        return sum(segment.tensor.elements for segment in self.ternary)
+
+    @cached_property
+    def dense_elements(self) -> int:
+        return sum(segment.tensor.elements for segment in self.dense)
+
+    @property
+    def elements(self) -> int:
+        return self.ternary_elements + self.dense_elements
+
+
+def _tensor(row: Any) -> Tensor:
+    match row:
+        case [str() as name, list() as shape, ("ternary" | "dense") as role] if (
+            0 < len(name) <= 1024
+            and len(shape) <= 32
+            and all(isinstance(size, int) and not isinstance(size, bool) and 0 < size <= ELEMENTS_MAX for size in shape)
+        ):
+            return Tensor(name, tuple(shape), role)
+    raise ProtocolError("bad-schema", "an entry that is not [name, shape, role]")
+
+
+def flush_tiny(values: npt.NDArray[np.float32]) -> None:
+    """Turn every magnitude below 2^-126, and -0, into +0, in place: some processors would, so all must."""
+    values += np.float32(0.0)  # -0 + 0 is +0
+    tiny = np.abs(values) < SMALLEST_NORMAL
+    tiny &= values != 0  # a third of a ternary change is 0 already, and numpy is slow where it writes
+    if tiny.any():
+        values[tiny] = 0.0
+
+
+def vector_digest(vector: Vector) -> bytes:
+    """BLAKE2b-256 over the vector's little-endian bytes."""
+    return blake2b(np.ascontiguousarray(vector, dtype=type_f32).data, digest_size=32).digest()
+
+
+def vector_of(content: bytes, schema: Schema) -> Vector:
+    """Read a vector from its bytes; raise ProtocolError for a wrong length or an element that is not finite."""
+    if len(content) != 4 * schema.elements:
+        raise ProtocolError("bad-vector", f"{len(content)} bytes, not {4 * schema.elements}")
+    vector = np.frombuffer(content, dtype=type_f32).astype(np.float32)
+    if not np.isfinite(vector).all():
+        raise ProtocolError("bad-vector", "an element is not finite")
+    flush_tiny(vector)
+    return vector
+
+
+def to_vector(schema: Schema, tensors: Mapping[str, npt.NDArray[Any]]) -> Vector:
+    """Flatten named tensors, row-major, in schema order; ConfigError where they do not fit the schema."""
+    missing = [tensor.name for tensor in schema.tensors if tensor.name not in tensors]
+    if missing:
+        raise ConfigError(f"the model lacks {missing[0]!r} (and {len(missing) - 1} more) of the federation's schema")
+    vector = np.empty(schema.elements, dtype=np.float32)
+    for segment in schema.segments:
+        array = tensors[segment.tensor.name]
+        name, shape = segment.tensor.name, segment.tensor.shape
+        if tuple(array.shape) != shape:
+            raise ConfigError(f"tensor {name!r} has shape {tuple(array.shape)}, the federation's has {shape}")
+        vector[segment.start : segment.stop] = np.asarray(array, dtype=np.float32).reshape(-1)
+    if not np.isfinite(vector).all():
+        raise ConfigError("the model holds numbers that are not finite; was the learning rate too high?")
+    flush_tiny(vector)
+    return vector
+
+
+def to_tensors(schema: Schema, vector: Vector) -> dict[str, npt.NDArray[np.float32]]:
+    """Views of the vector in the tensors' shapes, by name, in schema order."""
+    return {
+        segment.tensor.name: vector[segment.start : segment.stop].reshape(segment.tensor.shape)
+        for segment in schema.segments
+    }
+
+
+def load_safetensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
+    """The floating-point tensors of a safetensors file as float32, in the file's order."""
+    from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - a device that only follows never needs it
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.offset_keys()}
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path} is not a safetensors file that can be read: {error}") from error
+    except (TypeError, KeyError, AttributeError) as error:  # what safetensors raises for a dtype numpy lacks
+        raise ConfigError(f"{path} holds a tensor of a type that numpy lacks; save it as float32") from error
+    floats = {name: array.astype(np.float32) for name, array in arrays.items() if array.dtype.kind == "f"}
+    if not floats:
+        raise ConfigError(f"{path} holds no floating-point tensor")
+    return floats
+
+
+def save_safetensors(path: Path, tensors: Mapping[str, npt.NDArray[np.float32]], about: Mapping[str, str]) -> None:
+    """Write named tensors, whole or not at all; ``about`` becomes the file's metadata."""
+    from safetensors import SafetensorError  # noqa: PLC0415 - as above
+    from safetensors.numpy import save_file  # noqa: PLC0415 - as above
+
+    partial = path.with_name(path.name + ".partial")
+    arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}  # a scalar stays one
+    try:
+        save_file(arrays, partial, metadata=dict(about))
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"cannot write {path}: {error}") from error

@@ -1,0 +1,286 @@
+"""Blocks: a change to the vector as trits and scales or as float32, encoded, checked, applied bit for bit.
+
+TernGrad (Wen et al. 2017, eq. 1-3) sends sign, zero and one scale a tensor; here five trits make one byte.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import zstandard
+
+from ternbus.broker.errors import ProtocolError
+from ternbus.broker.protocol.schema import SMALLEST_NORMAL, Schema, Segment, Vector, flush_tiny, type_f32
+
+TERNARY: Final = "ternary"
+FLOAT32: Final = "float32"
+CODECS: Final = (TERNARY, FLOAT32)
+RAW: Final = "raw"
+ZSTD: Final = "zstd"
+ENCODINGS: Final = (RAW, ZSTD)
+VALUE_MAX: Final = 65_504.0  # float16's largest: no honest change to one weight is larger
+WINDOW_BYTES_MAX: Final = 8 * 2**20
+TRIT_BYTE_MAX: Final = 242
+CHUNK_BYTES: Final = 2**15  # of trits at a time: 640 KiB of float32 stay in the processor's cache
+CHUNK: Final = 5 * CHUNK_BYTES
+
+Trits = npt.NDArray[np.int8]
+_decompressors: "deque[zstandard.ZstdDecompressor]" = deque(maxlen=4)
+_POWERS: Final = np.array([1, 3, 9, 27, 81], dtype=np.uint8)
+# TRITS[b] are the five trits of byte b, t0 first
+TRITS: Final = ((np.arange(243)[:, None] // _POWERS) % 3 - 1).astype(np.int8)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A change to a vector, its content checked against the schema: use ``Block.read`` or ``Block.of_…``."""
+
+    schema: Schema
+    codec: str
+    content: bytes
+
+    @classmethod
+    def read(cls, schema: Schema, codec: str, encoding: str, encoded: bytes) -> "Block":
+        """Decode and check what a peer sent; raise ProtocolError with a reason for anything malformed."""
+        content = decode(encoded, encoding, content_bytes(schema, codec))
+        if codec == TERNARY:
+            _check_ternary(schema, content)
+        else:
+            _check_elements(np.frombuffer(content, dtype=type_f32))
+        return cls(schema, codec, content)
+
+    @classmethod
+    def of_trits(cls, schema: Schema, scales: Sequence[float], trits: Trits, dense: npt.NDArray[np.float32]) -> "Block":
+        """From T scales, the ternary tensors' N trits in schema order, and the dense tensors' elements."""
+        parts = (np.asarray(scales, dtype=type_f32).tobytes(), pack(trits), _clip(dense).tobytes())
+        return cls(schema, TERNARY, b"".join(parts))
+
+    @classmethod
+    def of_float32(cls, schema: Schema, change: Vector) -> "Block":
+        """From a whole vector's change; magnitudes above 65,504 are clipped."""
+        runs = [change[segment.start : segment.stop] for segment in (*schema.ternary, *schema.dense)]
+        return cls(schema, FLOAT32, _clip(np.concatenate(runs)).tobytes())
+
+    def apply(self, vector: Vector) -> Vector:
+        """The next version: v + s*t and v + d in float32, tiny numbers counting as +0; the same bits everywhere."""
+        result = vector.copy()
+        for start, values in self._pieces():
+            target = result[start : start + len(values)]
+            target += values
+            flush_tiny(target)
+        return result
+
+    def piece(self, segment: Segment, first: int, last: int) -> npt.NDArray[np.float32]:
+        """Elements [first, last) of one tensor of the change; no others are unpacked."""
+        low, high = segment.offset + first, segment.offset + last
+        if self.codec == TERNARY and segment.tensor.role == TERNARY:
+            rows = (TRITS * self.scales[self.schema.ternary.index(segment)]).take(
+                self.packed[low // 5 : -(-high // 5)], axis=0
+            )
+            unpacked: npt.NDArray[np.float32] = rows.reshape(-1)[low % 5 :][: high - low]
+            return unpacked
+        after = self.schema.ternary_elements if self.codec == FLOAT32 and segment.tensor.role != TERNARY else 0
+        values = self.elements[after + low : after + high].astype(np.float32)
+        flush_tiny(values)
+        return values
+
+    def value(self) -> Vector:
+        """The change itself as a vector."""
+        return self.apply(np.zeros(self.schema.elements, dtype=np.float32))
+
+    @property
+    def scales(self) -> npt.NDArray[np.float32]:
+        """Of a ternary block: one for each ternary tensor, tiny ones as 0."""
+        scales = np.frombuffer(self.content, dtype=type_f32, count=len(self.schema.ternary)).astype(np.float32)
+        flush_tiny(scales)
+        return scales
+
+    @property
+    def packed(self) -> npt.NDArray[np.uint8]:
+        """Of a ternary block: the bytes of five trits each."""
+        first = 4 * len(self.schema.ternary)
+        return np.frombuffer(self.content, dtype=np.uint8)[first : first + trit_bytes(self.schema)]
+
+    @property
+    def elements(self) -> npt.NDArray[np.float32]:
+        """What is float32 in it: the dense tensors' elements, in a float32 block the ternary ones' before them."""
+        first = 4 * len(self.schema.ternary) + trit_bytes(self.schema) if self.codec == TERNARY else 0
+        return np.frombuffer(self.content, dtype=type_f32, offset=first)
+
+    def _pieces(self) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """(place in the vector, values), in pieces of at most CHUNK elements."""
+        elements = self.elements
+        runs = [(segment.start, segment.stop, segment.offset) for segment in self.schema.dense]
+        if self.codec == TERNARY:
+            yield from self._ternary_pieces()
+        else:
+            after = self.schema.ternary_elements
+            runs = [(start, stop, offset + after) for start, stop, offset in runs]
+            runs += [(segment.start, segment.stop, segment.offset) for segment in self.schema.ternary]
+        for start, stop, offset in runs:
+            for place in range(start, stop, CHUNK):
+                first = offset + place - start
+                values = elements[first : first + min(CHUNK, stop - place)].astype(np.float32)
+                flush_tiny(values)
+                yield place, values
+
+    def _ternary_pieces(self) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        packed = self.packed
+        for segment, scale in zip(self.schema.ternary, self.scales, strict=True):
+            table = TRITS * scale  # (243, 5) float32: one look-up turns a byte into five scaled values
+            end = segment.offset + segment.tensor.elements
+            for first in range(segment.offset // 5, -(-end // 5), CHUNK_BYTES):
+                last = min(first + CHUNK_BYTES, -(-end // 5))
+                values = table.take(packed[first:last], axis=0).reshape(-1)
+                low, high = max(segment.offset, 5 * first), min(end, 5 * last)
+                yield segment.start + low - segment.offset, values[low - 5 * first : high - 5 * first]
+
+
+def trit_bytes(schema: Schema) -> int:
+    return -(-schema.ternary_elements // 5)
+
+
+def content_bytes(schema: Schema, codec: str) -> int:
+    """How long a block's content is before encoding; the schema and the codec imply it."""
+    if codec == TERNARY:
+        return 4 * len(schema.ternary) + trit_bytes(schema) + 4 * schema.dense_elements
+    if codec == FLOAT32:
+        return 4 * schema.elements
+    raise ProtocolError("bad-codec", f"{codec[:20]!r}")
+
+
+def pack(trits: Trits) -> bytes:
+    """N trits in -1, 0, +1 to ceil(N/5) bytes, t0 the lowest power of three, the last byte filled with 0."""
+    packed = np.empty(-(-len(trits) // 5), dtype=np.uint8)
+    for first in range(0, len(packed), CHUNK_BYTES):
+        piece = trits[5 * first : 5 * (first + CHUNK_BYTES)]
+        digits = np.ones(-(-len(piece) // 5) * 5, dtype=np.uint8)
+        np.add(piece, 1, out=digits[: len(piece)], casting="unsafe")
+        columns = digits.reshape(-1, 5).T
+        total = columns[4].copy()
+        for column in (columns[3], columns[2], columns[1], columns[0]):  # Horner's rule, within one byte
+            total *= 3
+            total += column
+        packed[first : first + len(total)] = total
+    return packed.tobytes()
+
+
+def unpack(packed: bytes, count: int) -> Trits:
+    """The first ``count`` trits of bytes that ``pack`` made."""
+    return TRITS.take(np.frombuffer(packed, dtype=np.uint8), axis=0).reshape(-1)[:count]
+
+
+def encode(content: bytes, encoding: str = ZSTD) -> bytes:
+    """The content as it travels: one zstd frame that states its size, or raw."""
+    return content if encoding == RAW else zstandard.ZstdCompressor(level=1).compress(content)
+
+
+def decode(encoded: bytes, encoding: str, size: int) -> bytes:
+    """Undo ``encode``; what a zstd frame promises is checked before a byte of it is decompressed."""
+    if encoding == RAW:
+        content = encoded
+    elif encoding == ZSTD:
+        content = _decompress(encoded, size)
+    else:
+        raise ProtocolError("bad-encoding", f"{encoding[:20]!r}")
+    if len(content) != size:
+        raise ProtocolError("bad-length", f"{len(content)} bytes, not {size}")
+    return content
+
+
+def _decompress(encoded: bytes, size: int) -> bytes:
+    try:
+        frame = zstandard.get_frame_parameters(encoded)
+        # A content size that is not stated reads as 2**64-1, a skippable frame's as 0: neither equals ``size``.
+        if frame.content_size != size:
+            raise ProtocolError("bad-zstd", f"the frame does not state a content size of {size}")
+        if frame.dict_id != 0:
+            raise ProtocolError("bad-zstd", "the frame wants a dictionary")
+        if frame.window_size > WINDOW_BYTES_MAX:
+            raise ProtocolError("bad-zstd", f"a window of {frame.window_size} bytes")
+        return _decompress_frame(encoded)
+    except zstandard.ZstdError as error:
+        raise ProtocolError("bad-zstd", "not exactly one zstd frame") from error
+
+
+def _decompress_frame(encoded: bytes) -> bytes:
+    """With a decompressor that nobody uses: one serves one thread at a time, and to make one takes a while."""
+    try:
+        decompressor = _decompressors.pop()
+    except IndexError:
+        decompressor = zstandard.ZstdDecompressor(max_window_size=WINDOW_BYTES_MAX)
+    try:
+        return decompressor.decompress(encoded, allow_extra_data=False)
+    finally:
+        _decompressors.append(decompressor)
+
+
+def _check_ternary(schema: Schema, content: bytes) -> None:
+    scales = np.frombuffer(content, dtype=type_f32, count=len(schema.ternary)).copy()
+    if not np.isfinite(scales).all():  # before any arithmetic: a signalling NaN makes numpy warn
+        raise ProtocolError("bad-scale", "a scale that is not finite")
+    flush_tiny(scales)  # a tiny negative scale is a zero like any other
+    if not ((scales >= 0) & (scales <= VALUE_MAX)).all():
+        raise ProtocolError("bad-scale", f"a scale outside 0 to {VALUE_MAX:.0f}")
+    packed = np.frombuffer(content, dtype=np.uint8, count=trit_bytes(schema), offset=4 * len(scales))
+    if packed.size and int(packed.max()) > TRIT_BYTE_MAX:
+        raise ProtocolError("bad-trits", f"a byte above {TRIT_BYTE_MAX}")
+    used = schema.ternary_elements % 5
+    if used and TRITS[packed[-1], used:].any():
+        raise ProtocolError("bad-trits", "the last byte is not filled with 0")
+    _check_elements(np.frombuffer(content, dtype=type_f32, offset=4 * len(scales) + len(packed)))
+
+
+def _check_elements(elements: npt.NDArray[np.float32]) -> None:
+    # NaN passes through min and max and fails both comparisons
+    if elements.size and not (elements.min() >= -VALUE_MAX and elements.max() <= VALUE_MAX):
+        raise ProtocolError("bad-element", f"an element that is not finite or beyond {VALUE_MAX:.0f}")
+
+
+def _clip(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    return np.clip(values, -VALUE_MAX, VALUE_MAX).astype(type_f32, copy=False)
+
+
+def nearest(values: npt.NDArray[np.float32], out: Trits) -> np.float32:
+    """Ternarize deterministically, for senders that carry what is lost: write trits to ``out``, return the scale.
+
+    Zero below the mean magnitude, and the scale is the mean of the rest. It is the form of Ternary Weight Networks
+    (Li & Liu 2016, eq. 4-6) with a threshold of 1.0 instead of 0.7 means: 79 % instead of 81 % of a Gaussian's energy
+    for 1.40 instead of 1.56 bits an element. Unlike stochastic rounding it is a contraction, which error feedback
+    needs in order to converge (Karimireddy et al. 2019, assumption A).
+    """
+    total, count = 0.0, 0
+    for first in range(0, len(values), CHUNK):
+        total += float(np.abs(values[first : first + CHUNK]).sum(dtype=np.float64))
+    threshold = np.float32(total / len(values))
+    total = 0.0
+    for first in range(0, len(values), CHUNK):
+        piece, kept = values[first : first + CHUNK], out[first : first + CHUNK]
+        # where all are as large, none would be above the threshold
+        np.subtract((piece >= threshold).view(np.int8), (piece <= -threshold).view(np.int8), out=kept)
+        total += float((piece * kept).sum(dtype=np.float64))
+        count += int(np.count_nonzero(kept))
+    scale = np.float32(min(total / count, VALUE_MAX)) if count else np.float32(0)
+    if scale < SMALLEST_NORMAL:
+        out[:] = 0
+        return np.float32(0)
+    return scale
+
+
+def nearest_block(schema: Schema, change: Vector) -> Block:
+    """The deterministic ternary block closest to a change; dense tensors travel as they are."""
+    trits = np.empty(schema.ternary_elements, dtype=np.int8)
+    scales = []
+    for segment in schema.ternary:
+        end = segment.offset + segment.tensor.elements
+        scales.append(float(nearest(change[segment.start : segment.stop], trits[segment.offset : end])))
+    return Block.of_trits(schema, scales, trits, dense_elements(schema, change))
+
+
+def dense_elements(schema: Schema, change: Vector) -> npt.NDArray[np.float32]:
+    """The elements of the dense tensors, in schema order."""
+    runs = [change[segment.start : segment.stop] for segment in schema.dense]
+    return np.concatenate(runs) if runs else np.empty(0, dtype=np.float32)

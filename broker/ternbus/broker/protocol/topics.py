@@ -1,0 +1,86 @@
+"""Where each kind of message lives: topics built, parsed, and held against what a frame says of itself."""
+
+from dataclasses import dataclass
+from typing import Final
+
+from ternbus.broker.errors import ProtocolError
+from ternbus.broker.protocol.frame import Frame
+from ternbus.broker.protocol.identity import AGGREGATOR, is_device, is_federation
+
+UP_KINDS: Final = frozenset({"status", "offer", "update", "metrics", "enroll"})
+DOWN_KINDS: Final = frozenset({"receipt", "grant"})
+WHOLE_KINDS: Final = frozenset({"status", "head"})  # under all/, one topic each
+PART_KINDS: Final = frozenset({"snapshot", "delta"})  # under all/, a topic a part
+
+
+def root(federation: str) -> str:
+    return f"ternbus/1/{federation}"
+
+
+def status(federation: str) -> str:
+    return f"{root(federation)}/all/status"
+
+
+def head(federation: str) -> str:
+    return f"{root(federation)}/all/head"
+
+
+def snapshot(federation: str, place: int, part: int) -> str:
+    return f"{root(federation)}/all/snapshot/{place}/{part}"
+
+
+def delta(federation: str, slot: int, part: int) -> str:
+    return f"{root(federation)}/all/delta/{slot}/{part}"
+
+
+def up(federation: str, device: str, kind: str) -> str:
+    return f"{root(federation)}/up/{device}/{kind}"
+
+
+def down(federation: str, device: str, kind: str) -> str:
+    return f"{root(federation)}/down/{device}/{kind}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Address:
+    """A topic taken apart: ``group`` is all, up or down; ``slot`` is a delta's slot or a snapshot's place."""
+
+    federation: str
+    group: str
+    kind: str
+    device: str | None = None
+    slot: int | None = None
+    part: int | None = None
+
+
+def parse(topic: str) -> Address:
+    """Take a topic apart; raise ProtocolError for one that is none of ours."""
+    match topic.split("/"):
+        case ["ternbus", "1", federation, "all", kind] if is_federation(federation) and kind in WHOLE_KINDS:
+            return Address(federation=federation, group="all", kind=kind)
+        case ["ternbus", "1", federation, "all", kind, slot, part] if is_federation(federation) and kind in PART_KINDS:
+            return Address(federation=federation, group="all", kind=kind, slot=_number(slot), part=_number(part))
+        case ["ternbus", "1", federation, ("up" | "down") as group, device, kind] if (
+            is_federation(federation) and is_device(device) and kind in (UP_KINDS if group == "up" else DOWN_KINDS)
+        ):
+            return Address(federation=federation, group=group, kind=kind, device=device)
+    raise ProtocolError("unknown-topic", topic[:80])
+
+
+def check(frame: Frame, address: Address) -> None:
+    """Raise ProtocolError unless what the frame says of itself agrees with the topic it came on."""
+    if frame.federation != address.federation:
+        raise ProtocolError("wrong-federation", f"a frame of {frame.federation!r} on a topic of {address.federation!r}")
+    if frame.kind != address.kind:
+        raise ProtocolError("wrong-topic", f"a frame of kind {frame.kind!r} on a topic for {address.kind!r}")
+    sender = address.device if address.group == "up" else AGGREGATOR
+    if frame.sender != sender:
+        raise ProtocolError("wrong-sender", f"a frame of {frame.sender!r} on a topic of {sender!r}")
+    if address.part is not None and frame.part != address.part:
+        raise ProtocolError("wrong-topic", f"part {frame.part} on the topic of part {address.part}")
+
+
+def _number(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 5 or (text[0] == "0" and text != "0"):
+        raise ProtocolError("unknown-topic", "a slot or part that is no number")
+    return int(text)

@@ -1,0 +1,110 @@
+"""The `ternbus` command: it knows the names of the packages' commands and imports only the one that is asked for."""
+
+import importlib
+import os
+import sqlite3
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Final, NamedTuple, NoReturn
+
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command, get_group
+
+from ternbus.broker.errors import ConfigError, LinkError
+from ternbus.broker.version import software
+
+EXIT_FAILED: Final = 1
+EXIT_CONFIG: Final = 2  # as for a wrong option; the units in deploy/systemd do not restart a service that ends with it
+EXIT_INTERRUPTED: Final = 130  # 128 + SIGINT, as shells have it
+
+
+class Command(NamedTuple):
+    """Where a command's typer app `app` is, and the line about it in `ternbus --help`."""
+
+    module: str
+    help: str
+
+
+COMMANDS: Final[Mapping[str, Command]] = {
+    "broker": Command("ternbus.broker.cli", "Run a broker: mosquitto, or nats-server from its wheel."),
+    "aggregator": Command("ternbus.aggregator.shell.cli", "The server: accept updates, merge them, publish the model."),
+    "edge": Command("ternbus.edge.shell.cli", "The device: follow the model, train, send updates."),
+    "lab": Command("ternbus.lab.cli", "A whole federation on this machine, and its report."),
+}
+
+
+class LazyGroup(TyperGroup):
+    """Lists stand-ins that carry only name and help, and imports a command's module when it is run.
+
+    So `ternbus edge` loads neither the aggregator nor the lab with its plots, and stays small.
+    """
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """Like typer's own, whose types have no public name, but with the real command in place of its stand-in."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if name is not None:
+            command = get_group(importlib.import_module(COMMANDS[name].module).app)
+        return name, command, rest
+
+
+app = typer.Typer(
+    name="ternbus",
+    cls=LazyGroup,
+    help="Asynchronous federated learning over MQTT, with signed, ternary-compressed updates.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _name, _command in COMMANDS.items():
+    app.add_typer(typer.Typer(), name=_name, help=_command.help)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(software())
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line (default: the process's own) and exit: 0, 1 failed, 2 mend the configuration, 130 Ctrl-C."""
+    code: int | str | None = 0
+    try:
+        # Not app(): it would install a hook whose tracebacks print the values of local variables, keys among them.
+        get_command(app)(arguments, prog_name="ternbus")
+    except ConfigError as error:
+        code = _complain(error, EXIT_CONFIG)
+    except (LinkError, sqlite3.Error) as error:
+        code = _complain(error, EXIT_FAILED)
+    except OSError as error:  # a full disk, a file in the way: no fault of the program, and no traceback mends it
+        if isinstance(error, BrokenPipeError):
+            raise
+        code = _complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", EXIT_FAILED)
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    except SystemExit as done:
+        code = done.code
+    sys.exit(code if _flushed() else EXIT_FAILED)
+
+
+def _complain(error: object, code: int) -> int:
+    typer.echo(f"ternbus: {error}", err=True)
+    return code
+
+
+def _flushed() -> bool:
+    """Write out what is buffered; a reader that has gone (`ternbus … | head -1`) is no reason for a traceback."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""The device as a state machine without I/O."""

@@ -1,0 +1,1 @@
+"""Learning without a framework: the Task and Trainer protocols, partitions, TernGrad, noise, accounting."""

@@ -1,0 +1,1 @@
+"""What a plan says: its keys and bounds, schedules, differential privacy as values."""

@@ -1,0 +1,1 @@
+"""What runs a device: process, folder, store, threads and the command line."""

@@ -1,0 +1,186 @@
+"""A device's process put together: folder, task, store, core and service, and how it ends."""
+
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ternbus.broker.errors import ConfigError
+from ternbus.broker.link.link import Link, LinkEvent
+from ternbus.broker.protocol import topics
+from ternbus.broker.protocol.identity import Identity, read_password, seal
+from ternbus.broker.protocol.messages import Status
+from ternbus.broker.version import software
+from ternbus.edge.core.actions import Stop
+from ternbus.edge.core.core import EXIT_CONFIG, EXIT_DONE, Core
+from ternbus.edge.core.follower import Beginning
+from ternbus.edge.core.member import Member, Role, subscriptions
+from ternbus.edge.learn.narrow import narrow
+from ternbus.edge.learn.trainer import Task, Trainer, halves_of, load_task
+from ternbus.edge.shell.home import Home, Settings
+from ternbus.edge.shell.outbox import Outbox
+from ternbus.edge.shell.service import PERSONAL, Report, Service
+from ternbus.edge.shell.succession import succeed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How long to stay, and how slow to pretend to be."""
+
+    versions: int | None = None
+    timeout_s: float | None = None
+    min_seconds: float = 0.0
+    reports: bool = False  # what versions are worth on the data held out
+    fine_tune: float = 0.0  # epochs
+
+
+def join(home: Home, settings: Settings, task: Task, options: Options, report: Report) -> Stop:
+    """Enrol, and see that the task's model fits; then the invitation's code is forgotten."""
+    with home.held():
+        stop, _ = _serve(home, settings, task=task, role="join", data=None, options=options, report=report)
+        if stop.code == EXIT_DONE:
+            home.write(replace(settings, code=""))
+    return stop
+
+
+def serve(home: Home, role: Role, options: Options, report: Report) -> tuple[Stop, bool]:
+    """Train or evaluate until it is time to stop; why, and whether the training thread has ended.
+
+    Raises what the task's code raises, and ConfigError.
+    """
+    settings = home.joined()
+    check(settings, options)
+    task = load_task(settings.task)
+    with home.held():
+        succeed(home)
+        settings = home.joined()
+        return _serve(
+            home, settings, task=task, role=role, data=_data(settings, task, role), options=options, report=report
+        )
+
+
+def check(settings: Settings, options: Options) -> None:
+    """ConfigError where an option needs data that nobody has held out."""
+    if not settings.hold_out and (options.reports or options.fine_tune):
+        asked = "--report-metrics" if options.reports else "--fine-tune"
+        raise ConfigError(
+            f"{asked} needs data that are never trained on: `ternbus edge join … --hold-out 0.2` keeps them apart"
+        )
+    if options.fine_tune and settings.share_of_channels < 1:
+        raise ConfigError("--fine-tune makes a model of the full width: not on a device that joined with --width")
+
+
+def _data(settings: Settings, task: Task, role: Role) -> tuple[Trainer, Trainer | None]:
+    """What the device trains on, or an evaluator tries versions on; and what it holds out, if anything."""
+    if role == "evaluate":
+        return task.evaluator(data=settings.data_folder), None
+    trained = narrow(task, settings.share_of_channels)
+    if settings.hold_out:
+        tried_by = None if trained is task else task
+        return halves_of(trained, settings.data_folder, [settings.partition], float(settings.hold_out), tried_by)[0]
+    return trained.trainer(data=settings.data_folder, partition=settings.partition), None
+
+
+def say_goodbye(home: Home, settings: Settings) -> None:
+    """Clear the retained status, and leave a session to which nothing is delivered. LinkError without a broker."""
+    status = topics.up(settings.federation, settings.device, Status.KIND)
+    link = make_link(home, settings)(lambda _: None)
+    link.connect(status, b"")
+    link.unsubscribe(subscriptions(settings.federation, settings.device))
+    link.publish(status, b"", retain=True)
+    link.disconnect()
+
+
+def make_link(home: Home, settings: Settings) -> Callable[[Callable[[LinkEvent], None]], Link]:
+    def connect_to(deliver: Callable[[LinkEvent], None]) -> Link:
+        return Link(
+            settings.broker,
+            client_id=settings.device,
+            username=settings.username or settings.device,
+            password=read_password(Path(settings.password_file)) if settings.password_file else None,
+            deliver=deliver,
+            tls=home.tls(),
+            frame_bytes=settings.frame_limit,
+        )
+
+    return connect_to
+
+
+def _serve(
+    home: Home,
+    settings: Settings,
+    *,
+    task: Task,
+    role: Role,
+    data: tuple[Trainer, Trainer | None] | None,
+    options: Options,
+    report: Report,
+) -> tuple[Stop, bool]:
+    """How it ended, and whether its training thread has ended too."""
+    identity = home.identity()
+    trainer, held = data or (None, None)
+    with Outbox(home.folder, identity.key_id) as outbox:
+        initial = task.initial(int(settings.seed or 0))
+        shapes = {name: tuple(tensor.shape) for name, tensor in initial.items()}
+        member = _member(settings, identity, task, role=role, options=options, shapes=shapes)
+        core = Core(member, outbox.kept, Beginning(tensors=initial))
+        del initial  # the core lets go of it at the first head
+        service = Service(
+            core,
+            outbox=outbox,
+            make_link=make_link(home, settings),
+            report=report,
+            trainer=trainer,
+            held=held,
+            min_seconds=options.min_seconds,
+            personal=home.folder / PERSONAL,
+        )
+        with _signals_stop(service):
+            stop = service.run()
+        ended = service.leave_training()
+    if stop.code == EXIT_CONFIG:
+        raise ConfigError(stop.reason)
+    return stop, ended
+
+
+@contextmanager
+def _signals_stop(service: Service) -> Iterator[None]:
+    before = {
+        number: signal.signal(number, lambda received, _: service.request_stop(signal.Signals(received).name))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _member(
+    settings: Settings,
+    identity: Identity,
+    task: Task,
+    *,
+    role: Role,
+    options: Options,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> Member:
+    aggregator_public = bytes.fromhex(settings.aggregator_key)
+    return Member(
+        federation=settings.federation,
+        device=settings.device,
+        identity=identity,
+        aggregator_public=aggregator_public,
+        seal=lambda plain: seal(aggregator_public, plain),
+        role=role,
+        code=settings.code,
+        tensors=shapes,
+        default_plan=dict(task.default_plan),
+        promise=settings.promise,
+        software=software(),
+        versions=options.versions,
+        timeout_s=options.timeout_s,
+        reports=options.reports,
+        fine_tune=options.fine_tune,
+    )

@@ -1,0 +1,209 @@
+"""The device's disk: what is kept, in one SQLite file, each save one transaction on stable storage.
+
+Knows how a `Kept` becomes rows and back, and nothing of what it is for. A second process may read beside it.
+"""
+
+import json
+import sqlite3
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import numpy as np
+
+from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol.identity import KeyId
+from ternbus.broker.protocol.schema import Vector, type_f32
+from ternbus.edge.core.kept import RENUMBERED, Answered, Kept, Outstanding
+from ternbus.edge.plan.privacy import Account
+
+FILE: Final = "outbox.db"
+RECEIPTS_MAX: Final = 100_000
+_NUMBERS: Final = (
+    "enrolled", "seq_limit", "session", "head_version", "head_seq", "answered_base", "evaluated", "accepted",
+)  # fmt: skip
+_TABLES: Final = """
+CREATE TABLE IF NOT EXISTS kept (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS residual (id INTEGER PRIMARY KEY CHECK (id = 0), vector BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS outstanding (
+    id INTEGER PRIMARY KEY CHECK (id = 0), seq TEXT NOT NULL, base TEXT NOT NULL, samples INTEGER NOT NULL,
+    metrics TEXT NOT NULL, codec TEXT NOT NULL, encoding TEXT NOT NULL, encoded BLOB NOT NULL, sealed BLOB NOT NULL,
+    frame_bytes INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS receipts (
+    number INTEGER PRIMARY KEY, key BLOB NOT NULL, seq TEXT NOT NULL, base TEXT NOT NULL, outcome TEXT NOT NULL,
+    version TEXT NOT NULL, digest BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What `status` shows: read beside a running agent."""
+
+    kept: Kept
+    counters: Mapping[str, int]
+    last: Answered | None
+
+
+class Outbox:
+    """The store of one device. SQLite's integers are signed, so unsigned 64-bit numbers are kept as text."""
+
+    def __init__(self, folder: Path, key: KeyId) -> None:
+        """Open it, or begin a new one for a device with this key; ConfigError where that cannot be."""
+        self._path = folder / FILE
+        self._path.touch(mode=0o600)
+        self._path.chmod(0o600)
+        self._db = _open(self._path)
+        self._db.executescript(_TABLES)
+        self._stored = _read(self._db)  # what the file is known to hold
+        self.kept = self._stored or Kept(key=key)
+        self.counters = _counters(self._db)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._db.close()
+
+    def save(self, kept: Kept, answered: Answered | None, counters: Mapping[str, int]) -> None:
+        """Make all of it durable, or none. Only what has changed is written."""
+        before = self._stored
+        with self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._save_numbers(kept)
+            if before is None or kept.residual is not before.residual:
+                self._save_residual(kept.residual)
+            if before is None or kept.outstanding is not before.outstanding:
+                self._save_outstanding(kept.outstanding)
+            if answered is not None:
+                self._save_answered(answered)
+            self._db.executemany("REPLACE INTO counters VALUES (?, ?)", counters.items())
+        self.kept = self._stored = kept
+
+    def _save_numbers(self, kept: Kept) -> None:
+        values: dict[str, Any] = {name: str(int(getattr(kept, name))) for name in _NUMBERS}
+        values |= {"key": bytes(kept.key), "schema": kept.schema, "head_digest": kept.head_digest}
+        values |= {"protected": kept.protected, "account": kept.account.dumps()}
+        before = self._stored
+        if before is not None:
+            values = {name: value for name, value in values.items() if getattr(kept, name) != getattr(before, name)}
+        self._db.executemany("REPLACE INTO kept VALUES (?, ?)", values.items())
+
+    def _save_residual(self, residual: Vector | None) -> None:
+        self._db.execute("DELETE FROM residual")
+        if residual is not None:
+            content = np.ascontiguousarray(residual, dtype=type_f32).data
+            self._db.execute("INSERT INTO residual VALUES (0, ?)", (content,))
+
+    def _save_outstanding(self, update: Outstanding | None) -> None:
+        self._db.execute("DELETE FROM outstanding")
+        if update is not None:
+            row = (
+                str(update.seq), str(update.base), update.samples, json.dumps(dict(update.metrics)), update.codec,
+                update.encoding, update.encoded, update.sealed, update.frame_bytes,
+            )  # fmt: skip
+            self._db.execute("INSERT INTO outstanding VALUES (0, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+
+    def _save_answered(self, answered: Answered) -> None:
+        row = (
+            bytes(answered.key), str(answered.seq), str(answered.base), answered.outcome, str(answered.version),
+            answered.digest,
+        )  # fmt: skip
+        columns = "key, seq, base, outcome, version, digest"
+        self._db.execute(f"INSERT INTO receipts ({columns}) VALUES (?, ?, ?, ?, ?, ?)", row)  # noqa: S608 - see above
+        self._db.execute("DELETE FROM receipts WHERE number <= (SELECT max(number) FROM receipts) - ?", (RECEIPTS_MAX,))
+
+
+def summary(folder: Path) -> Summary:
+    """Read the store of a device that may be running; ConfigError where there is none."""
+    path = folder / FILE
+    if not path.exists():
+        raise ConfigError(f"{folder} has no {FILE}: it has not joined a federation; see `ternbus edge join --help`")
+    with closing(_open(path)) as db:
+        rows = receipts(db, limit=1, but=RENUMBERED)
+        kept = _read(db)
+        if kept is None:
+            raise ConfigError(f"{folder} has not joined yet; run `ternbus edge join` again")
+        return Summary(kept=kept, counters=_counters(db), last=rows[0] if rows else None)
+
+
+def answers(folder: Path) -> list[Answered]:
+    """Every receipt that is remembered, newest first, and numbers that were given up."""
+    with closing(_open(folder / FILE)) as db:
+        return receipts(db, limit=RECEIPTS_MAX)
+
+
+def counters(folder: Path) -> dict[str, int]:
+    """What a device that may be running has counted; nothing where it has not begun its store."""
+    if not (folder / FILE).exists():
+        return {}
+    with closing(_open(folder / FILE)) as db:
+        begun = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'counters'").fetchone()
+        return _counters(db) if begun else {}
+
+
+def receipts(db: sqlite3.Connection, *, limit: int, but: str = "") -> list[Answered]:
+    query = (
+        "SELECT key, seq, base, outcome, version, digest FROM receipts WHERE outcome <> ? ORDER BY number DESC LIMIT ?"
+    )
+    return [
+        Answered(key=KeyId(key), seq=int(seq), base=int(base), outcome=outcome, version=int(version), digest=digest)
+        for key, seq, base, outcome, version, digest in db.execute(query, (but, limit))
+    ]
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    try:
+        db = sqlite3.connect(path, timeout=10.0, isolation_level=None)
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+    except sqlite3.DatabaseError as error:
+        raise ConfigError(f"cannot open {path}: {error}") from error
+    return db
+
+
+def _counters(db: sqlite3.Connection) -> dict[str, int]:
+    return dict(db.execute("SELECT name, value FROM counters"))
+
+
+def _read(db: sqlite3.Connection) -> Kept | None:
+    values = dict(db.execute("SELECT name, value FROM kept"))
+    if not values:
+        return None
+    numbers = {name: int(values[name]) for name in _NUMBERS if name != "enrolled"}
+    vector = db.execute("SELECT vector FROM residual").fetchone()
+    return Kept(
+        key=KeyId(values["key"]),
+        enrolled=values["enrolled"] == "1",
+        schema=values["schema"],
+        head_digest=values["head_digest"],
+        protected=values["protected"],
+        account=Account.loads(values["account"]),
+        residual=np.frombuffer(vector[0], dtype=type_f32).astype(np.float32) if vector else None,
+        outstanding=_read_outstanding(db),
+        **numbers,
+    )
+
+
+def _read_outstanding(db: sqlite3.Connection) -> Outstanding | None:
+    columns = "seq, base, samples, metrics, codec, encoding, encoded, sealed, frame_bytes"
+    row = db.execute(f"SELECT {columns} FROM outstanding").fetchone()  # noqa: S608 - the columns stand above
+    if row is None:
+        return None
+    seq, base, samples, metrics, codec, encoding, encoded, sealed, frame_bytes = row
+    return Outstanding(
+        seq=int(seq),
+        base=int(base),
+        samples=samples,
+        metrics=json.loads(metrics),
+        codec=codec,
+        encoding=encoding,
+        encoded=encoded,
+        sealed=sealed,
+        frame_bytes=frame_bytes,
+    )

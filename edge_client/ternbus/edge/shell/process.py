@@ -1,0 +1,67 @@
+"""The process of a device that trains or evaluates, without the command line's libraries.
+
+`ternbus edge run` turns into it once the arguments are read: typer and what it brings would take 12 MB of a small
+device's memory for as long as it trains.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import NoReturn
+
+from ternbus.broker.errors import ConfigError, LinkError
+from ternbus.edge.core.member import Role
+from ternbus.edge.shell import agent
+from ternbus.edge.shell.agent import Options
+from ternbus.edge.shell.home import Home
+from ternbus.edge.shell.progress import Printer
+
+EXIT_FAILED = 1
+EXIT_CONFIG = 2
+EXIT_INTERRUPTED = 130
+
+
+def become(home: Home, role: Role, options: Options, *, as_json: bool) -> int:
+    """Run the device: in a fresh interpreter of the same process id, or here, if more than typer is loaded already."""
+    agent.check(home.joined(), options)  # a mistake is best said before
+    if "torch" not in sys.modules:
+        request = {"folder": str(home.folder), "role": role, "options": asdict(options), "as_json": as_json}
+        sys.stdout.flush()
+        command = [sys.executable, "-P", "-m", __name__, json.dumps(request)]
+        os.execve(sys.executable, command, _environment())  # noqa: S606 - ourselves, without a shell
+    printer = Printer(as_json=as_json)
+    stop, ended = agent.serve(home, role, options, printer)
+    return printer.finish(stop, ended=ended)
+
+
+def main() -> NoReturn:
+    """Do what `become` asked for; exit codes as of the `ternbus` command."""
+    request = json.loads(sys.argv[1])
+    printer = Printer(as_json=request["as_json"])
+    try:
+        home, options = Home(Path(request["folder"])), Options(**request["options"])
+        stop, ended = agent.serve(home, request["role"], options, printer)
+        code = printer.finish(stop, ended=ended)
+    except (ConfigError, LinkError) as error:
+        sys.stderr.write(f"ternbus: {error}\n")
+        code = EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    sys.exit(code)
+
+
+def _environment() -> dict[str, str]:
+    """Ours, so that the interpreter finds this package where we have found it, installed or not."""
+    found = importlib.util.find_spec("edge_client")
+    root = str(Path(found.origin).parent.parent) if found is not None and found.origin is not None else ""
+    known = os.environ.get("PYTHONPATH", "")
+    if not root or root.endswith("-packages") or root in known.split(os.pathsep):
+        return dict(os.environ)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [known, root]))}
+
+
+if __name__ == "__main__":
+    main()

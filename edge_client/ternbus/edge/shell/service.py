@@ -1,0 +1,186 @@
+"""The device's shell: one thread that waits for events, asks the core, and does what it says strictly in order."""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Final
+
+from ternbus.broker.errors import LinkError, ProtocolError
+from ternbus.broker.link import link
+from ternbus.broker.link.link import Link, packet_bytes
+from ternbus.broker.protocol import frame, topics
+from ternbus.broker.protocol.schema import save_safetensors
+from ternbus.edge.core import events
+from ternbus.edge.core.actions import (
+    Action,
+    Connect,
+    Log,
+    Publish,
+    Save,
+    SavePersonal,
+    StartEvaluation,
+    StartFineTuning,
+    StartTraining,
+    Stop,
+    Subscribe,
+    Unsubscribe,
+)
+from ternbus.edge.core.core import Core
+from ternbus.edge.learn.trainer import Trainer
+from ternbus.edge.shell.outbox import Outbox
+from ternbus.edge.shell.training import TrainingThread
+
+FLUSH_S: Final = 5.0
+PERSONAL: Final = "personal.safetensors"
+Report = Callable[[Log], None]
+LinkMaker = Callable[[Callable[[link.LinkEvent], None]], Link]
+_Happened = events.Event | link.LinkEvent | Exception
+
+
+class Service:
+    """Runs a core on a link, a store and a trainer until it says stop."""
+
+    def __init__(
+        self,
+        core: Core,
+        *,
+        outbox: Outbox,
+        make_link: LinkMaker,
+        report: Report,
+        trainer: Trainer | None = None,
+        held: Trainer | None = None,
+        min_seconds: float = 0.0,
+        personal: Path = Path(PERSONAL),
+    ) -> None:
+        """`held` has the data that are held out, `personal` is where the owner's own model is written."""
+        self._core = core
+        self._outbox = outbox
+        self._report = report
+        self._personal = personal
+        self._queue: SimpleQueue[_Happened] = SimpleQueue()
+        self._link = make_link(self._queue.put)
+        self._training = TrainingThread(trainer, self._queue.put, min_seconds, held) if trainer is not None else None
+        self._counters: Counter[str] = Counter(outbox.counters)
+        self._tickets: dict[int, int] = {}  # of the link's publications -> the message's sequence number
+        self._protocol = 5
+        self._stop: Stop | None = None
+
+    def request_stop(self, reason: str) -> None:
+        """End soon. For signal handlers: a SimpleQueue's put may interrupt anything."""
+        self._queue.put(events.StopRequested(reason=reason))
+
+    def run(self) -> Stop:
+        """Until the core says stop. Raises what the task's code raised; what is kept is safe then too."""
+        try:
+            self._handle(events.Started())
+            while self._stop is None:
+                self._take(self._next())
+        except BaseException:
+            self._link.disconnect(flush_s=0.0)
+            raise
+        self._link.disconnect(flush_s=FLUSH_S)
+        self._outbox.save(self._core.kept, None, self._counters)
+        return self._stop
+
+    def leave_training(self) -> bool:
+        """Whether the training thread has ended; if not, the process must be ended for it."""
+        return self._training is None or self._training.leave()
+
+    def _next(self) -> _Happened:
+        due = self._core.due_s()
+        try:
+            return self._queue.get(timeout=None if due is None else max(0.0, due - time.monotonic()))
+        except Empty:
+            return events.TimeReached()
+
+    def _take(self, happened: _Happened) -> None:
+        match happened:
+            case Exception():
+                raise happened
+            case link.Arrived():
+                self._arrived(happened)
+            case link.Connected():
+                self._protocol = happened.protocol
+                self._handle(events.Connected(frame_bytes=happened.frame_bytes))
+            case link.Disconnected():
+                self._tickets.clear()
+                self._handle(events.Disconnected(reason=happened.reason))
+            case link.Published():
+                self._handle(events.Published(seq=self._tickets.pop(happened.ticket, 0)))
+            case link.Refused():
+                seq = self._tickets.pop(happened.ticket, 0)
+                self._handle(events.Refused(seq=seq, reason=happened.reason))
+            case _:
+                self._handle(happened)
+
+    def _arrived(self, message: link.Arrived) -> None:
+        kind = _kind(message.topic)
+        self._counters[f"received_bytes.{kind}"] += packet_bytes(message.topic, len(message.payload), self._protocol)
+        self._counters[f"received.{kind}"] += 1
+        if message.payload:  # nothing is what a retained topic is cleared with
+            try:
+                parsed = frame.parse(message.payload)
+            except ProtocolError as error:
+                self._handle(events.FrameMalformed(reason=error.reason))
+            else:
+                self._handle(events.FrameArrived(topic=message.topic, frame=parsed))
+        self._link.acknowledge(message.token)
+
+    def _handle(self, event: events.Event) -> None:
+        for action in self._core.handle(event, time.monotonic()):
+            self._perform(action)
+
+    def _perform(self, action: Action) -> None:
+        match action:
+            case Save():
+                if action.answered is not None:
+                    self._counters[f"updates.{action.answered.outcome}"] += 1
+                self._outbox.save(action.kept, action.answered, self._counters)
+            case Connect():
+                self._connect(action)
+            case Subscribe() | Unsubscribe() | Publish():
+                self._use_link(action)
+            case StartTraining() | StartEvaluation() | StartFineTuning():
+                assert self._training is not None  # noqa: S101 - who joins only is not told to train
+                self._training.start(action)
+            case SavePersonal():
+                save_safetensors(self._personal, action.tensors, {"ternbus": action.about})
+            case Stop():
+                self._stop = action
+            case Log():
+                self._report(action)
+
+    def _connect(self, action: Connect) -> None:
+        try:
+            self._link.connect(action.will_topic, action.will_payload)
+        except LinkError as error:
+            self._queue.put(events.ConnectFailed(reason=str(error)))
+
+    def _use_link(self, action: Subscribe | Unsubscribe | Publish) -> None:
+        """Without a connection it is lost like a message in the network: that it is gone comes as an event."""
+        try:
+            match action:
+                case Subscribe():
+                    self._link.subscribe(action.filters)
+                case Unsubscribe():
+                    self._link.unsubscribe(action.filters)
+                case Publish():
+                    self._publish(action)
+        except LinkError:
+            self._counters["unsent"] += 1
+
+    def _publish(self, action: Publish) -> None:
+        ticket = self._link.publish(action.topic, action.payload, retain=action.retain)
+        self._tickets[ticket] = action.seq
+        kind = _kind(action.topic)
+        self._counters[f"sent_bytes.{kind}"] += packet_bytes(action.topic, len(action.payload), self._protocol)
+        self._counters[f"sent.{kind}"] += 1
+
+
+def _kind(topic: str) -> str:
+    try:
+        return topics.parse(topic).kind
+    except ProtocolError:
+        return "other"

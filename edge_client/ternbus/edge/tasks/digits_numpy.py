@@ -1,0 +1,127 @@
+"""The digits without PyTorch: a multilayer perceptron in plain numpy, for devices with little memory.
+
+It is also the example of a trainer of one's own: nothing here but arrays and the chain rule.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ternbus.edge.learn import local_optimizer
+from ternbus.edge.learn.narrow import channels
+from ternbus.edge.learn.partition import select
+from ternbus.edge.learn.trainer import Evaluation, FloatArray, Plan, Tensors, Trained
+from ternbus.edge.tasks import digits_data
+
+Labels = npt.NDArray[np.int64]
+
+HIDDEN = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DigitsNumpy:
+    """64 pixels → hidden units with ReLU → 10 classes, softmax cross-entropy."""
+
+    name: str = "digits-numpy"
+    hidden: int = HIDDEN
+    default_plan: Mapping[str, object] = field(
+        default_factory=lambda: {"local_epochs": 6, "batch_size": 16, "learning_rate": 0.15, "momentum": 0.9}
+    )
+
+    def initial(self, seed: int) -> dict[str, FloatArray]:
+        """He et al. 2015: weights of variance 2 / inputs, biases 0."""
+        rng = np.random.default_rng(seed)
+        return {
+            "hidden.weight": _weights(rng, digits_data.PIXELS, self.hidden),
+            "hidden.bias": np.zeros(self.hidden, np.float32),
+            "output.weight": _weights(rng, self.hidden, digits_data.CLASSES),
+            "output.bias": np.zeros(digits_data.CLASSES, np.float32),
+        }
+
+    def narrowed(self, width: float) -> "DigitsNumpy":
+        return replace(self, hidden=channels(self.hidden, width))
+
+    def trainer(self, *, data: Path | None, partition: str) -> "NumpyTrainer":  # noqa: ARG002  # it is in the package
+        images, labels = digits_data.load("train")
+        chosen = select(partition, labels)
+        return NumpyTrainer(images[chosen], labels[chosen])
+
+    def evaluator(self, *, data: Path | None) -> "NumpyTrainer":  # noqa: ARG002  # likewise
+        return NumpyTrainer(*digits_data.load("test"))
+
+
+class NumpyTrainer:
+    """One device's share of the digits."""
+
+    def __init__(self, images: FloatArray, labels: Labels) -> None:
+        self._images = images
+        self._labels = labels
+
+    @property
+    def samples(self) -> int:
+        return len(self._labels)
+
+    def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:
+        began = time.perf_counter()
+        weights = {name: np.array(tensor) for name, tensor in start.items()}
+        optimizer, rate = local_optimizer.begin(plan, list(weights.values())), plan.rate(version)
+        losses, hits, seen, steps = 0.0, 0.0, 0, 0
+        with np.errstate(over="ignore", invalid="ignore"):  # `Trained` refuses what diverges
+            for chosen in plan.batches(self.samples, np.random.default_rng(seed), time.perf_counter):
+                loss, hit, gradients = _backward(weights, self._images[chosen], self._labels[chosen])
+                optimizer.step([gradients[name] for name in weights], rate)
+                losses, hits, seen, steps = losses + loss, hits + hit, seen + len(chosen), steps + 1
+        seconds = time.perf_counter() - began
+        metrics = {"loss": losses / seen, "accuracy": hits / seen, "seconds": seconds, "steps": steps}
+        return Trained(tensors=weights, samples=self.samples, metrics=metrics)
+
+    def evaluate(self, tensors: Tensors) -> Evaluation:
+        _, outputs = _forward(tensors, self._images)
+        loss, hits, _ = _cross_entropy(outputs, self._labels)
+        return Evaluation(samples=self.samples, values={"accuracy": hits / self.samples, "loss": loss / self.samples})
+
+
+def _weights(rng: np.random.Generator, inputs: int, outputs: int) -> FloatArray:
+    return rng.normal(0, np.sqrt(2 / inputs), (outputs, inputs)).astype(np.float32)
+
+
+def _forward(weights: Tensors, images: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """The hidden units' values and the outputs before softmax."""
+    hidden = np.maximum(images @ weights["hidden.weight"].T + weights["hidden.bias"], 0)
+    return hidden, hidden @ weights["output.weight"].T + weights["output.bias"]
+
+
+def _cross_entropy(outputs: FloatArray, labels: Labels) -> tuple[float, float, FloatArray]:
+    """Summed over the samples: the loss, the hits; and the loss's gradient by the outputs, a row a sample."""
+    rows = np.arange(len(labels))
+    powers = np.exp(outputs - outputs.max(1, keepdims=True))
+    shares = powers / powers.sum(1, keepdims=True)
+    loss = -float(np.log(np.maximum(shares[rows, labels], np.finfo(np.float32).tiny)).sum())
+    hits = float((outputs.argmax(1) == labels).sum())
+    shares[rows, labels] -= 1
+    return loss, hits, shares
+
+
+def _backward(weights: Tensors, images: FloatArray, labels: Labels) -> tuple[float, float, dict[str, FloatArray]]:
+    """Summed over the batch: loss and hits; and the gradient of the batch's mean loss."""
+    hidden, outputs = _forward(weights, images)
+    loss, hits, errors = _cross_entropy(outputs, labels)
+    errors /= len(labels)
+    behind = (errors @ weights["output.weight"]) * (hidden > 0)
+    return (
+        loss,
+        hits,
+        {
+            "hidden.weight": behind.T @ images,
+            "hidden.bias": behind.sum(0),
+            "output.weight": errors.T @ hidden,
+            "output.bias": errors.sum(0),
+        },
+    )
+
+
+TASK = DigitsNumpy()

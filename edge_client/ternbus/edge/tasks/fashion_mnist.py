@@ -1,0 +1,38 @@
+"""Fashion-MNIST in torchvision's layout (FashionMNIST/raw/*-ubyte in --data DIR) with a small convolutional network."""
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ternbus.broker.errors import ConfigError
+from ternbus.edge.tasks.convolutions import two_convolutions
+from ternbus.edge.torch import torchvision_ops  # noqa: F401  # first: see there
+from ternbus.edge.torch.torch_trainer import Split, TorchTask
+
+from torchvision.datasets import FashionMNIST  # isort: skip
+
+
+def model(width: float = 1.0) -> nn.Module:
+    """Two convolutions and two fully connected layers; takes [samples, 1, 28, 28] in 0…1."""
+    return two_convolutions(16, 32, 64, 10, width)
+
+
+def data(folder: Path | None, split: Split) -> tuple[Tensor, Tensor]:
+    """Raises `ConfigError`, which says where the files are looked for."""
+    if folder is None:
+        raise ConfigError("fashion-mnist needs --data DIR, with the four *-ubyte files in DIR/FashionMNIST/raw")
+    try:
+        images = FashionMNIST(str(folder), train=split == "train", download=False)
+    except RuntimeError as error:
+        raw = folder / "FashionMNIST" / "raw"
+        raise ConfigError(f"no Fashion-MNIST: its four *-ubyte files are looked for in {raw}") from error
+    return images.data.unsqueeze(1), images.targets
+
+
+TASK = TorchTask(
+    name="fashion-mnist",
+    model=model,
+    narrow=model,
+    data=data,
+    default_plan={"local_epochs": 1, "batch_size": 32, "learning_rate": 0.03, "momentum": 0.9},
+)

@@ -1,0 +1,37 @@
+"""Reads idx files, the format of MNIST and its kin, with numpy alone; gzip or not."""
+
+import gzip
+import math
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ternbus.broker.errors import ConfigError
+
+_KINDS = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
+
+
+def read(folder: Path, name: str) -> npt.NDArray[Any]:
+    """The array in `folder/name` or `folder/name.gz`, in this machine's byte order.
+
+    Two zero bytes, the kind of number, how many dimensions, their sizes as big-endian int32, then the numbers (LeCun,
+    "The MNIST database"). Raises `ConfigError`, which names the file.
+    """
+    packed, plain = folder / f"{name}.gz", folder / name
+    path = packed if packed.exists() and not plain.exists() else plain
+    try:
+        content = gzip.decompress(path.read_bytes()) if path is packed else path.read_bytes()
+    except FileNotFoundError as error:
+        raise ConfigError(f"{name} is looked for in {folder}, unpacked or as .gz, and is not there") from error
+    except (OSError, EOFError, zlib.error) as error:  # gzip's own are among them
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    if len(content) < 4 or content[2] not in _KINDS or len(content) < 4 + 4 * content[3]:
+        raise ConfigError(f"{path} is not an idx file")
+    sizes = np.frombuffer(content, ">i4", content[3], offset=4).tolist()
+    numbers = np.frombuffer(content, _KINDS[content[2]], offset=4 + 4 * content[3])
+    if len(numbers) != math.prod(sizes):
+        raise ConfigError(f"{path} has {len(numbers)} numbers where its head says {'x'.join(map(str, sizes))}")
+    return numbers.reshape(sizes).astype(numbers.dtype.newbyteorder("="))

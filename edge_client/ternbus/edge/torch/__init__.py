@@ -1,0 +1,1 @@
+"""Training with PyTorch; with the tasks the only place that imports torch."""

@@ -1,0 +1,66 @@
+"""A device of the testbed as one process: it joins, unless it has already, and then runs.
+
+`ternbus edge join` and `ternbus edge run` in two processes would import PyTorch twice.
+"""
+
+import argparse
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol.invitation import Invitation
+from ternbus.edge.learn.trainer import load_task
+from ternbus.edge.shell import agent
+from ternbus.edge.shell.agent import Options
+from ternbus.edge.shell.home import TOML, Home
+from ternbus.edge.shell.progress import Printer
+
+
+def main() -> None:
+    """Become `ternbus edge run …` or `ternbus edge evaluate …`, whichever arguments follow, for a joined device."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("invitation", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--task", required=True)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--partition", default="all")
+    parser.add_argument("--hold-out", type=float, default=0.0)
+    parser.add_argument("--width", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("command", nargs=argparse.REMAINDER)
+    given = parser.parse_args()
+    _join(given)
+    sys.argv[:] = ["ternbus", "edge", *given.command]
+    runpy.run_module("ternbus", run_name="__main__", alter_sys=True)
+
+
+def _join(given: argparse.Namespace) -> None:
+    home = Home(given.folder)
+    if (home.folder / TOML).exists() and not home.settings().code:
+        return  # killed after it had joined, and started again
+    printer = Printer(as_json=False)
+    model = load_task(given.task)
+    settings = home.prepare(
+        Invitation.load(given.invitation),
+        task=given.task,
+        data=given.data,
+        partition=given.partition,
+        seed=given.seed,
+        hold_out=given.hold_out,
+        width=given.width,
+    )
+    stop = agent.join(home, settings, model, Options(), printer)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # joining has ended, and nobody listens to its handlers any more
+    if home.settings().code:
+        printer.end(stop)
+        sys.exit(stop.code)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ConfigError as error:
+        sys.exit(f"ternbus: {error}")

@@ -1,0 +1,34 @@
+"""The devices and the evaluator of a testbed: what their processes are told."""
+
+from ternbus.lab.report.output import Output
+from ternbus.lab.scenario.scenario import Scenario
+
+MODULE = "ternbus.lab.processes.device"
+
+
+def device(scenario: Scenario, output: Output, index: int, name: str, seconds: float) -> tuple[str, list[str]]:
+    """Module and arguments of the process of one device, whose trainings last at least so many seconds."""
+    role = ["run", str(output.device(name)), "--min-seconds", f"{seconds:.3f}"]
+    behaviour, local = scenario.behaviours.get(index), scenario.local
+    if behaviour is not None:
+        return MODULE, [
+            *_member(scenario, output, name, behaviour.spec(scenario.task), scenario.partition_of(index)),
+            *role,
+        ]
+    width = scenario.widths[index]
+    held = ["--hold-out", repr(local.hold_out)] if local.hold_out else []
+    held += ["--width", repr(width)] if width < 1 else []
+    role += ["--report-metrics"] if local.hold_out else []
+    role += ["--fine-tune", repr(local.fine_tune)] if local.fine_tune else []
+    return MODULE, [*held, *_member(scenario, output, name, scenario.task, scenario.partition_of(index)), *role]
+
+
+def evaluator(scenario: Scenario, output: Output, name: str) -> tuple[str, list[str]]:
+    """The same of the evaluator."""
+    return MODULE, [*_member(scenario, output, name, scenario.task, "all"), "evaluate", str(output.device(name))]
+
+
+def _member(scenario: Scenario, output: Output, name: str, task: str, partition: str) -> list[str]:
+    data = [] if scenario.data is None else ["--data", str(scenario.data)]
+    identity = [str(output.invitation(name)), str(output.device(name))]
+    return ["--task", task, "--partition", partition, "--seed", str(scenario.seed), *data, *identity]

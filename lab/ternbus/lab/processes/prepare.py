@@ -1,0 +1,30 @@
+"""A process of its own that imports the task, and with it perhaps torch, so that the lab itself need not.
+
+`python -m ternbus.lab.processes.prepare TASK SEED MODEL.safetensors TASK.json` writes version 0, and what the task
+says of itself.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol.schema import save_safetensors
+from ternbus.edge.learn.trainer import load_task
+
+
+def main() -> None:
+    """Write both files."""
+    name, seed, model_path, task_path = sys.argv[1:]
+    task = load_task(name)
+    model = task.initial(int(seed))
+    save_safetensors(Path(model_path), model, {})
+    facts = {"plan": dict(task.default_plan), "parameters": sum(tensor.size for tensor in model.values())}
+    Path(task_path).write_text(json.dumps(facts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ConfigError as error:
+        sys.exit(f"ternbus: {error}")

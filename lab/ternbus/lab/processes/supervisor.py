@@ -1,0 +1,103 @@
+"""Who of the testbed's processes must be running: it starts again what was killed, and notices what failed."""
+
+import signal
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
+
+from ternbus.broker.errors import FederationError
+from ternbus.edge.core.core import EXIT_BUDGET
+from ternbus.lab.processes.child import Child, stop
+
+RESTART_AFTER_S: Final = 1.0
+RESTARTS_MAX: Final = 5  # of one process, besides those that the scenario asks for
+
+Say = Callable[[str], None]
+
+
+class ChildError(FederationError):
+    """A process ended by itself before its time; `lines` are the last of its log."""
+
+    def __init__(self, child: Child, how: str) -> None:
+        super().__init__(f"{child.name} {how}")
+        self.lines: Sequence[str] = child.last_lines()
+        self.log = child.log
+
+
+class Supervisor:
+    """All processes of a run, in the order in which they were started. Look in with `check` often."""
+
+    def __init__(self, say: Say) -> None:
+        self._say = say
+        self._children: dict[str, Child] = {}
+        self._start_again: dict[str, float] = {}
+        self._restarts: dict[str, int] = {}
+        self._may_end: set[str] = set()
+
+    def start(self, child: Child) -> None:
+        self._children[child.name] = child  # first, so that `stop_all` knows it whatever happens next
+        child.start()
+
+    def check(self) -> None:
+        """Raise `ChildError` for a process that ended by itself; start those that were killed, when it is time.
+
+        A device may end whose budget of privacy is spent.
+        """
+        now = time.monotonic()
+        for name, child in self._children.items():
+            if name in self._start_again:
+                self._start_if_due(child, now)
+            elif (code := child.ended()) is not None and not self._may_have(name, code):
+                self._ended(child, code, now)
+
+    def kill(self, name: str, *, restart_after_s: float) -> None:
+        """SIGKILL, as a power cut would have it; it is started again after so many seconds."""
+        self._say(f"killing {name} (SIGKILL); it comes back in {restart_after_s:g} s")
+        self._children[name].kill()
+        self._start_again[name] = time.monotonic() + restart_after_s
+
+    @property
+    def recovering(self) -> bool:
+        """Whether any process waits to be started again."""
+        return bool(self._start_again)
+
+    def may_end(self, names: Iterable[str]) -> None:
+        """From now on it is no failure if these end with exit code 0."""
+        self._may_end |= set(names)
+
+    def running(self, names: Iterable[str]) -> bool:
+        """Whether any of them runs, or is to be started again."""
+        return any(name in self._start_again or self._children[name].running for name in names)
+
+    def stop(self, names: Iterable[str], *, grace_s: float) -> None:
+        stopping = [self._children[name] for name in names if name in self._children]
+        self._may_end |= {child.name for child in stopping}
+        for child in stopping:
+            self._start_again.pop(child.name, None)
+        stop(stopping, grace_s=grace_s)
+        for child in stopping:
+            del self._children[child.name]
+
+    def stop_all(self, *, grace_s: float) -> None:
+        self.stop(list(self._children), grace_s=grace_s)
+
+    def _may_have(self, name: str, code: int) -> bool:
+        return code == EXIT_BUDGET or (code == 0 and name in self._may_end)
+
+    def _start_if_due(self, child: Child, now: float) -> None:
+        if now >= self._start_again[child.name]:
+            del self._start_again[child.name]
+            child.start()
+            self._say(f"{child.name} is started again")
+
+    def _ended(self, child: Child, code: int, now: float) -> None:
+        child.kill()  # what it may have started and left behind
+        if code >= 0:
+            raise ChildError(child, f"ended with exit code {code}")
+        if code != -signal.SIGKILL:
+            raise ChildError(child, f"was ended by {signal.Signals(-code).name}")
+        self._restarts[child.name] = self._restarts.get(child.name, 0) + 1
+        if self._restarts[child.name] > RESTARTS_MAX:
+            raise ChildError(child, f"was killed {self._restarts[child.name]} times: is there too little memory?")
+        self._say(f"{child.name} was killed (SIGKILL); it comes back in {RESTART_AFTER_S:g} s")
+        self._start_again[child.name] = now + RESTART_AFTER_S

@@ -1,0 +1,210 @@
+"""A federation on this machine, each part a process of its own: it is started, watched, disturbed and ended here."""
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Self
+
+from ternbus.aggregator.shell import home
+from ternbus.aggregator.store import requests, status
+from ternbus.broker.errors import FederationError
+from ternbus.broker.protocol.identity import write_secret
+from ternbus.broker.protocol.schema import load_safetensors, save_safetensors
+from ternbus.edge.shell import outbox
+from ternbus.lab.interrupts import Interrupts
+from ternbus.lab.processes import fleet
+from ternbus.lab.processes.child import Child, ReadApart
+from ternbus.lab.processes.supervisor import Supervisor
+from ternbus.lab.report.moment import Moment
+from ternbus.lab.report.output import Output
+from ternbus.lab.report.progress import Progress
+from ternbus.lab.scenario.scenario import Scenario
+
+LOOK_S: Final = 0.1  # between two looks at the processes
+STATUS_S: Final = 0.5  # between two looks at the model
+QUIET_S: Final = 60.0  # without a new version somebody should say so
+START_TIMEOUT_S: Final = 120.0
+FINISH_TIMEOUT_S: Final = 120.0  # an evaluation may be long, and the machine slow
+GRACE_S: Final = 10.0
+INTERRUPTED_GRACE_S: Final = 2.0
+BROKER_GRACE_S: Final = 15.0  # it gives its own child 10 s
+
+BROKER: Final = "broker"
+AGGREGATOR: Final = "aggregator"
+PREPARE: Final = "prepare"
+SOFTWARE: Final = "ternbus lab"
+
+
+class OverdueError(FederationError):
+    """Something that must happen did not, for so long that it will not."""
+
+
+class Testbed:
+    """One run: `start`, `watch`, `finish`. Leaving the `with` block ends every process, whatever happened in it."""
+
+    def __init__(self, scenario: Scenario, output: Output, interrupts: Interrupts, progress: Progress) -> None:
+        self._scenario = scenario
+        self._output = output
+        self._interrupts = interrupts
+        self._progress = progress
+        self._processes = Supervisor(progress.say)
+        # On a broker of others these names must be nobody else's; on our own they may be plain.
+        run = "" if scenario.broker_url is None else f"lab-{secrets.token_hex(4)}-"
+        self._federation = run.rstrip("-") or "lab"
+        self._devices = [f"{run}device-{index}" for index in range(scenario.devices)]
+        self._evaluator = f"{run}evaluator"
+        self._faults = sorted(scenario.faults, key=lambda fault: fault.after_version)
+        self.parameters = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """First those that talk to the broker, then the broker: so it has nothing to wait for."""
+        self._processes.stop([*self._devices, self._evaluator, AGGREGATOR, PREPARE], grace_s=INTERRUPTED_GRACE_S)
+        self._processes.stop_all(grace_s=BROKER_GRACE_S)
+
+    def start(self) -> None:
+        """Start everything; the devices themselves wait for what they need."""
+        scenario, output = self._scenario, self._output
+        self._progress.say(f"{scenario.task}: {scenario.devices} devices, an evaluator, an aggregator and a broker")
+        # devices too: somebody may close the federation, or stop one, from another terminal
+        self._processes.may_end([PREPARE, *self._devices, self._evaluator])
+        prepare = [scenario.task, str(scenario.seed), str(output.initial), str(output.task)]
+        self._start(PREPARE, "ternbus.lab.processes.prepare", prepare)
+        broker = self._broker()
+        self._until(lambda: not self._processes.running([PREPARE]), START_TIMEOUT_S, "the task's model")
+        task = json.loads(output.task.read_text(encoding="utf-8"))
+        self.parameters = task["parameters"]
+        home.create(
+            output.aggregator,
+            federation=self._federation,
+            broker=broker,
+            model=load_safetensors(output.initial),
+            settings=scenario.settings(task["plan"]),
+            dense=scenario.dense,
+        )
+        self._invite()
+        self._start(AGGREGATOR, "ternbus", ["aggregator", "run", str(output.aggregator)])
+        speeds = scenario.speeds.draw(scenario.devices, scenario.seed)
+        for index, name in enumerate(self._devices):
+            self._start(name, *fleet.device(scenario, output, index, name, speeds[index]))
+        self._start(self._evaluator, *fleet.evaluator(scenario, output, self._evaluator))
+        self._progress.say(f"everything is started; logs in {output.logs}")
+
+    def watch(self) -> None:
+        """Until the scenario's end: keep everything running, kill what the scenario wants killed, show what happens."""
+        quiet_since, version = time.monotonic(), 0
+        while True:
+            moment = self.moment()
+            seconds = time.time() - moment.began
+            self._progress.show(moment, seconds)
+            self._disturb(moment.version)
+            if self._scenario.end.reached(version=moment.version, seconds=seconds, accuracy=moment.best):
+                break
+            if not self._processes.running(self._devices):
+                self._progress.say(f"every device has ended; the federation is {moment.state}")
+                break
+            if moment.version != version:
+                quiet_since, version = time.monotonic(), moment.version
+            elif time.monotonic() - quiet_since > QUIET_S:
+                self._progress.say(f"no new version for {QUIET_S:.0f} s; see the logs in {self._output.logs}")
+                quiet_since = time.monotonic()
+            self._wait(STATUS_S)
+        for fault in self._faults:
+            self._progress.say(f"the run ended before {fault.kill} was to be killed")
+
+    def finish(self) -> Moment:
+        """Close the federation, wait for the last evaluation, end all processes; what it came to."""
+        self._progress.say("closing the federation")
+        devices = [*self._devices, self._evaluator]
+        home.change_state(self._output.aggregator, requests.CLOSE, SOFTWARE)
+        try:
+            self._until(lambda: self.moment().last.accuracy is not None, FINISH_TIMEOUT_S, "the last evaluation")
+            self._until(lambda: not self._processes.running(self._devices), FINISH_TIMEOUT_S, "the devices to end")
+        except OverdueError as error:
+            self._progress.say(f"{error}; going on without")
+        self._processes.stop(devices, grace_s=GRACE_S)
+        home.flush_counts(self._output.aggregator)
+        self._processes.stop([AGGREGATOR], grace_s=GRACE_S)
+        self._processes.stop([BROKER], grace_s=BROKER_GRACE_S)
+        moment = self.moment()
+        self._progress.show(moment, moment.last.seconds)
+        return moment
+
+    def export(self) -> None:
+        """Write the last version of the model, as the devices have it, under the task's names."""
+        version, digest, tensors = home.tensors_of(self._output.aggregator, None)
+        save_safetensors(self._output.model, tensors, {"version": str(version), "digest": digest.hex()})
+
+    def moment(self) -> Moment:
+        """The federation as its parts have it on disk."""
+        counters = {name: outbox.counters(self._output.device(name)) for name in self._devices}
+        return Moment.read(status.read(self._output.aggregator), counters)
+
+    def _broker(self) -> str:
+        """The URL of the scenario's broker, or of one that is started here."""
+        if self._scenario.broker_url is not None:
+            return self._scenario.broker_url
+        arguments = ["broker", "up", "--json", "--dir", str(self._output.broker), "--engine", self._scenario.engine]
+        broker = self._start(BROKER, "ternbus", [*arguments, "--port", "0"], apart=_software)
+        self._until(lambda: bool(_ready(broker.output())), START_TIMEOUT_S, "the broker")
+        ready = _ready(broker.output())
+        broker.arguments = (*arguments, "--port", str(ready["port"]))  # started again, its clients look for it there
+        self._progress.say(f"broker: {ready['engine']} {ready['version']} at {ready['url']}")
+        return str(ready["url"])
+
+    def _invite(self) -> None:
+        self._output.invitations.mkdir()
+        for invitation in home.invite(self._output.aggregator, *self._devices, self._evaluator):
+            write_secret(self._output.invitation(invitation.device), invitation.dumps().encode())
+
+    def _disturb(self, version: int) -> None:
+        """Kill what is due: at once what the scenario wants after the same version, the next when all is back."""
+        if self._processes.recovering or not self._faults or version < self._faults[0].after_version:
+            return
+        after = self._faults[0].after_version
+        while self._faults and self._faults[0].after_version == after:
+            fault = self._faults.pop(0)
+            name = fault.kill if fault.device is None else self._devices[fault.device]
+            self._processes.kill(name, restart_after_s=fault.restart_after_s)
+
+    def _start(self, name: str, module: str, arguments: Sequence[str], *, apart: ReadApart = lambda _: ()) -> Child:
+        self._interrupts.check()
+        child = Child(name, self._output.log(name), module, arguments, apart=apart)
+        self._processes.start(child)
+        return child
+
+    def _until(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+        """Raises `OverdueError`, which names what did not happen."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > deadline:
+                raise OverdueError(f"waited {timeout_s:.0f} s for {what} in vain")
+            self._wait(LOOK_S)
+
+    def _wait(self, seconds: float) -> None:
+        """Look after the processes for so long. Raises `Interrupted` and `ChildError`."""
+        deadline = time.monotonic() + seconds
+        while True:
+            self._interrupts.check()
+            self._processes.check()
+            if time.monotonic() >= deadline:
+                return
+            time.sleep(min(LOOK_S, max(0.0, deadline - time.monotonic())))
+
+
+def _ready(output: str) -> dict[str, Any]:
+    """What `broker up --json` says once it accepts connections; empty before."""
+    for line in output.splitlines():
+        if line.startswith("{") and line.endswith("}"):
+            found: dict[str, Any] = json.loads(line)
+            return found
+    return {}
+
+
+def _software(output: str) -> list[int]:
+    """The process id of mosquitto or nats-server, which `broker up` started."""
+    ready = _ready(output)
+    return [ready["pid"]] if ready else []

@@ -1,0 +1,106 @@
+"""The folder that a lab run writes: where each thing is in it, and what of it a later run may replace."""
+
+import fcntl
+import json
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Final
+
+from ternbus.broker.errors import ConfigError
+
+MARKER: Final = ".ternbus-lab.json"
+ENTRIES: Final = (
+    "aggregator", "broker", "devices", "initial.safetensors", "invitations", "logs", "model.safetensors",
+    "report.json", "report.png", "task.json",
+)  # fmt: skip
+_NAME: Final = re.compile(r"[a-z][a-z0-9.-]*")
+
+
+class Output:
+    """A folder that this run has to itself; every attribute is a path in it."""
+
+    def __init__(self, folder: Path, lock: IO[str]) -> None:
+        self.folder = folder
+        self._lock = lock  # held as long as it is open
+        self.aggregator = folder / "aggregator"
+        self.broker = folder / "broker"
+        self.devices = folder / "devices"
+        self.invitations = folder / "invitations"
+        self.logs = folder / "logs"
+        self.initial = folder / "initial.safetensors"
+        self.task = folder / "task.json"
+        self.model = folder / "model.safetensors"
+        self.report = folder / "report.json"
+        self.plot = folder / "report.png"
+
+    def log(self, name: str) -> Path:
+        return self.logs / f"{name}.log"
+
+    def device(self, name: str) -> Path:
+        return self.devices / name
+
+    def invitation(self, name: str) -> Path:
+        return self.invitations / f"{name}.toml"
+
+    def release(self) -> None:
+        self._lock.close()
+
+
+def claim(folder: Path) -> Output:
+    """Empty the folder of what an earlier lab run wrote, and of nothing else, and take it.
+
+    Raises `ConfigError` for a folder that holds other things and no marker, and while another run has it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        marker = folder / MARKER
+        if not marker.exists() and any(folder.iterdir()):
+            raise ConfigError(f"{folder} is not empty and no lab run wrote it: give another folder with --out")
+        lock = marker.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder}: {error.strerror}; give another folder with --out") from error
+    try:
+        _take(folder, lock)
+    except BaseException:
+        lock.close()
+        raise
+    return Output(folder.resolve(), lock)
+
+
+def _take(folder: Path, lock: IO[str]) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(f"another lab run is using {folder}: give another folder with --out") from error
+    lock.seek(0)
+    try:
+        _remove(folder, _written(lock.read()))
+    except OSError as error:
+        raise ConfigError(f"cannot replace {error.filename}: {error.strerror}; give another with --out") from error
+    for name in ENTRIES:
+        if (folder / name).exists():
+            raise ConfigError(f"no lab run wrote {folder / name}: move it away or give another folder with --out")
+    lock.truncate(0)  # before anything else is written, so that a run that is cut off can be replaced too
+    lock.write(json.dumps({"wrote": ENTRIES}) + "\n")
+    lock.flush()
+
+
+def _written(text: str) -> list[str]:
+    """The names in a marker; those that point out of the folder are not believed."""
+    if not text:
+        return []
+    try:
+        names = json.loads(text)["wrote"]
+    except (ValueError, KeyError, TypeError):
+        return []
+    return [name for name in names if isinstance(name, str) and _NAME.fullmatch(name)]
+
+
+def _remove(folder: Path, names: Iterable[str]) -> None:
+    for path in (folder / name for name in names):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,128 @@
+"""How a run looks while it runs: a live table on a terminal, a line now and then where there is none."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import IO, Any, Final, Protocol, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from ternbus.lab.report.moment import Device, Moment
+from ternbus.lab.report.report import size, table
+
+LINE_EVERY_S: Final = 2.0
+ROWS_MAX: Final = 24
+
+
+class Progress(Protocol):
+    """What the testbed tells whoever watches."""
+
+    def say(self, line: str) -> None:
+        """Something happened that stays on the screen."""
+        ...
+
+    def show(self, moment: Moment, seconds: float) -> None:
+        """The federation now, so many seconds since version 0."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def to(stream: IO[str]) -> Progress:
+    """A live table where the stream is a terminal, lines elsewhere."""
+    console = Console(file=stream)
+    return LiveTable(console) if console.is_terminal and not console.is_dumb_terminal else Lines(stream)
+
+
+class Lines:
+    """For logs, pipes and tests."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+        self._shown = -1
+        self._next = 0.0
+
+    def say(self, line: str) -> None:
+        print(line, file=self._stream, flush=True)
+
+    def show(self, moment: Moment, seconds: float) -> None:
+        now = time.monotonic()
+        if moment.version == self._shown or now < self._next:
+            return
+        self._shown, self._next = moment.version, now + LINE_EVERY_S
+        self.say("  ".join(f"{name} {value}" for name, value in _figures(moment, seconds).items()))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class LiveTable:
+    """One row a device, redrawn in place; no thread of its own."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+
+    def say(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False)
+
+    def show(self, moment: Moment, seconds: float) -> None:
+        self._live.update(_screen(moment, seconds), refresh=True)
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+
+def closing_table(report: Mapping[str, Any], files: Sequence[str]) -> str:
+    """The few lines at the end of a run."""
+    rows = [*table(report), ("written", files[0]), *(("", file) for file in files[1:])]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _figures(moment: Moment, seconds: float) -> dict[str, str]:
+    evaluated = moment.evaluated
+    return {
+        "version": str(moment.version),
+        "accuracy": "-" if evaluated is None or evaluated.accuracy is None else f"{evaluated.accuracy:.4f}",
+        "updates": str(moment.accepted),
+        "staleness": "-" if moment.last.staleness is None else f"{moment.last.staleness:.1f}",
+        "up": size(moment.bytes_up),
+        "down": size(moment.bytes_down),
+        "seconds": f"{max(seconds, 0):.0f}",
+    }
+
+
+def _screen(moment: Moment, seconds: float) -> Group:
+    figures = "  ".join(f"{name} [bold]{value}[/bold]" for name, value in _figures(moment, seconds).items())
+    return Group(Text.from_markup(figures), _devices(moment))
+
+
+def _devices(moment: Moment) -> Table:
+    drawn = Table()
+    for heading in ("device", "state"):
+        drawn.add_column(heading)
+    for heading in ("base", "updates", "staleness", "up"):
+        drawn.add_column(heading, justify="right")
+    for device in moment.devices[:ROWS_MAX]:
+        drawn.add_row(*_cells(device))
+    if len(moment.devices) > ROWS_MAX:
+        drawn.caption = f"and {len(moment.devices) - ROWS_MAX} more"
+    return drawn
+
+
+def _cells(device: Device) -> tuple[str, ...]:
+    base = "" if device.base is None or device.base < 0 else str(device.base)
+    staleness = "" if device.staleness is None else f"{device.staleness:.1f}"
+    return device.name, device.state, base, str(device.updates), staleness, size(device.bytes_up)

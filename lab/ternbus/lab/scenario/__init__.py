@@ -1,0 +1,1 @@
+"""What a lab run is: devices, speeds, partition, faults, and when it ends."""

@@ -1,0 +1,374 @@
+"""A scenario: what federation the lab runs, how unequal its devices are, what fails when, and when it ends.
+
+Knows the TOML file's keys and their bounds; the aggregator's own keys are checked by the aggregator's own code.
+"""
+
+import math
+import random
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from ternbus.aggregator.settings import from_table, with_overrides
+from ternbus.broker import toml
+from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol.invitation import check_broker_url
+from ternbus.edge.learn.narrow import check_width
+from ternbus.edge.learn.partition import LARGEST_SHARE, Partition
+from ternbus.lab.hostile import KINDS, STRENGTHS, Behaviour
+from ternbus.lab.scenario.tables import Table
+
+ENGINES: Final = ("auto", "mosquitto", "nats")
+DEVICES_MAX: Final = 1000
+SYNCHRONOUS_WAIT_S: Final = 86_400.0  # a day: longer than any run, so only a full buffer makes a version
+
+_DEVICE: Final = re.compile(r"device:(\d{1,4})")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speeds:
+    """How long one local training lasts at least: `median_s` · exp(sigma · z), z standard normal, once a device."""
+
+    sigma: float = 0.7
+    median_s: float = 0.5
+
+    def __post_init__(self) -> None:
+        _within("speeds.sigma", self.sigma, 0, 5)
+        _within("speeds.median_s", self.median_s, 0, 86_400)
+
+    def draw(self, devices: int, seed: int) -> tuple[float, ...]:
+        """The seconds of each device; a device's own do not depend on how many others there are."""
+        generator = random.Random(seed)  # noqa: S311  # an experiment's, to be repeated; no secret
+        return tuple(self.median_s * math.exp(self.sigma * generator.gauss(0, 1)) for _ in range(devices))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """The run ends at whichever of these comes first; None is never."""
+
+    versions: int | None = None
+    seconds: float | None = None
+    accuracy: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.versions is None and self.seconds is None and self.accuracy is None:
+            raise ConfigError("[end] needs versions, seconds or accuracy: when does the run end?")
+        if self.versions is not None:
+            _within("end.versions", self.versions, 1, 10_000_000)
+        if self.seconds is not None:
+            _within("end.seconds", self.seconds, 1, 31_536_000)
+        if self.accuracy is not None:
+            _within("end.accuracy", self.accuracy, 0, 1)
+
+    def reached(self, *, version: int, seconds: float, accuracy: float | None) -> bool:
+        return (
+            (self.versions is not None and version >= self.versions)
+            or (self.seconds is not None and seconds >= self.seconds)
+            or (self.accuracy is not None and accuracy is not None and accuracy >= self.accuracy)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """A process that is killed with SIGKILL once a version is there, and started again later."""
+
+    kill: str  # "aggregator", "broker" or "device:I", I from 0
+    after_version: int
+    restart_after_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kill not in ("aggregator", "broker") and not _DEVICE.fullmatch(self.kill):
+            raise ConfigError(f'[[fault]] kill = "{self.kill}": write "aggregator", "broker" or "device:I", I from 0')
+        _within("fault.after_version", self.after_version, 0, 10_000_000)
+        _within("fault.restart_after_s", self.restart_after_s, 0, 86_400)
+
+    @property
+    def device(self) -> int | None:
+        found = _DEVICE.fullmatch(self.kill)
+        return int(found[1]) if found else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hostile:
+    """A part of the devices that means harm, drawn by the scenario's seed; see ``ternbus.lab.hostile.Behaviour``."""
+
+    kind: str
+    share: float = 0.2
+    strength: float | None = None  # None is the kind's own
+    samples: int = 0  # that each claims to have; 0 is the truth
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f'[[hostile]] kind = "{self.kind}": choose {", ".join(KINDS)}')
+        _within("hostile.share", self.share, 0, 1)
+        _within("hostile.strength", self.behaviour.strength, 0, 1e6)
+        _within("hostile.samples", self.samples, 0, 2**32 - 1)
+
+    @property
+    def behaviour(self) -> Behaviour:
+        strength = STRENGTHS.get(self.kind, 1.0) if self.strength is None else self.strength
+        return Behaviour(kind=self.kind, strength=strength, samples=self.samples)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Simulated:
+    """What only `lab simulate` can be told: each device's line, and what real processes bring with them anyway.
+
+    A training lasts what `Speeds` says of its device, times exp(jitter · z), z standard normal, once a training.
+    """
+
+    jitter: float = 0.0
+    up_mbit_s: float = 0.0  # 0 = unlimited
+    down_mbit_s: float = 0.0  # likewise
+    latency_s: float = 0.02  # one way
+    evaluate_every: int = 1  # versions
+
+    def __post_init__(self) -> None:
+        _within("simulate.jitter", self.jitter, 0, 5)
+        _within("simulate.up_mbit_s", self.up_mbit_s, 0, 1e6)
+        _within("simulate.down_mbit_s", self.down_mbit_s, 0, 1e6)
+        _within("simulate.latency_s", self.latency_s, 0, 3600)
+        _within("simulate.evaluate_every", self.evaluate_every, 1, 1_000_000)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Local:
+    """What devices try on data of their own: each version, and at the end a model that they fine-tune for themselves.
+
+    Hostile devices hold nothing out and report nothing.
+    """
+
+    hold_out: float = 0.0  # share of each device's data
+    fine_tune: float = 0.0  # epochs
+
+    def __post_init__(self) -> None:
+        _within("local.hold_out", self.hold_out, 0, LARGEST_SHARE)
+        _within("local.fine_tune", self.fine_tune, 0, 1e4)
+        if self.fine_tune and not self.hold_out:
+            raise ConfigError("local.fine_tune needs local.hold_out: what it gains is measured on data held out")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Narrow:
+    """A part of the devices, drawn by the scenario's seed, that train a narrower sub-network."""
+
+    share: float = 0.0
+    width: float = 0.5
+
+    def __post_init__(self) -> None:
+        _within("narrow.share", self.share, 0, 1)
+        check_width(self.width)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """One run of the lab. The defaults are those of `ternbus lab run` without a file."""
+
+    task: str = "digits"
+    devices: int = 8
+    seed: int = 0
+    data: Path | None = None
+    partition: str = "dirichlet:0.5"
+    dense: tuple[
+        str, ...
+    ] = ()  # patterns of tensors that are never made ternary, as `aggregator init --dense` has them
+    sync: bool = False
+    speeds: Speeds = field(default_factory=Speeds)
+    plan: Mapping[str, object] = field(default_factory=dict)
+    engine: str = "auto"
+    broker_url: str | None = None  # one that exists; None = the lab starts its own
+    aggregator: Mapping[str, object] = field(default_factory=dict)  # dotted keys of aggregator.toml
+    end: End = field(default_factory=lambda: End(versions=60))
+    faults: tuple[Fault, ...] = ()
+    hostile: tuple[Hostile, ...] = ()
+    narrow: Narrow = field(default_factory=Narrow)
+    local: Local = field(default_factory=Local)
+    simulate: Simulated = field(default_factory=Simulated)
+
+    def __post_init__(self) -> None:
+        _within("devices", self.devices, 1, DEVICES_MAX)
+        _within("seed", self.seed, 0, 2**32 - 1)
+        if self.engine not in ENGINES:
+            raise ConfigError(f"broker.engine is {self.engine!r}: choose {', '.join(ENGINES)}")
+        if self.broker_url is not None:
+            check_broker_url(self.broker_url)
+        Partition.parse(self.partition_of(0))
+        with_overrides(table := {"federation": "lab", "broker": "mqtt://localhost"}, self.settings({}))
+        from_table(table, "[aggregator]")
+        for fault in self.faults:
+            self._check(fault)
+        if self.narrow.share and self.local.fine_tune:
+            raise ConfigError("local.fine_tune makes models of the full width: leave out narrow.share, or it")
+        if sum(self._counts()) > self.devices:
+            raise ConfigError("[[hostile]] the shares come to more than 1: more hostile devices than there are")
+
+    @property
+    def behaviours(self) -> Mapping[int, Behaviour]:
+        """What each hostile device does, by its number."""
+        order = random.Random(f"{self.seed}/hostile").sample(range(self.devices), self.devices)  # noqa: S311 - an experiment's, to be repeated
+        kinds = [each.behaviour for each, count in zip(self.hostile, self._counts(), strict=True) for _ in range(count)]
+        return dict(sorted(zip(order, kinds, strict=False)))
+
+    @property
+    def widths(self) -> tuple[float, ...]:
+        """Of each device's sub-network; 1 is the whole model. Hostile ones have all of it."""
+        count = round(self.narrow.share * self.devices)
+        drawn = random.Random(f"{self.seed}/narrow").sample(range(self.devices), count)  # noqa: S311 - an experiment's, to be repeated
+        chosen = set(drawn) - set(self.behaviours)
+        return tuple(self.narrow.width if index in chosen else 1.0 for index in range(self.devices))
+
+    def _counts(self) -> list[int]:
+        return [round(each.share * self.devices) for each in self.hostile]
+
+    def partition_of(self, device: int) -> str:
+        """The device's own part, in the form that `edge join --partition` takes."""
+        if self.partition == "all":
+            return "all"
+        if self.partition == "natural":
+            return f"natural:{device}"
+        part = f"{self.partition}:{device}/{self.devices}"
+        return part if self.partition == "iid" else f"{part}:{self.seed}"
+
+    def settings(self, default_plan: Mapping[str, object]) -> dict[str, object]:
+        """The aggregator's keys, dotted: the task's plan, then the scenario's, then what a barrier asks for."""
+        plan = {**default_plan, **self.plan}
+        settings = {**{f"plan.{name}": value for name, value in plan.items()}, **self.aggregator}
+        if self.sync:
+            settings |= {
+                "merge.buffer_size": self.devices,
+                "merge.max_wait_s": SYNCHRONOUS_WAIT_S,
+                "staleness.max": 0,
+            }
+        return settings
+
+    def _check(self, fault: Fault) -> None:
+        if fault.device is not None and fault.device >= self.devices:
+            raise ConfigError(f'[[fault]] kill = "{fault.kill}": the devices are numbered 0 to {self.devices - 1}')
+        if fault.kill == "broker" and self.broker_url is not None:
+            raise ConfigError('[[fault]] kill = "broker": only a broker that it started; leave out broker.url')
+        if self.end.versions is not None and fault.after_version >= self.end.versions:
+            raise ConfigError(f"[[fault]] after_version = {fault.after_version}: the run ends at {self.end.versions}")
+
+
+def load(path: Path) -> Scenario:
+    """The scenario in a TOML file. Raises `ConfigError`, which names the file and the key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    return loads(text, str(path))
+
+
+def loads(text: str, source: str) -> Scenario:
+    """The scenario in a TOML file's text; `source` is what errors call it."""
+    table = toml.read(text, source)
+    try:
+        return parse(table)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def parse(table: Mapping[str, object]) -> Scenario:
+    """The scenario in a table as TOML gives it; what is left out has its default, what is unknown is refused."""
+    top = Table(table, "")
+    broker = top.table("broker")
+    given = {
+        "task": top.text("task"),
+        "devices": top.whole("devices"),
+        "seed": top.whole("seed"),
+        "data": None if (data := top.text("data")) is None else Path(data),
+        "partition": top.text("partition"),
+        "dense": top.texts("dense"),
+        "sync": top.switch("sync"),
+        "engine": broker.text("engine"),
+        "broker_url": broker.text("url"),
+        "speeds": _speeds(top.table("speeds")),
+        "plan": top.table("plan").rest(),
+        "aggregator": _dotted(top.table("aggregator").rest()),
+        "end": _end(top.table("end")),
+        "hostile": tuple(_hostile(row) for row in top.rows("hostile")),
+        "faults": tuple(_fault(row) for row in top.rows("fault")),
+        "narrow": _narrow(top.table("narrow")),
+        "local": _local(top.table("local")),
+        "simulate": _simulated(top.table("simulate")),
+    }
+    broker.refuse_unknown()
+    top.refuse_unknown()
+    return Scenario(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]  # read by kind above
+
+
+def _speeds(table: Table) -> Speeds:
+    given = {"sigma": table.number("sigma"), "median_s": table.number("median_s")}
+    table.refuse_unknown()
+    return Speeds(**{name: value for name, value in given.items() if value is not None})
+
+
+def _end(table: Table) -> End | None:
+    if not table:
+        return None
+    versions, seconds, accuracy = table.whole("versions"), table.number("seconds"), table.number("accuracy")
+    table.refuse_unknown()
+    return End(versions=versions, seconds=seconds, accuracy=accuracy)
+
+
+def _fault(table: Table) -> Fault:
+    kill, after = table.text("kill"), table.whole("after_version")
+    restart = table.number("restart_after_s")
+    table.refuse_unknown()
+    if kill is None or after is None:
+        raise ConfigError("[[fault]] needs kill and after_version")
+    return Fault(kill=kill, after_version=after, restart_after_s=1.0 if restart is None else restart)
+
+
+def _hostile(table: Table) -> Hostile:
+    kind = table.text("kind")
+    given = {"share": table.number("share"), "strength": table.number("strength"), "samples": table.whole("samples")}
+    table.refuse_unknown()
+    if kind is None:
+        raise ConfigError(f"[[hostile]] needs kind: {', '.join(KINDS)}")
+    return Hostile(kind=kind, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]  # read by kind above
+
+
+def _narrow(table: Table) -> Narrow:
+    given = {"share": table.number("share"), "width": table.number("width")}
+    table.refuse_unknown()
+    return Narrow(**{name: value for name, value in given.items() if value is not None})
+
+
+def _local(table: Table) -> Local:
+    given = {"hold_out": table.number("hold_out"), "fine_tune": table.number("fine_tune")}
+    table.refuse_unknown()
+    return Local(**{name: value for name, value in given.items() if value is not None})
+
+
+def _simulated(table: Table) -> Simulated:
+    given = {
+        "jitter": table.number("jitter"),
+        "up_mbit_s": table.number("up_mbit_s"),
+        "down_mbit_s": table.number("down_mbit_s"),
+        "latency_s": table.number("latency_s"),
+        "evaluate_every": table.whole("evaluate_every"),
+    }
+    table.refuse_unknown()
+    return Simulated(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]  # read by kind above
+
+
+def _dotted(table: Mapping[str, object]) -> dict[str, object]:
+    """{"merge": {"buffer_size": 4}} -> {"merge.buffer_size": 4}, as `aggregator init --set` writes it."""
+    dotted: dict[str, object] = {}
+    for section, keys in table.items():
+        if section == "plan":
+            raise ConfigError("[aggregator.plan]: the plan has a table of its own, [plan]")
+        if not isinstance(keys, Mapping):
+            raise ConfigError(f"aggregator.{section} stands alone: as in aggregator.toml, write [aggregator.SECTION]")
+        dotted |= {f"{section}.{name}": value for name, value in keys.items()}
+    return dotted
+
+
+def _within(name: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:
+        raise ConfigError(f"{name} is {value:g}, but must be within {least:g} and {most:g}")

@@ -1,0 +1,87 @@
+"""A TOML table that is read key by key: each by its kind, and what nobody asked for is refused by name."""
+
+from collections.abc import Mapping
+
+from ternbus.broker.errors import ConfigError
+
+
+class Table:
+    """One table of the file; `name` is how errors call it ("" at the top)."""
+
+    def __init__(self, values: Mapping[str, object], name: str) -> None:
+        self._values = values
+        self._name = name
+        self._known: list[str] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._values)
+
+    def text(self, key: str) -> str | None:
+        value = self._get(key)
+        if value is None or (isinstance(value, str) and value):
+            return value
+        raise self._wrong(key, value, "a string")
+
+    def texts(self, key: str) -> tuple[str, ...] | None:
+        value = self._get(key)
+        if value is None or (isinstance(value, list) and all(isinstance(each, str) and each for each in value)):
+            return None if value is None else tuple(value)
+        raise self._wrong(key, value, "a list of strings")
+
+    def switch(self, key: str) -> bool | None:
+        value = self._get(key)
+        if value is None or isinstance(value, bool):
+            return value
+        raise self._wrong(key, value, "true or false")
+
+    def whole(self, key: str) -> int | None:
+        value = self._get(key)
+        if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+            return value
+        raise self._wrong(key, value, "a whole number")
+
+    def number(self, key: str) -> float | None:
+        value = self._get(key)
+        if value is None:
+            return None
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        raise self._wrong(key, value, "a number")
+
+    def table(self, key: str) -> "Table":
+        """The table below; an empty one where the file has none."""
+        value = self._get(key)
+        if isinstance(value, Mapping):
+            return Table(value, self._path(key))
+        if value is None:
+            return Table({}, self._path(key))
+        raise self._wrong(key, value, f"a table: [{self._path(key)}]")
+
+    def rows(self, key: str) -> list["Table"]:
+        """The tables of `[[key]]`."""
+        value = self._get(key)
+        if value is None:
+            return []
+        if isinstance(value, list) and all(isinstance(row, Mapping) for row in value):
+            return [Table(row, self._path(key)) for row in value]
+        raise self._wrong(key, value, f"a list of tables: [[{self._path(key)}]]")
+
+    def rest(self) -> Mapping[str, object]:
+        """Everything in it, for whoever knows these keys."""
+        return self._values
+
+    def refuse_unknown(self) -> None:
+        """Raise `ConfigError` for a key that was not read above."""
+        for key in self._values:
+            if key not in self._known:
+                raise ConfigError(f"unknown key {self._path(key)!r}; known here: {', '.join(self._known)}")
+
+    def _get(self, key: str) -> object:
+        self._known.append(key)
+        return self._values.get(key)
+
+    def _path(self, key: str) -> str:
+        return f"{self._name}.{key}" if self._name else key
+
+    def _wrong(self, key: str, value: object, kind: str) -> ConfigError:
+        return ConfigError(f"{self._path(key)} is {value!r}, but must be {kind}")

@@ -1,0 +1,160 @@
+"""A ledger that forgets everything but what a report needs: who contributed what to which version, and when."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ternbus.aggregator.core import records
+from ternbus.aggregator.store.local_tests import LocalTests, Report
+from ternbus.broker.protocol.messages import OPEN, Status
+
+
+class Ledger(Protocol):
+    """What a simulated aggregator writes to: this one, or the real one."""
+
+    def write(self, batch: Iterable[records.Record], now: float | None = None) -> None: ...
+    def frame(self, topic: str) -> bytes: ...
+
+
+@dataclass(slots=True, kw_only=True)
+class Contribution:
+    """An accepted update; ``merged`` is the version that it went into."""
+
+    device: str
+    base: int
+    staleness: int
+    samples: int
+    epsilon: float | None = None
+    merged: int | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class _Version:
+    made: records.VersionMade | None  # None: version 0, which no merge made
+    seconds: float
+
+
+class MemoryLedger:
+    """Takes records like the real ledger, and answers with the same status."""
+
+    def __init__(self, frames: Iterable[tuple[str, bytes]]) -> None:
+        self.contributions: list[Contribution] = []
+        self.digests: dict[int, bytes] = {}
+        self._frames = dict(frames)
+        self._buffer: list[Contribution] = []
+        self._versions = [_Version(made=None, seconds=0.0)]
+        self._metrics: dict[int, dict[str, float]] = {}
+        self._local = LocalTests()
+        self._statuses: dict[str, Status] = {}
+        self._counts: Counter[str] = Counter()
+        self._invalid: Counter[str] = Counter()
+        self._state = OPEN
+
+    def frame(self, topic: str) -> bytes:
+        return self._frames.get(topic, b"")
+
+    def write(self, batch: Iterable[records.Record], now: float | None = None) -> None:
+        for record in batch:
+            self._write(record, now or 0.0)
+
+    def status(self) -> dict[str, Any]:
+        """As `ternbus.aggregator.store.status.read` gives it, of what the report uses."""
+        accepted = Counter(each.device for each in self.contributions)
+        counts = {"accepted": accepted.total(), "merged": accepted.total() - len(self._buffer)}
+        counts |= {outcome: self._counts[outcome] for outcome in ("stale", "duplicate", "busy")}
+        return {
+            "state": self._state,
+            "counts": {**counts, "invalid": dict(self._invalid)},
+            "local": self._local.summary(),
+            "devices": self._devices(accepted),
+            "versions": [self._version(number) for number in range(len(self._versions))],
+        }
+
+    def _write(self, record: records.Record, now: float) -> None:
+        match record:
+            case records.UpdateAccepted():
+                row = Contribution(
+                    device=record.device,
+                    base=record.base,
+                    staleness=record.staleness,
+                    samples=record.samples,
+                    epsilon=record.epsilon,
+                )
+                self.contributions.append(row)
+                self._buffer.append(row)
+            case records.UpdateAnswered():
+                self._answered(record)
+            case records.VersionMade():
+                self._versions.append(_Version(made=record, seconds=now))
+                self.digests[record.version] = record.digest
+                for row in self._buffer:
+                    row.merged = record.version
+                self._buffer = []
+            case records.FramesKept():
+                self._keep(record)
+            case records.MetricsReceived():
+                self._measured(record)
+            case records.Observed():
+                self._statuses |= record.statuses
+                self._counts.update(record.outcomes)
+                self._invalid.update(record.refused)
+            case records.StateChanged():
+                self._state = record.state
+            case _:
+                return  # what only a restart would read
+
+    def _measured(self, record: records.MetricsReceived) -> None:
+        about = record.metrics
+        if about.split == "test":
+            self._metrics[about.version] = dict(about.values)
+        else:
+            report = Report(
+                device=record.device, version=about.version, samples=about.samples, values=dict(about.values)
+            )
+            self._local.add(report)
+
+    def _answered(self, record: records.UpdateAnswered) -> None:
+        if record.outcome == "invalid":
+            self._invalid[record.reason.partition(":")[0]] += 1
+        else:
+            self._counts[record.outcome] += 1
+
+    def _keep(self, record: records.FramesKept) -> None:
+        for topic, payload in record.frames:
+            if payload:
+                self._frames[topic] = payload
+            else:
+                self._frames.pop(topic, None)
+
+    def _devices(self, accepted: Counter[str]) -> dict[str, dict[str, Any]]:
+        bases: dict[str, int] = {}
+        spent: dict[str, float | None] = {}
+        for row in self.contributions:
+            spent[row.device] = row.epsilon
+            bases[row.device] = max(row.base, bases.get(row.device, -1))
+        newest = len(self._versions) - 1
+        return {
+            name: {
+                "state": status.state,
+                "base": bases.get(name),
+                "staleness": newest - bases[name] if name in bases else None,
+                "updates": accepted[name],
+                "epsilon": spent.get(name),
+                "local": self._local.device(name),
+            }
+            for name, status in self._statuses.items()
+        }
+
+    def _version(self, number: int) -> dict[str, Any]:
+        row = self._versions[number]
+        made = row.made
+        return {
+            "version": number,
+            "time": row.seconds,
+            "updates": made.updates if made is not None else 0,
+            "staleness_mean": made.staleness_mean if made is not None else 0.0,
+            "staleness_max": made.staleness_max if made is not None else 0,
+            "metrics": self._metrics.get(number, {}),
+            "local": self._local.version(number),
+        }

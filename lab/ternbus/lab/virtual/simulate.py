@@ -1,0 +1,227 @@
+"""A federation in virtual time: the same cores and real training, seconds that only the clock knows.
+
+A scenario gives the same versions, bit for bit, however fast the machine is. The published vector is tried on the
+test data here, without a line: no device holds other bits.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from weakref import WeakValueDictionary
+
+from ternbus.aggregator.core import records
+from ternbus.aggregator.store import ledger as durable
+from ternbus.aggregator.store import status
+from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol.messages import Metrics
+from ternbus.broker.protocol.schema import Schema, Vector, save_safetensors, to_tensors
+from ternbus.edge.core.actions import Stop
+from ternbus.edge.core.core import EXIT_CONFIG
+from ternbus.edge.learn.trainer import Evaluation, Task
+from ternbus.lab.report import report
+from ternbus.lab.report.moment import Moment
+from ternbus.lab.report.progress import Progress
+from ternbus.lab.scenario.scenario import Fault, Scenario
+from ternbus.lab.virtual import founding
+from ternbus.lab.virtual.clock import Clock
+from ternbus.lab.virtual.memory_broker import MemoryBroker
+from ternbus.lab.virtual.memory_ledger import MemoryLedger
+from ternbus.lab.virtual.training import Place
+from ternbus.lab.virtual.virtual_aggregator import VirtualAggregator
+from ternbus.lab.virtual.virtual_device import VirtualDevice
+
+QUIET_S: Final = 2 * 86_400.0  # virtual, and longer than any buffer waits: without a version by then there will be none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Carried:
+    """PUBLISH packets of all devices until a version was made, in bytes, by what was in them."""
+
+    update: int
+    delta: int
+    snapshot: int
+
+
+class Simulation:
+    """One run: `run`, then `report`.
+
+    ``folder`` is where a ledger is kept, as a real aggregator's; None for none. ``place`` is where devices train, by
+    default this process.
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        task: Task,
+        progress: Progress,
+        folder: Path | None = None,
+        place: Place | None = None,
+    ) -> None:
+        self.clock = Clock()
+        self.broker = MemoryBroker(self.clock)
+        self.carried: list[Carried] = []  # by version
+        self._scenario = scenario
+        self._progress = progress
+        self._folder = folder
+        self._faults = sorted(scenario.faults, key=lambda fault: fault.after_version)
+        if folder is None and any(fault.kill == "aggregator" for fault in self._faults):
+            raise ConfigError('[[fault]] kill = "aggregator": it starts again from its ledger, so add --ledger')
+        self._evaluator = task.evaluator(data=scenario.data)
+        self._evaluated = -1
+        self._made_at = 0.0
+        self._ended = False
+        model = task.initial(scenario.seed)
+        self.schema = Schema.of({name: array.shape for name, array in model.items()}, scenario.dense)
+        names = [f"device-{index}" for index in range(scenario.devices)]
+        chosen = scenario.settings(task.default_plan)
+        if folder is None:
+            founded = founding.without_disk(scenario.seed, names, model, chosen, self.schema)
+        else:
+            founded = founding.on_disk(folder, names, model, chosen, scenario.dense)
+        self.ledger = founded.ledger
+        self.aggregator = VirtualAggregator(self.clock, self.broker, founded.ledger, founded.core, self._made)
+        vectors: WeakValueDictionary[bytes, Vector] = WeakValueDictionary()
+        public = self.aggregator.core.identity.public
+        self.devices = [
+            VirtualDevice(self.clock, self.broker, body, vectors, self._left)
+            for body in founding.bodies(scenario, task, model, public, founded.codes, place=place)
+        ]
+        self._staying = len(self.devices)
+
+    @property
+    def parameters(self) -> int:
+        return self.schema.elements
+
+    def run(self, check: Callable[[], None] = lambda: None) -> None:
+        """Until the scenario's end. ``check`` is called now and then, and may raise."""
+        self.aggregator.start()
+        self._made(0, self.aggregator.core.model.published)
+        for device in self.devices:
+            device.start()
+        last = self._scenario.end.seconds or math.inf
+        while not self._ended and (when := self.clock.next_at) is not None and when <= last:
+            if self.clock.now - self._made_at > QUIET_S:
+                self._progress.say("no version for two days; ending")
+                break
+            self.clock.step()
+            check()
+        model = self.aggregator.core.model
+        if self._evaluated < model.version:
+            self._evaluate(model.version, model.published)
+        self._hear_devices(model.version, model.published)
+        while len(self.carried) <= model.version:  # made in the very moment of the end
+            self.carried.append(self._count())
+
+    def stop(self) -> None:
+        """End at once: for a ``check`` that has seen enough."""
+        self._ended = True
+
+    def moment(self) -> Moment:
+        """The federation now, as `Testbed.moment` gives it."""
+        counters = {
+            device.name: {
+                "sent_bytes.update": device.session.sent["update"],
+                "received_bytes.delta": device.session.carried["delta"],
+            }
+            for device in self.devices
+        }
+        return Moment.read(self._status(), counters)
+
+    def report(self, wall_seconds: float) -> dict[str, Any]:
+        """The content of `report.json`; each version has also what was `carried` until it was made.
+
+        Of each device: how many of its updates were accepted, and the epsilon that it has spent by its own account.
+        """
+        result = report.summary(
+            self.moment(), scenario=self._scenario, parameters=self.parameters, wall_seconds=wall_seconds, virtual=True
+        )
+        for row, carried in zip(result["versions"], self.carried, strict=True):
+            row |= {"update_bytes": carried.update, "delta_bytes": carried.delta, "snapshot_bytes": carried.snapshot}
+        accepted = {device.name: device.updates for device in self.moment().devices}
+        result["devices"] = {
+            device.name: {"updates": accepted[device.name], "epsilon": device.kept.account.epsilon}
+            for device in self.devices
+        }
+        return result
+
+    def export(self, path: Path) -> None:
+        """Write the last version of the model under the task's names."""
+        model = self.aggregator.core.model
+        about = {"version": str(model.version), "digest": model.digest.hex()}
+        save_safetensors(path, to_tensors(self.schema, model.published), about)
+
+    def close(self) -> None:
+        if isinstance(self.ledger, durable.Ledger):
+            self.ledger.close()
+
+    def _status(self) -> Mapping[str, Any]:
+        if isinstance(self.ledger, MemoryLedger):
+            return self.ledger.status()
+        assert self._folder is not None  # noqa: S101 - a real ledger is in a folder
+        return status.read(self._folder)
+
+    def _made(self, version: int, vector: Vector) -> None:
+        """A version has been published."""
+        self._made_at = self.clock.now
+        self.carried.append(self._count())
+        found = None
+        if version % self._scenario.simulate.evaluate_every == 0:
+            found = self._evaluate(version, vector).values.get("accuracy")
+            self._progress.show(self.moment(), self.clock.now)
+        self._ended = self._scenario.end.reached(version=version, seconds=self.clock.now, accuracy=found)
+        self._disturb(version)
+
+    def _count(self) -> Carried:
+        sessions = [device.session for device in self.devices]
+        return Carried(
+            update=sum(session.sent["update"] for session in sessions),
+            delta=sum(session.carried["delta"] for session in sessions),
+            snapshot=sum(session.carried["snapshot"] for session in sessions),
+        )
+
+    def _evaluate(self, version: int, vector: Vector) -> Evaluation:
+        found = self._evaluator.evaluate(to_tensors(self.schema, vector))
+        self._evaluated = version
+        metrics = Metrics(version=version, samples=found.samples, split="test", values=found.finite)
+        self.ledger.write(
+            [records.MetricsReceived(device=founding.EVALUATOR, seq=version, metrics=metrics)], self.clock.now
+        )
+        return found
+
+    def _hear_devices(self, version: int, vector: Vector) -> None:
+        """Their last reports: devices in a federation that closes stay for them, and the clock stops before."""
+        members = self.aggregator.core.registry.members
+        for device in self.devices:
+            metrics = device.last_report(version, self.schema, vector)
+            if metrics is not None and device.name in members:
+                seq = members[device.name].metrics_seq + 1
+                record = records.MetricsReceived(device=device.name, seq=seq, metrics=metrics)
+                self.ledger.write([record], self.clock.now)
+
+    def _disturb(self, version: int) -> None:
+        """Kill what is due."""
+        while self._faults and self._faults[0].after_version <= version:
+            self._kill(self._faults.pop(0))
+
+    def _kill(self, fault: Fault) -> None:
+        back_at = self.clock.now + fault.restart_after_s
+        if fault.device is not None:
+            victim: VirtualDevice | VirtualAggregator = self.devices[fault.device]
+        elif fault.kill == "broker":
+            self.broker.stop()
+            self.clock.at(back_at, self.broker.start)
+            return
+        else:
+            victim = self.aggregator
+        victim.kill()
+        self.clock.at(back_at, victim.restart)
+
+    def _left(self, stop: Stop) -> None:
+        """A device has ended. ConfigError where it says what is wrong."""
+        if stop.code == EXIT_CONFIG:
+            raise ConfigError(stop.reason)
+        self._progress.say(stop.reason)
+        self._staying -= 1
+        self._ended = self._ended or not self._staying

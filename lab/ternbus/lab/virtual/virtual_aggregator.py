@@ -1,0 +1,110 @@
+"""The aggregator's shell in virtual time: the very same core, on a line of no length to the broker."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import assert_never
+
+from ternbus.aggregator.core import events, records
+from ternbus.aggregator.core.core import Core
+from ternbus.broker.link.link import packet_bytes
+from ternbus.broker.protocol.schema import Vector
+from ternbus.lab.virtual.clock import Alarm, Clock
+from ternbus.lab.virtual.memory_broker import PROTOCOL, Line, MemoryBroker
+from ternbus.lab.virtual.memory_ledger import Ledger
+
+RETRY_S = 0.5  # after a connection was lost
+VersionMade = Callable[[int, Vector], None]
+
+
+class VirtualAggregator:
+    """Performs what a core wants. ``open_core`` gives it as the ledger has it, at the start and after a crash.
+
+    ``made`` gets each new version and its vector once both have been published.
+    """
+
+    def __init__(
+        self, clock: Clock, broker: MemoryBroker, ledger: Ledger, open_core: Callable[[], Core], made: VersionMade
+    ) -> None:
+        self.core = open_core()
+        self._clock = clock
+        self._ledger = ledger
+        self._open_core = open_core
+        self._made = made
+        self._session = broker.session(self, Line())
+        self._alarm = self._new_alarm()
+        self._runs = False
+
+    def start(self) -> None:
+        self._runs = True
+        self._perform(self.core.start(self._clock.now))
+        self._connect()
+
+    def kill(self) -> None:
+        """What is not in the ledger is lost."""
+        self._runs = False
+        self._alarm.off()
+        self._session.cut()
+
+    def restart(self) -> None:
+        self.core = self._open_core()
+        self._alarm = self._new_alarm()
+        self.start()
+
+    # what the session says
+
+    def connected(self) -> None:
+        self._handle(events.Connected(frame_bytes=self.core.settings.limits.frame_bytes))
+
+    def disconnected(self, reason: str) -> None:  # noqa: ARG002 - what a client is told
+        self._handle(events.Disconnected())
+        self._clock.at(self._clock.now + RETRY_S, partial(self._reconnect, self.core))
+
+    def arrived(self, topic: str, payload: bytes) -> None:
+        size_bytes = packet_bytes(topic, len(payload), PROTOCOL)
+        self._handle(events.MessageArrived(topic=topic, payload=payload, packet_bytes=size_bytes))
+
+    def acknowledged(self, seq: int) -> None:
+        """The aggregator does not wait for it."""
+
+    def _reconnect(self, life: Core) -> None:
+        if life is self.core and self._runs:
+            self._connect()
+
+    def _connect(self) -> None:
+        self._handle(events.Connecting())
+
+    def _new_alarm(self) -> Alarm:
+        core = self.core
+        return Alarm(self._clock, lambda: core.deadline, lambda: self._handle(events.TimeReached()))
+
+    def _handle(self, event: events.Event) -> None:
+        self._perform(self.core.handle(event, self._clock.now))
+        self._alarm.look()
+
+    def _perform(self, actions: Iterable[events.Action]) -> None:
+        """In order, every record first, as the service does."""
+        ordered = list(actions)
+        batch = [action.record for action in ordered if isinstance(action, events.Save)]
+        if batch:
+            self._ledger.write(batch, self._clock.now)
+        for action in ordered:
+            match action:
+                case events.Publish():
+                    self._session.publish(action.topic, action.payload, retain=action.retain)
+                case events.RepublishKept():
+                    for topic in action.topics:
+                        self._session.publish(topic, self._ledger.frame(topic), retain=True)
+                case events.Subscribe():
+                    self._session.subscribe(action.filters)
+                case events.Connect():
+                    self._session.connect(action.will_topic, action.will_payload)
+                case events.Stop():
+                    self._session.disconnect()
+                case events.Save() | events.Log():
+                    continue
+                case _:
+                    assert_never(action)
+        for record in batch:
+            if isinstance(record, records.VersionMade):
+                # Behind what was just published, which the broker gets at the same moment.
+                self._clock.at(self._clock.now, partial(self._made, record.version, self.core.model.published))

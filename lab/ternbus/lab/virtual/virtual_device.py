@@ -1,0 +1,197 @@
+"""A device's shell in virtual time: the very same core, real training, and seconds that pass only in name."""
+
+from collections import Counter
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import assert_never
+
+from ternbus.broker.errors import ProtocolError
+from ternbus.broker.protocol import frame
+from ternbus.broker.protocol.messages import Metrics
+from ternbus.broker.protocol.schema import Schema, Vector
+from ternbus.edge.core import events
+from ternbus.edge.core.actions import (
+    Action,
+    Connect,
+    Log,
+    Publish,
+    Save,
+    SavePersonal,
+    StartEvaluation,
+    StartFineTuning,
+    StartTraining,
+    Stop,
+    Subscribe,
+    Unsubscribe,
+)
+from ternbus.edge.core.core import Core
+from ternbus.edge.core.follower import Beginning
+from ternbus.edge.core.kept import Kept
+from ternbus.edge.core.member import Member
+from ternbus.edge.learn.trainer import Trainer
+from ternbus.edge.shell.training import evaluate, fine_tune
+from ternbus.lab.virtual.clock import Alarm, Clock
+from ternbus.lab.virtual.memory_broker import Line, MemoryBroker, Session
+from ternbus.lab.virtual.training import Awaited
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Body:
+    """What makes one device another than the next: who it is, what it learns from, how fast, over which line."""
+
+    member: Member
+    beginning: Beginning
+    begin: Callable[[StartTraining], Awaited]  # a training
+    trainer: Trainer
+    held: Trainer | None  # with the data that it holds out
+    seconds: Callable[[], float]  # how long its next training lasts
+    line: Line
+
+
+class VirtualDevice:
+    """Performs what a core wants. Its outbox is memory that outlives a kill.
+
+    ``vectors`` holds every version that some device has, by digest: equal digests are equal bits, so all devices of a
+    version share one array. ``left`` is told why it stops.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        broker: MemoryBroker,
+        body: Body,
+        vectors: MutableMapping[bytes, Vector],
+        left: Callable[[Stop], None],
+    ) -> None:
+        self.session: Session = broker.session(self, body.line)
+        self.kept = Kept(key=body.member.key)
+        self.happened: Counter[str] = Counter()  # the events of its log
+        self._clock = clock
+        self._body = body
+        self._vectors = vectors
+        self._left = left
+        self.core, self._alarm = self._begin()
+        self._runs = False
+
+    @property
+    def name(self) -> str:
+        return self._body.member.device
+
+    def start(self) -> None:
+        self._runs = True
+        self._handle(events.Started())
+
+    def kill(self) -> None:
+        """What is not in the outbox is lost, a training that is under way above all."""
+        self._runs = False
+        self._alarm.off()
+        self.session.cut()
+
+    def restart(self) -> None:
+        self.core, self._alarm = self._begin()
+        self.start()
+
+    # what the session says
+
+    def connected(self) -> None:
+        self._handle(events.Connected(frame_bytes=frame.FRAME_BYTES))
+
+    def disconnected(self, reason: str) -> None:
+        self._handle(events.Disconnected(reason=reason))
+
+    def arrived(self, topic: str, payload: bytes) -> None:
+        if not payload:  # what a retained topic is cleared with
+            return
+        try:
+            parsed = frame.parse(payload)
+        except ProtocolError as error:
+            self._handle(events.FrameMalformed(reason=error.reason))
+        else:
+            self._handle(events.FrameArrived(topic=topic, frame=parsed))
+
+    def acknowledged(self, seq: int) -> None:
+        self._handle(events.Published(seq=seq))
+
+    def _begin(self) -> tuple[Core, Alarm]:
+        core = Core(self._body.member, self.kept, self._body.beginning)
+        return core, Alarm(self._clock, core.due_s, lambda: self._handle(events.TimeReached()))
+
+    def _handle(self, event: events.Event) -> None:
+        wanted = self.core.handle(event, self._clock.now)
+        self._share()
+        for action in wanted:
+            self._perform(action)
+        self._alarm.look()
+
+    def _perform(self, action: Action) -> None:
+        match action:
+            case Save():
+                self.kept = action.kept
+            case Connect():
+                self.session.connect(action.will_topic, action.will_payload)
+            case Subscribe():
+                self.session.subscribe(action.filters)
+            case Unsubscribe():
+                self.session.unsubscribe(action.filters)
+            case Publish():
+                self.session.publish(action.topic, action.payload, retain=action.retain, seq=action.seq)
+            case StartTraining():
+                self._train()
+            case StartEvaluation():
+                self._clock.at(self._clock.now, partial(self._evaluate, self.core, action))
+            case StartFineTuning() | SavePersonal():
+                raise AssertionError("the simulation fine-tunes for its devices")
+            case Stop():
+                self.session.disconnect()
+                self._left(action)
+            case Log():
+                self.happened[action.event] += 1
+            case _:
+                assert_never(action)
+
+    def _train(self) -> None:
+        job = self.core.learning.running  # with the vector that all share
+        assert job is not None  # noqa: S101 - the core has just begun it
+        seconds = self._body.seconds()
+        awaited = self._body.begin(job)
+        self._clock.at(self._clock.now + seconds, partial(self._trained, self.core, seconds, awaited))
+
+    def _trained(self, life: Core, seconds: float, awaited: Awaited) -> None:
+        """So many virtual seconds later."""
+        if life is not self.core or not self._runs or life.learning.running is None:
+            return
+        result = awaited()
+        if isinstance(result, events.TrainingFinished):
+            result = replace(result, metrics={**result.metrics, "seconds": seconds})
+        self._handle(result)
+
+    def _evaluate(self, life: Core, job: StartEvaluation) -> None:
+        """It takes no time: the published figures of a device's speed are for training."""
+        if life is self.core and self._runs and self._body.held is not None:
+            self._handle(evaluate(self._body.held, job))
+
+    def last_report(self, version: int, schema: Schema, vector: Vector) -> Metrics | None:
+        """What it would say of the last version, and of a model of its own, before it leaves; None if nothing."""
+        learning, held = self.core.learning, self._body.held
+        if held is None or learning.plan is None or learning.sealed:
+            return None
+        found: events.Evaluated | events.FineTuned = evaluate(
+            held, StartEvaluation(version=version, schema=schema, vector=vector)
+        )
+        if self._body.member.fine_tune:
+            tuned = fine_tune(self._body.trainer, held, self.core.personal.job(learning.plan, version, schema, vector))
+            found = found if isinstance(tuned, events.FineTuningFailed) else tuned
+        return Metrics(version=version, samples=found.samples, split="local", values=found.values)
+
+    def _share(self) -> None:
+        follower, learning = self.core.follower, self.core.learning
+        if follower.vector is None:
+            return
+        shared = self._vectors.setdefault(follower.digest, follower.vector)
+        if shared is follower.vector:
+            shared.flags.writeable = False  # it is everybody's now
+            return
+        if learning.running is not None and learning.running.vector is follower.vector:
+            learning.running = replace(learning.running, vector=shared)
+        follower.vector = shared
