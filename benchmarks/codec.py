@@ -23,7 +23,7 @@ from ternbus.aggregator.merge.accumulator import COMPILED, Accumulator
 from ternbus.broker.protocol.schema import Schema, Vector
 from ternbus.broker.protocol.ternary import TERNARY, ZSTD, Block, encode
 from ternbus.edge.learn.compress import compress
-from ternbus.edge.learn.trainer import Plan
+from ternbus.edge.plan.plan import Plan
 
 SIZES: Final = (10_000, 100_000, 1_200_000, 10_000_000, 100_000_000)
 BUDGET_S: Final = 2.0  # for each figure

@@ -20,7 +20,7 @@ from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import build, parse
 from ternbus.broker.protocol.identity import Identity, enroll_proof
 from ternbus.broker.protocol.messages import Enroll, Head, Receipt, Status, Update
-from ternbus.edge.core.member import ENROLL_SEQ, OFFLINE, subscriptions
+from ternbus.edge.core.profile import ENROLL_SEQ, OFFLINE, subscriptions
 
 CONNECTING_MAX: Final = 32  # at once: brokers listen with a backlog of about a hundred
 KEEPALIVE_S: Final = 120

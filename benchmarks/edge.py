@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.watched import used
-from ternbus.aggregator.shell import home
-from ternbus.aggregator.store import requests
+from ternbus.aggregator.shell import administration
+from ternbus.aggregator.store import control
 from ternbus.broker.protocol.identity import write_secret
 from ternbus.broker.protocol.schema import load_safetensors
 from ternbus.broker.server.running import Engine, choose, start
@@ -135,8 +135,8 @@ def federated(case: Case, url: str) -> dict[str, Any]:
     directory, model, invitation = folder / "aggregator", folder / "model.safetensors", folder / "pi.toml"
     subprocess.run([*ternbus, "edge", "init-model", case.task, str(model)], check=True, stdout=subprocess.DEVNULL)
     settings = {"merge.buffer_size": 1}
-    home.create(directory, federation="bench", broker=url, model=load_safetensors(model), settings=settings)
-    write_secret(invitation, home.invite(directory, DEVICE)[0].dumps().encode())
+    administration.create(directory, federation="bench", broker=url, model=load_safetensors(model), settings=settings)
+    write_secret(invitation, administration.invite(directory, DEVICE)[0].dumps().encode())
     notes, device = folder / "device.notes", folder / DEVICE
     environment = case.environment(notes)
     with running([*ternbus, "aggregator", "run", str(directory)], folder / "aggregator.log"):
@@ -150,7 +150,7 @@ def federated(case: Case, url: str) -> dict[str, Any]:
         began = time.monotonic()
         with running([*ternbus, "edge", "run", str(device)], folder / "device.log", environment) as process:
             await_trainings(case, notes, process)
-            home.change_state(directory, requests.PAUSE, "benchmark")
+            administration.change_state(directory, control.PAUSE, "benchmark")
             idle = idling(process.pid, notes)
             peak_mb = used(Path(f"/proc/{process.pid}"))["peak_kb"] / 1024
     pairs = notes_in(notes)

@@ -30,11 +30,11 @@ from benchmarks.__main__ import machine
 from benchmarks.figures import KEPT
 from ternbus.broker import toml
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.server import tether
-from ternbus.edge.learn.trainer import load_task
+from ternbus.broker.server import parent_death
+from ternbus.edge.learn.loader import load_task
 from ternbus.lab.report.progress import Lines
 from ternbus.lab.scenario import scenario
-from ternbus.lab.scenario.tables import Table
+from ternbus.lab.scenario.toml_table import Table
 from ternbus.lab.virtual.simulate import Simulation
 from ternbus.lab.virtual.training import Workers
 
@@ -188,7 +188,7 @@ def reports(wanted: Sequence[Run], jobs: int) -> list[dict[str, Any]]:
     os.environ["OMP_NUM_THREADS"] = "1"  # a run is one process and one core; the threads of two would only spin
     began = time.monotonic()
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=tether.tie, initargs=(os.getpid(),)) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=parent_death.tie, initargs=(os.getpid(),)) as pool:
         each = max(1, jobs // max(1, len(missing)))  # what no other run needs
         futures = {pool.submit(simulate, wanted[index], each): index for index in missing}
         try:

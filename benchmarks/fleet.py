@@ -31,7 +31,7 @@ from benchmarks.aggregating import Aggregator, cpu_s, run_aggregator
 from benchmarks.crowd import Answers, Task, serve, shares
 from benchmarks.ingest import FEDERATION, device, identity, prepared_body, shapes
 from ternbus.aggregator.core import records
-from ternbus.aggregator.shell import home
+from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import status as statuses
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.broker.protocol.identity import enroll_proof
@@ -79,9 +79,9 @@ def prepare(directory: Path, url: str) -> None:
         "merge.max_wait_s": MERGE_S,
         "staleness.max": 1_000_000,
     }
-    home.create(directory, federation=FEDERATION, broker=url, model=model, settings=settings)
+    administration.create(directory, federation=FEDERATION, broker=url, model=model, settings=settings)
     names = {f"few-{number}": identity(10**6 + number).public for number in range(FEW)}
-    with closing(Ledger(directory / home.LEDGER)) as ledger:
+    with closing(Ledger(directory / administration.LEDGER)) as ledger:
         ledger.write(
             records.DeviceEnrolled(device=name, public=public, proof=enroll_proof("bench", FEDERATION, name, public))
             for name, public in names.items()
@@ -148,7 +148,7 @@ def fan_outs(pipes: Sequence[Connection], directory: Path, devices: int) -> list
     for found in tell(pipes, "heads"):
         for version, times in found.items():
             arrivals.setdefault(version, []).extend(times)
-    with closing(sqlite3.connect(directory / home.LEDGER)) as db:
+    with closing(sqlite3.connect(directory / administration.LEDGER)) as db:
         made = dict(db.execute("SELECT version, made_at FROM versions"))
     rows = []
     for version, times in sorted(arrivals.items()):
@@ -189,7 +189,7 @@ def measure(devices: int, engine: Engine, folder: Path) -> dict[str, Any]:
         finally:
             aggregator.stop()
         began = time.monotonic()
-        codes = {each.device: each.code for each in home.invite(directory, *map(device, range(devices)))}
+        codes = {each.device: each.code for each in administration.invite(directory, *map(device, range(devices)))}
         invited_s = time.monotonic() - began
         processes, pipes = crowds(broker, codes)
         try:

@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks.volley import SENDERS, Ammunition, Answered, Load, await_retained, device, identity, run_load
 from ternbus.aggregator.core import records
 from ternbus.aggregator.merge.accumulator import COMPILED
-from ternbus.aggregator.shell import home
+from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import status as statuses
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.broker.protocol import topics
@@ -33,7 +33,7 @@ from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import ZSTD, encode
 from ternbus.broker.server.running import Engine, choose, start
 from ternbus.edge.learn.compress import compress
-from ternbus.edge.learn.trainer import Plan
+from ternbus.edge.plan.plan import Plan
 
 BUFFER: Final = 64
 FEDERATION: Final = "bench"
@@ -77,8 +77,8 @@ def prepare(directory: Path, url: str, load: Load) -> None:
         "staleness.max": 1_000_000,
         "staleness.discount": "constant",
     }
-    home.create(directory, federation=FEDERATION, broker=url, model=model, settings=settings)
-    ledger = Ledger(directory / home.LEDGER)
+    administration.create(directory, federation=FEDERATION, broker=url, model=model, settings=settings)
+    ledger = Ledger(directory / administration.LEDGER)
     ledger.write(
         records.DeviceEnrolled(
             device=device(number),

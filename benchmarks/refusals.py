@@ -24,7 +24,7 @@ from typing import IO, Final
 from benchmarks.mqtt import packet, text
 from ternbus.broker.link.tls import Tls
 from ternbus.broker.server import mosquitto, refusals
-from ternbus.broker.server.home import Home
+from ternbus.broker.server.directory import BrokerDirectory
 from ternbus.broker.server.running import ACCESS, Engine, choose, reserve
 
 TOPIC: Final = "ternbus/1/lab/up/pi-1/update"
@@ -49,7 +49,7 @@ def processor_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def papers(home: Home, folder: Path, name: str) -> Tls:
+def papers(home: BrokerDirectory, folder: Path, name: str) -> Tls:
     issued = home.issue(name, "lab")
     files = {"ca": issued.authority, "certificate": issued.certificate, "key": issued.key}
     for file, content in files.items():
@@ -98,7 +98,7 @@ def exchange(sender: socket.socket, receiver: socket.socket, count: int) -> None
         exactly(sender, 4 * WINDOW)
 
 
-def measure(home: Home, folder: Path, clients: dict[str, Tls], *, counted: bool, count: int) -> Cost:
+def measure(home: BrokerDirectory, folder: Path, clients: dict[str, Tls], *, counted: bool, count: int) -> Cost:
     """One broker, started for this and ended."""
     port = reserve("127.0.0.1", 0)
     configuration = mosquitto.configuration(
@@ -145,7 +145,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        home = Home.create(folder / "bus", names=["127.0.0.1"], port=0)
+        home = BrokerDirectory.create(folder / "bus", names=["127.0.0.1"], port=0)
         clients = {each: papers(home, folder, each) for each in ("pi-1", "aggregator-lab")}
         found: dict[bool, list[Cost]] = {False: [], True: []}
         for _ in range(options.runs):

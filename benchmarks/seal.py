@@ -23,9 +23,9 @@ from ternbus.broker.protocol.messages import Update
 from ternbus.broker.protocol.parts import cut
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import Block
-from ternbus.edge.core.kept import prepare, sealed
+from ternbus.edge.core.state import prepare, sealed
 from ternbus.edge.learn.compress import compress
-from ternbus.edge.learn.trainer import Plan
+from ternbus.edge.plan.plan import Plan
 
 BUDGET_S: Final = 10.0  # for each size
 RUNS_MAX: Final = 200

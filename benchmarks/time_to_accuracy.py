@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from ternbus.edge.learn.trainer import load_task
+from ternbus.edge.learn.loader import load_task
 from ternbus.lab.report.progress import Lines
 from ternbus.lab.scenario.scenario import End, Scenario, Simulated, Speeds
 from ternbus.lab.virtual.simulate import Simulation

@@ -20,7 +20,7 @@ from ternbus.broker.protocol.parts import cut
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import RAW, ZSTD, encode
 from ternbus.edge.learn.compress import compress
-from ternbus.edge.learn.trainer import Plan
+from ternbus.edge.plan.plan import Plan
 
 SHAPES = {"conv.weight": (64, 32, 3, 3), "conv.bias": (64,), "fc.weight": (1024, 1152), "fc.bias": (1024,)}
 ENVELOPE_BYTES = 500  # what a part may cost beside its body

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ternbus.broker.errors import ConfigError
-from ternbus.edge.torch.torch_trainer import TorchTask
+from ternbus.edge.torch.trainer import TorchTask
 
 WINDOW, HOP = 100, 50  # samples: windows of a second that overlap by half
 CLASSES = 3

@@ -20,7 +20,7 @@ with HookManager({"broker", "tomllib"}, set(), enable_loader_override=False, tra
 ARITHMETIC = [
     "ternbus.aggregator.merge.accumulator",
     "ternbus.aggregator.merge.downlink",
-    "ternbus.aggregator.merge.merge",
+    "ternbus.aggregator.merge.mean",
     "ternbus.aggregator.merge.optimizer",
 ]
 with atheris.instrument_imports(include=["aggregator", "broker", "edge_client", "lab"], exclude=ARITHMETIC):

@@ -18,7 +18,7 @@ from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import HEADER_BYTES_MAX, MAGIC, SIGNED_PREFIX
 from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.schema import Schema, Tensor
-from ternbus.lab.virtual.founding import FEDERATION, without_disk
+from ternbus.lab.virtual.setup import FEDERATION, without_disk
 
 DEVICE: Final = "rogue"
 KEY: Final = Identity(b"r" * 32)

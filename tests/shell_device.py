@@ -12,7 +12,7 @@ from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.schema import vector_digest
 from ternbus.edge.core.actions import Log, Stop
 from ternbus.edge.core.core import Core
-from ternbus.edge.core.member import Member
+from ternbus.edge.core.profile import Profile
 from ternbus.edge.shell.outbox import Outbox
 from ternbus.edge.shell.service import Service
 
@@ -39,7 +39,7 @@ class Device:
         folder.mkdir()
         self.tls = papers(folder, invitation)
         identity, public = Identity.generate(), invitation.aggregator_public
-        member = Member(
+        member = Profile(
             federation=invitation.federation,
             device=invitation.device,
             identity=identity,

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.core import Core
-from ternbus.aggregator.shell import home
+from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.aggregator.store.membership import codes
 from ternbus.aggregator.store.recovery import recover, waiting
@@ -47,7 +47,7 @@ def initial_model(seed: int = 0) -> dict[str, npt.NDArray[np.float32]]:
 @cache
 def _template(settings: tuple[tuple[str, object], ...]) -> Path:
     directory = Path(tempfile.mkdtemp(dir=_SCRATCH)) / "template"
-    home.create(directory, federation=LAB, broker=BROKER_URL, model=initial_model(), settings=dict(settings))
+    administration.create(directory, federation=LAB, broker=BROKER_URL, model=initial_model(), settings=dict(settings))
     return directory
 
 
@@ -188,13 +188,13 @@ class Bench:
         self.published: list[events.Publish] = []
         self.retained: dict[str, bytes] = {}
         self.last: list[events.Action] = []
-        self.identity = Identity.load(directory / home.KEY)
+        self.identity = Identity.load(directory / administration.KEY)
         self.recover()
 
     def recover(self) -> None:
         self.beside = Lazy()
-        self.ledger = Ledger(self.directory / home.LEDGER, beside=self.beside)
-        self.core: Core = recover(self.ledger, home.load_settings(self.directory), self.identity, "test")
+        self.ledger = Ledger(self.directory / administration.LEDGER, beside=self.beside)
+        self.core: Core = recover(self.ledger, administration.load_settings(self.directory), self.identity, "test")
         self.schema = self.core.schema
 
     def restart(self) -> None:

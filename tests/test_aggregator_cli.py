@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from small_world import BROKER_URL, LAB, Device, float32_block, follow, initial_model
 
-from ternbus.aggregator.shell import home
+from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.aggregator.store.membership import codes
 from ternbus.broker.link.link import Arrived, Link, LinkEvent
@@ -79,11 +79,16 @@ def test_init_makes_keys_a_ledger_and_a_commented_configuration(tmp_path: Path, 
     directory = tmp_path / "agg"
     out = init(directory, model, "--set", "merge.buffer_size=1", "--set", "staleness.discount=constant")
     assert "643 parameters" in out
-    assert {entry.name for entry in directory.iterdir()} == {home.KEY, home.TOML, home.LEDGER, "vectors"}
-    assert (directory / home.KEY).stat().st_mode & 0o777 == 0o600
-    settings = home.load_settings(directory)
+    assert {entry.name for entry in directory.iterdir()} == {
+        administration.KEY,
+        administration.TOML,
+        administration.LEDGER,
+        "vectors",
+    }
+    assert (directory / administration.KEY).stat().st_mode & 0o777 == 0o600
+    settings = administration.load_settings(directory)
     assert (settings.merge.buffer_size, settings.staleness.discount) == (1, "constant")
-    assert "# updates in one merge" in (directory / home.TOML).read_text()
+    assert "# updates in one merge" in (directory / administration.TOML).read_text()
     found = status(directory)
     assert (found["version"], found["state"], found["buffer"], found["devices"]) == (0, "open", 0, {})
 
@@ -91,9 +96,9 @@ def test_init_makes_keys_a_ledger_and_a_commented_configuration(tmp_path: Path, 
 def test_init_refuses_a_directory_that_has_one(tmp_path: Path, model: Path) -> None:
     directory = tmp_path / "agg"
     init(directory, model)
-    before = (directory / home.KEY).read_bytes()
+    before = (directory / administration.KEY).read_bytes()
     assert "holds an aggregator already" in init(directory, model, code=2)
-    assert (directory / home.KEY).read_bytes() == before
+    assert (directory / administration.KEY).read_bytes() == before
 
 
 def test_init_moves_into_a_directory_that_holds_other_things(tmp_path: Path, model: Path) -> None:
@@ -102,7 +107,7 @@ def test_init_moves_into_a_directory_that_holds_other_things(tmp_path: Path, mod
     init(tmp_path / "agg", model, "--dense", "w")
     assert (tmp_path / "agg" / "notes").read_text() == "mine"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["agg", "model.safetensors"]
-    ledger = Ledger(tmp_path / "agg" / home.LEDGER, read_only=True)
+    ledger = Ledger(tmp_path / "agg" / administration.LEDGER, read_only=True)
     assert ledger.schema().ternary_elements == 0
     ledger.close()
 
@@ -156,7 +161,7 @@ def test_invitations_are_printed_or_written(tmp_path: Path, model: Path) -> None
     assert (tmp_path / "invitations" / "pi.toml").stat().st_mode & 0o777 == 0o600
     assert written.code != printed.code
     assert len(written.code) >= 22  # of 6 bits each
-    ledger = Ledger(directory / home.LEDGER, read_only=True)
+    ledger = Ledger(directory / administration.LEDGER, read_only=True)
     assert codes(ledger.db)["pi"].code == written.code
     ledger.close()
     assert "add --out" in run("invite", directory, "a", "b", code=2)
@@ -278,7 +283,7 @@ def test_a_running_aggregator_is_steered_and_watched(tmp_path: Path, model: Path
     """Each command is in force, and the status not behind what was published, when it returns."""
     directory = tmp_path / "agg"
     init(directory, model, "--set", "merge.buffer_size=1", "--set", "downlink.codec=float32", broker=url)
-    ledger = Ledger(directory / home.LEDGER, read_only=True)
+    ledger = Ledger(directory / administration.LEDGER, read_only=True)
     schema = ledger.schema()
     ledger.close()
     with listening(directory, url) as agg:
@@ -295,7 +300,7 @@ def test_a_running_aggregator_is_steered_and_watched(tmp_path: Path, model: Path
         assert found["counts"]["accepted"] == found["counts"]["merged"] == 1
         assert found["counts"]["invalid"] == {"not-a-frame": 1}
         assert found["devices"]["pi"]["bytes"] > len(frame)
-        assert follow(agg.retained, home.Identity.load(directory / home.KEY).public)[0] == 1
+        assert follow(agg.retained, directory.Identity.load(directory / administration.KEY).public)[0] == 1
         for command, state in [("pause", "paused"), ("resume", "open")]:
             run(command, directory)
             assert status(directory)["state"] == state
@@ -318,7 +323,7 @@ def test_keys_are_given_and_taken_beside_a_running_aggregator(tmp_path: Path, mo
     """Each command is in force when it returns: an end, a cancellation, a revocation."""
     directory = tmp_path / "agg"
     init(directory, model, broker=url)
-    ledger = Ledger(directory / home.LEDGER)
+    ledger = Ledger(directory / administration.LEDGER)
     schema = ledger.schema()
     with listening(directory, url) as agg:
 
@@ -362,7 +367,7 @@ def test_a_time_that_is_none_is_refused(tmp_path: Path, model: Path, text: str) 
 def test_a_killed_aggregator_goes_on_where_it_was(tmp_path: Path, model: Path, url: str) -> None:
     directory = tmp_path / "agg"
     init(directory, model, "--set", "merge.buffer_size=2", "--set", "downlink.codec=float32", broker=url)
-    ledger = Ledger(directory / home.LEDGER, read_only=True)
+    ledger = Ledger(directory / administration.LEDGER, read_only=True)
     schema = ledger.schema()
     ledger.close()
     with listening(directory, url) as agg:

@@ -23,7 +23,7 @@ from small_world import (
 from ternbus.aggregator import settings as configuration
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.grants import Grants, ranges
-from ternbus.aggregator.shell import home
+from ternbus.aggregator.shell import administration
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import build, parse
 from ternbus.broker.protocol.identity import Identity
@@ -51,12 +51,12 @@ def place(actions: list[events.Action], kind: type, what: str = "") -> int:
 
 def reconfigure(bench: Bench, **changes: object) -> None:
     """Edit aggregator.toml: ``downlink={"slots": 2}``."""
-    settings = home.load_settings(bench.directory)
+    settings = administration.load_settings(bench.directory)
     sections = {
         name: replace(getattr(settings, name), **keys) if isinstance(keys, dict) and name != "plan" else keys
         for name, keys in changes.items()
     }
-    (bench.directory / home.TOML).write_text(configuration.dumps(replace(settings, **sections)))
+    (bench.directory / administration.TOML).write_text(configuration.dumps(replace(settings, **sections)))
 
 
 def spent(bench: Bench, kind: str) -> dict[str, int]:

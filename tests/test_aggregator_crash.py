@@ -18,10 +18,10 @@ from small_world import LAB, Bench, Device, float32_block, follow, make_director
 from ternbus.aggregator import settings as configuration
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.registry import REVOKED
-from ternbus.aggregator.shell import home, log
+from ternbus.aggregator.shell import administration, log
 from ternbus.aggregator.store.membership import codes
 from ternbus.aggregator.store.recovery import waiting
-from ternbus.aggregator.store.tables import DROPPED
+from ternbus.aggregator.store.schema import DROPPED
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.merge_log import FIRST, Entry
@@ -414,7 +414,7 @@ class Federation(RuleBasedStateMachine):
         codec: str,
     ) -> None:
         """The operator edits aggregator.toml while nothing runs."""
-        was = home.load_settings(self.bench.directory)
+        was = administration.load_settings(self.bench.directory)
         now = replace(
             was,
             merge=replace(was.merge, rule=rule, buffer_size=buffer_size),
@@ -422,7 +422,7 @@ class Federation(RuleBasedStateMachine):
             optimizer=replace(was.optimizer, name=optimizer, learning_rate=learning_rate),
             downlink=replace(was.downlink, slots=slots, codec=codec),
         )
-        (self.bench.directory / home.TOML).write_text(configuration.dumps(now))
+        (self.bench.directory / administration.TOML).write_text(configuration.dumps(now))
 
     @rule(hears=st.booleans())
     def settle(self, hears: bool) -> None:

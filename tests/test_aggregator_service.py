@@ -17,8 +17,8 @@ from small_world import LAB, Device, ternary_block
 from ternbus.aggregator.core import records
 from ternbus.aggregator.merge.accumulator import Accumulator
 from ternbus.aggregator.merge.background import WORTHWHILE
-from ternbus.aggregator.shell import home
-from ternbus.aggregator.shell.gate import WORTHWHILE_BYTES
+from ternbus.aggregator.shell import administration
+from ternbus.aggregator.shell.preverify import WORTHWHILE_BYTES
 from ternbus.aggregator.shell.service import SWITCH_S, Service
 from ternbus.aggregator.store import status as statuses
 from ternbus.aggregator.store.ledger import Ledger
@@ -76,8 +76,10 @@ def world(tmp_path: Path) -> Iterator[World]:
     (frame,) = device.update(ternary_block(schema, 1), base=0, encoding="zstd", frame_bytes=2**20)
     assert len(frame) > WORTHWHILE_BYTES
     with start(choose(Engine.AUTO), host="127.0.0.1", port=0, directory=tmp_path / "broker") as broker:
-        home.create(directory, federation=LAB, broker=broker.url, model=model, settings={"merge.buffer_size": 2})
-        ledger = Ledger(directory / home.LEDGER)
+        administration.create(
+            directory, federation=LAB, broker=broker.url, model=model, settings={"merge.buffer_size": 2}
+        )
+        ledger = Ledger(directory / administration.LEDGER)
         ledger.write([records.DeviceEnrolled(device="pi", public=device.identity.public, proof=bytes(32))])
         ledger.close()
         yield World(broker.url, Service(directory, "test", lambda _: None), frame)

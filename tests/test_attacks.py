@@ -22,7 +22,7 @@ from test_liar import MODEL
 from typer.testing import CliRunner
 
 from stranger.house import Aggregator, until
-from ternbus.aggregator.shell import home
+from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import status as aggregator_status
 from ternbus.broker import cli
 from ternbus.broker.errors import LinkError
@@ -35,9 +35,9 @@ from ternbus.broker.protocol.identity import AGGREGATOR, Identity, enroll_proof
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.messages import Delta, Enroll, Receipt, Status, Update
 from ternbus.broker.protocol.schema import save_safetensors
-from ternbus.broker.server import upkeep
+from ternbus.broker.server import tls_service
 from ternbus.broker.server.certificates import Authority
-from ternbus.broker.server.home import Home
+from ternbus.broker.server.directory import BrokerDirectory
 from ternbus.broker.server.refusals import STRANGER
 from ternbus.broker.server.running import Engine
 
@@ -62,8 +62,8 @@ class Siege:
 
     def __init__(self, folder: Path, engine: Engine) -> None:
         self.folder = folder
-        self.bus = Home.create(folder / "bus", names=["127.0.0.1"], port=0, engine=engine)
-        self.broker = upkeep.start(self.bus)
+        self.bus = BrokerDirectory.create(folder / "bus", names=["127.0.0.1"], port=0, engine=engine)
+        self.broker = tls_service.start(self.bus)
         save_safetensors(folder / "model.safetensors", MODEL, {})
         self.aggregator = Aggregator(
             folder / "aggregator",
@@ -74,7 +74,7 @@ class Siege:
         )
         self.aggregator.start()
         names = (*HONEST, "late", "rogue", "guest")
-        self.invitations = {each.device: each for each in home.invite(self.aggregator.folder, *names)}
+        self.invitations = {each.device: each for each in administration.invite(self.aggregator.folder, *names)}
         self.honest = [Device(folder / name, self.invitations[name]) for name in HONEST]
         self.rogue = Identity.generate()
         self.tls = {name: self.papers(name) for name in ("rogue", "guest")}
@@ -104,7 +104,7 @@ class Siege:
 
     def refused(self, reason: str) -> int:
         """How often the aggregator says that it refused something for this reason."""
-        home.flush_counts(self.aggregator.folder)
+        administration.flush_counts(self.aggregator.folder)
         return int(self.status()["counts"]["invalid"].get(reason, 0))
 
     def dropped(self, reason: str) -> list[int]:
@@ -332,7 +332,7 @@ def test_a_code_is_used_once(siege: Siege) -> None:
 
 
 def test_an_expired_code_is_refused(siege: Siege) -> None:
-    (invitation,) = home.invite(siege.aggregator.folder, "sleeper", expires_in_s=0.01)
+    (invitation,) = administration.invite(siege.aggregator.folder, "sleeper", expires_in_s=0.01)
     before = siege.refused("refused-enroll")
     siege.invitations["sleeper"] = invitation
     with siege.linked("sleeper", siege.papers("sleeper")) as (link, inbox):
@@ -342,19 +342,19 @@ def test_an_expired_code_is_refused(siege: Siege) -> None:
 
 
 def test_a_revoked_key_is_told_so_and_never_returns(siege: Siege) -> None:
-    (invitation,) = home.invite(siege.aggregator.folder, "traitor")
+    (invitation,) = administration.invite(siege.aggregator.folder, "traitor")
     siege.invitations["traitor"], key = invitation, Identity.generate()
     before = siege.refused("revoked-key")
     with siege.linked("traitor", siege.papers("traitor")) as (link, inbox):
         assert siege.enroll(link, inbox, invitation, key).outcome == "enrolled"
-        home.revoke(siege.aggregator.folder, "traitor", "test", why="stolen")
+        administration.revoke(siege.aggregator.folder, "traitor", "test", why="stolen")
         update = Update(base=siege.version, samples=1, codec="float32", encoding="raw", sealed=False, metrics={}).meta()
         link.publish(
             topics.up(LAB, "traitor", "update"), siege.frame("update", update, sender="traitor", key=key, body=bytes(4))
         )
         told = Receipt.from_meta(parse(siege.next(inbox, topics.down(LAB, "traitor", "receipt"))).meta)
         assert told.outcome == "revoked"
-        (again,) = home.invite(siege.aggregator.folder, "traitor")
+        (again,) = administration.invite(siege.aggregator.folder, "traitor")
         back = siege.enroll(link, inbox, again, key)
         assert (back.outcome, "does not return" in back.reason) == ("refused", True), back.reason
         assert siege.enroll(link, inbox, again, Identity.generate()).outcome == "enrolled"
@@ -409,7 +409,7 @@ def test_a_receipt_for_another_device_is_refused(siege: Siege) -> None:
 
 
 def test_swapped_parts_of_a_snapshot_are_refused_and_the_newcomer_comes_in_later(siege: Siege) -> None:
-    home.change_state(siege.aggregator.folder, "pause", "test")
+    administration.change_state(siege.aggregator.folder, "pause", "test")
     until(lambda: siege.status()["buffer"] == 0, WITHIN_S, "the buffer is not merged")
     with siege.linked("rogue") as (link, inbox):
         places = [topics.snapshot(LAB, place, part) for place in (0, 1) for part in (0, 1)]
@@ -430,10 +430,10 @@ def test_swapped_parts_of_a_snapshot_are_refused_and_the_newcomer_comes_in_later
     try:
         until(lambda: late.core.dropped["wrong-topic"] >= 1, WITHIN_S, "not counted")
         assert late.core.follower.vector is None
-        home.change_state(siege.aggregator.folder, "resume", "test")
+        administration.change_state(siege.aggregator.folder, "resume", "test")
         until(lambda: late.core.kept.accepted >= 1, WITHIN_S, "the newcomer does not come in")
     finally:
-        home.change_state(siege.aggregator.folder, "resume", "test")
+        administration.change_state(siege.aggregator.folder, "resume", "test")
 
 
 def gather(inbox: Inbox, parts: dict[str, bytes]) -> None:
@@ -444,7 +444,7 @@ def gather(inbox: Inbox, parts: dict[str, bytes]) -> None:
 
 def test_after_all_that_the_honest_devices_are_at_the_aggregators_digest(siege: Siege) -> None:
     until(lambda: all(device.core.kept.accepted >= 5 for device in siege.honest), WITHIN_S, "the devices do not go on")
-    home.change_state(siege.aggregator.folder, "pause", "test")
+    administration.change_state(siege.aggregator.folder, "pause", "test")
 
     def at_rest() -> bool:
         found = siege.status()  # an update that was under way may make one more version after the pause

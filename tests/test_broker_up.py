@@ -19,7 +19,7 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.link.events import Arrived, Connected, Published
 from ternbus.broker.link.link import Link
 from ternbus.broker.protocol.endpoint import is_loopback
-from ternbus.broker.server import embedded, mosquitto
+from ternbus.broker.server import mosquitto, nats
 from ternbus.broker.server.running import Engine, choose
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -207,7 +207,7 @@ def test_where_there_is_no_broker_one_line_says_how_to_get_one(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(mosquitto, "SYSTEM_FOLDERS", str(tmp_path))
-    monkeypatch.setattr(embedded, "PACKAGE", "a-package-that-nobody-has")
+    monkeypatch.setattr(nats, "PACKAGE", "a-package-that-nobody-has")
     with pytest.raises(ConfigError, match=complaint):
         choose(engine)
 

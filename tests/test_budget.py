@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from benchmarks.experiment import Experiment
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.learn.accountant import epsilon, noise
-from ternbus.edge.learn.trainer import Plan
+from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.privacy import Cost, cost
 from ternbus.edge.shell import cli
 

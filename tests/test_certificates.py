@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 from cryptography import x509
 
-from ternbus.aggregator.shell import home as aggregators
+from ternbus.aggregator.shell import administration as aggregators
 from ternbus.aggregator.shell import transport
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.link.link import Link, Tls
 from ternbus.broker.link.tls import ServerTls
 from ternbus.broker.protocol.identity import Identity, read_password
 from ternbus.broker.protocol.invitation import Invitation
-from ternbus.broker.server import certificates, doorkeeper, mosquitto, nats_token
+from ternbus.broker.server import auth_callout, callout_tokens, certificates, mosquitto
+from ternbus.broker.server.callout_tokens import Question
 from ternbus.broker.server.certificates import Authority, Pair
-from ternbus.broker.server.home import Home
-from ternbus.broker.server.nats_token import Question
+from ternbus.broker.server.directory import BrokerDirectory
 from ternbus.broker.server.running import Engine
-from ternbus.edge.shell.home import Home as Device
+from ternbus.edge.shell.directory import DeviceDirectory as Device
 
 ROOT = Path(__file__).resolve().parent.parent
 AUTHORITY = Authority.create("Ternbus broker bus")
@@ -93,7 +93,7 @@ def test_a_certificate_says_whom_it_names_and_is_valid_whatever_an_unset_clock_s
 @pytest.mark.parametrize("name", ["", "0.0.0.0", "::", "a b", "-a", "a..b", "bus:8883", "*"])
 def test_what_no_device_could_reach_is_no_name(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is no host name or address by which devices could reach the broker"):
-        Home.create(tmp_path / "bus", names=[name], port=8883)
+        BrokerDirectory.create(tmp_path / "bus", names=[name], port=8883)
     assert not (tmp_path / "bus").exists()
 
 
@@ -101,18 +101,18 @@ def test_what_no_device_could_reach_is_no_name(name: str, tmp_path: Path) -> Non
 
 
 @pytest.fixture
-def bus(tmp_path: Path) -> Home:
-    return Home.create(tmp_path / "bus", names=["192.168.1.10", "bus"], port=8883, engine=Engine.NATS)
+def bus(tmp_path: Path) -> BrokerDirectory:
+    return BrokerDirectory.create(tmp_path / "bus", names=["192.168.1.10", "bus"], port=8883, engine=Engine.NATS)
 
 
-def test_a_brokers_directory_says_where_it_is_and_is_made_once(bus: Home) -> None:
+def test_a_brokers_directory_says_where_it_is_and_is_made_once(bus: BrokerDirectory) -> None:
     assert bus.url == "mqtts://192.168.1.10:8883"
     assert bus.settings().listen == "0.0.0.0"
     with pytest.raises(ConfigError, match="holds a broker already"):
-        Home.create(bus.folder, names=["bus"], port=8883)
+        BrokerDirectory.create(bus.folder, names=["bus"], port=8883)
 
 
-def test_broker_toml_is_checked(bus: Home) -> None:
+def test_broker_toml_is_checked(bus: BrokerDirectory) -> None:
     path = bus.folder / "broker.toml"
     for line in ('names = []\nlisten = ""\nport = 1\nengine = "nats"', 'names = ["a"]', "port =", 'engine = "x"'):
         path.write_text(line)
@@ -120,7 +120,7 @@ def test_broker_toml_is_checked(bus: Home) -> None:
             bus.settings()
 
 
-def test_a_name_belongs_to_one_federation_of_a_broker(bus: Home) -> None:
+def test_a_name_belongs_to_one_federation_of_a_broker(bus: BrokerDirectory) -> None:
     bus.issue("pi-1", "lab")
     bus.issue("pi-1", "lab")
     with pytest.raises(ConfigError, match="'pi-1' is in federation 'lab' on this broker already"):
@@ -130,7 +130,7 @@ def test_a_name_belongs_to_one_federation_of_a_broker(bus: Home) -> None:
             bus.issue(name, "lab")
 
 
-def test_renewal_keeps_keys_and_is_due_before_the_end(bus: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_renewal_keeps_keys_and_is_due_before_the_end(bus: BrokerDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     issued = bus.issue("pi-1", "lab")
     assert not bus.renew_if_due()
     assert [path.name for path in bus.renew()] == ["server.pem"]
@@ -144,7 +144,7 @@ def test_renewal_keeps_keys_and_is_due_before_the_end(bus: Home, monkeypatch: py
     assert bus.certificates()["tls/server.pem"].days_left(later) > 360
 
 
-def test_a_certificates_key_is_never_kept_by_the_authority(bus: Home) -> None:
+def test_a_certificates_key_is_never_kept_by_the_authority(bus: BrokerDirectory) -> None:
     key = bus.issue("pi-1", "lab").key
     assert [file for file in bus.folder.rglob("*") if file.is_file() and key in file.read_text()] == []
 
@@ -158,7 +158,7 @@ def asked(name: str, federation: str, *, client_id: str | None = None, kind: str
 
 
 def test_a_device_gets_what_the_access_list_gives_it() -> None:
-    access = doorkeeper.decide(asked("pi-1", "lab"))
+    access = auth_callout.decide(asked("pi-1", "lab"))
     root = "ternbus.1.lab"
     assert access.write == [f"{root}.up.pi-1.>"]
     assert access.read == [f"{root}.down.pi-1", f"{root}.down.pi-1.>", f"{root}.all", f"{root}.all.>"]
@@ -166,7 +166,7 @@ def test_a_device_gets_what_the_access_list_gives_it() -> None:
 
 
 def test_the_aggregator_gets_what_the_access_list_gives_it() -> None:
-    access = doorkeeper.decide(asked("aggregator-lab", "lab"))
+    access = auth_callout.decide(asked("aggregator-lab", "lab"))
     root = "ternbus.1.lab"
     assert access.write == [f"{root}.all.>", f"{root}.down.>"]
     assert access.read == [f"{root}.up", f"{root}.up.>", f"{root}.all", f"{root}.all.>"]
@@ -187,20 +187,20 @@ def test_the_aggregator_gets_what_the_access_list_gives_it() -> None:
 )
 def test_others_get_nothing(question: Question, reason: str) -> None:
     with pytest.raises(ProtocolError) as refused:
-        doorkeeper.decide(question)
+        auth_callout.decide(question)
     assert refused.value.reason == reason
 
 
 @pytest.mark.parametrize("token", ["", "a", "a.b.c", "a.e30.c", "a.bnVsbA.c", "a.eyJuYXRzIjp7fX0.c"])
 def test_what_is_no_question_is_a_protocol_error(token: str) -> None:
     with pytest.raises(ProtocolError):
-        nats_token.question(token)
+        callout_tokens.question(token)
 
 
 def test_a_key_is_written_as_nats_writes_it() -> None:
     """A prefix byte that makes the first letter, the key, and a checksum, in base32 without padding."""
     identity = Identity(bytes(32))
-    for letter, text in (("A", nats_token.account_key(identity)), ("U", nats_token.user_key(identity))):
+    for letter, text in (("A", callout_tokens.account_key(identity)), ("U", callout_tokens.user_key(identity))):
         content = base64.b32decode(text)
         assert (text[0], len(text), content[1:33]) == (letter, 56, identity.public)
         assert binascii.crc_hqx(content[:-2], 0) == int.from_bytes(content[-2:], "little")
@@ -244,7 +244,7 @@ def test_the_deployed_files_are_what_is_generated() -> None:
 
 
 @pytest.fixture
-def aggregator(bus: Home, tmp_path: Path) -> Path:
+def aggregator(bus: BrokerDirectory, tmp_path: Path) -> Path:
     folder = tmp_path / "agg"
     settings = {"transport.authority": str(bus.folder)}
     aggregators.create(folder, federation="lab", broker=bus.url, model={"w": np.zeros(3)}, settings=settings)
@@ -268,7 +268,7 @@ def test_an_invitation_carries_all_that_a_device_needs(aggregator: Path, tmp_pat
     assert "PRIVATE" not in repr(again)
 
 
-def test_the_aggregator_has_papers_of_its_own_and_takes_up_renewed_ones(aggregator: Path, bus: Home) -> None:
+def test_the_aggregator_has_papers_of_its_own_and_takes_up_renewed_ones(aggregator: Path, bus: BrokerDirectory) -> None:
     settings = aggregators.load_settings(aggregator)
     bus.renew(everything=True)
     assert (aggregator / "certificate.pem").read_bytes() != bus.issued("aggregator-lab").read_bytes()
@@ -276,7 +276,7 @@ def test_the_aggregator_has_papers_of_its_own_and_takes_up_renewed_ones(aggregat
     assert (aggregator / "certificate.pem").read_bytes() == bus.issued("aggregator-lab").read_bytes()
 
 
-def test_a_broker_elsewhere_gives_its_papers_in_folders(bus: Home, tmp_path: Path) -> None:
+def test_a_broker_elsewhere_gives_its_papers_in_folders(bus: BrokerDirectory, tmp_path: Path) -> None:
     for name in ("aggregator-lab", "pi-1"):
         issued, folder = bus.issue(name, "lab"), tmp_path / "papers" / name
         folder.mkdir(parents=True)
@@ -311,7 +311,7 @@ def test_the_aggregator_refuses_keys_that_others_can_read(aggregator: Path, name
 
 
 @pytest.mark.parametrize("name", ["ca.key", "server.key", "probe.key"])
-def test_a_broker_refuses_keys_that_others_can_read(bus: Home, name: str) -> None:
+def test_a_broker_refuses_keys_that_others_can_read(bus: BrokerDirectory, name: str) -> None:
     (bus.folder / "tls" / name).chmod(0o604)
     with pytest.raises(ConfigError, match=f"run: chmod 600 .*{name}"):
         bus.secured()
@@ -347,7 +347,7 @@ def test_a_password_is_not_sent_in_the_open() -> None:
     Link("mqtt://127.0.0.1", client_id="pi-1", deliver=lambda _: None, username="u", password="p")
 
 
-def test_a_password_is_in_no_invitation_and_in_no_settings(bus: Home, tmp_path: Path) -> None:
+def test_a_password_is_in_no_invitation_and_in_no_settings(bus: BrokerDirectory, tmp_path: Path) -> None:
     secret = tmp_path / "password"
     secret.write_text("correct horse")
     secret.chmod(0o600)

@@ -11,9 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from ternbus.broker.errors import ConfigError
-from ternbus.edge.learn.trainer import Evaluation, Trained, load_task
-from ternbus.edge.shell.check import check
+from ternbus.edge.learn.loader import load_task
+from ternbus.edge.learn.task import Evaluation, Trained
 from ternbus.edge.shell.cli import app
+from ternbus.edge.shell.preflight import check
 
 GOOD = {"w": np.ones((20, 20), np.float32), "b": np.zeros(3, np.float32)}
 

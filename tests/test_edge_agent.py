@@ -25,10 +25,11 @@ from ternbus.broker.protocol.parts import Collector
 from ternbus.broker.protocol.schema import Schema, load_safetensors, to_vector
 from ternbus.broker.protocol.ternary import content_bytes
 from ternbus.broker.server import running
+from ternbus.edge.learn.loader import load_task
 from ternbus.edge.learn.partition import select
-from ternbus.edge.learn.trainer import halves_of, load_task
+from ternbus.edge.learn.task import halves_of
 from ternbus.edge.shell import outbox
-from ternbus.edge.shell.home import Home, Settings
+from ternbus.edge.shell.directory import DeviceDirectory, Settings
 from ternbus.edge.tasks import digits_data
 
 pytestmark = pytest.mark.slow
@@ -424,8 +425,8 @@ def test_a_wrong_code_is_refused_and_a_task_that_does_not_fit_is_named(server: S
     assert code == 3
     assert "refused the invitation (code)" in said
     with pytest.raises(ConfigError, match="has not finished joining"):
-        Home(tmp_path / "pi").joined()
-    refused = Home(tmp_path / "pi").identity()
+        DeviceDirectory(tmp_path / "pi").joined()
+    refused = DeviceDirectory(tmp_path / "pi").identity()
     own = tmp_path / "own_task.py"
     own.write_text(
         "from ternbus.edge.tasks.digits_numpy import DigitsNumpy\nimport numpy as np\n"
@@ -436,7 +437,7 @@ def test_a_wrong_code_is_refused_and_a_task_that_does_not_fit_is_named(server: S
     invitation = server.invite(tmp_path, "pi")
     code, said = server.until_ended(edge("join", invitation, "pi", "--task", "own_task:TASK", cwd=tmp_path))
     assert code == 2, said
-    assert Home(tmp_path / "pi").identity().key_id != refused.key_id  # what was said of that key is not about this one
+    assert DeviceDirectory(tmp_path / "pi").identity().key_id != refused.key_id  # a new one
     assert "tensor 'extra' is (3,) in the task and missing in the federation" in said
 
 
@@ -492,7 +493,7 @@ def test_a_new_key_by_a_new_invitation_signs_what_is_outstanding_anew(server: Se
     assert kept.key == key_id(server.keys["pi"])
     assert kept.outstanding is not None
     assert kept.outstanding.encoded == before.kept.outstanding.encoded
-    assert Home(folder).settings().partition == "iid:0/2"
+    assert DeviceDirectory(folder).settings().partition == "iid:0/2"
     server.updates.clear()
     server.answer = lambda _: "accepted"
     code, said = server.until_ended(edge("run", folder, "--versions", 1))

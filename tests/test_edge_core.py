@@ -30,8 +30,8 @@ from ternbus.edge.core.actions import (
     Subscribe,
 )
 from ternbus.edge.core.core import Core
-from ternbus.edge.core.kept import Kept
-from ternbus.edge.core.member import ENROLL_SEQ, Member, Role
+from ternbus.edge.core.profile import ENROLL_SEQ, Profile, Role
+from ternbus.edge.core.state import State
 
 T = TypeVar("T")
 DEVICE = "pi"
@@ -41,8 +41,8 @@ TENSORS = {name: tuple(shape) for name, shape in SHAPES.items()}
 FRAME_BYTES = 120 * 1024
 
 
-def member(role: Role = "train", **changes: Any) -> Member:
-    return Member(
+def member(role: Role = "train", **changes: Any) -> Profile:
+    return Profile(
         **{  # type: ignore[arg-type]
             "federation": FEDERATION,
             "device": DEVICE,
@@ -62,7 +62,7 @@ class Device:
 
     core: Core
     now: float = 0.0
-    disk: Kept | None = None
+    disk: State | None = None
     actions: list[Action] = field(default_factory=list)
 
     def handle(self, event: events.Event) -> list[Action]:
@@ -103,7 +103,7 @@ class Device:
 def device(role: Role = "train", kept: Mapping[str, Any] | None = None, **changes: Any) -> Device:
     """A device that has started and is connected."""
     about = member(role, **changes)
-    born = Device(Core(about, Kept(key=about.key, **{"enrolled": True, **(kept or {})})))
+    born = Device(Core(about, State(key=about.key, **{"enrolled": True, **(kept or {})})))
     born.handle(events.Started())
     born.connect()
     return born
@@ -166,7 +166,7 @@ def logged(actions: list[Action]) -> list[str]:
 
 
 def test_the_will_is_a_signed_offline_of_the_session_and_both_are_on_disk_before_the_connection() -> None:
-    born = Device(Core(member(), Kept(key=DEVICE_KEY.key_id, enrolled=True, session=6)))
+    born = Device(Core(member(), State(key=DEVICE_KEY.key_id, enrolled=True, session=6)))
     save, connect = born.handle(events.Started())
     assert isinstance(save, Save)
     assert isinstance(connect, Connect)
@@ -199,7 +199,7 @@ def test_at_every_connect_it_subscribes_anew_and_publishes_its_status_retained()
 
 
 def test_reconnects_back_off_to_half_a_minute() -> None:
-    born = Device(Core(member(), Kept(key=DEVICE_KEY.key_id, enrolled=True)))
+    born = Device(Core(member(), State(key=DEVICE_KEY.key_id, enrolled=True)))
     born.handle(events.Started())
     waits = []
     for attempt in range(12):
@@ -715,7 +715,7 @@ def test_a_new_key_enrols_anew_and_signs_what_is_outstanding_anew() -> None:
     update = update_in(done)
     assert (update.key, update.body, update.meta) == (fresh.key_id, frame.body, frame.meta)
     assert update.seq != ENROLL_SEQ
-    assert Device(Core(member(identity=fresh), Kept(key=DEVICE_KEY.key_id))).core.kept.outstanding is None
+    assert Device(Core(member(identity=fresh), State(key=DEVICE_KEY.key_id))).core.kept.outstanding is None
 
 
 @pytest.mark.parametrize(
@@ -747,7 +747,7 @@ def test_another_schema_than_the_one_joined_is_not_followed() -> None:
 
 
 def test_it_says_for_whom_it_waits_every_ten_seconds() -> None:
-    born = Device(Core(member(), Kept(key=DEVICE_KEY.key_id, enrolled=True)))
+    born = Device(Core(member(), State(key=DEVICE_KEY.key_id, enrolled=True)))
     born.handle(events.Started())
     assert logged(born.wait(25)) == ["waiting"] * 3
     born.handle(events.ConnectFailed(reason="refused"))
@@ -779,7 +779,7 @@ def test_an_enrolment_without_an_answer_is_waited_for_too() -> None:
 
 
 def test_it_gives_up_only_when_told_to() -> None:
-    born = Device(Core(member(timeout_s=60.0), Kept(key=DEVICE_KEY.key_id, enrolled=True)))
+    born = Device(Core(member(timeout_s=60.0), State(key=DEVICE_KEY.key_id, enrolled=True)))
     born.handle(events.Started())
     born.handle(events.ConnectFailed(reason="refused"))
     done = born.wait(59)
@@ -805,7 +805,7 @@ def test_a_stop_says_goodbye_if_somebody_listens() -> None:
     done = born.handle(events.StopRequested(reason="SIGTERM"))
     assert [type(action) for action in done] == [Publish, Stop]
     assert only(done, Stop).code == 0
-    alone = Device(Core(member(), Kept(key=DEVICE_KEY.key_id, enrolled=True)))
+    alone = Device(Core(member(), State(key=DEVICE_KEY.key_id, enrolled=True)))
     assert [type(action) for action in alone.handle(events.StopRequested(reason="SIGTERM"))] == [Stop]
 
 

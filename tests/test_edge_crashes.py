@@ -21,8 +21,8 @@ from ternbus.broker.protocol.ternary import Block
 from ternbus.edge.core import events
 from ternbus.edge.core.actions import Action, Connect, Publish, Save, StartTraining, Stop, Subscribe, Unsubscribe
 from ternbus.edge.core.core import Core
-from ternbus.edge.core.kept import Answered, Kept
-from ternbus.edge.core.member import Member
+from ternbus.edge.core.profile import Profile
+from ternbus.edge.core.state import AnsweredUpdate, State
 from ternbus.edge.plan.privacy import Cost
 
 DEVICE = "pi"
@@ -73,7 +73,7 @@ class CrashingDevice(RuleBasedStateMachine):
         self.answers = Answers(self.scripted)
         self.collector = Collector(4, 2**20)
         self.retained = dict([*self.scripted.snapshot(), self.scripted.status(), self.scripted.head()])
-        self.member = Member(
+        self.member = Profile(
             federation=FEDERATION,
             device=DEVICE,
             identity=KEY,
@@ -83,8 +83,8 @@ class CrashingDevice(RuleBasedStateMachine):
             tensors={name: tuple(shape) for name, shape in SHAPES.items()},
         )
         self.now = 0.0
-        self.disk = Kept(key=KEY.key_id, enrolled=True)
-        self.records: list[Answered] = []
+        self.disk = State(key=KEY.key_id, enrolled=True)
+        self.records: list[AnsweredUpdate] = []
         self.gained = np.zeros(self.scripted.schema.elements, np.float32)  # by trainings whose result was saved
         self.sent: dict[tuple[int, int], bytes] = {}
         self.told: set[int] = set()  # the versions on which an update was made and sent
@@ -144,7 +144,7 @@ class CrashingDevice(RuleBasedStateMachine):
             case _:
                 pass
 
-    def save(self, kept: Kept, answered: Answered | None) -> None:
+    def save(self, kept: State, answered: AnsweredUpdate | None) -> None:
         assert kept.head_version >= self.disk.head_version
         assert kept.head_seq >= self.disk.head_seq
         assert kept.seq_limit >= self.disk.seq_limit

@@ -13,11 +13,11 @@ import pytest
 from ternbus.broker.protocol.identity import Identity, KeyId
 from ternbus.broker.protocol.merge_log import FIRST, Contribution, Entry, Signed
 from ternbus.command import main
-from ternbus.edge.core.kept import RENUMBERED, Answered, Kept, Outstanding
-from ternbus.edge.shell import proof
-from ternbus.edge.shell.home import Home, Settings
+from ternbus.edge.core.state import RENUMBERED, AnsweredUpdate, OutstandingUpdate, State
+from ternbus.edge.shell import log_check
+from ternbus.edge.shell.directory import DeviceDirectory, Settings
+from ternbus.edge.shell.log_check import LogCheck
 from ternbus.edge.shell.outbox import Outbox
-from ternbus.edge.shell.proof import Proof
 
 AGGREGATOR = Identity(b"a" * 32)
 KEY, OLD_KEY = KeyId(b"k" * 8), KeyId(b"o" * 8)
@@ -59,17 +59,17 @@ def log_of(folder: Path, *merges: list[Contribution], identity: Identity = AGGRE
     return path
 
 
-def answer(seq: int, version: int, outcome: str = "accepted", **changes: Any) -> Answered:
+def answer(seq: int, version: int, outcome: str = "accepted", **changes: Any) -> AnsweredUpdate:
     fields = {"seq": seq, "base": version, "outcome": outcome, "version": version, "key": KEY, "digest": digest(seq)}
-    return Answered(**{**fields, **changes})
+    return AnsweredUpdate(**{**fields, **changes})
 
 
-def seen(version: int = 0, **changes: Any) -> Kept:
-    return Kept(key=KEY, head_version=version, head_digest=digest(-version), **changes)
+def seen(version: int = 0, **changes: Any) -> State:
+    return State(key=KEY, head_version=version, head_digest=digest(-version), **changes)
 
 
-def check(log: Path, answers: list[Answered], kept: Kept | None = None) -> Proof:
-    return proof.check(log, SETTINGS, kept or seen(), answers)
+def check(log: Path, answers: list[AnsweredUpdate], kept: State | None = None) -> LogCheck:
+    return log_check.check(log, SETTINGS, kept or seen(), answers)
 
 
 def test_each_accepted_update_is_shown_in_its_version_with_its_share(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_what_the_aggregator_made_of_it_otherwise_is_a_fault(
 def test_an_update_whose_receipt_was_lost_is_known(tmp_path: Path) -> None:
     """It has no answer yet; or it was given another number, which was answered ``duplicate``."""
     log = log_of(tmp_path, [ours(5)])
-    waiting = Outstanding(
+    waiting = OutstandingUpdate(
         seq=5, base=0, samples=1, metrics={}, codec="float32", encoding="raw", encoded=b"body", frame_bytes=9000
     )
     assert check(log, [], seen(outstanding=waiting)).faults == []
@@ -136,7 +136,7 @@ def test_a_log_that_lacks_or_changes_what_the_device_saw_is_a_fault(tmp_path: Pa
     log = log_of(tmp_path, [ours(5)])
     assert check(log, [answer(5, 0)], seen(1)).faults == []
     assert "its end was cut off" in check(log, [answer(5, 0)], seen(2)).faults[0]
-    other = Kept(key=KEY, head_version=1, head_digest=bytes(32))
+    other = State(key=KEY, head_version=1, head_digest=bytes(32))
     assert check(log, [answer(5, 0)], other).faults == ["version 1 was published with another digest than the log has"]
 
 
@@ -151,7 +151,7 @@ def test_a_log_that_is_not_the_aggregator_s_proves_nothing(tmp_path: Path) -> No
 def test_the_command_reads_the_device_s_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "pi"
     folder.mkdir(mode=0o700)
-    Home(folder).write(SETTINGS)
+    DeviceDirectory(folder).write(SETTINGS)
     with Outbox(folder, KEY) as store:
         for seq in range(2, 14):
             store.save(seen(seq - 1), answer(seq, seq - 2), {})

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from ternbus.broker.errors import ConfigError
-from ternbus.edge.learn.trainer import Plan, load_task
-from ternbus.edge.shell.check import check
+from ternbus.edge.learn.loader import load_task
+from ternbus.edge.plan.plan import Plan
+from ternbus.edge.shell.preflight import check
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"

@@ -15,8 +15,8 @@ from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.messages import Head
 from ternbus.broker.protocol.schema import to_tensors
 from ternbus.edge.core.actions import Action, Log, Subscribe, Unsubscribe
-from ternbus.edge.core.asking import AT_ONCE, Asking
 from ternbus.edge.core.follower import Beginning, Follower
+from ternbus.edge.core.part_requests import AT_ONCE, PartRequests
 
 
 @dataclass
@@ -343,7 +343,7 @@ def test_a_missing_delta_gets_its_second_of_grace_after_a_reconnect() -> None:
 
 
 def test_at_most_forty_topics_are_asked_for_at_once() -> None:
-    asking = Asking()
+    asking = PartRequests()
     wanted = [f"t/{number}" for number in range(100)]
     assert asking.want(wanted, 0.0) == []
     assert asking.reconnected(0.0) == [Subscribe(filters=tuple(wanted[:40]))]

@@ -17,7 +17,7 @@ from small_world import (
 
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.events import Opened
-from ternbus.aggregator.shell.gate import Gate
+from ternbus.aggregator.shell.preverify import Preverifier
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import FLOAT32, TERNARY, Block, content_bytes, encode
@@ -25,15 +25,15 @@ from ternbus.broker.protocol.ternary import FLOAT32, TERNARY, Block, content_byt
 Make = Callable[..., Bench]
 
 
-def gate_of(bench: Bench, room_bytes: int = 2**25) -> Gate:
-    return Gate(registry=bench.core.registry, schema=bench.schema, room_bytes=room_bytes)
+def gate_of(bench: Bench, room_bytes: int = 2**25) -> Preverifier:
+    return Preverifier(registry=bench.core.registry, schema=bench.schema, room_bytes=room_bytes)
 
 
 def arrived(device: Device, payload: bytes, opened: Opened | None) -> events.MessageArrived:
     return events.MessageArrived(topic=device.topic("update"), payload=payload, opened=opened)
 
 
-def read_ahead(gate: Gate, device: Device, payload: bytes, topic: str = "") -> Block | None:
+def read_ahead(gate: Preverifier, device: Device, payload: bytes, topic: str = "") -> Block | None:
     """The block, of a frame that is opened in any case."""
     opened = gate.open(topic or device.topic("update"), payload)
     assert opened is not None

@@ -9,7 +9,9 @@ import pytest
 
 from benchmarks.hostile import ATTACKS, RULES
 from ternbus.broker.errors import ConfigError
-from ternbus.edge.learn.trainer import Plan, Tensors, load_task
+from ternbus.edge.learn.loader import load_task
+from ternbus.edge.plan.plan import Plan
+from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.tasks.digits_numpy import TASK, NumpyTrainer
 from ternbus.lab.hostile import KINDS, Behaviour, HostileTask, HostileTrainer
 from ternbus.lab.processes import fleet

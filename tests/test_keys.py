@@ -11,18 +11,18 @@ from small_world import LAB, Bench, Device, float32_block, receipts, refusals, s
 
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.registry import Invited
-from ternbus.aggregator.shell import home
-from ternbus.aggregator.shell.gate import Gate
-from ternbus.aggregator.shell.transport import Papers
+from ternbus.aggregator.shell import administration
+from ternbus.aggregator.shell.preverify import Preverifier
+from ternbus.aggregator.shell.transport import Credentials as DeviceCredentials
 from ternbus.aggregator.store import status as statuses
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.aggregator.store.membership import codes
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.invitation import Invitation
-from ternbus.broker.server.home import Credentials
-from ternbus.edge.core.member import Member
-from ternbus.edge.shell.home import Settings
+from ternbus.broker.server.directory import Credentials
+from ternbus.edge.core.profile import Profile
+from ternbus.edge.shell.directory import Settings
 
 Make = Callable[..., Bench]
 
@@ -109,19 +109,19 @@ def test_commands_do_it_themselves_where_nothing_runs(make: Make) -> None:
     bench = make()
     pi = bench.join("pi")
     bench.send(pi, float32_block(bench.schema, 1), 0)
-    (invitation,) = home.invite(bench.directory, "guest", expires_in_s=60.0)
+    (invitation,) = administration.invite(bench.directory, "guest", expires_in_s=60.0)
     assert invitation.expires is not None
     assert abs(invitation.expires.timestamp() - time.time() - 60) < 30
     assert f"{invitation.expires:%Y-%m-%d at %H:%M:%S} UTC" in invitation.dumps()
     assert Invitation.loads(invitation.dumps()) == invitation
     with pytest.raises(ConfigError, match="stranger has no open invitation"):
-        home.cancel(bench.directory, "stranger", "test")
+        administration.cancel(bench.directory, "stranger", "test")
     with pytest.raises(ConfigError, match="guest has not joined"):
-        home.revoke(bench.directory, "guest", "test")
+        administration.revoke(bench.directory, "guest", "test")
     with pytest.raises(ConfigError, match="one line"):
-        home.revoke(bench.directory, "pi", "test", why="a\nb")
-    home.cancel(bench.directory, "guest", "test")
-    assert home.revoke(bench.directory, "pi", "test", why="stolen") == 1
+        administration.revoke(bench.directory, "pi", "test", why="a\nb")
+    administration.cancel(bench.directory, "guest", "test")
+    assert administration.revoke(bench.directory, "pi", "test", why="stolen") == 1
     bench.restart()
     assert (bench.core.registry.codes, bench.core.model.buffer) == ({}, [])
     found = statuses.read(bench.directory)
@@ -137,7 +137,7 @@ def test_a_revocation_is_in_force_with_the_next_frame_and_says_why(make: Make) -
     bench = make()
     pi = bench.join("pi")
     frames = pi.update(float32_block(bench.schema, 1), 0)
-    gate = Gate(registry=bench.core.registry, schema=bench.schema)
+    gate = Preverifier(registry=bench.core.registry, schema=bench.schema)
     opened = gate.open(pi.topic("update"), frames[0])
     assert opened is not None
     bench.revoke("pi", "lost on the train")
@@ -293,9 +293,9 @@ def test_values_with_secrets_do_not_show_them() -> None:
         Settings(**about, aggregator_key="0" * 64, task="digits", code=code),
         invited,
         events.InvitationsRead(codes={"pi": invited}),
-        Papers(key=key),
+        DeviceCredentials(key=key),
         Credentials(authority="a", certificate="c", key=key),
-        Member(**about_member, identity=identity, code=code),
+        Profile(**about_member, identity=identity, code=code),
     ]
     for value in values:
         for secret in (code, key, identity.seed.hex(), repr(identity.seed)[2:-1]):
@@ -323,7 +323,7 @@ def test_errors_about_secrets_do_not_quote_them() -> None:
 def test_two_readers_see_the_same_invitations(make: Make) -> None:
     bench = make()
     bench.invite("pi", "the-code", 77.0)
-    ledger = Ledger(bench.directory / home.LEDGER, read_only=True)
+    ledger = Ledger(bench.directory / administration.LEDGER, read_only=True)
     assert codes(ledger.db) == {"pi": Invited(code="the-code", expires_at=77.0)}
     ledger.close()
 
@@ -336,7 +336,7 @@ def test_a_flood_is_dropped_before_anything_costly(make: Make) -> None:
     bench = make()
     bad, good = bench.join("bad"), bench.join("good")
     (frame,) = bad.update(float32_block(bench.schema, 1), 0)
-    gate = Gate(registry=bench.core.registry, schema=bench.schema)
+    gate = Preverifier(registry=bench.core.registry, schema=bench.schema)
     assert gate.open(bad.topic("update"), frame) is not None
     bench.receive(bad.topic("update"), *[b"nonsense"] * 3000)
     assert gate.open(bad.topic("update"), frame) is None

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from ternbus.aggregator.shell import home
-from ternbus.aggregator.store import requests, status
+from ternbus.aggregator.shell import administration
+from ternbus.aggregator.store import control, status
 from ternbus.broker.protocol.schema import load_safetensors
 from ternbus.broker.server import running
 from ternbus.broker.server.running import Engine
@@ -127,7 +127,7 @@ def test_closing_the_federation_from_elsewhere_ends_the_run(lab: Lab) -> None:
     for line in process.stdout:
         if line.startswith("version") and not line.startswith("version 0"):
             break
-    home.change_state(lab.out / "aggregator", requests.CLOSE, "test")
+    administration.change_state(lab.out / "aggregator", control.CLOSE, "test")
     printed, errors = process.communicate(timeout=TIMEOUT_S)
     assert (process.returncode, errors) == (0, "")
     assert "every device has ended; the federation is closed" in printed

@@ -24,7 +24,7 @@ ARROWS = {
     "broker.server": {*BUS, "broker.link"},
     "broker.cli": {*BUS, "broker.link", "broker.server"},
     "edge": set[str](),
-    "edge.plan": {*BUS, "edge.learn"},  # trainer holds both the plan and the task until it is split
+    "edge.plan": BUS,
     "edge.learn": {*BUS, "edge.plan"},
     "edge.torch": {*BUS, "edge.plan", "edge.learn"},
     "edge.tasks": {*BUS, "edge.plan", "edge.learn", "edge.torch"},
@@ -60,7 +60,7 @@ CONFINED = {
     "matplotlib": {"lab/ternbus/lab/report/"},
     "cryptography": {"broker/ternbus/broker/server/certificates.py"},
     "dp_accounting": {"edge_client/ternbus/edge/learn/accountant.py"},
-    "opacus": {"edge_client/ternbus/edge/torch/torch_private.py"},
+    "opacus": {"edge_client/ternbus/edge/torch/dp_sgd.py"},
     "ternbus_rows": {"aggregator/ternbus/aggregator/merge/accumulator.py"},
     "efficientnet_lite_pytorch": {"edge_client/ternbus/edge/tasks/cifar10_features.py"},
 }

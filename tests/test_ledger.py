@@ -11,7 +11,7 @@ import pytest
 from small_world import LAB, Bench, float32_block, make_directory, ternary_block
 
 from ternbus.aggregator.core import records
-from ternbus.aggregator.shell import home
+from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import status as statuses
 from ternbus.aggregator.store.ledger import Ledger, signed, unsigned
 from ternbus.broker.errors import ConfigError
@@ -65,8 +65,8 @@ def test_a_seq_of_64_bits_is_kept(bench: Bench) -> None:
 
 
 def test_the_directory_is_its_owner_s(bench: Bench) -> None:
-    assert (bench.directory / home.LEDGER).stat().st_mode & 0o077 == 0
-    assert (bench.directory / home.KEY).stat().st_mode & 0o077 == 0
+    assert (bench.directory / administration.LEDGER).stat().st_mode & 0o077 == 0
+    assert (bench.directory / administration.KEY).stat().st_mode & 0o077 == 0
 
 
 def test_records_are_written_all_or_none(bench: Bench) -> None:
@@ -94,7 +94,7 @@ def test_what_was_not_committed_is_gone_after_a_kill(bench: Bench) -> None:
         "os.kill(os.getpid(), 9)\n"
     )
     bench.close()
-    path = bench.directory / home.LEDGER
+    path = bench.directory / administration.LEDGER
     root = str(Path(__file__).resolve().parent.parent)
     done = subprocess.run([sys.executable, "-c", code, path], cwd=root, check=False, timeout=60)
     assert done.returncode == -9
@@ -116,14 +116,14 @@ def test_another_connection_s_commit_is_noticed(bench: Bench) -> None:
     assert bench.ledger.change_count() == before
     bench.ledger.write([records.SeqReserved(upto=123_456)])
     assert bench.ledger.change_count() == before
-    other = Ledger(bench.directory / home.LEDGER)
+    other = Ledger(bench.directory / administration.LEDGER)
     other.write([records.SeqReserved(upto=123_457)])
     other.close()
     assert bench.ledger.change_count() != before
 
 
 def test_a_reader_cannot_write(bench: Bench) -> None:
-    reader = Ledger(bench.directory / home.LEDGER, read_only=True)
+    reader = Ledger(bench.directory / administration.LEDGER, read_only=True)
     with pytest.raises(sqlite3.OperationalError):
         reader.write([records.SeqReserved(upto=1)])
     reader.close()
@@ -148,7 +148,7 @@ def test_what_is_no_ledger_is_refused(tmp_path: Path) -> None:
 def test_a_ledger_of_another_format_is_refused(bench: Bench) -> None:
     bench.ledger.db.execute("UPDATE facts SET value = 99 WHERE name = 'format'")
     with pytest.raises(ConfigError, match="has format 99"):
-        Ledger(bench.directory / home.LEDGER)
+        Ledger(bench.directory / administration.LEDGER)
 
 
 def test_bodies_that_nobody_needs_any_more_are_pruned(bench: Bench) -> None:
@@ -180,13 +180,13 @@ def test_the_last_versions_can_be_exported_and_older_ones_not(bench: Bench) -> N
             bench.send(device, float32_block(bench.schema, version), version)
         digests[version + 1] = bench.core.model.digest
         for kept in range(max(0, version + 2 - 4), version + 2):  # D = 4
-            number, digest, tensors = home.tensors_of(bench.directory, kept)
+            number, digest, tensors = administration.tensors_of(bench.directory, kept)
             assert (number, digest) == (kept, digests[kept])
             assert tensors["w"].shape == (16, 40)
-    assert home.tensors_of(bench.directory, None)[0] == 11
+    assert administration.tensors_of(bench.directory, None)[0] == 11
     for gone in (0, 3, 12, -1):
         with pytest.raises(ConfigError, match="kept are"):
-            home.tensors_of(bench.directory, gone)
+            administration.tensors_of(bench.directory, gone)
 
 
 def test_a_damaged_delta_is_noticed(bench: Bench) -> None:
@@ -196,7 +196,7 @@ def test_a_damaged_delta_is_noticed(bench: Bench) -> None:
     digest = bytes(32)
     bench.ledger.db.execute("UPDATE versions SET digest = ? WHERE version = 1", (digest,))
     with pytest.raises(ConfigError, match="version 1 does not have its digest"):
-        home.tensors_of(bench.directory, 1)
+        administration.tensors_of(bench.directory, 1)
     with pytest.raises(ConfigError, match="version 1 does not have its digest"):
         bench.restart()
 

@@ -25,12 +25,14 @@ from ternbus.broker.protocol.schema import Vector, vector_digest
 from ternbus.edge.core import events
 from ternbus.edge.core.actions import Action, Save, Stop
 from ternbus.edge.core.follower import Beginning
-from ternbus.edge.core.member import Member
-from ternbus.edge.learn.trainer import Evaluation, FloatArray, Plan, Tensors, Trained
-from ternbus.lab.virtual import founding
+from ternbus.edge.core.profile import Profile
+from ternbus.edge.learn.task import Evaluation, Trained
+from ternbus.edge.plan.plan import Plan
+from ternbus.edge.plan.tensors import FloatArray, Tensors
+from ternbus.lab.virtual import setup
 from ternbus.lab.virtual.clock import Clock
 from ternbus.lab.virtual.memory_broker import Line
-from ternbus.lab.virtual.training import Here
+from ternbus.lab.virtual.training import InProcess
 from ternbus.lab.virtual.virtual_aggregator import VirtualAggregator
 from ternbus.lab.virtual.virtual_device import Body, VirtualDevice
 
@@ -129,10 +131,10 @@ class LyingFederation(RuleBasedStateMachine):
             "limits.frame_bytes": 4096,
             "plan.codec": "float32",
         }
-        founded = founding.on_disk(self.folder / "aggregator", NAMES, dict(MODEL), chosen)
+        founded = setup.on_disk(self.folder / "aggregator", NAMES, dict(MODEL), chosen)
         assert isinstance(founded.ledger, durable.Ledger)
         self.ledger = founded.ledger
-        identities = {name: Identity(founding.drawn(0, name)) for name in NAMES}
+        identities = {name: Identity(setup.drawn(0, name)) for name in NAMES}
         keys = (Identity(b"l" * 32), *(identities.values() if stolen else ()))
         self.broker = LyingBroker(self.clock, Liar(keys), Liar(keys))
         made: dict[tuple[str, bytes, int], tuple[int, int, bytes]] = {}
@@ -146,8 +148,8 @@ class LyingFederation(RuleBasedStateMachine):
         vectors: WeakValueDictionary[bytes, Vector] = WeakValueDictionary()
         self.devices: list[Device] = []
         for index, (name, identity) in enumerate(identities.items()):
-            member = Member(
-                federation=founding.FEDERATION,
+            member = Profile(
+                federation=setup.FEDERATION,
                 device=name,
                 identity=identity,
                 aggregator_public=public,
@@ -158,7 +160,7 @@ class LyingFederation(RuleBasedStateMachine):
             )
             body = Body(
                 member=member,
-                begin=partial(Here([Noise()]).begin, 0),
+                begin=partial(InProcess([Noise()]).begin, 0),
                 trainer=Noise(),
                 held=None,
                 beginning=Beginning(tensors={**MODEL, "b": np.full(3, index, np.float32)}),  # the first one's is right

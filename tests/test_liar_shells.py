@@ -15,7 +15,7 @@ from small_world import scratch
 from test_liar import LIES, MODEL, NUMBERS
 
 from stranger.house import Aggregator, until
-from ternbus.aggregator.shell import home
+from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import status as aggregator_status
 from ternbus.broker.protocol.schema import save_safetensors
 from ternbus.broker.server.running import Engine, RunningBroker, choose, start
@@ -44,7 +44,7 @@ class LyingHouse(RuleBasedStateMachine):
             settings={"merge.buffer_size": 2, "merge.max_wait_s": 2, "downlink.slots": 4, "plan.codec": "float32"},
         )
         self.aggregator.start()
-        invitations = home.invite(self.aggregator.folder, *NAMES)
+        invitations = administration.invite(self.aggregator.folder, *NAMES)
         self.devices = [Device(self.folder / each.device, each) for each in invitations]
         until(lambda: self.version >= 1, WITHIN_S, "no version")
 
@@ -129,14 +129,14 @@ class LyingHouse(RuleBasedStateMachine):
             WITHIN_S,
             "the federation does not go on",
         )
-        home.change_state(self.aggregator.folder, "pause", "test")
+        administration.change_state(self.aggregator.folder, "pause", "test")
         until(self.at_rest, WITHIN_S, "not all come to the same version")
         self.everybody_lives()
         for device in self.devices:
             device.stop()
         assert self.aggregator.terminate() == 0
         assert "Traceback" not in self.aggregator.log.read_text()
-        with closing(sqlite3.connect(self.aggregator.folder / home.LEDGER)) as db:
+        with closing(sqlite3.connect(self.aggregator.folder / administration.LEDGER)) as db:
             twice = db.execute("SELECT 1 FROM updates GROUP BY device, base HAVING count(*) > 1").fetchall()
             counted = db.execute("SELECT sum(updates) FROM versions").fetchone()
             merged = db.execute("SELECT count(*) FROM updates WHERE merged IS NOT NULL").fetchone()

@@ -11,12 +11,12 @@ import pytest
 from brokers import CONNECT, PUBLISH, SUBSCRIBE, WITHIN_S, Inbox, Line, linked, scripted
 
 from ternbus.broker.errors import ConfigError, LinkError
-from ternbus.broker.link import connection, silence
+from ternbus.broker.link import connect_errors, connection
 from ternbus.broker.link.connection import MQTT_5, MQTT_311
 from ternbus.broker.link.events import Arrived, Connected, Disconnected, Published, Refused
 from ternbus.broker.link.link import Link, packet_bytes
 from ternbus.broker.protocol.endpoint import Endpoint
-from ternbus.broker.server import embedded
+from ternbus.broker.server import nats
 from ternbus.broker.server.running import Engine, RunningBroker, choose, start
 
 UP = "ternbus/1/demo/up"
@@ -164,7 +164,7 @@ def test_a_session_keeps_messages_while_its_client_is_away(broker: RunningBroker
 def test_what_was_not_acknowledged_comes_again_and_an_old_token_is_worthless(
     broker: RunningBroker, client_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedded, "ACK_WAIT_S", 2)  # nats-server sends again after this time, not at a reconnect
+    monkeypatch.setattr(nats, "ACK_WAIT_S", 2)  # nats-server sends again after this time, not at a reconnect
     topic = f"{DOWN}/{client_id}/receipt"
     with start(broker.software, host="127.0.0.1", port=0, directory=tmp_path) as patient:
         line = Line(patient.endpoint.port)
@@ -476,7 +476,7 @@ def test_leaving_a_broker_that_does_not_answer_ends_in_time() -> None:
     ],
 )
 def test_silence_is_explained(error: OSError, message: str) -> None:
-    said = silence.explain(Endpoint(host="pi.local", port=1883), error)
+    said = connect_errors.explain(Endpoint(host="pi.local", port=1883), error)
     assert said.startswith("no broker answers at mqtt://pi.local:1883")
     assert said.endswith(message)
 

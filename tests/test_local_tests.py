@@ -15,18 +15,19 @@ from typer.testing import CliRunner
 
 from ternbus.aggregator.shell import cli as aggregator_cli
 from ternbus.aggregator.store import status as statuses
-from ternbus.aggregator.store.local_tests import LocalTests, Report, sentences, spread
+from ternbus.aggregator.store.device_metrics import DeviceMetrics, Report, sentences, spread
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.schema import Schema, to_vector
 from ternbus.edge.core.actions import StartFineTuning
 from ternbus.edge.core.events import FineTuned, FineTuningFailed
-from ternbus.edge.core.personal import plan_of
-from ternbus.edge.learn.trainer import Plan, Task, Trainer, halves_of
+from ternbus.edge.core.fine_tuning import plan_of
+from ternbus.edge.learn.task import Task, Trainer, halves_of
+from ternbus.edge.plan.plan import Plan
 from ternbus.edge.shell import agent
 from ternbus.edge.shell import cli as edge_cli
-from ternbus.edge.shell.home import Home
-from ternbus.edge.shell.training import fine_tune
+from ternbus.edge.shell.directory import DeviceDirectory
+from ternbus.edge.shell.worker import fine_tune
 from ternbus.edge.tasks import digits_numpy
 
 
@@ -55,7 +56,7 @@ def test_the_worst_tenth_of_devices_is_not_hidden_by_the_mean() -> None:
 
 def test_a_device_counts_once_with_its_newest_version_in_whichever_order_reports_come() -> None:
     reports = [report("a", 3, 0.3), report("a", 1, 0.1), report("b", 2, 0.5), report("b", 2, 0.7)]
-    tests = LocalTests.of(reports)
+    tests = DeviceMetrics.of(reports)
     summary = tests.summary()
     assert summary is not None
     assert (summary["devices"], summary["oldest"], summary["newest"]) == (2, 2, 3)
@@ -66,7 +67,7 @@ def test_a_device_counts_once_with_its_newest_version_in_whichever_order_reports
 
 
 def test_the_gain_of_own_models_is_spread_too_and_may_be_a_loss() -> None:
-    tests = LocalTests.of([report("a", 3, 0.5, personal_accuracy=0.75), report("b", 3, 0.9, personal_accuracy=0.8)])
+    tests = DeviceMetrics.of([report("a", 3, 0.5, personal_accuracy=0.75), report("b", 3, 0.9, personal_accuracy=0.8)])
     tests.add(report("c", 3, 0.4))
     summary = tests.summary()
     assert summary is not None
@@ -80,12 +81,12 @@ def test_the_gain_of_own_models_is_spread_too_and_may_be_a_loss() -> None:
 
 
 def test_without_reports_nothing_is_said() -> None:
-    assert LocalTests().summary() is None
+    assert DeviceMetrics().summary() is None
     assert sentences(None) == []
 
 
 def test_what_no_metric_can_be_does_not_count() -> None:
-    tests = LocalTests.of([report("a", 1, 1e308), report("b", 1, 0.5, personal_accuracy=-1e308)])
+    tests = DeviceMetrics.of([report("a", 1, 1e308), report("b", 1, 0.5, personal_accuracy=-1e308)])
     tests.add(Report(device="c", version=1, samples=9, values={"loss": 0.5}))
     assert tests.summary() is None
 
@@ -208,11 +209,11 @@ def test_the_plan_of_ones_own_model_does_not_stand_still_where_the_schedule_has_
     assert (own.local_seconds, own.statistics_rate, own.proximal_mu) == (None, 1.0, 0.5)
 
 
-def prepared(folder: Path, **about: Any) -> Home:
+def prepared(folder: Path, **about: Any) -> DeviceDirectory:
     invitation = Invitation(
         federation="fed", device="pi", broker="mqtt://127.0.0.1:9", aggregator_key="ab" * 32, code="c" * 32
     )
-    home = Home(folder)
+    home = DeviceDirectory(folder)
     home.prepare(invitation, task="digits-numpy", data=None, partition="iid:0/4", **about)
     return home
 

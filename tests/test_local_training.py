@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ternbus.edge.learn import local_optimizer
-from ternbus.edge.learn.trainer import Plan, load_task
+from ternbus.edge.learn.loader import load_task
+from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.schedule import RESTORED, TURNS, share, turn
-from ternbus.edge.torch import torch_speed
-from ternbus.edge.torch.torch_speed import Way, fastest, ways
-from ternbus.edge.torch.torch_trainer import TorchTask
+from ternbus.edge.torch import autotune
+from ternbus.edge.torch.autotune import Way, fastest, ways
+from ternbus.edge.torch.trainer import TorchTask
 
 RATE = 0.05
 
@@ -262,7 +263,7 @@ def test_the_fastest_is_taken_if_it_is_clearly_faster(half_s: float, wins: bool)
     half, plainly = Way(bfloat16=True), Way()
     runs = {half: 0, plainly: 0}
     assert fastest([plainly, half], step, lambda: now) == (half if wins else plainly)
-    assert set(runs.values()) == {1 + torch_speed.ROUNDS}
+    assert set(runs.values()) == {1 + autotune.ROUNDS}
 
 
 def test_the_proximal_gradient_is_that_of_the_papers_function() -> None:

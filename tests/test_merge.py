@@ -11,7 +11,7 @@ from small_world import float32_block, ternary_block
 
 from ternbus.aggregator.merge import optimizer
 from ternbus.aggregator.merge.accumulator import Accumulator
-from ternbus.aggregator.merge.merge import Mean, clip_factor, norm
+from ternbus.aggregator.merge.mean import Mean, clip_factor, norm
 from ternbus.aggregator.merge.model import Accepted, Model
 from ternbus.aggregator.merge.staleness import discount
 from ternbus.aggregator.settings import (

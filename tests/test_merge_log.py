@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_world import LAB, Bench, Device, float32_block, make_directory, receipts, ternary_block
 
-from ternbus.aggregator.shell import home, log
+from ternbus.aggregator.shell import administration, log
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.identity import Identity, KeyId
@@ -332,7 +332,7 @@ def test_it_outlives_snapshots_restarts_and_a_restore(bench: World) -> None:
     assert [entry.version for entry, _ in log.entries(bench.directory)] == list(range(21))
     assert verified(bench) == []
     bench.close()
-    assert home.restored(bench.directory, "test") == LEAP + 20
+    assert administration.restored(bench.directory, "test") == LEAP + 20
     bench.recover()
     bench.retained.clear()
     bench.start()

@@ -14,15 +14,18 @@ from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.schema import Schema, to_vector
 from ternbus.edge.core.actions import StartTraining
 from ternbus.edge.core.events import TrainingFinished
-from ternbus.edge.learn.narrow import NarrowTask, channels, narrow
+from ternbus.edge.learn.loader import load_task
 from ternbus.edge.learn.partition import select
-from ternbus.edge.learn.trainer import FloatArray, Plan, Task, Tensors, load_task
+from ternbus.edge.learn.subnetwork import NarrowTask, channels, narrow
+from ternbus.edge.learn.task import Task
+from ternbus.edge.plan.plan import Plan
+from ternbus.edge.plan.tensors import FloatArray, Tensors
 from ternbus.edge.shell import agent
 from ternbus.edge.shell import cli as edge_cli
-from ternbus.edge.shell.home import Home
-from ternbus.edge.shell.training import train
+from ternbus.edge.shell.directory import DeviceDirectory
+from ternbus.edge.shell.worker import train
 from ternbus.edge.tasks import digits, digits_data, digits_numpy, hapt
-from ternbus.edge.torch.torch_trainer import TorchTask
+from ternbus.edge.torch.trainer import TorchTask
 from ternbus.lab.report.progress import Lines
 from ternbus.lab.scenario import scenario
 from ternbus.lab.scenario.scenario import End, Narrow, Scenario, Speeds
@@ -174,7 +177,7 @@ def test_a_device_keeps_its_width_and_makes_no_narrow_model_of_its_own(tmp_path:
     invitation = Invitation(
         federation="fed", device="pi", broker="mqtt://127.0.0.1:9", aggregator_key="ab" * 32, code="c" * 32
     )
-    home = Home(tmp_path / "pi")
+    home = DeviceDirectory(tmp_path / "pi")
     settings = home.prepare(invitation, task="digits-numpy", data=None, partition="all", hold_out=0.2, width=0.25)
     assert home.settings() == settings
     assert settings.share_of_channels == 0.25

@@ -27,13 +27,15 @@ from ternbus.edge.core import events
 from ternbus.edge.core.actions import Log, Publish, Save, StartTraining, Stop
 from ternbus.edge.core.core import EXIT_BUDGET
 from ternbus.edge.learn.accountant import epsilon
-from ternbus.edge.learn.noise import BLOCK, Chance, clip_and_noise
-from ternbus.edge.learn.trainer import Evaluation, Plan, Tensors, Trained, TrainingError
-from ternbus.edge.plan.privacy import Account, Cost, Promise, cost
+from ternbus.edge.learn.noise import BLOCK, RandomSource, clip_and_noise
+from ternbus.edge.learn.task import Evaluation, Trained, TrainingError
+from ternbus.edge.plan.plan import Plan
+from ternbus.edge.plan.privacy import Account, Cost, PrivacyPolicy, cost
+from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.shell import renewing
-from ternbus.edge.shell.home import Home
+from ternbus.edge.shell.directory import DeviceDirectory
 from ternbus.edge.shell.outbox import Outbox
-from ternbus.edge.shell.training import train
+from ternbus.edge.shell.worker import train
 from ternbus.edge.tasks import digits_numpy
 from ternbus.lab.report.progress import Lines
 from ternbus.lab.scenario.scenario import End, Scenario, Speeds
@@ -54,8 +56,8 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     made.close()
 
 
-def seeded(seed: int = 7) -> Chance:
-    return Chance(np.random.default_rng(seed).bytes)
+def seeded(seed: int = 7) -> RandomSource:
+    return RandomSource(np.random.default_rng(seed).bytes)
 
 
 def gaussian(noise: float, steps: int) -> Cost:
@@ -208,8 +210,8 @@ def test_poisson_sampling_takes_each_sample_alone_with_the_same_probability() ->
 
 
 def test_chance_is_the_operating_systems_unless_a_test_brings_its_own() -> None:
-    assert Chance()._source is os.urandom
-    assert not np.array_equal(Chance().uniform(8), Chance().uniform(8))
+    assert RandomSource()._source is os.urandom
+    assert not np.array_equal(RandomSource().uniform(8), RandomSource().uniform(8))
     assert np.array_equal(seeded().normal(8), seeded().normal(8))
 
 
@@ -238,7 +240,7 @@ def job(plan: Mapping[str, Any], **changes: Any) -> StartTraining:
     return StartTraining(plan=Plan.from_meta({"codec": "float32", **plan}), **fields)
 
 
-def finished(plan: Mapping[str, Any], learner: Learner, chance: Chance | None = None, **changes: Any) -> Any:
+def finished(plan: Mapping[str, Any], learner: Learner, chance: RandomSource | None = None, **changes: Any) -> Any:
     result = train(learner, job(plan, **changes), chance)
     assert isinstance(result, events.TrainingFinished)
     return result
@@ -332,7 +334,7 @@ def test_a_plan_with_half_of_its_privacy_is_no_plan(missing: str) -> None:
 
 
 def test_an_owner_bounds_the_budget_and_refuses_less_privacy() -> None:
-    plan, promise = Plan.from_meta(DEVICE), Promise(kind="device", epsilon=2.0, delta=1e-5)
+    plan, promise = Plan.from_meta(DEVICE), PrivacyPolicy(kind="device", epsilon=2.0, delta=1e-5)
     assert promise.bound(plan) == replace(plan, dp_epsilon=2.0)
     assert replace(promise, epsilon=90.0).bound(plan) == plan
     for refused in ({}, {**DEVICE, "dp": "sample"}, {**DEVICE, "dp_delta": 1e-4}):
@@ -342,7 +344,7 @@ def test_an_owner_bounds_the_budget_and_refuses_less_privacy() -> None:
 @pytest.mark.parametrize("wrong", [{"kind": "none"}, {"epsilon": 0.0}, {"epsilon": math.nan}, {"delta": 1.0}])
 def test_an_owners_promise_is_one(wrong: Mapping[str, Any]) -> None:
     with pytest.raises(ConfigError, match="max-epsilon"):
-        Promise(**{"kind": "device", "epsilon": 2.0, "delta": 1e-5, **wrong})
+        PrivacyPolicy(**{"kind": "device", "epsilon": 2.0, "delta": 1e-5, **wrong})
 
 
 # -- what is kept, and in which order
@@ -448,7 +450,7 @@ def test_a_residual_of_noisy_changes_enters_the_next_update() -> None:
 
 
 def test_an_owners_device_trains_by_no_plan_with_less_privacy() -> None:
-    promise = Promise(kind="device", epsilon=2.0, delta=1e-5)
+    promise = PrivacyPolicy(kind="device", epsilon=2.0, delta=1e-5)
     _, refused = following_with({}, promise=promise)
     assert not [action for action in refused.actions if isinstance(action, StartTraining)]
     texts = [action.text for action in refused.actions if isinstance(action, Log) and action.event == "bad-plan"]
@@ -459,14 +461,14 @@ def test_an_owners_device_trains_by_no_plan_with_less_privacy() -> None:
 
 
 def test_what_an_owner_insists_on_outlives_the_process_and_a_new_key(tmp_path: Path) -> None:
-    promise = Promise(kind="device", epsilon=2.0, delta=1e-6)
+    promise = PrivacyPolicy(kind="device", epsilon=2.0, delta=1e-6)
     invitation = Invitation(
         federation="fed", device="pi", broker="mqtt://127.0.0.1:1", aggregator_key="ab" * 32, code="c" * 32
     )
-    home = Home(tmp_path / "pi")
+    home = DeviceDirectory(tmp_path / "pi")
     home.prepare(invitation, task="digits-numpy", data=None, partition="all", promise=promise)
     assert home.settings().promise == promise
-    assert renewing._prepare(Home(tmp_path / "again"), invitation, home.settings()).promise == promise
+    assert renewing._prepare(DeviceDirectory(tmp_path / "again"), invitation, home.settings()).promise == promise
     with pytest.raises(ConfigError, match="max-epsilon"):
         replace(home.settings(), dp="")
 

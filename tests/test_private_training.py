@@ -15,11 +15,14 @@ from ternbus.broker.protocol.schema import Schema, to_vector
 from ternbus.edge.core import events
 from ternbus.edge.core.actions import StartTraining
 from ternbus.edge.learn.accountant import epsilon
-from ternbus.edge.learn.noise import Chance
-from ternbus.edge.learn.trainer import FloatArray, Plan, PrivateTrainer, load_task
+from ternbus.edge.learn.loader import load_task
+from ternbus.edge.learn.noise import RandomSource
+from ternbus.edge.learn.task import PrivateTrainer
+from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.privacy import cost
-from ternbus.edge.shell.training import train
-from ternbus.edge.torch.torch_trainer import TorchTask, TorchTrainer
+from ternbus.edge.plan.tensors import FloatArray
+from ternbus.edge.shell.worker import train
+from ternbus.edge.torch.trainer import TorchTask, TorchTrainer
 
 pytest.importorskip("opacus")
 
@@ -46,11 +49,11 @@ def task(model: Callable[[], nn.Module] = network) -> TorchTask:
     return TorchTask(name="own", model=model, data=data)
 
 
-def seeded(seed: int = 3) -> Chance:
-    return Chance(np.random.default_rng(seed).bytes)
+def seeded(seed: int = 3) -> RandomSource:
+    return RandomSource(np.random.default_rng(seed).bytes)
 
 
-def stepped(chance: Chance | None = None, made: TorchTask | None = None, **plan: Any) -> dict[str, FloatArray]:
+def stepped(chance: RandomSource | None = None, made: TorchTask | None = None, **plan: Any) -> dict[str, FloatArray]:
     """What one training changes of each tensor."""
     made = made or task()
     start = made.initial(0)
@@ -99,7 +102,7 @@ def test_steps_that_draw_nobody_are_noise_all_the_same() -> None:
 
 
 def test_batches_and_noise_are_not_the_jobs_seeds() -> None:
-    one, other = (flat(stepped(Chance(), batch_size=6, dp_noise=1e-9)) for _ in range(2))
+    one, other = (flat(stepped(RandomSource(), batch_size=6, dp_noise=1e-9)) for _ in range(2))
     assert not np.allclose(one, other, atol=1e-5)  # other samples
     assert np.array_equal(flat(stepped(seeded(4), batch_size=6)), flat(stepped(seeded(4), batch_size=6)))
 

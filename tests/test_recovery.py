@@ -10,11 +10,11 @@ from small_world import Bench, Device, float32_block, follow, make_directory, sc
 
 from ternbus.aggregator.core import events
 from ternbus.aggregator.core.core import Core
-from ternbus.aggregator.merge.merge import Change
+from ternbus.aggregator.merge.mean import Change
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.merge.robust import Buffered
 from ternbus.aggregator.settings import OPTIMIZERS, RULES
-from ternbus.aggregator.shell import home
+from ternbus.aggregator.shell import administration
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.schema import vector_digest
@@ -193,7 +193,7 @@ def test_old_keys_and_revoked_ones_are_known(make: Make) -> None:
 def test_the_state_that_a_command_set_while_nothing_ran_is_published(make: Make) -> None:
     bench = make()
     bench.close()
-    home.change_state(bench.directory, "pause", "test")
+    administration.change_state(bench.directory, "pause", "test")
     bench.recover()
     assert bench.core.kept.state == "paused"
     bench.start()
@@ -204,7 +204,7 @@ def test_closing_while_nothing_runs_merges_the_buffer(make: Make) -> None:
     bench = make(merge__buffer_size=2)
     live(bench, 1)
     bench.close()
-    home.change_state(bench.directory, "close", "test")
+    administration.change_state(bench.directory, "close", "test")
     bench.recover()
     assert (bench.version, bench.core.model.buffer, bench.core.kept.state) == (2, [], "closed")
     bench.start()
@@ -213,7 +213,7 @@ def test_closing_while_nothing_runs_merges_the_buffer(make: Make) -> None:
 
 
 def edit(bench: Bench, was: str, now: str) -> None:
-    toml = bench.directory / home.TOML
+    toml = bench.directory / administration.TOML
     text = toml.read_text()
     assert was in text
     toml.write_text(text.replace(was, now))
@@ -225,7 +225,7 @@ def test_closing_under_an_optimizer_that_never_ran_merges_by_it_and_forgets_the_
     before = bench.core.model.server.target.copy()
     bench.close()
     edit(bench, 'name = "fedavgm"', 'name = "fedadam"')
-    home.change_state(bench.directory, "close", "test")
+    administration.change_state(bench.directory, "close", "test")
     bench.recover()
     server = bench.core.model.server
     assert (bench.version, bench.core.kept.recipe.optimizer.name) == (4, "fedadam")
@@ -239,10 +239,10 @@ def test_closing_under_an_optimizer_that_never_ran_merges_by_it_and_forgets_the_
 
 def test_a_federation_cannot_be_renamed(make: Make) -> None:
     bench = make()
-    toml = bench.directory / home.TOML
+    toml = bench.directory / administration.TOML
     toml.write_text(toml.read_text().replace('"lab"', '"other"', 1))
     with pytest.raises(ConfigError, match="cannot be renamed"):
-        home.open_core(bench.directory, bench.ledger, "test")
+        administration.open_core(bench.directory, bench.ledger, "test")
 
 
 def test_a_restart_under_another_bound_knows_the_bases_it_needs(make: Make) -> None:
@@ -252,7 +252,7 @@ def test_a_restart_under_another_bound_knows_the_bases_it_needs(make: Make) -> N
     bench.send(pi, float32_block(bench.schema, 1), 0)
     for version in range(1, 6):
         bench.send(other, float32_block(bench.schema, version), version)
-    toml = bench.directory / home.TOML
+    toml = bench.directory / administration.TOML
     toml.write_text(toml.read_text().replace("max = 1 ", "max = 20 "))
     bench.restart()
     bench.start()
@@ -270,7 +270,7 @@ def test_a_directory_moves_with_all_that_is_in_it(make: Make) -> None:
     shutil.move(bench.directory, moved)
     again = Bench(moved)
     assert state(again.core) == before
-    assert again.identity == Identity.load(moved / home.KEY)
+    assert again.identity == Identity.load(moved / administration.KEY)
     again.start()
     assert again.handle(events.TimeReached()) == []
     again.close()

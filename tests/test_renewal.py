@@ -12,8 +12,8 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.identity import Identity, write_secret
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import Block
-from ternbus.edge.core.kept import Kept, Outstanding, prepare, sealed
-from ternbus.edge.shell.home import CERTIFICATE, KEY, TOML, Home, Settings
+from ternbus.edge.core.state import OutstandingUpdate, State, prepare, sealed
+from ternbus.edge.shell.directory import CERTIFICATE, KEY, TOML, DeviceDirectory, Settings
 from ternbus.edge.shell.outbox import Outbox
 from ternbus.edge.shell.succession import succeed
 
@@ -29,19 +29,19 @@ def settings(**changes: str) -> Settings:
     return Settings(**{**about, "aggregator_key": AGGREGATOR.public.hex(), "partition": "iid:1/2", **changes})
 
 
-def outstanding(*, seal: bool) -> Outstanding:
+def outstanding(*, seal: bool) -> OutstandingUpdate:
     update = prepare(BLOCK, seq=70, base=5, samples=9, metrics={"loss": 0.5}, frame_bytes=3000)
     return sealed(update, OLD.key_id, lambda plain: b"old:" + plain) if seal else update
 
 
-def device(folder: Path, *, seal: bool = False, code: str = "") -> Home:
+def device(folder: Path, *, seal: bool = False, code: str = "") -> DeviceDirectory:
     """A device that has joined, and a new key beside it, enrolled unless there is a code."""
-    home = Home(folder / "pi")
+    home = DeviceDirectory(folder / "pi")
     home.folder.mkdir()
     OLD.save(home.folder / KEY)
     home.write(settings())
     (home.folder / CERTIFICATE).write_text("the old certificate")
-    kept = Kept(
+    kept = State(
         key=OLD.key_id,
         enrolled=True,
         seq_limit=129,
@@ -62,17 +62,17 @@ def device(folder: Path, *, seal: bool = False, code: str = "") -> Home:
     beside.write(settings(broker="mqtt://127.0.0.1:2", task="another", code=code))
     write_secret(beside.folder / CERTIFICATE, b"the new certificate")
     with Outbox(beside.folder, NEW.key_id) as outbox:
-        outbox.save(Kept(key=NEW.key_id, enrolled=not code, seq_limit=66, session=2), None, {})
+        outbox.save(State(key=NEW.key_id, enrolled=not code, seq_limit=66, session=2), None, {})
     return home
 
 
-def kept_in(home: Home) -> Kept:
+def kept_in(home: DeviceDirectory) -> State:
     with Outbox(home.folder, NEW.key_id) as outbox:
         assert outbox.counters == {"updates.accepted": 3}
         return outbox.kept
 
 
-def check_succeeded(home: Home, *, seal: bool = False) -> None:
+def check_succeeded(home: DeviceDirectory, *, seal: bool = False) -> None:
     kept = kept_in(home)
     assert (home.identity(), kept.key, kept.enrolled) == (NEW, NEW.key_id, True)
     assert (kept.head_version, kept.head_seq, kept.answered_base, kept.accepted) == (6, 44, 4, 3)
@@ -112,7 +112,9 @@ def test_the_new_key_takes_the_old_ones_place_and_all_else_stays(tmp_path: Path,
     ],
     ids=["settings", "key", "key and settings", "only the last step"],
 )
-def test_a_crash_in_the_middle_is_mended_at_the_next_start(tmp_path: Path, undo: Callable[[Home], object]) -> None:
+def test_a_crash_in_the_middle_is_mended_at_the_next_start(
+    tmp_path: Path, undo: Callable[[DeviceDirectory], object]
+) -> None:
     home = device(tmp_path)
     shutil.copytree(home.beside().folder, tmp_path / "copy")
     succeed(home)

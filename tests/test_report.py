@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from ternbus.aggregator.store.local_tests import LocalTests, Report
+from ternbus.aggregator.store.device_metrics import DeviceMetrics, Report
 from ternbus.lab.report import progress, report
-from ternbus.lab.report.moment import Moment
+from ternbus.lab.report.observation import Observation
 from ternbus.lab.scenario.scenario import Scenario
 
 PARAMETERS = 1000
@@ -59,12 +59,12 @@ COUNTERS = {
 
 
 @pytest.fixture
-def moment() -> Moment:
-    return Moment.read(status(), COUNTERS)
+def moment() -> Observation:
+    return Observation.read(status(), COUNTERS)
 
 
 @pytest.fixture
-def summary(moment: Moment) -> dict[str, Any]:
+def summary(moment: Observation) -> dict[str, Any]:
     return report.summary(moment, scenario=Scenario(devices=2), parameters=PARAMETERS, wall_seconds=9.0)
 
 
@@ -93,14 +93,14 @@ def test_each_version_has_its_row(summary: dict[str, Any]) -> None:
 
 
 def test_the_report_has_the_spread_over_devices(tmp_path: Path) -> None:
-    tests = LocalTests.of(
+    tests = DeviceMetrics.of(
         Report(device=name, version=version, samples=5, values={"accuracy": accuracy})
         for name, version, accuracy in (("device-0", 1, 0.25), ("device-1", 1, 0.5), ("device-1", 2, 1 / 3))
     )
     found = status()
     for row in found["versions"]:
         row["local"] = tests.version(row["version"])
-    moment = Moment.read(found | {"local": tests.summary()}, COUNTERS)
+    moment = Observation.read(found | {"local": tests.summary()}, COUNTERS)
     summary = report.summary(moment, scenario=Scenario(), parameters=PARAMETERS, wall_seconds=1.0)
     assert [row["local"] and row["local"]["devices"] for row in summary["versions"]] == [None, 2, 1]
     assert summary["local"]["accuracy"] == {"worst_decile": 0.25, "median": 0.291667, "mean": 0.291667}
@@ -119,7 +119,7 @@ def test_a_run_without_a_version_has_no_bits(tmp_path: Path) -> None:
     start = status()
     start["counts"] |= {"accepted": 0}
     start["versions"] = start["versions"][:1]
-    empty = report.summary(Moment.read(start, {}), scenario=Scenario(), parameters=PARAMETERS, wall_seconds=1.0)
+    empty = report.summary(Observation.read(start, {}), scenario=Scenario(), parameters=PARAMETERS, wall_seconds=1.0)
     assert (empty["accuracy"], empty["bits_per_parameter_up"], empty["bits_per_parameter_down"]) == (None, None, None)
     assert "not measured" in progress.closing_table(empty, ["report.json"])
 
@@ -138,12 +138,12 @@ def test_without_matplotlib_one_line_says_so(
     assert not (tmp_path / "report.png").exists()
 
 
-def test_the_newest_known_accuracy_is_the_one_that_counts(moment: Moment) -> None:
+def test_the_newest_known_accuracy_is_the_one_that_counts(moment: Observation) -> None:
     assert moment.evaluated is not None
     assert (moment.evaluated.version, moment.version, moment.best) == (1, 2, 0.75)
 
 
-def test_where_there_is_no_terminal_a_version_is_a_line_once(moment: Moment) -> None:
+def test_where_there_is_no_terminal_a_version_is_a_line_once(moment: Observation) -> None:
     stream = io.StringIO()
     with progress.to(stream) as shown:
         shown.say("hello")
@@ -155,7 +155,7 @@ def test_where_there_is_no_terminal_a_version_is_a_line_once(moment: Moment) -> 
     ]
 
 
-def test_on_a_terminal_each_device_is_a_row(moment: Moment, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_terminal_each_device_is_a_row(moment: Observation, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
 
     class Terminal(io.StringIO):
@@ -171,7 +171,7 @@ def test_on_a_terminal_each_device_is_a_row(moment: Moment, monkeypatch: pytest.
 
 def test_a_device_that_has_not_enrolled_is_a_row_too() -> None:
     start = status() | {"devices": {}}
-    (row,) = Moment.read(start, {"device-0": {}}).devices
+    (row,) = Observation.read(start, {"device-0": {}}).devices
     assert (row.name, row.state, row.updates) == ("device-0", "starting", 0)
 
 

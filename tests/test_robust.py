@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_world import float32_block, ternary_block
 
-from ternbus.aggregator.merge import merge
-from ternbus.aggregator.merge.merge import Mean
+from ternbus.aggregator.merge import mean
+from ternbus.aggregator.merge.mean import Mean
 from ternbus.aggregator.merge.robust import Buffered, cap, gather, trimmed
 from ternbus.aggregator.settings import RULES, MergeSettings
 from ternbus.broker.protocol.schema import Schema, Tensor
@@ -71,7 +71,7 @@ buffers = st.lists(
 )
 
 
-def merged(about: MergeSettings, buffer: list[Sent]) -> merge.Change:
+def merged(about: MergeSettings, buffer: list[Sent]) -> mean.Change:
     gathered = gather(about, SCHEMA)
     for sent in buffer:
         gathered.add(sent.block, device=sent.device, samples=sent.samples, worth=sent.worth)

@@ -9,7 +9,7 @@ import pytest
 from brokers import Inbox, linked
 
 from stranger.house import Aggregator
-from ternbus.aggregator.shell.home import KEY, LEDGER
+from ternbus.aggregator.shell.administration import KEY, LEDGER
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.link.link import Arrived
@@ -17,7 +17,7 @@ from ternbus.broker.protocol.frame import Frame, parse
 from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.schema import save_safetensors
 from ternbus.broker.server import running
-from ternbus.edge.learn.trainer import load_task
+from ternbus.edge.learn.loader import load_task
 
 pytestmark = pytest.mark.slow
 

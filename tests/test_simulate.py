@@ -14,12 +14,14 @@ import pytest
 from typer.testing import CliRunner
 
 from ternbus.aggregator.core import records
-from ternbus.aggregator.shell import home
+from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.link.link import packet_bytes
 from ternbus.broker.protocol.schema import to_tensors, vector_digest
-from ternbus.edge.learn.trainer import Evaluation, FloatArray, Plan, Task, Tensors, Trained, halves_of
+from ternbus.edge.learn.task import Evaluation, Task, Trained, halves_of
+from ternbus.edge.plan.plan import Plan
+from ternbus.edge.plan.tensors import FloatArray, Tensors
 from ternbus.edge.tasks import digits_numpy
 from ternbus.lab import cli
 from ternbus.lab.report.progress import Lines
@@ -321,7 +323,7 @@ def test_an_aggregator_that_died_goes_on_from_its_ledger(tmp_path: Path) -> None
     assert moment.version == 20
     assert moment.began == 0.0
     assert all(version.accuracy is not None for version in moment.versions)
-    ledger = Ledger(folder / home.LEDGER, read_only=True)
+    ledger = Ledger(folder / administration.LEDGER, read_only=True)
     twice = ledger.db.execute("SELECT device, base FROM updates GROUP BY device, base HAVING count(*) > 1").fetchall()
     lost = ledger.db.execute(
         "SELECT version FROM versions v WHERE updates != (SELECT count(*) FROM updates WHERE merged = v.version)"
@@ -578,7 +580,7 @@ def test_the_command_leaves_a_report_and_a_model(tmp_path: Path) -> None:
     assert (found["virtual"], found["versions"][-1]["version"]) == (True, 3)
     assert [row["accuracy"] is None for row in found["versions"]] == [False, True, False, False]
     assert {each.name for each in (tmp_path / "out").iterdir()} >= {"aggregator", "model.safetensors", "report.png"}
-    version, digest, _ = home.tensors_of(tmp_path / "out" / "aggregator", None)
+    version, digest, _ = administration.tensors_of(tmp_path / "out" / "aggregator", None)
     assert version == 3
     assert digest
 

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from ternbus.broker.errors import ConfigError
-from ternbus.edge.learn.trainer import Plan, halves_of, load_task
+from ternbus.edge.learn.loader import load_task
+from ternbus.edge.learn.task import halves_of
+from ternbus.edge.plan.plan import Plan
 from ternbus.edge.tasks import cifar10_data, cifar10_resnet, emnist_62, hapt, idx, mnist_by_writer
-from ternbus.edge.torch.torch_trainer import TorchTask
+from ternbus.edge.torch.trainer import TorchTask
 from ternbus.lab.scenario.scenario import Scenario
 
 

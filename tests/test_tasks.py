@@ -12,9 +12,12 @@ import torch
 from torch import nn
 
 from ternbus.broker.errors import ConfigError
-from ternbus.edge.learn.trainer import BUILT_IN_TASKS, Plan, Task, Tensors, TrainingError, load_task
+from ternbus.edge.learn.loader import BUILT_IN_TASKS, load_task
+from ternbus.edge.learn.task import Task, TrainingError
+from ternbus.edge.plan.plan import Plan
+from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.tasks import cifar10_features, digits_data
-from ternbus.edge.torch.torch_trainer import TorchTask
+from ternbus.edge.torch.trainer import TorchTask
 
 NAMES = tuple(BUILT_IN_TASKS)
 
@@ -205,7 +208,8 @@ def test_the_demo_without_torch_imports_no_torch_and_stays_small() -> None:
     program = """
 import sys, msgpack, nacl.public, nacl.signing, paho.mqtt.client, zstandard
 from ternbus.edge.learn import partition, terngrad
-from ternbus.edge.learn.trainer import Plan, load_task
+from ternbus.edge.plan.plan import Plan
+from ternbus.edge.learn.loader import load_task
 task = load_task("digits-numpy")
 trainer = task.trainer(data=None, partition="dirichlet:0.5:0/8:1")
 trainer.train(task.initial(0), Plan.from_meta(task.default_plan), version=0, seed=0)

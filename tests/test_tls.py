@@ -23,9 +23,9 @@ from ternbus.broker.errors import LinkError
 from ternbus.broker.link.events import Arrived, Connected, Published, Refused
 from ternbus.broker.link.link import Link
 from ternbus.broker.link.tls import Tls
-from ternbus.broker.server import certificates, embedded, upkeep
+from ternbus.broker.server import certificates, nats, tls_service
 from ternbus.broker.server.certificates import Authority
-from ternbus.broker.server.home import Credentials, Home
+from ternbus.broker.server.directory import BrokerDirectory, Credentials
 from ternbus.broker.server.running import Engine, RunningBroker, reserve
 
 pytestmark = [
@@ -40,7 +40,7 @@ LAB, OTHER = "ternbus/1/lab", "ternbus/1/other"
 class Bus:
     """A running broker with two federations, and what its members have in hand."""
 
-    home: Home
+    home: BrokerDirectory
     broker: RunningBroker
     folder: Path
 
@@ -87,12 +87,14 @@ class Bus:
 
 @pytest.fixture(params=[Engine.MOSQUITTO, Engine.NATS], ids=str)
 def bus(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bus]:
-    home = Home.create(tmp_path / "bus", names=["127.0.0.1", "bus.example.org"], port=0, engine=request.param)
+    home = BrokerDirectory.create(
+        tmp_path / "bus", names=["127.0.0.1", "bus.example.org"], port=0, engine=request.param
+    )
     folder = tmp_path / "members"
     folder.mkdir()
     members = {name: home.issue(name, "lab") for name in ("pi-1", "pi-2", "aggregator-lab")}
     members |= {name: home.issue(name, "other") for name in ("pi-9", "aggregator-other")}
-    with upkeep.start(home) as broker:
+    with tls_service.start(home) as broker:
         bus = Bus(home=home, broker=broker, folder=folder)
         for name, credentials in members.items():
             bus.papers(credentials, name)
@@ -277,7 +279,7 @@ def test_a_flood_of_refused_publications_is_counted_to_the_last_and_fills_no_dis
 def test_nats_own_port_lets_nobody_in(bus: Bus) -> None:
     if bus.broker.software.engine is not Engine.NATS:
         pytest.skip("mosquitto has none")
-    port = embedded.own_port(bus.home.folder, bus.broker.pid)
+    port = nats.own_port(bus.home.folder, bus.broker.pid)
     assert port is not None
     with socket.create_connection(("127.0.0.1", port), timeout=WITHIN_S) as trial, trial.makefile("rwb") as stream:
         stream.readline()
@@ -298,12 +300,12 @@ def foreign(tmp_path: Path) -> Iterator[tuple[str, str]]:
     pair = authority.server(["127.0.0.1"])
     (folder / "server.pem").write_text(pair.certificate + pair.key)
     users = '{user: us, password: "correct horse"}, {user: pi, password: "correct horse"}'
-    text = embedded.configuration(host="127.0.0.1", port=port, data=folder).replace(
+    text = nats.configuration(host="127.0.0.1", port=port, data=folder).replace(
         "mqtt {",
         f'authorization {{ users: [{users}] }}\nmqtt {{\n  tls {{cert_file: "server.pem", key_file: "server.pem"}}',
     )
     (folder / "nats.conf").write_text(text)
-    command = [str(embedded.find()), "-c", "nats.conf"]
+    command = [str(nats.find()), "-c", "nats.conf"]
     with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None
@@ -405,7 +407,7 @@ def test_a_broker_by_hand(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("engine", [Engine.MOSQUITTO, Engine.NATS])
 def test_a_killed_broker_up_leaves_a_whole_log_and_a_free_place(engine: Engine, tmp_path: Path) -> None:
-    Home.create(tmp_path / "bus", names=["127.0.0.1"], port=0, engine=engine)
+    BrokerDirectory.create(tmp_path / "bus", names=["127.0.0.1"], port=0, engine=engine)
     up = command("broker", "up", "bus")
     for _ in range(2):  # at once: the second waits for the broker of the first
         with subprocess.Popen(up, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE) as process:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.schema import Schema, to_tensors, to_vector
 from ternbus.edge.learn.compress import compress
-from ternbus.edge.learn.trainer import Plan, Tensors
-from ternbus.edge.shell.check import check
-from ternbus.edge.torch.torch_trainer import TorchTask
+from ternbus.edge.plan.plan import Plan
+from ternbus.edge.plan.tensors import Tensors
+from ternbus.edge.shell.preflight import check
+from ternbus.edge.torch.trainer import TorchTask
 
 PLAN = Plan(local_steps=3, batch_size=8, learning_rate=0.1)
 

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ternbus.broker.errors import ConfigError, ProtocolError
-from ternbus.edge.learn.trainer import BUILT_IN_TASKS, Plan, Trained, TrainingError, load_task
+from ternbus.edge.learn.loader import BUILT_IN_TASKS, load_task
+from ternbus.edge.learn.task import Trained, TrainingError
+from ternbus.edge.plan.plan import Plan
 
 anything = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.integers())
 keys = st.sampled_from([*Plan.__slots__]) | st.text(max_size=5)

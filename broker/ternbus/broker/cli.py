@@ -15,7 +15,7 @@ from ternbus.broker.server import refusals as counts
 from ternbus.broker.server.running import HOME, Engine, RunningBroker, choose, is_home, start
 
 if TYPE_CHECKING:
-    from ternbus.broker.server.home import Home
+    from ternbus.broker.server.directory import BrokerDirectory
 
 app = typer.Typer(no_args_is_help=True, help="Run a broker: mosquitto, or nats-server from its wheel.")
 
@@ -50,9 +50,9 @@ def init(
 
     Example: ternbus broker init bus --name 192.168.1.10 --name bus.example.org
     """
-    from ternbus.broker.server.home import Home  # noqa: PLC0415 - certificates take a library that only few need
+    from ternbus.broker.server.directory import BrokerDirectory  # noqa: PLC0415 - certificates take a library that only few need
 
-    home = Home.create(directory, names=name, port=port, engine=engine, listen=listen)
+    home = BrokerDirectory.create(directory, names=name, port=port, engine=engine, listen=listen)
     typer.echo(f"{directory}: {home.url}, TLS 1.3, for who has a certificate of {directory}/tls/ca.pem")
     typer.echo(f"keep {directory}/tls/ca.key to yourself: whoever has it makes certificates")
     typer.echo(f"next: ternbus broker up {directory}")
@@ -96,9 +96,9 @@ def _start(directory: Path, engine: Engine, host: str | None, port: int | None) 
     if is_home(directory):
         if host is not None or port is not None:
             raise ConfigError(f"where it listens is in {directory / HOME}; leave out --host and --port")
-        from ternbus.broker.server import upkeep  # noqa: PLC0415 - certificates take a library that only few need
+        from ternbus.broker.server import tls_service  # noqa: PLC0415 - certificates take a library that only few need
 
-        return upkeep.start(_home(directory), engine)
+        return tls_service.start(_home(directory), engine)
     software = choose(engine)
     host = host or HOST
     if not is_loopback(host):
@@ -202,10 +202,10 @@ def refusals(directory: Dir, as_json: AsJson = False) -> None:
         typer.echo(f"{row['count']:>8}  {row['client']:<24} {why}\n{'':>10}last {row['last']}{wanted}")
 
 
-def _home(directory: Path) -> "Home":
-    from ternbus.broker.server.home import Home  # noqa: PLC0415 - certificates take a library that only few need
+def _home(directory: Path) -> "BrokerDirectory":
+    from ternbus.broker.server.directory import BrokerDirectory  # noqa: PLC0415 - certificates take a library that only few need
 
-    home = Home(directory.absolute())
+    home = BrokerDirectory(directory.absolute())
     home.settings()
     return home
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from ternbus.broker.errors import ConfigError, FederationError
-from ternbus.edge.learn.trainer import load_task
+from ternbus.edge.learn.loader import load_task
 from ternbus.lab.interrupts import Interrupted, Interrupts
 from ternbus.lab.processes.supervisor import ChildError
 from ternbus.lab.processes.testbed import Testbed

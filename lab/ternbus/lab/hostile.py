@@ -12,7 +12,10 @@ from typing import Final
 import numpy as np
 
 from ternbus.broker.errors import ConfigError
-from ternbus.edge.learn.trainer import Evaluation, FloatArray, Plan, Task, Tensors, Trained, Trainer, load_task
+from ternbus.edge.learn.loader import load_task
+from ternbus.edge.learn.task import Evaluation, Task, Trained, Trainer
+from ternbus.edge.plan.plan import Plan
+from ternbus.edge.plan.tensors import FloatArray, Tensors
 
 SIGN_FLIP: Final = "sign-flip"
 SCALED_NOISE: Final = "scaled-noise"

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from typing import Final, assert_never
 
 from ternbus.aggregator.core import events, records
-from ternbus.aggregator.core.desk import Desk
-from ternbus.aggregator.core.door import Door
-from ternbus.aggregator.core.intake import Intake
-from ternbus.aggregator.core.outlet import Outlet
-from ternbus.aggregator.core.pace import Lines
-from ternbus.aggregator.core.press import Kept, Press
+from ternbus.aggregator.core.counters import Counters
+from ternbus.aggregator.core.enrollment import Enrollment
+from ternbus.aggregator.core.frames import FrameWriter
+from ternbus.aggregator.core.publisher import PublishedState, Publisher
+from ternbus.aggregator.core.rate_limit import LogLimit
 from ternbus.aggregator.core.registry import Member, Registry
-from ternbus.aggregator.core.tally import Tally
+from ternbus.aggregator.core.updates import Updates
+from ternbus.aggregator.core.validation import Validation
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Settings
 from ternbus.broker.errors import ProtocolError
@@ -41,16 +41,16 @@ class Core:
     schema: Schema
     model: Model
     registry: Registry
-    kept: Kept
+    kept: PublishedState
     seq: int  # the highest that was reserved
     session: int
     software: str = "ternbus"
-    _outlet: Outlet = field(init=False)
-    _desk: Desk = field(init=False)
-    _press: Press = field(init=False)
-    _tally: Tally = field(default_factory=Tally)
-    _door: Door = field(init=False)
-    _lines: Lines = field(init=False)
+    _outlet: FrameWriter = field(init=False)
+    _desk: Updates = field(init=False)
+    _press: Publisher = field(init=False)
+    _tally: Counters = field(default_factory=Counters)
+    _door: Enrollment = field(init=False)
+    _lines: LogLimit = field(init=False)
     _actions: list[events.Action] = field(default_factory=list)
     _echo_by: float = 0.0
     _census_by: float | None = None  # until then the broker is still telling us who is online
@@ -58,21 +58,23 @@ class Core:
     _now: float = 0.0
 
     def __post_init__(self) -> None:
-        self._outlet = Outlet(self.settings, self.identity, self.schema, self._save, self.seq)
-        self._desk = Desk(
+        self._outlet = FrameWriter(self.settings, self.identity, self.schema, self._save, self.seq)
+        self._desk = Updates(
             settings=self.settings,
             model=self.model,
-            intake=Intake(self.settings, self.identity, self.schema),
+            intake=Validation(self.settings, self.identity, self.schema),
             outlet=self._outlet,
             tally=self._tally,
             do=self._do,
             closed=self.kept.state == CLOSED,
         )
-        self._door = Door(
+        self._door = Enrollment(
             settings=self.settings, registry=self.registry, desk=self._desk, do=self._do, refuse=self._refuse
         )
-        self._lines = Lines(self.settings.limits.log_lines_per_minute)
-        self._press = Press(settings=self.settings, model=self.model, kept=self.kept, outlet=self._outlet, do=self._do)
+        self._lines = LogLimit(self.settings.limits.log_lines_per_minute)
+        self._press = Publisher(
+            settings=self.settings, model=self.model, kept=self.kept, outlet=self._outlet, do=self._do
+        )
 
     @property
     def deadline(self) -> float | None:

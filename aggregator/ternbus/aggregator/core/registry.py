@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Final
 
-from ternbus.aggregator.core.pace import BURST_S, Bucket
+from ternbus.aggregator.core.rate_limit import BURST_S, TokenBucket
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.identity import KeyId, enroll_proof, key_id
@@ -55,8 +55,8 @@ class Member:
     waiting_bytes: int = 0  # of its updates in the buffer, on disk
     update_bytes: int = 0  # PUBLISH packets since the last count was written
     collector: Collector | None = None
-    frames: Bucket = field(default_factory=Bucket)
-    receipts: Bucket = field(default_factory=Bucket)
+    frames: TokenBucket = field(default_factory=TokenBucket)
+    receipts: TokenBucket = field(default_factory=TokenBucket)
     key: KeyId = field(init=False)
 
     def __post_init__(self) -> None:

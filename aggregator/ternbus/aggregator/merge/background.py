@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from ternbus.aggregator.merge.accumulator import Accumulator
-from ternbus.aggregator.merge.merge import Sum
+from ternbus.aggregator.merge.mean import Sum
 from ternbus.broker.protocol.schema import Schema, Vector
 from ternbus.broker.protocol.ternary import Block
 

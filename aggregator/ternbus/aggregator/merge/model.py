@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from ternbus.aggregator.merge import optimizer
 from ternbus.aggregator.merge.accumulator import Accumulator
 from ternbus.aggregator.merge.downlink import next_block
-from ternbus.aggregator.merge.merge import Mean, Sum
+from ternbus.aggregator.merge.mean import Mean, Sum
 from ternbus.aggregator.merge.optimizer import ServerState
 from ternbus.aggregator.merge.robust import Buffered, gather
 from ternbus.aggregator.settings import Settings

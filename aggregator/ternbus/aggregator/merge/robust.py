@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ternbus.aggregator.merge.accumulator import Accumulator
-from ternbus.aggregator.merge.merge import Change, Mean, Sum
+from ternbus.aggregator.merge.mean import Change, Mean, Sum
 from ternbus.aggregator.settings import MergeSettings
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import Block

@@ -8,7 +8,7 @@ from typing import Annotated, Final
 
 import typer
 
-from ternbus.aggregator.shell import home, together
+from ternbus.aggregator.shell import administration, quickstart
 from ternbus.aggregator.shell.arguments import AsJson, Dir
 from ternbus.aggregator.store import status as statuses
 from ternbus.broker.errors import ConfigError
@@ -41,11 +41,11 @@ def invite(
         raise ConfigError("several invitations need a folder: add --out FOLDER")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    for invitation in home.invite(directory, *devices, certificates=certificates, expires_in_s=expires_in_s):
+    for invitation in administration.invite(directory, *devices, certificates=certificates, expires_in_s=expires_in_s):
         if out is None:
             typer.echo(invitation.dumps(), nl=False)
         else:
-            typer.echo(str(together.write_invitation(out, invitation)))
+            typer.echo(str(quickstart.write_invitation(out, invitation)))
 
 
 def _seconds(text: str) -> float:
@@ -66,9 +66,9 @@ def invitations(
 
     Example: ternbus aggregator invitations agg --cancel pi-7
     """
-    home.load_settings(directory)
+    administration.load_settings(directory)
     for device in cancel or ():
-        home.cancel(directory, device, software())
+        administration.cancel(directory, device, software())
     found = statuses.invitations(directory, time.time())
     if as_json:
         typer.echo(json.dumps(found))
@@ -96,5 +96,5 @@ def revoke(
 
     Example: ternbus aggregator revoke agg pi-7 --reason "stolen on 3 May"
     """
-    dropped = home.revoke(directory, device, software(), why=reason, keep=keep)
+    dropped = administration.revoke(directory, device, software(), why=reason, keep=keep)
     typer.echo(f"{device} is revoked; {dropped} of its accepted updates will not be merged")

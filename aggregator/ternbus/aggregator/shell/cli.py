@@ -12,10 +12,10 @@ from typing import Annotated, Any
 import typer
 
 from ternbus.aggregator.settings import TransportSettings, toml_value
-from ternbus.aggregator.shell import admission, home, log_command, together
+from ternbus.aggregator.shell import administration, admission, log_command, quickstart
 from ternbus.aggregator.shell.arguments import AsJson, Dir
 from ternbus.aggregator.shell.service import Service
-from ternbus.aggregator.store import local_tests, requests
+from ternbus.aggregator.store import control, device_metrics
 from ternbus.aggregator.store import status as statuses
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.endpoint import PORTS, is_loopback
@@ -71,7 +71,7 @@ def init(
         overrides["transport.authority"] = str(broker_dir.resolve())
     url = _broker_url(broker, broker_dir)
     tensors = load_safetensors(model)
-    home.create(
+    administration.create(
         directory,
         federation=federation,
         broker=url,
@@ -90,9 +90,9 @@ def _broker_url(broker: str | None, broker_dir: Path | None) -> str:
         return broker
     if broker is not None or broker_dir is None:
         raise ConfigError("say which broker: either --broker mqtts://HOST:PORT or --broker-dir DIR")
-    from ternbus.broker.server.home import Home  # noqa: PLC0415 - certificates take a library that only few need
+    from ternbus.broker.server.directory import BrokerDirectory  # noqa: PLC0415 - certificates take a library that only few need
 
-    return Home(broker_dir.absolute()).url
+    return BrokerDirectory(broker_dir.absolute()).url
 
 
 def _login(username: str, password_file: Path | None) -> dict[str, object]:
@@ -116,7 +116,7 @@ def _override(text: str) -> tuple[str, object]:
 @app.command()
 def run(directory: Dir, username: Username = "", password_file: PasswordFile = None) -> None:
     """Serve until Ctrl-C or SIGTERM, which finish what is accepted first. Waits for a broker that is not there yet."""
-    transport = home.load_settings(directory).transport
+    transport = administration.load_settings(directory).transport
     if username:
         transport = replace(transport, username=username)
     if password_file is not None:
@@ -129,7 +129,7 @@ def _serve(directory: Path, transport: TransportSettings | None = None, broker: 
     service = Service(directory, software(), _say, transport)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: service.stop())
-    ended = together.watch(broker, service.stop) if broker is not None else []
+    ended = quickstart.watch(broker, service.stop) if broker is not None else []
     service.run()
     if broker is not None and ended:
         _say(f"{broker.software} ended by itself with code {ended[0]}; its last lines:\n{broker.last_lines()}")
@@ -164,15 +164,15 @@ def up(
     """
     secured = not is_loopback(host) if tls is None else tls
     port = PORTS["mqtts" if secured else "mqtt"] if port is None else port
-    first = together.First(model=model, federation=federation, host=host, port=port, tls=secured)
-    with together.start_broker(directory, engine, first) as broker:
+    first = quickstart.First(model=model, federation=federation, host=host, port=port, tls=secured)
+    with quickstart.start_broker(directory, engine, first) as broker:
         if not broker.endpoint.tls and not is_loopback(broker.endpoint.host):
             _say(
                 f"{broker.url} is open to the network, without TLS: "
                 "anybody there can read and disturb, though not forge"
             )
         _say(f"{broker.software} ready on {broker.url}")
-        for path in together.prepare(directory, first, broker.url, devices or ()):
+        for path in quickstart.prepare(directory, first, broker.url, devices or ()):
             _say(f"invitation, to be copied to the device: {path}")
         _serve(directory, broker=broker)
 
@@ -194,9 +194,9 @@ def status(directory: Dir, as_json: AsJson = False) -> None:
 
 
 def _flush_counts(directory: Path) -> None:
-    home.load_settings(directory)
+    administration.load_settings(directory)
     try:
-        home.flush_counts(directory)
+        administration.flush_counts(directory)
     except ConfigError as error:
         _say(f"as the ledger has it: {error}")
 
@@ -211,7 +211,7 @@ def _summary(found: dict[str, Any]) -> str:
     ]
     if invalid:
         lines.append("refused: " + ", ".join(f"{value} {name}" for name, value in invalid.items()))
-    lines += [f"{name}: {value}" for name, value in local_tests.sentences(found["local"])]
+    lines += [f"{name}: {value}" for name, value in device_metrics.sentences(found["local"])]
     lines.append(_device_table(found["devices"]))
     return "\n".join([*lines, "", *_version_table(found["versions"][-10:], local=found["local"] is not None)])
 
@@ -258,19 +258,19 @@ def devices(directory: Dir, as_json: AsJson = False) -> None:
 @app.command()
 def pause(directory: Dir) -> None:
     """Let devices follow but not train; in force when this returns."""
-    home.change_state(directory, requests.PAUSE, software())
+    administration.change_state(directory, control.PAUSE, software())
 
 
 @app.command()
 def resume(directory: Dir) -> None:
     """Open the federation again."""
-    home.change_state(directory, requests.RESUME, software())
+    administration.change_state(directory, control.RESUME, software())
 
 
 @app.command()
 def close(directory: Dir) -> None:
     """End the training: what is accepted is merged, devices drop the rest and stop."""
-    home.change_state(directory, requests.CLOSE, software())
+    administration.change_state(directory, control.CLOSE, software())
 
 
 @app.command()
@@ -279,7 +279,7 @@ def restored(directory: Dir) -> None:
 
     Devices refuse what is older than what they have seen, so version and sequence numbers go on 2^32 higher.
     """
-    typer.echo(f"{directory} goes on at version {home.restored(directory, software())}")
+    typer.echo(f"{directory} goes on at version {administration.restored(directory, software())}")
 
 
 @app.command()
@@ -292,6 +292,6 @@ def export(
     ] = None,
 ) -> None:
     """Write a version of the model, as devices hold it, to a safetensors file."""
-    found, digest, tensors = home.tensors_of(directory, number)
+    found, digest, tensors = administration.tensors_of(directory, number)
     save_safetensors(out, tensors, {"version": str(found), "digest": digest.hex()})
     typer.echo(f"{out}: version {found}, digest {digest.hex()}")

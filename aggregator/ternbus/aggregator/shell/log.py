@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
-from ternbus.aggregator.shell.home import KEY, LEDGER
+from ternbus.aggregator.shell.administration import KEY, LEDGER
 from ternbus.aggregator.store.ledger import Ledger, unsigned
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol import topics

@@ -15,13 +15,13 @@ from typing import Final, assert_never
 from ternbus.aggregator.core import events
 from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.core.events import Opened
-from ternbus.aggregator.core.pace import Lines
+from ternbus.aggregator.core.rate_limit import LogLimit
 from ternbus.aggregator.merge.background import summing
 from ternbus.aggregator.settings import TransportSettings
 from ternbus.aggregator.shell import transport
-from ternbus.aggregator.shell.gate import WORTHWHILE_BYTES, Gate
-from ternbus.aggregator.shell.home import LEDGER, open_core
-from ternbus.aggregator.store import requests
+from ternbus.aggregator.shell.administration import LEDGER, open_core
+from ternbus.aggregator.shell.preverify import WORTHWHILE_BYTES, Preverifier
+from ternbus.aggregator.store import control
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.broker.errors import ConfigError, LinkError
 from ternbus.broker.link.link import (
@@ -80,10 +80,10 @@ class Service:
     transport: TransportSettings | None = None  # instead of what aggregator.toml says
     _queue: "queue.SimpleQueue[Item]" = field(default_factory=queue.SimpleQueue)
     _opening: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="gate"))
-    _gate: Gate = field(init=False)
+    _gate: Preverifier = field(init=False)
     _ledger: Ledger = field(init=False)
     _core: Core = field(init=False)
-    _lines: Lines = field(init=False)
+    _lines: LogLimit = field(init=False)
     _link: Link = field(init=False)
     _protocol: int = 5
     _connect_at: float | None = 0.0
@@ -100,7 +100,7 @@ class Service:
     def run(self) -> None:
         """Serve; return when stopped. ConfigError where the directory or the broker's address is wrong."""
         with (
-            requests.exclusive(self.directory, patience_s=2.0),
+            control.exclusive(self.directory, patience_s=2.0),
             ThreadPoolExecutor(1, thread_name_prefix="vectors") as beside,
             ThreadPoolExecutor(1, thread_name_prefix="adding") as adding,
             closing(Ledger(self.directory / LEDGER, beside=beside)) as self._ledger,
@@ -108,12 +108,12 @@ class Service:
         ):
             self._core = open_core(self.directory, self._ledger, self.software)
             self._core.model.sum_by(partial(summing, adding))
-            self._gate = Gate(registry=self._core.registry, schema=self._core.schema)
+            self._gate = Preverifier(registry=self._core.registry, schema=self._core.schema)
             self._serve()
 
     def _serve(self) -> None:
         settings = self._core.settings
-        self._lines = Lines(settings.limits.log_lines_per_minute)
+        self._lines = LogLimit(settings.limits.log_lines_per_minute)
         self._link = transport.connect(self.directory, settings, self._deliver, self.transport)
         try:
             self._perform(self._core.start(time.monotonic()))
@@ -265,5 +265,5 @@ class Service:
             return
         self._change_count = change_count
         for request, what, argument in self._ledger.open_requests():
-            event = requests.event(self._ledger, what, argument, request)
+            event = control.event(self._ledger, what, argument, request)
             self._perform(self._core.handle(event, time.monotonic()))

@@ -11,7 +11,7 @@ from ternbus.broker.link.link import Link, LinkEvent, Tls
 from ternbus.broker.protocol.identity import AGGREGATOR, read_password, read_secret, write_secret
 
 if TYPE_CHECKING:
-    from ternbus.broker.server.home import Home
+    from ternbus.broker.server.directory import BrokerDirectory
 
 CA, CERTIFICATE, TLS_KEY = "ca.pem", "certificate.pem", "certificate.key"
 FILES: Final = (CA, CERTIFICATE, TLS_KEY)
@@ -19,7 +19,7 @@ RECEIVE_MAXIMUM: Final = 256  # unacknowledged messages in flight to us: this bo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Papers:
+class Credentials:
     """PEM text for one client: whom to believe, and, where the broker wants to know, who it is."""
 
     ca: str | None = None
@@ -39,14 +39,14 @@ def equip(directory: Path, settings: Settings, certificates: Path | None, home: 
             write_secret(directory / name, pem.encode())
 
 
-def for_device(directory: Path, settings: Settings, device: str, certificates: Path | None) -> Papers:
+def for_device(directory: Path, settings: Settings, device: str, certificates: Path | None) -> Credentials:
     """A device's papers; without an authority and a folder only whom to believe, if anybody in particular."""
     if certificates is not None or settings.transport.authority:
         folder = certificates / device if certificates is not None else None
         return _papers(settings, device, folder, directory)
     if (directory / CERTIFICATE).exists():
         raise ConfigError(f"the broker wants a certificate of {device}: add --certificates FOLDER, from who runs it")
-    return Papers(ca=(directory / CA).read_text() if (directory / CA).exists() else None)
+    return Credentials(ca=(directory / CA).read_text() if (directory / CA).exists() else None)
 
 
 def connect(
@@ -87,16 +87,16 @@ def _refresh(directory: Path, settings: Settings) -> None:
             write_secret(directory / ours, theirs.read_bytes())
 
 
-def _papers(settings: Settings, name: str, folder: Path | None, home: Path) -> Papers:
+def _papers(settings: Settings, name: str, folder: Path | None, home: Path) -> Credentials:
     if folder is not None:
         ca, certificate, key = (_text(folder / each) if (folder / each).exists() else None for each in FILES)
         if ca is None and certificate is None:
             raise ConfigError(f"{folder} has neither {CA} nor {CERTIFICATE}; `ternbus broker certificate` makes both")
-        return Papers(ca=ca, certificate=certificate, key=key)
+        return Credentials(ca=ca, certificate=certificate, key=key)
     if settings.transport.authority:
         issued = _authority(settings, home).issue(name, settings.federation)
-        return Papers(ca=issued.authority, certificate=issued.certificate, key=issued.key)
-    return Papers()
+        return Credentials(ca=issued.authority, certificate=issued.certificate, key=issued.key)
+    return Credentials()
 
 
 def _text(path: Path) -> str:
@@ -104,9 +104,9 @@ def _text(path: Path) -> str:
     return secret.decode("ascii", "replace")
 
 
-def _authority(settings: Settings, directory: Path) -> "Home":
-    from ternbus.broker.server.home import Home  # noqa: PLC0415 - certificates take a library that only few need
+def _authority(settings: Settings, directory: Path) -> "BrokerDirectory":
+    from ternbus.broker.server.directory import BrokerDirectory  # noqa: PLC0415 - certificates take a library that only few need
 
-    home = Home(directory / settings.transport.authority)
+    home = BrokerDirectory(directory / settings.transport.authority)
     home.settings()
     return home

@@ -14,9 +14,9 @@ from typing import Any, Final, assert_never
 from ternbus.aggregator.core import records
 from ternbus.aggregator.merge.optimizer import ServerState
 from ternbus.aggregator.store import membership
-from ternbus.aggregator.store.beside import checkpoint, remove
 from ternbus.aggregator.store.bodies import Bodies, Place
-from ternbus.aggregator.store.tables import FORMAT, SCHEMA_SQL
+from ternbus.aggregator.store.maintenance import checkpoint, remove
+from ternbus.aggregator.store.schema import FORMAT, SCHEMA_SQL
 from ternbus.aggregator.store.vectors import Vectors
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol.merge_log import Signed, unpack

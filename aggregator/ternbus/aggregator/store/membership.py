@@ -4,7 +4,7 @@ import sqlite3
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.core.registry import Invited
-from ternbus.aggregator.store.tables import DROPPED
+from ternbus.aggregator.store.schema import DROPPED
 from ternbus.broker.protocol.identity import key_id
 
 

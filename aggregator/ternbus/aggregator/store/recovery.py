@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ternbus.aggregator.core.core import Core
-from ternbus.aggregator.core.press import Kept
+from ternbus.aggregator.core.publisher import PublishedState
 from ternbus.aggregator.core.registry import ACTIVE, REVOKED, Answer, Member, Registry
 from ternbus.aggregator.merge.model import Accepted, Model, Waiting
 from ternbus.aggregator.settings import Recipe, Settings
@@ -23,7 +23,7 @@ def recover(ledger: Ledger, settings: Settings, identity: Identity, software: st
     """The core as it was when its last record became durable."""
     schema = ledger.schema()
     version, parts, content_bytes, place = json.loads(ledger.fact("snapshot"))
-    kept = Kept(
+    kept = PublishedState(
         state=ledger.fact("state"),
         snapshot=SnapshotRef(version=version, parts=parts, content_bytes=content_bytes, place=place),
         sizes=dict(ledger.db.execute("SELECT topic, length(payload) FROM frames").fetchall()),

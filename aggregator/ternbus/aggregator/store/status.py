@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ternbus.aggregator.store.device_metrics import DeviceMetrics, Report
 from ternbus.aggregator.store.ledger import Ledger, unsigned
-from ternbus.aggregator.store.local_tests import LocalTests, Report
-from ternbus.aggregator.store.tables import DROPPED
+from ternbus.aggregator.store.schema import DROPPED
 
 
 def read(directory: Path) -> dict[str, Any]:
@@ -88,19 +88,19 @@ def _counts(ledger: Ledger) -> dict[str, Any]:
     return counts
 
 
-def _local(ledger: Ledger) -> LocalTests:
+def _local(ledger: Ledger) -> DeviceMetrics:
     """Of devices that are not revoked."""
     rows = ledger.db.execute(
         "SELECT m.device, m.version, m.samples, m.entries FROM metrics m JOIN devices d ON d.name = m.device"
         " WHERE m.split = 'local' AND d.state = 'active' ORDER BY m.received_at"
     )
-    return LocalTests.of(
+    return DeviceMetrics.of(
         Report(device=device, version=version, samples=samples, values=json.loads(entries))
         for device, version, samples, entries in rows
     )
 
 
-def _devices(ledger: Ledger, version: int, tests: LocalTests) -> dict[str, Any]:
+def _devices(ledger: Ledger, version: int, tests: DeviceMetrics) -> dict[str, Any]:
     rows = ledger.db.execute(
         "SELECT d.name, d.state, d.why, d.status, d.base, d.software, d.seen_at, d.update_bytes, k.key, k.seq,"
         " (SELECT count(*) FROM updates u WHERE u.device = d.name),"
@@ -143,7 +143,7 @@ def _devices(ledger: Ledger, version: int, tests: LocalTests) -> dict[str, Any]:
     }
 
 
-def _versions(ledger: Ledger, tests: LocalTests) -> list[dict[str, Any]]:
+def _versions(ledger: Ledger, tests: DeviceMetrics) -> list[dict[str, Any]]:
     measured = {
         version: json.loads(entries)
         for version, entries in ledger.db.execute(

@@ -25,7 +25,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from ternbus.broker.errors import LinkError
-from ternbus.broker.link import silence
+from ternbus.broker.link import connect_errors
 from ternbus.broker.link.events import Arrived, Disconnected, LinkEvent, Published, Refused, Token
 from ternbus.broker.link.window import MESSAGES_MAX, Window
 from ternbus.broker.protocol.endpoint import Endpoint
@@ -111,7 +111,7 @@ class Connection:
             self._shake_hands(time.monotonic() + CONNECT_TIMEOUT_S)
             self.alive = True
         except OSError as error:
-            raise LinkError(silence.explain(self._endpoint, error)) from error
+            raise LinkError(connect_errors.explain(self._endpoint, error)) from error
         finally:
             if not self.alive:
                 self._release()
@@ -180,10 +180,10 @@ class Connection:
         while self._answer is None and self.client.socket() is not None:
             left_s = deadline - time.monotonic()
             if left_s <= 0:
-                raise LinkError(silence.question(self._endpoint, "is open but does not answer"))
+                raise LinkError(connect_errors.question(self._endpoint, "is open but does not answer"))
             self._turn(left_s)
         if self._answer is None:
-            raise LinkError(silence.question(self._endpoint, "hung up without an answer"))
+            raise LinkError(connect_errors.question(self._endpoint, "hung up without an answer"))
         if self._answer.value == UNSUPPORTED_PROTOCOL:
             # nats-server answers MQTT 5 with 3.1.1's return code 1, which paho translates to MQTT 5's 132
             raise UnsupportedProtocolError(f"the broker at {self._endpoint} speaks neither MQTT 5 nor 3.1.1")

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Final, Self
 import msgpack
 
 from ternbus.broker.errors import ProtocolError
-from ternbus.broker.protocol import read
+from ternbus.broker.protocol import meta_fields
 from ternbus.broker.protocol.frame import SIGNATURE_BYTES
 from ternbus.broker.protocol.identity import Identity, KeyId, is_federation, verify
 
@@ -67,14 +67,14 @@ class Entry:
             raise ProtocolError("bad-entry", "not msgpack") from error
         if not isinstance(fields, dict) or list(fields) != _KEYS:
             raise ProtocolError("bad-entry", f"not a map of {', '.join(_KEYS)}")
-        federation, rows = read.text(fields, "federation"), fields["updates"]
+        federation, rows = meta_fields.text(fields, "federation"), fields["updates"]
         if not is_federation(federation) or not isinstance(rows, list):
             raise ProtocolError("bad-entry", "a federation or a list of updates that cannot be one")
         entry = cls(
             federation=federation,
-            version=read.integer(fields, "version"),
-            digest=read.binary(fields, "digest", 32),
-            previous=read.binary(fields, "previous", 32),
+            version=meta_fields.integer(fields, "version"),
+            digest=meta_fields.binary(fields, "digest", 32),
+            previous=meta_fields.binary(fields, "previous", 32),
             updates=tuple(_contribution(row) for row in rows),
         )
         if entry.content() != content:
@@ -87,11 +87,11 @@ def _contribution(row: object) -> Contribution:
         raise ProtocolError("bad-entry", "an update is not [device, key, seq, digest, weight]")
     about = dict(zip(("device", "key", "seq", "digest", "weight"), row, strict=True))
     return Contribution(
-        device=read.device(about),
-        key=KeyId(read.binary(about, "key", 8)),
-        seq=read.integer(about, "seq"),
-        digest=read.binary(about, "digest", 32),
-        weight=read.number(about, "weight"),
+        device=meta_fields.device(about),
+        key=KeyId(meta_fields.binary(about, "key", 8)),
+        seq=meta_fields.integer(about, "seq"),
+        digest=meta_fields.binary(about, "digest", 32),
+        weight=meta_fields.number(about, "weight"),
     )
 
 

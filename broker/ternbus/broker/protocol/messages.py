@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, Self
 
 from ternbus.broker.errors import ProtocolError
-from ternbus.broker.protocol import read
+from ternbus.broker.protocol import meta_fields
 from ternbus.broker.protocol.frame import PARTS_MAX
 from ternbus.broker.protocol.identity import KeyId
 
@@ -61,20 +61,20 @@ class Head:
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
-        named = read.get(meta, "snapshot")
+        named = meta_fields.get(meta, "snapshot")
         if not isinstance(named, list) or len(named) != 4:
             raise ProtocolError("bad-meta", "'snapshot' is not [version, parts, bytes, place]")
-        version, parts, size_bytes, place = (read.checked_integer(number, "snapshot") for number in named)
+        version, parts, size_bytes, place = (meta_fields.checked_integer(number, "snapshot") for number in named)
         head = cls(
-            version=read.integer(meta, "version"),
-            digest=read.binary(meta, "digest", 32),
-            schema=read.binary(meta, "schema", 32),
+            version=meta_fields.integer(meta, "version"),
+            digest=meta_fields.binary(meta, "digest", 32),
+            schema=meta_fields.binary(meta, "schema", 32),
             snapshot=SnapshotRef(version=version, parts=parts, content_bytes=size_bytes, place=place),
-            slots=read.integer(meta, "slots", 1, PARTS_MAX),
-            max_staleness=read.integer(meta, "max_staleness"),
-            direct_parts=read.integer(meta, "direct_parts"),
-            state=read.one_of(meta, "state", STATES),
-            plan=read.mapping(meta, "plan"),
+            slots=meta_fields.integer(meta, "slots", 1, PARTS_MAX),
+            max_staleness=meta_fields.integer(meta, "max_staleness"),
+            direct_parts=meta_fields.integer(meta, "direct_parts"),
+            state=meta_fields.one_of(meta, "state", STATES),
+            plan=meta_fields.mapping(meta, "plan"),
         )
         if version > head.version or not 1 <= parts <= PARTS_MAX or place > 1:
             raise ProtocolError("bad-meta", "'snapshot' names what cannot be")
@@ -104,11 +104,11 @@ class Snapshot:
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
         return cls(
-            version=read.integer(meta, "version"),
-            digest=read.binary(meta, "digest", 32),
-            schema_bytes=read.integer(meta, "schema_bytes"),
-            content_bytes=read.integer(meta, "bytes"),
-            encoding=read.text(meta, "encoding"),
+            version=meta_fields.integer(meta, "version"),
+            digest=meta_fields.binary(meta, "digest", 32),
+            schema_bytes=meta_fields.integer(meta, "schema_bytes"),
+            content_bytes=meta_fields.integer(meta, "bytes"),
+            encoding=meta_fields.text(meta, "encoding"),
         )
 
 
@@ -128,10 +128,10 @@ class Delta:
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
         return cls(
-            version=read.integer(meta, "version", 1),
-            digest=read.binary(meta, "digest", 32),
-            codec=read.text(meta, "codec"),
-            encoding=read.text(meta, "encoding"),
+            version=meta_fields.integer(meta, "version", 1),
+            digest=meta_fields.binary(meta, "digest", 32),
+            codec=meta_fields.text(meta, "codec"),
+            encoding=meta_fields.text(meta, "encoding"),
         )
 
 
@@ -160,12 +160,12 @@ class Update:
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
         return cls(
-            base=read.integer(meta, "base"),
-            samples=read.integer(meta, "samples", 1, SAMPLES_MAX),
-            codec=read.text(meta, "codec"),
-            encoding=read.text(meta, "encoding"),
-            sealed=read.boolean(meta, "sealed"),
-            metrics=read.numbers(meta, "metrics"),
+            base=meta_fields.integer(meta, "base"),
+            samples=meta_fields.integer(meta, "samples", 1, SAMPLES_MAX),
+            codec=meta_fields.text(meta, "codec"),
+            encoding=meta_fields.text(meta, "encoding"),
+            sealed=meta_fields.boolean(meta, "sealed"),
+            metrics=meta_fields.numbers(meta, "metrics"),
         )
 
 
@@ -182,7 +182,7 @@ class Offer:
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
-        return cls(base=read.integer(meta, "base"), parts=read.integer(meta, "parts", 1, PARTS_MAX))
+        return cls(base=meta_fields.integer(meta, "base"), parts=meta_fields.integer(meta, "parts", 1, PARTS_MAX))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,15 +207,15 @@ class Grant:
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
-        rows = read.get(meta, "parts")
+        rows = meta_fields.get(meta, "parts")
         if not isinstance(rows, list) or len(rows) > GRANT_RANGES_MAX:
             raise ProtocolError("bad-meta", f"'parts' is not an array of at most {GRANT_RANGES_MAX} ranges")
         return cls(
-            device=read.device(meta),
-            device_key=KeyId(read.binary(meta, "device_key", 8)),
-            seq=read.integer(meta, "seq"),
-            parts=tuple(read.part_range(row) for row in rows),
-            deadline_s=read.number(meta, "deadline_s", 0.0),
+            device=meta_fields.device(meta),
+            device_key=KeyId(meta_fields.binary(meta, "device_key", 8)),
+            seq=meta_fields.integer(meta, "seq"),
+            parts=tuple(meta_fields.part_range(row) for row in rows),
+            deadline_s=meta_fields.number(meta, "deadline_s", 0.0),
         )
 
 
@@ -248,14 +248,14 @@ class Receipt:
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
         return cls(
-            device=read.device(meta),
-            device_key=KeyId(read.binary(meta, "device_key", 8)),
-            seq=read.integer(meta, "seq"),
-            outcome=read.one_of(meta, "outcome", OUTCOMES),
-            version=read.integer(meta, "version"),
-            reason=read.text(meta, "reason") if "reason" in meta else "",
-            retry_after_s=read.number(meta, "retry_after_s", 0.0) if "retry_after_s" in meta else 0.0,
-            highest_seq=read.integer(meta, "highest_seq") if "highest_seq" in meta else 0,
+            device=meta_fields.device(meta),
+            device_key=KeyId(meta_fields.binary(meta, "device_key", 8)),
+            seq=meta_fields.integer(meta, "seq"),
+            outcome=meta_fields.one_of(meta, "outcome", OUTCOMES),
+            version=meta_fields.integer(meta, "version"),
+            reason=meta_fields.text(meta, "reason") if "reason" in meta else "",
+            retry_after_s=meta_fields.number(meta, "retry_after_s", 0.0) if "retry_after_s" in meta else 0.0,
+            highest_seq=meta_fields.integer(meta, "highest_seq") if "highest_seq" in meta else 0,
         )
 
 
@@ -275,10 +275,10 @@ class Status:
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
         return cls(
-            state=read.one_of(meta, "state", (*DEVICE_STATES, *AGGREGATOR_STATES)),
-            session=read.integer(meta, "session"),
-            base=read.integer(meta, "base", -1),
-            software=read.text(meta, "software")[:100],
+            state=meta_fields.one_of(meta, "state", (*DEVICE_STATES, *AGGREGATOR_STATES)),
+            session=meta_fields.integer(meta, "session"),
+            base=meta_fields.integer(meta, "base", -1),
+            software=meta_fields.text(meta, "software")[:100],
         )
 
 
@@ -303,10 +303,10 @@ class Metrics:
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
         return cls(
-            version=read.integer(meta, "version"),
-            samples=read.integer(meta, "samples", 0, SAMPLES_MAX),
-            split=read.one_of(meta, "split", SPLITS),
-            values=read.numbers(meta, "values"),
+            version=meta_fields.integer(meta, "version"),
+            samples=meta_fields.integer(meta, "samples", 0, SAMPLES_MAX),
+            split=meta_fields.one_of(meta, "split", SPLITS),
+            values=meta_fields.numbers(meta, "values"),
         )
 
 
@@ -322,4 +322,4 @@ class Enroll:
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
-        return cls(public_key=read.binary(meta, "public_key", 32))
+        return cls(public_key=meta_fields.binary(meta, "public_key", 32))

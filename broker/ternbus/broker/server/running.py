@@ -20,10 +20,10 @@ from typing import IO, TYPE_CHECKING, Final, Self, TypeVar
 from ternbus.broker.errors import ConfigError, LinkError
 from ternbus.broker.link.tls import PROBE, ServerTls, Tls
 from ternbus.broker.protocol.endpoint import WILDCARDS, Endpoint
-from ternbus.broker.server import embedded, mosquitto, refusals, tether
+from ternbus.broker.server import mosquitto, nats, parent_death, refusals
 
 if TYPE_CHECKING:
-    from ternbus.broker.server.doorkeeper import Doorkeeper
+    from ternbus.broker.server.auth_callout import AuthCallout
 
 READY_WITHIN_S: Final = 30.0  # a large store is read first
 STOP_WITHIN_S: Final = 10.0
@@ -65,8 +65,8 @@ def choose(engine: Engine) -> Software:
     """The software for ``engine``; ``auto`` prefers mosquitto, which is faster. ConfigError says how to get either."""
     if engine is not Engine.NATS and (found := mosquitto.find()):
         return Software(engine=Engine.MOSQUITTO, executable=found, version=mosquitto.version(found))
-    if engine is not Engine.MOSQUITTO and (found := embedded.find()):
-        return Software(engine=Engine.NATS, executable=found, version=embedded.version(found))
+    if engine is not Engine.MOSQUITTO and (found := nats.find()):
+        return Software(engine=Engine.NATS, executable=found, version=nats.version(found))
     missing = {Engine.AUTO: "no broker", Engine.MOSQUITTO: "no mosquitto", Engine.NATS: "no nats-server"}[engine]
     ways = {
         Engine.MOSQUITTO: "`apt-get install mosquitto`, or your system's like",
@@ -99,7 +99,7 @@ class RunningBroker:
     endpoint: Endpoint
     directory: Path
     process: subprocess.Popen[bytes]
-    door: "Doorkeeper | None" = None
+    door: "AuthCallout | None" = None
     counter: subprocess.Popen[bytes] | None = None  # which writes the log of a broker with TLS
 
     @property
@@ -245,7 +245,7 @@ def _launch(
             into = stack.enter_context(os.fdopen(writing, "wb"))
             counting = [sys.executable, "-I", "-S", refusals.__file__, str(directory), str(counted)]
             counter, output = _spawn(counting, source, output, lock), into
-        return _spawn(tether.command(command), subprocess.DEVNULL, output, lock), counter
+        return _spawn(parent_death.command(command), subprocess.DEVNULL, output, lock), counter
 
 
 def _spawn(
@@ -261,12 +261,12 @@ def _spawn(
     )
 
 
-def _door(software: Software, secured: Secured | None) -> "Doorkeeper | None":
+def _door(software: Software, secured: Secured | None) -> "AuthCallout | None":
     if secured is None or software.engine is not Engine.NATS:
         return None
-    from ternbus.broker.server.doorkeeper import Doorkeeper  # noqa: PLC0415 - it reads certificates, which takes a library
+    from ternbus.broker.server.auth_callout import AuthCallout  # noqa: PLC0415 - it reads certificates, which takes a library
 
-    return Doorkeeper()
+    return AuthCallout()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,14 +275,14 @@ class _Admission:
 
     federations: Sequence[str]
     secured: Secured | None
-    door: "Doorkeeper | None"
+    door: "AuthCallout | None"
 
     @property
     def tls(self) -> ServerTls | None:
         return self.secured.files if self.secured is not None else None
 
     @property
-    def guard(self) -> embedded.Guard | None:
+    def guard(self) -> nats.Guard | None:
         return self.door.guard(self.tls) if self.door is not None and self.tls is not None else None
 
     @property
@@ -299,7 +299,7 @@ def _configure(
     host, port = listener.host, listener.port
     if software.engine is Engine.NATS:
         file = directory / "nats.conf"
-        text = embedded.configuration(host=host, port=port, data=directory, guard=admission.guard)
+        text = nats.configuration(host=host, port=port, data=directory, guard=admission.guard)
     else:
         access = directory / ACCESS
         access.write_text(admission.access_list)
@@ -321,7 +321,7 @@ def _configure(
 
 def _await_answer(broker: RunningBroker, listener: Endpoint, secured: Secured | None) -> None:
     if broker.door is not None:  # first, or nobody is let in, nor is our own probe
-        broker.door.attend(_await(partial(embedded.own_port, broker.directory, broker.pid), broker))
+        broker.door.attend(_await(partial(nats.own_port, broker.directory, broker.pid), broker))
     _await(partial(_answers, listener, secured), broker)
 
 

@@ -4,17 +4,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ternbus.broker.protocol.schema import Schema, Vector
-from ternbus.edge.core.kept import Answered, Kept
-from ternbus.edge.learn.trainer import Plan, Tensors
+from ternbus.edge.core.state import AnsweredUpdate, State
+from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.privacy import Account
+from ternbus.edge.plan.tensors import Tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Save:
     """One durable write: all that is kept, and the receipt, if one was the reason."""
 
-    kept: Kept
-    answered: Answered | None = None
+    kept: State
+    answered: AnsweredUpdate | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,20 +16,20 @@ from ternbus.broker.protocol.messages import OPEN, Grant, Head, Receipt, Status
 from ternbus.broker.protocol.schema import Schema
 from ternbus.edge.core import events
 from ternbus.edge.core.actions import Action, Connect, Log, Publish, StartTraining, Stop, Subscribe
-from ternbus.edge.core.evaluating import Evaluating
+from ternbus.edge.core.evaluation import EvaluationPolicy
 from ternbus.edge.core.events import Event
+from ternbus.edge.core.fine_tuning import FineTuning
 from ternbus.edge.core.follower import Beginning, Follower
-from ternbus.edge.core.kept import Kept
-from ternbus.edge.core.learning import Learning, sentence, spent
-from ternbus.edge.core.listening import Listening
-from ternbus.edge.core.member import ENROLL_SEQ, OFFLINE, Member, misfit, subscriptions
-from ternbus.edge.core.memory import Memory
-from ternbus.edge.core.personal import Personal
+from ternbus.edge.core.pending_state import PendingState
 from ternbus.edge.core.presence import Presence
-from ternbus.edge.core.reconnecting import Reconnecting
-from ternbus.edge.core.sending import Sending
+from ternbus.edge.core.profile import ENROLL_SEQ, OFFLINE, Profile, misfit, subscriptions
+from ternbus.edge.core.reconnect import Reconnect
+from ternbus.edge.core.resend import Resend
+from ternbus.edge.core.resubscribe import Resubscribe
+from ternbus.edge.core.state import State
+from ternbus.edge.core.training_policy import TrainingPolicy, sentence, spent
 from ternbus.edge.core.uplink import Uplink
-from ternbus.edge.core.waiting import Waiting
+from ternbus.edge.core.wait_timer import WaitTimer
 
 EXIT_DONE: Final = 0
 EXIT_TIMEOUT: Final = 1
@@ -43,20 +43,20 @@ FIRST_ENROLL_RESEND_S: Final = 10.0
 class Core:
     """One device. Call `handle` with what happened, perform what it returns, and wake it at `due_s`."""
 
-    def __init__(self, member: Member, kept: Kept, beginning: Beginning | None = None) -> None:
+    def __init__(self, member: Profile, kept: State, beginning: Beginning | None = None) -> None:
         self.member = member
-        self.memory = Memory(kept)
+        self.memory = PendingState(kept)
         self.follower = Follower(federation=member.federation, beginning=beginning)
         self.uplink = Uplink(member=member, memory=self.memory)
-        self.learning = Learning(member=member)
-        self.evaluating = Evaluating(member=member, memory=self.memory)
-        self.personal = Personal(member=member, learning=self.learning, evaluating=self.evaluating)
+        self.learning = TrainingPolicy(member=member)
+        self.evaluating = EvaluationPolicy(member=member, memory=self.memory)
+        self.personal = FineTuning(member=member, learning=self.learning, evaluating=self.evaluating)
         self.presence = Presence()
         self.dropped: Counter[str] = Counter()
-        self._reconnecting = Reconnecting(salt=member.key.hex())
-        self._enrolling = Sending(salt=member.key.hex(), first_s=FIRST_ENROLL_RESEND_S)
-        self._waiting = Waiting(timeout_s=member.timeout_s)
-        self._listening = Listening()
+        self._reconnecting = Reconnect(salt=member.key.hex())
+        self._enrolling = Resend(salt=member.key.hex(), first_s=FIRST_ENROLL_RESEND_S)
+        self._waiting = WaitTimer(timeout_s=member.timeout_s)
+        self._listening = Resubscribe()
         self._online = False  # whether there is a connection
         self._connecting = False
         self._trouble = ""  # why there is none
@@ -70,7 +70,7 @@ class Core:
             self.uplink.renewed()
 
     @property
-    def kept(self) -> Kept:
+    def kept(self) -> State:
         return self.memory.kept
 
     def handle(self, event: Event, now: float) -> list[Action]:

@@ -19,7 +19,7 @@ from ternbus.broker.protocol.schema import Schema, Vector, to_vector, vector_dig
 from ternbus.broker.protocol.ternary import Block, decode
 from ternbus.broker.protocol.topics import Address
 from ternbus.edge.core.actions import Action, Log, Unsubscribe
-from ternbus.edge.core.asking import Asking
+from ternbus.edge.core.part_requests import PartRequests
 
 GRACE_S: Final = 1.0  # what comes by itself, by the subscription to all deltas, is not asked for by name
 REST_S: Final = 60.0
@@ -68,7 +68,7 @@ class Follower:
     vector: Vector | None = None
     schema: Schema | None = None
     digest: bytes = b""
-    asking: Asking = field(default_factory=Asking)
+    asking: PartRequests = field(default_factory=PartRequests)
     _collector: Collector = field(default_factory=lambda: Collector(MESSAGES_MAX, BYTES_MAX))
     _deltas: dict[int, tuple[Delta, bytes]] = field(default_factory=dict)  # whole, above version
     _seen: dict[int, _Seen] = field(default_factory=dict)  # deltas of which a part has come

@@ -7,16 +7,16 @@ from typing import Final
 
 from ternbus.broker.protocol.frame import FRAME_BYTES
 from ternbus.broker.protocol.messages import SAMPLES_MAX, Grant, Offer, Receipt
-from ternbus.broker.protocol.read import ENTRIES_MAX
+from ternbus.broker.protocol.meta_fields import ENTRIES_MAX
 from ternbus.broker.protocol.schema import Schema
 from ternbus.edge.core.actions import Action, Log, Publish
-from ternbus.edge.core.answers import is_behind, sentence, settled
 from ternbus.edge.core.events import TrainingFinished
-from ternbus.edge.core.kept import RENUMBERED, Answered, Outstanding, prepare, sealed
-from ternbus.edge.core.member import Member
-from ternbus.edge.core.memory import Memory
-from ternbus.edge.core.sending import Sending
-from ternbus.edge.learn.trainer import NO_DP, Plan
+from ternbus.edge.core.pending_state import PendingState
+from ternbus.edge.core.profile import Profile
+from ternbus.edge.core.receipts import is_behind, sentence, settled
+from ternbus.edge.core.resend import Resend
+from ternbus.edge.core.state import RENUMBERED, AnsweredUpdate, OutstandingUpdate, prepare, sealed
+from ternbus.edge.plan.plan import NO_DP, Plan
 from ternbus.edge.plan.privacy import told
 
 FIRST_RESEND_S: Final = 60.0
@@ -26,14 +26,14 @@ FIRST_RESEND_S: Final = 60.0
 class Uplink:
     """Sends what is outstanding in ``memory``; whether anything may be sent is for its owner to know."""
 
-    member: Member
-    memory: Memory
+    member: Profile
+    memory: PendingState
     frame_bytes: int = FRAME_BYTES
-    sending: Sending = field(init=False)
+    sending: Resend = field(init=False)
     _grant_seq: int = 0
 
     def __post_init__(self) -> None:
-        self.sending = Sending(salt=self.member.key.hex(), first_s=FIRST_RESEND_S)
+        self.sending = Resend(salt=self.member.key.hex(), first_s=FIRST_RESEND_S)
 
     def renewed(self) -> None:
         """The device has another key than the outstanding update was signed with."""
@@ -128,15 +128,17 @@ class Uplink:
         self.memory.replaced(settled(kept, update, receipt, schema), answered)
         return [Log(event=receipt.outcome, text=sentence(receipt, update), fields={**fields, "reason": receipt.reason})]
 
-    def _noted(self, update: Outstanding, outcome: str, version: int) -> Answered:
+    def _noted(self, update: OutstandingUpdate, outcome: str, version: int) -> AnsweredUpdate:
         digest = self.member.digest(update)
         key = self.member.key
-        return Answered(seq=update.seq, base=update.base, outcome=outcome, version=version, key=key, digest=digest)
+        return AnsweredUpdate(
+            seq=update.seq, base=update.base, outcome=outcome, version=version, key=key, digest=digest
+        )
 
-    def _keep(self, update: Outstanding, answered: Answered | None = None) -> None:
+    def _keep(self, update: OutstandingUpdate, answered: AnsweredUpdate | None = None) -> None:
         self.memory.replaced(replace(self.memory.kept, outstanding=update), answered)
 
-    def _renumbered(self, update: Outstanding) -> Outstanding:
+    def _renumbered(self, update: OutstandingUpdate) -> OutstandingUpdate:
         """The same update to be cut, sealed and signed anew under a new sequence number."""
         fresh = replace(update, seq=self.memory.number(), frame_bytes=self.frame_bytes, sealed=b"")
         return sealed(fresh, self.member.key, self.member.seal) if update.sealed else fresh

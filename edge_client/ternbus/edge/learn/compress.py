@@ -7,7 +7,7 @@ import numpy as np
 from ternbus.broker.protocol.schema import Schema, Vector
 from ternbus.broker.protocol.ternary import FLOAT32, Block, dense_elements, nearest_block
 from ternbus.edge.learn.terngrad import ternarize
-from ternbus.edge.learn.trainer import Plan
+from ternbus.edge.plan.plan import Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

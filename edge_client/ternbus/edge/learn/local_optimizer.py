@@ -7,7 +7,7 @@ step, 80 MB and a second for every device. What an optimizer remembers lasts for
 from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
-from ternbus.edge.learn.trainer import Plan
+from ternbus.edge.plan.plan import Plan
 
 EPSILON: Final = 1e-8  # of Adam
 

@@ -22,7 +22,7 @@ SUMMED: Final = 4
 ROUNDING: Final = 1 - 2.0**-20  # of a clipped vector's length: float32 elements must not make it longer again
 
 
-class Chance:
+class RandomSource:
     """Random numbers. Its source is `os.urandom` wherever data are real; a test or a simulation may bring another."""
 
     def __init__(self, source: Source = os.urandom) -> None:
@@ -55,7 +55,7 @@ class Chance:
         return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
 
 
-def clip_and_noise(change: Vector, *, clip: float, noise: float, chance: Chance) -> None:
+def clip_and_noise(change: Vector, *, clip: float, noise: float, chance: RandomSource) -> None:
     """The Gaussian mechanism on a whole update, in place: change·min(1, C/|change|) + N(0, (z·C)²) in each element.
 
     C is `clip`, an L2 norm over all tensors together; z is `noise`. McMahan et al. 2018, algorithm 1, with the noise

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Final
 
 from ternbus.broker.errors import ConfigError
-from ternbus.edge.learn.trainer import Plan
+from ternbus.edge.plan.plan import Plan
 
 DEVICE: Final = "device"
 SAMPLE: Final = "sample"
@@ -57,7 +57,7 @@ class Account:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Promise:
+class PrivacyPolicy:
     """What the device's owner insists on, whatever the federation's plan says."""
 
     kind: str

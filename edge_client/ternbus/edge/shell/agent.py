@@ -15,10 +15,11 @@ from ternbus.broker.version import software
 from ternbus.edge.core.actions import Stop
 from ternbus.edge.core.core import EXIT_CONFIG, EXIT_DONE, Core
 from ternbus.edge.core.follower import Beginning
-from ternbus.edge.core.member import Member, Role, subscriptions
-from ternbus.edge.learn.narrow import narrow
-from ternbus.edge.learn.trainer import Task, Trainer, halves_of, load_task
-from ternbus.edge.shell.home import Home, Settings
+from ternbus.edge.core.profile import Profile, Role, subscriptions
+from ternbus.edge.learn.loader import load_task
+from ternbus.edge.learn.subnetwork import narrow
+from ternbus.edge.learn.task import Task, Trainer, halves_of
+from ternbus.edge.shell.directory import DeviceDirectory, Settings
 from ternbus.edge.shell.outbox import Outbox
 from ternbus.edge.shell.service import PERSONAL, Report, Service
 from ternbus.edge.shell.succession import succeed
@@ -35,7 +36,7 @@ class Options:
     fine_tune: float = 0.0  # epochs
 
 
-def join(home: Home, settings: Settings, task: Task, options: Options, report: Report) -> Stop:
+def join(home: DeviceDirectory, settings: Settings, task: Task, options: Options, report: Report) -> Stop:
     """Enrol, and see that the task's model fits; then the invitation's code is forgotten."""
     with home.held():
         stop, _ = _serve(home, settings, task=task, role="join", data=None, options=options, report=report)
@@ -44,7 +45,7 @@ def join(home: Home, settings: Settings, task: Task, options: Options, report: R
     return stop
 
 
-def serve(home: Home, role: Role, options: Options, report: Report) -> tuple[Stop, bool]:
+def serve(home: DeviceDirectory, role: Role, options: Options, report: Report) -> tuple[Stop, bool]:
     """Train or evaluate until it is time to stop; why, and whether the training thread has ended.
 
     Raises what the task's code raises, and ConfigError.
@@ -82,7 +83,7 @@ def _data(settings: Settings, task: Task, role: Role) -> tuple[Trainer, Trainer 
     return trained.trainer(data=settings.data_folder, partition=settings.partition), None
 
 
-def say_goodbye(home: Home, settings: Settings) -> None:
+def say_goodbye(home: DeviceDirectory, settings: Settings) -> None:
     """Clear the retained status, and leave a session to which nothing is delivered. LinkError without a broker."""
     status = topics.up(settings.federation, settings.device, Status.KIND)
     link = make_link(home, settings)(lambda _: None)
@@ -92,7 +93,7 @@ def say_goodbye(home: Home, settings: Settings) -> None:
     link.disconnect()
 
 
-def make_link(home: Home, settings: Settings) -> Callable[[Callable[[LinkEvent], None]], Link]:
+def make_link(home: DeviceDirectory, settings: Settings) -> Callable[[Callable[[LinkEvent], None]], Link]:
     def connect_to(deliver: Callable[[LinkEvent], None]) -> Link:
         return Link(
             settings.broker,
@@ -108,7 +109,7 @@ def make_link(home: Home, settings: Settings) -> Callable[[Callable[[LinkEvent],
 
 
 def _serve(
-    home: Home,
+    home: DeviceDirectory,
     settings: Settings,
     *,
     task: Task,
@@ -165,9 +166,9 @@ def _member(
     role: Role,
     options: Options,
     shapes: Mapping[str, tuple[int, ...]],
-) -> Member:
+) -> Profile:
     aggregator_public = bytes.fromhex(settings.aggregator_key)
-    return Member(
+    return Profile(
         federation=settings.federation,
         device=settings.device,
         identity=identity,

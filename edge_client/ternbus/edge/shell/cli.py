@@ -14,16 +14,17 @@ from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.schema import save_safetensors
 from ternbus.edge.core.core import EXIT_DONE
 from ternbus.edge.learn import accountant
-from ternbus.edge.learn.narrow import narrow
+from ternbus.edge.learn.loader import BUILT_IN_TASKS, load_task
 from ternbus.edge.learn.partition import FORMS, Partition
-from ternbus.edge.learn.trainer import BUILT_IN_TASKS, Plan, load_task
-from ternbus.edge.plan.privacy import DEVICE, SAMPLE, Promise, cost
-from ternbus.edge.shell import agent, outbox, proof, renewing
+from ternbus.edge.learn.subnetwork import narrow
+from ternbus.edge.plan.plan import Plan
+from ternbus.edge.plan.privacy import DEVICE, SAMPLE, PrivacyPolicy, cost
+from ternbus.edge.shell import agent, log_check, outbox, renewing
 from ternbus.edge.shell.agent import Options
-from ternbus.edge.shell.check import check as examine
-from ternbus.edge.shell.home import Home
+from ternbus.edge.shell.directory import DeviceDirectory
+from ternbus.edge.shell.preflight import check as examine
+from ternbus.edge.shell.printer import Printer
 from ternbus.edge.shell.process import become
-from ternbus.edge.shell.progress import Printer
 from ternbus.edge.shell.service import PERSONAL
 
 app = typer.Typer(no_args_is_help=True, help="The device: follow the model, train, send updates.")
@@ -126,8 +127,8 @@ def join(
     _check_renew(renew, task, any(kept_apart))
     _check_run(then_run, bool(reports or fine_tune))
     Partition.parse(f"{partition};test:{hold_out!r}" if hold_out else partition)
-    promise = Promise(kind=dp, epsilon=max_epsilon or 0.0, delta=max_delta) if dp or max_epsilon is not None else None
-    home, options = Home(directory), Options(timeout_s=timeout, reports=reports, fine_tune=fine_tune)
+    policy = _policy(dp, max_epsilon, max_delta)
+    home, options = DeviceDirectory(directory), Options(timeout_s=timeout, reports=reports, fine_tune=fine_tune)
     asked = _load(invitation)
     if renew:
         stop = renewing.renew(home, asked, load_task(home.settings().task), options, printer)
@@ -139,7 +140,7 @@ def join(
         narrow(model, width)  # a mistake is best said before
         settings = home.prepare(
             asked, task=task, data=data, partition=partition, seed=seed, hold_out=hold_out, width=width,
-            frame_bytes=frame_bytes, username=username, password_file=password_file, promise=promise,
+            frame_bytes=frame_bytes, username=username, password_file=password_file, promise=policy,
         )  # fmt: skip
         agent.check(settings, options)
         stop = agent.join(home, settings, model, options, printer)
@@ -147,6 +148,13 @@ def join(
             raise typer.Exit(printer.finish(stop, ended=True))
         printer.end(stop)
     raise typer.Exit(become(home, "train", options, as_json=as_json))
+
+
+def _policy(kind: str, max_epsilon: float | None, max_delta: float) -> PrivacyPolicy | None:
+    """What the device's owner insists on; None where nothing was said."""
+    if not kind and max_epsilon is None:
+        return None
+    return PrivacyPolicy(kind=kind, epsilon=max_epsilon or 0.0, delta=max_delta)
 
 
 def _check_run(then_run: bool, others: bool) -> None:
@@ -195,7 +203,7 @@ def run(
     options = Options(
         versions=versions, timeout_s=timeout, min_seconds=min_seconds, reports=reports, fine_tune=fine_tune
     )
-    raise typer.Exit(become(Home(directory), "train", options, as_json=as_json))
+    raise typer.Exit(become(DeviceDirectory(directory), "train", options, as_json=as_json))
 
 
 @app.command()
@@ -205,7 +213,7 @@ def evaluate(directory: Dir, versions: Versions = None, timeout: Timeout = None,
     Example: ternbus edge evaluate judge
     """
     options = Options(versions=versions, timeout_s=timeout)
-    raise typer.Exit(become(Home(directory), "evaluate", options, as_json=as_json))
+    raise typer.Exit(become(DeviceDirectory(directory), "evaluate", options, as_json=as_json))
 
 
 @app.command("init-model")
@@ -283,7 +291,7 @@ def status(directory: Dir, as_json: Annotated[bool, typer.Option("--json", help=
 
     Example: ternbus edge status pi-7 --json
     """
-    settings = Home(directory).settings()
+    settings = DeviceDirectory(directory).settings()
     found = outbox.summary(directory)
     kept, last = found.kept, found.last
     waiting = kept.outstanding
@@ -331,8 +339,8 @@ def verify(
 
     Example: ternbus edge verify pi-7 lab.log
     """
-    settings = Home(directory).joined()
-    found = proof.check(log, settings, outbox.summary(directory).kept, outbox.answers(directory))
+    settings = DeviceDirectory(directory).joined()
+    found = log_check.check(log, settings, outbox.summary(directory).kept, outbox.answers(directory))
     typer.echo(json.dumps(found.facts()) if as_json else found.report(settings.device))
     if found.faults:
         raise typer.Exit(1)
@@ -348,7 +356,7 @@ def leave(
 
     Example: ternbus edge leave pi-7
     """
-    home = Home(directory)
+    home = DeviceDirectory(directory)
     settings = home.settings()
     if not yes:
         typer.confirm(f"remove the key of {settings.device!r}, and the update that waits in {directory}?", abort=True)

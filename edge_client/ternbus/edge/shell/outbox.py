@@ -1,6 +1,6 @@
 """The device's disk: what is kept, in one SQLite file, each save one transaction on stable storage.
 
-Knows how a `Kept` becomes rows and back, and nothing of what it is for. A second process may read beside it.
+Knows how a `State` becomes rows and back, and nothing of what it is for. A second process may read beside it.
 """
 
 import json
@@ -17,7 +17,7 @@ import numpy as np
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.schema import Vector, type_f32
-from ternbus.edge.core.kept import RENUMBERED, Answered, Kept, Outstanding
+from ternbus.edge.core.state import RENUMBERED, AnsweredUpdate, OutstandingUpdate, State
 from ternbus.edge.plan.privacy import Account
 
 FILE: Final = "outbox.db"
@@ -43,9 +43,9 @@ CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER NOT NU
 class Summary:
     """What `status` shows: read beside a running agent."""
 
-    kept: Kept
+    kept: State
     counters: Mapping[str, int]
-    last: Answered | None
+    last: AnsweredUpdate | None
 
 
 class Outbox:
@@ -59,7 +59,7 @@ class Outbox:
         self._db = _open(self._path)
         self._db.executescript(_TABLES)
         self._stored = _read(self._db)  # what the file is known to hold
-        self.kept = self._stored or Kept(key=key)
+        self.kept = self._stored or State(key=key)
         self.counters = _counters(self._db)
 
     def __enter__(self) -> Self:
@@ -70,7 +70,7 @@ class Outbox:
     ) -> None:
         self._db.close()
 
-    def save(self, kept: Kept, answered: Answered | None, counters: Mapping[str, int]) -> None:
+    def save(self, kept: State, answered: AnsweredUpdate | None, counters: Mapping[str, int]) -> None:
         """Make all of it durable, or none. Only what has changed is written."""
         before = self._stored
         with self._db:
@@ -85,7 +85,7 @@ class Outbox:
             self._db.executemany("REPLACE INTO counters VALUES (?, ?)", counters.items())
         self.kept = self._stored = kept
 
-    def _save_numbers(self, kept: Kept) -> None:
+    def _save_numbers(self, kept: State) -> None:
         values: dict[str, Any] = {name: str(int(getattr(kept, name))) for name in _NUMBERS}
         values |= {"key": bytes(kept.key), "schema": kept.schema, "head_digest": kept.head_digest}
         values |= {"protected": kept.protected, "account": kept.account.dumps()}
@@ -100,7 +100,7 @@ class Outbox:
             content = np.ascontiguousarray(residual, dtype=type_f32).data
             self._db.execute("INSERT INTO residual VALUES (0, ?)", (content,))
 
-    def _save_outstanding(self, update: Outstanding | None) -> None:
+    def _save_outstanding(self, update: OutstandingUpdate | None) -> None:
         self._db.execute("DELETE FROM outstanding")
         if update is not None:
             row = (
@@ -109,7 +109,7 @@ class Outbox:
             )  # fmt: skip
             self._db.execute("INSERT INTO outstanding VALUES (0, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
 
-    def _save_answered(self, answered: Answered) -> None:
+    def _save_answered(self, answered: AnsweredUpdate) -> None:
         row = (
             bytes(answered.key), str(answered.seq), str(answered.base), answered.outcome, str(answered.version),
             answered.digest,
@@ -132,7 +132,7 @@ def summary(folder: Path) -> Summary:
         return Summary(kept=kept, counters=_counters(db), last=rows[0] if rows else None)
 
 
-def answers(folder: Path) -> list[Answered]:
+def answers(folder: Path) -> list[AnsweredUpdate]:
     """Every receipt that is remembered, newest first, and numbers that were given up."""
     with closing(_open(folder / FILE)) as db:
         return receipts(db, limit=RECEIPTS_MAX)
@@ -147,12 +147,14 @@ def counters(folder: Path) -> dict[str, int]:
         return _counters(db) if begun else {}
 
 
-def receipts(db: sqlite3.Connection, *, limit: int, but: str = "") -> list[Answered]:
+def receipts(db: sqlite3.Connection, *, limit: int, but: str = "") -> list[AnsweredUpdate]:
     query = (
         "SELECT key, seq, base, outcome, version, digest FROM receipts WHERE outcome <> ? ORDER BY number DESC LIMIT ?"
     )
     return [
-        Answered(key=KeyId(key), seq=int(seq), base=int(base), outcome=outcome, version=int(version), digest=digest)
+        AnsweredUpdate(
+            key=KeyId(key), seq=int(seq), base=int(base), outcome=outcome, version=int(version), digest=digest
+        )
         for key, seq, base, outcome, version, digest in db.execute(query, (but, limit))
     ]
 
@@ -171,13 +173,13 @@ def _counters(db: sqlite3.Connection) -> dict[str, int]:
     return dict(db.execute("SELECT name, value FROM counters"))
 
 
-def _read(db: sqlite3.Connection) -> Kept | None:
+def _read(db: sqlite3.Connection) -> State | None:
     values = dict(db.execute("SELECT name, value FROM kept"))
     if not values:
         return None
     numbers = {name: int(values[name]) for name in _NUMBERS if name != "enrolled"}
     vector = db.execute("SELECT vector FROM residual").fetchone()
-    return Kept(
+    return State(
         key=KeyId(values["key"]),
         enrolled=values["enrolled"] == "1",
         schema=values["schema"],
@@ -190,13 +192,13 @@ def _read(db: sqlite3.Connection) -> Kept | None:
     )
 
 
-def _read_outstanding(db: sqlite3.Connection) -> Outstanding | None:
+def _read_outstanding(db: sqlite3.Connection) -> OutstandingUpdate | None:
     columns = "seq, base, samples, metrics, codec, encoding, encoded, sealed, frame_bytes"
     row = db.execute(f"SELECT {columns} FROM outstanding").fetchone()  # noqa: S608 - the columns stand above
     if row is None:
         return None
     seq, base, samples, metrics, codec, encoding, encoded, sealed, frame_bytes = row
-    return Outstanding(
+    return OutstandingUpdate(
         seq=int(seq),
         base=int(base),
         samples=samples,

@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import NoReturn
 
 from ternbus.broker.errors import ConfigError, LinkError
-from ternbus.edge.core.member import Role
+from ternbus.edge.core.profile import Role
 from ternbus.edge.shell import agent
 from ternbus.edge.shell.agent import Options
-from ternbus.edge.shell.home import Home
-from ternbus.edge.shell.progress import Printer
+from ternbus.edge.shell.directory import DeviceDirectory
+from ternbus.edge.shell.printer import Printer
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
 EXIT_INTERRUPTED = 130
 
 
-def become(home: Home, role: Role, options: Options, *, as_json: bool) -> int:
+def become(home: DeviceDirectory, role: Role, options: Options, *, as_json: bool) -> int:
     """Run the device: in a fresh interpreter of the same process id, or here, if more than typer is loaded already."""
     agent.check(home.joined(), options)  # a mistake is best said before
     if "torch" not in sys.modules:
@@ -42,7 +42,7 @@ def main() -> NoReturn:
     request = json.loads(sys.argv[1])
     printer = Printer(as_json=request["as_json"])
     try:
-        home, options = Home(Path(request["folder"])), Options(**request["options"])
+        home, options = DeviceDirectory(Path(request["folder"])), Options(**request["options"])
         stop, ended = agent.serve(home, request["role"], options, printer)
         code = printer.finish(stop, ended=ended)
     except (ConfigError, LinkError) as error:

@@ -10,14 +10,14 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.edge.core.actions import Stop
 from ternbus.edge.core.core import EXIT_DONE, EXIT_REFUSED
-from ternbus.edge.learn.trainer import Task
+from ternbus.edge.learn.task import Task
 from ternbus.edge.shell import agent
-from ternbus.edge.shell.home import Home, Settings
+from ternbus.edge.shell.directory import DeviceDirectory, Settings
 from ternbus.edge.shell.service import Report
 from ternbus.edge.shell.succession import succeed
 
 
-def renew(home: Home, invitation: Invitation, task: Task, options: agent.Options, report: Report) -> Stop:
+def renew(home: DeviceDirectory, invitation: Invitation, task: Task, options: agent.Options, report: Report) -> Stop:
     """Enrol a new key with this invitation, then make it the device's. ConfigError where it is not for this device."""
     settings = home.settings()
     if settings.code:
@@ -43,7 +43,7 @@ def renew(home: Home, invitation: Invitation, task: Task, options: agent.Options
         return stop
 
 
-def _prepare(beside: Home, invitation: Invitation, settings: Settings) -> Settings:
+def _prepare(beside: DeviceDirectory, invitation: Invitation, settings: Settings) -> Settings:
     return beside.prepare(
         invitation,
         task=settings.task,

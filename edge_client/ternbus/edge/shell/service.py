@@ -28,9 +28,9 @@ from ternbus.edge.core.actions import (
     Unsubscribe,
 )
 from ternbus.edge.core.core import Core
-from ternbus.edge.learn.trainer import Trainer
+from ternbus.edge.learn.task import Trainer
 from ternbus.edge.shell.outbox import Outbox
-from ternbus.edge.shell.training import TrainingThread
+from ternbus.edge.shell.worker import Worker
 
 FLUSH_S: Final = 5.0
 PERSONAL: Final = "personal.safetensors"
@@ -61,7 +61,7 @@ class Service:
         self._personal = personal
         self._queue: SimpleQueue[_Happened] = SimpleQueue()
         self._link = make_link(self._queue.put)
-        self._training = TrainingThread(trainer, self._queue.put, min_seconds, held) if trainer is not None else None
+        self._training = Worker(trainer, self._queue.put, min_seconds, held) if trainer is not None else None
         self._counters: Counter[str] = Counter(outbox.counters)
         self._tickets: dict[int, int] = {}  # of the link's publications -> the message's sequence number
         self._protocol = 5

@@ -9,17 +9,17 @@ from typing import Final
 
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.identity import Identity, read_secret, seal, write_secret
-from ternbus.edge.core.kept import Kept
-from ternbus.edge.core.member import Member
-from ternbus.edge.core.memory import Memory
+from ternbus.edge.core.pending_state import PendingState
+from ternbus.edge.core.profile import Profile
+from ternbus.edge.core.state import State
 from ternbus.edge.core.uplink import Uplink
-from ternbus.edge.shell.home import CA, CERTIFICATE, KEY, TLS_KEY, Home, Settings
+from ternbus.edge.shell.directory import CA, CERTIFICATE, KEY, TLS_KEY, DeviceDirectory, Settings
 from ternbus.edge.shell.outbox import Outbox
 
 FILES: Final = (CA, CERTIFICATE, TLS_KEY, KEY)
 
 
-def succeed(home: Home) -> None:
+def succeed(home: DeviceDirectory) -> None:
     """Finish a renewal whose key is enrolled, if there is one. The folder is held.
 
     ConfigError while nobody knows which of the two keys the aggregator takes.
@@ -46,12 +46,12 @@ def succeed(home: Home) -> None:
     beside.discard()
 
 
-def inherited(kept: Kept, enrolled: Kept, settings: Settings, identity: Identity) -> Kept:
+def inherited(kept: State, enrolled: State, settings: Settings, identity: Identity) -> State:
     """What the device keeps under its new key: all but the counters that ``enrolled`` has begun for that key.
 
     The update without an answer is numbered, and if need be sealed, anew.
     """
-    memory = Memory(
+    memory = PendingState(
         replace(
             kept.under(identity.key_id),
             enrolled=True,
@@ -60,7 +60,7 @@ def inherited(kept: Kept, enrolled: Kept, settings: Settings, identity: Identity
         )
     )
     public = bytes.fromhex(settings.aggregator_key)
-    member = Member(
+    member = Profile(
         federation=settings.federation,
         device=settings.device,
         identity=identity,

@@ -2,9 +2,9 @@
 
 from torch import nn
 
-from ternbus.edge.learn.narrow import channels
+from ternbus.edge.learn.subnetwork import channels
 from ternbus.edge.tasks import cifar10_data
-from ternbus.edge.torch.torch_trainer import TorchTask
+from ternbus.edge.torch.trainer import TorchTask
 
 
 def model(width: float = 1.0) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ternbus.edge.learn.narrow import channels
+from ternbus.edge.learn.subnetwork import channels
 
 
 def two_convolutions(first: int, second: int, units: int, classes: int, width: float) -> nn.Module:

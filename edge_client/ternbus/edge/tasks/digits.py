@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ternbus.edge.learn.narrow import channels
+from ternbus.edge.learn.subnetwork import channels
 from ternbus.edge.tasks import digits_data
-from ternbus.edge.torch.torch_trainer import Split, TorchTask
+from ternbus.edge.torch.trainer import Split, TorchTask
 
 
 def model(width: float = 1.0) -> nn.Module:

@@ -12,9 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ternbus.edge.learn import local_optimizer
-from ternbus.edge.learn.narrow import channels
 from ternbus.edge.learn.partition import select
-from ternbus.edge.learn.trainer import Evaluation, FloatArray, Plan, Tensors, Trained
+from ternbus.edge.learn.subnetwork import channels
+from ternbus.edge.learn.task import Evaluation, Trained
+from ternbus.edge.plan.plan import Plan
+from ternbus.edge.plan.tensors import FloatArray, Tensors
 from ternbus.edge.tasks import digits_data
 
 Labels = npt.NDArray[np.int64]

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from ternbus.broker.server import tether
+from ternbus.broker.server import parent_death
 
 # The processes share the machine's cores; were each to use all of them, they would only wait for one another.
 ONE_THREAD: Final = {
@@ -55,7 +55,7 @@ class Child:
             self._log_start = log.tell()
             self._process = subprocess.Popen(
                 # -P: a folder called `broker` or `lab` where the user happens to stand is not ours
-                tether.command([sys.executable, "-P", "-m", self.module, *self.arguments]),
+                parent_death.command([sys.executable, "-P", "-m", self.module, *self.arguments]),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

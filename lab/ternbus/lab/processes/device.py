@@ -11,11 +11,11 @@ from pathlib import Path
 
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.invitation import Invitation
-from ternbus.edge.learn.trainer import load_task
+from ternbus.edge.learn.loader import load_task
 from ternbus.edge.shell import agent
 from ternbus.edge.shell.agent import Options
-from ternbus.edge.shell.home import TOML, Home
-from ternbus.edge.shell.progress import Printer
+from ternbus.edge.shell.directory import TOML, DeviceDirectory
+from ternbus.edge.shell.printer import Printer
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def _join(given: argparse.Namespace) -> None:
-    home = Home(given.folder)
+    home = DeviceDirectory(given.folder)
     if (home.folder / TOML).exists() and not home.settings().code:
         return  # killed after it had joined, and started again
     printer = Printer(as_json=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.schema import save_safetensors
-from ternbus.edge.learn.trainer import load_task
+from ternbus.edge.learn.loader import load_task
 
 
 def main() -> None:

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Self
 
-from ternbus.aggregator.shell import home
-from ternbus.aggregator.store import requests, status
+from ternbus.aggregator.shell import administration
+from ternbus.aggregator.store import control, status
 from ternbus.broker.errors import FederationError
 from ternbus.broker.protocol.identity import write_secret
 from ternbus.broker.protocol.schema import load_safetensors, save_safetensors
@@ -16,7 +16,7 @@ from ternbus.lab.interrupts import Interrupts
 from ternbus.lab.processes import fleet
 from ternbus.lab.processes.child import Child, ReadApart
 from ternbus.lab.processes.supervisor import Supervisor
-from ternbus.lab.report.moment import Moment
+from ternbus.lab.report.observation import Observation
 from ternbus.lab.report.output import Output
 from ternbus.lab.report.progress import Progress
 from ternbus.lab.scenario.scenario import Scenario
@@ -77,7 +77,7 @@ class Testbed:
         self._until(lambda: not self._processes.running([PREPARE]), START_TIMEOUT_S, "the task's model")
         task = json.loads(output.task.read_text(encoding="utf-8"))
         self.parameters = task["parameters"]
-        home.create(
+        administration.create(
             output.aggregator,
             federation=self._federation,
             broker=broker,
@@ -115,18 +115,18 @@ class Testbed:
         for fault in self._faults:
             self._progress.say(f"the run ended before {fault.kill} was to be killed")
 
-    def finish(self) -> Moment:
+    def finish(self) -> Observation:
         """Close the federation, wait for the last evaluation, end all processes; what it came to."""
         self._progress.say("closing the federation")
         devices = [*self._devices, self._evaluator]
-        home.change_state(self._output.aggregator, requests.CLOSE, SOFTWARE)
+        administration.change_state(self._output.aggregator, control.CLOSE, SOFTWARE)
         try:
             self._until(lambda: self.moment().last.accuracy is not None, FINISH_TIMEOUT_S, "the last evaluation")
             self._until(lambda: not self._processes.running(self._devices), FINISH_TIMEOUT_S, "the devices to end")
         except OverdueError as error:
             self._progress.say(f"{error}; going on without")
         self._processes.stop(devices, grace_s=GRACE_S)
-        home.flush_counts(self._output.aggregator)
+        administration.flush_counts(self._output.aggregator)
         self._processes.stop([AGGREGATOR], grace_s=GRACE_S)
         self._processes.stop([BROKER], grace_s=BROKER_GRACE_S)
         moment = self.moment()
@@ -135,13 +135,13 @@ class Testbed:
 
     def export(self) -> None:
         """Write the last version of the model, as the devices have it, under the task's names."""
-        version, digest, tensors = home.tensors_of(self._output.aggregator, None)
+        version, digest, tensors = administration.tensors_of(self._output.aggregator, None)
         save_safetensors(self._output.model, tensors, {"version": str(version), "digest": digest.hex()})
 
-    def moment(self) -> Moment:
+    def moment(self) -> Observation:
         """The federation as its parts have it on disk."""
         counters = {name: outbox.counters(self._output.device(name)) for name in self._devices}
-        return Moment.read(status.read(self._output.aggregator), counters)
+        return Observation.read(status.read(self._output.aggregator), counters)
 
     def _broker(self) -> str:
         """The URL of the scenario's broker, or of one that is started here."""
@@ -157,7 +157,7 @@ class Testbed:
 
     def _invite(self) -> None:
         self._output.invitations.mkdir()
-        for invitation in home.invite(self._output.aggregator, *self._devices, self._evaluator):
+        for invitation in administration.invite(self._output.aggregator, *self._devices, self._evaluator):
             write_secret(self._output.invitation(invitation.device), invitation.dumps().encode())
 
     def _disturb(self, version: int) -> None:

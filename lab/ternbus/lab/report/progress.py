@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ternbus.lab.report.moment import Device, Moment
+from ternbus.lab.report.observation import Device, Observation
 from ternbus.lab.report.report import size, table
 
 LINE_EVERY_S: Final = 2.0
@@ -23,7 +23,7 @@ class Progress(Protocol):
         """Something happened that stays on the screen."""
         ...
 
-    def show(self, moment: Moment, seconds: float) -> None:
+    def show(self, moment: Observation, seconds: float) -> None:
         """The federation now, so many seconds since version 0."""
         ...
 
@@ -49,7 +49,7 @@ class Lines:
     def say(self, line: str) -> None:
         print(line, file=self._stream, flush=True)
 
-    def show(self, moment: Moment, seconds: float) -> None:
+    def show(self, moment: Observation, seconds: float) -> None:
         now = time.monotonic()
         if moment.version == self._shown or now < self._next:
             return
@@ -73,7 +73,7 @@ class LiveTable:
     def say(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False)
 
-    def show(self, moment: Moment, seconds: float) -> None:
+    def show(self, moment: Observation, seconds: float) -> None:
         self._live.update(_screen(moment, seconds), refresh=True)
 
     def __enter__(self) -> Self:
@@ -91,7 +91,7 @@ def closing_table(report: Mapping[str, Any], files: Sequence[str]) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
-def _figures(moment: Moment, seconds: float) -> dict[str, str]:
+def _figures(moment: Observation, seconds: float) -> dict[str, str]:
     evaluated = moment.evaluated
     return {
         "version": str(moment.version),
@@ -104,12 +104,12 @@ def _figures(moment: Moment, seconds: float) -> dict[str, str]:
     }
 
 
-def _screen(moment: Moment, seconds: float) -> Group:
+def _screen(moment: Observation, seconds: float) -> Group:
     figures = "  ".join(f"{name} [bold]{value}[/bold]" for name, value in _figures(moment, seconds).items())
     return Group(Text.from_markup(figures), _devices(moment))
 
 
-def _devices(moment: Moment) -> Table:
+def _devices(moment: Observation) -> Table:
     drawn = Table()
     for heading in ("device", "state"):
         drawn.add_column(heading)

@@ -8,13 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ternbus.aggregator.store import local_tests
-from ternbus.lab.report.moment import Moment
+from ternbus.aggregator.store import device_metrics
+from ternbus.lab.report.observation import Observation
 from ternbus.lab.scenario.scenario import Scenario
 
 
 def summary(
-    moment: Moment, *, scenario: Scenario, parameters: int, wall_seconds: float, virtual: bool = False
+    moment: Observation, *, scenario: Scenario, parameters: int, wall_seconds: float, virtual: bool = False
 ) -> dict[str, Any]:
     """The content of `report.json`.
 
@@ -102,7 +102,7 @@ def table(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     up, down = (_or_none(report[f"bits_per_parameter_{way}"]) for way in ("up", "down"))
     return [
         ("test accuracy", "not measured" if accuracy is None else f"{accuracy:.4f}"),
-        *local_tests.sentences(report["local"]),
+        *device_metrics.sentences(report["local"]),
         ("versions", str(report["versions"][-1]["version"])),
         ("updates", f"{report['updates']} accepted, {report['rejected']} rejected"),
         ("up", f"{size(report['bytes_up'])}, {up} bits a parameter and update"),

@@ -15,10 +15,10 @@ from ternbus.aggregator.settings import from_table, with_overrides
 from ternbus.broker import toml
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.invitation import check_broker_url
-from ternbus.edge.learn.narrow import check_width
 from ternbus.edge.learn.partition import LARGEST_SHARE, Partition
+from ternbus.edge.learn.subnetwork import check_width
 from ternbus.lab.hostile import KINDS, STRENGTHS, Behaviour
-from ternbus.lab.scenario.tables import Table
+from ternbus.lab.scenario.toml_table import Table
 
 ENGINES: Final = ("auto", "mosquitto", "nats")
 DEVICES_MAX: Final = 1000

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ternbus.aggregator.core import records
-from ternbus.aggregator.store.local_tests import LocalTests, Report
+from ternbus.aggregator.store.device_metrics import DeviceMetrics, Report
 from ternbus.broker.protocol.messages import OPEN, Status
 
 
@@ -45,7 +45,7 @@ class MemoryLedger:
         self._buffer: list[Contribution] = []
         self._versions = [_Version(made=None, seconds=0.0)]
         self._metrics: dict[int, dict[str, float]] = {}
-        self._local = LocalTests()
+        self._local = DeviceMetrics()
         self._statuses: dict[str, Status] = {}
         self._counts: Counter[str] = Counter()
         self._invalid: Counter[str] = Counter()

@@ -19,12 +19,12 @@ from ternbus.broker.protocol.messages import Metrics
 from ternbus.broker.protocol.schema import Schema, Vector, save_safetensors, to_tensors
 from ternbus.edge.core.actions import Stop
 from ternbus.edge.core.core import EXIT_CONFIG
-from ternbus.edge.learn.trainer import Evaluation, Task
+from ternbus.edge.learn.task import Evaluation, Task
 from ternbus.lab.report import report
-from ternbus.lab.report.moment import Moment
+from ternbus.lab.report.observation import Observation
 from ternbus.lab.report.progress import Progress
 from ternbus.lab.scenario.scenario import Fault, Scenario
-from ternbus.lab.virtual import founding
+from ternbus.lab.virtual import setup
 from ternbus.lab.virtual.clock import Clock
 from ternbus.lab.virtual.memory_broker import MemoryBroker
 from ternbus.lab.virtual.memory_ledger import MemoryLedger
@@ -77,16 +77,16 @@ class Simulation:
         names = [f"device-{index}" for index in range(scenario.devices)]
         chosen = scenario.settings(task.default_plan)
         if folder is None:
-            founded = founding.without_disk(scenario.seed, names, model, chosen, self.schema)
+            founded = setup.without_disk(scenario.seed, names, model, chosen, self.schema)
         else:
-            founded = founding.on_disk(folder, names, model, chosen, scenario.dense)
+            founded = setup.on_disk(folder, names, model, chosen, scenario.dense)
         self.ledger = founded.ledger
         self.aggregator = VirtualAggregator(self.clock, self.broker, founded.ledger, founded.core, self._made)
         vectors: WeakValueDictionary[bytes, Vector] = WeakValueDictionary()
         public = self.aggregator.core.identity.public
         self.devices = [
             VirtualDevice(self.clock, self.broker, body, vectors, self._left)
-            for body in founding.bodies(scenario, task, model, public, founded.codes, place=place)
+            for body in setup.bodies(scenario, task, model, public, founded.codes, place=place)
         ]
         self._staying = len(self.devices)
 
@@ -118,7 +118,7 @@ class Simulation:
         """End at once: for a ``check`` that has seen enough."""
         self._ended = True
 
-    def moment(self) -> Moment:
+    def moment(self) -> Observation:
         """The federation now, as `Testbed.moment` gives it."""
         counters = {
             device.name: {
@@ -127,7 +127,7 @@ class Simulation:
             }
             for device in self.devices
         }
-        return Moment.read(self._status(), counters)
+        return Observation.read(self._status(), counters)
 
     def report(self, wall_seconds: float) -> dict[str, Any]:
         """The content of `report.json`; each version has also what was `carried` until it was made.
@@ -186,7 +186,7 @@ class Simulation:
         self._evaluated = version
         metrics = Metrics(version=version, samples=found.samples, split="test", values=found.finite)
         self.ledger.write(
-            [records.MetricsReceived(device=founding.EVALUATOR, seq=version, metrics=metrics)], self.clock.now
+            [records.MetricsReceived(device=setup.EVALUATOR, seq=version, metrics=metrics)], self.clock.now
         )
         return found
 

@@ -18,12 +18,14 @@ from typing import Protocol, Self
 import numpy as np
 
 from ternbus.broker.errors import FederationError
-from ternbus.broker.server import tether
+from ternbus.broker.server import parent_death
 from ternbus.edge.core.actions import StartTraining
-from ternbus.edge.learn.narrow import narrow
-from ternbus.edge.learn.noise import Chance
-from ternbus.edge.learn.trainer import Task, Tensors, Trainer, halves_of, load_task, trainers_of
-from ternbus.edge.shell.training import TrainingResult, train
+from ternbus.edge.learn.loader import load_task
+from ternbus.edge.learn.noise import RandomSource
+from ternbus.edge.learn.subnetwork import narrow
+from ternbus.edge.learn.task import Task, Trainer, halves_of, trainers_of
+from ternbus.edge.plan.tensors import Tensors
+from ternbus.edge.shell.worker import TrainingResult, train
 from ternbus.lab.hostile import HostileTrainer
 from ternbus.lab.scenario.scenario import Scenario
 
@@ -42,7 +44,7 @@ class Place(Protocol):
     def begin(self, device: int, job: StartTraining) -> Awaited: ...
 
 
-class Here:
+class InProcess:
     """In this process, and only when the result is asked for: what a kill would lose is not computed at all."""
 
     def __init__(self, trainers: Sequence[Trainer]) -> None:
@@ -121,12 +123,12 @@ def pairs(scenario: Scenario, task: Task, model: Tensors) -> list[Pair]:
 
 def _train(trainer: Trainer, job: StartTraining) -> TrainingResult:
     """Nobody's data are at stake, and the same scenario is to give the same report: the noise has a seed here."""
-    return train(trainer, job, Chance(np.random.default_rng(job.seed).bytes))
+    return train(trainer, job, RandomSource(np.random.default_rng(job.seed).bytes))
 
 
 def _begin_worker(parent: int, scenario: Scenario) -> None:
     """In a new process."""
-    tether.tie(parent)
+    parent_death.tie(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the simulation's, which ends this one
     task = load_task(scenario.task)
     _trainers.extend(trainer for trainer, _ in pairs(scenario, task, task.initial(scenario.seed)))

@@ -27,10 +27,10 @@ from ternbus.edge.core.actions import (
 )
 from ternbus.edge.core.core import Core
 from ternbus.edge.core.follower import Beginning
-from ternbus.edge.core.kept import Kept
-from ternbus.edge.core.member import Member
-from ternbus.edge.learn.trainer import Trainer
-from ternbus.edge.shell.training import evaluate, fine_tune
+from ternbus.edge.core.profile import Profile
+from ternbus.edge.core.state import State
+from ternbus.edge.learn.task import Trainer
+from ternbus.edge.shell.worker import evaluate, fine_tune
 from ternbus.lab.virtual.clock import Alarm, Clock
 from ternbus.lab.virtual.memory_broker import Line, MemoryBroker, Session
 from ternbus.lab.virtual.training import Awaited
@@ -40,7 +40,7 @@ from ternbus.lab.virtual.training import Awaited
 class Body:
     """What makes one device another than the next: who it is, what it learns from, how fast, over which line."""
 
-    member: Member
+    member: Profile
     beginning: Beginning
     begin: Callable[[StartTraining], Awaited]  # a training
     trainer: Trainer
@@ -65,7 +65,7 @@ class VirtualDevice:
         left: Callable[[Stop], None],
     ) -> None:
         self.session: Session = broker.session(self, body.line)
-        self.kept = Kept(key=body.member.key)
+        self.kept = State(key=body.member.key)
         self.happened: Counter[str] = Counter()  # the events of its log
         self._clock = clock
         self._body = body

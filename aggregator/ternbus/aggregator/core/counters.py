@@ -1,0 +1,56 @@
+"""What is only counted: refusals, repeated answers, traffic and statuses, gathered for one record a second."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Final
+
+from ternbus.aggregator.core.records import Observed
+from ternbus.aggregator.core.registry import Registry
+
+COUNT_S: Final = 1.0  # counters that changed are written down so much later
+
+
+@dataclass(slots=True)
+class Counters:
+    """``due`` is when ``take`` should be called, or None while nothing changed."""
+
+    refused: Counter[str] = field(default_factory=Counter)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    due: float | None = None
+    _devices: set[str] = field(default_factory=set)
+
+    def refuse(self, reason: str, now: float) -> None:
+        """Count a frame that was dropped."""
+        self.refused[reason] += 1
+        self.wake(now)
+
+    def answer(self, outcome: str, now: float) -> None:
+        """Count an answer that no other record stands for."""
+        self.outcomes[outcome] += 1
+        self.wake(now)
+
+    def observe(self, device: str, now: float) -> None:
+        """A device's traffic or status changed."""
+        self._devices.add(device)
+        self.wake(now)
+
+    def wake(self, now: float) -> None:
+        if self.due is None:
+            self.due = now + COUNT_S
+
+    def take(self, registry: Registry) -> Observed:
+        """Everything since the last call."""
+        members = [registry.members[name] for name in sorted(self._devices)]
+        record = Observed(
+            refused=dict(self.refused),
+            outcomes=dict(self.outcomes),
+            update_bytes={member.name: member.update_bytes for member in members},
+            statuses={member.name: member.status for member in members if member.status is not None},
+        )
+        for member in members:
+            member.update_bytes = 0
+        self.refused.clear()
+        self.outcomes.clear()
+        self._devices.clear()
+        self.due = None
+        return record

@@ -1,0 +1,179 @@
+"""What becomes of an update: the protocol's checks in their order, its parts assembled, its block read."""
+
+from collections import Counter, OrderedDict
+from dataclasses import dataclass, field
+from typing import Final
+
+from ternbus.aggregator.core.registry import Member
+from ternbus.aggregator.merge.mean import clip_factor, norm
+from ternbus.aggregator.merge.staleness import discount
+from ternbus.aggregator.settings import Settings
+from ternbus.broker.errors import ProtocolError
+from ternbus.broker.protocol.frame import Frame
+from ternbus.broker.protocol.identity import Identity
+from ternbus.broker.protocol.messages import Offer, Update
+from ternbus.broker.protocol.meta_fields import integer
+from ternbus.broker.protocol.parts import PART_BYTES_MIN, Collector, Whole, whole
+from ternbus.broker.protocol.schema import Schema
+from ternbus.broker.protocol.ternary import Block
+
+SEAL_BYTES: Final = 64  # key id, seq and what a libsodium sealed box adds
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """An answer other than a stored update."""
+
+    outcome: str
+    reason: str = ""
+    retry_after_s: float = 0.0
+    highest_seq: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A whole update whose content is good: ``body`` is its block as it is encoded, unsealed."""
+
+    update: Update
+    block: Block
+    body: bytes
+    digest: bytes  # of the message
+
+
+@dataclass(slots=True)
+class Validation:
+    """Judges updates by what their device may send; holds unfinished ones within bounds."""
+
+    settings: Settings
+    identity: Identity
+    schema: Schema
+    update_bytes_max: int = field(init=False)
+    _assembling: OrderedDict[str, Collector] = field(default_factory=OrderedDict)  # longest silent device first
+    _held_bytes: int = 0  # in all of them: counted along, since there is one for every device that is sending
+    _drops: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        largest = 4 * self.schema.elements
+        self.update_bytes_max = largest + largest // 256 + 1024
+
+    def oldest(self, version: int) -> int:
+        """The oldest base that is not stale at this version."""
+        return version - self.settings.staleness.max
+
+    def worth(self, block: Block, staleness: int) -> float:
+        """What an update counts beside a fresh one: its discount, times what clipping to the largest norm leaves."""
+        about = self.settings.merge
+        longest = about.max_update_norm if about.on_large == "clip" else 0
+        return discount(self.settings.staleness, staleness) * clip_factor(block, longest)
+
+    def judge_base(self, member: Member, base: int, version: int, *, closed: bool) -> Verdict | None:
+        """The checks that need only (device, base): duplicate, then stale, then what cannot be."""
+        if member.has_accepted(base, self.oldest(version)):
+            return Verdict("duplicate", f"an update on version {base} was accepted before")
+        if base < self.oldest(version):
+            return Verdict("stale", f"base {base} is more than {self.settings.staleness.max} behind {version}")
+        if base > version:
+            return Verdict("invalid", "base-in-future")
+        if closed:
+            return Verdict("invalid", "closed")
+        return None
+
+    def judge(self, member: Member, frame: Frame, version: int, *, closed: bool) -> Verdict | None:
+        """Everything that can be said of an update before it is whole."""
+        try:
+            verdict = self.judge_base(member, integer(frame.meta, "base"), version, closed=closed)
+            if verdict is not None:
+                return verdict
+            Update.from_meta(frame.meta)
+        except ProtocolError as error:
+            return Verdict("invalid", str(error))
+        return self._judge_parts(frame.parts)
+
+    def judge_offer(self, member: Member, frame: Frame, version: int, *, closed: bool) -> Offer | Verdict:
+        """The offer, or what is to be answered in place of a grant."""
+        try:
+            frame.check_bodiless()
+            offer = Offer.from_meta(frame.meta)
+        except ProtocolError as error:
+            return Verdict("invalid", str(error))
+        return self.judge_base(member, offer.base, version, closed=closed) or self._judge_parts(offer.parts) or offer
+
+    def _judge_parts(self, parts: int) -> Verdict | None:
+        return Verdict("invalid", "too-long") if (parts - 1) * PART_BYTES_MIN > self.update_bytes_max else None
+
+    def collect(self, member: Member, frame: Frame, ahead: Block | None = None) -> Ready | Verdict | None:
+        """Take in a part; None while parts are missing. ``ahead`` is the block of a single part, if it was read."""
+        if frame.parts == 1:
+            return self._read(whole(frame), ahead)
+        if member.collector is None:
+            limits = self.settings.limits
+            member.collector = Collector(
+                limits.messages_in_assembly, limits.messages_in_assembly * self.update_bytes_max
+            )
+        collector = member.collector
+        self._forget(member.name)
+        before = collector.dropped
+        try:
+            message = collector.add(frame)
+        finally:
+            self._remember(member, collector)
+        self._drops["unfinished"] += collector.dropped - before
+        self._bound()
+        return None if message is None else self._read(message)
+
+    def is_last(self, member: Member, frame: Frame) -> bool:
+        """Whether this part makes its message whole."""
+        return frame.parts == 1 or (member.collector is not None and member.collector.lacks_only(frame))
+
+    def forget(self, member: Member) -> None:
+        """Drop what a device has begun to send."""
+        self._forget(member.name)
+        member.collector = None
+
+    def _forget(self, device: str) -> None:
+        collector = self._assembling.pop(device, None)
+        if collector is not None:
+            self._held_bytes -= collector.size_bytes
+
+    def _remember(self, member: Member, collector: Collector) -> None:
+        if len(collector):
+            self._assembling[member.name] = collector
+            self._held_bytes += collector.size_bytes
+        else:
+            member.collector = None
+
+    def take_drops(self) -> Counter[str]:
+        """Unfinished messages dropped since the last call, by reason."""
+        drops, self._drops = +self._drops, Counter()
+        return drops
+
+    def _bound(self) -> None:
+        """Keep all devices' unfinished messages within one bound, the longest silent device's going first."""
+        while self._held_bytes > self.settings.limits.assembly_bytes:
+            device, collector = next(iter(self._assembling.items()))
+            self._forget(device)
+            self._drops["unfinished"] += len(collector)
+            collector.clear()
+
+    def _read(self, message: Whole, ahead: Block | None = None) -> Ready | Verdict:
+        try:
+            update = Update.from_meta(message.meta)
+            body = self._unseal(message) if update.sealed else message.body
+            block = Block.read(self.schema, update.codec, update.encoding, body) if ahead is None else ahead
+            self._check_norm(block)
+        except ProtocolError as error:
+            return Verdict("invalid", str(error))
+        return Ready(update, block, body, message.digest)
+
+    def _check_norm(self, block: Block) -> None:
+        about = self.settings.merge
+        if about.on_large == "refuse" and (length := norm(block)) > about.max_update_norm:
+            raise ProtocolError("too-large", f"an L2 norm of {length:.4g}, at most {about.max_update_norm:g}")
+
+    def _unseal(self, message: Whole) -> bytes:
+        if len(message.body) > self.update_bytes_max + SEAL_BYTES:
+            raise ProtocolError("bad-length", "a sealed body longer than any update")
+        plain = self.identity.unseal(message.body)
+        if plain[:16] != bytes(message.key) + message.seq.to_bytes(8, "little"):
+            raise ProtocolError("bad-seal", "sealed for another update than this")
+        return plain[16:]

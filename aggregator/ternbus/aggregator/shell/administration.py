@@ -1,0 +1,262 @@
+"""An aggregator's directory: made, opened, and changed by commands, whether or not a process serves it."""
+
+import json
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from ternbus.aggregator import settings as configuration
+from ternbus.aggregator.core import events, records
+from ternbus.aggregator.core.core import Core
+from ternbus.aggregator.core.frames import FrameWriter
+from ternbus.aggregator.merge import downlink, optimizer
+from ternbus.aggregator.settings import Settings
+from ternbus.aggregator.shell import transport
+from ternbus.aggregator.store import control, membership
+from ternbus.aggregator.store.ledger import VECTORS, Ledger
+from ternbus.aggregator.store.recovery import recover
+from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol import merge_log
+from ternbus.broker.protocol.identity import Identity, check_device
+from ternbus.broker.protocol.invitation import Invitation
+from ternbus.broker.protocol.messages import OPEN
+from ternbus.broker.protocol.schema import Schema, to_tensors, to_vector, vector_digest
+
+KEY: Final = "aggregator.key"
+TOML: Final = "aggregator.toml"
+LEDGER: Final = "ledger.sqlite"
+WHY_CHARS_MAX: Final = 200
+
+
+def create(
+    directory: Path,
+    *,
+    federation: str,
+    broker: str,
+    model: Mapping[str, npt.NDArray[Any]],
+    settings: Mapping[str, object] | None = None,
+    dense: Sequence[str] = (),
+    certificates: Path | None = None,
+) -> Settings:
+    """Make an aggregator: keys, settings, and version 0 from ``model`` (name -> array, any float type).
+
+    ``certificates`` is a folder with its own ones, where no authority is set that makes them. Nothing is left behind
+    where it fails. ConfigError where the directory holds one already, or cannot be written.
+    """
+    directory = directory.resolve()
+    if (directory / LEDGER).exists() or (directory / KEY).exists():
+        raise ConfigError(f"{directory} holds an aggregator already; choose another directory")
+    table = configuration.with_overrides({"federation": federation, "broker": broker}, settings or {})
+    checked = configuration.from_table(table, "--set")
+    schema = Schema.of({name: array.shape for name, array in model.items()}, dense)
+    vector = to_vector(schema, model)
+    partial = directory.with_name(directory.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True, mode=0o700)
+        _fill(partial, checked, schema, vector)
+        transport.equip(partial, checked, certificates, directory)
+        _move_into(partial, directory)
+    except OSError as error:
+        raise ConfigError(f"cannot make {directory}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return checked
+
+
+def _fill(directory: Path, settings: Settings, schema: Schema, vector: npt.NDArray[np.float32]) -> None:
+    identity = Identity.generate()
+    identity.save(directory / KEY)
+    (directory / TOML).write_text(configuration.dumps(settings), encoding="utf-8")
+    facts = {"federation": settings.federation, "schema": schema.encoded, "slots": settings.downlink.slots}
+    ledger = Ledger.create(directory / LEDGER, facts)
+    try:
+        _first_version(ledger, settings, identity, schema, vector)
+    finally:
+        ledger.close()
+
+
+def _first_version(
+    ledger: Ledger, settings: Settings, identity: Identity, schema: Schema, vector: npt.NDArray[np.float32]
+) -> None:
+    batch: list[records.Record] = []
+    outlet = FrameWriter(settings, identity, schema, batch.append, 0)
+    digest = vector_digest(vector)
+    named, frames = outlet.snapshot(0, digest, vector, 0)
+    head = outlet.head(version=0, digest=digest, snapshot=named, state=OPEN)
+    server = optimizer.init(settings.optimizer, vector)
+    encoding, body = downlink.encoded_block(downlink.next_block(schema, settings.downlink.codec, vector, vector))
+    batch += [
+        records.VersionMade(
+            version=0,
+            digest=digest,
+            updates=0,
+            staleness_mean=0.0,
+            staleness_max=0,
+            codec=settings.downlink.codec,
+            encoding=encoding,
+            body=body,
+            entry=outlet.entry(0, digest, merge_log.FIRST),
+        ),
+        records.SnapshotTaken(version=0, published=vector, server=server, named=named, recipe=settings.recipe),
+        records.FramesKept(frames=(*frames, head)),
+    ]
+    ledger.write(batch)
+
+
+def _move_into(partial: Path, directory: Path) -> None:
+    """The finished directory in one step, or into an empty or foreign one file by file, the ledger last."""
+    if not directory.exists():
+        partial.rename(directory)
+        return
+    for name in (KEY, TOML, *transport.FILES, VECTORS, LEDGER):
+        if (partial / name).exists():
+            (partial / name).rename(directory / name)
+
+
+def load_settings(directory: Path) -> Settings:
+    if not (directory / LEDGER).exists():
+        raise ConfigError(f"{directory} holds no aggregator; make one with: ternbus aggregator init {directory} …")
+    return configuration.load(directory / TOML)
+
+
+def open_core(directory: Path, ledger: Ledger, software: str) -> Core:
+    """The core as the ledger has it, under the settings of now."""
+    settings = load_settings(directory)
+    if settings.federation != ledger.fact("federation"):
+        raise ConfigError(
+            f"{directory / TOML} says federation {settings.federation!r}, the ledger {ledger.fact('federation')!r}: "
+            "a federation cannot be renamed"
+        )
+    return recover(ledger, settings, Identity.load(directory / KEY), software)
+
+
+def invite(
+    directory: Path, *devices: str, certificates: Path | None = None, expires_in_s: float | None = None
+) -> list[Invitation]:
+    """One new invitation for each device, in force when this returns; an open one of before is replaced.
+
+    With TLS it carries the device's certificate: out of ``certificates``/DEVICE, or made by the broker's authority.
+    It ends after ``expires_in_s``, or as aggregator.toml says.
+    """
+    settings, identity = load_settings(directory), Identity.load(directory / KEY)
+    now = time.time()
+    expires_at = now + (settings.invitations.expire_after_s if expires_in_s is None else expires_in_s)
+    expires = datetime.fromtimestamp(expires_at, UTC)
+    invitations = [
+        replace(_invitation(directory, settings, identity, check_device(each), certificates), expires=expires)
+        for each in devices
+    ]
+    ledger = Ledger(directory / LEDGER)
+    try:
+        with ledger.transaction():
+            rows = [(invitation.device, invitation.code, now, expires_at) for invitation in invitations]
+            ledger.db.executemany("INSERT OR REPLACE INTO invitations VALUES (?, ?, ?, ?)", rows)
+    finally:
+        ledger.close()
+    _tell(directory, control.INVITATIONS)
+    return invitations
+
+
+def _invitation(
+    directory: Path, settings: Settings, identity: Identity, device: str, certificates: Path | None
+) -> Invitation:
+    papers = transport.for_device(directory, settings, device, certificates)
+    return Invitation(
+        federation=settings.federation,
+        device=device,
+        broker=settings.broker,
+        aggregator_key=identity.public.hex(),
+        code=secrets.token_urlsafe(24),
+        ca=papers.ca,
+        certificate=papers.certificate,
+        key=papers.key,
+    )
+
+
+def flush_counts(directory: Path) -> None:
+    """Have a running aggregator write its counters down; ConfigError where it does not answer."""
+    _tell(directory, control.COUNTS)
+
+
+def _tell(directory: Path, what: str) -> None:
+    try:
+        control.ask(directory, what)
+    except control.NotRunningError:
+        return  # the next start reads it from the ledger
+
+
+def change_state(directory: Path, what: str, software: str) -> None:
+    """Pause, resume or close; by the running aggregator, or here, to be published by the next."""
+    _request(directory, what, "", software)
+
+
+def cancel(directory: Path, device: str, software: str) -> None:
+    """Make a device's invitation void, in force when this returns. ConfigError where it has no open one."""
+    _request(directory, control.CANCEL, device, software)
+
+
+def revoke(directory: Path, device: str, software: str, *, why: str = "", keep: bool = False) -> int:
+    """Put a device out for good, in force when this returns; how many of its updates were dropped, in all.
+
+    The device is told ``why``. Its updates that wait to be merged are dropped unless ``keep``.
+    """
+    if len(why) > WHY_CHARS_MAX or not why.isprintable():
+        raise ConfigError(f"the reason is told to the device: one line of at most {WHY_CHARS_MAX} characters")
+    _request(directory, control.REVOKE, json.dumps({"device": device, "why": why, "keep": keep}), software)
+    ledger = Ledger(directory / LEDGER, read_only=True)
+    try:
+        return membership.dropped(ledger.db, device)
+    finally:
+        ledger.close()
+
+
+def _request(directory: Path, what: str, argument: str, software: str) -> None:
+    """Have the running aggregator do it, or do it here; done and on disk when this returns."""
+    load_settings(directory)  # or there is none
+    try:
+        control.ask(directory, what, argument)
+    except control.NotRunningError:
+        _apply(directory, software, lambda core, ledger: core.handle(control.event(ledger, what, argument), 0.0))
+
+
+def restored(directory: Path, software: str) -> int:
+    """Take note that this directory came from a backup; returns the version at which it goes on."""
+    load_settings(directory)
+    _apply(directory, software, lambda core, _: core.restored())
+    return tensors_of(directory, None)[0]
+
+
+def _apply(directory: Path, software: str, change: Callable[[Core, Ledger], list[events.Action]]) -> None:
+    """Change the state on disk while no process serves the directory; ConfigError where it cannot be changed so."""
+    with control.exclusive(directory, patience_s=2.0):
+        ledger = Ledger(directory / LEDGER)
+        try:
+            core = open_core(directory, ledger, software)
+            actions = [*core.start(0.0), *change(core, ledger)]  # the first are what changed settings ask for
+            batch = [action.record for action in actions if isinstance(action, events.Save)]
+            ledger.write(batch)
+            for record in batch:
+                if isinstance(record, records.RequestDone) and record.error:
+                    raise ConfigError(record.error)
+        finally:
+            ledger.close()
+
+
+def tensors_of(directory: Path, version: int | None) -> tuple[int, bytes, dict[str, npt.NDArray[np.float32]]]:
+    """(version, digest, tensors) of a kept version, the newest by default."""
+    ledger = Ledger(directory / LEDGER, read_only=True)
+    try:
+        number = int(ledger.fact("version")) if version is None else version
+        vector = ledger.vector(number)
+        return number, vector_digest(vector), to_tensors(ledger.schema(), vector)
+    finally:
+        ledger.close()

@@ -1,0 +1,85 @@
+"""The costly part of looking at a frame, done ahead in another thread: signature, digest, and what an update says.
+
+It decides nothing: a frame that does not pass reaches the core unopened, which finds out why in the protocol's order.
+"""
+
+import threading
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from ternbus.aggregator.core.events import Opened
+from ternbus.aggregator.core.registry import Member, Registry
+from ternbus.broker.errors import ProtocolError
+from ternbus.broker.protocol import topics
+from ternbus.broker.protocol.frame import parse
+from ternbus.broker.protocol.messages import Update
+from ternbus.broker.protocol.schema import Schema
+from ternbus.broker.protocol.ternary import Block, content_bytes
+
+WORTHWHILE_BYTES: Final = 4096  # below it handing over costs more than it saves
+ROOM_BYTES: Final = 32 * 2**20  # of contents that wait for the core; one that is larger waits alone
+
+
+@dataclass(slots=True, kw_only=True)
+class Preverifier:
+    """Opens frames in one thread; another takes what it opened to the core, and says so with ``close``.
+
+    Reading ahead costs what a device may have only a little of, before the core has asked whether it may. So at most
+    one update of each is read and not closed, none of a device that has had its frames or its receipts: what is read
+    ahead is one more than what the core affords. And all that is read and not closed has room in ``room_bytes``.
+    """
+
+    registry: Registry
+    schema: Schema
+    room_bytes: int = ROOM_BYTES
+    _held: dict[str, int] = field(default_factory=dict)  # device -> bytes of what was read ahead
+    _held_bytes: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def open(self, topic: str, payload: bytes) -> Opened | None:
+        """Parse, and check signature and digest under the sender's present key; None where anything is amiss."""
+        try:
+            frame = parse(payload)
+            member = self.registry.members.get(frame.sender)
+            if member is None or member.revoked or member.is_flooding:
+                return None
+            frame.check_authentic(member.public)
+        except ProtocolError:
+            return None
+        opened = Opened(frame=frame, public=member.public)
+        if frame.kind != Update.KIND or frame.parts != 1 or frame.seq <= member.answer.seq or member.has_had_receipts:
+            return opened
+        return self._read(opened, member, topic)
+
+    def close(self, opened: Opened | None) -> None:
+        """The core has it, or will never see it."""
+        if opened is not None and opened.block is not None:
+            self._let_go(opened.frame.sender)
+
+    def _read(self, opened: Opened, member: Member, topic: str) -> Opened:
+        """With its block, if that is good and there is room for it."""
+        frame = opened.frame
+        try:
+            topics.check(frame, topics.parse(topic))
+            update = Update.from_meta(frame.meta)
+            if update.sealed or not self._hold(member.name, content_bytes(self.schema, update.codec)):
+                return opened
+        except ProtocolError:
+            return opened
+        try:
+            return replace(opened, block=Block.read(self.schema, update.codec, update.encoding, frame.body))
+        except ProtocolError:
+            self._let_go(member.name)
+            return opened
+
+    def _hold(self, device: str, size_bytes: int) -> bool:
+        with self._lock:
+            if device in self._held or (self._held and self._held_bytes + size_bytes > self.room_bytes):
+                return False
+            self._held[device] = size_bytes
+            self._held_bytes += size_bytes
+            return True
+
+    def _let_go(self, device: str) -> None:
+        with self._lock:
+            self._held_bytes -= self._held.pop(device)

@@ -1,0 +1,111 @@
+"""Broker and aggregator of a first federation, made and run by one command."""
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ternbus.aggregator.shell import administration
+from ternbus.aggregator.store.ledger import Ledger
+from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol.endpoint import Endpoint
+from ternbus.broker.protocol.identity import write_secret
+from ternbus.broker.protocol.invitation import Invitation
+from ternbus.broker.protocol.schema import load_safetensors
+from ternbus.broker.server import running
+
+BROKER: Final = "broker"
+INVITATIONS: Final = "invitations"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class First:
+    """What a directory that holds no aggregator yet is made from."""
+
+    model: Path | None
+    federation: str
+    host: str
+    port: int
+    tls: bool
+
+
+def start_broker(directory: Path, engine: running.Engine, first: First) -> running.RunningBroker:
+    """The broker that this directory's federation has, or the one that its first start chooses."""
+    folder = directory / BROKER
+    host, port = first.host, first.port
+    if (directory / administration.LEDGER).exists():
+        endpoint = Endpoint.parse(administration.load_settings(directory).broker)
+        host, port = endpoint.host, endpoint.port
+        if endpoint.tls and not running.is_home(folder):
+            raise ConfigError(
+                f"the broker {endpoint} is not one of {directory}: use ternbus aggregator run {directory}"
+            )
+    elif first.model is None:
+        raise ConfigError(f"{directory} holds no aggregator yet: add --model FILE.safetensors to make one")
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if running.is_home(folder) or (first.tls and not (directory / administration.LEDGER).exists()):
+        return _start_secured(directory, engine, first)
+    return running.start(running.choose(engine), host=host, port=port, directory=folder)
+
+
+def _start_secured(directory: Path, engine: running.Engine, first: First) -> running.RunningBroker:
+    """Start a broker with TLS, which knows the aggregator from its first moment."""
+    from ternbus.broker.server import tls_service  # noqa: PLC0415 - certificates take a library that only few need
+    from ternbus.broker.server.directory import BrokerDirectory  # noqa: PLC0415 - likewise
+
+    folder = (directory / BROKER).absolute()
+    running.choose(engine)  # or nothing is made
+    if not running.is_home(folder):
+        BrokerDirectory.create(folder, names=[first.host], port=first.port, engine=engine)
+    broker = BrokerDirectory(folder)
+    if not (directory / administration.LEDGER).exists():
+        _create(directory, first, broker.url, {"transport.authority": BROKER})
+    return tls_service.start(broker, engine)
+
+
+def _create(directory: Path, first: First, broker_url: str, settings: Mapping[str, object]) -> None:
+    assert first.model is not None  # noqa: S101 - start_broker has looked
+    tensors = load_safetensors(first.model)
+    administration.create(directory, federation=first.federation, broker=broker_url, model=tensors, settings=settings)
+
+
+def prepare(directory: Path, first: First, broker_url: str, devices: Sequence[str]) -> list[Path]:
+    """Make the aggregator if there is none; invite those of ``devices`` that are not known. Returns new files."""
+    if not (directory / administration.LEDGER).exists():
+        _create(directory, first, broker_url, {})
+    new = [device for device in devices if device not in _known(directory)]
+    folder = directory / INVITATIONS
+    folder.mkdir(exist_ok=True, mode=0o700)
+    return [write_invitation(folder, invitation) for invitation in administration.invite(directory, *new)]
+
+
+def write_invitation(folder: Path, invitation: Invitation) -> Path:
+    """FOLDER/DEVICE.toml, for its owner's eyes only."""
+    path = folder / f"{invitation.device}.toml"
+    write_secret(path, invitation.dumps().encode())
+    return path
+
+
+def _known(directory: Path) -> set[str]:
+    ledger = Ledger(directory / administration.LEDGER, read_only=True)
+    try:
+        rows = ledger.db.execute(
+            "SELECT name FROM devices UNION SELECT device FROM invitations WHERE expires_at > ?", (time.time(),)
+        )
+        return {name for (name,) in rows}
+    finally:
+        ledger.close()
+
+
+def watch(broker: running.RunningBroker, stop: Callable[[], None]) -> list[int]:
+    """Call ``stop`` when the broker ends before we end it; its exit code is then in the list that is returned."""
+    ended: list[int] = []
+
+    def wait() -> None:
+        ended.append(broker.wait())
+        stop()
+
+    threading.Thread(target=wait, name="broker", daemon=True).start()
+    return ended

@@ -1,0 +1,64 @@
+"""When a message that waits for a receipt is sent again: the resend rules, apart from what the message is."""
+
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Final
+
+FIRST_S: Final = 60.0
+LONGEST_S: Final = 3600.0
+UNACKNOWLEDGED_FACTOR: Final = 10.0  # so much longer while the broker has yet to acknowledge: it is still on its way
+BUSY_LEAST_S: Final = 0.5
+
+
+def fraction(*about: object) -> float:
+    """A number in [0, 1) that looks random and is the same for the same arguments: jitter without a generator."""
+    text = "/".join(str(part) for part in about)
+    return int.from_bytes(blake2b(text.encode(), digest_size=7).digest()) / 2**56
+
+
+@dataclass(slots=True, kw_only=True)
+class Resend:
+    """The time of the next sending; it is for the owner to know whether anything may be sent at all."""
+
+    salt: str
+    first_s: float = FIRST_S
+    _due_s: float | None = None  # a moment that was set; otherwise so long after the broker's last acknowledgement
+    _not_before_s: float = 0.0
+    _attempts: int = 0
+    _unacknowledged: int = 0
+    _last_s: float = 0.0
+
+    def wanted(self, now: float) -> None:
+        """It is new, the connection is, or the aggregator came: send at once, and count attempts anew."""
+        self._due_s = now
+        self._attempts = 0
+        self._unacknowledged = 0
+
+    def sent(self, frames: int, now: float) -> None:
+        self._due_s = None
+        self._attempts += 1
+        self._unacknowledged = frames
+        self._last_s = now
+
+    def acknowledged(self, now: float) -> None:
+        """The broker has one of the frames."""
+        self._unacknowledged = max(0, self._unacknowledged - 1)
+        self._last_s = now
+
+    def busy(self, retry_after_s: float, now: float) -> None:
+        """The aggregator asked to wait; neither a reconnect nor its return shortens that."""
+        wait_s = min(max(retry_after_s, BUSY_LEAST_S), LONGEST_S)
+        self._not_before_s = now + wait_s * (1 + fraction(self.salt, "busy", now) / 4)
+        self._due_s = self._not_before_s
+
+    def granted(self, deadline_s: float, now: float) -> None:
+        """Parts were sent that the aggregator asked for; after the deadline it is offered again."""
+        self._due_s = now + min(max(deadline_s, BUSY_LEAST_S), LONGEST_S)
+
+    def due_s(self) -> float:
+        if self._due_s is not None:
+            return max(self._due_s, self._not_before_s)
+        wait_s = min(self.first_s * 2.0 ** max(0, self._attempts - 1), LONGEST_S)
+        if self._unacknowledged:
+            wait_s *= UNACKNOWLEDGED_FACTOR
+        return self._last_s + wait_s * (1 + fraction(self.salt, self._attempts) / 4)

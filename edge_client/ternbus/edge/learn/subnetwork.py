@@ -1,0 +1,118 @@
+"""A narrower sub-network for a weak device: the first channels of every layer, its update mapped into the full schema.
+
+HeteroFL (Diao et al. 2021, section 3), or FjORD's ordered dropout (Horvath et al. 2021) with a width that is a device's
+for good. Each tensor of the sub-network is the leading corner of the full one. What is left out the device neither
+computes nor changes: there its update is zero, and counts as that in the merge.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from ternbus.broker.errors import ConfigError
+from ternbus.edge.learn.task import Evaluation, Task, Trained, Trainer, trainers_of
+from ternbus.edge.plan.plan import Plan
+from ternbus.edge.plan.tensors import FloatArray, Tensors
+
+LEAST_WIDTH = 0.05
+ROUNDING = 1e-9  # 0.1 · 30 is a little more than 3 in binary
+
+
+def channels(full: int, width: float) -> int:
+    """How many of a layer's channels, or units, a sub-network of this width has; at least 1."""
+    return max(1, ceil(full * width - ROUNDING))
+
+
+@runtime_checkable
+class NarrowingTask(Protocol):
+    """A task that has narrower forms: the same tensors by name, each with as many dimensions, but fewer channels."""
+
+    def narrowed(self, width: float) -> Task: ...
+
+
+def check_width(width: float) -> None:
+    if not LEAST_WIDTH <= width <= 1:
+        raise ConfigError(f"the width is {width:g}, but must be within {LEAST_WIDTH:g} and 1")
+
+
+def narrow(task: Task, width: float) -> Task:
+    """The task for a device of this width; itself for 1. Raises `ConfigError` for a task that cannot be narrowed."""
+    check_width(width)
+    if width == 1:
+        return task
+    if not isinstance(task, NarrowingTask):
+        raise ConfigError(f"the task {task.name} has no narrower form: it needs narrowed(width)")
+    inner = task.narrowed(width)
+    shapes = {name: tensor.shape for name, tensor in inner.initial(0).items()}
+    full = {name: tensor.shape for name, tensor in task.initial(0).items()}
+    if shapes.keys() != full.keys():
+        raise ConfigError(f"the task {task.name} of width {width:g} has other tensors than the full one")
+    for name, shape in shapes.items():
+        if len(shape) != len(full[name]) or any(map(int.__gt__, shape, full[name])):
+            raise ConfigError(f"the task {task.name} of width {width:g}: {name} is {shape}, no corner of {full[name]}")
+    if shapes == full:
+        raise ConfigError(f"the task {task.name} of width {width:g} is no narrower than the full one")
+    return NarrowTask(full=task, inner=inner, shapes=shapes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NarrowTask:
+    """Hands out trainers of the sub-network; the model and the test data are those of the full task."""
+
+    full: Task
+    inner: Task
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def name(self) -> str:
+        return self.full.name
+
+    @property
+    def default_plan(self) -> Mapping[str, object]:
+        return self.full.default_plan
+
+    def initial(self, seed: int) -> dict[str, FloatArray]:
+        return self.full.initial(seed)
+
+    def trainer(self, *, data: Path | None, partition: str) -> Trainer:
+        return self.trainers(data=data, partitions=[partition])[0]
+
+    def trainers(self, *, data: Path | None, partitions: Sequence[str]) -> list[Trainer]:
+        return [NarrowTrainer(trainer, self.shapes) for trainer in trainers_of(self.inner, data, partitions)]
+
+    def evaluator(self, *, data: Path | None) -> Trainer:
+        return self.full.evaluator(data=data)
+
+
+@dataclass(frozen=True, slots=True)
+class NarrowTrainer:
+    """Trains the leading corner of each tensor; ``shapes`` are the corners'."""
+
+    inner: Trainer
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def samples(self) -> int:
+        return self.inner.samples
+
+    def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:
+        """Batch norm's statistics are not sent: a layer that gets fewer channels sees other means and variances."""
+        trained = self.inner.train(self._corners(start), replace(plan, statistics_rate=0.0), version=version, seed=seed)
+        tensors = {name: np.array(tensor) for name, tensor in start.items()}
+        for name, tensor in tensors.items():
+            tensor[self._corner(name)] = trained.tensors[name]
+        return replace(trained, tensors=tensors)
+
+    def evaluate(self, tensors: Tensors) -> Evaluation:
+        """What the sub-network is worth by itself."""
+        return self.inner.evaluate(self._corners(tensors))
+
+    def _corners(self, tensors: Tensors) -> dict[str, FloatArray]:
+        return {name: np.array(tensor[self._corner(name)], order="C") for name, tensor in tensors.items()}
+
+    def _corner(self, name: str) -> tuple[slice, ...]:
+        return tuple(slice(size) for size in self.shapes[name])

@@ -1,0 +1,174 @@
+"""The plan: what the federation asks of local training, as a value that is checked when it is made."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from ternbus.broker.errors import ProtocolError
+from ternbus.edge.plan.schedule import SCHEDULES, share
+
+CODECS = ("ternary", "float32")
+NO_DP = "none"
+
+# What a plan's numbers may be: (whole number?, least, most). Whatever is outside is a mistake, not a plan.
+_NUMBERS: Mapping[str, tuple[bool, float, float]] = {
+    "local_epochs": (False, 0.0, 1e4),
+    "local_steps": (True, 1, 1e9),
+    "batch_size": (True, 1, 1e6),
+    "learning_rate": (False, 0.0, 1e3),
+    "momentum": (False, 0.0, 1.0),
+    "weight_decay": (False, 0.0, 1e3),
+    "proximal_mu": (False, 0.0, 1e6),
+    "clip_sigma": (False, 0.0, 1e6),
+    "seed": (True, -(2**63), 2**64 - 1),
+    "local_seconds": (False, 0.0, 1e7),
+    "beta1": (False, 0.0, 1 - 1e-9),
+    "beta2": (False, 0.0, 1 - 1e-9),
+    "warmup_versions": (True, 0, 1e9),
+    "schedule_versions": (True, 0, 1e9),
+    "final_rate": (False, 0.0, 1.0),
+    "statistics_rate": (False, 0.0, 1.0),
+    "dp_clip": (False, 0.0, 1e6),
+    "dp_noise": (False, 0.0, 1e6),
+    "dp_epsilon": (False, 0.0, 1e6),
+    "dp_delta": (False, 1e-30, 0.1),
+    "participation": (False, 1e-6, 1.0),
+    "turn_s": (False, 1e-3, 1e7),
+}
+_OPTIONAL = ("local_steps", "local_seconds")
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "codec": CODECS,
+    "optimizer": ("sgd", "adam", "adamw"),
+    "schedule": SCHEDULES,
+    "precision": ("float32", "bfloat16", "auto"),
+    "memory_format": ("contiguous", "channels-last", "auto"),
+    "dp": (NO_DP, "device", "sample"),
+}
+_SWITCHES = ("seal", "error_feedback")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What the federation asks of local training: the keys of the protocol's `plan`, and Ternbus' own.
+
+    `local_steps`, where given, counts instead of `local_epochs`; `local_seconds` ends either early, so that a slow
+    device does less. The learning rate follows `schedule` (see `ternbus.edge.plan.schedule`), which ends at
+    `schedule_versions` with the share `final_rate`. `statistics_rate` is how much of the change of batch norm's
+    statistics is sent. `beta1` and `beta2` are Adam's, `momentum` SGD's.
+    `precision` and `memory_format` are for trainers that know them; "auto" measures which is faster. `proximal_mu` is
+    FedProx's µ (Li et al. 2020, eq. 2), `clip_sigma` TernGrad's c (Wen et al. 2017; 0 = no clipping). `dp` is a kind of
+    differential privacy (docs/privacy.md), by `dp_clip` and `dp_noise`, until `dp_epsilon` at `dp_delta` is spent. A
+    device trains on the share `participation` of the versions, in turns; each `turn_s` seconds without a new version
+    count as one more. Keys that neither knows are in `extra`, as they came. Raises `ProtocolError` ("bad-plan") for a
+    value out of range.
+    """
+
+    local_epochs: float = 1.0
+    local_steps: int | None = None
+    batch_size: int = 32
+    learning_rate: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    proximal_mu: float = 0.0
+    clip_sigma: float = 2.5
+    codec: str = "ternary"
+    seal: bool = False
+    seed: int = 0
+    error_feedback: bool = False
+    local_seconds: float | None = None
+    optimizer: str = "sgd"
+    beta1: float = 0.9
+    beta2: float = 0.999
+    schedule: str = "constant"
+    warmup_versions: int = 0
+    schedule_versions: int = 0
+    final_rate: float = 0.0
+    statistics_rate: float = 0.25
+    precision: str = "float32"
+    memory_format: str = "contiguous"
+    dp: str = NO_DP
+    dp_clip: float = 0.0
+    dp_noise: float = 0.0
+    dp_epsilon: float = 0.0
+    dp_delta: float = 1e-5
+    participation: float = 1.0
+    turn_s: float = 600.0
+    extra: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        numbers = (self.local_epochs, self.local_steps, self.batch_size, self.learning_rate, self.momentum,
+                   self.weight_decay, self.proximal_mu, self.clip_sigma, self.seed, self.local_seconds,
+                   self.beta1, self.beta2, self.warmup_versions, self.schedule_versions, self.final_rate,
+                   self.statistics_rate, self.dp_clip, self.dp_noise, self.dp_epsilon, self.dp_delta,
+                   self.participation, self.turn_s)  # fmt: skip
+        for name, value in zip(_NUMBERS, numbers, strict=True):
+            if not (name in _OPTIONAL and value is None):
+                _check_number(name, value)
+        choices = (self.codec, self.optimizer, self.schedule, self.precision, self.memory_format, self.dp)
+        for name, choice in zip(_CHOICES, choices, strict=True):
+            if choice not in _CHOICES[name]:
+                raise ProtocolError("bad-plan", f"{name} is {choice!r}, not one of {', '.join(_CHOICES[name])}")
+        if self.schedule != "constant" and self.schedule_versions <= self.warmup_versions:
+            raise ProtocolError(
+                "bad-plan", f"schedule_versions is {self.schedule_versions}: {self.schedule} must end after the warm-up"
+            )
+        if self.dp != NO_DP and not (self.dp_clip and self.dp_noise and self.dp_epsilon):
+            raise ProtocolError("bad-plan", f"dp is {self.dp!r}: dp_clip, dp_noise and dp_epsilon must be above 0")
+        for name, switch in zip(_SWITCHES, (self.seal, self.error_feedback), strict=True):
+            if not isinstance(switch, bool):
+                raise ProtocolError("bad-plan", f"{name} is {switch!r}, not true or false")
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, object]) -> "Plan":
+        """The plan in a head's `plan`, or in a task's `default_plan`. Raises `ProtocolError` on nonsense."""
+        known = {*_CHOICES, *_NUMBERS, *_SWITCHES}
+        extra = {name: value for name, value in meta.items() if name not in known}
+        given = {name: value for name, value in meta.items() if name in known}
+        return cls(**given, extra=extra)  # type: ignore[arg-type]  # __post_init__ checks every one
+
+    def steps(self, samples: int) -> int:
+        """How many steps of SGD the plan asks of a device with so many samples; at least 1."""
+        if self.local_steps is not None:
+            return self.local_steps
+        return max(1, round(self.local_epochs * samples / min(self.batch_size, samples)))
+
+    def rate(self, version: int) -> float:
+        """The learning rate for training on a version."""
+        factor = share(
+            self.schedule,
+            version,
+            warmup=self.warmup_versions,
+            total=self.schedule_versions,
+            final=self.final_rate,
+        )
+        return self.learning_rate * factor
+
+    def batches(
+        self, samples: int, rng: np.random.Generator, clock: Callable[[], float] | None = None
+    ) -> Iterator[npt.NDArray[np.int64]]:
+        """The sample indices of each step: every sample once before any comes twice, and no batch is smaller.
+
+        At least one; after it none that would begin when `local_seconds` are over on the `clock`, which is in seconds.
+        """
+        size = min(self.batch_size, samples)
+        order = np.empty(0, np.int64)
+        ends = math.inf if clock is None or self.local_seconds is None else clock() + self.local_seconds
+        for step in range(self.steps(samples)):
+            if step and clock is not None and clock() >= ends:
+                return
+            if len(order) < size:
+                order = np.concatenate([order, rng.permutation(samples)])
+            yield order[:size]
+            order = order[size:]
+
+
+def _check_number(name: str, value: object) -> None:
+    whole, least, most = _NUMBERS[name]
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise ProtocolError("bad-plan", f"{name} is {value!r}, not a {'whole ' if whole else ''}number")
+    if not (math.isfinite(value) and least <= value <= most):
+        raise ProtocolError("bad-plan", f"{name} is {value!r}, not within {least:g} and {most:g}")

@@ -1,0 +1,147 @@
+"""Whether the aggregator's log of merges says of this device's updates what the aggregator promised."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Final
+
+from ternbus.broker.errors import ProtocolError
+from ternbus.broker.protocol.identity import KeyId
+from ternbus.broker.protocol.merge_log import Audit, Contribution, Entry, unpack_all
+from ternbus.edge.core.state import AnsweredUpdate, State
+from ternbus.edge.shell.directory import Settings
+from ternbus.edge.shell.outbox import RECEIPTS_MAX
+
+SHOWN: Final = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Merged:
+    """An update of ours in a version; ``share`` is of the version's whole weight."""
+
+    seq: int
+    base: int
+    version: int
+    weight: float
+    share: float
+
+
+@dataclass(slots=True)
+class LogCheck:
+    """What a log says of one device. Without ``faults`` every promise was kept."""
+
+    entries: int = 0
+    version: int = -1
+    merged: list[Merged] = field(default_factory=list)
+    waiting: list[int] = field(default_factory=list)  # accepted, to be in a version after the log's last
+    other_keys: int = 0  # updates of this device under keys that this folder never had
+    faults: list[str] = field(default_factory=list)
+
+    def facts(self) -> dict[str, object]:
+        return {
+            "ok": not self.faults,
+            "faults": self.faults,
+            "entries": self.entries,
+            "version": self.version,
+            "merged": [asdict(each) for each in self.merged],
+            "waiting": self.waiting,
+            "other_keys": self.other_keys,
+        }
+
+    def report(self, device: str) -> str:
+        lines = [f"fault: {fault}" for fault in self.faults]
+        lines.append(
+            f"{device}: {len(self.merged)} accepted updates are in the log as they were sent, {len(self.waiting)} wait "
+            f"for a version after its last, {self.version}"
+        )
+        if self.other_keys:
+            lines.append(
+                f"{self.other_keys} more are under other keys than this folder had, and cannot be checked here"
+            )
+        lines += [
+            f"  update {each.seq} on version {each.base}: in version {each.version} with weight {each.weight:g}, "
+            f"{100 * each.share:.1f} % of it"
+            for each in self.merged[-SHOWN:]
+        ]
+        if len(self.merged) > SHOWN:
+            lines.append(f"  (the last {SHOWN}; all of them with --json)")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where the log has an update of ours."""
+
+    version: int
+    total: float
+    update: Contribution
+
+
+_Places = dict[tuple[KeyId, int], list[_Place]]
+
+
+def check(log: Path, settings: Settings, kept: State, answers: Sequence[AnsweredUpdate]) -> LogCheck:
+    """Hold a log against what the device remembers; ``answers`` are its receipts, in any order."""
+    audit = Audit(public=bytes.fromhex(settings.aggregator_key), federation=settings.federation)
+    places: _Places = defaultdict(list)
+    newest_merge = -1
+    try:
+        with log.open("rb") as file:
+            for signed in unpack_all(file):
+                entry = audit.take(signed)
+                if entry is not None and entry.updates:
+                    newest_merge = max(newest_merge, entry.version)
+                    _note(entry, settings.device, places)
+    except ProtocolError as error:
+        audit.faults.append(error.detail)
+    faults = audit.finish((kept.head_version, kept.head_digest or None))
+    proof = LogCheck(entries=audit.entries, version=audit.last[0] if audit.readable else -1, faults=faults)
+    for answered in sorted(answers, key=lambda each: (each.base, each.seq)):
+        if answered.outcome == "accepted":
+            _look_for(answered, places.get((answered.key, answered.seq), []), newest_merge, proof)
+    _look_for_strangers(places, kept, answers, proof)
+    return proof
+
+
+def _note(entry: Entry, device: str, places: _Places) -> None:
+    own = [each for each in entry.updates if each.device == device]
+    if own:
+        total = sum(each.weight for each in entry.updates)
+        for each in own:
+            places[each.key, each.seq].append(_Place(entry.version, total, each))
+
+
+def _look_for(answered: AnsweredUpdate, places: list[_Place], newest_merge: int, proof: LogCheck) -> None:
+    """An accepted update is in the first merge after its receipt at the latest, once, and as it was sent."""
+    name = f"update {answered.seq} on version {answered.base}"
+    match places:
+        case []:
+            if newest_merge > answered.version:
+                proof.faults.append(f"{name} was accepted by version {answered.version}, and is in no version since")
+            else:
+                proof.waiting.append(answered.seq)
+        case [place]:
+            if place.update.digest != answered.digest:
+                proof.faults.append(f"{name} is in version {place.version} with another digest than what was sent")
+                return
+            weight = place.update.weight
+            share = weight / place.total if place.total else 0.0
+            about = Merged(seq=answered.seq, base=answered.base, version=place.version, weight=weight, share=share)
+            proof.merged.append(about)
+        case _:
+            versions = " and ".join(str(place.version) for place in places)
+            proof.faults.append(f"{name} was merged more than once: in versions {versions}")
+
+
+def _look_for_strangers(places: _Places, kept: State, answers: Sequence[AnsweredUpdate], proof: LogCheck) -> None:
+    """Updates in our name that we know nothing of. One of which the receipt was lost is known by its digest."""
+    known = {(each.key, each.seq): b"" if each.outcome == "accepted" else each.digest for each in answers}
+    if kept.outstanding is not None:
+        known[kept.key, kept.outstanding.seq] = b""
+    for (key, seq), found in places.items():
+        digest = known.get((key, seq))
+        if digest is None and key != kept.key:
+            proof.other_keys += len(found)
+        elif len(answers) < RECEIPTS_MAX and (digest is None or digest not in {b"", found[0].update.digest}):
+            proof.faults.append(f"version {found[0].version} holds update {seq} in our name, of which we know nothing")

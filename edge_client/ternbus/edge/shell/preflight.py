@@ -1,0 +1,251 @@
+"""Whether a task is ready for a federation: one step of training and one update there and back.
+
+It says what they take, and what is wrong, in words.
+"""
+
+import math
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+
+from ternbus.broker.errors import FederationError, ProtocolError
+from ternbus.broker.protocol.frame import FRAME_BYTES
+from ternbus.broker.protocol.messages import SAMPLES_MAX
+from ternbus.broker.protocol.schema import Schema, to_tensors, to_vector
+from ternbus.broker.protocol.ternary import CODECS
+from ternbus.edge.core.profile import misfit
+from ternbus.edge.core.state import prepare
+from ternbus.edge.learn.compress import compress
+from ternbus.edge.learn.task import Evaluation, Task, Trained, Trainer
+from ternbus.edge.plan.plan import Plan
+from ternbus.edge.plan.tensors import Tensors
+
+PARTS_MAX = 65_535
+LARGE_PARTS = 1000
+Result = TypeVar("Result")
+
+
+@dataclass(slots=True, kw_only=True)
+class Report:
+    """What was found; what could not be measured is left out. `problems` keep the task from working, `notes` do not."""
+
+    task: str
+    facts: dict[str, int | float | str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """For people."""
+        facts = self.facts
+        lines = [f"task       {self.task}"]
+        if "parameters" in facts:
+            lines.append(f"model      {facts['parameters']:,} parameters that travel, in {facts['tensors']} tensors")
+        if "training_s" in facts:
+            seconds = f"about {facts['training_s']} s"
+            lines.append(f"a step     {1000 * float(facts['step_s']):,.1f} ms")
+            lines.append(f"training   {facts['steps']:,} steps on {facts['samples']:,} samples: {seconds}")
+        if "codec" in facts:
+            parts = f"in {facts['parts']} part{'s' if facts['parts'] != 1 else ''}"
+            lines.append(f"an update  {self._size('ternary')}; as float32 {self._size('float32')}")
+            lines.append(f"           sent as {facts['codec']} {parts}; packed and read in {facts['codec_s']} s")
+        if "test_samples" in facts:
+            lines.append(f"evaluation {facts['test_samples']:,} samples: {facts['evaluation_s']} s")
+        lines += [f"note: {text}" for text in self.notes]
+        lines += [f"wrong: {text}" for text in self.problems]
+        return [*lines, "something must be mended" if self.problems else "ready"]
+
+    def _size(self, codec: str) -> str:
+        size = int(self.facts[f"update_{codec}_bytes"])
+        return f"{size:,} bytes ({8 * size / int(self.facts['parameters']):.2f} bits a parameter)"
+
+
+class _CannotGoOnError(Exception):
+    """What comes next needs what has just failed; the problem is in the report."""
+
+
+def check(task: Task, *, data: Path | None = None, partition: str = "all") -> Report:
+    """Try everything that a device and an evaluator do with a task, but for the network."""
+    check = _Check(task, Report(task=task.name))
+    for examine in (check.device, check.evaluator):
+        try:
+            examine(data, partition)
+        except _CannotGoOnError:
+            continue
+    return check.report
+
+
+class _Check:
+    def __init__(self, task: Task, report: Report) -> None:
+        self.report = report
+        self._task = task
+        self._start: Tensors | None = None
+
+    def device(self, data: Path | None, partition: str) -> None:
+        plan = self._plan()
+        start, schema = self._model()
+        trainer = self._try("trainer()", lambda: self._task.trainer(data=data, partition=partition))
+        trained = self._step(trainer, start, plan)
+        self._compare(start, trained)
+        self._update(schema, start, trained, plan)
+
+    def evaluator(self, data: Path | None, _partition: str) -> None:
+        evaluator = self._try("evaluator()", lambda: self._task.evaluator(data=data))
+        if self._start is None:
+            return
+        start, began = self._start, time.perf_counter()
+        found: Any = self._try("evaluate()", lambda: evaluator.evaluate(start))
+        if not isinstance(found, Evaluation):
+            self._stop(f"evaluate() returned {type(found).__name__}, not an Evaluation")
+        for name in ("accuracy", "loss"):
+            if not math.isfinite(found.values.get(name, math.nan)):
+                self._problem(f"evaluate() gives no finite {name!r} in its values")
+        self.report.facts |= {"test_samples": found.samples, "evaluation_s": round(time.perf_counter() - began, 4)}
+
+    def _plan(self) -> Plan:
+        try:
+            plan = Plan.from_meta(self._task.default_plan)
+        except ProtocolError as error:
+            self._stop(f"default_plan: {error}")
+        if plan.extra:
+            unknown = ", ".join(plan.extra)
+            self._note(f"default_plan: Ternbus does not know {unknown}; the trainer gets it as it is")
+        return plan
+
+    def _model(self) -> tuple[Tensors, Schema]:
+        start = self._named_arrays()
+        schema = self._try("initial()", lambda: Schema.of({name: tensor.shape for name, tensor in start.items()}))
+        again = self._try("initial()", lambda: self._task.initial(0))
+        if misfit(schema, {name: tensor.shape for name, tensor in again.items()}) or not _same(start, again):
+            self._note("initial() gives another model for the same seed: an experiment cannot be repeated")
+        self.report.facts |= {"tensors": len(start), "parameters": schema.elements}
+        vector = to_vector(schema, start)
+        vector.setflags(write=False)  # as the follower's is
+        self._start = to_tensors(schema, vector)
+        return self._start, schema
+
+    def _named_arrays(self) -> Tensors:
+        """What initial() gives, which may be anything: annotations check nothing."""
+        start: Any = self._try("initial()", lambda: self._task.initial(0))
+        if not isinstance(start, Mapping) or not start:
+            self._stop("initial() gives no tensors: it must return a dict of name: float32 array")
+        for name, tensor in start.items():
+            if not isinstance(tensor, np.ndarray) or tensor.dtype != np.float32:
+                kind = tensor.dtype if isinstance(tensor, np.ndarray) else type(tensor).__name__
+                self._stop(f"initial() gives {name!r} as {kind}: it must be a float32 numpy array")
+            if not tensor.size:
+                self._stop(f"initial() gives {name!r} without an element, of shape {tensor.shape}: leave it out")
+            if not np.isfinite(tensor).all():
+                self._stop(f"initial() gives {name!r} with a NaN or an infinity in it")
+        return start
+
+    def _step(self, trainer: Trainer, start: Tensors, plan: Plan) -> Trained:
+        """One step, and the same again, which is the one that counts: the first warms up."""
+        samples = self._try("trainer.samples", lambda: trainer.samples)
+        if not 1 <= samples <= SAMPLES_MAX:
+            self._stop(f"the trainer has {samples} samples: there must be from 1 to {SAMPLES_MAX}")
+        one = Plan.from_meta({**self._task.default_plan, "local_steps": 1})
+        first: Any = self._try("train()", lambda: trainer.train(start, one, version=0, seed=0))
+        began = time.perf_counter()
+        again: Any = self._try("train()", lambda: trainer.train(start, one, version=0, seed=0))
+        step_s = time.perf_counter() - began
+        if not isinstance(first, Trained) or not isinstance(again, Trained):
+            self._stop(f"train() returned {type(first).__name__}, not Trained")
+        if first.tensors.keys() != again.tensors.keys() or not _same(first.tensors, again.tensors):
+            self._note("train() gives another result for the same seed: an experiment cannot be repeated bit for bit")
+        steps = plan.steps(samples)
+        self.report.facts |= {"samples": samples, "step_s": round(step_s, 4), "steps": steps,
+                              "training_s": round(step_s * steps, 1)}  # fmt: skip
+        return again
+
+    def _compare(self, start: Tensors, trained: Trained) -> None:
+        if lost := [name for name in start if name not in trained.tensors]:
+            self._stop(f"train() returned no {lost[0]!r}: all tensors of initial() must come back")
+        for name, tensor in start.items():
+            if np.shape(trained.tensors[name]) != tensor.shape:
+                shape = np.shape(trained.tensors[name])
+                self._stop(f"train() returned {name!r} in the shape {shape}, initial() has {tensor.shape}")
+        if extra := [name for name in trained.tensors if name not in start]:
+            self._note(f"train() returned {extra[0]!r}, which initial() does not have: it does not travel")
+        same = [name for name in start if np.array_equal(start[name], trained.tensors[name])]
+        if len(same) == len(start):
+            self._problem("one step of training changed nothing: is learning_rate 0, or everything frozen or detached?")
+        elif same:
+            self._note(f"one step left {len(same)} of {len(start)} tensors as they were, {same[0]!r} for one")
+        for name, value in trained.metrics.items():
+            if not math.isfinite(value):
+                self._note(f"train() reports {name!r} as {value}: only finite numbers are sent")
+
+    def _update(self, schema: Schema, start: Tensors, trained: Trained, plan: Plan) -> None:
+        """What the device would send, in both codecs, and what the aggregator would make of it."""
+        base = to_vector(schema, start)
+        change = self._try("train()", lambda: to_vector(schema, trained.tensors)) - base
+        for codec in CODECS:
+            asked = Plan.from_meta({**self._task.default_plan, "codec": codec})
+            began = time.perf_counter()
+            block = self._try("the update", partial(compress, schema, asked, change, None, 0)).block
+            update = prepare(block, seq=1, base=0, samples=1, metrics={}, frame_bytes=FRAME_BYTES)
+            read = self._try("the update", partial(update.block, schema))
+            seconds = time.perf_counter() - began
+            parts = -(-len(update.body) // FRAME_BYTES)
+            if read.content != block.content:
+                self._problem(
+                    "the update came back with other bytes than were sent: a bug in Ternbus, please report it"
+                )
+            if not np.isfinite(read.apply(base)).all():
+                self._problem("the model is no longer finite with the update applied")
+            if codec == plan.codec:
+                self._fits(parts)
+                self.report.facts |= {"codec": codec, "parts": parts, "codec_s": round(seconds, 4)}
+            self.report.facts[f"update_{codec}_bytes"] = len(update.body)
+
+    def _fits(self, parts: int) -> None:
+        if parts > PARTS_MAX:
+            self._problem(f"an update would have {parts} parts, at most {PARTS_MAX} can be: the model is too large")
+        elif parts > LARGE_PARTS:
+            self._note(f"an update has {parts} parts: is the codec float32 meant for a model of that size?")
+
+    def _try(self, what: str, call: Callable[[], Result]) -> Result:
+        try:
+            return call()
+        except FederationError as error:
+            self._stop(str(error))
+        except Exception as error:  # noqa: BLE001 - the task's own code may raise anything, and this is who says so
+            self._stop(f"{what} raised {type(error).__name__}: {error}{_place(error)}{_hint(error)}")
+
+    def _problem(self, text: str) -> None:
+        if text not in self.report.problems:
+            self.report.problems.append(text)
+
+    def _note(self, text: str) -> None:
+        self.report.notes.append(text)
+
+    def _stop(self, text: str) -> NoReturn:
+        self._problem(text)
+        raise _CannotGoOnError
+
+
+def _same(one: Tensors, other: Tensors) -> bool:
+    return all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def _place(error: Exception) -> str:
+    """Where in the user's own files it was raised, or was called from."""
+    house = Path(__file__).parent.parent
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        inside = "-packages" in frame.filename or path.is_relative_to(house) or frame.filename[:1] == "<"
+        if not inside:
+            return f" ({path.name}, line {frame.lineno})"
+    return ""
+
+
+def _hint(error: Exception) -> str:
+    if isinstance(error, ValueError) and "read-only" in str(error):
+        return "; `start` must stay as it is: work on a copy"
+    return ""

@@ -1,0 +1,245 @@
+"""Training with PyTorch: a task is a model function, a data function, a loss, a metric and perhaps an augmentation.
+
+Which of the model's tensors travel is said in `edge_client/ternbus/edge/torch/travelling_state.py`.
+"""
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ternbus.broker.errors import ConfigError
+from ternbus.edge.learn import local_optimizer
+from ternbus.edge.learn.noise import RandomSource
+from ternbus.edge.learn.partition import Indices, Partition, select
+from ternbus.edge.learn.task import Evaluation, Trained
+from ternbus.edge.plan.plan import Plan
+from ternbus.edge.plan.tensors import FloatArray, Tensors
+from ternbus.edge.torch import dp_sgd
+from ternbus.edge.torch.autotune import Way, fastest, ways
+from ternbus.edge.torch.travelling_state import TravellingState
+
+Split = Literal["train", "test"]
+EVALUATION_BATCH = 500
+
+
+def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The share of samples whose largest output is the target."""
+    return (outputs.argmax(1) == targets).float().mean()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TorchTask:
+    """A task in PyTorch; every function is the plain one of a single-machine script.
+
+    `model()` makes a model, at random; what is frozen in it (`requires_grad` False) must come out the same each time.
+    `data(folder, split)` gives (inputs, targets), one row a sample, and raises `ConfigError` where they are missing;
+    inputs kept as uint8 (images) reach `augment` and the model as float32 in 0…1. `loss` and `metric` take
+    (outputs, targets) and give the batch's mean. `augment` takes a batch of inputs, in training only.
+    `owners(folder)` says for each row of the training data whose it is, numbered from 0: for `--partition natural:I`.
+    `narrow(width)` makes the model with that share of the channels in each hidden layer, for `--width`.
+    """
+
+    name: str
+    model: Callable[[], nn.Module]
+    data: Callable[[Path | None, Split], tuple[Tensor, Tensor]]
+    default_plan: Mapping[str, object] = field(default_factory=dict)
+    loss: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy
+    metric: Callable[[Tensor, Tensor], Tensor] = accuracy
+    augment: Callable[[Tensor], Tensor] | None = None
+    owners: Callable[[Path | None], Indices] | None = None
+    narrow: Callable[[float], nn.Module] | None = None
+
+    def initial(self, seed: int) -> dict[str, FloatArray]:
+        """Raises `ConfigError` for a model that cannot be trained in a federation."""
+        travelling = TravellingState(self._drawn(seed))
+        if fixed := travelling.fixed:
+            again = TravellingState(self._drawn(seed + 1)).fixed
+            if differ := [name for name in fixed if fixed[name] != again.get(name)]:
+                raise ConfigError(
+                    f"the task {self.name}: {differ[0]} is frozen and does not travel, but each model() has another: "
+                    "load what is frozen from a checkpoint there, or draw it from a seed of its own"
+                )
+        return travelling.arrays()
+
+    def _drawn(self, seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.model()
+
+    def narrowed(self, width: float) -> "TorchTask":
+        """The same with a narrower model. Raises `ConfigError` where there is none."""
+        if (make := self.narrow) is None:
+            raise ConfigError(f"the task {self.name} has no narrower form: TorchTask(narrow=…) would make one")
+        return replace(self, model=lambda: make(width), narrow=None)
+
+    def trainer(self, *, data: Path | None, partition: str) -> "TorchTrainer":
+        return self.trainers(data=data, partitions=[partition])[0]
+
+    def trainers(self, *, data: Path | None, partitions: Sequence[str]) -> list["TorchTrainer"]:
+        """Many devices in one process, of which one trains at a time: one model for all, the data read once."""
+        inputs, targets = self.data(data, "train")
+        shared = _Shared(self.model())
+        natural = any(Partition.parse(partition).natural for partition in partitions)
+        owners = self.owners(data) if natural and self.owners is not None else None
+        return [TorchTrainer(self, *self._part(inputs, targets, owners, partition), shared) for partition in partitions]
+
+    def _part(self, inputs: Tensor, targets: Tensor, owners: Indices | None, partition: str) -> tuple[Tensor, Tensor]:
+        if partition == "all":
+            return inputs, targets
+        classes = targets.dim() == 1 and not targets.is_floating_point()
+        labels = targets.numpy() if classes else np.zeros(len(targets), np.int64)
+        if owners is not None and len(owners) != len(targets):
+            raise ConfigError(f"the task {self.name} has {len(owners)} owners of {len(targets)} samples")
+        if not (classes or Partition.parse(partition).whole):
+            raise ConfigError(f"the task {self.name} has no classes to split by: only --partition all")
+        chosen = torch.from_numpy(select(partition, labels, owners))
+        return inputs[chosen], targets[chosen]
+
+    def evaluator(self, *, data: Path | None) -> "TorchTrainer":
+        return TorchTrainer(self, *self.data(data, "test"), _Shared(self.model()))
+
+
+class _Shared:
+    """What trainers in one process have in common: a model, and how it trains fastest by each plan."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.travelling = TravellingState(model)
+        self.ways: dict[tuple[str, str, int], Way] = {}
+
+
+class TorchTrainer:
+    """One device's model and data. Raises `ConfigError` if there is no data."""
+
+    def __init__(self, task: TorchTask, inputs: Tensor, targets: Tensor, shared: _Shared) -> None:
+        if not len(inputs) or len(inputs) != len(targets):
+            raise ConfigError(f"the task {task.name} has {len(inputs)} inputs and {len(targets)} targets here")
+        torch.set_num_threads(_threads())
+        self._task = task
+        self._inputs = inputs
+        self._targets = targets
+        self._shared = shared
+        self._model = shared.model
+        self._travelling = shared.travelling
+
+    @property
+    def samples(self) -> int:
+        return len(self._inputs)
+
+    def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:
+        began = time.perf_counter()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            way = self._way(plan)
+            self._travelling.load(start)  # after the measuring, of which nothing must stay
+            torch.manual_seed(seed)  # dropout and augmentation draw from it
+            metrics = self._descend(plan, plan.rate(version), way, np.random.default_rng(seed))
+        metrics |= {"seconds": time.perf_counter() - began, **way.metrics()}
+        tensors = self._travelling.arrays_since(start, plan.statistics_rate)
+        return Trained(tensors=tensors, samples=self.samples, metrics=metrics)
+
+    def train_privately(self, start: Tensors, plan: Plan, *, version: int, seed: int, chance: RandomSource) -> Trained:
+        """DP-SGD. Buffers, such as statistics, are sent unchanged: they would tell of the samples."""
+        began = time.perf_counter()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self._travelling.load(start)
+            self._travelling.begin_training()
+            metrics = dp_sgd.descend(
+                self._model,
+                self._private_loss,
+                samples=self.samples,
+                plan=plan,
+                rate=plan.rate(version),
+                chance=chance,
+            )
+        metrics |= {"seconds": time.perf_counter() - began}
+        return Trained(tensors=self._travelling.arrays_since(start, 0.0), samples=self.samples, metrics=metrics)
+
+    def _private_loss(self, rows: Tensor) -> Tensor:
+        inputs, targets = self._batch(rows)
+        if self._task.augment is not None:
+            inputs = self._task.augment(inputs)
+        return self._task.loss(self._model(inputs), targets)
+
+    def evaluate(self, tensors: Tensors) -> Evaluation:
+        self._travelling.load(tensors)
+        self._model.eval()
+        loss = metric = 0.0
+        with torch.no_grad():
+            for first in range(0, self.samples, EVALUATION_BATCH):
+                inputs, targets = self._batch(slice(first, first + EVALUATION_BATCH))
+                outputs = self._model(inputs)
+                loss += float(self._task.loss(outputs, targets)) * len(targets)
+                metric += float(self._task.metric(outputs, targets)) * len(targets)
+        return Evaluation(samples=self.samples, values={"accuracy": metric / self.samples, "loss": loss / self.samples})
+
+    def _descend(self, plan: Plan, rate: float, way: Way, rng: np.random.Generator) -> dict[str, float]:
+        """The plan's steps on the model in place; the mean loss and metric of its batches, and how many they were."""
+        self._travelling.begin_training()
+        parameters = self._trained()
+        optimizer = local_optimizer.begin(plan, [parameter.detach() for parameter in parameters])
+        loss_sum = metric_sum = steps = 0.0
+        for chosen in plan.batches(self.samples, rng, time.perf_counter):
+            inputs, targets = self._batch(torch.from_numpy(chosen))
+            if self._task.augment is not None:
+                inputs = self._task.augment(inputs)
+            loss, outputs = self._loss(inputs, targets, way)
+            gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+            with torch.no_grad():
+                optimizer.step(gradients, rate)
+            loss_sum += loss.item()
+            metric_sum += self._task.metric(outputs.detach(), targets).item()
+            steps += 1
+        return {"loss": loss_sum / steps, "accuracy": metric_sum / steps, "steps": steps}
+
+    def _loss(self, inputs: Tensor, targets: Tensor, way: Way) -> tuple[Tensor, Tensor]:
+        with way.autocast():
+            outputs = self._model(way.laid_out(inputs))
+        if way.bfloat16:
+            outputs = outputs.float()
+        return self._task.loss(outputs, targets), outputs
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+
+    def _way(self, plan: Plan) -> Way:
+        """As the plan says, or as was measured at the first training by such a plan."""
+        key = (plan.precision, plan.memory_format, plan.batch_size)
+        if key not in self._shared.ways:
+            inputs, targets = self._batch(slice(0, plan.batch_size))
+            candidates = ways(plan, inputs, self._travelling.dtype)
+            parameters = self._trained()
+            self._travelling.begin_training()
+
+            def step(way: Way) -> None:
+                torch.autograd.grad(self._loss(inputs, targets, way)[0], parameters, allow_unused=True)
+
+            self._shared.ways[key] = candidates[0] if len(candidates) == 1 else fastest(candidates, step)
+        return self._shared.ways[key]
+
+    def _batch(self, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
+        inputs = self._inputs[rows]
+        if inputs.dtype == torch.uint8:
+            inputs = inputs.float() / 255
+        if inputs.is_floating_point() and self._travelling.dtype is not None:
+            inputs = inputs.to(self._travelling.dtype)
+        return inputs, self._targets[rows]
+
+
+def _threads() -> int:
+    """As many as `OMP_NUM_THREADS` says, else one: OpenMP's threads wait by spinning.
+
+    Where another process wants the same processors, two threads are then many times slower than one; and models of this
+    size gain little from the second.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else 1

@@ -1,0 +1,110 @@
+"""What a federation looks like at one moment, read from the aggregator's status and the devices' own counters."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """One row of the live table."""
+
+    name: str
+    state: str
+    base: int | None
+    updates: int
+    staleness: float | None
+    bytes_up: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Version:
+    """One version of the model; `seconds` since version 0 was there; None where nobody measured."""
+
+    version: int
+    seconds: float
+    updates: int
+    staleness: float | None  # mean over its updates
+    staleness_max: int | None
+    accuracy: float | None
+    loss: float | None
+    local: Mapping[str, Any] | None = (
+        None  # as devices report it of their own data; see ternbus.aggregator.store.device_metrics
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """The state that progress and report are made of."""
+
+    state: str
+    accepted: int
+    rejected: int
+    bytes_up: int  # PUBLISH packets on …/update that the devices sent
+    bytes_down: int  # PUBLISH packets of deltas that the devices received
+    began: float  # when version 0 was there, unix seconds
+    counts: Mapping[str, Any]
+    devices: tuple[Device, ...]
+    versions: tuple[Version, ...]
+    local: Mapping[str, Any] | None = None  # over all devices, each with its newest report
+
+    @classmethod
+    def read(cls, status: Mapping[str, Any], counters: Mapping[str, Mapping[str, int]]) -> Self:
+        """From the JSON of `aggregator status` and each device's own counters, which the evaluator is not among."""
+        rows = tuple(_device(name, status["devices"].get(name, {}), counted) for name, counted in counters.items())
+        began = float(status["versions"][0]["time"])
+        counts = status["counts"]
+        return cls(
+            state=status["state"],
+            accepted=counts["accepted"],
+            rejected=counts["stale"] + sum(counts["invalid"].values()),
+            bytes_up=sum(row.bytes_up for row in rows),
+            bytes_down=sum(counted.get("received_bytes.delta", 0) for counted in counters.values()),
+            began=began,
+            counts=counts,
+            devices=rows,
+            versions=tuple(_version(row, began) for row in status["versions"]),
+            local=status.get("local"),
+        )
+
+    @property
+    def version(self) -> int:
+        return self.versions[-1].version
+
+    @property
+    def last(self) -> Version:
+        return self.versions[-1]
+
+    @property
+    def evaluated(self) -> Version | None:
+        """The newest version whose accuracy is known."""
+        return next((version for version in reversed(self.versions) if version.accuracy is not None), None)
+
+    @property
+    def best(self) -> float | None:
+        return max((version.accuracy for version in self.versions if version.accuracy is not None), default=None)
+
+
+def _device(name: str, row: Mapping[str, Any], counted: Mapping[str, int]) -> Device:
+    return Device(
+        name=name,
+        state=row.get("state") or "starting",
+        base=row.get("base"),
+        updates=row.get("updates") or 0,
+        staleness=row.get("staleness"),
+        bytes_up=counted.get("sent_bytes.update", 0),
+    )
+
+
+def _version(row: Mapping[str, Any], began: float) -> Version:
+    metrics = row.get("metrics") or {}
+    return Version(
+        version=row["version"],
+        seconds=row["time"] - began,
+        updates=row["updates"],
+        staleness=row.get("staleness_mean"),
+        staleness_max=row.get("staleness_max"),
+        accuracy=metrics.get("accuracy"),
+        loss=metrics.get("loss"),
+        local=row.get("local"),
+    )

@@ -1,0 +1,174 @@
+"""A simulated federation before its first second: the aggregator's core and ledger, and who its devices are."""
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Final
+
+from ternbus.aggregator import settings as configuration
+from ternbus.aggregator.core import records
+from ternbus.aggregator.core.core import Core
+from ternbus.aggregator.core.frames import FrameWriter
+from ternbus.aggregator.core.publisher import PublishedState
+from ternbus.aggregator.core.registry import Invited, Registry
+from ternbus.aggregator.merge import optimizer
+from ternbus.aggregator.merge.model import Model
+from ternbus.aggregator.settings import Settings
+from ternbus.aggregator.shell import administration
+from ternbus.aggregator.store import ledger as durable
+from ternbus.broker.protocol.identity import Identity, seal
+from ternbus.broker.protocol.merge_log import FIRST
+from ternbus.broker.protocol.messages import OPEN
+from ternbus.broker.protocol.schema import Schema, Vector, to_vector, vector_digest
+from ternbus.edge.core.follower import Beginning
+from ternbus.edge.core.profile import Profile
+from ternbus.edge.learn.task import Task
+from ternbus.edge.plan.tensors import Tensors
+from ternbus.lab.scenario.scenario import Scenario, Simulated
+from ternbus.lab.virtual.memory_broker import Line
+from ternbus.lab.virtual.memory_ledger import Ledger, MemoryLedger
+from ternbus.lab.virtual.training import InProcess, Place, pairs
+from ternbus.lab.virtual.virtual_device import Body
+
+FEDERATION: Final = "lab"
+EVALUATOR: Final = "evaluator"  # in whose name the simulation says what its versions are worth
+SOFTWARE: Final = "ternbus lab simulate"
+URL: Final = "mqtt://localhost"  # settings need one; nobody connects to it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """An aggregator's ledger, the core that it holds, and an invitation's code for each device."""
+
+    ledger: Ledger
+    core: Callable[[], Core]
+    codes: Mapping[str, str] = field(repr=False)
+
+
+def on_disk(
+    folder: Path, names: Sequence[str], model: Tensors, chosen: Mapping[str, object], dense: Sequence[str] = ()
+) -> Setup:
+    """A real aggregator's directory, which its commands can read afterwards."""
+    administration.create(folder, federation=FEDERATION, broker=URL, model=model, settings=chosen, dense=dense)
+    codes = {invitation.device: invitation.code for invitation in administration.invite(folder, *names)}
+    ledger = durable.Ledger(folder / administration.LEDGER)
+    ledger.db.execute("PRAGMA synchronous = OFF")  # a crash of this machine is not what is simulated
+    ledger.db.execute("UPDATE versions SET made_at = 0")
+    ledger.write([records.DeviceEnrolled(device=EVALUATOR, public=Identity.generate().public, proof=b"")], 0.0)
+    return Setup(ledger=ledger, core=lambda: administration.open_core(folder, ledger, SOFTWARE), codes=codes)
+
+
+def without_disk(
+    seed: int, names: Sequence[str], model: Tensors, chosen: Mapping[str, object], schema: Schema
+) -> Setup:
+    """The same without a file, and with keys and codes that only the seed decides."""
+    table = configuration.with_overrides({"federation": FEDERATION, "broker": URL}, chosen)
+    settings = configuration.from_table(table, "[aggregator]")
+    identity = Identity(drawn(seed, "aggregator"))
+    codes = {name: drawn(seed, f"code of {name}").hex() for name in names}
+    core, frames = _first_core(settings, identity, schema, to_vector(schema, model), codes)
+    return Setup(ledger=MemoryLedger(frames), core=lambda: core, codes=codes)
+
+
+def _first_core(
+    settings: Settings, identity: Identity, schema: Schema, vector: Vector, codes: Mapping[str, str]
+) -> tuple[Core, list[tuple[str, bytes]]]:
+    """An aggregator at version 0, and the frames that it has to keep."""
+    reserved = [0]
+
+    def save(record: records.Record) -> None:
+        if isinstance(record, records.SeqReserved):
+            reserved.append(record.upto)
+
+    outlet = FrameWriter(settings, identity, schema, save, 0)
+    digest = vector_digest(vector)
+    named, frames = outlet.snapshot(0, digest, vector, 0)
+    head = outlet.head(version=0, digest=digest, snapshot=named, state=OPEN)
+    kept = PublishedState(
+        state=OPEN,
+        snapshot=named,
+        sizes={topic: len(payload) for topic, payload in [*frames, head]},
+        head_frame=head[1],
+        slots=settings.downlink.slots,
+        recipe=settings.recipe,
+        log_hash=outlet.entry(0, digest, FIRST).hash,
+    )
+    server = optimizer.init(settings.optimizer, vector)
+    core = Core(
+        settings=settings,
+        identity=identity,
+        schema=schema,
+        model=Model(settings=settings, schema=schema, version=0, published=vector, server=server, digest=digest),
+        registry=Registry(settings.federation, codes={name: Invited(code=code) for name, code in codes.items()}),
+        kept=kept,
+        seq=reserved[-1],
+        session=0,
+        software=SOFTWARE,
+    )
+    return core, [*frames, head]
+
+
+def bodies(
+    scenario: Scenario,
+    task: Task,
+    model: Tensors,
+    aggregator: bytes,
+    codes: Mapping[str, str],
+    *,
+    place: Place | None = None,
+) -> list[Body]:
+    """The devices of an aggregator with this public key, each with its key, its data, its speed and its line.
+
+    They train at `place`, by default here.
+    """
+    own = pairs(scenario, task, model)
+    place = place or InProcess([trainer for trainer, _ in own])
+    shapes = {name: tuple(array.shape) for name, array in model.items()}
+    beginning = Beginning(tensors=model)
+    paces = scenario.speeds.draw(scenario.devices, scenario.seed)
+    return [
+        Body(
+            member=Profile(
+                federation=FEDERATION,
+                device=name,
+                identity=Identity(drawn(scenario.seed, name)),
+                aggregator_public=aggregator,
+                seal=lambda plain: seal(aggregator, plain),
+                role="train",
+                code=code,
+                tensors=shapes,
+                default_plan=dict(task.default_plan),
+                software=SOFTWARE,
+                reports=held is not None,
+                fine_tune=scenario.local.fine_tune if held is not None else 0.0,
+            ),
+            beginning=beginning,
+            begin=partial(place.begin, index),
+            trainer=trainer,
+            held=held,
+            seconds=_seconds(scenario, name, pace),
+            line=_line(scenario.simulate),
+        )
+        for index, ((name, code), (trainer, held), pace) in enumerate(zip(codes.items(), own, paces, strict=True))
+    ]
+
+
+def _seconds(scenario: Scenario, name: str, pace: float) -> Callable[[], float]:
+    """How long each training of a device lasts."""
+    jitter = scenario.simulate.jitter
+    generator = random.Random(f"{scenario.seed}/{name}")  # noqa: S311 - an experiment's, to be repeated; no secret
+    return lambda: pace * math.exp(jitter * generator.gauss(0, 1)) if jitter else pace
+
+
+def _line(about: Simulated) -> Line:
+    up, down = (1e6 * rate if rate else math.inf for rate in (about.up_mbit_s, about.down_mbit_s))
+    return Line(up_bits_s=up, down_bits_s=down, latency_s=about.latency_s)
+
+
+def drawn(seed: int, what: str) -> bytes:
+    """32 bytes that look random and that a seed decides: these keys guard nothing."""
+    return blake2b(f"{seed}/{what}".encode(), digest_size=32).digest()
