@@ -4,7 +4,8 @@ import signal
 from collections.abc import Callable, Iterator
 
 import pytest
-from small_world import Bench, make_directory, scratch
+
+from support.small_world import Bench, make_directory, scratch
 
 # A shell starts what runs in the background deaf to Ctrl-C, and nohup deaf to the end of a session; then so would be
 # all that tests start in order to interrupt it.

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_world import BROKER_URL, LAB, Device, float32_block, follow, initial_model
 
+from support.small_world import BROKER_URL, LAB, Device, float32_block, follow, initial_model
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.aggregator.store.membership import codes

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_world import (
+
+from support.small_world import (
     LAB,
     Bench,
     Device,
@@ -19,7 +20,6 @@ from small_world import (
     saved,
     ternary_block,
 )
-
 from ternbus.aggregator import settings as configuration
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.grants import Grants, ranges

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from small_world import LAB, Bench, Device, float32_block, follow, make_directory, scratch, ternary_block
 
+from support.small_world import LAB, Bench, Device, float32_block, follow, make_directory, scratch, ternary_block
 from ternbus.aggregator import settings as configuration
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.registry import REVOKED

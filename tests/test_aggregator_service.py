@@ -11,9 +11,9 @@ from typing import Any, Final
 
 import numpy as np
 import pytest
-from brokers import Inbox, linked
-from small_world import LAB, Device, ternary_block
 
+from support.brokers import Inbox, linked
+from support.small_world import LAB, Device, ternary_block
 from ternbus.aggregator.core import records
 from ternbus.aggregator.merge.accumulator import Accumulator
 from ternbus.aggregator.merge.background import WORTHWHILE

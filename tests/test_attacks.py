@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from brokers import Inbox
-from shell_device import WITHIN_S, Device, papers
 from test_liar import MODEL
 from typer.testing import CliRunner
 
 from stranger.house import Aggregator, until
+from support.brokers import Inbox
+from support.shell_device import WITHIN_S, Device, papers
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import status as aggregator_status
 from ternbus.broker import cli

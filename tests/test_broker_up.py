@@ -13,8 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
-from brokers import WITHIN_S, Inbox, linked
 
+from support.brokers import WITHIN_S, Inbox, linked
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.link.events import Arrived, Connected, Published
 from ternbus.broker.link.link import Link

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted_aggregator import FEDERATION, Message, ScriptedAggregator, decoded
 
+from support.scripted_aggregator import FEDERATION, Message, ScriptedAggregator, decoded
 from ternbus.broker.errors import ConfigError, LinkError
 from ternbus.broker.link.link import Arrived, Link
 from ternbus.broker.protocol import topics

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pytest
-from scripted_aggregator import FEDERATION, SHAPES, Message, ScriptedAggregator
 
+from support.scripted_aggregator import FEDERATION, SHAPES, Message, ScriptedAggregator
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame, parse
 from ternbus.broker.protocol.identity import Identity, enroll_proof, seal

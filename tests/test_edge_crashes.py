@@ -10,8 +10,8 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from scripted_aggregator import FEDERATION, SHAPES, Message, ScriptedAggregator
 
+from support.scripted_aggregator import FEDERATION, SHAPES, Message, ScriptedAggregator
 from ternbus.broker.protocol.frame import Frame, parse
 from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.messages import Update

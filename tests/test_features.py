@@ -5,12 +5,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import miniatures
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from support import miniatures
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.learn.loader import load_task
 from ternbus.edge.tasks import cifar10_features

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted_aggregator import FEDERATION, Message, ScriptedAggregator
 
+from support.scripted_aggregator import FEDERATION, Message, ScriptedAggregator
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.messages import Head

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from small_world import (
+
+from support.small_world import (
     LAB,
     Bench,
     Device,
@@ -14,7 +15,6 @@ from small_world import (
     saved,
     ternary_block,
 )
-
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.events import Opened
 from ternbus.aggregator.shell.preverify import Preverifier

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_world import LAB, Bench, Device, float32_block, receipts, refusals, saved
 
+from support.small_world import LAB, Bench, Device, float32_block, receipts, refusals, saved
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.registry import Invited
 from ternbus.aggregator.shell import administration

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_world import LAB, Bench, float32_block, make_directory, ternary_block
 
+from support.small_world import LAB, Bench, float32_block, make_directory, ternary_block
 from ternbus.aggregator.core import records
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import status as statuses

@@ -13,9 +13,9 @@ import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from liar import FATES, Fate, Liar, LyingBroker
-from small_world import scratch
 
+from support.liar import FATES, Fate, Liar, LyingBroker
+from support.small_world import scratch
 from ternbus.aggregator.core import events as aggregator_events
 from ternbus.aggregator.core import records
 from ternbus.aggregator.store import ledger as durable

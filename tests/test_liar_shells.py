@@ -8,13 +8,13 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from liar import Fate, Liar
-from lying_line import LyingLine
-from shell_device import WITHIN_S, Device
-from small_world import scratch
 from test_liar import LIES, MODEL, NUMBERS
 
 from stranger.house import Aggregator, until
+from support.liar import Fate, Liar
+from support.lying_line import LyingLine
+from support.shell_device import WITHIN_S, Device
+from support.small_world import scratch
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import status as aggregator_status
 from ternbus.broker.protocol.schema import save_safetensors

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from brokers import CONNECT, PUBLISH, SUBSCRIBE, WITHIN_S, Inbox, Line, linked, scripted
 
+from support.brokers import CONNECT, PUBLISH, SUBSCRIBE, WITHIN_S, Inbox, Line, linked, scripted
 from ternbus.broker.errors import ConfigError, LinkError
 from ternbus.broker.link import connect_errors, connection
 from ternbus.broker.link.connection import MQTT_5, MQTT_311

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_world import Bench, make_directory, ternary_block
 from typer.testing import CliRunner
 
+from support.small_world import Bench, make_directory, ternary_block
 from ternbus.aggregator.shell import cli as aggregator_cli
 from ternbus.aggregator.store import status as statuses
 from ternbus.aggregator.store.device_metrics import DeviceMetrics, Report, sentences, spread

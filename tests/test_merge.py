@@ -7,8 +7,8 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_world import float32_block, ternary_block
 
+from support.small_world import float32_block, ternary_block
 from ternbus.aggregator.merge import optimizer
 from ternbus.aggregator.merge.accumulator import Accumulator
 from ternbus.aggregator.merge.mean import Mean, clip_factor, norm

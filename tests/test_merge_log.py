@@ -13,8 +13,8 @@ import nacl.signing
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_world import LAB, Bench, Device, float32_block, make_directory, receipts, ternary_block
 
+from support.small_world import LAB, Bench, Device, float32_block, make_directory, receipts, ternary_block
 from ternbus.aggregator.shell import administration, log
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol.frame import parse

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from scripted_aggregator import ScriptedAggregator
-from small_world import Bench, float32_block, make_directory
 from test_edge_core import DEVICE as DEVICE_NAME
 from test_edge_core import DEVICE_KEY, Device, aggregator, following, only, trained, update_in
 from typer.testing import CliRunner
 
+from support.scripted_aggregator import ScriptedAggregator
+from support.small_world import Bench, float32_block, make_directory
 from ternbus.aggregator.shell import cli as aggregator_cli
 from ternbus.aggregator.store import status as statuses
 from ternbus.broker.errors import ConfigError, ProtocolError

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_world import Bench, Device, float32_block, follow, make_directory, scratch, ternary_block
 
+from support.small_world import Bench, Device, float32_block, follow, make_directory, scratch, ternary_block
 from ternbus.aggregator.core import events
 from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.merge.mean import Change

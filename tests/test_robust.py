@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_world import float32_block, ternary_block
 
+from support.small_world import float32_block, ternary_block
 from ternbus.aggregator.merge import mean
 from ternbus.aggregator.merge.mean import Mean
 from ternbus.aggregator.merge.robust import Buffered, cap, gather, trimmed

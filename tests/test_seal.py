@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from brokers import Inbox, linked
 
 from stranger.house import Aggregator
+from support.brokers import Inbox, linked
 from ternbus.aggregator.shell.administration import KEY, LEDGER
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.broker.errors import ConfigError

@@ -5,12 +5,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import miniatures
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from support import miniatures
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.learn.loader import BUILT_IN_TASKS, load_task
 from ternbus.edge.learn.task import Task, TrainingError

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from brokers import WITHIN_S, Inbox
 
+from support.brokers import WITHIN_S, Inbox
 from ternbus.broker.errors import LinkError
 from ternbus.broker.link.events import Arrived, Connected, Published, Refused
 from ternbus.broker.link.link import Link

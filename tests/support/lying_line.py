@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import IO
 
-from liar import Liar
+from support.liar import Liar
 
 CONNECT, PUBLISH, PUBACK = 0x10, 0x30, 0x40
 V5 = 5

@@ -1,0 +1,1 @@
+"""What several tests share: worlds, peers that lie, brokers, small models."""
