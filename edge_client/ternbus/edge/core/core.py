@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final, assert_never
 
+from ternbus.broker.backoff import Reconnect
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame
@@ -23,7 +24,6 @@ from ternbus.edge.core.follower import Beginning, Follower
 from ternbus.edge.core.pending_state import PendingState
 from ternbus.edge.core.presence import Presence
 from ternbus.edge.core.profile import ENROLL_SEQ, OFFLINE, Profile, misfit, subscriptions
-from ternbus.edge.core.reconnect import Reconnect
 from ternbus.edge.core.resend import Resend
 from ternbus.edge.core.resubscribe import Resubscribe
 from ternbus.edge.core.state import State

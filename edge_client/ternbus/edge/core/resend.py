@@ -1,19 +1,14 @@
 """When a message that waits for a receipt is sent again: the resend rules, apart from what the message is."""
 
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Final
+
+from ternbus.broker.backoff import fraction
 
 FIRST_S: Final = 60.0
 LONGEST_S: Final = 3600.0
 UNACKNOWLEDGED_FACTOR: Final = 10.0  # so much longer while the broker has yet to acknowledge: it is still on its way
 BUSY_LEAST_S: Final = 0.5
-
-
-def fraction(*about: object) -> float:
-    """A number in [0, 1) that looks random and is the same for the same arguments: jitter without a generator."""
-    text = "/".join(str(part) for part in about)
-    return int.from_bytes(blake2b(text.encode(), digest_size=7).digest()) / 2**56
 
 
 @dataclass(slots=True, kw_only=True)
