@@ -485,6 +485,6 @@ def test_show_gives_a_device_its_entries(bench: World, tmp_path: Path, capsys: p
         assert code == 0
         assert printed.startswith(f"version 2, digest {rows[1]['digest']}, 2 updates\n  pi-1 (")
         assert " 52.4 % " in printed
-    assert run(capsys, "show", bench.directory, "--device", "nobody") == (1, "nothing of nobody\n")
+    assert run(capsys, "show", bench.directory, "--device", "nobody") == (1, "the log has no entry of nobody\n")
     (tmp_path / "lab.log").write_bytes(b"nonsense")
     assert run(capsys, "show", tmp_path / "lab.log")[0] == 2

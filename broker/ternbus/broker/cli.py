@@ -26,7 +26,9 @@ HOST: Final = "127.0.0.1"
 Dir = Annotated[Path, typer.Argument(metavar="DIR", help="The broker's directory.")]
 Out = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where to write them.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
-EngineOption = Annotated[Engine, typer.Option(help="auto: mosquitto if there is one, else nats-server.")]
+EngineOption = Annotated[
+    Engine, typer.Option(help="Broker software; auto takes mosquitto where it is installed, else nats-server.")
+]
 
 
 class _StopRequested(Exception):  # noqa: N818 - no error: SIGTERM or SIGINT has come
@@ -38,23 +40,28 @@ def init(
     directory: Dir,
     *,
     name: Annotated[
-        list[str], typer.Option(metavar="HOST", help="Host name or address by which devices reach it; repeatable.")
+        list[str], typer.Option(metavar="HOST", help="Host name or address of the broker for devices; repeatable.")
     ],
     engine: EngineOption = Engine.AUTO,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one, from now on.")] = 8883,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 takes a free port and keeps it.")] = 8883,
     listen: Annotated[
-        str | None, typer.Option(help="The address to listen on; default: all, if others are to reach it.")
+        str | None,
+        typer.Option(
+            help="Address to listen on. [default: 127.0.0.1 if every --name is on this machine, else all addresses]"
+        ),
     ] = None,
 ) -> None:
-    """Make a broker that nobody enters without a certificate: an authority, and the broker's own certificate.
+    """Make a broker with mutual TLS: a certificate authority, the broker's certificate and its settings.
+
+    Only clients with a certificate of this authority can connect.
 
     Example: ternbus broker init bus --name 192.168.1.10 --name bus.example.org
     """
     from ternbus.broker.server.directory import BrokerDirectory  # noqa: PLC0415 - certificates take a library that only few need
 
     home = BrokerDirectory.create(directory, names=name, port=port, engine=engine, listen=listen)
-    typer.echo(f"{directory}: {home.url}, TLS 1.3, for who has a certificate of {directory}/tls/ca.pem")
-    typer.echo(f"keep {directory}/tls/ca.key to yourself: whoever has it makes certificates")
+    typer.echo(f"{directory}: {home.url}, TLS 1.3, for clients with a certificate from {directory}/tls/ca.pem")
+    typer.echo(f"keep {directory}/tls/ca.key secret: its holder can make certificates")
     typer.echo(f"next: ternbus broker up {directory}")
     typer.echo(
         f"and:  ternbus aggregator init AGG --federation NAME --broker-dir {directory} --model MODEL.safetensors"
@@ -63,22 +70,31 @@ def init(
 
 @app.command()
 def up(
-    place: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="What the broker keeps.")] = None,
+    place: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="Directory of the broker's data. [default: ternbus-broker]")
+    ] = None,
     *,
     engine: EngineOption = Engine.AUTO,
     port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help=f"Without TLS; 0: any free one. [default: {PORT}]")
+        int | None,
+        typer.Option(min=0, max=65535, help=f"TCP port, without TLS only; 0 takes a free port. [default: {PORT}]"),
     ] = None,
-    host: Annotated[str | None, typer.Option(help=f"Without TLS: the address to listen on. [default: {HOST}]")] = None,
-    directory: Annotated[Path | None, typer.Option("--dir", help="The same as DIR.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Say that it is ready in JSON.")] = False,
+    host: Annotated[str | None, typer.Option(help=f"Address to listen on, without TLS only. [default: {HOST}]")] = None,
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="Directory of the broker's data, instead of DIR.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the line that says the broker is ready as JSON.")
+    ] = False,
 ) -> None:
-    """Run a broker that keeps what it holds in DIR; one line says when it answers. Ctrl-C or SIGTERM ends it.
+    """Run a broker and keep its data in DIR. One line is printed when it is ready. Ctrl-C or SIGTERM stops it.
 
-    With TLS where `ternbus broker init` made DIR, else without, for this machine. DIR is `ternbus-broker` if not given.
+    The broker uses TLS if `ternbus broker init` made DIR; otherwise it serves this machine only, without TLS.
+
+    Example: ternbus broker up bus
     """
     if place is not None and directory is not None:
-        raise ConfigError("the directory is given twice: leave out --dir")
+        raise ConfigError("the directory is given twice: give DIR or --dir, not both")
     directory = place or directory or DIRECTORY
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
@@ -95,7 +111,9 @@ def up(
 def _start(directory: Path, engine: Engine, host: str | None, port: int | None) -> RunningBroker:
     if is_home(directory):
         if host is not None or port is not None:
-            raise ConfigError(f"where it listens is in {directory / HOME}; leave out --host and --port")
+            raise ConfigError(
+                f"the address of this broker is in {directory / HOME}: change it there and leave out --host and --port"
+            )
         from ternbus.broker.server import tls_service  # noqa: PLC0415 - certificates take a library that only few need
 
         return tls_service.start(_home(directory), engine)
@@ -103,8 +121,8 @@ def _start(directory: Path, engine: Engine, host: str | None, port: int | None) 
     host = host or HOST
     if not is_loopback(host):
         _warn(
-            f"{host} is open to the network, without TLS: anybody there can read and disturb, though not forge; "
-            f"with TLS: ternbus broker init {directory} --name {host}"
+            f"{host} is open to the network without TLS: anyone there can read and disturb messages, though not forge "
+            f"them; for TLS: ternbus broker init {directory} --name {host}"
         )
     return start(software, host=host, port=PORT if port is None else port, directory=directory)
 
@@ -112,12 +130,19 @@ def _start(directory: Path, engine: Engine, host: str | None, port: int | None) 
 @app.command()
 def certificate(
     directory: Dir,
-    names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Devices, or aggregator-FEDERATION.")],
+    names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Device names, or aggregator-FEDERATION.")],
     *,
-    federation: Annotated[str, typer.Option(help="Theirs.")],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Write FOLDER/NAME/ with certificate, key and ca.pem.")],
+    federation: Annotated[str, typer.Option(help="Federation of these names.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="FOLDER", help="Folder to write; each name gets FOLDER/NAME with certificate, key and ca.pem."
+        ),
+    ],
 ) -> None:
-    """Make certificates by hand, for an aggregator on another machine. `aggregator invite` makes its devices' itself.
+    """Make certificates by hand, for an aggregator on another machine.
+
+    An aggregator on this machine needs none of this: `aggregator invite` makes its devices' certificates.
 
     Example: ternbus broker certificate bus aggregator-lab pi-1 --federation lab --out certificates
     """
@@ -136,13 +161,16 @@ def certificate(
 def renew(
     directory: Dir,
     everything: Annotated[
-        bool, typer.Option("--all", help="Clients' certificates too, however long they last.")
+        bool,
+        typer.Option("--all", help="Renew all clients' certificates too, not only those that expire within a year."),
     ] = False,
 ) -> None:
-    """Renew the broker's certificate, for the names in broker.toml, and those of clients that end within a year.
+    """Renew the broker's certificate for the names in broker.toml, and clients' certificates that expire within a year.
 
-    A running broker takes it up at once, and needs nobody for it: 60 days before the end it does this itself. Keys
-    of clients stay, so what they have goes on to work until its end; a renewed one is to be copied to its device.
+    A running broker loads the new certificate at once; 60 days before expiry it renews it by itself. Clients' keys
+    do not change: an old certificate works until it expires, and a renewed one must be copied to its device.
+
+    Example: ternbus broker renew bus
     """
     home = _home(directory)
     for path in home.renew(everything=everything):
@@ -151,7 +179,10 @@ def renew(
 
 @app.command()
 def status(directory: Dir, as_json: AsJson = False) -> None:
-    """Show the broker's address, and until when its certificates last."""
+    """Show the broker's address and when its certificates expire.
+
+    Example: ternbus broker status bus
+    """
     from ternbus.broker.server import certificates  # noqa: PLC0415 - a library that only few need
 
     home = _home(directory)
@@ -177,11 +208,13 @@ def status(directory: Dir, as_json: AsJson = False) -> None:
 
 @app.command()
 def refusals(directory: Dir, as_json: AsJson = False) -> None:
-    """Show what the broker refused: how often, whom, why, and what that one wanted last.
+    """Show what the broker refused: how often, which client, why, and the client's last request.
 
-    A client is the name in its certificate, `?` whoever proved none, `*` those beyond the first 200. What an access
-    list denies is a device that is broken, or not its owner's any more: ternbus aggregator revoke AGG DEVICE.
-    Counts outlive restarts; to begin anew remove refusals.json while the broker is stopped.
+    A client is shown by the name in its certificate, `?` is a client without one, `*` all clients beyond the first
+    200. A device that the access list denies is broken or stolen: ternbus aggregator revoke AGG DEVICE puts it out.
+    Counts survive restarts; to reset them, remove refusals.json while the broker is stopped.
+
+    Example: ternbus broker refusals bus
     """
     _home(directory)
     path = directory / counts.FILE
@@ -189,7 +222,9 @@ def refusals(directory: Dir, as_json: AsJson = False) -> None:
         text = path.read_text(encoding="utf-8")
         found = json.loads(text)
     except FileNotFoundError:
-        raise ConfigError(f"nothing was counted in {directory}: `ternbus broker up {directory}` does it") from None
+        raise ConfigError(
+            f"no refusals counted in {directory} yet: start its broker with `ternbus broker up {directory}`"
+        ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {error}; remove it while the broker is stopped") from error
     if as_json:

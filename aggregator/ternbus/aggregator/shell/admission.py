@@ -19,20 +19,35 @@ UNITS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0}
 
 def invite(
     directory: Dir,
-    devices: Annotated[list[str], typer.Argument(metavar="DEVICE…", help="Names: a-z, 0-9, '_', '-'; at most 64.")],
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write FOLDER/DEVICE.toml for each.")] = None,
+    devices: Annotated[
+        list[str],
+        typer.Argument(metavar="DEVICE…", help="Names of devices: a-z, 0-9, '_', '-'; at most 64 characters."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Folder to write; each device gets FOLDER/DEVICE.toml. [default: standard output]"
+        ),
+    ] = None,
     certificates: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Theirs, as `ternbus broker certificate --out` wrote them.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Folder of the devices' certificates, from `ternbus broker certificate --out`."
+        ),
     ] = None,
     expires_in: Annotated[
-        str | None, typer.Option(metavar="TIME", help="30m, 12h, 7d, 2w. [default: invitations.expire_after_s, 7d]")
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="Lifetime of the invitation: 30m, 12h, 7d, 2w. [default: invitations.expire_after_s, 7d]",
+        ),
     ] = None,
 ) -> None:
-    """Invite devices. The invitation is secret: whoever holds it can join as that device, once.
+    """Invite devices. An invitation is secret: its holder can join as that device, once.
 
-    For a device that has joined it is the way to a new key: `ternbus edge join --renew`. An open invitation of
-    before is void. Where the broker was made by `ternbus broker init` on this machine it carries a certificate, made
-    now.
+    A device that joined already gets a new key with it: `ternbus edge join --renew`. An earlier open invitation of
+    the device becomes void. If `ternbus broker init` made the broker on this machine, the invitation carries a new
+    certificate.
 
     Example: ternbus aggregator invite agg pi-1 pi-2 --expires-in 12h --out invitations
     """
@@ -51,18 +66,19 @@ def invite(
 def _seconds(text: str) -> float:
     found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhdw])", text)
     if found is None or not 0 < (seconds := float(found[1]) * UNITS[found[2]]) <= 1e9:
-        raise ConfigError(f"--expires-in {text}: write a number and a unit, for example 30m, 12h, 7d or 2w")
+        raise ConfigError(f"invalid --expires-in {text}: write a number and a unit, for example 30m, 12h, 7d or 2w")
     return seconds
 
 
 def invitations(
     directory: Dir,
     cancel: Annotated[
-        list[str] | None, typer.Option(metavar="DEVICE", help="Make its invitation void, at once; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="DEVICE", help="Device whose invitation is cancelled at once; repeatable."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the invitations that nobody has used yet, never with their codes; or cancel some.
+    """List the invitations that are still open, without their codes; or cancel some.
 
     Example: ternbus aggregator invitations agg --cancel pi-7
     """
@@ -82,17 +98,19 @@ def invitations(
 
 def revoke(
     directory: Dir,
-    device: Annotated[str, typer.Argument(metavar="DEVICE", help="Which has joined.")],
-    reason: Annotated[str, typer.Option(metavar="TEXT", help="Told to the device, and kept.")] = "",
+    device: Annotated[str, typer.Argument(metavar="DEVICE", help="Name of a device that joined.")],
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="Reason; the device is told, and it is kept.")] = "",
     keep: Annotated[
         bool,
-        typer.Option("--keep", help="Merge what was accepted from it. [default: what is not merged yet is dropped]"),
+        typer.Option(
+            "--keep", help="Still merge the device's accepted updates. [default: those not merged yet are dropped]"
+        ),
     ] = False,
 ) -> None:
-    """Put a device out: its key is void for good; in force when this returns, beside a running aggregator too.
+    """Revoke a device: its key is void for good. In force when the command returns, beside a running aggregator too.
 
-    Its next message is answered `revoked`, and it stops. What is merged already stays merged. It comes back only by
-    a new invitation and with a new key. At the broker it stays who it is: see docs/security.md.
+    Its next message is answered `revoked`, and the device stops. Merged updates stay merged. The device returns only
+    with a new invitation and a new key. Its certificate stays valid at the broker: see docs/security.md.
 
     Example: ternbus aggregator revoke agg pi-7 --reason "stolen on 3 May"
     """

@@ -5,5 +5,5 @@ from typing import Annotated
 
 import typer
 
-Dir = Annotated[Path, typer.Argument(metavar="DIR", help="The aggregator's directory.")]
+Dir = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the aggregator.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]

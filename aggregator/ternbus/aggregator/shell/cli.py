@@ -24,14 +24,15 @@ from ternbus.broker.protocol.schema import load_safetensors, save_safetensors
 from ternbus.broker.server.running import Engine, RunningBroker
 from ternbus.broker.version import software
 
-app = typer.Typer(no_args_is_help=True, help="The server: accept updates, merge them, publish the model.")
+app = typer.Typer(no_args_is_help=True, help="Run the server: accept updates, merge them, publish the model.")
 app.add_typer(log_command.app, name="log")
 
 Username = Annotated[
-    str, typer.Option(metavar="NAME", help="At a broker that others run. [default: aggregator-FEDERATION]")
+    str, typer.Option(metavar="NAME", help="User name at the broker. [default: aggregator-FEDERATION]")
 ]
 PasswordFile = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="With the password in its first line; mode 0600, TLS only.")
+    Path | None,
+    typer.Option(metavar="FILE", help="File with the broker's password in its first line; mode 0600, with TLS only."),
 ]
 
 
@@ -39,29 +40,38 @@ PasswordFile = Annotated[
 def init(
     directory: Dir,
     *,
-    federation: Annotated[str, typer.Option(help="Its name: a-z, 0-9, '-'; at most 32.")],
-    model: Annotated[Path, typer.Option(help="The initial model; `ternbus edge init-model` makes one.")],
+    federation: Annotated[str, typer.Option(help="Name of the federation: a-z, 0-9, '-'; at most 32 characters.")],
+    model: Annotated[
+        Path, typer.Option(help="Initial model, a safetensors file; `ternbus edge init-model` makes one.")
+    ],
     broker: Annotated[
-        str | None, typer.Option(metavar="URL", help="mqtt://HOST:PORT or mqtts://HOST:PORT, as devices reach it.")
+        str | None,
+        typer.Option(metavar="URL", help="Broker's URL as devices reach it: mqtt://HOST:PORT or mqtts://HOST:PORT."),
     ] = None,
     broker_dir: Annotated[
-        Path | None, typer.Option(help="Instead: a `ternbus broker init` on this machine, which certifies devices too.")
+        Path | None,
+        typer.Option(help="Directory of a broker on this machine (`ternbus broker init`), instead of --broker."),
     ] = None,
     tls: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="With ca.pem, certificate.pem, certificate.key for another's broker."),
+        typer.Option(metavar="FOLDER", help="Folder with ca.pem, certificate.pem and certificate.key for the broker."),
     ] = None,
     username: Username = "",
     password_file: PasswordFile = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="For example merge.buffer_size=1; repeatable."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Setting of aggregator.toml, for example merge.buffer_size=1; repeatable.",
+        ),
     ] = None,
     dense: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Tensors never to be made ternary, for example 'fc.*'.")
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Tensors that always travel as float32, for example 'fc.*'; repeatable."),
     ] = None,
 ) -> None:
-    """Make a federation: its key, its ledger, DIR/aggregator.toml, and version 0 of the model.
+    """Make a federation in DIR: its key, its ledger, aggregator.toml and version 0 of the model.
 
     Example: ternbus aggregator init agg --federation lab --broker-dir bus --model m.safetensors
     """
@@ -89,7 +99,7 @@ def _broker_url(broker: str | None, broker_dir: Path | None) -> str:
     if broker is not None and broker_dir is None:
         return broker
     if broker is not None or broker_dir is None:
-        raise ConfigError("say which broker: either --broker mqtts://HOST:PORT or --broker-dir DIR")
+        raise ConfigError("no broker: give either --broker mqtts://HOST:PORT or --broker-dir DIR")
     from ternbus.broker.server.directory import BrokerDirectory  # noqa: PLC0415 - certificates take a library that only few need
 
     return BrokerDirectory(broker_dir.absolute()).url
@@ -109,13 +119,18 @@ def _login(username: str, password_file: Path | None) -> dict[str, object]:
 def _override(text: str) -> tuple[str, object]:
     key, equals, value = text.partition("=")
     if not equals:
-        raise ConfigError(f"--set {text}: write SECTION.KEY=VALUE, for example merge.buffer_size=1")
+        raise ConfigError(f"invalid --set {text}: write SECTION.KEY=VALUE, for example merge.buffer_size=1")
     return key, toml_value(value)
 
 
 @app.command()
 def run(directory: Dir, username: Username = "", password_file: PasswordFile = None) -> None:
-    """Serve until Ctrl-C or SIGTERM, which finish what is accepted first. Waits for a broker that is not there yet."""
+    """Serve the federation in DIR until Ctrl-C or SIGTERM; accepted updates are merged before the process ends.
+
+    A broker that is not there yet is waited for.
+
+    Example: ternbus aggregator run agg
+    """
     transport = administration.load_settings(directory).transport
     if username:
         transport = replace(transport, username=username)
@@ -141,24 +156,33 @@ def _serve(directory: Path, transport: TransportSettings | None = None, broker: 
 def up(
     directory: Dir,
     *,
-    model: Annotated[Path | None, typer.Option(help="The initial model, at the first start.")] = None,
-    devices: Annotated[
-        list[str] | None, typer.Option("--invite", metavar="DEVICE", help="Invite a device; repeatable.")
+    model: Annotated[
+        Path | None, typer.Option(help="Initial model, a safetensors file; needed at the first start.")
     ] = None,
-    federation: Annotated[str, typer.Option(help="Its name, at the first start.")] = "home",
-    host: Annotated[str, typer.Option(help="This machine's address, as devices reach it.")] = "127.0.0.1",
+    devices: Annotated[
+        list[str] | None, typer.Option("--invite", metavar="DEVICE", help="Device to invite; repeatable.")
+    ] = None,
+    federation: Annotated[str, typer.Option(help="Name of the federation; used at the first start.")] = "home",
+    host: Annotated[str, typer.Option(help="Address of this machine for devices.")] = "127.0.0.1",
     port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="0: any free one. [default: 8883, without TLS 1883]")
+        int | None,
+        typer.Option(min=0, max=65535, help="TCP port; 0 takes a free port. [default: 8883, without TLS 1883]"),
     ] = None,
     tls: Annotated[
-        bool | None, typer.Option("--tls/--no-tls", help="At the first start. [default: TLS if others reach the host]")
+        bool | None,
+        typer.Option(
+            "--tls/--no-tls",
+            help="TLS for the broker; used at the first start. [default: TLS if other machines reach the host]",
+        ),
     ] = None,
-    engine: Annotated[Engine, typer.Option(help="auto: mosquitto if there is one, else nats-server.")] = Engine.AUTO,
+    engine: Annotated[
+        Engine, typer.Option(help="Broker software; auto takes mosquitto where it is installed, else nats-server.")
+    ] = Engine.AUTO,
 ) -> None:
-    """Run broker and aggregator together, made on the first start: the short way to a first federation.
+    """Run a broker and an aggregator together, and make both at the first start.
 
-    With an address that other machines reach, the broker speaks TLS 1.3 and lets in only who was invited: the
-    invitations carry certificates.
+    If other machines reach the address, the broker uses TLS 1.3 and admits only invited devices: each invitation
+    carries a certificate.
 
     Example: ternbus aggregator up home --model model.safetensors --host 192.168.1.10 --invite pi-1 --invite pi-2
     """
@@ -187,7 +211,10 @@ for each in (admission.invite, admission.invitations, admission.revoke):
 
 @app.command()
 def status(directory: Dir, as_json: AsJson = False) -> None:
-    """Show version, buffer, counters, devices and the last versions."""
+    """Show the version, the buffer, counters, devices and the last versions.
+
+    Example: ternbus aggregator status agg --json
+    """
     _flush_counts(directory)
     found = statuses.read(directory)
     typer.echo(json.dumps(found) if as_json else _summary(found))
@@ -249,7 +276,10 @@ def _device_table(devices: dict[str, Any]) -> str:
 
 @app.command()
 def devices(directory: Dir, as_json: AsJson = False) -> None:
-    """List the devices that joined."""
+    """List the devices that joined.
+
+    Example: ternbus aggregator devices agg
+    """
     _flush_counts(directory)
     found = statuses.read(directory)["devices"]
     typer.echo(json.dumps(found) if as_json else _device_table(found).lstrip("\n"))
@@ -257,41 +287,46 @@ def devices(directory: Dir, as_json: AsJson = False) -> None:
 
 @app.command()
 def pause(directory: Dir) -> None:
-    """Let devices follow but not train; in force when this returns."""
+    """Pause training: devices follow the model but do not train. In force when the command returns."""
     administration.change_state(directory, control.PAUSE, software())
 
 
 @app.command()
 def resume(directory: Dir) -> None:
-    """Open the federation again."""
+    """Resume training after `pause` or `close`."""
     administration.change_state(directory, control.RESUME, software())
 
 
 @app.command()
 def close(directory: Dir) -> None:
-    """End the training: what is accepted is merged, devices drop the rest and stop."""
+    """End training: accepted updates are merged, devices discard the others and stop."""
     administration.change_state(directory, control.CLOSE, software())
 
 
 @app.command()
 def restored(directory: Dir) -> None:
-    """Say, before the next `run`, that DIR was restored from a backup.
+    """Mark DIR as restored from a backup, before the next `run`.
 
-    Devices refuse what is older than what they have seen, so version and sequence numbers go on 2^32 higher.
+    Devices refuse anything older than what they have seen. Version and sequence numbers therefore continue 2^32 higher.
     """
-    typer.echo(f"{directory} goes on at version {administration.restored(directory, software())}")
+    typer.echo(f"{directory} continues at version {administration.restored(directory, software())}")
 
 
 @app.command()
 def export(
     directory: Dir,
-    out: Annotated[Path, typer.Argument(metavar="OUT.safetensors")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="File to write.")],
     number: Annotated[
         int | None,
-        typer.Option("--version", min=0, max=2**63 - 1, help="One of the last versions; default: the newest."),
+        typer.Option(
+            "--version", min=0, max=2**63 - 1, help="Version to export, one of those kept. [default: the newest]"
+        ),
     ] = None,
 ) -> None:
-    """Write a version of the model, as devices hold it, to a safetensors file."""
+    """Write a version of the model to a safetensors file, exactly as devices hold it.
+
+    Example: ternbus aggregator export agg model.safetensors
+    """
     found, digest, tensors = administration.tensors_of(directory, number)
     save_safetensors(out, tensors, {"version": str(found), "digest": digest.hex()})
     typer.echo(f"{out}: version {found}, digest {digest.hex()}")

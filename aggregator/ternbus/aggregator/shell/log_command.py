@@ -11,11 +11,11 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.merge_log import Audit, Contribution, Entry, Signed
 
 app = typer.Typer(
-    no_args_is_help=True, help="The log of merges: which updates are in which version, signed and chained."
+    no_args_is_help=True, help="Read the log of merges: which updates are in which version, signed and chained."
 )
 
 Source = Annotated[
-    Path, typer.Argument(metavar="DIR|FILE", exists=True, help="The aggregator's directory, or an export.")
+    Path, typer.Argument(metavar="DIR|FILE", exists=True, help="Directory of the aggregator, or an exported log.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
@@ -24,20 +24,23 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")
 def verify(
     source: Source,
     key: Annotated[
-        str | None, typer.Option(metavar="HEX", help="The aggregator's public key; for a DIR: its own is the default.")
+        str | None,
+        typer.Option(
+            metavar="HEX", help="Public key of the aggregator, 64 hex digits; for a DIR its own is the default."
+        ),
     ] = None,
     head: Annotated[
         str | None,
         typer.Option(
             metavar="VERSION[:DIGEST]",
-            help="A head that was published, which the log has to hold: only by one is a missing end noticed.",
+            help="Published head that the log must contain; without one, a missing end is not noticed.",
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check every signature and the chain; name each entry that was changed, removed or moved. Exit code 1 if any was.
+    """Check every signature and the chain. Name changed, removed and moved entries; exit code 1 if any.
 
-    For a DIR the entries are also held against the ledger's other tables and the head that it published last.
+    For a DIR, entries are also compared with the ledger's other tables and with the last published head.
 
     Example: ternbus aggregator log verify lab.log --key 9f2c… --head 120
     """
@@ -53,7 +56,7 @@ def _hex(text: str, option: str) -> bytes:
     except ValueError:
         value = b""
     if len(value) != 32:
-        raise ConfigError(f"{option}: {text!r} is not 64 hex digits")
+        raise ConfigError(f"{option}: {text!r} is invalid: give 64 hex digits")
     return value
 
 
@@ -95,11 +98,13 @@ def _report(audit: Audit) -> str:
 @app.command()
 def show(
     source: Source,
-    device: Annotated[str | None, typer.Option(help="Only what this device contributed.")] = None,
-    number: Annotated[int | None, typer.Option("--version", min=0, max=2**63 - 1, help="Only this version.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, an entry a line.")] = False,
+    device: Annotated[str | None, typer.Option(help="Device whose updates are shown. [default: all]")] = None,
+    number: Annotated[
+        int | None, typer.Option("--version", min=0, max=2**63 - 1, help="Version that is shown. [default: all]")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one entry per line.")] = False,
 ) -> None:
-    """Show which updates each version was made of: device, sequence number, weight, digest. Nothing is checked here.
+    """Show the updates of each version: device, sequence number, weight, digest. Nothing is verified.
 
     Example: ternbus aggregator log show agg --device pi-7
     """
@@ -113,7 +118,7 @@ def show(
     if not found:
         whom = "" if device is None else f" of {device}"
         where = "" if number is None else f" in version {number}"
-        typer.echo(f"nothing{whom}{where}", err=True)
+        typer.echo(f"the log has no entry{whom}{where}", err=True)
         raise typer.Exit(1)
 
 
@@ -149,11 +154,11 @@ def _table(entry: Entry, updates: list[Contribution]) -> str:
 @app.command()
 def export(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The aggregator's directory.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write; it holds no secret.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write; it holds no secret.")],
 ) -> None:
-    """Write the log to a file, which anybody can check who has the aggregator's public key.
+    """Write the log to a file. Anyone who has the aggregator's public key can verify it.
 
-    It names devices, and says when each contributed how much: hand it to whom that may concern.
+    The file names devices and says when and how much each contributed.
 
     Example: ternbus aggregator log export agg lab.log
     """
