@@ -176,7 +176,7 @@ def test_the_normal_numbers_are_normal() -> None:
 
 def test_noise_has_the_deviation_that_was_paid_for_in_every_element() -> None:
     change = np.zeros(5 * BLOCK + 17, np.float32)
-    clip_and_noise(change, clip=CLIP, noise=Z, chance=seeded())
+    clip_and_noise(change, clip=CLIP, noise=Z, random_source=seeded())
     for part in (change, change[:BLOCK], change[-BLOCK - 17 :]):
         assert part.std() == pytest.approx(Z * CLIP, rel=4 / math.sqrt(2 * part.size))
         assert abs(part.mean()) < 4 * Z * CLIP / math.sqrt(part.size)
@@ -188,7 +188,7 @@ def test_noise_has_the_deviation_that_was_paid_for_in_every_element() -> None:
 def test_no_update_is_longer_than_the_clip_before_the_noise(scale: float) -> None:
     change = (np.random.default_rng(1).normal(size=3 * BLOCK + 5) * scale).astype(np.float32)
     before = change.copy()
-    clip_and_noise(change, clip=CLIP, noise=0.0, chance=seeded())
+    clip_and_noise(change, clip=CLIP, noise=0.0, random_source=seeded())
     length = float(np.linalg.norm(change.astype(np.float64)))
     assert length <= CLIP
     expected = min(CLIP, float(np.linalg.norm(before.astype(np.float64))))
@@ -197,16 +197,16 @@ def test_no_update_is_longer_than_the_clip_before_the_noise(scale: float) -> Non
 
 
 def test_poisson_sampling_takes_each_sample_alone_with_the_same_probability() -> None:
-    chance = seeded()
+    random_source = seeded()
     counts: npt.NDArray[np.float64] = np.zeros(50)
     sizes = []
     for _ in range(4000):
-        rows = chance.sampled(50, 0.2)
+        rows = random_source.sampled(50, 0.2)
         counts[rows] += 1
         sizes.append(len(rows))
     assert np.abs(counts / 4000 - 0.2).max() < 5 * math.sqrt(0.16 / 4000)
     assert np.var(sizes) == pytest.approx(50 * 0.16, rel=0.15)
-    assert len(chance.sampled(50, 1.0)) == 50
+    assert len(random_source.sampled(50, 1.0)) == 50
 
 
 def test_chance_is_the_operating_systems_unless_a_test_brings_its_own() -> None:
@@ -240,8 +240,8 @@ def job(plan: Mapping[str, Any], **changes: Any) -> StartTraining:
     return StartTraining(plan=Plan.from_meta({"codec": "float32", **plan}), **fields)
 
 
-def finished(plan: Mapping[str, Any], learner: Learner, chance: RandomSource | None = None, **changes: Any) -> Any:
-    result = train(learner, job(plan, **changes), chance)
+def finished(plan: Mapping[str, Any], learner: Learner, random_source: RandomSource | None = None, **changes: Any) -> Any:
+    result = train(learner, job(plan, **changes), random_source)
     assert isinstance(result, events.TrainingFinished)
     return result
 
