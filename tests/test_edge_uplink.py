@@ -24,6 +24,7 @@ from ternbus.broker.protocol.messages import Offer, Update
 from ternbus.broker.protocol.ternary import Block
 from ternbus.edge.core import events
 from ternbus.edge.core.actions import Publish, Save, StartTraining
+from ternbus.edge.core.state import SEQ_BLOCK
 
 
 def test_an_update_is_on_disk_before_it_is_sent() -> None:
@@ -69,6 +70,20 @@ def test_an_update_of_a_training_that_ends_while_disconnected_is_sent_later() ->
     device.wait(1)
     device.connect()
     assert len(published(device.arrive(scripted.status(), scripted.head()), "update")) == 1
+
+
+def test_the_number_of_an_update_that_ends_while_disconnected_is_reserved_with_it() -> None:
+    """Wherever it falls in a block of reserved numbers: a crash must not give it to another message."""
+    for attempts in range(SEQ_BLOCK):
+        _, device = following()
+        device.handle(events.Disconnected(reason="gone"))
+        for _ in range(attempts):  # each uses a number, for its last will
+            device.wait(30)
+            device.handle(events.ConnectFailed(reason="refused"))
+        device.handle(trained(only(device.actions, StartTraining)))
+        assert device.disk is not None
+        assert device.disk.outstanding is not None
+        assert device.disk.outstanding.seq < device.disk.seq_limit
 
 
 def test_an_update_is_sent_again_60_s_after_the_last_puback_then_doubling_to_an_hour() -> None:

@@ -25,9 +25,9 @@ The states of the connection, and of the work, which goes on while the device is
                                                            `Profile.versions`
     stopped       every event is ignored                   `Stop`, with an exit code of below   "offline"
 
-Where several apply, the lowest counts; the device follows the model in all but the last. It evaluates a new version
-whenever it does not train. It publishes its status, retained, at each connect, at enrollment, where a training begins
-or ends, and at the end; with the role "join" only at the end.
+A device that is enrolling is only that; of the others that apply the lowest counts. It follows the model in all but the
+last, and evaluates a new version whenever it does not train. It publishes its status, retained, at each connect, at
+enrollment, where a training begins or ends, and at the end; with the role "join" only at the end.
 """
 
 from collections import Counter

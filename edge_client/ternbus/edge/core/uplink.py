@@ -57,7 +57,6 @@ class Uplink:
         All of it is one durable write, made before anything of the update is sent.
         """
         hidden = plan.seal or plan.dp != NO_DP  # metrics are in the header, and depend on the data
-        state = self.pending.state
         update = prepare(
             finished.block,
             seq=self.pending.next_seq(),
@@ -68,6 +67,7 @@ class Uplink:
         )
         if plan.seal:
             update = sealed(update, self.profile.key, self.profile.seal)
+        state = self.pending.state  # with the update's number reserved
         self.pending.put(
             replace(
                 state,
