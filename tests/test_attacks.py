@@ -189,10 +189,10 @@ class Siege:
                 link.publish(topic, payload, retain=True)
 
     def honest_go_on(self, versions: int = 2) -> None:
-        before = [device.core.kept.accepted for device in self.honest]
+        before = [device.core.state.accepted for device in self.honest]
         until(
             lambda: all(
-                device.core.kept.accepted >= b + versions for device, b in zip(self.honest, before, strict=True)
+                device.core.state.accepted >= b + versions for device, b in zip(self.honest, before, strict=True)
             ),
             WITHIN_S,
             "the honest devices are held up",
@@ -431,7 +431,7 @@ def test_swapped_parts_of_a_snapshot_are_refused_and_the_newcomer_comes_in_later
         until(lambda: late.core.dropped["wrong-topic"] >= 1, WITHIN_S, "not counted")
         assert late.core.follower.vector is None
         administration.change_state(siege.aggregator.folder, "resume", "test")
-        until(lambda: late.core.kept.accepted >= 1, WITHIN_S, "the newcomer does not come in")
+        until(lambda: late.core.state.accepted >= 1, WITHIN_S, "the newcomer does not come in")
     finally:
         administration.change_state(siege.aggregator.folder, "resume", "test")
 
@@ -443,7 +443,7 @@ def gather(inbox: Inbox, parts: dict[str, bytes]) -> None:
 
 
 def test_after_all_that_the_honest_devices_are_at_the_aggregators_digest(siege: Siege) -> None:
-    until(lambda: all(device.core.kept.accepted >= 5 for device in siege.honest), WITHIN_S, "the devices do not go on")
+    until(lambda: all(device.core.state.accepted >= 5 for device in siege.honest), WITHIN_S, "the devices do not go on")
     administration.change_state(siege.aggregator.folder, "pause", "test")
 
     def at_rest() -> bool:

@@ -73,7 +73,7 @@ class CrashingDevice(RuleBasedStateMachine):
         self.answers = Answers(self.scripted)
         self.collector = Collector(4, 2**20)
         self.retained = dict([*self.scripted.snapshot(), self.scripted.status(), self.scripted.head()])
-        self.member = Profile(
+        self.profile = Profile(
             federation=FEDERATION,
             device=DEVICE,
             identity=KEY,
@@ -94,7 +94,7 @@ class CrashingDevice(RuleBasedStateMachine):
 
     def start(self) -> None:
         """The process begins, with nothing but the disk."""
-        self.core = Core(self.member, self.disk)
+        self.core = Core(self.profile, self.disk)
         self.connected = False
         self.wants_connection = False
         self.job: StartTraining | None = None
@@ -119,8 +119,8 @@ class CrashingDevice(RuleBasedStateMachine):
 
     def perform(self, action: Action) -> None:
         match action:
-            case Save(kept=kept, answered=answered):
-                self.save(kept, answered)
+            case Save(state=state, answered=answered):
+                self.save(state, answered)
             case Connect(will_payload=will):
                 self.check_public(parse(will))
                 self.wants_connection = True
@@ -144,18 +144,18 @@ class CrashingDevice(RuleBasedStateMachine):
             case _:
                 pass
 
-    def save(self, kept: State, answered: AnsweredUpdate | None) -> None:
-        assert kept.head_version >= self.disk.head_version
-        assert kept.head_seq >= self.disk.head_seq
-        assert kept.seq_limit >= self.disk.seq_limit
-        before, after = self.disk.outstanding, kept.outstanding
+    def save(self, state: State, answered: AnsweredUpdate | None) -> None:
+        assert state.head_version >= self.disk.head_version
+        assert state.head_seq >= self.disk.head_seq
+        assert state.seq_limit >= self.disk.seq_limit
+        before, after = self.disk.outstanding, state.outstanding
         if before is None and after is not None:
             assert self.change is not None
             self.gained += self.change
         if before is not None and after is None:
             assert answered is not None
             self.records.append(answered)
-        self.disk = kept
+        self.disk = state
 
     def check_public(self, frame: Frame) -> None:
         """Nothing public is unsaved, and no number stands for two messages."""

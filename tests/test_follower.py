@@ -1,5 +1,6 @@
 """Following: head, snapshot and deltas to the vector, bit for bit, whatever the network does with the frames."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -15,8 +16,8 @@ from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.messages import Head
 from ternbus.broker.protocol.schema import to_tensors
 from ternbus.edge.core.actions import Action, Log, Subscribe, Unsubscribe
-from ternbus.edge.core.follower import Beginning, Follower
-from ternbus.edge.core.part_requests import AT_ONCE, PartRequests
+from ternbus.edge.core.follower import Follower, InitialModel
+from ternbus.edge.core.part_requests import SUBSCRIBED_MAX, PartRequests
 
 
 @dataclass
@@ -32,13 +33,13 @@ class Broker:
     def publish(self, messages: list[Message]) -> None:
         self.retained.update(messages)
 
-    def perform(self, follower: Follower, actions: list[Action], now: float) -> None:
+    def perform(self, follower: Follower, actions: Sequence[Action], now: float) -> None:
         queue = list(actions)
         while queue:
             match queue.pop(0):
                 case Subscribe(filters=filters):
                     self.subscribed.update(filters)
-                    assert len(self.subscribed) <= AT_ONCE
+                    assert len(self.subscribed) <= SUBSCRIBED_MAX
                     self.asked += filters
                     for topic in filters:
                         if topic in self.retained and not self.silent:
@@ -47,6 +48,8 @@ class Broker:
                     self.subscribed.difference_update(filters)
                 case Log(event=event):
                     self.logs.append(event)
+                case other:
+                    raise AssertionError(f"a follower does not ask for {other}")
 
 
 def a_head(aggregator: ScriptedAggregator) -> Head:
@@ -343,21 +346,21 @@ def test_a_missing_delta_gets_its_second_of_grace_after_a_reconnect() -> None:
 
 
 def test_at_most_forty_topics_are_asked_for_at_once() -> None:
-    asking = PartRequests()
+    requests = PartRequests()
     wanted = [f"t/{number}" for number in range(100)]
-    assert asking.want(wanted, 0.0) == []
-    assert asking.reconnected(0.0) == [Subscribe(filters=tuple(wanted[:40]))]
-    assert asking.want(wanted, 0.0) == []
-    assert asking.came("t/3", 1.0) == [Unsubscribe(filters=("t/3",)), Subscribe(filters=("t/40",))]
-    assert asking.came("t/3", 1.0) == []
-    assert "t/99" in asking
-    asking.connected = False
-    assert asking.drop() == []
-    assert not asking
-    left = asking.reconnected(2.0)
+    assert requests.request(wanted, 0.0) == []
+    assert requests.reconnected(0.0) == [Subscribe(filters=tuple(wanted[:40]))]
+    assert requests.request(wanted, 0.0) == []
+    assert requests.arrived("t/3", 1.0) == [Unsubscribe(filters=("t/3",)), Subscribe(filters=("t/40",))]
+    assert requests.arrived("t/3", 1.0) == []
+    assert "t/99" in requests
+    requests.connected = False
+    assert requests.cancel() == []
+    assert not requests
+    left = requests.reconnected(2.0)
     assert [type(action) for action in left] == [Unsubscribe]
-    asking.want(["a"], 3.0)
-    assert asking.drop() == [Unsubscribe(filters=("a",))]
+    requests.request(["a"], 3.0)
+    assert requests.cancel() == [Unsubscribe(filters=("a",))]
 
 
 def test_the_digits_of_a_long_run_agree_with_ternary_deltas_too() -> None:
@@ -365,7 +368,7 @@ def test_the_digits_of_a_long_run_agree_with_ternary_deltas_too() -> None:
     aggregator.codec = "ternary"
     rng = np.random.default_rng(7)
     for _ in range(20):
-        aggregator.advance(rng.normal(size=aggregator.schema.elements).astype(np.float32) / 50)
+        aggregator.advance(rng.normal(size=aggregator.schema.elements).astype(np.float32) / np.float32(50))
         if aggregator.version - aggregator.snapshot_version >= 2:
             broker.publish(aggregator.new_snapshot())
         deliver(follower, aggregator.delta(aggregator.version))
@@ -414,13 +417,13 @@ def test_whatever_is_lost_doubled_or_disordered_the_newest_version_is_reached(da
     assert all(earlier.version <= later.version for earlier, later in pairwise(heads))
 
 
-def beginning_of(aggregator: ScriptedAggregator) -> Beginning:
+def initial_model_of(aggregator: ScriptedAggregator) -> InitialModel:
     """What a task makes of itself where the federation began with its model."""
-    return Beginning(tensors=to_tensors(aggregator.schema, aggregator.vectors[0].copy()))
+    return InitialModel(tensors=to_tensors(aggregator.schema, aggregator.vectors[0].copy()))
 
 
-def with_a_beginning(aggregator: ScriptedAggregator, beginning: Beginning) -> tuple[Follower, Broker]:
-    follower, broker = Follower(federation=FEDERATION, beginning=beginning), Broker()
+def with_initial_model(aggregator: ScriptedAggregator, initial_model: InitialModel) -> tuple[Follower, Broker]:
+    follower, broker = Follower(federation=FEDERATION, initial_model=initial_model), Broker()
     broker.perform(follower, follower.reconnected(0.0), 0.0)
     broker.publish(aggregator.snapshot())
     return follower, broker
@@ -428,17 +431,17 @@ def with_a_beginning(aggregator: ScriptedAggregator, beginning: Beginning) -> tu
 
 def test_the_tasks_own_first_model_is_not_fetched() -> None:
     aggregator = ScriptedAggregator()
-    follower, broker = with_a_beginning(aggregator, beginning_of(aggregator))
+    follower, broker = with_initial_model(aggregator, initial_model_of(aggregator))
     broker.perform(follower, follower.head_accepted(a_head(aggregator), 0.0), 0.0)
     assert has(follower, aggregator, 0)
     assert follower.synced
     assert broker.asked == []
-    assert follower.beginning is None  # it is as large as the model
+    assert follower.initial_model is None  # it is as large as the model
 
 
 def test_from_the_tasks_own_first_model_the_deltas_lead_to_the_head() -> None:
     aggregator = ScriptedAggregator()
-    follower, broker = with_a_beginning(aggregator, beginning_of(aggregator))
+    follower, broker = with_initial_model(aggregator, initial_model_of(aggregator))
     for _ in range(3):
         aggregator.advance()
     broker.perform(follower, follower.head_accepted(a_head(aggregator), 0.0), 0.0)
@@ -450,9 +453,9 @@ def test_from_the_tasks_own_first_model_the_deltas_lead_to_the_head() -> None:
 @pytest.mark.parametrize("versions", [0, 2])
 def test_a_federation_that_began_with_another_model_has_it_fetched(versions: int) -> None:
     aggregator = ScriptedAggregator()
-    other = beginning_of(aggregator)
+    other = initial_model_of(aggregator)
     next(iter(other.tensors.values())).flat[0] += 1
-    follower, broker = with_a_beginning(aggregator, other)
+    follower, broker = with_initial_model(aggregator, other)
     for _ in range(versions):
         aggregator.advance()
     broker.perform(follower, follower.head_accepted(a_head(aggregator), 0.0), 0.0)
@@ -468,20 +471,20 @@ def test_a_federation_that_began_with_another_model_has_it_fetched(versions: int
 
 def test_where_a_later_snapshot_is_named_it_is_fetched() -> None:
     aggregator = ScriptedAggregator()
-    beginning = beginning_of(aggregator)
+    initial_model = initial_model_of(aggregator)
     for _ in range(2):
         aggregator.advance()
     aggregator.snapshot_version = 2
-    follower, broker = with_a_beginning(aggregator, beginning)
+    follower, broker = with_initial_model(aggregator, initial_model)
     broker.perform(follower, follower.head_accepted(a_head(aggregator), 0.0), 0.0)
     assert has(follower, aggregator, 2)
-    assert follower.beginning is None
+    assert follower.initial_model is None
 
 
 def test_a_task_whose_tensors_are_not_the_federations_begins_with_a_snapshot() -> None:
     aggregator = ScriptedAggregator()
-    beginning = Beginning(tensors={"another": np.zeros(3, dtype=np.float32)})
-    follower, broker = with_a_beginning(aggregator, beginning)
+    initial_model = InitialModel(tensors={"another": np.zeros(3, dtype=np.float32)})
+    follower, broker = with_initial_model(aggregator, initial_model)
     broker.perform(follower, follower.head_accepted(a_head(aggregator), 0.0), 0.0)
     assert has(follower, aggregator, 0)
     assert broker.asked != []

@@ -24,7 +24,7 @@ from ternbus.broker.protocol.messages import PAUSED
 from ternbus.broker.protocol.schema import Vector, vector_digest
 from ternbus.edge.core import events
 from ternbus.edge.core.actions import Action, Save, Stop
-from ternbus.edge.core.follower import Beginning
+from ternbus.edge.core.follower import InitialModel
 from ternbus.edge.core.profile import Profile
 from ternbus.edge.learn.task import Evaluation, Trained
 from ternbus.edge.plan.plan import Plan
@@ -73,8 +73,8 @@ class Device(VirtualDevice):
         self._handle(events.Connected(frame_bytes=FRAME_BYTES))
 
     def _perform(self, action: Action) -> None:
-        if isinstance(action, Save) and (update := action.kept.outstanding) is not None:
-            about = (self.name, bytes(action.kept.key), update.seq)
+        if isinstance(action, Save) and (update := action.state.outstanding) is not None:
+            about = (self.name, bytes(action.state.key), update.seq)
             content = (update.base, update.samples, update.encoded)
             assert self.made.setdefault(about, content) == content, "a number stands for two updates"
         super()._perform(action)
@@ -148,7 +148,7 @@ class LyingFederation(RuleBasedStateMachine):
         vectors: WeakValueDictionary[bytes, Vector] = WeakValueDictionary()
         self.devices: list[Device] = []
         for index, (name, identity) in enumerate(identities.items()):
-            member = Profile(
+            profile = Profile(
                 federation=setup.FEDERATION,
                 device=name,
                 identity=identity,
@@ -159,11 +159,13 @@ class LyingFederation(RuleBasedStateMachine):
                 tensors={each: tuple(array.shape) for each, array in MODEL.items()},
             )
             body = Body(
-                member=member,
+                profile=profile,
                 begin=partial(InProcess([Noise()]).begin, 0),
                 trainer=Noise(),
                 held=None,
-                beginning=Beginning(tensors={**MODEL, "b": np.full(3, index, np.float32)}),  # the first one's is right
+                initial_model=InitialModel(
+                    tensors={**MODEL, "b": np.full(3, index, np.float32)}
+                ),  # the first one's is right
                 seconds=lambda pace=1.5 + index: pace,
                 line=Line(latency_s=0.02),
             )
@@ -265,11 +267,11 @@ class LyingFederation(RuleBasedStateMachine):
             return  # it never began
         self.broker.become_honest(lose_everything=self.bends_what_it_keeps)
         before = self.aggregator.core.model.version
-        accepted = [device.kept.accepted for device in self.devices]
+        accepted = [device.state.accepted for device in self.devices]
         self.run_until(
             lambda: (
                 self.aggregator.core.model.version >= before + 3
-                and all(device.kept.accepted > count for device, count in zip(self.devices, accepted, strict=True))
+                and all(device.state.accepted > count for device, count in zip(self.devices, accepted, strict=True))
             )
         )
         self.aggregator._handle(aggregator_events.StateRequested(state=PAUSED))

@@ -120,11 +120,13 @@ class LyingHouse(RuleBasedStateMachine):
     def _end_well(self) -> None:
         """The lying ends: the federation goes on, and everybody comes to the same digest."""
         self.line.become_honest()
-        before, accepted = self.version, [device.core.kept.accepted for device in self.devices]
+        before, accepted = self.version, [device.core.state.accepted for device in self.devices]
         until(
             lambda: (
                 self.version >= before + 3
-                and all(device.core.kept.accepted > count for device, count in zip(self.devices, accepted, strict=True))
+                and all(
+                    device.core.state.accepted > count for device, count in zip(self.devices, accepted, strict=True)
+                )
             ),
             WITHIN_S,
             "the federation does not go on",
@@ -142,7 +144,7 @@ class LyingHouse(RuleBasedStateMachine):
             merged = db.execute("SELECT count(*) FROM updates WHERE merged IS NOT NULL").fetchone()
         assert (twice, counted) == ([], merged)
         # of now: a last update may have been accepted after the look above
-        accepted_by_devices = sum(device.core.kept.accepted for device in self.devices)
+        accepted_by_devices = sum(device.core.state.accepted for device in self.devices)
         assert accepted_by_devices <= self.status()["counts"]["accepted"]
 
 

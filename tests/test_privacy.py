@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from test_edge_core import DEVICE as DEVICE_NAME
-from test_edge_core import DEVICE_KEY, Device, aggregator, following, only, trained, update_in
 from typer.testing import CliRunner
 
+from support.core_device import DEVICE as DEVICE_NAME
+from support.core_device import DEVICE_KEY, Device, aggregator, following, only, trained, update_in
 from support.scripted_aggregator import ScriptedAggregator
 from support.small_world import Bench, float32_block, make_directory
 from ternbus.aggregator.shell import cli as aggregator_cli
@@ -32,7 +32,7 @@ from ternbus.edge.learn.task import Evaluation, Trained, TrainingError
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.privacy import Account, Cost, PrivacyPolicy, cost
 from ternbus.edge.plan.tensors import Tensors
-from ternbus.edge.shell import renewing
+from ternbus.edge.shell import key_rotation
 from ternbus.edge.shell.directory import DeviceDirectory
 from ternbus.edge.shell.outbox import Outbox
 from ternbus.edge.shell.worker import train
@@ -176,7 +176,7 @@ def test_the_normal_numbers_are_normal() -> None:
 
 def test_noise_has_the_deviation_that_was_paid_for_in_every_element() -> None:
     change = np.zeros(5 * BLOCK + 17, np.float32)
-    clip_and_noise(change, clip=CLIP, noise=Z, chance=seeded())
+    clip_and_noise(change, clip=CLIP, noise=Z, random_source=seeded())
     for part in (change, change[:BLOCK], change[-BLOCK - 17 :]):
         assert part.std() == pytest.approx(Z * CLIP, rel=4 / math.sqrt(2 * part.size))
         assert abs(part.mean()) < 4 * Z * CLIP / math.sqrt(part.size)
@@ -188,7 +188,7 @@ def test_noise_has_the_deviation_that_was_paid_for_in_every_element() -> None:
 def test_no_update_is_longer_than_the_clip_before_the_noise(scale: float) -> None:
     change = (np.random.default_rng(1).normal(size=3 * BLOCK + 5) * scale).astype(np.float32)
     before = change.copy()
-    clip_and_noise(change, clip=CLIP, noise=0.0, chance=seeded())
+    clip_and_noise(change, clip=CLIP, noise=0.0, random_source=seeded())
     length = float(np.linalg.norm(change.astype(np.float64)))
     assert length <= CLIP
     expected = min(CLIP, float(np.linalg.norm(before.astype(np.float64))))
@@ -197,16 +197,16 @@ def test_no_update_is_longer_than_the_clip_before_the_noise(scale: float) -> Non
 
 
 def test_poisson_sampling_takes_each_sample_alone_with_the_same_probability() -> None:
-    chance = seeded()
+    random_source = seeded()
     counts: npt.NDArray[np.float64] = np.zeros(50)
     sizes = []
     for _ in range(4000):
-        rows = chance.sampled(50, 0.2)
+        rows = random_source.sampled(50, 0.2)
         counts[rows] += 1
         sizes.append(len(rows))
     assert np.abs(counts / 4000 - 0.2).max() < 5 * math.sqrt(0.16 / 4000)
     assert np.var(sizes) == pytest.approx(50 * 0.16, rel=0.15)
-    assert len(chance.sampled(50, 1.0)) == 50
+    assert len(random_source.sampled(50, 1.0)) == 50
 
 
 def test_chance_is_the_operating_systems_unless_a_test_brings_its_own() -> None:
@@ -240,8 +240,10 @@ def job(plan: Mapping[str, Any], **changes: Any) -> StartTraining:
     return StartTraining(plan=Plan.from_meta({"codec": "float32", **plan}), **fields)
 
 
-def finished(plan: Mapping[str, Any], learner: Learner, chance: RandomSource | None = None, **changes: Any) -> Any:
-    result = train(learner, job(plan, **changes), chance)
+def finished(
+    plan: Mapping[str, Any], learner: Learner, random_source: RandomSource | None = None, **changes: Any
+) -> Any:
+    result = train(learner, job(plan, **changes), random_source)
     assert isinstance(result, events.TrainingFinished)
     return result
 
@@ -334,11 +336,11 @@ def test_a_plan_with_half_of_its_privacy_is_no_plan(missing: str) -> None:
 
 
 def test_an_owner_bounds_the_budget_and_refuses_less_privacy() -> None:
-    plan, promise = Plan.from_meta(DEVICE), PrivacyPolicy(kind="device", epsilon=2.0, delta=1e-5)
-    assert promise.bound(plan) == replace(plan, dp_epsilon=2.0)
-    assert replace(promise, epsilon=90.0).bound(plan) == plan
+    plan, policy = Plan.from_meta(DEVICE), PrivacyPolicy(kind="device", epsilon=2.0, delta=1e-5)
+    assert policy.bound(plan) == replace(plan, dp_epsilon=2.0)
+    assert replace(policy, epsilon=90.0).bound(plan) == plan
     for refused in ({}, {**DEVICE, "dp": "sample"}, {**DEVICE, "dp_delta": 1e-4}):
-        assert isinstance(promise.bound(Plan.from_meta(refused)), str)
+        assert isinstance(policy.bound(Plan.from_meta(refused)), str)
 
 
 @pytest.mark.parametrize("wrong", [{"kind": "none"}, {"epsilon": 0.0}, {"epsilon": math.nan}, {"delta": 1.0}])
@@ -375,15 +377,15 @@ def test_what_an_update_costs_is_on_disk_with_it_before_anything_of_it_is_sent()
     _, born = following_with(DEVICE)
     done = born.handle(paid(only(born.actions, StartTraining)))
     save = only(done, Save)
-    assert save.kept.outstanding is not None
-    assert save.kept.account.spent == (gaussian(Z, 1),)
+    assert save.state.outstanding is not None
+    assert save.state.account.spent == (gaussian(Z, 1),)
     assert done.index(save) < min(place for place, action in enumerate(done) if isinstance(action, Publish))
 
 
 def test_the_next_training_is_told_what_was_spent_also_after_a_power_loss() -> None:
     scripted, born = following_with(DEVICE)
     born.handle(paid(only(born.actions, StartTraining)))
-    again = born.reborn()
+    again = born.restarted()
     again.connect()
     again.arrive(scripted.status(), scripted.head(), *scripted.snapshot())
     assert answered(scripted, again, "accepted", dict(DEVICE)).account.spent == (gaussian(Z, 1),)
@@ -441,7 +443,7 @@ def test_a_residual_of_noisy_changes_enters_the_next_update() -> None:
     scripted, born = following_with(DEVICE)
     work = only(born.actions, StartTraining)
     born.handle(paid(work, residual=np.ones(work.schema.elements, np.float32)))
-    again = born.reborn()
+    again = born.restarted()
     again.connect()
     again.arrive(scripted.status(), scripted.head(), *scripted.snapshot())
     residual = answered(scripted, again, "stale", dict(DEVICE)).residual
@@ -450,25 +452,27 @@ def test_a_residual_of_noisy_changes_enters_the_next_update() -> None:
 
 
 def test_an_owners_device_trains_by_no_plan_with_less_privacy() -> None:
-    promise = PrivacyPolicy(kind="device", epsilon=2.0, delta=1e-5)
-    _, refused = following_with({}, promise=promise)
+    policy = PrivacyPolicy(kind="device", epsilon=2.0, delta=1e-5)
+    _, refused = following_with({}, policy=policy)
     assert not [action for action in refused.actions if isinstance(action, StartTraining)]
     texts = [action.text for action in refused.actions if isinstance(action, Log) and action.event == "bad-plan"]
     assert texts
     assert 'its owner wants dp = "device"' in texts[0]
-    _, bounded = following_with(DEVICE, promise=promise)
+    _, bounded = following_with(DEVICE, policy=policy)
     assert only(bounded.actions, StartTraining).plan.dp_epsilon == 2.0
 
 
 def test_what_an_owner_insists_on_outlives_the_process_and_a_new_key(tmp_path: Path) -> None:
-    promise = PrivacyPolicy(kind="device", epsilon=2.0, delta=1e-6)
+    policy = PrivacyPolicy(kind="device", epsilon=2.0, delta=1e-6)
     invitation = Invitation(
         federation="fed", device="pi", broker="mqtt://127.0.0.1:1", aggregator_key="ab" * 32, code="c" * 32
     )
     home = DeviceDirectory(tmp_path / "pi")
-    home.prepare(invitation, task="digits-numpy", data=None, partition="all", promise=promise)
-    assert home.settings().promise == promise
-    assert renewing._prepare(DeviceDirectory(tmp_path / "again"), invitation, home.settings()).promise == promise
+    joined = home.prepare(invitation, task="digits-numpy", data=None, partition="all", promise=policy)
+    home.write(replace(joined, code=""))
+    assert home.settings().promise == policy
+    _, renewed = key_rotation.begin(home, replace(invitation, code="d" * 32))
+    assert renewed.promise == policy
     with pytest.raises(ConfigError, match="max-epsilon"):
         replace(home.settings(), dp="")
 
@@ -501,7 +505,7 @@ def test_each_device_pays_for_its_own_updates_and_stops_by_itself() -> None:
         found = [round(value or 0, 9) for value in values]
         assert found == sorted(found)
         assert set(found) <= set(of_so_many)  # one that was stale is missing here, and has been paid for
-    assert all(sum(each.steps for each in device.kept.account.spent) == affordable for device in simulation.devices)
+    assert all(sum(each.steps for each in device.state.account.spent) == affordable for device in simulation.devices)
     shown = simulation.ledger.status()["devices"]
     assert {name: row["epsilon"] for name, row in shown.items()} == {name: told[name][-1] for name in told}
     for name, row in simulation.report(0.0)["devices"].items():

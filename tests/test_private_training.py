@@ -53,13 +53,15 @@ def seeded(seed: int = 3) -> RandomSource:
     return RandomSource(np.random.default_rng(seed).bytes)
 
 
-def stepped(chance: RandomSource | None = None, made: TorchTask | None = None, **plan: Any) -> dict[str, FloatArray]:
+def stepped(
+    random_source: RandomSource | None = None, made: TorchTask | None = None, **plan: Any
+) -> dict[str, FloatArray]:
     """What one training changes of each tensor."""
     made = made or task()
     start = made.initial(0)
     trainer = made.trainer(data=None, partition="all")
     wanted = Plan.from_meta({**PLAN, **plan})
-    trained = trainer.train_privately(start, wanted, version=0, seed=1, chance=chance or seeded())
+    trained = trainer.train_privately(start, wanted, version=0, seed=1, random_source=random_source or seeded())
     return {name: tensor - start[name] for name, tensor in trained.tensors.items()}
 
 
@@ -132,7 +134,7 @@ def test_the_model_is_as_before_once_it_has_been_trained_privately() -> None:
     start, plan = made.initial(0), Plan.from_meta(PLAN)
     before = trainer.train(start, plan, version=0, seed=1)
     for _ in range(2):
-        trainer.train_privately(start, plan, version=0, seed=1, chance=seeded())
+        trainer.train_privately(start, plan, version=0, seed=1, random_source=seeded())
     after = trainer.train(start, plan, version=0, seed=1)
     assert all(np.array_equal(before.tensors[name], after.tensors[name]) for name in start)
 
@@ -197,6 +199,6 @@ def test_digits_are_learned_under_per_sample_privacy() -> None:
         "learning_rate": 0.1, "local_epochs": 6,
     })  # fmt: skip
     assert epsilon([cost(plan, trainer.samples)], 1e-5) < 8
-    trained = trainer.train_privately(digits.initial(0), plan, version=0, seed=1, chance=seeded())
+    trained = trainer.train_privately(digits.initial(0), plan, version=0, seed=1, random_source=seeded())
     found = digits.evaluator(data=None).evaluate(trained.tensors).values["accuracy"]
     assert found > 0.55

@@ -13,15 +13,15 @@ from ternbus.broker.protocol.identity import Identity, write_secret
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import Block
 from ternbus.edge.core.state import OutstandingUpdate, State, prepare, sealed
+from ternbus.edge.shell import key_rotation
 from ternbus.edge.shell.directory import CERTIFICATE, KEY, TOML, DeviceDirectory, Settings
 from ternbus.edge.shell.outbox import Outbox
-from ternbus.edge.shell.succession import succeed
 
 SCHEMA = Schema.of({"w": (20, 10)})
 AGGREGATOR = Identity(b"a" * 32)
 OLD, NEW = Identity(b"o" * 32), Identity(b"n" * 32)
 RESIDUAL = np.arange(SCHEMA.elements, dtype=np.float32)
-BLOCK = Block.of_float32(SCHEMA, RESIDUAL / 7)
+BLOCK = Block.of_float32(SCHEMA, RESIDUAL / np.float32(7))
 
 
 def settings(**changes: str) -> Settings:
@@ -41,7 +41,7 @@ def device(folder: Path, *, seal: bool = False, code: str = "") -> DeviceDirecto
     OLD.save(home.folder / KEY)
     home.write(settings())
     (home.folder / CERTIFICATE).write_text("the old certificate")
-    kept = State(
+    state = State(
         key=OLD.key_id,
         enrolled=True,
         seq_limit=129,
@@ -55,7 +55,7 @@ def device(folder: Path, *, seal: bool = False, code: str = "") -> DeviceDirecto
         outstanding=outstanding(seal=seal),
     )
     with Outbox(home.folder, OLD.key_id) as outbox:
-        outbox.save(kept, None, {"updates.accepted": 3})
+        outbox.save(state, None, {"updates.accepted": 3})
     beside = home.beside()
     beside.folder.mkdir()
     NEW.save(beside.folder / KEY)
@@ -73,15 +73,15 @@ def kept_in(home: DeviceDirectory) -> State:
 
 
 def check_succeeded(home: DeviceDirectory, *, seal: bool = False) -> None:
-    kept = kept_in(home)
-    assert (home.identity(), kept.key, kept.enrolled) == (NEW, NEW.key_id, True)
-    assert (kept.head_version, kept.head_seq, kept.answered_base, kept.accepted) == (6, 44, 4, 3)
-    assert kept.session == 2
-    assert kept.residual is not None
-    assert kept.residual.tobytes() == RESIDUAL.tobytes()
-    update = kept.outstanding
+    state = kept_in(home)
+    assert (home.identity(), state.key, state.enrolled) == (NEW, NEW.key_id, True)
+    assert (state.head_version, state.head_seq, state.answered_base, state.accepted) == (6, 44, 4, 3)
+    assert state.session == 2
+    assert state.residual is not None
+    assert state.residual.tobytes() == RESIDUAL.tobytes()
+    update = state.outstanding
     assert update is not None
-    assert update.seq == 66 < kept.seq_limit  # above all that the new key has used
+    assert update.seq == 66 < state.seq_limit  # above all that the new key has used
     before = outstanding(seal=seal)
     assert replace(update, seq=0, sealed=b"", frame_bytes=0).body == before.encoded
     assert (update.base, update.samples, update.metrics) == (before.base, before.samples, before.metrics)
@@ -96,38 +96,46 @@ def check_succeeded(home: DeviceDirectory, *, seal: bool = False) -> None:
 @pytest.mark.parametrize("seal", [False, True])
 def test_the_new_key_takes_the_old_ones_place_and_all_else_stays(tmp_path: Path, seal: bool) -> None:
     home = device(tmp_path, seal=seal)
-    succeed(home)
+    key_rotation.finish(home)
     check_succeeded(home, seal=seal)
-    succeed(home)
+    key_rotation.finish(home)
     check_succeeded(home, seal=seal)
 
 
-@pytest.mark.parametrize(
-    "undo",
-    [
-        lambda home: home.write(settings()),
-        lambda home: OLD.save(home.folder / KEY),
-        lambda home: (OLD.save(home.folder / KEY), home.write(settings())),
-        lambda home: None,
-    ],
-    ids=["settings", "key", "key and settings", "only the last step"],
-)
+def no_settings(home: DeviceDirectory) -> None:
+    home.write(settings())
+
+
+def no_key(home: DeviceDirectory) -> None:
+    OLD.save(home.folder / KEY)
+
+
+def neither(home: DeviceDirectory) -> None:
+    no_key(home)
+    no_settings(home)
+
+
+def only_the_folder_left(home: DeviceDirectory) -> None:
+    pass
+
+
+@pytest.mark.parametrize("undo", [no_settings, no_key, neither, only_the_folder_left])
 def test_a_crash_in_the_middle_is_mended_at_the_next_start(
-    tmp_path: Path, undo: Callable[[DeviceDirectory], object]
+    tmp_path: Path, undo: Callable[[DeviceDirectory], None]
 ) -> None:
     home = device(tmp_path)
     shutil.copytree(home.beside().folder, tmp_path / "copy")
-    succeed(home)
+    key_rotation.finish(home)
     undo(home)
     shutil.copytree(tmp_path / "copy", home.beside().folder)
-    succeed(home)
+    key_rotation.finish(home)
     check_succeeded(home)
 
 
 def test_while_it_is_not_known_which_key_is_good_the_device_does_not_run(tmp_path: Path) -> None:
     home = device(tmp_path, code="a-code")
     with pytest.raises(ConfigError, match="edge join --renew"):
-        succeed(home)
+        key_rotation.finish(home)
     assert home.identity() == OLD
     with Outbox(home.folder, OLD.key_id) as outbox:
         assert (outbox.kept.key, outbox.kept.seq_limit) == (OLD.key_id, 129)

@@ -180,7 +180,7 @@ def test_a_device_reports_virtual_seconds() -> None:
     sent: list[Mapping[str, float]] = []
 
     def look() -> None:
-        waiting = [device.kept.outstanding for device in simulation.devices]
+        waiting = [device.state.outstanding for device in simulation.devices]
         sent.extend(update.metrics for update in waiting if update is not None)
 
     simulation.run(look)

@@ -39,7 +39,7 @@ class Device:
         folder.mkdir()
         self.tls = papers(folder, invitation)
         identity, public = Identity.generate(), invitation.aggregator_public
-        member = Profile(
+        profile = Profile(
             federation=invitation.federation,
             device=invitation.device,
             identity=identity,
@@ -51,17 +51,17 @@ class Device:
         )
         self.ended: Stop | BaseException | None = None
         self.logs: list[Log] = []
-        self._folder, self._member, self._url = folder, member, invitation.broker
+        self._folder, self._profile, self._url = folder, profile, invitation.broker
         self._ready = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=member.device, daemon=True)
+        self._thread = threading.Thread(target=self._run, name=profile.device, daemon=True)
         self._thread.start()
         assert self._ready.wait(WITHIN_S)
 
     def _run(self) -> None:
         try:
-            with Outbox(self._folder, self._member.key) as outbox:
-                self.core = Core(self._member, outbox.kept)
-                name, url = self._member.device, self._url
+            with Outbox(self._folder, self._profile.key) as outbox:
+                self.core = Core(self._profile, outbox.kept)
+                name, url = self._profile.device, self._url
                 self.service = Service(
                     self.core,
                     outbox=outbox,

@@ -1,1 +1,33 @@
-"""The device as a state machine without I/O."""
+"""The device's state machine, and what a shell around it must do.
+
+The core decides, the shell acts: it owns the clock, the disk, the connection, the trainer and every thread. What the
+protocol promises holds if the shell keeps this contract. `edge.shell.service` is one shell, the simulation another.
+
+1. **One core.** Make one `Core` for a device, from its `Profile`, from the `State` that the last `Save` wrote (for a
+   new device from `State(key=profile.key)`) and, to save a download, from the task's `InitialModel`. No other process
+   uses the same state meanwhile. After a crash make another; the core needs nothing else of the one before.
+2. **One event at a time.** Call `handle(event, now)` in one thread, first with `Started`. ``now`` is in seconds of a
+   clock that never goes back. The core keeps no clock, no thread, and no randomness but the ``seal`` of its profile.
+3. **Actions in order.** Perform the actions that `handle` returns, all of them and in their order, before the next
+   event. If one fails, perform none of those after it: end the process, and start again from the disk.
+4. **Save.** Write the state, and the answered update if there is one, to stable storage in one transaction, before the
+   next action. What follows in the list may make public what only this write remembers.
+5. **Time.** After each `handle`, ask `due_s`, and handle `TimeReached` when ``now`` has reached it, if nothing happens
+   before. Too early does no harm; too late delays what it is for.
+6. **Connect.** Open a connection to the broker with a persistent session, QoS 1, and the given last will, retained.
+   Answer with one `Connected` or one `ConnectFailed`, and end each `Connected` with one `Disconnected`, also when the
+   broker took the session away. After `Disconnected` nothing of that connection may arrive any more.
+7. **Subscribe, Unsubscribe, Publish.** Send them, in order, on the connection. Where there is none, drop them: the core
+   learns of it by `Disconnected`, and repeats what matters. Handle one `Published` or `Refused`, with the ``seq`` of
+   the action, for each publication that the broker acknowledges. Never send a publication of an earlier connection.
+8. **Frames.** Parse each payload with `frame.parse`, and handle `FrameArrived`, or `FrameMalformed` with the error's
+   reason. Ignore empty payloads, which clear a retained topic. Acknowledge a message to the broker after the actions
+   that it led to. Verify nothing: the core does.
+9. **Jobs.** Run `StartTraining`, `StartEvaluation` and `StartFineTuning` beside the core, one after the other, without
+   modifying their arrays. Each ends in one event with the base or version of the job: `TrainingFinished`,
+   `TrainingFailed` or `BudgetSpent`; `Evaluated`; `FineTuned` or `FineTuningFailed`. Any other failure of the task's
+   code ends the process. A job that a crash cut short needs no trace: the core starts it again.
+10. **SavePersonal, Log.** Write the file; show the log. Neither has an answer.
+11. **Stop.** Flush what was published, disconnect so that the broker does not publish the last will, and end with the
+    code. `StopRequested` asks for it. The core ignores every event after it.
+"""

@@ -1,4 +1,4 @@
-"""What a device's state machine wants done, as imperatives; the service performs them strictly in order."""
+"""What a device's state machine asks for, as imperatives; the shell performs them strictly in order."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,9 +12,9 @@ from ternbus.edge.plan.tensors import Tensors
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Save:
-    """One durable write: all that is kept, and the receipt, if one was the reason."""
+    """Write the state to stable storage in one transaction; with the receipt, if one was the reason."""
 
-    kept: State
+    state: State
     answered: AnsweredUpdate | None = None
 
 
@@ -28,21 +28,21 @@ class Connect:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subscribe:
-    """Ask the broker for topics."""
+    """Subscribe to topic filters, which delivers what is retained there."""
 
     filters: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unsubscribe:
-    """Ask the broker for topics no more."""
+    """Unsubscribe from topic filters."""
 
     filters: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Publish:
-    """Send one frame of the message ``seq``."""
+    """Publish one frame of the message ``seq``, with QoS 1."""
 
     topic: str
     payload: bytes
@@ -52,7 +52,7 @@ class Publish:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StartTraining:
-    """Train on version ``base``; the arrays are not to be modified."""
+    """Train on version ``base``. The arrays must not be modified."""
 
     base: int
     schema: Schema
@@ -65,7 +65,7 @@ class StartTraining:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StartEvaluation:
-    """Try version ``version`` on the test data, or on what is held out; the vector is not to be modified."""
+    """Evaluate ``version`` on the test data, or on the data held out. The vector must not be modified."""
 
     version: int
     schema: Schema
@@ -74,7 +74,7 @@ class StartEvaluation:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StartFineTuning:
-    """Train a model of the device's own from ``version``, and try both on what is held out."""
+    """Train a personal model from ``version``, and evaluate both on the data held out."""
 
     version: int
     schema: Schema
@@ -85,7 +85,7 @@ class StartFineTuning:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SavePersonal:
-    """Write the device's own model to a file for its owner; ``about`` says in words what it is."""
+    """Write the personal model to a file for the device's owner; ``about`` is its description."""
 
     tensors: Tensors
     about: str
@@ -93,7 +93,7 @@ class SavePersonal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stop:
-    """Take leave of the broker and end with this exit code."""
+    """Flush, disconnect, and end with this exit code."""
 
     code: int
     reason: str
@@ -101,7 +101,7 @@ class Stop:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Log:
-    """Tell people: ``event`` and ``fields`` for programs, ``text`` for eyes."""
+    """Log: ``event`` and ``fields`` for programs, ``text`` for people."""
 
     event: str
     text: str

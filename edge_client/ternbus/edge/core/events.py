@@ -1,4 +1,4 @@
-"""What can happen to a device, in the past tense: everything that its state machine is ever told."""
+"""What can happen to a device, in the past tense: the only inputs of its state machine."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,33 +14,33 @@ from ternbus.edge.plan.privacy import Account
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """The process began; what it kept on disk has been read."""
+    """The process began, and its state was read from the disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connected:
-    """The broker accepted us; ``frame_bytes`` is the largest frame that it takes."""
+    """The broker accepted the connection; ``frame_bytes`` is the largest frame that it takes."""
 
     frame_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectFailed:
-    """The broker did not answer, or did not let us in."""
+    """The broker did not answer, or refused the connection."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Disconnected:
-    """The connection ended without our asking."""
+    """The connection was lost."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrameArrived:
-    """A payload that has the form of a frame; who wrote it is not known yet."""
+    """A payload with the form of a frame arrived; its sender is not verified yet."""
 
     topic: str
     frame: Frame
@@ -48,21 +48,21 @@ class FrameArrived:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrameMalformed:
-    """A payload that is no frame; ``reason`` is the ProtocolError's."""
+    """A payload that is no frame arrived; ``reason`` is the ProtocolError's."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """The broker acknowledged one publication of the message ``seq``. It promises nothing."""
+    """The broker acknowledged one frame of the message ``seq``; whether the aggregator gets it is open."""
 
     seq: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refused:
-    """The broker said that it will not carry a publication of the message ``seq``."""
+    """The broker refused one frame of the message ``seq``."""
 
     seq: int
     reason: str
@@ -70,28 +70,28 @@ class Refused:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrainingFinished:
-    """Local training on ``base`` is done; ``block`` is what to send, ``residual`` what it does not carry."""
+    """Training on ``base`` finished; ``block`` is to be sent, ``residual`` is what it does not carry."""
 
     base: int
     samples: int
     metrics: Mapping[str, float]
     block: Block
     residual: Vector | None
-    account: Account | None = None  # with this training in it, where the plan asks for differential privacy
+    account: Account | None = None  # this training included; None without differential privacy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingFailed:
-    """Local training on ``base`` gave no usable model."""
+    """Training on ``base`` gave no usable model."""
 
     base: int
     reason: str
-    account: Account | None = None  # likewise: that it failed is seen, so it costs as much
+    account: Account | None = None  # this training included: others see that it failed, so it costs as much
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BudgetSpent:
-    """There was no training on ``base``: with it ``epsilon`` would be above the ``budget``, at this ``delta``."""
+    """Training on ``base`` was not begun: with it ``epsilon`` would exceed the ``budget``, at this ``delta``."""
 
     base: int
     epsilon: float
@@ -101,7 +101,7 @@ class BudgetSpent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated:
-    """The model of ``version`` has been tried on the test data, or on what the device holds out."""
+    """The model of ``version`` was evaluated, on the test data or on the data held out."""
 
     version: int
     samples: int
@@ -110,23 +110,23 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FineTuned:
-    """A model of the device's own was trained from ``version``: what both are worth on the data held out."""
+    """A personal model was trained from ``version``; ``before`` and ``after`` are metrics on the data held out."""
 
     version: int
-    samples: int  # held out
+    samples: int  # of the data held out
     before: Mapping[str, float]
     after: Mapping[str, float]
     tensors: Mapping[str, npt.NDArray[np.float32]]
 
     @property
     def values(self) -> dict[str, float]:
-        """Both, as metrics have them."""
+        """Both in one mapping, as `Metrics` carries them."""
         return {**self.before, **{f"personal_{name}": value for name, value in self.after.items()}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FineTuningFailed:
-    """It gave no usable model."""
+    """Fine-tuning from ``version`` gave no usable model."""
 
     version: int
     reason: str
@@ -134,12 +134,12 @@ class FineTuningFailed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeReached:
-    """A moment that the state machine asked to be woken at."""
+    """The time of `Core.due_s` was reached."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopRequested:
-    """Somebody wants the process to end."""
+    """The process is asked to end."""
 
     reason: str
 

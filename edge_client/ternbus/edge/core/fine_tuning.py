@@ -1,6 +1,6 @@
-"""A model of the device's own: before it leaves, a few epochs more from the last version, on its own data alone.
+"""Fine-tuning: before a device leaves, a few epochs from the last version on its own data give a personal model.
 
-It stays here, in a file for its owner. What it gains is measured on data that neither model has been trained on.
+The model stays on the device, in a file for its owner. Its gain is measured on data held out from both trainings.
 """
 
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from ternbus.broker.protocol.messages import CLOSED
 from ternbus.broker.protocol.schema import Schema, Vector
 from ternbus.edge.core.actions import Action, Log, Publish, SavePersonal, StartFineTuning
 from ternbus.edge.core.evaluation import EvaluationPolicy
-from ternbus.edge.core.events import Evaluated, FineTuned, FineTuningFailed
+from ternbus.edge.core.events import FineTuned, FineTuningFailed
 from ternbus.edge.core.follower import Follower
 from ternbus.edge.core.profile import Profile
 from ternbus.edge.core.training_policy import TrainingPolicy
@@ -17,10 +17,10 @@ from ternbus.edge.plan.plan import Plan
 
 
 def plan_of(plan: Plan, epochs: float) -> Plan:
-    """The federation's plan for so many epochs by itself.
+    """The federation's plan, for this many epochs on one device.
 
-    Its schedule may have ended at a rate of 0, and batch norm's statistics are damped for the sake of others: here the
-    rate is `learning_rate`, and the statistics are the device's own.
+    The federation's schedule may have ended at a rate of 0, and it damps batch norm's statistics for the other devices:
+    here the rate is `learning_rate`, and the statistics are the device's own.
     """
     return replace(
         plan,
@@ -35,52 +35,46 @@ def plan_of(plan: Plan, epochs: float) -> Plan:
 
 @dataclass(slots=True, kw_only=True)
 class FineTuning:
-    """Once in a life, when there is no more to be learned from others."""
+    """Runs once, when the device has no more to contribute: why it leaves, and what it does before."""
 
-    member: Profile
-    learning: TrainingPolicy
-    evaluating: EvaluationPolicy
+    profile: Profile
+    training: TrainingPolicy
+    evaluation: EvaluationPolicy
     done: bool = False
-    _busy: bool = False
+    _running: bool = False
 
-    def why_leave(self, follower: Follower, contributed: int) -> str:
-        """Why there is no more to be learned from others, after so many accepted updates; empty where there is."""
-        if max(contributed, self.evaluating.done) == self.member.versions:
-            return f"{self.member.versions} versions are done"
-        head, evaluated = follower.head, self.evaluating.memory.kept.evaluated
-        if head is None or head.state != CLOSED or (self.member.evaluates and evaluated < head.version):
+    def stop_reason(self, follower: Follower, contributed: int) -> str:
+        """Why the device is to leave, after this many accepted updates; empty if it is to stay."""
+        if max(contributed, self.evaluation.evaluated) == self.profile.versions:
+            return f"{self.profile.versions} versions are done"
+        head, evaluated = follower.head, self.evaluation.pending.state.evaluated
+        if head is None or head.state != CLOSED or (self.profile.evaluates and evaluated < head.version):
             return ""
         return "the federation is closed"
 
     def begin(self, follower: Follower) -> list[StartFineTuning]:
-        """What is to be done before leaving, which must wait until it is `done`."""
-        version, vector, schema, plan = follower.version, follower.vector, follower.schema, self.learning.plan
-        if self.member.role != "train" or not self.member.fine_tune or plan is None:
+        """Start it, if it is wanted; the device leaves when it is `done`."""
+        version, vector, schema, plan = follower.version, follower.vector, follower.schema, self.training.plan
+        if self.profile.role != "train" or not self.profile.fine_tune or plan is None:
             self.done = True
-        if self.done or self._busy or not follower.synced or version is None or vector is None or schema is None:
+        if self.done or self._running or not follower.synced or version is None or vector is None or schema is None:
             return []
         assert plan is not None  # noqa: S101 - else it is done
-        self._busy = True
+        self._running = True
         return [self.job(plan, version, schema, vector)]
 
     def job(self, plan: Plan, version: int, schema: Schema, vector: Vector) -> StartFineTuning:
-        """Fine-tuning from a version."""
+        """The job of fine-tuning from a version."""
         return StartFineTuning(
             version=version,
             schema=schema,
             vector=vector,
-            plan=plan_of(plan, self.member.fine_tune),
-            seed=self.learning.seed(plan, version),
+            plan=plan_of(plan, self.profile.fine_tune),
+            seed=self.training.seed(plan, version),
         )
 
-    def tried(self, event: Evaluated | FineTuned | FineTuningFailed) -> tuple[list[Action], list[Publish]]:
-        """What to do and what to send, now that a version, or a model of the device's own, has been tried."""
-        if isinstance(event, Evaluated):
-            return self.evaluating.finished(event, sealed=self.learning.sealed)
-        return self.finished(event)
-
     def finished(self, event: FineTuned | FineTuningFailed) -> tuple[list[Action], list[Publish]]:
-        """The file, and what it is worth: for the owner, and for the aggregator where the owner lets it know."""
+        """The file and the log for the owner; and the metrics to publish, where the owner allows it."""
         self.done = True
         if isinstance(event, FineTuningFailed):
             fields = {"version": event.version, "reason": event.reason}
@@ -91,8 +85,8 @@ class FineTuning:
             if name in event.before
         )
         about = f"own model from version {event.version}, on {event.samples} samples held out: {gains}"
-        report = self.evaluating.report(event.version, event.samples, event.values, sealed=self.learning.sealed)
-        save = SavePersonal(tensors=event.tensors, about=f"{self.member.device}: {about}")
+        report = self.evaluation.report(event.version, event.samples, event.values, sealed=self.training.sealed)
+        save = SavePersonal(tensors=event.tensors, about=f"{self.profile.device}: {about}")
         log = Log(
             event="fine-tuned", text=about, fields={"version": event.version, "samples": event.samples, **event.values}
         )

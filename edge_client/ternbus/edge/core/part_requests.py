@@ -1,4 +1,4 @@
-"""Asking the broker for retained parts by name: at most so many topics at once, each until it has come."""
+"""Requests for retained parts: subscriptions by name, each until its part arrives, a bounded number at once."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -6,67 +6,67 @@ from typing import Final
 
 from ternbus.edge.core.actions import LinkAction, Subscribe, Unsubscribe
 
-AT_ONCE: Final = 40
-PATIENCE_S: Final = 30.0
+SUBSCRIBED_MAX: Final = 40
+TIMEOUT_S: Final = 30.0
 
 
 @dataclass(slots=True)
 class PartRequests:
-    """Topics that are wanted, in order. Whether there is a connection it knows from being told."""
+    """Topics that are wanted, in order. `reconnected` and ``connected`` say whether there is a connection."""
 
     connected: bool = False
-    _waiting: dict[str, None] = field(default_factory=dict)  # wanted, not subscribed to yet
-    _asked: dict[str, float] = field(default_factory=dict)  # subscribed to, and when
-    _left: list[str] = field(default_factory=list)  # subscribed to in a session that was cut, wanted no more
-    _last_came_s: float = 0.0
+    _queued: dict[str, None] = field(default_factory=dict)  # wanted, not subscribed to yet
+    _subscribed: dict[str, float] = field(default_factory=dict)  # subscribed to, and when
+    _abandoned: list[str] = field(default_factory=list)  # cancelled while there was no connection to unsubscribe on
+    _last_arrival_s: float = 0.0
 
     def __bool__(self) -> bool:
-        return bool(self._waiting or self._asked)
+        return bool(self._queued or self._subscribed)
 
     def __contains__(self, topic: str) -> bool:
-        return topic in self._waiting or topic in self._asked
+        return topic in self._queued or topic in self._subscribed
 
-    def want(self, topics: Iterable[str], now: float) -> list[LinkAction]:
-        """Ask for these too; what is asked for already is not asked for twice."""
-        self._waiting.update((topic, None) for topic in topics if topic not in self._asked)
-        return self._ask(now)
+    def request(self, topics: Iterable[str], now: float) -> list[LinkAction]:
+        """Request these topics too; each is subscribed to once."""
+        self._queued.update((topic, None) for topic in topics if topic not in self._subscribed)
+        return self._subscribe_next(now)
 
-    def came(self, topic: str, now: float) -> list[LinkAction]:
-        """A wanted part is here: no more of this topic, and the next one."""
-        self._waiting.pop(topic, None)
-        self._last_came_s = now
-        if self._asked.pop(topic, None) is None:
+    def arrived(self, topic: str, now: float) -> list[LinkAction]:
+        """A part has arrived: unsubscribe from its topic, and subscribe to the next."""
+        self._queued.pop(topic, None)
+        self._last_arrival_s = now
+        if self._subscribed.pop(topic, None) is None:
             return []
-        return [Unsubscribe(filters=(topic,)), *self._ask(now)]
+        return [Unsubscribe(filters=(topic,)), *self._subscribe_next(now)]
 
-    def drop(self) -> list[LinkAction]:
-        """Want nothing any more."""
-        asked = tuple(self._asked)
-        self._waiting.clear()
-        self._asked.clear()
+    def cancel(self) -> list[LinkAction]:
+        """Give up every request."""
+        subscribed = tuple(self._subscribed)
+        self._queued.clear()
+        self._subscribed.clear()
         if not self.connected:
-            self._left.extend(asked)
-        return [Unsubscribe(filters=asked)] if asked and self.connected else []
+            self._abandoned.extend(subscribed)
+        return [Unsubscribe(filters=subscribed)] if subscribed and self.connected else []
 
     def reconnected(self, now: float) -> list[LinkAction]:
-        """A new connection: ask anew, since a resumed session delivers nothing that is retained."""
+        """Subscribe anew, since a resumed session does not deliver what is retained."""
         self.connected = True
-        self._waiting = dict.fromkeys((*self._asked, *self._waiting))
-        self._asked.clear()
-        left, self._left = tuple(topic for topic in self._left if topic not in self._waiting), []
-        return [*([Unsubscribe(filters=left)] if left else []), *self._ask(now)]
+        self._queued = dict.fromkeys((*self._subscribed, *self._queued))
+        self._subscribed.clear()
+        abandoned, self._abandoned = tuple(topic for topic in self._abandoned if topic not in self._queued), []
+        return [*([Unsubscribe(filters=abandoned)] if abandoned else []), *self._subscribe_next(now)]
 
     def due_s(self) -> float | None:
-        """When to give up waiting: so long after the last one was asked for, or came."""
-        if not (self.connected and self._asked):
+        """When to give up: `TIMEOUT_S` after the last subscription or arrival."""
+        if not (self.connected and self._subscribed):
             return None
-        return max(self._last_came_s, *self._asked.values()) + PATIENCE_S
+        return max(self._last_arrival_s, *self._subscribed.values()) + TIMEOUT_S
 
-    def _ask(self, now: float) -> list[LinkAction]:
+    def _subscribe_next(self, now: float) -> list[LinkAction]:
         if not self.connected:
             return []
-        filters = tuple(self._waiting)[: AT_ONCE - len(self._asked)]
+        filters = tuple(self._queued)[: SUBSCRIBED_MAX - len(self._subscribed)]
         for topic in filters:
-            del self._waiting[topic]
-            self._asked[topic] = now
+            del self._queued[topic]
+            self._subscribed[topic] = now
         return [Subscribe(filters=filters)] if filters else []

@@ -1,4 +1,4 @@
-"""The memory in use: what will be kept, what has been saved already, and the sequence numbers that it vouches for."""
+"""The state in use: what the next `Save` will hold, what the last one held, and the sequence numbers."""
 
 from dataclasses import dataclass, field
 
@@ -8,43 +8,40 @@ from ternbus.edge.core.state import SEQ_BLOCK, AnsweredUpdate, State
 
 @dataclass(slots=True)
 class PendingState:
-    """Changes gather in ``kept`` until ``save`` makes one durable write of them."""
+    """Changes gather in ``state`` until ``save`` makes one durable write of them."""
 
-    kept: State
+    state: State
     _saved: State = field(init=False)
     _next_seq: int = field(init=False)
     _answered: AnsweredUpdate | None = None
 
     def __post_init__(self) -> None:
-        self._saved = self.kept
-        self._next_seq = self.kept.seq_limit  # what an earlier life left of its numbers may have been used
+        self._saved = self.state
+        self._next_seq = self.state.seq_limit  # what an earlier process reserved it may have used
 
-    def number(self) -> int:
-        """A sequence number that no crash will give out again."""
+    def next_seq(self) -> int:
+        """A sequence number that is never given out again, crashes included: its block is reserved by the next save."""
         seq = self._next_seq
         self._next_seq += 1
-        self._reserve(seq)
+        if seq >= self.state.seq_limit:
+            self.state = self.state.with_seq_limit(seq + SEQ_BLOCK)
         return seq
 
-    def skip(self, seq: int) -> None:
-        """Go on above this number."""
+    def skip_past(self, seq: int) -> None:
+        """Continue above this number."""
         self._next_seq = max(self._next_seq, seq + 1)
 
-    def replaced(self, kept: State, answered: AnsweredUpdate | None = None) -> None:
-        """Keep this from now on; with it the receipt that was the reason."""
-        if kept.key != self.kept.key:
-            self._next_seq = kept.seq_limit
-        self.kept = kept
+    def put(self, state: State, answered: AnsweredUpdate | None = None) -> None:
+        """Replace the state; ``answered`` is the receipt that was the reason, for the same save."""
+        if state.key != self.state.key:
+            self._next_seq = state.seq_limit
+        self.state = state
         self._answered = answered or self._answered
 
     def save(self) -> list[Save]:
-        """The write that is due, if any."""
-        if self.kept is self._saved:
+        """The write that is due, if the state has changed."""
+        if self.state is self._saved:
             return []
-        action = Save(kept=self.kept, answered=self._answered)
-        self._saved, self._answered = self.kept, None
+        action = Save(state=self.state, answered=self._answered)
+        self._saved, self._answered = self.state, None
         return [action]
-
-    def _reserve(self, seq: int) -> None:
-        if seq >= self.kept.seq_limit:
-            self.kept = self.kept.with_seq_limit(seq + SEQ_BLOCK)

@@ -1,4 +1,4 @@
-"""Whether the aggregator is there, from the statuses that it signs; a hint, so nothing of it is kept on disk."""
+"""Whether the aggregator is online, from the statuses that it signs; a hint, so nothing of it is saved."""
 
 from dataclasses import dataclass
 
@@ -8,19 +8,19 @@ from ternbus.broker.protocol.messages import Status
 
 @dataclass(slots=True)
 class Presence:
-    """The newest status that was heard; ``online`` is None while none was heard on this connection."""
+    """The newest status; ``online`` is None while none has arrived on this connection."""
 
     online: bool | None = None
     _session: int = -1
     _seq: int = -1
-    _final: bool = False  # this session's ``offline`` has been heard
+    _final: bool = False  # this session's ``offline`` has arrived
 
     def reconnected(self) -> None:
-        """What was true on another connection is not known to be true now; old statuses stay old."""
+        """The last connection's status says nothing about now, but what is older than it is still a replay."""
         self.online = None
 
-    def heard(self, status: Status, seq: int) -> bool:
-        """Take in a status; whether it says that the aggregator has come (or come back). ProtocolError for a replay."""
+    def status_arrived(self, status: Status, seq: int) -> bool:
+        """Take in a status; whether the aggregator came online by it, again or anew. ProtocolError for a replay."""
         offline = status.state == "offline"
         if status.session < self._session:
             raise ProtocolError("old-session", f"the aggregator has begun session {self._session} since")

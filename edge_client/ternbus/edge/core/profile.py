@@ -1,15 +1,17 @@
-"""Who a device is in its federation, and what it came to do: what does not change while it runs."""
+"""A device's profile: identity, role, task and options, which do not change while the process runs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import topics
-from ternbus.broker.protocol.frame import build, parse
+from ternbus.broker.protocol.frame import Frame, build, parse
 from ternbus.broker.protocol.identity import Identity, KeyId, enroll_proof, key_id
 from ternbus.broker.protocol.messages import DEVICE_STATES, Enroll, Grant, Receipt, Status
 from ternbus.broker.protocol.parts import cut, message_digest
 from ternbus.broker.protocol.schema import Schema
+from ternbus.broker.protocol.topics import Address
 from ternbus.edge.core.actions import Publish
 from ternbus.edge.core.state import OutstandingUpdate, Seal
 from ternbus.edge.plan.privacy import PrivacyPolicy
@@ -20,7 +22,7 @@ OFFLINE: Final = DEVICE_STATES[-1]
 
 
 def subscriptions(federation: str, device: str) -> tuple[str, ...]:
-    """What every connection asks for at once; single parts come later, by name."""
+    """The topic filters of every connection; parts of snapshots and deltas are subscribed to later, by name."""
     return (
         topics.status(federation),
         topics.head(federation),
@@ -29,7 +31,7 @@ def subscriptions(federation: str, device: str) -> tuple[str, ...]:
     )
 
 
-def misfit(schema: Schema, tensors: Mapping[str, tuple[int, ...]]) -> str:
+def schema_mismatch(schema: Schema, tensors: Mapping[str, tuple[int, ...]]) -> str:
     """Where the federation's schema and the task's tensors first differ, in words; empty where they agree."""
     theirs = {tensor.name: tensor.shape for tensor in schema.tensors}
     for name in {**theirs, **tensors}:
@@ -43,27 +45,27 @@ def misfit(schema: Schema, tensors: Mapping[str, tuple[int, ...]]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """A device's identity, its task's shapes, and how long it means to stay."""
+    """Who the device is, what it has to do, and for how long."""
 
     federation: str
     device: str
     identity: Identity
     aggregator_public: bytes
-    seal: Seal = field(repr=False)  # boxes bytes for the aggregator; it needs chance, so the service brings it
+    seal: Seal = field(repr=False)  # a sealed box to the aggregator's key; it is random, so the shell provides it
     role: Role
-    code: str = field(default="", repr=False)  # of the invitation, until it is spent
-    tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # what the task's model is made of
+    code: str = field(default="", repr=False)  # of the invitation, until enrollment
+    tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # shapes of the task's model, by name
     default_plan: Mapping[str, object] = field(default_factory=dict)
-    promise: PrivacyPolicy | None = None  # the differential privacy that its owner insists on
+    policy: PrivacyPolicy | None = None  # the differential privacy that the device's owner requires
     software: str = ""
-    versions: int | None = None  # contribute to (or evaluate) so many, then stop
-    timeout_s: float | None = None  # stop if somebody is waited for so long
-    reports: bool = False  # tell the aggregator what versions are worth on the data that are held out here
-    fine_tune: float = 0.0  # before leaving, so many epochs more on the device's own data; 0: none
+    versions: int | None = None  # how many to contribute to, or to evaluate, before it stops; None: no limit
+    timeout_s: float | None = None  # how long to wait for broker or aggregator before it stops; None: no limit
+    reports: bool = False  # publish evaluations of versions on the data held out
+    fine_tune: float = 0.0  # epochs on the device's own data before it leaves; 0: none
 
     @property
     def evaluates(self) -> bool:
-        """Whether it tries each version, on the task's test data or on what it holds out itself."""
+        """Whether it evaluates versions, on the task's test data or on the data held out."""
         return self.role == "evaluate" or (self.role == "train" and self.reports)
 
     @property
@@ -74,12 +76,35 @@ class Profile:
     def aggregator_key(self) -> KeyId:
         return key_id(self.aggregator_public)
 
+    def checked(self, topic: str, frame: Frame) -> Address:
+        """The address of a frame that the aggregator published, to all or to this device.
+
+        ProtocolError for any other, by the first of the protocol's checks that fails.
+        """
+        address = topics.parse(topic)
+        topics.check(frame, address)
+        if address.group == "up" or address.device not in {None, self.device}:
+            raise ProtocolError("not-ours", topic[:80])
+        if frame.key != self.aggregator_key:
+            raise ProtocolError("unknown-key", "not the aggregator's")
+        frame.check_authentic(self.aggregator_public)
+        return address
+
+    def schema_fault(self, schema: Schema, before: bytes) -> str:
+        """Why this device cannot use the federation's schema, in words; empty if it can.
+
+        ``before`` is the schema, encoded, that the device found when it joined; empty if it joins now.
+        """
+        if before not in {b"", schema.encoded}:
+            return "the federation's schema has changed; leave it and join again"
+        return schema_mismatch(schema, self.tensors)
+
     def status(self, state: str, *, seq: int, session: int, base: int = -1) -> Publish:
         message = Status(state=state, session=session, base=base, software=self.software)
         return self._publish(Status.KIND, seq, message.meta(), retain=True)
 
     def enroll(self) -> Publish:
-        """The same bytes each time, however often it has to be sent."""
+        """The enrollment: the same bytes each time."""
         public = self.identity.public
         proof = enroll_proof(self.code, self.federation, self.device, public)
         return self._publish(Enroll.KIND, ENROLL_SEQ, Enroll(public_key=public).meta(), body=proof)
@@ -105,7 +130,7 @@ class Profile:
         return [Publish(topic=topic, payload=frame, seq=update.seq) for frame in frames]
 
     def digest(self, update: OutstandingUpdate) -> bytes:
-        """By what the aggregator's log of merges names this message."""
+        """The message digest that the aggregator's log of merges holds for this update."""
         return message_digest(parse(part.payload).header for part in self.update(update))
 
     def is_addressed(self, receipt: Receipt | Grant) -> bool:

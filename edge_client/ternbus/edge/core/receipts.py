@@ -1,4 +1,4 @@
-"""What a receipt changes in what is kept: the table of outcomes, each a function of the memory alone."""
+"""What a receipt changes in the state: the table of outcomes, each a function of the state alone."""
 
 from dataclasses import replace
 
@@ -7,31 +7,31 @@ from ternbus.broker.protocol.messages import Receipt
 from ternbus.broker.protocol.schema import Schema
 from ternbus.edge.core.state import OutstandingUpdate, State
 
-SEQ_MAX = 2**63  # a number beyond this is no honest counter's
+SEQ_MAX = 2**63  # no honest counter reaches this
 
 
-def settled(kept: State, update: OutstandingUpdate, receipt: Receipt, schema: Schema) -> State:
-    """The memory after an answer that is final: the update is forgotten, and nothing older is trained on again."""
-    forgotten = replace(kept, outstanding=None, answered_base=max(kept.answered_base, update.base))
+def after_receipt(state: State, update: OutstandingUpdate, receipt: Receipt, schema: Schema) -> State:
+    """The state after a final answer: the update is forgotten, and its base or an older one not trained on again."""
+    without_update = replace(state, outstanding=None, answered_base=max(state.answered_base, update.base))
     match receipt.outcome:
         case "accepted":
-            return replace(forgotten, accepted=kept.accepted + 1)
+            return replace(without_update, accepted=state.accepted + 1)
         case "stale":
             value = update.block(schema).value()
-            return replace(forgotten, residual=value if kept.residual is None else kept.residual + value)
+            return replace(without_update, residual=value if state.residual is None else state.residual + value)
         case "duplicate" | "invalid":
-            return forgotten
+            return without_update
         case _:
             raise ProtocolError("odd-receipt", f"{receipt.outcome!r} for an update")
 
 
-def is_behind(update: OutstandingUpdate, receipt: Receipt) -> bool:
-    """Whether our counter comes from an old copy of the disk: the aggregator has answered a higher number."""
+def counter_is_behind(update: OutstandingUpdate, receipt: Receipt) -> bool:
+    """Whether the counter comes from an old copy of the disk: the aggregator has answered a higher number."""
     return receipt.outcome == "duplicate" and update.seq < receipt.highest_seq < SEQ_MAX
 
 
-def sentence(receipt: Receipt, update: OutstandingUpdate) -> str:
-    """The answer in words."""
+def describe(receipt: Receipt, update: OutstandingUpdate) -> str:
+    """The receipt of an update, in words."""
     reason = f": {receipt.reason}" if receipt.reason else ""
     match receipt.outcome:
         case "accepted":
@@ -42,3 +42,10 @@ def sentence(receipt: Receipt, update: OutstandingUpdate) -> str:
             )
         case _:
             return f"the update on version {update.base} was not taken ({receipt.outcome}{reason})"
+
+
+def describe_refusal(receipt: Receipt) -> str:
+    """A receipt that ends the device, in words."""
+    verb = "revoked this device's key" if receipt.outcome == "revoked" else "refused the invitation"
+    reason = f" ({receipt.reason})" if receipt.reason else ""
+    return f"the aggregator has {verb}{reason}; ask its operator for a new invitation"

@@ -1,30 +1,29 @@
-"""When a message that waits for a receipt is sent again: the resend rules, apart from what the message is."""
+"""When a message without a receipt is sent again: the protocol's resend rules, whatever the message is."""
 
 from dataclasses import dataclass
 from typing import Final
 
 from ternbus.broker.backoff import fraction
 
-FIRST_S: Final = 60.0
 LONGEST_S: Final = 3600.0
-UNACKNOWLEDGED_FACTOR: Final = 10.0  # so much longer while the broker has yet to acknowledge: it is still on its way
+UNACKNOWLEDGED_FACTOR: Final = 10.0  # while the broker has not acknowledged it: the message is on its way
 BUSY_LEAST_S: Final = 0.5
 
 
 @dataclass(slots=True, kw_only=True)
 class Resend:
-    """The time of the next sending; it is for the owner to know whether anything may be sent at all."""
+    """The time of the next transmission; its owner knows whether anything may be sent."""
 
     salt: str
-    first_s: float = FIRST_S
-    _due_s: float | None = None  # a moment that was set; otherwise so long after the broker's last acknowledgement
+    first_s: float  # the wait after the first transmission; it doubles with each
+    _due_s: float | None = None  # if None, the backoff counts from the broker's last acknowledgement
     _not_before_s: float = 0.0
     _attempts: int = 0
     _unacknowledged: int = 0
     _last_s: float = 0.0
 
-    def wanted(self, now: float) -> None:
-        """It is new, the connection is, or the aggregator came: send at once, and count attempts anew."""
+    def restart(self, now: float) -> None:
+        """Message or connection is new, or the aggregator came online: send at once, and count attempts anew."""
         self._due_s = now
         self._attempts = 0
         self._unacknowledged = 0
@@ -36,18 +35,18 @@ class Resend:
         self._last_s = now
 
     def acknowledged(self, now: float) -> None:
-        """The broker has one of the frames."""
+        """The broker acknowledged one of the frames."""
         self._unacknowledged = max(0, self._unacknowledged - 1)
         self._last_s = now
 
     def busy(self, retry_after_s: float, now: float) -> None:
-        """The aggregator asked to wait; neither a reconnect nor its return shortens that."""
+        """The aggregator asked to wait; neither a reconnect nor its coming online shortens that."""
         wait_s = min(max(retry_after_s, BUSY_LEAST_S), LONGEST_S)
         self._not_before_s = now + wait_s * (1 + fraction(self.salt, "busy", now) / 4)
         self._due_s = self._not_before_s
 
     def granted(self, deadline_s: float, now: float) -> None:
-        """Parts were sent that the aggregator asked for; after the deadline it is offered again."""
+        """The granted parts were sent; without a receipt by the deadline the message is offered again."""
         self._due_s = now + min(max(deadline_s, BUSY_LEAST_S), LONGEST_S)
 
     def due_s(self) -> float:

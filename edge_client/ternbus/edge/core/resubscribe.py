@@ -1,29 +1,29 @@
-"""When to ask for status and head once more: a broker's answer to a subscription may lack what it has retained."""
+"""When to subscribe to status and head again: a broker may not deliver what it retains at the first try."""
 
 from dataclasses import dataclass
 from typing import Final
 
-SOON_S: Final = 10.0
-LATER_S: Final = 300.0  # while nothing is missing: a message that was lost has no other way to be noticed
+MISSING_S: Final = 10.0
+REFRESH_S: Final = 300.0  # while nothing is missing: nothing else shows that a message was lost
 
 
 @dataclass(slots=True)
 class Resubscribe:
-    """What came on this connection, and when it was last asked for."""
+    """What arrived on this connection, and when it was last subscribed to."""
 
-    _head: bool = False
-    _asked_s: float = 0.0
+    _head_known: bool = False
+    _subscribed_s: float = 0.0
 
     def connected(self, now: float) -> None:
-        """Everything is asked for at a connect."""
-        self._head, self._asked_s = False, now
+        """A connect subscribes to both."""
+        self._head_known, self._subscribed_s = False, now
 
-    def asked(self, now: float) -> None:
-        self._asked_s = now
+    def subscribed(self, now: float) -> None:
+        self._subscribed_s = now
 
-    def head_came(self, now: float) -> None:
-        self._head, self._asked_s = True, now
+    def head_arrived(self, now: float) -> None:
+        self._head_known, self._subscribed_s = True, now
 
-    def due_s(self, status_came: bool) -> float:
-        """When to ask again."""
-        return self._asked_s + (LATER_S if self._head and status_came else SOON_S)
+    def due_s(self, status_known: bool) -> float:
+        """When to subscribe again."""
+        return self._subscribed_s + (REFRESH_S if self._head_known and status_known else MISSING_S)

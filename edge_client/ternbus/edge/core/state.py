@@ -1,4 +1,4 @@
-"""What a device keeps over a power loss, as one value: counters, the update without an answer, the residual."""
+"""What a device keeps over a power loss, as one value: counters, the outstanding update, the residual."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,16 +11,16 @@ from ternbus.broker.protocol.ternary import Block
 from ternbus.edge.plan.privacy import Account
 
 SEQ_BLOCK = 64  # sequence numbers reserved by one write; a crash skips what is left of them
-FIRST_SEQ = 2  # 1 is the enrolment's, so that it is the same frame however often it is sent
+FIRST_SEQ = 2  # 1 is the enrollment's, so that it is the same frame however often it is sent
 
-RENUMBERED = "renumbered"  # in place of an outcome, of a number that will not be used again
+RENUMBERED = "renumbered"  # in place of an outcome: the update was sent again under another number
 
-Seal = Callable[[bytes], bytes]
+Seal = Callable[[bytes], bytes]  # plain bytes to a sealed box
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class OutstandingUpdate:
-    """An update that has no receipt yet; everything that makes its frames the same bytes each time."""
+    """An update without a receipt: all that its frames are made of, so that they are the same bytes each time."""
 
     seq: int
     base: int
@@ -29,8 +29,8 @@ class OutstandingUpdate:
     codec: str
     encoding: str
     encoded: bytes = field(repr=False)  # the block's content as encoded
-    sealed: bytes = field(default=b"", repr=False)  # the sealed box; empty if the plan asks for none
-    frame_bytes: int  # it is cut for frames of at most so many
+    sealed: bytes = field(default=b"", repr=False)  # the sealed box; empty without `seal` in the plan
+    frame_bytes: int  # the largest frame that it is cut for
 
     @property
     def body(self) -> bytes:
@@ -48,11 +48,11 @@ class OutstandingUpdate:
         )
 
     def block(self, schema: Schema) -> Block:
-        """The change that it carries."""
+        """The change to the model that it carries."""
         return Block.read(schema, self.codec, self.encoding, self.encoded)
 
 
-def prepare(  # what an update is, all of it named at the call
+def prepare(
     block: Block,
     *,
     seq: int,
@@ -61,7 +61,7 @@ def prepare(  # what an update is, all of it named at the call
     metrics: Mapping[str, float],
     frame_bytes: int,
 ) -> OutstandingUpdate:
-    """An update ready to be sent, compressed where that makes it smaller."""
+    """An update ready to be sent; its content compressed, where that makes it smaller."""
     compressed = ternary.encode(block.content, ternary.ZSTD)
     smaller = len(compressed) < len(block.content)
     return OutstandingUpdate(
@@ -83,40 +83,38 @@ def sealed(update: OutstandingUpdate, key: KeyId, seal: Seal) -> OutstandingUpda
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnsweredUpdate:
-    """A receipt for an update, as it is remembered; or that it was given another number."""
+    """An update's receipt, as the device keeps it; or that the update was sent again under another number."""
 
     seq: int
     base: int
     outcome: str
     version: int
     key: KeyId
-    digest: bytes = field(repr=False)  # of the message, as the aggregator's log of merges has it
+    digest: bytes = field(repr=False)  # of the message, as in the aggregator's log of merges
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class State:
-    """The device's memory. ``key`` owns the sequence numbers, the session and the enrolment."""
+    """What is on the disk. Sequence numbers, session and enrollment belong to ``key``."""
 
     key: KeyId
     enrolled: bool = False
-    seq_limit: int = FIRST_SEQ  # no number from here on has been used
+    seq_limit: int = FIRST_SEQ  # no sequence number from here on has been used
     session: int = 0
     head_version: int = 0  # the highest head that was accepted
     head_seq: int = 0
     head_digest: bytes = b""  # the model's, in that head
-    answered_base: int = -1  # no update on this version or an older one is wanted any more
-    evaluated: int = -1
+    answered_base: int = -1  # updates on this version or an older one are answered
+    evaluated: int = -1  # the newest version that was
     accepted: int = 0  # how many updates were
     schema: bytes = field(default=b"", repr=False)
-    residual: Vector | None = field(default=None, repr=False)  # what updates have not carried yet; None is zero
+    residual: Vector | None = field(default=None, repr=False)  # of compression, for the next update; None is zero
     outstanding: OutstandingUpdate | None = None
-    protected: str = ""  # the kind of privacy that outstanding and residual were made under
+    protected: str = ""  # the plan's `dp`, under which outstanding and residual were made
     account: Account = field(default_factory=Account)
 
-    def under(self, key: KeyId) -> "State":
-        """The same for a device that has this key: a new key counts anew and must be enrolled."""
-        if key == self.key:
-            return self
+    def with_key(self, key: KeyId) -> "State":
+        """The state under this key: a new one counts anew, and must be enrolled."""
         return replace(self, key=key, enrolled=False, seq_limit=FIRST_SEQ, session=0)
 
     def with_seq_limit(self, seq_limit: int) -> "State":

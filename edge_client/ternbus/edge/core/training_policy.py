@@ -1,4 +1,4 @@
-"""The trainer's part of the state machine: by which plan, on which version, and never twice on an answered one."""
+"""When a device trains: by which plan, on which version, and never again on one whose update was answered."""
 
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -14,8 +14,8 @@ from ternbus.edge.plan.plan import NO_DP, Plan
 from ternbus.edge.plan.schedule import TURNS, turn
 
 
-def sentence(event: TrainingFinished) -> Log:
-    """What came of a training, in words."""
+def describe(event: TrainingFinished) -> Log:
+    """The log of a training that finished."""
     fields = {"base": event.base, "samples": event.samples, **event.metrics}
     shown = ", ".join(f"{name} {value:.4g}" for name, value in event.metrics.items())
     return Log(event="trained", text=f"trained on version {event.base}: {shown}", fields=fields)
@@ -23,63 +23,64 @@ def sentence(event: TrainingFinished) -> Log:
 
 @dataclass(slots=True, kw_only=True)
 class TrainingPolicy:
-    """At most one training at a time, and none while an update waits for its answer."""
+    """At most one training at a time, and none while an update is outstanding."""
 
-    member: Profile
+    profile: Profile
     running: StartTraining | None = None
     plan: Plan | None = None  # the federation's, where it can be followed
-    due_s: float | None = None  # when its turn comes, if no version comes before
-    _failed_base: int = -1  # training on it came to nothing, and would again
-    _newest: tuple[int, float] = (-1, 0.0)  # a version, and when it was first there to be trained on
-    _turn: int = -1  # the last that it took
+    due_s: float | None = None  # when its turn comes, if no new version comes before
+    _failed_base: int = -1  # training on it failed, and would again
+    _newest: tuple[int, float] = (-1, 0.0)  # a version, and when it could first be trained on
+    _turn: int = -1  # the last one taken
 
     @property
     def sealed(self) -> bool:
-        """Whether what tells of a device's data may not be sent in the open, or without noise; true without a plan."""
+        """Whether metrics of the device's data stay here, as the plan seals or adds noise; true without a plan."""
         return self.plan is None or self.plan.seal or self.plan.dp != NO_DP
 
     def read_plan(self, head: Head) -> list[Log]:
-        """The task's own plan, and over it what the federation asks for."""
-        self.plan, promise = None, self.member.promise
+        """Take the head's plan, over the task's default plan and bounded by the owner's policy."""
+        self.plan, policy = None, self.profile.policy
         try:
-            plan = Plan.from_meta({**self.member.default_plan, **head.plan})
+            plan = Plan.from_meta({**self.profile.default_plan, **head.plan})
         except ProtocolError as error:
             return [_refused(str(error))]
-        bound = plan if promise is None else promise.bound(plan)
+        bound = plan if policy is None else policy.bound(plan)
         if isinstance(bound, str):
             return [_refused(bound)]
         self.plan = bound
         return []
 
-    def begin(self, follower: Follower, kept: State, now: float) -> list[StartTraining | Log]:
-        """Train on the head's version, if it is time to."""
+    def begin(self, follower: Follower, state: State, now: float) -> list[StartTraining | Log]:
+        """Start a training on the head's version, unless a condition is missing."""
         self.due_s = None
         head, vector, schema, plan = follower.head, follower.vector, follower.schema, self.plan
-        if self.member.role != "train" or self.running is not None or kept.outstanding is not None:
+        if self.profile.role != "train" or self.running is not None or state.outstanding is not None:
             return []
-        if head is None or head.state != OPEN or not kept.enrolled or not follower.synced:
+        if head is None or head.state != OPEN or not state.enrolled or not follower.synced:
             return []
-        if plan is None or vector is None or schema is None or head.version <= self.answered(kept):
+        if plan is None or vector is None or schema is None or head.version <= self.newest_answered(state):
             return []
-        if (rest := self._rest(plan, head.version, now)) is not None:
-            return [*rest]
+        if (waiting := self._wait_for_turn(plan, head.version, now)) is not None:
+            return [*waiting]
         self.running = StartTraining(
             base=head.version,
             schema=schema,
             vector=vector,
-            residual=None if plan.dp not in {NO_DP, kept.protected} else kept.residual,  # it would go round the noise
+            # A residual from a training without this noise would carry data past it.
+            residual=None if plan.dp not in {NO_DP, state.protected} else state.residual,
             plan=plan,
             seed=self.seed(plan, head.version),
-            account=kept.account,
+            account=state.account,
         )
         text = f"training on version {head.version}"
         return [self.running, Log(event="training", text=text, fields={"base": head.version})]
 
-    def _rest(self, plan: Plan, version: int, now: float) -> list[Log] | None:
-        """None if it is this device's turn to train on the newest version: it is taken. If not, `due_s` is when it is.
+    def _wait_for_turn(self, plan: Plan, version: int, now: float) -> list[Log] | None:
+        """None if it is the device's turn to train on this version, which takes the turn; else `due_s` is set.
 
-        Each `turn_s` that a version lasts counts as one more, so that somebody always trains, however few take part. A
-        turn that was taken so is over: the version that it was for comes later.
+        Each `turn_s` that a version lasts counts as one version more, so that some device always trains, however few
+        take part. A turn that was taken early is over when its version comes.
         """
         if plan.participation == 1:
             return None
@@ -94,12 +95,12 @@ class TrainingPolicy:
         text = f"version {version} is for other devices to train on; this one's turn is version {own}"
         return [] if known == version else [Log(event="resting", text=text, fields={"version": version, "turn": own})]
 
-    def answered(self, kept: State) -> int:
-        """The newest version on which no more training is wanted."""
-        return max(kept.answered_base, self._failed_base)
+    def newest_answered(self, state: State) -> int:
+        """The newest version on which the device need not train."""
+        return max(state.answered_base, self._failed_base)
 
     def finished(self, event: TrainingFinished) -> StartTraining | None:
-        """What was being trained, if this is its result."""
+        """The job that this is the result of; None if it is another's."""
         running, self.running = self.running, None
         return running if running is not None and running.base == event.base else None
 
@@ -109,8 +110,8 @@ class TrainingPolicy:
         return Log(event="training-failed", text=event.reason, fields={"base": event.base, "reason": event.reason})
 
     def seed(self, plan: Plan, base: int) -> int:
-        """Its own for each device and version, and the same when a run is repeated."""
-        text = f"{self.member.federation}/{self.member.device}/{plan.seed}/{base}"
+        """Different for each device and version, and the same when a run is repeated."""
+        text = f"{self.profile.federation}/{self.profile.device}/{plan.seed}/{base}"
         return int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) >> 1
 
 
@@ -118,8 +119,8 @@ def _refused(reason: str) -> Log:
     return Log(event="bad-plan", text=f"no training by this plan: {reason}", fields={"reason": reason})
 
 
-def spent(event: BudgetSpent) -> str:
-    """Why a device stops that may not train once more."""
+def budget_spent(event: BudgetSpent) -> str:
+    """Why the device stops: its privacy budget allows no more training."""
     return (
         f"the privacy budget is spent: with one more update epsilon would be {event.epsilon:.4g}, above "
         f"{event.budget:g} (delta {event.delta:g}); this device sends no more unless dp_epsilon, or its own "

@@ -1,4 +1,4 @@
-"""The one update without an answer: prepared, sent or offered, granted, answered, numbered anew where it must be."""
+"""The outstanding update: stored, sent or offered, granted, answered, and renumbered where it must be."""
 
 import math
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from ternbus.edge.core.actions import Action, Log, Publish
 from ternbus.edge.core.events import TrainingFinished
 from ternbus.edge.core.pending_state import PendingState
 from ternbus.edge.core.profile import Profile
-from ternbus.edge.core.receipts import is_behind, sentence, settled
+from ternbus.edge.core.receipts import after_receipt, counter_is_behind, describe
 from ternbus.edge.core.resend import Resend
 from ternbus.edge.core.state import RENUMBERED, AnsweredUpdate, OutstandingUpdate, prepare, sealed
 from ternbus.edge.plan.plan import NO_DP, Plan
@@ -24,124 +24,116 @@ FIRST_RESEND_S: Final = 60.0
 
 @dataclass(slots=True, kw_only=True)
 class Uplink:
-    """Sends what is outstanding in ``memory``; whether anything may be sent is for its owner to know."""
+    """Sends the outstanding update of ``pending``; its owner knows whether anything may be sent."""
 
-    member: Profile
-    memory: PendingState
+    profile: Profile
+    pending: PendingState
     frame_bytes: int = FRAME_BYTES
-    sending: Resend = field(init=False)
+    resend: Resend = field(init=False)
     _grant_seq: int = 0
 
     def __post_init__(self) -> None:
-        self.sending = Resend(salt=self.member.key.hex(), first_s=FIRST_RESEND_S)
+        self.resend = Resend(salt=self.profile.key.hex(), first_s=FIRST_RESEND_S)
 
-    def renewed(self) -> None:
-        """The device has another key than the outstanding update was signed with."""
-        update = self.memory.kept.outstanding
+    def key_changed(self) -> None:
+        """The outstanding update was signed with another key than the device now has: renumber it."""
+        update = self.pending.state.outstanding
         if update is not None:
-            self._keep(self._renumbered(update))
+            self._replace_outstanding(self._renumbered(update))
 
     def connected(self, frame_bytes: int, now: float) -> None:
-        """Send again on the new connection; cut anew what no longer fits."""
+        """Send again on the new connection; cut the update anew if a part exceeds ``frame_bytes``."""
         self.frame_bytes = frame_bytes
-        update = self.memory.kept.outstanding
-        if update is not None and any(len(part.payload) > frame_bytes for part in self.member.update(update)):
-            # the old number may have been accepted, and its receipt lost
-            before = self._noted(update, RENUMBERED, self.memory.kept.head_version)
-            self._keep(self._renumbered(update), before)
-        self.sending.wanted(now)
+        update = self.pending.state.outstanding
+        if update is not None and any(len(part.payload) > frame_bytes for part in self.profile.update(update)):
+            # It may have been accepted under the old number, and the receipt lost.
+            before = self._answered_update(update, RENUMBERED, self.pending.state.head_version)
+            self._replace_outstanding(self._renumbered(update), before)
+        self.resend.restart(now)
 
-    def put(self, finished: TrainingFinished, plan: Plan, now: float) -> None:
-        """Keep the result of training as the outstanding update, what it does not carry, and what it cost of privacy.
+    def store(self, finished: TrainingFinished, plan: Plan, now: float) -> None:
+        """Make the result of a training the outstanding update; with its residual and its cost of privacy.
 
         All of it is one durable write, made before anything of the update is sent.
         """
-        hidden = plan.seal or plan.dp != NO_DP  # metrics travel in the header, and tell of the data
-        kept = self.memory.kept
+        hidden = plan.seal or plan.dp != NO_DP  # metrics are in the header, and depend on the data
         update = prepare(
             finished.block,
-            seq=self.memory.number(),
+            seq=self.pending.next_seq(),
             base=finished.base,
             samples=min(max(finished.samples, 1), SAMPLES_MAX),
             metrics=told(finished.metrics) if hidden else _sendable(finished.metrics),
             frame_bytes=self.frame_bytes,
         )
         if plan.seal:
-            update = sealed(update, self.member.key, self.member.seal)
-        self.memory.replaced(
+            update = sealed(update, self.profile.key, self.profile.seal)
+        state = self.pending.state  # with the update's number reserved
+        self.pending.put(
             replace(
-                kept,
+                state,
                 outstanding=update,
                 residual=finished.residual,
                 protected=plan.dp,
-                account=finished.account or kept.account,
+                account=finished.account or state.account,
             )
         )
-        self.sending.wanted(now)
+        self.resend.restart(now)
 
-    def send(self, direct_parts: int, now: float) -> list[Action]:
-        """Send the update, or offer it if it has more parts than the head lets through unasked."""
-        update = self.memory.kept.outstanding
-        if update is None:
-            return []
-        parts = self.member.update(update)
+    def send(self, update: OutstandingUpdate, direct_parts: int, now: float) -> list[Action]:
+        """Send the update, or offer it if it has more parts than the head's `direct_parts`."""
+        parts = self.profile.update(update)
         offered = len(parts) > direct_parts
         if offered:
-            parts = [self.member.message(Offer.KIND, update.seq, Offer(base=update.base, parts=len(parts)).meta())]
-        self.sending.sent(len(parts), now)
+            parts = [self.profile.message(Offer.KIND, update.seq, Offer(base=update.base, parts=len(parts)).meta())]
+        self.resend.sent(len(parts), now)
         size = sum(len(part.payload) for part in parts)
         fields = {"seq": update.seq, "base": update.base, "parts": len(parts), "bytes": size, "offered": offered}
         verb = "offered" if offered else "sent"
         log = Log(event=verb, text=f"{verb} the update on version {update.base} ({size} bytes)", fields=fields)
         return [*parts, log]
 
-    def granted(self, grant: Grant, grant_seq: int, now: float) -> list[Publish]:
-        """The parts that are asked for; a grant that was answered already, or an older one, asks for none."""
-        update = self.memory.kept.outstanding
-        if update is None or grant_seq <= self._grant_seq:
+    def granted(self, update: OutstandingUpdate, grant: Grant, grant_seq: int, now: float) -> list[Publish]:
+        """The parts that a grant asks for; none for a grant that was followed already, or an older one."""
+        if grant_seq <= self._grant_seq:
             return []
         self._grant_seq = grant_seq
-        parts = self.member.update(update)
+        parts = self.profile.update(update)
         wanted = {part for first, last in grant.parts for part in range(first, min(last + 1, len(parts)))}
-        self.sending.granted(grant.deadline_s, now)
+        self.resend.granted(grant.deadline_s, now)
         return [parts[part] for part in sorted(wanted)]
 
-    def answered(self, receipt: Receipt, schema: Schema, now: float) -> list[Action]:
-        """Do what the aggregator's answer asks for."""
-        kept = self.memory.kept
-        update = kept.outstanding
-        if update is None:
-            return []
+    def answered(self, update: OutstandingUpdate, receipt: Receipt, schema: Schema, now: float) -> list[Action]:
+        """Do what a receipt asks for: wait, renumber, or forget the update."""
         fields = {"seq": update.seq, "base": update.base, "outcome": receipt.outcome, "version": receipt.version}
         if receipt.outcome == "busy":
-            self.sending.busy(receipt.retry_after_s, now)
+            self.resend.busy(receipt.retry_after_s, now)
             text = f"the aggregator is busy; the update on version {update.base} waits"
             return [Log(event="busy", text=text, fields=fields)]
-        if is_behind(update, receipt):
-            self.memory.skip(receipt.highest_seq)
-            self._keep(self._renumbered(update))
-            self.sending.wanted(now)
+        if counter_is_behind(update, receipt):
+            self.pending.skip_past(receipt.highest_seq)
+            self._replace_outstanding(self._renumbered(update))
+            self.resend.restart(now)
             return [
                 Log(event="renumbered", text="the sequence numbers were behind; sent under a new one", fields=fields)
             ]
-        answered = self._noted(update, receipt.outcome, receipt.version)
-        self.memory.replaced(settled(kept, update, receipt, schema), answered)
-        return [Log(event=receipt.outcome, text=sentence(receipt, update), fields={**fields, "reason": receipt.reason})]
+        answered = self._answered_update(update, receipt.outcome, receipt.version)
+        self.pending.put(after_receipt(self.pending.state, update, receipt, schema), answered)
+        return [Log(event=receipt.outcome, text=describe(receipt, update), fields={**fields, "reason": receipt.reason})]
 
-    def _noted(self, update: OutstandingUpdate, outcome: str, version: int) -> AnsweredUpdate:
-        digest = self.member.digest(update)
-        key = self.member.key
+    def _answered_update(self, update: OutstandingUpdate, outcome: str, version: int) -> AnsweredUpdate:
+        digest = self.profile.digest(update)
+        key = self.profile.key
         return AnsweredUpdate(
             seq=update.seq, base=update.base, outcome=outcome, version=version, key=key, digest=digest
         )
 
-    def _keep(self, update: OutstandingUpdate, answered: AnsweredUpdate | None = None) -> None:
-        self.memory.replaced(replace(self.memory.kept, outstanding=update), answered)
+    def _replace_outstanding(self, update: OutstandingUpdate, answered: AnsweredUpdate | None = None) -> None:
+        self.pending.put(replace(self.pending.state, outstanding=update), answered)
 
     def _renumbered(self, update: OutstandingUpdate) -> OutstandingUpdate:
-        """The same update to be cut, sealed and signed anew under a new sequence number."""
-        fresh = replace(update, seq=self.memory.number(), frame_bytes=self.frame_bytes, sealed=b"")
-        return sealed(fresh, self.member.key, self.member.seal) if update.sealed else fresh
+        """The update under a new sequence number, to be cut, sealed and signed anew."""
+        fresh = replace(update, seq=self.pending.next_seq(), frame_bytes=self.frame_bytes, sealed=b"")
+        return sealed(fresh, self.profile.key, self.profile.seal) if update.sealed else fresh
 
 
 def _sendable(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -55,7 +55,7 @@ class RandomSource:
         return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
 
 
-def clip_and_noise(change: Vector, *, clip: float, noise: float, chance: RandomSource) -> None:
+def clip_and_noise(change: Vector, *, clip: float, noise: float, random_source: RandomSource) -> None:
     """The Gaussian mechanism on a whole update, in place: change·min(1, C/|change|) + N(0, (z·C)²) in each element.
 
     C is `clip`, an L2 norm over all tensors together; z is `noise`. McMahan et al. 2018, algorithm 1, with the noise
@@ -64,7 +64,7 @@ def clip_and_noise(change: Vector, *, clip: float, noise: float, chance: RandomS
     length = math.sqrt(sum(float(np.square(change[part], dtype=np.float64).sum()) for part in _parts(change.size)))
     factor = ROUNDING * min(1.0, clip / length) if length else 0.0
     for part in _parts(change.size):
-        change[part] = change[part] * factor + noise * clip * chance.normal(change[part].size)
+        change[part] = change[part] * factor + noise * clip * random_source.normal(change[part].size)
 
 
 def _parts(size: int) -> Iterator[slice]:

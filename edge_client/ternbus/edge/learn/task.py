@@ -69,10 +69,13 @@ class Trainer(Protocol):
 class PrivateTrainer(Protocol):
     """A trainer that knows per-sample differential privacy too; `dp = "sample"` is refused by any other."""
 
-    def train_privately(self, start: Tensors, plan: Plan, *, version: int, seed: int, chance: RandomSource) -> Trained:
+    def train_privately(
+        self, start: Tensors, plan: Plan, *, version: int, seed: int, random_source: RandomSource
+    ) -> Trained:
         """As `train`, and every step a Gaussian mechanism: a batch in which each sample is with the probability
-        `batch_size` / samples, by `chance.sampled`; each sample's gradient clipped to the L2 norm `dp_clip`; their sum
-        with noise of standard deviation `dp_noise` · `dp_clip` from `chance`. `plan.steps(samples)` of them at most.
+        `batch_size` / samples, by `random_source.sampled`; each sample's gradient clipped to the L2 norm `dp_clip`;
+        their sum with noise of standard deviation `dp_noise` · `dp_clip` from `random_source`.
+        `plan.steps(samples)` of them at most.
         """
         ...
 

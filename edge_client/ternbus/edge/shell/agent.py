@@ -10,19 +10,20 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.link.link import Link, LinkEvent
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.identity import Identity, read_password, seal
+from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.messages import Status
 from ternbus.broker.version import software
 from ternbus.edge.core.actions import Stop
-from ternbus.edge.core.core import EXIT_CONFIG, EXIT_DONE, Core
-from ternbus.edge.core.follower import Beginning
+from ternbus.edge.core.core import EXIT_CONFIG, EXIT_DONE, EXIT_REFUSED, Core
+from ternbus.edge.core.follower import InitialModel
 from ternbus.edge.core.profile import Profile, Role, subscriptions
 from ternbus.edge.learn.loader import load_task
 from ternbus.edge.learn.subnetwork import narrow
 from ternbus.edge.learn.task import Task, Trainer, halves_of
+from ternbus.edge.shell import key_rotation
 from ternbus.edge.shell.directory import DeviceDirectory, Settings
 from ternbus.edge.shell.outbox import Outbox
 from ternbus.edge.shell.service import PERSONAL, Report, Service
-from ternbus.edge.shell.succession import succeed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +46,20 @@ def join(home: DeviceDirectory, settings: Settings, task: Task, options: Options
     return stop
 
 
+def renew(home: DeviceDirectory, invitation: Invitation, task: Task, options: Options, report: Report) -> Stop:
+    """Enrol a new key with this invitation, then make it the device's. ConfigError where it is not for this device."""
+    key_rotation.check(home, invitation)
+    with home.held():
+        beside, settings = key_rotation.begin(home, invitation)
+        stop = join(beside, settings, task, options, report)
+        if stop.code == EXIT_DONE:
+            key_rotation.finish(home)
+            return replace(stop, reason=f"{settings.device} has a new key")
+        if stop.code == EXIT_REFUSED:
+            beside.discard()
+        return stop
+
+
 def serve(home: DeviceDirectory, role: Role, options: Options, report: Report) -> tuple[Stop, bool]:
     """Train or evaluate until it is time to stop; why, and whether the training thread has ended.
 
@@ -54,7 +69,7 @@ def serve(home: DeviceDirectory, role: Role, options: Options, report: Report) -
     check(settings, options)
     task = load_task(settings.task)
     with home.held():
-        succeed(home)
+        key_rotation.finish(home)
         settings = home.joined()
         return _serve(
             home, settings, task=task, role=role, data=_data(settings, task, role), options=options, report=report
@@ -124,8 +139,8 @@ def _serve(
     with Outbox(home.folder, identity.key_id) as outbox:
         initial = task.initial(int(settings.seed or 0))
         shapes = {name: tuple(tensor.shape) for name, tensor in initial.items()}
-        member = _member(settings, identity, task, role=role, options=options, shapes=shapes)
-        core = Core(member, outbox.kept, Beginning(tensors=initial))
+        profile = _profile(settings, identity, task, role=role, options=options, shapes=shapes)
+        core = Core(profile, outbox.kept, InitialModel(tensors=initial))
         del initial  # the core lets go of it at the first head
         service = Service(
             core,
@@ -158,7 +173,7 @@ def _signals_stop(service: Service) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _member(
+def _profile(
     settings: Settings,
     identity: Identity,
     task: Task,
@@ -178,7 +193,7 @@ def _member(
         code=settings.code,
         tensors=shapes,
         default_plan=dict(task.default_plan),
-        promise=settings.promise,
+        policy=settings.promise,
         software=software(),
         versions=options.versions,
         timeout_s=options.timeout_s,

@@ -19,7 +19,7 @@ from ternbus.edge.learn.partition import FORMS, Partition
 from ternbus.edge.learn.subnetwork import narrow
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.privacy import DEVICE, SAMPLE, PrivacyPolicy, cost
-from ternbus.edge.shell import agent, log_check, outbox, renewing
+from ternbus.edge.shell import agent, log_check, outbox
 from ternbus.edge.shell.agent import Options
 from ternbus.edge.shell.directory import DeviceDirectory
 from ternbus.edge.shell.preflight import check as examine
@@ -131,7 +131,7 @@ def join(
     home, options = DeviceDirectory(directory), Options(timeout_s=timeout, reports=reports, fine_tune=fine_tune)
     asked = _load(invitation)
     if renew:
-        stop = renewing.renew(home, asked, load_task(home.settings().task), options, printer)
+        stop = agent.renew(home, asked, load_task(home.settings().task), options, printer)
         if not then_run or stop.code != EXIT_DONE:
             raise typer.Exit(printer.finish(stop, ended=True))
         printer.end(stop)

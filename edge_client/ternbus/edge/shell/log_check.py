@@ -1,4 +1,4 @@
-"""Whether the aggregator's log of merges says of this device's updates what the aggregator promised."""
+"""The check of the aggregator's log of merges against a device's receipts."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ SHOWN: Final = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Merged:
-    """An update of ours in a version; ``share`` is of the version's whole weight."""
+    """An update of the device in a version; ``share`` is its part of the version's total weight."""
 
     seq: int
     base: int
@@ -29,13 +29,13 @@ class Merged:
 
 @dataclass(slots=True)
 class LogCheck:
-    """What a log says of one device. Without ``faults`` every promise was kept."""
+    """What a log holds of one device. Without ``faults`` the aggregator did what it promised."""
 
     entries: int = 0
     version: int = -1
     merged: list[Merged] = field(default_factory=list)
-    waiting: list[int] = field(default_factory=list)  # accepted, to be in a version after the log's last
-    other_keys: int = 0  # updates of this device under keys that this folder never had
+    waiting: list[int] = field(default_factory=list)  # accepted, and not merged by the log's last version
+    other_keys: int = 0  # the device's updates under keys that this folder never had
     faults: list[str] = field(default_factory=list)
 
     def facts(self) -> dict[str, object]:
@@ -71,7 +71,7 @@ class LogCheck:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where the log has an update of ours."""
+    """Where the log has an update of the device."""
 
     version: int
     total: float
@@ -81,8 +81,8 @@ class _Place:
 _Places = dict[tuple[KeyId, int], list[_Place]]
 
 
-def check(log: Path, settings: Settings, kept: State, answers: Sequence[AnsweredUpdate]) -> LogCheck:
-    """Hold a log against what the device remembers; ``answers`` are its receipts, in any order."""
+def check(log: Path, settings: Settings, state: State, answers: Sequence[AnsweredUpdate]) -> LogCheck:
+    """Check a log file against the device's state and its receipts, ``answers``, in any order."""
     audit = Audit(public=bytes.fromhex(settings.aggregator_key), federation=settings.federation)
     places: _Places = defaultdict(list)
     newest_merge = -1
@@ -92,19 +92,19 @@ def check(log: Path, settings: Settings, kept: State, answers: Sequence[Answered
                 entry = audit.take(signed)
                 if entry is not None and entry.updates:
                     newest_merge = max(newest_merge, entry.version)
-                    _note(entry, settings.device, places)
+                    _collect(entry, settings.device, places)
     except ProtocolError as error:
         audit.faults.append(error.detail)
-    faults = audit.finish((kept.head_version, kept.head_digest or None))
-    proof = LogCheck(entries=audit.entries, version=audit.last[0] if audit.readable else -1, faults=faults)
+    faults = audit.finish((state.head_version, state.head_digest or None))
+    result = LogCheck(entries=audit.entries, version=audit.last[0] if audit.readable else -1, faults=faults)
     for answered in sorted(answers, key=lambda each: (each.base, each.seq)):
         if answered.outcome == "accepted":
-            _look_for(answered, places.get((answered.key, answered.seq), []), newest_merge, proof)
-    _look_for_strangers(places, kept, answers, proof)
-    return proof
+            _check_accepted(answered, places.get((answered.key, answered.seq), []), newest_merge, result)
+    _check_unknown(places, state, answers, result)
+    return result
 
 
-def _note(entry: Entry, device: str, places: _Places) -> None:
+def _collect(entry: Entry, device: str, places: _Places) -> None:
     own = [each for each in entry.updates if each.device == device]
     if own:
         total = sum(each.weight for each in entry.updates)
@@ -112,36 +112,36 @@ def _note(entry: Entry, device: str, places: _Places) -> None:
             places[each.key, each.seq].append(_Place(entry.version, total, each))
 
 
-def _look_for(answered: AnsweredUpdate, places: list[_Place], newest_merge: int, proof: LogCheck) -> None:
-    """An accepted update is in the first merge after its receipt at the latest, once, and as it was sent."""
+def _check_accepted(answered: AnsweredUpdate, places: list[_Place], newest_merge: int, result: LogCheck) -> None:
+    """An accepted update must be in one version, the first merge after its receipt at the latest, as it was sent."""
     name = f"update {answered.seq} on version {answered.base}"
     match places:
         case []:
             if newest_merge > answered.version:
-                proof.faults.append(f"{name} was accepted by version {answered.version}, and is in no version since")
+                result.faults.append(f"{name} was accepted by version {answered.version}, and is in no version since")
             else:
-                proof.waiting.append(answered.seq)
+                result.waiting.append(answered.seq)
         case [place]:
             if place.update.digest != answered.digest:
-                proof.faults.append(f"{name} is in version {place.version} with another digest than what was sent")
+                result.faults.append(f"{name} is in version {place.version} with another digest than what was sent")
                 return
             weight = place.update.weight
             share = weight / place.total if place.total else 0.0
             about = Merged(seq=answered.seq, base=answered.base, version=place.version, weight=weight, share=share)
-            proof.merged.append(about)
+            result.merged.append(about)
         case _:
             versions = " and ".join(str(place.version) for place in places)
-            proof.faults.append(f"{name} was merged more than once: in versions {versions}")
+            result.faults.append(f"{name} was merged more than once: in versions {versions}")
 
 
-def _look_for_strangers(places: _Places, kept: State, answers: Sequence[AnsweredUpdate], proof: LogCheck) -> None:
-    """Updates in our name that we know nothing of. One of which the receipt was lost is known by its digest."""
+def _check_unknown(places: _Places, state: State, answers: Sequence[AnsweredUpdate], result: LogCheck) -> None:
+    """The device must know each update in its name: by a receipt or, where that was lost, by the digest."""
     known = {(each.key, each.seq): b"" if each.outcome == "accepted" else each.digest for each in answers}
-    if kept.outstanding is not None:
-        known[kept.key, kept.outstanding.seq] = b""
+    if state.outstanding is not None:
+        known[state.key, state.outstanding.seq] = b""
     for (key, seq), found in places.items():
         digest = known.get((key, seq))
-        if digest is None and key != kept.key:
-            proof.other_keys += len(found)
+        if digest is None and key != state.key:
+            result.other_keys += len(found)
         elif len(answers) < RECEIPTS_MAX and (digest is None or digest not in {b"", found[0].update.digest}):
-            proof.faults.append(f"version {found[0].version} holds update {seq} in our name, of which we know nothing")
+            result.faults.append(f"version {found[0].version} holds update {seq} in our name, of which we know nothing")

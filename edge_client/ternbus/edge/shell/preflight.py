@@ -19,7 +19,7 @@ from ternbus.broker.protocol.frame import FRAME_BYTES
 from ternbus.broker.protocol.messages import SAMPLES_MAX
 from ternbus.broker.protocol.schema import Schema, to_tensors, to_vector
 from ternbus.broker.protocol.ternary import CODECS
-from ternbus.edge.core.profile import misfit
+from ternbus.edge.core.profile import schema_mismatch
 from ternbus.edge.core.state import prepare
 from ternbus.edge.learn.compress import compress
 from ternbus.edge.learn.task import Evaluation, Task, Trained, Trainer
@@ -121,7 +121,7 @@ class _Check:
         start = self._named_arrays()
         schema = self._try("initial()", lambda: Schema.of({name: tensor.shape for name, tensor in start.items()}))
         again = self._try("initial()", lambda: self._task.initial(0))
-        if misfit(schema, {name: tensor.shape for name, tensor in again.items()}) or not _same(start, again):
+        if schema_mismatch(schema, {name: tensor.shape for name, tensor in again.items()}) or not _same(start, again):
             self._note("initial() gives another model for the same seed: an experiment cannot be repeated")
         self.report.facts |= {"tensors": len(start), "parameters": schema.elements}
         vector = to_vector(schema, start)

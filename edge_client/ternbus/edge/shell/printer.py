@@ -1,4 +1,4 @@
-"""What a device tells people and programs: a line an event, as text or as JSON."""
+"""A device's output: a line for each event, as text or as JSON."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from ternbus.edge.core.actions import Log, Stop
 
 
 class Printer:
-    """Prints as things happen; the reader of a pipe sees each line at once."""
+    """Prints and flushes each line, so that the reader of a pipe sees it at once."""
 
     def __init__(self, *, as_json: bool) -> None:
         self._as_json = as_json
@@ -31,10 +31,10 @@ class Printer:
             sys.stderr.write(f"ternbus: {stop.reason}\n")
 
     def finish(self, stop: Stop, *, ended: bool) -> int:
-        """The last line, and the exit code; the end itself, if a training thread will not `ended`."""
+        """Print the last line and return the exit code; end the process here if its training thread has not `ended`."""
         self.end(stop)
         if not ended:
-            # All is saved and said, but a thread is deep in somebody's training code: Python would crash in it or wait.
+            # All is saved and printed, but a thread is in the task's code: Python would wait for it, or crash in it.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(stop.code)

@@ -1,4 +1,4 @@
-"""The device's shell: one thread that waits for events, asks the core, and does what it says strictly in order."""
+"""The device's shell: one thread that waits for events and performs the core's actions strictly in order."""
 
 import time
 from collections import Counter
@@ -40,7 +40,7 @@ _Happened = events.Event | link.LinkEvent | Exception
 
 
 class Service:
-    """Runs a core on a link, a store and a trainer until it says stop."""
+    """Runs a core on a link, an outbox and a trainer until the core stops."""
 
     def __init__(
         self,
@@ -54,25 +54,25 @@ class Service:
         min_seconds: float = 0.0,
         personal: Path = Path(PERSONAL),
     ) -> None:
-        """`held` has the data that are held out, `personal` is where the owner's own model is written."""
+        """`held` has the data held out; `personal` is the file for the personal model."""
         self._core = core
         self._outbox = outbox
         self._report = report
         self._personal = personal
         self._queue: SimpleQueue[_Happened] = SimpleQueue()
         self._link = make_link(self._queue.put)
-        self._training = Worker(trainer, self._queue.put, min_seconds, held) if trainer is not None else None
+        self._worker = Worker(trainer, self._queue.put, min_seconds, held) if trainer is not None else None
         self._counters: Counter[str] = Counter(outbox.counters)
-        self._tickets: dict[int, int] = {}  # of the link's publications -> the message's sequence number
+        self._tickets: dict[int, int] = {}  # the link's ticket of a publication -> its message's sequence number
         self._protocol = 5
         self._stop: Stop | None = None
 
     def request_stop(self, reason: str) -> None:
-        """End soon. For signal handlers: a SimpleQueue's put may interrupt anything."""
+        """Stop soon. Signal handlers may call it: a SimpleQueue's put is reentrant."""
         self._queue.put(events.StopRequested(reason=reason))
 
     def run(self) -> Stop:
-        """Until the core says stop. Raises what the task's code raised; what is kept is safe then too."""
+        """Run until the core stops. Raises what the task's code raised; the state is on disk then too."""
         try:
             self._handle(events.Started())
             while self._stop is None:
@@ -81,12 +81,12 @@ class Service:
             self._link.disconnect(flush_s=0.0)
             raise
         self._link.disconnect(flush_s=FLUSH_S)
-        self._outbox.save(self._core.kept, None, self._counters)
+        self._outbox.save(self._core.state, None, self._counters)
         return self._stop
 
     def leave_training(self) -> bool:
         """Whether the training thread has ended; if not, the process must be ended for it."""
-        return self._training is None or self._training.leave()
+        return self._worker is None or self._worker.leave()
 
     def _next(self) -> _Happened:
         due = self._core.due_s()
@@ -119,7 +119,7 @@ class Service:
         kind = _kind(message.topic)
         self._counters[f"received_bytes.{kind}"] += packet_bytes(message.topic, len(message.payload), self._protocol)
         self._counters[f"received.{kind}"] += 1
-        if message.payload:  # nothing is what a retained topic is cleared with
+        if message.payload:  # an empty one clears a retained topic
             try:
                 parsed = frame.parse(message.payload)
             except ProtocolError as error:
@@ -137,14 +137,14 @@ class Service:
             case Save():
                 if action.answered is not None:
                     self._counters[f"updates.{action.answered.outcome}"] += 1
-                self._outbox.save(action.kept, action.answered, self._counters)
+                self._outbox.save(action.state, action.answered, self._counters)
             case Connect():
                 self._connect(action)
             case Subscribe() | Unsubscribe() | Publish():
                 self._use_link(action)
             case StartTraining() | StartEvaluation() | StartFineTuning():
-                assert self._training is not None  # noqa: S101 - who joins only is not told to train
-                self._training.start(action)
+                assert self._worker is not None  # noqa: S101 - the role "join" starts no job
+                self._worker.start(action)
             case SavePersonal():
                 save_safetensors(self._personal, action.tensors, {"ternbus": action.about})
             case Stop():
@@ -159,7 +159,7 @@ class Service:
             self._queue.put(events.ConnectFailed(reason=str(error)))
 
     def _use_link(self, action: Subscribe | Unsubscribe | Publish) -> None:
-        """Without a connection it is lost like a message in the network: that it is gone comes as an event."""
+        """Without a connection the action is lost, as in the network; `Disconnected` comes by the link."""
         try:
             match action:
                 case Subscribe():

@@ -1,4 +1,4 @@
-"""Training and evaluating apart from the service: one thread, one job at a time, its result an event."""
+"""Training and evaluation beside the service: one thread, one job at a time, its result an event."""
 
 import threading
 import time
@@ -29,29 +29,29 @@ TrainingResult = TrainingFinished | TrainingFailed | BudgetSpent
 Result = TrainingResult | Evaluated | FineTuned | FineTuningFailed
 
 
-def train(trainer: Trainer, job: StartTraining, chance: RandomSource | None = None) -> TrainingResult:
-    """Train, and compress what it changed, under the plan's differential privacy if there is budget for it.
+def train(trainer: Trainer, job: StartTraining, random_source: RandomSource | None = None) -> TrainingResult:
+    """Train and compress the change, under the plan's differential privacy, if the budget allows it.
 
-    `chance` is for tests and simulations; on a device it is the operating system's. Raises whatever the task's own code
-    raises, and `ConfigError` where the privacy that the plan asks for cannot be had.
+    `random_source` is for tests and simulations; on a device it is the operating system's. Raises what the task's code
+    raises, and `ConfigError` where the task has no training for the plan's privacy.
     """
-    plan, account, chance = job.plan, None, chance or RandomSource()
+    plan, account, random_source = job.plan, None, random_source or RandomSource()
     if plan.dp != NO_DP:
         account = _charged(job.account, plan, trainer.samples)
         if account.epsilon > plan.dp_epsilon:
             return BudgetSpent(base=job.base, epsilon=account.epsilon, budget=plan.dp_epsilon, delta=plan.dp_delta)
     start = to_tensors(job.schema, job.vector)
     try:
-        trained = _learned(trainer, start, job, chance)
+        trained = _learned(trainer, start, job, random_source)
     except TrainingError as error:
         if plan.dp != DEVICE:
             return TrainingFailed(base=job.base, reason=str(error), account=account)
-        trained = Trained(tensors=start, samples=1, metrics={})  # to send nothing would tell of the data too
+        trained = Trained(tensors=start, samples=1, metrics={})  # no update would tell of the data too
     change = to_vector(job.schema, trained.tensors)
     change -= job.vector
     if plan.dp == DEVICE:
-        clip_and_noise(change, clip=plan.dp_clip, noise=plan.dp_noise, chance=chance)
-    # From here on nothing knows the data but by what the mechanism gave: quantization and residual cost no privacy.
+        clip_and_noise(change, clip=plan.dp_clip, noise=plan.dp_noise, random_source=random_source)
+    # What follows sees the data only through the mechanism's output: quantization and residual cost no privacy.
     compressed = compress(job.schema, plan, change, job.residual, job.seed)
     return TrainingFinished(
         base=job.base,
@@ -63,16 +63,16 @@ def train(trainer: Trainer, job: StartTraining, chance: RandomSource | None = No
     )
 
 
-def _learned(trainer: Trainer, start: Tensors, job: StartTraining, chance: RandomSource) -> Trained:
+def _learned(trainer: Trainer, start: Tensors, job: StartTraining, random_source: RandomSource) -> Trained:
     if job.plan.dp != SAMPLE:
         return trainer.train(start, job.plan, version=job.base, seed=job.seed)
     if not isinstance(trainer, PrivateTrainer):
         raise ConfigError('the plan has dp = "sample", and this task has no train_privately(): ask for dp = "device"')
-    return trainer.train_privately(start, job.plan, version=job.base, seed=job.seed, chance=chance)
+    return trainer.train_privately(start, job.plan, version=job.base, seed=job.seed, random_source=random_source)
 
 
 def _charged(account: Account, plan: Plan, samples: int) -> Account:
-    """The account after one more training by this plan."""
+    """The account with one more training by this plan."""
     after = account.plus(cost(plan, samples))
     return replace(after, epsilon=epsilon(after.of(plan.dp), plan.dp_delta), delta=plan.dp_delta)
 
@@ -87,7 +87,7 @@ def evaluate(trainer: Trainer, job: StartEvaluation) -> Evaluated:
 
 
 def fine_tune(trainer: Trainer, held: Trainer, job: StartFineTuning) -> FineTuned | FineTuningFailed:
-    """Train on the data of `trainer`, and try the model before and after on those of `held`."""
+    """Train on the data of `trainer`; evaluate the model before and after on those of `held`."""
     start = to_tensors(job.schema, job.vector)
     before = held.evaluate(start)
     try:
@@ -104,9 +104,9 @@ def fine_tune(trainer: Trainer, held: Trainer, job: StartFineTuning) -> FineTune
 
 
 class Worker:
-    """Runs jobs; `deliver` gets each result, or the exception that the task's code raised.
+    """Runs jobs in a thread; `deliver` is called there with each result, or with the exception of the task's code.
 
-    Versions are tried on the data of `held`, which for an evaluator are those of `trainer`.
+    Versions are evaluated on the data of `held`, which for an evaluator are those of `trainer`.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ Loss = Callable[[Tensor], Tensor]  # rows -> the mean loss of these samples
 
 
 def descend(
-    model: nn.Module, loss: Loss, *, samples: int, plan: Plan, rate: float, chance: RandomSource
+    model: nn.Module, loss: Loss, *, samples: int, plan: Plan, rate: float, random_source: RandomSource
 ) -> dict[str, float]:
     """The plan's steps on the model, in place, in training mode; how many they were, and the last batch's loss.
 
@@ -38,11 +38,11 @@ def descend(
     with _per_sample(model, parameters, plan) as clipping:
         for _ in range(steps):
             clipping.zero_grad(set_to_none=True)
-            rows = chance.sampled(samples, expected / samples)
+            rows = random_source.sampled(samples, expected / samples)
             if len(rows):
                 last = _backward(loss(torch.from_numpy(rows)), clipping, parameters)
             with torch.no_grad():
-                noisy = [_noisy(each, plan.dp_noise * plan.dp_clip, expected, chance) for each in parameters]
+                noisy = [_noisy(each, plan.dp_noise * plan.dp_clip, expected, random_source) for each in parameters]
                 optimizer.step(noisy, rate)
     return {"loss": last, "steps": steps}
 
@@ -56,8 +56,8 @@ def _backward(loss: Tensor, clipping: "DPOptimizer", parameters: Sequence[nn.Par
     return loss.item()
 
 
-def _noisy(parameter: nn.Parameter, deviation: float, expected: int, chance: RandomSource) -> Tensor:
-    noise = torch.from_numpy(chance.normal(parameter.numel())).reshape(parameter.shape) * deviation
+def _noisy(parameter: nn.Parameter, deviation: float, expected: int, random_source: RandomSource) -> Tensor:
+    noise = torch.from_numpy(random_source.normal(parameter.numel())).reshape(parameter.shape) * deviation
     clipped: Tensor | None = getattr(parameter, "summed_grad", None)
     if clipped is not None:  # else the batch was empty, which is as secret as any other
         noise += clipped

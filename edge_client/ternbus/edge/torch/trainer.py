@@ -146,7 +146,9 @@ class TorchTrainer:
         tensors = self._travelling.arrays_since(start, plan.statistics_rate)
         return Trained(tensors=tensors, samples=self.samples, metrics=metrics)
 
-    def train_privately(self, start: Tensors, plan: Plan, *, version: int, seed: int, chance: RandomSource) -> Trained:
+    def train_privately(
+        self, start: Tensors, plan: Plan, *, version: int, seed: int, random_source: RandomSource
+    ) -> Trained:
         """DP-SGD. Buffers, such as statistics, are sent unchanged: they would tell of the samples."""
         began = time.perf_counter()
         with torch.random.fork_rng(devices=[]):
@@ -159,7 +161,7 @@ class TorchTrainer:
                 samples=self.samples,
                 plan=plan,
                 rate=plan.rate(version),
-                chance=chance,
+                random_source=random_source,
             )
         metrics |= {"seconds": time.perf_counter() - began}
         return Trained(tensors=self._travelling.arrays_since(start, 0.0), samples=self.samples, metrics=metrics)

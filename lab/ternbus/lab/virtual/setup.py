@@ -24,7 +24,7 @@ from ternbus.broker.protocol.identity import Identity, seal
 from ternbus.broker.protocol.merge_log import FIRST
 from ternbus.broker.protocol.messages import OPEN
 from ternbus.broker.protocol.schema import Schema, Vector, to_vector, vector_digest
-from ternbus.edge.core.follower import Beginning
+from ternbus.edge.core.follower import InitialModel
 from ternbus.edge.core.profile import Profile
 from ternbus.edge.learn.task import Task
 from ternbus.edge.plan.tensors import Tensors
@@ -128,11 +128,11 @@ def bodies(
     own = pairs(scenario, task, model)
     place = place or InProcess([trainer for trainer, _ in own])
     shapes = {name: tuple(array.shape) for name, array in model.items()}
-    beginning = Beginning(tensors=model)
+    initial_model = InitialModel(tensors=model)
     paces = scenario.speeds.draw(scenario.devices, scenario.seed)
     return [
         Body(
-            member=Profile(
+            profile=Profile(
                 federation=FEDERATION,
                 device=name,
                 identity=Identity(drawn(scenario.seed, name)),
@@ -146,7 +146,7 @@ def bodies(
                 reports=held is not None,
                 fine_tune=scenario.local.fine_tune if held is not None else 0.0,
             ),
-            beginning=beginning,
+            initial_model=initial_model,
             begin=partial(place.begin, index),
             trainer=trainer,
             held=held,

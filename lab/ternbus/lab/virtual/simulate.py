@@ -141,7 +141,7 @@ class Simulation:
             row |= {"update_bytes": carried.update, "delta_bytes": carried.delta, "snapshot_bytes": carried.snapshot}
         accepted = {device.name: device.updates for device in self.moment().devices}
         result["devices"] = {
-            device.name: {"updates": accepted[device.name], "epsilon": device.kept.account.epsilon}
+            device.name: {"updates": accepted[device.name], "epsilon": device.state.account.epsilon}
             for device in self.devices
         }
         return result

@@ -26,7 +26,7 @@ from ternbus.edge.core.actions import (
     Unsubscribe,
 )
 from ternbus.edge.core.core import Core
-from ternbus.edge.core.follower import Beginning
+from ternbus.edge.core.follower import InitialModel
 from ternbus.edge.core.profile import Profile
 from ternbus.edge.core.state import State
 from ternbus.edge.learn.task import Trainer
@@ -40,8 +40,8 @@ from ternbus.lab.virtual.training import Awaited
 class Body:
     """What makes one device another than the next: who it is, what it learns from, how fast, over which line."""
 
-    member: Profile
-    beginning: Beginning
+    profile: Profile
+    initial_model: InitialModel
     begin: Callable[[StartTraining], Awaited]  # a training
     trainer: Trainer
     held: Trainer | None  # with the data that it holds out
@@ -65,7 +65,7 @@ class VirtualDevice:
         left: Callable[[Stop], None],
     ) -> None:
         self.session: Session = broker.session(self, body.line)
-        self.kept = State(key=body.member.key)
+        self.state = State(key=body.profile.key)
         self.happened: Counter[str] = Counter()  # the events of its log
         self._clock = clock
         self._body = body
@@ -76,7 +76,7 @@ class VirtualDevice:
 
     @property
     def name(self) -> str:
-        return self._body.member.device
+        return self._body.profile.device
 
     def start(self) -> None:
         self._runs = True
@@ -114,7 +114,7 @@ class VirtualDevice:
         self._handle(events.Published(seq=seq))
 
     def _begin(self) -> tuple[Core, Alarm]:
-        core = Core(self._body.member, self.kept, self._body.beginning)
+        core = Core(self._body.profile, self.state, self._body.initial_model)
         return core, Alarm(self._clock, core.due_s, lambda: self._handle(events.TimeReached()))
 
     def _handle(self, event: events.Event) -> None:
@@ -127,7 +127,7 @@ class VirtualDevice:
     def _perform(self, action: Action) -> None:
         match action:
             case Save():
-                self.kept = action.kept
+                self.state = action.state
             case Connect():
                 self.session.connect(action.will_topic, action.will_payload)
             case Subscribe():
@@ -151,7 +151,7 @@ class VirtualDevice:
                 assert_never(action)
 
     def _train(self) -> None:
-        job = self.core.learning.running  # with the vector that all share
+        job = self.core.training.running  # with the vector that all share
         assert job is not None  # noqa: S101 - the core has just begun it
         seconds = self._body.seconds()
         awaited = self._body.begin(job)
@@ -159,7 +159,7 @@ class VirtualDevice:
 
     def _trained(self, life: Core, seconds: float, awaited: Awaited) -> None:
         """So many virtual seconds later."""
-        if life is not self.core or not self._runs or life.learning.running is None:
+        if life is not self.core or not self._runs or life.training.running is None:
             return
         result = awaited()
         if isinstance(result, events.TrainingFinished):
@@ -173,25 +173,26 @@ class VirtualDevice:
 
     def last_report(self, version: int, schema: Schema, vector: Vector) -> Metrics | None:
         """What it would say of the last version, and of a model of its own, before it leaves; None if nothing."""
-        learning, held = self.core.learning, self._body.held
-        if held is None or learning.plan is None or learning.sealed:
+        training, held = self.core.training, self._body.held
+        if held is None or training.plan is None or training.sealed:
             return None
         found: events.Evaluated | events.FineTuned = evaluate(
             held, StartEvaluation(version=version, schema=schema, vector=vector)
         )
-        if self._body.member.fine_tune:
-            tuned = fine_tune(self._body.trainer, held, self.core.personal.job(learning.plan, version, schema, vector))
+        if self._body.profile.fine_tune:
+            job = self.core.fine_tuning.job(training.plan, version, schema, vector)
+            tuned = fine_tune(self._body.trainer, held, job)
             found = found if isinstance(tuned, events.FineTuningFailed) else tuned
         return Metrics(version=version, samples=found.samples, split="local", values=found.values)
 
     def _share(self) -> None:
-        follower, learning = self.core.follower, self.core.learning
+        follower, training = self.core.follower, self.core.training
         if follower.vector is None:
             return
         shared = self._vectors.setdefault(follower.digest, follower.vector)
         if shared is follower.vector:
             shared.flags.writeable = False  # it is everybody's now
             return
-        if learning.running is not None and learning.running.vector is follower.vector:
-            learning.running = replace(learning.running, vector=shared)
+        if training.running is not None and training.running.vector is follower.vector:
+            training.running = replace(training.running, vector=shared)
         follower.vector = shared

@@ -1,0 +1,43 @@
+"""Enrollment: the aggregator admits the device's key; one message, sent again until it is answered."""
+
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from ternbus.broker.errors import ProtocolError
+from ternbus.broker.protocol.messages import Receipt
+from ternbus.edge.core.actions import Log, Publish
+from ternbus.edge.core.pending_state import PendingState
+from ternbus.edge.core.profile import Profile
+from ternbus.edge.core.resend import Resend
+
+FIRST_RESEND_S: Final = 10.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Enrollment:
+    """Done when the state says ``enrolled``; its owner knows whether anything may be sent."""
+
+    profile: Profile
+    pending: PendingState
+    resend: Resend = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.resend = Resend(salt=self.profile.key.hex(), first_s=FIRST_RESEND_S)
+
+    def due_s(self) -> float | None:
+        """When to send; None if the key is enrolled."""
+        return None if self.pending.state.enrolled else self.resend.due_s()
+
+    def send(self, now: float) -> list[Publish]:
+        self.resend.sent(1, now)
+        return [self.profile.enroll()]
+
+    def answered(self, receipt: Receipt, now: float) -> list[Log]:
+        """Take in a receipt other than a refusal; ProtocolError for an outcome that no enrollment has."""
+        if receipt.outcome == "busy":
+            self.resend.busy(receipt.retry_after_s, now)
+            return []
+        if receipt.outcome != "enrolled":
+            raise ProtocolError("odd-receipt", f"{receipt.outcome!r} for an enrolment")
+        self.pending.put(replace(self.pending.state, enrolled=True))
+        return [Log(event="enrolled", text=f"enrolled as {self.profile.device}")]

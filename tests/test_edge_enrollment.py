@@ -1,0 +1,94 @@
+"""A device's enrollment, its refusal and revocation, and a new key."""
+
+import pytest
+
+from support.core_device import (
+    DEVICE,
+    DEVICE_KEY,
+    Device,
+    aggregator,
+    connected,
+    following,
+    of,
+    only,
+    profile,
+    published,
+    sending,
+    update_in,
+)
+from support.scripted_aggregator import FEDERATION
+from ternbus.broker.protocol.identity import Identity, enroll_proof
+from ternbus.broker.protocol.messages import Enroll
+from ternbus.edge.core import events
+from ternbus.edge.core.actions import Stop
+from ternbus.edge.core.core import Core
+from ternbus.edge.core.profile import ENROLL_SEQ
+from ternbus.edge.core.state import State
+
+
+def test_the_enrolment_is_the_same_frame_each_time_until_it_is_answered() -> None:
+    device = connected("join", state={"enrolled": False}, code="secret")
+    scripted = aggregator()
+    assert published(device.actions, "enroll") == []  # nobody is there to hear it
+    (frame,) = published(device.arrive(scripted.status()), "enroll")
+    assert frame.seq == ENROLL_SEQ
+    assert Enroll.from_meta(frame.meta).public_key == DEVICE_KEY.public
+    assert frame.body == enroll_proof("secret", FEDERATION, DEVICE, DEVICE_KEY.public)
+    device.handle(events.Published(seq=ENROLL_SEQ))
+    assert published(device.wait(9.9), "enroll") == []
+    assert published(device.wait(5), "enroll") == [frame]
+    again = device.restarted()
+    again.connect()
+    assert published(again.arrive(scripted.status()), "enroll") == [frame]
+    again.arrive(scripted.receipt(DEVICE, DEVICE_KEY.key_id, ENROLL_SEQ, "busy", retry_after_s=100))
+    assert published(again.wait(99), "enroll") == []
+    assert published(again.wait(30), "enroll") == [frame]
+    again.arrive(scripted.receipt(DEVICE, DEVICE_KEY.key_id, ENROLL_SEQ, "accepted"))
+    assert again.core.dropped["odd-receipt"] == 1
+    done = again.arrive(scripted.receipt(DEVICE, DEVICE_KEY.key_id, ENROLL_SEQ, "enrolled"))
+    assert again.disk is not None
+    assert again.disk.enrolled
+    assert of(done, Stop) == []
+    done = again.arrive(scripted.head(), *scripted.snapshot())
+    assert only(done, Stop).code == 0
+    assert published(done, "status")[-1].meta["state"] == "offline"
+
+
+def test_a_join_that_is_interrupted_is_no_success() -> None:
+    device = connected("join", state={"enrolled": False})
+    assert only(device.handle(events.StopRequested(reason="SIGINT")), Stop).code == 1
+
+
+@pytest.mark.parametrize("outcome", ["refused", "revoked"])
+def test_a_device_that_is_not_wanted_stops_and_says_so(outcome: str) -> None:
+    scripted = aggregator()
+    device = connected("join", state={"enrolled": False}, code="secret")
+    device.arrive(scripted.status())
+    done = device.arrive(scripted.receipt(DEVICE, DEVICE_KEY.key_id, ENROLL_SEQ, outcome, reason="spent"))
+    stop = only(done, Stop)
+    assert stop.code == 3
+    assert "(spent)" in stop.reason
+    assert device.core.due_s() is None
+    assert device.handle(events.TimeReached()) == []
+
+
+def test_a_revocation_may_answer_a_status() -> None:
+    scripted, device = following()
+    seq = published(device.actions, "status")[-1].seq
+    assert only(device.arrive(scripted.receipt(DEVICE, DEVICE_KEY.key_id, seq, "revoked")), Stop).code == 3
+
+
+def test_a_new_key_enrols_anew_and_signs_what_is_outstanding_anew() -> None:
+    scripted, device, frame = sending()
+    fresh = Identity(b"n" * 32)
+    again = device.restarted(identity=fresh, code="second")
+    again.connect()
+    done = again.arrive(scripted.status(), scripted.head())
+    assert published(done, "update") == []
+    (enroll,) = published(done, "enroll")
+    assert enroll.key == fresh.key_id
+    done = again.arrive(scripted.receipt(DEVICE, fresh.key_id, ENROLL_SEQ, "enrolled"))
+    update = update_in(done)
+    assert (update.key, update.body, update.meta) == (fresh.key_id, frame.body, frame.meta)
+    assert update.seq != ENROLL_SEQ
+    assert Device(Core(profile(identity=fresh), State(key=DEVICE_KEY.key_id))).core.state.outstanding is None

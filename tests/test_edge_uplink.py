@@ -1,0 +1,182 @@
+"""The outstanding update: on disk first, sent or offered, sent again, cut and sealed anew."""
+
+from dataclasses import replace
+from hashlib import blake2b
+
+import numpy as np
+
+from support.core_device import (
+    AGGREGATOR_KEY,
+    DEVICE,
+    DEVICE_KEY,
+    aggregator,
+    following,
+    logged,
+    of,
+    only,
+    published,
+    sending,
+    trained,
+    update_in,
+)
+from ternbus.broker.protocol.identity import seal
+from ternbus.broker.protocol.messages import Offer, Update
+from ternbus.broker.protocol.ternary import Block
+from ternbus.edge.core import events
+from ternbus.edge.core.actions import Publish, Save, StartTraining
+from ternbus.edge.core.state import SEQ_BLOCK
+
+
+def test_an_update_is_on_disk_before_it_is_sent() -> None:
+    _, device = following()
+    job = only(device.actions, StartTraining)
+    done = device.handle(
+        trained(job, residual=np.ones(job.schema.elements, np.float32), metrics={"loss": 1.0, "bad": float("nan")})
+    )
+    assert isinstance(done[0], Save)
+    state = done[0].state
+    frame = update_in(done)
+    assert state.outstanding is not None
+    assert state.outstanding.seq == frame.seq
+    assert state.residual is not None
+    update = Update.from_meta(frame.meta)
+    assert (update.base, update.samples, dict(update.metrics)) == (0, 10, {"loss": 1.0})
+    block = Block.read(job.schema, update.codec, update.encoding, frame.body)
+    assert (block.value() == 1).all()
+
+
+def test_a_sealed_update_binds_key_and_number() -> None:
+    scripted = aggregator(plan={"seal": True})
+    _, device = following(scripted=scripted, seal=lambda plain: seal(AGGREGATOR_KEY.public, plain))
+    frame = update_in(device.handle(trained(only(device.actions, StartTraining))))
+    assert frame.meta["sealed"]
+    plain = AGGREGATOR_KEY.unseal(frame.body)
+    assert plain[:16] == DEVICE_KEY.key_id + frame.seq.to_bytes(8, "little")
+    update = Update.from_meta(frame.meta)
+    assert dict(update.metrics) == {}  # anybody could read them
+    assert (Block.read(scripted.schema, update.codec, update.encoding, plain[16:]).value() == 1).all()
+    device.handle(events.Disconnected(reason="gone"))
+    device.wait(30)
+    device.connect()
+    assert update_in(device.arrive(scripted.status())) == frame
+
+
+def test_an_update_of_a_training_that_ends_while_disconnected_is_sent_later() -> None:
+    scripted, device = following()
+    device.handle(events.Disconnected(reason="gone"))
+    done = device.handle(trained(only(device.actions, StartTraining)))
+    assert of(done, Publish) == []
+    assert only(done, Save).state.outstanding is not None
+    device.wait(1)
+    device.connect()
+    assert len(published(device.arrive(scripted.status(), scripted.head()), "update")) == 1
+
+
+def test_the_number_of_an_update_that_ends_while_disconnected_is_reserved_with_it() -> None:
+    """Wherever it falls in a block of reserved numbers: a crash must not give it to another message."""
+    for attempts in range(SEQ_BLOCK):
+        _, device = following()
+        device.handle(events.Disconnected(reason="gone"))
+        for _ in range(attempts):  # each uses a number, for its last will
+            device.wait(30)
+            device.handle(events.ConnectFailed(reason="refused"))
+        device.handle(trained(only(device.actions, StartTraining)))
+        assert device.disk is not None
+        assert device.disk.outstanding is not None
+        assert device.disk.outstanding.seq < device.disk.seq_limit
+
+
+def test_an_update_is_sent_again_60_s_after_the_last_puback_then_doubling_to_an_hour() -> None:
+    _, device, frame = sending()
+    device.now += 5
+    device.handle(events.Published(seq=frame.seq))
+    gaps, last = [], device.now
+    for _ in range(9):
+        while not (done := published(device.wait(1), "update")):
+            pass
+        assert done == [frame]
+        gaps.append(device.now - last)
+        last = device.now
+        device.handle(events.Published(seq=frame.seq))
+    for number, gap in enumerate(gaps):
+        least = min(60 * 2**number, 3600)
+        assert least <= gap <= 1.25 * least + 1
+    assert len({round(gap / min(60 * 2**number, 3600), 3) for number, gap in enumerate(gaps)}) > 3  # jitter
+
+
+def test_what_the_broker_has_not_acknowledged_is_given_more_time() -> None:
+    _, device, frame = sending()
+    assert published(device.wait(590), "update") == []
+    assert published(device.wait(200), "update") == [frame]
+
+
+def test_an_update_is_sent_again_after_a_reconnect_and_when_the_aggregator_comes() -> None:
+    scripted, device, frame = sending()
+    device.handle(events.Disconnected(reason="gone"))
+    device.wait(1)
+    assert published(device.connect(), "update") == []  # whether the aggregator is there is not known yet
+    assert published(device.arrive(scripted.status(session=1)), "update") == [frame]
+    assert published(device.arrive(scripted.status(session=1)), "update") == []
+    assert published(device.arrive(scripted.status(session=2)), "update") == [frame]
+    device.arrive(scripted.status("offline", session=2))
+    assert published(device.wait(10_000), "update") == []
+    assert published(device.arrive(scripted.status(session=2)), "update") == []  # offline is final within a session
+    assert published(device.arrive(scripted.status(session=1)), "update") == []
+    assert published(device.arrive(scripted.status(session=3)), "update") == [frame]
+
+
+def test_a_large_update_is_offered_and_sent_by_grant() -> None:
+    scripted, device = following(scripted=aggregator(direct_parts=1))
+    job = only(device.actions, StartTraining)
+    big = np.random.default_rng(1).normal(size=job.schema.elements).astype(np.float32)
+    device.core.uplink.frame_bytes = 2000
+    event = replace(trained(job), block=Block.of_float32(job.schema, big))
+    done = device.handle(event)
+    (frame,) = published(done, "offer")
+    assert published(done, "update") == []
+    assert Offer.from_meta(frame.meta) == Offer(base=0, parts=3)
+    key = DEVICE_KEY.key_id
+    grant = scripted.grant(DEVICE, key, frame.seq, [[2, 9], [0, 0], [2, 2]], deadline_s=20.0)
+    parts = published(device.arrive(grant), "update")
+    assert [part.part for part in parts] == [0, 2]
+    assert {part.seq for part in parts} == {frame.seq}
+    assert of(device.arrive(grant), Publish) == []  # once is enough
+    assert published(device.wait(19), "offer") == []
+    assert published(device.wait(2), "offer") == [frame]
+    scripted.direct_parts = 3
+    device.arrive(scripted.head())
+    device.handle(events.Disconnected(reason="gone"))
+    device.wait(1)
+    device.handle(events.Connected(frame_bytes=2000))
+    assert len(published(device.arrive(scripted.status()), "update")) == 3
+
+
+def test_an_update_that_no_longer_fits_is_cut_and_signed_anew_under_a_new_number() -> None:
+    scripted = aggregator(plan={"seal": True}, direct_parts=8)
+    _, device = following(scripted=scripted)
+    job = only(device.actions, StartTraining)
+    big = np.random.default_rng(1).normal(size=job.schema.elements).astype(np.float32)
+    (frame,) = published(device.handle(replace(trained(job), block=Block.of_float32(job.schema, big))), "update")
+    device.handle(events.Disconnected(reason="gone"))
+    device.wait(1)
+    device.handle(events.Connected(frame_bytes=2000))
+    parts = published(device.arrive(scripted.status()), "update")
+    assert len(parts) == 3
+    assert {part.seq for part in parts} == {parts[0].seq}
+    assert parts[0].seq > frame.seq
+    (before,) = [save.answered for save in of(device.actions, Save) if save.answered is not None]
+    header = blake2b(frame.header, digest_size=32).digest()
+    assert (before.seq, before.outcome) == (frame.seq, "renumbered")  # it may have been accepted
+    assert before.digest == blake2b(header, digest_size=32).digest()
+    assert device.disk is not None
+    assert device.disk.outstanding is not None
+    plain = b"".join(part.body for part in parts).removeprefix(b"sealed:")
+    assert plain[:16] == DEVICE_KEY.key_id + parts[0].seq.to_bytes(8, "little")
+    device.handle(events.Published(seq=frame.seq))  # of the old number: means nothing now
+
+
+def test_a_refusal_of_the_broker_is_said_and_the_update_tried_again_later() -> None:
+    _, device, frame = sending()
+    done = device.handle(events.Refused(seq=frame.seq, reason="Quota exceeded"))
+    assert logged(done) == ["refused"]
+    assert published(device.wait(80), "update") == [frame]
