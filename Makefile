@@ -69,7 +69,7 @@ bench: $(FULL) ## Measure everything into benchmarks/results, under 15 minutes (
 	$(BIN)/python -m benchmarks $(if $(DATA),--data '$(DATA)')
 
 experiment: $(FULL) ## Run an experiment and show its table: NAME=…, DATA=DIR; without a NAME list them
-	$(BIN)/python -m benchmarks.experiment $(NAME) $(if $(DATA),--data '$(DATA)')
+	$(BIN)/python -m ternbus.lab.experiment.experiment $(NAME) $(if $(DATA),--data '$(DATA)')
 
 format: $(FULL) ## Format the code, and mend what the linter can mend
 	$(BIN)/ruff check --fix

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks import experiment_shown as shown
 from benchmarks.__main__ import RESULTS
+from ternbus.lab.experiment import shown
 
 README: Final = Path(__file__).parent.parent / "README.md"
 KEPT: Final = RESULTS / "experiments"

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.experiment import Experiment
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.learn.accountant import epsilon, noise
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.privacy import Cost, cost
 from ternbus.edge.shell import cli
+from ternbus.lab.experiment.experiment import Experiment
 
 SAMPLES = 5000  # CIFAR-10's 50,000 on 10 devices
 

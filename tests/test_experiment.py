@@ -1,4 +1,4 @@
-"""`python -m benchmarks.experiment`: what its files may say, what it measures, and that nothing is made twice."""
+"""Experiments: what its files may say, what it measures, and that nothing is made twice."""
 
 import json
 import re
@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import experiment
-from benchmarks import experiment_shown as shown
-from benchmarks.experiment import Experiment, Goal, judged, measures
 from stranger.house import until
 from ternbus.broker.errors import ConfigError
+from ternbus.lab.experiment import experiment, shown
+from ternbus.lab.experiment.experiment import Experiment, Goal, judged, measures
 
 SMALL = """
 title = "Two devices"
@@ -50,7 +49,15 @@ def file(tmp_path: Path) -> Path:
 
 
 def run(file: Path, *arguments: str) -> tuple[int, str, str]:
-    command = [sys.executable, "-m", "benchmarks.experiment", str(file), "--out", str(file.parent / "out"), *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "ternbus.lab.experiment.experiment",
+        str(file),
+        "--out",
+        str(file.parent / "out"),
+        *arguments,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     return done.returncode, done.stdout, done.stderr
 
@@ -131,7 +138,7 @@ def test_it_runs_all_once_and_says_which_goals_are_met(file: Path) -> None:
 def test_a_killed_one_leaves_no_process(file: Path) -> None:
     file.write_text(SMALL.replace("end = { versions = 2 }", "end = { versions = 1000000 }"))
     log = file.parent / "out" / "small" / "ternary-few-0" / "log"
-    command = [sys.executable, "-m", "benchmarks.experiment", str(file), "--out", str(file.parent / "out")]
+    command = [sys.executable, "-m", "ternbus.lab.experiment.experiment", str(file), "--out", str(file.parent / "out")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             until(lambda: log.exists() and "version" in log.read_text(), 60.0, "a run is under way")

@@ -1,12 +1,14 @@
 """Run an experiment: every combination of its axes, with several seeds, in virtual time; then a table, a plot and JSON.
 
-    python -m benchmarks.experiment [NAME … | FILE.toml …] [--data DIR] [--out FOLDER] [--jobs N] [--keep] [--json]
+    python -m ternbus.lab.experiment.experiment [NAME … | FILE.toml …] [--data DIR] [--out FOLDER] [--jobs N] [--keep]
 
-Without a NAME it lists them: ``benchmarks/experiments/*.toml``. Each run is a federation of `ternbus lab simulate`: the
-very cores that run on devices and aggregator, real training, seconds that are drawn. A run whose report is in --out is
-not made again unless its scenario has changed, so what was interrupted goes on where it stopped. --keep puts the result
-into ``benchmarks/results/experiments``, of which README's figures are made.
+Without a NAME it lists them: ``experiments/*.toml`` beside this file. Each run is a federation of
+`ternbus lab simulate`: the very cores that run on devices and aggregator, real training, seconds that are drawn. A run
+whose report is in --out is not made again unless its scenario has changed, so what was interrupted goes on where it
+stopped. --keep puts the result into ``benchmarks/results/experiments``, of which README's figures are made.
 """
+
+# ruff: noqa: T201  # a script until it is a command
 
 import argparse
 import gc
@@ -25,19 +27,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Self
 
-from benchmarks import experiment_shown as shown
-from benchmarks.__main__ import machine
-from benchmarks.figures import KEPT
 from ternbus.broker import toml
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.server import parent_death
 from ternbus.edge.learn.loader import load_task
+from ternbus.lab.experiment import shown
+from ternbus.lab.report.machine import machine
 from ternbus.lab.report.progress import Lines
 from ternbus.lab.scenario import scenario
 from ternbus.lab.scenario.toml_table import Table
 from ternbus.lab.virtual.simulate import Simulation
 from ternbus.lab.virtual.training import Workers
 
+KEPT: Final = Path("benchmarks/results/experiments")
 FOLDER: Final = Path(__file__).parent / "experiments"
 BESIDE: Final = "beside"  # the axis of runs that stand outside the grid
 
@@ -57,7 +59,7 @@ class Goal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experiment:
-    """One file of ``benchmarks/experiments``.
+    """One file of ``experiments``.
 
     An accuracy is the mean over a run's ``last`` versions. ``updates`` is the number of merged updates at which
     ``accuracy_at_updates`` is read; without it there is no such measure.
@@ -319,7 +321,7 @@ def run_one(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     found = reports(wanted, arguments.jobs)
     data = " --data DIR" if arguments.data else ""
     kept = {
-        "command": f"python -m benchmarks.experiment {name}{data}",
+        "command": f"python -m ternbus.lab.experiment.experiment {name}{data}",
         "seconds": round(sum(report["wall_seconds"] for report in found)),
         "machine": machine(),
         "result": result(experiment, wanted, found),
@@ -336,7 +338,7 @@ def run_one(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Run them, or list them; 1 where a goal is missed."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.experiment", description=(__doc__ or "").splitlines()[0]
+        prog="python -m ternbus.lab.experiment.experiment", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="or a file of your own; without one they are listed")
     parser.add_argument("--data", type=Path, help="a folder with the datasets that the tasks ask for")

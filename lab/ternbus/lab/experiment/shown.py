@@ -80,7 +80,7 @@ def _cell(name: str, values: Sequence[float | None]) -> str:
     known = mean(values)
     if known is None:
         return ""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0  # type: ignore[type-var]  # none of them is None
+    spread = statistics.stdev(value for value in values if value is not None) if len(values) > 1 else 0.0
     if MEASURES[name][1] == "number":
         return f"{known:,.0f}"
     if MEASURES[name][1] == "decimal":
