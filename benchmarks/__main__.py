@@ -9,6 +9,7 @@ made from them (`python -m benchmarks.figures`). Nothing else should run meanwhi
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from ternbus.lab.report.machine import machine
+from ternbus.lab.report import machine
 
 RESULTS: Final = Path(__file__).parent / "results"
 
@@ -80,11 +81,19 @@ class Runner:
             "began": datetime.fromtimestamp(began, UTC).isoformat(timespec="seconds"),
             "seconds": round(seconds, 1),
             "load_before": round(load, 2),
-            "machine": machine(),
+            "machine": machine.describe() | {"mosquitto": _mosquitto()},
             "result": json.loads(done.stdout),
         }
         (self.out / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
         print(f"{seconds:.0f} s", flush=True)
+
+
+def _mosquitto() -> str:
+    found = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+    if found is None:
+        return ""
+    told = subprocess.run([found, "-h"], capture_output=True, text=True, check=False)
+    return told.stdout.partition("\n")[0].strip()
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.__main__ import RESULTS
-from ternbus.lab.experiment import shown
+from ternbus.lab.experiment.table import table
 
 README: Final = Path(__file__).parent.parent / "README.md"
 KEPT: Final = RESULTS / "experiments"
@@ -175,7 +175,7 @@ def experiments() -> list[str]:
     return [
         f"**{kept['result']['title']}** (`{kept['command']}`, {kept['seconds'] / 60:.0f} minutes on a shared core): "
         f"{' '.join(kept['result']['about'].split())} {_of_seeds(kept['result']['seeds'])}\n\n"
-        f"{shown.table(kept['result'])}"
+        f"{table(kept['result'])}"
         for kept in found
     ]
 

@@ -58,7 +58,7 @@ CONFINED = {
     "paho": {"broker/ternbus/broker/link/connection.py"},
     "torch": {"edge_client/ternbus/edge/torch/", "edge_client/ternbus/edge/tasks/"},
     "torchvision": {"edge_client/ternbus/edge/torch/torchvision_ops.py", "edge_client/ternbus/edge/tasks/"},
-    "matplotlib": {"lab/ternbus/lab/report/", "lab/ternbus/lab/experiment/shown.py"},
+    "matplotlib": {"lab/ternbus/lab/report/", "lab/ternbus/lab/experiment/plot.py"},
     "cryptography": {"broker/ternbus/broker/server/certificates.py"},
     "dp_accounting": {"edge_client/ternbus/edge/learn/accountant.py"},
     "opacus": {"edge_client/ternbus/edge/torch/dp_sgd.py"},

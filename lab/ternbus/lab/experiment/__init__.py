@@ -1,1 +1,1 @@
-"""Experiments: grids of scenarios, run in virtual time, as a table, a plot and JSON."""
+"""Experiments: grids of scenarios that run in virtual time, and their tables, plots and goals."""

@@ -2,8 +2,6 @@
 
 import os
 import platform
-import shutil
-import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
@@ -11,7 +9,7 @@ from typing import Any, Final
 PACKAGES: Final = ("numpy", "paho-mqtt", "pynacl", "zstandard", "torch")
 
 
-def machine() -> dict[str, Any]:
+def describe() -> dict[str, Any]:
     """What the figures depend on, as far as the system tells; nothing that names the host."""
     return {
         "processor": _first("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
@@ -19,7 +17,6 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(int(_first("/proc/meminfo", "MemTotal").partition(" ")[0] or 0) / 2**20),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "mosquitto": _mosquitto(),
         "packages": {name: _version(name) for name in PACKAGES},
     }
 
@@ -30,14 +27,6 @@ def _first(path: str, key: str) -> str:
     except OSError:
         return ""
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
-
-
-def _mosquitto() -> str:
-    found = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
-    if found is None:
-        return ""
-    told = subprocess.run([found, "-h"], capture_output=True, text=True, check=False)
-    return told.stdout.partition("\n")[0].strip()
 
 
 def _version(package: str) -> str:
