@@ -7,6 +7,7 @@ Prints the section; with --write it takes its place in README.md, between its tw
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -143,7 +144,7 @@ def _row(cells: Iterable[str]) -> str:
 
 def _error(values: list[float]) -> float:
     """The standard error of their mean."""
-    return statistics.stdev(values) / len(values) ** 0.5
+    return statistics.stdev(values) / math.sqrt(len(values))
 
 
 def _large(rows: Any) -> Any:
