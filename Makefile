@@ -4,6 +4,7 @@ TASK ?= digits
 PIP_ARGS ?=
 DATA ?=
 NAME ?=
+KEEP ?=
 MOSQUITTO ?=
 
 VENV := .venv
@@ -34,9 +35,10 @@ SLOW_TESTS := -m slow
 .PHONY: help setup demo check lint types core test fuzz bench experiment format clean
 
 help: ## List these targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
 	@echo "Variables:"
 	@echo "  TASK=digits    the demo's task: digits, digits-numpy (needs no torch), one of docs/tasks.md"
+	@echo "  KEEP=yes       experiment: put the result into benchmarks/results/experiments, for README's figures"
 	@echo "  PIP_ARGS=…     handed to pip. On Linux, for torch without CUDA: PIP_ARGS='$(CPU_INDEX)'"
 	@echo "  PYTHON=…       the Python to make $(VENV) with; MOSQUITTO=no: do not install mosquitto"
 
@@ -68,8 +70,8 @@ fuzz: $(FULL) ## A million hostile inputs to each parser (x86-64 Linux)
 bench: $(FULL) ## Measure everything into benchmarks/results, under 15 minutes (DATA=DIR with FashionMNIST/raw for all of it)
 	$(BIN)/python -m benchmarks $(if $(DATA),--data '$(DATA)')
 
-experiment: $(FULL) ## Run an experiment and show its table: NAME=…, DATA=DIR; without a NAME list them
-	$(BIN)/python -m benchmarks.experiment $(NAME) $(if $(DATA),--data '$(DATA)')
+experiment: $(FULL) ## Run an experiment and print its table: NAME=…, DATA=DIR; without a NAME list them
+	$(BIN)/ternbus lab experiment $(NAME) $(if $(DATA),--data '$(DATA)') $(if $(KEEP),--keep benchmarks/results/experiments)
 
 format: $(FULL) ## Format the code, and mend what the linter can mend
 	$(BIN)/ruff check --fix

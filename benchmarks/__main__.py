@@ -9,7 +9,6 @@ made from them (`python -m benchmarks.figures`). Nothing else should run meanwhi
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -18,12 +17,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
+
+from ternbus.lab.report import machine
 
 RESULTS: Final = Path(__file__).parent / "results"
-PACKAGES: Final = ("numpy", "paho-mqtt", "pynacl", "zstandard", "torch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,32 +81,11 @@ class Runner:
             "began": datetime.fromtimestamp(began, UTC).isoformat(timespec="seconds"),
             "seconds": round(seconds, 1),
             "load_before": round(load, 2),
-            "machine": machine(),
+            "machine": machine.describe() | {"mosquitto": _mosquitto()},
             "result": json.loads(done.stdout),
         }
         (self.out / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
         print(f"{seconds:.0f} s", flush=True)
-
-
-def machine() -> dict[str, Any]:
-    """What the figures depend on, as far as the system tells; nothing that names the host."""
-    return {
-        "processor": _first("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(int(_first("/proc/meminfo", "MemTotal").partition(" ")[0] or 0) / 2**20),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "mosquitto": _mosquitto(),
-        "packages": {name: _version(name) for name in PACKAGES},
-    }
-
-
-def _first(path: str, key: str) -> str:
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
 
 
 def _mosquitto() -> str:
@@ -116,13 +94,6 @@ def _mosquitto() -> str:
         return ""
     told = subprocess.run([found, "-h"], capture_output=True, text=True, check=False)
     return told.stdout.partition("\n")[0].strip()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def main() -> None:

@@ -133,6 +133,8 @@ class Crowd:
                 self._pipe.send(dict(self._heads))
             case "end":
                 self._ended = True
+            case _:
+                raise AssertionError(f"no command of a crowd: {what}")
 
     def _work(self, now: float) -> None:
         while self._to_connect and self._connecting < CONNECTING_MAX:

@@ -7,14 +7,15 @@ Prints the section; with --write it takes its place in README.md, between its tw
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks import experiment_shown as shown
 from benchmarks.__main__ import RESULTS
+from ternbus.lab.experiment.table import table
 
 README: Final = Path(__file__).parent.parent / "README.md"
 KEPT: Final = RESULTS / "experiments"
@@ -143,7 +144,7 @@ def _row(cells: Iterable[str]) -> str:
 
 def _error(values: list[float]) -> float:
     """The standard error of their mean."""
-    return statistics.stdev(values) / len(values) ** 0.5
+    return statistics.stdev(values) / math.sqrt(len(values))
 
 
 def _large(rows: Any) -> Any:
@@ -175,7 +176,7 @@ def experiments() -> list[str]:
     return [
         f"**{kept['result']['title']}** (`{kept['command']}`, {kept['seconds'] / 60:.0f} minutes on a shared core): "
         f"{' '.join(kept['result']['about'].split())} {_of_seeds(kept['result']['seeds'])}\n\n"
-        f"{shown.table(kept['result'])}"
+        f"{table(kept['result'])}"
         for kept in found
     ]
 

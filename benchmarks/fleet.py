@@ -29,7 +29,8 @@ import numpy as np
 
 from benchmarks.aggregating import Aggregator, cpu_s, run_aggregator
 from benchmarks.crowd import Answers, Task, serve, shares
-from benchmarks.ingest import FEDERATION, device, identity, prepared_body, shapes
+from benchmarks.ingest import FEDERATION, prepared_body, shapes
+from benchmarks.volley import device, identity
 from ternbus.aggregator.core import records
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import status as statuses

@@ -115,10 +115,10 @@ def measure(home: BrokerDirectory, folder: Path, clients: dict[str, Tls], *, cou
         output: IO[bytes] = stack.enter_context((folder / "log").open("wb"))
         counter = None
         if counted:
-            counting = [sys.executable, "-I", "-S", refusals.__file__, str(home.folder), "mosquitto"]
+            counting: list[str | Path] = [sys.executable, "-I", "-S", refusals.__file__, str(home.folder), "mosquitto"]
             counter = stack.enter_context(subprocess.Popen(counting, stdin=subprocess.PIPE))
             output = counter.stdin or output
-        command = [choose(Engine.MOSQUITTO).executable, "-c", folder / "mosquitto.conf"]
+        command: list[str | Path] = [choose(Engine.MOSQUITTO).executable, "-c", folder / "mosquitto.conf"]
         process = stack.enter_context(subprocess.Popen(command, stdout=output, stderr=output))
         output.close()
         stack.callback(process.terminate)

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.experiment import Experiment
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.learn.accountant import epsilon, noise
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.privacy import Cost, cost
 from ternbus.edge.shell import cli
+from ternbus.lab.experiment import experiment
 
 SAMPLES = 5000  # CIFAR-10's 50,000 on 10 devices
 
@@ -67,13 +67,14 @@ def test_the_command_refuses_what_is_no_privacy(wrong: str) -> None:
 def test_the_experiment_spends_its_budgets_and_no_more() -> None:
     """Each plan's noise is the least, to three digits, for as many trainings as its run has room for."""
     checked = 0
-    for labels, table in Experiment.load("privacy").combinations():
-        plan = Plan.from_meta(table["plan"])
+    for combination in experiment.load("privacy").grid.combinations():
+        scenario = combination.scenario
+        plan = Plan.from_meta(scenario["plan"])
         if plan.dp == "none":
             continue
-        assert (labels["privacy"], plan.dp_delta) == (f"{plan.dp}, epsilon {plan.dp_epsilon:g}", 1e-5)
+        assert (combination.labels["privacy"], plan.dp_delta) == (f"{plan.dp}, epsilon {plan.dp_epsilon:g}", 1e-5)
         one = cost(plan, SAMPLES)
-        updates = 1 if plan.dp == "device" else table["end"]["versions"]  # a device trains once a version at most
+        updates = 1 if plan.dp == "device" else scenario["end"]["versions"]  # a device trains once a version at most
         assert updates <= 20
         assert plan.dp_noise == noise(replace(one, steps=updates * one.steps), plan.dp_epsilon, plan.dp_delta)
         checked += 1

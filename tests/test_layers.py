@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUS = {"broker", "broker.protocol"}
 EDGE = {"edge", "edge.plan", "edge.learn", "edge.core", "edge.shell"}
 AGGREGATOR = {"aggregator", "aggregator.merge", "aggregator.core", "aggregator.store", "aggregator.shell"}
-LAB = {"lab", "lab.scenario", "lab.report", "lab.processes", "lab.virtual"}
+LAB = {"lab", "lab.scenario", "lab.report", "lab.processes", "lab.virtual", "lab.experiment"}
 ARROWS = {
     "command": {"broker"},  # the components' commands it imports by name, when one is run
     "broker": set[str](),
@@ -40,6 +40,7 @@ ARROWS = {
     "lab.report": {*BUS, "lab", "lab.scenario", *EDGE, *AGGREGATOR},
     "lab.processes": {*BUS, "broker.server", "lab", "lab.scenario", "lab.report", *EDGE, *AGGREGATOR},
     "lab.virtual": {*BUS, "broker.link", "broker.server", "lab", "lab.scenario", "lab.report", *EDGE, *AGGREGATOR},
+    "lab.experiment": {*BUS, "broker.server", "lab", "lab.scenario", "lab.report", "lab.virtual", *EDGE},
     "lab.cli": {*BUS, *EDGE, *AGGREGATOR, *LAB},
 }
 ROOTS = {"broker": "broker", "edge_client": "edge", "aggregator": "aggregator", "lab": "lab"}
@@ -57,7 +58,7 @@ CONFINED = {
     "paho": {"broker/ternbus/broker/link/connection.py"},
     "torch": {"edge_client/ternbus/edge/torch/", "edge_client/ternbus/edge/tasks/"},
     "torchvision": {"edge_client/ternbus/edge/torch/torchvision_ops.py", "edge_client/ternbus/edge/tasks/"},
-    "matplotlib": {"lab/ternbus/lab/report/"},
+    "matplotlib": {"lab/ternbus/lab/report/", "lab/ternbus/lab/experiment/plot.py"},
     "cryptography": {"broker/ternbus/broker/server/certificates.py"},
     "dp_accounting": {"edge_client/ternbus/edge/learn/accountant.py"},
     "opacus": {"edge_client/ternbus/edge/torch/dp_sgd.py"},

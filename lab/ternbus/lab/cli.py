@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
+import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -13,6 +14,9 @@ import typer
 
 from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.edge.learn.loader import load_task
+from ternbus.lab.experiment import experiment, session, table
+from ternbus.lab.experiment.experiment import Experiment
+from ternbus.lab.experiment.session import Choices
 from ternbus.lab.interrupts import Interrupted, Interrupts
 from ternbus.lab.processes.supervisor import ChildError
 from ternbus.lab.processes.testbed import Testbed
@@ -108,6 +112,77 @@ def simulate(
 def example() -> None:
     """Print a scenario with every key, its default and its meaning: a file to start from."""
     typer.echo(EXAMPLE.read_text(encoding="utf-8"), nl=False)
+
+
+@app.command("experiment")
+def run_experiments(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME|FILE.toml", help="Experiments of Ternbus, or files of your own."),
+    ] = None,
+    *,
+    data: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with the datasets of the tasks.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds, in place of the experiment's own.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Number of runs at a time.", show_default="number of processors")
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for runs and results.")] = Path(
+        "ternbus-experiments"
+    ),
+    keep: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Second folder for the result, as NAME.json and NAME.png.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result, or the list, as JSON.")] = False,
+) -> None:
+    """Run an experiment: every combination of its settings, with several seeds, in virtual time.
+
+    Without a NAME, list the experiments that come with Ternbus. The result is printed as a table, and is in OUT/NAME
+    with a plot and a folder for each run. The same command continues an interrupted experiment: a run is repeated
+    only if its scenario has changed. The exit code is 1 if the experiment misses one of its goals.
+
+    Example: ternbus lab experiment staleness --jobs 4
+    """
+    if not names:
+        _list_experiments(as_json)
+        return
+    raise typer.Exit(
+        _run_experiments(
+            [experiment.load(name) for name in names],
+            Choices(data=data, seeds=seeds, jobs=jobs or os.cpu_count() or 1, out=out, keep=keep),
+            as_json,
+        )
+    )
+
+
+def _list_experiments(as_json: bool) -> None:
+    found = [experiment.load(name) for name in experiment.names()]
+    if as_json:
+        rows = [{"name": each.name, "title": each.title, "about": " ".join(each.about.split())} for each in found]
+        typer.echo(json.dumps(rows))
+        return
+    width = max(len(each.name) for each in found)
+    for each in found:
+        typer.echo(f"{each.name:<{width}}  {each.title}")
+
+
+def _run_experiments(wanted: Sequence[Experiment], choices: Choices, as_json: bool) -> int:
+    """The exit code."""
+    met = True
+    with Interrupts() as interrupts:
+        try:
+            for each in wanted:
+                kept = session.run(each, choices, interrupts.check, lambda line: typer.echo(line, err=True))
+                typer.echo(json.dumps(kept, allow_nan=False) if as_json else table.table(kept["result"]))
+                met = met and all(goal["met"] for goal in kept["result"]["goals"])
+        except Interrupted as stopped:
+            typer.echo(f"ternbus: {stopped}; the same command continues with the runs that are not done", err=True)
+            return stopped.exit_code
+        except ConfigError:
+            raise
+        except FederationError as error:
+            _complain(error)
+            return EXIT_FAILED
+    return 0 if met else EXIT_FAILED
 
 
 def _wanted(file: Path | None, given: Mapping[str, object], versions: int | None) -> Scenario:

@@ -1,0 +1,149 @@
+"""An experiment: a grid of scenarios, how many seeds each runs with, and what of it is shown, in a TOML file.
+
+Knows the file's keys; the keys of a scenario are checked by ``ternbus.lab.scenario``.
+"""
+
+import difflib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ternbus.broker import toml
+from ternbus.broker.errors import ConfigError
+from ternbus.lab.experiment.goals import Goal
+from ternbus.lab.experiment.grid import BESIDE, Grid, ScenarioTable
+from ternbus.lab.experiment.measures import MEASURES
+from ternbus.lab.scenario import scenario
+from ternbus.lab.scenario.toml_table import Table
+
+FOLDER: Final = Path(__file__).parent / "experiments"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experiment:
+    """One file.
+
+    An accuracy is the mean over a run's ``last`` versions. ``updates`` is the number of merged updates at which
+    ``accuracy_at_updates`` is read; without it there is no such measure. ``x`` and ``y`` are the axis and the measures
+    of the plot.
+    """
+
+    name: str
+    title: str
+    about: str
+    seeds: int
+    last: int
+    updates: int | None
+    grid: Grid
+    x: str
+    y: tuple[str, ...]
+    goals: tuple[Goal, ...]
+
+    def __post_init__(self) -> None:
+        for key, number in {"seeds": self.seeds, "last": self.last, "updates": self.updates}.items():
+            if number is not None and number < 1:
+                raise ConfigError(f"{key} is {number}, but must be at least 1")
+        _choose("plot.x", self.x, self.grid.axes)
+        for measure in self.y:
+            _choose("plot.y", measure, MEASURES)
+        self._check_scenarios()
+        for goal in self.goals:
+            self._check_labels(goal.of)
+            self._check_labels(goal.than)
+
+    def _check_scenarios(self) -> None:
+        for combination in self.grid.combinations():
+            if "seed" in combination.scenario:
+                raise ConfigError(f"{combination.title}: seed: each run has one, from 0 to seeds - 1; leave it out")
+            try:
+                scenario.parse(combination.scenario)
+            except ConfigError as error:
+                raise ConfigError(f"{combination.title}: {error}") from error
+
+    def _check_labels(self, labels: Mapping[str, str]) -> None:
+        """Raise `ConfigError` for labels that no combination has: without it, hours later the goal would be missed."""
+        if not any(labels.items() <= combination.labels.items() for combination in self.grid.combinations()):
+            wanted = ", ".join(f'{axis} = "{label}"' for axis, label in labels.items())
+            raise ConfigError(f"[[goal]] {{ {wanted} }}: no combination has these labels")
+
+
+def names() -> list[str]:
+    """Of the experiments that come with Ternbus."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def load(name: str) -> Experiment:
+    """One that comes with Ternbus, by its name, or a file NAME.toml. Raises `ConfigError`, which names file and key."""
+    path = Path(name)
+    if path.suffix != ".toml":
+        if name not in names():
+            raise ConfigError(_unknown(name))
+        path = FOLDER / f"{name}.toml"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    table = toml.read(text, str(path))
+    try:
+        return parse(path.stem, table)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def parse(name: str, table: Mapping[str, object]) -> Experiment:
+    """The experiment in a table as TOML gives it. Raises `ConfigError`, which names the key."""
+    top = Table(table, "")
+    axes, plot = top.table("axes"), top.table("plot")
+    grid = Grid(
+        base=top.table("scenario").rest(),
+        axes={axis: _tables(axes.table(axis)) for axis in axes.rest()},
+        beside=_tables(top.table(BESIDE)),
+    )
+    made = Experiment(
+        name=name,
+        title=top.text("title") or name,
+        about=(top.text("about") or "").strip(),
+        seeds=_or_one(top.whole("seeds")),
+        last=_or_one(top.whole("last")),
+        updates=top.whole("updates"),
+        grid=grid,
+        x=plot.text("x") or next(iter(grid.axes)),
+        y=tuple((plot.text("y") or "accuracy").split()),
+        goals=tuple(_goal(row) for row in top.rows("goal")),
+    )
+    plot.refuse_unknown()
+    top.refuse_unknown()
+    return made
+
+
+def _goal(table: Table) -> Goal:
+    measure, least, most = table.text("measure"), table.number("least"), table.number("most")
+    of, than = ({axis: str(label) for axis, label in table.table(key).rest().items()} for key in ("of", "than"))
+    table.refuse_unknown()
+    if measure is None:
+        raise ConfigError("[[goal]] needs measure")
+    return Goal(measure=measure, least=least, most=most, of=of, than=than)
+
+
+def _tables(table: Table) -> dict[str, ScenarioTable]:
+    return {key: table.table(key).rest() for key in table.rest()}
+
+
+def _or_one(number: int | None) -> int:
+    return 1 if number is None else number
+
+
+def _choose(key: str, value: str, known: Collection[str]) -> None:
+    if value not in known:
+        raise ConfigError(f"{key} is {value!r}: choose {', '.join(known)}")
+
+
+def _unknown(name: str) -> str:
+    known = names()
+    close = difflib.get_close_matches(name.lower(), known, n=1)
+    if close:
+        return f"no experiment {name!r}: do you mean {close[0]}?"
+    return f"no experiment {name!r}: choose {', '.join(known)}, or a file whose name ends in .toml"

@@ -1,0 +1,171 @@
+"""The runs of an experiment: each is simulated once, several at a time, and what is done survives an interruption."""
+
+import gc
+import json
+import multiprocessing
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from ternbus.broker.errors import ConfigError, FederationError
+from ternbus.broker.server import parent_death
+from ternbus.edge.learn.loader import load_task
+from ternbus.lab.experiment.grid import Combination, Grid, ScenarioTable
+from ternbus.lab.report.progress import Lines
+from ternbus.lab.scenario import scenario
+from ternbus.lab.virtual.simulate import Simulation
+from ternbus.lab.virtual.training import Workers
+
+LOOK_S: Final = 0.2  # between two looks whether somebody wants to stop
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One federation to simulate, and the folder of its report, model and log."""
+
+    combination: Combination
+    seed: int
+    data: Path | None
+    folder: Path
+
+    @property
+    def table(self) -> ScenarioTable:
+        return {**self.combination.scenario, "seed": self.seed}
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "report.json"
+
+    def report(self) -> dict[str, Any] | None:
+        """That of an earlier run of the same scenario; None where there is none that can be read."""
+        try:
+            kept = json.loads(self.path.read_text(encoding="utf-8"))
+            report: dict[str, Any] = kept["report"]
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+        return report if kept["table"] == self.table else None
+
+
+def plan(grid: Grid, *, seeds: int, data: Path | None, folder: Path) -> list[Run]:
+    """All runs, the first seed of every combination before the second of any.
+
+    Raises `ConfigError` where two would share a folder.
+    """
+    runs = [
+        Run(combination=combination, seed=seed, data=data, folder=folder / _folder_name(combination, seed))
+        for seed in range(seeds)
+        for combination in grid.combinations()
+    ]
+    first: dict[Path, Run] = {}
+    for run in runs:
+        if (other := first.setdefault(run.folder, run)) is not run:
+            titles = f"{other.combination.title!r} and {run.combination.title!r}"
+            raise ConfigError(f"the runs {titles} would share the folder {run.folder}: rename a label")
+    return runs
+
+
+def run_all(
+    runs: Sequence[Run], *, jobs: int, check: Callable[[], None], say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """The reports of all runs, in their order; what is missing is made, ``jobs`` at a time.
+
+    ``check`` is called now and then, and may raise: runs that are under way are ended then, and lost.
+    """
+    reports = [run.report() for run in runs]
+    missing = [index for index, report in enumerate(reports) if report is None]
+    if missing:
+        say(f"{len(missing)} of {len(runs)} runs to do, {min(jobs, len(missing))} at a time")
+        say(f"progress of each run: {runs[0].folder.parent}/*/log")
+        began = time.monotonic()
+        with closing(_simulate_all({index: runs[index] for index in missing}, jobs, check)) as made:
+            for count, (index, report) in enumerate(made, 1):
+                reports[index] = report
+                left_s = (time.monotonic() - began) / count * (len(missing) - count)
+                say(
+                    f"{count} of {len(missing)}: {runs[index].combination.title}, seed {runs[index].seed}: accuracy "
+                    f"{report['accuracy']}, {report['wall_seconds']:.0f} s; about {left_s / 60:.0f} min left"
+                )
+    return [report for report in reports if report is not None]
+
+
+def _simulate_all(
+    runs: Mapping[int, Run], jobs: int, check: Callable[[], None]
+) -> Generator[tuple[int, dict[str, Any]]]:
+    """Each number with the report of its run, as they come."""
+    threads = max(1, jobs // len(runs))  # of trainings in a run: processors that no other run needs
+    with _processes(min(jobs, len(runs))) as pool:
+        numbers = {pool.submit(_simulate, run, threads): number for number, run in runs.items()}
+        pending: set[Future[dict[str, Any]]] = set(numbers)
+        while pending:
+            check()
+            done, pending = wait(pending, LOOK_S, FIRST_COMPLETED)
+            for future in done:
+                try:
+                    report = future.result()
+                except BrokenProcessPool:
+                    check()  # a signal to all of us ends them first
+                    raise FederationError(
+                        "a process that simulates has ended, perhaps for want of memory: fewer --jobs take less"
+                    ) from None
+                yield numbers[future], report
+
+
+@contextmanager
+def _processes(count: int) -> Iterator[ProcessPoolExecutor]:
+    """So many processes of one core each; they end with this one, and where the block raises, at once."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # the threads of two runs would only wait for each other
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(
+        count, mp_context=multiprocessing.get_context("spawn"), initializer=_begin, initargs=(os.getpid(),)
+    )
+    try:
+        yield pool
+    except BaseException:
+        mine = set(multiprocessing.active_children()) - others
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in mine:
+            process.terminate()
+        raise
+    pool.shutdown()
+
+
+def _begin(parent: int) -> None:
+    """In a new process."""
+    parent_death.tie(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the parent's, which ends this one
+
+
+def _simulate(run: Run, jobs: int) -> dict[str, Any]:
+    """The report of a run, with ``jobs`` trainings at a time; its folder has it too, with the model and a log."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    wanted = scenario.parse(run.table)
+    if run.data is not None:
+        wanted = replace(wanted, data=run.data)
+    began = time.monotonic()
+    with (
+        (run.folder / "log").open("w", encoding="utf-8") as log,
+        Workers(wanted, jobs) if jobs > 1 else nullcontext() as workers,
+    ):
+        simulation = Simulation(wanted, load_task(wanted.task), Lines(log), place=workers)
+        simulation.run()
+    report = simulation.report(time.monotonic() - began)
+    report["scenario"]["data"] = None  # where the data are is private
+    simulation.export(run.folder / "model.safetensors")
+    part = run.path.with_suffix(".part")
+    part.write_text(json.dumps({"table": run.table, "report": report}), encoding="utf-8")
+    part.replace(run.path)
+    del simulation
+    gc.collect()  # a federation is full of cycles, which are few objects and much memory: of those gc knows nothing
+    return report
+
+
+def _folder_name(combination: Combination, seed: int) -> str:
+    return re.sub(r"[^\w.]+", "-", f"{' '.join(combination.labels.values())} {seed}".lower()).strip("-.")

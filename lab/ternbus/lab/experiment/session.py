@@ -1,0 +1,72 @@
+"""An experiment from its runs to the files of its result."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ternbus.broker.errors import ConfigError
+from ternbus.lab.experiment import experiment, plot, result, runner
+from ternbus.lab.experiment.experiment import Experiment
+from ternbus.lab.experiment.table import table
+from ternbus.lab.report import machine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choices:
+    """What whoever runs an experiment decides.
+
+    ``seeds`` replaces the experiment's own number; ``out`` gets a folder for each experiment, and ``keep``, if any, a
+    copy of each result.
+    """
+
+    data: Path | None
+    seeds: int | None
+    jobs: int
+    out: Path
+    keep: Path | None
+
+
+def run(wanted: Experiment, choices: Choices, check: Callable[[], None], say: Callable[[str], None]) -> dict[str, Any]:
+    """The content of ``result.json``; written as JSON, table and plot. ``check`` is as for `runner.run_all`."""
+    folder = choices.out / wanted.name
+    _make(folder)
+    if choices.keep is not None:
+        _make(choices.keep)
+    runs = runner.plan(wanted.grid, seeds=choices.seeds or wanted.seeds, data=choices.data, folder=folder)
+    reports = runner.run_all(runs, jobs=choices.jobs, check=check, say=say)
+    kept = {
+        "command": _command(wanted, choices),
+        "seconds": round(sum(report["wall_seconds"] for report in reports)),
+        "machine": machine.describe(),
+        "result": result.collect(wanted, runs, reports),
+    }
+    plotted = _write(kept, folder / "result")
+    (folder / "table.md").write_text(table(kept["result"]) + "\n", encoding="utf-8")
+    if choices.keep is not None:
+        _write(kept, choices.keep / wanted.name)
+    say(f"{folder} has table.md, result.json, {plotted}")
+    return kept
+
+
+def _command(wanted: Experiment, choices: Choices) -> str:
+    """What made the result, without the names of folders."""
+    name = wanted.name if wanted.name in experiment.names() else f"{wanted.name}.toml"
+    data = " --data DIR" if choices.data is not None else ""
+    seeds = f" --seeds {choices.seeds}" if choices.seeds is not None else ""
+    return f"ternbus lab experiment {name}{data}{seeds}"
+
+
+def _make(folder: Path) -> None:
+    """Before hours of work, not after."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder}: {error.strerror}; give another folder") from error
+
+
+def _write(kept: dict[str, Any], stem: Path) -> str:
+    """JSON and plot; words about the plot, as `plot.write` returns them."""
+    stem.with_name(f"{stem.name}.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    return plot.write(kept["result"], stem.with_name(f"{stem.name}.png"))

@@ -1,0 +1,46 @@
+"""The table of an experiment's result, in Markdown."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ternbus.lab.experiment.measures import MEASURES, of_seeds
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """A row a combination, its measures as mean ± standard deviation of the seeds; then the goals."""
+    rows = result["rows"]
+    axes = list(rows[0]["labels"])
+    columns = [name for name in MEASURES if any(of_seeds(row, name) for row in rows)]
+    lines = [_row([*axes, *(MEASURES[name].title for name in columns)]), _row(["---"] * (len(axes) + len(columns)))]
+    for row in rows:
+        labels = list(row["labels"].values())
+        labels += [""] * (len(axes) - len(labels))  # a run outside the grid has one label only
+        lines.append(_row([*labels, *(_cell(name, of_seeds(row, name)) for name in columns)]))
+    return "\n".join([*lines, *(f"\n{_verdict(goal)}" for goal in result["goals"])])
+
+
+def _verdict(goal: Mapping[str, Any]) -> str:
+    found = "nothing" if goal["found"] is None else f"{goal['found']:.4g}"
+    of = f" ({', '.join(goal['of'].values())})" if goal["of"] else ""
+    of += f" less that of {', '.join(than.values())}" if (than := goal.get("than")) else ""
+    return f"Goal: {goal['measure']}{of} {goal['goal']}: {'met' if goal['met'] else 'MISSED'}, {found}."
+
+
+def _cell(name: str, values: Sequence[float]) -> str:
+    """Empty without values."""
+    if not values:
+        return ""
+    mean = statistics.mean(values)
+    match MEASURES[name].unit:
+        case "number":
+            return f"{mean:,.0f}"
+        case "decimal":
+            return f"{mean:.2f}"
+        case "percent":
+            spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 and name.startswith("acc") else ""
+            return f"{100 * mean:.1f} %{spread}"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
