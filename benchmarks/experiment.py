@@ -28,8 +28,8 @@ from typing import Any, Final, Self
 from benchmarks import experiment_shown as shown
 from benchmarks.__main__ import machine
 from benchmarks.figures import KEPT
-from ternbus.broker import toml
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.files import load_toml
 from ternbus.broker.server import parent_death
 from ternbus.edge.learn.loader import load_task
 from ternbus.lab.report.progress import Lines
@@ -82,7 +82,7 @@ class Experiment:
         path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
         if not path.exists():
             raise ConfigError(f"no experiment {name!r}; there are {', '.join(names())}")
-        table = toml.read(path.read_text(encoding="utf-8"), str(path))
+        table = load_toml(path)
         try:
             return cls._parse(path.stem, Table(table, ""))
         except ConfigError as error:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.protocol.identity import Identity, write_secret
+from ternbus.broker.files import write_secret
+from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import Block
 from ternbus.edge.core.state import OutstandingUpdate, State, prepare, sealed

@@ -1,7 +1,6 @@
 """aggregator.toml: each key within its bounds, unknown ones refused by name, and what is written is read again."""
 
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from ternbus.aggregator.settings import (
     Settings,
     dumps,
     from_table,
-    load,
     parse,
     toml_value,
     with_overrides,
@@ -263,17 +261,3 @@ def test_dotted_keys_are_set() -> None:
 def test_other_keys_are_refused(dotted: str) -> None:
     with pytest.raises(ConfigError, match="--set"):
         with_overrides(dict(BASE), {dotted: 1})
-
-
-def test_files_are_read_and_named(tmp_path: Path) -> None:
-    path = tmp_path / "aggregator.toml"
-    with pytest.raises(ConfigError, match="cannot read"):
-        load(path)
-    path.write_text(dumps(from_table(BASE)), encoding="utf-8")
-    assert load(path) == from_table(BASE)
-    path.write_text("federation = ")
-    with pytest.raises(ConfigError, match=r"aggregator\.toml"):
-        load(path)
-    path.write_bytes(b"federation = '\xff'")
-    with pytest.raises(ConfigError, match="cannot read"):
-        load(path)

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Final, Self
 
 import msgpack
@@ -197,23 +196,16 @@ PLAN: Final[Mapping[str, tuple[type, float, float]]] = {
 }
 PLAN_BYTES_MAX: Final = 8192  # half of what a header may have
 PLAN_DOC: Final = """\
-# What devices are asked to do; every key may be left out, and keys not listed reach the training code as they are.
-# local_epochs, local_steps, batch_size, learning_rate, momentum, weight_decay, proximal_mu (FedProx),
-# clip_sigma (TernGrad's clipping, 2.5; 0 = off), codec ("ternary" or "float32"), error_feedback (bool), seal (bool),
-# seed; Ternbus' own devices also take optimizer, schedule, local_seconds, participation and others: see docs/tasks.md
+What devices are asked to do; every key may be left out, and keys not listed reach the training code as they are.
+local_epochs, local_steps, batch_size, learning_rate, momentum, weight_decay, proximal_mu (FedProx),
+clip_sigma (TernGrad's clipping, 2.5; 0 = off), codec ("ternary" or "float32"), error_feedback (bool), seal (bool),
+seed; Ternbus' own devices also take optimizer, schedule, local_seconds, participation and others: see docs/tasks.md
 """
 
 
 def parse(text: str, source: str = "aggregator.toml") -> Settings:
     """Read and check the file's text; ConfigError names the key that is wrong and what it may be."""
-    return from_table(toml.read(text, source), source)
-
-
-def load(path: Path) -> Settings:
-    try:
-        return parse(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
+    return from_table(toml.loads(text, source), source)
 
 
 def from_table(table: Mapping[str, Any], source: str = "aggregator.toml") -> Settings:
@@ -344,30 +336,15 @@ def with_overrides(table: dict[str, Any], overrides: Mapping[str, object]) -> di
 def toml_value(text: str) -> object:
     """A ``--set`` value: TOML where it is TOML, else the string itself."""
     try:
-        return toml.read(f"value = {text}", "the value")["value"]
+        return toml.loads(f"value = {text}", "the value")["value"]
     except ConfigError:
         return text
 
 
 def dumps(settings: Settings) -> str:
     """The file's text: every key, its value, and what it means."""
-    lines = [
-        "# A Ternbus aggregator. Changes are in force after a restart; what is wrong is refused by name at start.",
-        f"federation = {json.dumps(settings.federation)}",
-        f"broker = {json.dumps(settings.broker)}",
-    ]
+    heading = "A Ternbus aggregator. Changes are in force after a restart; what is wrong is refused by name at start."
+    comments: dict[toml.Place, str] = {(): heading, ("plan",): PLAN_DOC}
     for name, kind in SECTIONS.items():
-        lines += ["", f"[{name}]"]
-        section = getattr(settings, name)
-        for entry in fields(kind):
-            lines.append(f"{entry.name} = {_dump(getattr(section, entry.name))}  # {entry.metadata['doc']}")
-    lines += ["", "[plan]", PLAN_DOC.rstrip()]
-    lines += [f"{_dump(key)} = {_dump(value)}" for key, value in settings.plan.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _dump(value: object) -> str:
-    """A value as TOML; JSON's is the same but for characters beyond 16 bits, and for DEL."""
-    if isinstance(value, float):
-        return repr(value)
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        comments |= {(name, entry.name): entry.metadata["doc"] for entry in fields(kind)}
+    return toml.dumps(asdict(settings), comments)

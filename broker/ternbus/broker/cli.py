@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Never
 import typer
 
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.files import write_secret
 from ternbus.broker.protocol.endpoint import is_loopback
-from ternbus.broker.protocol.identity import write_secret
 from ternbus.broker.server import refusals as counts
 from ternbus.broker.server.running import HOME, Engine, RunningBroker, choose, is_home, start
 

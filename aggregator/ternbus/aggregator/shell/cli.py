@@ -18,9 +18,9 @@ from ternbus.aggregator.shell.service import Service
 from ternbus.aggregator.store import control, device_metrics
 from ternbus.aggregator.store import status as statuses
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.files import read_password
+from ternbus.broker.model_files import load_safetensors, save_safetensors
 from ternbus.broker.protocol.endpoint import PORTS, is_loopback
-from ternbus.broker.protocol.identity import read_password
-from ternbus.broker.protocol.schema import load_safetensors, save_safetensors
 from ternbus.broker.server.running import Engine, RunningBroker
 from ternbus.broker.version import software
 

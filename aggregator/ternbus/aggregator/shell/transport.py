@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Final
 
 from ternbus.aggregator.settings import Settings, TransportSettings
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.files import read_password, read_secret, write_secret
 from ternbus.broker.link.link import Link, LinkEvent, Tls
-from ternbus.broker.protocol.identity import AGGREGATOR, read_password, read_secret, write_secret
+from ternbus.broker.protocol.identity import AGGREGATOR
 
 if TYPE_CHECKING:
     from ternbus.broker.server.directory import BrokerDirectory

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.protocol.identity import check_secret
+from ternbus.broker.files import check_secret
 
 PROBE: Final = "Probe"  # no device's name: the certificate with which we see whether our broker answers
 

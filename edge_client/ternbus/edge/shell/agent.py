@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.files import read_password
 from ternbus.broker.link.link import Link, LinkEvent
 from ternbus.broker.protocol import topics
-from ternbus.broker.protocol.identity import Identity, read_password, seal
+from ternbus.broker.protocol.identity import Identity, seal
 from ternbus.broker.protocol.messages import Status
 from ternbus.broker.version import software
 from ternbus.edge.core.actions import Stop

@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Final
 
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.protocol.identity import Identity, read_secret, seal, write_secret
+from ternbus.broker.files import read_secret, write_secret
+from ternbus.broker.protocol.identity import Identity, seal
 from ternbus.edge.core.pending_state import PendingState
 from ternbus.edge.core.profile import Profile
 from ternbus.edge.core.state import State
