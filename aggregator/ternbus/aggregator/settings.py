@@ -10,6 +10,7 @@ import msgpack
 
 from ternbus.broker import toml
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol import plan_keys
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from ternbus.broker.protocol.identity import check_federation
 from ternbus.broker.protocol.invitation import check_broker_url
@@ -179,21 +180,6 @@ SECTIONS: Final[Mapping[str, type]] = {
     "invitations": InvitationSettings,
     "transport": TransportSettings,
 }
-# (type, lowest, highest) of the plan's keys that the protocol names; others go to the training code as they are
-PLAN: Final[Mapping[str, tuple[type, float, float]]] = {
-    "local_epochs": (float, 0, 1e4),
-    "local_steps": (int, 1, 1e9),
-    "batch_size": (int, 1, 1e6),
-    "learning_rate": (float, 0, 1e3),
-    "momentum": (float, 0, 1),
-    "weight_decay": (float, 0, 1e3),
-    "proximal_mu": (float, 0, 1e6),
-    "clip_sigma": (float, 0, 1e6),
-    "codec": (str, 0, 0),
-    "seal": (bool, 0, 1),
-    "error_feedback": (bool, 0, 1),
-    "seed": (int, 0, 2**63 - 1),
-}
 PLAN_BYTES_MAX: Final = 8192  # half of what a header may have
 PLAN_DOC: Final = """\
 What devices are asked to do; every key may be left out, and keys not listed reach the training code as they are.
@@ -291,17 +277,10 @@ def _plan(table: object, where: str) -> dict[str, Any]:
         raise ConfigError(f"{where} must be a table")
     plan: dict[str, Any] = {}
     for key, value in table.items():
-        if key not in PLAN:
-            plan[key] = _plain(value, f"{where}.{key}")
-            continue
-        kind, low, high = PLAN[key]
-        if key == "codec":
-            if value not in CODECS:
-                raise ConfigError(f"{where}.codec = {value!r} must be one of {', '.join(CODECS)}")
-            plan[key] = value
-        else:
-            checked = _number(kind, value, low, high, f"{where}.{key}")
-            plan[key] = value if kind is float else checked  # 1 stays 1 on the wire
+        known = plan_keys.SHARED.get(key)
+        if known is not None and (fault := known.fault(value)):
+            raise ConfigError(f"{where}.{key} is {value!r}, {fault}")
+        plan[key] = _plain(value, f"{where}.{key}")  # as it is: 1 stays 1 on the wire
     size_bytes = len(msgpack.packb(plan))
     if size_bytes > PLAN_BYTES_MAX:
         raise ConfigError(f"{where} takes {size_bytes} bytes, at most {PLAN_BYTES_MAX}: every head carries it")
