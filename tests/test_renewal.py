@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.files import write_secret
+from ternbus.broker.files import write_key, write_secret
+from ternbus.broker.link.tls import CERTIFICATE
 from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import Block
 from ternbus.edge.core.state import OutstandingUpdate, State, prepare, sealed
-from ternbus.edge.shell.directory import CERTIFICATE, KEY, TOML, DeviceDirectory, Settings
+from ternbus.edge.shell.directory import KEY, TOML, DeviceDirectory, Settings
 from ternbus.edge.shell.outbox import Outbox
 from ternbus.edge.shell.succession import succeed
 
@@ -39,7 +40,7 @@ def device(folder: Path, *, seal: bool = False, code: str = "") -> DeviceDirecto
     """A device that has joined, and a new key beside it, enrolled unless there is a code."""
     home = DeviceDirectory(folder / "pi")
     home.folder.mkdir()
-    OLD.save(home.folder / KEY)
+    write_key(home.folder / KEY, OLD.seed)
     home.write(settings())
     (home.folder / CERTIFICATE).write_text("the old certificate")
     kept = State(
@@ -59,7 +60,7 @@ def device(folder: Path, *, seal: bool = False, code: str = "") -> DeviceDirecto
         outbox.save(kept, None, {"updates.accepted": 3})
     beside = home.beside()
     beside.folder.mkdir()
-    NEW.save(beside.folder / KEY)
+    write_key(beside.folder / KEY, NEW.seed)
     beside.write(settings(broker="mqtt://127.0.0.1:2", task="another", code=code))
     write_secret(beside.folder / CERTIFICATE, b"the new certificate")
     with Outbox(beside.folder, NEW.key_id) as outbox:
@@ -103,12 +104,17 @@ def test_the_new_key_takes_the_old_ones_place_and_all_else_stays(tmp_path: Path,
     check_succeeded(home, seal=seal)
 
 
+def put_back_key_and_settings(home: DeviceDirectory) -> None:
+    write_key(home.folder / KEY, OLD.seed)
+    home.write(settings())
+
+
 @pytest.mark.parametrize(
     "undo",
     [
         lambda home: home.write(settings()),
-        lambda home: OLD.save(home.folder / KEY),
-        lambda home: (OLD.save(home.folder / KEY), home.write(settings())),
+        lambda home: write_key(home.folder / KEY, OLD.seed),
+        put_back_key_and_settings,
         lambda home: None,
     ],
     ids=["settings", "key", "key and settings", "only the last step"],

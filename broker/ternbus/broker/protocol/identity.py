@@ -16,6 +16,7 @@ KeyId = NewType("KeyId", bytes)
 
 AGGREGATOR = "aggregator"
 FEDERATION_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}\Z")
+PUBLIC_KEY = re.compile(r"[0-9a-fA-F]{64}\Z")
 DEVICE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\Z")
 
 
@@ -27,6 +28,11 @@ def is_federation(name: str) -> bool:
 def is_device(name: str) -> bool:
     """Whether ``name`` may be a device's name; what begins with ``aggregator`` is taken."""
     return DEVICE_NAME.match(name) is not None and not name.startswith(AGGREGATOR)
+
+
+def is_public_key(text: str) -> bool:
+    """Whether ``text`` is an Ed25519 public key in 64 hex digits."""
+    return PUBLIC_KEY.match(text) is not None
 
 
 def check_federation(name: str) -> str:

@@ -1,6 +1,5 @@
 """The invitation: the one TOML file that an operator hands to a device, and all that the device needs."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
@@ -9,7 +8,7 @@ from typing import Any, Final
 from ternbus.broker import toml
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.endpoint import Endpoint
-from ternbus.broker.protocol.identity import check_device, check_federation
+from ternbus.broker.protocol.identity import check_device, check_federation, is_public_key
 
 CODE_BYTES_MAX: Final = 64  # BLAKE2b's longest key
 
@@ -39,7 +38,7 @@ class Invitation:
         check_federation(self.federation)
         check_device(self.device)
         check_broker_url(self.broker)
-        if not re.fullmatch(r"[0-9a-fA-F]{64}", self.aggregator_key):
+        if not is_public_key(self.aggregator_key):
             raise ConfigError("the invitation's aggregator_key is not 64 hex digits; ask for a new invitation")
         if not 1 <= len(self.code.encode("utf-8", "surrogatepass")) <= CODE_BYTES_MAX:
             raise ConfigError(f"the invitation's code is not 1 to {CODE_BYTES_MAX} bytes; ask for a new invitation")

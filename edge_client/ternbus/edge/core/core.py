@@ -11,6 +11,7 @@ from typing import Final, assert_never
 
 from ternbus.broker.backoff import Reconnect
 from ternbus.broker.errors import ProtocolError
+from ternbus.broker.exit_codes import EXIT_BUDGET, EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_REFUSED
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.messages import OPEN, Grant, Head, Receipt, Status
@@ -31,12 +32,6 @@ from ternbus.edge.core.training_policy import TrainingPolicy, sentence, spent
 from ternbus.edge.core.uplink import Uplink
 from ternbus.edge.core.wait_timer import WaitTimer
 
-EXIT_DONE: Final = 0
-EXIT_TIMEOUT: Final = 1
-EXIT_INTERRUPTED: Final = 1
-EXIT_CONFIG: Final = 2
-EXIT_REFUSED: Final = 3
-EXIT_BUDGET: Final = 4
 FIRST_ENROLL_RESEND_S: Final = 10.0
 
 
@@ -124,7 +119,7 @@ class Core:
                 return self._tried(event)
             case events.StopRequested():
                 unfinished = self.member.role == "join"  # to be repeated
-                return self._stop(EXIT_INTERRUPTED if unfinished else EXIT_DONE, event.reason)
+                return self._stop(EXIT_FAILED if unfinished else EXIT_DONE, event.reason)
             case _:
                 assert_never(event)
 
@@ -387,7 +382,7 @@ class Core:
         self._waiting.look(self._whom_we_miss(), now)
         whom = self._waiting.whom
         if self._waiting.is_over(now):
-            return self._stop(EXIT_TIMEOUT, f"gave up after waiting {self._waiting.waited_s(now):.0f} s for {whom}")
+            return self._stop(EXIT_FAILED, f"gave up after waiting {self._waiting.waited_s(now):.0f} s for {whom}")
         if self._waiting.to_say(now):
             return [Log(event="waiting", text=f"waiting for {whom}", fields={"for": whom})]
         return []

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.exit_codes import EXIT_CONFIG, EXIT_DONE
 from ternbus.broker.files import read_password
 from ternbus.broker.link.link import Link, LinkEvent
 from ternbus.broker.protocol import topics
@@ -14,7 +15,7 @@ from ternbus.broker.protocol.identity import Identity, seal
 from ternbus.broker.protocol.messages import Status
 from ternbus.broker.version import software
 from ternbus.edge.core.actions import Stop
-from ternbus.edge.core.core import EXIT_CONFIG, EXIT_DONE, Core
+from ternbus.edge.core.core import Core
 from ternbus.edge.core.follower import Beginning
 from ternbus.edge.core.profile import Profile, Role, subscriptions
 from ternbus.edge.learn.loader import load_task

@@ -10,9 +10,9 @@ from typing import Any, Final, Self
 from ternbus.broker import toml
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import check_secret, load_toml, lock, read_key, write_key, write_secret
-from ternbus.broker.link.link import Tls
+from ternbus.broker.link.tls import CA, CERTIFICATE, TLS_KEY, Tls
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
-from ternbus.broker.protocol.identity import Identity, check_device, check_federation
+from ternbus.broker.protocol.identity import Identity, check_device, check_federation, is_public_key
 from ternbus.broker.protocol.invitation import Invitation, check_broker_url
 from ternbus.edge.learn.partition import Partition
 from ternbus.edge.learn.subnetwork import check_width
@@ -23,7 +23,6 @@ KEY: Final = "device.key"
 TOML: Final = "edge.toml"
 LOCK: Final = "lock"
 BESIDE: Final = "renewal"  # where a new key is enrolled
-CA, CERTIFICATE, TLS_KEY = "ca.pem", "certificate.pem", "certificate.key"
 
 
 def check_frame_bytes(text: str) -> None:
@@ -108,11 +107,7 @@ class Settings:
         if missing:
             raise ConfigError(f"{source} lacks {min(missing)!r}; run `ternbus edge join` again")
         settings = cls(**table)
-        try:
-            long_enough = len(bytes.fromhex(settings.aggregator_key)) == 32
-        except ValueError:
-            long_enough = False
-        if not long_enough:
+        if not is_public_key(settings.aggregator_key):
             raise ConfigError(f"{source}: aggregator_key is not 64 hex digits; copy it from the invitation")
         return settings
 
@@ -170,8 +165,7 @@ class DeviceDirectory:
         return Identity(read_key(self.folder / KEY))
 
     def tls(self) -> Tls | None:
-        ca, certificate, key = (self._present(name) for name in (CA, CERTIFICATE, TLS_KEY))
-        return Tls(ca=ca, certificate=certificate, key=key) if ca or certificate else None
+        return Tls.in_folder(self.folder)
 
     def prepare(
         self,
@@ -252,7 +246,3 @@ class DeviceDirectory:
             (self.folder / name).unlink(missing_ok=True)
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
-
-    def _present(self, name: str) -> Path | None:
-        path = self.folder / name
-        return path if path.exists() else None

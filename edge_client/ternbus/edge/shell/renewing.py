@@ -7,9 +7,9 @@ interrupted one is repeated with the same invitation, which finds the same key a
 from dataclasses import replace
 
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.exit_codes import EXIT_DONE, EXIT_REFUSED
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.edge.core.actions import Stop
-from ternbus.edge.core.core import EXIT_DONE, EXIT_REFUSED
 from ternbus.edge.learn.task import Task
 from ternbus.edge.shell import agent
 from ternbus.edge.shell.directory import DeviceDirectory, Settings
