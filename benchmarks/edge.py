@@ -25,8 +25,8 @@ from typing import Any, Final
 from benchmarks.watched import used
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import control
-from ternbus.broker.protocol.identity import write_secret
-from ternbus.broker.protocol.schema import load_safetensors
+from ternbus.broker.files import write_secret
+from ternbus.broker.model_files import load_safetensors
 from ternbus.broker.server.running import Engine, choose, start
 
 DEVICE: Final = "pi"

@@ -15,29 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-SCENARIO: Final = """\
-task = "fashion-mnist"
-devices = 20
-seed = {seed}
-data = {data}
-partition = "dirichlet:0.5"
+from ternbus.broker import toml
 
-[speeds]
-sigma = 0.7
-median_s = 10.0
-
-[plan]
-codec = "{codec}"
-
-[aggregator.merge]
-buffer_size = 5
-
-[aggregator.downlink]
-codec = "{codec}"
-
-[end]
-versions = {versions}
-"""
 CODECS: Final = ("ternary", "float32")
 LAST: Final = 20  # the accuracy of a run is the mean over its last versions: single ones scatter by a point or two
 
@@ -48,10 +27,18 @@ def run(codec: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     report = folder / "report.json"
     if not report.exists():
         scenario = arguments.out / f"{codec}-{seed}.toml"
-        text = SCENARIO.format(
-            seed=seed, data=json.dumps(str(arguments.data.absolute())), codec=codec, versions=arguments.versions
-        )
-        scenario.write_text(text, encoding="utf-8")
+        table = {
+            "task": "fashion-mnist",
+            "devices": 20,
+            "seed": seed,
+            "data": str(arguments.data.absolute()),
+            "partition": "dirichlet:0.5",
+            "speeds": {"sigma": 0.7, "median_s": 10.0},
+            "plan": {"codec": codec},
+            "aggregator": {"merge": {"buffer_size": 5}, "downlink": {"codec": codec}},
+            "end": {"versions": arguments.versions},
+        }
+        scenario.write_text(toml.dumps(table), encoding="utf-8")
         way = "run" if arguments.real else "simulate"
         command = [sys.executable, "-m", "ternbus", "lab", way, str(scenario), "--out", str(folder)]
         subprocess.run(command, check=True, stdout=sys.stderr)

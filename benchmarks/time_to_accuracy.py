@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from ternbus.broker import toml
 from ternbus.edge.learn.loader import load_task
 from ternbus.lab.report.progress import Lines
 from ternbus.lab.scenario.scenario import End, Scenario, Simulated, Speeds
@@ -85,20 +86,13 @@ def run(way: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-REAL: Final = """\
-task = "fashion-mnist"
-devices = {devices}
-seed = {seed}
-data = {data}
-partition = "dirichlet:0.5"
-sync = {sync}
-speeds = {{ sigma = 1.0, median_s = {median_s} }}
-plan = {{ codec = "{codec}" }}
-end = {{ versions = {versions}, accuracy = {accuracy} }}
-
-[aggregator]
-{aggregator}
-"""
+def _nested(dotted: Mapping[str, object]) -> dict[str, dict[str, object]]:
+    """{"merge.buffer_size": 4} -> {"merge": {"buffer_size": 4}}, as a scenario's file has it."""
+    sections: dict[str, dict[str, object]] = {}
+    for name, value in dotted.items():
+        section, _, key = name.partition(".")
+        sections.setdefault(section, {})[key] = value
+    return sections
 
 
 def run_real(way: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -107,18 +101,19 @@ def run_real(way: str, seed: int, arguments: argparse.Namespace) -> dict[str, An
     folder, path = arguments.out / name, arguments.out / f"{name}.toml"
     wanted = scenario(way, seed, arguments)
     if not (folder / "report.json").exists():
-        text = REAL.format(
-            devices=DEVICES,
-            seed=seed,
-            data=json.dumps(str(arguments.data.absolute())),
-            sync=json.dumps(wanted.sync),
-            median_s=arguments.median_s,
-            codec=wanted.plan["codec"],
-            versions=arguments.versions,
-            accuracy=arguments.accuracy,
-            aggregator="\n".join(f"{key} = {json.dumps(value)}" for key, value in wanted.aggregator.items()),
-        )
-        path.write_text(text, encoding="utf-8")
+        table = {
+            "task": wanted.task,
+            "devices": wanted.devices,
+            "seed": seed,
+            "data": str(arguments.data.absolute()),
+            "partition": wanted.partition,
+            "sync": wanted.sync,
+            "speeds": {"sigma": wanted.speeds.sigma, "median_s": wanted.speeds.median_s},
+            "plan": wanted.plan,
+            "end": {"versions": arguments.versions, "accuracy": arguments.accuracy},
+            "aggregator": _nested(wanted.aggregator),
+        }
+        path.write_text(toml.dumps(table), encoding="utf-8")
         command = [sys.executable, "-m", "ternbus", "lab", "run", str(path), "--out", str(folder)]
         subprocess.run(command, check=True, stdout=sys.stderr)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))

@@ -20,12 +20,15 @@ from support.small_world import BROKER_URL, LAB, Device, float32_block, follow, 
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.aggregator.store.membership import codes
+from ternbus.broker.files import load_toml, read_key
 from ternbus.broker.link.link import Arrived, Link, LinkEvent
+from ternbus.broker.model_files import load_safetensors, save_safetensors
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
+from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.messages import Head, Receipt, Status
-from ternbus.broker.protocol.schema import Schema, load_safetensors, save_safetensors
+from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.server import mosquitto, running
 from ternbus.broker.server.running import Engine
 
@@ -156,7 +159,7 @@ def test_invitations_are_printed_or_written(tmp_path: Path, model: Path) -> None
     printed = Invitation.loads(run("invite", directory, "pi"))
     assert (printed.federation, printed.device, printed.broker) == (LAB, "pi", BROKER_URL)
     out = run("invite", directory, "pi", "other", "--out", tmp_path / "invitations")
-    written = Invitation.load(tmp_path / "invitations" / "pi.toml")
+    written = Invitation.from_table(load_toml(tmp_path / "invitations" / "pi.toml"))
     assert out.splitlines() == [str(tmp_path / "invitations" / f"{name}.toml") for name in ("pi", "other")]
     assert (tmp_path / "invitations" / "pi.toml").stat().st_mode & 0o777 == 0o600
     assert written.code != printed.code
@@ -300,7 +303,7 @@ def test_a_running_aggregator_is_steered_and_watched(tmp_path: Path, model: Path
         assert found["counts"]["accepted"] == found["counts"]["merged"] == 1
         assert found["counts"]["invalid"] == {"not-a-frame": 1}
         assert found["devices"]["pi"]["bytes"] > len(frame)
-        assert follow(agg.retained, directory.Identity.load(directory / administration.KEY).public)[0] == 1
+        assert follow(agg.retained, Identity(read_key(directory / administration.KEY)).public)[0] == 1
         for command, state in [("pause", "paused"), ("resume", "open")]:
             run(command, directory)
             assert status(directory)["state"] == state

@@ -29,12 +29,12 @@ from ternbus.broker.errors import LinkError
 from ternbus.broker.link.events import Arrived, Connected
 from ternbus.broker.link.link import Link, LinkEvent
 from ternbus.broker.link.tls import Tls
+from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import build, parse
 from ternbus.broker.protocol.identity import AGGREGATOR, Identity, enroll_proof
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.messages import Delta, Enroll, Receipt, Status, Update
-from ternbus.broker.protocol.schema import save_safetensors
 from ternbus.broker.server import tls_service
 from ternbus.broker.server.certificates import Authority
 from ternbus.broker.server.directory import BrokerDirectory

@@ -13,9 +13,10 @@ from cryptography import x509
 from ternbus.aggregator.shell import administration as aggregators
 from ternbus.aggregator.shell import transport
 from ternbus.broker.errors import ConfigError, ProtocolError
+from ternbus.broker.files import read_password
 from ternbus.broker.link.link import Link, Tls
 from ternbus.broker.link.tls import ServerTls
-from ternbus.broker.protocol.identity import Identity, read_password
+from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.server import auth_callout, callout_tokens, certificates, mosquitto
 from ternbus.broker.server.callout_tokens import Question

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ternbus.command import COMMANDS, EXIT_CONFIG
-from ternbus.edge.core.core import EXIT_BUDGET
+from ternbus.broker.exit_codes import EXIT_BUDGET, EXIT_CONFIG
+from ternbus.command import COMMANDS
 
 UNITS = sorted((Path(__file__).resolve().parent.parent / "deploy" / "systemd").glob("*.service"))
 

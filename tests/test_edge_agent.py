@@ -16,13 +16,14 @@ import pytest
 from support.scripted_aggregator import FEDERATION, Message, ScriptedAggregator, decoded
 from ternbus.broker.errors import ConfigError, LinkError
 from ternbus.broker.link.link import Arrived, Link
+from ternbus.broker.model_files import load_safetensors
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame, parse
 from ternbus.broker.protocol.identity import Identity, enroll_proof, key_id
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.messages import Enroll, Metrics, Status, Update
 from ternbus.broker.protocol.parts import Collector
-from ternbus.broker.protocol.schema import Schema, load_safetensors, to_vector
+from ternbus.broker.protocol.schema import Schema, to_vector
 from ternbus.broker.protocol.ternary import content_bytes
 from ternbus.broker.server import running
 from ternbus.edge.learn.loader import load_task

@@ -1,7 +1,4 @@
-"""Names, keys and the files that keep them, sealed boxes, and the proof that joins a device."""
-
-import os
-from pathlib import Path
+"""Names, keys, signatures, sealed boxes, and the proof that joins a device."""
 
 import pytest
 from hypothesis import given, settings
@@ -14,10 +11,8 @@ from ternbus.broker.protocol.identity import (
     check_federation,
     enroll_proof,
     key_id,
-    read_secret,
     seal,
     verify,
-    write_secret,
 )
 
 PI = Identity(bytes(range(32)))
@@ -96,35 +91,3 @@ def test_a_proof_binds_code_federation_device_and_key() -> None:
         for public in (PI.public, bytes(32))
     }
     assert len(proofs) == 16
-
-
-def test_a_key_file_is_kept_to_its_owner(tmp_path: Path) -> None:
-    path = tmp_path / "key"
-    PI.save(path)
-    assert path.stat().st_mode & 0o777 == 0o600
-    assert Identity.load(path) == PI
-    PI.save(path)  # again, whole or not at all
-    assert [entry.name for entry in tmp_path.iterdir()] == ["key"]
-    path.chmod(0o640)
-    with pytest.raises(ConfigError, match="chmod 600"):
-        Identity.load(path)
-
-
-@pytest.mark.parametrize("content", [b"", b"00" * 31, b"zz" * 32, b"\xff\xfe"])
-def test_a_file_that_holds_no_key_is_refused(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "key"
-    write_secret(path, content)
-    with pytest.raises(ConfigError, match="is not a key file"):
-        Identity.load(path)
-
-
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot read"):
-        read_secret(tmp_path / "none")
-
-
-def test_a_write_that_was_cut_short_does_not_hinder_the_next(tmp_path: Path) -> None:
-    path = tmp_path / "key"
-    os.close(os.open(tmp_path / "key.partial", os.O_CREAT | os.O_WRONLY, 0o644))
-    write_secret(path, b"secret")
-    assert read_secret(path) == b"secret"

@@ -16,7 +16,7 @@ import pytest
 
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import control, status
-from ternbus.broker.protocol.schema import load_safetensors
+from ternbus.broker.model_files import load_safetensors
 from ternbus.broker.server import running
 from ternbus.broker.server.running import Engine
 

@@ -17,7 +17,7 @@ from support.shell_device import WITHIN_S, Device
 from support.small_world import scratch
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import status as aggregator_status
-from ternbus.broker.protocol.schema import save_safetensors
+from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.server.running import Engine, RunningBroker, choose, start
 
 pytestmark = pytest.mark.slow

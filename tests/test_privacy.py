@@ -20,12 +20,12 @@ from support.small_world import Bench, float32_block, make_directory
 from ternbus.aggregator.shell import cli as aggregator_cli
 from ternbus.aggregator.store import status as statuses
 from ternbus.broker.errors import ConfigError, ProtocolError
+from ternbus.broker.exit_codes import EXIT_BUDGET
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.messages import Update
 from ternbus.broker.protocol.schema import Schema
 from ternbus.edge.core import events
 from ternbus.edge.core.actions import Log, Publish, Save, StartTraining, Stop
-from ternbus.edge.core.core import EXIT_BUDGET
 from ternbus.edge.learn.accountant import epsilon
 from ternbus.edge.learn.noise import BLOCK, RandomSource, clip_and_noise
 from ternbus.edge.learn.task import Evaluation, Trained, TrainingError

@@ -16,6 +16,7 @@ from ternbus.aggregator.merge.robust import Buffered
 from ternbus.aggregator.settings import OPTIMIZERS, RULES
 from ternbus.aggregator.shell import administration
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.files import read_key
 from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.schema import vector_digest
 
@@ -270,7 +271,7 @@ def test_a_directory_moves_with_all_that_is_in_it(make: Make) -> None:
     shutil.move(bench.directory, moved)
     again = Bench(moved)
     assert state(again.core) == before
-    assert again.identity == Identity.load(moved / administration.KEY)
+    assert again.identity == Identity(read_key(moved / administration.KEY))
     again.start()
     assert again.handle(events.TimeReached()) == []
     again.close()

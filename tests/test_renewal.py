@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.protocol.identity import Identity, write_secret
+from ternbus.broker.files import write_key, write_secret
+from ternbus.broker.link.tls import CERTIFICATE
+from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import Block
 from ternbus.edge.core.state import OutstandingUpdate, State, prepare, sealed
 from ternbus.edge.shell import key_rotation
-from ternbus.edge.shell.directory import CERTIFICATE, KEY, TOML, DeviceDirectory, Settings
+from ternbus.edge.shell.directory import KEY, TOML, DeviceDirectory, Settings
 from ternbus.edge.shell.outbox import Outbox
 
 SCHEMA = Schema.of({"w": (20, 10)})
@@ -38,7 +40,7 @@ def device(folder: Path, *, seal: bool = False, code: str = "") -> DeviceDirecto
     """A device that has joined, and a new key beside it, enrolled unless there is a code."""
     home = DeviceDirectory(folder / "pi")
     home.folder.mkdir()
-    OLD.save(home.folder / KEY)
+    write_key(home.folder / KEY, OLD.seed)
     home.write(settings())
     (home.folder / CERTIFICATE).write_text("the old certificate")
     state = State(
@@ -58,7 +60,7 @@ def device(folder: Path, *, seal: bool = False, code: str = "") -> DeviceDirecto
         outbox.save(state, None, {"updates.accepted": 3})
     beside = home.beside()
     beside.folder.mkdir()
-    NEW.save(beside.folder / KEY)
+    write_key(beside.folder / KEY, NEW.seed)
     beside.write(settings(broker="mqtt://127.0.0.1:2", task="another", code=code))
     write_secret(beside.folder / CERTIFICATE, b"the new certificate")
     with Outbox(beside.folder, NEW.key_id) as outbox:
@@ -107,7 +109,7 @@ def no_settings(home: DeviceDirectory) -> None:
 
 
 def no_key(home: DeviceDirectory) -> None:
-    OLD.save(home.folder / KEY)
+    write_key(home.folder / KEY, OLD.seed)
 
 
 def neither(home: DeviceDirectory) -> None:

@@ -12,10 +12,11 @@ from support.brokers import Inbox, linked
 from ternbus.aggregator.shell.administration import KEY, LEDGER
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.files import read_key
 from ternbus.broker.link.link import Arrived
+from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.protocol.frame import Frame, parse
 from ternbus.broker.protocol.identity import Identity
-from ternbus.broker.protocol.schema import save_safetensors
 from ternbus.broker.server import running
 from ternbus.edge.learn.loader import load_task
 
@@ -110,7 +111,7 @@ def journal(folder: Path) -> dict[tuple[str, int], bytes]:
 def test_the_broker_carries_sizes_and_nothing_of_what_was_learned(url: str, tmp_path: Path) -> None:
     frames = watched(url, tmp_path, seal=True)
     carried = b"".join(frame.header + frame.body for frame in frames)
-    key, kept = Identity.load(tmp_path / "agg" / KEY), journal(tmp_path)
+    key, kept = Identity(read_key(tmp_path / "agg" / KEY)), journal(tmp_path)
     updates = messages(frames)
     assert len(updates) >= VERSIONS * len(DEVICES)
     for (device, seq), (frame, body) in updates.items():

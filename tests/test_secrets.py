@@ -34,8 +34,15 @@ def environment() -> dict[str, str]:
 
 
 def run(folder: Path, *arguments: object, code: int = 0) -> str:
-    command, about = ternbus(*arguments), {"cwd": folder, "env": environment(), "timeout": WITHIN_S}
-    done: Any = subprocess.run(command, capture_output=True, text=True, check=False, **about)
+    done = subprocess.run(
+        ternbus(*arguments),
+        cwd=folder,
+        env=environment(),
+        timeout=WITHIN_S,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     said = done.stdout + done.stderr
     assert done.returncode == code, said
     with (folder / "said.log").open("a") as log:

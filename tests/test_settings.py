@@ -1,7 +1,6 @@
 """aggregator.toml: each key within its bounds, unknown ones refused by name, and what is written is read again."""
 
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,17 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ternbus.aggregator.settings import (
-    PLAN,
     SECTIONS,
     Settings,
     dumps,
     from_table,
-    load,
     parse,
     toml_value,
     with_overrides,
 )
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol import plan_keys
 
 BASE: dict[str, Any] = {"federation": "lab", "broker": "mqtt://127.0.0.1:1883"}
 
@@ -84,7 +82,7 @@ BOUNDS: dict[str, tuple[list[object], list[object]]] = {
     "plan.codec": (["ternary", "float32"], ["sign", 3]),
     "plan.seal": ([True, False], [0, 1, "yes"]),
     "plan.error_feedback": ([True, False], [1]),
-    "plan.seed": ([0, 2**63 - 1], [-1, 2**63, 1.0]),
+    "plan.seed": ([0, -(2**63), 2**63 - 1], [2**63, 2**64, 1.0]),
     "plan.anything": ([1, -3, 0.5, "text", True, [1, 2.5, "a"], []], [{}, [[1]], 2**63, 1e400, [float("nan")], None]),
 }
 
@@ -96,7 +94,7 @@ def table(key: str, value: object) -> dict[str, Any]:
 
 def test_every_key_is_tried() -> None:
     keys = {f"{name}.{entry.name}" for name, kind in SECTIONS.items() for entry in fields(kind)}
-    assert set(BOUNDS) == keys | {f"plan.{key}" for key in PLAN} | {"plan.anything"}
+    assert set(BOUNDS) == keys | {f"plan.{key}" for key in plan_keys.SHARED} | {"plan.anything"}
 
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, (good, _) in BOUNDS.items() for value in good])
@@ -196,7 +194,9 @@ value_of = {
     keys=st.lists(st.sampled_from(sorted(BOUNDS)), unique=True),
     data=st.data(),
     extra=st.dictionaries(
-        st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8).filter(lambda key: key not in PLAN),
+        st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8).filter(
+            lambda key: key not in plan_keys.SHARED
+        ),
         st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
         | st.floats(allow_nan=False, allow_infinity=False)
         | st.integers(-(2**63), 2**63 - 1)
@@ -223,7 +223,7 @@ def test_every_key_is_written_with_its_meaning() -> None:
         for entry in fields(kind):
             (line,) = [line for line in text.splitlines() if line.startswith(f"{entry.name} =") and "  # " in line][:1]
             assert len(line.split("  # ")[1]) > 3
-    for key in PLAN:
+    for key in plan_keys.SHARED:
         assert key in text.split("[plan]")[1]
 
 
@@ -263,17 +263,3 @@ def test_dotted_keys_are_set() -> None:
 def test_other_keys_are_refused(dotted: str) -> None:
     with pytest.raises(ConfigError, match="--set"):
         with_overrides(dict(BASE), {dotted: 1})
-
-
-def test_files_are_read_and_named(tmp_path: Path) -> None:
-    path = tmp_path / "aggregator.toml"
-    with pytest.raises(ConfigError, match="cannot read"):
-        load(path)
-    path.write_text(dumps(from_table(BASE)), encoding="utf-8")
-    assert load(path) == from_table(BASE)
-    path.write_text("federation = ")
-    with pytest.raises(ConfigError, match=r"aggregator\.toml"):
-        load(path)
-    path.write_bytes(b"federation = '\xff'")
-    with pytest.raises(ConfigError, match="cannot read"):
-        load(path)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ternbus.broker.errors import ConfigError, ProtocolError
+from ternbus.broker.protocol import plan_keys
 from ternbus.edge.learn.loader import BUILT_IN_TASKS, load_task
 from ternbus.edge.learn.task import Trained, TrainingError
 from ternbus.edge.plan.plan import Plan
@@ -38,6 +40,26 @@ def test_every_key_of_the_protocol_is_taken_and_an_unknown_one_kept_for_the_trai
         if name not in ("flavour", "extra"):
             assert getattr(plan, name) == value
     assert plan.extra == {"flavour": "vanilla", "extra": 1}
+
+
+def test_every_key_has_a_field_and_a_default_within_its_bounds() -> None:
+    names = {entry.name for entry in fields(Plan)} - {"extra"}
+    assert names == set(plan_keys.KEYS)
+    assert not set(plan_keys.SHARED) & set(plan_keys.OWN)
+    assert [name for name, key in plan_keys.KEYS.items() if key.fault(getattr(Plan(), name))] == []
+
+
+@pytest.mark.parametrize("name", [name for name, key in plan_keys.KEYS.items() if isinstance(key, plan_keys.Number)])
+def test_the_bounds_of_a_number_are_within_it(name: str) -> None:
+    key = plan_keys.KEYS[name]
+    assert isinstance(key, plan_keys.Number)
+    for bound in (key.low, key.high):
+        whole = int(bound) if key.whole else bound
+        assert getattr(Plan.from_meta({name: whole}), name) == whole
+    beyond = (int(key.low) - 1, int(key.high) + 1) if key.whole else (key.low - 1, math.nextafter(key.high, math.inf))
+    for value in beyond:
+        with pytest.raises(ProtocolError, match=f"{name} is .*, not within"):
+            Plan.from_meta({name: value})
 
 
 @given(st.dictionaries(keys, anything, max_size=4))

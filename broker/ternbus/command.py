@@ -12,11 +12,8 @@ from typer.core import TyperGroup
 from typer.main import get_command, get_group
 
 from ternbus.broker.errors import ConfigError, LinkError
+from ternbus.broker.exit_codes import EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED
 from ternbus.broker.version import software
-
-EXIT_FAILED: Final = 1
-EXIT_CONFIG: Final = 2  # as for a wrong option; the units in deploy/systemd do not restart a service that ends with it
-EXIT_INTERRUPTED: Final = 130  # 128 + SIGINT, as shells have it
 
 
 class Command(NamedTuple):

@@ -20,6 +20,7 @@ from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.aggregator.store.membership import codes
 from ternbus.aggregator.store.recovery import recover, waiting
+from ternbus.broker.files import read_key
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame, build, parse
 from ternbus.broker.protocol.identity import Identity, enroll_proof, seal
@@ -188,7 +189,7 @@ class Bench:
         self.published: list[events.Publish] = []
         self.retained: dict[str, bytes] = {}
         self.last: list[events.Action] = []
-        self.identity = Identity.load(directory / administration.KEY)
+        self.identity = Identity(read_key(directory / administration.KEY))
         self.recover()
 
     def recover(self) -> None:

@@ -4,13 +4,13 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Final, Self
 
 import msgpack
 
 from ternbus.broker import toml
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol import plan_keys
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from ternbus.broker.protocol.identity import check_federation
 from ternbus.broker.protocol.invitation import check_broker_url
@@ -180,40 +180,18 @@ SECTIONS: Final[Mapping[str, type]] = {
     "invitations": InvitationSettings,
     "transport": TransportSettings,
 }
-# (type, lowest, highest) of the plan's keys that the protocol names; others go to the training code as they are
-PLAN: Final[Mapping[str, tuple[type, float, float]]] = {
-    "local_epochs": (float, 0, 1e4),
-    "local_steps": (int, 1, 1e9),
-    "batch_size": (int, 1, 1e6),
-    "learning_rate": (float, 0, 1e3),
-    "momentum": (float, 0, 1),
-    "weight_decay": (float, 0, 1e3),
-    "proximal_mu": (float, 0, 1e6),
-    "clip_sigma": (float, 0, 1e6),
-    "codec": (str, 0, 0),
-    "seal": (bool, 0, 1),
-    "error_feedback": (bool, 0, 1),
-    "seed": (int, 0, 2**63 - 1),
-}
 PLAN_BYTES_MAX: Final = 8192  # half of what a header may have
 PLAN_DOC: Final = """\
-# What devices are asked to do; every key may be left out, and keys not listed reach the training code as they are.
-# local_epochs, local_steps, batch_size, learning_rate, momentum, weight_decay, proximal_mu (FedProx),
-# clip_sigma (TernGrad's clipping, 2.5; 0 = off), codec ("ternary" or "float32"), error_feedback (bool), seal (bool),
-# seed; Ternbus' own devices also take optimizer, schedule, local_seconds, participation and others: see docs/tasks.md
+What devices are asked to do; every key may be left out, and keys not listed reach the training code as they are.
+local_epochs, local_steps, batch_size, learning_rate, momentum, weight_decay, proximal_mu (FedProx),
+clip_sigma (TernGrad's clipping, 2.5; 0 = off), codec ("ternary" or "float32"), error_feedback (bool), seal (bool),
+seed; Ternbus' own devices also take optimizer, schedule, local_seconds, participation and others: see docs/tasks.md
 """
 
 
 def parse(text: str, source: str = "aggregator.toml") -> Settings:
     """Read and check the file's text; ConfigError names the key that is wrong and what it may be."""
-    return from_table(toml.read(text, source), source)
-
-
-def load(path: Path) -> Settings:
-    try:
-        return parse(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
+    return from_table(toml.loads(text, source), source)
 
 
 def from_table(table: Mapping[str, Any], source: str = "aggregator.toml") -> Settings:
@@ -299,17 +277,10 @@ def _plan(table: object, where: str) -> dict[str, Any]:
         raise ConfigError(f"{where} must be a table")
     plan: dict[str, Any] = {}
     for key, value in table.items():
-        if key not in PLAN:
-            plan[key] = _plain(value, f"{where}.{key}")
-            continue
-        kind, low, high = PLAN[key]
-        if key == "codec":
-            if value not in CODECS:
-                raise ConfigError(f"{where}.codec = {value!r} must be one of {', '.join(CODECS)}")
-            plan[key] = value
-        else:
-            checked = _number(kind, value, low, high, f"{where}.{key}")
-            plan[key] = value if kind is float else checked  # 1 stays 1 on the wire
+        known = plan_keys.SHARED.get(key)
+        if known is not None and (fault := known.fault(value)):
+            raise ConfigError(f"{where}.{key} is {value!r}, {fault}")
+        plan[key] = _plain(value, f"{where}.{key}")  # as it is: 1 stays 1 on the wire
     size_bytes = len(msgpack.packb(plan))
     if size_bytes > PLAN_BYTES_MAX:
         raise ConfigError(f"{where} takes {size_bytes} bytes, at most {PLAN_BYTES_MAX}: every head carries it")
@@ -344,30 +315,15 @@ def with_overrides(table: dict[str, Any], overrides: Mapping[str, object]) -> di
 def toml_value(text: str) -> object:
     """A ``--set`` value: TOML where it is TOML, else the string itself."""
     try:
-        return toml.read(f"value = {text}", "the value")["value"]
+        return toml.loads(f"value = {text}", "the value")["value"]
     except ConfigError:
         return text
 
 
 def dumps(settings: Settings) -> str:
     """The file's text: every key, its value, and what it means."""
-    lines = [
-        "# A Ternbus aggregator. Changes are in force after a restart; what is wrong is refused by name at start.",
-        f"federation = {json.dumps(settings.federation)}",
-        f"broker = {json.dumps(settings.broker)}",
-    ]
+    heading = "A Ternbus aggregator. Changes are in force after a restart; what is wrong is refused by name at start."
+    comments: dict[toml.Place, str] = {(): heading, ("plan",): PLAN_DOC}
     for name, kind in SECTIONS.items():
-        lines += ["", f"[{name}]"]
-        section = getattr(settings, name)
-        for entry in fields(kind):
-            lines.append(f"{entry.name} = {_dump(getattr(section, entry.name))}  # {entry.metadata['doc']}")
-    lines += ["", "[plan]", PLAN_DOC.rstrip()]
-    lines += [f"{_dump(key)} = {_dump(value)}" for key, value in settings.plan.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _dump(value: object) -> str:
-    """A value as TOML; JSON's is the same but for characters beyond 16 bits, and for DEL."""
-    if isinstance(value, float):
-        return repr(value)
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        comments |= {(name, entry.name): entry.metadata["doc"] for entry in fields(kind)}
+    return toml.dumps(asdict(settings), comments)

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Never
 import typer
 
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.exit_codes import EXIT_FAILED
+from ternbus.broker.files import write_secret
+from ternbus.broker.link.tls import CA, CERTIFICATE, TLS_KEY
 from ternbus.broker.protocol.endpoint import is_loopback
-from ternbus.broker.protocol.identity import write_secret
 from ternbus.broker.server import refusals as counts
 from ternbus.broker.server.running import HOME, Engine, RunningBroker, choose, is_home, start
+from ternbus.broker.text_table import text_table
 
 if TYPE_CHECKING:
     from ternbus.broker.server.directory import BrokerDirectory
@@ -103,7 +106,7 @@ def up(
             typer.echo(_announcement(broker, as_json))
             code = broker.wait()
             _warn(f"{broker.software} ended by itself with code {code}; its last lines:\n{broker.last_lines()}")
-            raise typer.Exit(1)
+            raise typer.Exit(EXIT_FAILED)
     except _StopRequested:
         return
 
@@ -151,9 +154,9 @@ def certificate(
         issued = home.issue(name, federation)
         folder = out / name
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_secret(folder / "certificate.key", issued.key.encode())
-        (folder / "certificate.pem").write_text(issued.certificate)
-        (folder / "ca.pem").write_text(issued.authority)
+        write_secret(folder / TLS_KEY, issued.key.encode())
+        (folder / CERTIFICATE).write_text(issued.certificate)
+        (folder / CA).write_text(issued.authority)
         typer.echo(str(folder))
 
 
@@ -201,9 +204,9 @@ def status(directory: Dir, as_json: AsJson = False) -> None:
         typer.echo(json.dumps({"url": home.url, "certificates": rows}))
         return
     typer.echo(f"{home.url}, engine {home.settings().engine}\n")
-    typer.echo(f"{'certificate of':<32} {'federation':<20} {'until':<10} {'days':>6}")
-    for row in rows:
-        typer.echo(f"{row['name']:<32} {row['federation']:<20} {row['until']:<10} {row['days_left']:>6}")
+    columns = {"certificate of": "<", "federation": "<", "until": "<", "days": ">"}
+    cells = ([row[name] for name in ("name", "federation", "until", "days_left")] for row in rows)
+    typer.echo("\n".join(text_table(columns, cells)))
 
 
 @app.command()

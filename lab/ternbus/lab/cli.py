@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from ternbus.broker.errors import ConfigError, FederationError
+from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.edge.learn.loader import load_task
 from ternbus.lab.experiment import experiment, session, table
 from ternbus.lab.experiment.experiment import Experiment
@@ -28,7 +29,6 @@ from ternbus.lab.virtual.training import Workers
 
 app = typer.Typer(no_args_is_help=True, help="A whole federation on this machine, and its report.")
 
-EXIT_FAILED: Final = 1
 EXAMPLE: Final = Path(__file__).with_name("example.toml")
 
 File = Annotated[

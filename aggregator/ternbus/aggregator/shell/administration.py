@@ -24,6 +24,7 @@ from ternbus.aggregator.store import control, membership
 from ternbus.aggregator.store.ledger import VECTORS, Ledger
 from ternbus.aggregator.store.recovery import recover
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.files import load_toml, read_key, write_key
 from ternbus.broker.protocol import merge_log
 from ternbus.broker.protocol.identity import Identity, check_device
 from ternbus.broker.protocol.invitation import Invitation
@@ -74,7 +75,7 @@ def create(
 
 def _fill(directory: Path, settings: Settings, schema: Schema, vector: npt.NDArray[np.float32]) -> None:
     identity = Identity.generate()
-    identity.save(directory / KEY)
+    write_key(directory / KEY, identity.seed)
     (directory / TOML).write_text(configuration.dumps(settings), encoding="utf-8")
     facts = {"federation": settings.federation, "schema": schema.encoded, "slots": settings.downlink.slots}
     ledger = Ledger.create(directory / LEDGER, facts)
@@ -125,7 +126,7 @@ def _move_into(partial: Path, directory: Path) -> None:
 def load_settings(directory: Path) -> Settings:
     if not (directory / LEDGER).exists():
         raise ConfigError(f"{directory} holds no aggregator; make one with: ternbus aggregator init {directory} …")
-    return configuration.load(directory / TOML)
+    return configuration.from_table(load_toml(directory / TOML), str(directory / TOML))
 
 
 def open_core(directory: Path, ledger: Ledger, software: str) -> Core:
@@ -136,7 +137,7 @@ def open_core(directory: Path, ledger: Ledger, software: str) -> Core:
             f"{directory / TOML} says federation {settings.federation!r}, the ledger {ledger.fact('federation')!r}: "
             "a federation cannot be renamed"
         )
-    return recover(ledger, settings, Identity.load(directory / KEY), software)
+    return recover(ledger, settings, Identity(read_key(directory / KEY)), software)
 
 
 def invite(
@@ -147,7 +148,7 @@ def invite(
     With TLS it carries the device's certificate: out of ``certificates``/DEVICE, or made by the broker's authority.
     It ends after ``expires_in_s``, or as aggregator.toml says.
     """
-    settings, identity = load_settings(directory), Identity.load(directory / KEY)
+    settings, identity = load_settings(directory), Identity(read_key(directory / KEY))
     now = time.time()
     expires_at = now + (settings.invitations.expire_after_s if expires_in_s is None else expires_in_s)
     expires = datetime.fromtimestamp(expires_at, UTC)

@@ -12,6 +12,7 @@ from ternbus.aggregator.shell import administration, quickstart
 from ternbus.aggregator.shell.arguments import AsJson, Dir
 from ternbus.aggregator.store import status as statuses
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.text_table import text_table
 from ternbus.broker.version import software
 
 UNITS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0}
@@ -89,11 +90,12 @@ def invitations(
     if as_json:
         typer.echo(json.dumps(found))
         return
-    typer.echo(f"{'device':<24} {'state':<8} {'made':<16} {'ends':<16} for")
+    rows = []
     for row in found:
         made, ends = (time.strftime("%Y-%m-%d %H:%M", time.localtime(row[name])) for name in ("made_at", "expires_at"))
         purpose = "a new device" if row["key_state"] is None else f"a new key ({row['key_state']} now)"
-        typer.echo(f"{row['device']:<24} {row['state']:<8} {made:<16} {ends:<16} {purpose}")
+        rows.append((row["device"], row["state"], made, ends, purpose))
+    typer.echo("\n".join(text_table(dict.fromkeys(("device", "state", "made", "ends", "for"), "<"), rows)))
 
 
 def revoke(

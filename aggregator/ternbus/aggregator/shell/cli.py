@@ -18,10 +18,12 @@ from ternbus.aggregator.shell.service import Service
 from ternbus.aggregator.store import control, device_metrics
 from ternbus.aggregator.store import status as statuses
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.exit_codes import EXIT_FAILED
+from ternbus.broker.files import read_password
+from ternbus.broker.model_files import load_safetensors, save_safetensors
 from ternbus.broker.protocol.endpoint import PORTS, is_loopback
-from ternbus.broker.protocol.identity import read_password
-from ternbus.broker.protocol.schema import load_safetensors, save_safetensors
 from ternbus.broker.server.running import Engine, RunningBroker
+from ternbus.broker.text_table import text_table
 from ternbus.broker.version import software
 
 app = typer.Typer(no_args_is_help=True, help="Run the server: accept updates, merge them, publish the model.")
@@ -148,7 +150,7 @@ def _serve(directory: Path, transport: TransportSettings | None = None, broker: 
     service.run()
     if broker is not None and ended:
         _say(f"{broker.software} ended by itself with code {ended[0]}; its last lines:\n{broker.last_lines()}")
-        raise typer.Exit(1)
+        raise typer.Exit(EXIT_FAILED)
     _say("stopped")
 
 
@@ -239,39 +241,44 @@ def _summary(found: dict[str, Any]) -> str:
     if invalid:
         lines.append("refused: " + ", ".join(f"{value} {name}" for name, value in invalid.items()))
     lines += [f"{name}: {value}" for name, value in device_metrics.sentences(found["local"])]
-    lines.append(_device_table(found["devices"]))
+    lines += ["", *_device_table(found["devices"])]
     return "\n".join([*lines, "", *_version_table(found["versions"][-10:], local=found["local"] is not None)])
 
 
 def _version_table(versions: list[dict[str, Any]], *, local: bool) -> list[str]:
     """The last columns are of the devices' own data, and of so many of them."""
-    heading = f"{'version':>8} {'updates':>8} {'staleness':>10} {'accuracy':>9}   {'time':<19}"
-    lines = [heading + (f" {'worst tenth':>12} {'median':>8} {'devices':>8}" if local else "").rstrip()]
+    columns = {"version": ">", "updates": ">", "staleness": ">", "accuracy": ">", "time": "<"}
+    if local:
+        columns |= {"worst tenth": ">", "median": ">", "devices": ">"}
+    rows = []
     for row in versions:
         accuracy = row["metrics"].get("accuracy")
-        shown = "" if accuracy is None else f"{accuracy:.4f}"
+        shown = None if accuracy is None else f"{accuracy:.4f}"
         moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["time"]))
-        staleness = f"{row['staleness_mean']:.2f}/{row['staleness_max']}"
-        line = f"{row['version']:>8} {row['updates']:>8} {staleness:>10} {shown:>9}   {moment}"
-        if (own := row["local"]) is not None:
-            among = own["accuracy"]
-            line += f" {among['worst_decile']:>12.4f} {among['median']:>8.4f} {own['devices']:>8}"
-        lines.append(line)
-    return lines
+        cells = [row["version"], row["updates"], f"{row['staleness_mean']:.2f}/{row['staleness_max']}", shown, moment]
+        if local:
+            own = row["local"]
+            among = [None, None] if own is None else [own["accuracy"][name] for name in ("worst_decile", "median")]
+            cells += [None if each is None else f"{each:.4f}" for each in among]
+            cells.append(None if own is None else own["devices"])
+        rows.append(cells)
+    return text_table(columns, rows)
 
 
-def _device_table(devices: dict[str, Any]) -> str:
-    lines = ["", f"{'device':<24} {'state':<10} {'updates':>8} {'base':>8} {'staleness':>10} {'kB':>9} {'last seq':>9}"]
+def _device_table(devices: dict[str, Any]) -> list[str]:
+    columns = {"device": "<", "state": "<", "updates": ">", "base": ">", "staleness": ">", "kB": ">", "last seq": ">"}
     private = any(row["epsilon"] is not None for row in devices.values())
-    lines[-1] += f" {'epsilon':>8}" if private else ""
+    if private:
+        columns["epsilon"] = ">"
+    rows = []
     for name, row in devices.items():
         state = row["state"] if row["key_state"] == "active" else row["key_state"]
-        base = "" if row["base"] is None else row["base"]
-        behind = "" if row["staleness"] is None else row["staleness"]
-        traffic = f"{row['bytes'] / 1000:>9.1f} {row['last_seq']:>9}"
-        traffic += "" if row["epsilon"] is None else f" {row['epsilon']:>8.3f}"
-        lines.append(f"{name:<24} {state:<10} {row['updates']:>8} {base:>8} {behind:>10} {traffic}")
-    return "\n".join(lines)
+        traffic = [f"{row['bytes'] / 1000:.1f}", row["last_seq"]]
+        cells = [name, state, row["updates"], row["base"], row["staleness"], *traffic]
+        if private:
+            cells.append(None if row["epsilon"] is None else f"{row['epsilon']:.3f}")
+        rows.append(cells)
+    return text_table(columns, rows)
 
 
 @app.command()
@@ -282,7 +289,7 @@ def devices(directory: Dir, as_json: AsJson = False) -> None:
     """
     _flush_counts(directory)
     found = statuses.read(directory)["devices"]
-    typer.echo(json.dumps(found) if as_json else _device_table(found).lstrip("\n"))
+    typer.echo(json.dumps(found) if as_json else "\n".join(_device_table(found)))
 
 
 @app.command()

@@ -1,6 +1,5 @@
 """The log of merges as it is kept and as it is handed out: read, checked against the ledger, written to a file."""
 
-import os
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from ternbus.aggregator.shell.administration import KEY, LEDGER
 from ternbus.aggregator.store.ledger import Ledger, unsigned
 from ternbus.broker.errors import ConfigError, ProtocolError
+from ternbus.broker.files import chunks, read_key, replacing
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.identity import Identity
@@ -20,16 +20,15 @@ Published = tuple[int, bytes | None]
 def verify(source: Path, public: bytes | None, head: Published | None) -> Audit:
     """Check a directory's log beside its ledger and its head, or a file that `export` wrote, by ``public`` alone."""
     if source.is_dir():
-        own = Identity.load(source / KEY).public if public is None else public
+        own = Identity(read_key(source / KEY)).public if public is None else public
         with closing(_open(source)) as ledger:
             return _verify_ledger(ledger, own, head)
     if public is None:
         raise ConfigError("a file is checked by the aggregator's public key: add --key HEX (it is in every invitation)")
     audit = Audit(public=public)
     try:
-        with source.open("rb") as file:
-            for signed in unpack_all(file):
-                audit.take(signed)
+        for signed in unpack_all(chunks(source)):
+            audit.take(signed)
     except ProtocolError as error:
         audit.faults.append(error.detail)
     audit.finish(head)
@@ -94,8 +93,7 @@ def entries(source: Path, version: int | None = None) -> Iterator[tuple[Entry, S
 
 def _signed(source: Path, version: int | None = None) -> Iterator[Signed]:
     if not source.is_dir():
-        with source.open("rb") as file:
-            yield from unpack_all(file)
+        yield from unpack_all(chunks(source))
         return
     with closing(_open(source)) as ledger:
         query = "SELECT entry FROM log WHERE ? IS NULL OR version = ? ORDER BY version"
@@ -105,10 +103,6 @@ def _signed(source: Path, version: int | None = None) -> Iterator[Signed]:
 
 def export(directory: Path, out: Path) -> None:
     """Write the log as it is now: entries one behind the other, so that a later export begins with this one."""
-    partial = out.with_name(out.name + ".partial")
-    with closing(_open(directory)) as ledger, partial.open("wb") as file:
+    with closing(_open(directory)) as ledger, replacing(out) as partial, partial.open("wb") as file:
         for (packed,) in ledger.db.execute("SELECT entry FROM log ORDER BY version"):
             file.write(packed)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(out)

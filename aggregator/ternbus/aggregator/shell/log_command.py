@@ -8,6 +8,7 @@ import typer
 
 from ternbus.aggregator.shell import log
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.protocol.merge_log import Audit, Contribution, Entry, Signed
 
 app = typer.Typer(
@@ -47,7 +48,7 @@ def verify(
     audit = log.verify(source, None if key is None else _hex(key, "--key"), None if head is None else _head(head))
     typer.echo(json.dumps(_facts(audit)) if as_json else _report(audit))
     if audit.faults:
-        raise typer.Exit(1)
+        raise typer.Exit(EXIT_FAILED)
 
 
 def _hex(text: str, option: str) -> bytes:
@@ -119,7 +120,7 @@ def show(
         whom = "" if device is None else f" of {device}"
         where = "" if number is None else f" in version {number}"
         typer.echo(f"the log has no entry{whom}{where}", err=True)
-        raise typer.Exit(1)
+        raise typer.Exit(EXIT_FAILED)
 
 
 def _row(entry: Entry, signed: Signed, updates: list[Contribution]) -> dict[str, object]:

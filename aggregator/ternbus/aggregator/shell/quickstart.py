@@ -10,10 +10,10 @@ from typing import Final
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.files import write_secret
+from ternbus.broker.model_files import load_safetensors
 from ternbus.broker.protocol.endpoint import Endpoint
-from ternbus.broker.protocol.identity import write_secret
 from ternbus.broker.protocol.invitation import Invitation
-from ternbus.broker.protocol.schema import load_safetensors
 from ternbus.broker.server import running
 
 BROKER: Final = "broker"

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Final
 
 from ternbus.aggregator.settings import Settings, TransportSettings
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.link.link import Link, LinkEvent, Tls
-from ternbus.broker.protocol.identity import AGGREGATOR, read_password, read_secret, write_secret
+from ternbus.broker.files import read_password, read_secret, write_secret
+from ternbus.broker.link.link import Link, LinkEvent
+from ternbus.broker.link.tls import CA, CERTIFICATE, TLS_KEY, Tls
+from ternbus.broker.protocol.identity import AGGREGATOR
 
 if TYPE_CHECKING:
     from ternbus.broker.server.directory import BrokerDirectory
 
-CA, CERTIFICATE, TLS_KEY = "ca.pem", "certificate.pem", "certificate.key"
 FILES: Final = (CA, CERTIFICATE, TLS_KEY)
 RECEIVE_MAXIMUM: Final = 256  # unacknowledged messages in flight to us: this bounds what waits in memory, too
 
@@ -58,7 +59,6 @@ def connect(
     """A link to the broker, not connected yet. ``transport`` goes before what the settings say."""
     access = transport or settings.transport
     _refresh(directory, settings)
-    ca, certificate, key = (directory / name if (directory / name).exists() else None for name in FILES)
     return Link(
         settings.broker,
         client_id=client_name(settings.federation),
@@ -67,7 +67,7 @@ def connect(
         receive_maximum=RECEIVE_MAXIMUM,
         username=access.username or client_name(settings.federation),
         password=read_password(directory / access.password_file) if access.password_file else None,
-        tls=Tls(ca=ca, certificate=certificate, key=key) if ca or certificate else None,
+        tls=Tls.in_folder(directory),
     )
 
 

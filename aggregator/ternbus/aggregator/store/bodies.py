@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from ternbus.broker import files
 from ternbus.broker.errors import ConfigError
 
 MEND: Final = "restore the directory from a backup (`ternbus aggregator export` still gives the model)"
@@ -88,11 +89,7 @@ class Bodies:
         # what a crash left behind without a row in the ledger stays where it is: nothing refers to it
         self._end = os.fstat(self._descriptor).st_size
         if new:
-            folder = os.open(self.folder, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            files.sync(self.folder)
 
     def _path(self, segment: int) -> Path:
         return self.folder / f"{segment}.bodies"

@@ -1,8 +1,6 @@
 """What a command asks of an aggregator: done by the running process if there is one, else done here."""
 
-import fcntl
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +10,11 @@ from typing import Final
 from ternbus.aggregator.core import events
 from ternbus.aggregator.store import membership, recovery
 from ternbus.aggregator.store.ledger import Ledger
+from ternbus.broker import files
 from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.broker.protocol.messages import CLOSED, OPEN, PAUSED
 
+LOCK: Final = "lock"
 POLL_S: Final = 0.02
 WAIT_S: Final = 20.0
 
@@ -47,36 +47,16 @@ def event(ledger: Ledger, what: str, argument: str, request: int = 0) -> events.
 @contextmanager
 def exclusive(directory: Path, *, patience_s: float = 0.0) -> Iterator[None]:
     """Be the one process that serves this directory; ConfigError where another still is after ``patience_s``."""
-    descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        deadline = time.monotonic() + patience_s
-        while not _lock(descriptor, fcntl.LOCK_EX):
-            if time.monotonic() >= deadline:
-                raise ConfigError(f"another process serves {directory}; stop it first")
-            time.sleep(POLL_S)
+    held = files.lock(directory / LOCK, patience_s=patience_s)
+    if held is None:
+        raise ConfigError(f"another process serves {directory}; stop it first")
+    with held:
         yield
-    finally:
-        os.close(descriptor)  # which releases the lock
-
-
-def _lock(descriptor: int, kind: int) -> bool:
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def is_running(directory: Path) -> bool:
     """Whether a process serves this directory now. It looks with a shared lock, which is why ``run`` has patience."""
-    try:
-        descriptor = os.open(directory / "lock", os.O_RDWR)
-    except FileNotFoundError:
-        return False  # none ever did
-    try:
-        return not _lock(descriptor, fcntl.LOCK_SH)
-    finally:
-        os.close(descriptor)
+    return files.is_locked(directory / LOCK)
 
 
 def ask(directory: Path, what: str, argument: str = "") -> None:

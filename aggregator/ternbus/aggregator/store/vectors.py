@@ -9,6 +9,7 @@ from typing import Final
 
 import numpy as np
 
+from ternbus.broker import files
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.schema import Vector, type_f32
 
@@ -37,11 +38,7 @@ class Vectors:
                 for first in range(0, len(content), PIECE):
                     os.write(descriptor, content[first : first + PIECE])
                     os.fdatasync(descriptor)
-        folder = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        files.sync(self.folder)
         return checksum
 
     def read(self, name: str, checksum: int) -> Vector:

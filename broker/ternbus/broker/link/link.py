@@ -9,6 +9,7 @@ from ternbus.broker.link.connection import MQTT_5, MQTT_311, Connection, Unsuppo
 from ternbus.broker.link.events import Arrived, Connected, Disconnected, LinkEvent, Published, Refused, Token
 from ternbus.broker.link.tls import Tls
 from ternbus.broker.protocol.endpoint import Endpoint, is_loopback
+from ternbus.broker.protocol.frame import FRAME_BYTES
 
 __all__ = [
     "Arrived", "Connected", "Disconnected", "Link", "LinkError", "LinkEvent", "Published", "Refused", "Tls", "Token",
@@ -37,7 +38,7 @@ class Link:
         *,
         client_id: str,
         deliver: Callable[[LinkEvent], None],
-        frame_bytes: int = 120 * 1024,
+        frame_bytes: int = FRAME_BYTES,
         receive_maximum: int = 64,
         keepalive_s: int = 30,
         username: str | None = None,

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Final
 
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.protocol.identity import check_secret
+from ternbus.broker.files import check_secret
 
+CA, CERTIFICATE, TLS_KEY = "ca.pem", "certificate.pem", "certificate.key"  # in a device's or aggregator's folder
 PROBE: Final = "Probe"  # no device's name: the certificate with which we see whether our broker answers
 
 
@@ -27,6 +28,14 @@ class Tls:
     ca: Path | None = None
     certificate: Path | None = None
     key: Path | None = None
+
+    @classmethod
+    def in_folder(cls, folder: Path) -> "Tls | None":
+        """What the folder of a device or an aggregator has of these files; None where there is nothing to use."""
+        ca, certificate, key = (
+            path if (path := folder / name).exists() else None for name in (CA, CERTIFICATE, TLS_KEY)
+        )
+        return cls(ca=ca, certificate=certificate, key=key) if ca or certificate else None
 
     def context(self) -> ssl.SSLContext:
         """The context for a client; ConfigError names what cannot be read."""

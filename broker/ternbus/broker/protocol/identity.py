@@ -1,12 +1,8 @@
-"""Who somebody is: names, Ed25519 keys, the files that keep secrets, and the proof that joins a device."""
+"""Who somebody is: names, Ed25519 keys, signatures, sealed boxes, and the proof that joins a device."""
 
-import os
 import re
-import shlex
-import stat
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from pathlib import Path
 from typing import NewType
 
 import nacl.exceptions
@@ -20,6 +16,7 @@ KeyId = NewType("KeyId", bytes)
 
 AGGREGATOR = "aggregator"
 FEDERATION_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}\Z")
+PUBLIC_KEY = re.compile(r"[0-9a-fA-F]{64}\Z")
 DEVICE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\Z")
 
 
@@ -31,6 +28,11 @@ def is_federation(name: str) -> bool:
 def is_device(name: str) -> bool:
     """Whether ``name`` may be a device's name; what begins with ``aggregator`` is taken."""
     return DEVICE_NAME.match(name) is not None and not name.startswith(AGGREGATOR)
+
+
+def is_public_key(text: str) -> bool:
+    """Whether ``text`` is an Ed25519 public key in 64 hex digits."""
+    return PUBLIC_KEY.match(text) is not None
 
 
 def check_federation(name: str) -> str:
@@ -74,20 +76,6 @@ class Identity:
     def generate(cls) -> "Identity":
         return cls(nacl.utils.random(32))
 
-    @classmethod
-    def load(cls, path: Path) -> "Identity":
-        """Read a key file (64 hex digits, mode 0600)."""
-        try:
-            seed = bytes.fromhex(read_secret(path).decode("ascii").strip())
-        except ValueError:
-            seed = b""
-        if len(seed) != 32:
-            raise ConfigError(f"{path} is not a key file (64 hex digits); restore it from a backup")
-        return cls(seed)
-
-    def save(self, path: Path) -> None:
-        write_secret(path, self.seed.hex().encode("ascii") + b"\n")
-
     def sign(self, message: bytes) -> bytes:
         """The 64-byte Ed25519 signature over ``message``."""
         return self._signing.sign(message).signature
@@ -118,52 +106,3 @@ def enroll_proof(code: str, federation: str, device: str, public_key: bytes) -> 
     """BLAKE2b-256, keyed with the invitation code, over what binds this key to this device of this federation."""
     parts = (b"ternbus/1 enroll", federation.encode(), device.encode(), public_key)
     return blake2b(b"\0".join(parts), digest_size=32, key=code.encode("utf-8")).digest()
-
-
-def write_secret(path: Path, secret: bytes) -> None:
-    """Write a file that only its owner can read, whole or not at all, and on stable storage when this returns."""
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(secret)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def is_exposed(path: Path) -> bool:
-    """Whether others on this machine can do anything with a file; OSError where there is none."""
-    return bool(stat.S_IMODE(path.stat().st_mode) & 0o077)
-
-
-def check_secret(path: Path) -> Path:
-    """Return the path of a secret; refuse one that others on this machine can read, with the command that mends it."""
-    try:
-        exposed = is_exposed(path)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    if exposed:
-        raise ConfigError(f"{path} holds a secret that other users can read; run: chmod 600 {shlex.quote(str(path))}")
-    return path
-
-
-def read_secret(path: Path) -> bytes:
-    """Read a secret that only its owner can read, else ConfigError."""
-    try:
-        return check_secret(path).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-
-
-def read_password(path: Path) -> str:
-    """The first line of a password file, mode 0600; ConfigError where there is none."""
-    password = read_secret(path).decode("utf-8", "replace").partition("\n")[0].rstrip("\r")
-    if not password:
-        raise ConfigError(f"{path} has no password in its first line")
-    return password

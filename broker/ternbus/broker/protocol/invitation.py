@@ -1,16 +1,14 @@
 """The invitation: the one TOML file that an operator hands to a device, and all that the device needs."""
 
-import json
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from ternbus.broker import toml
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.endpoint import Endpoint
-from ternbus.broker.protocol.identity import check_device, check_federation
+from ternbus.broker.protocol.identity import check_device, check_federation, is_public_key
 
 CODE_BYTES_MAX: Final = 64  # BLAKE2b's longest key
 
@@ -40,7 +38,7 @@ class Invitation:
         check_federation(self.federation)
         check_device(self.device)
         check_broker_url(self.broker)
-        if not re.fullmatch(r"[0-9a-fA-F]{64}", self.aggregator_key):
+        if not is_public_key(self.aggregator_key):
             raise ConfigError("the invitation's aggregator_key is not 64 hex digits; ask for a new invitation")
         if not 1 <= len(self.code.encode("utf-8", "surrogatepass")) <= CODE_BYTES_MAX:
             raise ConfigError(f"the invitation's code is not 1 to {CODE_BYTES_MAX} bytes; ask for a new invitation")
@@ -51,18 +49,20 @@ class Invitation:
 
     def dumps(self) -> str:
         """The TOML file's text."""
-        lines = ["# A Ternbus invitation: whoever holds this file can join as this device, once."]
+        heading = "A Ternbus invitation: whoever holds this file can join as this device, once."
         if self.expires is not None:
-            lines.append(f"# It ends on {self.expires.astimezone(UTC):%Y-%m-%d at %H:%M:%S} UTC.")
-        for entry in _entries():
-            value = getattr(self, entry)
-            if value is not None:
-                lines.append(f"{entry} = {json.dumps(value)}")  # a JSON string is a TOML basic string
-        return "\n".join(lines) + "\n"
+            heading += f"\nIt ends on {self.expires.astimezone(UTC):%Y-%m-%d at %H:%M:%S} UTC."
+        table = {entry: value for entry in _entries() if (value := getattr(self, entry)) is not None}
+        return toml.dumps(table, {(): heading})
 
     @classmethod
     def loads(cls, text: str, source: str = "the invitation") -> "Invitation":
-        table = toml.read(text, source)
+        """Read what ``dumps`` wrote; ConfigError, naming ``source``, for anything else."""
+        return cls.from_table(toml.loads(text, source), source)
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any], source: str = "the invitation") -> "Invitation":
+        """Check a table as TOML gives it."""
         unknown = sorted(set(table) - set(_entries()))
         if unknown:
             raise ConfigError(f"{source} has an unknown key {unknown[0]!r}; is it an invitation?")
@@ -72,16 +72,6 @@ class Invitation:
         if not all(isinstance(value, str) for value in table.values()):
             raise ConfigError(f"{source} has a value that is not a string; is it an invitation?")
         return cls(**table)
-
-    @classmethod
-    def load(cls, path: Path) -> "Invitation":
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{path} is not an invitation: not UTF-8 text") from error
-        return cls.loads(text, str(path))
 
 
 def _entries() -> list[str]:

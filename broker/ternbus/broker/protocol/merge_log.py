@@ -3,12 +3,11 @@
 Knows an entry's bytes, and what tampering a log as a whole shows; neither where logs are kept nor how they are made.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from io import BytesIO
 from itertools import pairwise
-from typing import Any, BinaryIO, Final, Self
+from typing import Any, Final, Self
 
 import msgpack
 
@@ -113,24 +112,26 @@ class Signed:
 
 def unpack(packed: bytes) -> Signed:
     """What ``pack`` gave; ProtocolError where it is nothing like it."""
-    entries = list(unpack_all(BytesIO(packed)))
+    entries = list(unpack_all([packed]))
     if len(entries) != 1:
         raise ProtocolError("bad-log", f"{len(entries)} entries in place of one")
     return entries[0]
 
 
-def unpack_all(file: BinaryIO) -> Iterator[Signed]:
-    """The entries of a log, packed one behind the other; ProtocolError from the first that is none."""
+def unpack_all(chunks: Iterable[bytes]) -> Iterator[Signed]:
+    """The entries of a log, packed one behind the other and cut anywhere; ProtocolError from the first that is none."""
     unpacker = msgpack.Unpacker(
-        file, max_buffer_size=ENTRY_BYTES_MAX, max_array_len=2, max_map_len=0, max_ext_len=0, max_str_len=0
+        max_buffer_size=ENTRY_BYTES_MAX, max_array_len=2, max_map_len=0, max_ext_len=0, max_str_len=0
     )
-    start = 0
+    start = size_bytes = 0
     try:
-        for found in unpacker:
-            yield _signed(found, start)
-            start = unpacker.tell()
-        file.seek(0, 2)
-        if file.tell() != start:
+        for chunk in chunks:
+            unpacker.feed(chunk)
+            size_bytes += len(chunk)
+            for found in unpacker:
+                yield _signed(found, start)
+                start = unpacker.tell()
+        if size_bytes != start:
             raise ProtocolError("bad-log", f"it ends in the middle of the entry that begins at byte {start}")
     except (msgpack.UnpackException, ValueError, TypeError, RecursionError) as error:
         raise ProtocolError("bad-log", f"no entry at byte {start}, and what follows it cannot be told") from error

@@ -1,20 +1,19 @@
 """A broker's directory as `broker init` makes it: what it is called, its authority, and what that has signed."""
 
-import json
-import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from ternbus.broker import toml
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.files import load_toml, read_secret, replacing, write_secret
 from ternbus.broker.link.tls import PROBE, ServerTls, Tls
 from ternbus.broker.protocol.endpoint import Endpoint, is_loopback
-from ternbus.broker.protocol.identity import AGGREGATOR, check_device, check_federation, read_secret, write_secret
+from ternbus.broker.protocol.identity import AGGREGATOR, check_device, check_federation
 from ternbus.broker.server import certificates, mosquitto
 from ternbus.broker.server.certificates import Authority, Named, Pair
 from ternbus.broker.server.running import ACCESS, HOME, Engine, Secured, is_home, reserve
@@ -44,9 +43,9 @@ class Settings:
             raise ConfigError(f"port {self.port} is none: use 1 to 65535")
 
     @classmethod
-    def loads(cls, text: str, source: str) -> Self:
+    def from_table(cls, table: dict[str, Any], source: str) -> Self:
+        """Check a table as TOML gives it; ConfigError names ``source``."""
         try:
-            table = toml.read(text, source)
             names, listen, port, engine = (table.pop(key) for key in ("names", "listen", "port", "engine"))
             if not isinstance(names, list) or not isinstance(port, int) or table:
                 raise TypeError("names must be a list, port a number, and nothing else be there")  # noqa: TRY301
@@ -55,13 +54,13 @@ class Settings:
             raise ConfigError(f"{source} cannot be read: {error}") from error
 
     def dumps(self) -> str:
-        return (
-            "# A Ternbus broker. After a change of names: ternbus broker renew DIR\n"
-            f"names = {json.dumps(self.names)}  # how devices reach it; the first is in invitations\n"
-            f"listen = {json.dumps(self.listen)}\n"
-            f"port = {self.port}\n"
-            f"engine = {json.dumps(self.engine)}  # auto, mosquitto or nats\n"
-        )
+        """The TOML file's text."""
+        comments = {
+            (): "A Ternbus broker. After a change of names: ternbus broker renew DIR",
+            ("names",): "how devices reach it; the first is in invitations",
+            ("engine",): "auto, mosquitto or nats",
+        }
+        return toml.dumps(asdict(self), comments)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,10 +109,7 @@ class BrokerDirectory:
                 f"{self.folder} holds no broker with TLS; make one with: ternbus broker init {self.folder}"
             )
         path = self.folder / HOME
-        try:
-            return Settings.loads(path.read_text(encoding="utf-8"), str(path))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read {path}: {error}") from error
+        return Settings.from_table(load_toml(path), str(path))
 
     @property
     def url(self) -> str:
@@ -217,9 +213,8 @@ class BrokerDirectory:
 
 
 def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with replacing(path, concurrent=True) as partial:  # several aggregators may invite at once
+        partial.write_text(text, encoding="utf-8")
 
 
 def _listen_for(names: Sequence[str]) -> str:

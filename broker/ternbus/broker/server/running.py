@@ -1,7 +1,6 @@
 """A broker that runs as a child process: chosen, configured, started, asked whether it answers, ended."""
 
 import errno
-import fcntl
 import os
 import signal
 import socket
@@ -17,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final, Self, TypeVar
 
+from ternbus.broker import files
 from ternbus.broker.errors import ConfigError, LinkError
 from ternbus.broker.link.tls import PROBE, ServerTls, Tls
 from ternbus.broker.protocol.endpoint import WILDCARDS, Endpoint
@@ -196,22 +196,12 @@ def _occupy(directory: Path) -> IO[bytes]:
     """Lock the directory. The broker inherits the lock: it holds until the broker itself has ended."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / "lock").open("wb")
+        lock = files.lock(directory / "lock", patience_s=FREED_WITHIN_S)
     except OSError as error:
         raise ConfigError(f"cannot keep a broker's data in {directory}: {error.strerror}") from error
-    deadline = time.monotonic() + FREED_WITHIN_S
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                lock.close()
-                raise ConfigError(
-                    f"another broker is at work in {directory}: stop it or choose another --dir"
-                ) from None
-            time.sleep(LOOK_EVERY_S)
-        else:
-            return lock
+    if lock is None:
+        raise ConfigError(f"another broker is at work in {directory}: stop it or choose another --dir")
+    return lock
 
 
 def reserve(host: str, port: int) -> int:

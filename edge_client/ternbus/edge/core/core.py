@@ -32,10 +32,11 @@ enrollment, where a training begins or ends, and at the end; with the role "join
 
 from collections import Counter
 from dataclasses import replace
-from typing import Final, assert_never
+from typing import assert_never
 
 from ternbus.broker.backoff import Reconnect
 from ternbus.broker.errors import ProtocolError
+from ternbus.broker.exit_codes import EXIT_BUDGET, EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_REFUSED
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.messages import OPEN, Grant, Head, Receipt, Status
@@ -57,13 +58,6 @@ from ternbus.edge.core.state import State
 from ternbus.edge.core.training_policy import TrainingPolicy, budget_spent, describe
 from ternbus.edge.core.uplink import Uplink
 from ternbus.edge.core.wait_timer import WaitTimer
-
-EXIT_DONE: Final = 0
-EXIT_TIMEOUT: Final = 1
-EXIT_INTERRUPTED: Final = 1
-EXIT_CONFIG: Final = 2
-EXIT_REFUSED: Final = 3
-EXIT_BUDGET: Final = 4
 
 
 class Core:
@@ -160,7 +154,7 @@ class Core:
                 return self._evaluated(*self.fine_tuning.finished(event))
             case events.StopRequested():
                 unfinished = self.profile.role == "join"  # to be repeated
-                return self._stop(EXIT_INTERRUPTED if unfinished else EXIT_DONE, event.reason)
+                return self._stop(EXIT_FAILED if unfinished else EXIT_DONE, event.reason)
             case _:
                 assert_never(event)
 
@@ -386,7 +380,7 @@ class Core:
         awaited = self._wait_timer.awaited
         if self._wait_timer.timed_out(now):
             waited_s = self._wait_timer.waited_s(now)
-            return self._stop(EXIT_TIMEOUT, f"gave up after waiting {waited_s:.0f} s for {awaited}")
+            return self._stop(EXIT_FAILED, f"gave up after waiting {waited_s:.0f} s for {awaited}")
         if self._wait_timer.report_due(now):
             return [Log(event="waiting", text=f"waiting for {awaited}", fields={"for": awaited})]
         return []

@@ -3,51 +3,16 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from ternbus.broker.errors import ProtocolError
-from ternbus.edge.plan.schedule import SCHEDULES, share
+from ternbus.broker.protocol import plan_keys
+from ternbus.edge.plan.schedule import share
 
-CODECS = ("ternary", "float32")
-NO_DP = "none"
-
-# What a plan's numbers may be: (whole number?, least, most). Whatever is outside is a mistake, not a plan.
-_NUMBERS: Mapping[str, tuple[bool, float, float]] = {
-    "local_epochs": (False, 0.0, 1e4),
-    "local_steps": (True, 1, 1e9),
-    "batch_size": (True, 1, 1e6),
-    "learning_rate": (False, 0.0, 1e3),
-    "momentum": (False, 0.0, 1.0),
-    "weight_decay": (False, 0.0, 1e3),
-    "proximal_mu": (False, 0.0, 1e6),
-    "clip_sigma": (False, 0.0, 1e6),
-    "seed": (True, -(2**63), 2**64 - 1),
-    "local_seconds": (False, 0.0, 1e7),
-    "beta1": (False, 0.0, 1 - 1e-9),
-    "beta2": (False, 0.0, 1 - 1e-9),
-    "warmup_versions": (True, 0, 1e9),
-    "schedule_versions": (True, 0, 1e9),
-    "final_rate": (False, 0.0, 1.0),
-    "statistics_rate": (False, 0.0, 1.0),
-    "dp_clip": (False, 0.0, 1e6),
-    "dp_noise": (False, 0.0, 1e6),
-    "dp_epsilon": (False, 0.0, 1e6),
-    "dp_delta": (False, 1e-30, 0.1),
-    "participation": (False, 1e-6, 1.0),
-    "turn_s": (False, 1e-3, 1e7),
-}
-_OPTIONAL = ("local_steps", "local_seconds")
-_CHOICES: Mapping[str, tuple[str, ...]] = {
-    "codec": CODECS,
-    "optimizer": ("sgd", "adam", "adamw"),
-    "schedule": SCHEDULES,
-    "precision": ("float32", "bfloat16", "auto"),
-    "memory_format": ("contiguous", "channels-last", "auto"),
-    "dp": (NO_DP, "device", "sample"),
-}
-_SWITCHES = ("seal", "error_feedback")
+NO_DP: Final = plan_keys.NO_DP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,34 +64,22 @@ class Plan:
     extra: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        numbers = (self.local_epochs, self.local_steps, self.batch_size, self.learning_rate, self.momentum,
-                   self.weight_decay, self.proximal_mu, self.clip_sigma, self.seed, self.local_seconds,
-                   self.beta1, self.beta2, self.warmup_versions, self.schedule_versions, self.final_rate,
-                   self.statistics_rate, self.dp_clip, self.dp_noise, self.dp_epsilon, self.dp_delta,
-                   self.participation, self.turn_s)  # fmt: skip
-        for name, value in zip(_NUMBERS, numbers, strict=True):
-            if not (name in _OPTIONAL and value is None):
-                _check_number(name, value)
-        choices = (self.codec, self.optimizer, self.schedule, self.precision, self.memory_format, self.dp)
-        for name, choice in zip(_CHOICES, choices, strict=True):
-            if choice not in _CHOICES[name]:
-                raise ProtocolError("bad-plan", f"{name} is {choice!r}, not one of {', '.join(_CHOICES[name])}")
+        for name, key in plan_keys.KEYS.items():
+            value = getattr(self, name)
+            if fault := key.fault(value):
+                raise ProtocolError("bad-plan", f"{name} is {value!r}, {fault}")
         if self.schedule != "constant" and self.schedule_versions <= self.warmup_versions:
             raise ProtocolError(
                 "bad-plan", f"schedule_versions is {self.schedule_versions}: {self.schedule} must end after the warm-up"
             )
         if self.dp != NO_DP and not (self.dp_clip and self.dp_noise and self.dp_epsilon):
             raise ProtocolError("bad-plan", f"dp is {self.dp!r}: dp_clip, dp_noise and dp_epsilon must be above 0")
-        for name, switch in zip(_SWITCHES, (self.seal, self.error_feedback), strict=True):
-            if not isinstance(switch, bool):
-                raise ProtocolError("bad-plan", f"{name} is {switch!r}, not true or false")
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, object]) -> "Plan":
         """The plan in a head's `plan`, or in a task's `default_plan`. Raises `ProtocolError` on nonsense."""
-        known = {*_CHOICES, *_NUMBERS, *_SWITCHES}
-        extra = {name: value for name, value in meta.items() if name not in known}
-        given = {name: value for name, value in meta.items() if name in known}
+        extra = {name: value for name, value in meta.items() if name not in plan_keys.KEYS}
+        given = {name: value for name, value in meta.items() if name in plan_keys.KEYS}
         return cls(**given, extra=extra)  # type: ignore[arg-type]  # __post_init__ checks every one
 
     def steps(self, samples: int) -> int:
@@ -163,12 +116,3 @@ class Plan:
                 order = np.concatenate([order, rng.permutation(samples)])
             yield order[:size]
             order = order[size:]
-
-
-def _check_number(name: str, value: object) -> None:
-    whole, least, most = _NUMBERS[name]
-    kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        raise ProtocolError("bad-plan", f"{name} is {value!r}, not a {'whole ' if whole else ''}number")
-    if not (math.isfinite(value) and least <= value <= most):
-        raise ProtocolError("bad-plan", f"{name} is {value!r}, not within {least:g} and {most:g}")

@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Final
 
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol import plan_keys
 from ternbus.edge.plan.plan import Plan
 
-DEVICE: Final = "device"
-SAMPLE: Final = "sample"
+DEVICE: Final = plan_keys.DEVICE
+SAMPLE: Final = plan_keys.SAMPLE
 TOLD: Final = ("epsilon", "delta")  # the metrics of an update that tell nothing of what is protected
 
 

@@ -2,7 +2,6 @@
 
 import math
 
-SCHEDULES = ("constant", "linear", "cosine")
 TURNS = 1_000_000  # versions in which every whole number of turns can be had
 RESTORED = 2**32  # an aggregator restored from an older copy adds this to its version
 

@@ -7,14 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.exit_codes import EXIT_CONFIG, EXIT_DONE, EXIT_REFUSED
+from ternbus.broker.files import read_password
 from ternbus.broker.link.link import Link, LinkEvent
 from ternbus.broker.protocol import topics
-from ternbus.broker.protocol.identity import Identity, read_password, seal
+from ternbus.broker.protocol.identity import Identity, seal
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.messages import Status
 from ternbus.broker.version import software
 from ternbus.edge.core.actions import Stop
-from ternbus.edge.core.core import EXIT_CONFIG, EXIT_DONE, EXIT_REFUSED, Core
+from ternbus.edge.core.core import Core
 from ternbus.edge.core.follower import InitialModel
 from ternbus.edge.core.profile import Profile, Role, subscriptions
 from ternbus.edge.learn.loader import load_task

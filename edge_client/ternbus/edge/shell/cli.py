@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 from ternbus.broker.errors import ConfigError, LinkError
+from ternbus.broker.exit_codes import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED
+from ternbus.broker.files import is_exposed, load_toml
+from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
-from ternbus.broker.protocol.identity import is_exposed
 from ternbus.broker.protocol.invitation import Invitation
-from ternbus.broker.protocol.schema import save_safetensors
-from ternbus.edge.core.core import EXIT_DONE
 from ternbus.edge.learn import accountant
 from ternbus.edge.learn.loader import BUILT_IN_TASKS, load_task
 from ternbus.edge.learn.partition import FORMS, Partition
@@ -163,7 +163,7 @@ def _check_run(then_run: bool, others: bool) -> None:
 
 
 def _load(path: Path) -> Invitation:
-    invitation = Invitation.load(path)
+    invitation = Invitation.from_table(load_toml(path), str(path))
     if is_exposed(path):
         typer.echo(f"ternbus: others on this machine can read {path}, a secret: chmod 600 {path}", err=True)
     return invitation
@@ -253,7 +253,7 @@ def check(
     else:
         for line in report.lines():
             typer.echo(line)
-    raise typer.Exit(2 if report.problems else 0)
+    raise typer.Exit(EXIT_CONFIG if report.problems else EXIT_DONE)
 
 
 @app.command()
@@ -343,7 +343,7 @@ def verify(
     found = log_check.check(log, settings, outbox.summary(directory).kept, outbox.answers(directory))
     typer.echo(json.dumps(found.facts()) if as_json else found.report(settings.device))
     if found.faults:
-        raise typer.Exit(1)
+        raise typer.Exit(EXIT_FAILED)
 
 
 @app.command()

@@ -1,20 +1,18 @@
 """A device's folder: its key, edge.toml, and who holds it; made by `join`, emptied by `leave`."""
 
-import fcntl
-import json
-import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from ternbus.broker import toml
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.link.link import Tls
+from ternbus.broker.files import check_secret, load_toml, lock, read_key, write_key, write_secret
+from ternbus.broker.link.tls import CA, CERTIFICATE, TLS_KEY, Tls
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
-from ternbus.broker.protocol.identity import Identity, check_device, check_federation, read_secret, write_secret
+from ternbus.broker.protocol.identity import Identity, check_device, check_federation, is_public_key
 from ternbus.broker.protocol.invitation import Invitation, check_broker_url
 from ternbus.edge.learn.partition import Partition
 from ternbus.edge.learn.subnetwork import check_width
@@ -25,7 +23,6 @@ KEY: Final = "device.key"
 TOML: Final = "edge.toml"
 LOCK: Final = "lock"
 BESIDE: Final = "renewal"  # where a new key is enrolled
-CA, CERTIFICATE, TLS_KEY = "ca.pem", "certificate.pem", "certificate.key"
 
 
 def check_frame_bytes(text: str) -> None:
@@ -100,8 +97,8 @@ class Settings:
         return Path(self.password_file) if self.password_file else None
 
     @classmethod
-    def loads(cls, text: str, source: str) -> Self:
-        table = toml.read(text, source)
+    def from_table(cls, table: Mapping[str, Any], source: str) -> Self:
+        """Check a table as TOML gives it; ConfigError names ``source`` and the key."""
         known = {entry.name for entry in fields(cls)}
         wrong = [name for name, value in table.items() if name not in known or not isinstance(value, str)]
         if wrong:
@@ -110,18 +107,14 @@ class Settings:
         if missing:
             raise ConfigError(f"{source} lacks {min(missing)!r}; run `ternbus edge join` again")
         settings = cls(**table)
-        try:
-            long_enough = len(bytes.fromhex(settings.aggregator_key)) == 32
-        except ValueError:
-            long_enough = False
-        if not long_enough:
+        if not is_public_key(settings.aggregator_key):
             raise ConfigError(f"{source}: aggregator_key is not 64 hex digits; copy it from the invitation")
         return settings
 
     def dumps(self) -> str:
-        lines = ["# A Ternbus device. What it keeps is in outbox.db, its key in device.key."]
-        lines += [f"{name} = {json.dumps(value)}" for name, value in asdict(self).items() if value]
-        return "\n".join(lines) + "\n"
+        """The TOML file's text."""
+        about = "A Ternbus device. What it keeps is in outbox.db, its key in device.key."
+        return toml.dumps({name: value for name, value in asdict(self).items() if value}, {(): about})
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +144,7 @@ class DeviceDirectory:
             raise ConfigError(
                 f"{self.folder} has not joined a federation: run `ternbus edge join INVITATION {self.folder}`"
             )
-        return Settings.loads(read_secret(path).decode("utf-8", "replace"), str(path))
+        return Settings.from_table(load_toml(check_secret(path)), str(path))
 
     def joined(self) -> Settings:
         """The settings of a device whose `join` came to its end."""
@@ -169,11 +162,10 @@ class DeviceDirectory:
         return same and not settings.code
 
     def identity(self) -> Identity:
-        return Identity.load(self.folder / KEY)
+        return Identity(read_key(self.folder / KEY))
 
     def tls(self) -> Tls | None:
-        ca, certificate, key = (self._present(name) for name in (CA, CERTIFICATE, TLS_KEY))
-        return Tls(ca=ca, certificate=certificate, key=key) if ca or certificate else None
+        return Tls.in_folder(self.folder)
 
     def prepare(
         self,
@@ -223,7 +215,7 @@ class DeviceDirectory:
             code=invitation.code,
         )
         if before not in {None, invitation.code} or not (self.folder / KEY).exists():
-            Identity.generate().save(self.folder / KEY)
+            write_key(self.folder / KEY, Identity.generate().seed)
         for name, pem in ((CA, invitation.ca), (CERTIFICATE, invitation.certificate), (TLS_KEY, invitation.key)):
             if pem is not None:
                 write_secret(self.folder / name, pem.encode())
@@ -237,18 +229,13 @@ class DeviceDirectory:
     def held(self) -> Iterator[None]:
         """One process at a time: two would use each other's sequence numbers."""
         try:
-            descriptor = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            held = lock(self.folder / LOCK)
         except OSError as error:
             raise ConfigError(f"cannot use {self.folder}: {error.strerror}") from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(descriptor)
-            raise ConfigError(f"another `ternbus edge` runs in {self.folder}; stop it first") from error
-        try:
+        if held is None:
+            raise ConfigError(f"another `ternbus edge` runs in {self.folder}; stop it first")
+        with held:
             yield
-        finally:
-            os.close(descriptor)
 
     def erase(self) -> None:
         """Remove key, settings and store, and the folder if nothing else is in it."""
@@ -259,7 +246,3 @@ class DeviceDirectory:
             (self.folder / name).unlink(missing_ok=True)
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
-
-    def _present(self, name: str) -> Path | None:
-        path = self.folder / name
-        return path if path.exists() else None

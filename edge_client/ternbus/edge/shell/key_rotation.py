@@ -10,13 +10,15 @@ from dataclasses import replace
 from typing import Final
 
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.protocol.identity import Identity, read_secret, seal, write_secret
+from ternbus.broker.files import read_secret, write_secret
+from ternbus.broker.link.tls import CA, CERTIFICATE, TLS_KEY
+from ternbus.broker.protocol.identity import Identity, seal
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.edge.core.pending_state import PendingState
 from ternbus.edge.core.profile import Profile
 from ternbus.edge.core.state import State
 from ternbus.edge.core.uplink import Uplink
-from ternbus.edge.shell.directory import CA, CERTIFICATE, KEY, TLS_KEY, DeviceDirectory, Settings
+from ternbus.edge.shell.directory import KEY, DeviceDirectory, Settings
 from ternbus.edge.shell.outbox import Outbox
 
 FILES: Final = (CA, CERTIFICATE, TLS_KEY, KEY)  # the key last: with it the device is the new one

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from ternbus.broker.errors import ProtocolError
+from ternbus.broker.files import chunks
 from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.merge_log import Audit, Contribution, Entry, unpack_all
 from ternbus.edge.core.state import AnsweredUpdate, State
@@ -87,12 +88,11 @@ def check(log: Path, settings: Settings, state: State, answers: Sequence[Answere
     places: _Places = defaultdict(list)
     newest_merge = -1
     try:
-        with log.open("rb") as file:
-            for signed in unpack_all(file):
-                entry = audit.take(signed)
-                if entry is not None and entry.updates:
-                    newest_merge = max(newest_merge, entry.version)
-                    _collect(entry, settings.device, places)
+        for signed in unpack_all(chunks(log)):
+            entry = audit.take(signed)
+            if entry is not None and entry.updates:
+                newest_merge = max(newest_merge, entry.version)
+                _collect(entry, settings.device, places)
     except ProtocolError as error:
         audit.faults.append(error.detail)
     faults = audit.finish((state.head_version, state.head_digest or None))

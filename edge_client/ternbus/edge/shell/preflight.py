@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 
 from ternbus.broker.errors import FederationError, ProtocolError
-from ternbus.broker.protocol.frame import FRAME_BYTES
+from ternbus.broker.protocol.frame import FRAME_BYTES, PARTS_MAX
 from ternbus.broker.protocol.messages import SAMPLES_MAX
 from ternbus.broker.protocol.schema import Schema, to_tensors, to_vector
 from ternbus.broker.protocol.ternary import CODECS
@@ -26,7 +26,6 @@ from ternbus.edge.learn.task import Evaluation, Task, Trained, Trainer
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import Tensors
 
-PARTS_MAX = 65_535
 LARGE_PARTS = 1000
 Result = TypeVar("Result")
 

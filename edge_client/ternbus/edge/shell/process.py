@@ -13,15 +13,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from ternbus.broker.errors import ConfigError, LinkError
+from ternbus.broker.exit_codes import EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED
 from ternbus.edge.core.profile import Role
 from ternbus.edge.shell import agent
 from ternbus.edge.shell.agent import Options
 from ternbus.edge.shell.directory import DeviceDirectory
 from ternbus.edge.shell.printer import Printer
-
-EXIT_FAILED = 1
-EXIT_CONFIG = 2
-EXIT_INTERRUPTED = 130
 
 
 def become(home: DeviceDirectory, role: Role, options: Options, *, as_json: bool) -> int:

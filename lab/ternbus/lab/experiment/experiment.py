@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from ternbus.broker import toml
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.files import load_toml
 from ternbus.lab.experiment.goals import Goal
 from ternbus.lab.experiment.grid import BESIDE, Grid, ScenarioTable
 from ternbus.lab.experiment.measures import MEASURES
@@ -80,13 +80,7 @@ def load(name: str) -> Experiment:
         if name not in names():
             raise ConfigError(_unknown(name))
         path = FOLDER / f"{name}.toml"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from error
-    table = toml.read(text, str(path))
+    table = load_toml(path)
     try:
         return parse(path.stem, table)
     except ConfigError as error:

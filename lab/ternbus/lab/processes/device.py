@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.files import load_toml
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.edge.learn.loader import load_task
 from ternbus.edge.shell import agent
@@ -43,7 +44,7 @@ def _join(given: argparse.Namespace) -> None:
     printer = Printer(as_json=False)
     model = load_task(given.task)
     settings = home.prepare(
-        Invitation.load(given.invitation),
+        Invitation.from_table(load_toml(given.invitation), str(given.invitation)),
         task=given.task,
         data=given.data,
         partition=given.partition,

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.protocol.schema import save_safetensors
+from ternbus.broker.model_files import save_safetensors
 from ternbus.edge.learn.loader import load_task
 
 

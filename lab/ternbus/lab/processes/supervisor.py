@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from ternbus.broker.errors import FederationError
-from ternbus.edge.core.core import EXIT_BUDGET
+from ternbus.broker.exit_codes import EXIT_BUDGET, EXIT_DONE
 from ternbus.lab.processes.child import Child, stop
 
 RESTART_AFTER_S: Final = 1.0
@@ -82,7 +82,7 @@ class Supervisor:
         self.stop(list(self._children), grace_s=grace_s)
 
     def _may_have(self, name: str, code: int) -> bool:
-        return code == EXIT_BUDGET or (code == 0 and name in self._may_end)
+        return code == EXIT_BUDGET or (code == EXIT_DONE and name in self._may_end)
 
     def _start_if_due(self, child: Child, now: float) -> None:
         if now >= self._start_again[child.name]:

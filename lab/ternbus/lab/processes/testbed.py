@@ -9,8 +9,8 @@ from typing import Any, Final, Self
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import control, status
 from ternbus.broker.errors import FederationError
-from ternbus.broker.protocol.identity import write_secret
-from ternbus.broker.protocol.schema import load_safetensors, save_safetensors
+from ternbus.broker.files import write_secret
+from ternbus.broker.model_files import load_safetensors, save_safetensors
 from ternbus.edge.shell import outbox
 from ternbus.lab.interrupts import Interrupts
 from ternbus.lab.processes import fleet

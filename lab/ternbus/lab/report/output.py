@@ -1,6 +1,5 @@
 """The folder that a lab run writes: where each thing is in it, and what of it a later run may replace."""
 
-import fcntl
 import json
 import re
 import shutil
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.files import lock
 
 MARKER: Final = ".ternbus-lab.json"
 ENTRIES: Final = (
@@ -21,7 +21,7 @@ _NAME: Final = re.compile(r"[a-z][a-z0-9.-]*")
 class Output:
     """A folder that this run has to itself; every attribute is a path in it."""
 
-    def __init__(self, folder: Path, lock: IO[str]) -> None:
+    def __init__(self, folder: Path, lock: IO[bytes]) -> None:
         self.folder = folder
         self._lock = lock  # held as long as it is open
         self.aggregator = folder / "aggregator"
@@ -58,36 +58,34 @@ def claim(folder: Path) -> Output:
         marker = folder / MARKER
         if not marker.exists() and any(folder.iterdir()):
             raise ConfigError(f"{folder} is not empty and no lab run wrote it: give another folder with --out")
-        lock = marker.open("a+", encoding="utf-8")
+        held = lock(marker)
     except OSError as error:
         raise ConfigError(f"cannot write to {folder}: {error.strerror}; give another folder with --out") from error
+    if held is None:
+        raise ConfigError(f"another lab run is using {folder}: give another folder with --out")
     try:
-        _take(folder, lock)
+        _take(folder, held)
     except BaseException:
-        lock.close()
+        held.close()
         raise
-    return Output(folder.resolve(), lock)
+    return Output(folder.resolve(), held)
 
 
-def _take(folder: Path, lock: IO[str]) -> None:
+def _take(folder: Path, marker: IO[bytes]) -> None:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ConfigError(f"another lab run is using {folder}: give another folder with --out") from error
-    lock.seek(0)
-    try:
-        _remove(folder, _written(lock.read()))
+        _remove(folder, _written(marker.read()))
     except OSError as error:
         raise ConfigError(f"cannot replace {error.filename}: {error.strerror}; give another with --out") from error
     for name in ENTRIES:
         if (folder / name).exists():
             raise ConfigError(f"no lab run wrote {folder / name}: move it away or give another folder with --out")
-    lock.truncate(0)  # before anything else is written, so that a run that is cut off can be replaced too
-    lock.write(json.dumps({"wrote": ENTRIES}) + "\n")
-    lock.flush()
+    marker.seek(0)
+    marker.truncate()  # before anything else is written, so that a run that is cut off can be replaced too
+    marker.write(json.dumps({"wrote": ENTRIES}).encode() + b"\n")
+    marker.flush()
 
 
-def _written(text: str) -> list[str]:
+def _written(text: bytes) -> list[str]:
     """The names in a marker; those that point out of the folder are not believed."""
     if not text:
         return []

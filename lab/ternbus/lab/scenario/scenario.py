@@ -14,6 +14,7 @@ from typing import Final
 from ternbus.aggregator.settings import from_table, with_overrides
 from ternbus.broker import toml
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.files import load_toml
 from ternbus.broker.protocol.invitation import check_broker_url
 from ternbus.edge.learn.partition import LARGEST_SHARE, Partition
 from ternbus.edge.learn.subnetwork import check_width
@@ -254,18 +255,15 @@ class Scenario:
 
 def load(path: Path) -> Scenario:
     """The scenario in a TOML file. Raises `ConfigError`, which names the file and the key."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from error
-    return loads(text, str(path))
+    return _named(load_toml(path), str(path))
 
 
 def loads(text: str, source: str) -> Scenario:
     """The scenario in a TOML file's text; `source` is what errors call it."""
-    table = toml.read(text, source)
+    return _named(toml.loads(text, source), source)
+
+
+def _named(table: Mapping[str, object], source: str) -> Scenario:
     try:
         return parse(table)
     except ConfigError as error:

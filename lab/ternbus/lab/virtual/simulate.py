@@ -15,10 +15,11 @@ from ternbus.aggregator.core import records
 from ternbus.aggregator.store import ledger as durable
 from ternbus.aggregator.store import status
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.exit_codes import EXIT_CONFIG
+from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.protocol.messages import Metrics
-from ternbus.broker.protocol.schema import Schema, Vector, save_safetensors, to_tensors
+from ternbus.broker.protocol.schema import Schema, Vector, to_tensors
 from ternbus.edge.core.actions import Stop
-from ternbus.edge.core.core import EXIT_CONFIG
 from ternbus.edge.learn.task import Evaluation, Task
 from ternbus.lab.report import report
 from ternbus.lab.report.observation import Observation
