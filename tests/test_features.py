@@ -124,7 +124,8 @@ class Block(nn.Module):
         self._bn1 = nn.BatchNorm2d(8)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self._bn1(self._depthwise_conv(torch.relu(self._bn0(self._expand_conv(images)))))
+        outputs: torch.Tensor = self._bn1(self._depthwise_conv(torch.relu(self._bn0(self._expand_conv(images)))))
+        return outputs
 
 
 def test_folding_batch_norm_changes_nothing() -> None:

@@ -174,7 +174,7 @@ def test_unknown_keys_are_ignored_in_header_and_meta() -> None:
 
 
 def test_eight_levels_of_nesting_and_no_more() -> None:
-    eight = {"deep": [[[[[[]]]]]]}  # the header is the first level, meta the second
+    eight: dict[str, Any] = {"deep": [[[[[[]]]]]]}  # the header is the first level, meta the second
     assert parse(seal(msgpack.packb(header(meta=eight)))).meta == eight
     assert reason(seal(msgpack.packb(header(meta={"deep": [eight["deep"]]})))) == "bad-header"
     assert reason(seal(b"\x91" * 10_000)) == "bad-header"

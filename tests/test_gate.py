@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -122,12 +123,12 @@ def test_what_was_read_ahead_is_what_is_merged_and_the_body_as_it_came_is_what_i
         {"block": b"", "metrics": {"loss": float("nan")}},
     ],
 )
-def test_what_is_wrong_with_an_update_is_left_for_the_core_to_find(make: Make, wrong: dict[str, object]) -> None:
+def test_what_is_wrong_with_an_update_is_left_for_the_core_to_find(make: Make, wrong: dict[str, Any]) -> None:
     bench, plain = make(), make()
     answers = []
     for each in (bench, plain):
         pi = each.join("pi")
-        (frame,) = pi.update(base=0, **wrong)  # type: ignore[arg-type]
+        (frame,) = pi.update(base=0, **wrong)
         gate = gate_of(each)
         opened = gate.open(pi.topic("update"), frame) if each is bench else None
         assert (opened is None) == (each is plain)

@@ -114,6 +114,8 @@ def imports(tree: ast.Module, package: str) -> Iterator[str]:
                 base = ".".join([*above, *([module] if module else [])])
                 yield base
                 yield from (f"{base}.{alias.name}" for alias in names)
+            case _:
+                pass
 
 
 @cache
@@ -133,7 +135,7 @@ def within(file: Path, places: set[str]) -> bool:
 
 def reached_from(start: Path, by_module: dict[str, Path]) -> dict[Path, tuple[str, ...]]:
     """The files of ours that importing ``start`` runs, each with the chain of names that leads to it."""
-    found = {start: (name_of(start),)}
+    found: dict[Path, tuple[str, ...]] = {start: (name_of(start),)}
     waiting = [start]
     while waiting:
         file = waiting.pop()

@@ -164,7 +164,7 @@ class LyingFederation(RuleBasedStateMachine):
                 trainer=Noise(),
                 held=None,
                 beginning=Beginning(tensors={**MODEL, "b": np.full(3, index, np.float32)}),  # the first one's is right
-                seconds=lambda pace=1.5 + index: pace,
+                seconds=partial(float, 1.5 + index),
                 line=Line(latency_s=0.02),
             )
             device = Device(self.clock, self.broker, body, vectors, left)

@@ -73,12 +73,12 @@ class LyingHouse(RuleBasedStateMachine):
 
     @rule(lies=LIES)
     def lie_to_clients(self, lies: list[Fate]) -> None:
-        self.line.lie(self.line.down, list(lies))
+        self.line.lie(self.line.down, lies)
         self.told(self.line.down)
 
     @rule(lies=LIES)
     def lie_about_what_devices_say(self, lies: list[Fate]) -> None:
-        self.line.lie(self.line.up, list(lies))
+        self.line.lie(self.line.up, lies)
         self.told(self.line.up)
 
     @rule()

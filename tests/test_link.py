@@ -42,14 +42,15 @@ def client_id(request: pytest.FixtureRequest) -> str:
 def test_connecting_is_answered_and_reported(broker: RunningBroker, client_id: str) -> None:
     inbox = Inbox()
     link = Link(broker.url, client_id=client_id, deliver=inbox.put)
-    assert not link.connected
+    states = [link.connected]
     connected = link.connect(*WILL)
     assert inbox.next(Connected) == connected
-    assert link.connected
+    states.append(link.connected)
     protocol = MQTT_5 if broker.software.engine is Engine.MOSQUITTO else MQTT_311
     assert connected == Connected(session_present=False, protocol=protocol, frame_bytes=120 * 1024)
     link.disconnect()
-    assert not link.connected
+    states.append(link.connected)
+    assert states == [False, True, False]
     assert inbox.rest() == []  # our own leaving is no news
 
 

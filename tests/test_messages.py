@@ -258,4 +258,4 @@ def test_a_receipt_may_leave_out_what_it_does_not_need() -> None:
 def test_values_cannot_be_changed_through_their_maps() -> None:
     metrics = Metrics.from_meta(good(Metrics))
     with pytest.raises(TypeError):
-        metrics.values["accuracy"] = 2.0  # type: ignore[index]
+        metrics.values["accuracy"] = 2.0  # type: ignore[index]  # refused by mypy too

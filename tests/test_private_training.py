@@ -150,7 +150,8 @@ class Idle(nn.Module):
         self.used, self.idle = nn.Linear(72, 3), nn.Linear(2, 2)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.used(inputs.flatten(1))
+        outputs: Tensor = self.used(inputs.flatten(1))
+        return outputs
 
 
 def test_a_model_with_a_parameter_that_nothing_uses_is_refused() -> None:
@@ -167,10 +168,13 @@ class Running(nn.Module):
         self.watch = Watch()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.linear(self.watch(inputs.flatten(1)))
+        outputs: Tensor = self.linear(self.watch(inputs.flatten(1)))
+        return outputs
 
 
 class Watch(nn.Module):
+    seen: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("seen", torch.zeros(1))

@@ -36,7 +36,7 @@ ACCESS = Access.parse(mosquitto.access_list(["lab"]))
 
 def read(said: str) -> tuple[str, str, str] | None:
     found = of_nats(said, Access()) if said.startswith(PID) else of_mosquitto(said, ACCESS)
-    return found and (found.client, found.reason, found.detail)
+    return None if found is None else (found.client, found.reason, found.detail)
 
 
 @pytest.mark.parametrize("of", ["OpenSSL Error[0]", "OpenSSL Error while trying to get the error[0]"])  # 2.0, 2.1

@@ -73,8 +73,8 @@ def plain_values(schema: Schema, codec: str, content: bytes) -> list[np.float32]
         rest, order = content, ternary + dense
     place = 0
     for tensor in order:
-        run = struct.unpack_from(f"<{tensor.elements}f", rest, 4 * place)
-        by_name[tensor.name] = [flushed(np.float32(value)) for value in run]
+        values = struct.unpack_from(f"<{tensor.elements}f", rest, 4 * place)
+        by_name[tensor.name] = [flushed(np.float32(value)) for value in values]
         place += tensor.elements
     return [value for tensor in schema.tensors for value in by_name[tensor.name]]
 
@@ -269,7 +269,7 @@ def test_what_a_sender_makes_is_within_the_bounds() -> None:
 # --- zstd
 
 
-def frame(content: bytes, **about: object) -> bytes:
+def frame(content: bytes, **about: int) -> bytes:
     parameters = zstandard.ZstdCompressionParameters(**about)
     return zstandard.ZstdCompressor(compression_params=parameters).compress(content)
 

@@ -20,7 +20,7 @@ import pytest
 
 from support.brokers import WITHIN_S, Inbox
 from ternbus.broker.errors import LinkError
-from ternbus.broker.link.events import Arrived, Connected, Published, Refused
+from ternbus.broker.link.events import Arrived, Connected, Published
 from ternbus.broker.link.link import Link
 from ternbus.broker.link.tls import Tls
 from ternbus.broker.server import certificates, nats, tls_service
@@ -104,14 +104,14 @@ def bus(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bus]:
 def publish(link: Link, inbox: Inbox, topic: str, payload: bytes, *, retain: bool = False) -> bool:
     """Whether the broker says that it took it; nats-server says so of what it drops."""
     link.publish(topic, payload, retain=retain)
-    return isinstance(inbox.next(Published | Refused), Published)  # type: ignore[arg-type]
+    return isinstance(inbox.settled(), Published)
 
 
 def subscribe(link: Link, inbox: Inbox, own: str, *filters: str) -> None:
     """Subscribe, and wait until the broker has done it: it does what one client asks for in order."""
     link.subscribe(filters)
     link.publish(own, b"")
-    inbox.until(Published | Refused)  # type: ignore[arg-type]
+    inbox.until_settled()
 
 
 def awaited(look: Callable[[], bool]) -> None:

@@ -15,8 +15,10 @@ import msgpack
 import numpy as np
 import paho.mqtt.client as mqtt
 from nacl.signing import SigningKey
+from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from stranger import wire
@@ -67,7 +69,7 @@ class Link:
     def _attempt(self, will: tuple[str, bytes] | None, deadline: float) -> bool:
         protocol = mqtt.MQTTv5 if self.level == 5 else mqtt.MQTTv311
         client = mqtt.Client(
-            mqtt.CallbackAPIVersion.VERSION2,
+            CallbackAPIVersion.VERSION2,
             client_id=self.client_id,
             protocol=protocol,
             clean_session=None if self.level == 5 else False,
@@ -86,20 +88,28 @@ class Link:
         host, port = self.address.hostname or "", self.address.port or 1883
         try:
             if self.level == 5:
-                properties = Properties(PacketTypes.CONNECT)
+                properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]  # paho's lacks types
                 properties.SessionExpiryInterval = WEEK
                 client.connect(host, port, keepalive=60, clean_start=False, properties=properties)
             else:
                 client.connect(host, port, keepalive=60)
         except OSError:
             return False
-        while not self.connected and self._refused is None and time.monotonic() < deadline:
-            if client.loop(0.05) != mqtt.MQTT_ERR_SUCCESS and not self.connected:
-                self._refused = self._refused or "closed"
+        while not self._answered() and time.monotonic() < deadline:
+            if client.loop(0.05) != mqtt.MQTT_ERR_SUCCESS and not self._answered():
+                self._refused = "closed"
         return self.connected
 
+    def _answered(self) -> bool:
+        return self.connected or self._refused is not None
+
     def _on_connect(
-        self, client: mqtt.Client, _data: object, flags: mqtt.ConnectFlags, reason: Any, properties: Properties
+        self,
+        _client: mqtt.Client,
+        _data: object,
+        flags: mqtt.ConnectFlags,
+        reason: ReasonCode,
+        properties: Properties | None,
     ) -> None:
         if reason.is_failure:
             self._refused = str(reason)

@@ -2,11 +2,11 @@
 
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import IO
 
-from support.liar import Liar
+from support.liar import Fate, Liar
 
 CONNECT, PUBLISH, PUBACK = 0x10, 0x30, 0x40
 V5 = 5
@@ -26,9 +26,9 @@ class LyingLine:
         self.url = f"mqtt://127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def lie(self, liar: Liar, fates: list[object]) -> None:
+    def lie(self, liar: Liar, fates: Iterable[Fate]) -> None:
         with self._lock:
-            liar.fates.extend(fates)  # type: ignore[arg-type]
+            liar.fates.extend(fates)
 
     def say_again(self, client: int, chosen: list[int]) -> None:
         """Tell one client what somebody was told once."""
