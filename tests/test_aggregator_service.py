@@ -1,4 +1,4 @@
-"""The running aggregator uses its threads: large frames are opened ahead in one, and added up in another."""
+"""The aggregator's service and its threads: one opens large frames ahead, another adds updates up."""
 
 import sys
 import threading

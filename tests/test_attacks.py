@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_liar import MODEL
 from typer.testing import CliRunner
 
 from stranger.house import Aggregator, until
 from support.brokers import Inbox
+from support.noise_trainer import MODEL
 from support.shell_device import WITHIN_S, Device, papers
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import status as aggregator_status

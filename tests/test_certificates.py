@@ -1,4 +1,4 @@
-"""Certificates, who may do what with one, and the files that hold secrets: without a broker."""
+"""Certificates, what each may do, and the files that hold secrets: without a broker."""
 
 import base64
 import binascii

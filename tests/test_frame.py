@@ -1,4 +1,4 @@
-"""Frames: what is built is read again, and whatever else arrives is refused with a reason, never with a crash."""
+"""Frames: what is built is read again, and anything else is refused with a reason and never with a crash."""
 
 import struct
 from typing import Any

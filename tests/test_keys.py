@@ -1,4 +1,4 @@
-"""The life of a key: invited once and for a while, replaced, revoked, and never back; and it shows nowhere."""
+"""The life cycle of a key: invited, replaced, revoked; limits for each device; and secrets show in no text."""
 
 import time
 import traceback

@@ -1,4 +1,4 @@
-"""The house rules of ARCHITECTURE.md that can be read off the source: who imports whom, sizes, names."""
+"""The rules of ARCHITECTURE.md that the source shows: who imports whom, sizes, names."""
 
 import ast
 import tomllib

@@ -1,4 +1,4 @@
-"""The kinds as values: written in the protocol's order, read back the same, and refused where they are wrong."""
+"""Message kinds as values: written in the protocol's order, read back equal, and refused where they are wrong."""
 
 from typing import Any
 

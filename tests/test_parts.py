@@ -1,4 +1,4 @@
-"""Messages in parts: cut, sent in any order and more than once, joined again; and never more memory than allowed."""
+"""Messages in parts: cut, sent in any order and more than once, joined again, within a limit of memory."""
 
 import random
 from collections.abc import Iterable

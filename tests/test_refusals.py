@@ -1,4 +1,4 @@
-"""What brokers write of what they refused, read and counted: the lines are theirs, or of whoever attacks them."""
+"""The refusals that brokers log: their lines, written by brokers and by attackers, are read and counted."""
 
 import json
 import os

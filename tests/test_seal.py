@@ -1,4 +1,4 @@
-"""`seal = true`: what an operator of the broker can read of a federation of real processes, and what not."""
+"""`seal = true`: what the operator of a broker can read of a federation of real processes, and what not."""
 
 import subprocess
 import sys

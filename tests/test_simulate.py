@@ -1,4 +1,4 @@
-"""Virtual time: the same cores, a broker in memory, and a report in which the machine decides only the wall clock."""
+"""Simulation in virtual time: the same cores, reports that do not depend on the machine, and the command."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""What the tasks read from real layouts: the right rows, upright, whose they are, and what is missing."""
+"""The data of the tasks in its real layouts: the right rows, upright, by owner; and what is missing is named."""
 
 from collections.abc import Callable
 from pathlib import Path

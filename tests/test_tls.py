@@ -1,4 +1,4 @@
-"""A broker with TLS as `broker init` makes it, attacked by whoever is near it; and a whole federation over it."""
+"""A broker with TLS as `broker init` makes it: attacks from the network, and a federation over it."""
 
 import fcntl
 import gc

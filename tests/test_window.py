@@ -1,4 +1,4 @@
-"""How much may be under way to a broker: limits, and what is learned from the time an answer takes."""
+"""The window of unacknowledged messages to a broker: its limits, and how it adapts to the time an answer takes."""
 
 from typing import Any
 

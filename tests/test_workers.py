@@ -1,4 +1,4 @@
-"""Simulated devices that train in processes of their own: the same model, and nothing left behind."""
+"""Simulated devices that train in worker processes: the same model, and no process is left behind."""
 
 import io
 import multiprocessing

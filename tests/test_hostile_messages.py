@@ -1,4 +1,4 @@
-"""What an attacker sends changes nothing: no model, no receipt but the right one, no memory; and it is counted."""
+"""Hostile messages change no model, get no wrong receipt and take no memory; and they are counted."""
 
 import struct
 from collections.abc import Callable, Iterator, Mapping

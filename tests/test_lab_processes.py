@@ -1,4 +1,4 @@
-"""The lab's processes, with plain children in place of a federation, and the folder that a run writes."""
+"""The lab's child processes, with plain children in place of a federation, and the output folder of a run."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""CIFAR-10's features: made once, of each image alone, kept whole, and what a head that begins with names knows."""
+"""The cached features of CIFAR-10: computed once, of each image alone; and the head that is made of class names."""
 
 import sys
 from collections.abc import Callable

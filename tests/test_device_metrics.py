@@ -1,4 +1,4 @@
-"""What versions are worth on data that devices hold out: reported, spread over devices, improved by fine-tuning."""
+"""What devices measure on data that they hold out: reported, spread over devices, improved by fine-tuning."""
 
 import json
 from collections.abc import Iterator

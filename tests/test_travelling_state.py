@@ -1,4 +1,4 @@
-"""A model needs nothing special: whatever PyTorch has of tensors travels, stays where it is, or is refused in words."""
+"""What of a PyTorch model travels: each tensor is sent, stays on the device, or is refused with its name."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""DP-SGD in PyTorch: every sample's gradient clipped, the noise that was paid for, and models that cannot have it."""
+"""DP-SGD in PyTorch: each sample's gradient is clipped, noise is added, and some models are refused."""
 
 import math
 from collections.abc import Callable
