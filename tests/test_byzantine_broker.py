@@ -264,5 +264,5 @@ class ByzantineFederation(RuleBasedStateMachine):
 
 TestByzantineBroker = ByzantineFederation.TestCase
 TestByzantineBroker.settings = settings(
-    max_examples=120, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=120, stateful_step_count=20, suppress_health_check=list(HealthCheck)
 )

@@ -150,7 +150,6 @@ TestByzantineProxy = ByzantineServices.TestCase
 TestByzantineProxy.settings = settings(
     max_examples=5,
     stateful_step_count=8,
-    deadline=None,
     phases=[Phase.explicit, Phase.generate],  # to shrink what real time was part of is to look for another failure
     suppress_health_check=list(HealthCheck),
 )

@@ -75,7 +75,7 @@ def test_other_topics_are_not_ours(topic: str) -> None:
 
 
 @given(st.text(alphabet="/ternbus12laupdowhe-+#é", max_size=40) | st.text(max_size=40))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_topic_is_taken_apart_or_refused(topic: str) -> None:
     for text in (topic, f"ternbus/1/lab/{topic}"):
         try:
