@@ -209,7 +209,7 @@ class Running:
     def until(self, done: Callable[[], object]) -> None:
         """Take in what comes until ``done()``."""
         while not done():
-            event = self.heard.get(timeout=30.0)
+            event = self.heard.get(timeout=60.0)
             if isinstance(event, Arrived):
                 self.link.acknowledge(event.token)
                 if "/down/" in event.topic:
@@ -320,7 +320,7 @@ def test_a_running_aggregator_is_steered_and_watched(tmp_path: Path, model: Path
         run("close", directory)
         agg.until_state("closed")
         agg.process.send_signal(signal.SIGTERM)
-        assert agg.process.wait(30) == 0
+        assert agg.process.wait(60) == 0
         agg.until(lambda: Status.from_meta(parse(agg.retained[topics.status(LAB)]).meta).state == "offline")
     assert status(directory)["state"] == "closed"
 
@@ -407,7 +407,7 @@ def test_an_aggregator_waits_for_a_broker_that_is_not_there(tmp_path: Path, mode
         run("pause", directory)
         assert status(directory)["state"] == "paused"
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
 
 
 def test_a_restored_directory_goes_on_2_32_versions_later(tmp_path: Path, model: Path) -> None:
@@ -427,5 +427,5 @@ def test_up_ends_when_its_broker_does(tmp_path: Path, model: Path) -> None:
             assert line, "it ended before it was connected"
         (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(child), signal.SIGKILL)
-        assert process.wait(30) == 1
+        assert process.wait(60) == 1
         assert "ended by itself" in process.stderr.read()

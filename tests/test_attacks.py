@@ -338,7 +338,7 @@ def test_a_code_is_used_once(siege: Siege) -> None:
 
 
 def test_an_expired_code_is_refused(siege: Siege) -> None:
-    (invitation,) = administration.invite(siege.aggregator.folder, "sleeper", expires_in_s=0.01)
+    (invitation,) = administration.invite(siege.aggregator.folder, "sleeper", expires_in_s=0.001)
     before = siege.refused("refused-enroll")
     siege.invitations["sleeper"] = invitation
     with siege.linked("sleeper", siege.papers("sleeper")) as (link, inbox):

@@ -200,7 +200,7 @@ def counts(folder: Path) -> dict[tuple[str, str], int]:
 def count(folder: Path, engine: str, log: bytes) -> None:
     """As the process does through which a broker's log goes."""
     command = [sys.executable, "-I", "-S", refusals.__file__, str(folder), engine]
-    subprocess.run(command, input=log, check=True, timeout=30, capture_output=True)
+    subprocess.run(command, input=log, check=True, timeout=60, capture_output=True)
 
 
 DENIED = f"Denied PUBLISH from pi-2 (d0, q1, r1, m3, '{LAB}/all/head', ... (1 bytes))\n".encode()

@@ -73,7 +73,7 @@ def watched(url: str, folder: Path, *, seal: bool) -> list[Frame]:
 
 def ended(device: subprocess.Popen[str]) -> str:
     device.terminate()
-    return device.communicate(timeout=30)[0]
+    return device.communicate(timeout=60)[0]
 
 
 def until_accepted(inbox: Inbox) -> list[Frame]:

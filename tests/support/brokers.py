@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from ternbus.broker.link.events import Arrived, Connected, Published, Refused
 from ternbus.broker.link.link import Link, LinkEvent
 
-WITHIN_S = 15.0
-CONNECT, CONNACK, PUBLISH, PUBACK, SUBSCRIBE = 0x10, 0x20, 0x30, 0x40, 0x80
+WITHIN_S = 60.0  # ends a wait for what never comes; what comes takes a moment
+CONNECT, CONNACK, PUBLISH, PUBACK, SUBSCRIBE, DISCONNECT = 0x10, 0x20, 0x30, 0x40, 0x80, 0xE0
 
 Event = TypeVar("Event", bound=LinkEvent)
 
@@ -35,10 +35,12 @@ class Inbox:
         assert isinstance(event, Published | Refused), event
         return event
 
-    def until_settled(self) -> None:
-        """Pass over what comes before the broker's answer to a publication."""
-        while not isinstance(self._events.get(timeout=WITHIN_S), Published | Refused):
-            pass
+    def until_settled(self) -> list[LinkEvent]:
+        """What comes before the broker's answer to a publication."""
+        before = []
+        while not isinstance(event := self._events.get(timeout=WITHIN_S), Published | Refused):
+            before.append(event)
+        return before
 
     def until(self, kind: type[Event]) -> Event:
         """The next of this kind, whatever comes before it."""

@@ -15,7 +15,7 @@ from ternbus.edge.core.profile import Profile
 from ternbus.edge.shell.outbox import Outbox
 from ternbus.edge.shell.service import Service
 
-WITHIN_S = 45.0
+WITHIN_S = 120.0
 TRAINING_S = 0.1
 
 
