@@ -37,7 +37,7 @@ class Inbox:
 
     def until_settled(self) -> list[LinkEvent]:
         """What comes before the broker's answer to a publication."""
-        before = []
+        before: list[LinkEvent] = []
         while not isinstance(event := self._events.get(timeout=WITHIN_S), Published | Refused):
             before.append(event)
         return before
