@@ -1,9 +1,12 @@
 """What every test may count on, however the suite was started."""
 
+import os
+import random
 import signal
 from collections.abc import Callable, Iterator
 
 import pytest
+from hypothesis import settings
 
 from support.small_world import Bench, make_directory, scratch
 
@@ -12,6 +15,27 @@ from support.small_world import Bench, make_directory, scratch
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler)
+
+# No deadlines: a loaded machine is no failure. With CI set, each run draws other inputs (Hypothesis' own profile for CI
+# draws the same ones forever), keeps none on disk, and prints what repeats it: the seed, and a blob of each failure.
+settings.register_profile("developer", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=False, database=None, print_blob=True)
+settings.load_profile("ci" if "CI" in os.environ else "developer")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the seed before Hypothesis' plugin reads it."""
+    if "CI" in os.environ and config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = str(random.randrange(2**32))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Print the seed first, so that a run that hangs or is killed can be repeated too; pytest -q has no header."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and (seed := session.config.option.hypothesis_seed) is not None:
+        reporter.write_line(f"Hypothesis draws from seed {seed}; to repeat this run: --hypothesis-seed={seed}")
 
 
 @pytest.fixture

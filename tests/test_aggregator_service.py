@@ -1,4 +1,4 @@
-"""The running aggregator uses its threads: large frames are opened ahead in one, and added up in another."""
+"""The aggregator's service and its threads: one opens large frames ahead, another adds updates up."""
 
 import sys
 import threading
@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import pytest
 
-from support.brokers import Inbox, linked
+from support.brokers import WITHIN_S, Inbox, linked
 from support.small_world import LAB, Device, ternary_block
 from ternbus.aggregator.core import records
 from ternbus.aggregator.merge.accumulator import Accumulator
@@ -97,7 +97,7 @@ def running(world: World) -> Iterator[tuple[threading.Thread, Link, Inbox]]:
             yield thread, link, inbox
     finally:
         world.service.stop()
-        thread.join(20)
+        thread.join(WITHIN_S)
     assert not thread.is_alive()
 
 
@@ -132,7 +132,7 @@ def test_where_the_disk_fails_the_service_ends_and_nobody_is_told_of_what_is_not
     monkeypatch.setattr(Ledger, "write", fail)
     with running(world) as (thread, link, inbox):
         link.publish(topics.up(LAB, "pi", "update"), world.frame)
-        thread.join(20)
+        thread.join(WITHIN_S)
         assert not thread.is_alive()
         told = [event for event in inbox.rest() if isinstance(event, Arrived) and event.topic == RECEIPTS]
     assert told == []

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_liar import MODEL
 from typer.testing import CliRunner
 
 from stranger.house import Aggregator, until
 from support.brokers import Inbox
+from support.noise_trainer import MODEL
 from support.shell_device import WITHIN_S, Device, papers
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import status as aggregator_status
@@ -78,8 +78,9 @@ class Siege:
         self.honest = [Device(folder / name, self.invitations[name]) for name in HONEST]
         self.rogue = Identity.generate()
         self.tls = {name: self.papers(name) for name in ("rogue", "guest")}
+        home = self.aggregator.folder
         self.tls["aggregator-lab"] = Tls(
-            **{each: self.aggregator.folder / f"{name}.{end}" for each, name, end in PAPERS}  # type: ignore[arg-type]
+            ca=home / "ca.pem", certificate=home / "certificate.pem", key=home / "certificate.key"
         )
         self.seq = 0
         until(lambda: self.version >= 2, WITHIN_S, "no version")
@@ -109,6 +110,14 @@ class Siege:
 
     def dropped(self, reason: str) -> list[int]:
         return [device.core.dropped[reason] for device in self.honest]
+
+    def until_counted(self, reason: str, before: list[int]) -> None:
+        """Wait until each honest device has counted one more refusal for this reason."""
+        until(
+            lambda: all(now > then for now, then in zip(self.dropped(reason), before, strict=True)),
+            WITHIN_S,
+            f"no {reason} counted",
+        )
 
     def address(self) -> tuple[str, int]:
         return self.broker.endpoint.host, self.broker.endpoint.port
@@ -206,9 +215,6 @@ class Siege:
         if self.aggregator.alive:
             self.aggregator.kill()
         self.broker.stop()
-
-
-PAPERS = (("ca", "ca", "pem"), ("certificate", "certificate", "pem"), ("key", "certificate", "key"))
 
 
 @pytest.fixture(scope="module", params=[Engine.MOSQUITTO, Engine.NATS], ids=str)
@@ -332,7 +338,7 @@ def test_a_code_is_used_once(siege: Siege) -> None:
 
 
 def test_an_expired_code_is_refused(siege: Siege) -> None:
-    (invitation,) = administration.invite(siege.aggregator.folder, "sleeper", expires_in_s=0.01)
+    (invitation,) = administration.invite(siege.aggregator.folder, "sleeper", expires_in_s=0.001)
     before = siege.refused("refused-enroll")
     siege.invitations["sleeper"] = invitation
     with siege.linked("sleeper", siege.papers("sleeper")) as (link, inbox):
@@ -367,7 +373,7 @@ def test_a_revoked_key_is_told_so_and_never_returns(siege: Siege) -> None:
 def test_an_old_head_is_refused_and_the_newest_put_back(siege: Siege) -> None:
     before = siege.dropped("old-head")
     siege.steal_the_aggregators_place((topics.head(LAB), siege.old_head))
-    until(lambda: all(n > b for n, b in zip(siege.dropped("old-head"), before, strict=True)), WITHIN_S, "not counted")
+    siege.until_counted("old-head", before)
     siege.honest_go_on()
     with siege.linked("guest") as (link, inbox):  # in whose session no head waits
         link.subscribe([topics.head(LAB)])
@@ -383,11 +389,7 @@ def test_a_delta_that_a_device_signed_is_refused(siege: Siege) -> None:
     pretended = named.replace(bytes(siege.rogue.key_id), bytes(genuine.key), 1)
     siege.steal_the_aggregators_place(*((topics.delta(LAB, version % 32, 0), each) for each in (named, pretended)))
     for reason, counts in (("unknown-key", before[0]), ("bad-signature", before[1])):
-        until(
-            lambda reason=reason, counts=counts: all(n > b for n, b in zip(siege.dropped(reason), counts, strict=True)),  # type: ignore[misc]
-            WITHIN_S,
-            f"no {reason} counted",
-        )
+        siege.until_counted(reason, counts)
     siege.honest_go_on()
 
 

@@ -1,4 +1,4 @@
-"""`ternbus broker up` as a process: ready, restarted, ended, killed, and what it says when it cannot start."""
+"""`ternbus broker up` as a process: ready, restarted, ended, killed, and its words when it cannot start."""
 
 import json
 import os

@@ -1,10 +1,11 @@
-"""Certificates, who may do what with one, and the files that hold secrets: without a broker."""
+"""Certificates, what each may do, and the files that hold secrets: without a broker."""
 
 import base64
 import binascii
 import datetime as dt
 import ssl
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -230,13 +231,13 @@ def test_with_several_federations_each_member_is_listed_with_its_own() -> None:
 
 def test_the_deployed_files_are_what_is_generated() -> None:
     deployed = ROOT / "deploy" / "mosquitto-tls"
-    here = PurePosixPath("/etc/mosquitto/tls")
+    here = Path("/etc/mosquitto/tls")
     assert (deployed / "access.list").read_text() == mosquitto.separating_list({"home": ["pi-1"]})
     assert (deployed / "mosquitto.conf").read_text() == mosquitto.configuration(
         host="0.0.0.0",
         port=8883,
-        data=PurePosixPath("/var/lib/mosquitto"),
-        access=PurePosixPath("/etc/mosquitto/access.list"),
+        data=Path("/var/lib/mosquitto"),
+        access=Path("/etc/mosquitto/access.list"),
         tls=ServerTls(authority=here / "ca.pem", certificate=here / "server.pem", key=here / "server.key"),
     )
 
@@ -303,12 +304,12 @@ def test_a_broker_elsewhere_gives_its_papers_in_folders(bus: BrokerDirectory, tm
 def test_the_aggregator_refuses_keys_that_others_can_read(aggregator: Path, name: str) -> None:
     (aggregator / name).chmod(0o640)
     settings = aggregators.load_settings(aggregator)
-    use = {
+    uses: dict[str, Callable[[], object]] = {
         "aggregator.key": lambda: aggregators.invite(aggregator, "pi-1"),
         "certificate.key": lambda: transport.connect(aggregator, settings, lambda _: None),
-    }[name]
+    }
     with pytest.raises(ConfigError, match=f"other users can read; run: chmod 600 .*{name}"):
-        use()
+        uses[name]()
 
 
 @pytest.mark.parametrize("name", ["ca.key", "server.key", "probe.key"])

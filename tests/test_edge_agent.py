@@ -96,6 +96,9 @@ class Server:
                 self._arrived(event)
                 self.link.acknowledge(event.token)
 
+    def until_more_updates_than(self, count: int) -> None:
+        self.until(lambda: len(self.updates) > count)
+
     def until_ended(self, process: subprocess.Popen[str]) -> tuple[int, str]:
         """The exit code, and what it printed."""
         self.until(lambda: process.poll() is not None)
@@ -223,7 +226,7 @@ def test_join_run_and_leave(server: Server, tmp_path: Path) -> None:
     for frame in server.updates:
         update = Update.from_meta(frame.meta)
         value = decoded(server.scripted.schema, update.codec, update.encoding, frame.body)
-        assert (update.codec, value.any()) == ("ternary", True)
+        assert (update.codec, bool(value.any())) == ("ternary", True)
         assert len(frame.body) <= content_bytes(server.scripted.schema, "ternary")
         assert set(update.metrics) == {"loss", "accuracy", "seconds", "steps"}
     assert [status.state for status in server.statuses][-1] == "offline"
@@ -447,7 +450,7 @@ def test_join_and_run_in_one(server: Server, tmp_path: Path) -> None:
     for _ in range(2):  # the second time it has joined already, and goes on
         count = len(server.updates)
         process = edge("join", invitation, tmp_path / "pi", "--task", TASK, "--run")
-        server.until(lambda count=count: len(server.updates) > count)
+        server.until_more_updates_than(count)
         process.send_signal(signal.SIGINT)
         assert server.until_ended(process)[0] == 0
 

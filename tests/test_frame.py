@@ -1,4 +1,4 @@
-"""Frames: what is built is read again, and whatever else arrives is refused with a reason, never with a crash."""
+"""Frames: what is built is read again, and anything else is refused with a reason and never with a crash."""
 
 import struct
 from typing import Any
@@ -61,7 +61,7 @@ def parsed_or_refused(payload: bytes) -> None:
 
 
 @given(body=st.binary(max_size=300), seq=st.integers(0, 2**64 - 1), parts=st.integers(1, 65_535), data=st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_what_is_built_is_read_again(body: bytes, seq: int, parts: int, data: st.DataObject) -> None:
     part = data.draw(st.integers(0, parts - 1))
     meta = data.draw(st.dictionaries(st.text(max_size=5), st.integers(0, 9) | st.text(max_size=5), max_size=5))
@@ -74,32 +74,32 @@ def test_what_is_built_is_read_again(body: bytes, seq: int, parts: int, data: st
 
 
 @given(st.binary(max_size=400))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_bytes_are_read_or_refused(payload: bytes) -> None:
     parsed_or_refused(payload)
     parsed_or_refused(b"TBF1" + payload)
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_header_is_read_or_refused(content: bytes) -> None:
     parsed_or_refused(seal(content))
 
 
 @given(msgpacked)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_msgpack_as_header_is_read_or_refused(value: object) -> None:
     parsed_or_refused(seal(msgpack.packb(value)))
 
 
 @given(st.sampled_from(sorted(header())), msgpacked)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_value_in_a_header_is_read_or_refused(key: str, value: object) -> None:
     parsed_or_refused(seal(msgpack.packb(header(**{key: value}))))
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_damaged_frame_is_never_authentic(data: st.DataObject) -> None:
     good = build(PI, **ABOUT, meta={"base": 3, "list": [1, [2, {"a": b"c"}]]}, body=b"the body")
     damaged = bytearray(good)
@@ -174,7 +174,7 @@ def test_unknown_keys_are_ignored_in_header_and_meta() -> None:
 
 
 def test_eight_levels_of_nesting_and_no_more() -> None:
-    eight = {"deep": [[[[[[]]]]]]}  # the header is the first level, meta the second
+    eight: dict[str, Any] = {"deep": [[[[[[]]]]]]}  # the header is the first level, meta the second
     assert parse(seal(msgpack.packb(header(meta=eight)))).meta == eight
     assert reason(seal(msgpack.packb(header(meta={"deep": [eight["deep"]]})))) == "bad-header"
     assert reason(seal(b"\x91" * 10_000)) == "bad-header"

@@ -1,4 +1,4 @@
-"""The corpus is read or refused without a surprise; the fuzzer finds what is wrong, and memory that grows."""
+"""The corpus is read or refused with a known error; the fuzzer finds planted faults, and memory that grows."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""Devices that mean harm, as the lab plays them: what each sends, who they are, and what merge rules make of them."""
+"""Hostile devices of the lab: what each kind sends, who they are, and what merge rules make of them."""
 
 import io
 from dataclasses import replace
@@ -210,9 +210,9 @@ def test_a_fifth_of_hostile_devices_ruins_a_mean_and_not_a_robust_rule() -> None
 
 
 def test_a_false_number_of_samples_ruins_a_mean_and_not_one_with_a_cap() -> None:
-    liars = (Hostile(kind="sign-flip", strength=1.0, samples=2**32 - 1, share=0.1),)
-    assert accuracy(liars) < 0.5
-    assert accuracy(liars, max_share=0.1) > 0.75
+    boasters = (Hostile(kind="sign-flip", strength=1.0, samples=2**32 - 1, share=0.1),)
+    assert accuracy(boasters) < 0.5
+    assert accuracy(boasters, max_share=0.1) > 0.75
 
 
 def test_a_model_that_diverged_is_reported_by_what_is_a_number() -> None:

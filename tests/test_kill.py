@@ -1,4 +1,4 @@
-"""SIGKILL of aggregator, broker and a device, each in turn, in a federation of real processes: the promises hold."""
+"""SIGKILL of aggregator, broker and a device, each in turn, in a federation of real processes: the guarantees hold."""
 
 import json
 import sqlite3

@@ -1,4 +1,4 @@
-"""The house rules of ARCHITECTURE.md that can be read off the source: who imports whom, sizes, names."""
+"""The rules of ARCHITECTURE.md that the source shows: who imports whom, sizes, names."""
 
 import ast
 import tomllib
@@ -77,11 +77,18 @@ WITHOUT_TORCH = {
 
 FILE_LINES = 400
 FUNCTION_LINES = 60
+FILE_LINES_BESIDE = 600  # of tests, and of what else no user of a package imports
+BESIDE = ("tests", "benchmarks", "fuzz", "examples")
 VAGUE = {"utils", "util", "helpers", "manager", "common", "misc"}  # `helper` is a role, of private sums
 
 
 def files() -> list[Path]:
     return [file for root in ROOTS for file in sorted((ROOT / root / "ternbus").rglob("*.py"))]
+
+
+def files_beside() -> list[Path]:
+    """Our Python that is in no package."""
+    return [file for folder in BESIDE for file in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def name_of(file: Path) -> str:
@@ -117,6 +124,8 @@ def imports(tree: ast.Module, package: str) -> Iterator[str]:
                 base = ".".join([*above, *([module] if module else [])])
                 yield base
                 yield from (f"{base}.{alias.name}" for alias in names)
+            case _:
+                pass
 
 
 @cache
@@ -136,7 +145,7 @@ def within(file: Path, places: set[str]) -> bool:
 
 def reached_from(start: Path, by_module: dict[str, Path]) -> dict[Path, tuple[str, ...]]:
     """The files of ours that importing ``start`` runs, each with the chain of names that leads to it."""
-    found = {start: (name_of(start),)}
+    found: dict[Path, tuple[str, ...]] = {start: (name_of(start),)}
     waiting = [start]
     while waiting:
         file = waiting.pop()
@@ -214,11 +223,13 @@ def test_only_the_command_mounts_the_packages_commands() -> None:
     assert not users
 
 
+def longer_than(lines: int, among: Iterable[Path]) -> dict[str, int]:
+    counts = {name_of(file): len(file.read_text(encoding="utf-8").splitlines()) for file in among}
+    return {name: count for name, count in counts.items() if count > lines}
+
+
 def test_files_and_functions_stay_small() -> None:
-    long_files = {
-        name_of(file): count for file in files() if (count := len(file.read_text().splitlines())) > FILE_LINES
-    }
-    assert not long_files
+    assert not longer_than(FILE_LINES, files())
     long_functions = {
         f"{name_of(file)}:{node.lineno} {node.name}": length
         for file in files()
@@ -227,6 +238,22 @@ def test_files_and_functions_stay_small() -> None:
         if (length := (node.end_lineno or node.lineno) - node.lineno + 1) > FUNCTION_LINES
     }
     assert not long_functions
+
+
+def test_tests_and_what_else_is_in_no_package_stay_small() -> None:
+    assert {name_of(file).partition("/")[0] for file in files_beside()} == set(BESIDE)
+    assert not longer_than(FILE_LINES_BESIDE, files_beside())
+
+
+def test_no_test_imports_another() -> None:
+    """What tests share is in tests/support."""
+    wrong = {
+        f"{name_of(file)} imports {module}"
+        for file in files_beside()
+        for module in imports(parsed(file), "")
+        if module.startswith("test_")
+    }
+    assert not wrong
 
 
 def test_names_say_what_a_thing_is() -> None:

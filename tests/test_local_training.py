@@ -52,7 +52,7 @@ def plain(plan: Plan, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer
         for parameter, first in zip(parameters, began, strict=True):
             loss = loss + plan.proximal_mu / 2 * (parameter - first).square().sum()
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
     return dict(net.state_dict())
 

@@ -1,4 +1,4 @@
-"""The compiled loop of aggregator/native: the bits of the numpy path, and no byte beyond what it was given."""
+"""The compiled loop of aggregator/native: bit for bit what the numpy path computes, and no read out of bounds."""
 
 from typing import Any
 

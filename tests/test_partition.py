@@ -1,4 +1,4 @@
-"""Partitions: disjoint, complete, the same on every machine, and nobody comes away with nothing."""
+"""Partitions are disjoint, complete and the same on every machine, and no device gets nothing."""
 
 import numpy as np
 import numpy.typing as npt

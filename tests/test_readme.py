@@ -10,7 +10,7 @@ import pytest
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-PYTHON = [text for language, text in BLOCKS if language == "python"]
+PYTHON: list[str] = [text for language, text in BLOCKS if language == "python"]
 SHELL = "\n".join(text for language, text in BLOCKS if language == "sh")
 
 pytestmark = pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What brokers write of what they refused, read and counted: the lines are theirs, or of whoever attacks them."""
+"""The refusals that brokers log: their lines, written by brokers and by attackers, are read and counted."""
 
 import json
 import os
@@ -36,7 +36,7 @@ ACCESS = Access.parse(mosquitto.access_list(["lab"]))
 
 def read(said: str) -> tuple[str, str, str] | None:
     found = of_nats(said, Access()) if said.startswith(PID) else of_mosquitto(said, ACCESS)
-    return found and (found.client, found.reason, found.detail)
+    return None if found is None else (found.client, found.reason, found.detail)
 
 
 @pytest.mark.parametrize("of", ["OpenSSL Error[0]", "OpenSSL Error while trying to get the error[0]"])  # 2.0, 2.1
@@ -200,7 +200,7 @@ def counts(folder: Path) -> dict[tuple[str, str], int]:
 def count(folder: Path, engine: str, log: bytes) -> None:
     """As the process does through which a broker's log goes."""
     command = [sys.executable, "-I", "-S", refusals.__file__, str(folder), engine]
-    subprocess.run(command, input=log, check=True, timeout=30, capture_output=True)
+    subprocess.run(command, input=log, check=True, timeout=60, capture_output=True)
 
 
 DENIED = f"Denied PUBLISH from pi-2 (d0, q1, r1, m3, '{LAB}/all/head', ... (1 bytes))\n".encode()

@@ -1,4 +1,4 @@
-"""What a run came to: the figures of report.json, its plot, and what people see while it runs."""
+"""The report of a run: the figures of report.json, its plot, and the progress that people see."""
 
 import io
 import json

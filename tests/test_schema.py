@@ -88,7 +88,7 @@ def test_other_arrays_are_no_schema(rows: object) -> None:
 
 
 @given(st.binary(max_size=100) | anything.map(msgpack.packb) | st.lists(anything).map(msgpack.packb))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_bytes_are_a_schema_or_refused(encoded: bytes) -> None:
     try:
         schema = Schema.parse(encoded)
@@ -99,7 +99,7 @@ def test_any_bytes_are_a_schema_or_refused(encoded: bytes) -> None:
 
 
 @given(st.sampled_from([0, 1, 2]), anything)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_value_in_a_schema_is_read_or_refused(place: int, value: object) -> None:
     row: list[Any] = ["w", [3], "dense"]
     row[place] = value

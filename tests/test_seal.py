@@ -1,4 +1,4 @@
-"""`seal = true`: what an operator of the broker can read of a federation of real processes, and what not."""
+"""`seal = true`: what the operator of a broker can read of a federation of real processes, and what not."""
 
 import subprocess
 import sys
@@ -74,7 +74,7 @@ def watched(url: str, folder: Path, *, seal: bool) -> list[Frame]:
 
 def ended(device: subprocess.Popen[str]) -> str:
     device.terminate()
-    return device.communicate(timeout=30)[0]
+    return device.communicate(timeout=60)[0]
 
 
 def until_accepted(inbox: Inbox) -> list[Frame]:

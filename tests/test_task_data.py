@@ -1,4 +1,4 @@
-"""What the tasks read from real layouts: the right rows, upright, whose they are, and what is missing."""
+"""The data of the tasks in its real layouts: the right rows, upright, by owner; and what is missing is named."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ from ternbus.edge.learn.loader import load_task
 from ternbus.edge.learn.task import halves_of
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.tasks import cifar10_data, cifar10_resnet, emnist_62, hapt, idx, mnist_by_writer
-from ternbus.edge.torch.trainer import TorchTask
+from ternbus.edge.torch.trainer import TorchTask, TorchTrainer
 from ternbus.lab.scenario.scenario import Scenario
 
 
@@ -206,10 +206,12 @@ def test_of_a_fine_tuned_network_only_the_head_travels_and_only_it_changes(
     assert {name.partition(".")[0] for name in start} == {"5"}
     assert sum(tensor.size for tensor in start.values()) == 150_282
     trainer = task.trainer(data=folder, partition="all")
-    body = {name: tensor.clone() for name, tensor in trainer._model[2].state_dict().items()}
+    assert isinstance(trainer, TorchTrainer)
+    frozen = trainer._model.get_submodule("2")
+    body = {name: tensor.clone() for name, tensor in frozen.state_dict().items()}
     trained = trainer.train(start, Plan(local_steps=2, batch_size=8), version=0, seed=0).tensors
     assert not any(np.array_equal(start[name], trained[name]) for name in start)
-    assert all(torch.equal(body[name], tensor) for name, tensor in trainer._model[2].state_dict().items())
+    assert all(torch.equal(body[name], tensor) for name, tensor in frozen.state_dict().items())
     (checkpoint,) = (tmp_path / "hub" / "checkpoints").iterdir()
     checkpoint.write_bytes(b"no checkpoint")
     with pytest.raises(ConfigError, match=checkpoint.name):
@@ -300,7 +302,7 @@ def test_a_spectrum_says_how_strong_each_band_is_whatever_the_windows_mean() -> 
 def test_a_window_is_judged_by_itself_and_not_by_those_beside_it() -> None:
     """No person's windows may change what becomes of another's, also while it is trained: no batch norm."""
     net = hapt.model()
-    net[1].eval()  # dropout draws for each window
+    net.get_submodule("1").eval()  # dropout draws for each window
     torch.manual_seed(0)
     windows = torch.randn(8, 6, hapt.WINDOW)
     others = torch.cat([windows[:1], 5 * windows[1:] + 2])
@@ -312,6 +314,6 @@ def test_a_window_is_judged_by_itself_and_not_by_those_beside_it() -> None:
 def test_what_every_width_has_stands_first_before_the_last_layer() -> None:
     """The spectrum has no channels to cut; after them it would meet other weights in a narrower network."""
     windows = torch.randn(4, 6, hapt.WINDOW)
-    whole, half = (hapt.model(width)[0](windows) for width in (1.0, 0.5))
+    whole, half = (hapt.model(width).get_submodule("0")(windows) for width in (1.0, 0.5))
     assert (whole.shape[1], half.shape[1]) == (104 + 144, 104 + 72)
     assert torch.equal(whole[:, :104], half[:, :104])

@@ -73,8 +73,8 @@ def plain_values(schema: Schema, codec: str, content: bytes) -> list[np.float32]
         rest, order = content, ternary + dense
     place = 0
     for tensor in order:
-        run = struct.unpack_from(f"<{tensor.elements}f", rest, 4 * place)
-        by_name[tensor.name] = [flushed(np.float32(value)) for value in run]
+        values = struct.unpack_from(f"<{tensor.elements}f", rest, 4 * place)
+        by_name[tensor.name] = [flushed(np.float32(value)) for value in values]
         place += tensor.elements
     return [value for tensor in schema.tensors for value in by_name[tensor.name]]
 
@@ -90,7 +90,7 @@ def plain_pack(trits: list[int]) -> bytes:
 
 
 @given(st.lists(st.integers(-1, 1), max_size=200))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_trits_are_packed_as_a_second_implementation_packs_them(trits: list[int]) -> None:
     packed = pack(np.array(trits, dtype=np.int8))
     assert packed == plain_pack(trits)
@@ -123,7 +123,7 @@ small_float = odd_floats | st.floats(-65504, 65504, width=32)
 
 
 @given(name=named, data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_block_is_applied_bit_by_bit_as_a_second_implementation_does(name: str, data: st.DataObject) -> None:
     schema = SCHEMAS[name]
     count = schema.elements
@@ -195,7 +195,7 @@ def test_roles_that_a_schema_lacks_take_no_bytes(name: str) -> None:
     encoding=st.sampled_from(["raw", "zstd", "", "gzip"]),
     data=st.data(),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_bytes_are_a_block_or_refused(name: str, codec: str, encoding: str, data: st.DataObject) -> None:
     schema = SCHEMAS[name]
     size = content_bytes(schema, codec if codec in ("ternary", "float32") else "float32")
@@ -214,7 +214,7 @@ def test_any_bytes_are_a_block_or_refused(name: str, codec: str, encoding: str, 
 
 
 @given(name=named, codec=st.sampled_from(["ternary", "float32"]), data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_damaged_zstd_is_refused_or_of_the_right_length(name: str, codec: str, data: st.DataObject) -> None:
     size = content_bytes(SCHEMAS[name], codec)
     encoded = bytearray(encode(data.draw(st.binary(min_size=size, max_size=size))))
@@ -269,7 +269,7 @@ def test_what_a_sender_makes_is_within_the_bounds() -> None:
 # --- zstd
 
 
-def frame(content: bytes, **about: object) -> bytes:
+def frame(content: bytes, **about: int) -> bytes:
     parameters = zstandard.ZstdCompressionParameters(**about)
     return zstandard.ZstdCompressor(compression_params=parameters).compress(content)
 
@@ -363,7 +363,7 @@ def plain_nearest(values: list[float]) -> tuple[float, list[int]]:
 
 
 @given(st.lists(small_float, min_size=1, max_size=40))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_nearest_is_what_a_second_implementation_finds(values: list[float]) -> None:
     array = np.array(values, dtype=np.float32)
     trits = np.full(len(values), 9, dtype=np.int8)
@@ -374,7 +374,7 @@ def test_nearest_is_what_a_second_implementation_finds(values: list[float]) -> N
 
 
 @given(st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=30))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_nearest_is_a_contraction(values: list[float]) -> None:
     """What is left is less than what was there, unless that was nothing: error feedback needs it."""
     array = np.array(values, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""What the benchmark calls reached: an accuracy that a version has, and that the two after it keep on average."""
+"""The benchmark's time to accuracy: a version has reached it when it and the two after it have it on average."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Simulated devices that train in processes of their own: the same model, and nothing left behind."""
+"""Simulated devices that train in worker processes: the same model, and no process is left behind."""
 
 import io
 import multiprocessing
@@ -51,7 +51,7 @@ def test_processes_make_the_same_model_and_end() -> None:
         found = digests(workers)
         processes = set(multiprocessing.active_children()) - others
         assert processes  # one or two: a second is started only if the first is busy
-    until(lambda: not any(exists(process.pid or 0) for process in processes), 10.0, "they do not end")
+    until(lambda: not any(exists(process.pid or 0) for process in processes), 60.0, "they do not end")
     assert found == digests(None)
     assert found != digests(None, replace(SMALL, seed=1))
 

@@ -61,10 +61,10 @@ class Broker:
         """End it and wait."""
         self._process.terminate()
         try:
-            self._process.wait(20)
+            self._process.wait(60)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait(20)
+            self._process.wait(60)
         assert self._process.stdout is not None
         self._process.stdout.close()
         self._log.close()
@@ -123,13 +123,13 @@ class Aggregator:
         """End it in order; its exit status."""
         assert self._process is not None
         self._process.terminate()
-        return self._process.wait(30)
+        return self._process.wait(60)
 
     def kill(self) -> None:
         """End it as a power cut does."""
         assert self._process is not None
         self._process.kill()
-        self._process.wait(30)
+        self._process.wait(60)
 
     def invite(self, *devices: str) -> dict[str, Path]:
         """Invitations by device; each call has files of its own."""

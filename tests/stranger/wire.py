@@ -352,11 +352,11 @@ def make_frames(
 ) -> list[bytes]:
     """One message as frames of at most `limit` bytes."""
     key = key_id(bytes(signing.verify_key))
-    name = {"kind": kind, "federation": federation, "sender": sender, "key": key, "seq": seq, "meta": meta}
-    largest = pack_header(**name, part=(65_534, 65_535), digest=bytes(32))  # type: ignore[arg-type]
+    name: Meta = {"kind": kind, "federation": federation, "sender": sender, "key": key, "seq": seq, "meta": meta}
+    largest = pack_header(**name, part=(65_534, 65_535), digest=bytes(32))
     bodies = cut(body, limit - 8 - SIGNATURE - len(largest))
     return [
-        pack_frame(signing, pack_header(**name, part=(i, len(bodies)), digest=digest(b)), b)  # type: ignore[arg-type]
+        pack_frame(signing, pack_header(**name, part=(i, len(bodies)), digest=digest(b)), b)
         for i, b in enumerate(bodies)
     ]
 

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
-from ternbus.broker.link.link import Arrived, Connected, Link, LinkEvent
+from ternbus.broker.link.events import Arrived, Connected, Published, Refused
+from ternbus.broker.link.link import Link, LinkEvent
 
-WITHIN_S = 15.0
-CONNECT, CONNACK, PUBLISH, PUBACK, SUBSCRIBE = 0x10, 0x20, 0x30, 0x40, 0x80
+WITHIN_S = 60.0  # ends a wait for what never comes; what comes takes a moment
+CONNECT, CONNACK, PUBLISH, PUBACK, SUBSCRIBE, DISCONNECT = 0x10, 0x20, 0x30, 0x40, 0x80, 0xE0
 
 Event = TypeVar("Event", bound=LinkEvent)
 
@@ -27,6 +28,19 @@ class Inbox:
         event = self._events.get(timeout=WITHIN_S)
         assert isinstance(event, kind), event
         return event
+
+    def settled(self) -> Published | Refused:
+        """How the broker answered a publication."""
+        event = self._events.get(timeout=WITHIN_S)
+        assert isinstance(event, Published | Refused), event
+        return event
+
+    def until_settled(self) -> list[LinkEvent]:
+        """What comes before the broker's answer to a publication."""
+        before: list[LinkEvent] = []
+        while not isinstance(event := self._events.get(timeout=WITHIN_S), Published | Refused):
+            before.append(event)
+        return before
 
     def until(self, kind: type[Event]) -> Event:
         """The next of this kind, whatever comes before it."""

@@ -73,13 +73,15 @@ def write_cifar10(folder: Path) -> None:
 
 def write_checkpoint(folder: Path) -> None:
     """MobileNet's, but drawn: in a folder as TORCH_HOME is one."""
-    from ternbus.edge.tasks import cifar10_finetune  # noqa: PLC0415  # it brings torchvision
+    from torchvision.models import mobilenet_v3_small  # noqa: PLC0415  # heavy, and only this wants it
+
+    from ternbus.edge.tasks.cifar10_finetune import WEIGHTS  # noqa: PLC0415  # it brings torchvision
 
     (folder / "hub" / "checkpoints").mkdir(parents=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        state = cifar10_finetune.mobilenet_v3_small().state_dict()
-    torch.save(state, folder / "hub" / "checkpoints" / cifar10_finetune.WEIGHTS.url.rpartition("/")[2])
+        state = mobilenet_v3_small().state_dict()
+    torch.save(state, folder / "hub" / "checkpoints" / WEIGHTS.url.rpartition("/")[2])
 
 
 class Body:

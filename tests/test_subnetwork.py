@@ -1,4 +1,4 @@
-"""A narrower sub-network on weak devices: the leading corner of each tensor is trained, the rest is left as it was."""
+"""Sub-networks for weak devices: they train the leading corner of each tensor and leave the rest unchanged."""
 
 import io
 from dataclasses import replace

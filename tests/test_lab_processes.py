@@ -1,4 +1,4 @@
-"""The lab's processes, with plain children in place of a federation, and the folder that a run writes."""
+"""The lab's child processes, with plain children in place of a federation, and the output folder of a run."""
 
 import json
 import os
@@ -65,14 +65,21 @@ def supervisor(said: list[str]) -> Iterator[Supervisor]:
     supervisor.stop_all(grace_s=1)
 
 
-def until(condition: Callable[[], bool], *, timeout_s: float = 20.0) -> None:
+def until(
+    condition: Callable[[], bool], *, meanwhile: Callable[[], None] = lambda: None, timeout_s: float = 60.0
+) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
-        select.select([], [], [], 0.01)
+        meanwhile()
+        time.sleep(0.01)
 
 
-def has_ended(process: int, *, timeout_s: float = 20.0) -> bool:
+def check_until_it_raises(supervisor: Supervisor) -> None:
+    until(lambda: False, meanwhile=supervisor.check)
+
+
+def has_ended(process: int, *, timeout_s: float = 60.0) -> bool:
     """Whether the process, ours or not, ends in time."""
     try:
         watched = os.pidfd_open(process)
@@ -143,7 +150,7 @@ def test_a_killed_child_is_started_again(child: MakeChild, supervisor: Superviso
     supervisor.start(patient)
     first = patient.pid
     os.kill(first, signal.SIGKILL)
-    until(lambda: supervisor.check() or patient.pid != first)
+    until(lambda: patient.pid != first, meanwhile=supervisor.check)
     assert patient.running
     assert ["was killed" in said[0], "started again" in said[1]] == [True, True]
 
@@ -154,20 +161,20 @@ def test_a_child_that_is_killed_again_and_again_ends_the_run(
     monkeypatch.setattr("ternbus.lab.processes.supervisor.RESTART_AFTER_S", 0.0)
     supervisor.start(child("suicidal"))
     with pytest.raises(ChildError, match=f"killed {RESTARTS_MAX + 1} times"):
-        until(lambda: supervisor.check() is not None)
+        check_until_it_raises(supervisor)
 
 
 def test_a_child_that_fails_ends_the_run_with_its_last_lines(child: MakeChild, supervisor: Supervisor) -> None:
     supervisor.start(child("failing"))
     with pytest.raises(ChildError, match="failing-0 ended with exit code 1") as caught:
-        until(lambda: supervisor.check() is not None)
+        check_until_it_raises(supervisor)
     assert caught.value.lines == ["one", "two", "three"]
 
 
 def test_a_child_that_ends_too_early_ends_the_run(child: MakeChild, supervisor: Supervisor) -> None:
     supervisor.start(child("content"))
     with pytest.raises(ChildError, match="ended with exit code 0"):
-        until(lambda: supervisor.check() is not None)
+        check_until_it_raises(supervisor)
 
 
 def test_a_child_that_may_end_may_end(child: MakeChild, supervisor: Supervisor) -> None:
@@ -186,7 +193,7 @@ def test_a_fault_is_no_failure_and_the_child_comes_back(
     first = patient.pid
     supervisor.kill(patient.name, restart_after_s=0.1)
     assert supervisor.running([patient.name])
-    until(lambda: supervisor.check() or patient.pid != first)
+    until(lambda: patient.pid != first, meanwhile=supervisor.check)
     assert patient.running
 
 

@@ -1,4 +1,4 @@
-"""The shells as they run, over real sockets to a real mosquitto, with a proxy in between that lies."""
+"""The services, over real sockets to a real mosquitto, with a Byzantine proxy in between."""
 
 import sqlite3
 from contextlib import closing
@@ -8,11 +8,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from test_liar import LIES, MODEL, NUMBERS
 
 from stranger.house import Aggregator, until
-from support.liar import Fate, Liar
-from support.lying_line import LyingLine
+from support.byzantine_broker import FAULTS, NUMBERS, Adversary, Fault
+from support.byzantine_proxy import ByzantineProxy
+from support.noise_trainer import MODEL
 from support.shell_device import WITHIN_S, Device
 from support.small_world import scratch
 from ternbus.aggregator.shell import administration
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.slow
 NAMES = ("a", "b", "c")
 
 
-class LyingHouse(RuleBasedStateMachine):
-    """Rules are lies, cuts and kills; time is real, so each waits until its lies have been told."""
+class ByzantineServices(RuleBasedStateMachine):
+    """Rules are faults, cuts and kills; time is real, so each waits until its faults have been applied."""
 
     @initialize()
     def begin(self) -> None:
@@ -35,7 +35,7 @@ class LyingHouse(RuleBasedStateMachine):
         self.broker: RunningBroker = start(
             choose(Engine.MOSQUITTO), host="127.0.0.1", port=0, directory=self.folder / "broker"
         )
-        self.line = LyingLine(self.broker.endpoint.port, Liar(), Liar())
+        self.line = ByzantineProxy(self.broker.endpoint.port, Adversary(), Adversary())
         self.aggregator = Aggregator(
             self.folder / "aggregator",
             federation="lab",
@@ -64,30 +64,30 @@ class LyingHouse(RuleBasedStateMachine):
         same = {device.vector_digest for device in self.devices} == {found["digest"]}
         return found["state"] == "paused" and found["buffer"] == 0 and same
 
-    def told(self, liar: Liar) -> None:
-        """Wait until all lies are told, or nobody says anything that could be lied about."""
+    def wait_until_applied(self, adversary: Adversary) -> None:
+        """Wait until all faults are applied; drop them where nobody sends enough messages for them."""
         try:
-            until(lambda: not liar.fates, 3.0, "not all is told")
+            until(lambda: not adversary.faults, 3.0, "not all faults are applied")
         except TimeoutError:
-            liar.fates.clear()
+            adversary.faults.clear()
 
-    @rule(lies=LIES)
-    def lie_to_clients(self, lies: list[Fate]) -> None:
-        self.line.lie(self.line.down, list(lies))
-        self.told(self.line.down)
+    @rule(faults=FAULTS)
+    def attack_what_clients_get(self, faults: list[Fault]) -> None:
+        self.line.inject(self.line.down, faults)
+        self.wait_until_applied(self.line.down)
 
-    @rule(lies=LIES)
-    def lie_about_what_devices_say(self, lies: list[Fate]) -> None:
-        self.line.lie(self.line.up, list(lies))
-        self.told(self.line.up)
+    @rule(faults=FAULTS)
+    def attack_what_devices_publish(self, faults: list[Fault]) -> None:
+        self.line.inject(self.line.up, faults)
+        self.wait_until_applied(self.line.up)
 
     @rule()
-    def tell_late(self) -> None:
-        self.line.tell_late()
+    def deliver_late(self) -> None:
+        self.line.deliver_late()
 
     @rule(client=st.integers(0, 3), chosen=st.lists(NUMBERS, min_size=1, max_size=20))
-    def say_again(self, client: int, chosen: list[int]) -> None:
-        self.line.say_again(client, chosen)
+    def replay(self, client: int, chosen: list[int]) -> None:
+        self.line.replay(client, chosen)
 
     @rule()
     def cut(self) -> None:
@@ -118,7 +118,7 @@ class LyingHouse(RuleBasedStateMachine):
             self.broker.stop()
 
     def _end_well(self) -> None:
-        """The lying ends: the federation goes on, and everybody comes to the same digest."""
+        """The attack ends: the federation goes on, and all come to the same digest."""
         self.line.become_honest()
         before, accepted = self.version, [device.core.state.accepted for device in self.devices]
         until(
@@ -148,11 +148,10 @@ class LyingHouse(RuleBasedStateMachine):
         assert accepted_by_devices <= self.status()["counts"]["accepted"]
 
 
-TestLyingHouse = LyingHouse.TestCase
-TestLyingHouse.settings = settings(
+TestByzantineProxy = ByzantineServices.TestCase
+TestByzantineProxy.settings = settings(
     max_examples=5,
     stateful_step_count=8,
-    deadline=None,
     phases=[Phase.explicit, Phase.generate],  # to shrink what real time was part of is to look for another failure
     suppress_health_check=list(HealthCheck),
 )

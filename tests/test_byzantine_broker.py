@@ -1,11 +1,11 @@
-"""The whole federation, both cores, on a broker that lies.
+"""The whole federation, both cores, on a Byzantine broker.
 
-Whatever it says: nothing forged is merged, nothing merges twice, a device only ever holds a vector whose digest the
-aggregator signed, nobody ends, and when the lying ends everybody comes to the same digest.
+Whatever the broker does: nothing forged is merged, nothing is merged twice, a device only ever holds a vector whose
+digest the aggregator signed, nobody stops, and when the attack ends all come to the same digest.
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from weakref import WeakValueDictionary
 
@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from support.liar import FATES, Fate, Liar, LyingBroker
+from support.byzantine_broker import FAULTS, NUMBERS, Adversary, ByzantineBroker, Fault
+from support.noise_trainer import MODEL, NoiseTrainer
 from support.small_world import scratch
 from ternbus.aggregator.core import events as aggregator_events
 from ternbus.aggregator.core import records
@@ -26,9 +27,6 @@ from ternbus.edge.core import events
 from ternbus.edge.core.actions import Action, Save, Stop
 from ternbus.edge.core.follower import InitialModel
 from ternbus.edge.core.profile import Profile
-from ternbus.edge.learn.task import Evaluation, Trained
-from ternbus.edge.plan.plan import Plan
-from ternbus.edge.plan.tensors import FloatArray, Tensors
 from ternbus.lab.virtual import setup
 from ternbus.lab.virtual.clock import Clock
 from ternbus.lab.virtual.memory_broker import Line
@@ -41,31 +39,11 @@ FRAME_BYTES = (
     3_000  # a device's update takes three, a snapshot of the aggregator's two, to be lost, swapped and spliced
 )
 STEPS_MAX = 20_000
-MODEL: Mapping[str, FloatArray] = {
-    "w": np.random.default_rng(0).normal(size=(25, 80)).astype(np.float32),
-    "b": np.zeros(3, np.float32),
-}
-NUMBERS = st.integers(0, 2**20)
-LIES = st.lists(st.builds(Fate, st.sampled_from(FATES), NUMBERS), min_size=1, max_size=12)
 CLIENTS = st.integers(0, len(NAMES))  # the aggregator first
 
 
-class Noise:
-    """A task that costs nothing."""
-
-    samples = 10
-
-    def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:
-        rng = np.random.default_rng(seed)
-        changed = {name: each + rng.normal(0, 0.1, each.shape).astype(np.float32) for name, each in start.items()}
-        return Trained(tensors=changed, samples=self.samples, metrics={"loss": 1.0})
-
-    def evaluate(self, tensors: Tensors) -> Evaluation:
-        raise NotImplementedError
-
-
 class Device(VirtualDevice):
-    """Takes down what it made, on a broker that takes small frames only."""
+    """Records the updates that it made, on a broker that takes small frames only."""
 
     made: dict[tuple[str, bytes, int], tuple[int, int, bytes]]
 
@@ -115,13 +93,13 @@ def left(stop: Stop) -> None:
     raise AssertionError(f"a device ended: {stop.reason}")
 
 
-class LyingFederation(RuleBasedStateMachine):
-    """Rules are lies, crashes and time."""
+class ByzantineFederation(RuleBasedStateMachine):
+    """Rules are faults, crashes and time."""
 
-    @initialize(bends_what_it_keeps=st.booleans(), codec=st.sampled_from(["ternary", "float32"]), stolen=st.booleans())
-    def begin(self, bends_what_it_keeps: bool, codec: str, stolen: bool) -> None:
+    @initialize(attacks_uplink=st.booleans(), codec=st.sampled_from(["ternary", "float32"]), stolen=st.booleans())
+    def begin(self, attacks_uplink: bool, codec: str, stolen: bool) -> None:
         self.folder = scratch()
-        self.bends_what_it_keeps = bends_what_it_keeps
+        self.attacks_uplink = attacks_uplink
         self.clock = Clock()
         chosen = {
             "merge.buffer_size": 2,
@@ -136,7 +114,7 @@ class LyingFederation(RuleBasedStateMachine):
         self.ledger = founded.ledger
         identities = {name: Identity(setup.drawn(0, name)) for name in NAMES}
         keys = (Identity(b"l" * 32), *(identities.values() if stolen else ()))
-        self.broker = LyingBroker(self.clock, Liar(keys), Liar(keys))
+        self.broker = ByzantineBroker(self.clock, Adversary(keys), Adversary(keys))
         made: dict[tuple[str, bytes, int], tuple[int, int, bytes]] = {}
         self.watched = Watched(self.ledger, made)
         self.aggregator = VirtualAggregator(
@@ -160,13 +138,13 @@ class LyingFederation(RuleBasedStateMachine):
             )
             body = Body(
                 profile=profile,
-                begin=partial(InProcess([Noise()]).begin, 0),
-                trainer=Noise(),
+                begin=partial(InProcess([NoiseTrainer()]).begin, 0),
+                trainer=NoiseTrainer(),
                 held=None,
                 initial_model=InitialModel(
                     tensors={**MODEL, "b": np.full(3, index, np.float32)}
                 ),  # the first one's is right
-                seconds=lambda pace=1.5 + index: pace,
+                seconds=partial(float, 1.5 + index),
                 line=Line(latency_s=0.02),
             )
             device = Device(self.clock, self.broker, body, vectors, left)
@@ -202,34 +180,34 @@ class LyingFederation(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.run_for(seconds)
 
-    @rule(lies=LIES)
-    def lie_to_clients(self, lies: list[Fate]) -> None:
-        self.broker.down.fates.extend(lies)
+    @rule(faults=FAULTS)
+    def attack_what_clients_get(self, faults: list[Fault]) -> None:
+        self.broker.down.faults.extend(faults)
         self.run_for(0.5)
 
-    @precondition(lambda self: self.bends_what_it_keeps)
-    @rule(lies=LIES)
-    def lie_about_what_came(self, lies: list[Fate]) -> None:
-        self.broker.up.fates.extend(lies)
+    @precondition(lambda self: self.attacks_uplink)
+    @rule(faults=FAULTS)
+    def attack_what_the_broker_gets(self, faults: list[Fault]) -> None:
+        self.broker.up.faults.extend(faults)
         self.run_for(0.5)
 
     @rule()
-    def tell_late(self) -> None:
-        self.broker.down.let_go()
-        self.broker.up.let_go()
+    def deliver_late(self) -> None:
+        self.broker.down.release_delayed()
+        self.broker.up.release_delayed()
 
-    @precondition(lambda self: self.broker.down.heard)
+    @precondition(lambda self: self.broker.down.observed)
     @rule(client=CLIENTS, chosen=st.lists(NUMBERS, min_size=1, max_size=8))
-    def say_again(self, client: int, chosen: list[int]) -> None:
-        heard = self.broker.down.heard
+    def replay(self, client: int, chosen: list[int]) -> None:
+        observed = self.broker.down.observed
         for number in chosen:
-            self.broker.say(client, *heard[number % len(heard)])
+            self.broker.send(client, *observed[number % len(observed)])
 
-    @precondition(lambda self: self.broker.down.heard)
+    @precondition(lambda self: self.broker.down.observed)
     @rule(client=CLIENTS, number=NUMBERS, chosen=NUMBERS)
     def forge(self, client: int, number: int, chosen: int) -> None:
-        topic, payload = self.broker.down.heard[chosen % len(self.broker.down.heard)]
-        self.broker.say(client, topic, self.broker.down.forged(payload, number))
+        topic, payload = self.broker.down.observed[chosen % len(self.broker.down.observed)]
+        self.broker.send(client, topic, self.broker.down.forged(payload, number))
 
     @rule(client=CLIENTS, after=st.sampled_from([0.0, 0.3, 5.0]))
     def crash(self, client: int, after: float) -> None:
@@ -262,10 +240,10 @@ class LyingFederation(RuleBasedStateMachine):
             assert len(rows) == len(self.watched.merged) + len(self.watched.pending)
 
     def teardown(self) -> None:
-        """The lying ends: the federation goes on, and everybody comes to the same digest."""
+        """The attack ends: the federation goes on, and all come to the same digest."""
         if len(getattr(self, "devices", ())) < len(NAMES):
             return  # it never began
-        self.broker.become_honest(lose_everything=self.bends_what_it_keeps)
+        self.broker.become_honest(lose_everything=self.attacks_uplink)
         before = self.aggregator.core.model.version
         accepted = [device.state.accepted for device in self.devices]
         self.run_until(
@@ -286,7 +264,7 @@ class LyingFederation(RuleBasedStateMachine):
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-TestLyingFederation = LyingFederation.TestCase
-TestLyingFederation.settings = settings(
-    max_examples=120, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
+TestByzantineBroker = ByzantineFederation.TestCase
+TestByzantineBroker.settings = settings(
+    max_examples=120, stateful_step_count=20, suppress_health_check=list(HealthCheck)
 )

@@ -179,7 +179,7 @@ def test_a_lab_that_is_killed_leaves_no_process(lab: Lab) -> None:
             break
     process.kill()
     process.communicate()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + TIMEOUT_S
     while lab.left_over() and time.monotonic() < deadline:  # the tether is a signal, and they end in order
         select.select([], [], [], 0.1)
     assert lab.left_over() == []

@@ -1,4 +1,4 @@
-"""CIFAR-10's features: made once, of each image alone, kept whole, and what a head that begins with names knows."""
+"""The cached features of CIFAR-10: computed once, of each image alone; and the head that is made of class names."""
 
 import sys
 from collections.abc import Callable
@@ -124,7 +124,8 @@ class Block(nn.Module):
         self._bn1 = nn.BatchNorm2d(8)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self._bn1(self._depthwise_conv(torch.relu(self._bn0(self._expand_conv(images)))))
+        outputs: torch.Tensor = self._bn1(self._depthwise_conv(torch.relu(self._bn0(self._expand_conv(images)))))
+        return outputs
 
 
 def test_folding_batch_norm_changes_nothing() -> None:

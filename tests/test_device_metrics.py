@@ -1,4 +1,4 @@
-"""What versions are worth on data that devices hold out: reported, spread over devices, improved by fine-tuning."""
+"""What devices measure on data that they hold out: reported, spread over devices, improved by fine-tuning."""
 
 import json
 from collections.abc import Iterator
@@ -111,7 +111,7 @@ def test_the_status_has_the_spread_by_version_and_of_each_devices_newest(bench: 
     for device in devices[:2]:
         bench.send(device, ternary_block(bench.schema, 1), 0)
     values = {"accuracy": 0.9, "personal_accuracy": 0.95}
-    bench.receive(devices[1].topic("metrics"), devices[1].metrics(1, "local", **values))
+    bench.receive(devices[1].topic("metrics"), devices[1].metrics(1, "local", seq=None, **values))
     found = statuses.read(bench.directory)
     zero, one = found["versions"]
     assert zero["metrics"] == {"accuracy": 0.99}  # the evaluator's alone

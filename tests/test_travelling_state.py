@@ -1,4 +1,4 @@
-"""A model needs nothing special: whatever PyTorch has of tensors travels, stays where it is, or is refused in words."""
+"""What of a PyTorch model travels: each tensor is sent, stays on the device, or is refused with its name."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +48,8 @@ class Tied(nn.Module):
         self.head = nn.Linear(6, 2)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.head(self.last(torch.tanh(self.first(inputs))))
+        outputs: Tensor = self.head(self.last(torch.tanh(self.first(inputs))))
+        return outputs
 
 
 def frozen_body() -> nn.Module:
@@ -142,13 +143,13 @@ def test_of_a_frozen_body_nothing_travels_and_nothing_changes_and_its_dropout_is
     # a head alone on features computed once, by a second and plain implementation
     inputs, targets = data(None, "train")
     with torch.no_grad():
-        features = frozen_body()[0].eval()(inputs)
+        features = frozen_body().get_submodule("0").eval()(inputs)
     head = nn.Linear(8, 2)
     head.load_state_dict({name: torch.tensor(start[f"1.{name}"]) for name in ("weight", "bias")})
     optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
     for chosen in PLAN.batches(len(inputs), np.random.default_rng(0)):
         optimizer.zero_grad()
-        nn.functional.cross_entropy(head(features[chosen]), targets[chosen]).backward()
+        torch.autograd.backward(nn.functional.cross_entropy(head(features[chosen]), targets[chosen]))
         optimizer.step()
     np.testing.assert_allclose(ours["1.weight"], head.weight.detach().numpy(), atol=1e-6)
 
@@ -212,13 +213,14 @@ class Holding(nn.Module):
                 self.register_buffer(name, tensor)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.layer(inputs)
+        outputs: Tensor = self.layer(inputs)
+        return outputs
 
 
 def shared() -> nn.Module:
-    net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
-    net[1].weight = nn.Parameter(net[0].weight.data)
-    return net
+    first, second = nn.Linear(6, 6), nn.Linear(6, 6)
+    second.weight = nn.Parameter(first.weight.data)
+    return nn.Sequential(first, second)
 
 
 REFUSED: list[tuple[Callable[[], nn.Module], str]] = [

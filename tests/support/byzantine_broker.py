@@ -1,6 +1,6 @@
-"""A broker that lies: what it was given it drops, repeats, keeps back, bends, swaps and makes up, as a test tells it.
+"""A Byzantine broker: it drops, repeats, delays, corrupts, reroutes and forges messages as a test tells it.
 
-It has no key but its own and, since devices get stolen, whatever keys a test hands to it.
+It has a key of its own and, since devices get stolen, the keys that a test hands to it.
 """
 
 from collections import deque
@@ -8,72 +8,78 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+from hypothesis import strategies as st
+
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.frame import Frame, build, parse
 from ternbus.broker.protocol.identity import Identity
 from ternbus.lab.virtual.clock import Clock
 from ternbus.lab.virtual.memory_broker import Client, Line, MemoryBroker, Session
 
-Say = Callable[[str, bytes], None]
-FATES: Final = (
+Send = Callable[[str, bytes], None]
+FAULT_KINDS: Final = (
     "true", "lost", "twice", "late", "bit", "short", "empty", "elsewhere", "instead", "replay", "spliced", "forged",
 )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class Fate:
+class Fault:
     """What becomes of one message; ``number`` chooses the bit, the topic or the other message."""
 
     kind: str
     number: int
 
 
+NUMBERS = st.integers(0, 2**20)
+FAULTS = st.lists(st.builds(Fault, st.sampled_from(FAULT_KINDS), NUMBERS), min_size=1, max_size=12)
+
+
 @dataclass(slots=True)
-class Liar:
-    """Tells messages on, each by the next fate; without fates it tells the truth."""
+class Adversary:
+    """Passes messages on, each with the next fault; without faults it changes nothing."""
 
     keys: tuple[Identity, ...] = (Identity(b"l" * 32),)
-    fates: deque[Fate] = field(default_factory=deque)
-    heard: list[tuple[str, bytes]] = field(default_factory=list)
-    kept_back: list[tuple[Say, str, bytes]] = field(default_factory=list)
-    told: dict[str, int] = field(default_factory=dict)  # how often each lie was told
+    faults: deque[Fault] = field(default_factory=deque)
+    observed: list[tuple[str, bytes]] = field(default_factory=list)
+    delayed: list[tuple[Send, str, bytes]] = field(default_factory=list)
+    applied: dict[str, int] = field(default_factory=dict)  # how often each kind of fault was applied
 
-    def hear(self, topic: str, payload: bytes) -> None:
+    def observe(self, topic: str, payload: bytes) -> None:
         """Remember what may be of use."""
-        self.heard.append((topic, payload))
+        self.observed.append((topic, payload))
 
-    def tell(self, topic: str, payload: bytes, say: Say) -> None:
-        fate = self.fates.popleft() if self.fates else Fate("true", 0)
-        self.told[fate.kind] = self.told.get(fate.kind, 0) + 1
-        for bent in self._bent(fate, topic, payload, say):
-            say(*bent)
+    def pass_on(self, topic: str, payload: bytes, send: Send) -> None:
+        fault = self.faults.popleft() if self.faults else Fault("true", 0)
+        self.applied[fault.kind] = self.applied.get(fault.kind, 0) + 1
+        for delivered in self._attacked(fault, topic, payload, send):
+            send(*delivered)
 
-    def let_go(self) -> None:
-        """Tell what was kept back, the newest first."""
-        while self.kept_back:
-            say, topic, payload = self.kept_back.pop()
-            say(topic, payload)
+    def release_delayed(self) -> None:
+        """Send the delayed messages, the newest first."""
+        while self.delayed:
+            send, topic, payload = self.delayed.pop()
+            send(topic, payload)
 
     def stop(self) -> None:
-        self.fates.clear()
-        self.kept_back.clear()
+        self.faults.clear()
+        self.delayed.clear()
 
-    def _bent(  # noqa: PLR0911 - a table, one line a lie
-        self, fate: Fate, topic: str, payload: bytes, say: Say
+    def _attacked(  # noqa: PLR0911 - a table, one line a fault
+        self, fault: Fault, topic: str, payload: bytes, send: Send
     ) -> list[tuple[str, bytes]]:
-        other_topic, other = self.heard[fate.number % len(self.heard)] if self.heard else (topic, payload)
-        match fate.kind:
+        other_topic, other = self.observed[fault.number % len(self.observed)] if self.observed else (topic, payload)
+        match fault.kind:
             case "lost":
                 return []
             case "twice":
                 return [(topic, payload)] * 2
             case "late":
-                self.kept_back.append((say, topic, payload))
+                self.delayed.append((send, topic, payload))
                 return []
             case "bit":
-                return [(topic, flipped(payload, fate.number))]
+                return [(topic, flipped(payload, fault.number))]
             case "short":
-                return [(topic, payload[: fate.number % (len(payload) + 1)])]
+                return [(topic, payload[: fault.number % (len(payload) + 1)])]
             case "empty":
                 return [(topic, b"")]
             case "elsewhere":
@@ -85,12 +91,12 @@ class Liar:
             case "spliced":
                 return [(topic, spliced(payload, other))]
             case "forged":
-                return [(topic, self.forged(payload, fate.number)), (topic, payload)]
+                return [(topic, self.forged(payload, fault.number)), (topic, payload)]
             case _:
                 return [(topic, payload)]
 
     def forged(self, payload: bytes, number: int) -> bytes:
-        """The same claim, or one a little further on, signed by a key that the liar has."""
+        """The same message, or one with slightly higher numbers, signed with a key that the adversary has."""
         try:
             frame = parse(payload)
         except ProtocolError:
@@ -100,7 +106,7 @@ class Liar:
             if isinstance(meta.get(name), int):
                 meta[name] = max(0, meta[name] + number % 3)
         key = self.keys[number % len(self.keys)]
-        if key.key_id == frame.key:  # who has a device's key can speak for it, and there is nothing to be seen
+        if key.key_id == frame.key:  # a message signed with the device's own key is genuine, and nobody could tell
             key = self.keys[0]
         return resigned(frame, key, meta)
 
@@ -136,29 +142,29 @@ def spliced(payload: bytes, other: bytes) -> bytes:
     return payload[: len(payload) - len(mine.body)] + theirs.body
 
 
-class LiedTo:
-    """A client as its session knows it; between them stands the liar."""
+class AttackedClient:
+    """A client as its session knows it, with the adversary in between."""
 
-    def __init__(self, client: Client, liar: Liar) -> None:
+    def __init__(self, client: Client, adversary: Adversary) -> None:
         self.client = client
-        self.liar = liar
+        self.adversary = adversary
         self.connected, self.disconnected = client.connected, client.disconnected
         self.acknowledged = client.acknowledged
 
     def arrived(self, topic: str, payload: bytes) -> None:
-        self.liar.tell(topic, payload, self.client.arrived)
+        self.adversary.pass_on(topic, payload, self.client.arrived)
 
 
-class OverheardSession(Session):
-    """The liar has its last will, too."""
+class ObservedSession(Session):
+    """A session whose last will the adversary observes too."""
 
-    def __init__(self, broker: "LyingBroker", client: LiedTo, line: Line) -> None:
+    def __init__(self, broker: "ByzantineBroker", client: AttackedClient, line: Line) -> None:
         super().__init__(broker, client, line)
-        self.lied_to = client
-        self._liar = broker.down
+        self.attacked = client
+        self._adversary = broker.down
 
     def connect(self, will_topic: str, will_payload: bytes) -> None:
-        self._liar.hear(will_topic, will_payload)
+        self._adversary.observe(will_topic, will_payload)
         super().connect(will_topic, will_payload)
 
     @property
@@ -166,45 +172,45 @@ class OverheardSession(Session):
         return self._online
 
     def forget(self) -> None:
-        """What waits for the client is gone."""
+        """Drop the messages that are queued for the client."""
         self._waiting.clear()
 
 
-class LyingBroker(MemoryBroker):
-    """``up`` bends what it is given before it is kept and passed on, ``down`` what each client gets of it."""
+class ByzantineBroker(MemoryBroker):
+    """``up`` attacks what the broker is given, before it is retained and routed; ``down`` what each client gets."""
 
-    def __init__(self, clock: Clock, up: Liar, down: Liar) -> None:
+    def __init__(self, clock: Clock, up: Adversary, down: Adversary) -> None:
         super().__init__(clock)
         self.up = up
         self.down = down
-        self.sessions: list[OverheardSession] = []
+        self.sessions: list[ObservedSession] = []
 
     def session(self, client: Client, line: Line) -> Session:
-        session = OverheardSession(self, LiedTo(client, self.down), line)
+        session = ObservedSession(self, AttackedClient(client, self.down), line)
         self._sessions.append(session)
         self.sessions.append(session)
         return session
 
     def route(self, topic: str, payload: bytes, *, retain: bool) -> None:
-        for liar in (self.up, self.down):
-            liar.hear(topic, payload)
+        for adversary in (self.up, self.down):
+            adversary.observe(topic, payload)
 
-        def pass_on(topic: str, payload: bytes) -> None:
-            super(LyingBroker, self).route(topic, payload, retain=retain)
+        def forward(topic: str, payload: bytes) -> None:
+            super(ByzantineBroker, self).route(topic, payload, retain=retain)
 
-        self.up.tell(topic, payload, pass_on)
+        self.up.pass_on(topic, payload, forward)
 
-    def say(self, client: int, topic: str, payload: bytes) -> None:
-        """Make something up, if that client is there to hear it."""
+    def send(self, client: int, topic: str, payload: bytes) -> None:
+        """Send a made-up message to a client that is online."""
         session = self.sessions[client % len(self.sessions)]
         if session.online:
-            session.lied_to.client.arrived(topic, payload)
+            session.attacked.client.arrived(topic, payload)
 
     def become_honest(self, *, lose_everything: bool) -> None:
-        """Another broker takes its place: everybody connects anew; of what this one kept, all or nothing is there."""
+        """An honest broker takes its place: all clients connect anew, to all of the stored messages or to none."""
         self.stop()
-        for liar in (self.up, self.down):
-            liar.stop()
+        for adversary in (self.up, self.down):
+            adversary.stop()
         if lose_everything:
             self.retained.clear()
             for session in self.sessions:

@@ -1,48 +1,48 @@
-"""A TCP proxy that speaks MQTT and lies: between real clients and a real broker, it bends what is published."""
+"""A Byzantine TCP proxy between real clients and a real broker: it parses MQTT and attacks what is published."""
 
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import IO
 
-from support.liar import Liar
+from support.byzantine_broker import Adversary, Fault
 
 CONNECT, PUBLISH, PUBACK = 0x10, 0x30, 0x40
 V5 = 5
 Packet = tuple[int, bytes]
 
 
-class LyingLine:
-    """``up`` bends what devices publish, ``down`` what anybody gets. What is bent travels at QoS 0, unanswered."""
+class ByzantineProxy:
+    """``up`` attacks what devices publish, ``down`` what any client gets. What it changes it sends at QoS 0."""
 
-    def __init__(self, port: int, up: Liar, down: Liar) -> None:
+    def __init__(self, port: int, up: Adversary, down: Adversary) -> None:
         self.up, self.down = up, down
         self._target = port
         self._lock = threading.RLock()
         self._ends: list[socket.socket] = []
-        self._says: list[Callable[[str, bytes], None]] = []  # one for each connection, to its client
+        self._sends: list[Callable[[str, bytes], None]] = []  # one for each connection, to its client
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"mqtt://127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def lie(self, liar: Liar, fates: list[object]) -> None:
+    def inject(self, adversary: Adversary, faults: Iterable[Fault]) -> None:
         with self._lock:
-            liar.fates.extend(fates)  # type: ignore[arg-type]
+            adversary.faults.extend(faults)
 
-    def say_again(self, client: int, chosen: list[int]) -> None:
-        """Tell one client what somebody was told once."""
+    def replay(self, client: int, chosen: list[int]) -> None:
+        """Send one client messages that some client got before."""
         with self._lock:
-            heard = self.down.heard
-            if heard and self._says:
+            observed = self.down.observed
+            if observed and self._sends:
                 for number in chosen:
                     with suppress(OSError):
-                        self._says[client % len(self._says)](*heard[number % len(heard)])
+                        self._sends[client % len(self._sends)](*observed[number % len(observed)])
 
-    def tell_late(self) -> None:
+    def deliver_late(self) -> None:
         with self._lock, suppress(OSError):
-            self.up.let_go()
-            self.down.let_go()
+            self.up.release_delayed()
+            self.down.release_delayed()
 
     def become_honest(self) -> None:
         with self._lock:
@@ -52,7 +52,7 @@ class LyingLine:
 
     def cut(self) -> None:
         with self._lock:
-            self._says.clear()
+            self._sends.clear()
             while self._ends:
                 with suppress(OSError):
                     self._ends.pop().shutdown(socket.SHUT_RDWR)
@@ -72,21 +72,21 @@ class LyingLine:
                     continue
                 threading.Thread(target=_Connection(self, near, far).run, daemon=True).start()
 
-    def opened(self, near: socket.socket, far: socket.socket, say: Callable[[str, bytes], None]) -> None:
+    def opened(self, near: socket.socket, far: socket.socket, send: Callable[[str, bytes], None]) -> None:
         with self._lock:
             self._ends += [near, far]
-            self._says.append(say)
+            self._sends.append(send)
 
-    def tell(self, liar: Liar, topic: str, payload: bytes, say: Callable[[str, bytes], None]) -> None:
+    def pass_on(self, adversary: Adversary, topic: str, payload: bytes, send: Callable[[str, bytes], None]) -> None:
         with self._lock:
-            self.down.hear(topic, payload)
-            liar.tell(topic, payload, say)
+            self.down.observe(topic, payload)
+            adversary.pass_on(topic, payload, send)
 
 
 class _Connection:
-    """One client's two ways."""
+    """One client's connection, both directions."""
 
-    def __init__(self, line: LyingLine, near: socket.socket, far: socket.socket) -> None:
+    def __init__(self, line: ByzantineProxy, near: socket.socket, far: socket.socket) -> None:
         self.line, self.near, self.far = line, near, far
         self.protocol = V5
         self.is_device = False
@@ -99,9 +99,9 @@ class _Connection:
             self.protocol = packet[1][6]
             self.is_device = b"aggregator-" not in packet[1]
             self._write(self.far, written(packet))
-            self.line.opened(self.near, self.far, lambda topic, payload: self._say(self.near, topic, payload))
+            self.line.opened(self.near, self.far, lambda topic, payload: self._send(self.near, topic, payload))
             threading.Thread(target=self._down, daemon=True).start()
-            self._pump(stream, self.far, self.near, self.line.up if self.is_device else Liar())
+            self._pump(stream, self.far, self.near, self.line.up if self.is_device else Adversary())
         self._end(stream)
 
     def _down(self) -> None:
@@ -117,15 +117,15 @@ class _Connection:
                 end.shutdown(socket.SHUT_RDWR)
             end.close()
 
-    def _pump(self, source: IO[bytes], sink: socket.socket, back: socket.socket, liar: Liar) -> None:
+    def _pump(self, source: IO[bytes], sink: socket.socket, back: socket.socket, adversary: Adversary) -> None:
         while True:
             packet = read(source)
             if packet[0] & 0xF0 == PUBLISH:
-                self._published(packet, sink, back, liar)
+                self._published(packet, sink, back, adversary)
             else:
                 self._write(sink, written(packet))
 
-    def _published(self, packet: Packet, sink: socket.socket, back: socket.socket, liar: Liar) -> None:
+    def _published(self, packet: Packet, sink: socket.socket, back: socket.socket, adversary: Adversary) -> None:
         first, content = packet
         at = 2 + int.from_bytes(content[:2], "big")
         topic = content[2:at].decode()
@@ -139,20 +139,20 @@ class _Connection:
         passed = False
         here = True
 
-        def say(what: str, told: bytes) -> None:
+        def send(to: str, content: bytes) -> None:
             nonlocal passed
-            if here and not passed and (what, told) == (topic, payload):
+            if here and not passed and (to, content) == (topic, payload):
                 passed = True
                 self._write(sink, written(packet))
             else:
-                self._say(sink, what, told, retain=first & 1)
+                self._send(sink, to, content, retain=first & 1)
 
-        self.line.tell(liar, topic, payload, say)
+        self.line.pass_on(adversary, topic, payload, send)
         here = False
         if number and not passed:
             self._write(back, bytes([PUBACK, 2]) + number)  # "it has arrived"
 
-    def _say(self, sink: socket.socket, topic: str, payload: bytes, *, retain: int = 0) -> None:
+    def _send(self, sink: socket.socket, topic: str, payload: bytes, *, retain: int = 0) -> None:
         name = topic.encode()
         properties = b"\0" if self.protocol == V5 else b""
         self._write(sink, written((PUBLISH | retain, len(name).to_bytes(2, "big") + name + properties + payload)))

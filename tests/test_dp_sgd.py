@@ -1,4 +1,4 @@
-"""DP-SGD in PyTorch: every sample's gradient clipped, the noise that was paid for, and models that cannot have it."""
+"""DP-SGD in PyTorch: each sample's gradient is clipped, noise is added, and some models are refused."""
 
 import math
 from collections.abc import Callable
@@ -152,7 +152,8 @@ class Idle(nn.Module):
         self.used, self.idle = nn.Linear(72, 3), nn.Linear(2, 2)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.used(inputs.flatten(1))
+        outputs: Tensor = self.used(inputs.flatten(1))
+        return outputs
 
 
 def test_a_model_with_a_parameter_that_nothing_uses_is_refused() -> None:
@@ -169,10 +170,13 @@ class Running(nn.Module):
         self.watch = Watch()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.linear(self.watch(inputs.flatten(1)))
+        outputs: Tensor = self.linear(self.watch(inputs.flatten(1)))
+        return outputs
 
 
 class Watch(nn.Module):
+    seen: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("seen", torch.zeros(1))

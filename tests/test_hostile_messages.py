@@ -1,7 +1,7 @@
-"""What an attacker sends changes nothing: no model, no receipt but the right one, no memory; and it is counted."""
+"""Hostile messages change no model, get no wrong receipt and take no memory; and they are counted."""
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ import pytest
 from nacl.signing import SigningKey
 
 from stranger import wire
-from stranger.device import Device, Link
+from stranger.device import Device
 from stranger.house import ENGINES, Aggregator, Broker, until
+from stranger.link import Link
 from stranger.models import SMALL, make_block, make_model
 from stranger.wire import Schema
 
@@ -205,11 +206,11 @@ def not_frames(siege: Siege) -> Frames:
         "seq 0": siege.frame(seq=0),
         "seq -1": siege.frame(seq=-1),
         "seq true": siege.frame(seq=True),
-        "seq 1.0": siege.frame(seq=1.0),  # type: ignore[arg-type]
+        "seq 1.0": siege.frame(seq=1.0),  # type: ignore[arg-type]  # no integer, as the case says
         "key of 7 bytes": siege.frame(key=key[:7]),
         "key as str": siege.frame(key="8 bytes."),
         "digest of 31 bytes": siege.frame(digest=bytes(31)),
-        "kind as bin": siege.frame(kind=b"update"),  # type: ignore[arg-type]
+        "kind as bin": siege.frame(kind=b"update"),  # type: ignore[arg-type]  # no str, as the case says
         "federation nil": siege.frame(federation=None),
         "meta an array": raw_header(siege, msgpack.packb({**msgpack.unpackb(header), "meta": []})),
         "no seq": raw_header(siege, msgpack.packb({k: v for k, v in msgpack.unpackb(header).items() if k != "seq"})),
@@ -490,7 +491,7 @@ def test_what_the_document_allows_is_accepted(siege: Siege) -> None:
     def repacked(found: Any) -> bytes:
         return bytes(msgpack.packb(found))
 
-    cases = {
+    cases: dict[str, Callable[[], bytes]] = {
         "unknown keys": lambda: raw_header(siege, repacked({**header(more=[{"a": [1]}]), "more": None}), block),
         "eight levels": lambda: siege.frame(meta=siege.meta(deep=nested(6))),
         "an int where a float is asked for": lambda: siege.frame(meta=siege.meta(metrics={"loss": 1})),
