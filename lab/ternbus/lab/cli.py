@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from ternbus.broker.errors import ConfigError, FederationError
-from ternbus.edge.learn.loader import load_task
+from ternbus.edge.learn.loader import expanded, load_task
 from ternbus.lab.interrupts import Interrupted, Interrupts
 from ternbus.lab.processes.supervisor import ChildError
 from ternbus.lab.processes.testbed import Testbed
@@ -113,6 +113,8 @@ def example() -> None:
 def _wanted(file: Path | None, given: Mapping[str, object], versions: int | None) -> Scenario:
     """The scenario in the file, or the one without a file, and over it what the options say."""
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if "data" in changes:
+        changes["data"] = expanded(changes["data"])
     wanted = Scenario() if file is None else scenario.load(file)
     if versions is not None:
         changes["end"] = dataclasses.replace(wanted.end, versions=versions)

@@ -5,7 +5,6 @@ It says what they take, and what is wrong, in words.
 
 import math
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +21,7 @@ from ternbus.broker.protocol.ternary import CODECS
 from ternbus.edge.core.profile import misfit
 from ternbus.edge.core.state import prepare
 from ternbus.edge.learn.compress import compress
+from ternbus.edge.learn.loader import place_of
 from ternbus.edge.learn.task import Evaluation, Task, Trained, Trainer
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import Tensors
@@ -236,13 +236,8 @@ def _same(one: Tensors, other: Tensors) -> bool:
 
 def _place(error: Exception) -> str:
     """Where in the user's own files it was raised, or was called from."""
-    house = Path(__file__).parent.parent
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        path = Path(frame.filename)
-        inside = "-packages" in frame.filename or path.is_relative_to(house) or frame.filename[:1] == "<"
-        if not inside:
-            return f" ({path.name}, line {frame.lineno})"
-    return ""
+    place = place_of(error)
+    return "" if place is None else f" ({Path(place[0]).name}, line {place[1]})"
 
 
 def _hint(error: Exception) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.invitation import Invitation
+from ternbus.edge.core.core import EXIT_CONFIG
 from ternbus.edge.learn.loader import load_task
 from ternbus.edge.shell import agent
 from ternbus.edge.shell.agent import Options
@@ -63,4 +64,5 @@ if __name__ == "__main__":
     try:
         main()
     except ConfigError as error:
-        sys.exit(f"ternbus: {error}")
+        sys.stderr.write(f"ternbus: {error}\n")
+        sys.exit(EXIT_CONFIG)

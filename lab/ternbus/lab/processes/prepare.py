@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.schema import save_safetensors
+from ternbus.edge.core.core import EXIT_CONFIG
 from ternbus.edge.learn.loader import load_task
 
 
@@ -27,4 +28,5 @@ if __name__ == "__main__":
     try:
         main()
     except ConfigError as error:
-        sys.exit(f"ternbus: {error}")
+        sys.stderr.write(f"ternbus: {error}\n")
+        sys.exit(EXIT_CONFIG)
