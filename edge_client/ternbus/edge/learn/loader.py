@@ -48,6 +48,9 @@ def load_task(spec: str) -> Task:
     if not reference.attribute:
         return _only_task(spec, module)
     task = getattr(module, reference.attribute, None)
+    if task is None:
+        names = ", ".join(_tasks(module)) or "none"
+        raise ConfigError(f"{spec}: there is no {reference.attribute!r} in {module.__file__}; its tasks: {names}")
     if isinstance(task, type) or not isinstance(task, Task):
         raise ConfigError(f"{spec} is no task: {NEEDED}")
     return task
@@ -72,6 +75,16 @@ def place_of(error: BaseException) -> tuple[str, int] | None:
         return error.filename, error.lineno
     frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     return next(((file, line) for file, line in reversed(frames) if _is_own(file)), None)
+
+
+def renamed(error: BaseException) -> str:
+    """What to write in place of an import by a name of version 0.1; empty for any other error."""
+    current = former_names.current(error.name or "") if isinstance(error, ImportError) else ""
+    place = place_of(error)
+    if not current or place is None or not isinstance(error, ImportError):
+        return ""
+    new = former_names.rewritten(Path(place[0]).read_text(encoding="utf-8"), place[1])
+    return f"{error.name} is now {current}: write `{new}`" if new else ""
 
 
 def _is_own(file: str) -> bool:
@@ -147,13 +160,13 @@ class _Reference:
             and f"{self.module}.".startswith(f"{missing}.")
         ):
             if new := former_names.current(self.module):
-                return f"{self.module} has a new name: write {spec.replace(self.module, new, 1)}"
+                return f"{self.module} is now {new}: write {spec.replace(self.module, new, 1)}"
             return f"no module {missing!r} for the task {spec}: there is none in {Path.cwd()}, and none is installed"
         place = place_of(error)
         if place is None and self.module.startswith("ternbus."):
             return ""
         file, line = place or (self.module, 0)
-        said = _former(error, file, line) or _said(error) + self._hint(error, missing)
+        said = renamed(error) or _said(error) + self._hint(error, missing)
         return f"{file}, line {line}: {said}" if place else f"{file}: {said}"
 
     def _hint(self, error: BaseException, missing: str) -> str:
@@ -179,21 +192,17 @@ def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _former(error: BaseException, file: str, line: int) -> str:
-    """Words for an import by a name that version 0.1 had."""
-    if not (isinstance(error, ImportError) and error.name and former_names.current(error.name)):
-        return ""
-    new = former_names.rewritten(Path(file).read_text(encoding="utf-8"), line)
-    return f"{error.name} has a new name: write `{new}`" if new else ""
+def _tasks(module: ModuleType) -> dict[str, Task]:
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if name[:1] != "_" and not isinstance(value, type) and isinstance(value, Task)
+    }
 
 
 def _only_task(spec: str, module: ModuleType) -> Task:
     """The task of a module that has one."""
-    found = {
-        name: value
-        for name, value in vars(module).items()
-        if not isinstance(value, type) and not name.startswith("_") and isinstance(value, Task)
-    }
+    found = _tasks(module)
     if not found:
         raise ConfigError(f"{module.__file__} has no task: {NEEDED}")
     if len({id(value) for value in found.values()}) > 1:

@@ -21,7 +21,7 @@ from ternbus.broker.protocol.ternary import CODECS
 from ternbus.edge.core.profile import misfit
 from ternbus.edge.core.state import prepare
 from ternbus.edge.learn.compress import compress
-from ternbus.edge.learn.loader import place_of
+from ternbus.edge.learn.loader import place_of, renamed
 from ternbus.edge.learn.task import Evaluation, Task, Trained, Trainer
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import Tensors
@@ -216,7 +216,8 @@ class _Check:
         except FederationError as error:
             self._stop(str(error))
         except Exception as error:  # noqa: BLE001 - the task's own code may raise anything, and this is who says so
-            self._stop(f"{what} raised {type(error).__name__}: {error}{_place(error)}{_hint(error)}")
+            said = renamed(error) or f"{what} raised {type(error).__name__}: {error}"
+            self._stop(f"{said}{_place(error)}{_hint(error)}")
 
     def _problem(self, text: str) -> None:
         if text not in self.report.problems:
