@@ -209,8 +209,7 @@ WRONG = {
     "an assertion": ("assert 1 == 2\n", "line 1: AssertionError"),
     "sys.exit": (
         "import sys\nsys.exit(3)\n",
-        "line 2: sys.exit(3) while it was imported; "
-        'put what the file does as a script below `if __name__ == "__main__":`',
+        "line 2: sys.exit(3) while it was imported; put the script's part below `if __name__ == '__main__':`",
     ),
     "recursion": ("def f():\n    return f()\nf()\n", "line 2: RecursionError: maximum recursion depth exceeded"),
     "a relative import": (
@@ -324,7 +323,13 @@ def test_an_old_name_below_a_folder_of_the_same_name_is_explained(here: Path) ->
     (here / "edge_client" / "mine.py").write_text("")
     (here / "my_task.py").write_text("import edge_client.mine\nimport edge_client.torch_trainer\n")
     said = refused("my_task:TASK")
-    assert "line 2: edge_client.torch_trainer is now ternbus.edge.torch.trainer: write `import" in said
+    assert "line 2: edge_client is now ternbus.edge: write `import ternbus.edge.torch.trainer`" in said
+
+
+def test_a_broker_py_of_the_user_s_own_that_lacks_a_name_is_not_taken_for_ternbus_s(here: Path) -> None:
+    (here / "broker.py").write_text("")
+    (here / "my_task.py").write_text("from broker import Link\n")
+    assert "line 1: ImportError: cannot import name 'Link' from 'broker'" in refused("my_task:TASK")
 
 
 def test_an_old_import_inside_a_function_is_explained_by_check(here: Path) -> None:

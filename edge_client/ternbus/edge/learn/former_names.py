@@ -48,7 +48,7 @@ def current(module: str) -> str:
     return MODULES.get(module) or PACKAGES.get(module, "")
 
 
-def rewritten(source: str, line: int) -> str:
+def rewritten(source: str | bytes, line: int) -> str:
     """The import statement in that line of a task's source as it is written now; empty where it is none of these."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom) and node.lineno <= line <= (node.end_lineno or line):

@@ -79,12 +79,15 @@ def place_of(error: BaseException) -> tuple[str, int] | None:
 
 def renamed(error: BaseException) -> str:
     """What to write in place of an import by a name of version 0.1; empty for any other error."""
-    current = former_names.current(error.name or "") if isinstance(error, ImportError) else ""
-    place = place_of(error)
-    if not current or place is None or not isinstance(error, ImportError):
+    if not isinstance(error, ImportError) or not former_names.current(error.name or ""):
         return ""
-    new = former_names.rewritten(Path(place[0]).read_text(encoding="utf-8"), place[1])
-    return f"{error.name} is now {current}: write `{new}`" if new else ""
+    place = place_of(error)
+    own = error.path is not None and not isinstance(error, ModuleNotFoundError)  # a broker.py of the user's
+    if place is None or own:
+        return ""
+    new = former_names.rewritten(Path(place[0]).read_bytes(), place[1])
+    package = str(error.name).partition(".")[0]
+    return f"{package} is now {former_names.PACKAGES[package]}: write `{new}`" if new else ""
 
 
 def _is_own(file: str) -> bool:
@@ -171,7 +174,7 @@ class _Reference:
 
     def _hint(self, error: BaseException, missing: str) -> str:
         if isinstance(error, SystemExit):
-            return '; put what the file does as a script below `if __name__ == "__main__":`'
+            return "; put the script's part below `if __name__ == '__main__':`"
         if isinstance(error, ModuleNotFoundError):
             return f"; install it, or put {missing.partition('.')[0]}.py beside the task" if missing else ""
         if isinstance(error, ImportError) and "relative import" in str(error):
