@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ternbus.edge.learn.partition import select
-from ternbus.edge.learn.task import Evaluation, Trained
+from ternbus.edge import Evaluation, Trained, select
 from ternbus.edge.tasks.digits_data import CLASSES, PIXELS, load
 
 

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ternbus.broker.errors import ConfigError
-from ternbus.edge.torch.trainer import TorchTask
+from ternbus.edge import ConfigError, TorchTask
 
 WINDOW, HOP = 100, 50  # samples: windows of a second that overlap by half
 CLASSES = 3

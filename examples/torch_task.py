@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ternbus.edge.torch.trainer import TorchTask
+from ternbus.edge import TorchTask
 
 FOLDER = Path(__file__).parent.parent / "edge_client" / "ternbus" / "edge" / "tasks"
 

@@ -246,6 +246,41 @@ def test_join_run_and_leave(server: Server, tmp_path: Path) -> None:
     assert (code, folder.exists()) == (0, False), said
 
 
+OWN_TASK = "from beside import RATE\nfrom ternbus.edge.tasks.digits_numpy import TASK\n"
+
+
+def test_a_task_of_ones_own_runs_from_any_folder(server: Server, tmp_path: Path) -> None:
+    """As under systemd, which starts everything in /."""
+    own = tmp_path / "tasks"
+    own.mkdir()
+    (own / "my_task.py").write_text(OWN_TASK)
+    (own / "beside.py").write_text("RATE = 1\n")
+    (own / "queue.py").write_text("raise RuntimeError('not yours')\n")
+    invitation = server.invite(tmp_path, "pi")
+    process = edge("join", invitation, tmp_path / "pi", "--task", "./my_task.py:TASK", cwd=own)
+    code, said = server.until_ended(process)
+    assert code == 0, said
+    assert DeviceDirectory(tmp_path / "pi").settings().task == f"{own}/my_task:TASK"
+    code, said = server.until_ended(edge("run", tmp_path / "pi", "--versions", 1, cwd=Path("/")))
+    assert code == 0, said
+
+    path = tmp_path / "pi" / "edge.toml"
+    path.write_text(path.read_text().replace(f"{own}/my_task:TASK", "my_task:TASK"))  # as version 0.1 wrote it
+    code, said = server.until_ended(edge("run", tmp_path / "pi", "--versions", 1, cwd=own))
+    assert code == 0, said
+    code, said = server.until_ended(edge("run", tmp_path / "pi", "--versions", 1, cwd=Path("/")))
+    assert code == 2
+    assert said == "ternbus: no module 'my_task' for the task my_task:TASK: there is none in /, and none is installed\n"
+
+
+def test_the_data_folder_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = Settings(
+        federation="f", device="d", broker="mqtt://h", aggregator_key="0" * 64, task="digits", data="~/recordings"
+    )
+    assert settings.data_folder == tmp_path / "recordings"
+
+
 def test_a_killed_device_sends_the_same_bytes_again(server: Server, tmp_path: Path) -> None:
     folder = joined(server, tmp_path)
     server.answer = lambda _: None

@@ -138,12 +138,12 @@ def test_json_is_all_that_is_on_standard_output(lab: Lab) -> None:
     assert json.loads(printed) == report
 
 
-def test_a_child_that_fails_shows_its_last_lines(lab: Lab) -> None:
+def test_a_child_that_needs_another_configuration_ends_the_run_with_its_words(lab: Lab) -> None:
     process = lab.start("--task", "nowhere:TASK")
     _, errors = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 1
-    assert "nowhere" in errors
-    assert "prepare ended with exit code 1" in errors
+    assert process.returncode == 2
+    assert errors.startswith("ternbus: prepare: no module 'nowhere' for the task nowhere:TASK")
+    assert len(errors.splitlines()) == 1
     assert lab.left_over() == []
 
 

@@ -146,7 +146,7 @@ def test_a_task_of_ones_own_is_found_in_the_current_folder(tmp_path: Path, monke
     assert load_task("my_own_task:MINE").name == "digits-numpy"
     for spec, says in [
         ("my_own_task:NOT", "is no task"),
-        ("my_own_task:NONE", "is no task"),
+        ("my_own_task:NONE", "there is no 'NONE'"),
         ("no_such:T", "no module"),
     ]:
         with pytest.raises(ConfigError, match=says):

@@ -1,1 +1,68 @@
-"""The device: follows the model, trains on its own data, compresses, and keeps what has no answer yet."""
+"""The device: it follows the model, trains on its own data, compresses, and keeps what has no receipt yet.
+
+The names below are what the author of a task needs. The tasks that ship with Ternbus are modules of
+`ternbus.edge.tasks`. Everything else is private and may change.
+"""
+
+from typing import TYPE_CHECKING
+
+from ternbus.broker.exports import exports
+
+if TYPE_CHECKING:
+    from ternbus.broker.errors import ConfigError
+    from ternbus.edge.learn.accountant import epsilon
+    from ternbus.edge.learn.loader import load_task
+    from ternbus.edge.learn.noise import RandomSource
+    from ternbus.edge.learn.partition import select
+    from ternbus.edge.learn.subnetwork import channels
+    from ternbus.edge.learn.task import Evaluation, PrivateTrainer, SharingTask, Task, Trained, Trainer, TrainingError
+    from ternbus.edge.plan.plan import Plan
+    from ternbus.edge.plan.privacy import Cost
+    from ternbus.edge.plan.tensors import FloatArray, Tensors
+    from ternbus.edge.torch.trainer import TorchTask
+else:
+    __getattr__, __dir__ = exports(
+        __name__,
+        {
+            "ternbus.broker.errors": ["ConfigError"],
+            "ternbus.edge.learn.accountant": ["epsilon"],
+            "ternbus.edge.learn.loader": ["load_task"],
+            "ternbus.edge.learn.noise": ["RandomSource"],
+            "ternbus.edge.learn.partition": ["select"],
+            "ternbus.edge.learn.subnetwork": ["channels"],
+            "ternbus.edge.learn.task": [
+                "Evaluation",
+                "PrivateTrainer",
+                "SharingTask",
+                "Task",
+                "Trained",
+                "Trainer",
+                "TrainingError",
+            ],
+            "ternbus.edge.plan.plan": ["Plan"],
+            "ternbus.edge.plan.privacy": ["Cost"],
+            "ternbus.edge.plan.tensors": ["FloatArray", "Tensors"],
+            "ternbus.edge.torch.trainer": ["TorchTask"],
+        },
+    )
+
+__all__ = [
+    "ConfigError",
+    "Cost",
+    "Evaluation",
+    "FloatArray",
+    "Plan",
+    "PrivateTrainer",
+    "RandomSource",
+    "SharingTask",
+    "Task",
+    "Tensors",
+    "TorchTask",
+    "Trained",
+    "Trainer",
+    "TrainingError",
+    "channels",
+    "epsilon",
+    "load_task",
+    "select",
+]

@@ -1,1 +1,48 @@
-"""The testbed: a whole federation on one machine, faults included, and its report."""
+"""The testbed: a whole federation on one machine, in real processes or in virtual time, and its report.
+
+The names below are what a script or a notebook needs that runs federations in virtual time. Everything else is
+private and may change.
+"""
+
+from typing import TYPE_CHECKING
+
+from ternbus.broker.exports import exports
+
+if TYPE_CHECKING:
+    from ternbus.lab.report.progress import Lines
+    from ternbus.lab.scenario.scenario import End, Fault, Hostile, Local, Narrow, Scenario, Simulated, Speeds
+    from ternbus.lab.virtual.simulate import Simulation
+    from ternbus.lab.virtual.training import Workers
+else:
+    __getattr__, __dir__ = exports(
+        __name__,
+        {
+            "ternbus.lab.report.progress": ["Lines"],
+            "ternbus.lab.scenario.scenario": [
+                "End",
+                "Fault",
+                "Hostile",
+                "Local",
+                "Narrow",
+                "Scenario",
+                "Simulated",
+                "Speeds",
+            ],
+            "ternbus.lab.virtual.simulate": ["Simulation"],
+            "ternbus.lab.virtual.training": ["Workers"],
+        },
+    )
+
+__all__ = [
+    "End",
+    "Fault",
+    "Hostile",
+    "Lines",
+    "Local",
+    "Narrow",
+    "Scenario",
+    "Simulated",
+    "Simulation",
+    "Speeds",
+    "Workers",
+]

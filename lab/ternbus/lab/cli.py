@@ -14,7 +14,7 @@ import typer
 
 from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.broker.exit_codes import EXIT_FAILED
-from ternbus.edge.learn.loader import load_task
+from ternbus.edge.learn.loader import expanded, load_task
 from ternbus.lab.experiment import experiment, session, table
 from ternbus.lab.experiment.experiment import Experiment
 from ternbus.lab.experiment.session import Choices
@@ -188,6 +188,8 @@ def _run_experiments(wanted: Sequence[Experiment], choices: Choices, as_json: bo
 def _wanted(file: Path | None, given: Mapping[str, object], versions: int | None) -> Scenario:
     """The scenario in the file, or the one without a file, and over it what the options say."""
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if "data" in changes:
+        changes["data"] = expanded(changes["data"])
     wanted = Scenario() if file is None else scenario.load(file)
     if versions is not None:
         changes["end"] = dataclasses.replace(wanted.end, versions=versions)

@@ -1,10 +1,24 @@
-"""How a task is found by its name: one that ships with Ternbus, or the user's own module."""
+"""How a task is found by its name: one that ships with Ternbus, an installed module's, or one in the user's own folder.
+
+digits                    ships with Ternbus
+my_task:TASK              the attribute TASK of my_task.py in the current folder, or of an installed module
+my_task                   the only task in my_task.py
+./my_task.py:TASK         a file by its path; ~/my_task.py:TASK and /home/pi/my_task:TASK likewise
+"""
 
 import importlib
-import sys
+import os
+import sysconfig
+import traceback
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Final, Self
 
+import ternbus
 from ternbus.broker.errors import ConfigError
+from ternbus.edge.learn import former_names, task_folder
 from ternbus.edge.learn.task import Task
 
 BUILT_IN_TASKS: Mapping[str, str] = {
@@ -20,32 +34,182 @@ BUILT_IN_TASKS: Mapping[str, str] = {
     "cifar10-finetune": "ternbus.edge.tasks.cifar10_finetune:TASK",
     "cifar10-features": "ternbus.edge.tasks.cifar10_features:TASK",
 }
+NEEDED: Final = "it needs name, default_plan, initial(), trainer() and evaluator()"
+OTHERS: Final = (sysconfig.get_path("stdlib"), *ternbus.__path__)  # where code is that is no task's author's
 
 
 def load_task(spec: str) -> Task:
-    """The task of that name, or the user's own as `module:attribute`. Raises `ConfigError`, which says the names."""
-    own = ":" in spec
-    if not own and spec not in BUILT_IN_TASKS:
-        raise ConfigError(f"no task {spec!r}: choose {', '.join(BUILT_IN_TASKS)}, or your own as MODULE:ATTRIBUTE")
-    module_name, _, attribute = (spec if own else BUILT_IN_TASKS[spec]).partition(":")
-    if not module_name or not attribute:
-        raise ConfigError(f"{spec!r} names no task: write MODULE:ATTRIBUTE")
-    if own and "" not in sys.path:
-        sys.path.insert(0, "")  # an installed command does not look in the folder that it is started in; people do
-    task = getattr(_module(spec, module_name), attribute, None)
+    """The task of that name, or the user's own: `module:attribute`, or the path of its file.
+
+    Raises `ConfigError`, which says what to write, or the file and line at which the import of the module failed.
+    """
+    reference = _Reference.parse(spec)
+    module = reference.load(spec)
+    if not reference.attribute:
+        return _only_task(spec, module)
+    task = getattr(module, reference.attribute, None)
+    if task is None:
+        names = ", ".join(_tasks(module)) or "none"
+        raise ConfigError(f"{spec}: there is no {reference.attribute!r} in {module.__file__}; its tasks: {names}")
     if isinstance(task, type) or not isinstance(task, Task):
-        raise ConfigError(f"{spec} is no task: it needs name, default_plan, initial(), trainer() and evaluator()")
+        raise ConfigError(f"{spec} is no task: {NEEDED}")
     return task
 
 
-def _module(spec: str, name: str) -> object:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name in ("torch", "torchvision"):
-            raise ConfigError(
-                f"the task {spec} needs {error.name}: pip install torch torchvision (or take --task digits-numpy)"
-            ) from error
-        if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
-            raise ConfigError(f"no module {error.name!r} for the task {spec}: is it here, or installed?") from error
-        raise
+def absolute(spec: str) -> str:
+    """The same task from any folder: one's own with the folder of its module. Raises `ConfigError` where none is."""
+    reference = _Reference.parse(spec)
+    if reference.folder is None:
+        return spec
+    return f"{reference.folder / reference.module}{reference.attribute and ':'}{reference.attribute}"
+
+
+def expanded(path: Path) -> Path:
+    """The path with the home folder in place of `~`; as it is where there is no such user."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises RuntimeError
+
+
+def place_of(error: BaseException) -> tuple[str, int] | None:
+    """The file and line of the user's own code in which it was raised, or from which that was called."""
+    if isinstance(error, SyntaxError) and error.filename and error.lineno and _is_own(error.filename):
+        return error.filename, error.lineno
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    return next(((file, line) for file, line in reversed(frames) if _is_own(file)), None)
+
+
+def renamed(error: BaseException) -> str:
+    """What to write in place of an import by a name of version 0.1; empty for any other error."""
+    if not isinstance(error, ImportError) or not former_names.current(error.name or ""):
+        return ""
+    place = place_of(error)
+    own = error.path is not None and not isinstance(error, ModuleNotFoundError)  # a broker.py of the user's
+    if place is None or own:
+        return ""
+    new = former_names.rewritten(Path(place[0]).read_bytes(), place[1])
+    package = str(error.name).partition(".")[0]
+    return f"{package} is now {former_names.PACKAGES[package]}: write `{new}`" if new else ""
+
+
+def _is_own(file: str) -> bool:
+    return file[:1] != "<" and "-packages" not in file and not any(Path(file).is_relative_to(other) for other in OTHERS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reference:
+    """A module and its attribute; without one, the only task in it. `folder` is None for what is installed."""
+
+    module: str
+    attribute: str
+    folder: Path | None = None
+
+    @classmethod
+    def parse(cls, spec: str) -> Self:
+        module, colon, attribute = BUILT_IN_TASKS.get(spec, spec).partition(":")
+        if spec in BUILT_IN_TASKS:
+            return cls(module=module, attribute=attribute)
+        if "/" in module or module.endswith(".py"):
+            return cls._of_path(spec)
+        if not module or (colon and not attribute):
+            raise ConfigError(f"{spec!r} names no task: write MODULE:ATTRIBUTE")
+        here = Path.cwd()
+        if task_folder.holds(here, module):
+            return cls(module=module, attribute=attribute, folder=here)
+        if not colon:
+            names = ", ".join(BUILT_IN_TASKS)
+            raise ConfigError(f"no task {spec!r}: choose {names}, or your own as MODULE:ATTRIBUTE")
+        return cls(module=module, attribute=attribute)
+
+    @classmethod
+    def _of_path(cls, spec: str) -> Self:
+        """FOLDER/MODULE or a file; the folder is the one above the package that the file is in."""
+        text, _, attribute = spec.rpartition(":")
+        if not text or "/" in attribute:
+            text, attribute = spec, ""
+        path = Path(os.path.abspath(expanded(Path(text))))  # noqa: PTH100 - links stay as they are
+        folder, module = path.parent, path.name.removesuffix(".py")
+        is_file = path.name != module
+        if is_file and path.is_file() and "." in module:
+            raise ConfigError(f"{path} has a dot in its name, so no module can be imported from it: rename it")
+        if not task_folder.holds(folder, module) or (is_file and not path.is_file()):
+            wanted = path if is_file else f"{folder / module.replace('.', '/')}.py"
+            raise ConfigError(f"no file {wanted} for the task {spec}")
+        while (folder / "__init__.py").exists():
+            folder, module = folder.parent, f"{folder.name}.{module}"
+        return cls(module=module, attribute=attribute, folder=folder)
+
+    def load(self, spec: str) -> ModuleType:
+        if self.folder is not None and (taken := task_folder.taken_by(self.folder, self.module)):
+            name = self.module.partition(".")[0]
+            raise ConfigError(f"{name!r} in {self.folder} has the name of another module ({taken}): rename it")
+        try:
+            if self.folder is None:
+                return importlib.import_module(self.module)
+            return task_folder.import_from(self.folder, self.module)
+        except (ConfigError, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # SystemExit too: a script may call sys.exit
+            if words := self._words(error, spec):
+                raise ConfigError(words) from error
+            raise
+
+    def _words(self, error: BaseException, spec: str) -> str:
+        """What to tell the task's author; empty for a bug of ours."""
+        missing = (error.name or "") if isinstance(error, ImportError) else ""
+        if missing in ("torch", "torchvision") and isinstance(error, ModuleNotFoundError):
+            return f"the task {spec} needs {missing}: pip install torch torchvision (or take --task digits-numpy)"
+        if (
+            self.folder is None
+            and isinstance(error, ModuleNotFoundError)
+            and f"{self.module}.".startswith(f"{missing}.")
+        ):
+            if new := former_names.current(self.module):
+                return f"{self.module} is now {new}: write {spec.replace(self.module, new, 1)}"
+            return f"no module {missing!r} for the task {spec}: there is none in {Path.cwd()}, and none is installed"
+        place = place_of(error)
+        if place is None and self.module.startswith("ternbus."):
+            return ""
+        file, line = place or (self.module, 0)
+        said = renamed(error) or _said(error) + self._hint(error, missing)
+        return f"{file}, line {line}: {said}" if place else f"{file}: {said}"
+
+    def _hint(self, error: BaseException, missing: str) -> str:
+        if isinstance(error, SystemExit):
+            return "; put the script's part below `if __name__ == '__main__':`"
+        if isinstance(error, ModuleNotFoundError):
+            return f"; install it, or put {missing.partition('.')[0]}.py beside the task" if missing else ""
+        if isinstance(error, ImportError) and "relative import" in str(error):
+            return "; name the module by its package, PACKAGE.MODULE:ATTRIBUTE, from the folder above"
+        path = error.path if isinstance(error, ImportError) else None
+        if self.folder is not None and path is not None and not Path(path).is_relative_to(self.folder):
+            return f"; {missing}.py beside the task is not meant: rename it" if self._is_beside(missing) else ""
+        return ""
+
+    def _is_beside(self, module: str) -> bool:
+        return self.folder is not None and task_folder.holds(self.folder, module)
+
+
+def _said(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"sys.exit({error.code!r}) while it was imported"
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _tasks(module: ModuleType) -> dict[str, Task]:
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if name[:1] != "_" and not isinstance(value, type) and isinstance(value, Task)
+    }
+
+
+def _only_task(spec: str, module: ModuleType) -> Task:
+    """The task of a module that has one."""
+    found = _tasks(module)
+    if not found:
+        raise ConfigError(f"{module.__file__} has no task: {NEEDED}")
+    if len({id(value) for value in found.values()}) > 1:
+        raise ConfigError(
+            f"{module.__file__} has several tasks: write {' or '.join(f'{spec}:{name}' for name in found)}"
+        )
+    return next(iter(found.values()))

@@ -137,6 +137,6 @@ def halves_of(
         if held.samples >= trainer.samples:
             raise ConfigError(
                 f"the task {task.name} holds nothing out: its trainer() must choose its rows by "
-                "ternbus.edge.learn.partition.select, or understand ';train:SHARE' and ';test:SHARE' itself"
+                "ternbus.edge.select, or understand ';train:SHARE' and ';test:SHARE' itself"
             )
     return pairs

@@ -14,7 +14,7 @@ from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.edge.learn import accountant
-from ternbus.edge.learn.loader import BUILT_IN_TASKS, load_task
+from ternbus.edge.learn.loader import BUILT_IN_TASKS, absolute, expanded, load_task
 from ternbus.edge.learn.partition import FORMS, Partition
 from ternbus.edge.learn.subnetwork import narrow
 from ternbus.edge.plan.plan import Plan
@@ -29,7 +29,7 @@ from ternbus.edge.shell.service import PERSONAL
 
 app = typer.Typer(no_args_is_help=True, help="The device: follow the model, train, send updates.")
 
-TASKS = f"{', '.join(BUILT_IN_TASKS)}, or your own as MODULE:ATTRIBUTE."
+TASKS = f"{', '.join(BUILT_IN_TASKS)}, or your own as MODULE:ATTRIBUTE or FILE.py:ATTRIBUTE."
 Dir = Annotated[Path, typer.Argument(metavar="DIR", help="The device's folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, a line an event, for scripts.")]
 Versions = Annotated[int | None, typer.Option(min=1, help="Stop after so many versions.")]
@@ -139,7 +139,7 @@ def join(
         model = load_task(task)
         narrow(model, width)  # a mistake is best said before
         settings = home.prepare(
-            asked, task=task, data=data, partition=partition, seed=seed, hold_out=hold_out, width=width,
+            asked, task=absolute(task), data=data, partition=partition, seed=seed, hold_out=hold_out, width=width,
             frame_bytes=frame_bytes, username=username, password_file=password_file, promise=policy,
         )  # fmt: skip
         agent.check(settings, options)
@@ -246,7 +246,7 @@ def check(
     Example: ternbus edge check my_task:TASK --data data
     """
     Partition.parse(partition)
-    report = examine(load_task(task), data=data, partition=partition)
+    report = examine(load_task(task), data=data and expanded(data), partition=partition)
     if as_json:
         typer.echo(json.dumps({"task": task, "ok": not report.problems, **report.facts,
                                "problems": report.problems, "notes": report.notes}))  # fmt: skip

@@ -14,6 +14,7 @@ from ternbus.broker.link.tls import CA, CERTIFICATE, TLS_KEY, Tls
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from ternbus.broker.protocol.identity import Identity, check_device, check_federation, is_public_key
 from ternbus.broker.protocol.invitation import Invitation, check_broker_url
+from ternbus.edge.learn.loader import expanded
 from ternbus.edge.learn.partition import Partition
 from ternbus.edge.learn.subnetwork import check_width
 from ternbus.edge.plan.privacy import PrivacyPolicy
@@ -40,7 +41,7 @@ class Settings:
     device: str
     broker: str
     aggregator_key: str  # 64 hex digits
-    task: str
+    task: str  # as `--task` takes it; one's own with the folder of its module, /home/pi/my_task:TASK
     data: str = ""  # a folder; empty where the task brings its own data
     partition: str = "all"
     hold_out: str = ""  # the share of its data that is never trained on
@@ -90,7 +91,7 @@ class Settings:
 
     @property
     def data_folder(self) -> Path | None:
-        return Path(self.data) if self.data else None
+        return expanded(Path(self.data)) if self.data else None
 
     @property
     def password_path(self) -> Path | None:
@@ -201,7 +202,7 @@ class DeviceDirectory:
             broker=invitation.broker,
             aggregator_key=invitation.aggregator_key,
             task=task,
-            data=str(data.resolve()) if data is not None else "",
+            data=str(expanded(data).resolve()) if data is not None else "",
             partition=partition,
             width=repr(width) if width != 1 else "",
             hold_out=repr(hold_out) if hold_out else "",

@@ -5,7 +5,6 @@ It says what they take, and what is wrong, in words.
 
 import math
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +21,7 @@ from ternbus.broker.protocol.ternary import CODECS
 from ternbus.edge.core.profile import schema_mismatch
 from ternbus.edge.core.state import prepare
 from ternbus.edge.learn.compress import compress
+from ternbus.edge.learn.loader import place_of, renamed
 from ternbus.edge.learn.task import Evaluation, Task, Trained, Trainer
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import Tensors
@@ -215,7 +215,8 @@ class _Check:
         except FederationError as error:
             self._stop(str(error))
         except Exception as error:  # noqa: BLE001 - the task's own code may raise anything, and this is who says so
-            self._stop(f"{what} raised {type(error).__name__}: {error}{_place(error)}{_hint(error)}")
+            said = renamed(error) or f"{what} raised {type(error).__name__}: {error}"
+            self._stop(f"{said}{_place(error)}{_hint(error)}")
 
     def _problem(self, text: str) -> None:
         if text not in self.report.problems:
@@ -235,13 +236,8 @@ def _same(one: Tensors, other: Tensors) -> bool:
 
 def _place(error: Exception) -> str:
     """Where in the user's own files it was raised, or was called from."""
-    house = Path(__file__).parent.parent
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        path = Path(frame.filename)
-        inside = "-packages" in frame.filename or path.is_relative_to(house) or frame.filename[:1] == "<"
-        if not inside:
-            return f" ({path.name}, line {frame.lineno})"
-    return ""
+    place = place_of(error)
+    return "" if place is None else f" ({Path(place[0]).name}, line {place[1]})"
 
 
 def _hint(error: Exception) -> str:

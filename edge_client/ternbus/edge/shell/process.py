@@ -4,7 +4,6 @@
 device's memory for as long as it trains.
 """
 
-import importlib.util
 import json
 import os
 import sys
@@ -28,7 +27,7 @@ def become(home: DeviceDirectory, role: Role, options: Options, *, as_json: bool
         request = {"folder": str(home.folder), "role": role, "options": asdict(options), "as_json": as_json}
         sys.stdout.flush()
         command = [sys.executable, "-P", "-m", __name__, json.dumps(request)]
-        os.execve(sys.executable, command, _environment())  # noqa: S606 - ourselves, without a shell
+        os.execv(sys.executable, command)  # noqa: S606 - ourselves, without a shell
     printer = Printer(as_json=as_json)
     stop, ended = agent.serve(home, role, options, printer)
     return printer.finish(stop, ended=ended)
@@ -48,16 +47,6 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     sys.exit(code)
-
-
-def _environment() -> dict[str, str]:
-    """Ours, so that the interpreter finds this package where we have found it, installed or not."""
-    found = importlib.util.find_spec("edge_client")
-    root = str(Path(found.origin).parent.parent) if found is not None and found.origin is not None else ""
-    known = os.environ.get("PYTHONPATH", "")
-    if not root or root.endswith("-packages") or root in known.split(os.pathsep):
-        return dict(os.environ)
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [known, root]))}
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ ONE_THREAD: Final = {
     "OPENBLAS_NUM_THREADS": "1",
     "VECLIB_MAXIMUM_THREADS": "1",
 }
+COMPLAINT: Final = "ternbus: "
 POLL_S: Final = 0.05
 KILLED_WAIT_S: Final = 5.0
 
@@ -96,6 +97,11 @@ class Child:
             log.seek(self._log_start)
             return log.read().decode("utf-8", "replace")
         return ""
+
+    def complaint(self) -> str:
+        """What it printed last in a line that begins with `ternbus:`, as commands say what is wrong; else empty."""
+        lines = (line for line in reversed(self.output().splitlines()) if line.startswith(COMPLAINT))
+        return next(lines, "").removeprefix(COMPLAINT)
 
     def last_lines(self, count: int = 20) -> list[str]:
         return self.output().splitlines()[-count:]

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.exit_codes import EXIT_CONFIG
 from ternbus.broker.files import load_toml
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.edge.learn.loader import load_task
@@ -64,4 +65,5 @@ if __name__ == "__main__":
     try:
         main()
     except ConfigError as error:
-        sys.exit(f"ternbus: {error}")
+        sys.stderr.write(f"ternbus: {error}\n")
+        sys.exit(EXIT_CONFIG)

@@ -1,5 +1,6 @@
 """The devices and the evaluator of a testbed: what their processes are told."""
 
+from ternbus.edge.learn.loader import absolute
 from ternbus.lab.report.output import Output
 from ternbus.lab.scenario.scenario import Scenario
 
@@ -12,7 +13,7 @@ def device(scenario: Scenario, output: Output, index: int, name: str, seconds: f
     behaviour, local = scenario.behaviours.get(index), scenario.local
     if behaviour is not None:
         return MODULE, [
-            *_member(scenario, output, name, behaviour.spec(scenario.task), scenario.partition_of(index)),
+            *_member(scenario, output, name, behaviour.spec(absolute(scenario.task)), scenario.partition_of(index)),
             *role,
         ]
     width = scenario.widths[index]
@@ -20,12 +21,20 @@ def device(scenario: Scenario, output: Output, index: int, name: str, seconds: f
     held += ["--width", repr(width)] if width < 1 else []
     role += ["--report-metrics"] if local.hold_out else []
     role += ["--fine-tune", repr(local.fine_tune)] if local.fine_tune else []
-    return MODULE, [*held, *_member(scenario, output, name, scenario.task, scenario.partition_of(index)), *role]
+    return MODULE, [
+        *held,
+        *_member(scenario, output, name, absolute(scenario.task), scenario.partition_of(index)),
+        *role,
+    ]
 
 
 def evaluator(scenario: Scenario, output: Output, name: str) -> tuple[str, list[str]]:
     """The same of the evaluator."""
-    return MODULE, [*_member(scenario, output, name, scenario.task, "all"), "evaluate", str(output.device(name))]
+    return MODULE, [
+        *_member(scenario, output, name, absolute(scenario.task), "all"),
+        "evaluate",
+        str(output.device(name)),
+    ]
 
 
 def _member(scenario: Scenario, output: Output, name: str, task: str, partition: str) -> list[str]:

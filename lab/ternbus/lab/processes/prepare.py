@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.exit_codes import EXIT_CONFIG
 from ternbus.broker.model_files import save_safetensors
 from ternbus.edge.learn.loader import load_task
 
@@ -27,4 +28,5 @@ if __name__ == "__main__":
     try:
         main()
     except ConfigError as error:
-        sys.exit(f"ternbus: {error}")
+        sys.stderr.write(f"ternbus: {error}\n")
+        sys.exit(EXIT_CONFIG)

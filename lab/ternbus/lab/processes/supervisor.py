@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from ternbus.broker.errors import FederationError
-from ternbus.broker.exit_codes import EXIT_BUDGET, EXIT_DONE
+from ternbus.broker.errors import ConfigError, FederationError
+from ternbus.broker.exit_codes import EXIT_BUDGET, EXIT_CONFIG, EXIT_DONE
 from ternbus.lab.processes.child import Child, stop
 
 RESTART_AFTER_S: Final = 1.0
@@ -41,7 +41,7 @@ class Supervisor:
     def check(self) -> None:
         """Raise `ChildError` for a process that ended by itself; start those that were killed, when it is time.
 
-        A device may end whose budget of privacy is spent.
+        A device may end whose budget of privacy is spent. What the operator has to mend is a `ConfigError`.
         """
         now = time.monotonic()
         for name, child in self._children.items():
@@ -92,6 +92,8 @@ class Supervisor:
 
     def _ended(self, child: Child, code: int, now: float) -> None:
         child.kill()  # what it may have started and left behind
+        if code == EXIT_CONFIG and (words := child.complaint()):
+            raise ConfigError(f"{child.name}: {words}")
         if code >= 0:
             raise ChildError(child, f"ended with exit code {code}")
         if code != -signal.SIGKILL:

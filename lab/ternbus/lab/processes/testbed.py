@@ -11,6 +11,7 @@ from ternbus.aggregator.store import control, status
 from ternbus.broker.errors import FederationError
 from ternbus.broker.files import write_secret
 from ternbus.broker.model_files import load_safetensors, save_safetensors
+from ternbus.edge.learn.loader import absolute
 from ternbus.edge.shell import outbox
 from ternbus.lab.interrupts import Interrupts
 from ternbus.lab.processes import fleet
@@ -71,7 +72,7 @@ class Testbed:
         self._progress.say(f"{scenario.task}: {scenario.devices} devices, an evaluator, an aggregator and a broker")
         # devices too: somebody may close the federation, or stop one, from another terminal
         self._processes.may_end([PREPARE, *self._devices, self._evaluator])
-        prepare = [scenario.task, str(scenario.seed), str(output.initial), str(output.task)]
+        prepare = [absolute(scenario.task), str(scenario.seed), str(output.initial), str(output.task)]
         self._start(PREPARE, "ternbus.lab.processes.prepare", prepare)
         broker = self._broker()
         self._until(lambda: not self._processes.running([PREPARE]), START_TIMEOUT_S, "the task's model")

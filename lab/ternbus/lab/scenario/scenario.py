@@ -16,6 +16,7 @@ from ternbus.broker import toml
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import load_toml
 from ternbus.broker.protocol.invitation import check_broker_url
+from ternbus.edge.learn.loader import expanded
 from ternbus.edge.learn.partition import LARGEST_SHARE, Partition
 from ternbus.edge.learn.subnetwork import check_width
 from ternbus.lab.hostile import KINDS, STRENGTHS, Behaviour
@@ -278,7 +279,7 @@ def parse(table: Mapping[str, object]) -> Scenario:
         "task": top.text("task"),
         "devices": top.whole("devices"),
         "seed": top.whole("seed"),
-        "data": None if (data := top.text("data")) is None else Path(data),
+        "data": None if (data := top.text("data")) is None else expanded(Path(data)),
         "partition": top.text("partition"),
         "dense": top.texts("dense"),
         "sync": top.switch("sync"),

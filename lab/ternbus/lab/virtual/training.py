@@ -11,16 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Final, Protocol, Self
 
 import numpy as np
 
 from ternbus.broker.errors import FederationError
 from ternbus.broker.server import parent_death
 from ternbus.edge.core.actions import StartTraining
-from ternbus.edge.learn.loader import load_task
+from ternbus.edge.learn.loader import absolute, load_task
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.subnetwork import narrow
 from ternbus.edge.learn.task import Task, Trainer, halves_of, trainers_of
@@ -34,6 +35,8 @@ Awaited = Callable[[], TrainingResult]
 
 Pair = tuple[Trainer, Trainer | None]
 """A device's own data, and apart from them what it holds out."""
+
+SAFE_PATH: Final = "PYTHONSAFEPATH"
 
 _trainers: list[Trainer] = []  # of this process, if it is a worker
 
@@ -59,16 +62,18 @@ class Workers:
 
     def __init__(self, scenario: Scenario, count: int) -> None:
         self._others = set(multiprocessing.active_children())
-        self._pool = ProcessPoolExecutor(
-            count,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_begin_worker,
-            initargs=(os.getpid(), scenario),
-        )
+        scenario = replace(scenario, task=absolute(scenario.task))
+        with _safe_path():
+            self._pool = ProcessPoolExecutor(
+                count,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_begin_worker,
+                initargs=(os.getpid(), scenario),
+            )
 
     def begin(self, device: int, job: StartTraining) -> Awaited:
         """Start it as soon as a process is free. Raises `FederationError`, as what it gives does, if one has died."""
-        with _in_words():
+        with _in_words(), _safe_path():
             return partial(_result, self._pool.submit(_train_in_worker, device, job))
 
     def __enter__(self) -> Self:
@@ -87,6 +92,20 @@ class Workers:
 def _result(future: Future[TrainingResult]) -> TrainingResult:
     with _in_words():
         return future.result()
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """A Python that starts meanwhile looks for no module in the current folder, as with -P."""
+    before = os.environ.get(SAFE_PATH)
+    os.environ[SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[SAFE_PATH]
+        else:
+            os.environ[SAFE_PATH] = before
 
 
 @contextmanager
@@ -128,6 +147,7 @@ def _train(trainer: Trainer, job: StartTraining) -> TrainingResult:
 
 def _begin_worker(parent: int, scenario: Scenario) -> None:
     """In a new process."""
+    os.environ.pop(SAFE_PATH, None)  # what the task may start is its own business
     parent_death.tie(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the simulation's, which ends this one
     task = load_task(scenario.task)

@@ -1,0 +1,107 @@
+"""The folder of a task's module: the task's own code finds its modules there, Ternbus and libraries never do.
+
+The folder is the last entry of `sys.path`, so a module of Python or of an installed library wins over a file of the
+same name. What is found in the folder is given only to modules that were found there themselves: where Ternbus or a
+library tries to import something that is not installed, a file of that name beside the task is not it.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.machinery import (
+    BYTECODE_SUFFIXES,
+    EXTENSION_SUFFIXES,
+    SOURCE_SUFFIXES,
+    ExtensionFileLoader,
+    FileFinder,
+    ModuleSpec,
+    SourceFileLoader,
+    SourcelessFileLoader,
+)
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType, ModuleType
+
+_LOADERS = (
+    (ExtensionFileLoader, EXTENSION_SUFFIXES),
+    (SourceFileLoader, SOURCE_SUFFIXES),
+    (SourcelessFileLoader, BYTECODE_SUFFIXES),
+)
+_OURS = "ternbus"  # a namespace package: a folder of that name would become a part of it
+_MACHINERY = {"importlib", "_frozen_importlib", "_frozen_importlib_external"}
+
+
+def holds(folder: Path, module: str) -> bool:
+    """Whether the folder has the file of this module, which may be dotted. Imports nothing."""
+    places: Sequence[str] = [str(folder)]
+    found: ModuleSpec | None = None
+    for name in module.split("."):
+        specs = (FileFinder(place, *_LOADERS).find_spec(name) for place in places)
+        found = next((spec for spec in specs if spec is not None), None)
+        if found is None:
+            return False
+        places = found.submodule_search_locations or []
+    return found is not None and found.loader is not None and module.partition(".")[0] != _OURS
+
+
+def taken_by(folder: Path, module: str) -> str:
+    """What already has the name of this module of the folder: a file's path or "Python". Empty where it is free."""
+    top = module.partition(".")[0]
+    loaded = sys.modules.get(top)
+    spec = find_spec(top) if loaded is None else loaded.__spec__
+    if spec is None or (loaded is None and spec.origin is None):  # a mere folder elsewhere yields to a file
+        return ""
+    places = [spec.origin] if spec.has_location and spec.origin else list(spec.submodule_search_locations or [])
+    if any(Path(place).is_relative_to(folder) for place in places):
+        return ""
+    return places[0] if places else "Python"
+
+
+def import_from(folder: Path, module: str) -> ModuleType:
+    """Import a module of the folder. Raises whatever the module raises."""
+    importlib.invalidate_caches()  # the file may have been written a moment ago, in a notebook say
+    entry = str(folder)
+    if entry not in sys.path:
+        _finders[entry] = finder = _Finder(entry, *_LOADERS)
+        sys.path_hooks.insert(0, finder.hook)
+        sys.path_importer_cache.pop(entry, None)
+        sys.path.append(entry)
+    if entry in _finders:  # else the folder was on the path before, for everybody
+        _finders[entry].own.add(module.partition(".")[0])
+    return importlib.import_module(module)
+
+
+class _Finder(FileFinder):
+    """Finds what is in one folder, for the modules that it has found before; `own` has their names."""
+
+    def __init__(self, path: str, *loaders: object) -> None:
+        super().__init__(path, *loaders)  # type: ignore[arg-type]  # as they are above
+        self.own: set[str] = set()
+
+    def hook(self, path: str) -> "_Finder":
+        """For `sys.path_hooks`: whoever looks into this folder is served here."""
+        if path != self.path:
+            raise ImportError(f"another folder than {self.path}", path=path)
+        return self
+
+    def find_spec(self, fullname: str, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname == _OURS or (fullname not in self.own and _importer() not in self.own):
+            return None
+        spec = super().find_spec(fullname, target)
+        if spec is not None:
+            self.own.add(fullname)
+        return spec
+
+
+_finders: dict[str, _Finder] = {}
+
+
+def _importer() -> str:
+    """The top-level name of the module whose code imports something at this moment."""
+    frame: FrameType | None = sys._getframe(2)  # noqa: SLF001 - as `warnings` and `logging` find who called
+    while frame is not None:
+        top = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if top not in _MACHINERY:
+            return top
+        frame = frame.f_back
+    return ""
