@@ -86,6 +86,13 @@ print(judge.evaluate(start).values["loss"] > judge.evaluate(trained.tensors).val
     assert run(tmp_path, "-c", program).strip() == "True"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_a_page_imports_public_names_only(page: Path) -> None:
+    imported = re.findall(r"^\s*(?:from|import) (ternbus\S*)", "\n".join(blocks(page, "python")), flags=re.MULTILINE)
+    public = re.compile(r"ternbus\.(?:edge|lab|broker)|ternbus\.edge\.tasks\.\w+")
+    assert [name for name in imported if not public.fullmatch(name)] == []
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if any(commands(page))], ids=name_of)
 def test_every_command_and_option_that_a_page_names_exists(page: Path) -> None:
     for component, command, *rest in commands(page):
