@@ -21,7 +21,7 @@ DOCUMENTS = [
 PATH = re.compile(r"[\w.*-]+(?:/[\w.*-]+)*/?")
 ENDINGS = {".py", ".md"}
 # What a reader fills in, and files of the reader's own.
-NOT_OURS = re.compile(r"\b(?:DIR|NAME|TARGET|DEVICE|ROOT)\b|^(?:broker|my_task)\.py$")
+NOT_OURS = re.compile(r"\b(?:DIR|NAME|TARGET|DEVICE|ROOT)\b|^(?:broker|my_task|queue)\.py$")
 
 
 def name_of(page: Path) -> str:
