@@ -1,8 +1,8 @@
-"""README's figures, made from ``benchmarks/results``: what stands there is what a run has printed.
+"""The figures in README.md and docs/figures.md, made from the results kept in ``benchmarks/results``.
 
     python -m benchmarks.figures [--write]
 
-Prints the section; with --write it takes its place in README.md, between its two markers.
+Without --write both sections are printed. With --write each replaces what stands between the two markers of its file.
 """
 
 import argparse
@@ -10,25 +10,29 @@ import json
 import math
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.__main__ import RESULTS
-from ternbus.lab.experiment.table import table
+from ternbus.lab.experiment.table import table as experiment_table
 
-README: Final = Path(__file__).parent.parent / "README.md"
+ROOT: Final = Path(__file__).parent.parent
 KEPT: Final = RESULTS / "experiments"
 BEGIN: Final = "<!-- python -m benchmarks.figures --write -->"
 END: Final = "<!-- end of the figures -->"
-LARGE: Final = 1_000_000  # parameters: of the sizes measured, the one that README speaks of is the first above
+LARGE: Final = 1_000_000  # parameters: of the sizes measured, README shows the first above
+
+
+# --- docs/figures.md: a section for each benchmark
 
 
 def uplink(sizes: Any) -> str:
-    raw, packed = (next(each for each in sizes["sizes"] if each["encoding"] == name) for name in ("raw", "zstd"))
+    raw, packed = (_bits(sizes, encoding) for encoding in ("raw", "zstd"))
     return (
-        f"raw {raw['bits_per_parameter']:.2f} bits a parameter, with zstd {packed['bits_per_parameter']:.2f}, which is "
-        f"{packed['bits_per_parameter'] / 32:.1%} of float32. {sizes['parameters']:,} parameters, a Gaussian change."
+        f"An update of {sizes['parameters']:,} parameters, a Gaussian change: {raw:.2f} bits a parameter raw, "
+        f"{packed:.2f} with zstd. That is {_percent(packed / 32)} of float32."
     )
 
 
@@ -36,40 +40,40 @@ def codec(rows: Any) -> str:
     row = _large(rows)
     encode, decode, add = (row[name] for name in ("encode_ms", "decode_ms", "add_ms"))
     compiled = row.get("decode_compiled_ms")
-    faster = "" if compiled is None else f" With the compiled loop of `aggregator/native` that is {compiled:.2f} ms."
+    faster = "" if compiled is None else f" With the compiled loop of `aggregator/native` this takes {compiled:.2f} ms."
     return (
-        f"{row['parameters']:,} parameters on one core: {encode:.1f} ms to clip, ternarize, pack and compress; "
-        f"{decode:.2f} ms to decompress, check and add, where adding one float32 vector to another takes {add:.2f} ms."
-        + faster
+        f"{row['parameters']:,} parameters on one core. The device clips, ternarizes, packs and compresses an update "
+        f"in {encode:.1f} ms. The aggregator decompresses, checks and adds it in {decode:.2f} ms.{faster} "
+        f"Adding one float32 vector to another takes {add:.2f} ms."
     )
 
 
 def ingest(rows: Any) -> str:
-    columns = (
+    head = (
         "parameters",
         "frames",
         "merged/s",
-        "bare skeleton/s",
+        "skeleton/s",
         "ratio",
         "half load: p50",
         "p99",
         "peak memory",
         "on disk",
     )
-    how = " With the compiled loop of `aggregator/native`." if any(row.get("compiled") for row in rows) else ""
-    lines = [
-        f"updates merged a second, broker and senders on the same cores, each on disk before its receipt.{how}",
-        "",
-        _row(columns),
-        _row(["---"] * len(columns)),
-    ]
+    how = " The aggregator has the compiled loop of `aggregator/native`." if any(map(_compiled, rows)) else ""
+    body = []
     for row in rows:
         full, half = row["full"], row["half"]
         frames = f"{row['frame_bytes'] // 1024} KiB"
         speeds = [f"{row['parameters']:,}", frames, f"{full['updates_per_s']:,.0f}", f"{row['skeleton_per_s']:,.0f}"]
         waits = [f"{row['ratio']:.2f}", f"{half['p50_ms']:.0f} ms", f"{half['p99_ms']:.0f} ms"]
-        lines.append(_row([*speeds, *waits, f"{full['peak_mb']:.0f} MB", f"{full['ledger_mb']:.0f} MB"]))
-    return "\n".join(lines)
+        body.append([*speeds, *waits, f"{full['peak_mb']:.0f} MB", f"{full['ledger_mb']:.0f} MB"])
+    return (
+        "Updates that one aggregator merges a second. Broker and senders share the machine; each update is on disk "
+        f"before its receipt is sent.{how} The skeleton verifies, stores, adds and answers updates and does nothing "
+        "else; it runs on the same broker with the same senders. p50 and p99 are the time from sending an update to "
+        f"its receipt, at half of that load.\n\n{_table(head, body)}"
+    )
 
 
 def fleet(row: Any) -> str:
@@ -77,54 +81,68 @@ def fleet(row: Any) -> str:
     p99 = statistics.median(each["p99_ms"] for each in quiet) / 1000
     largest = max(row["bytes_per_device"].values())
     return (
-        f"{row['devices']:,} devices, connected at once: at most {largest:,.0f} B of the aggregator's memory for each; "
-        f"a new version reaches 99 % of them within {p99:.1f} s; all enrol at once in {join['seconds']:.0f} s, and "
-        f"{join['resent']:,} frames are sent twice."
+        f"{row['devices']:,} devices are connected at once. Each takes at most {largest:,.0f} B of the aggregator's "
+        f"memory. A new version reaches 99 % of them within {p99:.1f} s. All enroll at once within "
+        f"{join['seconds']:.0f} s, and send {join['resent']:,} frames twice."
     )
 
 
 def edge(rows: Any) -> str:
-    row = rows[-1]
-    device, bare = row["device"], row["alone"]
-    own, written = 1000 * device["own_cpu_s"], device["written_bytes"] / 1000
+    head = (
+        "task",
+        "samples",
+        "own CPU an update",
+        "of the training",
+        "peak memory",
+        "beside the trainer",
+        "written to disk",
+        "training CPU, times alone",
+        "first training starts",
+    )
+    body = []
+    for row in rows:
+        device, bare = row["device"], row["alone"]
+        work = [f"{1000 * device['own_cpu_s']:.0f} ms", _percent(row["share"])]
+        memory = [f"{device['peak_mb']:.0f} MB", f"{row['above_mb']:.0f} MB"]
+        rest = [
+            f"{device['written_bytes'] / 1000:,.0f} kB",
+            f"{row['training_ratio']:.2f}",
+            f"{row['later_s']:.1f} s later",
+        ]
+        body.append([row["task"], f"{bare['samples']:,.0f}", *work, *memory, *rest])
     return (
-        f"{row['task']}, {bare['samples']:,.0f} samples: Ternbus' own work takes {own:.0f} ms of CPU an update, "
-        f"{row['share']:.1%} of the training, {row['above_mb']:.0f} MB beside the trainer, and writes "
-        f"{written:,.0f} kB to disk. "
-        f"Training itself took {row['training_ratio']:.2f} times the CPU that it takes in a process alone. "
-        f"The first one begins {row['later_s']:+.1f} s after when it does there."
+        "The same trainer in a device of Ternbus and alone in a process. Own CPU is what Ternbus adds to the training "
+        f"for one update.\n\n{_table(head, body)}"
     )
 
 
 def time_to_accuracy(found: Any) -> str:
     ratios = found["compared"]
     if ratios is None:
-        return "one of the runs never came so far."
+        return "one of the runs did not reach the accuracy."
     return (
-        f"fashion-mnist, 20 devices of very unequal speed (sigma 1.0), lines of 1/4 Mbit/s, virtual time, "
-        f"seeds: {len(found['seeds'])}; asynchronous and ternary reaches {found['accuracy']:.0%} "
-        f"{ratios['sooner']:.0f} times sooner than a float32 barrier, with {ratios['up']:.1%} of its bytes up and "
-        f"{ratios['both']:.1%} both ways."
+        "fashion-mnist, 20 devices of very unequal speed (sigma 1.0), lines of 1/4 Mbit/s, virtual time, "
+        f"{_seeds(len(found['seeds']))}. An asynchronous ternary federation reaches {100 * found['accuracy']:.0f} % "
+        f"{ratios['sooner']:.0f} times sooner than a float32 one with a barrier, which waits for all 20 devices. It "
+        f"takes {_percent(ratios['up'])} of the bytes up and {_percent(ratios['both'])} of those both ways."
     )
 
 
 def fashion(rows: Any) -> str:
-    columns = "both ways", "mean of the last 20 versions", "standard error", "of seeds", "bits up", "down", "MB in all"
-    lines = [
-        "fashion-mnist, 20 devices, Dirichlet 0.5, speeds lognormal 0.7, 60 versions of 5 updates, in virtual time:",
-        "",
-        _row(columns),
-        _row(["---"] * len(columns)),
-    ]
+    head = "both ways", "mean of the last 20 versions", "standard error", "of seeds", "bits up", "down", "MB in all"
+    body = []
     for name, found in rows.items():
         accuracies = [100 * row["mean_of_last"] for row in found]
         up, down, size = (statistics.mean(row[key] for row in found) for key in ("bits_up", "bits_down", "megabytes"))
         seeds = ", ".join(f"{each:.1f}" for each in accuracies)
         mean, error = f"{statistics.mean(accuracies):.2f} %", f"{_error(accuracies):.2f}"
-        lines.append(_row([name, mean, error, seeds, f"{up:.2f}", f"{down:.2f}", f"{size:.0f}"]))
-    apart = [100 * (one["mean_of_last"] - two["mean_of_last"]) for one, two in zip(*rows.values(), strict=True)]
-    mean, error = f"{statistics.mean(apart):+.2f}", f"{_error(apart):.2f}"
-    return "\n".join([*lines, "", f"Ternary minus float32, seed by seed: {mean} points, standard error {error}."])
+        body.append([name, mean, error, seeds, f"{up:.2f}", f"{down:.2f}", f"{size:.0f}"])
+    apart, scatter = _ternary_minus_float32(rows)
+    return (
+        "fashion-mnist, 20 devices, Dirichlet 0.5, speeds lognormal 0.7, 60 versions of 5 updates, in virtual time. "
+        f"Bits are those of one parameter.\n\n{_table(head, body)}\n\n"
+        f"Ternary minus float32, seed by seed: {apart:+.2f} points, standard error {scatter:.2f}."
+    )
 
 
 SECTIONS: Final[Mapping[str, tuple[str, Callable[[Any], str]]]] = {
@@ -138,8 +156,161 @@ SECTIONS: Final[Mapping[str, tuple[str, Callable[[Any], str]]]] = {
 }
 
 
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def figures() -> str:
+    """What docs/figures.md shows between its markers."""
+    kept = _all_kept()
+    here = _machine(kept["uplink"])
+    head = (
+        f"Measured on {here}, unless a section names another machine. Times scatter on that machine, so compare "
+        "ratios. `benchmarks/results` holds the JSON of each run."
+    )
+    parts = [_part(title, kept[name], here, words(kept[name]["result"])) for name, (title, words) in SECTIONS.items()]
+    return _wrapped("\n\n".join([head, *parts, *_experiments(here)]))
+
+
+def _experiments(here: str) -> list[str]:
+    """Of each experiment whose result is kept: its title, what it is, its table."""
+    parts = []
+    for path in sorted(KEPT.glob("*.json")):
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        result, minutes = kept["result"], kept["seconds"] / 60
+        seeds = "One seed." if result["seeds"] == 1 else f"Means of {result['seeds']} seeds, ± standard deviation."
+        about = f"{' '.join(result['about'].split())} {seeds} All runs took {minutes:.0f} minutes on a shared core."
+        parts.append(_part(result["title"], kept, here, f"{about}\n\n{experiment_table(result)}"))
+    return parts
+
+
+def _part(title: str, kept: Any, here: str, text: str) -> str:
+    return f"## {title}\n\n{_command(kept, here)}\n\n{text}"
+
+
+# --- README.md: five of them
+
+
+def summary() -> str:
+    """What README shows between its markers."""
+    kept = _all_kept()
+    here = _machine(kept["uplink"])
+    rows = [(what, words(kept[name]["result"]), _command(kept[name], here)) for name, (what, words) in SUMMARY.items()]
+    return _wrapped(f"Measured on {here}.\n\n{_table(('what', 'figure', 'command'), rows)}")
+
+
+def _uplink_line(sizes: Any) -> str:
+    packed = _bits(sizes, "zstd")
+    return f"{packed:.2f} bits a parameter, {_percent(packed / 32)} of float32"
+
+
+def _fashion_line(rows: Any) -> str:
+    mean, error = _ternary_minus_float32(rows)
+    seeds = len(next(iter(rows.values())))
+    return f"{mean:+.2f} points beside float32 both ways, standard error {error:.2f} ({_seeds(seeds)})"
+
+
+def _time_line(found: Any) -> str:
+    ratios = found["compared"]
+    if ratios is None:
+        return "not reached"
+    return (
+        f"{100 * found['accuracy']:.0f} % is reached {ratios['sooner']:.0f} times sooner than with a float32 barrier "
+        f"that waits for all, with {_percent(ratios['both'])} of its bytes "
+        f"({_seeds(len(found['seeds']))}, virtual time)"
+    )
+
+
+def _ingest_line(rows: Any) -> str:
+    row = _large(rows)
+    how = ", with the compiled loop" if _compiled(row) else ""
+    return (
+        f"{row['full']['updates_per_s']:,.0f} updates/s of {row['parameters']:,} parameters, each on disk before its "
+        f"receipt{how}"
+    )
+
+
+def _edge_line(rows: Any) -> str:
+    numpy, torch = rows[0], rows[-1]
+    return (
+        f"{1000 * torch['device']['own_cpu_s']:.0f} ms of CPU an update, {_percent(torch['share'])} of the training "
+        f"({torch['task']}); {numpy['device']['peak_mb']:.0f} MB in all with a numpy model ({numpy['task']})"
+    )
+
+
+SUMMARY: Final[Mapping[str, tuple[str, Callable[[Any], str]]]] = {
+    "uplink": ("Size of an update", _uplink_line),
+    "fashion": ("Accuracy with ternary both ways", _fashion_line),
+    "time_to_accuracy": ("Time to an accuracy, 20 unequal devices", _time_line),
+    "ingest": ("One aggregator, with its broker on two cores", _ingest_line),
+    "edge": ("Cost on a device", _edge_line),
+}
+
+PAGES: Final[Mapping[Path, Callable[[], str]]] = {ROOT / "README.md": summary, ROOT / "docs" / "figures.md": figures}
+
+
+# --- what they share
+
+
+def _all_kept() -> dict[str, Any]:
+    """Command, machine and result of each benchmark, by its name."""
+    kept = {}
+    for name in SECTIONS:
+        path = RESULTS / f"{name}.json"
+        if not path.exists():
+            raise SystemExit(f"{path} is missing; run: python -m benchmarks {name} --data DIR")
+        kept[name] = json.loads(path.read_text(encoding="utf-8"))
+    return kept
+
+
+def _machine(kept: Any) -> str:
+    about = kept["machine"]
+    return (
+        f"{about['cores']} cores ({about['processor']}, shared), {about['memory_gib']} GiB, {about['system']}, "
+        f"Python {about['python']}"
+    )
+
+
+def _command(kept: Any, here: str) -> str:
+    """The command that measured it; with the machine where that is not `here`."""
+    elsewhere = "" if _machine(kept) == here else f", on {_machine(kept)}"
+    return f"`{kept['command']}`{elsewhere}"
+
+
+def _wrapped(text: str) -> str:
+    """The same in lines of at most 100 characters; tables stay as they are."""
+    return "\n\n".join(
+        part if part.startswith("|") else textwrap.fill(part, 100, break_long_words=False, break_on_hyphens=False)
+        for part in text.split("\n\n")
+    )
+
+
+def _table(head: Iterable[str], body: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *body])
+
+
+def _bits(sizes: Any, encoding: str) -> float:
+    """A parameter's, in an update with this encoding."""
+    return float(next(each["bits_per_parameter"] for each in sizes["sizes"] if each["encoding"] == encoding))
+
+
+def _large(rows: Any) -> Any:
+    return next(row for row in rows if row["parameters"] > LARGE)
+
+
+def _compiled(row: Any) -> bool:
+    return bool(row.get("compiled"))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _seeds(count: int) -> str:
+    return "one seed" if count == 1 else f"{count} seeds"
+
+
+def _ternary_minus_float32(rows: Any) -> tuple[float, float]:
+    """In points of accuracy, with the standard error: the mean of the differences with the same seed."""
+    apart = [100 * (one["mean_of_last"] - two["mean_of_last"]) for one, two in zip(*rows.values(), strict=True)]
+    return statistics.mean(apart), _error(apart)
 
 
 def _error(values: list[float]) -> float:
@@ -147,57 +318,27 @@ def _error(values: list[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values))
 
 
-def _large(rows: Any) -> Any:
-    return next(row for row in rows if row["parameters"] > LARGE)
-
-
-def section() -> str:
-    """Everything between the markers."""
-    parts, machines = [], []
-    for name, (title, words) in SECTIONS.items():
-        path = RESULTS / f"{name}.json"
-        if not path.exists():
-            raise SystemExit(f"{path} is missing; run: python -m benchmarks {name} --data DIR")
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        machines.append(kept["machine"])
-        parts.append(f"**{title}** (`{kept['command']}`): {words(kept['result'])}")
-    about = machines[0]
-    machine = f"{about['cores']} cores ({about['processor']}, shared), {about['memory_gib']} GiB, {about['system']}"
-    head = (
-        f"Measured on {machine}, Python {about['python']}; times there scatter, so look at the ratios. The JSON of "
-        "each run is in `benchmarks/results`, and `make bench DATA=DIR` makes it anew."
-    )
-    return "\n\n".join([head, *parts, *experiments()])
-
-
-def experiments() -> list[str]:
-    """Of those whose results are kept: title, what it is, table."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(KEPT.glob("*.json"))]
-    return [
-        f"**{kept['result']['title']}** (`{kept['command']}`, {kept['seconds'] / 60:.0f} minutes on a shared core): "
-        f"{' '.join(kept['result']['about'].split())} {_of_seeds(kept['result']['seeds'])}\n\n"
-        f"{table(kept['result'])}"
-        for kept in found
-    ]
-
-
-def _of_seeds(count: int) -> str:
-    return "One seed." if count == 1 else f"Means of {count} seeds, ± their standard deviation."
+def between_markers(text: str) -> str | None:
+    """What stands between the two markers of a page; None where one of them is missing."""
+    _, begin, rest = text.partition(BEGIN)
+    found, end, _ = rest.partition(END)
+    return found.strip() if begin and end else None
 
 
 def main() -> None:
-    """Print, or put into README.md."""
+    """Print both sections, or write each into its page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.figures", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true")
-    if not parser.parse_args().write:
-        print(section())
-        return
-    text = README.read_text(encoding="utf-8")
-    before, marker, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (marker and end):
-        sys.exit(f"README.md lacks {BEGIN!r} or {END!r}")
-    README.write_text(f"{before}{BEGIN}\n\n{section()}\n\n{END}{after}", encoding="utf-8")
+    parser.add_argument("--write", action="store_true", help="replace the sections of README.md and docs/figures.md")
+    write = parser.parse_args().write
+    for page, section in PAGES.items():
+        text = page.read_text(encoding="utf-8")
+        if between_markers(text) is None:
+            sys.exit(f"{page} lacks {BEGIN!r} or {END!r}")
+        if write:
+            before, after = text.partition(BEGIN)[0], text.partition(END)[2]
+            page.write_text(f"{before}{BEGIN}\n\n{section()}\n\n{END}{after}", encoding="utf-8")
+        else:
+            print(section(), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,18 @@
-"""README's figures are those of the runs whose results lie in ``benchmarks/results``."""
+"""The figures in README.md and docs/figures.md are those of the runs that ``benchmarks/results`` holds."""
 
-from benchmarks.figures import BEGIN, END, README, section
+from pathlib import Path
+
+import pytest
+
+from benchmarks.figures import PAGES, SECTIONS, SUMMARY, between_markers
 
 
-def test_what_readme_says_is_what_was_measured() -> None:
-    shown = README.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].strip()
-    assert shown == section(), "run: python -m benchmarks.figures --write"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_shows_what_was_measured(page: Path) -> None:
+    shown = between_markers(page.read_text(encoding="utf-8"))
+    assert shown == PAGES[page](), "run: python -m benchmarks.figures --write"
+
+
+def test_readme_shows_five_of_the_figures() -> None:
+    assert len(SUMMARY) == 5
+    assert SUMMARY.keys() <= SECTIONS.keys()

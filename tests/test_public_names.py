@@ -109,6 +109,8 @@ def private_imports(code: str) -> list[str]:
                     for alias in names
                     if alias.name.startswith("ternbus") and alias.name not in {*PUBLIC, *TASK_MODULES}
                 ]
+            case _:
+                pass
     return found
 
 

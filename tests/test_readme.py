@@ -1,19 +1,38 @@
-"""The README's code runs as it stands there."""
+"""The code in README and in the pages of docs/ works as it is printed there."""
 
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-README = Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-PYTHON: list[str] = [text for language, text in BLOCKS if language == "python"]
-SHELL = "\n".join(text for language, text in BLOCKS if language == "sh")
+from ternbus.lab.scenario import scenario
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "deploy" / "README.md"]
+WORDS = 1600  # what a newcomer reads in five minutes
+NESTED = {"log"}  # commands that have commands of their own
 
 pytestmark = pytest.mark.slow
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    found = re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return [text for tag, text in found if tag == language]
+
+
+def block(word: str) -> str:
+    (found,) = [text for text in blocks(README, "python") if word in text]
+    return found
 
 
 def run(folder: Path, *arguments: str) -> str:
@@ -23,9 +42,20 @@ def run(folder: Path, *arguments: str) -> str:
     return ran.stdout
 
 
-def block(word: str) -> str:
-    (found,) = [text for text in PYTHON if word in text]
-    return found
+@cache
+def help_of(*names: str) -> str:
+    return run(ROOT, "-m", "ternbus", *names, "--help")
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words after `ternbus` of each command in the page's shell blocks."""
+    text = "\n".join(blocks(page, "sh")).replace("\\\n", " ")
+    for line in re.findall(r"^(?:sudo -u ternbus )?(?:\S+/)?ternbus (.*?)(?: #.*)?$", text, flags=re.MULTILINE):
+        yield line.split()
+
+
+def test_it_is_read_in_five_minutes() -> None:
+    assert len(README.read_text(encoding="utf-8").split()) <= WORDS
 
 
 def test_the_model_loads_into_the_tasks_model_and_predicts(tmp_path: Path) -> None:
@@ -37,28 +67,41 @@ def test_the_model_loads_into_the_tasks_model_and_predicts(tmp_path: Path) -> No
 def test_the_example_of_ones_own_task_is_a_task(tmp_path: Path) -> None:
     (tmp_path / "my_task.py").write_text(block("TASK = "), encoding="utf-8")
     rng = np.random.default_rng(0)
+    (tmp_path / "data").mkdir()
     for split in ("train", "test"):
         inputs = rng.normal(size=(90, 20)).astype(np.float32)
-        np.savez(tmp_path / f"{split}.npz", inputs=inputs, targets=inputs[:, :3].argmax(1))
+        np.savez(tmp_path / "data" / f"{split}.npz", inputs=inputs, targets=inputs[:, :3].argmax(1))
+    run(tmp_path, "-m", "ternbus", "edge", "check", "my_task:TASK", "--data", "data")
     run(tmp_path, "-m", "ternbus", "edge", "init-model", "my_task:TASK", "model.safetensors")
     program = """
 from pathlib import Path
-from ternbus.edge.plan.plan import Plan
-from ternbus.edge.learn.loader import load_task
+from ternbus.edge import Plan, load_task
 task = load_task("my_task:TASK")
 start = task.initial(0)
-trained = task.trainer(data=Path(), partition="iid:0/2").train(start, Plan(local_epochs=20), version=0, seed=0)
-judge = task.evaluator(data=Path())
+data = Path("data")
+trained = task.trainer(data=data, partition="iid:0/2").train(start, Plan(local_epochs=20), version=0, seed=0)
+judge = task.evaluator(data=data)
 print(judge.evaluate(start).values["loss"] > judge.evaluate(trained.tensors).values["loss"])
 """
     assert run(tmp_path, "-c", program).strip() == "True"
 
 
-def test_every_command_and_option_that_it_names_exists(tmp_path: Path) -> None:
-    lines = re.findall(r"^(?:\S+/)?ternbus (.*?)(?: #.*)?$", SHELL, flags=re.MULTILINE)
-    assert len(lines) > 8
-    for line in lines:
-        package, command, *rest = line.split()
-        text = run(tmp_path, "-m", "ternbus", package, command, "--help")
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_a_page_imports_public_names_only(page: Path) -> None:
+    imported = re.findall(r"^\s*(?:from|import) (ternbus\S*)", "\n".join(blocks(page, "python")), flags=re.MULTILINE)
+    public = re.compile(r"ternbus\.(?:edge|lab|broker)|ternbus\.edge\.tasks\.\w+")
+    assert [name for name in imported if not public.fullmatch(name)] == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(commands(page))], ids=name_of)
+def test_every_command_and_option_that_a_page_names_exists(page: Path) -> None:
+    for component, command, *rest in commands(page):
+        names = [component, command, *(rest[:1] if command in NESTED else [])]
+        known = help_of(*names)
         for option in (word for word in rest if word.startswith("--")):
-            assert option in text, f"{line}: no {option}"
+            assert option in known, f"ternbus {' '.join(names)} has no {option}"
+
+
+def test_the_scenario_of_the_lab_page_is_one() -> None:
+    (text,) = blocks(ROOT / "docs" / "lab.md", "toml")
+    assert scenario.loads(text, "docs/lab.md").devices == 20

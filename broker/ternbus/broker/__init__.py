@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ternbus.broker.link.events import Arrived, Connected, Disconnected, LinkEvent, Published, Refused, Token
     from ternbus.broker.link.link import Link
     from ternbus.broker.link.tls import Tls
+    from ternbus.broker.model_files import load_safetensors, save_safetensors
     from ternbus.broker.protocol import topics
     from ternbus.broker.protocol.endpoint import Endpoint
     from ternbus.broker.protocol.frame import FRAME_BYTES, Frame, build, parse
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
         Schema,
         Tensor,
         Vector,
-        load_safetensors,
-        save_safetensors,
         to_tensors,
         to_vector,
         vector_digest,
@@ -60,6 +59,7 @@ else:
             ],
             "ternbus.broker.link.link": ["Link"],
             "ternbus.broker.link.tls": ["Tls"],
+            "ternbus.broker.model_files": ["load_safetensors", "save_safetensors"],
             "ternbus.broker.protocol": ["topics"],
             "ternbus.broker.protocol.endpoint": ["Endpoint"],
             "ternbus.broker.protocol.frame": ["FRAME_BYTES", "Frame", "build", "parse"],
@@ -91,8 +91,6 @@ else:
                 "Schema",
                 "Tensor",
                 "Vector",
-                "load_safetensors",
-                "save_safetensors",
                 "to_tensors",
                 "to_vector",
                 "vector_digest",
