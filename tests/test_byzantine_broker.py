@@ -228,8 +228,8 @@ class ByzantineFederation(RuleBasedStateMachine):
     def devices_hold_what_the_aggregator_signed(self) -> None:
         for device in getattr(self, "devices", ()):
             follower = device.core.follower
-            assert not (follower.guessed and follower.synced)  # nobody trains on its own guess
-            if follower.vector is not None and follower.version is not None and not follower.guessed:
+            assert not (follower.unconfirmed and follower.synced)  # nobody trains on an unconfirmed model
+            if follower.vector is not None and follower.version is not None and not follower.unconfirmed:
                 assert vector_digest(follower.vector) == self.watched.digests[follower.version]
 
     @invariant()
