@@ -268,6 +268,24 @@ def test_ctrl_c_ends_it_with_130_and_the_same_command_continues(file: Path) -> N
 
 
 @pytest.mark.slow
+def test_ctrl_c_while_its_processes_start_leaves_no_traceback(file: Path) -> None:
+    arguments = command("small.toml", "--jobs", "2")
+    with subprocess.Popen(arguments, cwd=file.parent, stderr=subprocess.PIPE, text=True, process_group=0) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        try:
+            until(
+                lambda: len(children.read_text().split()) > 2, 60.0, "both processes, and what tracks their resources"
+            )
+            os.killpg(process.pid, signal.SIGINT)
+            said = process.communicate(timeout=30)[1]
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert said.endswith("ternbus: stopped by Ctrl-C; the same command continues with the runs that are not done\n")
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
 def test_a_killed_one_leaves_no_process(file: Path) -> None:
     file.write_text(SMALL.replace("end = { versions = 2 }", ENDLESS))
     log = file.parent / "ternbus-experiments" / "small" / "ternary-few-0" / "log"

@@ -102,7 +102,8 @@ def _simulate_all(
     """Each number with the report of its run, as they come."""
     threads = max(1, jobs // len(runs))  # of trainings in a run: processors that no other run needs
     with _processes(min(jobs, len(runs))) as pool:
-        numbers = {pool.submit(_simulate, run, threads): number for number, run in runs.items()}
+        with _without_interrupts():
+            numbers = {pool.submit(_simulate, run, threads): number for number, run in runs.items()}
         pending: set[Future[dict[str, Any]]] = set(numbers)
         while pending:
             check()
@@ -124,7 +125,10 @@ def _processes(count: int) -> Iterator[ProcessPoolExecutor]:
     os.environ["OMP_NUM_THREADS"] = "1"  # the threads of two runs would only wait for each other
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
-        count, mp_context=multiprocessing.get_context("spawn"), initializer=_begin, initargs=(os.getpid(),)
+        count,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=parent_death.tie,
+        initargs=(os.getpid(),),
     )
     try:
         yield pool
@@ -137,10 +141,14 @@ def _processes(count: int) -> Iterator[ProcessPoolExecutor]:
     pool.shutdown()
 
 
-def _begin(parent: int) -> None:
-    """In a new process."""
-    parent_death.tie(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the parent's, which ends this one
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes that start meanwhile never see the terminal's Ctrl-C, this one sees it later, and ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _simulate(run: Run, jobs: int) -> dict[str, Any]:
