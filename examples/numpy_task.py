@@ -9,23 +9,31 @@ and a few arrays can be wrapped in the same way.
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 
-from ternbus.edge import Evaluation, Trained, select
+from ternbus.edge import Evaluation, FloatArray, Plan, Tensors, Trained, select
 from ternbus.edge.tasks.digits_data import CLASSES, PIXELS, load
+
+Labels = npt.NDArray[np.int64]
 
 
 class SoftmaxRegression:
     """Multinomial logistic regression by gradient descent on all samples; `fit` goes on from where it is."""
 
-    def __init__(self, features, classes, *, steps=100, learning_rate=0.5, alpha=1e-4):
-        self.coef_ = np.zeros((classes, features), np.float32)
-        self.intercept_ = np.zeros(classes, np.float32)
+    def __init__(
+        self, features: int, classes: int, *, steps: int = 100, learning_rate: float = 0.5, alpha: float = 1e-4
+    ) -> None:
+        self.coef_: FloatArray = np.zeros((classes, features), np.float32)
+        self.intercept_: FloatArray = np.zeros(classes, np.float32)
         self.steps, self.learning_rate, self.alpha = steps, learning_rate, alpha
 
-    def fit(self, inputs, labels):
+    def fit(self, inputs: FloatArray, labels: Labels) -> Self:
         wanted = np.eye(len(self.intercept_), dtype=np.float32)[labels]
         for _ in range(self.steps):
             errors = (self.predict_proba(inputs) - wanted) / len(labels)
@@ -33,33 +41,35 @@ class SoftmaxRegression:
             self.intercept_ -= self.learning_rate * errors.sum(0)
         return self
 
-    def predict_proba(self, inputs):
-        outputs = inputs @ self.coef_.T + self.intercept_
-        powers = np.exp(outputs - outputs.max(1, keepdims=True))
-        return powers / powers.sum(1, keepdims=True)
+    def predict_proba(self, inputs: FloatArray) -> FloatArray:
+        outputs: FloatArray = inputs @ self.coef_.T + self.intercept_
+        powers: FloatArray = np.exp(outputs - outputs.max(1, keepdims=True))
+        powers /= powers.sum(1, keepdims=True)
+        return powers
 
-    def predict(self, inputs):
-        return self.predict_proba(inputs).argmax(1)
+    def predict(self, inputs: FloatArray) -> Labels:
+        classes: Labels = self.predict_proba(inputs).argmax(1)
+        return classes
 
-    def loss(self, inputs, labels):
+    def loss(self, inputs: FloatArray, labels: Labels) -> float:
         return float(-np.log(self.predict_proba(inputs)[np.arange(len(labels)), labels] + 1e-12).mean())
 
-    def score(self, inputs, labels):
+    def score(self, inputs: FloatArray, labels: Labels) -> float:
         return float((self.predict(inputs) == labels).mean())
 
 
 class DigitsTrainer:
     """The classifier with one device's digits."""
 
-    def __init__(self, inputs, labels):
+    def __init__(self, inputs: FloatArray, labels: Labels) -> None:
         self.inputs, self.labels = inputs, labels
         self.classifier = SoftmaxRegression(PIXELS, CLASSES)
 
     @property
-    def samples(self):
+    def samples(self) -> int:
         return len(self.labels)
 
-    def train(self, start, plan, *, version, seed):  # noqa: ARG002  # nothing here is drawn
+    def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:  # noqa: ARG002 - no chance here
         began = time.perf_counter()
         self._set(start)
         self.classifier.learning_rate = plan.learning_rate
@@ -69,15 +79,15 @@ class DigitsTrainer:
         metrics = {**self._measures(), "seconds": time.perf_counter() - began}
         return Trained(tensors=tensors, samples=self.samples, metrics=metrics)
 
-    def evaluate(self, tensors):
+    def evaluate(self, tensors: Tensors) -> Evaluation:
         self._set(tensors)
         return Evaluation(samples=self.samples, values=self._measures())
 
-    def _set(self, tensors):
+    def _set(self, tensors: Tensors) -> None:
         self.classifier.coef_ = np.array(tensors["coef"])  # copies: what we are given must stay as it is
         self.classifier.intercept_ = np.array(tensors["intercept"])
 
-    def _measures(self):
+    def _measures(self) -> dict[str, float]:
         score, loss = self.classifier.score(self.inputs, self.labels), self.classifier.loss(self.inputs, self.labels)
         return {"accuracy": score, "loss": loss}
 
@@ -87,18 +97,18 @@ class DigitsTask:
     """What `--task` names."""
 
     name: str = "digits-softmax"
-    default_plan: dict = field(default_factory=lambda: {"local_steps": 20, "learning_rate": 0.5})
+    default_plan: Mapping[str, object] = field(default_factory=lambda: {"local_steps": 20, "learning_rate": 0.5})
 
-    def initial(self, seed):  # noqa: ARG002  # it starts at zero, and its loss is convex
+    def initial(self, seed: int) -> dict[str, FloatArray]:  # noqa: ARG002 - it starts at zero; its loss is convex
         fresh = SoftmaxRegression(PIXELS, CLASSES)
         return {"coef": fresh.coef_, "intercept": fresh.intercept_}
 
-    def trainer(self, *, data, partition):  # noqa: ARG002  # they ship with Ternbus
+    def trainer(self, *, data: Path | None, partition: str) -> DigitsTrainer:  # noqa: ARG002 - Ternbus brings them
         inputs, labels = load("train")
         chosen = select(partition, labels)
         return DigitsTrainer(inputs[chosen], labels[chosen])
 
-    def evaluator(self, *, data):  # noqa: ARG002  # likewise
+    def evaluator(self, *, data: Path | None) -> DigitsTrainer:  # noqa: ARG002 - likewise
         return DigitsTrainer(*load("test"))
 
 

@@ -27,11 +27,11 @@ def model() -> nn.Module:
     )
 
 
-def data(folder: Path, split: str) -> tuple[Tensor, Tensor]:
-    table = np.loadtxt(folder / "digits.csv.gz", delimiter=",", dtype=np.float32)
+def data(folder: Path | None, split: str) -> tuple[Tensor, Tensor]:
+    table = np.loadtxt((folder or FOLDER) / "digits.csv.gz", delimiter=",", dtype=np.float32)
     held_out = np.arange(len(table)) % 5 == 0
-    table = torch.from_numpy(table[held_out if split == "test" else ~held_out])
-    return table[:, :64].reshape(-1, 1, 8, 8) / 16, table[:, 64].long()
+    rows = torch.from_numpy(table[held_out if split == "test" else ~held_out])
+    return rows[:, :64].reshape(-1, 1, 8, 8) / 16, rows[:, 64].long()
 
 
 def main(folder: Path = FOLDER, epochs: int = 10) -> None:
@@ -48,4 +48,4 @@ def main(folder: Path = FOLDER, epochs: int = 10) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:2]), *map(int, sys.argv[2:3]))
+    main(Path(sys.argv[1]) if sys.argv[1:] else FOLDER, int(sys.argv[2]) if sys.argv[2:] else 10)

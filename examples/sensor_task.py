@@ -8,17 +8,19 @@ acceleration along x, y and z in g, and the machine's state: 0 healthy, 1 unbala
 header line does no harm.
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ternbus.edge import ConfigError, TorchTask
+from ternbus.edge import ConfigError, FloatArray, TorchTask
 
 WINDOW, HOP = 100, 50  # samples: windows of a second that overlap by half
 CLASSES = 3
 
 
-def model():
+def model() -> nn.Module:
     """A 1-D CNN of about 2,000 parameters; takes [windows, 3, 100]."""
     return nn.Sequential(
         nn.Conv1d(3, 16, 7, stride=2, padding=3),
@@ -32,7 +34,7 @@ def model():
     )
 
 
-def windows(table):
+def windows(table: FloatArray) -> tuple[Tensor, Tensor]:
     """[windows, 3, 100] and labels, of a table of x, y, z, label; without windows in which the label changes."""
     places = [
         first for first in range(0, len(table) - WINDOW + 1, HOP) if np.ptp(table[first : first + WINDOW, 3]) == 0
@@ -42,7 +44,7 @@ def windows(table):
     return torch.from_numpy(inputs), torch.from_numpy(table[places, 3].astype(np.int64))
 
 
-def data(folder, split):
+def data(folder: Path | None, split: str) -> tuple[Tensor, Tensor]:
     if folder is None:
         return windows(recording(seed={"train": 0, "test": 1}[split]))
     path = folder / f"{split}.csv"
@@ -53,7 +55,7 @@ def data(folder, split):
     return windows(table[~np.isnan(table).any(1)])  # without the header
 
 
-def recording(seed, minutes=6):
+def recording(seed: int, minutes: int = 6) -> FloatArray:
     """Two minutes of each state: rotation at 12 Hz, its imbalance, and the ringing of a bearing."""
     random = np.random.default_rng(seed)
     time = np.arange(minutes * 60 * 100) / 100
@@ -62,7 +64,8 @@ def recording(seed, minutes=6):
     turning = np.where(state == 1, 0.5, 0.2) * np.sin(phase + random.uniform(0, 6))
     ringing = np.where(state == 2, 0.5, 0.0) * np.sin(2 * np.pi * 37 * time) * (np.sin(phase) > 0.7)
     noise = random.normal(0, 0.15, (3, len(time)))
-    return np.column_stack([turning + noise[0], turning + noise[1] + ringing, 1 + ringing + noise[2], state])
+    rows = np.column_stack([turning + noise[0], turning + noise[1] + ringing, 1 + ringing + noise[2], state])
+    return rows.astype(np.float32)
 
 
 TASK = TorchTask(

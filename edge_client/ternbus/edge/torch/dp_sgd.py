@@ -49,7 +49,7 @@ def descend(
 
 def _backward(loss: Tensor, clipping: "DPOptimizer", parameters: Sequence[nn.Parameter]) -> float:
     """Each parameter's `summed_grad`, of gradients that were clipped sample by sample."""
-    loss.backward()  # type: ignore[no-untyped-call]  # torch has no annotation for it
+    loss.backward()
     if any(getattr(parameter, "grad_sample", None) is None for parameter in parameters):
         raise ConfigError('dp = "sample": the model has a parameter that its output does not depend on; freeze it')
     clipping.clip_and_accumulate()

@@ -28,7 +28,7 @@ def _load_compiled() -> None:
             path = Path(folder) / f"_C{suffix}"
             if path.is_file():
                 try:
-                    torch.ops.load_library(path)  # type: ignore[no-untyped-call]  # torch does not annotate it
+                    torch.ops.load_library(path)
                 except OSError:
                     continue  # the very case: libraries of CUDA that are not here
 
@@ -36,9 +36,9 @@ def _load_compiled() -> None:
 def _define_missing() -> None:
     missing = [schema for name, schema in _SCHEMAS.items() if not hasattr(torch.ops.torchvision, name)]
     if missing:
-        library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch does not annotate it
+        library = torch.library.Library("torchvision", "FRAGMENT")
         for schema in missing:
-            library.define(schema)  # type: ignore[no-untyped-call]  # torch does not annotate it
+            library.define(schema)
         _libraries.append(library)
 
 
