@@ -43,8 +43,7 @@ def test_the_example_of_ones_own_task_is_a_task(tmp_path: Path) -> None:
     run(tmp_path, "-m", "ternbus", "edge", "init-model", "my_task:TASK", "model.safetensors")
     program = """
 from pathlib import Path
-from ternbus.edge.plan.plan import Plan
-from ternbus.edge.learn.loader import load_task
+from ternbus.edge import Plan, load_task
 task = load_task("my_task:TASK")
 start = task.initial(0)
 trained = task.trainer(data=Path(), partition="iid:0/2").train(start, Plan(local_epochs=20), version=0, seed=0)
