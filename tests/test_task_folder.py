@@ -29,7 +29,7 @@ with pathlib.Path({folder!r}, "IMPORTED").open("a") as notes:
 raise RuntimeError("somebody has imported " + __name__)
 """
 TASK = """
-import features
+import statistics, features  # Python's, and one's own
 from ternbus.edge.tasks import digits_numpy
 
 class Own(type(digits_numpy.TASK)):
@@ -163,19 +163,30 @@ def test_it_is_found_from_another_folder(folder: Path, tmp_path: Path) -> None:
         assert ternbus(tmp_path, "edge", "init-model", spec, tmp_path / "m.st")[::2] == (0, "")
 
 
-def test_what_an_installed_library_imports_is_never_beside_the_task(folder: Path) -> None:
+COMMANDS = {
+    "check": ("edge", "check", "my_task:TASK"),
+    "workers": ("lab", "simulate", "--task", "my_task:TASK", "--devices", "2", "--versions", "1", "--jobs", "2"),
+    "run": ("lab", "run", "--task", "my_task:TASK", "--devices", "2", "--versions", "1"),
+}
+
+
+@pytest.mark.parametrize(
+    "command", ["check", pytest.param("workers", marks=pytest.mark.slow), pytest.param("run", marks=pytest.mark.slow)]
+)
+def test_what_an_installed_library_imports_is_never_beside_the_task(folder: Path, command: str) -> None:
     """`not_installed` stands for something optional that a library tries to import, in an environment without it."""
     (folder / "not_installed.py").write_text(NOTES_AND_RAISES.format(folder=str(folder)))
     (folder / "library").mkdir()
     (folder / "library" / "third_party.py").write_text(
         "try:\n    import not_installed\nexcept ModuleNotFoundError:\n    pass\n"
-        "def later():\n    import importlib, importlib.util\n    assert importlib.util.find_spec('deeper') is None\n"
+        "def later():\n    import importlib, importlib.util\n"
+        "    assert importlib.util.find_spec('not_installed') is None\n"
         "    importlib.import_module('not_installed')\n"
     )
-    (folder / "my_task.py").write_text(
-        f"import third_party\ntry:\n    third_party.later()\nexcept ImportError:\n    pass\n{TASK}"
-    )
-    code, _, err = ternbus(folder, "edge", "check", "my_task:TASK", PYTHONPATH=str(folder / "library"))
+    called = "import third_party\ntry:\n    third_party.later()\nexcept ModuleNotFoundError:\n    pass\n"
+    (folder / "my_task.py").write_text(called + TASK)
+    path = os.pathsep.join(filter(None, [str(folder / "library"), os.environ.get("PYTHONPATH")]))
+    code, _, err = ternbus(folder, *COMMANDS[command], PYTHONPATH=path)
     assert (code, err, imported(folder)) == (0, "", "")
 
 
@@ -333,7 +344,7 @@ def test_a_broker_py_of_the_user_s_own_that_lacks_a_name_is_not_taken_for_ternbu
 
 
 def test_an_old_import_inside_a_function_is_explained_by_check(here: Path) -> None:
-    late = TASK.replace("import in_time", "from edge_client.partition import select").replace("import features", "")
+    late = TASK.replace("import in_time", "from edge_client.partition import select").replace(", features", "")
     (here / "my_task.py").write_text(late)
     (said,) = check(load_task("my_task:TASK")).problems
     assert said == "edge_client is now ternbus.edge: write `from ternbus.edge import select` (my_task.py, line 7)"

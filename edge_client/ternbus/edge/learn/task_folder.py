@@ -71,6 +71,11 @@ def import_from(folder: Path, module: str) -> ModuleType:
     return importlib.import_module(module)
 
 
+def is_on_path(entry: str) -> bool:
+    """Whether an entry of `sys.path` is there only because a task was imported from that folder."""
+    return entry in _finders
+
+
 class _Finder(FileFinder):
     """Finds what is in one folder, for the modules that it has found before; `own` has their names."""
 

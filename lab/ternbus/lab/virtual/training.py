@@ -7,6 +7,7 @@ train. What comes of it is the same, bit for bit, however many processes there a
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -21,6 +22,7 @@ import numpy as np
 from ternbus.broker.errors import FederationError
 from ternbus.broker.server import parent_death
 from ternbus.edge.core.actions import StartTraining
+from ternbus.edge.learn import task_folder
 from ternbus.edge.learn.loader import absolute, load_task
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.subnetwork import narrow
@@ -96,16 +98,21 @@ def _result(future: Future[TrainingResult]) -> TrainingResult:
 
 @contextmanager
 def _safe_path() -> Iterator[None]:
-    """A Python that starts meanwhile looks for no module in the current folder, as with -P."""
-    before = os.environ.get(SAFE_PATH)
+    """A Python that starts meanwhile looks for modules neither in the current folder, as with -P, nor in the task's.
+
+    It adds the latter itself, with the rule of `task_folder`, when it loads the task.
+    """
+    flag, path = os.environ.get(SAFE_PATH), [*sys.path]
     os.environ[SAFE_PATH] = "1"
+    sys.path[:] = [entry for entry in path if not task_folder.is_on_path(entry)]
     try:
         yield
     finally:
-        if before is None:
+        sys.path[:] = path
+        if flag is None:
             del os.environ[SAFE_PATH]
         else:
-            os.environ[SAFE_PATH] = before
+            os.environ[SAFE_PATH] = flag
 
 
 @contextmanager
