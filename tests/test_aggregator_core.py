@@ -76,8 +76,9 @@ def test_an_accepted_update_is_saved_before_its_receipt(make: Make) -> None:
     assert (receipt.outcome, receipt.version) == ("accepted", 0)
     assert place(bench.last, records.UpdateAccepted) < place(bench.last, events.Publish, "receipt")
     (record,) = saved(bench.last, records.UpdateAccepted)
-    assert (record.device, record.seq, record.base, record.staleness, record.samples) == ("pi", pi.seq, 0, 0, 7)
-    assert (record.codec, record.encoding, record.body) == ("ternary", "raw", block.content)
+    update = record.update
+    assert (update.device, update.seq, update.base, update.staleness, update.samples) == ("pi", pi.seq, 0, 0, 7)
+    assert (update.codec, update.encoding, record.body) == ("ternary", "raw", block.content)
 
 
 def test_receipts_are_not_retained_and_go_to_the_device_only(make: Make) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from support.small_world import LAB, Bench, float32_block, make_directory, ternary_block
+from support.small_world import LAB, Bench, accepted_update, float32_block, make_directory, ternary_block
 from ternbus.aggregator.core import records
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import status as statuses
@@ -27,19 +27,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 
 def accepted(device: str, base: int, seq: int = 1) -> records.UpdateAccepted:
-    return records.UpdateAccepted(
-        device=device,
-        key=bytes(8),  # type: ignore[arg-type]
-        seq=seq,
-        base=base,
-        staleness=0,
-        samples=1,
-        discount=1.0,
-        digest=bytes(32),
-        codec="ternary",
-        encoding="raw",
-        body=b"body",
-    )
+    return records.UpdateAccepted(update=accepted_update(device, base=base, seq=seq), body=b"body")
 
 
 def count(ledger: Ledger, table: str) -> int:

@@ -97,9 +97,10 @@ class Watched:
         for record in given:
             match record:
                 case records.UpdateAccepted():
-                    about = (record.device, bytes(record.key), record.seq)
-                    assert self._made.get(about) == (record.base, record.samples, record.body), "nobody made this"
-                    self.pending.append((record.device, record.base))
+                    update = record.update
+                    about = (update.device, bytes(update.key), update.seq)
+                    assert self._made.get(about) == (update.base, update.samples, record.body), "nobody made this"
+                    self.pending.append((update.device, update.base))
                 case records.VersionMade():
                     assert record.version not in self.digests
                     self.digests[record.version] = record.digest

@@ -16,13 +16,14 @@ import numpy.typing as npt
 
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.core import Core
+from ternbus.aggregator.merge.accepted import AcceptedUpdate
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.aggregator.store.membership import codes
 from ternbus.aggregator.store.recovery import recover, waiting
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame, build, parse
-from ternbus.broker.protocol.identity import Identity, enroll_proof, seal
+from ternbus.broker.protocol.identity import Identity, KeyId, enroll_proof, seal
 from ternbus.broker.protocol.messages import Enroll, Head, Metrics, Offer, Receipt, Snapshot, Status, Update
 from ternbus.broker.protocol.parts import cut
 from ternbus.broker.protocol.schema import Schema, vector_digest, vector_of
@@ -148,6 +149,13 @@ def ternary_block(schema: Schema, seed: int, scale: float = 0.125) -> Block:
 def float32_block(schema: Schema, seed: int) -> Block:
     change = np.random.default_rng(seed).normal(scale=0.1, size=schema.elements).astype(np.float32)
     return Block.of_float32(schema, change)
+
+
+def accepted_update(device: str = "pi", **fields: Any) -> AcceptedUpdate:
+    """An update as it is held once it was accepted, of which only ``fields`` matter."""
+    blank: dict[str, Any] = {"key": KeyId(bytes(8)), "seq": 1, "base": 0, "digest": bytes(32), "staleness": 0}
+    blank |= {"samples": 1, "discount": 1.0, "codec": "ternary", "encoding": "raw"}
+    return AcceptedUpdate(device=device, **{**blank, **fields})
 
 
 class Late(Future[Any]):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ternbus.aggregator.core.records import Record
 from ternbus.aggregator.core.registry import Invited
-from ternbus.aggregator.merge.model import Waiting
+from ternbus.aggregator.merge.accepted import BufferedUpdate
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.ternary import Block
 
@@ -80,7 +80,7 @@ class RevokeRequested:
     device: str
     why: str = ""
     keep: bool = False
-    buffer: Iterable[Waiting] = ()
+    buffer: Iterable[BufferedUpdate] = ()
     request: int = 0
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ternbus.aggregator.merge.accepted import AcceptedUpdate
 from ternbus.aggregator.merge.optimizer import ServerState
 from ternbus.aggregator.settings import Recipe
 from ternbus.broker.protocol.identity import KeyId
@@ -52,20 +53,10 @@ class DeviceRevoked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateAccepted:
-    """An update that will be merged: its block as it came (unsealed), and its weight in the merge."""
+    """An update that will be merged, and its block as it came (unsealed)."""
 
-    device: str
-    key: KeyId
-    seq: int
-    base: int
-    staleness: int
-    samples: int
-    discount: float
-    digest: bytes  # of the message, as the log of merges names it
-    codec: str
-    encoding: str
+    update: AcceptedUpdate
     body: bytes
-    epsilon: float | None = None  # what its device says that it has spent of privacy, with this update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,8 +9,9 @@ from ternbus.aggregator.core.counters import Counters
 from ternbus.aggregator.core.frames import FrameWriter
 from ternbus.aggregator.core.grants import GRANT_S, Grants
 from ternbus.aggregator.core.registry import Answer, Member
-from ternbus.aggregator.core.validation import Ready, Validation, Verdict
-from ternbus.aggregator.merge.model import Accepted, Model, Waiting
+from ternbus.aggregator.core.validation import Validation, ValidUpdate, Verdict
+from ternbus.aggregator.merge.accepted import BufferedUpdate
+from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Settings
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import topics
@@ -82,56 +83,31 @@ class Updates:
     def _collect(self, member: Member, frame: Frame, now: float, ahead: Block | None) -> None:
         if self.intake.is_last(member, frame):
             self.afford(member, now)  # before it is decompressed and read
-        ready = self.intake.collect(member, frame, ahead)
+        valid = self.intake.collect(member, frame, self.model.version, ahead)
         for reason in self.intake.take_drops().elements():
             self.tally.refuse(reason, now)
-        if ready is None:
+        if valid is None:
             return
-        if isinstance(ready, Verdict):
-            self._answer(member, frame.seq, ready)
-        elif member.waiting_bytes and member.waiting_bytes + len(ready.body) > self.settings.limits.journal_bytes:
+        if isinstance(valid, Verdict):
+            self._answer(member, frame.seq, valid)
+        elif member.waiting_bytes and member.waiting_bytes + len(valid.body) > self.settings.limits.journal_bytes:
             self._busy(member, frame.seq, now, "too many updates of this device wait to be merged")
         else:
-            self._accept(member, frame.seq, ready, now)
+            self._accept(member, valid, now)
 
-    def _accept(self, member: Member, seq: int, ready: Ready, now: float) -> None:
+    def _accept(self, member: Member, valid: ValidUpdate, now: float) -> None:
         """Put an update into the buffer; its record stands before its receipt."""
         self._grants.close(member.name)
-        update, staleness = ready.update, self.model.version - ready.update.base
-        worth = self.intake.worth(ready.block, staleness)
-        self._save(
-            records.UpdateAccepted(
-                device=member.name,
-                key=member.key,
-                seq=seq,
-                base=update.base,
-                staleness=staleness,
-                samples=update.samples,
-                discount=worth,
-                digest=ready.digest,
-                codec=update.codec,
-                encoding=update.encoding,
-                body=ready.body,
-                epsilon=update.metrics.get("epsilon"),
-            )
-        )
+        update = valid.update
+        self._save(records.UpdateAccepted(update=update, body=valid.body))
         member.accept(update.base, self.intake.oldest(self.model.version))
-        member.answer = Answer(seq=seq, outcome="accepted")
+        member.answer = Answer(seq=update.seq, outcome="accepted")
         member.evaluates = False
-        member.waiting_bytes += len(ready.body)
-        accepted = Accepted(
-            device=member.name,
-            key=member.key,
-            seq=seq,
-            digest=ready.digest,
-            staleness=staleness,
-            samples=update.samples,
-            discount=worth,
-        )
-        self.model.accept(accepted, ready.block)
+        member.waiting_bytes += len(valid.body)
+        self.model.accept(update, valid.block)
         if self.merge_by is None:
             self.merge_by = now + self.settings.merge.max_wait_s
-        self.receipt(member.name, member.key, seq, Verdict("accepted"))
+        self.receipt(member.name, member.key, update.seq, Verdict("accepted"))
 
     def _answer(self, member: Member, seq: int, verdict: Verdict) -> None:
         """Answer an update that will not be merged, for good."""
@@ -176,12 +152,12 @@ class Updates:
         self._grants.close(member.name)
         self.intake.forget(member)
 
-    def drop(self, member: Member, buffer: Iterable[Waiting]) -> bool:
+    def drop(self, member: Member, buffer: Iterable[BufferedUpdate]) -> bool:
         """Take a device's updates out of the buffer, the whole of which is ``buffer``; whether there were any."""
         left = sum(update.device != member.name for update in self.model.buffer)
         if left == len(self.model.buffer):
             return False
-        self.model.refill(waiting for waiting in buffer if waiting[0].device != member.name)
+        self.model.refill(update for update in buffer if update[0].device != member.name)
         assert len(self.model.buffer) == left  # noqa: S101 - nothing that was accepted may be lost with them
         member.waiting_bytes = 0
         if not left:

@@ -201,32 +201,32 @@ class Ledger:
         self.db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
 
     def _accepted(self, record: records.UpdateAccepted, now: float) -> None:
-        place = self.bodies.append(record.body)
+        update, place = record.update, self.bodies.append(record.body)
         self.db.execute(
             "INSERT INTO updates"
             " (device, key, seq, base, digest, staleness, samples, discount,"
             " codec, encoding, segment, place, size, checksum, received_at, epsilon)"
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
-                record.device,
-                record.key,
-                signed(record.seq),
-                record.base,
-                record.digest,
-                record.staleness,
-                record.samples,
-                record.discount,
-                record.codec,
-                record.encoding,
+                update.device,
+                update.key,
+                signed(update.seq),
+                update.base,
+                update.digest,
+                update.staleness,
+                update.samples,
+                update.discount,
+                update.codec,
+                update.encoding,
                 place.segment,
                 place.offset,
                 place.size_bytes,
                 place.checksum,
                 now,
-                record.epsilon,
+                update.epsilon,
             ),
         )
-        self._answer(record.device, record.key, record.seq, "accepted", "")
+        self._answer(update.device, update.key, update.seq, "accepted", "")
 
     def _answered(self, record: records.UpdateAnswered) -> None:
         self._answer(record.device, record.key, record.seq, record.outcome, record.reason)

@@ -7,7 +7,8 @@ from dataclasses import replace
 from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.core.publisher import PublishedState
 from ternbus.aggregator.core.registry import ACTIVE, REVOKED, Answer, Member, Registry
-from ternbus.aggregator.merge.model import Accepted, Model, Waiting
+from ternbus.aggregator.merge.accepted import AcceptedUpdate, BufferedUpdate
+from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Recipe, Settings
 from ternbus.aggregator.store import membership
 from ternbus.aggregator.store.ledger import Ledger, unsigned
@@ -69,29 +70,34 @@ def recover_model(ledger: Ledger, settings: Settings, schema: Schema) -> Model:
     return model
 
 
-def waiting(ledger: Ledger, schema: Schema) -> Iterator[Waiting]:
+def waiting(ledger: Ledger, schema: Schema) -> Iterator[BufferedUpdate]:
     """What the buffer holds, in the order in which it came; a body is read when it is its turn."""
     return _updates(ledger, schema, "merged IS NULL", ())
 
 
-def _updates(ledger: Ledger, schema: Schema, where: str, values: tuple[int, ...]) -> Iterator[Waiting]:
+def _updates(ledger: Ledger, schema: Schema, where: str, values: tuple[int, ...]) -> Iterator[BufferedUpdate]:
     rows = ledger.db.execute(
-        "SELECT device, key, seq, digest, staleness, samples, discount, codec, encoding, segment, place, size, checksum"  # noqa: S608 - our own text
+        "SELECT device, key, seq, base, digest, staleness, samples, discount, codec, encoding, epsilon,"  # noqa: S608 - our own text
+        " segment, place, size, checksum"
         " FROM updates"
         f" WHERE {where} ORDER BY id",
         values,
     )
-    for device, key, seq, digest, staleness, samples, worth, codec, encoding, *place in rows:
-        accepted = Accepted(
+    for device, key, seq, base, digest, staleness, samples, discount, codec, encoding, epsilon, *place in rows:
+        update = AcceptedUpdate(
             device=device,
             key=KeyId(key),
             seq=unsigned(seq),
+            base=base,
             digest=digest,
             staleness=staleness,
             samples=samples,
-            discount=worth,
+            discount=discount,
+            codec=codec,
+            encoding=encoding,
+            epsilon=epsilon,
         )
-        yield accepted, Block.read(schema, codec, encoding, ledger.body(*place))
+        yield update, Block.read(schema, codec, encoding, ledger.body(*place))
 
 
 def _registry(ledger: Ledger, settings: Settings) -> Registry:

@@ -74,12 +74,13 @@ class MemoryLedger:
     def _write(self, record: records.Record, now: float) -> None:
         match record:
             case records.UpdateAccepted():
+                update = record.update
                 row = Contribution(
-                    device=record.device,
-                    base=record.base,
-                    staleness=record.staleness,
-                    samples=record.samples,
-                    epsilon=record.epsilon,
+                    device=update.device,
+                    base=update.base,
+                    staleness=update.staleness,
+                    samples=update.samples,
+                    epsilon=update.epsilon,
                 )
                 self.contributions.append(row)
                 self._buffer.append(row)
