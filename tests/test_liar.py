@@ -264,6 +264,8 @@ class LyingFederation(RuleBasedStateMachine):
         """The lying ends: the federation goes on, and everybody comes to the same digest."""
         if len(getattr(self, "devices", ())) < len(NAMES):
             return  # it never began
+        self.broker.stop()
+        self.run_for(1.0)  # who is connecting fails, and begins another session: the liar has the last will of this one
         self.broker.become_honest(lose_everything=self.bends_what_it_keeps)
         before = self.aggregator.core.model.version
         accepted = [device.kept.accepted for device in self.devices]
