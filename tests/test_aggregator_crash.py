@@ -152,7 +152,7 @@ class Federation(RuleBasedStateMachine):
         ledger.write(batch, now=0.0)
         for record in batch:
             match record:
-                case records.FramesKept():
+                case records.FramesRetained():
                     self.kept.update(record.frames)
                 case records.UpdateAccepted():
                     self._accepted(record)
@@ -246,7 +246,7 @@ class Federation(RuleBasedStateMachine):
         match action:
             case events.Publish() if self.connected:
                 self._publish(action.topic, action.payload, action.retain)
-            case events.RepublishKept() if self.connected:
+            case events.RepublishRetained() if self.connected:
                 for topic in action.topics:
                     self._publish(topic, self.bench.ledger.frame(topic), retain=True, again=True)
             case events.Connect():
@@ -334,7 +334,7 @@ class Federation(RuleBasedStateMachine):
         model = self.bench.core.model
         assert model.version == self.bench.ledger.fact("version") >= self.highest_head[0]
         assert vector_digest(model.published) == model.digest
-        assert self.bench.ledger.last_entry().hash == self.logged[-1] == self.bench.core.kept.log_hash
+        assert self.bench.ledger.last_entry().hash == self.logged[-1] == self.bench.core.published.log_hash
         head = Head.from_meta(parse(self.bench.ledger.frame(HEAD)).meta)
         assert (head.version, head.digest) == (model.version, model.digest)
         assert self.promised <= self._in_ledger()
@@ -351,17 +351,27 @@ class Federation(RuleBasedStateMachine):
     @rule(crash=CRASHES, lost=LOST, frame_bytes=FRAMES)
     def connect(self, crash: int | None, *, lost: bool, frame_bytes: int) -> None:
         """A new connection, to a broker that may have lost everything."""
-        if self.connected:
-            self.perform(self.handle(events.Disconnected()), None)
+        lost_link = events.Disconnected() if self.connected else events.ConnectFailed()
+        self.perform(self.handle(lost_link), None)
         self.connected = self.settled = False
         self.echo.clear()
         if lost:
             self.bench.retained.clear()
             self.wire.clear()
-        self.perform(self.handle(events.Connecting()), crash)
+        self.dial(crash)
         if self.alive:
             self.connected = True
             self.perform(self.handle(events.Connected(frame_bytes=frame_bytes)), crash)
+
+    def dial(self, crash: int | None) -> None:
+        """Time passes until the aggregator asks for a connection."""
+        actions: list[events.Action] = []
+        while not any(isinstance(action, events.Connect) for action in actions):
+            self.perform(actions, None)
+            due = self.bench.core.deadline
+            assert due is not None
+            actions = self.handle(events.TimeReached(), after=max(0.1, due - self.bench.now))
+        self.perform(actions, crash)
 
     @precondition(lambda self: self.alive and self.connected)
     @rule()

@@ -587,7 +587,7 @@ def test_the_command_leaves_a_report_and_a_model(tmp_path: Path) -> None:
 
 def test_a_record_that_only_a_restart_would_read_is_not_kept() -> None:
     ledger = MemoryLedger([("x", b"1"), ("y", b"2")])
-    ledger.write([records.FramesKept(frames=(("x", b"3"), ("y", b""))), records.SessionBegun(session=2)])
+    ledger.write([records.FramesRetained(frames=(("x", b"3"), ("y", b""))), records.SessionBegun(session=2)])
     assert (ledger.frame("x"), ledger.frame("y"), ledger.status()["state"]) == (b"3", b"", "open")
 
 

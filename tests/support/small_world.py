@@ -200,6 +200,7 @@ class Bench:
         self.recover()
 
     def recover(self) -> None:
+        self.connected = False
         self.beside = Lazy()
         self.ledger = Ledger(self.directory / administration.LEDGER, beside=self.beside)
         self.core: Core = recover(self.ledger, administration.load_settings(self.directory), self.identity, "test")
@@ -226,7 +227,7 @@ class Bench:
         for action in actions:
             if isinstance(action, events.Publish):
                 self.publish(action)
-            elif isinstance(action, events.RepublishKept):
+            elif isinstance(action, events.RepublishRetained):
                 for topic in action.topics:
                     self.publish(events.Publish(topic=topic, payload=self.ledger.frame(topic), retain=True))
         return self.last
@@ -240,6 +241,8 @@ class Bench:
                 self.retained.pop(action.topic, None)
 
     def handle(self, event: events.Event) -> list[events.Action]:
+        if isinstance(event, events.Connected | events.Disconnected):
+            self.connected = isinstance(event, events.Connected)
         return self.perform(self.core.handle(event, self.now))
 
     def start(self, frame_bytes: int = FRAME_BYTES) -> list[events.Action]:
@@ -248,11 +251,20 @@ class Bench:
         return [*began, *self.connect(frame_bytes)]
 
     def connect(self, frame_bytes: int = FRAME_BYTES) -> list[events.Action]:
-        kept = self.retained.get(topics.head(LAB))
-        actions = self.handle(events.Connecting())
+        head = self.retained.get(topics.head(LAB))
+        actions = self.dial()
         actions = actions + self.handle(events.Connected(frame_bytes=frame_bytes))
-        if kept is not None:
-            actions = actions + self.receive(topics.head(LAB), kept)
+        if head is not None:
+            actions = actions + self.receive(topics.head(LAB), head)
+        return actions
+
+    def dial(self) -> list[events.Action]:
+        """Lose the connection, if there is one; then let time pass until the core asks for another."""
+        actions = self.handle(events.Disconnected()) if self.connected else []
+        while not any(isinstance(action, events.Connect) for action in actions):
+            assert self.core.deadline is not None
+            self.now = max(self.now, self.core.deadline)
+            actions = self.tick()
         return actions
 
     def receive(self, topic: str, *payloads: bytes) -> list[events.Action]:

@@ -1,4 +1,4 @@
-"""What the core asks to have written down: each record is one fact, durable before anything that follows from it."""
+"""What the core saves: each record is one fact, durable before anything that follows from it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -98,8 +98,8 @@ class SnapshotTaken:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FramesKept:
-    """Retained frames by topic as they stand on the broker from now on; an empty one was cleared."""
+class FramesRetained:
+    """Frames by topic that the broker retains from now on; an empty one clears its topic."""
 
     frames: tuple[tuple[str, bytes], ...]
 
@@ -155,7 +155,7 @@ Record = (
     | UpdateAnswered
     | VersionMade
     | SnapshotTaken
-    | FramesKept
+    | FramesRetained
     | SlotsChanged
     | StateChanged
     | MetricsReceived

@@ -1,4 +1,4 @@
-"""Who belongs: devices, their keys past and present, their invitations, and what each was last told."""
+"""The members of the federation: devices, their keys past and present, their invitations, their last answers."""
 
 import hmac
 import math
@@ -86,7 +86,7 @@ class Member:
         return base in self.bases or (base < oldest and base <= self.highest_base)
 
     def accept(self, base: int, oldest: int) -> None:
-        self.bases = {kept for kept in self.bases if kept >= oldest} | {base}
+        self.bases = {each for each in self.bases if each >= oldest} | {base}
         self.highest_base = max(self.highest_base, base)
 
     def take_frame(self, now: float, per_s: int) -> None:
@@ -127,7 +127,8 @@ class Registry:
     members: dict[str, Member] = field(default_factory=dict)
     codes: dict[str, Invited] = field(default_factory=dict)
     retired: set[bytes] = field(default_factory=set)  # public keys, replaced or revoked, that never return to anybody
-    online: set[str] = field(default_factory=set)  # asked for at each event, when most of a large fleet may be asleep
+    # Kept apart from ``members``: it is looked at after each event, when most of a large fleet may be offline.
+    online: dict[str, Member] = field(default_factory=dict)
 
     def admit(self, frame: Frame, clock_s: float) -> tuple[bytes, bool]:
         """Check an enroll; return (public key, whether it is new). ProtocolError('refused', why) to be answered.
@@ -159,9 +160,9 @@ class Registry:
         if not member.observe(status, seq):
             return False
         if member.online:
-            self.online.add(member.name)
+            self.online[member.name] = member
         else:
-            self.online.discard(member.name)
+            self.online.pop(member.name, None)
         return True
 
     def enroll(self, device: str, public: bytes, proof: bytes) -> Member:
@@ -175,7 +176,7 @@ class Registry:
             member.waiting_bytes, member.metrics_bytes = before.waiting_bytes, before.metrics_bytes
             self.retired.add(before.public)
         self.members[device] = member
-        self.online.discard(device)
+        self.online.pop(device, None)
         self.close(device)
         return member
 
@@ -183,7 +184,7 @@ class Registry:
         """Take the device's key from it, and an invitation that it might use to come back."""
         member.revoked, member.revoked_why = True, why
         self.retired.add(member.public)
-        self.online.discard(member.name)
+        self.online.pop(member.name, None)
         self.close(member.name)
 
     def close(self, device: str) -> None:

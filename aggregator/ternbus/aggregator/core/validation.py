@@ -1,4 +1,4 @@
-"""What becomes of an update: the protocol's checks in their order, its parts assembled, its block read."""
+"""Whether an update is valid: the protocol's checks in their order, its parts assembled, its block read."""
 
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field

@@ -14,20 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 from ternbus.aggregator import settings as configuration
-from ternbus.aggregator.core import events, records
+from ternbus.aggregator.core import events, first_version, records
 from ternbus.aggregator.core.core import Core
-from ternbus.aggregator.core.frames import FrameWriter
-from ternbus.aggregator.merge import downlink, optimizer
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.shell import transport
 from ternbus.aggregator.store import control, membership
 from ternbus.aggregator.store.ledger import VECTORS, Ledger
 from ternbus.aggregator.store.recovery import recover
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.protocol import merge_log
 from ternbus.broker.protocol.identity import Identity, check_device
 from ternbus.broker.protocol.invitation import Invitation
-from ternbus.broker.protocol.messages import OPEN
 from ternbus.broker.protocol.schema import Schema, to_tensors, to_vector, vector_digest
 
 KEY: Final = "aggregator.key"
@@ -79,37 +75,9 @@ def _fill(directory: Path, settings: Settings, schema: Schema, vector: npt.NDArr
     facts = {"federation": settings.federation, "schema": schema.encoded, "slots": settings.downlink.slots}
     ledger = Ledger.create(directory / LEDGER, facts)
     try:
-        _first_version(ledger, settings, identity, schema, vector)
+        ledger.write(first_version.make(settings, identity, schema, vector).records)
     finally:
         ledger.close()
-
-
-def _first_version(
-    ledger: Ledger, settings: Settings, identity: Identity, schema: Schema, vector: npt.NDArray[np.float32]
-) -> None:
-    batch: list[records.Record] = []
-    outlet = FrameWriter(settings, identity, schema, batch.append, 0)
-    digest = vector_digest(vector)
-    named, frames = outlet.snapshot(0, digest, vector, 0)
-    head = outlet.head(version=0, digest=digest, snapshot=named, state=OPEN)
-    server = optimizer.init(settings.optimizer, vector)
-    encoding, body = downlink.encoded_block(downlink.next_block(schema, settings.downlink.codec, vector, vector))
-    batch += [
-        records.VersionMade(
-            version=0,
-            digest=digest,
-            updates=0,
-            staleness_mean=0.0,
-            staleness_max=0,
-            codec=settings.downlink.codec,
-            encoding=encoding,
-            body=body,
-            entry=outlet.entry(0, digest, merge_log.FIRST),
-        ),
-        records.SnapshotTaken(version=0, published=vector, server=server, named=named, recipe=settings.recipe),
-        records.FramesKept(frames=(*frames, head)),
-    ]
-    ledger.write(batch)
 
 
 def _move_into(partial: Path, directory: Path) -> None:

@@ -165,7 +165,7 @@ class Ledger:
                 self._version(record, now)
             case records.SnapshotTaken():
                 self._snapshot(record)
-            case records.FramesKept():
+            case records.FramesRetained():
                 self._frames(record)
             case records.DeviceEnrolled():
                 membership.enroll(self.db, record, now)
@@ -303,7 +303,7 @@ class Ledger:
             self.db.execute("UPDATE versions SET body = NULL WHERE version <= ? AND body IS NOT NULL", (row[0],))
         self._unneeded = True
 
-    def _frames(self, record: records.FramesKept) -> None:
+    def _frames(self, record: records.FramesRetained) -> None:
         for topic, payload in record.frames:
             if payload:
                 self.db.execute("INSERT OR REPLACE INTO frames VALUES (?, ?)", (topic, payload))

@@ -24,7 +24,7 @@ def recover(ledger: Ledger, settings: Settings, identity: Identity, software: st
     """The core as it was when its last record became durable."""
     schema = ledger.schema()
     version, parts, content_bytes, place = json.loads(ledger.fact("snapshot"))
-    kept = PublishedState(
+    published = PublishedState(
         state=ledger.fact("state"),
         snapshot=SnapshotRef(version=version, parts=parts, content_bytes=content_bytes, place=place),
         sizes=dict(ledger.db.execute("SELECT topic, length(payload) FROM frames").fetchall()),
@@ -39,7 +39,7 @@ def recover(ledger: Ledger, settings: Settings, identity: Identity, software: st
         schema=schema,
         model=recover_model(ledger, settings, schema),
         registry=_registry(ledger, settings),
-        kept=kept,
+        published=published,
         seq=int(ledger.fact("seq")),
         session=int(ledger.fact("session")),
         software=software,

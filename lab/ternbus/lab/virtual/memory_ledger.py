@@ -92,7 +92,7 @@ class MemoryLedger:
                 for row in self._buffer:
                     row.merged = record.version
                 self._buffer = []
-            case records.FramesKept():
+            case records.FramesRetained():
                 self._keep(record)
             case records.MetricsReceived():
                 self._measured(record)
@@ -121,7 +121,7 @@ class MemoryLedger:
         else:
             self._counts[record.outcome] += 1
 
-    def _keep(self, record: records.FramesKept) -> None:
+    def _keep(self, record: records.FramesRetained) -> None:
         for topic, payload in record.frames:
             if payload:
                 self._frames[topic] = payload
