@@ -55,7 +55,7 @@ def state(core: Core) -> dict[str, Any]:
         "squares": None if model.server.squares is None else model.server.squares.tobytes(),
         "buffer": list(model.buffer),
         "change": (change.delta.tobytes(), change.weights) if (change := gathered(model)) else None,
-        "published": [getattr(core.published, name) for name in ("state", "snapshot", "sizes", "head_frame", "slots")],
+        "retained": [getattr(core.published, name) for name in ("state", "snapshot", "sizes", "head_frame", "slots")],
         "recipe": core.published.recipe,
         "codes": dict(core.registry.codes),
         "retired": core.registry.retired,

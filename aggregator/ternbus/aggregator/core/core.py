@@ -6,7 +6,7 @@ event. What must survive a crash is a ``Save``, and stands before every action t
 
 import json
 from dataclasses import dataclass, field
-from typing import Final, assert_never
+from typing import assert_never
 
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.counters import Counters
@@ -27,11 +27,9 @@ from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame, parse
 from ternbus.broker.protocol.identity import AGGREGATOR, Identity
-from ternbus.broker.protocol.messages import CLOSED, Head, Metrics, Status
+from ternbus.broker.protocol.messages import CLOSED, RESTORE_LEAP, Head, Metrics, Status
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import Block
-
-RESTORED: Final = 2**32
 
 
 @dataclass(slots=True, kw_only=True)
@@ -104,10 +102,10 @@ class Core:
 
     def restored(self) -> list[Action]:
         """This state is an older copy: go above every number that a device may have seen (protocol, section 14)."""
-        self._frames.leap(RESTORED)
-        self.session += RESTORED
+        self._frames.leap(RESTORE_LEAP)
+        self.session += RESTORE_LEAP
         begun = Save(record=records.SessionBegun(session=self.session))
-        return [begun, *self._publisher.leap(RESTORED)]
+        return [begun, *self._publisher.leap(RESTORE_LEAP)]
 
     def _take(self, event: events.Event) -> list[Action]:  # noqa: PLR0911 - a table, one line an event
         match event:

@@ -9,7 +9,7 @@ from ternbus.aggregator.core.rate_limit import BURST_S, TokenBucket
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.identity import KeyId, enroll_proof, key_id
-from ternbus.broker.protocol.messages import Enroll, Status
+from ternbus.broker.protocol.messages import Enroll, Status, is_outdated
 from ternbus.broker.protocol.parts import Collector
 
 ACTIVE, REPLACED, REVOKED = "active", "replaced", "revoked"
@@ -64,7 +64,7 @@ class Member:
 
     @property
     def online(self) -> bool:
-        return self.status is not None and self.status.state != "offline"
+        return self.status is not None and self.status.online
 
     @property
     def is_flooding(self) -> bool:
@@ -109,12 +109,11 @@ class Member:
         """Take in a status; return whether it is news. ProtocolError for one of an earlier session: a replay."""
         known = self.status
         if known is not None:
-            if status.session < known.session:
-                raise ProtocolError("old-session", f"{self.name} has begun session {known.session} since")
-            if status.session == known.session and (
-                known.state == "offline" or (status.state != "offline" and seq <= self.status_seq)
-            ):
+            if is_outdated(status, seq, known, self.status_seq):
                 return False
+            same_offline = known.state == status.state == "offline"
+            if status.session == known.session and (same_offline or (status.online and seq == self.status_seq)):
+                return False  # it was heard before
         self.status, self.status_seq = status, seq
         return True
 
