@@ -15,7 +15,7 @@ from ternbus.aggregator.shell import administration
 from ternbus.aggregator.shell.preverify import Preverifier
 from ternbus.aggregator.shell.transport import Credentials as DeviceCredentials
 from ternbus.aggregator.store import status as statuses
-from ternbus.aggregator.store.ledger import Ledger
+from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.aggregator.store.membership import codes
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol.identity import Identity
@@ -323,7 +323,7 @@ def test_errors_about_secrets_do_not_quote_them() -> None:
 def test_two_readers_see_the_same_invitations(make: Make) -> None:
     bench = make()
     bench.invite("pi", "the-code", 77.0)
-    ledger = Ledger(bench.directory / administration.LEDGER, read_only=True)
+    ledger = Ledger(bench.directory / LEDGER, read_only=True)
     assert codes(ledger.db) == {"pi": Invited(code="the-code", expires_at=77.0)}
     ledger.close()
 

@@ -18,8 +18,8 @@ from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.merge.accepted import AcceptedUpdate
 from ternbus.aggregator.shell import administration
-from ternbus.aggregator.store.ledger import Ledger
-from ternbus.aggregator.store.membership import codes
+from ternbus.aggregator.store import membership
+from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.aggregator.store.recovery import recover, waiting
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame, build, parse
@@ -202,7 +202,7 @@ class Bench:
     def recover(self) -> None:
         self.connected = False
         self.beside = Lazy()
-        self.ledger = Ledger(self.directory / administration.LEDGER, beside=self.beside)
+        self.ledger = Ledger(self.directory / LEDGER, beside=self.beside)
         self.core: Core = recover(self.ledger, administration.load_settings(self.directory), self.identity, "test")
         self.schema = self.core.schema
 
@@ -280,9 +280,8 @@ class Bench:
         return self.handle(events.TimeReached())
 
     def invite(self, name: str, code: str = "a-code-of-an-invitation", expires_at: float = 1e12) -> str:
-        row = (name, code, expires_at)
-        self.ledger.db.execute("INSERT OR REPLACE INTO invitations VALUES (?, ?, 0, ?)", row)
-        self.handle(events.InvitationsRead(codes=codes(self.ledger.db)))
+        membership.invite(self.ledger.db, {name: code}, 0.0, expires_at)
+        self.handle(events.InvitationsRead(codes=membership.codes(self.ledger.db)))
         return code
 
     def revoke(self, name: str, why: str = "", *, keep: bool = False) -> list[events.Action]:

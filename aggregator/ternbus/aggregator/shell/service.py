@@ -18,10 +18,10 @@ from ternbus.aggregator.core.rate_limit import LogLimit
 from ternbus.aggregator.merge.background import summing
 from ternbus.aggregator.settings import TransportSettings
 from ternbus.aggregator.shell import transport
-from ternbus.aggregator.shell.administration import LEDGER, open_core
+from ternbus.aggregator.shell.administration import open_core
 from ternbus.aggregator.shell.preverify import WORTHWHILE_BYTES, Preverifier
 from ternbus.aggregator.store import control
-from ternbus.aggregator.store.ledger import Ledger
+from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.broker.errors import ConfigError, LinkError
 from ternbus.broker.link.link import (
     Arrived,

@@ -11,8 +11,8 @@ from ternbus.aggregator.merge.accepted import AcceptedUpdate, BufferedUpdate
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Recipe, Settings
 from ternbus.aggregator.store import membership
-from ternbus.aggregator.store.ledger import Ledger, unsigned
-from ternbus.broker.errors import ConfigError
+from ternbus.aggregator.store.ledger import Ledger
+from ternbus.aggregator.store.rows import unsigned
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.identity import Identity, KeyId
 from ternbus.broker.protocol.messages import SnapshotRef
@@ -56,15 +56,11 @@ def recover_model(ledger: Ledger, settings: Settings, schema: Schema) -> Model:
     then = replace(settings, merge=recipe.merge, optimizer=recipe.optimizer)
     start, server = ledger.server()
     model = Model(settings=then, schema=schema, version=start, published=ledger.vector(start), server=server)
-    made = ledger.db.execute(
-        "SELECT version, digest, codec, encoding, body FROM versions WHERE version > ? ORDER BY version", (start,)
-    ).fetchall()
-    for version, digest, codec, encoding, body in made:
+    for version, digest, block in ledger.deltas(schema, start, ledger.version):
         model.refill(_updates(ledger, schema, "merged = ?", (version,)))
         model.step_server()
-        model.publish(Block.read(schema, codec, encoding, body))
-        if model.digest != digest:
-            raise ConfigError(f"{ledger.path}: version {version} does not have its digest; restore it from a backup")
+        model.publish(block)
+        ledger.check_digest(version, digest, model.digest)
     model.settings = settings
     model.refill(waiting(ledger, schema))
     return model
@@ -116,7 +112,7 @@ def _registry(ledger: Ledger, settings: Settings) -> Registry:
             member.metrics_seq = unsigned(metrics_seq)
         else:
             member.old_keys[KeyId(key)] = (public, state)
-    oldest = int(ledger.fact("version")) - settings.staleness.max
+    oldest = ledger.version - settings.staleness.max
     for device, base in ledger.db.execute("SELECT device, max(base) FROM updates GROUP BY device"):
         registry.members[device].highest_base = base
     for device, base in ledger.db.execute("SELECT device, base FROM updates WHERE base >= ?", (oldest,)):

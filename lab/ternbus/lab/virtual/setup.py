@@ -17,6 +17,8 @@ from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import ledger as durable
+from ternbus.aggregator.store import maintenance
+from ternbus.aggregator.store.ledger import LEDGER
 from ternbus.broker.protocol.identity import Identity, seal
 from ternbus.broker.protocol.schema import Schema, Vector, to_vector
 from ternbus.edge.core.follower import Beginning
@@ -50,9 +52,8 @@ def on_disk(
     """A real aggregator's directory, which its commands can read afterwards."""
     administration.create(folder, federation=FEDERATION, broker=URL, model=model, settings=chosen, dense=dense)
     codes = {invitation.device: invitation.code for invitation in administration.invite(folder, *names)}
-    ledger = durable.Ledger(folder / administration.LEDGER)
-    ledger.db.execute("PRAGMA synchronous = OFF")  # a crash of this machine is not what is simulated
-    ledger.db.execute("UPDATE versions SET made_at = 0")
+    ledger = durable.Ledger(folder / LEDGER)
+    maintenance.simulate(ledger.db)
     ledger.write([records.DeviceEnrolled(device=EVALUATOR, public=Identity.generate().public, proof=b"")], 0.0)
     return Setup(ledger=ledger, core=lambda: administration.open_core(folder, ledger, SOFTWARE), codes=codes)
 
