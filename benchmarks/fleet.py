@@ -34,7 +34,7 @@ from benchmarks.volley import device, identity
 from ternbus.aggregator.core import records
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import status as statuses
-from ternbus.aggregator.store.ledger import Ledger
+from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.broker.protocol.identity import enroll_proof
 from ternbus.broker.protocol.ternary import ZSTD
 from ternbus.broker.server.running import Engine, RunningBroker, choose, start
@@ -82,7 +82,7 @@ def prepare(directory: Path, url: str) -> None:
     }
     administration.create(directory, federation=FEDERATION, broker=url, model=model, settings=settings)
     names = {f"few-{number}": identity(10**6 + number).public for number in range(FEW)}
-    with closing(Ledger(directory / administration.LEDGER)) as ledger:
+    with closing(Ledger(directory / LEDGER)) as ledger:
         ledger.write(
             records.DeviceEnrolled(device=name, public=public, proof=enroll_proof("bench", FEDERATION, name, public))
             for name, public in names.items()
@@ -149,7 +149,7 @@ def fan_outs(pipes: Sequence[Connection], directory: Path, devices: int) -> list
     for found in tell(pipes, "heads"):
         for version, times in found.items():
             arrivals.setdefault(version, []).extend(times)
-    with closing(sqlite3.connect(directory / administration.LEDGER)) as db:
+    with closing(sqlite3.connect(directory / LEDGER)) as db:
         made = dict(db.execute("SELECT version, made_at FROM versions"))
     rows = []
     for version, times in sorted(arrivals.items()):

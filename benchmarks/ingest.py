@@ -26,7 +26,7 @@ from ternbus.aggregator.core import records
 from ternbus.aggregator.merge.accumulator import COMPILED
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import status as statuses
-from ternbus.aggregator.store.ledger import Ledger
+from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.identity import enroll_proof
 from ternbus.broker.protocol.schema import Schema
@@ -78,7 +78,7 @@ def prepare(directory: Path, url: str, load: Load) -> None:
         "staleness.discount": "constant",
     }
     administration.create(directory, federation=FEDERATION, broker=url, model=model, settings=settings)
-    ledger = Ledger(directory / administration.LEDGER)
+    ledger = Ledger(directory / LEDGER)
     ledger.write(
         records.DeviceEnrolled(
             device=device(number),

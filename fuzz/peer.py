@@ -46,7 +46,7 @@ class Federation:
         self.now = 0.0
         self.seq = 0
         self.core.start(self.now)
-        self.handle(events.Connecting())
+        self.handle(events.TimeReached())
         self.handle(events.Connected(frame_bytes=settings.LimitSettings().frame_bytes))
 
     def handle(self, event: events.Event) -> None:

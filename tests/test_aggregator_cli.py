@@ -18,7 +18,7 @@ import pytest
 
 from support.small_world import BROKER_URL, LAB, Device, float32_block, follow, initial_model
 from ternbus.aggregator.shell import administration
-from ternbus.aggregator.store.ledger import Ledger
+from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.aggregator.store.membership import codes
 from ternbus.broker.files import load_toml, read_key
 from ternbus.broker.link.link import Arrived, Link, LinkEvent
@@ -85,7 +85,7 @@ def test_init_makes_keys_a_ledger_and_a_commented_configuration(tmp_path: Path, 
     assert {entry.name for entry in directory.iterdir()} == {
         administration.KEY,
         administration.TOML,
-        administration.LEDGER,
+        LEDGER,
         "vectors",
     }
     assert (directory / administration.KEY).stat().st_mode & 0o777 == 0o600
@@ -110,7 +110,7 @@ def test_init_moves_into_a_directory_that_holds_other_things(tmp_path: Path, mod
     init(tmp_path / "agg", model, "--dense", "w")
     assert (tmp_path / "agg" / "notes").read_text() == "mine"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["agg", "model.safetensors"]
-    ledger = Ledger(tmp_path / "agg" / administration.LEDGER, read_only=True)
+    ledger = Ledger(tmp_path / "agg" / LEDGER, read_only=True)
     assert ledger.schema().ternary_elements == 0
     ledger.close()
 
@@ -165,7 +165,7 @@ def test_invitations_are_printed_or_written(tmp_path: Path, model: Path) -> None
     assert (tmp_path / "invitations" / "pi.toml").stat().st_mode & 0o777 == 0o600
     assert written.code != printed.code
     assert len(written.code) >= 22  # of 6 bits each
-    ledger = Ledger(directory / administration.LEDGER, read_only=True)
+    ledger = Ledger(directory / LEDGER, read_only=True)
     assert codes(ledger.db)["pi"].code == written.code
     ledger.close()
     assert "add --out" in run("invite", directory, "a", "b", code=2)
@@ -290,7 +290,7 @@ def test_a_running_aggregator_is_steered_and_watched(tmp_path: Path, model: Path
     """Each command is in force, and the status not behind what was published, when it returns."""
     directory = tmp_path / "agg"
     init(directory, model, "--set", "merge.buffer_size=1", "--set", "downlink.codec=float32", broker=url)
-    ledger = Ledger(directory / administration.LEDGER, read_only=True)
+    ledger = Ledger(directory / LEDGER, read_only=True)
     schema = ledger.schema()
     ledger.close()
     with listening(directory, url) as agg:
@@ -331,7 +331,7 @@ def test_keys_are_given_and_taken_beside_a_running_aggregator(tmp_path: Path, mo
     """Each command is in force when it returns: an end, a cancellation, a revocation."""
     directory = tmp_path / "agg"
     init(directory, model, broker=url)
-    ledger = Ledger(directory / administration.LEDGER)
+    ledger = Ledger(directory / LEDGER)
     schema = ledger.schema()
     with listening(directory, url) as agg:
 
@@ -375,7 +375,7 @@ def test_a_time_that_is_none_is_refused(tmp_path: Path, model: Path, text: str) 
 def test_a_killed_aggregator_goes_on_where_it_was(tmp_path: Path, model: Path, url: str) -> None:
     directory = tmp_path / "agg"
     init(directory, model, "--set", "merge.buffer_size=2", "--set", "downlink.codec=float32", broker=url)
-    ledger = Ledger(directory / administration.LEDGER, read_only=True)
+    ledger = Ledger(directory / LEDGER, read_only=True)
     schema = ledger.schema()
     ledger.close()
     with listening(directory, url) as agg:

@@ -76,8 +76,9 @@ def test_an_accepted_update_is_saved_before_its_receipt(make: Make) -> None:
     assert (receipt.outcome, receipt.version) == ("accepted", 0)
     assert place(bench.last, records.UpdateAccepted) < place(bench.last, events.Publish, "receipt")
     (record,) = saved(bench.last, records.UpdateAccepted)
-    assert (record.device, record.seq, record.base, record.staleness, record.samples) == ("pi", pi.seq, 0, 0, 7)
-    assert (record.codec, record.encoding, record.body) == ("ternary", "raw", block.content)
+    update = record.update
+    assert (update.device, update.seq, update.base, update.staleness, update.samples) == ("pi", pi.seq, 0, 0, 7)
+    assert (update.codec, update.encoding, record.body) == ("ternary", "raw", block.content)
 
 
 def test_receipts_are_not_retained_and_go_to_the_device_only(make: Make) -> None:
@@ -544,7 +545,7 @@ def test_metrics_are_saved_once(make: Make) -> None:
 
 def test_connecting_begins_a_session_with_a_last_will(make: Make) -> None:
     bench = make(started=False)
-    actions = bench.handle(events.Connecting())
+    actions = bench.dial()
     assert place(actions, records.SessionBegun) < place(actions, events.Connect)
     (connect,) = [action for action in actions if isinstance(action, events.Connect)]
     assert connect.will_topic == STATUS
@@ -571,8 +572,7 @@ def test_the_first_connection_publishes_the_model(make: Make) -> None:
 
 def reconnected(bench: Bench) -> int:
     """A new connection that has not heard of its head yet; returns how much was published before it."""
-    bench.handle(events.Disconnected())
-    bench.handle(events.Connecting())
+    bench.dial()
     before = len(bench.published)
     bench.handle(events.Connected(frame_bytes=120 * 1024))
     return before + 1  # its status
@@ -628,8 +628,8 @@ def test_a_merge_while_the_broker_is_in_doubt_publishes_all_that_a_device_needs(
     bench.retained.clear()
     bench.send(pi, ternary_block(bench.schema, 1), 1)
     assert follow(bench.retained, bench.identity.public) == (2, bench.core.model.digest)
-    sent = [action for action in bench.last if isinstance(action, events.Publish | events.RepublishKept)]
-    assert isinstance(sent[-2], events.RepublishKept)
+    sent = [action for action in bench.last if isinstance(action, events.Publish | events.RepublishRetained)]
+    assert isinstance(sent[-2], events.RepublishRetained)
     assert isinstance(sent[-1], events.Publish)
     assert sent[-1].topic == HEAD
     bench.receive(HEAD, bench.retained[HEAD])
@@ -657,8 +657,9 @@ def test_a_lost_connection_waits_for_no_head(make: Make) -> None:
     bench = make()
     reconnected(bench)
     bench.handle(events.Disconnected())
-    assert bench.core.deadline is None
-    assert bench.tick(10.0) == []
+    assert {type(action) for action in bench.tick(10.0)} == {events.Save, events.Connect}
+    bench.handle(events.ConnectFailed())
+    assert {type(action) for action in bench.tick(10.0)} == {events.Save, events.Connect}
 
 
 def test_its_own_status_offline_while_it_lives_is_answered_one_session_higher(make: Make) -> None:
@@ -674,7 +675,7 @@ def test_its_own_status_offline_while_it_lives_is_answered_one_session_higher(ma
     assert bench.receive(STATUS, offline) == []  # of a session that is over
     assert bench.receive(STATUS, bench.retained[STATUS]) == []
     assert bench.receive(STATUS, b"") == []
-    bench.handle(events.Connecting())
+    bench.dial()
     assert bench.ledger.fact("session") == 3
 
 
@@ -715,7 +716,7 @@ def test_the_version_is_saved_before_its_delta_and_the_delta_stands_before_its_h
         place(actions, records.UpdateAccepted),
         place(actions, events.Publish, "receipt"),
         place(actions, records.VersionMade),
-        place(actions, records.FramesKept),
+        place(actions, records.FramesRetained),
         place(actions, events.Publish, "delta"),
         place(actions, events.Publish, "head"),
     ]
@@ -1081,7 +1082,11 @@ def test_another_optimizer_does_not_rewrite_what_was_merged(make: Make) -> None:
 def test_pausing_and_resuming_are_said_in_the_head(make: Make) -> None:
     bench = make()
     actions = bench.handle(events.StateRequested(state="paused", request=7))
-    order = [place(actions, records.StateChanged), place(actions, records.FramesKept), place(actions, events.Publish)]
+    order = [
+        place(actions, records.StateChanged),
+        place(actions, records.FramesRetained),
+        place(actions, events.Publish),
+    ]
     assert order == sorted(order)
     assert saved(actions, records.RequestDone) == [records.RequestDone(request=7)]
     assert bench.head.state == "paused"
@@ -1156,7 +1161,7 @@ def test_parts_beyond_the_direct_ones_are_dropped_unless_they_were_granted(make:
     bench = make()
     pi = bench.join("pi")
     limits = replace(bench.core.settings.limits, direct_parts=2)  # as if the model were a large one
-    bench.core._outlet.settings = replace(bench.core.settings, limits=limits)
+    bench.core._frames.settings = replace(bench.core.settings, limits=limits)
     wide = pi.update(float32_block(bench.schema, 1), 0, frame_bytes=1500)
     assert len(wide) == 3
     assert published(bench.receive(pi.topic("update"), wide[0])) == []
@@ -1208,7 +1213,7 @@ def test_an_offer_may_be_answered_at_once(make: Make) -> None:
 def test_an_offer_that_there_is_no_room_for_is_told_to_come_again(make: Make) -> None:
     bench = make(limits__broker_queue_messages=100)
     first, second = bench.join("first"), bench.join("second")
-    bench.core._desk._grants.parts_max = 3
+    bench.core._updates._grants.parts_max = 3
     (grant,) = grants(bench.receive(first.topic("offer"), first.offer(0, 3)))
     assert grant.parts == ((0, 2),)
     (receipt,) = receipts(bench.receive(second.topic("offer"), second.offer(0, 3)))
@@ -1254,7 +1259,7 @@ def test_messages_never_finished_take_bounded_memory(make: Make) -> None:
 
 def test_all_devices_together_stay_within_the_assembly_bound(make: Make) -> None:
     bench = make(limits__assembly_bytes=2**20)
-    bench.core._desk.intake.settings = replace(
+    bench.core._updates.validation.settings = replace(
         bench.core.settings, limits=replace(bench.core.settings.limits, assembly_bytes=4000)
     )
     devices = [bench.join(f"d{number}") for number in range(4)]
@@ -1318,9 +1323,9 @@ def test_a_head_of_ours_that_we_do_not_know_means_that_we_are_an_older_copy(make
     bench = make(merge__buffer_size=1)
     pi = bench.join("pi")
     bench.send(pi, ternary_block(bench.schema, 1), 0)
-    newer = bench.core._outlet.head(
-        version=7, digest=bench.core.model.digest, snapshot=bench.core.kept.snapshot, state="open"
-    )[1]
+    newer = bench.core._frames.head(
+        version=7, digest=bench.core.model.digest, snapshot=bench.core.published.snapshot, state="open"
+    )[1][1]
     before = bench.retained[topics.head(LAB)]
     bench.restart()
     bench.retained.pop(topics.head(LAB))
@@ -1346,23 +1351,23 @@ def test_a_head_that_is_not_ours_is_replaced(make: Make, damage: Callable[[bytes
 def test_what_unfinished_messages_hold_is_counted_along(make: Make) -> None:
     """Also over a refused part, a finished message, a replaced key and the bound over all devices."""
     bench = make(limits__assembly_bytes=2**20)
-    intake = bench.core._desk.intake
+    validation = bench.core._updates.validation
 
     def check() -> None:
-        assert intake._held_bytes == sum(collector.size_bytes for collector in intake._assembling.values())
+        assert validation._held_bytes == sum(collector.size_bytes for collector in validation._assembling.values())
 
     devices = [bench.join(name) for name in ("a", "b", "c")]
     for device in devices:
         parts = device.update(float32_block(bench.schema, 1), 0, frame_bytes=1500)
         bench.receive(device.topic("update"), *parts[:-1])
         check()
-    assert intake._held_bytes > 0
+    assert validation._held_bytes > 0
     bench.join("b")
     last = devices[0].update(float32_block(bench.schema, 2), 0, frame_bytes=1500)
     bench.receive(devices[0].topic("update"), *last)
     check()
-    intake.settings = replace(bench.core.settings, limits=replace(bench.core.settings.limits, assembly_bytes=1))
+    validation.settings = replace(bench.core.settings, limits=replace(bench.core.settings.limits, assembly_bytes=1))
     more = devices[2].update(float32_block(bench.schema, 3), 0, frame_bytes=1500)
     bench.receive(devices[2].topic("update"), more[0])
     check()
-    assert intake._held_bytes == 0
+    assert validation._held_bytes == 0

@@ -152,7 +152,7 @@ class Federation(RuleBasedStateMachine):
         ledger.write(batch, now=0.0)
         for record in batch:
             match record:
-                case records.FramesKept():
+                case records.FramesRetained():
                     self.kept.update(record.frames)
                 case records.UpdateAccepted():
                     self._accepted(record)
@@ -166,32 +166,34 @@ class Federation(RuleBasedStateMachine):
                     pass
 
     def _accepted(self, record: records.UpdateAccepted) -> None:
-        about = (record.device, bytes(record.key), record.seq, record.base, record.samples, record.body)
+        update = record.update
+        about = (update.device, bytes(update.key), update.seq, update.base, update.samples, record.body)
         assert about in self.sent, "what is accepted is what somebody sent"
-        assert bytes(record.key) not in self.revoked, "accepted under a revoked key"
-        assert 0 <= record.staleness <= self.bench.core.settings.staleness.max
-        assert abs(record.discount - (1 + record.staleness) ** -0.5) < 1e-12
+        assert bytes(update.key) not in self.revoked, "accepted under a revoked key"
+        assert 0 <= update.staleness <= self.bench.core.settings.staleness.max
+        assert abs(update.discount - (1 + update.staleness) ** -0.5) < 1e-12
         self.pending.append(record)
 
     def _revoked(self, record: records.DeviceRevoked) -> None:
         """Dropped is as if merged: for good, and never again."""
         self.revoked.add(bytes(self.bench.core.registry.members[record.device].key))
-        for each in [each for each in self.pending if record.drop and each.device == record.device]:
+        for each in [each for each in self.pending if record.drop and each.update.device == record.device]:
             self.pending.remove(each)
-            self.merged[each.device, each.base] = DROPPED
+            self.merged[each.update.device, each.update.base] = DROPPED
 
     def _merged(self, version: records.VersionMade) -> None:
         """The second implementation: FedBuff's mean and the server's step, in float64."""
         assert version.updates == len(self.pending) > 0
         total = np.zeros_like(self.target)
         for record in self.pending:
-            assert (record.device, record.base) not in self.merged, "merged twice"
-            assert record.staleness == version.version - 1 - record.base
-            self.merged[record.device, record.base] = version.version
-            weight = record.samples * (1 + record.staleness) ** -0.5
+            update = record.update
+            assert (update.device, update.base) not in self.merged, "merged twice"
+            assert update.staleness == version.version - 1 - update.base
+            self.merged[update.device, update.base] = version.version
+            weight = update.samples * (1 + update.staleness) ** -0.5
             total += weight * self.blocks[record.body].value().astype(np.float64)
         self._logged(version)
-        mean = total / sum(record.samples for record in self.pending)
+        mean = total / sum(record.update.samples for record in self.pending)
         if self.bench.core.settings.merge.rule == "median":
             mean = self._median()
         about = self.bench.core.settings.optimizer
@@ -213,12 +215,12 @@ class Federation(RuleBasedStateMachine):
         entry = Entry.parse(version.entry.content)
         assert (entry.version, entry.digest, entry.previous) == (version.version, version.digest, self.logged[-1])
         assert [(each.device, each.key, each.seq) for each in entry.updates] == [
-            (each.device, each.key, each.seq) for each in self.pending
+            (each.update.device, each.update.key, each.update.seq) for each in self.pending
         ]
         assert all(each.digest in self.digests[each.device, bytes(each.key), each.seq] for each in entry.updates)
         if self.bench.core.settings.merge.rule == "mean":
-            samples = sum(each.samples for each in self.pending)
-            weights = [each.samples * each.discount / samples for each in self.pending]
+            samples = sum(each.update.samples for each in self.pending)
+            weights = [each.update.samples * each.update.discount / samples for each in self.pending]
             np.testing.assert_allclose([each.weight for each in entry.updates], weights)
         self.logged.append(version.entry.hash)
 
@@ -236,7 +238,7 @@ class Federation(RuleBasedStateMachine):
         said: dict[str, list[npt.NDArray[np.float64]]] = {}
         for record in self.pending:
             value = self.blocks[record.body].value().astype(np.float64)
-            said.setdefault(record.device, []).append(value * (1 + record.staleness) ** -0.5)
+            said.setdefault(record.update.device, []).append(value * (1 + record.update.staleness) ** -0.5)
         middle: npt.NDArray[np.float64] = np.median([sum(each) / len(each) for each in said.values()], axis=0)
         return middle
 
@@ -244,7 +246,7 @@ class Federation(RuleBasedStateMachine):
         match action:
             case events.Publish() if self.connected:
                 self._publish(action.topic, action.payload, action.retain)
-            case events.RepublishKept() if self.connected:
+            case events.RepublishRetained() if self.connected:
                 for topic in action.topics:
                     self._publish(topic, self.bench.ledger.frame(topic), retain=True, again=True)
             case events.Connect():
@@ -332,7 +334,7 @@ class Federation(RuleBasedStateMachine):
         model = self.bench.core.model
         assert model.version == self.bench.ledger.fact("version") >= self.highest_head[0]
         assert vector_digest(model.published) == model.digest
-        assert self.bench.ledger.last_entry().hash == self.logged[-1] == self.bench.core.kept.log_hash
+        assert self.bench.ledger.last_entry().hash == self.logged[-1] == self.bench.core.published.log_hash
         head = Head.from_meta(parse(self.bench.ledger.frame(HEAD)).meta)
         assert (head.version, head.digest) == (model.version, model.digest)
         assert self.promised <= self._in_ledger()
@@ -349,17 +351,27 @@ class Federation(RuleBasedStateMachine):
     @rule(crash=CRASHES, lost=LOST, frame_bytes=FRAMES)
     def connect(self, crash: int | None, *, lost: bool, frame_bytes: int) -> None:
         """A new connection, to a broker that may have lost everything."""
-        if self.connected:
-            self.perform(self.handle(events.Disconnected()), None)
+        lost_link = events.Disconnected() if self.connected else events.ConnectFailed()
+        self.perform(self.handle(lost_link), None)
         self.connected = self.settled = False
         self.echo.clear()
         if lost:
             self.bench.retained.clear()
             self.wire.clear()
-        self.perform(self.handle(events.Connecting()), crash)
+        self.dial(crash)
         if self.alive:
             self.connected = True
             self.perform(self.handle(events.Connected(frame_bytes=frame_bytes)), crash)
+
+    def dial(self, crash: int | None) -> None:
+        """Time passes until the aggregator asks for a connection."""
+        actions: list[events.Action] = []
+        while not any(isinstance(action, events.Connect) for action in actions):
+            self.perform(actions, None)
+            due = self.bench.core.deadline
+            assert due is not None
+            actions = self.handle(events.TimeReached(), after=max(0.1, due - self.bench.now))
+        self.perform(actions, crash)
 
     @precondition(lambda self: self.alive and self.connected)
     @rule()

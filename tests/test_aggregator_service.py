@@ -21,7 +21,7 @@ from ternbus.aggregator.shell import administration
 from ternbus.aggregator.shell.preverify import WORTHWHILE_BYTES
 from ternbus.aggregator.shell.service import SWITCH_S, Service
 from ternbus.aggregator.store import status as statuses
-from ternbus.aggregator.store.ledger import Ledger
+from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.broker.link.events import Arrived
 from ternbus.broker.link.link import Link
 from ternbus.broker.protocol import topics
@@ -79,7 +79,7 @@ def world(tmp_path: Path) -> Iterator[World]:
         administration.create(
             directory, federation=LAB, broker=broker.url, model=model, settings={"merge.buffer_size": 2}
         )
-        ledger = Ledger(directory / administration.LEDGER)
+        ledger = Ledger(directory / LEDGER)
         ledger.write([records.DeviceEnrolled(device="pi", public=device.identity.public, proof=bytes(32))])
         ledger.close()
         yield World(broker.url, Service(directory, "test", lambda _: None), frame)

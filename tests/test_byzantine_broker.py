@@ -75,9 +75,10 @@ class Watched:
         for record in given:
             match record:
                 case records.UpdateAccepted():
-                    about = (record.device, bytes(record.key), record.seq)
-                    assert self._made.get(about) == (record.base, record.samples, record.body), "nobody made this"
-                    self.pending.append((record.device, record.base))
+                    update = record.update
+                    about = (update.device, bytes(update.key), update.seq)
+                    assert self._made.get(about) == (update.base, update.samples, record.body), "nobody made this"
+                    self.pending.append((update.device, update.base))
                 case records.VersionMade():
                     assert record.version not in self.digests
                     self.digests[record.version] = record.digest
@@ -243,6 +244,10 @@ class ByzantineFederation(RuleBasedStateMachine):
         """The attack ends: the federation goes on, and all come to the same digest."""
         if len(getattr(self, "devices", ())) < len(NAMES):
             return  # it never began
+        self.broker.stop()
+        self.run_for(
+            1.0
+        )  # who is connecting fails, and begins another session: the attacker has the last will of this one
         self.broker.become_honest(lose_everything=self.attacks_uplink)
         before = self.aggregator.core.model.version
         accepted = [device.state.accepted for device in self.devices]

@@ -17,6 +17,7 @@ from support.shell_device import WITHIN_S, Device
 from support.small_world import scratch
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import status as aggregator_status
+from ternbus.aggregator.store.ledger import LEDGER
 from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.server.running import Engine, RunningBroker, choose, start
 
@@ -138,7 +139,7 @@ class ByzantineServices(RuleBasedStateMachine):
             device.stop()
         assert self.aggregator.terminate() == 0
         assert "Traceback" not in self.aggregator.log.read_text()
-        with closing(sqlite3.connect(self.aggregator.folder / administration.LEDGER)) as db:
+        with closing(sqlite3.connect(self.aggregator.folder / LEDGER)) as db:
             twice = db.execute("SELECT 1 FROM updates GROUP BY device, base HAVING count(*) > 1").fetchall()
             counted = db.execute("SELECT sum(updates) FROM versions").fetchone()
             merged = db.execute("SELECT count(*) FROM updates WHERE merged IS NOT NULL").fetchone()

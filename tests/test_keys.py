@@ -15,7 +15,7 @@ from ternbus.aggregator.shell import administration
 from ternbus.aggregator.shell.preverify import Preverifier
 from ternbus.aggregator.shell.transport import Credentials as DeviceCredentials
 from ternbus.aggregator.store import status as statuses
-from ternbus.aggregator.store.ledger import Ledger
+from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.aggregator.store.membership import codes
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol.identity import Identity
@@ -211,10 +211,10 @@ def test_parts_of_a_revoked_device_are_forgotten(make: Make) -> None:
     bad = bench.join("bad")
     parts = bad.update(float32_block(bench.schema, 1), 0, frame_bytes=1500)
     bench.receive(bad.topic("update"), *parts[:-1])
-    intake = bench.core._desk.intake
-    assert intake._held_bytes > 0
+    validation = bench.core._updates.validation
+    assert validation._held_bytes > 0
     bench.revoke("bad")
-    assert (intake._held_bytes, dict(intake._assembling)) == (0, {})
+    assert (validation._held_bytes, dict(validation._assembling)) == (0, {})
 
 
 def test_revoking_again_drops_what_was_kept(make: Make) -> None:
@@ -324,7 +324,7 @@ def test_errors_about_secrets_do_not_quote_them() -> None:
 def test_two_readers_see_the_same_invitations(make: Make) -> None:
     bench = make()
     bench.invite("pi", "the-code", 77.0)
-    ledger = Ledger(bench.directory / administration.LEDGER, read_only=True)
+    ledger = Ledger(bench.directory / LEDGER, read_only=True)
     assert codes(ledger.db) == {"pi": Invited(code="the-code", expires_at=77.0)}
     ledger.close()
 
@@ -383,7 +383,7 @@ def test_buckets_of_names_that_are_no_longer_invited_are_forgotten(make: Make) -
         bench.receive(Device(name, bench.schema).topic("enroll"), Device(name, bench.schema).enroll("guess"))
         bench.handle(events.CancelRequested(device=name))
     bench.invite("last")
-    assert set(bench.core._door._tries) <= {"last"}
+    assert set(bench.core._enrollment._tries) <= {"last"}
 
 
 def test_updates_of_a_device_that_wait_on_disk_are_bounded(make: Make) -> None:

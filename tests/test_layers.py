@@ -53,6 +53,9 @@ CLOCK_CHANCE_NETWORK = {
 }  # fmt: skip
 FILES = {"fcntl", "io", "mmap", "os", "pathlib", "shutil", "tempfile"}
 
+# Where SQL is written.
+STORES = {"aggregator/ternbus/aggregator/store/", "edge_client/ternbus/edge/shell/outbox.py"}
+
 # Libraries that one place in the house knows about.
 CONFINED = {
     "paho": {"broker/ternbus/broker/link/connection.py"},
@@ -62,6 +65,7 @@ CONFINED = {
     "torchvision": {"edge_client/ternbus/edge/torch/torchvision_ops.py", "edge_client/ternbus/edge/tasks/"},
     "matplotlib": {"lab/ternbus/lab/report/", "lab/ternbus/lab/experiment/plot.py"},
     "rich": {"lab/ternbus/lab/report/progress.py"},
+    "sqlite3": {*STORES, "broker/ternbus/command.py"},  # which names its errors to end with an exit code
     "cryptography": {"broker/ternbus/broker/server/certificates.py"},
     "dp_accounting": {"edge_client/ternbus/edge/learn/accountant.py"},
     "opacus": {"edge_client/ternbus/edge/torch/dp_sgd.py"},
@@ -216,6 +220,17 @@ def test_a_library_is_known_in_one_place(library: str) -> None:
     assert [name_of(file) for file in users if not within(file, CONFINED[library])] == []
     if library.startswith("torch"):
         assert [name_of(file) for file in users if within(file, WITHOUT_TORCH)] == []
+
+
+def test_sql_is_written_in_the_stores_only() -> None:
+    executing = {
+        f"{name_of(file)}:{node.lineno}"
+        for file in files()
+        if not within(file, STORES)
+        for node in ast.walk(parsed(file))
+        if isinstance(node, ast.Attribute) and node.attr in {"execute", "executemany", "executescript"}
+    }
+    assert not executing
 
 
 def test_torch_does_not_follow_the_trainer_that_does_without() -> None:

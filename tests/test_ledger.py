@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from support.small_world import LAB, Bench, float32_block, make_directory, ternary_block
+from support.small_world import LAB, Bench, accepted_update, float32_block, make_directory, ternary_block
 from ternbus.aggregator.core import records
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import status as statuses
-from ternbus.aggregator.store.ledger import Ledger, signed, unsigned
+from ternbus.aggregator.store.ledger import LEDGER, Ledger
+from ternbus.aggregator.store.rows import signed, unsigned
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.messages import Metrics, Status
 
@@ -27,19 +28,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 
 def accepted(device: str, base: int, seq: int = 1) -> records.UpdateAccepted:
-    return records.UpdateAccepted(
-        device=device,
-        key=bytes(8),  # type: ignore[arg-type]
-        seq=seq,
-        base=base,
-        staleness=0,
-        samples=1,
-        discount=1.0,
-        digest=bytes(32),
-        codec="ternary",
-        encoding="raw",
-        body=b"body",
-    )
+    return records.UpdateAccepted(update=accepted_update(device, base=base, seq=seq), body=b"body")
 
 
 def count(ledger: Ledger, table: str) -> int:
@@ -65,7 +54,7 @@ def test_a_seq_of_64_bits_is_kept(bench: Bench) -> None:
 
 
 def test_the_directory_is_its_owner_s(bench: Bench) -> None:
-    assert (bench.directory / administration.LEDGER).stat().st_mode & 0o077 == 0
+    assert (bench.directory / LEDGER).stat().st_mode & 0o077 == 0
     assert (bench.directory / administration.KEY).stat().st_mode & 0o077 == 0
 
 
@@ -94,7 +83,7 @@ def test_what_was_not_committed_is_gone_after_a_kill(bench: Bench) -> None:
         "os.kill(os.getpid(), 9)\n"
     )
     bench.close()
-    path = bench.directory / administration.LEDGER
+    path = bench.directory / LEDGER
     root = str(Path(__file__).resolve().parent.parent)
     done = subprocess.run([sys.executable, "-c", code, path], cwd=root, check=False, timeout=60)
     assert done.returncode == -9
@@ -116,14 +105,14 @@ def test_another_connection_s_commit_is_noticed(bench: Bench) -> None:
     assert bench.ledger.change_count() == before
     bench.ledger.write([records.SeqReserved(upto=123_456)])
     assert bench.ledger.change_count() == before
-    other = Ledger(bench.directory / administration.LEDGER)
+    other = Ledger(bench.directory / LEDGER)
     other.write([records.SeqReserved(upto=123_457)])
     other.close()
     assert bench.ledger.change_count() != before
 
 
 def test_a_reader_cannot_write(bench: Bench) -> None:
-    reader = Ledger(bench.directory / administration.LEDGER, read_only=True)
+    reader = Ledger(bench.directory / LEDGER, read_only=True)
     with pytest.raises(sqlite3.OperationalError):
         reader.write([records.SeqReserved(upto=1)])
     reader.close()
@@ -148,7 +137,7 @@ def test_what_is_no_ledger_is_refused(tmp_path: Path) -> None:
 def test_a_ledger_of_another_format_is_refused(bench: Bench) -> None:
     bench.ledger.db.execute("UPDATE facts SET value = 99 WHERE name = 'format'")
     with pytest.raises(ConfigError, match="has format 99"):
-        Ledger(bench.directory / administration.LEDGER)
+        Ledger(bench.directory / LEDGER)
 
 
 def test_bodies_that_nobody_needs_any_more_are_pruned(bench: Bench) -> None:

@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from ternbus.broker.protocol.messages import RESTORE_LEAP
 from ternbus.edge.learn import local_optimizer
 from ternbus.edge.learn.loader import load_task
 from ternbus.edge.plan.plan import Plan
-from ternbus.edge.plan.schedule import RESTORED, TURNS, share, turn
+from ternbus.edge.plan.schedule import TURNS, share, turn
 from ternbus.edge.torch import autotune
 from ternbus.edge.torch.autotune import Way, fastest, ways
 from ternbus.edge.torch.trainer import TorchTask
@@ -145,7 +146,7 @@ def test_a_schedule_is_that_of_torch_version_by_version(schedule: str, warmup: i
 def test_a_share_is_a_share_and_goes_on_after_a_restore(schedule: str, version: int, warmup: int, final: float) -> None:
     found = share(schedule, version, warmup=warmup, total=warmup + 20, final=final)
     assert 0 <= found <= 1
-    assert found == share(schedule, version + RESTORED, warmup=warmup, total=warmup + 20, final=final)
+    assert found == share(schedule, version + RESTORE_LEAP, warmup=warmup, total=warmup + 20, final=final)
 
 
 @given(st.floats(1e-6, 1), st.integers(0, TURNS - 1), st.integers(0, 2**40))

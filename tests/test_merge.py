@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support.small_world import float32_block, ternary_block
+from support.small_world import accepted_update, float32_block, ternary_block
 from ternbus.aggregator.merge import optimizer
 from ternbus.aggregator.merge.accumulator import Accumulator
 from ternbus.aggregator.merge.mean import Mean, clip_factor, norm
-from ternbus.aggregator.merge.model import Accepted, Model
+from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.merge.staleness import discount
 from ternbus.aggregator.settings import (
     DISCOUNTS,
@@ -22,7 +22,6 @@ from ternbus.aggregator.settings import (
     Settings,
     StalenessSettings,
 )
-from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.schema import Schema, Tensor
 from ternbus.broker.protocol.ternary import Block
 
@@ -50,21 +49,21 @@ def plain_mean(chosen: list[tuple[int, int, float, bool]]) -> F64:
 @settings(max_examples=60, deadline=None)
 def test_the_mean_is_the_formula_s(chosen: list[tuple[int, int, float, bool]]) -> None:
     mean = Mean(Accumulator(SCHEMA))
-    for seed, samples, worth, ternary in chosen:
-        mean.add(block(seed, ternary=ternary), device="pi", samples=samples, worth=worth)
+    for seed, samples, discounted, ternary in chosen:
+        mean.add(accepted_update(samples=samples, discount=discounted), block(seed, ternary=ternary))
     assert mean.samples == sum(samples for _, samples, _, _ in chosen)
     change = mean.result()
     np.testing.assert_allclose(change.delta, plain_mean(chosen), rtol=1e-4, atol=1e-5)
     assert change.delta.dtype == np.float32
     total = sum(samples for _, samples, _, _ in chosen)
-    assert change.weights == pytest.approx([samples * worth / total for _, samples, worth, _ in chosen])
+    assert change.weights == pytest.approx([samples * discounted / total for _, samples, discounted, _ in chosen])
 
 
 def test_a_buffer_of_stale_updates_moves_the_model_less() -> None:
     mean = Mean(Accumulator(SCHEMA))
     one = block(1, ternary=True)
-    mean.add(one, device="pi", samples=10, worth=0.5)
-    mean.add(one, device="pi", samples=30, worth=0.5)
+    mean.add(accepted_update(samples=10, discount=0.5), one)
+    mean.add(accepted_update(samples=30, discount=0.5), one)
     np.testing.assert_allclose(mean.result().delta, 0.5 * one.value(), rtol=1e-6)
 
 
@@ -87,9 +86,9 @@ def plain_discount(about: StalenessSettings, staleness: int) -> float:
 @settings(max_examples=60, deadline=None)
 def test_the_discounts_are_their_formulas(name: str, staleness: int, a: float, b: int) -> None:
     about = StalenessSettings(discount=name, exponent=a, decay=a, hinge_slope=a, hinge_from=b)
-    worth = discount(about, staleness)
-    assert worth == pytest.approx(plain_discount(about, staleness), rel=1e-9, abs=1e-300)
-    assert 0 <= discount(about, staleness + 1) <= worth <= 1
+    found = discount(about, staleness)
+    assert found == pytest.approx(plain_discount(about, staleness), rel=1e-9, abs=1e-300)
+    assert 0 <= discount(about, staleness + 1) <= found <= 1
 
 
 @pytest.mark.parametrize("name", DISCOUNTS)
@@ -215,17 +214,9 @@ def test_a_model_with_a_float32_downlink_publishes_what_the_server_holds(name: s
     weights, momentum = start.astype(np.float64), np.zeros(SCHEMA.elements)
     for version in range(1, 6):
         chosen = [(version * 10 + index, 5 + index, 1 / (1 + index), index % 2 == 0) for index in range(3)]
-        for index, (seed, samples, worth, ternary) in enumerate(chosen):
-            accepted = Accepted(
-                device="pi",
-                key=KeyId(bytes(8)),
-                seq=seed,
-                digest=bytes(32),
-                staleness=index,
-                samples=samples,
-                discount=worth,
-            )
-            model.accept(accepted, block(seed, ternary=ternary))
+        for index, (seed, samples, discounted, ternary) in enumerate(chosen):
+            update = accepted_update(seq=seed, staleness=index, samples=samples, discount=discounted)
+            model.accept(update, block(seed, ternary=ternary))
         merged = model.merge()
         given = {each.seq: each.weight for each in merged.contributions}
         assert given == pytest.approx({seed: n * s / sum(n for _, n, _, _ in chosen) for seed, n, s, _ in chosen})

@@ -19,7 +19,8 @@ from ternbus.aggregator.shell import administration, log
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.identity import Identity, KeyId
-from ternbus.broker.protocol.merge_log import FIRST, LEAP, Audit, Contribution, Entry, Signed, unpack, unpack_all
+from ternbus.broker.protocol.merge_log import FIRST, Audit, Contribution, Entry, Signed, unpack, unpack_all
+from ternbus.broker.protocol.messages import RESTORE_LEAP
 from ternbus.command import main
 
 KEY = Identity(b"a" * 32)
@@ -218,9 +219,9 @@ def test_only_a_restore_leaps_and_by_a_fixed_number_of_versions() -> None:
     def after(versions: int) -> Signed:
         return Entry(federation=LAB, version=versions, digest=first.hash, previous=first.hash).signed(KEY)
 
-    assert faults([first, after(LEAP)]) == []
+    assert faults([first, after(RESTORE_LEAP)]) == []
     assert faults([first, after(3)]) == ["versions 1 to 2 are missing"]
-    assert faults([first, after(LEAP + 1)]) == [f"versions 1 to {LEAP} are missing"]
+    assert faults([first, after(RESTORE_LEAP + 1)]) == [f"versions 1 to {RESTORE_LEAP} are missing"]
 
 
 def test_no_byte_of_a_file_can_be_changed_or_cut_off_unnoticed() -> None:
@@ -332,13 +333,13 @@ def test_it_outlives_snapshots_restarts_and_a_restore(bench: World) -> None:
     assert [entry.version for entry, _ in log.entries(bench.directory)] == list(range(21))
     assert verified(bench) == []
     bench.close()
-    assert administration.restored(bench.directory, "test") == LEAP + 20
+    assert administration.restored(bench.directory, "test") == RESTORE_LEAP + 20
     bench.recover()
     bench.retained.clear()
     bench.start()
     bench.merge(1)
     assert verified(bench) == []
-    assert [entry.version for entry, _ in log.entries(bench.directory)][-2:] == [LEAP + 20, LEAP + 21]
+    assert [entry.version for entry, _ in log.entries(bench.directory)][-2:] == [RESTORE_LEAP + 20, RESTORE_LEAP + 21]
 
 
 def _change_entry(bench: World) -> None:

@@ -56,8 +56,8 @@ def state(core: Core) -> dict[str, Any]:
         "squares": None if model.server.squares is None else model.server.squares.tobytes(),
         "buffer": list(model.buffer),
         "change": (change.delta.tobytes(), change.weights) if (change := gathered(model)) else None,
-        "kept": (core.kept.state, core.kept.snapshot, core.kept.sizes, core.kept.head_frame, core.kept.slots),
-        "recipe": core.kept.recipe,
+        "retained": [getattr(core.published, name) for name in ("state", "snapshot", "sizes", "head_frame", "slots")],
+        "recipe": core.published.recipe,
         "codes": dict(core.registry.codes),
         "retired": core.registry.retired,
         "members": {
@@ -146,7 +146,7 @@ def test_another_rule_begins_with_the_buffer_and_rewrites_nothing(make: Make) ->
     assert len(bench.core.model.buffer) == 1
     bench.restart()
     assert bench.core.model.server.target.tobytes() == target
-    assert bench.core.kept.recipe.merge.rule == "median"
+    assert bench.core.published.recipe.merge.rule == "median"
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -196,7 +196,7 @@ def test_the_state_that_a_command_set_while_nothing_ran_is_published(make: Make)
     bench.close()
     administration.change_state(bench.directory, "pause", "test")
     bench.recover()
-    assert bench.core.kept.state == "paused"
+    assert bench.core.published.state == "paused"
     bench.start()
     assert bench.head.state == "paused"
 
@@ -207,7 +207,7 @@ def test_closing_while_nothing_runs_merges_the_buffer(make: Make) -> None:
     bench.close()
     administration.change_state(bench.directory, "close", "test")
     bench.recover()
-    assert (bench.version, bench.core.model.buffer, bench.core.kept.state) == (2, [], "closed")
+    assert (bench.version, bench.core.model.buffer, bench.core.published.state) == (2, [], "closed")
     bench.start()
     assert (bench.head.version, bench.head.state) == (2, "closed")
     assert bench.head.digest == vector_digest(bench.core.model.published)
@@ -229,7 +229,7 @@ def test_closing_under_an_optimizer_that_never_ran_merges_by_it_and_forgets_the_
     administration.change_state(bench.directory, "close", "test")
     bench.recover()
     server = bench.core.model.server
-    assert (bench.version, bench.core.kept.recipe.optimizer.name) == (4, "fedadam")
+    assert (bench.version, bench.core.published.recipe.optimizer.name) == (4, "fedadam")
     assert server.momentum is not None
     assert server.squares is not None
     mean = float32_block(bench.schema, 999).value() / np.sqrt(3)  # made on version 1, two versions ago
@@ -285,12 +285,12 @@ def test_a_restored_directory_goes_on_above_what_devices_have_seen(make: Make) -
             bench.send(device, ternary_block(bench.schema, version), version)
     bench.send(pi, ternary_block(bench.schema, 9), 3)  # in the buffer when the copy is made
     head, session = bench.head, bench.core.session
-    head_seq = bench.core._outlet.seq
+    head_seq = bench.core._frames.seq
     bench.perform(bench.core.restored())
     bench.restart()
     bench.start()
     assert (bench.head.version, bench.head.digest) == (head.version + 2**32, head.digest)
-    assert bench.core._outlet.seq > head_seq + 2**32
+    assert bench.core._frames.seq > head_seq + 2**32
     assert bench.core.session > session + 2**32
     assert follow(bench.retained, bench.identity.public) == (bench.head.version, bench.core.model.digest)
     bench.send(other, ternary_block(bench.schema, 10), bench.head.version)
@@ -319,15 +319,15 @@ def test_a_snapshot_whose_vectors_did_not_reach_the_disk_is_merged_anew(make: Ma
     """Taken at leisure: the start is at the snapshot before, with every body since; the model is the same."""
     bench = make(merge__buffer_size=2, downlink__slots=4)
     pi, other = bench.join("pi"), bench.join("other")
-    begun, version = bench.core.kept.snapshot.version, 0
-    while bench.core.kept.snapshot.version == begun:
+    begun, version = bench.core.published.snapshot.version, 0
+    while bench.core.published.snapshot.version == begun:
         for device in (pi, other):
             bench.send(device, float32_block(bench.schema, version), version)
         version = bench.version
     model = bench.core.model
     assert bench.ledger.server()[0] == begun
     bench.restart()
-    assert bench.core.kept.snapshot.version == version  # what the broker has is not undone
+    assert bench.core.published.snapshot.version == version  # what the broker has is not undone
     assert bench.core.model.digest == model.digest
     assert np.array_equal(bench.core.model.server.target, model.server.target)
 
@@ -340,7 +340,7 @@ def test_vectors_that_are_written_are_where_the_next_start_begins(make: Make) ->
             bench.send(device, float32_block(bench.schema, version), version)
         bench.beside.work()
     bench.send(pi, float32_block(bench.schema, 12), 12)
-    assert bench.ledger.server()[0] == bench.core.kept.snapshot.version > 0
+    assert bench.ledger.server()[0] == bench.core.published.snapshot.version > 0
     target = bench.core.model.server.target
     bench.restart()
     assert np.array_equal(bench.core.model.server.target, target)
@@ -354,7 +354,7 @@ def test_an_orderly_end_leaves_the_vectors_on_disk(make: Make) -> None:
             bench.send(device, float32_block(bench.schema, bench.version), bench.version)
     bench.close()
     bench.recover()
-    assert bench.ledger.server()[0] == bench.core.kept.snapshot.version
+    assert bench.ledger.server()[0] == bench.core.published.snapshot.version
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 100])

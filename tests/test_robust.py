@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support.small_world import float32_block, ternary_block
+from support.small_world import accepted_update, float32_block, ternary_block
 from ternbus.aggregator.merge import mean
+from ternbus.aggregator.merge.accepted import AcceptedUpdate
 from ternbus.aggregator.merge.mean import Mean
 from ternbus.aggregator.merge.robust import Buffered, cap, gather, trimmed
 from ternbus.aggregator.settings import RULES, MergeSettings
@@ -45,8 +46,12 @@ class Sent:
     device: str
     seed: int
     samples: int
-    worth: float
+    discount: float
     ternary: bool
+
+    @property
+    def update(self) -> AcceptedUpdate:
+        return accepted_update(self.device, samples=self.samples, discount=self.discount)
 
     @property
     def block(self) -> Block:
@@ -63,7 +68,7 @@ buffers = st.lists(
         device=st.sampled_from("abcdefgh"),
         seed=st.integers(0, 10_000),
         samples=st.integers(1, 2**32 - 1),
-        worth=st.floats(0.01, 1),
+        discount=st.floats(0.01, 1),
         ternary=st.booleans(),
     ),
     min_size=1,
@@ -74,57 +79,57 @@ buffers = st.lists(
 def merged(about: MergeSettings, buffer: list[Sent]) -> mean.Change:
     gathered = gather(about, SCHEMA)
     for sent in buffer:
-        gathered.add(sent.block, device=sent.device, samples=sent.samples, worth=sent.worth)
+        gathered.add(sent.update, sent.block)
     return gathered.result()
 
 
 # --- the second implementation
 
 
-def plain_voices(buffer: list[Sent]) -> list[list[float]]:
-    """What each device says: the mean of its discounted updates, in the order in which devices came."""
-    voices = []
+def plain_device_means(buffer: list[Sent]) -> list[list[float]]:
+    """The mean of each device's discounted updates, in the order in which devices came."""
+    means = []
     for device in dict.fromkeys(sent.device for sent in buffer):
         own = [sent for sent in buffer if sent.device == device]
-        voices.append([sum(sent.worth * sent.value[k] for sent in own) / len(own) for k in range(SCHEMA.elements)])
-    return voices
+        means.append([sum(sent.discount * sent.value[k] for sent in own) / len(own) for k in range(SCHEMA.elements)])
+    return means
 
 
-def plain_trimmed(voices: list[list[float]], leave: int) -> list[float]:
+def plain_trimmed(means: list[list[float]], leave: int) -> list[float]:
     result = []
     for k in range(SCHEMA.elements):
-        values = sorted(voice[k] for voice in voices)
+        values = sorted(each[k] for each in means)
         kept = values[leave : len(values) - leave]
         result.append(sum(kept) / len(kept))
     return result
 
 
-def plain_median(voices: list[list[float]]) -> list[float]:
+def plain_median(means: list[list[float]]) -> list[float]:
     """Yin et al. 2018, definition 1: the middle value, or the mean of the two in the middle."""
     result = []
     for k in range(SCHEMA.elements):
-        values = sorted(voice[k] for voice in voices)
+        values = sorted(each[k] for each in means)
         half = len(values) // 2
         result.append(values[half] if len(values) % 2 else (values[half - 1] + values[half]) / 2)
     return result
 
 
-def plain_scores(voices: list[list[float]], f: int) -> list[float]:
+def plain_scores(means: list[list[float]], f: int) -> list[float]:
     """Blanchard et al. 2017, section 4: the sum of squared distances to the n - f - 2 closest others."""
-    n = len(voices)
+    n = len(means)
     scores = []
     for i in range(n):
-        apart = [sum((a - b) ** 2 for a, b in zip(voices[i], voices[j], strict=True)) for j in range(n) if j != i]
+        apart = [sum((a - b) ** 2 for a, b in zip(means[i], means[j], strict=True)) for j in range(n) if j != i]
         scores.append(sum(sorted(apart)[: n - f - 2]))
     return scores
 
 
-def plain_mean(voices: list[list[float]]) -> list[float]:
-    return [sum(voice[k] for voice in voices) / len(voices) for k in range(SCHEMA.elements)]
+def plain_mean(means: list[list[float]]) -> list[float]:
+    return [sum(each[k] for each in means) / len(means) for k in range(SCHEMA.elements)]
 
 
-def length(voice: list[float]) -> float:
-    return math.sqrt(sum(element**2 for element in voice))
+def length(vector: list[float]) -> float:
+    return math.sqrt(sum(element**2 for element in vector))
 
 
 def close(delta: np.ndarray, expected: list[float]) -> None:
@@ -138,47 +143,47 @@ def close(delta: np.ndarray, expected: list[float]) -> None:
 @given(buffers)
 @settings(max_examples=80, deadline=None)
 def test_the_median_of_each_coordinate(buffer: list[Sent]) -> None:
-    close(merged(MergeSettings(rule="median"), buffer).delta, plain_median(plain_voices(buffer)))
+    close(merged(MergeSettings(rule="median"), buffer).delta, plain_median(plain_device_means(buffer)))
 
 
 @given(buffers, st.sampled_from([0.0, 0.1, 0.2, 0.25, 0.4, 0.49]))
 @settings(max_examples=80, deadline=None)
 def test_the_trimmed_mean_of_each_coordinate(buffer: list[Sent], trim: float) -> None:
-    voices = plain_voices(buffer)
+    means = plain_device_means(buffer)
     leave = 0
-    while leave < trim * len(voices) - 1e-9 and 2 * (leave + 1) < len(voices):
+    while leave < trim * len(means) - 1e-9 and 2 * (leave + 1) < len(means):
         leave += 1
-    close(merged(MergeSettings(rule="trimmed-mean", trim=trim), buffer).delta, plain_trimmed(voices, leave))
+    close(merged(MergeSettings(rule="trimmed-mean", trim=trim), buffer).delta, plain_trimmed(means, leave))
 
 
 @given(buffers, st.integers(0, 3), st.integers(0, 5))
 @settings(max_examples=120, deadline=None)
 def test_krum_and_multi_krum_take_who_is_closest_to_the_others(buffer: list[Sent], f: int, keep: int) -> None:
-    voices = plain_voices(buffer)
-    n = len(voices)
+    means = plain_device_means(buffer)
+    n = len(means)
     for rule in ("krum", "multi-krum"):
         delta = merged(MergeSettings(rule=rule, byzantine=f, krum_keep=keep), buffer).delta
         if n < 3:
-            close(delta, plain_mean(voices))
+            close(delta, plain_mean(means))
             continue
         bearable = min(f, (n - 3) // 2)
-        scores = plain_scores(voices, bearable)
+        scores = plain_scores(means, bearable)
         wanted = 1 if rule == "krum" else min(keep or n, n - bearable)
         ranked = sorted(range(n), key=lambda i: scores[i])
         if wanted < n and scores[ranked[wanted]] - scores[ranked[wanted - 1]] < 1e-5 * scores[ranked[wanted]]:
             continue  # who comes next is a matter of rounding
-        close(delta, plain_mean([voices[i] for i in ranked[:wanted]]))
+        close(delta, plain_mean([means[i] for i in ranked[:wanted]]))
 
 
 @given(buffers, st.sampled_from([0.0, 0.01, 0.3, 100.0]))
 @settings(max_examples=80, deadline=None)
-def test_norm_clip_scales_longer_voices_down(buffer: list[Sent], most: float) -> None:
+def test_norm_clip_scales_longer_means_down(buffer: list[Sent], most: float) -> None:
     """Sun et al. 2019: the mean of x / max(1, |x| / M)."""
-    voices = plain_voices(buffer)
-    lengths = sorted(length(voice) for voice in voices)
+    means = plain_device_means(buffer)
+    lengths = sorted(length(each) for each in means)
     half = len(lengths) // 2
     bound = most or (lengths[half] if len(lengths) % 2 else (lengths[half - 1] + lengths[half]) / 2)
-    clipped = [[element / max(1.0, length(voice) / bound) for element in voice] for voice in voices]
+    clipped = [[element / max(1.0, length(each) / bound) for element in each] for each in means]
     close(merged(MergeSettings(rule="norm-clip", clip_norm=most), buffer).delta, plain_mean(clipped))
 
 
@@ -196,7 +201,7 @@ def test_no_device_has_more_than_its_share_of_the_samples(buffer: list[Sent], sh
         low, high = (middle, high) if max(cut) <= allowed * sum(cut) * (1 + 1e-12) else (low, middle)
     samples = [sent.samples * min(1.0, low / totals[sent.device]) for sent in buffer]
     expected = [
-        sum(n * sent.worth * sent.value[k] for n, sent in zip(samples, buffer, strict=True)) / sum(samples)
+        sum(n * sent.discount * sent.value[k] for n, sent in zip(samples, buffer, strict=True)) / sum(samples)
         for k in range(SCHEMA.elements)
     ]
     close(merged(MergeSettings(max_share=share), buffer).delta, expected)
@@ -216,9 +221,9 @@ def test_the_weights_say_what_each_update_was_given(rule: str, buffer: list[Sent
     """Delta = sum of weight times update where a rule is linear; each coordinate's own sum averages to it elsewhere."""
     change = merged(MergeSettings(rule=rule, max_share=0.3 if rule == "mean" else 1.0), buffer)
     assert len(change.weights) == len(buffer)
-    assert all(0 <= weight <= sent.worth + 1e-9 for weight, sent in zip(change.weights, buffer, strict=True))
+    assert all(0 <= weight <= sent.discount + 1e-9 for weight, sent in zip(change.weights, buffer, strict=True))
     if rule in ("median", "trimmed-mean"):
-        shares = [weight / sent.worth for weight, sent in zip(change.weights, buffer, strict=True)]
+        shares = [weight / sent.discount for weight, sent in zip(change.weights, buffer, strict=True)]
         assert sum(shares) == pytest.approx(1)
         return
     total = [
@@ -231,22 +236,22 @@ def test_the_weights_say_what_each_update_was_given(rule: str, buffer: list[Sent
 @pytest.mark.parametrize("rule", ["median", "trimmed-mean"])
 @given(buffers)
 @settings(max_examples=40, deadline=None)
-def test_voices_that_say_the_same_share_the_weight(rule: str, buffer: list[Sent]) -> None:
-    voices = np.array(plain_voices(buffer), dtype=np.float32)
-    n = len(voices)
+def test_devices_whose_means_are_equal_share_the_weight(rule: str, buffer: list[Sent]) -> None:
+    means = np.array(plain_device_means(buffer), dtype=np.float32)
+    n = len(means)
     leave = (n - 1) // 2 if rule == "median" else trimmed(0.2, n)
     expected = [0.0] * n
     for k in range(SCHEMA.elements):
-        kept = sorted(voices[:, k])[leave : n - leave]
+        kept = sorted(means[:, k])[leave : n - leave]
         for value in kept:
-            same = [i for i in range(n) if voices[i, k] == value]
+            same = [i for i in range(n) if means[i, k] == value]
             for i in same:
                 expected[i] += 1 / len(same) / len(kept) / SCHEMA.elements
     change = merged(MergeSettings(rule=rule), buffer)
     devices = list(dict.fromkeys(sent.device for sent in buffer))
     for device, share in zip(devices, expected, strict=True):
         own = [place for place, sent in enumerate(buffer) if sent.device == device]
-        mean_share = sum(change.weights[place] / buffer[place].worth for place in own)
+        mean_share = sum(change.weights[place] / buffer[place].discount for place in own)
         assert mean_share == pytest.approx(share, abs=0.02)  # a value may fall on either side of another by rounding
 
 
@@ -257,8 +262,8 @@ def test_what_krum_left_out_has_no_weight() -> None:
 
 
 @pytest.mark.parametrize("rule", ROBUST)
-def test_a_device_has_one_voice_however_much_it_sends_and_claims(rule: str) -> None:
-    """Five updates of four billion samples each, on five versions, are one voice of five."""
+def test_a_device_counts_once_however_much_it_sends_and_claims(rule: str) -> None:
+    """Five updates of four billion samples each, on five versions, count as one device of five."""
     honest = [Sent(name, 1, 10, 1.0, ternary=False) for name in "abcd"]
     far = [Sent("evil", seed, 2**32 - 1, 1.0, ternary=False) for seed in range(2, 7)]
     change = merged(MergeSettings(rule=rule, byzantine=1), [*far, *honest])
@@ -278,7 +283,7 @@ def test_one_of_five_cannot_leave_the_honest_ones_range(rule: str, seeds: list[i
     evil = Block.of_float32(SCHEMA, np.full(SCHEMA.elements, size, dtype=np.float32))
     gathered = gather(MergeSettings(rule=rule, byzantine=1), SCHEMA)
     for place, each in enumerate([evil, *honest]):
-        gathered.add(each, device=str(place), samples=10, worth=1.0)
+        gathered.add(accepted_update(str(place)), each)
     values = np.array([each.value() for each in honest])
     delta = gathered.result().delta
     assert (delta >= values.min(axis=0) - 1e-5).all()
@@ -301,7 +306,7 @@ def test_one_update_alone_is_what_is_merged(rule: str, ternary: bool) -> None:
 def test_two_devices_cannot_be_told_apart(rule: str) -> None:
     pair = [Sent("a", 3, 7, 1.0, ternary=False), Sent("b", 4, 700, 1.0, ternary=False)]
     change = merged(MergeSettings(rule=rule, byzantine=2, clip_norm=1e6), pair)
-    close(change.delta, plain_mean(plain_voices(pair)))
+    close(change.delta, plain_mean(plain_device_means(pair)))
 
 
 def test_trimming_rounds_up_and_leaves_something() -> None:
@@ -321,7 +326,7 @@ def test_how_much_is_unpacked_at_a_time_changes_nothing(rule: str) -> None:
     for work_bytes in (1, 32 * 7 * 3, 32 * 7 * 5):
         gathered = Buffered(about, SCHEMA, work_bytes)
         for sent in buffer:
-            gathered.add(sent.block, device=sent.device, samples=sent.samples, worth=sent.worth)
+            gathered.add(sent.update, sent.block)
         again = gathered.result()
         np.testing.assert_allclose(again.delta, whole.delta, rtol=1e-5, atol=1e-7)
         assert again.weights == pytest.approx(whole.weights)

@@ -9,8 +9,8 @@ import pytest
 
 from stranger.house import Aggregator
 from support.brokers import Inbox, linked
-from ternbus.aggregator.shell.administration import KEY, LEDGER
-from ternbus.aggregator.store.ledger import Ledger
+from ternbus.aggregator.shell.administration import KEY
+from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import read_key
 from ternbus.broker.link.link import Arrived

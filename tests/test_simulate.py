@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.shell import administration
-from ternbus.aggregator.store.ledger import Ledger
+from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.schema import to_tensors, vector_digest
 from ternbus.edge.learn.task import Evaluation, Task, Trained, halves_of
@@ -320,7 +320,7 @@ def test_an_aggregator_that_died_goes_on_from_its_ledger(tmp_path: Path) -> None
     assert moment.version == 20
     assert moment.began == 0.0
     assert all(version.accuracy is not None for version in moment.versions)
-    ledger = Ledger(folder / administration.LEDGER, read_only=True)
+    ledger = Ledger(folder / LEDGER, read_only=True)
     twice = ledger.db.execute("SELECT device, base FROM updates GROUP BY device, base HAVING count(*) > 1").fetchall()
     lost = ledger.db.execute(
         "SELECT version FROM versions v WHERE updates != (SELECT count(*) FROM updates WHERE merged = v.version)"
@@ -402,7 +402,7 @@ def test_the_command_leaves_a_report_and_a_model(tmp_path: Path) -> None:
 
 def test_a_record_that_only_a_restart_would_read_is_not_kept() -> None:
     ledger = MemoryLedger([("x", b"1"), ("y", b"2")])
-    ledger.write([records.FramesKept(frames=(("x", b"3"), ("y", b""))), records.SessionBegun(session=2)])
+    ledger.write([records.FramesRetained(frames=(("x", b"3"), ("y", b""))), records.SessionBegun(session=2)])
     assert (ledger.frame("x"), ledger.frame("y"), ledger.status()["state"]) == (b"3", b"", "open")
 
 

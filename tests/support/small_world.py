@@ -16,14 +16,15 @@ import numpy.typing as npt
 
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.core import Core
+from ternbus.aggregator.merge.accepted import AcceptedUpdate
 from ternbus.aggregator.shell import administration
-from ternbus.aggregator.store.ledger import Ledger
-from ternbus.aggregator.store.membership import codes
+from ternbus.aggregator.store import membership
+from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.aggregator.store.recovery import recover, waiting
 from ternbus.broker.files import read_key
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame, build, parse
-from ternbus.broker.protocol.identity import Identity, enroll_proof, seal
+from ternbus.broker.protocol.identity import Identity, KeyId, enroll_proof, seal
 from ternbus.broker.protocol.messages import Enroll, Head, Metrics, Offer, Receipt, Snapshot, Status, Update
 from ternbus.broker.protocol.parts import cut
 from ternbus.broker.protocol.schema import Schema, vector_digest, vector_of
@@ -151,6 +152,13 @@ def float32_block(schema: Schema, seed: int) -> Block:
     return Block.of_float32(schema, change)
 
 
+def accepted_update(device: str = "pi", **fields: Any) -> AcceptedUpdate:
+    """An update as it is held once it was accepted, of which only ``fields`` matter."""
+    blank: dict[str, Any] = {"key": KeyId(bytes(8)), "seq": 1, "base": 0, "digest": bytes(32), "staleness": 0}
+    blank |= {"samples": 1, "discount": 1.0, "codec": "ternary", "encoding": "raw"}
+    return AcceptedUpdate(device=device, **{**blank, **fields})
+
+
 class Late(Future[Any]):
     """Work that a thread has not come to: it is done when somebody wants to see it."""
 
@@ -193,8 +201,9 @@ class Bench:
         self.recover()
 
     def recover(self) -> None:
+        self.connected = False
         self.beside = Lazy()
-        self.ledger = Ledger(self.directory / administration.LEDGER, beside=self.beside)
+        self.ledger = Ledger(self.directory / LEDGER, beside=self.beside)
         self.core: Core = recover(self.ledger, administration.load_settings(self.directory), self.identity, "test")
         self.schema = self.core.schema
 
@@ -219,7 +228,7 @@ class Bench:
         for action in actions:
             if isinstance(action, events.Publish):
                 self.publish(action)
-            elif isinstance(action, events.RepublishKept):
+            elif isinstance(action, events.RepublishRetained):
                 for topic in action.topics:
                     self.publish(events.Publish(topic=topic, payload=self.ledger.frame(topic), retain=True))
         return self.last
@@ -233,6 +242,8 @@ class Bench:
                 self.retained.pop(action.topic, None)
 
     def handle(self, event: events.Event) -> list[events.Action]:
+        if isinstance(event, events.Connected | events.Disconnected):
+            self.connected = isinstance(event, events.Connected)
         return self.perform(self.core.handle(event, self.now))
 
     def start(self, frame_bytes: int = FRAME_BYTES) -> list[events.Action]:
@@ -241,11 +252,20 @@ class Bench:
         return [*began, *self.connect(frame_bytes)]
 
     def connect(self, frame_bytes: int = FRAME_BYTES) -> list[events.Action]:
-        kept = self.retained.get(topics.head(LAB))
-        actions = self.handle(events.Connecting())
+        head = self.retained.get(topics.head(LAB))
+        actions = self.dial()
         actions = actions + self.handle(events.Connected(frame_bytes=frame_bytes))
-        if kept is not None:
-            actions = actions + self.receive(topics.head(LAB), kept)
+        if head is not None:
+            actions = actions + self.receive(topics.head(LAB), head)
+        return actions
+
+    def dial(self) -> list[events.Action]:
+        """Lose the connection, if there is one; then let time pass until the core asks for another."""
+        actions = self.handle(events.Disconnected()) if self.connected else []
+        while not any(isinstance(action, events.Connect) for action in actions):
+            assert self.core.deadline is not None
+            self.now = max(self.now, self.core.deadline)
+            actions = self.tick()
         return actions
 
     def receive(self, topic: str, *payloads: bytes) -> list[events.Action]:
@@ -261,9 +281,8 @@ class Bench:
         return self.handle(events.TimeReached())
 
     def invite(self, name: str, code: str = "a-code-of-an-invitation", expires_at: float = 1e12) -> str:
-        row = (name, code, expires_at)
-        self.ledger.db.execute("INSERT OR REPLACE INTO invitations VALUES (?, ?, 0, ?)", row)
-        self.handle(events.InvitationsRead(codes=codes(self.ledger.db)))
+        membership.invite(self.ledger.db, {name: code}, 0.0, expires_at)
+        self.handle(events.InvitationsRead(codes=membership.codes(self.ledger.db)))
         return code
 
     def revoke(self, name: str, why: str = "", *, keep: bool = False) -> list[events.Action]:

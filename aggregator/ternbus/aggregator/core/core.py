@@ -1,178 +1,196 @@
 """The aggregator as a state machine: events in, actions out, in the order in which they must be done.
 
-It knows the protocol, who may say what, and when to merge. It does no I/O and reads no clock: time comes with each
+It knows the protocol, who may send what, and when to merge. It does no I/O and reads no clock: time comes with each
 event. What must survive a crash is a ``Save``, and stands before every action that tells anybody of it.
 """
 
 import json
-import math
 from dataclasses import dataclass, field
-from typing import Final, assert_never
+from typing import assert_never
 
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.counters import Counters
 from ternbus.aggregator.core.enrollment import Enrollment
+from ternbus.aggregator.core.events import Action, Publish, Save
 from ternbus.aggregator.core.frames import FrameWriter
+from ternbus.aggregator.core.merge_trigger import RETAINED_S, MergeTrigger
 from ternbus.aggregator.core.publisher import PublishedState, Publisher
 from ternbus.aggregator.core.rate_limit import LogLimit
+from ternbus.aggregator.core.refusals import Refusals
 from ternbus.aggregator.core.registry import Member, Registry
 from ternbus.aggregator.core.updates import Updates
 from ternbus.aggregator.core.validation import Validation
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Settings
-from ternbus.broker.errors import ProtocolError
+from ternbus.broker.backoff import Reconnect
+from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame, parse
 from ternbus.broker.protocol.identity import AGGREGATOR, Identity
-from ternbus.broker.protocol.messages import CLOSED, Head, Metrics, Status
+from ternbus.broker.protocol.messages import CLOSED, RESTORE_LEAP, Head, Metrics, Status
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import Block
-
-RESTORED: Final = 2**32
-ECHO_S: Final = 5.0  # how long the broker has to show us the head that it should have kept
 
 
 @dataclass(slots=True, kw_only=True)
 class Core:
-    """One federation's aggregator. ``handle`` is its only door."""
+    """One federation's aggregator. ``handle`` takes every event."""
 
     settings: Settings
     identity: Identity
     schema: Schema
     model: Model
     registry: Registry
-    kept: PublishedState
+    published: PublishedState
     seq: int  # the highest that was reserved
     session: int
     software: str = "ternbus"
-    _outlet: FrameWriter = field(init=False)
-    _desk: Updates = field(init=False)
-    _press: Publisher = field(init=False)
-    _tally: Counters = field(default_factory=Counters)
-    _door: Enrollment = field(init=False)
-    _lines: LogLimit = field(init=False)
-    _actions: list[events.Action] = field(default_factory=list)
-    _echo_by: float = 0.0
-    _census_by: float | None = None  # until then the broker is still telling us who is online
-    _merge_from: float = -math.inf  # not before
+    _frames: FrameWriter = field(init=False)
+    _updates: Updates = field(init=False)
+    _publisher: Publisher = field(init=False)
+    _enrollment: Enrollment = field(init=False)
+    _refusals: Refusals = field(init=False)
+    _counters: Counters = field(default_factory=Counters)
+    _merge_trigger: MergeTrigger = field(init=False)
+    _reconnect: Reconnect = field(init=False)
+    _is_linked: bool = False  # there is a connection, or one is being made
     _now: float = 0.0
 
     def __post_init__(self) -> None:
-        self._outlet = FrameWriter(self.settings, self.identity, self.schema, self._save, self.seq)
-        self._desk = Updates(
-            settings=self.settings,
+        settings = self.settings
+        self._frames = FrameWriter(settings, self.identity, self.schema, self.seq)
+        self._refusals = Refusals(counters=self._counters, log_limit=LogLimit(settings.limits.log_lines_per_minute))
+        self._updates = Updates(
+            settings=settings,
             model=self.model,
-            intake=Validation(self.settings, self.identity, self.schema),
-            outlet=self._outlet,
-            tally=self._tally,
-            do=self._do,
-            closed=self.kept.state == CLOSED,
+            validation=Validation(settings, self.identity, self.schema),
+            frames=self._frames,
+            counters=self._counters,
+            closed=self.published.state == CLOSED,
         )
-        self._door = Enrollment(
-            settings=self.settings, registry=self.registry, desk=self._desk, do=self._do, refuse=self._refuse
+        self._enrollment = Enrollment(
+            settings=settings, registry=self.registry, updates=self._updates, refusals=self._refusals
         )
-        self._lines = LogLimit(self.settings.limits.log_lines_per_minute)
-        self._press = Publisher(
-            settings=self.settings, model=self.model, kept=self.kept, outlet=self._outlet, do=self._do
-        )
+        self._publisher = Publisher(settings=settings, model=self.model, published=self.published, frames=self._frames)
+        self._merge_trigger = MergeTrigger(settings=settings.merge, min_interval_s=settings.downlink.min_interval_s)
+        self._reconnect = Reconnect(salt=self.identity.public.hex())
 
     @property
     def deadline(self) -> float | None:
         """When ``TimeReached`` is due at the latest."""
-        echo_by = self._echo_by if self._press.in_doubt else None
-        dues = [self._desk.merge_by, echo_by, self._tally.due]
-        if self.model.buffer:
-            dues += [self._census_by, self._merge_from if self._merge_from > self._now else None]
+        dues = [
+            self._reconnect.due_s if self._wants_connection else None,
+            self._merge_trigger.due_s(self.model.buffer, self._now),
+            self._publisher.confirm_by,
+            self._counters.due,
+        ]
         return min((due for due in dues if due is not None), default=None)
 
-    def handle(self, event: events.Event, now: float) -> list[events.Action]:
+    def start(self, now: float) -> list[Action]:
+        """What is to be done before the first event."""
+        self._now = now
+        if self.model.buffer:
+            self._merge_trigger = self._merge_trigger.first_accepted(now)
+        return self._publisher.renew()
+
+    def handle(self, event: events.Event, now: float) -> list[Action]:
         """Take in one event at ``now`` (seconds, never going back); return what is to be done, in order."""
         self._now = now
-        self._actions = []
+        actions = self._take(event)
+        actions += self._on_time()
+        return actions
+
+    def restored(self) -> list[Action]:
+        """This state is an older copy: go above every number that a device may have seen (protocol, section 14)."""
+        self._frames.leap(RESTORE_LEAP)
+        self.session += RESTORE_LEAP
+        begun = Save(record=records.SessionBegun(session=self.session))
+        return [begun, *self._publisher.leap(RESTORE_LEAP)]
+
+    def _take(self, event: events.Event) -> list[Action]:  # noqa: PLR0911 - a table, one line an event
         match event:
             case events.MessageArrived():
-                self._message(event)
-            case events.Connecting():
-                self._connecting()
+                return self._message(event)
             case events.Connected():
-                self._connected(event)
-            case events.Disconnected():
-                self._press.in_doubt = False
+                return self._connected(event)
+            case events.ConnectFailed() | events.Disconnected():
+                return self._disconnected()
             case events.InvitationsRead():
-                self._door.invite(event.codes)
-                self._done(event.request)
-            case events.CancelRequested():
-                self._done(event.request, self._door.cancel(event.device))
-            case events.RevokeRequested():
-                self._done(event.request, self._door.revoke(event))
+                self._enrollment.invite(event.codes)
+                return self._done(event.request)
+            case events.CancelRequested() | events.RevokeRequested():
+                return self._membership(event)
             case events.StateRequested():
-                self._change_state(event)
+                return self._change_state(event)
             case events.CountsRequested():
-                self._count()
-                self._done(event.request)
+                return [*self._count(), *self._done(event.request)]
             case events.TimeReached():
-                pass
+                return self._connect()
             case events.StopRequested():
-                self._stop()
+                return self._stop()
             case _:
                 assert_never(event)
-        self._on_time()
-        return self._actions
 
     # --- connection
 
-    def _connecting(self) -> None:
+    @property
+    def _wants_connection(self) -> bool:
+        return not (self._is_linked or self._updates.stopping)
+
+    def _connect(self) -> list[Action]:
+        if not self._wants_connection or self._now < self._reconnect.due_s:
+            return []
+        self._is_linked = True
         self.session += 1
-        self._save(records.SessionBegun(session=self.session))
-        topic, payload = self._outlet.status("offline", self.session, self.software)
-        self._do(events.Connect(will_topic=topic, will_payload=payload))
+        begun = Save(record=records.SessionBegun(session=self.session))
+        reserved, (topic, payload) = self._frames.status("offline", self.session, self.software)
+        return [begun, *reserved, events.Connect(will_topic=topic, will_payload=payload)]
 
-    def _connected(self, event: events.Connected) -> None:
+    def _connected(self, event: events.Connected) -> list[Action]:
+        self._is_linked = True
+        self._reconnect.connected(self._now)
         federation = self.settings.federation
-        self._do(
-            events.Subscribe(
-                filters=(f"{topics.root(federation)}/up/#", topics.head(federation), topics.status(federation))
-            )
-        )
-        if self._desk.stopping:
-            return  # the last word was said
-        self._publish(self._outlet.status("online", self.session, self.software), retain=True)
-        self._press.in_doubt, self._echo_by = True, self._now + ECHO_S
-        self._census_by = self._now + ECHO_S
-        self._press.fit(event.frame_bytes)
-        if self.session == 1 and self._press.in_doubt:
-            self._press.republish()  # nothing of ours can be there yet
+        filters = (f"{topics.root(federation)}/up/#", topics.head(federation), topics.status(federation))
+        actions: list[Action] = [events.Subscribe(filters=filters)]
+        if self._updates.stopping:
+            return actions  # the last status was published
+        actions += self._status("online")
+        self._publisher.confirm_by = self._now + RETAINED_S
+        self._merge_trigger = self._merge_trigger.connected(self._now)
+        actions += self._publisher.fit(event.frame_bytes)
+        if self.session == 1 and self._publisher.confirm_by is not None:
+            actions += self._publisher.republish()  # the broker cannot have anything of ours yet
+        return actions
 
-    def _stop(self) -> None:
-        """Finish what is accepted, say goodbye."""
-        self._desk.stopping = True
-        if self.model.buffer:
-            self._merge()
-        self._count()
-        self._publish(self._outlet.status("offline", self.session, self.software), retain=True)
-        self._do(events.Stop())
+    def _disconnected(self) -> list[Action]:
+        self._is_linked = False
+        self._reconnect.failed(self._now)
+        self._publisher.confirm_by = None
+        return []
+
+    def _stop(self) -> list[Action]:
+        """Finish what is accepted, then publish that this is offline."""
+        self._updates.stopping = True
+        merged = self._merge() if self.model.buffer else []
+        return [*merged, *self._count(), *self._status("offline"), events.Stop()]
+
+    def _status(self, state: str) -> list[Action]:
+        reserved, (topic, payload) = self._frames.status(state, self.session, self.software)
+        return [*reserved, Publish(topic=topic, payload=payload, retain=True)]
 
     # --- messages
 
-    def _message(self, event: events.MessageArrived) -> None:
+    def _message(self, event: events.MessageArrived) -> list[Action]:
         """Take in what the broker delivered; whatever is wrong with it is counted, and that is all."""
-        about = "a message"
+        what = "a message"
         try:
             address = self._address(event.topic)
-            about = f"{address.kind} of {address.device or AGGREGATOR}"
+            what = f"{address.kind} of {address.device or AGGREGATOR}"
             if address.group != "up":
-                self._own(event, address)
-            elif event.payload:  # an empty one only clears what was retained
-                self._from_device(event, address)
+                return self._own(event, address)
+            return self._from_device(event, address) if event.payload else []  # an empty one clears what was retained
         except ProtocolError as error:
-            self._refuse(error.reason, f"dropped {about}: {error}")
-
-    def _refuse(self, reason: str, text: str) -> None:
-        """Count what was refused, and tell the operator, who is not to be drowned in it."""
-        self._tally.refuse(reason, self._now)
-        line = self._lines.write(reason, text, self._now)
-        if line:
-            self._log(line)
+            return self._refusals.drop(what, error, self._now)
 
     def _address(self, topic: str) -> topics.Address:
         address = topics.parse(topic)
@@ -180,7 +198,7 @@ class Core:
             raise ProtocolError("wrong-federation", address.federation)
         return address
 
-    def _from_device(self, event: events.MessageArrived, address: topics.Address) -> None:
+    def _from_device(self, event: events.MessageArrived, address: topics.Address) -> list[Action]:
         member = self.registry.members.get(address.device or "")
         if member is not None:
             member.take_frame(self._now, self.settings.limits.frames_per_s)
@@ -188,161 +206,140 @@ class Core:
         frame = parse(event.payload) if opened is None else opened.frame
         topics.check(frame, address)
         if frame.kind == "enroll":
-            self._door.enroll(frame, self._now, event.clock_s)
-        else:
-            member = self._door.authenticate(frame, b"" if opened is None else opened.public, self._now)
-            if frame.kind == "update":
-                member.update_bytes += event.packet_bytes
-                self._tally.observe(member.name, self._now)
-            self._frame(member, frame, None if opened is None else opened.block)
+            return self._enrollment.enroll(frame, self._now, event.clock_s)
+        sender = self._enrollment.authenticate(frame, b"" if opened is None else opened.public, self._now)
+        if not isinstance(sender, Member):
+            return sender
+        if frame.kind == "update":
+            sender.update_bytes += event.packet_bytes
+            self._counters.observe(sender.name, self._now)
+        return self._frame(sender, frame, None if opened is None else opened.block)
 
-    def _frame(self, member: Member, frame: Frame, ahead: Block | None) -> None:
+    def _frame(self, member: Member, frame: Frame, ahead: Block | None) -> list[Action]:
         match frame.kind:
             case "update":
-                self._desk.update(member, frame, self._now, ahead)
+                return self._update(member, frame, ahead)
             case "offer":
-                self._desk.offer(member, frame, self._now)
+                return self._updates.offer(member, frame, self._now)
             case "status":
                 frame.check_bodiless()
                 if self.registry.observe(member, Status.from_meta(frame.meta), frame.seq):
-                    self._tally.observe(member.name, self._now)
+                    self._counters.observe(member.name, self._now)
+                return []
             case _:  # the topics that a device may write on leave only metrics
-                self._metrics(member, frame)
+                return self._metrics(member, frame)
 
-    def _own(self, event: events.MessageArrived, address: topics.Address) -> None:
-        """Our own retained frames as the broker has them: they tell whether it lost any, and nothing else."""
-        if address.kind == "head" and self._press.in_doubt:
-            if event.payload == self.kept.head_frame:
-                self._press.in_doubt = False
-            elif not self._is_older_copy(event, address):
-                self._press.republish()
-        elif address.kind == "status" and event.payload and not self._desk.stopping:
-            frame = parse(event.payload)
-            topics.check(frame, address)
-            frame.check_authentic(self.identity.public)
-            status = Status.from_meta(frame.meta)
-            if status.state == "offline" and status.session >= self.session:
-                self.session = status.session + 1
-                self._save(records.SessionBegun(session=self.session))
-                self._publish(self._outlet.status("online", self.session, self.software), retain=True)
+    def _update(self, member: Member, frame: Frame, ahead: Block | None) -> list[Action]:
+        was_empty = not self.model.buffer
+        actions = self._updates.update(member, frame, self._now, ahead)
+        if was_empty and self.model.buffer:
+            self._merge_trigger = self._merge_trigger.first_accepted(self._now)
+        return actions
 
-    def _is_older_copy(self, event: events.MessageArrived, address: topics.Address) -> bool:
-        """Whether the broker shows a head that we signed and do not know: then our state is a copy from before it."""
-        try:
-            frame = parse(event.payload)
-            topics.check(frame, address)
-            frame.check_authentic(self.identity.public)
-            head = Head.from_meta(frame.meta)
-        except ProtocolError:
-            return False
-        if head.version <= self.model.version and frame.seq <= self._outlet.seq:
-            return False
-        self._desk.stopping = True
-        self._do(
-            events.Stop(
-                error=f"the broker holds version {head.version}, signed by this aggregator, whose ledger knows only "
-                f"{self.model.version}: was it restored from a backup? Then run: ternbus aggregator restored DIR"
-            )
-        )
-        return True
-
-    def _metrics(self, member: Member, frame: Frame) -> None:
+    def _metrics(self, member: Member, frame: Frame) -> list[Action]:
         frame.check_bodiless()
         metrics = Metrics.from_meta(frame.meta)
         if metrics.version > self.model.version:
             raise ProtocolError("bad-meta", "metrics of a version that is not yet")
         if frame.seq <= member.metrics_seq:
             raise ProtocolError("replayed-metrics", member.name)
-        size_bytes = len(json.dumps(dict(metrics.values)))  # as the ledger keeps them
+        size_bytes = len(json.dumps(dict(metrics.values)))  # as the ledger holds them
         if member.metrics_bytes + size_bytes > self.settings.limits.metrics_bytes:
             raise ProtocolError("too-many-metrics", f"more than limits.metrics_bytes of {member.name}")
         member.metrics_bytes += size_bytes
         member.metrics_seq = frame.seq
         if metrics.split == "test" and member.highest_base < 0:
             member.evaluates = True
-        self._save(records.MetricsReceived(device=member.name, seq=frame.seq, metrics=metrics))
+        return [Save(record=records.MetricsReceived(device=member.name, seq=frame.seq, metrics=metrics))]
 
-    # --- the model
+    # --- our own retained frames, as the broker has them
 
-    def start(self, now: float) -> list[events.Action]:
-        """What is to be done before the first event."""
-        self._now, self._actions = now, []
-        self._press.renew()
-        if self.model.buffer:
-            self._desk.merge_by = now + self.settings.merge.max_wait_s
-        return self._actions
+    def _own(self, event: events.MessageArrived, address: topics.Address) -> list[Action]:
+        """They tell whether the broker lost any, and nothing else."""
+        if address.kind == "head":
+            return self._own_head(event, address) if self._publisher.confirm_by is not None else []
+        if address.kind == "status" and event.payload and not self._updates.stopping:
+            return self._own_status(event, address)
+        return []
 
-    def restored(self) -> list[events.Action]:
-        """This state is an older copy: go above every number that a device may have seen (protocol, section 14)."""
-        self._actions = []
-        self._outlet.leap(RESTORED)
-        self.session += RESTORED
-        self._save(records.SessionBegun(session=self.session))
-        self._press.leap(RESTORED)
-        return self._actions
+    def _own_head(self, event: events.MessageArrived, address: topics.Address) -> list[Action]:
+        if event.payload == self.published.head_frame:
+            self._publisher.confirm_by = None
+            return []
+        newer = self._newer_version(event, address)
+        if newer is None:
+            return self._publisher.republish()
+        self._updates.stopping = True
+        error = (
+            f"the broker holds version {newer}, signed by this aggregator, whose ledger knows only "
+            f"{self.model.version}: was it restored from a backup? Then run: ternbus aggregator restored DIR"
+        )
+        return [events.Stop(error=error)]
 
-    def _merge(self) -> None:
-        self._desk.merge_by = None
-        self._merge_from = self._now + self.settings.downlink.min_interval_s
+    def _newer_version(self, event: events.MessageArrived, address: topics.Address) -> int | None:
+        """The version of a head that we signed and do not know: then our state is a copy from before it."""
+        try:
+            frame = parse(event.payload)
+            topics.check(frame, address)
+            frame.check_authentic(self.identity.public)
+            head = Head.from_meta(frame.meta)
+        except ProtocolError:
+            return None
+        return head.version if head.version > self.model.version or frame.seq > self._frames.seq else None
+
+    def _own_status(self, event: events.MessageArrived, address: topics.Address) -> list[Action]:
+        """A last will that comes while we are connected is answered in a session above its own."""
+        frame = parse(event.payload)
+        topics.check(frame, address)
+        frame.check_authentic(self.identity.public)
+        status = Status.from_meta(frame.meta)
+        if status.state != "offline" or status.session < self.session:
+            return []
+        self.session = status.session + 1
+        begun = Save(record=records.SessionBegun(session=self.session))
+        return [begun, *self._status("online")]
+
+    # --- what the operator asks for
+
+    def _membership(self, event: events.CancelRequested | events.RevokeRequested) -> list[Action]:
+        try:
+            if isinstance(event, events.RevokeRequested):
+                actions = self._enrollment.revoke(event)
+            else:
+                actions = self._enrollment.cancel(event.device)
+        except ConfigError as error:
+            return self._done(event.request, str(error))
+        return [*actions, *self._done(event.request)]
+
+    def _change_state(self, event: events.StateRequested) -> list[Action]:
+        actions = self._merge() if event.state == CLOSED and self.model.buffer else []
+        if event.state != self.published.state:
+            actions += self._publisher.change_state(event.state)
+            self._updates.closed = event.state == CLOSED
+            actions.append(events.Log(text=f"the federation is {event.state}"))
+        return [*actions, *self._done(event.request)]
+
+    def _done(self, request: int, error: str = "") -> list[Action]:
+        return [Save(record=records.RequestDone(request=request, error=error))] if request or error else []
+
+    # --- time
+
+    def _on_time(self) -> list[Action]:
+        """Whatever is due now, whichever event was taken."""
+        actions: list[Action] = []
+        if self._merge_trigger.is_due(self.model.buffer, self.registry.online, self._now):
+            actions += self._merge()
+        if self._publisher.confirm_by is not None and self._publisher.confirm_by <= self._now:
+            actions += self._publisher.republish()
+        if self._counters.due is not None and self._counters.due <= self._now:
+            actions += self._count()
+        return actions
+
+    def _merge(self) -> list[Action]:
+        self._merge_trigger = self._merge_trigger.merged(self._now)
         for update in self.model.buffer:
             self.registry.members[update.device].waiting_bytes = 0
-        self._press.merge()
+        return self._publisher.merge()
 
-    def _change_state(self, event: events.StateRequested) -> None:
-        if event.state == CLOSED and self.model.buffer:
-            self._merge()
-        if event.state != self.kept.state:
-            self._press.change_state(event.state)
-            self._desk.closed = event.state == CLOSED
-            self._log(f"the federation is {event.state}")
-        self._done(event.request)
-
-    # --- time and counters
-
-    def _on_time(self) -> None:
-        if self._census_by is not None and self._census_by <= self._now:
-            self._census_by = None
-        if self.model.buffer and self._is_merge_due():
-            self._merge()
-        if self._press.in_doubt and self._echo_by <= self._now:
-            self._press.republish()
-        if self._tally.due is not None and self._tally.due <= self._now:
-            self._count()
-
-    def _is_merge_due(self) -> bool:
-        """Whether it is time: max_wait_s after the first update, or earlier, but not too soon, when all is there."""
-        if self._desk.merge_by is not None and self._desk.merge_by <= self._now:
-            return True
-        full = len(self.model.buffer) >= self.settings.merge.buffer_size
-        return self._merge_from <= self._now and (full or self._all_contributed())
-
-    def _all_contributed(self) -> bool:
-        """Whether there is nobody online whose update is still to come; evaluators send none."""
-        if self._census_by is not None:
-            return False
-        contributed = {update.device for update in self.model.buffer}
-        online, members = self.registry.online, self.registry.members
-        return not online.isdisjoint(contributed) and all(
-            name in contributed or members[name].evaluates for name in online
-        )
-
-    def _count(self) -> None:
-        self._save(self._tally.take(self.registry))
-
-    # --- actions
-
-    def _done(self, request: int, error: str = "") -> None:
-        if request or error:
-            self._save(records.RequestDone(request=request, error=error))
-
-    def _save(self, record: records.Record) -> None:
-        self._do(events.Save(record=record))
-
-    def _publish(self, message: tuple[str, bytes], *, retain: bool = False) -> None:
-        self._do(events.Publish(topic=message[0], payload=message[1], retain=retain))
-
-    def _log(self, text: str) -> None:
-        self._do(events.Log(text=text))
-
-    def _do(self, action: events.Action) -> None:
-        self._actions.append(action)
+    def _count(self) -> list[Action]:
+        return [Save(record=self._counters.take(self.registry))]

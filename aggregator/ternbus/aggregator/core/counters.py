@@ -1,4 +1,4 @@
-"""What is only counted: refusals, repeated answers, traffic and statuses, gathered for one record a second."""
+"""Counters of refusals, repeated answers, traffic and statuses, gathered for one record a second."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Final
 from ternbus.aggregator.core.records import Observed
 from ternbus.aggregator.core.registry import Registry
 
-COUNT_S: Final = 1.0  # counters that changed are written down so much later
+COUNT_S: Final = 1.0  # from a counter's first change until all of them are saved
 
 
 @dataclass(slots=True)
@@ -22,19 +22,19 @@ class Counters:
     def refuse(self, reason: str, now: float) -> None:
         """Count a frame that was dropped."""
         self.refused[reason] += 1
-        self.wake(now)
+        self._wake(now)
 
     def answer(self, outcome: str, now: float) -> None:
         """Count an answer that no other record stands for."""
         self.outcomes[outcome] += 1
-        self.wake(now)
+        self._wake(now)
 
     def observe(self, device: str, now: float) -> None:
         """A device's traffic or status changed."""
         self._devices.add(device)
-        self.wake(now)
+        self._wake(now)
 
-    def wake(self, now: float) -> None:
+    def _wake(self, now: float) -> None:
         if self.due is None:
             self.due = now + COUNT_S
 

@@ -1,18 +1,13 @@
-"""What can happen to the aggregator, in the past tense, and what it then wants done, in the imperative."""
+"""Events that the core is told of, in the past tense, and actions that it asks for, in the imperative."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ternbus.aggregator.core.records import Record
 from ternbus.aggregator.core.registry import Invited
-from ternbus.aggregator.merge.model import Waiting
+from ternbus.aggregator.merge.accepted import BufferedUpdate
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.ternary import Block
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Connecting:
-    """The service is about to connect; it needs a last will."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +15,11 @@ class Connected:
     """The broker accepted us; frames may have at most ``frame_bytes``."""
 
     frame_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectFailed:
+    """What ``Connect`` asked for has led to no connection."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,7 @@ class Disconnected:
 class Opened:
     """A frame that is authentic under this public key; whether the key may still sign is the core's question.
 
-    ``block`` is what an update in one unsealed part says, where that was read ahead. None says nothing of it.
+    ``block`` is the content of an update in one unsealed part, where that was read ahead. None means nothing.
     """
 
     frame: Frame
@@ -72,7 +72,7 @@ class CancelRequested:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RevokeRequested:
-    """The operator wants a device out, told ``why``; its updates in the buffer dropped unless ``keep``.
+    """The operator wants a device revoked, told ``why``; its updates in the buffer dropped unless ``keep``.
 
     ``buffer`` is all that waits for a merge, in order, as the ledger has it; read at most once.
     """
@@ -80,7 +80,7 @@ class RevokeRequested:
     device: str
     why: str = ""
     keep: bool = False
-    buffer: Iterable[Waiting] = ()
+    buffer: Iterable[BufferedUpdate] = ()
     request: int = 0
 
 
@@ -94,7 +94,7 @@ class StateRequested:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CountsRequested:
-    """The operator looks at the status: counters are to be on disk."""
+    """The operator looks at the status: counters have to be on disk."""
 
     request: int = 0
 
@@ -110,8 +110,8 @@ class StopRequested:
 
 
 Event = (
-    Connecting
-    | Connected
+    Connected
+    | ConnectFailed
     | Disconnected
     | MessageArrived
     | InvitationsRead
@@ -133,7 +133,7 @@ class Save:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connect:
-    """Connect to the broker with this last will."""
+    """Connect to the broker with this last will; ``Connected`` or ``ConnectFailed`` tells how it went."""
 
     will_topic: str
     will_payload: bytes
@@ -156,8 +156,8 @@ class Publish:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RepublishKept:
-    """Publish the kept frames of these topics again, unchanged and in this order."""
+class RepublishRetained:
+    """Publish the saved frames of these retained topics again, unchanged and in this order."""
 
     topics: tuple[str, ...]
 
@@ -176,4 +176,4 @@ class Stop:
     error: str = ""
 
 
-Action = Save | Connect | Subscribe | Publish | RepublishKept | Log | Stop
+Action = Save | Connect | Subscribe | Publish | RepublishRetained | Log | Stop

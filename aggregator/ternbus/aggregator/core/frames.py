@@ -1,41 +1,45 @@
-"""What the aggregator says: its frames, signed, numbered and cut, as (topic, payload) pairs."""
+"""The frames that the aggregator publishes: signed, numbered, and cut into parts, as (topic, payload) pairs.
 
-from collections.abc import Callable, Mapping
+Sequence numbers become durable a block at a time. So whatever numbers a frame returns it together with the records
+that must be saved before the frame is published: one where a block begins, else none.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from ternbus.aggregator.core.records import Record, SeqReserved
-from ternbus.aggregator.merge.downlink import encoded_block, snapshot_body
+from ternbus.aggregator.core.events import Action, Publish, Save
+from ternbus.aggregator.core.records import SeqReserved
+from ternbus.aggregator.merge.downlink import snapshot_body
 from ternbus.aggregator.settings import Settings
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import build
 from ternbus.broker.protocol.identity import AGGREGATOR, Identity
 from ternbus.broker.protocol.merge_log import Contribution, Entry, Signed
-from ternbus.broker.protocol.messages import Delta, Head, Receipt, Snapshot, SnapshotRef, Status
+from ternbus.broker.protocol.messages import Delta, Grant, Head, Receipt, Snapshot, SnapshotRef, Status
 from ternbus.broker.protocol.parts import cut
 from ternbus.broker.protocol.schema import Schema, Vector
-from ternbus.broker.protocol.ternary import Block
 
 SEQ_BLOCK: Final = 10_000  # sequence numbers made durable at a time: a crash skips the rest of a block
 ENVELOPE_BYTES: Final = 4096  # more than any header of an update with all its metrics takes
 
-Frames = list[tuple[str, bytes]]
+Message = tuple[str, bytes]  # topic, payload
+Reserved = tuple[Save, ...]  # to be done before what they come with is published
 
 
 @dataclass(slots=True)
 class FrameWriter:
-    """Builds frames under ever higher sequence numbers; ``save`` makes each block of numbers durable before use."""
+    """Builds frames under ever higher sequence numbers."""
 
     settings: Settings
     identity: Identity
     schema: Schema
-    save: Callable[[Record], None]
-    seq: int  # the last one that was made durable; the next frame's is above it
+    seq: int  # of the last frame; at first the last one that was made durable
     frame_bytes: int = 0
-    _reserved: int = field(init=False)
+    reserved: int = field(init=False)  # the last number that may be used before another block is saved
 
     def __post_init__(self) -> None:
-        self._reserved = self.seq
+        self.reserved = self.seq
         self.frame_bytes = self.settings.limits.frame_bytes
 
     @property
@@ -46,18 +50,21 @@ class FrameWriter:
         return max(self.settings.limits.direct_parts, -(-largest // max(1024, self.frame_bytes - ENVELOPE_BYTES)))
 
     def leap(self, numbers: int) -> None:
-        """Leave out so many sequence numbers."""
-        self.seq = self._reserved + numbers
+        """Leave out that many sequence numbers."""
+        self.seq = self.reserved + numbers
 
-    def status(self, state: str, session: int, software: str) -> tuple[str, bytes]:
+    def to_device(self, message: Receipt | Grant) -> list[Action]:
+        """Publish a message for one device."""
+        topic = topics.down(self.settings.federation, message.device, message.KIND)
+        reserved, payload = self._frame(message.KIND, message.meta())
+        return [*reserved, Publish(topic=topic, payload=payload)]
+
+    def status(self, state: str, session: int, software: str) -> tuple[Reserved, Message]:
         value = Status(state=state, session=session, software=software)
-        return topics.status(self.settings.federation), self.frame(value.KIND, value.meta())
+        reserved, payload = self._frame(value.KIND, value.meta())
+        return reserved, (topics.status(self.settings.federation), payload)
 
-    def receipt(self, receipt: Receipt) -> tuple[str, bytes]:
-        topic = topics.down(self.settings.federation, receipt.device, receipt.KIND)
-        return topic, self.frame(receipt.KIND, receipt.meta())
-
-    def head(self, *, version: int, digest: bytes, snapshot: SnapshotRef, state: str) -> tuple[str, bytes]:
+    def head(self, *, version: int, digest: bytes, snapshot: SnapshotRef, state: str) -> tuple[Reserved, Message]:
         head = Head(
             version=version,
             digest=digest,
@@ -69,22 +76,21 @@ class FrameWriter:
             state=state,
             plan=self.settings.plan,
         )
-        return topics.head(self.settings.federation), self.frame(head.KIND, head.meta())
+        reserved, payload = self._frame(head.KIND, head.meta())
+        return reserved, (topics.head(self.settings.federation), payload)
 
-    def delta(self, version: int, digest: bytes, block: Block) -> tuple[str, bytes, Frames]:
-        """(encoding, body, frames) of the delta that makes ``version``."""
-        encoding, body = encoded_block(block)
-        value = Delta(version=version, digest=digest, codec=block.codec, encoding=encoding)
-        slot = version % self.settings.downlink.slots
-        frames = self._parts(value.KIND, value.meta(), body)
-        return (
-            encoding,
-            body,
-            [(topics.delta(self.settings.federation, slot, part), frame) for part, frame in enumerate(frames)],
-        )
+    def delta(self, value: Delta, body: bytes) -> tuple[Reserved, list[Message]]:
+        """The frames of the delta that makes a version, in that version's slot."""
+        slot = value.version % self.settings.downlink.slots
+        reserved, frames = self._parts(value.KIND, value.meta(), body)
+        return reserved, [
+            (topics.delta(self.settings.federation, slot, part), frame) for part, frame in enumerate(frames)
+        ]
 
-    def snapshot(self, version: int, digest: bytes, vector: Vector, place: int) -> tuple[SnapshotRef, Frames]:
-        """The frames of a snapshot for ``place``, and how a head names it."""
+    def snapshot(
+        self, version: int, digest: bytes, vector: Vector, place: int
+    ) -> tuple[Reserved, SnapshotRef, list[Message]]:
+        """How a head names a snapshot in ``place``, and its frames."""
         encoding, body, length = snapshot_body(self.schema, vector)
         value = Snapshot(
             version=version,
@@ -93,44 +99,51 @@ class FrameWriter:
             content_bytes=length,
             encoding=encoding,
         )
-        frames = self._parts(value.KIND, value.meta(), body)
+        reserved, frames = self._parts(value.KIND, value.meta(), body)
         named = SnapshotRef(version=version, parts=len(frames), content_bytes=length, place=place)
-        return named, [
-            (topics.snapshot(self.settings.federation, place, part), frame) for part, frame in enumerate(frames)
-        ]
+        return (
+            reserved,
+            named,
+            [(topics.snapshot(self.settings.federation, place, part), frame) for part, frame in enumerate(frames)],
+        )
 
     def entry(self, version: int, digest: bytes, previous: bytes, updates: tuple[Contribution, ...] = ()) -> Signed:
-        """An entry in the log of merges, which is not published: who asks the operator is given it."""
+        """An entry in the log of merges, which is not published: the operator hands it out."""
         federation = self.settings.federation
         entry = Entry(federation=federation, version=version, digest=digest, previous=previous, updates=updates)
         return entry.signed(self.identity)
 
-    def frame(self, kind: str, meta: Mapping[str, Any]) -> bytes:
+    def _frame(self, kind: str, meta: Mapping[str, Any]) -> tuple[Reserved, bytes]:
         """One frame without a body."""
-        return build(
+        reserved = self._take_seq()
+        frame = build(
             self.identity,
             federation=self.settings.federation,
             sender=AGGREGATOR,
             kind=kind,
-            seq=self._next_seq(),
+            seq=self.seq,
             meta=meta,
         )
+        return reserved, frame
 
-    def _parts(self, kind: str, meta: Mapping[str, Any], body: bytes) -> list[bytes]:
-        return cut(
+    def _parts(self, kind: str, meta: Mapping[str, Any], body: bytes) -> tuple[Reserved, list[bytes]]:
+        reserved = self._take_seq()
+        frames = cut(
             self.identity,
             federation=self.settings.federation,
             sender=AGGREGATOR,
             kind=kind,
-            seq=self._next_seq(),
+            seq=self.seq,
             meta=meta,
             body=body,
             frame_bytes=self.frame_bytes,
         )
+        return reserved, frames
 
-    def _next_seq(self) -> int:
+    def _take_seq(self) -> Reserved:
+        """Go on to the next number, ``seq``."""
         self.seq += 1
-        if self.seq > self._reserved:
-            self._reserved = self.seq + SEQ_BLOCK
-            self.save(SeqReserved(upto=self._reserved))
-        return self.seq
+        if self.seq <= self.reserved:
+            return ()
+        self.reserved = self.seq + SEQ_BLOCK
+        return (Save(record=SeqReserved(upto=self.reserved)),)

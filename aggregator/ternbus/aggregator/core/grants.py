@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Final
 
+from ternbus.broker.protocol.messages import GRANT_RANGES_MAX
+
 GRANT_S: Final = 60.0
-RANGES_MAX: Final = 500  # in one grant
 
 
 @dataclass(slots=True)
@@ -29,12 +30,12 @@ class Grants:
 
 
 def ranges(parts: list[int]) -> tuple[tuple[int, int], ...]:
-    """Ascending part numbers as at most 500 ranges."""
+    """Ascending part numbers as ranges, as many as one grant may hold."""
     found: list[tuple[int, int]] = []
     for part in parts:
         if found and found[-1][1] == part - 1:
             found[-1] = (found[-1][0], part)
-        elif len(found) < RANGES_MAX:
+        elif len(found) < GRANT_RANGES_MAX:
             found.append((part, part))
         else:
             break

@@ -1,22 +1,23 @@
 """Makes versions and publishes them: delta, head and snapshot, each on disk before anybody can read it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from ternbus.aggregator.core import events, records
-from ternbus.aggregator.core.frames import Frames, FrameWriter
+from ternbus.aggregator.core import records
+from ternbus.aggregator.core.events import Action, Publish, RepublishRetained, Save
+from ternbus.aggregator.core.frames import FrameWriter, Message, Reserved
 from ternbus.aggregator.merge.downlink import encoded_block, next_block
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Recipe, Settings
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.merge_log import Contribution, Signed
-from ternbus.broker.protocol.messages import SnapshotRef
+from ternbus.broker.protocol.messages import Delta, SnapshotRef
 
 
 @dataclass(slots=True, kw_only=True)
 class PublishedState:
-    """What stands on the broker, as far as we are concerned; a restart recovers it."""
+    """What the broker was given to retain; a restart recovers it."""
 
     state: str
     snapshot: SnapshotRef
@@ -33,170 +34,179 @@ class Publisher:
 
     settings: Settings
     model: Model
-    kept: PublishedState
-    outlet: FrameWriter
-    do: Callable[[events.Action], None]
-    in_doubt: bool = False  # whether the broker still has what it was given; until then no head may say that it does
+    published: PublishedState
+    frames: FrameWriter
+    # Until then the broker may show that it still has our head, after which everything is published again. None: it
+    # has shown it, or was given everything; while it has not, no head may be published that names what it lost.
+    confirm_by: float | None = None
 
-    def merge(self) -> None:
+    def merge(self) -> list[Action]:
         """Make the next version: on disk first, then its delta, then the head that names it."""
         merged = self.model.merge()
-        encoding, body, frames = self.outlet.delta(merged.version, merged.digest, merged.block)
-        self._save(
-            records.VersionMade(
-                version=merged.version,
-                digest=merged.digest,
-                updates=merged.updates,
-                staleness_mean=merged.staleness_mean,
-                staleness_max=merged.staleness_max,
-                codec=merged.block.codec,
-                encoding=encoding,
-                body=body,
-                entry=self._entry(merged.contributions),
-            )
+        encoding, body = encoded_block(merged.block)
+        delta = Delta(version=merged.version, digest=merged.digest, codec=merged.block.codec, encoding=encoding)
+        reserved, frames = self.frames.delta(delta, body)
+        made = records.VersionMade(
+            version=merged.version,
+            digest=merged.digest,
+            updates=merged.updates,
+            staleness_mean=merged.staleness_mean,
+            staleness_max=merged.staleness_max,
+            codec=merged.block.codec,
+            encoding=encoding,
+            body=body,
+            entry=self._entry(merged.contributions),
         )
         # an empty message clears what an older, longer delta left in this slot
         left = self._delta_topics(merged.version)[len(frames) :]
-        self._keep([*frames, *((topic, b"") for topic in left), self._head()])
-        if merged.version - self.kept.snapshot.version >= -(-self.settings.downlink.slots // 2):
-            self.snapshot(at_leisure=True)
+        reserved_head, head = self._head()
+        retained = self._retain([*frames, *_cleared(left), head])
+        actions = [*reserved, Save(record=made), *reserved_head, *retained]
+        if merged.version - self.published.snapshot.version >= -(-self.settings.downlink.slots // 2):
+            actions += self.snapshot(at_leisure=True)
+        return actions
 
-    def snapshot(self, *, at_leisure: bool = False) -> None:
+    def snapshot(self, *, at_leisure: bool = False) -> list[Action]:
         """Publish the whole model to the other place, then a head that names it."""
-        place = 1 - self.kept.snapshot.place
+        place = 1 - self.published.snapshot.place
         model = self.model
-        self.kept.snapshot, frames = self.outlet.snapshot(model.version, model.digest, model.published, place)
-        self.kept.recipe = self.settings.recipe
-        self._save(
-            records.SnapshotTaken(
-                version=model.version,
-                published=model.published,
-                server=model.server,
-                named=self.kept.snapshot,
-                recipe=self.kept.recipe,
-                at_leisure=at_leisure,
-            )
+        reserved, named, frames = self.frames.snapshot(model.version, model.digest, model.published, place)
+        self.published.snapshot, self.published.recipe = named, self.settings.recipe
+        taken = records.SnapshotTaken(
+            version=model.version,
+            published=model.published,
+            server=model.server,
+            named=named,
+            recipe=self.settings.recipe,
+            at_leisure=at_leisure,
         )
         left = self._parts_in(lambda part: topics.snapshot(self.settings.federation, place, part))[len(frames) :]
-        self._keep([*frames, self._head(), *((topic, b"") for topic in left)])
+        reserved_head, head = self._head()
+        retained = self._retain([*frames, head, *_cleared(left)])
+        return [*reserved, Save(record=taken), *reserved_head, *retained]
 
-    def leap(self, versions: int) -> None:
-        """Go on so many versions later with the same model: after a restore, above whatever devices may have seen."""
+    def leap(self, versions: int) -> list[Action]:
+        """Go on that many versions later with the same model: after a restore, above what devices may have seen."""
         model = self.model
         model.version += versions
         block = next_block(model.schema, self.settings.downlink.codec, model.published, model.published)
         encoding, body = encoded_block(block)
-        self._save(
-            records.VersionMade(
-                version=model.version,
-                digest=model.digest,
-                updates=0,
-                staleness_mean=0.0,
-                staleness_max=0,
-                codec=block.codec,
-                encoding=encoding,
-                body=body,
-                entry=self._entry(()),
-            )
+        made = records.VersionMade(
+            version=model.version,
+            digest=model.digest,
+            updates=0,
+            staleness_mean=0.0,
+            staleness_max=0,
+            codec=block.codec,
+            encoding=encoding,
+            body=body,
+            entry=self._entry(()),
         )
-        self.snapshot()
+        return [Save(record=made), *self.snapshot()]
 
-    def change_state(self, state: str) -> None:
-        self.kept.state = state
-        self._save(records.StateChanged(state=state))
-        self._keep([self._head()])
+    def change_state(self, state: str) -> list[Action]:
+        self.published.state = state
+        reserved, head = self._head()
+        return [Save(record=records.StateChanged(state=state)), *reserved, *self._retain([head])]
 
-    def renew(self) -> None:
+    def renew(self) -> list[Action]:
         """At start: begin at a snapshot where the settings no longer are those of the deltas and merges before."""
-        if self.kept.recipe.optimizer.name != self.settings.optimizer.name:
+        if self.published.recipe.optimizer.name != self.settings.optimizer.name:
             self.model.restart_server()
-        if self.kept.slots != self.settings.downlink.slots:
-            self._lay_out_slots()
-        elif self.kept.recipe != self.settings.recipe:
-            self.snapshot()  # what was merged under the old settings must not be merged again under the new ones
+        if self.published.slots != self.settings.downlink.slots:
+            return self._lay_out_slots()
+        if self.published.recipe != self.settings.recipe:
+            return self.snapshot()  # what was merged under the old settings must not be merged again under the new ones
+        return []
 
-    def fit(self, frame_bytes: int) -> None:
-        """Obey a broker's packet limit, and say anew what it or the settings changed since the last head.
+    def fit(self, frame_bytes: int) -> list[Action]:
+        """Obey a broker's packet limit, and publish a head where it or the settings changed since the last one.
 
-        Kept frames that are larger than the limit give way to a snapshot in smaller parts.
+        Retained frames that are larger than the limit give way to a snapshot in smaller parts.
         """
-        self.outlet.frame_bytes = min(self.settings.limits.frame_bytes, frame_bytes)
-        if any(self.kept.sizes[topic] > self.outlet.frame_bytes for topic in self._wanted()):
-            self.snapshot()
-            return
-        topic, frame = self._build_head()
-        if parse(frame).meta != parse(self.kept.head_frame).meta:
-            self.kept.head_frame = frame
-            self._keep([(topic, frame)])
+        self.frames.frame_bytes = min(self.settings.limits.frame_bytes, frame_bytes)
+        if any(self.published.sizes[topic] > self.frames.frame_bytes for topic in self._wanted()):
+            return self.snapshot()
+        reserved, (topic, frame) = self._build_head()
+        if parse(frame).meta == parse(self.published.head_frame).meta:
+            return [*reserved]
+        self.published.head_frame = frame
+        return [*reserved, *self._retain([(topic, frame)])]
 
-    def republish(self) -> None:
-        """Give the broker what it should have kept: the snapshot, the deltas since, the head.
+    def republish(self) -> list[Action]:
+        """Give the broker what it should have retained: the snapshot, the deltas since, the head.
 
         The head is sent as it is now. Later events may share a commit with this one, and a head of theirs, read from
         the ledger, would name what only follows it.
         """
-        self.in_doubt = False
-        self.do(events.RepublishKept(topics=tuple(self._wanted())))
+        self.confirm_by = None
         head = topics.head(self.settings.federation)
-        self.do(events.Publish(topic=head, payload=self.kept.head_frame, retain=True))
+        return [
+            RepublishRetained(topics=tuple(self._wanted())),
+            Publish(topic=head, payload=self.published.head_frame, retain=True),
+        ]
 
     def _wanted(self) -> list[str]:
         """What a device needs to get from nothing to the head, in order."""
-        federation, named = self.settings.federation, self.kept.snapshot
+        federation, named = self.settings.federation, self.published.snapshot
         wanted = [topics.snapshot(federation, named.place, part) for part in range(named.parts)]
         for version in range(named.version + 1, self.model.version + 1):
             wanted += self._delta_topics(version)
         return wanted
 
-    def _lay_out_slots(self) -> None:
+    def _lay_out_slots(self) -> list[Action]:
         """Another number of slots puts every delta elsewhere: begin at a snapshot, then clear the old ones."""
         prefix = f"{topics.root(self.settings.federation)}/all/delta/"
-        self._save(records.SlotsChanged(slots=self.settings.downlink.slots))
-        self.kept.slots = self.settings.downlink.slots
-        self.snapshot()
-        self._keep([(topic, b"") for topic in sorted(self.kept.sizes) if topic.startswith(prefix)])
+        changed = Save(record=records.SlotsChanged(slots=self.settings.downlink.slots))
+        self.published.slots = self.settings.downlink.slots
+        snapshot = self.snapshot()
+        old = [topic for topic in sorted(self.published.sizes) if topic.startswith(prefix)]
+        return [changed, *snapshot, *self._retain(_cleared(old))]
 
     def _delta_topics(self, version: int) -> list[str]:
-        """The topics of the parts that are kept in a version's slot."""
+        """The topics of the parts that are retained in a version's slot."""
         slot = version % self.settings.downlink.slots
         return self._parts_in(lambda part: topics.delta(self.settings.federation, slot, part))
 
     def _parts_in(self, topic_of: Callable[[int], str]) -> list[str]:
         found: list[str] = []
-        while (topic := topic_of(len(found))) in self.kept.sizes:
+        while (topic := topic_of(len(found))) in self.published.sizes:
             found.append(topic)
         return found
 
     def _entry(self, updates: tuple[Contribution, ...]) -> Signed:
         """The entry in the log of merges for the version that was just made."""
-        entry = self.outlet.entry(self.model.version, self.model.digest, self.kept.log_hash, updates)
-        self.kept.log_hash = entry.hash
+        entry = self.frames.entry(self.model.version, self.model.digest, self.published.log_hash, updates)
+        self.published.log_hash = entry.hash
         return entry
 
-    def _build_head(self) -> tuple[str, bytes]:
-        return self.outlet.head(
+    def _build_head(self) -> tuple[Reserved, Message]:
+        return self.frames.head(
             version=self.model.version,
             digest=self.model.digest,
-            snapshot=self.kept.snapshot,
-            state=self.kept.state,
+            snapshot=self.published.snapshot,
+            state=self.published.state,
         )
 
-    def _head(self) -> tuple[str, bytes]:
-        topic, self.kept.head_frame = self._build_head()
-        return topic, self.kept.head_frame
+    def _head(self) -> tuple[Reserved, Message]:
+        reserved, head = self._build_head()
+        self.published.head_frame = head[1]
+        return reserved, head
 
-    def _keep(self, frames: Frames) -> None:
-        """Make retained frames durable, then publish them: all that a device needs, while the broker is in doubt."""
-        self._save(records.FramesKept(frames=tuple(frames)))
+    def _retain(self, frames: list[Message]) -> list[Action]:
+        """Make frames durable, then have the broker retain them: all that a device needs, where it may have lost it."""
+        actions: list[Action] = [Save(record=records.FramesRetained(frames=tuple(frames)))]
+        in_doubt = self.confirm_by is not None
         for topic, payload in frames:
             if payload:
-                self.kept.sizes[topic] = len(payload)
+                self.published.sizes[topic] = len(payload)
             else:
-                self.kept.sizes.pop(topic, None)
-            if not (payload and self.in_doubt):
-                self.do(events.Publish(topic=topic, payload=payload, retain=True))
-        if self.in_doubt:
-            self.republish()
+                self.published.sizes.pop(topic, None)
+            if not (payload and in_doubt):
+                actions.append(Publish(topic=topic, payload=payload, retain=True))
+        return actions + self.republish() if in_doubt else actions
 
-    def _save(self, record: records.Record) -> None:
-        self.do(events.Save(record=record))
+
+def _cleared(retained: Iterable[str]) -> list[Message]:
+    """Messages without a payload, which have the broker forget what it retains."""
+    return [(topic, b"") for topic in retained]

@@ -1,8 +1,9 @@
-"""What the core asks to have written down: each record is one fact, durable before anything that follows from it."""
+"""What the core saves: each record is one fact, durable before anything that follows from it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ternbus.aggregator.merge.accepted import AcceptedUpdate
 from ternbus.aggregator.merge.optimizer import ServerState
 from ternbus.aggregator.settings import Recipe
 from ternbus.broker.protocol.identity import KeyId
@@ -52,20 +53,10 @@ class DeviceRevoked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateAccepted:
-    """An update that will be merged: its block as it came (unsealed), and its weight in the merge."""
+    """An update that will be merged, and its block as it came (unsealed)."""
 
-    device: str
-    key: KeyId
-    seq: int
-    base: int
-    staleness: int
-    samples: int
-    discount: float
-    digest: bytes  # of the message, as the log of merges names it
-    codec: str
-    encoding: str
+    update: AcceptedUpdate
     body: bytes
-    epsilon: float | None = None  # what its device says that it has spent of privacy, with this update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,8 +98,8 @@ class SnapshotTaken:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FramesKept:
-    """Retained frames by topic as they stand on the broker from now on; an empty one was cleared."""
+class FramesRetained:
+    """Frames by topic that the broker retains from now on; an empty one clears its topic."""
 
     frames: tuple[tuple[str, bytes], ...]
 
@@ -164,7 +155,7 @@ Record = (
     | UpdateAnswered
     | VersionMade
     | SnapshotTaken
-    | FramesKept
+    | FramesRetained
     | SlotsChanged
     | StateChanged
     | MetricsReceived

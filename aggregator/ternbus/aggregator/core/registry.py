@@ -1,4 +1,4 @@
-"""Who belongs: devices, their keys past and present, their invitations, and what each was last told."""
+"""The members of the federation: devices, their keys past and present, their invitations, their last answers."""
 
 import hmac
 import math
@@ -9,7 +9,7 @@ from ternbus.aggregator.core.rate_limit import BURST_S, TokenBucket
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.identity import KeyId, enroll_proof, key_id
-from ternbus.broker.protocol.messages import Enroll, Status
+from ternbus.broker.protocol.messages import Enroll, Status, is_outdated
 from ternbus.broker.protocol.parts import Collector
 
 ACTIVE, REPLACED, REVOKED = "active", "replaced", "revoked"
@@ -64,7 +64,7 @@ class Member:
 
     @property
     def online(self) -> bool:
-        return self.status is not None and self.status.state != "offline"
+        return self.status is not None and self.status.online
 
     @property
     def is_flooding(self) -> bool:
@@ -86,7 +86,7 @@ class Member:
         return base in self.bases or (base < oldest and base <= self.highest_base)
 
     def accept(self, base: int, oldest: int) -> None:
-        self.bases = {kept for kept in self.bases if kept >= oldest} | {base}
+        self.bases = {each for each in self.bases if each >= oldest} | {base}
         self.highest_base = max(self.highest_base, base)
 
     def take_frame(self, now: float, per_s: int) -> None:
@@ -109,12 +109,11 @@ class Member:
         """Take in a status; return whether it is news. ProtocolError for one of an earlier session: a replay."""
         known = self.status
         if known is not None:
-            if status.session < known.session:
-                raise ProtocolError("old-session", f"{self.name} has begun session {known.session} since")
-            if status.session == known.session and (
-                known.state == "offline" or (status.state != "offline" and seq <= self.status_seq)
-            ):
+            if is_outdated(status, seq, known, self.status_seq):
                 return False
+            same_offline = known.state == status.state == "offline"
+            if status.session == known.session and (same_offline or (status.online and seq == self.status_seq)):
+                return False  # it was heard before
         self.status, self.status_seq = status, seq
         return True
 
@@ -127,7 +126,8 @@ class Registry:
     members: dict[str, Member] = field(default_factory=dict)
     codes: dict[str, Invited] = field(default_factory=dict)
     retired: set[bytes] = field(default_factory=set)  # public keys, replaced or revoked, that never return to anybody
-    online: set[str] = field(default_factory=set)  # asked for at each event, when most of a large fleet may be asleep
+    # Kept apart from ``members``: it is looked at after each event, when most of a large fleet may be offline.
+    online: dict[str, Member] = field(default_factory=dict)
 
     def admit(self, frame: Frame, clock_s: float) -> tuple[bytes, bool]:
         """Check an enroll; return (public key, whether it is new). ProtocolError('refused', why) to be answered.
@@ -159,9 +159,9 @@ class Registry:
         if not member.observe(status, seq):
             return False
         if member.online:
-            self.online.add(member.name)
+            self.online[member.name] = member
         else:
-            self.online.discard(member.name)
+            self.online.pop(member.name, None)
         return True
 
     def enroll(self, device: str, public: bytes, proof: bytes) -> Member:
@@ -175,7 +175,7 @@ class Registry:
             member.waiting_bytes, member.metrics_bytes = before.waiting_bytes, before.metrics_bytes
             self.retired.add(before.public)
         self.members[device] = member
-        self.online.discard(device)
+        self.online.pop(device, None)
         self.close(device)
         return member
 
@@ -183,7 +183,7 @@ class Registry:
         """Take the device's key from it, and an invitation that it might use to come back."""
         member.revoked, member.revoked_why = True, why
         self.retired.add(member.public)
-        self.online.discard(member.name)
+        self.online.pop(member.name, None)
         self.close(member.name)
 
     def close(self, device: str) -> None:

@@ -1,19 +1,20 @@
-"""Where updates are handed in: each is judged, collected, accepted or refused, and answered once and for all."""
+"""What becomes of updates and offers: each is validated, accepted or refused, and answered once and for all."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
-from ternbus.aggregator.core import events, records
+from ternbus.aggregator.core import records
 from ternbus.aggregator.core.counters import Counters
+from ternbus.aggregator.core.events import Action, Save
 from ternbus.aggregator.core.frames import FrameWriter
 from ternbus.aggregator.core.grants import GRANT_S, Grants
 from ternbus.aggregator.core.registry import Answer, Member
-from ternbus.aggregator.core.validation import Ready, Validation, Verdict
-from ternbus.aggregator.merge.model import Accepted, Model, Waiting
+from ternbus.aggregator.core.validation import Validation, ValidUpdate, Verdict
+from ternbus.aggregator.merge.accepted import BufferedUpdate
+from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Settings
 from ternbus.broker.errors import ProtocolError
-from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.messages import Grant, Receipt
@@ -24,138 +25,101 @@ BUSY_S: Final = 5.0
 
 @dataclass(slots=True, kw_only=True)
 class Updates:
-    """Takes in updates and offers of authenticated members; ``do`` takes the actions that follow, in order."""
+    """Takes in updates and offers of authenticated members, and returns the actions that follow, in order."""
 
     settings: Settings
     model: Model
-    intake: Validation
-    outlet: FrameWriter
-    tally: Counters
-    do: Callable[[events.Action], None]
+    validation: Validation
+    frames: FrameWriter
+    counters: Counters
     closed: bool = False
     stopping: bool = False
-    merge_by: float | None = None  # when what the buffer holds must be merged
     _grants: Grants = field(init=False)
 
     def __post_init__(self) -> None:
         self._grants = Grants(self.settings.limits.broker_queue_messages // 2)
 
-    def offer(self, member: Member, frame: Frame, now: float) -> None:
+    def offer(self, member: Member, frame: Frame, now: float) -> list[Action]:
         """Answer an offer at once where nothing of the update is wanted; else ask for what there is room for."""
         self.afford(member, now)
         if frame.seq <= member.answer.seq:
-            self._answer_again(member, frame.seq, now)
-            return
-        offer = self.intake.judge_offer(member, frame, self.model.version, closed=self.closed)
+            return self._answer_again(member, frame.seq, now)
+        offer = self.validation.judge_offer(member, frame, self.model.version, closed=self.closed)
         if isinstance(offer, Verdict):
-            self._answer(member, frame.seq, offer)
-            return
+            return self._answer(member, frame.seq, offer)
         missing = member.collector.missing("update", frame.seq) if member.collector is not None else []
         granted = self._grants.grant(member.name, missing or list(range(offer.parts)), now)
         if not granted or self.stopping:
-            self._busy(member, frame.seq, now)
-            return
+            return self._busy(member, frame.seq, now)
         member.granted = frame.seq
         grant = Grant(device=member.name, device_key=member.key, seq=frame.seq, parts=granted, deadline_s=GRANT_S)
-        topic = topics.down(self.settings.federation, member.name, grant.KIND)
-        self.do(events.Publish(topic=topic, payload=self.outlet.frame(grant.KIND, grant.meta())))
+        return self.frames.to_device(grant)
 
-    def update(self, member: Member, frame: Frame, now: float, ahead: Block | None = None) -> None:
+    def update(self, member: Member, frame: Frame, now: float, ahead: Block | None = None) -> list[Action]:
         """Take in a part of an update; ``ahead`` is the block of a single part, if it was read already."""
         if frame.seq <= member.answer.seq:
-            if frame.part == 0:  # once a message, not once a part
-                self.afford(member, now)
-                self._answer_again(member, frame.seq, now)
-            return
-        verdict = self.intake.judge(member, frame, self.model.version, closed=self.closed)
+            if frame.part > 0:  # once a message, not once a part
+                return []
+            self.afford(member, now)
+            return self._answer_again(member, frame.seq, now)
+        verdict = self.validation.judge(member, frame, self.model.version, closed=self.closed)
         if verdict is not None:
             self.afford(member, now)
-            self._answer(member, frame.seq, verdict)
-        elif self.stopping:
+            return self._answer(member, frame.seq, verdict)
+        if self.stopping:
             self.afford(member, now)
-            self._busy(member, frame.seq, now)
-        elif frame.parts > self.outlet.direct_parts and member.granted != frame.seq:
+            return self._busy(member, frame.seq, now)
+        if frame.parts > self.frames.direct_parts and member.granted != frame.seq:
             raise ProtocolError("not-granted", f"{frame.parts} parts, unasked")
-        else:
-            self._collect(member, frame, now, ahead)
+        return self._collect(member, frame, now, ahead)
 
-    def _collect(self, member: Member, frame: Frame, now: float, ahead: Block | None) -> None:
-        if self.intake.is_last(member, frame):
+    def _collect(self, member: Member, frame: Frame, now: float, ahead: Block | None) -> list[Action]:
+        if self.validation.is_last(member, frame):
             self.afford(member, now)  # before it is decompressed and read
-        ready = self.intake.collect(member, frame, ahead)
-        for reason in self.intake.take_drops().elements():
-            self.tally.refuse(reason, now)
-        if ready is None:
-            return
-        if isinstance(ready, Verdict):
-            self._answer(member, frame.seq, ready)
-        elif member.waiting_bytes and member.waiting_bytes + len(ready.body) > self.settings.limits.journal_bytes:
-            self._busy(member, frame.seq, now, "too many updates of this device wait to be merged")
-        else:
-            self._accept(member, frame.seq, ready, now)
+        valid = self.validation.collect(member, frame, self.model.version, ahead)
+        for reason in self.validation.take_drops().elements():
+            self.counters.refuse(reason, now)
+        if valid is None:
+            return []
+        if isinstance(valid, Verdict):
+            return self._answer(member, frame.seq, valid)
+        if member.waiting_bytes and member.waiting_bytes + len(valid.body) > self.settings.limits.journal_bytes:
+            return self._busy(member, frame.seq, now, "too many updates of this device wait to be merged")
+        return self._accept(member, valid)
 
-    def _accept(self, member: Member, seq: int, ready: Ready, now: float) -> None:
+    def _accept(self, member: Member, valid: ValidUpdate) -> list[Action]:
         """Put an update into the buffer; its record stands before its receipt."""
+        update = valid.update
         self._grants.close(member.name)
-        update, staleness = ready.update, self.model.version - ready.update.base
-        worth = self.intake.worth(ready.block, staleness)
-        self._save(
-            records.UpdateAccepted(
-                device=member.name,
-                key=member.key,
-                seq=seq,
-                base=update.base,
-                staleness=staleness,
-                samples=update.samples,
-                discount=worth,
-                digest=ready.digest,
-                codec=update.codec,
-                encoding=update.encoding,
-                body=ready.body,
-                epsilon=update.metrics.get("epsilon"),
-            )
-        )
-        member.accept(update.base, self.intake.oldest(self.model.version))
-        member.answer = Answer(seq=seq, outcome="accepted")
+        member.accept(update.base, self.validation.oldest(self.model.version))
+        member.answer = Answer(seq=update.seq, outcome="accepted")
         member.evaluates = False
-        member.waiting_bytes += len(ready.body)
-        accepted = Accepted(
-            device=member.name,
-            key=member.key,
-            seq=seq,
-            digest=ready.digest,
-            staleness=staleness,
-            samples=update.samples,
-            discount=worth,
-        )
-        self.model.accept(accepted, ready.block)
-        if self.merge_by is None:
-            self.merge_by = now + self.settings.merge.max_wait_s
-        self.receipt(member.name, member.key, seq, Verdict("accepted"))
+        member.waiting_bytes += len(valid.body)
+        self.model.accept(update, valid.block)
+        saved = Save(record=records.UpdateAccepted(update=update, body=valid.body))
+        return [saved, *self.receipt(member.name, member.key, update.seq, Verdict("accepted"))]
 
-    def _answer(self, member: Member, seq: int, verdict: Verdict) -> None:
+    def _answer(self, member: Member, seq: int, verdict: Verdict) -> list[Action]:
         """Answer an update that will not be merged, for good."""
         self._grants.close(member.name)
         member.answer = Answer(seq=seq, outcome=verdict.outcome, reason=verdict.reason)
-        self._save(
-            records.UpdateAnswered(
-                device=member.name,
-                key=member.key,
-                seq=seq,
-                outcome=verdict.outcome,
-                reason=verdict.reason,
-            )
+        record = records.UpdateAnswered(
+            device=member.name,
+            key=member.key,
+            seq=seq,
+            outcome=verdict.outcome,
+            reason=verdict.reason,
         )
-        self.receipt(member.name, member.key, seq, verdict)
+        return [Save(record=record), *self.receipt(member.name, member.key, seq, verdict)]
 
-    def _busy(self, member: Member, seq: int, now: float, why: str = "too much is on its way already") -> None:
+    def _busy(self, member: Member, seq: int, now: float, why: str = "too much is on its way already") -> list[Action]:
         """Not now; which is no answer."""
-        self.tally.answer("busy", now)
+        self.counters.answer("busy", now)
         if self.stopping:
             why = "the aggregator is stopping"
-        self.receipt(member.name, member.key, seq, Verdict("busy", why, retry_after_s=BUSY_S))
+        return self.receipt(member.name, member.key, seq, Verdict("busy", why, retry_after_s=BUSY_S))
 
-    def _answer_again(self, member: Member, seq: int, now: float) -> None:
+    def _answer_again(self, member: Member, seq: int, now: float) -> list[Action]:
         """The same answer for the same number; a lower one is told how far this key has come."""
         answer = member.answer
         if seq == 0:
@@ -164,8 +128,8 @@ class Updates:
             verdict = Verdict(answer.outcome, answer.reason)
         else:
             verdict = Verdict("duplicate", "a lower sequence number", highest_seq=answer.seq)
-            self.tally.answer("duplicate", now)
-        self.receipt(member.name, member.key, seq, verdict)
+            self.counters.answer("duplicate", now)
+        return self.receipt(member.name, member.key, seq, verdict)
 
     def afford(self, member: Member, now: float) -> None:
         """Raise ProtocolError where a device has had its receipts, before any work is done for another."""
@@ -174,21 +138,19 @@ class Updates:
     def forget(self, member: Member) -> None:
         """Drop what a device has begun to send."""
         self._grants.close(member.name)
-        self.intake.forget(member)
+        self.validation.forget(member)
 
-    def drop(self, member: Member, buffer: Iterable[Waiting]) -> bool:
+    def drop(self, member: Member, buffer: Iterable[BufferedUpdate]) -> bool:
         """Take a device's updates out of the buffer, the whole of which is ``buffer``; whether there were any."""
         left = sum(update.device != member.name for update in self.model.buffer)
         if left == len(self.model.buffer):
             return False
-        self.model.refill(waiting for waiting in buffer if waiting[0].device != member.name)
+        self.model.refill(update for update in buffer if update[0].device != member.name)
         assert len(self.model.buffer) == left  # noqa: S101 - nothing that was accepted may be lost with them
         member.waiting_bytes = 0
-        if not left:
-            self.merge_by = None
         return True
 
-    def receipt(self, device: str, key: KeyId, seq: int, verdict: Verdict) -> None:
+    def receipt(self, device: str, key: KeyId, seq: int, verdict: Verdict) -> list[Action]:
         receipt = Receipt(
             device=device,
             device_key=key,
@@ -199,8 +161,4 @@ class Updates:
             retry_after_s=verdict.retry_after_s,
             highest_seq=verdict.highest_seq,
         )
-        topic, payload = self.outlet.receipt(receipt)
-        self.do(events.Publish(topic=topic, payload=payload))
-
-    def _save(self, record: records.Record) -> None:
-        self.do(events.Save(record=record))
+        return self.frames.to_device(receipt)

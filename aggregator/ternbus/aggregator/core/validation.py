@@ -1,10 +1,11 @@
-"""What becomes of an update: the protocol's checks in their order, its parts assembled, its block read."""
+"""Whether an update is valid: the protocol's checks in their order, its parts assembled, its block read."""
 
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from typing import Final
 
 from ternbus.aggregator.core.registry import Member
+from ternbus.aggregator.merge.accepted import AcceptedUpdate
 from ternbus.aggregator.merge.mean import clip_factor, norm
 from ternbus.aggregator.merge.staleness import discount
 from ternbus.aggregator.settings import Settings
@@ -31,13 +32,12 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
-    """A whole update whose content is good: ``body`` is its block as it is encoded, unsealed."""
+class ValidUpdate:
+    """A whole update that may be accepted: ``body`` is its block as it is encoded, unsealed."""
 
-    update: Update
+    update: AcceptedUpdate
     block: Block
     body: bytes
-    digest: bytes  # of the message
 
 
 @dataclass(slots=True)
@@ -60,8 +60,8 @@ class Validation:
         """The oldest base that is not stale at this version."""
         return version - self.settings.staleness.max
 
-    def worth(self, block: Block, staleness: int) -> float:
-        """What an update counts beside a fresh one: its discount, times what clipping to the largest norm leaves."""
+    def _discount(self, block: Block, staleness: int) -> float:
+        """By what an update is multiplied: its discount for staleness, times what clips it to the largest norm."""
         about = self.settings.merge
         longest = about.max_update_norm if about.on_large == "clip" else 0
         return discount(self.settings.staleness, staleness) * clip_factor(block, longest)
@@ -101,10 +101,15 @@ class Validation:
     def _judge_parts(self, parts: int) -> Verdict | None:
         return Verdict("invalid", "too-long") if (parts - 1) * PART_BYTES_MIN > self.update_bytes_max else None
 
-    def collect(self, member: Member, frame: Frame, ahead: Block | None = None) -> Ready | Verdict | None:
-        """Take in a part; None while parts are missing. ``ahead`` is the block of a single part, if it was read."""
+    def collect(
+        self, member: Member, frame: Frame, version: int, ahead: Block | None = None
+    ) -> ValidUpdate | Verdict | None:
+        """Take in a part; None while parts are missing. ``ahead`` is the block of a single part, if it was read.
+
+        ``version`` is the model's, by which the update is stale.
+        """
         if frame.parts == 1:
-            return self._read(whole(frame), ahead)
+            return self._read(member, whole(frame), version, ahead)
         if member.collector is None:
             limits = self.settings.limits
             member.collector = Collector(
@@ -119,7 +124,7 @@ class Validation:
             self._remember(member, collector)
         self._drops["unfinished"] += collector.dropped - before
         self._bound()
-        return None if message is None else self._read(message)
+        return None if message is None else self._read(member, message, version)
 
     def is_last(self, member: Member, frame: Frame) -> bool:
         """Whether this part makes its message whole."""
@@ -155,7 +160,7 @@ class Validation:
             self._drops["unfinished"] += len(collector)
             collector.clear()
 
-    def _read(self, message: Whole, ahead: Block | None = None) -> Ready | Verdict:
+    def _read(self, member: Member, message: Whole, version: int, ahead: Block | None = None) -> ValidUpdate | Verdict:
         try:
             update = Update.from_meta(message.meta)
             body = self._unseal(message) if update.sealed else message.body
@@ -163,7 +168,21 @@ class Validation:
             self._check_norm(block)
         except ProtocolError as error:
             return Verdict("invalid", str(error))
-        return Ready(update, block, body, message.digest)
+        staleness = version - update.base
+        accepted = AcceptedUpdate(
+            device=member.name,
+            key=member.key,
+            seq=message.seq,
+            base=update.base,
+            digest=message.digest,
+            staleness=staleness,
+            samples=update.samples,
+            discount=self._discount(block, staleness),
+            codec=update.codec,
+            encoding=update.encoding,
+            epsilon=update.metrics.get("epsilon"),
+        )
+        return ValidUpdate(accepted, block, body)
 
     def _check_norm(self, block: Block) -> None:
         about = self.settings.merge

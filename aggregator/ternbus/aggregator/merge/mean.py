@@ -6,6 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ternbus.aggregator.merge.accepted import AcceptedUpdate
 from ternbus.broker.protocol.schema import Vector
 from ternbus.broker.protocol.ternary import Block
 
@@ -38,19 +39,20 @@ class Mean:
 
     sum: Sum
     samples: int = 0
-    _worths: list[float] = field(default_factory=list)
+    _factors: list[float] = field(default_factory=list)
 
-    def add(self, block: Block, *, device: str, samples: int, worth: float) -> None:  # noqa: ARG002 - as of Buffered
-        """Take in one update of ``samples`` examples, worth so much of a fresh one."""
-        self.sum.add(block, samples * worth)
-        self.samples += samples
-        self._worths.append(samples * worth)
+    def add(self, update: AcceptedUpdate, block: Block) -> None:
+        """Add one update."""
+        factor = update.samples * update.discount
+        self.sum.add(block, factor)
+        self.samples += update.samples
+        self._factors.append(factor)
 
     def result(self) -> Change:
         """There must have been an update."""
         total = self.sum.total()
         total /= np.float32(self.samples)
-        return Change(total, tuple(worth / self.samples for worth in self._worths))
+        return Change(total, tuple(factor / self.samples for factor in self._factors))
 
 
 def norm(block: Block) -> float:

@@ -4,36 +4,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from ternbus.aggregator.merge import optimizer
+from ternbus.aggregator.merge.accepted import AcceptedUpdate, BufferedUpdate
 from ternbus.aggregator.merge.accumulator import Accumulator
 from ternbus.aggregator.merge.downlink import next_block
 from ternbus.aggregator.merge.mean import Mean, Sum
 from ternbus.aggregator.merge.optimizer import ServerState
 from ternbus.aggregator.merge.robust import Buffered, gather
 from ternbus.aggregator.settings import Settings
-from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.merge_log import Contribution
 from ternbus.broker.protocol.schema import Schema, Vector, vector_digest
 from ternbus.broker.protocol.ternary import Block
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Accepted:
-    """An update in the buffer; its block is already where it is merged."""
-
-    device: str
-    key: KeyId
-    seq: int
-    digest: bytes  # of the message, as the log of merges names it
-    staleness: int
-    samples: int
-    discount: float  # s(tau), times what clipping left of it
-
-    def contribution(self, weight: float) -> Contribution:
-        """As the log of merges has it, with the weight that a rule gave it (``merge.Change``)."""
-        return Contribution(device=self.device, key=self.key, seq=self.seq, digest=self.digest, weight=weight)
-
-
-Waiting = tuple[Accepted, Block]  # an update in the buffer, and what it says
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +39,7 @@ class Model:
     published: Vector
     server: ServerState
     digest: bytes = b""
-    buffer: list[Accepted] = field(default_factory=list)
+    buffer: list[AcceptedUpdate] = field(default_factory=list)
     summing: Callable[[Schema], Sum] = Accumulator  # of buffers that begin from now on
     _gathered: Mean | Buffered = field(init=False)
 
@@ -67,9 +47,9 @@ class Model:
         self._gathered = gather(self.settings.merge, self.schema, self.summing)
         self.digest = self.digest or vector_digest(self.published)
 
-    def accept(self, update: Accepted, block: Block) -> None:
+    def accept(self, update: AcceptedUpdate, block: Block) -> None:
         """Put an update into the buffer."""
-        self._gathered.add(block, device=update.device, samples=update.samples, worth=update.discount)
+        self._gathered.add(update, block)
         self.buffer.append(update)
 
     def sum_by(self, summing: Callable[[Schema], Sum]) -> None:
@@ -83,7 +63,7 @@ class Model:
         self.buffer = []
         self._gathered = gather(self.settings.merge, self.schema, self.summing)
 
-    def refill(self, updates: Iterable[Waiting]) -> None:
+    def refill(self, updates: Iterable[BufferedUpdate]) -> None:
         """Let the buffer hold these and no others, added up in this order: a sum of floats depends on it."""
         self.empty()
         for update, block in updates:
@@ -99,7 +79,7 @@ class Model:
             version=self.version,
             digest=self.digest,
             block=block,
-            contributions=tuple(map(Accepted.contribution, self.buffer, weights)),
+            contributions=tuple(map(AcceptedUpdate.contribution, self.buffer, weights)),
             updates=len(staleness),
             staleness_mean=sum(staleness) / len(staleness),
             staleness_max=max(staleness),

@@ -1,8 +1,8 @@
 """Merge rules that bound what a few hostile devices can do: they look at a whole buffer before they merge it.
 
-Each device has one voice, the mean of its updates in the buffer, since nothing that it claims (how many samples it
-has) and nothing that it can do more often (send updates on several versions) may buy it influence. A voice is
-x_d = mean_i worth_i Delta_i over its updates, the worth being the discount for staleness times what clipping left.
+Each device counts once, by the mean of its updates in the buffer, since nothing that it claims (how many samples it
+has) and nothing that it can do more often (send updates on several versions) may buy it influence. A device's mean is
+x_d = mean_i s_i Delta_i over its updates; s_i is an update's ``discount``.
 
 Blocks stay packed as they came, so a ternary buffer costs 0.2 bytes a parameter and update. Rules unpack as many
 coordinates of all of them at a time as fit into ``WORK_BYTES``, whatever the buffer's size.
@@ -17,6 +17,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from ternbus.aggregator.merge.accepted import AcceptedUpdate, BufferedUpdate
 from ternbus.aggregator.merge.accumulator import Accumulator
 from ternbus.aggregator.merge.mean import Change, Mean, Sum
 from ternbus.aggregator.settings import MergeSettings
@@ -24,18 +25,8 @@ from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import Block
 
 WORK_BYTES: Final = 2**24  # what a rule unpacks at a time, all its temporaries together
-_BYTES_A_NUMBER: Final = 32  # a coordinate of one voice: twice float32, twice float64, and a few truths
+_BYTES_A_NUMBER: Final = 32  # a coordinate of one device: twice float32, twice float64, and a few truths
 F64 = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """An update in the buffer."""
-
-    block: Block
-    device: str
-    samples: int
-    worth: float
 
 
 @dataclass(slots=True)
@@ -45,107 +36,107 @@ class Buffered:
     about: MergeSettings
     schema: Schema
     work_bytes: int = WORK_BYTES
-    _held: list[Held] = field(default_factory=list)
+    _updates: list[BufferedUpdate] = field(default_factory=list)
 
-    def add(self, block: Block, *, device: str, samples: int, worth: float) -> None:
-        """Take in one update of ``samples`` examples, worth so much of a fresh one."""
-        self._held.append(Held(block, device, samples, worth))
+    def add(self, update: AcceptedUpdate, block: Block) -> None:
+        """Take in one update."""
+        self._updates.append((update, block))
 
     def result(self) -> Change:
         """There must have been an update."""
         if self.about.rule == "mean":
             return self._sum(self._capped())
-        voices = Voices.of(self.schema, self._held, self.work_bytes)
-        count = voices.count
+        means = DeviceMeans.of(self.schema, self._updates, self.work_bytes)
+        count = means.count
         match self.about.rule:
             case "median":
-                return self._trimmed(voices, (count - 1) // 2)
+                return self._trimmed(means, (count - 1) // 2)
             case "trimmed-mean":
-                return self._trimmed(voices, trimmed(self.about.trim, count))
+                return self._trimmed(means, trimmed(self.about.trim, count))
             case "norm-clip":
-                return self._sum(voices.spread(clip_to_norm(voices.norms(), self.about.clip_norm)))
+                return self._sum(means.spread(clip_to_norm(means.norms(), self.about.clip_norm)))
             case _ if count < 3:  # nobody can be told from the others
-                return self._trimmed(voices, 0)
+                return self._trimmed(means, 0)
             case rule:
                 keep = 1 if rule == "krum" else self.about.krum_keep
-                return self._sum(voices.spread(krum(voices.distances(), self.about.byzantine, keep)))
+                return self._sum(means.spread(krum(means.distances(), self.about.byzantine, keep)))
 
     def _capped(self) -> list[float]:
         """The weights of ``Mean``, with n_i cut where a device would have more than its share."""
         totals: dict[str, int] = {}
-        for held in self._held:
-            totals[held.device] = totals.get(held.device, 0) + held.samples
+        for update, _ in self._updates:
+            totals[update.device] = totals.get(update.device, 0) + update.samples
         most = cap(list(totals.values()), self.about.max_share)
-        samples = [held.samples * min(1.0, most / totals[held.device]) for held in self._held]
-        return [each * held.worth / sum(samples) for each, held in zip(samples, self._held, strict=True)]
+        samples = [update.samples * min(1.0, most / totals[update.device]) for update, _ in self._updates]
+        return [each * update.discount / sum(samples) for each, (update, _) in zip(samples, self._updates, strict=True)]
 
     def _sum(self, weights: Sequence[float]) -> Change:
         total = Accumulator(self.schema)
-        for held, weight in zip(self._held, weights, strict=True):
+        for (_, block), weight in zip(self._updates, weights, strict=True):
             if weight:
-                total.add(held.block, weight)
+                total.add(block, weight)
         return Change(total.total(), tuple(weights))
 
-    def _trimmed(self, voices: "Voices", leave: int) -> Change:
+    def _trimmed(self, means: "DeviceMeans", leave: int) -> Change:
         """The mean of each coordinate without its ``leave`` smallest and its ``leave`` largest values."""
         delta = np.empty(self.schema.elements, dtype=np.float32)
-        used = np.zeros(voices.count)
-        for first, values in voices.pieces():
-            kept = np.sort(values, axis=0)[leave : voices.count - leave]
-            delta[first : first + values.shape[1]] = kept.mean(axis=0)
-            used += _used(values, kept)
-        weights = used / ((voices.count - 2 * leave) * self.schema.elements)
-        return Change(delta, tuple(voices.spread(weights)))
+        used = np.zeros(means.count)
+        for first, values in means.pieces():
+            middle = np.sort(values, axis=0)[leave : means.count - leave]
+            delta[first : first + values.shape[1]] = middle.mean(axis=0)
+            used += _used(values, middle)
+        weights = used / ((means.count - 2 * leave) * self.schema.elements)
+        return Change(delta, tuple(means.spread(weights)))
 
 
-def _used(values: npt.NDArray[np.float32], kept: npt.NDArray[np.float32]) -> F64:
-    """How many of the sorted values that were kept are each voice's; those that say the same share them."""
-    low, high = kept[0], kept[-1]
+def _used(values: npt.NDArray[np.float32], middle: npt.NDArray[np.float32]) -> F64:
+    """How many of the sorted values in the ``middle`` are each device's; devices with equal values share them."""
+    low, high = middle[0], middle[-1]
     used: F64 = ((values > low) & (values < high)).sum(axis=1, dtype=np.float64)
     for edge, counts in ((low, True), (high, high > low)):
         at_edge = values == edge
-        part = counts * (kept == edge).sum(axis=0) / at_edge.sum(axis=0)
+        part = counts * (middle == edge).sum(axis=0) / at_edge.sum(axis=0)
         used += np.where(at_edge, part, 0).sum(axis=1)
     return used
 
 
 @dataclass(frozen=True, slots=True)
-class Voices:
-    """The devices of a buffer, in the order in which they first came, and what each says."""
+class DeviceMeans:
+    """The mean update x_d of each device in a buffer, in the order in which the devices first came."""
 
     schema: Schema
-    held: Sequence[Held]
+    updates: Sequence[BufferedUpdate]
     work_bytes: int
     count: int
-    parts: tuple[tuple[int, float], ...]  # for each update its device's place, and its part in that voice
+    parts: tuple[tuple[int, float], ...]  # for each update its device's place, and its factor in that device's mean
 
     @classmethod
-    def of(cls, schema: Schema, held: Sequence[Held], work_bytes: int) -> "Voices":
-        updates = Counter(each.device for each in held)
-        places = {device: place for place, device in enumerate(updates)}
-        parts = tuple((places[each.device], each.worth / updates[each.device]) for each in held)
-        return cls(schema, held, work_bytes, len(updates), parts)
+    def of(cls, schema: Schema, updates: Sequence[BufferedUpdate], work_bytes: int) -> "DeviceMeans":
+        counts = Counter(update.device for update, _ in updates)
+        places = {device: place for place, device in enumerate(counts)}
+        parts = tuple((places[update.device], update.discount / counts[update.device]) for update, _ in updates)
+        return cls(schema, updates, work_bytes, len(counts), parts)
 
     def pieces(self) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-        """(place in the vector, what all voices say there): arrays of shape (devices, coordinates)."""
+        """(place in the vector, all means there): arrays of shape (devices, coordinates)."""
         width = max(1, self.work_bytes // (_BYTES_A_NUMBER * self.count))
         for segment in self.schema.segments:
             for first in range(0, segment.tensor.elements, width):
                 last = min(first + width, segment.tensor.elements)
                 values = np.zeros((self.count, last - first), dtype=np.float32)
-                for held, (place, part) in zip(self.held, self.parts, strict=True):
-                    values[place] += held.block.piece(segment, first, last) * np.float32(part)
+                for (_, block), (place, part) in zip(self.updates, self.parts, strict=True):
+                    values[place] += block.piece(segment, first, last) * np.float32(part)
                 yield segment.start + first, values
 
     def norms(self) -> F64:
-        """The L2 norm of each voice."""
+        """The L2 norm of each mean."""
         squares = np.zeros(self.count)
         for _, values in self.pieces():
             squares += np.square(values, dtype=np.float64).sum(axis=1)
         return np.sqrt(squares)
 
     def distances(self) -> F64:
-        """The squared L2 distance between any two voices, shape (devices, devices)."""
+        """The squared L2 distance between any two means, shape (devices, devices)."""
         products = np.zeros((self.count, self.count))
         for _, values in self.pieces():
             exact = values.astype(np.float64)
@@ -154,7 +145,7 @@ class Voices:
         return np.maximum(squares[:, None] + squares[None, :] - 2 * products, 0)
 
     def spread(self, weights: Sequence[float] | F64) -> list[float]:
-        """From weights of voices to weights of updates."""
+        """From weights of devices to weights of updates."""
         return [float(weights[place]) * part for place, part in self.parts]
 
 
@@ -197,14 +188,14 @@ def clip_to_norm(norms: F64, most: float) -> F64:
 def krum(distances: F64, byzantine: int, keep: int) -> F64:
     """Weights of Krum (``keep`` = 1) and Multi-Krum (Blanchard et al. 2017, section 4): the best, in equal parts.
 
-    score(i) = the sum of i's squared distances to the n - f - 2 voices closest to it. Of ``keep`` = 0 voices are kept
-    n - f. Where n < 2 f + 3, f is what n can bear: (n - 3) / 2, rounded down.
+    score(i) = the sum of i's squared distances to the n - f - 2 means closest to it. ``keep`` = 0 keeps n - f of them.
+    Where n < 2 f + 3, f is what n can bear: (n - 3) / 2, rounded down.
     """
     count = len(distances)
     f = min(byzantine, (count - 3) // 2)
     others = distances[~np.eye(count, dtype=bool)].reshape(count, count - 1)
     scores = np.sort(others, axis=1)[:, : count - f - 2].sum(axis=1)
-    kept = np.argsort(scores, kind="stable")[: min(keep or count, count - f)]
+    best = np.argsort(scores, kind="stable")[: min(keep or count, count - f)]
     weights = np.zeros(count)
-    weights[kept] = 1 / len(kept)
+    weights[best] = 1 / len(best)
     return weights

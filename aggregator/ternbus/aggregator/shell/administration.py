@@ -5,6 +5,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,26 +15,21 @@ import numpy as np
 import numpy.typing as npt
 
 from ternbus.aggregator import settings as configuration
-from ternbus.aggregator.core import events, records
+from ternbus.aggregator.core import events, first_version, records
 from ternbus.aggregator.core.core import Core
-from ternbus.aggregator.core.frames import FrameWriter
-from ternbus.aggregator.merge import downlink, optimizer
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.shell import transport
 from ternbus.aggregator.store import control, membership
-from ternbus.aggregator.store.ledger import VECTORS, Ledger
+from ternbus.aggregator.store.ledger import LEDGER, VECTORS, Ledger
 from ternbus.aggregator.store.recovery import recover
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import load_toml, read_key, write_key
-from ternbus.broker.protocol import merge_log
 from ternbus.broker.protocol.identity import Identity, check_device
 from ternbus.broker.protocol.invitation import Invitation
-from ternbus.broker.protocol.messages import OPEN
 from ternbus.broker.protocol.schema import Schema, to_tensors, to_vector, vector_digest
 
 KEY: Final = "aggregator.key"
 TOML: Final = "aggregator.toml"
-LEDGER: Final = "ledger.sqlite"
 WHY_CHARS_MAX: Final = 200
 
 
@@ -78,39 +74,8 @@ def _fill(directory: Path, settings: Settings, schema: Schema, vector: npt.NDArr
     write_key(directory / KEY, identity.seed)
     (directory / TOML).write_text(configuration.dumps(settings), encoding="utf-8")
     facts = {"federation": settings.federation, "schema": schema.encoded, "slots": settings.downlink.slots}
-    ledger = Ledger.create(directory / LEDGER, facts)
-    try:
-        _first_version(ledger, settings, identity, schema, vector)
-    finally:
-        ledger.close()
-
-
-def _first_version(
-    ledger: Ledger, settings: Settings, identity: Identity, schema: Schema, vector: npt.NDArray[np.float32]
-) -> None:
-    batch: list[records.Record] = []
-    outlet = FrameWriter(settings, identity, schema, batch.append, 0)
-    digest = vector_digest(vector)
-    named, frames = outlet.snapshot(0, digest, vector, 0)
-    head = outlet.head(version=0, digest=digest, snapshot=named, state=OPEN)
-    server = optimizer.init(settings.optimizer, vector)
-    encoding, body = downlink.encoded_block(downlink.next_block(schema, settings.downlink.codec, vector, vector))
-    batch += [
-        records.VersionMade(
-            version=0,
-            digest=digest,
-            updates=0,
-            staleness_mean=0.0,
-            staleness_max=0,
-            codec=settings.downlink.codec,
-            encoding=encoding,
-            body=body,
-            entry=outlet.entry(0, digest, merge_log.FIRST),
-        ),
-        records.SnapshotTaken(version=0, published=vector, server=server, named=named, recipe=settings.recipe),
-        records.FramesKept(frames=(*frames, head)),
-    ]
-    ledger.write(batch)
+    with closing(Ledger.create(directory / LEDGER, facts)) as ledger:
+        ledger.write(first_version.make(settings, identity, schema, vector).records)
 
 
 def _move_into(partial: Path, directory: Path) -> None:
@@ -156,13 +121,9 @@ def invite(
         replace(_invitation(directory, settings, identity, check_device(each), certificates), expires=expires)
         for each in devices
     ]
-    ledger = Ledger(directory / LEDGER)
-    try:
-        with ledger.transaction():
-            rows = [(invitation.device, invitation.code, now, expires_at) for invitation in invitations]
-            ledger.db.executemany("INSERT OR REPLACE INTO invitations VALUES (?, ?, ?, ?)", rows)
-    finally:
-        ledger.close()
+    codes = {invitation.device: invitation.code for invitation in invitations}
+    with closing(Ledger(directory / LEDGER)) as ledger, ledger.transaction():
+        membership.invite(ledger.db, codes, now, expires_at)
     _tell(directory, control.INVITATIONS)
     return invitations
 
@@ -213,11 +174,8 @@ def revoke(directory: Path, device: str, software: str, *, why: str = "", keep: 
     if len(why) > WHY_CHARS_MAX or not why.isprintable():
         raise ConfigError(f"the reason is told to the device: one line of at most {WHY_CHARS_MAX} characters")
     _request(directory, control.REVOKE, json.dumps({"device": device, "why": why, "keep": keep}), software)
-    ledger = Ledger(directory / LEDGER, read_only=True)
-    try:
+    with closing(Ledger(directory / LEDGER, read_only=True)) as ledger:
         return membership.dropped(ledger.db, device)
-    finally:
-        ledger.close()
 
 
 def _request(directory: Path, what: str, argument: str, software: str) -> None:
@@ -238,26 +196,19 @@ def restored(directory: Path, software: str) -> int:
 
 def _apply(directory: Path, software: str, change: Callable[[Core, Ledger], list[events.Action]]) -> None:
     """Change the state on disk while no process serves the directory; ConfigError where it cannot be changed so."""
-    with control.exclusive(directory, patience_s=2.0):
-        ledger = Ledger(directory / LEDGER)
-        try:
-            core = open_core(directory, ledger, software)
-            actions = [*core.start(0.0), *change(core, ledger)]  # the first are what changed settings ask for
-            batch = [action.record for action in actions if isinstance(action, events.Save)]
-            ledger.write(batch)
-            for record in batch:
-                if isinstance(record, records.RequestDone) and record.error:
-                    raise ConfigError(record.error)
-        finally:
-            ledger.close()
+    with control.exclusive(directory, patience_s=2.0), closing(Ledger(directory / LEDGER)) as ledger:
+        core = open_core(directory, ledger, software)
+        actions = [*core.start(0.0), *change(core, ledger)]  # the first are what changed settings ask for
+        batch = [action.record for action in actions if isinstance(action, events.Save)]
+        ledger.write(batch)
+        for record in batch:
+            if isinstance(record, records.RequestDone) and record.error:
+                raise ConfigError(record.error)
 
 
 def tensors_of(directory: Path, version: int | None) -> tuple[int, bytes, dict[str, npt.NDArray[np.float32]]]:
     """(version, digest, tensors) of a kept version, the newest by default."""
-    ledger = Ledger(directory / LEDGER, read_only=True)
-    try:
-        number = int(ledger.fact("version")) if version is None else version
+    with closing(Ledger(directory / LEDGER, read_only=True)) as ledger:
+        number = ledger.version if version is None else version
         vector = ledger.vector(number)
         return number, vector_digest(vector), to_tensors(ledger.schema(), vector)
-    finally:
-        ledger.close()

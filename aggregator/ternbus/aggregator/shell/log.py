@@ -1,11 +1,12 @@
 """The log of merges as it is kept and as it is handed out: read, checked against the ledger, written to a file."""
 
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
-from ternbus.aggregator.shell.administration import KEY, LEDGER
-from ternbus.aggregator.store.ledger import Ledger, unsigned
+from ternbus.aggregator.shell.administration import KEY
+from ternbus.aggregator.store import merge_log
+from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.files import chunks, read_key, replacing
 from ternbus.broker.protocol import topics
@@ -21,7 +22,7 @@ def verify(source: Path, public: bytes | None, head: Published | None) -> Audit:
     """Check a directory's log beside its ledger and its head, or a file that `export` wrote, by ``public`` alone."""
     if source.is_dir():
         own = Identity(read_key(source / KEY)).public if public is None else public
-        with closing(_open(source)) as ledger:
+        with _reading(source) as ledger:
             return _verify_ledger(ledger, own, head)
     if public is None:
         raise ConfigError("a file is checked by the aggregator's public key: add --key HEX (it is in every invitation)")
@@ -35,16 +36,16 @@ def verify(source: Path, public: bytes | None, head: Published | None) -> Audit:
     return audit
 
 
-def _open(directory: Path) -> Ledger:
-    ledger = Ledger(directory / LEDGER, read_only=True)
-    ledger.db.execute("BEGIN")  # one moment for all of it
-    return ledger
+@contextmanager
+def _reading(directory: Path) -> Iterator[Ledger]:
+    with closing(Ledger(directory / LEDGER, read_only=True)) as ledger, ledger.one_moment():
+        yield ledger
 
 
 def _verify_ledger(ledger: Ledger, public: bytes, head: Published | None) -> Audit:
     """The chain, and whether the other tables and the head that was published say the same."""
     audit = Audit(public=public, federation=ledger.fact("federation"))
-    for version, packed in ledger.db.execute("SELECT version, entry FROM log ORDER BY version"):
+    for version, packed in merge_log.entries(ledger):
         try:
             entry = audit.take(unpack(packed))
         except ProtocolError as error:
@@ -66,13 +67,9 @@ def _verify_ledger(ledger: Ledger, public: bytes, head: Published | None) -> Aud
 
 
 def _differences(ledger: Ledger, entry: Entry) -> Iterator[str]:
-    row = ledger.db.execute("SELECT digest FROM versions WHERE version = ?", (entry.version,)).fetchone()
-    if row != (entry.digest,):
+    if merge_log.digest(ledger, entry.version) != entry.digest:
         yield f"version {entry.version} has another digest in the ledger than in the log"
-    rows = ledger.db.execute(
-        "SELECT device, key, seq, digest FROM updates WHERE merged = ? ORDER BY id", (entry.version,)
-    )
-    found = {(device, key, unsigned(seq), digest) for device, key, seq, digest in rows}
+    found = merge_log.merged(ledger, entry.version)
     logged = {(each.device, bytes(each.key), each.seq, each.digest) for each in entry.updates}
     for device, _, seq, _ in sorted(found - logged):
         yield f"version {entry.version} holds update {seq} of {device} in the ledger, and not in the log"
@@ -95,14 +92,13 @@ def _signed(source: Path, version: int | None = None) -> Iterator[Signed]:
     if not source.is_dir():
         yield from unpack_all(chunks(source))
         return
-    with closing(_open(source)) as ledger:
-        query = "SELECT entry FROM log WHERE ? IS NULL OR version = ? ORDER BY version"
-        for (packed,) in ledger.db.execute(query, (version, version)):
+    with _reading(source) as ledger:
+        for _, packed in merge_log.entries(ledger, version):
             yield unpack(packed)
 
 
 def export(directory: Path, out: Path) -> None:
     """Write the log as it is now: entries one behind the other, so that a later export begins with this one."""
-    with closing(_open(directory)) as ledger, replacing(out) as partial, partial.open("wb") as file:
-        for (packed,) in ledger.db.execute("SELECT entry FROM log ORDER BY version"):
+    with _reading(directory) as ledger, replacing(out) as partial, partial.open("wb") as file:
+        for _, packed in merge_log.entries(ledger):
             file.write(packed)

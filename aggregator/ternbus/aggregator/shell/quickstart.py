@@ -3,12 +3,14 @@
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from ternbus.aggregator.shell import administration
-from ternbus.aggregator.store.ledger import Ledger
+from ternbus.aggregator.store import membership
+from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import write_secret
 from ternbus.broker.model_files import load_safetensors
@@ -35,7 +37,7 @@ def start_broker(directory: Path, engine: running.Engine, first: First) -> runni
     """The broker that this directory's federation has, or the one that its first start chooses."""
     folder = directory / BROKER
     host, port = first.host, first.port
-    if (directory / administration.LEDGER).exists():
+    if (directory / LEDGER).exists():
         endpoint = Endpoint.parse(administration.load_settings(directory).broker)
         host, port = endpoint.host, endpoint.port
         if endpoint.tls and not running.is_home(folder):
@@ -45,7 +47,7 @@ def start_broker(directory: Path, engine: running.Engine, first: First) -> runni
     elif first.model is None:
         raise ConfigError(f"{directory} holds no aggregator yet: add --model FILE.safetensors to make one")
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if running.is_home(folder) or (first.tls and not (directory / administration.LEDGER).exists()):
+    if running.is_home(folder) or (first.tls and not (directory / LEDGER).exists()):
         return _start_secured(directory, engine, first)
     return running.start(running.choose(engine), host=host, port=port, directory=folder)
 
@@ -60,7 +62,7 @@ def _start_secured(directory: Path, engine: running.Engine, first: First) -> run
     if not running.is_home(folder):
         BrokerDirectory.create(folder, names=[first.host], port=first.port, engine=engine)
     broker = BrokerDirectory(folder)
-    if not (directory / administration.LEDGER).exists():
+    if not (directory / LEDGER).exists():
         _create(directory, first, broker.url, {"transport.authority": BROKER})
     return tls_service.start(broker, engine)
 
@@ -73,7 +75,7 @@ def _create(directory: Path, first: First, broker_url: str, settings: Mapping[st
 
 def prepare(directory: Path, first: First, broker_url: str, devices: Sequence[str]) -> list[Path]:
     """Make the aggregator if there is none; invite those of ``devices`` that are not known. Returns new files."""
-    if not (directory / administration.LEDGER).exists():
+    if not (directory / LEDGER).exists():
         _create(directory, first, broker_url, {})
     new = [device for device in devices if device not in _known(directory)]
     folder = directory / INVITATIONS
@@ -89,14 +91,8 @@ def write_invitation(folder: Path, invitation: Invitation) -> Path:
 
 
 def _known(directory: Path) -> set[str]:
-    ledger = Ledger(directory / administration.LEDGER, read_only=True)
-    try:
-        rows = ledger.db.execute(
-            "SELECT name FROM devices UNION SELECT device FROM invitations WHERE expires_at > ?", (time.time(),)
-        )
-        return {name for (name,) in rows}
-    finally:
-        ledger.close()
+    with closing(Ledger(directory / LEDGER, read_only=True)) as ledger:
+        return membership.known(ledger.db, time.time())
 
 
 def watch(broker: running.RunningBroker, stop: Callable[[], None]) -> list[int]:

@@ -1,7 +1,6 @@
 """The running aggregator: it owns the connection, the ledger and the clock, and does what the core says, in order."""
 
 import queue
-import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,10 +18,10 @@ from ternbus.aggregator.core.rate_limit import LogLimit
 from ternbus.aggregator.merge.background import summing
 from ternbus.aggregator.settings import TransportSettings
 from ternbus.aggregator.shell import transport
-from ternbus.aggregator.shell.administration import LEDGER, open_core
+from ternbus.aggregator.shell.administration import open_core
 from ternbus.aggregator.shell.preverify import WORTHWHILE_BYTES, Preverifier
 from ternbus.aggregator.store import control
-from ternbus.aggregator.store.ledger import Ledger
+from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.broker.errors import ConfigError, LinkError
 from ternbus.broker.link.link import (
     Arrived,
@@ -39,7 +38,6 @@ from ternbus.broker.link.link import (
 BATCH: Final = 64  # events whose records share one fsync
 POLL_S: Final = 0.1  # how often the ledger is looked at for what commands have asked
 SAY_S: Final = 10.0  # how often a wait is spoken of
-DELAYS_S: Final = (0.2, 30.0)  # between attempts to connect: the first, and the longest
 GOODBYE_S: Final = 5.0
 SWITCH_S: Final = 0.0005
 
@@ -56,7 +54,7 @@ class Ahead:
     opened: "Future[Opened | None]"
 
 
-Item = LinkEvent | Ahead | Interrupted
+Item = LinkEvent | Ahead | Interrupted | events.ConnectFailed
 
 
 @contextmanager
@@ -86,8 +84,6 @@ class Service:
     _lines: LogLimit = field(init=False)
     _link: Link = field(init=False)
     _protocol: int = 5
-    _connect_at: float | None = 0.0
-    _attempts: int = 0
     _said_at: float = -SAY_S
     _change_count: int = -1
     _polled_at: float = 0.0
@@ -135,10 +131,8 @@ class Service:
             self._queue.put(event)
 
     def _turn(self) -> None:
-        """One round: connect if due, look for requests, take in what has come, tell the core the time."""
+        """One round: look for requests, take in what has come, tell the core the time."""
         now = time.monotonic()
-        if self._connect_at is not None and now >= self._connect_at:
-            self._connect()
         if now - self._polled_at >= POLL_S:
             self._polled_at = now
             self._poll()
@@ -155,12 +149,11 @@ class Service:
     def _next_batch(self) -> list[Item]:
         """Everything that waits, at most BATCH; nothing if a deadline comes first."""
         now = time.monotonic()
-        due = [self._polled_at + POLL_S] + [
-            when for when in (self._core.deadline, self._connect_at) if when is not None
-        ]
+        poll_at, deadline = self._polled_at + POLL_S, self._core.deadline
+        due = poll_at if deadline is None else min(poll_at, deadline)
         batch: list[Item] = []
         with suppress(queue.Empty):
-            batch.append(self._queue.get(timeout=max(0.0, min(due) - now)))
+            batch.append(self._queue.get(timeout=max(0.0, due - now)))
             while len(batch) < BATCH:
                 batch.append(self._queue.get_nowait())
         return batch
@@ -176,13 +169,14 @@ class Service:
             case Arrived():
                 return self._message(event, None, tokens)
             case Connected():
-                self._attempts, self._protocol = 0, event.protocol
+                self._protocol = event.protocol
                 self.say(f"connected (MQTT {'5' if event.protocol == 5 else '3.1.1'})")
                 return self._core.handle(events.Connected(frame_bytes=event.frame_bytes), now)
             case Disconnected():
                 self.say(f"connection lost: {event.reason}")
-                self._retry()
                 return self._core.handle(events.Disconnected(), now)
+            case events.ConnectFailed():
+                return self._core.handle(event, now)
             case Interrupted():
                 return [] if self._stopped else self._core.handle(events.StopRequested(), now)
             case Refused():
@@ -215,7 +209,7 @@ class Service:
                     continue
                 case events.Publish():
                     self._publish(action.topic, action.payload, retain=action.retain)
-                case events.RepublishKept():
+                case events.RepublishRetained():
                     self.say(f"publishing {len(action.topics)} retained messages: the broker has not shown ours")
                     for topic in action.topics:
                         self._publish(topic, self._ledger.frame(topic), retain=True)
@@ -229,7 +223,7 @@ class Service:
                     if action.error:
                         raise ConfigError(action.error)
                 case events.Connect():
-                    raise AssertionError("only _connect asks for it")
+                    self._connect(action)
                 case _:
                     assert_never(action)
 
@@ -239,24 +233,14 @@ class Service:
         except LinkError:
             return  # what matters is sent again at the next connection
 
-    def _connect(self) -> None:
-        actions = self._core.handle(events.Connecting(), time.monotonic())
-        self._perform(action for action in actions if not isinstance(action, events.Connect))
-        (will,) = [action for action in actions if isinstance(action, events.Connect)]
-        self._connect_at = None
+    def _connect(self, action: events.Connect) -> None:
         try:
-            self._link.connect(will.will_topic, will.will_payload)
+            self._link.connect(action.will_topic, action.will_payload)
         except LinkError as error:
+            self._queue.put(events.ConnectFailed())
             if time.monotonic() - self._said_at >= SAY_S:
                 self._said_at = time.monotonic()
                 self.say(f"waiting for the broker: {error}")
-            self._retry()
-
-    def _retry(self) -> None:
-        first, longest = DELAYS_S
-        delay = min(longest, first * 2**self._attempts)
-        self._attempts = min(self._attempts + 1, 10)
-        self._connect_at = time.monotonic() + delay * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, no secret
 
     def _poll(self) -> None:
         """See what commands have asked for since the last look."""

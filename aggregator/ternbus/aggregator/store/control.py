@@ -9,7 +9,7 @@ from typing import Final
 
 from ternbus.aggregator.core import events
 from ternbus.aggregator.store import membership, recovery
-from ternbus.aggregator.store.ledger import Ledger
+from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.broker import files
 from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.broker.protocol.messages import CLOSED, OPEN, PAUSED
@@ -63,7 +63,7 @@ def ask(directory: Path, what: str, argument: str = "") -> None:
     """Have the running aggregator do something, and return when it is done and on disk; NotRunningError otherwise."""
     if not is_running(directory):
         raise NotRunningError(f"no aggregator runs on {directory}")
-    ledger = Ledger(directory / "ledger.sqlite")
+    ledger = Ledger(directory / LEDGER)
     try:
         with ledger.transaction():
             cursor = ledger.db.execute("INSERT INTO requests (what, argument) VALUES (?, ?)", (what, argument))

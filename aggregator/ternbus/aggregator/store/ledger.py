@@ -9,11 +9,11 @@ from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, assert_never
+from typing import Any, Final
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.merge.optimizer import ServerState
-from ternbus.aggregator.store import membership
+from ternbus.aggregator.store import rows
 from ternbus.aggregator.store.bodies import Bodies, Place
 from ternbus.aggregator.store.maintenance import checkpoint, remove
 from ternbus.aggregator.store.schema import FORMAT, SCHEMA_SQL
@@ -24,18 +24,10 @@ from ternbus.broker.protocol.messages import OPEN
 from ternbus.broker.protocol.schema import Schema, Vector, vector_digest
 from ternbus.broker.protocol.ternary import Block
 
+LEDGER: Final = "ledger.sqlite"
 BODIES: Final = "bodies"
 VECTORS: Final = "vectors"
 CHECKPOINT_S: Final = 1.0
-
-
-def signed(number: int) -> int:
-    """An unsigned 64-bit number in SQLite's signed one, the bits unchanged: a peer may send any of them."""
-    return number - 2**64 if number >= 2**63 else number
-
-
-def unsigned(number: int) -> int:
-    return number + 2**64 if number < 0 else number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +94,15 @@ class Ledger:
         row = self.db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return None if row is None else row[0]
 
+    @contextmanager
+    def one_moment(self) -> Iterator[None]:
+        """What is read within is of one moment, whatever another process writes meanwhile."""
+        self.db.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self.db.execute("COMMIT")
+
     def change_count(self) -> int:
         """A number that changes when another connection has committed something."""
         return int(self.db.execute("PRAGMA data_version").fetchone()[0])
@@ -158,106 +159,14 @@ class Ledger:
     def _write(self, record: records.Record, now: float) -> None:
         match record:
             case records.UpdateAccepted():
-                self._accepted(record, now)
-            case records.UpdateAnswered():
-                self._answered(record)
-            case records.VersionMade():
-                self._version(record, now)
+                rows.accepted(self.db, record, self.bodies.append(record.body), now)
             case records.SnapshotTaken():
                 self._snapshot(record)
-            case records.FramesKept():
-                self._frames(record)
-            case records.DeviceEnrolled():
-                membership.enroll(self.db, record, now)
-            case records.DeviceRevoked():
-                membership.revoke(self.db, record, now)
-            case records.InvitationCancelled():
-                self.db.execute("DELETE FROM invitations WHERE device = ?", (record.device,))
-            case records.MetricsReceived():
-                self._metrics(record, now)
-            case records.Observed():
-                self._observed(record, now)
-            case records.RequestDone():
-                self.db.execute("UPDATE requests SET done = 1, error = ? WHERE id = ?", (record.error, record.request))
             case _:
-                self._fact(record)
-
-    def _fact(
-        self, record: records.SeqReserved | records.SessionBegun | records.StateChanged | records.SlotsChanged
-    ) -> None:
-        match record:
-            case records.SeqReserved():
-                self._set("seq", record.upto)
-            case records.SessionBegun():
-                self._set("session", record.session)
-            case records.StateChanged():
-                self._set("state", record.state)
-            case records.SlotsChanged():
-                self._set("slots", record.slots)
-            case _:
-                assert_never(record)
+                rows.write(self.db, record, now)
 
     def _set(self, name: str, value: object) -> None:
-        self.db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
-
-    def _accepted(self, record: records.UpdateAccepted, now: float) -> None:
-        place = self.bodies.append(record.body)
-        self.db.execute(
-            "INSERT INTO updates"
-            " (device, key, seq, base, digest, staleness, samples, discount,"
-            " codec, encoding, segment, place, size, checksum, received_at, epsilon)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                record.device,
-                record.key,
-                signed(record.seq),
-                record.base,
-                record.digest,
-                record.staleness,
-                record.samples,
-                record.discount,
-                record.codec,
-                record.encoding,
-                place.segment,
-                place.offset,
-                place.size_bytes,
-                place.checksum,
-                now,
-                record.epsilon,
-            ),
-        )
-        self._answer(record.device, record.key, record.seq, "accepted", "")
-
-    def _answered(self, record: records.UpdateAnswered) -> None:
-        self._answer(record.device, record.key, record.seq, record.outcome, record.reason)
-        slug = record.reason.partition(":")[0]
-        self._count(f"invalid:{slug}" if record.outcome == "invalid" else record.outcome, 1)
-
-    def _answer(self, device: str, key: bytes, seq: int, outcome: str, reason: str) -> None:
-        self.db.execute(
-            "UPDATE keys SET seq = ?, outcome = ?, reason = ? WHERE device = ? AND key = ?",
-            (signed(seq), outcome, reason, device, key),
-        )
-
-    def _version(self, record: records.VersionMade, now: float) -> None:
-        self._set("version", record.version)
-        if record.updates:
-            self.db.execute("UPDATE updates SET merged = ? WHERE merged IS NULL", (record.version,))
-        self.db.execute(
-            "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                record.version,
-                record.digest,
-                now,
-                record.updates,
-                record.staleness_mean,
-                record.staleness_max,
-                record.codec,
-                record.encoding,
-                record.body,
-            ),
-        )
-        self.db.execute("INSERT INTO log VALUES (?, ?)", (record.version, record.entry.pack()))
+        rows.set_fact(self.db, name, value)
 
     def _snapshot(self, record: records.SnapshotTaken) -> None:
         """Say where it lies on the broker; keep its vectors now, or beside what follows."""
@@ -303,54 +212,19 @@ class Ledger:
             self.db.execute("UPDATE versions SET body = NULL WHERE version <= ? AND body IS NOT NULL", (row[0],))
         self._unneeded = True
 
-    def _frames(self, record: records.FramesKept) -> None:
-        for topic, payload in record.frames:
-            if payload:
-                self.db.execute("INSERT OR REPLACE INTO frames VALUES (?, ?)", (topic, payload))
-            else:
-                self.db.execute("DELETE FROM frames WHERE topic = ?", (topic,))
-
-    def _metrics(self, record: records.MetricsReceived, now: float) -> None:
-        about = record.metrics
-        self.db.execute(
-            "INSERT OR REPLACE INTO metrics VALUES (?, ?, ?, ?, ?, ?)",
-            (record.device, about.version, about.split, about.samples, json.dumps(dict(about.values)), now),
-        )
-        self.db.execute(
-            "UPDATE keys SET metrics_seq = ? WHERE device = ? AND state = 'active'",
-            (signed(record.seq), record.device),
-        )
-
-    def _observed(self, record: records.Observed, now: float) -> None:
-        for reason, number in record.refused.items():
-            self._count(f"invalid:{reason}", number)
-        for outcome, number in record.outcomes.items():
-            self._count(outcome, number)
-        for device, size_bytes in record.update_bytes.items():
-            self.db.execute(
-                "UPDATE devices SET update_bytes = update_bytes + ?, seen_at = ? WHERE name = ?",
-                (size_bytes, now, device),
-            )
-        for device, status in record.statuses.items():
-            self.db.execute(
-                "UPDATE devices SET status = ?, base = ?, software = ?, seen_at = ? WHERE name = ?",
-                (status.state, signed(status.base), status.software, now, device),
-            )
-
-    def _count(self, name: str, number: int) -> None:
-        self.db.execute(
-            "INSERT INTO counts VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value",
-            (name, number),
-        )
-
     # --- reading
+
+    @property
+    def version(self) -> int:
+        """The newest one."""
+        return int(self.fact("version"))
 
     def schema(self) -> Schema:
         return Schema.parse(self.fact("schema"))
 
     def vector(self, version: int) -> Vector:
         """The published vector of a version that is still kept; ConfigError says which are."""
-        schema, newest = self.schema(), int(self.fact("version"))
+        schema, newest = self.schema(), self.version
         row = self.db.execute(
             "SELECT segment, checksum, version FROM snapshots WHERE version <= ? ORDER BY version DESC LIMIT 1",
             (version,),
@@ -359,16 +233,25 @@ class Ledger:
             (oldest,) = self.db.execute("SELECT min(version) FROM snapshots").fetchone()
             raise ConfigError(f"version {version} is not kept; kept are {oldest} to {newest}")
         vector = self.vectors.read(f"{row[0]}-model", row[1])
-        deltas = self.db.execute(
+        for number, digest, block in self.deltas(schema, row[2], version):
+            vector = block.apply(vector)
+            self.check_digest(number, digest, vector_digest(vector))
+        return vector
+
+    def deltas(self, schema: Schema, after: int, last: int) -> Iterator[tuple[int, bytes, Block]]:
+        """(version, digest, block that made it) of the versions after one, up to ``last``."""
+        found = self.db.execute(
             "SELECT version, digest, codec, encoding, body FROM versions WHERE version > ? AND version <= ?"
             " ORDER BY version",
-            (row[2], version),
-        )
-        for number, digest, codec, encoding, body in deltas:
-            vector = Block.read(schema, codec, encoding, body).apply(vector)
-            if vector_digest(vector) != digest:
-                raise ConfigError(f"{self.path}: version {number} does not have its digest; restore it from a backup")
-        return vector
+            (after, last),
+        ).fetchall()
+        for version, digest, codec, encoding, body in found:
+            yield version, digest, Block.read(schema, codec, encoding, body)
+
+    def check_digest(self, version: int, expected: bytes, found: bytes) -> None:
+        """Raise ConfigError where a version that was made again is not what it was."""
+        if found != expected:
+            raise ConfigError(f"{self.path}: version {version} does not have its digest; restore it from a backup")
 
     def server(self) -> tuple[int, ServerState]:
         """The version at which a start begins, and the server's state then."""
@@ -382,7 +265,7 @@ class Ledger:
 
     def last_entry(self) -> Signed:
         """The newest version's entry in the log of merges."""
-        version = int(self.fact("version"))
+        version = self.version
         row = self.db.execute("SELECT entry FROM log WHERE version = ?", (version,)).fetchone()
         try:
             return unpack(b"" if row is None else row[0])

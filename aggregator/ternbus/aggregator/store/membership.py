@@ -1,6 +1,7 @@
-"""Who belongs, as the ledger's rows: keys, invitations, revocations."""
+"""Members as the ledger's rows: keys, invitations, revocations."""
 
 import sqlite3
+from collections.abc import Mapping
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.core.registry import Invited
@@ -35,6 +36,22 @@ def revoke(db: sqlite3.Connection, record: records.DeviceRevoked, now: float) ->
             "UPDATE updates SET merged = ?, segment = NULL WHERE device = ? AND merged IS NULL",
             (DROPPED, record.device),
         )
+
+
+def invite(db: sqlite3.Connection, codes: Mapping[str, str], made_at: float, expires_at: float) -> None:
+    """Open invitations by device, in place of those that were open before; times in Unix seconds."""
+    rows = [(device, code, made_at, expires_at) for device, code in codes.items()]
+    db.executemany("INSERT OR REPLACE INTO invitations VALUES (?, ?, ?, ?)", rows)
+
+
+def cancel(db: sqlite3.Connection, record: records.InvitationCancelled) -> None:
+    db.execute("DELETE FROM invitations WHERE device = ?", (record.device,))
+
+
+def known(db: sqlite3.Connection, now: float) -> set[str]:
+    """Devices that have ever joined, or have an open invitation at ``now`` (Unix seconds)."""
+    rows = db.execute("SELECT name FROM devices UNION SELECT device FROM invitations WHERE expires_at > ?", (now,))
+    return {name for (name,) in rows}
 
 
 def codes(db: sqlite3.Connection) -> dict[str, Invited]:

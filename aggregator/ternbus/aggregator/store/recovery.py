@@ -7,11 +7,12 @@ from dataclasses import replace
 from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.core.publisher import PublishedState
 from ternbus.aggregator.core.registry import ACTIVE, REVOKED, Answer, Member, Registry
-from ternbus.aggregator.merge.model import Accepted, Model, Waiting
+from ternbus.aggregator.merge.accepted import AcceptedUpdate, BufferedUpdate
+from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Recipe, Settings
 from ternbus.aggregator.store import membership
-from ternbus.aggregator.store.ledger import Ledger, unsigned
-from ternbus.broker.errors import ConfigError
+from ternbus.aggregator.store.ledger import Ledger
+from ternbus.aggregator.store.rows import unsigned
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.identity import Identity, KeyId
 from ternbus.broker.protocol.messages import SnapshotRef
@@ -23,7 +24,7 @@ def recover(ledger: Ledger, settings: Settings, identity: Identity, software: st
     """The core as it was when its last record became durable."""
     schema = ledger.schema()
     version, parts, content_bytes, place = json.loads(ledger.fact("snapshot"))
-    kept = PublishedState(
+    published = PublishedState(
         state=ledger.fact("state"),
         snapshot=SnapshotRef(version=version, parts=parts, content_bytes=content_bytes, place=place),
         sizes=dict(ledger.db.execute("SELECT topic, length(payload) FROM frames").fetchall()),
@@ -38,7 +39,7 @@ def recover(ledger: Ledger, settings: Settings, identity: Identity, software: st
         schema=schema,
         model=recover_model(ledger, settings, schema),
         registry=_registry(ledger, settings),
-        kept=kept,
+        published=published,
         seq=int(ledger.fact("seq")),
         session=int(ledger.fact("session")),
         software=software,
@@ -55,43 +56,44 @@ def recover_model(ledger: Ledger, settings: Settings, schema: Schema) -> Model:
     then = replace(settings, merge=recipe.merge, optimizer=recipe.optimizer)
     start, server = ledger.server()
     model = Model(settings=then, schema=schema, version=start, published=ledger.vector(start), server=server)
-    made = ledger.db.execute(
-        "SELECT version, digest, codec, encoding, body FROM versions WHERE version > ? ORDER BY version", (start,)
-    ).fetchall()
-    for version, digest, codec, encoding, body in made:
+    for version, digest, block in ledger.deltas(schema, start, ledger.version):
         model.refill(_updates(ledger, schema, "merged = ?", (version,)))
         model.step_server()
-        model.publish(Block.read(schema, codec, encoding, body))
-        if model.digest != digest:
-            raise ConfigError(f"{ledger.path}: version {version} does not have its digest; restore it from a backup")
+        model.publish(block)
+        ledger.check_digest(version, digest, model.digest)
     model.settings = settings
     model.refill(waiting(ledger, schema))
     return model
 
 
-def waiting(ledger: Ledger, schema: Schema) -> Iterator[Waiting]:
+def waiting(ledger: Ledger, schema: Schema) -> Iterator[BufferedUpdate]:
     """What the buffer holds, in the order in which it came; a body is read when it is its turn."""
     return _updates(ledger, schema, "merged IS NULL", ())
 
 
-def _updates(ledger: Ledger, schema: Schema, where: str, values: tuple[int, ...]) -> Iterator[Waiting]:
+def _updates(ledger: Ledger, schema: Schema, where: str, values: tuple[int, ...]) -> Iterator[BufferedUpdate]:
     rows = ledger.db.execute(
-        "SELECT device, key, seq, digest, staleness, samples, discount, codec, encoding, segment, place, size, checksum"  # noqa: S608 - our own text
+        "SELECT device, key, seq, base, digest, staleness, samples, discount, codec, encoding, epsilon,"  # noqa: S608 - our own text
+        " segment, place, size, checksum"
         " FROM updates"
         f" WHERE {where} ORDER BY id",
         values,
     )
-    for device, key, seq, digest, staleness, samples, worth, codec, encoding, *place in rows:
-        accepted = Accepted(
+    for device, key, seq, base, digest, staleness, samples, discount, codec, encoding, epsilon, *place in rows:
+        update = AcceptedUpdate(
             device=device,
             key=KeyId(key),
             seq=unsigned(seq),
+            base=base,
             digest=digest,
             staleness=staleness,
             samples=samples,
-            discount=worth,
+            discount=discount,
+            codec=codec,
+            encoding=encoding,
+            epsilon=epsilon,
         )
-        yield accepted, Block.read(schema, codec, encoding, ledger.body(*place))
+        yield update, Block.read(schema, codec, encoding, ledger.body(*place))
 
 
 def _registry(ledger: Ledger, settings: Settings) -> Registry:
@@ -110,7 +112,7 @@ def _registry(ledger: Ledger, settings: Settings) -> Registry:
             member.metrics_seq = unsigned(metrics_seq)
         else:
             member.old_keys[KeyId(key)] = (public, state)
-    oldest = int(ledger.fact("version")) - settings.staleness.max
+    oldest = ledger.version - settings.staleness.max
     for device, base in ledger.db.execute("SELECT device, max(base) FROM updates GROUP BY device"):
         registry.members[device].highest_base = base
     for device, base in ledger.db.execute("SELECT device, base FROM updates WHERE base >= ?", (oldest,)):

@@ -1,11 +1,13 @@
 """What an aggregator has done so far, read from its ledger beside a running process."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from ternbus.aggregator.store.device_metrics import DeviceMetrics, Report
-from ternbus.aggregator.store.ledger import Ledger, unsigned
+from ternbus.aggregator.store.ledger import LEDGER, Ledger
+from ternbus.aggregator.store.rows import unsigned
 from ternbus.aggregator.store.schema import DROPPED
 
 
@@ -17,24 +19,17 @@ def read(directory: Path) -> dict[str, Any]:
     devices report of their own data, see ``local_tests``, over all of them, for a version or of a device, and None
     where nobody does; ``counts.invalid`` is a map by reason of everything refused.
     """
-    ledger = Ledger(directory / "ledger.sqlite", read_only=True)
-    try:
-        ledger.db.execute("BEGIN")  # one moment for all of it
+    with closing(Ledger(directory / LEDGER, read_only=True)) as ledger, ledger.one_moment():
         return _read(ledger)
-    finally:
-        ledger.close()
 
 
 def invitations(directory: Path, now: float) -> list[dict[str, Any]]:
     """Invitations that nobody has used, as JSON values, without their codes; ``now`` in Unix seconds."""
-    ledger = Ledger(directory / "ledger.sqlite", read_only=True)
-    try:
+    with closing(Ledger(directory / LEDGER, read_only=True)) as ledger:
         rows = ledger.db.execute(
             "SELECT i.device, i.made_at, i.expires_at, d.state FROM invitations i LEFT JOIN devices d"
             " ON d.name = i.device ORDER BY i.device"
         ).fetchall()
-    finally:
-        ledger.close()
     return [
         {
             "device": device,
@@ -48,7 +43,7 @@ def invitations(directory: Path, now: float) -> list[dict[str, Any]]:
 
 
 def _read(ledger: Ledger) -> dict[str, Any]:
-    version = int(ledger.fact("version"))
+    version = ledger.version
     (digest,) = ledger.db.execute("SELECT digest FROM versions WHERE version = ?", (version,)).fetchone()
     (buffer,) = ledger.db.execute("SELECT count(*) FROM updates WHERE merged IS NULL").fetchone()
     tests = _local(ledger)

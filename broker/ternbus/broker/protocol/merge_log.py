@@ -15,10 +15,10 @@ from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import meta_fields
 from ternbus.broker.protocol.frame import SIGNATURE_BYTES
 from ternbus.broker.protocol.identity import Identity, KeyId, is_federation, verify
+from ternbus.broker.protocol.messages import RESTORE_LEAP
 
 SIGNED_PREFIX: Final = b"ternbus/1 log\0"
 FIRST: Final = bytes(32)  # in place of a hash, in the entry that is the first
-LEAP: Final = 2**32  # so many versions later goes on what was restored from a backup (protocol)
 ENTRY_BYTES_MAX: Final = 2**28  # some millions of updates in one merge
 _KEYS: Final = ["federation", "version", "digest", "previous", "updates"]
 
@@ -218,7 +218,7 @@ class Audit:
         """Whether one entry was made right after the other."""
         earlier, later = self._links[before], self._links[after]
         fits = later.previous == earlier.hash
-        if after != before + 1 and not (fits and after == before + LEAP):
+        if after != before + 1 and not (fits and after == before + RESTORE_LEAP):
             gap = f"version {before + 1} is" if after == before + 2 else f"versions {before + 1} to {after - 1} are"
             self.faults.append(f"{gap} missing")
         elif not fits and earlier.genuine and later.genuine:

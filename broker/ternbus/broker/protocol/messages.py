@@ -11,6 +11,7 @@ from ternbus.broker.protocol.identity import KeyId
 
 GRANT_RANGES_MAX: Final = 500
 SAMPLES_MAX: Final = 2**32 - 1
+RESTORE_LEAP: Final = 2**32  # what an aggregator that was restored from an older copy adds to version, seq and session
 
 OPEN, PAUSED, CLOSED = "open", "paused", "closed"
 STATES: Final = (OPEN, PAUSED, CLOSED)
@@ -269,6 +270,10 @@ class Status:
     base: int = -1
     software: str = ""
 
+    @property
+    def online(self) -> bool:
+        return self.state != "offline"
+
     def meta(self) -> dict[str, Any]:
         return {"state": self.state, "session": self.session, "base": self.base, "software": self.software}
 
@@ -280,6 +285,19 @@ class Status:
             base=meta_fields.integer(meta, "base", -1),
             software=meta_fields.text(meta, "software")[:100],
         )
+
+
+def is_outdated(status: Status, seq: int, known: Status, known_seq: int) -> bool:
+    """Whether a status says nothing of now, beside a ``known`` one of the same sender (protocol, section 11.9).
+
+    A session's ``offline`` is final, whatever its number: as a last will it was numbered before the session began. The
+    others of a session are newer the higher their numbers are. ProtocolError for an earlier session: a replay.
+    """
+    if status.session < known.session:
+        raise ProtocolError("old-session", f"session {known.session} has begun since")
+    if status.session > known.session or not status.online:
+        return False
+    return not known.online or seq < known_seq
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

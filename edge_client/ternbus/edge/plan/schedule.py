@@ -2,8 +2,9 @@
 
 import math
 
+from ternbus.broker.protocol.messages import RESTORE_LEAP
+
 TURNS = 1_000_000  # versions in which every whole number of turns can be had
-RESTORED = 2**32  # an aggregator restored from an older copy adds this to its version
 
 
 def share(schedule: str, version: int, *, warmup: int, total: int, final: float) -> float:
@@ -13,7 +14,7 @@ def share(schedule: str, version: int, *, warmup: int, total: int, final: float)
     f + (1 - f)·(1 + cos(pi·p)) / 2 (Loshchilov & Hutter 2017, eq. 5). W is `warmup`, T `total`, f `final`. Every device
     and every restart computes the same: nothing but the version counts.
     """
-    version %= RESTORED
+    version %= RESTORE_LEAP
     if version < warmup:
         return (version + 1) / warmup
     if schedule == "constant":

@@ -74,12 +74,13 @@ class MemoryLedger:
     def _write(self, record: records.Record, now: float) -> None:
         match record:
             case records.UpdateAccepted():
+                update = record.update
                 row = Contribution(
-                    device=record.device,
-                    base=record.base,
-                    staleness=record.staleness,
-                    samples=record.samples,
-                    epsilon=record.epsilon,
+                    device=update.device,
+                    base=update.base,
+                    staleness=update.staleness,
+                    samples=update.samples,
+                    epsilon=update.epsilon,
                 )
                 self.contributions.append(row)
                 self._buffer.append(row)
@@ -91,7 +92,7 @@ class MemoryLedger:
                 for row in self._buffer:
                     row.merged = record.version
                 self._buffer = []
-            case records.FramesKept():
+            case records.FramesRetained():
                 self._keep(record)
             case records.MetricsReceived():
                 self._measured(record)
@@ -120,7 +121,7 @@ class MemoryLedger:
         else:
             self._counts[record.outcome] += 1
 
-    def _keep(self, record: records.FramesKept) -> None:
+    def _keep(self, record: records.FramesRetained) -> None:
         for topic, payload in record.frames:
             if payload:
                 self._frames[topic] = payload

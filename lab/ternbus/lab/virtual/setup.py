@@ -10,20 +10,17 @@ from pathlib import Path
 from typing import Final
 
 from ternbus.aggregator import settings as configuration
-from ternbus.aggregator.core import records
+from ternbus.aggregator.core import first_version, records
 from ternbus.aggregator.core.core import Core
-from ternbus.aggregator.core.frames import FrameWriter
-from ternbus.aggregator.core.publisher import PublishedState
 from ternbus.aggregator.core.registry import Invited, Registry
-from ternbus.aggregator.merge import optimizer
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import ledger as durable
+from ternbus.aggregator.store import maintenance
+from ternbus.aggregator.store.ledger import LEDGER
 from ternbus.broker.protocol.identity import Identity, seal
-from ternbus.broker.protocol.merge_log import FIRST
-from ternbus.broker.protocol.messages import OPEN
-from ternbus.broker.protocol.schema import Schema, Vector, to_vector, vector_digest
+from ternbus.broker.protocol.schema import Schema, Vector, to_vector
 from ternbus.edge.core.follower import InitialModel
 from ternbus.edge.core.profile import Profile
 from ternbus.edge.learn.task import Task
@@ -55,9 +52,8 @@ def on_disk(
     """A real aggregator's directory, which its commands can read afterwards."""
     administration.create(folder, federation=FEDERATION, broker=URL, model=model, settings=chosen, dense=dense)
     codes = {invitation.device: invitation.code for invitation in administration.invite(folder, *names)}
-    ledger = durable.Ledger(folder / administration.LEDGER)
-    ledger.db.execute("PRAGMA synchronous = OFF")  # a crash of this machine is not what is simulated
-    ledger.db.execute("UPDATE versions SET made_at = 0")
+    ledger = durable.Ledger(folder / LEDGER)
+    maintenance.simulate(ledger.db)
     ledger.write([records.DeviceEnrolled(device=EVALUATOR, public=Identity.generate().public, proof=b"")], 0.0)
     return Setup(ledger=ledger, core=lambda: administration.open_core(folder, ledger, SOFTWARE), codes=codes)
 
@@ -78,38 +74,26 @@ def _first_core(
     settings: Settings, identity: Identity, schema: Schema, vector: Vector, codes: Mapping[str, str]
 ) -> tuple[Core, list[tuple[str, bytes]]]:
     """An aggregator at version 0, and the frames that it has to keep."""
-    reserved = [0]
-
-    def save(record: records.Record) -> None:
-        if isinstance(record, records.SeqReserved):
-            reserved.append(record.upto)
-
-    outlet = FrameWriter(settings, identity, schema, save, 0)
-    digest = vector_digest(vector)
-    named, frames = outlet.snapshot(0, digest, vector, 0)
-    head = outlet.head(version=0, digest=digest, snapshot=named, state=OPEN)
-    kept = PublishedState(
-        state=OPEN,
-        snapshot=named,
-        sizes={topic: len(payload) for topic, payload in [*frames, head]},
-        head_frame=head[1],
-        slots=settings.downlink.slots,
-        recipe=settings.recipe,
-        log_hash=outlet.entry(0, digest, FIRST).hash,
-    )
-    server = optimizer.init(settings.optimizer, vector)
+    first = first_version.make(settings, identity, schema, vector)
     core = Core(
         settings=settings,
         identity=identity,
         schema=schema,
-        model=Model(settings=settings, schema=schema, version=0, published=vector, server=server, digest=digest),
+        model=Model(
+            settings=settings,
+            schema=schema,
+            version=0,
+            published=vector,
+            server=first.snapshot.server,
+            digest=first.version.digest,
+        ),
         registry=Registry(settings.federation, codes={name: Invited(code=code) for name, code in codes.items()}),
-        kept=kept,
-        seq=reserved[-1],
+        published=first.published(settings),
+        seq=first.seq,
         session=0,
         software=SOFTWARE,
     )
-    return core, [*frames, head]
+    return core, [*first.frames.frames]
 
 
 def bodies(

@@ -12,7 +12,6 @@ from ternbus.lab.virtual.clock import Alarm, Clock
 from ternbus.lab.virtual.memory_broker import PROTOCOL, Line, MemoryBroker
 from ternbus.lab.virtual.memory_ledger import Ledger
 
-RETRY_S = 0.5  # after a connection was lost
 VersionMade = Callable[[int, Vector], None]
 
 
@@ -32,16 +31,13 @@ class VirtualAggregator:
         self._made = made
         self._session = broker.session(self, Line())
         self._alarm = self._new_alarm()
-        self._runs = False
 
     def start(self) -> None:
-        self._runs = True
         self._perform(self.core.start(self._clock.now))
-        self._connect()
+        self._handle(events.TimeReached())
 
     def kill(self) -> None:
         """What is not in the ledger is lost."""
-        self._runs = False
         self._alarm.off()
         self._session.cut()
 
@@ -57,7 +53,6 @@ class VirtualAggregator:
 
     def disconnected(self, reason: str) -> None:  # noqa: ARG002 - what a client is told
         self._handle(events.Disconnected())
-        self._clock.at(self._clock.now + RETRY_S, partial(self._reconnect, self.core))
 
     def arrived(self, topic: str, payload: bytes) -> None:
         size_bytes = packet_bytes(topic, len(payload), PROTOCOL)
@@ -65,13 +60,6 @@ class VirtualAggregator:
 
     def acknowledged(self, seq: int) -> None:
         """The aggregator does not wait for it."""
-
-    def _reconnect(self, life: Core) -> None:
-        if life is self.core and self._runs:
-            self._connect()
-
-    def _connect(self) -> None:
-        self._handle(events.Connecting())
 
     def _new_alarm(self) -> Alarm:
         core = self.core
@@ -91,7 +79,7 @@ class VirtualAggregator:
             match action:
                 case events.Publish():
                     self._session.publish(action.topic, action.payload, retain=action.retain)
-                case events.RepublishKept():
+                case events.RepublishRetained():
                     for topic in action.topics:
                         self._session.publish(topic, self._ledger.frame(topic), retain=True)
                 case events.Subscribe():

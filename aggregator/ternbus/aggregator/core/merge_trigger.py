@@ -1,0 +1,68 @@
+"""When the updates in the buffer are merged into a version: the rule at the heart of asynchronous aggregation.
+
+A buffer is due ``max_wait_s`` after its first update, whatever happened since. It is due earlier, but not sooner than
+``min_interval_s`` after the last merge, where it is full (FedBuff, Nguyen et al. 2022) or where no device that is
+online has an update still to come. A further rule is a further line in ``is_due``; where it depends on time, ``due_s``
+names the moment.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from ternbus.aggregator.core.registry import Member
+from ternbus.aggregator.merge.accepted import AcceptedUpdate
+from ternbus.aggregator.settings import MergeSettings
+
+RETAINED_S: Final = 5.0  # how long a broker has, after a subscribe, to deliver what it retains
+
+Buffer = Sequence[AcceptedUpdate]
+Online = Mapping[str, Member]  # the devices that are online, by name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeTrigger:
+    """All that the rule remembers: three moments, in seconds of the ``now`` that its methods are given."""
+
+    settings: MergeSettings
+    min_interval_s: float = 0.0
+    merge_by: float = math.inf  # the longest wait of the buffer's first update ends
+    not_before: float = -math.inf  # the shortest interval after the last merge ends
+    statuses_by: float = -math.inf  # the broker has delivered every device's status
+
+    def connected(self, now: float) -> "MergeTrigger":
+        """After a connect, who is online is not known before the broker has delivered all statuses."""
+        return replace(self, statuses_by=now + RETAINED_S)
+
+    def first_accepted(self, now: float) -> "MergeTrigger":
+        """An update was put into the empty buffer."""
+        return replace(self, merge_by=now + self.settings.max_wait_s)
+
+    def merged(self, now: float) -> "MergeTrigger":
+        return replace(self, merge_by=math.inf, not_before=now + self.min_interval_s)
+
+    def due_s(self, buffer: Buffer, now: float) -> float | None:
+        """When ``is_due`` has to be asked again, if nothing happens before; None with an empty buffer."""
+        if not buffer:
+            return None
+        return min([self.merge_by, *(moment for moment in (self.not_before, self.statuses_by) if moment > now)])
+
+    def is_due(self, buffer: Buffer, online: Online, now: float) -> bool:
+        """Whether the buffer is to be merged now."""
+        if not buffer:
+            return False
+        if self.merge_by <= now:
+            return True
+        return self.not_before <= now and (
+            len(buffer) >= self.settings.buffer_size or self._all_contributed(buffer, online, now)
+        )
+
+    def _all_contributed(self, buffer: Buffer, online: Online, now: float) -> bool:
+        """Whether every device online that trains has an update in the buffer, and there is one."""
+        if now < self.statuses_by:
+            return False
+        contributors = {update.device for update in buffer}
+        return not contributors.isdisjoint(online) and all(
+            name in contributors or member.evaluates for name, member in online.items()
+        )

@@ -1,0 +1,24 @@
+"""What happens to a frame that is dropped: it is counted, and the operator is told of some."""
+
+from dataclasses import dataclass
+
+from ternbus.aggregator.core.counters import Counters
+from ternbus.aggregator.core.events import Action, Log
+from ternbus.aggregator.core.rate_limit import LogLimit
+from ternbus.broker.errors import ProtocolError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusals:
+    """Every refusal is counted; of those for one reason only a few are logged."""
+
+    counters: Counters
+    log_limit: LogLimit
+
+    def refuse(self, reason: str, text: str, now: float) -> list[Action]:
+        self.counters.refuse(reason, now)
+        line = self.log_limit.write(reason, text, now)
+        return [Log(text=line)] if line else []
+
+    def drop(self, what: str, error: ProtocolError, now: float) -> list[Action]:
+        return self.refuse(error.reason, f"dropped {what}: {error}", now)

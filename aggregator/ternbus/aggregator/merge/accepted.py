@@ -1,0 +1,35 @@
+"""An accepted update as one value, the same from its validation to the ledger and back."""
+
+from dataclasses import dataclass
+
+from ternbus.broker.protocol.identity import KeyId
+from ternbus.broker.protocol.merge_log import Contribution
+from ternbus.broker.protocol.ternary import Block
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AcceptedUpdate:
+    """Who sent an update, what it says of itself, and what it counts in a merge; all but its content.
+
+    An update counts by ``samples`` times ``discount``. A merge rule turns these into the update's weight, which the
+    log of merges names (``Contribution.weight``).
+    """
+
+    device: str
+    key: KeyId
+    seq: int
+    base: int  # the version that it was trained on
+    digest: bytes  # of the message, as the log of merges names it
+    staleness: int  # versions between its base and the model when it was accepted
+    samples: int  # how many examples it was trained on, as its device says
+    discount: float  # s(staleness), times the factor that clipped it to the largest norm
+    codec: str
+    encoding: str
+    epsilon: float | None = None  # what its device says that it has spent of privacy, with this update
+
+    def contribution(self, weight: float) -> Contribution:
+        """Its line in the log of merges, with the weight that a rule gave it (``mean.Change``)."""
+        return Contribution(device=self.device, key=self.key, seq=self.seq, digest=self.digest, weight=weight)
+
+
+BufferedUpdate = tuple[AcceptedUpdate, Block]  # an update in the buffer, and its content
