@@ -25,7 +25,7 @@ from ternbus.broker.protocol.ternary import FLOAT32, TERNARY, Block, content_byt
 Make = Callable[..., Bench]
 
 
-def gate_of(bench: Bench, room_bytes: int = 2**25) -> Preverifier:
+def preverifier_of(bench: Bench, room_bytes: int = 2**25) -> Preverifier:
     return Preverifier(registry=bench.core.registry, schema=bench.schema, room_bytes=room_bytes)
 
 
@@ -33,9 +33,9 @@ def arrived(device: Device, payload: bytes, opened: Opened | None) -> events.Mes
     return events.MessageArrived(topic=device.topic("update"), payload=payload, opened=opened)
 
 
-def read_ahead(gate: Preverifier, device: Device, payload: bytes, topic: str = "") -> Block | None:
+def read_ahead(verifier: Preverifier, device: Device, payload: bytes, topic: str = "") -> Block | None:
     """The block, of a frame that is opened in any case."""
-    opened = gate.open(topic or device.topic("update"), payload)
+    opened = verifier.open(topic or device.topic("update"), payload)
     assert opened is not None
     return opened.block
 
@@ -44,7 +44,7 @@ def test_a_frame_that_was_opened_ahead_is_the_same_update(make: Make) -> None:
     bench = make(merge__buffer_size=1)
     pi = bench.join("pi")
     (frame,) = pi.update(ternary_block(bench.schema, 1), 0)
-    opened = gate_of(bench).open(pi.topic("update"), frame)
+    opened = preverifier_of(bench).open(pi.topic("update"), frame)
     assert opened is not None
     bench.handle(events.MessageArrived(topic=pi.topic("update"), payload=frame, opened=opened))
     assert receipts(bench.last)[-1].outcome == "accepted"
@@ -55,7 +55,7 @@ def test_what_was_verified_ahead_is_not_verified_again(make: Make) -> None:
     bench = make()
     pi = bench.join("pi")
     (frame,) = pi.update(ternary_block(bench.schema, 1), 0)
-    opened = gate_of(bench).open(pi.topic("update"), frame)
+    opened = preverifier_of(bench).open(pi.topic("update"), frame)
     assert opened is not None
     false = Opened(frame=replace(opened.frame, signature=bytes(64)), public=opened.public)
     bench.handle(events.MessageArrived(topic=pi.topic("update"), payload=frame, opened=false))
@@ -68,14 +68,14 @@ def test_what_is_not_authentic_is_not_opened_ahead(make: Make) -> None:
     (frame,) = pi.update(ternary_block(bench.schema, 1), 0)
     (strange,) = stranger.update(ternary_block(bench.schema, 1), 0)
     for payload in (b"", frame[:-1], frame[:200] + b"x" + frame[201:], strange):
-        assert gate_of(bench).open(pi.topic("update"), payload) is None
+        assert preverifier_of(bench).open(pi.topic("update"), payload) is None
 
 
 def test_a_key_that_was_replaced_meanwhile_does_not_pass(make: Make) -> None:
     bench = make()
     pi = bench.join("pi")
     (frame,) = pi.update(ternary_block(bench.schema, 1), 0)
-    opened = gate_of(bench).open(pi.topic("update"), frame)
+    opened = preverifier_of(bench).open(pi.topic("update"), frame)
     bench.join("pi")
     bench.handle(events.MessageArrived(topic=pi.topic("update"), payload=frame, opened=opened))
     assert receipts(bench.last) == []
@@ -87,7 +87,7 @@ def test_a_key_that_was_replaced_meanwhile_does_not_pass(make: Make) -> None:
 def test_an_update_in_one_part_is_read_ahead(make: Make, of: Callable[[Schema, int], Block], encoding: str) -> None:
     bench = make()
     pi, block = bench.join("pi"), of(bench.schema, 1)
-    found = read_ahead(gate_of(bench), pi, pi.update(block, 0, encoding=encoding)[0])
+    found = read_ahead(preverifier_of(bench), pi, pi.update(block, 0, encoding=encoding)[0])
     assert found is not None
     assert (found.codec, found.content) == (block.codec, block.content)
 
@@ -97,7 +97,7 @@ def test_what_was_read_ahead_is_what_is_merged_and_the_body_as_it_came_is_what_i
     bench = make()
     pi, block, other = bench.join("pi"), ternary_block(bench.schema, 1), ternary_block(bench.schema, 2)
     (frame,) = pi.update(block, 0, encoding="zstd")
-    opened = gate_of(bench).open(pi.topic("update"), frame)
+    opened = preverifier_of(bench).open(pi.topic("update"), frame)
     assert opened is not None
     swapped = Opened(frame=opened.frame, public=opened.public, block=other)
     (receipt,) = receipts(bench.handle(arrived(pi, frame, swapped)))
@@ -128,85 +128,87 @@ def test_what_is_wrong_with_an_update_is_left_for_the_core_to_find(make: Make, w
     for each in (bench, plain):
         pi = each.join("pi")
         (frame,) = pi.update(base=0, **wrong)  # type: ignore[arg-type]
-        gate = gate_of(each)
-        opened = gate.open(pi.topic("update"), frame) if each is bench else None
+        verifier = preverifier_of(each)
+        opened = verifier.open(pi.topic("update"), frame) if each is bench else None
         assert (opened is None) == (each is plain)
         assert opened is None or opened.block is None
         (receipt,) = receipts(each.handle(arrived(pi, frame, opened)))
         answers.append((receipt.outcome, receipt.reason))
-        assert read_ahead(gate, pi, pi.update(ternary_block(each.schema, 1), 0)[0]) is not None  # it holds no room
+        assert read_ahead(verifier, pi, pi.update(ternary_block(each.schema, 1), 0)[0]) is not None  # it holds no room
     assert answers[0] == answers[1]
     assert answers[0][0] == "invalid"
 
 
 def test_what_may_not_be_read_before_the_core_has_asked_is_not(make: Make) -> None:
     bench = make()
-    pi, eva, gate = bench.join("pi"), bench.join("eva"), gate_of(bench)
+    pi, eva, verifier = bench.join("pi"), bench.join("eva"), preverifier_of(bench)
     block = ternary_block(bench.schema, 1)
     sealed = pi.update(block, 0, seal_to=bench.identity.public)[0]
     part = pi.update(float32_block(bench.schema, 1), 0, frame_bytes=1500)[0]
     good = pi.update(block, 0)[0]
-    assert read_ahead(gate, pi, sealed) is None
-    assert read_ahead(gate, pi, part) is None
-    assert read_ahead(gate, pi, good, eva.topic("update")) is None
-    assert read_ahead(gate, pi, good, topics.up(LAB, "pi", "offer")) is None
-    assert read_ahead(gate, pi, good, "elsewhere") is None
-    assert read_ahead(gate, pi, pi.metrics(0)) is None
+    assert read_ahead(verifier, pi, sealed) is None
+    assert read_ahead(verifier, pi, part) is None
+    assert read_ahead(verifier, pi, good, eva.topic("update")) is None
+    assert read_ahead(verifier, pi, good, topics.up(LAB, "pi", "offer")) is None
+    assert read_ahead(verifier, pi, good, "elsewhere") is None
+    assert read_ahead(verifier, pi, pi.metrics(0)) is None
     assert receipts(bench.receive(pi.topic("update"), good))[0].outcome == "accepted"
-    assert read_ahead(gate, pi, good) is None  # it was answered, and is only told so again
-    assert read_ahead(gate, pi, pi.update(block, 0)[0]) is not None
+    assert read_ahead(verifier, pi, good) is None  # it was answered, and is only told so again
+    assert read_ahead(verifier, pi, pi.update(block, 0)[0]) is not None
 
 
 def test_one_update_of_each_device_is_read_ahead_until_the_core_has_had_it(make: Make) -> None:
     bench = make()
-    gate, block = gate_of(bench), ternary_block(bench.schema, 1)
+    verifier, block = preverifier_of(bench), ternary_block(bench.schema, 1)
     pi, eva = bench.join("pi"), bench.join("eva")
-    first = gate.open(pi.topic("update"), pi.update(block, 0)[0])
+    first = verifier.open(pi.topic("update"), pi.update(block, 0)[0])
     assert first is not None
     assert first.block is not None
-    second = gate.open(pi.topic("update"), pi.update(block, 0)[0])
+    second = verifier.open(pi.topic("update"), pi.update(block, 0)[0])
     assert second is not None
     assert second.block is None
-    assert read_ahead(gate, eva, eva.update(block, 0)[0]) is not None
-    gate.close(second)
-    gate.close(None)
-    assert read_ahead(gate, pi, pi.update(block, 0)[0]) is None
-    gate.close(first)
-    assert read_ahead(gate, pi, pi.update(block, 0)[0]) is not None
+    assert read_ahead(verifier, eva, eva.update(block, 0)[0]) is not None
+    verifier.close(second)
+    verifier.close(None)
+    assert read_ahead(verifier, pi, pi.update(block, 0)[0]) is None
+    verifier.close(first)
+    assert read_ahead(verifier, pi, pi.update(block, 0)[0]) is not None
 
 
 def test_what_is_read_ahead_has_room_and_what_is_larger_waits_alone(make: Make) -> None:
     bench = make()
     small, large = content_bytes(bench.schema, TERNARY), content_bytes(bench.schema, FLOAT32)
-    gate = gate_of(bench, room_bytes=2 * small)
+    verifier = preverifier_of(bench, room_bytes=2 * small)
     assert large > 2 * small
     a, b, c, d = (bench.join(name) for name in "abcd")
-    opened = [gate.open(each.topic("update"), each.update(ternary_block(bench.schema, 1), 0)[0]) for each in (a, b, c)]
+    opened = [
+        verifier.open(each.topic("update"), each.update(ternary_block(bench.schema, 1), 0)[0]) for each in (a, b, c)
+    ]
     assert [each is not None and each.block is not None for each in opened] == [True, True, False]
     for each in opened[:2]:
-        assert read_ahead(gate, d, d.update(float32_block(bench.schema, 1), 0)[0]) is None
-        gate.close(each)
-    assert read_ahead(gate, d, d.update(float32_block(bench.schema, 1), 0)[0]) is not None
-    assert read_ahead(gate, a, a.update(ternary_block(bench.schema, 1), 0)[0]) is None
+        assert read_ahead(verifier, d, d.update(float32_block(bench.schema, 1), 0)[0]) is None
+        verifier.close(each)
+    assert read_ahead(verifier, d, d.update(float32_block(bench.schema, 1), 0)[0]) is not None
+    assert read_ahead(verifier, a, a.update(ternary_block(bench.schema, 1), 0)[0]) is None
 
 
-@pytest.mark.parametrize("lead", [1, 10])  # so many frames the gate is ahead of the core
+@pytest.mark.parametrize("lead", [1, 10])  # so many frames the verifier is ahead of the core
 def test_a_device_that_floods_has_no_more_read_ahead_than_it_has_receipts(make: Make, lead: int) -> None:
-    """Of 300 bad and good updates at once; the core takes 20, and the gate reads at most one beyond them."""
+    """Of 300 bad and good updates at once; the core takes 20, and the verifier reads at most one beyond them."""
     bench = make(limits__receipts_per_s=10)
     bad, good = bench.join("bad"), bench.join("good")
-    block, gate, ahead, waiting = ternary_block(bench.schema, 1), gate_of(bench), 0, []
+    block, verifier, ahead, waiting = ternary_block(bench.schema, 1), preverifier_of(bench), 0, []
     for number in range(300):
         (frame,) = bad.update(block, number % 2 * 10**6, encoding="zstd")  # every other one is of a base in the future
-        opened = gate.open(bad.topic("update"), frame)
+        opened = verifier.open(bad.topic("update"), frame)
         assert opened is not None
         ahead += opened.block is not None
         waiting.append((frame, opened))
         if len(waiting) == lead:
             for payload, each in waiting:
                 bench.handle(arrived(bad, payload, each))
-                gate.close(each)
+                verifier.close(each)
             waiting.clear()
     assert len(receipts(bench.last)) == 0
     assert 1 <= ahead <= 21
-    assert read_ahead(gate, good, good.update(block, 0)[0]) is not None
+    assert read_ahead(verifier, good, good.update(block, 0)[0]) is not None

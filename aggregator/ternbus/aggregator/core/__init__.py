@@ -22,9 +22,9 @@
 5. Wake the core. When ``deadline`` has passed, call ``handle(TimeReached(), now)``; look at ``deadline`` again after
    every call. More calls than that do no harm. Merges, reconnects and counters wait for nothing else.
 
-6. Connect when ``Connect`` asks for it, with its last will, a persistent session, and tell how it went: ``Connected``, or
-   ``ConnectFailed``; then ``Disconnected`` when the connection ends, each once. The core decides when to try again; a
-   shell that retries by itself breaks the numbering of sessions.
+6. Connect when ``Connect`` asks for it, with its last will and in a persistent MQTT session, and tell how it went:
+   ``Connected``, or ``ConnectFailed``; then ``Disconnected`` when the connection ends, each once. The core decides
+   when to try again; a shell that retries by itself breaks the numbering of sessions.
 
 7. Where an action fails, it depends on which. A ``Save`` that fails ends the process, and nothing behind it is
    performed: the next start goes on from the last commit. ``Publish``, ``RepublishRetained`` and ``Subscribe`` without

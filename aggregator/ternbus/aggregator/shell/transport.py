@@ -32,7 +32,7 @@ def client_name(federation: str) -> str:
 
 
 def equip(directory: Path, settings: Settings, certificates: Path | None, home: Path) -> None:
-    """Write the aggregator's own credentials into its directory: out of a folder, or issued by its broker's authority."""
+    """Write the aggregator's credentials into its directory: out of a folder, or issued by its broker's authority."""
     credentials = _credentials(settings, client_name(settings.federation), certificates, home)
     for name, pem in ((CA, credentials.ca), (CERTIFICATE, credentials.certificate), (TLS_KEY, credentials.key)):
         if pem is not None:
