@@ -9,17 +9,17 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
 import numpy as np
-import numpy.typing as npt
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from support import plain_server
 from support.small_world import LAB, Bench, Device, float32_block, follow, make_directory, scratch, ternary_block
 from ternbus.aggregator import settings as configuration
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.registry import REVOKED
 from ternbus.aggregator.shell import administration, log
-from ternbus.aggregator.store.membership import codes
+from ternbus.aggregator.store import membership
 from ternbus.aggregator.store.recovery import waiting
 from ternbus.aggregator.store.schema import DROPPED
 from ternbus.broker.protocol import topics
@@ -64,7 +64,7 @@ class Federation(RuleBasedStateMachine):
         self.sent: set[tuple[str, bytes, int, int, int, bytes]] = set()
         self.blocks: dict[bytes, Block] = {}
         self.digests: dict[tuple[str, bytes, int], set[bytes]] = {}
-        self.kept: set[tuple[str, bytes]] = set()
+        self.retained: set[tuple[str, bytes]] = set()
         self.numbers: dict[tuple[int, int], bytes] = {}
         self.promised: set[tuple[str, bytes, int]] = set()
         self.pending: list[records.UpdateAccepted] = []
@@ -95,18 +95,13 @@ class Federation(RuleBasedStateMachine):
         )
         self.bench = Bench(directory)
         self.logged.append(self.bench.ledger.last_entry().hash)
-        self.target = self.bench.core.model.published.astype(np.float64)
-        self.begin_optimizer(self.bench.core.settings.optimizer)
-        self.kept = set(self.bench.ledger.db.execute("SELECT topic, payload FROM frames"))
+        self.server = plain_server.PlainServer(self.bench.core.settings.optimizer, self.bench.core.model.published)
+        self.retained = set(self.bench.ledger.db.execute("SELECT topic, payload FROM frames"))
         self.trainers = {}
         for name in ("a", "b", "c"):
             self.trainers[name] = Trainer(self.bench.join(name))
         self.start(None)
         self.connect(None, lost=True, frame_bytes=100_000)
-
-    def begin_optimizer(self, about: configuration.OptimizerSettings) -> None:
-        self.optimizer = about.name
-        self.momentum, self.squares = np.zeros_like(self.target), np.full_like(self.target, about.tau**2)
 
     def teardown(self) -> None:
         if not hasattr(self, "bench"):
@@ -153,15 +148,15 @@ class Federation(RuleBasedStateMachine):
         for record in batch:
             match record:
                 case records.FramesRetained():
-                    self.kept.update(record.frames)
+                    self.retained.update(record.frames)
                 case records.UpdateAccepted():
                     self._accepted(record)
                 case records.DeviceRevoked():
                     self._revoked(record)
                 case records.VersionMade():
                     self._merged(record)
-                case records.SnapshotTaken() if record.recipe.optimizer.name != self.optimizer:
-                    self.begin_optimizer(record.recipe.optimizer)
+                case records.SnapshotTaken() if record.recipe.optimizer.name != self.server.name:
+                    self.server.begin(record.recipe.optimizer)
                 case _:
                     pass
 
@@ -182,32 +177,17 @@ class Federation(RuleBasedStateMachine):
             self.merged[each.update.device, each.update.base] = DROPPED
 
     def _merged(self, version: records.VersionMade) -> None:
-        """The second implementation: FedBuff's mean and the server's step, in float64."""
+        """Nothing merges twice, and all that was accepted is in it; the plain server follows."""
         assert version.updates == len(self.pending) > 0
-        total = np.zeros_like(self.target)
         for record in self.pending:
             update = record.update
             assert (update.device, update.base) not in self.merged, "merged twice"
             assert update.staleness == version.version - 1 - update.base
             self.merged[update.device, update.base] = version.version
-            weight = update.samples * (1 + update.staleness) ** -0.5
-            total += weight * self.blocks[record.body].value().astype(np.float64)
         self._logged(version)
-        mean = total / sum(record.update.samples for record in self.pending)
-        if self.bench.core.settings.merge.rule == "median":
-            mean = self._median()
-        about = self.bench.core.settings.optimizer
-        if about.name in ("fedadam", "fedyogi"):
-            self.momentum = about.beta1 * self.momentum + (1 - about.beta1) * mean
-            apart = self.squares - mean**2  # Adam goes towards it, Yogi by its sign
-            self.squares = self.squares - (1 - about.beta2) * (
-                apart if about.name == "fedadam" else np.sign(apart) * mean**2
-            )
-            step = self.momentum / (np.sqrt(self.squares) + about.tau)
-        else:
-            self.momentum = about.momentum * self.momentum + mean
-            step = self.momentum if about.name == "fedavgm" else mean
-        self.target = self.target + about.learning_rate * step
+        buffer = [(each.update, self.blocks[each.body].value().astype(np.float64)) for each in self.pending]
+        merge = plain_server.median if self.bench.core.settings.merge.rule == "median" else plain_server.mean
+        self.server.step(self.bench.core.settings.optimizer, merge(buffer))
         self.pending.clear()
 
     def _logged(self, version: records.VersionMade) -> None:
@@ -232,15 +212,6 @@ class Federation(RuleBasedStateMachine):
         assert [signed.hash for _, signed in entries] == self.logged[1:]
         merged = [version for version in self.merged.values() if version != DROPPED]
         assert len({(each.device, each.digest) for entry, _ in entries for each in entry.updates}) == len(merged)
-
-    def _median(self) -> npt.NDArray[np.float64]:
-        """Of what each device says, on average, in the buffer."""
-        said: dict[str, list[npt.NDArray[np.float64]]] = {}
-        for record in self.pending:
-            value = self.blocks[record.body].value().astype(np.float64)
-            said.setdefault(record.update.device, []).append(value * (1 + record.update.staleness) ** -0.5)
-        middle: npt.NDArray[np.float64] = np.median([sum(each) / len(each) for each in said.values()], axis=0)
-        return middle
 
     def _do(self, action: events.Action) -> None:
         match action:
@@ -295,7 +266,7 @@ class Federation(RuleBasedStateMachine):
                 assert Status.from_meta(frame.meta).session <= ledger.fact("session")
             case _:
                 pass
-        assert not retain or topic == STATUS or (topic, payload) in self.kept
+        assert not retain or topic == STATUS or (topic, payload) in self.retained
 
     def _check_receipt(self, receipt: Receipt) -> None:
         ledger = self.bench.ledger
@@ -569,13 +540,16 @@ class Federation(RuleBasedStateMachine):
         trainer.session += 1
         self.wire.append((trainer.device.topic("status"), trainer.device.status(state, trainer.session)))
 
+    def invite(self, name: str, code: str) -> None:
+        membership.invite(self.bench.ledger.db, {name: code}, 0.0, 1e12)
+        self.perform(self.handle(events.InvitationsRead(codes=membership.codes(self.bench.ledger.db))), None)
+
     @precondition(lambda self: self.alive and self.connected)
     @rule(name=DEVICES, crash=CRASHES)
     def change_key(self, name: str, crash: int | None) -> None:
         """The device lost its disk, and the operator invites it again."""
         code = f"code-{self.made}-{self.bench.now}"
-        self.bench.ledger.db.execute("INSERT OR REPLACE INTO invitations VALUES (?, ?, 0, 1e12)", (name, code))
-        self.perform(self.handle(events.InvitationsRead(codes=codes(self.bench.ledger.db))), None)
+        self.invite(name, code)
         new = Device(name, self.bench.schema)
         event = events.MessageArrived(topic=new.topic("enroll"), payload=new.enroll(code))
         self.perform(self.handle(event), crash)
@@ -597,8 +571,7 @@ class Federation(RuleBasedStateMachine):
         trainer = self.trainers[name]
         if bytes(trainer.device.identity.key_id) not in self.revoked:
             return
-        self.bench.ledger.db.execute("INSERT OR REPLACE INTO invitations VALUES (?, 'code', 0, 1e12)", (name,))
-        self.perform(self.handle(events.InvitationsRead(codes=codes(self.bench.ledger.db))), None)
+        self.invite(name, "code")
         frame = trainer.device.enroll("code", seq=0)
         self.perform(self.handle(events.MessageArrived(topic=trainer.device.topic("enroll"), payload=frame)), crash)
         assert self.bench.core.registry.members[name].standing(trainer.device.identity.key_id)[1] == REVOKED
@@ -608,11 +581,11 @@ class Federation(RuleBasedStateMachine):
         if not self.alive:
             return
         model = self.bench.core.model
-        np.testing.assert_allclose(model.server.target, self.target, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(model.server.target, self.server.target, rtol=1e-4, atol=1e-4)
         assert len(model.buffer) == len(self.pending)
         rows = self.bench.ledger.db.execute("SELECT codec, updates FROM versions WHERE version = ?", (model.version,))
         if rows.fetchone() in {("float32", updates) for updates in range(1, 100)}:  # else there may be a residual
-            np.testing.assert_allclose(model.published, self.target, rtol=1e-3, atol=1e-3)
+            np.testing.assert_allclose(model.published, self.server.target, rtol=1e-3, atol=1e-3)
 
 
 TestFederation = Federation.TestCase

@@ -112,7 +112,7 @@ def test_a_large_update_is_opened_and_added_in_threads_of_their_own(
         while (arrived := inbox.until(Arrived)).topic != RECEIPTS:
             pass
         assert Receipt.from_meta(parse(arrived.payload).meta).outcome == "accepted"
-        assert (verified, read) == (["gate"], ["gate"])  # once each, and the core is left nothing of it
+        assert (verified, read) == (["preverifier"], ["preverifier"])  # once each, and the core is left nothing of it
         assert sys.getswitchinterval() == pytest.approx(SWITCH_S)
     assert world.errors == []
     assert added == ["adding"]

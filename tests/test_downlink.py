@@ -34,7 +34,7 @@ def test_the_published_vector_arrives_at_a_target_that_stands_still(codec: str) 
     ],
     ids=["constant", "signs", "one element", "trits"],
 )
-def test_every_form_of_change_arrives(change: np.ndarray) -> None:  # type: ignore[type-arg]
+def test_every_form_of_change_arrives(change: np.ndarray) -> None:
     """Also the ones in which no element is above the mean."""
     target = change.astype(np.float32)
     published = np.zeros_like(target)

@@ -2,13 +2,14 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from support.small_world import Bench, Device, float32_block, follow, make_directory, scratch, ternary_block
-from ternbus.aggregator.core import events
+from ternbus.aggregator.core import events, first_version
 from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.merge.mean import Change
 from ternbus.aggregator.merge.model import Model
@@ -367,3 +368,15 @@ def test_damaged_vectors_are_named(make: Make, damage: bytes) -> None:
     path.unlink()
     with pytest.raises(ConfigError, match="cannot read"):
         bench.restart()
+
+
+def test_a_first_version_in_memory_is_what_would_be_recovered(tmp_path: Path) -> None:
+    """Simulations begin without a ledger."""
+    bench = Bench(make_directory(tmp_path / "aggregator"))
+    core = bench.core
+    first = first_version.make(core.settings, bench.identity, bench.schema, core.model.published)
+    assert first.published(core.settings) == core.published
+    assert first.seq == core.seq
+    assert first.version.digest == core.model.digest
+    assert np.array_equal(first.snapshot.server.target, core.model.server.target)
+    bench.close()

@@ -6,7 +6,7 @@ import struct
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from ternbus.aggregator import settings as configuration
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.merge.accepted import AcceptedUpdate
@@ -328,6 +329,20 @@ def saved(actions: Iterable[events.Action], kind: type[Record]) -> list[Record]:
     return [record for record in found if isinstance(record, kind)]
 
 
+def published(actions: Iterable[events.Action]) -> list[events.Publish]:
+    return [action for action in actions if isinstance(action, events.Publish)]
+
+
+def place(actions: list[events.Action], kind: type, what: str = "") -> int:
+    """Where in the order the first such action stands."""
+    for number, action in enumerate(actions):
+        if isinstance(action, events.Save) and isinstance(action.record, kind):
+            return number
+        if isinstance(action, kind) and what in getattr(action, "topic", ""):
+            return number
+    raise AssertionError(f"no {kind.__name__}")
+
+
 def refusals(actions: Iterable[events.Action]) -> dict[str, int]:
     """What the counters say that was refused, by reason."""
     total: dict[str, int] = {}
@@ -335,6 +350,15 @@ def refusals(actions: Iterable[events.Action]) -> dict[str, int]:
         for reason, number in record.refused.items():
             total[reason] = total.get(reason, 0) + number
     return total
+
+
+def reconfigure(bench: Bench, **changes: Mapping[str, object]) -> None:
+    """Edit aggregator.toml: ``downlink={"slots": 2}``."""
+    settings = administration.load_settings(bench.directory)
+    sections: dict[str, Any] = {
+        name: keys if name == "plan" else replace(getattr(settings, name), **keys) for name, keys in changes.items()
+    }
+    (bench.directory / administration.TOML).write_text(configuration.dumps(replace(settings, **sections)))
 
 
 class LostError(Exception):

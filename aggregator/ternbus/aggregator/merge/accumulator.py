@@ -16,7 +16,7 @@ from ternbus.broker.protocol.ternary import TERNARY, TRITS, Block, trit_bytes
 
 try:
     import ternbus_rows
-except ModuleNotFoundError:
+except ModuleNotFoundError:  # pragma: no cover - the compiled loop is installed here, or it is not
     ternbus_rows = None
 
 Bytes = npt.NDArray[np.uint8]
@@ -100,7 +100,7 @@ class Accumulator:
 
     def _add_rows(self, rows: FloatArray, table: FloatArray, packed: Bytes) -> None:
         """rows[i] += table[packed[i]]."""
-        if self.compiled:
+        if self.compiled:  # pragma: no cover - likewise; tests/test_native.py compares both
             ternbus_rows.add(rows, table, packed)
             return
         if self._looked_up is None:

@@ -131,16 +131,16 @@ def invite(
 def _invitation(
     directory: Path, settings: Settings, identity: Identity, device: str, certificates: Path | None
 ) -> Invitation:
-    papers = transport.for_device(directory, settings, device, certificates)
+    credentials = transport.for_device(directory, settings, device, certificates)
     return Invitation(
         federation=settings.federation,
         device=device,
         broker=settings.broker,
         aggregator_key=identity.public.hex(),
         code=secrets.token_urlsafe(24),
-        ca=papers.ca,
-        certificate=papers.certificate,
-        key=papers.key,
+        ca=credentials.ca,
+        certificate=credentials.certificate,
+        key=credentials.key,
     )
 
 

@@ -1,4 +1,4 @@
-"""The running aggregator: it owns the connection, the ledger and the clock, and does what the core says, in order."""
+"""The running aggregator: it owns the connection, the ledger and the clock, and does what the core asks, in order."""
 
 import queue
 import sys
@@ -37,7 +37,7 @@ from ternbus.broker.link.link import (
 
 BATCH: Final = 64  # events whose records share one fsync
 POLL_S: Final = 0.1  # how often the ledger is looked at for what commands have asked
-SAY_S: Final = 10.0  # how often a wait is spoken of
+LOG_S: Final = 10.0  # how often a failed attempt to connect is logged
 GOODBYE_S: Final = 5.0
 SWITCH_S: Final = 0.0005
 
@@ -74,17 +74,19 @@ class Service:
 
     directory: Path
     software: str
-    say: Callable[[str], None]
+    log: Callable[[str], None]
     transport: TransportSettings | None = None  # instead of what aggregator.toml says
     _queue: "queue.SimpleQueue[Item]" = field(default_factory=queue.SimpleQueue)
-    _opening: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="gate"))
-    _gate: Preverifier = field(init=False)
+    _opening: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="preverifier")
+    )
+    _preverifier: Preverifier = field(init=False)
     _ledger: Ledger = field(init=False)
     _core: Core = field(init=False)
-    _lines: LogLimit = field(init=False)
+    _log_limit: LogLimit = field(init=False)
     _link: Link = field(init=False)
     _protocol: int = 5
-    _said_at: float = -SAY_S
+    _logged_at: float = -LOG_S
     _change_count: int = -1
     _polled_at: float = 0.0
     _stopped: bool = False
@@ -104,16 +106,16 @@ class Service:
         ):
             self._core = open_core(self.directory, self._ledger, self.software)
             self._core.model.sum_by(partial(summing, adding))
-            self._gate = Preverifier(registry=self._core.registry, schema=self._core.schema)
+            self._preverifier = Preverifier(registry=self._core.registry, schema=self._core.schema)
             self._serve()
 
     def _serve(self) -> None:
         settings = self._core.settings
-        self._lines = LogLimit(settings.limits.log_lines_per_minute)
+        self._log_limit = LogLimit(settings.limits.log_lines_per_minute)
         self._link = transport.connect(self.directory, settings, self._deliver, self.transport)
         try:
             self._perform(self._core.start(time.monotonic()))
-            self.say(
+            self.log(
                 f"federation {settings.federation!r} at version {self._core.model.version}, broker {settings.broker}"
             )
             while not self._stopped:
@@ -125,7 +127,7 @@ class Service:
     def _deliver(self, event: LinkEvent) -> None:
         """Called in the network thread: put into the queue, and no more."""
         if isinstance(event, Arrived) and len(event.payload) >= WORTHWHILE_BYTES:
-            opened = self._opening.submit(self._gate.open, event.topic, event.payload)
+            opened = self._opening.submit(self._preverifier.open, event.topic, event.payload)
             self._queue.put(Ahead(event, opened))
         else:
             self._queue.put(event)
@@ -164,25 +166,25 @@ class Service:
             case Ahead():
                 opened = event.opened.result()
                 actions = self._message(event.arrived, opened, tokens)
-                self._gate.close(opened)
+                self._preverifier.close(opened)
                 return actions
             case Arrived():
                 return self._message(event, None, tokens)
             case Connected():
                 self._protocol = event.protocol
-                self.say(f"connected (MQTT {'5' if event.protocol == 5 else '3.1.1'})")
+                self.log(f"connected (MQTT {'5' if event.protocol == 5 else '3.1.1'})")
                 return self._core.handle(events.Connected(frame_bytes=event.frame_bytes), now)
             case Disconnected():
-                self.say(f"connection lost: {event.reason}")
+                self.log(f"connection lost: {event.reason}")
                 return self._core.handle(events.Disconnected(), now)
             case events.ConnectFailed():
                 return self._core.handle(event, now)
             case Interrupted():
                 return [] if self._stopped else self._core.handle(events.StopRequested(), now)
             case Refused():
-                line = self._lines.write(event.reason, f"the broker refused a message: {event.reason}", now)
+                line = self._log_limit.write(event.reason, f"the broker refused a message: {event.reason}", now)
                 if line:
-                    self.say(line)
+                    self.log(line)
                 return []
             case Published():
                 return []
@@ -210,14 +212,14 @@ class Service:
                 case events.Publish():
                     self._publish(action.topic, action.payload, retain=action.retain)
                 case events.RepublishRetained():
-                    self.say(f"publishing {len(action.topics)} retained messages: the broker has not shown ours")
+                    self.log(f"publishing {len(action.topics)} retained messages: the broker has not shown ours")
                     for topic in action.topics:
                         self._publish(topic, self._ledger.frame(topic), retain=True)
                 case events.Subscribe():
                     with suppress(LinkError):  # lost again already: the next connection subscribes
                         self._link.subscribe(action.filters)
                 case events.Log():
-                    self.say(action.text)
+                    self.log(action.text)
                 case events.Stop():
                     self._stopped = True
                     if action.error:
@@ -238,9 +240,9 @@ class Service:
             self._link.connect(action.will_topic, action.will_payload)
         except LinkError as error:
             self._queue.put(events.ConnectFailed())
-            if time.monotonic() - self._said_at >= SAY_S:
-                self._said_at = time.monotonic()
-                self.say(f"waiting for the broker: {error}")
+            if time.monotonic() - self._logged_at >= LOG_S:
+                self._logged_at = time.monotonic()
+                self.log(f"waiting for the broker: {error}")
 
     def _poll(self) -> None:
         """See what commands have asked for since the last look."""

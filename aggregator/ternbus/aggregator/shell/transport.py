@@ -33,18 +33,18 @@ def client_name(federation: str) -> str:
 
 
 def equip(directory: Path, settings: Settings, certificates: Path | None, home: Path) -> None:
-    """Write the aggregator's own papers into its directory: out of a folder, or issued by its broker's authority."""
-    papers = _papers(settings, client_name(settings.federation), certificates, home)
-    for name, pem in ((CA, papers.ca), (CERTIFICATE, papers.certificate), (TLS_KEY, papers.key)):
+    """Write the aggregator's credentials into its directory: out of a folder, or issued by its broker's authority."""
+    credentials = _credentials(settings, client_name(settings.federation), certificates, home)
+    for name, pem in ((CA, credentials.ca), (CERTIFICATE, credentials.certificate), (TLS_KEY, credentials.key)):
         if pem is not None:
             write_secret(directory / name, pem.encode())
 
 
 def for_device(directory: Path, settings: Settings, device: str, certificates: Path | None) -> Credentials:
-    """A device's papers; without an authority and a folder only whom to believe, if anybody in particular."""
+    """A device's credentials; without an authority and a folder only the broker's CA, if there is one."""
     if certificates is not None or settings.transport.authority:
         folder = certificates / device if certificates is not None else None
-        return _papers(settings, device, folder, directory)
+        return _credentials(settings, device, folder, directory)
     if (directory / CERTIFICATE).exists():
         raise ConfigError(f"the broker wants a certificate of {device}: add --certificates FOLDER, from who runs it")
     return Credentials(ca=(directory / CA).read_text() if (directory / CA).exists() else None)
@@ -87,7 +87,7 @@ def _refresh(directory: Path, settings: Settings) -> None:
             write_secret(directory / ours, theirs.read_bytes())
 
 
-def _papers(settings: Settings, name: str, folder: Path | None, home: Path) -> Credentials:
+def _credentials(settings: Settings, name: str, folder: Path | None, home: Path) -> Credentials:
     if folder is not None:
         ca, certificate, key = (_text(folder / each) if (folder / each).exists() else None for each in FILES)
         if ca is None and certificate is None:

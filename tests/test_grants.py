@@ -1,0 +1,88 @@
+"""Offers of large updates, and the grants that answer them."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from support.small_world import (
+    Bench,
+    float32_block,
+    frames_of,
+    published,
+    receipts,
+    refusals,
+)
+from ternbus.aggregator.core import events
+from ternbus.aggregator.core.grants import Grants, ranges
+from ternbus.broker.protocol.messages import Grant
+
+Make = Callable[..., Bench]
+
+
+def grants(actions: list[events.Action]) -> list[Grant]:
+    return [Grant.from_meta(frame.meta) for frame in frames_of(actions, "grant")]
+
+
+def test_parts_beyond_the_direct_ones_are_dropped_unless_they_were_granted(make: Make) -> None:
+    bench = make()
+    pi = bench.join("pi")
+    limits = replace(bench.core.settings.limits, direct_parts=2)  # as if the model were a large one
+    bench.core._frames.settings = replace(bench.core.settings, limits=limits)
+    wide = pi.update(float32_block(bench.schema, 1), 0, frame_bytes=1500)
+    assert len(wide) == 3
+    assert published(bench.receive(pi.topic("update"), wide[0])) == []
+    assert refusals(bench.tick(1.0)) == {"not-granted": 1}
+    (grant,) = grants(bench.receive(pi.topic("offer"), pi.offer(0, 3, seq=pi.seq)))
+    assert (grant.device, grant.device_key, grant.seq, grant.parts) == ("pi", pi.identity.key_id, pi.seq, ((0, 2),))
+    assert grant.deadline_s > 0
+    bench.receive(pi.topic("update"), wide[1])
+    (grant,) = grants(bench.receive(pi.topic("offer"), pi.offer(0, 3, seq=pi.seq)))
+    assert grant.parts == ((0, 0), (2, 2))
+    bench.receive(pi.topic("update"), wide[0])
+    (grant,) = grants(bench.receive(pi.topic("offer"), pi.offer(0, 3, seq=pi.seq)))
+    assert grant.parts == ((2, 2),)
+    (receipt,) = receipts(bench.receive(pi.topic("update"), wide[2]))
+    assert (receipt.outcome, receipt.seq) == ("accepted", pi.seq)
+
+
+def test_a_grant_names_at_most_500_ranges_and_joins_what_adjoins() -> None:
+    assert ranges([]) == ()
+    assert ranges(list(range(7))) == ((0, 6),)
+    assert ranges([0, 1, 2, 5, 7, 8]) == ((0, 2), (5, 5), (7, 8))
+    assert ranges(list(range(0, 2000, 2))) == tuple((part, part) for part in range(0, 1000, 2))
+
+
+def test_grants_together_stay_within_their_room() -> None:
+    grants = Grants(parts_max=10)
+    assert grants.grant("a", list(range(6)), 0.0) == ((0, 5),)
+    assert grants.grant("b", list(range(6)), 1.0) == ((0, 3),)
+    assert grants.grant("c", list(range(6)), 2.0) == ()
+    assert grants.grant("b", [4, 5], 3.0) == ((4, 5),)
+    grants.close("a")
+    assert grants.grant("c", list(range(20)), 4.0) == ((0, 7),)
+    assert grants.grant("d", [0], 63.0 + 0.5) == ((0, 0),)  # b's deadline has passed
+
+
+def test_an_offer_may_be_answered_at_once(make: Make) -> None:
+    bench = make()
+    pi = bench.join("pi")
+    (receipt,) = receipts(bench.receive(pi.topic("offer"), pi.offer(3, 50)))
+    assert (receipt.outcome, receipt.reason, receipt.seq) == ("invalid", "base-in-future", pi.seq)
+    (again,) = receipts(bench.receive(pi.topic("offer"), pi.offer(3, 50, seq=pi.seq)))
+    assert again == receipt
+    (receipt,) = receipts(bench.receive(pi.topic("offer"), pi.offer(0, 0)))
+    assert (receipt.outcome, receipt.reason.partition(":")[0]) == ("invalid", "bad-meta")
+    (receipt,) = receipts(bench.receive(pi.topic("offer"), pi.offer(0, 65_535)))
+    assert (receipt.outcome, receipt.reason) == ("invalid", "too-long")
+
+
+def test_an_offer_that_there_is_no_room_for_is_told_to_come_again(make: Make) -> None:
+    bench = make(limits__broker_queue_messages=100)
+    first, second = bench.join("first"), bench.join("second")
+    bench.core._updates._grants.parts_max = 3
+    (grant,) = grants(bench.receive(first.topic("offer"), first.offer(0, 3)))
+    assert grant.parts == ((0, 2),)
+    (receipt,) = receipts(bench.receive(second.topic("offer"), second.offer(0, 3)))
+    assert (receipt.outcome, receipt.retry_after_s > 0) == ("busy", True)
+    bench.tick(60.0)
+    (grant,) = grants(bench.receive(second.topic("offer"), second.offer(0, 3, seq=second.seq)))
+    assert grant.parts == ((0, 2),)

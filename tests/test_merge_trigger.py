@@ -1,0 +1,127 @@
+"""When a buffer is merged: the rule as a formula, over all small buffers and fleets, against a plain second one."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from support.small_world import accepted_update
+from ternbus.aggregator.core.merge_trigger import RETAINED_S, MergeTrigger
+from ternbus.aggregator.core.registry import Member
+from ternbus.aggregator.merge.accepted import AcceptedUpdate
+from ternbus.aggregator.settings import MergeSettings
+
+TRIGGER = MergeTrigger(settings=MergeSettings(buffer_size=3, max_wait_s=30.0), min_interval_s=10.0)
+SECONDS = st.one_of(st.integers(0, 60).map(float), st.floats(0, 60))
+NAMES = st.lists(st.sampled_from("abcd"), max_size=4)
+
+
+def buffer(names: str | list[str]) -> list[AcceptedUpdate]:
+    return [accepted_update(name) for name in names]
+
+
+def online(names: str | list[str], evaluators: str | list[str] = "") -> dict[str, Member]:
+    return {name: Member(name=name, public=bytes(32), evaluates=name in evaluators) for name in names}
+
+
+@given(
+    names=NAMES,
+    present=st.sets(st.sampled_from("abcd")),
+    evaluators=st.sets(st.sampled_from("abcd")),
+    first=SECONDS,
+    merged=st.none() | SECONDS,
+    connected=st.none() | SECONDS,
+    now=SECONDS,
+)
+@example(names=["a"], present={"a"}, evaluators=set(), first=0.0, merged=None, connected=None, now=30.0)
+def test_the_rule_is_its_formula(
+    *,
+    names: list[str],
+    present: set[str],
+    evaluators: set[str],
+    first: float,
+    merged: float | None,
+    connected: float | None,
+    now: float,
+) -> None:
+    """Due: the longest wait is over; or the shortest interval is over and the buffer is full or nobody is missing."""
+    trigger = TRIGGER if merged is None else TRIGGER.merged(merged)
+    trigger = (trigger if connected is None else trigger.connected(connected)).first_accepted(first)
+    waited = now >= first + 30
+    may = merged is None or now >= merged + 10
+    known = connected is None or now >= connected + 5
+    missing = {name for name in present - evaluators if name not in names}
+    complete = known and not missing and any(name in present for name in names)
+    expected = bool(names) and (waited or (may and (len(names) >= 3 or complete)))
+    fleet = online(sorted(present), sorted(evaluators))
+    assert trigger.is_due(buffer(names), fleet, now) is expected
+    # nothing but an event changes that before ``due_s``, and an event that changes nothing does not either
+    due_s = trigger.due_s(buffer(names), now)
+    if due_s is None:
+        assert names == []
+    elif not expected:
+        assert due_s > now
+        assert not trigger.is_due(buffer(names), fleet, math.nextafter(due_s, -math.inf))
+
+
+def test_a_buffer_is_due_when_its_first_update_has_waited_longest() -> None:
+    trigger = TRIGGER.first_accepted(100.0)
+    assert [trigger.is_due(buffer("a"), {}, now) for now in (100.0, 129.9, 130.0, 200.0)] == [False, False, True, True]
+    assert trigger.due_s(buffer("a"), 100.0) == 130.0
+
+
+def test_a_full_buffer_is_due_at_once() -> None:
+    trigger = TRIGGER.first_accepted(100.0)
+    assert not trigger.is_due(buffer("ab"), {}, 100.0)
+    assert trigger.is_due(buffer("aba"), {}, 100.0)
+
+
+def test_a_buffer_that_nobody_online_is_missing_from_is_due_at_once() -> None:
+    trigger = TRIGGER.first_accepted(100.0)
+    assert trigger.is_due(buffer("a"), online("a"), 100.0)
+    assert not trigger.is_due(buffer("a"), online("ab"), 100.0)
+    assert trigger.is_due(buffer("ab"), online("ab"), 100.0)
+
+
+def test_evaluators_are_not_waited_for() -> None:
+    trigger = TRIGGER.first_accepted(100.0)
+    assert trigger.is_due(buffer("a"), online("ab", evaluators="b"), 100.0)
+
+
+def test_where_no_contributor_is_known_to_be_online_nobody_is_known_to_be_missing() -> None:
+    trigger = TRIGGER.first_accepted(100.0)
+    assert not trigger.is_due(buffer("a"), {}, 100.0)
+    assert not trigger.is_due(buffer("a"), online("b", evaluators="b"), 100.0)
+
+
+def test_after_a_connect_nobody_counts_as_missing_or_there_before_all_statuses_have_come() -> None:
+    trigger = TRIGGER.first_accepted(100.0).connected(101.0)
+    assert trigger.due_s(buffer("a"), 101.0) == 101.0 + RETAINED_S
+    assert not trigger.is_due(buffer("a"), online("a"), 105.9)
+    assert trigger.is_due(buffer("a"), online("a"), 106.0)
+    assert trigger.is_due(buffer("abc"), online("abc"), 101.0)  # a full buffer needs to know of nobody
+
+
+def test_versions_keep_their_distance_but_not_beyond_the_longest_wait() -> None:
+    trigger = TRIGGER.merged(100.0).first_accepted(100.0)
+    assert trigger.due_s(buffer("abc"), 100.0) == 110.0
+    assert not trigger.is_due(buffer("abc"), {}, 109.9)
+    assert trigger.is_due(buffer("abc"), {}, 110.0)
+    slow = replace(TRIGGER, min_interval_s=1000.0).merged(100.0).first_accepted(100.0)
+    assert slow.due_s(buffer("abc"), 100.0) == 130.0
+    assert slow.is_due(buffer("abc"), {}, 130.0)
+
+
+@pytest.mark.parametrize("now", [0.0, 130.0, 1e9])
+def test_an_empty_buffer_is_never_due(now: float) -> None:
+    trigger = TRIGGER.first_accepted(100.0).connected(100.0)
+    assert not trigger.is_due([], online("a"), now)
+    assert trigger.due_s([], now) is None
+
+
+def test_a_merge_ends_the_wait() -> None:
+    trigger = TRIGGER.first_accepted(100.0).merged(120.0)
+    assert trigger.merge_by == math.inf
+    assert trigger.first_accepted(121.0).due_s(buffer("a"), 140.0) == 151.0
