@@ -432,7 +432,7 @@ def test_a_broker_of_neither_protocol_is_told() -> None:
     [
         (lambda *_: None, "hung up without an answer; is it a port for MQTT without TLS?", WITHIN_S),
         (lambda *_: b"", "is open but does not answer; is it a port for MQTT without TLS?", 0.3),
-        (lambda *_: b"HTTP/1.1 400 Bad Request\r\n\r\n", "is it a port for MQTT without TLS?", WITHIN_S),
+        (lambda *_: b"HTTP/1.1 400 Bad Request\r\n\r\n", "is it a port for MQTT without TLS?", 0.3),
     ],
 )
 def test_a_port_that_does_not_speak_mqtt(
