@@ -23,6 +23,7 @@ from ternbus.aggregator.store.membership import codes
 from ternbus.broker.link.link import Arrived, Link, LinkEvent
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
+from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.messages import Head, Receipt, Status
 from ternbus.broker.protocol.schema import Schema, load_safetensors, save_safetensors
@@ -300,7 +301,7 @@ def test_a_running_aggregator_is_steered_and_watched(tmp_path: Path, model: Path
         assert found["counts"]["accepted"] == found["counts"]["merged"] == 1
         assert found["counts"]["invalid"] == {"not-a-frame": 1}
         assert found["devices"]["pi"]["bytes"] > len(frame)
-        assert follow(agg.retained, directory.Identity.load(directory / administration.KEY).public)[0] == 1
+        assert follow(agg.retained, Identity.load(directory / administration.KEY).public)[0] == 1
         for command, state in [("pause", "paused"), ("resume", "open")]:
             run(command, directory)
             assert status(directory)["state"] == state
