@@ -122,7 +122,7 @@ def test_init_moves_into_a_directory_that_holds_other_things(tmp_path: Path, mod
         (["--set", "merge.bufer=3"], "merge.bufer is unknown"),
         (["--set", "merge.buffer_size"], "SECTION.KEY=VALUE"),
         (["--set", "optimizer.name=adam"], "fedavg, fedavgm, fedadagrad, fedadam, fedyogi"),
-        (["--set", "federation.x=1"], "'federation' is no section"),
+        (["--set", "federation.x=1"], "unknown section 'federation'"),
         (["--set", "plan.x=1e400"], "plan.x"),
         (["--federation", "No"], "cannot name a federation"),
         (["--broker", "localhost"], "mqtt://HOST:PORT"),

@@ -129,9 +129,9 @@ def test_the_first_alternatives_are_the_defaults() -> None:
         ({"rule": "krum", "byzantine": 2, "buffer_size": 6}, "at least 7"),
         ({"rule": "multi-krum", "buffer_size": 4, "byzantine": 1}, "at least 5"),
         ({"rule": "multi-krum", "buffer_size": 5, "krum_keep": 5}, "krum_keep = 5 must be at most 4"),
-        ({"rule": "trimmed-mean", "trim": 0.3}, "leaves nothing of a buffer_size of 4"),
-        ({"rule": "trimmed-mean", "buffer_size": 2}, "leaves nothing of a buffer_size of 2"),
-        ({"rule": "median", "max_share": 0.5}, "max_share is for rule"),
+        ({"rule": "trimmed-mean", "trim": 0.3}, "trims everything of a buffer_size of 4"),
+        ({"rule": "trimmed-mean", "buffer_size": 2}, "trims everything of a buffer_size of 2"),
+        ({"rule": "median", "max_share": 0.5}, "max_share applies to rule"),
         ({"on_large": "refuse"}, "max_update_norm is 0"),
     ],
 )

@@ -29,45 +29,56 @@ def _key(default: Any, doc: str, *, low: float | None = None, high: float | None
 class MergeSettings:
     """When updates are merged, and how much any of them may weigh."""
 
-    buffer_size: int = _key(4, "updates in one merge", low=1, high=1_000_000)
-    max_wait_s: float = _key(30.0, "a smaller buffer is merged so long after its first update", low=0.01, high=1e7)
-    max_update_norm: float = _key(0.0, "the L2 norm that an update may have; 0 = any", low=0)
+    buffer_size: int = _key(4, "number of updates in one merge", low=1, high=1_000_000)
+    max_wait_s: float = _key(
+        30.0, "seconds after its first update until a smaller buffer is merged", low=0.01, high=1e7
+    )
+    max_update_norm: float = _key(0.0, "largest L2 norm of an update; 0 = no limit", low=0)
     on_large: str = _key(
         "clip",
-        "clip: longer ones are scaled down to it; refuse: they are answered `invalid`",
+        "what happens to longer updates. clip: scaled down to it; refuse: answered `invalid`",
         one_of=("clip", "refuse"),
     )
-    max_share: float = _key(
-        1.0, "the part of a buffer's samples that one device may have (rule mean)", low=1e-6, high=1
-    )
+    max_share: float = _key(1.0, "largest share of a buffer's samples for one device (rule mean)", low=1e-6, high=1)
     rule: str = _key(
         "mean",
-        "mean, weighted by samples; robust, each device one voice: median, trimmed-mean, krum, multi-krum, norm-clip",
+        "mean: weighted by samples; median, trimmed-mean, krum, multi-krum, norm-clip: robust, each device counts once",
         one_of=RULES,
     )
-    trim: float = _key(0.2, "of trimmed-mean: the part of the devices left out at each end", low=0, high=0.49)
+    trim: float = _key(0.2, "share of the devices left out at each end (rule trimmed-mean)", low=0, high=0.49)
     byzantine: int = _key(
-        1, "of krum and multi-krum: so many of 2 byzantine + 3 or more may be hostile", low=0, high=100_000
+        1,
+        "number of hostile devices tolerated, of at least 2 byzantine + 3 (rules krum, multi-krum)",
+        low=0,
+        high=100_000,
     )
-    krum_keep: int = _key(0, "of multi-krum: so many voices are averaged; 0 = all but byzantine", low=0, high=1_000_000)
-    clip_norm: float = _key(0.0, "of norm-clip: the L2 norm that a voice may have; 0 = the buffer's median", low=0)
+    krum_keep: int = _key(
+        0, "number of devices averaged (rule multi-krum); 0 = all but byzantine", low=0, high=1_000_000
+    )
+    clip_norm: float = _key(
+        0.0, "largest L2 norm of a device's update (rule norm-clip); 0 = the buffer's median", low=0
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StalenessSettings:
     """How old an update may be, and what it is then worth."""
 
-    max: int = _key(8, "versions an update's base may lie behind the head; older ones are answered `stale`", low=0)
+    max: int = _key(
+        8,
+        "largest number of versions between an update's base and the head; older ones are answered `stale`",
+        low=0,
+    )
     discount: str = _key(
         "polynomial",
         "polynomial: (1 + staleness)^-exponent; constant: 1; exponential: exp(-decay * staleness); "
         "hinge: 1 up to hinge_from, then 1 / (1 + hinge_slope * (staleness - hinge_from))",
         one_of=DISCOUNTS,
     )
-    exponent: float = _key(0.5, "of the polynomial discount", low=0, high=100)
-    decay: float = _key(0.5, "of the exponential discount", low=0, high=100)
-    hinge_slope: float = _key(1.0, "of the hinge", low=0, high=1e6)
-    hinge_from: int = _key(2, "versions that cost nothing under the hinge", low=0, high=1_000_000)
+    exponent: float = _key(0.5, "exponent of the polynomial discount", low=0, high=100)
+    decay: float = _key(0.5, "rate of the exponential discount", low=0, high=100)
+    hinge_slope: float = _key(1.0, "slope of the hinge", low=0, high=1e6)
+    hinge_from: int = _key(2, "largest staleness without a discount under the hinge", low=0, high=1_000_000)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,63 +86,81 @@ class OptimizerSettings:
     """How far the model follows a merge."""
 
     name: str = _key("fedavg", "fedavg, fedavgm (server momentum), fedadagrad, fedadam or fedyogi", one_of=OPTIMIZERS)
-    learning_rate: float = _key(1.0, "of the server; the last three want about 0.01 to 0.1", low=0, high=1e6)
-    momentum: float = _key(0.9, "of fedavgm", low=0, high=0.9999)
+    learning_rate: float = _key(
+        1.0, "learning rate of the server; about 0.01 to 0.1 for fedadagrad, fedadam and fedyogi", low=0, high=1e6
+    )
+    momentum: float = _key(0.9, "momentum of fedavgm", low=0, high=0.9999)
     beta1: float = _key(
         0.9,
-        "of fedadam, fedyogi and fedadagrad: what a mean update keeps of those before; 0 = plain fedadagrad",
+        "decay of the first moment (fedadam, fedyogi, fedadagrad); 0 = plain fedadagrad",
         low=0,
         high=0.9999,
     )
-    beta2: float = _key(
-        0.99, "of fedadam and fedyogi: what a squared mean update keeps of those before", low=0, high=0.999999
+    beta2: float = _key(0.99, "decay of the second moment (fedadam, fedyogi)", low=0, high=0.999999)
+    tau: float = _key(
+        1e-3, "degree of adaptivity of the same three; smaller values adapt more to each parameter", low=1e-9, high=1e3
     )
-    tau: float = _key(1e-3, "of the same three: the smaller, the more they adapt to each parameter", low=1e-9, high=1e3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DownlinkSettings:
     """How the model travels to the devices."""
 
-    codec: str = _key("ternary", "ternary, what it loses being carried later; or float32", one_of=CODECS)
-    min_interval_s: float = _key(0.0, "no two versions closer than this; updates wait in the buffer", low=0, high=1e6)
-    slots: int = _key(32, "deltas kept on the broker; a device further behind takes a snapshot", low=1, high=65_535)
+    codec: str = _key("ternary", "codec of the deltas: ternary, with error feedback; or float32", one_of=CODECS)
+    min_interval_s: float = _key(
+        0.0, "shortest time between two versions, in seconds; updates wait in the buffer", low=0, high=1e6
+    )
+    slots: int = _key(
+        32, "number of deltas retained on the broker; a device further behind fetches a snapshot", low=1, high=65_535
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitSettings:
     """What a peer can make this aggregator hold or do."""
 
-    direct_parts: int = _key(8, "an update of so many parts is sent unasked (more where the model needs more)", low=4)
-    frames_per_s: int = _key(500, "from one device; more are dropped and counted", low=500)
-    broker_queue_messages: int = _key(4000, "what the broker queues for the aggregator", low=100)
-    frame_bytes: int = _key(
-        FRAME_BYTES, "largest MQTT payload sent", low=FRAME_BYTES_RANGE[0], high=FRAME_BYTES_RANGE[1]
+    direct_parts: int = _key(
+        8, "largest number of parts of an update that is sent without a grant (more if the model needs more)", low=4
     )
-    messages_in_assembly: int = _key(4, "of one device; the oldest is dropped", low=4)
-    assembly_bytes: int = _key(256 * 2**20, "of all devices' unfinished messages", low=2**20)
-    receipts_per_s: int = _key(100, "to one device; what would need more is dropped before it is read", low=10)
-    refusals_per_s: int = _key(20, "receipts `refused` to names that are not invited, all together", low=1)
-    enrolments_per_minute: int = _key(60, "tries of one invited name; more are dropped before they are read", low=1)
-    journal_bytes: int = _key(2**28, "of one device's updates that wait to be merged; one always fits", low=0)
-    metrics_bytes: int = _key(2**24, "of one device's evaluations, which are kept for good", low=1024)
-    log_lines_per_minute: int = _key(6, "about messages refused for one reason; all are counted", low=1)
+    frames_per_s: int = _key(500, "frames accepted from one device per second; more are dropped and counted", low=500)
+    broker_queue_messages: int = _key(4000, "length of the broker's queue for the aggregator, in messages", low=100)
+    frame_bytes: int = _key(
+        FRAME_BYTES, "largest MQTT payload sent, in bytes", low=FRAME_BYTES_RANGE[0], high=FRAME_BYTES_RANGE[1]
+    )
+    messages_in_assembly: int = _key(4, "unfinished messages of one device; beyond that the oldest is dropped", low=4)
+    assembly_bytes: int = _key(256 * 2**20, "bytes of all devices' unfinished messages", low=2**20)
+    receipts_per_s: int = _key(
+        100, "receipts to one device per second; frames that need more are dropped before they are read", low=10
+    )
+    refusals_per_s: int = _key(20, "receipts `refused` per second to all names together that are not invited", low=1)
+    enrolments_per_minute: int = _key(
+        60, "enrollment attempts of one invited name per minute; more are dropped before they are read", low=1
+    )
+    journal_bytes: int = _key(
+        2**28, "bytes of one device's updates that wait for a merge; one update always fits", low=0
+    )
+    metrics_bytes: int = _key(2**24, "bytes of one device's evaluations, which are kept for good", low=1024)
+    log_lines_per_minute: int = _key(
+        6, "log lines per minute about messages refused for one reason; all are counted", low=1
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InvitationSettings:
     """How long an invitation stands open."""
 
-    expire_after_s: float = _key(7 * 86_400.0, "unless `invite --expires-in` says otherwise; 7 days", low=1, high=1e9)
+    expire_after_s: float = _key(
+        7 * 86_400.0, "lifetime of an invitation, in seconds, without `invite --expires-in`; 7 days", low=1, high=1e9
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransportSettings:
     """How the broker is reached, besides the certificates in this directory."""
 
-    authority: str = _key("", "directory of the `ternbus broker init` that makes the devices' certificates")
-    username: str = _key("", "at a broker that others run; empty: aggregator-FEDERATION")
-    password_file: str = _key("", "a file with the password in its first line, mode 0600")
+    authority: str = _key("", "directory of the broker (`ternbus broker init`) that signs the devices' certificates")
+    username: str = _key("", "user name at the broker; empty: aggregator-FEDERATION")
+    password_file: str = _key("", "file with the broker's password in its first line, mode 0600")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,9 +245,13 @@ def _check_merge(about: MergeSettings, where: str) -> None:
     """Refuse what each key allows by itself and the rule does not."""
     size, rule = about.buffer_size, about.rule
     if about.on_large == "refuse" and about.max_update_norm == 0:
-        raise ConfigError(f'{where}.on_large = "refuse" refuses nothing while max_update_norm is 0: set it')
+        raise ConfigError(
+            f'{where}.on_large = "refuse" has no effect while max_update_norm is 0: set {where}.max_update_norm'
+        )
     if about.max_share < 1 and rule != "mean":
-        raise ConfigError(f'{where}.max_share is for rule = "mean": with "{rule}" has one voice a device; leave it out')
+        raise ConfigError(
+            f'{where}.max_share applies to rule = "mean" only: "{rule}" counts each device once; leave it out'
+        )
     if rule in ("krum", "multi-krum") and size < 2 * about.byzantine + 3:
         raise ConfigError(
             f'{where}.rule = "{rule}" with byzantine = {about.byzantine} needs a buffer_size of at least '
@@ -230,7 +263,7 @@ def _check_merge(about: MergeSettings, where: str) -> None:
         )
     if rule == "trimmed-mean" and 2 * math.ceil(about.trim * size - 1e-9) >= size:
         raise ConfigError(
-            f"{where}.trim = {about.trim:g} leaves nothing of a buffer_size of {size}: trim less, or merge more"
+            f"{where}.trim = {about.trim:g} trims everything of a buffer_size of {size}: use a smaller trim or a larger buffer"
         )
 
 
@@ -305,9 +338,9 @@ def with_overrides(table: dict[str, Any], overrides: Mapping[str, object]) -> di
     for dotted, value in overrides.items():
         section, dot, key = dotted.partition(".")
         if not dot or not key or "." in key:
-            raise ConfigError(f"--set {dotted}: write SECTION.KEY=VALUE, for example merge.buffer_size=1")
+            raise ConfigError(f"invalid --set {dotted}: write SECTION.KEY=VALUE, for example merge.buffer_size=1")
         if not isinstance(table.setdefault(section, {}), dict):
-            raise ConfigError(f"--set {dotted}: {section!r} is no section; known are {', '.join(SECTIONS)}, plan")
+            raise ConfigError(f"--set {dotted}: unknown section {section!r}; known are {', '.join(SECTIONS)}, plan")
         table[section][key] = value
     return table
 

@@ -99,8 +99,8 @@ def open_core(directory: Path, ledger: Ledger, software: str) -> Core:
     settings = load_settings(directory)
     if settings.federation != ledger.fact("federation"):
         raise ConfigError(
-            f"{directory / TOML} says federation {settings.federation!r}, the ledger {ledger.fact('federation')!r}: "
-            "a federation cannot be renamed"
+            f"{directory / TOML} names federation {settings.federation!r}, the ledger {ledger.fact('federation')!r}: "
+            "a federation cannot be renamed; put the old name back"
         )
     return recover(ledger, settings, Identity(read_key(directory / KEY)), software)
 
@@ -172,7 +172,7 @@ def revoke(directory: Path, device: str, software: str, *, why: str = "", keep: 
     The device is told ``why``. Its updates that wait to be merged are dropped unless ``keep``.
     """
     if len(why) > WHY_CHARS_MAX or not why.isprintable():
-        raise ConfigError(f"the reason is told to the device: one line of at most {WHY_CHARS_MAX} characters")
+        raise ConfigError(f"invalid --reason: write one line of at most {WHY_CHARS_MAX} characters")
     _request(directory, control.REVOKE, json.dumps({"device": device, "why": why, "keep": keep}), software)
     with closing(Ledger(directory / LEDGER, read_only=True)) as ledger:
         return membership.dropped(ledger.db, device)

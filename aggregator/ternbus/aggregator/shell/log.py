@@ -25,7 +25,7 @@ def verify(source: Path, public: bytes | None, head: Published | None) -> Audit:
         with _reading(source) as ledger:
             return _verify_ledger(ledger, own, head)
     if public is None:
-        raise ConfigError("a file is checked by the aggregator's public key: add --key HEX (it is in every invitation)")
+        raise ConfigError("checking a file needs the aggregator's public key: add --key HEX (every invitation has it)")
     audit = Audit(public=public)
     try:
         for signed in unpack_all(chunks(source)):
@@ -85,7 +85,7 @@ def entries(source: Path, version: int | None = None) -> Iterator[tuple[Entry, S
             if version in {None, entry.version}:
                 yield entry, signed
     except ProtocolError as error:
-        raise ConfigError(f"{source}: {error.detail}; what is wrong says: ternbus aggregator log verify") from error
+        raise ConfigError(f"{source}: {error.detail}; `ternbus aggregator log verify` lists all faults") from error
 
 
 def _signed(source: Path, version: int | None = None) -> Iterator[Signed]:

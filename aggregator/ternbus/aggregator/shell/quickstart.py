@@ -42,7 +42,7 @@ def start_broker(directory: Path, engine: running.Engine, first: First) -> runni
         host, port = endpoint.host, endpoint.port
         if endpoint.tls and not running.is_home(folder):
             raise ConfigError(
-                f"the broker {endpoint} is not one of {directory}: use ternbus aggregator run {directory}"
+                f"{directory} does not hold the broker {endpoint}: use ternbus aggregator run {directory}"
             )
     elif first.model is None:
         raise ConfigError(f"{directory} holds no aggregator yet: add --model FILE.safetensors to make one")

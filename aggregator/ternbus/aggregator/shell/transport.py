@@ -46,7 +46,9 @@ def for_device(directory: Path, settings: Settings, device: str, certificates: P
         folder = certificates / device if certificates is not None else None
         return _credentials(settings, device, folder, directory)
     if (directory / CERTIFICATE).exists():
-        raise ConfigError(f"the broker wants a certificate of {device}: add --certificates FOLDER, from who runs it")
+        raise ConfigError(
+            f"the broker requires a certificate of {device}: ask its operator for one and add --certificates FOLDER"
+        )
     return Credentials(ca=(directory / CA).read_text() if (directory / CA).exists() else None)
 
 
