@@ -263,7 +263,8 @@ def _check_merge(about: MergeSettings, where: str) -> None:
         )
     if rule == "trimmed-mean" and 2 * math.ceil(about.trim * size - 1e-9) >= size:
         raise ConfigError(
-            f"{where}.trim = {about.trim:g} trims everything of a buffer_size of {size}: use a smaller trim or a larger buffer"
+            f"{where}.trim = {about.trim:g} trims everything of a buffer_size of {size}: "
+            "use a smaller trim or a larger buffer_size"
         )
 
 
