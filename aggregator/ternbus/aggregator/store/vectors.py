@@ -13,6 +13,7 @@ from ternbus.broker import files
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.schema import Vector, type_f32
 
+VECTORS: Final = "vectors"  # the folder
 PIECE: Final = 2**19  # bytes written at a time: who waits for the disk meanwhile waits for one piece
 MEND: Final = "restore the directory from a backup"
 
