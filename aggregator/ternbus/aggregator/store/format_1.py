@@ -19,7 +19,7 @@ import numpy as np
 
 from ternbus.aggregator import settings as configuration
 from ternbus.aggregator.settings import MergeSettings, Recipe, Settings
-from ternbus.aggregator.store.bodies import BODIES, MEND, Bodies
+from ternbus.aggregator.store.bodies import BODIES, MEND, Bodies, Place
 from ternbus.aggregator.store.vectors import VECTORS, Vectors
 from ternbus.broker import files
 from ternbus.broker.errors import ConfigError
@@ -61,30 +61,18 @@ INDICES: Final = (
     "CREATE INDEX updates_by_version ON updates (merged)",
     "CREATE INDEX updates_by_segment ON updates (segment) WHERE segment IS NOT NULL",
 )
-KEYS: Final = "device, key, public, state, seq, outcome, reason"
-ALIKE: Final = "id, device, key, seq, base, staleness, samples, discount, codec, encoding, received_at, merged"
 
 
 def to_5(db: sqlite3.Connection, folder: Path) -> None:
     """ConfigError where settings, key or a body that is needed cannot be read."""
     settings = configuration.from_table(load_toml(folder / "aggregator.toml"), str(folder / "aggregator.toml"))
     identity = Identity(read_key(folder / "aggregator.key"))
-    has_blobs = "body" in _columns(db, "updates")
     _write_recipe(db, settings)
     _move_vectors(db, folder)
-    if has_blobs:
-        _move_bodies(db, folder)
-    else:
-        _write_checksums(db, folder)
-    for statement in INDICES:
-        db.execute(statement)
-    _rebuild_members(db, settings, has_blobs=has_blobs)
+    _rebuild_updates(db, folder)
+    _rebuild_members(db, settings)
     _begin_log(db, identity)
     files.sync(folder)
-
-
-def _columns(db: sqlite3.Connection, table: str) -> set[str]:
-    return {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
 
 
 def _fact(db: sqlite3.Connection, name: str) -> Any:
@@ -93,22 +81,20 @@ def _fact(db: sqlite3.Connection, name: str) -> Any:
 
 
 @contextmanager
-def _rebuilt(db: sqlite3.Connection, table: str) -> Iterator[str]:
-    """A table as format 5 has it, empty, and the name of the one before, which is there while the block fills it."""
-    before = f"{table}_of_format_1"
-    db.execute(f"ALTER TABLE {table} RENAME TO {before}")
+def _rebuilt(db: sqlite3.Connection, table: str) -> Iterator[None]:
+    """Make a table as format 5 has it, for the block to fill; the one from before is ``before`` meanwhile."""
+    db.execute(f"ALTER TABLE {table} RENAME TO before")
     db.execute(TABLES[table])
-    yield before
-    db.execute(f"DROP TABLE {before}")
+    yield
+    db.execute("DROP TABLE before")
 
 
 def _write_recipe(db: sqlite3.Connection, settings: Settings) -> None:
     """By what the merges since the snapshot were made. The first layout has only the settings for it."""
-    optimizer = settings.optimizer
+    optimizer, usual = settings.optimizer, MergeSettings()
     if (written := _fact(db, "optimizer")) is not None:
         name, learning_rate, momentum = json.loads(written)
-        optimizer = replace(settings.optimizer, name=name, learning_rate=learning_rate, momentum=momentum)
-    usual = MergeSettings()
+        optimizer = replace(optimizer, name=name, learning_rate=learning_rate, momentum=momentum)
     merge = replace(settings.merge, rule=usual.rule, max_share=usual.max_share)  # there was no other way yet
     db.execute("DELETE FROM facts WHERE name = 'optimizer'")
     db.execute("INSERT INTO facts VALUES ('recipe', ?)", (Recipe(merge=merge, optimizer=optimizer).dumps(),))
@@ -117,13 +103,13 @@ def _write_recipe(db: sqlite3.Connection, settings: Settings) -> None:
 def _move_vectors(db: sqlite3.Connection, folder: Path) -> None:
     """Each snapshot's under a number of its own, above those of the files of bodies that there are."""
     vectors, segment = Vectors(folder / VECTORS), int(_fact(db, "segment") or 0)
-    with _rebuilt(db, "snapshots") as before:
-        for version, content in db.execute(f"SELECT version, vector FROM {before} ORDER BY version"):
+    with _rebuilt(db, "snapshots"):
+        for version, content in db.execute("SELECT version, vector FROM before ORDER BY version"):
             segment += 1
             checksum = vectors.write(f"{segment}-model", [_vector(content)])
             db.execute("INSERT INTO snapshots VALUES (?, ?, ?)", (version, segment, checksum))
-    with _rebuilt(db, "server") as before:
-        ((version, *contents),) = db.execute(f"SELECT version, target, momentum FROM {before}").fetchall()
+    with _rebuilt(db, "server"):
+        ((version, *contents),) = db.execute("SELECT version, target, momentum FROM before").fetchall()
         checksum = vectors.write(f"{segment}-server", [_vector(each) for each in contents if each is not None])
         db.execute("INSERT INTO server VALUES (?, ?, ?)", (version, segment, checksum))
     db.execute("INSERT OR REPLACE INTO facts VALUES ('segment', ?)", (segment,))
@@ -133,25 +119,37 @@ def _vector(content: bytes) -> Vector:
     return np.frombuffer(content, type_f32)
 
 
+def _rebuild_updates(db: sqlite3.Connection, folder: Path) -> None:
+    """Without the digest that nobody kept; with every body that is needed in a file, and its checksum."""
+    columns = {row[1] for row in db.execute("PRAGMA table_info(updates)")}
+    for column in ("segment", "place", "size", "checksum"):
+        if column not in columns:
+            db.execute(f"ALTER TABLE updates ADD COLUMN {column} INTEGER")
+    with _rebuilt(db, "updates"):
+        db.execute(
+            "INSERT INTO updates (id, device, key, seq, base, digest, staleness, samples, discount, codec, encoding,"
+            " segment, place, size, checksum, received_at, merged)"
+            " SELECT id, device, key, seq, base, ?, staleness, samples, discount, codec, encoding,"
+            " segment, place, size, checksum, received_at, merged FROM before",
+            (merge_log.UNKNOWN_DIGEST,),
+        )
+        if "body" in columns:
+            _move_bodies(db, folder)
+    for statement in INDICES:
+        db.execute(statement)
+    _write_checksums(db, folder)
+
+
 def _move_bodies(db: sqlite3.Connection, folder: Path) -> None:
-    """Out of the ledger, of what is still to be merged, and of what a start merges again."""
-    with closing(Bodies(folder / BODIES, int(_fact(db, "segment")))) as bodies, _rebuilt(db, "updates") as before:
-        db.execute(f"INSERT INTO updates ({ALIKE}, digest) SELECT {ALIKE}, ? FROM {before}", (merge_log.UNKNOWN_DIGEST,))
-        for number, body in db.execute(f"SELECT id, body FROM {before} WHERE body IS NOT NULL ORDER BY id"):
-            place = bodies.append(body)
-            _refer(db, number, place.segment, place.offset, place.size_bytes, place.checksum)
+    """Of what is still to be merged, and of what a start merges again: the first layout has them in the ledger."""
+    with closing(Bodies(folder / BODIES, int(_fact(db, "segment")))) as bodies:
+        for number, body in db.execute("SELECT id, body FROM before WHERE body IS NOT NULL ORDER BY id"):
+            _refer(db, number, bodies.append(body))
         bodies.sync()
 
 
 def _write_checksums(db: sqlite3.Connection, folder: Path) -> None:
-    """Of bodies without one: the second layout's, and those that its commits accepted in a ledger of the third."""
-    checksum = "checksum" if "checksum" in _columns(db, "updates") else "NULL"
-    with _rebuilt(db, "updates") as before:
-        db.execute(
-            f"INSERT INTO updates ({ALIKE}, digest, segment, place, size, checksum)"
-            f" SELECT {ALIKE}, ?, segment, place, size, {checksum} FROM {before}",
-            (merge_log.UNKNOWN_DIGEST,),
-        )
+    """Where there is none: in the second layout, and where its commits went on in a ledger of the third."""
     query = "SELECT id, segment, place, size FROM updates WHERE segment IS NOT NULL AND checksum IS NULL"
     for number, segment, offset, size_bytes in db.execute(query).fetchall():
         path = folder / BODIES / f"{segment}.bodies"
@@ -160,28 +158,36 @@ def _write_checksums(db: sqlite3.Connection, folder: Path) -> None:
             body = file.read(size_bytes)
         if len(body) != size_bytes:
             raise ConfigError(f"{path} is damaged; {MEND}")
-        _refer(db, number, segment, offset, size_bytes, zlib.crc32(body))
+        place = Place(segment=segment, offset=offset, size_bytes=size_bytes, checksum=zlib.crc32(body))
+        _refer(db, number, place)
 
 
-def _refer(db: sqlite3.Connection, number: int, segment: int, offset: int, size_bytes: int, checksum: int) -> None:
+def _refer(db: sqlite3.Connection, number: int, place: Place) -> None:
     db.execute(
         "UPDATE updates SET segment = ?, place = ?, size = ?, checksum = ? WHERE id = ?",
-        (segment, offset, size_bytes, checksum, number),
+        (place.segment, place.offset, place.size_bytes, place.checksum, number),
     )
 
 
-def _rebuild_members(db: sqlite3.Connection, settings: Settings, *, has_blobs: bool) -> None:
+def _rebuild_members(db: sqlite3.Connection, settings: Settings) -> None:
     """Devices, their keys, and invitations, which had no end and now have the usual one from today."""
-    alike = "name, public, proof, state, enrolled_at, status, base, software, seen_at, update_bytes"
-    with _rebuilt(db, "devices") as before:
-        db.execute(f"INSERT INTO devices ({alike}) SELECT {alike} FROM {before}")
-    # the first layout's -1, for none, is the highest of all numbers today
-    metrics_seq = "CASE metrics_seq WHEN -1 THEN 0 ELSE metrics_seq END" if has_blobs else "metrics_seq"
-    with _rebuilt(db, "keys") as before:
-        db.execute(f"INSERT INTO keys ({KEYS}, metrics_seq) SELECT {KEYS}, {metrics_seq} FROM {before}")
-    with _rebuilt(db, "invitations") as before:
+    (about,) = db.execute("SELECT sql FROM sqlite_master WHERE name = 'keys'").fetchone()
+    with _rebuilt(db, "devices"):
+        db.execute(
+            "INSERT INTO devices (name, public, proof, state, enrolled_at, status, base, software, seen_at,"
+            " update_bytes) SELECT name, public, proof, state, enrolled_at, status, base, software, seen_at,"
+            " update_bytes FROM before"
+        )
+    with _rebuilt(db, "keys"):
+        db.execute(
+            "INSERT INTO keys (device, key, public, state, seq, outcome, reason, metrics_seq)"
+            " SELECT device, key, public, state, seq, outcome, reason, metrics_seq FROM before"
+        )
+    if "DEFAULT -1" in about:  # the first layout's number for none, which is the highest of all today
+        db.execute("UPDATE keys SET metrics_seq = 0 WHERE metrics_seq = -1")
+    with _rebuilt(db, "invitations"):
         expires_at = time.time() + settings.invitations.expire_after_s
-        db.execute(f"INSERT INTO invitations SELECT device, code, made_at, ? FROM {before}", (expires_at,))
+        db.execute("INSERT INTO invitations SELECT device, code, made_at, ? FROM before", (expires_at,))
 
 
 def _begin_log(db: sqlite3.Connection, identity: Identity) -> None:

@@ -63,8 +63,8 @@ class LogCheck:
         )
         if self.unknown_bytes:
             lines.append(
-                f"{len(self.unknown_bytes)} more are in the log, and were sent or accepted by a version of Ternbus that "
-                "kept no digest: whether they are there as they were sent cannot be checked"
+                f"{len(self.unknown_bytes)} more are in the log, and were sent or accepted by a Ternbus that kept no "
+                "digest: whether they are there as they were sent cannot be checked"
             )
         if self.unlogged:
             lines.append(
