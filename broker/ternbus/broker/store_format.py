@@ -75,13 +75,19 @@ def migrate(db: sqlite3.Connection, path: Path, formats: Formats) -> None:
     except BaseException as error:
         if db.in_transaction:
             db.execute("ROLLBACK")
+        shutil.rmtree(path.parent / f"format-{found}.partial", ignore_errors=True)
         if not isinstance(error, sqlite3.Error | OSError):
             raise
-        reason = (isinstance(error, OSError) and error.strerror) or error
-        what = "make" if found == EMPTY else f"migrate from format {found} to {formats.newest}"
-        raise ConfigError(f"cannot {what}: {path}: {reason}; nothing in it was changed") from error
+        what = f"make {path}" if found == EMPTY else f"migrate {path} from format {found} to {formats.newest}"
+        raise ConfigError(f"cannot {what}: {_reason(error)}; nothing in it was changed") from error
     if copy is not None:
         _log.warning("%s: migrated from format %s to %d; as it was before: %s", path, found, formats.newest, copy)
+
+
+def _reason(error: sqlite3.Error | OSError) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
 
 
 def copies(folder: Path) -> list[Path]:
