@@ -28,7 +28,7 @@ from support.old_formats import (
 )
 from support.small_world import Bench
 from ternbus.aggregator.core import events
-from ternbus.aggregator.shell import administration, log
+from ternbus.aggregator.shell import administration, log, quickstart
 from ternbus.aggregator.store.ledger import Ledger, unsigned
 from ternbus.aggregator.store.schema import FORMAT
 from ternbus.broker.errors import ConfigError
@@ -244,6 +244,14 @@ def test_a_ledger_of_no_format_that_ever_was_is_refused_in_words(tmp_path: Path)
         db.execute("UPDATE facts SET value = 3 WHERE name = 'format'")
     with pytest.raises(ConfigError, match=r"has format 3; .* no version of Ternbus wrote such a file"):
         opened(home)
+
+
+def test_up_migrates_before_it_invites(tmp_path: Path) -> None:
+    home = copy_of("aggregator-1-bodies", tmp_path) / "home"
+    first = quickstart.First(model=None, federation="fixture", host="127.0.0.1", port=1883, tls=False)
+    assert quickstart.prepare(home, first, "mqtt://127.0.0.1:1883", ["new"]) == [home / "invitations" / "new.toml"]
+    with closing(Ledger(home / LEDGER, read_only=True)) as ledger:
+        assert ledger.fact("format") == FORMAT
 
 
 def test_a_migration_without_the_key_leaves_the_ledger_as_it_was(tmp_path: Path) -> None:
