@@ -454,7 +454,7 @@ def test_a_device_whose_owner_wants_privacy_does_not_train_without(server: Serve
     server.publish(server.scripted.head())
     code, said = server.until_ended(process)
     assert code == 0, said
-    assert "its owner wants" in said
+    assert "its owner requires" in said
     assert server.updates == []
 
 

@@ -7,7 +7,7 @@ from ternbus.broker.backoff import fraction
 
 LONGEST_S: Final = 3600.0
 UNACKNOWLEDGED_FACTOR: Final = 10.0  # while the broker has not acknowledged it: the message is on its way
-BUSY_LEAST_S: Final = 0.5
+BUSY_MIN_S: Final = 0.5
 
 
 @dataclass(slots=True, kw_only=True)
@@ -41,13 +41,13 @@ class Resend:
 
     def busy(self, retry_after_s: float, now: float) -> None:
         """The aggregator asked to wait; neither a reconnect nor its coming online shortens that."""
-        wait_s = min(max(retry_after_s, BUSY_LEAST_S), LONGEST_S)
+        wait_s = min(max(retry_after_s, BUSY_MIN_S), LONGEST_S)
         self._not_before_s = now + wait_s * (1 + fraction(self.salt, "busy", now) / 4)
         self._due_s = self._not_before_s
 
     def granted(self, deadline_s: float, now: float) -> None:
         """The granted parts were sent; without a receipt by the deadline the message is offered again."""
-        self._due_s = now + min(max(deadline_s, BUSY_LEAST_S), LONGEST_S)
+        self._due_s = now + min(max(deadline_s, BUSY_MIN_S), LONGEST_S)
 
     def due_s(self) -> float:
         if self._due_s is not None:

@@ -17,7 +17,7 @@ from ternbus.edge.core.receipts import after_receipt, counter_is_behind, describ
 from ternbus.edge.core.resend import Resend
 from ternbus.edge.core.state import RENUMBERED, AnsweredUpdate, OutstandingUpdate, prepare, sealed
 from ternbus.edge.plan.plan import NO_DP, Plan
-from ternbus.edge.plan.privacy import told
+from ternbus.edge.plan.privacy import privacy_metrics
 
 FIRST_RESEND_S: Final = 60.0
 
@@ -62,7 +62,7 @@ class Uplink:
             seq=self.pending.next_seq(),
             base=finished.base,
             samples=min(max(finished.samples, 1), SAMPLES_MAX),
-            metrics=told(finished.metrics) if hidden else _sendable(finished.metrics),
+            metrics=privacy_metrics(finished.metrics) if hidden else _sendable(finished.metrics),
             frame_bytes=self.frame_bytes,
         )
         if plan.seal:

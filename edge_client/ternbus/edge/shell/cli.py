@@ -24,7 +24,7 @@ from ternbus.edge.shell.agent import Options
 from ternbus.edge.shell.directory import DeviceDirectory
 from ternbus.edge.shell.preflight import check as examine
 from ternbus.edge.shell.printer import Printer
-from ternbus.edge.shell.process import become
+from ternbus.edge.shell.process import run_device
 from ternbus.edge.shell.service import PERSONAL
 
 app = typer.Typer(no_args_is_help=True, help="Run a device: follow the model, train, send updates.")
@@ -152,14 +152,14 @@ def join(
         narrow(model, width)  # raises ConfigError before anything is written
         settings = home.prepare(
             asked, task=absolute(task), data=data, partition=partition, seed=seed, hold_out=hold_out, width=width,
-            frame_bytes=frame_bytes, username=username, password_file=password_file, promise=policy,
+            frame_bytes=frame_bytes, username=username, password_file=password_file, policy=policy,
         )  # fmt: skip
         agent.check(settings, options)
         stop = agent.join(home, settings, model, options, printer)
         if not then_run or home.settings().code:
             raise typer.Exit(printer.finish(stop, ended=True))
         printer.end(stop)
-    raise typer.Exit(become(home, "train", options, as_json=as_json))
+    raise typer.Exit(run_device(home, "train", options, as_json=as_json))
 
 
 def _policy(kind: str, max_epsilon: float | None, max_delta: float) -> PrivacyPolicy | None:
@@ -218,7 +218,7 @@ def run(
     options = Options(
         versions=versions, timeout_s=timeout, min_seconds=min_seconds, reports=reports, fine_tune=fine_tune
     )
-    raise typer.Exit(become(DeviceDirectory(directory), "train", options, as_json=as_json))
+    raise typer.Exit(run_device(DeviceDirectory(directory), "train", options, as_json=as_json))
 
 
 @app.command()
@@ -228,7 +228,7 @@ def evaluate(directory: Dir, versions: Versions = None, timeout: Timeout = None,
     Example: ternbus edge evaluate evaluator-1
     """
     options = Options(versions=versions, timeout_s=timeout)
-    raise typer.Exit(become(DeviceDirectory(directory), "evaluate", options, as_json=as_json))
+    raise typer.Exit(run_device(DeviceDirectory(directory), "evaluate", options, as_json=as_json))
 
 
 @app.command("init-model")
@@ -381,9 +381,9 @@ def leave(
     settings = home.settings()
     if not yes:
         typer.confirm(f"remove the key and the outbox of {settings.device!r} in {directory}?", abort=True)
-    with home.held():
+    with home.locked():
         try:
-            agent.say_goodbye(home, settings)
+            agent.clear_status(home, settings)
         except LinkError as error:
             if not force:
                 raise LinkError(

@@ -29,7 +29,7 @@ SIZE: Final = 128  # pixels, to which the images are enlarged: at 32 the network
 FEATURES: Final = 1280  # channels of its last convolution
 BATCH: Final = 50  # images that the network sees at once
 FOLDER: Final = "cifar10-features"  # in --data DIR
-MADE: Final = b"1"  # to be changed with whatever here changes the features
+FORMAT: Final = b"1"  # to be changed with whatever here changes the features
 
 NAMES: Final = (  # the classes of ImageNet that are called what CIFAR-10's are, or nearly: there is no deer
     (404, 895),  # airliner, warplane
@@ -76,7 +76,7 @@ class Body:
         self._net.to(memory_format=torch.channels_last)
         self.classifier = state["_fc.weight"]  # [1000, FEATURES]
 
-    def see(self, images: Tensor) -> Tensor:
+    def extract(self, images: Tensor) -> Tensor:
         """[samples, FEATURES], each of length 1, of uint8 images [samples, 3, 32, 32]."""
         large = functional.interpolate(
             images.float(), size=(SIZE, SIZE), mode="bicubic", antialias=True, align_corners=False
@@ -100,27 +100,27 @@ def data(folder: Path | None, split: Split) -> tuple[Tensor, Tensor]:
     images, labels = cifar10_data.data(folder, split)
     assert folder is not None  # noqa: S101 - cifar10_data has found files in it
     body = Body()
-    key = hashlib.sha256(MADE + body.digest + images.numpy().tobytes()).hexdigest()[:16]
+    key = hashlib.sha256(FORMAT + body.digest + images.numpy().tobytes()).hexdigest()[:16]
     path = folder / FOLDER / f"{split}-{key}.npy"
     try:
-        with _alone(path.parent):
-            if (kept := _kept(path, len(images))) is None:
-                kept = _made(body, images)
-                _keep(path, kept)
+        with _locked(path.parent):
+            if (kept := _load(path, len(images))) is None:
+                kept = _extracted(body, images)
+                _save(path, kept)
     except OSError as error:
         raise ConfigError(f"cannot keep features in {path.parent}: {error.strerror}") from error
     return torch.from_numpy(kept), labels
 
 
-def _made(body: Body, images: Tensor) -> Features:
+def _extracted(body: Body, images: Tensor) -> Features:
     sys.stderr.write(f"the network sees {len(images)} images: some minutes, but once\n")
     with torch.inference_mode():
-        seen = [body.see(images[first : first + BATCH]) for first in range(0, len(images), BATCH)]
+        seen = [body.extract(images[first : first + BATCH]) for first in range(0, len(images), BATCH)]
         found: Features = torch.cat(seen).half().numpy()
     return found
 
 
-def _kept(path: Path, samples: int) -> Features | None:
+def _load(path: Path, samples: int) -> Features | None:
     """None where there are none, or what is there is not what was kept: then they are made again."""
     try:
         found: Features = np.load(path)
@@ -129,7 +129,7 @@ def _kept(path: Path, samples: int) -> Features | None:
     return found if found.shape == (samples, FEATURES) and found.dtype == np.float16 else None
 
 
-def _keep(path: Path, features: Features) -> None:
+def _save(path: Path, features: Features) -> None:
     """Whole or not at all; those of other images, or of another network, make room."""
     with replacing(path) as partial:
         with partial.open("wb") as file:
@@ -139,7 +139,7 @@ def _keep(path: Path, features: Features) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     """Of many processes that want them at once, one makes them, and the others wait."""
     folder.mkdir(exist_ok=True)
     held = lock(folder / "lock", patience_s=math.inf)

@@ -69,7 +69,7 @@ class Block(nn.Module):
         return sum_
 
 
-class Mirrored(nn.Module):
+class MirrorAverage(nn.Module):
     """Asked, not trained: the mean of what the network says of an image and of its mirror image (part 8)."""
 
     def __init__(self, network: nn.Module) -> None:
@@ -98,7 +98,7 @@ def model(width: int = 24) -> nn.Module:
         nn.Flatten(),
         head,
     )
-    return Mirrored(network)
+    return MirrorAverage(network)
 
 
 TASK = TorchTask(

@@ -105,7 +105,7 @@ def model(width: float = 1.0) -> nn.Module:
     )
 
 
-def worn_otherwise(windows: Tensor) -> Tensor:
+def rotate_and_scale(windows: Tensor) -> Tensor:
     """Each window as from a phone that hangs a little askew, by an angle of N(0, 20°) about any axis, on a stronger or
     weaker person, by a factor of N(1, 0.1): an unseen person's phone hangs otherwise too (Um et al. 2017).
     """
@@ -186,7 +186,7 @@ def _tensors(table: Table, chosen: npt.NDArray[np.bool_]) -> tuple[Tensor, Tenso
 PLAN = {"local_epochs": 3, "batch_size": 32, "optimizer": "adam", "learning_rate": 0.003}
 
 TASK = TorchTask(
-    name="hapt", model=model, narrow=model, data=data, owners=owners, augment=worn_otherwise, default_plan=PLAN
+    name="hapt", model=model, narrow=model, data=data, owners=owners, augment=rotate_and_scale, default_plan=PLAN
 )
 UNSEEN_TASK = TorchTask(
     name="hapt-unseen",
@@ -194,6 +194,6 @@ UNSEEN_TASK = TorchTask(
     narrow=model,
     data=unseen_data,
     owners=unseen_owners,
-    augment=worn_otherwise,
+    augment=rotate_and_scale,
     default_plan=PLAN,
 )

@@ -26,7 +26,7 @@ def model(width: float = 1.0) -> nn.Module:
     return two_convolutions(16, 32, 64, 10, width)
 
 
-def bent(images: Tensor) -> Tensor:
+def random_affine(images: Tensor) -> Tensor:
     """Each image turned, scaled, sheared and moved a little, for itself: what few digits of one hand lack (Simard et
     al. 2003, section 2). Up to 15 degrees, 15 %, 0.2 and 2 pixels.
     """
@@ -65,6 +65,6 @@ TASK = TorchTask(
     narrow=model,
     data=data,
     owners=owners,
-    augment=bent,
+    augment=random_affine,
     default_plan={"local_epochs": 5, "batch_size": 16, "learning_rate": 0.03, "momentum": 0.9},
 )
