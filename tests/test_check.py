@@ -86,7 +86,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"trains": dict}, "changed nothing"),
     ({"trains": lambda _: None}, "train() returned str: it must return Trained"),
     ({"trains": lambda start: {"w": start["w"] + 1}}, "train() returned no 'b'"),
-    ({"trains": lambda start: {**step(start), "b": np.zeros(4)}}, "'b' with shape (4,): it must have initial()'s, (3,)"),
+    ({"trains": lambda start: {**step(start), "b": np.zeros(4)}}, "with shape (4,): it must have initial()'s, (3,)"),
     ({"trains": lambda start: {name: array * np.float32(np.inf) for name, array in start.items()}}, "diverged"),
     ({"samples": 0}, "the trainer has 0 samples"),
     ({"values": {"accuracy": 0.5}}, "no finite 'loss'"),

@@ -47,7 +47,7 @@ def test_an_enrolment_without_an_answer_is_waited_for_too() -> None:
     device.arrive(scripted.status(), scripted.head(), *scripted.snapshot())
     stop = only(device.wait(21), Stop)
     assert stop.code == 1
-    assert "gave up after waiting 20 s for the aggregator to admit this device" in stop.reason
+    assert "gave up after waiting 20 s for the aggregator to enroll this device" in stop.reason
 
 
 def test_it_gives_up_only_when_told_to() -> None:

@@ -105,7 +105,10 @@ def test_versions_without_updates_break_no_promise(tmp_path: Path) -> None:
     ("merges", "expected"),
     [
         ([[ours(5)], [ours(5)]], "update 5 on version 0 was merged more than once: in versions 1 and 2"),
-        ([[ours(5, digest=bytes(32))]], "update 5 on version 0 is in version 1, but its digest differs from what was sent"),
+        (
+            [[ours(5, digest=bytes(32))]],
+            "update 5 on version 0 is in version 1, but its digest differs from what was sent",
+        ),
         ([[ours(5)], [ours(6)]], "version 2 has update 6, which this device did not send"),
     ],
 )

@@ -375,7 +375,8 @@ except ConfigError as error:
 """
     ran = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert ran.stdout == (
-        f"'same_task' in {tmp_path}/other has the name of another module ({tmp_path}/one/same_task.py): rename it\n"
+        f"cannot import 'same_task' from {tmp_path}/other: {tmp_path}/one/same_task.py has the same name; "
+        "rename your file\n"
     )
 
 
