@@ -34,7 +34,7 @@ def test_it_says_for_whom_it_waits_every_ten_seconds() -> None:
     texts = [action.text for action in of(device.actions, Log) if action.event == "waiting"]
     assert texts[3:] == [
         "waiting for the aggregator",
-        "waiting for the aggregator's first head",
+        "waiting for the first head from the aggregator",
         "waiting for version 0 of the model",
     ]
     device.arrive(*scripted.snapshot())

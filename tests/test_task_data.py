@@ -199,7 +199,7 @@ def test_of_a_fine_tuned_network_only_the_head_travels_and_only_it_changes(
 ) -> None:
     task = load_task("cifar10-finetune")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(ConfigError, match=rf"mobilenet_v3_small-\w+.pth is looked for in {tmp_path}/hub/checkpoints"):
+    with pytest.raises(ConfigError, match=rf"no checkpoint {tmp_path}/hub/checkpoints/mobilenet_v3_small-\w+.pth"):
         task.initial(0)
     miniatures.write_checkpoint(tmp_path)
     start = task.initial(0)

@@ -30,6 +30,9 @@ from ternbus.edge.shell.service import PERSONAL
 app = typer.Typer(no_args_is_help=True, help="Run a device: follow the model, train, send updates.")
 
 TASKS = f"{', '.join(BUILT_IN_TASKS)}, or your own as MODULE:ATTRIBUTE or FILE.py:ATTRIBUTE."
+InvitationFile = Annotated[
+    Path, typer.Argument(metavar="INVITATION.toml", help="Invitation file from `ternbus aggregator invite`.")
+]
 Dir = Annotated[Path, typer.Argument(metavar="DIR", help="The device's directory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object per line and event, for scripts.")]
 Versions = Annotated[
@@ -100,9 +103,7 @@ MaxDelta = Annotated[float, typer.Option(metavar="DELTA", help="Largest delta of
 @app.command()
 def join(
     *,
-    invitation: Annotated[
-        Path, typer.Argument(metavar="INVITATION.toml", help="Invitation file from `ternbus aggregator invite`.")
-    ],
+    invitation: InvitationFile,
     directory: Dir,
     task: Annotated[str, typer.Option(help=f"Task: {TASKS} Required unless --renew.")] = "",
     data: Annotated[Path | None, typer.Option(help="Folder with the task's data, if the task needs one.")] = None,
@@ -135,8 +136,8 @@ def join(
     """
     printer = Printer(as_json=as_json)
     at_its_default = width == 1 and partition == "all" and frame_bytes == FRAME_BYTES
-    kept_apart = (data, seed, username, password_file, dp, max_epsilon, hold_out, not at_its_default)
-    _check_renew(renew, task, any(kept_apart))
+    kept_settings = (data, seed, username, password_file, dp, max_epsilon, hold_out, not at_its_default)
+    _check_renew(renew, task, any(kept_settings))
     _check_run(then_run, bool(reports or fine_tune))
     Partition.parse(f"{partition};test:{hold_out!r}" if hold_out else partition)
     policy = _policy(dp, max_epsilon, max_delta)

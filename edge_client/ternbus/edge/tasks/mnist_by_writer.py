@@ -27,8 +27,9 @@ def model(width: float = 1.0) -> nn.Module:
 
 
 def random_affine(images: Tensor) -> Tensor:
-    """Each image turned, scaled, sheared and moved a little, for itself: what few digits of one hand lack (Simard et
-    al. 2003, section 2). Up to 15 degrees, 15 %, 0.2 and 2 pixels.
+    """Rotate, scale, shear and shift each image at random, by up to 15 degrees, 15 %, 0.2 and 2 pixels.
+
+    A device has few digits of one writer, so it gains from variation (Simard et al. 2003, section 2).
     """
     turn, scale, shear = (torch.empty(len(images)).uniform_(-most, most) for most in (0.26, 0.15, 0.2))
     move = torch.empty(len(images), 2, 1).uniform_(-0.15, 0.15)  # in halves of the image's width
@@ -39,7 +40,7 @@ def random_affine(images: Tensor) -> Tensor:
 
 
 def data(folder: Path | None, split: Split) -> tuple[Tensor, Tensor]:
-    """Raises `ConfigError`, which says where the files are looked for."""
+    """(images, uint8 [samples, 1, 28, 28]; labels). Raises `ConfigError`, with the place of the missing files."""
     raw, prefix = _raw(folder), "train" if split == "train" else "t10k"
     images = torch.from_numpy(idx.read(raw, f"{prefix}-images-idx3-ubyte"))
     return images.unsqueeze(1), torch.from_numpy(idx.read(raw, f"{prefix}-labels-idx1-ubyte")).long()
