@@ -367,7 +367,7 @@ class Core:
     def _awaited(self) -> str | None:
         head = self.follower.head
         if not self._online:
-            return f"the broker: {self._disconnect_reason}" if self._disconnect_reason else "the broker"
+            return f"the broker ({self._disconnect_reason})" if self._disconnect_reason else "the broker"
         if not self.presence.online:
             return "the aggregator"
         if not self.state.enrolled:

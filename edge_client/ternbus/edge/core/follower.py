@@ -53,7 +53,7 @@ class InitialModel:
 
 @dataclass(slots=True, kw_only=True)
 class Follower:
-    """The vector of ``version``, and the requests for what the head's version still needs."""
+    """The vector of ``version``, and the requests for the missing parts up to the head's version."""
 
     federation: str
     initial_model: InitialModel | None = None  # until the first head

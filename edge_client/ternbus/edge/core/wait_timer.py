@@ -9,7 +9,7 @@ REPORT_INTERVAL_S: Final = 10.0
 
 @dataclass(slots=True, kw_only=True)
 class WaitTimer:
-    """The text of what the device waits for, and since when it waits."""
+    """The present wait: a text that names what is awaited, and the time it began."""
 
     timeout_s: float | None = None
     awaited: str | None = None  # None: the device waits for nothing
@@ -17,7 +17,7 @@ class WaitTimer:
     _report_s: float = 0.0
 
     def wait_for(self, awaited: str | None, now: float) -> None:
-        """Set what the device waits for; None for nothing."""
+        """Set the awaited peer or message; None if the device waits for nothing."""
         if self.awaited is None and awaited is not None:
             self._since_s = now
         if awaited != self.awaited:

@@ -94,7 +94,7 @@ def _number(text: str, spec: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ConfigError(f"partition {spec!r}: {text!r} is not a number") from None
+        raise ConfigError(f"partition {spec!r}: {text!r} is not a number: write for example 0.5") from None
 
 
 def select(spec: str, labels: npt.NDArray[np.integer], owners: Indices | None = None) -> Indices:
@@ -112,7 +112,9 @@ def _part(partition: Partition, spec: str, labels: npt.NDArray[np.integer], owne
     if partition.natural:
         return _natural(partition, owners)
     if partition.parts > len(labels):
-        raise ConfigError(f"partition {spec!r}: {len(labels)} samples are too few for {partition.parts} devices")
+        raise ConfigError(
+            f"partition {spec!r}: {len(labels)} samples are too few for {partition.parts} devices: use fewer"
+        )
     if math.isinf(partition.alpha):
         return np.sort(_equal(partition, len(labels)))
     return np.sort(_unequal(partition, labels))

@@ -27,11 +27,12 @@ def read(folder: Path, name: str) -> npt.NDArray[Any]:
     except FileNotFoundError as error:
         raise ConfigError(f"no file {plain} or {packed.name}: put the data set there, or correct --data") from error
     except (OSError, EOFError, zlib.error) as error:  # OSError includes gzip.BadGzipFile
-        raise ConfigError(f"cannot read {path}: {error}") from error
+        raise ConfigError(f"cannot read {path}: {error}; replace the file") from error
     if len(content) < 4 or content[2] not in _KINDS or len(content) < 4 + 4 * content[3]:
-        raise ConfigError(f"{path} is not an idx file")
+        raise ConfigError(f"{path} is not an idx file: replace it")
     sizes = np.frombuffer(content, ">i4", content[3], offset=4).tolist()
     numbers = np.frombuffer(content, _KINDS[content[2]], offset=4 + 4 * content[3])
     if len(numbers) != math.prod(sizes):
-        raise ConfigError(f"{path} has {len(numbers)} numbers where its head says {'x'.join(map(str, sizes))}")
+        shape = "x".join(map(str, sizes))
+        raise ConfigError(f"{path} has {len(numbers)} numbers, but its header {shape}: replace the file")
     return numbers.reshape(sizes).astype(numbers.dtype.newbyteorder("="))

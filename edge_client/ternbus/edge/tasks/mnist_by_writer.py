@@ -1,4 +1,4 @@
-"""MNIST with a device for each of the 539 people who wrote its training part; other people wrote the test part.
+"""MNIST with a natural device for each of the 539 writers of its training part; the test part has other writers.
 
 In --data DIR: torchvision's layout, MNIST/raw/*-ubyte, and beside them qmnist-train-labels-idx2-int, of which column 2
 is the writer (Yadav & Bottou 2019).
@@ -50,7 +50,9 @@ def owners(folder: Path | None) -> Indices:
     """The writer of each training image, numbered from 0 in the order of QMNIST's own numbers."""
     labels = idx.read(_raw(folder), "qmnist-train-labels-idx2-int")
     if labels.ndim != 2 or labels.shape[1] <= WRITER:
-        raise ConfigError(f"{_raw(folder) / 'qmnist-train-labels-idx2-int'} has no column with the writers")
+        raise ConfigError(
+            f"{_raw(folder) / 'qmnist-train-labels-idx2-int'} has no column of writers: use QMNIST's file"
+        )
     return np.unique(labels[:, WRITER], return_inverse=True)[1].astype(np.int64)
 
 
