@@ -1,1 +1,1 @@
-"""Tasks of one's own: each is a module that `--task examples.NAME:TASK` names."""
+"""Examples of user-defined tasks; `--task examples.NAME:TASK` selects one."""

@@ -1,11 +1,11 @@
-"""A classifier in scikit-learn's style, plain numpy, and the same as a task: no torch on the device.
+"""A task in plain numpy from a classifier in scikit-learn's style, for devices without torch.
 
     python examples/numpy_task.py
     ternbus lab run --task examples.numpy_task:TASK
 
-Softmax regression on the digits that ship with Ternbus. The classifier knows nothing of federations: `DigitsTask` sets
-its coefficients to those of the version, lets it fit, and hands them back. Any estimator with `warm_start`
-and a few arrays can be wrapped in the same way.
+Softmax regression on the digits that ship with Ternbus. The classifier is independent of Ternbus: `DigitsTrainer` sets
+its coefficients to those of the version, fits it, and returns the new ones. Any estimator with `warm_start` and a few
+arrays can be wrapped in the same way.
 """
 
 import time
@@ -24,7 +24,7 @@ Labels = npt.NDArray[np.int64]
 
 
 class SoftmaxRegression:
-    """Multinomial logistic regression by gradient descent on all samples; `fit` goes on from where it is."""
+    """Multinomial logistic regression by gradient descent on all samples; `fit` continues from the coefficients."""
 
     def __init__(
         self, features: int, classes: int, *, steps: int = 100, learning_rate: float = 0.5, alpha: float = 1e-4
@@ -69,7 +69,7 @@ class DigitsTrainer:
     def samples(self) -> int:
         return len(self.labels)
 
-    def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:  # noqa: ARG002 - no chance here
+    def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:  # noqa: ARG002 - nothing is random
         began = time.perf_counter()
         self._set(start)
         self.classifier.learning_rate = plan.learning_rate
@@ -84,7 +84,7 @@ class DigitsTrainer:
         return Evaluation(samples=self.samples, values=self._measures())
 
     def _set(self, tensors: Tensors) -> None:
-        self.classifier.coef_ = np.array(tensors["coef"])  # copies: what we are given must stay as it is
+        self.classifier.coef_ = np.array(tensors["coef"])  # copies: `tensors` must not be modified
         self.classifier.intercept_ = np.array(tensors["intercept"])
 
     def _measures(self) -> dict[str, float]:
@@ -94,16 +94,16 @@ class DigitsTrainer:
 
 @dataclass(frozen=True, kw_only=True)
 class DigitsTask:
-    """What `--task` names."""
+    """The task that `--task` selects."""
 
     name: str = "digits-softmax"
     default_plan: Mapping[str, object] = field(default_factory=lambda: {"local_steps": 20, "learning_rate": 0.5})
 
-    def initial(self, seed: int) -> dict[str, FloatArray]:  # noqa: ARG002 - it starts at zero; its loss is convex
+    def initial(self, seed: int) -> dict[str, FloatArray]:  # noqa: ARG002 - starts at zero; the loss is convex
         fresh = SoftmaxRegression(PIXELS, CLASSES)
         return {"coef": fresh.coef_, "intercept": fresh.intercept_}
 
-    def trainer(self, *, data: Path | None, partition: str) -> DigitsTrainer:  # noqa: ARG002 - Ternbus brings them
+    def trainer(self, *, data: Path | None, partition: str) -> DigitsTrainer:  # noqa: ARG002 - in the package
         inputs, labels = load("train")
         chosen = select(partition, labels)
         return DigitsTrainer(inputs[chosen], labels[chosen])

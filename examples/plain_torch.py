@@ -1,6 +1,6 @@
 """Recognise handwritten digits with PyTorch, on one machine: python examples/plain_torch.py [FOLDER] [EPOCHS].
 
-The folder has digits.csv.gz: a row an image of 8 x 8 pixels from 0 to 16, and what it shows.
+FOLDER has digits.csv.gz: a row for each image, with 8 x 8 pixels from 0 to 16 and the digit.
 """
 
 import sys

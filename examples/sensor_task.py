@@ -1,11 +1,10 @@
-"""A machine's health from its vibration: windows of a time series, each device with the recordings of its own machine.
+"""Condition monitoring of a machine by its vibration: each device has the recordings of its own machine.
 
     ternbus edge check examples.sensor_task:TASK                  # on generated recordings
     ternbus edge join pi-1.toml pi-1 --task examples.sensor_task:TASK --data /home/pi/recordings
 
-`/home/pi/recordings/train.csv` (and test.csv where an evaluator runs) has a row for each hundredth of a second:
-acceleration along x, y and z in g, and the machine's state: 0 healthy, 1 unbalanced, 2 a bearing that goes. A
-header line does no harm.
+`/home/pi/recordings/train.csv` (and test.csv for an evaluator) has a row for each hundredth of a second: acceleration
+along x, y and z in g, and the machine's state: 0 healthy, 1 unbalanced, 2 a failing bearing. A header line is ignored.
 """
 
 from pathlib import Path
@@ -35,12 +34,12 @@ def model() -> nn.Module:
 
 
 def windows(table: FloatArray) -> tuple[Tensor, Tensor]:
-    """[windows, 3, 100] and labels, of a table of x, y, z, label; without windows in which the label changes."""
+    """Inputs [windows, 3, 100] and labels from rows of x, y, z, label; without windows in which the label changes."""
     places = [
         first for first in range(0, len(table) - WINDOW + 1, HOP) if np.ptp(table[first : first + WINDOW, 3]) == 0
     ]
     inputs = np.stack([table[first : first + WINDOW, :3].T for first in places]).astype(np.float32)
-    inputs -= inputs.mean(2, keepdims=True)  # gravity, and how the sensor happens to be mounted
+    inputs -= inputs.mean(2, keepdims=True)  # removes gravity, which depends on the mounting of the sensor
     return torch.from_numpy(inputs), torch.from_numpy(table[places, 3].astype(np.int64))
 
 
@@ -51,7 +50,7 @@ def data(folder: Path | None, split: str) -> tuple[Tensor, Tensor]:
     try:
         table = np.genfromtxt(path, delimiter=",", dtype=np.float32)
     except OSError as error:
-        raise ConfigError(f"no recordings: they are looked for in {path}") from error
+        raise ConfigError(f"cannot read {path}: put the recordings there, or correct --data") from error
     return windows(table[~np.isnan(table).any(1)])  # without the header
 
 

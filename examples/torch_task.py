@@ -1,6 +1,6 @@
-"""The same in a federation: ternbus lab run --task examples.torch_task:TASK --data edge_client/ternbus/edge/tasks.
+"""The same as a task: ternbus lab run --task examples.torch_task:TASK --data edge_client/ternbus/edge/tasks.
 
-The folder has digits.csv.gz: a row an image of 8 x 8 pixels from 0 to 16, and what it shows.
+FOLDER has digits.csv.gz: a row for each image, with 8 x 8 pixels from 0 to 16 and the digit.
 """
 
 import sys

@@ -75,18 +75,18 @@ def test_a_good_task_has_no_problem_and_no_note() -> None:
 draws = np.random.default_rng(0)
 NAN = {"w": np.full(3, np.nan, np.float32)}
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"made": dict}, "initial() gives no tensors"),
+    ({"made": dict}, "initial() returned no tensors"),
     ({"made": lambda: {"w": np.zeros(3)}}, "'w' as float64: it must be a float32 numpy array"),
     ({"made": lambda: {"w": [1.0]}}, "'w' as list"),
-    ({"made": lambda: {"w": np.zeros((0, 3), np.float32)}}, "'w' without an element"),
+    ({"made": lambda: {"w": np.zeros((0, 3), np.float32)}}, "'w' without elements"),
     ({"made": lambda: NAN}, "'w' with a NaN"),
     ({"default_plan": {"batch_size": "many"}}, "batch_size"),
     ({"trains": raising}, "train() raised IndexError: too few of them (test_check.py, line "),
-    ({"trains": into_the_start}, "`start` must stay as it is: work on a copy"),
+    ({"trains": into_the_start}, "`start` is read-only: work on a copy"),
     ({"trains": dict}, "changed nothing"),
-    ({"trains": lambda _: None}, "train() returned str, not Trained"),
+    ({"trains": lambda _: None}, "train() returned str: it must return Trained"),
     ({"trains": lambda start: {"w": start["w"] + 1}}, "train() returned no 'b'"),
-    ({"trains": lambda start: {**step(start), "b": np.zeros(4)}}, "'b' in the shape (4,), initial() has (3,)"),
+    ({"trains": lambda start: {**step(start), "b": np.zeros(4)}}, "with shape (4,): it must have initial()'s, (3,)"),
     ({"trains": lambda start: {name: array * np.float32(np.inf) for name, array in start.items()}}, "diverged"),
     ({"samples": 0}, "the trainer has 0 samples"),
     ({"values": {"accuracy": 0.5}}, "no finite 'loss'"),
@@ -96,9 +96,9 @@ NOTED: list[tuple[dict[str, Any], str]] = [
     ({"default_plan": {"flavour": 1}}, "does not know flavour"),
     ({"made": lambda: {"w": draws.normal(size=300).astype(np.float32)}}, "another model for the same seed"),
     ({"trains": lambda start: {**step(start), "b": draws.normal(size=3)}}, "another result for the same seed"),
-    ({"trains": lambda start: {**step(start), "b": start["b"]}}, "left 1 of 2 tensors as they were, 'b'"),
+    ({"trains": lambda start: {**step(start), "b": start["b"]}}, "did not change 1 of 2 tensors, for example 'b'"),
     ({"trains": lambda start: {**step(start), "c": start["b"]}}, "'c', which initial() does not have"),
-    ({"metrics": {"loss": float("nan")}}, "reports 'loss' as nan"),
+    ({"metrics": {"loss": float("nan")}}, "reported 'loss' as nan"),
 ]  # fmt: skip
 
 

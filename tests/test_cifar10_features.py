@@ -20,9 +20,9 @@ from ternbus.edge.tasks.cifar10_features import FEATURES, FOLDER, NAMES, data
 class Counting(miniatures.Body):
     shown = 0  # images, to all of them
 
-    def see(self, images: torch.Tensor) -> torch.Tensor:
+    def extract(self, images: torch.Tensor) -> torch.Tensor:
         Counting.shown += len(images)
-        return super().see(images)
+        return super().extract(images)
 
 
 @pytest.fixture

@@ -305,7 +305,7 @@ def test_a_stale_update_is_kept_for_the_next(server: Server, tmp_path: Path) -> 
     process.send_signal(signal.SIGTERM)
     code, said = server.until_ended(process)
     assert code == 0, said
-    assert "came too late" in said
+    assert "was too late" in said
     kept = outbox.summary(folder).kept
     (frame,) = server.updates
     update = Update.from_meta(frame.meta)
@@ -454,7 +454,7 @@ def test_a_device_whose_owner_wants_privacy_does_not_train_without(server: Serve
     server.publish(server.scripted.head())
     code, said = server.until_ended(process)
     assert code == 0, said
-    assert "its owner wants" in said
+    assert "its owner requires" in said
     assert server.updates == []
 
 

@@ -56,7 +56,7 @@ def test_before_it_leaves_a_device_makes_a_model_of_its_own_and_tells_its_owner_
     kinds = [type(action) for action in done if not isinstance(action, Publish)]
     assert kinds in ([SavePersonal, Log, Stop], [Save, SavePersonal, Log, Stop])
     saved = only(done, SavePersonal)
-    assert saved.about.startswith("pi: own model from version 1, on 9 samples held out: accuracy 0.5000 -> 0.7500")
+    assert saved.about.startswith("pi: personal model from version 1, on 9 held-out samples: accuracy 0.5000 -> 0.7500")
     assert published(done, "metrics") == []
 
 

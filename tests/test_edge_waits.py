@@ -34,7 +34,7 @@ def test_it_says_for_whom_it_waits_every_ten_seconds() -> None:
     texts = [action.text for action in of(device.actions, Log) if action.event == "waiting"]
     assert texts[3:] == [
         "waiting for the aggregator",
-        "waiting for the aggregator's first head",
+        "waiting for the first head from the aggregator",
         "waiting for version 0 of the model",
     ]
     device.arrive(*scripted.snapshot())
@@ -47,7 +47,7 @@ def test_an_enrolment_without_an_answer_is_waited_for_too() -> None:
     device.arrive(scripted.status(), scripted.head(), *scripted.snapshot())
     stop = only(device.wait(21), Stop)
     assert stop.code == 1
-    assert "gave up after waiting 20 s for the aggregator to admit this device" in stop.reason
+    assert "gave up after waiting 20 s for the aggregator to enroll this device" in stop.reason
 
 
 def test_it_gives_up_only_when_told_to() -> None:

@@ -278,7 +278,7 @@ def test_a_reader_sees_what_a_device_of_each_format_had_and_leaves_it_so(
     assert dump(folder / outbox.FILE) == before
     assert not list(folder.glob("format-*"))
     if name.endswith("-empty"):
-        assert (code, "has not joined yet; run `ternbus edge join` again" in printed.err) == (2, True)
+        assert (code, "has no state yet: run `ternbus edge join` again" in printed.err) == (2, True)
         return
     found = json.loads(printed.out)
     waiting = want["outstanding"]

@@ -89,7 +89,7 @@ def test_one_accepted_at_the_log_s_end_waits_for_the_next_version(tmp_path: Path
 
 def test_an_accepted_update_that_no_version_holds_is_a_fault(tmp_path: Path) -> None:
     found = check(log_of(tmp_path, [], []), [answer(5, 0)])
-    assert found.faults == ["update 5 on version 0 was accepted by version 0, and is in no version since"]
+    assert found.faults == ["update 5 on version 0 was accepted at version 0, but is in no later version"]
 
 
 def test_versions_without_updates_break_no_promise(tmp_path: Path) -> None:
@@ -105,8 +105,11 @@ def test_versions_without_updates_break_no_promise(tmp_path: Path) -> None:
     ("merges", "expected"),
     [
         ([[ours(5)], [ours(5)]], "update 5 on version 0 was merged more than once: in versions 1 and 2"),
-        ([[ours(5, digest=bytes(32))]], "update 5 on version 0 is in version 1 with another digest than what was sent"),
-        ([[ours(5)], [ours(6)]], "version 2 holds update 6 in our name, of which we know nothing"),
+        (
+            [[ours(5, digest=bytes(32))]],
+            "update 5 on version 0 is in version 1, but its digest differs from what was sent",
+        ),
+        ([[ours(5)], [ours(6)]], "version 2 has update 6, which this device did not send"),
     ],
 )
 def test_what_the_aggregator_made_of_it_otherwise_is_a_fault(
@@ -122,7 +125,7 @@ def test_what_was_accepted_before_the_log_begins_cannot_be_checked(tmp_path: Pat
     assert (found.faults, found.unlogged, found.unknown_bytes) == ([], [6], [7])
     assert [each.seq for each in found.merged] == [7, 8]
     report = found.report("pi")
-    assert "pi: 1 accepted updates are in the log as they were sent" in report
+    assert "pi: 1 accepted updates are in the log as sent" in report
     assert "1 more were accepted before the aggregator kept a log" in report
     assert "whether they are there as they were sent cannot be checked" in report
 
@@ -130,8 +133,8 @@ def test_what_was_accepted_before_the_log_begins_cannot_be_checked(tmp_path: Pat
 def test_what_was_accepted_after_the_log_begins_has_to_be_in_it_as_it_was_sent(tmp_path: Path) -> None:
     log = log_of(tmp_path, [], [ours(8, digest=UNKNOWN_DIGEST)], begins=5)
     assert check(log, [answer(7, 5), answer(8, 6)], seen(7)).faults == [
-        "update 7 on version 5 was accepted by version 5, and is in no version since",
-        "update 8 on version 6 is in version 7 with another digest than what was sent",
+        "update 7 on version 5 was accepted at version 5, but is in no later version",
+        "update 8 on version 6 is in version 7, but its digest differs from what was sent",
     ]
 
 
@@ -189,13 +192,13 @@ def test_the_command_reads_the_device_s_folder(tmp_path: Path, capsys: pytest.Ca
     log = log_of(tmp_path, *([ours(seq)] for seq in range(2, 14)))
     code, printed = verify(log)
     assert code == 0
-    assert printed.startswith("pi: 12 accepted updates are in the log as they were sent, 0 wait for")
-    assert "  update 13 on version 11: in version 12 with weight 10, 25.0 % of it\n  (the last 10; all" in printed
+    assert printed.startswith("pi: 12 accepted updates are in the log as sent, 0 are not merged yet; ")
+    assert "  update 13 on version 11: in version 12 with weight 10, 25.0 % of it\n  (the last 10; --json" in printed
     code, printed = verify(log, "--json")
     assert (code, len(json.loads(printed)["merged"])) == (0, 12)
     log = log_of(tmp_path, *([ours(seq)] for seq in range(2, 13)), [])
     code, printed = verify(log)
     assert (code, printed.splitlines()[0]) == (
         1,
-        "fault: update 13 on version 11 was accepted by version 11, and is in no version since",
+        "fault: update 13 on version 11 was accepted at version 11, but is in no later version",
     )

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ternbus.broker.errors import ConfigError
-from ternbus.edge.learn.partition import LARGEST_SHARE, LEAST_SAMPLES, Partition, select
+from ternbus.edge.learn.partition import LARGEST_SHARE, SAMPLES_MIN, Partition, select
 
 Labels = npt.NDArray[np.int64]
 
@@ -33,7 +33,7 @@ def test_parts_are_disjoint_and_cover_everything_and_none_is_poor(
     parts = min(parts, len(labels))
     chosen = [select(spec, labels) for spec in specs(parts, alpha, seed)]
     assert sorted(np.concatenate(chosen).tolist()) == list(range(len(labels)))
-    assert min(len(part) for part in chosen) >= min(LEAST_SAMPLES, len(labels) // parts)
+    assert min(len(part) for part in chosen) >= min(SAMPLES_MIN, len(labels) // parts)
     assert all(np.all(np.diff(part) > 0) for part in chosen)
 
 
@@ -123,5 +123,5 @@ def test_the_least_that_is_held_out_is_one_sample_and_two_are_too_few_to_hold_ou
 
 @pytest.mark.parametrize("spec", ["all;test:0", "all;test:0.5", "all;test:-0.1", "all;train:1e3", "all;train:nan"])
 def test_most_of_the_data_are_trained_on(spec: str) -> None:
-    with pytest.raises(ConfigError, match=r"held out|not a number|write all"):
+    with pytest.raises(ConfigError, match=r"held-out|not a number|write all"):
         Partition.parse(spec)

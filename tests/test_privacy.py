@@ -457,7 +457,7 @@ def test_an_owners_device_trains_by_no_plan_with_less_privacy() -> None:
     assert not [action for action in refused.actions if isinstance(action, StartTraining)]
     texts = [action.text for action in refused.actions if isinstance(action, Log) and action.event == "bad-plan"]
     assert texts
-    assert 'its owner wants dp = "device"' in texts[0]
+    assert 'its owner requires dp = "device"' in texts[0]
     _, bounded = following_with(DEVICE, policy=policy)
     assert only(bounded.actions, StartTraining).plan.dp_epsilon == 2.0
 
@@ -468,11 +468,11 @@ def test_what_an_owner_insists_on_outlives_the_process_and_a_new_key(tmp_path: P
         federation="fed", device="pi", broker="mqtt://127.0.0.1:1", aggregator_key="ab" * 32, code="c" * 32
     )
     home = DeviceDirectory(tmp_path / "pi")
-    joined = home.prepare(invitation, task="digits-numpy", data=None, partition="all", promise=policy)
+    joined = home.prepare(invitation, task="digits-numpy", data=None, partition="all", policy=policy)
     home.write(replace(joined, code=""))
-    assert home.settings().promise == policy
+    assert home.settings().policy == policy
     _, renewed = key_rotation.begin(home, replace(invitation, code="d" * 32))
-    assert renewed.promise == policy
+    assert renewed.policy == policy
     with pytest.raises(ConfigError, match="max-epsilon"):
         replace(home.settings(), dp="")
 

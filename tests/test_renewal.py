@@ -37,7 +37,7 @@ def outstanding(*, seal: bool) -> OutstandingUpdate:
 
 
 def device(folder: Path, *, seal: bool = False, code: str = "") -> DeviceDirectory:
-    """A device that has joined, and a new key beside it, enrolled unless there is a code."""
+    """A device that has joined, and a new key in its renewal folder, enrolled unless there is a code."""
     home = DeviceDirectory(folder / "pi")
     home.folder.mkdir()
     write_key(home.folder / KEY, OLD.seed)
@@ -58,12 +58,12 @@ def device(folder: Path, *, seal: bool = False, code: str = "") -> DeviceDirecto
     )
     with Outbox(home.folder, OLD.key_id) as outbox:
         outbox.save(state, None, {"updates.accepted": 3})
-    beside = home.beside()
-    beside.folder.mkdir()
-    write_key(beside.folder / KEY, NEW.seed)
-    beside.write(settings(broker="mqtt://127.0.0.1:2", task="another", code=code))
-    write_secret(beside.folder / CERTIFICATE, b"the new certificate")
-    with Outbox(beside.folder, NEW.key_id) as outbox:
+    renewal = home.renewal()
+    renewal.folder.mkdir()
+    write_key(renewal.folder / KEY, NEW.seed)
+    renewal.write(settings(broker="mqtt://127.0.0.1:2", task="another", code=code))
+    write_secret(renewal.folder / CERTIFICATE, b"the new certificate")
+    with Outbox(renewal.folder, NEW.key_id) as outbox:
         outbox.save(State(key=NEW.key_id, enrolled=not code, seq_limit=66, session=2), None, {})
     return home
 
@@ -126,10 +126,10 @@ def test_a_crash_in_the_middle_is_mended_at_the_next_start(
     tmp_path: Path, undo: Callable[[DeviceDirectory], None]
 ) -> None:
     home = device(tmp_path)
-    shutil.copytree(home.beside().folder, tmp_path / "copy")
+    shutil.copytree(home.renewal().folder, tmp_path / "copy")
     key_rotation.finish(home)
     undo(home)
-    shutil.copytree(tmp_path / "copy", home.beside().folder)
+    shutil.copytree(tmp_path / "copy", home.renewal().folder)
     key_rotation.finish(home)
     check_succeeded(home)
 

@@ -155,10 +155,10 @@ class Same(Wrong):
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        (Wrong(), "other tensors"),
-        (Wider(), "no corner of"),
-        (Same(), "no narrower than the full one"),
-        (replace(digits.TASK, narrow=None), "the task digits has no narrower form"),
+        (Wrong(), "the same tensor names"),
+        (Wider(), "which is not within"),
+        (Same(), "is as wide as the full one"),
+        (replace(digits.TASK, narrow=None), "the task digits has no narrower model"),
     ],
 )
 def test_what_is_no_narrower_form_is_refused_by_name(task: Task, message: str) -> None:
@@ -183,7 +183,7 @@ def test_a_device_keeps_its_width_and_makes_no_narrow_model_of_its_own(tmp_path:
     assert settings.share_of_channels == 0.25
     with pytest.raises(ConfigError, match="full width"):
         agent.check(settings, agent.Options(fine_tune=1.0))
-    for width, message in (("2", "the width is 2"), ("wide", "not a number")):
+    for width, message in (("2", "the width is 2"), ("wide", "give a number from 0.05 to 1")):
         with pytest.raises(ConfigError, match=message):
             replace(settings, width=width)
     path = tmp_path / "pi.toml"

@@ -199,7 +199,7 @@ def test_of_a_fine_tuned_network_only_the_head_travels_and_only_it_changes(
 ) -> None:
     task = load_task("cifar10-finetune")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(ConfigError, match=rf"mobilenet_v3_small-\w+.pth is looked for in {tmp_path}/hub/checkpoints"):
+    with pytest.raises(ConfigError, match=rf"no checkpoint {tmp_path}/hub/checkpoints/mobilenet_v3_small-\w+.pth"):
         task.initial(0)
     miniatures.write_checkpoint(tmp_path)
     start = task.initial(0)
@@ -255,7 +255,7 @@ def test_idx_numbers_come_in_this_machines_byte_order(tmp_path: Path) -> None:
 def test_a_window_is_turned_and_scaled_as_a_whole() -> None:
     torch.manual_seed(0)
     windows = torch.randn(50, 6, 128)
-    bent = hapt.worn_otherwise(windows)
+    bent = hapt.rotate_and_scale(windows)
     for first in (0, 3):  # acceleration, rotation
         lengths = [torch.linalg.vector_norm(each[:, first : first + 3], dim=1) for each in (windows, bent)]
         factor = lengths[1] / lengths[0]
@@ -269,7 +269,7 @@ def test_an_image_is_bent_a_little_and_for_itself() -> None:
     torch.manual_seed(0)
     image = torch.zeros(1, 1, 28, 28)
     image[:, :, 10:18, 13:15] = 1.0
-    bent = mnist_by_writer.bent(image.repeat(20, 1, 1, 1))
+    bent = mnist_by_writer.random_affine(image.repeat(20, 1, 1, 1))
     assert bent.shape == (20, 1, 28, 28)
     assert 0 <= bent.min() <= bent.max() <= 1.0 + 1e-6
     assert len({each.numpy().tobytes() for each in bent}) == 20

@@ -204,8 +204,8 @@ def test_a_task_finds_its_modules_by_importlib_and_its_pickles(folder: Path) -> 
 def test_a_task_with_the_name_of_another_module_is_refused_in_words(here: Path, name: str, spec: str) -> None:
     (here / f"{name}.py").write_text(TASK)
     words = refused(spec.format(name))
-    assert words.startswith(f"'{name}' in {here} has the name of another module (")
-    assert words.endswith("): rename it")
+    assert words.startswith(f"cannot import '{name}' from {here}: ")
+    assert words.endswith(" has the same name; rename your file")
 
 
 WRONG = {
@@ -220,12 +220,12 @@ WRONG = {
     "an assertion": ("assert 1 == 2\n", "line 1: AssertionError"),
     "sys.exit": (
         "import sys\nsys.exit(3)\n",
-        "line 2: sys.exit(3) while it was imported; put the script's part below `if __name__ == '__main__':`",
+        "line 2: sys.exit(3) during the import; put the script below `if __name__ == '__main__':`",
     ),
     "recursion": ("def f():\n    return f()\nf()\n", "line 2: RecursionError: maximum recursion depth exceeded"),
     "a relative import": (
         "from . import features\n",
-        "line 1: ImportError: attempted relative import with no known parent package; name the module by its package",
+        "line 1: ImportError: attempted relative import with no known parent package; write PACKAGE.MODULE:ATTRIBUTE",
     ),
     "a name that a library lacks": (
         "from safetensors import trees\n",
@@ -270,21 +270,23 @@ def test_the_line_is_that_of_the_module_beside_the_task_if_it_is_that_one_s_faul
 def test_a_name_that_an_installed_module_hides_is_explained(here: Path) -> None:
     (here / "safetensors.py").write_text("own_reader = 1\n")
     (here / "my_task.py").write_text("from safetensors import own_reader\n")
-    assert refused("my_task:TASK").endswith("; safetensors.py beside the task is not meant: rename it")
+    assert refused("my_task:TASK").endswith(
+        "; another safetensors is imported than safetensors.py of the task: rename it"
+    )
 
 
 UNCLEAR = {
-    "none": "no task 'none': choose digits, ",
-    "none:TASK": "no module 'none' for the task none:TASK: there is none in {here}, and none is installed",
-    "./none.py": "no file {here}/none.py for the task ./none.py",
-    "./none:TASK": "no file {here}/none.py for the task ./none:TASK",
+    "none": "unknown task 'none': choose digits, ",
+    "none:TASK": "task none:TASK: no module 'none' is in {here} or installed; go to its folder or install it",
+    "./none.py": "task ./none.py: no file {here}/none.py; correct the path",
+    "./none:TASK": "task ./none:TASK: no file {here}/none.py; correct the path",
     "my.task.py:TASK": "{here}/my.task.py has a dot in its name",
-    "two": "{here}/two.py has several tasks: write two:ONE or two:OTHER",
-    "two:THIRD": "two:THIRD: there is no 'THIRD' in {here}/two.py; its tasks: ONE, OTHER",
-    "two:copy": "two:copy is no task: it needs name, ",
-    "empty": "{here}/empty.py has no task: it needs name, ",
-    ":TASK": "':TASK' names no task: write MODULE:ATTRIBUTE",
-    "two:": "'two:' names no task: write MODULE:ATTRIBUTE",
+    "two": "{here}/two.py has more than one task: write two:ONE or two:OTHER",
+    "two:THIRD": "task two:THIRD: {here}/two.py has no 'THIRD'; its tasks are: ONE, OTHER",
+    "two:copy": "two:copy is not a task: a task needs name, ",
+    "empty": "{here}/empty.py has no task: a task needs name, ",
+    ":TASK": "invalid task ':TASK': write MODULE:ATTRIBUTE",
+    "two:": "invalid task 'two:': write MODULE:ATTRIBUTE",
     "edge_client.tasks.digits:TASK": "edge_client.tasks.digits is now ternbus.edge.tasks.digits: write ternbus.edge.",
 }
 
@@ -373,7 +375,8 @@ except ConfigError as error:
 """
     ran = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert ran.stdout == (
-        f"'same_task' in {tmp_path}/other has the name of another module ({tmp_path}/one/same_task.py): rename it\n"
+        f"cannot import 'same_task' from {tmp_path}/other: {tmp_path}/one/same_task.py has the same name; "
+        "rename your file\n"
     )
 
 

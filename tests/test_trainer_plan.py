@@ -145,8 +145,8 @@ def test_a_task_of_ones_own_is_found_in_the_current_folder(tmp_path: Path, monke
     monkeypatch.setattr("sys.path", [path for path in __import__("sys").path if path])
     assert load_task("my_own_task:MINE").name == "digits-numpy"
     for spec, says in [
-        ("my_own_task:NOT", "is no task"),
-        ("my_own_task:NONE", "there is no 'NONE'"),
+        ("my_own_task:NOT", "is not a task"),
+        ("my_own_task:NONE", "has no 'NONE'"),
         ("no_such:T", "no module"),
     ]:
         with pytest.raises(ConfigError, match=says):

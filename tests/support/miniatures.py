@@ -93,7 +93,7 @@ class Body:
         self.classifier = torch.randn(1000, 1280, generator=drawn)
         self._eye = torch.randn(3 * 32 * 32, 1280, generator=drawn)
 
-    def see(self, images: torch.Tensor) -> torch.Tensor:
+    def extract(self, images: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.normalize(images.float().flatten(1) @ self._eye, dim=1)
 
 

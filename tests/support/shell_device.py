@@ -71,7 +71,7 @@ class Device:
                 )
                 self._ready.set()
                 self.ended = self.service.run()
-                self.service.leave_training()
+                self.service.stop_training()
         except BaseException as error:  # noqa: BLE001 - whatever it is, the test must see it
             self.ended = error
 

@@ -1,6 +1,6 @@
-"""The device: it follows the model, trains on its own data, compresses, and keeps what has no receipt yet.
+"""The device: it follows the model, trains on its own data, and sends compressed updates.
 
-The names below are what the author of a task needs. The tasks that ship with Ternbus are modules of
+The names in `__all__` are the public API for the author of a task. The built-in tasks are modules of
 `ternbus.edge.tasks`. Everything else is private and may change.
 """
 

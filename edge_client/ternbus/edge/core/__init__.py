@@ -11,9 +11,9 @@ protocol promises holds if the shell keeps this contract. `edge.shell.service` i
 3. **Actions in order.** Perform the actions that `handle` returns, all of them and in their order, before the next
    event. If one fails, perform none of those after it: end the process, and start again from the disk.
 4. **Save.** Write the state, and the answered update if there is one, to stable storage in one transaction, before the
-   next action. What follows in the list may make public what only this write remembers.
+   next action. The actions after it may publish what only this write remembers.
 5. **Time.** After each `handle`, ask `due_s`, and handle `TimeReached` when ``now`` has reached it, if nothing happens
-   before. Too early does no harm; too late delays what it is for.
+   before. Too early does no harm; too late causes a delay.
 6. **Connect.** Open a connection to the broker with a persistent session, QoS 1, and the given last will, retained.
    Answer with one `Connected` or one `ConnectFailed`, and end each `Connected` with one `Disconnected`, also when the
    broker took the session away. After `Disconnected` nothing of that connection may arrive any more.
@@ -22,12 +22,12 @@ protocol promises holds if the shell keeps this contract. `edge.shell.service` i
    the action, for each publication that the broker acknowledges. Never send a publication of an earlier connection.
 8. **Frames.** Parse each payload with `frame.parse`, and handle `FrameArrived`, or `FrameMalformed` with the error's
    reason. Ignore empty payloads, which clear a retained topic. Acknowledge a message to the broker after the actions
-   that it led to. Verify nothing: the core does.
+   that it led to. Verify no signature: the core does.
 9. **Jobs.** Run `StartTraining`, `StartEvaluation` and `StartFineTuning` beside the core, one after the other, without
    modifying their arrays. Each ends in one event with the base or version of the job: `TrainingFinished`,
    `TrainingFailed` or `BudgetSpent`; `Evaluated`; `FineTuned` or `FineTuningFailed`. Any other failure of the task's
    code ends the process. A job that a crash cut short needs no trace: the core starts it again.
-10. **SavePersonal, Log.** Write the file; show the log. Neither has an answer.
+10. **SavePersonal, Log.** Write the file; print the log. Neither has an answer.
 11. **Stop.** Flush what was published, disconnect so that the broker does not publish the last will, and end with the
     code. `StopRequested` asks for it. The core ignores every event after it.
 """

@@ -1,4 +1,4 @@
-"""What a device's state machine asks for, as imperatives; the shell performs them strictly in order."""
+"""The actions of a device's state machine, its only outputs; the shell performs them in order."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from ternbus.edge.plan.tensors import Tensors
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Save:
-    """Write the state to stable storage in one transaction; with the receipt, if one was the reason."""
+    """Write the state to stable storage in one transaction, with the receipt that caused the write, if any."""
 
     state: State
     answered: AnsweredUpdate | None = None
@@ -28,7 +28,7 @@ class Connect:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subscribe:
-    """Subscribe to topic filters, which delivers what is retained there."""
+    """Subscribe to topic filters; the broker then delivers the retained messages."""
 
     filters: tuple[str, ...]
 
@@ -65,7 +65,7 @@ class StartTraining:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StartEvaluation:
-    """Evaluate ``version`` on the test data, or on the data held out. The vector must not be modified."""
+    """Evaluate ``version`` on the test data, or on the held-out data. The vector must not be modified."""
 
     version: int
     schema: Schema
@@ -74,7 +74,7 @@ class StartEvaluation:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StartFineTuning:
-    """Train a personal model from ``version``, and evaluate both on the data held out."""
+    """Train a personal model from ``version``, and evaluate both on the held-out data."""
 
     version: int
     schema: Schema
@@ -93,7 +93,7 @@ class SavePersonal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stop:
-    """Flush, disconnect, and end with this exit code."""
+    """Flush, disconnect, and end the process with this exit code."""
 
     code: int
     reason: str

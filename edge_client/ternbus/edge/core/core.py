@@ -1,33 +1,34 @@
-"""The device as a state machine without I/O: events in, actions out. The order of the actions is the promise.
+"""The device's state machine without I/O: events in, actions out.
 
-Whatever an event changes in the `State`, one `Save` comes before every other action that it leads to: nothing is
-public that is not on disk, and a receipt and what it changes are one durable write.
+If an event changes the `State`, one `Save` comes before every other action of the event. So the device publishes
+nothing that is not on disk, and a receipt and its effects are one durable write.
 
-The states of the connection, and of the work, which goes on while the device is disconnected:
+The states of the connection, and of the work, which continues while the device is disconnected:
 
     connection    meaning                                  entered by                           status published
     disconnected  the next attempt has a time              the start, ConnectFailed,            by the broker: the last
                                                            Disconnected                         will, "offline"
-    connecting    `Connect` is without an answer           the time of the next attempt         none
+    connecting    `Connect` is not answered yet            the time of the next attempt         none
     connected     it publishes and follows the model       Connected                            that of the work
 
     work          meaning                                  entered by                           status published
     enrolling     enrollment is sent until a receipt       a start with a key that is not       none: the key could not
                   admits the key                           enrolled                             be checked
     following     snapshot and deltas are requested until  enrollment; a head of a version or   "idle"
-                  the vector is the head's                 digest that the vector has not
-    idle          nothing to do: `TrainingPolicy.begin`    the head's vector; a receipt; a      "idle"
-                  says what is missing                     training that failed
+                  the vector is the head's                 other digest than the vector
+    idle          a condition of `TrainingPolicy.begin`    the head's vector; a receipt; a      "idle"
+                  is not met                               training that failed
     training      the shell trains on the head's version   `StartTraining`                      "training" and its base
     outstanding   an update on disk is sent, or offered    TrainingFinished; a start with an    "idle"
                   and granted, until a receipt comes       update on disk
     leaving       fine-tuning and the last metrics remain  a closed head; as many versions as   as before
                                                            `Profile.versions`
-    stopped       every event is ignored                   `Stop`, with an exit code of below   "offline"
+    stopped       every event is ignored                   `Stop`, with its exit code           "offline"
 
-A device that is enrolling is only that; of the others that apply the lowest counts. It follows the model in all but the
-last, and evaluates a new version whenever it does not train. It publishes its status, retained, at each connect, at
-enrollment, where a training begins or ends, and at the end; with the role "join" only at the end.
+A device that is enrolling is in no other state; otherwise it is in the lowest state of the table that applies. It
+follows the model in every state but "stopped", and evaluates a new version whenever it does not train. It publishes its
+status, retained, at each connect, at enrollment, when a training begins or ends, and at the end; with the role "join"
+only at the end.
 """
 
 from collections import Counter
@@ -61,7 +62,7 @@ from ternbus.edge.core.wait_timer import WaitTimer
 
 
 class Core:
-    """One device. Call `handle` with what happened, perform what it returns, and wake it at `due_s`."""
+    """One device. Call `handle` with each event, perform the actions that it returns, and wake it at `due_s`."""
 
     def __init__(self, profile: Profile, state: State, initial_model: InitialModel | None = None) -> None:
         self.profile = profile
@@ -95,11 +96,11 @@ class Core:
 
     @property
     def dropped(self) -> Counter[str]:
-        """Messages that were refused, by the protocol's reason or the broker's."""
+        """Counts of refused messages, by the protocol's reason or the broker's."""
         return self._sampler.counts
 
     def handle(self, event: Event, now: float) -> list[Action]:
-        """What to do about an event at time `now` (seconds of a clock that only goes forward)."""
+        """The actions for an event at time `now`, in seconds of a monotonic clock."""
         if self._stopped:
             return []
         try:
@@ -111,7 +112,7 @@ class Core:
         return [*self.pending.save(), *actions]
 
     def due_s(self) -> float | None:
-        """When to be woken with `TimeReached`, if nothing happens before."""
+        """The time at which to handle `TimeReached`, if no event comes before."""
         times = [
             None if self._online or self._connecting else self._reconnect.due_s,
             self.follower.due_s() if self._online else None,
@@ -153,13 +154,13 @@ class Core:
             case events.FineTuned() | events.FineTuningFailed():
                 return self._evaluated(*self.fine_tuning.finished(event))
             case events.StopRequested():
-                unfinished = self.profile.role == "join"  # to be repeated
+                unfinished = self.profile.role == "join"  # the join must be repeated
                 return self._stop(EXIT_FAILED if unfinished else EXIT_DONE, event.reason)
             case _:
                 assert_never(event)
 
     def _proceed(self, now: float) -> list[Action]:
-        """Whatever the state now allows, whichever event led to it."""
+        """The actions that the new state allows, whichever event led to it."""
         actions = self._connect(now)
         if self._online:
             actions += [*self._subscribe_again(now), *self.follower.time_reached(now)]
@@ -178,7 +179,7 @@ class Core:
         if self._online or self._connecting or self._stopped or now < self._reconnect.due_s:
             return []
         self._connecting = True
-        # Each attempt is a session of its own: the broker may have accepted one whose answer was lost.
+        # Each attempt has its own session number: the broker may have accepted an attempt whose answer was lost.
         self.pending.put(replace(self.state, session=self.state.session + 1))
         will = self.profile.status(OFFLINE, seq=self.pending.next_seq(), session=self.state.session)
         return [Connect(will_topic=will.topic, will_payload=will.payload)]
@@ -196,7 +197,7 @@ class Core:
         return [log, subscribe, *self._status(), *self.follower.reconnected(now), *metrics]
 
     def _subscribe_again(self, now: float) -> list[Action]:
-        """Subscribe again to status and head, where they did not come."""
+        """Subscribe again to status and head, if they did not arrive."""
         if now < self._resubscribe.due_s(self.presence.online is not None):
             return []
         self._resubscribe.subscribed(now)
@@ -217,7 +218,7 @@ class Core:
             self.uplink.resend.acknowledged(now)
 
     def _status(self) -> list[Action]:
-        """What the device does, for the aggregator, which can check no signature before the key is enrolled."""
+        """Publish the device's status, unless the key is not enrolled: the aggregator could not verify it."""
         if not self._online or not self.state.enrolled or self.profile.role == "join":
             return []
         running = self.training.running
@@ -226,17 +227,17 @@ class Core:
         return [self._note_seq(self.profile.status(state, seq=seq, session=self.state.session, base=base))]
 
     def _evaluated(self, done: list[Action], metrics: list[Publish]) -> list[Action]:
-        """Publish the metrics; without a connection they are published at the next."""
+        """Publish the metrics; without a connection they are published at the next connect."""
         return [*done, *map(self._note_seq, metrics if self._online else [])]
 
     def _note_seq(self, publish: Publish) -> Publish:
         self._recent_seqs = {*sorted(self._recent_seqs)[-7:], publish.seq}
         return publish
 
-    # -- what arrives
+    # -- messages that arrive
 
     def _frame(self, topic: str, frame: Frame, now: float) -> list[Action]:
-        """Check in the protocol's order, then do what the kind asks for."""
+        """Check the frame in the protocol's order, then handle it by its kind."""
         if self.profile.checked(topic, frame).part is not None:
             return self.follower.part_arrived(topic, frame, now)
         frame.check_bodiless()
@@ -272,7 +273,7 @@ class Core:
         grant = Grant.from_meta(frame.meta)
         update = self.state.outstanding
         if not self.profile.is_addressed(grant) or update is None or grant.seq != update.seq:
-            raise ProtocolError("not-outstanding", "a grant of nothing that was offered")
+            raise ProtocolError("not-outstanding", "a grant for no outstanding update of this device")
         return [*self.uplink.granted(update, grant, frame.seq, now)] if self._may_send() else []
 
     def _receipt(self, receipt: Receipt, now: float) -> list[Action]:
@@ -281,7 +282,7 @@ class Core:
         enrollment = receipt.seq == ENROLL_SEQ and not self.state.enrolled
         known = ours or enrollment or (receipt.outcome == "revoked" and receipt.seq in self._recent_seqs)
         if not (self.profile.is_addressed(receipt) and known):
-            raise ProtocolError("not-outstanding", "a receipt for nothing that waits for one")
+            raise ProtocolError("not-outstanding", "a receipt for no outstanding message of this device")
         if receipt.outcome in {"revoked", "refused"}:
             return self._stop(EXIT_REFUSED, describe_refusal(receipt))
         if update is None or enrollment:
@@ -295,7 +296,7 @@ class Core:
     # -- the work
 
     def _check_schema(self) -> list[Action]:
-        """Stop where the federation's schema has changed, or is not that of the task's model."""
+        """Stop if the federation's schema has changed, or is not that of the task's model."""
         schema = self.follower.schema
         if schema is None or self._schema_checked:
             return []
@@ -313,7 +314,7 @@ class Core:
             done = self.state.enrolled and self._schema_checked
             return self._stop(EXIT_DONE, f"{self.profile.device} has joined {self.profile.federation}") if done else []
         reason = self.fine_tuning.stop_reason(self.follower, self._accepted)
-        self._leaving = bool(reason)  # not for good: the federation may be opened again
+        self._leaving = bool(reason)  # may become false again: the federation can be reopened
         if not reason:
             return []
         last = self.fine_tuning.begin(self.follower)
@@ -370,9 +371,9 @@ class Core:
         if not self.presence.online:
             return "the aggregator"
         if not self.state.enrolled:
-            return "the aggregator to admit this device"
+            return "the aggregator to enroll this device"
         if head is None:
-            return "the aggregator's first head"
+            return "the first head from the aggregator"
         return None if self.follower.synced else f"version {head.version} of the model"
 
     def _check_wait(self, now: float) -> list[Action]:

@@ -1,4 +1,4 @@
-"""Enrollment: the aggregator admits the device's key; one message, sent again until it is answered."""
+"""Enrollment of the device's key at the aggregator: one message, sent again until it is answered."""
 
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -15,7 +15,7 @@ FIRST_RESEND_S: Final = 10.0
 
 @dataclass(slots=True, kw_only=True)
 class Enrollment:
-    """Done when the state says ``enrolled``; its owner knows whether anything may be sent."""
+    """The pending enrollment, until the state is ``enrolled``. The caller decides whether a message may be sent."""
 
     profile: Profile
     pending: PendingState
@@ -25,7 +25,7 @@ class Enrollment:
         self.resend = Resend(salt=self.profile.key.hex(), first_s=FIRST_RESEND_S)
 
     def due_s(self) -> float | None:
-        """When to send; None if the key is enrolled."""
+        """The time of the next transmission; None if the key is enrolled."""
         return None if self.pending.state.enrolled else self.resend.due_s()
 
     def send(self, now: float) -> list[Publish]:
@@ -33,11 +33,11 @@ class Enrollment:
         return [self.profile.enroll()]
 
     def answered(self, receipt: Receipt, now: float) -> list[Log]:
-        """Take in a receipt other than a refusal; ProtocolError for an outcome that no enrollment has."""
+        """Handle a receipt that is no refusal. Raises `ProtocolError` for an outcome that no enrollment has."""
         if receipt.outcome == "busy":
             self.resend.busy(receipt.retry_after_s, now)
             return []
         if receipt.outcome != "enrolled":
-            raise ProtocolError("odd-receipt", f"{receipt.outcome!r} for an enrolment")
+            raise ProtocolError("odd-receipt", f"{receipt.outcome!r} for an enrollment")
         self.pending.put(replace(self.pending.state, enrolled=True))
         return [Log(event="enrolled", text=f"enrolled as {self.profile.device}")]

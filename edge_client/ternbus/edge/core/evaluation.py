@@ -1,7 +1,7 @@
-"""Evaluation: each version at most once, the newest whenever none is running, the result published as metrics.
+"""Evaluation of versions: each at most once, the newest one next, with the result published as metrics.
 
-An evaluator uses the task's test data. A device that trains evaluates only where its owner allows it, on data that it
-holds out, before it trains on the version. Its metrics have the split "local", which tells it from an evaluator.
+An evaluator uses the task's test data. A device that trains evaluates a version before it trains on it, on its held-out
+data, and only if its owner allows it. Its metrics have the split "local", an evaluator's have "test".
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ UNACKNOWLEDGED_MAX: Final = 64
 
 @dataclass(slots=True, kw_only=True)
 class EvaluationPolicy:
-    """Holds metrics until the broker acknowledges them: they have no receipt, and a cut connection loses them."""
+    """When to evaluate. Keeps metrics until the broker acknowledges them: they have no receipt to wait for."""
 
     profile: Profile
     pending: PendingState
@@ -41,18 +41,18 @@ class EvaluationPolicy:
         return [StartEvaluation(version=version, schema=schema, vector=vector)]
 
     def finished(self, event: Evaluated, *, sealed: bool) -> tuple[list[Action], list[Publish]]:
-        """Note that the version is evaluated; the log, and the metrics to publish."""
+        """Record that the version is evaluated. Returns the log, and the metrics to publish."""
         self._running = False
         self.evaluated += self.profile.role == "evaluate"
         self.pending.put(replace(self.pending.state, evaluated=event.version))
         shown = ", ".join(f"{name} {value:.4f}" for name, value in event.values.items())
-        where = "" if self.profile.role == "evaluate" else " on the data held out"
+        where = "" if self.profile.role == "evaluate" else " on the held-out data"
         fields = {"version": event.version, "samples": event.samples, **event.values}
         log = Log(event="evaluated", text=f"version {event.version}{where}: {shown}", fields=fields)
         return [log], self.report(event.version, event.samples, event.values, sealed=sealed)
 
     def report(self, version: int, samples: int, values: Mapping[str, float], *, sealed: bool) -> list[Publish]:
-        """The metrics of a version; none of a device's own data if ``sealed``, or not allowed by its owner."""
+        """The metrics of a version; none on a device's own data if ``sealed``, or if its owner does not allow it."""
         own = self.profile.role == "train"
         if own and (sealed or not self.profile.reports):
             return []

@@ -1,4 +1,4 @@
-"""What can happen to a device, in the past tense: the only inputs of its state machine."""
+"""The events of a device's state machine, its only inputs, named in the past tense."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connected:
-    """The broker accepted the connection; ``frame_bytes`` is the largest frame that it takes."""
+    """The broker accepted the connection; ``frame_bytes`` is the largest frame that it accepts."""
 
     frame_bytes: int
 
@@ -48,14 +48,14 @@ class FrameArrived:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrameMalformed:
-    """A payload that is no frame arrived; ``reason`` is the ProtocolError's."""
+    """A payload that is not a frame arrived; ``reason`` is that of the `ProtocolError`."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """The broker acknowledged one frame of the message ``seq``; whether the aggregator gets it is open."""
+    """The broker acknowledged one frame of the message ``seq``; the aggregator may not have received it."""
 
     seq: int
 
@@ -70,7 +70,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrainingFinished:
-    """Training on ``base`` finished; ``block`` is to be sent, ``residual`` is what it does not carry."""
+    """Training on ``base`` finished; ``block`` is to be sent, ``residual`` is the part of the change not in it."""
 
     base: int
     samples: int
@@ -86,12 +86,12 @@ class TrainingFailed:
 
     base: int
     reason: str
-    account: Account | None = None  # this training included: others see that it failed, so it costs as much
+    account: Account | None = None  # this training included: the failure is visible to others, so it costs as much
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BudgetSpent:
-    """Training on ``base`` was not begun: with it ``epsilon`` would exceed the ``budget``, at this ``delta``."""
+    """Training on ``base`` was not started: ``epsilon`` would exceed the ``budget``, at this ``delta``."""
 
     base: int
     epsilon: float
@@ -101,7 +101,7 @@ class BudgetSpent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated:
-    """The model of ``version`` was evaluated, on the test data or on the data held out."""
+    """The model of ``version`` was evaluated, on the test data or on the held-out data."""
 
     version: int
     samples: int
@@ -110,17 +110,17 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FineTuned:
-    """A personal model was trained from ``version``; ``before`` and ``after`` are metrics on the data held out."""
+    """A personal model was trained from ``version``; ``before`` and ``after`` are metrics on the held-out data."""
 
     version: int
-    samples: int  # of the data held out
+    samples: int  # held out
     before: Mapping[str, float]
     after: Mapping[str, float]
     tensors: Mapping[str, npt.NDArray[np.float32]]
 
     @property
     def values(self) -> dict[str, float]:
-        """Both in one mapping, as `Metrics` carries them."""
+        """Both in one mapping, as in the message `Metrics`."""
         return {**self.before, **{f"personal_{name}": value for name, value in self.after.items()}}
 
 
@@ -139,7 +139,7 @@ class TimeReached:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopRequested:
-    """The process is asked to end."""
+    """The process was asked to end, for example by a signal."""
 
     reason: str
 

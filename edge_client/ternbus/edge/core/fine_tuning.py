@@ -1,4 +1,4 @@
-"""Fine-tuning: before a device leaves, a few epochs from the last version on its own data give a personal model.
+"""Fine-tuning: before a device stops, a few epochs on its own data turn the last version into a personal model.
 
 The model stays on the device, in a file for its owner. Its gain is measured on data held out from both trainings.
 """
@@ -17,10 +17,10 @@ from ternbus.edge.plan.plan import Plan
 
 
 def plan_of(plan: Plan, epochs: float) -> Plan:
-    """The federation's plan, for this many epochs on one device.
+    """The federation's plan, changed for fine-tuning over this many epochs.
 
-    The federation's schedule may have ended at a rate of 0, and it damps batch norm's statistics for the other devices:
-    here the rate is `learning_rate`, and the statistics are the device's own.
+    The federation's schedule may have ended at a rate of 0, and its plan damps the change of batch norm's statistics.
+    For fine-tuning the rate is `learning_rate`, and the statistics are the device's own.
     """
     return replace(
         plan,
@@ -35,7 +35,7 @@ def plan_of(plan: Plan, epochs: float) -> Plan:
 
 @dataclass(slots=True, kw_only=True)
 class FineTuning:
-    """Runs once, when the device has no more to contribute: why it leaves, and what it does before."""
+    """The end of a device's work: why it stops, and the one fine-tuning before."""
 
     profile: Profile
     training: TrainingPolicy
@@ -44,7 +44,7 @@ class FineTuning:
     _running: bool = False
 
     def stop_reason(self, follower: Follower, contributed: int) -> str:
-        """Why the device is to leave, after this many accepted updates; empty if it is to stay."""
+        """The reason for the device to stop, after this many accepted updates; empty if it continues."""
         if max(contributed, self.evaluation.evaluated) == self.profile.versions:
             return f"{self.profile.versions} versions are done"
         head, evaluated = follower.head, self.evaluation.pending.state.evaluated
@@ -53,7 +53,7 @@ class FineTuning:
         return "the federation is closed"
 
     def begin(self, follower: Follower) -> list[StartFineTuning]:
-        """Start it, if it is wanted; the device leaves when it is `done`."""
+        """Start fine-tuning, if the device has that option. The device stops when `done` is true."""
         version, vector, schema, plan = follower.version, follower.vector, follower.schema, self.training.plan
         if self.profile.role != "train" or not self.profile.fine_tune or plan is None:
             self.done = True
@@ -74,17 +74,17 @@ class FineTuning:
         )
 
     def finished(self, event: FineTuned | FineTuningFailed) -> tuple[list[Action], list[Publish]]:
-        """The file and the log for the owner; and the metrics to publish, where the owner allows it."""
+        """The file and the log for the owner, and the metrics to publish, if the owner allows it."""
         self.done = True
         if isinstance(event, FineTuningFailed):
             fields = {"version": event.version, "reason": event.reason}
-            return [Log(event="fine-tuning-failed", text=f"no model of its own: {event.reason}", fields=fields)], []
+            return [Log(event="fine-tuning-failed", text=f"fine-tuning failed: {event.reason}", fields=fields)], []
         gains = ", ".join(
             f"{name} {event.before[name]:.4f} -> {after:.4f}"
             for name, after in event.after.items()
             if name in event.before
         )
-        about = f"own model from version {event.version}, on {event.samples} samples held out: {gains}"
+        about = f"personal model from version {event.version}, on {event.samples} held-out samples: {gains}"
         report = self.evaluation.report(event.version, event.samples, event.values, sealed=self.training.sealed)
         save = SavePersonal(tensors=event.tensors, about=f"{self.profile.device}: {about}")
         log = Log(

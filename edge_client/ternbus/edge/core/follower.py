@@ -1,6 +1,6 @@
-"""Following the model: from head, snapshot and deltas to the vector of a version, bit for bit.
+"""The follower of the model: it computes the vector of a version, bit for bit, from head, snapshot and deltas.
 
-It verifies digests and no signatures: the frames that it is given are authentic, and the head is accepted.
+It verifies digests only: the core has verified the signatures of its frames, and has accepted the head.
 """
 
 from collections.abc import Mapping
@@ -21,29 +21,29 @@ from ternbus.broker.protocol.topics import Address
 from ternbus.edge.core.actions import Action, Log, Unsubscribe
 from ternbus.edge.core.part_requests import PartRequests
 
-GRACE_S: Final = 1.0  # for deltas to arrive by the subscription to all of them, before parts are requested by name
-RETRY_S: Final = 60.0  # after which a model that could not be followed is tried again
-BEFORE_HEAD_MAX: Final = 64  # parts of deltas that are kept until the first head
+GRACE_S: Final = 1.0  # for deltas to arrive through the common subscription, before parts are requested by name
+RETRY_S: Final = 60.0  # until the next attempt, after all snapshots failed
+BEFORE_HEAD_MAX: Final = 64  # parts of deltas kept until the first head
 MESSAGES_MAX: Final = 64
 BYTES_MAX: Final = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _SnapshotFetch:
-    """The snapshot that is being fetched: the one that a head names, or whichever is in the other place."""
+    """The snapshot that is being fetched: the one that a head names, or the one in the other place."""
 
     place: int
-    version: int | None  # None: unknown, in the other place
+    version: int | None  # None: the other place's, which is unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class InitialModel:
-    """Version 0 as the device's task makes it: a federation that began with the same need not send it."""
+    """Version 0 as made by the device's task: if the federation began with the same model, no download is needed."""
 
     tensors: Mapping[str, npt.NDArray[np.float32]] = field(repr=False)
 
     def for_schema(self, schema_digest: bytes) -> tuple[Schema, Vector] | None:
-        """Schema and vector, if the schema of the tensors, sorted by name or as they are, has this digest."""
+        """Schema and vector, if the schema of the tensors, in their order or sorted by name, has this digest."""
         for names in (sorted(self.tensors), list(self.tensors)):
             schema = Schema.of({name: self.tensors[name].shape for name in names})
             if schema.digest == schema_digest:
@@ -53,7 +53,7 @@ class InitialModel:
 
 @dataclass(slots=True, kw_only=True)
 class Follower:
-    """The vector of ``version``, and what is still needed for the head's."""
+    """The vector of ``version``, and the requests for the missing parts up to the head's version."""
 
     federation: str
     initial_model: InitialModel | None = None  # until the first head
@@ -64,11 +64,11 @@ class Follower:
     digest: bytes = b""
     requests: PartRequests = field(default_factory=PartRequests)
     _collector: Collector = field(default_factory=lambda: Collector(MESSAGES_MAX, BYTES_MAX))
-    _deltas: dict[int, tuple[Delta, bytes]] = field(default_factory=dict)  # whole, above version
-    _delta_seqs: dict[int, int] = field(default_factory=dict)  # of deltas of which a part has arrived, by version
+    _deltas: dict[int, tuple[Delta, bytes]] = field(default_factory=dict)  # complete ones, above version
+    _delta_seqs: dict[int, int] = field(default_factory=dict)  # by version, of deltas with a part that has arrived
     _before_head: list[tuple[str, Frame]] = field(default_factory=list)  # parts of deltas
     _fetch: _SnapshotFetch | None = None
-    _fetched_since_head: bool = False  # whether a snapshot was, since this head was accepted
+    _fetched_since_head: bool = False  # whether a snapshot was fetched since this head was accepted
     _retry_due_s: float | None = None
     _missing_since_s: float | None = None
     unconfirmed: bool = False  # the vector is the task's initial model, and no digest has confirmed it yet
@@ -98,15 +98,15 @@ class Follower:
             try:
                 actions += self.part_arrived(topic, frame, now)
             except ProtocolError:
-                continue  # in a slot that is not its version's
+                continue  # the slot is not that of its version
         if self.vector is None and (self._fetch is None or self._is_superseded(head)):
             actions += self._fetch_snapshot(now)
         return [*actions, *self._apply_deltas(now)]
 
     def _use_initial_model(self, head: Head) -> None:
-        """Start from the task's initial model while the broker retains every delta since; their digests confirm it.
+        """Start from the task's initial model if the head's snapshot is version 0; the deltas' digests confirm it.
 
-        Where the head names a later snapshot, to fetch that one is as cheap and certain.
+        If the head names a later snapshot, fetching it is as cheap, and certain.
         """
         initial_model, self.initial_model = self.initial_model, None
         if initial_model is None or head.snapshot.version != 0:
@@ -117,14 +117,14 @@ class Follower:
             self.digest, self.unconfirmed = vector_digest(self.vector), True
 
     def part_arrived(self, topic: str, frame: Frame, now: float) -> list[Action]:
-        """Take in a part of a snapshot or delta; ProtocolError for a delta in a wrong slot, or far ahead."""
+        """Handle a part of a snapshot or delta. Raises `ProtocolError` for a delta in a wrong slot, or far ahead."""
         address = topics.parse(topic)
         if frame.kind == Delta.KIND:
             return self._delta_arrived(topic, address, frame, now)
         return self._snapshot_arrived(topic, address, frame, now)
 
     def due_s(self) -> float | None:
-        """When ``time_reached`` has something to do."""
+        """The time at which to call ``time_reached``; None if there is nothing to wait for."""
         times = [self._retry_due_s, self.requests.due_s()]
         if self._missing_since_s is not None and not self.requests:
             times.append(self._missing_since_s + GRACE_S)
@@ -139,8 +139,8 @@ class Follower:
         if not self.requests:
             return self._request_deltas(now)
         if self.vector is not None:
-            return self._resync("a delta did not come", now)
-        return self._snapshot_failed("the snapshot did not come", now)
+            return self._resync("a delta did not arrive", now)
+        return self._snapshot_failed("the snapshot did not arrive", now)
 
     # -- deltas
 
@@ -153,7 +153,7 @@ class Follower:
         if delta.version % head.slots != address.slot:
             raise ProtocolError("wrong-slot", f"the delta of version {delta.version} in slot {address.slot}")
         if delta.version > head.version + head.slots:
-            raise ProtocolError("far-ahead", f"the delta of version {delta.version}, the head is {head.version}")
+            raise ProtocolError("far-ahead", f"the delta of version {delta.version} at head {head.version}")
         if delta.version <= self._base_version(head) or delta.version in self._deltas:
             return []
         self._delta_seqs[delta.version] = frame.seq
@@ -186,7 +186,7 @@ class Follower:
                 mapping.pop(version)
         if self.version == head.version:
             if self.digest != head.digest:
-                return self._resync("the digest is not the head's", now)
+                return self._resync(f"the digest of version {head.version} is not the head's", now)
             self._missing_since_s, self.unconfirmed = None, False
             return [*self.requests.cancel()]
         if not self.version < head.version <= self.version + head.slots:
@@ -196,7 +196,7 @@ class Follower:
         return []
 
     def _apply_delta(self, delta: Delta, body: bytes) -> str:
-        """Make the vector the next version's; what is wrong with the delta, or an empty string."""
+        """Update the vector to the next version. Returns the fault of the delta; empty if it was applied."""
         assert self.schema is not None  # noqa: S101 - there is no vector without one
         assert self.vector is not None  # noqa: S101 - as above
         try:
@@ -204,7 +204,7 @@ class Follower:
         except ProtocolError as error:
             return f"the delta of version {delta.version} is malformed ({error})"
         if vector_digest(vector) != delta.digest:
-            return f"the digest after the delta of version {delta.version} differs"
+            return f"the digest of version {delta.version} is not that of its delta"
         self.vector, self.version, self.digest, self.unconfirmed = vector, delta.version, delta.digest, False
         return ""
 
@@ -222,16 +222,16 @@ class Follower:
         return [*self.requests.request(wanted, now)]
 
     def _parts_missing(self, version: int) -> list[int]:
-        """Which parts to request: the first, until one has arrived and says how many there are."""
+        """The parts to request: the first, until one has arrived, which has the number of parts."""
         seq = self._delta_seqs.get(version)
         return (self._collector.missing(Delta.KIND, seq) if seq is not None else []) or [0]
 
     def _resync(self, reason: str, now: float) -> list[Action]:
         """Drop the vector and fetch a snapshot; pause if one was fetched for this head already."""
         fields = {"version": self.version, "reason": reason}
-        log = Log(event="resync", text=f"starting again from a snapshot: {reason}", fields=fields)
+        log = Log(event="resync", text=f"restarting from a snapshot: {reason}", fields=fields)
         if self.unconfirmed:
-            log = Log(event="other-beginning", text="the federation began with another model than the task's own")
+            log = Log(event="other-beginning", text="the federation's initial model is not that of the task and seed")
         self.vector, self.version, self.unconfirmed = None, None, False
         self._missing_since_s = None
         if self._fetched_since_head:
@@ -255,7 +255,7 @@ class Follower:
         return [*self.requests.cancel(), *self.requests.request(wanted, now)]
 
     def _snapshot_failed(self, reason: str, now: float) -> list[Action]:
-        """Fetch the snapshot in the other place; if that was it, pause."""
+        """Fetch the snapshot in the other place; if that failed too, pause."""
         fetch = self._fetch
         if fetch is None or fetch.version is None:
             return self._pause(now)
@@ -267,13 +267,14 @@ class Follower:
     def _pause(self, now: float) -> list[Action]:
         self._fetch = None
         self._retry_due_s = now + RETRY_S
-        log = Log(event="resting", text=f"the model cannot be followed; next try at a new head or in {RETRY_S:.0f} s")
+        text = f"no snapshot could be loaded; next attempt at a new head or in {RETRY_S:.0f} s"
+        log = Log(event="resting", text=text)
         return [log, *self.requests.cancel()]
 
     def _snapshot_arrived(self, topic: str, address: Address, frame: Frame, now: float) -> list[Action]:
         fetch, head = self._fetch, self.head
         if topic not in self.requests or fetch is None or head is None:
-            # An earlier process subscribed to it: the broker keeps a session over a crash.
+            # An earlier process subscribed to it: the broker keeps the session after a crash.
             return [Unsubscribe(filters=(topic,))] if self.requests.connected else []
         snapshot = Snapshot.from_meta(frame.meta)
         whole = self._collector.add(frame)
@@ -291,7 +292,7 @@ class Follower:
             return [*actions, *self._snapshot_failed(str(error), now)]
         self._fetch = None
         fields = {"version": snapshot.version, "parts": whole.parts}
-        log = Log(event="snapshot", text=f"took the snapshot of version {snapshot.version}", fields=fields)
+        log = Log(event="snapshot", text=f"loaded the snapshot of version {snapshot.version}", fields=fields)
         return [*actions, log, *self.requests.cancel(), *self._apply_deltas(now)]
 
     def _load_snapshot(self, snapshot: Snapshot, body: bytes, head: Head) -> None:
@@ -302,6 +303,6 @@ class Follower:
             raise ProtocolError("bad-snapshot", "its schema is not the head's")
         vector = vector_of(content[snapshot.schema_bytes :], schema)
         if vector_digest(vector) != snapshot.digest:
-            raise ProtocolError("bad-snapshot", "its digest differs")
+            raise ProtocolError("bad-snapshot", "its vector does not have its digest")
         self.schema, self.vector = schema, vector
         self.version, self.digest = snapshot.version, snapshot.digest

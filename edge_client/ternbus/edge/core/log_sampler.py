@@ -1,4 +1,4 @@
-"""Logs of what others can cause: the first, tenth, hundredth time of each reason, so that they cannot fill a log."""
+"""Sampling of logs that peers can cause: the 1st, 10th, 100th of each reason, so that they cannot fill the log."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -9,12 +9,12 @@ from ternbus.edge.core.actions import Log
 
 @dataclass(slots=True)
 class LogSampler:
-    """How often each reason occurred."""
+    """Counts of each reason."""
 
     counts: Counter[str] = field(default_factory=Counter)
 
     def log(self, event: str, reason: str, text: str, fields: Mapping[str, object]) -> list[Log]:
-        """Count a reason; a `Log` where the count is a power of ten."""
+        """Count a reason. Returns a `Log` if the count is a power of ten."""
         self.counts[reason] += 1
         count = self.counts[reason]
         if str(count).strip("0") != "1":

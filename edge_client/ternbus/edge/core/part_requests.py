@@ -1,4 +1,4 @@
-"""Requests for retained parts: subscriptions by name, each until its part arrives, a bounded number at once."""
+"""Requests for retained parts: a subscription for each part until it arrives, a bounded number at a time."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,11 +12,11 @@ TIMEOUT_S: Final = 30.0
 
 @dataclass(slots=True)
 class PartRequests:
-    """Topics that are wanted, in order. `reconnected` and ``connected`` say whether there is a connection."""
+    """The requested topics, in order. The caller sets ``connected`` and calls `reconnected`."""
 
     connected: bool = False
-    _queued: dict[str, None] = field(default_factory=dict)  # wanted, not subscribed to yet
-    _subscribed: dict[str, float] = field(default_factory=dict)  # subscribed to, and when
+    _queued: dict[str, None] = field(default_factory=dict)  # not subscribed to yet
+    _subscribed: dict[str, float] = field(default_factory=dict)  # topic -> time of the subscription
     _abandoned: list[str] = field(default_factory=list)  # cancelled while there was no connection to unsubscribe on
     _last_arrival_s: float = 0.0
 
@@ -32,7 +32,7 @@ class PartRequests:
         return self._subscribe_next(now)
 
     def arrived(self, topic: str, now: float) -> list[LinkAction]:
-        """A part has arrived: unsubscribe from its topic, and subscribe to the next."""
+        """Unsubscribe from the topic of a part that arrived, and subscribe to the next."""
         self._queued.pop(topic, None)
         self._last_arrival_s = now
         if self._subscribed.pop(topic, None) is None:
@@ -40,7 +40,7 @@ class PartRequests:
         return [Unsubscribe(filters=(topic,)), *self._subscribe_next(now)]
 
     def cancel(self) -> list[LinkAction]:
-        """Give up every request."""
+        """Cancel every request."""
         subscribed = tuple(self._subscribed)
         self._queued.clear()
         self._subscribed.clear()
@@ -49,7 +49,7 @@ class PartRequests:
         return [Unsubscribe(filters=subscribed)] if subscribed and self.connected else []
 
     def reconnected(self, now: float) -> list[LinkAction]:
-        """Subscribe anew, since a resumed session does not deliver what is retained."""
+        """Subscribe again, since a resumed session does not deliver retained messages."""
         self.connected = True
         self._queued = dict.fromkeys((*self._subscribed, *self._queued))
         self._subscribed.clear()
@@ -57,7 +57,7 @@ class PartRequests:
         return [*([Unsubscribe(filters=abandoned)] if abandoned else []), *self._subscribe_next(now)]
 
     def due_s(self) -> float | None:
-        """When to give up: `TIMEOUT_S` after the last subscription or arrival."""
+        """The time of the timeout: `TIMEOUT_S` after the last subscription or arrival."""
         if not (self.connected and self._subscribed):
             return None
         return max(self._last_arrival_s, *self._subscribed.values()) + TIMEOUT_S

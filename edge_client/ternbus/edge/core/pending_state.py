@@ -1,4 +1,4 @@
-"""The state in use: what the next `Save` will hold, what the last one held, and the sequence numbers."""
+"""The state in memory: changes since the last `Save`, and the sequence numbers in use."""
 
 from dataclasses import dataclass, field
 
@@ -8,7 +8,7 @@ from ternbus.edge.core.state import SEQ_BLOCK, AnsweredUpdate, State
 
 @dataclass(slots=True)
 class PendingState:
-    """Changes gather in ``state`` until ``save`` makes one durable write of them."""
+    """Collects changes in ``state`` until ``save`` returns them as one durable write."""
 
     state: State
     _saved: State = field(init=False)
@@ -17,10 +17,10 @@ class PendingState:
 
     def __post_init__(self) -> None:
         self._saved = self.state
-        self._next_seq = self.state.seq_limit  # what an earlier process reserved it may have used
+        self._next_seq = self.state.seq_limit  # an earlier process may have used all numbers below it
 
     def next_seq(self) -> int:
-        """A sequence number that is never given out again, crashes included: its block is reserved by the next save."""
+        """A sequence number that is never used again, also after a crash: the next save reserves its block."""
         seq = self._next_seq
         self._next_seq += 1
         if seq >= self.state.seq_limit:
@@ -28,18 +28,18 @@ class PendingState:
         return seq
 
     def skip_past(self, seq: int) -> None:
-        """Continue above this number."""
+        """Make the next sequence number greater than this one."""
         self._next_seq = max(self._next_seq, seq + 1)
 
     def put(self, state: State, answered: AnsweredUpdate | None = None) -> None:
-        """Replace the state; ``answered`` is the receipt that was the reason, for the same save."""
+        """Replace the state; ``answered`` is the receipt that caused the change, for the same save."""
         if state.key != self.state.key:
             self._next_seq = state.seq_limit
         self.state = state
         self._answered = answered or self._answered
 
     def save(self) -> list[Save]:
-        """The write that is due, if the state has changed."""
+        """The pending write, if the state has changed."""
         if self.state is self._saved:
             return []
         action = Save(state=self.state, answered=self._answered)

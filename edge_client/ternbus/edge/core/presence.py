@@ -1,4 +1,4 @@
-"""Whether the aggregator is online, from the statuses that it signs; a hint, so nothing of it is saved."""
+"""The aggregator's presence, from its signed statuses; a hint only, so it is not saved."""
 
 from dataclasses import dataclass
 
@@ -7,18 +7,18 @@ from ternbus.broker.protocol.messages import Status, is_outdated
 
 @dataclass(slots=True)
 class Presence:
-    """The newest status; ``online`` is None while none has arrived on this connection."""
+    """The newest status; ``online`` is None until a status arrives on this connection."""
 
     online: bool | None = None
     _known: Status | None = None
     _seq: int = -1
 
     def reconnected(self) -> None:
-        """The last connection's status says nothing about now, but what is older than it is still a replay."""
+        """Forget whether the aggregator is online, but keep the last status: an older one is still a replay."""
         self.online = None
 
     def status_arrived(self, status: Status, seq: int) -> bool:
-        """Take in a status; whether the aggregator came online by it, again or anew. ProtocolError for a replay."""
+        """Handle a status. Returns whether the aggregator came online. Raises `ProtocolError` for a replay."""
         known = self._known
         if known is not None and is_outdated(status, seq, known, self._seq):
             return False

@@ -1,4 +1,4 @@
-"""A device's profile: identity, role, task and options, which do not change while the process runs."""
+"""A device's profile: identity, role, task and options, constant while the process runs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,7 +32,7 @@ def subscriptions(federation: str, device: str) -> tuple[str, ...]:
 
 
 def schema_mismatch(schema: Schema, tensors: Mapping[str, tuple[int, ...]]) -> str:
-    """Where the federation's schema and the task's tensors first differ, in words; empty where they agree."""
+    """A text with the first difference between the federation's schema and the task's tensors; empty if equal."""
     theirs = {tensor.name: tensor.shape for tensor in schema.tensors}
     for name in {**theirs, **tensors}:
         if theirs.get(name) != tensors.get(name):
@@ -45,7 +45,7 @@ def schema_mismatch(schema: Schema, tensors: Mapping[str, tuple[int, ...]]) -> s
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """Who the device is, what it has to do, and for how long."""
+    """The identity, role, task and options of a device; it builds and checks the device's frames."""
 
     federation: str
     device: str
@@ -58,14 +58,14 @@ class Profile:
     default_plan: Mapping[str, object] = field(default_factory=dict)
     policy: PrivacyPolicy | None = None  # the differential privacy that the device's owner requires
     software: str = ""
-    versions: int | None = None  # how many to contribute to, or to evaluate, before it stops; None: no limit
-    timeout_s: float | None = None  # how long to wait for broker or aggregator before it stops; None: no limit
-    reports: bool = False  # publish evaluations of versions on the data held out
-    fine_tune: float = 0.0  # epochs on the device's own data before it leaves; 0: none
+    versions: int | None = None  # number of versions to contribute to, or to evaluate; None: no limit
+    timeout_s: float | None = None  # longest wait for broker or aggregator; None: no limit
+    reports: bool = False  # publish evaluations of versions on the held-out data
+    fine_tune: float = 0.0  # epochs on the device's own data before it stops; 0: none
 
     @property
     def evaluates(self) -> bool:
-        """Whether it evaluates versions, on the task's test data or on the data held out."""
+        """Whether it evaluates versions, on the task's test data or on the held-out data."""
         return self.role == "evaluate" or (self.role == "train" and self.reports)
 
     @property
@@ -79,24 +79,24 @@ class Profile:
     def checked(self, topic: str, frame: Frame) -> Address:
         """The address of a frame that the aggregator published, to all or to this device.
 
-        ProtocolError for any other, by the first of the protocol's checks that fails.
+        Raises `ProtocolError` for any other frame, with the first of the protocol's checks that fails.
         """
         address = topics.parse(topic)
         topics.check(frame, address)
         if address.group == "up" or address.device not in {None, self.device}:
             raise ProtocolError("not-ours", topic[:80])
         if frame.key != self.aggregator_key:
-            raise ProtocolError("unknown-key", "not the aggregator's")
+            raise ProtocolError("unknown-key", "not the aggregator's key")
         frame.check_authentic(self.aggregator_public)
         return address
 
     def schema_fault(self, schema: Schema, before: bytes) -> str:
-        """Why this device cannot use the federation's schema, in words; empty if it can.
+        """A text that says why this device cannot use the federation's schema; empty if it can.
 
-        ``before`` is the schema, encoded, that the device found when it joined; empty if it joins now.
+        ``before`` is the encoded schema from when the device joined; empty if it joins now.
         """
         if before not in {b"", schema.encoded}:
-            return "the federation's schema has changed; leave it and join again"
+            return "the federation's schema has changed: run `ternbus edge leave`, then `ternbus edge join` again"
         return schema_mismatch(schema, self.tensors)
 
     def status(self, state: str, *, seq: int, session: int, base: int = -1) -> Publish:
@@ -104,7 +104,7 @@ class Profile:
         return self._publish(Status.KIND, seq, message.meta(), retain=True)
 
     def enroll(self) -> Publish:
-        """The enrollment: the same bytes each time."""
+        """The enrollment; each call returns the same bytes."""
         public = self.identity.public
         proof = enroll_proof(self.code, self.federation, self.device, public)
         return self._publish(Enroll.KIND, ENROLL_SEQ, Enroll(public_key=public).meta(), body=proof)
@@ -114,7 +114,7 @@ class Profile:
         return self._publish(kind, seq, meta)
 
     def update(self, update: OutstandingUpdate) -> list[Publish]:
-        """All parts of an update, the same bytes each time."""
+        """All parts of an update; each call returns the same bytes."""
         message = update.message
         frames = cut(
             self.identity,
@@ -130,7 +130,7 @@ class Profile:
         return [Publish(topic=topic, payload=frame, seq=update.seq) for frame in frames]
 
     def digest(self, update: OutstandingUpdate) -> bytes:
-        """The message digest that the aggregator's log of merges holds for this update."""
+        """The message digest of this update in the aggregator's log of merges."""
         return message_digest(parse(part.payload).header for part in self.update(update))
 
     def is_addressed(self, receipt: Receipt | Grant) -> bool:

@@ -1,4 +1,4 @@
-"""What a receipt changes in the state: the table of outcomes, each a function of the state alone."""
+"""The effect of a receipt on the state, for each outcome, and its text for the log."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ SEQ_MAX = 2**63  # no honest counter reaches this
 
 
 def after_receipt(state: State, update: OutstandingUpdate, receipt: Receipt, schema: Schema) -> State:
-    """The state after a final answer: the update is forgotten, and its base or an older one not trained on again."""
+    """The state after a final receipt: without the update, and with its base marked as answered."""
     without_update = replace(state, outstanding=None, answered_base=max(state.answered_base, update.base))
     match receipt.outcome:
         case "accepted":
@@ -26,26 +26,27 @@ def after_receipt(state: State, update: OutstandingUpdate, receipt: Receipt, sch
 
 
 def counter_is_behind(update: OutstandingUpdate, receipt: Receipt) -> bool:
-    """Whether the counter comes from an old copy of the disk: the aggregator has answered a higher number."""
+    """Whether the sequence counter is from an old copy of the disk: the aggregator has answered a higher number."""
     return receipt.outcome == "duplicate" and update.seq < receipt.highest_seq < SEQ_MAX
 
 
 def describe(receipt: Receipt, update: OutstandingUpdate) -> str:
-    """The receipt of an update, in words."""
+    """The log text for the receipt of an update."""
     reason = f": {receipt.reason}" if receipt.reason else ""
     match receipt.outcome:
         case "accepted":
             return f"the update on version {update.base} was accepted"
         case "stale":
             return (
-                f"the update on version {update.base} came too late (the head is {receipt.version}); kept for the next"
+                f"the update on version {update.base} was too late (the head is {receipt.version}); "
+                "its change is added to the next update"
             )
         case _:
-            return f"the update on version {update.base} was not taken ({receipt.outcome}{reason})"
+            return f"the update on version {update.base} was not accepted ({receipt.outcome}{reason})"
 
 
 def describe_refusal(receipt: Receipt) -> str:
-    """A receipt that ends the device, in words."""
+    """The reason to stop after a receipt that refuses or revokes the device."""
     verb = "revoked this device's key" if receipt.outcome == "revoked" else "refused the invitation"
     reason = f" ({receipt.reason})" if receipt.reason else ""
     return f"the aggregator has {verb}{reason}; ask its operator for a new invitation"

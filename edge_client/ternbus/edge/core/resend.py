@@ -1,4 +1,4 @@
-"""When a message without a receipt is sent again: the protocol's resend rules, whatever the message is."""
+"""The timer for sending a message again until its receipt arrives, by the protocol's resend rules."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -6,13 +6,13 @@ from typing import Final
 from ternbus.broker.backoff import fraction
 
 LONGEST_S: Final = 3600.0
-UNACKNOWLEDGED_FACTOR: Final = 10.0  # while the broker has not acknowledged it: the message is on its way
-BUSY_LEAST_S: Final = 0.5
+UNACKNOWLEDGED_FACTOR: Final = 10.0  # while the broker has not acknowledged it: the message is still in transit
+BUSY_MIN_S: Final = 0.5
 
 
 @dataclass(slots=True, kw_only=True)
 class Resend:
-    """The time of the next transmission; its owner knows whether anything may be sent."""
+    """The time of the next transmission. The caller decides whether a message may be sent."""
 
     salt: str
     first_s: float  # the wait after the first transmission; it doubles with each
@@ -23,7 +23,7 @@ class Resend:
     _last_s: float = 0.0
 
     def restart(self, now: float) -> None:
-        """Message or connection is new, or the aggregator came online: send at once, and count attempts anew."""
+        """Send at once, and reset the backoff: message or connection is new, or the aggregator came online."""
         self._due_s = now
         self._attempts = 0
         self._unacknowledged = 0
@@ -40,14 +40,14 @@ class Resend:
         self._last_s = now
 
     def busy(self, retry_after_s: float, now: float) -> None:
-        """The aggregator asked to wait; neither a reconnect nor its coming online shortens that."""
-        wait_s = min(max(retry_after_s, BUSY_LEAST_S), LONGEST_S)
+        """Wait as the aggregator asks; neither a reconnect nor its return online shortens the wait."""
+        wait_s = min(max(retry_after_s, BUSY_MIN_S), LONGEST_S)
         self._not_before_s = now + wait_s * (1 + fraction(self.salt, "busy", now) / 4)
         self._due_s = self._not_before_s
 
     def granted(self, deadline_s: float, now: float) -> None:
-        """The granted parts were sent; without a receipt by the deadline the message is offered again."""
-        self._due_s = now + min(max(deadline_s, BUSY_LEAST_S), LONGEST_S)
+        """Wait for the receipt of the granted parts; at the deadline the message is offered again."""
+        self._due_s = now + min(max(deadline_s, BUSY_MIN_S), LONGEST_S)
 
     def due_s(self) -> float:
         if self._due_s is not None:

@@ -1,21 +1,21 @@
-"""When to subscribe to status and head again: a broker may not deliver what it retains at the first try."""
+"""The timer for subscribing to status and head again: a broker may not deliver retained messages at first."""
 
 from dataclasses import dataclass
 from typing import Final
 
 MISSING_S: Final = 10.0
-REFRESH_S: Final = 300.0  # while nothing is missing: nothing else shows that a message was lost
+REFRESH_S: Final = 300.0  # while nothing is missing: a lost message shows in no other way
 
 
 @dataclass(slots=True)
 class Resubscribe:
-    """What arrived on this connection, and when it was last subscribed to."""
+    """Whether a head arrived on this connection, and the time of the last subscription or head."""
 
     _head_known: bool = False
     _subscribed_s: float = 0.0
 
     def connected(self, now: float) -> None:
-        """A connect subscribes to both."""
+        """Start the timer: a connect subscribes to status and head."""
         self._head_known, self._subscribed_s = False, now
 
     def subscribed(self, now: float) -> None:
@@ -25,5 +25,5 @@ class Resubscribe:
         self._head_known, self._subscribed_s = True, now
 
     def due_s(self, status_known: bool) -> float:
-        """When to subscribe again."""
+        """The time at which to subscribe again."""
         return self._subscribed_s + (REFRESH_S if self._head_known and status_known else MISSING_S)

@@ -1,4 +1,4 @@
-"""What a device keeps over a power loss, as one value: counters, the outstanding update, the residual."""
+"""The durable state of a device, as one value: counters, the outstanding update, the residual."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -10,17 +10,17 @@ from ternbus.broker.protocol.schema import Schema, Vector
 from ternbus.broker.protocol.ternary import Block
 from ternbus.edge.plan.privacy import Account
 
-SEQ_BLOCK = 64  # sequence numbers reserved by one write; a crash skips what is left of them
-FIRST_SEQ = 2  # 1 is the enrollment's, so that it is the same frame however often it is sent
+SEQ_BLOCK = 64  # sequence numbers reserved by one write; a crash skips the rest of the block
+FIRST_SEQ = 2  # 1 is the enrollment's, whose frame must be the same each time
 
-RENUMBERED = "renumbered"  # in place of an outcome: the update was sent again under another number
+RENUMBERED = "renumbered"  # instead of an outcome: the update was sent again with another number
 
-Seal = Callable[[bytes], bytes]  # plain bytes to a sealed box
+Seal = Callable[[bytes], bytes]  # plain bytes -> sealed box
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class OutstandingUpdate:
-    """An update without a receipt: all that its frames are made of, so that they are the same bytes each time."""
+    """An update without a receipt. It determines its frames, which are the same bytes each time."""
 
     seq: int
     base: int
@@ -28,9 +28,9 @@ class OutstandingUpdate:
     metrics: Mapping[str, float]
     codec: str
     encoding: str
-    encoded: bytes = field(repr=False)  # the block's content as encoded
+    encoded: bytes = field(repr=False)  # the block's encoded content
     sealed: bytes = field(default=b"", repr=False)  # the sealed box; empty without `seal` in the plan
-    frame_bytes: int  # the largest frame that it is cut for
+    frame_bytes: int  # the limit for its frames
 
     @property
     def body(self) -> bytes:
@@ -48,7 +48,7 @@ class OutstandingUpdate:
         )
 
     def block(self, schema: Schema) -> Block:
-        """The change to the model that it carries."""
+        """The change of the model."""
         return Block.read(schema, self.codec, self.encoding, self.encoded)
 
 
@@ -61,7 +61,7 @@ def prepare(
     metrics: Mapping[str, float],
     frame_bytes: int,
 ) -> OutstandingUpdate:
-    """An update ready to be sent; its content compressed, where that makes it smaller."""
+    """The update of a block, ready to be sent; compressed if that makes it smaller."""
     compressed = ternary.encode(block.content, ternary.ZSTD)
     smaller = len(compressed) < len(block.content)
     return OutstandingUpdate(
@@ -77,13 +77,13 @@ def prepare(
 
 
 def sealed(update: OutstandingUpdate, key: KeyId, seal: Seal) -> OutstandingUpdate:
-    """The same with its body in a sealed box that binds it to key and sequence number."""
+    """The same update with its body in a sealed box, which binds it to key and sequence number."""
     return replace(update, sealed=seal(key + update.seq.to_bytes(8, "little") + update.encoded))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnsweredUpdate:
-    """An update's receipt, as the device keeps it; or that the update was sent again under another number."""
+    """The stored receipt of an update; or, with the outcome "renumbered", that it was sent with another number."""
 
     seq: int
     base: int
@@ -95,26 +95,26 @@ class AnsweredUpdate:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class State:
-    """What is on the disk. Sequence numbers, session and enrollment belong to ``key``."""
+    """The durable state. Sequence numbers, session and enrollment belong to ``key``."""
 
     key: KeyId
     enrolled: bool = False
-    seq_limit: int = FIRST_SEQ  # no sequence number from here on has been used
+    seq_limit: int = FIRST_SEQ  # sequence numbers from here on are unused
     session: int = 0
-    head_version: int = 0  # the highest head that was accepted
+    head_version: int = 0  # of the newest accepted head
     head_seq: int = 0
-    head_digest: bytes = b""  # the model's, in that head
+    head_digest: bytes = b""  # of the model, in that head
     answered_base: int = -1  # updates on this version or an older one are answered
-    evaluated: int = -1  # the newest version that was
-    accepted: int = 0  # how many updates were
+    evaluated: int = -1  # the newest evaluated version
+    accepted: int = 0  # number of accepted updates
     schema: bytes = field(default=b"", repr=False)
     residual: Vector | None = field(default=None, repr=False)  # of compression, for the next update; None is zero
     outstanding: OutstandingUpdate | None = None
-    protected: str = ""  # the plan's `dp`, under which outstanding and residual were made
+    protected: str = ""  # the plan's `dp` with which outstanding and residual were made
     account: Account = field(default_factory=Account)
 
     def with_key(self, key: KeyId) -> "State":
-        """The state under this key: a new one counts anew, and must be enrolled."""
+        """The state with a new key, which must be enrolled and has its own counters."""
         return replace(self, key=key, enrolled=False, seq_limit=FIRST_SEQ, session=0)
 
     def with_seq_limit(self, seq_limit: int) -> "State":

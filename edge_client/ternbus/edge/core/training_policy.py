@@ -1,4 +1,4 @@
-"""When a device trains: by which plan, on which version, and never again on one whose update was answered."""
+"""The policy for training: by which plan, and on which version; a version with an answered update is skipped."""
 
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -15,7 +15,7 @@ from ternbus.edge.plan.schedule import TURNS, turn
 
 
 def describe(event: TrainingFinished) -> Log:
-    """The log of a training that finished."""
+    """The log of a finished training."""
     fields = {"base": event.base, "samples": event.samples, **event.metrics}
     shown = ", ".join(f"{name} {value:.4g}" for name, value in event.metrics.items())
     return Log(event="trained", text=f"trained on version {event.base}: {shown}", fields=fields)
@@ -23,23 +23,23 @@ def describe(event: TrainingFinished) -> Log:
 
 @dataclass(slots=True, kw_only=True)
 class TrainingPolicy:
-    """At most one training at a time, and none while an update is outstanding."""
+    """When to train: at most one training at a time, and none while an update is outstanding."""
 
     profile: Profile
     running: StartTraining | None = None
-    plan: Plan | None = None  # the federation's, where it can be followed
-    due_s: float | None = None  # when its turn comes, if no new version comes before
-    _failed_base: int = -1  # training on it failed, and would again
-    _newest: tuple[int, float] = (-1, 0.0)  # a version, and when it could first be trained on
-    _turn: int = -1  # the last one taken
+    plan: Plan | None = None  # the federation's; None if it is invalid, or forbidden by the owner
+    due_s: float | None = None  # the time of its turn, if no new version arrives before
+    _failed_base: int = -1  # training on this version failed, and would fail again
+    _newest: tuple[int, float] = (-1, 0.0)  # the newest version, and since when it could be trained on
+    _turn: int = -1  # the last turn taken
 
     @property
     def sealed(self) -> bool:
-        """Whether metrics of the device's data stay here, as the plan seals or adds noise; true without a plan."""
+        """Whether metrics of the device's data stay on it: the plan seals or adds noise, or there is no plan."""
         return self.plan is None or self.plan.seal or self.plan.dp != NO_DP
 
     def read_plan(self, head: Head) -> list[Log]:
-        """Take the head's plan, over the task's default plan and bounded by the owner's policy."""
+        """Read the head's plan; the task's default plan completes it, the owner's policy bounds it."""
         self.plan, policy = None, self.profile.policy
         try:
             plan = Plan.from_meta({**self.profile.default_plan, **head.plan})
@@ -67,7 +67,7 @@ class TrainingPolicy:
             base=head.version,
             schema=schema,
             vector=vector,
-            # A residual from a training without this noise would carry data past it.
+            # A residual from a training without this noise would leak data.
             residual=None if plan.dp not in {NO_DP, state.protected} else state.residual,
             plan=plan,
             seed=self.seed(plan, head.version),
@@ -77,10 +77,10 @@ class TrainingPolicy:
         return [self.running, Log(event="training", text=text, fields={"base": head.version})]
 
     def _wait_for_turn(self, plan: Plan, version: int, now: float) -> list[Log] | None:
-        """None if it is the device's turn to train on this version, which takes the turn; else `due_s` is set.
+        """Take the turn, and return None, if it is the device's turn to train on this version; else set `due_s`.
 
-        Each `turn_s` that a version lasts counts as one version more, so that some device always trains, however few
-        take part. A turn that was taken early is over when its version comes.
+        Each `turn_s` seconds without a new version count as one more version, so that a device trains even if few take
+        part. A turn that was taken early is not taken again at its version.
         """
         if plan.participation == 1:
             return None
@@ -92,15 +92,15 @@ class TrainingPolicy:
             self._turn = own
             return None
         self.due_s = due_s
-        text = f"version {version} is for other devices to train on; this one's turn is version {own}"
+        text = f"version {version} is not this device's turn; it trains on version {own}"
         return [] if known == version else [Log(event="resting", text=text, fields={"version": version, "turn": own})]
 
     def newest_answered(self, state: State) -> int:
-        """The newest version on which the device need not train."""
+        """The newest version that needs no more training."""
         return max(state.answered_base, self._failed_base)
 
     def finished(self, event: TrainingFinished) -> StartTraining | None:
-        """The job that this is the result of; None if it is another's."""
+        """The job of this result; None if the result is not of the running job."""
         running, self.running = self.running, None
         return running if running is not None and running.base == event.base else None
 
@@ -110,19 +110,19 @@ class TrainingPolicy:
         return Log(event="training-failed", text=event.reason, fields={"base": event.base, "reason": event.reason})
 
     def seed(self, plan: Plan, base: int) -> int:
-        """Different for each device and version, and the same when a run is repeated."""
+        """A seed that differs for each device and version, and is the same if the run is repeated."""
         text = f"{self.profile.federation}/{self.profile.device}/{plan.seed}/{base}"
         return int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) >> 1
 
 
 def _refused(reason: str) -> Log:
-    return Log(event="bad-plan", text=f"no training by this plan: {reason}", fields={"reason": reason})
+    return Log(event="bad-plan", text=f"the device does not train by this plan: {reason}", fields={"reason": reason})
 
 
 def budget_spent(event: BudgetSpent) -> str:
-    """Why the device stops: its privacy budget allows no more training."""
+    """The reason to stop when the privacy budget allows no more training."""
     return (
         f"the privacy budget is spent: with one more update epsilon would be {event.epsilon:.4g}, above "
-        f"{event.budget:g} (delta {event.delta:g}); this device sends no more unless dp_epsilon, or its own "
-        "max_epsilon, is raised"
+        f"{event.budget:g} (delta {event.delta:g}); "
+        "raise dp_epsilon of the plan or max_epsilon of the device to continue"
     )

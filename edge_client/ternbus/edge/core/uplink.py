@@ -1,4 +1,4 @@
-"""The outstanding update: stored, sent or offered, granted, answered, and renumbered where it must be."""
+"""The outstanding update: it is stored, sent or offered, granted, answered, and renumbered if necessary."""
 
 import math
 from collections.abc import Mapping
@@ -17,14 +17,14 @@ from ternbus.edge.core.receipts import after_receipt, counter_is_behind, describ
 from ternbus.edge.core.resend import Resend
 from ternbus.edge.core.state import RENUMBERED, AnsweredUpdate, OutstandingUpdate, prepare, sealed
 from ternbus.edge.plan.plan import NO_DP, Plan
-from ternbus.edge.plan.privacy import told
+from ternbus.edge.plan.privacy import privacy_metrics
 
 FIRST_RESEND_S: Final = 60.0
 
 
 @dataclass(slots=True, kw_only=True)
 class Uplink:
-    """Sends the outstanding update of ``pending``; its owner knows whether anything may be sent."""
+    """Sends the outstanding update of ``pending``. The caller decides whether a message may be sent."""
 
     profile: Profile
     pending: PendingState
@@ -36,33 +36,33 @@ class Uplink:
         self.resend = Resend(salt=self.profile.key.hex(), first_s=FIRST_RESEND_S)
 
     def key_changed(self) -> None:
-        """The outstanding update was signed with another key than the device now has: renumber it."""
+        """Renumber the outstanding update, which was signed with the device's former key."""
         update = self.pending.state.outstanding
         if update is not None:
             self._replace_outstanding(self._renumbered(update))
 
     def connected(self, frame_bytes: int, now: float) -> None:
-        """Send again on the new connection; cut the update anew if a part exceeds ``frame_bytes``."""
+        """Send again on the new connection; renumber the update, in smaller parts, if one exceeds ``frame_bytes``."""
         self.frame_bytes = frame_bytes
         update = self.pending.state.outstanding
         if update is not None and any(len(part.payload) > frame_bytes for part in self.profile.update(update)):
-            # It may have been accepted under the old number, and the receipt lost.
+            # The update may have been accepted under the old number, with a receipt that was lost.
             before = self._answered_update(update, RENUMBERED, self.pending.state.head_version)
             self._replace_outstanding(self._renumbered(update), before)
         self.resend.restart(now)
 
     def store(self, finished: TrainingFinished, plan: Plan, now: float) -> None:
-        """Make the result of a training the outstanding update; with its residual and its cost of privacy.
+        """Make the result of a training the outstanding update, with its residual and its privacy cost.
 
-        All of it is one durable write, made before anything of the update is sent.
+        All of it is one durable write, before any part of the update is sent.
         """
-        hidden = plan.seal or plan.dp != NO_DP  # metrics are in the header, and depend on the data
+        hidden = plan.seal or plan.dp != NO_DP  # metrics are in the header, in the clear, and depend on the data
         update = prepare(
             finished.block,
             seq=self.pending.next_seq(),
             base=finished.base,
             samples=min(max(finished.samples, 1), SAMPLES_MAX),
-            metrics=told(finished.metrics) if hidden else _sendable(finished.metrics),
+            metrics=privacy_metrics(finished.metrics) if hidden else _sendable(finished.metrics),
             frame_bytes=self.frame_bytes,
         )
         if plan.seal:
@@ -93,7 +93,7 @@ class Uplink:
         return [*parts, log]
 
     def granted(self, update: OutstandingUpdate, grant: Grant, grant_seq: int, now: float) -> list[Publish]:
-        """The parts that a grant asks for; none for a grant that was followed already, or an older one."""
+        """The parts that a grant requests; none for a grant that was handled already, or an older one."""
         if grant_seq <= self._grant_seq:
             return []
         self._grant_seq = grant_seq
@@ -103,7 +103,7 @@ class Uplink:
         return [parts[part] for part in sorted(wanted)]
 
     def answered(self, update: OutstandingUpdate, receipt: Receipt, schema: Schema, now: float) -> list[Action]:
-        """Do what a receipt asks for: wait, renumber, or forget the update."""
+        """Handle a receipt: wait, renumber the update, or remove it."""
         fields = {"seq": update.seq, "base": update.base, "outcome": receipt.outcome, "version": receipt.version}
         if receipt.outcome == "busy":
             self.resend.busy(receipt.retry_after_s, now)
@@ -114,7 +114,11 @@ class Uplink:
             self._replace_outstanding(self._renumbered(update))
             self.resend.restart(now)
             return [
-                Log(event="renumbered", text="the sequence numbers were behind; sent under a new one", fields=fields)
+                Log(
+                    event="renumbered",
+                    text="the sequence number was used before; sending with a new one",
+                    fields=fields,
+                )
             ]
         answered = self._answered_update(update, receipt.outcome, receipt.version)
         self.pending.put(after_receipt(self.pending.state, update, receipt, schema), answered)
@@ -131,7 +135,7 @@ class Uplink:
         self.pending.put(replace(self.pending.state, outstanding=update), answered)
 
     def _renumbered(self, update: OutstandingUpdate) -> OutstandingUpdate:
-        """The update under a new sequence number, to be cut, sealed and signed anew."""
+        """The update with a new sequence number, in new parts, sealed and signed again."""
         fresh = replace(update, seq=self.pending.next_seq(), frame_bytes=self.frame_bytes, sealed=b"")
         return sealed(fresh, self.profile.key, self.profile.seal) if update.sealed else fresh
 

@@ -1,23 +1,23 @@
-"""Waiting for broker or aggregator: for what, since when, when to log it, and when to give up."""
+"""The timer of a wait for broker or aggregator: when to log it, and when to give up."""
 
 from dataclasses import dataclass
 from typing import Final
 
-FIRST_REPORT_S: Final = 3.0  # a normal start takes as long
+FIRST_REPORT_S: Final = 3.0  # a normal start takes up to this long
 REPORT_INTERVAL_S: Final = 10.0
 
 
 @dataclass(slots=True, kw_only=True)
 class WaitTimer:
-    """What is awaited now, in words, and since when something is."""
+    """The present wait: a text that names what is awaited, and the time it began."""
 
     timeout_s: float | None = None
-    awaited: str | None = None  # None: nothing
+    awaited: str | None = None  # None: the device waits for nothing
     _since_s: float = 0.0
     _report_s: float = 0.0
 
     def wait_for(self, awaited: str | None, now: float) -> None:
-        """Set what is awaited; None if nothing."""
+        """Set the awaited peer or message; None if the device waits for nothing."""
         if self.awaited is None and awaited is not None:
             self._since_s = now
         if awaited != self.awaited:
@@ -25,14 +25,14 @@ class WaitTimer:
         self.awaited = awaited
 
     def report_due(self, now: float) -> bool:
-        """Whether to log what is awaited; if so, the next time is set."""
+        """Whether to log the wait now. If so, the next report is scheduled."""
         if self.awaited is None or now < self._report_s:
             return False
         self._report_s = now + REPORT_INTERVAL_S
         return True
 
     def timed_out(self, now: float) -> bool:
-        """Whether the timeout has passed since something is awaited."""
+        """Whether the wait has exceeded the timeout."""
         return self.awaited is not None and self.timeout_s is not None and now >= self._since_s + self.timeout_s
 
     def waited_s(self, now: float) -> float:

@@ -1,1 +1,1 @@
-"""Learning without a framework: the Task and Trainer protocols, partitions, TernGrad, noise, accounting."""
+"""Local training without a framework: the Task and Trainer protocols, partitions, TernGrad, noise, accounting."""

@@ -1,8 +1,8 @@
-"""How much epsilon a device has spent, and what noise a budget asks for: Google's dp-accounting, by Rényi DP.
+"""Privacy accounting by Rényi DP with Google's dp-accounting: the epsilon of a cost, and the noise for a budget.
 
-It was chosen over Opacus' accountants since it needs no torch, which a device with device-level privacy may not have;
-both compute the same bounds. RDP adds up exactly over any mixture of mechanisms; it is 8 % looser than PLD for 20
-Gaussians of z = 5, and 800 times quicker. The library is loaded at the first question only.
+dp-accounting needs no torch, unlike Opacus' accountants, which compute the same bounds: a device with device-level
+privacy may have no torch. RDP adds up exactly over any mixture of mechanisms; it is 8 % looser than PLD for 20
+Gaussians of z = 5, and 800 times quicker. The library is loaded at the first use.
 """
 
 from collections.abc import Iterable
@@ -12,16 +12,17 @@ from typing import Any, Final
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.plan.privacy import Cost
 
-DIGITS: Final = 3  # behind the point, of a noise that is computed
-NOISIEST: Final = 1e6  # what a plan may ask for
+DIGITS: Final = 3  # decimals of a computed noise multiplier
+NOISE_MAX: Final = 1e6  # the largest noise multiplier that a plan may have
 
 
 def epsilon(spent: Iterable[Cost], delta: float) -> float:
-    """The epsilon, at this delta, of all of them together; 0 for none.
+    """The epsilon, at this delta, of all costs together; 0 for none.
 
     RDP of the (Poisson-sampled) Gaussian mechanism: Mironov 2017, proposition 7; Mironov, Talwar & Zhang 2019, section
     3.3. From RDP to (epsilon, delta): Canonne, Kamath & Steinke 2020, proposition 12. Two data sets are neighbours
-    where one has what is protected and the other lacks it. Raises `ConfigError` where the library is missing.
+    if one is the other without one protected unit: a device's update, or a sample. Raises `ConfigError` if the library
+    is missing.
     """
     accountant = _library().rdp.RdpAccountant()
     for cost in spent:
@@ -30,9 +31,9 @@ def epsilon(spent: Iterable[Cost], delta: float) -> float:
 
 
 def noise(planned: Cost, budget: float, delta: float) -> float:
-    """The least `noise`, up to its last digit, with which the planned steps cost no more than this epsilon.
+    """The smallest noise multiplier, to `DIGITS` decimals, with which the planned steps cost at most this epsilon.
 
-    `planned.noise` is not looked at. Raises `ConfigError` where no noise that a plan may ask for is enough.
+    `planned.noise` is ignored. Raises `ConfigError` if no noise multiplier that a plan may have is enough.
     """
     library = _library()
     unit = 10**DIGITS
@@ -42,11 +43,14 @@ def noise(planned: Cost, budget: float, delta: float) -> float:
             lambda tried: _event(replace(planned, noise=tried / unit)),
             budget,
             delta,
-            library.ExplicitBracketInterval(1, NOISIEST * unit),
+            library.ExplicitBracketInterval(1, NOISE_MAX * unit),
             discrete=True,
         )
-    except ValueError as error:  # the search has found none
-        raise ConfigError(f"no noise makes that cost an epsilon of {budget:g} at delta {delta:g}") from error
+    except ValueError as error:  # the search found none
+        raise ConfigError(
+            f"no noise multiplier up to {NOISE_MAX:g} keeps these trainings within epsilon {budget:g} at delta "
+            f"{delta:g}: raise --epsilon or --delta, or plan fewer trainings"
+        ) from error
     return float(least) / unit
 
 
@@ -59,10 +63,12 @@ def _event(cost: Cost) -> Any:
 
 def _library() -> Any:
     try:
-        import dp_accounting  # noqa: PLC0415 - a second and 60 MB, for those who need it
+        import dp_accounting  # noqa: PLC0415 - takes a second and 60 MB, which most devices do not need
         import dp_accounting.rdp  # noqa: PLC0415 - likewise
         from absl import logging  # noqa: PLC0415 - likewise
     except ModuleNotFoundError as error:
-        raise ConfigError("the plan asks for differential privacy: pip install 'ternbus[accounting]'") from error
-    logging.set_verbosity(logging.ERROR)  # it warns of each order that it leaves out, which only makes epsilon larger
+        raise ConfigError(
+            "privacy accounting needs the package dp-accounting: pip install 'ternbus[accounting]'"
+        ) from error
+    logging.set_verbosity(logging.ERROR)  # else a warning for each order that is left out, which only raises epsilon
     return dp_accounting

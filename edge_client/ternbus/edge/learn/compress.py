@@ -1,4 +1,4 @@
-"""What local training changed, as a block to send and a residual to keep: TernGrad, or float32, by the plan."""
+"""Compression of a local change into a block to send and a residual to keep: TernGrad or float32, by the plan."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from ternbus.edge.plan.plan import Plan
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Compressed:
-    """A block, and what it does not carry (None is zero)."""
+    """A block, and the residual that it does not carry (None is zero)."""
 
     block: Block
     residual: Vector | None
@@ -21,9 +21,9 @@ class Compressed:
 def compress(schema: Schema, plan: Plan, change: Vector, residual: Vector | None, seed: int) -> Compressed:
     """Block and new residual of ``change + residual``, both float32 vectors of the schema's length.
 
-    Without error feedback the ternary block is drawn at random and right on average (Wen et al. 2017), so
-    nothing is kept. With it the block is the nearest one, and what it loses is kept for the next
-    (Karimireddy et al. 2019, algorithm 1).
+    Without error feedback the ternary block is random and unbiased (Wen et al. 2017), and there is no residual. With
+    error feedback the block is the nearest one, and the residual is added to the next change (Karimireddy et al. 2019,
+    algorithm 1).
     """
     total = change if residual is None else change + residual
     if plan.codec == FLOAT32:

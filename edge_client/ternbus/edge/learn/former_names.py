@@ -1,4 +1,4 @@
-"""Where the names of version 0.1 are now, so that a task written for it is told its new import."""
+"""The current names of version 0.1's modules, so that the error for an old task shows its new import."""
 
 import ast
 from collections.abc import Iterator, Mapping
@@ -42,14 +42,14 @@ RENAMED: Final[Mapping[str, str]] = {"Chance": "RandomSource", "Promise": "Priva
 
 
 def current(module: str) -> str:
-    """Today's name of a module of version 0.1; empty for any other."""
+    """The current name of a module of version 0.1; empty for any other module."""
     if module.startswith("edge_client.tasks."):
         return module.replace("edge_client", "ternbus.edge", 1)
     return MODULES.get(module) or PACKAGES.get(module, "")
 
 
 def rewritten(source: str | bytes, line: int) -> str:
-    """The import statement in that line of a task's source as it is written now; empty where it is none of these."""
+    """The import statement in this line of a task's source with current names; empty if it imports no old name."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom) and node.lineno <= line <= (node.end_lineno or line):
             return "; ".join(_statements(node))
@@ -81,7 +81,7 @@ def _statements(node: ast.Import | ast.ImportFrom) -> Iterator[str]:
 
 
 def _module(name: str) -> str:
-    """Today's name of a module, or the package in which to look for it."""
+    """The current name of a module, or the package to which it belonged."""
     return current(name) or PACKAGES.get(name.partition(".")[0], "")
 
 

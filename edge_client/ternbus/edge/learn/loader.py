@@ -1,6 +1,6 @@
-"""How a task is found by its name: one that ships with Ternbus, an installed module's, or one in the user's own folder.
+"""The loader of tasks by name: built-in tasks, tasks of installed modules, and tasks in the user's folder.
 
-digits                    ships with Ternbus
+digits                    a built-in task
 my_task:TASK              the attribute TASK of my_task.py in the current folder, or of an installed module
 my_task                   the only task in my_task.py
 ./my_task.py:TASK         a file by its path; ~/my_task.py:TASK and /home/pi/my_task:TASK likewise
@@ -34,14 +34,14 @@ BUILT_IN_TASKS: Mapping[str, str] = {
     "cifar10-finetune": "ternbus.edge.tasks.cifar10_finetune:TASK",
     "cifar10-features": "ternbus.edge.tasks.cifar10_features:TASK",
 }
-NEEDED: Final = "it needs name, default_plan, initial(), trainer() and evaluator()"
-OTHERS: Final = (sysconfig.get_path("stdlib"), *ternbus.__path__)  # where code is that is no task's author's
+NEEDED: Final = "a task needs name, default_plan, initial(), trainer() and evaluator()"
+OTHERS: Final = (sysconfig.get_path("stdlib"), *ternbus.__path__)  # folders of code that no task's author wrote
 
 
 def load_task(spec: str) -> Task:
-    """The task of that name, or the user's own: `module:attribute`, or the path of its file.
+    """The built-in task of this name, or the user's own: `module:attribute`, or the path of its file.
 
-    Raises `ConfigError`, which says what to write, or the file and line at which the import of the module failed.
+    Raises `ConfigError`, with what to write, or with the file and line at which the import of the module failed.
     """
     reference = _Reference.parse(spec)
     module = reference.load(spec)
@@ -50,14 +50,17 @@ def load_task(spec: str) -> Task:
     task = getattr(module, reference.attribute, None)
     if task is None:
         names = ", ".join(_tasks(module)) or "none"
-        raise ConfigError(f"{spec}: there is no {reference.attribute!r} in {module.__file__}; its tasks: {names}")
+        raise ConfigError(f"task {spec}: {module.__file__} has no {reference.attribute!r}; its tasks are: {names}")
     if isinstance(task, type) or not isinstance(task, Task):
-        raise ConfigError(f"{spec} is no task: {NEEDED}")
+        raise ConfigError(f"{spec} is not a task: {NEEDED}")
     return task
 
 
 def absolute(spec: str) -> str:
-    """The same task from any folder: one's own with the folder of its module. Raises `ConfigError` where none is."""
+    """The name of the same task for any current folder: with the path of its module, unless it is installed.
+
+    Raises `ConfigError` if there is no such module.
+    """
     reference = _Reference.parse(spec)
     if reference.folder is None:
         return spec
@@ -65,24 +68,24 @@ def absolute(spec: str) -> str:
 
 
 def expanded(path: Path) -> Path:
-    """The path with the home folder in place of `~`; as it is where there is no such user."""
+    """The path with the home folder instead of `~`; unchanged if there is no such user."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises RuntimeError
 
 
-def place_of(error: BaseException) -> tuple[str, int] | None:
-    """The file and line of the user's own code in which it was raised, or from which that was called."""
+def location_of(error: BaseException) -> tuple[str, int] | None:
+    """File and line of the innermost frame of the user's own code in the traceback; None if it has none."""
     if isinstance(error, SyntaxError) and error.filename and error.lineno and _is_own(error.filename):
         return error.filename, error.lineno
     frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     return next(((file, line) for file, line in reversed(frames) if _is_own(file)), None)
 
 
-def renamed(error: BaseException) -> str:
-    """What to write in place of an import by a name of version 0.1; empty for any other error."""
+def import_hint(error: BaseException) -> str:
+    """The import to write instead of one with a name of version 0.1; empty for any other error."""
     if not isinstance(error, ImportError) or not former_names.current(error.name or ""):
         return ""
-    place = place_of(error)
-    own = error.path is not None and not isinstance(error, ModuleNotFoundError)  # a broker.py of the user's
+    place = location_of(error)
+    own = error.path is not None and not isinstance(error, ModuleNotFoundError)  # the user's own broker.py, for example
     if place is None or own:
         return ""
     new = former_names.rewritten(Path(place[0]).read_bytes(), place[1])
@@ -96,7 +99,7 @@ def _is_own(file: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Reference:
-    """A module and its attribute; without one, the only task in it. `folder` is None for what is installed."""
+    """A module and an attribute; empty for the module's only task. `folder` is None for an installed module."""
 
     module: str
     attribute: str
@@ -110,18 +113,18 @@ class _Reference:
         if "/" in module or module.endswith(".py"):
             return cls._of_path(spec)
         if not module or (colon and not attribute):
-            raise ConfigError(f"{spec!r} names no task: write MODULE:ATTRIBUTE")
+            raise ConfigError(f"invalid task {spec!r}: write MODULE:ATTRIBUTE")
         here = Path.cwd()
         if task_folder.holds(here, module):
             return cls(module=module, attribute=attribute, folder=here)
         if not colon:
             names = ", ".join(BUILT_IN_TASKS)
-            raise ConfigError(f"no task {spec!r}: choose {names}, or your own as MODULE:ATTRIBUTE")
+            raise ConfigError(f"unknown task {spec!r}: choose {names}, or your own as MODULE:ATTRIBUTE")
         return cls(module=module, attribute=attribute)
 
     @classmethod
     def _of_path(cls, spec: str) -> Self:
-        """FOLDER/MODULE or a file; the folder is the one above the package that the file is in."""
+        """Parse FOLDER/MODULE or a file. The reference's folder is the one above the file's package."""
         text, _, attribute = spec.rpartition(":")
         if not text or "/" in attribute:
             text, attribute = spec, ""
@@ -129,10 +132,10 @@ class _Reference:
         folder, module = path.parent, path.name.removesuffix(".py")
         is_file = path.name != module
         if is_file and path.is_file() and "." in module:
-            raise ConfigError(f"{path} has a dot in its name, so no module can be imported from it: rename it")
+            raise ConfigError(f"{path} has a dot in its name, so it cannot be imported as a module: rename it")
         if not task_folder.holds(folder, module) or (is_file and not path.is_file()):
             wanted = path if is_file else f"{folder / module.replace('.', '/')}.py"
-            raise ConfigError(f"no file {wanted} for the task {spec}")
+            raise ConfigError(f"task {spec}: no file {wanted}; correct the path")
         while (folder / "__init__.py").exists():
             folder, module = folder.parent, f"{folder.name}.{module}"
         return cls(module=module, attribute=attribute, folder=folder)
@@ -140,7 +143,7 @@ class _Reference:
     def load(self, spec: str) -> ModuleType:
         if self.folder is not None and (taken := task_folder.taken_by(self.folder, self.module)):
             name = self.module.partition(".")[0]
-            raise ConfigError(f"{name!r} in {self.folder} has the name of another module ({taken}): rename it")
+            raise ConfigError(f"cannot import {name!r} from {self.folder}: {taken} has the same name; rename your file")
         try:
             if self.folder is None:
                 return importlib.import_module(self.module)
@@ -148,15 +151,15 @@ class _Reference:
         except (ConfigError, KeyboardInterrupt):
             raise
         except BaseException as error:  # SystemExit too: a script may call sys.exit
-            if words := self._words(error, spec):
-                raise ConfigError(words) from error
+            if message := self._explain(error, spec):
+                raise ConfigError(message) from error
             raise
 
-    def _words(self, error: BaseException, spec: str) -> str:
-        """What to tell the task's author; empty for a bug of ours."""
+    def _explain(self, error: BaseException, spec: str) -> str:
+        """The error message for the task's author; empty for a bug in Ternbus."""
         missing = (error.name or "") if isinstance(error, ImportError) else ""
         if missing in ("torch", "torchvision") and isinstance(error, ModuleNotFoundError):
-            return f"the task {spec} needs {missing}: pip install torch torchvision (or take --task digits-numpy)"
+            return f"the task {spec} needs {missing}: pip install torch torchvision, or use --task digits-numpy"
         if (
             self.folder is None
             and isinstance(error, ModuleNotFoundError)
@@ -164,33 +167,37 @@ class _Reference:
         ):
             if new := former_names.current(self.module):
                 return f"{self.module} is now {new}: write {spec.replace(self.module, new, 1)}"
-            return f"no module {missing!r} for the task {spec}: there is none in {Path.cwd()}, and none is installed"
-        place = place_of(error)
+            return f"task {spec}: no module {missing!r} is in {Path.cwd()} or installed; go to its folder or install it"
+        place = location_of(error)
         if place is None and self.module.startswith("ternbus."):
             return ""
         file, line = place or (self.module, 0)
-        said = renamed(error) or _said(error) + self._hint(error, missing)
-        return f"{file}, line {line}: {said}" if place else f"{file}: {said}"
+        message = import_hint(error) or _describe(error) + self._hint(error, missing)
+        return f"{file}, line {line}: {message}" if place else f"{file}: {message}"
 
     def _hint(self, error: BaseException, missing: str) -> str:
         if isinstance(error, SystemExit):
-            return "; put the script's part below `if __name__ == '__main__':`"
+            return "; put the script below `if __name__ == '__main__':`"
         if isinstance(error, ModuleNotFoundError):
             return f"; install it, or put {missing.partition('.')[0]}.py beside the task" if missing else ""
         if isinstance(error, ImportError) and "relative import" in str(error):
-            return "; name the module by its package, PACKAGE.MODULE:ATTRIBUTE, from the folder above"
+            return "; write PACKAGE.MODULE:ATTRIBUTE, and run the command in the folder above the package"
         path = error.path if isinstance(error, ImportError) else None
         if self.folder is not None and path is not None and not Path(path).is_relative_to(self.folder):
-            return f"; {missing}.py beside the task is not meant: rename it" if self._is_beside(missing) else ""
+            return (
+                f"; another {missing} is imported than {missing}.py of the task: rename it"
+                if self._is_beside(missing)
+                else ""
+            )
         return ""
 
     def _is_beside(self, module: str) -> bool:
         return self.folder is not None and task_folder.holds(self.folder, module)
 
 
-def _said(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     if isinstance(error, SystemExit):
-        return f"sys.exit({error.code!r}) while it was imported"
+        return f"sys.exit({error.code!r}) during the import"
     text = error.msg if isinstance(error, SyntaxError) else str(error)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
@@ -204,12 +211,12 @@ def _tasks(module: ModuleType) -> dict[str, Task]:
 
 
 def _only_task(spec: str, module: ModuleType) -> Task:
-    """The task of a module that has one."""
+    """The task of a module that has exactly one. Raises `ConfigError` otherwise."""
     found = _tasks(module)
     if not found:
         raise ConfigError(f"{module.__file__} has no task: {NEEDED}")
     if len({id(value) for value in found.values()}) > 1:
         raise ConfigError(
-            f"{module.__file__} has several tasks: write {' or '.join(f'{spec}:{name}' for name in found)}"
+            f"{module.__file__} has more than one task: write {' or '.join(f'{spec}:{name}' for name in found)}"
         )
     return next(iter(found.values()))

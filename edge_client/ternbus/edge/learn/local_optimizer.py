@@ -1,7 +1,7 @@
-"""A device's optimizers, written once for numpy arrays and PyTorch's tensors, which have these operators in common.
+"""SGD and Adam for local training, on numpy arrays and PyTorch tensors alike.
 
-With torch they must be called under `torch.no_grad()`. Not those of torch.optim: that loads the compiler at its first
-step, 80 MB and a second for every device. What an optimizer remembers lasts for one training.
+With torch they must be called under `torch.no_grad()`. torch.optim is not used: its first step loads the compiler,
+which takes 80 MB and a second on every device. An optimizer's momenta last for one training.
 """
 
 from collections.abc import Sequence
@@ -15,18 +15,18 @@ Array = Any  # a numpy array or a tensor
 
 
 class Optimizer(Protocol):
-    """Changes the parameters, which it was given when it was made, in place."""
+    """Changes the parameters of its constructor in place."""
 
     def step(self, gradients: Sequence[Array], rate: float) -> None: ...
 
 
 def begin(plan: Plan, parameters: Sequence[Array]) -> Optimizer:
-    """The plan's optimizer for these parameters, where they are now being where FedProx pulls them back to."""
+    """The plan's optimizer for these parameters. Their present values are FedProx's w0."""
     return Sgd(plan, parameters) if plan.optimizer == "sgd" else Adam(plan, parameters)
 
 
 class _Proximal:
-    """The gradient of what FedProx minimizes: loss + mu/2·|w - w0|² (Li et al. 2020, eq. 2)."""
+    """The gradient of FedProx's objective: loss + mu/2·|w - w0|² (Li et al. 2020, eq. 2)."""
 
     def __init__(self, mu: float, parameters: Sequence[Array]) -> None:
         self._mu = mu
@@ -37,7 +37,7 @@ class _Proximal:
 
 
 class Sgd:
-    """g = grad(loss) + mu·(w - w0) + wd·w;  m = beta·m + g;  w = w - lr·m, as `torch.optim.SGD` does it."""
+    """g = grad(loss) + mu·(w - w0) + wd·w;  m = beta·m + g;  w = w - lr·m, as in `torch.optim.SGD`."""
 
     def __init__(self, plan: Plan, parameters: Sequence[Array]) -> None:
         self._plan = plan
@@ -54,7 +54,7 @@ class Sgd:
 
 
 class Adam:
-    """Kingma & Ba 2015, algorithm 1; `adamw` decays the weights apart (Loshchilov & Hutter 2019, algorithm 2).
+    """Kingma & Ba 2015, algorithm 1; `adamw` decouples the weight decay (Loshchilov & Hutter 2019, algorithm 2).
 
     g = grad(loss) + mu·(w - w0);  adam: g += wd·w, adamw: w -= lr·wd·w;
     m = b1·m + (1 - b1)·g;  v = b2·v + (1 - b2)·g²;

@@ -1,13 +1,13 @@
-"""Which of the training samples are a device's own, computed by each device alone from the labels.
+"""Partitions of the training samples among devices; each device computes its own part from the labels.
 
-`all` is everything; `iid:i/n` the i-th (from 0) of n equal random parts; `dirichlet:alpha:i/n:seed` the i-th of n
-parts of unequal size and mix of classes: of every class, the devices hold shares drawn from a symmetric
-Dirichlet distribution (Hsu et al. 2019; small alpha = very unequal; the per-class draw of Yurochkin et al. 2019).
-The n parts are disjoint and cover everything. `natural:i` is what the i-th owner in the data has, such as a writer.
+`all` is everything; `iid:i/n` is the i-th (from 0) of n equal random parts; `dirichlet:alpha:i/n:seed` is the i-th of n
+parts of unequal size and mix of classes: the devices' shares of each class are drawn from a symmetric Dirichlet
+distribution (Hsu et al. 2019; small alpha = very unequal; the per-class draw of Yurochkin et al. 2019). The n parts are
+disjoint and cover everything. `natural:i` is the data of the i-th owner in the data, for example a writer.
 
-Behind any of them `;test:s` is the share s of it that the device holds out, to try models on, and `;train:s` the
-rest, of which no row is in the other. Held out is the end of each class, in the order of the data: of a recording
-the end, and not every fifth window between two on which the model was trained.
+A suffix splits the part further: `;test:s` is the share s that the device holds out for evaluation, `;train:s` the
+rest; they are disjoint. The end of each class is held out, in the order of the data: the end of a recording, and not
+windows between two on which the model is trained.
 """
 
 import math
@@ -20,14 +20,14 @@ import numpy.typing as npt
 
 from ternbus.broker.errors import ConfigError
 
-LEAST_SAMPLES = 8
-"""A device gets at least so many samples, or as many as an equal split would give, if that is less."""
+SAMPLES_MIN = 8
+"""The smallest part of a device, unless an equal split would give less."""
 
 FORMS = "all, iid:I/N, dirichlet:ALPHA:I/N:SEED or natural:I"
-LEAST_TO_HOLD_OUT = 3
+HOLD_OUT_SAMPLES_MIN = 3
 ROUNDING = 1e-9  # 0.3 · 10 is a little less than 3 in binary
-LARGEST_SHARE = 0.4  # what is held out is less than what is trained on
-LARGEST_ALPHA = 1e6  # far beyond what is still unequal; much larger ones overflow
+LARGEST_SHARE = 0.4  # the held-out part must be smaller than the rest
+LARGEST_ALPHA = 1e6  # parts are equal long before; much larger values overflow
 
 Indices = npt.NDArray[np.int64]
 
@@ -41,8 +41,8 @@ _DIRICHLET = re.compile(r"dirichlet:([0-9.eE+-]{1,20}):(\d{1,9})/(\d{1,9}):(\d{1
 class Partition:
     """A parsed specification: part `index` of `parts`; `alpha` is infinite for equal random parts.
 
-    Of a `natural` one the data decide how many parts there are. Of the part itself, `share` is held out, and `half` is
-    "train" without that, "test" for nothing else, and "" for all of it.
+    The number of `natural` parts depends on the data. `share` of the part is held out; `half` is "test" for the
+    held-out samples, "train" for the others, and "" for all.
     """
 
     index: int = 0
@@ -55,24 +55,26 @@ class Partition:
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.parts and not self.natural:
-            raise ConfigError(f"partition {self.index}/{self.parts}: the parts are numbered 0 to {self.parts - 1}")
+            raise ConfigError(
+                f"partition {self.index}/{self.parts}: the parts are numbered 0 to {self.parts - 1}; choose one of them"
+            )
         if not (0 < self.alpha <= LARGEST_ALPHA or math.isinf(self.alpha)):
-            raise ConfigError(f"partition: alpha is {self.alpha:g}, but must be above 0 and at most {LARGEST_ALPHA:g}")
+            raise ConfigError(f"partition: alpha is {self.alpha:g}: it must be above 0 and at most {LARGEST_ALPHA:g}")
         if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"partition: the seed is {self.seed}, but must be within 0 and {2**32 - 1}")
+            raise ConfigError(f"partition: the seed is {self.seed}: it must be from 0 to {2**32 - 1}")
         if self.half and not 0 < self.share <= LARGEST_SHARE:
             raise ConfigError(
-                f"held out is {self.share:g} of the data, but must be above 0 and at most {LARGEST_SHARE}"
+                f"the held-out share of the data is {self.share:g}: it must be above 0 and at most {LARGEST_SHARE}"
             )
 
     @property
     def whole(self) -> bool:
-        """Whether all of the data are split into no parts, so that no classes are needed."""
+        """Whether the specification needs no classes: all data, or the data of one owner."""
         return self.natural or self.parts == 1
 
     @classmethod
     def parse(cls, spec: str) -> "Partition":
-        """Raises `ConfigError`, which says the forms."""
+        """Parse a specification. Raises `ConfigError`, with the valid forms."""
         if found := _HALVES.fullmatch(spec):
             half: Literal["train", "test"] = "test" if found[2] == "test" else "train"
             return replace(cls.parse(found[1]), half=half, share=_number(found[3], spec))
@@ -85,21 +87,21 @@ class Partition:
         if found := _DIRICHLET.fullmatch(spec):
             alpha = _number(found[1], spec)
             return cls(index=int(found[2]), parts=int(found[3]), alpha=alpha, seed=int(found[4]))
-        raise ConfigError(f"partition {spec!r}: write {FORMS}, I from 0")
+        raise ConfigError(f"invalid partition {spec!r}: write {FORMS}, I from 0")
 
 
 def _number(text: str, spec: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ConfigError(f"partition {spec!r}: {text!r} is not a number") from None
+        raise ConfigError(f"partition {spec!r}: {text!r} is not a number: write for example 0.5") from None
 
 
 def select(spec: str, labels: npt.NDArray[np.integer], owners: Indices | None = None) -> Indices:
-    """The sorted indices of the samples that `spec` gives to its device.
+    """The sorted indices of the samples of the part `spec`.
 
-    `labels` has a class for each sample, `owners` the number of whom it belongs to, where the data know. Raises
-    `ConfigError` where there is no such device.
+    `labels` has the class of each sample, `owners` the number of its owner, if the data have owners. Raises
+    `ConfigError` if there is no such part.
     """
     partition = Partition.parse(spec)
     rows = _part(partition, spec, labels, owners)
@@ -110,20 +112,22 @@ def _part(partition: Partition, spec: str, labels: npt.NDArray[np.integer], owne
     if partition.natural:
         return _natural(partition, owners)
     if partition.parts > len(labels):
-        raise ConfigError(f"partition {spec!r}: {len(labels)} samples are too few for {partition.parts} devices")
+        raise ConfigError(
+            f"partition {spec!r}: {len(labels)} samples are too few for {partition.parts} devices: use fewer"
+        )
     if math.isinf(partition.alpha):
         return np.sort(_equal(partition, len(labels)))
     return np.sort(_unequal(partition, labels))
 
 
 def _half(partition: Partition, rows: Indices, labels: npt.NDArray[np.integer]) -> Indices:
-    """The held-out end of each class, or what is before it; at least one row, and always fewer than the others."""
-    if len(rows) < LEAST_TO_HOLD_OUT:
-        raise ConfigError(f"this device has {len(rows)} samples: too few to hold some out")
+    """The held-out end of each class, or the rest. At least one row is held out, and fewer than remain."""
+    if len(rows) < HOLD_OUT_SAMPLES_MIN:
+        raise ConfigError(f"this device has {len(rows)} samples: too few to hold some out; leave out --hold-out")
     order = np.argsort(labels, kind="stable")  # class by class, each in the order of the data
     _, counts = np.unique(labels, return_counts=True)
     ends = np.cumsum(counts)
-    # Shares of the classes so far, so that what rounding takes from one class the next one gives.
+    # Cumulative over the classes, so that rounding errors do not add up.
     upto = np.floor(partition.share * ends + ROUNDING).astype(np.int64)
     upto[-1] = max(upto[-1], 1)
     held = np.zeros(len(rows), bool)
@@ -135,16 +139,18 @@ def _half(partition: Partition, rows: Indices, labels: npt.NDArray[np.integer]) 
 def _natural(partition: Partition, owners: Indices | None) -> Indices:
     where = f"partition natural:{partition.index}"
     if owners is None:
-        raise ConfigError(f"{where}: these data have no natural devices; write all, iid:… or dirichlet:…")
+        raise ConfigError(f"{where}: these data have no owners, so no natural devices: write all, iid:… or dirichlet:…")
     chosen = np.flatnonzero(owners == partition.index)
     if not len(chosen):
-        raise ConfigError(f"{where}: the natural devices of these data are numbered 0 to {owners.max()}")
+        raise ConfigError(
+            f"{where}: the natural devices of these data are numbered 0 to {owners.max()}: choose another"
+        )
     return chosen
 
 
 def _generator(partition: Partition) -> np.random.RandomState:
-    # The parts are disjoint only if all devices draw the same numbers, whatever numpy each of them has: the stream
-    # of this generator is frozen for good (NEP 19), that of the newer ones is not.
+    # The parts are disjoint only if all devices draw the same numbers, with any version of numpy: the stream of this
+    # generator is frozen (NEP 19), those of the newer generators are not.
     return np.random.RandomState(partition.seed)
 
 
@@ -170,20 +176,20 @@ def _shares(generator: np.random.RandomState, partition: Partition) -> npt.NDArr
     shares: npt.NDArray[np.float64] = generator.dirichlet(np.full(partition.parts, partition.alpha))
     if np.isfinite(shares).all():
         return shares
-    # With a minute alpha every gamma draw behind it underflows; the limit is one device that has all.
+    # With a tiny alpha every gamma draw underflows; the limit is one device that has everything.
     shares[:] = 0
     shares[generator.randint(partition.parts)] = 1
     return shares
 
 
 def _fill_up(owner: Indices, parts: int, generator: np.random.RandomState) -> None:
-    """Give each device that came off too badly random samples of whoever has most at that moment."""
+    """Move random samples from the largest part to each part that is too small."""
     counts = np.bincount(owner, minlength=parts)
-    least = min(LEAST_SAMPLES, len(owner) // parts)
-    for poor in np.flatnonzero(counts < least):
-        while counts[poor] < least:
-            rich = int(counts.argmax())
-            moved = generator.choice(np.flatnonzero(owner == rich))
-            owner[moved] = poor
-            counts[rich] -= 1
-            counts[poor] += 1
+    minimum = min(SAMPLES_MIN, len(owner) // parts)
+    for smallest in np.flatnonzero(counts < minimum):
+        while counts[smallest] < minimum:
+            largest = int(counts.argmax())
+            moved = generator.choice(np.flatnonzero(owner == largest))
+            owner[moved] = smallest
+            counts[largest] -= 1
+            counts[smallest] += 1

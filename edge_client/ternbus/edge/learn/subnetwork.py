@@ -1,8 +1,8 @@
-"""A narrower sub-network for a weak device: the first channels of every layer, its update mapped into the full schema.
+"""A narrower sub-network for a weak device: the first channels of every layer, with updates in the full schema.
 
-HeteroFL (Diao et al. 2021, section 3), or FjORD's ordered dropout (Horvath et al. 2021) with a width that is a device's
-for good. Each tensor of the sub-network is the leading corner of the full one. What is left out the device neither
-computes nor changes: there its update is zero, and counts as that in the merge.
+This is HeteroFL (Diao et al. 2021, section 3), or FjORD's ordered dropout (Horvath et al. 2021) with a fixed width for
+each device. Each tensor of the sub-network is the leading corner of the full one. The device does not compute the other
+elements: its update is zero there, and the merge counts these zeros.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,50 +18,52 @@ from ternbus.edge.learn.task import Evaluation, Task, Trained, Trainer, trainers
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import FloatArray, Tensors
 
-LEAST_WIDTH = 0.05
+WIDTH_MIN = 0.05
 ROUNDING = 1e-9  # 0.1 · 30 is a little more than 3 in binary
 
 
 def channels(full: int, width: float) -> int:
-    """How many of a layer's channels, or units, a sub-network of this width has; at least 1."""
+    """The number of channels, or units, of a layer in a sub-network of this width; at least 1."""
     return max(1, ceil(full * width - ROUNDING))
 
 
 @runtime_checkable
 class NarrowingTask(Protocol):
-    """A task that has narrower forms: the same tensors by name, each with as many dimensions, but fewer channels."""
+    """A task with narrower models: the same tensor names and numbers of dimensions, but fewer channels."""
 
     def narrowed(self, width: float) -> Task: ...
 
 
 def check_width(width: float) -> None:
-    if not LEAST_WIDTH <= width <= 1:
-        raise ConfigError(f"the width is {width:g}, but must be within {LEAST_WIDTH:g} and 1")
+    if not WIDTH_MIN <= width <= 1:
+        raise ConfigError(f"the width is {width:g}: it must be from {WIDTH_MIN:g} to 1")
 
 
 def narrow(task: Task, width: float) -> Task:
-    """The task for a device of this width; itself for 1. Raises `ConfigError` for a task that cannot be narrowed."""
+    """The task for a device of this width; `task` itself for 1. Raises `ConfigError` if it has no such model."""
     check_width(width)
     if width == 1:
         return task
     if not isinstance(task, NarrowingTask):
-        raise ConfigError(f"the task {task.name} has no narrower form: it needs narrowed(width)")
+        raise ConfigError(f"the task {task.name} has no narrower model: add narrowed(width), or leave out --width")
     inner = task.narrowed(width)
     shapes = {name: tensor.shape for name, tensor in inner.initial(0).items()}
     full = {name: tensor.shape for name, tensor in task.initial(0).items()}
     if shapes.keys() != full.keys():
-        raise ConfigError(f"the task {task.name} of width {width:g} has other tensors than the full one")
+        raise ConfigError(f"the task {task.name} of width {width:g} must have the same tensor names as the full one")
     for name, shape in shapes.items():
         if len(shape) != len(full[name]) or any(map(int.__gt__, shape, full[name])):
-            raise ConfigError(f"the task {task.name} of width {width:g}: {name} is {shape}, no corner of {full[name]}")
+            raise ConfigError(
+                f"the task {task.name} of width {width:g}: {name} has shape {shape}, which is not within {full[name]}"
+            )
     if shapes == full:
-        raise ConfigError(f"the task {task.name} of width {width:g} is no narrower than the full one")
+        raise ConfigError(f"the task {task.name} of width {width:g} is as wide as the full one: choose a smaller width")
     return NarrowTask(full=task, inner=inner, shapes=shapes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NarrowTask:
-    """Hands out trainers of the sub-network; the model and the test data are those of the full task."""
+    """A task whose trainers train the sub-network; initial model and evaluator are those of the full task."""
 
     full: Task
     inner: Task
@@ -90,7 +92,7 @@ class NarrowTask:
 
 @dataclass(frozen=True, slots=True)
 class NarrowTrainer:
-    """Trains the leading corner of each tensor; ``shapes`` are the corners'."""
+    """Trains the leading corner of each tensor; ``shapes`` has the shapes of the corners."""
 
     inner: Trainer
     shapes: Mapping[str, tuple[int, ...]]
@@ -100,7 +102,7 @@ class NarrowTrainer:
         return self.inner.samples
 
     def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:
-        """Batch norm's statistics are not sent: a layer that gets fewer channels sees other means and variances."""
+        """Train the corners. Batch norm's statistics are not sent: with fewer channels they differ."""
         trained = self.inner.train(self._corners(start), replace(plan, statistics_rate=0.0), version=version, seed=seed)
         tensors = {name: np.array(tensor) for name, tensor in start.items()}
         for name, tensor in tensors.items():
@@ -108,7 +110,7 @@ class NarrowTrainer:
         return replace(trained, tensors=tensors)
 
     def evaluate(self, tensors: Tensors) -> Evaluation:
-        """What the sub-network is worth by itself."""
+        """Evaluate the sub-network alone."""
         return self.inner.evaluate(self._corners(tensors))
 
     def _corners(self, tensors: Tensors) -> dict[str, FloatArray]:

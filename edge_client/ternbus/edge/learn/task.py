@@ -1,6 +1,6 @@
-"""What a task and a trainer are: the protocols, and what training and evaluating hand back.
+"""The protocols Task and Trainer, and the results of training and evaluation.
 
-Knows numpy arrays by name and nothing of any framework; PyTorch is one way to be a `Trainer`, plain numpy another.
+Tensors are numpy arrays by name, so a trainer can use any framework.
 """
 
 import math
@@ -16,12 +16,12 @@ from ternbus.edge.plan.tensors import FloatArray, Tensors
 
 
 class TrainingError(FederationError):
-    """Local training gave no usable model (it diverged, say): nothing to send; the next version may do better."""
+    """Local training gave no usable model, for example because it diverged. The device tries the next version."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
-    """What local training made of a version: all tensors (not the difference), and from how many samples.
+    """The result of local training: all tensors of the trained model (not the change), and the number of samples.
 
     `metrics` has `loss` and `accuracy` (means over the training batches), `seconds` and `steps`.
     Raises `TrainingError` if any tensor has a NaN or an infinity.
@@ -33,21 +33,21 @@ class Trained:
 
     def __post_init__(self) -> None:
         for name, tensor in self.tensors.items():
-            # The extremes, since they pass on a NaN and, unlike isfinite(), need no second array of that size.
+            # The extremes, since they propagate a NaN and, unlike isfinite(), need no second array of this size.
             if tensor.size and not (math.isfinite(tensor.min()) and math.isfinite(tensor.max())):
-                raise TrainingError(f"training diverged ({name} is not finite): the plan's learning_rate is too high")
+                raise TrainingError(f"training diverged ({name} is not finite): lower the plan's learning_rate")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """What a model is worth on so many samples; `values` has `accuracy` and `loss`."""
+    """The metrics of a model on a number of samples; `values` has `accuracy` and `loss`."""
 
     samples: int
     values: Mapping[str, float]
 
     @property
     def finite(self) -> dict[str, float]:
-        """What may be published: a model that diverged can have a loss that is no number."""
+        """The values that can be published: a diverged model can have a NaN as its loss."""
         return {name: value for name, value in self.values.items() if math.isfinite(value)}
 
 
@@ -67,76 +67,77 @@ class Trainer(Protocol):
 
 @runtime_checkable
 class PrivateTrainer(Protocol):
-    """A trainer that knows per-sample differential privacy too; `dp = "sample"` is refused by any other."""
+    """A trainer with per-sample differential privacy, which `dp = "sample"` needs."""
 
     def train_privately(
         self, start: Tensors, plan: Plan, *, version: int, seed: int, random_source: RandomSource
     ) -> Trained:
-        """As `train`, and every step a Gaussian mechanism: a batch in which each sample is with the probability
-        `batch_size` / samples, by `random_source.sampled`; each sample's gradient clipped to the L2 norm `dp_clip`;
-        their sum with noise of standard deviation `dp_noise` · `dp_clip` from `random_source`.
-        `plan.steps(samples)` of them at most.
+        """Train like `train`, but with a Gaussian mechanism in each of at most `plan.steps(samples)` steps.
+
+        Each sample is in a batch with the probability `batch_size` / samples, by `random_source.sampled`. Each sample's
+        gradient is clipped to the L2 norm `dp_clip`. Their sum gets noise of standard deviation `dp_noise` · `dp_clip`
+        from `random_source`.
         """
         ...
 
 
 @runtime_checkable
 class Task(Protocol):
-    """A model and where its data comes from; what `--task` names."""
+    """A model and its data, as named by `--task`."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def default_plan(self) -> Mapping[str, object]:
-        """The plan that suits the task, in the keys of the protocol's `plan`."""
+        """The task's plan, with the keys of the protocol's `plan`; the federation's plan overrides it."""
         ...
 
     def initial(self, seed: int) -> dict[str, FloatArray]:
-        """A fresh model: version 0."""
+        """The initial model, version 0. The same seed gives the same model."""
         ...
 
     def trainer(self, *, data: Path | None, partition: str) -> Trainer:
-        """A device with its part of the training data. Raises `ConfigError` where there is none."""
+        """A trainer with a device's part of the training data. Raises `ConfigError` if there are no data."""
         ...
 
     def evaluator(self, *, data: Path | None) -> Trainer:
-        """A device with the test data."""
+        """A trainer with the test data."""
         ...
 
 
 @runtime_checkable
 class SharingTask(Protocol):
-    """A task that can make many trainers cheaper than one by one; they are used one at a time."""
+    """A task whose trainers in one process share memory; they are used one at a time."""
 
     def trainers(self, *, data: Path | None, partitions: Sequence[str]) -> Sequence[Trainer]: ...
 
 
 def trainers_of(task: Task, data: Path | None, partitions: Sequence[str]) -> list[Trainer]:
-    """A trainer for each partition. Raises `ConfigError` where there are no such data."""
+    """A trainer for each partition. Raises `ConfigError` if there are no such data."""
     if isinstance(task, SharingTask):
         return list(task.trainers(data=data, partitions=partitions))
     return [task.trainer(data=data, partition=partition) for partition in partitions]
 
 
 def halves_of(
-    task: Task, data: Path | None, partitions: Sequence[str], share: float, tried_by: Task | None = None
+    task: Task, data: Path | None, partitions: Sequence[str], share: float, evaluated_by: Task | None = None
 ) -> list[tuple[Trainer, Trainer]]:
-    """For each partition a trainer without the share that is held out, and one that has nothing else.
+    """For each partition a trainer without the held-out share, and a trainer with that share only.
 
-    The second is `tried_by`'s, if that is another task: versions are tried whole, also where a part of them is trained.
-    Raises `ConfigError` for a task that does not split as it is told to: it would be tried on what it has learned.
+    The task `evaluated_by`, if given, makes the second: a device that trains a sub-network evaluates the full model.
+    Raises `ConfigError` for a task that ignores the split: it would evaluate on its training data.
     """
     train, test = ([f"{partition};{half}:{share!r}" for partition in partitions] for half in ("train", "test"))
-    if tried_by is None:
+    if evaluated_by is None:
         made = trainers_of(task, data, [*train, *test])
     else:
-        made = [*trainers_of(task, data, train), *trainers_of(tried_by, data, test)]
+        made = [*trainers_of(task, data, train), *trainers_of(evaluated_by, data, test)]
     pairs = list(zip(made[: len(train)], made[len(train) :], strict=True))
     for trainer, held in pairs:
         if held.samples >= trainer.samples:
             raise ConfigError(
-                f"the task {task.name} holds nothing out: its trainer() must choose its rows by "
-                "ternbus.edge.select, or understand ';train:SHARE' and ';test:SHARE' itself"
+                f"the task {task.name} holds no data out: its trainer() must choose its rows with "
+                "ternbus.edge.select, or interpret ';train:SHARE' and ';test:SHARE' itself"
             )
     return pairs

@@ -1,8 +1,8 @@
-"""The folder of a task's module: the task's own code finds its modules there, Ternbus and libraries never do.
+"""Imports from the folder of a task's module, for the task's own code only.
 
-The folder is the last entry of `sys.path`, so a module of Python or of an installed library wins over a file of the
-same name. What is found in the folder is given only to modules that were found there themselves: where Ternbus or a
-library tries to import something that is not installed, a file of that name beside the task is not it.
+The folder is the last entry of `sys.path`, so a module of Python or of an installed library has precedence over a file
+of the same name. Only modules from the folder can import others from it: if Ternbus or a library tries to import an
+optional module that is not installed, it must not get a file of that name beside the task.
 """
 
 import importlib
@@ -27,12 +27,12 @@ _LOADERS = (
     (SourceFileLoader, SOURCE_SUFFIXES),
     (SourcelessFileLoader, BYTECODE_SUFFIXES),
 )
-_OURS = "ternbus"  # a namespace package: a folder of that name would become a part of it
+_OURS = "ternbus"  # a namespace package: a folder of this name would become a part of it
 _MACHINERY = {"importlib", "_frozen_importlib", "_frozen_importlib_external"}
 
 
 def holds(folder: Path, module: str) -> bool:
-    """Whether the folder has the file of this module, which may be dotted. Imports nothing."""
+    """Whether the folder has the file of this module, whose name may be dotted. Imports nothing."""
     places: Sequence[str] = [str(folder)]
     found: ModuleSpec | None = None
     for name in module.split("."):
@@ -45,11 +45,11 @@ def holds(folder: Path, module: str) -> bool:
 
 
 def taken_by(folder: Path, module: str) -> str:
-    """What already has the name of this module of the folder: a file's path or "Python". Empty where it is free."""
+    """The path of another module with this name, or "Python" for a built-in one; empty if there is none."""
     top = module.partition(".")[0]
     loaded = sys.modules.get(top)
     spec = find_spec(top) if loaded is None else loaded.__spec__
-    if spec is None or (loaded is None and spec.origin is None):  # a mere folder elsewhere yields to a file
+    if spec is None or (loaded is None and spec.origin is None):  # a file has precedence over a folder elsewhere
         return ""
     places = [spec.origin] if spec.has_location and spec.origin else list(spec.submodule_search_locations or [])
     if any(Path(place).is_relative_to(folder) for place in places):
@@ -58,35 +58,35 @@ def taken_by(folder: Path, module: str) -> str:
 
 
 def import_from(folder: Path, module: str) -> ModuleType:
-    """Import a module of the folder. Raises whatever the module raises."""
-    importlib.invalidate_caches()  # the file may have been written a moment ago, in a notebook say
+    """Import a module from the folder. Raises whatever the module raises."""
+    importlib.invalidate_caches()  # the file may be new, for example from a notebook
     entry = str(folder)
     if entry not in sys.path:
         _finders[entry] = finder = _Finder(entry, *_LOADERS)
         sys.path_hooks.insert(0, finder.hook)
         sys.path_importer_cache.pop(entry, None)
         sys.path.append(entry)
-    if entry in _finders:  # else the folder was on the path before, for everybody
+    if entry in _finders:  # else the folder was on the path before, for all modules
         _finders[entry].own.add(module.partition(".")[0])
     return importlib.import_module(module)
 
 
 def is_on_path(entry: str) -> bool:
-    """Whether an entry of `sys.path` is there only because a task was imported from that folder."""
+    """Whether `import_from` added this entry to `sys.path`."""
     return entry in _finders
 
 
 class _Finder(FileFinder):
-    """Finds what is in one folder, for the modules that it has found before; `own` has their names."""
+    """Finds modules in one folder for modules that it has found before; `own` has their names."""
 
     def __init__(self, path: str, *loaders: object) -> None:
-        super().__init__(path, *loaders)  # type: ignore[arg-type]  # as they are above
+        super().__init__(path, *loaders)  # type: ignore[arg-type]  # `_LOADERS` has the right types
         self.own: set[str] = set()
 
     def hook(self, path: str) -> "_Finder":
-        """For `sys.path_hooks`: whoever looks into this folder is served here."""
+        """The entry for `sys.path_hooks`: this finder for its own folder."""
         if path != self.path:
-            raise ImportError(f"another folder than {self.path}", path=path)
+            raise ImportError(f"this finder is for {self.path} only", path=path)
         return self
 
     def find_spec(self, fullname: str, target: ModuleType | None = None) -> ModuleSpec | None:
@@ -102,8 +102,8 @@ _finders: dict[str, _Finder] = {}
 
 
 def _importer() -> str:
-    """The top-level name of the module whose code imports something at this moment."""
-    frame: FrameType | None = sys._getframe(2)  # noqa: SLF001 - as `warnings` and `logging` find who called
+    """The top-level name of the module that runs the import."""
+    frame: FrameType | None = sys._getframe(2)  # noqa: SLF001 - as `warnings` and `logging` find the caller
     while frame is not None:
         top = str(frame.f_globals.get("__name__", "")).partition(".")[0]
         if top not in _MACHINERY:

@@ -1,7 +1,7 @@
-"""TernGrad: an update becomes one scale and one trit an element, right on average (Wen et al. 2017).
+"""TernGrad: unbiased quantization of a tensor to one scale and one trit per element (Wen et al. 2017).
 
-Knows flat float32 arrays; needs nothing but numpy, and works in blocks, so that a device's memory holds the
-model once more, not four times more, and a block stays in the processor's cache.
+It works in blocks, so that a device needs memory for one more copy of the model, not for four, and a block stays in
+the processor's cache.
 """
 
 import math
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-BLOCK = 65_536  # elements at a time; the largest temporary is a block in float32 or in random bits, 256 KiB
+BLOCK = 65_536  # elements at a time; the largest temporary array is a block of float32 or random bits, 256 KiB
 LARGEST_SCALE = 65_504.0  # the protocol's bound
 SMALLEST_SCALE = 2.0**-126  # below it a float32 counts as zero everywhere in the protocol
 EPSILON = 2.0**-20
@@ -28,9 +28,9 @@ def ternarize(
     """(s, t) of one tensor, t in {-1, 0, 1} element by element: E[s·t] is the clipped tensor.
 
     t = sign(g)·b with P(b = 1) = |g| / s, where g is the tensor clipped to ±c·sigma and s its largest magnitude (the
-    `ternarize` and the gradient clipping of Wen et al. 2017). `clip_sigma` is c; 0 turns clipping off. Any shape is
-    taken, and the trits have the same; they are written to `out`, a flat int8 array, where one is given. Raises
-    `ValueError` for a NaN or an infinity.
+    `ternarize` and the gradient clipping of Wen et al. 2017). `clip_sigma` is c; 0 turns clipping off. The tensor can
+    have any shape, and the trits have the same. If `out`, a flat int8 array, is given, the trits are written to it.
+    Raises `ValueError` for a NaN or an infinity.
     """
     flat = values.reshape(-1)
     trits = np.empty(flat.shape, np.int8) if out is None else out
@@ -46,8 +46,8 @@ def ternarize(
 def scale(values: FloatArray, *, clip_sigma: float) -> np.float32:
     """The scale s = min(max|g|, c·sigma), sigma being the standard deviation of the tensor's elements.
 
-    At most 65,504, and 0 where it would be too small for the protocol. A tensor whose elements are all the same has
-    sigma 0 and nothing to clip: its s is max|g|. Raises `ValueError` for a NaN or an infinity.
+    At most 65,504, and 0 if it would be too small for the protocol. A tensor of equal elements has sigma 0 and is not
+    clipped: its s is max|g|. Raises `ValueError` for a NaN or an infinity.
     """
     flat = values.reshape(-1)
     if not flat.size:
@@ -56,7 +56,7 @@ def scale(values: FloatArray, *, clip_sigma: float) -> np.float32:
     if not math.isfinite(largest):
         raise ValueError("cannot ternarize: the tensor has a NaN or an infinity")
     sigma = _standard_deviation(flat) if clip_sigma > 0 else 0.0
-    spread = sigma > largest * EPSILON  # what is less than float32 resolves is rounding, and nothing to clip
+    spread = sigma > largest * EPSILON  # a smaller sigma is float32's rounding, and nothing to clip
     bounded = min(largest, LARGEST_SCALE, clip_sigma * sigma if spread else math.inf)
     return np.float32(bounded) if bounded >= SMALLEST_SCALE else np.float32(0)
 
@@ -64,7 +64,7 @@ def scale(values: FloatArray, *, clip_sigma: float) -> np.float32:
 def _draw(values: FloatArray, s: np.float32, bits: np.random.SFC64, out: Trits) -> None:
     """Write t = floor(g/s + u) with u uniform in [0, 1): 1 with probability g/s, or -1 with probability -g/s.
 
-    Shifted by one, so that the conversion to an integer, which cuts off, is the floor.
+    The values are shifted by one, so that the conversion to an integer, which truncates, is the floor.
     """
     raw = bits.random_raw(-(-values.size // 2))
     raw &= MANTISSAS
@@ -76,7 +76,7 @@ def _draw(values: FloatArray, s: np.float32, bits: np.random.SFC64, out: Trits) 
 
 
 def _standard_deviation(flat: FloatArray) -> float:
-    """In two passes, so that a mean far from zero cancels nothing; a block's sums in float32, their sum in float64."""
+    """Two passes, so that a mean far from zero does not cancel; sums of blocks in float32, the total in float64."""
     squares = 0.0
     with np.errstate(over="ignore", invalid="ignore"):  # an overflow is bounded by LARGEST_SCALE later
         mean = sum(float(flat[block].sum()) for block in _blocks(flat.size)) / flat.size

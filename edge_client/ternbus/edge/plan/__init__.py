@@ -1,1 +1,1 @@
-"""What a plan says: its keys and bounds, schedules, differential privacy as values."""
+"""Values of a training plan: the plan with its bounds, schedules, differential privacy, tensors by name."""

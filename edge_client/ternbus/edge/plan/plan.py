@@ -1,4 +1,4 @@
-"""The plan: what the federation asks of local training, as a value that is checked when it is made."""
+"""The training plan: the federation's parameters of local training, checked when the value is made."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -17,18 +17,17 @@ NO_DP: Final = plan_keys.NO_DP
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What the federation asks of local training: the keys of the protocol's `plan`, and Ternbus' own.
+    """The parameters of local training: the keys of the protocol's `plan`, and Ternbus' own.
 
-    `local_steps`, where given, counts instead of `local_epochs`; `local_seconds` ends either early, so that a slow
-    device does less. The learning rate follows `schedule` (see `ternbus.edge.plan.schedule`), which ends at
-    `schedule_versions` with the share `final_rate`. `statistics_rate` is how much of the change of batch norm's
-    statistics is sent. `beta1` and `beta2` are Adam's, `momentum` SGD's.
-    `precision` and `memory_format` are for trainers that know them; "auto" measures which is faster. `proximal_mu` is
-    FedProx's µ (Li et al. 2020, eq. 2), `clip_sigma` TernGrad's c (Wen et al. 2017; 0 = no clipping). `dp` is a kind of
-    differential privacy (docs/privacy.md), by `dp_clip` and `dp_noise`, until `dp_epsilon` at `dp_delta` is spent. A
-    device trains on the share `participation` of the versions, in turns; each `turn_s` seconds without a new version
-    count as one more. Keys that neither knows are in `extra`, as they came. Raises `ProtocolError` ("bad-plan") for a
-    value out of range.
+    `local_steps`, if given, replaces `local_epochs`. `local_seconds` ends either early, so that a slow device does
+    less. The learning rate follows `schedule` (see `ternbus.edge.plan.schedule`), which ends at `schedule_versions`
+    with the share `final_rate`. `statistics_rate` is the share of the change of batch norm's statistics that is sent.
+    `beta1` and `beta2` are Adam's, `momentum` is SGD's. `precision` and `memory_format` are for trainers that support
+    them; "auto" measures which is faster. `proximal_mu` is FedProx's µ (Li et al. 2020, eq. 2), `clip_sigma` TernGrad's
+    c (Wen et al. 2017; 0 = no clipping). `dp` is the kind of differential privacy (docs/privacy.md), with `dp_clip` and
+    `dp_noise`, until `dp_epsilon` at `dp_delta` is spent. A device trains on the share `participation` of the versions,
+    in turns; each `turn_s` seconds without a new version count as one more version. Unknown keys are in `extra`,
+    unchanged. Raises `ProtocolError` ("bad-plan") for a value out of range.
     """
 
     local_epochs: float = 1.0
@@ -77,13 +76,13 @@ class Plan:
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, object]) -> "Plan":
-        """The plan in a head's `plan`, or in a task's `default_plan`. Raises `ProtocolError` on nonsense."""
+        """The plan of a head's `plan`, or of a task's `default_plan`. Raises `ProtocolError` for an invalid value."""
         extra = {name: value for name, value in meta.items() if name not in plan_keys.KEYS}
         given = {name: value for name, value in meta.items() if name in plan_keys.KEYS}
-        return cls(**given, extra=extra)  # type: ignore[arg-type]  # __post_init__ checks every one
+        return cls(**given, extra=extra)  # type: ignore[arg-type]  # __post_init__ checks every value
 
     def steps(self, samples: int) -> int:
-        """How many steps of SGD the plan asks of a device with so many samples; at least 1."""
+        """The number of training steps of a device with this many samples; at least 1."""
         if self.local_steps is not None:
             return self.local_steps
         return max(1, round(self.local_epochs * samples / min(self.batch_size, samples)))
@@ -102,9 +101,9 @@ class Plan:
     def batches(
         self, samples: int, rng: np.random.Generator, clock: Callable[[], float] | None = None
     ) -> Iterator[npt.NDArray[np.int64]]:
-        """The sample indices of each step: every sample once before any comes twice, and no batch is smaller.
+        """The sample indices of each step. All batches have the same size, and no sample repeats before all were used.
 
-        At least one; after it none that would begin when `local_seconds` are over on the `clock`, which is in seconds.
+        Yields at least one batch, and none after `local_seconds` have passed on the `clock`, which is in seconds.
         """
         size = min(self.batch_size, samples)
         order = np.empty(0, np.int64)

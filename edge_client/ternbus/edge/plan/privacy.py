@@ -1,6 +1,6 @@
-"""Differential privacy as values: its two kinds, what a training costs, what was spent, what a device's owner allows.
+"""Values of differential privacy: the two kinds, the cost of a training, the budget spent, the owner's policy.
 
-Knows no mechanism (`noise.py` and `torch_private.py` do) and no theorem (`accountant.py`).
+The mechanisms are in `learn/noise.py` and `torch/dp_sgd.py`, the accounting is in `learn/accountant.py`.
 """
 
 import json
@@ -14,12 +14,12 @@ from ternbus.edge.plan.plan import Plan
 
 DEVICE: Final = plan_keys.DEVICE
 SAMPLE: Final = plan_keys.SAMPLE
-TOLD: Final = ("epsilon", "delta")  # the metrics of an update that tell nothing of what is protected
+PRIVACY_METRICS: Final = ("epsilon", "delta")  # metrics of an update that do not depend on the data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """So many steps of the Gaussian mechanism, each on a Poisson sample of this ``rate``.
+    """A number of steps of the Gaussian mechanism, each on a Poisson sample of this ``rate``.
 
     ``noise`` is the noise's standard deviation in units of the sensitivity.
     """
@@ -32,7 +32,10 @@ class Cost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Account:
-    """What a device has spent; ``epsilon`` and ``delta`` are of its newest update's kind, that update included."""
+    """The privacy budget that a device has spent.
+
+    ``epsilon`` and ``delta`` are for the kind of the newest update, and include it.
+    """
 
     spent: tuple[Cost, ...] = ()
     epsilon: float = 0.0
@@ -42,7 +45,7 @@ class Account:
         return tuple(cost for cost in self.spent if cost.kind == kind)
 
     def plus(self, cost: Cost) -> "Account":
-        """The same mechanism is one entry however often it is used; `epsilon` is the caller's to bring up to date."""
+        """The account with another cost. Equal mechanisms add up to one entry. The caller must update `epsilon`."""
         same = [each for each in self.spent if replace(each, steps=cost.steps) == cost]
         others = [each for each in self.spent if each not in same]
         steps = cost.steps + sum(each.steps for each in same)
@@ -59,7 +62,7 @@ class Account:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrivacyPolicy:
-    """What the device's owner insists on, whatever the federation's plan says."""
+    """The differential privacy that the device's owner requires, whatever the federation's plan is."""
 
     kind: str
     epsilon: float
@@ -67,25 +70,27 @@ class PrivacyPolicy:
 
     def __post_init__(self) -> None:
         if self.kind not in (DEVICE, SAMPLE) or not self.epsilon > 0 or not 0 < self.delta < 1:
-            takes = "--dp device or sample, --max-epsilon above 0, --max-delta between 0 and 1"
-            raise ConfigError(f"a device's own privacy takes {takes}")
+            raise ConfigError(
+                f"invalid privacy policy (dp {self.kind!r}, epsilon {self.epsilon:g}, delta {self.delta:g}): "
+                "give --dp device or sample, --max-epsilon above 0, --max-delta between 0 and 1"
+            )
 
     def bound(self, plan: Plan) -> Plan | str:
-        """The plan with no larger a budget than the owner's; or what the owner does not agree to, in words."""
+        """The plan with at most the owner's budget; or, if the policy forbids the plan, a text that says why."""
         if plan.dp != self.kind or plan.dp_delta > self.delta:
-            asked = f'dp = "{self.kind}" and dp_delta of at most {self.delta:g}'
-            return f'its owner wants {asked}, the plan has dp = "{plan.dp}" and dp_delta {plan.dp_delta:g}'
+            required = f'dp = "{self.kind}" and dp_delta of at most {self.delta:g}'
+            return f'its owner requires {required}, the plan has dp = "{plan.dp}" and dp_delta {plan.dp_delta:g}'
         return replace(plan, dp_epsilon=min(plan.dp_epsilon, self.epsilon))
 
 
 def cost(plan: Plan, samples: int) -> Cost:
-    """What training by a plan with `dp` costs a device with so many samples."""
+    """The cost of one training of a device with this many samples, by a plan with `dp`."""
     if plan.dp == DEVICE:
         return Cost(kind=DEVICE, noise=plan.dp_noise, rate=1.0, steps=1)
     rate = min(1.0, plan.batch_size / samples)
     return Cost(kind=SAMPLE, noise=plan.dp_noise, rate=rate, steps=plan.steps(samples))
 
 
-def told(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics that may be sent where the others tell of the data."""
-    return {name: metrics[name] for name in TOLD if name in metrics}
+def privacy_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics that may be sent even if the others must stay private."""
+    return {name: metrics[name] for name in PRIVACY_METRICS if name in metrics}

@@ -1,18 +1,18 @@
-"""What goes by the federation's versions: the learning rate (a warm-up, then constant, linear or cosine), and turns."""
+"""Schedules by version: the learning rate (a warm-up, then constant, linear or cosine), and a device's turns."""
 
 import math
 
 from ternbus.broker.protocol.messages import RESTORE_LEAP
 
-TURNS = 1_000_000  # versions in which every whole number of turns can be had
+TURNS = 1_000_000  # `participation` is rounded to a whole number of turns in this many versions
 
 
 def share(schedule: str, version: int, *, warmup: int, total: int, final: float) -> float:
     """The share of `learning_rate` for training on a version; 0 to 1.
 
     v < W: (v + 1) / W. From W on, with p = (v - W) / (T - W), at most 1: constant 1; linear 1 - (1 - f)·p; cosine
-    f + (1 - f)·(1 + cos(pi·p)) / 2 (Loshchilov & Hutter 2017, eq. 5). W is `warmup`, T `total`, f `final`. Every device
-    and every restart computes the same: nothing but the version counts.
+    f + (1 - f)·(1 + cos(pi·p)) / 2 (Loshchilov & Hutter 2017, eq. 5). W is `warmup`, T `total`, f `final`. The result
+    depends on the version alone, so every device and every restart computes the same.
     """
     version %= RESTORE_LEAP
     if version < warmup:
@@ -25,11 +25,11 @@ def share(schedule: str, version: int, *, warmup: int, total: int, final: float)
 
 
 def turn(version: int, *, participation: float, phase: int) -> int:
-    """The first version from this one on which it is a device's turn to train.
+    """The first version, from `version` on, that is the device's turn to train.
 
-    With C = `participation` in millionths (the client fraction of McMahan et al. 2017, algorithm 1) it is at each v
-    where floor((C·(v + 1) + phase) / 10⁶) > floor((C·v + phase) / 10⁶): on that share of the versions, evenly.
-    `phase`, 0 … 999,999, sets devices apart.
+    With C = `participation` in millionths (the client fraction of McMahan et al. 2017, algorithm 1) a turn is each v
+    with floor((C·(v + 1) + phase) / 10⁶) > floor((C·v + phase) / 10⁶): that share of the versions, evenly spaced.
+    `phase`, 0 … 999,999, gives each device other turns.
     """
     millionths = max(1, round(participation * TURNS))
     number = (millionths * version + phase) // TURNS + 1  # of the turn

@@ -1,4 +1,4 @@
-"""A model by its tensors' names: what travels, in numpy arrays, whatever trains it."""
+"""The types of a model's tensors: numpy arrays by name, for every framework."""
 
 from collections.abc import Mapping
 
@@ -7,4 +7,4 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32]
 Tensors = Mapping[str, FloatArray]
-"""Name -> float32 array in the model's own shape; the order is the model's own."""
+"""Name -> float32 array in the tensor's shape, in the model's order."""

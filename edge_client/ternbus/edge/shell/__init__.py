@@ -1,1 +1,1 @@
-"""What runs a device: process, folder, store, threads and the command line."""
+"""The I/O of a device: process, directory, SQLite store, training thread and command line."""

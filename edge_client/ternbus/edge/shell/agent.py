@@ -1,4 +1,4 @@
-"""A device's process put together: folder, task, store, core and service, and how it ends."""
+"""The assembly of a device's process from directory, task, outbox, core and service, for each of its commands."""
 
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -30,18 +30,18 @@ from ternbus.edge.shell.service import PERSONAL, Report, Service
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How long to stay, and how slow to pretend to be."""
+    """The options of one run: when to stop, and what to do beside training."""
 
     versions: int | None = None
     timeout_s: float | None = None
     min_seconds: float = 0.0
-    reports: bool = False  # what versions are worth on the data held out
-    fine_tune: float = 0.0  # epochs
+    reports: bool = False  # publish metrics of versions on the held-out data
+    fine_tune: float = 0.0  # epochs before the device stops
 
 
 def join(home: DeviceDirectory, settings: Settings, task: Task, options: Options, report: Report) -> Stop:
-    """Enrol, and see that the task's model fits; then the invitation's code is forgotten."""
-    with home.held():
+    """Enroll the key and check that the task's model fits; then delete the invitation's code from the settings."""
+    with home.locked():
         stop, _ = _serve(home, settings, task=task, role="join", data=None, options=options, report=report)
         if stop.code == EXIT_DONE:
             home.write(replace(settings, code=""))
@@ -49,28 +49,31 @@ def join(home: DeviceDirectory, settings: Settings, task: Task, options: Options
 
 
 def renew(home: DeviceDirectory, invitation: Invitation, task: Task, options: Options, report: Report) -> Stop:
-    """Enrol a new key with this invitation, then make it the device's. ConfigError where it is not for this device."""
+    """Enroll a new key with this invitation, then make it the device's key.
+
+    Raises `ConfigError` for an invitation of another device.
+    """
     key_rotation.check(home, invitation)
-    with home.held():
-        beside, settings = key_rotation.begin(home, invitation)
-        stop = join(beside, settings, task, options, report)
+    with home.locked():
+        renewal, settings = key_rotation.begin(home, invitation)
+        stop = join(renewal, settings, task, options, report)
         if stop.code == EXIT_DONE:
             key_rotation.finish(home)
             return replace(stop, reason=f"{settings.device} has a new key")
         if stop.code == EXIT_REFUSED:
-            beside.discard()
+            renewal.discard()
         return stop
 
 
 def serve(home: DeviceDirectory, role: Role, options: Options, report: Report) -> tuple[Stop, bool]:
-    """Train or evaluate until it is time to stop; why, and whether the training thread has ended.
+    """Train or evaluate until the core stops. Returns its `Stop`, and whether the training thread has ended.
 
-    Raises what the task's code raises, and ConfigError.
+    Raises `ConfigError`, and whatever the task's code raises.
     """
     settings = home.joined()
     check(settings, options)
     task = load_task(settings.task)
-    with home.held():
+    with home.locked():
         key_rotation.finish(home)
         settings = home.joined()
         return _serve(
@@ -79,29 +82,34 @@ def serve(home: DeviceDirectory, role: Role, options: Options, report: Report) -
 
 
 def check(settings: Settings, options: Options) -> None:
-    """ConfigError where an option needs data that nobody has held out."""
+    """Raises `ConfigError` if an option needs held-out data and the device has none."""
     if not settings.hold_out and (options.reports or options.fine_tune):
         asked = "--report-metrics" if options.reports else "--fine-tune"
         raise ConfigError(
-            f"{asked} needs data that are never trained on: `ternbus edge join … --hold-out 0.2` keeps them apart"
+            f"{asked} needs held-out data, and this device has none: join with `ternbus edge join … --hold-out 0.2`"
         )
     if options.fine_tune and settings.share_of_channels < 1:
-        raise ConfigError("--fine-tune makes a model of the full width: not on a device that joined with --width")
+        raise ConfigError(
+            "--fine-tune trains a model of the full width, and this device joined with --width: leave out --fine-tune"
+        )
 
 
 def _data(settings: Settings, task: Task, role: Role) -> tuple[Trainer, Trainer | None]:
-    """What the device trains on, or an evaluator tries versions on; and what it holds out, if anything."""
+    """The trainer with the device's data, or an evaluator's with the test data; and one with the held-out data."""
     if role == "evaluate":
         return task.evaluator(data=settings.data_folder), None
     trained = narrow(task, settings.share_of_channels)
     if settings.hold_out:
-        tried_by = None if trained is task else task
-        return halves_of(trained, settings.data_folder, [settings.partition], float(settings.hold_out), tried_by)[0]
+        evaluated_by = None if trained is task else task
+        return halves_of(trained, settings.data_folder, [settings.partition], float(settings.hold_out), evaluated_by)[0]
     return trained.trainer(data=settings.data_folder, partition=settings.partition), None
 
 
-def say_goodbye(home: DeviceDirectory, settings: Settings) -> None:
-    """Clear the retained status, and leave a session to which nothing is delivered. LinkError without a broker."""
+def clear_status(home: DeviceDirectory, settings: Settings) -> None:
+    """Clear the retained status, and unsubscribe, so that the broker queues nothing for the session.
+
+    Raises `LinkError` if the broker fails.
+    """
     status = topics.up(settings.federation, settings.device, Status.KIND)
     link = make_link(home, settings)(lambda _: None)
     link.connect(status, b"")
@@ -135,7 +143,7 @@ def _serve(
     options: Options,
     report: Report,
 ) -> tuple[Stop, bool]:
-    """How it ended, and whether its training thread has ended too."""
+    """The core's `Stop`, and whether the training thread has ended."""
     identity = home.identity()
     trainer, held = data or (None, None)
     with Outbox(home.folder, identity.key_id) as outbox:
@@ -143,7 +151,7 @@ def _serve(
         shapes = {name: tuple(tensor.shape) for name, tensor in initial.items()}
         profile = _profile(settings, identity, task, role=role, options=options, shapes=shapes)
         core = Core(profile, outbox.kept, InitialModel(tensors=initial))
-        del initial  # the core lets go of it at the first head
+        del initial  # the core frees it at the first head
         service = Service(
             core,
             outbox=outbox,
@@ -156,7 +164,7 @@ def _serve(
         )
         with _signals_stop(service):
             stop = service.run()
-        ended = service.leave_training()
+        ended = service.stop_training()
     if stop.code == EXIT_CONFIG:
         raise ConfigError(stop.reason)
     return stop, ended
@@ -195,7 +203,7 @@ def _profile(
         code=settings.code,
         tensors=shapes,
         default_plan=dict(task.default_plan),
-        policy=settings.promise,
+        policy=settings.policy,
         software=software(),
         versions=options.versions,
         timeout_s=options.timeout_s,

@@ -1,4 +1,4 @@
-"""`ternbus edge …`: join a federation, train or evaluate for it, look at what a device did, and leave."""
+"""The commands `ternbus edge …`: join a federation, train or evaluate for it, inspect the device, leave."""
 
 import json
 from dataclasses import replace
@@ -24,50 +24,61 @@ from ternbus.edge.shell.agent import Options
 from ternbus.edge.shell.directory import DeviceDirectory
 from ternbus.edge.shell.preflight import check as examine
 from ternbus.edge.shell.printer import Printer
-from ternbus.edge.shell.process import become
+from ternbus.edge.shell.process import run_device
 from ternbus.edge.shell.service import PERSONAL
 
-app = typer.Typer(no_args_is_help=True, help="The device: follow the model, train, send updates.")
+app = typer.Typer(no_args_is_help=True, help="Run a device: follow the model, train, send updates.")
 
 TASKS = f"{', '.join(BUILT_IN_TASKS)}, or your own as MODULE:ATTRIBUTE or FILE.py:ATTRIBUTE."
-Dir = Annotated[Path, typer.Argument(metavar="DIR", help="The device's folder.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, a line an event, for scripts.")]
-Versions = Annotated[int | None, typer.Option(min=1, help="Stop after so many versions.")]
+InvitationFile = Annotated[
+    Path, typer.Argument(metavar="INVITATION.toml", help="Invitation file from `ternbus aggregator invite`.")
+]
+Dir = Annotated[Path, typer.Argument(metavar="DIR", help="The device's directory.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object per line and event, for scripts.")]
+Versions = Annotated[
+    int | None, typer.Option(min=1, help="Number of versions to contribute to, or to evaluate, before stopping.")
+]
 Seed = Annotated[
     int,
-    typer.Option(min=0, max=2**63 - 1, help="As given to init-model: the same first model need not be fetched."),
+    typer.Option(
+        min=0, max=2**63 - 1, help="Seed that `init-model` was given; the device then need not download version 0."
+    ),
 ]
-Username = Annotated[
-    str, typer.Option(metavar="NAME", help="At a broker that others run. [default: the device's name]")
-]
+Username = Annotated[str, typer.Option(metavar="NAME", help="User name at the broker, if it is not the device's name.")]
 PasswordFile = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="With the password in its first line; mode 0600, TLS only.")
+    Path | None,
+    typer.Option(metavar="FILE", help="File with the broker's password in its first line; mode 0600, with TLS only."),
 ]
 Timeout = Annotated[
     float | None,
-    typer.Option(min=0, metavar="SECONDS", help="Give up if broker, aggregator or model are waited for so long."),
+    typer.Option(min=0, metavar="SECONDS", help="Longest wait for broker, aggregator or model; no limit by default."),
 ]
 Renew = Annotated[
-    bool, typer.Option("--renew", help="Give a device that has joined a new key; all else stays as it is.")
+    bool, typer.Option("--renew", help="Replace the key of a device that has joined; keep everything else.")
 ]
 Width = Annotated[
-    float, typer.Option(metavar="SHARE", help="Train only this share of each layer's channels, on a weak device.")
+    float, typer.Option(metavar="SHARE", help="Share of each layer's channels to train; less than 1 for a weak device.")
 ]
 HoldOut = Annotated[
     float,
-    typer.Option(metavar="SHARE", help="Never train on this share of the device's data, up to 0.4, but try on it."),
+    typer.Option(
+        metavar="SHARE", help="Share of the device's data, up to 0.4, kept for evaluation and never trained on."
+    ),
 ]
 Reports = Annotated[
     bool,
     typer.Option(
         "--report-metrics",
-        help="Tell the aggregator what versions are worth on the data held out; the broker reads it.",
+        help="Send the aggregator the accuracy of each version on the held-out data; the broker can read it.",
     ),
 ]
 FineTune = Annotated[
     float,
     typer.Option(
-        min=0, max=1e4, metavar="EPOCHS", help="Before leaving, train a model of its own: DIR/personal.safetensors."
+        min=0,
+        max=1e4,
+        metavar="EPOCHS",
+        help="Epochs of fine-tuning before the device stops; the personal model is DIR/personal.safetensors.",
     ),
 ]
 
@@ -76,25 +87,27 @@ FrameBytes = Annotated[
     typer.Option(
         min=FRAME_BYTES_RANGE[0],
         max=FRAME_BYTES_RANGE[1],
-        help="The largest MQTT payload that it sends; the broker's limit counts too. Larger ones: fewer parts.",
+        help="Largest MQTT payload to send, in bytes, if the broker allows it. Larger payloads mean fewer parts.",
     ),
 ]
 
-Dp = Annotated[str, typer.Option(metavar="KIND", help="Train only under this differential privacy: device or sample.")]
-MaxEpsilon = Annotated[
-    float | None, typer.Option(metavar="EPSILON", help="With --dp: stop there, whatever the plan allows.")
+Dp = Annotated[
+    str, typer.Option(metavar="KIND", help="Differential privacy that the plan must have: device or sample.")
 ]
-MaxDelta = Annotated[float, typer.Option(metavar="DELTA", help="With --dp: at no larger delta.")]
+MaxEpsilon = Annotated[
+    float | None, typer.Option(metavar="EPSILON", help="Largest epsilon to spend, whatever the plan allows; with --dp.")
+]
+MaxDelta = Annotated[float, typer.Option(metavar="DELTA", help="Largest delta of the plan to accept; with --dp.")]
 
 
 @app.command()
 def join(
     *,
-    invitation: Annotated[Path, typer.Argument(metavar="INVITATION.toml", help="From `ternbus aggregator invite`.")],
+    invitation: InvitationFile,
     directory: Dir,
-    task: Annotated[str, typer.Option(help=f"{TASKS} Needed unless --renew.")] = "",
-    data: Annotated[Path | None, typer.Option(help="Where the task's data are, if it does not bring them.")] = None,
-    partition: Annotated[str, typer.Option(help=f"Which part is this device's: {FORMS}.")] = "all",
+    task: Annotated[str, typer.Option(help=f"Task: {TASKS} Required unless --renew.")] = "",
+    data: Annotated[Path | None, typer.Option(help="Folder with the task's data, if the task needs one.")] = None,
+    partition: Annotated[str, typer.Option(help=f"Part of the data that this device trains on: {FORMS}.")] = "all",
     seed: Seed = 0,
     username: Username = "",
     password_file: PasswordFile = None,
@@ -105,26 +118,26 @@ def join(
     hold_out: HoldOut = 0.0,
     width: Width = 1.0,
     frame_bytes: FrameBytes = FRAME_BYTES,
-    then_run: Annotated[bool, typer.Option("--run", help="Then train, as `ternbus edge run` does.")] = False,
+    then_run: Annotated[bool, typer.Option("--run", help="Train after joining, like `ternbus edge run`.")] = False,
     reports: Reports = False,
     fine_tune: FineTune = 0.0,
     timeout: Timeout = None,
     as_json: AsJson = False,
 ) -> None:
-    """Become a member: make a key, enrol with the invitation's code, check that the task's model fits.
+    """Join a federation: make a key, enroll it with the invitation's code, check that the task's model fits.
 
-    Waits for a broker or an aggregator that is not there yet. Interrupted, it can be repeated; with `--run` also
-    when the device has joined: then it only runs.
+    The command waits for a broker and an aggregator that are not reachable yet. It can be repeated after an
+    interruption. With `--run` it can also be repeated after the device has joined: the device then only trains.
 
-    With `--renew` and a new invitation, a device that has joined gets a new key and keeps everything else: its data,
-    what it has not sent yet, its counters. Until the new key is taken the old one stays.
+    `--renew` with a new invitation replaces the key of a device that has joined. Its settings, its outstanding update
+    and its counters stay. The old key stays valid until the aggregator admits the new one.
 
     Example: ternbus edge join pi-7.toml pi-7 --task digits --partition iid:0/8
     """
     printer = Printer(as_json=as_json)
     at_its_default = width == 1 and partition == "all" and frame_bytes == FRAME_BYTES
-    kept_apart = (data, seed, username, password_file, dp, max_epsilon, hold_out, not at_its_default)
-    _check_renew(renew, task, any(kept_apart))
+    kept_settings = (data, seed, username, password_file, dp, max_epsilon, hold_out, not at_its_default)
+    _check_renew(renew, task, any(kept_settings))
     _check_run(then_run, bool(reports or fine_tune))
     Partition.parse(f"{partition};test:{hold_out!r}" if hold_out else partition)
     policy = _policy(dp, max_epsilon, max_delta)
@@ -137,21 +150,21 @@ def join(
         printer.end(stop)
     elif not (then_run and home.has_joined(asked)):
         model = load_task(task)
-        narrow(model, width)  # a mistake is best said before
+        narrow(model, width)  # raises ConfigError before anything is written
         settings = home.prepare(
             asked, task=absolute(task), data=data, partition=partition, seed=seed, hold_out=hold_out, width=width,
-            frame_bytes=frame_bytes, username=username, password_file=password_file, promise=policy,
+            frame_bytes=frame_bytes, username=username, password_file=password_file, policy=policy,
         )  # fmt: skip
         agent.check(settings, options)
         stop = agent.join(home, settings, model, options, printer)
         if not then_run or home.settings().code:
             raise typer.Exit(printer.finish(stop, ended=True))
         printer.end(stop)
-    raise typer.Exit(become(home, "train", options, as_json=as_json))
+    raise typer.Exit(run_device(home, "train", options, as_json=as_json))
 
 
 def _policy(kind: str, max_epsilon: float | None, max_delta: float) -> PrivacyPolicy | None:
-    """What the device's owner insists on; None where nothing was said."""
+    """The privacy policy that the options ask for; None without such options."""
     if not kind and max_epsilon is None:
         return None
     return PrivacyPolicy(kind=kind, epsilon=max_epsilon or 0.0, delta=max_delta)
@@ -159,23 +172,24 @@ def _policy(kind: str, max_epsilon: float | None, max_delta: float) -> PrivacyPo
 
 def _check_run(then_run: bool, others: bool) -> None:
     if others and not then_run:
-        raise ConfigError("--report-metrics and --fine-tune are for training: add --run, or give them to `edge run`")
+        raise ConfigError("--report-metrics and --fine-tune apply to training: add --run, or use `ternbus edge run`")
 
 
 def _load(path: Path) -> Invitation:
     invitation = Invitation.from_table(load_toml(path), str(path))
     if is_exposed(path):
-        typer.echo(f"ternbus: others on this machine can read {path}, a secret: chmod 600 {path}", err=True)
+        typer.echo(f"ternbus: other users can read {path}, which contains a secret: chmod 600 {path}", err=True)
     return invitation
 
 
 def _check_renew(renew: bool, task: str, others: bool) -> None:
     if renew and (task or others):
         raise ConfigError(
-            "--renew keeps task, data, partition, seed, login and privacy as they are: leave these options out"
+            "--renew keeps task, data, partition, seed, login, privacy, hold-out, width and frame size: "
+            "leave out these options"
         )
     if not renew and not task:
-        raise ConfigError(f"add --task: {TASKS}")
+        raise ConfigError(f"no task is given: add --task with {TASKS}")
 
 
 @app.command()
@@ -185,63 +199,67 @@ def run(
     versions: Versions = None,
     timeout: Timeout = None,
     min_seconds: Annotated[
-        float, typer.Option(min=0, metavar="SECONDS", help="Let each training last so long, to play a slow device.")
+        float,
+        typer.Option(min=0, metavar="SECONDS", help="Shortest duration of a training, to imitate a slow device."),
     ] = 0.0,
     reports: Reports = False,
     fine_tune: FineTune = 0.0,
     as_json: AsJson = False,
 ) -> None:
-    """Train for the federation until Ctrl-C, SIGTERM, or its end; what has no answer yet survives in DIR.
+    """Train until the federation closes, or until Ctrl-C or SIGTERM; unacknowledged updates are kept in DIR.
 
-    `--versions N` stops after N accepted updates. `--report-metrics` and `--fine-tune EPOCHS` need data held out:
-    `ternbus edge join … --hold-out 0.2`. The model of one's own, and what it gains on them, is the device's; with
-    `--report-metrics` the aggregator learns the gain. Exit codes: 0 done, 1 gave up waiting (or a bug in the task),
-    2 mend the configuration, 3 the aggregator does not want this device, 4 its privacy budget is spent.
+    `--versions N` stops after N accepted updates. `--report-metrics` and `--fine-tune EPOCHS` need held-out
+    data: join with `--hold-out 0.2`. A fine-tuned model stays on the device; `--report-metrics` sends its accuracy.
+
+    Exit codes: 0 done, 1 timeout or a bug in the task, 2 invalid configuration, 3 refused or revoked by the
+    aggregator, 4 privacy budget spent.
 
     Example: ternbus edge run pi-7
     """
     options = Options(
         versions=versions, timeout_s=timeout, min_seconds=min_seconds, reports=reports, fine_tune=fine_tune
     )
-    raise typer.Exit(become(DeviceDirectory(directory), "train", options, as_json=as_json))
+    raise typer.Exit(run_device(DeviceDirectory(directory), "train", options, as_json=as_json))
 
 
 @app.command()
 def evaluate(directory: Dir, versions: Versions = None, timeout: Timeout = None, as_json: AsJson = False) -> None:
-    """Follow the model, try the newest version on the task's test data whenever free, publish the result.
+    """Follow the model, evaluate its newest version on the task's test data, and publish the metrics.
 
-    Example: ternbus edge evaluate judge
+    Example: ternbus edge evaluate evaluator-1
     """
     options = Options(versions=versions, timeout_s=timeout)
-    raise typer.Exit(become(DeviceDirectory(directory), "evaluate", options, as_json=as_json))
+    raise typer.Exit(run_device(DeviceDirectory(directory), "evaluate", options, as_json=as_json))
 
 
 @app.command("init-model")
 def init_model(
-    task: Annotated[str, typer.Argument(help=TASKS)],
-    out: Annotated[Path, typer.Argument(metavar="OUT.safetensors")],
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same model.")] = 0,
+    task: Annotated[str, typer.Argument(help=f"Task: {TASKS}")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="File to write.")],
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Seed of the model; the same seed gives the same model.")
+    ] = 0,
 ) -> None:
     """Make the initial model, version 0, for `ternbus aggregator init --model`.
 
     Example: ternbus edge init-model digits model.safetensors --seed 1
     """
     tensors = load_task(task).initial(seed)
-    about = {"ternbus": f"{task}, seed {seed}"}  # one entry: several come in any order, and the file would differ
+    about = {"ternbus": f"{task}, seed {seed}"}  # one entry: the order of several varies, and so would the file
     save_safetensors(out, tensors, about)
     typer.echo(f"{out}: {len(tensors)} tensors, {sum(tensor.size for tensor in tensors.values()):,} parameters")
 
 
 @app.command()
 def check(
-    task: Annotated[str, typer.Argument(help=TASKS)],
-    data: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the task's data are.")] = None,
-    partition: Annotated[str, typer.Option(help="Which part to train on, as for `join`.")] = "all",
+    task: Annotated[str, typer.Argument(help=f"Task: {TASKS}")],
+    data: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with the task's data.")] = None,
+    partition: Annotated[str, typer.Option(help=f"Part of the data to train on: {FORMS}.")] = "all",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Try a task without a federation: a step of training, an update there and back; say size, time, and what is wrong.
+    """Check a task without a federation: train one step, encode and decode an update, list problems.
 
-    Exit codes: 0 ready, 2 something must be mended.
+    Exit codes: 0 ready, 2 problems found.
 
     Example: ternbus edge check my_task:TASK --data data
     """
@@ -259,22 +277,25 @@ def check(
 @app.command()
 def noise(
     *,
-    dp: Annotated[str, typer.Option(metavar="KIND", help="device or sample, as in the plan.")],
-    epsilon: Annotated[float, typer.Option(metavar="EPSILON", help="What a device may spend.")],
-    updates: Annotated[int, typer.Option(min=1, metavar="N", help="How many times a device is to train.")],
-    delta: Annotated[float, typer.Option(metavar="DELTA")] = 1e-5,
-    samples: Annotated[int, typer.Option(min=0, help="For sample: how many a device has.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="For sample: as in the plan, and so the next two.")] = 32,
-    local_epochs: Annotated[float, typer.Option(min=0)] = 1.0,
-    local_steps: Annotated[int | None, typer.Option(min=1)] = None,
+    dp: Annotated[str, typer.Option(metavar="KIND", help="Kind of differential privacy: device or sample.")],
+    epsilon: Annotated[float, typer.Option(metavar="EPSILON", help="Privacy budget of a device.")],
+    updates: Annotated[int, typer.Option(min=1, metavar="N", help="Number of trainings of a device.")],
+    delta: Annotated[float, typer.Option(metavar="DELTA", help="Delta of the privacy budget.")] = 1e-5,
+    samples: Annotated[int, typer.Option(min=0, help="Number of samples of a device; for --dp sample only.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Batch size of the plan; for --dp sample only.")] = 32,
+    local_epochs: Annotated[float, typer.Option(min=0, help="Epochs per training; for --dp sample only.")] = 1.0,
+    local_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps per training, instead of epochs; for --dp sample only.")
+    ] = None,
 ) -> None:
-    """Say the least noise, the plan's `dp_noise`, with which a device can train so many times within an epsilon.
+    """Compute the smallest noise multiplier that allows N trainings within a privacy budget.
 
     Example: ternbus edge noise --dp sample --epsilon 8 --updates 20 --samples 5000 --batch-size 1000 --local-steps 5
     """
     if dp not in (DEVICE, SAMPLE) or not epsilon > 0 or not 0 < delta < 1 or (dp == SAMPLE) != bool(samples):
         raise ConfigError(
-            "noise takes --dp device or sample, --epsilon above 0, --delta between 0 and 1, and for sample --samples"
+            "invalid options of `edge noise`: give --dp device, or --dp sample with --samples; --epsilon above 0; "
+            "--delta between 0 and 1"
         )
     plan = Plan(
         dp=dp, dp_clip=1, dp_noise=1, dp_epsilon=epsilon,
@@ -287,7 +308,7 @@ def noise(
 
 @app.command()
 def status(directory: Dir, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """What the device did and what waits for an answer; also while it runs.
+    """Show the device's version, its counters and its outstanding update, also while it runs.
 
     Example: ternbus edge status pi-7 --json
     """
@@ -328,14 +349,15 @@ def status(directory: Dir, as_json: Annotated[bool, typer.Option("--json", help=
 def verify(
     directory: Dir,
     log: Annotated[
-        Path, typer.Argument(metavar="LOG", exists=True, dir_okay=False, help="From `ternbus aggregator log export`.")
+        Path,
+        typer.Argument(metavar="LOG", exists=True, dir_okay=False, help="File from `ternbus aggregator log export`."),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Check by the aggregator's log of merges that every update it accepted from here went into a version, once.
+    """Check in the aggregator's log of merges that each accepted update of this device is in exactly one version.
 
-    The log itself is checked first, with the key from the invitation, and against the newest head that this device has
-    seen. Exit code 1 if anything is not as the aggregator promised.
+    The log itself is checked first: with the aggregator's key, and against the newest head that this device has seen.
+    The exit code is 1 if a check fails.
 
     Example: ternbus edge verify pi-7 lab.log
     """
@@ -349,22 +371,24 @@ def verify(
 @app.command()
 def leave(
     directory: Dir,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Also if the broker cannot be told.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Remove the device here even if the broker fails.")] = False,
 ) -> None:
-    """Take leave: clear the device's status on the broker, and remove its key and store. This cannot be undone.
+    """Leave the federation for good: clear the device's status at the broker, remove its key and its outbox.
 
     Example: ternbus edge leave pi-7
     """
     home = DeviceDirectory(directory)
     settings = home.settings()
     if not yes:
-        typer.confirm(f"remove the key of {settings.device!r}, and the update that waits in {directory}?", abort=True)
-    with home.held():
+        typer.confirm(f"remove the key and the outbox of {settings.device!r} in {directory}?", abort=True)
+    with home.locked():
         try:
-            agent.say_goodbye(home, settings)
+            agent.clear_status(home, settings)
         except LinkError as error:
             if not force:
-                raise LinkError(f"{error}; with --force it is removed from here only") from error
+                raise LinkError(
+                    f"{error}; the device is not removed: try again, or add --force to leave its status at the broker"
+                ) from error
         home.erase()
     typer.echo(f"{settings.device} has left {settings.federation}")

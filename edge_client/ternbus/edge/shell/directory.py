@@ -1,4 +1,4 @@
-"""A device's folder: its key, edge.toml, and who holds it; made by `join`, emptied by `leave`."""
+"""A device's directory: its key, edge.toml, certificates and lock. `join` creates it, `leave` empties it."""
 
 import shutil
 from collections.abc import Iterator, Mapping
@@ -17,52 +17,52 @@ from ternbus.broker.protocol.invitation import Invitation, check_broker_url
 from ternbus.broker.store_format import copies
 from ternbus.edge.learn.loader import expanded
 from ternbus.edge.learn.partition import Partition
-from ternbus.edge.learn.subnetwork import check_width
+from ternbus.edge.learn.subnetwork import WIDTH_MIN, check_width
 from ternbus.edge.plan.privacy import PrivacyPolicy
 from ternbus.edge.shell.outbox import FILE as OUTBOX
 
 KEY: Final = "device.key"
 TOML: Final = "edge.toml"
 LOCK: Final = "lock"
-BESIDE: Final = "renewal"  # where a new key is enrolled
+RENEWAL: Final = "renewal"  # folder in which a new key is enrolled
 
 
 def check_frame_bytes(text: str) -> None:
-    """Raises `ConfigError` for a limit in which no frame fits, or which no MQTT packet can reach."""
+    """Raises `ConfigError` for a limit below the smallest frame or above the largest MQTT packet."""
     low, high = FRAME_BYTES_RANGE
     if not (text.isascii() and text.isdecimal() and low <= int(text) <= high):
-        raise ConfigError(f"edge.toml: frame_bytes is {text!r}, but must be a number within {low} and {high}")
+        raise ConfigError(f"edge.toml: frame_bytes is {text!r}: give a number from {low} to {high}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """edge.toml: where the federation is, and what this device trains."""
+    """The keys of edge.toml: the federation's address, and the task, data and privacy of this device."""
 
     federation: str
     device: str
     broker: str
     aggregator_key: str  # 64 hex digits
-    task: str  # as `--task` takes it; one's own with the folder of its module, /home/pi/my_task:TASK
-    data: str = ""  # a folder; empty where the task brings its own data
+    task: str  # as `--task` takes it; the user's own with the folder of its module: /home/pi/my_task:TASK
+    data: str = ""  # a folder; empty if the task needs none
     partition: str = "all"
-    hold_out: str = ""  # the share of its data that is never trained on
-    width: str = ""  # the share of each layer's channels that it trains; empty for all
+    hold_out: str = ""  # the share of the device's data that is never trained on
+    width: str = ""  # the share of each layer's channels that the device trains; empty for all
     seed: str = ""  # of the task's initial model
-    username: str = ""  # at a broker that others run; else the device's name
+    username: str = ""  # at the broker; empty for the device's name
     password_file: str = ""
-    frame_bytes: str = ""  # the largest MQTT payload that it sends; empty for the protocol's 120 KiB
-    dp: str = ""  # the kind of differential privacy without which this device does not train; see docs/privacy.md
+    frame_bytes: str = ""  # the largest MQTT payload to send; empty for the protocol's 120 KiB
+    dp: str = ""  # the kind of differential privacy that the plan must have; see docs/privacy.md
     max_epsilon: str = ""
     max_delta: str = ""
-    code: str = field(default="", repr=False)  # the invitation's, until the device has joined
+    code: str = field(default="", repr=False)  # of the invitation, until the device has joined
 
     def __post_init__(self) -> None:
         check_federation(self.federation)
-        _ = self.promise  # refuses nonsense
+        _ = self.policy  # raises ConfigError if it is invalid
         check_device(self.device)
         check_broker_url(self.broker)
         if self.seed and not (self.seed.isascii() and self.seed.isdecimal()):
-            raise ConfigError(f"edge.toml: seed is {self.seed!r}, not a number; it is that of `edge init-model`")
+            raise ConfigError(f"edge.toml: seed is {self.seed!r}: give the number that `ternbus edge init-model` got")
         if self.frame_bytes:
             check_frame_bytes(self.frame_bytes)
         if self.hold_out:
@@ -70,7 +70,7 @@ class Settings:
         try:
             check_width(self.share_of_channels)
         except ValueError:
-            raise ConfigError(f"edge.toml: width is {self.width!r}, not a number") from None
+            raise ConfigError(f"edge.toml: width is {self.width!r}: give a number from {WIDTH_MIN:g} to 1") from None
 
     @property
     def share_of_channels(self) -> float:
@@ -81,14 +81,17 @@ class Settings:
         return int(self.frame_bytes or FRAME_BYTES)
 
     @property
-    def promise(self) -> PrivacyPolicy | None:
-        """What the owner insists on. Raises `ConfigError` for what is no number, or no kind of privacy."""
+    def policy(self) -> PrivacyPolicy | None:
+        """The owner's privacy policy. Raises `ConfigError` for an invalid number or kind."""
         if not (self.dp or self.max_epsilon or self.max_delta):
             return None
         try:
             return PrivacyPolicy(kind=self.dp, epsilon=float(self.max_epsilon), delta=float(self.max_delta))
         except ValueError:
-            raise ConfigError("edge.toml: dp needs numbers for max_epsilon and max_delta beside it") from None
+            raise ConfigError(
+                f"edge.toml: max_epsilon is {self.max_epsilon!r} and max_delta is {self.max_delta!r}: "
+                "with dp both must be numbers"
+            ) from None
 
     @property
     def data_folder(self) -> Path | None:
@@ -100,63 +103,63 @@ class Settings:
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any], source: str) -> Self:
-        """Check a table as TOML gives it; ConfigError names ``source`` and the key."""
+        """Check the table of a TOML file. Raises `ConfigError` with ``source`` and the key."""
         known = {entry.name for entry in fields(cls)}
         wrong = [name for name, value in table.items() if name not in known or not isinstance(value, str)]
         if wrong:
-            raise ConfigError(f"{source} has {wrong[0]!r}, which is no setting of a device, or no string")
+            raise ConfigError(f"{source}: {wrong[0]!r} is not a device setting or not a string: remove or quote it")
         missing = {"federation", "device", "broker", "aggregator_key", "task"} - set(table)
         if missing:
-            raise ConfigError(f"{source} lacks {min(missing)!r}; run `ternbus edge join` again")
+            raise ConfigError(f"{source}: {min(missing)!r} is missing: run `ternbus edge join` again")
         settings = cls(**table)
         if not is_public_key(settings.aggregator_key):
-            raise ConfigError(f"{source}: aggregator_key is not 64 hex digits; copy it from the invitation")
+            raise ConfigError(f"{source}: aggregator_key is not 64 hex digits: copy it from the invitation")
         return settings
 
     def dumps(self) -> str:
         """The TOML file's text."""
-        about = "A Ternbus device. What it keeps is in outbox.db, its key in device.key."
+        about = "A Ternbus device. Its state is in outbox.db, its key in device.key."
         return toml.dumps({name: value for name, value in asdict(self).items() if value}, {(): about})
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceDirectory:
-    """The folder of one device."""
+    """The directory of one device."""
 
     folder: Path
 
-    def beside(self) -> "DeviceDirectory":
-        """Where this device's next key is enrolled."""
-        return DeviceDirectory(self.folder / BESIDE)
+    def renewal(self) -> "DeviceDirectory":
+        """The directory in which this device's next key is enrolled."""
+        return DeviceDirectory(self.folder / RENEWAL)
 
     def exists(self) -> bool:
         return (self.folder / TOML).exists()
 
     def discard(self) -> None:
-        """Remove the folder: at once it is no device's, in the end there is nothing left of it."""
+        """Remove the directory; renamed first, so that a crash leaves no half of a device."""
         gone = self.folder.with_name(f"{self.folder.name}.gone")
         shutil.rmtree(gone, ignore_errors=True)
         self.folder.rename(gone)
         shutil.rmtree(gone)
 
     def settings(self) -> Settings:
-        """ConfigError where the folder is not a device's."""
+        """The settings. Raises `ConfigError` if there are none, or they are invalid."""
         path = self.folder / TOML
         if not path.exists():
             raise ConfigError(
-                f"{self.folder} has not joined a federation: run `ternbus edge join INVITATION {self.folder}`"
+                f"{path} does not exist: join a federation with `ternbus edge join INVITATION {self.folder}`"
             )
         return Settings.from_table(load_toml(check_secret(path)), str(path))
 
     def joined(self) -> Settings:
-        """The settings of a device whose `join` came to its end."""
+        """The settings of a device that has joined. Raises `ConfigError` for any other."""
         settings = self.settings()
         if settings.code:
-            raise ConfigError(f"{self.folder} has not finished joining; run `ternbus edge join` again")
+            raise ConfigError(f"{self.folder} has not finished joining: run `ternbus edge join` again")
         return settings
 
     def has_joined(self, invitation: Invitation) -> bool:
-        """Whether `join` with an invitation of this federation and device came to its end here."""
+        """Whether the directory's device has joined, and is the one that is invited."""
         if not (self.folder / TOML).exists():
             return False
         settings = self.settings()
@@ -182,21 +185,21 @@ class DeviceDirectory:
         frame_bytes: int = FRAME_BYTES,
         username: str = "",
         password_file: Path | None = None,
-        promise: PrivacyPolicy | None = None,
+        policy: PrivacyPolicy | None = None,
     ) -> Settings:
-        """Write what `join` needs; what an interrupted one left is used again, its key above all.
+        """Write key, certificates and settings for `join`; the key of an interrupted `join` is used again.
 
-        Not so under another code: the broker may still hold the answer to the last one, for the last key.
+        Another code gets another key: the broker may still hold the answer to the last code, for the last key.
         """
         before = self.settings().code if (self.folder / TOML).exists() else None
         if before == "":
             raise ConfigError(
-                f"{self.folder} has joined already; choose another folder, or `ternbus edge leave` it first"
+                f"{self.folder} has joined already: choose another directory, or run `ternbus edge leave {self.folder}`"
             )
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
-            raise ConfigError(f"cannot make {self.folder}: {error.strerror}") from error
+            raise ConfigError(f"cannot create {self.folder}: {error.strerror}") from error
         settings = Settings(
             federation=invitation.federation,
             device=invitation.device,
@@ -211,9 +214,9 @@ class DeviceDirectory:
             frame_bytes=str(frame_bytes) if frame_bytes != FRAME_BYTES else "",
             username=username,
             password_file=str(password_file.resolve()) if password_file is not None else "",
-            dp=promise.kind if promise is not None else "",
-            max_epsilon=str(promise.epsilon) if promise is not None else "",
-            max_delta=str(promise.delta) if promise is not None else "",
+            dp=policy.kind if policy is not None else "",
+            max_epsilon=str(policy.epsilon) if policy is not None else "",
+            max_delta=str(policy.delta) if policy is not None else "",
             code=invitation.code,
         )
         if before not in {None, invitation.code} or not (self.folder / KEY).exists():
@@ -228,20 +231,20 @@ class DeviceDirectory:
         write_secret(self.folder / TOML, settings.dumps().encode())
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """One process at a time: two would use each other's sequence numbers."""
+    def locked(self) -> Iterator[None]:
+        """Lock the directory, so that no two processes use the same sequence numbers. Raises `ConfigError`."""
         try:
-            held = lock(self.folder / LOCK)
+            taken = lock(self.folder / LOCK)
         except OSError as error:
-            raise ConfigError(f"cannot use {self.folder}: {error.strerror}") from error
-        if held is None:
-            raise ConfigError(f"another `ternbus edge` runs in {self.folder}; stop it first")
-        with held:
+            raise ConfigError(f"cannot lock {self.folder / LOCK}: {error.strerror}") from error
+        if taken is None:
+            raise ConfigError(f"another `ternbus edge` process runs in {self.folder}: stop it first")
+        with taken:
             yield
 
     def erase(self) -> None:
-        """Remove key, settings and store, and the folder if nothing else is in it."""
-        for folder in (self.folder / BESIDE, self.folder / f"{BESIDE}.gone", *copies(self.folder)):
+        """Remove key, settings and outbox, and the directory if nothing else is in it."""
+        for folder in (self.folder / RENEWAL, self.folder / f"{RENEWAL}.gone", *copies(self.folder)):
             shutil.rmtree(folder, ignore_errors=True)
         names = [KEY, TOML, CA, CERTIFICATE, TLS_KEY, OUTBOX, f"{OUTBOX}-wal", f"{OUTBOX}-shm", LOCK]
         for name in names:

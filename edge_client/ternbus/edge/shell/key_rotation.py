@@ -1,9 +1,9 @@
-"""Key rotation: a new invitation enrolls a new key, which then takes the place of the device's old one.
+"""Key rotation: a new invitation enrolls a new key, which then replaces the device's old key.
 
-The new key is enrolled in a folder of its own inside the device's (`DeviceDirectory.beside`). Until the aggregator has
-admitted it nothing of the device changes: a refused rotation costs nothing, and an interrupted one is repeated with the
-same invitation, which finds the same key again. Then what the new key needs is copied over, and everything else of the
-device stays. The folder goes last, so that a copy that a crash cut short is made again at the next start.
+The new key is enrolled in a subdirectory (`DeviceDirectory.renewal`). The device does not change until the aggregator
+admits the key: after a refusal the old key stays in use, and an interrupted rotation is repeated with the same
+invitation and the same new key. Then the files of the new key are copied over the old ones. The subdirectory is removed
+last, so that the next start repeats a copy that a crash interrupted.
 """
 
 from dataclasses import replace
@@ -21,31 +21,31 @@ from ternbus.edge.core.uplink import Uplink
 from ternbus.edge.shell.directory import KEY, DeviceDirectory, Settings
 from ternbus.edge.shell.outbox import Outbox
 
-FILES: Final = (CA, CERTIFICATE, TLS_KEY, KEY)  # the key last: with it the device is the new one
+FILES: Final = (CA, CERTIFICATE, TLS_KEY, KEY)  # the key last: it decides which key the device uses
 
 
 def check(home: DeviceDirectory, invitation: Invitation) -> None:
-    """ConfigError where the device has not joined, or the invitation is for another."""
+    """Raises `ConfigError` if the device has not joined, or the invitation is for another device."""
     settings = home.settings()
     if settings.code:
-        raise ConfigError(f"{home.folder} has not finished joining; run `ternbus edge join` again, without --renew")
+        raise ConfigError(f"{home.folder} has not finished joining: run `ternbus edge join` again, without --renew")
     invited = (invitation.federation, invitation.device, invitation.aggregator_key.lower())
     if invited != (settings.federation, settings.device, settings.aggregator_key.lower()):
         raise ConfigError(
-            f"the invitation is for {invitation.device!r} in {invitation.federation!r}, or by another aggregator; "
-            f"{home.folder} is {settings.device!r} in {settings.federation!r}: ask for another invitation"
+            f"the invitation is for {invitation.device!r} in {invitation.federation!r}, or of another aggregator, but "
+            f"{home.folder} is {settings.device!r} in {settings.federation!r}: use an invitation for this device"
         )
 
 
 def begin(home: DeviceDirectory, invitation: Invitation) -> tuple[DeviceDirectory, Settings]:
-    """The folder in which the new key is to be enrolled, and its settings. The device's folder is held."""
-    beside = home.beside()
-    if beside.exists() and not beside.settings().code:
-        finish(home)  # an earlier rotation that was enrolled and then cut short
-    elif beside.exists() and beside.settings().code != invitation.code:
-        beside.discard()  # it was begun with another invitation, which may have been used with its key
+    """The directory in which to enroll the new key, and its settings. The device's directory must be locked."""
+    renewal = home.renewal()
+    if renewal.exists() and not renewal.settings().code:
+        finish(home)  # an earlier rotation was interrupted after its key was enrolled
+    elif renewal.exists() and renewal.settings().code != invitation.code:
+        renewal.discard()  # its invitation is another, and may have been used with its key
     settings = home.settings()
-    prepared = beside.prepare(
+    prepared = renewal.prepare(
         invitation,
         task=settings.task,
         data=settings.data_folder,
@@ -53,40 +53,40 @@ def begin(home: DeviceDirectory, invitation: Invitation) -> tuple[DeviceDirector
         seed=int(settings.seed or 0),
         username=settings.username,
         password_file=settings.password_path,
-        promise=settings.promise,
+        policy=settings.policy,
     )
-    return beside, prepared
+    return renewal, prepared
 
 
 def finish(home: DeviceDirectory) -> None:
-    """Make an enrolled new key the device's, if there is one. The device's folder is held.
+    """Make an enrolled new key the device's, if there is one. The device's directory must be locked.
 
-    ConfigError while it is unknown which of the two keys the aggregator takes.
+    Raises `ConfigError` while it is unknown which of the two keys the aggregator accepts.
     """
-    beside = home.beside()
-    if not beside.exists():
+    renewal = home.renewal()
+    if not renewal.exists():
         return
-    renewed = beside.settings()
+    renewed = renewal.settings()
     if renewed.code:
         raise ConfigError(
-            f"a new key for {home.folder} was begun, and which one is good is not known yet: "
+            f"the key rotation of {home.folder} was interrupted, and it is not known which key is valid: "
             f"run `ternbus edge join --renew INVITATION {home.folder}` again"
         )
-    identity, settings = beside.identity(), replace(home.settings(), broker=renewed.broker)
-    with Outbox(beside.folder, identity.key_id) as outbox:
+    identity, settings = renewal.identity(), replace(home.settings(), broker=renewed.broker)
+    with Outbox(renewal.folder, identity.key_id) as outbox:
         enrolled = outbox.kept
     with Outbox(home.folder, identity.key_id) as outbox:
         if outbox.kept.key != identity.key_id or not outbox.kept.enrolled:
             outbox.save(inherited(outbox.kept, enrolled, settings, identity), None, outbox.counters)
     for name in FILES:
-        if (beside.folder / name).exists():
-            write_secret(home.folder / name, read_secret(beside.folder / name))
+        if (renewal.folder / name).exists():
+            write_secret(home.folder / name, read_secret(renewal.folder / name))
     home.write(settings)
-    beside.discard()
+    renewal.discard()
 
 
 def inherited(state: State, enrolled: State, settings: Settings, identity: Identity) -> State:
-    """The device's state under the new key: all but the counters, which ``enrolled`` has begun for that key.
+    """The device's state under the new key; sequence numbers and session continue from ``enrolled``.
 
     The outstanding update is renumbered, and sealed anew if it was sealed.
     """

@@ -19,7 +19,7 @@ SHOWN: Final = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Merged:
-    """An update of the device in a version; ``share`` is its part of the version's total weight."""
+    """A merged update of the device; ``share`` is its part of the version's total weight."""
 
     seq: int
     base: int
@@ -30,15 +30,15 @@ class Merged:
 
 @dataclass(slots=True)
 class LogCheck:
-    """What a log holds of one device. Without ``faults`` the aggregator did what it promised."""
+    """The result of the check for one device. Without ``faults`` the log agrees with every receipt."""
 
     entries: int = 0
     version: int = -1
     merged: list[Merged] = field(default_factory=list)
-    waiting: list[int] = field(default_factory=list)  # accepted, and not merged by the log's last version
+    waiting: list[int] = field(default_factory=list)  # accepted, but not merged up to the log's last version
     unlogged: list[int] = field(default_factory=list)  # accepted, and perhaps merged before the log begins
-    unknown_bytes: list[int] = field(default_factory=list)  # merged, but log or receipt has no digest of what was sent
-    other_keys: int = 0  # the device's updates under keys that this folder never had
+    unknown_bytes: list[int] = field(default_factory=list)  # merged, but log or receipt has no digest of the message
+    other_keys: int = 0  # updates under the device's name with keys that this directory never had
     faults: list[str] = field(default_factory=list)
 
     def facts(self) -> dict[str, object]:
@@ -58,8 +58,8 @@ class LogCheck:
         lines = [f"fault: {fault}" for fault in self.faults]
         same = len(self.merged) - len(self.unknown_bytes)
         lines.append(
-            f"{device}: {same} accepted updates are in the log as they were sent, {len(self.waiting)} wait "
-            f"for a version after its last, {self.version}"
+            f"{device}: {same} accepted updates are in the log as sent, {len(self.waiting)} are not merged "
+            f"yet; the log ends at version {self.version}"
         )
         if self.unknown_bytes:
             lines.append(
@@ -72,7 +72,7 @@ class LogCheck:
             )
         if self.other_keys:
             lines.append(
-                f"{self.other_keys} more are under other keys than this folder had, and cannot be checked here"
+                f"{self.other_keys} more updates have keys that this directory never had; they cannot be checked here"
             )
         lines += [
             f"  update {each.seq} on version {each.base}: in version {each.version} with weight {each.weight:g}, "
@@ -80,13 +80,13 @@ class LogCheck:
             for each in self.merged[-SHOWN:]
         ]
         if len(self.merged) > SHOWN:
-            lines.append(f"  (the last {SHOWN}; all of them with --json)")
+            lines.append(f"  (the last {SHOWN}; --json lists all)")
         return "\n".join(lines)
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where the log has an update of the device."""
+    """The version in which the log has an update of the device."""
 
     version: int
     total: float
@@ -138,10 +138,10 @@ def _collect(entry: Entry, device: str, places: _Places) -> None:
 
 
 def _check_accepted(answered: AnsweredUpdate, places: list[_Place], extent: _Extent, result: LogCheck) -> None:
-    """An accepted update must be in one version, the first merge after its receipt at the latest, as it was sent.
+    """An accepted update must be in exactly one version, at the latest in the first merge after its receipt.
 
-    It need not where the log begins later, since a ledger of an older format was migrated. The updates that waited then
-    are in the first merge, without a digest.
+    Two exceptions hold where the log begins later, since a ledger of an older format was migrated: updates merged
+    before are in no entry, and those that waited then are in the first merge without a digest.
     """
     name = f"update {answered.seq} on version {answered.base}"
     match places:
@@ -149,7 +149,7 @@ def _check_accepted(answered: AnsweredUpdate, places: list[_Place], extent: _Ext
             if answered.version < extent.begins:
                 result.unlogged.append(answered.seq)
             elif extent.newest_merge > answered.version:
-                result.faults.append(f"{name} was accepted by version {answered.version}, and is in no version since")
+                result.faults.append(f"{name} was accepted at version {answered.version}, but is in no later version")
             else:
                 result.waiting.append(answered.seq)
         case [place]:
@@ -157,7 +157,7 @@ def _check_accepted(answered: AnsweredUpdate, places: list[_Place], extent: _Ext
             if not answered.digest or (logged_late and place.update.digest == UNKNOWN_DIGEST):
                 result.unknown_bytes.append(answered.seq)
             elif place.update.digest != answered.digest:
-                result.faults.append(f"{name} is in version {place.version} with another digest than what was sent")
+                result.faults.append(f"{name} is in version {place.version}, but its digest differs from what was sent")
                 return
             weight = place.update.weight
             share = weight / place.total if place.total else 0.0
@@ -169,7 +169,7 @@ def _check_accepted(answered: AnsweredUpdate, places: list[_Place], extent: _Ext
 
 
 def _check_unknown(places: _Places, state: State, answers: Sequence[AnsweredUpdate], result: LogCheck) -> None:
-    """The device must know each update in its name: by a receipt or, where that was lost, by the digest."""
+    """The device must know each update under its name: by a receipt or, if that was lost, by the digest."""
     known = {(each.key, each.seq): b"" if each.outcome == "accepted" else each.digest for each in answers}
     if state.outstanding is not None:
         known[state.key, state.outstanding.seq] = b""
@@ -178,4 +178,4 @@ def _check_unknown(places: _Places, state: State, answers: Sequence[AnsweredUpda
         if digest is None and key != state.key:
             result.other_keys += len(found)
         elif len(answers) < RECEIPTS_MAX and (digest is None or digest not in {b"", found[0].update.digest}):
-            result.faults.append(f"version {found[0].version} holds update {seq} in our name, of which we know nothing")
+            result.faults.append(f"version {found[0].version} has update {seq}, which this device did not send")

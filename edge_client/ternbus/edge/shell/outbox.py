@@ -1,6 +1,6 @@
-"""The device's disk: what is kept, in one SQLite file, each save one transaction on stable storage.
+"""The device's durable state in one SQLite file; each save is one transaction on stable storage.
 
-Knows how a `State` becomes rows and back, and nothing of what it is for. A second process may read beside it.
+It converts a `State` into rows and back. A second process can read the file at the same time.
 """
 
 import json
@@ -30,7 +30,7 @@ _NUMBERS: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """What `status` shows: read beside a running agent."""
+    """The data for `ternbus edge status`, which can be read while the device runs."""
 
     kept: State
     counters: Mapping[str, int]
@@ -41,16 +41,16 @@ class Outbox:
     """The store of one device. SQLite's integers are signed, so unsigned 64-bit numbers are kept as text."""
 
     def __init__(self, folder: Path, key: KeyId) -> None:
-        """Open it, or begin a new one for a device with this key. The caller holds the folder.
+        """Open the file, or create one for a device with this key. The caller holds the directory's lock.
 
-        One of an older format is migrated. ConfigError where that cannot be, or where it is of a newer one.
+        A file of an older format is migrated. Raises `ConfigError` if that fails, or if the format is newer.
         """
         self._path = folder / FILE
         self._path.touch(mode=0o600)
         self._path.chmod(0o600)
         self._db = open_for_writing(self._path)
         with naming(self._path):
-            self._stored = _read(self._db)  # what the file is known to hold
+            self._stored = _read(self._db)  # the content of the file
             self.kept = self._stored or State(key=key)
             self.counters = _counters(self._db)
 
@@ -63,7 +63,7 @@ class Outbox:
         self._db.close()
 
     def save(self, kept: State, answered: AnsweredUpdate | None, counters: Mapping[str, int]) -> None:
-        """Make all of it durable, or none. Only what has changed is written."""
+        """Save everything in one transaction. Only changed values are written."""
         before = self._stored
         with naming(self._path), self._db:
             self._db.execute("BEGIN IMMEDIATE")
@@ -112,26 +112,26 @@ class Outbox:
 
 
 def summary(folder: Path) -> Summary:
-    """Read the store of a device that may be running; ConfigError where there is none."""
+    """Read the outbox of a device that may be running. Raises `ConfigError` if there is none."""
     path = folder / FILE
     if not path.exists():
-        raise ConfigError(f"{folder} has no {FILE}: it has not joined a federation; see `ternbus edge join --help`")
+        raise ConfigError(f"{path} does not exist: join a federation with `ternbus edge join INVITATION {folder}`")
     with naming(path), closing(open_for_reading(path)) as db:
         rows = receipts(db, limit=1, but=RENUMBERED)
         kept = _read(db)
         if kept is None:
-            raise ConfigError(f"{folder} has not joined yet; run `ternbus edge join` again")
+            raise ConfigError(f"{path} has no state yet: run `ternbus edge join` again")
         return Summary(kept=kept, counters=_counters(db), last=rows[0] if rows else None)
 
 
 def answers(folder: Path) -> list[AnsweredUpdate]:
-    """Every receipt that is remembered, newest first, and numbers that were given up."""
+    """The stored receipts, newest first, and the renumbered updates."""
     with naming(folder / FILE), closing(open_for_reading(folder / FILE)) as db:
         return receipts(db, limit=RECEIPTS_MAX)
 
 
 def counters(folder: Path) -> dict[str, int]:
-    """What a device that may be running has counted; nothing where it has not begun its store."""
+    """The counters of a device that may be running; empty if it has no outbox yet."""
     if not (folder / FILE).exists():
         return {}
     with naming(folder / FILE), closing(open_for_reading(folder / FILE)) as db:

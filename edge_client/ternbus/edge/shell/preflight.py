@@ -1,7 +1,4 @@
-"""Whether a task is ready for a federation: one step of training and one update there and back.
-
-It says what they take, and what is wrong, in words.
-"""
+"""The check of a task without a federation: it trains one step, encodes and decodes one update, and evaluates."""
 
 import math
 import time
@@ -21,7 +18,7 @@ from ternbus.broker.protocol.ternary import CODECS
 from ternbus.edge.core.profile import schema_mismatch
 from ternbus.edge.core.state import prepare
 from ternbus.edge.learn.compress import compress
-from ternbus.edge.learn.loader import place_of, renamed
+from ternbus.edge.learn.loader import import_hint, location_of
 from ternbus.edge.learn.task import Evaluation, Task, Trained, Trainer
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import Tensors
@@ -32,7 +29,7 @@ Result = TypeVar("Result")
 
 @dataclass(slots=True, kw_only=True)
 class Report:
-    """What was found; what could not be measured is left out. `problems` keep the task from working, `notes` do not."""
+    """The result of a check. `facts` has what could be measured; a task with `problems` does not work."""
 
     task: str
     facts: dict[str, int | float | str] = field(default_factory=dict)
@@ -40,41 +37,41 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """For people."""
+        """The report as text."""
         facts = self.facts
         lines = [f"task       {self.task}"]
         if "parameters" in facts:
-            lines.append(f"model      {facts['parameters']:,} parameters that travel, in {facts['tensors']} tensors")
+            lines.append(f"model      {facts['parameters']:,} parameters in {facts['tensors']} tensors")
         if "training_s" in facts:
             seconds = f"about {facts['training_s']} s"
-            lines.append(f"a step     {1000 * float(facts['step_s']):,.1f} ms")
+            lines.append(f"step       {1000 * float(facts['step_s']):,.1f} ms")
             lines.append(f"training   {facts['steps']:,} steps on {facts['samples']:,} samples: {seconds}")
         if "codec" in facts:
             parts = f"in {facts['parts']} part{'s' if facts['parts'] != 1 else ''}"
-            lines.append(f"an update  {self._size('ternary')}; as float32 {self._size('float32')}")
-            lines.append(f"           sent as {facts['codec']} {parts}; packed and read in {facts['codec_s']} s")
+            lines.append(f"update     {self._size('ternary')}; as float32 {self._size('float32')}")
+            lines.append(f"           sent as {facts['codec']} {parts}; encoded and decoded in {facts['codec_s']} s")
         if "test_samples" in facts:
             lines.append(f"evaluation {facts['test_samples']:,} samples: {facts['evaluation_s']} s")
         lines += [f"note: {text}" for text in self.notes]
-        lines += [f"wrong: {text}" for text in self.problems]
-        return [*lines, "something must be mended" if self.problems else "ready"]
+        lines += [f"problem: {text}" for text in self.problems]
+        return [*lines, "not ready: fix the problems above" if self.problems else "ready"]
 
     def _size(self, codec: str) -> str:
         size = int(self.facts[f"update_{codec}_bytes"])
         return f"{size:,} bytes ({8 * size / int(self.facts['parameters']):.2f} bits a parameter)"
 
 
-class _CannotGoOnError(Exception):
-    """What comes next needs what has just failed; the problem is in the report."""
+class _CheckAbortedError(Exception):
+    """A step failed that the next steps need; the problem is in the report."""
 
 
 def check(task: Task, *, data: Path | None = None, partition: str = "all") -> Report:
-    """Try everything that a device and an evaluator do with a task, but for the network."""
+    """Do everything that a device and an evaluator do with a task, except the network."""
     check = _Check(task, Report(task=task.name))
     for examine in (check.device, check.evaluator):
         try:
             examine(data, partition)
-        except _CannotGoOnError:
+        except _CheckAbortedError:
             continue
     return check.report
 
@@ -100,10 +97,10 @@ class _Check:
         start, began = self._start, time.perf_counter()
         found: Any = self._try("evaluate()", lambda: evaluator.evaluate(start))
         if not isinstance(found, Evaluation):
-            self._stop(f"evaluate() returned {type(found).__name__}, not an Evaluation")
+            self._stop(f"evaluate() returned {type(found).__name__}: it must return an Evaluation")
         for name in ("accuracy", "loss"):
             if not math.isfinite(found.values.get(name, math.nan)):
-                self._problem(f"evaluate() gives no finite {name!r} in its values")
+                self._problem(f"evaluate() returned no finite {name!r} in its values")
         self.report.facts |= {"test_samples": found.samples, "evaluation_s": round(time.perf_counter() - began, 4)}
 
     def _plan(self) -> Plan:
@@ -113,7 +110,7 @@ class _Check:
             self._stop(f"default_plan: {error}")
         if plan.extra:
             unknown = ", ".join(plan.extra)
-            self._note(f"default_plan: Ternbus does not know {unknown}; the trainer gets it as it is")
+            self._note(f"default_plan: Ternbus does not know {unknown}, and passes it to the trainer unchanged")
         return plan
 
     def _model(self) -> tuple[Tensors, Schema]:
@@ -121,7 +118,7 @@ class _Check:
         schema = self._try("initial()", lambda: Schema.of({name: tensor.shape for name, tensor in start.items()}))
         again = self._try("initial()", lambda: self._task.initial(0))
         if schema_mismatch(schema, {name: tensor.shape for name, tensor in again.items()}) or not _same(start, again):
-            self._note("initial() gives another model for the same seed: an experiment cannot be repeated")
+            self._note("initial() returned another model for the same seed: experiments cannot be repeated")
         self.report.facts |= {"tensors": len(start), "parameters": schema.elements}
         vector = to_vector(schema, start)
         vector.setflags(write=False)  # as the follower's is
@@ -129,34 +126,34 @@ class _Check:
         return self._start, schema
 
     def _named_arrays(self) -> Tensors:
-        """What initial() gives, which may be anything: annotations check nothing."""
+        """The result of initial(), checked: annotations guarantee nothing."""
         start: Any = self._try("initial()", lambda: self._task.initial(0))
         if not isinstance(start, Mapping) or not start:
-            self._stop("initial() gives no tensors: it must return a dict of name: float32 array")
+            self._stop("initial() returned no tensors: it must return a dict of name to float32 array")
         for name, tensor in start.items():
             if not isinstance(tensor, np.ndarray) or tensor.dtype != np.float32:
                 kind = tensor.dtype if isinstance(tensor, np.ndarray) else type(tensor).__name__
-                self._stop(f"initial() gives {name!r} as {kind}: it must be a float32 numpy array")
+                self._stop(f"initial() returned {name!r} as {kind}: it must be a float32 numpy array")
             if not tensor.size:
-                self._stop(f"initial() gives {name!r} without an element, of shape {tensor.shape}: leave it out")
+                self._stop(f"initial() returned {name!r} without elements, of shape {tensor.shape}: leave it out")
             if not np.isfinite(tensor).all():
-                self._stop(f"initial() gives {name!r} with a NaN or an infinity in it")
+                self._stop(f"initial() returned {name!r} with a NaN or an infinity: all elements must be finite")
         return start
 
     def _step(self, trainer: Trainer, start: Tensors, plan: Plan) -> Trained:
-        """One step, and the same again, which is the one that counts: the first warms up."""
+        """Train one step twice, and time the second: the first warms up."""
         samples = self._try("trainer.samples", lambda: trainer.samples)
         if not 1 <= samples <= SAMPLES_MAX:
-            self._stop(f"the trainer has {samples} samples: there must be from 1 to {SAMPLES_MAX}")
+            self._stop(f"the trainer has {samples} samples: it must have 1 to {SAMPLES_MAX}")
         one = Plan.from_meta({**self._task.default_plan, "local_steps": 1})
         first: Any = self._try("train()", lambda: trainer.train(start, one, version=0, seed=0))
         began = time.perf_counter()
         again: Any = self._try("train()", lambda: trainer.train(start, one, version=0, seed=0))
         step_s = time.perf_counter() - began
         if not isinstance(first, Trained) or not isinstance(again, Trained):
-            self._stop(f"train() returned {type(first).__name__}, not Trained")
+            self._stop(f"train() returned {type(first).__name__}: it must return Trained")
         if first.tensors.keys() != again.tensors.keys() or not _same(first.tensors, again.tensors):
-            self._note("train() gives another result for the same seed: an experiment cannot be repeated bit for bit")
+            self._note("train() returned another result for the same seed: experiments cannot be repeated bit for bit")
         steps = plan.steps(samples)
         self.report.facts |= {"samples": samples, "step_s": round(step_s, 4), "steps": steps,
                               "training_s": round(step_s * steps, 1)}  # fmt: skip
@@ -164,24 +161,24 @@ class _Check:
 
     def _compare(self, start: Tensors, trained: Trained) -> None:
         if lost := [name for name in start if name not in trained.tensors]:
-            self._stop(f"train() returned no {lost[0]!r}: all tensors of initial() must come back")
+            self._stop(f"train() returned no {lost[0]!r}: it must return all tensors of initial()")
         for name, tensor in start.items():
             if np.shape(trained.tensors[name]) != tensor.shape:
                 shape = np.shape(trained.tensors[name])
-                self._stop(f"train() returned {name!r} in the shape {shape}, initial() has {tensor.shape}")
+                self._stop(f"train() returned {name!r} with shape {shape}: it must have initial()'s, {tensor.shape}")
         if extra := [name for name in trained.tensors if name not in start]:
-            self._note(f"train() returned {extra[0]!r}, which initial() does not have: it does not travel")
+            self._note(f"train() returned {extra[0]!r}, which initial() does not have: it is not sent")
         same = [name for name in start if np.array_equal(start[name], trained.tensors[name])]
         if len(same) == len(start):
-            self._problem("one step of training changed nothing: is learning_rate 0, or everything frozen or detached?")
+            self._problem("one training step changed nothing: is learning_rate 0, or everything frozen or detached?")
         elif same:
-            self._note(f"one step left {len(same)} of {len(start)} tensors as they were, {same[0]!r} for one")
+            self._note(f"one training step did not change {len(same)} of {len(start)} tensors, for example {same[0]!r}")
         for name, value in trained.metrics.items():
             if not math.isfinite(value):
-                self._note(f"train() reports {name!r} as {value}: only finite numbers are sent")
+                self._note(f"train() reported {name!r} as {value}: only finite numbers are sent")
 
     def _update(self, schema: Schema, start: Tensors, trained: Trained, plan: Plan) -> None:
-        """What the device would send, in both codecs, and what the aggregator would make of it."""
+        """Encode the update in both codecs as a device does, then decode and apply it as the aggregator does."""
         base = to_vector(schema, start)
         change = self._try("train()", lambda: to_vector(schema, trained.tensors)) - base
         for codec in CODECS:
@@ -194,10 +191,10 @@ class _Check:
             parts = -(-len(update.body) // FRAME_BYTES)
             if read.content != block.content:
                 self._problem(
-                    "the update came back with other bytes than were sent: a bug in Ternbus, please report it"
+                    "the decoded update differs from the encoded one: this is a bug in Ternbus, please report it"
                 )
             if not np.isfinite(read.apply(base)).all():
-                self._problem("the model is no longer finite with the update applied")
+                self._problem("the model is not finite after the update: lower learning_rate in default_plan")
             if codec == plan.codec:
                 self._fits(parts)
                 self.report.facts |= {"codec": codec, "parts": parts, "codec_s": round(seconds, 4)}
@@ -205,18 +202,18 @@ class _Check:
 
     def _fits(self, parts: int) -> None:
         if parts > PARTS_MAX:
-            self._problem(f"an update would have {parts} parts, at most {PARTS_MAX} can be: the model is too large")
+            self._problem(f"an update has {parts} parts, and the protocol allows {PARTS_MAX}: use a smaller model")
         elif parts > LARGE_PARTS:
-            self._note(f"an update has {parts} parts: is the codec float32 meant for a model of that size?")
+            self._note(f"an update has {parts} parts: is the codec float32 intended for a model of this size?")
 
     def _try(self, what: str, call: Callable[[], Result]) -> Result:
         try:
             return call()
         except FederationError as error:
             self._stop(str(error))
-        except Exception as error:  # noqa: BLE001 - the task's own code may raise anything, and this is who says so
-            said = renamed(error) or f"{what} raised {type(error).__name__}: {error}"
-            self._stop(f"{said}{_place(error)}{_hint(error)}")
+        except Exception as error:  # noqa: BLE001 - the task's own code may raise anything
+            message = import_hint(error) or f"{what} raised {type(error).__name__}: {error}"
+            self._stop(f"{message}{_place(error)}{_hint(error)}")
 
     def _problem(self, text: str) -> None:
         if text not in self.report.problems:
@@ -227,7 +224,7 @@ class _Check:
 
     def _stop(self, text: str) -> NoReturn:
         self._problem(text)
-        raise _CannotGoOnError
+        raise _CheckAbortedError
 
 
 def _same(one: Tensors, other: Tensors) -> bool:
@@ -235,12 +232,12 @@ def _same(one: Tensors, other: Tensors) -> bool:
 
 
 def _place(error: Exception) -> str:
-    """Where in the user's own files it was raised, or was called from."""
-    place = place_of(error)
+    """File and line of the user's own code in which it was raised, or from which that was called."""
+    place = location_of(error)
     return "" if place is None else f" ({Path(place[0]).name}, line {place[1]})"
 
 
 def _hint(error: Exception) -> str:
     if isinstance(error, ValueError) and "read-only" in str(error):
-        return "; `start` must stay as it is: work on a copy"
+        return "; `start` is read-only: work on a copy"
     return ""

@@ -1,4 +1,4 @@
-"""A device's output: a line for each event, as text or as JSON."""
+"""A device's output: one line per event, as text or as JSON."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from ternbus.edge.core.actions import Log, Stop
 
 
 class Printer:
-    """Prints and flushes each line, so that the reader of a pipe sees it at once."""
+    """Prints and flushes each line, so that a pipe delivers it at once."""
 
     def __init__(self, *, as_json: bool) -> None:
         self._as_json = as_json
@@ -23,7 +23,7 @@ class Printer:
         sys.stdout.flush()
 
     def end(self, stop: Stop) -> None:
-        """The last line."""
+        """Print the last line: why the device stops."""
         if self._as_json or stop.code == 0:
             fields = {"code": stop.code, "reason": stop.reason}
             self(Log(event="stopped", text=f"stopped: {stop.reason}", fields=fields))
@@ -31,10 +31,10 @@ class Printer:
             sys.stderr.write(f"ternbus: {stop.reason}\n")
 
     def finish(self, stop: Stop, *, ended: bool) -> int:
-        """Print the last line and return the exit code; end the process here if its training thread has not `ended`."""
+        """Print the last line and return the exit code; end the process here if the training thread has not `ended`."""
         self.end(stop)
         if not ended:
-            # All is saved and printed, but a thread is in the task's code: Python would wait for it, or crash in it.
+            # All is saved and printed, but a thread still runs the task's code: Python would wait or crash in it.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(stop.code)

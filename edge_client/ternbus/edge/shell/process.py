@@ -1,7 +1,7 @@
 """The process of a device that trains or evaluates, without the command line's libraries.
 
-`ternbus edge run` turns into it once the arguments are read: typer and what it brings would take 12 MB of a small
-device's memory for as long as it trains.
+`ternbus edge run` replaces itself by this process after it has parsed the arguments: typer and its dependencies would
+take 12 MB of a small device's memory during training.
 """
 
 import json
@@ -20,9 +20,9 @@ from ternbus.edge.shell.directory import DeviceDirectory
 from ternbus.edge.shell.printer import Printer
 
 
-def become(home: DeviceDirectory, role: Role, options: Options, *, as_json: bool) -> int:
-    """Run the device: in a fresh interpreter of the same process id, or here, if more than typer is loaded already."""
-    agent.check(home.joined(), options)  # a mistake is best said before
+def run_device(home: DeviceDirectory, role: Role, options: Options, *, as_json: bool) -> int:
+    """Run the device: in a fresh interpreter with the same process id, or here if torch is loaded already."""
+    agent.check(home.joined(), options)  # raises ConfigError before the process is replaced
     if "torch" not in sys.modules:
         request = {"folder": str(home.folder), "role": role, "options": asdict(options), "as_json": as_json}
         sys.stdout.flush()
@@ -34,7 +34,7 @@ def become(home: DeviceDirectory, role: Role, options: Options, *, as_json: bool
 
 
 def main() -> NoReturn:
-    """Do what `become` asked for; exit codes as of the `ternbus` command."""
+    """Run the device of the request in the arguments. The exit codes are those of the `ternbus` command."""
     request = json.loads(sys.argv[1])
     printer = Printer(as_json=request["as_json"])
     try:

@@ -1,4 +1,4 @@
-"""The device's shell: one thread that waits for events and performs the core's actions strictly in order."""
+"""The device's event loop: one thread that waits for events and performs the core's actions in order."""
 
 import time
 from collections import Counter
@@ -40,7 +40,7 @@ _Happened = events.Event | link.LinkEvent | Exception
 
 
 class Service:
-    """Runs a core on a link, an outbox and a trainer until the core stops."""
+    """Runs a core with a link, an outbox and a trainer until the core stops."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class Service:
         min_seconds: float = 0.0,
         personal: Path = Path(PERSONAL),
     ) -> None:
-        """`held` has the data held out; `personal` is the file for the personal model."""
+        """`held` is the trainer with the held-out data; `personal` is the file for the personal model."""
         self._core = core
         self._outbox = outbox
         self._report = report
@@ -68,11 +68,11 @@ class Service:
         self._stop: Stop | None = None
 
     def request_stop(self, reason: str) -> None:
-        """Stop soon. Signal handlers may call it: a SimpleQueue's put is reentrant."""
+        """Stop after the event at hand. Signal handlers may call it: a SimpleQueue's put is reentrant."""
         self._queue.put(events.StopRequested(reason=reason))
 
     def run(self) -> Stop:
-        """Run until the core stops. Raises what the task's code raised; the state is on disk then too."""
+        """Run until the core stops. Raises whatever the task's code raises; the state is on disk in that case too."""
         try:
             self._handle(events.Started())
             while self._stop is None:
@@ -84,9 +84,9 @@ class Service:
         self._outbox.save(self._core.state, None, self._counters)
         return self._stop
 
-    def leave_training(self) -> bool:
-        """Whether the training thread has ended; if not, the process must be ended for it."""
-        return self._worker is None or self._worker.leave()
+    def stop_training(self) -> bool:
+        """Stop the training thread. Returns whether it has ended; if not, the caller must end the process."""
+        return self._worker is None or self._worker.stop()
 
     def _next(self) -> _Happened:
         due = self._core.due_s()
@@ -159,7 +159,7 @@ class Service:
             self._queue.put(events.ConnectFailed(reason=str(error)))
 
     def _use_link(self, action: Subscribe | Unsubscribe | Publish) -> None:
-        """Without a connection the action is lost, as in the network; `Disconnected` comes by the link."""
+        """Send the action. Without a connection it is lost, as in the network: the link reports `Disconnected`."""
         try:
             match action:
                 case Subscribe():

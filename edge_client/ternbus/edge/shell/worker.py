@@ -1,4 +1,4 @@
-"""Training and evaluation beside the service: one thread, one job at a time, its result an event."""
+"""The training thread: it runs one training, evaluation or fine-tuning at a time and returns the result as an event."""
 
 import threading
 import time
@@ -22,7 +22,7 @@ from ternbus.edge.learn.compress import compress
 from ternbus.edge.learn.noise import RandomSource, clip_and_noise
 from ternbus.edge.learn.task import PrivateTrainer, Trained, Trainer, TrainingError
 from ternbus.edge.plan.plan import NO_DP, Plan
-from ternbus.edge.plan.privacy import DEVICE, SAMPLE, TOLD, Account, cost
+from ternbus.edge.plan.privacy import DEVICE, PRIVACY_METRICS, SAMPLE, Account, cost
 from ternbus.edge.plan.tensors import Tensors
 
 TrainingResult = TrainingFinished | TrainingFailed | BudgetSpent
@@ -32,8 +32,8 @@ Result = TrainingResult | Evaluated | FineTuned | FineTuningFailed
 def train(trainer: Trainer, job: StartTraining, random_source: RandomSource | None = None) -> TrainingResult:
     """Train and compress the change, under the plan's differential privacy, if the budget allows it.
 
-    `random_source` is for tests and simulations; on a device it is the operating system's. Raises what the task's code
-    raises, and `ConfigError` where the task has no training for the plan's privacy.
+    `random_source` is for tests and simulations; on a device it is the operating system's. Raises whatever the task's
+    code raises, and `ConfigError` if the task cannot train with the plan's `dp`.
     """
     plan, account, random_source = job.plan, None, random_source or RandomSource()
     if plan.dp != NO_DP:
@@ -46,17 +46,17 @@ def train(trainer: Trainer, job: StartTraining, random_source: RandomSource | No
     except TrainingError as error:
         if plan.dp != DEVICE:
             return TrainingFailed(base=job.base, reason=str(error), account=account)
-        trained = Trained(tensors=start, samples=1, metrics={})  # no update would tell of the data too
+        trained = Trained(tensors=start, samples=1, metrics={})  # a missing update would reveal something of the data
     change = to_vector(job.schema, trained.tensors)
     change -= job.vector
     if plan.dp == DEVICE:
         clip_and_noise(change, clip=plan.dp_clip, noise=plan.dp_noise, random_source=random_source)
-    # What follows sees the data only through the mechanism's output: quantization and residual cost no privacy.
+    # Post-processing of the mechanism's output: quantization and residual cost no privacy.
     compressed = compress(job.schema, plan, change, job.residual, job.seed)
     return TrainingFinished(
         base=job.base,
         samples=1 if plan.dp == DEVICE else trained.samples,
-        metrics=trained.metrics if account is None else {**trained.metrics, **_told(account)},
+        metrics=trained.metrics if account is None else {**trained.metrics, **_privacy_metrics(account)},
         block=compressed.block,
         residual=compressed.residual,
         account=account,
@@ -67,7 +67,9 @@ def _learned(trainer: Trainer, start: Tensors, job: StartTraining, random_source
     if job.plan.dp != SAMPLE:
         return trainer.train(start, job.plan, version=job.base, seed=job.seed)
     if not isinstance(trainer, PrivateTrainer):
-        raise ConfigError('the plan has dp = "sample", and this task has no train_privately(): ask for dp = "device"')
+        raise ConfigError(
+            'the plan has dp = "sample", and this task has no train_privately(): add it, or use dp = "device"'
+        )
     return trainer.train_privately(start, job.plan, version=job.base, seed=job.seed, random_source=random_source)
 
 
@@ -77,8 +79,8 @@ def _charged(account: Account, plan: Plan, samples: int) -> Account:
     return replace(after, epsilon=epsilon(after.of(plan.dp), plan.dp_delta), delta=plan.dp_delta)
 
 
-def _told(account: Account) -> dict[str, float]:
-    return dict(zip(TOLD, (account.epsilon, account.delta), strict=True))
+def _privacy_metrics(account: Account) -> dict[str, float]:
+    return dict(zip(PRIVACY_METRICS, (account.epsilon, account.delta), strict=True))
 
 
 def evaluate(trainer: Trainer, job: StartEvaluation) -> Evaluated:
@@ -87,7 +89,7 @@ def evaluate(trainer: Trainer, job: StartEvaluation) -> Evaluated:
 
 
 def fine_tune(trainer: Trainer, held: Trainer, job: StartFineTuning) -> FineTuned | FineTuningFailed:
-    """Train on the data of `trainer`; evaluate the model before and after on those of `held`."""
+    """Train on the data of `trainer`; evaluate the model before and after on the data of `held`."""
     start = to_tensors(job.schema, job.vector)
     before = held.evaluate(start)
     try:
@@ -104,9 +106,9 @@ def fine_tune(trainer: Trainer, held: Trainer, job: StartFineTuning) -> FineTune
 
 
 class Worker:
-    """Runs jobs in a thread; `deliver` is called there with each result, or with the exception of the task's code.
+    """Runs jobs in a thread, which calls `deliver` with each result, or with the exception of the task's code.
 
-    Versions are evaluated on the data of `held`, which for an evaluator are those of `trainer`.
+    Versions are evaluated with `held`; if it is None, with `trainer`, as an evaluator does.
     """
 
     def __init__(
@@ -121,8 +123,8 @@ class Worker:
         self._deliver = deliver
         self._min_seconds = min_seconds
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
-        self._leaving = threading.Event()
-        # A daemon: nobody waits for an epoch to end when the device is to stop.
+        self._stopping = threading.Event()
+        # A daemon, so that a device that stops need not wait for the end of an epoch.
         self._thread = threading.Thread(target=self._run, name="training", daemon=True)
 
     def start(self, job: Job) -> None:
@@ -130,9 +132,9 @@ class Worker:
             self._thread.start()
         self._jobs.put(job)
 
-    def leave(self) -> bool:
-        """End as soon as possible; whether it has ended."""
-        self._leaving.set()
+    def stop(self) -> bool:
+        """End as soon as possible. Returns whether the thread has ended."""
+        self._stopping.set()
         self._jobs.put(None)
         if self._thread.ident is not None:
             self._thread.join(timeout=0.5)
@@ -142,10 +144,10 @@ class Worker:
         while (job := self._jobs.get()) is not None:
             try:
                 result = self._perform(job)
-            except Exception as error:  # noqa: BLE001 - the task's bug, not ours: the service ends with its traceback
+            except Exception as error:  # noqa: BLE001 - a bug in the task: the service ends with its traceback
                 self._deliver(error)
                 return
-            if self._leaving.is_set():
+            if self._stopping.is_set():
                 return
             self._deliver(result)
 
@@ -156,5 +158,5 @@ class Worker:
             return fine_tune(self._trainer, self._held, job)
         began = time.monotonic()
         result = train(self._trainer, job)
-        self._leaving.wait(max(0.0, self._min_seconds - (time.monotonic() - began)))
+        self._stopping.wait(max(0.0, self._min_seconds - (time.monotonic() - began)))
         return result

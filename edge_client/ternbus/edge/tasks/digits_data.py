@@ -1,6 +1,6 @@
 """The 1,797 handwritten digits that ship with the package (UCI optdigits test part, CC BY 4.0), read with numpy alone.
 
-The same stratified fifth of them is everyone's test set: no device trains on it.
+A fixed stratified fifth is the test set: no device trains on it.
 """
 
 import gzip
@@ -17,7 +17,7 @@ _FILE = Path(__file__).with_name("digits.csv.gz")
 
 
 def load(split: Literal["train", "test"]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """(images in 0…1, shape [samples, 64]; labels) of 80 % of the data, or of the other 20 %."""
+    """(images in 0…1, shape [samples, 64]; labels) of the 80 % for training, or of the other 20 %."""
     with gzip.open(_FILE, "rt") as lines:
         table = np.loadtxt(lines, dtype=np.uint8, delimiter=",")
     labels = table[:, PIXELS].astype(np.int64)
@@ -27,7 +27,7 @@ def load(split: Literal["train", "test"]) -> tuple[npt.NDArray[np.float32], npt.
 
 
 def _is_test(labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    # Every machine must set the same samples aside, whatever its numpy: this generator's stream is frozen (NEP 19).
+    # Every machine must choose the same samples, with any version of numpy: this generator's stream is frozen (NEP 19).
     generator = np.random.RandomState(0)
     test = np.zeros(labels.shape, np.bool_)
     for label in range(CLASSES):

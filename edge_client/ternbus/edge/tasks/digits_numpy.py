@@ -1,6 +1,6 @@
 """The digits without PyTorch: a multilayer perceptron in plain numpy, for devices with little memory.
 
-It is also the example of a trainer of one's own: nothing here but arrays and the chain rule.
+It is also an example of a trainer without a framework.
 """
 
 import time
@@ -98,7 +98,7 @@ def _forward(weights: Tensors, images: FloatArray) -> tuple[FloatArray, FloatArr
 
 
 def _cross_entropy(outputs: FloatArray, labels: Labels) -> tuple[float, float, FloatArray]:
-    """Summed over the samples: the loss, the hits; and the loss's gradient by the outputs, a row a sample."""
+    """The loss and the hits, summed over the samples; and the gradient of the loss by the outputs, a row per sample."""
     rows = np.arange(len(labels))
     powers = np.exp(outputs - outputs.max(1, keepdims=True))
     shares = powers / powers.sum(1, keepdims=True)
@@ -109,7 +109,7 @@ def _cross_entropy(outputs: FloatArray, labels: Labels) -> tuple[float, float, F
 
 
 def _backward(weights: Tensors, images: FloatArray, labels: Labels) -> tuple[float, float, dict[str, FloatArray]]:
-    """Summed over the batch: loss and hits; and the gradient of the batch's mean loss."""
+    """The loss and the hits, summed over the batch; and the gradients of the batch's mean loss."""
     hidden, outputs = _forward(weights, images)
     loss, hits, errors = _cross_entropy(outputs, labels)
     errors /= len(labels)

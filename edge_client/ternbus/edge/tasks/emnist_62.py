@@ -1,8 +1,8 @@
 """EMNIST ByClass: digits, capital and small letters, 62 classes, with a small convolutional network.
 
 In --data DIR: emnist/emnist-byclass-{train,test}-{images-idx3,labels-idx1}-ubyte, gzip or not, as NIST gives them.
-Where there is only the test part (116,323 images), a stratified fifth of it is held out as the test set and the rest is
-trained on: accuracies are then those of this split and no other. There are no writers in these files.
+If there is only the test part (116,323 images), a stratified fifth of it is the test set and the rest is for training:
+such accuracies are comparable within this split only. The files do not name the writers.
 """
 
 from pathlib import Path
@@ -27,7 +27,7 @@ def model(width: float = 1.0) -> nn.Module:
 
 
 def data(folder: Path | None, split: Split) -> tuple[Tensor, Tensor]:
-    """Raises `ConfigError`, which says where the files are looked for."""
+    """(images, uint8 [samples, 1, 28, 28]; labels). Raises `ConfigError`, with the place of the missing files."""
     if folder is None:
         raise ConfigError("emnist-62 needs --data DIR, with emnist-byclass-*-ubyte, gzip or not, in DIR/emnist")
     place = folder / "emnist"
@@ -39,12 +39,12 @@ def data(folder: Path | None, split: Split) -> tuple[Tensor, Tensor]:
         test = _is_test(labels)
         chosen = test if split == "test" else ~test
         images, labels = images[chosen], labels[chosen]
-    upright = np.ascontiguousarray(images.transpose(0, 2, 1))  # NIST's files have rows and columns exchanged
+    upright = np.ascontiguousarray(images.transpose(0, 2, 1))  # NIST's files have rows and columns swapped
     return torch.from_numpy(upright).unsqueeze(1), torch.from_numpy(labels)
 
 
 def _is_test(labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    # Every machine must set the same samples aside, whatever its numpy: this generator's stream is frozen (NEP 19).
+    # Every machine must choose the same samples, with any version of numpy: this generator's stream is frozen (NEP 19).
     generator = np.random.RandomState(0)
     test = np.zeros(labels.shape, np.bool_)
     for label in range(CLASSES):

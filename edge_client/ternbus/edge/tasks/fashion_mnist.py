@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.tasks.convolutions import two_convolutions
-from ternbus.edge.torch import torchvision_ops  # noqa: F401  # first: see there
+from ternbus.edge.torch import torchvision_ops  # noqa: F401  # must come before torchvision
 from ternbus.edge.torch.trainer import Split, TorchTask
 
 from torchvision.datasets import FashionMNIST  # isort: skip
@@ -18,14 +18,14 @@ def model(width: float = 1.0) -> nn.Module:
 
 
 def data(folder: Path | None, split: Split) -> tuple[Tensor, Tensor]:
-    """Raises `ConfigError`, which says where the files are looked for."""
+    """(images, uint8 [samples, 1, 28, 28]; labels). Raises `ConfigError`, with the place of the missing files."""
     if folder is None:
         raise ConfigError("fashion-mnist needs --data DIR, with the four *-ubyte files in DIR/FashionMNIST/raw")
     try:
         images = FashionMNIST(str(folder), train=split == "train", download=False)
     except RuntimeError as error:
         raw = folder / "FashionMNIST" / "raw"
-        raise ConfigError(f"no Fashion-MNIST: its four *-ubyte files are looked for in {raw}") from error
+        raise ConfigError(f"no Fashion-MNIST in {raw}: put its four *-ubyte files there") from error
     return images.data.unsqueeze(1), images.targets
 
 

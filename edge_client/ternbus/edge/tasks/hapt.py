@@ -1,11 +1,11 @@
-"""What a person is doing, from the accelerometer and gyroscope of a phone: 30 people, each a device of its own.
+"""Human activity recognition from the accelerometer and gyroscope of a phone: 30 people, each a natural device.
 
 In --data DIR: hapt/hapt_windows_128x6_f16.npz with `x` [windows, 128, 6] (2.56 s at 50 Hz: total acceleration in g,
 rotation in rad/s), `y` (0 to 5: walking, upstairs, downstairs, sitting, standing, lying) and `subject` (1 to 30), in
 order of time; cut from UCI HAPT (Reyes-Ortiz et al. 2016).
 
-`hapt` lets all 30 people train and tests on the last fifth of each activity of each. `hapt-unseen` lets 21 train and
-tests on the other 9, those of UCI's own test part: the natural devices are then 0 to 20.
+`hapt` trains on all 30 people and tests on the last fifth of each activity of each person. `hapt-unseen` trains on 21
+people and tests on the other 9, those of UCI's own test part: its natural devices are 0 to 20.
 """
 
 import math
@@ -33,7 +33,7 @@ CLASSES = 6
 CHANNELS = 6
 WINDOW = 128
 BANDS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 17, 23, 32, 45, 65)  # bins of 50/128 Hz, each band up to where the next begins
-FAINT = 1e-6  # g² or (rad/s)²: below it a band counts as empty
+FAINT = 1e-6  # g² or (rad/s)²: a band with less counts as empty
 TURN_DEGREES = 20.0
 SCALE = 0.1
 FILE = Path("hapt", "hapt_windows_128x6_f16.npz")
@@ -42,7 +42,7 @@ Table = Mapping[str, npt.NDArray[Any]]
 
 
 class Posture(nn.Module):
-    """Adds the length of the acceleration, less 1 g, and its mean over the window, which says where gravity points."""
+    """Adds the length of the acceleration minus 1 g, and its mean over the window, the direction of gravity."""
 
     def forward(self, windows: Tensor) -> Tensor:
         acceleration = windows[:, :3]
@@ -51,7 +51,7 @@ class Posture(nn.Module):
 
 
 class Summary(nn.Module):
-    """Of each channel its mean, its largest value and its standard deviation over time, side by side."""
+    """The mean, maximum and standard deviation of each channel over time, concatenated."""
 
     def forward(self, channels: Tensor) -> Tensor:
         return torch.stack([channels.mean(2), channels.amax(2), channels.std(2)], 2).flatten(1)
@@ -60,8 +60,8 @@ class Summary(nn.Module):
 class Spectrum(nn.Module):
     """The logarithm of the mean power in each of `BANDS`, of each channel and of the two vectors' lengths.
 
-    Takes [windows, 6, 128], gives [windows, 104]. Those who sit and who stand differ in how little they sway: by some
-    thousandths of a g and hundredths of a rad/s, where walking has 0.2 g. A logarithm shows it.
+    Takes [windows, 6, 128], returns [windows, 104]. Sitting and standing differ in small movements only: some
+    thousandths of a g and hundredths of a rad/s, while walking has 0.2 g. The logarithm makes the difference visible.
     """
 
     def forward(self, windows: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Spectrum(nn.Module):
 
 
 class Both(nn.ModuleList):
-    """What its parts make of the same windows, side by side."""
+    """The outputs of its modules for the same windows, concatenated."""
 
     def forward(self, windows: Tensor) -> Tensor:
         return torch.cat([part(windows) for part in self], 1)
@@ -84,8 +84,8 @@ def model(width: float = 1.0) -> nn.Module:
     """A 1-D CNN and a spectrum beside it, 19,590 parameters, for a Pi; takes [windows, 6, 128]."""
     first, more = channels(32, width), channels(48, width)
     spectrum = (CHANNELS + 2) * (len(BANDS) - 1)
-    # Layer norm, of each window by itself: batch norm's statistics are of whom a device belongs to, and differ.
-    # Not among the convolutions: it would take away a window's mean, and with it which way gravity points.
+    # Layer norm, for each window alone: batch norm's statistics depend on the device's owner.
+    # Not among the convolutions: it would remove a window's mean, and with it the direction of gravity.
     convolutions = nn.Sequential(
         Posture(),
         nn.Conv1d(10, first, 9, stride=2, padding=4),
@@ -97,7 +97,7 @@ def model(width: float = 1.0) -> nn.Module:
         Summary(),
         nn.LayerNorm(3 * more),
     )
-    # The spectrum first: what a narrower network has is then a corner of the last layer.
+    # The spectrum comes first: a narrower network is then a corner of the last layer.
     return nn.Sequential(
         Both([nn.Sequential(Spectrum(), nn.LayerNorm(spectrum)), convolutions]),
         nn.Dropout(0.3),
@@ -105,9 +105,10 @@ def model(width: float = 1.0) -> nn.Module:
     )
 
 
-def worn_otherwise(windows: Tensor) -> Tensor:
-    """Each window as from a phone that hangs a little askew, by an angle of N(0, 20°) about any axis, on a stronger or
-    weaker person, by a factor of N(1, 0.1): an unseen person's phone hangs otherwise too (Um et al. 2017).
+def rotate_and_scale(windows: Tensor) -> Tensor:
+    """Rotate each window by an angle of N(0, 20°) about a random axis, and scale it by a factor of N(1, 0.1).
+
+    This covers phones that are worn differently, and people who move with another strength (Um et al. 2017).
     """
     axis = functional.normalize(torch.randn(len(windows), 3), dim=1)
     turn = axis * (torch.randn(len(windows), 1) * math.radians(TURN_DEGREES))
@@ -121,7 +122,7 @@ def worn_otherwise(windows: Tensor) -> Tensor:
 
 
 def data(folder: Path | None, split: Split) -> tuple[Tensor, Tensor]:
-    """Raises `ConfigError`, which says where the file is looked for."""
+    """(windows, float32 [samples, 6, 128]; labels). Raises `ConfigError`, with the place of the missing file."""
     table = _read(folder)
     return _tensors(table, _held_out(table) if split == "test" else _learned_from(table))
 
@@ -134,14 +135,14 @@ def owners(folder: Path | None) -> Indices:
 
 
 def unseen_data(folder: Path | None, split: Split) -> tuple[Tensor, Tensor]:
-    """The same with 9 people in the test set of whom nobody trains on a window."""
+    """Like `data`, but with the windows of 9 people as the test set, and of the others for training."""
     table = _read(folder)
     unseen = np.isin(table["subject"], UNSEEN)
     return _tensors(table, unseen if split == "test" else ~unseen)
 
 
 def unseen_owners(folder: Path | None) -> Indices:
-    """The same of those who train when 9 do not."""
+    """The person of each training window of `unseen_data`, numbered from 0."""
     people = _read(folder)["subject"]
     return np.unique(people[~np.isin(people, UNSEEN)], return_inverse=True)[1].astype(np.int64)
 
@@ -153,7 +154,7 @@ def _read(folder: Path | None) -> Table:
         with (folder / FILE).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             return {name: file[name] for name in ("x", "y", "subject")}
     except (OSError, KeyError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise ConfigError(f"no HAPT windows: x, y and subject are looked for in {folder / FILE}: {error}") from error
+        raise ConfigError(f"cannot read x, y and subject from {folder / FILE}: {error}; put the file there") from error
 
 
 def _held_out(table: Table) -> npt.NDArray[np.bool_]:
@@ -162,14 +163,14 @@ def _held_out(table: Table) -> npt.NDArray[np.bool_]:
 
 
 def _learned_from(table: Table) -> npt.NDArray[np.bool_]:
-    """What is before it, without the one window that overlaps with it."""
+    """The windows before the held-out ones, without the one that overlaps with them."""
     held_out = _held_out(table)
-    before = np.append(held_out[1:], False)  # of a person and activity all later windows are held out too
+    before = np.append(held_out[1:], False)  # all later windows of a person and activity are held out too
     return np.asarray(~held_out & ~before)
 
 
 def _rank(table: Table) -> npt.NDArray[np.float64]:
-    """Where each window stands among those of its person and activity, 0 the first, under 1 the last."""
+    """The relative position of each window among those of its person and activity: from 0 to below 1."""
     ranks = np.empty(len(table["y"]))
     group = table["subject"].astype(np.int64) * CLASSES + table["y"].astype(np.int64)
     for number in np.unique(group):
@@ -186,7 +187,7 @@ def _tensors(table: Table, chosen: npt.NDArray[np.bool_]) -> tuple[Tensor, Tenso
 PLAN = {"local_epochs": 3, "batch_size": 32, "optimizer": "adam", "learning_rate": 0.003}
 
 TASK = TorchTask(
-    name="hapt", model=model, narrow=model, data=data, owners=owners, augment=worn_otherwise, default_plan=PLAN
+    name="hapt", model=model, narrow=model, data=data, owners=owners, augment=rotate_and_scale, default_plan=PLAN
 )
 UNSEEN_TASK = TorchTask(
     name="hapt-unseen",
@@ -194,6 +195,6 @@ UNSEEN_TASK = TorchTask(
     narrow=model,
     data=unseen_data,
     owners=unseen_owners,
-    augment=worn_otherwise,
+    augment=rotate_and_scale,
     default_plan=PLAN,
 )

@@ -1,4 +1,4 @@
-"""Reads idx files, the format of MNIST and its kin, with numpy alone; gzip or not."""
+"""A reader of idx files, the format of MNIST and similar data sets, with numpy alone; gzip or not."""
 
 import gzip
 import math
@@ -17,21 +17,22 @@ _KINDS = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 def read(folder: Path, name: str) -> npt.NDArray[Any]:
     """The array in `folder/name` or `folder/name.gz`, in this machine's byte order.
 
-    Two zero bytes, the kind of number, how many dimensions, their sizes as big-endian int32, then the numbers (LeCun,
-    "The MNIST database"). Raises `ConfigError`, which names the file.
+    The format is two zero bytes, the type of the numbers, the number of dimensions, their sizes as big-endian int32,
+    then the numbers (LeCun, "The MNIST database"). Raises `ConfigError`, with the path.
     """
     packed, plain = folder / f"{name}.gz", folder / name
     path = packed if packed.exists() and not plain.exists() else plain
     try:
         content = gzip.decompress(path.read_bytes()) if path is packed else path.read_bytes()
     except FileNotFoundError as error:
-        raise ConfigError(f"{name} is looked for in {folder}, unpacked or as .gz, and is not there") from error
-    except (OSError, EOFError, zlib.error) as error:  # gzip's own are among them
-        raise ConfigError(f"cannot read {path}: {error}") from error
+        raise ConfigError(f"no file {plain} or {packed.name}: put the data set there, or correct --data") from error
+    except (OSError, EOFError, zlib.error) as error:  # OSError includes gzip.BadGzipFile
+        raise ConfigError(f"cannot read {path}: {error}; replace the file") from error
     if len(content) < 4 or content[2] not in _KINDS or len(content) < 4 + 4 * content[3]:
-        raise ConfigError(f"{path} is not an idx file")
+        raise ConfigError(f"{path} is not an idx file: replace it")
     sizes = np.frombuffer(content, ">i4", content[3], offset=4).tolist()
     numbers = np.frombuffer(content, _KINDS[content[2]], offset=4 + 4 * content[3])
     if len(numbers) != math.prod(sizes):
-        raise ConfigError(f"{path} has {len(numbers)} numbers where its head says {'x'.join(map(str, sizes))}")
+        shape = "x".join(map(str, sizes))
+        raise ConfigError(f"{path} has {len(numbers)} numbers, but its header {shape}: replace the file")
     return numbers.reshape(sizes).astype(numbers.dtype.newbyteorder("="))

@@ -1,4 +1,4 @@
-"""MNIST with a device for each of the 539 people who wrote its training part; other people wrote the test part.
+"""MNIST with a natural device for each of the 539 writers of its training part; the test part has other writers.
 
 In --data DIR: torchvision's layout, MNIST/raw/*-ubyte, and beside them qmnist-train-labels-idx2-int, of which column 2
 is the writer (Yadav & Bottou 2019).
@@ -26,9 +26,10 @@ def model(width: float = 1.0) -> nn.Module:
     return two_convolutions(16, 32, 64, 10, width)
 
 
-def bent(images: Tensor) -> Tensor:
-    """Each image turned, scaled, sheared and moved a little, for itself: what few digits of one hand lack (Simard et
-    al. 2003, section 2). Up to 15 degrees, 15 %, 0.2 and 2 pixels.
+def random_affine(images: Tensor) -> Tensor:
+    """Rotate, scale, shear and shift each image at random, by up to 15 degrees, 15 %, 0.2 and 2 pixels.
+
+    A device has few digits of one writer, so it gains from variation (Simard et al. 2003, section 2).
     """
     turn, scale, shear = (torch.empty(len(images)).uniform_(-most, most) for most in (0.26, 0.15, 0.2))
     move = torch.empty(len(images), 2, 1).uniform_(-0.15, 0.15)  # in halves of the image's width
@@ -39,7 +40,7 @@ def bent(images: Tensor) -> Tensor:
 
 
 def data(folder: Path | None, split: Split) -> tuple[Tensor, Tensor]:
-    """Raises `ConfigError`, which says where the files are looked for."""
+    """(images, uint8 [samples, 1, 28, 28]; labels). Raises `ConfigError`, with the place of the missing files."""
     raw, prefix = _raw(folder), "train" if split == "train" else "t10k"
     images = torch.from_numpy(idx.read(raw, f"{prefix}-images-idx3-ubyte"))
     return images.unsqueeze(1), torch.from_numpy(idx.read(raw, f"{prefix}-labels-idx1-ubyte")).long()
@@ -49,7 +50,9 @@ def owners(folder: Path | None) -> Indices:
     """The writer of each training image, numbered from 0 in the order of QMNIST's own numbers."""
     labels = idx.read(_raw(folder), "qmnist-train-labels-idx2-int")
     if labels.ndim != 2 or labels.shape[1] <= WRITER:
-        raise ConfigError(f"{_raw(folder) / 'qmnist-train-labels-idx2-int'} has no column with the writers")
+        raise ConfigError(
+            f"{_raw(folder) / 'qmnist-train-labels-idx2-int'} has no column of writers: use QMNIST's file"
+        )
     return np.unique(labels[:, WRITER], return_inverse=True)[1].astype(np.int64)
 
 
@@ -65,6 +68,6 @@ TASK = TorchTask(
     narrow=model,
     data=data,
     owners=owners,
-    augment=bent,
+    augment=random_affine,
     default_plan={"local_epochs": 5, "batch_size": 16, "learning_rate": 0.03, "momentum": 0.9},
 )

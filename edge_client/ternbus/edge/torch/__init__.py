@@ -1,1 +1,1 @@
-"""Training with PyTorch; with the tasks the only place that imports torch."""
+"""Training with PyTorch. Only this room and the tasks import torch."""

@@ -1,7 +1,7 @@
 """Per-sample differential privacy in PyTorch: DP-SGD (Abadi et al. 2016, algorithm 1) on Opacus' per-sample gradients.
 
-Opacus clips and adds up; which samples are in a batch, and the noise, come from `RandomSource` (what Opacus takes as a
-source of secrets, torchcsprng, is no longer built). Opacus is loaded when it is first used.
+Opacus clips the gradients and sums them. The samples of a batch, and the noise, come from `RandomSource`: the secure
+source of Opacus, torchcsprng, is no longer built. Opacus is loaded at the first use.
 """
 
 import warnings
@@ -26,10 +26,10 @@ Loss = Callable[[Tensor], Tensor]  # rows -> the mean loss of these samples
 def descend(
     model: nn.Module, loss: Loss, *, samples: int, plan: Plan, rate: float, random_source: RandomSource
 ) -> dict[str, float]:
-    """The plan's steps on the model, in place, in training mode; how many they were, and the last batch's loss.
+    """Run the plan's steps on the model, in place, in training mode. Returns their number and the last batch's loss.
 
-    The sum of clipped gradients and noise is divided by the batch that is expected, `plan.batch_size` or all samples:
-    the true one is secret. Raises `ConfigError` for a model whose samples do not have a gradient each.
+    The sum of clipped gradients and noise is divided by the expected batch size, `plan.batch_size` or all samples: the
+    actual batch size is secret. Raises `ConfigError` for a model without per-sample gradients.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = local_optimizer.begin(plan, [parameter.detach() for parameter in parameters])
@@ -48,10 +48,12 @@ def descend(
 
 
 def _backward(loss: Tensor, clipping: "DPOptimizer", parameters: Sequence[nn.Parameter]) -> float:
-    """Each parameter's `summed_grad`, of gradients that were clipped sample by sample."""
+    """Compute each parameter's `summed_grad`, the sum of its clipped per-sample gradients. Returns the loss."""
     loss.backward()
     if any(getattr(parameter, "grad_sample", None) is None for parameter in parameters):
-        raise ConfigError('dp = "sample": the model has a parameter that its output does not depend on; freeze it')
+        raise ConfigError(
+            'dp = "sample" cannot train this model: its output does not depend on one of its parameters; freeze it'
+        )
     clipping.clip_and_accumulate()
     return loss.item()
 
@@ -59,24 +61,24 @@ def _backward(loss: Tensor, clipping: "DPOptimizer", parameters: Sequence[nn.Par
 def _noisy(parameter: nn.Parameter, deviation: float, expected: int, random_source: RandomSource) -> Tensor:
     noise = torch.from_numpy(random_source.normal(parameter.numel())).reshape(parameter.shape) * deviation
     clipped: Tensor | None = getattr(parameter, "summed_grad", None)
-    if clipped is not None:  # else the batch was empty, which is as secret as any other
+    if clipped is not None:  # else the batch was empty, which must stay secret too
         noise += clipped
     return (noise / expected).to(parameter.dtype)
 
 
 @contextmanager
 def _per_sample(model: nn.Module, parameters: Sequence[nn.Parameter], plan: Plan) -> Iterator["DPOptimizer"]:
-    """The model with Opacus' hooks on it, and what clips the gradients that they leave."""
+    """Attach Opacus' hooks to the model; yields the optimizer that clips the per-sample gradients."""
     try:
-        from opacus import GradSampleModule  # noqa: PLC0415 - seconds and scipy, for those who need it
+        from opacus import GradSampleModule  # noqa: PLC0415 - takes seconds and loads scipy
         from opacus.optimizers import DPOptimizer  # noqa: PLC0415 - likewise
         from opacus.validators import ModuleValidator  # noqa: PLC0415 - likewise
     except ModuleNotFoundError as error:
-        raise ConfigError("the plan has dp = \"sample\": pip install 'ternbus[dp]'") from error
+        raise ConfigError("the plan's dp = \"sample\" needs the package opacus: pip install 'ternbus[dp]'") from error
     if errors := ModuleValidator.validate(model, strict=False):
         raise ConfigError(f'dp = "sample" cannot train this model: {errors[0]}')
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Full backward hook is firing")  # the data want no gradient, rightly
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")  # the inputs need no gradient
         hooked = GradSampleModule(model)
         try:
             yield DPOptimizer(

@@ -1,8 +1,8 @@
-"""Import this before torchvision: it makes a torchvision built for CUDA usable beside a torch built for the CPU.
+"""A workaround for torchvision built for CUDA with torch built for the CPU; import it before torchvision.
 
-Such a pair is what pip installs where torch comes from the CPU index and torchvision from PyPI. torchvision's compiled
-operators then do not load, and `import torchvision` ends in "operator torchvision::nms does not exist", though
-data sets and transforms need none of them.
+pip installs such a pair if torch comes from the CPU index and torchvision from PyPI. torchvision's compiled operators
+then do not load, and `import torchvision` fails with "operator torchvision::nms does not exist", although data sets and
+transforms need none of them.
 """
 
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -16,12 +16,12 @@ _SCHEMAS = {
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
 
-# A definition lasts as long as the object that made it.
+# A definition lives as long as the object that made it.
 _libraries: list[torch.library.Library] = []
 
 
 def _load_compiled() -> None:
-    """Load torchvision's own operators as its import would (loading them twice is harmless), if they load at all."""
+    """Load torchvision's own operators as its import does, if possible; loading them twice is harmless."""
     spec = find_spec("torchvision")
     for folder in (spec and spec.submodule_search_locations) or []:
         for suffix in [*EXTENSION_SUFFIXES, ".so"]:
@@ -30,7 +30,7 @@ def _load_compiled() -> None:
                 try:
                     torch.ops.load_library(path)
                 except OSError:
-                    continue  # the very case: libraries of CUDA that are not here
+                    continue  # the case in question: CUDA's libraries are missing
 
 
 def _define_missing() -> None:

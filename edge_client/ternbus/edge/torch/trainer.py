@@ -1,6 +1,6 @@
-"""Training with PyTorch: a task is a model function, a data function, a loss, a metric and perhaps an augmentation.
+"""Tasks and trainers in PyTorch: a task has a model function, a data function, a loss, a metric, an augmentation.
 
-Which of the model's tensors travel is said in `edge_client/ternbus/edge/torch/travelling_state.py`.
+`travelling_state.py` defines which tensors of the model are sent.
 """
 
 import os
@@ -37,14 +37,14 @@ def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TorchTask:
-    """A task in PyTorch; every function is the plain one of a single-machine script.
+    """A task in PyTorch; its functions are those of a script for a single machine.
 
-    `model()` makes a model, at random; what is frozen in it (`requires_grad` False) must come out the same each time.
-    `data(folder, split)` gives (inputs, targets), one row a sample, and raises `ConfigError` where they are missing;
-    inputs kept as uint8 (images) reach `augment` and the model as float32 in 0…1. `loss` and `metric` take
-    (outputs, targets) and give the batch's mean. `augment` takes a batch of inputs, in training only.
-    `owners(folder)` says for each row of the training data whose it is, numbered from 0: for `--partition natural:I`.
-    `narrow(width)` makes the model with that share of the channels in each hidden layer, for `--width`.
+    `model()` returns a model with random weights; its frozen tensors (`requires_grad` False) must be the same each
+    time. `data(folder, split)` returns (inputs, targets), one row per sample, and raises `ConfigError` if there are
+    none; uint8 inputs (images) reach `augment` and the model as float32 in 0…1. `loss` and `metric` take (outputs,
+    targets) and return the batch's mean. `augment` takes a batch of inputs, in training only. `owners(folder)` returns
+    the number of each training row's owner, from 0, for `--partition natural:I`. `narrow(width)` returns a model with
+    this share of the channels in each hidden layer, for `--width`.
     """
 
     name: str
@@ -58,14 +58,14 @@ class TorchTask:
     narrow: Callable[[float], nn.Module] | None = None
 
     def initial(self, seed: int) -> dict[str, FloatArray]:
-        """Raises `ConfigError` for a model that cannot be trained in a federation."""
+        """Version 0 of the model. Raises `ConfigError` for a model that cannot be trained in a federation."""
         travelling = TravellingState(self._drawn(seed))
         if fixed := travelling.fixed:
             again = TravellingState(self._drawn(seed + 1)).fixed
             if differ := [name for name in fixed if fixed[name] != again.get(name)]:
                 raise ConfigError(
-                    f"the task {self.name}: {differ[0]} is frozen and does not travel, but each model() has another: "
-                    "load what is frozen from a checkpoint there, or draw it from a seed of its own"
+                    f"the task {self.name}: {differ[0]} is frozen and not sent, but differs in each call of model(): "
+                    "load it from a checkpoint, or draw it with a fixed seed"
                 )
         return travelling.arrays()
 
@@ -75,16 +75,18 @@ class TorchTask:
             return self.model()
 
     def narrowed(self, width: float) -> "TorchTask":
-        """The same with a narrower model. Raises `ConfigError` where there is none."""
+        """The same task with a narrower model. Raises `ConfigError` if it has none."""
         if (make := self.narrow) is None:
-            raise ConfigError(f"the task {self.name} has no narrower form: TorchTask(narrow=…) would make one")
+            raise ConfigError(
+                f"the task {self.name} has no narrower model: add TorchTask(narrow=…), or leave out --width"
+            )
         return replace(self, model=lambda: make(width), narrow=None)
 
     def trainer(self, *, data: Path | None, partition: str) -> "TorchTrainer":
         return self.trainers(data=data, partitions=[partition])[0]
 
     def trainers(self, *, data: Path | None, partitions: Sequence[str]) -> list["TorchTrainer"]:
-        """Many devices in one process, of which one trains at a time: one model for all, the data read once."""
+        """Trainers for many devices in one process, used one at a time: they share a model and read the data once."""
         inputs, targets = self.data(data, "train")
         shared = _Shared(self.model())
         natural = any(Partition.parse(partition).natural for partition in partitions)
@@ -97,9 +99,12 @@ class TorchTask:
         classes = targets.dim() == 1 and not targets.is_floating_point()
         labels = targets.numpy() if classes else np.zeros(len(targets), np.int64)
         if owners is not None and len(owners) != len(targets):
-            raise ConfigError(f"the task {self.name} has {len(owners)} owners of {len(targets)} samples")
+            raise ConfigError(
+                f"the task {self.name} has {len(owners)} owners of {len(targets)} samples: "
+                "owners() must return one for each training row"
+            )
         if not (classes or Partition.parse(partition).whole):
-            raise ConfigError(f"the task {self.name} has no classes to split by: only --partition all")
+            raise ConfigError(f"the task {self.name} has no classes to split by: use --partition all")
         chosen = torch.from_numpy(select(partition, labels, owners))
         return inputs[chosen], targets[chosen]
 
@@ -108,7 +113,7 @@ class TorchTask:
 
 
 class _Shared:
-    """What trainers in one process have in common: a model, and how it trains fastest by each plan."""
+    """The shared parts of trainers in one process: a model, and its fastest way to train for each plan."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -117,11 +122,14 @@ class _Shared:
 
 
 class TorchTrainer:
-    """One device's model and data. Raises `ConfigError` if there is no data."""
+    """One device's model and data. Raises `ConfigError` if there are no data."""
 
     def __init__(self, task: TorchTask, inputs: Tensor, targets: Tensor, shared: _Shared) -> None:
         if not len(inputs) or len(inputs) != len(targets):
-            raise ConfigError(f"the task {task.name} has {len(inputs)} inputs and {len(targets)} targets here")
+            raise ConfigError(
+                f"the task {task.name} has {len(inputs)} inputs and {len(targets)} targets in this part: "
+                "it must have equal numbers, and at least one"
+            )
         torch.set_num_threads(_threads())
         self._task = task
         self._inputs = inputs
@@ -139,7 +147,7 @@ class TorchTrainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             way = self._way(plan)
-            self._travelling.load(start)  # after the measuring, of which nothing must stay
+            self._travelling.load(start)  # after `_way`, whose measurements change the model
             torch.manual_seed(seed)  # dropout and augmentation draw from it
             metrics = self._descend(plan, plan.rate(version), way, np.random.default_rng(seed))
         metrics |= {"seconds": time.perf_counter() - began, **way.metrics()}
@@ -149,7 +157,7 @@ class TorchTrainer:
     def train_privately(
         self, start: Tensors, plan: Plan, *, version: int, seed: int, random_source: RandomSource
     ) -> Trained:
-        """DP-SGD. Buffers, such as statistics, are sent unchanged: they would tell of the samples."""
+        """Train by DP-SGD. Buffers, such as batch norm's statistics, are sent unchanged: they depend on the samples."""
         began = time.perf_counter()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -185,7 +193,7 @@ class TorchTrainer:
         return Evaluation(samples=self.samples, values={"accuracy": metric / self.samples, "loss": loss / self.samples})
 
     def _descend(self, plan: Plan, rate: float, way: Way, rng: np.random.Generator) -> dict[str, float]:
-        """The plan's steps on the model in place; the mean loss and metric of its batches, and how many they were."""
+        """Run the plan's steps on the model, in place. Returns their number, and the batches' mean loss and metric."""
         self._travelling.begin_training()
         parameters = self._trained()
         optimizer = local_optimizer.begin(plan, [parameter.detach() for parameter in parameters])
@@ -214,7 +222,7 @@ class TorchTrainer:
         return [parameter for parameter in self._model.parameters() if parameter.requires_grad]
 
     def _way(self, plan: Plan) -> Way:
-        """As the plan says, or as was measured at the first training by such a plan."""
+        """The plan's way to train; if it leaves a choice, the fastest, measured at the first such training."""
         key = (plan.precision, plan.memory_format, plan.batch_size)
         if key not in self._shared.ways:
             inputs, targets = self._batch(slice(0, plan.batch_size))
@@ -238,9 +246,9 @@ class TorchTrainer:
 
 
 def _threads() -> int:
-    """As many as `OMP_NUM_THREADS` says, else one: OpenMP's threads wait by spinning.
+    """The number of threads: `OMP_NUM_THREADS`, or one, since OpenMP's threads wait by spinning.
 
-    Where another process wants the same processors, two threads are then many times slower than one; and models of this
+    If another process uses the same processors, two spinning threads are many times slower than one, and models of this
     size gain little from the second.
     """
     asked = os.environ.get("OMP_NUM_THREADS", "")

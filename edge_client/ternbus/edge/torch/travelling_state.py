@@ -1,8 +1,8 @@
-"""Which tensors of a PyTorch model travel, and how they get into it and out again.
+"""The travelling state of a PyTorch model: the tensors that are sent, and how to load and read them.
 
-Trained parameters and floating-point buffers (batch norm's statistics) travel, in float32; tied ones once, under their
-first name. What is frozen stays where it is: frozen parameters, and all of a part of the model in which every
-parameter is frozen. So do counters, and buffers that are not persistent.
+Trained parameters and floating-point buffers (batch norm's statistics) are sent, in float32; tied ones once, under
+their first name. Not sent are frozen parameters, all tensors of a submodule whose parameters are all frozen, counters,
+and buffers that are not persistent.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,11 +17,11 @@ from ternbus.broker.errors import ConfigError
 from ternbus.edge.plan.tensors import FloatArray, Tensors
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-VARIANCE = "running_var"  # as torch's batch norm calls it
+VARIANCE = "running_var"  # its name in torch's batch norm
 
 
 class TravellingState:
-    """The part of a model that travels. Raises `ConfigError` for a model that cannot be trained in a federation."""
+    """The part of a model that is sent. Raises `ConfigError` for a model that cannot be trained in a federation."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -44,41 +44,41 @@ class TravellingState:
             else:
                 counters[name] = tensor
         if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ConfigError("the model has no parameter that is trained: every one has requires_grad = False")
+            raise ConfigError("the model has no trained parameter: set requires_grad = True for at least one")
         _check_apart(self._state)
         self._fixed = fixed
         self._counters = {name: (tensor, tensor.detach().clone()) for name, tensor in counters.items()}
         dtypes = {parameter.dtype for parameter in model.parameters()}
         self.dtype = dtypes.pop() if len(dtypes) == 1 else None
-        """Of every parameter; None where they differ."""
+        """The dtype of all parameters; None if they differ."""
 
     @property
     def fixed(self) -> Mapping[str, bytes]:
-        """A digest of each tensor that is frozen: they must be the same on every device."""
+        """A digest of each frozen tensor: they must be the same on every device."""
         return {name: _digest(tensor) for name, tensor in self._fixed.items()}
 
     def load(self, tensors: Tensors) -> None:
-        """Make the model that of `tensors`, which are not modified; counters start again."""
+        """Load `tensors`, which are not modified, into the model, and reset its counters."""
         with torch.no_grad():
             for name, tensor in self._state.items():
                 tensor.copy_(_rounded(tensor, tensors[name]))
                 if name.endswith(VARIANCE):
-                    tensor.clamp_(min=0)  # what others added may have carried it below, and batch norm takes its root
+                    tensor.clamp_(min=0)  # merged updates can make it negative, and batch norm takes its root
             for counter, first in self._counters.values():
                 counter.copy_(first)
 
     def arrays(self) -> dict[str, FloatArray]:
-        """Copies in float32."""
+        """Copies of the tensors in float32."""
         return {name: _float32(tensor) for name, tensor in self._state.items()}
 
     def arrays_since(self, start: Tensors, statistics_rate: float) -> dict[str, FloatArray]:
-        """The same of a model that was trained from `start`; of a buffer's change only that share.
+        """Copies in float32 after training from `start`, with the share `statistics_rate` of the buffers' change.
 
-        A training brings batch norm's statistics all the way to the device's own. When several do so from one version
-        their sum overshoots, and ever wider: with a delay of d versions x += g·(own - x) settles only for
+        A training moves batch norm's statistics all the way to the device's own. If several devices do so from one
+        version, the sum overshoots, and diverges: with a delay of d versions x += g·(own - x) is stable only for
         g < 2·sin(pi / (4d + 2)) (Levin & May 1976).
 
-        Where a dtype cannot hold `start` exactly, what rounding it took is no part of what was learned: it is undone.
+        If a dtype cannot represent `start` exactly, the rounding error is not part of the change: it is removed.
         """
         arrays = {}
         for name, tensor in self._state.items():
@@ -92,14 +92,14 @@ class TravellingState:
         return arrays
 
     def begin_training(self) -> None:
-        """Training mode, but for what is frozen: there batch norm uses the statistics that it came with."""
+        """Set training mode, except in frozen submodules, whose batch norm keeps its statistics."""
         self._model.train()
         for part in self._frozen:
             part.eval()
 
 
 def _frozen_parts(module: nn.Module) -> Iterator[nn.Module]:
-    """The largest parts of the model that have parameters, all of them frozen."""
+    """The largest submodules that have parameters, all of them frozen."""
     trained = [parameter.requires_grad for parameter in module.parameters()]
     if trained and not any(trained):
         yield module
@@ -110,16 +110,17 @@ def _frozen_parts(module: nn.Module) -> Iterator[nn.Module]:
 
 def _check(name: str, tensor: Tensor) -> None:
     if is_lazy(tensor):
-        raise ConfigError(f"the model's {name} has no shape yet: give the lazy layer its sizes (Linear for LazyLinear)")
+        raise ConfigError(f"the model's {name} has no shape yet: use a layer with sizes, as Linear for LazyLinear")
     if tensor.dtype not in DTYPES:
         dtype, known = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, DTYPES[0]))
-        raise ConfigError(f"the model's {name} is {dtype}: only real numbers travel, make it {known} or freeze it")
+        raise ConfigError(f"the model's {name} is {dtype}, which cannot be sent: make it {known} or freeze it")
     if tensor.device.type == "meta":
-        raise ConfigError(f"the model's {name} has no values (it is on the device 'meta')")
+        raise ConfigError(f"the model's {name} has no values: create it on the CPU instead of the device 'meta'")
 
 
 def _check_apart(state: Mapping[str, Tensor]) -> None:
-    """Tensors that share memory without being the same parameter: loading one would overwrite the other."""
+    """Raises `ConfigError` for tensors that share memory but are not one parameter."""
+    # Loading one of them would overwrite the other.
     places = []
     for name, tensor in state.items():
         if not tensor.numel():
@@ -133,7 +134,7 @@ def _check_apart(state: Mapping[str, Tensor]) -> None:
     for (_, end, one), (begin, _, other) in pairwise(places):
         if begin < end:
             raise ConfigError(
-                f"the model's {one} and {other} share memory but are two tensors: to tie them assign the same Parameter"
+                f"the model's {one} and {other} share memory but are two tensors: assign the same Parameter to tie them"
             )
 
 
