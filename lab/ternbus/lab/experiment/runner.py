@@ -82,7 +82,7 @@ def run_all(
     reports = [run.report() for run in runs]
     missing = [index for index, report in enumerate(reports) if report is None]
     if missing:
-        say(f"{len(missing)} of {len(runs)} runs missing, {min(jobs, len(missing))} at a time")
+        say(f"{len(missing)} of {len(runs)} runs to do, {min(jobs, len(missing))} at a time")
         say(f"progress of each run: {runs[0].folder.parent}/*/log")
         began = time.monotonic()
         with closing(_simulate_all({index: runs[index] for index in missing}, jobs, check)) as made:
