@@ -1,4 +1,4 @@
-# `make help` lists the targets. Everything is installed into .venv and nothing outside it, but for mosquitto (see setup).
+# `make help` lists the targets. Everything is installed into .venv, except mosquitto (see setup).
 
 TASK ?= digits
 PIP_ARGS ?=
@@ -13,8 +13,8 @@ CPU_INDEX := --extra-index-url https://download.pytorch.org/whl/cpu
 CUDA_HINT := On Linux the default torch brings several GB of CUDA. Without a GPU: make PIP_ARGS='$(CPU_INDEX)'
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-# What a demo of digits-numpy needs is a part of what everything else needs, torch being most of the difference. Either
-# may be installed first; a stamp says how far the environment has come.
+# A demo of digits-numpy needs only a part of the packages, without torch. Either set may be installed first; a stamp file
+# marks each installed set.
 SMALL := $(VENV)/installed-without-torch
 FULL := $(VENV)/installed
 NATIVE := aggregator/native
@@ -26,7 +26,7 @@ else
 DEMO_NEEDS := $(FULL)
 endif
 
-# Tests that start processes or train are marked slow; check leaves them to test.
+# Tests that start processes or train are marked slow. `make check` skips them, `make test` runs them.
 CORE_TESTS := -m "not slow"
 SLOW_TESTS := -m slow
 
@@ -38,16 +38,16 @@ help: ## List these targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
 	@echo "Variables:"
 	@echo "  TASK=digits    the demo's task: digits, digits-numpy (needs no torch), one of docs/tasks.md"
-	@echo "  KEEP=yes       experiment: put the result into benchmarks/results/experiments, for README's figures"
-	@echo "  PIP_ARGS=…     handed to pip. On Linux, for torch without CUDA: PIP_ARGS='$(CPU_INDEX)'"
-	@echo "  PYTHON=…       the Python to make $(VENV) with; MOSQUITTO=no: do not install mosquitto"
+	@echo "  KEEP=yes       experiment: copy the result to benchmarks/results/experiments, for docs/figures.md"
+	@echo "  PIP_ARGS=…     further options of pip; on Linux, for torch without CUDA: PIP_ARGS='$(CPU_INDEX)'"
+	@echo "  PYTHON=…       Python executable for $(VENV); MOSQUITTO=no: do not install mosquitto"
 
-setup: $(FULL) ## Make .venv with everything in it, and install mosquitto where that is possible
+setup: $(FULL) ## Make .venv with all packages, and install mosquitto if possible
 
 demo: $(DEMO_NEEDS) ## Run a federation on this machine: broker, aggregator, 8 devices, evaluator (TASK=…)
 	@$(BIN)/ternbus lab run --task $(TASK)
 
-check: lint types core ## Lint, types, layers and the tests of the core: under 3 minutes
+check: lint types core ## Lint, types, layers and core tests: under 3 minutes
 
 lint: $(FULL)
 	$(BIN)/ruff check
@@ -60,24 +60,24 @@ core: $(FULL)
 	$(BIN)/coverage run -m pytest -q $(CORE_TESTS)
 	$(BIN)/coverage report
 
-test: check ## check, then the tests that start brokers and processes, and that train, then a minute of fuzzing
+test: check ## check, then the tests that start processes or train, then a minute of fuzzing
 	$(BIN)/python -m pytest -q $(SLOW_TESTS)
 	$(BIN)/python -m fuzz --seconds 60
 
-fuzz: $(FULL) ## A million hostile inputs to each parser (x86-64 Linux)
+fuzz: $(FULL) ## Fuzz each parser with a million inputs (x86-64 Linux)
 	$(BIN)/python -m fuzz --runs 1000000
 
-bench: $(FULL) ## Measure everything into benchmarks/results, under 15 minutes (DATA=DIR with FashionMNIST/raw for all of it)
+bench: $(FULL) ## Run the benchmarks into benchmarks/results, under 15 minutes (DATA=DIR with FashionMNIST/raw for all of them)
 	$(BIN)/python -m benchmarks $(if $(DATA),--data '$(DATA)')
 
-experiment: $(FULL) ## Run an experiment and print its table: NAME=…, DATA=DIR; without a NAME list them
+experiment: $(FULL) ## Run an experiment and print its table: NAME=…, DATA=DIR; without NAME list the experiments
 	$(BIN)/ternbus lab experiment $(NAME) $(if $(DATA),--data '$(DATA)') $(if $(KEEP),--keep benchmarks/results/experiments)
 
-format: $(FULL) ## Format the code, and mend what the linter can mend
+format: $(FULL) ## Format the code and apply the linter's fixes
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-clean: ## Remove .venv and everything else that was made here
+clean: ## Remove .venv and all other generated files
 	rm -rf $(VENV) build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache ternbus-lab
 
 $(BIN)/python:
@@ -87,8 +87,8 @@ $(BIN)/python:
 	        exec $$python -m venv --clear $(VENV); \
 	    fi; \
 	done; \
-	echo "Ternbus needs Python 3.11 or later with its venv module, and finds none: on Debian or Ubuntu," >&2; \
-	echo "apt-get install python3 python3-venv; or name one with make PYTHON=/path/to/python3.11" >&2; \
+	echo "No Python 3.11 or later with its venv module found: on Debian or Ubuntu, run" >&2; \
+	echo "apt-get install python3 python3-venv; or choose one with make PYTHON=/path/to/python3.11" >&2; \
 	exit 1
 
 $(SMALL): $(INSTALLED_FROM) | $(BIN)/python
@@ -100,11 +100,11 @@ $(FULL): $(INSTALLED_FROM) | $(BIN)/python
 	@echo "Installing Ternbus, torch and the development tools into $(VENV)"
 	@$(if $(PIP_ARGS),,if [ "$$(uname)" = Linux ]; then echo "$(CUDA_HINT)"; fi)
 	@$(PIP_INSTALL) -e '.[all]'
-	@if command -v cc > /dev/null; then $(PIP_INSTALL) ./$(NATIVE) || echo "$(NATIVE) is left out: numpy does the same"; fi
+	@if command -v cc > /dev/null; then $(PIP_INSTALL) ./$(NATIVE) || echo "$(NATIVE) was not installed: numpy is used instead"; fi
 	@$(INSTALL_MOSQUITTO)
 	@touch $(SMALL) $@
 
-# mosquitto is the faster broker, and the tests use it where it is; nats-server, installed above, stands in without it.
+# mosquitto is the faster broker, and the tests use it if it is installed; otherwise they use nats-server from above.
 define INSTALL_MOSQUITTO
 PATH="$$PATH:/usr/sbin:/usr/local/sbin"; \
 if command -v mosquitto > /dev/null; then \
@@ -112,11 +112,11 @@ if command -v mosquitto > /dev/null; then \
 fi; \
 if [ "$$(id -u)" = 0 ]; then root=env; else root="sudo -n env"; fi; \
 if [ "$(MOSQUITTO)" != no ] && command -v apt-get > /dev/null && $$root true 2> /dev/null; then \
-    echo "Installing mosquitto with apt-get (MOSQUITTO=no leaves it out). Where systemd runs, Debian starts it at once,"; \
-    echo "on 127.0.0.1:1883; Ternbus starts its own, so: sudo systemctl disable --now mosquitto"; \
+    echo "Installing mosquitto with apt-get (MOSQUITTO=no skips this). With systemd, Debian starts it at once on"; \
+    echo "127.0.0.1:1883. Ternbus starts its own, so run: sudo systemctl disable --now mosquitto"; \
     install="$$root DEBIAN_FRONTEND=noninteractive apt-get -qq -y install --no-install-recommends mosquitto"; \
     if $$install || { $$root apt-get -qq update && $$install; }; then exit 0; fi; \
 fi; \
-echo "mosquitto is not installed here. The broker will be nats-server, and tests of mosquitto will be skipped;"; \
-echo "to have both: apt-get install mosquitto"
+echo "mosquitto is not installed: the broker is nats-server, and tests of mosquitto are skipped."; \
+echo "To install it, run: apt-get install mosquitto"
 endef

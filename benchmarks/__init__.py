@@ -1,1 +1,1 @@
-"""Figures, each printed by a command that the reader can run: ``python -m benchmarks.NAME [--json]``."""
+"""Benchmarks; each prints its figures: ``python -m benchmarks.NAME [--json]``."""

@@ -1,9 +1,10 @@
-"""Run benchmarks one after the other and keep what they found: ``make bench`` does this.
+"""Run benchmarks one after the other and keep their results, as ``make bench`` does.
 
     python -m benchmarks [NAME …] [--data DIR] [--out benchmarks/results]
 
-Each result is a JSON file, NAME.json, with the command, the machine and the packages beside it; README's figures are
-made from them (`python -m benchmarks.figures`). Nothing else should run meanwhile: ``load_before`` says what did.
+Each result is a JSON file, NAME.json, with the command, the machine and the packages. `python -m benchmarks.figures`
+makes the figures in README.md and docs/figures.md from these files. Run nothing else at the same time; ``load_before``
+is the machine's load average at the start.
 """
 
 import argparse
@@ -27,12 +28,12 @@ RESULTS: Final = Path(__file__).parent / "results"
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """One module of this package: what it is asked, and whether it needs a dataset or room for its own files."""
+    """One module of this package: its arguments, and whether it needs a dataset or a folder for its files."""
 
     arguments: tuple[str, ...] = ()
     data: bool = False
     folder: bool = False
-    long: bool = False  # run when it is named only
+    long: bool = False  # runs only if it is named
 
 
 BENCHMARKS: Final[Mapping[str, Benchmark]] = {
@@ -49,7 +50,7 @@ BENCHMARKS: Final[Mapping[str, Benchmark]] = {
 
 @dataclass(slots=True)
 class Runner:
-    """Runs what is asked for, and tells how long it took."""
+    """Runs benchmarks and prints their durations."""
 
     data: Path | None
     out: Path
@@ -57,7 +58,7 @@ class Runner:
 
     def run(self, name: str, about: Benchmark) -> None:
         if about.data and self.data is None:
-            print(f"{name}: needs fashion-mnist, left out; give --data DIR (make bench DATA=DIR)", flush=True)
+            print(f"{name}: skipped, needs fashion-mnist: give --data DIR (make bench DATA=DIR)", flush=True)
             return
         print(f"{name} …", end=" ", flush=True)
         began, load = time.time(), os.getloadavg()[0]
@@ -72,7 +73,7 @@ class Runner:
         seconds = time.time() - began
         if done.returncode:
             self.failed.append(name)
-            print(f"failed with {done.returncode} after {seconds:.0f} s; see {log}", flush=True)
+            print(f"failed with exit code {done.returncode} after {seconds:.0f} s; see {log}", flush=True)
             return
         log.unlink()
         shown = " ".join(["python -m", f"benchmarks.{name}", *about.arguments, *(["--data DIR"] if about.data else [])])
@@ -92,27 +93,27 @@ def _mosquitto() -> str:
     found = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
     if found is None:
         return ""
-    told = subprocess.run([found, "-h"], capture_output=True, text=True, check=False)
-    return told.stdout.partition("\n")[0].strip()
+    output = subprocess.run([found, "-h"], capture_output=True, text=True, check=False)
+    return output.stdout.partition("\n")[0].strip()
 
 
 def main() -> None:
-    """Run them; 1 where one failed."""
+    """Run the benchmarks; exit code 1 if one failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").splitlines()[0])
     everything = [name for name, about in BENCHMARKS.items() if not about.long]
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
-    parser.add_argument("--data", type=Path, help="a folder with FashionMNIST/raw/*-ubyte")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"benchmark: {', '.join(BENCHMARKS)}")
+    parser.add_argument("--data", type=Path, help="folder with FashionMNIST/raw/*-ubyte")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     arguments = parser.parse_args()
     for name in arguments.names:
         if name not in BENCHMARKS:
-            parser.error(f"no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
+            parser.error(f"unknown benchmark {name!r}: choose one of {', '.join(BENCHMARKS)}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     runner = Runner(data=arguments.data, out=arguments.out)
     began = time.monotonic()
     for name in arguments.names or everything:
         runner.run(name, BENCHMARKS[name])
-    print(f"in all {time.monotonic() - began:.0f} s; results in {arguments.out}")
+    print(f"{time.monotonic() - began:.0f} s in total; results in {arguments.out}")
     sys.exit(1 if runner.failed else 0)
 
 

@@ -1,4 +1,4 @@
-"""An aggregator as a benchmark sees it from outside: what its process has used, and when it has come to rest."""
+"""An aggregator process under measurement: its CPU time, memory and idle load."""
 
 import os
 import subprocess
@@ -12,17 +12,17 @@ from benchmarks.ingest import resident_mb
 
 @dataclass(slots=True)
 class Aggregator:
-    """The running process, and what it has used."""
+    """A running aggregator process and its resource use."""
 
     process: subprocess.Popen[bytes]
-    began_s: float  # until it was connected
+    began_s: float  # from the start until it was connected
 
     @property
     def cpu_s(self) -> float:
         return cpu_s(self.process.pid)
 
     def settled_kb(self) -> float:
-        """Its resident memory once it has little to do."""
+        """The resident memory, in KiB, when the process is almost idle."""
         while True:
             before = self.cpu_s
             time.sleep(2.0)
@@ -30,7 +30,7 @@ class Aggregator:
                 return 1024 * resident_mb(self.process.pid, "VmRSS")
 
     def idle_share(self, seconds: float = 5.0) -> float:
-        """Of a core, that it takes while nothing is asked of it."""
+        """The share of a core that the idle process uses."""
         before = self.cpu_s
         time.sleep(seconds)
         return (self.cpu_s - before) / seconds
@@ -41,13 +41,13 @@ class Aggregator:
 
 
 def cpu_s(pid: int) -> float:
-    """Of a process, until now."""
+    """The CPU time of a process so far, in seconds."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def run_aggregator(directory: Path, log: Path) -> Aggregator:
-    """Start it, and wait until it is connected."""
+    """Start an aggregator and wait until it is connected."""
     began = time.monotonic()
     command = [sys.executable, "-m", "ternbus", "aggregator", "run", str(directory)]
     with log.open("wb") as output:

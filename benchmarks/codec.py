@@ -1,10 +1,10 @@
-"""How fast an update is encoded and added up, for 10^4 to 10^8 parameters, beside what this machine's memory can do.
+"""The speed of encoding and decoding an update of 10^4 to 10^8 parameters, compared with float32 addition.
 
     python -m benchmarks.codec [--json] [--parameters 10000 1200000 …]
 
-Encode is what a device does: clip, ternarize, pack, zstd. Decode is what an aggregator does: decompress, check,
-look up, add to a float32 sum; where `aggregator/native` is installed, also with its compiled loop. The baseline adds
-one float32 vector to another: the same memory, read and written. GB/s count the update as float32.
+Encoding is the device's work: clip, ternarize, pack, zstd. Decoding is the aggregator's: decompress, check, look up,
+add to a float32 sum. If `aggregator/native` is installed, decoding is also measured with its compiled loop. The
+baseline adds one float32 vector to another, which reads and writes the same memory. GB/s count the update as float32.
 """
 
 import argparse
@@ -47,7 +47,7 @@ class Row:
 
 
 def median_ms(function: Callable[[], object]) -> float:
-    """Of as many runs as the budget allows, after one that is not counted."""
+    """The median of as many runs as the budget allows, after one warm-up run."""
     function()
     times: list[float] = []
     end = time.perf_counter() + BUDGET_S
@@ -59,7 +59,7 @@ def median_ms(function: Callable[[], object]) -> float:
 
 
 def temporary_mb(function: Callable[[], object], result_bytes: int) -> float:
-    """What a call allocates at its peak beyond its result."""
+    """The peak of a call's allocations in MiB, without its result."""
     tracemalloc.start()
     try:
         kept = function()
@@ -71,7 +71,7 @@ def temporary_mb(function: Callable[[], object], result_bytes: int) -> float:
 
 
 def measure(parameters: int) -> Row:
-    """One size: a Gaussian change of one tensor."""
+    """Measure one size, with a Gaussian change of one tensor."""
     schema = Schema.of({"weight": (parameters,)})
     change = np.random.default_rng(0).normal(0.0, 0.01, parameters).astype(np.float32)
     total: Vector = np.zeros(parameters, dtype=np.float32)
@@ -88,7 +88,7 @@ def measure(parameters: int) -> Row:
     def add() -> None:
         np.add(total, change, out=total)
 
-    # beside its result an update exists once as trits, once packed: inputs of the next step, not temporaries
+    # an update also exists as trits and as packed bytes: inputs of the next step, so not counted as temporaries
     kept = parameters + parameters // 5 + len(body)
     return Row(
         parameters=parameters,
@@ -104,8 +104,8 @@ def measure(parameters: int) -> Row:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--parameters", type=int, nargs="+", default=list(SIZES))
+    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
+    parser.add_argument("--parameters", type=int, nargs="+", default=list(SIZES), help="sizes of the model")
     arguments = parser.parse_args()
     rows = [measure(parameters) for parameters in arguments.parameters]
     if arguments.json:

@@ -1,7 +1,7 @@
-"""Many devices in one process: one selector, a socket a device, and of MQTT 3.1.1 only what a fleet needs.
+"""Many emulated devices in one process: one selector, a socket for each device, and the needed part of MQTT 3.1.1.
 
-A crowd says and hears what devices do: persistent session, last will, the subscriptions of every connection,
-enrolment, status, updates that are sent again where no receipt comes. It trains nothing, and trusts what it hears.
+A crowd emulates the messages of devices: persistent session, last will, subscriptions, enrolment, status, and updates
+that are sent again if no receipt arrives. It does not train, and does not verify received messages.
 """
 
 import random
@@ -22,7 +22,7 @@ from ternbus.broker.protocol.identity import Identity, enroll_proof
 from ternbus.broker.protocol.messages import Enroll, Head, Receipt, Status, Update
 from ternbus.edge.core.profile import ENROLL_SEQ, OFFLINE, subscriptions
 
-CONNECTING_MAX: Final = 32  # at once: brokers listen with a backlog of about a hundred
+CONNECTING_MAX: Final = 32  # at the same time, since brokers listen with a backlog of about 100
 KEEPALIVE_S: Final = 120
 PING_S: Final = 50.0
 RESEND_S: Final = 10.0
@@ -32,12 +32,12 @@ WILL_SEQ: Final = ENROLL_SEQ + 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What a crowd is given: who it is, where to connect, and the update that each of it sends."""
+    """The parameters of a crowd: the broker, the devices' keys and codes, and the update that each device sends."""
 
     host: str
     port: int
     federation: str
-    codes: Mapping[str, str]  # of the invitations, by device
+    codes: Mapping[str, str]  # invitation codes by device
     seeds: Mapping[str, bytes]
     codec: str
     encoding: str
@@ -46,7 +46,7 @@ class Task:
 
 @dataclass(slots=True)
 class Answers:
-    """What came of one phase: when each was asked for and answered (monotonic clock), and how."""
+    """The results of one phase: (sent at, answered at) on the monotonic clock, and outcomes."""
 
     times: list[tuple[float, float]] = field(default_factory=list)
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -56,7 +56,7 @@ class Answers:
 
 @dataclass(slots=True, eq=False)
 class Device:
-    """One device's connection and what it waits for."""
+    """The state of one emulated device: its connection, and the message that waits for a receipt."""
 
     name: str
     identity: Identity
@@ -66,8 +66,8 @@ class Device:
     seq: int = ENROLL_SEQ
     asked_at: float = 0.0
     sent_at: float = 0.0
-    said_at: float = 0.0
-    version: int = -1  # of the newest head that it has heard
+    last_sent_at: float = 0.0
+    version: int = -1  # of the newest received head
     question: bytes = b""  # the packet that waits for a receipt
 
     def next_packet(self) -> int:
@@ -77,11 +77,11 @@ class Device:
     def send(self, content: bytes) -> None:
         if self.line is not None:
             self.line.sendall(content)
-            self.said_at = time.monotonic()
+            self.last_sent_at = time.monotonic()
 
 
 class Crowd:
-    """Obeys what comes through the pipe: ``join``, ``send`` (within so many seconds), ``heads``, ``end``."""
+    """Executes commands from the pipe: ``join``, ``send`` (over some seconds), ``one``, ``heads``, ``end``."""
 
     def __init__(self, task: Task, pipe: Connection) -> None:
         self._task = task
@@ -91,33 +91,33 @@ class Crowd:
         self._devices = [Device(name, Identity(seed)) for name, seed in task.seeds.items()]
         self._to_connect: deque[Device] = deque()
         self._to_send: deque[tuple[float, Device]] = deque()
-        self._waiting: dict[Device, None] = {}  # for a receipt
+        self._waiting: dict[Device, None] = {}  # devices without a receipt
         self._connecting = 0
         self._answers: Answers | None = None
-        self._versions: dict[bytes, int] = {}  # of each head that was ever heard
+        self._versions: dict[bytes, int] = {}  # version by content of each received head
         self._version = 0
         self._heads: defaultdict[int, list[float]] = defaultdict(list)  # version -> arrivals, Unix time
         self._looked_at = 0.0
         self._ended = False
 
     def run(self) -> None:
-        """Until told to end."""
+        """Run until the command ``end``."""
         self._pipe.send("ready")
         while not self._ended:
-            for key, _ in self._selector.select(self._patience()):
+            for key, _ in self._selector.select(self._timeout_s()):
                 if isinstance(key.data, Device):
-                    self._hear(key.data)
+                    self._receive(key.data)
                 else:
-                    self._obey(*self._pipe.recv())
+                    self._execute(*self._pipe.recv())
             self._work(time.monotonic())
 
-    def _patience(self) -> float:
+    def _timeout_s(self) -> float:
         if self._to_connect and self._connecting < CONNECTING_MAX:
             return 0.0
         return max(0.0, min(0.5, self._to_send[0][0] - time.monotonic())) if self._to_send else 0.5
 
-    def _obey(self, what: str, argument: float) -> None:
-        match what:
+    def _execute(self, command: str, argument: float) -> None:
+        match command:
             case "join":
                 self._answers = Answers()
                 self._to_connect.extend(self._devices)
@@ -134,7 +134,7 @@ class Crowd:
             case "end":
                 self._ended = True
             case _:
-                raise AssertionError(f"no command of a crowd: {what}")
+                raise AssertionError(f"unknown command of a crowd: {command}")
 
     def _work(self, now: float) -> None:
         while self._to_connect and self._connecting < CONNECTING_MAX:
@@ -143,29 +143,29 @@ class Crowd:
             self._update(self._to_send.popleft()[1])
         if now - self._looked_at >= 1.0:
             self._looked_at = now
-            self._look_who_waits(now)
+            self._resend_and_ping(now)
         if self._answers is not None and not (
             self._waiting or self._to_send or self._to_connect or self._connecting or not self._answers.times
         ):
             answers, self._answers = self._answers, None
             self._pipe.send(answers)
 
-    def _look_who_waits(self, now: float) -> None:
+    def _resend_and_ping(self, now: float) -> None:
         for device in [each for each in self._waiting if each.sent_at < now - RESEND_S]:
             device.sent_at = now
             device.send(device.question)
             if self._answers is not None:
                 self._answers.resent += 1
         for device in self._devices:
-            if device.line is not None and device.said_at < now - PING_S:
+            if device.line is not None and device.last_sent_at < now - PING_S:
                 device.send(b"\xc0\0")
 
-    # --- what is said
+    # --- sending
 
     def _connect(self, device: Device) -> None:
         will = self._status(device, OFFLINE, WILL_SEQ)
         topic = topics.up(self._task.federation, device.name, Status.KIND)
-        flags = 0x20 | 0x08 | 0x04  # a will, retained, QoS 1; the session is kept
+        flags = 0x20 | 0x08 | 0x04  # retained will with QoS 1, persistent session
         about = mqtt.text("MQTT") + bytes((4, flags)) + struct.pack(">H", KEEPALIVE_S)
         device.line = socket.create_connection((self._task.host, self._task.port), timeout=30.0)
         device.line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -213,9 +213,9 @@ class Crowd:
         topic = mqtt.text(topics.up(self._task.federation, device.name, kind))
         return mqtt.packet(0x32 | retain, topic + struct.pack(">H", device.next_packet()) + payload)
 
-    # --- what is heard
+    # --- receiving
 
-    def _hear(self, device: Device) -> None:
+    def _receive(self, device: Device) -> None:
         assert device.line is not None
         content = device.line.recv(1 << 16)
         if not content:
@@ -246,27 +246,27 @@ class Crowd:
         device.received = content[start:]
 
     def _take_in(self, device: Device, body: bytes) -> bytes:
-        """A message of QoS 1; returns its packet identifier."""
+        """Handle a message with QoS 1; return its packet identifier."""
         end = 2 + int.from_bytes(body[:2], "big")
         topic, payload = body[2:end].decode(), body[end + 2 :]
         if topic.endswith("/receipt"):
             self._answered(device, Receipt.from_meta(parse(payload).meta))
         elif topic.endswith("/head"):
-            self._told(device, payload, time.time())
+            self._head_arrived(device, payload, time.time())
         return body[end : end + 2]
 
-    def _told(self, device: Device, head: bytes, arrived: float) -> None:
+    def _head_arrived(self, device: Device, head: bytes, arrived: float) -> None:
         if head not in self._versions:
             self._versions[head] = Head.from_meta(parse(head).meta).version
             self._version = max(self._version, self._versions[head])
         version = self._versions[head]
-        if version > device.version:  # a snapshot brings a second head of the same version
+        if version > device.version:  # a new snapshot causes a second head of the same version
             device.version = version
             self._heads[version].append(arrived)
 
     def _answered(self, device: Device, receipt: Receipt) -> None:
         if self._answers is None or device not in self._waiting or receipt.seq != device.seq:
-            return  # the second answer to what was sent twice
+            return  # the second receipt for a repeated message
         del self._waiting[device]
         self._answers.times.append((device.asked_at, time.monotonic()))
         self._answers.outcomes[receipt.outcome] += 1
@@ -288,10 +288,10 @@ class Crowd:
 
 
 def serve(task: Task, pipe: Connection) -> None:
-    """The whole life of a crowd's process."""
+    """The main function of a crowd's process."""
     Crowd(task, pipe).run()
 
 
 def shares(names: Sequence[str], number: int) -> list[list[str]]:
-    """The names dealt out to so many crowds."""
+    """The names, divided among ``number`` crowds."""
     return [list(names[first::number]) for first in range(number)]

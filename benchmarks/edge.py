@@ -1,11 +1,11 @@
-"""What Ternbus costs a device beside its training: CPU, memory, wakeups, bytes on disk, and the time to begin.
+"""The cost of Ternbus on a device in addition to training: CPU, memory, wakeups, bytes written, time to start.
 
     python -m benchmarks.edge [--data DIR] [--rounds 12] [--json]
 
-The same trainer trains in a process of its own without Ternbus, and in a real `ternbus edge run` at a real broker and
-aggregator that merge each of its updates at once. What a device's process uses between its trainings, and in other
-threads during them, is Ternbus' own. Two tasks: digits-numpy, and, with --data, fashion-mnist with 3,000
-samples and one local epoch; DIR holds FashionMNIST/raw/*-ubyte, as torchvision lays it out.
+The same trainer runs in a process without Ternbus, and in a real `ternbus edge run` with a real broker and an
+aggregator that merges each update at once. The cost of Ternbus is the use of the device's process between trainings,
+and of its other threads during trainings. Two tasks are measured: digits-numpy, and with --data fashion-mnist with
+3,000 samples and one local epoch. DIR contains FashionMNIST/raw/*-ubyte, as torchvision writes it.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from ternbus.broker.server.running import Engine, choose, start
 
 DEVICE: Final = "pi"
 IDLE_S: Final = 10.0
-WARM_UP: Final = 2  # trainings that do not count
+WARM_UP: Final = 2  # trainings that are left out
 PATIENCE_S: Final = 300.0
 GOALS: Final = {"share": 0.03, "above_mb": 20.0}
 PARTITIONS: Final = {"digits-numpy": "iid:0/2", "fashion-mnist": "iid:0/20"}
@@ -42,7 +42,7 @@ Note = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One task on this machine."""
+    """One task to measure."""
 
     task: str
     data: Path | None
@@ -65,13 +65,13 @@ class Case:
 
 
 def notes_in(path: Path) -> list[tuple[Note, Note]]:
-    """(start, end) of each training that has ended."""
+    """(start, end) of each finished training."""
     notes = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return list(zip(notes[::2], notes[1::2], strict=False))
 
 
 def alone(case: Case, name: str) -> dict[str, float]:
-    """The trainer in a process of its own."""
+    """Run the trainer in a process without Ternbus."""
     path = case.folder / f"{name}.notes"
     began = time.monotonic()
     command = [sys.executable, "-m", "benchmarks.watched", str(case.rounds), case.partition, *case.data_arguments]
@@ -81,7 +81,7 @@ def alone(case: Case, name: str) -> dict[str, float]:
 
 
 def trained(pairs: list[tuple[Note, Note]]) -> dict[str, float]:
-    """What the trainings themselves took, the first ones left out, and the process's peak."""
+    """The median duration and CPU time of a training, without warm-up, and the process's peak memory."""
     spans = [{clock: _span(*pair, clock) for clock in ("wall", "thread")} for pair in pairs[WARM_UP:]]
     return {
         "trainings": len(spans),
@@ -94,12 +94,12 @@ def trained(pairs: list[tuple[Note, Note]]) -> dict[str, float]:
 
 
 def _span(first: Note, end: Note, clock: str) -> float:
-    """Of one training."""
+    """The time of one training by a clock."""
     return float(end["came"][clock] - first["went"][clock])
 
 
 def own(pairs: list[tuple[Note, Note]]) -> dict[str, float]:
-    """What an update costs beside its training, from the start of one to the start of the next."""
+    """The median cost of an update without its training, from the start of one training to the start of the next."""
     rows = []
     for (first, end), (following, _) in zip(pairs[WARM_UP:-1], pairs[WARM_UP + 1 :], strict=True):
         between = following["came"]["process"] - end["went"]["process"]
@@ -119,7 +119,7 @@ def own(pairs: list[tuple[Note, Note]]) -> dict[str, float]:
 
 @contextmanager
 def running(command: list[str], log: Path, environment: dict[str, str] | None = None) -> Any:
-    """A process that ends with the block."""
+    """A process that is terminated at the end of the block."""
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     try:
@@ -130,7 +130,7 @@ def running(command: list[str], log: Path, environment: dict[str, str] | None = 
 
 
 def federated(case: Case, url: str) -> dict[str, Any]:
-    """The same trainer in a device that joins, trains for each version, and is then left idle."""
+    """Run the trainer in a device that joins, trains for each version, and is then idle."""
     ternbus, folder = [sys.executable, "-m", "ternbus"], case.folder
     directory, model, invitation = folder / "aggregator", folder / "model.safetensors", folder / "pi.toml"
     subprocess.run([*ternbus, "edge", "init-model", case.task, str(model)], check=True, stdout=subprocess.DEVNULL)
@@ -156,7 +156,7 @@ def federated(case: Case, url: str) -> dict[str, Any]:
     pairs = notes_in(notes)
     return {
         **trained(pairs),
-        "peak_mb": peak_mb,  # with all that comes after the last training too
+        "peak_mb": peak_mb,  # also after the last training
         **own(pairs),
         **idle,
         "join_s": joined_s,
@@ -174,7 +174,7 @@ def await_trainings(case: Case, notes: Path, process: "subprocess.Popen[bytes]")
 
 
 def idling(pid: int, notes: Path) -> dict[str, float]:
-    """What a device uses that has nothing to do, once its last training has ended."""
+    """The resource use of an idle device after its last training."""
     lines = -1
     while lines != (lines := len(notes.read_text().splitlines())) or lines % 2:
         time.sleep(2.0)
@@ -196,11 +196,11 @@ def idling(pid: int, notes: Path) -> dict[str, float]:
 
 
 def measure(case: Case, engine: Engine) -> dict[str, Any]:
-    """Alone, then in a federation; what the second has beyond the first."""
+    """Measure without Ternbus, in a federation, and without again; return both and their difference."""
     before = alone(case, "before")
     with start(choose(engine), host="127.0.0.1", port=0, directory=case.folder / "broker") as broker:
         device = federated(case, broker.url)
-    after = alone(case, "after")  # a machine that others use too is not as fast at all times
+    after = alone(case, "after")  # on a shared machine the speed changes over time
     bare = {name: (before[name] + after[name]) / 2 for name in before}
     return {
         "task": case.task,
@@ -214,7 +214,7 @@ def measure(case: Case, engine: Engine) -> dict[str, Any]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """As tables."""
+    """Print tables."""
     for row in rows:
         bare, device = row["alone"], row["device"]
         print(f"\n{row['task']}, {bare['samples']:,.0f} samples, median of {device['trainings']} trainings")
@@ -249,10 +249,10 @@ def show(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, help="for fashion-mnist, which is left out without")
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--engine", type=Engine, default=Engine.AUTO)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--data", type=Path, help="folder with FashionMNIST; without it fashion-mnist is left out")
+    parser.add_argument("--rounds", type=int, default=12, help="number of trainings")
+    parser.add_argument("--engine", type=Engine, default=Engine.AUTO, help="broker software: auto, mosquitto or nats")
+    parser.add_argument("--json", action="store_true", help="JSON instead of tables")
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:

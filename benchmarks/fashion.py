@@ -1,10 +1,11 @@
-"""What ternary costs in accuracy: fashion-mnist, 20 devices, Dirichlet 0.5, 60 versions of 5 updates, beside float32.
+"""The accuracy of ternary and float32 federations: fashion-mnist, 20 devices, Dirichlet 0.5, 60 versions of 5 updates.
 
     python -m benchmarks.fashion --data DIR [--seeds 3] [--out FOLDER] [--json]
 
-Each run is `ternbus lab simulate`: the real aggregator and device code, real training, virtual time, and every version
-tried on the test data; with --real it is `ternbus lab run`, 23 processes whose evaluator tries what it comes to. A run
-that is already in --out is not run again. DIR holds FashionMNIST/raw/*-ubyte, as torchvision lays it out.
+Each run is `ternbus lab simulate`: the real aggregator and device code, real training, virtual time, and an evaluation
+of every version on the test data. With --real it is `ternbus lab run`: 23 processes, of which the evaluator may skip
+versions. A run that is already in --out is not repeated. DIR contains FashionMNIST/raw/*-ubyte, as torchvision writes
+it.
 """
 
 import argparse
@@ -18,11 +19,13 @@ from typing import Any, Final
 from ternbus.broker import toml
 
 CODECS: Final = ("ternary", "float32")
-LAST: Final = 20  # the accuracy of a run is the mean over its last versions: single ones scatter by a point or two
+LAST: Final = (
+    20  # the accuracy of a run is the mean over its last versions, since single versions vary by a point or two
+)
 
 
 def run(codec: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One run's report."""
+    """The report of one run."""
     folder = arguments.out / f"{codec}-{seed}"
     report = folder / "report.json"
     if not report.exists():
@@ -47,7 +50,7 @@ def run(codec: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def summary(report: dict[str, Any], versions: int) -> dict[str, float]:
-    """What a row of the table is made from."""
+    """The values for one row of the table."""
     last = [row["accuracy"] for row in report["versions"] if versions - LAST < row["version"] <= versions]
     measured = [accuracy for accuracy in last if accuracy is not None]
     return {
@@ -61,14 +64,14 @@ def summary(report: dict[str, Any], versions: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run what is missing, print the table."""
+    """Run missing runs and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--versions", type=int, default=60)
-    parser.add_argument("--out", type=Path, default=Path("benchmark-fashion"))
-    parser.add_argument("--real", action="store_true", help="processes and a broker instead of virtual time")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--data", type=Path, required=True, help="folder with FashionMNIST/raw/*-ubyte")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--versions", type=int, default=60, help="versions of each run")
+    parser.add_argument("--out", type=Path, default=Path("benchmark-fashion"), help="folder for the runs")
+    parser.add_argument("--real", action="store_true", help="real processes and a broker instead of virtual time")
+    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows: dict[str, list[dict[str, float]]] = {codec: [] for codec in CODECS}
@@ -91,7 +94,7 @@ def main() -> None:
         print(f"| {codec} | {statistics.mean(accuracies):.2%} | {seeds} | {up:.2f} | {down:.2f} | {megabytes:.0f} |")
     ternary, plain = ([row["mean_of_last"] for row in rows[codec]] for codec in CODECS)
     fewest = min(int(row["measured"]) for found in rows.values() for row in found)
-    print(f"\nTried: {fewest} or more of the last {LAST} versions of each run.")
+    print(f"\nEvaluated: {fewest} or more of the last {LAST} versions of each run.")
     print(f"ternary - float32: {100 * (statistics.mean(ternary) - statistics.mean(plain)):+.2f} points")
 
 

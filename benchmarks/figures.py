@@ -2,7 +2,7 @@
 
     python -m benchmarks.figures [--write]
 
-Without --write both sections are printed. With --write each replaces what stands between the two markers of its file.
+Without --write, both sections are printed. With --write, each replaces the text between the markers in its file.
 """
 
 import argparse
@@ -22,7 +22,7 @@ ROOT: Final = Path(__file__).parent.parent
 KEPT: Final = RESULTS / "experiments"
 BEGIN: Final = "<!-- python -m benchmarks.figures --write -->"
 END: Final = "<!-- end of the figures -->"
-LARGE: Final = 1_000_000  # parameters: of the sizes measured, README shows the first above
+LARGE: Final = 1_000_000  # parameters; README shows the first measured size above this
 
 
 # --- docs/figures.md: a section for each benchmark
@@ -157,7 +157,7 @@ SECTIONS: Final[Mapping[str, tuple[str, Callable[[Any], str]]]] = {
 
 
 def figures() -> str:
-    """What docs/figures.md shows between its markers."""
+    """The section of docs/figures.md between its markers."""
     kept = _all_kept()
     here = _machine(kept["uplink"])
     head = (
@@ -169,7 +169,7 @@ def figures() -> str:
 
 
 def _experiments(here: str) -> list[str]:
-    """Of each experiment whose result is kept: its title, what it is, its table."""
+    """The title, description and table of each experiment with a kept result."""
     parts = []
     for path in sorted(KEPT.glob("*.json")):
         kept = json.loads(path.read_text(encoding="utf-8"))
@@ -188,7 +188,7 @@ def _part(title: str, kept: Any, here: str, text: str) -> str:
 
 
 def summary() -> str:
-    """What README shows between its markers."""
+    """The section of README.md between its markers."""
     kept = _all_kept()
     here = _machine(kept["uplink"])
     rows = [(what, words(kept[name]["result"]), _command(kept[name], here)) for name, (what, words) in SUMMARY.items()]
@@ -245,11 +245,11 @@ SUMMARY: Final[Mapping[str, tuple[str, Callable[[Any], str]]]] = {
 PAGES: Final[Mapping[Path, Callable[[], str]]] = {ROOT / "README.md": summary, ROOT / "docs" / "figures.md": figures}
 
 
-# --- what they share
+# --- common functions
 
 
 def _all_kept() -> dict[str, Any]:
-    """Command, machine and result of each benchmark, by its name."""
+    """The command, machine and result of each benchmark, by name."""
     kept = {}
     for name in SECTIONS:
         path = RESULTS / f"{name}.json"
@@ -268,13 +268,13 @@ def _machine(kept: Any) -> str:
 
 
 def _command(kept: Any, here: str) -> str:
-    """The command that measured it; with the machine where that is not `here`."""
+    """The command of a measurement, with the machine if that is not `here`."""
     elsewhere = "" if _machine(kept) == here else f", on {_machine(kept)}"
     return f"`{kept['command']}`{elsewhere}"
 
 
 def _wrapped(text: str) -> str:
-    """The same in lines of at most 100 characters; tables stay as they are."""
+    """The text in lines of at most 100 characters, with unchanged tables."""
     return "\n\n".join(
         part if part.startswith("|") else textwrap.fill(part, 100, break_long_words=False, break_on_hyphens=False)
         for part in text.split("\n\n")
@@ -287,7 +287,7 @@ def _table(head: Iterable[str], body: Iterable[Iterable[str]]) -> str:
 
 
 def _bits(sizes: Any, encoding: str) -> float:
-    """A parameter's, in an update with this encoding."""
+    """The bits per parameter of an update with this encoding."""
     return float(next(each["bits_per_parameter"] for each in sizes["sizes"] if each["encoding"] == encoding))
 
 
@@ -308,32 +308,32 @@ def _seeds(count: int) -> str:
 
 
 def _ternary_minus_float32(rows: Any) -> tuple[float, float]:
-    """In points of accuracy, with the standard error: the mean of the differences with the same seed."""
+    """(mean, standard error) of the differences in accuracy between runs with the same seed, in points."""
     apart = [100 * (one["mean_of_last"] - two["mean_of_last"]) for one, two in zip(*rows.values(), strict=True)]
     return statistics.mean(apart), _error(apart)
 
 
 def _error(values: list[float]) -> float:
-    """The standard error of their mean."""
+    """The standard error of the mean."""
     return statistics.stdev(values) / math.sqrt(len(values))
 
 
 def between_markers(text: str) -> str | None:
-    """What stands between the two markers of a page; None where one of them is missing."""
+    """The text between the two markers of a page; None if a marker is missing."""
     _, begin, rest = text.partition(BEGIN)
     found, end, _ = rest.partition(END)
     return found.strip() if begin and end else None
 
 
 def main() -> None:
-    """Print both sections, or write each into its page."""
+    """Print both sections, or write them into their pages."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.figures", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", action="store_true", help="replace the sections of README.md and docs/figures.md")
     write = parser.parse_args().write
     for page, section in PAGES.items():
         text = page.read_text(encoding="utf-8")
         if between_markers(text) is None:
-            sys.exit(f"{page} lacks {BEGIN!r} or {END!r}")
+            sys.exit(f"{page} lacks the marker {BEGIN!r} or {END!r}")
         if write:
             before, after = text.partition(BEGIN)[0], text.partition(END)[2]
             page.write_text(f"{before}{BEGIN}\n\n{section()}\n\n{END}{after}", encoding="utf-8")

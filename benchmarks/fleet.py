@@ -1,12 +1,12 @@
-"""Ten thousand devices at one aggregator: how they join, how fast they hear of a new version, what each costs it.
+"""10,000 devices with one aggregator: duration of enrolment, delay of a new version, and memory for each device.
 
     python -m benchmarks.fleet [--json] [--devices 10000] [--engine auto]
 
-Crowds in other processes hold a connection, a session and a last will for each device and enrol all of them at
-once; then each device sends an update at some moment of half a minute; then single updates make versions while all
-is quiet, to see how long a new version takes to reach everybody: from when it is on the aggregator's disk until a
-device has read the head that names it. The model is small: it is the number of devices that is measured.
-Aggregator, broker and crowds share the machine.
+Crowds in other processes emulate the devices, each with its connection, session and last will. First all devices
+enroll at once. Then each device sends an update at a random time within half a minute. Then single updates make
+versions without other load, to measure the delay of a new version: from its commit to the aggregator's disk until a
+device has read its head. The model is small, since the number of devices is the load. Aggregator, broker and crowds
+share the machine.
 """
 
 import argparse
@@ -41,18 +41,18 @@ from ternbus.broker.server.running import Engine, RunningBroker, choose, start
 
 CROWDS: Final = 2
 PARAMETERS: Final = 10_000
-FEW: Final = 10  # devices of the aggregator that the others are held against
+FEW: Final = 10  # devices of the aggregator in the reference measurement
 BUFFER: Final = 1000
 SPAN_S: Final = 30.0  # in which each device sends one update
 QUIET: Final = 4  # versions made while all is quiet
 MERGE_S: Final = 4.0  # after the first update of a smaller buffer
-HEARD_S: Final = 3.0  # by then a version has reached everybody
-RESERVED_FILES: Final = 300  # of a broker, beside its clients
-GOAL_BYTES: Final = 2048  # of the aggregator's memory, a device
+HEARD_S: Final = 3.0  # after this time a version has reached all devices
+RESERVED_FILES: Final = 300  # open files of a broker in addition to its clients
+GOAL_BYTES: Final = 2048  # of the aggregator's memory for each device
 
 
 def possible(wanted: int) -> tuple[int, str]:
-    """(how many devices this machine allows, why not all); raises our limit of open files as far as it goes."""
+    """(number of devices that this machine allows, reason for fewer than wanted); raises the limit of open files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = wanted + RESERVED_FILES
     if 0 <= hard < needed:
@@ -73,7 +73,7 @@ def possible(wanted: int) -> tuple[int, str]:
 
 
 def prepare(directory: Path, url: str) -> None:
-    """An aggregator with a few devices."""
+    """Make an aggregator with a few devices."""
     model = {name: np.zeros(shape, dtype=np.float32) for name, shape in shapes(PARAMETERS).items()}
     settings = {
         "merge.buffer_size": BUFFER,
@@ -90,7 +90,7 @@ def prepare(directory: Path, url: str) -> None:
 
 
 def crowds(broker: RunningBroker, codes: dict[str, str]) -> tuple[list[Any], list[Connection]]:
-    """Processes that hold the devices, ready to join."""
+    """Start the processes of the crowds, whose devices are ready to join."""
     codec, body = prepared_body(PARAMETERS)
     context, processes, pipes = multiprocessing.get_context("spawn"), [], []
     for names in shares(list(codes), CROWDS):
@@ -115,14 +115,14 @@ def crowds(broker: RunningBroker, codes: dict[str, str]) -> tuple[list[Any], lis
 
 
 def tell(pipes: Sequence[Connection], what: str, argument: float = 0.0) -> list[Any]:
-    """All crowds do something; what each made of it."""
+    """Send a command to all crowds; return their answers."""
     for pipe in pipes:
         pipe.send((what, argument))
     return [pipe.recv() for pipe in pipes]
 
 
 def gathered(found: Sequence[Answers], devices: int, parts: dict[str, float]) -> dict[str, Any]:
-    """One phase's figures. ``parts`` is what each process's CPU clock showed for it."""
+    """The figures of one phase. ``parts`` has the CPU time of each process."""
     times = [pair for each in found for pair in each.times]
     waits = sorted(1000 * (answered - asked) for asked, answered in times)
     seconds = max(answered for _, answered in times) - min(asked for asked, _ in times)
@@ -144,7 +144,7 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 
 
 def fan_outs(pipes: Sequence[Connection], directory: Path, devices: int) -> list[dict[str, float]]:
-    """Of every version after the first: how long until half, 99 % and all of the devices had its head, in ms."""
+    """For every version after the first, the time in ms until 50 %, 99 % and all devices had its head."""
     arrivals: dict[int, list[float]] = {}
     for found in tell(pipes, "heads"):
         for version, times in found.items():
@@ -155,7 +155,7 @@ def fan_outs(pipes: Sequence[Connection], directory: Path, devices: int) -> list
     for version, times in sorted(arrivals.items()):
         if version:
             waits = sorted(1000 * (arrived - made[version]) for arrived in times)
-            # a device that missed a head hears the next one; so all that did not hear are counted as later than all
+            # a device that missed a head gets the next one; missing devices count as infinitely late
             waits += [float("inf")] * (devices - len(waits))
             row = {"version": version, "first_ms": waits[0], "p50_ms": percentile(waits, 0.5)}
             rows.append(row | {"p99_ms": percentile(waits, 0.99), "all_ms": waits[-1], "heard": len(times)})
@@ -164,7 +164,7 @@ def fan_outs(pipes: Sequence[Connection], directory: Path, devices: int) -> list
 
 @dataclass(slots=True, kw_only=True)
 class Fleet:
-    """All that runs."""
+    """The running broker, aggregator and crowds."""
 
     devices: int
     broker: RunningBroker
@@ -172,7 +172,7 @@ class Fleet:
     pipes: Sequence[Connection]
 
     def phase(self, what: str, span_s: float = 0.0) -> dict[str, Any]:
-        """One in which every device asks for something."""
+        """Run a phase in which every device sends a message and waits for its receipt."""
         before = self.aggregator.cpu_s, cpu_s(self.broker.pid)
         found = tell(self.pipes, what, span_s)
         spent = {"aggregator": self.aggregator.cpu_s - before[0], "broker": cpu_s(self.broker.pid) - before[1]}
@@ -180,7 +180,7 @@ class Fleet:
 
 
 def measure(devices: int, engine: Engine, folder: Path) -> dict[str, Any]:
-    """Few devices, all join, all send, single versions, started again."""
+    """Measure all phases, from the reference with few devices to the restart."""
     directory, log, software = folder / "aggregator", folder / "aggregator.log", choose(engine)
     with start(software, host="127.0.0.1", port=0, directory=folder / "broker") as broker:
         prepare(directory, broker.url)
@@ -214,7 +214,7 @@ def measure(devices: int, engine: Engine, folder: Path) -> dict[str, Any]:
 def live(
     broker: RunningBroker, pipes: Sequence[Connection], directory: Path, log: Path, devices: int
 ) -> dict[str, Any]:
-    """What becomes of an aggregator with so many invited devices."""
+    """Measure an aggregator with all invited devices: join, send, single versions, restart."""
     aggregator = run_aggregator(directory, log)
     try:
         fleet = Fleet(devices=devices, broker=broker, aggregator=aggregator, pipes=pipes)
@@ -240,8 +240,8 @@ def live(
 
 
 def show(row: dict[str, Any]) -> None:
-    """As a table."""
-    print(f"{row['devices']:,} devices in {CROWDS} processes, {row['broker']}, {row['cores']} cores carry everything")
+    """Print tables."""
+    print(f"{row['devices']:,} devices in {CROWDS} processes, {row['broker']}, {row['cores']} cores for all processes")
     print(f"invitations: {row['invited_s']:.1f} s\n")
     print(f"{'':10} {'answered':>9} {'in s':>6} {'a second':>9} {'p50 ms':>8} {'p99 ms':>8} {'sent again':>10}", end="")
     print(f" {'CPU ms a device: aggregator':>28} {'broker':>7}")
@@ -251,27 +251,27 @@ def show(row: dict[str, Any]) -> None:
             f"{name:10} {one['answered']:>9,} {one['seconds']:>6.1f} {one['per_s']:>9.0f} {one['p50_ms']:>8.0f}", end=""
         )
         print(f" {one['p99_ms']:>8.0f} {one['resent']:>10} {spent['aggregator']:>28.2f} {spent['broker']:>7.2f}")
-    print("\nnew version, from the aggregator's disk to the devices, ms (median over versions)")
-    print(f"{'':10} {'versions':>9} {'first':>7} {'50 %':>7} {'99 %':>7} {'all':>7} {'not heard':>10}")
+    print("\ndelay of a new version, from the aggregator's disk to the devices, ms (median over versions)")
+    print(f"{'':10} {'versions':>9} {'first':>7} {'50 %':>7} {'99 %':>7} {'all':>7} {'missed':>10}")
     for name, rows in (("sending", row["fan_out_while_sending"]), ("quiet", row["fan_out_quiet"])):
         middle = {
             key: float(np.median([one[key] for one in rows])) for key in ("first_ms", "p50_ms", "p99_ms", "all_ms")
         }
         missed = sum(row["devices"] - one["heard"] for one in rows)
         print(f"{name:10} {len(rows):>9}" + "".join(f" {each:>7.0f}" for each in middle.values()) + f" {missed:>10}")
-    print(f"\naggregator's memory a device (goal {GOAL_BYTES:,} B), above {row['few_kb'] / 1024:.0f} MB with {FEW}")
+    print(f"\naggregator's memory per device (goal {GOAL_BYTES:,} B), above {row['few_kb'] / 1024:.0f} MB with {FEW}")
     for name, size in row["bytes_per_device"].items():
         print(f"{name.replace('_', ' '):16} {size:>7,.0f} B")
-    print(f"\nidle with all connected: {row['idle_share_of_a_core']:.1%} of a core", end="; ")
-    print(f"started again in {row['started_again_s']:.1f} s; ledger {row['ledger_mb']:.1f} MB")
+    print(f"\nidle with all devices connected: {row['idle_share_of_a_core']:.1%} of a core", end="; ")
+    print(f"restart in {row['started_again_s']:.1f} s; ledger {row['ledger_mb']:.1f} MB")
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--devices", type=int, default=10_000)
-    parser.add_argument("--engine", type=Engine, default=Engine.AUTO)
+    parser.add_argument("--json", action="store_true", help="JSON instead of tables")
+    parser.add_argument("--devices", type=int, default=10_000, help="number of devices")
+    parser.add_argument("--engine", type=Engine, default=Engine.AUTO, help="broker software: auto, mosquitto or nats")
     arguments = parser.parse_args()
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     devices, why = possible(arguments.devices)

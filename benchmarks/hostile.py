@@ -1,11 +1,11 @@
-"""What a fifth of hostile devices does to a model, and what each merge rule makes of it.
+"""The accuracy of each merge rule when a fifth of the devices is hostile.
 
     python -m benchmarks.hostile [--task digits-numpy] [--partition dirichlet:0.5] [--seeds 3] [--versions 30] [--json]
 
-Digits, 20 devices of unequal speed, buffers of 10, in virtual time with real training through the very cores that run
-on devices (`ternbus lab simulate`). The seed draws the 4 hostile devices, the data's split, the speeds and the first
-model. The rules are set up for 3 hostile devices in a buffer; on average there are 2. An accuracy is the mean of a
-run's last 5 versions, and then of all seeds; it does not depend on how fast the machine is.
+Digits, 20 devices of unequal speed, buffers of 10, in virtual time with real training (`ternbus lab simulate`). The
+seed determines the 4 hostile devices, the split of the data, the speeds and the initial model. The rules are
+configured for 3 hostile devices in a buffer; on average there are 2. An accuracy is the mean over the last 5 versions
+of a run, then over all seeds. It does not depend on the speed of the machine.
 """
 
 import argparse
@@ -45,7 +45,7 @@ RULES: Final[Mapping[str, Mapping[str, object]]] = {
 
 
 def accuracy(rule: str, attack: str, seed: int, arguments: argparse.Namespace) -> float:
-    """Of one run."""
+    """The mean accuracy of the last versions of one run."""
     scenario = Scenario(
         task=arguments.task,
         devices=DEVICES,
@@ -76,13 +76,13 @@ def table(found: Mapping[str, Mapping[str, list[float]]]) -> str:
 
 
 def main() -> None:
-    """Run all, print the table."""
+    """Run all simulations and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--task", default="digits-numpy")
-    parser.add_argument("--partition", default="dirichlet:0.5")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--versions", type=int, default=30)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--task", default="digits-numpy", help="name of the task")
+    parser.add_argument("--partition", default="dirichlet:0.5", help="partition of the data, as in a scenario")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--versions", type=int, default=30, help="versions of each run")
+    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
     arguments = parser.parse_args()
     began = time.monotonic()
     found: dict[str, dict[str, list[float]]] = {}

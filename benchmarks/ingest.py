@@ -1,11 +1,11 @@
-"""How many updates a second an aggregator merges, through a real broker and onto a disk, beside a bare skeleton.
+"""The updates per second that an aggregator merges with a real broker and disk, compared with a minimal skeleton.
 
     python -m benchmarks.ingest [--json] [--parameters 100000 1200000 10000000] [--frame-kib 120 256] [--engine auto]
 
-Senders in two other processes hold signed updates ready and keep a window of them on the way; an update counts when its
-receipt has come. The skeleton does what no aggregator can do without: verify, hash, append, one fsync for many,
-decompress, add, sign a receipt. Both run on the same broker, with the same senders, in this run, so their ratio
-holds on any machine.
+Senders in two other processes prepare signed updates and keep a window of unanswered ones; an update counts when its
+receipt has arrived. The skeleton does only what every aggregator must do: verify, hash, append, one fsync for many
+updates, decompress, add, sign a receipt. Both run with the same broker and the same senders in the same run, so their
+ratio is comparable between machines.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.volley import SENDERS, Ammunition, Answered, Load, await_retained, device, identity, run_load
+from benchmarks.volley import SENDERS, Answered, Load, Target, await_retained, device, identity, run_load
 from ternbus.aggregator.core import records
 from ternbus.aggregator.merge.accumulator import COMPILED
 from ternbus.aggregator.shell import administration
@@ -37,18 +37,18 @@ from ternbus.edge.plan.plan import Plan
 
 BUFFER: Final = 64
 FEDERATION: Final = "bench"
-WARM_UP: Final = 0.1  # of the updates, sent before the clock starts
+WARM_UP: Final = 0.1  # share of the updates that are left out
 RECEIPT_WITHIN_S: Final = 60.0
 
 
 def shapes(parameters: int) -> dict[str, tuple[int, ...]]:
-    """A model of about so many parameters: three matrices and their biases."""
+    """The shapes of a model of about ``parameters`` parameters: three matrices with biases."""
     side = int((parameters / 3) ** 0.5)
     return {f"{name}.{kind}": shape for name in "abc" for kind, shape in (("weight", (side, side)), ("bias", (side,)))}
 
 
 def prepared_body(parameters: int) -> tuple[str, bytes]:
-    """(codec, encoded block) that all senders share: its cost to the receiver does not depend on its numbers."""
+    """(codec, encoded block) for all senders; the receiver's cost does not depend on its values."""
     schema = Schema.of(shapes(parameters))
     change = np.random.default_rng(0).normal(0.0, 0.001, schema.elements).astype(np.float32)
     block = compress(schema, Plan(), change, None, 0).block
@@ -56,20 +56,20 @@ def prepared_body(parameters: int) -> tuple[str, bytes]:
 
 
 def rate(answered: Sequence[Answered]) -> float:
-    """Receipts a second, without the first tenth."""
+    """The receipts per second, without the first tenth."""
     arrivals = sorted(arrived for one in answered for _, arrived in one.times)
     skipped = int(len(arrivals) * WARM_UP)
     return (len(arrivals) - skipped - 1) / (arrivals[-1] - arrivals[skipped])
 
 
 def percentile(answered: Sequence[Answered], share: float) -> float:
-    """Publish-to-receipt in milliseconds."""
+    """A percentile of the time from publishing an update to its receipt, in milliseconds."""
     waits = sorted(arrived - sent for one in answered for sent, arrived in one.times)
     return 1000 * waits[min(len(waits) - 1, int(share * len(waits)))]
 
 
 def prepare(directory: Path, url: str, load: Load) -> None:
-    """An aggregator whose devices are enrolled already."""
+    """Make an aggregator with enrolled devices."""
     model = {name: np.zeros(shape, dtype=np.float32) for name, shape in shapes(load.parameters).items()}
     settings = {
         "merge.buffer_size": BUFFER,
@@ -91,21 +91,21 @@ def prepare(directory: Path, url: str, load: Load) -> None:
 
 
 def resident_mb(pid: int, field: str = "VmHWM") -> float:
-    """Of a process, in MB: VmHWM is its peak, VmRSS what it has now."""
+    """The resident memory of a process in MiB: VmHWM is the peak, VmRSS the current value."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) / 1024
     return 0.0
 
 
-def measure_aggregator(url: str, about: Ammunition, load: Load, folder: Path) -> dict[str, Any]:
-    """Merged updates a second, the wait for a receipt, memory and ledger."""
+def measure_aggregator(url: str, about: Target, load: Load, folder: Path) -> dict[str, Any]:
+    """Measure updates per second, delay of receipts, memory and size of the ledger."""
     directory = folder / f"aggregator-{load.parameters}-{load.frame_bytes}-{load.per_s:.0f}"
     prepare(directory, url, load)
     command = [sys.executable, "-m", "ternbus", "aggregator", "run", str(directory)]
     process = subprocess.Popen(command, stderr=(folder / "aggregator.log").open("ab"))
     try:
-        await_retained(about, topics.status(FEDERATION))  # it is there
+        await_retained(about, topics.status(FEDERATION))  # the aggregator is connected
         answered = run_load(about, load)
         peak = resident_mb(process.pid)
     finally:
@@ -125,13 +125,13 @@ def measure_aggregator(url: str, about: Ammunition, load: Load, folder: Path) ->
     }
 
 
-def measure_skeleton(url: str, about: Ammunition, load: Load, folder: Path) -> float:
-    """The same load against the parts alone."""
+def measure_skeleton(url: str, about: Target, load: Load, folder: Path) -> float:
+    """The updates per second of the skeleton with the same load."""
     command = [sys.executable, "-m", "benchmarks.skeleton", url, str(load.parameters), str(folder / "skeleton.journal")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
-        process.stdout.readline()  # it is subscribed
+        process.stdout.readline()  # printed after it has subscribed
         return rate(run_load(about, load))
     finally:
         process.terminate()
@@ -139,13 +139,13 @@ def measure_skeleton(url: str, about: Ammunition, load: Load, folder: Path) -> f
 
 
 def measure(parameters: int, frame_bytes: int, engine: Engine, folder: Path) -> dict[str, Any]:
-    """Skeleton, aggregator at full load, aggregator at half of it."""
+    """Measure the skeleton, the aggregator at full load, and the aggregator at half of that load."""
     updates = {100_000: 6000, 1_200_000: 2400, 10_000_000: 320}.get(parameters, 1000)
     window = 32 if parameters < 5_000_000 else 8
     load = Load(parameters=parameters, updates=updates, window=window, frame_bytes=frame_bytes)
     place = folder / f"broker-{parameters}-{frame_bytes}"
     with start(choose(engine), host="127.0.0.1", port=0, directory=place) as broker:
-        about = Ammunition(broker.endpoint.host, broker.endpoint.port, FEDERATION, *prepared_body(parameters))
+        about = Target(broker.endpoint.host, broker.endpoint.port, FEDERATION, *prepared_body(parameters))
         bare = measure_skeleton(broker.url, about, load, folder)
         full = measure_aggregator(broker.url, about, load, folder)
         half_load = replace(load, updates=updates // 2, per_s=full["updates_per_s"] / 2)
@@ -164,10 +164,12 @@ def measure(parameters: int, frame_bytes: int, engine: Engine, folder: Path) -> 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--parameters", type=int, nargs="+", default=[100_000, 1_200_000, 10_000_000])
-    parser.add_argument("--frame-kib", type=int, nargs="+", default=[120, 256], help="largest MQTT payload")
-    parser.add_argument("--engine", type=Engine, default=Engine.AUTO)
+    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
+    parser.add_argument(
+        "--parameters", type=int, nargs="+", default=[100_000, 1_200_000, 10_000_000], help="sizes of the model"
+    )
+    parser.add_argument("--frame-kib", type=int, nargs="+", default=[120, 256], help="maximum sizes of a frame")
+    parser.add_argument("--engine", type=Engine, default=Engine.AUTO, help="broker software: auto, mosquitto or nats")
     arguments = parser.parse_args()
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as folder:
@@ -179,7 +181,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(rows))
         return
-    print(f"buffer {BUFFER}, {SENDERS} sender processes, {os.cpu_count()} cores carry everything")
+    print(f"buffer {BUFFER}, {SENDERS} sender processes, {os.cpu_count()} cores for all processes")
     print(
         f"{'parameters':>11} {'frames':>8} {'skeleton/s':>11} {'merged/s':>9} {'ratio':>6}"
         f" {'half load p50':>14} {'p99, ms':>8} {'peak MB':>8} {'ledger MB':>10}"

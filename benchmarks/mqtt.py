@@ -1,10 +1,10 @@
-"""Packets of MQTT 3.1.1 as bytes, as far as a crowd of simulated devices needs them."""
+"""The encoding of MQTT 3.1.1 packets, as far as the benchmarks need it."""
 
 import struct
 
 
 def packet(kind: int, body: bytes) -> bytes:
-    """A whole packet; ``kind`` is its first byte."""
+    """A packet; ``kind`` is its first byte."""
     length, rest = bytearray(), len(body)
     while True:
         rest, low = divmod(rest, 128)
@@ -14,7 +14,7 @@ def packet(kind: int, body: bytes) -> bytes:
 
 
 def length(content: bytes, start: int) -> tuple[int, int] | None:
-    """(remaining length, where what it counts begins), or None while it has not come whole."""
+    """(remaining length, position after the length field), or None if the field is incomplete."""
     length = 0
     for position, byte in enumerate(content[start : start + 4]):
         length |= (byte & 0x7F) << (7 * position)
@@ -24,7 +24,7 @@ def length(content: bytes, start: int) -> tuple[int, int] | None:
 
 
 def binary(content: bytes) -> bytes:
-    """With its length before it."""
+    """The content with its length in front."""
     return struct.pack(">H", len(content)) + content
 
 

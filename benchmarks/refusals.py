@@ -1,10 +1,11 @@
-"""What it costs mosquitto to say what it denies: the same small messages, with the log of `broker up` and with less.
+"""The cost of counting refusals with mosquitto: small messages with and without a log of each packet.
 
     python -m benchmarks.refusals [--json] [--messages 20000] [--runs 5]
 
-One client with a certificate publishes with QoS 1, another receives and acknowledges: four packets and four lines of
-log a message. "counted" is as `ternbus broker up` runs a broker with TLS: mosquitto logs each packet into
-`ternbus.broker.server.refusals`. "plain" logs errors, warnings and notices into a file. They take turns; medians.
+One client with a certificate publishes with QoS 1, another receives and acknowledges: four packets and four log lines
+for each message. "counted" is the configuration of `ternbus broker up` with TLS: mosquitto logs each packet to
+`ternbus.broker.server.refusals`. "plain" logs errors, warnings and notices to a file. The two alternate; the figures
+are medians.
 """
 
 import argparse
@@ -29,14 +30,14 @@ from ternbus.broker.server.running import ACCESS, Engine, choose, reserve
 
 TOPIC: Final = "ternbus/1/lab/up/pi-1/update"
 BYTES: Final = 100
-WINDOW: Final = 20  # on their way at a time
+WINDOW: Final = 20  # unacknowledged messages
 CONNECTED: Final = b"\x20\x02\x00\x00"
 WITHIN_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """Of a message: processor time of mosquitto and of the process that counts; and messages a second."""
+    """CPU time of mosquitto and of the counting process for each message, and messages per second."""
 
     broker_us: float
     counter_us: float
@@ -44,12 +45,12 @@ class Cost:
 
 
 def processor_s(pid: int) -> float:
-    """User and system time of a process so far."""
+    """The user and system time of a process so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def papers(home: BrokerDirectory, folder: Path, name: str) -> Tls:
+def client_files(home: BrokerDirectory, folder: Path, name: str) -> Tls:
     issued = home.issue(name, "lab")
     files = {"ca": issued.authority, "certificate": issued.certificate, "key": issued.key}
     for file, content in files.items():
@@ -71,7 +72,7 @@ def connect(tls: Tls, name: str, port: int) -> socket.socket:
     line = tls.context().wrap_socket(plain, server_hostname="127.0.0.1")
     line.sendall(packet(0x10, text("MQTT") + b"\x04\x02\x00\x3c" + text(name)))
     if (answer := exactly(line, 4)) != CONNECTED:
-        raise OSError(f"mosquitto answers {answer!r}")
+        raise OSError(f"mosquitto does not accept {name}: it answered {answer!r}")
     return line
 
 
@@ -83,7 +84,7 @@ def exactly(line: socket.socket, count: int) -> bytes:
 
 
 def exchange(sender: socket.socket, receiver: socket.socket, count: int) -> None:
-    """So many messages, a window at a time, each acknowledged by mosquitto and by who receives it."""
+    """Send ``count`` messages, a window at a time, each acknowledged by mosquitto and by the receiver."""
     receiver.sendall(packet(0x82, b"\x00\x01" + text("ternbus/1/lab/up/#") + b"\x01"))
     exactly(receiver, 5)
     published = [
@@ -99,7 +100,7 @@ def exchange(sender: socket.socket, receiver: socket.socket, count: int) -> None
 
 
 def measure(home: BrokerDirectory, folder: Path, clients: dict[str, Tls], *, counted: bool, count: int) -> Cost:
-    """One broker, started for this and ended."""
+    """Measure one run with a new broker."""
     port = reserve("127.0.0.1", 0)
     configuration = mosquitto.configuration(
         host="127.0.0.1",
@@ -139,14 +140,14 @@ def median(costs: list[Cost]) -> Cost:
 def main() -> None:
     """Measure, and print a table or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--messages", type=int, default=20_000)
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
+    parser.add_argument("--messages", type=int, default=20_000, help="messages in each run")
+    parser.add_argument("--runs", type=int, default=5, help="number of runs of each kind")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         home = BrokerDirectory.create(folder / "bus", names=["127.0.0.1"], port=0)
-        clients = {each: papers(home, folder, each) for each in ("pi-1", "aggregator-lab")}
+        clients = {each: client_files(home, folder, each) for each in ("pi-1", "aggregator-lab")}
         found: dict[bool, list[Cost]] = {False: [], True: []}
         for _ in range(options.runs):
             for counted, costs in found.items():
@@ -155,9 +156,7 @@ def main() -> None:
     if options.json:
         print(json.dumps({name: asdict(cost) for name, cost in rows.items()}, indent=2))
         return
-    print(
-        f"mosquitto {choose(Engine.MOSQUITTO).version}, of a message: µs of the broker, µs of the counter; messages/s"
-    )
+    print(f"mosquitto {choose(Engine.MOSQUITTO).version}, per message: µs of the broker, µs of the counter; messages/s")
     for label, cost in rows.items():
         print(f"{label:<10} {cost.broker_us:>8.1f} {cost.counter_us:>8.1f} {cost.per_s:>10.0f}")
 

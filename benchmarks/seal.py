@@ -1,10 +1,10 @@
-"""What a sealed update costs its device and its aggregator, beside the same update unsealed, in one run.
+"""The cost of a sealed update for device and aggregator, compared with the same update unsealed.
 
     python -m benchmarks.seal [--json] [--parameters 1200000 …]
 
-The device makes frames of what was learned: clip, ternarize, pack, zstd, seal, cut, sign. The aggregator reads them:
-signatures, digests, unseal, decompress, check, add up. With and without sealing take turns. Medians of processor time,
-one thread; network and disk, which are the same for both, are left out.
+The device makes frames of a change: clip, ternarize, pack, zstd, seal, split, sign. The aggregator reads them:
+signatures, digests, unseal, decompress, check, add. Runs with and without sealing alternate. The figures are medians
+of CPU time in one thread, without network and disk, which are the same for both.
 """
 
 import argparse
@@ -34,7 +34,7 @@ SEQ: Final = 7
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One size: medians in milliseconds of processor time, and bytes of all frames of an update."""
+    """The results for one size: medians of CPU time in milliseconds, and bytes of all frames of an update."""
 
     parameters: int
     device_plain_ms: float
@@ -47,7 +47,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Rig:
-    """A device and an aggregator that share a schema."""
+    """A device and an aggregator with the same schema."""
 
     schema: Schema
     device: Identity
@@ -55,7 +55,7 @@ class Rig:
     accumulator: Accumulator
 
     def frames(self, change: np.ndarray[tuple[int], np.dtype[np.float32]], *, boxed: bool) -> list[bytes]:
-        """What the device sends."""
+        """The frames that the device sends."""
         block = compress(self.schema, Plan(), change, None, 7).block
         update = prepare(block, seq=SEQ, base=41, samples=600, metrics={}, frame_bytes=FRAME_BYTES)
         if boxed:
@@ -72,7 +72,7 @@ class Rig:
         )
 
     def read(self, frames: list[bytes]) -> None:
-        """What the aggregator makes of it."""
+        """Verify, decode and add the update as the aggregator does."""
         parts = [parse(frame) for frame in frames]
         for part in parts:
             part.check_authentic(self.device.public)
@@ -86,7 +86,7 @@ class Rig:
 
 
 def measure(parameters: int) -> Row:
-    """One size: a Gaussian change of one tensor."""
+    """Measure one size, with a Gaussian change of one tensor."""
     schema = Schema.of({"weight": (parameters,)})
     rig = Rig(schema, Identity.generate(), Identity.generate(), Accumulator(schema))
     change = np.random.default_rng(0).normal(0.0, 0.01, parameters).astype(np.float32)
@@ -103,7 +103,7 @@ def measure(parameters: int) -> Row:
             rig.read(frames)
             done = time.thread_time()
             sizes[boxed] = sum(map(len, frames))
-            if run:  # the first warms up
+            if run:  # the first run is a warm-up
                 times["device", boxed].append(made - begun)
                 times["aggregator", boxed].append(done - made)
         if run >= 3 and time.perf_counter() > end:
@@ -123,8 +123,10 @@ def measure(parameters: int) -> Row:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--parameters", type=int, nargs="+", default=[10_000, 1_200_000, 10_000_000])
+    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
+    parser.add_argument(
+        "--parameters", type=int, nargs="+", default=[10_000, 1_200_000, 10_000_000], help="sizes of the model"
+    )
     arguments = parser.parse_args()
     rows = [measure(parameters) for parameters in arguments.parameters]
     if arguments.json:

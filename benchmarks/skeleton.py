@@ -1,8 +1,9 @@
-"""The parts that no aggregator can do without, and nothing else: the yardstick of ``benchmarks.ingest``.
+"""A minimal aggregator, the reference of ``benchmarks.ingest``.
 
     python -m benchmarks.skeleton URL PARAMETERS JOURNAL
 
-Verify, hash, append, one fsync for up to 16 updates, decompress, add, sign a receipt. No checks, no state, no protocol.
+It does only what every aggregator must do: verify, hash, append, one fsync for up to 16 updates, decompress, add, sign
+a receipt. It has no checks, no state and no other part of the protocol.
 """
 
 import os
@@ -58,7 +59,7 @@ def main() -> None:
                 verify(public, SIGNED_PREFIX + payload[8:end], payload[end : end + 64])
                 body = payload[end + 64 :]
                 if blake2b(body, digest_size=32).digest() != header["digest"]:
-                    raise SystemExit("a digest is wrong")
+                    raise SystemExit("the digest of a body is wrong")
                 os.write(journal, payload)
                 bodies = parts.setdefault(sender, [])
                 bodies.append(body)

@@ -1,17 +1,17 @@
-"""How much sooner, and for how many bytes, an asynchronous ternary federation learns than a synchronous float32 one.
+"""The time and bytes to an accuracy: an asynchronous ternary federation compared with a synchronous float32 one.
 
     python -m benchmarks.time_to_accuracy --data DIR [--seeds 1] [--out FOLDER] [--json] [--real]
 
-Fashion-MNIST, 20 devices, Dirichlet 0.5, lognormal speeds, in virtual time with real training through the very
-cores that run on devices (`ternbus lab simulate`). A run that is already in --out is not run again. DIR holds
-FashionMNIST/raw/*-ubyte, as torchvision lays it out.
+Fashion-MNIST, 20 devices, Dirichlet 0.5, lognormal speeds, in virtual time with real training (`ternbus lab
+simulate`). A run that is already in --out is not repeated. DIR contains FashionMNIST/raw/*-ubyte, as torchvision
+writes it.
 
-Reached is an accuracy at the first version that has it and keeps it: the mean of that version and the two after it
-has it too. So one lucky version does not count, and none of the two ways waits for a window to fill. Bytes are PUBLISH
+An accuracy is reached at the first version that has it, if the mean of that version and the next two has it too. A
+single outlier therefore does not count, and neither side is delayed by a moving average. Bytes are those of PUBLISH
 packets until that version was made: updates up, deltas and snapshots down.
 
-With --real each run is `ternbus lab run`: 23 processes, a broker, and seconds that pass; no lines are emulated, and the
-run ends at the first version in which the evaluator finds the accuracy.
+With --real, each run is `ternbus lab run`: 23 processes, a broker and real time, without emulated network lines. The
+run ends at the first version for which the evaluator measures the accuracy.
 """
 
 import argparse
@@ -41,11 +41,11 @@ GOALS: Final = {"sooner": 3.0, "up": 0.05, "both": 0.10}
 
 
 def scenario(way: str, seed: int, arguments: argparse.Namespace) -> Scenario:
-    """Both ways have the same model, data, speeds, lines and local plan."""
+    """The scenario of one way. Both have the same model, data, speeds, lines and local plan."""
     codec = "float32" if way == SYNCHRONOUS else "ternary"
     merging: dict[str, object] = {"downlink.codec": codec}
     if way == ASYNCHRONOUS:
-        # A bound that the slowest device of twenty keeps: it misses about 30 versions while it trains.
+        # The staleness bound must allow for the slowest device, which misses about 30 versions during a training.
         merging |= {"merge.buffer_size": arguments.buffer, "merge.max_wait_s": 1e6, "staleness.max": arguments.bound}
     return Scenario(
         task="fashion-mnist",
@@ -63,7 +63,7 @@ def scenario(way: str, seed: int, arguments: argparse.Namespace) -> Scenario:
 
 
 def run(way: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One run's report; it ends once the accuracy is reached."""
+    """The report of one run, which ends when the accuracy is reached."""
     path: Path = arguments.out / f"{way.partition(',')[0]}-{seed}.json"
     if path.exists():
         kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -87,7 +87,7 @@ def run(way: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _nested(dotted: Mapping[str, object]) -> dict[str, dict[str, object]]:
-    """{"merge.buffer_size": 4} -> {"merge": {"buffer_size": 4}}, as a scenario's file has it."""
+    """{"merge.buffer_size": 4} -> {"merge": {"buffer_size": 4}}, as in a scenario file."""
     sections: dict[str, dict[str, object]] = {}
     for name, value in dotted.items():
         section, _, key = name.partition(".")
@@ -96,7 +96,7 @@ def _nested(dotted: Mapping[str, object]) -> dict[str, dict[str, object]]:
 
 
 def run_real(way: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The same in real processes: seconds, versions and bytes until the evaluator first finds the accuracy."""
+    """Run real processes: seconds, versions and bytes until the evaluator first measures the accuracy."""
     name = f"real-{way.partition(',')[0]}-{seed}"
     folder, path = arguments.out / name, arguments.out / f"{name}.toml"
     wanted = scenario(way, seed, arguments)
@@ -128,7 +128,7 @@ def run_real(way: str, seed: int, arguments: argparse.Namespace) -> dict[str, An
 
 
 def show_real(rows: Sequence[tuple[int, str, Mapping[str, Any]]], accuracy: float) -> None:
-    """As a table."""
+    """Print a table."""
     print(f"| seed | until {accuracy:.0%}, real processes | s | version | MB up | MB down, deltas |")
     print("|---|---|---|---|---|---|")
     for seed, way, row in rows:
@@ -137,7 +137,7 @@ def show_real(rows: Sequence[tuple[int, str, Mapping[str, Any]]], accuracy: floa
 
 
 def reached(versions: Sequence[Mapping[str, Any]], accuracy: float) -> int | None:
-    """The first version that has the accuracy, and keeps it on average over the window that begins with it."""
+    """The first version with the accuracy, if the mean over the window that begins with it has it too."""
     found = [row["accuracy"] for row in versions]
     for first in range(len(found) - WINDOW + 1):
         window = found[first : first + WINDOW]
@@ -147,7 +147,7 @@ def reached(versions: Sequence[Mapping[str, Any]], accuracy: float) -> int | Non
 
 
 def figures(report: Mapping[str, Any], accuracy: float) -> dict[str, Any]:
-    """What a row of the table shows."""
+    """The values for one row of the table."""
     version = reached(report["versions"], accuracy)
     best = max(row["accuracy"] for row in report["versions"])
     if version is None:
@@ -172,7 +172,7 @@ def figures(report: Mapping[str, Any], accuracy: float) -> dict[str, Any]:
 
 
 def compared(quick: Sequence[Mapping[str, Any]], slow: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
-    """How much sooner, and for what share of the bytes, all runs together; None where one never came so far."""
+    """The speed-up and the shares of bytes over all runs; None if a run did not reach the accuracy."""
     if any(row["version"] is None for row in (*quick, *slow)):
         return None
 
@@ -188,7 +188,7 @@ def compared(quick: Sequence[Mapping[str, Any]], slow: Sequence[Mapping[str, Any
 
 
 def show(result: Mapping[str, Any]) -> None:
-    """As a table."""
+    """Print a table."""
     heading = f"until {result['accuracy']:.0%}"
     print(f"| seed | {heading} | virtual s | versions | updates | MB up | MB down | of it snapshots |")
     print("|---|---|---|---|---|---|---|---|")
@@ -202,11 +202,11 @@ def show(result: Mapping[str, Any]) -> None:
             counts = f"{row['seconds']:.0f} | {row['version']} | {row['updates']}"
             print(f"| {each['seed']} | {way} | {counts} | {up:.1f} | {delta + snapshot:.1f} | {snapshot:.1f} |")
     for each in result["seeds"]:
-        _say(f"seed {each['seed']}", each["compared"])
-    _say("all seeds", result["compared"])
+        _print_ratios(f"seed {each['seed']}", each["compared"])
+    _print_ratios("all seeds", result["compared"])
 
 
-def _say(name: str, ratios: Mapping[str, float] | None) -> None:
+def _print_ratios(name: str, ratios: Mapping[str, float] | None) -> None:
     if ratios is not None:
         print(
             f"\n{name}: {ratios['sooner']:.1f} times sooner (goal {GOALS['sooner']:.0f}), "
@@ -216,20 +216,20 @@ def _say(name: str, ratios: Mapping[str, float] | None) -> None:
 
 
 def main() -> None:
-    """Run what is missing, and print."""
+    """Run missing runs and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--accuracy", type=float, default=0.85)
-    parser.add_argument("--median-s", type=float, default=10.0, help="of one local training")
-    parser.add_argument("--up-mbit-s", type=float, default=1.0, help="of each device's line; 0 = unlimited")
-    parser.add_argument("--down-mbit-s", type=float, default=4.0)
-    parser.add_argument("--buffer", type=int, default=10)
-    parser.add_argument("--bound", type=int, default=50, help="on the staleness, asynchronous")
-    parser.add_argument("--versions", type=int, default=150, help="at most")
-    parser.add_argument("--out", type=Path, default=Path("benchmark-time-to-accuracy"))
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--real", action="store_true", help="in real processes and real seconds instead")
+    parser.add_argument("--data", type=Path, required=True, help="folder with FashionMNIST/raw/*-ubyte")
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds")
+    parser.add_argument("--accuracy", type=float, default=0.85, help="accuracy to reach")
+    parser.add_argument("--median-s", type=float, default=10.0, help="median duration of a local training")
+    parser.add_argument("--up-mbit-s", type=float, default=1.0, help="uplink of each device; 0 means unlimited")
+    parser.add_argument("--down-mbit-s", type=float, default=4.0, help="downlink of each device; 0 means unlimited")
+    parser.add_argument("--buffer", type=int, default=10, help="buffer size, asynchronous only")
+    parser.add_argument("--bound", type=int, default=50, help="staleness bound, asynchronous only")
+    parser.add_argument("--versions", type=int, default=150, help="maximum number of versions")
+    parser.add_argument("--out", type=Path, default=Path("benchmark-time-to-accuracy"), help="folder for the runs")
+    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
+    parser.add_argument("--real", action="store_true", help="real processes and real time instead of virtual time")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.real:

@@ -1,8 +1,8 @@
-"""How many bytes a signed TernGrad update of 1.2 million parameters takes on the wire, raw and with zstd.
+"""The size on the wire of a signed TernGrad update of 1.2 million parameters, raw and with zstd.
 
     python -m benchmarks.uplink [--json]
 
-The update is Gaussian, as changes of weights roughly are; clipping at 2.5 sigma is the default of every task.
+The update is Gaussian, like typical changes of weights, and clipped at 2.5 sigma, the default of every task.
 """
 
 import argparse
@@ -23,12 +23,12 @@ from ternbus.edge.learn.compress import compress
 from ternbus.edge.plan.plan import Plan
 
 SHAPES = {"conv.weight": (64, 32, 3, 3), "conv.bias": (64,), "fc.weight": (1024, 1152), "fc.bias": (1024,)}
-ENVELOPE_BYTES = 500  # what a part may cost beside its body
+ENVELOPE_BYTES = 500  # bound on the size of a part without its body
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """One way to send the same update."""
+    """The size of the update with one encoding."""
 
     encoding: str
     parts: int
@@ -39,7 +39,7 @@ class Size:
 
 
 def measure(encoding: str, seed: int = 0) -> Size:
-    """Build the frames of one update and count."""
+    """Build the frames of one update and count their bytes."""
     schema = Schema.of(SHAPES, dense=["*.bias"])
     rng = np.random.default_rng(seed)
     change = rng.normal(0.0, 0.01, schema.elements).astype(np.float32)
@@ -70,9 +70,9 @@ def measure(encoding: str, seed: int = 0) -> Size:
 
 
 def main() -> None:
-    """Print both."""
+    """Measure and print both encodings."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
     as_json = parser.parse_args().json
     schema = Schema.of(SHAPES, dense=["*.bias"])
     sizes = [measure(encoding) for encoding in (RAW, ZSTD)]

@@ -1,7 +1,7 @@
-"""Senders of prepared updates that leave the machine to who is measured: bytes onto a socket, receipts off it.
+"""Load generator: senders of prepared updates, which use little CPU during a measurement.
 
-A sender signs, cuts and frames its updates as MQTT 3.1.1 packets before the clock starts. It keeps a window of
-them on the way, acknowledges each receipt, and notes when it came.
+Before the measurement a sender signs its updates, splits them into frames and encodes them as MQTT 3.1.1 packets. Then
+it keeps a window of unanswered updates, acknowledges each receipt, and records its time.
 """
 
 import multiprocessing
@@ -28,18 +28,18 @@ SOCKET_BYTES: Final = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What the senders send: ``updates`` devices, one update each, at most ``window`` unanswered in each process."""
+    """The load: ``updates`` devices send one update each, with at most ``window`` unanswered ones in each process."""
 
     parameters: int
     updates: int
     window: int
     frame_bytes: int
-    per_s: float = 0.0  # of all senders together; 0 = as fast as receipts come
+    per_s: float = 0.0  # updates per second of all senders; 0 means as fast as receipts arrive
 
 
 @dataclass(frozen=True, slots=True)
-class Ammunition:
-    """What all senders share."""
+class Target:
+    """The broker and federation that senders use, and the body of every update."""
 
     host: str
     port: int
@@ -50,14 +50,14 @@ class Ammunition:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """What one sender saw: (sent at, receipt at) of each update, on the machine's monotonic clock."""
+    """The results of one sender: (sent at, receipt at) of each update on the monotonic clock, and outcomes."""
 
     times: list[tuple[float, float]] = field(default_factory=list)
     outcomes: dict[str, int] = field(default_factory=dict)
 
 
 def identity(number: int) -> Identity:
-    """The key of device ``number``; only a benchmark makes keys so."""
+    """The key of device ``number``, derived from the number: for benchmarks only."""
     return Identity(number.to_bytes(32, "big"))
 
 
@@ -65,8 +65,8 @@ def device(number: int) -> str:
     return f"d{number}"
 
 
-def packets_of(number: int, about: Ammunition, frame_bytes: int) -> list[bytes]:
-    """One device's only update, on version 0, signed, cut, and each part a PUBLISH of QoS 1."""
+def packets_of(number: int, about: Target, frame_bytes: int) -> list[bytes]:
+    """The PUBLISH packets (QoS 1) with the parts of one device's signed update to version 0."""
     update = Update(base=0, samples=100, codec=about.codec, encoding=ZSTD, sealed=False, metrics={"loss": 0.5})
     frames = cut(
         identity(number),
@@ -83,9 +83,9 @@ def packets_of(number: int, about: Ammunition, frame_bytes: int) -> list[bytes]:
 
 
 class Line:
-    """A connection to the broker."""
+    """A raw MQTT connection to the broker."""
 
-    def __init__(self, about: Ammunition, client: str) -> None:
+    def __init__(self, about: Target, client: str) -> None:
         self.socket = socket.create_connection((about.host, about.port), timeout=WITHIN_S)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
         self._received = b""
@@ -97,9 +97,9 @@ class Line:
         self.socket.sendall(mqtt.packet(0x82, b"\x00\x01" + mqtt.text(wanted) + b"\x01"))
 
     def packets(self) -> list[tuple[int, bytes]]:
-        """What has come whole, once something has come."""
+        """Wait for data, and return the complete packets."""
         content, start, found = self._received + self.socket.recv(SOCKET_BYTES), 0, []
-        assert len(content) > len(self._received), "the broker has cut the connection"
+        assert len(content) > len(self._received), "the broker has closed the connection"
         while (size := mqtt.length(content, start + 1)) is not None:
             length, first = size
             if len(content) < first + length:
@@ -110,9 +110,9 @@ class Line:
         return found
 
 
-def await_retained(about: Ammunition, topic: str) -> None:
-    """Wait until there is something under a topic."""
-    line = Line(about, "looks")
+def await_retained(about: Target, topic: str) -> None:
+    """Wait until the topic has a retained message."""
+    line = Line(about, "waits")
     line.subscribe(topic)
     while not any(kind >> 4 == PUBLISH for kind, _ in line.packets()):
         pass
@@ -120,9 +120,9 @@ def await_retained(about: Ammunition, topic: str) -> None:
 
 
 class Sender:
-    """One sender's updates, and what became of them."""
+    """One sender with its prepared updates and their receipts."""
 
-    def __init__(self, about: Ammunition, load: Load, first: int) -> None:
+    def __init__(self, about: Target, load: Load, first: int) -> None:
         self._load = load
         self._ready = [(n, packets_of(n, about, load.frame_bytes)) for n in range(first, load.updates, SENDERS)]
         self._sent: dict[str, float] = {}
@@ -132,8 +132,8 @@ class Sender:
         while not any(kind >> 4 == SUBACK for kind, _ in self._line.packets()):
             pass
 
-    def fire(self) -> Answered:
-        """Send all, until the last receipt has come or none comes any more."""
+    def send_all(self) -> Answered:
+        """Send all updates; return when the last receipt has arrived, or none for `WITHIN_S`."""
         total, position, begun = len(self._ready), 0, time.monotonic()
         readable = selectors.DefaultSelector()
         readable.register(self._line.socket, selectors.EVENT_READ)
@@ -148,16 +148,16 @@ class Sender:
                 self._sent[device(number)] = due or time.monotonic()
                 for packet in packets:
                     self._line.socket.sendall(packet)
-                self._ready[position] = (number, [])  # each update is large
+                self._ready[position] = (number, [])  # to free the memory of a large update
                 position += 1
             if readable.select(patience):
-                self._hear()
+                self._receive()
             elif patience == WITHIN_S:
                 break
         self._line.socket.close()
         return self._answered
 
-    def _hear(self) -> None:
+    def _receive(self) -> None:
         acknowledgements = []
         for kind, body in self._line.packets():
             if kind >> 4 != PUBLISH:
@@ -172,16 +172,16 @@ class Sender:
         self._line.socket.sendall(b"".join(acknowledgements))
 
 
-def send(about: Ammunition, load: Load, first: int, go: Any, results: Any) -> None:
-    """One sender process: devices first, first + SENDERS, …"""
+def send(about: Target, load: Load, first: int, go: Any, results: Any) -> None:
+    """The main function of a sender process, for devices first, first + SENDERS, …"""
     sender = Sender(about, load, first)
     results.put(None)
     go.wait()
-    results.put(sender.fire())
+    results.put(sender.send_all())
 
 
-def run_load(about: Ammunition, load: Load) -> Sequence[Answered]:
-    """Start the senders, let them go together, gather what they saw."""
+def run_load(about: Target, load: Load) -> Sequence[Answered]:
+    """Start the senders, let them begin together, and collect their results."""
     context = multiprocessing.get_context("spawn")
     go, results = context.Event(), context.Queue()
     processes = [context.Process(target=send, args=(about, load, first, go, results)) for first in range(SENDERS)]

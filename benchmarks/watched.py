@@ -1,7 +1,7 @@
-"""A task like another, which notes at the start and the end of each training what its process has used until then.
+"""A task that records the resource use of its process at the start and the end of each training.
 
-The task `benchmarks.watched:TASK` is the one that WATCHED_TASK names, its notes go to the file WATCHED_NOTES. As a
-program it trains without Ternbus, so that what it uses can be held against what a device uses:
+`benchmarks.watched:TASK` wraps the task named by WATCHED_TASK, and appends its records to the file WATCHED_NOTES. As a
+program, this module trains without Ternbus, for comparison with a device:
 
     python -m benchmarks.watched ROUNDS PARTITION [DATA]
 """
@@ -26,7 +26,7 @@ OURSELVES = Path("/proc/self")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watched:
-    """The task, with trainers that take notes."""
+    """The wrapped task, with trainers that record resource use."""
 
     task: Task
     notes: Path
@@ -50,7 +50,7 @@ class Watched:
 
 
 class WatchedTrainer:
-    """Adds two notes to each training, and nothing to its result."""
+    """Records resource use before and after each training; the result is unchanged."""
 
     def __init__(self, trainer: Trainer, notes: Path) -> None:
         self._trainer = trainer
@@ -72,10 +72,10 @@ class WatchedTrainer:
         return self._trainer.evaluate(tensors)
 
     def _note(self, moment: str) -> None:
-        """The clocks first and last: what lies between is the note's own work."""
+        """Write a record. It has the clocks before and after the work for the record itself."""
         came = clocks()
         note = {"moment": moment, "samples": self.samples, "came": came, **used()}
-        if self._is_new:  # the peak from here on is training's, not that of reading the data
+        if self._is_new:  # reset the peak of memory, so that it does not include reading the data
             self._is_new = False
             with suppress(OSError):
                 (OURSELVES / "clear_refs").write_text("5")
@@ -84,12 +84,12 @@ class WatchedTrainer:
 
 
 def clocks() -> dict[str, float]:
-    """Wall, this process's CPU, and this thread's."""
+    """The wall clock, the CPU time of this process, and the CPU time of this thread."""
     return {"wall": time.monotonic(), "process": time.process_time(), "thread": time.thread_time()}
 
 
 def used(process: Path = OURSELVES) -> dict[str, float]:
-    """Peak and present memory, how often a thread woke from waiting, and what was written to a disk."""
+    """Peak and current memory, number of wakeups of all threads, and bytes written to disk."""
     found = table(process / "status")
     wakeups = sum(table(each)["voluntary_ctxt_switches"] for each in process.glob("task/*/status"))
     written = table(process / "io").get("write_bytes", 0)
@@ -97,13 +97,13 @@ def used(process: Path = OURSELVES) -> dict[str, float]:
 
 
 def table(path: Path) -> dict[str, int]:
-    """The numbers of one of the kernel's tables of ``name: number``."""
+    """The numbers in a file of the kernel with lines ``name: number``."""
     rows = (line.partition(":") for line in path.read_text().splitlines())
     return {name: int(value.split()[0]) for name, _, value in rows if value.split() and value.split()[0].isdigit()}
 
 
 def main() -> None:
-    """Train so many times, each time from where the last one came to."""
+    """Train ROUNDS times, each time from the result of the last training."""
     rounds, partition, data = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]) if sys.argv[3:] else None
     trainer, tensors, plan = (
         TASK.trainer(data=data, partition=partition),

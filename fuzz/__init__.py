@@ -1,1 +1,1 @@
-"""Coverage-guided fuzzing of everything that reads what others wrote: ``python -m fuzz --help``."""
+"""Coverage-guided fuzzing of all parsers of untrusted input: ``python -m fuzz --help``."""

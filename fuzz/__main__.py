@@ -1,4 +1,4 @@
-"""Runs the fuzzer: each target in a process of its own; a table of what was tried and what memory it took."""
+"""Run the fuzzer: each target in its own process, and print a table of inputs, speed and memory."""
 
 import argparse
 import importlib.util
@@ -19,30 +19,30 @@ from fuzz.targets import TARGETS
 
 FOUND: Final = ROOT / "fuzz" / "found"
 INPUT_BYTES_MAX: Final = 4096
-RESIDENT_MB_MAX: Final = 512  # one input that makes a process larger than this is a finding
-GROWTH_KIB_MAX: Final = 32 * 1024  # from the first tenth of the inputs to the last: libFuzzer's own corpus is in it
-STARTUP_S: Final = 6.0  # until a target's process has read its first input
+RESIDENT_MB_MAX: Final = 512  # a larger process is a finding
+GROWTH_KIB_MAX: Final = 32 * 1024  # from the first tenth of the inputs to the last, with libFuzzer's own corpus
+STARTUP_S: Final = 6.0  # until a target's process reads its first input
 WORD: Final = re.compile(
     rb"[\xa0-\xbf]?[A-Za-z_][A-Za-z0-9_]{2,24}|\[+[a-z.]+\]+"
-)  # with msgpack's byte of length, if any
+)  # with msgpack's length byte, if any
 NOT_INSTALLED: Final = (
-    "atheris is not installed: nothing is fuzzed. It exists for Python 3.11 to 3.13 on x86-64 Linux: "
+    "nothing fuzzed: atheris is not installed. On x86-64 Linux with Python 3.11 to 3.13, run: "
     "pip install -c constraints.txt -e '.[fuzz]'"
 )
 EPILOG: Final = """\
-Without options every target gets its share of a minute, which is what `make test` does. Inputs that reach new code are
-kept for the run only. What makes a target fail is written to fuzz/found/; mend it, and put the input into
-fuzz/corpus/TARGET/found-NAME, which `make check` reads forever after.
+Without options, all targets share one minute, as in `make test`. Inputs that reach new code are kept during the run
+only. Inputs that make a target fail are written to fuzz/found/. After the correction, copy the input to
+fuzz/corpus/TARGET/found-NAME, which `make check` tests.
 
-  python -m fuzz                          a minute over all targets
-  python -m fuzz --runs 1000000           a million inputs to each
-  python -m fuzz header --seconds 3600    an hour of one
+  python -m fuzz                          a minute for all targets
+  python -m fuzz --runs 1000000           a million inputs for each target
+  python -m fuzz header --seconds 3600    an hour for one target
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of one target's run. Memory is resident, in KiB, after the first tenth and after the last input."""
+    """The result of one target. Memory is resident, in KiB, after the first tenth and after the last input."""
 
     target: str
     inputs: int
@@ -50,7 +50,7 @@ class Outcome:
     early_kib: int
     late_kib: int
     corpus: int
-    failed: str  # why; empty if it did not
+    failed: str  # the reason; empty if the target did not fail
 
     def row(self) -> str:
         speed = self.inputs / max(self.seconds, 1e-9)
@@ -64,7 +64,7 @@ HEADINGS: Final = f"{'target':<16}{'inputs':>10}{'s':>8}{'inputs/s':>10}{'corpus
 
 
 def run(target: str, *, runs: int | None, seconds: float | None, seed: int) -> Outcome:
-    """Fuzz one target; its output is kept in ``fuzz/found`` where it fails."""
+    """Fuzz one target; if it fails, its output is kept in ``fuzz/found``."""
     every = 1000 if runs is None else max(1, runs // 20)
     limit = f"-runs={runs}" if seconds is None else f"-max_total_time={max(1, round(seconds))}"
     FOUND.mkdir(exist_ok=True)
@@ -95,13 +95,13 @@ def run(target: str, *, runs: int | None, seconds: float | None, seed: int) -> O
 
 
 def words(target: str) -> list[str]:
-    """Names and numbers of the corpus, in libFuzzer's notation: chance alone hardly spells `max_staleness`."""
+    """The dictionary for libFuzzer: names in the corpus, which random bytes would hardly produce."""
     found = {each for file in (CORPUS / target).iterdir() for each in WORD.findall(file.read_bytes())}
     return ['"' + "".join(f"\\x{byte:02x}" for byte in each) + '"' for each in sorted(found)]
 
 
 def judged(target: str, output: str, code: int, *, seconds: float, corpus: int, runs: int | None) -> Outcome:
-    """What libFuzzer's output, and the samples of memory in it, say."""
+    """The outcome from libFuzzer's output and the samples of memory in it."""
     units = re.search(r"number_of_executed_units:\s*(\d+)", output)
     inputs = int(units[1]) if units else 0
     samples = [(int(n), int(kib)) for n, kib in re.findall(r"^memory (\d+) (\d+)$", output, re.MULTILINE)] or [(0, 0)]
@@ -114,7 +114,7 @@ def judged(target: str, output: str, code: int, *, seconds: float, corpus: int, 
         log.write_text(output, encoding="utf-8")
         failed = f"FAILED, see {log.relative_to(ROOT)}: {_first_error(output)}"
     elif inputs < (runs or 1):
-        failed = f"FAILED: {inputs} inputs"
+        failed = f"FAILED: only {inputs} inputs"
     elif late - early > GROWTH_KIB_MAX:
         failed = f"FAILED: memory grew by more than {GROWTH_KIB_MAX // 1024} MiB"
     return Outcome(
@@ -123,7 +123,7 @@ def judged(target: str, output: str, code: int, *, seconds: float, corpus: int, 
 
 
 def _first_error(output: str) -> str:
-    """The exception that came through, or what libFuzzer says."""
+    """The exception that the target raised, or libFuzzer's error message."""
     lines = [line for line in output.splitlines() if re.match(r"[\w.]+(Error|Exception|Warning)\b|.*ERROR: ", line)]
     return lines[0][:160] if lines else output.strip().rpartition("\n")[2][:160]
 
@@ -132,19 +132,21 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m fuzz", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("target", nargs="*", choices=[[], *TARGETS], help=f"of {', '.join(TARGETS)}; default: all")
-    limit = parser.add_mutually_exclusive_group()
-    limit.add_argument("--runs", type=int, help="inputs to each target")
-    limit.add_argument("--seconds", type=float, default=60.0, help="in all (default: %(default)s)")
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="targets at a time (default: %(default)s)"
+        "target", nargs="*", choices=[[], *TARGETS], help=f"target: {', '.join(TARGETS)} (default: all)"
     )
-    parser.add_argument("--seed", type=int, default=1, help="of the fuzzer's chance (default: %(default)s)")
+    limit = parser.add_mutually_exclusive_group()
+    limit.add_argument("--runs", type=int, help="inputs for each target")
+    limit.add_argument("--seconds", type=float, default=60.0, help="total duration (default: %(default)s)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="targets that run in parallel (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="seed of the fuzzer (default: %(default)s)")
     return parser.parse_args()
 
 
 def main() -> int:
-    """0 if every target held, 1 if one did not; 0 and a line on stderr where there is no fuzzer."""
+    """Return 0 if no target failed, else 1; without atheris print a message and return 0."""
     given = options()
     if importlib.util.find_spec("atheris") is None:
         print(NOT_INSTALLED, file=sys.stderr)
@@ -153,11 +155,11 @@ def main() -> int:
     jobs = min(given.jobs, len(names))
     share = None if given.runs is not None else given.seconds * jobs / len(names) - STARTUP_S
     print(HEADINGS, flush=True)
-    say = threading.Lock()
+    printing = threading.Lock()
 
     def one(name: str) -> bool:
         outcome = run(name, runs=given.runs, seconds=share, seed=given.seed)
-        with say:
+        with printing:
             print(outcome.row(), flush=True)
         return not outcome.failed
 

@@ -1,4 +1,4 @@
-"""One target under libFuzzer, in a process of its own: it ends the process. ``fuzz.__main__`` starts it.
+"""One target under libFuzzer, which ends the process; ``fuzz.__main__`` starts it.
 
 python -m fuzz.one TARGET SAMPLE_EVERY [libFuzzer's options and corpus …]
 """
@@ -12,8 +12,8 @@ from pathlib import Path
 import atheris
 from atheris.import_hook import HookManager
 
-# atheris 3.0.0 loses the result of each comparison of arrays that it traces. So of what reads arrays (and, for speed,
-# of tomllib) only branches are traced, and of what computes with them nothing.
+# With data-flow tracing, atheris 3.0.0 loses the results of comparisons of arrays. Modules that decode arrays (and, for
+# speed, tomllib) are therefore traced by branches only, and modules that compute with arrays are not traced.
 with HookManager({"ternbus", "tomllib"}, set(), enable_loader_override=False, trace_dataflow=False):
     for module in ("ternbus.broker.protocol.schema", "ternbus.broker.protocol.ternary", "tomllib"):
         importlib.import_module(module)
@@ -35,7 +35,7 @@ def resident_kib() -> int:
 
 
 def main() -> None:
-    """Fuzz until libFuzzer's options say so; says on stderr after so many inputs how much memory is held."""
+    """Fuzz to the limit in libFuzzer's options; print the resident memory to stderr every ``SAMPLE_EVERY`` inputs."""
     name, every, *options = sys.argv[1:]
     target, sample_every, count = TARGETS[name], int(every), 0
 

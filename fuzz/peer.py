@@ -1,7 +1,7 @@
-"""An enrolled device that signs whatever it is told, against the aggregator's own state machine.
+"""A fuzz target: the aggregator's core with messages that an enrolled device has signed.
 
-Everything that such a device can cause must be a ``ProtocolError``, which the core counts: the target lets none
-through, and keeps one core for all inputs: what one of them leaves behind meets the next, and memory that grows shows.
+Such a device may only cause a ``ProtocolError``, which the core counts; every other exception is a finding. One core
+handles all inputs, so that state left by one input can affect the next, and growth of memory is visible.
 """
 
 import struct
@@ -23,9 +23,9 @@ from ternbus.lab.virtual.setup import FEDERATION, without_disk
 DEVICE: Final = "rogue"
 KEY: Final = Identity(b"r" * 32)
 KINDS: Final = ("update", "status", "offer", "metrics", "enroll", "head", "receipt", "no-such-kind")
-BASE: Final = b"\xa4base\x00"  # as a seed has it: stands for the head's version, else hardly an update would be current
+BASE: Final = b"\xa4base\x00"  # in a seed: replaced by the current version, since most updates would be stale otherwise
 STEP_S: Final = 0.01
-SCHEMA: Final = Schema.write(  # of tests/vectors.json
+SCHEMA: Final = Schema.write(  # as in tests/vectors.json
     (
         Tensor("conv.weight", (2, 3), "ternary"),
         Tensor("conv.bias", (2,), "dense"),
@@ -64,7 +64,7 @@ _federation: list[Federation] = []  # made at the first input
 
 
 def update(data: bytes) -> None:
-    """First byte the kind, second the part, third flags, two of the meta's length, meta, body."""
+    """One message. Bytes: kind, part, flags, length of meta (2), meta, body."""
     if len(data) < 5:
         return
     if not _federation:
@@ -73,7 +73,7 @@ def update(data: bytes) -> None:
     kind, flags = KINDS[data[0] % len(KINDS)], data[2]
     length = int.from_bytes(data[3:5], "little")
     meta, body = data[5 : 5 + length], data[5 + length :]
-    federation.seq += 0 if flags & 1 else 1  # with the flag: another part, or a copy, of what came last
+    federation.seq += 0 if flags & 1 else 1  # with the flag: another part, or a copy, of the last message
     about = {
         "kind": kind,
         "federation": FEDERATION,

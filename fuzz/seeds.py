@@ -1,7 +1,7 @@
-"""The corpus that fuzzing begins with: ``tests/vectors.json``, our own files as we write them, and what was found.
+"""The initial corpus: inputs from ``tests/vectors.json``, generated files, and earlier findings.
 
-``python -m fuzz.seeds`` writes the first two to ``fuzz/corpus``. What fuzzing found, and a fix mended, is put there by
-hand, as ``found-NAME``: ``tests/test_fuzz.py`` reads all of it, with or without a fuzzer.
+``python -m fuzz.seeds`` writes the first two to ``fuzz/corpus``. Findings are copied there by hand as ``found-NAME``
+after their correction. ``tests/test_fuzz.py`` tests the whole corpus, with or without a fuzzer.
 """
 
 import json
@@ -26,7 +26,7 @@ Seeds = dict[str, bytes]
 
 
 def seeds() -> dict[str, Seeds]:
-    """By target and name."""
+    """The seeds by target and name."""
     vectors = json.loads((ROOT / "tests" / "vectors.json").read_text(encoding="utf-8"))
     frames = {name: bytes.fromhex(vectors[name]["frame"]) for name in ("update", "head", "receipt", "enroll")}
     frames |= {f"part-{i}": bytes.fromhex(frame) for i, frame in enumerate(vectors["message_in_3_parts"]["frames"])}
@@ -50,7 +50,7 @@ def seeds() -> dict[str, Seeds]:
 
 
 def _headers(frames: Seeds) -> Seeds:
-    """Of the vectors' frames, and one of each kind that they lack."""
+    """The headers of the frames in vectors.json, and one of each other kind."""
     headers = {name: parse(frame).header for name, frame in frames.items()}
     about = msgpack.unpackb(headers["receipt"])
     for message in (
@@ -106,7 +106,7 @@ def _aggregator() -> Seeds:
 
 
 def _peer(frames: Seeds) -> Seeds:
-    """[kind, part, flags, meta's length] meta, body: as ``fuzz.peer`` takes them apart."""
+    """Inputs in the format of ``fuzz.peer``: [kind, part, flags, length of meta] meta, body."""
     update = parse(frames["update"])
     meta = {**update.meta, "base": 0}
     metas = {
@@ -115,18 +115,18 @@ def _peer(frames: Seeds) -> Seeds:
         "metrics": Metrics(version=0, samples=9, split="local", values={"loss": 0.5}).meta(),
         "enroll": Enroll(public_key=peer.KEY.public).meta(),
     }
-    found = {kind: _told(kind, about, b"") for kind, about in metas.items()}
+    found = {kind: _input(kind, about, b"") for kind, about in metas.items()}
     body = update.body
-    found["update"] = _told("update", meta, body)
-    found["update-zstd"] = _told("update", {**meta, "encoding": "zstd"}, encode(body))
-    found["update-float32"] = _told("update", {**meta, "codec": "float32", "encoding": RAW}, bytes(60))
-    found["update-sealed"] = _told("update", {**meta, "sealed": True}, body)
-    found["part-0"] = _told("update", meta, bytes(1024), part=0x20)
-    found["part-1"] = _told("update", meta, body, part=0x21, flags=1)
+    found["update"] = _input("update", meta, body)
+    found["update-zstd"] = _input("update", {**meta, "encoding": "zstd"}, encode(body))
+    found["update-float32"] = _input("update", {**meta, "codec": "float32", "encoding": RAW}, bytes(60))
+    found["update-sealed"] = _input("update", {**meta, "sealed": True}, body)
+    found["part-0"] = _input("update", meta, bytes(1024), part=0x20)
+    found["part-1"] = _input("update", meta, body, part=0x21, flags=1)
     return found
 
 
-def _told(kind: str, meta: Any, body: bytes, *, part: int = 0x10, flags: int = 0) -> bytes:
+def _input(kind: str, meta: Any, body: bytes, *, part: int = 0x10, flags: int = 0) -> bytes:
     packed: bytes = msgpack.packb(meta)
     return bytes([peer.KINDS.index(kind), part, flags]) + struct.pack("<H", len(packed)) + packed + body
 
@@ -179,11 +179,11 @@ NATS: Final = """\
 [7] 2026/11/20 14:06:17.302451 [WRN] Auth callout service returned an error: wrong-client-id: the certificate of "pi-2" calls itself 'pi-1'
 [7] 2026/11/20 14:06:19.436519 [ERR] 127.0.0.1:48429 - mid:40 - "pi-2" - Subscription Violation - Subject ">", SID >
 [7] 2026/11/20 14:06:20.837250 [ERR] 127.0.0.1:48429 - mid:40 - "pi-2" - Publish Violation - Subject "ternbus.1.lab.up.pi-1.update"
-"""  # noqa: E501 - as it writes them
+"""  # noqa: E501 - unchanged log lines
 
 
 def main() -> None:
-    """Write what is computed; leave what was found."""
+    """Write the generated seeds; findings stay unchanged."""
     for target, made in seeds().items():
         folder = CORPUS / target
         folder.mkdir(parents=True, exist_ok=True)

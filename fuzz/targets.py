@@ -1,7 +1,7 @@
-"""What is fuzzed: each target reads any bytes as one kind of input, and only ever refuses them as it should.
+"""The fuzz targets: each parses arbitrary bytes as one kind of input.
 
-A target ends by itself or by ``ProtocolError`` or ``ConfigError``. Whatever is read without an error is also held
-against what must be true of it: written again it reads as the same, a vector is finite, a digest fits.
+A target may only raise ``ProtocolError`` or ``ConfigError``. Accepted input must also have certain properties: encoded
+again it parses to an equal value, a vector is finite, a digest is correct.
 """
 
 import json
@@ -57,7 +57,7 @@ EXPECTED: Final = (ProtocolError, ConfigError)
 
 
 def frame(data: bytes) -> None:
-    """A payload: envelope, header, and who signed it."""
+    """A payload: envelope, header and signature."""
     found = parse(data)
     if found.parts == 1:
         assert data == b"".join(
@@ -67,7 +67,7 @@ def frame(data: bytes) -> None:
 
 
 def header(data: bytes) -> None:
-    """A header, then its meta as its kind reads it."""
+    """A header, and the meta of its kind."""
     found = parse(MAGIC + len(data).to_bytes(4, "little") + data + bytes(SIGNATURE_BYTES))
     assert found.meta_bytes in data
     check_topic(found)
@@ -78,7 +78,7 @@ def header(data: bytes) -> None:
 
 
 def check_topic(found: Frame) -> None:
-    """On the topic of another it is refused, whatever it is."""
+    """Check that a frame is refused on a topic of another federation."""
     for topic in (topics.head("other"), topics.up("other", "pi", "update")):
         try:
             topics.check(found, topics.parse(topic))
@@ -88,7 +88,7 @@ def check_topic(found: Frame) -> None:
 
 
 def block(data: bytes) -> None:
-    """A block by the schema of ``tests/vectors.json``; the first byte chooses codec and encoding."""
+    """A block for the schema of ``tests/vectors.json``; the first byte chooses codec and encoding."""
     choice = data[0] if data else 0
     codec, encoding = CODECS[choice & 1], (RAW, ZSTD)[choice >> 1 & 1]
     read = Block.read(SCHEMA, codec, encoding, data[1:])
@@ -101,7 +101,7 @@ def block(data: bytes) -> None:
 
 
 def schema(data: bytes) -> None:
-    """A schema's bytes."""
+    """An encoded schema."""
     read = Schema.parse(data)
     assert Schema.write(read.tensors).tensors == read.tensors
     assert [segment.tensor for segment in read.segments] == list(read.tensors)
@@ -111,7 +111,7 @@ def schema(data: bytes) -> None:
 
 
 def snapshot(data: bytes) -> None:
-    """A snapshot as the follower takes it, of whoever signs anything: two bytes of schema_bytes, encoding, body."""
+    """A correctly signed snapshot for the follower. Bytes: schema_bytes (2), encoding, body."""
     length, encoding, body = int.from_bytes(data[:2], "little"), (RAW, ZSTD)[len(data) > 2 and data[2] & 1], data[3:]
     size, content = _stated(encoding, body)
     follower = Follower(federation=FEDERATION)
@@ -130,7 +130,7 @@ def snapshot(data: bytes) -> None:
         ),
         0.0,
     )
-    told = Snapshot(
+    announced = Snapshot(
         version=0,
         digest=blake2b(content[length:], digest_size=32).digest(),
         schema_bytes=length,
@@ -138,17 +138,17 @@ def snapshot(data: bytes) -> None:
         encoding=encoding,
     )
     payload = build(
-        SERVER, federation=FEDERATION, sender=AGGREGATOR, kind=Snapshot.KIND, seq=1, meta=told.meta(), body=body
+        SERVER, federation=FEDERATION, sender=AGGREGATOR, kind=Snapshot.KIND, seq=1, meta=announced.meta(), body=body
     )
     follower.part_arrived(topics.snapshot(FEDERATION, 0, 0), parse(payload), 0.0)
     if follower.vector is not None and follower.schema is not None:
         assert np.isfinite(follower.vector).all()
-        assert vector_digest(follower.vector) == told.digest
+        assert vector_digest(follower.vector) == announced.digest
         assert len(to_tensors(follower.schema, follower.vector)) == len(follower.schema.tensors)
 
 
 def _stated(encoding: str, body: bytes) -> tuple[int, bytes]:
-    """What an aggregator would call the length of this content, and the content as far as there is one."""
+    """(length, content) as an aggregator would state them; the content is empty if it cannot be decoded."""
     if encoding == RAW:
         return len(body), body
     try:
@@ -159,7 +159,7 @@ def _stated(encoding: str, body: bytes) -> tuple[int, bytes]:
 
 
 def invitation(data: bytes) -> None:
-    """An invitation's text."""
+    """The text of an invitation."""
     read = Invitation.loads(text_of(data))
     assert len(read.aggregator_public) == 32
     assert Invitation.loads(read.dumps()) == read
@@ -172,14 +172,14 @@ def aggregator_toml(data: bytes) -> None:
 
 
 def scenario_toml(data: bytes) -> None:
-    """A scenario's text."""
+    """The text of a scenario."""
     read = scenario.loads(text_of(data), "the scenario")
     assert len(read.speeds.draw(1, read.seed)) == 1
     read.settings({})
 
 
 def broker_log(data: bytes) -> None:
-    """What a broker writes of its clients, read in pieces; the first byte chooses the broker and their length."""
+    """A broker's log, read in pieces; the first byte chooses the broker and the length of a piece."""
     choice = data[0] if data else 0
     dialect = list(refusals.DIALECTS.values())[choice & 1]
     lines, tally, size = refusals.Lines(), refusals.Tally(since=""), 1 + (choice >> 1)
@@ -197,7 +197,7 @@ def broker_log(data: bytes) -> None:
 
 
 def text_of(data: bytes) -> str:
-    """As from a file; one that is no UTF-8 is refused before anything of it is read."""
+    """The input as text; a real file that is not UTF-8 is refused before it is parsed."""
     return data.decode("utf-8", "replace")
 
 
@@ -216,7 +216,7 @@ TARGETS: Final[Mapping[str, Target]] = {
 
 
 def ends_well(target: Target, data: bytes) -> bool:
-    """Whether the input was read; refused is well too. Anything else raises."""
+    """Run a target; return whether the input was accepted. Unexpected exceptions are raised."""
     try:
         target(data)
     except EXPECTED:

@@ -124,9 +124,9 @@ def test_init_moves_into_a_directory_that_holds_other_things(tmp_path: Path, mod
         (["--set", "optimizer.name=adam"], "fedavg, fedavgm, fedadagrad, fedadam, fedyogi"),
         (["--set", "federation.x=1"], "unknown section 'federation'"),
         (["--set", "plan.x=1e400"], "plan.x"),
-        (["--federation", "No"], "cannot name a federation"),
+        (["--federation", "No"], "invalid federation name"),
         (["--broker", "localhost"], "mqtt://HOST:PORT"),
-        (["--model", "/none.safetensors"], "not a safetensors file"),
+        (["--model", "/none.safetensors"], "as a safetensors file"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -169,7 +169,7 @@ def test_invitations_are_printed_or_written(tmp_path: Path, model: Path) -> None
     assert codes(ledger.db)["pi"].code == written.code
     ledger.close()
     assert "add --out" in run("invite", directory, "a", "b", code=2)
-    assert "cannot name a device" in run("invite", directory, "Not a name", code=2)
+    assert "invalid device name" in run("invite", directory, "Not a name", code=2)
 
 
 def test_states_are_set_while_nothing_runs(tmp_path: Path, model: Path) -> None:

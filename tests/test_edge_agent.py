@@ -504,7 +504,7 @@ def test_who_starts_first_waits_and_gives_up_only_when_told_to(tmp_path: Path) -
     process = edge("join", tmp_path / "pi.toml", tmp_path / "pi", "--task", TASK, "--timeout", 4)
     out, err = process.communicate(timeout=WITHIN_S)
     assert process.returncode == 1
-    assert "waiting for the broker (no broker answers at mqtt://127.0.0.1:1" in out
+    assert "waiting for the broker (cannot connect to mqtt://127.0.0.1:1" in out
     assert "gave up after waiting 4 s for the broker" in err
 
 

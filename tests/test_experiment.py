@@ -118,22 +118,22 @@ def test_a_combination_has_the_changes_of_all_its_labels(file: Path) -> None:
         ("seeds = 2", "sedes = 2", "sedes"),
         ("seeds = 2", "seeds = 0", "seeds is 0"),
         ("seeds = 2", "last = -1", "last is -1"),
-        ('codec = "float32"', "nothing = 1.5.2", "is not TOML"),
+        ('codec = "float32"', "nothing = 1.5.2", "is not valid TOML"),
         ('task = "digits-numpy"', 'tusk = "digits-numpy"', "ternary, few: .*tusk"),
-        ('task = "digits-numpy"', "seed = 3", "ternary, few: seed"),
+        ('task = "digits-numpy"', "seed = 3", "ternary, few: the scenario sets seed"),
         ("ternary = {}", "ternary = 3", "axes.codec.ternary is 3, but must be a table"),
         ("[axes.codec]", "[axes]\nnumber = 3\n[axes.codec]", "axes.number is 3, but must be a table"),
-        ("[axes.codec]", "[axes.none]\n[axes.codec]", "axes.none.* needs a label"),
-        ("[axes.codec]", "[axes.beside]", "axes.beside.* another"),
+        ("[axes.codec]", "[axes.none]\n[axes.codec]", "axes.none.* has no label"),
+        ("[axes.codec]", "[axes.beside]", "axes.beside.* rename the axis"),
         ("[beside]", "[beside]\nnone = 1", "beside.none is 1"),
-        ("least = 0.05", "least = 0.05\nmost = 1.0", "either least or most"),
-        ("least = 0.05", "", "either least or most"),
-        ('measure = "accuracy"', "", r"\[\[goal\]\] needs measure"),
-        ('measure = "accuracy"', 'measure = "acuracy"', "'acuracy': choose accuracy"),
+        ("least = 0.05", "least = 0.05\nmost = 1.0", "exactly one of the keys least and most"),
+        ("least = 0.05", "", "exactly one of the keys least and most"),
+        ('measure = "accuracy"', "", r"\[\[goal\]\] lacks the key measure"),
+        ('measure = "accuracy"', 'measure = "acuracy"', "'acuracy': choose one of accuracy"),
         ('of = { codec = "float32" }', 'of = { codec = "float23" }', "no combination .*these labels"),
         ('of = { codec = "float32" }', 'of = { codec = "ternary" }\nthan = { kodec = "ternary" }', 'kodec = "ternary"'),
-        ("[beside]", '[plot]\nx = "stepps"\n[beside]', "plot.x is 'stepps': choose codec, steps"),
-        ("[beside]", '[plot]\ny = "accuracy up"\n[beside]', "plot.y is 'up': choose accuracy"),
+        ("[beside]", '[plot]\nx = "stepps"\n[beside]', "plot.x is 'stepps': choose one of codec, steps"),
+        ("[beside]", '[plot]\ny = "accuracy up"\n[beside]', "plot.y is 'up': choose one of accuracy"),
         ("[beside]", "[plot]\nz = 1\n[beside]", "plot.z"),
     ],
 )
@@ -146,13 +146,13 @@ def test_a_wrong_file_is_refused_by_name(file: Path, before: str, after: str, wh
 
 def test_a_file_without_axes_is_refused(file: Path) -> None:
     file.write_text('[scenario]\ntask = "digits-numpy"\n')
-    with pytest.raises(ConfigError, match="needs an axis"):
+    with pytest.raises(ConfigError, match="has no axis"):
         experiment.load(str(file))
 
 
 def test_a_file_that_is_no_text_or_no_file_is_refused(file: Path) -> None:
     file.write_bytes(b'title = "\xff"')
-    with pytest.raises(ConfigError, match=r"small\.toml is not TOML"):
+    with pytest.raises(ConfigError, match=r"small\.toml is not valid TOML"):
         experiment.load(str(file))
     file.unlink()
     with pytest.raises(ConfigError, match=r"small\.toml: No such file"):
@@ -256,8 +256,7 @@ def test_ctrl_c_ends_it_with_130_and_the_same_command_continues(file: Path) -> N
             process.kill()
     assert (process.returncode, printed) == (130, ""), said
     assert (
-        said.splitlines()[-1]
-        == "ternbus: stopped by Ctrl-C; the same command continues with the runs that are not done"
+        said.splitlines()[-1] == "ternbus: stopped by Ctrl-C; to continue with the remaining runs, repeat the command"
     )
     assert "Traceback" not in said
 
@@ -281,7 +280,7 @@ def test_ctrl_c_while_its_processes_start_leaves_no_traceback(file: Path) -> Non
         finally:
             process.kill()
     assert process.returncode == 130
-    assert said.endswith("ternbus: stopped by Ctrl-C; the same command continues with the runs that are not done\n")
+    assert said.endswith("ternbus: stopped by Ctrl-C; to continue with the remaining runs, repeat the command\n")
     assert "Traceback" not in said
 
 
@@ -310,7 +309,9 @@ def test_a_killed_run_is_one_line_and_exit_code_1(file: Path) -> None:
         finally:
             process.kill()
     assert process.returncode == 1
-    assert said.splitlines()[-1].startswith("ternbus: a process that simulates has ended, perhaps for want of memory")
+    assert said.splitlines()[-1].startswith(
+        "ternbus: a simulation process has ended unexpectedly, perhaps out of memory"
+    )
     assert "Traceback" not in said
 
 

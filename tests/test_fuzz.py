@@ -53,7 +53,7 @@ def test_memory_that_grows_is_a_failure_and_memory_that_was_taken_at_first_is_no
 
 
 def test_fewer_inputs_than_were_asked_for_are_a_failure() -> None:
-    assert judged("frame", output(1, 1, inputs=999), 0).failed == "FAILED: 999 inputs"
+    assert judged("frame", output(1, 1, inputs=999), 0).failed == "FAILED: only 999 inputs"
     assert judged("frame", "", 0).failed
 
 

@@ -25,7 +25,7 @@ def test_names_of_federations(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "-lab", "Lab", "lab_2", "a" * 33, "läb", "lab\n", "a b", "a/b", "+"])
 def test_names_that_are_no_federation_s(name: str) -> None:
-    with pytest.raises(ConfigError, match="cannot name a federation"):
+    with pytest.raises(ConfigError, match="invalid federation name"):
         check_federation(name)
 
 
@@ -38,7 +38,7 @@ def test_names_of_devices(name: str) -> None:
     "name", ["", "_a", "-a", "PI", "a" * 65, "aggregator", "aggregator-lab", "aggregators", "a.b", "pi\n", "a/b", "#"]
 )
 def test_names_that_are_no_device_s(name: str) -> None:
-    with pytest.raises(ConfigError, match="cannot name a device"):
+    with pytest.raises(ConfigError, match="invalid device name"):
         check_device(name)
 
 

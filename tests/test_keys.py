@@ -429,7 +429,7 @@ def test_log_lines_about_one_reason_are_few_and_say_how_many_were_left_out(make:
     pi = bench.join("pi")
     actions = bench.receive(pi.topic("update"), *[b"nonsense"] * 50)
     lines = [action.text for action in actions if isinstance(action, events.Log)]
-    assert lines == ["dropped update of pi: not-a-frame: too short, or does not begin with TBF1"] * 2
+    assert lines == ["dropped update of pi: not-a-frame: the payload is too short or does not begin with TBF1"] * 2
     bench.receive("ternbus/1/lab/up/pi/upd\nate", b"x")  # another reason has lines of its own
     assert any(isinstance(action, events.Log) and "unknown-topic" in action.text for action in bench.last)
     bench.now += 60.0

@@ -73,7 +73,7 @@ def test_each_was_killed_and_came_back_and_the_run_went_on_to_its_end(killed: tu
     out, printed = killed
     for name in ("aggregator", "broker", "device-1"):
         assert f"killing {name}" in printed
-        assert f"{name} is started again" in printed
+        assert f"{name} was restarted" in printed
     assert "the run ended before" not in printed
     assert (
         "Shutdown" not in (out / "broker" / "broker.log.1").read_text()

@@ -252,7 +252,7 @@ def test_a_second_run_replaces_only_what_a_lab_run_wrote(tmp_path: Path) -> None
 
 def test_a_folder_of_something_else_is_refused_and_untouched(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("mine")
-    with pytest.raises(ConfigError, match="no lab run wrote it"):
+    with pytest.raises(ConfigError, match="not from a lab run"):
         output.claim(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
@@ -260,7 +260,7 @@ def test_a_folder_of_something_else_is_refused_and_untouched(tmp_path: Path) -> 
 def test_what_an_earlier_lab_did_not_write_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / output.MARKER).write_text(json.dumps({"wrote": ["logs", "../../elsewhere", "..", ""]}))
     (tmp_path / "report.json").write_text("mine")
-    with pytest.raises(ConfigError, match=r"no lab run wrote .*report\.json"):
+    with pytest.raises(ConfigError, match=r"report\.json is not from a lab run"):
         output.claim(tmp_path)
     assert (tmp_path / "report.json").read_text() == "mine"
 

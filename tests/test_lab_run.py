@@ -130,7 +130,7 @@ def test_closing_the_federation_from_elsewhere_ends_the_run(lab: Lab) -> None:
     administration.change_state(lab.out / "aggregator", control.CLOSE, "test")
     printed, errors = process.communicate(timeout=TIMEOUT_S)
     assert (process.returncode, errors) == (0, "")
-    assert "every device has ended; the federation is closed" in printed
+    assert "all devices have ended; the federation is closed" in printed
 
 
 def test_json_is_all_that_is_on_standard_output(lab: Lab) -> None:
@@ -168,7 +168,7 @@ def interrupt(lab: Lab, moment: str, number: signal.Signals, code: int, word: st
     process.send_signal(number)
     _, errors = process.communicate(timeout=TIMEOUT_S)
     assert (process.returncode, lab.left_over()) == (code, [])
-    assert errors == f"ternbus: stopped by {word}; every process has ended\n"
+    assert errors == f"ternbus: stopped by {word}; all processes have ended\n"
 
 
 def test_a_lab_that_is_killed_leaves_no_process(lab: Lab) -> None:

@@ -163,9 +163,9 @@ def test_updates_under_keys_of_before_are_counted_only(tmp_path: Path) -> None:
 def test_a_log_that_lacks_or_changes_what_the_device_saw_is_a_fault(tmp_path: Path) -> None:
     log = log_of(tmp_path, [ours(5)])
     assert check(log, [answer(5, 0)], seen(1)).faults == []
-    assert "its end was cut off" in check(log, [answer(5, 0)], seen(2)).faults[0]
+    assert "its end was removed" in check(log, [answer(5, 0)], seen(2)).faults[0]
     other = State(key=KEY, head_version=1, head_digest=bytes(32))
-    assert check(log, [answer(5, 0)], other).faults == ["version 1 was published with another digest than the log has"]
+    assert check(log, [answer(5, 0)], other).faults == ["version 1 was published with another digest than in the log"]
 
 
 def test_a_log_that_is_not_the_aggregator_s_proves_nothing(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_log_that_is_not_the_aggregator_s_proves_nothing(tmp_path: Path) -> No
     assert found.merged == []
     assert len(found.faults) == 2
     (tmp_path / "lab.log").write_bytes(b"nonsense")
-    assert check(tmp_path / "lab.log", []).faults[0].startswith("no entry at byte 0")
+    assert check(tmp_path / "lab.log", []).faults[0].startswith("no valid entry at byte 0")
 
 
 def test_the_command_reads_the_device_s_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -182,5 +182,5 @@ def test_a_broker_that_is_down_says_so(broker: MemoryBroker) -> None:
     broker.start()
     ear.session.connect("will", b"dead")
     settle(broker)
-    assert ear.told == ["connected", "the broker is gone", "the broker does not answer", "connected"]
+    assert ear.told == ["connected", "the broker was stopped", "the broker does not answer", "connected"]
     assert broker.retained == {}

@@ -152,12 +152,12 @@ def test_an_entry_that_was_taken_out_is_named(place: int) -> None:
     del left[place]
     found = faults(left, (VERSIONS - 1, None))
     if place == 0:
-        assert found == ["the log begins with version 1: what stood before it was removed"]
+        assert found == ["the log begins with version 1: earlier entries were removed"]
     elif place < VERSIONS - 1:
         assert found == [f"version {place} is missing"]
     else:
         assert found == [
-            "the log ends with version 4, and version 5 was published: its end was cut off, or it was exported before"
+            "the log ends with version 4, but version 5 was published: its end was removed, or it was exported earlier"
         ]
 
 
@@ -197,32 +197,32 @@ def test_an_entry_that_was_changed_is_named(place: int) -> None:
 def test_an_order_that_was_changed_is_named(place: int) -> None:
     moved = chain()
     moved[place], moved[place + 1] = moved[place + 1], moved[place]
-    assert faults(moved) == [f"version {place} stands behind version {place + 1}: the order was changed"]
+    assert faults(moved) == [f"version {place} comes after version {place + 1}: the order was changed"]
 
 
 def test_an_entry_that_stands_twice_is_named() -> None:
     twice = chain()
     twice.insert(4, twice[2])
-    assert faults(twice) == ["version 2 stands there twice, the second time as entry 5"]
+    assert faults(twice) == ["version 2 is in the log twice, the second time as entry 5"]
 
 
 def test_entries_of_another_log_by_the_same_key_are_named() -> None:
     """Somebody with the key, or a restored aggregator, made a second version 3."""
     mixed = [*chain()[:3], chain(salt="other")[3], *chain()[4:]]
     assert faults(mixed) == [
-        "version 3 was made behind another version 2 than this one",
-        "version 4 was made behind another version 3 than this one",
+        "version 3 was made after a different version 2 than the one in the log",
+        "version 4 was made after a different version 3 than the one in the log",
     ]
     assert faults(chain(salt="other"), (5, digest(5))) == [
-        "version 5 was published with another digest than the log has"
+        "version 5 was published with another digest than in the log"
     ]
 
 
 def test_a_log_by_another_key_or_of_another_federation_is_named() -> None:
     foreign = faults(chain(2, identity=Identity(b"b" * 32)))
     assert foreign == [f"version {version} was changed, or another key signed it" for version in (0, 1)]
-    assert faults(chain(1), federation="other") == ["version 0 is of the federation 'lab'"]
-    assert faults([]) == ["there is no entry"]
+    assert faults(chain(1), federation="other") == ["version 0 belongs to the federation 'lab'"]
+    assert faults([]) == ["the log has no entry"]
 
 
 def test_only_a_restore_leaps_and_by_a_fixed_number_of_versions() -> None:
@@ -376,7 +376,7 @@ TAMPERED: dict[str, tuple[Callable[[World], None], str]] = {
     "an entry removed": (lambda bench: execute(bench, "DELETE FROM log WHERE version = 2"), "version 2 is missing"),
     "the end removed": (
         lambda bench: execute(bench, "DELETE FROM log WHERE version >= 3"),
-        "the log ends with version 2, and version 4 was published",
+        "the log ends with version 2, but version 4 was published",
     ),
     "entries exchanged": (
         exchange_entries,

@@ -41,10 +41,10 @@ def test_only_floating_point_tensors_are_the_model_s(tmp_path: Path) -> None:
 
 def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    with pytest.raises(ConfigError, match="not a safetensors file"):
+    with pytest.raises(ConfigError, match=r"cannot read .* as a safetensors file"):
         load_safetensors(path)
     path.write_bytes(b"nonsense")
-    with pytest.raises(ConfigError, match="not a safetensors file"):
+    with pytest.raises(ConfigError, match=r"cannot read .* as a safetensors file"):
         load_safetensors(path)
     with pytest.raises(ConfigError, match="cannot write"):
         save_safetensors(tmp_path / "none" / "model.safetensors", model(), {})
@@ -54,5 +54,5 @@ def test_bfloat16_is_asked_to_be_saved_otherwise(tmp_path: Path) -> None:
     header = b'{"w":{"dtype":"BF16","shape":[1],"data_offsets":[0,2]}}'
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(2))
-    with pytest.raises(ConfigError, match="save it as float32"):
+    with pytest.raises(ConfigError, match="save the tensor as float32"):
         load_safetensors(path)

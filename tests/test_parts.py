@@ -80,7 +80,7 @@ def test_a_message_that_fits_is_one_part() -> None:
 def test_frames_too_small_for_parts_are_the_operator_s_to_mend() -> None:
     with pytest.raises(ConfigError, match="maximum packet size"):
         sent(bytes(5000), 1200)
-    with pytest.raises(ConfigError, match="more than 65535 parts"):
+    with pytest.raises(ConfigError, match="more than 65535 frames"):
         sent(bytes(80_000_000), 1300)
 
 

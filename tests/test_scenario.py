@@ -116,8 +116,8 @@ def test_an_empty_file_is_the_run_without_a_file(tmp_path: Path) -> None:
         ('[[fault]]\nkill = "broker"\nafter_version = 1\nwhen = 2', "unknown key 'fault.when'"),
         ("[aggregator.merge]\nbuffer = 1", "merge.buffer is unknown"),
         ("[aggregator.plan]\nlocal_epochs = 1", "[plan]"),
-        ("[aggregator]\nbuffer_size = 1", "aggregator.buffer_size stands alone"),
-        ("devices = 0", "devices is 0, but must be within 1 and 1000"),
+        ("[aggregator]\nbuffer_size = 1", "aggregator.buffer_size is not in a section"),
+        ("devices = 0", "devices is 0, but must be from 1 to 1000"),
         ("devices = true", "devices is True, but must be a whole number"),
         ('devices = "8"', "devices is '8', but must be a whole number"),
         ("seed = -1", "seed is -1"),
@@ -128,15 +128,18 @@ def test_an_empty_file_is_the_run_without_a_file(tmp_path: Path) -> None:
         ('sync = "yes"', "sync is 'yes', but must be true or false"),
         ('partition = "dirichlet:-1"', "partition"),
         ('partition = "iid:0/8"', "partition"),
-        ('[broker]\nengine = "rabbit"', "choose auto, mosquitto, nats"),
+        ('[broker]\nengine = "rabbit"', "choose one of auto, mosquitto, nats"),
         ('[broker]\nurl = "http://x"', "mqtt://HOST:PORT"),
         ('[plan]\nlearning_rate = "high"', "plan.learning_rate"),
         ('[[fault]]\nkill = "evaluator"\nafter_version = 1', "device:I"),
-        ('[[fault]]\nkill = "device:8"\nafter_version = 1', "numbered 0 to 7"),
-        ('[[fault]]\nkill = "broker"', "needs kill and after_version"),
-        ('[end]\nversions = 5\n[[fault]]\nkill = "broker"\nafter_version = 5', "ends at 5"),
-        ('[broker]\nurl = "mqtt://x"\n[[fault]]\nkill = "broker"\nafter_version = 1', "only a broker that it started"),
-        ("devices = ", "is not TOML"),
+        ('[[fault]]\nkill = "device:8"\nafter_version = 1', "use a device from 0 to 7"),
+        ('[[fault]]\nkill = "broker"', "needs the keys kill and after_version"),
+        ('[end]\nversions = 5\n[[fault]]\nkill = "broker"\nafter_version = 5', "ends at version 5"),
+        (
+            '[broker]\nurl = "mqtt://x"\n[[fault]]\nkill = "broker"\nafter_version = 1',
+            "the lab cannot kill the broker of broker.url",
+        ),
+        ("devices = ", "is not valid TOML"),
     ],
 )
 def test_what_is_wrong_is_refused_by_name(tmp_path: Path, text: str, says: str) -> None:
@@ -197,7 +200,7 @@ def test_an_accuracy_that_nobody_measured_ends_nothing() -> None:
 
 
 def test_without_any_end_there_is_none() -> None:
-    with pytest.raises(ConfigError, match="when does the run end"):
+    with pytest.raises(ConfigError, match="no limit: set versions, seconds or accuracy"):
         End()
 
 
@@ -206,7 +209,7 @@ def test_what_devices_hold_out_is_read_and_what_cannot_be_measured_refused() -> 
     assert (wanted.local.hold_out, wanted.local.fine_tune) == (0.25, 2.0)
     for text, message in (
         ("[local]\nhold_out = 0.5", r"local\.hold_out is 0\.5"),
-        ("[local]\nfine_tune = 2", r"needs local\.hold_out"),
+        ("[local]\nfine_tune = 2", r"set local\.hold_out"),
         ("[local]\nholdout = 0.2", r"local\.holdout"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -139,7 +139,7 @@ def test_views_share_the_vector() -> None:
 
 def test_a_model_that_does_not_fit_is_refused() -> None:
     tensors = model()
-    with pytest.raises(ConfigError, match=r"lacks 'fc\.weight'"):
+    with pytest.raises(ConfigError, match=r"lacks tensor 'fc\.weight'"):
         to_vector(SCHEMA, {name: array for name, array in tensors.items() if name != "fc.weight"})
     with pytest.raises(ConfigError, match="shape"):
         to_vector(SCHEMA, tensors | {"conv.bias": np.zeros((2, 4), dtype=np.float32)})

@@ -169,7 +169,7 @@ def test_what_a_rule_can_do_is_taken(merge: dict[str, Any]) -> None:
         ({"plan": 3}, "plan must be a table"),
         ({"federation": 3}, "'federation' must be a string"),
         ({"broker": None}, "'broker' must be a string"),
-        ({"federation": "No Name"}, "cannot name a federation"),
+        ({"federation": "No Name"}, "invalid federation name"),
         ({"broker": "127.0.0.1:1883"}, "mqtt://HOST:PORT"),
     ],
     ids=str,

@@ -277,7 +277,7 @@ def frame(content: bytes, **about: int) -> bytes:
 def test_a_bomb_is_refused_before_it_is_decompressed() -> None:
     bomb = zstandard.ZstdCompressor().compress(bytes(2**28))
     assert len(bomb) < 30_000
-    with pytest.raises(ProtocolError, match="does not state a content size of 100"):
+    with pytest.raises(ProtocolError, match="the content size in the frame is missing or not 100"):
         decode(bomb, "zstd", 100)
     # one that lies about its size
     small = encode(bytes(100))
@@ -321,9 +321,9 @@ def test_threads_that_decompress_at_once_do_not_disturb_each_other() -> None:
 def test_a_frame_that_does_not_state_its_size_is_refused() -> None:
     writer = zstandard.ZstdCompressor().compressobj()
     streamed = writer.compress(bytes(100)) + writer.flush()
-    with pytest.raises(ProtocolError, match="does not state"):
+    with pytest.raises(ProtocolError, match="content size in the frame is missing"):
         decode(streamed, "zstd", 100)
-    with pytest.raises(ProtocolError, match="does not state"):
+    with pytest.raises(ProtocolError, match="content size in the frame is missing"):
         decode(frame(bytes(100), write_content_size=False), "zstd", 100)
 
 

@@ -161,7 +161,7 @@ def test_a_device_believes_no_broker_of_another_authority(bus: Bus, tmp_path: Pa
     (tmp_path / "ca").write_text(Authority.create("Ternbus broker 127.0.0.1").pair.certificate)
     mine = bus.kept("pi-1")
     tls = Tls(ca=tmp_path / "ca", certificate=mine.certificate, key=mine.key)
-    with pytest.raises(LinkError, match="shows a certificate that is not to be believed"), bus.linked("pi-1", tls):
+    with pytest.raises(LinkError, match="the broker's certificate is not trusted"), bus.linked("pi-1", tls):
         pass
     gc.collect()  # see pytestmark: here, not in another test
 
@@ -381,9 +381,9 @@ def said_by(folder: Path, *arguments: str, code: int = 0) -> str:
 def test_a_broker_by_hand(tmp_path: Path) -> None:
     init = ["broker", "init", "bus", "--name", "127.0.0.1", "--port", "0"]
     assert "next: ternbus broker up bus" in said_by(tmp_path, *init)
-    assert said_by(tmp_path, *init, code=2).endswith("holds a broker already; choose another directory\n")
-    assert "`ternbus broker up bus` does it" in said_by(tmp_path, "broker", "refusals", "bus", code=2)
-    assert "holds no broker with TLS" in said_by(tmp_path, "broker", "refusals", "nowhere", code=2)
+    assert said_by(tmp_path, *init, code=2).endswith("already contains a broker; choose another directory\n")
+    assert "run: ternbus broker up bus" in said_by(tmp_path, "broker", "refusals", "bus", code=2)
+    assert "has no broker with TLS" in said_by(tmp_path, "broker", "refusals", "nowhere", code=2)
     up = command("broker", "up", "bus", "--json")
     with subprocess.Popen(up, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -404,7 +404,9 @@ def test_a_broker_by_hand(tmp_path: Path) -> None:
     }
     assert "pi-1" in said_by(tmp_path, "broker", "status", "bus")
     assert said_by(tmp_path, "broker", "refusals", "bus").endswith(": 0 refused\n")
-    assert "leave out --host and --port" in said_by(tmp_path, "broker", "up", "bus", "--port", "1", code=2)
+    assert "--host and --port do not apply to a broker with TLS" in said_by(
+        tmp_path, "broker", "up", "bus", "--port", "1", code=2
+    )
     (tmp_path / "bus" / "tls" / "ca.key").chmod(0o644)
     assert "run: chmod 600" in said_by(tmp_path, "broker", "up", "bus", code=2)
 

@@ -4,7 +4,10 @@ import io
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +41,14 @@ def exists(pid: int) -> bool:
     return True
 
 
+def has_numpy(pid: str) -> bool:
+    """Whether a process has loaded numpy; False for one that has ended."""
+    try:
+        return "_multiarray_umath" in Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        return False
+
+
 def digests(workers: Workers | None, wanted: Scenario = SMALL) -> object:
     simulation = Simulation(wanted, load_task(wanted.task), Lines(io.StringIO()), place=workers)
     simulation.run()
@@ -68,3 +79,17 @@ def test_a_process_that_is_killed_is_said_in_words() -> None:
 
         with pytest.raises(FederationError, match="fewer --jobs"):
             simulation.run(kill)
+
+
+def test_ctrl_c_while_they_start_leaves_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ternbus", "lab", "simulate", "--task", "digits-numpy", "--jobs", "2"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, process_group=0) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        try:
+            until(lambda: any(map(has_numpy, children.read_text().split())), 60.0, "a worker imports its modules")
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of its processes
+            printed = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert printed == "ternbus: stopped by Ctrl-C; no report was written\n"

@@ -4,7 +4,7 @@ import sys
 
 if __name__ == "__main__":
     if not sys.flags.safe_path:
-        # The current folder, where a user may have a typer.py; the command `ternbus` does not look there either.
+        # The current folder may contain a file such as typer.py. The command `ternbus` does not import from there.
         del sys.path[0]
     from ternbus.command import main
 

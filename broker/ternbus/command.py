@@ -1,4 +1,4 @@
-"""The `ternbus` command: it knows the names of the packages' commands and imports only the one that is asked for."""
+"""The command line `ternbus`: a group of commands, of which only the one that runs is imported."""
 
 import importlib
 import os
@@ -17,7 +17,7 @@ from ternbus.broker.version import software
 
 
 class Command(NamedTuple):
-    """Where a command's typer app `app` is, and the line about it in `ternbus --help`."""
+    """The module with a command's typer app `app`, and its line in `ternbus --help`."""
 
     module: str
     help: str
@@ -25,20 +25,25 @@ class Command(NamedTuple):
 
 COMMANDS: Final[Mapping[str, Command]] = {
     "broker": Command("ternbus.broker.cli", "Run a broker: mosquitto, or nats-server from its wheel."),
-    "aggregator": Command("ternbus.aggregator.shell.cli", "The server: accept updates, merge them, publish the model."),
-    "edge": Command("ternbus.edge.shell.cli", "The device: follow the model, train, send updates."),
-    "lab": Command("ternbus.lab.cli", "A whole federation on this machine, and its report."),
+    "aggregator": Command(
+        "ternbus.aggregator.shell.cli", "Run the server: accept updates, merge them, publish the model."
+    ),
+    "edge": Command("ternbus.edge.shell.cli", "Run a device: follow the model, train, send updates."),
+    "lab": Command("ternbus.lab.cli", "Run a whole federation on this machine and report its results."),
 }
 
 
 class LazyGroup(TyperGroup):
-    """Lists stand-ins that carry only name and help, and imports a command's module when it is run.
+    """A group that lists commands by name and help alone, and imports a command's module when the command runs.
 
-    So `ternbus edge` loads neither the aggregator nor the lab with its plots, and stays small.
+    `ternbus edge` therefore does not load the aggregator or the lab, which saves memory on devices.
     """
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        """Like typer's own, whose types have no public name, but with the real command in place of its stand-in."""
+        """Like typer's method, but return the imported command instead of its placeholder.
+
+        The types are `Any` because typer's own have no public names.
+        """
         name, command, rest = super().resolve_command(ctx, args)
         if name is not None:
             command = get_group(importlib.import_module(COMMANDS[name].module).app)
@@ -72,16 +77,16 @@ def _options(
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line (default: the process's own) and exit: 0, 1 failed, 2 mend the configuration, 130 Ctrl-C."""
+    """Run the command line (default: this process's arguments) and exit with a code of `exit_codes`."""
     code: int | str | None = 0
     try:
-        # Not app(): it would install a hook whose tracebacks print the values of local variables, keys among them.
+        # Not app(), which would install a hook that prints local variables in tracebacks, including keys.
         get_command(app)(arguments, prog_name="ternbus")
     except ConfigError as error:
         code = _complain(error, EXIT_CONFIG)
     except (LinkError, sqlite3.Error) as error:
         code = _complain(error, EXIT_FAILED)
-    except OSError as error:  # a full disk, a file in the way: no fault of the program, and no traceback mends it
+    except OSError as error:  # for example a full disk: not a defect of the program, so without a traceback
         if isinstance(error, BrokenPipeError):
             raise
         code = _complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", EXIT_FAILED)
@@ -98,7 +103,7 @@ def _complain(error: object, code: int) -> int:
 
 
 def _flushed() -> bool:
-    """Write out what is buffered; a reader that has gone (`ternbus … | head -1`) is no reason for a traceback."""
+    """Flush standard output; return False, without a traceback, if its reader has ended (`ternbus … | head -1`)."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:

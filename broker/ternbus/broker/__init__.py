@@ -1,7 +1,7 @@
-"""The bus: what a message is, how it is signed, packed, cut and carried, and brokers to run.
+"""The protocol (docs/protocol.md), an MQTT client for it, and brokers as child processes.
 
-The names below are what a program that speaks the protocol (docs/protocol.md) needs. Everything else is private and
-may change.
+The names below are public: a program that implements a device or an aggregator needs them. Everything else is private
+and may change.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Exponential backoff with jitter, so that a thousand devices do not come back at once. Arithmetic only: no clock."""
+"""Exponential backoff with jitter, so that a thousand devices do not reconnect at once; arithmetic without a clock."""
 
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -6,18 +6,18 @@ from typing import Final
 
 FIRST_S: Final = 0.2
 LONGEST_S: Final = 30.0
-STEADY_S: Final = 30.0  # a connection that lasted this long was a good one; one that is cut sooner is not tried faster
+STEADY_S: Final = 30.0  # only a connection that lasted this long resets the backoff
 
 
 def fraction(*about: object) -> float:
-    """A number in [0, 1) that looks random and is the same for the same arguments: jitter without a generator."""
+    """A pseudo-random number in [0, 1) that depends on the arguments only."""
     text = "/".join(str(part) for part in about)
     return int.from_bytes(blake2b(text.encode(), digest_size=7).digest()) / 2**56
 
 
 @dataclass(slots=True, kw_only=True)
 class Reconnect:
-    """The time of the next attempt to connect: `due_s`, in the seconds of the `now` that each call is given."""
+    """The time of the next attempt to connect, `due_s`, on the clock of the ``now`` arguments."""
 
     salt: str
     due_s: float = 0.0
@@ -28,7 +28,7 @@ class Reconnect:
         self._since_s = now
 
     def failed(self, now: float) -> None:
-        """There is no connection, or no longer."""
+        """Record that an attempt failed or a connection ended, and set the time of the next attempt."""
         if self._since_s is not None and now - self._since_s >= STEADY_S:
             self._attempts = 0
         self._since_s = None

@@ -1,4 +1,4 @@
-"""`ternbus broker …`: make a broker with TLS and its certificates; run a broker until a signal comes."""
+"""The commands `ternbus broker …`: make a broker with TLS, issue certificates, run a broker, show its refusals."""
 
 import json
 import signal
@@ -20,21 +20,22 @@ from ternbus.broker.text_table import text_table
 if TYPE_CHECKING:
     from ternbus.broker.server.directory import BrokerDirectory
 
-app = typer.Typer(no_args_is_help=True, help="Run a broker: mosquitto, or nats-server from its wheel.")
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="markdown", help="Run a broker: mosquitto, or nats-server from its wheel."
+)
 
 DIRECTORY: Final = Path("ternbus-broker")
 PORT: Final = 1883
 HOST: Final = "127.0.0.1"
 
-Dir = Annotated[Path, typer.Argument(metavar="DIR", help="The broker's directory.")]
-Out = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where to write them.")]
+Dir = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the broker.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 EngineOption = Annotated[
     Engine, typer.Option(help="Broker software; auto takes mosquitto where it is installed, else nats-server.")
 ]
 
 
-class _StopRequested(Exception):  # noqa: N818 - no error: SIGTERM or SIGINT has come
+class _StopRequested(Exception):  # noqa: N818 - not an error: SIGTERM or SIGINT arrived
     pass
 
 
@@ -74,7 +75,7 @@ def init(
 @app.command()
 def up(
     place: Annotated[
-        Path | None, typer.Argument(metavar="[DIR]", help="Directory of the broker's data. [default: ternbus-broker]")
+        Path | None, typer.Argument(metavar="DIR", help="Directory of the broker's data. [default: ternbus-broker]")
     ] = None,
     *,
     engine: EngineOption = Engine.AUTO,
@@ -86,18 +87,16 @@ def up(
     directory: Annotated[
         Path | None, typer.Option("--dir", help="Directory of the broker's data, instead of DIR.")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the line that says the broker is ready as JSON.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON when the broker is ready, for scripts.")] = False,
 ) -> None:
-    """Run a broker and keep its data in DIR. One line is printed when it is ready. Ctrl-C or SIGTERM stops it.
+    """Run a broker with its data in DIR and print a line when it accepts connections. Ctrl-C or SIGTERM stops it.
 
     The broker uses TLS if `ternbus broker init` made DIR; otherwise it serves this machine only, without TLS.
 
     Example: ternbus broker up bus
     """
     if place is not None and directory is not None:
-        raise ConfigError("the directory is given twice: give DIR or --dir, not both")
+        raise ConfigError("two directories given: use either DIR or --dir")
     directory = place or directory or DIRECTORY
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
@@ -105,7 +104,7 @@ def up(
         with _start(directory, engine, host, port) as broker:
             typer.echo(_announcement(broker, as_json))
             code = broker.wait()
-            _warn(f"{broker.software} ended by itself with code {code}; its last lines:\n{broker.last_lines()}")
+            _warn(f"{broker.software} ended unexpectedly with exit code {code}; its last lines:\n{broker.last_lines()}")
             raise typer.Exit(EXIT_FAILED)
     except _StopRequested:
         return
@@ -115,7 +114,7 @@ def _start(directory: Path, engine: Engine, host: str | None, port: int | None) 
     if is_home(directory):
         if host is not None or port is not None:
             raise ConfigError(
-                f"the address of this broker is in {directory / HOME}: change it there and leave out --host and --port"
+                f"--host and --port do not apply to a broker with TLS: change listen or port in {directory / HOME}"
             )
         from ternbus.broker.server import tls_service  # noqa: PLC0415 - certificates take a library that only few need
 
@@ -124,8 +123,8 @@ def _start(directory: Path, engine: Engine, host: str | None, port: int | None) 
     host = host or HOST
     if not is_loopback(host):
         _warn(
-            f"{host} is open to the network without TLS: anyone there can read and disturb messages, though not forge "
-            f"them; for TLS: ternbus broker init {directory} --name {host}"
+            f"{host} accepts connections from the network without TLS: other machines can read and block messages, "
+            f"but not forge them; for TLS run: ternbus broker init {directory} --name {host}"
         )
     return start(software, host=host, port=PORT if port is None else port, directory=directory)
 
@@ -133,7 +132,7 @@ def _start(directory: Path, engine: Engine, host: str | None, port: int | None) 
 @app.command()
 def certificate(
     directory: Dir,
-    names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Device names, or aggregator-FEDERATION.")],
+    names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Names of devices, or aggregator-FEDERATION.")],
     *,
     federation: Annotated[str, typer.Option(help="Federation of these names.")],
     out: Annotated[
@@ -143,9 +142,9 @@ def certificate(
         ),
     ],
 ) -> None:
-    """Make certificates by hand, for an aggregator on another machine.
+    """Make certificates by hand, for an aggregator that runs on another machine than the broker.
 
-    An aggregator on this machine needs none of this: `aggregator invite` makes its devices' certificates.
+    On the broker's own machine, `ternbus aggregator invite` makes the devices' certificates.
 
     Example: ternbus broker certificate bus aggregator-lab pi-1 --federation lab --out certificates
     """
@@ -168,10 +167,11 @@ def renew(
         typer.Option("--all", help="Renew all clients' certificates too, not only those that expire within a year."),
     ] = False,
 ) -> None:
-    """Renew the broker's certificate for the names in broker.toml, and clients' certificates that expire within a year.
+    """Renew the broker's certificate, and clients' certificates that expire within a year; print the changed files.
 
-    A running broker loads the new certificate at once; 60 days before expiry it renews it by itself. Clients' keys
-    do not change: an old certificate works until it expires, and a renewed one must be copied to its device.
+    The broker's new certificate is for the names in broker.toml. A running broker loads it at once. A running broker
+    also renews its certificate without this command, 60 days before expiry. Clients' keys do not change: the old
+    certificate works until it expires, and the new one must be copied to the device.
 
     Example: ternbus broker renew bus
     """
@@ -204,18 +204,19 @@ def status(directory: Dir, as_json: AsJson = False) -> None:
         typer.echo(json.dumps({"url": home.url, "certificates": rows}))
         return
     typer.echo(f"{home.url}, engine {home.settings().engine}\n")
-    columns = {"certificate of": "<", "federation": "<", "until": "<", "days": ">"}
+    columns = {"certificate of": "<", "federation": "<", "valid until": "<", "days left": ">"}
     cells = ([row[name] for name in ("name", "federation", "until", "days_left")] for row in rows)
     typer.echo("\n".join(text_table(columns, cells)))
 
 
 @app.command()
 def refusals(directory: Dir, as_json: AsJson = False) -> None:
-    """Show what the broker refused: how often, which client, why, and the client's last request.
+    """Show refused connections and requests: count, client, reason, and the client's last request.
 
-    A client is shown by the name in its certificate, `?` is a client without one, `*` all clients beyond the first
-    200. A device that the access list denies is broken or stolen: ternbus aggregator revoke AGG DEVICE puts it out.
-    Counts survive restarts; to reset them, remove refusals.json while the broker is stopped.
+    The client is the name in its certificate. `?` stands for clients without a certificate, `*` for all clients
+    after the first 200. If the access list denies a device, the device is faulty or its key was stolen: run
+    `ternbus aggregator revoke AGG DEVICE`. Counts are kept over restarts. To reset them, stop the broker and remove
+    refusals.json.
 
     Example: ternbus broker refusals bus
     """
@@ -226,10 +227,10 @@ def refusals(directory: Dir, as_json: AsJson = False) -> None:
         found = json.loads(text)
     except FileNotFoundError:
         raise ConfigError(
-            f"no refusals counted in {directory} yet: start its broker with `ternbus broker up {directory}`"
+            f"{directory} has no refusals.json: the broker has not run yet; run: ternbus broker up {directory}"
         ) from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {path}: {error}; remove it while the broker is stopped") from error
+        raise ConfigError(f"cannot read {path}: {error}; stop the broker and remove the file") from error
     if as_json:
         typer.echo(text)
         return
@@ -250,7 +251,7 @@ def _home(directory: Path) -> "BrokerDirectory":
 
 def _stop(_signal: int, _frame: FrameType | None) -> Never:
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # once is enough: the second would disturb the first
+        signal.signal(number, signal.SIG_IGN)  # a second signal would interrupt the cleanup
     raise _StopRequested
 
 

@@ -1,15 +1,15 @@
-"""Every error that Ternbus raises on purpose, and whose fault each one is."""
+"""The exceptions of Ternbus, by who can correct the error: the peer, the operator or the network."""
 
 
 class FederationError(Exception):
-    """The root: whatever Ternbus raises on purpose. Anything else is a bug and should crash loudly."""
+    """The base class of all exceptions that Ternbus raises on purpose. Any other exception is a bug."""
 
 
 class ProtocolError(FederationError):
-    """A peer's fault: count it, acknowledge the message to the broker, carry on.
+    """A peer sent an invalid message: the receiver counts it, acknowledges it to the broker and continues.
 
-    ``reason`` is a short slug, the same for every instance of one fault, so that it can be counted;
-    ``detail`` says what was found, for a log line or a receipt: one line, since it may quote what the peer wrote.
+    ``reason`` is a short constant for each kind of error, by which errors are counted. ``detail`` describes the
+    instance, for logs and receipts. It may quote text from the peer, so control characters are replaced.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -20,8 +20,8 @@ class ProtocolError(FederationError):
 
 
 class ConfigError(FederationError):
-    """The operator's to mend: one line that says what to do; the command ends with exit code 2."""
+    """An error that the operator must correct: one line with what to do. The command ends with exit code 2."""
 
 
 class LinkError(FederationError):
-    """The broker cannot be reached, or refuses us, now; trying again later may help."""
+    """The broker cannot be reached or refuses the connection; a later attempt may succeed."""

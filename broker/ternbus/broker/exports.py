@@ -1,6 +1,6 @@
-"""Public names of a package, imported when they are first asked for (PEP 562).
+"""Lazy imports of a package's public names, on first access (PEP 562).
 
-So a package's `__init__` offers names from rooms that load PyTorch or an MQTT client, and is itself quick to import.
+A package's `__init__` can then export names from modules that load PyTorch or an MQTT client, and still import fast.
 """
 
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def exports(package: str, names: Mapping[str, Sequence[str]]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of the package; `names` has the public names by the module that each comes from."""
+    """`__getattr__` and `__dir__` for the package; ``names`` has the public names of each module."""
     places = {name: module for module, group in names.items() for name in group}
 
     def find(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Files that Ternbus keeps: secrets and key files, writes that are whole or not at all, locks between processes."""
+"""Files on disk: secrets, key files, atomic durable writes, and locks between processes."""
 
 import fcntl
 import os
@@ -15,7 +15,7 @@ from ternbus.broker.errors import ConfigError
 
 KEY_BYTES: Final = 32  # an Ed25519 seed
 CHUNK_BYTES: Final = 2**16
-LOOK_EVERY_S: Final = 0.02  # at a lock that another process holds
+LOOK_EVERY_S: Final = 0.02  # between attempts to take a lock
 
 
 def chunks(path: Path) -> Iterator[bytes]:
@@ -26,7 +26,7 @@ def chunks(path: Path) -> Iterator[bytes]:
 
 
 def load_toml(path: Path) -> dict[str, Any]:
-    """The table in a TOML file that a user may have written; ConfigError names the file and what is wrong with it."""
+    """The table in a TOML file; ConfigError, with the file's name, if it cannot be read or parsed."""
     try:
         with path.open("rb") as file:
             content = file.read(toml.BYTES_MAX + 1)
@@ -37,14 +37,14 @@ def load_toml(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def replacing(path: Path, *, mode: int = 0o666, concurrent: bool = False) -> Iterator[Path]:
-    """An empty file to write, which takes the place of ``path`` when the block ends and is on stable storage then.
+    """Yield an empty file to write, which replaces ``path`` atomically and durably at the end of the block.
 
-    If the block raises, ``path`` stays as it was. ``mode`` is that of the new file, less the umask. What a crash
-    leaves behind is overwritten by the next attempt; with ``concurrent``, for a file that several processes may
-    write at once, by the next one of the same process id.
+    If the block raises, ``path`` does not change. ``mode`` is the mode of the new file, less the umask. Set
+    ``concurrent`` if several processes may write ``path`` at the same time. The next call removes a partial file that
+    a crash left behind; with ``concurrent``, the next call from a process with the same id.
     """
     partial = path.with_name(f"{path.name}.partial{f'-{os.getpid()}' if concurrent else ''}")
-    partial.unlink(missing_ok=True)  # it may have another mode
+    partial.unlink(missing_ok=True)  # a file left by a crash may have another mode
     os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
     try:
         yield partial
@@ -57,7 +57,7 @@ def replacing(path: Path, *, mode: int = 0o666, concurrent: bool = False) -> Ite
 
 
 def sync(path: Path) -> None:
-    """Make a file's content durable, or the names in a folder, which no file's own fsync does."""
+    """Write a file's content, or a folder's entries, to stable storage; a file's fsync does not cover its folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -66,18 +66,18 @@ def sync(path: Path) -> None:
 
 
 def write_secret(path: Path, secret: bytes) -> None:
-    """Write a file that only its owner can read, whole or not at all, and on stable storage when this returns."""
+    """Write a file with mode 0600 atomically and durably."""
     with replacing(path, mode=0o600) as partial:
         partial.write_bytes(secret)
 
 
 def is_exposed(path: Path) -> bool:
-    """Whether others on this machine can do anything with a file; OSError where there is none."""
+    """Whether the mode gives other users of this machine any permission; OSError if there is no such file."""
     return bool(stat.S_IMODE(path.stat().st_mode) & 0o077)
 
 
 def check_secret(path: Path) -> Path:
-    """Return the path of a secret; refuse one that others on this machine can read, with the command that mends it."""
+    """Return the path of a secret; ConfigError, with the command that corrects it, if other users can read it."""
     try:
         exposed = is_exposed(path)
     except OSError as error:
@@ -88,7 +88,7 @@ def check_secret(path: Path) -> Path:
 
 
 def read_secret(path: Path) -> bytes:
-    """Read a secret that only its owner can read, else ConfigError."""
+    """The content of a secret; ConfigError if it cannot be read, or if other users can read it."""
     try:
         return check_secret(path).read_bytes()
     except OSError as error:
@@ -96,10 +96,10 @@ def read_secret(path: Path) -> bytes:
 
 
 def read_password(path: Path) -> str:
-    """The first line of a password file, mode 0600; ConfigError where there is none."""
+    """The password in the first line of a file with mode 0600; ConfigError if that line is empty."""
     password = read_secret(path).decode("utf-8", "replace").partition("\n")[0].rstrip("\r")
     if not password:
-        raise ConfigError(f"{path} has no password in its first line")
+        raise ConfigError(f"{path} has no password in its first line; write the password there")
     return password
 
 
@@ -109,7 +109,7 @@ def write_key(path: Path, seed: bytes) -> None:
 
 
 def read_key(path: Path) -> bytes:
-    """The seed in a key file that ``write_key`` wrote; ConfigError where it is none."""
+    """The 32-byte seed in a key file of ``write_key``; ConfigError if the file is not one."""
     try:
         seed = bytes.fromhex(read_secret(path).decode("ascii").strip())
     except ValueError:
@@ -120,9 +120,9 @@ def read_key(path: Path) -> bytes:
 
 
 def lock(path: Path, *, patience_s: float = 0.0) -> IO[bytes] | None:
-    """Open a file, mode 0600 if it is new, and lock it; None where another process still has it after ``patience_s``.
+    """Open a file, with mode 0600 if it is new, and lock it; None if another process holds the lock for ``patience_s``.
 
-    The lock holds until every process that has inherited the file has closed it. OSError where it cannot be opened.
+    The lock holds until every process that inherited the file has closed it. OSError if the file cannot be opened.
     """
     file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b")
     deadline = time.monotonic() + patience_s
@@ -135,9 +135,9 @@ def lock(path: Path, *, patience_s: float = 0.0) -> IO[bytes] | None:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds a lock on this file now; False where there is no file.
+    """Whether a process holds a lock on this file now; False if there is no file.
 
-    It looks with a shared lock, so that a ``lock`` without patience may fail at this moment.
+    The test takes a shared lock for a moment, in which a ``lock`` without patience fails.
     """
     try:
         file = path.open("r+b")

@@ -1,4 +1,4 @@
-"""Models in safetensors files: read as float32 tensors, written whole or not at all."""
+"""Models in safetensors files: read as float32 tensors, and written atomically."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,28 +11,33 @@ from ternbus.broker.files import replacing
 
 
 def load_safetensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
-    """The floating-point tensors of a safetensors file as float32, in the file's order."""
-    from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - a device that only follows never needs it
+    """The floating-point tensors of a safetensors file as float32, in the file's order.
+
+    ConfigError if the file cannot be read or has no such tensor.
+    """
+    from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - most commands do not need it
 
     try:
         with safe_open(path, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.offset_keys()}
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path} is not a safetensors file that can be read: {error}") from error
-    except (TypeError, KeyError, AttributeError) as error:  # what safetensors raises for a dtype numpy lacks
-        raise ConfigError(f"{path} holds a tensor of a type that numpy lacks; save it as float32") from error
+        raise ConfigError(f"cannot read {path} as a safetensors file: {error}") from error
+    except (TypeError, KeyError, AttributeError) as error:  # safetensors raises these for a dtype that numpy lacks
+        raise ConfigError(f"{path} has a tensor of a type that numpy lacks; save the tensor as float32") from error
     floats = {name: array.astype(np.float32) for name, array in arrays.items() if array.dtype.kind == "f"}
     if not floats:
-        raise ConfigError(f"{path} holds no floating-point tensor")
+        raise ConfigError(f"{path} has no floating-point tensor; give a file with a model")
     return floats
 
 
 def save_safetensors(path: Path, tensors: Mapping[str, npt.NDArray[np.float32]], about: Mapping[str, str]) -> None:
-    """Write named tensors, whole or not at all; ``about`` becomes the file's metadata."""
+    """Write named tensors atomically, with ``about`` as the file's metadata; ConfigError if that fails."""
     from safetensors import SafetensorError  # noqa: PLC0415 - as above
     from safetensors.numpy import save_file  # noqa: PLC0415 - as above
 
-    arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}  # a scalar stays one
+    arrays = {
+        name: np.asarray(array, order="C") for name, array in tensors.items()
+    }  # keeps shape (), unlike ascontiguousarray
     try:
         with replacing(path) as partial:
             save_file(arrays, partial, metadata=dict(about))

@@ -1,4 +1,4 @@
-"""TOML: read within bounds, so that what comes back can be looked at and shown; written so that it is read again."""
+"""TOML: a parser with bounds on size, depth and integers, and a writer."""
 
 import json
 import re
@@ -9,39 +9,39 @@ from typing import Any, Final
 
 from ternbus.broker.errors import ConfigError
 
-DEPTH_MAX: Final = 16  # Ternbus' own files need four; repr and comparison recurse, so depth is bounded once, here
+DEPTH_MAX: Final = 16  # files of Ternbus need 4; the bound protects repr and comparison, which are recursive
 BYTES_MAX: Final = 2**20
 BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")
 
-Place = tuple[str, ...]  # the keys that lead to a value or a table; () is the file
+Place = tuple[str, ...]  # the keys from the root to a value or a table; () is the root
 
 
 def loads(content: str | bytes, source: str) -> dict[str, Any]:
-    """The table in a file's content, in bytes UTF-8, with or without a byte order mark.
+    """Parse a file's content; bytes must be UTF-8, with or without a byte order mark.
 
-    ConfigError, naming ``source``, for no TOML, or none that a file of ours can be.
+    ConfigError, which names ``source``, for invalid TOML and for content beyond the bounds.
     """
     text = content if isinstance(content, str) else _decoded(content, source)
     if len(text) > BYTES_MAX:
         raise _too_long(source)
     try:
         table = tomllib.loads(text.removeprefix("\ufeff"))
-    # A TOMLDecodeError is a ValueError. So is what int() says of thousands of digits, which tomllib lets through.
+    # A TOMLDecodeError is a ValueError. int() raises a ValueError for thousands of digits, which tomllib accepts.
     except ValueError as error:
-        raise ConfigError(f"{source} is not TOML: {error}") from error
+        raise ConfigError(f"{source} is not valid TOML: {error}") from error
     except RecursionError as error:
-        raise ConfigError(f"{source} is not one of ours: nested deeper than {DEPTH_MAX}") from error
+        raise ConfigError(f"{source} is nested more than {DEPTH_MAX} levels deep") from error
     _check(table, source)
     return table
 
 
 def dumps(table: Mapping[str, Any], comments: Mapping[Place, str] = MappingProxyType({})) -> str:
-    """The text of a file in which ``loads`` finds this table: strings, booleans, numbers, and lists and tables of them.
+    """Write a table of strings, booleans, numbers, lists and tables, so that ``loads`` returns an equal table.
 
-    A table's comment stands at its head and may have several lines; a value's stands behind it. ConfigError for what
-    TOML cannot hold: integers beyond 64 bits, and the name of a file that is no UTF-8.
+    A table's comment is above its values and may have several lines; a value's comment is at the end of its line.
+    ConfigError for values that TOML cannot hold: integers beyond 64 bits, and file names that are not UTF-8.
     """
-    _check(table, "what is to be written")
+    _check(table, "the table to write")
     return "\n".join(_lines(table, (), comments)) + "\n"
 
 
@@ -51,15 +51,15 @@ def _decoded(content: bytes, source: str) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{source} is not TOML: byte {error.start} is not UTF-8") from error
+        raise ConfigError(f"{source} is not valid TOML: byte {error.start} is not UTF-8") from error
 
 
 def _too_long(source: str) -> ConfigError:
-    return ConfigError(f"{source} is not one of ours: longer than {BYTES_MAX} bytes")
+    return ConfigError(f"{source} is longer than {BYTES_MAX} bytes")
 
 
 def _check(table: Mapping[str, Any], source: str) -> None:
-    """Raise ConfigError for what is nested too deep (without recursion) and for integers beyond TOML's 64 bits."""
+    """Raise ConfigError for a table that is nested too deep and for integers beyond 64 bits, without recursion."""
     level: list[object] = [table]
     for _ in range(DEPTH_MAX):
         below: list[object] = []
@@ -69,14 +69,14 @@ def _check(table: Mapping[str, Any], source: str) -> None:
             elif isinstance(value, list | tuple):
                 below.extend(value)
             elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-                raise ConfigError(f"{source} is not TOML: an integer of more than 64 bits")
+                raise ConfigError(f"{source} is not valid TOML: an integer of more than 64 bits")
         level = below
     if level:
-        raise ConfigError(f"{source} is not one of ours: nested deeper than {DEPTH_MAX}")
+        raise ConfigError(f"{source} is nested more than {DEPTH_MAX} levels deep")
 
 
 def _lines(table: Mapping[str, Any], place: Place, comments: Mapping[Place, str]) -> Iterator[str]:
-    """A table's lines: its comment, its values, then the tables below it, each under its name."""
+    """A table's lines: its comment, its values, then its subtables, each with a heading."""
     yield from (f"# {line}" for line in comments.get(place, "").splitlines())
     tables = {key: value for key, value in table.items() if isinstance(value, Mapping)}
     for key, value in table.items():
@@ -104,7 +104,7 @@ def _value(value: object) -> str:
         case list() | tuple():
             return f"[{', '.join(map(_value, value))}]"
         case _:
-            raise TypeError(f"no TOML value: {value!r}")
+            raise TypeError(f"not a TOML value: {value!r}")
 
 
 def _key(key: str) -> str:
@@ -112,9 +112,9 @@ def _key(key: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A basic string: JSON's, if it escapes DEL and writes what lies beyond 16 bits as it is, not as two surrogates."""
+    """A TOML basic string: a JSON string with DEL escaped, and without surrogate escapes beyond 16 bits."""
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # a lone surrogate: how Python shows a byte of a name that it cannot decode
-        raise ConfigError(f"{text!r} is not UTF-8 and cannot be kept in a TOML file; rename it") from error
+    except UnicodeEncodeError as error:  # a lone surrogate: Python's form of an undecodable byte in a file name
+        raise ConfigError(f"{text!r} is not UTF-8 and cannot be written to a TOML file; rename the file") from error
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

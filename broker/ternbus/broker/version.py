@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def software() -> str:
-    """What peers are told of this program, such as "ternbus 0.1.0"; no number where Ternbus is not installed."""
+    """The name and version for peers, such as "ternbus 0.1.0"; only the name if Ternbus is not installed."""
     try:
         return f"ternbus {version('ternbus')}"
     except PackageNotFoundError:

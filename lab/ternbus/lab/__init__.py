@@ -1,7 +1,7 @@
-"""The testbed: a whole federation on one machine, in real processes or in virtual time, and its report.
+"""The lab: a whole federation on one machine, as real processes or simulated in virtual time, and its report.
 
-The names below are what a script or a notebook needs that runs federations in virtual time. Everything else is
-private and may change.
+The names below are public: scripts and notebooks use them to simulate federations. Everything else is private and may
+change.
 """
 
 from typing import TYPE_CHECKING

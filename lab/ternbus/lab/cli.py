@@ -1,4 +1,4 @@
-"""`ternbus lab …`: run a scenario, show it, and leave its report."""
+"""The commands `ternbus lab …`: run or simulate a federation, print an example scenario, run experiments."""
 
 import dataclasses
 import json
@@ -27,28 +27,32 @@ from ternbus.lab.scenario.scenario import Scenario
 from ternbus.lab.virtual.simulate import Simulation
 from ternbus.lab.virtual.training import Workers
 
-app = typer.Typer(no_args_is_help=True, help="A whole federation on this machine, and its report.")
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Run a whole federation on this machine and report its results.",
+)
 
 EXAMPLE: Final = Path(__file__).with_name("example.toml")
 
 File = Annotated[
-    Path | None, typer.Argument(metavar="SCENARIO.toml", help="What to run; `ternbus lab example` prints one.")
+    Path | None, typer.Argument(metavar="SCENARIO.toml", help="Scenario to run; `ternbus lab example` prints one.")
 ]
-Devices = Annotated[int | None, typer.Option(help="How many devices.", show_default="8")]
+Devices = Annotated[int | None, typer.Option(help="Number of devices. [default: 8]")]
 TaskName = Annotated[
-    str | None, typer.Option("--task", help="A task's name, or MODULE:ATTRIBUTE.", show_default="digits")
+    str | None, typer.Option("--task", help="Name of the task, or MODULE:ATTRIBUTE. [default: digits]")
 ]
-Versions = Annotated[int | None, typer.Option(help="End after so many versions.", show_default="60")]
-Seed = Annotated[int | None, typer.Option(help="Of model, partition and speeds.", show_default="0")]
-Data = Annotated[Path | None, typer.Option(help="The task's data, where it brings none itself.")]
-Sync = Annotated[bool, typer.Option("--sync", help="With a barrier: each version waits for all devices.")]
-Out = Annotated[Path, typer.Option(help="Where everything is written.")]
+Versions = Annotated[int | None, typer.Option(help="Number of versions after which the run ends. [default: 60]")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the model, the partition and the speeds. [default: 0]")]
+Data = Annotated[Path | None, typer.Option(help="Folder with the task's data, if the task needs one.")]
+Sync = Annotated[bool, typer.Option("--sync", help="Barrier: each version waits for updates of all devices.")]
+Out = Annotated[Path, typer.Option(help="Folder for the report, model, logs and all other files.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print report.json to standard output.")]
 
 
 @app.callback()
 def _options() -> None:
-    """Without a callback typer would make a lone command the whole program."""
+    """Keep the commands as subcommands; typer would turn a single command into the whole program."""
 
 
 @app.command()
@@ -59,7 +63,7 @@ def run(
     task: TaskName = None,
     versions: Versions = None,
     engine: Annotated[
-        str | None, typer.Option(help="The broker: auto, mosquitto or nats.", show_default="auto")
+        str | None, typer.Option(help="Broker software: auto, mosquitto or nats. [default: auto]")
     ] = None,
     seed: Seed = None,
     data: Data = None,
@@ -67,9 +71,9 @@ def run(
     out: Out = Path("ternbus-lab"),
     as_json: AsJson = False,
 ) -> None:
-    """Run a federation: a broker, an aggregator, devices and an evaluator, each a process of its own.
+    """Run a federation as real processes: a broker, an aggregator, devices and an evaluator.
 
-    Ctrl-C ends them all. What an option says counts more than what the scenario says.
+    Ctrl-C stops all processes. Options override the scenario.
 
     Example: ternbus lab run --devices 20 --versions 100
     """
@@ -87,17 +91,19 @@ def simulate(
     seed: Seed = None,
     data: Data = None,
     sync: Sync = False,
-    every: Annotated[int | None, typer.Option(help="Evaluate each so many versions.", show_default="1", min=1)] = None,
-    jobs: Annotated[int, typer.Option(help="How many processes train at a time: the model is the same.", min=1)] = 1,
-    ledger: Annotated[bool, typer.Option("--ledger", help="Keep the aggregator's ledger, in OUT/aggregator.")] = False,
+    every: Annotated[
+        int | None, typer.Option(help="Number of versions from one evaluation to the next. [default: 1]", min=1)
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Number of processes that train; the result is the same.", min=1)] = 1,
+    ledger: Annotated[bool, typer.Option("--ledger", help="Keep the aggregator's ledger in OUT/aggregator.")] = False,
     out: Out = Path("ternbus-lab"),
     as_json: AsJson = False,
 ) -> None:
-    """Run a federation in virtual time: the same code for all but network and clock.
+    """Simulate a federation in virtual time, with the code of real devices and a simulated network and clock.
 
-    Training is real, its seconds are not: they are drawn. So a slow federation takes no longer than its arithmetic,
-    and the same seed gives the same model, bit for bit. Which broker the scenario names plays no part. --jobs spreads
-    the training over processors, which pays where a training takes seconds.
+    Training is real, but its duration is drawn at random. A simulation of slow devices therefore takes only the time
+    of its computations. The same seed gives the same model, bit for bit. The scenario's broker is ignored. --jobs
+    spreads training over processors, and is useful if one training takes seconds.
 
     Example: ternbus lab simulate --devices 20 --versions 100
     """
@@ -110,7 +116,10 @@ def simulate(
 
 @app.command()
 def example() -> None:
-    """Print a scenario with every key, its default and its meaning: a file to start from."""
+    """Print a scenario with every key, its default and its meaning, as a file to start from.
+
+    Example: ternbus lab example > scenario.toml
+    """
     typer.echo(EXAMPLE.read_text(encoding="utf-8"), nl=False)
 
 
@@ -118,13 +127,13 @@ def example() -> None:
 def run_experiments(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="NAME|FILE.toml", help="Experiments of Ternbus, or files of your own."),
+        typer.Argument(metavar="NAME|FILE.toml", help="Experiments that come with Ternbus, or files of your own."),
     ] = None,
     *,
     data: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with the datasets of the tasks.")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds, in place of the experiment's own.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds, instead of the experiment's own.")] = None,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Number of runs at a time.", show_default="number of processors")
+        int | None, typer.Option(min=1, help="Number of runs at a time. [default: number of processors]")
     ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for runs and results.")] = Path(
         "ternbus-experiments"
@@ -132,13 +141,15 @@ def run_experiments(
     keep: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Second folder for the result, as NAME.json and NAME.png.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result, or the list, as JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result, or the list, as JSON, for scripts.")
+    ] = False,
 ) -> None:
-    """Run an experiment: every combination of its settings, with several seeds, in virtual time.
+    """Run an experiment: simulate every combination of its settings with several seeds.
 
-    Without a NAME, list the experiments that come with Ternbus. The result is printed as a table, and is in OUT/NAME
-    with a plot and a folder for each run. The same command continues an interrupted experiment: a run is repeated
-    only if its scenario has changed. The exit code is 1 if the experiment misses one of its goals.
+    Without NAME, list the experiments that come with Ternbus. The result is printed as a table and kept in OUT/NAME,
+    with a plot and a folder for each run. To continue an interrupted experiment, repeat the command: it skips finished
+    runs whose scenario has not changed. The exit code is 1 if the experiment misses a goal.
 
     Example: ternbus lab experiment staleness --jobs 4
     """
@@ -166,7 +177,7 @@ def _list_experiments(as_json: bool) -> None:
 
 
 def _run_experiments(wanted: Sequence[Experiment], choices: Choices, as_json: bool) -> int:
-    """The exit code."""
+    """Run the experiments, print their results, and return the exit code."""
     met = True
     with Interrupts() as interrupts:
         try:
@@ -175,7 +186,7 @@ def _run_experiments(wanted: Sequence[Experiment], choices: Choices, as_json: bo
                 typer.echo(json.dumps(kept, allow_nan=False) if as_json else table.table(kept["result"]))
                 met = met and all(goal["met"] for goal in kept["result"]["goals"])
         except Interrupted as stopped:
-            typer.echo(f"ternbus: {stopped}; the same command continues with the runs that are not done", err=True)
+            typer.echo(f"ternbus: {stopped}; to continue with the remaining runs, repeat the command", err=True)
             return stopped.exit_code
         except ConfigError:
             raise
@@ -186,7 +197,7 @@ def _run_experiments(wanted: Sequence[Experiment], choices: Choices, as_json: bo
 
 
 def _wanted(file: Path | None, given: Mapping[str, object], versions: int | None) -> Scenario:
-    """The scenario in the file, or the one without a file, and over it what the options say."""
+    """The scenario in the file, or the default scenario, with the changes of the options."""
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if "data" in changes:
         changes["data"] = expanded(changes["data"])
@@ -197,22 +208,22 @@ def _wanted(file: Path | None, given: Mapping[str, object], versions: int | None
 
 
 def _run(wanted: Scenario, out: Path, as_json: bool) -> int:
-    """The exit code."""
+    """Run a federation of processes, and return the exit code."""
     return _reported(
         out,
         as_json,
         lambda place, interrupts, shown: _result(wanted, place, interrupts, shown),
-        "every process has ended",
+        "all processes have ended",
     )
 
 
 def _simulate(wanted: Scenario, out: Path, as_json: bool, *, jobs: int, keep_ledger: bool) -> int:
-    """The same in virtual time."""
+    """Simulate a federation, and return the exit code."""
     return _reported(
         out,
         as_json,
         lambda place, interrupts, shown: _simulated(wanted, place, interrupts, shown, jobs, keep_ledger=keep_ledger),
-        "nothing was kept",
+        "no report was written",
     )
 
 
@@ -220,7 +231,7 @@ def _reported(
     out: Path,
     as_json: bool,
     result_of: Callable[[output.Output, Interrupts, progress.Progress], dict[str, Any]],
-    stopped_says: str,
+    after_stop: str,
 ) -> int:
     stream = sys.stderr if as_json else sys.stdout
     with Interrupts() as interrupts:
@@ -229,7 +240,7 @@ def _reported(
             result = result_of(place, interrupts, progress.to(stream))
             interrupts.check()
         except Interrupted as stopped:
-            typer.echo(f"ternbus: {stopped}; {stopped_says}", err=True)
+            typer.echo(f"ternbus: {stopped}; {after_stop}", err=True)
             return stopped.exit_code
         except ConfigError:
             raise
@@ -291,6 +302,6 @@ def _complain(error: FederationError) -> None:
     if isinstance(error, ChildError):
         for line in error.lines:
             typer.echo(f"  {line}", err=True)
-        typer.echo(f"ternbus: {error}; above are the last lines of {error.log}", err=True)
+        typer.echo(f"ternbus: {error}; the lines above are the end of {error.log}", err=True)
     else:
         typer.echo(f"ternbus: {error}", err=True)

@@ -1,7 +1,7 @@
-"""Devices that mean harm: what they do with what they should have learned, as trainers like any other.
+"""Hostile devices: tasks whose trainers return harmful updates.
 
-Everything else about them is honest, keys and protocol included: what is tried is what an invited device can do to
-the model. Its task is called ``ternbus.lab.hostile:KIND/STRENGTH/SAMPLES/TASK``, so a process can play one.
+Hostile devices have valid keys and follow the protocol. They show the effect of an invited device on the model. A
+process loads a hostile task by the name ``ternbus.lab.hostile:KIND/STRENGTH/SAMPLES/TASK``.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,19 +22,19 @@ SCALED_NOISE: Final = "scaled-noise"
 LABEL_FLIP: Final = "label-flip"
 FREE_RIDER: Final = "free-rider"
 KINDS: Final = (SIGN_FLIP, SCALED_NOISE, LABEL_FLIP, FREE_RIDER)
-STRENGTHS: Final[Mapping[str, float]] = {SIGN_FLIP: 5.0, SCALED_NOISE: 30.0}  # by default; the others have none
+STRENGTHS: Final[Mapping[str, float]] = {SIGN_FLIP: 5.0, SCALED_NOISE: 30.0}  # defaults; the other kinds have none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Behaviour:
-    """What a hostile device does.
+    """The behaviour of a hostile device.
 
-    sign-flip:    sends -strength times what it learned
-    scaled-noise: sends Gaussian noise, in each tensor strength times as large as what it learned
-    label-flip:   learns that class c is class C - 1 - c
-    free-rider:   learns nothing and sends no change
+    sign-flip:    sends the learned change times -strength
+    scaled-noise: sends Gaussian noise, in each tensor strength times as large as the learned change
+    label-flip:   trains with label C - 1 - c instead of c, for C classes
+    free-rider:   does not train and sends an update without a change
 
-    ``samples`` is how many it claims to have; 0 is the truth.
+    ``samples`` is the number of samples that the device reports; 0 means the true number.
     """
 
     kind: str
@@ -42,13 +42,13 @@ class Behaviour:
     samples: int = 0
 
     def spec(self, task: str) -> str:
-        """The name of a task that a device of this kind has, as `--task` takes it."""
+        """The name of the hostile variant of a task, for `--task`."""
         return f"{__name__}:{self.kind}/{self.strength!r}/{self.samples}/{task}"
 
 
 @dataclass(frozen=True, slots=True)
 class HostileTrainer:
-    """Trains as ``honest`` does, and then not. ``model`` names the model's tensors in the model's own order."""
+    """Changes the result of the trainer ``honest``. ``model`` has the names of the tensors in the model's order."""
 
     honest: Trainer
     behaviour: Behaviour
@@ -62,7 +62,7 @@ class HostileTrainer:
         return self.honest.evaluate(tensors)
 
     def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:
-        """ConfigError where a task has no classes to flip."""
+        """A harmful training result; ConfigError for label-flip if the model has no output for classes."""
 
         def learn(tensors: Tensors) -> Trained:
             return self.honest.train(tensors, plan, version=version, seed=seed)
@@ -88,15 +88,15 @@ class HostileTrainer:
                 return Trained(tensors=dict(start), samples=self.samples, metrics={})
 
     def _send(self, learned: Trained, change: Callable[[str, FloatArray], FloatArray]) -> Trained:
-        with np.errstate(over="ignore", invalid="ignore"):  # `Trained` refuses what is not finite
+        with np.errstate(over="ignore", invalid="ignore"):  # `Trained` refuses values that are not finite
             tensors = {name: change(name, new) for name, new in learned.tensors.items()}
         return Trained(tensors=tensors, samples=self.samples, metrics=learned.metrics)
 
     def _flipped(self, tensors: Tensors) -> dict[str, FloatArray]:
-        """The model whose output c is this one's output C - 1 - c.
+        """The model with its outputs in reverse order: output c becomes output C - 1 - c.
 
-        To train it on the true labels is to train this one on flipped ones, whatever task, data and framework are.
-        The outputs are what the model's last two tensors make: a weight of C rows and a bias of C elements.
+        Training this model on true labels equals training the original on flipped labels, for any task and framework.
+        The outputs are determined by the model's last two tensors: a weight of C rows and a bias of C elements.
         """
         last = self.model[-2:]
         shapes = [tensors[name].shape for name in last]
@@ -109,7 +109,7 @@ class HostileTrainer:
 
 @dataclass(frozen=True, slots=True)
 class HostileTask:
-    """A task whose trainers are hostile; its evaluator is honest."""
+    """A task with hostile trainers and the honest evaluator."""
 
     honest: Task
     behaviour: Behaviour
@@ -134,7 +134,7 @@ class HostileTask:
 
 
 def __getattr__(name: str) -> HostileTask:
-    """The task of a spec, as if it stood here under that name. ConfigError for the honest part, see ``load_task``."""
+    """The task of a spec, as an attribute of this module. ConfigError as for ``load_task`` with the honest task."""
     kind, _, rest = name.partition("/")
     if kind not in KINDS:
         raise AttributeError(name)

@@ -1,1 +1,1 @@
-"""The MQTT connection: a persistent session with a broker, and what happens to it, as events."""
+"""The MQTT client: a persistent session with a broker, whose events are delivered as values."""

@@ -1,4 +1,4 @@
-"""Why a broker does not answer, in words that say what to do."""
+"""Error messages for failed connections to a broker."""
 
 import socket
 import ssl
@@ -7,25 +7,29 @@ from ternbus.broker.protocol.endpoint import Endpoint
 
 
 def explain(endpoint: Endpoint, error: OSError) -> str:
-    """One sentence on why nobody answers here, and what to do."""
-    nobody = f"no broker answers at {endpoint}"
+    """The reason why the connection failed, and what to do."""
+    failed = f"cannot connect to {endpoint}"
     match error:
         case ConnectionRefusedError():
-            return f"{nobody}: connection refused; start one with `ternbus broker up`"
+            return f"{failed}: no broker listens there; start one with `ternbus broker up` or check the URL"
         case socket.gaierror():
-            return f"{nobody}: no machine of the name {endpoint.host} is known; check the broker's URL"
+            return f"{failed}: unknown host name {endpoint.host}; check the broker's URL"
         case TimeoutError():
-            return f"{nobody} in time; check its URL, the network and the firewall"
+            return f"{failed}: no answer in time; check the broker's URL, the network and the firewall"
         case ssl.SSLCertVerificationError():
-            return f"the broker at {endpoint} shows a certificate that is not to be believed: {error.verify_message}"
+            return (
+                f"{failed}: the broker's certificate is not trusted ({error.verify_message}); check ca.pem and the URL"
+            )
         case ssl.SSLError():
-            return f"the broker at {endpoint} and we do not agree on TLS: {error.reason or error}"
+            return f"{failed}: the TLS handshake failed: {error.reason or error}"
         case _:
-            return f"{nobody}: {error.strerror or error}"
+            return f"{failed}: {error.strerror or error}"
 
 
-def question(endpoint: Endpoint, what: str) -> str:
-    """One sentence on a port that is open, but did ``what`` instead of greeting us."""
+def no_answer(endpoint: Endpoint, what: str) -> str:
+    """A message for a port that is open, but did ``what`` instead of answering CONNECT."""
     if endpoint.tls:
-        return f"{endpoint} {what}; is it a port for MQTT with TLS, and does the broker accept our certificate?"
-    return f"{endpoint} {what}; is it a port for MQTT without TLS?"
+        return (
+            f"{endpoint} {what}; check that the port is for MQTT with TLS and that the broker accepts the certificate"
+        )
+    return f"{endpoint} {what}; check that the port is for MQTT without TLS"

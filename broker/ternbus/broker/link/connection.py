@@ -1,9 +1,9 @@
-"""One connection to a broker: the only module that knows paho, and what paho's pitfalls are.
+"""One MQTT connection to a broker; the only module that imports paho.
 
-A connection has one network thread, which alone touches paho and alone delivers events. Whoever uses it gives it
-commands through queues; so no lock of paho's is ever waited for, and how much may be under way at a time (what the
-broker takes, and what the uplink carries well within a keepalive) is decided in one place. A fresh paho client
-serves every connection: nothing of paho's own resend queue survives it, the protocol resends.
+Each connection has one network thread. Only this thread calls paho and delivers events; other threads pass commands
+through queues. So no thread waits for paho's locks, and one place limits the unacknowledged data: to what the broker
+accepts, and to what the uplink carries well within a keepalive. Each connection has a new paho client: paho's resend
+queue does not outlive a connection, because the protocol itself resends.
 """
 
 import logging
@@ -33,11 +33,11 @@ from ternbus.broker.protocol.endpoint import Endpoint
 MQTT_5: Final = int(MQTTProtocolVersion.MQTTv5)
 MQTT_311: Final = int(MQTTProtocolVersion.MQTTv311)
 CONNECT_TIMEOUT_S: Final = 5.0
-GOODBYE_S: Final = 1.0  # for a DISCONNECT to leave a full socket
-ASK_AGAIN_S: Final = 10.0  # for a subscription that was refused
+DISCONNECT_S: Final = 1.0  # to send DISCONNECT through a full socket
+ASK_AGAIN_S: Final = 10.0  # until a refused subscription is repeated
 SESSION_EXPIRY_S: Final = 7 * 24 * 3600
-PACKET_BYTES_IN: Final = 8 << 20  # larger packets we do not want to be offered
-PACKET_BYTES_OUT: Final = 256 << 20  # MQTT cannot express more
+PACKET_BYTES_IN: Final = 8 << 20  # the limit for the broker's packets
+PACKET_BYTES_OUT: Final = 256 << 20  # the maximum of MQTT
 UNSUPPORTED_PROTOCOL: Final = 132
 KEEPALIVE_TIMEOUT: Final = 141
 SESSION_TAKEN_OVER: Final = 142
@@ -47,19 +47,19 @@ _log = logging.getLogger(__name__)
 
 
 class UnsupportedProtocolError(LinkError):
-    """The broker does not speak this version of MQTT."""
+    """The broker does not support this version of MQTT."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Will:
-    """What the broker publishes, retained, when the connection dies."""
+    """The last will: the broker publishes it, retained, if the connection is lost."""
 
     topic: str
     payload: bytes
 
 
 class Connection:
-    """From ``open`` over ``start`` to ``close``, or to the end that ``Disconnected`` reports."""
+    """One connection: ``open``, then ``start``, then ``close``. ``Disconnected`` reports an end without ``close``."""
 
     def __init__(
         self,
@@ -91,24 +91,24 @@ class Connection:
         self._waiting: deque[tuple[int, str, bytes, bool]] = deque()
         self._events = EVENT_READ
         self._window = Window(patience_s=keepalive_s / 4)
-        self._filters: dict[int, list[str]] = {}  # by mid: asked for, not answered
-        self._refused: deque[tuple[float, list[str]]] = deque()  # and when to ask again
-        self._issued = self._settled = 0  # each written by one thread only, so that no lock is needed
+        self._filters: dict[int, list[str]] = {}  # unacknowledged subscriptions, by mid
+        self._refused: deque[tuple[float, list[str]]] = deque()  # (time of the next attempt, refused subscriptions)
+        self._issued = self._settled = 0  # each is written by one thread only, so no lock is needed
         self._idle = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=f"link to {endpoint}", daemon=True)
         self._selector = DefaultSelector()
-        self._ear, self._bell = socket.socketpair()
+        self._wake_receiver, self._wake_sender = socket.socketpair()
 
     @property
     def outstanding(self) -> int:
-        """How many publications the broker has not answered yet."""
+        """The number of publications that the broker has not acknowledged."""
         return self._issued - self._settled
 
     def open(self) -> None:
-        """Connect and wait for the broker's answer; LinkError for any but a welcome."""
+        """Connect and wait for CONNACK; LinkError if the broker does not accept the connection."""
         self._listen()
         try:
-            self._shake_hands(time.monotonic() + CONNECT_TIMEOUT_S)
+            self._handshake(time.monotonic() + CONNECT_TIMEOUT_S)
             self.alive = True
         except OSError as error:
             raise LinkError(connect_errors.explain(self._endpoint, error)) from error
@@ -117,7 +117,7 @@ class Connection:
                 self._release()
 
     def start(self) -> None:
-        """From here on the network thread delivers what happens."""
+        """Start the network thread, which delivers events."""
         self._thread.start()
 
     def subscribe(self, filters: list[str]) -> None:
@@ -127,7 +127,7 @@ class Connection:
         self._command(lambda: self._unsubscribe(filters))
 
     def acknowledge(self, mid: int) -> None:
-        if mid:  # QoS 0 has none, and wants no answer
+        if mid:  # QoS 0 has no mid and no acknowledgement
             self._command(lambda: self.client.ack(mid, 1))
 
     def publish(self, ticket: int, topic: str, payload: bytes, retain: bool) -> None:
@@ -136,12 +136,12 @@ class Connection:
         self._wake()
 
     def close(self, flush_s: float) -> None:
-        """Wait for what is outstanding, then take leave; afterwards nothing more is delivered."""
+        """Wait at most ``flush_s`` for acknowledgements, then disconnect; no event is delivered after that."""
         with self._idle:
             self._idle.wait_for(lambda: not self.outstanding or not self.alive, flush_s)
         self._closing = True
         self._command(self.client.disconnect)
-        self._thread.join(GOODBYE_S)
+        self._thread.join(DISCONNECT_S)
         self._aborting = True
         self._wake()
         self._thread.join()
@@ -151,10 +151,10 @@ class Connection:
         self._wake()
 
     def _wake(self) -> None:
-        if not self._woken:  # else the bell has rung already, and the queues are looked at after it
+        if not self._woken:  # otherwise a byte is in the socket already, and the thread will look at the queues
             self._woken = True
             with suppress(OSError):  # the network thread has ended
-                self._bell.send(WAKE)
+                self._wake_sender.send(WAKE)
 
     def _listen(self) -> None:
         self.client.on_connect = self._on_connect
@@ -163,7 +163,7 @@ class Connection:
         self.client.on_publish = self._on_publish
         self.client.on_subscribe = self._on_subscribe
 
-    def _shake_hands(self, deadline: float) -> None:
+    def _handshake(self, deadline: float) -> None:
         options: dict[str, Any] = {}
         if self._protocol == MQTT_5:
             properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
@@ -176,17 +176,17 @@ class Connection:
         if isinstance(sock, socket.socket):
             _prepare(sock, self._keepalive_s)
             self._selector.register(sock, EVENT_READ)
-            self._selector.register(self._ear, EVENT_READ)
+            self._selector.register(self._wake_receiver, EVENT_READ)
         while self._answer is None and self.client.socket() is not None:
             left_s = deadline - time.monotonic()
             if left_s <= 0:
-                raise LinkError(connect_errors.question(self._endpoint, "is open but does not answer"))
+                raise LinkError(connect_errors.no_answer(self._endpoint, "is open but does not answer"))
             self._turn(left_s)
         if self._answer is None:
-            raise LinkError(connect_errors.question(self._endpoint, "hung up without an answer"))
+            raise LinkError(connect_errors.no_answer(self._endpoint, "closed the connection without an answer"))
         if self._answer.value == UNSUPPORTED_PROTOCOL:
-            # nats-server answers MQTT 5 with 3.1.1's return code 1, which paho translates to MQTT 5's 132
-            raise UnsupportedProtocolError(f"the broker at {self._endpoint} speaks neither MQTT 5 nor 3.1.1")
+            # nats-server answers MQTT 5 with return code 1 of 3.1.1, which paho translates to reason code 132 of MQTT 5
+            raise UnsupportedProtocolError(f"the broker at {self._endpoint} supports neither MQTT 5 nor 3.1.1")
         if self._answer.is_failure:
             raise LinkError(f"the broker at {self._endpoint} refuses {self._client_id!r}: {self._answer.getName()}")
 
@@ -196,7 +196,7 @@ class Connection:
                 self._ask_again(time.monotonic())
                 self._feed()
                 self._turn(self._keepalive_s / 4)
-        finally:  # also after an exception, which is a bug: else the service would wait for ever
+        finally:  # also after an exception, which would be a bug: otherwise the service would wait for ever
             self.alive = False
             self._release()
             with self._idle:
@@ -213,7 +213,7 @@ class Connection:
             self._window.sent(mid, ticket=ticket, size_bytes=len(payload), now=time.monotonic())
 
     def _turn(self, timeout_s: float) -> None:
-        """Wait for the socket or the bell; read a packet, write what can be written, look at the keepalive."""
+        """Wait for the socket or a wake-up; read a packet, write pending data, check the keepalive."""
         sock = self.client.socket()
         if sock is None:
             return
@@ -222,8 +222,8 @@ class Connection:
             self._selector.modify(sock, events)
             self._events = events
         for key, ready in self._selector.select(timeout_s):
-            if key.fileobj is self._ear:
-                self._ear.recv(len(WAKE))
+            if key.fileobj is self._wake_receiver:
+                self._wake_receiver.recv(len(WAKE))
                 self._woken = False
                 continue
             if ready & EVENT_READ:
@@ -234,7 +234,7 @@ class Connection:
 
     def _read(self, sock: object) -> None:
         self.client.loop_read()
-        if isinstance(sock, ssl.SSLSocket):  # what TLS has decrypted already, the selector does not see
+        if isinstance(sock, ssl.SSLSocket):  # the selector does not see data that TLS has already decrypted
             while self.client.socket() is not None and sock.pending():
                 self.client.loop_read()
 
@@ -257,10 +257,10 @@ class Connection:
         if (sock := self.client.socket()) is not None:
             sock.close()
         self._selector.close()
-        self._ear.close()
-        self._bell.close()
+        self._wake_receiver.close()
+        self._wake_sender.close()
 
-    # What paho calls, in the network thread. An exception here would end that thread, so: queue, count, no more.
+    # paho's callbacks, in the network thread. An exception would end the thread, so they only count and queue.
 
     def _on_connect(
         self, _c: Client, _u: object, flags: ConnectFlags, code: ReasonCode, extra: Properties | None
@@ -275,14 +275,14 @@ class Connection:
         if flags.is_disconnect_packet_from_server:
             self._reason = f"the broker ended the connection: {code.getName()}"
             if code.value == SESSION_TAKEN_OVER:
-                self._reason += f"; there is another client that calls itself {self._client_id!r}"
+                self._reason += f"; another client uses the client id {self._client_id!r}"
         elif code.value == KEEPALIVE_TIMEOUT:
             self._reason = f"the broker did not answer for {self._keepalive_s} s"
 
     def _on_message(self, client: Client, _u: object, message: MQTTMessage) -> None:
         try:
             topic = message.topic
-        except UnicodeDecodeError:  # no broker should have let it pass, and nothing of ours has such a topic
+        except UnicodeDecodeError:  # an invalid topic, which a broker should have refused
             client.ack(message.mid, message.qos)
             return
         token = Token(connection=self.number, mid=message.mid)
@@ -302,8 +302,8 @@ class Connection:
     def _on_subscribe(self, _c: Client, _u: object, mid: int, codes: list[ReasonCode], _p: object) -> None:
         filters = self._filters.pop(mid, [])
         refused = [topic for topic, code in zip(filters, codes, strict=False) if code.is_failure]
-        if refused:  # nats-server does so too when it is overloaded; without what we asked for we would wait for ever
-            _log.warning("the broker at %s refuses to subscribe us to %s", self._endpoint, ", ".join(refused))
+        if refused:  # repeated later, because an overloaded nats-server also refuses
+            _log.warning("the broker at %s refuses the subscription to %s", self._endpoint, ", ".join(refused))
             self._refused.append((time.monotonic() + ASK_AGAIN_S, refused))
 
 
@@ -316,13 +316,15 @@ def _client(client_id: str, protocol: int, will: Will) -> Client:
         reconnect_on_failure=False,
         manual_ack=True,
     )
-    client.max_inflight_messages = 0  # the window is ours: paho's walks over all that waits at every PUBACK
+    client.max_inflight_messages = (
+        0  # `Window` replaces paho's limit, which iterates over all queued messages at every PUBACK
+    )
     client.will_set(will.topic, will.payload, qos=1, retain=True)
     return client
 
 
 def _prepare(sock: socket.socket, keepalive_s: int) -> None:
-    """Let small packets go at once, and let the kernel notice within a keepalive that the other end is gone."""
+    """Send small packets at once, and let the kernel detect a lost peer within a keepalive."""
     options = [
         (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
         (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
@@ -332,5 +334,5 @@ def _prepare(sock: socket.socket, keepalive_s: int) -> None:
         (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", keepalive_s * 1000),
     ]
     for level, name, value in options:
-        if hasattr(socket, name):  # not every system has all of them
+        if hasattr(socket, name):  # some systems lack some of them
             sock.setsockopt(level, getattr(socket, name), value)

@@ -1,11 +1,11 @@
-"""What a link reports of its connection, as values."""
+"""The events of an MQTT connection, as values."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Token:
-    """What an arrived message is acknowledged with; on a later connection it is worth nothing."""
+    """The handle to acknowledge a received message; void on a later connection."""
 
     connection: int
     mid: int
@@ -13,7 +13,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connected:
-    """The broker has let us in, speaks MQTT 5 (``protocol`` 5) or 3.1.1 (4), and takes frames of ``frame_bytes``."""
+    """The broker accepted the connection: MQTT 5 (``protocol`` 5) or 3.1.1 (4), frames of at most ``frame_bytes``."""
 
     session_present: bool
     protocol: int
@@ -22,14 +22,14 @@ class Connected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Disconnected:
-    """The connection has ended without our asking; nothing more of it comes."""
+    """The connection has ended without a call of ``disconnect``; it delivers no further events."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrived:
-    """A message; after a reconnect the broker delivers it again unless its token was acknowledged."""
+    """A message has arrived. After a reconnect the broker delivers it again, unless its token was acknowledged."""
 
     topic: str
     payload: bytes
@@ -46,7 +46,7 @@ class Published:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refused:
-    """The broker has refused a publication. MQTT 3.1.1 cannot say so, and acknowledges instead."""
+    """The broker has refused a publication. With MQTT 3.1.1 it acknowledges a refused publication instead."""
 
     ticket: int
     reason: str

@@ -1,4 +1,4 @@
-"""A persistent session with a broker: connect, publish, subscribe, acknowledge; all that happens comes as events."""
+"""A persistent MQTT session: connect, publish, subscribe and acknowledge as calls, everything else as events."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ __all__ = [
 ]  # fmt: skip
 
 FILTERS_PER_PACKET: Final = 8
-PACKET_RESERVE_BYTES: Final = 1024  # of a broker's maximum packet size, for what surrounds the frame
+PACKET_RESERVE_BYTES: Final = 1024  # of a broker's maximum packet size, for the packet's header and topic
 
 
 def packet_bytes(topic: str, payload_bytes: int, protocol: int) -> int:
@@ -27,9 +27,9 @@ def packet_bytes(topic: str, payload_bytes: int, protocol: int) -> int:
 
 
 class Link:
-    """A persistent session with one broker. Its methods are for one thread; ``deliver`` is called in another.
+    """A persistent session with one broker. One thread may call its methods; another thread calls ``deliver``.
 
-    ``deliver`` does no more than put the event into a queue.
+    ``deliver`` must only put the event into a queue.
     """
 
     def __init__(
@@ -45,14 +45,14 @@ class Link:
         password: str | None = None,
         tls: Tls | None = None,
     ) -> None:
-        """Connect to nothing yet; ConfigError for a malformed URL or for certificates that cannot be used."""
+        """Check the arguments, without a connection; ConfigError for an invalid URL, keepalive or certificate."""
         self._endpoint = Endpoint.parse(url)
         if keepalive_s < 1:
-            raise ConfigError(f"a keepalive of {keepalive_s} s is none: use at least 1")
+            raise ConfigError(f"invalid keepalive of {keepalive_s} s: use at least 1 s")
         if password is not None and not self._endpoint.tls and not is_loopback(self._endpoint.host):
-            raise ConfigError(f"a password would be open to read on the way to {self._endpoint}: use mqtts://")
+            raise ConfigError(f"a password for {self._endpoint} would be sent unencrypted: use mqtts://")
         if tls is not None and not self._endpoint.tls:
-            raise ConfigError(f"certificates are of no use with {self._endpoint}: write mqtts:// in the broker's URL")
+            raise ConfigError(f"certificates given for {self._endpoint}, a URL without TLS: use mqtts://")
         self._tls_context = (tls or Tls()).context() if self._endpoint.tls else None
         self._client_id = client_id
         self._deliver = deliver
@@ -67,18 +67,18 @@ class Link:
 
     @property
     def connected(self) -> bool:
-        """Whether there is a connection, as far as one can know."""
+        """Whether there is a connection; a lost one may take up to a keepalive to be noticed."""
         return self._connection is not None and self._connection.alive
 
     @property
     def outstanding(self) -> int:
-        """How many publications of this connection the broker has not answered yet."""
+        """The number of publications on this connection that the broker has not acknowledged."""
         return self._connection.outstanding if self._connection is not None else 0
 
     def connect(self, will_topic: str, will_payload: bytes) -> Connected:
-        """Connect with a retained last will, or raise LinkError, within 5 s (10 s where 3.1.1 must be found out).
+        """Connect with a retained last will, or raise LinkError, within 5 s (10 s if 3.1.1 is tried after MQTT 5).
 
-        The ``Connected`` that is returned is delivered too, before anything else of the connection.
+        The returned ``Connected`` is also delivered, before any other event of the connection.
         """
         self.disconnect(flush_s=0.0)
         will = Will(topic=will_topic, payload=will_payload)
@@ -118,28 +118,28 @@ class Link:
         return connection
 
     def subscribe(self, filters: Sequence[str]) -> None:
-        """Ask for topics, at QoS 1; a refusal is logged. LinkError when not connected."""
+        """Subscribe with QoS 1; a refused subscription is logged and repeated. LinkError if not connected."""
         connection = self._alive()
         for start in range(0, len(filters), FILTERS_PER_PACKET):
             connection.subscribe(list(filters[start : start + FILTERS_PER_PACKET]))
 
     def unsubscribe(self, filters: Sequence[str]) -> None:
-        """Ask for topics no more. LinkError when not connected."""
+        """Unsubscribe. LinkError if not connected."""
         connection = self._alive()
         for start in range(0, len(filters), FILTERS_PER_PACKET):
             connection.unsubscribe(list(filters[start : start + FILTERS_PER_PACKET]))
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> int:
-        """Queue a publication at QoS 1; return the ticket that its ``Published`` or ``Refused`` will bear.
+        """Queue a publication with QoS 1; return the ticket of its later ``Published`` or ``Refused`` event.
 
-        LinkError when not connected; ConfigError for a packet larger than the broker takes: mosquitto would cut
-        the connection at it, and at the next attempt again.
+        LinkError if not connected. ConfigError for a packet above the broker's maximum: mosquitto would end the
+        connection, at each attempt.
         """
         connection = self._alive()
         size_bytes = packet_bytes(topic, len(payload), self._protocol)
         if size_bytes > connection.packet_bytes_max:
             raise ConfigError(
-                f"{topic} needs a packet of {size_bytes} bytes, but the broker at {self._endpoint} takes "
+                f"{topic} needs a packet of {size_bytes} bytes, but the broker at {self._endpoint} accepts "
                 f"{connection.packet_bytes_max}: raise its maximum packet size"
             )
         ticket = next(self._tickets)
@@ -147,14 +147,14 @@ class Link:
         return ticket
 
     def acknowledge(self, token: Token) -> None:
-        """Let the broker forget a message, in order of arrival. The token of an older connection is ignored."""
+        """Acknowledge a message, in order of arrival. A token of an older connection is ignored."""
         if self._connection is not None and token.connection == self._connection.number:
             self._connection.acknowledge(token.mid)
 
     def disconnect(self, flush_s: float = 5.0) -> None:
-        """Wait at most ``flush_s`` for what is outstanding, then take leave, so that no last will is published.
+        """Wait at most ``flush_s`` for acknowledgements, then disconnect without a last will.
 
-        No ``Disconnected`` is delivered for it, and nothing else after it.
+        No ``Disconnected`` and no later event is delivered.
         """
         connection, self._connection = self._connection, None
         if connection is not None:

@@ -1,4 +1,4 @@
-"""The certificate files of a TLS connection: whom to believe, and who we are."""
+"""The certificate files of a TLS connection, and the SSL context of a client."""
 
 import ssl
 from dataclasses import dataclass
@@ -9,12 +9,14 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import check_secret
 
 CA, CERTIFICATE, TLS_KEY = "ca.pem", "certificate.pem", "certificate.key"  # in a device's or aggregator's folder
-PROBE: Final = "Probe"  # no device's name: the certificate with which we see whether our broker answers
+PROBE: Final = (
+    "Probe"  # client id and certificate name of the readiness test of `ternbus broker up`; not a valid device name
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerTls:
-    """PEM files of a broker: whose certificates let a client in, and its own, with the key."""
+    """PEM files of a broker: the authority of its clients' certificates, and its own certificate and key."""
 
     authority: Path
     certificate: Path
@@ -23,7 +25,7 @@ class ServerTls:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tls:
-    """PEM files: whom to believe (None: what the system believes) and, for mutual TLS, who we are."""
+    """PEM files of a client: trusted authority (None: the system's) and, for mutual TLS, own certificate and key."""
 
     ca: Path | None = None
     certificate: Path | None = None
@@ -31,19 +33,19 @@ class Tls:
 
     @classmethod
     def in_folder(cls, folder: Path) -> "Tls | None":
-        """What the folder of a device or an aggregator has of these files; None where there is nothing to use."""
+        """The files in the folder of a device or an aggregator; None if it has no certificate."""
         ca, certificate, key = (
             path if (path := folder / name).exists() else None for name in (CA, CERTIFICATE, TLS_KEY)
         )
         return cls(ca=ca, certificate=certificate, key=key) if ca or certificate else None
 
     def context(self) -> ssl.SSLContext:
-        """The context for a client; ConfigError names what cannot be read."""
+        """The SSL context for a client; ConfigError, which names the files, if they cannot be used."""
         try:
             context = ssl.create_default_context(cafile=self.ca)
             if self.certificate is not None:
                 context.load_cert_chain(self.certificate, check_secret(self.key) if self.key is not None else None)
         except (OSError, ssl.SSLError) as error:
             files = ", ".join(str(file) for file in (self.ca, self.certificate, self.key) if file is not None)
-            raise ConfigError(f"cannot use {files} for TLS: {error}") from error
+            raise ConfigError(f"cannot use {files} for TLS: {error}; check these files") from error
         return context

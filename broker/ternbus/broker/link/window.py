@@ -1,7 +1,7 @@
-"""How much may be under way to a broker and unanswered at a time, learned from how fast its answers come.
+"""The window of unacknowledged publications, adapted to the time that a broker takes to acknowledge them.
 
-paho queues its ping behind what it has to send and takes the broker for dead when no answer comes within a keepalive.
-So on a slow uplink little may be under way; on a fast one much must be, or the line stands idle.
+paho queues its ping behind other data, and treats the broker as lost if no answer arrives within a keepalive. A slow
+uplink therefore needs a small window. A fast uplink needs a large one to be used fully.
 """
 
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ class _Sent:
 
 @dataclass(slots=True, kw_only=True)
 class Window:
-    """Publications that wait for their PUBACK. An answer later than ``patience_s`` narrows the window."""
+    """Publications without a PUBACK. A PUBACK after more than ``patience_s`` makes the window smaller."""
 
     patience_s: float
     messages_max: int = MESSAGES_MAX
@@ -31,16 +31,16 @@ class Window:
 
     @property
     def is_open(self) -> bool:
-        """Whether one more may be sent: always if none is under way."""
+        """Whether one more publication may be sent; always true if none is unacknowledged."""
         return not self._under_way or (len(self._under_way) < self.messages_max and self.size_bytes < self.bytes_max)
 
     def sent(self, mid: int, *, ticket: int, size_bytes: int, now: float) -> None:
-        """Enter what has been sent under the packet identifier ``mid``."""
+        """Record a publication with the packet identifier ``mid``."""
         self._under_way[mid] = _Sent(ticket=ticket, size_bytes=size_bytes, at=now)
         self.size_bytes += size_bytes
 
     def answered(self, mid: int, *, now: float) -> int:
-        """Take out what has been answered, learn from the time it took, and return its ticket."""
+        """Record a PUBACK, adapt the window to the time it took, and return the publication's ticket."""
         sent = self._under_way.pop(mid)
         self.size_bytes -= sent.size_bytes
         if now - sent.at > self.patience_s:

@@ -1,1 +1,1 @@
-"""The protocol without I/O: frames, messages, signatures, blocks, the log of merges, invitations."""
+"""The protocol without I/O: frames, messages, signatures, ternary blocks, the merge log, invitations."""

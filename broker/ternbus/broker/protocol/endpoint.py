@@ -1,4 +1,4 @@
-"""Where a broker listens: its URL, checked and taken apart."""
+"""The address of a broker: host, port and TLS, parsed from its URL."""
 
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -7,12 +7,12 @@ from urllib.parse import urlsplit
 
 from ternbus.broker.errors import ConfigError
 
-WILDCARDS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - what to listen on -> where it is heard here
+WILDCARDS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - address to listen on -> address to connect to
 PORTS: Final = {"mqtt": 1883, "mqtts": 8883}
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach ``host``."""
+    """Whether ``host`` is a loopback address, which only this machine can reach."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
@@ -21,7 +21,7 @@ def is_loopback(host: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """One listener of a broker."""
+    """The host and port of a broker, and whether it uses TLS."""
 
     host: str
     port: int
@@ -29,19 +29,19 @@ class Endpoint:
 
     @classmethod
     def parse(cls, url: str) -> Self:
-        """Take ``mqtt://HOST[:PORT]`` or ``mqtts://HOST[:PORT]`` apart; ConfigError for anything else."""
+        """Parse ``mqtt://HOST[:PORT]`` or ``mqtts://HOST[:PORT]``; ConfigError for anything else."""
         wanted = "mqtt://HOST:PORT or mqtts://HOST:PORT"
         try:
             parts = urlsplit(url)
             port = parts.port
         except ValueError as error:
-            raise ConfigError(f"the broker's URL is {wanted}, not {url!r}: {error}") from error
+            raise ConfigError(f"invalid broker URL {url!r}: {error}; use {wanted}") from error
         if parts.username is not None:
-            # not repeated in the message: what stands before the @ may be a password
-            raise ConfigError(f"the broker's URL is {wanted}; a user name or password does not belong in it")
+            # the message does not repeat the URL, which may contain a password
+            raise ConfigError(f"the broker's URL contains a user name or password: remove it and use {wanted}")
         extra = parts.path.strip("/") + parts.query + parts.fragment
         if parts.scheme not in PORTS or not parts.hostname or extra or port == 0:
-            raise ConfigError(f"the broker's URL is {wanted}, not {url!r}")
+            raise ConfigError(f"invalid broker URL {url!r}: use {wanted}")
         return cls(host=parts.hostname, port=port or PORTS[parts.scheme], tls=parts.scheme == "mqtts")
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Bytes to signed frame and back: the envelope of every message, knowing nothing of what the kinds mean."""
+"""Signed frames, the envelope of every message: build and parse, whatever the kind of message."""
 
 import struct
 from collections.abc import Mapping
@@ -18,13 +18,13 @@ SIGNED_PREFIX: Final = b"ternbus/1 frame\0"
 PARTS_MAX: Final = 65_535
 DEPTH_MAX: Final = 8
 U64: Final = 2**64
-FRAME_BYTES: Final = 120 * 1024  # AWS IoT Core takes 128 KB; a broker that takes less says so at CONNACK
-FRAME_BYTES_RANGE: Final = 4096, 268_000_000  # what may be configured instead: a frame's own, and MQTT's bound
+FRAME_BYTES: Final = 120 * 1024  # AWS IoT Core accepts 128 KB; a broker with a smaller limit sends it in CONNACK
+FRAME_BYTES_RANGE: Final = 4096, 268_000_000  # bounds of the setting: from the size of an envelope, and from MQTT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
-    """One MQTT payload, its header checked for form; ``check_authentic`` says who wrote it."""
+    """One MQTT payload with a well-formed header; ``check_authentic`` verifies its signature."""
 
     kind: str
     federation: str
@@ -41,15 +41,15 @@ class Frame:
     body: bytes
 
     def check_authentic(self, public: bytes) -> None:
-        """Raise ProtocolError unless ``public`` signed this header and the body is the one it names."""
+        """Raise ProtocolError unless ``public`` signed the header and the body has the digest in the header."""
         verify(public, SIGNED_PREFIX + self.header, self.signature)
         if blake2b(self.body, digest_size=32).digest() != self.digest:
-            raise ProtocolError("bad-digest", "the body is not the one that the header names")
+            raise ProtocolError("bad-digest", "the body does not have the digest in the header")
 
     def check_bodiless(self) -> None:
-        """Raise ProtocolError unless this is a whole message without a body, as most kinds are."""
+        """Raise ProtocolError unless this is a message of one part without a body, as most kinds are."""
         if self.parts != 1 or self.body:
-            raise ProtocolError("bad-body", f"a message of kind {self.kind} has no body and one part")
+            raise ProtocolError("bad-body", f"a message of kind {self.kind} must have one part and no body")
 
 
 def build(
@@ -64,7 +64,10 @@ def build(
     part: int = 0,
     parts: int = 1,
 ) -> bytes:
-    """Sign one frame: ``TBF1``, header length, header, signature, body."""
+    """Sign and encode one frame: ``TBF1``, header length, header, signature, body.
+
+    ProtocolError if the header is longer than `HEADER_BYTES_MAX`.
+    """
     header = msgpack.packb(
         {
             "kind": kind,
@@ -84,15 +87,15 @@ def build(
 
 
 def parse(payload: bytes) -> Frame:
-    """Take a payload apart and check the header's form. Neither signature nor digest is looked at yet."""
+    """Parse a payload and check the form of its header, but neither signature nor digest; else ProtocolError."""
     if len(payload) < 8 + SIGNATURE_BYTES or payload[:4] != MAGIC:
-        raise ProtocolError("not-a-frame", "too short, or does not begin with TBF1")
+        raise ProtocolError("not-a-frame", "the payload is too short or does not begin with TBF1")
     (length,) = struct.unpack_from("<I", payload, 4)
     if length > HEADER_BYTES_MAX:
         raise ProtocolError("header-too-long", f"{length} bytes, at most {HEADER_BYTES_MAX}")
     end = 8 + length
     if len(payload) < end + SIGNATURE_BYTES:
-        raise ProtocolError("not-a-frame", "shorter than its header says")
+        raise ProtocolError("not-a-frame", "the payload is shorter than the header length in it")
     header = payload[8:end]
     fields, meta_bytes = _parse_header(header)
     part, parts = _part(fields)
@@ -114,7 +117,7 @@ def parse(payload: bytes) -> Frame:
 
 
 def _parse_header(header: bytes) -> tuple[dict[str, Any], bytes]:
-    """The header as a map, and the bytes of ``meta`` as they were sent (parts belong together by them)."""
+    """The header as a map, and the encoded bytes of ``meta``, by which the parts of a message are matched."""
     unpacker = msgpack.Unpacker(
         strict_map_key=False, object_pairs_hook=_unique, max_buffer_size=HEADER_BYTES_MAX, use_list=True
     )
@@ -127,19 +130,19 @@ def _parse_header(header: bytes) -> tuple[dict[str, Any], bytes]:
             start = unpacker.tell()
             value = unpacker.unpack()
             if not isinstance(key, str) or key in fields:
-                raise ProtocolError("bad-header", "a key that is no string, or stands twice")
+                raise ProtocolError("bad-header", "a key is repeated or not a string")
             fields[key] = value
             if key == "meta":
                 meta_bytes = header[start : unpacker.tell()]
-    # msgpack raises its own OutOfData, StackError, FormatError and plain ValueErrors (also UnicodeDecodeError)
-    # and, for extension types it knows, whatever their constructors raise.
+    # msgpack raises OutOfData, StackError, FormatError, ValueError (also UnicodeDecodeError) and, for the extension
+    # types it decodes, the exceptions of their constructors.
     except (msgpack.UnpackException, ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise ProtocolError("bad-header", "not one msgpack map") from error
+        raise ProtocolError("bad-header", "the header is not a msgpack map") from error
     if unpacker.tell() != len(header):
-        raise ProtocolError("bad-header", "bytes after the map")
+        raise ProtocolError("bad-header", "the header has bytes after its msgpack map")
     for key in ("kind", "federation", "sender", "key", "seq", "part", "digest", "meta"):
         if key not in fields:
-            raise ProtocolError("bad-header", f"no {key!r}")
+            raise ProtocolError("bad-header", f"{key!r} is missing")
     if not isinstance(fields["meta"], dict):
         raise ProtocolError("bad-header", "'meta' is not a map")
     _check_depth(fields, 1)
@@ -150,9 +153,9 @@ def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     try:
         result = dict(pairs)
     except TypeError as error:  # an unhashable key: an array or a map
-        raise ValueError("a key that cannot be one") from error
+        raise ValueError("a key is an array or a map") from error
     if len(result) != len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key is repeated")
     return result
 
 
@@ -160,7 +163,7 @@ def _check_depth(value: object, depth: int) -> None:
     if not isinstance(value, dict | list):
         return
     if depth > DEPTH_MAX:
-        raise ProtocolError("bad-header", f"nested deeper than {DEPTH_MAX}")
+        raise ProtocolError("bad-header", f"the header is nested more than {DEPTH_MAX} levels deep")
     for child in value.values() if isinstance(value, dict) else value:
         _check_depth(child, depth + 1)
 
@@ -171,7 +174,7 @@ def _part(fields: Mapping[str, Any]) -> tuple[int, int]:
         raise ProtocolError("bad-header", "'part' is not [i, n]")
     part, parts = (_integer(number, "part") for number in value)
     if not (1 <= parts <= PARTS_MAX and part < parts):
-        raise ProtocolError("bad-header", f"part {part} of {parts}")
+        raise ProtocolError("bad-header", f"part {part} of {parts} is out of range")
     return part, parts
 
 
@@ -192,7 +195,7 @@ def _name(fields: Mapping[str, Any], key: str) -> str:
     value = _text(fields, key)
     good = is_federation(value) if key == "federation" else value == AGGREGATOR or is_device(value)
     if not good:
-        raise ProtocolError("bad-header", f"{key!r} is not a name")
+        raise ProtocolError("bad-header", f"{key!r} is not a valid name")
     return value
 
 

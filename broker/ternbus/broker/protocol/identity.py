@@ -1,4 +1,4 @@
-"""Who somebody is: names, Ed25519 keys, signatures, sealed boxes, and the proof that joins a device."""
+"""Identities: names, Ed25519 keys, signatures, sealed boxes, and the proof with which a device enrolls."""
 
 import re
 from dataclasses import dataclass, field
@@ -21,12 +21,12 @@ DEVICE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\Z")
 
 
 def is_federation(name: str) -> bool:
-    """Whether ``name`` may be a federation's name."""
+    """Whether ``name`` is a valid name of a federation."""
     return FEDERATION_NAME.match(name) is not None
 
 
 def is_device(name: str) -> bool:
-    """Whether ``name`` may be a device's name; what begins with ``aggregator`` is taken."""
+    """Whether ``name`` is a valid name of a device; names that begin with ``aggregator`` are reserved."""
     return DEVICE_NAME.match(name) is not None and not name.startswith(AGGREGATOR)
 
 
@@ -38,7 +38,9 @@ def is_public_key(text: str) -> bool:
 def check_federation(name: str) -> str:
     """Return ``name`` or raise ConfigError."""
     if not is_federation(name):
-        raise ConfigError(f"{name!r} cannot name a federation: use 1 to 32 of a-z, 0-9 and '-', not beginning with '-'")
+        raise ConfigError(
+            f"invalid federation name {name!r}: use 1 to 32 of a-z, 0-9 and '-', with a letter or digit first"
+        )
     return name
 
 
@@ -46,8 +48,8 @@ def check_device(name: str) -> str:
     """Return ``name`` or raise ConfigError."""
     if not is_device(name):
         raise ConfigError(
-            f"{name!r} cannot name a device: use 1 to 64 of a-z, 0-9, '_' and '-', beginning with a letter or "
-            "digit and not with 'aggregator'"
+            f"invalid device name {name!r}: use 1 to 64 of a-z, 0-9, '_' and '-', with a letter or digit first; "
+            "a name must not begin with 'aggregator'"
         )
     return name
 
@@ -59,7 +61,7 @@ def key_id(public: bytes) -> KeyId:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """An Ed25519 key pair, made from its 32-byte seed; the seed never shows in a repr."""
+    """An Ed25519 key pair, derived from its 32-byte seed; its repr does not contain the seed."""
 
     seed: bytes = field(repr=False)
     _signing: nacl.signing.SigningKey = field(init=False, repr=False, compare=False)
@@ -81,28 +83,28 @@ class Identity:
         return self._signing.sign(message).signature
 
     def unseal(self, box: bytes) -> bytes:
-        """Open a libsodium sealed box made for this key (converted to X25519)."""
+        """Decrypt a libsodium sealed box for this key (converted to X25519); ProtocolError if that fails."""
         try:
             return nacl.public.SealedBox(self._signing.to_curve25519_private_key()).decrypt(box)
         except (nacl.exceptions.CryptoError, ValueError, TypeError) as error:
-            raise ProtocolError("bad-seal", "the sealed box does not open with the aggregator's key") from error
+            raise ProtocolError("bad-seal", "the aggregator's key does not decrypt the sealed box") from error
 
 
 def verify(public: bytes, message: bytes, signature: bytes) -> None:
-    """Raise ProtocolError unless ``signature`` over ``message`` is by ``public``."""
+    """Raise ProtocolError unless ``signature`` is the signature of ``public`` over ``message``."""
     try:
         nacl.signing.VerifyKey(public).verify(message, signature)
     except (nacl.exceptions.BadSignatureError, ValueError, TypeError) as error:
-        raise ProtocolError("bad-signature", "the signature does not verify") from error
+        raise ProtocolError("bad-signature", "the signature is not valid") from error
 
 
 def seal(public: bytes, plain: bytes) -> bytes:
-    """A libsodium sealed box (X25519, XSalsa20-Poly1305) to the holder of the Ed25519 key ``public``."""
+    """A libsodium sealed box (X25519, XSalsa20-Poly1305) for the holder of the Ed25519 key ``public``."""
     box = nacl.public.SealedBox(nacl.signing.VerifyKey(public).to_curve25519_public_key())
     return box.encrypt(plain)
 
 
 def enroll_proof(code: str, federation: str, device: str, public_key: bytes) -> bytes:
-    """BLAKE2b-256, keyed with the invitation code, over what binds this key to this device of this federation."""
+    """BLAKE2b-256, keyed with the invitation code, over the federation, the device and its public key."""
     parts = (b"ternbus/1 enroll", federation.encode(), device.encode(), public_key)
     return blake2b(b"\0".join(parts), digest_size=32, key=code.encode("utf-8")).digest()

@@ -1,4 +1,4 @@
-"""The invitation: the one TOML file that an operator hands to a device, and all that the device needs."""
+"""The invitation: a TOML file with everything that a device needs to join a federation."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -10,18 +10,18 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.endpoint import Endpoint
 from ternbus.broker.protocol.identity import check_device, check_federation, is_public_key
 
-CODE_BYTES_MAX: Final = 64  # BLAKE2b's longest key
+CODE_BYTES_MAX: Final = 64  # the maximum length of a BLAKE2b key
 
 
 def check_broker_url(url: str) -> str:
-    """Return ``url`` or raise ConfigError."""
+    """Return ``url``, or raise ConfigError if it is not the URL of a broker."""
     Endpoint.parse(url)
     return url
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Invitation:
-    """Who invites whom, where they meet, and the one-time code."""
+    """The federation and its key, the device, the broker's URL, the one-time code, and credentials for TLS as PEM."""
 
     federation: str
     device: str
@@ -31,7 +31,7 @@ class Invitation:
     ca: str | None = None
     certificate: str | None = None
     key: str | None = field(default=None, repr=False)
-    # For people: the aggregator knows it by its own clock, and a device may have none.
+    # Only for the heading of the file: the aggregator checks the expiry by its own clock, and a device may have none.
     expires: datetime | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -39,9 +39,9 @@ class Invitation:
         check_device(self.device)
         check_broker_url(self.broker)
         if not is_public_key(self.aggregator_key):
-            raise ConfigError("the invitation's aggregator_key is not 64 hex digits; ask for a new invitation")
+            raise ConfigError("aggregator_key in the invitation is not 64 hex digits; ask for a new invitation")
         if not 1 <= len(self.code.encode("utf-8", "surrogatepass")) <= CODE_BYTES_MAX:
-            raise ConfigError(f"the invitation's code is not 1 to {CODE_BYTES_MAX} bytes; ask for a new invitation")
+            raise ConfigError(f"code in the invitation is not 1 to {CODE_BYTES_MAX} bytes; ask for a new invitation")
 
     @property
     def aggregator_public(self) -> bytes:
@@ -49,31 +49,35 @@ class Invitation:
 
     def dumps(self) -> str:
         """The TOML file's text."""
-        heading = "A Ternbus invitation: whoever holds this file can join as this device, once."
+        heading = "A Ternbus invitation. Keep it secret: its holder can join as this device, once."
         if self.expires is not None:
-            heading += f"\nIt ends on {self.expires.astimezone(UTC):%Y-%m-%d at %H:%M:%S} UTC."
+            heading += f"\nIt expires on {self.expires.astimezone(UTC):%Y-%m-%d at %H:%M:%S} UTC."
         table = {entry: value for entry in _entries() if (value := getattr(self, entry)) is not None}
         return toml.dumps(table, {(): heading})
 
     @classmethod
     def loads(cls, text: str, source: str = "the invitation") -> "Invitation":
-        """Read what ``dumps`` wrote; ConfigError, naming ``source``, for anything else."""
+        """Parse the text of ``dumps``; ConfigError, which names ``source``, for anything else."""
         return cls.from_table(toml.loads(text, source), source)
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any], source: str = "the invitation") -> "Invitation":
-        """Check a table as TOML gives it."""
+        """Check a parsed TOML table; ConfigError, which names ``source``, for a missing, unknown or invalid key."""
         unknown = sorted(set(table) - set(_entries()))
         if unknown:
-            raise ConfigError(f"{source} has an unknown key {unknown[0]!r}; is it an invitation?")
+            raise ConfigError(
+                f"{source} has an unknown key {unknown[0]!r}; give a file from `ternbus aggregator invite`"
+            )
         missing = sorted({"federation", "device", "broker", "aggregator_key", "code"} - set(table))
         if missing:
-            raise ConfigError(f"{source} lacks {missing[0]!r}; is it an invitation?")
+            raise ConfigError(f"{source} lacks the key {missing[0]!r}; give a file from `ternbus aggregator invite`")
         if not all(isinstance(value, str) for value in table.values()):
-            raise ConfigError(f"{source} has a value that is not a string; is it an invitation?")
+            raise ConfigError(
+                f"{source} has a value that is not a string; give a file from `ternbus aggregator invite`"
+            )
         return cls(**table)
 
 
 def _entries() -> list[str]:
-    """The keys of the file."""
+    """The keys of the TOML file."""
     return [entry.name for entry in fields(Invitation) if entry.name != "expires"]

@@ -1,6 +1,6 @@
-"""The log of merges: an entry for each version, signed, that names the one before it by its hash (docs/log.md).
+"""The merge log: one signed entry for each version, with the hash of the entry before it (docs/log.md).
 
-Knows an entry's bytes, and what tampering a log as a whole shows; neither where logs are kept nor how they are made.
+This module encodes and checks entries, and finds traces of tampering in a whole log. It neither stores nor makes logs.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,17 +18,17 @@ from ternbus.broker.protocol.identity import Identity, KeyId, is_federation, ver
 from ternbus.broker.protocol.messages import RESTORE_LEAP
 
 SIGNED_PREFIX: Final = b"ternbus/1 log\0"
-FIRST: Final = bytes(32)  # in place of a hash, in the entry with which the log begins
+FIRST: Final = bytes(32)  # the previous hash in the first entry
 UNKNOWN_DIGEST: Final = bytes(32)  # of an update that was accepted before its aggregator kept a log
-ENTRY_BYTES_MAX: Final = 2**28  # some millions of updates in one merge
+ENTRY_BYTES_MAX: Final = 2**28  # enough for millions of updates in one merge
 _KEYS: Final = ["federation", "version", "digest", "previous", "updates"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contribution:
-    """An update in a merge, and how much it weighed there: by what its block was multiplied, 0 if it was left out.
+    """An update in a merge. ``weight`` is the factor of its block in the merge, 0 if it was left out.
 
-    Under a rule that looks at each coordinate by itself it is the mean weight over them.
+    Under a coordinate-wise rule, ``weight`` is the mean weight over the coordinates.
     """
 
     device: str
@@ -40,7 +40,7 @@ class Contribution:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """What one merge was made of. ``digest`` is the model's, as heads have it; ``previous`` the entry's before."""
+    """The updates in one merge. ``digest`` is the model's, as in a head; ``previous`` is the hash of the last entry."""
 
     federation: str
     version: int
@@ -54,7 +54,7 @@ class Entry:
         return self.previous == FIRST and self.version > 0
 
     def content(self) -> bytes:
-        """The one encoding that this entry has."""
+        """The canonical encoding of this entry."""
         values = [self.federation, self.version, self.digest, self.previous]
         rows = [[each.device, bytes(each.key), each.seq, each.digest, float(each.weight)] for each in self.updates]
         return bytes(msgpack.packb(dict(zip(_KEYS, [*values, rows], strict=True))))
@@ -65,16 +65,16 @@ class Entry:
 
     @classmethod
     def parse(cls, content: bytes) -> Self:
-        """ProtocolError where these bytes are not exactly what ``content`` would give."""
+        """Decode an entry; ProtocolError unless the bytes are its canonical encoding."""
         try:
             fields = msgpack.unpackb(content, strict_map_key=False)
         except (msgpack.UnpackException, ValueError, TypeError, OverflowError, RecursionError) as error:
-            raise ProtocolError("bad-entry", "not msgpack") from error
+            raise ProtocolError("bad-entry", "the entry is not msgpack") from error
         if not isinstance(fields, dict) or list(fields) != _KEYS:
-            raise ProtocolError("bad-entry", f"not a map of {', '.join(_KEYS)}")
+            raise ProtocolError("bad-entry", f"the entry is not a map of {', '.join(_KEYS)}")
         federation, rows = meta_fields.text(fields, "federation"), fields["updates"]
         if not is_federation(federation) or not isinstance(rows, list):
-            raise ProtocolError("bad-entry", "a federation or a list of updates that cannot be one")
+            raise ProtocolError("bad-entry", "'federation' is not a valid name or 'updates' is not a list")
         entry = cls(
             federation=federation,
             version=meta_fields.integer(fields, "version"),
@@ -83,7 +83,7 @@ class Entry:
             updates=tuple(_contribution(row) for row in rows),
         )
         if entry.content() != content:
-            raise ProtocolError("bad-entry", "another encoding than the canonical one")
+            raise ProtocolError("bad-entry", "the encoding of the entry is not canonical")
         return entry
 
 
@@ -109,7 +109,7 @@ class Signed:
 
     @property
     def hash(self) -> bytes:
-        """How the next entry names this one."""
+        """BLAKE2b-256 of the content, which the next entry contains as ``previous``."""
         return blake2b(self.content, digest_size=32).digest()
 
     def pack(self) -> bytes:
@@ -117,15 +117,15 @@ class Signed:
 
 
 def unpack(packed: bytes) -> Signed:
-    """What ``pack`` gave; ProtocolError where it is nothing like it."""
+    """Decode the result of ``pack``; ProtocolError for anything else."""
     entries = list(unpack_all([packed]))
     if len(entries) != 1:
-        raise ProtocolError("bad-log", f"{len(entries)} entries in place of one")
+        raise ProtocolError("bad-log", f"{len(entries)} entries instead of one")
     return entries[0]
 
 
 def unpack_all(chunks: Iterable[bytes]) -> Iterator[Signed]:
-    """The entries of a log, packed one behind the other and cut anywhere; ProtocolError from the first that is none."""
+    """The entries of a log, from chunks that are cut anywhere; ProtocolError at the first that cannot be decoded."""
     unpacker = msgpack.Unpacker(
         max_buffer_size=ENTRY_BYTES_MAX, max_array_len=2, max_map_len=0, max_ext_len=0, max_str_len=0
     )
@@ -138,9 +138,9 @@ def unpack_all(chunks: Iterable[bytes]) -> Iterator[Signed]:
                 yield _signed(found, start)
                 start = unpacker.tell()
         if size_bytes != start:
-            raise ProtocolError("bad-log", f"it ends in the middle of the entry that begins at byte {start}")
+            raise ProtocolError("bad-log", f"the log ends inside the entry that begins at byte {start}")
     except (msgpack.UnpackException, ValueError, TypeError, RecursionError) as error:
-        raise ProtocolError("bad-log", f"no entry at byte {start}, and what follows it cannot be told") from error
+        raise ProtocolError("bad-log", f"no valid entry at byte {start}; the rest cannot be read") from error
 
 
 def _signed(found: Any, start: int) -> Signed:
@@ -148,12 +148,12 @@ def _signed(found: Any, start: int) -> Signed:
         case [bytes(content), bytes(signature)] if len(signature) == SIGNATURE_BYTES:
             return Signed(content=content, signature=signature)
         case _:
-            raise ProtocolError("bad-log", f"no entry at byte {start}, and what follows it cannot be told")
+            raise ProtocolError("bad-log", f"no valid entry at byte {start}; the rest cannot be read")
 
 
 @dataclass(frozen=True, slots=True)
 class _Link:
-    """What is remembered of an entry to see whether the next one fits."""
+    """The parts of an entry that the check of the chain needs."""
 
     previous: bytes
     hash: bytes
@@ -163,10 +163,10 @@ class _Link:
 
 @dataclass(slots=True, kw_only=True)
 class Audit:
-    """Takes a log's entries as they stand and names whatever is not as the holder of ``public`` wrote it."""
+    """Checks the entries of a log, in the order of the log, against the aggregator's key ``public``."""
 
     public: bytes
-    federation: str = ""  # whose the log has to be; of the first genuine entry where it is not known
+    federation: str = ""  # the expected federation; by default that of the first genuine entry
     faults: list[str] = field(default_factory=list)
     entries: int = 0
     updates: int = 0
@@ -175,7 +175,7 @@ class Audit:
     _highest: int = -1
 
     def take(self, signed: Signed) -> Entry | None:
-        """The entry, where it is genuine in itself."""
+        """Check the next entry by itself and note its faults; return the entry if it is genuine."""
         self.entries += 1
         self.size_bytes += len(signed.pack())
         try:
@@ -186,10 +186,10 @@ class Audit:
         self.updates += len(entry.updates)
         genuine = self._is_genuine(entry, signed)
         if entry.version in self._links:
-            self.faults.append(f"version {entry.version} stands there twice, the second time as entry {self.entries}")
+            self.faults.append(f"version {entry.version} is in the log twice, the second time as entry {self.entries}")
             return None
         if entry.version < self._highest:
-            self.faults.append(f"version {entry.version} stands behind version {self._highest}: the order was changed")
+            self.faults.append(f"version {entry.version} comes after version {self._highest}: the order was changed")
         self._highest = max(self._highest, entry.version)
         self._links[entry.version] = _Link(entry.previous, signed.hash, entry.digest, genuine)
         return entry if genuine else None
@@ -202,19 +202,19 @@ class Audit:
             return False
         self.federation = self.federation or entry.federation
         if entry.federation != self.federation:
-            self.faults.append(f"version {entry.version} is of the federation {entry.federation!r}")
+            self.faults.append(f"version {entry.version} belongs to the federation {entry.federation!r}")
             return False
         return True
 
     def finish(self, head: tuple[int, bytes | None] | None = None) -> list[str]:
-        """All faults, those of the chain included; ``head``, a version and its digest, must be in the log."""
+        """Check the chain and return all faults. ``head``, a published version and its digest, must be in the log."""
         if not self._links:
-            self.faults.append("there is no entry")
+            self.faults.append("the log has no entry")
             return self.faults
         versions = sorted(self._links)
         first = self._links[versions[0]]
         if not (first.previous == FIRST if first.genuine else versions[0] == 0):
-            self.faults.append(f"the log begins with version {versions[0]}: what stood before it was removed")
+            self.faults.append(f"the log begins with version {versions[0]}: earlier entries were removed")
         for before, after in pairwise(versions):
             self._compare(before, after)
         if head is not None:
@@ -222,29 +222,29 @@ class Audit:
         return self.faults
 
     def _compare(self, before: int, after: int) -> None:
-        """Whether one entry was made right after the other."""
+        """Check that two neighbouring entries are consecutive, and note a fault if they are not."""
         earlier, later = self._links[before], self._links[after]
         fits = later.previous == earlier.hash
         if after != before + 1 and not (fits and after == before + RESTORE_LEAP):
             gap = f"version {before + 1} is" if after == before + 2 else f"versions {before + 1} to {after - 1} are"
             self.faults.append(f"{gap} missing")
         elif not fits and earlier.genuine and later.genuine:
-            self.faults.append(f"version {after} was made behind another version {before} than this one")
+            self.faults.append(f"version {after} was made after a different version {before} than the one in the log")
 
     def _look_for(self, version: int, digest: bytes | None) -> None:
         if version > self._highest:
             self.faults.append(
-                f"the log ends with version {self._highest}, and version {version} was published: "
-                "its end was cut off, or it was exported before"
+                f"the log ends with version {self._highest}, but version {version} was published: "
+                "its end was removed, or it was exported earlier"
             )
         elif version not in self._links:
-            self.faults.append(f"version {version} was published, and is not in the log")
+            self.faults.append(f"version {version} was published, but is not in the log")
         elif digest is not None and self._links[version].digest != digest:
-            self.faults.append(f"version {version} was published with another digest than the log has")
+            self.faults.append(f"version {version} was published with another digest than in the log")
 
     @property
     def readable(self) -> bool:
-        """Whether there was an entry at all."""
+        """Whether the log has an entry that could be decoded."""
         return bool(self._links)
 
     @property
@@ -254,6 +254,6 @@ class Audit:
 
     @property
     def last(self) -> tuple[int, bytes, bytes]:
-        """(version, the model's digest, the entry's hash) of the newest entry; there must be one."""
+        """(version, the model's digest, the entry's hash) of the newest entry; only if ``readable``."""
         link = self._links[self._highest]
         return self._highest, link.digest, link.hash

@@ -1,4 +1,7 @@
-"""The kinds of message as values: what each ``meta`` holds, checked field by field as it comes from the wire."""
+"""The kinds of message as values, with conversions to and from ``meta`` maps.
+
+``meta`` returns the map for a frame; ``from_meta`` checks a received map and raises ProtocolError for invalid fields.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +14,7 @@ from ternbus.broker.protocol.identity import KeyId
 
 GRANT_RANGES_MAX: Final = 500
 SAMPLES_MAX: Final = 2**32 - 1
-RESTORE_LEAP: Final = 2**32  # what an aggregator that was restored from an older copy adds to version, seq and session
+RESTORE_LEAP: Final = 2**32  # an aggregator that is restored from a backup adds this to version, seq and session
 
 OPEN, PAUSED, CLOSED = "open", "paused", "closed"
 STATES: Final = (OPEN, PAUSED, CLOSED)
@@ -23,7 +26,7 @@ SPLITS: Final = ("test", "local")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SnapshotRef:
-    """Which snapshot a head names: in frames an array ``[version, parts, bytes, place]``."""
+    """The snapshot that a head refers to; in frames the array ``[version, parts, bytes, place]``."""
 
     version: int
     parts: int
@@ -33,7 +36,7 @@ class SnapshotRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """What the newest version is, and how to follow and train."""
+    """The newest version of the model, and the parameters for following and training."""
 
     KIND: ClassVar[str] = "head"
     version: int
@@ -78,13 +81,13 @@ class Head:
             plan=meta_fields.mapping(meta, "plan"),
         )
         if version > head.version or not 1 <= parts <= PARTS_MAX or place > 1:
-            raise ProtocolError("bad-meta", "'snapshot' names what cannot be")
+            raise ProtocolError("bad-meta", "'snapshot' has a version, a number of parts or a place out of range")
         return head
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """The whole model: the body is the schema's bytes, then the vector, encoded."""
+    """The whole model: the body is the schema's bytes, then the encoded vector."""
 
     KIND: ClassVar[str] = "snapshot"
     version: int
@@ -115,7 +118,7 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """The block that turns version - 1 into version."""
+    """The change from version - 1 to version; the body is a block."""
 
     KIND: ClassVar[str] = "delta"
     version: int
@@ -138,7 +141,7 @@ class Delta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """What local training added to the vector of version ``base``; the body is a block."""
+    """The change of the vector by local training on version ``base``; the body is a block."""
 
     KIND: ClassVar[str] = "update"
     base: int
@@ -172,7 +175,7 @@ class Update:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
-    """Announces an update of ``parts`` parts under the update's own seq."""
+    """The announcement of an update of ``parts`` parts, with the seq of the update."""
 
     KIND: ClassVar[str] = "offer"
     base: int
@@ -188,7 +191,7 @@ class Offer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
-    """The ranges [first, last] of an offered update's parts that are wanted."""
+    """The parts of an offered update that the device should send, as ranges [first, last]."""
 
     KIND: ClassVar[str] = "grant"
     device: str
@@ -222,7 +225,7 @@ class Grant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """The aggregator's signed answer: the only thing that says what became of an update or an enroll."""
+    """The aggregator's signed outcome of an update or an enroll message."""
 
     KIND: ClassVar[str] = "receipt"
     device: str
@@ -262,7 +265,7 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """A hint for people and schedulers: what its sender does; a last will says ``offline``."""
+    """The state of a device or the aggregator, for display and scheduling only; in a last will ``offline``."""
 
     KIND: ClassVar[str] = "status"
     state: str
@@ -288,13 +291,13 @@ class Status:
 
 
 def is_outdated(status: Status, seq: int, known: Status, known_seq: int) -> bool:
-    """Whether a status says nothing of now, beside a ``known`` one of the same sender (protocol, section 11.9).
+    """Whether a status is older than a ``known`` status of the same sender (docs/protocol.md, section 11.9).
 
-    A session's ``offline`` is final, whatever its number: as a last will it was numbered before the session began. The
-    others of a session are newer the higher their numbers are. ProtocolError for an earlier session: a replay.
+    ``offline`` is the last status of a session, whatever its seq, because a last will gets its seq before the session
+    begins. The other statuses of a session are ordered by seq. ProtocolError for an earlier session: a replay.
     """
     if status.session < known.session:
-        raise ProtocolError("old-session", f"session {known.session} has begun since")
+        raise ProtocolError("old-session", f"session {status.session} ended: session {known.session} has begun")
     if status.session > known.session or not status.online:
         return False
     return not known.online or seq < known_seq
@@ -302,7 +305,7 @@ def is_outdated(status: Status, seq: int, known: Status, known_seq: int) -> bool
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metrics:
-    """An evaluation of a version."""
+    """The results of an evaluation of a version."""
 
     KIND: ClassVar[str] = "metrics"
     version: int
@@ -330,7 +333,7 @@ class Metrics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Enroll:
-    """Makes a key known for a device; the body proves that its sender holds the invitation's code."""
+    """The public key of a device; the body proves that the sender has the invitation's code."""
 
     KIND: ClassVar[str] = "enroll"
     public_key: bytes

@@ -1,4 +1,4 @@
-"""A ``meta`` map's entries, checked one by one as they come from the wire: each returns its value or ProtocolError."""
+"""Checked access to the fields of a received ``meta`` map: each function returns a value or raises ProtocolError."""
 
 import math
 from collections.abc import Mapping
@@ -9,18 +9,18 @@ from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.frame import PARTS_MAX, U64
 from ternbus.broker.protocol.identity import is_device
 
-ENTRIES_MAX: Final = 32  # of a map of metrics
+ENTRIES_MAX: Final = 32  # in a map of metrics
 
 
 def get(meta: Mapping[str, Any], key: str) -> Any:
-    """The value, which must be there."""
+    """The value under ``key``, which must be present."""
     if key not in meta:
-        raise ProtocolError("bad-meta", f"no {key!r}")
+        raise ProtocolError("bad-meta", f"{key!r} is missing")
     return meta[key]
 
 
 def checked_integer(value: object, key: str, low: int = 0, high: int = U64 - 1) -> int:
-    """An int, not a bool, within its range."""
+    """Check an int, not a bool, from ``low`` to ``high``."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise ProtocolError("bad-meta", f"{key!r} is not an integer from {low} to {high}")
     return value
@@ -32,7 +32,7 @@ def integer(meta: Mapping[str, Any], key: str, low: int = 0, high: int = U64 - 1
 
 
 def checked_number(value: object, key: str, low: float = -math.inf) -> float:
-    """A finite float; an int is accepted."""
+    """Check a finite number, at least ``low``, and return it as a float."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value < low:
         raise ProtocolError("bad-meta", f"{key!r} is not a finite number")
     return float(value)
@@ -63,12 +63,12 @@ def one_of(meta: Mapping[str, Any], key: str, names: tuple[str, ...]) -> str:
     """The str under ``key``, one of ``names``."""
     value = text(meta, key)
     if value not in names:
-        raise ProtocolError("bad-meta", f"{key!r} is none of {', '.join(names)}")
+        raise ProtocolError("bad-meta", f"{key!r} is not one of {', '.join(names)}")
     return value
 
 
 def binary(meta: Mapping[str, Any], key: str, length: int) -> bytes:
-    """The bytes under ``key``, exactly so many."""
+    """The bytes under ``key``, exactly ``length``."""
     value = get(meta, key)
     if not isinstance(value, bytes) or len(value) != length:
         raise ProtocolError("bad-meta", f"{key!r} is not {length} bytes")
@@ -84,7 +84,7 @@ def mapping(meta: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def numbers(meta: Mapping[str, Any], key: str) -> Mapping[str, float]:
-    """The map from str to float under ``key``."""
+    """The map from str to float under ``key``, at most `ENTRIES_MAX` entries."""
     values = mapping(meta, key)
     if len(values) > ENTRIES_MAX:
         raise ProtocolError("bad-meta", f"{key!r} has more than {ENTRIES_MAX} entries")
@@ -92,18 +92,18 @@ def numbers(meta: Mapping[str, Any], key: str) -> Mapping[str, float]:
 
 
 def device(meta: Mapping[str, Any]) -> str:
-    """A device's name."""
+    """The device name under ``device``."""
     name = text(meta, "device")
     if not is_device(name):
-        raise ProtocolError("bad-meta", "'device' is not a name")
+        raise ProtocolError("bad-meta", "'device' is not a valid name")
     return name
 
 
 def part_range(row: object) -> tuple[int, int]:
-    """A pair [first, last] of part numbers."""
+    """Check a pair [first, last] of part numbers."""
     if not isinstance(row, list) or len(row) != 2:
         raise ProtocolError("bad-meta", "a range is not [first, last]")
     first, last = (checked_integer(number, "parts", 0, PARTS_MAX - 1) for number in row)
     if first > last:
-        raise ProtocolError("bad-meta", "a range that ends before it begins")
+        raise ProtocolError("bad-meta", "a range ends before it begins")
     return first, last

@@ -1,4 +1,4 @@
-"""A message larger than one frame: cut into signed parts, and collected again within bounds."""
+"""Messages larger than one frame: split into signed parts, and assembled again within bounds on memory."""
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,7 @@ from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol.frame import PARTS_MAX, Frame, build
 from ternbus.broker.protocol.identity import Identity, KeyId
 
-PART_BYTES_MIN: Final = 1024  # every part but the last carries at least so much
+PART_BYTES_MIN: Final = 1024  # minimum size of every part but the last
 
 
 def cut(
@@ -24,7 +24,7 @@ def cut(
     body: bytes = b"",
     frame_bytes: int,
 ) -> list[bytes]:
-    """Sign ``body`` as one frame or as several of at most ``frame_bytes``; ConfigError where that is too small."""
+    """Sign ``body`` as one frame, or as several of at most ``frame_bytes`` bytes; ConfigError if that is too small."""
     about: dict[str, Any] = {"federation": federation, "sender": sender, "kind": kind, "seq": seq, "meta": meta}
     envelope = len(build(identity, **about, part=PARTS_MAX - 1, parts=PARTS_MAX))
     room = frame_bytes - envelope
@@ -32,11 +32,14 @@ def cut(
         return [build(identity, **about, body=body)]
     if room < PART_BYTES_MIN:
         raise ConfigError(
-            f"frames of {frame_bytes} bytes leave {room} for a part's body; raise the broker's maximum packet size"
+            f"frames of {frame_bytes} bytes leave {room} bytes for a part's body, but at least {PART_BYTES_MIN} are "
+            "needed; raise the broker's maximum packet size"
         )
     parts = -(-len(body) // room)
     if parts > PARTS_MAX:
-        raise ConfigError(f"a message of {len(body)} bytes needs more than {PARTS_MAX} parts; raise the frame size")
+        raise ConfigError(
+            f"{len(body)} bytes need more than {PARTS_MAX} frames of {frame_bytes} bytes; raise the frame size"
+        )
     return [
         build(identity, **about, body=body[part * room : (part + 1) * room], part=part, parts=parts)
         for part in range(parts)
@@ -45,7 +48,7 @@ def cut(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Whole:
-    """A message of which every part has come."""
+    """A complete message, of one part or assembled from all its parts."""
 
     kind: str
     federation: str
@@ -59,12 +62,12 @@ class Whole:
 
 
 def header_digest(header: bytes) -> bytes:
-    """BLAKE2b-256 of a frame's header: what its sender signed, with the digest of the body in it."""
+    """BLAKE2b-256 of a frame's header, which is signed and contains the digest of the body."""
     return blake2b(header, digest_size=32).digest()
 
 
 def message_digest(headers: Iterable[bytes]) -> bytes:
-    """BLAKE2b-256 of the digests of a message's headers in order of the parts: it stands for all that was signed."""
+    """BLAKE2b-256 of the digests of a message's headers in the order of the parts: it covers all signed bytes."""
     return header_digest(b"".join(map(header_digest, headers)))
 
 
@@ -72,13 +75,13 @@ def message_digest(headers: Iterable[bytes]) -> bytes:
 class _Assembly:
     parts: int
     bodies: dict[int, bytes] = field(default_factory=dict)
-    headers: dict[int, bytes] = field(default_factory=dict)  # their digests
+    headers: dict[int, bytes] = field(default_factory=dict)  # digests of the headers
     size_bytes: int = 0
 
 
 @dataclass(slots=True)
 class Collector:
-    """Parts of one sender's messages until they are whole; what exceeds the bounds is dropped, oldest first."""
+    """Assembles the messages of one sender from their parts; beyond the bounds, the oldest messages are dropped."""
 
     messages_max: int
     bytes_max: int
@@ -87,13 +90,16 @@ class Collector:
     _assemblies: OrderedDict[tuple[KeyId, str, int, int, bytes], _Assembly] = field(default_factory=OrderedDict)
 
     def add(self, frame: Frame) -> Whole | None:
-        """Take in an authentic frame; return the whole message when this was its last missing part."""
+        """Add an authentic frame; return the message if this was its last missing part.
+
+        ProtocolError for a part that is too short or too long.
+        """
         if frame.parts == 1:
             return whole(frame)
         if frame.part < frame.parts - 1 and len(frame.body) < PART_BYTES_MIN:
-            raise ProtocolError("short-part", f"{len(frame.body)} bytes in part {frame.part} of {frame.parts}")
+            raise ProtocolError("short-part", f"part {frame.part} of {frame.parts} has {len(frame.body)} bytes")
         if len(frame.body) > self.bytes_max:
-            raise ProtocolError("too-long", f"more than {self.bytes_max} bytes")
+            raise ProtocolError("too-long", f"a part has more than {self.bytes_max} bytes")
         name = _name(frame)
         assembly = self._assemblies.setdefault(name, _Assembly(frame.parts))
         if frame.part in assembly.bodies:
@@ -112,12 +118,12 @@ class Collector:
         return None
 
     def lacks_only(self, frame: Frame) -> bool:
-        """Whether this part is the one that its message still lacks."""
+        """Whether this part is the last missing part of its message."""
         assembly = self._assemblies.get(_name(frame))
         return assembly is not None and len(assembly.bodies) == frame.parts - 1 and frame.part not in assembly.bodies
 
     def missing(self, kind: str, seq: int) -> list[int]:
-        """The parts that a begun message still lacks; empty where nothing of it has come."""
+        """The missing parts of a partly received message; empty if no part has arrived."""
         for (_, its_kind, its_seq, _, _), assembly in self._assemblies.items():
             if (its_kind, its_seq) == (kind, seq):
                 return [part for part in range(assembly.parts) if part not in assembly.bodies]
@@ -135,12 +141,12 @@ class Collector:
 
 
 def _name(frame: Frame) -> tuple[KeyId, str, int, int, bytes]:
-    """What parts of one message agree in; the sender is the collector's."""
+    """The fields that all parts of one message share; a collector has one sender."""
     return frame.key, frame.kind, frame.seq, frame.parts, frame.meta_bytes
 
 
 def whole(frame: Frame) -> Whole:
-    """The message that a single frame is."""
+    """The message in a single frame."""
     return _whole(frame, frame.body, header_digest(frame.header))
 
 

@@ -1,4 +1,4 @@
-"""The keys of a plan and what each may be, for the one that writes it and for the ones that follow it."""
+"""The keys of a plan and the valid values of each, for the aggregator that writes it and devices that follow it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ SAMPLE: Final = "sample"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Number:
-    """A finite number within bounds, both included; ``optional`` ones may be None, which is the same as left out."""
+    """A finite number within bounds, both inclusive. If ``optional``, None is valid and means the key is absent."""
 
     low: float
     high: float
@@ -21,7 +21,7 @@ class Number:
     optional: bool = False
 
     def fault(self, value: object) -> str | None:
-        """Why it cannot be this value, or None."""
+        """The reason why ``value`` is invalid, or None if it is valid."""
         if value is None and self.optional:
             return None
         if isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
@@ -36,7 +36,7 @@ class Choice:
     names: tuple[str, ...]
 
     def fault(self, value: object) -> str | None:
-        """Why it cannot be this value, or None."""
+        """The reason why ``value`` is invalid, or None if it is valid."""
         return None if value in self.names else f"not one of {', '.join(self.names)}"
 
 
@@ -45,13 +45,13 @@ class Switch:
     """True or false."""
 
     def fault(self, value: object) -> str | None:
-        """Why it cannot be this value, or None."""
+        """The reason why ``value`` is invalid, or None if it is valid."""
         return None if isinstance(value, bool) else "not true or false"
 
 
 Key = Number | Choice | Switch
 
-# What every device follows (docs/protocol.md, section 11.1), and error_feedback.
+# Keys that every device follows (docs/protocol.md, section 11.1), and error_feedback.
 SHARED: Final[Mapping[str, Key]] = {
     "local_epochs": Number(low=0, high=1e4),
     "local_steps": Number(low=1, high=1e9, whole=True, optional=True),
@@ -66,7 +66,7 @@ SHARED: Final[Mapping[str, Key]] = {
     "error_feedback": Switch(),
     "seed": Number(low=-(2**63), high=2**64 - 1, whole=True),
 }
-# What Ternbus' own devices follow besides; the aggregator hands them on as they are.
+# Further keys that Ternbus devices follow; the aggregator forwards them unchanged.
 OWN: Final[Mapping[str, Key]] = {
     "local_seconds": Number(low=0, high=1e7, optional=True),
     "optimizer": Choice(names=("sgd", "adam", "adamw")),

@@ -1,4 +1,4 @@
-"""The model as bytes: which tensors, in which order and role, and the float32 vector that they make."""
+"""The schema of a model: its tensors with order, shape and role, and conversions to one float32 vector."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,8 +19,8 @@ Vector = npt.NDArray[np.float32]  # shape (elements,), little-endian float32, ev
 
 TERNARY: Final = "ternary"
 DENSE: Final = "dense"
-DENSE_BELOW: Final = 256  # a tensor with fewer elements is dense: its scale would cost more than it saves
-DENSE_NAMES: Final = ("*running_mean", "*running_var")  # batch norm's: trits would make a variance negative
+DENSE_BELOW: Final = 256  # a tensor with fewer elements is dense: the ternary codec would save too little
+DENSE_NAMES: Final = ("*running_mean", "*running_var")  # batch norm: ternary changes could make a variance negative
 TENSORS_MAX: Final = 100_000
 ELEMENTS_MAX: Final = 2**31
 SMALLEST_NORMAL: Final = np.float32(2.0**-126)
@@ -41,7 +41,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Where one tensor lies: in the vector, and in a block's run of its role's elements."""
+    """The position of one tensor in the vector, and among the elements of its role in a block."""
 
     tensor: Tensor
     start: int  # in the vector
@@ -51,14 +51,14 @@ class Segment:
 
 @dataclass(frozen=True)
 class Schema:
-    """The tensors of a model in their fixed order, and the bytes by which the aggregator first wrote them."""
+    """The tensors of a model in their fixed order, and their encoding by the aggregator."""
 
     tensors: tuple[Tensor, ...]
     encoded: bytes = field(repr=False)
 
     @classmethod
     def of(cls, shapes: Mapping[str, Sequence[int]], dense: Iterable[str] = ()) -> "Schema":
-        """A schema over named shapes; dense are tensors below 256 elements, statistics, and what matches ``dense``."""
+        """A schema of named shapes. Dense: tensors below 256 elements, statistics, and names that match ``dense``."""
         patterns = (*DENSE_NAMES, *dense)
         tensors = []
         for name, shape in shapes.items():
@@ -69,23 +69,23 @@ class Schema:
 
     @classmethod
     def write(cls, tensors: Iterable[Tensor]) -> "Schema":
-        """A schema over these tensors, in the bytes that the aggregator that calls this fixes for good."""
+        """A schema of these tensors with a new encoding; only the aggregator calls this, once for a federation."""
         return cls.parse(msgpack.packb([[tensor.name, list(tensor.shape), tensor.role] for tensor in tensors]))
 
     @classmethod
     def parse(cls, encoded: bytes) -> "Schema":
-        """Read the msgpack array of ``[name, shape, role]``; raise ProtocolError for anything else."""
+        """Decode the msgpack array of ``[name, shape, role]``; ProtocolError for anything else."""
         try:
             rows = msgpack.unpackb(encoded, strict_map_key=True)
         except (msgpack.UnpackException, ValueError, TypeError, OverflowError, RecursionError) as error:
-            raise ProtocolError("bad-schema", "not msgpack") from error
+            raise ProtocolError("bad-schema", "the schema is not msgpack") from error
         if not isinstance(rows, list) or not 1 <= len(rows) <= TENSORS_MAX:
-            raise ProtocolError("bad-schema", f"not an array of 1 to {TENSORS_MAX} tensors")
+            raise ProtocolError("bad-schema", f"the schema is not an array of 1 to {TENSORS_MAX} tensors")
         tensors = tuple(_tensor(row) for row in rows)
         if len({tensor.name for tensor in tensors}) != len(tensors):
-            raise ProtocolError("bad-schema", "a name stands twice")
+            raise ProtocolError("bad-schema", "a name is repeated")
         if not 0 < sum(tensor.elements for tensor in tensors) <= ELEMENTS_MAX:
-            raise ProtocolError("bad-schema", f"not 1 to {ELEMENTS_MAX} elements")
+            raise ProtocolError("bad-schema", f"the model does not have 1 to {ELEMENTS_MAX} elements")
         return cls(tensors, encoded)
 
     @cached_property
@@ -95,7 +95,7 @@ class Schema:
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
-        """Every tensor's place, in schema order."""
+        """The position of every tensor, in schema order."""
         start, offsets, segments = 0, {TERNARY: 0, DENSE: 0}, []
         for tensor in self.tensors:
             stop = start + tensor.elements
@@ -133,14 +133,14 @@ def _tensor(row: Any) -> Tensor:
             and all(isinstance(size, int) and not isinstance(size, bool) and 0 < size <= ELEMENTS_MAX for size in shape)
         ):
             return Tensor(name, tuple(shape), role)
-    raise ProtocolError("bad-schema", "an entry that is not [name, shape, role]")
+    raise ProtocolError("bad-schema", "an entry is not [name, shape, role]")
 
 
 def flush_tiny(values: npt.NDArray[np.float32]) -> None:
-    """Turn every magnitude below 2^-126, and -0, into +0, in place: some processors would, so all must."""
+    """Set every magnitude below 2^-126, and -0, to +0 in place: some processors do, and all must have the same bits."""
     values += np.float32(0.0)  # -0 + 0 is +0
     tiny = np.abs(values) < SMALLEST_NORMAL
-    tiny &= values != 0  # a third of a ternary change is 0 already, and numpy is slow where it writes
+    tiny &= values != 0  # a third of a ternary change is 0 already, and masked writes are slow
     if tiny.any():
         values[tiny] = 0.0
 
@@ -151,9 +151,9 @@ def vector_digest(vector: Vector) -> bytes:
 
 
 def vector_of(content: bytes, schema: Schema) -> Vector:
-    """Read a vector from its bytes; raise ProtocolError for a wrong length or an element that is not finite."""
+    """Decode a vector; ProtocolError for a wrong length or an element that is not finite."""
     if len(content) != 4 * schema.elements:
-        raise ProtocolError("bad-vector", f"{len(content)} bytes, not {4 * schema.elements}")
+        raise ProtocolError("bad-vector", f"{len(content)} bytes instead of {4 * schema.elements}")
     vector = np.frombuffer(content, dtype=type_f32).astype(np.float32)
     if not np.isfinite(vector).all():
         raise ProtocolError("bad-vector", "an element is not finite")
@@ -162,25 +162,31 @@ def vector_of(content: bytes, schema: Schema) -> Vector:
 
 
 def to_vector(schema: Schema, tensors: Mapping[str, npt.NDArray[Any]]) -> Vector:
-    """Flatten named tensors, row-major, in schema order; ConfigError where they do not fit the schema."""
+    """Flatten named tensors, row-major, in schema order; ConfigError if names, shapes or values are invalid."""
     missing = [tensor.name for tensor in schema.tensors if tensor.name not in tensors]
     if missing:
-        raise ConfigError(f"the model lacks {missing[0]!r} (and {len(missing) - 1} more) of the federation's schema")
+        raise ConfigError(
+            f"the model lacks tensor {missing[0]!r} of the federation's schema ({len(missing)} missing in total); "
+            "use the federation's model"
+        )
     vector = np.empty(schema.elements, dtype=np.float32)
     for segment in schema.segments:
         array = tensors[segment.tensor.name]
         name, shape = segment.tensor.name, segment.tensor.shape
         if tuple(array.shape) != shape:
-            raise ConfigError(f"tensor {name!r} has shape {tuple(array.shape)}, the federation's has {shape}")
+            raise ConfigError(
+                f"tensor {name!r} has shape {tuple(array.shape)} instead of the federation's {shape}; use the "
+                "federation's model"
+            )
         vector[segment.start : segment.stop] = np.asarray(array, dtype=np.float32).reshape(-1)
     if not np.isfinite(vector).all():
-        raise ConfigError("the model holds numbers that are not finite; was the learning rate too high?")
+        raise ConfigError("the model has values that are not finite; try a lower learning rate")
     flush_tiny(vector)
     return vector
 
 
 def to_tensors(schema: Schema, vector: Vector) -> dict[str, npt.NDArray[np.float32]]:
-    """Views of the vector in the tensors' shapes, by name, in schema order."""
+    """Named views of the vector in the tensors' shapes, in schema order."""
     return {
         segment.tensor.name: vector[segment.start : segment.stop].reshape(segment.tensor.shape)
         for segment in schema.segments

@@ -1,6 +1,7 @@
-"""Blocks: a change to the vector as trits and scales or as float32, encoded, checked, applied bit for bit.
+"""Blocks: changes to the model vector as trits and scales, or as float32; encoding, checks and exact application.
 
-TernGrad (Wen et al. 2017, eq. 1-3) sends sign, zero and one scale a tensor; here five trits make one byte.
+As in TernGrad (Wen et al. 2017, eq. 1-3), each element is -1, 0 or +1 times one scale for each tensor. Five trits are
+packed into one byte.
 """
 
 from collections import deque
@@ -21,22 +22,22 @@ CODECS: Final = (TERNARY, FLOAT32)
 RAW: Final = "raw"
 ZSTD: Final = "zstd"
 ENCODINGS: Final = (RAW, ZSTD)
-VALUE_MAX: Final = 65_504.0  # float16's largest: no honest change to one weight is larger
+VALUE_MAX: Final = 65_504.0  # the largest float16: no honest change to one weight is larger
 WINDOW_BYTES_MAX: Final = 8 * 2**20
 TRIT_BYTE_MAX: Final = 242
-CHUNK_BYTES: Final = 2**15  # of trits at a time: 640 KiB of float32 stay in the processor's cache
+CHUNK_BYTES: Final = 2**15  # of packed trits at a time: their 640 KiB of float32 fit into the processor's cache
 CHUNK: Final = 5 * CHUNK_BYTES
 
 Trits = npt.NDArray[np.int8]
 _decompressors: "deque[zstandard.ZstdDecompressor]" = deque(maxlen=4)
 _POWERS: Final = np.array([1, 3, 9, 27, 81], dtype=np.uint8)
-# TRITS[b] are the five trits of byte b, t0 first
+# TRITS[b] has the five trits of byte b, t0 first
 TRITS: Final = ((np.arange(243)[:, None] // _POWERS) % 3 - 1).astype(np.int8)
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A change to a vector, its content checked against the schema: use ``Block.read`` or ``Block.of_…``."""
+    """A change to a vector, valid for its schema. Make one with ``Block.read`` or ``Block.of_…``."""
 
     schema: Schema
     codec: str
@@ -44,7 +45,7 @@ class Block:
 
     @classmethod
     def read(cls, schema: Schema, codec: str, encoding: str, encoded: bytes) -> "Block":
-        """Decode and check what a peer sent; raise ProtocolError with a reason for anything malformed."""
+        """Decode and check a block from a peer; ProtocolError for anything malformed."""
         content = decode(encoded, encoding, content_bytes(schema, codec))
         if codec == TERNARY:
             _check_ternary(schema, content)
@@ -54,18 +55,18 @@ class Block:
 
     @classmethod
     def of_trits(cls, schema: Schema, scales: Sequence[float], trits: Trits, dense: npt.NDArray[np.float32]) -> "Block":
-        """From T scales, the ternary tensors' N trits in schema order, and the dense tensors' elements."""
+        """A ternary block of T scales, the ternary tensors' N trits in schema order, and the dense elements."""
         parts = (np.asarray(scales, dtype=type_f32).tobytes(), pack(trits), _clip(dense).tobytes())
         return cls(schema, TERNARY, b"".join(parts))
 
     @classmethod
     def of_float32(cls, schema: Schema, change: Vector) -> "Block":
-        """From a whole vector's change; magnitudes above 65,504 are clipped."""
+        """A float32 block of the change to a whole vector; magnitudes above 65,504 are clipped."""
         runs = [change[segment.start : segment.stop] for segment in (*schema.ternary, *schema.dense)]
         return cls(schema, FLOAT32, _clip(np.concatenate(runs)).tobytes())
 
     def apply(self, vector: Vector) -> Vector:
-        """The next version: v + s*t and v + d in float32, tiny numbers counting as +0; the same bits everywhere."""
+        """The next version: v + s*t and v + d in float32, tiny numbers as +0; the same bits on every machine."""
         result = vector.copy()
         for start, values in self._pieces():
             target = result[start : start + len(values)]
@@ -74,7 +75,7 @@ class Block:
         return result
 
     def piece(self, segment: Segment, first: int, last: int) -> npt.NDArray[np.float32]:
-        """Elements [first, last) of one tensor of the change; no others are unpacked."""
+        """Elements [first, last) of one tensor of the change; only these are unpacked."""
         low, high = segment.offset + first, segment.offset + last
         if self.codec == TERNARY and segment.tensor.role == TERNARY:
             rows = (TRITS * self.scales[self.schema.ternary.index(segment)]).take(
@@ -88,30 +89,30 @@ class Block:
         return values
 
     def value(self) -> Vector:
-        """The change itself as a vector."""
+        """The change as a vector."""
         return self.apply(np.zeros(self.schema.elements, dtype=np.float32))
 
     @property
     def scales(self) -> npt.NDArray[np.float32]:
-        """Of a ternary block: one for each ternary tensor, tiny ones as 0."""
+        """The scales of a ternary block, one for each ternary tensor, with tiny scales as 0."""
         scales = np.frombuffer(self.content, dtype=type_f32, count=len(self.schema.ternary)).astype(np.float32)
         flush_tiny(scales)
         return scales
 
     @property
     def packed(self) -> npt.NDArray[np.uint8]:
-        """Of a ternary block: the bytes of five trits each."""
+        """The packed trits of a ternary block, five in each byte."""
         first = 4 * len(self.schema.ternary)
         return np.frombuffer(self.content, dtype=np.uint8)[first : first + trit_bytes(self.schema)]
 
     @property
     def elements(self) -> npt.NDArray[np.float32]:
-        """What is float32 in it: the dense tensors' elements, in a float32 block the ternary ones' before them."""
+        """The float32 elements: those of the dense tensors; in a float32 block, after those of the ternary tensors."""
         first = 4 * len(self.schema.ternary) + trit_bytes(self.schema) if self.codec == TERNARY else 0
         return np.frombuffer(self.content, dtype=type_f32, offset=first)
 
     def _pieces(self) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-        """(place in the vector, values), in pieces of at most CHUNK elements."""
+        """(position in the vector, values), in pieces of at most CHUNK elements."""
         elements = self.elements
         runs = [(segment.start, segment.stop, segment.offset) for segment in self.schema.dense]
         if self.codec == TERNARY:
@@ -144,16 +145,16 @@ def trit_bytes(schema: Schema) -> int:
 
 
 def content_bytes(schema: Schema, codec: str) -> int:
-    """How long a block's content is before encoding; the schema and the codec imply it."""
+    """The length of a block's content before encoding; ProtocolError for an unknown codec."""
     if codec == TERNARY:
         return 4 * len(schema.ternary) + trit_bytes(schema) + 4 * schema.dense_elements
     if codec == FLOAT32:
         return 4 * schema.elements
-    raise ProtocolError("bad-codec", f"{codec[:20]!r}")
+    raise ProtocolError("bad-codec", f"unknown codec {codec[:20]!r}")
 
 
 def pack(trits: Trits) -> bytes:
-    """N trits in -1, 0, +1 to ceil(N/5) bytes, t0 the lowest power of three, the last byte filled with 0."""
+    """Pack N trits in -1, 0, +1 into ceil(N/5) bytes, t0 as the lowest power of three; 0 fills the last byte."""
     packed = np.empty(-(-len(trits) // 5), dtype=np.uint8)
     for first in range(0, len(packed), CHUNK_BYTES):
         piece = trits[5 * first : 5 * (first + CHUNK_BYTES)]
@@ -169,45 +170,45 @@ def pack(trits: Trits) -> bytes:
 
 
 def unpack(packed: bytes, count: int) -> Trits:
-    """The first ``count`` trits of bytes that ``pack`` made."""
+    """The first ``count`` trits in the bytes of ``pack``."""
     return TRITS.take(np.frombuffer(packed, dtype=np.uint8), axis=0).reshape(-1)[:count]
 
 
 def encode(content: bytes, encoding: str = ZSTD) -> bytes:
-    """The content as it travels: one zstd frame that states its size, or raw."""
+    """Encode the content for the wire: raw, or as one zstd frame with its content size."""
     return content if encoding == RAW else zstandard.ZstdCompressor(level=1).compress(content)
 
 
 def decode(encoded: bytes, encoding: str, size: int) -> bytes:
-    """Undo ``encode``; what a zstd frame promises is checked before a byte of it is decompressed."""
+    """Undo ``encode``; ProtocolError unless the result has ``size`` bytes, for zstd checked before decompression."""
     if encoding == RAW:
         content = encoded
     elif encoding == ZSTD:
         content = _decompress(encoded, size)
     else:
-        raise ProtocolError("bad-encoding", f"{encoding[:20]!r}")
+        raise ProtocolError("bad-encoding", f"unknown encoding {encoding[:20]!r}")
     if len(content) != size:
-        raise ProtocolError("bad-length", f"{len(content)} bytes, not {size}")
+        raise ProtocolError("bad-length", f"{len(content)} bytes instead of {size}")
     return content
 
 
 def _decompress(encoded: bytes, size: int) -> bytes:
     try:
         frame = zstandard.get_frame_parameters(encoded)
-        # A content size that is not stated reads as 2**64-1, a skippable frame's as 0: neither equals ``size``.
+        # zstandard reports a missing content size as 2**64-1, and 0 for a skippable frame: neither equals ``size``.
         if frame.content_size != size:
-            raise ProtocolError("bad-zstd", f"the frame does not state a content size of {size}")
+            raise ProtocolError("bad-zstd", f"the content size in the frame is missing or not {size}")
         if frame.dict_id != 0:
-            raise ProtocolError("bad-zstd", "the frame wants a dictionary")
+            raise ProtocolError("bad-zstd", "the frame needs a dictionary")
         if frame.window_size > WINDOW_BYTES_MAX:
-            raise ProtocolError("bad-zstd", f"a window of {frame.window_size} bytes")
+            raise ProtocolError("bad-zstd", f"the window of {frame.window_size} bytes is too large")
         return _decompress_frame(encoded)
     except zstandard.ZstdError as error:
-        raise ProtocolError("bad-zstd", "not exactly one zstd frame") from error
+        raise ProtocolError("bad-zstd", "the content is not exactly one zstd frame") from error
 
 
 def _decompress_frame(encoded: bytes) -> bytes:
-    """With a decompressor that nobody uses: one serves one thread at a time, and to make one takes a while."""
+    """Decompress with an unused decompressor: each serves one thread at a time, and making one is slow."""
     try:
         decompressor = _decompressors.pop()
     except IndexError:
@@ -221,13 +222,13 @@ def _decompress_frame(encoded: bytes) -> bytes:
 def _check_ternary(schema: Schema, content: bytes) -> None:
     scales = np.frombuffer(content, dtype=type_f32, count=len(schema.ternary)).copy()
     if not np.isfinite(scales).all():  # before any arithmetic: a signalling NaN makes numpy warn
-        raise ProtocolError("bad-scale", "a scale that is not finite")
-    flush_tiny(scales)  # a tiny negative scale is a zero like any other
+        raise ProtocolError("bad-scale", "a scale is not finite")
+    flush_tiny(scales)  # a tiny negative scale is 0, and valid
     if not ((scales >= 0) & (scales <= VALUE_MAX)).all():
-        raise ProtocolError("bad-scale", f"a scale outside 0 to {VALUE_MAX:.0f}")
+        raise ProtocolError("bad-scale", f"a scale is outside 0 to {VALUE_MAX:.0f}")
     packed = np.frombuffer(content, dtype=np.uint8, count=trit_bytes(schema), offset=4 * len(scales))
     if packed.size and int(packed.max()) > TRIT_BYTE_MAX:
-        raise ProtocolError("bad-trits", f"a byte above {TRIT_BYTE_MAX}")
+        raise ProtocolError("bad-trits", f"a byte is above {TRIT_BYTE_MAX}")
     used = schema.ternary_elements % 5
     if used and TRITS[packed[-1], used:].any():
         raise ProtocolError("bad-trits", "the last byte is not filled with 0")
@@ -235,9 +236,9 @@ def _check_ternary(schema: Schema, content: bytes) -> None:
 
 
 def _check_elements(elements: npt.NDArray[np.float32]) -> None:
-    # NaN passes through min and max and fails both comparisons
+    # min and max return NaN if there is one, and both comparisons with NaN are false
     if elements.size and not (elements.min() >= -VALUE_MAX and elements.max() <= VALUE_MAX):
-        raise ProtocolError("bad-element", f"an element that is not finite or beyond {VALUE_MAX:.0f}")
+        raise ProtocolError("bad-element", f"an element is not finite or beyond {VALUE_MAX:.0f}")
 
 
 def _clip(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -245,12 +246,12 @@ def _clip(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def nearest(values: npt.NDArray[np.float32], out: Trits) -> np.float32:
-    """Ternarize deterministically, for senders that carry what is lost: write trits to ``out``, return the scale.
+    """Ternarize deterministically, for senders with error feedback: write trits to ``out``, return the scale.
 
-    Zero below the mean magnitude, and the scale is the mean of the rest. It is the form of Ternary Weight Networks
-    (Li & Liu 2016, eq. 4-6) with a threshold of 1.0 instead of 0.7 means: 79 % instead of 81 % of a Gaussian's energy
-    for 1.40 instead of 1.56 bits an element. Unlike stochastic rounding it is a contraction, which error feedback
-    needs in order to converge (Karimireddy et al. 2019, assumption A).
+    Elements below the mean magnitude become zero; the scale is the mean magnitude of the others. This is the form of
+    Ternary Weight Networks (Li & Liu 2016, eq. 4-6) with a threshold of 1.0 instead of 0.7 means: it keeps 79 % instead
+    of 81 % of a Gaussian's energy in 1.40 instead of 1.56 bits an element. Unlike stochastic rounding, it is a
+    contraction, which error feedback needs to converge (Karimireddy et al. 2019, assumption A).
     """
     total, count = 0.0, 0
     for first in range(0, len(values), CHUNK):
@@ -259,7 +260,7 @@ def nearest(values: npt.NDArray[np.float32], out: Trits) -> np.float32:
     total = 0.0
     for first in range(0, len(values), CHUNK):
         piece, kept = values[first : first + CHUNK], out[first : first + CHUNK]
-        # where all are as large, none would be above the threshold
+        # >=, because no element is above the threshold if all magnitudes are equal
         np.subtract((piece >= threshold).view(np.int8), (piece <= -threshold).view(np.int8), out=kept)
         total += float((piece * kept).sum(dtype=np.float64))
         count += int(np.count_nonzero(kept))
@@ -271,7 +272,7 @@ def nearest(values: npt.NDArray[np.float32], out: Trits) -> np.float32:
 
 
 def nearest_block(schema: Schema, change: Vector) -> Block:
-    """The deterministic ternary block closest to a change; dense tensors travel as they are."""
+    """The deterministic ternary block of a change; dense tensors stay float32."""
     trits = np.empty(schema.ternary_elements, dtype=np.int8)
     scales = []
     for segment in schema.ternary:

@@ -1,4 +1,4 @@
-"""Where each kind of message lives: topics built, parsed, and held against what a frame says of itself."""
+"""MQTT topics of each kind of message: build and parse them, and compare them with a frame's header."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -9,8 +9,8 @@ from ternbus.broker.protocol.identity import AGGREGATOR, is_device, is_federatio
 
 UP_KINDS: Final = frozenset({"status", "offer", "update", "metrics", "enroll"})
 DOWN_KINDS: Final = frozenset({"receipt", "grant"})
-WHOLE_KINDS: Final = frozenset({"status", "head"})  # under all/, one topic each
-PART_KINDS: Final = frozenset({"snapshot", "delta"})  # under all/, a topic a part
+WHOLE_KINDS: Final = frozenset({"status", "head"})  # under all/, one topic for each kind
+PART_KINDS: Final = frozenset({"snapshot", "delta"})  # under all/, one topic for each part
 
 
 def root(federation: str) -> str:
@@ -43,7 +43,7 @@ def down(federation: str, device: str, kind: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Address:
-    """A topic taken apart: ``group`` is all, up or down; ``slot`` is a delta's slot or a snapshot's place."""
+    """A parsed topic: ``group`` is all, up or down; ``slot`` is a delta's slot or a snapshot's place."""
 
     federation: str
     group: str
@@ -54,7 +54,7 @@ class Address:
 
 
 def parse(topic: str) -> Address:
-    """Take a topic apart; raise ProtocolError for one that is none of ours."""
+    """Parse a topic; ProtocolError for one that the protocol does not have."""
     match topic.split("/"):
         case ["ternbus", "1", federation, "all", kind] if is_federation(federation) and kind in WHOLE_KINDS:
             return Address(federation=federation, group="all", kind=kind)
@@ -68,19 +68,19 @@ def parse(topic: str) -> Address:
 
 
 def check(frame: Frame, address: Address) -> None:
-    """Raise ProtocolError unless what the frame says of itself agrees with the topic it came on."""
+    """Raise ProtocolError unless the frame's header agrees with the topic on which the frame arrived."""
     if frame.federation != address.federation:
-        raise ProtocolError("wrong-federation", f"a frame of {frame.federation!r} on a topic of {address.federation!r}")
+        raise ProtocolError("wrong-federation", f"frame of {frame.federation!r} on a topic of {address.federation!r}")
     if frame.kind != address.kind:
-        raise ProtocolError("wrong-topic", f"a frame of kind {frame.kind!r} on a topic for {address.kind!r}")
+        raise ProtocolError("wrong-topic", f"frame of kind {frame.kind!r} on a topic for {address.kind!r}")
     sender = address.device if address.group == "up" else AGGREGATOR
     if frame.sender != sender:
-        raise ProtocolError("wrong-sender", f"a frame of {frame.sender!r} on a topic of {sender!r}")
+        raise ProtocolError("wrong-sender", f"frame of {frame.sender!r} on a topic of {sender!r}")
     if address.part is not None and frame.part != address.part:
         raise ProtocolError("wrong-topic", f"part {frame.part} on the topic of part {address.part}")
 
 
 def _number(text: str) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > 5 or (text[0] == "0" and text != "0"):
-        raise ProtocolError("unknown-topic", "a slot or part that is no number")
+        raise ProtocolError("unknown-topic", "the slot or part is not a number")
     return int(text)

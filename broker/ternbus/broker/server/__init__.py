@@ -1,1 +1,1 @@
-"""Brokers to run: mosquitto and nats-server, their configuration, certificates and access control."""
+"""mosquitto and nats-server as child processes: configuration, certificates, access control, counts of refusals."""

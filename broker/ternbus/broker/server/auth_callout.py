@@ -1,8 +1,8 @@
-"""Who may connect to nats-server, and what they may do: at each connect it asks here, by its authorization callout.
+"""The authorization service of nats-server: it admits each MQTT client and sets its permissions (auth callout).
 
-nats-server by itself can map certificates to users that its configuration lists, but binds no MQTT client id to them,
-so that any device could take over the session of any other. Here a certificate's name must be the client id, and what
-it may read and write follows from it: nothing has to be listed.
+On its own, nats-server can map certificates to configured users, but it does not compare the MQTT client id: any
+device could take over another device's session. This service requires that the client id is the name in the
+certificate, and derives the permitted subjects from that name, so that the configuration needs no list of users.
 """
 
 import json
@@ -28,14 +28,14 @@ _log = logging.getLogger(__name__)
 
 
 def decide(asked: Question) -> Access:
-    """What a client may do; ProtocolError for one that may not come in, saying why."""
+    """The permissions of a client; ProtocolError, with the reason, if the client is not admitted."""
     if asked.kind != "mqtt":
-        raise ProtocolError("not-mqtt", f"a connection of the kind {asked.kind!r}")
+        raise ProtocolError("not-mqtt", f"a connection of type {asked.kind!r}")
     if not asked.chain:
-        raise ProtocolError("no-certificate", f"{asked.client_id!r} shows no certificate")
+        raise ProtocolError("no-certificate", f"{asked.client_id!r} sent no certificate")
     named = certificates.read(asked.chain[0], "a client's certificate")
     if asked.client_id != named.name:
-        # refusals.py reads this off the log: a foreign certificate's subject gets into it too, quotes escaped
+        # refusals.py parses this line in the log; repr escapes the quotes that a client may have put into its id
         claimed = repr(asked.client_id[:80])
         raise ProtocolError("wrong-client-id", f'the certificate of "{named.name}" calls itself {claimed}')
     write, read = _subjects(named.name, named.federation)
@@ -43,17 +43,17 @@ def decide(asked: Question) -> Access:
 
 
 def _subjects(name: str, federation: str) -> tuple[list[str], list[str]]:
-    """(what it may write, what it may read); a subscription to `a/#` asks for the subjects `a` and `a.>`."""
+    """(subjects to publish, subjects to subscribe); an MQTT subscription to `a/#` needs the subjects `a` and `a.>`."""
     if name == PROBE:
         return [], []
     if not is_federation(federation):
-        raise ProtocolError("no-federation", f"the certificate of {name!r} is for no federation")
+        raise ProtocolError("no-federation", f"the certificate of {name!r} names no federation")
     root = f"ternbus.1.{federation}"
     if name == f"{AGGREGATOR}-{federation}":
         return [f"{root}.all.>", f"{root}.down.>"], _below(f"{root}.up", f"{root}.all")
     if is_device(name):
         return [f"{root}.up.{name}.>"], _below(f"{root}.down.{name}", f"{root}.all")
-    raise ProtocolError("no-device", f"{name!r} names neither a device nor the aggregator of {federation!r}")
+    raise ProtocolError("no-device", f"{name!r} is neither a device name nor the aggregator of {federation!r}")
 
 
 def _below(*parents: str) -> list[str]:
@@ -62,21 +62,21 @@ def _below(*parents: str) -> list[str]:
 
 @dataclass(slots=True)
 class AuthCallout:
-    """Answers one nats-server until `close` is called. It keeps nothing on disk: its key is a new one each time."""
+    """Answers the requests of one nats-server until `close`. Each object has a new key; nothing is kept on disk."""
 
     identity: Identity = field(default_factory=Identity.generate)
     _socket: socket.socket | None = None
     _closed: threading.Event = field(default_factory=threading.Event)
 
     def guard(self, tls: ServerTls) -> Guard:
-        """What nats-server's configuration must say, for it to ask here."""
+        """The part of nats-server's configuration that directs its requests to this service."""
         account, user = callout_tokens.account_key(self.identity), callout_tokens.user_key(self.identity)
-        return Guard(tls=tls, account=account, doorkeeper=user)
+        return Guard(tls=tls, account=account, callout_user=user)
 
     def attend(self, port: int) -> None:
-        """Connect to NATS' own port on this machine, and answer from now on. LinkError where that cannot be."""
+        """Connect to nats-server's NATS port on this machine and answer its requests in a thread; else LinkError."""
         stream = self._connect(port)
-        threading.Thread(target=self._serve, args=(stream, port), name="doorkeeper", daemon=True).start()
+        threading.Thread(target=self._serve, args=(stream, port), name="auth callout", daemon=True).start()
 
     def close(self) -> None:
         self._closed.set()
@@ -86,7 +86,7 @@ class AuthCallout:
             self._socket.close()
 
     def _connect(self, port: int) -> Any:
-        """The connection as a stream of bytes, whose exact type has no name that lasts."""
+        """A buffered byte stream to nats-server; the type that `makefile` returns has no public name."""
         try:
             self._socket = socket.create_connection(("127.0.0.1", port), CONNECT_WITHIN_S)
             stream = self._socket.makefile("rwb")
@@ -94,7 +94,7 @@ class AuthCallout:
             about = {
                 "nkey": callout_tokens.user_key(self.identity),
                 "sig": callout_tokens.proof(self.identity, nonce),
-                "name": "ternbus doorkeeper",
+                "name": "ternbus auth callout",
                 "lang": "python",
                 "version": "1",
                 "verbose": False,
@@ -102,14 +102,16 @@ class AuthCallout:
             stream.write(f"CONNECT {json.dumps(about)}\r\nSUB {SUBJECT} 1\r\nPING\r\n".encode())
             stream.flush()
             if (answer := stream.readline().strip()) != b"PONG":
-                raise LinkError(f"nats-server does not let us guard its door: {answer.decode(errors='replace')}")
+                raise LinkError(f"nats-server refuses the authorization service: {answer.decode(errors='replace')}")
             self._socket.settimeout(None)
         except (OSError, ValueError, KeyError) as error:
-            raise LinkError(f"nats-server does not let us guard its door on port {port}: {error}") from error
+            raise LinkError(
+                f"cannot connect the authorization service to nats-server on port {port}: {error}"
+            ) from error
         return stream
 
     def _serve(self, stream: Any, port: int) -> None:
-        """Answer; where the connection is lost though the server lives, begin again: without us nobody can connect."""
+        """Answer requests, and reconnect after a lost connection: without this service no client can connect."""
         while not self._closed.is_set():
             with suppress(OSError, ValueError):
                 self._answer_all(stream)
@@ -129,13 +131,13 @@ class AuthCallout:
                 case [b"PING"]:
                     stream.write(b"PONG\r\n")
                     stream.flush()
-                case _:  # +OK, or something for people
+                case _:  # +OK, INFO and other lines that need no answer
                     continue
 
     def _answer(self, token: str) -> str:
         try:
             asked = callout_tokens.question(token)
-        except ProtocolError as error:  # another nats-server than this was written for; who waits is not let in
+        except ProtocolError as error:  # an unknown version of nats-server: without an answer, it refuses the client
             _log.warning("%s", error)
             return ""
         try:

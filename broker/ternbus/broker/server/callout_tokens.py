@@ -1,7 +1,7 @@
-"""The tokens of nats-server's authorization callout: what it asks, and what it takes for an answer.
+"""The request and response tokens of nats-server's authorization callout.
 
-A token is a JSON Web Token, signed with Ed25519; its keys are written as "nkeys": a prefix byte, the key and a checksum
-(CRC-16 of XMODEM) in base32.
+A token is a JSON Web Token, signed with Ed25519. Keys are written as "nkeys": a prefix byte, the key and a checksum
+(CRC-16/XMODEM) in base32.
 """
 
 import base64
@@ -24,7 +24,7 @@ HEADER: Final = {"typ": "JWT", "alg": "ed25519-nkey"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """May this client come in? `chain` is its certificate's PEM and those above it, verified; empty without one."""
+    """A client that asks to connect. `chain` is its verified certificate chain as PEM, its own first, or empty."""
 
     server: str
     user: str
@@ -35,7 +35,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
-    """Whom the client turned out to be, and the NATS subjects that it may write and read, until when (Unix time)."""
+    """The name of an admitted client, the NATS subjects that it may publish and subscribe, and the end (Unix time)."""
 
     name: str
     write: Sequence[str]
@@ -44,17 +44,17 @@ class Access:
 
 
 def account_key(identity: Identity) -> str:
-    """The public key of who signs answers, as nats-server's configuration wants it."""
+    """The public account key, which signs the responses, as an nkey for nats-server's configuration."""
     return _nkey(ACCOUNT_PREFIX + identity.public)
 
 
 def user_key(identity: Identity) -> str:
-    """The same for who connects to hear the questions."""
+    """The public key of the user that subscribes to the requests, as an nkey."""
     return _nkey(USER_PREFIX + identity.public)
 
 
 def proof(identity: Identity, nonce: str) -> str:
-    """What a user with a key answers to the nonce with which nats-server greets it."""
+    """The signature over the nonce in nats-server's INFO line, for CONNECT."""
     return _base64(identity.sign(nonce.encode()))
 
 
@@ -63,7 +63,7 @@ def _nkey(content: bytes) -> str:
 
 
 def question(token: str) -> Question:
-    """Take a question apart. Its signature is not looked at: it comes from our own nats-server's socket."""
+    """Parse a request token. Its signature is not verified: it arrives on the connection to our own nats-server."""
     try:
         claims = json.loads(_from_base64(token.split(".")[1]))["nats"]
         client, tls = claims["client_info"], claims.get("client_tls") or {}
@@ -76,11 +76,11 @@ def question(token: str) -> Question:
             chain=tuple(chains[0]),
         )
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ProtocolError("bad-question", f"nats-server asks what we do not understand: {error!r}") from error
+        raise ProtocolError("bad-question", f"cannot parse nats-server's authorization request: {error!r}") from error
 
 
 def welcome(identity: Identity, asked: Question, access: Access) -> str:
-    """Let it in, as `access` says."""
+    """The response that admits the client with these permissions."""
     user = {
         "name": access.name,
         "aud": GLOBAL_ACCOUNT,
@@ -100,7 +100,7 @@ def welcome(identity: Identity, asked: Question, access: Access) -> str:
 
 
 def refusal(identity: Identity, asked: Question, why: str) -> str:
-    """Keep it out; nats-server writes `why` into its log."""
+    """The response that refuses the client; nats-server writes `why` into its log."""
     return _answer(identity, asked, {"error": why})
 
 

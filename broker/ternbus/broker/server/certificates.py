@@ -1,7 +1,7 @@
-"""X.509: a private authority and what it signs, Ed25519 throughout; the only module that knows `cryptography`.
+"""X.509 certificates: a private authority and the certificates it signs; the only module that imports `cryptography`.
 
-Everything is PEM text. No certificate begins to be valid later than its reader's clock says, whatever that says: a
-Raspberry Pi without a battery wakes up in the past, and must not refuse its broker for it.
+All keys are Ed25519, all values PEM text. Every certificate is valid from 1970 on: a Raspberry Pi without a clock
+battery starts with a date in the past, and must still accept the broker's certificate.
 """
 
 import datetime as dt
@@ -19,13 +19,13 @@ try:
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
     from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-except ImportError as error:  # an extra: a device needs none of it
-    raise ConfigError("to make certificates, run: pip install 'ternbus[tls]'") from error
+except ImportError as error:  # an extra: devices do not need it
+    raise ConfigError("certificates need the package cryptography; run: pip install 'ternbus[tls]'") from error
 
 EPOCH: Final = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 AUTHORITY_DAYS: Final = 20 * 365
-CLIENT_DAYS: Final = 10 * 365  # a device's: nobody should have to visit it; who is out is out by other means
-SERVER_DAYS: Final = 365  # the broker's: it renews itself
+CLIENT_DAYS: Final = 10 * 365  # long, because renewal means a visit to the device; revocation does not depend on it
+SERVER_DAYS: Final = 365  # short, because `broker up` renews it
 LABEL: Final = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 HOST_NAME: Final = re.compile(rf"(?=.{{1,253}}\Z){LABEL}(?:\.{LABEL})*\Z")
 
@@ -40,7 +40,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Named:
-    """What a certificate says: whom it names, for which federation (empty: none), and until when."""
+    """The subject of a certificate, its federation (empty: none) and its expiry date."""
 
     name: str
     federation: str
@@ -55,7 +55,7 @@ def now() -> dt.datetime:
 
 
 def read(pem: str, source: str) -> Named:
-    """ConfigError where it is no certificate."""
+    """The subject and expiry date of a certificate; ConfigError, naming ``source``, for anything else."""
     certificate = _parse(pem, source)
     subject = certificate.subject
     return Named(
@@ -66,15 +66,15 @@ def read(pem: str, source: str) -> Named:
 
 
 def server_names(pem: str, source: str) -> list[str]:
-    """The host names and addresses that a server's certificate is for, in its order."""
+    """The host names and addresses of a server's certificate, in its order."""
     names = _parse(pem, source).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     return [str(name.value) for name in names]
 
 
 def check_host(name: str) -> str:
-    """Return what may be a server's name, a host name or an IP address, or raise ConfigError."""
+    """Return ``name`` if it is a host name or an IP address that clients can connect to, else raise ConfigError."""
     if name in WILDCARDS or (_address(name) is None and not HOST_NAME.match(name)):
-        raise ConfigError(f"{name!r} is no host name or address by which devices could reach the broker")
+        raise ConfigError(f"invalid broker name {name!r}: use a host name or address that devices can connect to")
     return name
 
 
@@ -82,23 +82,23 @@ class Authority:
     """A certificate authority with its key."""
 
     def __init__(self, pair: Pair) -> None:
-        """ConfigError where the two are not an Ed25519 authority's."""
+        """ConfigError if the key cannot be used or does not belong to the certificate."""
         self.pair = pair
         self._certificate = _parse(pair.certificate, "the authority's certificate")
         self._key = _private(pair.key)
         if self._key.public_key() != self._certificate.public_key():
-            raise ConfigError("the authority's key does not belong to its certificate; restore both from one backup")
+            raise ConfigError("ca.key does not belong to ca.pem; restore both from one backup")
 
     @classmethod
     def create(cls, name: str) -> Self:
         return cls(_self_signed(name, Ed25519PrivateKey.generate()))
 
     def renewed(self) -> Self:
-        """The same authority, under the same key, for another span: what it signed stays good."""
+        """The same authority and key with a later expiry date; certificates that it signed stay valid."""
         return type(self)(_self_signed(_first(self._certificate.subject, NameOID.COMMON_NAME), self._key))
 
     def server(self, names: Sequence[str]) -> Pair:
-        """A server's certificate for host names and addresses, the first of them its common name."""
+        """A server's certificate for host names and addresses; the first is the common name."""
         key = Ed25519PrivateKey.generate()
         known = [x509.DNSName(name) if (ip := _address(name)) is None else x509.IPAddress(ip) for name in names]
         builder = self._begin(_name(names[0][:64]), key.public_key(), SERVER_DAYS, ExtendedKeyUsageOID.SERVER_AUTH)
@@ -111,10 +111,10 @@ class Authority:
         return Pair(certificate=self._client(name, federation, key.public_key()), key=_pem(key))
 
     def client_again(self, pem: str) -> str:
-        """The same client's certificate for another span, over the same key."""
+        """The client's certificate with a later expiry date, for the same key."""
         named, public = read(pem, "a client's certificate"), _parse(pem, "a client's certificate").public_key()
         if not isinstance(public, Ed25519PublicKey):
-            raise ConfigError(f"the certificate of {named.name} is not over an Ed25519 key; issue a new one")
+            raise ConfigError(f"the key in the certificate of {named.name} is not Ed25519; issue a new certificate")
         return self._client(named.name, named.federation, public)
 
     def _client(self, name: str, federation: str, public: Ed25519PublicKey) -> str:
@@ -166,7 +166,7 @@ def _builder(
 
 
 def _key_usage(*, digital_signature: bool) -> x509.KeyUsage:
-    """To sign what is said in a handshake, or else to sign certificates."""
+    """The usage of a key: to sign TLS handshakes, otherwise to sign certificates and revocation lists."""
     return x509.KeyUsage(
         digital_signature=digital_signature,
         key_cert_sign=not digital_signature,
@@ -203,16 +203,16 @@ def _parse(pem: str, source: str) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(pem.encode())
     except ValueError as error:
-        raise ConfigError(f"{source} is no certificate: {error}") from error
+        raise ConfigError(f"{source} is not a certificate: {error}") from error
 
 
 def _private(pem: str) -> Ed25519PrivateKey:
     try:
         key = serialization.load_pem_private_key(pem.encode(), password=None)
     except (ValueError, TypeError) as error:
-        raise ConfigError("the authority's key cannot be read; restore it from a backup") from error
+        raise ConfigError("cannot read the authority's key ca.key; restore it from a backup") from error
     if not isinstance(key, Ed25519PrivateKey):
-        raise ConfigError("the authority's key is not an Ed25519 key; restore it from a backup")
+        raise ConfigError("the authority's key ca.key is not an Ed25519 key; restore it from a backup")
     return key
 
 

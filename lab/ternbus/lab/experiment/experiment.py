@@ -1,6 +1,6 @@
-"""An experiment: a grid of scenarios, how many seeds each runs with, and what of it is shown, in a TOML file.
+"""Experiment files: a grid of scenarios, the number of seeds, the plot and the goals, in TOML.
 
-Knows the file's keys; the keys of a scenario are checked by ``ternbus.lab.scenario``.
+This module checks the keys of an experiment; ``ternbus.lab.scenario`` checks the keys of a scenario.
 """
 
 import difflib
@@ -22,11 +22,11 @@ FOLDER: Final = Path(__file__).parent / "experiments"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experiment:
-    """One file.
+    """The content of one experiment file.
 
-    An accuracy is the mean over a run's ``last`` versions. ``updates`` is the number of merged updates at which
-    ``accuracy_at_updates`` is read; without it there is no such measure. ``x`` and ``y`` are the axis and the measures
-    of the plot.
+    An accuracy is the mean over the ``last`` versions of a run. The measure ``accuracy_at_updates`` is taken after
+    ``updates`` merged updates; if that is None, the measure is left out. ``x`` is the axis and ``y`` the measures of
+    the plot.
     """
 
     name: str
@@ -55,26 +55,30 @@ class Experiment:
     def _check_scenarios(self) -> None:
         for combination in self.grid.combinations():
             if "seed" in combination.scenario:
-                raise ConfigError(f"{combination.title}: seed: each run has one, from 0 to seeds - 1; leave it out")
+                raise ConfigError(
+                    f"{combination.title}: the scenario sets seed: remove it, as runs have seeds 0 to seeds - 1"
+                )
             try:
                 scenario.parse(combination.scenario)
             except ConfigError as error:
                 raise ConfigError(f"{combination.title}: {error}") from error
 
     def _check_labels(self, labels: Mapping[str, str]) -> None:
-        """Raise `ConfigError` for labels that no combination has: without it, hours later the goal would be missed."""
+        """Raise `ConfigError` for labels that no combination has, before hours of simulation."""
         if not any(labels.items() <= combination.labels.items() for combination in self.grid.combinations()):
             wanted = ", ".join(f'{axis} = "{label}"' for axis, label in labels.items())
-            raise ConfigError(f"[[goal]] {{ {wanted} }}: no combination has these labels")
+            raise ConfigError(
+                f"[[goal]] {{ {wanted} }}: no combination has these labels; use labels of [axes] or [beside]"
+            )
 
 
 def names() -> list[str]:
-    """Of the experiments that come with Ternbus."""
+    """The names of the experiments that come with Ternbus."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
 def load(name: str) -> Experiment:
-    """One that comes with Ternbus, by its name, or a file NAME.toml. Raises `ConfigError`, which names file and key."""
+    """Load an experiment of Ternbus by name, or a file NAME.toml. Raises `ConfigError`, which names file and key."""
     path = Path(name)
     if path.suffix != ".toml":
         if name not in names():
@@ -88,7 +92,7 @@ def load(name: str) -> Experiment:
 
 
 def parse(name: str, table: Mapping[str, object]) -> Experiment:
-    """The experiment in a table as TOML gives it. Raises `ConfigError`, which names the key."""
+    """The experiment in a parsed TOML table. Raises `ConfigError`, which names the key."""
     top = Table(table, "")
     axes, plot = top.table("axes"), top.table("plot")
     grid = Grid(
@@ -118,7 +122,7 @@ def _goal(table: Table) -> Goal:
     of, than = ({axis: str(label) for axis, label in table.table(key).rest().items()} for key in ("of", "than"))
     table.refuse_unknown()
     if measure is None:
-        raise ConfigError("[[goal]] needs measure")
+        raise ConfigError("[[goal]] lacks the key measure")
     return Goal(measure=measure, least=least, most=most, of=of, than=than)
 
 
@@ -132,12 +136,12 @@ def _or_one(number: int | None) -> int:
 
 def _choose(key: str, value: str, known: Collection[str]) -> None:
     if value not in known:
-        raise ConfigError(f"{key} is {value!r}: choose {', '.join(known)}")
+        raise ConfigError(f"{key} is {value!r}: choose one of {', '.join(known)}")
 
 
 def _unknown(name: str) -> str:
     known = names()
     close = difflib.get_close_matches(name.lower(), known, n=1)
     if close:
-        return f"no experiment {name!r}: do you mean {close[0]}?"
-    return f"no experiment {name!r}: choose {', '.join(known)}, or a file whose name ends in .toml"
+        return f"unknown experiment {name!r}: do you mean {close[0]}?"
+    return f"unknown experiment {name!r}: choose one of {', '.join(known)}, or a file whose name ends in .toml"

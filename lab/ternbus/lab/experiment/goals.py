@@ -1,4 +1,4 @@
-"""The goals of an experiment: a bound on a measure, and whether the results keep it."""
+"""The goals of an experiment: bounds on measures, and whether a result meets them."""
 
 import statistics
 from collections.abc import Collection, Mapping
@@ -11,7 +11,10 @@ from ternbus.lab.experiment.measures import MEASURES, of_seeds
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
-    """A bound on a measure in all combinations with the labels ``of``, less that in those with ``than``, if any."""
+    """A bound on a measure in all combinations with the labels ``of``.
+
+    With ``than``, the bound is on the difference to the combinations with the labels ``than``.
+    """
 
     measure: str
     least: float | None = None
@@ -21,12 +24,12 @@ class Goal:
 
     def __post_init__(self) -> None:
         if self.measure not in MEASURES:
-            raise ConfigError(f"[[goal]] measure = {self.measure!r}: choose {', '.join(MEASURES)}")
+            raise ConfigError(f"[[goal]] measure = {self.measure!r}: choose one of {', '.join(MEASURES)}")
         if (self.least is None) == (self.most is None):
-            raise ConfigError("[[goal]] needs either least or most")
+            raise ConfigError("[[goal]] needs exactly one of the keys least and most")
 
     def judge(self, rows: Collection[Mapping[str, Any]]) -> dict[str, Any]:
-        """The goal as JSON, with ``found``, the worst value in the rows of a result, and ``met``."""
+        """The goal as JSON, with the worst value in the rows of a result as ``found``, and ``met``."""
         compared = self._means(rows, self.than) if self.than else [0.0]
         values = [value - other for value in self._means(rows, self.of) for other in compared]
         worst = (min if self.least is not None else max)(values, default=None)
@@ -43,6 +46,6 @@ class Goal:
         return (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
 
     def _means(self, rows: Collection[Mapping[str, Any]], labels: Mapping[str, str]) -> list[float]:
-        """Of the combinations with these labels."""
+        """The mean over seeds for each combination with these labels."""
         chosen = [row for row in rows if labels.items() <= row["labels"].items()]
         return [statistics.mean(values) for row in chosen if (values := of_seeds(row, self.measure))]

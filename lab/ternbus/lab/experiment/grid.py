@@ -1,4 +1,4 @@
-"""The grid of an experiment: every combination of the labels of its axes, and runs outside the grid."""
+"""The grid of an experiment: all combinations of the labels of its axes, and runs outside the grid."""
 
 import itertools
 from collections.abc import Iterator, Mapping
@@ -7,15 +7,15 @@ from typing import Any, Final
 
 from ternbus.broker.errors import ConfigError
 
-BESIDE: Final = "beside"  # the axis of runs that stand outside the grid
+BESIDE: Final = "beside"  # the axis name of runs outside the grid
 
 ScenarioTable = Mapping[str, Any]
-"""A scenario, or changes to one, as TOML has it."""
+"""A scenario, or changes to one, as a TOML table."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Combination:
-    """A label on every axis, and the scenario that results, without a seed."""
+    """One label for each axis, and the resulting scenario, without a seed."""
 
     labels: Mapping[str, str]
     scenario: ScenarioTable
@@ -27,9 +27,9 @@ class Combination:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """``base`` is common to all runs; an axis has for each of its labels the changes to ``base``.
+    """``base`` is the scenario of all runs. ``axes`` has, for each axis and label, the changes to ``base``.
 
-    ``beside`` has the changes of each run outside the grid.
+    ``beside`` has the changes for each run outside the grid.
     """
 
     base: ScenarioTable
@@ -38,12 +38,12 @@ class Grid:
 
     def __post_init__(self) -> None:
         if not self.axes:
-            raise ConfigError("[axes] needs an axis: write [axes.NAME] with a line LABEL = { CHANGES } for each label")
+            raise ConfigError("[axes] has no axis: write [axes.NAME] with a line LABEL = { CHANGES } for each label")
         if BESIDE in self.axes:
-            raise ConfigError(f"[axes.{BESIDE}]: runs outside the grid have this name; give the axis another")
+            raise ConfigError(f"[axes.{BESIDE}]: this name is reserved for runs outside the grid; rename the axis")
         for axis, labels in self.axes.items():
             if not labels:
-                raise ConfigError(f"[axes.{axis}] needs a label: write LABEL = {{ CHANGES }}")
+                raise ConfigError(f"[axes.{axis}] has no label: write LABEL = {{ CHANGES }}")
 
     def combinations(self) -> Iterator[Combination]:
         for labels in itertools.product(*self.axes.values()):
@@ -56,7 +56,7 @@ class Grid:
 
 
 def _merged(table: ScenarioTable, changes: ScenarioTable) -> dict[str, Any]:
-    """The table with the changes, each table in it likewise."""
+    """The table with the changes; nested tables are merged in the same way."""
     made = dict(table)
     for key, value in changes.items():
         both = isinstance(value, Mapping) and isinstance(made.get(key), Mapping)

@@ -1,4 +1,4 @@
-"""The measures of a run, as tables, plots and goals name them."""
+"""The measures of a run, for tables, plots and goals."""
 
 import itertools
 import statistics
@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measure:
-    """The heading of a measure, and how its values are written."""
+    """The heading and the unit of a measure."""
 
     title: str
     unit: Literal["percent", "number", "decimal"]
@@ -31,12 +31,12 @@ MEASURES: Final[Mapping[str, Measure]] = {
 
 
 def measure(report: Mapping[str, Any], last: int, updates: int | None) -> dict[str, float | None]:
-    """Each measure of one run's report; None where there is none.
+    """The measures of one run's report; None for a measure without a value.
 
-    An accuracy is the mean over the ``last`` versions. ``accuracy_at_updates`` is read once ``updates`` had been
-    merged. Shares of bytes are of what synchronous float32 averaging moves for as many updates: 4 B a parameter down
-    and up. ``stale`` is the share of updates that came too late to be merged; their devices send it with a later one.
-    ``most_updates`` and ``epsilon`` are those of the device that has sent, or spent, most.
+    An accuracy is the mean over the ``last`` versions. ``accuracy_at_updates`` is taken after ``updates`` merged
+    updates. Shares of bytes are relative to synchronous float32 averaging with the same number of updates, which needs
+    4 B a parameter down and up. ``stale`` is the share of updates that were too stale to be merged; their devices send
+    the change with a later update. ``most_updates`` and ``epsilon`` are maxima over the devices.
     """
     devices = report["devices"].values()
     rows, accepted, stale = report["versions"], report["updates"], report["counts"]["stale"]
@@ -61,9 +61,9 @@ def measure(report: Mapping[str, Any], last: int, updates: int | None) -> dict[s
 
 
 def of_seeds(row: Mapping[str, Any], name: str) -> list[float]:
-    """A combination's values of a measure, one a seed; empty where one is missing: a mean of the others would flatter.
+    """The values of a measure in one combination, one for each seed.
 
-    Empty too where the result is older than the measure.
+    Empty if a value is missing, since a mean of the others would be biased, or if the result lacks the measure.
     """
     values: Sequence[float | None] = row["measures"].get(name, ())
     known = [value for value in values if value is not None]

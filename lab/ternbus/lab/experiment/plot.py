@@ -9,15 +9,15 @@ from ternbus.lab.experiment.measures import MEASURES, of_seeds
 
 
 def write(result: Mapping[str, Any], path: Path) -> str:
-    """A panel a measure, an axis of the experiment along x, a line for each combination of the others.
+    """Plot a panel for each measure, with one axis of the experiment as x and a line for each combination of others.
 
-    The name of the file; or, without matplotlib, no file, and words that say so.
+    Returns the name of the file, or without matplotlib a message instead.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  # slow, and an extra
         from matplotlib.figure import Figure  # noqa: PLC0415  # likewise
     except ImportError:
-        return f"but no {path.name}, which needs matplotlib (pip install matplotlib)"
+        return f"but no {path.name}: matplotlib is missing; run: pip install matplotlib"
     figure = Figure(figsize=(5 * len(result["y"]), 4), layout="constrained")
     FigureCanvasAgg(figure)
     grid = [row for row in result["rows"] if result["x"] in row["labels"]]

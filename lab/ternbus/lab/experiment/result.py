@@ -1,4 +1,4 @@
-"""The result of an experiment: every measure of every combination and seed, and the goals."""
+"""The result of an experiment: the measures of all combinations and seeds, and the goals."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from ternbus.lab.experiment.runner import Run
 
 
 def collect(experiment: Experiment, runs: Sequence[Run], reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of each combination its labels and, of each measure, the values of all seeds; and the goals."""
+    """The result as JSON: for each combination its labels and the values of each measure by seed; and the goals."""
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
     for run, report in zip(runs, reports, strict=True):
         labels = run.combination.labels

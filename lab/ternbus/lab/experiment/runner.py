@@ -1,11 +1,10 @@
-"""The runs of an experiment: each is simulated once, several at a time, and what is done survives an interruption."""
+"""The runs of an experiment: several simulations in parallel; finished runs are kept over an interruption."""
 
 import gc
 import json
 import multiprocessing
 import os
 import re
-import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -19,17 +18,18 @@ from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.broker.server import parent_death
 from ternbus.edge.learn.loader import load_task
 from ternbus.lab.experiment.grid import Combination, Grid, ScenarioTable
+from ternbus.lab.interrupts import without_interrupts
 from ternbus.lab.report.progress import Lines
 from ternbus.lab.scenario import scenario
 from ternbus.lab.virtual.simulate import Simulation
 from ternbus.lab.virtual.training import Workers
 
-LOOK_S: Final = 0.2  # between two looks whether somebody wants to stop
+LOOK_S: Final = 0.2  # between two checks for an interruption
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One federation to simulate, and the folder of its report, model and log."""
+    """One simulation, and the folder of its report, model and log."""
 
     combination: Combination
     seed: int
@@ -45,7 +45,7 @@ class Run:
         return self.folder / "report.json"
 
     def report(self) -> dict[str, Any] | None:
-        """That of an earlier run of the same scenario; None where there is none that can be read."""
+        """The report of an earlier run of the same scenario; None if there is none or it cannot be read."""
         try:
             kept = json.loads(self.path.read_text(encoding="utf-8"))
             report: dict[str, Any] = kept["report"]
@@ -55,9 +55,9 @@ class Run:
 
 
 def plan(grid: Grid, *, seeds: int, data: Path | None, folder: Path) -> list[Run]:
-    """All runs, the first seed of every combination before the second of any.
+    """All runs, ordered by seed, then by combination.
 
-    Raises `ConfigError` where two would share a folder.
+    Raises `ConfigError` if two runs would share a folder.
     """
     runs = [
         Run(combination=combination, seed=seed, data=data, folder=folder / _folder_name(combination, seed))
@@ -68,16 +68,16 @@ def plan(grid: Grid, *, seeds: int, data: Path | None, folder: Path) -> list[Run
     for run in runs:
         if (other := first.setdefault(run.folder, run)) is not run:
             titles = f"{other.combination.title!r} and {run.combination.title!r}"
-            raise ConfigError(f"the runs {titles} would share the folder {run.folder}: rename a label")
+            raise ConfigError(f"the runs {titles} would use the same folder {run.folder}: rename a label")
     return runs
 
 
 def run_all(
     runs: Sequence[Run], *, jobs: int, check: Callable[[], None], say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """The reports of all runs, in their order; what is missing is made, ``jobs`` at a time.
+    """The reports of all runs, in their order. Missing reports are computed, ``jobs`` at a time.
 
-    ``check`` is called now and then, and may raise: runs that are under way are ended then, and lost.
+    ``check`` is called several times a second and may raise. Then unfinished runs are ended and lost.
     """
     reports = [run.report() for run in runs]
     missing = [index for index, report in enumerate(reports) if report is None]
@@ -99,10 +99,10 @@ def run_all(
 def _simulate_all(
     runs: Mapping[int, Run], jobs: int, check: Callable[[], None]
 ) -> Generator[tuple[int, dict[str, Any]]]:
-    """Each number with the report of its run, as they come."""
-    threads = max(1, jobs // len(runs))  # of trainings in a run: processors that no other run needs
+    """The number and the report of each run, in order of completion."""
+    threads = max(1, jobs // len(runs))  # worker processes in each run, if there are more processors than runs
     with _processes(min(jobs, len(runs))) as pool:
-        with _without_interrupts():
+        with without_interrupts():
             numbers = {pool.submit(_simulate, run, threads): number for number, run in runs.items()}
         pending: set[Future[dict[str, Any]]] = set(numbers)
         while pending:
@@ -112,17 +112,17 @@ def _simulate_all(
                 try:
                     report = future.result()
                 except BrokenProcessPool:
-                    check()  # a signal to all of us ends them first
+                    check()  # the cause may be a signal to the whole process group
                     raise FederationError(
-                        "a process that simulates has ended, perhaps for want of memory: fewer --jobs take less"
+                        "a simulation process has ended unexpectedly, perhaps out of memory: try fewer --jobs"
                     ) from None
                 yield numbers[future], report
 
 
 @contextmanager
 def _processes(count: int) -> Iterator[ProcessPoolExecutor]:
-    """So many processes of one core each; they end with this one, and where the block raises, at once."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # the threads of two runs would only wait for each other
+    """A pool of ``count`` single-threaded processes. They end with this process, and at once if the block raises."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # several threads in each process would compete for the processors
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
         count,
@@ -141,18 +141,8 @@ def _processes(count: int) -> Iterator[ProcessPoolExecutor]:
     pool.shutdown()
 
 
-@contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Processes that start meanwhile never see the terminal's Ctrl-C, this one sees it later, and ends them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _simulate(run: Run, jobs: int) -> dict[str, Any]:
-    """The report of a run, with ``jobs`` trainings at a time; its folder has it too, with the model and a log."""
+    """Simulate a run with ``jobs`` worker processes; write report, model and log to its folder; return the report."""
     run.folder.mkdir(parents=True, exist_ok=True)
     wanted = scenario.parse(run.table)
     if run.data is not None:
@@ -165,13 +155,13 @@ def _simulate(run: Run, jobs: int) -> dict[str, Any]:
         simulation = Simulation(wanted, load_task(wanted.task), Lines(log), place=workers)
         simulation.run()
     report = simulation.report(time.monotonic() - began)
-    report["scenario"]["data"] = None  # where the data are is private
+    report["scenario"]["data"] = None  # the path of the data is private
     simulation.export(run.folder / "model.safetensors")
     part = run.path.with_suffix(".part")
     part.write_text(json.dumps({"table": run.table, "report": report}), encoding="utf-8")
     part.replace(run.path)
     del simulation
-    gc.collect()  # a federation is full of cycles, which are few objects and much memory: of those gc knows nothing
+    gc.collect()  # a simulation has reference cycles of few large objects, which seldom trigger a collection
     return report
 
 

@@ -1,4 +1,4 @@
-"""An experiment from its runs to the files of its result."""
+"""Run an experiment and write the files of its result."""
 
 import json
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from ternbus.lab.report import machine
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choices:
-    """What whoever runs an experiment decides.
+    """The user's options for an experiment.
 
-    ``seeds`` replaces the experiment's own number; ``out`` gets a folder for each experiment, and ``keep``, if any, a
-    copy of each result.
+    ``seeds`` overrides the experiment's own number. ``out`` has a folder for each experiment, and ``keep``, if given,
+    a copy of each result.
     """
 
     data: Path | None
@@ -29,7 +29,7 @@ class Choices:
 
 
 def run(wanted: Experiment, choices: Choices, check: Callable[[], None], say: Callable[[str], None]) -> dict[str, Any]:
-    """The content of ``result.json``; written as JSON, table and plot. ``check`` is as for `runner.run_all`."""
+    """Run an experiment, write JSON, table and plot, and return the JSON. ``check`` is as for `runner.run_all`."""
     folder = choices.out / wanted.name
     _make(folder)
     if choices.keep is not None:
@@ -46,12 +46,12 @@ def run(wanted: Experiment, choices: Choices, check: Callable[[], None], say: Ca
     (folder / "table.md").write_text(table(kept["result"]) + "\n", encoding="utf-8")
     if choices.keep is not None:
         _write(kept, choices.keep / wanted.name)
-    say(f"{folder} has table.md, result.json, {plotted}")
+    say(f"written to {folder}: table.md, result.json, {plotted}")
     return kept
 
 
 def _command(wanted: Experiment, choices: Choices) -> str:
-    """What made the result, without the names of folders."""
+    """The command that makes the result, without the names of folders."""
     name = wanted.name if wanted.name in experiment.names() else f"{wanted.name}.toml"
     data = " --data DIR" if choices.data is not None else ""
     seeds = f" --seeds {choices.seeds}" if choices.seeds is not None else ""
@@ -59,7 +59,7 @@ def _command(wanted: Experiment, choices: Choices) -> str:
 
 
 def _make(folder: Path) -> None:
-    """Before hours of work, not after."""
+    """Make a folder before hours of simulation, so that an error appears at once."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -67,6 +67,6 @@ def _make(folder: Path) -> None:
 
 
 def _write(kept: dict[str, Any], stem: Path) -> str:
-    """JSON and plot; words about the plot, as `plot.write` returns them."""
+    """Write JSON and plot; return the message of `plot.write`."""
     stem.with_name(f"{stem.name}.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     return plot.write(kept["result"], stem.with_name(f"{stem.name}.png"))

@@ -8,7 +8,7 @@ from ternbus.lab.experiment.measures import MEASURES, of_seeds
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """A row a combination, its measures as mean ± standard deviation of the seeds; then the goals."""
+    """A table with a row for each combination, measures as mean ± standard deviation over seeds; then the goals."""
     rows = result["rows"]
     axes = list(rows[0]["labels"])
     columns = [name for name in MEASURES if any(of_seeds(row, name) for row in rows)]
@@ -28,7 +28,7 @@ def _verdict(goal: Mapping[str, Any]) -> str:
 
 
 def _cell(name: str, values: Sequence[float]) -> str:
-    """Empty without values."""
+    """The mean of the values in the measure's unit; empty without values."""
     if not values:
         return ""
     mean = statistics.mean(values)

@@ -1,7 +1,7 @@
-"""One process of the testbed as its parent sees it: how it is started, watched, killed, and where its log is.
+"""A child process of the testbed: start, exit code, output, and termination with its own children.
 
-Each is a session of its own, so that a Ctrl-C of the terminal reaches only the lab, and is tethered to the lab, so
-that nothing is left behind even where the lab itself is killed.
+Each child is a session of its own, so that the terminal's Ctrl-C reaches only the lab. Each child ends with the lab,
+even if the lab is killed.
 """
 
 import os
@@ -16,7 +16,7 @@ from typing import Final
 
 from ternbus.broker.server import parent_death
 
-# The processes share the machine's cores; were each to use all of them, they would only wait for one another.
+# The processes share the cores of the machine; more threads in each process would slow all of them down.
 ONE_THREAD: Final = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -28,11 +28,11 @@ POLL_S: Final = 0.05
 KILLED_WAIT_S: Final = 5.0
 
 ReadApart = Callable[[str], Iterable[int]]
-"""From what a process printed, the ids of those that it started in sessions of their own."""
+"""A function from a process's output to the ids of child processes that it started in other sessions."""
 
 
 class Child:
-    """A process by the name under which its log is kept; it may be started again after it ended."""
+    """A named process with a log; it may be started again after it has ended."""
 
     def __init__(
         self, name: str, log: Path, module: str, arguments: Sequence[str], *, apart: ReadApart = lambda _: ()
@@ -50,12 +50,12 @@ class Child:
         return 0 if self._process is None else self._process.pid
 
     def start(self) -> None:
-        """Start it; everything that it prints goes to the end of its log."""
+        """Start the process; its output is appended to its log."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self._log_start = log.tell()
             self._process = subprocess.Popen(
-                # -P: a folder called `broker` or `lab` where the user happens to stand is not ours
+                # -P: the current folder may contain modules with the names of ours
                 parent_death.command([sys.executable, "-P", "-m", self.module, *self.arguments]),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -65,7 +65,7 @@ class Child:
             )
 
     def ended(self) -> int | None:
-        """Its exit code (minus the signal's number if one killed it), and None while it runs or was never started."""
+        """The exit code, or minus the number of the signal that ended the process; None if it runs or never started."""
         return None if self._process is None else self._process.poll()
 
     @property
@@ -73,15 +73,15 @@ class Child:
         return self._process is not None and self._process.poll() is None
 
     def terminate(self) -> None:
-        """SIGTERM to the process, which ends its own children itself."""
+        """Send SIGTERM to the process, which then ends its own children."""
         if self._process is not None:
             self._process.terminate()
 
     def kill(self) -> None:
-        """SIGKILL to the process and to all that it started; returns when they are gone."""
+        """Send SIGKILL to the process and all its children, and wait until they have ended."""
         if self._process is None:
             return
-        if self.running:  # else it has waited for them, and the ids may be somebody else's by now
+        if self.running:  # otherwise the ids may already belong to other processes
             for process in self._apart(self.output()):
                 _signal(os.kill, process, signal.SIGKILL)
         group = self._process.pid
@@ -92,14 +92,14 @@ class Child:
             time.sleep(POLL_S)
 
     def output(self) -> str:
-        """What it printed since it was last started."""
+        """The output since the last start."""
         with suppress(FileNotFoundError), self.log.open("rb") as log:
             log.seek(self._log_start)
             return log.read().decode("utf-8", "replace")
         return ""
 
     def complaint(self) -> str:
-        """What it printed last in a line that begins with `ternbus:`, as commands say what is wrong; else empty."""
+        """The last error message of a `ternbus` command in the output; empty if there is none."""
         lines = (line for line in reversed(self.output().splitlines()) if line.startswith(COMPLAINT))
         return next(lines, "").removeprefix(COMPLAINT)
 
@@ -108,7 +108,7 @@ class Child:
 
 
 def stop(children: Iterable[Child], *, grace_s: float) -> None:
-    """SIGTERM to all at once, SIGKILL to those that are still there after the grace; returns when all are gone."""
+    """Send SIGTERM to all children, then SIGKILL to those that run after ``grace_s``; wait until all have ended."""
     stopping = list(children)
     for child in stopping:
         child.terminate()
@@ -124,9 +124,9 @@ def _environment() -> dict[str, str]:
 
 
 def _signal(send: Callable[[int, int], None], target: int, number: int) -> bool:
-    """Whether anyone was there to get it."""
+    """Send a signal; return False if there was no process to receive it."""
     try:
         send(target, number)
-    except (ProcessLookupError, PermissionError):  # macOS says the latter of a group of zombies
+    except (ProcessLookupError, PermissionError):  # macOS raises PermissionError for a group of zombies
         return False
     return True

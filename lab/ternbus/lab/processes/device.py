@@ -1,6 +1,6 @@
-"""A device of the testbed as one process: it joins, unless it has already, and then runs.
+"""The process of one device in the testbed: join the federation if necessary, then run.
 
-`ternbus edge join` and `ternbus edge run` in two processes would import PyTorch twice.
+One process instead of `ternbus edge join` and `ternbus edge run`, because both would import PyTorch.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from ternbus.edge.shell.printer import Printer
 
 
 def main() -> None:
-    """Become `ternbus edge run …` or `ternbus edge evaluate …`, whichever arguments follow, for a joined device."""
+    """Join, then execute the rest of the arguments as `ternbus edge run …` or `ternbus edge evaluate …`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("invitation", type=Path)
     parser.add_argument("folder", type=Path)
@@ -41,7 +41,7 @@ def main() -> None:
 def _join(given: argparse.Namespace) -> None:
     home = DeviceDirectory(given.folder)
     if (home.folder / TOML).exists() and not home.settings().code:
-        return  # killed after it had joined, and started again
+        return  # joined before, and restarted after a kill
     printer = Printer(as_json=False)
     model = load_task(given.task)
     settings = home.prepare(
@@ -55,7 +55,7 @@ def _join(given: argparse.Namespace) -> None:
     )
     stop = agent.join(home, settings, model, Options(), printer)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)  # joining has ended, and nobody listens to its handlers any more
+        signal.signal(number, signal.SIG_DFL)  # replace the handlers of `join`, which has ended
     if home.settings().code:
         printer.end(stop)
         sys.exit(stop.code)

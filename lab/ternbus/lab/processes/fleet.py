@@ -1,4 +1,4 @@
-"""The devices and the evaluator of a testbed: what their processes are told."""
+"""The command-line arguments for the processes of devices and the evaluator in a testbed."""
 
 from ternbus.edge.learn.loader import absolute
 from ternbus.lab.report.output import Output
@@ -8,7 +8,7 @@ MODULE = "ternbus.lab.processes.device"
 
 
 def device(scenario: Scenario, output: Output, index: int, name: str, seconds: float) -> tuple[str, list[str]]:
-    """Module and arguments of the process of one device, whose trainings last at least so many seconds."""
+    """Module and arguments for the process of one device; each training lasts at least ``seconds``."""
     role = ["run", str(output.device(name)), "--min-seconds", f"{seconds:.3f}"]
     behaviour, local = scenario.behaviours.get(index), scenario.local
     if behaviour is not None:
@@ -29,7 +29,7 @@ def device(scenario: Scenario, output: Output, index: int, name: str, seconds: f
 
 
 def evaluator(scenario: Scenario, output: Output, name: str) -> tuple[str, list[str]]:
-    """The same of the evaluator."""
+    """Module and arguments for the process of the evaluator."""
     return MODULE, [
         *_member(scenario, output, name, absolute(scenario.task), "all"),
         "evaluate",

@@ -1,7 +1,7 @@
-"""A process of its own that imports the task, and with it perhaps torch, so that the lab itself need not.
+"""A process that imports the task, so that the lab itself does not import PyTorch.
 
-`python -m ternbus.lab.processes.prepare TASK SEED MODEL.safetensors TASK.json` writes version 0, and what the task
-says of itself.
+`python -m ternbus.lab.processes.prepare TASK SEED MODEL.safetensors TASK.json` writes the initial model, and the plan
+and number of parameters of the task.
 """
 
 import json
@@ -15,7 +15,7 @@ from ternbus.edge.learn.loader import load_task
 
 
 def main() -> None:
-    """Write both files."""
+    """Write the model and the description of the task."""
     name, seed, model_path, task_path = sys.argv[1:]
     task = load_task(name)
     model = task.initial(int(seed))

@@ -1,4 +1,4 @@
-"""Who of the testbed's processes must be running: it starts again what was killed, and notices what failed."""
+"""The supervisor of the testbed's processes: it restarts killed processes and detects failed ones."""
 
 import signal
 import time
@@ -10,13 +10,13 @@ from ternbus.broker.exit_codes import EXIT_BUDGET, EXIT_CONFIG, EXIT_DONE
 from ternbus.lab.processes.child import Child, stop
 
 RESTART_AFTER_S: Final = 1.0
-RESTARTS_MAX: Final = 5  # of one process, besides those that the scenario asks for
+RESTARTS_MAX: Final = 5  # of one process, in addition to the scenario's faults
 
 Say = Callable[[str], None]
 
 
 class ChildError(FederationError):
-    """A process ended by itself before its time; `lines` are the last of its log."""
+    """A process ended unexpectedly; `lines` are the end of its log."""
 
     def __init__(self, child: Child, how: str) -> None:
         super().__init__(f"{child.name} {how}")
@@ -25,7 +25,7 @@ class ChildError(FederationError):
 
 
 class Supervisor:
-    """All processes of a run, in the order in which they were started. Look in with `check` often."""
+    """All processes of a run, in the order of their start. Call `check` often."""
 
     def __init__(self, say: Say) -> None:
         self._say = say
@@ -35,13 +35,14 @@ class Supervisor:
         self._may_end: set[str] = set()
 
     def start(self, child: Child) -> None:
-        self._children[child.name] = child  # first, so that `stop_all` knows it whatever happens next
+        self._children[child.name] = child  # before the start, so that `stop_all` always includes it
         child.start()
 
     def check(self) -> None:
-        """Raise `ChildError` for a process that ended by itself; start those that were killed, when it is time.
+        """Start killed processes that are due; raise `ChildError` for a process that ended unexpectedly.
 
-        A device may end whose budget of privacy is spent. What the operator has to mend is a `ConfigError`.
+        A device may end if its privacy budget is spent. If a process reports a configuration error, raise
+        `ConfigError`.
         """
         now = time.monotonic()
         for name, child in self._children.items():
@@ -51,22 +52,22 @@ class Supervisor:
                 self._ended(child, code, now)
 
     def kill(self, name: str, *, restart_after_s: float) -> None:
-        """SIGKILL, as a power cut would have it; it is started again after so many seconds."""
-        self._say(f"killing {name} (SIGKILL); it comes back in {restart_after_s:g} s")
+        """Send SIGKILL, like a power cut, and schedule the restart after ``restart_after_s``."""
+        self._say(f"killing {name} (SIGKILL); restart in {restart_after_s:g} s")
         self._children[name].kill()
         self._start_again[name] = time.monotonic() + restart_after_s
 
     @property
     def recovering(self) -> bool:
-        """Whether any process waits to be started again."""
+        """Whether a process waits for its restart."""
         return bool(self._start_again)
 
     def may_end(self, names: Iterable[str]) -> None:
-        """From now on it is no failure if these end with exit code 0."""
+        """Allow these processes to end with exit code 0 from now on."""
         self._may_end |= set(names)
 
     def running(self, names: Iterable[str]) -> bool:
-        """Whether any of them runs, or is to be started again."""
+        """Whether any of these processes runs or waits for its restart."""
         return any(name in self._start_again or self._children[name].running for name in names)
 
     def stop(self, names: Iterable[str], *, grace_s: float) -> None:
@@ -88,18 +89,18 @@ class Supervisor:
         if now >= self._start_again[child.name]:
             del self._start_again[child.name]
             child.start()
-            self._say(f"{child.name} is started again")
+            self._say(f"{child.name} was restarted")
 
     def _ended(self, child: Child, code: int, now: float) -> None:
-        child.kill()  # what it may have started and left behind
-        if code == EXIT_CONFIG and (words := child.complaint()):
-            raise ConfigError(f"{child.name}: {words}")
+        child.kill()  # its own children may still run
+        if code == EXIT_CONFIG and (complaint := child.complaint()):
+            raise ConfigError(f"{child.name}: {complaint}")
         if code >= 0:
             raise ChildError(child, f"ended with exit code {code}")
         if code != -signal.SIGKILL:
-            raise ChildError(child, f"was ended by {signal.Signals(-code).name}")
+            raise ChildError(child, f"was terminated by {signal.Signals(-code).name}")
         self._restarts[child.name] = self._restarts.get(child.name, 0) + 1
         if self._restarts[child.name] > RESTARTS_MAX:
-            raise ChildError(child, f"was killed {self._restarts[child.name]} times: is there too little memory?")
-        self._say(f"{child.name} was killed (SIGKILL); it comes back in {RESTART_AFTER_S:g} s")
+            raise ChildError(child, f"was killed {self._restarts[child.name]} times, perhaps out of memory")
+        self._say(f"{child.name} was killed (SIGKILL); restart in {RESTART_AFTER_S:g} s")
         self._start_again[child.name] = now + RESTART_AFTER_S

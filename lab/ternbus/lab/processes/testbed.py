@@ -1,4 +1,4 @@
-"""A federation on this machine, each part a process of its own: it is started, watched, disturbed and ended here."""
+"""A federation of processes on this machine: start, supervision, faults, end."""
 
 import json
 import secrets
@@ -22,14 +22,14 @@ from ternbus.lab.report.output import Output
 from ternbus.lab.report.progress import Progress
 from ternbus.lab.scenario.scenario import Scenario
 
-LOOK_S: Final = 0.1  # between two looks at the processes
-STATUS_S: Final = 0.5  # between two looks at the model
-QUIET_S: Final = 60.0  # without a new version somebody should say so
+LOOK_S: Final = 0.1  # between two checks of the processes
+STATUS_S: Final = 0.5  # between two checks for a new version
+QUIET_S: Final = 60.0  # without a new version until a message is shown
 START_TIMEOUT_S: Final = 120.0
-FINISH_TIMEOUT_S: Final = 120.0  # an evaluation may be long, and the machine slow
+FINISH_TIMEOUT_S: Final = 120.0  # allows for a long evaluation on a slow machine
 GRACE_S: Final = 10.0
 INTERRUPTED_GRACE_S: Final = 2.0
-BROKER_GRACE_S: Final = 15.0  # it gives its own child 10 s
+BROKER_GRACE_S: Final = 15.0  # `broker up` waits up to 10 s for its own child
 
 BROKER: Final = "broker"
 AGGREGATOR: Final = "aggregator"
@@ -38,11 +38,11 @@ SOFTWARE: Final = "ternbus lab"
 
 
 class OverdueError(FederationError):
-    """Something that must happen did not, for so long that it will not."""
+    """A required event did not happen within its time limit."""
 
 
 class Testbed:
-    """One run: `start`, `watch`, `finish`. Leaving the `with` block ends every process, whatever happened in it."""
+    """One run: call `start`, `watch`, `finish`. The end of the `with` block ends every process, also after an error."""
 
     def __init__(self, scenario: Scenario, output: Output, interrupts: Interrupts, progress: Progress) -> None:
         self._scenario = scenario
@@ -50,7 +50,7 @@ class Testbed:
         self._interrupts = interrupts
         self._progress = progress
         self._processes = Supervisor(progress.say)
-        # On a broker of others these names must be nobody else's; on our own they may be plain.
+        # On a broker of other users these names must be unique; on our own broker they are short.
         run = "" if scenario.broker_url is None else f"lab-{secrets.token_hex(4)}-"
         self._federation = run.rstrip("-") or "lab"
         self._devices = [f"{run}device-{index}" for index in range(scenario.devices)]
@@ -62,15 +62,15 @@ class Testbed:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """First those that talk to the broker, then the broker: so it has nothing to wait for."""
+        """End the clients of the broker first, then the broker, so that it need not wait for clients."""
         self._processes.stop([*self._devices, self._evaluator, AGGREGATOR, PREPARE], grace_s=INTERRUPTED_GRACE_S)
         self._processes.stop_all(grace_s=BROKER_GRACE_S)
 
     def start(self) -> None:
-        """Start everything; the devices themselves wait for what they need."""
+        """Start all processes; devices wait for the broker and the aggregator by themselves."""
         scenario, output = self._scenario, self._output
         self._progress.say(f"{scenario.task}: {scenario.devices} devices, an evaluator, an aggregator and a broker")
-        # devices too: somebody may close the federation, or stop one, from another terminal
+        # devices too: a user may close the federation or stop a device from another terminal
         self._processes.may_end([PREPARE, *self._devices, self._evaluator])
         prepare = [absolute(scenario.task), str(scenario.seed), str(output.initial), str(output.task)]
         self._start(PREPARE, "ternbus.lab.processes.prepare", prepare)
@@ -92,10 +92,10 @@ class Testbed:
         for index, name in enumerate(self._devices):
             self._start(name, *fleet.device(scenario, output, index, name, speeds[index]))
         self._start(self._evaluator, *fleet.evaluator(scenario, output, self._evaluator))
-        self._progress.say(f"everything is started; logs in {output.logs}")
+        self._progress.say(f"all processes started; logs in {output.logs}")
 
     def watch(self) -> None:
-        """Until the scenario's end: keep everything running, kill what the scenario wants killed, show what happens."""
+        """Supervise the run until the scenario's end: restart processes, inject faults, show progress."""
         quiet_since, version = time.monotonic(), 0
         while True:
             moment = self.moment()
@@ -105,7 +105,7 @@ class Testbed:
             if self._scenario.end.reached(version=moment.version, seconds=seconds, accuracy=moment.best):
                 break
             if not self._processes.running(self._devices):
-                self._progress.say(f"every device has ended; the federation is {moment.state}")
+                self._progress.say(f"all devices have ended; the federation is {moment.state}")
                 break
             if moment.version != version:
                 quiet_since, version = time.monotonic(), moment.version
@@ -114,10 +114,10 @@ class Testbed:
                 quiet_since = time.monotonic()
             self._wait(STATUS_S)
         for fault in self._faults:
-            self._progress.say(f"the run ended before {fault.kill} was to be killed")
+            self._progress.say(f"the run ended before the fault of {fault.kill}")
 
     def finish(self) -> Observation:
-        """Close the federation, wait for the last evaluation, end all processes; what it came to."""
+        """Close the federation, wait for the last evaluation, end all processes, and return the final state."""
         self._progress.say("closing the federation")
         devices = [*self._devices, self._evaluator]
         administration.change_state(self._output.aggregator, control.CLOSE, SOFTWARE)
@@ -125,7 +125,7 @@ class Testbed:
             self._until(lambda: self.moment().last.accuracy is not None, FINISH_TIMEOUT_S, "the last evaluation")
             self._until(lambda: not self._processes.running(self._devices), FINISH_TIMEOUT_S, "the devices to end")
         except OverdueError as error:
-            self._progress.say(f"{error}; going on without")
+            self._progress.say(f"{error}; the run ends without it")
         self._processes.stop(devices, grace_s=GRACE_S)
         administration.flush_counts(self._output.aggregator)
         self._processes.stop([AGGREGATOR], grace_s=GRACE_S)
@@ -135,24 +135,24 @@ class Testbed:
         return moment
 
     def export(self) -> None:
-        """Write the last version of the model, as the devices have it, under the task's names."""
+        """Write the last version of the model as a safetensors file."""
         version, digest, tensors = administration.tensors_of(self._output.aggregator, None)
         save_safetensors(self._output.model, tensors, {"version": str(version), "digest": digest.hex()})
 
     def moment(self) -> Observation:
-        """The federation as its parts have it on disk."""
+        """The current state of the federation, from its files on disk."""
         counters = {name: outbox.counters(self._output.device(name)) for name in self._devices}
         return Observation.read(status.read(self._output.aggregator), counters)
 
     def _broker(self) -> str:
-        """The URL of the scenario's broker, or of one that is started here."""
+        """The URL of the scenario's broker, or of a broker that this call starts."""
         if self._scenario.broker_url is not None:
             return self._scenario.broker_url
         arguments = ["broker", "up", "--json", "--dir", str(self._output.broker), "--engine", self._scenario.engine]
         broker = self._start(BROKER, "ternbus", [*arguments, "--port", "0"], apart=_software)
         self._until(lambda: bool(_ready(broker.output())), START_TIMEOUT_S, "the broker")
         ready = _ready(broker.output())
-        broker.arguments = (*arguments, "--port", str(ready["port"]))  # started again, its clients look for it there
+        broker.arguments = (*arguments, "--port", str(ready["port"]))  # a restarted broker must have the same port
         self._progress.say(f"broker: {ready['engine']} {ready['version']} at {ready['url']}")
         return str(ready["url"])
 
@@ -162,7 +162,7 @@ class Testbed:
             write_secret(self._output.invitation(invitation.device), invitation.dumps().encode())
 
     def _disturb(self, version: int) -> None:
-        """Kill what is due: at once what the scenario wants after the same version, the next when all is back."""
+        """Inject the faults that are due, those after the same version together; the next only after all restarts."""
         if self._processes.recovering or not self._faults or version < self._faults[0].after_version:
             return
         after = self._faults[0].after_version
@@ -178,15 +178,15 @@ class Testbed:
         return child
 
     def _until(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
-        """Raises `OverdueError`, which names what did not happen."""
+        """Wait for a condition; raises `OverdueError`, which names ``what``, after ``timeout_s``."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             if time.monotonic() > deadline:
-                raise OverdueError(f"waited {timeout_s:.0f} s for {what} in vain")
+                raise OverdueError(f"no result after {timeout_s:.0f} s of waiting for {what}")
             self._wait(LOOK_S)
 
     def _wait(self, seconds: float) -> None:
-        """Look after the processes for so long. Raises `Interrupted` and `ChildError`."""
+        """Supervise the processes for ``seconds``. Raises `Interrupted` and `ChildError`."""
         deadline = time.monotonic() + seconds
         while True:
             self._interrupts.check()
@@ -197,7 +197,7 @@ class Testbed:
 
 
 def _ready(output: str) -> dict[str, Any]:
-    """What `broker up --json` says once it accepts connections; empty before."""
+    """The JSON that `broker up --json` prints when it accepts connections; empty before."""
     for line in output.splitlines():
         if line.startswith("{") and line.endswith("}"):
             found: dict[str, Any] = json.loads(line)
@@ -206,6 +206,6 @@ def _ready(output: str) -> dict[str, Any]:
 
 
 def _software(output: str) -> list[int]:
-    """The process id of mosquitto or nats-server, which `broker up` started."""
+    """The process id of the mosquitto or nats-server that `broker up` started."""
     ready = _ready(output)
     return [ready["pid"]] if ready else []

@@ -1,1 +1,1 @@
-"""What a run shows while it runs and leaves at its end."""
+"""The progress display of a run, and its report, plot and output folder."""

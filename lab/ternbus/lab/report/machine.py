@@ -1,4 +1,4 @@
-"""What figures depend on: processor, memory, system and packages of this machine."""
+"""The description of this machine: processor, memory, system and packages."""
 
 import os
 import platform
@@ -10,7 +10,7 @@ PACKAGES: Final = ("numpy", "paho-mqtt", "pynacl", "zstandard", "torch")
 
 
 def describe() -> dict[str, Any]:
-    """What the figures depend on, as far as the system tells; nothing that names the host."""
+    """The properties that measurements depend on, without the name of the host; empty if the system lacks them."""
     return {
         "processor": _first("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),

@@ -1,4 +1,4 @@
-"""What a federation looks like at one moment, read from the aggregator's status and the devices' own counters."""
+"""The state of a federation at one moment, from the aggregator's status and the devices' counters."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Version:
-    """One version of the model; `seconds` since version 0 was there; None where nobody measured."""
+    """One version of the model; `seconds` is the time since version 0; None marks a missing measurement."""
 
     version: int
     seconds: float
@@ -28,29 +28,28 @@ class Version:
     staleness_max: int | None
     accuracy: float | None
     loss: float | None
-    local: Mapping[str, Any] | None = (
-        None  # as devices report it of their own data; see ternbus.aggregator.store.device_metrics
-    )
+    # metrics on the devices' own data; see ternbus.aggregator.store.device_metrics
+    local: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """The state that progress and report are made of."""
+    """The state that progress and report show."""
 
     state: str
     accepted: int
     rejected: int
     bytes_up: int  # PUBLISH packets on …/update that the devices sent
     bytes_down: int  # PUBLISH packets of deltas that the devices received
-    began: float  # when version 0 was there, unix seconds
+    began: float  # when version 0 was made, Unix time in seconds
     counts: Mapping[str, Any]
     devices: tuple[Device, ...]
     versions: tuple[Version, ...]
-    local: Mapping[str, Any] | None = None  # over all devices, each with its newest report
+    local: Mapping[str, Any] | None = None  # over all devices, the newest report of each
 
     @classmethod
     def read(cls, status: Mapping[str, Any], counters: Mapping[str, Mapping[str, int]]) -> Self:
-        """From the JSON of `aggregator status` and each device's own counters, which the evaluator is not among."""
+        """From the JSON of `aggregator status` and the counters of each device, without the evaluator."""
         rows = tuple(_device(name, status["devices"].get(name, {}), counted) for name, counted in counters.items())
         began = float(status["versions"][0]["time"])
         counts = status["counts"]
@@ -77,7 +76,7 @@ class Observation:
 
     @property
     def evaluated(self) -> Version | None:
-        """The newest version whose accuracy is known."""
+        """The newest version with a known accuracy."""
         return next((version for version in reversed(self.versions) if version.accuracy is not None), None)
 
     @property

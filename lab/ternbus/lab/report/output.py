@@ -1,4 +1,4 @@
-"""The folder that a lab run writes: where each thing is in it, and what of it a later run may replace."""
+"""The output folder of a lab run: the paths in it, and the removal of an earlier run's files."""
 
 import json
 import re
@@ -19,11 +19,11 @@ _NAME: Final = re.compile(r"[a-z][a-z0-9.-]*")
 
 
 class Output:
-    """A folder that this run has to itself; every attribute is a path in it."""
+    """The output folder, locked for this run; every attribute is a path in it."""
 
     def __init__(self, folder: Path, lock: IO[bytes]) -> None:
         self.folder = folder
-        self._lock = lock  # held as long as it is open
+        self._lock = lock  # the lock holds while this file is open
         self.aggregator = folder / "aggregator"
         self.broker = folder / "broker"
         self.devices = folder / "devices"
@@ -49,15 +49,15 @@ class Output:
 
 
 def claim(folder: Path) -> Output:
-    """Empty the folder of what an earlier lab run wrote, and of nothing else, and take it.
+    """Lock the folder and remove an earlier lab run's files, but no other files.
 
-    Raises `ConfigError` for a folder that holds other things and no marker, and while another run has it.
+    Raises `ConfigError` if the folder has other files and no marker of a lab run, or if another run uses it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         marker = folder / MARKER
         if not marker.exists() and any(folder.iterdir()):
-            raise ConfigError(f"{folder} is not empty and no lab run wrote it: give another folder with --out")
+            raise ConfigError(f"{folder} is not empty and not from a lab run: give another folder with --out")
         held = lock(marker)
     except OSError as error:
         raise ConfigError(f"cannot write to {folder}: {error.strerror}; give another folder with --out") from error
@@ -75,18 +75,20 @@ def _take(folder: Path, marker: IO[bytes]) -> None:
     try:
         _remove(folder, _written(marker.read()))
     except OSError as error:
-        raise ConfigError(f"cannot replace {error.filename}: {error.strerror}; give another with --out") from error
+        raise ConfigError(
+            f"cannot replace {error.filename}: {error.strerror}; give another folder with --out"
+        ) from error
     for name in ENTRIES:
         if (folder / name).exists():
-            raise ConfigError(f"no lab run wrote {folder / name}: move it away or give another folder with --out")
+            raise ConfigError(f"{folder / name} is not from a lab run: move it or give another folder with --out")
     marker.seek(0)
-    marker.truncate()  # before anything else is written, so that a run that is cut off can be replaced too
+    marker.truncate()  # before all other files, so that a later run can replace an interrupted one
     marker.write(json.dumps({"wrote": ENTRIES}).encode() + b"\n")
     marker.flush()
 
 
 def _written(text: bytes) -> list[str]:
-    """The names in a marker; those that point out of the folder are not believed."""
+    """The names in a marker, without names that lead out of the folder."""
     if not text:
         return []
     try:

@@ -1,4 +1,4 @@
-"""How a run looks while it runs: a live table on a terminal, a line now and then where there is none."""
+"""The progress of a run: a live table on a terminal, otherwise a line every few seconds."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -17,14 +17,14 @@ ROWS_MAX: Final = 24
 
 
 class Progress(Protocol):
-    """What the testbed tells whoever watches."""
+    """A display of a run's progress."""
 
     def say(self, line: str) -> None:
-        """Something happened that stays on the screen."""
+        """Print a line that stays on the screen."""
         ...
 
     def show(self, moment: Observation, seconds: float) -> None:
-        """The federation now, so many seconds since version 0."""
+        """Show the current state of the federation, ``seconds`` after version 0."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -33,13 +33,13 @@ class Progress(Protocol):
 
 
 def to(stream: IO[str]) -> Progress:
-    """A live table where the stream is a terminal, lines elsewhere."""
+    """A live table if the stream is a terminal, otherwise lines."""
     console = Console(file=stream)
     return LiveTable(console) if console.is_terminal and not console.is_dumb_terminal else Lines(stream)
 
 
 class Lines:
-    """For logs, pipes and tests."""
+    """Progress as lines of text, for logs and pipes."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -64,7 +64,7 @@ class Lines:
 
 
 class LiveTable:
-    """One row a device, redrawn in place; no thread of its own."""
+    """Progress as a table with one row for each device, redrawn in place without a thread."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -85,7 +85,7 @@ class LiveTable:
 
 
 def closing_table(report: Mapping[str, Any], files: Sequence[str]) -> str:
-    """The few lines at the end of a run."""
+    """The summary that is printed at the end of a run, with the names of the written files."""
     rows = [*table(report), ("written", files[0]), *(("", file) for file in files[1:])]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

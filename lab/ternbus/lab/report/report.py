@@ -1,4 +1,4 @@
-"""What a run came to: `report.json`, `report.png`, and the table at its end."""
+"""The report of a run: `report.json`, `report.png`, and the table that is printed at the end."""
 
 import json
 import os
@@ -18,11 +18,11 @@ def summary(
 ) -> dict[str, Any]:
     """The content of `report.json`.
 
-    `seconds` count from version 0, and are `virtual` where they were simulated; `wall_seconds` are real, and count
-    also starting and stopping. `updates` were accepted; `rejected` were too stale, malformed or forged. The bits are
-    8 · bytes of PUBLISH packets a parameter: up for each update, down for each device and version. The evaluator
-    follows the model too and is left out of both. `local` is what devices report of data that they hold out: over all
-    of them, each with its newest report, and for each version over those that reported it.
+    `seconds` count from version 0; `virtual` is true if they were simulated. `wall_seconds` are real, from before the
+    start to after the end of all services. `updates` is the number of accepted updates, `rejected` of those that were
+    too stale, malformed or forged. Bits are 8 · bytes of PUBLISH packets per parameter: uplink for each update,
+    downlink for each device and version, without the evaluator's. `local` has the metrics on held-out data of devices:
+    over all devices, with the newest report of each, and for each version, over the devices that reported it.
     """
     evaluated = moment.evaluated
     versions = moment.version
@@ -56,12 +56,12 @@ def write(report: Mapping[str, Any], path: Path) -> None:
 
 
 def plot(report: Mapping[str, Any], path: Path) -> str | None:
-    """Accuracy over versions and over seconds, and staleness; or, without matplotlib, one line that says so."""
+    """Plot accuracy by version and by time, and staleness; without matplotlib, return a message instead."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  # slow, and an extra
         from matplotlib.figure import Figure  # noqa: PLC0415
     except ImportError:
-        return "no report.png: it needs matplotlib (pip install matplotlib)"
+        return "no report.png: matplotlib is missing; run: pip install matplotlib"
     versions = report["versions"]
     figure = Figure(figsize=(13, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -86,7 +86,7 @@ def plot(report: Mapping[str, Any], path: Path) -> str | None:
 
 
 def _plot_local(axes: Any, versions: Sequence[Mapping[str, Any]]) -> None:
-    """Points, not lines: each version is reported by other devices."""
+    """Plot points without lines, since different devices report each version."""
     own = [row for row in versions if row["local"] is not None]
     if own:
         numbers = [row["version"] for row in own]
@@ -97,7 +97,7 @@ def _plot_local(axes: Any, versions: Sequence[Mapping[str, Any]]) -> None:
 
 
 def table(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The few figures that a person wants to see at the end, each with its name."""
+    """The main figures of a report as (name, value)."""
     accuracy = report["accuracy"]
     up, down = (_or_none(report[f"bits_per_parameter_{way}"]) for way in ("up", "down"))
     return [
@@ -105,14 +105,14 @@ def table(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         *device_metrics.sentences(report["local"]),
         ("versions", str(report["versions"][-1]["version"])),
         ("updates", f"{report['updates']} accepted, {report['rejected']} rejected"),
-        ("up", f"{size(report['bytes_up'])}, {up} bits a parameter and update"),
-        ("down", f"{size(report['bytes_down'])}, {down} bits a parameter, device and version"),
+        ("up", f"{size(report['bytes_up'])}, {up} bits per parameter and update"),
+        ("down", f"{size(report['bytes_down'])}, {down} bits per parameter, device and version"),
         (_seconds(report), f"{report['seconds']:.1f} (whole run {report['wall_seconds']:.1f})"),
     ]
 
 
 def size(count: float) -> str:
-    """A number of bytes for people: 1234567 is "1.2 MB"."""
+    """A number of bytes with a unit: 1234567 is "1.2 MB"."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -1,1 +1,1 @@
-"""What a lab run is: devices, speeds, partition, faults, and when it ends."""
+"""Scenarios of lab runs: devices, speeds, partition, faults and end."""

@@ -1,6 +1,6 @@
-"""A scenario: what federation the lab runs, how unequal its devices are, what fails when, and when it ends.
+"""Scenarios: the devices of a federation, their speeds and data, the plan, faults, hostile devices and the end.
 
-Knows the TOML file's keys and their bounds; the aggregator's own keys are checked by the aggregator's own code.
+This module checks the keys of a scenario's TOML file and their bounds; the aggregator's code checks its own keys.
 """
 
 import math
@@ -24,14 +24,14 @@ from ternbus.lab.scenario.toml_table import Table
 
 ENGINES: Final = ("auto", "mosquitto", "nats")
 DEVICES_MAX: Final = 1000
-SYNCHRONOUS_WAIT_S: Final = 86_400.0  # a day: longer than any run, so only a full buffer makes a version
+SYNCHRONOUS_WAIT_S: Final = 86_400.0  # a day, longer than any run, so that only a full buffer makes a version
 
 _DEVICE: Final = re.compile(r"device:(\d{1,4})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speeds:
-    """How long one local training lasts at least: `median_s` · exp(sigma · z), z standard normal, once a device."""
+    """The minimum duration of a training: `median_s` · exp(sigma · z), z standard normal, drawn for each device."""
 
     sigma: float = 0.7
     median_s: float = 0.5
@@ -41,14 +41,14 @@ class Speeds:
         _within("speeds.median_s", self.median_s, 0, 86_400)
 
     def draw(self, devices: int, seed: int) -> tuple[float, ...]:
-        """The seconds of each device; a device's own do not depend on how many others there are."""
-        generator = random.Random(seed)  # noqa: S311  # an experiment's, to be repeated; no secret
+        """The seconds of each device; those of device i do not depend on the number of devices."""
+        generator = random.Random(seed)  # noqa: S311  # reproducible on purpose, no secret
         return tuple(self.median_s * math.exp(self.sigma * generator.gauss(0, 1)) for _ in range(devices))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class End:
-    """The run ends at whichever of these comes first; None is never."""
+    """The end of a run: the first of these limits that is reached; None means no limit."""
 
     versions: int | None = None
     seconds: float | None = None
@@ -56,7 +56,7 @@ class End:
 
     def __post_init__(self) -> None:
         if self.versions is None and self.seconds is None and self.accuracy is None:
-            raise ConfigError("[end] needs versions, seconds or accuracy: when does the run end?")
+            raise ConfigError("[end] has no limit: set versions, seconds or accuracy")
         if self.versions is not None:
             _within("end.versions", self.versions, 1, 10_000_000)
         if self.seconds is not None:
@@ -74,7 +74,7 @@ class End:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """A process that is killed with SIGKILL once a version is there, and started again later."""
+    """A fault: a process is killed with SIGKILL after a version, and restarted later."""
 
     kill: str  # "aggregator", "broker" or "device:I", I from 0
     after_version: int
@@ -94,16 +94,16 @@ class Fault:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hostile:
-    """A part of the devices that means harm, drawn by the scenario's seed; see ``ternbus.lab.hostile.Behaviour``."""
+    """A share of hostile devices, drawn by the scenario's seed; see ``ternbus.lab.hostile.Behaviour``."""
 
     kind: str
     share: float = 0.2
-    strength: float | None = None  # None is the kind's own
-    samples: int = 0  # that each claims to have; 0 is the truth
+    strength: float | None = None  # None means the default of the kind
+    samples: int = 0  # reported number of samples; 0 means the true number
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ConfigError(f'[[hostile]] kind = "{self.kind}": choose {", ".join(KINDS)}')
+            raise ConfigError(f'[[hostile]] kind = "{self.kind}": choose one of {", ".join(KINDS)}')
         _within("hostile.share", self.share, 0, 1)
         _within("hostile.strength", self.behaviour.strength, 0, 1e6)
         _within("hostile.samples", self.samples, 0, 2**32 - 1)
@@ -116,14 +116,14 @@ class Hostile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Simulated:
-    """What only `lab simulate` can be told: each device's line, and what real processes bring with them anyway.
+    """Settings of `lab simulate` only: the devices' network lines, and the jitter of training durations.
 
-    A training lasts what `Speeds` says of its device, times exp(jitter · z), z standard normal, once a training.
+    A training lasts the device's duration by `Speeds` times exp(jitter · z), z standard normal, drawn each time.
     """
 
     jitter: float = 0.0
-    up_mbit_s: float = 0.0  # 0 = unlimited
-    down_mbit_s: float = 0.0  # likewise
+    up_mbit_s: float = 0.0  # 0 means unlimited
+    down_mbit_s: float = 0.0  # 0 means unlimited
     latency_s: float = 0.02  # one way
     evaluate_every: int = 1  # versions
 
@@ -137,9 +137,9 @@ class Simulated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Local:
-    """What devices try on data of their own: each version, and at the end a model that they fine-tune for themselves.
+    """Evaluation on held-out data of each device: of each version, and of a model fine-tuned by the device at the end.
 
-    Hostile devices hold nothing out and report nothing.
+    Hostile devices hold no data out and report no metrics.
     """
 
     hold_out: float = 0.0  # share of each device's data
@@ -149,12 +149,12 @@ class Local:
         _within("local.hold_out", self.hold_out, 0, LARGEST_SHARE)
         _within("local.fine_tune", self.fine_tune, 0, 1e4)
         if self.fine_tune and not self.hold_out:
-            raise ConfigError("local.fine_tune needs local.hold_out: what it gains is measured on data held out")
+            raise ConfigError("local.fine_tune needs held-out data for evaluation: set local.hold_out")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Narrow:
-    """A part of the devices, drawn by the scenario's seed, that train a narrower sub-network."""
+    """A share of the devices, drawn by the scenario's seed, that train a narrower sub-network."""
 
     share: float = 0.0
     width: float = 0.5
@@ -166,21 +166,19 @@ class Narrow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """One run of the lab. The defaults are those of `ternbus lab run` without a file."""
+    """The scenario of one lab run. The defaults are those of `ternbus lab run` without a file."""
 
     task: str = "digits"
     devices: int = 8
     seed: int = 0
     data: Path | None = None
     partition: str = "dirichlet:0.5"
-    dense: tuple[
-        str, ...
-    ] = ()  # patterns of tensors that are never made ternary, as `aggregator init --dense` has them
+    dense: tuple[str, ...] = ()  # patterns of tensors that stay float32, as in `aggregator init --dense`
     sync: bool = False
     speeds: Speeds = field(default_factory=Speeds)
     plan: Mapping[str, object] = field(default_factory=dict)
     engine: str = "auto"
-    broker_url: str | None = None  # one that exists; None = the lab starts its own
+    broker_url: str | None = None  # an existing broker; None starts a broker for the run
     aggregator: Mapping[str, object] = field(default_factory=dict)  # dotted keys of aggregator.toml
     end: End = field(default_factory=lambda: End(versions=60))
     faults: tuple[Fault, ...] = ()
@@ -193,7 +191,7 @@ class Scenario:
         _within("devices", self.devices, 1, DEVICES_MAX)
         _within("seed", self.seed, 0, 2**32 - 1)
         if self.engine not in ENGINES:
-            raise ConfigError(f"broker.engine is {self.engine!r}: choose {', '.join(ENGINES)}")
+            raise ConfigError(f"broker.engine is {self.engine!r}: choose one of {', '.join(ENGINES)}")
         if self.broker_url is not None:
             check_broker_url(self.broker_url)
         Partition.parse(self.partition_of(0))
@@ -202,22 +200,24 @@ class Scenario:
         for fault in self.faults:
             self._check(fault)
         if self.narrow.share and self.local.fine_tune:
-            raise ConfigError("local.fine_tune makes models of the full width: leave out narrow.share, or it")
+            raise ConfigError(
+                "local.fine_tune works with full-width models only: remove local.fine_tune or narrow.share"
+            )
         if sum(self._counts()) > self.devices:
-            raise ConfigError("[[hostile]] the shares come to more than 1: more hostile devices than there are")
+            raise ConfigError("[[hostile]] the sum of the shares is above 1: lower share")
 
     @property
     def behaviours(self) -> Mapping[int, Behaviour]:
-        """What each hostile device does, by its number."""
-        order = random.Random(f"{self.seed}/hostile").sample(range(self.devices), self.devices)  # noqa: S311 - an experiment's, to be repeated
+        """The behaviour of each hostile device, by number."""
+        order = random.Random(f"{self.seed}/hostile").sample(range(self.devices), self.devices)  # noqa: S311 - reproducible on purpose
         kinds = [each.behaviour for each, count in zip(self.hostile, self._counts(), strict=True) for _ in range(count)]
         return dict(sorted(zip(order, kinds, strict=False)))
 
     @property
     def widths(self) -> tuple[float, ...]:
-        """Of each device's sub-network; 1 is the whole model. Hostile ones have all of it."""
+        """The width of each device's sub-network; 1 is the whole model, which hostile devices always train."""
         count = round(self.narrow.share * self.devices)
-        drawn = random.Random(f"{self.seed}/narrow").sample(range(self.devices), count)  # noqa: S311 - an experiment's, to be repeated
+        drawn = random.Random(f"{self.seed}/narrow").sample(range(self.devices), count)  # noqa: S311 - reproducible on purpose
         chosen = set(drawn) - set(self.behaviours)
         return tuple(self.narrow.width if index in chosen else 1.0 for index in range(self.devices))
 
@@ -225,7 +225,7 @@ class Scenario:
         return [round(each.share * self.devices) for each in self.hostile]
 
     def partition_of(self, device: int) -> str:
-        """The device's own part, in the form that `edge join --partition` takes."""
+        """The device's part of the data, in the form of `edge join --partition`."""
         if self.partition == "all":
             return "all"
         if self.partition == "natural":
@@ -234,7 +234,7 @@ class Scenario:
         return part if self.partition == "iid" else f"{part}:{self.seed}"
 
     def settings(self, default_plan: Mapping[str, object]) -> dict[str, object]:
-        """The aggregator's keys, dotted: the task's plan, then the scenario's, then what a barrier asks for."""
+        """The aggregator's settings with dotted keys: of the task's plan, of the scenario, then of a barrier."""
         plan = {**default_plan, **self.plan}
         settings = {**{f"plan.{name}": value for name, value in plan.items()}, **self.aggregator}
         if self.sync:
@@ -247,11 +247,16 @@ class Scenario:
 
     def _check(self, fault: Fault) -> None:
         if fault.device is not None and fault.device >= self.devices:
-            raise ConfigError(f'[[fault]] kill = "{fault.kill}": the devices are numbered 0 to {self.devices - 1}')
+            raise ConfigError(f'[[fault]] kill = "{fault.kill}": use a device from 0 to {self.devices - 1}')
         if fault.kill == "broker" and self.broker_url is not None:
-            raise ConfigError('[[fault]] kill = "broker": only a broker that it started; leave out broker.url')
+            raise ConfigError(
+                '[[fault]] kill = "broker": the lab cannot kill the broker of broker.url; remove one of them'
+            )
         if self.end.versions is not None and fault.after_version >= self.end.versions:
-            raise ConfigError(f"[[fault]] after_version = {fault.after_version}: the run ends at {self.end.versions}")
+            raise ConfigError(
+                f"[[fault]] after_version = {fault.after_version}: the run ends at version {self.end.versions}; "
+                "use a smaller number"
+            )
 
 
 def load(path: Path) -> Scenario:
@@ -260,7 +265,7 @@ def load(path: Path) -> Scenario:
 
 
 def loads(text: str, source: str) -> Scenario:
-    """The scenario in a TOML file's text; `source` is what errors call it."""
+    """The scenario in a TOML text; errors name `source`."""
     return _named(toml.loads(text, source), source)
 
 
@@ -272,7 +277,7 @@ def _named(table: Mapping[str, object], source: str) -> Scenario:
 
 
 def parse(table: Mapping[str, object]) -> Scenario:
-    """The scenario in a table as TOML gives it; what is left out has its default, what is unknown is refused."""
+    """The scenario in a parsed TOML table. A missing key has its default; `ConfigError` for an unknown key."""
     top = Table(table, "")
     broker = top.table("broker")
     given = {
@@ -319,7 +324,7 @@ def _fault(table: Table) -> Fault:
     restart = table.number("restart_after_s")
     table.refuse_unknown()
     if kill is None or after is None:
-        raise ConfigError("[[fault]] needs kill and after_version")
+        raise ConfigError("[[fault]] needs the keys kill and after_version")
     return Fault(kill=kill, after_version=after, restart_after_s=1.0 if restart is None else restart)
 
 
@@ -328,7 +333,7 @@ def _hostile(table: Table) -> Hostile:
     given = {"share": table.number("share"), "strength": table.number("strength"), "samples": table.whole("samples")}
     table.refuse_unknown()
     if kind is None:
-        raise ConfigError(f"[[hostile]] needs kind: {', '.join(KINDS)}")
+        raise ConfigError(f"[[hostile]] needs the key kind: {', '.join(KINDS)}")
     return Hostile(kind=kind, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]  # read by kind above
 
 
@@ -357,17 +362,19 @@ def _simulated(table: Table) -> Simulated:
 
 
 def _dotted(table: Mapping[str, object]) -> dict[str, object]:
-    """{"merge": {"buffer_size": 4}} -> {"merge.buffer_size": 4}, as `aggregator init --set` writes it."""
+    """{"merge": {"buffer_size": 4}} -> {"merge.buffer_size": 4}, as in `aggregator init --set`."""
     dotted: dict[str, object] = {}
     for section, keys in table.items():
         if section == "plan":
-            raise ConfigError("[aggregator.plan]: the plan has a table of its own, [plan]")
+            raise ConfigError("[aggregator.plan]: move these keys to the table [plan]")
         if not isinstance(keys, Mapping):
-            raise ConfigError(f"aggregator.{section} stands alone: as in aggregator.toml, write [aggregator.SECTION]")
+            raise ConfigError(
+                f"aggregator.{section} is not in a section: write [aggregator.SECTION], as in aggregator.toml"
+            )
         dotted |= {f"{section}.{name}": value for name, value in keys.items()}
     return dotted
 
 
 def _within(name: str, value: float, least: float, most: float) -> None:
     if not least <= value <= most:
-        raise ConfigError(f"{name} is {value:g}, but must be within {least:g} and {most:g}")
+        raise ConfigError(f"{name} is {value:g}, but must be from {least:g} to {most:g}")

@@ -1,4 +1,4 @@
-"""A TOML table that is read key by key: each by its kind, and what nobody asked for is refused by name."""
+"""Typed access to the keys of a TOML table, with errors for wrong types and unknown keys."""
 
 from collections.abc import Mapping
 
@@ -6,7 +6,7 @@ from ternbus.broker.errors import ConfigError
 
 
 class Table:
-    """One table of the file; `name` is how errors call it ("" at the top)."""
+    """One table of a file. Errors contain its `name`, which is "" for the root."""
 
     def __init__(self, values: Mapping[str, object], name: str) -> None:
         self._values = values
@@ -49,7 +49,7 @@ class Table:
         raise self._wrong(key, value, "a number")
 
     def table(self, key: str) -> "Table":
-        """The table below; an empty one where the file has none."""
+        """The subtable; empty if the file has none."""
         value = self._get(key)
         if isinstance(value, Mapping):
             return Table(value, self._path(key))
@@ -67,14 +67,14 @@ class Table:
         raise self._wrong(key, value, f"a list of tables: [[{self._path(key)}]]")
 
     def rest(self) -> Mapping[str, object]:
-        """Everything in it, for whoever knows these keys."""
+        """All keys and values, for a caller that checks them."""
         return self._values
 
     def refuse_unknown(self) -> None:
-        """Raise `ConfigError` for a key that was not read above."""
+        """Raise `ConfigError` for a key that was not read before."""
         for key in self._values:
             if key not in self._known:
-                raise ConfigError(f"unknown key {self._path(key)!r}; known here: {', '.join(self._known)}")
+                raise ConfigError(f"unknown key {self._path(key)!r}; known keys: {', '.join(self._known)}")
 
     def _get(self, key: str) -> object:
         self._known.append(key)

@@ -1,1 +1,1 @@
-"""A federation in virtual time: the same cores, real training, a network in memory."""
+"""A simulated federation in virtual time: the cores of real services, real training, a network in memory."""

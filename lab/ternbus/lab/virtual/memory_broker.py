@@ -1,7 +1,7 @@
-"""An MQTT broker without a network: topics, retained messages, wills, sessions, and lines that take their time.
+"""An MQTT broker in memory: topics, retained messages, wills, sessions, and simulated network lines.
 
-What of MQTT the state machines rely on is here, in virtual time: QoS 1 with persistent sessions. What is in flight
-when a connection is cut is lost on the way up, and delivered again on the way down.
+It implements the part of MQTT that the cores use, in virtual time: QoS 1 with persistent sessions. If a connection is
+lost, uplink messages in flight are lost, and downlink messages in flight are delivered again.
 """
 
 import math
@@ -17,15 +17,15 @@ from ternbus.broker.link.link import packet_bytes
 from ternbus.broker.protocol import topics
 from ternbus.lab.virtual.clock import Clock
 
-QUEUED_MAX: Final = 4000  # for a client that is away; what exceeds it is dropped, as mosquitto does
-ROUND_TRIPS: Final = 2  # of a connection: TCP's, and CONNECT with its answer
+QUEUED_MAX: Final = 4000  # for a disconnected client; further messages are dropped, as by mosquitto
+ROUND_TRIPS: Final = 2  # to connect: one for TCP, one for CONNECT and CONNACK
 PROTOCOL: Final = 5
-REQUEST_BYTES: Final = 8  # of a SUBSCRIBE or UNSUBSCRIBE, beside its filters
+REQUEST_BYTES: Final = 8  # of a SUBSCRIBE or UNSUBSCRIBE packet without its filters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """What a client is connected by; the latency is one way's."""
+    """The network line of a client; ``latency_s`` is one way."""
 
     up_bits_s: float = math.inf
     down_bits_s: float = math.inf
@@ -33,7 +33,7 @@ class Line:
 
 
 class Client(Protocol):
-    """Who a session belongs to, and what it is told."""
+    """The callbacks of a session's client."""
 
     def connected(self) -> None: ...
     def disconnected(self, reason: str) -> None: ...
@@ -42,18 +42,18 @@ class Client(Protocol):
 
 
 class MemoryBroker:
-    """Routes what its sessions publish. ``stop`` is a crash: what is retained or queued outlives it, wills do not."""
+    """Routes messages between sessions. ``stop`` is a crash that keeps retained and queued messages, but no wills."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.is_up = True
         self.retained: dict[str, bytes] = {}
         self._subscribers: dict[str, dict[Session, None]] = {}  # by filter
-        self._patterns: dict[str, None] = {}  # filters with a +, which no look at the table finds
+        self._patterns: dict[str, None] = {}  # filters with +, which a lookup by topic does not find
         self._sessions: list[Session] = []
 
     def session(self, client: Client, line: Line) -> "Session":
-        """A new client's."""
+        """A new session."""
         session = Session(self, client, line)
         self._sessions.append(session)
         return session
@@ -61,13 +61,13 @@ class MemoryBroker:
     def stop(self) -> None:
         self.is_up = False
         for session in self._sessions:
-            session.lose("the broker is gone")
+            session.lose("the broker was stopped")
 
     def start(self) -> None:
         self.is_up = True
 
     def route(self, topic: str, payload: bytes, *, retain: bool) -> None:
-        """Give a message to every session that wants it, once."""
+        """Deliver a message once to every session with a matching subscription."""
         if retain and payload:
             self.retained[topic] = payload
         elif retain:
@@ -97,7 +97,7 @@ class MemoryBroker:
         filters += [pattern for pattern in self._patterns if matches(pattern, topic)]
         found = [self._subscribers[each] for each in filters if each in self._subscribers]
         if len(found) == 1:
-            return dict(found[0])  # a copy: who is told may unsubscribe
+            return dict(found[0])  # a copy, because a client may unsubscribe during delivery
         return {session: None for sessions in found for session in sessions}
 
     def _retained_under(self, pattern: str) -> list[str]:
@@ -107,9 +107,9 @@ class MemoryBroker:
 
 
 class Session:
-    """One client's: subscriptions, and what has not reached it, outlive the connection.
+    """The persistent session of one client: subscriptions and undelivered messages are kept over connections.
 
-    ``sent`` and ``carried`` count the bytes of PUBLISH packets by kind, up and down, as they are put on the line.
+    ``sent`` and ``carried`` count the bytes of PUBLISH packets by kind, uplink and downlink, when they are sent.
     """
 
     def __init__(self, broker: MemoryBroker, client: Client, line: Line) -> None:
@@ -119,15 +119,15 @@ class Session:
         self._clock = broker.clock
         self._client = client
         self._line = line
-        self._connection = 0  # what belongs to another one than this is void
+        self._connection = 0  # events of an earlier connection are void
         self._online = False
         self._will = ("", b"")
-        self._free_at = [0.0, 0.0]  # when the line up, and the line down, has carried what it was given
+        self._free_at = [0.0, 0.0]  # when uplink and downlink have sent all earlier packets
         self._numbers = count()
-        self._waiting: dict[int, tuple[str, bytes]] = {}  # for the client, in order, until it has it
+        self._waiting: dict[int, tuple[str, bytes]] = {}  # undelivered messages, in order
 
     def connect(self, will_topic: str, will_payload: bytes) -> None:
-        """Begin to connect; `connected` or `disconnected` says how it went."""
+        """Begin to connect; the result is a call of `connected` or `disconnected`."""
         self._connection += 1
         self._will = (will_topic, will_payload)
         when = self._clock.now + 2 * ROUND_TRIPS * self._line.latency_s
@@ -149,11 +149,11 @@ class Session:
             self._send(size_bytes, partial(self._published, topic, payload, retain, seq))
 
     def disconnect(self) -> None:
-        """Take leave, once what was said before has arrived: no will."""
+        """Disconnect without a will, after earlier packets have arrived."""
         self._send(0, self._left)
 
     def cut(self) -> None:
-        """The client has died, and the broker sees its connection closed: it publishes the will."""
+        """End the connection after a crash of the client; the broker publishes the will."""
         was_online = self._online
         self._left()
         if was_online:
@@ -161,13 +161,13 @@ class Session:
             self._broker.route(topic, payload, retain=True)
 
     def lose(self, reason: str) -> None:
-        """The broker has died, and the client sees its connection closed."""
+        """End the connection after a crash of the broker."""
         if self._online:
             self._left()
             self._client.disconnected(reason)
 
     def deliver(self, topic: str, payload: bytes) -> None:
-        """Send the client a message, now or when it is back."""
+        """Send the client a message now, or after it has reconnected."""
         if not self._online and len(self._waiting) >= QUEUED_MAX:
             return
         number = next(self._numbers)
@@ -193,7 +193,7 @@ class Session:
         self._connection += 1
 
     def _send(self, size_bytes: int, do: Callable[[], None]) -> None:
-        """Up: do it when so many bytes have reached the broker, if the connection lasts as long."""
+        """Call ``do`` when ``size_bytes`` have reached the broker, if the connection lasts until then."""
         if self._online:
             when = self._through(0, size_bytes, self._line.up_bits_s)
             self._clock.at(when, partial(self._if_connected, self._connection, do))
@@ -206,7 +206,7 @@ class Session:
         self._clock.at(when, partial(self._if_connected, self._connection, partial(self._arrived, number)))
 
     def _through(self, way: int, size_bytes: int, bits_s: float) -> float:
-        """When the last of so many bytes comes out of the line, behind what was put in before."""
+        """The time when the last byte arrives at the other end, after all earlier packets."""
         self._free_at[way] = max(self._clock.now, self._free_at[way]) + 8 * size_bytes / bits_s
         return self._free_at[way] + self._line.latency_s
 
@@ -225,7 +225,7 @@ class Session:
 
 
 def matches(pattern: str, topic: str) -> bool:
-    """Whether a subscription to ``pattern`` gets what is published on ``topic`` (MQTT 5.0 §4.7)."""
+    """Whether the topic filter ``pattern`` matches ``topic`` (MQTT 5.0 §4.7)."""
     wanted, levels = pattern.split("/"), topic.split("/")
     if wanted[-1] == "#":
         wanted.pop()

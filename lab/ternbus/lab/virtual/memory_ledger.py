@@ -1,4 +1,4 @@
-"""A ledger that forgets everything but what a report needs: who contributed what to which version, and when."""
+"""A ledger in memory that keeps only what a report needs: contributions, versions, metrics and counts."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from ternbus.broker.protocol.messages import OPEN, Status
 
 
 class Ledger(Protocol):
-    """What a simulated aggregator writes to: this one, or the real one."""
+    """The ledger of a simulated aggregator: `MemoryLedger` or the real one."""
 
     def write(self, batch: Iterable[records.Record], now: float | None = None) -> None: ...
     def frame(self, topic: str) -> bytes: ...
@@ -19,7 +19,7 @@ class Ledger(Protocol):
 
 @dataclass(slots=True, kw_only=True)
 class Contribution:
-    """An accepted update; ``merged`` is the version that it went into."""
+    """An accepted update; ``merged`` is the version that contains it."""
 
     device: str
     base: int
@@ -31,12 +31,12 @@ class Contribution:
 
 @dataclass(slots=True, kw_only=True)
 class _Version:
-    made: records.VersionMade | None  # None: version 0, which no merge made
+    made: records.VersionMade | None  # None for version 0, which is not the result of a merge
     seconds: float
 
 
 class MemoryLedger:
-    """Takes records like the real ledger, and answers with the same status."""
+    """Accepts the records of the real ledger, and returns the same status."""
 
     def __init__(self, frames: Iterable[tuple[str, bytes]]) -> None:
         self.contributions: list[Contribution] = []
@@ -59,7 +59,7 @@ class MemoryLedger:
             self._write(record, now or 0.0)
 
     def status(self) -> dict[str, Any]:
-        """As `ternbus.aggregator.store.status.read` gives it, of what the report uses."""
+        """The part of `ternbus.aggregator.store.status.read` that the report uses."""
         accepted = Counter(each.device for each in self.contributions)
         counts = {"accepted": accepted.total(), "merged": accepted.total() - len(self._buffer)}
         counts |= {outcome: self._counts[outcome] for outcome in ("stale", "duplicate", "busy")}
@@ -103,7 +103,7 @@ class MemoryLedger:
             case records.StateChanged():
                 self._state = record.state
             case _:
-                return  # what only a restart would read
+                return  # records that only a restart needs
 
     def _measured(self, record: records.MetricsReceived) -> None:
         about = record.metrics

@@ -1,4 +1,4 @@
-"""A simulated federation before its first second: the aggregator's core and ledger, and who its devices are."""
+"""The initial state of a simulated federation: the aggregator's core and ledger, and the devices."""
 
 import math
 import random
@@ -32,14 +32,14 @@ from ternbus.lab.virtual.training import InProcess, Place, pairs
 from ternbus.lab.virtual.virtual_device import Body
 
 FEDERATION: Final = "lab"
-EVALUATOR: Final = "evaluator"  # in whose name the simulation says what its versions are worth
+EVALUATOR: Final = "evaluator"  # the sender of the simulation's test metrics
 SOFTWARE: Final = "ternbus lab simulate"
-URL: Final = "mqtt://localhost"  # settings need one; nobody connects to it
+URL: Final = "mqtt://localhost"  # required by the settings, but not used
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """An aggregator's ledger, the core that it holds, and an invitation's code for each device."""
+    """An aggregator's ledger, a function that opens its core, and the invitation code of each device."""
 
     ledger: Ledger
     core: Callable[[], Core]
@@ -49,7 +49,7 @@ class Setup:
 def on_disk(
     folder: Path, names: Sequence[str], model: Tensors, chosen: Mapping[str, object], dense: Sequence[str] = ()
 ) -> Setup:
-    """A real aggregator's directory, which its commands can read afterwards."""
+    """A setup with a real aggregator directory, which `ternbus aggregator` can read afterwards."""
     administration.create(folder, federation=FEDERATION, broker=URL, model=model, settings=chosen, dense=dense)
     codes = {invitation.device: invitation.code for invitation in administration.invite(folder, *names)}
     ledger = durable.Ledger(folder / LEDGER)
@@ -61,7 +61,7 @@ def on_disk(
 def without_disk(
     seed: int, names: Sequence[str], model: Tensors, chosen: Mapping[str, object], schema: Schema
 ) -> Setup:
-    """The same without a file, and with keys and codes that only the seed decides."""
+    """A setup in memory; the seed determines all keys and codes."""
     table = configuration.with_overrides({"federation": FEDERATION, "broker": URL}, chosen)
     settings = configuration.from_table(table, "[aggregator]")
     identity = Identity(drawn(seed, "aggregator"))
@@ -73,7 +73,7 @@ def without_disk(
 def _first_core(
     settings: Settings, identity: Identity, schema: Schema, vector: Vector, codes: Mapping[str, str]
 ) -> tuple[Core, list[tuple[str, bytes]]]:
-    """An aggregator at version 0, and the frames that it has to keep."""
+    """The core of an aggregator at version 0, and its retained frames."""
     first = first_version.make(settings, identity, schema, vector)
     core = Core(
         settings=settings,
@@ -105,9 +105,9 @@ def bodies(
     *,
     place: Place | None = None,
 ) -> list[Body]:
-    """The devices of an aggregator with this public key, each with its key, its data, its speed and its line.
+    """The devices of the aggregator with the public key ``aggregator``: their keys, data, speeds and lines.
 
-    They train at `place`, by default here.
+    They train at ``place``, by default in this process.
     """
     own = pairs(scenario, task, model)
     place = place or InProcess([trainer for trainer, _ in own])
@@ -142,9 +142,9 @@ def bodies(
 
 
 def _seconds(scenario: Scenario, name: str, pace: float) -> Callable[[], float]:
-    """How long each training of a device lasts."""
+    """A function that draws the duration of each training of a device."""
     jitter = scenario.simulate.jitter
-    generator = random.Random(f"{scenario.seed}/{name}")  # noqa: S311 - an experiment's, to be repeated; no secret
+    generator = random.Random(f"{scenario.seed}/{name}")  # noqa: S311 - reproducible on purpose, no secret
     return lambda: pace * math.exp(jitter * generator.gauss(0, 1)) if jitter else pace
 
 
@@ -154,5 +154,5 @@ def _line(about: Simulated) -> Line:
 
 
 def drawn(seed: int, what: str) -> bytes:
-    """32 bytes that look random and that a seed decides: these keys guard nothing."""
+    """32 pseudo-random bytes that depend on the arguments only; for keys that protect nothing."""
     return blake2b(f"{seed}/{what}".encode(), digest_size=32).digest()

@@ -1,7 +1,7 @@
-"""A federation in virtual time: the same cores and real training, seconds that only the clock knows.
+"""The simulation of a federation: the cores of real services, real training, virtual time.
 
-A scenario gives the same versions, bit for bit, however fast the machine is. The published vector is tried on the
-test data here, without a line: no device holds other bits.
+A scenario gives the same versions, bit for bit, on machines of any speed. The simulation itself evaluates each
+published vector on the test data: every device has the same bits.
 """
 
 import math
@@ -33,12 +33,12 @@ from ternbus.lab.virtual.training import Place
 from ternbus.lab.virtual.virtual_aggregator import VirtualAggregator
 from ternbus.lab.virtual.virtual_device import VirtualDevice
 
-QUIET_S: Final = 2 * 86_400.0  # virtual, and longer than any buffer waits: without a version by then there will be none
+QUIET_S: Final = 2 * 86_400.0  # virtual time, longer than any buffer waits; after that no further version is expected
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Carried:
-    """PUBLISH packets of all devices until a version was made, in bytes, by what was in them."""
+    """The bytes of all devices' PUBLISH packets until a version was made, by kind of message."""
 
     update: int
     delta: int
@@ -46,10 +46,10 @@ class Carried:
 
 
 class Simulation:
-    """One run: `run`, then `report`.
+    """One simulation: call `run`, then `report`.
 
-    ``folder`` is where a ledger is kept, as a real aggregator's; None for none. ``place`` is where devices train, by
-    default this process.
+    ``folder`` is the directory for a real aggregator's ledger; None keeps the ledger in memory. ``place`` is where
+    devices train, by default in this process.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Simulation:
         self._folder = folder
         self._faults = sorted(scenario.faults, key=lambda fault: fault.after_version)
         if folder is None and any(fault.kill == "aggregator" for fault in self._faults):
-            raise ConfigError('[[fault]] kill = "aggregator": it starts again from its ledger, so add --ledger')
+            raise ConfigError('[[fault]] kill = "aggregator" needs a ledger to restart from: add --ledger')
         self._evaluator = task.evaluator(data=scenario.data)
         self._evaluated = -1
         self._made_at = 0.0
@@ -96,7 +96,7 @@ class Simulation:
         return self.schema.elements
 
     def run(self, check: Callable[[], None] = lambda: None) -> None:
-        """Until the scenario's end. ``check`` is called now and then, and may raise."""
+        """Simulate until the scenario's end. ``check`` is called after each event and may raise."""
         self.aggregator.start()
         self._made(0, self.aggregator.core.model.published)
         for device in self.devices:
@@ -104,7 +104,7 @@ class Simulation:
         last = self._scenario.end.seconds or math.inf
         while not self._ended and (when := self.clock.next_at) is not None and when <= last:
             if self.clock.now - self._made_at > QUIET_S:
-                self._progress.say("no version for two days; ending")
+                self._progress.say("no new version for two virtual days: the simulation ends")
                 break
             self.clock.step()
             check()
@@ -112,15 +112,15 @@ class Simulation:
         if self._evaluated < model.version:
             self._evaluate(model.version, model.published)
         self._hear_devices(model.version, model.published)
-        while len(self.carried) <= model.version:  # made in the very moment of the end
+        while len(self.carried) <= model.version:  # a version made at the time of the end
             self.carried.append(self._count())
 
     def stop(self) -> None:
-        """End at once: for a ``check`` that has seen enough."""
+        """End `run` after the current event; for calls from ``check``."""
         self._ended = True
 
     def moment(self) -> Observation:
-        """The federation now, as `Testbed.moment` gives it."""
+        """The current state of the federation, as from `Testbed.moment`."""
         counters = {
             device.name: {
                 "sent_bytes.update": device.session.sent["update"],
@@ -131,9 +131,9 @@ class Simulation:
         return Observation.read(self._status(), counters)
 
     def report(self, wall_seconds: float) -> dict[str, Any]:
-        """The content of `report.json`; each version has also what was `carried` until it was made.
+        """The content of `report.json`; each version also has the bytes `carried` until it was made.
 
-        Of each device: how many of its updates were accepted, and the epsilon that it has spent by its own account.
+        For each device: the number of its accepted updates, and its spent epsilon by its own account.
         """
         result = report.summary(
             self.moment(), scenario=self._scenario, parameters=self.parameters, wall_seconds=wall_seconds, virtual=True
@@ -148,7 +148,7 @@ class Simulation:
         return result
 
     def export(self, path: Path) -> None:
-        """Write the last version of the model under the task's names."""
+        """Write the last version of the model as a safetensors file."""
         model = self.aggregator.core.model
         about = {"version": str(model.version), "digest": model.digest.hex()}
         save_safetensors(path, to_tensors(self.schema, model.published), about)
@@ -164,7 +164,7 @@ class Simulation:
         return status.read(self._folder)
 
     def _made(self, version: int, vector: Vector) -> None:
-        """A version has been published."""
+        """Handle a new version: evaluate it, show progress, check for the end, inject faults."""
         self._made_at = self.clock.now
         self.carried.append(self._count())
         found = None
@@ -192,7 +192,7 @@ class Simulation:
         return found
 
     def _hear_devices(self, version: int, vector: Vector) -> None:
-        """Their last reports: devices in a federation that closes stay for them, and the clock stops before."""
+        """Collect the devices' last reports, which in a real federation arrive after it is closed."""
         members = self.aggregator.core.registry.members
         for device in self.devices:
             metrics = device.last_report(version, self.schema, vector)
@@ -202,7 +202,7 @@ class Simulation:
                 self.ledger.write([record], self.clock.now)
 
     def _disturb(self, version: int) -> None:
-        """Kill what is due."""
+        """Inject the faults that are due at this version."""
         while self._faults and self._faults[0].after_version <= version:
             self._kill(self._faults.pop(0))
 
@@ -220,7 +220,7 @@ class Simulation:
         self.clock.at(back_at, victim.restart)
 
     def _left(self, stop: Stop) -> None:
-        """A device has ended. ConfigError where it says what is wrong."""
+        """Handle the end of a device; ConfigError if the device ended with one."""
         if stop.code == EXIT_CONFIG:
             raise ConfigError(stop.reason)
         self._progress.say(stop.reason)

@@ -1,12 +1,11 @@
-"""Where simulated devices train: in the simulation's own process, or in several, to use more than one processor.
+"""Training of simulated devices, in this process or in several worker processes.
 
-A training begins when its device begins it and is waited for when, in virtual time, it ends; in between other devices
-train. What comes of it is the same, bit for bit, however many processes there are.
+A training starts when its device starts it, and its result is awaited at its end in virtual time. Other devices can
+train in between. The results are the same, bit for bit, for any number of processes.
 """
 
 import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -30,27 +29,28 @@ from ternbus.edge.learn.task import Task, Trainer, halves_of, trainers_of
 from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.shell.worker import TrainingResult, train
 from ternbus.lab.hostile import HostileTrainer
+from ternbus.lab.interrupts import without_interrupts
 from ternbus.lab.scenario.scenario import Scenario
 
 Awaited = Callable[[], TrainingResult]
-"""Gives what came of a training; it may take as long as the training."""
+"""A function that waits for a training and returns its result."""
 
 Pair = tuple[Trainer, Trainer | None]
-"""A device's own data, and apart from them what it holds out."""
+"""(trainer with a device's training data, trainer with its held-out data or None)."""
 
 SAFE_PATH: Final = "PYTHONSAFEPATH"
 
-_trainers: list[Trainer] = []  # of this process, if it is a worker
+_trainers: list[Trainer] = []  # in a worker process: of all devices
 
 
 class Place(Protocol):
-    """Where devices, numbered from 0, train."""
+    """Where devices train; devices are numbered from 0."""
 
     def begin(self, device: int, job: StartTraining) -> Awaited: ...
 
 
 class InProcess:
-    """In this process, and only when the result is asked for: what a kill would lose is not computed at all."""
+    """Training in this process, when the result is requested; the training of a killed device is never computed."""
 
     def __init__(self, trainers: Sequence[Trainer]) -> None:
         self._trainers = trainers
@@ -60,7 +60,7 @@ class InProcess:
 
 
 class Workers:
-    """In so many processes, each with every device's data. The task is made anew there, by its name in the scenario."""
+    """Training in ``count`` processes. Each process loads the scenario's task and the data of all devices."""
 
     def __init__(self, scenario: Scenario, count: int) -> None:
         self._others = set(multiprocessing.active_children())
@@ -74,8 +74,11 @@ class Workers:
             )
 
     def begin(self, device: int, job: StartTraining) -> Awaited:
-        """Start it as soon as a process is free. Raises `FederationError`, as what it gives does, if one has died."""
-        with _in_words(), _safe_path():
+        """Queue a training for the next free process.
+
+        This call and the returned function raise `FederationError` if a process has died.
+        """
+        with _readable_errors(), _safe_path(), without_interrupts():
             return partial(_result, self._pool.submit(_train_in_worker, device, job))
 
     def __enter__(self) -> Self:
@@ -84,7 +87,7 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nobody waits for trainings whose results are not wanted any more."""
+        """End the processes without waiting for unfinished trainings."""
         mine = set(multiprocessing.active_children()) - self._others
         self._pool.shutdown(wait=False, cancel_futures=True)
         for process in mine:
@@ -92,15 +95,16 @@ class Workers:
 
 
 def _result(future: Future[TrainingResult]) -> TrainingResult:
-    with _in_words():
+    with _readable_errors():
         return future.result()
 
 
 @contextmanager
 def _safe_path() -> Iterator[None]:
-    """A Python that starts meanwhile looks for modules neither in the current folder, as with -P, nor in the task's.
+    """Exclude the current folder and the task's folder from the module path of processes that start in this block.
 
-    It adds the latter itself, with the rule of `task_folder`, when it loads the task.
+    As with -P, a worker must not import from the current folder. It adds the task's folder itself by the rule of
+    `task_folder` when it loads the task.
     """
     flag, path = os.environ.get(SAFE_PATH), [*sys.path]
     os.environ[SAFE_PATH] = "1"
@@ -116,21 +120,21 @@ def _safe_path() -> Iterator[None]:
 
 
 @contextmanager
-def _in_words() -> Iterator[None]:
+def _readable_errors() -> Iterator[None]:
     try:
         yield
     except BrokenProcessPool:
         raise FederationError(
-            "a process that trains for the devices has ended, perhaps for want of memory: fewer --jobs take less"
+            "a worker process has ended unexpectedly, perhaps out of memory: try fewer --jobs"
         ) from None
 
 
 def pairs(scenario: Scenario, task: Task, model: Tensors) -> list[Pair]:
-    """Every device's; hostile devices hold nothing out."""
+    """The trainers of every device; hostile devices hold no data out."""
     partitions = [scenario.partition_of(index) for index in range(scenario.devices)]
     behaviours, share = scenario.behaviours, scenario.local.hold_out
     made: dict[int, Pair] = {}
-    for width in sorted(set(scenario.widths)):  # those of a width share a model
+    for width in sorted(set(scenario.widths)):  # devices of equal width share a model
         trained = narrow(task, width)
         chosen = [index for index in range(scenario.devices) if scenario.widths[index] == width]
         parts = [partitions[index] for index in chosen]
@@ -148,15 +152,14 @@ def pairs(scenario: Scenario, task: Task, model: Tensors) -> list[Pair]:
 
 
 def _train(trainer: Trainer, job: StartTraining) -> TrainingResult:
-    """Nobody's data are at stake, and the same scenario is to give the same report: the noise has a seed here."""
+    """Train with seeded noise: a simulation protects no data, and must be reproducible."""
     return train(trainer, job, RandomSource(np.random.default_rng(job.seed).bytes))
 
 
 def _begin_worker(parent: int, scenario: Scenario) -> None:
-    """In a new process."""
-    os.environ.pop(SAFE_PATH, None)  # what the task may start is its own business
+    """Prepare a worker process: tie it to its parent and load the data of all devices."""
+    os.environ.pop(SAFE_PATH, None)  # must not affect processes that the task may start
     parent_death.tie(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the simulation's, which ends this one
     task = load_task(scenario.task)
     _trainers.extend(trainer for trainer, _ in pairs(scenario, task, task.initial(scenario.seed)))
 

@@ -1,4 +1,4 @@
-"""The aggregator's shell in virtual time: the very same core, on a line of no length to the broker."""
+"""The simulated aggregator: the real core in virtual time, with an unlimited line to the broker."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -16,9 +16,9 @@ VersionMade = Callable[[int, Vector], None]
 
 
 class VirtualAggregator:
-    """Performs what a core wants. ``open_core`` gives it as the ledger has it, at the start and after a crash.
+    """Performs the actions of a core. ``open_core`` opens the core from the ledger, at the start and after a crash.
 
-    ``made`` gets each new version and its vector once both have been published.
+    ``made`` is called with each new version and its vector after both have been published.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class VirtualAggregator:
         self._handle(events.TimeReached())
 
     def kill(self) -> None:
-        """What is not in the ledger is lost."""
+        """Simulate SIGKILL: state that is not in the ledger is lost."""
         self._alarm.off()
         self._session.cut()
 
@@ -46,12 +46,12 @@ class VirtualAggregator:
         self._alarm = self._new_alarm()
         self.start()
 
-    # what the session says
+    # callbacks of the session
 
     def connected(self) -> None:
         self._handle(events.Connected(frame_bytes=self.core.settings.limits.frame_bytes))
 
-    def disconnected(self, reason: str) -> None:  # noqa: ARG002 - what a client is told
+    def disconnected(self, reason: str) -> None:  # noqa: ARG002 - signature of the callback
         self._handle(events.Disconnected())
 
     def arrived(self, topic: str, payload: bytes) -> None:
@@ -59,7 +59,7 @@ class VirtualAggregator:
         self._handle(events.MessageArrived(topic=topic, payload=payload, packet_bytes=size_bytes))
 
     def acknowledged(self, seq: int) -> None:
-        """The aggregator does not wait for it."""
+        """Ignored: the aggregator does not wait for acknowledgements."""
 
     def _new_alarm(self) -> Alarm:
         core = self.core
@@ -70,7 +70,7 @@ class VirtualAggregator:
         self._alarm.look()
 
     def _perform(self, actions: Iterable[events.Action]) -> None:
-        """In order, every record first, as the service does."""
+        """Perform actions as the service does: write all records first, then the other actions in order."""
         ordered = list(actions)
         batch = [action.record for action in ordered if isinstance(action, events.Save)]
         if batch:
@@ -94,5 +94,5 @@ class VirtualAggregator:
                     assert_never(action)
         for record in batch:
             if isinstance(record, records.VersionMade):
-                # Behind what was just published, which the broker gets at the same moment.
+                # After the messages just published, which reach the broker at the same virtual time.
                 self._clock.at(self._clock.now, partial(self._made, record.version, self.core.model.published))

@@ -1,4 +1,4 @@
-"""A device's shell in virtual time: the very same core, real training, and seconds that pass only in name."""
+"""The simulated device: the real core and real training, in virtual time."""
 
 from collections import Counter
 from collections.abc import Callable, MutableMapping
@@ -38,22 +38,22 @@ from ternbus.lab.virtual.training import Awaited
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Body:
-    """What makes one device another than the next: who it is, what it learns from, how fast, over which line."""
+    """The properties of one device: identity, data, speed and network line."""
 
     profile: Profile
     initial_model: InitialModel
-    begin: Callable[[StartTraining], Awaited]  # a training
+    begin: Callable[[StartTraining], Awaited]  # starts a training
     trainer: Trainer
-    held: Trainer | None  # with the data that it holds out
-    seconds: Callable[[], float]  # how long its next training lasts
+    held: Trainer | None  # with the held-out data
+    seconds: Callable[[], float]  # draws the duration of the next training
     line: Line
 
 
 class VirtualDevice:
-    """Performs what a core wants. Its outbox is memory that outlives a kill.
+    """Performs the actions of a core. Its outbox is in memory and is kept over `kill`.
 
-    ``vectors`` holds every version that some device has, by digest: equal digests are equal bits, so all devices of a
-    version share one array. ``left`` is told why it stops.
+    ``vectors`` has the vector of each version that a device uses, by digest. Equal digests mean equal bits, so all
+    devices on a version share one array. ``left`` is called when the device stops.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class VirtualDevice:
     ) -> None:
         self.session: Session = broker.session(self, body.line)
         self.state = State(key=body.profile.key)
-        self.happened: Counter[str] = Counter()  # the events of its log
+        self.happened: Counter[str] = Counter()  # counts of log events
         self._clock = clock
         self._body = body
         self._vectors = vectors
@@ -83,7 +83,7 @@ class VirtualDevice:
         self._handle(events.Started())
 
     def kill(self) -> None:
-        """What is not in the outbox is lost, a training that is under way above all."""
+        """Simulate SIGKILL: state that is not in the outbox is lost, such as a training in progress."""
         self._runs = False
         self._alarm.off()
         self.session.cut()
@@ -92,7 +92,7 @@ class VirtualDevice:
         self.core, self._alarm = self._begin()
         self.start()
 
-    # what the session says
+    # callbacks of the session
 
     def connected(self) -> None:
         self._handle(events.Connected(frame_bytes=frame.FRAME_BYTES))
@@ -101,7 +101,7 @@ class VirtualDevice:
         self._handle(events.Disconnected(reason=reason))
 
     def arrived(self, topic: str, payload: bytes) -> None:
-        if not payload:  # what a retained topic is cleared with
+        if not payload:  # the removal of a retained message
             return
         try:
             parsed = frame.parse(payload)
@@ -141,7 +141,7 @@ class VirtualDevice:
             case StartEvaluation():
                 self._clock.at(self._clock.now, partial(self._evaluate, self.core, action))
             case StartFineTuning() | SavePersonal():
-                raise AssertionError("the simulation fine-tunes for its devices")
+                raise AssertionError("the simulation fine-tunes in last_report")
             case Stop():
                 self.session.disconnect()
                 self._left(action)
@@ -151,14 +151,14 @@ class VirtualDevice:
                 assert_never(action)
 
     def _train(self) -> None:
-        job = self.core.training.running  # with the vector that all share
-        assert job is not None  # noqa: S101 - the core has just begun it
+        job = self.core.training.running  # with the shared vector
+        assert job is not None  # noqa: S101 - the core has just started it
         seconds = self._body.seconds()
         awaited = self._body.begin(job)
         self._clock.at(self._clock.now + seconds, partial(self._trained, self.core, seconds, awaited))
 
     def _trained(self, life: Core, seconds: float, awaited: Awaited) -> None:
-        """So many virtual seconds later."""
+        """Deliver the result of a training, unless the device was killed since."""
         if life is not self.core or not self._runs or life.training.running is None:
             return
         result = awaited()
@@ -167,12 +167,12 @@ class VirtualDevice:
         self._handle(result)
 
     def _evaluate(self, life: Core, job: StartEvaluation) -> None:
-        """It takes no time: the published figures of a device's speed are for training."""
+        """Evaluate in no virtual time: the speeds of a scenario describe training only."""
         if life is self.core and self._runs and self._body.held is not None:
             self._handle(evaluate(self._body.held, job))
 
     def last_report(self, version: int, schema: Schema, vector: Vector) -> Metrics | None:
-        """What it would say of the last version, and of a model of its own, before it leaves; None if nothing."""
+        """The device's report of the last version, with a fine-tuned model if configured; None if it has no report."""
         training, held = self.core.training, self._body.held
         if held is None or training.plan is None or training.sealed:
             return None
@@ -191,7 +191,7 @@ class VirtualDevice:
             return
         shared = self._vectors.setdefault(follower.digest, follower.vector)
         if shared is follower.vector:
-            shared.flags.writeable = False  # it is everybody's now
+            shared.flags.writeable = False  # shared by all devices now
             return
         if training.running is not None and training.running.vector is follower.vector:
             training.running = replace(training.running, vector=shared)
