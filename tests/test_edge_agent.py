@@ -306,13 +306,13 @@ def test_a_stale_update_is_kept_for_the_next(server: Server, tmp_path: Path) -> 
     code, said = server.until_ended(process)
     assert code == 0, said
     assert "was too late" in said
-    kept = outbox.summary(folder).kept
+    state = outbox.summary(folder).state
     (frame,) = server.updates
     update = Update.from_meta(frame.meta)
     value = decoded(server.scripted.schema, update.codec, update.encoding, frame.body)
-    assert kept.residual is not None
-    assert kept.residual.tobytes() == value.tobytes()
-    assert (kept.outstanding, kept.answered_base) == (None, 0)
+    assert state.residual is not None
+    assert state.residual.tobytes() == value.tobytes()
+    assert (state.outstanding, state.answered_base) == (None, 0)
 
 
 def test_sigterm_in_the_middle_of_training_ends_it_at_once(server: Server, tmp_path: Path) -> None:
@@ -522,16 +522,16 @@ def test_a_new_key_by_a_new_invitation_signs_what_is_outstanding_anew(server: Se
     process.kill()
     server.until_ended(process)
     before, old = outbox.summary(folder), server.keys["pi"]
-    assert before.kept.outstanding is not None
+    assert before.state.outstanding is not None
     renewal = server.invite(tmp_path, "pi")
     code, said = server.until_ended(edge("join", "--renew", renewal, folder))
     assert code == 0, said
     assert "pi has a new key" in said
     assert server.keys["pi"] != old
-    kept = outbox.summary(folder).kept
-    assert kept.key == key_id(server.keys["pi"])
-    assert kept.outstanding is not None
-    assert kept.outstanding.encoded == before.kept.outstanding.encoded
+    state = outbox.summary(folder).state
+    assert state.key == key_id(server.keys["pi"])
+    assert state.outstanding is not None
+    assert state.outstanding.encoded == before.state.outstanding.encoded
     assert DeviceDirectory(folder).settings().partition == "iid:0/2"
     server.updates.clear()
     server.answer = lambda _: "accepted"
@@ -539,7 +539,7 @@ def test_a_new_key_by_a_new_invitation_signs_what_is_outstanding_anew(server: Se
     assert code == 0, said
     (frame,) = server.updates
     assert frame.key == key_id(server.keys["pi"])
-    assert frame.meta["base"] == before.kept.outstanding.base
+    assert frame.meta["base"] == before.state.outstanding.base
 
 
 def test_a_refused_renewal_costs_nothing(server: Server, tmp_path: Path) -> None:

@@ -110,8 +110,8 @@ def test_a_device_s_store_is_the_old_one_or_the_new_one_wherever_its_migration_i
         if found == 0:
             assert dump(copy / outbox.FILE) == before
         with Outbox(copy, DeviceDirectory(copy).identity().key_id) as store:
-            assert store.kept.outstanding is not None
-            assert hashlib.sha256(store.kept.outstanding.body).hexdigest() == want["outstanding"]["body_sha256"]
+            assert store.state.outstanding is not None
+            assert hashlib.sha256(store.state.outstanding.body).hexdigest() == want["outstanding"]["body_sha256"]
         assert dump(copy / "format-1" / outbox.FILE) == before
     assert formats == {0, outbox_format.FORMAT}
 
@@ -177,4 +177,4 @@ def test_a_disk_without_room_for_what_a_device_saves_is_named(tmp_path: Path) ->
         with pytest.raises(
             sqlite3.OperationalError, match=re.escape(f"{folder / outbox.FILE}: database or disk is full")
         ):
-            store.save(store.kept, None, {f"counter {number}": number for number in range(10_000)})
+            store.save(store.state, None, {f"counter {number}": number for number in range(10_000)})

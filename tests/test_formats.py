@@ -71,7 +71,7 @@ def test_an_aggregator_opens_with_what_it_had(name: str, tmp_path: Path) -> None
         assert (core.model.version, core.model.digest.hex()) == (want["version"], want["digest"])
         assert sha256(core.model.server.target) == want["server"]["target_sha256"]
         assert sha256(core.model.server.momentum) == want["server"]["momentum_sha256"]
-        kept = {version: vector_digest(ledger.vector(int(version))).hex() for version in want["kept_versions"]}
+        state = {version: vector_digest(ledger.vector(int(version))).hex() for version in want["kept_versions"]}
         assert kept == want["kept_versions"]
         buffer = [[update.device, update.staleness, update.samples] for update in core.model.buffer]
         assert buffer == want["buffer"]
@@ -296,20 +296,20 @@ def test_a_reader_sees_what_a_device_of_each_format_had_and_leaves_it_so(
 def test_a_device_of_each_format_goes_on_with_what_it_had(name: str, tmp_path: Path) -> None:
     folder, want = copy_of(name, tmp_path) / "device", expected(name)
     with Outbox(folder, DeviceDirectory(folder).identity().key_id) as store:
-        kept, waiting = store.kept, want["outstanding"]
+        kept, waiting = store.state, want["outstanding"]
         for number in ("enrolled", "seq_limit", "session", "head_version", "head_seq", "answered_base", "evaluated"):
             assert getattr(kept, number) == want[number]
-        assert kept.key.hex() == want["key"]
+        assert state.key.hex() == want["key"]
         assert hashlib.sha256(kept.schema).hexdigest() == want["schema_sha256"]
-        assert sha256(kept.residual) == want["residual_sha256"]
-        assert (kept.head_digest.hex(), kept.protected) == (want.get("head_digest", ""), want.get("protected", ""))
-        assert kept.account.epsilon == want.get("epsilon", 0.0)
-        assert kept.outstanding is not None
-        assert (kept.outstanding.seq, kept.outstanding.base) == (waiting["seq"], waiting["base"])
-        assert hashlib.sha256(kept.outstanding.body).hexdigest() == waiting["body_sha256"]  # what is sent again
-        assert dict(kept.outstanding.metrics) == waiting["metrics"]
+        assert sha256(state.residual) == want["residual_sha256"]
+        assert (state.head_digest.hex(), kept.protected) == (want.get("head_digest", ""), want.get("protected", ""))
+        assert state.account.epsilon == want.get("epsilon", 0.0)
+        assert state.outstanding is not None
+        assert (state.outstanding.seq, state.outstanding.base) == (waiting["seq"], waiting["base"])
+        assert hashlib.sha256(state.outstanding.body).hexdigest() == waiting["body_sha256"]  # what is sent again
+        assert dict(state.outstanding.metrics) == waiting["metrics"]
         answered = AnsweredUpdate(
-            seq=waiting["seq"], base=waiting["base"], outcome="accepted", version=5, key=kept.key, digest=b"d" * 32
+            seq=waiting["seq"], base=waiting["base"], outcome="accepted", version=5, key=state.key, digest=b"d" * 32
         )
         store.save(kept, answered, store.counters)
     newest, *others = outbox.answers(folder)
@@ -326,14 +326,14 @@ def test_a_store_has_its_format_once_it_was_opened_to_write(name: str, tmp_path:
     before = dump(folder / outbox.FILE)
     key = DeviceDirectory(folder).identity().key_id
     with Outbox(folder, key) as store:
-        store.save(store.kept, None, store.counters)
+        store.save(store.state, None, store.counters)
     with closing(sqlite3.connect(folder / outbox.FILE)) as db:
         assert db.execute("PRAGMA user_version").fetchone() == (outbox_format.FORMAT,)
         names = {name for (name,) in db.execute("SELECT name FROM kept")}
         columns = {row[1] for row in db.execute("PRAGMA table_info(receipts)")}
     (tmp_path / "new").mkdir()
     with Outbox(tmp_path / "new", key) as fresh:
-        fresh.save(fresh.kept, None, {})
+        fresh.save(fresh.state, None, {})
     with closing(sqlite3.connect(tmp_path / "new" / outbox.FILE)) as db:
         assert db.execute("PRAGMA user_version").fetchone() == (outbox_format.FORMAT,)
         assert names == {name for (name,) in db.execute("SELECT name FROM kept")}
@@ -351,7 +351,7 @@ def test_a_first_format_that_newer_code_has_added_names_to_is_told_by_its_column
         db.execute("INSERT INTO kept VALUES ('head_digest', x''), ('protected', 'none')")
         db.execute("""INSERT INTO kept VALUES ('account', '{"spent": [], "epsilon": 0.5, "delta": 0.0}')""")
     with Outbox(folder, DeviceDirectory(folder).identity().key_id) as store:
-        assert (store.kept.protected, store.kept.account.epsilon) == ("none", 0.5)
+        assert (store.state.protected, store.state.account.epsilon) == ("none", 0.5)
     assert {each.digest for each in outbox.answers(folder)} == {b""}
 
 

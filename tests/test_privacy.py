@@ -399,11 +399,11 @@ def test_the_account_and_its_update_survive_in_one_file(tmp_path: Path) -> None:
     with Outbox(tmp_path, DEVICE_KEY.key_id) as store:
         store.save(born.disk, None, {})
     with Outbox(tmp_path, DEVICE_KEY.key_id) as store:
-        assert store.kept.account == born.disk.account
-        assert store.kept.protected == "device"
-        store.save(replace(store.kept, account=Account()), None, {})
+        assert store.state.account == born.disk.account
+        assert store.state.protected == "device"
+        store.save(replace(store.state, account=Account()), None, {})
     with Outbox(tmp_path, DEVICE_KEY.key_id) as store:
-        assert store.kept.account == Account()
+        assert store.state.account == Account()
 
 
 def test_a_training_that_failed_under_privacy_has_been_paid_for() -> None:

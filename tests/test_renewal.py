@@ -71,7 +71,7 @@ def device(folder: Path, *, seal: bool = False, code: str = "") -> DeviceDirecto
 def kept_in(home: DeviceDirectory) -> State:
     with Outbox(home.folder, NEW.key_id) as outbox:
         assert outbox.counters == {"updates.accepted": 3}
-        return outbox.kept
+        return outbox.state
 
 
 def check_succeeded(home: DeviceDirectory, *, seal: bool = False) -> None:
@@ -140,7 +140,7 @@ def test_while_it_is_not_known_which_key_is_good_the_device_does_not_run(tmp_pat
         key_rotation.finish(home)
     assert home.identity() == OLD
     with Outbox(home.folder, OLD.key_id) as outbox:
-        assert (outbox.kept.key, outbox.kept.seq_limit) == (OLD.key_id, 129)
+        assert (outbox.state.key, outbox.state.seq_limit) == (OLD.key_id, 129)
 
 
 def test_leaving_takes_the_new_key_along(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ class Device:
     def _run(self) -> None:
         try:
             with Outbox(self._folder, self._profile.key) as outbox:
-                self.core = Core(self._profile, outbox.kept)
+                self.core = Core(self._profile, outbox.state)
                 name, url = self._profile.device, self._url
                 self.service = Service(
                     self.core,

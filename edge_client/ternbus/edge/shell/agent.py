@@ -150,7 +150,7 @@ def _serve(
         initial = task.initial(int(settings.seed or 0))
         shapes = {name: tuple(tensor.shape) for name, tensor in initial.items()}
         profile = _profile(settings, identity, task, role=role, options=options, shapes=shapes)
-        core = Core(profile, outbox.kept, InitialModel(tensors=initial))
+        core = Core(profile, outbox.state, InitialModel(tensors=initial))
         del initial  # the core frees it at the first head
         service = Service(
             core,

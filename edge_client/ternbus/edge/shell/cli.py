@@ -314,20 +314,20 @@ def status(directory: Dir, as_json: Annotated[bool, typer.Option("--json", help=
     """
     settings = DeviceDirectory(directory).settings()
     found = outbox.summary(directory)
-    kept, last = found.kept, found.last
-    waiting = kept.outstanding
+    state, last = found.state, found.last
+    waiting = state.outstanding
     facts = {
         "federation": settings.federation,
         "device": settings.device,
-        "key": kept.key.hex(),
+        "key": state.key.hex(),
         "joined": not settings.code,
-        "version": kept.head_version,
-        "digest": kept.head_digest.hex(),
-        "base": kept.answered_base,
-        "accepted": kept.accepted,
-        "evaluated": kept.evaluated,
-        "epsilon": kept.account.epsilon,
-        "delta": kept.account.delta,
+        "version": state.head_version,
+        "digest": state.head_digest.hex(),
+        "base": state.answered_base,
+        "accepted": state.accepted,
+        "evaluated": state.evaluated,
+        "epsilon": state.account.epsilon,
+        "delta": state.account.delta,
         "hold_out": settings.hold_out or None,
         "width": settings.width or None,
         "personal": str(directory / PERSONAL) if (directory / PERSONAL).exists() else None,
@@ -362,7 +362,7 @@ def verify(
     Example: ternbus edge verify pi-7 lab.log
     """
     settings = DeviceDirectory(directory).joined()
-    found = log_check.check(log, settings, outbox.summary(directory).kept, outbox.answers(directory))
+    found = log_check.check(log, settings, outbox.summary(directory).state, outbox.answers(directory))
     typer.echo(json.dumps(found.facts()) if as_json else found.report(settings.device))
     if found.faults:
         raise typer.Exit(EXIT_FAILED)

@@ -74,10 +74,10 @@ def finish(home: DeviceDirectory) -> None:
         )
     identity, settings = renewal.identity(), replace(home.settings(), broker=renewed.broker)
     with Outbox(renewal.folder, identity.key_id) as outbox:
-        enrolled = outbox.kept
+        enrolled = outbox.state
     with Outbox(home.folder, identity.key_id) as outbox:
-        if outbox.kept.key != identity.key_id or not outbox.kept.enrolled:
-            outbox.save(inherited(outbox.kept, enrolled, settings, identity), None, outbox.counters)
+        if outbox.state.key != identity.key_id or not outbox.state.enrolled:
+            outbox.save(inherited(outbox.state, enrolled, settings, identity), None, outbox.counters)
     for name in FILES:
         if (renewal.folder / name).exists():
             write_secret(home.folder / name, read_secret(renewal.folder / name))

@@ -32,7 +32,7 @@ _NUMBERS: Final = (
 class Summary:
     """The data for `ternbus edge status`, which can be read while the device runs."""
 
-    kept: State
+    state: State
     counters: Mapping[str, int]
     last: AnsweredUpdate | None
 
@@ -51,7 +51,7 @@ class Outbox:
         self._db = open_for_writing(self._path)
         with naming(self._path):
             self._stored = _read(self._db)  # the content of the file
-            self.kept = self._stored or State(key=key)
+            self.state = self._stored or State(key=key)
             self.counters = _counters(self._db)
 
     def __enter__(self) -> Self:
@@ -62,28 +62,28 @@ class Outbox:
     ) -> None:
         self._db.close()
 
-    def save(self, kept: State, answered: AnsweredUpdate | None, counters: Mapping[str, int]) -> None:
+    def save(self, state: State, answered: AnsweredUpdate | None, counters: Mapping[str, int]) -> None:
         """Save everything in one transaction. Only changed values are written."""
         before = self._stored
         with naming(self._path), self._db:
             self._db.execute("BEGIN IMMEDIATE")
-            self._save_numbers(kept)
-            if before is None or kept.residual is not before.residual:
-                self._save_residual(kept.residual)
-            if before is None or kept.outstanding is not before.outstanding:
-                self._save_outstanding(kept.outstanding)
+            self._save_numbers(state)
+            if before is None or state.residual is not before.residual:
+                self._save_residual(state.residual)
+            if before is None or state.outstanding is not before.outstanding:
+                self._save_outstanding(state.outstanding)
             if answered is not None:
                 self._save_answered(answered)
             self._db.executemany("REPLACE INTO counters VALUES (?, ?)", counters.items())
-        self.kept = self._stored = kept
+        self.state = self._stored = state
 
-    def _save_numbers(self, kept: State) -> None:
-        values: dict[str, Any] = {name: str(int(getattr(kept, name))) for name in _NUMBERS}
-        values |= {"key": bytes(kept.key), "schema": kept.schema, "head_digest": kept.head_digest}
-        values |= {"protected": kept.protected, "account": kept.account.dumps()}
+    def _save_numbers(self, state: State) -> None:
+        values: dict[str, Any] = {name: str(int(getattr(state, name))) for name in _NUMBERS}
+        values |= {"key": bytes(state.key), "schema": state.schema, "head_digest": state.head_digest}
+        values |= {"protected": state.protected, "account": state.account.dumps()}
         before = self._stored
         if before is not None:
-            values = {name: value for name, value in values.items() if getattr(kept, name) != getattr(before, name)}
+            values = {name: value for name, value in values.items() if getattr(state, name) != getattr(before, name)}
         self._db.executemany("REPLACE INTO kept VALUES (?, ?)", values.items())
 
     def _save_residual(self, residual: Vector | None) -> None:
@@ -118,10 +118,10 @@ def summary(folder: Path) -> Summary:
         raise ConfigError(f"{path} does not exist: join a federation with `ternbus edge join INVITATION {folder}`")
     with naming(path), closing(open_for_reading(path)) as db:
         rows = receipts(db, limit=1, but=RENUMBERED)
-        kept = _read(db)
-        if kept is None:
+        state = _read(db)
+        if state is None:
             raise ConfigError(f"{path} has no state yet: run `ternbus edge join` again")
-        return Summary(kept=kept, counters=_counters(db), last=rows[0] if rows else None)
+        return Summary(state=state, counters=_counters(db), last=rows[0] if rows else None)
 
 
 def answers(folder: Path) -> list[AnsweredUpdate]:
