@@ -71,7 +71,7 @@ def test_an_aggregator_opens_with_what_it_had(name: str, tmp_path: Path) -> None
         assert (core.model.version, core.model.digest.hex()) == (want["version"], want["digest"])
         assert sha256(core.model.server.target) == want["server"]["target_sha256"]
         assert sha256(core.model.server.momentum) == want["server"]["momentum_sha256"]
-        state = {version: vector_digest(ledger.vector(int(version))).hex() for version in want["kept_versions"]}
+        kept = {version: vector_digest(ledger.vector(int(version))).hex() for version in want["kept_versions"]}
         assert kept == want["kept_versions"]
         buffer = [[update.device, update.staleness, update.samples] for update in core.model.buffer]
         assert buffer == want["buffer"]
@@ -296,13 +296,13 @@ def test_a_reader_sees_what_a_device_of_each_format_had_and_leaves_it_so(
 def test_a_device_of_each_format_goes_on_with_what_it_had(name: str, tmp_path: Path) -> None:
     folder, want = copy_of(name, tmp_path) / "device", expected(name)
     with Outbox(folder, DeviceDirectory(folder).identity().key_id) as store:
-        kept, waiting = store.state, want["outstanding"]
+        state, waiting = store.state, want["outstanding"]
         for number in ("enrolled", "seq_limit", "session", "head_version", "head_seq", "answered_base", "evaluated"):
-            assert getattr(kept, number) == want[number]
+            assert getattr(state, number) == want[number]
         assert state.key.hex() == want["key"]
-        assert hashlib.sha256(kept.schema).hexdigest() == want["schema_sha256"]
+        assert hashlib.sha256(state.schema).hexdigest() == want["schema_sha256"]
         assert sha256(state.residual) == want["residual_sha256"]
-        assert (state.head_digest.hex(), kept.protected) == (want.get("head_digest", ""), want.get("protected", ""))
+        assert (state.head_digest.hex(), state.protected) == (want.get("head_digest", ""), want.get("protected", ""))
         assert state.account.epsilon == want.get("epsilon", 0.0)
         assert state.outstanding is not None
         assert (state.outstanding.seq, state.outstanding.base) == (waiting["seq"], waiting["base"])
@@ -311,7 +311,7 @@ def test_a_device_of_each_format_goes_on_with_what_it_had(name: str, tmp_path: P
         answered = AnsweredUpdate(
             seq=waiting["seq"], base=waiting["base"], outcome="accepted", version=5, key=state.key, digest=b"d" * 32
         )
-        store.save(kept, answered, store.counters)
+        store.save(state, answered, store.counters)
     newest, *others = outbox.answers(folder)
     assert newest == answered
     assert [(each.seq, each.base, each.outcome, each.version, each.digest.hex()) for each in others] == [
