@@ -163,7 +163,7 @@ def test_a_task_that_does_not_split_is_found_out() -> None:
         def trainer(self, *, data: Path | None, partition: str) -> digits_numpy.NumpyTrainer:
             return super().trainer(data=data, partition=partition.partition(";")[0])
 
-    with pytest.raises(ConfigError, match="the task digits-numpy holds nothing out"):
+    with pytest.raises(ConfigError, match="the task digits-numpy holds no data out"):
         halves(Careless())
 
 
@@ -227,17 +227,17 @@ def test_the_share_is_kept_with_the_device_and_without_one_nothing_can_be_measur
     for options in (agent.Options(reports=True), agent.Options(fine_tune=1.0)):
         with pytest.raises(ConfigError, match=r"--hold-out 0\.2"):
             agent.check(without, options)
-    with pytest.raises(ConfigError, match=r"held out is 0\.9"):
+    with pytest.raises(ConfigError, match=r"held-out share of the data is 0\.9"):
         replace(settings, hold_out="0.9")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--hold-out", "0.6"], "held out is 0.6 of the data, but must be above 0 and at most 0.4"),
+        (["--hold-out", "0.6"], "the held-out share of the data is 0.6: it must be above 0 and at most 0.4"),
         (["--hold-out", "0.2", "--report-metrics"], "add --run"),
         (["--fine-tune", "2"], "add --run"),
-        (["--report-metrics", "--run"], "needs data that are never trained on"),
+        (["--report-metrics", "--run"], "needs held-out data, and this device has none"),
     ],
 )
 def test_join_says_what_is_wrong_before_anything_is_sent(tmp_path: Path, options: list[str], message: str) -> None:

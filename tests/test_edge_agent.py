@@ -270,7 +270,9 @@ def test_a_task_of_ones_own_runs_from_any_folder(server: Server, tmp_path: Path)
     assert code == 0, said
     code, said = server.until_ended(edge("run", tmp_path / "pi", "--versions", 1, cwd=Path("/")))
     assert code == 2
-    assert said == "ternbus: no module 'my_task' for the task my_task:TASK: there is none in /, and none is installed\n"
+    assert said == (
+        "ternbus: task my_task:TASK: no module 'my_task' is in / or installed; go to its folder or install it\n"
+    )
 
 
 def test_the_data_folder_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -553,7 +555,7 @@ def test_a_refused_renewal_costs_nothing(server: Server, tmp_path: Path) -> None
     assert "the invitation is for 'other'" in said
     code, said = server.until_ended(edge("join", "--renew", server.invite(tmp_path, "pi"), folder, "--task", TASK))
     assert code == 2
-    assert "leave these options out" in said
+    assert "leave out these options" in said
     code, said = server.until_ended(edge("join", server.invite(tmp_path, "pi"), tmp_path / "new"))
     assert code == 2
     assert "add --task" in said

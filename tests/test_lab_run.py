@@ -142,7 +142,7 @@ def test_a_child_that_needs_another_configuration_ends_the_run_with_its_words(la
     process = lab.start("--task", "nowhere:TASK")
     _, errors = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 2
-    assert errors.startswith("ternbus: prepare: no module 'nowhere' for the task nowhere:TASK")
+    assert errors.startswith("ternbus: prepare: task nowhere:TASK: no module 'nowhere' is in ")
     assert len(errors.splitlines()) == 1
     assert lab.left_over() == []
 
