@@ -26,7 +26,11 @@ from ternbus.broker.server.running import Engine, RunningBroker
 from ternbus.broker.text_table import text_table
 from ternbus.broker.version import software
 
-app = typer.Typer(no_args_is_help=True, help="Run the server: accept updates, merge them, publish the model.")
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Run the server: accept updates, merge them, publish the model.",
+)
 app.add_typer(log_command.app, name="log")
 
 Username = Annotated[

@@ -12,7 +12,9 @@ from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.protocol.merge_log import Audit, Contribution, Entry, Signed
 
 app = typer.Typer(
-    no_args_is_help=True, help="Read the log of merges: which updates are in which version, signed and chained."
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Read the log of merges: which updates are in which version, signed and chained.",
 )
 
 Source = Annotated[

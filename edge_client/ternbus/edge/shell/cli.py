@@ -27,7 +27,9 @@ from ternbus.edge.shell.printer import Printer
 from ternbus.edge.shell.process import run_device
 from ternbus.edge.shell.service import PERSONAL
 
-app = typer.Typer(no_args_is_help=True, help="Run a device: follow the model, train, send updates.")
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="markdown", help="Run a device: follow the model, train, send updates."
+)
 
 TASKS = f"{', '.join(BUILT_IN_TASKS)}, or your own as MODULE:ATTRIBUTE or FILE.py:ATTRIBUTE."
 InvitationFile = Annotated[
