@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Final
 
-from ternbus.edge.learn.loader import load_task
+from ternbus.edge.learn.task_loader import load_task
 from ternbus.lab.report.progress import Lines
 from ternbus.lab.scenario.scenario import End, Hostile, Scenario
 from ternbus.lab.virtual.simulate import Simulation

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ternbus.broker import toml
-from ternbus.edge.learn.loader import load_task
+from ternbus.edge.learn.task_loader import load_task
 from ternbus.lab.report.progress import Lines
 from ternbus.lab.scenario.scenario import End, Scenario, Simulated, Speeds
 from ternbus.lab.virtual.simulate import Simulation

@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from ternbus.broker.errors import ConfigError
-from ternbus.edge.learn.loader import load_task
 from ternbus.edge.learn.task import Evaluation, Trained
+from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.shell.cli import app
 from ternbus.edge.shell.preflight import check
 

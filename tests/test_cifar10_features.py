@@ -12,7 +12,7 @@ from torch import nn
 
 from support import miniatures
 from ternbus.broker.errors import ConfigError
-from ternbus.edge.learn.loader import load_task
+from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.tasks import cifar10_features
 from ternbus.edge.tasks.cifar10_features import FEATURES, FOLDER, NAMES, data
 

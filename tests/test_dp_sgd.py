@@ -15,9 +15,9 @@ from ternbus.broker.protocol.schema import Schema, to_vector
 from ternbus.edge.core import events
 from ternbus.edge.core.actions import StartTraining
 from ternbus.edge.learn.accountant import epsilon
-from ternbus.edge.learn.loader import load_task
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.task import PrivateTrainer
+from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.privacy import cost
 from ternbus.edge.plan.tensors import FloatArray

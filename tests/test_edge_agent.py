@@ -26,11 +26,11 @@ from ternbus.broker.protocol.parts import Collector
 from ternbus.broker.protocol.schema import Schema, to_vector
 from ternbus.broker.protocol.ternary import content_bytes
 from ternbus.broker.server import running
-from ternbus.edge.learn.loader import load_task
 from ternbus.edge.learn.partition import select
 from ternbus.edge.learn.task import halves_of
-from ternbus.edge.shell import outbox
+from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.shell.directory import DeviceDirectory, Settings
+from ternbus.edge.store import outbox
 from ternbus.edge.tasks import digits_data
 
 pytestmark = pytest.mark.slow

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ternbus.broker.errors import ConfigError
-from ternbus.edge.learn.loader import load_task
+from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.shell.preflight import check
 

@@ -14,9 +14,9 @@ from support.old_formats import FIXTURES, LEDGER, copy_of, dump, expected, expec
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store.schema import FORMAT
 from ternbus.broker.errors import ConfigError
-from ternbus.edge.shell import outbox, outbox_format
 from ternbus.edge.shell.directory import DeviceDirectory
-from ternbus.edge.shell.outbox import Outbox
+from ternbus.edge.store import outbox, outbox_format
+from ternbus.edge.store.outbox import Outbox
 
 DYING = """
 import os, shutil, sqlite3, sys, tempfile

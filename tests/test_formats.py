@@ -38,9 +38,9 @@ from ternbus.broker.protocol.merge_log import FIRST, UNKNOWN_DIGEST, Entry, unpa
 from ternbus.broker.protocol.schema import Vector, to_vector, vector_digest
 from ternbus.command import main
 from ternbus.edge.core.state import AnsweredUpdate
-from ternbus.edge.shell import outbox, outbox_format
 from ternbus.edge.shell.directory import DeviceDirectory
-from ternbus.edge.shell.outbox import Outbox
+from ternbus.edge.store import outbox, outbox_format
+from ternbus.edge.store.outbox import Outbox
 
 
 def tables(path: Path) -> dict[str, str]:

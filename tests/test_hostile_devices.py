@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.hostile import ATTACKS, RULES
 from ternbus.broker.errors import ConfigError
-from ternbus.edge.learn.loader import load_task
+from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.tasks.digits_numpy import TASK, NumpyTrainer

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ternbus.broker.server.running import Engine, choose
-from ternbus.edge.shell import outbox
+from ternbus.edge.store import outbox
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What each room may import besides itself. A room is a sub-package; a component's own modules (settings, errors, …)
 # are the room of its name, but for its command line, which may import all of it.
 BUS = {"broker", "broker.protocol"}
-EDGE = {"edge", "edge.plan", "edge.learn", "edge.core", "edge.shell"}
+EDGE = {"edge", "edge.plan", "edge.learn", "edge.core", "edge.store", "edge.shell"}
 AGGREGATOR = {"aggregator", "aggregator.merge", "aggregator.core", "aggregator.store", "aggregator.shell"}
 LAB = {"lab", "lab.scenario", "lab.report", "lab.processes", "lab.virtual", "lab.experiment"}
 ARROWS = {
@@ -29,7 +29,8 @@ ARROWS = {
     "edge.torch": {*BUS, "edge.plan", "edge.learn"},
     "edge.tasks": {*BUS, "edge.plan", "edge.learn", "edge.torch"},
     "edge.core": {*BUS, "edge.plan", "edge.learn"},
-    "edge.shell": {*BUS, "broker.link", "edge.plan", "edge.learn", "edge.core"},
+    "edge.store": {*BUS, "edge.plan", "edge.core"},
+    "edge.shell": {*BUS, "broker.link", "edge.plan", "edge.learn", "edge.core", "edge.store"},
     "aggregator": BUS,
     "aggregator.merge": {*BUS, "aggregator"},
     "aggregator.core": {*BUS, "aggregator", "aggregator.merge"},
@@ -56,8 +57,7 @@ FILES = {"fcntl", "io", "mmap", "os", "pathlib", "shutil", "tempfile"}
 # Where SQL is written.
 STORES = {
     "aggregator/ternbus/aggregator/store/",
-    "edge_client/ternbus/edge/shell/outbox.py",
-    "edge_client/ternbus/edge/shell/outbox_format.py",
+    "edge_client/ternbus/edge/store/",
     "broker/ternbus/broker/store_format.py",  # how a store of either is migrated
 }
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ternbus.broker.protocol.messages import RESTORE_LEAP
 from ternbus.edge.learn import local_optimizer
-from ternbus.edge.learn.loader import load_task
+from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.schedule import TURNS, share, turn
 from ternbus.edge.torch import autotune

@@ -17,7 +17,7 @@ from ternbus.edge.core.state import RENUMBERED, AnsweredUpdate, OutstandingUpdat
 from ternbus.edge.shell import log_check
 from ternbus.edge.shell.directory import DeviceDirectory, Settings
 from ternbus.edge.shell.log_check import LogCheck
-from ternbus.edge.shell.outbox import Outbox
+from ternbus.edge.store.outbox import Outbox
 
 AGGREGATOR = Identity(b"a" * 32)
 KEY, OLD_KEY = KeyId(b"k" * 8), KeyId(b"o" * 8)

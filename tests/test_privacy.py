@@ -34,8 +34,8 @@ from ternbus.edge.plan.privacy import Account, Cost, PrivacyPolicy, cost
 from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.shell import key_rotation
 from ternbus.edge.shell.directory import DeviceDirectory
-from ternbus.edge.shell.outbox import Outbox
 from ternbus.edge.shell.worker import train
+from ternbus.edge.store.outbox import Outbox
 from ternbus.edge.tasks import digits_numpy
 from ternbus.lab.report.progress import Lines
 from ternbus.lab.scenario.scenario import End, Scenario, Speeds

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ternbus.edge.learn.loader import BUILT_IN_TASKS
+from ternbus.edge.learn.task_loader import BUILT_IN_TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = {

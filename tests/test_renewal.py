@@ -17,7 +17,7 @@ from ternbus.broker.protocol.ternary import Block
 from ternbus.edge.core.state import OutstandingUpdate, State, prepare, sealed
 from ternbus.edge.shell import key_rotation
 from ternbus.edge.shell.directory import KEY, TOML, DeviceDirectory, Settings
-from ternbus.edge.shell.outbox import Outbox
+from ternbus.edge.store.outbox import Outbox
 
 SCHEMA = Schema.of({"w": (20, 10)})
 AGGREGATOR = Identity(b"a" * 32)

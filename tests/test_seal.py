@@ -18,7 +18,7 @@ from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.protocol.frame import Frame, parse
 from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.server import running
-from ternbus.edge.learn.loader import load_task
+from ternbus.edge.learn.task_loader import load_task
 
 pytestmark = pytest.mark.slow
 

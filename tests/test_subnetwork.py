@@ -14,10 +14,10 @@ from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.schema import Schema, to_vector
 from ternbus.edge.core.actions import StartTraining
 from ternbus.edge.core.events import TrainingFinished
-from ternbus.edge.learn.loader import load_task
 from ternbus.edge.learn.partition import select
 from ternbus.edge.learn.subnetwork import NarrowTask, channels, narrow
 from ternbus.edge.learn.task import Task
+from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import FloatArray, Tensors
 from ternbus.edge.shell import agent

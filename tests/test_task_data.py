@@ -10,8 +10,8 @@ from torch import nn
 
 from support import miniatures
 from ternbus.broker.errors import ConfigError
-from ternbus.edge.learn.loader import load_task
 from ternbus.edge.learn.task import halves_of
+from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.tasks import cifar10_data, cifar10_resnet, emnist_62, hapt, idx, mnist_by_writer
 from ternbus.edge.torch.trainer import TorchTask, TorchTrainer

@@ -11,7 +11,7 @@ import pytest
 
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.learn import former_names, task_folder
-from ternbus.edge.learn.loader import absolute, load_task
+from ternbus.edge.learn.task_loader import absolute, load_task
 from ternbus.edge.shell.preflight import check
 
 # Names of Ternbus' own components in version 0.1, of what it depends on, of what it or they would import if it were

@@ -12,8 +12,8 @@ from torch import nn
 
 from support import miniatures
 from ternbus.broker.errors import ConfigError
-from ternbus.edge.learn.loader import BUILT_IN_TASKS, load_task
 from ternbus.edge.learn.task import Task, TrainingError
+from ternbus.edge.learn.task_loader import BUILT_IN_TASKS, load_task
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.tasks import cifar10_features, digits_data
@@ -209,7 +209,7 @@ def test_the_demo_without_torch_imports_no_torch_and_stays_small() -> None:
 import sys, msgpack, nacl.public, nacl.signing, paho.mqtt.client, zstandard
 from ternbus.edge.learn import partition, terngrad
 from ternbus.edge.plan.plan import Plan
-from ternbus.edge.learn.loader import load_task
+from ternbus.edge.learn.task_loader import load_task
 task = load_task("digits-numpy")
 trainer = task.trainer(data=None, partition="dirichlet:0.5:0/8:1")
 trainer.train(task.initial(0), Plan.from_meta(task.default_plan), version=0, seed=0)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol import plan_keys
-from ternbus.edge.learn.loader import BUILT_IN_TASKS, load_task
 from ternbus.edge.learn.task import Trained, TrainingError
+from ternbus.edge.learn.task_loader import BUILT_IN_TASKS, load_task
 from ternbus.edge.plan.plan import Plan
 
 anything = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.integers())

@@ -13,7 +13,7 @@ import pytest
 
 from stranger.house import until
 from ternbus.broker.errors import FederationError
-from ternbus.edge.learn.loader import load_task
+from ternbus.edge.learn.task_loader import load_task
 from ternbus.lab.report.progress import Lines
 from ternbus.lab.scenario.scenario import End, Hostile, Scenario, Speeds
 from ternbus.lab.virtual.memory_ledger import MemoryLedger

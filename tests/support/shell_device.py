@@ -12,8 +12,8 @@ from ternbus.broker.protocol.schema import vector_digest
 from ternbus.edge.core.actions import Log, Stop
 from ternbus.edge.core.core import Core
 from ternbus.edge.core.profile import Profile
-from ternbus.edge.shell.outbox import Outbox
 from ternbus.edge.shell.service import Service
+from ternbus.edge.store.outbox import Outbox
 
 WITHIN_S = 120.0
 TRAINING_S = 0.1

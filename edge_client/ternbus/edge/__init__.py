@@ -11,11 +11,11 @@ from ternbus.broker.exports import exports
 if TYPE_CHECKING:
     from ternbus.broker.errors import ConfigError
     from ternbus.edge.learn.accountant import epsilon
-    from ternbus.edge.learn.loader import load_task
     from ternbus.edge.learn.noise import RandomSource
     from ternbus.edge.learn.partition import select
     from ternbus.edge.learn.subnetwork import channels
     from ternbus.edge.learn.task import Evaluation, PrivateTrainer, SharingTask, Task, Trained, Trainer, TrainingError
+    from ternbus.edge.learn.task_loader import load_task
     from ternbus.edge.plan.plan import Plan
     from ternbus.edge.plan.privacy import Cost
     from ternbus.edge.plan.tensors import FloatArray, Tensors
@@ -26,7 +26,7 @@ else:
         {
             "ternbus.broker.errors": ["ConfigError"],
             "ternbus.edge.learn.accountant": ["epsilon"],
-            "ternbus.edge.learn.loader": ["load_task"],
+            "ternbus.edge.learn.task_loader": ["load_task"],
             "ternbus.edge.learn.noise": ["RandomSource"],
             "ternbus.edge.learn.partition": ["select"],
             "ternbus.edge.learn.subnetwork": ["channels"],

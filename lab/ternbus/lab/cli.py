@@ -14,7 +14,7 @@ import typer
 
 from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.broker.exit_codes import EXIT_FAILED
-from ternbus.edge.learn.loader import expanded, load_task
+from ternbus.edge.learn.task_loader import expanded, load_task
 from ternbus.lab.experiment import experiment, session, table
 from ternbus.lab.experiment.experiment import Experiment
 from ternbus.lab.experiment.session import Choices

@@ -12,8 +12,8 @@ from typing import Final
 import numpy as np
 
 from ternbus.broker.errors import ConfigError
-from ternbus.edge.learn.loader import load_task
 from ternbus.edge.learn.task import Evaluation, Task, Trained, Trainer
+from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import FloatArray, Tensors
 

@@ -14,12 +14,12 @@ from ternbus.aggregator.core.enrollment import Enrollment
 from ternbus.aggregator.core.events import Action, Publish, Save
 from ternbus.aggregator.core.frames import FrameWriter
 from ternbus.aggregator.core.merge_trigger import RETAINED_S, MergeTrigger
-from ternbus.aggregator.core.publisher import PublishedState, Publisher
 from ternbus.aggregator.core.rate_limit import LogLimit
 from ternbus.aggregator.core.refusals import Refusals
 from ternbus.aggregator.core.registry import Member, Registry
 from ternbus.aggregator.core.updates import Updates
 from ternbus.aggregator.core.validation import Validation
+from ternbus.aggregator.core.versions import PublishedState, Versions
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Settings
 from ternbus.broker.backoff import Reconnect
@@ -47,7 +47,7 @@ class Core:
     software: str = "ternbus"
     _frames: FrameWriter = field(init=False)
     _updates: Updates = field(init=False)
-    _publisher: Publisher = field(init=False)
+    _versions: Versions = field(init=False)
     _enrollment: Enrollment = field(init=False)
     _refusals: Refusals = field(init=False)
     _counters: Counters = field(default_factory=Counters)
@@ -71,7 +71,7 @@ class Core:
         self._enrollment = Enrollment(
             settings=settings, registry=self.registry, updates=self._updates, refusals=self._refusals
         )
-        self._publisher = Publisher(settings=settings, model=self.model, published=self.published, frames=self._frames)
+        self._versions = Versions(settings=settings, model=self.model, published=self.published, frames=self._frames)
         self._merge_trigger = MergeTrigger(settings=settings.merge, min_interval_s=settings.downlink.min_interval_s)
         self._reconnect = Reconnect(salt=self.identity.public.hex())
 
@@ -81,7 +81,7 @@ class Core:
         dues = [
             self._reconnect.due_s if self._wants_connection else None,
             self._merge_trigger.due_s(self.model.buffer, self._now),
-            self._publisher.confirm_by,
+            self._versions.confirm_by,
             self._counters.due,
         ]
         return min((due for due in dues if due is not None), default=None)
@@ -91,7 +91,7 @@ class Core:
         self._now = now
         if self.model.buffer:
             self._merge_trigger = self._merge_trigger.first_accepted(now)
-        return self._publisher.renew()
+        return self._versions.renew()
 
     def handle(self, event: events.Event, now: float) -> list[Action]:
         """Take in one event at ``now`` (seconds, never going back); return what is to be done, in order."""
@@ -105,7 +105,7 @@ class Core:
         self._frames.leap(RESTORE_LEAP)
         self.session += RESTORE_LEAP
         begun = Save(record=records.SessionBegun(session=self.session))
-        return [begun, *self._publisher.leap(RESTORE_LEAP)]
+        return [begun, *self._versions.leap(RESTORE_LEAP)]
 
     def _take(self, event: events.Event) -> list[Action]:  # noqa: PLR0911 - a table, one line an event
         match event:
@@ -155,17 +155,17 @@ class Core:
         if self._updates.stopping:
             return actions  # the last status was published
         actions += self._status("online")
-        self._publisher.confirm_by = self._now + RETAINED_S
+        self._versions.confirm_by = self._now + RETAINED_S
         self._merge_trigger = self._merge_trigger.connected(self._now)
-        actions += self._publisher.fit(event.frame_bytes)
-        if self.session == 1 and self._publisher.confirm_by is not None:
-            actions += self._publisher.republish()  # the broker cannot have anything of ours yet
+        actions += self._versions.fit(event.frame_bytes)
+        if self.session == 1 and self._versions.confirm_by is not None:
+            actions += self._versions.republish()  # the broker cannot have anything of ours yet
         return actions
 
     def _disconnected(self) -> list[Action]:
         self._is_linked = False
         self._reconnect.failed(self._now)
-        self._publisher.confirm_by = None
+        self._versions.confirm_by = None
         return []
 
     def _stop(self) -> list[Action]:
@@ -257,18 +257,18 @@ class Core:
     def _own(self, event: events.MessageArrived, address: topics.Address) -> list[Action]:
         """They tell whether the broker lost any, and nothing else."""
         if address.kind == "head":
-            return self._own_head(event, address) if self._publisher.confirm_by is not None else []
+            return self._own_head(event, address) if self._versions.confirm_by is not None else []
         if address.kind == "status" and event.payload and not self._updates.stopping:
             return self._own_status(event, address)
         return []
 
     def _own_head(self, event: events.MessageArrived, address: topics.Address) -> list[Action]:
         if event.payload == self.published.head_frame:
-            self._publisher.confirm_by = None
+            self._versions.confirm_by = None
             return []
         newer = self._newer_version(event, address)
         if newer is None:
-            return self._publisher.republish()
+            return self._versions.republish()
         self._updates.stopping = True
         error = (
             f"the broker holds version {newer}, signed by this aggregator, whose ledger knows only "
@@ -314,7 +314,7 @@ class Core:
     def _change_state(self, event: events.StateRequested) -> list[Action]:
         actions = self._merge() if event.state == CLOSED and self.model.buffer else []
         if event.state != self.published.state:
-            actions += self._publisher.change_state(event.state)
+            actions += self._versions.change_state(event.state)
             self._updates.closed = event.state == CLOSED
             actions.append(events.Log(text=f"the federation is {event.state}"))
         return [*actions, *self._done(event.request)]
@@ -329,8 +329,8 @@ class Core:
         actions: list[Action] = []
         if self._merge_trigger.is_due(self.model.buffer, self.registry.online, self._now):
             actions += self._merge()
-        if self._publisher.confirm_by is not None and self._publisher.confirm_by <= self._now:
-            actions += self._publisher.republish()
+        if self._versions.confirm_by is not None and self._versions.confirm_by <= self._now:
+            actions += self._versions.republish()
         if self._counters.due is not None and self._counters.due <= self._now:
             actions += self._count()
         return actions
@@ -339,7 +339,7 @@ class Core:
         self._merge_trigger = self._merge_trigger.merged(self._now)
         for update in self.model.buffer:
             self.registry.members[update.device].waiting_bytes = 0
-        return self._publisher.merge()
+        return self._versions.merge()
 
     def _count(self) -> list[Action]:
         return [Save(record=self._counters.take(self.registry))]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.core.frames import FrameWriter
-from ternbus.aggregator.core.publisher import PublishedState
+from ternbus.aggregator.core.versions import PublishedState
 from ternbus.aggregator.merge import optimizer
 from ternbus.aggregator.merge.downlink import encoded_block, next_block
 from ternbus.aggregator.settings import Settings

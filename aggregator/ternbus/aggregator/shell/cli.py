@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ternbus.aggregator.settings import TransportSettings, toml_value
-from ternbus.aggregator.shell import administration, admission, log_command, quickstart
+from ternbus.aggregator.shell import administration, log_commands, membership_commands, quickstart
 from ternbus.aggregator.shell.arguments import AsJson, Dir
 from ternbus.aggregator.shell.service import Service
 from ternbus.aggregator.store import control, device_metrics
@@ -31,7 +31,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Run the server: accept updates, merge them, publish the model.",
 )
-app.add_typer(log_command.app, name="log")
+app.add_typer(log_commands.app, name="log")
 
 Username = Annotated[
     str, typer.Option(metavar="NAME", help="User name at the broker. [default: aggregator-FEDERATION]")
@@ -211,7 +211,7 @@ def _say(text: str) -> None:
     typer.echo(f"{time.strftime('%H:%M:%S')} {text}", err=True)
 
 
-for each in (admission.invite, admission.invitations, admission.revoke):
+for each in (membership_commands.invite, membership_commands.invitations, membership_commands.revoke):
     app.command()(each)
 
 

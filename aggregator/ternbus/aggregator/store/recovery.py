@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ternbus.aggregator.core.core import Core
-from ternbus.aggregator.core.publisher import PublishedState
 from ternbus.aggregator.core.registry import ACTIVE, REVOKED, Answer, Member, Registry
+from ternbus.aggregator.core.versions import PublishedState
 from ternbus.aggregator.merge.accepted import AcceptedUpdate, BufferedUpdate
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Recipe, Settings

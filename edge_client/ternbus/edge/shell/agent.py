@@ -19,13 +19,13 @@ from ternbus.edge.core.actions import Stop
 from ternbus.edge.core.core import Core
 from ternbus.edge.core.follower import InitialModel
 from ternbus.edge.core.profile import Profile, Role, subscriptions
-from ternbus.edge.learn.loader import load_task
 from ternbus.edge.learn.subnetwork import narrow
 from ternbus.edge.learn.task import Task, Trainer, halves_of
+from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.shell import key_rotation
 from ternbus.edge.shell.directory import DeviceDirectory, Settings
-from ternbus.edge.shell.outbox import Outbox
 from ternbus.edge.shell.service import PERSONAL, Report, Service
+from ternbus.edge.store.outbox import Outbox
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

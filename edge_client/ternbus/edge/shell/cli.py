@@ -14,18 +14,19 @@ from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.edge.learn import accountant
-from ternbus.edge.learn.loader import BUILT_IN_TASKS, absolute, expanded, load_task
 from ternbus.edge.learn.partition import FORMS, Partition
 from ternbus.edge.learn.subnetwork import narrow
+from ternbus.edge.learn.task_loader import BUILT_IN_TASKS, absolute, expanded, load_task
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.privacy import DEVICE, SAMPLE, PrivacyPolicy, cost
-from ternbus.edge.shell import agent, log_check, outbox
+from ternbus.edge.shell import agent, log_check
 from ternbus.edge.shell.agent import Options
 from ternbus.edge.shell.directory import DeviceDirectory
 from ternbus.edge.shell.preflight import check as examine
 from ternbus.edge.shell.printer import Printer
 from ternbus.edge.shell.process import run_device
 from ternbus.edge.shell.service import PERSONAL
+from ternbus.edge.store import outbox
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", help="Run a device: follow the model, train, send updates."

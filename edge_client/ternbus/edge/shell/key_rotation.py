@@ -19,7 +19,7 @@ from ternbus.edge.core.profile import Profile
 from ternbus.edge.core.state import State
 from ternbus.edge.core.uplink import Uplink
 from ternbus.edge.shell.directory import KEY, DeviceDirectory, Settings
-from ternbus.edge.shell.outbox import Outbox
+from ternbus.edge.store.outbox import Outbox
 
 FILES: Final = (CA, CERTIFICATE, TLS_KEY, KEY)  # the key last: it decides which key the device uses
 

@@ -12,7 +12,7 @@ from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.merge_log import UNKNOWN_DIGEST, Audit, Contribution, Entry, unpack_all
 from ternbus.edge.core.state import AnsweredUpdate, State
 from ternbus.edge.shell.directory import Settings
-from ternbus.edge.shell.outbox import RECEIPTS_MAX
+from ternbus.edge.store.outbox import RECEIPTS_MAX
 
 SHOWN: Final = 10
 

@@ -18,8 +18,8 @@ from ternbus.broker.protocol.ternary import CODECS
 from ternbus.edge.core.profile import schema_mismatch
 from ternbus.edge.core.state import prepare
 from ternbus.edge.learn.compress import compress
-from ternbus.edge.learn.loader import import_hint, location_of
 from ternbus.edge.learn.task import Evaluation, Task, Trained, Trainer
+from ternbus.edge.learn.task_loader import import_hint, location_of
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import Tensors
 

@@ -29,8 +29,8 @@ from ternbus.edge.core.actions import (
 )
 from ternbus.edge.core.core import Core
 from ternbus.edge.learn.task import Trainer
-from ternbus.edge.shell.outbox import Outbox
 from ternbus.edge.shell.worker import Worker
+from ternbus.edge.store.outbox import Outbox
 
 FLUSH_S: Final = 5.0
 PERSONAL: Final = "personal.safetensors"

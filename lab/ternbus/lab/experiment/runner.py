@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.broker.server import parent_death
-from ternbus.edge.learn.loader import load_task
+from ternbus.edge.learn.task_loader import load_task
 from ternbus.lab.experiment.grid import Combination, Grid, ScenarioTable
 from ternbus.lab.interrupts import without_interrupts
 from ternbus.lab.report.progress import Lines

@@ -13,7 +13,7 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.exit_codes import EXIT_CONFIG
 from ternbus.broker.files import load_toml
 from ternbus.broker.protocol.invitation import Invitation
-from ternbus.edge.learn.loader import load_task
+from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.shell import agent
 from ternbus.edge.shell.agent import Options
 from ternbus.edge.shell.directory import TOML, DeviceDirectory

@@ -1,6 +1,6 @@
 """The command-line arguments for the processes of devices and the evaluator in a testbed."""
 
-from ternbus.edge.learn.loader import absolute
+from ternbus.edge.learn.task_loader import absolute
 from ternbus.lab.report.output import Output
 from ternbus.lab.scenario.scenario import Scenario
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.exit_codes import EXIT_CONFIG
 from ternbus.broker.model_files import save_safetensors
-from ternbus.edge.learn.loader import load_task
+from ternbus.edge.learn.task_loader import load_task
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ from ternbus.aggregator.store import control, status
 from ternbus.broker.errors import FederationError
 from ternbus.broker.files import write_secret
 from ternbus.broker.model_files import load_safetensors, save_safetensors
-from ternbus.edge.learn.loader import absolute
-from ternbus.edge.shell import outbox
+from ternbus.edge.learn.task_loader import absolute
+from ternbus.edge.store import outbox
 from ternbus.lab.interrupts import Interrupts
 from ternbus.lab.processes import fleet
 from ternbus.lab.processes.child import Child, ReadApart

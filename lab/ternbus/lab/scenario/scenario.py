@@ -16,9 +16,9 @@ from ternbus.broker import toml
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import load_toml
 from ternbus.broker.protocol.invitation import check_broker_url
-from ternbus.edge.learn.loader import expanded
 from ternbus.edge.learn.partition import LARGEST_SHARE, Partition
 from ternbus.edge.learn.subnetwork import check_width
+from ternbus.edge.learn.task_loader import expanded
 from ternbus.lab.hostile import KINDS, STRENGTHS, Behaviour
 from ternbus.lab.scenario.toml_table import Table
 

@@ -22,10 +22,10 @@ from ternbus.broker.errors import FederationError
 from ternbus.broker.server import parent_death
 from ternbus.edge.core.actions import StartTraining
 from ternbus.edge.learn import task_folder
-from ternbus.edge.learn.loader import absolute, load_task
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.subnetwork import narrow
 from ternbus.edge.learn.task import Task, Trainer, halves_of, trainers_of
+from ternbus.edge.learn.task_loader import absolute, load_task
 from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.shell.worker import TrainingResult, train
 from ternbus.lab.hostile import HostileTrainer

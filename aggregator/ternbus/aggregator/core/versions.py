@@ -29,7 +29,7 @@ class PublishedState:
 
 
 @dataclass(slots=True, kw_only=True)
-class Publisher:
+class Versions:
     """Turns the model's merges into records and retained messages."""
 
     settings: Settings
