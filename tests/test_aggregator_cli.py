@@ -343,7 +343,7 @@ def test_keys_are_given_and_taken_beside_a_running_aggregator(tmp_path: Path, mo
         assert (receipt := enrolled(Device("late", schema), late.code)).outcome == "refused"
         assert receipt.reason == "the invitation has expired"
         text = run("invite", directory, "guest", "--expires-in", "2w")
-        assert "# It ends on " in text
+        assert "# It expires on " in text
         listed = json.loads(run("invitations", directory, "--json"))
         assert [(row["device"], row["state"]) for row in listed] == [("guest", "open"), ("late", "expired")]
         assert 13.9 * 86_400 < listed[0]["expires_at"] - time.time() < 14 * 86_400

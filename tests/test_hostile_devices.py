@@ -160,13 +160,16 @@ def test_the_seed_draws_who_is_hostile() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('[[hostile]]\nkind = "rude"', "choose sign-flip, scaled-noise, label-flip, free-rider"),
-        ("[[hostile]]\nshare = 0.5", "needs kind"),
+        ('[[hostile]]\nkind = "rude"', "choose one of sign-flip, scaled-noise, label-flip, free-rider"),
+        ("[[hostile]]\nshare = 0.5", "needs the key kind"),
         ('[[hostile]]\nkind = "sign-flip"\nshare = 1.5', "hostile.share is 1.5"),
         ('[[hostile]]\nkind = "sign-flip"\nstrength = -1', "hostile.strength is -1"),
         ('[[hostile]]\nkind = "sign-flip"\nsamples = 4294967296', "hostile.samples"),
         ('[[hostile]]\nkind = "sign-flip"\nforce = 2', "unknown key 'hostile.force'"),
-        ('[[hostile]]\nkind = "sign-flip"\nshare = 0.6\n[[hostile]]\nkind = "free-rider"\nshare = 0.6', "more than 1"),
+        (
+            '[[hostile]]\nkind = "sign-flip"\nshare = 0.6\n[[hostile]]\nkind = "free-rider"\nshare = 0.6',
+            "sum of the shares is above 1",
+        ),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, says: str) -> None:

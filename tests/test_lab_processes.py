@@ -152,7 +152,7 @@ def test_a_killed_child_is_started_again(child: MakeChild, supervisor: Superviso
     os.kill(first, signal.SIGKILL)
     until(lambda: patient.pid != first, meanwhile=supervisor.check)
     assert patient.running
-    assert ["was killed" in said[0], "started again" in said[1]] == [True, True]
+    assert ["was killed" in said[0], "was restarted" in said[1]] == [True, True]
 
 
 def test_a_child_that_is_killed_again_and_again_ends_the_run(

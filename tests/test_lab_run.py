@@ -147,7 +147,7 @@ def test_a_child_that_needs_another_configuration_ends_the_run_with_its_words(la
     assert lab.left_over() == []
 
 
-@pytest.mark.parametrize("moment", ["digits-numpy:", "broker:", "everything", "version", "closing"])
+@pytest.mark.parametrize("moment", ["digits-numpy:", "broker:", "all processes started", "version", "closing"])
 @pytest.mark.parametrize("number", [signal.SIGINT])
 def test_ctrl_c_at_any_moment_leaves_no_process(lab: Lab, moment: str, number: signal.Signals) -> None:
     """The moments are lines that the run prints."""

@@ -245,7 +245,7 @@ def test_the_scenario_says_who_is_narrow() -> None:
     for text, message in (
         ("[narrow]\nshare = 2", r"narrow\.share is 2"),
         ("[narrow]\nwidth = 0", "the width is 0"),
-        ("[narrow]\nshare = 0.5\n[local]\nhold_out = 0.2\nfine_tune = 1", "full width"),
+        ("[narrow]\nshare = 0.5\n[local]\nhold_out = 0.2\nfine_tune = 1", "full-width models only"),
     ):
         with pytest.raises(ConfigError, match=message):
             scenario.loads(text, "x")

@@ -85,7 +85,7 @@ class BrokerDirectory:
     ) -> Self:
         """Make the directory: broker.toml, an authority, the broker's certificate. Port 0 chooses a free port for good.
 
-        ConfigError if the directory already holds a broker or cannot be written.
+        ConfigError if the directory already contains a broker or cannot be written.
         """
         folder = folder.absolute()
         if (folder / FOLDER).exists() or is_home(folder):

@@ -129,21 +129,21 @@ def of_mosquitto(line: str, access: Access) -> Refusal | None:
 
 def of_nats(line: str, _: Access) -> Refusal | None:
     """The refusal in a log line of nats-server 2.x, its own or of the authorization service; None if there is none."""
-    said = line[line.find("[", 1) :]  # after process id and time
-    if found := VIOLATION.match(said):
+    message = line[line.find("[", 1) :]  # after process id and time
+    if found := VIOLATION.match(message):
         reason = "write-denied" if found["what"] == "Publish" else "read-denied"
         return Refusal(client=found["client"], reason=reason, detail=_topic(found["subject"]))
-    if found := CALLOUT.match(said):
+    if found := CALLOUT.match(message):
         if found["client"] is not None:
             return Refusal(client=found["client"], reason="wrong-client-id", detail=found["other"])
         return Refusal(client=STRANGER, reason="not-admitted", detail=found["why"])
-    if found := HANDSHAKE.match(said):
+    if found := HANDSHAKE.match(message):
         return Refusal(client=STRANGER, reason=_of_handshake(found["why"]), detail=found["peer"])
     return None
 
 
 def _of_handshake(why: str) -> str:
-    return next((reason for said, reason in HANDSHAKES.items() if said in why), "no-handshake")
+    return next((reason for part, reason in HANDSHAKES.items() if part in why), "no-handshake")
 
 
 def _topic(subject: str) -> str:
