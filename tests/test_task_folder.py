@@ -1,5 +1,6 @@
 """A task in a folder of the user's own: its modules are found there by the task, and by nobody else."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -208,6 +209,14 @@ def test_a_task_with_the_name_of_another_module_is_refused_in_words(here: Path, 
     assert words.endswith(" has the same name; rename your file")
 
 
+RAISES = """
+class Own:
+    default_plan = {}
+    initial = trainer = evaluator = lambda self: None
+    @property
+    def name(self): raise OSError("no disk")
+TASK = Own()
+"""
 WRONG = {
     "a syntax error": ("import json\n\ndef f(:\n", "line 3: SyntaxError: invalid syntax"),
     "a name": ("x = 1\nTASK = undefined\n", "line 2: NameError: name 'undefined' is not defined"),
@@ -232,6 +241,41 @@ WRONG = {
         "line 1: ImportError: cannot import name 'trees' from 'safetensors'",
     ),
     "bytes that are no UTF-8": ("\udcff", "line 1: SyntaxError: (unicode error) 'utf-8' codec can't decode"),
+    "a module that an installed package lacks": (
+        "import numpy.nope\n",
+        "line 1: ModuleNotFoundError: No module named 'numpy.nope'; there is no such module in numpy: correct its name",
+    ),
+    "a module that this library lacks": (
+        "import ternbus.edge.nope\n",
+        "line 1: ModuleNotFoundError: No module named 'ternbus.edge.nope'; there is no such module in ternbus.edge: ",
+    ),
+    "an exception whose text cannot be made": (
+        "class E(Exception):\n    def __str__(self):\n        raise ValueError\nraise E\n",
+        "line 4: E: (str() of it failed)",
+    ),
+    "an exception whose text ends the process": (
+        "class E(Exception):\n    def __str__(self):\n        raise SystemExit\nraise E\n",
+        "line 4: E: (str() of it failed)",
+    ),
+    "an import error whose name raises": (
+        "class E(ImportError):\n    name = path = property(lambda self: 1 / 0)\nraise E('odd')\n",
+        "line 3: E: odd",
+    ),
+    "a syntax error with no file name": ("raise SyntaxError('odd', (5, 'x', 1, ''))\n", "line 1: SyntaxError: odd"),
+    "an exit code whose text cannot be made": (
+        "class C:\n    def __repr__(self):\n        raise ValueError\nraise SystemExit(C())\n",
+        "line 4: sys.exit((repr() of it failed)) during the import; ",
+    ),
+    "control characters": (
+        "raise ValueError('\\x1b[2J\\nred\\x00' + 5000 * 'x')\n",
+        f"line 1: ValueError: ?[2J red?{(300 - len('ValueError: ?[2J red?') - 1) * 'x'}…",
+    ),
+    "a NUL byte": ("x = 1\ny = '\0'\n", "line 2: SyntaxError: the file has a NUL byte"),
+    "a module that raises for a name": (
+        "def __getattr__(name):\n    raise ValueError(name)\n",
+        "line 2: ValueError: TASK",
+    ),
+    "a task that raises": (RAISES, "line 6: OSError: no disk"),
     "an old name": (
         "import json\n\nfrom edge_client.torch_trainer import TorchTask\n",
         "line 3: edge_client is now ternbus.edge: write `from ternbus.edge import TorchTask`",
@@ -255,6 +299,34 @@ def test_the_command_prints_that_line_and_ends_with_exit_code_2(tmp_path: Path, 
     assert ternbus(tmp_path, "edge", "check", "my_task:TASK") == (2, "", f"ternbus: {tmp_path}/my_task.py, {words}\n")
 
 
+def test_a_module_with_a_nul_byte_is_named_if_the_task_imports_it(here: Path) -> None:
+    (here / "features.py").write_text("\n\0")
+    (here / "my_task.py").write_text("import features\n")
+    assert refused("my_task:TASK") == f"{here}/features.py, line 2: SyntaxError: the file has a NUL byte"
+
+
+def test_the_only_task_of_a_module_may_raise_when_it_is_looked_at(here: Path) -> None:
+    (here / "my_task.py").write_text(RAISES)
+    assert refused("my_task") == f"{here}/my_task.py, line 6: OSError: no disk"
+
+
+def test_a_module_beside_the_task_that_a_library_asks_for_is_to_be_imported_by_the_task(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "library").mkdir()
+    (here / "library" / "unpickler.py").write_text(
+        "import importlib\ndef load():\n    importlib.import_module('nets')\n"
+    )
+    monkeypatch.syspath_prepend(here / "library")
+    (here / "nets.py").write_text("")
+    (here / "my_task.py").write_text("import unpickler\nunpickler.load()\n")
+    assert refused("my_task:TASK").endswith("No module named 'nets'; add `import nets` at the top of the task")
+    (here / "good_task.py").write_text(
+        "import nets, unpickler\nunpickler.load()\nfrom ternbus.edge.tasks.digits_numpy import TASK\n"
+    )
+    assert load_task("good_task:TASK").name == "digits-numpy"
+
+
 def test_ctrl_c_while_a_task_is_imported_is_ctrl_c(here: Path) -> None:
     (here / "my_task.py").write_text("raise KeyboardInterrupt\n")
     with pytest.raises(KeyboardInterrupt):
@@ -276,7 +348,20 @@ def test_a_name_that_an_installed_module_hides_is_explained(here: Path) -> None:
 
 
 UNCLEAR = {
-    "none": "unknown task 'none': choose digits, ",
+    "none": "unknown task 'none': no file {here}/none.py; choose digits, ",
+    "folder": "unknown task 'folder': no file {here}/folder.py, and the folder {here}/folder is not a module; choose ",
+    "dangling": "unknown task 'dangling': {here}/dangling.py is a link to a file that does not exist; choose digits, ",
+    "./dangling.py": "task ./dangling.py: {here}/dangling.py is a link to a file that does not exist; correct the path",
+    "./folder": "task ./folder: no file {here}/folder.py, and the folder {here}/folder is not a module; correct",
+    "folder/inner.py": "task folder/inner.py: {here}/folder/inner.py is a folder; correct the path",
+    "ternbus": "{here}/ternbus.py: ternbus is the name of this library: rename the file",
+    "ternbus:TASK": "{here}/ternbus.py: ternbus is the name of this library: rename the file",
+    "./ternbus.py:TASK": "{here}/ternbus.py: ternbus is the name of this library: rename the file",
+    "..two:TASK": "invalid task '..two:TASK': write MODULE:ATTRIBUTE, or the path of its file, as ../my_task.py",
+    "two..one:TASK": "invalid task 'two..one:TASK': write MODULE:ATTRIBUTE",
+    "./two\0.py:TASK": "invalid task './two\\x00.py:TASK': write MODULE:ATTRIBUTE",
+    f"./{300 * 'x'}.py": f"invalid task './{297 * 'x'}…': File name too long",
+    "sys:TASK": "task sys:TASK: sys has no 'TASK'; its tasks are: none",
     "none:TASK": "task none:TASK: no module 'none' is in {here} or installed; go to its folder or install it",
     "./none.py": "task ./none.py: no file {here}/none.py; correct the path",
     "./none:TASK": "task ./none:TASK: no file {here}/none.py; correct the path",
@@ -295,25 +380,40 @@ UNCLEAR = {
 def test_a_name_that_is_not_clear_is_answered_with_what_to_write(here: Path, spec: str) -> None:
     (here / "empty.py").write_text("")
     (here / "my.task.py").write_text("")
+    (here / "ternbus.py").write_text("")
+    (here / "dangling.py").symlink_to(here / "nowhere.py")
+    (here / "folder" / "inner.py").mkdir(parents=True)
     two = "import copy\nfrom ternbus.edge.tasks.digits_numpy import TASK as ONE\nOTHER = copy.copy(ONE)\n"
     (here / "two.py").write_text(two)
     assert refused(spec).startswith(UNCLEAR[spec].format(here=here))
 
 
 REWRITTEN = {
-    "from edge_client.trainer import Evaluation, Plan as P": "from ternbus.edge import Evaluation, Plan as P",
-    "from edge_client.noise import Chance": "from ternbus.edge import RandomSource as Chance",
-    "from edge_client.torch_model import hidden": "from ternbus.edge.torch.travelling_state import hidden",
-    "from edge_client.tasks.digits import data, model": "from ternbus.edge.tasks.digits import data, model",
-    "from edge_client.tasks import digits": "from ternbus.edge.tasks import digits",
-    "from edge_client import torch_trainer": "from ternbus.edge.torch import trainer as torch_trainer",
-    "import edge_client.partition as part": "import ternbus.edge.learn.partition as part",
-    "import edge_client": "import ternbus.edge",
-    "from broker.errors import ConfigError": "from ternbus.broker import ConfigError",
-    "from lab.scenario import End, load": (
-        "from ternbus.lab import End; from ternbus.lab.scenario.scenario import load"
+    "from edge_client.trainer import Evaluation, Plan as P": "write `from ternbus.edge import Evaluation, Plan as P`",
+    "from edge_client.trainer import load_task, BUILT_IN_TASKS": (
+        "write `from ternbus.edge import load_task; from ternbus.edge.learn.task_loader import BUILT_IN_TASKS`"
     ),
-    "from aggregator.ledger import Ledger": "from ternbus.aggregator import Ledger",
+    "from edge_client.noise import Chance": "write `from ternbus.edge import RandomSource as Chance`",
+    "from edge_client.terngrad import ternarize": "write `from ternbus.edge.learn.terngrad import ternarize`",
+    "from edge_client.torch_model import VARIANCE, hidden": (
+        "write `from ternbus.edge.torch.travelling_state import VARIANCE`; "
+        "edge_client.torch_model.hidden is no longer public; see docs/tasks.md"
+    ),
+    "from edge_client.tasks.digits import data, model": "write `from ternbus.edge.tasks.digits import data, model`",
+    "from edge_client.tasks import digits": "write `from ternbus.edge.tasks import digits`",
+    "from edge_client.tasks import none": "edge_client.tasks.none is no longer public; see docs/tasks.md",
+    "from edge_client import torch_trainer": "write `from ternbus.edge.torch import trainer as torch_trainer`",
+    "import edge_client.partition as part": "write `import ternbus.edge.learn.partition as part`",
+    "import edge_client.follower": "edge_client.follower is no longer public; see docs/tasks.md",
+    "import edge_client": "write `import ternbus.edge`",
+    "import json; import edge_client.torch_trainer, numpy as np": (
+        "write `import ternbus.edge.torch.trainer, numpy as np`"
+    ),
+    "from broker.errors import ConfigError": "write `from ternbus.broker import ConfigError`",
+    "from lab.scenario import End, load": (
+        "write `from ternbus.lab import End; from ternbus.lab.scenario.scenario import load`"
+    ),
+    "from aggregator.ledger import Ledger": "aggregator.ledger.Ledger is no longer public; see docs/tasks.md",
     "from somewhere import Task": "",
     "x = 1": "",
 }
@@ -321,14 +421,44 @@ REWRITTEN = {
 
 @pytest.mark.parametrize("old", REWRITTEN)
 def test_an_import_of_version_0_1_is_rewritten(old: str) -> None:
-    assert former_names.rewritten(f"import json\nif True:\n    {old}\n", 3) == REWRITTEN[old]
+    assert former_names.advice(f"import json\nif True:\n    {old}\n", 3) == REWRITTEN[old]
 
 
-def test_every_new_name_of_a_former_module_exists() -> None:
-    roots = [Path(__file__).resolve().parent.parent / root for root in ("broker", "edge_client", "aggregator", "lab")]
-    for new in [*former_names.MODULES.values(), *former_names.PACKAGES.values()]:
-        path = new.replace(".", "/")
-        assert any((root / f"{path}.py").exists() or (root / path / "__init__.py").exists() for root in roots), new
+def test_the_advice_for_an_old_import_loads_no_torch() -> None:
+    code = (
+        "import sys\nfrom ternbus.edge.learn.former_names import advice\n"
+        f"for old in {list(REWRITTEN)}: advice(old, 1)\nprint('torch' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "False\n"
+
+
+@pytest.mark.parametrize("old", former_names.MODULES)
+def test_every_import_that_is_advised_for_an_old_module_works(old: str) -> None:
+    former = {new: name for name, new in former_names.RENAMED.items()}
+    names = {name for new in former_names.MODULES[old] for name in former_names.names_in(new)}
+    advised = former_names.advice(f"import {old}", 1)
+    if names:
+        advised += former_names.advice(
+            f"from {old} import {', '.join(former.get(name, name) for name in sorted(names))}", 1
+        )
+    assert "no longer" not in advised
+    for statement in advised.split("`")[1::2]:
+        exec(statement, {})
+
+
+def test_every_new_package_exists() -> None:
+    for package in former_names.PACKAGES.values():
+        importlib.import_module(package)
+
+
+def test_an_old_name_that_a_folder_of_the_same_name_lacks_is_explained(here: Path) -> None:
+    (here / "edge_client").mkdir()
+    (here / "edge_client" / "__init__.py").write_text("")
+    (here / "my_task.py").write_text("from edge_client.terngrad import ternarize\n")
+    assert refused("my_task:TASK").endswith("write `from ternbus.edge.learn.terngrad import ternarize`")
+    (here / "other_task.py").write_text("from edge_client.mine import ternarize\n")
+    assert refused("other_task:TASK").endswith("; there is no such module in edge_client: correct its name")
 
 
 def test_an_old_name_below_a_folder_of_the_same_name_is_explained(here: Path) -> None:

@@ -20,14 +20,25 @@ from importlib.machinery import (
 )
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import CodeType, FrameType, ModuleType
+
+
+class _SourceLoader(SourceFileLoader):
+    """Python's own names no file in its error for a NUL byte."""
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        data = self.get_data(self.path)
+        if (at := data.find(b"\0")) >= 0:
+            raise SyntaxError("the file has a NUL byte", (self.path, data.count(b"\n", 0, at) + 1, None, None))
+        return super().get_code(fullname)
+
 
 _LOADERS = (
     (ExtensionFileLoader, EXTENSION_SUFFIXES),
-    (SourceFileLoader, SOURCE_SUFFIXES),
+    (_SourceLoader, SOURCE_SUFFIXES),
     (SourcelessFileLoader, BYTECODE_SUFFIXES),
 )
-_OURS = "ternbus"  # a namespace package: a folder of this name would become a part of it
+OURS = "ternbus"  # a namespace package: a folder of this name would become a part of it
 _MACHINERY = {"importlib", "_frozen_importlib", "_frozen_importlib_external"}
 
 
@@ -41,7 +52,7 @@ def holds(folder: Path, module: str) -> bool:
         if found is None:
             return False
         places = found.submodule_search_locations or []
-    return found is not None and found.loader is not None and module.partition(".")[0] != _OURS
+    return found is not None and found.loader is not None and module.partition(".")[0] != OURS
 
 
 def taken_by(folder: Path, module: str) -> str:
@@ -90,7 +101,7 @@ class _Finder(FileFinder):
         return self
 
     def find_spec(self, fullname: str, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname == _OURS or (fullname not in self.own and _importer() not in self.own):
+        if fullname == OURS or (fullname not in self.own and _importer() not in self.own):
             return None
         spec = super().find_spec(fullname, target)
         if spec is not None:

@@ -7,10 +7,11 @@ my_task                   the only task in my_task.py
 """
 
 import importlib
+import linecache
 import os
 import sysconfig
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -35,25 +36,16 @@ BUILT_IN_TASKS: Mapping[str, str] = {
     "cifar10-features": "ternbus.edge.tasks.cifar10_features:TASK",
 }
 NEEDED: Final = "a task needs name, default_plan, initial(), trainer() and evaluator()"
+SHOWN_CHARS: Final = 300  # of the message of an error of a task
 OTHERS: Final = (sysconfig.get_path("stdlib"), *ternbus.__path__)  # folders of code that no task's author wrote
 
 
 def load_task(spec: str) -> Task:
     """The built-in task of this name, or the user's own: `module:attribute`, or the path of its file.
 
-    Raises `ConfigError`, with what to write, or with the file and line at which the import of the module failed.
+    Raises `ConfigError`, with what to write, or with the file and line at which the code of the module failed.
     """
-    reference = _Reference.parse(spec)
-    module = reference.load(spec)
-    if not reference.attribute:
-        return _only_task(spec, module)
-    task = getattr(module, reference.attribute, None)
-    if task is None:
-        names = ", ".join(_tasks(module)) or "none"
-        raise ConfigError(f"task {spec}: {module.__file__} has no {reference.attribute!r}; its tasks are: {names}")
-    if isinstance(task, type) or not isinstance(task, Task):
-        raise ConfigError(f"{spec} is not a task: {NEEDED}")
-    return task
+    return _Reference.parse(spec).load(spec)
 
 
 def absolute(spec: str) -> str:
@@ -67,6 +59,18 @@ def absolute(spec: str) -> str:
     return f"{reference.folder / reference.module}{reference.attribute and ':'}{reference.attribute}"
 
 
+def from_folder(spec: str, folder: Path) -> str:
+    """The name, for the current folder, of a task that a file in `folder` names: a relative path counts from there.
+
+    So does a module that `folder` has. Any other name is unchanged.
+    """
+    module = spec.partition(":")[0]
+    if folder == Path() or spec in BUILT_IN_TASKS or spec[:1] in ("~", "/") or "\0" in spec:
+        return spec
+    is_path = "/" in spec or module.endswith(".py")
+    return str(folder / spec) if is_path or task_folder.holds(folder, module) else spec
+
+
 def expanded(path: Path) -> Path:
     """The path with the home folder instead of `~`; unchanged if there is no such user."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises RuntimeError
@@ -74,23 +78,69 @@ def expanded(path: Path) -> Path:
 
 def location_of(error: BaseException) -> tuple[str, int] | None:
     """File and line of the innermost frame of the user's own code in the traceback; None if it has none."""
-    if isinstance(error, SyntaxError) and error.filename and error.lineno and _is_own(error.filename):
-        return error.filename, error.lineno
+    if isinstance(error, SyntaxError):
+        file, line = _read(error, "filename"), _read(error, "lineno")
+        if isinstance(file, str) and isinstance(line, int) and file and line and _is_own(file):
+            return file, line
     frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     return next(((file, line) for file, line in reversed(frames) if _is_own(file)), None)
 
 
 def import_hint(error: BaseException) -> str:
     """The import to write instead of one with a name of version 0.1; empty for any other error."""
-    if not isinstance(error, ImportError) or not former_names.current(error.name or ""):
+    missing = _missing(error)
+    if not former_names.current(missing):
         return ""
     place = location_of(error)
-    own = error.path is not None and not isinstance(error, ModuleNotFoundError)  # the user's own broker.py, for example
-    if place is None or own:
-        return ""
-    new = former_names.rewritten(Path(place[0]).read_bytes(), place[1])
-    package = str(error.name).partition(".")[0]
-    return f"{package} is now {former_names.PACKAGES[package]}: write `{new}`" if new else ""
+    if place is None or not (isinstance(error, ModuleNotFoundError) or _read(error, "path") is None):
+        return ""  # not None: the user's own broker.py lacks the name, for example
+    linecache.checkcache(place[0])
+    new = former_names.advice("".join(linecache.getlines(place[0])), place[1])
+    package = missing.partition(".")[0]
+    return new and f"{package} is now {former_names.PACKAGES[package]}: {new}"
+
+
+def described(error: BaseException) -> str:
+    """Type and message of an error of a task's code, which may be of any kind: one printable line of limited length.
+
+    Raises nothing, though the error's own methods may.
+    """
+    if isinstance(error, SystemExit):
+        return _line(f"sys.exit({_text(_read(error, 'code'), repr)}) during the import")
+    text = _text(_read(error, "msg") if isinstance(error, SyntaxError) else error, str)
+    return _line(f"{type(error).__name__}: {text}" if text else type(error).__name__)
+
+
+def _read(error: BaseException, name: str) -> object:
+    """The attribute of an error; None if the error has none, or raises when it is read."""
+    try:
+        return getattr(error, name, None)
+    except (Exception, SystemExit):  # noqa: BLE001 - a property of the task's own class may raise anything
+        return None
+
+
+def _text(value: object, convert: Callable[[object], str]) -> str:
+    """The value as text. A value that cannot be converted is replaced by a remark."""
+    try:
+        return "".join(convert(value))  # of the class `str` itself, not of a class of the task
+    except (Exception, SystemExit):  # noqa: BLE001 - a method of the task's own class may raise anything
+        return f"({convert.__name__}() of it failed)"
+
+
+def _line(text: str) -> str:
+    """The text on one line, without control characters, and shortened to `SHOWN_CHARS`."""
+    text = _printable(" ".join(text.split()))
+    return text if len(text) <= SHOWN_CHARS else f"{text[: SHOWN_CHARS - 1]}…"
+
+
+def _printable(text: str) -> str:
+    return "".join(each if each.isprintable() else "?" for each in text)
+
+
+def _missing(error: BaseException) -> str:
+    """The name of the module of an `ImportError`; empty for any other error, or if it has none."""
+    name = _read(error, "name") if isinstance(error, ImportError) else None
+    return name if isinstance(name, str) else ""
 
 
 def _is_own(file: str) -> bool:
@@ -107,19 +157,30 @@ class _Reference:
 
     @classmethod
     def parse(cls, spec: str) -> Self:
+        try:
+            return cls._parse(spec)
+        except OSError as error:  # of a name that is too long, or of a current folder that has been deleted
+            raise ConfigError(f"invalid task {_line(spec)!r}: {error.strerror}") from error
+
+    @classmethod
+    def _parse(cls, spec: str) -> Self:
         module, colon, attribute = BUILT_IN_TASKS.get(spec, spec).partition(":")
         if spec in BUILT_IN_TASKS:
             return cls(module=module, attribute=attribute)
-        if "/" in module or module.endswith(".py"):
+        if ("/" in module or module.endswith(".py")) and "\0" not in spec:
             return cls._of_path(spec)
-        if not module or (colon and not attribute):
-            raise ConfigError(f"invalid task {spec!r}: write MODULE:ATTRIBUTE")
+        if not all(module.split(".")) or "\0" in spec or (colon and not attribute):
+            hint = ", or the path of its file, as ../my_task.py" if module[:1] == "." else ""
+            raise ConfigError(f"invalid task {spec!r}: write MODULE:ATTRIBUTE{hint}")
         here = Path.cwd()
+        _refuse_our_name(here, module)
         if task_folder.holds(here, module):
             return cls(module=module, attribute=attribute, folder=here)
         if not colon:
-            names = ", ".join(BUILT_IN_TASKS)
-            raise ConfigError(f"unknown task {spec!r}: choose {names}, or your own as MODULE:ATTRIBUTE")
+            names, file = ", ".join(BUILT_IN_TASKS), here / f"{module.replace('.', '/')}.py"
+            raise ConfigError(
+                f"unknown task {spec!r}: {_absence(file)}; choose {names}, or your own as MODULE:ATTRIBUTE"
+            )
         return cls(module=module, attribute=attribute)
 
     @classmethod
@@ -133,21 +194,22 @@ class _Reference:
         is_file = path.name != module
         if is_file and path.is_file() and "." in module:
             raise ConfigError(f"{path} has a dot in its name, so it cannot be imported as a module: rename it")
+        _refuse_our_name(folder, module)
         if not task_folder.holds(folder, module) or (is_file and not path.is_file()):
-            wanted = path if is_file else f"{folder / module.replace('.', '/')}.py"
-            raise ConfigError(f"task {spec}: no file {wanted}; correct the path")
+            wanted = path if is_file else folder / f"{module.replace('.', '/')}.py"
+            raise ConfigError(f"task {spec}: {_absence(wanted)}; correct the path")
         while (folder / "__init__.py").exists():
             folder, module = folder.parent, f"{folder.name}.{module}"
         return cls(module=module, attribute=attribute, folder=folder)
 
-    def load(self, spec: str) -> ModuleType:
+    def load(self, spec: str) -> Task:
         if self.folder is not None and (taken := task_folder.taken_by(self.folder, self.module)):
             name = self.module.partition(".")[0]
             raise ConfigError(f"cannot import {name!r} from {self.folder}: {taken} has the same name; rename your file")
         try:
             if self.folder is None:
-                return importlib.import_module(self.module)
-            return task_folder.import_from(self.folder, self.module)
+                return self._task(spec, importlib.import_module(self.module))
+            return self._task(spec, task_folder.import_from(self.folder, self.module))
         except (ConfigError, KeyboardInterrupt):
             raise
         except BaseException as error:  # SystemExit too: a script may call sys.exit
@@ -155,9 +217,21 @@ class _Reference:
                 raise ConfigError(message) from error
             raise
 
+    def _task(self, spec: str, module: ModuleType) -> Task:
+        """The task in the module. Raises `ConfigError`, or what the module's or the task's own code raises."""
+        if not self.attribute:
+            return _only_task(spec, module)
+        task = getattr(module, self.attribute, None)
+        if task is None:
+            names = ", ".join(_tasks(module)) or "none"
+            raise ConfigError(f"task {spec}: {_file(module)} has no {self.attribute!r}; its tasks are: {names}")
+        if isinstance(task, type) or not isinstance(task, Task):
+            raise ConfigError(f"{spec} is not a task: {NEEDED}")
+        return task
+
     def _explain(self, error: BaseException, spec: str) -> str:
         """The error message for the task's author; empty for a bug in Ternbus."""
-        missing = (error.name or "") if isinstance(error, ImportError) else ""
+        missing = _missing(error)
         if missing in ("torch", "torchvision") and isinstance(error, ModuleNotFoundError):
             return f"the task {spec} needs {missing}: pip install torch torchvision, or use --task digits-numpy"
         if (
@@ -166,24 +240,25 @@ class _Reference:
             and f"{self.module}.".startswith(f"{missing}.")
         ):
             if new := former_names.current(self.module):
-                return f"{self.module} is now {new}: write {spec.replace(self.module, new, 1)}"
+                return f"{self.module} is now {new[0]}: write {spec.replace(self.module, new[0], 1)}"
             return f"task {spec}: no module {missing!r} is in {Path.cwd()} or installed; go to its folder or install it"
         place = location_of(error)
         if place is None and self.module.startswith("ternbus."):
             return ""
         file, line = place or (self.module, 0)
-        message = import_hint(error) or _describe(error) + self._hint(error, missing)
+        file = _printable(file)
+        message = import_hint(error) or described(error) + self._hint(error, missing)
         return f"{file}, line {line}: {message}" if place else f"{file}: {message}"
 
     def _hint(self, error: BaseException, missing: str) -> str:
         if isinstance(error, SystemExit):
             return "; put the script below `if __name__ == '__main__':`"
         if isinstance(error, ModuleNotFoundError):
-            return f"; install it, or put {missing.partition('.')[0]}.py beside the task" if missing else ""
-        if isinstance(error, ImportError) and "relative import" in str(error):
+            return self._hint_of_missing(missing) if missing else ""
+        if isinstance(error, ImportError) and "relative import" in described(error):
             return "; write PACKAGE.MODULE:ATTRIBUTE, and run the command in the folder above the package"
-        path = error.path if isinstance(error, ImportError) else None
-        if self.folder is not None and path is not None and not Path(path).is_relative_to(self.folder):
+        path = _read(error, "path") if isinstance(error, ImportError) else None
+        if self.folder is not None and isinstance(path, str) and not Path(path).is_relative_to(self.folder):
             return (
                 f"; another {missing} is imported than {missing}.py of the task: rename it"
                 if self._is_beside(missing)
@@ -191,15 +266,36 @@ class _Reference:
             )
         return ""
 
+    def _hint_of_missing(self, module: str) -> str:
+        package = module.rpartition(".")[0]
+        if package:  # Python imports the package first, so that one is there
+            return f"; there is no such module in {_line(package)}: correct its name"
+        if self._is_beside(module):  # a library has tried to import it, for example to load a pickle
+            return f"; add `import {_line(module)}` at the top of the task"
+        return f"; install it, or put {_line(module)}.py beside the task"
+
     def _is_beside(self, module: str) -> bool:
         return self.folder is not None and task_folder.holds(self.folder, module)
 
 
-def _describe(error: BaseException) -> str:
-    if isinstance(error, SystemExit):
-        return f"sys.exit({error.code!r}) during the import"
-    text = error.msg if isinstance(error, SyntaxError) else str(error)
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+def _refuse_our_name(folder: Path, module: str) -> None:
+    if module == task_folder.OURS and (folder / f"{module}.py").exists():
+        raise ConfigError(f"{folder / module}.py: {module} is the name of this library: rename the file")
+
+
+def _absence(file: Path) -> str:
+    """Why there is no such file."""
+    if file.is_symlink() and not file.exists():
+        return f"{file} is a link to a file that does not exist"
+    if file.is_dir():
+        return f"{file} is a folder"
+    if (folder := file.with_suffix("")).is_dir():
+        return f"no file {file}, and the folder {folder} is not a module"
+    return f"no file {file}"
+
+
+def _file(module: ModuleType) -> str:
+    return getattr(module, "__file__", None) or module.__name__
 
 
 def _tasks(module: ModuleType) -> dict[str, Task]:
@@ -214,9 +310,9 @@ def _only_task(spec: str, module: ModuleType) -> Task:
     """The task of a module that has exactly one. Raises `ConfigError` otherwise."""
     found = _tasks(module)
     if not found:
-        raise ConfigError(f"{module.__file__} has no task: {NEEDED}")
+        raise ConfigError(f"{_file(module)} has no task: {NEEDED}")
     if len({id(value) for value in found.values()}) > 1:
         raise ConfigError(
-            f"{module.__file__} has more than one task: write {' or '.join(f'{spec}:{name}' for name in found)}"
+            f"{_file(module)} has more than one task: write {' or '.join(f'{spec}:{name}' for name in found)}"
         )
     return next(iter(found.values()))

@@ -19,7 +19,7 @@ from ternbus.edge.core.profile import schema_mismatch
 from ternbus.edge.core.state import prepare
 from ternbus.edge.learn.compress import compress
 from ternbus.edge.learn.task import Evaluation, Task, Trained, Trainer
-from ternbus.edge.learn.task_loader import import_hint, location_of
+from ternbus.edge.learn.task_loader import described, import_hint, location_of
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import Tensors
 
@@ -212,7 +212,7 @@ class _Check:
         except FederationError as error:
             self._stop(str(error))
         except Exception as error:  # noqa: BLE001 - the task's own code may raise anything
-            message = import_hint(error) or f"{what} raised {type(error).__name__}: {error}"
+            message = import_hint(error) or f"{what} raised {described(error)}"
             self._stop(f"{message}{_place(error)}{_hint(error)}")
 
     def _problem(self, text: str) -> None:
@@ -238,6 +238,6 @@ def _place(error: Exception) -> str:
 
 
 def _hint(error: Exception) -> str:
-    if isinstance(error, ValueError) and "read-only" in str(error):
+    if isinstance(error, ValueError) and "read-only" in described(error):
         return "; `start` is read-only: work on a copy"
     return ""
