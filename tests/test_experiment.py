@@ -101,6 +101,22 @@ def test_the_example_of_the_documentation_is_right_and_names_every_measure(tmp_p
     assert {*re.findall(r"\w+", " ".join(cells))} == {*MEASURES}
 
 
+def test_relative_paths_count_from_the_folder_of_the_experiment(tmp_path: Path) -> None:
+    (tmp_path / "own_task.py").write_text("")
+    (tmp_path / "mine.toml").write_text(
+        '[scenario]\ntask = "own_task:TASK"\ndata = "kept"\n'
+        '[axes.task]\nown = {}\nother = { task = "./inner/other.py", data = "/data" }\n'
+        '[beside.alone]\ntask = "digits-numpy"\n'
+    )
+    combinations = experiment.load(str(tmp_path / "mine.toml")).grid.combinations()
+    found = [(each.scenario["task"], each.scenario["data"]) for each in combinations]
+    assert found == [
+        (f"{tmp_path}/own_task:TASK", f"{tmp_path}/kept"),
+        (f"{tmp_path}/inner/other.py", "/data"),
+        ("digits-numpy", f"{tmp_path}/kept"),
+    ]
+
+
 def test_a_combination_has_the_changes_of_all_its_labels(file: Path) -> None:
     combinations = experiment.load(str(file)).grid.combinations()
     found = {tuple(combination.labels.values()): combination.scenario for combination in combinations}

@@ -1,11 +1,13 @@
 """The scenario file: each key checked, unknown ones refused by name, defaults that run."""
 
+import os
 import re
 from pathlib import Path
 
 import pytest
 
 from ternbus.broker.errors import ConfigError
+from ternbus.edge.learn.task_loader import absolute
 from ternbus.lab.cli import EXAMPLE
 from ternbus.lab.scenario import scenario
 from ternbus.lab.scenario.scenario import End, Fault, Scenario, Speeds
@@ -67,7 +69,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         task="digits-numpy",
         devices=5,
         seed=7,
-        data=Path("somewhere"),
+        data=tmp_path / "somewhere",
         partition="iid",
         speeds=Speeds(sigma=1.0, median_s=0.25),
         plan={"local_epochs": 3, "flavour": "own"},
@@ -79,6 +81,36 @@ def test_every_key_is_read(tmp_path: Path) -> None:
             Fault(kill="device:4", after_version=8, restart_after_s=0.5),
         ),
     )
+
+
+@pytest.mark.parametrize("current", [".", "elsewhere"])
+def test_relative_paths_count_from_the_folder_of_the_scenario(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, current: str
+) -> None:
+    own = tmp_path / "own"
+    for folder in (own, own / "inner", tmp_path / "elsewhere"):
+        folder.mkdir()
+    for file in (own / "path_task.py", own / "inner" / "inner_task.py", tmp_path / "elsewhere" / "path_task.py"):
+        file.write_text("from ternbus.edge.tasks.digits_numpy import TASK\n")
+    monkeypatch.chdir(tmp_path / current)
+    file = Path(os.path.relpath(own / "scenario.toml"))
+    specs = {
+        "path_task:TASK": f"{own}/path_task:TASK",
+        "path_task.py": f"{own}/path_task",
+        "./inner/inner_task.py:TASK": f"{own}/inner/inner_task:TASK",
+        f"{own}/path_task:TASK": f"{own}/path_task:TASK",
+        "digits": "digits",
+        "ternbus.edge.tasks.digits:TASK": "ternbus.edge.tasks.digits:TASK",
+    }
+    for spec, wanted in specs.items():
+        file.write_text(f'task = "{spec}"\ndata = "kept/data"\n')
+        found = scenario.load(file)
+        assert absolute(found.task) == wanted
+        assert found.data is not None
+        assert found.data.resolve() == own / "kept" / "data"
+    for data, path in {"/data": Path("/data"), "~/data": Path.home() / "data"}.items():
+        file.write_text(f'data = "{data}"\n')
+        assert scenario.load(file).data == path
 
 
 def test_the_example_shows_the_defaults() -> None:

@@ -86,19 +86,22 @@ def load(name: str) -> Experiment:
         path = FOLDER / f"{name}.toml"
     table = load_toml(path)
     try:
-        return parse(path.stem, table)
+        return parse(path.stem, table, path.parent)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def parse(name: str, table: Mapping[str, object]) -> Experiment:
-    """The experiment in a parsed TOML table. Raises `ConfigError`, which names the key."""
+def parse(name: str, table: Mapping[str, object], folder: Path) -> Experiment:
+    """The experiment in a parsed TOML table. Relative paths of tasks and data count from `folder`.
+
+    Raises `ConfigError`, which names the key.
+    """
     top = Table(table, "")
     axes, plot = top.table("axes"), top.table("plot")
     grid = Grid(
-        base=top.table("scenario").rest(),
-        axes={axis: _tables(axes.table(axis)) for axis in axes.rest()},
-        beside=_tables(top.table(BESIDE)),
+        base=scenario.from_folder(top.table("scenario").rest(), folder),
+        axes={axis: _tables(axes.table(axis), folder) for axis in axes.rest()},
+        beside=_tables(top.table(BESIDE), folder),
     )
     made = Experiment(
         name=name,
@@ -126,8 +129,8 @@ def _goal(table: Table) -> Goal:
     return Goal(measure=measure, least=least, most=most, of=of, than=than)
 
 
-def _tables(table: Table) -> dict[str, ScenarioTable]:
-    return {key: table.table(key).rest() for key in table.rest()}
+def _tables(table: Table, folder: Path) -> dict[str, ScenarioTable]:
+    return {key: scenario.from_folder(table.table(key).rest(), folder) for key in table.rest()}
 
 
 def _or_one(number: int | None) -> int:

@@ -16,9 +16,9 @@ from ternbus.broker import toml
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import load_toml
 from ternbus.broker.protocol.invitation import check_broker_url
+from ternbus.edge.learn import task_loader
 from ternbus.edge.learn.partition import LARGEST_SHARE, Partition
 from ternbus.edge.learn.subnetwork import check_width
-from ternbus.edge.learn.task_loader import expanded
 from ternbus.lab.hostile import KINDS, STRENGTHS, Behaviour
 from ternbus.lab.scenario.toml_table import Table
 
@@ -261,7 +261,18 @@ class Scenario:
 
 def load(path: Path) -> Scenario:
     """The scenario in a TOML file. Raises `ConfigError`, which names the file and the key."""
-    return _named(load_toml(path), str(path))
+    return _named(from_folder(load_toml(path), path.parent), str(path))
+
+
+def from_folder(table: Mapping[str, object], folder: Path) -> dict[str, object]:
+    """A scenario's table whose relative paths, of `task` and `data`, count from the folder of its file."""
+    task, data = table.get("task"), table.get("data")
+    found = dict(table)
+    if isinstance(task, str):
+        found["task"] = task_loader.from_folder(task, folder)
+    if isinstance(data, str) and data[:1] != "~":
+        found["data"] = str(folder / data)
+    return found
 
 
 def loads(text: str, source: str) -> Scenario:
@@ -284,7 +295,7 @@ def parse(table: Mapping[str, object]) -> Scenario:
         "task": top.text("task"),
         "devices": top.whole("devices"),
         "seed": top.whole("seed"),
-        "data": None if (data := top.text("data")) is None else expanded(Path(data)),
+        "data": None if (data := top.text("data")) is None else task_loader.expanded(Path(data)),
         "partition": top.text("partition"),
         "dense": top.texts("dense"),
         "sync": top.switch("sync"),
