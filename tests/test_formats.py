@@ -264,6 +264,19 @@ def test_a_migration_without_the_key_leaves_the_ledger_as_it_was(tmp_path: Path)
     assert dump(home / LEDGER) == before
 
 
+def test_a_start_that_is_refused_leaves_the_ledger_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = copy_of("aggregator-1-blobs", tmp_path) / "home"
+    before = dump(home / LEDGER)
+    (home / "aggregator.key").chmod(0o644)
+    for command in ("run", "pause"):
+        assert ternbus("aggregator", command, home) == 2
+        assert f"chmod 600 {home / 'aggregator.key'}" in capsys.readouterr().err
+    assert dump(home / LEDGER) == before
+    assert not (home / "format-1").exists()
+
+
 # --- the device's
 
 

@@ -4,8 +4,8 @@ import json
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -93,6 +93,15 @@ def load_settings(directory: Path) -> Settings:
     if not (directory / LEDGER).exists():
         raise ConfigError(f"{directory} holds no aggregator; make one with: ternbus aggregator init {directory} …")
     return configuration.from_table(load_toml(directory / TOML), str(directory / TOML))
+
+
+@contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """``control.exclusive``, after settings and key were read: a mistake in them leaves an older ledger as it is."""
+    load_settings(directory)
+    read_key(directory / KEY)
+    with control.exclusive(directory, patience_s=2.0):
+        yield
 
 
 def open_core(directory: Path, ledger: Ledger, software: str) -> Core:
@@ -197,7 +206,7 @@ def restored(directory: Path, software: str) -> int:
 
 def _apply(directory: Path, software: str, change: Callable[[Core, Ledger], list[events.Action]]) -> None:
     """Change the state on disk while no process serves the directory; ConfigError where it cannot be changed so."""
-    with control.exclusive(directory, patience_s=2.0), closing(Ledger(directory / LEDGER)) as ledger:
+    with exclusive(directory), closing(Ledger(directory / LEDGER)) as ledger:
         core = open_core(directory, ledger, software)
         actions = [*core.start(0.0), *change(core, ledger)]  # the first are what changed settings ask for
         batch = [action.record for action in actions if isinstance(action, events.Save)]
