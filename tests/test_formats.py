@@ -53,6 +53,17 @@ def sha256(vector: Vector | None) -> str | None:
     return None if vector is None else hashlib.sha256(vector.astype("<f4").tobytes()).hexdigest()
 
 
+def roots(path: Path) -> set[int]:
+    """The numbers of the first pages of tables, from 1."""
+    with closing(sqlite3.connect(path)) as db:
+        return {page for (page,) in db.execute("SELECT rootpage FROM sqlite_schema WHERE type = 'table'")}
+
+
+def page_bytes(path: Path) -> int:
+    with closing(sqlite3.connect(path)) as db:
+        return int(db.execute("PRAGMA page_size").fetchone()[0])
+
+
 def ternbus(*arguments: object) -> int:
     with pytest.raises(SystemExit) as done:
         main(list(map(str, arguments)))
@@ -277,6 +288,38 @@ def test_a_start_that_is_refused_leaves_the_ledger_as_it_was(
     assert not (home / "format-1").exists()
 
 
+@pytest.mark.parametrize("command", ["run", "status", "export"])
+def test_a_damaged_ledger_is_named_with_what_to_do(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = copy_of("aggregator-5", tmp_path) / "home"
+    with (home / LEDGER).open("r+b") as file:
+        for root in roots(home / LEDGER) - {1}:
+            file.seek((root - 1) * page_bytes(home / LEDGER))
+            file.write(b"\xff" * 64)
+    assert ternbus("aggregator", command, home, *([tmp_path / "m"] if command == "export" else [])) == 2
+    said = capsys.readouterr().err
+    assert said.endswith(
+        f"cannot read {home / LEDGER}: database disk image is malformed; restore it from a backup\n"
+    ), said
+
+
+def test_settings_that_are_gone_are_named_with_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    home = copy_of("aggregator-5", tmp_path) / "home"
+    (home / "aggregator.toml").unlink()
+    assert ternbus("aggregator", "run", home) == 2
+    assert capsys.readouterr().err == (
+        f"ternbus: {home / 'aggregator.toml'} does not exist; restore it from a backup\n"
+    )
+
+
+def test_an_empty_settings_file_is_named_with_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    home = copy_of("aggregator-5", tmp_path) / "home"
+    (home / "aggregator.toml").write_bytes(b"")
+    assert ternbus("aggregator", "status", home) == 2
+    assert "aggregator.toml: 'federation' is missing; add it, or restore the file" in capsys.readouterr().err
+
+
 # --- the device's
 
 
@@ -386,7 +429,9 @@ def test_a_store_that_is_no_database_is_named(tmp_path: Path, capsys: pytest.Cap
     folder = copy_of("edge-account", tmp_path) / "device"
     (folder / outbox.FILE).write_bytes(b"no database, but longer than its header would be" * 100)
     assert ternbus("edge", "status", folder) == 2
-    assert capsys.readouterr().err == f"ternbus: cannot open {folder / outbox.FILE}: file is not a database\n"
+    assert capsys.readouterr().err == (
+        f"ternbus: cannot read {folder / outbox.FILE}: file is not a database; restore it from a backup\n"
+    )
 
 
 def test_to_leave_a_federation_removes_the_copy_of_the_old_store(tmp_path: Path) -> None:

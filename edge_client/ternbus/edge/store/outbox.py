@@ -17,9 +17,10 @@ import numpy as np
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.schema import Vector, type_f32
+from ternbus.broker.store_format import naming
 from ternbus.edge.core.state import RENUMBERED, AnsweredUpdate, OutstandingUpdate, State
 from ternbus.edge.plan.privacy import Account
-from ternbus.edge.store.outbox_format import naming, open_for_reading, open_for_writing
+from ternbus.edge.store.outbox_format import open_for_reading, open_for_writing
 
 FILE: Final = "outbox.db"
 RECEIPTS_MAX: Final = 100_000
