@@ -7,6 +7,8 @@ import hashlib
 import json
 import re
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import pytest
 from support.old_formats import (
     AGGREGATORS,
     DEVICES,
+    FIXTURES,
     JOINED,
     LEDGER,
     OLD_AGGREGATORS,
@@ -334,7 +337,7 @@ def test_a_reader_sees_what_a_device_of_each_format_had_and_leaves_it_so(
     assert dump(folder / outbox.FILE) == before
     assert not list(folder.glob("format-*"))
     if name.endswith("-empty"):
-        assert (code, "has no state yet: run `ternbus edge join` again" in printed.err) == (2, True)
+        assert (code, "is missing or empty: restore it" in printed.err) == (2, True)
         return
     found = json.loads(printed.out)
     waiting = want["outstanding"]
@@ -432,6 +435,24 @@ def test_a_store_that_is_no_database_is_named(tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().err == (
         f"ternbus: cannot read {folder / outbox.FILE}: file is not a database; restore it from a backup\n"
     )
+
+
+@pytest.mark.parametrize("lost", ["removed", "emptied", "never saved in"])
+def test_a_device_that_has_joined_does_not_begin_a_new_store(lost: str, tmp_path: Path) -> None:
+    folder = copy_of("edge-account", tmp_path) / "device"
+    (folder / outbox.FILE).unlink()
+    if lost == "emptied":
+        (folder / outbox.FILE).touch()
+    elif lost == "never saved in":
+        with Outbox(folder, DeviceDirectory(folder).identity().key_id):
+            pass
+    for command in ("run", "evaluate", "status"):
+        words = [sys.executable, "-c", "from ternbus.command import main; main()", "edge", command, str(folder)]
+        done = subprocess.run(words, cwd=FIXTURES, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 2, done.stderr
+        assert f"{folder / outbox.FILE} is missing or empty: restore it from a backup" in done.stderr
+        assert f"`ternbus edge join INVITATION.toml {folder} --renew`" in done.stderr
+    assert (folder / outbox.FILE).exists() == (lost != "removed")
 
 
 def test_to_leave_a_federation_removes_the_copy_of_the_old_store(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from ternbus.edge.shell import agent, log_check
 from ternbus.edge.shell.agent import Options
 from ternbus.edge.shell.directory import DeviceDirectory
 from ternbus.edge.shell.preflight import check as examine
-from ternbus.edge.shell.printer import Printer
+from ternbus.edge.shell.printer import Printer, shown
 from ternbus.edge.shell.process import run_device
 from ternbus.edge.shell.service import PERSONAL
 from ternbus.edge.store import outbox
@@ -344,8 +344,8 @@ def status(directory: Dir, as_json: Annotated[bool, typer.Option("--json", help=
         typer.echo(json.dumps(facts))
         return
     for name, value in facts.items():
-        for line, shown in value.items() if name == "counters" and isinstance(value, dict) else [(name, value)]:
-            typer.echo(f"{line:28} {'-' if shown is None else shown}")
+        for line, each in value.items() if name == "counters" and isinstance(value, dict) else [(name, value)]:
+            typer.echo(f"{line:28} {shown(each)}")
 
 
 @app.command()

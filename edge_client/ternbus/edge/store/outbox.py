@@ -113,16 +113,27 @@ class Outbox:
 
 
 def summary(folder: Path) -> Summary:
-    """Read the outbox of a device that may be running. Raises `ConfigError` if there is none."""
+    """Read the outbox of a device that may be running. Raises `ConfigError` if it has no state."""
     path = folder / FILE
-    if not path.exists():
-        raise ConfigError(f"{path} does not exist: join a federation with `ternbus edge join INVITATION {folder}`")
+    check(folder)
     with naming(path), closing(open_for_reading(path)) as db:
         rows = receipts(db, limit=1, but=RENUMBERED)
         state = _read(db)
-        if state is None:
-            raise ConfigError(f"{path} has no state yet: run `ternbus edge join` again")
+        assert state is not None  # noqa: S101 - checked above, and no save removes it
         return Summary(state=state, counters=_counters(db), last=rows[0] if rows else None)
+
+
+def check(folder: Path) -> None:
+    """Raises `ConfigError` if the outbox is missing or empty. A new one would use sequence numbers again."""
+    path = folder / FILE
+    if path.is_file() and path.stat().st_size:
+        with naming(path), closing(open_for_reading(path)) as db:
+            if db.execute("SELECT 1 FROM kept").fetchone():
+                return
+    raise ConfigError(
+        f"{path} is missing or empty: restore it from a backup, or run `ternbus edge join` again; if the device had "
+        f"joined, with a new invitation: `ternbus edge join INVITATION.toml {folder} --renew`"
+    )
 
 
 def answers(folder: Path) -> list[AnsweredUpdate]:
