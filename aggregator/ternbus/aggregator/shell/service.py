@@ -212,7 +212,9 @@ class Service:
                 case events.Publish():
                     self._publish(action.topic, action.payload, retain=action.retain)
                 case events.RepublishRetained():
-                    self.log(f"publishing {len(action.topics)} retained messages: the broker has not shown ours")
+                    count = len(action.topics)
+                    messages = "1 retained message" if count == 1 else f"{count} retained messages"
+                    self.log(f"publishing {messages} again: the broker did not deliver the stored ones")
                     for topic in action.topics:
                         self._publish(topic, self._ledger.frame(topic), retain=True)
                 case events.Subscribe():
