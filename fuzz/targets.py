@@ -182,18 +182,18 @@ def broker_log(data: bytes) -> None:
     """A broker's log, read in pieces; the first byte chooses the broker and the length of a piece."""
     choice = data[0] if data else 0
     dialect = list(refusals.DIALECTS.values())[choice & 1]
-    lines, tally, size = refusals.Lines(), refusals.Tally(since=""), 1 + (choice >> 1)
+    lines, counts, size = refusals.Lines(), refusals.Counts(since=""), 1 + (choice >> 1)
     for start in range(1, len(data), size):
         for line in lines.feed(data[start : start + size]):
             assert len(line) <= refusals.LINE_BYTES
             if refusal := dialect.refusal(line.decode("utf-8", "replace"), ACCESS):
-                tally.add(refusal, "")
-    for row in tally.rows.values():
+                counts.add(refusal, "")
+    for row in counts.rows.values():
         assert row.reason in refusals.REASONS
-        assert row.client == refusals.STRANGER or re.fullmatch(refusals.NAME, row.client)
+        assert row.client == refusals.NO_NAME or re.fullmatch(refusals.NAME, row.client)
         assert len(row.detail) <= refusals.DETAIL_CHARS
         assert refusals.printable(row.detail) == row.detail
-    assert json.loads(tally.dumps())["since"] == ""
+    assert json.loads(counts.dumps())["since"] == ""
 
 
 def text_of(data: bytes) -> str:

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from stranger.house import Aggregator, until
+from stranger.servers import Aggregator, until
 from support.brokers import Inbox
 from support.noise_trainer import MODEL
-from support.shell_device import WITHIN_S, Device, papers
+from support.shell_device import WITHIN_S, Device, tls_of
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import status as aggregator_status
 from ternbus.broker import cli
@@ -38,7 +38,7 @@ from ternbus.broker.protocol.messages import Delta, Enroll, Receipt, Status, Upd
 from ternbus.broker.server import tls_service
 from ternbus.broker.server.certificates import Authority
 from ternbus.broker.server.directory import BrokerDirectory
-from ternbus.broker.server.refusals import STRANGER
+from ternbus.broker.server.refusals import NO_NAME
 from ternbus.broker.server.running import Engine
 
 pytestmark = [
@@ -77,7 +77,7 @@ class Siege:
         self.invitations = {each.device: each for each in administration.invite(self.aggregator.folder, *names)}
         self.honest = [Device(folder / name, self.invitations[name]) for name in HONEST]
         self.rogue = Identity.generate()
-        self.tls = {name: self.papers(name) for name in ("rogue", "guest")}
+        self.tls = {name: self.tls_of(name) for name in ("rogue", "guest")}
         home = self.aggregator.folder
         self.tls["aggregator-lab"] = Tls(
             ca=home / "ca.pem", certificate=home / "certificate.pem", key=home / "certificate.key"
@@ -89,10 +89,10 @@ class Siege:
             link.subscribe([topics.head(LAB)])
             self.old_head = self.next(inbox, topics.head(LAB))
 
-    def papers(self, name: str) -> Tls:
+    def tls_of(self, name: str) -> Tls:
         folder = self.folder / f"stolen-{name}"
         folder.mkdir()
-        tls = papers(folder, self.invitations[name])
+        tls = tls_of(folder, self.invitations[name])
         assert tls is not None
         return tls
 
@@ -228,7 +228,7 @@ def until_more(count: Callable[[], int], before: int, what: str) -> None:
     until(lambda: count() > before, WITHIN_S, what)
 
 
-# At the broker's door
+# Connections to the broker
 
 
 def test_without_a_certificate_or_with_a_foreign_one_nobody_comes_in(siege: Siege, tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_without_a_certificate_or_with_a_foreign_one_nobody_comes_in(siege: Sieg
             with pytest.raises(LinkError), siege.linked("rogue", tls):
                 pass
 
-        siege.turns_away(STRANGER, reason, attack)
+        siege.turns_away(NO_NAME, reason, attack)
     gc.collect()  # see pytestmark
     siege.honest_go_on(1)
 
@@ -260,7 +260,7 @@ def test_tls_1_2_is_refused(siege: Siege) -> None:
         ):
             context.wrap_socket(plain, server_hostname="127.0.0.1")
 
-    siege.turns_away(STRANGER, "old-tls", attack)
+    siege.turns_away(NO_NAME, "old-tls", attack)
 
 
 def test_anothers_topics_are_neither_read_nor_written(siege: Siege) -> None:
@@ -341,7 +341,7 @@ def test_an_expired_code_is_refused(siege: Siege) -> None:
     (invitation,) = administration.invite(siege.aggregator.folder, "sleeper", expires_in_s=0.001)
     before = siege.refused("refused-enroll")
     siege.invitations["sleeper"] = invitation
-    with siege.linked("sleeper", siege.papers("sleeper")) as (link, inbox):
+    with siege.linked("sleeper", siege.tls_of("sleeper")) as (link, inbox):
         late = siege.enroll(link, inbox, invitation, Identity.generate())
     assert (late.outcome, "expired" in late.reason) == ("refused", True), late.reason
     until_more(lambda: siege.refused("refused-enroll"), before, "not counted")
@@ -351,7 +351,7 @@ def test_a_revoked_key_is_told_so_and_never_returns(siege: Siege) -> None:
     (invitation,) = administration.invite(siege.aggregator.folder, "traitor")
     siege.invitations["traitor"], key = invitation, Identity.generate()
     before = siege.refused("revoked-key")
-    with siege.linked("traitor", siege.papers("traitor")) as (link, inbox):
+    with siege.linked("traitor", siege.tls_of("traitor")) as (link, inbox):
         assert siege.enroll(link, inbox, invitation, key).outcome == "enrolled"
         administration.revoke(siege.aggregator.folder, "traitor", "test", why="stolen")
         update = Update(base=siege.version, samples=1, codec="float32", encoding="raw", sealed=False, metrics={}).meta()
@@ -457,6 +457,6 @@ def test_after_all_that_the_honest_devices_are_at_the_aggregators_digest(siege: 
         device.stop()
     accepted = siege.status()["devices"]
     assert accepted["rogue"]["updates"] == accepted["guest"]["updates"] == 0
-    assert {client for client, _ in siege.turned_away()} == {"rogue", STRANGER}  # nobody is counted who did nothing
+    assert {client for client, _ in siege.turned_away()} == {"rogue", NO_NAME}  # nobody is counted who did nothing
     assert siege.aggregator.terminate() == 0
     assert "Traceback" not in siege.aggregator.log.read_text()

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from stranger.house import Aggregator, until
+from stranger.servers import Aggregator, until
 from support.byzantine_broker import FAULTS, NUMBERS, Adversary, Fault
 from support.byzantine_proxy import ByzantineProxy
 from support.noise_trainer import MODEL

@@ -280,21 +280,21 @@ def test_the_aggregator_has_papers_of_its_own_and_takes_up_renewed_ones(aggregat
 
 def test_a_broker_elsewhere_gives_its_papers_in_folders(bus: BrokerDirectory, tmp_path: Path) -> None:
     for name in ("aggregator-lab", "pi-1"):
-        issued, folder = bus.issue(name, "lab"), tmp_path / "papers" / name
+        issued, folder = bus.issue(name, "lab"), tmp_path / "certificates" / name
         folder.mkdir(parents=True)
         texts = (issued.authority, issued.certificate, issued.key)
         for file, text in zip(transport.FILES, texts, strict=True):
             (folder / file).write_text(text)
             (folder / file).chmod(0o600)
-    papers, agg, model = tmp_path / "papers", tmp_path / "agg", {"w": np.zeros(3)}
-    own = papers / "aggregator-lab"
+    certificates, agg, model = tmp_path / "certificates", tmp_path / "agg", {"w": np.zeros(3)}
+    own = certificates / "aggregator-lab"
     aggregators.create(agg, federation="lab", broker=bus.url, model=model, certificates=own)
     with pytest.raises(ConfigError, match="add --certificates FOLDER"):
         aggregators.invite(agg, "pi-1")
-    (invitation,) = aggregators.invite(agg, "pi-1", certificates=papers)
-    assert invitation.certificate == (papers / "pi-1" / "certificate.pem").read_text()
+    (invitation,) = aggregators.invite(agg, "pi-1", certificates=certificates)
+    assert invitation.certificate == (certificates / "pi-1" / "certificate.pem").read_text()
     with pytest.raises(ConfigError, match="pi-2 has neither"):
-        aggregators.invite(agg, "pi-2", certificates=papers)
+        aggregators.invite(agg, "pi-2", certificates=certificates)
 
 
 # Secrets.

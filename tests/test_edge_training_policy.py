@@ -36,9 +36,9 @@ def test_a_plan_that_is_nonsense_is_not_trained_by() -> None:
     scripted, device = following(scripted=aggregator(plan={"batch_size": -1}))
     assert "bad-plan" in logged(device.actions)
     assert of(device.actions, StartTraining) == []
-    scripted.plan = {"batch_size": 7, "house": "rule"}
+    scripted.plan = {"batch_size": 7, "colour": "blue"}
     plan = only(device.arrive(scripted.head()), StartTraining).plan
-    assert (plan.batch_size, dict(plan.extra)) == (7, {"house": "rule"})
+    assert (plan.batch_size, dict(plan.extra)) == (7, {"colour": "blue"})
 
 
 def test_the_federations_plan_goes_before_the_tasks_own() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from stranger.house import until
+from stranger.servers import until
 from ternbus.broker.errors import ConfigError
 from ternbus.lab.experiment import experiment, runner
 from ternbus.lab.experiment.goals import Goal

@@ -7,6 +7,8 @@ import hashlib
 import json
 import re
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import pytest
 from support.old_formats import (
     AGGREGATORS,
     DEVICES,
+    FIXTURES,
     JOINED,
     LEDGER,
     OLD_AGGREGATORS,
@@ -51,6 +54,17 @@ def tables(path: Path) -> dict[str, str]:
 
 def sha256(vector: Vector | None) -> str | None:
     return None if vector is None else hashlib.sha256(vector.astype("<f4").tobytes()).hexdigest()
+
+
+def roots(path: Path) -> set[int]:
+    """The numbers of the first pages of tables, from 1."""
+    with closing(sqlite3.connect(path)) as db:
+        return {page for (page,) in db.execute("SELECT rootpage FROM sqlite_schema WHERE type = 'table'")}
+
+
+def page_bytes(path: Path) -> int:
+    with closing(sqlite3.connect(path)) as db:
+        return int(db.execute("PRAGMA page_size").fetchone()[0])
 
 
 def ternbus(*arguments: object) -> int:
@@ -264,6 +278,51 @@ def test_a_migration_without_the_key_leaves_the_ledger_as_it_was(tmp_path: Path)
     assert dump(home / LEDGER) == before
 
 
+def test_a_start_that_is_refused_leaves_the_ledger_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = copy_of("aggregator-1-blobs", tmp_path) / "home"
+    before = dump(home / LEDGER)
+    (home / "aggregator.key").chmod(0o644)
+    for command in ("run", "pause"):
+        assert ternbus("aggregator", command, home) == 2
+        assert f"chmod 600 {home / 'aggregator.key'}" in capsys.readouterr().err
+    assert dump(home / LEDGER) == before
+    assert not (home / "format-1").exists()
+
+
+@pytest.mark.parametrize("command", ["run", "status", "export"])
+def test_a_damaged_ledger_is_named_with_what_to_do(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = copy_of("aggregator-5", tmp_path) / "home"
+    with (home / LEDGER).open("r+b") as file:
+        for root in roots(home / LEDGER) - {1}:
+            file.seek((root - 1) * page_bytes(home / LEDGER))
+            file.write(b"\xff" * 64)
+    assert ternbus("aggregator", command, home, *([tmp_path / "m"] if command == "export" else [])) == 2
+    said = capsys.readouterr().err
+    assert said.endswith(
+        f"cannot read {home / LEDGER}: database disk image is malformed; restore it from a backup\n"
+    ), said
+
+
+def test_settings_that_are_gone_are_named_with_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    home = copy_of("aggregator-5", tmp_path) / "home"
+    (home / "aggregator.toml").unlink()
+    assert ternbus("aggregator", "run", home) == 2
+    assert capsys.readouterr().err == (
+        f"ternbus: {home / 'aggregator.toml'} does not exist; restore it from a backup\n"
+    )
+
+
+def test_an_empty_settings_file_is_named_with_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    home = copy_of("aggregator-5", tmp_path) / "home"
+    (home / "aggregator.toml").write_bytes(b"")
+    assert ternbus("aggregator", "status", home) == 2
+    assert "aggregator.toml: 'federation' is missing; add it, or restore the file" in capsys.readouterr().err
+
+
 # --- the device's
 
 
@@ -278,7 +337,7 @@ def test_a_reader_sees_what_a_device_of_each_format_had_and_leaves_it_so(
     assert dump(folder / outbox.FILE) == before
     assert not list(folder.glob("format-*"))
     if name.endswith("-empty"):
-        assert (code, "has no state yet: run `ternbus edge join` again" in printed.err) == (2, True)
+        assert (code, "is missing or empty: restore it" in printed.err) == (2, True)
         return
     found = json.loads(printed.out)
     waiting = want["outstanding"]
@@ -373,7 +432,27 @@ def test_a_store_that_is_no_database_is_named(tmp_path: Path, capsys: pytest.Cap
     folder = copy_of("edge-account", tmp_path) / "device"
     (folder / outbox.FILE).write_bytes(b"no database, but longer than its header would be" * 100)
     assert ternbus("edge", "status", folder) == 2
-    assert capsys.readouterr().err == f"ternbus: cannot open {folder / outbox.FILE}: file is not a database\n"
+    assert capsys.readouterr().err == (
+        f"ternbus: cannot read {folder / outbox.FILE}: file is not a database; restore it from a backup\n"
+    )
+
+
+@pytest.mark.parametrize("lost", ["removed", "emptied", "never saved in"])
+def test_a_device_that_has_joined_does_not_begin_a_new_store(lost: str, tmp_path: Path) -> None:
+    folder = copy_of("edge-account", tmp_path) / "device"
+    (folder / outbox.FILE).unlink()
+    if lost == "emptied":
+        (folder / outbox.FILE).touch()
+    elif lost == "never saved in":
+        with Outbox(folder, DeviceDirectory(folder).identity().key_id):
+            pass
+    for command in ("run", "evaluate", "status"):
+        words = [sys.executable, "-c", "from ternbus.command import main; main()", "edge", command, str(folder)]
+        done = subprocess.run(words, cwd=FIXTURES, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 2, done.stderr
+        assert f"{folder / outbox.FILE} is missing or empty: restore it from a backup" in done.stderr
+        assert f"`ternbus edge join INVITATION.toml {folder} --renew`" in done.stderr
+    assert (folder / outbox.FILE).exists() == (lost != "removed")
 
 
 def test_to_leave_a_federation_removes_the_copy_of_the_old_store(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from nacl.signing import SigningKey
 
 from stranger import wire
 from stranger.device import Device
-from stranger.house import ENGINES, Aggregator, Broker, until
 from stranger.link import Link
 from stranger.models import SMALL, make_block, make_model
+from stranger.servers import ENGINES, Aggregator, Broker, until
 from stranger.wire import Schema
 
 pytestmark = pytest.mark.slow

@@ -180,6 +180,7 @@ def test_a_lab_that_is_killed_leaves_no_process(lab: Lab) -> None:
     process.kill()
     process.communicate()
     deadline = time.monotonic() + TIMEOUT_S
-    while lab.left_over() and time.monotonic() < deadline:  # the tether is a signal, and they end in order
+    # the kernel signals them when their parent ends, and they stop in order
+    while lab.left_over() and time.monotonic() < deadline:
         select.select([], [], [], 0.1)
     assert lab.left_over() == []

@@ -46,9 +46,9 @@ ARROWS = {
 }
 ROOTS = {"broker": "broker", "edge_client": "edge", "aggregator": "aggregator", "lab": "lab"}
 
-# A core is handed time and chance and hands back actions. Neither it nor the protocol, nor what they use of ours, may
-# reach for these, or for files.
-CLOCK_CHANCE_NETWORK = {
+# A core takes the time and random numbers as arguments, and returns actions. The cores, the protocol, and the modules
+# that they import may import neither these nor modules for files.
+CLOCK_RANDOMNESS_NETWORK = {
     "asyncio", "concurrent", "multiprocessing", "paho", "queue", "random", "secrets", "select", "selectors", "signal",
     "socket", "sqlite3", "ssl", "subprocess", "threading", "time", "torch",
 }  # fmt: skip
@@ -61,7 +61,7 @@ STORES = {
     "broker/ternbus/broker/store_format.py",  # how a store of either is migrated
 }
 
-# Libraries that one place in the house knows about.
+# Libraries that only the named files may import.
 CONFINED = {
     "paho": {"broker/ternbus/broker/link/connection.py"},
     # the second runs by its path alone (python -I -S), without this package, and asks for a larger pipe
@@ -214,7 +214,7 @@ def test_no_core_and_nothing_of_the_protocol_reaches_clock_chance_network_or_fil
     wrong = {
         " imports ".join(chain): found
         for file, chain in reached_from(pure, by_module).items()
-        if (found := tops(imported_by(file)) & (CLOCK_CHANCE_NETWORK | FILES))
+        if (found := tops(imported_by(file)) & (CLOCK_RANDOMNESS_NETWORK | FILES))
     }
     assert not wrong
 

@@ -16,14 +16,14 @@ from ternbus.broker.server.refusals import (
     LINE_BYTES,
     LOG,
     LOG_BYTES,
+    NO_NAME,
     OTHERS,
     REASONS,
-    STRANGER,
     Access,
     Counter,
+    Counts,
     Lines,
     Refusal,
-    Tally,
     covers,
     of_mosquitto,
     of_nats,
@@ -51,7 +51,7 @@ def read(said: str) -> tuple[str, str, str] | None:
     ],
 )  # fmt: skip
 def test_mosquitto_says_why_a_handshake_failed(of: str, why: str, reason: str) -> None:
-    assert read(f"{of}: {why}") == (STRANGER, reason, "")
+    assert read(f"{of}: {why}") == (NO_NAME, reason, "")
 
 
 @pytest.mark.parametrize(
@@ -117,17 +117,17 @@ def test_a_filter_covers_another(allowed: str, wanted: str, expected: bool) -> N
     [
         (
             "127.0.0.1:55865 - mid:25 - TLS handshake error: tls: client didn't provide a certificate",
-            (STRANGER, "no-certificate", "127.0.0.1"),
+            (NO_NAME, "no-certificate", "127.0.0.1"),
         ),
         (
             "::1:53241 - mid:28 - TLS handshake error: tls: failed to verify certificate: signed by unknown (CN=pi-1)",
-            (STRANGER, "bad-certificate", "::1"),
+            (NO_NAME, "bad-certificate", "::1"),
         ),
         (
             "127.0.0.1:1 - mid:31 - TLS handshake error: tls: client offered only unsupported versions: [303 302 301]",
-            (STRANGER, "old-tls", "127.0.0.1"),
+            (NO_NAME, "old-tls", "127.0.0.1"),
         ),
-        ("127.0.0.1:1 - mid:31 - TLS handshake error: EOF", (STRANGER, "no-handshake", "127.0.0.1")),
+        ("127.0.0.1:1 - mid:31 - TLS handshake error: EOF", (NO_NAME, "no-handshake", "127.0.0.1")),
         (
             '127.0.0.1:48429 - mid:40 - "pi-2" - Subscription Violation - Subject "ternbus.1.lab.up.*.update", SID x',
             ("pi-2", "read-denied", f"{LAB}/up/+/update"),
@@ -148,10 +148,10 @@ def test_nats_server_says_what_it_refused(said: str, expected: tuple[str, str, s
     ("said", "expected"),
     [
         ("wrong-client-id: the certificate of \"pi-2\" calls itself 'pi-1'", ("pi-2", "wrong-client-id", "'pi-1'")),
-        ("no-device: 'x' names neither", (STRANGER, "not-admitted", "no-device: 'x' names neither")),
+        ("no-device: 'x' names neither", (NO_NAME, "not-admitted", "no-device: 'x' names neither")),
     ],
 )
-def test_the_doorkeepers_words_come_through_nats_server(said: str, expected: tuple[str, str, str]) -> None:
+def test_a_reason_of_the_auth_callout_comes_through_nats_server(said: str, expected: tuple[str, str, str]) -> None:
     assert read(f"{PID}[WRN] Auth callout service returned an error: {said}") == expected
 
 
@@ -162,7 +162,7 @@ def test_a_foreign_certificates_subject_accuses_nobody() -> None:
         '[WRN] Auth callout service returned an error: wrong-client-id: the certificate of \\"pi-1\\" calls itself x',
     ):
         found = read(PID + forged)
-        assert found is None or found[0] == STRANGER
+        assert found is None or found[0] == NO_NAME
 
 
 def test_lines_are_cut_where_they_end_and_of_a_long_one_only_the_beginning_counts() -> None:
@@ -176,14 +176,14 @@ def test_lines_are_cut_where_they_end_and_of_a_long_one_only_the_beginning_count
 
 
 def test_beyond_so_many_names_the_others_are_counted_together() -> None:
-    tally = Tally(since="")
+    counts = Counts(since="")
     for number in range(2 * CLIENTS_MAX):
-        tally.add(Refusal(client=f"d{number}", reason="write-denied"), "")
-    tally.add(Refusal(client=STRANGER, reason="old-tls"), "")
-    assert len(tally.rows) == CLIENTS_MAX + 2
-    assert tally.rows[OTHERS, "write-denied"].count == CLIENTS_MAX
-    assert tally.rows["d0", "write-denied"].count == 1
-    assert sum(row.count for row in tally.rows.values()) == 2 * CLIENTS_MAX + 1
+        counts.add(Refusal(client=f"d{number}", reason="write-denied"), "")
+    counts.add(Refusal(client=NO_NAME, reason="old-tls"), "")
+    assert len(counts.rows) == CLIENTS_MAX + 2
+    assert counts.rows[OTHERS, "write-denied"].count == CLIENTS_MAX
+    assert counts.rows["d0", "write-denied"].count == 1
+    assert sum(row.count for row in counts.rows.values()) == 2 * CLIENTS_MAX + 1
 
 
 @pytest.fixture
@@ -226,9 +226,9 @@ def test_a_flood_of_what_is_no_refusal_fills_no_disk_either(folder: Path) -> Non
 def test_what_is_kept_does_nothing_to_a_terminal(folder: Path) -> None:
     count(folder, "nats", PID.encode() + b"[INF] \x1b[31m \xc2\x9b \xff \xe2\x80\xae\tend\r\n")
     assert (folder / LOG).read_text() == PID + "[INF] ?[31m ? \N{REPLACEMENT CHARACTER} ?\tend?\n"
-    tally = Tally(since="")
-    tally.add(Refusal(client="pi-2", reason="write-denied", detail="\x1b" + 200 * "a"), "")
-    assert tally.rows["pi-2", "write-denied"].detail == "?" + (DETAIL_CHARS - 1) * "a"
+    counts = Counts(since="")
+    counts.add(Refusal(client="pi-2", reason="write-denied", detail="\x1b" + 200 * "a"), "")
+    assert counts.rows["pi-2", "write-denied"].detail == "?" + (DETAIL_CHARS - 1) * "a"
 
 
 def test_counts_go_on_after_a_restart_and_begin_anew_where_they_cannot_be_read(folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stranger.house import Aggregator
+from stranger.servers import Aggregator
 from support.brokers import Inbox, linked
 from ternbus.aggregator.shell.administration import KEY
 from ternbus.aggregator.store.ledger import LEDGER, Ledger

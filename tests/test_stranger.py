@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 
 from stranger import wire
 from stranger.device import Device
-from stranger.house import ENGINES, Aggregator, Broker, ternbus, until
 from stranger.models import BIG, SMALL, assert_close, make_block, make_model
+from stranger.servers import ENGINES, Aggregator, Broker, ternbus, until
 from stranger.wire import RefusedError, Schema
 
 HERE = Path(__file__).parent

@@ -44,7 +44,7 @@ class Bus:
     broker: RunningBroker
     folder: Path
 
-    def papers(self, issued: Credentials, name: str) -> Tls:
+    def tls_of(self, issued: Credentials, name: str) -> Tls:
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
         for file, text in (("ca", issued.authority), ("certificate", issued.certificate), ("key", issued.key)):
@@ -53,10 +53,10 @@ class Bus:
         return Tls(ca=folder / "ca", certificate=folder / "certificate", key=folder / "key")
 
     def member(self, name: str, federation: str = "lab") -> Tls:
-        return self.papers(self.home.issue(name, federation), name)
+        return self.tls_of(self.home.issue(name, federation), name)
 
     def kept(self, name: str) -> Tls:
-        """The papers that a member was given first."""
+        """The certificate and key that a member was given first."""
         folder = self.folder / name
         return Tls(ca=folder / "ca", certificate=folder / "certificate", key=folder / "key")
 
@@ -97,7 +97,7 @@ def bus(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bus]:
     with tls_service.start(home) as broker:
         bus = Bus(home=home, broker=broker, folder=folder)
         for name, credentials in members.items():
-            bus.papers(credentials, name)
+            bus.tls_of(credentials, name)
         yield bus
 
 
@@ -389,8 +389,9 @@ def test_a_broker_by_hand(tmp_path: Path) -> None:
         try:
             assert process.stdout is not None
             assert json.loads(process.stdout.readline())["url"].startswith("mqtts://127.0.0.1:")
-            issue = ["broker", "certificate", "bus", "aggregator-lab", "pi-1", "--federation", "lab", "--out", "papers"]
-            assert said_by(tmp_path, *issue) == "papers/aggregator-lab\npapers/pi-1\n"
+            issue = ["broker", "certificate", "bus", "aggregator-lab", "pi-1", "--federation", "lab"]
+            issue += ["--out", "certificates"]
+            assert said_by(tmp_path, *issue) == "certificates/aggregator-lab\ncertificates/pi-1\n"
             assert said_by(tmp_path, "broker", "renew", "bus").endswith("tls/server.pem\n")
             process.send_signal(signal.SIGTERM)
             assert process.wait(WITHIN_S) == 0

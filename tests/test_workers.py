@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from stranger.house import until
+from stranger.servers import until
 from ternbus.broker.errors import FederationError
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.lab.report.progress import Lines

@@ -19,7 +19,7 @@ WITHIN_S = 120.0
 TRAINING_S = 0.1
 
 
-def papers(folder: Path, invitation: Invitation) -> Tls | None:
+def tls_of(folder: Path, invitation: Invitation) -> Tls | None:
     """What of an invitation is for TLS, as files."""
     if invitation.ca is None or invitation.certificate is None or invitation.key is None:
         return None
@@ -36,7 +36,7 @@ class Device:
 
     def __init__(self, folder: Path, invitation: Invitation) -> None:
         folder.mkdir()
-        self.tls = papers(folder, invitation)
+        self.tls = tls_of(folder, invitation)
         identity, public = Identity.generate(), invitation.aggregator_public
         profile = Profile(
             federation=invitation.federation,

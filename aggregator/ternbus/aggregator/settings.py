@@ -229,7 +229,9 @@ def from_table(table: Mapping[str, Any], source: str = "aggregator.toml") -> Set
     if unknown:
         raise ConfigError(f"{source}: unknown key {unknown[0]!r}; known are {', '.join(SECTIONS)}, plan")
     for key in ("federation", "broker"):
-        if not isinstance(table.get(key), str):
+        if key not in table:
+            raise ConfigError(f"{source}: {key!r} is missing; add it, or restore the file from a backup")
+        if not isinstance(table[key], str):
             raise ConfigError(f"{source}: {key!r} must be a string")
     sections = {name: _section(kind, table.get(name, {}), f"{source}: {name}") for name, kind in SECTIONS.items()}
     _check_merge(sections["merge"], f"{source}: merge")

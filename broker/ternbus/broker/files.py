@@ -140,7 +140,7 @@ def is_locked(path: Path) -> bool:
     The test takes a shared lock for a moment, in which a ``lock`` without patience fails.
     """
     try:
-        file = path.open("r+b")
+        file = path.open("rb")  # not to write: a folder to read only has its status too
     except FileNotFoundError:
         return False
     with file:

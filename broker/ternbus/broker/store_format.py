@@ -7,8 +7,8 @@ import logging
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -16,6 +16,8 @@ from typing import Final
 from ternbus.broker import files
 from ternbus.broker.errors import ConfigError
 
+NO_ACCESS: Final = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY}
+DAMAGED: Final = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 EMPTY: Final = 0  # the format of a store in which nothing was made yet
 _log = logging.getLogger(__name__)
 
@@ -88,6 +90,34 @@ def _reason(error: sqlite3.Error | OSError) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
+
+
+def unreadable(path: Path, error: sqlite3.Error) -> ConfigError:
+    """That a store cannot be opened or read, why, and what to do."""
+    code = _code(error)
+    if code == sqlite3.SQLITE_BUSY:
+        remedy = "another process uses it; stop that process or try again"
+    elif code in NO_ACCESS and not path.is_dir():
+        remedy = "check the permissions of the file and of its folder"
+    else:
+        remedy = "restore it from a backup"
+    return ConfigError(f"cannot read {path}: {error}; {remedy}")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add the store's path to SQLite's errors; ConfigError if the store is damaged."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        if _code(error) in DAMAGED:
+            raise unreadable(path, error) from error
+        raise type(error)(f"{path}: {error}") from error
+
+
+def _code(error: sqlite3.Error) -> int:
+    """SQLite's primary result code; 0 for an error of Python's module."""
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
 
 
 def copies(folder: Path) -> list[Path]:

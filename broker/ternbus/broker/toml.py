@@ -30,7 +30,7 @@ def loads(content: str | bytes, source: str) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"{source} is not valid TOML: {error}") from error
     except RecursionError as error:
-        raise ConfigError(f"{source} is nested more than {DEPTH_MAX} levels deep") from error
+        raise ConfigError(f"{source} is too deeply nested for a Ternbus file: more than {DEPTH_MAX} levels") from error
     _check(table, source)
     return table
 
@@ -51,11 +51,13 @@ def _decoded(content: bytes, source: str) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{source} is not valid TOML: byte {error.start} is not UTF-8") from error
+        raise ConfigError(
+            f"{source} is not valid TOML: byte {error.start} is not UTF-8; save the file as UTF-8"
+        ) from error
 
 
 def _too_long(source: str) -> ConfigError:
-    return ConfigError(f"{source} is longer than {BYTES_MAX} bytes")
+    return ConfigError(f"{source} is too large for a Ternbus file: more than {BYTES_MAX} bytes")
 
 
 def _check(table: Mapping[str, Any], source: str) -> None:
@@ -72,7 +74,7 @@ def _check(table: Mapping[str, Any], source: str) -> None:
                 raise ConfigError(f"{source} is not valid TOML: an integer of more than 64 bits")
         level = below
     if level:
-        raise ConfigError(f"{source} is nested more than {DEPTH_MAX} levels deep")
+        raise ConfigError(f"{source} is too deeply nested for a Ternbus file: more than {DEPTH_MAX} levels")
 
 
 def _lines(table: Mapping[str, Any], place: Place, comments: Mapping[Place, str]) -> Iterator[str]:

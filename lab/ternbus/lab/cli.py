@@ -141,9 +141,7 @@ def run_experiments(
     keep: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Second folder for the result, as NAME.json and NAME.png.")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result, or the list, as JSON, for scripts.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
     """Run an experiment: simulate every combination of its settings with several seeds.
 

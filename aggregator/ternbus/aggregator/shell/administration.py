@@ -4,8 +4,8 @@ import json
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +28,7 @@ from ternbus.broker.files import load_toml, read_key, write_key
 from ternbus.broker.protocol.identity import Identity, check_device
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.schema import Schema, to_tensors, to_vector, vector_digest
+from ternbus.broker.store_format import naming
 
 KEY: Final = "aggregator.key"
 TOML: Final = "aggregator.toml"
@@ -92,7 +93,19 @@ def _move_into(partial: Path, directory: Path) -> None:
 def load_settings(directory: Path) -> Settings:
     if not (directory / LEDGER).exists():
         raise ConfigError(f"{directory} holds no aggregator; make one with: ternbus aggregator init {directory} …")
-    return configuration.from_table(load_toml(directory / TOML), str(directory / TOML))
+    path = directory / TOML
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist; restore it from a backup")
+    return configuration.from_table(load_toml(path), str(path))
+
+
+@contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """``control.exclusive``, after settings and key were read: a mistake in them leaves an older ledger as it is."""
+    load_settings(directory)
+    read_key(directory / KEY)
+    with control.exclusive(directory, patience_s=2.0):
+        yield
 
 
 def open_core(directory: Path, ledger: Ledger, software: str) -> Core:
@@ -103,7 +116,8 @@ def open_core(directory: Path, ledger: Ledger, software: str) -> Core:
             f"{directory / TOML} names federation {settings.federation!r}, the ledger {ledger.fact('federation')!r}: "
             "a federation cannot be renamed; put the old name back"
         )
-    return recover(ledger, settings, Identity(read_key(directory / KEY)), software)
+    with naming(ledger.path):
+        return recover(ledger, settings, Identity(read_key(directory / KEY)), software)
 
 
 def invite(
@@ -197,7 +211,7 @@ def restored(directory: Path, software: str) -> int:
 
 def _apply(directory: Path, software: str, change: Callable[[Core, Ledger], list[events.Action]]) -> None:
     """Change the state on disk while no process serves the directory; ConfigError where it cannot be changed so."""
-    with control.exclusive(directory, patience_s=2.0), closing(Ledger(directory / LEDGER)) as ledger:
+    with exclusive(directory), closing(Ledger(directory / LEDGER)) as ledger:
         core = open_core(directory, ledger, software)
         actions = [*core.start(0.0), *change(core, ledger)]  # the first are what changed settings ask for
         batch = [action.record for action in actions if isinstance(action, events.Save)]
@@ -209,7 +223,7 @@ def _apply(directory: Path, software: str, change: Callable[[Core, Ledger], list
 
 def tensors_of(directory: Path, version: int | None) -> tuple[int, bytes, dict[str, npt.NDArray[np.float32]]]:
     """(version, digest, tensors) of a kept version, the newest by default."""
-    with closing(Ledger(directory / LEDGER, read_only=True)) as ledger:
+    with closing(Ledger(directory / LEDGER, read_only=True)) as ledger, ledger.one_moment():
         number = ledger.version if version is None else version
         vector = ledger.vector(number)
         return number, vector_digest(vector), to_tensors(ledger.schema(), vector)

@@ -298,19 +298,28 @@ def devices(directory: Dir, as_json: AsJson = False) -> None:
 
 @app.command()
 def pause(directory: Dir) -> None:
-    """Pause training: devices follow the model but do not train. In force when the command returns."""
+    """Pause training: devices follow the model but do not train. It takes effect before the command ends.
+
+    Example: ternbus aggregator pause agg
+    """
     administration.change_state(directory, control.PAUSE, software())
 
 
 @app.command()
 def resume(directory: Dir) -> None:
-    """Resume training after `pause` or `close`."""
+    """Resume training after `pause` or `close`.
+
+    Example: ternbus aggregator resume agg
+    """
     administration.change_state(directory, control.RESUME, software())
 
 
 @app.command()
 def close(directory: Dir) -> None:
-    """End training: accepted updates are merged, devices discard the others and stop."""
+    """End training: accepted updates are merged, devices discard the others and stop.
+
+    Example: ternbus aggregator close agg
+    """
     administration.change_state(directory, control.CLOSE, software())
 
 
@@ -319,6 +328,8 @@ def restored(directory: Dir) -> None:
     """Mark DIR as restored from a backup, before the next `run`.
 
     Devices refuse anything older than what they have seen. Version and sequence numbers therefore continue 2^32 higher.
+
+    Example: ternbus aggregator restored agg
     """
     typer.echo(f"{directory} continues at version {administration.restored(directory, software())}")
 

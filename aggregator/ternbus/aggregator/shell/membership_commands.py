@@ -79,7 +79,7 @@ def invitations(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the invitations that are still open, without their codes; or cancel some.
+    """List the open invitations, without their codes. `--cancel DEVICE` first cancels the invitation of a device.
 
     Example: ternbus aggregator invitations agg --cancel pi-7
     """
@@ -109,7 +109,7 @@ def revoke(
         ),
     ] = False,
 ) -> None:
-    """Revoke a device: its key is void for good. In force when the command returns, beside a running aggregator too.
+    """Revoke a device: its key is void for good. The aggregator may run; the command ends when it is done.
 
     Its next message is answered `revoked`, and the device stops. Merged updates stay merged. The device returns only
     with a new invitation and a new key. Its certificate stays valid at the broker: see docs/security.md.

@@ -18,7 +18,7 @@ from ternbus.aggregator.core.rate_limit import LogLimit
 from ternbus.aggregator.merge.background import summing
 from ternbus.aggregator.settings import TransportSettings
 from ternbus.aggregator.shell import transport
-from ternbus.aggregator.shell.administration import open_core
+from ternbus.aggregator.shell.administration import exclusive, open_core
 from ternbus.aggregator.shell.preverify import WORTHWHILE_BYTES, Preverifier
 from ternbus.aggregator.store import control
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
@@ -98,7 +98,7 @@ class Service:
     def run(self) -> None:
         """Serve; return when stopped. ConfigError where the directory or the broker's address is wrong."""
         with (
-            control.exclusive(self.directory, patience_s=2.0),
+            exclusive(self.directory),
             ThreadPoolExecutor(1, thread_name_prefix="vectors") as beside,
             ThreadPoolExecutor(1, thread_name_prefix="adding") as adding,
             closing(Ledger(self.directory / LEDGER, beside=beside)) as self._ledger,
@@ -212,7 +212,9 @@ class Service:
                 case events.Publish():
                     self._publish(action.topic, action.payload, retain=action.retain)
                 case events.RepublishRetained():
-                    self.log(f"publishing {len(action.topics)} retained messages: the broker has not shown ours")
+                    count = len(action.topics)
+                    messages = "1 retained message" if count == 1 else f"{count} retained messages"
+                    self.log(f"publishing {messages} again: the broker did not deliver the stored ones")
                     for topic in action.topics:
                         self._publish(topic, self._ledger.frame(topic), retain=True)
                 case events.Subscribe():

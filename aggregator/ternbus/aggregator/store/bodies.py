@@ -13,7 +13,7 @@ from ternbus.broker import files
 from ternbus.broker.errors import ConfigError
 
 BODIES: Final = "bodies"  # the folder
-MEND: Final = "restore the directory from a backup (`ternbus aggregator export` still gives the model)"
+REMEDY: Final = "restore the directory from a backup (`ternbus aggregator export` still gives the model)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,9 +63,9 @@ class Bodies:
                 file.seek(place.offset)
                 body = file.read(place.size_bytes)
         except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}; {MEND}") from error
+            raise ConfigError(f"cannot read {path}: {error.strerror}; {REMEDY}") from error
         if len(body) != place.size_bytes or zlib.crc32(body) != place.checksum:
-            raise ConfigError(f"{path} is damaged; {MEND}")
+            raise ConfigError(f"{path} is damaged; {REMEDY}")
         return body
 
     def begin(self, segment: int) -> None:

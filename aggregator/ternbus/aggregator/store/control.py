@@ -50,7 +50,12 @@ def exclusive(directory: Path, *, patience_s: float = 0.0) -> Iterator[None]:
 
     ConfigError where another process still serves it after ``patience_s``.
     """
-    held = files.lock(directory / LOCK, patience_s=patience_s)
+    try:
+        held = files.lock(directory / LOCK, patience_s=patience_s)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot lock {directory / LOCK}: {error.strerror}; check the permissions of the folder"
+        ) from error
     if held is None:
         raise ConfigError(f"another process serves {directory}; stop it first")
     with held:

@@ -19,7 +19,7 @@ import numpy as np
 
 from ternbus.aggregator import settings as configuration
 from ternbus.aggregator.settings import MergeSettings, Recipe, Settings
-from ternbus.aggregator.store.bodies import BODIES, MEND, Bodies, Place
+from ternbus.aggregator.store.bodies import BODIES, REMEDY, Bodies, Place
 from ternbus.aggregator.store.vectors import VECTORS, Vectors
 from ternbus.broker import files
 from ternbus.broker.errors import ConfigError
@@ -157,7 +157,7 @@ def _write_checksums(db: sqlite3.Connection, folder: Path) -> None:
             file.seek(offset)
             body = file.read(size_bytes)
         if len(body) != size_bytes:
-            raise ConfigError(f"{path} is damaged; {MEND}")
+            raise ConfigError(f"{path} is damaged; {REMEDY}")
         place = Place(segment=segment, offset=offset, size_bytes=size_bytes, checksum=zlib.crc32(body))
         _refer(db, number, place)
 

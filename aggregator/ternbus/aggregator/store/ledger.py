@@ -18,6 +18,7 @@ from ternbus.aggregator.store.bodies import BODIES, Bodies, Place
 from ternbus.aggregator.store.maintenance import checkpoint, remove
 from ternbus.aggregator.store.schema import FORMAT, SCHEMA_SQL
 from ternbus.aggregator.store.vectors import VECTORS, Vectors
+from ternbus.broker import store_format
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol.merge_log import Signed, unpack
 from ternbus.broker.protocol.messages import OPEN
@@ -52,7 +53,7 @@ class Ledger:
             )
         self.path = path
         try:
-            self.db = sqlite3.connect(path, isolation_level=None, timeout=30.0)
+            self.db = _connect(path, read_only=read_only)
             self.db.execute("PRAGMA query_only = ON" if read_only else "PRAGMA synchronous = FULL")
             self.db.execute("PRAGMA secure_delete = FAST")  # or spent codes would stay in the page, as free space
             found = self.fact("format")
@@ -65,7 +66,7 @@ class Ledger:
             self._pending: Future[_Written] | None = None
             self._checkpoint: Future[None] | None = None
         except sqlite3.DatabaseError as error:
-            raise ConfigError(f"{path} cannot be read as a ledger: {error}") from error
+            raise store_format.unreadable(path, error) from error
         if found != FORMAT:
             self.close()
             raise migration.refusal(path, found)
@@ -95,11 +96,12 @@ class Ledger:
     @contextmanager
     def one_moment(self) -> Iterator[None]:
         """What is read within is of one moment, whatever another process writes meanwhile."""
-        self.db.execute("BEGIN")
-        try:
-            yield
-        finally:
-            self.db.execute("COMMIT")
+        with store_format.naming(self.path):
+            self.db.execute("BEGIN")
+            try:
+                yield
+            finally:
+                self.db.execute("COMMIT")
 
     def change_count(self) -> int:
         """A number that changes when another connection has committed something."""
@@ -279,3 +281,10 @@ class Ledger:
     def open_requests(self) -> list[tuple[int, str, str]]:
         """(id, what, argument) of what commands have asked for, oldest first."""
         return self.db.execute("SELECT id, what, argument FROM requests WHERE done = 0 ORDER BY id").fetchall()
+
+
+def _connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
+    """SQLite cannot read a write-ahead log without its index, and cannot make that in a folder without write access."""
+    unwritable = read_only and not os.access(path.parent, os.W_OK) and not path.with_name(f"{path.name}-wal").exists()
+    name = f"{path.absolute().as_uri()}?immutable=1" if unwritable else path
+    return sqlite3.connect(name, isolation_level=None, timeout=30.0, uri=unwritable)

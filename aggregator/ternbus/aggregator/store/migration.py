@@ -50,4 +50,4 @@ def migrate(path: Path) -> None:
             db.execute("PRAGMA secure_delete = FAST")  # as in the ledger: an invitation's code is in no free page
             store_format.migrate(db, path, FORMATS)
     except sqlite3.DatabaseError as error:
-        raise ConfigError(f"{path} cannot be read as a ledger: {error}") from error
+        raise store_format.unreadable(path, error) from error

@@ -25,7 +25,7 @@ def read(directory: Path) -> dict[str, Any]:
 
 def invitations(directory: Path, now: float) -> list[dict[str, Any]]:
     """Invitations that nobody has used, as JSON values, without their codes; ``now`` in Unix seconds."""
-    with closing(Ledger(directory / LEDGER, read_only=True)) as ledger:
+    with closing(Ledger(directory / LEDGER, read_only=True)) as ledger, ledger.one_moment():
         rows = ledger.db.execute(
             "SELECT i.device, i.made_at, i.expires_at, d.state FROM invitations i LEFT JOIN devices d"
             " ON d.name = i.device ORDER BY i.device"

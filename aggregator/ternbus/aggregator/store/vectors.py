@@ -15,7 +15,7 @@ from ternbus.broker.protocol.schema import Vector, type_f32
 
 VECTORS: Final = "vectors"  # the folder
 PIECE: Final = 2**19  # bytes written at a time: who waits for the disk meanwhile waits for one piece
-MEND: Final = "restore the directory from a backup"
+REMEDY: Final = "restore the directory from a backup"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +48,9 @@ class Vectors:
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}; {MEND}") from error
+            raise ConfigError(f"cannot read {path}: {error.strerror}; {REMEDY}") from error
         if zlib.crc32(content) != checksum:
-            raise ConfigError(f"{path} is damaged; {MEND}")
+            raise ConfigError(f"{path} is damaged; {REMEDY}")
         return np.frombuffer(content, dtype=type_f32).astype(np.float32)
 
     def beyond(self, names: Iterable[str]) -> list[Path]:

@@ -33,7 +33,7 @@ READ_BYTES: Final = 1 << 20
 NAP_S: Final = 0.02  # between reads: a wake-up for each line would take as much time as the broker needs to write it
 SAVE_EVERY_S: Final = 0.5
 
-STRANGER: Final = "?"  # clients without a valid certificate
+NO_NAME: Final = "?"  # clients without a valid certificate
 OTHERS: Final = "*"  # all clients after the first CLIENTS_MAX
 REASONS: Final[Mapping[str, str]] = {
     "no-certificate": "sent no certificate",
@@ -123,7 +123,7 @@ def of_mosquitto(line: str, access: Access) -> Refusal | None:
         denied = Refusal(client=found["client"], reason="read-denied", detail=found["filter"])
         return None if access.may_read(denied.client, denied.detail) else denied
     if found := OPENSSL.match(line):
-        return Refusal(client=STRANGER, reason=_of_handshake(found["why"]))
+        return Refusal(client=NO_NAME, reason=_of_handshake(found["why"]))
     return None
 
 
@@ -136,9 +136,9 @@ def of_nats(line: str, _: Access) -> Refusal | None:
     if found := CALLOUT.match(message):
         if found["client"] is not None:
             return Refusal(client=found["client"], reason="wrong-client-id", detail=found["other"])
-        return Refusal(client=STRANGER, reason="not-admitted", detail=found["why"])
+        return Refusal(client=NO_NAME, reason="not-admitted", detail=found["why"])
     if found := HANDSHAKE.match(message):
-        return Refusal(client=STRANGER, reason=_of_handshake(found["why"]), detail=found["peer"])
+        return Refusal(client=NO_NAME, reason=_of_handshake(found["why"]), detail=found["peer"])
     return None
 
 
@@ -187,23 +187,23 @@ class Count:
 
 
 @dataclass(slots=True)
-class Tally:
+class Counts:
     """The counts of all clients since ``since``: by name for the first `CLIENTS_MAX`, in one sum for the others."""
 
     since: str
     rows: dict[tuple[str, str], Count] = field(default_factory=dict)
-    names: set[str] = field(default_factory=lambda: {STRANGER, OTHERS})
+    names: set[str] = field(default_factory=lambda: {NO_NAME, OTHERS})
 
     @classmethod
-    def load(cls, path: Path, now: str) -> "Tally":
+    def load(cls, path: Path, now: str) -> "Counts":
         """The counts that an earlier run saved; empty counts if they cannot be read."""
-        tally = cls(since=now)
+        counts = cls(since=now)
         with suppress(OSError, ValueError, TypeError, KeyError):
             kept = json.loads(path.read_text(encoding="utf-8"))
             rows = [Count(**row) for row in kept["refused"]]
-            tally = cls(since=str(kept["since"]), rows={(row.client, row.reason): row for row in rows})
-            tally.names.update(row.client for row in rows)
-        return tally
+            counts = cls(since=str(kept["since"]), rows={(row.client, row.reason): row for row in rows})
+            counts.names.update(row.client for row in rows)
+        return counts
 
     def add(self, refusal: Refusal, now: str) -> int:
         """Count a refusal; return the number of refusals of that client for that reason."""
@@ -253,7 +253,7 @@ class Counter:
         self._access, self._access_of = Access(), -1
         self._lines = Lines()
         self._log = (folder / LOG).open("ab", buffering=0)
-        self._tally = Tally.load(folder / FILE, _now())
+        self._counts = Counts.load(folder / FILE, _now())
 
     def feed(self, chunk: bytes) -> None:
         """Process the next bytes of the log."""
@@ -268,7 +268,7 @@ class Counter:
         """Write the counts to the file that `ternbus broker refusals` reads."""
         partial = self._folder / f"{FILE}.partial"
         with suppress(OSError):  # a full disk must stop neither the broker nor the count
-            partial.write_text(self._tally.dumps(), encoding="utf-8")
+            partial.write_text(self._counts.dumps(), encoding="utf-8")
             partial.replace(self._folder / FILE)
             self.changed = False
 
@@ -286,7 +286,7 @@ class Counter:
         if (refusal := self._dialect.refusal(text, self._access)) is None:
             return "" if granted is not None and granted.match(text) else text
         self.changed = True
-        return text if str(self._tally.add(refusal, now)).strip("0") == "1" else ""
+        return text if str(self._counts.add(refusal, now)).strip("0") == "1" else ""
 
     def _write(self, lines: bytes) -> None:
         with suppress(OSError):

@@ -25,6 +25,7 @@ from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.shell import key_rotation
 from ternbus.edge.shell.directory import DeviceDirectory, Settings
 from ternbus.edge.shell.service import PERSONAL, Report, Service
+from ternbus.edge.store import outbox as outboxes
 from ternbus.edge.store.outbox import Outbox
 
 
@@ -76,6 +77,7 @@ def serve(home: DeviceDirectory, role: Role, options: Options, report: Report) -
     with home.locked():
         key_rotation.finish(home)
         settings = home.joined()
+        outboxes.check(home.folder)
         return _serve(
             home, settings, task=task, role=role, data=_data(settings, task, role), options=options, report=report
         )

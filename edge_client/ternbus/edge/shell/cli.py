@@ -23,7 +23,7 @@ from ternbus.edge.shell import agent, log_check
 from ternbus.edge.shell.agent import Options
 from ternbus.edge.shell.directory import DeviceDirectory
 from ternbus.edge.shell.preflight import check as examine
-from ternbus.edge.shell.printer import Printer
+from ternbus.edge.shell.printer import Printer, shown
 from ternbus.edge.shell.process import run_device
 from ternbus.edge.shell.service import PERSONAL
 from ternbus.edge.store import outbox
@@ -38,9 +38,8 @@ InvitationFile = Annotated[
 ]
 Dir = Annotated[Path, typer.Argument(metavar="DIR", help="The device's directory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object per line and event, for scripts.")]
-Versions = Annotated[
-    int | None, typer.Option(min=1, help="Number of versions to contribute to, or to evaluate, before stopping.")
-]
+Versions = Annotated[int | None, typer.Option(min=1, help="Number of accepted updates before stopping.")]
+Evaluated = Annotated[int | None, typer.Option(min=1, help="Number of versions to evaluate before stopping.")]
 Seed = Annotated[
     int,
     typer.Option(
@@ -226,7 +225,7 @@ def run(
 
 
 @app.command()
-def evaluate(directory: Dir, versions: Versions = None, timeout: Timeout = None, as_json: AsJson = False) -> None:
+def evaluate(directory: Dir, versions: Evaluated = None, timeout: Timeout = None, as_json: AsJson = False) -> None:
     """Follow the model, evaluate its newest version on the task's test data, and publish the metrics.
 
     Example: ternbus edge evaluate evaluator-1
@@ -258,7 +257,7 @@ def check(
     task: Annotated[str, typer.Argument(help=f"Task: {TASKS}")],
     data: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with the task's data.")] = None,
     partition: Annotated[str, typer.Option(help=f"Part of the data to train on: {FORMS}.")] = "all",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
     """Check a task without a federation: train one step, encode and decode an update, list problems.
 
@@ -310,7 +309,9 @@ def noise(
 
 
 @app.command()
-def status(directory: Dir, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def status(
+    directory: Dir, as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False
+) -> None:
     """Show the device's version, its counters and its outstanding update, also while it runs.
 
     Example: ternbus edge status pi-7 --json
@@ -344,8 +345,8 @@ def status(directory: Dir, as_json: Annotated[bool, typer.Option("--json", help=
         typer.echo(json.dumps(facts))
         return
     for name, value in facts.items():
-        for line, shown in value.items() if name == "counters" and isinstance(value, dict) else [(name, value)]:
-            typer.echo(f"{line:28} {'-' if shown is None else shown}")
+        for line, each in value.items() if name == "counters" and isinstance(value, dict) else [(name, value)]:
+            typer.echo(f"{line:28} {shown(each)}")
 
 
 @app.command()
@@ -355,7 +356,7 @@ def verify(
         Path,
         typer.Argument(metavar="LOG", exists=True, dir_okay=False, help="File from `ternbus aggregator log export`."),
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
     """Check in the aggregator's log of merges that each accepted update of this device is in exactly one version.
 

@@ -39,3 +39,10 @@ class Printer:
             sys.stderr.flush()
             os._exit(stop.code)
         return stop.code
+
+
+def shown(value: object) -> object:
+    """A value in a table for people."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None else value

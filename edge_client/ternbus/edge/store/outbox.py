@@ -17,9 +17,10 @@ import numpy as np
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.schema import Vector, type_f32
+from ternbus.broker.store_format import naming
 from ternbus.edge.core.state import RENUMBERED, AnsweredUpdate, OutstandingUpdate, State
 from ternbus.edge.plan.privacy import Account
-from ternbus.edge.store.outbox_format import naming, open_for_reading, open_for_writing
+from ternbus.edge.store.outbox_format import open_for_reading, open_for_writing
 
 FILE: Final = "outbox.db"
 RECEIPTS_MAX: Final = 100_000
@@ -112,16 +113,27 @@ class Outbox:
 
 
 def summary(folder: Path) -> Summary:
-    """Read the outbox of a device that may be running. Raises `ConfigError` if there is none."""
+    """Read the outbox of a device that may be running. Raises `ConfigError` if it has no state."""
     path = folder / FILE
-    if not path.exists():
-        raise ConfigError(f"{path} does not exist: join a federation with `ternbus edge join INVITATION {folder}`")
+    check(folder)
     with naming(path), closing(open_for_reading(path)) as db:
         rows = receipts(db, limit=1, but=RENUMBERED)
         state = _read(db)
-        if state is None:
-            raise ConfigError(f"{path} has no state yet: run `ternbus edge join` again")
+        assert state is not None  # noqa: S101 - checked above, and no save removes it
         return Summary(state=state, counters=_counters(db), last=rows[0] if rows else None)
+
+
+def check(folder: Path) -> None:
+    """Raises `ConfigError` if the outbox is missing or empty. A new one would use sequence numbers again."""
+    path = folder / FILE
+    if path.is_file() and path.stat().st_size:
+        with naming(path), closing(open_for_reading(path)) as db:
+            if db.execute("SELECT 1 FROM kept").fetchone():
+                return
+    raise ConfigError(
+        f"{path} is missing or empty: restore it from a backup, or run `ternbus edge join` again; if the device had "
+        f"joined, with a new invitation: `ternbus edge join INVITATION.toml {folder} --renew`"
+    )
 
 
 def answers(folder: Path) -> list[AnsweredUpdate]:

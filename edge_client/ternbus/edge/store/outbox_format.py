@@ -5,8 +5,7 @@ of what the outbox holds raises ``FORMAT`` and adds a step here.
 """
 
 import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Final
 
@@ -86,7 +85,7 @@ def open_for_writing(path: Path) -> sqlite3.Connection:
         raise
     except sqlite3.DatabaseError as error:
         db.close()
-        raise _unreadable(path, error) from error
+        raise store_format.unreadable(path, error) from error
     return db
 
 
@@ -110,18 +109,9 @@ def open_for_reading(path: Path) -> sqlite3.Connection:
         raise
     except sqlite3.DatabaseError as error:
         db.close()
-        raise _unreadable(path, error) from error
+        raise store_format.unreadable(path, error) from error
     FORMATS.advance(memory, path.parent)
     return memory
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """SQLite's errors within say which file they are about."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise type(error)(f"{path}: {error}") from error
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -130,9 +120,5 @@ def _connect(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
     except sqlite3.DatabaseError as error:
-        raise _unreadable(path, error) from error
+        raise store_format.unreadable(path, error) from error
     return db
-
-
-def _unreadable(path: Path, error: sqlite3.Error) -> ConfigError:
-    return ConfigError(f"cannot open {path}: {error}")
