@@ -1,7 +1,7 @@
 """A task that records the resource use of its process at the start and the end of each training.
 
-`benchmarks.instrumented_task:TASK` wraps the task named by INSTRUMENTED_TASK, and appends its records to the file INSTRUMENTED_NOTES. As a
-program, this module trains without Ternbus, for comparison with a device:
+`benchmarks.instrumented_task:TASK` wraps the task named by INSTRUMENTED_TASK, and appends its records to the file
+INSTRUMENTED_NOTES. As a program, this module trains without Ternbus, for comparison with a device:
 
     python -m benchmarks.instrumented_task ROUNDS PARTITION [DATA]
 """
