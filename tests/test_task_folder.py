@@ -482,6 +482,13 @@ def test_an_old_import_inside_a_function_is_explained_by_check(here: Path) -> No
     assert said == "edge_client is now ternbus.edge: write `from ternbus.edge import select` (my_task.py, line 7)"
 
 
+def test_an_error_whose_text_cannot_be_made_is_a_problem_of_check(here: Path) -> None:
+    unclear = "class E(Exception):\n            def __str__(self): raise ValueError\n        raise E"
+    (here / "my_task.py").write_text(TASK.replace("import in_time", unclear).replace(", features", ""))
+    (said,) = check(load_task("my_task:TASK")).problems
+    assert said == "trainer() raised E: (str() of it failed) (my_task.py, line 9)"
+
+
 def test_the_user_s_own_broker_and_lab_are_the_task_s_if_it_imports_them(folder: Path) -> None:
     for name in ("broker.py", "lab/__init__.py"):
         (folder / name).write_text("OWN = 1\n")
