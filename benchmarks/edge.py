@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.watched import used
+from benchmarks.instrumented_task import used
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import control
 from ternbus.broker.files import write_secret
@@ -56,8 +56,8 @@ class Case:
     def environment(self, notes: Path) -> dict[str, str]:
         root = str(Path(__file__).parent.parent)
         paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-        watched = {"WATCHED_TASK": self.task, "WATCHED_NOTES": str(notes)}
-        return {**os.environ, **ONE_THREAD, **watched, "PYTHONPATH": os.pathsep.join(paths)}
+        instrumented = {"INSTRUMENTED_TASK": self.task, "INSTRUMENTED_NOTES": str(notes)}
+        return {**os.environ, **ONE_THREAD, **instrumented, "PYTHONPATH": os.pathsep.join(paths)}
 
     @property
     def data_arguments(self) -> list[str]:
@@ -74,7 +74,14 @@ def alone(case: Case, name: str) -> dict[str, float]:
     """Run the trainer in a process without Ternbus."""
     path = case.folder / f"{name}.notes"
     began = time.monotonic()
-    command = [sys.executable, "-m", "benchmarks.watched", str(case.rounds), case.partition, *case.data_arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.instrumented_task",
+        str(case.rounds),
+        case.partition,
+        *case.data_arguments,
+    ]
     subprocess.run(command, env=case.environment(path), check=True)
     pairs = notes_in(path)
     return {**trained(pairs), "first_training_s": pairs[0][0]["came"]["wall"] - began}
@@ -142,7 +149,7 @@ def federated(case: Case, url: str) -> dict[str, Any]:
     with running([*ternbus, "aggregator", "run", str(directory)], folder / "aggregator.log"):
         began = time.monotonic()
         where = ["--data", *case.data_arguments] if case.data is not None else []
-        join = [*ternbus, "edge", "join", str(invitation), str(device), "--task", "benchmarks.watched:TASK"]
+        join = [*ternbus, "edge", "join", str(invitation), str(device), "--task", "benchmarks.instrumented_task:TASK"]
         subprocess.run(
             [*join, *where, "--partition", case.partition], env=environment, check=True, stdout=subprocess.DEVNULL
         )

@@ -2,11 +2,11 @@
 
     python -m benchmarks.fleet [--json] [--devices 10000] [--engine auto]
 
-Crowds in other processes emulate the devices, each with its connection, session and last will. First all devices
+Other processes emulate the devices, each with its connection, session and last will. First all devices
 enroll at once. Then each device sends an update at a random time within half a minute. Then single updates make
 versions without other load, to measure the delay of a new version: from its commit to the aggregator's disk until a
-device has read its head. The model is small, since the number of devices is the load. Aggregator, broker and crowds
-share the machine.
+device has read its head. The model is small, since the number of devices is the load. Aggregator, broker and
+these processes share the machine.
 """
 
 import argparse
@@ -28,9 +28,9 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks.aggregating import Aggregator, cpu_s, run_aggregator
-from benchmarks.crowd import Answers, Task, serve, shares
+from benchmarks.clients import Answers, Task, serve, shares
 from benchmarks.ingest import FEDERATION, prepared_body, shapes
-from benchmarks.volley import device, identity
+from benchmarks.sender import device, identity
 from ternbus.aggregator.core import records
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import status as statuses
@@ -39,7 +39,7 @@ from ternbus.broker.protocol.identity import enroll_proof
 from ternbus.broker.protocol.ternary import ZSTD
 from ternbus.broker.server.running import Engine, RunningBroker, choose, start
 
-CROWDS: Final = 2
+PROCESSES: Final = 2
 PARAMETERS: Final = 10_000
 FEW: Final = 10  # devices of the aggregator in the reference measurement
 BUFFER: Final = 1000
@@ -89,11 +89,11 @@ def prepare(directory: Path, url: str) -> None:
         )
 
 
-def crowds(broker: RunningBroker, codes: dict[str, str]) -> tuple[list[Any], list[Connection]]:
-    """Start the processes of the crowds, whose devices are ready to join."""
+def start_clients(broker: RunningBroker, codes: dict[str, str]) -> tuple[list[Any], list[Connection]]:
+    """Start the processes that emulate devices, which are ready to join."""
     codec, body = prepared_body(PARAMETERS)
     context, processes, pipes = multiprocessing.get_context("spawn"), [], []
-    for names in shares(list(codes), CROWDS):
+    for names in shares(list(codes), PROCESSES):
         task = Task(
             host=broker.endpoint.host,
             port=broker.endpoint.port,
@@ -115,7 +115,7 @@ def crowds(broker: RunningBroker, codes: dict[str, str]) -> tuple[list[Any], lis
 
 
 def tell(pipes: Sequence[Connection], what: str, argument: float = 0.0) -> list[Any]:
-    """Send a command to all crowds; return their answers."""
+    """Send a command to all processes of clients; return their answers."""
     for pipe in pipes:
         pipe.send((what, argument))
     return [pipe.recv() for pipe in pipes]
@@ -164,7 +164,7 @@ def fan_outs(pipes: Sequence[Connection], directory: Path, devices: int) -> list
 
 @dataclass(slots=True, kw_only=True)
 class Fleet:
-    """The running broker, aggregator and crowds."""
+    """The running broker, aggregator and clients."""
 
     devices: int
     broker: RunningBroker
@@ -192,7 +192,7 @@ def measure(devices: int, engine: Engine, folder: Path) -> dict[str, Any]:
         began = time.monotonic()
         codes = {each.device: each.code for each in administration.invite(directory, *map(device, range(devices)))}
         invited_s = time.monotonic() - began
-        processes, pipes = crowds(broker, codes)
+        processes, pipes = start_clients(broker, codes)
         try:
             found = live(broker, pipes, directory, log, devices)
         finally:
@@ -241,7 +241,9 @@ def live(
 
 def show(row: dict[str, Any]) -> None:
     """Print tables."""
-    print(f"{row['devices']:,} devices in {CROWDS} processes, {row['broker']}, {row['cores']} cores for all processes")
+    print(
+        f"{row['devices']:,} devices in {PROCESSES} processes, {row['broker']}, {row['cores']} cores for all processes"
+    )
     print(f"invitations: {row['invited_s']:.1f} s\n")
     print(f"{'':10} {'answered':>9} {'in s':>6} {'a second':>9} {'p50 ms':>8} {'p99 ms':>8} {'sent again':>10}", end="")
     print(f" {'CPU ms a device: aggregator':>28} {'broker':>7}")

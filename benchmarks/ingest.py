@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.volley import SENDERS, Answered, Load, Target, await_retained, device, identity, run_load
+from benchmarks.sender import SENDERS, Answered, Load, Target, await_retained, device, identity, run_load
 from ternbus.aggregator.core import records
 from ternbus.aggregator.merge.accumulator import COMPILED
 from ternbus.aggregator.shell import administration

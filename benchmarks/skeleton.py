@@ -16,7 +16,7 @@ import msgpack
 import zstandard
 
 from benchmarks.ingest import FEDERATION, shapes
-from benchmarks.volley import identity
+from benchmarks.sender import identity
 from ternbus.aggregator.merge.accumulator import Accumulator
 from ternbus.broker.link.link import Arrived, Link, Token
 from ternbus.broker.protocol import topics

@@ -1,7 +1,7 @@
 """Many emulated devices in one process: one selector, a socket for each device, and the needed part of MQTT 3.1.1.
 
-A crowd emulates the messages of devices: persistent session, last will, subscriptions, enrolment, status, and updates
-that are sent again if no receipt arrives. It does not train, and does not verify received messages.
+The process emulates the messages of devices: persistent session, last will, subscriptions, enrolment, status, and
+updates that are sent again if no receipt arrives. It does not train, and does not verify received messages.
 """
 
 import random
@@ -32,7 +32,7 @@ WILL_SEQ: Final = ENROLL_SEQ + 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """The parameters of a crowd: the broker, the devices' keys and codes, and the update that each device sends."""
+    """The parameters of one process: the broker, the devices' keys and codes, and the update that each device sends."""
 
     host: str
     port: int
@@ -80,7 +80,7 @@ class Device:
             self.last_sent_at = time.monotonic()
 
 
-class Crowd:
+class Clients:
     """Executes commands from the pipe: ``join``, ``send`` (over some seconds), ``one``, ``heads``, ``end``."""
 
     def __init__(self, task: Task, pipe: Connection) -> None:
@@ -134,7 +134,7 @@ class Crowd:
             case "end":
                 self._ended = True
             case _:
-                raise AssertionError(f"unknown command of a crowd: {command}")
+                raise AssertionError(f"unknown command: {command}")
 
     def _work(self, now: float) -> None:
         while self._to_connect and self._connecting < CONNECTING_MAX:
@@ -202,7 +202,7 @@ class Crowd:
         device.send(device.question)
 
     def _status(self, device: Device, state: str, seq: int) -> bytes:
-        meta = Status(state=state, session=1, software="ternbus crowd").meta()
+        meta = Status(state=state, session=1, software="ternbus bench").meta()
         return self._frame(device, Status.KIND, seq, meta, b"")
 
     def _frame(self, device: Device, kind: str, seq: int, meta: Mapping[str, Any], body: bytes) -> bytes:
@@ -288,10 +288,10 @@ class Crowd:
 
 
 def serve(task: Task, pipe: Connection) -> None:
-    """The main function of a crowd's process."""
-    Crowd(task, pipe).run()
+    """The main function of the process."""
+    Clients(task, pipe).run()
 
 
 def shares(names: Sequence[str], number: int) -> list[list[str]]:
-    """The names, divided among ``number`` crowds."""
+    """The names, divided among ``number`` processes."""
     return [list(names[first::number]) for first in range(number)]

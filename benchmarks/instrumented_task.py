@@ -1,9 +1,9 @@
 """A task that records the resource use of its process at the start and the end of each training.
 
-`benchmarks.watched:TASK` wraps the task named by WATCHED_TASK, and appends its records to the file WATCHED_NOTES. As a
-program, this module trains without Ternbus, for comparison with a device:
+`benchmarks.instrumented_task:TASK` wraps the task named by INSTRUMENTED_TASK, and appends its records to the file
+INSTRUMENTED_NOTES. As a program, this module trains without Ternbus, for comparison with a device:
 
-    python -m benchmarks.watched ROUNDS PARTITION [DATA]
+    python -m benchmarks.instrumented_task ROUNDS PARTITION [DATA]
 """
 
 import json
@@ -25,7 +25,7 @@ OURSELVES = Path("/proc/self")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Watched:
+class InstrumentedTask:
     """The wrapped task, with trainers that record resource use."""
 
     task: Task
@@ -42,14 +42,14 @@ class Watched:
     def initial(self, seed: int) -> dict[str, FloatArray]:
         return self.task.initial(seed)
 
-    def trainer(self, *, data: Path | None, partition: str) -> "WatchedTrainer":
-        return WatchedTrainer(self.task.trainer(data=data, partition=partition), self.notes)
+    def trainer(self, *, data: Path | None, partition: str) -> "InstrumentedTrainer":
+        return InstrumentedTrainer(self.task.trainer(data=data, partition=partition), self.notes)
 
     def evaluator(self, *, data: Path | None) -> Trainer:
         return self.task.evaluator(data=data)
 
 
-class WatchedTrainer:
+class InstrumentedTrainer:
     """Records resource use before and after each training; the result is unchanged."""
 
     def __init__(self, trainer: Trainer, notes: Path) -> None:
@@ -114,8 +114,10 @@ def main() -> None:
         tensors = dict(trainer.train(tensors, Plan.from_meta(plan), version=version, seed=version).tensors)
 
 
-if "WATCHED_TASK" in os.environ:
-    TASK = Watched(task=load_task(os.environ["WATCHED_TASK"]), notes=Path(os.environ["WATCHED_NOTES"]))
+if "INSTRUMENTED_TASK" in os.environ:
+    TASK = InstrumentedTask(
+        task=load_task(os.environ["INSTRUMENTED_TASK"]), notes=Path(os.environ["INSTRUMENTED_NOTES"])
+    )
 
 if __name__ == "__main__":
     main()
