@@ -136,6 +136,11 @@ def test_an_empty_file_is_the_run_without_a_file(tmp_path: Path) -> None:
         ('[[fault]]\nkill = "broker"', "needs kill and after_version"),
         ('[end]\nversions = 5\n[[fault]]\nkill = "broker"\nafter_version = 5', "ends at 5"),
         ('[broker]\nurl = "mqtt://x"\n[[fault]]\nkill = "broker"\nafter_version = 1', "only a broker that it started"),
+        (
+            "devices = 1\n[plan]\nseal = true",
+            "2 devices (aggregator.merge.min_devices, 2 where plan.seal is true)",
+        ),
+        ("devices = 2\n[aggregator.merge]\nmin_devices = 3", "(aggregator.merge.min_devices): devices = 2 is too few"),
         ("devices = ", "is not TOML"),
     ],
 )

@@ -18,6 +18,7 @@ from ternbus.broker.protocol.ternary import CODECS
 
 OPTIMIZERS: Final = ("fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi")
 RULES: Final = ("mean", "median", "trimmed-mean", "krum", "multi-krum", "norm-clip")
+SEALED_DEVICES_MIN: Final = 2  # in a merge: the delta of a single update shows what its box hid
 DISCOUNTS: Final = ("polynomial", "constant", "hinge", "exponential")
 
 
@@ -31,6 +32,13 @@ class MergeSettings:
 
     buffer_size: int = _key(4, "updates in one merge", low=1, high=1_000_000)
     max_wait_s: float = _key(30.0, "a smaller buffer is merged so long after its first update", low=0.01, high=1e7)
+    min_devices: int = _key(
+        0,
+        "distinct devices in one merge, at least; updates of fewer wait, whatever else says merge; "
+        "0 = automatic: 2 where plan.seal is true, else 1",
+        low=0,
+        high=1_000_000,
+    )
     max_update_norm: float = _key(0.0, "the L2 norm that an update may have; 0 = any", low=0)
     on_large: str = _key(
         "clip",
@@ -170,6 +178,11 @@ class Settings:
     def recipe(self) -> Recipe:
         return Recipe(merge=self.merge, optimizer=self.optimizer)
 
+    @property
+    def min_devices(self) -> int:
+        """How many distinct devices a merge has at least: a version of one sealed update would show that update."""
+        return self.merge.min_devices or (SEALED_DEVICES_MIN if self.plan.get("seal") else 1)
+
 
 SECTIONS: Final[Mapping[str, type]] = {
     "merge": MergeSettings,
@@ -204,10 +217,16 @@ def from_table(table: Mapping[str, Any], source: str = "aggregator.toml") -> Set
             raise ConfigError(f"{source}: {key!r} must be a string")
     sections = {name: _section(kind, table.get(name, {}), f"{source}: {name}") for name, kind in SECTIONS.items()}
     _check_merge(sections["merge"], f"{source}: merge")
+    plan = _plan(table.get("plan", {}), f"{source}: plan")
+    if plan.get("seal") and 0 < sections["merge"].min_devices < SEALED_DEVICES_MIN:
+        raise ConfigError(
+            f"{source}: merge.min_devices = 1 with plan.seal = true makes a version of one sealed update, and shows "
+            f"it: choose merge.min_devices = 0 (automatic) or at least {SEALED_DEVICES_MIN}"
+        )
     return Settings(
         federation=check_federation(table["federation"]),
         broker=check_broker_url(table["broker"]),
-        plan=_plan(table.get("plan", {}), f"{source}: plan"),
+        plan=plan,
         **sections,
     )
 

@@ -306,8 +306,17 @@ def resume(directory: Dir) -> None:
 
 @app.command()
 def close(directory: Dir) -> None:
-    """End training: accepted updates are merged, devices discard the others and stop."""
+    """End training: accepted updates are merged, devices discard the others and stop.
+
+    Accepted updates of fewer devices than merge.min_devices are not merged: they stay in the ledger, and are merged
+    after `resume`, once enough devices have contributed.
+    """
     administration.change_state(directory, control.CLOSE, software())
+    unmerged = statuses.read(directory)["counts"]["unmerged"]
+    if unmerged:
+        typer.echo(
+            f"closed; {unmerged} accepted updates stay unmerged: they are of too few devices (merge.min_devices)"
+        )
 
 
 @app.command()

@@ -9,6 +9,7 @@ from ternbus.aggregator.store.device_metrics import DeviceMetrics, Report
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.aggregator.store.rows import unsigned
 from ternbus.aggregator.store.schema import DROPPED
+from ternbus.broker.protocol.messages import CLOSED
 
 
 def read(directory: Path) -> dict[str, Any]:
@@ -17,7 +18,8 @@ def read(directory: Path) -> dict[str, Any]:
     ``versions`` has a row for every version, with the newest test metrics that any evaluator sent for it; ``devices``
     is a map by name, its ``epsilon`` what a device says that it has spent of privacy (None: nothing); ``local`` is what
     devices report of their own data, see ``local_tests``, over all of them, for a version or of a device, and None
-    where nobody does; ``counts.invalid`` is a map by reason of everything refused.
+    where nobody does; ``counts.unmerged`` are accepted updates that no version has though the federation is closed: a
+    merge takes updates of ``merge.min_devices`` devices; ``counts.invalid`` is a map by reason of everything refused.
     """
     with closing(Ledger(directory / LEDGER, read_only=True)) as ledger, ledger.one_moment():
         return _read(ledger)
@@ -53,14 +55,14 @@ def _read(ledger: Ledger) -> dict[str, Any]:
         "digest": digest.hex(),
         "state": ledger.fact("state"),
         "buffer": buffer,
-        "counts": _counts(ledger),
+        "counts": _counts(ledger, unmerged=buffer if ledger.fact("state") == CLOSED else 0),
         "local": tests.summary(),
         "devices": _devices(ledger, version, tests),
         "versions": _versions(ledger, tests),
     }
 
 
-def _counts(ledger: Ledger) -> dict[str, Any]:
+def _counts(ledger: Ledger, unmerged: int) -> dict[str, Any]:
     accepted, merged, dropped = ledger.db.execute(
         "SELECT count(*), count(*) FILTER (WHERE merged >= 0), count(*) FILTER (WHERE merged = ?) FROM updates",
         (DROPPED,),
@@ -69,6 +71,7 @@ def _counts(ledger: Ledger) -> dict[str, Any]:
         "accepted": accepted,
         "merged": merged,
         "dropped": dropped,
+        "unmerged": unmerged,
         "stale": 0,
         "duplicate": 0,
         "busy": 0,

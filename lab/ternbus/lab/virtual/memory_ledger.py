@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.store.device_metrics import DeviceMetrics, Report
-from ternbus.broker.protocol.messages import OPEN, Status
+from ternbus.broker.protocol.messages import CLOSED, OPEN, Status
 
 
 class Ledger(Protocol):
@@ -62,6 +62,7 @@ class MemoryLedger:
         """As `ternbus.aggregator.store.status.read` gives it, of what the report uses."""
         accepted = Counter(each.device for each in self.contributions)
         counts = {"accepted": accepted.total(), "merged": accepted.total() - len(self._buffer)}
+        counts["unmerged"] = len(self._buffer) if self._state == CLOSED else 0
         counts |= {outcome: self._counts[outcome] for outcome in ("stale", "duplicate", "busy")}
         return {
             "state": self._state,
