@@ -5,9 +5,13 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
+from typing import Final
 
 from ternbus.broker.link.tls import ServerTls
+from ternbus.broker.protocol import topics
+from ternbus.broker.server.limits import CONNECTIONS_MAX
 
+OLDEST: Final = (2, 0, 11)  # Debian 11's and 12's; older ones lack options, or fixes of what a client can send
 SYSTEM_FOLDERS = "/usr/sbin:/usr/local/sbin"  # where distributions put it; not on an ordinary user's PATH
 
 
@@ -25,6 +29,12 @@ def version(executable: Path) -> str:
     return found[1] if found else "of unknown version"
 
 
+def is_recent(found: str) -> bool:
+    """Whether a version that ``version`` gave is one that this configuration, and the protocol, may rely on."""
+    numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", found)
+    return numbers is not None and tuple(map(int, numbers.groups())) >= OLDEST
+
+
 def access_list(federations: Sequence[str] = ()) -> str:
     """Who may read and write what (protocol, Topics): MQTT user names are device names, the aggregator's is its own.
 
@@ -39,20 +49,25 @@ def access_list(federations: Sequence[str] = ()) -> str:
             "pattern readwrite ternbus/1/#\n"
         )
     several = len(federations) > 1
-    lines = ["# A device writes what is its own and reads what is for it and for all."]
+    lines = ["# A device writes what is its own, topic by topic, and reads what is for it and for all."]
     for name in federations:
-        root = f"ternbus/1/{name}"
-        lines += [f"pattern write {root}/up/%u/#", f"pattern read {root}/down/%u/#", f"pattern read {root}/all/#"]
+        lines += [f"pattern {each}" for each in _of_device(name, "%u")]
     lines += ["", f"# The aggregator{'s' if several else ''} of {', '.join(federations)}."]
     for name in federations:
-        root = f"ternbus/1/{name}"
-        lines += [
-            f"user aggregator-{name}",
-            f"topic readwrite {root}/all/#",
-            f"topic write {root}/down/#",
-            f"topic read {root}/up/#",
-        ]
+        lines += [f"user aggregator-{name}", *(f"topic {each}" for each in _of_aggregator(name))]
     return "\n".join(lines) + "\n"
+
+
+def _of_device(federation: str, device: str) -> list[str]:
+    root = topics.root(federation)
+    written = [f"write {topic}" for topic in topics.of_device(federation, device)]
+    return [*written, f"read {root}/down/{device}/#", f"read {root}/all/#"]
+
+
+def _of_aggregator(federation: str) -> list[str]:
+    root = topics.root(federation)
+    written = [f"write {topic}" for topic in topics.of_aggregator(federation)]
+    return [*written, f"read {root}/up/#", f"read {root}/all/#"]
 
 
 def separating_list(names: Mapping[str, Sequence[str]]) -> str:
@@ -65,13 +80,10 @@ def separating_list(names: Mapping[str, Sequence[str]]) -> str:
         return access_list(list(names))
     lines = ["# Everybody that has a certificate, each with its own federation."]
     for federation, members in sorted(names.items()):
-        root = f"ternbus/1/{federation}"
         for name in sorted(members):
-            if name == f"aggregator-{federation}":
-                topics = [f"readwrite {root}/all/#", f"write {root}/down/#", f"read {root}/up/#"]
-            else:
-                topics = [f"write {root}/up/{name}/#", f"read {root}/down/{name}/#", f"read {root}/all/#"]
-            lines += [f"user {name}", *(f"topic {each}" for each in topics)]
+            own = name == f"aggregator-{federation}"
+            allowed = _of_aggregator(federation) if own else _of_device(federation, name)
+            lines += [f"user {name}", *(f"topic {each}" for each in allowed)]
     return "\n".join(lines) + "\n"
 
 
@@ -119,6 +131,9 @@ def configuration(
 # As `ternbus broker up` generates it.
 
 listener {port} {host}
+# A client that says nothing, or does not finish its handshake, is disconnected after 90 s, a time that mosquitto does
+# not let anybody choose; until then it takes one of these.
+max_connections {CONNECTIONS_MAX}
 {_admission(tls)}acl_file {access}
 {become}
 # Whoever sends more than this in one packet is disconnected. MQTT 5 tells it the limit beforehand.

