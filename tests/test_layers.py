@@ -54,7 +54,12 @@ CLOCK_CHANCE_NETWORK = {
 FILES = {"fcntl", "io", "mmap", "os", "pathlib", "shutil", "tempfile"}
 
 # Where SQL is written.
-STORES = {"aggregator/ternbus/aggregator/store/", "edge_client/ternbus/edge/shell/outbox.py"}
+STORES = {
+    "aggregator/ternbus/aggregator/store/",
+    "broker/ternbus/broker/store_format.py",
+    "edge_client/ternbus/edge/shell/outbox.py",
+    "edge_client/ternbus/edge/shell/outbox_format.py",
+}
 
 # Libraries that one place in the house knows about.
 CONFINED = {

@@ -91,6 +91,22 @@ def test_what_was_not_committed_is_gone_after_a_kill(bench: Bench) -> None:
     assert bench.ledger.fact("seq") == 77_777
 
 
+def test_vectors_that_a_full_disk_takes_a_part_of_are_an_error(tmp_path: Path) -> None:
+    code = (
+        "import resource, signal, sys\n"
+        "from pathlib import Path\n"
+        "import numpy as np\n"
+        "from ternbus.aggregator.store.vectors import Vectors\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))\n"
+        "try:\n"
+        "    Vectors(Path(sys.argv[1])).write('1-model', [np.zeros(272, np.float32)])\n"
+        "except OSError:\n"
+        "    sys.exit(7)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, tmp_path / "vectors"], check=False, timeout=60).returncode == 7
+
+
 def test_the_status_is_read_beside_a_writer(bench: Bench) -> None:
     bench.send(bench.join("pi"), ternary_block(bench.schema, 1), 0)
     with bench.ledger.transaction():
@@ -222,6 +238,7 @@ def test_the_status_counts_what_happened(bench: Bench) -> None:
         "accepted": 3,
         "merged": 2,
         "dropped": 0,
+        "unmerged": 0,
         "stale": 0,
         "duplicate": 1,
         "busy": 0,

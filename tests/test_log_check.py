@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ternbus.broker.protocol.identity import Identity, KeyId
-from ternbus.broker.protocol.merge_log import FIRST, Contribution, Entry, Signed
+from ternbus.broker.protocol.merge_log import FIRST, UNKNOWN_DIGEST, Contribution, Entry, Signed
 from ternbus.command import main
 from ternbus.edge.core.state import RENUMBERED, AnsweredUpdate, OutstandingUpdate, State
 from ternbus.edge.shell import log_check
@@ -42,10 +42,10 @@ def ours(seq: int, **changes: Any) -> Contribution:
 THEIRS = Contribution(device="other", key=KeyId(b"x" * 8), seq=1, digest=digest(0), weight=30.0)
 
 
-def log_of(folder: Path, *merges: list[Contribution], identity: Identity = AGGREGATOR) -> Path:
-    """Version 0, and a version for each list of updates of ours; in each is one of another device too."""
+def log_of(folder: Path, *merges: list[Contribution], identity: Identity = AGGREGATOR, begins: int = 0) -> Path:
+    """The first version, and one for each list of updates of ours; in each of these is one of another device too."""
     entries: list[Signed] = []
-    for version, updates in enumerate([None, *merges]):
+    for version, updates in enumerate([None, *merges], begins):
         entry = Entry(
             federation="lab",
             version=version,
@@ -113,6 +113,31 @@ def test_what_the_aggregator_made_of_it_otherwise_is_a_fault(
     tmp_path: Path, merges: list[list[Contribution]], expected: str
 ) -> None:
     assert check(log_of(tmp_path, *merges), [answer(5, 0)]).faults == [expected]
+
+
+def test_what_was_accepted_before_the_log_begins_cannot_be_checked(tmp_path: Path) -> None:
+    """The aggregator's ledger was migrated at version 5, with update 7 in the buffer."""
+    log = log_of(tmp_path, [ours(7, digest=UNKNOWN_DIGEST)], [ours(8)], begins=5)
+    found = check(log, [answer(6, 4), answer(7, 5), answer(8, 6)], seen(7))
+    assert (found.faults, found.unlogged, found.unknown_bytes) == ([], [6], [7])
+    assert [each.seq for each in found.merged] == [7, 8]
+    report = found.report("pi")
+    assert "pi: 1 accepted updates are in the log as they were sent" in report
+    assert "1 more were accepted before the aggregator kept a log" in report
+    assert "whether they are there as they were sent cannot be checked" in report
+
+
+def test_what_was_accepted_after_the_log_begins_has_to_be_in_it_as_it_was_sent(tmp_path: Path) -> None:
+    log = log_of(tmp_path, [], [ours(8, digest=UNKNOWN_DIGEST)], begins=5)
+    assert check(log, [answer(7, 5), answer(8, 6)], seen(7)).faults == [
+        "update 7 on version 5 was accepted by version 5, and is in no version since",
+        "update 8 on version 6 is in version 7 with another digest than what was sent",
+    ]
+
+
+def test_a_receipt_that_kept_no_digest_says_less(tmp_path: Path) -> None:
+    found = check(log_of(tmp_path, [ours(5)]), [answer(5, 0, digest=b"")], seen(1))
+    assert (found.faults, found.unknown_bytes) == ([], [5])
 
 
 def test_an_update_whose_receipt_was_lost_is_known(tmp_path: Path) -> None:

@@ -161,6 +161,18 @@ def test_an_entry_that_was_taken_out_is_named(place: int) -> None:
         ]
 
 
+def test_a_log_may_begin_later_where_its_aggregator_says_so() -> None:
+    """As after the migration of a ledger that had no log."""
+    entries = chain()
+    late = Entry(federation="lab", version=2, digest=digest(2), previous=FIRST)
+    assert late.is_late_beginning
+    assert not Entry.parse(entries[0].content).is_late_beginning
+    third = Entry(federation="lab", version=3, digest=digest(3), previous=late.signed(KEY).hash)
+    assert faults([late.signed(KEY), third.signed(KEY)]) == []
+    assert "version 2 was changed, or another key signed it" in faults([late.signed(Identity(b"o" * 32))])
+    assert len(faults([*entries[:2], late.signed(KEY)])) == 1  # behind others it is another chain
+
+
 def test_several_that_were_taken_out_are_named() -> None:
     whole = chain()
     assert faults([whole[0], *whole[3:]]) == ["versions 1 to 2 are missing"]

@@ -20,8 +20,9 @@ from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.shell import transport
 from ternbus.aggregator.store import control, membership
-from ternbus.aggregator.store.ledger import LEDGER, VECTORS, Ledger
+from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.aggregator.store.recovery import recover
+from ternbus.aggregator.store.vectors import VECTORS
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import load_toml, read_key, write_key
 from ternbus.broker.protocol.identity import Identity, check_device

@@ -77,6 +77,7 @@ def _facts(audit: Audit) -> dict[str, object]:
         "entries": audit.entries,
         "updates": audit.updates,
         "bytes": audit.size_bytes,
+        "begins": audit.begins if audit.readable else None,
         "version": version,
         "digest": digest.hex(),
         "hash": entry.hex(),
@@ -91,9 +92,15 @@ def _report(audit: Audit) -> str:
     return (
         f"the log of {audit.federation} is as it was written: {audit.entries} entries, {audit.updates} updates, "
         f"{audit.size_bytes} bytes{each}\n"
-        f"it ends with version {version}, digest {digest.hex()}\n"
+        f"{_beginning(audit)}it ends with version {version}, digest {digest.hex()}\n"
         f"the last entry's hash, which stands for all of it: {entry.hex()}"
     )
+
+
+def _beginning(audit: Audit) -> str:
+    if audit.begins == 0:
+        return ""
+    return f"it begins with version {audit.begins}: the aggregator kept no log before, and signed that\n"
 
 
 @app.command()

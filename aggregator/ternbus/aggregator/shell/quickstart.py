@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from ternbus.aggregator.shell import administration
-from ternbus.aggregator.store import membership
+from ternbus.aggregator.store import control, membership
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import write_secret
@@ -77,6 +77,8 @@ def prepare(directory: Path, first: First, broker_url: str, devices: Sequence[st
     """Make the aggregator if there is none; invite those of ``devices`` that are not known. Returns new files."""
     if not (directory / LEDGER).exists():
         _create(directory, first, broker_url, {})
+    with control.exclusive(directory, patience_s=2.0):
+        pass  # to invite takes a ledger of today's format
     new = [device for device in devices if device not in _known(directory)]
     folder = directory / INVITATIONS
     folder.mkdir(exist_ok=True, mode=0o700)

@@ -12,6 +12,7 @@ from typing import Final
 from ternbus.broker import files
 from ternbus.broker.errors import ConfigError
 
+BODIES: Final = "bodies"  # the folder
 MEND: Final = "restore the directory from a backup (`ternbus aggregator export` still gives the model)"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from ternbus.aggregator.core import events
-from ternbus.aggregator.store import membership, recovery
+from ternbus.aggregator.store import membership, migration, recovery
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.broker import files
 from ternbus.broker.errors import ConfigError, FederationError
@@ -46,11 +46,15 @@ def event(ledger: Ledger, what: str, argument: str, request: int = 0) -> events.
 
 @contextmanager
 def exclusive(directory: Path, *, patience_s: float = 0.0) -> Iterator[None]:
-    """Be the one process that serves this directory; ConfigError where another still is after ``patience_s``."""
+    """Be the one process that serves this directory, and migrate its ledger where it has an older format.
+
+    ConfigError where another process still serves it after ``patience_s``.
+    """
     held = files.lock(directory / LOCK, patience_s=patience_s)
     if held is None:
         raise ConfigError(f"another process serves {directory}; stop it first")
     with held:
+        migration.migrate(directory / "ledger.sqlite")
         yield
 
 

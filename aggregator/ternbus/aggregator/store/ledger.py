@@ -13,11 +13,11 @@ from typing import Any, Final
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.merge.optimizer import ServerState
-from ternbus.aggregator.store import rows
-from ternbus.aggregator.store.bodies import Bodies, Place
+from ternbus.aggregator.store import migration, rows
+from ternbus.aggregator.store.bodies import BODIES, Bodies, Place
 from ternbus.aggregator.store.maintenance import checkpoint, remove
 from ternbus.aggregator.store.schema import FORMAT, SCHEMA_SQL
-from ternbus.aggregator.store.vectors import Vectors
+from ternbus.aggregator.store.vectors import VECTORS, Vectors
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol.merge_log import Signed, unpack
 from ternbus.broker.protocol.messages import OPEN
@@ -25,8 +25,6 @@ from ternbus.broker.protocol.schema import Schema, Vector, vector_digest
 from ternbus.broker.protocol.ternary import Block
 
 LEDGER: Final = "ledger.sqlite"
-BODIES: Final = "bodies"
-VECTORS: Final = "vectors"
 CHECKPOINT_S: Final = 1.0
 
 
@@ -70,7 +68,7 @@ class Ledger:
             raise ConfigError(f"{path} cannot be read as a ledger: {error}") from error
         if found != FORMAT:
             self.close()
-            raise ConfigError(f"{path} has format {found}; this version of Ternbus reads {FORMAT}")
+            raise migration.refusal(path, found)
 
     @classmethod
     def create(cls, path: Path, facts: dict[str, Any]) -> "Ledger":

@@ -13,6 +13,7 @@ from ternbus.broker import files
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.schema import Vector, type_f32
 
+VECTORS: Final = "vectors"  # the folder
 PIECE: Final = 2**19  # bytes written at a time: who waits for the disk meanwhile waits for one piece
 MEND: Final = "restore the directory from a backup"
 
@@ -35,8 +36,8 @@ class Vectors:
             for vector in vectors:
                 content = np.ascontiguousarray(vector, dtype=type_f32).data.cast("B")
                 checksum = zlib.crc32(content, checksum)
-                for first in range(0, len(content), PIECE):
-                    os.write(descriptor, content[first : first + PIECE])
+                while content:
+                    content = content[os.write(descriptor, content[:PIECE]) :]  # a full disk takes less, then nothing
                     os.fdatasync(descriptor)
         files.sync(self.folder)
         return checksum

@@ -18,7 +18,8 @@ from ternbus.broker.protocol.identity import Identity, KeyId, is_federation, ver
 from ternbus.broker.protocol.messages import RESTORE_LEAP
 
 SIGNED_PREFIX: Final = b"ternbus/1 log\0"
-FIRST: Final = bytes(32)  # in place of a hash, in the entry that is the first
+FIRST: Final = bytes(32)  # in place of a hash, in the entry with which the log begins
+UNKNOWN_DIGEST: Final = bytes(32)  # of an update that was accepted before its aggregator kept a log
 ENTRY_BYTES_MAX: Final = 2**28  # some millions of updates in one merge
 _KEYS: Final = ["federation", "version", "digest", "previous", "updates"]
 
@@ -46,6 +47,11 @@ class Entry:
     digest: bytes
     previous: bytes
     updates: tuple[Contribution, ...] = ()
+
+    @property
+    def is_late_beginning(self) -> bool:
+        """Whether the log begins here with another version than 0: the aggregator kept none before."""
+        return self.previous == FIRST and self.version > 0
 
     def content(self) -> bytes:
         """The one encoding that this entry has."""
@@ -206,7 +212,8 @@ class Audit:
             self.faults.append("there is no entry")
             return self.faults
         versions = sorted(self._links)
-        if versions[0] != 0 or (self._links[0].genuine and self._links[0].previous != FIRST):
+        first = self._links[versions[0]]
+        if not (first.previous == FIRST if first.genuine else versions[0] == 0):
             self.faults.append(f"the log begins with version {versions[0]}: what stood before it was removed")
         for before, after in pairwise(versions):
             self._compare(before, after)
@@ -239,6 +246,11 @@ class Audit:
     def readable(self) -> bool:
         """Whether there was an entry at all."""
         return bool(self._links)
+
+    @property
+    def begins(self) -> int:
+        """The version of the oldest entry; there must be one. Above 0 the aggregator kept no log of what was before."""
+        return min(self._links)
 
     @property
     def last(self) -> tuple[int, bytes, bytes]:

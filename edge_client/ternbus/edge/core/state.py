@@ -90,7 +90,7 @@ class AnsweredUpdate:
     outcome: str
     version: int
     key: KeyId
-    digest: bytes = field(repr=False)  # of the message, as in the aggregator's log of merges
+    digest: bytes = field(repr=False)  # of the message, as in the aggregator's log of merges; empty: not kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

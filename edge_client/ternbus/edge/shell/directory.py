@@ -14,6 +14,7 @@ from ternbus.broker.link.tls import CA, CERTIFICATE, TLS_KEY, Tls
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from ternbus.broker.protocol.identity import Identity, check_device, check_federation, is_public_key
 from ternbus.broker.protocol.invitation import Invitation, check_broker_url
+from ternbus.broker.store_format import copies
 from ternbus.edge.learn.loader import expanded
 from ternbus.edge.learn.partition import Partition
 from ternbus.edge.learn.subnetwork import check_width
@@ -240,7 +241,7 @@ class DeviceDirectory:
 
     def erase(self) -> None:
         """Remove key, settings and store, and the folder if nothing else is in it."""
-        for folder in (self.folder / BESIDE, self.folder / f"{BESIDE}.gone"):
+        for folder in (self.folder / BESIDE, self.folder / f"{BESIDE}.gone", *copies(self.folder)):
             shutil.rmtree(folder, ignore_errors=True)
         names = [KEY, TOML, CA, CERTIFICATE, TLS_KEY, OUTBOX, f"{OUTBOX}-wal", f"{OUTBOX}-shm", LOCK]
         for name in names:

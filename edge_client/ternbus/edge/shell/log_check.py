@@ -9,7 +9,7 @@ from typing import Final
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.files import chunks
 from ternbus.broker.protocol.identity import KeyId
-from ternbus.broker.protocol.merge_log import Audit, Contribution, Entry, unpack_all
+from ternbus.broker.protocol.merge_log import UNKNOWN_DIGEST, Audit, Contribution, Entry, unpack_all
 from ternbus.edge.core.state import AnsweredUpdate, State
 from ternbus.edge.shell.directory import Settings
 from ternbus.edge.shell.outbox import RECEIPTS_MAX
@@ -36,6 +36,8 @@ class LogCheck:
     version: int = -1
     merged: list[Merged] = field(default_factory=list)
     waiting: list[int] = field(default_factory=list)  # accepted, and not merged by the log's last version
+    unlogged: list[int] = field(default_factory=list)  # accepted, and perhaps merged before the log begins
+    unknown_bytes: list[int] = field(default_factory=list)  # merged, but log or receipt has no digest of what was sent
     other_keys: int = 0  # the device's updates under keys that this folder never had
     faults: list[str] = field(default_factory=list)
 
@@ -47,15 +49,27 @@ class LogCheck:
             "version": self.version,
             "merged": [asdict(each) for each in self.merged],
             "waiting": self.waiting,
+            "unlogged": self.unlogged,
+            "unknown_bytes": self.unknown_bytes,
             "other_keys": self.other_keys,
         }
 
     def report(self, device: str) -> str:
         lines = [f"fault: {fault}" for fault in self.faults]
+        same = len(self.merged) - len(self.unknown_bytes)
         lines.append(
-            f"{device}: {len(self.merged)} accepted updates are in the log as they were sent, {len(self.waiting)} wait "
+            f"{device}: {same} accepted updates are in the log as they were sent, {len(self.waiting)} wait "
             f"for a version after its last, {self.version}"
         )
+        if self.unknown_bytes:
+            lines.append(
+                f"{len(self.unknown_bytes)} more are in the log, and were sent or accepted by a Ternbus that kept no "
+                "digest: whether they are there as they were sent cannot be checked"
+            )
+        if self.unlogged:
+            lines.append(
+                f"{len(self.unlogged)} more were accepted before the aggregator kept a log, and cannot be checked"
+            )
         if self.other_keys:
             lines.append(
                 f"{self.other_keys} more are under other keys than this folder had, and cannot be checked here"
@@ -79,6 +93,15 @@ class _Place:
     update: Contribution
 
 
+@dataclass(frozen=True, slots=True)
+class _Extent:
+    """Which versions a log is about; -1 for no merge."""
+
+    begins: int
+    first_merge: int
+    newest_merge: int
+
+
 _Places = dict[tuple[KeyId, int], list[_Place]]
 
 
@@ -86,20 +109,22 @@ def check(log: Path, settings: Settings, state: State, answers: Sequence[Answere
     """Check a log file against the device's state and its receipts, ``answers``, in any order."""
     audit = Audit(public=bytes.fromhex(settings.aggregator_key), federation=settings.federation)
     places: _Places = defaultdict(list)
-    newest_merge = -1
+    merges: list[int] = []
     try:
         for signed in unpack_all(chunks(log)):
             entry = audit.take(signed)
             if entry is not None and entry.updates:
-                newest_merge = max(newest_merge, entry.version)
+                merges.append(entry.version)
                 _collect(entry, settings.device, places)
     except ProtocolError as error:
         audit.faults.append(error.detail)
     faults = audit.finish((state.head_version, state.head_digest or None))
     result = LogCheck(entries=audit.entries, version=audit.last[0] if audit.readable else -1, faults=faults)
+    begins = audit.begins if audit.readable else 0
+    extent = _Extent(begins, min(merges, default=-1), max(merges, default=-1))
     for answered in sorted(answers, key=lambda each: (each.base, each.seq)):
         if answered.outcome == "accepted":
-            _check_accepted(answered, places.get((answered.key, answered.seq), []), newest_merge, result)
+            _check_accepted(answered, places.get((answered.key, answered.seq), []), extent, result)
     _check_unknown(places, state, answers, result)
     return result
 
@@ -112,17 +137,26 @@ def _collect(entry: Entry, device: str, places: _Places) -> None:
             places[each.key, each.seq].append(_Place(entry.version, total, each))
 
 
-def _check_accepted(answered: AnsweredUpdate, places: list[_Place], newest_merge: int, result: LogCheck) -> None:
-    """An accepted update must be in one version, the first merge after its receipt at the latest, as it was sent."""
+def _check_accepted(answered: AnsweredUpdate, places: list[_Place], extent: _Extent, result: LogCheck) -> None:
+    """An accepted update must be in one version, the first merge after its receipt at the latest, as it was sent.
+
+    It need not where the log begins later, since a ledger of an older format was migrated. The updates that waited then
+    are in the first merge, without a digest.
+    """
     name = f"update {answered.seq} on version {answered.base}"
     match places:
         case []:
-            if newest_merge > answered.version:
+            if answered.version < extent.begins:
+                result.unlogged.append(answered.seq)
+            elif extent.newest_merge > answered.version:
                 result.faults.append(f"{name} was accepted by version {answered.version}, and is in no version since")
             else:
                 result.waiting.append(answered.seq)
         case [place]:
-            if place.update.digest != answered.digest:
+            logged_late = extent.begins > 0 and place.version == extent.first_merge
+            if not answered.digest or (logged_late and place.update.digest == UNKNOWN_DIGEST):
+                result.unknown_bytes.append(answered.seq)
+            elif place.update.digest != answered.digest:
                 result.faults.append(f"{name} is in version {place.version} with another digest than what was sent")
                 return
             weight = place.update.weight

@@ -19,24 +19,13 @@ from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.schema import Vector, type_f32
 from ternbus.edge.core.state import RENUMBERED, AnsweredUpdate, OutstandingUpdate, State
 from ternbus.edge.plan.privacy import Account
+from ternbus.edge.shell.outbox_format import naming, open_for_reading, open_for_writing
 
 FILE: Final = "outbox.db"
 RECEIPTS_MAX: Final = 100_000
 _NUMBERS: Final = (
     "enrolled", "seq_limit", "session", "head_version", "head_seq", "answered_base", "evaluated", "accepted",
 )  # fmt: skip
-_TABLES: Final = """
-CREATE TABLE IF NOT EXISTS kept (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS residual (id INTEGER PRIMARY KEY CHECK (id = 0), vector BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS outstanding (
-    id INTEGER PRIMARY KEY CHECK (id = 0), seq TEXT NOT NULL, base TEXT NOT NULL, samples INTEGER NOT NULL,
-    metrics TEXT NOT NULL, codec TEXT NOT NULL, encoding TEXT NOT NULL, encoded BLOB NOT NULL, sealed BLOB NOT NULL,
-    frame_bytes INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS receipts (
-    number INTEGER PRIMARY KEY, key BLOB NOT NULL, seq TEXT NOT NULL, base TEXT NOT NULL, outcome TEXT NOT NULL,
-    version TEXT NOT NULL, digest BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,15 +41,18 @@ class Outbox:
     """The store of one device. SQLite's integers are signed, so unsigned 64-bit numbers are kept as text."""
 
     def __init__(self, folder: Path, key: KeyId) -> None:
-        """Open it, or begin a new one for a device with this key; ConfigError where that cannot be."""
+        """Open it, or begin a new one for a device with this key. The caller holds the folder.
+
+        One of an older format is migrated. ConfigError where that cannot be, or where it is of a newer one.
+        """
         self._path = folder / FILE
         self._path.touch(mode=0o600)
         self._path.chmod(0o600)
-        self._db = _open(self._path)
-        self._db.executescript(_TABLES)
-        self._stored = _read(self._db)  # what the file is known to hold
-        self.kept = self._stored or State(key=key)
-        self.counters = _counters(self._db)
+        self._db = open_for_writing(self._path)
+        with naming(self._path):
+            self._stored = _read(self._db)  # what the file is known to hold
+            self.kept = self._stored or State(key=key)
+            self.counters = _counters(self._db)
 
     def __enter__(self) -> Self:
         return self
@@ -73,7 +65,7 @@ class Outbox:
     def save(self, kept: State, answered: AnsweredUpdate | None, counters: Mapping[str, int]) -> None:
         """Make all of it durable, or none. Only what has changed is written."""
         before = self._stored
-        with self._db:
+        with naming(self._path), self._db:
             self._db.execute("BEGIN IMMEDIATE")
             self._save_numbers(kept)
             if before is None or kept.residual is not before.residual:
@@ -124,7 +116,7 @@ def summary(folder: Path) -> Summary:
     path = folder / FILE
     if not path.exists():
         raise ConfigError(f"{folder} has no {FILE}: it has not joined a federation; see `ternbus edge join --help`")
-    with closing(_open(path)) as db:
+    with naming(path), closing(open_for_reading(path)) as db:
         rows = receipts(db, limit=1, but=RENUMBERED)
         kept = _read(db)
         if kept is None:
@@ -134,7 +126,7 @@ def summary(folder: Path) -> Summary:
 
 def answers(folder: Path) -> list[AnsweredUpdate]:
     """Every receipt that is remembered, newest first, and numbers that were given up."""
-    with closing(_open(folder / FILE)) as db:
+    with naming(folder / FILE), closing(open_for_reading(folder / FILE)) as db:
         return receipts(db, limit=RECEIPTS_MAX)
 
 
@@ -142,9 +134,8 @@ def counters(folder: Path) -> dict[str, int]:
     """What a device that may be running has counted; nothing where it has not begun its store."""
     if not (folder / FILE).exists():
         return {}
-    with closing(_open(folder / FILE)) as db:
-        begun = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'counters'").fetchone()
-        return _counters(db) if begun else {}
+    with naming(folder / FILE), closing(open_for_reading(folder / FILE)) as db:
+        return _counters(db)
 
 
 def receipts(db: sqlite3.Connection, *, limit: int, but: str = "") -> list[AnsweredUpdate]:
@@ -157,16 +148,6 @@ def receipts(db: sqlite3.Connection, *, limit: int, but: str = "") -> list[Answe
         )
         for key, seq, base, outcome, version, digest in db.execute(query, (but, limit))
     ]
-
-
-def _open(path: Path) -> sqlite3.Connection:
-    try:
-        db = sqlite3.connect(path, timeout=10.0, isolation_level=None)
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")
-    except sqlite3.DatabaseError as error:
-        raise ConfigError(f"cannot open {path}: {error}") from error
-    return db
 
 
 def _counters(db: sqlite3.Connection) -> dict[str, int]:

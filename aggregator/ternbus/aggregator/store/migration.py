@@ -1,0 +1,53 @@
+"""The formats that the ledger has had, and the way from each to the next. ``schema.py`` has the newest one's tables.
+
+A change of what the ledger holds raises ``FORMAT`` and adds a step here, with a module of its own for what it does.
+"""
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Final
+
+from ternbus.aggregator.store import format_1
+from ternbus.aggregator.store.bodies import BODIES
+from ternbus.aggregator.store.schema import FORMAT
+from ternbus.aggregator.store.vectors import VECTORS
+from ternbus.broker import store_format
+from ternbus.broker.errors import ConfigError
+from ternbus.broker.store_format import Formats, Step
+
+
+def _read(db: sqlite3.Connection) -> object:
+    row = db.execute("SELECT value FROM facts WHERE name = 'format'").fetchone()
+    return None if row is None else row[0]
+
+
+def _write(db: sqlite3.Connection, number: int) -> None:
+    db.execute("UPDATE facts SET value = ? WHERE name = 'format'", (number,))
+
+
+FORMATS: Final = Formats(
+    newest=FORMAT,
+    steps={1: Step(to=5, change=format_1.to_5)},  # 2, 3 and 4 were given to nothing
+    read=_read,
+    write=_write,
+    beside=(BODIES, VECTORS),
+)
+
+
+def refusal(path: Path, found: object) -> ConfigError:
+    """Why a ledger of this format cannot be used as it is, and what to do."""
+    return FORMATS.refusal(path, found, f"`ternbus aggregator run {path.parent}` migrates it when it starts")
+
+
+def migrate(path: Path) -> None:
+    """Bring a ledger to the newest format. The caller holds the directory's lock; ConfigError where it cannot be."""
+    if not path.exists():
+        return  # to open it says so
+    try:
+        with closing(sqlite3.connect(path, isolation_level=None, timeout=30.0)) as db:
+            db.execute("PRAGMA synchronous = FULL")
+            db.execute("PRAGMA secure_delete = FAST")  # as in the ledger: an invitation's code is in no free page
+            store_format.migrate(db, path, FORMATS)
+    except sqlite3.DatabaseError as error:
+        raise ConfigError(f"{path} cannot be read as a ledger: {error}") from error

@@ -1,0 +1,125 @@
+"""The format of a store in SQLite: an older one is migrated, after a copy, in one transaction; a newer one is refused.
+
+Knows neither tables nor which formats there are: each store brings its own table of steps.
+"""
+
+import logging
+import os
+import shutil
+import sqlite3
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ternbus.broker import files
+from ternbus.broker.errors import ConfigError
+
+EMPTY: Final = 0  # the format of a store in which nothing was made yet
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """How a store gets from one format to the next that there is."""
+
+    to: int
+    change: Callable[[sqlite3.Connection, Path], None]  # within a transaction; the folder is the store's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Formats:
+    """The formats that one kind of store has had."""
+
+    newest: int
+    steps: Mapping[object, Step]  # by the format that each begins with
+    read: Callable[[sqlite3.Connection], object]
+    write: Callable[[sqlite3.Connection, int], None]
+    beside: tuple[str, ...] = ()  # folders with files that rows refer to
+
+    def refusal(self, path: Path, found: object, older: str = "") -> ConfigError:
+        """Why a store of another format than the newest cannot be used; ``older`` is what to do about an older one."""
+        if found in self.steps:
+            what = older
+        elif isinstance(found, int) and found > self.newest:
+            what = "install a newer Ternbus"
+        else:
+            what = "no version of Ternbus wrote such a file; restore it from a backup"
+        return ConfigError(f"{path} has format {found}; this version of Ternbus reads {self.newest}: {what}")
+
+    def advance(self, db: sqlite3.Connection, folder: Path) -> None:
+        """Take every step that is left; the caller has begun a transaction, and ends it."""
+        while (found := self.read(db)) != self.newest:
+            step = self.steps[found]
+            step.change(db, folder)
+            self.write(db, step.to)
+
+
+def migrate(db: sqlite3.Connection, path: Path, formats: Formats) -> None:
+    """Bring a store that nobody else writes to the newest format, or leave it as it is.
+
+    ``db`` is in autocommit mode. The store as it was before is in the folder ``format-N`` beside it.
+    ConfigError where its format is not known, or where it cannot be migrated.
+    """
+    found = formats.read(db)
+    if found == formats.newest:
+        return
+    if found not in formats.steps:
+        raise formats.refusal(path, found)
+    try:
+        db.execute("BEGIN IMMEDIATE")
+        copy = None if found == EMPTY else _copy(path, path.parent / f"format-{found}", formats.beside)
+        formats.advance(db, path.parent)
+        db.execute("COMMIT")
+    except BaseException as error:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        shutil.rmtree(path.parent / f"format-{found}.partial", ignore_errors=True)
+        if not isinstance(error, sqlite3.Error | OSError):
+            raise
+        what = f"make {path}" if found == EMPTY else f"migrate {path} from format {found} to {formats.newest}"
+        raise ConfigError(f"cannot {what}: {_reason(error)}; nothing in it was changed") from error
+    if copy is not None:
+        _log.warning("%s: migrated from format %s to %d; as it was before: %s", path, found, formats.newest, copy)
+
+
+def _reason(error: sqlite3.Error | OSError) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+def copies(folder: Path) -> list[Path]:
+    """The folders in which migrations left stores as they were before."""
+    return sorted(folder.glob("format-[0-9]*"))
+
+
+def _copy(path: Path, kept: Path, beside: tuple[str, ...]) -> Path:
+    """A folder, whole and durable, with the store as it is now and the files that its rows refer to."""
+    partial = kept.with_name(f"{kept.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(mode=0o700)
+    copy = partial / path.name
+    os.close(os.open(copy, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(copy)) as target:
+        source.backup(target)
+    files.sync(copy)
+    for name in beside:
+        if (path.parent / name).exists():
+            shutil.copytree(path.parent / name, partial / name, copy_function=_link)
+            files.sync(partial / name)
+    files.sync(partial)
+    shutil.rmtree(kept, ignore_errors=True)  # of an attempt that was cut short
+    partial.rename(kept)
+    files.sync(path.parent)
+    return kept
+
+
+def _link(source: str, target: str) -> None:
+    """Another name for a file, which keeps it when the store removes it; a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+        files.sync(Path(target))
