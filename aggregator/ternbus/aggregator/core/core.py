@@ -17,7 +17,7 @@ from ternbus.aggregator.core.merge_trigger import RETAINED_S, MergeTrigger
 from ternbus.aggregator.core.publisher import PublishedState, Publisher
 from ternbus.aggregator.core.rate_limit import LogLimit
 from ternbus.aggregator.core.refusals import Refusals
-from ternbus.aggregator.core.registry import Member, Registry
+from ternbus.aggregator.core.registry import DEVICE, Member, Registry
 from ternbus.aggregator.core.updates import Updates
 from ternbus.aggregator.core.validation import Validation
 from ternbus.aggregator.merge.model import Model
@@ -244,6 +244,8 @@ class Core:
         metrics = Metrics.from_meta(frame.meta)
         if metrics.version > self.model.version:
             raise ProtocolError("bad-meta", "metrics of a version that is not yet")
+        if metrics.split == "test" and member.role == DEVICE:
+            raise ProtocolError("not-evaluator", f"{member.name} must be invited with `invite --evaluator` for that")
         if frame.seq <= member.metrics_seq:
             raise ProtocolError("replayed-metrics", member.name)
         size_bytes = len(json.dumps(dict(metrics.values)))  # as the ledger holds them

@@ -4,7 +4,7 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from typing import Final
 
-from ternbus.aggregator.core.registry import Member
+from ternbus.aggregator.core.registry import EVALUATOR, Member
 from ternbus.aggregator.merge.accepted import AcceptedUpdate
 from ternbus.aggregator.merge.mean import clip_factor, norm
 from ternbus.aggregator.merge.staleness import discount
@@ -76,6 +76,8 @@ class Validation:
             return Verdict("invalid", "base-in-future")
         if closed:
             return Verdict("invalid", "closed")
+        if member.role == EVALUATOR:
+            return Verdict("invalid", "evaluator: a member that was invited as an evaluator sends no updates")
         return None
 
     def judge(self, member: Member, frame: Frame, version: int, *, closed: bool) -> Verdict | None:

@@ -98,9 +98,10 @@ def _updates(ledger: Ledger, schema: Schema, where: str, values: tuple[int, ...]
 
 def _registry(ledger: Ledger, settings: Settings) -> Registry:
     registry = Registry(settings.federation, codes=membership.codes(ledger.db))
-    for name, public, proof, state, why in ledger.db.execute("SELECT name, public, proof, state, why FROM devices"):
+    rows = ledger.db.execute("SELECT name, public, proof, state, why, role FROM devices")
+    for name, public, proof, state, why, role in rows:
         registry.members[name] = Member(
-            name=name, public=public, proof=proof, revoked=state == REVOKED, revoked_why=why
+            name=name, public=public, proof=proof, revoked=state == REVOKED, revoked_why=why, role=role
         )
     rows = ledger.db.execute("SELECT device, key, public, state, seq, outcome, reason, metrics_seq FROM keys")
     for device, key, public, state, seq, outcome, reason, metrics_seq in rows:
@@ -122,5 +123,6 @@ def _registry(ledger: Ledger, settings: Settings) -> Registry:
     for device, size in ledger.db.execute("SELECT device, sum(length(entries)) FROM metrics GROUP BY device"):
         registry.members[device].metrics_bytes = size
     for (device,) in ledger.db.execute("SELECT DISTINCT device FROM metrics WHERE split = 'test'"):
-        registry.members[device].evaluates = registry.members[device].highest_base < 0
+        member = registry.members[device]
+        member.evaluates = member.evaluates or member.highest_base < 0
     return registry

@@ -44,7 +44,7 @@ class MemoryLedger:
         self._frames = dict(frames)
         self._buffer: list[Contribution] = []
         self._versions = [_Version(made=None, seconds=0.0)]
-        self._metrics: dict[int, dict[str, float]] = {}
+        self._metrics: dict[int, dict[str, dict[str, float]]] = {}  # by version and evaluator
         self._local = DeviceMetrics()
         self._statuses: dict[str, Status] = {}
         self._counts: Counter[str] = Counter()
@@ -109,7 +109,7 @@ class MemoryLedger:
     def _measured(self, record: records.MetricsReceived) -> None:
         about = record.metrics
         if about.split == "test":
-            self._metrics[about.version] = dict(about.values)
+            self._metrics.setdefault(about.version, {})[record.device] = dict(about.values)
         else:
             report = Report(
                 device=record.device, version=about.version, samples=about.samples, values=dict(about.values)
@@ -151,12 +151,14 @@ class MemoryLedger:
     def _version(self, number: int) -> dict[str, Any]:
         row = self._versions[number]
         made = row.made
+        evaluations = dict(sorted(self._metrics.get(number, {}).items()))
         return {
             "version": number,
             "time": row.seconds,
             "updates": made.updates if made is not None else 0,
             "staleness_mean": made.staleness_mean if made is not None else 0.0,
             "staleness_max": made.staleness_max if made is not None else 0,
-            "metrics": self._metrics.get(number, {}),
+            "metrics": next(iter(evaluations.values()), {}),
+            "evaluations": evaluations,
             "local": self._local.version(number),
         }
