@@ -180,7 +180,8 @@ def test_kept_updates_of_a_revoked_device_are_merged(make: Make) -> None:
     bench.send(good, float32_block(bench.schema, 2), 0)
     assert bench.version == 1
     assert statuses.read(bench.directory)["counts"] | {"invalid": {}} == {
-        "accepted": 2, "merged": 2, "dropped": 0, "unmerged": 0, "stale": 0, "duplicate": 0, "busy": 0, "invalid": {},
+        "accepted": 2, "merged": 2, "dropped": 0, "unmerged": 0, "stale": 0, "duplicate": 0, "busy": 0,
+        "bounded": 0, "invalid": {},
     }  # fmt: skip
 
 

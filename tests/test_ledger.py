@@ -242,6 +242,7 @@ def test_the_status_counts_what_happened(bench: Bench) -> None:
         "stale": 0,
         "duplicate": 1,
         "busy": 0,
+        "bounded": 0,
         "invalid": {"bad-length": 1, "header-too-long": 1, "not-a-frame": 1},
     }
     about = found["devices"]["pi"]

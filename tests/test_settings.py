@@ -32,9 +32,10 @@ DEFAULTS = {
 BOUNDS: dict[str, tuple[list[object], list[object]]] = {
     "merge.buffer_size": ([1, 1_000_000], [0, -1, 1_000_001, 1.0, True, "4", None]),
     "merge.max_wait_s": ([0.01, 1, 1e7], [0, 0.001, -1.0, 1e8, float("nan"), float("inf"), "30", True]),
-    "merge.min_devices": ([0, 1, 2, 1_000_000], [-1, 1_000_001, 2.0, True]),
+    "merge.min_devices": ([0, 2, 1_000_000], [-1, 1_000_001, 2.0, True]),
     "merge.max_update_norm": ([0, 0.0, 1e9], [-0.1, float("nan"), float("inf"), True]),
     "merge.on_large": (["clip"], ["drop", True, None]),
+    "merge.influence_bound": (["none", "adaptive"], ["auto", True, 3.0, None]),
     "merge.max_share": ([1e-6, 0.2, 1], [0, 1.1, float("nan")]),
     "merge.rule": (["mean", "median", "trimmed-mean", "norm-clip"], ["krum", "multi-krum", "average", 1, None]),
     "merge.trim": ([0, 0.2, 0.49], [-0.1, 0.5, float("nan")]),

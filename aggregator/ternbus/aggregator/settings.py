@@ -45,6 +45,12 @@ class MergeSettings:
         "clip: longer ones are scaled down to it; refuse: they are answered `invalid`",
         one_of=("clip", "refuse"),
     )
+    influence_bound: str = _key(
+        "none",
+        "adaptive: an update counts at most a few times what is usual among the newest merged ones, in norm and in "
+        "samples; none: whatever it says",
+        one_of=("none", "adaptive"),
+    )
     max_share: float = _key(
         1.0, "the part of a buffer's samples that one device may have (rule mean)", low=1e-6, high=1
     )
@@ -184,6 +190,8 @@ class Settings:
         return self.merge.min_devices or (SEALED_DEVICES_MIN if self.plan.get("seal") else 1)
 
 
+# What a new federation begins with where its operator chooses nothing; a file without these keys keeps the defaults.
+NEW_HOME: Final[Mapping[str, object]] = {"merge.influence_bound": "adaptive"}
 SECTIONS: Final[Mapping[str, type]] = {
     "merge": MergeSettings,
     "staleness": StalenessSettings,

@@ -20,6 +20,7 @@ from ternbus.aggregator.core.refusals import Refusals
 from ternbus.aggregator.core.registry import DEVICE, Member, Registry
 from ternbus.aggregator.core.updates import Updates
 from ternbus.aggregator.core.validation import Validation
+from ternbus.aggregator.merge.influence import Influence
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Settings
 from ternbus.broker.backoff import Reconnect
@@ -45,6 +46,7 @@ class Core:
     seq: int  # the highest that was reserved
     session: int
     software: str = "ternbus"
+    influence: Influence = field(default_factory=Influence)
     _frames: FrameWriter = field(init=False)
     _updates: Updates = field(init=False)
     _publisher: Publisher = field(init=False)
@@ -60,13 +62,15 @@ class Core:
     def __post_init__(self) -> None:
         settings = self.settings
         self._frames = FrameWriter(settings, self.identity, self.schema, self.seq)
-        self._refusals = Refusals(counters=self._counters, log_limit=LogLimit(settings.limits.log_lines_per_minute))
+        log_limit = LogLimit(settings.limits.log_lines_per_minute)
+        self._refusals = Refusals(counters=self._counters, log_limit=log_limit)
         self._updates = Updates(
             settings=settings,
             model=self.model,
-            validation=Validation(settings, self.identity, self.schema),
+            validation=Validation(settings, self.identity, self.schema, self.influence),
             frames=self._frames,
             counters=self._counters,
+            log_limit=log_limit,
             closed=self.published.state == CLOSED,
         )
         self._enrollment = Enrollment(
@@ -363,6 +367,7 @@ class Core:
         self._merge_trigger = self._merge_trigger.merged(self._now)
         for update in self.model.buffer:
             self.registry.members[update.device].waiting_bytes = 0
+        self.influence.merged(self.model.buffer)
         return self._publisher.merge()
 
     def _count(self) -> list[Action]:

@@ -52,7 +52,8 @@ def create(
     directory = directory.resolve()
     if (directory / LEDGER).exists() or (directory / KEY).exists():
         raise ConfigError(f"{directory} holds an aggregator already; choose another directory")
-    table = configuration.with_overrides({"federation": federation, "broker": broker}, settings or {})
+    chosen = {**configuration.NEW_HOME, **(settings or {})}
+    table = configuration.with_overrides({"federation": federation, "broker": broker}, chosen)
     checked = configuration.from_table(table, "--set")
     schema = Schema.of({name: array.shape for name, array in model.items()}, dense)
     vector = to_vector(schema, model)

@@ -77,6 +77,7 @@ def _counts(ledger: Ledger, unmerged: int) -> dict[str, Any]:
         "stale": 0,
         "duplicate": 0,
         "busy": 0,
+        "bounded": 0,
         "invalid": {},
     }
     for name, value in ledger.db.execute("SELECT name, value FROM counts ORDER BY name"):

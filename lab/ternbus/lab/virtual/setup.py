@@ -65,7 +65,9 @@ def without_disk(
     seed: int, names: Sequence[str], model: Tensors, chosen: Mapping[str, object], schema: Schema
 ) -> Setup:
     """The same without a file, and with keys and codes that only the seed decides."""
-    table = configuration.with_overrides({"federation": FEDERATION, "broker": URL}, chosen)
+    table = configuration.with_overrides(
+        {"federation": FEDERATION, "broker": URL}, {**configuration.NEW_HOME, **chosen}
+    )
     settings = configuration.from_table(table, "[aggregator]")
     identity = Identity(drawn(seed, "aggregator"))
     codes = {name: drawn(seed, f"code of {name}").hex() for name in names}
