@@ -35,6 +35,7 @@ ATTACKS: Final[Mapping[str, tuple[Hostile, ...]]] = {
 }
 RULES: Final[Mapping[str, Mapping[str, object]]] = {
     "mean": {},
+    "mean, influence_bound": {"merge.influence_bound": "adaptive"},
     "mean, max_share 0.1": {"merge.max_share": 0.1},
     "norm-clip": {"merge.rule": "norm-clip"},
     "median": {"merge.rule": "median"},
@@ -51,7 +52,12 @@ def accuracy(rule: str, attack: str, seed: int, arguments: argparse.Namespace) -
         devices=DEVICES,
         seed=seed,
         partition=arguments.partition,
-        aggregator={"merge.buffer_size": 10, "merge.max_wait_s": 1000.0, **RULES[rule]},
+        aggregator={
+            "merge.buffer_size": 10,
+            "merge.max_wait_s": 1000.0,
+            "merge.influence_bound": "none",
+            **RULES[rule],
+        },
         end=End(versions=arguments.versions),
         hostile=ATTACKS[attack],
     )

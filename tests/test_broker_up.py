@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,7 +20,7 @@ from ternbus.broker.link.events import Arrived, Connected, Published
 from ternbus.broker.link.link import Link
 from ternbus.broker.protocol.endpoint import is_loopback
 from ternbus.broker.server import mosquitto, nats
-from ternbus.broker.server.running import Engine, choose
+from ternbus.broker.server.running import CONNACK, CONNECT, Engine, choose, start
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "-m", "ternbus", "broker", "up"]
@@ -215,6 +215,60 @@ def test_where_there_is_no_broker_one_line_says_how_to_get_one(
     monkeypatch.setattr(nats, "PACKAGE", "a-package-that-nobody-has")
     with pytest.raises(ConfigError, match=complaint):
         choose(engine)
+
+
+def pretend_mosquitto(folder: Path, version: str) -> None:
+    """An executable of this name, first on the path, that says it is of this version."""
+    program = folder / "mosquitto"
+    program.write_text(f"#!/bin/sh\necho 'mosquitto version {version}'\nexit 3\n")
+    program.chmod(0o755)
+
+
+@pytest.mark.parametrize("version", ["1.6.9", "2.0.10", "1.10.99", "unknown"])
+def test_a_mosquitto_that_is_too_old_is_named_and_not_used(
+    version: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pretend_mosquitto(tmp_path, version)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    expected = (
+        rf"no mosquitto on this machine that can be used \({tmp_path}/mosquitto is mosquitto {version}, "
+        r"and 2\.0\.11 or newer is needed\): `apt-get install mosquitto`"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        choose(Engine.MOSQUITTO)
+    assert choose(Engine.AUTO).engine is Engine.NATS
+    monkeypatch.setattr(nats, "PACKAGE", "a-package-that-nobody-has")
+    with pytest.raises(
+        ConfigError, match=rf"no broker on this machine that can be used .* is mosquitto {version}, and"
+    ):
+        choose(Engine.AUTO)
+
+
+@pytest.mark.parametrize("version", ["2.0.11", "2.0.22", "2.1.2", "3.0.0-rc1"])
+def test_any_mosquitto_since_debian_12s_is_used(version: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pretend_mosquitto(tmp_path, version)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert choose(Engine.AUTO).version == version
+
+
+@ENGINES
+def test_connections_beyond_the_limit_are_refused(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for module in (mosquitto, nats):
+        monkeypatch.setattr(module, "CONNECTIONS_MAX", 3)
+    welcome = []
+    with start(choose(engine), host="127.0.0.1", port=0, directory=tmp_path) as broker, ExitStack() as held:
+        for number in range(9):
+            late = held.enter_context(socket.create_connection(("127.0.0.1", broker.endpoint.port), timeout=WITHIN_S))
+            answer = b""
+            with suppress(ConnectionError):  # it hangs up at once, or says why first
+                late.sendall(CONNECT[:-1] + str(number).encode())  # another client id of the same length
+                answer = late.recv(64)
+            welcome.append(answer == CONNACK)
+    # mosquitto lets one more in; and our own probe may still count
+    assert sum(welcome) in {2, 3, 4}
+    assert not any(welcome[4:])
 
 
 def test_the_deployed_files_are_what_broker_up_generates() -> None:

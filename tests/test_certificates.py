@@ -162,7 +162,7 @@ def asked(name: str, federation: str, *, client_id: str | None = None, kind: str
 def test_a_device_gets_what_the_access_list_gives_it() -> None:
     access = auth_callout.decide(asked("pi-1", "lab"))
     root = "ternbus.1.lab"
-    assert access.write == [f"{root}.up.pi-1.>"]
+    assert access.write == [f"{root}.up.pi-1.{kind}" for kind in ("enroll", "metrics", "offer", "status", "update")]
     assert access.read == [f"{root}.down.pi-1", f"{root}.down.pi-1.>", f"{root}.all", f"{root}.all.>"]
     assert access.until > certificates.now().timestamp()
 
@@ -170,7 +170,10 @@ def test_a_device_gets_what_the_access_list_gives_it() -> None:
 def test_the_aggregator_gets_what_the_access_list_gives_it() -> None:
     access = auth_callout.decide(asked("aggregator-lab", "lab"))
     root = "ternbus.1.lab"
-    assert access.write == [f"{root}.all.>", f"{root}.down.>"]
+    assert access.write == [
+        *(f"{root}.all.{rest}" for rest in ("head", "status", "delta.*.*", "snapshot.*.*")),
+        *(f"{root}.down.*.{kind}" for kind in ("grant", "receipt")),
+    ]
     assert access.read == [f"{root}.up", f"{root}.up.>", f"{root}.all", f"{root}.all.>"]
 
 
@@ -213,15 +216,20 @@ def test_with_several_federations_each_member_is_listed_with_its_own() -> None:
     assert "pattern" not in text
     assert text.splitlines()[1:] == [
         "user aggregator-lab",
-        "topic readwrite ternbus/1/lab/all/#",
-        "topic write ternbus/1/lab/down/#",
+        "topic write ternbus/1/lab/all/head",
+        "topic write ternbus/1/lab/all/status",
+        "topic write ternbus/1/lab/all/delta/+/+",
+        "topic write ternbus/1/lab/all/snapshot/+/+",
+        "topic write ternbus/1/lab/down/+/grant",
+        "topic write ternbus/1/lab/down/+/receipt",
         "topic read ternbus/1/lab/up/#",
+        "topic read ternbus/1/lab/all/#",
         "user pi-1",
-        "topic write ternbus/1/lab/up/pi-1/#",
+        *(f"topic write ternbus/1/lab/up/pi-1/{kind}" for kind in ("enroll", "metrics", "offer", "status", "update")),
         "topic read ternbus/1/lab/down/pi-1/#",
         "topic read ternbus/1/lab/all/#",
         "user pi-9",
-        "topic write ternbus/1/other/up/pi-9/#",
+        *(f"topic write ternbus/1/other/up/pi-9/{kind}" for kind in ("enroll", "metrics", "offer", "status", "update")),
         "topic read ternbus/1/other/down/pi-9/#",
         "topic read ternbus/1/other/all/#",
     ]

@@ -104,7 +104,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 def test_the_status_has_the_spread_by_version_and_of_each_devices_newest(bench: Bench) -> None:
     devices = [bench.join(f"pi-{number}") for number in range(3)]
-    judge = bench.join("judge")
+    judge = bench.join("judge", evaluator=True)
     bench.receive(judge.topic("metrics"), judge.metrics(0, accuracy=0.99))
     for device, accuracy in zip(devices, (0.2, 0.6, 0.7), strict=True):
         bench.receive(device.topic("metrics"), device.metrics(0, "local", accuracy=accuracy))

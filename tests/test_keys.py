@@ -180,7 +180,8 @@ def test_kept_updates_of_a_revoked_device_are_merged(make: Make) -> None:
     bench.send(good, float32_block(bench.schema, 2), 0)
     assert bench.version == 1
     assert statuses.read(bench.directory)["counts"] | {"invalid": {}} == {
-        "accepted": 2, "merged": 2, "dropped": 0, "stale": 0, "duplicate": 0, "busy": 0, "invalid": {},
+        "accepted": 2, "merged": 2, "dropped": 0, "unmerged": 0, "stale": 0, "duplicate": 0, "busy": 0,
+        "bounded": 0, "invalid": {},
     }  # fmt: skip
 
 
@@ -409,7 +410,7 @@ def test_updates_of_a_device_that_wait_on_disk_are_bounded(make: Make) -> None:
 
 def test_evaluations_of_a_device_are_bounded(make: Make) -> None:
     bench = make(limits__metrics_bytes=1024)
-    judge, other = bench.join("judge"), bench.join("other")
+    judge, other = (bench.join(name, evaluator=True) for name in ("judge", "other"))
     for _ in range(2):
         for number in range(100):
             values = {f"{number}-{'x' * 50}": 0.5}

@@ -208,7 +208,7 @@ def test_a_damaged_delta_is_noticed(bench: Bench) -> None:
 
 def test_the_status_counts_what_happened(bench: Bench) -> None:
     pi, other = bench.join("pi"), bench.join("other")
-    judge = bench.join("judge")
+    judge = bench.join("judge", evaluator=True)
     for device in (pi, other):
         bench.receive(device.topic("status"), device.status("training", base=0))
     bench.send(pi, ternary_block(bench.schema, 1), 0)
@@ -238,9 +238,11 @@ def test_the_status_counts_what_happened(bench: Bench) -> None:
         "accepted": 3,
         "merged": 2,
         "dropped": 0,
+        "unmerged": 0,
         "stale": 0,
         "duplicate": 1,
         "busy": 0,
+        "bounded": 0,
         "invalid": {"bad-length": 1, "header-too-long": 1, "not-a-frame": 1},
     }
     about = found["devices"]["pi"]
@@ -255,7 +257,7 @@ def test_the_status_counts_what_happened(bench: Bench) -> None:
 
 
 def test_the_largest_hints_of_a_device_are_kept(bench: Bench) -> None:
-    pi = bench.join("pi")
+    pi = bench.join("pi", evaluator=True)
     frame = pi.frame("status", Status(state="idle", session=2**64 - 1, base=2**64 - 2, software="x" * 500).meta())
     bench.receive(pi.topic("status"), frame)
     bench.receive(

@@ -266,6 +266,8 @@ def test_the_access_list_lets_a_device_write_only_what_is_its_own(confining: Run
     with linked(confining.url, "pi-1", username="pi-1") as (device, answers):
         for topic, allowed in [
             (f"{UP}/pi-1/update", True),
+            (f"{UP}/pi-1/update/0", False),
+            (f"{UP}/pi-1/garbage", False),
             (f"{UP}/pi-2/update", False),
             (f"{DOWN}/pi-1/receipt", False),
             ("ternbus/1/demo/all/head", False),

@@ -34,8 +34,10 @@ def online(names: str | list[str], evaluators: str | list[str] = "") -> dict[str
     merged=st.none() | SECONDS,
     connected=st.none() | SECONDS,
     now=SECONDS,
+    least=st.integers(1, 4),
 )
-@example(names=["a"], present={"a"}, evaluators=set(), first=0.0, merged=None, connected=None, now=30.0)
+@example(names=["a"], present={"a"}, evaluators=set(), first=0.0, merged=None, connected=None, now=30.0, least=1)
+@example(names=["a"], present={"a"}, evaluators=set(), first=0.0, merged=None, connected=None, now=30.0, least=2)
 def test_the_rule_is_its_formula(
     *,
     names: list[str],
@@ -45,22 +47,30 @@ def test_the_rule_is_its_formula(
     merged: float | None,
     connected: float | None,
     now: float,
+    least: int,
 ) -> None:
-    """Due: the longest wait is over; or the shortest interval is over and the buffer is full or nobody is missing."""
-    trigger = TRIGGER if merged is None else TRIGGER.merged(merged)
+    """Due: the longest wait is over; or the shortest interval is over and the buffer is full or nobody is missing.
+
+    All of it only with updates of enough devices.
+    """
+    trigger = replace(TRIGGER, min_devices=least)
+    trigger = trigger if merged is None else trigger.merged(merged)
     trigger = (trigger if connected is None else trigger.connected(connected)).first_accepted(first)
     waited = now >= first + 30
     may = merged is None or now >= merged + 10
     known = connected is None or now >= connected + 5
     missing = {name for name in present - evaluators if name not in names}
     complete = known and not missing and any(name in present for name in names)
-    expected = bool(names) and (waited or (may and (len(names) >= 3 or complete)))
+    enough = len(set(names)) >= least
+    expected = enough and (waited or (may and (len(names) >= 3 or complete)))
     fleet = online(sorted(present), sorted(evaluators))
     assert trigger.is_due(buffer(names), fleet, now) is expected
+    assert trigger.may_merge(buffer(names)) is enough
+    assert trigger.held(buffer(names), now) is (bool(names) and not enough and waited)
     # nothing but an event changes that before ``due_s``, and an event that changes nothing does not either
     due_s = trigger.due_s(buffer(names), now)
     if due_s is None:
-        assert names == []
+        assert not names or (waited and not enough)
     elif not expected:
         assert due_s > now
         assert not trigger.is_due(buffer(names), fleet, math.nextafter(due_s, -math.inf))

@@ -153,7 +153,7 @@ def test_nobody_online_means_nobody_known(make: Make) -> None:
 def test_evaluators_are_not_waited_for(make: Make) -> None:
     bench = make()
     bench.tick(5.0)
-    pi, judge = bench.join("pi"), bench.join("judge")
+    pi, judge = bench.join("pi"), bench.join("judge", evaluator=True)
     for device in (pi, judge):
         bench.receive(device.topic("status"), device.status("idle"))
     bench.receive(judge.topic("metrics"), judge.metrics(0, accuracy=0.1))
@@ -184,19 +184,6 @@ def test_a_device_that_reports_of_its_own_data_is_no_evaluator(make: Make) -> No
     bench.send(pi, ternary_block(bench.schema, 1), 0)
     assert bench.version == 0
     bench.send(other, ternary_block(bench.schema, 2), 0)
-    assert bench.version == 1
-
-
-def test_a_device_that_trains_and_evaluates_is_waited_for(make: Make) -> None:
-    bench = make(merge__buffer_size=2)
-    pi, both = bench.join("pi"), bench.join("both")
-    for device in (pi, both):
-        bench.receive(device.topic("status"), device.status("idle"))
-    for device in (pi, both):
-        bench.send(device, ternary_block(bench.schema, 1), 0)
-    bench.receive(both.topic("metrics"), both.metrics(1, accuracy=0.1))
-    bench.receive(both.topic("metrics"), both.metrics(1, "local", loss=0.1))
-    bench.send(pi, ternary_block(bench.schema, 2), 1)
     assert bench.version == 1
 
 

@@ -46,6 +46,7 @@ def status() -> dict[str, Any]:
                 "staleness_mean": 0.5,
                 "staleness_max": 2,
                 "metrics": {"accuracy": 0.75, "loss": 0.5},
+                "evaluations": {"judge": {"accuracy": 0.75, "loss": 0.5}},
             },
             {"version": 2, "time": 103.0, "updates": 4, "staleness_mean": 1.5, "staleness_max": 3, "metrics": {}},
         ],
@@ -87,6 +88,7 @@ def test_each_version_has_its_row(summary: dict[str, Any]) -> None:
         "updates": 4,
         "staleness": 0.5,
         "staleness_max": 2,
+        "evaluations": {"judge": {"accuracy": 0.75, "loss": 0.5}},
         "local": None,
     }
     assert summary["versions"][2]["accuracy"] is None

@@ -171,6 +171,11 @@ def test_an_empty_file_is_the_run_without_a_file(tmp_path: Path) -> None:
             '[broker]\nurl = "mqtt://x"\n[[fault]]\nkill = "broker"\nafter_version = 1',
             "the lab cannot kill the broker of broker.url",
         ),
+        (
+            "devices = 1\n[plan]\nseal = true",
+            "2 devices (aggregator.merge.min_devices, 2 where plan.seal is true)",
+        ),
+        ("devices = 2\n[aggregator.merge]\nmin_devices = 3", "(aggregator.merge.min_devices): devices = 2 is too few"),
         ("devices = ", "is not valid TOML"),
     ],
 )

@@ -32,8 +32,10 @@ DEFAULTS = {
 BOUNDS: dict[str, tuple[list[object], list[object]]] = {
     "merge.buffer_size": ([1, 1_000_000], [0, -1, 1_000_001, 1.0, True, "4", None]),
     "merge.max_wait_s": ([0.01, 1, 1e7], [0, 0.001, -1.0, 1e8, float("nan"), float("inf"), "30", True]),
+    "merge.min_devices": ([0, 2, 1_000_000], [-1, 1_000_001, 2.0, True]),
     "merge.max_update_norm": ([0, 0.0, 1e9], [-0.1, float("nan"), float("inf"), True]),
     "merge.on_large": (["clip"], ["drop", True, None]),
+    "merge.influence_bound": (["none", "adaptive"], ["auto", True, 3.0, None]),
     "merge.max_share": ([1e-6, 0.2, 1], [0, 1.1, float("nan")]),
     "merge.rule": (["mean", "median", "trimmed-mean", "norm-clip"], ["krum", "multi-krum", "average", 1, None]),
     "merge.trim": ([0, 0.2, 0.49], [-0.1, 0.5, float("nan")]),
@@ -263,3 +265,17 @@ def test_dotted_keys_are_set() -> None:
 def test_other_keys_are_refused(dotted: str) -> None:
     with pytest.raises(ConfigError, match="--set"):
         with_overrides(dict(BASE), {dotted: 1})
+
+
+@pytest.mark.parametrize(("seal", "chosen", "devices"), [(False, 0, 1), (True, 0, 2), (False, 1, 1), (True, 5, 5)])
+def test_a_version_is_made_of_two_devices_where_updates_are_sealed(seal: bool, chosen: int, devices: int) -> None:
+    settings = from_table({**BASE, "merge": {"min_devices": chosen}, "plan": {"seal": seal}})
+    assert settings.min_devices == devices
+    assert from_table({**BASE, "plan": {"seal": seal}}).merge.min_devices == 0
+
+
+def test_one_device_alone_is_refused_where_updates_are_sealed() -> None:
+    with pytest.raises(
+        ConfigError, match=r"merge.min_devices = 1 with plan.seal = true .* choose merge.min_devices = 0"
+    ):
+        from_table({**BASE, "merge": {"min_devices": 1}, "plan": {"seal": True}})

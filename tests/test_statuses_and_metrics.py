@@ -56,7 +56,7 @@ def test_a_status_reaches_the_ledger_a_second_later(make: Make) -> None:
 
 def test_metrics_are_saved_once(make: Make) -> None:
     bench = make()
-    pi = bench.join("pi")
+    pi = bench.join("pi", evaluator=True)
     frame = pi.metrics(0, accuracy=0.5)
     (record,) = saved(bench.receive(pi.topic("metrics"), frame), records.MetricsReceived)
     assert (record.device, record.metrics.values) == ("pi", {"accuracy": 0.5})

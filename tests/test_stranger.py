@@ -188,10 +188,10 @@ class World:
         self.federation = federation
         self.devices: list[Device] = []
 
-    def join(self, *names: str, **options: Any) -> list[Device]:
-        """Invite devices, and let them enrol and follow."""
+    def join(self, *names: str, evaluate: bool = False, **options: Any) -> list[Device]:
+        """Invite devices, or evaluators, and let them enrol and follow."""
         full = [f"{self.federation}-{name}" for name in names]
-        invitations = self.aggregator.invite(*full)
+        invitations = self.aggregator.invite(evaluators=full) if evaluate else self.aggregator.invite(*full)
         joined = [Device.join(invitations[name], self.folder / name, **options) for name in full]
         for device in joined:
             device.connect()
@@ -326,17 +326,25 @@ def test_an_update_sent_again_gets_the_same_answer(small: World, first: Device) 
 
 @pytest.mark.slow
 def test_metrics_and_status_are_shown(small: World, first: Device) -> None:
-    first.publish_metrics({"loss": 0.25, "accuracy": 1}, samples=100)
+    (judge,) = small.join("judge", evaluate=True)
+    judge.publish_metrics({"loss": 0.25, "accuracy": 1}, samples=100)
+    first.publish_metrics({"loss": 0.0, "accuracy": 0.5}, samples=100)  # of the test data, which is not for it
     first.publish_status("training", first.version)
-    first.link.flush()
+    for device in (judge, first):
+        device.link.flush()
 
     def shown() -> bool:
         status = small.aggregator.status()
-        entry = next(v for v in status["versions"] if v["version"] == first.version)
-        device = status["devices"][first.name]
-        return bool(entry["metrics"]) and device["state"] == "training"
+        entry = next(v for v in status["versions"] if v["version"] == judge.version)
+        refused = status["counts"]["invalid"].get("not-evaluator", 0)
+        return bool(entry["evaluations"]) and status["devices"][first.name]["state"] == "training" and refused == 1
 
     until(shown, 60, "metrics in the status")
+    entry = next(v for v in small.aggregator.status()["versions"] if v["version"] == judge.version)
+    assert entry["evaluations"] == {judge.name: {"loss": 0.25, "accuracy": 1.0}}
+    assert judge.schema is not None
+    refused = judge.update(make_block(judge.schema, "ternary", 60), base=judge.version)
+    assert (refused["outcome"], refused["reason"].partition(":")[0]) == ("invalid", "evaluator")
     first.link.drop()  # the last will says offline
     until(lambda: small.aggregator.status()["devices"][first.name]["state"] == "offline", 60, "the last will")
     first.connect()

@@ -126,8 +126,8 @@ def awaited(look: Callable[[], bool]) -> None:
 
 def test_the_members_of_a_federation_talk_over_tls_1_3(bus: Bus) -> None:
     with bus.linked("aggregator-lab") as (aggregator, heard), bus.linked("pi-1") as (device, inbox):
-        subscribe(device, inbox, f"{LAB}/up/pi-1/x", f"{LAB}/down/pi-1/#", f"{LAB}/all/head")
-        subscribe(aggregator, heard, f"{LAB}/down/x/x", f"{LAB}/up/#")
+        subscribe(device, inbox, f"{LAB}/up/pi-1/offer", f"{LAB}/down/pi-1/#", f"{LAB}/all/head")
+        subscribe(aggregator, heard, f"{LAB}/down/x/receipt", f"{LAB}/up/#")
         assert publish(device, inbox, f"{LAB}/up/pi-1/update", b"update")
         assert heard.until(Arrived).payload == b"update"
         aggregator.publish(f"{LAB}/all/head", b"head", retain=True)
@@ -184,13 +184,13 @@ def test_without_tls_nothing_is_spoken(bus: Bus) -> None:
 def test_nobody_takes_over_anothers_session(bus: Bus) -> None:
     """nats-server refuses the connection; mosquitto takes the certificate's name for the client id."""
     with bus.linked("pi-1") as (device, inbox), bus.linked("aggregator-lab") as (aggregator, heard):
-        subscribe(device, inbox, f"{LAB}/up/pi-1/x", f"{LAB}/down/pi-1/#")
+        subscribe(device, inbox, f"{LAB}/up/pi-1/offer", f"{LAB}/down/pi-1/#")
         publish(aggregator, heard, f"{LAB}/down/pi-1/receipt", b"before")
         before = inbox.next(Arrived)
         device.acknowledge(before.token)
         assert before.payload == b"before"
         with suppress(LinkError), bus.linked("pi-1", bus.kept("pi-2")) as (intruder, loot):
-            subscribe(intruder, loot, f"{LAB}/up/pi-2/x", f"{LAB}/down/pi-1/#")
+            subscribe(intruder, loot, f"{LAB}/up/pi-2/offer", f"{LAB}/down/pi-1/#")
             publish(aggregator, heard, f"{LAB}/down/pi-1/receipt", b"during")
             assert loot.arrivals_within(1, timeout_s=0.3) == []
             assert inbox.next(Arrived).payload == b"during"
@@ -205,8 +205,8 @@ def test_a_device_writes_nowhere_but_to_its_own_topics(bus: Bus) -> None:
         bus.linked("aggregator-other", root=OTHER) as (other, overheard),
         bus.linked("pi-1") as (device, inbox),
     ):
-        subscribe(lab, heard, f"{LAB}/down/x/x", f"{LAB}/up/#", f"{LAB}/all/#")
-        subscribe(other, overheard, f"{OTHER}/down/x/x", f"{OTHER}/up/#", f"{OTHER}/all/#")
+        subscribe(lab, heard, f"{LAB}/down/x/receipt", f"{LAB}/up/#", f"{LAB}/all/#")
+        subscribe(other, overheard, f"{OTHER}/down/x/receipt", f"{OTHER}/up/#", f"{OTHER}/all/#")
         for topic in (
             f"{LAB}/up/pi-2/update", f"{LAB}/all/head", f"{LAB}/all/delta/0/0", f"{LAB}/down/pi-2/receipt",
             f"{LAB}/down/pi-1/receipt", f"{OTHER}/up/pi-1/update", f"{OTHER}/all/head", f"{LAB}/up/update", "elsewhere",
@@ -218,12 +218,55 @@ def test_a_device_writes_nowhere_but_to_its_own_topics(bus: Bus) -> None:
         assert overheard.arrivals_within(1, timeout_s=0.3) == []
 
 
+def test_a_device_retains_nothing_below_its_name_but_the_protocols_topics(bus: Bus) -> None:
+    """Or it fills the broker's memory, a megabyte a topic; and what a stranger to the protocol writes is refused."""
+    beyond = [
+        f"{LAB}/up/pi-1",
+        *(f"{LAB}/up/pi-1/{rest}" for rest in ("a", "update/0", "status/a", "a/b/c", "statuses")),
+    ]
+    own = [f"{LAB}/up/pi-1/{kind}" for kind in ("enroll", "metrics", "offer", "status", "update")]
+    with bus.linked("pi-1") as (device, inbox):
+        for topic in beyond:
+            publish(device, inbox, topic, bytes(1000), retain=True)
+        for topic in own:
+            assert publish(device, inbox, topic, b"mine", retain=True)
+    with bus.linked("aggregator-lab") as (aggregator, heard):
+        found = heard.stored(aggregator, own)
+        assert {arrived.payload for arrived in found.values()} == {b"mine"}
+        kept = subscribe(aggregator, heard, f"{LAB}/down/x/receipt", f"{LAB}/up/#", *beyond[:7])
+        kept += heard.arrivals_within(99, timeout_s=0.5)
+        assert {arrived.topic for arrived in kept} - {f"{LAB}/up/aggregator-lab/status"} <= set(own)
+    bus.broker.stop()
+    (row,) = [
+        row
+        for row in json.loads((bus.home.folder / "refusals.json").read_text())["refused"]
+        if (row["client"], row["reason"]) == ("pi-1", "write-denied")
+    ]
+    assert row["count"] == len(beyond)
+
+
+def test_an_aggregator_retains_nothing_but_the_protocols_topics(bus: Bus) -> None:
+    beyond = [f"{LAB}/all/{rest}" for rest in ("a", "head/a", "delta/0", "delta/0/0/0")] + [f"{LAB}/down/pi-1/a"]
+    own = [f"{LAB}/all/{rest}" for rest in ("head", "status", "delta/31/0", "snapshot/1/65534")]
+    with bus.linked("aggregator-lab") as (aggregator, heard):
+        for topic in beyond:
+            publish(aggregator, heard, topic, bytes(1000), retain=True)
+        for topic in own:
+            assert publish(aggregator, heard, topic, b"ours", retain=True)
+    with bus.linked("pi-1") as (device, inbox):
+        found = inbox.stored(device, own)
+        assert {arrived.payload for arrived in found.values()} == {b"ours"}
+        kept = subscribe(device, inbox, f"{LAB}/up/pi-1/offer", f"{LAB}/all/#", f"{LAB}/down/pi-1/#")
+        kept += inbox.arrivals_within(99, timeout_s=0.5)
+        assert {arrived.topic for arrived in kept} <= set(own)
+
+
 def test_a_device_reads_nothing_but_what_is_for_it_and_for_all(bus: Bus) -> None:
     with bus.linked("aggregator-lab") as (lab, heard), bus.linked("aggregator-other", root=OTHER) as (other, theirs):
         publish(other, theirs, f"{OTHER}/all/head", b"of others", retain=True)
         with bus.linked("pi-2") as (device, inbox):
             greedy = [f"{LAB}/down/pi-1/#", f"{LAB}/up/#", f"{LAB}/down/+/receipt", f"{OTHER}/all/head", "#"]
-            found = subscribe(device, inbox, f"{LAB}/up/pi-2/x", *greedy, f"{LAB}/down/pi-2/#")
+            found = subscribe(device, inbox, f"{LAB}/up/pi-2/offer", *greedy, f"{LAB}/down/pi-2/#")
             publish(lab, heard, f"{LAB}/down/pi-1/receipt", b"for pi-1")
             publish(lab, heard, f"{LAB}/down/pi-2/receipt", b"for pi-2")
             while b"for pi-2" not in {each.payload for each in found}:
@@ -235,8 +278,8 @@ def test_a_device_reads_nothing_but_what_is_for_it_and_for_all(bus: Bus) -> None
 
 def test_an_aggregator_rules_only_its_own_federation(bus: Bus) -> None:
     with bus.linked("aggregator-other", root=OTHER) as (intruder, loot), bus.linked("pi-1") as (device, inbox):
-        subscribe(device, inbox, f"{LAB}/up/pi-1/x", f"{LAB}/down/pi-1/#", f"{LAB}/all/head")
-        subscribe(intruder, loot, f"{OTHER}/down/x/x", f"{LAB}/up/#")
+        subscribe(device, inbox, f"{LAB}/up/pi-1/offer", f"{LAB}/down/pi-1/#", f"{LAB}/all/head")
+        subscribe(intruder, loot, f"{OTHER}/down/x/receipt", f"{LAB}/up/#")
         publish(intruder, loot, f"{LAB}/all/head", b"forged", retain=True)
         publish(intruder, loot, f"{LAB}/down/pi-1/receipt", b"forged")
         publish(device, inbox, f"{LAB}/up/pi-1/update", b"secret")
@@ -247,7 +290,7 @@ def test_an_aggregator_rules_only_its_own_federation(bus: Bus) -> None:
 def test_who_gets_a_certificate_may_come_in_while_the_broker_runs(bus: Bus) -> None:
     tls = bus.member("pi-3")
     with bus.linked("aggregator-lab") as (aggregator, heard), bus.linked("pi-3", tls) as (device, inbox):
-        subscribe(aggregator, heard, f"{LAB}/down/x/x", f"{LAB}/up/pi-3/#")
+        subscribe(aggregator, heard, f"{LAB}/down/x/receipt", f"{LAB}/up/pi-3/#")
         awaited(lambda: publish(device, inbox, f"{LAB}/up/pi-3/update", b"here"))
         assert heard.until(Arrived).payload == b"here"
 

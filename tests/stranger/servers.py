@@ -6,7 +6,7 @@ import selectors
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -131,11 +131,12 @@ class Aggregator:
         self._process.kill()
         self._process.wait(60)
 
-    def invite(self, *devices: str) -> dict[str, Path]:
-        """Invitations by device; each call has files of its own."""
+    def invite(self, *devices: str, evaluators: Sequence[str] = ()) -> dict[str, Path]:
+        """Invitations by device and evaluator; each call has files of its own."""
         folder = self.folder.with_name(f"{self.folder.name}-invitations-{time.monotonic_ns()}")
-        ternbus("aggregator", "invite", self.folder, *devices, "--out", folder)
-        return {device: folder / f"{device}.toml" for device in devices}
+        judges = [word for name in evaluators for word in ("--evaluator", name)]
+        ternbus("aggregator", "invite", self.folder, *devices, *judges, "--out", folder)
+        return {name: folder / f"{name}.toml" for name in (*devices, *evaluators)}
 
     def status(self) -> dict[str, Any]:
         """What `status --json` says."""

@@ -281,8 +281,10 @@ class Bench:
         self.now += seconds
         return self.handle(events.TimeReached())
 
-    def invite(self, name: str, code: str = "a-code-of-an-invitation", expires_at: float = 1e12) -> str:
-        membership.invite(self.ledger.db, {name: code}, 0.0, expires_at)
+    def invite(
+        self, name: str, code: str = "a-code-of-an-invitation", expires_at: float = 1e12, *, evaluator: bool = False
+    ) -> str:
+        membership.invite(self.ledger.db, {name: code}, 0.0, expires_at, [name] if evaluator else ())
         self.handle(events.InvitationsRead(codes=membership.codes(self.ledger.db)))
         return code
 
@@ -290,10 +292,10 @@ class Bench:
         buffer = waiting(self.ledger, self.schema)
         return self.handle(events.RevokeRequested(device=name, why=why, keep=keep, buffer=buffer))
 
-    def join(self, name: str) -> Device:
+    def join(self, name: str, *, evaluator: bool = False) -> Device:
         """A device that enrolled under a new key."""
         device = Device(name, self.schema)
-        self.receive(device.topic("enroll"), device.enroll(self.invite(name)))
+        self.receive(device.topic("enroll"), device.enroll(self.invite(name, evaluator=evaluator)))
         assert receipts(self.last)[-1].outcome == "enrolled"
         return device
 

@@ -18,6 +18,7 @@ from ternbus.broker.protocol.ternary import CODECS
 
 OPTIMIZERS: Final = ("fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi")
 RULES: Final = ("mean", "median", "trimmed-mean", "krum", "multi-krum", "norm-clip")
+SEALED_DEVICES_MIN: Final = 2  # in a merge: the delta of a single update shows what its box hid
 DISCOUNTS: Final = ("polynomial", "constant", "hinge", "exponential")
 
 
@@ -33,11 +34,24 @@ class MergeSettings:
     max_wait_s: float = _key(
         30.0, "seconds after its first update until a smaller buffer is merged", low=0.01, high=1e7
     )
+    min_devices: int = _key(
+        0,
+        "smallest number of distinct devices in one merge; updates of fewer wait; "
+        "0 = automatic: 2 if plan.seal is true, else 1",
+        low=0,
+        high=1_000_000,
+    )
     max_update_norm: float = _key(0.0, "largest L2 norm of an update; 0 = no limit", low=0)
     on_large: str = _key(
         "clip",
         "what happens to longer updates. clip: scaled down to it; refuse: answered `invalid`",
         one_of=("clip", "refuse"),
+    )
+    influence_bound: str = _key(
+        "none",
+        "limit of one update's norm and samples. adaptive: a few times the usual of the newest merged updates; none: "
+        "no limit",
+        one_of=("none", "adaptive"),
     )
     max_share: float = _key(1.0, "largest share of a buffer's samples for one device (rule mean)", low=1e-6, high=1)
     rule: str = _key(
@@ -199,7 +213,14 @@ class Settings:
     def recipe(self) -> Recipe:
         return Recipe(merge=self.merge, optimizer=self.optimizer)
 
+    @property
+    def min_devices(self) -> int:
+        """How many distinct devices a merge has at least: a version of one sealed update would show that update."""
+        return self.merge.min_devices or (SEALED_DEVICES_MIN if self.plan.get("seal") else 1)
 
+
+# What a new federation begins with where its operator chooses nothing; a file without these keys keeps the defaults.
+NEW_HOME: Final[Mapping[str, object]] = {"merge.influence_bound": "adaptive"}
 SECTIONS: Final[Mapping[str, type]] = {
     "merge": MergeSettings,
     "staleness": StalenessSettings,
@@ -235,10 +256,16 @@ def from_table(table: Mapping[str, Any], source: str = "aggregator.toml") -> Set
             raise ConfigError(f"{source}: {key!r} must be a string")
     sections = {name: _section(kind, table.get(name, {}), f"{source}: {name}") for name, kind in SECTIONS.items()}
     _check_merge(sections["merge"], f"{source}: merge")
+    plan = _plan(table.get("plan", {}), f"{source}: plan")
+    if plan.get("seal") and 0 < sections["merge"].min_devices < SEALED_DEVICES_MIN:
+        raise ConfigError(
+            f"{source}: merge.min_devices = 1 with plan.seal = true makes a version of one sealed update, and shows "
+            f"it: choose merge.min_devices = 0 (automatic) or at least {SEALED_DEVICES_MIN}"
+        )
     return Settings(
         federation=check_federation(table["federation"]),
         broker=check_broker_url(table["broker"]),
-        plan=_plan(table.get("plan", {}), f"{source}: plan"),
+        plan=plan,
         **sections,
     )
 

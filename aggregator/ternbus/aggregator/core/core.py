@@ -16,10 +16,11 @@ from ternbus.aggregator.core.frames import FrameWriter
 from ternbus.aggregator.core.merge_trigger import RETAINED_S, MergeTrigger
 from ternbus.aggregator.core.rate_limit import LogLimit
 from ternbus.aggregator.core.refusals import Refusals
-from ternbus.aggregator.core.registry import Member, Registry
+from ternbus.aggregator.core.registry import DEVICE, Member, Registry
 from ternbus.aggregator.core.updates import Updates
 from ternbus.aggregator.core.validation import Validation
 from ternbus.aggregator.core.versions import PublishedState, Versions
+from ternbus.aggregator.merge.influence import Influence
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Settings
 from ternbus.broker.backoff import Reconnect
@@ -45,6 +46,7 @@ class Core:
     seq: int  # the highest that was reserved
     session: int
     software: str = "ternbus"
+    influence: Influence = field(default_factory=Influence)
     _frames: FrameWriter = field(init=False)
     _updates: Updates = field(init=False)
     _versions: Versions = field(init=False)
@@ -53,26 +55,31 @@ class Core:
     _counters: Counters = field(default_factory=Counters)
     _merge_trigger: MergeTrigger = field(init=False)
     _reconnect: Reconnect = field(init=False)
+    _told_held: bool = False  # the operator knows that the buffer lacks devices
     _is_linked: bool = False  # there is a connection, or one is being made
     _now: float = 0.0
 
     def __post_init__(self) -> None:
         settings = self.settings
         self._frames = FrameWriter(settings, self.identity, self.schema, self.seq)
-        self._refusals = Refusals(counters=self._counters, log_limit=LogLimit(settings.limits.log_lines_per_minute))
+        log_limit = LogLimit(settings.limits.log_lines_per_minute)
+        self._refusals = Refusals(counters=self._counters, log_limit=log_limit)
         self._updates = Updates(
             settings=settings,
             model=self.model,
-            validation=Validation(settings, self.identity, self.schema),
+            validation=Validation(settings, self.identity, self.schema, self.influence),
             frames=self._frames,
             counters=self._counters,
+            log_limit=log_limit,
             closed=self.published.state == CLOSED,
         )
         self._enrollment = Enrollment(
             settings=settings, registry=self.registry, updates=self._updates, refusals=self._refusals
         )
         self._versions = Versions(settings=settings, model=self.model, published=self.published, frames=self._frames)
-        self._merge_trigger = MergeTrigger(settings=settings.merge, min_interval_s=settings.downlink.min_interval_s)
+        self._merge_trigger = MergeTrigger(
+            settings=settings.merge, min_interval_s=settings.downlink.min_interval_s, min_devices=settings.min_devices
+        )
         self._reconnect = Reconnect(salt=self.identity.public.hex())
 
     @property
@@ -169,10 +176,9 @@ class Core:
         return []
 
     def _stop(self) -> list[Action]:
-        """Finish what is accepted, then publish that this is offline."""
+        """Finish what is accepted, then publish that this is offline. What lacks devices stays for the next start."""
         self._updates.stopping = True
-        merged = self._merge() if self.model.buffer else []
-        return [*merged, *self._count(), *self._status("offline"), events.Stop()]
+        return [*self._merge_all(), *self._count(), *self._status("offline"), events.Stop()]
 
     def _status(self, state: str) -> list[Action]:
         reserved, (topic, payload) = self._frames.status(state, self.session, self.software)
@@ -233,6 +239,7 @@ class Core:
         was_empty = not self.model.buffer
         actions = self._updates.update(member, frame, self._now, ahead)
         if was_empty and self.model.buffer:
+            self._told_held = False
             self._merge_trigger = self._merge_trigger.first_accepted(self._now)
         return actions
 
@@ -241,6 +248,8 @@ class Core:
         metrics = Metrics.from_meta(frame.meta)
         if metrics.version > self.model.version:
             raise ProtocolError("bad-meta", "metrics of a version that is not yet")
+        if metrics.split == "test" and member.role == DEVICE:
+            raise ProtocolError("not-evaluator", f"{member.name} must be invited with `invite --evaluator` for that")
         if frame.seq <= member.metrics_seq:
             raise ProtocolError("replayed-metrics", member.name)
         size_bytes = len(json.dumps(dict(metrics.values)))  # as the ledger holds them
@@ -312,11 +321,13 @@ class Core:
         return [*actions, *self._done(event.request)]
 
     def _change_state(self, event: events.StateRequested) -> list[Action]:
-        actions = self._merge() if event.state == CLOSED and self.model.buffer else []
+        actions = self._merge_all() if event.state == CLOSED else []
         if event.state != self.published.state:
             actions += self._versions.change_state(event.state)
             self._updates.closed = event.state == CLOSED
             actions.append(events.Log(text=f"the federation is {event.state}"))
+            if event.state == CLOSED and self.model.buffer:
+                actions += self._tell_held()
         return [*actions, *self._done(event.request)]
 
     def _done(self, request: int, error: str = "") -> list[Action]:
@@ -329,16 +340,34 @@ class Core:
         actions: list[Action] = []
         if self._merge_trigger.is_due(self.model.buffer, self.registry.online, self._now):
             actions += self._merge()
+        if not self._told_held and self._merge_trigger.held(self.model.buffer, self._now):
+            actions += self._tell_held()
         if self._versions.confirm_by is not None and self._versions.confirm_by <= self._now:
             actions += self._versions.republish()
         if self._counters.due is not None and self._counters.due <= self._now:
             actions += self._count()
         return actions
 
+    def _merge_all(self) -> list[Action]:
+        """Merge what is there, since nothing may come any more; what lacks devices is held over."""
+        return self._merge() if self._merge_trigger.may_merge(self.model.buffer) else []
+
+    def _tell_held(self) -> list[Action]:
+        """Tell the operator, once for each buffer, that it lacks devices."""
+        self._told_held = True
+        devices = len({update.device for update in self.model.buffer})
+        text = (
+            f"{len(self.model.buffer)} accepted updates of {devices} device{'s' if devices > 1 else ''} stay unmerged: "
+            f"a version is made of at least {self.settings.min_devices} devices (merge.min_devices); "
+            "the ledger keeps them"
+        )
+        return [events.Log(text=text)]
+
     def _merge(self) -> list[Action]:
         self._merge_trigger = self._merge_trigger.merged(self._now)
         for update in self.model.buffer:
             self.registry.members[update.device].waiting_bytes = 0
+        self.influence.merged(self.model.buffer)
         return self._versions.merge()
 
     def _count(self) -> list[Action]:

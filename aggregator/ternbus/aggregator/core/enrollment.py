@@ -7,7 +7,7 @@ from ternbus.aggregator.core import records
 from ternbus.aggregator.core.events import Action, Log, RevokeRequested, Save
 from ternbus.aggregator.core.rate_limit import MINUTE_S, TokenBucket
 from ternbus.aggregator.core.refusals import Refusals
-from ternbus.aggregator.core.registry import ACTIVE, REVOKED, Invited, Member, Registry
+from ternbus.aggregator.core.registry import ACTIVE, EVALUATOR, REVOKED, Invited, Member, Registry
 from ternbus.aggregator.core.updates import Updates
 from ternbus.aggregator.core.validation import Verdict
 from ternbus.aggregator.settings import Settings
@@ -69,10 +69,11 @@ class Enrollment:
         before = self.registry.members.get(frame.sender)
         if before is not None:
             self.updates.forget(before)
-        self.registry.enroll(frame.sender, public, frame.body)
+        member = self.registry.enroll(frame.sender, public, frame.body)
+        how = " as an evaluator" if member.role == EVALUATOR else ""
         return [
-            Save(record=records.DeviceEnrolled(device=frame.sender, public=public, proof=frame.body)),
-            Log(text=f"{frame.sender} enrolled{'' if before is None else ' with a new key'}"),
+            Save(record=records.DeviceEnrolled(device=member.name, public=public, proof=frame.body, role=member.role)),
+            Log(text=f"{member.name} enrolled{how}{'' if before is None else ' with a new key'}"),
         ]
 
     def _limit(self, name: str, now: float) -> None:

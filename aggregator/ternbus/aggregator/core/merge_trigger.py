@@ -4,6 +4,10 @@ A buffer is due ``max_wait_s`` after its first update, whatever happened since. 
 ``min_interval_s`` after the last merge, where it is full (FedBuff, Nguyen et al. 2022) or where no device that is
 online has an update still to come. A further rule is a further line in ``is_due``; where it depends on time, ``due_s``
 names the moment.
+
+A buffer with updates of fewer than ``min_devices`` devices is never due, and is not merged at a stop or a close either
+(``may_merge``): it is held over. Who is online is hearsay, which a broker can make up; it may delay a merge, and cannot
+bring one about below that number.
 """
 
 import math
@@ -27,6 +31,7 @@ class MergeTrigger:
 
     settings: MergeSettings
     min_interval_s: float = 0.0
+    min_devices: int = 1  # distinct ones, of which the buffer must hold updates
     merge_by: float = math.inf  # the longest wait of the buffer's first update ends
     not_before: float = -math.inf  # the shortest interval after the last merge ends
     statuses_by: float = -math.inf  # the broker has delivered every device's status
@@ -43,20 +48,33 @@ class MergeTrigger:
         return replace(self, merge_by=math.inf, not_before=now + self.min_interval_s)
 
     def due_s(self, buffer: Buffer, now: float) -> float | None:
-        """When ``is_due`` has to be asked again, if nothing happens before; None with an empty buffer."""
-        if not buffer:
-            return None
+        """When ``is_due`` has to be asked again, if nothing happens before; None where time alone changes nothing."""
+        if not self.may_merge(buffer):
+            return self.merge_by if buffer and self.merge_by > now else None  # from then on it is ``held``
         return min([self.merge_by, *(moment for moment in (self.not_before, self.statuses_by) if moment > now)])
 
     def is_due(self, buffer: Buffer, online: Online, now: float) -> bool:
         """Whether the buffer is to be merged now."""
-        if not buffer:
+        if not self.may_merge(buffer):
             return False
         if self.merge_by <= now:
             return True
         return self.not_before <= now and (
             len(buffer) >= self.settings.buffer_size or self._all_contributed(buffer, online, now)
         )
+
+    def may_merge(self, buffer: Buffer) -> bool:
+        """Whether the buffer holds updates of enough devices, for whatever reason it is to be merged."""
+        devices: set[str] = set()
+        for update in buffer:
+            devices.add(update.device)
+            if len(devices) >= self.min_devices:
+                return True
+        return False
+
+    def held(self, buffer: Buffer, now: float) -> bool:
+        """Whether the longest wait is over, and too few devices have contributed."""
+        return bool(buffer) and self.merge_by <= now and not self.may_merge(buffer)
 
     def _all_contributed(self, buffer: Buffer, online: Online, now: float) -> bool:
         """Whether every device online that trains has an update in the buffer, and there is one."""

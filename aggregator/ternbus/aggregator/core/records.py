@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ternbus.aggregator.core.registry import DEVICE
 from ternbus.aggregator.merge.accepted import AcceptedUpdate
 from ternbus.aggregator.merge.optimizer import ServerState
 from ternbus.aggregator.settings import Recipe
@@ -33,6 +34,7 @@ class DeviceEnrolled:
     device: str
     public: bytes
     proof: bytes
+    role: str = DEVICE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,8 @@ from ternbus.broker.protocol.parts import Collector
 
 ACTIVE, REPLACED, REVOKED = "active", "replaced", "revoked"
 UNKNOWN: Final = "unknown"
+DEVICE, EVALUATOR = "device", "evaluator"  # roles: who trains, and who measures what versions are worth
+ANY: Final = ""  # the role of members from before there were roles: both
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +23,7 @@ class Invited:
     """An invitation that nobody has used yet."""
 
     code: str = field(repr=False)
+    role: str = DEVICE
     expires_at: float = math.inf  # Unix seconds, by the aggregator's clock
 
 
@@ -47,7 +50,8 @@ class Member:
     highest_base: int = -1
     answer: Answer = field(default_factory=Answer)
     granted: int = -1  # the seq whose parts were asked for
-    evaluates: bool = False  # it published test metrics and no update: nobody waits for its updates
+    role: str = DEVICE
+    evaluates: bool = False  # an evaluator, or published test metrics and no update: nobody waits for its updates
     status: Status | None = None
     status_seq: int = -1
     metrics_seq: int = 0
@@ -61,6 +65,7 @@ class Member:
 
     def __post_init__(self) -> None:
         self.key = key_id(self.public)
+        self.evaluates = self.evaluates or self.role == EVALUATOR
 
     @property
     def online(self) -> bool:
@@ -165,9 +170,12 @@ class Registry:
         return True
 
     def enroll(self, device: str, public: bytes, proof: bytes) -> Member:
-        """Make ``public`` the device's key; what belonged to the key before is forgotten, its bases are not."""
+        """Make ``public`` the device's key; what belonged to the key before is forgotten, its bases are not.
+
+        Its role is what its open invitation says.
+        """
         before = self.members.get(device)
-        member = Member(name=device, public=public, proof=proof)
+        member = Member(name=device, public=public, proof=proof, role=self.codes[device].role)
         if before is not None:
             state = REVOKED if before.revoked else REPLACED
             member.old_keys = before.old_keys | {before.key: (before.public, state)}

@@ -6,9 +6,10 @@ from typing import Final
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.core.counters import Counters
-from ternbus.aggregator.core.events import Action, Save
+from ternbus.aggregator.core.events import Action, Log, Save
 from ternbus.aggregator.core.frames import FrameWriter
 from ternbus.aggregator.core.grants import GRANT_S, Grants
+from ternbus.aggregator.core.rate_limit import LogLimit
 from ternbus.aggregator.core.registry import Answer, Member
 from ternbus.aggregator.core.validation import Validation, ValidUpdate, Verdict
 from ternbus.aggregator.merge.accepted import BufferedUpdate
@@ -32,6 +33,7 @@ class Updates:
     validation: Validation
     frames: FrameWriter
     counters: Counters
+    log_limit: LogLimit
     closed: bool = False
     stopping: bool = False
     _grants: Grants = field(init=False)
@@ -85,9 +87,9 @@ class Updates:
             return self._answer(member, frame.seq, valid)
         if member.waiting_bytes and member.waiting_bytes + len(valid.body) > self.settings.limits.journal_bytes:
             return self._busy(member, frame.seq, now, "too many updates of this device wait to be merged")
-        return self._accept(member, valid)
+        return self._accept(member, valid, now)
 
-    def _accept(self, member: Member, valid: ValidUpdate) -> list[Action]:
+    def _accept(self, member: Member, valid: ValidUpdate, now: float) -> list[Action]:
         """Put an update into the buffer; its record stands before its receipt."""
         update = valid.update
         self._grants.close(member.name)
@@ -97,7 +99,16 @@ class Updates:
         member.waiting_bytes += len(valid.body)
         self.model.accept(update, valid.block)
         saved = Save(record=records.UpdateAccepted(update=update, body=valid.body))
-        return [saved, *self.receipt(member.name, member.key, update.seq, Verdict("accepted"))]
+        receipt = self.receipt(member.name, member.key, update.seq, Verdict("accepted"))
+        return [saved, *receipt, *self._bounded(valid, now)]
+
+    def _bounded(self, valid: ValidUpdate, now: float) -> list[Action]:
+        """Count an update that the bound on influence acted on, and tell the operator of some."""
+        if not valid.bounded:
+            return []
+        self.counters.answer("bounded", now)
+        line = self.log_limit.write("bounded", f"an update of {valid.update.device} {valid.bounded}", now)
+        return [Log(text=line)] if line else []
 
     def _answer(self, member: Member, seq: int, verdict: Verdict) -> list[Action]:
         """Answer an update that will not be merged, for good."""

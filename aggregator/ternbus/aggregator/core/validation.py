@@ -2,10 +2,11 @@
 
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
-from ternbus.aggregator.core.registry import Member
+from ternbus.aggregator.core.registry import EVALUATOR, Member
 from ternbus.aggregator.merge.accepted import AcceptedUpdate
+from ternbus.aggregator.merge.influence import Influence, norm_at_most
 from ternbus.aggregator.merge.mean import clip_factor, norm
 from ternbus.aggregator.merge.staleness import discount
 from ternbus.aggregator.settings import Settings
@@ -31,6 +32,16 @@ class Verdict:
     highest_seq: int = 0
 
 
+class _Counted(NamedTuple):
+    """How much an update counts: ``samples`` and ``discount`` follow from it."""
+
+    samples: int
+    factor: float
+    norm: float | None = None
+    stated: int | None = None
+    bounded: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class ValidUpdate:
     """A whole update that may be accepted: ``body`` is its block as it is encoded, unsealed."""
@@ -38,6 +49,7 @@ class ValidUpdate:
     update: AcceptedUpdate
     block: Block
     body: bytes
+    bounded: str = ""  # what the operator is told where it counts for less than it says
 
 
 @dataclass(slots=True)
@@ -47,6 +59,7 @@ class Validation:
     settings: Settings
     identity: Identity
     schema: Schema
+    influence: Influence = field(default_factory=Influence)
     update_bytes_max: int = field(init=False)
     _assembling: OrderedDict[str, Collector] = field(default_factory=OrderedDict)  # longest silent device first
     _held_bytes: int = 0  # in all of them: counted along, since there is one for every device that is sending
@@ -60,11 +73,23 @@ class Validation:
         """The oldest base that is not stale at this version."""
         return version - self.settings.staleness.max
 
-    def _discount(self, block: Block, staleness: int) -> float:
-        """By what an update is multiplied: its discount for staleness, times what clips it to the largest norm."""
+    def _counted(self, block: Block, samples: int) -> "_Counted":
+        """What is left of an update whose norm, or whose claim, is too large.
+
+        All of it is recorded with the update: no later merge and no other machine computes it again.
+        """
         about = self.settings.merge
-        longest = about.max_update_norm if about.on_large == "clip" else 0
-        return discount(self.settings.staleness, staleness) * clip_factor(block, longest)
+        factor = clip_factor(block, about.max_update_norm if about.on_large == "clip" else 0)
+        if about.influence_bound != "adaptive":
+            return _Counted(samples, factor)
+        norm, bound = norm_at_most(block), self.influence.bound
+        if bound is None or (norm <= bound.norm and samples <= bound.samples):
+            return _Counted(samples, factor, norm, samples)
+        bounded = (
+            f"counts less: norm {norm:.4g} (at most {bound.norm:.4g}), {samples} samples (at most {bound.samples}), "
+            "by what was merged of late"
+        )
+        return _Counted(min(samples, bound.samples), min(factor, bound.factor(norm)), norm, samples, bounded)
 
     def judge_base(self, member: Member, base: int, version: int, *, closed: bool) -> Verdict | None:
         """The checks that need only (device, base): duplicate, then stale, then what cannot be."""
@@ -76,6 +101,8 @@ class Validation:
             return Verdict("invalid", "base-in-future")
         if closed:
             return Verdict("invalid", "closed")
+        if member.role == EVALUATOR:
+            return Verdict("invalid", "evaluator: a member that was invited as an evaluator sends no updates")
         return None
 
     def judge(self, member: Member, frame: Frame, version: int, *, closed: bool) -> Verdict | None:
@@ -168,7 +195,7 @@ class Validation:
             self._check_norm(block)
         except ProtocolError as error:
             return Verdict("invalid", str(error))
-        staleness = version - update.base
+        staleness, counted = version - update.base, self._counted(block, update.samples)
         accepted = AcceptedUpdate(
             device=member.name,
             key=member.key,
@@ -176,13 +203,15 @@ class Validation:
             base=update.base,
             digest=message.digest,
             staleness=staleness,
-            samples=update.samples,
-            discount=self._discount(block, staleness),
+            samples=counted.samples,
+            discount=discount(self.settings.staleness, staleness) * counted.factor,
             codec=update.codec,
             encoding=update.encoding,
             epsilon=update.metrics.get("epsilon"),
+            norm=counted.norm,
+            stated=counted.stated,
         )
-        return ValidUpdate(accepted, block, body)
+        return ValidUpdate(accepted, block, body, counted.bounded)
 
     def _check_norm(self, block: Block) -> None:
         about = self.settings.merge

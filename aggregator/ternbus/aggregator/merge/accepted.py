@@ -21,11 +21,14 @@ class AcceptedUpdate:
     base: int  # the version that it was trained on
     digest: bytes  # of the message, as the log of merges names it
     staleness: int  # versions between its base and the model when it was accepted
-    samples: int  # how many examples it was trained on, as its device says
-    discount: float  # s(staleness), times the factor that clipped it to the largest norm
+    samples: int  # how many examples it counts for: what its device says, or less where that is unusual
+    discount: float  # s(staleness), times the factor that clipped it to the largest norm, or to what is usual
     codec: str
     encoding: str
     epsilon: float | None = None  # what its device says that it has spent of privacy, with this update
+    # What the bound on later updates follows from; None where nothing is bounded by it, or was not yet.
+    norm: float | None = None  # of its block as it came, at most (``influence.norm_at_most``)
+    stated: int | None = None  # samples, as its device says
 
     def contribution(self, weight: float) -> Contribution:
         """Its line in the log of merges, with the weight that a rule gave it (``mean.Change``)."""

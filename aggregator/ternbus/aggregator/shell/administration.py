@@ -53,7 +53,8 @@ def create(
     directory = directory.resolve()
     if (directory / LEDGER).exists() or (directory / KEY).exists():
         raise ConfigError(f"{directory} holds an aggregator already; choose another directory")
-    table = configuration.with_overrides({"federation": federation, "broker": broker}, settings or {})
+    chosen = {**configuration.NEW_HOME, **(settings or {})}
+    table = configuration.with_overrides({"federation": federation, "broker": broker}, chosen)
     checked = configuration.from_table(table, "--set")
     schema = Schema.of({name: array.shape for name, array in model.items()}, dense)
     vector = to_vector(schema, model)
@@ -121,9 +122,13 @@ def open_core(directory: Path, ledger: Ledger, software: str) -> Core:
 
 
 def invite(
-    directory: Path, *devices: str, certificates: Path | None = None, expires_in_s: float | None = None
+    directory: Path,
+    *devices: str,
+    evaluators: Sequence[str] = (),
+    certificates: Path | None = None,
+    expires_in_s: float | None = None,
 ) -> list[Invitation]:
-    """One new invitation for each device, in force when this returns; an open one of before is replaced.
+    """One new invitation for each device and each evaluator, in force when this returns; one of before is replaced.
 
     With TLS it carries the device's certificate: out of ``certificates``/DEVICE, or made by the broker's authority.
     It ends after ``expires_in_s``, or as aggregator.toml says.
@@ -134,11 +139,11 @@ def invite(
     expires = datetime.fromtimestamp(expires_at, UTC)
     invitations = [
         replace(_invitation(directory, settings, identity, check_device(each), certificates), expires=expires)
-        for each in devices
+        for each in dict.fromkeys((*devices, *evaluators))
     ]
     codes = {invitation.device: invitation.code for invitation in invitations}
     with closing(Ledger(directory / LEDGER)) as ledger, ledger.transaction():
-        membership.invite(ledger.db, codes, now, expires_at)
+        membership.invite(ledger.db, codes, now, expires_at, evaluators)
     _tell(directory, control.INVITATIONS)
     return invitations
 

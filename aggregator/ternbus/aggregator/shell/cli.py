@@ -168,6 +168,9 @@ def up(
     devices: Annotated[
         list[str] | None, typer.Option("--invite", metavar="DEVICE", help="Device to invite; repeatable.")
     ] = None,
+    evaluators: Annotated[
+        list[str] | None, typer.Option("--evaluator", metavar="NAME", help="Evaluator to invite; repeatable.")
+    ] = None,
     federation: Annotated[str, typer.Option(help="Name of the federation; used at the first start.")] = "home",
     host: Annotated[str, typer.Option(help="Address of this machine for devices.")] = "127.0.0.1",
     port: Annotated[
@@ -202,7 +205,7 @@ def up(
                 "anybody there can read and disturb, though not forge"
             )
         _say(f"{broker.software} ready on {broker.url}")
-        for path in quickstart.prepare(directory, first, broker.url, devices or ()):
+        for path in quickstart.prepare(directory, first, broker.url, devices or (), evaluators or ()):
             _say(f"invitation, to be copied to the device: {path}")
         _serve(directory, broker=broker)
 
@@ -250,16 +253,19 @@ def _summary(found: dict[str, Any]) -> str:
 
 
 def _version_table(versions: list[dict[str, Any]], *, local: bool) -> list[str]:
-    """The last columns are of the devices' own data, and of so many of them."""
-    columns = {"version": ">", "updates": ">", "staleness": ">", "accuracy": ">", "time": "<"}
+    """Each evaluator has a column of its own; the last columns are of the devices' own data, and of so many of them."""
+    evaluators = sorted({name for row in versions for name in row["evaluations"]})
+    columns = {"version": ">", "updates": ">", "staleness": ">"}
+    columns |= {f"accuracy by {name}": ">" for name in evaluators} or {"accuracy": ">"}
+    columns["time"] = "<"
     if local:
         columns |= {"worst tenth": ">", "median": ">", "devices": ">"}
     rows = []
     for row in versions:
-        accuracy = row["metrics"].get("accuracy")
-        shown = None if accuracy is None else f"{accuracy:.4f}"
+        accuracies = [row["evaluations"].get(name, {}).get("accuracy") for name in evaluators] or [None]
+        shown = [None if accuracy is None else f"{accuracy:.4f}" for accuracy in accuracies]
         moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["time"]))
-        cells = [row["version"], row["updates"], f"{row['staleness_mean']:.2f}/{row['staleness_max']}", shown, moment]
+        cells = [row["version"], row["updates"], f"{row['staleness_mean']:.2f}/{row['staleness_max']}", *shown, moment]
         if local:
             own = row["local"]
             among = [None, None] if own is None else [own["accuracy"][name] for name in ("worst_decile", "median")]
@@ -270,7 +276,8 @@ def _version_table(versions: list[dict[str, Any]], *, local: bool) -> list[str]:
 
 
 def _device_table(devices: dict[str, Any]) -> list[str]:
-    columns = {"device": "<", "state": "<", "updates": ">", "base": ">", "staleness": ">", "kB": ">", "last seq": ">"}
+    columns = dict.fromkeys(("device", "role", "state"), "<")
+    columns |= dict.fromkeys(("updates", "base", "staleness", "kB", "last seq"), ">")
     private = any(row["epsilon"] is not None for row in devices.values())
     if private:
         columns["epsilon"] = ">"
@@ -278,7 +285,7 @@ def _device_table(devices: dict[str, Any]) -> list[str]:
     for name, row in devices.items():
         state = row["state"] if row["key_state"] == "active" else row["key_state"]
         traffic = [f"{row['bytes'] / 1000:.1f}", row["last_seq"]]
-        cells = [name, state, row["updates"], row["base"], row["staleness"], *traffic]
+        cells = [name, row["role"] or "any", state, row["updates"], row["base"], row["staleness"], *traffic]
         if private:
             cells.append(None if row["epsilon"] is None else f"{row['epsilon']:.3f}")
         rows.append(cells)
@@ -318,9 +325,17 @@ def resume(directory: Dir) -> None:
 def close(directory: Dir) -> None:
     """End training: accepted updates are merged, devices discard the others and stop.
 
+    Accepted updates of fewer devices than merge.min_devices are not merged: they stay in the ledger, and are merged
+    after `resume`, once enough devices have contributed.
+
     Example: ternbus aggregator close agg
     """
     administration.change_state(directory, control.CLOSE, software())
+    unmerged = statuses.read(directory)["counts"]["unmerged"]
+    if unmerged:
+        typer.echo(
+            f"closed; {unmerged} accepted updates stay unmerged: they are of too few devices (merge.min_devices)"
+        )
 
 
 @app.command()

@@ -3,11 +3,13 @@
 import json
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 
+from ternbus.aggregator.core.registry import EVALUATOR
 from ternbus.aggregator.shell import administration, quickstart
 from ternbus.aggregator.shell.arguments import AsJson, Dir
 from ternbus.aggregator.store import status as statuses
@@ -21,9 +23,18 @@ UNITS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0}
 def invite(
     directory: Dir,
     devices: Annotated[
-        list[str],
-        typer.Argument(metavar="DEVICE…", help="Names of devices: a-z, 0-9, '_', '-'; at most 64 characters."),
-    ],
+        list[str] | None,
+        typer.Argument(metavar="[DEVICE]…", help="Names of devices: a-z, 0-9, '_', '-'; at most 64 characters."),
+    ] = None,
+    *,
+    evaluators: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--evaluator",
+            metavar="NAME",
+            help="Evaluator to invite: it publishes test metrics, no updates; repeatable.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -44,24 +55,36 @@ def invite(
         ),
     ] = None,
 ) -> None:
-    """Invite devices. An invitation is secret: its holder can join as that device, once.
+    """Invite devices and evaluators. An invitation is secret: its holder can join under that name, once.
 
-    A device that joined already gets a new key with it: `ternbus edge join --renew`. An earlier open invitation of
-    the device becomes void. If `ternbus broker init` made the broker on this machine, the invitation carries a new
-    certificate.
+    Only a member that was invited with --evaluator can publish test metrics, and it sends no updates. A device that
+    joined already gets a new key: `ternbus edge join --renew`; it keeps its role unless --evaluator names it. An
+    earlier open invitation of the device becomes void. If `ternbus broker init` made the broker on this machine, the
+    invitation carries a new certificate.
 
-    Example: ternbus aggregator invite agg pi-1 pi-2 --expires-in 12h --out invitations
+    Example: ternbus aggregator invite agg pi-1 pi-2 --evaluator judge --expires-in 12h --out invitations
     """
+    devices, evaluators = devices or [], evaluators or []
+    _check_names(devices, evaluators)
     expires_in_s = None if expires_in is None else _seconds(expires_in)
-    if out is None and len(devices) > 1:
+    if out is None and len([*devices, *evaluators]) > 1:
         raise ConfigError("several invitations need a folder: add --out FOLDER")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    for invitation in administration.invite(directory, *devices, certificates=certificates, expires_in_s=expires_in_s):
+    for invitation in administration.invite(
+        directory, *devices, evaluators=evaluators, certificates=certificates, expires_in_s=expires_in_s
+    ):
         if out is None:
             typer.echo(invitation.dumps(), nl=False)
         else:
             typer.echo(str(quickstart.write_invitation(out, invitation)))
+
+
+def _check_names(devices: Sequence[str], evaluators: Sequence[str]) -> None:
+    if not devices and not evaluators:
+        raise ConfigError("nobody to invite: give the name of a DEVICE, or --evaluator NAME")
+    if both := sorted(set(devices) & set(evaluators)):
+        raise ConfigError(f"{both[0]} cannot be a device and an evaluator: use two names")
 
 
 def _seconds(text: str) -> float:
@@ -93,7 +116,8 @@ def invitations(
     rows = []
     for row in found:
         made, ends = (time.strftime("%Y-%m-%d %H:%M", time.localtime(row[name])) for name in ("made_at", "expires_at"))
-        purpose = "a new device" if row["key_state"] is None else f"a new key ({row['key_state']} now)"
+        newcomer = "a new evaluator" if row["role"] == EVALUATOR else "a new device"
+        purpose = newcomer if row["key_state"] is None else f"a new key ({row['key_state']} now)"
         rows.append((row["device"], row["state"], made, ends, purpose))
     typer.echo("\n".join(text_table(dict.fromkeys(("device", "state", "made", "ends", "for"), "<"), rows)))
 

@@ -73,16 +73,20 @@ def _create(directory: Path, first: First, broker_url: str, settings: Mapping[st
     administration.create(directory, federation=first.federation, broker=broker_url, model=tensors, settings=settings)
 
 
-def prepare(directory: Path, first: First, broker_url: str, devices: Sequence[str]) -> list[Path]:
-    """Make the aggregator if there is none; invite those of ``devices`` that are not known. Returns new files."""
+def prepare(
+    directory: Path, first: First, broker_url: str, devices: Sequence[str], evaluators: Sequence[str] = ()
+) -> list[Path]:
+    """Make the aggregator if there is none; invite those who are not known. Returns new files."""
     if not (directory / LEDGER).exists():
         _create(directory, first, broker_url, {})
     with administration.exclusive(directory):
         pass  # to invite takes a ledger of today's format
-    new = [device for device in devices if device not in _known(directory)]
+    known = _known(directory)
+    new, judges = ([name for name in names if name not in known] for names in (devices, evaluators))
     folder = directory / INVITATIONS
     folder.mkdir(exist_ok=True, mode=0o700)
-    return [write_invitation(folder, invitation) for invitation in administration.invite(directory, *new)]
+    invitations = administration.invite(directory, *new, evaluators=judges)
+    return [write_invitation(folder, invitation) for invitation in invitations]
 
 
 def write_invitation(folder: Path, invitation: Invitation) -> Path:

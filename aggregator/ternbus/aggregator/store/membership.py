@@ -1,10 +1,10 @@
 """Members as the ledger's rows: keys, invitations, revocations."""
 
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from ternbus.aggregator.core import records
-from ternbus.aggregator.core.registry import Invited
+from ternbus.aggregator.core.registry import DEVICE, EVALUATOR, Invited
 from ternbus.aggregator.store.schema import DROPPED
 from ternbus.broker.protocol.identity import key_id
 
@@ -16,10 +16,10 @@ def enroll(db: sqlite3.Connection, record: records.DeviceEnrolled, now: float) -
         (record.device, key_id(record.public), record.public),
     )
     db.execute(
-        "INSERT INTO devices (name, public, proof, state, enrolled_at) VALUES (?, ?, ?, 'active', ?)"
+        "INSERT INTO devices (name, public, proof, state, enrolled_at, role) VALUES (?, ?, ?, 'active', ?, ?)"
         " ON CONFLICT (name) DO UPDATE SET public = excluded.public, proof = excluded.proof, state = 'active',"
-        " enrolled_at = excluded.enrolled_at, revoked_at = NULL, why = ''",
-        (record.device, record.public, record.proof, now),
+        " enrolled_at = excluded.enrolled_at, role = excluded.role, revoked_at = NULL, why = ''",
+        (record.device, record.public, record.proof, now, record.role),
     )
     db.execute("DELETE FROM invitations WHERE device = ?", (record.device,))
 
@@ -38,10 +38,21 @@ def revoke(db: sqlite3.Connection, record: records.DeviceRevoked, now: float) ->
         )
 
 
-def invite(db: sqlite3.Connection, codes: Mapping[str, str], made_at: float, expires_at: float) -> None:
-    """Open invitations by device, in place of those that were open before; times in Unix seconds."""
-    rows = [(device, code, made_at, expires_at) for device, code in codes.items()]
-    db.executemany("INSERT OR REPLACE INTO invitations VALUES (?, ?, ?, ?)", rows)
+def invite(
+    db: sqlite3.Connection,
+    codes: Mapping[str, str],
+    made_at: float,
+    expires_at: float,
+    evaluators: Collection[str] = (),
+) -> None:
+    """Open invitations by device, in place of those that were open before; times in Unix seconds.
+
+    Who is a member keeps its role with its new key, unless it is now among the ``evaluators``.
+    """
+    roles = dict(db.execute("SELECT name, role FROM devices WHERE state = 'active'").fetchall())
+    roles |= dict.fromkeys(evaluators, EVALUATOR)
+    rows = [(device, code, made_at, expires_at, roles.get(device, DEVICE)) for device, code in codes.items()]
+    db.executemany("INSERT OR REPLACE INTO invitations VALUES (?, ?, ?, ?, ?)", rows)
 
 
 def cancel(db: sqlite3.Connection, record: records.InvitationCancelled) -> None:
@@ -56,8 +67,8 @@ def known(db: sqlite3.Connection, now: float) -> set[str]:
 
 def codes(db: sqlite3.Connection) -> dict[str, Invited]:
     """Invitations that nobody has used, by device; among them those that have expired."""
-    rows = db.execute("SELECT device, code, expires_at FROM invitations")
-    return {device: Invited(code=code, expires_at=expires_at) for device, code, expires_at in rows}
+    rows = db.execute("SELECT device, code, role, expires_at FROM invitations")
+    return {device: Invited(code=code, role=role, expires_at=expires_at) for device, code, role, expires_at in rows}
 
 
 def dropped(db: sqlite3.Connection, device: str) -> int:

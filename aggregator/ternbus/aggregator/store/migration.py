@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Final
 
-from ternbus.aggregator.store import format_1
+from ternbus.aggregator.store import format_1, format_5
 from ternbus.aggregator.store.bodies import BODIES
 from ternbus.aggregator.store.schema import FORMAT
 from ternbus.aggregator.store.vectors import VECTORS
@@ -28,7 +28,10 @@ def _write(db: sqlite3.Connection, number: int) -> None:
 
 FORMATS: Final = Formats(
     newest=FORMAT,
-    steps={1: Step(to=5, change=format_1.to_5)},  # 2, 3 and 4 were given to nothing
+    steps={
+        1: Step(to=5, change=format_1.to_5),  # 2, 3 and 4 were given to nothing
+        5: Step(to=6, change=format_5.to_6),
+    },
     read=_read,
     write=_write,
     beside=(BODIES, VECTORS),

@@ -8,6 +8,7 @@ from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.core.registry import ACTIVE, REVOKED, Answer, Member, Registry
 from ternbus.aggregator.core.versions import PublishedState
 from ternbus.aggregator.merge.accepted import AcceptedUpdate, BufferedUpdate
+from ternbus.aggregator.merge.influence import RECENT, Influence
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Recipe, Settings
 from ternbus.aggregator.store import membership
@@ -43,6 +44,7 @@ def recover(ledger: Ledger, settings: Settings, identity: Identity, software: st
         seq=int(ledger.fact("seq")),
         session=int(ledger.fact("session")),
         software=software,
+        influence=_influence(ledger),
     )
 
 
@@ -74,12 +76,14 @@ def waiting(ledger: Ledger, schema: Schema) -> Iterator[BufferedUpdate]:
 def _updates(ledger: Ledger, schema: Schema, where: str, values: tuple[int, ...]) -> Iterator[BufferedUpdate]:
     rows = ledger.db.execute(
         "SELECT device, key, seq, base, digest, staleness, samples, discount, codec, encoding, epsilon,"  # noqa: S608 - our own text
+        " norm, stated,"
         " segment, place, size, checksum"
         " FROM updates"
         f" WHERE {where} ORDER BY id",
         values,
     )
-    for device, key, seq, base, digest, staleness, samples, discount, codec, encoding, epsilon, *place in rows:
+    for row in rows:
+        device, key, seq, base, digest, staleness, samples, discount, codec, encoding, epsilon, norm, stated = row[:13]
         update = AcceptedUpdate(
             device=device,
             key=KeyId(key),
@@ -92,15 +96,29 @@ def _updates(ledger: Ledger, schema: Schema, where: str, values: tuple[int, ...]
             codec=codec,
             encoding=encoding,
             epsilon=epsilon,
+            norm=norm,
+            stated=stated,
         )
-        yield update, Block.read(schema, codec, encoding, ledger.body(*place))
+        yield update, Block.read(schema, codec, encoding, ledger.body(*row[13:]))
+
+
+def _influence(ledger: Ledger) -> Influence:
+    """What bounds later updates: those merged of late."""
+    influence = Influence()
+    rows = ledger.db.execute(
+        "SELECT device, norm, stated FROM updates WHERE merged >= 0 AND norm IS NOT NULL ORDER BY id DESC LIMIT ?",
+        (RECENT,),
+    ).fetchall()
+    influence.recall(reversed(rows))
+    return influence
 
 
 def _registry(ledger: Ledger, settings: Settings) -> Registry:
     registry = Registry(settings.federation, codes=membership.codes(ledger.db))
-    for name, public, proof, state, why in ledger.db.execute("SELECT name, public, proof, state, why FROM devices"):
+    rows = ledger.db.execute("SELECT name, public, proof, state, why, role FROM devices")
+    for name, public, proof, state, why, role in rows:
         registry.members[name] = Member(
-            name=name, public=public, proof=proof, revoked=state == REVOKED, revoked_why=why
+            name=name, public=public, proof=proof, revoked=state == REVOKED, revoked_why=why, role=role
         )
     rows = ledger.db.execute("SELECT device, key, public, state, seq, outcome, reason, metrics_seq FROM keys")
     for device, key, public, state, seq, outcome, reason, metrics_seq in rows:
@@ -122,5 +140,6 @@ def _registry(ledger: Ledger, settings: Settings) -> Registry:
     for device, size in ledger.db.execute("SELECT device, sum(length(entries)) FROM metrics GROUP BY device"):
         registry.members[device].metrics_bytes = size
     for (device,) in ledger.db.execute("SELECT DISTINCT device FROM metrics WHERE split = 'test'"):
-        registry.members[device].evaluates = registry.members[device].highest_base < 0
+        member = registry.members[device]
+        member.evaluates = member.evaluates or member.highest_base < 0
     return registry

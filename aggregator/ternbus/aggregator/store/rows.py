@@ -89,8 +89,8 @@ def accepted(db: sqlite3.Connection, record: records.UpdateAccepted, place: Plac
     db.execute(
         "INSERT INTO updates"
         " (device, key, seq, base, digest, staleness, samples, discount,"
-        " codec, encoding, segment, place, size, checksum, received_at, epsilon)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        " codec, encoding, segment, place, size, checksum, received_at, epsilon, norm, stated)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             update.device,
             update.key,
@@ -108,6 +108,8 @@ def accepted(db: sqlite3.Connection, record: records.UpdateAccepted, place: Plac
             place.checksum,
             now,
             update.epsilon,
+            update.norm,
+            update.stated,
         ),
     )
     _answer(db, update.device, update.key, Answer(seq=update.seq, outcome="accepted"))

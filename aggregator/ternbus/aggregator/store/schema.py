@@ -2,25 +2,27 @@
 
 from typing import Final
 
-FORMAT: Final = 5
+FORMAT: Final = 6
 DROPPED: Final = -1  # in place of the version that an update was merged into: its device was revoked before
 SCHEMA_SQL: Final = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE devices (
     name TEXT PRIMARY KEY, public BLOB NOT NULL, proof BLOB NOT NULL, state TEXT NOT NULL, enrolled_at REAL NOT NULL,
     revoked_at REAL, why TEXT NOT NULL DEFAULT '', status TEXT NOT NULL DEFAULT '', base INTEGER NOT NULL DEFAULT -1,
-    software TEXT NOT NULL DEFAULT '', seen_at REAL, update_bytes INTEGER NOT NULL DEFAULT 0);
+    software TEXT NOT NULL DEFAULT '', seen_at REAL, update_bytes INTEGER NOT NULL DEFAULT 0,
+    role TEXT NOT NULL DEFAULT '');
 CREATE TABLE keys (  -- every key that a device ever had, and the last answer given under it
     device TEXT NOT NULL, key BLOB NOT NULL, public BLOB NOT NULL, state TEXT NOT NULL,
     seq INTEGER NOT NULL DEFAULT 0, outcome TEXT NOT NULL DEFAULT '', reason TEXT NOT NULL DEFAULT '',
     metrics_seq INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (device, key)) WITHOUT ROWID;
-CREATE TABLE invitations (device TEXT PRIMARY KEY, code TEXT NOT NULL, made_at REAL NOT NULL, expires_at REAL NOT NULL);
+CREATE TABLE invitations (device TEXT PRIMARY KEY, code TEXT NOT NULL, made_at REAL NOT NULL, expires_at REAL NOT NULL,
+    role TEXT NOT NULL DEFAULT '');
 CREATE TABLE updates (  -- one row for every accepted update, for good: the proof that none merged twice
     id INTEGER PRIMARY KEY, device TEXT NOT NULL, key BLOB NOT NULL, seq INTEGER NOT NULL, base INTEGER NOT NULL,
     digest BLOB NOT NULL, staleness INTEGER NOT NULL, samples INTEGER NOT NULL, discount REAL NOT NULL,
     codec TEXT NOT NULL, encoding TEXT NOT NULL, segment INTEGER, place INTEGER, size INTEGER, checksum INTEGER,
     received_at REAL NOT NULL, merged INTEGER,  -- NULL: in the buffer; -1: dropped
-    epsilon REAL,  -- as its device says
+    epsilon REAL, norm REAL, stated INTEGER,  -- as its device says
     UNIQUE (device, base));
 CREATE INDEX updates_by_version ON updates (merged);
 CREATE INDEX updates_by_segment ON updates (segment) WHERE segment IS NOT NULL;

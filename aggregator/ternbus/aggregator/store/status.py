@@ -9,15 +9,18 @@ from ternbus.aggregator.store.device_metrics import DeviceMetrics, Report
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.aggregator.store.rows import unsigned
 from ternbus.aggregator.store.schema import DROPPED
+from ternbus.broker.protocol.messages import CLOSED
 
 
 def read(directory: Path) -> dict[str, Any]:
     """The status as JSON values.
 
-    ``versions`` has a row for every version, with the newest test metrics that any evaluator sent for it; ``devices``
-    is a map by name, its ``epsilon`` what a device says that it has spent of privacy (None: nothing); ``local`` is what
-    devices report of their own data, see ``local_tests``, over all of them, for a version or of a device, and None
-    where nobody does; ``counts.invalid`` is a map by reason of everything refused.
+    ``versions`` has a row for every version, with the newest test metrics that each evaluator sent for it, by its
+    name, as ``evaluations``, and those of the first of them by name as ``metrics``; ``devices`` is a map by name, its
+    ``epsilon`` what a device says that it has spent of privacy (None: nothing); ``local`` is what devices report of
+    their own data, see ``local_tests``, over all of them, for a version or of a device, and None where nobody does;
+    ``counts.unmerged`` are accepted updates that no version has though the federation is closed: a merge takes
+    updates of ``merge.min_devices`` devices; ``counts.invalid`` is a map by reason of everything refused.
     """
     with closing(Ledger(directory / LEDGER, read_only=True)) as ledger, ledger.one_moment():
         return _read(ledger)
@@ -27,18 +30,19 @@ def invitations(directory: Path, now: float) -> list[dict[str, Any]]:
     """Invitations that nobody has used, as JSON values, without their codes; ``now`` in Unix seconds."""
     with closing(Ledger(directory / LEDGER, read_only=True)) as ledger, ledger.one_moment():
         rows = ledger.db.execute(
-            "SELECT i.device, i.made_at, i.expires_at, d.state FROM invitations i LEFT JOIN devices d"
+            "SELECT i.device, i.role, i.made_at, i.expires_at, d.state FROM invitations i LEFT JOIN devices d"
             " ON d.name = i.device ORDER BY i.device"
         ).fetchall()
     return [
         {
             "device": device,
+            "role": role,
             "state": "expired" if expires_at <= now else "open",
             "made_at": made_at,
             "expires_at": expires_at,
             "key_state": key_state,  # of the key that it will replace, if the device has one
         }
-        for device, made_at, expires_at, key_state in rows
+        for device, role, made_at, expires_at, key_state in rows
     ]
 
 
@@ -53,14 +57,14 @@ def _read(ledger: Ledger) -> dict[str, Any]:
         "digest": digest.hex(),
         "state": ledger.fact("state"),
         "buffer": buffer,
-        "counts": _counts(ledger),
+        "counts": _counts(ledger, unmerged=buffer if ledger.fact("state") == CLOSED else 0),
         "local": tests.summary(),
         "devices": _devices(ledger, version, tests),
         "versions": _versions(ledger, tests),
     }
 
 
-def _counts(ledger: Ledger) -> dict[str, Any]:
+def _counts(ledger: Ledger, unmerged: int) -> dict[str, Any]:
     accepted, merged, dropped = ledger.db.execute(
         "SELECT count(*), count(*) FILTER (WHERE merged >= 0), count(*) FILTER (WHERE merged = ?) FROM updates",
         (DROPPED,),
@@ -69,9 +73,11 @@ def _counts(ledger: Ledger) -> dict[str, Any]:
         "accepted": accepted,
         "merged": merged,
         "dropped": dropped,
+        "unmerged": unmerged,
         "stale": 0,
         "duplicate": 0,
         "busy": 0,
+        "bounded": 0,
         "invalid": {},
     }
     for name, value in ledger.db.execute("SELECT name, value FROM counts ORDER BY name"):
@@ -97,7 +103,7 @@ def _local(ledger: Ledger) -> DeviceMetrics:
 
 def _devices(ledger: Ledger, version: int, tests: DeviceMetrics) -> dict[str, Any]:
     rows = ledger.db.execute(
-        "SELECT d.name, d.state, d.why, d.status, d.base, d.software, d.seen_at, d.update_bytes, k.key, k.seq,"
+        "SELECT d.name, d.role, d.state, d.why, d.status, d.base, d.software, d.seen_at, d.update_bytes, k.key, k.seq,"
         " (SELECT count(*) FROM updates u WHERE u.device = d.name),"
         " (SELECT max(base) FROM updates u WHERE u.device = d.name),"
         " (SELECT epsilon FROM updates u WHERE u.device = d.name ORDER BY id DESC LIMIT 1)"
@@ -106,6 +112,7 @@ def _devices(ledger: Ledger, version: int, tests: DeviceMetrics) -> dict[str, An
     return {
         name: {
             "key": key.hex(),
+            "role": role,
             "key_state": state,
             "revoked_why": why,
             "state": status or "offline",
@@ -122,6 +129,7 @@ def _devices(ledger: Ledger, version: int, tests: DeviceMetrics) -> dict[str, An
         }
         for (
             name,
+            role,
             state,
             why,
             status,
@@ -139,12 +147,11 @@ def _devices(ledger: Ledger, version: int, tests: DeviceMetrics) -> dict[str, An
 
 
 def _versions(ledger: Ledger, tests: DeviceMetrics) -> list[dict[str, Any]]:
-    measured = {
-        version: json.loads(entries)
-        for version, entries in ledger.db.execute(
-            "SELECT version, entries FROM metrics WHERE split = 'test' ORDER BY received_at"
-        )
-    }
+    measured: dict[int, dict[str, Any]] = {}
+    for version, device, entries in ledger.db.execute(
+        "SELECT version, device, entries FROM metrics WHERE split = 'test' ORDER BY device"
+    ):
+        measured.setdefault(version, {})[device] = json.loads(entries)
     rows = ledger.db.execute(
         "SELECT version, digest, made_at, updates, staleness_mean, staleness_max FROM versions ORDER BY version"
     )
@@ -156,7 +163,8 @@ def _versions(ledger: Ledger, tests: DeviceMetrics) -> list[dict[str, Any]]:
             "updates": updates,
             "staleness_mean": mean,
             "staleness_max": highest,
-            "metrics": measured.get(version, {}),
+            "metrics": next(iter(measured.get(version, {}).values()), {}),
+            "evaluations": measured.get(version, {}),
             "local": tests.version(version),
         }
         for version, digest, made_at, updates, mean, highest in rows

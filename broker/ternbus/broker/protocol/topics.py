@@ -41,6 +41,19 @@ def down(federation: str, device: str, kind: str) -> str:
     return f"{root(federation)}/down/{device}/{kind}"
 
 
+def of_device(federation: str, device: str) -> tuple[str, ...]:
+    """All topics that a device may write, which an access list names: below them it could retain what it likes."""
+    return tuple(up(federation, device, kind) for kind in sorted(UP_KINDS))
+
+
+def of_aggregator(federation: str) -> tuple[str, ...]:
+    """All topics that a federation's aggregator may write, as filters."""
+    prefix = f"{root(federation)}/all"
+    whole = [f"{prefix}/{kind}" for kind in sorted(WHOLE_KINDS)]
+    parts = [f"{prefix}/{kind}/+/+" for kind in sorted(PART_KINDS)]
+    return (*whole, *parts, *(down(federation, "+", kind) for kind in sorted(DOWN_KINDS)))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Address:
     """A parsed topic: ``group`` is all, up or down; ``slot`` is a delta's slot or a snapshot's place."""

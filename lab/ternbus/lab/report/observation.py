@@ -1,7 +1,7 @@
 """The state of a federation at one moment, from the aggregator's status and the devices' counters."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 
@@ -28,6 +28,7 @@ class Version:
     staleness_max: int | None
     accuracy: float | None
     loss: float | None
+    evaluations: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # metrics by evaluator
     # metrics on the devices' own data; see ternbus.aggregator.store.device_metrics
     local: Mapping[str, Any] | None = None
 
@@ -105,5 +106,6 @@ def _version(row: Mapping[str, Any], began: float) -> Version:
         staleness_max=row.get("staleness_max"),
         accuracy=metrics.get("accuracy"),
         loss=metrics.get("loss"),
+        evaluations=row.get("evaluations") or {},
         local=row.get("local"),
     )

@@ -196,7 +196,13 @@ class Scenario:
             check_broker_url(self.broker_url)
         Partition.parse(self.partition_of(0))
         with_overrides(table := {"federation": "lab", "broker": "mqtt://localhost"}, self.settings({}))
-        from_table(table, "[aggregator]")
+        settings = from_table(table, "[aggregator]")
+        if settings.min_devices > self.devices:
+            raise ConfigError(
+                f"a version is made of updates of at least {settings.min_devices} devices (aggregator.merge.min_devices"
+                f"{', 2 where plan.seal is true' if not settings.merge.min_devices else ''}): devices = {self.devices} "
+                "is too few"
+            )
         for fault in self.faults:
             self._check(fault)
         if self.narrow.share and self.local.fine_tune:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.store.device_metrics import DeviceMetrics, Report
-from ternbus.broker.protocol.messages import OPEN, Status
+from ternbus.broker.protocol.messages import CLOSED, OPEN, Status
 
 
 class Ledger(Protocol):
@@ -44,7 +44,7 @@ class MemoryLedger:
         self._frames = dict(frames)
         self._buffer: list[Contribution] = []
         self._versions = [_Version(made=None, seconds=0.0)]
-        self._metrics: dict[int, dict[str, float]] = {}
+        self._metrics: dict[int, dict[str, dict[str, float]]] = {}  # by version and evaluator
         self._local = DeviceMetrics()
         self._statuses: dict[str, Status] = {}
         self._counts: Counter[str] = Counter()
@@ -62,6 +62,7 @@ class MemoryLedger:
         """The part of `ternbus.aggregator.store.status.read` that the report uses."""
         accepted = Counter(each.device for each in self.contributions)
         counts = {"accepted": accepted.total(), "merged": accepted.total() - len(self._buffer)}
+        counts["unmerged"] = len(self._buffer) if self._state == CLOSED else 0
         counts |= {outcome: self._counts[outcome] for outcome in ("stale", "duplicate", "busy")}
         return {
             "state": self._state,
@@ -108,7 +109,7 @@ class MemoryLedger:
     def _measured(self, record: records.MetricsReceived) -> None:
         about = record.metrics
         if about.split == "test":
-            self._metrics[about.version] = dict(about.values)
+            self._metrics.setdefault(about.version, {})[record.device] = dict(about.values)
         else:
             report = Report(
                 device=record.device, version=about.version, samples=about.samples, values=dict(about.values)
@@ -150,12 +151,14 @@ class MemoryLedger:
     def _version(self, number: int) -> dict[str, Any]:
         row = self._versions[number]
         made = row.made
+        evaluations = dict(sorted(self._metrics.get(number, {}).items()))
         return {
             "version": number,
             "time": row.seconds,
             "updates": made.updates if made is not None else 0,
             "staleness_mean": made.staleness_mean if made is not None else 0.0,
             "staleness_max": made.staleness_max if made is not None else 0,
-            "metrics": self._metrics.get(number, {}),
+            "metrics": next(iter(evaluations.values()), {}),
+            "evaluations": evaluations,
             "local": self._local.version(number),
         }

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from ternbus.aggregator import settings as configuration
-from ternbus.aggregator.core import first_version, records
+from ternbus.aggregator.core import first_version, records, registry
 from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.core.registry import Invited, Registry
 from ternbus.aggregator.merge.model import Model
@@ -54,7 +54,10 @@ def on_disk(
     codes = {invitation.device: invitation.code for invitation in administration.invite(folder, *names)}
     ledger = durable.Ledger(folder / LEDGER)
     maintenance.simulate(ledger.db)
-    ledger.write([records.DeviceEnrolled(device=EVALUATOR, public=Identity.generate().public, proof=b"")], 0.0)
+    enrolled = records.DeviceEnrolled(
+        device=EVALUATOR, public=Identity.generate().public, proof=b"", role=registry.EVALUATOR
+    )
+    ledger.write([enrolled], 0.0)
     return Setup(ledger=ledger, core=lambda: administration.open_core(folder, ledger, SOFTWARE), codes=codes)
 
 
@@ -62,7 +65,9 @@ def without_disk(
     seed: int, names: Sequence[str], model: Tensors, chosen: Mapping[str, object], schema: Schema
 ) -> Setup:
     """A setup in memory; the seed determines all keys and codes."""
-    table = configuration.with_overrides({"federation": FEDERATION, "broker": URL}, chosen)
+    table = configuration.with_overrides(
+        {"federation": FEDERATION, "broker": URL}, {**configuration.NEW_HOME, **chosen}
+    )
     settings = configuration.from_table(table, "[aggregator]")
     identity = Identity(drawn(seed, "aggregator"))
     codes = {name: drawn(seed, f"code of {name}").hex() for name in names}
