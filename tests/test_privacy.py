@@ -27,7 +27,7 @@ from ternbus.broker.protocol.schema import Schema
 from ternbus.edge.core import events
 from ternbus.edge.core.actions import Log, Publish, Save, StartTraining, Stop
 from ternbus.edge.learn.accountant import epsilon
-from ternbus.edge.learn.noise import BLOCK, RandomSource, clip_and_noise
+from ternbus.edge.learn.noise import BLOCK, RandomSource, noisy_change
 from ternbus.edge.learn.task import Evaluation, Trained, TrainingError
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.privacy import Account, Cost, PrivacyPolicy, cost
@@ -96,20 +96,19 @@ def exact_delta(mu: float, eps: float) -> float:
     return phi[0] - math.exp(eps) * phi[1]
 
 
-def test_the_gaussian_mechanism_costs_what_its_renyi_divergence_says() -> None:
-    """RDP(a) = T·a / (2 z²), the best of many orders; the exact epsilon is below it, and not far."""
+def test_the_gaussian_mechanism_costs_what_its_closed_form_says() -> None:
+    """The exact epsilon; by RDP(a) = T·a / (2 z²), the best of many orders, it would be up to 15 % more."""
     for noise, steps in [(1.0, 1), (5.0, 20), (0.7, 3), (40.0, 500)]:
         orders = [1.1 + k / 10 for k in range(99)] + list(range(11, 64))
         plain = min(later_conversion(a, steps * a / (2 * noise**2), 1e-5) for a in orders)
         found = epsilon([gaussian(noise, steps)], 1e-5)
-        assert found == pytest.approx(plain, rel=1e-9)
-        assert exact_delta(math.sqrt(steps) / noise, found) < 1e-5
-        assert exact_delta(math.sqrt(steps) / noise, found * 0.85) > 1e-5
+        assert 0.85 * plain < found < plain
+        assert exact_delta(math.sqrt(steps) / noise, found) == pytest.approx(1e-5, rel=1e-6)
 
 
 def test_the_accountants_own_published_gaussian_is_met() -> None:
-    """A multiplier of 4.530877117 is exactly (1, 1e-6): dp-accounting's test_compute_epsilon_delta_gaussian."""
-    assert epsilon([gaussian(4.530877117, 1)], 1e-6) == pytest.approx(1, abs=2e-3)
+    """Three of sqrt(3) are exactly (1, 0.126936): dp-accounting's test_gaussian_basic."""
+    assert epsilon([gaussian(math.sqrt(3), 3)], 0.126936) == pytest.approx(1, abs=1e-5)
 
 
 def test_the_sampled_gaussian_agrees_with_its_published_value_and_a_second_computation() -> None:
@@ -121,8 +120,54 @@ def test_the_sampled_gaussian_agrees_with_its_published_value_and_a_second_compu
     published = min(first_conversion(order, rdp[order], 1e-5) for order in rdp)
     assert published == pytest.approx(1.258575, abs=1e-6)
     found = epsilon([sampled(4, 0.01, 10_000)], 1e-5)
-    assert found == pytest.approx(min(later_conversion(order, rdp[order], 1e-5) for order in rdp), rel=1e-3)
-    assert 0.8 * published < found < published
+    assert 0.7 * published < found < min(later_conversion(order, rdp[order], 1e-5) for order in rdp)
+
+
+def delta_by_convolution(z: float, q: float, steps: int, eps: float) -> float:
+    """Of the Poisson-sampled Gaussian, the larger of both directions, by the convolution of its privacy losses.
+
+    Koskela et al. 2020, section 3, with losses rounded to the nearest of a grid: no bound, but close to the truth.
+    """
+    width, size, x = 1e-5, 2**22, np.linspace(-14 * z, 14 * z + 1, 2_000_001)
+    normal = np.exp(-np.square(x / z) / 2) / (z * math.sqrt(2 * math.pi)) * (x[1] - x[0])
+    loss = np.log1p(q * np.expm1((2 * x - 1) / (2 * z * z)))
+    deltas = []
+    for sign, weights in ((1, normal * np.exp(loss)), (-1, normal)):
+        places = np.round(sign * loss / width).astype(np.int64) % size
+        one = np.bincount(places, weights, size)
+        many = np.fft.ifft(np.fft.fft(one) ** steps).real
+        losses = np.where(np.arange(size) < size // 2, np.arange(size), np.arange(size) - size) * width
+        deltas.append(float((many * -np.expm1(np.minimum(0.0, eps - losses))).sum()))
+    return max(deltas)
+
+
+@pytest.mark.parametrize(("z", "q", "steps"), [(1.1, 0.01, 1000), (2.006, 0.2, 200), (4.0, 0.01, 10_000)])
+def test_the_sampled_gaussian_is_tighter_than_by_rdp_and_no_less_than_the_truth(z: float, q: float, steps: int) -> None:
+    """7 to 12 % less than RDP here; a second computation gives the same delta."""
+    rdp = {order: steps * binomial_rdp(q, z, order) for order in range(2, 33)}
+    found = epsilon([sampled(z, q, steps)], 1e-5)
+    assert found < 0.95 * min(later_conversion(order, rdp[order], 1e-5) for order in rdp)
+    assert 0.95e-5 < delta_by_convolution(z, q, steps, found) < 1.001e-5
+
+
+def test_a_mixture_of_mechanisms_costs_more_than_each_and_less_than_their_sum() -> None:
+    parts = (sampled(1.1, 0.05, 100), gaussian(3.0, 5), sampled(1.2, 0.05, 300))
+    alone = [epsilon([part], 1e-5) for part in parts]
+    assert max(alone) < epsilon(parts, 1e-5) < sum(alone)
+
+
+EXTREMES = [5e-324, 1e-9, 1e-3, 0.3, 1.0, 1e6]
+
+
+@pytest.mark.parametrize("delta", [1e-30, 1e-10, 0.1])
+@pytest.mark.parametrize("rate", [1e-6, 0.5, 1 - 1e-9, 1.0])
+def test_every_plan_has_an_epsilon(rate: float, delta: float) -> None:
+    """Whatever an aggregator asks for: an exception would stop the device. It grows with the steps, not with noise."""
+    for steps in (1, 10**9):
+        found = [epsilon([sampled(z, rate, steps)], delta) for z in EXTREMES]
+        assert found == sorted(found, reverse=True)
+        assert found[0] == math.inf
+        assert found[-1] >= 0
 
 
 def test_opacus_accounts_the_same() -> None:
@@ -130,7 +175,13 @@ def test_opacus_accounts_the_same() -> None:
     for noise, rate, steps in [(1.1, 0.01, 1000), (0.8, 0.1, 60), (2.0, 1.0, 5)]:
         theirs = accountants.RDPAccountant()
         theirs.history = [(noise, rate, steps)]
-        assert epsilon([sampled(noise, rate, steps)], 1e-5) == pytest.approx(theirs.get_epsilon(1e-5), rel=0.02)
+        by_rdp = theirs.get_epsilon(1e-5)
+        assert 0.84 * by_rdp < epsilon([sampled(noise, rate, steps)], 1e-5) < by_rdp
+        exact = accountants.PRVAccountant()  # Gopi et al. 2021, another way to the same bound
+        exact.history = [(noise, rate, steps)]
+        with np.errstate(divide="ignore"):
+            upper = exact.get_epsilon(1e-5, eps_error=0.01)
+        assert epsilon([sampled(noise, rate, steps)], 1e-5) == pytest.approx(upper, abs=0.03)
 
 
 def test_costs_add_up_whatever_their_order_and_mixture() -> None:
@@ -175,8 +226,8 @@ def test_the_normal_numbers_are_normal() -> None:
 
 
 def test_noise_has_the_deviation_that_was_paid_for_in_every_element() -> None:
-    change = np.zeros(5 * BLOCK + 17, np.float32)
-    clip_and_noise(change, clip=CLIP, noise=Z, random_source=seeded())
+    start = np.zeros(5 * BLOCK + 17, np.float32)
+    change = noisy_change(start, start, clip=CLIP, noise=Z, random_source=seeded())
     for part in (change, change[:BLOCK], change[-BLOCK - 17 :]):
         assert part.std() == pytest.approx(Z * CLIP, rel=4 / math.sqrt(2 * part.size))
         assert abs(part.mean()) < 4 * Z * CLIP / math.sqrt(part.size)
@@ -186,9 +237,8 @@ def test_noise_has_the_deviation_that_was_paid_for_in_every_element() -> None:
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e18])
 def test_no_update_is_longer_than_the_clip_before_the_noise(scale: float) -> None:
-    change = (np.random.default_rng(1).normal(size=3 * BLOCK + 5) * scale).astype(np.float32)
-    before = change.copy()
-    clip_and_noise(change, clip=CLIP, noise=0.0, random_source=seeded())
+    before = (np.random.default_rng(1).normal(size=3 * BLOCK + 5) * scale).astype(np.float32)
+    change = noisy_change(np.zeros_like(before), before, clip=CLIP, noise=0.0, random_source=seeded())
     length = float(np.linalg.norm(change.astype(np.float64)))
     assert length <= CLIP
     expected = min(CLIP, float(np.linalg.norm(before.astype(np.float64))))
@@ -309,9 +359,22 @@ def test_a_device_stops_before_the_update_that_its_budget_does_not_pay_for() -> 
     assert over.epsilon == pytest.approx(epsilon([gaussian(Z, affordable + 1)], 1e-5))
 
 
-def test_the_other_kinds_account_is_its_own() -> None:
-    account = Account().plus(sampled(0.5, 0.5, 1000))
-    assert isinstance(train(Learner(1.0), job(DEVICE, account=account)), events.TrainingFinished)
+def test_an_update_that_protects_the_device_counts_for_its_samples_with_half_its_noise() -> None:
+    """One sample moves it from one vector of at most the clip to another: by twice the clip."""
+    account = Account().plus(gaussian(4.0, 3)).plus(sampled(1.0, 0.5, 10))
+    assert account.of("sample") == (gaussian(2.0, 3), sampled(1.0, 0.5, 10))
+    assert account.of("device") == (gaussian(4.0, 3),)
+    both = epsilon(account.of("sample"), 1e-5)
+    assert both > max(epsilon([sampled(1.0, 0.5, 10)], 1e-5), epsilon([gaussian(2.0, 3)], 1e-5))
+
+
+def test_samples_that_were_protected_leave_no_bound_for_the_device() -> None:
+    account = Account().plus(sampled(50.0, 0.5, 1))
+    assert account.covers("sample")
+    assert not account.covers("device")
+    over = train(Learner(1.0), job(DEVICE, account=account))
+    assert isinstance(over, events.BudgetSpent)
+    assert over.epsilon == math.inf
 
 
 def test_per_sample_privacy_is_refused_where_the_trainer_does_not_know_it() -> None:
@@ -358,6 +421,8 @@ def following_with(plan: dict[str, Any], **changes: Any) -> tuple[ScriptedAggreg
 
 def paid(work: StartTraining, **changes: Any) -> events.TrainingFinished:
     """A result as a training by its plan would give it."""
+    if work.plan.dp == "none":
+        return trained(work, **changes)
     account = replace(work.account.plus(cost(work.plan, 10)), epsilon=2.5, delta=1e-5)
     metrics = {"loss": 0.5, "epsilon": 2.5, "delta": 1e-5}
     return trained(work, account=account, metrics=metrics, **changes)
@@ -406,12 +471,14 @@ def test_the_account_and_its_update_survive_in_one_file(tmp_path: Path) -> None:
         assert store.kept.account == Account()
 
 
-def test_a_training_that_failed_under_privacy_has_been_paid_for() -> None:
+def test_a_failure_under_privacy_is_in_the_devices_own_log_only() -> None:
     _, born = following_with(DEVICE)
-    account = Account().plus(gaussian(Z, 1))
-    born.handle(events.TrainingFailed(base=0, reason="diverged", account=account))
-    assert born.disk is not None
-    assert born.disk.account == account
+    done = born.handle(paid(only(born.actions, StartTraining), failure="ValueError: sample 7 is odd"))
+    (log,) = [action for action in done if isinstance(action, Log) and action.event == "training-failed"]
+    assert "sample 7 is odd" in log.text
+    sent = [action.payload for action in done if isinstance(action, Publish)]
+    assert sent
+    assert not any(b"odd" in payload or b"fail" in payload for payload in sent)
 
 
 def test_a_device_whose_budget_is_spent_says_so_and_ends_with_a_code_of_its_own() -> None:
@@ -419,6 +486,31 @@ def test_a_device_whose_budget_is_spent_says_so_and_ends_with_a_code_of_its_own(
     stop = only(born.handle(events.BudgetSpent(base=0, epsilon=8.25, budget=8.0, delta=1e-5)), Stop)
     assert stop.code == EXIT_BUDGET == 4
     assert "epsilon would be 8.25, above 8 (delta 1e-05)" in stop.reason
+
+
+def test_a_plan_for_the_whole_device_is_refused_after_one_for_its_samples() -> None:
+    """In words, once a head; and the device goes on when the plan is the other one again."""
+    scripted, born = following_with({**DEVICE, "dp": "sample"})
+    born.handle(paid(only(born.actions, StartTraining)))
+    assert born.disk is not None
+    assert born.disk.outstanding is not None
+    born.arrive(scripted.receipt(DEVICE_NAME, DEVICE_KEY.key_id, born.disk.outstanding.seq, "accepted"))
+    scripted.plan = dict(DEVICE)
+    scripted.advance()
+    done = born.arrive(*scripted.delta(scripted.version), scripted.head())
+    assert not [action for action in done if isinstance(action, StartTraining)]
+    (log,) = [action for action in done if isinstance(action, Log) and action.event == "bad-plan"]
+    assert 'under dp = "sample"' in log.text
+    assert not [action for action in born.handle(events.TimeReached()) if isinstance(action, Log)]
+    scripted.plan = {**DEVICE, "dp": "sample"}
+    only(born.arrive(scripted.head()), StartTraining)
+
+
+def test_a_plan_for_samples_goes_on_after_one_for_the_whole_device_and_counts_both() -> None:
+    scripted, born = following_with(DEVICE)
+    born.handle(paid(only(born.actions, StartTraining)))
+    work = answered(scripted, born, "accepted", {**DEVICE, "dp": "sample"})
+    assert work.account.of("sample") == (gaussian(Z / 2, 1),)
 
 
 @pytest.mark.parametrize("seal", [False, True])
@@ -429,13 +521,13 @@ def test_only_epsilon_and_delta_are_told_of_a_private_update(seal: bool) -> None
 
 
 @pytest.mark.parametrize("outcome", ["accepted", "stale"])
-@pytest.mark.parametrize("before", [{}, {**DEVICE, "dp": "sample"}])
-def test_a_residual_of_less_protected_changes_enters_no_private_update(before: dict[str, Any], outcome: str) -> None:
+@pytest.mark.parametrize(("before", "kind"), [({}, "device"), (DEVICE, "sample")])
+def test_a_residual_of_other_changes_enters_no_private_update(before: dict[str, Any], kind: str, outcome: str) -> None:
     """Neither what error feedback kept back nor a stale update: both would go round the noise."""
     scripted, born = following_with(before)
     work = only(born.actions, StartTraining)
     born.handle(paid(work, residual=np.ones(work.schema.elements, np.float32)))
-    assert answered(scripted, born, outcome, dict(DEVICE)).residual is None
+    assert answered(scripted, born, outcome, {**DEVICE, "dp": kind}).residual is None
 
 
 def test_a_residual_of_noisy_changes_enters_the_next_update() -> None:

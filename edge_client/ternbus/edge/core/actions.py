@@ -70,6 +70,7 @@ class StartEvaluation:
     version: int
     schema: Schema
     vector: Vector
+    private: bool = False  # on data of which nothing may be seen outside, a failure neither
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

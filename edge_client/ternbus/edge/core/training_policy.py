@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Final
 
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.messages import OPEN, Head
@@ -13,9 +14,17 @@ from ternbus.edge.core.state import State
 from ternbus.edge.plan.plan import NO_DP, Plan
 from ternbus.edge.plan.schedule import TURNS, turn
 
+MIXED: Final = (
+    'it has dp = "device", and this device has trained under dp = "sample", of which no epsilon for all of its data '
+    'is known; it can go on with dp = "sample", or leave and join again as another device'
+)
+
 
 def describe(event: TrainingFinished) -> Log:
-    """The log of a training that finished."""
+    """The log of a training that finished; or that it failed, and noise is sent in its place."""
+    if event.failure:
+        text = f"training on version {event.base} failed, noise is sent in its place: {event.failure}"
+        return Log(event="training-failed", text=text, fields={"base": event.base, "reason": event.failure})
     fields = {"base": event.base, "samples": event.samples, **event.metrics}
     shown = ", ".join(f"{name} {value:.4g}" for name, value in event.metrics.items())
     return Log(event="trained", text=f"trained on version {event.base}: {shown}", fields=fields)
@@ -37,6 +46,11 @@ class TrainingPolicy:
     def sealed(self) -> bool:
         """Whether metrics of the device's data stay here, as the plan seals or adds noise; true without a plan."""
         return self.plan is None or self.plan.seal or self.plan.dp != NO_DP
+
+    @property
+    def private(self) -> bool:
+        """Whether nothing of the device's data may be seen outside; true without a plan."""
+        return self.plan is None or self.plan.dp != NO_DP
 
     def read_plan(self, head: Head) -> list[Log]:
         """Take the head's plan, over the task's default plan and bounded by the owner's policy."""
@@ -61,6 +75,9 @@ class TrainingPolicy:
             return []
         if plan is None or vector is None or schema is None or head.version <= self.newest_answered(state):
             return []
+        if plan.dp != NO_DP and not state.account.covers(plan.dp):
+            self.plan = None  # until the next head
+            return [_refused(MIXED)]
         if (waiting := self._wait_for_turn(plan, head.version, now)) is not None:
             return [*waiting]
         self.running = StartTraining(

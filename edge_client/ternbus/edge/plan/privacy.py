@@ -1,6 +1,6 @@
 """Differential privacy as values: its two kinds, what a training costs, what was spent, what a device's owner allows.
 
-Knows no mechanism (`noise.py` and `torch_private.py` do) and no theorem (`accountant.py`).
+Knows no mechanism (`noise.py` and `dp_sgd.py` do) and no theorem (`accountant.py`).
 """
 
 import json
@@ -32,14 +32,28 @@ class Cost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Account:
-    """What a device has spent; ``epsilon`` and ``delta`` are of its newest update's kind, that update included."""
+    """What a device has spent, both kinds in one list; ``epsilon`` and ``delta`` are those of the newest update."""
 
     spent: tuple[Cost, ...] = ()
     epsilon: float = 0.0
     delta: float = 0.0
 
+    def covers(self, kind: str) -> bool:
+        """Whether what was released has a bound for this kind: a training that protects samples has none for a device.
+
+        Its clipping bounds each sample's part, and all samples' together only by their number.
+        """
+        return kind == SAMPLE or not any(cost.kind == SAMPLE for cost in self.spent)
+
     def of(self, kind: str) -> tuple[Cost, ...]:
-        return tuple(cost for cost in self.spent if cost.kind == kind)
+        """Every mechanism that tells of what this kind protects, as it counts there; see `covers`.
+
+        An update that protects the device tells of a sample too. It is at most `dp_clip` long with the sample, and
+        without it, so one sample moves it by twice as much: the noise counts half.
+        """
+        if kind == DEVICE:
+            return tuple(cost for cost in self.spent if cost.kind == DEVICE)
+        return tuple(replace(cost, noise=cost.noise / 2) if cost.kind == DEVICE else cost for cost in self.spent)
 
     def plus(self, cost: Cost) -> "Account":
         """The same mechanism is one entry however often it is used; `epsilon` is the caller's to bring up to date."""
