@@ -53,7 +53,7 @@ class TrainingPolicy:
         return self.plan is None or self.plan.dp != NO_DP
 
     def read_plan(self, head: Head) -> list[Log]:
-        """Take the head's plan, over the task's default plan and bounded by the owner's policy."""
+        """Take the head's plan, over the task's default plan and bounded by the owner's policy and limits."""
         self.plan, policy = None, self.profile.policy
         try:
             plan = Plan.from_meta({**self.profile.default_plan, **head.plan})
@@ -62,7 +62,7 @@ class TrainingPolicy:
         bound = plan if policy is None else policy.bound(plan)
         if isinstance(bound, str):
             return [_refused(bound)]
-        self.plan = bound
+        self.plan = self.profile.limits.bound(bound)
         return []
 
     def begin(self, follower: Follower, state: State, now: float) -> list[StartTraining | Log]:

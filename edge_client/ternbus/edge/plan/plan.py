@@ -61,6 +61,7 @@ class Plan:
     dp_delta: float = 1e-5
     participation: float = 1.0
     turn_s: float = 600.0
+    steps_max: int | None = None  # the device's owner's, and no key of a head's plan
     extra: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -83,10 +84,11 @@ class Plan:
         return cls(**given, extra=extra)  # type: ignore[arg-type]  # __post_init__ checks every one
 
     def steps(self, samples: int) -> int:
-        """How many steps of SGD the plan asks of a device with so many samples; at least 1."""
-        if self.local_steps is not None:
-            return self.local_steps
-        return max(1, round(self.local_epochs * samples / min(self.batch_size, samples)))
+        """How many steps of SGD the plan asks of a device with so many samples; at least 1, at most `steps_max`."""
+        steps = self.local_steps
+        if steps is None:
+            steps = max(1, round(self.local_epochs * samples / min(self.batch_size, samples)))
+        return steps if self.steps_max is None else min(steps, self.steps_max)
 
     def rate(self, version: int) -> float:
         """The learning rate for training on a version."""

@@ -196,6 +196,7 @@ def _profile(
         tensors=shapes,
         default_plan=dict(task.default_plan),
         policy=settings.promise,
+        limits=settings.limits,
         software=software(),
         versions=options.versions,
         timeout_s=options.timeout_s,

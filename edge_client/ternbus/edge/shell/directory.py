@@ -17,6 +17,7 @@ from ternbus.broker.protocol.invitation import Invitation, check_broker_url
 from ternbus.edge.learn.loader import expanded
 from ternbus.edge.learn.partition import Partition
 from ternbus.edge.learn.subnetwork import check_width
+from ternbus.edge.plan.limits import TrainingLimits
 from ternbus.edge.plan.privacy import PrivacyPolicy
 from ternbus.edge.shell.outbox import FILE as OUTBOX
 
@@ -53,11 +54,13 @@ class Settings:
     dp: str = ""  # the kind of differential privacy without which this device does not train; see docs/privacy.md
     max_epsilon: str = ""
     max_delta: str = ""
+    max_seconds: str = ""  # of one training; empty for as long as the plan says
+    max_steps: str = ""
     code: str = field(default="", repr=False)  # the invitation's, until the device has joined
 
     def __post_init__(self) -> None:
         check_federation(self.federation)
-        _ = self.promise  # refuses nonsense
+        _ = self.promise, self.limits  # both refuse nonsense
         check_device(self.device)
         check_broker_url(self.broker)
         if self.seed and not (self.seed.isascii() and self.seed.isdecimal()):
@@ -88,6 +91,15 @@ class Settings:
             return PrivacyPolicy(kind=self.dp, epsilon=float(self.max_epsilon), delta=float(self.max_delta))
         except ValueError:
             raise ConfigError("edge.toml: dp needs numbers for max_epsilon and max_delta beside it") from None
+
+    @property
+    def limits(self) -> TrainingLimits:
+        """Of one training, by the owner. Raises `ConfigError` for what is no number."""
+        try:
+            seconds = float(self.max_seconds) if self.max_seconds else None
+            return TrainingLimits(seconds=seconds, steps=int(self.max_steps) if self.max_steps else None)
+        except ValueError:
+            raise ConfigError("edge.toml: max_seconds must be a number, max_steps a whole number") from None
 
     @property
     def data_folder(self) -> Path | None:
@@ -182,6 +194,7 @@ class DeviceDirectory:
         username: str = "",
         password_file: Path | None = None,
         promise: PrivacyPolicy | None = None,
+        limits: TrainingLimits | None = None,
     ) -> Settings:
         """Write what `join` needs; what an interrupted one left is used again, its key above all.
 
@@ -213,6 +226,8 @@ class DeviceDirectory:
             dp=promise.kind if promise is not None else "",
             max_epsilon=str(promise.epsilon) if promise is not None else "",
             max_delta=str(promise.delta) if promise is not None else "",
+            max_seconds=repr(limits.seconds) if limits is not None and limits.seconds is not None else "",
+            max_steps=str(limits.steps) if limits is not None and limits.steps is not None else "",
             code=invitation.code,
         )
         if before not in {None, invitation.code} or not (self.folder / KEY).exists():
