@@ -26,7 +26,7 @@ from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.messages import Update
 from ternbus.broker.protocol.schema import Schema
 from ternbus.edge.core import events
-from ternbus.edge.core.actions import Log, Publish, Save, StartTraining, Stop
+from ternbus.edge.core.actions import Log, Publish, Save, StartEvaluation, StartTraining, Stop
 from ternbus.edge.learn.accountant import epsilon
 from ternbus.edge.learn.noise import BLOCK, RandomSource, noisy_change
 from ternbus.edge.learn.task import Evaluation, Trained, TrainingError
@@ -331,6 +331,18 @@ def test_a_failure_under_privacy_is_in_the_devices_own_log_only() -> None:
     sent = [action.payload for action in done if isinstance(action, Publish)]
     assert sent
     assert not any(b"odd" in payload or b"fail" in payload for payload in sent)
+
+
+@pytest.mark.parametrize(("plan", "role", "private"), [(DEVICE, "train", True), ({}, "train", False),
+                                                       (DEVICE, "evaluate", False)])  # fmt: skip
+def test_what_a_device_tries_on_its_own_data_is_private_under_privacy(plan: Any, role: Any, private: bool) -> None:
+    _, born = following_with(dict(plan), role=role, reports=True)
+    work = only(born.actions, StartEvaluation)
+    assert work.private == private
+    done = born.handle(events.Evaluated(version=0, samples=0, values={}, failure="ValueError: odd"))
+    (log,) = [action for action in done if isinstance(action, Log) and action.event == "evaluated"]
+    assert log.text.endswith("ValueError: odd")
+    assert not private or not any(b"odd" in action.payload for action in done if isinstance(action, Publish))
 
 
 def test_a_device_whose_budget_is_spent_says_so_and_ends_with_a_code_of_its_own() -> None:
