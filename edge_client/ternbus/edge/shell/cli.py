@@ -95,15 +95,13 @@ FrameBytes = Annotated[
     ),
 ]
 
-Dp = Annotated[str, typer.Option(metavar="KIND", help="Differential privacy to require of the plan: device or sample.")]
+Dp = Annotated[str, typer.Option(metavar="KIND", help="Required differential privacy of the plan: device or sample.")]
 MaxEpsilon = Annotated[
     float | None, typer.Option(metavar="EPSILON", help="Largest epsilon to spend, whatever the plan allows; with --dp.")
 ]
 MaxDelta = Annotated[float, typer.Option(metavar="DELTA", help="Largest delta of the plan to accept; with --dp.")]
-MaxSeconds = Annotated[
-    float | None, typer.Option(metavar="SECONDS", help="Time limit of one training; no limit by default.")
-]
-MaxSteps = Annotated[int | None, typer.Option(metavar="N", help="Step limit of one training; no limit by default.")]
+MaxSeconds = Annotated[float | None, typer.Option(metavar="SECONDS", help="Largest duration of one training.")]
+MaxSteps = Annotated[int | None, typer.Option(metavar="N", help="Largest number of steps of one training.")]
 
 
 @app.command()
