@@ -76,7 +76,10 @@ def _blocks(vectors: Any) -> Seeds:
 
 def _snapshots(schema: bytes, vector: bytes) -> Seeds:
     length = struct.pack("<H", len(schema))
-    return {"raw": length + b"\0" + schema + vector, "zstd": length + b"\1" + encode(schema + vector)}
+    beyond = struct.pack("<f", -3e38) + vector[4:]
+    raw = {"raw": vector, "beyond": beyond}
+    found = {name: length + b"\0" + schema + each for name, each in raw.items()}
+    return found | {"zstd": length + b"\1" + encode(schema + vector)}
 
 
 def _invitations() -> dict[str, str]:

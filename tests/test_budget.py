@@ -28,9 +28,9 @@ def test_the_noise_is_enough_and_a_thousandth_less_is_not(rate: float, steps: in
     assert epsilon([replace(planned(rate, steps), noise=found - 0.001)], 1e-5) > budget
 
 
-def test_a_single_gaussian_needs_what_the_accountants_own_test_says() -> None:
-    """4.530877117 is exactly (1, 1e-6), in dp-accounting's test_compute_epsilon_delta_gaussian; ours is a bound."""
-    assert noise(planned(1.0, 1), 1.0, 1e-6) == pytest.approx(4.53, abs=0.01)
+def test_gaussians_need_what_the_accountants_own_test_says() -> None:
+    """Three of sqrt(3) are exactly (1, 0.126936), in dp-accounting's test_gaussian_basic."""
+    assert noise(planned(1.0, 3), 1.0, 0.126936) == pytest.approx(3**0.5, abs=1e-3)
 
 
 def test_what_no_noise_can_do_is_said() -> None:
@@ -65,7 +65,7 @@ def test_the_command_refuses_what_is_no_privacy(wrong: str) -> None:
 
 
 def test_the_experiment_spends_its_budgets_and_no_more() -> None:
-    """Each plan's noise is the least, to three digits, for as many trainings as its run has room for."""
+    """Each plan's noise is enough for as many trainings as its run has room for; by RDP, when it ran, the least."""
     checked = 0
     for combination in experiment.load("privacy").grid.combinations():
         scenario = combination.scenario
@@ -76,6 +76,7 @@ def test_the_experiment_spends_its_budgets_and_no_more() -> None:
         one = cost(plan, SAMPLES)
         updates = 1 if plan.dp == "device" else scenario["end"]["versions"]  # a device trains once a version at most
         assert updates <= 20
-        assert plan.dp_noise == noise(replace(one, steps=updates * one.steps), plan.dp_epsilon, plan.dp_delta)
+        least = noise(replace(one, steps=updates * one.steps), plan.dp_epsilon, plan.dp_delta)
+        assert least <= plan.dp_noise < 1.08 * least
         checked += 1
     assert checked == 4

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ternbus.aggregator.merge.downlink import encoded_block, next_block, snapshot_body
-from ternbus.broker.protocol.schema import Schema, Tensor, vector_of
+from ternbus.broker.protocol.schema import WEIGHT_MAX, Schema, Tensor, is_bounded, vector_of
 from ternbus.broker.protocol.ternary import CHUNK, Block, decode
 
 SCHEMA = Schema.write([Tensor("w", (50, 40), "ternary"), Tensor("b", (8,), "dense"), Tensor("v", (301,), "ternary")])
@@ -80,6 +82,28 @@ def test_what_exceeds_the_largest_value_is_carried_later() -> None:
         Block.read(SCHEMA, "float32", "raw", block.content)
         published = block.apply(published)
     assert published[0] == 150_000.0
+
+
+@pytest.mark.parametrize("codec", ["ternary", "float32"])
+@given(seed=st.integers(0, 2**32 - 1), below=st.sampled_from([0.0, 1e5, 1e6, 1e9]))
+def test_no_version_has_an_element_beyond_the_bound(codec: str, seed: int, below: float) -> None:
+    """Whatever the server is led to: from elements at the bound and some below it, in both directions."""
+    generator = np.random.default_rng(seed)
+    published = (WEIGHT_MAX - below * generator.random(SCHEMA.elements)).astype(np.float32)
+    published[generator.random(SCHEMA.elements) < 0.5] *= -1
+    targets = np.array([0.0, -WEIGHT_MAX, WEIGHT_MAX, 3e38, -3e38, *published[:20]], np.float32)
+    for _ in range(8):
+        block = next_block(SCHEMA, codec, published, generator.choice(targets, SCHEMA.elements))
+        published = Block.read(SCHEMA, codec, "raw", block.content).apply(published)
+        assert is_bounded(published)
+
+
+def test_the_largest_block_leads_to_the_bound_and_not_beyond() -> None:
+    bound = np.full(SCHEMA.elements, WEIGHT_MAX, np.float32)
+    for start in (bound, np.nextafter(bound, np.float32(0))):
+        for sign in (-1, 1):
+            block = Block.of_float32(SCHEMA, np.full(SCHEMA.elements, sign * 1e9, np.float32))
+            assert np.array_equal(block.apply(sign * start), sign * bound)
 
 
 def test_a_block_and_a_snapshot_travel() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ternbus.broker.errors import ConfigError
@@ -22,6 +24,7 @@ from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.privacy import cost
 from ternbus.edge.plan.tensors import FloatArray
 from ternbus.edge.shell.worker import train
+from ternbus.edge.torch.dp_sgd import clipped_sum
 from ternbus.edge.torch.trainer import TorchTask, TorchTrainer
 
 pytest.importorskip("opacus")
@@ -190,6 +193,96 @@ def test_statistics_of_the_samples_are_not_sent() -> None:
     change = stepped(made=task(Running))
     assert not change["watch.seen"].any()
     assert change["linear.weight"].any()
+
+
+# -- one sample that is not like the others
+
+
+def with_first(value: float) -> Callable[[Path | None, str], tuple[Tensor, Tensor]]:
+    def made(folder: Path | None, split: str) -> tuple[Tensor, Tensor]:
+        inputs, targets = data(folder, split)
+        inputs[0] = value
+        return inputs, targets
+
+    return made
+
+
+def odd(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A loss that a sample can stop."""
+    if (outputs.abs().sum(1) > 1e30).any() or outputs.isnan().any():
+        raise ValueError("a sample that no loss is known for")
+    return nn.functional.cross_entropy(outputs, targets)
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(72, 3))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38, 1e30, 1e-45])
+@pytest.mark.parametrize("loss", [nn.functional.cross_entropy, odd])
+@pytest.mark.parametrize("model", [plain, network])
+def test_one_sample_moves_a_step_by_its_clip_whatever_it_holds(
+    value: float, loss: Callable[[Tensor, Tensor], Tensor], model: Callable[[], nn.Module]
+) -> None:
+    """The others' part is the same, bit for bit or nearly; also where the sample makes the loss raise an exception."""
+    absent, there = (
+        flat(stepped(made=TorchTask(name="own", model=model, data=with_first(first), loss=loss)))
+        for first in (0.0, value)
+    )
+    assert np.isfinite(there).all()
+    assert there.any()
+    assert np.linalg.norm((there - absent).astype(float)) <= 2 * CLIP / SAMPLES * (1 + 1e-4)
+
+
+def test_samples_that_fail_are_counted_for_the_devices_own_log() -> None:
+    made = TorchTask(name="own", model=plain, data=with_first(3e38), loss=odd)
+    trainer = made.trainer(data=None, partition="all")
+    plan = Plan.from_meta({**PLAN, "local_steps": 2})
+    trained = trainer.train_privately(made.initial(0), plan, version=0, seed=1, random_source=seeded())
+    assert (trained.metrics["failed_samples"], trained.metrics["steps"]) == (2, 2)
+
+
+def test_the_steps_go_on_where_every_sample_fails() -> None:
+    def data_of_nothing(folder: Path | None, split: str) -> tuple[Tensor, Tensor]:
+        inputs, targets = data(folder, split)
+        return inputs * math.nan, targets
+
+    change = flat(stepped(made=TorchTask(name="own", model=plain, data=data_of_nothing, loss=odd), dp_noise=8.0))
+    assert change.std() == pytest.approx(8.0 * CLIP / SAMPLES, rel=0.2)
+
+
+GRADIENTS = st.lists(
+    st.one_of(st.sampled_from([0.0, -0.0, 1e-45, 3.4e38, -3.4e38, 1e20, math.inf, math.nan]), st.floats(width=32)),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(values=GRADIENTS, samples=st.integers(1, 9), clip=st.sampled_from([1e-6, 1.0, 1e6]))
+def test_a_sum_of_gradients_changes_by_the_clip_at_most(values: list[float], samples: int, clip: float) -> None:
+    weight = torch.tensor(np.resize(np.array(values, np.float32), (samples, 4, 5)))
+    bias = torch.tensor(np.resize(np.array(values[::-1], np.float32), (samples, 3)))
+    whole, failed = clipped_sum([weight, bias], clip)
+    rest, _ = clipped_sum([weight[1:], bias[1:]], clip) if samples > 1 else ([each * 0 for each in whole], 0)
+    assert all(each.isfinite().all() for each in whole)
+    assert failed == sum(not (w.isfinite().all() and b.isfinite().all()) for w, b in zip(weight, bias, strict=True))
+    moved = math.sqrt(sum(float((one - other).square().sum()) for one, other in zip(whole, rest, strict=True)))
+    assert moved <= clip
+
+
+@pytest.mark.parametrize("limit", [{"local_seconds": 0.0}, {"local_seconds": 1e7}])
+def test_a_training_that_is_cut_short_is_charged_the_steps_that_ran(limit: dict[str, float]) -> None:
+    made = task(plain)
+    start = made.initial(0)
+    schema = Schema.of({name: tensor.shape for name, tensor in start.items()})
+    plan = Plan.from_meta({**PLAN, "dp_noise": 1.1, "batch_size": 6, "local_steps": 5, **limit})
+    job = StartTraining(base=0, schema=schema, vector=to_vector(schema, start), residual=None, plan=plan, seed=1)
+    result = train(made.trainer(data=None, partition="all"), job)
+    assert isinstance(result, events.TrainingFinished)
+    assert result.account is not None
+    (charged,) = result.account.spent
+    assert charged.steps == result.metrics["steps"] == (1 if limit["local_seconds"] == 0 else 5)
+    assert result.metrics["epsilon"] == epsilon([charged], 1e-5)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from support.scripted_aggregator import FEDERATION, Message, ScriptedAggregator, decoded
@@ -425,7 +426,7 @@ def test_a_device_stops_at_its_privacy_budget_and_remembers_it(url: str, tmp_pat
     pytest.importorskip("dp_accounting")
     plan = {"dp": "device", "dp_clip": 0.5, "dp_noise": 3.0, "dp_epsilon": 100.0}
     with serving(url, **plan) as server:
-        folder = joined(server, tmp_path, "pi", "--dp", "device", "--max-epsilon", 2.95)
+        folder = joined(server, tmp_path, "pi", "--dp", "device", "--max-epsilon", 2.5)
         server.answer = lambda _: None
         process = edge("run", folder)
         server.until(lambda: server.updates)
@@ -442,9 +443,29 @@ def test_a_device_stops_at_its_privacy_budget_and_remembers_it(url: str, tmp_pat
         assert [update.samples for update in told] == [1, 1, 1]
         epsilons = [update.metrics["epsilon"] for update in told]
         assert epsilons == sorted(epsilons)
-        assert status_of(folder)["epsilon"] == epsilons[-1] <= 2.95
+        assert status_of(folder)["epsilon"] == epsilons[-1] <= 2.5
         code, said = server.until_ended(edge("run", folder))
         assert (code, len(server.updates)) == (4, 3), said
+
+
+def test_a_private_training_that_diverges_is_seen_by_nobody(url: str, tmp_path: Path) -> None:
+    """A model at the bound and the largest rates: an update of noise comes as ever, and the device's log says why."""
+    pytest.importorskip("dp_accounting")
+    plan = {"dp": "device", "dp_clip": 0.5, "dp_noise": 3.0, "dp_epsilon": 100.0, "codec": "float32"}
+    rates = {"learning_rate": 1e3, "momentum": 1.0, "weight_decay": 1e3, "local_steps": 40}
+    with serving(url, **plan, **rates) as server:
+        server.scripted.vectors[0] = np.full_like(server.scripted.vectors[0], 2.0**40)
+        server.scripted.snapshot_frames.clear()
+        server.publish(*server.scripted.snapshot(), server.scripted.head())
+        folder = joined(server, tmp_path, "pi", "--dp", "device", "--max-epsilon", 50)
+        process = edge("run", folder, "--versions", 2, "--json")
+        code, said = server.until_ended(process)
+        assert code == 0, said
+        failed = [line for line in map(json.loads, said.splitlines()) if line["event"] == "training-failed"]
+        assert len(failed) == 2
+        told = [Update.from_meta(frame.meta) for frame in server.updates]
+        assert [set(update.metrics) for update in told] == [{"epsilon", "delta"}] * 2
+        assert {status.state for status in server.statuses} == {"idle", "training", "offline"}
 
 
 def test_a_device_whose_owner_wants_privacy_does_not_train_without(server: Server, tmp_path: Path) -> None:

@@ -252,9 +252,11 @@ def test_a_snapshot_is_not_given_up_while_its_parts_keep_coming() -> None:
     assert has(follower, aggregator, 0)
 
 
-@pytest.mark.parametrize("fault", ["schema", "digest", "length"])
+@pytest.mark.parametrize("fault", ["schema", "digest", "length", "bound", "not finite"])
 def test_a_snapshot_that_is_not_what_it_says_is_not_taken(fault: str) -> None:
     aggregator = ScriptedAggregator()
+    if fault in {"bound", "not finite"}:
+        aggregator.vectors[0][5] = 3e38 if fault == "bound" else np.nan
     follower, broker = connected()
     head = a_head(aggregator)
     if fault == "schema":
@@ -269,7 +271,7 @@ def test_a_snapshot_that_is_not_what_it_says_is_not_taken(fault: str) -> None:
         frames = aggregator.cut("snapshot", meta, aggregator.schema.encoded + true.tobytes())
         place = [topic for topic, _ in aggregator.snapshot()]
         aggregator.snapshot_frames[0] = list(zip(place, frames, strict=True))
-    else:
+    elif fault == "length":
         named = head.snapshot
         longer = type(named)(version=0, parts=named.parts, content_bytes=named.content_bytes + 4, place=named.place)
         head = Head.from_meta(parse(aggregator.head(snapshot=longer)[1]).meta)
@@ -277,6 +279,17 @@ def test_a_snapshot_that_is_not_what_it_says_is_not_taken(fault: str) -> None:
     broker.perform(follower, follower.head_accepted(head, 0.0), 0.0)
     assert follower.version is None
     assert broker.logs == ["snapshot-failed"]
+
+
+def test_a_model_beyond_the_bound_is_rested_from_and_not_asked_for_again_and_again() -> None:
+    aggregator = ScriptedAggregator()
+    aggregator.vectors[0][5] = 3e38
+    follower, broker = connected()
+    broker.publish(aggregator.snapshot())
+    broker.perform(follower, follower.head_accepted(a_head(aggregator), 0.0), 0.0)
+    broker.perform(follower, follower.time_reached(30.0), 30.0)
+    assert broker.logs == ["snapshot-failed", "resting"]
+    assert follower.due_s() == 90.0
 
 
 def test_a_snapshot_newer_than_the_head_waits_for_its_head() -> None:

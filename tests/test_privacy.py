@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from support.core_device import DEVICE as DEVICE_NAME
 from support.core_device import DEVICE_KEY, Device, aggregator, following, only, trained, update_in
+from support.mechanisms import gaussian, sampled
 from support.scripted_aggregator import ScriptedAggregator
 from support.small_world import Bench, float32_block, make_directory
 from ternbus.aggregator.shell import cli as aggregator_cli
@@ -25,12 +26,12 @@ from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.messages import Update
 from ternbus.broker.protocol.schema import Schema
 from ternbus.edge.core import events
-from ternbus.edge.core.actions import Log, Publish, Save, StartTraining, Stop
+from ternbus.edge.core.actions import Log, Publish, Save, StartEvaluation, StartTraining, Stop
 from ternbus.edge.learn.accountant import epsilon
-from ternbus.edge.learn.noise import BLOCK, RandomSource, clip_and_noise
+from ternbus.edge.learn.noise import BLOCK, RandomSource, noisy_change
 from ternbus.edge.learn.task import Evaluation, Trained, TrainingError
 from ternbus.edge.plan.plan import Plan
-from ternbus.edge.plan.privacy import Account, Cost, PrivacyPolicy, cost
+from ternbus.edge.plan.privacy import Account, PrivacyPolicy, cost
 from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.shell import key_rotation
 from ternbus.edge.shell.directory import DeviceDirectory
@@ -60,104 +61,6 @@ def seeded(seed: int = 7) -> RandomSource:
     return RandomSource(np.random.default_rng(seed).bytes)
 
 
-def gaussian(noise: float, steps: int) -> Cost:
-    return Cost(kind="device", noise=noise, rate=1.0, steps=steps)
-
-
-def sampled(noise: float, rate: float, steps: int) -> Cost:
-    return Cost(kind="sample", noise=noise, rate=rate, steps=steps)
-
-
-# -- the accounting, computed a second time
-
-
-def binomial_rdp(q: float, z: float, order: int) -> float:
-    """Mironov, Talwar & Zhang 2019, section 3.3, of the sampled Gaussian at a whole order, as it stands there."""
-    terms = [
-        math.comb(order, k) * (1 - q) ** (order - k) * q**k * math.exp((k * k - k) / (2 * z * z))
-        for k in range(order + 1)
-    ]
-    return math.log(math.fsum(terms)) / (order - 1)
-
-
-def first_conversion(order: float, rdp: float, delta: float) -> float:
-    """Mironov 2017, proposition 3."""
-    return rdp + math.log(1 / delta) / (order - 1)
-
-
-def later_conversion(order: float, rdp: float, delta: float) -> float:
-    """Canonne, Kamath & Steinke 2020, proposition 12."""
-    return rdp + math.log1p(-1 / order) - math.log(delta * order) / (order - 1)
-
-
-def exact_delta(mu: float, eps: float) -> float:
-    """Of Gaussians that compose to one with sensitivity / deviation = mu: Balle & Wang 2018, theorem 8."""
-    phi = [0.5 * math.erfc(-x / math.sqrt(2)) for x in (mu / 2 - eps / mu, -mu / 2 - eps / mu)]
-    return phi[0] - math.exp(eps) * phi[1]
-
-
-def test_the_gaussian_mechanism_costs_what_its_renyi_divergence_says() -> None:
-    """RDP(a) = T·a / (2 z²), the best of many orders; the exact epsilon is below it, and not far."""
-    for noise, steps in [(1.0, 1), (5.0, 20), (0.7, 3), (40.0, 500)]:
-        orders = [1.1 + k / 10 for k in range(99)] + list(range(11, 64))
-        plain = min(later_conversion(a, steps * a / (2 * noise**2), 1e-5) for a in orders)
-        found = epsilon([gaussian(noise, steps)], 1e-5)
-        assert found == pytest.approx(plain, rel=1e-9)
-        assert exact_delta(math.sqrt(steps) / noise, found) < 1e-5
-        assert exact_delta(math.sqrt(steps) / noise, found * 0.85) > 1e-5
-
-
-def test_the_accountants_own_published_gaussian_is_met() -> None:
-    """A multiplier of 4.530877117 is exactly (1, 1e-6): dp-accounting's test_compute_epsilon_delta_gaussian."""
-    assert epsilon([gaussian(4.530877117, 1)], 1e-6) == pytest.approx(1, abs=2e-3)
-
-
-def test_the_sampled_gaussian_agrees_with_its_published_value_and_a_second_computation() -> None:
-    """At q = 0.01, z = 4, 10,000 steps, delta 1e-5: 1.26 by Abadi et al. 2016, 1.258575 by TF Privacy's own test.
-
-    Both are by the first conversion from RDP; the later one, which is ours, is a little lower.
-    """
-    rdp = {order: 10_000 * binomial_rdp(0.01, 4, order) for order in range(2, 33)}
-    published = min(first_conversion(order, rdp[order], 1e-5) for order in rdp)
-    assert published == pytest.approx(1.258575, abs=1e-6)
-    found = epsilon([sampled(4, 0.01, 10_000)], 1e-5)
-    assert found == pytest.approx(min(later_conversion(order, rdp[order], 1e-5) for order in rdp), rel=1e-3)
-    assert 0.8 * published < found < published
-
-
-def test_opacus_accounts_the_same() -> None:
-    accountants = pytest.importorskip("opacus.accountants")
-    for noise, rate, steps in [(1.1, 0.01, 1000), (0.8, 0.1, 60), (2.0, 1.0, 5)]:
-        theirs = accountants.RDPAccountant()
-        theirs.history = [(noise, rate, steps)]
-        assert epsilon([sampled(noise, rate, steps)], 1e-5) == pytest.approx(theirs.get_epsilon(1e-5), rel=0.02)
-
-
-def test_costs_add_up_whatever_their_order_and_mixture() -> None:
-    few, many = gaussian(3.0, 2), gaussian(3.0, 5)
-    both = Account().plus(few).plus(sampled(1.0, 0.5, 1)).plus(many)
-    assert both.spent == (sampled(1.0, 0.5, 1), gaussian(3.0, 7))
-    assert Account().plus(many).plus(gaussian(4.0, 1)).plus(few).of("device") == (gaussian(4.0, 1), gaussian(3.0, 7))
-    assert epsilon([few, many], 1e-5) == pytest.approx(epsilon([gaussian(3.0, 7)], 1e-5))
-    assert epsilon([], 1e-5) == 0
-    assert epsilon([gaussian(3.0, 8)], 1e-5) > epsilon([few, many], 1e-5)
-
-
-def test_an_account_comes_back_from_its_text() -> None:
-    account = replace(Account().plus(gaussian(3.0, 2)).plus(sampled(1.0, 0.25, 9)), epsilon=1.25, delta=1e-5)
-    assert Account.loads(account.dumps()) == account
-    assert Account.loads(Account().dumps()) == Account()
-
-
-def test_a_training_costs_by_its_own_samples() -> None:
-    """Unequal devices pay unequally: a small one samples more of its data in each step, and takes fewer."""
-    plan = Plan.from_meta({**DEVICE, "dp": "sample", "batch_size": 50, "local_epochs": 2})
-    assert cost(plan, 1000) == sampled(Z, 0.05, 40)
-    assert cost(plan, 100) == sampled(Z, 0.5, 4)
-    assert cost(plan, 20) == sampled(Z, 1.0, 2)
-    assert cost(Plan.from_meta(DEVICE), 20) == cost(Plan.from_meta(DEVICE), 1000) == gaussian(Z, 1)
-
-
 # -- the noise
 
 
@@ -175,8 +78,8 @@ def test_the_normal_numbers_are_normal() -> None:
 
 
 def test_noise_has_the_deviation_that_was_paid_for_in_every_element() -> None:
-    change = np.zeros(5 * BLOCK + 17, np.float32)
-    clip_and_noise(change, clip=CLIP, noise=Z, random_source=seeded())
+    start = np.zeros(5 * BLOCK + 17, np.float32)
+    change = noisy_change(start, start, clip=CLIP, noise=Z, random_source=seeded())
     for part in (change, change[:BLOCK], change[-BLOCK - 17 :]):
         assert part.std() == pytest.approx(Z * CLIP, rel=4 / math.sqrt(2 * part.size))
         assert abs(part.mean()) < 4 * Z * CLIP / math.sqrt(part.size)
@@ -186,9 +89,8 @@ def test_noise_has_the_deviation_that_was_paid_for_in_every_element() -> None:
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e18])
 def test_no_update_is_longer_than_the_clip_before_the_noise(scale: float) -> None:
-    change = (np.random.default_rng(1).normal(size=3 * BLOCK + 5) * scale).astype(np.float32)
-    before = change.copy()
-    clip_and_noise(change, clip=CLIP, noise=0.0, random_source=seeded())
+    before = (np.random.default_rng(1).normal(size=3 * BLOCK + 5) * scale).astype(np.float32)
+    change = noisy_change(np.zeros_like(before), before, clip=CLIP, noise=0.0, random_source=seeded())
     length = float(np.linalg.norm(change.astype(np.float64)))
     assert length <= CLIP
     expected = min(CLIP, float(np.linalg.norm(before.astype(np.float64))))
@@ -309,9 +211,22 @@ def test_a_device_stops_before_the_update_that_its_budget_does_not_pay_for() -> 
     assert over.epsilon == pytest.approx(epsilon([gaussian(Z, affordable + 1)], 1e-5))
 
 
-def test_the_other_kinds_account_is_its_own() -> None:
-    account = Account().plus(sampled(0.5, 0.5, 1000))
-    assert isinstance(train(Learner(1.0), job(DEVICE, account=account)), events.TrainingFinished)
+def test_an_update_that_protects_the_device_counts_for_its_samples_with_half_its_noise() -> None:
+    """One sample moves it from one vector of at most the clip to another: by twice the clip."""
+    account = Account().plus(gaussian(4.0, 3)).plus(sampled(1.0, 0.5, 10))
+    assert account.of("sample") == (gaussian(2.0, 3), sampled(1.0, 0.5, 10))
+    assert account.of("device") == (gaussian(4.0, 3),)
+    both = epsilon(account.of("sample"), 1e-5)
+    assert both > max(epsilon([sampled(1.0, 0.5, 10)], 1e-5), epsilon([gaussian(2.0, 3)], 1e-5))
+
+
+def test_samples_that_were_protected_leave_no_bound_for_the_device() -> None:
+    account = Account().plus(sampled(50.0, 0.5, 1))
+    assert account.covers("sample")
+    assert not account.covers("device")
+    over = train(Learner(1.0), job(DEVICE, account=account))
+    assert isinstance(over, events.BudgetSpent)
+    assert over.epsilon == math.inf
 
 
 def test_per_sample_privacy_is_refused_where_the_trainer_does_not_know_it() -> None:
@@ -358,6 +273,8 @@ def following_with(plan: dict[str, Any], **changes: Any) -> tuple[ScriptedAggreg
 
 def paid(work: StartTraining, **changes: Any) -> events.TrainingFinished:
     """A result as a training by its plan would give it."""
+    if work.plan.dp == "none":
+        return trained(work, **changes)
     account = replace(work.account.plus(cost(work.plan, 10)), epsilon=2.5, delta=1e-5)
     metrics = {"loss": 0.5, "epsilon": 2.5, "delta": 1e-5}
     return trained(work, account=account, metrics=metrics, **changes)
@@ -406,12 +323,26 @@ def test_the_account_and_its_update_survive_in_one_file(tmp_path: Path) -> None:
         assert store.state.account == Account()
 
 
-def test_a_training_that_failed_under_privacy_has_been_paid_for() -> None:
+def test_a_failure_under_privacy_is_in_the_devices_own_log_only() -> None:
     _, born = following_with(DEVICE)
-    account = Account().plus(gaussian(Z, 1))
-    born.handle(events.TrainingFailed(base=0, reason="diverged", account=account))
-    assert born.disk is not None
-    assert born.disk.account == account
+    done = born.handle(paid(only(born.actions, StartTraining), failure="ValueError: sample 7 is odd"))
+    (log,) = [action for action in done if isinstance(action, Log) and action.event == "training-failed"]
+    assert "sample 7 is odd" in log.text
+    sent = [action.payload for action in done if isinstance(action, Publish)]
+    assert sent
+    assert not any(b"odd" in payload or b"fail" in payload for payload in sent)
+
+
+@pytest.mark.parametrize(("plan", "role", "private"), [(DEVICE, "train", True), ({}, "train", False),
+                                                       (DEVICE, "evaluate", False)])  # fmt: skip
+def test_what_a_device_tries_on_its_own_data_is_private_under_privacy(plan: Any, role: Any, private: bool) -> None:
+    _, born = following_with(dict(plan), role=role, reports=True)
+    work = only(born.actions, StartEvaluation)
+    assert work.private == private
+    done = born.handle(events.Evaluated(version=0, samples=0, values={}, failure="ValueError: odd"))
+    (log,) = [action for action in done if isinstance(action, Log) and action.event == "evaluated"]
+    assert log.text.endswith("ValueError: odd")
+    assert not private or not any(b"odd" in action.payload for action in done if isinstance(action, Publish))
 
 
 def test_a_device_whose_budget_is_spent_says_so_and_ends_with_a_code_of_its_own() -> None:
@@ -419,6 +350,31 @@ def test_a_device_whose_budget_is_spent_says_so_and_ends_with_a_code_of_its_own(
     stop = only(born.handle(events.BudgetSpent(base=0, epsilon=8.25, budget=8.0, delta=1e-5)), Stop)
     assert stop.code == EXIT_BUDGET == 4
     assert "epsilon would be 8.25, above 8 (delta 1e-05)" in stop.reason
+
+
+def test_a_plan_for_the_whole_device_is_refused_after_one_for_its_samples() -> None:
+    """In words, once a head; and the device goes on when the plan is the other one again."""
+    scripted, born = following_with({**DEVICE, "dp": "sample"})
+    born.handle(paid(only(born.actions, StartTraining)))
+    assert born.disk is not None
+    assert born.disk.outstanding is not None
+    born.arrive(scripted.receipt(DEVICE_NAME, DEVICE_KEY.key_id, born.disk.outstanding.seq, "accepted"))
+    scripted.plan = dict(DEVICE)
+    scripted.advance()
+    done = born.arrive(*scripted.delta(scripted.version), scripted.head())
+    assert not [action for action in done if isinstance(action, StartTraining)]
+    (log,) = [action for action in done if isinstance(action, Log) and action.event == "bad-plan"]
+    assert 'under dp = "sample"' in log.text
+    assert not [action for action in born.handle(events.TimeReached()) if isinstance(action, Log)]
+    scripted.plan = {**DEVICE, "dp": "sample"}
+    only(born.arrive(scripted.head()), StartTraining)
+
+
+def test_a_plan_for_samples_goes_on_after_one_for_the_whole_device_and_counts_both() -> None:
+    scripted, born = following_with(DEVICE)
+    born.handle(paid(only(born.actions, StartTraining)))
+    work = answered(scripted, born, "accepted", {**DEVICE, "dp": "sample"})
+    assert work.account.of("sample") == (gaussian(Z / 2, 1),)
 
 
 @pytest.mark.parametrize("seal", [False, True])
@@ -429,13 +385,13 @@ def test_only_epsilon_and_delta_are_told_of_a_private_update(seal: bool) -> None
 
 
 @pytest.mark.parametrize("outcome", ["accepted", "stale"])
-@pytest.mark.parametrize("before", [{}, {**DEVICE, "dp": "sample"}])
-def test_a_residual_of_less_protected_changes_enters_no_private_update(before: dict[str, Any], outcome: str) -> None:
+@pytest.mark.parametrize(("before", "kind"), [({}, "device"), (DEVICE, "sample")])
+def test_a_residual_of_other_changes_enters_no_private_update(before: dict[str, Any], kind: str, outcome: str) -> None:
     """Neither what error feedback kept back nor a stale update: both would go round the noise."""
     scripted, born = following_with(before)
     work = only(born.actions, StartTraining)
     born.handle(paid(work, residual=np.ones(work.schema.elements, np.float32)))
-    assert answered(scripted, born, outcome, dict(DEVICE)).residual is None
+    assert answered(scripted, born, outcome, {**DEVICE, "dp": kind}).residual is None
 
 
 def test_a_residual_of_noisy_changes_enters_the_next_update() -> None:

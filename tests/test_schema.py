@@ -153,8 +153,23 @@ def test_a_vector_of_another_length_is_refused(content: bytes) -> None:
         vector_of(content, SCHEMA)
 
 
-@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
-def test_a_vector_with_an_element_that_is_not_finite_is_refused(wrong: float) -> None:
+ABOVE = np.nextafter(np.float32(2.0**40), np.float32(np.inf))
+
+
+@pytest.mark.parametrize("wrong", [ABOVE, -ABOVE, 3e38])
+def test_a_model_beyond_the_bound_is_no_first_version(wrong: float) -> None:
+    with pytest.raises(ConfigError, match="2\\^40"):
+        to_vector(SCHEMA, model() | {"scale": np.array(wrong, dtype=np.float32)})
+
+
+@pytest.mark.parametrize("right", [2.0**40, -(2.0**40)])
+def test_an_element_may_be_as_large_as_the_bound(right: float) -> None:
+    vector = to_vector(SCHEMA, model() | {"scale": np.array(right, dtype=np.float32)})
+    assert np.array_equal(vector_of(vector.tobytes(), SCHEMA), vector)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf, ABOVE, -ABOVE])
+def test_a_vector_with_an_element_beyond_the_bound_is_refused(wrong: float) -> None:
     vector = np.zeros(617, dtype="<f4")
     vector[600] = wrong
     with pytest.raises(ProtocolError, match="bad-vector"):

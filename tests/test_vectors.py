@@ -196,8 +196,16 @@ def test_malformed_blocks_are_refused(what: str) -> None:
     assert error.value.reason == REASONS[what]
 
 
+@pytest.mark.parametrize("what", VECTORS["malformed_vectors"])
+def test_malformed_vectors_are_refused(what: str) -> None:
+    with pytest.raises(ProtocolError) as error:
+        vector_of(unhex("malformed_vectors", what), SCHEMA)
+    assert error.value.reason == "bad-vector"
+
+
 def test_every_entry_is_used() -> None:
     """A vector added to the file must be added here."""
+    others = "enroll sealed malformed_zstd malformed_blocks malformed_vectors"
     used = "about keys schema vector ternary_block float32_block tiny_numbers update message_in_3_parts head receipt"
-    assert set(VECTORS) == {*used.split(), "enroll", "sealed", "malformed_zstd", "malformed_blocks"}
+    assert set(VECTORS) == {*used.split(), *others.split()}
     assert content_bytes(SCHEMA, "ternary") == len(CONTENT)

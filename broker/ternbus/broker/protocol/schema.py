@@ -24,6 +24,10 @@ DENSE_NAMES: Final = ("*running_mean", "*running_var")  # batch norm: ternary ch
 TENSORS_MAX: Final = 100_000
 ELEMENTS_MAX: Final = 2**31
 SMALLEST_NORMAL: Final = np.float32(2.0**-126)
+# The largest magnitude of an element of a model. Squares of such elements, and sums of 2^31 of them, are finite in
+# float32. No block exceeds it: 65,504 is less than half of the distance to the next float32, so v + d is rounded to
+# 2^40 again.
+WEIGHT_MAX: Final = 2.0**40
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,24 +149,50 @@ def flush_tiny(values: npt.NDArray[np.float32]) -> None:
         values[tiny] = 0.0
 
 
+def is_bounded(vector: Vector) -> bool:
+    """Whether every element is finite and at most ``WEIGHT_MAX`` in magnitude."""
+    # NaN passes through min and max and fails both comparisons
+    return not vector.size or bool(vector.min() >= -WEIGHT_MAX and vector.max() <= WEIGHT_MAX)
+
+
 def vector_digest(vector: Vector) -> bytes:
     """BLAKE2b-256 over the vector's little-endian bytes."""
     return blake2b(np.ascontiguousarray(vector, dtype=type_f32).data, digest_size=32).digest()
 
 
 def vector_of(content: bytes, schema: Schema) -> Vector:
-    """Decode a vector; ProtocolError for a wrong length or an element that is not finite."""
+    """Decode a vector; ProtocolError for a wrong length or an element not finite or beyond ``WEIGHT_MAX``."""
     if len(content) != 4 * schema.elements:
         raise ProtocolError("bad-vector", f"{len(content)} bytes instead of {4 * schema.elements}")
     vector = np.frombuffer(content, dtype=type_f32).astype(np.float32)
-    if not np.isfinite(vector).all():
-        raise ProtocolError("bad-vector", "an element is not finite")
+    if not is_bounded(vector):
+        raise ProtocolError("bad-vector", f"an element is not finite, or beyond {WEIGHT_MAX:.0f}")
     flush_tiny(vector)
     return vector
 
 
 def to_vector(schema: Schema, tensors: Mapping[str, npt.NDArray[Any]]) -> Vector:
-    """Flatten named tensors, row-major, in schema order; ConfigError if names, shapes or values are invalid."""
+    """Flatten a model's tensors and set tiny numbers to +0.
+
+    ConfigError if the tensors do not match the schema, or an element is not finite or beyond ``WEIGHT_MAX``.
+    """
+    vector = flatten(schema, tensors)
+    if not np.isfinite(vector).all():
+        raise ConfigError("the model has values that are not finite; try a lower learning rate")
+    if not is_bounded(vector):
+        raise ConfigError(
+            f"the model has a value beyond 2^40 ({WEIGHT_MAX:.0f}), the largest that can be published; try a lower "
+            "learning rate"
+        )
+    flush_tiny(vector)
+    return vector
+
+
+def flatten(schema: Schema, tensors: Mapping[str, npt.NDArray[Any]]) -> Vector:
+    """Flatten named tensors of any values, row-major, in schema order; ConfigError if names or shapes are invalid.
+
+    Numbers beyond float32's range become infinite.
+    """
     missing = [tensor.name for tensor in schema.tensors if tensor.name not in tensors]
     if missing:
         raise ConfigError(
@@ -178,10 +208,8 @@ def to_vector(schema: Schema, tensors: Mapping[str, npt.NDArray[Any]]) -> Vector
                 f"tensor {name!r} has shape {tuple(array.shape)} instead of the federation's {shape}; use the "
                 "federation's model"
             )
-        vector[segment.start : segment.stop] = np.asarray(array, dtype=np.float32).reshape(-1)
-    if not np.isfinite(vector).all():
-        raise ConfigError("the model has values that are not finite; try a lower learning rate")
-    flush_tiny(vector)
+        with np.errstate(over="ignore", invalid="ignore"):
+            vector[segment.start : segment.stop] = np.asarray(array, dtype=np.float32).reshape(-1)
     return vector
 
 

@@ -26,7 +26,8 @@ protocol promises holds if the shell keeps this contract. `edge.shell.service` i
 9. **Jobs.** Run `StartTraining`, `StartEvaluation` and `StartFineTuning` beside the core, one after the other, without
    modifying their arrays. Each ends in one event with the base or version of the job: `TrainingFinished`,
    `TrainingFailed` or `BudgetSpent`; `Evaluated`; `FineTuned` or `FineTuningFailed`. Any other failure of the task's
-   code ends the process. A job that a crash cut short needs no trace: the core starts it again.
+   code ends the process; under a plan with `dp`, where others would notice that, the event holds it instead. A job
+   that a crash cut short needs no trace: the core starts it again.
 10. **SavePersonal, Log.** Write the file; print the log. Neither has an answer.
 11. **Stop.** Flush what was published, disconnect so that the broker does not publish the last will, and end with the
     code. `StopRequested` asks for it. The core ignores every event after it.

@@ -70,6 +70,7 @@ class StartEvaluation:
     version: int
     schema: Schema
     vector: Vector
+    private: bool = False  # others may see nothing of the data, not even a failure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -168,7 +168,9 @@ class Core:
         actions += self._leave_if_done()
         if self._stopped:
             return actions
-        actions += self.evaluation.begin(self.follower, training=self.training.running is not None)
+        actions += self.evaluation.begin(
+            self.follower, training=self.training.running is not None, private=self.training.private
+        )
         actions += [] if self._leaving else self._begin_training(now)
         actions += self._send(now)
         return [*actions, *self._check_wait(now)]
@@ -337,7 +339,6 @@ class Core:
         return [describe(event), *self._status()]
 
     def _training_failed(self, event: events.TrainingFailed) -> list[Action]:
-        self.pending.put(replace(self.state, account=event.account or self.state.account))
         return [self.training.failed(event), *self._status()]
 
     # -- sending

@@ -28,8 +28,11 @@ class EvaluationPolicy:
     evaluated: int = 0  # versions, by an evaluator
     _running: bool = False
 
-    def begin(self, follower: Follower, *, training: bool) -> list[StartEvaluation]:
-        """Evaluate the follower's version, if it is new and nothing is being evaluated or trained."""
+    def begin(self, follower: Follower, *, training: bool, private: bool) -> list[StartEvaluation]:
+        """Evaluate the follower's version, if it is new and nothing is being evaluated or trained.
+
+        `private`: others may see nothing of the data of a device that trains.
+        """
         version, vector, schema = follower.version, follower.vector, follower.schema
         if not self.profile.evaluates or training or self._running:
             return []
@@ -38,14 +41,15 @@ class EvaluationPolicy:
         if version is None or vector is None or schema is None or version <= self.pending.state.evaluated:
             return []
         self._running = True
-        return [StartEvaluation(version=version, schema=schema, vector=vector)]
+        private = private and self.profile.role == "train"
+        return [StartEvaluation(version=version, schema=schema, vector=vector, private=private)]
 
     def finished(self, event: Evaluated, *, sealed: bool) -> tuple[list[Action], list[Publish]]:
         """Record that the version is evaluated. Returns the log, and the metrics to publish."""
         self._running = False
         self.evaluated += self.profile.role == "evaluate"
         self.pending.put(replace(self.pending.state, evaluated=event.version))
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in event.values.items())
+        shown = event.failure or ", ".join(f"{name} {value:.4f}" for name, value in event.values.items())
         where = "" if self.profile.role == "evaluate" else " on the held-out data"
         fields = {"version": event.version, "samples": event.samples, **event.values}
         log = Log(event="evaluated", text=f"version {event.version}{where}: {shown}", fields=fields)

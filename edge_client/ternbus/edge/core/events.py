@@ -78,15 +78,15 @@ class TrainingFinished:
     block: Block
     residual: Vector | None
     account: Account | None = None  # this training included; None without differential privacy
+    failure: str = ""  # why it failed and noise is sent instead, under differential privacy; for the device's log
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingFailed:
-    """Training on ``base`` gave no usable model."""
+    """Training on ``base`` gave no usable model; never under differential privacy, where others would see it."""
 
     base: int
     reason: str
-    account: Account | None = None  # this training included: the failure is visible to others, so it costs as much
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +106,7 @@ class Evaluated:
     version: int
     samples: int
     values: Mapping[str, float]
+    failure: str = ""  # why there are no values, for private data; for the device's own log
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

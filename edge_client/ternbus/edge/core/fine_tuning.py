@@ -27,6 +27,7 @@ def plan_of(plan: Plan, epochs: float) -> Plan:
         local_epochs=epochs,
         local_steps=None,
         local_seconds=None,
+        steps_max=None,
         schedule="constant",
         warmup_versions=0,
         statistics_rate=1.0,

@@ -14,6 +14,7 @@ from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.topics import Address
 from ternbus.edge.core.actions import Publish
 from ternbus.edge.core.state import OutstandingUpdate, Seal
+from ternbus.edge.plan.limits import TrainingLimits
 from ternbus.edge.plan.privacy import PrivacyPolicy
 
 Role = Literal["join", "train", "evaluate"]
@@ -57,6 +58,7 @@ class Profile:
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # shapes of the task's model, by name
     default_plan: Mapping[str, object] = field(default_factory=dict)
     policy: PrivacyPolicy | None = None  # the differential privacy that the device's owner requires
+    limits: TrainingLimits = field(default_factory=TrainingLimits)  # of one training, by the device's owner
     software: str = ""
     versions: int | None = None  # number of versions to contribute to, or to evaluate; None: no limit
     timeout_s: float | None = None  # longest wait for broker or aggregator; None: no limit

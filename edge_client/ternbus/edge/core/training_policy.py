@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Final
 
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.messages import OPEN, Head
@@ -13,9 +14,17 @@ from ternbus.edge.core.state import State
 from ternbus.edge.plan.plan import NO_DP, Plan
 from ternbus.edge.plan.schedule import TURNS, turn
 
+MIXED: Final = (
+    'it has dp = "device", but this device has trained under dp = "sample", which has no epsilon for the whole device; '
+    'use dp = "sample", or leave and join again as another device'
+)
+
 
 def describe(event: TrainingFinished) -> Log:
-    """The log of a finished training."""
+    """The log of a finished training; or of a failed one, in whose place the device sends noise."""
+    if event.failure:
+        text = f"training on version {event.base} failed, the device sends noise instead: {event.failure}"
+        return Log(event="training-failed", text=text, fields={"base": event.base, "reason": event.failure})
     fields = {"base": event.base, "samples": event.samples, **event.metrics}
     shown = ", ".join(f"{name} {value:.4g}" for name, value in event.metrics.items())
     return Log(event="trained", text=f"trained on version {event.base}: {shown}", fields=fields)
@@ -38,8 +47,13 @@ class TrainingPolicy:
         """Whether metrics of the device's data stay on it: the plan seals or adds noise, or there is no plan."""
         return self.plan is None or self.plan.seal or self.plan.dp != NO_DP
 
+    @property
+    def private(self) -> bool:
+        """Whether others may see nothing of the device's data; true without a plan."""
+        return self.plan is None or self.plan.dp != NO_DP
+
     def read_plan(self, head: Head) -> list[Log]:
-        """Read the head's plan; the task's default plan completes it, the owner's policy bounds it."""
+        """Read the head's plan; the task's default plan completes it, the owner's policy and limits bound it."""
         self.plan, policy = None, self.profile.policy
         try:
             plan = Plan.from_meta({**self.profile.default_plan, **head.plan})
@@ -48,7 +62,7 @@ class TrainingPolicy:
         bound = plan if policy is None else policy.bound(plan)
         if isinstance(bound, str):
             return [_refused(bound)]
-        self.plan = bound
+        self.plan = self.profile.limits.bound(bound)
         return []
 
     def begin(self, follower: Follower, state: State, now: float) -> list[StartTraining | Log]:
@@ -61,6 +75,9 @@ class TrainingPolicy:
             return []
         if plan is None or vector is None or schema is None or head.version <= self.newest_answered(state):
             return []
+        if plan.dp != NO_DP and not state.account.covers(plan.dp):
+            self.plan = None  # until the next head
+            return [_refused(MIXED)]
         if (waiting := self._wait_for_turn(plan, head.version, now)) is not None:
             return [*waiting]
         self.running = StartTraining(

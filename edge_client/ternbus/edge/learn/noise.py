@@ -19,7 +19,7 @@ Source = Callable[[int], bytes]  # returns this many random bytes
 
 BLOCK: Final = 65_536  # numbers at a time, so that noise for a large model needs little memory
 SUMMED: Final = 4
-ROUNDING: Final = 1 - 2.0**-20  # factor of a clipped vector: rounding to float32 must not exceed the clipping norm
+ROUNDING: Final = 1 - 2.0**-20  # factor of a clipped vector: rounding must not exceed the clipping norm
 
 
 class RandomSource:
@@ -55,18 +55,35 @@ class RandomSource:
         return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
 
 
-def clip_and_noise(change: Vector, *, clip: float, noise: float, random_source: RandomSource) -> None:
-    """The Gaussian mechanism on a whole update, in place: change·min(1, C/|change|) + N(0, (z·C)²) in each element.
+def noisy_change(start: Vector, trained: Vector, *, clip: float, noise: float, random_source: RandomSource) -> Vector:
+    """The Gaussian mechanism on a whole update: d·min(1, C/|d|) + N(0, (z·C)²) in each element, d = trained - start.
 
     C is `clip`, an L2 norm over all tensors together; z is `noise`. McMahan et al. 2018, algorithm 1, with the noise
-    on the device. `change` is a finite float32 vector.
+    on the device. Whatever values `trained` has, and for every finite `start`, the result is finite.
     """
-    length = math.sqrt(sum(float(np.square(change[part], dtype=np.float64).sum()) for part in _parts(change.size)))
+    change = np.empty_like(start)
+    for part, clipped in clipped_change(start, trained, clip):
+        change[part] = clipped + noise * clip * random_source.normal(clipped.size)
+    return change
+
+
+def clipped_change(start: Vector, trained: Vector, clip: float) -> Iterator[tuple[slice, Floats]]:
+    """What the noise is added to, in parts: its L2 norm, in float64, is at most `clip`.
+
+    An element of the change that is not finite is 0 before anything is computed from it. The squares of all others have
+    a sum in float64, so the factor is never 0·inf.
+    """
+    length = math.sqrt(sum(float(np.square(change).sum()) for _, change in differences(start, trained)))
     factor = ROUNDING * min(1.0, clip / length) if length else 0.0
-    for part in _parts(change.size):
-        change[part] = change[part] * factor + noise * clip * random_source.normal(change[part].size)
+    for part, change in differences(start, trained):
+        yield part, change * factor
 
 
-def _parts(size: int) -> Iterator[slice]:
-    for first in range(0, size, BLOCK):
-        yield slice(first, min(first + BLOCK, size))
+def differences(start: Vector, trained: Vector) -> Iterator[tuple[slice, Floats]]:
+    """Trained - start in float64, in parts, with 0 where that is not finite."""
+    for first in range(0, start.size, BLOCK):
+        part = slice(first, min(first + BLOCK, start.size))
+        with np.errstate(invalid="ignore"):  # of a signalling NaN
+            change = trained[part].astype(np.float64) - start[part]
+        change[~np.isfinite(change)] = 0.0
+        yield part, change

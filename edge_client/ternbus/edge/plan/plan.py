@@ -60,6 +60,7 @@ class Plan:
     dp_delta: float = 1e-5
     participation: float = 1.0
     turn_s: float = 600.0
+    steps_max: int | None = None  # the limit of the device's owner; not a key of a head's plan
     extra: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -82,10 +83,11 @@ class Plan:
         return cls(**given, extra=extra)  # type: ignore[arg-type]  # __post_init__ checks every value
 
     def steps(self, samples: int) -> int:
-        """The number of training steps of a device with this many samples; at least 1."""
-        if self.local_steps is not None:
-            return self.local_steps
-        return max(1, round(self.local_epochs * samples / min(self.batch_size, samples)))
+        """The number of training steps of a device with this many samples; at least 1, at most `steps_max`."""
+        steps = self.local_steps
+        if steps is None:
+            steps = max(1, round(self.local_epochs * samples / min(self.batch_size, samples)))
+        return steps if self.steps_max is None else min(steps, self.steps_max)
 
     def rate(self, version: int) -> float:
         """The learning rate for training on a version."""

@@ -32,7 +32,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Account:
-    """The privacy budget that a device has spent.
+    """The privacy budget that a device has spent, both kinds in one list.
 
     ``epsilon`` and ``delta`` are for the kind of the newest update, and include it.
     """
@@ -41,8 +41,23 @@ class Account:
     epsilon: float = 0.0
     delta: float = 0.0
 
+    def covers(self, kind: str) -> bool:
+        """Whether the releases so far have an epsilon of this kind.
+
+        Trainings that protect samples have none for a device: their clipping bounds the part of each sample, but the
+        part of all samples only by their number.
+        """
+        return kind == SAMPLE or not any(cost.kind == SAMPLE for cost in self.spent)
+
     def of(self, kind: str) -> tuple[Cost, ...]:
-        return tuple(cost for cost in self.spent if cost.kind == kind)
+        """Every mechanism whose output depends on what this kind protects, as it counts there; see `covers`.
+
+        An update that protects the device depends on each sample too. Its norm is at most `dp_clip` both with the
+        sample and without it, so one sample changes it by up to twice as much: the noise counts half.
+        """
+        if kind == DEVICE:
+            return tuple(cost for cost in self.spent if cost.kind == DEVICE)
+        return tuple(replace(cost, noise=cost.noise / 2) if cost.kind == DEVICE else cost for cost in self.spent)
 
     def plus(self, cost: Cost) -> "Account":
         """The account with another cost. Equal mechanisms add up to one entry. The caller must update `epsilon`."""

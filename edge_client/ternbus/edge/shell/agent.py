@@ -206,6 +206,7 @@ def _profile(
         tensors=shapes,
         default_plan=dict(task.default_plan),
         policy=settings.policy,
+        limits=settings.limits,
         software=software(),
         versions=options.versions,
         timeout_s=options.timeout_s,

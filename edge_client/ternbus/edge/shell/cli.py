@@ -17,6 +17,7 @@ from ternbus.edge.learn import accountant
 from ternbus.edge.learn.partition import FORMS, Partition
 from ternbus.edge.learn.subnetwork import narrow
 from ternbus.edge.learn.task_loader import BUILT_IN_TASKS, absolute, expanded, load_task
+from ternbus.edge.plan.limits import TrainingLimits
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.privacy import DEVICE, SAMPLE, PrivacyPolicy, cost
 from ternbus.edge.shell import agent, log_check
@@ -93,13 +94,13 @@ FrameBytes = Annotated[
     ),
 ]
 
-Dp = Annotated[
-    str, typer.Option(metavar="KIND", help="Differential privacy that the plan must have: device or sample.")
-]
+Dp = Annotated[str, typer.Option(metavar="KIND", help="Required differential privacy of the plan: device or sample.")]
 MaxEpsilon = Annotated[
     float | None, typer.Option(metavar="EPSILON", help="Largest epsilon to spend, whatever the plan allows; with --dp.")
 ]
 MaxDelta = Annotated[float, typer.Option(metavar="DELTA", help="Largest delta of the plan to accept; with --dp.")]
+MaxSeconds = Annotated[float | None, typer.Option(metavar="SECONDS", help="Largest duration of one training.")]
+MaxSteps = Annotated[int | None, typer.Option(metavar="N", help="Largest number of steps of one training.")]
 
 
 @app.command()
@@ -116,6 +117,8 @@ def join(
     dp: Dp = "",
     max_epsilon: MaxEpsilon = None,
     max_delta: MaxDelta = 1e-5,
+    max_seconds: MaxSeconds = None,
+    max_steps: MaxSteps = None,
     renew: Renew = False,
     hold_out: HoldOut = 0.0,
     width: Width = 1.0,
@@ -137,12 +140,11 @@ def join(
     Example: ternbus edge join pi-7.toml pi-7 --task digits --partition iid:0/8
     """
     printer = Printer(as_json=as_json)
-    at_its_default = width == 1 and partition == "all" and frame_bytes == FRAME_BYTES
-    kept_settings = (data, seed, username, password_file, dp, max_epsilon, hold_out, not at_its_default)
-    _check_renew(renew, task, any(kept_settings))
+    at_its_default = (width, partition, frame_bytes, max_seconds, max_steps) == (1, "all", FRAME_BYTES, None, None)
+    _check_renew(renew, task, any((data, seed, username, password_file, dp, max_epsilon, hold_out, not at_its_default)))
     _check_run(then_run, bool(reports or fine_tune))
     Partition.parse(f"{partition};test:{hold_out!r}" if hold_out else partition)
-    policy = _policy(dp, max_epsilon, max_delta)
+    policy, limits = _policy(dp, max_epsilon, max_delta), TrainingLimits(seconds=max_seconds, steps=max_steps)
     home, options = DeviceDirectory(directory), Options(timeout_s=timeout, reports=reports, fine_tune=fine_tune)
     asked = _load(invitation)
     if renew:
@@ -151,11 +153,10 @@ def join(
             raise typer.Exit(printer.finish(stop, ended=True))
         printer.end(stop)
     elif not (then_run and home.has_joined(asked)):
-        model = load_task(task)
-        narrow(model, width)  # raises ConfigError before anything is written
+        narrow(model := load_task(task), width)  # raises ConfigError before anything is written
         settings = home.prepare(
             asked, task=absolute(task), data=data, partition=partition, seed=seed, hold_out=hold_out, width=width,
-            frame_bytes=frame_bytes, username=username, password_file=password_file, policy=policy,
+            frame_bytes=frame_bytes, username=username, password_file=password_file, policy=policy, limits=limits,
         )  # fmt: skip
         agent.check(settings, options)
         stop = agent.join(home, settings, model, options, printer)
@@ -187,7 +188,7 @@ def _load(path: Path) -> Invitation:
 def _check_renew(renew: bool, task: str, others: bool) -> None:
     if renew and (task or others):
         raise ConfigError(
-            "--renew keeps task, data, partition, seed, login, privacy, hold-out, width and frame size: "
+            "--renew keeps task, data, partition, seed, login, privacy, hold-out, width, frame size and limits: "
             "leave out these options"
         )
     if not renew and not task:
@@ -334,6 +335,8 @@ def status(
         "delta": state.account.delta,
         "hold_out": settings.hold_out or None,
         "width": settings.width or None,
+        "max_seconds": settings.limits.seconds,
+        "max_steps": settings.limits.steps,
         "personal": str(directory / PERSONAL) if (directory / PERSONAL).exists() else None,
         "outstanding": None
         if waiting is None

@@ -18,6 +18,7 @@ from ternbus.broker.store_format import copies
 from ternbus.edge.learn.partition import Partition
 from ternbus.edge.learn.subnetwork import WIDTH_MIN, check_width
 from ternbus.edge.learn.task_loader import expanded
+from ternbus.edge.plan.limits import TrainingLimits
 from ternbus.edge.plan.privacy import PrivacyPolicy
 from ternbus.edge.store.outbox import FILE as OUTBOX
 
@@ -54,11 +55,13 @@ class Settings:
     dp: str = ""  # the kind of differential privacy that the plan must have; see docs/privacy.md
     max_epsilon: str = ""
     max_delta: str = ""
+    max_seconds: str = ""  # time limit of one training; empty for none
+    max_steps: str = ""  # step limit of one training; empty for none
     code: str = field(default="", repr=False)  # of the invitation, until the device has joined
 
     def __post_init__(self) -> None:
         check_federation(self.federation)
-        _ = self.policy  # raises ConfigError if it is invalid
+        _ = self.policy, self.limits  # raise ConfigError if one is invalid
         check_device(self.device)
         check_broker_url(self.broker)
         if self.seed and not (self.seed.isascii() and self.seed.isdecimal()):
@@ -92,6 +95,15 @@ class Settings:
                 f"edge.toml: max_epsilon is {self.max_epsilon!r} and max_delta is {self.max_delta!r}: "
                 "with dp both must be numbers"
             ) from None
+
+    @property
+    def limits(self) -> TrainingLimits:
+        """Of one training, by the owner. Raises `ConfigError` for what is no number."""
+        try:
+            seconds = float(self.max_seconds) if self.max_seconds else None
+            return TrainingLimits(seconds=seconds, steps=int(self.max_steps) if self.max_steps else None)
+        except ValueError:
+            raise ConfigError("edge.toml: max_seconds must be a number, max_steps a whole number") from None
 
     @property
     def data_folder(self) -> Path | None:
@@ -186,6 +198,7 @@ class DeviceDirectory:
         username: str = "",
         password_file: Path | None = None,
         policy: PrivacyPolicy | None = None,
+        limits: TrainingLimits | None = None,
     ) -> Settings:
         """Write key, certificates and settings for `join`; the key of an interrupted `join` is used again.
 
@@ -217,6 +230,8 @@ class DeviceDirectory:
             dp=policy.kind if policy is not None else "",
             max_epsilon=str(policy.epsilon) if policy is not None else "",
             max_delta=str(policy.delta) if policy is not None else "",
+            max_seconds=repr(limits.seconds) if limits is not None and limits.seconds is not None else "",
+            max_steps=str(limits.steps) if limits is not None and limits.steps is not None else "",
             code=invitation.code,
         )
         if before not in {None, invitation.code} or not (self.folder / KEY).exists():

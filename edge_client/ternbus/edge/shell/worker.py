@@ -3,11 +3,9 @@
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from queue import SimpleQueue
 
-from ternbus.broker.errors import ConfigError
-from ternbus.broker.protocol.schema import to_tensors, to_vector
+from ternbus.broker.protocol.schema import Vector, flatten, flush_tiny, is_bounded, to_tensors
 from ternbus.edge.core.actions import Job, StartEvaluation, StartFineTuning, StartTraining
 from ternbus.edge.core.events import (
     BudgetSpent,
@@ -17,13 +15,12 @@ from ternbus.edge.core.events import (
     TrainingFailed,
     TrainingFinished,
 )
-from ternbus.edge.learn.accountant import epsilon
 from ternbus.edge.learn.compress import compress
-from ternbus.edge.learn.noise import RandomSource, clip_and_noise
-from ternbus.edge.learn.task import PrivateTrainer, Trained, Trainer, TrainingError
-from ternbus.edge.plan.plan import NO_DP, Plan
-from ternbus.edge.plan.privacy import DEVICE, PRIVACY_METRICS, SAMPLE, Account, cost
-from ternbus.edge.plan.tensors import Tensors
+from ternbus.edge.learn.noise import RandomSource
+from ternbus.edge.learn.task import Trained, Trainer, TrainingError
+from ternbus.edge.plan.plan import NO_DP
+from ternbus.edge.shell import private_training
+from ternbus.edge.shell.private_training import describe_failure
 
 TrainingResult = TrainingFinished | TrainingFailed | BudgetSpent
 Result = TrainingResult | Evaluated | FineTuned | FineTuningFailed
@@ -32,75 +29,64 @@ Result = TrainingResult | Evaluated | FineTuned | FineTuningFailed
 def train(trainer: Trainer, job: StartTraining, random_source: RandomSource | None = None) -> TrainingResult:
     """Train and compress the change, under the plan's differential privacy, if the budget allows it.
 
-    `random_source` is for tests and simulations; on a device it is the operating system's. Raises whatever the task's
-    code raises, and `ConfigError` if the task cannot train with the plan's `dp`.
+    `random_source` is for tests and simulations; on a device it is the operating system's. Raises `ConfigError` if the
+    task cannot train with the plan's `dp`; without `dp`, whatever the task's code raises.
     """
-    plan, account, random_source = job.plan, None, random_source or RandomSource()
-    if plan.dp != NO_DP:
-        account = _charged(job.account, plan, trainer.samples)
-        if account.epsilon > plan.dp_epsilon:
-            return BudgetSpent(base=job.base, epsilon=account.epsilon, budget=plan.dp_epsilon, delta=plan.dp_delta)
-    start = to_tensors(job.schema, job.vector)
+    if job.plan.dp != NO_DP:
+        return private_training.train(trainer, job, random_source or RandomSource())
     try:
-        trained = _learned(trainer, start, job, random_source)
+        trained = trainer.train(to_tensors(job.schema, job.vector), job.plan, version=job.base, seed=job.seed)
+        change = _change(job, trained)
     except TrainingError as error:
-        if plan.dp != DEVICE:
-            return TrainingFailed(base=job.base, reason=str(error), account=account)
-        trained = Trained(tensors=start, samples=1, metrics={})  # a missing update would reveal something of the data
-    change = to_vector(job.schema, trained.tensors)
-    change -= job.vector
-    if plan.dp == DEVICE:
-        clip_and_noise(change, clip=plan.dp_clip, noise=plan.dp_noise, random_source=random_source)
-    # Post-processing of the mechanism's output: quantization and residual cost no privacy.
-    compressed = compress(job.schema, plan, change, job.residual, job.seed)
+        return TrainingFailed(base=job.base, reason=str(error))
+    compressed = compress(job.schema, job.plan, change, job.residual, job.seed)
     return TrainingFinished(
         base=job.base,
-        samples=1 if plan.dp == DEVICE else trained.samples,
-        metrics=trained.metrics if account is None else {**trained.metrics, **_privacy_metrics(account)},
+        samples=trained.samples,
+        metrics=trained.metrics,
         block=compressed.block,
         residual=compressed.residual,
-        account=account,
     )
 
 
-def _learned(trainer: Trainer, start: Tensors, job: StartTraining, random_source: RandomSource) -> Trained:
-    if job.plan.dp != SAMPLE:
-        return trainer.train(start, job.plan, version=job.base, seed=job.seed)
-    if not isinstance(trainer, PrivateTrainer):
-        raise ConfigError(
-            'the plan has dp = "sample", and this task has no train_privately(): add it, or use dp = "device"'
-        )
-    return trainer.train_privately(start, job.plan, version=job.base, seed=job.seed, random_source=random_source)
-
-
-def _charged(account: Account, plan: Plan, samples: int) -> Account:
-    """The account with one more training by this plan."""
-    after = account.plus(cost(plan, samples))
-    return replace(after, epsilon=epsilon(after.of(plan.dp), plan.dp_delta), delta=plan.dp_delta)
-
-
-def _privacy_metrics(account: Account) -> dict[str, float]:
-    return dict(zip(PRIVACY_METRICS, (account.epsilon, account.delta), strict=True))
+def _change(job: StartTraining, trained: Trained) -> Vector:
+    change = flatten(job.schema, trained.tensors)
+    if not is_bounded(change):
+        raise TrainingError("training diverged (a value is beyond 2^40): lower the plan's learning_rate")
+    flush_tiny(change)
+    change -= job.vector
+    return change
 
 
 def evaluate(trainer: Trainer, job: StartEvaluation) -> Evaluated:
-    found = trainer.evaluate(to_tensors(job.schema, job.vector))
+    """Raises whatever the task's code raises; not for private data, since others see that the process ends."""
+    try:
+        found = trainer.evaluate(to_tensors(job.schema, job.vector))
+    except Exception as error:
+        if not job.private:
+            raise
+        return Evaluated(version=job.version, samples=0, values={}, failure=describe_failure(error))
     return Evaluated(version=job.version, samples=found.samples, values=found.finite)
 
 
 def fine_tune(trainer: Trainer, held: Trainer, job: StartFineTuning) -> FineTuned | FineTuningFailed:
-    """Train on the data of `trainer`; evaluate the model before and after on the data of `held`."""
+    """Train on the data of `trainer`; evaluate before and after on the data of `held`. Raises as `evaluate` does."""
     start = to_tensors(job.schema, job.vector)
-    before = held.evaluate(start)
     try:
+        before = held.evaluate(start)
         trained = trainer.train(start, job.plan, version=job.version, seed=job.seed)
+        after = held.evaluate(trained.tensors)
     except TrainingError as error:
         return FineTuningFailed(version=job.version, reason=str(error))
+    except Exception as error:
+        if job.plan.dp == NO_DP:
+            raise
+        return FineTuningFailed(version=job.version, reason=describe_failure(error))
     return FineTuned(
         version=job.version,
         samples=before.samples,
         before=before.finite,
-        after=held.evaluate(trained.tensors).finite,
+        after=after.finite,
         tensors=trained.tensors,
     )
 
@@ -122,6 +108,7 @@ class Worker:
         self._held = held or trainer
         self._deliver = deliver
         self._min_seconds = min_seconds
+        self._lasted = 0.0  # how long the last training took that did not fail
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._stopping = threading.Event()
         # A daemon, so that a device that stops need not wait for the end of an epoch.
@@ -158,5 +145,10 @@ class Worker:
             return fine_tune(self._trainer, self._held, job)
         began = time.monotonic()
         result = train(self._trainer, job)
-        self._stopping.wait(max(0.0, self._min_seconds - (time.monotonic() - began)))
+        took, least = time.monotonic() - began, self._min_seconds
+        if isinstance(result, TrainingFinished) and result.failure:
+            least = max(least, self._lasted)  # others must not notice a failure because it is sooner
+        elif isinstance(result, TrainingFinished):
+            self._lasted = took
+        self._stopping.wait(max(0.0, least - took))
         return result

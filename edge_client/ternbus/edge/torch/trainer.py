@@ -20,7 +20,7 @@ from ternbus.edge.learn import local_optimizer
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.partition import Indices, Partition, select
 from ternbus.edge.learn.task import Evaluation, Trained
-from ternbus.edge.plan.plan import Plan
+from ternbus.edge.plan.plan import NO_DP, Plan
 from ternbus.edge.plan.tensors import FloatArray, Tensors
 from ternbus.edge.torch import dp_sgd
 from ternbus.edge.torch.autotune import Way, fastest, ways
@@ -151,7 +151,8 @@ class TorchTrainer:
             torch.manual_seed(seed)  # dropout and augmentation draw from it
             metrics = self._descend(plan, plan.rate(version), way, np.random.default_rng(seed))
         metrics |= {"seconds": time.perf_counter() - began, **way.metrics()}
-        tensors = self._travelling.arrays_since(start, plan.statistics_rate)
+        # under differential privacy no statistic of the data travels
+        tensors = self._travelling.arrays_since(start, plan.statistics_rate if plan.dp == NO_DP else 0.0)
         return Trained(tensors=tensors, samples=self.samples, metrics=metrics)
 
     def train_privately(
@@ -166,6 +167,7 @@ class TorchTrainer:
             metrics = dp_sgd.descend(
                 self._model,
                 self._private_loss,
+                probe=self._probe,
                 samples=self.samples,
                 plan=plan,
                 rate=plan.rate(version),
@@ -179,6 +181,11 @@ class TorchTrainer:
         if self._task.augment is not None:
             inputs = self._task.augment(inputs)
         return self._task.loss(self._model(inputs), targets)
+
+    def _probe(self) -> Tensor:
+        """The loss of two samples that are 0."""
+        inputs, targets = self._batch(slice(0, 2))
+        return self._task.loss(self._model(torch.zeros_like(inputs)), torch.zeros_like(targets))
 
     def evaluate(self, tensors: Tensors) -> Evaluation:
         self._travelling.load(tensors)

@@ -1,0 +1,134 @@
+"""A training under differential privacy: for any data, it releases one noisy change of the model.
+
+An exception of the task's code, and a model that is not finite, appear in the device's own log only. Only
+`ConfigError` is raised to the caller: it means that the task cannot train by the plan, for any data.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from ternbus.broker.errors import ConfigError, FederationError
+from ternbus.broker.protocol.schema import DENSE_NAMES, WEIGHT_MAX, Schema, Vector, flatten, to_tensors
+from ternbus.edge.core.actions import StartTraining
+from ternbus.edge.core.events import BudgetSpent, TrainingFinished
+from ternbus.edge.learn.accountant import epsilon
+from ternbus.edge.learn.compress import compress
+from ternbus.edge.learn.noise import RandomSource, differences, noisy_change
+from ternbus.edge.learn.task import PrivateTrainer, Trained, Trainer, TrainingError
+from ternbus.edge.plan.plan import Plan
+from ternbus.edge.plan.privacy import DEVICE, PRIVACY_METRICS, Account, Cost, cost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Released:
+    """What others may see of a training, and the failure for the device's own log."""
+
+    change: Vector
+    cost: Cost
+    trained: Trained | None
+    failure: str = ""
+
+
+def train(trainer: Trainer, job: StartTraining, random_source: RandomSource) -> TrainingFinished | BudgetSpent:
+    """Train by a plan with `dp`, if the budget allows all of its steps; charge those that ran.
+
+    Raises `ConfigError` if the task cannot train with the plan's `dp`.
+    """
+    plan, samples = job.plan, trainer.samples
+    planned = cost(plan, samples)
+    before = _charged(job.account, planned, plan)
+    if not before.epsilon <= plan.dp_epsilon:
+        return BudgetSpent(base=job.base, epsilon=before.epsilon, budget=plan.dp_epsilon, delta=plan.dp_delta)
+    release = _release_device if plan.dp == DEVICE else _release_sample
+    released = release(trainer, job, planned, random_source)
+    _clear_statistics(job.schema, released.change)
+    account = before if released.cost == planned else _charged(job.account, released.cost, plan)
+    # Post-processing of the mechanism's output: quantization and residual cost no privacy.
+    compressed = compress(job.schema, plan, released.change, _finite(job.residual), job.seed)
+    metrics = released.trained.metrics if released.trained is not None else {}
+    return TrainingFinished(
+        base=job.base,
+        samples=1 if plan.dp == DEVICE else samples,
+        metrics={**metrics, **dict(zip(PRIVACY_METRICS, (account.epsilon, account.delta), strict=True))},
+        block=compressed.block,
+        residual=compressed.residual,
+        account=account,
+        failure=released.failure,
+    )
+
+
+def describe_failure(error: Exception) -> str:
+    """Describe an exception of the task's code, for the device's own log."""
+    return str(error) if isinstance(error, FederationError) else f"{type(error).__name__}: {error}"
+
+
+def _release_device(trainer: Trainer, job: StartTraining, planned: Cost, random_source: RandomSource) -> _Released:
+    """The clipped change with noise; if training failed, the noise of a change of 0."""
+    plan, trained, failure, after = job.plan, None, "", job.vector
+    try:
+        trained = trainer.train(to_tensors(job.schema, job.vector), plan, version=job.base, seed=job.seed)
+        after = flatten(job.schema, trained.tensors)
+    except ConfigError:
+        raise
+    except Exception as error:  # noqa: BLE001 - it may depend on the data: nobody else may see it
+        failure = describe_failure(error)
+    change = noisy_change(job.vector, after, clip=plan.dp_clip, noise=plan.dp_noise, random_source=random_source)
+    return _Released(change=change, cost=planned, trained=trained, failure=failure)
+
+
+def _release_sample(trainer: Trainer, job: StartTraining, planned: Cost, random_source: RandomSource) -> _Released:
+    """The change by noisy steps, each element finite; if training failed, only the noise of its steps.
+
+    The trainer itself handles the failure of a single sample. What remains is above all a model that is not finite
+    because of noisy gradients and the plan.
+    """
+    plan = job.plan
+    if not isinstance(trainer, PrivateTrainer):
+        raise ConfigError(
+            'the plan has dp = "sample", and this task has no train_privately(): add it, or use dp = "device"'
+        )
+    start = to_tensors(job.schema, job.vector)
+    try:
+        trained = trainer.train_privately(start, plan, version=job.base, seed=job.seed, random_source=random_source)
+        after = flatten(job.schema, trained.tensors)
+        if not np.isfinite(after).all():
+            raise TrainingError("training diverged (the model is not finite)")  # noqa: TRY301 - as Trained does
+    except ConfigError:
+        raise
+    except Exception as error:  # noqa: BLE001 - as above
+        expected = min(plan.batch_size, trainer.samples)
+        deviation = plan.rate(job.base) * math.sqrt(planned.steps) * plan.dp_noise * plan.dp_clip / expected
+        change = noisy_change(job.vector, job.vector, clip=1.0, noise=deviation, random_source=random_source)
+        return _Released(change=_bounded(change), cost=planned, trained=None, failure=describe_failure(error))
+    change = np.empty_like(job.vector)
+    for part, difference in differences(job.vector, after):
+        change[part] = difference
+    reported = trained.metrics.get("steps", planned.steps)
+    ran = int(reported) if 1 <= reported <= planned.steps else planned.steps
+    return _Released(change=_bounded(change), cost=replace(planned, steps=ran), trained=trained)
+
+
+def _charged(account: Account, charge: Cost, plan: Plan) -> Account:
+    """The account with one more training by this plan."""
+    after = account.plus(charge)
+    spent = epsilon(after.of(plan.dp), plan.dp_delta) if after.covers(plan.dp) else math.inf
+    return replace(after, epsilon=spent, delta=plan.dp_delta)
+
+
+def _clear_statistics(schema: Schema, change: Vector) -> None:
+    """Set the change of batch norm's statistics to 0, without noise: they are not sent."""
+    for segment in schema.segments:
+        if any(fnmatchcase(segment.tensor.name, pattern) for pattern in DENSE_NAMES):
+            change[segment.start : segment.stop] = 0
+
+
+def _bounded(change: Vector) -> Vector:
+    return np.clip(change, -WEIGHT_MAX, WEIGHT_MAX)
+
+
+def _finite(residual: Vector | None) -> Vector | None:
+    """Set values that are not finite to 0: an earlier version's residual may have some, and no codec accepts them."""
+    return None if residual is None else np.nan_to_num(residual, nan=0.0, posinf=0.0, neginf=0.0)
