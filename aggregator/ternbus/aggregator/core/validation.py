@@ -13,7 +13,7 @@ from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.messages import Offer, Update
-from ternbus.broker.protocol.meta_fields import integer
+from ternbus.broker.protocol.meta_fields import counter
 from ternbus.broker.protocol.parts import PART_BYTES_MIN, Collector, Whole, whole
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import Block
@@ -81,7 +81,7 @@ class Validation:
     def judge(self, member: Member, frame: Frame, version: int, *, closed: bool) -> Verdict | None:
         """Everything that can be said of an update before it is whole."""
         try:
-            verdict = self.judge_base(member, integer(frame.meta, "base"), version, closed=closed)
+            verdict = self.judge_base(member, counter(frame.meta, "base"), version, closed=closed)
             if verdict is not None:
                 return verdict
             Update.from_meta(frame.meta)
