@@ -22,13 +22,14 @@ from ternbus.aggregator.shell.administration import open_core
 from ternbus.aggregator.shell.preverify import WORTHWHILE_BYTES, Preverifier
 from ternbus.aggregator.store import control
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
-from ternbus.broker.errors import ConfigError, LinkError
+from ternbus.broker.errors import LinkError
 from ternbus.broker.link.link import (
     Arrived,
     Connected,
     Disconnected,
     Link,
     LinkEvent,
+    PacketTooLargeError,
     Published,
     Refused,
     Token,
@@ -182,9 +183,7 @@ class Service:
             case Interrupted():
                 return [] if self._stopped else self._core.handle(events.StopRequested(), now)
             case Refused():
-                line = self._log_limit.write(event.reason, f"the broker refused a message: {event.reason}", now)
-                if line:
-                    self.log(line)
+                self._complain(event.reason, f"the broker refused a message: {event.reason}")
                 return []
             case Published():
                 return []
@@ -223,7 +222,7 @@ class Service:
                 case events.Stop():
                     self._stopped = True
                     if action.error:
-                        raise ConfigError(action.error)
+                        raise LinkError(action.error)  # it comes of what the broker shows: no reason to stay down
                 case events.Connect():
                     self._connect(action)
                 case _:
@@ -232,8 +231,16 @@ class Service:
     def _publish(self, topic: str, payload: bytes, *, retain: bool) -> None:
         try:
             self._link.publish(topic, payload, retain=retain)
+        except PacketTooLargeError as error:
+            self._complain("packet-too-large", str(error))
         except LinkError:
             return  # what matters is sent again at the next connection
+
+    def _complain(self, reason: str, text: str) -> None:
+        """Log what the broker does not take, some of it."""
+        line = self._log_limit.write(reason, text, time.monotonic())
+        if line:
+            self.log(line)
 
     def _connect(self, action: events.Connect) -> None:
         try:

@@ -1,15 +1,44 @@
-"""How much may be under way to a broker and unanswered at a time, learned from how fast its answers come.
+"""How much may be under way between us and a broker at a time: unanswered to it, and not dealt with from it.
 
-paho queues its ping behind what it has to send and takes the broker for dead when no answer comes within a keepalive.
-So on a slow uplink little may be under way; on a fast one much must be, or the line stands idle.
+What may go out is learned from how fast the answers come. paho queues its ping behind what it has to send and takes
+the broker for dead when no answer comes within a keepalive. So on a slow uplink little may be under way; on a fast one
+much must be, or the line stands idle.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Final
 
 BYTES_TO_BEGIN: Final = 256 << 10
 BYTES_MAX: Final = 4 << 20
 MESSAGES_MAX: Final = 128
+
+
+@dataclass(slots=True, kw_only=True)
+class Backlog:
+    """Messages that have come and are not acknowledged yet. Only the network thread counts."""
+
+    messages_max: float
+    bytes_max: float
+    messages: int = 0
+    size_bytes: int = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing more should be read: never at what a broker that obeys the receive maximum sends."""
+        return self.messages > self.messages_max or self.size_bytes > self.bytes_max
+
+    def arrived(self, size_bytes: int) -> None:
+        self.messages += 1
+        self.size_bytes += size_bytes
+
+    def released(self, size_bytes: int) -> None:
+        self.messages -= 1
+        self.size_bytes -= size_bytes
+
+    def lift(self) -> None:
+        """From here on nothing that comes is kept."""
+        self.messages_max = self.bytes_max = math.inf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

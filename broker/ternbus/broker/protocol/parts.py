@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, Final
 
-from ternbus.broker.errors import ConfigError, ProtocolError
+from ternbus.broker.errors import LinkError, ProtocolError
 from ternbus.broker.protocol.frame import PARTS_MAX, Frame, build
 from ternbus.broker.protocol.identity import Identity, KeyId
 
@@ -24,19 +24,22 @@ def cut(
     body: bytes = b"",
     frame_bytes: int,
 ) -> list[bytes]:
-    """Sign ``body`` as one frame or as several of at most ``frame_bytes``; ConfigError where that is too small."""
+    """Sign ``body`` as one frame or as several of at most ``frame_bytes``; LinkError where that is too small."""
     about: dict[str, Any] = {"federation": federation, "sender": sender, "kind": kind, "seq": seq, "meta": meta}
     envelope = len(build(identity, **about, part=PARTS_MAX - 1, parts=PARTS_MAX))
     room = frame_bytes - envelope
     if len(body) <= room:
         return [build(identity, **about, body=body)]
     if room < PART_BYTES_MIN:
-        raise ConfigError(
+        raise LinkError(
             f"frames of {frame_bytes} bytes leave {room} for a part's body; raise the broker's maximum packet size"
         )
     parts = -(-len(body) // room)
     if parts > PARTS_MAX:
-        raise ConfigError(f"a message of {len(body)} bytes needs more than {PARTS_MAX} parts; raise the frame size")
+        raise LinkError(
+            f"a message of {len(body)} bytes needs more than {PARTS_MAX} parts of {frame_bytes} bytes; raise the "
+            "broker's maximum packet size, and limits.frame_bytes or --frame-bytes"
+        )
     return [
         build(identity, **about, body=body[part * room : (part + 1) * room], part=part, parts=parts)
         for part in range(parts)
