@@ -110,8 +110,15 @@ class LimitSettings:
     )
     messages_in_assembly: int = _key(4, "of one device; the oldest is dropped", low=4)
     assembly_bytes: int = _key(256 * 2**20, "of all devices' unfinished messages", low=2**20)
+    work_bytes_per_s: int = _key(
+        2**27,
+        "decoded for all devices, in fair shares; a device beyond its share waits while messages of others do",
+        low=2**20,
+    )
     receipts_per_s: int = _key(100, "to one device; what would need more is dropped before it is read", low=10)
-    refusals_per_s: int = _key(20, "receipts `refused` to names that are not invited, all together", low=1)
+    refusals_per_s: int = _key(
+        20, "frames read of names that are not invited, all together; of an invited or revoked one, each", low=1
+    )
     enrolments_per_minute: int = _key(60, "tries of one invited name; more are dropped before they are read", low=1)
     journal_bytes: int = _key(2**28, "of one device's updates that wait to be merged; one always fits", low=0)
     metrics_bytes: int = _key(2**24, "of one device's evaluations, which are kept for good", low=1024)

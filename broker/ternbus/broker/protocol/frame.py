@@ -10,6 +10,7 @@ import msgpack
 
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.identity import AGGREGATOR, Identity, KeyId, is_device, is_federation, verify
+from ternbus.broker.protocol.packed import check_whole
 
 MAGIC: Final = b"TBF1"
 HEADER_BYTES_MAX: Final = 16_384
@@ -85,6 +86,11 @@ def build(
     return b"".join((MAGIC, struct.pack("<I", len(header)), header, signature, body))
 
 
+def header_bytes(payload: bytes) -> int:
+    """How long a payload says that its header is; 0 where it is too short to say so."""
+    return int.from_bytes(payload[4:8], "little")
+
+
 def parse(payload: bytes) -> Frame:
     """Take a payload apart and check the header's form. Neither signature nor digest is looked at yet."""
     if len(payload) < 8 + SIGNATURE_BYTES or payload[:4] != MAGIC:
@@ -121,7 +127,7 @@ def _parse_header(header: bytes) -> tuple[dict[str, Any], bytes]:
     fields: dict[str, Any] = {}
     meta_bytes = b""
     try:
-        _check_whole(header)
+        check_whole(header)
         for _ in range(unpacker.read_map_header()):
             key = unpacker.unpack()
             start = unpacker.tell()
@@ -142,19 +148,6 @@ def _parse_header(header: bytes) -> tuple[dict[str, Any], bytes]:
         raise ProtocolError("bad-header", "'meta' is not a map")
     _check_depth(fields)
     return fields, meta_bytes
-
-
-def _check_whole(header: bytes) -> None:
-    """Walk over the header without making anything of it.
-
-    An array takes room for as many elements as it states, so a thousand arrays, each within the one before and none
-    whole, would take a hundred megabytes.
-    """
-    walker = msgpack.Unpacker(max_buffer_size=HEADER_BYTES_MAX)
-    walker.feed(header)
-    walker.skip()
-    if walker.tell() != len(header):
-        raise ProtocolError("bad-header", "bytes after the map")
 
 
 def _unpacker(header: bytes) -> msgpack.Unpacker:

@@ -142,6 +142,11 @@ class Worker:
         while (job := self._jobs.get()) is not None:
             try:
                 result = self._perform(job)
+            except ConfigError as error:  # what is asked for cannot be done here; it is the aggregator that asks
+                if not isinstance(job, StartTraining):
+                    self._deliver(error)
+                    return
+                result = TrainingFailed(base=job.base, reason=str(error), account=None)
             except Exception as error:  # noqa: BLE001 - the task's bug, not ours: the service ends with its traceback
                 self._deliver(error)
                 return

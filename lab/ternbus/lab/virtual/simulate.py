@@ -15,7 +15,7 @@ from ternbus.aggregator.core import records
 from ternbus.aggregator.store import ledger as durable
 from ternbus.aggregator.store import status
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.exit_codes import EXIT_CONFIG
+from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.protocol.messages import Metrics
 from ternbus.broker.protocol.schema import Schema, Vector, to_tensors
@@ -221,7 +221,7 @@ class Simulation:
 
     def _left(self, stop: Stop) -> None:
         """A device has ended. ConfigError where it says what is wrong."""
-        if stop.code == EXIT_CONFIG:
+        if stop.code == EXIT_FAILED:
             raise ConfigError(stop.reason)
         self._progress.say(stop.reason)
         self._staying -= 1
