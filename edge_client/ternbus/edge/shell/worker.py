@@ -144,6 +144,11 @@ class Worker:
         while (job := self._jobs.get()) is not None:
             try:
                 result = self._perform(job)
+            except ConfigError as error:  # the aggregator asks for a plan that this device cannot carry out
+                if not isinstance(job, StartTraining):
+                    self._deliver(error)
+                    return
+                result = TrainingFailed(base=job.base, reason=str(error), account=None)
             except Exception as error:  # noqa: BLE001 - a bug in the task: the service ends with its traceback
                 self._deliver(error)
                 return
