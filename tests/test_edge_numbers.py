@@ -45,7 +45,7 @@ def test_a_snapshot_far_larger_than_the_task_s_model_is_not_taken() -> None:
         tracemalloc.stop()
     stop = only(done, Stop)
     assert stop.code == EXIT_FAILED
-    assert f"its snapshot takes {CLAIMED} bytes" in stop.reason
+    assert f"its snapshot has {CLAIMED} bytes" in stop.reason
     assert peak < 2**20
     assert device.disk is None or device.disk.head_seq == 0  # it is not remembered as the highest
 

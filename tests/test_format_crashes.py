@@ -96,7 +96,7 @@ def test_a_device_s_store_is_the_old_one_or_the_new_one_wherever_its_migration_i
     folder, want = copy_of("edge-first", tmp_path) / "device", expected("edge-first")
     before = dump(folder / outbox.FILE)
     prepare = (
-        "from ternbus.edge.shell import outbox\n"
+        "from ternbus.edge.store import outbox\n"
         "from ternbus.broker.protocol.identity import KeyId\n"
         "def migrate(folder):\n"
         "    with outbox.Outbox(folder, KeyId(bytes(8))): pass"

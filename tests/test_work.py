@@ -159,7 +159,7 @@ def test_who_had_its_share_is_told_to_come_again_while_others_wait(make: Make) -
     actions = receive_late(bench, bad.topic("update"), bad.update(b"no block at all", 0)[0])
     (receipt,) = receipts(actions)
     assert (receipt.outcome, receipt.retry_after_s) == ("busy", 60.0)
-    assert receipt.reason == "this device has had its share of what can be decoded"
+    assert receipt.reason == "this device has used its share of the work"
     (receipt,) = receipts(receive_late(bench, good.topic("update"), good.update(ternary_block(bench.schema, 1), 0)[0]))
     assert receipt.outcome == "accepted"
 

@@ -209,7 +209,7 @@ class Core:
         self._enrollment.take_frame(name, self._now)
         is_late = event.waited_s > PATIENCE_S
         if is_late and header_bytes(event.payload) > LARGE_HEADER_BYTES and self.work.owes(name, self._now):
-            raise ProtocolError("too-much-work", f"{name} makes others wait, with large headers")
+            raise ProtocolError("too-much-work", f"{name} has used its share of the work, and sends large headers")
         frame = parse(event.payload) if opened is None else opened.frame
         topics.check(frame, address)
         if (cost := header_work(len(frame.header))) and name in self.registry.members:

@@ -24,14 +24,14 @@ class Enrollment:
     updates: Updates
     refusals: Refusals
     _tries: dict[str, TokenBucket] = field(default_factory=dict)  # of names that are invited or have a key
-    _guests: dict[str, TokenBucket] = field(default_factory=dict)  # frames of names that are invited and have no key
+    _guests: dict[str, TokenBucket] = field(default_factory=dict)  # of frames, for invited names without a key
     _strangers: TokenBucket = field(default_factory=TokenBucket)
 
     def take_frame(self, name: str, now: float) -> None:
-        """Let one more frame on a topic of this name be read, or raise ProtocolError.
+        """Count one more frame on a topic of this name; ProtocolError if the name has sent too many.
 
-        Whose key counts has what the protocol promises. A revoked device is told so and no more, an invited one has
-        little to say before it is enrolled, and all other names share what little they have.
+        A device with a valid key has the rate of the protocol. A revoked device and an invited one have a low rate
+        each. All other names together have one low rate.
         """
         limits, member = self.settings.limits, self.registry.members.get(name)
         if member is not None:
@@ -93,7 +93,7 @@ class Enrollment:
         ]
 
     def _limit(self, name: str, now: float) -> None:
-        """Each name that is expected has a bucket of its own; of others few frames are read."""
+        """Limit enrollment attempts: one bucket per known name; `take_frame` limits all other names."""
         if name not in self.registry.members and name not in self.registry.codes:
             return
         per_minute = self.settings.limits.enrolments_per_minute

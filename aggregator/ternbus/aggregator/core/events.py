@@ -44,8 +44,8 @@ class MessageArrived:
     """An MQTT message, of which nothing is believed yet; ``packet_bytes`` is its size on the wire.
 
     ``opened`` is the payload's frame where it was looked into ahead. ``clock_s`` is the time of day in Unix seconds,
-    against which only the end of an invitation is held. ``waited_s`` is how long ago it came: while that is long, work
-    is shared out.
+    against which only the end of an invitation is held. ``waited_s`` is the time since its arrival: if that is long,
+    devices are limited to their shares of the work.
     """
 
     topic: str
@@ -58,7 +58,7 @@ class MessageArrived:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MessagesDropped:
-    """So many messages were dropped unread for one reason, where they came in."""
+    """``count`` messages were dropped unread on arrival, all for one reason."""
 
     reason: str
     count: int

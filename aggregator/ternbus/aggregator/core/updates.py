@@ -63,7 +63,7 @@ class Updates:
     ) -> list[Action]:
         """Take in a part of an update; ``ahead`` is the block of a single part, if it was read already.
 
-        While messages are late, a device that owes work is told to come again, before anything of it is decoded.
+        If messages are late, a device that has used its share of the work is answered `busy`; nothing is decoded.
         """
         if frame.seq <= member.answer.seq:
             if frame.part > 0:  # once a message, not once a part
@@ -124,9 +124,9 @@ class Updates:
         return [Save(record=record), *self.receipt(member.name, member.key, seq, verdict)]
 
     def _shed(self, member: Member, seq: int, now: float) -> list[Action]:
-        """Others wait, and this device has had more than its share."""
+        """Answer `busy`: other devices wait, and this one has used more than its share of the work."""
         wait_s = min(max(BUSY_S, self.work.wait_s(member.name, now)), BUSY_MAX_S)
-        return self._busy(member, seq, now, "this device has had its share of what can be decoded", wait_s)
+        return self._busy(member, seq, now, "this device has used its share of the work", wait_s)
 
     def _busy(
         self,

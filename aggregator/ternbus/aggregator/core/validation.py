@@ -131,7 +131,7 @@ class Validation:
         return frame.parts == 1 or (member.collector is not None and member.collector.lacks_only(frame))
 
     def work_bytes(self, frame: Frame) -> int:
-        """What it takes to read the content of an update whose last part this is, by what its meta says."""
+        """The bytes to decode for the content of the update that this last part completes, according to its meta."""
         return len(frame.body) + content_bytes(self.schema, FLOAT32 if frame.meta["codec"] == FLOAT32 else TERNARY)
 
     def forget(self, member: Member) -> None:

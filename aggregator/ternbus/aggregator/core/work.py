@@ -1,45 +1,46 @@
-"""How much work each device may ask for: its fair share of it, to which it is held only while others have to wait.
+"""Fair shares of the aggregator's work for its devices, which limit a device only while others have to wait.
 
-Work is counted in bytes that are decoded, since an update of 2 KB may stand for a hundred megabytes. What a device has
-asked for beyond its share it owes, and pays off with time; who owes waits while the queue is long. On an idle machine
-nobody does. The shares are those of fair queueing (Demers, Keshav & Shenker 1989), by virtual time.
+Work is counted in decoded bytes, because an update of 2 KB can decode to a hundred megabytes. Work beyond a device's
+share is the device's debt, which decreases with time. A device with a debt waits while the queue is long; on an idle
+machine no device waits. The shares are those of fair queueing (Demers, Keshav & Shenker 1989), by virtual time.
 """
 
 import heapq
 from dataclasses import dataclass, field
 from typing import Final
 
-LARGE_HEADER_BYTES: Final = 1024  # few honest ones are larger; these cost nothing
-HEADER_WORK: Final = 100  # bytes decoded that any further byte of a header costs as much as
-PATIENCE_S: Final = 0.25  # a message that waited longer than that waited for others' work
-DEBT_S: Final = 2.0  # of everybody's work: nobody owes more, however much it was given while the machine was idle
+LARGE_HEADER_BYTES: Final = 1024  # headers up to this size cost nothing; few honest ones are larger
+HEADER_WORK: Final = 100  # the cost of each further header byte, in decoded bytes
+PATIENCE_S: Final = 0.25  # a message that waited longer than this is late
+DEBT_S: Final = 2.0  # the maximum of a debt of several pieces, in seconds of the whole rate
 
 
 def header_work(size_bytes: int) -> int:
-    """What a header of this size costs."""
+    """The cost of a header of this size, in decoded bytes."""
     return HEADER_WORK * max(0, size_bytes - LARGE_HEADER_BYTES)
 
 
 @dataclass(slots=True)
 class WorkShares:
-    """``per_s`` bytes of work a second pay off, in equal parts, what devices owe."""
+    """The debts of devices in bytes; ``per_s`` bytes per second, in equal parts, reduce them."""
 
     per_s: float
-    _paid: float = 0.0  # bytes that each device that owed all the time has paid off since the beginning
+    _paid: float = 0.0  # virtual time: bytes paid by a device that has had a debt since the start
     _at: float = 0.0
-    _until: dict[str, float] = field(default_factory=dict)  # who owes, until ``_paid`` is as high
-    _order: list[tuple[float, str]] = field(default_factory=list)  # a heap: an entry for each, not above its ``_until``
+    _until: dict[str, float] = field(default_factory=dict)  # device -> the value of ``_paid`` that ends its debt
+    _order: list[tuple[float, str]] = field(default_factory=list)  # a heap: per device a value, at most its ``_until``
 
     def may_owe(self, device: str) -> bool:
-        """Whether it owed when time was last looked at; for other threads, a hint."""
+        """Whether the device had a debt at the last call of another method; a hint for other threads."""
         return device in self._until
 
     def owes(self, device: str, now: float) -> bool:
+        """Whether the device has a debt."""
         self._pay(now)
         return device in self._until
 
     def charge(self, device: str, size_bytes: int, now: float) -> None:
-        """The device was given this much work."""
+        """Add ``size_bytes`` of work to the debt of the device."""
         self._pay(now)
         known = self._until.get(device)
         if known is None:
@@ -48,7 +49,7 @@ class WorkShares:
         self._until[device] = self._paid + min(owed, max(size_bytes, DEBT_S * self.per_s))
 
     def wait_s(self, device: str, now: float) -> float:
-        """After how long it is even, if all that owe now go on to owe as long."""
+        """The seconds until the debt is paid, if every other debt lasts as long."""
         self._pay(now)
         return (self._until.get(device, self._paid) - self._paid) * len(self._until) / self.per_s
 
@@ -68,4 +69,4 @@ class WorkShares:
             self._paid = until
             heapq.heappop(self._order)
             del self._until[device]
-        self._paid = 0.0  # nobody owes: begin again, so that it never grows too large to add a byte to
+        self._paid = 0.0  # no debts: restart at 0, to keep the precision of the sum

@@ -28,7 +28,7 @@ class Preverifier:
     Reading ahead costs what a device may have only a little of, before the core has asked whether it may. So at most
     one update of each is read and not closed, none of a device that has had its frames or its receipts: what is read
     ahead is one more than what the core affords. And all that is read and not closed has room in ``room_bytes``.
-    Of a name that may not write here, or has had its frames, not even a header is parsed.
+    For a name that may not write here, or has used its rate of frames, no header is parsed.
     """
 
     registry: Registry
@@ -42,7 +42,7 @@ class Preverifier:
     def open(self, topic: str, payload: bytes, waited_s: float = 0.0) -> Opened | None:
         """Parse, and check signature and digest under the sender's present key; None where anything is amiss.
 
-        ``waited_s`` is how long ago the message came.
+        ``waited_s`` is the time since the arrival of the message.
         """
         try:
             address = topics.parse(topic)

@@ -50,10 +50,7 @@ class Interrupted:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A message, when it came, and its frame where it is being opened in another thread.
-
-    Its place in the queue is its order of arrival.
-    """
+    """A message in the queue, in order of arrival, with its frame if another thread opens it."""
 
     arrived: Arrived
     came_at: float
@@ -91,13 +88,13 @@ class Service:
     _core: Core = field(init=False)
     _log_limit: LogLimit = field(init=False)
     _link: Link = field(init=False)
-    _up: str = field(init=False)  # how the topics begin that devices may write on
+    _up: str = field(init=False)  # the prefix of the topics that devices publish on
     _protocol: int = 5
     _logged_at: float = -LOG_S
     _change_count: int = -1
     _polled_at: float = 0.0
     _stopped: bool = False
-    _without_qos: int = 0  # messages dropped in the network thread, and of these how many are counted
+    _without_qos: int = 0  # messages that the network thread dropped; ``_counted`` of them are reported
     _counted: int = 0
 
     def stop(self) -> None:
@@ -138,8 +135,7 @@ class Service:
     def _deliver(self, event: LinkEvent) -> None:
         """Called in the network thread: put into the queue, and no more.
 
-        What a device publishes at QoS 0 is dropped: nothing that the protocol knows, and a flood that no receive
-        maximum holds back.
+        A device's publication at QoS 0 is dropped: the protocol has none, and no receive maximum limits their number.
         """
         if not isinstance(event, Arrived):
             self._queue.put(event)
@@ -259,7 +255,7 @@ class Service:
                 case events.Stop():
                     self._stopped = True
                     if action.error:
-                        raise LinkError(action.error)  # it comes of what the broker shows: no reason to stay down
+                        raise LinkError(action.error)  # the broker caused it, so a supervisor may restart the process
                 case events.Connect():
                     self._connect(action)
                 case _:
@@ -274,7 +270,7 @@ class Service:
             return  # what matters is sent again at the next connection
 
     def _complain(self, reason: str, text: str) -> None:
-        """Log what the broker does not take, some of it."""
+        """Log a publication that the broker does not accept, within the limit of log lines."""
         line = self._log_limit.write(reason, text, time.monotonic())
         if line:
             self.log(line)

@@ -1,7 +1,7 @@
-"""paho's client with bounds on what a broker can make it hold; paho itself has none.
+"""paho's client with bounds on the memory that a broker can make it use; paho itself has none.
 
-A broker that keeps to MQTT never meets them: it sends no packet larger than we announced, no more unacknowledged
-messages than we take, and nothing at another quality of service than we subscribed with.
+The bounds do not affect a broker that follows MQTT: it sends no packet above the announced maximum packet size, no
+more unacknowledged messages than the receive maximum, and no message at a QoS above the subscription's.
 """
 
 import errno
@@ -13,14 +13,14 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersi
 
 from ternbus.broker.link.window import Backlog
 
-READ_BYTES: Final = 1 << 18  # at a time: as much is allocated for each read, however little comes
-ANSWERS_MAX: Final = 1024  # packets that wait to be written: acknowledgements, to a broker that takes none
-QOS_BITS: Final = 0x06  # of a PUBLISH packet's first byte
+READ_BYTES: Final = 1 << 18  # per read: paho allocates this much for each read, even if less arrives
+ANSWERS_MAX: Final = 1024  # unwritten packets, such as acknowledgements to a broker that reads none
+QOS_BITS: Final = 0x06  # in the first byte of a PUBLISH packet
 QOS_1: Final = 0x02
 
 
 class BoundedClient(Client):
-    """Reads nothing while it is paused, and ends the connection at a packet larger than ``packet_bytes_max``."""
+    """A client that reads nothing while paused, and ends the connection at a packet above ``packet_bytes_max``."""
 
     def __init__(self, client_id: str, protocol: int, backlog: Backlog, packet_bytes_max: int) -> None:
         super().__init__(
@@ -31,18 +31,19 @@ class BoundedClient(Client):
             reconnect_on_failure=False,
             manual_ack=True,
         )
-        self.max_inflight_messages = 0  # the window is ours: paho's walks over all that waits at every PUBACK
+        # `Window` replaces paho's limit, which visits all queued messages at each PUBACK
+        self.max_inflight_messages = 0
         self.backlog = backlog
         self.packet_bytes_max = packet_bytes_max
-        self.fault = ""  # what the broker did that ended the connection
+        self.fault = ""  # why the client ended the connection, if it did
 
     @property
     def is_paused(self) -> bool:
-        """Whether the broker has to wait until what it sent is dealt with, or our answers are taken."""
+        """Whether reading waits, for acknowledgements of received messages or for the broker to read packets."""
         return self.backlog.is_full or len(self._out_packet) > ANSWERS_MAX
 
     def _sock_recv(self, bufsize: int) -> bytes:
-        """Read for paho: a byte at a time until it knows a packet's length, then all that the packet still lacks."""
+        """Read for paho: single bytes until the length of a packet is known, then the rest of the packet."""
         if self.is_paused:
             raise BlockingIOError
         if bufsize > self.packet_bytes_max:
@@ -53,12 +54,12 @@ class BoundedClient(Client):
     def _handle_publish(self) -> MQTTErrorCode:
         """Refuse a message of QoS 2, which paho would keep until the broker releases it."""
         if self._in_packet["command"] & QOS_BITS > QOS_1:
-            self.fault = "the broker sent a message at a quality of service that was not asked for"
+            self.fault = "the broker sent a message at QoS 2, which no subscription asked for"
             return MQTTErrorCode.MQTT_ERR_PROTOCOL
         return super()._handle_publish()
 
     def _check_keepalive(self) -> None:
-        """While it is paused it goes on to send pings, and awaits no answer: that lies behind what it does not read."""
+        """Send pings also while paused, but expect no answers, because they follow unread data."""
         if self.is_paused:
             self._ping_t = 0.0
             with self._msgtime_mutex:

@@ -80,7 +80,7 @@ class Connection:
         self.alive = False
         self.session_present = False
         self.packet_bytes_max = PACKET_BYTES_OUT
-        # as many bytes as so many messages have whose sender takes the largest frame that needs no agreement
+        # the receive maximum of messages, of the default frame size
         self._backlog = Backlog(messages_max=receive_maximum, bytes_max=receive_maximum * FRAME_BYTES)
         self.client = BoundedClient(client_id, protocol, self._backlog, packet_bytes_in)
         self.client.will_set(will.topic, will.payload, qos=1, retain=True)
@@ -96,7 +96,7 @@ class Connection:
         self._leaving = self._closing = self._aborting = self._woken = False
         self._commands: deque[Callable[[], object]] = deque()
         self._waiting: deque[tuple[int, str, bytes, bool]] = deque()
-        self._events = 0  # what the selector watches the socket for
+        self._events = 0  # the events of the socket that the selector waits for
         self._window = Window(patience_s=keepalive_s / 4)
         self._filters: dict[int, list[str]] = {}  # unacknowledged subscriptions, by mid
         self._refused: deque[tuple[float, list[str]]] = deque()  # (time of the next attempt, refused subscriptions)
@@ -198,7 +198,7 @@ class Connection:
             raise LinkError(f"the broker at {self._endpoint} refuses {self._client_id!r}: {self._answer.getName()}")
         if self.packet_bytes_max < PACKET_BYTES_MIN:
             raise LinkError(
-                f"the broker at {self._endpoint} takes packets of at most {self.packet_bytes_max} bytes, and Ternbus "
+                f"the broker at {self._endpoint} accepts packets of at most {self.packet_bytes_max} bytes, Ternbus "
                 f"needs {PACKET_BYTES_MIN}: raise its maximum packet size"
             )
 
@@ -313,7 +313,7 @@ class Connection:
             client.ack(message.mid, message.qos)
             return
         if self._leaving:
-            return  # nobody is there to deal with it: the broker keeps it for the next connection
+            return  # unacknowledged, so the broker delivers it again at the next connection
         payload = bytes(message.payload)
         self._backlog.arrived(len(payload))
         token = Token(connection=self.number, mid=message.mid, size_bytes=len(payload))

@@ -9,7 +9,7 @@ class Token:
 
     connection: int
     mid: int
-    size_bytes: int = 0  # of the message: room that its acknowledgement frees
+    size_bytes: int = 0  # of the message; its acknowledgement frees as much of the backlog
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ PACKET_RESERVE_BYTES: Final = 1024  # of a broker's maximum packet size, for the
 
 
 class PacketTooLargeError(LinkError):
-    """The broker takes no packet as large as this publication."""
+    """The publication needs a packet above the broker's maximum packet size."""
 
 
 def packet_bytes(topic: str, payload_bytes: int, protocol: int) -> int:

@@ -17,7 +17,7 @@ MESSAGES_MAX: Final = 128
 
 @dataclass(slots=True, kw_only=True)
 class Backlog:
-    """Messages that have come and are not acknowledged yet. Only the network thread counts."""
+    """Received messages that are not acknowledged yet. Only the network thread uses it."""
 
     messages_max: float
     bytes_max: float
@@ -26,7 +26,7 @@ class Backlog:
 
     @property
     def is_full(self) -> bool:
-        """Whether nothing more should be read: never at what a broker that obeys the receive maximum sends."""
+        """Whether reading must wait; never the case if the broker obeys the receive maximum."""
         return self.messages > self.messages_max or self.size_bytes > self.bytes_max
 
     def arrived(self, size_bytes: int) -> None:
@@ -38,7 +38,7 @@ class Backlog:
         self.size_bytes -= size_bytes
 
     def lift(self) -> None:
-        """From here on nothing that comes is kept."""
+        """Remove the limits, because messages that arrive from now on are not delivered."""
         self.messages_max = self.bytes_max = math.inf
 
 

@@ -18,8 +18,8 @@ SIGNATURE_BYTES: Final = 64
 SIGNED_PREFIX: Final = b"ternbus/1 frame\0"
 PARTS_MAX: Final = 65_535
 DEPTH_MAX: Final = 8
-CONTAINERS_MAX: Final = 2048  # maps and arrays in a header: each costs its reader a hundred times what its byte does
-COUNTER_MAX: Final = 2**62  # of seq, version, base and session: what any sender may count to
+CONTAINERS_MAX: Final = 2048  # maps and arrays in a header: each costs about a hundred times its byte
+COUNTER_MAX: Final = 2**62  # the maximum of seq, version, base and session
 U64: Final = 2**64
 FRAME_BYTES: Final = 120 * 1024  # AWS IoT Core accepts 128 KB; a broker with a smaller limit sends it in CONNACK
 FRAME_BYTES_RANGE: Final = 4096, 268_000_000  # bounds of the setting: from the size of an envelope, and from MQTT
@@ -90,7 +90,7 @@ def build(
 
 
 def header_bytes(payload: bytes) -> int:
-    """How long a payload says that its header is; 0 where it is too short to say so."""
+    """The length of the header that the payload states; 0 if the payload is too short."""
     return int.from_bytes(payload[4:8], "little")
 
 

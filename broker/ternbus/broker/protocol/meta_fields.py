@@ -32,7 +32,7 @@ def integer(meta: Mapping[str, Any], key: str, low: int = 0, high: int = U64 - 1
 
 
 def counter(meta: Mapping[str, Any], key: str, low: int = 0) -> int:
-    """The version, seq or session under ``key``: at most 2**62, so that nobody can be made to count to its end."""
+    """Check a version, seq, base or session: at most 2**62, so that no peer can exhaust a counter."""
     return integer(meta, key, low, COUNTER_MAX)
 
 

@@ -1,13 +1,13 @@
-"""msgpack from a peer, looked at before anything is made of it."""
+"""A check of msgpack from a peer before it is decoded."""
 
 import msgpack
 
 
 def check_whole(content: bytes) -> None:
-    """Walk over one object; raise what msgpack raises where it is none, ValueError where something follows it.
+    """Check that ``content`` is exactly one complete object, else raise an exception of msgpack or ValueError.
 
-    An array takes room for as many elements as it states, so a thousand arrays, each within the one before and none
-    whole, would take a hundred megabytes for a header's 16 KB.
+    The decoder allocates as many elements as an array states. A thousand nested incomplete arrays, in the 16 KB of a
+    header, would allocate a hundred megabytes.
     """
     walker = msgpack.Unpacker(max_buffer_size=max(1, len(content)))
     walker.feed(content)

@@ -24,7 +24,7 @@ DENSE_BELOW: Final = 256  # a tensor with fewer elements is dense: the ternary c
 DENSE_NAMES: Final = ("*running_mean", "*running_var")  # batch norm: ternary changes could make a variance negative
 TENSORS_MAX: Final = 100_000
 ELEMENTS_MAX: Final = 2**31
-MSGPACK_BYTES: Final = 9  # of a number, or before a text or an array, at most
+MSGPACK_BYTES: Final = 9  # the maximum size of a number, or of the prefix of a text or an array
 ROLE_BYTES: Final = len(TERNARY)
 SMALLEST_NORMAL: Final = np.float32(2.0**-126)
 
@@ -94,7 +94,7 @@ class Schema:
 
     @staticmethod
     def bytes_max(shapes: Mapping[str, Sequence[int]]) -> int:
-        """How long a schema over these tensors can be at most, however msgpack writes it."""
+        """The maximum length in bytes of a schema with these tensors, in any valid msgpack encoding."""
         rows = (len(name.encode()) + MSGPACK_BYTES * (4 + len(shape)) for name, shape in shapes.items())
         return MSGPACK_BYTES + ROLE_BYTES * len(shapes) + sum(rows)
 

@@ -306,7 +306,7 @@ class Core:
         if schema is None or self._schema_checked:
             return []
         if fault := self.profile.schema_fault(schema, self.state.schema):
-            return self._stop(EXIT_FAILED, fault)  # not EXIT_CONFIG: a peer said so
+            return self._stop(EXIT_FAILED, fault)  # not EXIT_CONFIG, because the schema comes from a peer
         self._schema_checked = True
         if not self.state.schema:
             self.pending.put(replace(self.state, schema=schema.encoded))

@@ -47,16 +47,16 @@ def schema_mismatch(schema: Schema, tensors: Mapping[str, tuple[int, ...]]) -> s
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSize:
-    """How long a federation's schema and its snapshots may be, in bytes; a longer one is not read."""
+    """The maximum length in bytes of a federation's schema and of its snapshots; longer ones are not read."""
 
     schema: int
     snapshot: int
 
     @classmethod
     def of(cls, tensors: Mapping[str, tuple[int, ...]]) -> "ModelSize":
-        """That of the task's model, and room for one that does not fit, so that the tensor can be named.
+        """The size of the task's model and a reserve, so that an error can name the tensor that does not fit.
 
-        Without tensors nothing is known of the model but what the protocol allows.
+        Without tensors, only the protocol limits the size.
         """
         if not tensors:
             return cls(schema=MISFIT_BYTES, snapshot=MISFIT_BYTES + 4 * ELEMENTS_MAX)
@@ -119,13 +119,13 @@ class Profile:
         return ModelSize.of(self.tensors)
 
     def size_fault(self, snapshot_bytes: int) -> str:
-        """Why this device does not read a snapshot of this length; empty if it does."""
+        """A text that says why this device does not read a snapshot of this length; empty if it does."""
         most = self.model_size.snapshot
         if snapshot_bytes <= most:
             return ""
         return (
-            f"the task's model is not the federation's: its snapshot takes {snapshot_bytes} bytes, of the task's model "
-            f"it would take less than {most}; choose another --task"
+            f"the task's model is not the federation's: its snapshot has {snapshot_bytes} bytes, but one of the "
+            f"task's model has at most {most}; choose another --task"
         )
 
     def schema_fault(self, schema: Schema, before: bytes) -> str:
