@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import msgpack
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from support.small_world import LAB, Bench, Device, float32_block, receipts, refusals, ternary_block
@@ -129,9 +129,12 @@ def test_a_debt_has_an_end_however_much_was_given() -> None:
     assert work.wait_s("a", 0.0) == pytest.approx(DEBT_S)
     work.charge("b", 10_000, 0.0)
     assert work.wait_s("b", 0.0) == pytest.approx(2 * 100.0)  # one single piece of work is paid whole
+    work.charge("b", 1, 0.0)
+    assert work.wait_s("b", 0.0) == pytest.approx(2 * 100.0)  # also if a small one follows
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 500), st.floats(0, 3)), max_size=40))
+@example([("a", 203, 0.0), ("b", 49, 0.0), ("a", 1, 0.0), ("b", 151, 1.0), ("a", 1, 3.0)])
 def test_all_together_pay_as_much_as_time_allows(steps: list[tuple[str, int, float]]) -> None:
     """Held against a simulation in small steps."""
     work, owed, now = WorkShares(100.0), dict.fromkeys("abcd", 0.0), 0.0
@@ -144,7 +147,7 @@ def test_all_together_pay_as_much_as_time_allows(steps: list[tuple[str, int, flo
                 owed[name] -= step * 100 / len(some)
                 owed[name] = 0.0 if owed[name] < 1e-9 else owed[name]
         now += pause
-        owed[device] = min(owed[device] + size, max(size, DEBT_S * 100))
+        owed[device] = min(owed[device] + size, max(owed[device], size, DEBT_S * 100))
         work.charge(device, size, now)
         count = sum(each > 0 for each in owed.values())
         for name, debt in owed.items():

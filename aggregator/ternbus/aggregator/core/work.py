@@ -45,8 +45,9 @@ class WorkShares:
         known = self._until.get(device)
         if known is None:
             heapq.heappush(self._order, (self._paid, device))
-        owed = (0.0 if known is None else known - self._paid) + size_bytes
-        self._until[device] = self._paid + min(owed, max(size_bytes, DEBT_S * self.per_s))
+        owed = 0.0 if known is None else known - self._paid
+        bound = max(owed, size_bytes, DEBT_S * self.per_s)  # a small piece does not reduce the debt of a large one
+        self._until[device] = self._paid + min(owed + size_bytes, bound)
 
     def wait_s(self, device: str, now: float) -> float:
         """The seconds until the debt is paid, if every other debt lasts as long."""
