@@ -32,9 +32,11 @@ def seeds() -> dict[str, Seeds]:
     frames |= {f"part-{i}": bytes.fromhex(frame) for i, frame in enumerate(vectors["message_in_3_parts"]["frames"])}
     schema = bytes.fromhex(vectors["schema"]["bytes"])
     vector = bytes.fromhex(vectors["vector"]["float32"])
+    refused = {_slug("bad", name): bytes.fromhex(bad) for name, bad in vectors["malformed_frames"].items()}
     return {
-        "frame": frames,
-        "header": _headers(frames),
+        "frame": frames | {name: bad for name, bad in refused.items() if "base" not in name},  # which only meta shows
+        "header": _headers(frames)
+        | {name: bad[8 : 8 + int.from_bytes(bad[4:8], "little")] for name, bad in refused.items()},
         "block": _blocks(vectors),
         "schema": {"vectors": schema, "one": msgpack.packb([["w", [3], "dense"]])},
         "snapshot": _snapshots(schema, vector),

@@ -17,7 +17,7 @@ from fuzz import peer
 from ternbus.aggregator import settings
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol import topics
-from ternbus.broker.protocol.frame import MAGIC, SIGNATURE_BYTES, Frame, build, parse
+from ternbus.broker.protocol.frame import CONTAINERS_MAX, COUNTER_MAX, MAGIC, SIGNATURE_BYTES, Frame, build, parse
 from ternbus.broker.protocol.identity import AGGREGATOR, Identity
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.messages import (
@@ -70,11 +70,19 @@ def header(data: bytes) -> None:
     """A header, and the meta of its kind."""
     found = parse(MAGIC + len(data).to_bytes(4, "little") + data + bytes(SIGNATURE_BYTES))
     assert found.meta_bytes in data
+    assert found.seq <= COUNTER_MAX
+    assert containers(found.meta) < CONTAINERS_MAX
     check_topic(found)
     kind = KINDS.get(found.kind)
     if kind is not None:
         message: Message = kind.from_meta(found.meta)
         assert kind.from_meta(message.meta()) == message
+
+
+def containers(value: object) -> int:
+    """How many maps and arrays there are in it, itself included."""
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if children is None else 1 + sum(map(containers, children))
 
 
 def check_topic(found: Frame) -> None:

@@ -126,10 +126,10 @@ def test_closed_forgets_what_is_outstanding_and_ends_the_device() -> None:
         ({**TENSORS, "c": (3,)}, "tensor 'c' is (3,) in the task and missing in the federation"),
     ],
 )
-def test_a_task_that_does_not_fit_is_a_configuration_error_that_names_the_tensor(tensors: Any, words: str) -> None:
+def test_a_device_whose_task_does_not_fit_ends_and_names_the_tensor(tensors: Any, words: str) -> None:
     _, device = following(tensors=tensors)
     stop = only(device.actions, Stop)
-    assert stop.code == 2
+    assert stop.code == 1
     assert words in stop.reason
 
 
@@ -137,10 +137,10 @@ def test_a_task_is_checked_again_when_another_one_fitted_before() -> None:
     scripted, device, _ = sending()
     again = device.restarted(tensors={**TENSORS, "c": (3,)})
     again.connect()
-    assert only(again.arrive(scripted.status(), scripted.head(), *scripted.snapshot()), Stop).code == 2
+    assert only(again.arrive(scripted.status(), scripted.head(), *scripted.snapshot()), Stop).code == 1
 
 
 def test_another_schema_than_the_one_joined_is_not_followed() -> None:
     other = Schema.of({"x": (9,)})
     _, device = following(state={"schema": other.encoded})
-    assert only(device.actions, Stop).code == 2
+    assert only(device.actions, Stop).code == 1

@@ -87,7 +87,7 @@ def test_a_counter_from_an_old_copy_of_the_disk_goes_on_above_the_highest_answer
     assert done[0].state.outstanding is not None
     assert done[0].state.outstanding.seq == 5001
     assert done[0].state.seq_limit > 5001
-    device.arrive(scripted.receipt(DEVICE, DEVICE_KEY.key_id, 5001, "duplicate", highest_seq=2**63))
+    device.arrive(scripted.receipt(DEVICE, DEVICE_KEY.key_id, 5001, "duplicate", highest_seq=2**62))
     assert device.disk is not None
     assert device.disk.outstanding is None
 

@@ -1,6 +1,7 @@
 """Frames: what is built is read again, and anything else is refused with a reason and never with a crash."""
 
 import struct
+import tracemalloc
 from typing import Any
 
 import msgpack
@@ -52,7 +53,7 @@ def parsed_or_refused(payload: bytes) -> None:
         assert error.reason
         return
     assert 0 <= frame.part < frame.parts <= 65_535
-    assert 0 <= frame.seq < 2**64
+    assert 0 <= frame.seq <= 2**62
     assert (len(frame.key), len(frame.digest), len(frame.signature)) == (8, 32, 64)
     try:
         frame.check_authentic(PI.public)
@@ -60,7 +61,7 @@ def parsed_or_refused(payload: bytes) -> None:
         assert error.reason in {"bad-signature", "bad-digest"}
 
 
-@given(body=st.binary(max_size=300), seq=st.integers(0, 2**64 - 1), parts=st.integers(1, 65_535), data=st.data())
+@given(body=st.binary(max_size=300), seq=st.integers(0, 2**62), parts=st.integers(1, 65_535), data=st.data())
 @settings(max_examples=50)
 def test_what_is_built_is_read_again(body: bytes, seq: int, parts: int, data: st.DataObject) -> None:
     part = data.draw(st.integers(0, parts - 1))
@@ -143,6 +144,8 @@ def test_a_public_key_that_is_none_verifies_nothing() -> None:
         ({"seq": -1}, "bad-header"),
         ({"seq": True}, "bad-header"),
         ({"seq": 7.0}, "bad-header"),
+        ({"seq": 2**62 + 1}, "bad-header"),
+        ({"seq": 2**64 - 1}, "bad-header"),
         ({"part": [1, 1]}, "bad-header"),
         ({"part": [0, 0]}, "bad-header"),
         ({"part": [7, 3]}, "bad-header"),
@@ -179,6 +182,27 @@ def test_eight_levels_of_nesting_and_no_more() -> None:
     assert reason(seal(msgpack.packb(header(meta={"deep": [eight["deep"]]})))) == "bad-header"
     assert reason(seal(b"\x91" * 10_000)) == "bad-header"
     assert reason(seal(msgpack.packb(header())[:-1] + b"\x81\xa1x" + b"\x91" * 10_000 + b"\xc0")) == "bad-header"
+
+
+def test_2048_containers_and_no_more() -> None:
+    """The header's map, its `part`, `meta` and the array in it are four of them."""
+    empties: tuple[object, ...] = ([], {})
+    for empty in empties:
+        fits, more = (msgpack.packb(header(meta={"later": [empty] * (count - 4)})) for count in (2048, 2049))
+        assert parse(seal(fits)).meta["later"][-1] == empty
+        assert reason(seal(more)) == "bad-header"
+
+
+def test_arrays_that_only_claim_to_be_long_are_refused_before_there_is_room_made_for_them() -> None:
+    """A thousand arrays, each in the one before, that state 16,383 elements: 128 MB, were they believed."""
+    content = b"\x81\xa1x" + b"\xdc\x3f\xff" * 1000
+    tracemalloc.start()
+    try:
+        assert reason(seal(content)) == "bad-header"
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**20
 
 
 def test_no_key_stands_twice() -> None:

@@ -14,7 +14,7 @@ from ternbus.broker.errors import ConfigError, LinkError
 from ternbus.broker.link import connect_errors, connection
 from ternbus.broker.link.connection import MQTT_5, MQTT_311
 from ternbus.broker.link.events import Arrived, Connected, Disconnected, Published, Refused
-from ternbus.broker.link.link import Link, packet_bytes
+from ternbus.broker.link.link import Link, PacketTooLargeError, packet_bytes
 from ternbus.broker.protocol.endpoint import Endpoint
 from ternbus.broker.server import nats
 from ternbus.broker.server.running import Engine, RunningBroker, choose, start
@@ -60,7 +60,7 @@ def test_frames_fit_the_brokers_packets(broker: RunningBroker, client_id: str) -
     told = broker.software.engine is Engine.MOSQUITTO  # MQTT 3.1.1 has no way to say it
     assert link.connect(*WILL).frame_bytes == (1_100_000 - 1024 if told else 2_000_000)
     if told:
-        with pytest.raises(ConfigError, match=r"1100037 bytes.*1100000: raise its maximum packet size"):
+        with pytest.raises(PacketTooLargeError, match=r"1100037 bytes.*1100000: raise its maximum packet size"):
             link.publish(f"{UP}/dev/update", bytes(1_100_000))
     link.publish(f"{UP}/dev/update", bytes(1_000_000))
     inbox.next(Connected)

@@ -29,6 +29,7 @@ from ternbus.broker.protocol.messages import (
 )
 
 U64 = st.integers(0, 2**64 - 1)
+COUNTER = st.integers(0, 2**62)
 number = st.floats(allow_nan=False, allow_infinity=False)
 key = st.binary(min_size=8, max_size=8).map(KeyId)
 digest = st.binary(min_size=32, max_size=32)
@@ -39,7 +40,7 @@ ranges = st.tuples(st.integers(0, 65_534), st.integers(0, 65_534)).map(lambda pa
 
 @st.composite
 def head(draw: st.DrawFn) -> Head:
-    version = draw(U64)
+    version = draw(COUNTER)
     return Head(
         version=version,
         digest=draw(digest),
@@ -61,26 +62,26 @@ def head(draw: st.DrawFn) -> Head:
 KINDS: dict[Any, st.SearchStrategy[Any]] = {
     Head: head(),
     Snapshot: st.builds(
-        Snapshot, version=U64, digest=digest, schema_bytes=U64, content_bytes=U64, encoding=st.text(max_size=5)
+        Snapshot, version=COUNTER, digest=digest, schema_bytes=U64, content_bytes=U64, encoding=st.text(max_size=5)
     ),
     Delta: st.builds(
-        Delta, version=st.integers(1, 2**64 - 1), digest=digest, codec=st.text(max_size=5), encoding=st.text(max_size=5)
+        Delta, version=st.integers(1, 2**62), digest=digest, codec=st.text(max_size=5), encoding=st.text(max_size=5)
     ),
     Update: st.builds(
         Update,
-        base=U64,
+        base=COUNTER,
         samples=st.integers(1, 2**32 - 1),
         codec=st.text(max_size=5),
         encoding=st.text(max_size=5),
         sealed=st.booleans(),
         metrics=entries,
     ),
-    Offer: st.builds(Offer, base=U64, parts=st.integers(1, 65_535)),
+    Offer: st.builds(Offer, base=COUNTER, parts=st.integers(1, 65_535)),
     Grant: st.builds(
         Grant,
         device=device,
         device_key=key,
-        seq=U64,
+        seq=COUNTER,
         parts=st.lists(ranges, max_size=9).map(tuple),
         deadline_s=st.floats(0, 1e9),
     ),
@@ -88,22 +89,22 @@ KINDS: dict[Any, st.SearchStrategy[Any]] = {
         Receipt,
         device=device,
         device_key=key,
-        seq=U64,
+        seq=COUNTER,
         outcome=st.sampled_from(OUTCOMES),
-        version=U64,
+        version=COUNTER,
         reason=st.text(max_size=20),
         retry_after_s=st.floats(0, 1e9),
-        highest_seq=U64,
+        highest_seq=COUNTER,
     ),
     Status: st.builds(
         Status,
         state=st.sampled_from([*DEVICE_STATES, *AGGREGATOR_STATES]),
-        session=U64,
-        base=st.integers(-1, 2**64 - 1),
+        session=COUNTER,
+        base=st.integers(-1, 2**62),
         software=st.text(max_size=20),
     ),
     Metrics: st.builds(
-        Metrics, version=U64, samples=st.integers(0, 2**32 - 1), split=st.sampled_from(SPLITS), values=entries
+        Metrics, version=COUNTER, samples=st.integers(0, 2**32 - 1), split=st.sampled_from(SPLITS), values=entries
     ),
     Enroll: st.builds(Enroll, public_key=digest),
 }
@@ -243,6 +244,30 @@ def test_what_cannot_be_is_refused(kind: Any, wrong: dict[str, object]) -> None:
     kind.from_meta(good(kind))
     with pytest.raises(ProtocolError, match="bad-meta"):
         kind.from_meta(good(kind, **wrong))
+
+
+COUNTERS = [
+    (Head, "version"), (Snapshot, "version"), (Delta, "version"), (Update, "base"), (Offer, "base"), (Grant, "seq"),
+    (Receipt, "seq"), (Receipt, "version"), (Receipt, "highest_seq"), (Status, "session"), (Status, "base"),
+    (Metrics, "version"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "name"), COUNTERS, ids=str)
+@given(data=st.data())
+@settings(max_examples=3)
+def test_nothing_counts_beyond_2_to_the_62(kind: Any, name: str, data: st.DataObject) -> None:
+    """Who believed a number near 2**64 could never go on above it."""
+    meta = data.draw(KINDS[kind]).meta()
+    assert getattr(kind.from_meta(meta | {name: 2**62}), name) == 2**62
+    with pytest.raises(ProtocolError, match=f"bad-meta.*{name}"):
+        kind.from_meta(meta | {name: 2**62 + 1})
+
+
+def test_a_snapshot_that_a_head_names_counts_no_further() -> None:
+    named = [2**62 + 1, 1, 100, 0]
+    with pytest.raises(ProtocolError, match="bad-meta"):
+        Head.from_meta(good(Head, version=2**62, snapshot=named))
 
 
 def test_an_int_stands_for_a_float() -> None:

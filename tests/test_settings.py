@@ -63,6 +63,7 @@ BOUNDS: dict[str, tuple[list[object], list[object]]] = {
     "limits.frame_bytes": ([4096, 268_000_000], [4095, 268_000_001]),
     "limits.messages_in_assembly": ([4, 50], [3]),
     "limits.assembly_bytes": ([2**20], [2**20 - 1, 0]),
+    "limits.work_bytes_per_s": ([2**20, 2**27], [2**20 - 1, 1e9]),
     "limits.receipts_per_s": ([10, 100], [9, 1.5]),
     "limits.refusals_per_s": ([1], [0]),
     "limits.enrolments_per_minute": ([1, 60], [0]),

@@ -203,9 +203,16 @@ def test_malformed_vectors_are_refused(what: str) -> None:
     assert error.value.reason == "bad-vector"
 
 
+@pytest.mark.parametrize("what", VECTORS["malformed_frames"])
+def test_malformed_frames_are_refused(what: str) -> None:
+    with pytest.raises(ProtocolError) as error:
+        Update.from_meta(frames.parse(unhex("malformed_frames", what)).meta)
+    assert error.value.reason == ("bad-meta" if what == "base 2^62 + 1" else "bad-header")
+
+
 def test_every_entry_is_used() -> None:
     """A vector added to the file must be added here."""
-    others = "enroll sealed malformed_zstd malformed_blocks malformed_vectors"
+    others = "enroll sealed malformed_zstd malformed_blocks malformed_vectors malformed_frames"
     used = "about keys schema vector ternary_block float32_block tiny_numbers update message_in_3_parts head receipt"
     assert set(VECTORS) == {*used.split(), *others.split()}
     assert content_bytes(SCHEMA, "ternary") == len(CONTENT)

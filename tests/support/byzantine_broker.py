@@ -117,7 +117,7 @@ def resigned(frame: Frame, key: Identity, meta: dict[str, object]) -> bytes:
         federation=frame.federation,
         sender=frame.sender,
         kind=frame.kind,
-        seq=min(2**64 - 1, frame.seq + 1),
+        seq=min(2**62, frame.seq + 1),
         meta=meta,
         body=frame.body,
         part=frame.part,

@@ -157,6 +157,11 @@ class LimitSettings:
     log_lines_per_minute: int = _key(
         6, "log lines per minute about messages refused for one reason; all are counted", low=1
     )
+    work_bytes_per_s: int = _key(
+        2**27,
+        "bytes decoded per second for all devices, in fair shares; a device beyond its share waits for the others",
+        low=2**20,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

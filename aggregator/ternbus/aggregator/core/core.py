@@ -20,13 +20,14 @@ from ternbus.aggregator.core.registry import DEVICE, Member, Registry
 from ternbus.aggregator.core.updates import Updates
 from ternbus.aggregator.core.validation import Validation
 from ternbus.aggregator.core.versions import PublishedState, Versions
+from ternbus.aggregator.core.work import LARGE_HEADER_BYTES, PATIENCE_S, WorkShares, header_work
 from ternbus.aggregator.merge.influence import Influence
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Settings
 from ternbus.broker.backoff import Reconnect
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol import topics
-from ternbus.broker.protocol.frame import Frame, parse
+from ternbus.broker.protocol.frame import Frame, header_bytes, parse
 from ternbus.broker.protocol.identity import AGGREGATOR, Identity
 from ternbus.broker.protocol.messages import CLOSED, RESTORE_LEAP, Head, Metrics, Status
 from ternbus.broker.protocol.schema import Schema
@@ -54,6 +55,7 @@ class Core:
     _refusals: Refusals = field(init=False)
     _counters: Counters = field(default_factory=Counters)
     _merge_trigger: MergeTrigger = field(init=False)
+    work: WorkShares = field(init=False)
     _reconnect: Reconnect = field(init=False)
     _told_held: bool = False  # the operator knows that the buffer lacks devices
     _is_linked: bool = False  # there is a connection, or one is being made
@@ -64,8 +66,10 @@ class Core:
         self._frames = FrameWriter(settings, self.identity, self.schema, self.seq)
         log_limit = LogLimit(settings.limits.log_lines_per_minute)
         self._refusals = Refusals(counters=self._counters, log_limit=log_limit)
+        self.work = WorkShares(settings.limits.work_bytes_per_s)
         self._updates = Updates(
             settings=settings,
+            work=self.work,
             model=self.model,
             validation=Validation(settings, self.identity, self.schema, self.influence),
             frames=self._frames,
@@ -118,6 +122,8 @@ class Core:
         match event:
             case events.MessageArrived():
                 return self._message(event)
+            case events.MessagesDropped():
+                return self._refusals.refuse(event.reason, f"dropped {event.detail}", self._now, event.count)
             case events.Connected():
                 return self._connected(event)
             case events.ConnectFailed() | events.Disconnected():
@@ -205,12 +211,15 @@ class Core:
         return address
 
     def _from_device(self, event: events.MessageArrived, address: topics.Address) -> list[Action]:
-        member = self.registry.members.get(address.device or "")
-        if member is not None:
-            member.take_frame(self._now, self.settings.limits.frames_per_s)
-        opened = event.opened
+        name, opened = address.device or "", event.opened
+        self._enrollment.take_frame(name, self._now)
+        is_late = event.waited_s > PATIENCE_S
+        if is_late and header_bytes(event.payload) > LARGE_HEADER_BYTES and self.work.owes(name, self._now):
+            raise ProtocolError("too-much-work", f"{name} has used its share of the work, and sends large headers")
         frame = parse(event.payload) if opened is None else opened.frame
         topics.check(frame, address)
+        if (cost := header_work(len(frame.header))) and name in self.registry.members:
+            self.work.charge(name, cost, self._now)
         if frame.kind == "enroll":
             return self._enrollment.enroll(frame, self._now, event.clock_s)
         sender = self._enrollment.authenticate(frame, b"" if opened is None else opened.public, self._now)
@@ -219,12 +228,12 @@ class Core:
         if frame.kind == "update":
             sender.update_bytes += event.packet_bytes
             self._counters.observe(sender.name, self._now)
-        return self._frame(sender, frame, None if opened is None else opened.block)
+        return self._frame(sender, frame, None if opened is None else opened.block, is_late=is_late)
 
-    def _frame(self, member: Member, frame: Frame, ahead: Block | None) -> list[Action]:
+    def _frame(self, member: Member, frame: Frame, ahead: Block | None, *, is_late: bool) -> list[Action]:
         match frame.kind:
             case "update":
-                return self._update(member, frame, ahead)
+                return self._update(member, frame, ahead, is_late=is_late)
             case "offer":
                 return self._updates.offer(member, frame, self._now)
             case "status":
@@ -235,9 +244,9 @@ class Core:
             case _:  # the topics that a device may write on leave only metrics
                 return self._metrics(member, frame)
 
-    def _update(self, member: Member, frame: Frame, ahead: Block | None) -> list[Action]:
+    def _update(self, member: Member, frame: Frame, ahead: Block | None, *, is_late: bool) -> list[Action]:
         was_empty = not self.model.buffer
-        actions = self._updates.update(member, frame, self._now, ahead)
+        actions = self._updates.update(member, frame, self._now, ahead, is_late=is_late)
         if was_empty and self.model.buffer:
             self._told_held = False
             self._merge_trigger = self._merge_trigger.first_accepted(self._now)

@@ -19,9 +19,9 @@ class Counters:
     due: float | None = None
     _devices: set[str] = field(default_factory=set)
 
-    def refuse(self, reason: str, now: float) -> None:
-        """Count a frame that was dropped."""
-        self.refused[reason] += 1
+    def refuse(self, reason: str, now: float, count: int = 1) -> None:
+        """Count frames that were dropped."""
+        self.refused[reason] += count
         self._wake(now)
 
     def answer(self, outcome: str, now: float) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.core.events import Action, Log, RevokeRequested, Save
-from ternbus.aggregator.core.rate_limit import MINUTE_S, TokenBucket
+from ternbus.aggregator.core.rate_limit import BURST_S, MINUTE_S, TokenBucket
 from ternbus.aggregator.core.refusals import Refusals
 from ternbus.aggregator.core.registry import ACTIVE, EVALUATOR, REVOKED, Invited, Member, Registry
 from ternbus.aggregator.core.updates import Updates
@@ -24,7 +24,24 @@ class Enrollment:
     updates: Updates
     refusals: Refusals
     _tries: dict[str, TokenBucket] = field(default_factory=dict)  # of names that are invited or have a key
+    _guests: dict[str, TokenBucket] = field(default_factory=dict)  # of frames, for invited names without a key
     _strangers: TokenBucket = field(default_factory=TokenBucket)
+
+    def take_frame(self, name: str, now: float) -> None:
+        """Count one more frame on a topic of this name; ProtocolError if the name has sent too many.
+
+        A device with a valid key has the rate of the protocol. A revoked device and an invited one have a low rate
+        each. All other names together have one low rate.
+        """
+        limits, member = self.settings.limits, self.registry.members.get(name)
+        if member is not None:
+            member.take_frame(now, limits.refusals_per_s if member.revoked else limits.frames_per_s)
+        elif name in self.registry.codes:
+            guest = self._guests.setdefault(name, TokenBucket())
+            if not guest.take(now, limits.refusals_per_s, limits.refusals_per_s * BURST_S):
+                raise ProtocolError("too-fast", f"{name} sends more than {limits.refusals_per_s} frames a second")
+        elif not self._strangers.take(now, limits.refusals_per_s, limits.refusals_per_s):
+            raise ProtocolError("too-fast", f"unknown names send more than {limits.refusals_per_s} frames a second")
 
     def authenticate(self, frame: Frame, verified: bytes, now: float) -> Member | list[Action]:
         """The member whose present key signed this frame; ProtocolError with the reason for anybody else.
@@ -77,20 +94,18 @@ class Enrollment:
         ]
 
     def _limit(self, name: str, now: float) -> None:
-        """Each name that is expected has a bucket of its own, so that strangers, who share one, cannot empty it."""
-        limits = self.settings.limits
-        if name in self.registry.members or name in self.registry.codes:
-            per_minute = limits.enrolments_per_minute
-            passes = self._tries.setdefault(name, TokenBucket()).take(now, per_minute / MINUTE_S, per_minute)
-        else:
-            passes = self._strangers.take(now, limits.refusals_per_s, limits.refusals_per_s)
-        if not passes:
+        """Limit enrollment attempts: one bucket per known name; `take_frame` limits all other names."""
+        if name not in self.registry.members and name not in self.registry.codes:
+            return
+        per_minute = self.settings.limits.enrolments_per_minute
+        if not self._tries.setdefault(name, TokenBucket()).take(now, per_minute / MINUTE_S, per_minute):
             raise ProtocolError("too-many-enrolments", f"{name} tries too often")
 
     def invite(self, codes: Mapping[str, Invited]) -> None:
         """These are the open invitations now."""
         registry = self.registry
         registry.codes = dict(codes)
+        self._guests = {name: bucket for name, bucket in self._guests.items() if name in codes}
         self._tries = {
             name: bucket for name, bucket in self._tries.items() if name in registry.members or name in codes
         }

@@ -44,7 +44,8 @@ class MessageArrived:
     """An MQTT message, of which nothing is believed yet; ``packet_bytes`` is its size on the wire.
 
     ``opened`` is the payload's frame where it was looked into ahead. ``clock_s`` is the time of day in Unix seconds,
-    against which only the end of an invitation is held.
+    against which only the end of an invitation is held. ``waited_s`` is the time since its arrival: if that is long,
+    devices are limited to their shares of the work.
     """
 
     topic: str
@@ -52,6 +53,16 @@ class MessageArrived:
     packet_bytes: int = 0
     opened: Opened | None = None
     clock_s: float = 0.0
+    waited_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MessagesDropped:
+    """``count`` messages were dropped unread on arrival, all for one reason."""
+
+    reason: str
+    count: int
+    detail: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +125,7 @@ Event = (
     | ConnectFailed
     | Disconnected
     | MessageArrived
+    | MessagesDropped
     | InvitationsRead
     | CancelRequested
     | RevokeRequested

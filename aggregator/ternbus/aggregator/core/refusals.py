@@ -15,8 +15,8 @@ class Refusals:
     counters: Counters
     log_limit: LogLimit
 
-    def refuse(self, reason: str, text: str, now: float) -> list[Action]:
-        self.counters.refuse(reason, now)
+    def refuse(self, reason: str, text: str, now: float, count: int = 1) -> list[Action]:
+        self.counters.refuse(reason, now, count)
         line = self.log_limit.write(reason, text, now)
         return [Log(text=line)] if line else []
 

@@ -12,6 +12,7 @@ from ternbus.aggregator.core.grants import GRANT_S, Grants
 from ternbus.aggregator.core.rate_limit import LogLimit
 from ternbus.aggregator.core.registry import Answer, Member
 from ternbus.aggregator.core.validation import Validation, ValidUpdate, Verdict
+from ternbus.aggregator.core.work import WorkShares
 from ternbus.aggregator.merge.accepted import BufferedUpdate
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Settings
@@ -22,6 +23,7 @@ from ternbus.broker.protocol.messages import Grant, Receipt
 from ternbus.broker.protocol.ternary import Block
 
 BUSY_S: Final = 5.0
+BUSY_MAX_S: Final = 60.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,6 +36,7 @@ class Updates:
     frames: FrameWriter
     counters: Counters
     log_limit: LogLimit
+    work: WorkShares
     closed: bool = False
     stopping: bool = False
     _grants: Grants = field(init=False)
@@ -57,8 +60,13 @@ class Updates:
         grant = Grant(device=member.name, device_key=member.key, seq=frame.seq, parts=granted, deadline_s=GRANT_S)
         return self.frames.to_device(grant)
 
-    def update(self, member: Member, frame: Frame, now: float, ahead: Block | None = None) -> list[Action]:
-        """Take in a part of an update; ``ahead`` is the block of a single part, if it was read already."""
+    def update(
+        self, member: Member, frame: Frame, now: float, ahead: Block | None = None, *, is_late: bool = False
+    ) -> list[Action]:
+        """Take in a part of an update; ``ahead`` is the block of a single part, if it was read already.
+
+        If messages are late, a device that has used its share of the work is answered `busy`; nothing is decoded.
+        """
         if frame.seq <= member.answer.seq:
             if frame.part > 0:  # once a message, not once a part
                 return []
@@ -73,11 +81,14 @@ class Updates:
             return self._busy(member, frame.seq, now)
         if frame.parts > self.frames.direct_parts and member.granted != frame.seq:
             raise ProtocolError("not-granted", f"{frame.parts} parts, unasked")
+        if self.validation.is_last(member, frame):
+            self.afford(member, now)  # before it is decompressed and read
+            if is_late and ahead is None and self.work.owes(member.name, now):
+                return self._shed(member, frame.seq, now)
+            self.work.charge(member.name, self.validation.work_bytes(frame), now)
         return self._collect(member, frame, now, ahead)
 
     def _collect(self, member: Member, frame: Frame, now: float, ahead: Block | None) -> list[Action]:
-        if self.validation.is_last(member, frame):
-            self.afford(member, now)  # before it is decompressed and read
         valid = self.validation.collect(member, frame, self.model.version, ahead)
         for reason in self.validation.take_drops().elements():
             self.counters.refuse(reason, now)
@@ -123,12 +134,24 @@ class Updates:
         )
         return [Save(record=record), *self.receipt(member.name, member.key, seq, verdict)]
 
-    def _busy(self, member: Member, seq: int, now: float, why: str = "too much is on its way already") -> list[Action]:
+    def _shed(self, member: Member, seq: int, now: float) -> list[Action]:
+        """Answer `busy`: other devices wait, and this one has used more than its share of the work."""
+        wait_s = min(max(BUSY_S, self.work.wait_s(member.name, now)), BUSY_MAX_S)
+        return self._busy(member, seq, now, "this device has used its share of the work", wait_s)
+
+    def _busy(
+        self,
+        member: Member,
+        seq: int,
+        now: float,
+        why: str = "too much is on its way already",
+        retry_after_s: float = BUSY_S,
+    ) -> list[Action]:
         """Not now; which is no answer."""
         self.counters.answer("busy", now)
         if self.stopping:
             why = "the aggregator is stopping"
-        return self.receipt(member.name, member.key, seq, Verdict("busy", why, retry_after_s=BUSY_S))
+        return self.receipt(member.name, member.key, seq, Verdict("busy", why, retry_after_s=retry_after_s))
 
     def _answer_again(self, member: Member, seq: int, now: float) -> list[Action]:
         """The same answer for the same number; a lower one is told how far this key has come."""

@@ -14,10 +14,10 @@ from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.messages import Offer, Update
-from ternbus.broker.protocol.meta_fields import integer
+from ternbus.broker.protocol.meta_fields import counter
 from ternbus.broker.protocol.parts import PART_BYTES_MIN, Collector, Whole, whole
 from ternbus.broker.protocol.schema import Schema
-from ternbus.broker.protocol.ternary import Block
+from ternbus.broker.protocol.ternary import FLOAT32, TERNARY, Block, content_bytes
 
 SEAL_BYTES: Final = 64  # key id, seq and what a libsodium sealed box adds
 
@@ -108,7 +108,7 @@ class Validation:
     def judge(self, member: Member, frame: Frame, version: int, *, closed: bool) -> Verdict | None:
         """Everything that can be said of an update before it is whole."""
         try:
-            verdict = self.judge_base(member, integer(frame.meta, "base"), version, closed=closed)
+            verdict = self.judge_base(member, counter(frame.meta, "base"), version, closed=closed)
             if verdict is not None:
                 return verdict
             Update.from_meta(frame.meta)
@@ -156,6 +156,10 @@ class Validation:
     def is_last(self, member: Member, frame: Frame) -> bool:
         """Whether this part makes its message whole."""
         return frame.parts == 1 or (member.collector is not None and member.collector.lacks_only(frame))
+
+    def work_bytes(self, frame: Frame) -> int:
+        """The bytes to decode for the content of the update that this last part completes, according to its meta."""
+        return len(frame.body) + content_bytes(self.schema, FLOAT32 if frame.meta["codec"] == FLOAT32 else TERNARY)
 
     def forget(self, member: Member) -> None:
         """Drop what a device has begun to send."""

@@ -9,9 +9,10 @@ from typing import Final
 
 from ternbus.aggregator.core.events import Opened
 from ternbus.aggregator.core.registry import Member, Registry
+from ternbus.aggregator.core.work import LARGE_HEADER_BYTES, PATIENCE_S, WorkShares
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import topics
-from ternbus.broker.protocol.frame import parse
+from ternbus.broker.protocol.frame import header_bytes, parse
 from ternbus.broker.protocol.messages import Update
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import Block, content_bytes
@@ -27,40 +28,49 @@ class Preverifier:
     Reading ahead costs what a device may have only a little of, before the core has asked whether it may. So at most
     one update of each is read and not closed, none of a device that has had its frames or its receipts: what is read
     ahead is one more than what the core affords. And all that is read and not closed has room in ``room_bytes``.
+    For a name that may not write here, or has used its rate of frames, no header is parsed.
     """
 
     registry: Registry
     schema: Schema
+    work: WorkShares
     room_bytes: int = ROOM_BYTES
     _held: dict[str, int] = field(default_factory=dict)  # device -> bytes of what was read ahead
     _held_bytes: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def open(self, topic: str, payload: bytes) -> Opened | None:
-        """Parse, and check signature and digest under the sender's present key; None where anything is amiss."""
+    def open(self, topic: str, payload: bytes, waited_s: float = 0.0) -> Opened | None:
+        """Parse, and check signature and digest under the sender's present key; None where anything is amiss.
+
+        ``waited_s`` is the time since the arrival of the message.
+        """
         try:
-            frame = parse(payload)
-            member = self.registry.members.get(frame.sender)
+            address = topics.parse(topic)
+            member = self.registry.members.get(address.device or "")
             if member is None or member.revoked or member.is_flooding:
                 return None
+            owes = waited_s > PATIENCE_S and self.work.may_owe(member.name)
+            if owes and header_bytes(payload) > LARGE_HEADER_BYTES:
+                return None
+            frame = parse(payload)
+            topics.check(frame, address)
             frame.check_authentic(member.public)
         except ProtocolError:
             return None
         opened = Opened(frame=frame, public=member.public)
         if frame.kind != Update.KIND or frame.parts != 1 or frame.seq <= member.answer.seq or member.has_had_receipts:
             return opened
-        return self._read(opened, member, topic)
+        return opened if owes else self._read(opened, member)
 
     def close(self, opened: Opened | None) -> None:
         """The core has it, or will never see it."""
         if opened is not None and opened.block is not None:
             self._let_go(opened.frame.sender)
 
-    def _read(self, opened: Opened, member: Member, topic: str) -> Opened:
+    def _read(self, opened: Opened, member: Member) -> Opened:
         """With its block, if that is good and there is room for it."""
         frame = opened.frame
         try:
-            topics.check(frame, topics.parse(topic))
             update = Update.from_meta(frame.meta)
             if update.sealed or not self._hold(member.name, content_bytes(self.schema, update.codec)):
                 return opened

@@ -22,18 +22,20 @@ from ternbus.aggregator.shell.administration import exclusive, open_core
 from ternbus.aggregator.shell.preverify import WORTHWHILE_BYTES, Preverifier
 from ternbus.aggregator.store import control
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
-from ternbus.broker.errors import ConfigError, LinkError
+from ternbus.broker.errors import LinkError
 from ternbus.broker.link.link import (
     Arrived,
     Connected,
     Disconnected,
     Link,
     LinkEvent,
+    PacketTooLargeError,
     Published,
     Refused,
     Token,
     packet_bytes,
 )
+from ternbus.broker.protocol import topics
 
 BATCH: Final = 64  # events whose records share one fsync
 POLL_S: Final = 0.1  # how often the ledger is looked at for what commands have asked
@@ -47,14 +49,15 @@ class Interrupted:
 
 
 @dataclass(frozen=True, slots=True)
-class Ahead:
-    """A message whose frame is being opened in another thread; its place in the queue is its order of arrival."""
+class Waiting:
+    """A message in the queue, in order of arrival, with its frame if another thread opens it."""
 
     arrived: Arrived
-    opened: "Future[Opened | None]"
+    came_at: float
+    opened: "Future[Opened | None] | None"
 
 
-Item = LinkEvent | Ahead | Interrupted | events.ConnectFailed
+Item = Connected | Disconnected | Published | Refused | Waiting | Interrupted | events.ConnectFailed
 
 
 @contextmanager
@@ -85,11 +88,14 @@ class Service:
     _core: Core = field(init=False)
     _log_limit: LogLimit = field(init=False)
     _link: Link = field(init=False)
+    _up: str = field(init=False)  # the prefix of the topics that devices publish on
     _protocol: int = 5
     _logged_at: float = -LOG_S
     _change_count: int = -1
     _polled_at: float = 0.0
     _stopped: bool = False
+    _without_qos: int = 0  # messages that the network thread dropped; ``_counted`` of them are reported
+    _counted: int = 0
 
     def stop(self) -> None:
         """End soon: what is accepted is finished first."""
@@ -106,12 +112,14 @@ class Service:
         ):
             self._core = open_core(self.directory, self._ledger, self.software)
             self._core.model.sum_by(partial(summing, adding))
-            self._preverifier = Preverifier(registry=self._core.registry, schema=self._core.schema)
+            core = self._core
+            self._preverifier = Preverifier(registry=core.registry, schema=core.schema, work=core.work)
             self._serve()
 
     def _serve(self) -> None:
         settings = self._core.settings
         self._log_limit = LogLimit(settings.limits.log_lines_per_minute)
+        self._up = f"{topics.root(settings.federation)}/up/"
         self._link = transport.connect(self.directory, settings, self._deliver, self.transport)
         try:
             self._perform(self._core.start(time.monotonic()))
@@ -125,12 +133,26 @@ class Service:
             self._opening.shutdown()
 
     def _deliver(self, event: LinkEvent) -> None:
-        """Called in the network thread: put into the queue, and no more."""
-        if isinstance(event, Arrived) and len(event.payload) >= WORTHWHILE_BYTES:
-            opened = self._opening.submit(self._preverifier.open, event.topic, event.payload)
-            self._queue.put(Ahead(event, opened))
-        else:
+        """Called in the network thread: put into the queue, and no more.
+
+        A device's publication at QoS 0 is dropped: the protocol has none, and no receive maximum limits their number.
+        """
+        if not isinstance(event, Arrived):
             self._queue.put(event)
+        elif event.qos == 0 and event.topic.startswith(self._up):
+            self._without_qos += 1
+            self._link.acknowledge(event.token)
+        else:
+            self._queue.put(self._waiting(event))
+
+    def _waiting(self, arrived: Arrived) -> Waiting:
+        came_at = time.monotonic()
+        if len(arrived.payload) < WORTHWHILE_BYTES:
+            return Waiting(arrived, came_at, None)
+        return Waiting(arrived, came_at, self._opening.submit(self._open, arrived, came_at))
+
+    def _open(self, arrived: Arrived, came_at: float) -> Opened | None:
+        return self._preverifier.open(arrived.topic, arrived.payload, time.monotonic() - came_at)
 
     def _turn(self) -> None:
         """One round: look for requests, take in what has come, tell the core the time."""
@@ -143,6 +165,7 @@ class Service:
         tokens: list[Token] = []
         for event in batch:
             actions += self._translate(event, tokens)
+        actions += self._count_dropped()
         actions += self._core.handle(events.TimeReached(), time.monotonic())
         self._perform(actions)
         for token in tokens:
@@ -163,13 +186,11 @@ class Service:
     def _translate(self, event: Item, tokens: list[Token]) -> list[events.Action]:
         now = time.monotonic()
         match event:
-            case Ahead():
-                opened = event.opened.result()
-                actions = self._message(event.arrived, opened, tokens)
+            case Waiting():
+                opened = None if event.opened is None else event.opened.result()
+                actions = self._message(event, opened, tokens)
                 self._preverifier.close(opened)
                 return actions
-            case Arrived():
-                return self._message(event, None, tokens)
             case Connected():
                 self._protocol = event.protocol
                 self.log(f"connected (MQTT {'5' if event.protocol == 5 else '3.1.1'})")
@@ -182,22 +203,33 @@ class Service:
             case Interrupted():
                 return [] if self._stopped else self._core.handle(events.StopRequested(), now)
             case Refused():
-                line = self._log_limit.write(event.reason, f"the broker refused a message: {event.reason}", now)
-                if line:
-                    self.log(line)
+                self._complain(event.reason, f"the broker refused a message: {event.reason}")
                 return []
             case Published():
                 return []
             case _:
                 assert_never(event)
 
-    def _message(self, arrived: Arrived, opened: Opened | None, tokens: list[Token]) -> list[events.Action]:
+    def _message(self, waiting: Waiting, opened: Opened | None, tokens: list[Token]) -> list[events.Action]:
+        arrived, now = waiting.arrived, time.monotonic()
         tokens.append(arrived.token)
-        size = packet_bytes(arrived.topic, len(arrived.payload), self._protocol)
         event = events.MessageArrived(
-            topic=arrived.topic, payload=arrived.payload, packet_bytes=size, opened=opened, clock_s=time.time()
+            topic=arrived.topic,
+            payload=arrived.payload,
+            packet_bytes=packet_bytes(arrived.topic, len(arrived.payload), self._protocol),
+            opened=opened,
+            clock_s=time.time(),
+            waited_s=now - waiting.came_at,
         )
-        return self._core.handle(event, time.monotonic())
+        return self._core.handle(event, now)
+
+    def _count_dropped(self) -> list[events.Action]:
+        count = self._without_qos - self._counted
+        if not count:
+            return []
+        self._counted += count
+        dropped = events.MessagesDropped(reason="qos-0", count=count, detail="a publication at QoS 0")
+        return self._core.handle(dropped, time.monotonic())
 
     def _perform(self, actions: Iterable[events.Action]) -> None:
         """Do the actions in order, but every record first and with one fsync: to publish later is always safe."""
@@ -225,7 +257,7 @@ class Service:
                 case events.Stop():
                     self._stopped = True
                     if action.error:
-                        raise ConfigError(action.error)
+                        raise LinkError(action.error)  # the broker caused it, so a supervisor may restart the process
                 case events.Connect():
                     self._connect(action)
                 case _:
@@ -234,8 +266,16 @@ class Service:
     def _publish(self, topic: str, payload: bytes, *, retain: bool) -> None:
         try:
             self._link.publish(topic, payload, retain=retain)
+        except PacketTooLargeError as error:
+            self._complain("packet-too-large", str(error))
         except LinkError:
             return  # what matters is sent again at the next connection
+
+    def _complain(self, reason: str, text: str) -> None:
+        """Log a publication that the broker does not accept, within the limit of log lines."""
+        line = self._log_limit.write(reason, text, time.monotonic())
+        if line:
+            self.log(line)
 
     def _connect(self, action: events.Connect) -> None:
         try:

@@ -1,4 +1,4 @@
-"""One MQTT connection to a broker; the only module that imports paho.
+"""One MQTT connection to a broker; with ``client``, the only module that imports paho.
 
 Each connection has one network thread. Only this thread calls paho and delivers events; other threads pass commands
 through queues. So no thread waits for paho's locks, and one place limits the unacknowledged data: to what the broker
@@ -19,16 +19,18 @@ from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
 from typing import Any, Final
 
 from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage
-from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from paho.mqtt.enums import MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from ternbus.broker.errors import LinkError
 from ternbus.broker.link import connect_errors
+from ternbus.broker.link.client import BoundedClient
 from ternbus.broker.link.events import Arrived, Disconnected, LinkEvent, Published, Refused, Token
-from ternbus.broker.link.window import MESSAGES_MAX, Window
+from ternbus.broker.link.window import MESSAGES_MAX, Backlog, Window
 from ternbus.broker.protocol.endpoint import Endpoint
+from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 
 MQTT_5: Final = int(MQTTProtocolVersion.MQTTv5)
 MQTT_311: Final = int(MQTTProtocolVersion.MQTTv311)
@@ -36,8 +38,8 @@ CONNECT_TIMEOUT_S: Final = 5.0
 DISCONNECT_S: Final = 1.0  # to send DISCONNECT through a full socket
 ASK_AGAIN_S: Final = 10.0  # until a refused subscription is repeated
 SESSION_EXPIRY_S: Final = 7 * 24 * 3600
-PACKET_BYTES_IN: Final = 8 << 20  # the limit for the broker's packets
 PACKET_BYTES_OUT: Final = 256 << 20  # the maximum of MQTT
+PACKET_BYTES_MIN: Final = FRAME_BYTES_RANGE[0] + 1024  # a broker with a smaller limit accepts no part of a message
 UNSUPPORTED_PROTOCOL: Final = 132
 KEEPALIVE_TIMEOUT: Final = 141
 SESSION_TAKEN_OVER: Final = 142
@@ -70,6 +72,7 @@ class Connection:
         client_id: str,
         will: Will,
         receive_maximum: int,
+        packet_bytes_in: int,
         keepalive_s: int,
         deliver: Callable[[LinkEvent], None],
     ) -> None:
@@ -77,19 +80,23 @@ class Connection:
         self.alive = False
         self.session_present = False
         self.packet_bytes_max = PACKET_BYTES_OUT
-        self.client = _client(client_id, protocol, will)
+        # the receive maximum of messages, of the default frame size
+        self._backlog = Backlog(messages_max=receive_maximum, bytes_max=receive_maximum * FRAME_BYTES)
+        self.client = BoundedClient(client_id, protocol, self._backlog, packet_bytes_in)
+        self.client.will_set(will.topic, will.payload, qos=1, retain=True)
         self._endpoint = endpoint
         self._protocol = protocol
         self._client_id = client_id
         self._receive_maximum = receive_maximum
+        self._packet_bytes_in = packet_bytes_in
         self._keepalive_s = keepalive_s
         self._deliver = deliver
         self._answer: ReasonCode | None = None
         self._reason = "the connection to the broker was lost"
-        self._closing = self._aborting = self._woken = False
+        self._leaving = self._closing = self._aborting = self._woken = False
         self._commands: deque[Callable[[], object]] = deque()
         self._waiting: deque[tuple[int, str, bytes, bool]] = deque()
-        self._events = EVENT_READ
+        self._events = 0  # the events of the socket that the selector waits for
         self._window = Window(patience_s=keepalive_s / 4)
         self._filters: dict[int, list[str]] = {}  # unacknowledged subscriptions, by mid
         self._refused: deque[tuple[float, list[str]]] = deque()  # (time of the next attempt, refused subscriptions)
@@ -126,9 +133,8 @@ class Connection:
     def unsubscribe(self, filters: list[str]) -> None:
         self._command(lambda: self._unsubscribe(filters))
 
-    def acknowledge(self, mid: int) -> None:
-        if mid:  # QoS 0 has no mid and no acknowledgement
-            self._command(lambda: self.client.ack(mid, 1))
+    def acknowledge(self, token: Token) -> None:
+        self._command(lambda: self._acknowledge(token))
 
     def publish(self, ticket: int, topic: str, payload: bytes, retain: bool) -> None:
         self._issued += 1
@@ -136,7 +142,9 @@ class Connection:
         self._wake()
 
     def close(self, flush_s: float) -> None:
-        """Wait at most ``flush_s`` for acknowledgements, then disconnect; no event is delivered after that."""
+        """Wait at most ``flush_s`` for acknowledgements, then disconnect; no message that arrives now is delivered."""
+        self._leaving = True
+        self._command(self._backlog.lift)  # unread messages may precede the acknowledgements
         with self._idle:
             self._idle.wait_for(lambda: not self.outstanding or not self.alive, flush_s)
         self._closing = True
@@ -169,13 +177,12 @@ class Connection:
             properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
             properties.SessionExpiryInterval = SESSION_EXPIRY_S
             properties.ReceiveMaximum = self._receive_maximum
-            properties.MaximumPacketSize = PACKET_BYTES_IN
+            properties.MaximumPacketSize = self._packet_bytes_in
             options = {"clean_start": False, "properties": properties}
         self.client.connect(self._endpoint.host, self._endpoint.port, self._keepalive_s, **options)
         sock = self.client.socket()
         if isinstance(sock, socket.socket):
             _prepare(sock, self._keepalive_s)
-            self._selector.register(sock, EVENT_READ)
             self._selector.register(self._wake_receiver, EVENT_READ)
         while self._answer is None and self.client.socket() is not None:
             left_s = deadline - time.monotonic()
@@ -189,6 +196,11 @@ class Connection:
             raise UnsupportedProtocolError(f"the broker at {self._endpoint} supports neither MQTT 5 nor 3.1.1")
         if self._answer.is_failure:
             raise LinkError(f"the broker at {self._endpoint} refuses {self._client_id!r}: {self._answer.getName()}")
+        if self.packet_bytes_max < PACKET_BYTES_MIN:
+            raise LinkError(
+                f"the broker at {self._endpoint} accepts packets of at most {self.packet_bytes_max} bytes, Ternbus "
+                f"needs {PACKET_BYTES_MIN}: raise its maximum packet size"
+            )
 
     def _run(self) -> None:
         try:
@@ -217,26 +229,39 @@ class Connection:
         sock = self.client.socket()
         if sock is None:
             return
-        events = EVENT_READ | EVENT_WRITE if self.client.want_write() else EVENT_READ
-        if events != self._events:
-            self._selector.modify(sock, events)
-            self._events = events
-        for key, ready in self._selector.select(timeout_s):
+        self._watch(sock)
+        # the selector does not see data that TLS has already decrypted
+        decrypted = isinstance(sock, ssl.SSLSocket) and sock.pending() > 0 and not self.client.is_paused
+        for key, ready in self._selector.select(0 if decrypted else timeout_s):
             if key.fileobj is self._wake_receiver:
                 self._wake_receiver.recv(len(WAKE))
                 self._woken = False
                 continue
             if ready & EVENT_READ:
-                self._read(sock)
+                self.client.loop_read()
             if ready & EVENT_WRITE:
                 self.client.loop_write()
+        if decrypted:
+            self.client.loop_read()
         self.client.loop_misc()
 
-    def _read(self, sock: object) -> None:
-        self.client.loop_read()
-        if isinstance(sock, ssl.SSLSocket):  # the selector does not see data that TLS has already decrypted
-            while self.client.socket() is not None and sock.pending():
-                self.client.loop_read()
+    def _watch(self, sock: Any) -> None:
+        """Set the events that the selector waits for: no reads while the backlog of received messages is full."""
+        events = (0 if self.client.is_paused else EVENT_READ) | (EVENT_WRITE if self.client.want_write() else 0)
+        if events == self._events:
+            return
+        if not self._events:
+            self._selector.register(sock, events)
+        elif not events:
+            self._selector.unregister(sock)
+        else:
+            self._selector.modify(sock, events)
+        self._events = events
+
+    def _acknowledge(self, token: Token) -> None:
+        self._backlog.released(token.size_bytes)
+        if token.mid:  # QoS 0 has no mid and no acknowledgement
+            self.client.ack(token.mid, 1)
 
     def _subscribe(self, filters: list[str]) -> None:
         _, mid = self.client.subscribe([(topic, 1) for topic in filters])
@@ -272,7 +297,9 @@ class Connection:
         self._answer = code
 
     def _on_disconnect(self, _c: Client, _u: object, flags: DisconnectFlags, code: ReasonCode, _p: object) -> None:
-        if flags.is_disconnect_packet_from_server:
+        if self.client.fault:
+            self._reason = self.client.fault
+        elif flags.is_disconnect_packet_from_server:
             self._reason = f"the broker ended the connection: {code.getName()}"
             if code.value == SESSION_TAKEN_OVER:
                 self._reason += f"; another client uses the client id {self._client_id!r}"
@@ -285,8 +312,12 @@ class Connection:
         except UnicodeDecodeError:  # an invalid topic, which a broker should have refused
             client.ack(message.mid, message.qos)
             return
-        token = Token(connection=self.number, mid=message.mid)
-        self._deliver(Arrived(topic=topic, payload=bytes(message.payload), retained=message.retain, token=token))
+        if self._leaving:
+            return  # unacknowledged, so the broker delivers it again at the next connection
+        payload = bytes(message.payload)
+        self._backlog.arrived(len(payload))
+        token = Token(connection=self.number, mid=message.mid, size_bytes=len(payload))
+        self._deliver(Arrived(topic=topic, payload=payload, retained=message.retain, token=token, qos=message.qos))
 
     def _on_publish(self, _c: Client, _u: object, mid: int, code: ReasonCode, _p: object) -> None:
         ticket = self._window.answered(mid, now=time.monotonic())
@@ -305,22 +336,6 @@ class Connection:
         if refused:  # repeated later, because an overloaded nats-server also refuses
             _log.warning("the broker at %s refuses the subscription to %s", self._endpoint, ", ".join(refused))
             self._refused.append((time.monotonic() + ASK_AGAIN_S, refused))
-
-
-def _client(client_id: str, protocol: int, will: Will) -> Client:
-    client = Client(
-        CallbackAPIVersion.VERSION2,
-        client_id,
-        clean_session=None if protocol == MQTT_5 else False,
-        protocol=MQTTProtocolVersion(protocol),
-        reconnect_on_failure=False,
-        manual_ack=True,
-    )
-    client.max_inflight_messages = (
-        0  # `Window` replaces paho's limit, which iterates over all queued messages at every PUBACK
-    )
-    client.will_set(will.topic, will.payload, qos=1, retain=True)
-    return client
 
 
 def _prepare(sock: socket.socket, keepalive_s: int) -> None:

@@ -9,6 +9,7 @@ class Token:
 
     connection: int
     mid: int
+    size_bytes: int = 0  # of the message; its acknowledgement frees as much of the backlog
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,11 +30,15 @@ class Disconnected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrived:
-    """A message has arrived. After a reconnect the broker delivers it again, unless its token was acknowledged."""
+    """A message has arrived. After a reconnect the broker delivers it again, unless its token was acknowledged.
+
+    A message of QoS 0 (``qos``) is delivered at most once. Its token is acknowledged too, to free its room.
+    """
 
     topic: str
     payload: bytes
     retained: bool
+    qos: int = 1
     token: Token
 
 

@@ -12,12 +12,17 @@ from ternbus.broker.protocol.endpoint import Endpoint, is_loopback
 from ternbus.broker.protocol.frame import FRAME_BYTES
 
 __all__ = [
-    "Arrived", "Connected", "Disconnected", "Link", "LinkError", "LinkEvent", "Published", "Refused", "Tls", "Token",
-    "packet_bytes",
+    "Arrived", "Connected", "Disconnected", "Link", "LinkError", "LinkEvent", "PacketTooLargeError", "Published",
+    "Refused", "Tls", "Token", "packet_bytes",
 ]  # fmt: skip
 
 FILTERS_PER_PACKET: Final = 8
+PACKET_BYTES_IN: Final = 8 << 20  # the limit for the broker's packets, unless frames may be larger
 PACKET_RESERVE_BYTES: Final = 1024  # of a broker's maximum packet size, for the packet's header and topic
+
+
+class PacketTooLargeError(LinkError):
+    """The publication needs a packet above the broker's maximum packet size."""
 
 
 def packet_bytes(topic: str, payload_bytes: int, protocol: int) -> int:
@@ -107,6 +112,7 @@ class Link:
             client_id=self._client_id,
             will=will,
             receive_maximum=self._receive_maximum,
+            packet_bytes_in=max(PACKET_BYTES_IN, self._frame_bytes + PACKET_RESERVE_BYTES),
             keepalive_s=self._keepalive_s,
             deliver=self._deliver,
         )
@@ -132,13 +138,13 @@ class Link:
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> int:
         """Queue a publication with QoS 1; return the ticket of its later ``Published`` or ``Refused`` event.
 
-        LinkError if not connected. ConfigError for a packet above the broker's maximum: mosquitto would end the
-        connection, at each attempt.
+        LinkError if not connected. PacketTooLargeError for a packet above the broker's maximum: mosquitto would end
+        the connection, at each attempt.
         """
         connection = self._alive()
         size_bytes = packet_bytes(topic, len(payload), self._protocol)
         if size_bytes > connection.packet_bytes_max:
-            raise ConfigError(
+            raise PacketTooLargeError(
                 f"{topic} needs a packet of {size_bytes} bytes, but the broker at {self._endpoint} accepts "
                 f"{connection.packet_bytes_max}: raise its maximum packet size"
             )
@@ -149,7 +155,7 @@ class Link:
     def acknowledge(self, token: Token) -> None:
         """Acknowledge a message, in order of arrival. A token of an older connection is ignored."""
         if self._connection is not None and token.connection == self._connection.number:
-            self._connection.acknowledge(token.mid)
+            self._connection.acknowledge(token)
 
     def disconnect(self, flush_s: float = 5.0) -> None:
         """Wait at most ``flush_s`` for acknowledgements, then disconnect without a last will.

@@ -1,15 +1,45 @@
-"""The window of unacknowledged publications, adapted to the time that a broker takes to acknowledge them.
+"""The limits of unacknowledged data in each direction: publications sent, and messages received.
 
-paho queues its ping behind other data, and treats the broker as lost if no answer arrives within a keepalive. A slow
-uplink therefore needs a small window. A fast uplink needs a large one to be used fully.
+
+The window of publications adapts to the time that a broker takes to acknowledge them. paho queues its ping behind
+other data, and treats the broker as lost if no answer arrives within a keepalive. A slow uplink therefore needs a
+small window. A fast uplink needs a large one to be used fully.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Final
 
 BYTES_TO_BEGIN: Final = 256 << 10
 BYTES_MAX: Final = 4 << 20
 MESSAGES_MAX: Final = 128
+
+
+@dataclass(slots=True, kw_only=True)
+class Backlog:
+    """Received messages that are not acknowledged yet. Only the network thread uses it."""
+
+    messages_max: float
+    bytes_max: float
+    messages: int = 0
+    size_bytes: int = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether reading must wait; never the case if the broker obeys the receive maximum."""
+        return self.messages > self.messages_max or self.size_bytes > self.bytes_max
+
+    def arrived(self, size_bytes: int) -> None:
+        self.messages += 1
+        self.size_bytes += size_bytes
+
+    def released(self, size_bytes: int) -> None:
+        self.messages -= 1
+        self.size_bytes -= size_bytes
+
+    def lift(self) -> None:
+        """Remove the limits, because messages that arrive from now on are not delivered."""
+        self.messages_max = self.bytes_max = math.inf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

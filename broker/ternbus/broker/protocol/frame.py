@@ -10,6 +10,7 @@ import msgpack
 
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.identity import AGGREGATOR, Identity, KeyId, is_device, is_federation, verify
+from ternbus.broker.protocol.packed import check_whole
 
 MAGIC: Final = b"TBF1"
 HEADER_BYTES_MAX: Final = 16_384
@@ -17,6 +18,8 @@ SIGNATURE_BYTES: Final = 64
 SIGNED_PREFIX: Final = b"ternbus/1 frame\0"
 PARTS_MAX: Final = 65_535
 DEPTH_MAX: Final = 8
+CONTAINERS_MAX: Final = 2048  # maps and arrays in a header: each costs about a hundred times its byte
+COUNTER_MAX: Final = 2**62  # the maximum of seq, version, base and session
 U64: Final = 2**64
 FRAME_BYTES: Final = 120 * 1024  # AWS IoT Core accepts 128 KB; a broker with a smaller limit sends it in CONNACK
 FRAME_BYTES_RANGE: Final = 4096, 268_000_000  # bounds of the setting: from the size of an envelope, and from MQTT
@@ -86,6 +89,11 @@ def build(
     return b"".join((MAGIC, struct.pack("<I", len(header)), header, signature, body))
 
 
+def header_bytes(payload: bytes) -> int:
+    """The length of the header that the payload states; 0 if the payload is too short."""
+    return int.from_bytes(payload[4:8], "little")
+
+
 def parse(payload: bytes) -> Frame:
     """Parse a payload and check the form of its header, but neither signature nor digest; else ProtocolError."""
     if len(payload) < 8 + SIGNATURE_BYTES or payload[:4] != MAGIC:
@@ -104,7 +112,7 @@ def parse(payload: bytes) -> Frame:
         federation=_name(fields, "federation"),
         sender=_name(fields, "sender"),
         key=KeyId(_binary(fields, "key", 8)),
-        seq=_integer(fields["seq"], "seq"),
+        seq=_integer(fields["seq"], "seq", COUNTER_MAX),
         part=part,
         parts=parts,
         digest=_binary(fields, "digest", 32),
@@ -118,13 +126,11 @@ def parse(payload: bytes) -> Frame:
 
 def _parse_header(header: bytes) -> tuple[dict[str, Any], bytes]:
     """The header as a map, and the encoded bytes of ``meta``, by which the parts of a message are matched."""
-    unpacker = msgpack.Unpacker(
-        strict_map_key=False, object_pairs_hook=_unique, max_buffer_size=HEADER_BYTES_MAX, use_list=True
-    )
-    unpacker.feed(header)
+    unpacker = _unpacker(header)
     fields: dict[str, Any] = {}
     meta_bytes = b""
     try:
+        check_whole(header)
         for _ in range(unpacker.read_map_header()):
             key = unpacker.unpack()
             start = unpacker.tell()
@@ -137,50 +143,69 @@ def _parse_header(header: bytes) -> tuple[dict[str, Any], bytes]:
     # msgpack raises OutOfData, StackError, FormatError, ValueError (also UnicodeDecodeError) and, for the extension
     # types it decodes, the exceptions of their constructors.
     except (msgpack.UnpackException, ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise ProtocolError("bad-header", "the header is not a msgpack map") from error
-    if unpacker.tell() != len(header):
-        raise ProtocolError("bad-header", "the header has bytes after its msgpack map")
+        raise ProtocolError("bad-header", "the header is not exactly one msgpack map") from error
     for key in ("kind", "federation", "sender", "key", "seq", "part", "digest", "meta"):
         if key not in fields:
             raise ProtocolError("bad-header", f"{key!r} is missing")
     if not isinstance(fields["meta"], dict):
         raise ProtocolError("bad-header", "'meta' is not a map")
-    _check_depth(fields, 1)
+    _check_depth(fields)
     return fields, meta_bytes
 
 
-def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    try:
-        result = dict(pairs)
-    except TypeError as error:  # an unhashable key: an array or a map
-        raise ValueError("a key is an array or a map") from error
-    if len(result) != len(pairs):
-        raise ValueError("a key is repeated")
-    return result
+def _unpacker(header: bytes) -> msgpack.Unpacker:
+    """A decoder that refuses a repeated key, and the first container beyond CONTAINERS_MAX before it is made."""
+    left = CONTAINERS_MAX - 1  # the hooks do not count the header's own map
+
+    def count() -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ProtocolError("bad-header", f"the header has more than {CONTAINERS_MAX} maps and arrays")
+
+    def array(elements: list[Any]) -> list[Any]:
+        count()
+        return elements
+
+    def unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+        count()
+        try:
+            result = dict(pairs)
+        except TypeError as error:  # an unhashable key: an array or a map
+            raise ValueError("a key is an array or a map") from error
+        if len(result) != len(pairs):
+            raise ValueError("a key is repeated")
+        return result
+
+    unpacker = msgpack.Unpacker(
+        strict_map_key=False, object_pairs_hook=unique, list_hook=array, max_buffer_size=HEADER_BYTES_MAX
+    )
+    unpacker.feed(header)
+    return unpacker
 
 
-def _check_depth(value: object, depth: int) -> None:
-    if not isinstance(value, dict | list):
-        return
-    if depth > DEPTH_MAX:
+def _check_depth(fields: dict[str, Any]) -> None:
+    level: list[Any] = [fields]
+    for _ in range(DEPTH_MAX):
+        children = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [child for each in children for child in each if type(child) in (dict, list)]
+    if level:
         raise ProtocolError("bad-header", f"the header is nested more than {DEPTH_MAX} levels deep")
-    for child in value.values() if isinstance(value, dict) else value:
-        _check_depth(child, depth + 1)
 
 
 def _part(fields: Mapping[str, Any]) -> tuple[int, int]:
     value = fields["part"]
     if not isinstance(value, list) or len(value) != 2:
         raise ProtocolError("bad-header", "'part' is not [i, n]")
-    part, parts = (_integer(number, "part") for number in value)
+    part, parts = (_integer(number, "part", PARTS_MAX) for number in value)
     if not (1 <= parts <= PARTS_MAX and part < parts):
         raise ProtocolError("bad-header", f"part {part} of {parts} is out of range")
     return part, parts
 
 
-def _integer(value: object, key: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < U64:
-        raise ProtocolError("bad-header", f"{key!r} is not an unsigned 64-bit integer")
+def _integer(value: object, key: str, high: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= high:
+        raise ProtocolError("bad-header", f"{key!r} is not an integer from 0 to {high}")
     return value
 
 

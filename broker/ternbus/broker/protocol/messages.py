@@ -70,7 +70,7 @@ class Head:
             raise ProtocolError("bad-meta", "'snapshot' is not [version, parts, bytes, place]")
         version, parts, size_bytes, place = (meta_fields.checked_integer(number, "snapshot") for number in named)
         head = cls(
-            version=meta_fields.integer(meta, "version"),
+            version=meta_fields.counter(meta, "version"),
             digest=meta_fields.binary(meta, "digest", 32),
             schema=meta_fields.binary(meta, "schema", 32),
             snapshot=SnapshotRef(version=version, parts=parts, content_bytes=size_bytes, place=place),
@@ -108,7 +108,7 @@ class Snapshot:
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
         return cls(
-            version=meta_fields.integer(meta, "version"),
+            version=meta_fields.counter(meta, "version"),
             digest=meta_fields.binary(meta, "digest", 32),
             schema_bytes=meta_fields.integer(meta, "schema_bytes"),
             content_bytes=meta_fields.integer(meta, "bytes"),
@@ -132,7 +132,7 @@ class Delta:
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
         return cls(
-            version=meta_fields.integer(meta, "version", 1),
+            version=meta_fields.counter(meta, "version", 1),
             digest=meta_fields.binary(meta, "digest", 32),
             codec=meta_fields.text(meta, "codec"),
             encoding=meta_fields.text(meta, "encoding"),
@@ -164,7 +164,7 @@ class Update:
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
         return cls(
-            base=meta_fields.integer(meta, "base"),
+            base=meta_fields.counter(meta, "base"),
             samples=meta_fields.integer(meta, "samples", 1, SAMPLES_MAX),
             codec=meta_fields.text(meta, "codec"),
             encoding=meta_fields.text(meta, "encoding"),
@@ -186,7 +186,7 @@ class Offer:
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
-        return cls(base=meta_fields.integer(meta, "base"), parts=meta_fields.integer(meta, "parts", 1, PARTS_MAX))
+        return cls(base=meta_fields.counter(meta, "base"), parts=meta_fields.integer(meta, "parts", 1, PARTS_MAX))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,7 +217,7 @@ class Grant:
         return cls(
             device=meta_fields.device(meta),
             device_key=KeyId(meta_fields.binary(meta, "device_key", 8)),
-            seq=meta_fields.integer(meta, "seq"),
+            seq=meta_fields.counter(meta, "seq"),
             parts=tuple(meta_fields.part_range(row) for row in rows),
             deadline_s=meta_fields.number(meta, "deadline_s", 0.0),
         )
@@ -254,12 +254,12 @@ class Receipt:
         return cls(
             device=meta_fields.device(meta),
             device_key=KeyId(meta_fields.binary(meta, "device_key", 8)),
-            seq=meta_fields.integer(meta, "seq"),
+            seq=meta_fields.counter(meta, "seq"),
             outcome=meta_fields.one_of(meta, "outcome", OUTCOMES),
-            version=meta_fields.integer(meta, "version"),
+            version=meta_fields.counter(meta, "version"),
             reason=meta_fields.text(meta, "reason") if "reason" in meta else "",
             retry_after_s=meta_fields.number(meta, "retry_after_s", 0.0) if "retry_after_s" in meta else 0.0,
-            highest_seq=meta_fields.integer(meta, "highest_seq") if "highest_seq" in meta else 0,
+            highest_seq=meta_fields.counter(meta, "highest_seq") if "highest_seq" in meta else 0,
         )
 
 
@@ -284,8 +284,8 @@ class Status:
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
         return cls(
             state=meta_fields.one_of(meta, "state", (*DEVICE_STATES, *AGGREGATOR_STATES)),
-            session=meta_fields.integer(meta, "session"),
-            base=meta_fields.integer(meta, "base", -1),
+            session=meta_fields.counter(meta, "session"),
+            base=meta_fields.counter(meta, "base", -1),
             software=meta_fields.text(meta, "software")[:100],
         )
 
@@ -324,7 +324,7 @@ class Metrics:
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
         return cls(
-            version=meta_fields.integer(meta, "version"),
+            version=meta_fields.counter(meta, "version"),
             samples=meta_fields.integer(meta, "samples", 0, SAMPLES_MAX),
             split=meta_fields.one_of(meta, "split", SPLITS),
             values=meta_fields.numbers(meta, "values"),

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from ternbus.broker.errors import ProtocolError
-from ternbus.broker.protocol.frame import PARTS_MAX, U64
+from ternbus.broker.protocol.frame import COUNTER_MAX, PARTS_MAX, U64
 from ternbus.broker.protocol.identity import is_device
 
 ENTRIES_MAX: Final = 32  # in a map of metrics
@@ -29,6 +29,11 @@ def checked_integer(value: object, key: str, low: int = 0, high: int = U64 - 1) 
 def integer(meta: Mapping[str, Any], key: str, low: int = 0, high: int = U64 - 1) -> int:
     """The int under ``key``."""
     return checked_integer(get(meta, key), key, low, high)
+
+
+def counter(meta: Mapping[str, Any], key: str, low: int = 0) -> int:
+    """Check a version, seq, base or session: at most 2**62, so that no peer can exhaust a counter."""
+    return integer(meta, key, low, COUNTER_MAX)
 
 
 def checked_number(value: object, key: str, low: float = -math.inf) -> float:

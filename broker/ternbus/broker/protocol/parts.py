@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, Final
 
-from ternbus.broker.errors import ConfigError, ProtocolError
+from ternbus.broker.errors import LinkError, ProtocolError
 from ternbus.broker.protocol.frame import PARTS_MAX, Frame, build
 from ternbus.broker.protocol.identity import Identity, KeyId
 
@@ -24,21 +24,22 @@ def cut(
     body: bytes = b"",
     frame_bytes: int,
 ) -> list[bytes]:
-    """Sign ``body`` as one frame, or as several of at most ``frame_bytes`` bytes; ConfigError if that is too small."""
+    """Sign ``body`` as one frame, or as several of at most ``frame_bytes`` bytes; LinkError if that is too small."""
     about: dict[str, Any] = {"federation": federation, "sender": sender, "kind": kind, "seq": seq, "meta": meta}
     envelope = len(build(identity, **about, part=PARTS_MAX - 1, parts=PARTS_MAX))
     room = frame_bytes - envelope
     if len(body) <= room:
         return [build(identity, **about, body=body)]
     if room < PART_BYTES_MIN:
-        raise ConfigError(
+        raise LinkError(
             f"frames of {frame_bytes} bytes leave {room} bytes for a part's body, but at least {PART_BYTES_MIN} are "
             "needed; raise the broker's maximum packet size"
         )
     parts = -(-len(body) // room)
     if parts > PARTS_MAX:
-        raise ConfigError(
-            f"{len(body)} bytes need more than {PARTS_MAX} frames of {frame_bytes} bytes; raise the frame size"
+        raise LinkError(
+            f"{len(body)} bytes need more than {PARTS_MAX} frames of {frame_bytes} bytes; raise the broker's maximum "
+            "packet size, and limits.frame_bytes or --frame-bytes"
         )
     return [
         build(identity, **about, body=body[part * room : (part + 1) * room], part=part, parts=parts)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ternbus.broker.errors import ConfigError, ProtocolError
+from ternbus.broker.protocol.packed import check_whole
 
 type_f32 = np.dtype("<f4")
 Vector = npt.NDArray[np.float32]  # shape (elements,), little-endian float32, every element finite
@@ -23,6 +24,8 @@ DENSE_BELOW: Final = 256  # a tensor with fewer elements is dense: the ternary c
 DENSE_NAMES: Final = ("*running_mean", "*running_var")  # batch norm: ternary changes could make a variance negative
 TENSORS_MAX: Final = 100_000
 ELEMENTS_MAX: Final = 2**31
+MSGPACK_BYTES: Final = 9  # the maximum size of a number, or of the prefix of a text or an array
+ROLE_BYTES: Final = len(TERNARY)
 SMALLEST_NORMAL: Final = np.float32(2.0**-126)
 # The largest magnitude of an element of a model. Squares of such elements, and sums of 2^31 of them, are finite in
 # float32. No block exceeds it: 65,504 is less than half of the distance to the next float32, so v + d is rounded to
@@ -80,6 +83,7 @@ class Schema:
     def parse(cls, encoded: bytes) -> "Schema":
         """Decode the msgpack array of ``[name, shape, role]``; ProtocolError for anything else."""
         try:
+            check_whole(encoded)
             rows = msgpack.unpackb(encoded, strict_map_key=True)
         except (msgpack.UnpackException, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ProtocolError("bad-schema", "the schema is not msgpack") from error
@@ -91,6 +95,12 @@ class Schema:
         if not 0 < sum(tensor.elements for tensor in tensors) <= ELEMENTS_MAX:
             raise ProtocolError("bad-schema", f"the model does not have 1 to {ELEMENTS_MAX} elements")
         return cls(tensors, encoded)
+
+    @staticmethod
+    def bytes_max(shapes: Mapping[str, Sequence[int]]) -> int:
+        """The maximum length in bytes of a schema with these tensors, in any valid msgpack encoding."""
+        rows = (len(name.encode()) + MSGPACK_BYTES * (4 + len(shape)) for name, shape in shapes.items())
+        return MSGPACK_BYTES + ROLE_BYTES * len(shapes) + sum(rows)
 
     @cached_property
     def digest(self) -> bytes:

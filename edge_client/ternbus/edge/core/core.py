@@ -37,7 +37,7 @@ from typing import assert_never
 
 from ternbus.broker.backoff import Reconnect
 from ternbus.broker.errors import ProtocolError
-from ternbus.broker.exit_codes import EXIT_BUDGET, EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_REFUSED
+from ternbus.broker.exit_codes import EXIT_BUDGET, EXIT_DONE, EXIT_FAILED, EXIT_REFUSED
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.messages import OPEN, Grant, Head, Receipt, Status
@@ -67,7 +67,10 @@ class Core:
     def __init__(self, profile: Profile, state: State, initial_model: InitialModel | None = None) -> None:
         self.profile = profile
         self.pending = PendingState(state)
-        self.follower = Follower(federation=profile.federation, initial_model=initial_model)
+        schema_bytes = profile.model_size.schema
+        self.follower = Follower(
+            federation=profile.federation, initial_model=initial_model, schema_bytes_max=schema_bytes
+        )
         self.enrollment = Enrollment(profile=profile, pending=self.pending)
         self.uplink = Uplink(profile=profile, pending=self.pending)
         self.training = TrainingPolicy(profile=profile)
@@ -262,6 +265,8 @@ class Core:
         state = self.state
         if head.version < state.head_version or frame.seq < state.head_seq:
             raise ProtocolError("old-head", f"version {head.version}, seq {frame.seq}")
+        if fault := self.profile.size_fault(head.snapshot.content_bytes):
+            return self._stop(EXIT_FAILED, fault)
         if (head.version, frame.seq) != (state.head_version, state.head_seq):
             seen = replace(state, head_version=head.version, head_seq=frame.seq, head_digest=head.digest)
             self.pending.put(seen)
@@ -303,7 +308,7 @@ class Core:
         if schema is None or self._schema_checked:
             return []
         if fault := self.profile.schema_fault(schema, self.state.schema):
-            return self._stop(EXIT_CONFIG, fault)
+            return self._stop(EXIT_FAILED, fault)  # not EXIT_CONFIG, because the schema comes from a peer
         self._schema_checked = True
         if not self.state.schema:
             self.pending.put(replace(self.state, schema=schema.encoded))

@@ -57,6 +57,7 @@ class Follower:
 
     federation: str
     initial_model: InitialModel | None = None  # until the first head
+    schema_bytes_max: int = BYTES_MAX
     head: Head | None = None
     version: int | None = None
     vector: Vector | None = None
@@ -296,6 +297,8 @@ class Follower:
         return [*actions, log, *self.requests.cancel(), *self._apply_deltas(now)]
 
     def _load_snapshot(self, snapshot: Snapshot, body: bytes, head: Head) -> None:
+        if snapshot.schema_bytes > self.schema_bytes_max:
+            raise ProtocolError("bad-snapshot", f"a schema of {snapshot.schema_bytes} bytes")
         # The schema is fixed, so all snapshots of a federation have the length of the one that the head names.
         content = decode(body, snapshot.encoding, head.snapshot.content_bytes)
         schema = Schema.parse(content[: snapshot.schema_bytes])

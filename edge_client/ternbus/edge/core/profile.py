@@ -1,5 +1,6 @@
 """A device's profile: identity, role, task and options, constant while the process runs."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
@@ -10,7 +11,7 @@ from ternbus.broker.protocol.frame import Frame, build, parse
 from ternbus.broker.protocol.identity import Identity, KeyId, enroll_proof, key_id
 from ternbus.broker.protocol.messages import DEVICE_STATES, Enroll, Grant, Receipt, Status
 from ternbus.broker.protocol.parts import cut, message_digest
-from ternbus.broker.protocol.schema import Schema
+from ternbus.broker.protocol.schema import ELEMENTS_MAX, Schema
 from ternbus.broker.protocol.topics import Address
 from ternbus.edge.core.actions import Publish
 from ternbus.edge.core.state import OutstandingUpdate, Seal
@@ -20,6 +21,7 @@ from ternbus.edge.plan.privacy import PrivacyPolicy
 Role = Literal["join", "train", "evaluate"]
 ENROLL_SEQ: Final = 1
 OFFLINE: Final = DEVICE_STATES[-1]
+MISFIT_BYTES: Final = 16 * 2**20
 
 
 def subscriptions(federation: str, device: str) -> tuple[str, ...]:
@@ -42,6 +44,28 @@ def schema_mismatch(schema: Schema, tensors: Mapping[str, tuple[int, ...]]) -> s
                 f"task and {theirs.get(name, 'missing')} in the federation; choose another --task"
             )
     return ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSize:
+    """The maximum length in bytes of a federation's schema and of its snapshots; longer ones are not read."""
+
+    schema: int
+    snapshot: int
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, tuple[int, ...]]) -> "ModelSize":
+        """The size of the task's model and a reserve, so that an error can name the tensor that does not fit.
+
+        Without tensors, only the protocol limits the size.
+        """
+        if not tensors:
+            return cls(schema=MISFIT_BYTES, snapshot=MISFIT_BYTES + 4 * ELEMENTS_MAX)
+        schema = Schema.bytes_max(tensors)
+        return cls(
+            schema=schema + MISFIT_BYTES // 16,
+            snapshot=schema + 4 * sum(map(math.prod, tensors.values())) + MISFIT_BYTES,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +115,20 @@ class Profile:
             raise ProtocolError("unknown-key", "not the aggregator's key")
         frame.check_authentic(self.aggregator_public)
         return address
+
+    @property
+    def model_size(self) -> ModelSize:
+        return ModelSize.of(self.tensors)
+
+    def size_fault(self, snapshot_bytes: int) -> str:
+        """A text that says why this device does not read a snapshot of this length; empty if it does."""
+        most = self.model_size.snapshot
+        if snapshot_bytes <= most:
+            return ""
+        return (
+            f"the task's model is not the federation's: its snapshot has {snapshot_bytes} bytes, but one of the "
+            f"task's model has at most {most}; choose another --task"
+        )
 
     def schema_fault(self, schema: Schema, before: bytes) -> str:
         """A text that says why this device cannot use the federation's schema; empty if it can.

@@ -3,11 +3,10 @@
 from dataclasses import replace
 
 from ternbus.broker.errors import ProtocolError
+from ternbus.broker.protocol.frame import COUNTER_MAX
 from ternbus.broker.protocol.messages import Receipt
 from ternbus.broker.protocol.schema import Schema
 from ternbus.edge.core.state import OutstandingUpdate, State
-
-SEQ_MAX = 2**63  # no honest counter reaches this
 
 
 def after_receipt(state: State, update: OutstandingUpdate, receipt: Receipt, schema: Schema) -> State:
@@ -27,7 +26,7 @@ def after_receipt(state: State, update: OutstandingUpdate, receipt: Receipt, sch
 
 def counter_is_behind(update: OutstandingUpdate, receipt: Receipt) -> bool:
     """Whether the sequence counter is from an old copy of the disk: the aggregator has answered a higher number."""
-    return receipt.outcome == "duplicate" and update.seq < receipt.highest_seq < SEQ_MAX
+    return receipt.outcome == "duplicate" and update.seq < receipt.highest_seq < COUNTER_MAX
 
 
 def describe(receipt: Receipt, update: OutstandingUpdate) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.exit_codes import EXIT_CONFIG, EXIT_DONE, EXIT_REFUSED
+from ternbus.broker.exit_codes import EXIT_DONE, EXIT_REFUSED
 from ternbus.broker.files import read_password
 from ternbus.broker.link.link import Link, LinkEvent
 from ternbus.broker.protocol import topics
@@ -167,8 +167,6 @@ def _serve(
         with _signals_stop(service):
             stop = service.run()
         ended = service.stop_training()
-    if stop.code == EXIT_CONFIG:
-        raise ConfigError(stop.reason)
     return stop, ended
 
 

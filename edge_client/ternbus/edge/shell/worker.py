@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from queue import SimpleQueue
 
+from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.schema import Vector, flatten, flush_tiny, is_bounded, to_tensors
 from ternbus.edge.core.actions import Job, StartEvaluation, StartFineTuning, StartTraining
 from ternbus.edge.core.events import (
@@ -131,6 +132,11 @@ class Worker:
         while (job := self._jobs.get()) is not None:
             try:
                 result = self._perform(job)
+            except ConfigError as error:  # the aggregator asks for a plan that this device cannot carry out
+                if not isinstance(job, StartTraining):
+                    self._deliver(error)
+                    return
+                result = TrainingFailed(base=job.base, reason=str(error))
             except Exception as error:  # noqa: BLE001 - a bug in the task: the service ends with its traceback
                 self._deliver(error)
                 return

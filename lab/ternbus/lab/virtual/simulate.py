@@ -15,7 +15,7 @@ from ternbus.aggregator.core import records
 from ternbus.aggregator.store import ledger as durable
 from ternbus.aggregator.store import status
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.exit_codes import EXIT_CONFIG
+from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.protocol.messages import Metrics
 from ternbus.broker.protocol.schema import Schema, Vector, to_tensors
@@ -220,8 +220,8 @@ class Simulation:
         self.clock.at(back_at, victim.restart)
 
     def _left(self, stop: Stop) -> None:
-        """Handle the end of a device; ConfigError if the device ended with one."""
-        if stop.code == EXIT_CONFIG:
+        """Handle the end of a device; ConfigError if the device failed."""
+        if stop.code == EXIT_FAILED:
             raise ConfigError(stop.reason)
         self._progress.say(stop.reason)
         self._staying -= 1

@@ -1,0 +1,67 @@
+"""paho's client with bounds on the memory that a broker can make it use; paho itself has none.
+
+The bounds do not affect a broker that follows MQTT: it sends no packet above the announced maximum packet size, no
+more unacknowledged messages than the receive maximum, and no message at a QoS above the subscription's.
+"""
+
+import errno
+import time
+from typing import Final
+
+from paho.mqtt.client import Client
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+
+from ternbus.broker.link.window import Backlog
+
+READ_BYTES: Final = 1 << 18  # per read: paho allocates this much for each read, even if less arrives
+ANSWERS_MAX: Final = 1024  # unwritten packets, such as acknowledgements to a broker that reads none
+QOS_BITS: Final = 0x06  # in the first byte of a PUBLISH packet
+QOS_1: Final = 0x02
+
+
+class BoundedClient(Client):
+    """A client that reads nothing while paused, and ends the connection at a packet above ``packet_bytes_max``."""
+
+    def __init__(self, client_id: str, protocol: int, backlog: Backlog, packet_bytes_max: int) -> None:
+        super().__init__(
+            CallbackAPIVersion.VERSION2,
+            client_id,
+            clean_session=None if protocol == MQTTProtocolVersion.MQTTv5 else False,
+            protocol=MQTTProtocolVersion(protocol),
+            reconnect_on_failure=False,
+            manual_ack=True,
+        )
+        # `Window` replaces paho's limit, which visits all queued messages at each PUBACK
+        self.max_inflight_messages = 0
+        self.backlog = backlog
+        self.packet_bytes_max = packet_bytes_max
+        self.fault = ""  # why the client ended the connection, if it did
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether reading waits, for acknowledgements of received messages or for the broker to read packets."""
+        return self.backlog.is_full or len(self._out_packet) > ANSWERS_MAX
+
+    def _sock_recv(self, bufsize: int) -> bytes:
+        """Read for paho: single bytes until the length of a packet is known, then the rest of the packet."""
+        if self.is_paused:
+            raise BlockingIOError
+        if bufsize > self.packet_bytes_max:
+            self.fault = f"the broker sent a packet of {bufsize} bytes, more than the {self.packet_bytes_max} announced"
+            raise OSError(errno.EMSGSIZE, self.fault)
+        return super()._sock_recv(min(bufsize, READ_BYTES))
+
+    def _handle_publish(self) -> MQTTErrorCode:
+        """Refuse a message of QoS 2, which paho would keep until the broker releases it."""
+        if self._in_packet["command"] & QOS_BITS > QOS_1:
+            self.fault = "the broker sent a message at QoS 2, which no subscription asked for"
+            return MQTTErrorCode.MQTT_ERR_PROTOCOL
+        return super()._handle_publish()
+
+    def _check_keepalive(self) -> None:
+        """Send pings also while paused, but expect no answers, because they follow unread data."""
+        if self.is_paused:
+            self._ping_t = 0.0
+            with self._msgtime_mutex:
+                self._last_bytes_received = time.monotonic()
+        super()._check_keepalive()
