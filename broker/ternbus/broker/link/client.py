@@ -54,7 +54,7 @@ class BoundedClient(Client):
     def _handle_publish(self) -> MQTTErrorCode:
         """Refuse a message of QoS 2, which paho would keep until the broker releases it."""
         if self._in_packet["command"] & QOS_BITS > QOS_1:
-            self.fault = "the broker sent a message at QoS 2, which no subscription asked for"
+            self.fault = "the broker sent a message at a QoS that no subscription asked for"
             return MQTTErrorCode.MQTT_ERR_PROTOCOL
         return super()._handle_publish()
 
