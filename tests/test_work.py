@@ -144,7 +144,7 @@ def test_all_together_pay_as_much_as_time_allows(steps: list[tuple[str, int, flo
                 owed[name] -= step * 100 / len(some)
                 owed[name] = 0.0 if owed[name] < 1e-9 else owed[name]
         now += pause
-        owed[device] = min(owed[device] + size, max(size, DEBT_S * 100))
+        owed[device] = min(owed[device] + size, max(owed[device], size, DEBT_S * 100))
         work.charge(device, size, now)
         count = sum(each > 0 for each in owed.values())
         for name, debt in owed.items():

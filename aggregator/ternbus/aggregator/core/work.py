@@ -44,8 +44,9 @@ class WorkShares:
         known = self._until.get(device)
         if known is None:
             heapq.heappush(self._order, (self._paid, device))
-        owed = (0.0 if known is None else known - self._paid) + size_bytes
-        self._until[device] = self._paid + min(owed, max(size_bytes, DEBT_S * self.per_s))
+        owed = 0.0 if known is None else known - self._paid
+        most = max(owed, size_bytes, DEBT_S * self.per_s)
+        self._until[device] = self._paid + min(owed + size_bytes, most)
 
     def wait_s(self, device: str, now: float) -> float:
         """After how long it is even, if all that owe now go on to owe as long."""

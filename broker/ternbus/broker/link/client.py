@@ -35,6 +35,7 @@ class BoundedClient(Client):
         self.backlog = backlog
         self.packet_bytes_max = packet_bytes_max
         self.fault = ""  # what the broker did that ended the connection
+        self.packets = 0  # that have come
 
     @property
     def is_paused(self) -> bool:
@@ -49,6 +50,10 @@ class BoundedClient(Client):
             self.fault = f"the broker sent a packet of {bufsize} bytes, more than the {self.packet_bytes_max} announced"
             raise OSError(errno.EMSGSIZE, self.fault)
         return super()._sock_recv(min(bufsize, READ_BYTES))
+
+    def _packet_handle(self) -> MQTTErrorCode:
+        self.packets += 1
+        return super()._packet_handle()
 
     def _handle_publish(self) -> MQTTErrorCode:
         """Refuse a message of QoS 2, which paho would keep until the broker releases it."""
