@@ -43,6 +43,7 @@ BENCHMARKS: Final[Mapping[str, Benchmark]] = {
     "fleet": Benchmark(),
     "edge": Benchmark(data=True),
     "time_to_accuracy": Benchmark(("--seeds", "1"), data=True, folder=True),
+    "attacks": Benchmark(),
     "hostile": Benchmark(long=True),
     "fashion": Benchmark(("--seeds", "6"), data=True, folder=True, long=True),
 }

@@ -35,6 +35,7 @@ class Load:
     window: int
     frame_bytes: int
     per_s: float = 0.0  # updates per second of all senders; 0 means as fast as receipts arrive
+    patience_s: float = WITHIN_S  # seconds without a receipt after which a sender gives up
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +139,12 @@ class Sender:
         readable = selectors.DefaultSelector()
         readable.register(self._line.socket, selectors.EVENT_READ)
         while len(self._answered.times) < total:
-            patience = WITHIN_S
+            patience = self._load.patience_s
             while position < total and position - len(self._answered.times) < self._load.window:
                 due = begun + position * SENDERS / self._load.per_s if self._load.per_s else 0.0
                 if (patience := due - time.monotonic()) > 0:
                     break
-                patience = WITHIN_S
+                patience = self._load.patience_s
                 number, packets = self._ready[position]
                 self._sent[device(number)] = due or time.monotonic()
                 for packet in packets:
@@ -152,7 +153,7 @@ class Sender:
                 position += 1
             if readable.select(patience):
                 self._receive()
-            elif patience == WITHIN_S:
+            elif patience == self._load.patience_s:
                 break
         self._line.socket.close()
         return self._answered

@@ -156,6 +156,26 @@ def test_leaving_does_not_wait_for_what_is_not_dealt_with() -> None:
         assert not any(isinstance(event, Arrived) for event in inbox.rest())
 
 
+def test_what_comes_at_qos_0_where_none_should_is_dropped_and_counted() -> None:
+    """It does not wait for anybody, and takes no room from what comes at QoS 1."""
+    flood = [publication(MQTT_5, b"x" * 1000, qos=0) for _ in range(500)] + [publication(MQTT_5, b"y")]
+    with (
+        sending(MQTT_5, *flood) as broker,
+        linked(broker.url, "dev", receive_maximum=3, qos_1_below="ternbus/1/demo/down/") as (link, inbox),
+    ):
+        link.publish("t", b"now")
+        assert inbox.next(Arrived).payload == b"y"
+        assert link.dropped == 500
+        link.disconnect(flush_s=0.0)
+        assert link.dropped == 500
+    with (
+        sending(MQTT_5, flood[0]) as broker,
+        linked(broker.url, "dev", qos_1_below="ternbus/1/demo/up/") as (link, inbox),
+    ):
+        link.publish("t", b"now")
+        assert inbox.next(Arrived).qos == 0
+
+
 @pytest.mark.parametrize("qos", [2, 3])
 def test_a_quality_of_service_that_was_not_asked_for_ends_the_connection(qos: int) -> None:
     """A message of QoS 2 would be kept until the broker releases it."""

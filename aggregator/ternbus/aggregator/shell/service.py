@@ -35,7 +35,6 @@ from ternbus.broker.link.link import (
     Token,
     packet_bytes,
 )
-from ternbus.broker.protocol import topics
 
 BATCH: Final = 64  # events whose records share one fsync
 POLL_S: Final = 0.1  # how often the ledger is looked at for what commands have asked
@@ -88,14 +87,12 @@ class Service:
     _core: Core = field(init=False)
     _log_limit: LogLimit = field(init=False)
     _link: Link = field(init=False)
-    _up: str = field(init=False)  # the prefix of the topics that devices publish on
     _protocol: int = 5
     _logged_at: float = -LOG_S
     _change_count: int = -1
     _polled_at: float = 0.0
     _stopped: bool = False
-    _without_qos: int = 0  # messages that the network thread dropped; ``_counted`` of them are reported
-    _counted: int = 0
+    _dropped: int = 0  # messages that the link dropped and that are counted already
 
     def stop(self) -> None:
         """End soon: what is accepted is finished first."""
@@ -119,7 +116,6 @@ class Service:
     def _serve(self) -> None:
         settings = self._core.settings
         self._log_limit = LogLimit(settings.limits.log_lines_per_minute)
-        self._up = f"{topics.root(settings.federation)}/up/"
         self._link = transport.connect(self.directory, settings, self._deliver, self.transport)
         try:
             self._perform(self._core.start(time.monotonic()))
@@ -133,17 +129,8 @@ class Service:
             self._opening.shutdown()
 
     def _deliver(self, event: LinkEvent) -> None:
-        """Called in the network thread: put into the queue, and no more.
-
-        A device's publication at QoS 0 is dropped: the protocol has none, and no receive maximum limits their number.
-        """
-        if not isinstance(event, Arrived):
-            self._queue.put(event)
-        elif event.qos == 0 and event.topic.startswith(self._up):
-            self._without_qos += 1
-            self._link.acknowledge(event.token)
-        else:
-            self._queue.put(self._waiting(event))
+        """Called in the network thread: put into the queue, and no more."""
+        self._queue.put(self._waiting(event) if isinstance(event, Arrived) else event)
 
     def _waiting(self, arrived: Arrived) -> Waiting:
         came_at = time.monotonic()
@@ -224,10 +211,10 @@ class Service:
         return self._core.handle(event, now)
 
     def _count_dropped(self) -> list[events.Action]:
-        count = self._without_qos - self._counted
+        count = self._link.dropped - self._dropped
         if not count:
             return []
-        self._counted += count
+        self._dropped += count
         dropped = events.MessagesDropped(reason="qos-0", count=count, detail="a publication at QoS 0")
         return self._core.handle(dropped, time.monotonic())
 

@@ -10,6 +10,7 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import read_password, read_secret, write_secret
 from ternbus.broker.link.link import Link, LinkEvent
 from ternbus.broker.link.tls import CA, CERTIFICATE, TLS_KEY, Tls
+from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.identity import AGGREGATOR
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def connect(
         deliver=deliver,
         frame_bytes=settings.limits.frame_bytes,
         receive_maximum=RECEIVE_MAXIMUM,
+        qos_1_below=f"{topics.root(settings.federation)}/up/",
         username=access.username or client_name(settings.federation),
         password=read_password(directory / access.password_file) if access.password_file else None,
         tls=Tls.in_folder(directory),

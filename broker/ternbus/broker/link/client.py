@@ -36,6 +36,7 @@ class BoundedClient(Client):
         self.backlog = backlog
         self.packet_bytes_max = packet_bytes_max
         self.fault = ""  # why the client ended the connection, if it did
+        self.packets = 0  # number of packets received
 
     @property
     def is_paused(self) -> bool:
@@ -50,6 +51,10 @@ class BoundedClient(Client):
             self.fault = f"the broker sent a packet of {bufsize} bytes, more than the {self.packet_bytes_max} announced"
             raise OSError(errno.EMSGSIZE, self.fault)
         return super()._sock_recv(min(bufsize, READ_BYTES))
+
+    def _packet_handle(self) -> MQTTErrorCode:
+        self.packets += 1
+        return super()._packet_handle()
 
     def _handle_publish(self) -> MQTTErrorCode:
         """Refuse a message of QoS 2, which paho would keep until the broker releases it."""

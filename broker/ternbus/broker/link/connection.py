@@ -44,6 +44,7 @@ UNSUPPORTED_PROTOCOL: Final = 132
 KEEPALIVE_TIMEOUT: Final = 141
 SESSION_TAKEN_OVER: Final = 142
 WAKE: Final = b"\0"
+PACKETS_AT_ONCE: Final = 16
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class Connection:
         will: Will,
         receive_maximum: int,
         packet_bytes_in: int,
+        qos_1_below: str | None,
         keepalive_s: int,
         deliver: Callable[[LinkEvent], None],
     ) -> None:
@@ -89,6 +91,8 @@ class Connection:
         self._client_id = client_id
         self._receive_maximum = receive_maximum
         self._packet_bytes_in = packet_bytes_in
+        self._qos_1_below = qos_1_below
+        self.dropped = 0  # messages of QoS 0 on such topics
         self._keepalive_s = keepalive_s
         self._deliver = deliver
         self._answer: ReasonCode | None = None
@@ -238,12 +242,20 @@ class Connection:
                 self._woken = False
                 continue
             if ready & EVENT_READ:
-                self.client.loop_read()
+                self._read()
             if ready & EVENT_WRITE:
                 self.client.loop_write()
         if decrypted:
-            self.client.loop_read()
+            self._read()
         self.client.loop_misc()
+
+    def _read(self) -> None:
+        """Read while packets come, a few: other work must not wait for long, nor any message precede the welcome."""
+        for _ in range(PACKETS_AT_ONCE if self.alive else 1):
+            before = self.client.packets
+            self.client.loop_read()
+            if self.client.packets == before:
+                return
 
     def _watch(self, sock: Any) -> None:
         """Set the events that the selector waits for: no reads while the backlog of received messages is full."""
@@ -311,6 +323,9 @@ class Connection:
             topic = message.topic
         except UnicodeDecodeError:  # an invalid topic, which a broker should have refused
             client.ack(message.mid, message.qos)
+            return
+        if message.qos == 0 and self._qos_1_below is not None and topic.startswith(self._qos_1_below):
+            self.dropped += 1
             return
         if self._leaving:
             return  # unacknowledged, so the broker delivers it again at the next connection

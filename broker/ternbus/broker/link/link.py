@@ -45,12 +45,17 @@ class Link:
         deliver: Callable[[LinkEvent], None],
         frame_bytes: int = FRAME_BYTES,
         receive_maximum: int = 64,
+        qos_1_below: str | None = None,
         keepalive_s: int = 30,
         username: str | None = None,
         password: str | None = None,
         tls: Tls | None = None,
     ) -> None:
-        """Check the arguments, without a connection; ConfigError for an invalid URL, keepalive or certificate."""
+        """Check the arguments, without a connection; ConfigError for an invalid URL, keepalive or certificate.
+
+        Messages of QoS 0 on topics that begin with ``qos_1_below`` are dropped unread and counted in ``dropped``: no
+        receive maximum limits a flood of them.
+        """
         self._endpoint = Endpoint.parse(url)
         if keepalive_s < 1:
             raise ConfigError(f"invalid keepalive of {keepalive_s} s: use at least 1 s")
@@ -63,6 +68,8 @@ class Link:
         self._deliver = deliver
         self._frame_bytes = frame_bytes
         self._receive_maximum = receive_maximum
+        self._qos_1_below = qos_1_below
+        self._dropped_before = 0  # on earlier connections
         self._keepalive_s = keepalive_s
         self._username, self._password = username, password
         self._protocol = MQTT_5
@@ -74,6 +81,11 @@ class Link:
     def connected(self) -> bool:
         """Whether there is a connection; a lost one may take up to a keepalive to be noticed."""
         return self._connection is not None and self._connection.alive
+
+    @property
+    def dropped(self) -> int:
+        """How many messages came at QoS 0 where none should."""
+        return self._dropped_before + (self._connection.dropped if self._connection is not None else 0)
 
     @property
     def outstanding(self) -> int:
@@ -112,6 +124,7 @@ class Link:
             client_id=self._client_id,
             will=will,
             receive_maximum=self._receive_maximum,
+            qos_1_below=self._qos_1_below,
             packet_bytes_in=max(PACKET_BYTES_IN, self._frame_bytes + PACKET_RESERVE_BYTES),
             keepalive_s=self._keepalive_s,
             deliver=self._deliver,
@@ -165,6 +178,7 @@ class Link:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close(flush_s)
+            self._dropped_before += connection.dropped
 
     def _alive(self) -> Connection:
         if self._connection is None or not self._connection.alive:
