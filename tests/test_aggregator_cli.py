@@ -91,7 +91,7 @@ def test_init_makes_keys_a_ledger_and_a_commented_configuration(tmp_path: Path, 
     assert (directory / administration.KEY).stat().st_mode & 0o777 == 0o600
     settings = administration.load_settings(directory)
     assert (settings.merge.buffer_size, settings.staleness.discount) == (1, "constant")
-    assert "# updates in one merge" in (directory / administration.TOML).read_text()
+    assert "# number of updates in one merge" in (directory / administration.TOML).read_text()
     found = status(directory)
     assert (found["version"], found["state"], found["buffer"], found["devices"]) == (0, "open", 0, {})
 
@@ -314,7 +314,7 @@ def test_a_running_aggregator_is_steered_and_watched(tmp_path: Path, model: Path
             assert status(directory)["state"] == state
             agg.until_state(state)
         assert "1/1" not in run("status", directory)
-        assert re.search(r"pi +\w+ +1 ", run("devices", directory))
+        assert re.search(r"pi +device +\w+ +1 ", run("devices", directory))
         out = tmp_path / "out.safetensors"
         assert found["digest"] in run("export", directory, out)
         run("export", directory, "--version", "0", out)

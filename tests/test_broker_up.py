@@ -232,7 +232,7 @@ def test_a_mosquitto_that_is_too_old_is_named_and_not_used(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     expected = (
         rf"no mosquitto on this machine that can be used \({tmp_path}/mosquitto is mosquitto {version}, "
-        r"and 2\.0\.11 or newer is needed\): `apt-get install mosquitto`"
+        r"and 2\.0\.11 or newer is needed\); run `apt-get install mosquitto`"
     )
     with pytest.raises(ConfigError, match=expected):
         choose(Engine.MOSQUITTO)

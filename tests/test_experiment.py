@@ -336,7 +336,7 @@ def test_a_task_without_its_data_is_one_line_and_exit_code_2(file: Path) -> None
     file.write_text(SMALL.replace('task = "digits-numpy"', 'task = "fashion-mnist"\ndata = "nowhere"'))
     code, printed, said = run(file.parent, "small.toml")
     assert (code, printed) == (2, ""), said
-    assert re.fullmatch(r"ternbus: no Fashion-MNIST: .* nowhere/FashionMNIST/raw", said.splitlines()[-1])
+    assert re.fullmatch(r"ternbus: no Fashion-MNIST in .*nowhere/FashionMNIST/raw: put .*", said.splitlines()[-1])
     assert "Traceback" not in said
     assert "elsewhere/" in run(file.parent, "small.toml", "--data", "elsewhere")[2]
 

@@ -34,9 +34,7 @@ app = typer.Typer(
 )
 
 TASKS = f"{', '.join(BUILT_IN_TASKS)}, or your own as MODULE:ATTRIBUTE or FILE.py:ATTRIBUTE."
-InvitationFile = Annotated[
-    Path, typer.Argument(metavar="INVITATION.toml", help="Invitation file from `ternbus aggregator invite`.")
-]
+InvitationFile = Annotated[Path, typer.Argument(metavar="INVITATION.toml", help="File of `ternbus aggregator invite`.")]
 Dir = Annotated[Path, typer.Argument(metavar="DIR", help="The device's directory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object per line and event, for scripts.")]
 Versions = Annotated[int | None, typer.Option(min=1, help="Number of accepted updates before stopping.")]
