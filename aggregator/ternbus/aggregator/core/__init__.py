@@ -5,7 +5,9 @@
 
 2. Feed. Call ``handle(event, now)`` from one thread, with what happened in the order in which it happened. ``now`` is
    in seconds of a clock that never goes back; time of day comes in the events that need it. An event may be late, and a
-   message may come twice. A message that the shell does not hand on must not be acknowledged to the broker.
+   message may come twice. ``MessageArrived`` tells how long it has waited: while that is long, work is shared out. A
+   message that the shell does not hand on must not be acknowledged to the broker; one of QoS 0 that it drops is told by
+   ``MessagesDropped``.
 
 3. Perform what each call returns, in order, in the order of the calls. A shell may choose another order that keeps
    this:
