@@ -14,7 +14,7 @@ import pytest
 
 from support.brokers import WITHIN_S, Inbox, linked
 from support.small_world import LAB, Device, ternary_block
-from ternbus.aggregator.core import records
+from ternbus.aggregator.core import events, records
 from ternbus.aggregator.merge.accumulator import Accumulator
 from ternbus.aggregator.merge.background import WORTHWHILE
 from ternbus.aggregator.shell import administration
@@ -22,6 +22,7 @@ from ternbus.aggregator.shell.preverify import WORTHWHILE_BYTES
 from ternbus.aggregator.shell.service import SWITCH_S, Service
 from ternbus.aggregator.store import status as statuses
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
+from ternbus.broker.errors import LinkError
 from ternbus.broker.link.events import Arrived
 from ternbus.broker.link.link import Link
 from ternbus.broker.protocol import topics
@@ -145,3 +146,10 @@ def test_where_the_disk_fails_the_service_ends_and_nobody_is_told_of_what_is_not
             pass
         assert Receipt.from_meta(parse(arrived.payload).meta).outcome == "accepted"
     assert statuses.read(world.service.directory)["counts"]["accepted"] == 1
+
+
+def test_what_a_broker_shows_ends_no_process_for_good(tmp_path: Path) -> None:
+    """A head of a version to come: going on would do harm, but it is no mistake in the configuration."""
+    service = Service(tmp_path, "test", lambda _: None)
+    with pytest.raises(LinkError, match="restored from a backup"):
+        service._perform([events.Stop(error="was it restored from a backup?")])

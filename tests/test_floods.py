@@ -1,5 +1,6 @@
 """Floods through a real broker: the aggregator's memory is bounded, its counts tell, and others are served."""
 
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,8 @@ import pytest
 from benchmarks import mqtt
 from benchmarks.sender import Line, Target, await_retained
 from stranger.models import SMALL, make_model
-from stranger.servers import ENGINES, Aggregator, Broker, until
-from support.brokers import linked
+from stranger.servers import COMMAND, ENGINES, ENVIRONMENT, Aggregator, Broker, until
+from support.brokers import CONNECT, linked, scripted
 from support.small_world import Device
 from ternbus.broker.link.events import Arrived
 from ternbus.broker.protocol import topics
@@ -119,3 +120,32 @@ def test_of_a_stranger_little_is_read_and_little_is_held(siege: Siege) -> None:
     assert max(peak, siege.aggregator.resident_kib()) - before < GROWTH_KIB
     until(lambda: siege.invalid().get("too-fast", 0) > 1000, 30, "a count")
     line.socket.close()
+
+
+def too_small(kind: int, _content: bytes) -> bytes:
+    """A broker that takes packets of 100 bytes."""
+    return bytes([0x20, 8, 0, 0, 5, 0x27, 0, 0, 0, 100]) if kind == CONNECT else b""
+
+
+def test_a_broker_of_tiny_packets_is_waited_for_and_ends_nobody_for_good(tmp_path: Path) -> None:
+    make_model(tmp_path / "model.safetensors", SMALL)
+    with scripted(too_small) as broker:
+        aggregator = Aggregator(
+            tmp_path / "aggregator",
+            federation=FEDERATION,
+            broker=broker.url,
+            model=tmp_path / "model.safetensors",
+            settings={},
+        )
+        invitation = aggregator.invite("pi")["pi"]
+        with aggregator:
+            for _ in range(2):
+                broker.next(CONNECT)
+            assert aggregator.alive
+            assert "at most 100 bytes, Ternbus needs 5120: raise its maximum packet size" in aggregator.log.read_text()
+            assert aggregator.terminate() == 0
+        command = [*COMMAND, "edge", "join", str(invitation), str(tmp_path / "pi")]
+        command += ["--task", "digits-numpy", "--timeout", "1"]
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 1, done
+        assert "Ternbus needs 5120" in done.stdout + done.stderr
