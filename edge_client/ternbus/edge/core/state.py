@@ -117,5 +117,14 @@ class State:
         """The state with a new key, which must be enrolled and has its own counters."""
         return replace(self, key=key, enrolled=False, seq_limit=FIRST_SEQ, session=0)
 
+    def rejoined(self, key: KeyId) -> "State":
+        """The state with a new key and without any counter that another could have raised.
+
+        What the owner's budget and the device's own count rest on stays: ``account`` and ``accepted``. The outstanding
+        update is dropped, because its base may be a version that was never published.
+        """
+        new = State(key=key)
+        return replace(new, accepted=self.accepted, schema=self.schema, account=self.account)
+
     def with_seq_limit(self, seq_limit: int) -> "State":
         return replace(self, seq_limit=seq_limit)
