@@ -263,12 +263,7 @@ class Core:
         head = Head.from_meta(frame.meta)
         self._resubscribe.head_arrived(now)
         state = self.state
-        if head.version < state.head_version or frame.seq < state.head_seq:
-            raise ProtocolError(
-                "old-head",
-                f"version {head.version}, seq {frame.seq}; this device has seen version {state.head_version}, seq "
-                f"{state.head_seq}; if this goes on, ask for an invitation and run `ternbus edge rejoin`",
-            )
+        state.check_head(head.version, frame.seq)
         if fault := self.profile.size_fault(head.snapshot.content_bytes):
             return self._stop(EXIT_FAILED, fault)
         if (head.version, frame.seq) != (state.head_version, state.head_seq):

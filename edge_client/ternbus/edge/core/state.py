@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import ternary
 from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.messages import Update
@@ -125,6 +126,15 @@ class State:
         """
         new = State(key=key)
         return replace(new, accepted=self.accepted, schema=self.schema, account=self.account)
+
+    def check_head(self, version: int, seq: int) -> None:
+        """Raises ProtocolError for a head below one that was accepted."""
+        if version < self.head_version or seq < self.head_seq:
+            raise ProtocolError(
+                "old-head",
+                f"version {version}, seq {seq}; this device has seen version {self.head_version}, seq {self.head_seq}; "
+                "if this goes on, ask for an invitation and run `ternbus edge rejoin`",
+            )
 
     def with_seq_limit(self, seq_limit: int) -> "State":
         return replace(self, seq_limit=seq_limit)
