@@ -138,7 +138,7 @@ def test_a_revocation_is_in_force_with_the_next_frame_and_says_why(make: Make) -
     bench = make()
     pi = bench.join("pi")
     frames = pi.update(float32_block(bench.schema, 1), 0)
-    gate = Preverifier(registry=bench.core.registry, schema=bench.schema, work=bench.core.work)
+    gate = Preverifier(registry=bench.core.registry, validation=bench.core.validation, work=bench.core.work)
     opened = gate.open(pi.topic("update"), frames[0])
     assert opened is not None
     bench.revoke("pi", "lost on the train")
@@ -338,7 +338,7 @@ def test_a_flood_is_dropped_before_anything_costly(make: Make) -> None:
     bench = make()
     bad, good = bench.join("bad"), bench.join("good")
     (frame,) = bad.update(float32_block(bench.schema, 1), 0)
-    gate = Preverifier(registry=bench.core.registry, schema=bench.schema, work=bench.core.work)
+    gate = Preverifier(registry=bench.core.registry, validation=bench.core.validation, work=bench.core.work)
     assert gate.open(bad.topic("update"), frame) is not None
     bench.receive(bad.topic("update"), *[b"nonsense"] * 3000)
     assert gate.open(bad.topic("update"), frame) is None

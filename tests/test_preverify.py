@@ -18,6 +18,7 @@ from support.small_world import (
 )
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.events import Opened
+from ternbus.aggregator.merge.influence import Measured
 from ternbus.aggregator.shell.preverify import Preverifier
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.schema import Schema
@@ -27,7 +28,9 @@ Make = Callable[..., Bench]
 
 
 def preverifier_of(bench: Bench, room_bytes: int = 2**25) -> Preverifier:
-    return Preverifier(registry=bench.core.registry, schema=bench.schema, work=bench.core.work, room_bytes=room_bytes)
+    return Preverifier(
+        registry=bench.core.registry, validation=bench.core.validation, work=bench.core.work, room_bytes=room_bytes
+    )
 
 
 def arrived(device: Device, payload: bytes, opened: Opened | None) -> events.MessageArrived:
@@ -38,7 +41,7 @@ def read_ahead(preverifier: Preverifier, device: Device, payload: bytes, topic: 
     """The block, of a frame that is opened in any case."""
     opened = preverifier.open(topic or device.topic("update"), payload)
     assert opened is not None
-    return opened.block
+    return None if opened.content is None else opened.content.block
 
 
 def test_a_frame_that_was_opened_ahead_is_the_same_update(make: Make) -> None:
@@ -100,7 +103,7 @@ def test_what_was_read_ahead_is_what_is_merged_and_the_body_as_it_came_is_what_i
     (frame,) = pi.update(block, 0, encoding="zstd")
     opened = preverifier_of(bench).open(pi.topic("update"), frame)
     assert opened is not None
-    swapped = Opened(frame=opened.frame, public=opened.public, block=other)
+    swapped = Opened(frame=opened.frame, public=opened.public, content=Measured(other))
     (receipt,) = receipts(bench.handle(arrived(pi, frame, swapped)))
     assert receipt.outcome == "accepted"
     (record,) = saved(bench.last, records.UpdateAccepted)
@@ -132,7 +135,7 @@ def test_what_is_wrong_with_an_update_is_left_for_the_core_to_find(make: Make, w
         preverifier = preverifier_of(each)
         opened = preverifier.open(pi.topic("update"), frame) if each is bench else None
         assert (opened is None) == (each is plain)
-        assert opened is None or opened.block is None
+        assert opened is None or opened.content is None
         (receipt,) = receipts(each.handle(arrived(pi, frame, opened)))
         answers.append((receipt.outcome, receipt.reason))
         (good,) = pi.update(ternary_block(each.schema, 1), 0)
@@ -164,10 +167,10 @@ def test_one_update_of_each_device_is_read_ahead_until_the_core_has_had_it(make:
     pi, eva = bench.join("pi"), bench.join("eva")
     first = preverifier.open(pi.topic("update"), pi.update(block, 0)[0])
     assert first is not None
-    assert first.block is not None
+    assert first.content is not None
     second = preverifier.open(pi.topic("update"), pi.update(block, 0)[0])
     assert second is not None
-    assert second.block is None
+    assert second.content is None
     assert read_ahead(preverifier, eva, eva.update(block, 0)[0]) is not None
     preverifier.close(second)
     preverifier.close(None)
@@ -185,7 +188,7 @@ def test_what_is_read_ahead_has_room_and_what_is_larger_waits_alone(make: Make) 
     opened = [
         preverifier.open(each.topic("update"), each.update(ternary_block(bench.schema, 1), 0)[0]) for each in (a, b, c)
     ]
-    assert [each is not None and each.block is not None for each in opened] == [True, True, False]
+    assert [each is not None and each.content is not None for each in opened] == [True, True, False]
     for each in opened[:2]:
         assert read_ahead(preverifier, d, d.update(float32_block(bench.schema, 1), 0)[0]) is None
         preverifier.close(each)
@@ -203,7 +206,7 @@ def test_a_device_that_floods_has_no_more_read_ahead_than_it_has_receipts(make: 
         (frame,) = bad.update(block, number % 2 * 10**6, encoding="zstd")  # every other one is of a base in the future
         opened = preverifier.open(bad.topic("update"), frame)
         assert opened is not None
-        ahead += opened.block is not None
+        ahead += opened.content is not None
         waiting.append((frame, opened))
         if len(waiting) == lead:
             for payload, each in waiting:

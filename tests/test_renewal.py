@@ -15,6 +15,7 @@ from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import Block
 from ternbus.edge.core.state import OutstandingUpdate, State, prepare, sealed
+from ternbus.edge.plan.privacy import DEVICE, Account, Cost
 from ternbus.edge.shell import key_rotation
 from ternbus.edge.shell.directory import KEY, TOML, DeviceDirectory, Settings
 from ternbus.edge.store.outbox import Outbox
@@ -36,7 +37,7 @@ def outstanding(*, seal: bool) -> OutstandingUpdate:
     return sealed(update, OLD.key_id, lambda plain: b"old:" + plain) if seal else update
 
 
-def device(folder: Path, *, seal: bool = False, code: str = "") -> DeviceDirectory:
+def device(folder: Path, *, seal: bool = False, code: str = "", rejoin: str = "") -> DeviceDirectory:
     """A device that has joined, and a new key in its renewal folder, enrolled unless there is a code."""
     home = DeviceDirectory(folder / "pi")
     home.folder.mkdir()
@@ -61,7 +62,7 @@ def device(folder: Path, *, seal: bool = False, code: str = "") -> DeviceDirecto
     renewal = home.renewal()
     renewal.folder.mkdir()
     write_key(renewal.folder / KEY, NEW.seed)
-    renewal.write(settings(broker="mqtt://127.0.0.1:2", task="another", code=code))
+    renewal.write(settings(broker="mqtt://127.0.0.1:2", task="another", code=code, rejoin=rejoin))
     write_secret(renewal.folder / CERTIFICATE, b"the new certificate")
     with Outbox(renewal.folder, NEW.key_id) as outbox:
         outbox.save(State(key=NEW.key_id, enrolled=not code, seq_limit=66, session=2), None, {})
@@ -104,6 +105,25 @@ def test_the_new_key_takes_the_old_ones_place_and_all_else_stays(tmp_path: Path,
     check_succeeded(home, seal=seal)
 
 
+def test_rejoining_drops_every_counter_that_another_could_have_raised(tmp_path: Path) -> None:
+    """Twice, as after a crash before the renewal's folder was removed. The account is the owner's, and stays."""
+    home = device(tmp_path, rejoin="yes")
+    spent = Account().plus(Cost(kind=DEVICE, noise=1.0, rate=1.0, steps=1))
+    with Outbox(home.folder, OLD.key_id) as outbox:
+        burnt = replace(outbox.state, head_version=2**62, head_seq=2**62, answered_base=2**62, account=spent)
+        outbox.save(burnt, None, outbox.counters)
+    shutil.copytree(home.renewal().folder, tmp_path / "copy")
+    for _ in range(2):
+        key_rotation.finish(home)
+        state = kept_in(home)
+        assert (home.identity(), state.key, state.enrolled) == (NEW, NEW.key_id, True)
+        assert (state.head_version, state.head_seq, state.head_digest) == (0, 0, b"")
+        assert (state.answered_base, state.evaluated, state.outstanding, state.residual) == (-1, -1, None, None)
+        assert (state.seq_limit, state.session, state.accepted, state.account) == (66, 2, 3, spent)
+        assert home.settings() == settings(broker="mqtt://127.0.0.1:2")
+        shutil.copytree(tmp_path / "copy", home.renewal().folder)
+
+
 def no_settings(home: DeviceDirectory) -> None:
     home.write(settings())
 
@@ -137,6 +157,9 @@ def test_a_crash_in_the_middle_is_mended_at_the_next_start(
 def test_while_it_is_not_known_which_key_is_good_the_device_does_not_run(tmp_path: Path) -> None:
     home = device(tmp_path, code="a-code")
     with pytest.raises(ConfigError, match="edge join --renew"):
+        key_rotation.finish(home)
+    home.renewal().write(settings(code="a-code", rejoin="yes"))
+    with pytest.raises(ConfigError, match="edge rejoin INVITATION"):
         key_rotation.finish(home)
     assert home.identity() == OLD
     with Outbox(home.folder, OLD.key_id) as outbox:

@@ -74,7 +74,7 @@ def test_of_who_may_not_write_nothing_is_parsed_ahead(make: Make, monkeypatch: p
     bench.revoke("gone")
     bench.invite("guest")
     guest = Device("guest", bench.schema)
-    ahead = Preverifier(registry=bench.core.registry, schema=bench.schema, work=bench.core.work)
+    ahead = Preverifier(registry=bench.core.registry, validation=bench.core.validation, work=bench.core.work)
     frames = [(each, each.update(float32_block(bench.schema, 1), 0)[0]) for each in (pi, gone, stranger, guest)]
     parsed: list[bytes] = []
 
@@ -208,7 +208,7 @@ def test_what_was_decoded_ahead_is_taken_and_paid(make: Make) -> None:
     bench = make(limits__work_bytes_per_s=LEAST)
     pi = bench.join("pi")
     frame = pi.update(ternary_block(bench.schema, 1), 0)[0]
-    opened = Preverifier(registry=bench.core.registry, schema=bench.schema, work=bench.core.work).open(
+    opened = Preverifier(registry=bench.core.registry, validation=bench.core.validation, work=bench.core.work).open(
         pi.topic("update"), frame
     )
     bench.core.work.charge("pi", 10**7, bench.now)
@@ -219,13 +219,13 @@ def test_what_was_decoded_ahead_is_taken_and_paid(make: Make) -> None:
 def test_of_who_owes_nothing_is_decoded_ahead_while_others_wait(make: Make) -> None:
     bench = make(limits__work_bytes_per_s=LEAST)
     pi = bench.join("pi")
-    ahead = Preverifier(registry=bench.core.registry, schema=bench.schema, work=bench.core.work)
+    ahead = Preverifier(registry=bench.core.registry, validation=bench.core.validation, work=bench.core.work)
     frame = pi.update(ternary_block(bench.schema, 1), 0)[0]
     bench.core.work.charge("pi", 10**7, bench.now)
     for waited_s, is_decoded in ((LATE_S, False), (0.0, True)):
         opened = ahead.open(pi.topic("update"), frame, waited_s)
         assert opened is not None
-        assert (opened.block is not None) == is_decoded
+        assert (opened.content is not None) == is_decoded
 
 
 def test_of_who_owes_no_large_header_is_parsed_while_others_wait(make: Make) -> None:
@@ -235,7 +235,7 @@ def test_of_who_owes_no_large_header_is_parsed_while_others_wait(make: Make) -> 
     later = msgpack.unpackb(msgpack.packb({"later": [[]] * 1100}))
     large = pi.frame("status", {"state": "idle", "session": 1, "base": -1, "software": "", **later})
     assert header_bytes(large) > LARGE_HEADER_BYTES
-    ahead = Preverifier(registry=bench.core.registry, schema=bench.schema, work=bench.core.work)
+    ahead = Preverifier(registry=bench.core.registry, validation=bench.core.validation, work=bench.core.work)
     for number in range(50):
         receive_late(bench, pi.topic("status"), large)
         assert (ahead.open(pi.topic("status"), large, LATE_S) is None) == bench.core.work.may_owe("pi"), number

@@ -21,7 +21,7 @@ from ternbus.aggregator.core.updates import Updates
 from ternbus.aggregator.core.validation import Validation
 from ternbus.aggregator.core.versions import PublishedState, Versions
 from ternbus.aggregator.core.work import LARGE_HEADER_BYTES, PATIENCE_S, WorkShares, header_work
-from ternbus.aggregator.merge.influence import Influence
+from ternbus.aggregator.merge.influence import Influence, Measured
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Settings
 from ternbus.broker.backoff import Reconnect
@@ -31,7 +31,6 @@ from ternbus.broker.protocol.frame import Frame, header_bytes, parse
 from ternbus.broker.protocol.identity import AGGREGATOR, Identity
 from ternbus.broker.protocol.messages import CLOSED, RESTORE_LEAP, Head, Metrics, Status
 from ternbus.broker.protocol.schema import Schema
-from ternbus.broker.protocol.ternary import Block
 
 
 @dataclass(slots=True, kw_only=True)
@@ -56,6 +55,7 @@ class Core:
     _counters: Counters = field(default_factory=Counters)
     _merge_trigger: MergeTrigger = field(init=False)
     work: WorkShares = field(init=False)
+    validation: Validation = field(init=False)
     _reconnect: Reconnect = field(init=False)
     _told_held: bool = False  # the operator knows that the buffer lacks devices
     _is_linked: bool = False  # there is a connection, or one is being made
@@ -67,11 +67,12 @@ class Core:
         log_limit = LogLimit(settings.limits.log_lines_per_minute)
         self._refusals = Refusals(counters=self._counters, log_limit=log_limit)
         self.work = WorkShares(settings.limits.work_bytes_per_s)
+        self.validation = Validation(settings, self.identity, self.schema, self.influence)
         self._updates = Updates(
             settings=settings,
             work=self.work,
             model=self.model,
-            validation=Validation(settings, self.identity, self.schema, self.influence),
+            validation=self.validation,
             frames=self._frames,
             counters=self._counters,
             log_limit=log_limit,
@@ -228,9 +229,9 @@ class Core:
         if frame.kind == "update":
             sender.update_bytes += event.packet_bytes
             self._counters.observe(sender.name, self._now)
-        return self._frame(sender, frame, None if opened is None else opened.block, is_late=is_late)
+        return self._frame(sender, frame, None if opened is None else opened.content, is_late=is_late)
 
-    def _frame(self, member: Member, frame: Frame, ahead: Block | None, *, is_late: bool) -> list[Action]:
+    def _frame(self, member: Member, frame: Frame, ahead: Measured | None, *, is_late: bool) -> list[Action]:
         match frame.kind:
             case "update":
                 return self._update(member, frame, ahead, is_late=is_late)
@@ -244,7 +245,7 @@ class Core:
             case _:  # the topics that a device may write on leave only metrics
                 return self._metrics(member, frame)
 
-    def _update(self, member: Member, frame: Frame, ahead: Block | None, *, is_late: bool) -> list[Action]:
+    def _update(self, member: Member, frame: Frame, ahead: Measured | None, *, is_late: bool) -> list[Action]:
         was_empty = not self.model.buffer
         actions = self._updates.update(member, frame, self._now, ahead, is_late=is_late)
         if was_empty and self.model.buffer:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from ternbus.aggregator.core.records import Record
 from ternbus.aggregator.core.registry import Invited
 from ternbus.aggregator.merge.accepted import BufferedUpdate
+from ternbus.aggregator.merge.influence import Measured
 from ternbus.broker.protocol.frame import Frame
-from ternbus.broker.protocol.ternary import Block
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,12 +31,12 @@ class Disconnected:
 class Opened:
     """A frame that is authentic under this public key; whether the key may still sign is the core's question.
 
-    ``block`` is the content of an update in one unsealed part, where that was read ahead. None means nothing.
+    ``content`` is that of an update in one unsealed part, where that was read ahead. None means nothing.
     """
 
     frame: Frame
     public: bytes
-    block: Block | None = None
+    content: Measured | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,13 +14,13 @@ from ternbus.aggregator.core.registry import Answer, Member
 from ternbus.aggregator.core.validation import Validation, ValidUpdate, Verdict
 from ternbus.aggregator.core.work import WorkShares
 from ternbus.aggregator.merge.accepted import BufferedUpdate
+from ternbus.aggregator.merge.influence import Measured
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Settings
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.messages import Grant, Receipt
-from ternbus.broker.protocol.ternary import Block
 
 BUSY_S: Final = 5.0
 BUSY_MAX_S: Final = 60.0
@@ -61,9 +61,9 @@ class Updates:
         return self.frames.to_device(grant)
 
     def update(
-        self, member: Member, frame: Frame, now: float, ahead: Block | None = None, *, is_late: bool = False
+        self, member: Member, frame: Frame, now: float, ahead: Measured | None = None, *, is_late: bool = False
     ) -> list[Action]:
-        """Take in a part of an update; ``ahead`` is the block of a single part, if it was read already.
+        """Take in a part of an update; ``ahead`` is the content of a single part, if it was read already.
 
         If messages are late, a device that has used its share of the work is answered `busy`; nothing is decoded.
         """
@@ -88,7 +88,7 @@ class Updates:
             self.work.charge(member.name, self.validation.work_bytes(frame), now)
         return self._collect(member, frame, now, ahead)
 
-    def _collect(self, member: Member, frame: Frame, now: float, ahead: Block | None) -> list[Action]:
+    def _collect(self, member: Member, frame: Frame, now: float, ahead: Measured | None) -> list[Action]:
         valid = self.validation.collect(member, frame, self.model.version, ahead)
         for reason in self.validation.take_drops().elements():
             self.counters.refuse(reason, now)

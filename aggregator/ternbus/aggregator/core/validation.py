@@ -6,7 +6,7 @@ from typing import Final, NamedTuple
 
 from ternbus.aggregator.core.registry import EVALUATOR, Member
 from ternbus.aggregator.merge.accepted import AcceptedUpdate
-from ternbus.aggregator.merge.influence import Influence, norm_at_most
+from ternbus.aggregator.merge.influence import Influence, Measured, norm_at_most
 from ternbus.aggregator.merge.mean import clip_factor, norm
 from ternbus.aggregator.merge.staleness import discount
 from ternbus.aggregator.settings import Settings
@@ -73,16 +73,16 @@ class Validation:
         """The oldest base that is not stale at this version."""
         return version - self.settings.staleness.max
 
-    def _counted(self, block: Block, samples: int) -> "_Counted":
+    def _counted(self, content: Measured, samples: int) -> "_Counted":
         """What is left of an update whose norm, or whose claim, is too large.
 
         All of it is recorded with the update: no later merge and no other machine computes it again.
         """
         about = self.settings.merge
-        factor = clip_factor(block, about.max_update_norm if about.on_large == "clip" else 0)
-        if about.influence_bound != "adaptive":
+        factor = clip_factor(content.block, about.max_update_norm if about.on_large == "clip" else 0)
+        norm, bound = content.norm, self.influence.bound
+        if norm is None:
             return _Counted(samples, factor)
-        norm, bound = norm_at_most(block), self.influence.bound
         if bound is None or (norm <= bound.norm and samples <= bound.samples):
             return _Counted(samples, factor, norm, samples)
         bounded = (
@@ -129,9 +129,9 @@ class Validation:
         return Verdict("invalid", "too-long") if (parts - 1) * PART_BYTES_MIN > self.update_bytes_max else None
 
     def collect(
-        self, member: Member, frame: Frame, version: int, ahead: Block | None = None
+        self, member: Member, frame: Frame, version: int, ahead: Measured | None = None
     ) -> ValidUpdate | Verdict | None:
-        """Take in a part; None while parts are missing. ``ahead`` is the block of a single part, if it was read.
+        """Take in a part; None while parts are missing. ``ahead`` is the content of a single part, if it was read.
 
         ``version`` is the model's, by which the update is stale.
         """
@@ -191,15 +191,17 @@ class Validation:
             self._drops["unfinished"] += len(collector)
             collector.clear()
 
-    def _read(self, member: Member, message: Whole, version: int, ahead: Block | None = None) -> ValidUpdate | Verdict:
+    def _read(
+        self, member: Member, message: Whole, version: int, ahead: Measured | None = None
+    ) -> ValidUpdate | Verdict:
         try:
             update = Update.from_meta(message.meta)
             body = self._unseal(message) if update.sealed else message.body
-            block = Block.read(self.schema, update.codec, update.encoding, body) if ahead is None else ahead
-            self._check_norm(block)
+            content = self.measured(update, body) if ahead is None else ahead
+            self._check_norm(content.block)
         except ProtocolError as error:
             return Verdict("invalid", str(error))
-        staleness, counted = version - update.base, self._counted(block, update.samples)
+        staleness, counted = version - update.base, self._counted(content, update.samples)
         accepted = AcceptedUpdate(
             device=member.name,
             key=member.key,
@@ -215,7 +217,12 @@ class Validation:
             norm=counted.norm,
             stated=counted.stated,
         )
-        return ValidUpdate(accepted, block, body, counted.bounded)
+        return ValidUpdate(accepted, content.block, body, counted.bounded)
+
+    def measured(self, update: Update, body: bytes) -> Measured:
+        """Read the content of an update; ProtocolError where it is not valid. It uses no state: any thread may."""
+        block = Block.read(self.schema, update.codec, update.encoding, body)
+        return Measured(block, norm_at_most(block) if self.settings.merge.influence_bound == "adaptive" else None)
 
     def _check_norm(self, block: Block) -> None:
         about = self.settings.merge

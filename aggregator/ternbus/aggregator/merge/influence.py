@@ -66,6 +66,14 @@ class Influence:
         self.bound = Bound(norm=norm, samples=SAMPLES_FACTOR * median_low(samples)) if norm > 0 else None
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The content of an update, and its norm where updates are bounded by it."""
+
+    block: Block
+    norm: float | None = None  # by ``norm_at_most``
+
+
 def norm_at_most(block: Block) -> float:
     """An upper bound of the update's L2 norm; the norm itself but for ternary tensors.
 
@@ -75,13 +83,13 @@ def norm_at_most(block: Block) -> float:
     squares = _square(block.elements)
     if block.codec == TERNARY:
         packed = block.packed
-        for segment, scale in zip(block.schema.ternary, block.scales, strict=True):
-            elements = segment.tensor.elements
-            inside = packed[segment.offset // 5 : -(-(segment.offset + elements) // 5)]
-            squares += float(scale) ** 2 * min(elements, 5 * int(np.count_nonzero(inside != NO_TRITS)))
+        for segment, scale in zip(block.schema.ternary, block.scales.tolist(), strict=True):
+            first, elements = segment.offset, segment.tensor.elements
+            filled = packed[first // 5 : -(-(first + elements) // 5)] != NO_TRITS
+            squares += scale**2 * min(elements, 5 * int(np.count_nonzero(filled)))
     return float(squares**0.5)
 
 
 def _square(values: npt.NDArray[np.float32]) -> float:
     """The squared L2 norm; not by BLAS, which adds up in another order with another number of threads."""
-    return float(np.einsum("i,i->", values, values))
+    return float(np.add.reduce(values * values))

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from ternbus.aggregator.core.events import Opened
-from ternbus.aggregator.core.registry import Member, Registry
+from ternbus.aggregator.core.registry import EVALUATOR, Member, Registry
+from ternbus.aggregator.core.validation import Validation
 from ternbus.aggregator.core.work import LARGE_HEADER_BYTES, PATIENCE_S, WorkShares
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import header_bytes, parse
 from ternbus.broker.protocol.messages import Update
-from ternbus.broker.protocol.schema import Schema
-from ternbus.broker.protocol.ternary import Block, content_bytes
+from ternbus.broker.protocol.ternary import content_bytes
 
 WORTHWHILE_BYTES: Final = 4096  # below it handing over costs more than it saves
 ROOM_BYTES: Final = 32 * 2**20  # of contents that wait for the core; one that is larger waits alone
@@ -32,7 +32,7 @@ class Preverifier:
     """
 
     registry: Registry
-    schema: Schema
+    validation: Validation
     work: WorkShares
     room_bytes: int = ROOM_BYTES
     _held: dict[str, int] = field(default_factory=dict)  # device -> bytes of what was read ahead
@@ -58,26 +58,26 @@ class Preverifier:
         except ProtocolError:
             return None
         opened = Opened(frame=frame, public=member.public)
-        if frame.kind != Update.KIND or frame.parts != 1 or frame.seq <= member.answer.seq or member.has_had_receipts:
-            return opened
-        return opened if owes else self._read(opened, member)
+        wants = frame.kind == Update.KIND and frame.parts == 1 and frame.seq > member.answer.seq
+        may_read = member.role != EVALUATOR and not member.has_had_receipts and not owes
+        return self._read(opened, member) if wants and may_read else opened
 
     def close(self, opened: Opened | None) -> None:
         """The core has it, or will never see it."""
-        if opened is not None and opened.block is not None:
+        if opened is not None and opened.content is not None:
             self._let_go(opened.frame.sender)
 
     def _read(self, opened: Opened, member: Member) -> Opened:
-        """With its block, if that is good and there is room for it."""
+        """With its content, if that is good and there is room for it."""
         frame = opened.frame
         try:
             update = Update.from_meta(frame.meta)
-            if update.sealed or not self._hold(member.name, content_bytes(self.schema, update.codec)):
+            if update.sealed or not self._hold(member.name, content_bytes(self.validation.schema, update.codec)):
                 return opened
         except ProtocolError:
             return opened
         try:
-            return replace(opened, block=Block.read(self.schema, update.codec, update.encoding, frame.body))
+            return replace(opened, content=self.validation.measured(update, frame.body))
         except ProtocolError:
             self._let_go(member.name)
             return opened

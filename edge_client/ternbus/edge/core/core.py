@@ -263,8 +263,7 @@ class Core:
         head = Head.from_meta(frame.meta)
         self._resubscribe.head_arrived(now)
         state = self.state
-        if head.version < state.head_version or frame.seq < state.head_seq:
-            raise ProtocolError("old-head", f"version {head.version}, seq {frame.seq}")
+        state.check_head(head.version, frame.seq)
         if fault := self.profile.size_fault(head.snapshot.content_bytes):
             return self._stop(EXIT_FAILED, fault)
         if (head.version, frame.seq) != (state.head_version, state.head_seq):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import ternary
 from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.messages import Update
@@ -116,6 +117,24 @@ class State:
     def with_key(self, key: KeyId) -> "State":
         """The state with a new key, which must be enrolled and has its own counters."""
         return replace(self, key=key, enrolled=False, seq_limit=FIRST_SEQ, session=0)
+
+    def rejoined(self, key: KeyId) -> "State":
+        """The state with a new key and without any counter that another could have raised.
+
+        What the owner's budget and the device's own count rest on stays: ``account`` and ``accepted``. The outstanding
+        update is dropped, because its base may be a version that was never published.
+        """
+        new = State(key=key)
+        return replace(new, accepted=self.accepted, schema=self.schema, account=self.account)
+
+    def check_head(self, version: int, seq: int) -> None:
+        """Raises ProtocolError for a head below one that was accepted."""
+        if version < self.head_version or seq < self.head_seq:
+            raise ProtocolError(
+                "old-head",
+                f"version {version}, seq {seq}; this device has seen version {self.head_version}, seq {self.head_seq}; "
+                "if this goes on, ask for an invitation and run `ternbus edge rejoin`",
+            )
 
     def with_seq_limit(self, seq_limit: int) -> "State":
         return replace(self, seq_limit=seq_limit)

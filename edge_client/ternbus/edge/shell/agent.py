@@ -49,18 +49,21 @@ def join(home: DeviceDirectory, settings: Settings, task: Task, options: Options
     return stop
 
 
-def renew(home: DeviceDirectory, invitation: Invitation, task: Task, options: Options, report: Report) -> Stop:
-    """Enroll a new key with this invitation, then make it the device's key.
+def renew(
+    home: DeviceDirectory, invitation: Invitation, task: Task, options: Options, report: Report, *, rejoin: bool = False
+) -> Stop:
+    """Enroll a new key with this invitation, then make it the device's key; with ``rejoin`` under new counters.
 
     Raises `ConfigError` for an invitation of another device.
     """
     key_rotation.check(home, invitation)
     with home.locked():
-        renewal, settings = key_rotation.begin(home, invitation)
+        renewal, settings = key_rotation.begin(home, invitation, rejoin=rejoin)
         stop = join(renewal, settings, task, options, report)
         if stop.code == EXIT_DONE:
             key_rotation.finish(home)
-            return replace(stop, reason=f"{settings.device} has a new key")
+            done = "has a new key, and its counters start anew" if rejoin else "has a new key"
+            return replace(stop, reason=f"{settings.device} {done}")
         if stop.code == EXIT_REFUSED:
             renewal.discard()
         return stop

@@ -9,10 +9,8 @@ import typer
 
 from ternbus.broker.errors import ConfigError, LinkError
 from ternbus.broker.exit_codes import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED
-from ternbus.broker.files import is_exposed, load_toml
 from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
-from ternbus.broker.protocol.invitation import Invitation
 from ternbus.edge.learn import accountant
 from ternbus.edge.learn.partition import FORMS, Partition
 from ternbus.edge.learn.subnetwork import narrow
@@ -22,10 +20,12 @@ from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.privacy import DEVICE, SAMPLE, PrivacyPolicy, cost
 from ternbus.edge.shell import agent, log_check
 from ternbus.edge.shell.agent import Options
+from ternbus.edge.shell.arguments import AsJson, Dir, InvitationFile, Timeout, load_invitation
 from ternbus.edge.shell.directory import DeviceDirectory
 from ternbus.edge.shell.preflight import check as examine
 from ternbus.edge.shell.printer import Printer, shown
 from ternbus.edge.shell.process import run_device
+from ternbus.edge.shell.rejoin_command import rejoin
 from ternbus.edge.shell.service import PERSONAL
 from ternbus.edge.store import outbox
 
@@ -34,9 +34,6 @@ app = typer.Typer(
 )
 
 TASKS = f"{', '.join(BUILT_IN_TASKS)}, or your own as MODULE:ATTRIBUTE or FILE.py:ATTRIBUTE."
-InvitationFile = Annotated[Path, typer.Argument(metavar="INVITATION.toml", help="File of `ternbus aggregator invite`.")]
-Dir = Annotated[Path, typer.Argument(metavar="DIR", help="The device's directory.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object per line and event, for scripts.")]
 Versions = Annotated[int | None, typer.Option(min=1, help="Number of accepted updates before stopping.")]
 Evaluated = Annotated[int | None, typer.Option(min=1, help="Number of versions to evaluate before stopping.")]
 Seed = Annotated[
@@ -49,10 +46,6 @@ Username = Annotated[str, typer.Option(metavar="NAME", help="User name at the br
 PasswordFile = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="File with the broker's password in its first line; mode 0600, with TLS only."),
-]
-Timeout = Annotated[
-    float | None,
-    typer.Option(min=0, metavar="SECONDS", help="Longest wait for broker, aggregator or model; no limit by default."),
 ]
 Renew = Annotated[
     bool, typer.Option("--renew", help="Replace the key of a device that has joined; keep everything else.")
@@ -144,7 +137,7 @@ def join(
     Partition.parse(f"{partition};test:{hold_out!r}" if hold_out else partition)
     policy, limits = _policy(dp, max_epsilon, max_delta), TrainingLimits(seconds=max_seconds, steps=max_steps)
     home, options = DeviceDirectory(directory), Options(timeout_s=timeout, reports=reports, fine_tune=fine_tune)
-    asked = _load(invitation)
+    asked = load_invitation(invitation)
     if renew:
         stop = agent.renew(home, asked, load_task(home.settings().task), options, printer)
         if not then_run or stop.code != EXIT_DONE:
@@ -176,13 +169,6 @@ def _check_run(then_run: bool, others: bool) -> None:
         raise ConfigError("--report-metrics and --fine-tune apply to training: add --run, or use `ternbus edge run`")
 
 
-def _load(path: Path) -> Invitation:
-    invitation = Invitation.from_table(load_toml(path), str(path))
-    if is_exposed(path):
-        typer.echo(f"ternbus: other users can read {path}, which contains a secret: chmod 600 {path}", err=True)
-    return invitation
-
-
 def _check_renew(renew: bool, task: str, others: bool) -> None:
     if renew and (task or others):
         raise ConfigError(
@@ -191,6 +177,9 @@ def _check_renew(renew: bool, task: str, others: bool) -> None:
         )
     if not renew and not task:
         raise ConfigError(f"no task is given: add --task with {TASKS}")
+
+
+app.command()(rejoin)
 
 
 @app.command()

@@ -57,6 +57,7 @@ class Settings:
     max_delta: str = ""
     max_seconds: str = ""  # time limit of one training; empty for none
     max_steps: str = ""  # step limit of one training; empty for none
+    rejoin: str = ""  # of a renewal only, "yes": the counters start anew with the new key
     code: str = field(default="", repr=False)  # of the invitation, until the device has joined
 
     def __post_init__(self) -> None:

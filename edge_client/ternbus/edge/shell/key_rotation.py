@@ -1,5 +1,8 @@
 """Key rotation: a new invitation enrolls a new key, which then replaces the device's old key.
 
+`ternbus edge join --renew` keeps the counters and the outstanding update. `ternbus edge rejoin` starts the counters
+anew: for a device that has seen a version or a number so high that it would ignore everything below it for ever.
+
 The new key is enrolled in a subdirectory (`DeviceDirectory.renewal`). The device does not change until the aggregator
 admits the key: after a refusal the old key stays in use, and an interrupted rotation is repeated with the same
 invitation and the same new key. Then the files of the new key are copied over the old ones. The subdirectory is removed
@@ -37,7 +40,7 @@ def check(home: DeviceDirectory, invitation: Invitation) -> None:
         )
 
 
-def begin(home: DeviceDirectory, invitation: Invitation) -> tuple[DeviceDirectory, Settings]:
+def begin(home: DeviceDirectory, invitation: Invitation, *, rejoin: bool = False) -> tuple[DeviceDirectory, Settings]:
     """The directory in which to enroll the new key, and its settings. The device's directory must be locked."""
     renewal = home.renewal()
     if renewal.exists() and not renewal.settings().code:
@@ -55,6 +58,9 @@ def begin(home: DeviceDirectory, invitation: Invitation) -> tuple[DeviceDirector
         password_file=settings.password_path,
         policy=settings.policy,
     )
+    if rejoin:  # written before the invitation is used: an interrupted rotation is finished in the same way
+        prepared = replace(prepared, rejoin="yes")
+        renewal.write(prepared)
     return renewal, prepared
 
 
@@ -68,16 +74,21 @@ def finish(home: DeviceDirectory) -> None:
         return
     renewed = renewal.settings()
     if renewed.code:
+        command = "edge rejoin" if renewed.rejoin else "edge join --renew"
         raise ConfigError(
             f"the key rotation of {home.folder} was interrupted, and it is not known which key is valid: "
-            f"run `ternbus edge join --renew INVITATION {home.folder}` again"
+            f"run `ternbus {command} INVITATION {home.folder}` again"
         )
     identity, settings = renewal.identity(), replace(home.settings(), broker=renewed.broker)
     with Outbox(renewal.folder, identity.key_id) as outbox:
         enrolled = outbox.state
     with Outbox(home.folder, identity.key_id) as outbox:
         if outbox.state.key != identity.key_id or not outbox.state.enrolled:
-            outbox.save(inherited(outbox.state, enrolled, settings, identity), None, outbox.counters)
+            if renewed.rejoin:
+                state = numbered(outbox.state.rejoined(identity.key_id), enrolled)
+            else:
+                state = inherited(outbox.state, enrolled, settings, identity)
+            outbox.save(state, None, outbox.counters)
     for name in FILES:
         if (renewal.folder / name).exists():
             write_secret(home.folder / name, read_secret(renewal.folder / name))
@@ -85,19 +96,17 @@ def finish(home: DeviceDirectory) -> None:
     renewal.discard()
 
 
+def numbered(state: State, enrolled: State) -> State:
+    """The state of an enrolled key: sequence numbers and session continue from ``enrolled``."""
+    return replace(state, enrolled=True, seq_limit=enrolled.seq_limit, session=enrolled.session)
+
+
 def inherited(state: State, enrolled: State, settings: Settings, identity: Identity) -> State:
     """The device's state under the new key; sequence numbers and session continue from ``enrolled``.
 
     The outstanding update is renumbered, and sealed anew if it was sealed.
     """
-    pending = PendingState(
-        replace(
-            state.with_key(identity.key_id),
-            enrolled=True,
-            seq_limit=enrolled.seq_limit,
-            session=enrolled.session,
-        )
-    )
+    pending = PendingState(numbered(state.with_key(identity.key_id), enrolled))
     public = bytes.fromhex(settings.aggregator_key)
     profile = Profile(
         federation=settings.federation,

@@ -123,13 +123,20 @@ def summary(folder: Path) -> Summary:
         return Summary(state=state, counters=_counters(db), last=rows[0] if rows else None)
 
 
+def exists(folder: Path) -> bool:
+    """Whether there is an outbox with a state."""
+    path = folder / FILE
+    if not (path.is_file() and path.stat().st_size):
+        return False
+    with naming(path), closing(open_for_reading(path)) as db:
+        return bool(db.execute("SELECT 1 FROM kept").fetchone())
+
+
 def check(folder: Path) -> None:
     """Raises `ConfigError` if the outbox is missing or empty. A new one would use sequence numbers again."""
     path = folder / FILE
-    if path.is_file() and path.stat().st_size:
-        with naming(path), closing(open_for_reading(path)) as db:
-            if db.execute("SELECT 1 FROM kept").fetchone():
-                return
+    if exists(folder):
+        return
     raise ConfigError(
         f"{path} is missing or empty: restore it from a backup, or run `ternbus edge join` again; if the device had "
         f"joined, with a new invitation: `ternbus edge join INVITATION.toml {folder} --renew`"

@@ -1,0 +1,25 @@
+"""What the commands of `ternbus edge` have in common."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ternbus.broker.files import is_exposed, load_toml
+from ternbus.broker.protocol.invitation import Invitation
+
+InvitationFile = Annotated[Path, typer.Argument(metavar="INVITATION.toml", help="File of `ternbus aggregator invite`.")]
+Dir = Annotated[Path, typer.Argument(metavar="DIR", help="The device's directory.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object per line and event, for scripts.")]
+Timeout = Annotated[
+    float | None,
+    typer.Option(min=0, metavar="SECONDS", help="Longest wait for broker, aggregator or model; no limit by default."),
+]
+
+
+def load_invitation(path: Path) -> Invitation:
+    """The invitation in a file; a warning on stderr if others can read it. Raises `ConfigError`."""
+    invitation = Invitation.from_table(load_toml(path), str(path))
+    if is_exposed(path):
+        typer.echo(f"ternbus: other users can read {path}, which contains a secret: chmod 600 {path}", err=True)
+    return invitation
