@@ -19,6 +19,7 @@ from ternbus.edge.core.events import (
 )
 from ternbus.edge.learn import failure
 from ternbus.edge.learn.compress import compress
+from ternbus.edge.learn.failure import CODE_ERRORS
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.task import Trained, Trainer, TrainingError
 from ternbus.edge.plan.plan import NO_DP
@@ -26,7 +27,6 @@ from ternbus.edge.shell import private_training
 
 TrainingResult = TrainingFinished | TrainingFailed | BudgetSpent
 Result = TrainingResult | Evaluated | EvaluationFailed | FineTuned | FineTuningFailed
-CODE_ERRORS = (Exception, SystemExit)  # of the task's code, which may call sys.exit
 
 
 def train(trainer: Trainer, job: StartTraining, random_source: RandomSource | None = None) -> TrainingResult:
