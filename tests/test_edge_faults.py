@@ -166,7 +166,7 @@ def test_data_that_have_vanished_are_named_at_the_start(tmp_path: Path) -> None:
     error = ended_by(home)
     assert isinstance(error, ConfigError)
     assert str(error) == (
-        f"the task {tmp_path}/needs_data.py:TASK cannot begin: missing data: {tmp_path}/data/train.npz: "
+        f"the task {tmp_path}/needs_data.py:TASK fails: missing data: {tmp_path}/data/train.npz: "
         "No such file or directory"
     )
 
@@ -176,7 +176,7 @@ def test_a_task_that_needs_data_says_so_if_none_were_named(tmp_path: Path) -> No
     error = ended_by(member(tmp_path / "pi", task=f"{tmp_path}/needs_some.py:TASK"))
     assert isinstance(error, ConfigError)
     assert str(error).startswith(
-        f"the task {tmp_path}/needs_some.py:TASK cannot begin: a bug in the task: needs_some.py, line 7: TypeError: "
+        f"the task {tmp_path}/needs_some.py:TASK fails: a bug in the task: needs_some.py, line 7: TypeError: "
     )
     assert str(error).endswith("; if it needs data, name their folder with --data")
 

@@ -31,7 +31,7 @@ def describe(error: BaseException) -> str:
 
 @contextmanager
 def explained(task: str, *, lacks_data: bool = False) -> Iterator[None]:
-    """One line in place of any exception of the task's code, in its model or its data, before the work begins.
+    """One line in place of any exception of the task's code that ends the process.
 
     `StorageError` if the disk or the memory may serve another time, else `ConfigError`. ``lacks_data``: no folder of
     data was named, which may be the reason.
@@ -41,7 +41,7 @@ def explained(task: str, *, lacks_data: bool = False) -> Iterator[None]:
     except FederationError:
         raise
     except CODE_ERRORS as error:
-        text = f"the task {task} cannot begin: {describe(error)}"
+        text = f"the task {task} fails: {describe(error)}"
         if _is_memory(error) or (isinstance(error, OSError) and error.errno not in WRONG_PATH):
             raise StorageError(text) from error
         raise ConfigError(f"{text}; if it needs data, name their folder with --data" if lacks_data else text) from error
