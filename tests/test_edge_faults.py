@@ -1,7 +1,11 @@
 """What goes wrong around a device's process: its task, its data, its disk, its end."""
 
+import os
 import resource
 import signal
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +32,7 @@ INVITATION = Invitation(
     aggregator_key=Identity.generate().public.hex(),
     code="c" * 32,
 )
+OTHER = 12_345  # no user of this machine
 TASK = """
 import ctypes
 import threading
@@ -121,6 +126,13 @@ def test_a_full_disk_ends_a_device_in_one_line_and_the_broker_says_that_it_is_of
     assert code == 0, said
 
 
+def write_invitation(folder: Path) -> Path:
+    path = folder / "pi.toml"
+    path.write_text(INVITATION.dumps())
+    path.chmod(0o600)
+    return path
+
+
 def exit_code(*arguments: object) -> int | str | None:
     with pytest.raises(SystemExit) as ended:
         command.main([str(each) for each in arguments])
@@ -130,10 +142,8 @@ def exit_code(*arguments: object) -> int | str | None:
 def test_a_folder_of_data_that_is_not_there_costs_no_invitation(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "pi.toml").write_text(INVITATION.dumps())
-    (tmp_path / "pi.toml").chmod(0o600)
     arguments = ["--task", "digits-numpy", "--data", tmp_path / "typo", "--timeout", 1]
-    assert exit_code("edge", "join", tmp_path / "pi.toml", tmp_path / "pi", *arguments) == 2
+    assert exit_code("edge", "join", write_invitation(tmp_path), tmp_path / "pi", *arguments) == 2
     assert capsys.readouterr().err == (
         f"ternbus: --data: {tmp_path}/typo does not exist; correct it, and use the invitation again\n"
     )
@@ -204,6 +214,33 @@ def test_a_corrupt_outbox_is_named(tmp_path: Path) -> None:
 def test_what_may_work_another_time_is_told_from_a_mistake(raised: BaseException, kind: type[Exception]) -> None:
     with pytest.raises(kind), explained("mine:TASK"):
         raise raised
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_commands_of_root_leave_only_files_of_the_folders_owner() -> None:
+    with tempfile.TemporaryDirectory() as name:  # every pytest that starts closes its own folder to other users
+        folder = Path(name)
+        folder.chmod(0o711)
+        (folder / "new").mkdir()
+        home = member(folder / "pi", task="digits-numpy")
+        for each in [folder / "new", home.folder, *home.folder.iterdir()]:
+            os.chown(each, OTHER, OTHER)
+        invitation = write_invitation(folder)  # only root may read it
+        assert as_root("join", invitation, folder / "new", "--task", "digits-numpy", "--timeout", 0) == 1
+        assert as_root("status", home.folder) == 0
+        made = {each: each.stat().st_uid for device in ("pi", "new") for each in (folder / device).iterdir()}
+        assert {each.name for each in made} >= {FILE, "device.key", "edge.toml", "lock"}
+        assert set(made.values()) == {OTHER}
+
+
+def as_root(*arguments: object) -> int:
+    """The exit code of `ternbus edge`, in a process that has loaded all of Python first: it may be root's alone."""
+    code = (
+        "import encodings.idna, sys\nimport ternbus.edge.shell.cli\nimport ternbus.edge.tasks.digits_numpy\n"
+        "from ternbus.command import main\nmain(['edge', *sys.argv[1:]])\n"
+    )
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], timeout=60, check=False).returncode
 
 
 def test_a_device_that_stays_makes_no_model_of_its_own(tmp_path: Path) -> None:

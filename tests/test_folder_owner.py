@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -29,23 +30,18 @@ def written(folder: Path) -> tuple[int, int]:
     return about.st_uid, about.st_gid
 
 
-def open_to_all(folder: Path) -> Path:
-    """The folder in a place that every user may enter."""
-    for each in [folder, *folder.parents][:-2]:
-        if each.stat().st_uid == os.geteuid():
-            each.chmod(each.stat().st_mode | 0o711)
-    return folder
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_root_writes_as_the_folders_owner(tmp_path: Path) -> None:
-    mine, theirs = tmp_path / "mine", open_to_all(tmp_path) / "theirs"
-    mine.mkdir()
-    theirs.mkdir()
-    os.chown(theirs, OTHER, OTHER)
-    assert written(mine) == (0, 0)
-    assert written(theirs) == (OTHER, OTHER)
-    assert written(theirs / "new") == (OTHER, OTHER)
+def test_root_writes_as_the_folders_owner() -> None:
+    with tempfile.TemporaryDirectory() as name:  # every pytest that starts closes its own folder to other users
+        folder = Path(name)
+        folder.chmod(0o711)
+        mine, theirs = folder / "mine", folder / "theirs"
+        mine.mkdir()
+        theirs.mkdir()
+        os.chown(theirs, OTHER, OTHER)
+        assert written(mine) == (0, 0)
+        assert written(theirs) == (OTHER, OTHER)
+        assert written(theirs / "new") == (OTHER, OTHER)
 
 
 def test_the_owner_stays_who_it_is(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ def act_as_owner(folder: Path) -> None:
     """Under root, take over the user and the groups of the folder's owner for the rest of this process.
 
     A folder that does not exist yet counts as its nearest parent that does. Does nothing for a user other than root,
-    or for a folder of root. What only root may read has to be read before. ConfigError, with what to do, if this
-    process may not change its user.
+    or for a folder of root. What only root may read has to be read before; Python and Ternbus must be readable by the
+    owner. ConfigError, with what to do, if this process may not change its user.
     """
     if os.geteuid() != 0:
         return

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ternbus.broker.complaint import complaint
+from ternbus.broker.errors import ConfigError
 from ternbus.broker.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED
 from ternbus.edge.core.profile import Role
 from ternbus.edge.shell import agent
@@ -29,7 +30,12 @@ def run_device(home: DeviceDirectory, role: Role, options: Options, *, as_json: 
         request = {"folder": str(home.folder), "role": role, "options": asdict(options), "as_json": as_json}
         sys.stdout.flush()
         command = [sys.executable, "-P", "-m", __name__, json.dumps(request)]
-        os.execv(sys.executable, command)  # noqa: S606 - ourselves, without a shell
+        try:
+            os.execv(sys.executable, command)  # noqa: S606 - ourselves, without a shell
+        except PermissionError as error:  # root has become the owner of the folder, and Python is in root's home
+            raise ConfigError(
+                f"the owner of {home.folder} may not run {sys.executable}: install Ternbus where every user can read it"
+            ) from error
     printer = Printer(as_json=as_json)
     stop, ended = agent.serve(home, role, options, printer)
     return printer.finish(stop, ended=ended)
