@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ternbus.broker.exit_codes import EXIT_BUDGET, EXIT_CONFIG
+from ternbus.broker.exit_codes import EXIT_BUDGET, EXIT_CONFIG, EXIT_REFUSED
 from ternbus.command import COMMANDS
 
 UNITS = sorted((Path(__file__).resolve().parent.parent / "deploy" / "systemd").glob("*.service"))
@@ -27,9 +27,10 @@ def test_there_is_a_unit_for_the_aggregator_and_one_for_a_device() -> None:
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
 def test_it_starts_a_command_that_exists_in_the_folder_that_systemd_makes(unit: Path) -> None:
     settings = service(unit)
-    program, command, action, folder = settings["ExecStart"].split()
+    program, command, action, *options, folder = settings["ExecStart"].split()
     assert (program, action) == ("/opt/ternbus/bin/ternbus", "run")
     assert command in COMMANDS
+    assert options == (["--stay"] if command == "edge" else [])
     assert folder == f"/var/lib/{settings['StateDirectory']}"
 
 
@@ -37,7 +38,7 @@ def test_it_starts_a_command_that_exists_in_the_folder_that_systemd_makes(unit: 
 def test_a_crash_is_restarted_and_a_configuration_error_is_not(unit: Path) -> None:
     settings = service(unit)
     assert settings["Restart"] == "on-failure"
-    codes = [EXIT_CONFIG, EXIT_BUDGET] if unit.stem == "ternbus-edge" else [EXIT_CONFIG]
+    codes = [EXIT_CONFIG, EXIT_REFUSED, EXIT_BUDGET] if unit.stem == "ternbus-edge" else [EXIT_CONFIG]
     assert settings["RestartPreventExitStatus"].split() == [str(code) for code in codes]
 
 

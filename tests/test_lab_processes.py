@@ -24,6 +24,7 @@ MODULES = {
     "stubborn": "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True)\n"
     "while True: signal.pause()",
     "failing": "import sys; print('one'); print('two'); sys.exit('three')",
+    "mistaken": "import sys; print('ternbus: no data'); sys.exit(2)",
     "content": "print('done')",
     "spent": "import sys; sys.exit(4)",
     "parent": "import subprocess, sys, signal\n"
@@ -169,6 +170,33 @@ def test_a_child_that_fails_ends_the_run_with_its_last_lines(child: MakeChild, s
     with pytest.raises(ChildError, match="failing-0 ended with exit code 1") as caught:
         check_until_it_raises(supervisor)
     assert caught.value.lines == ["one", "two", "three"]
+
+
+def test_a_child_that_may_fail_is_started_again_and_then_lost(
+    child: MakeChild, supervisor: Supervisor, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ternbus.lab.processes.supervisor.RESTART_AFTER_S", 0.0)
+    one = child("failing")
+    supervisor.may_fail([one.name, "another"])
+    supervisor.start(one)
+    until(lambda: one.name in supervisor.lost, meanwhile=supervisor.check)
+    supervisor.check()
+    assert one.log.read_text().count("three") == RESTARTS_MAX + 1
+    assert supervisor.lost == {one.name: f"it ended with exit code 1, see {one.log}"}
+    assert said[-1] == "failing-0 ended with exit code 1; the run goes on without it"
+
+
+def test_a_mistake_that_all_have_made_that_may_fail_ends_the_run(
+    child: MakeChild, supervisor: Supervisor, said: list[str]
+) -> None:
+    first, second = child("mistaken"), child("mistaken")
+    supervisor.may_fail([first.name, second.name])
+    supervisor.start(first)
+    until(lambda: first.name in supervisor.lost, meanwhile=supervisor.check)
+    assert supervisor.lost == {first.name: "no data"}
+    supervisor.start(second)
+    with pytest.raises(ConfigError, match="mistaken-1: no data"):
+        check_until_it_raises(supervisor)
 
 
 def test_a_child_that_ends_too_early_ends_the_run(child: MakeChild, supervisor: Supervisor) -> None:

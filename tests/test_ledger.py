@@ -5,17 +5,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from support.small_world import LAB, Bench, accepted_update, float32_block, make_directory, ternary_block
+from support.small_world import LAB, Bench, Device, accepted_update, float32_block, make_directory, ternary_block
 from ternbus.aggregator.core import records
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import status as statuses
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.aggregator.store.rows import signed, unsigned
-from ternbus.broker.errors import ConfigError
+from ternbus.broker.errors import ConfigError, CorruptError, StorageError
 from ternbus.broker.protocol.messages import Metrics, Status
 
 
@@ -97,11 +98,12 @@ def test_vectors_that_a_full_disk_takes_a_part_of_are_an_error(tmp_path: Path) -
         "from pathlib import Path\n"
         "import numpy as np\n"
         "from ternbus.aggregator.store.vectors import Vectors\n"
+        "from ternbus.broker.errors import StorageError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))\n"
         "try:\n"
         "    Vectors(Path(sys.argv[1])).write('1-model', [np.zeros(272, np.float32)])\n"
-        "except OSError:\n"
+        "except StorageError:\n"
         "    sys.exit(7)\n"
     )
     assert subprocess.run([sys.executable, "-c", code, tmp_path / "vectors"], check=False, timeout=60).returncode == 7
@@ -129,7 +131,7 @@ def test_another_connection_s_commit_is_noticed(bench: Bench) -> None:
 
 def test_a_reader_cannot_write(bench: Bench) -> None:
     reader = Ledger(bench.directory / LEDGER, read_only=True)
-    with pytest.raises(sqlite3.OperationalError):
+    with pytest.raises(StorageError):
         reader.write([records.SeqReserved(upto=1)])
     reader.close()
 
@@ -143,10 +145,10 @@ def test_what_is_no_ledger_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="ternbus aggregator init"):
         Ledger(tmp_path / "ledger.sqlite")
     (tmp_path / "ledger.sqlite").write_bytes(b"nonsense" * 1000)
-    with pytest.raises(ConfigError, match=r"cannot read .*; restore it from a backup"):
+    with pytest.raises(CorruptError, match=r"cannot read .*; run `ternbus aggregator check .*restore it from a backup"):
         Ledger(tmp_path / "ledger.sqlite")
     (tmp_path / "ledger.sqlite").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"cannot read .*; restore it from a backup"):
+    with pytest.raises(CorruptError, match=r"cannot read .*; run `ternbus aggregator check .*restore it from a backup"):
         Ledger(tmp_path / "ledger.sqlite")
 
 
@@ -200,9 +202,9 @@ def test_a_damaged_delta_is_noticed(bench: Bench) -> None:
         bench.send(device, float32_block(bench.schema, 1), 0)
     digest = bytes(32)
     bench.ledger.db.execute("UPDATE versions SET digest = ? WHERE version = 1", (digest,))
-    with pytest.raises(ConfigError, match="version 1 does not have its digest"):
+    with pytest.raises(CorruptError, match="version 1 does not have its digest"):
         administration.tensors_of(bench.directory, 1)
-    with pytest.raises(ConfigError, match="version 1 does not have its digest"):
+    with pytest.raises(CorruptError, match="version 1 does not have its digest"):
         bench.restart()
 
 
@@ -254,6 +256,27 @@ def test_the_status_counts_what_happened(bench: Bench) -> None:
     assert (zero["version"], zero["updates"], zero["metrics"]) == (0, 0, {})
     assert (one["version"], one["updates"], one["metrics"]) == (1, 2, {"accuracy": 0.75})
     assert (one["digest"], one["staleness_mean"], one["staleness_max"]) == (found["digest"], 0.0, 0)
+
+
+def test_why_a_device_fails_is_kept_until_it_says_otherwise(bench: Bench) -> None:
+    pi, other = bench.join("pi"), bench.join("other")
+    reason = "missing data: /srv/data: No such file or directory"
+
+    def shown(device: Device, **about: Any) -> str | None:
+        status = Status(session=1, **about)
+        bench.receive(device.topic("status"), device.frame("status", status.meta()))
+        bench.tick(1.0)
+        bench.restart()
+        bench.start()
+        found: str | None = statuses.read(bench.directory)["devices"][device.name]["failing"]
+        return found
+
+    assert shown(pi, state="idle", failing=reason) == reason
+    assert shown(other, state="idle", failing="another reason") == "another reason"
+    assert shown(pi, state="training", failing=reason) == reason
+    assert shown(pi, state="idle") is None
+    assert statuses.read(bench.directory)["devices"]["other"]["failing"] == "another reason"
+    assert shown(other, state="offline") is None
 
 
 def test_the_largest_hints_of_a_device_are_kept(bench: Bench) -> None:

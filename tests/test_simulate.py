@@ -345,21 +345,6 @@ def test_a_ledger_changes_nothing_but_the_keys(tmp_path: Path) -> None:
     kept.close()
 
 
-def test_a_federation_in_which_nobody_can_train_ends() -> None:
-    """Each update diverges, so no version is ever made; virtual days pass at once."""
-
-    class Diverging(NoiseTrainer):
-        def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:
-            return Trained(tensors={"w": np.full((16, 40), np.nan, np.float32)}, samples=1, metrics={})
-
-    @dataclass(frozen=True, slots=True, kw_only=True)
-    class Hopeless(Noise):
-        def trainer(self, *, data: Path | None, partition: str) -> Diverging:
-            return Diverging()
-
-    assert simulated(replace(SMALL, devices=2), Hopeless()).moment().version == 0
-
-
 # --- scenario and command
 
 

@@ -1,13 +1,12 @@
 """What an aggregator has done so far, read from its ledger beside a running process."""
 
 import json
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from ternbus.aggregator.store.device_metrics import DeviceMetrics, Report
-from ternbus.aggregator.store.ledger import LEDGER, Ledger
-from ternbus.aggregator.store.rows import unsigned
+from ternbus.aggregator.store.ledger import Ledger, reading
+from ternbus.aggregator.store.rows import failing, unsigned
 from ternbus.aggregator.store.schema import DROPPED
 from ternbus.broker.protocol.messages import CLOSED
 
@@ -17,18 +16,19 @@ def read(directory: Path) -> dict[str, Any]:
 
     ``versions`` has a row for every version, with the newest test metrics that each evaluator sent for it, by its
     name, as ``evaluations``, and those of the first of them by name as ``metrics``; ``devices`` is a map by name, its
-    ``epsilon`` what a device says that it has spent of privacy (None: nothing); ``local`` is what devices report of
-    their own data, see ``local_tests``, over all of them, for a version or of a device, and None where nobody does;
+    ``epsilon`` what a device says that it has spent of privacy (None: nothing), its ``failing`` why its work fails
+    (None: it does not); ``local`` is what devices report of their own data, see ``local_tests``, over all of them,
+    for a version or of a device, and None where nobody does;
     ``counts.unmerged`` are accepted updates that no version has though the federation is closed: a merge takes
     updates of ``merge.min_devices`` devices; ``counts.invalid`` is a map by reason of everything refused.
     """
-    with closing(Ledger(directory / LEDGER, read_only=True)) as ledger, ledger.one_moment():
+    with reading(directory) as ledger:
         return _read(ledger)
 
 
 def invitations(directory: Path, now: float) -> list[dict[str, Any]]:
     """Invitations that nobody has used, as JSON values, without their codes; ``now`` in Unix seconds."""
-    with closing(Ledger(directory / LEDGER, read_only=True)) as ledger, ledger.one_moment():
+    with reading(directory) as ledger:
         rows = ledger.db.execute(
             "SELECT i.device, i.role, i.made_at, i.expires_at, d.state FROM invitations i LEFT JOIN devices d"
             " ON d.name = i.device ORDER BY i.device"
@@ -102,6 +102,7 @@ def _local(ledger: Ledger) -> DeviceMetrics:
 
 
 def _devices(ledger: Ledger, version: int, tests: DeviceMetrics) -> dict[str, Any]:
+    reasons = failing(ledger.db)
     rows = ledger.db.execute(
         "SELECT d.name, d.role, d.state, d.why, d.status, d.base, d.software, d.seen_at, d.update_bytes, k.key, k.seq,"
         " (SELECT count(*) FROM updates u WHERE u.device = d.name),"
@@ -116,6 +117,7 @@ def _devices(ledger: Ledger, version: int, tests: DeviceMetrics) -> dict[str, An
             "key_state": state,
             "revoked_why": why,
             "state": status or "offline",
+            "failing": reasons.get(name),
             "training_on": unsigned(training_on) if training_on < -1 else training_on,
             "last_seq": unsigned(seq),
             "base": base,

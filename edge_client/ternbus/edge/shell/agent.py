@@ -1,24 +1,29 @@
 """The assembly of a device's process from directory, task, outbox, core and service, for each of its commands."""
 
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.exit_codes import EXIT_DONE, EXIT_REFUSED
+from ternbus.broker.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED
 from ternbus.broker.files import read_password
 from ternbus.broker.link.link import Link, LinkEvent
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.identity import Identity, seal
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.messages import Status
+from ternbus.broker.stop_signals import STOPS, on_stop
 from ternbus.broker.version import software
 from ternbus.edge.core.actions import Stop
 from ternbus.edge.core.core import Core
 from ternbus.edge.core.follower import InitialModel
 from ternbus.edge.core.profile import Profile, Role, subscriptions
+from ternbus.edge.learn.failure import explained
 from ternbus.edge.learn.subnetwork import narrow
 from ternbus.edge.learn.task import Task, Trainer, halves_of
 from ternbus.edge.learn.task_loader import load_task
@@ -27,6 +32,8 @@ from ternbus.edge.shell.directory import DeviceDirectory, Settings
 from ternbus.edge.shell.service import PERSONAL, Report, Service
 from ternbus.edge.store import outbox as outboxes
 from ternbus.edge.store.outbox import Outbox
+
+STOP_WITHIN_S: Final = 8.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +45,7 @@ class Options:
     min_seconds: float = 0.0
     reports: bool = False  # publish metrics of versions on the held-out data
     fine_tune: float = 0.0  # epochs before the device stops
+    stays: bool = False  # while the federation is closed
 
 
 def join(home: DeviceDirectory, settings: Settings, task: Task, options: Options, report: Report) -> Stop:
@@ -70,10 +78,7 @@ def renew(
 
 
 def serve(home: DeviceDirectory, role: Role, options: Options, report: Report) -> tuple[Stop, bool]:
-    """Train or evaluate until the core stops. Returns its `Stop`, and whether the training thread has ended.
-
-    Raises `ConfigError`, and whatever the task's code raises.
-    """
+    """Train or evaluate until the core stops. Returns its `Stop`, and whether the training thread has ended."""
     settings = home.joined()
     check(settings, options)
     task = load_task(settings.task)
@@ -81,13 +86,15 @@ def serve(home: DeviceDirectory, role: Role, options: Options, report: Report) -
         key_rotation.finish(home)
         settings = home.joined()
         outboxes.check(home.folder)
-        return _serve(
-            home, settings, task=task, role=role, data=_data(settings, task, role), options=options, report=report
-        )
+        with explained(settings.task, lacks_data=not settings.data):
+            data = _data(settings, task, role)
+        return _serve(home, settings, task=task, role=role, data=data, options=options, report=report)
 
 
 def check(settings: Settings, options: Options) -> None:
-    """Raises `ConfigError` if an option needs held-out data and the device has none."""
+    """Raises `ConfigError` if an option needs held-out data and the device has none, or options exclude each other."""
+    if options.stays and options.fine_tune:
+        raise ConfigError("--fine-tune works when the federation closes, and --stay waits through that: leave out one")
     if not settings.hold_out and (options.reports or options.fine_tune):
         asked = "--report-metrics" if options.reports else "--fine-tune"
         raise ConfigError(
@@ -152,7 +159,8 @@ def _serve(
     identity = home.identity()
     trainer, held = data or (None, None)
     with Outbox(home.folder, identity.key_id) as outbox:
-        initial = task.initial(int(settings.seed or 0))
+        with explained(settings.task):
+            initial = task.initial(int(settings.seed or 0))
         shapes = {name: tuple(tensor.shape) for name, tensor in initial.items()}
         profile = _profile(settings, identity, task, role=role, options=options, shapes=shapes)
         core = Core(profile, outbox.state, InitialModel(tensors=initial))
@@ -167,18 +175,27 @@ def _serve(
             min_seconds=options.min_seconds,
             personal=home.folder / PERSONAL,
         )
-        with _signals_stop(service):
+        with _signals_stop(service, EXIT_FAILED if role == "join" else EXIT_DONE):
             stop = service.run()
         ended = service.stop_training()
     return stop, ended
 
 
 @contextmanager
-def _signals_stop(service: Service) -> Iterator[None]:
-    before = {
-        number: signal.signal(number, lambda received, _: service.request_stop(signal.Signals(received).name))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+def _signals_stop(service: Service, code: int) -> Iterator[None]:
+    """Let signals stop the service, and end the process with this code if it still runs `STOP_WITHIN_S` later.
+
+    A slow name server may hold it, or a thread that the task's code has started. All that matters is on disk.
+    """
+
+    def stop(received: int, _: object) -> None:
+        service.request_stop(signal.Signals(received).name)
+        deadline = threading.Timer(STOP_WITHIN_S, os._exit, (code,))
+        deadline.daemon = True
+        deadline.start()
+
+    before = {number: signal.getsignal(number) for number in STOPS}
+    on_stop(stop)
     try:
         yield
     finally:
@@ -213,4 +230,5 @@ def _profile(
         timeout_s=options.timeout_s,
         reports=options.reports,
         fine_tune=options.fine_tune,
+        stays=options.stays,
     )

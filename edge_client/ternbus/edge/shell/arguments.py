@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ternbus.broker.files import is_exposed, load_toml
+from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.protocol.invitation import Invitation
 
 InvitationFile = Annotated[Path, typer.Argument(metavar="INVITATION.toml", help="File of `ternbus aggregator invite`.")]
@@ -17,9 +18,13 @@ Timeout = Annotated[
 ]
 
 
-def load_invitation(path: Path) -> Invitation:
-    """The invitation in a file; a warning on stderr if others can read it. Raises `ConfigError`."""
+def load_invitation(path: Path, directory: Path) -> Invitation:
+    """The invitation in a file, which root may read for the owner of the device's directory. Raises `ConfigError`.
+
+    A warning on stderr if others can read it.
+    """
     invitation = Invitation.from_table(load_toml(path), str(path))
     if is_exposed(path):
         typer.echo(f"ternbus: other users can read {path}, which contains a secret: chmod 600 {path}", err=True)
+    act_as_owner(directory)
     return invitation

@@ -8,26 +8,27 @@ from typing import Annotated
 import typer
 
 from ternbus.broker.errors import ConfigError, LinkError
-from ternbus.broker.exit_codes import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED
+from ternbus.broker.exit_codes import EXIT_CONFIG, EXIT_DONE
+from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from ternbus.edge.learn import accountant
+from ternbus.edge.learn.failure import explained
 from ternbus.edge.learn.partition import FORMS, Partition
 from ternbus.edge.learn.subnetwork import narrow
+from ternbus.edge.learn.task import Task
 from ternbus.edge.learn.task_loader import BUILT_IN_TASKS, absolute, expanded, load_task
 from ternbus.edge.plan.limits import TrainingLimits
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.privacy import DEVICE, SAMPLE, PrivacyPolicy, cost
-from ternbus.edge.shell import agent, log_check
+from ternbus.edge.shell import agent, inspection_commands
 from ternbus.edge.shell.agent import Options
 from ternbus.edge.shell.arguments import AsJson, Dir, InvitationFile, Timeout, load_invitation
 from ternbus.edge.shell.directory import DeviceDirectory
 from ternbus.edge.shell.preflight import check as examine
-from ternbus.edge.shell.printer import Printer, shown
+from ternbus.edge.shell.printer import Printer
 from ternbus.edge.shell.process import run_device
 from ternbus.edge.shell.rejoin_command import rejoin
-from ternbus.edge.shell.service import PERSONAL
-from ternbus.edge.store import outbox
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", help="Run a device: follow the model, train, send updates."
@@ -75,7 +76,9 @@ FineTune = Annotated[
         help="Epochs of fine-tuning before the device stops; the personal model is DIR/personal.safetensors.",
     ),
 ]
-
+Stay = Annotated[
+    bool, typer.Option("--stay", help="Wait while the federation is closed, for `aggregator resume`; for services.")
+]
 FrameBytes = Annotated[
     int,
     typer.Option(
@@ -137,14 +140,14 @@ def join(
     Partition.parse(f"{partition};test:{hold_out!r}" if hold_out else partition)
     policy, limits = _policy(dp, max_epsilon, max_delta), TrainingLimits(seconds=max_seconds, steps=max_steps)
     home, options = DeviceDirectory(directory), Options(timeout_s=timeout, reports=reports, fine_tune=fine_tune)
-    asked = load_invitation(invitation)
+    asked = load_invitation(invitation, directory)
     if renew:
         stop = agent.renew(home, asked, load_task(home.settings().task), options, printer)
         if not then_run or stop.code != EXIT_DONE:
             raise typer.Exit(printer.finish(stop, ended=True))
         printer.end(stop)
     elif not (then_run and home.has_joined(asked)):
-        narrow(model := load_task(task), width)  # raises ConfigError before anything is written
+        model = _task_for(task, width, data)
         settings = home.prepare(
             asked, task=absolute(task), data=data, partition=partition, seed=seed, hold_out=hold_out, width=width,
             frame_bytes=frame_bytes, username=username, password_file=password_file, policy=policy, limits=limits,
@@ -155,6 +158,14 @@ def join(
             raise typer.Exit(printer.finish(stop, ended=True))
         printer.end(stop)
     raise typer.Exit(run_device(home, "train", options, as_json=as_json))
+
+
+def _task_for(name: str, width: float, data: Path | None) -> Task:
+    """The task. Raises `ConfigError` for what `edge run` would refuse, before the invitation is spent."""
+    narrow(task := load_task(name), width)
+    if data is not None and not expanded(data).exists():
+        raise ConfigError(f"--data: {data} does not exist; correct it, and use the invitation again")
+    return task
 
 
 def _policy(kind: str, max_epsilon: float | None, max_delta: float) -> PrivacyPolicy | None:
@@ -194,31 +205,38 @@ def run(
     ] = 0.0,
     reports: Reports = False,
     fine_tune: FineTune = 0.0,
+    stay: Stay = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train until the federation closes, or until Ctrl-C or SIGTERM; unacknowledged updates are kept in DIR.
+    """Train until the federation closes, or until Ctrl-C, SIGTERM or SIGHUP; unacknowledged updates are kept in DIR.
 
     `--versions N` stops after N accepted updates. `--report-metrics` and `--fine-tune EPOCHS` need held-out
     data: join with `--hold-out 0.2`. A fine-tuned model stays on the device; `--report-metrics` sends its accuracy.
 
-    Exit codes: 0 done, 1 timeout or a bug in the task, 2 invalid configuration, 3 refused or revoked by the
-    aggregator, 4 privacy budget spent.
+    A training that fails does not end the device: it says why, to the aggregator too, and tries again ever later.
+
+    Exit codes: 0 done, 1 timeout or a fault of disk or network, 2 invalid configuration or a corrupt store, 3 refused
+    or revoked by the aggregator, 4 privacy budget spent.
 
     Example: ternbus edge run pi-7
     """
     options = Options(
-        versions=versions, timeout_s=timeout, min_seconds=min_seconds, reports=reports, fine_tune=fine_tune
+        versions=versions, timeout_s=timeout, min_seconds=min_seconds, reports=reports, fine_tune=fine_tune, stays=stay
     )
+    act_as_owner(directory)
     raise typer.Exit(run_device(DeviceDirectory(directory), "train", options, as_json=as_json))
 
 
 @app.command()
-def evaluate(directory: Dir, versions: Evaluated = None, timeout: Timeout = None, as_json: AsJson = False) -> None:
+def evaluate(
+    directory: Dir, versions: Evaluated = None, timeout: Timeout = None, stay: Stay = False, as_json: AsJson = False
+) -> None:
     """Follow the model, evaluate its newest version on the task's test data, and publish the metrics.
 
     Example: ternbus edge evaluate evaluator-1
     """
-    options = Options(versions=versions, timeout_s=timeout)
+    options = Options(versions=versions, timeout_s=timeout, stays=stay)
+    act_as_owner(directory)
     raise typer.Exit(run_device(DeviceDirectory(directory), "evaluate", options, as_json=as_json))
 
 
@@ -234,7 +252,9 @@ def init_model(
 
     Example: ternbus edge init-model digits model.safetensors --seed 1
     """
-    tensors = load_task(task).initial(seed)
+    made = load_task(task)
+    with explained(task):
+        tensors = made.initial(seed)
     about = {"ternbus": f"{task}, seed {seed}"}  # one entry: the order of several varies, and so would the file
     save_safetensors(out, tensors, about)
     typer.echo(f"{out}: {len(tensors)} tensors, {sum(tensor.size for tensor in tensors.values()):,} parameters")
@@ -296,70 +316,8 @@ def noise(
     typer.echo(f"dp_noise = {least:g}")
 
 
-@app.command()
-def status(
-    directory: Dir, as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False
-) -> None:
-    """Show the device's version, its counters and its outstanding update, also while it runs.
-
-    Example: ternbus edge status pi-7 --json
-    """
-    settings = DeviceDirectory(directory).settings()
-    found = outbox.summary(directory)
-    state, last = found.state, found.last
-    waiting = state.outstanding
-    facts = {
-        "federation": settings.federation,
-        "device": settings.device,
-        "key": state.key.hex(),
-        "joined": not settings.code,
-        "version": state.head_version,
-        "digest": state.head_digest.hex(),
-        "base": state.answered_base,
-        "accepted": state.accepted,
-        "evaluated": state.evaluated,
-        "epsilon": state.account.epsilon,
-        "delta": state.account.delta,
-        "hold_out": settings.hold_out or None,
-        "width": settings.width or None,
-        "max_seconds": settings.limits.seconds,
-        "max_steps": settings.limits.steps,
-        "personal": str(directory / PERSONAL) if (directory / PERSONAL).exists() else None,
-        "outstanding": None
-        if waiting is None
-        else {"seq": waiting.seq, "base": waiting.base, "bytes": len(waiting.body)},
-        "receipt": None if last is None else {"seq": last.seq, "base": last.base, "outcome": last.outcome},
-        "counters": dict(sorted(found.counters.items())),
-    }
-    if as_json:
-        typer.echo(json.dumps(facts))
-        return
-    for name, value in facts.items():
-        for line, each in value.items() if name == "counters" and isinstance(value, dict) else [(name, value)]:
-            typer.echo(f"{line:28} {shown(each)}")
-
-
-@app.command()
-def verify(
-    directory: Dir,
-    log: Annotated[
-        Path,
-        typer.Argument(metavar="LOG", exists=True, dir_okay=False, help="File from `ternbus aggregator log export`."),
-    ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
-) -> None:
-    """Check in the aggregator's log of merges that each accepted update of this device is in exactly one version.
-
-    The log itself is checked first: with the aggregator's key, and against the newest head that this device has seen.
-    The exit code is 1 if a check fails.
-
-    Example: ternbus edge verify pi-7 lab.log
-    """
-    settings = DeviceDirectory(directory).joined()
-    found = log_check.check(log, settings, outbox.summary(directory).state, outbox.answers(directory))
-    typer.echo(json.dumps(found.facts()) if as_json else found.report(settings.device))
-    if found.faults:
-        raise typer.Exit(EXIT_FAILED)
+for _each in (inspection_commands.status, inspection_commands.verify):
+    app.command()(_each)
 
 
 @app.command()
@@ -372,6 +330,7 @@ def leave(
 
     Example: ternbus edge leave pi-7
     """
+    act_as_owner(directory)
     home = DeviceDirectory(directory)
     settings = home.settings()
     if not yes:

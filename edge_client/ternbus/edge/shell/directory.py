@@ -9,7 +9,7 @@ from typing import Any, Final, Self
 
 from ternbus.broker import toml
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.files import check_secret, load_toml, lock, read_key, write_key, write_secret
+from ternbus.broker.files import check_secret, fault, load_toml, lock, read_key, storing, write_key, write_secret
 from ternbus.broker.link.tls import CA, CERTIFICATE, TLS_KEY, Tls
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from ternbus.broker.protocol.identity import Identity, check_device, check_federation, is_public_key
@@ -213,7 +213,7 @@ class DeviceDirectory:
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
-            raise ConfigError(f"cannot create {self.folder}: {error.strerror}") from error
+            raise fault(error, self.folder, "cannot create ") from error
         settings = Settings(
             federation=invitation.federation,
             device=invitation.device,
@@ -249,10 +249,8 @@ class DeviceDirectory:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Lock the directory, so that no two processes use the same sequence numbers. Raises `ConfigError`."""
-        try:
+        with storing(self.folder / LOCK):
             taken = lock(self.folder / LOCK)
-        except OSError as error:
-            raise ConfigError(f"cannot lock {self.folder / LOCK}: {error.strerror}") from error
         if taken is None:
             raise ConfigError(f"another `ternbus edge` process runs in {self.folder}: stop it first")
         with taken:

@@ -19,8 +19,13 @@ class Printer:
             line = json.dumps({"time": round(time.time(), 3), "event": log.event, "text": log.text, **log.fields})
         else:
             line = f"{time.strftime('%H:%M:%S')}  {log.text}"
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
+        try:
+            sys.stdout.write(line + "\n")
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError:  # a log on a full disk: the line is lost, the device goes on
+            return
 
     def end(self, stop: Stop) -> None:
         """Print the last line: why the device stops."""

@@ -7,12 +7,15 @@ take 12 MB of a small device's memory during training.
 import json
 import os
 import sys
+import threading
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from ternbus.broker.errors import ConfigError, LinkError
-from ternbus.broker.exit_codes import EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED
+from ternbus.broker.complaint import complaint
+from ternbus.broker.errors import ConfigError
+from ternbus.broker.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED
 from ternbus.edge.core.profile import Role
 from ternbus.edge.shell import agent
 from ternbus.edge.shell.agent import Options
@@ -27,7 +30,12 @@ def run_device(home: DeviceDirectory, role: Role, options: Options, *, as_json: 
         request = {"folder": str(home.folder), "role": role, "options": asdict(options), "as_json": as_json}
         sys.stdout.flush()
         command = [sys.executable, "-P", "-m", __name__, json.dumps(request)]
-        os.execv(sys.executable, command)  # noqa: S606 - ourselves, without a shell
+        try:
+            os.execv(sys.executable, command)  # noqa: S606 - ourselves, without a shell
+        except PermissionError as error:  # root has become the owner of the folder, and Python is in root's home
+            raise ConfigError(
+                f"the owner of {home.folder} may not run {sys.executable}: install Ternbus where every user can read it"
+            ) from error
     printer = Printer(as_json=as_json)
     stop, ended = agent.serve(home, role, options, printer)
     return printer.finish(stop, ended=ended)
@@ -35,18 +43,33 @@ def run_device(home: DeviceDirectory, role: Role, options: Options, *, as_json: 
 
 def main() -> NoReturn:
     """Run the device of the request in the arguments. The exit codes are those of the `ternbus` command."""
-    request = json.loads(sys.argv[1])
+    code = _run(json.loads(sys.argv[1]))
+    try:
+        sys.stdout.flush()
+    except OSError:  # its reader has ended, or it is a file on a full disk: nothing else may try again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if threading.active_count() > 1:  # a thread of the task's code, for which Python would wait
+        os._exit(code)
+    sys.exit(code)
+
+
+def _run(request: dict[str, Any]) -> int:
     printer = Printer(as_json=request["as_json"])
     try:
         home, options = DeviceDirectory(Path(request["folder"])), Options(**request["options"])
         stop, ended = agent.serve(home, request["role"], options, printer)
-        code = printer.finish(stop, ended=ended)
-    except (ConfigError, LinkError) as error:
-        sys.stderr.write(f"ternbus: {error}\n")
-        code = EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED
+        return printer.finish(stop, ended=ended)
     except KeyboardInterrupt:
-        code = EXIT_INTERRUPTED
-    sys.exit(code)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        return EXIT_FAILED
+    except Exception as error:
+        if (known := complaint(error)) is None:
+            raise
+        text, code = known
+        with suppress(OSError):  # standard error, too, may be a file on a full disk
+            sys.stderr.write(f"ternbus: {text}\n")
+        return code
 
 
 if __name__ == "__main__":

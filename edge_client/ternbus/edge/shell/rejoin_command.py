@@ -34,8 +34,8 @@ def rejoin(
     Example: ternbus edge rejoin pi-7.toml pi-7
     """
     home, printer = DeviceDirectory(directory), Printer(as_json=as_json)
+    asked = load_invitation(invitation, directory)
     settings = home.settings()
-    asked = load_invitation(invitation)
     _check_account(home, settings, account_lost=account_lost)
     stop = agent.renew(home, asked, load_task(settings.task), Options(timeout_s=timeout), printer, rejoin=True)
     raise typer.Exit(printer.finish(stop, ended=True))

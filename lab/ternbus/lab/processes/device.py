@@ -9,8 +9,9 @@ import signal
 import sys
 from pathlib import Path
 
-from ternbus.broker.errors import ConfigError
-from ternbus.broker.exit_codes import EXIT_CONFIG
+from ternbus.broker.complaint import complaint
+from ternbus.broker.errors import FederationError
+from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.files import load_toml
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.edge.learn.task_loader import load_task
@@ -64,6 +65,7 @@ def _join(given: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ConfigError as error:
-        sys.stderr.write(f"ternbus: {error}\n")
-        sys.exit(EXIT_CONFIG)
+    except FederationError as error:
+        text, code = complaint(error) or (str(error), EXIT_FAILED)
+        sys.stderr.write(f"ternbus: {text}\n")
+        sys.exit(code)

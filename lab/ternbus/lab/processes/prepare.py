@@ -8,9 +8,12 @@ import json
 import sys
 from pathlib import Path
 
-from ternbus.broker.errors import ConfigError
-from ternbus.broker.exit_codes import EXIT_CONFIG
+from ternbus.broker.complaint import complaint
+from ternbus.broker.errors import FederationError
+from ternbus.broker.exit_codes import EXIT_FAILED
+from ternbus.broker.files import write_text
 from ternbus.broker.model_files import save_safetensors
+from ternbus.edge.learn.failure import explained
 from ternbus.edge.learn.task_loader import load_task
 
 
@@ -18,15 +21,17 @@ def main() -> None:
     """Write the model and the description of the task."""
     name, seed, model_path, task_path = sys.argv[1:]
     task = load_task(name)
-    model = task.initial(int(seed))
+    with explained(name):
+        model = task.initial(int(seed))
     save_safetensors(Path(model_path), model, {})
     facts = {"plan": dict(task.default_plan), "parameters": sum(tensor.size for tensor in model.values())}
-    Path(task_path).write_text(json.dumps(facts), encoding="utf-8")
+    write_text(Path(task_path), json.dumps(facts))
 
 
 if __name__ == "__main__":
     try:
         main()
-    except ConfigError as error:
-        sys.stderr.write(f"ternbus: {error}\n")
-        sys.exit(EXIT_CONFIG)
+    except FederationError as error:
+        text, code = complaint(error) or (str(error), EXIT_FAILED)
+        sys.stderr.write(f"ternbus: {text}\n")
+        sys.exit(code)

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from ternbus.broker.errors import ConfigError, FederationError
-from ternbus.broker.exit_codes import EXIT_BUDGET, EXIT_CONFIG, EXIT_DONE
+from ternbus.broker.exit_codes import EXIT_BUDGET, EXIT_CONFIG, EXIT_DONE, EXIT_REFUSED
 from ternbus.lab.processes.child import Child, stop
 
 RESTART_AFTER_S: Final = 1.0
 RESTARTS_MAX: Final = 5  # of one process, in addition to the scenario's faults
+FOR_GOOD: Final = {EXIT_CONFIG, EXIT_REFUSED}  # a restart would not help, as the units in deploy/systemd know
 
 Say = Callable[[str], None]
 
@@ -33,6 +34,9 @@ class Supervisor:
         self._start_again: dict[str, float] = {}
         self._restarts: dict[str, int] = {}
         self._may_end: set[str] = set()
+        self._may_fail: set[str] = set()
+        self._mistaken: set[str] = set()  # processes with a mistake in their configuration
+        self.lost: dict[str, str] = {}  # why each process that may fail has failed for good
 
     def start(self, child: Child) -> None:
         self._children[child.name] = child  # before the start, so that `stop_all` always includes it
@@ -42,13 +46,14 @@ class Supervisor:
         """Start killed processes that are due; raise `ChildError` for a process that ended unexpectedly.
 
         A device may end if its privacy budget is spent. If a process reports a configuration error, raise
-        `ConfigError`.
+        `ConfigError`. A process that may fail is started again as after a kill, and is `lost` if that does not help; a
+        configuration error is raised if all of these report one.
         """
         now = time.monotonic()
         for name, child in self._children.items():
             if name in self._start_again:
                 self._start_if_due(child, now)
-            elif (code := child.ended()) is not None and not self._may_have(name, code):
+            elif (code := child.ended()) is not None and name not in self.lost and not self._may_have(name, code):
                 self._ended(child, code, now)
 
     def kill(self, name: str, *, restart_after_s: float) -> None:
@@ -65,6 +70,10 @@ class Supervisor:
     def may_end(self, names: Iterable[str]) -> None:
         """Allow these processes to end with exit code 0 from now on."""
         self._may_end |= set(names)
+
+    def may_fail(self, names: Iterable[str]) -> None:
+        """Let the run go on without these processes if they fail."""
+        self._may_fail |= set(names)
 
     def running(self, names: Iterable[str]) -> bool:
         """Whether any of these processes runs or waits for its restart."""
@@ -93,14 +102,22 @@ class Supervisor:
 
     def _ended(self, child: Child, code: int, now: float) -> None:
         child.kill()  # its own children may still run
-        if code == EXIT_CONFIG and (complaint := child.complaint()):
-            raise ConfigError(f"{child.name}: {complaint}")
-        if code >= 0:
-            raise ChildError(child, f"ended with exit code {code}")
-        if code != -signal.SIGKILL:
-            raise ChildError(child, f"was terminated by {signal.Signals(-code).name}")
+        complaint, may_fail = child.complaint(), child.name in self._may_fail
+        if code == EXIT_CONFIG and complaint:
+            self._mistaken.add(child.name)
+            if not may_fail or self._mistaken >= self._may_fail:
+                raise ConfigError(f"{child.name}: {complaint}")
+        how = f"ended with exit code {code}" if code >= 0 else f"was terminated by {signal.Signals(-code).name}"
+        killed = code == -signal.SIGKILL
+        if not killed and not may_fail:
+            raise ChildError(child, how)
+        how = "was killed (SIGKILL)" if killed else f"{how}: {complaint}" if complaint else how
         self._restarts[child.name] = self._restarts.get(child.name, 0) + 1
-        if self._restarts[child.name] > RESTARTS_MAX:
+        if self._restarts[child.name] <= RESTARTS_MAX and code not in FOR_GOOD:
+            self._say(f"{child.name} {how}; restart in {RESTART_AFTER_S:g} s")
+            self._start_again[child.name] = now + RESTART_AFTER_S
+        elif may_fail:
+            self._say(f"{child.name} {how}; the run goes on without it")
+            self.lost[child.name] = complaint or f"it {how}, see {child.log}"
+        else:
             raise ChildError(child, f"was killed {self._restarts[child.name]} times, perhaps out of memory")
-        self._say(f"{child.name} was killed (SIGKILL); restart in {RESTART_AFTER_S:g} s")
-        self._start_again[child.name] = now + RESTART_AFTER_S

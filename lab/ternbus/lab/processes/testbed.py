@@ -11,12 +11,14 @@ from ternbus.aggregator.store import control, status
 from ternbus.broker.errors import FederationError
 from ternbus.broker.files import write_secret
 from ternbus.broker.model_files import load_safetensors, save_safetensors
+from ternbus.broker.protocol.messages import CLOSED
 from ternbus.edge.learn.task_loader import absolute
 from ternbus.edge.store import outbox
 from ternbus.lab.interrupts import Interrupts
 from ternbus.lab.processes import fleet
 from ternbus.lab.processes.child import Child, ReadApart
 from ternbus.lab.processes.supervisor import Supervisor
+from ternbus.lab.report.failing import FailingDevices, named
 from ternbus.lab.report.observation import Observation
 from ternbus.lab.report.output import Output
 from ternbus.lab.report.progress import Progress
@@ -57,6 +59,7 @@ class Testbed:
         self._evaluator = f"{run}evaluator"
         self._faults = sorted(scenario.faults, key=lambda fault: fault.after_version)
         self.parameters = 0
+        self._failing = FailingDevices()
 
     def __enter__(self) -> Self:
         return self
@@ -72,6 +75,7 @@ class Testbed:
         self._progress.say(f"{scenario.task}: {scenario.devices} devices, an evaluator, an aggregator and a broker")
         # devices too: a user may close the federation or stop a device from another terminal
         self._processes.may_end([PREPARE, *self._devices, self._evaluator])
+        self._processes.may_fail(self._devices)
         prepare = [absolute(scenario.task), str(scenario.seed), str(output.initial), str(output.task)]
         self._start(PREPARE, "ternbus.lab.processes.prepare", prepare)
         broker = self._broker()
@@ -95,7 +99,10 @@ class Testbed:
         self._progress.say(f"all processes started; logs in {output.logs}")
 
     def watch(self) -> None:
-        """Supervise the run until the scenario's end: restart processes, inject faults, show progress."""
+        """Supervise the run until the scenario's end: restart processes, inject faults, show progress.
+
+        Raises `FederationError` if no device can train.
+        """
         quiet_since, version = time.monotonic(), 0
         while True:
             moment = self.moment()
@@ -104,6 +111,7 @@ class Testbed:
             self._disturb(moment.version)
             if self._scenario.end.reached(version=moment.version, seconds=seconds, accuracy=moment.best):
                 break
+            self._look_at_devices(moment)
             if not self._processes.running(self._devices):
                 self._progress.say(f"all devices have ended; the federation is {moment.state}")
                 break
@@ -115,6 +123,26 @@ class Testbed:
             self._wait(STATUS_S)
         for fault in self._faults:
             self._progress.say(f"the run ended before the fault of {fault.kill}")
+
+    def _look_at_devices(self, moment: Observation) -> None:
+        """Name the devices that have begun to fail; raises `FederationError` if no other is left."""
+        failing = self._failing
+        new = {
+            device.name: failing.reasons[device.name]
+            for device in moment.devices
+            if failing.look(
+                device.name,
+                accepted=device.updates,
+                failures=device.failures,
+                reason=device.failing or f"see {self._output.log(device.name)}",
+            )
+        }
+        for line in named(new):
+            self._progress.say(line)
+        failing.reasons |= self._processes.lost
+        if moment.state != CLOSED:
+            alive = [name for name in self._devices if self._processes.running([name])]
+            failing.check([*alive, *failing.reasons])
 
     def finish(self) -> Observation:
         """Close the federation, wait for the last evaluation, end all processes, and return the final state."""
@@ -132,6 +160,8 @@ class Testbed:
         self._processes.stop([BROKER], grace_s=BROKER_GRACE_S)
         moment = self.moment()
         self._progress.show(moment, moment.last.seconds)
+        for line in named(self._failing.reasons):
+            self._progress.say(line)
         return moment
 
     def export(self) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from ternbus.edge.shell.service import FAILED_TRAININGS
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
@@ -15,6 +17,8 @@ class Device:
     updates: int
     staleness: float | None
     bytes_up: int
+    failures: int = 0  # trainings that failed, in all
+    failing: str | None = None  # why the last one did, as the device says
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +97,8 @@ def _device(name: str, row: Mapping[str, Any], counted: Mapping[str, int]) -> De
         updates=row.get("updates") or 0,
         staleness=row.get("staleness"),
         bytes_up=counted.get("sent_bytes.update", 0),
+        failures=counted.get(FAILED_TRAININGS, 0),
+        failing=row.get("failing"),
     )
 
 

@@ -6,7 +6,9 @@ published vector on the test data: every device has the same bits.
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 from weakref import WeakValueDictionary
@@ -20,8 +22,10 @@ from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.protocol.messages import Metrics
 from ternbus.broker.protocol.schema import Schema, Vector, to_tensors
 from ternbus.edge.core.actions import Stop
+from ternbus.edge.learn.failure import explained
 from ternbus.edge.learn.task import Evaluation, Task
 from ternbus.lab.report import report
+from ternbus.lab.report.failing import FailingDevices, named
 from ternbus.lab.report.observation import Observation
 from ternbus.lab.report.progress import Progress
 from ternbus.lab.scenario.scenario import Fault, Scenario
@@ -69,11 +73,12 @@ class Simulation:
         self._faults = sorted(scenario.faults, key=lambda fault: fault.after_version)
         if folder is None and any(fault.kill == "aggregator" for fault in self._faults):
             raise ConfigError('[[fault]] kill = "aggregator" needs a ledger to restart from: add --ledger')
-        self._evaluator = task.evaluator(data=scenario.data)
         self._evaluated = -1
         self._made_at = 0.0
         self._ended = False
-        model = task.initial(scenario.seed)
+        with self._explained():
+            self._evaluator = task.evaluator(data=scenario.data)
+            model = task.initial(scenario.seed)
         self.schema = Schema.of({name: array.shape for name, array in model.items()}, scenario.dense)
         names = [f"device-{index}" for index in range(scenario.devices)]
         chosen = scenario.settings(task.default_plan)
@@ -85,18 +90,29 @@ class Simulation:
         self.aggregator = VirtualAggregator(self.clock, self.broker, founded.ledger, founded.core, self._made)
         vectors: WeakValueDictionary[bytes, Vector] = WeakValueDictionary()
         public = self.aggregator.core.identity.public
+        with self._explained():
+            bodies = setup.bodies(scenario, task, model, public, founded.codes, place=place)
         self.devices = [
-            VirtualDevice(self.clock, self.broker, body, vectors, self._left)
-            for body in setup.bodies(scenario, task, model, public, founded.codes, place=place)
+            VirtualDevice(
+                self.clock, self.broker, body, vectors, partial(self._left, body.profile.device), trained=self._trained
+            )
+            for body in bodies
         ]
-        self._staying = len(self.devices)
+        self._staying = {device.name for device in self.devices}
+        self._failing = FailingDevices()
+
+    def _explained(self) -> AbstractContextManager[None]:
+        return explained(self._scenario.task, lacks_data=self._scenario.data is None)
 
     @property
     def parameters(self) -> int:
         return self.schema.elements
 
     def run(self, check: Callable[[], None] = lambda: None) -> None:
-        """Simulate until the scenario's end. ``check`` is called after each event and may raise."""
+        """Simulate until the scenario's end. ``check`` is called after each event and may raise.
+
+        Raises `FederationError` if no device can train. If some can, the others are named at the end.
+        """
         self.aggregator.start()
         self._made(0, self.aggregator.core.model.published)
         for device in self.devices:
@@ -114,6 +130,8 @@ class Simulation:
         self._hear_devices(model.version, model.published)
         while len(self.carried) <= model.version:  # a version made at the time of the end
             self.carried.append(self._count())
+        for line in named(self._failing.reasons):
+            self._progress.say(line)
 
     def stop(self) -> None:
         """End `run` after the current event; for calls from ``check``."""
@@ -183,7 +201,8 @@ class Simulation:
         )
 
     def _evaluate(self, version: int, vector: Vector) -> Evaluation:
-        found = self._evaluator.evaluate(to_tensors(self.schema, vector))
+        with self._explained():
+            found = self._evaluator.evaluate(to_tensors(self.schema, vector))
         self._evaluated = version
         metrics = Metrics(version=version, samples=found.samples, split="test", values=found.finite)
         self.ledger.write(
@@ -219,10 +238,18 @@ class Simulation:
         victim.kill()
         self.clock.at(back_at, victim.restart)
 
-    def _left(self, stop: Stop) -> None:
+    def _left(self, device: str, stop: Stop) -> None:
         """Handle the end of a device; ConfigError if the device failed."""
         if stop.code == EXIT_FAILED:
             raise ConfigError(stop.reason)
         self._progress.say(stop.reason)
-        self._staying -= 1
+        self._staying.discard(device)
         self._ended = self._ended or not self._staying
+
+    def _trained(self, device: VirtualDevice) -> None:
+        """Handle the end of a training; FederationError if it shows that no device can train."""
+        reason = device.core.training.failures.reason
+        if not reason:
+            self._failing.reasons.pop(device.name, None)
+        self._failing.look(device.name, accepted=device.state.accepted, failures=device.failures, reason=reason)
+        self._failing.check(self._staying)

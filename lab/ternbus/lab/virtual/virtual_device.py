@@ -53,7 +53,7 @@ class VirtualDevice:
     """Performs the actions of a core. Its outbox is in memory and is kept over `kill`.
 
     ``vectors`` has the vector of each version that a device uses, by digest. Equal digests mean equal bits, so all
-    devices on a version share one array. ``left`` is called when the device stops.
+    devices on a version share one array. ``left`` is called when the device stops, ``trained`` after each training.
     """
 
     def __init__(
@@ -63,14 +63,17 @@ class VirtualDevice:
         body: Body,
         vectors: MutableMapping[bytes, Vector],
         left: Callable[[Stop], None],
+        *,
+        trained: Callable[["VirtualDevice"], None] = lambda _: None,
     ) -> None:
         self.session: Session = broker.session(self, body.line)
         self.state = State(key=body.profile.key)
         self.happened: Counter[str] = Counter()  # counts of log events
+        self.failures = 0  # trainings that failed
         self._clock = clock
         self._body = body
         self._vectors = vectors
-        self._left = left
+        self._left, self._after_training = left, trained
         self.core, self._alarm = self._begin()
         self._runs = False
 
@@ -164,7 +167,9 @@ class VirtualDevice:
         result = awaited()
         if isinstance(result, events.TrainingFinished):
             result = replace(result, metrics={**result.metrics, "seconds": seconds})
+        self.failures += isinstance(result, events.TrainingFailed)
         self._handle(result)
+        self._after_training(self)
 
     def _evaluate(self, life: Core, job: StartEvaluation) -> None:
         """Evaluate in no virtual time: the speeds of a scenario describe training only."""
@@ -176,9 +181,11 @@ class VirtualDevice:
         training, held = self.core.training, self._body.held
         if held is None or training.plan is None or training.sealed:
             return None
-        found: events.Evaluated | events.FineTuned = evaluate(
+        found: events.Evaluated | events.EvaluationFailed | events.FineTuned = evaluate(
             held, StartEvaluation(version=version, schema=schema, vector=vector)
         )
+        if isinstance(found, events.EvaluationFailed):
+            return None
         if self._body.profile.fine_tune:
             job = self.core.fine_tuning.job(training.plan, version, schema, vector)
             tuned = fine_tune(self._body.trainer, held, job)

@@ -1,0 +1,60 @@
+"""Why the code of a task failed, in words for the device's owner: its data, the memory, or a bug."""
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from ternbus.broker.errors import ConfigError, FederationError, StorageError
+from ternbus.broker.files import WRONG_PATH
+from ternbus.edge.learn.task_loader import described, location_of
+
+TRACE_CHARS: Final = 10_000
+CODE_ERRORS: Final = (Exception, SystemExit)  # of a task's code, which may call sys.exit
+NO_MEMORY: Final = ("out of memory", "not enough memory", "can't allocate memory")  # as PyTorch says it
+
+
+def describe(error: BaseException) -> str:
+    """The reason and what to do, in one line. For a bug, file and line of the task's own code are named."""
+    if isinstance(error, FederationError):
+        return " ".join(str(error).split())
+    if _is_memory(error):
+        return f"out of memory ({described(error)}): lower the plan's batch_size, or give the device less data"
+    if isinstance(error, OSError) and error.filename is not None:
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+        return f"{'missing data' if missing else 'cannot read data'}: {error.filename}: {error.strerror}"
+    place = location_of(error)
+    where = f"{Path(place[0]).name}, line {place[1]}: " if place is not None else ""
+    return f"a bug in the task: {where}{described(error)}"
+
+
+@contextmanager
+def explained(task: str, *, lacks_data: bool = False) -> Iterator[None]:
+    """One line in place of any exception of the task's code that ends the process.
+
+    `StorageError` if the disk or the memory may serve another time, else `ConfigError`. ``lacks_data``: no folder of
+    data was named, which may be the reason.
+    """
+    try:
+        yield
+    except FederationError:
+        raise
+    except CODE_ERRORS as error:
+        text = f"the task {task} fails: {describe(error)}"
+        if _is_memory(error) or (isinstance(error, OSError) and error.errno not in WRONG_PATH):
+            raise StorageError(text) from error
+        raise ConfigError(f"{text}; if it needs data, name their folder with --data" if lacks_data else text) from error
+
+
+def trace_of(error: BaseException) -> str:
+    """The traceback of a bug; empty for any failure that `describe` names whole."""
+    if isinstance(error, FederationError | OSError) or _is_memory(error):
+        return ""
+    return "".join(traceback.format_exception(error)).rstrip()[-TRACE_CHARS:]
+
+
+def _is_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
+    )

@@ -1,0 +1,82 @@
+"""The commands of `ternbus edge` that only look at a device, also while it runs: status, verify."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ternbus.broker.exit_codes import EXIT_FAILED
+from ternbus.broker.folder_owner import act_as_owner
+from ternbus.edge.shell import log_check
+from ternbus.edge.shell.arguments import Dir
+from ternbus.edge.shell.directory import DeviceDirectory
+from ternbus.edge.shell.printer import shown
+from ternbus.edge.shell.service import PERSONAL
+from ternbus.edge.store import outbox
+
+
+def status(
+    directory: Dir, as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False
+) -> None:
+    """Show the device's version, its counters and its outstanding update, also while it runs.
+
+    Example: ternbus edge status pi-7 --json
+    """
+    act_as_owner(directory)
+    settings = DeviceDirectory(directory).settings()
+    found = outbox.summary(directory)
+    state, last = found.state, found.last
+    waiting = state.outstanding
+    facts = {
+        "federation": settings.federation,
+        "device": settings.device,
+        "key": state.key.hex(),
+        "joined": not settings.code,
+        "version": state.head_version,
+        "digest": state.head_digest.hex(),
+        "base": state.answered_base,
+        "accepted": state.accepted,
+        "evaluated": state.evaluated,
+        "epsilon": state.account.epsilon,
+        "delta": state.account.delta,
+        "hold_out": settings.hold_out or None,
+        "width": settings.width or None,
+        "max_seconds": settings.limits.seconds,
+        "max_steps": settings.limits.steps,
+        "personal": str(directory / PERSONAL) if (directory / PERSONAL).exists() else None,
+        "outstanding": None
+        if waiting is None
+        else {"seq": waiting.seq, "base": waiting.base, "bytes": len(waiting.body)},
+        "receipt": None if last is None else {"seq": last.seq, "base": last.base, "outcome": last.outcome},
+        "counters": dict(sorted(found.counters.items())),
+    }
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        for line, each in value.items() if name == "counters" and isinstance(value, dict) else [(name, value)]:
+            typer.echo(f"{line:28} {shown(each)}")
+
+
+def verify(
+    directory: Dir,
+    log: Annotated[
+        Path,
+        typer.Argument(metavar="LOG", exists=True, dir_okay=False, help="File from `ternbus aggregator log export`."),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+) -> None:
+    """Check in the aggregator's log of merges that each accepted update of this device is in exactly one version.
+
+    The log itself is checked first: with the aggregator's key, and against the newest head that this device has seen.
+    The exit code is 1 if a check fails.
+
+    Example: ternbus edge verify pi-7 lab.log
+    """
+    act_as_owner(directory)
+    settings = DeviceDirectory(directory).joined()
+    found = log_check.check(log, settings, outbox.summary(directory).state, outbox.answers(directory))
+    typer.echo(json.dumps(found.facts()) if as_json else found.report(settings.device))
+    if found.faults:
+        raise typer.Exit(EXIT_FAILED)
