@@ -163,7 +163,8 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     complaint = refused("--dir", str(tmp_path / "file" / "data"), "--port", "0")
     assert (
-        complaint == f"ternbus: cannot write to the broker's directory {tmp_path / 'file' / 'data'}: Not a directory\n"
+        complaint == f"ternbus: cannot write to the broker's directory {tmp_path / 'file' / 'data'}: "
+        f"{tmp_path / 'file' / 'data'}: Not a directory\n"
     )
 
 

@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 FAKE_LAB = """
 import sys
 import typer
-from ternbus.broker.errors import ConfigError, LinkError
+from pathlib import Path
+from ternbus.broker.errors import ConfigError, CorruptError, LinkError, StorageError
+from ternbus.broker.files import write_secret, write_text
 
 app = typer.Typer()
 
@@ -32,6 +34,22 @@ def misconfigured() -> None:
 @app.command()
 def unreachable() -> None:
     raise LinkError("127.0.0.1:1 refuses the connection")
+
+@app.command()
+def storage() -> None:
+    raise StorageError("agg/ledger.sqlite: database or disk is full")
+
+@app.command()
+def corrupt() -> None:
+    raise CorruptError("agg/ledger.sqlite: malformed")
+
+@app.command()
+def write(path: Path) -> None:
+    write_text(path, "text")
+
+@app.command()
+def keep(path: Path) -> None:
+    write_secret(path, b"x" * 1000)
 
 @app.command()
 def buggy() -> None:
@@ -147,6 +165,42 @@ def test_a_configuration_error_is_one_line_and_exit_code_2(fake_lab: Path) -> No
 def test_an_unreachable_broker_is_one_line_and_exit_code_1(fake_lab: Path) -> None:
     done = ended(faked("unreachable"), fake_lab)
     assert (done.returncode, done.stderr) == (1, "ternbus: 127.0.0.1:1 refuses the connection\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        (["storage"], 1, "agg/ledger.sqlite: database or disk is full"),
+        (["corrupt"], 2, "agg/ledger.sqlite: malformed"),
+        (["write", "/dev/full"], 1, "No space left on device: /dev/full"),
+        (["write", "none/file"], 2, "No such file or directory: none/file"),
+        (["write", "."], 2, "Is a directory: ."),
+    ],
+)
+def test_a_fault_of_a_disk_is_one_line_that_names_the_file(
+    fake_lab: Path, command: list[str], code: int, said: str
+) -> None:
+    done = ended(faked(*command), fake_lab)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", f"ternbus: {said}\n")
+
+
+def test_a_file_that_a_full_disk_takes_a_part_of_is_named(fake_lab: Path) -> None:
+    limited = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))\n"
+    done = ended([sys.executable, "-c", limited + WITH_FAKE_LAB, "lab", "keep", "secret"], fake_lab)
+    assert (done.returncode, done.stderr) == (1, "ternbus: File too large: secret\n")
+    assert sorted(path.name for path in fake_lab.iterdir() if path.suffix != ".py" and path.is_file()) == []
+
+
+@pytest.mark.parametrize("name", ["chatty", "modules"])
+def test_standard_output_on_a_full_disk_is_one_line_that_names_it(fake_lab: Path, name: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            faked(name), cwd=fake_lab, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True, timeout=60,
+            check=False,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert done.stderr.startswith("ternbus: No space left on device: standard output")
 
 
 def test_a_bug_ends_in_a_plain_traceback_without_the_values_of_variables(fake_lab: Path) -> None:

@@ -306,7 +306,8 @@ def test_a_damaged_ledger_is_named_with_what_to_do(
     assert ternbus("aggregator", command, home, *([tmp_path / "m"] if command == "export" else [])) == 2
     said = capsys.readouterr().err
     assert said.endswith(
-        f"cannot read {home / LEDGER}: database disk image is malformed; restore it from a backup\n"
+        f"cannot read {home / LEDGER}: database disk image is malformed; run `ternbus aggregator check {home}` to see "
+        f"what is damaged, then restore it from a backup or run `ternbus aggregator repair {home}`\n"
     ), said
 
 

@@ -15,7 +15,7 @@ from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import status as statuses
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.aggregator.store.rows import signed, unsigned
-from ternbus.broker.errors import ConfigError
+from ternbus.broker.errors import ConfigError, CorruptError, StorageError
 from ternbus.broker.protocol.messages import Metrics, Status
 
 
@@ -97,11 +97,12 @@ def test_vectors_that_a_full_disk_takes_a_part_of_are_an_error(tmp_path: Path) -
         "from pathlib import Path\n"
         "import numpy as np\n"
         "from ternbus.aggregator.store.vectors import Vectors\n"
+        "from ternbus.broker.errors import StorageError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))\n"
         "try:\n"
         "    Vectors(Path(sys.argv[1])).write('1-model', [np.zeros(272, np.float32)])\n"
-        "except OSError:\n"
+        "except StorageError:\n"
         "    sys.exit(7)\n"
     )
     assert subprocess.run([sys.executable, "-c", code, tmp_path / "vectors"], check=False, timeout=60).returncode == 7
@@ -129,7 +130,7 @@ def test_another_connection_s_commit_is_noticed(bench: Bench) -> None:
 
 def test_a_reader_cannot_write(bench: Bench) -> None:
     reader = Ledger(bench.directory / LEDGER, read_only=True)
-    with pytest.raises(sqlite3.OperationalError):
+    with pytest.raises(StorageError):
         reader.write([records.SeqReserved(upto=1)])
     reader.close()
 
@@ -143,10 +144,10 @@ def test_what_is_no_ledger_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="ternbus aggregator init"):
         Ledger(tmp_path / "ledger.sqlite")
     (tmp_path / "ledger.sqlite").write_bytes(b"nonsense" * 1000)
-    with pytest.raises(ConfigError, match=r"cannot read .*; restore it from a backup"):
+    with pytest.raises(CorruptError, match=r"cannot read .*; run `ternbus aggregator check .*restore it from a backup"):
         Ledger(tmp_path / "ledger.sqlite")
     (tmp_path / "ledger.sqlite").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"cannot read .*; restore it from a backup"):
+    with pytest.raises(CorruptError, match=r"cannot read .*; run `ternbus aggregator check .*restore it from a backup"):
         Ledger(tmp_path / "ledger.sqlite")
 
 
@@ -200,9 +201,9 @@ def test_a_damaged_delta_is_noticed(bench: Bench) -> None:
         bench.send(device, float32_block(bench.schema, 1), 0)
     digest = bytes(32)
     bench.ledger.db.execute("UPDATE versions SET digest = ? WHERE version = 1", (digest,))
-    with pytest.raises(ConfigError, match="version 1 does not have its digest"):
+    with pytest.raises(CorruptError, match="version 1 does not have its digest"):
         administration.tensors_of(bench.directory, 1)
-    with pytest.raises(ConfigError, match="version 1 does not have its digest"):
+    with pytest.raises(CorruptError, match="version 1 does not have its digest"):
         bench.restart()
 
 

@@ -2,17 +2,17 @@
 
 import importlib
 import os
-import sqlite3
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Annotated, Any, Final, NamedTuple, NoReturn
 
 import typer
 from typer.core import TyperGroup
 from typer.main import get_command, get_group
 
-from ternbus.broker.errors import ConfigError, LinkError
-from ternbus.broker.exit_codes import EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED
+from ternbus.broker.complaint import complaint
+from ternbus.broker.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED
 from ternbus.broker.version import software
 
 
@@ -82,31 +82,32 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         # Not app(), which would install a hook that prints local variables in tracebacks, including keys.
         get_command(app)(arguments, prog_name="ternbus")
-    except ConfigError as error:
-        code = _complain(error, EXIT_CONFIG)
-    except (LinkError, sqlite3.Error) as error:
-        code = _complain(error, EXIT_FAILED)
-    except OSError as error:  # for example a full disk: not a defect of the program, so without a traceback
-        if isinstance(error, BrokenPipeError):
-            raise
-        code = _complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", EXIT_FAILED)
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     except SystemExit as done:
         code = done.code
+    except Exception as error:
+        if (known := complaint(error)) is None:
+            raise
+        text, code = known
+        nameless = isinstance(error, OSError) and error.filename is None
+        if not nameless or _flushed():  # else it was standard output, which the flush has named
+            _complain(text)
     sys.exit(code if _flushed() else EXIT_FAILED)
 
 
-def _complain(error: object, code: int) -> int:
-    typer.echo(f"ternbus: {error}", err=True)
-    return code
+def _complain(text: str) -> None:
+    with suppress(OSError):  # standard error, too, may be a file on a full disk
+        typer.echo(f"ternbus: {text}", err=True)
 
 
 def _flushed() -> bool:
     """Flush standard output; return False, without a traceback, if its reader has ended (`ternbus … | head -1`)."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            _complain(f"{error.strerror}: standard output")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return False
     return True

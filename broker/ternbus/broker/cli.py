@@ -10,7 +10,7 @@ import typer
 
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.exit_codes import EXIT_FAILED
-from ternbus.broker.files import write_secret
+from ternbus.broker.files import write_secret, write_text
 from ternbus.broker.link.tls import CA, CERTIFICATE, TLS_KEY
 from ternbus.broker.protocol.endpoint import is_loopback
 from ternbus.broker.server import refusals as counts
@@ -154,8 +154,8 @@ def certificate(
         folder = out / name
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_secret(folder / TLS_KEY, issued.key.encode())
-        (folder / CERTIFICATE).write_text(issued.certificate)
-        (folder / CA).write_text(issued.authority)
+        write_text(folder / CERTIFICATE, issued.certificate)
+        write_text(folder / CA, issued.authority)
         typer.echo(str(folder))
 
 

@@ -1,5 +1,6 @@
 """Files on disk: secrets, key files, atomic durable writes, and locks between processes."""
 
+import errno
 import fcntl
 import os
 import shlex
@@ -11,11 +12,16 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from ternbus.broker import toml
-from ternbus.broker.errors import ConfigError
+from ternbus.broker.errors import ConfigError, StorageError
 
 KEY_BYTES: Final = 32  # an Ed25519 seed
 CHUNK_BYTES: Final = 2**16
 LOOK_EVERY_S: Final = 0.02  # between attempts to take a lock
+FORBIDDEN: Final = frozenset({errno.EACCES, errno.EPERM})
+# A path that may not be used, does not exist or is of another kind is so after a restart, too.
+WRONG_PATH: Final = FORBIDDEN | {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG,
+}  # fmt: skip
 
 
 def chunks(path: Path) -> Iterator[bytes]:
@@ -47,8 +53,9 @@ def replacing(path: Path, *, mode: int = 0o666, concurrent: bool = False) -> Ite
     partial.unlink(missing_ok=True)  # a file left by a crash may have another mode
     os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
     try:
-        yield partial
-        sync(partial)
+        with naming(path):
+            yield partial
+            sync(partial)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -56,13 +63,51 @@ def replacing(path: Path, *, mode: int = 0o666, concurrent: bool = False) -> Ite
     sync(path.parent)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add the file's name to an OSError without one: a full disk shows at a write, which knows a number only."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
+def storing(path: Path) -> Iterator[None]:
+    """`fault` in place of an OSError, with the name of the file or folder that is worked on."""
+    try:
+        yield
+    except OSError as error:
+        raise fault(error, path) from error
+
+
+def fault(error: OSError, path: Path, what: str = "") -> ConfigError | StorageError:
+    """Why a path could not be used: ConfigError where the path or its permissions are wrong, else StorageError.
+
+    ``what`` comes before, with the name of the file, or of ``path`` where the error names none, and the reason.
+    """
+    text = f"{what}{error.filename or path}: {error.strerror or error}"
+    if error.errno in FORBIDDEN:
+        return ConfigError(f"{text}; check the permissions of the file and of its folder")
+    return ConfigError(text) if error.errno in WRONG_PATH else StorageError(text)
+
+
 def sync(path: Path) -> None:
     """Write a file's content, or a folder's entries, to stable storage; a file's fsync does not cover its folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, in UTF-8; an OSError names it."""
+    with naming(path):
+        path.write_text(text, encoding="utf-8")
 
 
 def write_secret(path: Path, secret: bytes) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.files import replacing
+from ternbus.broker.files import fault, replacing
 
 
 def load_safetensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
@@ -41,5 +41,7 @@ def save_safetensors(path: Path, tensors: Mapping[str, npt.NDArray[np.float32]],
     try:
         with replacing(path) as partial:
             save_file(arrays, partial, metadata=dict(about))
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        raise fault(error, path, "cannot write ") from error
+    except SafetensorError as error:
         raise ConfigError(f"cannot write {path}: {error}") from error

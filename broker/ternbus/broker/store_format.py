@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Final
 
 from ternbus.broker import files
-from ternbus.broker.errors import ConfigError
+from ternbus.broker.errors import ConfigError, CorruptError, FederationError, StorageError
 
 NO_ACCESS: Final = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY}
+IN_USE: Final = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+FAULTS: Final = {*NO_ACCESS, *IN_USE, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_PROTOCOL}
 DAMAGED: Final = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+RESTORE: Final = "restore it from a backup"
 EMPTY: Final = 0  # the format of a store in which nothing was made yet
 _log = logging.getLogger(__name__)
 
@@ -78,41 +81,62 @@ def migrate(db: sqlite3.Connection, path: Path, formats: Formats) -> None:
         if db.in_transaction:
             db.execute("ROLLBACK")
         shutil.rmtree(path.parent / f"format-{found}.partial", ignore_errors=True)
-        if not isinstance(error, sqlite3.Error | OSError):
+        fault = error if isinstance(error, FederationError) else _reason(path, error)
+        if fault is None:
             raise
         what = f"make {path}" if found == EMPTY else f"migrate {path} from format {found} to {formats.newest}"
-        raise ConfigError(f"cannot {what}: {_reason(error)}; nothing in it was changed") from error
+        raise type(fault)(f"cannot {what}: {fault}; nothing in it was changed") from error
     if copy is not None:
         _log.warning("%s: migrated from format %s to %d; as it was before: %s", path, found, formats.newest, copy)
 
 
-def _reason(error: sqlite3.Error | OSError) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
+def _reason(path: Path, error: BaseException) -> FederationError | None:
+    """Why a migration failed; None for a bug."""
+    if isinstance(error, OSError):
+        return files.fault(error, path)
+    if isinstance(error, sqlite3.Error):
+        return _fault(path, error, str(error)) or ConfigError(str(error))
+    return None
 
 
-def unreadable(path: Path, error: sqlite3.Error) -> ConfigError:
-    """That a store cannot be opened or read, why, and what to do."""
-    code = _code(error)
-    if code == sqlite3.SQLITE_BUSY:
-        remedy = "another process uses it; stop that process or try again"
-    elif code in NO_ACCESS and not path.is_dir():
-        remedy = "check the permissions of the file and of its folder"
-    else:
-        remedy = "restore it from a backup"
-    return ConfigError(f"cannot read {path}: {error}; {remedy}")
+def unreadable(path: Path, error: sqlite3.Error, remedy: str = RESTORE) -> FederationError:
+    """Why a store cannot be opened, and what to do; ``remedy`` is for one that is damaged, or is none."""
+    text = f"cannot read {path}: {error}"
+    return _fault(path, error, text) or CorruptError(f"{text}; {remedy}")
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Add the store's path to SQLite's errors; ConfigError if the store is damaged."""
+def naming(path: Path, remedy: str = RESTORE) -> Iterator[None]:
+    """CorruptError, StorageError or ConfigError, with the store's path, in place of SQLite's errors.
+
+    ``remedy`` is for a store that is damaged. Any other error is a bug, and stays SQLite's.
+    """
     try:
         yield
     except sqlite3.Error as error:
         if _code(error) in DAMAGED:
-            raise unreadable(path, error) from error
-        raise type(error)(f"{path}: {error}") from error
+            raise unreadable(path, error, remedy) from error
+        if str(path) in str(error):  # named within already
+            raise
+        raise _fault(path, error, f"{path}: {error}") or type(error)(f"{path}: {error}") from error
+
+
+def _fault(path: Path, error: sqlite3.Error, text: str) -> StorageError | ConfigError | None:
+    """What the disk, or the permissions on it, did not allow; None where SQLite's error says neither."""
+    code = _code(error)
+    if code in IN_USE:
+        return StorageError(f"{text}; another process uses it; stop that process or try again")
+    if code in NO_ACCESS and path.is_dir():
+        return None
+    if code in NO_ACCESS and not _is_permitted(path):
+        return ConfigError(f"{text}; check the permissions of the file and of its folder")
+    return StorageError(text) if code in FAULTS else None
+
+
+def _is_permitted(path: Path) -> bool:
+    """Whether this user may write the file and its folder, as far as permissions go: a disk may still be read-only."""
+    is_read_only = os.statvfs(path.parent).f_flag & os.ST_RDONLY
+    return bool(is_read_only) or all(os.access(each, os.W_OK) for each in (path, path.parent) if each.exists())
 
 
 def _code(error: sqlite3.Error) -> int:

@@ -20,15 +20,15 @@ from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.shell import transport
 from ternbus.aggregator.store import control, membership
-from ternbus.aggregator.store.ledger import LEDGER, Ledger
+from ternbus.aggregator.store.ledger import LEDGER, Ledger, reading, writing
 from ternbus.aggregator.store.recovery import recover
 from ternbus.aggregator.store.vectors import VECTORS
+from ternbus.broker import files
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.files import load_toml, read_key, write_key
+from ternbus.broker.files import load_toml, read_key, write_key, write_text
 from ternbus.broker.protocol.identity import Identity, check_device
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.schema import Schema, to_tensors, to_vector, vector_digest
-from ternbus.broker.store_format import naming
 
 KEY: Final = "aggregator.key"
 TOML: Final = "aggregator.toml"
@@ -48,7 +48,7 @@ def create(
     """Make an aggregator: keys, settings, and version 0 from ``model`` (name -> array, any float type).
 
     ``certificates`` is a folder with its own ones, where no authority is set that makes them. Nothing is left behind
-    where it fails. ConfigError where the directory holds one already, or cannot be written.
+    where it fails. ConfigError where the directory holds one already, or must not be written.
     """
     directory = directory.resolve()
     if (directory / LEDGER).exists() or (directory / KEY).exists():
@@ -66,7 +66,7 @@ def create(
         transport.equip(partial, checked, certificates, directory)
         _move_into(partial, directory)
     except OSError as error:
-        raise ConfigError(f"cannot make {directory}: {error.strerror}") from error
+        raise files.fault(error, directory, f"cannot make {directory}: ") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return checked
@@ -75,7 +75,7 @@ def create(
 def _fill(directory: Path, settings: Settings, schema: Schema, vector: npt.NDArray[np.float32]) -> None:
     identity = Identity.generate()
     write_key(directory / KEY, identity.seed)
-    (directory / TOML).write_text(configuration.dumps(settings), encoding="utf-8")
+    write_text(directory / TOML, configuration.dumps(settings))
     facts = {"federation": settings.federation, "schema": schema.encoded, "slots": settings.downlink.slots}
     with closing(Ledger.create(directory / LEDGER, facts)) as ledger:
         ledger.write(first_version.make(settings, identity, schema, vector).records)
@@ -117,7 +117,7 @@ def open_core(directory: Path, ledger: Ledger, software: str) -> Core:
             f"{directory / TOML} names federation {settings.federation!r}, the ledger {ledger.fact('federation')!r}: "
             "a federation cannot be renamed; put the old name back"
         )
-    with naming(ledger.path):
+    with ledger.naming():
         return recover(ledger, settings, Identity(read_key(directory / KEY)), software)
 
 
@@ -142,7 +142,7 @@ def invite(
         for each in dict.fromkeys((*devices, *evaluators))
     ]
     codes = {invitation.device: invitation.code for invitation in invitations}
-    with closing(Ledger(directory / LEDGER)) as ledger, ledger.transaction():
+    with writing(directory) as ledger, ledger.transaction():
         membership.invite(ledger.db, codes, now, expires_at, evaluators)
     _tell(directory, control.INVITATIONS)
     return invitations
@@ -194,7 +194,7 @@ def revoke(directory: Path, device: str, software: str, *, why: str = "", keep: 
     if len(why) > WHY_CHARS_MAX or not why.isprintable():
         raise ConfigError(f"invalid --reason: write one line of at most {WHY_CHARS_MAX} characters")
     _request(directory, control.REVOKE, json.dumps({"device": device, "why": why, "keep": keep}), software)
-    with closing(Ledger(directory / LEDGER, read_only=True)) as ledger:
+    with reading(directory) as ledger:
         return membership.dropped(ledger.db, device)
 
 
@@ -216,7 +216,7 @@ def restored(directory: Path, software: str) -> int:
 
 def _apply(directory: Path, software: str, change: Callable[[Core, Ledger], list[events.Action]]) -> None:
     """Change the state on disk while no process serves the directory; ConfigError where it cannot be changed so."""
-    with exclusive(directory), closing(Ledger(directory / LEDGER)) as ledger:
+    with exclusive(directory), writing(directory) as ledger:
         core = open_core(directory, ledger, software)
         actions = [*core.start(0.0), *change(core, ledger)]  # the first are what changed settings ask for
         batch = [action.record for action in actions if isinstance(action, events.Save)]
@@ -228,7 +228,7 @@ def _apply(directory: Path, software: str, change: Callable[[Core, Ledger], list
 
 def tensors_of(directory: Path, version: int | None) -> tuple[int, bytes, dict[str, npt.NDArray[np.float32]]]:
     """(version, digest, tensors) of a kept version, the newest by default."""
-    with closing(Ledger(directory / LEDGER, read_only=True)) as ledger, ledger.one_moment():
+    with reading(directory) as ledger:
         number = ledger.version if version is None else version
         vector = ledger.vector(number)
         return number, vector_digest(vector), to_tensors(ledger.schema(), vector)

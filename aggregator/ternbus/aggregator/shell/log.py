@@ -1,12 +1,11 @@
 """The log of merges as it is kept and as it is handed out: read, checked against the ledger, written to a file."""
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from pathlib import Path
 
 from ternbus.aggregator.shell.administration import KEY
 from ternbus.aggregator.store import merge_log
-from ternbus.aggregator.store.ledger import LEDGER, Ledger
+from ternbus.aggregator.store.ledger import Ledger, reading
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.files import chunks, read_key, replacing
 from ternbus.broker.protocol import topics
@@ -22,7 +21,7 @@ def verify(source: Path, public: bytes | None, head: Published | None) -> Audit:
     """Check a directory's log beside its ledger and its head, or a file that `export` wrote, by ``public`` alone."""
     if source.is_dir():
         own = Identity(read_key(source / KEY)).public if public is None else public
-        with _reading(source) as ledger:
+        with reading(source) as ledger:
             return _verify_ledger(ledger, own, head)
     if public is None:
         raise ConfigError("checking a file needs the aggregator's public key: add --key HEX (every invitation has it)")
@@ -34,12 +33,6 @@ def verify(source: Path, public: bytes | None, head: Published | None) -> Audit:
         audit.faults.append(error.detail)
     audit.finish(head)
     return audit
-
-
-@contextmanager
-def _reading(directory: Path) -> Iterator[Ledger]:
-    with closing(Ledger(directory / LEDGER, read_only=True)) as ledger, ledger.one_moment():
-        yield ledger
 
 
 def _verify_ledger(ledger: Ledger, public: bytes, head: Published | None) -> Audit:
@@ -94,13 +87,13 @@ def _signed(source: Path, version: int | None = None) -> Iterator[Signed]:
     if not source.is_dir():
         yield from unpack_all(chunks(source))
         return
-    with _reading(source) as ledger:
+    with reading(source) as ledger:
         for _, packed in merge_log.entries(ledger, version):
             yield unpack(packed)
 
 
 def export(directory: Path, out: Path) -> None:
     """Write the log as it is now: entries one behind the other, so that a later export begins with this one."""
-    with _reading(directory) as ledger, replacing(out) as partial, partial.open("wb") as file:
+    with reading(directory) as ledger, replacing(out) as partial, partial.open("wb") as file:
         for _, packed in merge_log.entries(ledger):
             file.write(packed)

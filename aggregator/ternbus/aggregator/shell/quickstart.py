@@ -3,14 +3,13 @@
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import membership
-from ternbus.aggregator.store.ledger import LEDGER, Ledger
+from ternbus.aggregator.store.ledger import LEDGER, reading
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import write_secret
 from ternbus.broker.model_files import load_safetensors
@@ -97,7 +96,7 @@ def write_invitation(folder: Path, invitation: Invitation) -> Path:
 
 
 def _known(directory: Path) -> set[str]:
-    with closing(Ledger(directory / LEDGER, read_only=True)) as ledger:
+    with reading(directory) as ledger:
         return membership.known(ledger.db, time.time())
 
 

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from ternbus.aggregator.shell import transport
 from ternbus.aggregator.shell.administration import exclusive, open_core
 from ternbus.aggregator.shell.preverify import WORTHWHILE_BYTES, Preverifier
 from ternbus.aggregator.store import control
-from ternbus.aggregator.store.ledger import LEDGER, Ledger
+from ternbus.aggregator.store.ledger import Ledger, writing
 from ternbus.broker.errors import LinkError
 from ternbus.broker.link.link import (
     Arrived,
@@ -104,7 +104,7 @@ class Service:
             exclusive(self.directory),
             ThreadPoolExecutor(1, thread_name_prefix="vectors") as beside,
             ThreadPoolExecutor(1, thread_name_prefix="adding") as adding,
-            closing(Ledger(self.directory / LEDGER, beside=beside)) as self._ledger,
+            writing(self.directory, beside) as self._ledger,
             _quick_handover(),
         ):
             self._core = open_core(self.directory, self._ledger, self.software)

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from ternbus.aggregator.store.remedy import reading, remedy
 from ternbus.broker import files
-from ternbus.broker.errors import ConfigError
+from ternbus.broker.errors import CorruptError
 
 BODIES: Final = "bodies"  # the folder
-REMEDY: Final = "restore the directory from a backup (`ternbus aggregator export` still gives the model)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,14 +37,15 @@ class Bodies:
     _dirty: bool = False
 
     def append(self, body: bytes) -> Place:
-        """Put a body behind the last one."""
-        if self._descriptor is None:
-            self._open()
-        assert self._descriptor is not None  # noqa: S101 - for the type checker
-        place = Place(segment=self.segment, offset=self._end, size_bytes=len(body), checksum=zlib.crc32(body))
-        left = memoryview(body)
-        while left:
-            left = left[os.write(self._descriptor, left) :]
+        """Put a body behind the last one; StorageError where the disk does not take it."""
+        with files.storing(self._path(self.segment)):
+            if self._descriptor is None:
+                self._open()
+            assert self._descriptor is not None  # noqa: S101 - for the type checker
+            place = Place(segment=self.segment, offset=self._end, size_bytes=len(body), checksum=zlib.crc32(body))
+            left = memoryview(body)
+            while left:
+                left = left[os.write(self._descriptor, left) :]
         self._end += len(body)
         self._dirty = True
         return place
@@ -52,20 +53,18 @@ class Bodies:
     def sync(self) -> None:
         """Make durable what was appended since the last call."""
         if self._dirty and self._descriptor is not None:
-            os.fdatasync(self._descriptor)
+            with files.storing(self._path(self.segment)):
+                os.fdatasync(self._descriptor)
         self._dirty = False
 
     def read(self, place: Place) -> bytes:
-        """A body; ConfigError where the file has lost or changed it."""
+        """A body; CorruptError where the file has lost or changed it, StorageError where the disk cannot read it."""
         path = self._path(place.segment)
-        try:
-            with path.open("rb") as file:
-                file.seek(place.offset)
-                body = file.read(place.size_bytes)
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}; {REMEDY}") from error
+        with reading(path), path.open("rb") as file:
+            file.seek(place.offset)
+            body = file.read(place.size_bytes)
         if len(body) != place.size_bytes or zlib.crc32(body) != place.checksum:
-            raise ConfigError(f"{path} is damaged; {REMEDY}")
+            raise CorruptError(f"{path} is damaged; {remedy(self.folder.parent)}")
         return body
 
     def begin(self, segment: int) -> None:

@@ -9,7 +9,7 @@ from typing import Final
 
 from ternbus.aggregator.core import events
 from ternbus.aggregator.store import membership, migration, recovery
-from ternbus.aggregator.store.ledger import LEDGER, Ledger
+from ternbus.aggregator.store.ledger import Ledger, writing
 from ternbus.broker import files
 from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.broker.protocol.messages import CLOSED, OPEN, PAUSED
@@ -50,12 +50,8 @@ def exclusive(directory: Path, *, patience_s: float = 0.0) -> Iterator[None]:
 
     ConfigError where another process still serves it after ``patience_s``.
     """
-    try:
+    with files.storing(directory / LOCK):
         held = files.lock(directory / LOCK, patience_s=patience_s)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot lock {directory / LOCK}: {error.strerror}; check the permissions of the folder"
-        ) from error
     if held is None:
         raise ConfigError(f"another process serves {directory}; stop it first")
     with held:
@@ -72,13 +68,10 @@ def ask(directory: Path, what: str, argument: str = "") -> None:
     """Have the running aggregator do something, and return when it is done and on disk; NotRunningError otherwise."""
     if not is_running(directory):
         raise NotRunningError(f"no aggregator runs on {directory}")
-    ledger = Ledger(directory / LEDGER)
-    try:
+    with writing(directory) as ledger:
         with ledger.transaction():
             cursor = ledger.db.execute("INSERT INTO requests (what, argument) VALUES (?, ?)", (what, argument))
         _wait(ledger, directory, cursor.lastrowid or 0)
-    finally:
-        ledger.close()
 
 
 def _wait(ledger: Ledger, directory: Path, request: int) -> None:

@@ -19,10 +19,11 @@ import numpy as np
 
 from ternbus.aggregator import settings as configuration
 from ternbus.aggregator.settings import MergeSettings, Recipe, Settings
-from ternbus.aggregator.store.bodies import BODIES, REMEDY, Bodies, Place
+from ternbus.aggregator.store.bodies import BODIES, Bodies, Place
+from ternbus.aggregator.store.remedy import remedy
 from ternbus.aggregator.store.vectors import VECTORS, Vectors
 from ternbus.broker import files
-from ternbus.broker.errors import ConfigError
+from ternbus.broker.errors import CorruptError
 from ternbus.broker.files import load_toml, read_key
 from ternbus.broker.protocol import merge_log
 from ternbus.broker.protocol.identity import Identity
@@ -157,7 +158,7 @@ def _write_checksums(db: sqlite3.Connection, folder: Path) -> None:
             file.seek(offset)
             body = file.read(size_bytes)
         if len(body) != size_bytes:
-            raise ConfigError(f"{path} is damaged; {REMEDY}")
+            raise CorruptError(f"{path} is damaged; {remedy(folder)}")
         place = Place(segment=segment, offset=offset, size_bytes=size_bytes, checksum=zlib.crc32(body))
         _refer(db, number, place)
 

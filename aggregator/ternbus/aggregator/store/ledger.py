@@ -6,7 +6,7 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -16,10 +16,11 @@ from ternbus.aggregator.merge.optimizer import ServerState
 from ternbus.aggregator.store import migration, rows
 from ternbus.aggregator.store.bodies import BODIES, Bodies, Place
 from ternbus.aggregator.store.maintenance import checkpoint, remove
+from ternbus.aggregator.store.remedy import remedy
 from ternbus.aggregator.store.schema import FORMAT, SCHEMA_SQL
 from ternbus.aggregator.store.vectors import VECTORS, Vectors
 from ternbus.broker import store_format
-from ternbus.broker.errors import ConfigError, ProtocolError
+from ternbus.broker.errors import ConfigError, CorruptError, ProtocolError
 from ternbus.broker.protocol.merge_log import Signed, unpack
 from ternbus.broker.protocol.messages import OPEN
 from ternbus.broker.protocol.schema import Schema, Vector, vector_digest
@@ -66,7 +67,7 @@ class Ledger:
             self._pending: Future[_Written] | None = None
             self._checkpoint: Future[None] | None = None
         except sqlite3.DatabaseError as error:
-            raise store_format.unreadable(path, error) from error
+            raise store_format.unreadable(path, error, remedy(path.parent)) from error
         if found != FORMAT:
             self.close()
             raise migration.refusal(path, found)
@@ -89,6 +90,10 @@ class Ledger:
         self.bodies.close()
         self.db.close()
 
+    def naming(self) -> AbstractContextManager[None]:
+        """StorageError or CorruptError, with the file's name and what to do, in place of SQLite's errors."""
+        return store_format.naming(self.path, remedy(self.path.parent))
+
     def fact(self, name: str) -> Any:
         row = self.db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return None if row is None else row[0]
@@ -96,7 +101,7 @@ class Ledger:
     @contextmanager
     def one_moment(self) -> Iterator[None]:
         """What is read within is of one moment, whatever another process writes meanwhile."""
-        with store_format.naming(self.path):
+        with self.naming():
             self.db.execute("BEGIN")
             try:
                 yield
@@ -109,14 +114,16 @@ class Ledger:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All or nothing, on stable storage when it ends."""
-        self.db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self.db.execute("ROLLBACK")
-            raise
-        self.db.execute("COMMIT")
+        """All or nothing, on stable storage when it ends; StorageError where the disk does not take it."""
+        with self.naming():
+            self.db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self.db.execute("COMMIT")
+            except BaseException:
+                if self.db.in_transaction:  # SQLite itself rolls back at some errors of the disk
+                    self.db.execute("ROLLBACK")
+                raise
 
     def write(self, batch: Iterable[records.Record], now: float | None = None) -> None:
         """Make records durable, in order, with one fsync; ``now`` is the time to write beside them (Unix seconds)."""
@@ -249,9 +256,9 @@ class Ledger:
             yield version, digest, Block.read(schema, codec, encoding, body)
 
     def check_digest(self, version: int, expected: bytes, found: bytes) -> None:
-        """Raise ConfigError where a version that was made again is not what it was."""
+        """Raise CorruptError where a version that was made again is not what it was."""
         if found != expected:
-            raise ConfigError(f"{self.path}: version {version} does not have its digest; restore it from a backup")
+            raise CorruptError(f"{self.path}: version {version} does not have its digest; {remedy(self.path.parent)}")
 
     def server(self) -> tuple[int, ServerState]:
         """The version at which a start begins, and the server's state then."""
@@ -270,8 +277,8 @@ class Ledger:
         try:
             return unpack(b"" if row is None else row[0])
         except ProtocolError as error:
-            raise ConfigError(
-                f"{self.path}: the log of merges lacks version {version}; restore from a backup"
+            raise CorruptError(
+                f"{self.path}: the log of merges lacks version {version}; {remedy(self.path.parent)}"
             ) from error
 
     def frame(self, topic: str) -> bytes:
@@ -288,3 +295,17 @@ def _connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
     unwritable = read_only and not os.access(path.parent, os.W_OK) and not path.with_name(f"{path.name}-wal").exists()
     name = f"{path.absolute().as_uri()}?immutable=1" if unwritable else path
     return sqlite3.connect(name, isolation_level=None, timeout=30.0, uri=unwritable)
+
+
+@contextmanager
+def reading(directory: Path) -> Iterator[Ledger]:
+    """A directory's ledger beside its writer, as it is at one moment."""
+    with closing(Ledger(directory / LEDGER, read_only=True)) as ledger, ledger.one_moment():
+        yield ledger
+
+
+@contextmanager
+def writing(directory: Path, beside: Executor | None = None) -> Iterator[Ledger]:
+    """A directory's ledger to write; `naming` holds for all that is done with it."""
+    with closing(Ledger(directory / LEDGER, beside=beside)) as ledger, ledger.naming():
+        yield ledger

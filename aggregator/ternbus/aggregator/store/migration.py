@@ -10,6 +10,7 @@ from typing import Final
 
 from ternbus.aggregator.store import format_1, format_5
 from ternbus.aggregator.store.bodies import BODIES
+from ternbus.aggregator.store.remedy import remedy
 from ternbus.aggregator.store.schema import FORMAT
 from ternbus.aggregator.store.vectors import VECTORS
 from ternbus.broker import store_format
@@ -53,4 +54,4 @@ def migrate(path: Path) -> None:
             db.execute("PRAGMA secure_delete = FAST")  # as in the ledger: an invitation's code is in no free page
             store_format.migrate(db, path, FORMATS)
     except sqlite3.DatabaseError as error:
-        raise store_format.unreadable(path, error) from error
+        raise store_format.unreadable(path, error, remedy(path.parent)) from error

@@ -1,12 +1,11 @@
 """What an aggregator has done so far, read from its ledger beside a running process."""
 
 import json
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from ternbus.aggregator.store.device_metrics import DeviceMetrics, Report
-from ternbus.aggregator.store.ledger import LEDGER, Ledger
+from ternbus.aggregator.store.ledger import Ledger, reading
 from ternbus.aggregator.store.rows import unsigned
 from ternbus.aggregator.store.schema import DROPPED
 from ternbus.broker.protocol.messages import CLOSED
@@ -22,13 +21,13 @@ def read(directory: Path) -> dict[str, Any]:
     ``counts.unmerged`` are accepted updates that no version has though the federation is closed: a merge takes
     updates of ``merge.min_devices`` devices; ``counts.invalid`` is a map by reason of everything refused.
     """
-    with closing(Ledger(directory / LEDGER, read_only=True)) as ledger, ledger.one_moment():
+    with reading(directory) as ledger:
         return _read(ledger)
 
 
 def invitations(directory: Path, now: float) -> list[dict[str, Any]]:
     """Invitations that nobody has used, as JSON values, without their codes; ``now`` in Unix seconds."""
-    with closing(Ledger(directory / LEDGER, read_only=True)) as ledger, ledger.one_moment():
+    with reading(directory) as ledger:
         rows = ledger.db.execute(
             "SELECT i.device, i.role, i.made_at, i.expires_at, d.state FROM invitations i LEFT JOIN devices d"
             " ON d.name = i.device ORDER BY i.device"

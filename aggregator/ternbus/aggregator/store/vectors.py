@@ -9,13 +9,13 @@ from typing import Final
 
 import numpy as np
 
+from ternbus.aggregator.store.remedy import reading, remedy
 from ternbus.broker import files
-from ternbus.broker.errors import ConfigError
+from ternbus.broker.errors import CorruptError
 from ternbus.broker.protocol.schema import Vector, type_f32
 
 VECTORS: Final = "vectors"  # the folder
 PIECE: Final = 2**19  # bytes written at a time: who waits for the disk meanwhile waits for one piece
-REMEDY: Final = "restore the directory from a backup"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,32 +25,34 @@ class Vectors:
     folder: Path
 
     def write(self, name: str, vectors: Sequence[Vector]) -> int:
-        """Make vectors durable under a name, return the checksum.
+        """Make vectors durable under a name, return the checksum; StorageError where the disk does not take them.
 
         What an interrupted attempt left there is overwritten; a file that something refers to must not be.
         """
-        self.folder.mkdir(mode=0o700, exist_ok=True)
         checksum = 0
-        descriptor = os.open(self._path(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb"):
-            for vector in vectors:
-                content = np.ascontiguousarray(vector, dtype=type_f32).data.cast("B")
-                checksum = zlib.crc32(content, checksum)
-                while content:
-                    content = content[os.write(descriptor, content[:PIECE]) :]  # a full disk takes less, then nothing
-                    os.fdatasync(descriptor)
-        files.sync(self.folder)
+        with files.storing(self._path(name)):
+            self.folder.mkdir(mode=0o700, exist_ok=True)
+            descriptor = os.open(self._path(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(descriptor, "wb"):
+                for vector in vectors:
+                    content = np.ascontiguousarray(vector, dtype=type_f32).data.cast("B")
+                    checksum = zlib.crc32(content, checksum)
+                    while content:
+                        content = content[os.write(descriptor, content[:PIECE]) :]  # a full disk takes less, then none
+                        os.fdatasync(descriptor)
+            files.sync(self.folder)
         return checksum
 
     def read(self, name: str, checksum: int) -> Vector:
-        """What was written under a name, in one row; ConfigError where the file has lost or changed it."""
+        """What was written under a name, in one row.
+
+        CorruptError where the file has lost or changed it, StorageError where the disk cannot read it.
+        """
         path = self._path(name)
-        try:
+        with reading(path):
             content = path.read_bytes()
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}; {REMEDY}") from error
         if zlib.crc32(content) != checksum:
-            raise ConfigError(f"{path} is damaged; {REMEDY}")
+            raise CorruptError(f"{path} is damaged; {remedy(self.folder.parent)}")
         return np.frombuffer(content, dtype=type_f32).astype(np.float32)
 
     def beyond(self, names: Iterable[str]) -> list[Path]:

@@ -10,7 +10,7 @@ from typing import Any, Final, Self
 
 from ternbus.broker import toml
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.files import load_toml, read_secret, replacing, write_secret
+from ternbus.broker.files import fault, load_toml, read_secret, replacing, write_secret, write_text
 from ternbus.broker.link.tls import PROBE, ServerTls, Tls
 from ternbus.broker.protocol.endpoint import Endpoint, is_loopback
 from ternbus.broker.protocol.identity import AGGREGATOR, check_device, check_federation
@@ -100,10 +100,10 @@ class BrokerDirectory:
             home._write("ca", authority.pair)
             home._write("server", authority.server(settings.names))
             home._write("probe", authority.client(PROBE, ""))
-            (folder / HOME).write_text(settings.dumps(), encoding="utf-8")  # last: it marks the directory as complete
+            write_text(folder / HOME, settings.dumps())  # last: it marks the directory as complete
         except OSError as error:
             shutil.rmtree(folder / FOLDER, ignore_errors=True)
-            raise ConfigError(f"cannot make {folder}: {error.strerror}") from error
+            raise fault(error, folder, f"cannot make {folder}: ") from error
         return home
 
     def settings(self) -> Settings:
@@ -221,7 +221,7 @@ class BrokerDirectory:
 
 def _replace(path: Path, text: str) -> None:
     with replacing(path, concurrent=True) as partial:  # several aggregators may invite at the same time
-        partial.write_text(text, encoding="utf-8")
+        write_text(partial, text)
 
 
 def _listen_for(names: Sequence[str]) -> str:

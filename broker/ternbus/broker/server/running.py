@@ -207,7 +207,7 @@ def _occupy(directory: Path) -> IO[bytes]:
         directory.mkdir(parents=True, exist_ok=True)
         lock = files.lock(directory / "lock", patience_s=FREED_WITHIN_S)
     except OSError as error:
-        raise ConfigError(f"cannot write to the broker's directory {directory}: {error.strerror}") from error
+        raise files.fault(error, directory, f"cannot write to the broker's directory {directory}: ") from error
     if lock is None:
         raise ConfigError(f"another broker uses {directory}: stop it or choose another directory")
     return lock
@@ -301,7 +301,7 @@ def _configure(
         text = nats.configuration(host=host, port=port, data=directory, guard=admission.guard)
     else:
         access = directory / ACCESS
-        access.write_text(admission.access_list)
+        files.write_text(access, admission.access_list)
         file = directory / "mosquitto.conf"
         # Started as root, mosquitto would switch to a user that cannot read the directory, and outlive this process.
         user = "root" if os.geteuid() == 0 else None
@@ -314,7 +314,7 @@ def _configure(
             user=user,
             counted=bool(admission.tls),
         )
-    file.write_text(text)
+    files.write_text(file, text)
     return [software.executable, "-c", file]
 
 

@@ -11,8 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
-from ternbus.broker.errors import ConfigError, LinkError
-from ternbus.broker.exit_codes import EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED
+from ternbus.broker.complaint import complaint
+from ternbus.broker.exit_codes import EXIT_INTERRUPTED
 from ternbus.edge.core.profile import Role
 from ternbus.edge.shell import agent
 from ternbus.edge.shell.agent import Options
@@ -41,11 +41,13 @@ def main() -> NoReturn:
         home, options = DeviceDirectory(Path(request["folder"])), Options(**request["options"])
         stop, ended = agent.serve(home, request["role"], options, printer)
         code = printer.finish(stop, ended=ended)
-    except (ConfigError, LinkError) as error:
-        sys.stderr.write(f"ternbus: {error}\n")
-        code = EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
+    except Exception as error:
+        if (known := complaint(error)) is None:
+            raise
+        text, code = known
+        sys.stderr.write(f"ternbus: {text}\n")
     sys.exit(code)
 
 

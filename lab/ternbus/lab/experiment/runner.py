@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ternbus.broker.errors import ConfigError, FederationError
+from ternbus.broker.files import write_text
 from ternbus.broker.server import parent_death
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.lab.experiment.grid import Combination, Grid, ScenarioTable
@@ -158,7 +159,7 @@ def _simulate(run: Run, jobs: int) -> dict[str, Any]:
     report["scenario"]["data"] = None  # the path of the data is private
     simulation.export(run.folder / "model.safetensors")
     part = run.path.with_suffix(".part")
-    part.write_text(json.dumps({"table": run.table, "report": report}), encoding="utf-8")
+    write_text(part, json.dumps({"table": run.table, "report": report}))
     part.replace(run.path)
     del simulation
     gc.collect()  # a simulation has reference cycles of few large objects, which seldom trigger a collection

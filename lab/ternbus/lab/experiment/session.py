@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ternbus.broker.errors import ConfigError
+from ternbus.broker.files import fault, write_text
 from ternbus.lab.experiment import experiment, plot, result, runner
 from ternbus.lab.experiment.experiment import Experiment
 from ternbus.lab.experiment.table import table
@@ -43,7 +43,7 @@ def run(wanted: Experiment, choices: Choices, check: Callable[[], None], say: Ca
         "result": result.collect(wanted, runs, reports),
     }
     plotted = _write(kept, folder / "result")
-    (folder / "table.md").write_text(table(kept["result"]) + "\n", encoding="utf-8")
+    write_text(folder / "table.md", table(kept["result"]) + "\n")
     if choices.keep is not None:
         _write(kept, choices.keep / wanted.name)
     say(f"written to {folder}: table.md, result.json, {plotted}")
@@ -63,10 +63,10 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"cannot write to {folder}: {error.strerror}; give another folder") from error
+        raise fault(error, folder, f"cannot write to {folder}; give another folder: ") from error
 
 
 def _write(kept: dict[str, Any], stem: Path) -> str:
     """Write JSON and plot; return the message of `plot.write`."""
-    stem.with_name(f"{stem.name}.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    write_text(stem.with_name(f"{stem.name}.json"), json.dumps(kept, indent=1) + "\n")
     return plot.write(kept["result"], stem.with_name(f"{stem.name}.png"))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.exit_codes import EXIT_CONFIG
+from ternbus.broker.files import write_text
 from ternbus.broker.model_files import save_safetensors
 from ternbus.edge.learn.task_loader import load_task
 
@@ -21,7 +22,7 @@ def main() -> None:
     model = task.initial(int(seed))
     save_safetensors(Path(model_path), model, {})
     facts = {"plan": dict(task.default_plan), "parameters": sum(tensor.size for tensor in model.values())}
-    Path(task_path).write_text(json.dumps(facts), encoding="utf-8")
+    write_text(Path(task_path), json.dumps(facts))
 
 
 if __name__ == "__main__":

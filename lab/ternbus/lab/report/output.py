@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.files import lock
+from ternbus.broker.files import fault, lock
 
 MARKER: Final = ".ternbus-lab.json"
 ENTRIES: Final = (
@@ -60,7 +60,7 @@ def claim(folder: Path) -> Output:
             raise ConfigError(f"{folder} is not empty and not from a lab run: give another folder with --out")
         held = lock(marker)
     except OSError as error:
-        raise ConfigError(f"cannot write to {folder}: {error.strerror}; give another folder with --out") from error
+        raise fault(error, folder, f"cannot write to {folder}; give another folder with --out: ") from error
     if held is None:
         raise ConfigError(f"another lab run is using {folder}: give another folder with --out")
     try:
@@ -75,9 +75,7 @@ def _take(folder: Path, marker: IO[bytes]) -> None:
     try:
         _remove(folder, _written(marker.read()))
     except OSError as error:
-        raise ConfigError(
-            f"cannot replace {error.filename}: {error.strerror}; give another folder with --out"
-        ) from error
+        raise fault(error, folder, "cannot replace; give another folder with --out: ") from error
     for name in ENTRIES:
         if (folder / name).exists():
             raise ConfigError(f"{folder / name} is not from a lab run: move it or give another folder with --out")

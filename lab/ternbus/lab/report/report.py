@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ternbus.aggregator.store import device_metrics
+from ternbus.broker.files import write_text
 from ternbus.lab.report.observation import Observation
 from ternbus.lab.scenario.scenario import Scenario
 
@@ -52,7 +53,7 @@ def summary(
 
 
 def write(report: Mapping[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
 
 
 def plot(report: Mapping[str, Any], path: Path) -> str | None:

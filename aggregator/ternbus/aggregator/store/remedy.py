@@ -1,0 +1,28 @@
+"""What is said of a file that the ledger refers to and that is lost, and what the operator is told to do."""
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ternbus.broker import files
+from ternbus.broker.errors import CorruptError
+
+
+def remedy(directory: Path) -> str:
+    """The commands for a directory that holds what was never written to it."""
+    shown = shlex.quote(str(directory))
+    return (
+        f"run `ternbus aggregator check {shown}` to see what is damaged, then restore it from a backup or run "
+        f"`ternbus aggregator repair {shown}`"
+    )
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """CorruptError where DIR/FOLDER/FILE is missing; StorageError where the disk cannot read it."""
+    with files.storing(path):
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise CorruptError(f"cannot read {path}: {error.strerror}; {remedy(path.parent.parent)}") from error

@@ -1,0 +1,29 @@
+"""What a command says when it ends by an exception, and with which exit code."""
+
+import errno
+import sqlite3
+from typing import Final
+
+from ternbus.broker.errors import ConfigError, CorruptError, LinkError, StorageError
+from ternbus.broker.exit_codes import EXIT_CONFIG, EXIT_FAILED
+from ternbus.broker.files import WRONG_PATH
+
+DISK: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+NAMELESS: Final = "standard output, or a file that the system does not name"  # every file of ours is named
+
+
+def complaint(error: Exception) -> tuple[str, int] | None:
+    """The line that a command prints when it ends by this exception, and its exit code; None for a bug."""
+    match error:
+        case ConfigError() | CorruptError():
+            return str(error), EXIT_CONFIG
+        case LinkError() | StorageError() | sqlite3.Error():
+            return str(error), EXIT_FAILED
+        case BrokenPipeError():
+            return None
+        case OSError():
+            name = error.filename or (NAMELESS if error.errno in DISK else "")
+            text = f"{error.strerror or error}{f': {name}' if name else ''}"
+            return text, EXIT_CONFIG if error.errno in WRONG_PATH else EXIT_FAILED
+        case _:
+            return None
