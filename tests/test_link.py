@@ -138,6 +138,25 @@ def test_the_will_is_published_when_the_line_is_cut_and_not_at_leave(broker: Run
     line.close()
 
 
+def test_the_will_is_published_when_the_link_is_abandoned(broker: RunningBroker, client_id: str) -> None:
+    topic = f"{UP}/{client_id}/status"
+    with linked(broker.url, f"{client_id}-w") as (watcher, seen), linked(broker.url, client_id) as (link, inbox):
+        watcher.subscribe([topic])
+        watcher.publish(f"{UP}/watcher/metrics", b"once this is through, so is the subscription")
+        seen.next(Published)
+        link.connect(topic, b"dead")
+        inbox.next(Connected)
+        link.abandon()
+        states = [link.connected]
+        assert seen.next(Arrived).payload == b"dead"
+        assert inbox.rest() == []  # our own leaving is no news
+        link.connect(topic, b"dead again")
+        states.append(link.connected)
+        link.disconnect()
+        link.abandon()  # without a connection it does nothing
+        assert states == [False, True]
+
+
 def test_a_session_keeps_messages_while_its_client_is_away(broker: RunningBroker, client_id: str) -> None:
     topic = f"{DOWN}/{client_id}/receipt"
     inbox = Inbox()

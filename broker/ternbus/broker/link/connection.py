@@ -154,7 +154,11 @@ class Connection:
         self._closing = True
         self._command(self.client.disconnect)
         self._thread.join(DISCONNECT_S)
-        self._aborting = True
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close the connection without DISCONNECT, so that the broker publishes the last will; deliver nothing more."""
+        self._leaving = self._closing = self._aborting = True
         self._wake()
         self._thread.join()
 

@@ -180,6 +180,16 @@ class Link:
             connection.close(flush_s)
             self._dropped_before += connection.dropped
 
+    def abandon(self) -> None:
+        """Close the connection without DISCONNECT: for a process that dies, so that the broker publishes its last will.
+
+        Publications without an acknowledgement may be lost. No ``Disconnected`` and no later event is delivered.
+        """
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.abandon()
+            self._dropped_before += connection.dropped
+
     def _alive(self) -> Connection:
         if self._connection is None or not self._connection.alive:
             raise LinkError(f"not connected to {self._endpoint}")
