@@ -1,0 +1,55 @@
+"""A command that root runs in another user's folder leaves only files of that user."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ternbus.broker.folder_owner import act_as_owner
+
+OTHER = 12_345  # no user of this machine
+WRITE = """
+import sys
+from pathlib import Path
+from ternbus.broker.files import write_secret
+from ternbus.broker.folder_owner import act_as_owner
+folder = Path(sys.argv[1])
+act_as_owner(folder)
+folder.mkdir(exist_ok=True)
+write_secret(folder / "made", b"by the command")
+"""
+
+
+def written(folder: Path) -> tuple[int, int]:
+    """The user and the group of a file that a process writes into the folder."""
+    subprocess.run([sys.executable, "-c", WRITE, str(folder)], check=True)
+    about = (folder / "made").stat()
+    return about.st_uid, about.st_gid
+
+
+def open_to_all(folder: Path) -> Path:
+    """The folder in a place that every user may enter."""
+    for each in [folder, *folder.parents][:-2]:
+        if each.stat().st_uid == os.geteuid():
+            each.chmod(each.stat().st_mode | 0o711)
+    return folder
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_root_writes_as_the_folders_owner(tmp_path: Path) -> None:
+    mine, theirs = tmp_path / "mine", open_to_all(tmp_path) / "theirs"
+    mine.mkdir()
+    theirs.mkdir()
+    os.chown(theirs, OTHER, OTHER)
+    assert written(mine) == (0, 0)
+    assert written(theirs) == (OTHER, OTHER)
+    assert written(theirs / "new") == (OTHER, OTHER)
+
+
+def test_the_owner_stays_who_it_is(tmp_path: Path) -> None:
+    before = os.getresuid(), os.getresgid(), os.getgroups()
+    act_as_owner(tmp_path)
+    act_as_owner(tmp_path / "not" / "there")
+    assert (os.getresuid(), os.getresgid(), os.getgroups()) == before
