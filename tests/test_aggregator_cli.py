@@ -399,7 +399,8 @@ def test_a_killed_aggregator_goes_on_where_it_was(tmp_path: Path, model: Path, u
         assert found["versions"][1]["updates"] == 2
 
 
-def test_an_aggregator_waits_for_a_broker_that_is_not_there(tmp_path: Path, model: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_an_aggregator_waits_for_a_broker_that_is_not_there(number: int, tmp_path: Path, model: Path) -> None:
     directory = tmp_path / "agg"
     init(directory, model)
     with started(directory) as process:
@@ -408,7 +409,7 @@ def test_an_aggregator_waits_for_a_broker_that_is_not_there(tmp_path: Path, mode
         assert "waiting for the broker" in process.stderr.readline()
         run("pause", directory)
         assert status(directory)["state"] == "paused"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         assert process.wait(60) == 0
 
 

@@ -81,12 +81,13 @@ def test_one_line_says_that_it_is_ready_and_sigterm_ends_it_and_its_child(engine
         await_end(said["pid"])
 
 
-def test_without_json_the_line_is_for_people_and_ctrl_c_ends_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_without_json_the_line_is_for_people_and_a_signal_ends_it(number: int, tmp_path: Path) -> None:
     command = [*COMMAND, "--engine", "mosquitto", "--port", "0", "--dir", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         words = process.stdout.readline().split(maxsplit=5)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         assert process.wait(WITHIN_S) == 0
     assert words[:4] == ["mosquitto", choose(Engine.MOSQUITTO).version, "ready", "on"]
     assert words[4].startswith("mqtt://127.0.0.1:")

@@ -1,7 +1,6 @@
 """The commands `ternbus broker …`: make a broker with TLS, issue certificates, run a broker, show its refusals."""
 
 import json
-import signal
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Final, Never
@@ -15,6 +14,7 @@ from ternbus.broker.link.tls import CA, CERTIFICATE, TLS_KEY
 from ternbus.broker.protocol.endpoint import is_loopback
 from ternbus.broker.server import refusals as counts
 from ternbus.broker.server.running import HOME, Engine, RunningBroker, choose, is_home, start
+from ternbus.broker.stop_signals import ignore_stops, on_stop
 from ternbus.broker.text_table import text_table
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ def up(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON when the broker is ready, for scripts.")] = False,
 ) -> None:
-    """Run a broker with its data in DIR and print a line when it accepts connections. Ctrl-C or SIGTERM stops it.
+    """Run a broker with its data in DIR and print a line when it accepts connections. Ctrl-C, SIGTERM or SIGHUP
+    stops it.
 
     The broker uses TLS if `ternbus broker init` made DIR; otherwise it serves this machine only, without TLS.
 
@@ -98,8 +99,7 @@ def up(
     if place is not None and directory is not None:
         raise ConfigError("two directories given: use either DIR or --dir")
     directory = place or directory or DIRECTORY
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
+    on_stop(_stop)
     try:
         with _start(directory, engine, host, port) as broker:
             typer.echo(_announcement(broker, as_json))
@@ -250,8 +250,7 @@ def _home(directory: Path) -> "BrokerDirectory":
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> Never:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # a second signal would interrupt the cleanup
+    ignore_stops()
     raise _StopRequested
 
 

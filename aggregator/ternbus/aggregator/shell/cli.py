@@ -2,9 +2,9 @@
 
 import json
 import logging
-import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +23,7 @@ from ternbus.broker.files import read_password
 from ternbus.broker.model_files import load_safetensors, save_safetensors
 from ternbus.broker.protocol.endpoint import PORTS, is_loopback
 from ternbus.broker.server.running import Engine, RunningBroker
+from ternbus.broker.stop_signals import on_stop
 from ternbus.broker.text_table import text_table
 from ternbus.broker.version import software
 
@@ -131,7 +132,7 @@ def _override(text: str) -> tuple[str, object]:
 
 @app.command()
 def run(directory: Dir, username: Username = "", password_file: PasswordFile = None) -> None:
-    """Serve the federation in DIR until Ctrl-C or SIGTERM; accepted updates are merged before the process ends.
+    """Serve the federation in DIR until Ctrl-C, SIGTERM or SIGHUP; accepted updates are merged before that.
 
     A broker that is not there yet is waited for.
 
@@ -148,8 +149,7 @@ def run(directory: Dir, username: Username = "", password_file: PasswordFile = N
 def _serve(directory: Path, transport: TransportSettings | None = None, broker: RunningBroker | None = None) -> None:
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     service = Service(directory, software(), _say, transport)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: service.stop())
+    on_stop(lambda *_: service.stop())
     ended = quickstart.watch(broker, service.stop) if broker is not None else []
     service.run()
     if broker is not None and ended:
@@ -211,7 +211,8 @@ def up(
 
 
 def _say(text: str) -> None:
-    typer.echo(f"{time.strftime('%H:%M:%S')} {text}", err=True)
+    with suppress(OSError):  # standard error may be a file on a full disk
+        typer.echo(f"{time.strftime('%H:%M:%S')} {text}", err=True)
 
 
 for each in (membership_commands.invite, membership_commands.invitations, membership_commands.revoke):

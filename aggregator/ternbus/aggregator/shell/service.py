@@ -44,7 +44,7 @@ SWITCH_S: Final = 0.0005
 
 
 class Interrupted:
-    """SIGINT or SIGTERM has come."""
+    """``stop`` was called; this wakes the loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +91,13 @@ class Service:
     _logged_at: float = -LOG_S
     _change_count: int = -1
     _polled_at: float = 0.0
+    _interrupted: bool = False
     _stopped: bool = False
     _dropped: int = 0  # messages that the link dropped and that are counted already
 
     def stop(self) -> None:
-        """End soon: what is accepted is finished first."""
+        """End soon: what is accepted is finished first, and what waits to be taken in comes again at the next start."""
+        self._interrupted = True
         self._queue.put(Interrupted())
 
     def run(self) -> None:
@@ -124,9 +126,13 @@ class Service:
             )
             while not self._stopped:
                 self._turn()
+        except BaseException:
+            self._link.abandon()  # so that the broker publishes the last will: `offline`
+            raise
+        else:
+            self._link.disconnect(GOODBYE_S)
         finally:
-            self._link.disconnect(GOODBYE_S if self._stopped else 0.0)
-            self._opening.shutdown()
+            self._opening.shutdown(cancel_futures=True)
 
     def _deliver(self, event: LinkEvent) -> None:
         """Called in the network thread: put into the queue, and no more."""
@@ -151,9 +157,12 @@ class Service:
         actions: list[events.Action] = []
         tokens: list[Token] = []
         for event in batch:
+            if self._interrupted:
+                break  # what the core was not handed is not acknowledged
             actions += self._translate(event, tokens)
         actions += self._count_dropped()
-        actions += self._core.handle(events.TimeReached(), time.monotonic())
+        last = events.StopRequested() if self._interrupted else events.TimeReached()
+        actions += self._core.handle(last, time.monotonic())
         self._perform(actions)
         for token in tokens:
             self._link.acknowledge(token)
@@ -188,7 +197,7 @@ class Service:
             case events.ConnectFailed():
                 return self._core.handle(event, now)
             case Interrupted():
-                return [] if self._stopped else self._core.handle(events.StopRequested(), now)
+                return []  # ``_turn`` looks at what it stands for
             case Refused():
                 self._complain(event.reason, f"the broker refused a message: {event.reason}")
                 return []
