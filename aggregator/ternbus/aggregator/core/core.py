@@ -91,7 +91,7 @@ class Core:
         """When ``TimeReached`` is due at the latest."""
         dues = [
             self._reconnect.due_s if self._wants_connection else None,
-            self._merge_trigger.due_s(self.model.buffer, self._now),
+            self._merge_trigger.due_s(self.model.buffer, self.registry.online, self._now),
             self._versions.confirm_by,
             self._counters.due,
         ]
@@ -177,6 +177,7 @@ class Core:
 
     def _disconnected(self) -> list[Action]:
         self._is_linked = False
+        self._merge_trigger = self._merge_trigger.disconnected()
         self._reconnect.failed(self._now)
         self._versions.confirm_by = None
         return []
@@ -231,6 +232,8 @@ class Core:
         return self._frame(sender, frame, None if opened is None else opened.block, is_late=is_late)
 
     def _frame(self, member: Member, frame: Frame, ahead: Block | None, *, is_late: bool) -> list[Action]:
+        if frame.kind != "status":  # the broker delivers a retained one again, long after it was said
+            member.pace.heard(self._now)
         match frame.kind:
             case "update":
                 return self._update(member, frame, ahead, is_late=is_late)
@@ -239,6 +242,7 @@ class Core:
             case "status":
                 frame.check_bodiless()
                 if self.registry.observe(member, Status.from_meta(frame.meta), frame.seq):
+                    member.pace.heard(self._now)
                     self._counters.observe(member.name, self._now)
                 return []
             case _:  # the topics that a device may write on leave only metrics

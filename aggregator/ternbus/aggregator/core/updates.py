@@ -107,6 +107,7 @@ class Updates:
         member.accept(update.base, self.validation.oldest(self.model.version))
         member.answer = Answer(seq=update.seq, outcome="accepted")
         member.evaluates = False
+        member.pace.updated(now)
         member.waiting_bytes += len(valid.body)
         self.model.accept(update, valid.block)
         saved = Save(record=records.UpdateAccepted(update=update, body=valid.body))
