@@ -58,7 +58,8 @@ def create(
     checked = configuration.from_table(table, "--set")
     schema = Schema.of({name: array.shape for name, array in model.items()}, dense)
     vector = to_vector(schema, model)
-    partial = directory.with_name(directory.name + ".partial")
+    # within a directory that is there: its owner may write into it, and perhaps not beside it
+    partial = directory / ".partial" if directory.exists() else directory.with_name(directory.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True, mode=0o700)
@@ -83,7 +84,7 @@ def _fill(directory: Path, settings: Settings, schema: Schema, vector: npt.NDArr
 
 def _move_into(partial: Path, directory: Path) -> None:
     """The finished directory in one step, or into an empty or foreign one file by file, the ledger last."""
-    if not directory.exists():
+    if partial.parent != directory:
         partial.rename(directory)
         return
     for name in (KEY, TOML, *transport.FILES, VECTORS, LEDGER):

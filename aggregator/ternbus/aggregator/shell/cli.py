@@ -13,13 +13,14 @@ import typer
 
 from ternbus.aggregator.settings import TransportSettings, toml_value
 from ternbus.aggregator.shell import administration, log_commands, membership_commands, quickstart
-from ternbus.aggregator.shell.arguments import AsJson, Dir
+from ternbus.aggregator.shell.arguments import AsJson, Dir, DirAsRoot
 from ternbus.aggregator.shell.service import Service
 from ternbus.aggregator.store import control, device_metrics
 from ternbus.aggregator.store import status as statuses
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.files import read_password
+from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.model_files import load_safetensors, save_safetensors
 from ternbus.broker.protocol.endpoint import PORTS, is_loopback
 from ternbus.broker.server.running import Engine, RunningBroker
@@ -45,7 +46,7 @@ PasswordFile = Annotated[
 
 @app.command()
 def init(
-    directory: Dir,
+    directory: DirAsRoot,
     *,
     federation: Annotated[str, typer.Option(help="Name of the federation: a-z, 0-9, '-'; at most 32 characters.")],
     model: Annotated[
@@ -88,6 +89,7 @@ def init(
         overrides["transport.authority"] = str(broker_dir.resolve())
     url = _broker_url(broker, broker_dir)
     tensors = load_safetensors(model)
+    act_as_owner(directory)
     administration.create(
         directory,
         federation=federation,
@@ -352,7 +354,7 @@ def restored(directory: Dir) -> None:
 
 @app.command()
 def export(
-    directory: Dir,
+    directory: DirAsRoot,
     out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="File to write.")],
     number: Annotated[
         int | None,
