@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,16 +32,21 @@ def run(*arguments: object) -> str:
 
 
 @pytest.fixture
-def services(tmp_path: Path) -> Path:
-    """A folder of root's with two of a service's user, in a place that every user may enter."""
-    for each in [tmp_path, *tmp_path.parents][:-2]:
-        each.chmod(each.stat().st_mode | 0o711)
+def services() -> Iterator[Path]:
+    """A folder of root's with two of a service's user; every pytest that starts closes its own to other users."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o711)
+        _fill(folder)
+        yield folder
+
+
+def _fill(folder: Path) -> None:
     for name in ("agg", "bus"):
-        (tmp_path / name).mkdir(mode=0o700)
-        os.chown(tmp_path / name, OTHER, OTHER)
-    save_safetensors(tmp_path / "model.safetensors", initial_model(), {})
-    (tmp_path / "model.safetensors").chmod(0o600)  # root's alone
-    return tmp_path
+        (folder / name).mkdir(mode=0o700)
+        os.chown(folder / name, OTHER, OTHER)
+    save_safetensors(folder / "model.safetensors", initial_model(), {})
+    (folder / "model.safetensors").chmod(0o600)  # root's alone
 
 
 def owners(folder: Path) -> dict[str, int]:
