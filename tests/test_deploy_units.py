@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ternbus.broker.exit_codes import EXIT_BUDGET, EXIT_CONFIG
+from ternbus.broker.exit_codes import EXIT_BUDGET, EXIT_CONFIG, EXIT_REFUSED
 from ternbus.command import COMMANDS
 
 UNITS = sorted((Path(__file__).resolve().parent.parent / "deploy" / "systemd").glob("*.service"))
@@ -37,7 +37,7 @@ def test_it_starts_a_command_that_exists_in_the_folder_that_systemd_makes(unit: 
 def test_a_crash_is_restarted_and_a_configuration_error_is_not(unit: Path) -> None:
     settings = service(unit)
     assert settings["Restart"] == "on-failure"
-    codes = [EXIT_CONFIG, EXIT_BUDGET] if unit.stem == "ternbus-edge" else [EXIT_CONFIG]
+    codes = [EXIT_CONFIG, EXIT_REFUSED, EXIT_BUDGET]
     assert settings["RestartPreventExitStatus"].split() == [str(code) for code in codes]
 
 

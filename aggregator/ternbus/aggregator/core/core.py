@@ -137,6 +137,8 @@ class Core:
                 return self._change_state(event)
             case events.CountsRequested():
                 return [*self._count(), *self._done(event.request)]
+            case events.DiskChecked():
+                return self._updates.disk_checked(event.free)
             case events.TimeReached():
                 return self._connect()
             case events.StopRequested():

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ternbus.aggregator.core import disk_guard
 from ternbus.aggregator.settings import TransportSettings, toml_value
 from ternbus.aggregator.shell import administration, log_commands, membership_commands, quickstart
 from ternbus.aggregator.shell.arguments import AsJson, Dir, DirAsRoot
@@ -250,6 +251,8 @@ def _summary(found: dict[str, Any]) -> str:
     ]
     if invalid:
         lines.append("refused: " + ", ".join(f"{value} {name}" for name, value in invalid.items()))
+    if found["disk"]["state"] != disk_guard.ENOUGH:
+        lines.append(disk_guard.sentence(found["disk"]["free"]))
     lines += [f"{name}: {value}" for name, value in device_metrics.sentences(found["local"])]
     lines += ["", *_device_table(found["devices"])]
     return "\n".join([*lines, "", *_version_table(found["versions"][-10:], local=found["local"] is not None)])
