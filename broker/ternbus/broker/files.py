@@ -37,7 +37,7 @@ def load_toml(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             content = file.read(toml.BYTES_MAX + 1)
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        raise fault(error, path, "cannot read ") from error
     return toml.loads(content, str(path))
 
 
@@ -143,7 +143,7 @@ def check_secret(path: Path) -> Path:
     try:
         exposed = is_exposed(path)
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        raise fault(error, path, "cannot read ") from error
     if exposed:
         raise ConfigError(f"{path} holds a secret that other users can read; run: chmod 600 {shlex.quote(str(path))}")
     return path
@@ -154,7 +154,7 @@ def read_secret(path: Path) -> bytes:
     try:
         return check_secret(path).read_bytes()
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        raise fault(error, path, "cannot read ") from error
 
 
 def read_password(path: Path) -> str:

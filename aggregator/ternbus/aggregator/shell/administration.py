@@ -22,9 +22,10 @@ from ternbus.aggregator.shell import transport
 from ternbus.aggregator.store import control, membership
 from ternbus.aggregator.store.ledger import LEDGER, Ledger, reading, writing
 from ternbus.aggregator.store.recovery import recover
+from ternbus.aggregator.store.remedy import remedy
 from ternbus.aggregator.store.vectors import VECTORS
 from ternbus.broker import files
-from ternbus.broker.errors import ConfigError
+from ternbus.broker.errors import ConfigError, CorruptError, ProtocolError
 from ternbus.broker.files import load_toml, read_key, write_key, write_text
 from ternbus.broker.protocol.identity import Identity, check_device
 from ternbus.broker.protocol.invitation import Invitation
@@ -118,8 +119,11 @@ def open_core(directory: Path, ledger: Ledger, software: str) -> Core:
             f"{directory / TOML} names federation {settings.federation!r}, the ledger {ledger.fact('federation')!r}: "
             "a federation cannot be renamed; put the old name back"
         )
-    with ledger.naming():
-        return recover(ledger, settings, Identity(read_key(directory / KEY)), software)
+    try:
+        with ledger.naming():
+            return recover(ledger, settings, Identity(read_key(directory / KEY)), software)
+    except ProtocolError as error:  # of what was a valid message when it was written
+        raise CorruptError(f"{ledger.path}: {error}; {remedy(directory)}") from error
 
 
 def invite(
@@ -166,7 +170,7 @@ def _invitation(
 
 
 def flush_counts(directory: Path) -> None:
-    """Have a running aggregator write its counters down; ConfigError where it does not answer."""
+    """Have a running aggregator write its counters down; FederationError where it does not answer."""
     _tell(directory, control.COUNTS)
 
 

@@ -18,7 +18,7 @@ from ternbus.aggregator.shell.arguments import AsJson, Dir, DirAsRoot
 from ternbus.aggregator.shell.service import Service
 from ternbus.aggregator.store import control, device_metrics
 from ternbus.aggregator.store import status as statuses
-from ternbus.broker.errors import ConfigError
+from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.files import read_password
 from ternbus.broker.folder_owner import act_as_owner
@@ -237,7 +237,7 @@ def _flush_counts(directory: Path) -> None:
     administration.load_settings(directory)
     try:
         administration.flush_counts(directory)
-    except ConfigError as error:
+    except FederationError as error:
         _say(f"as the ledger has it: {error}")
 
 
