@@ -61,7 +61,7 @@ def _headers(frames: Seeds) -> Seeds:
         Metrics(version=3, samples=100, split="test", values={"accuracy": 0.5}),
         Offer(base=3, parts=9),
         Snapshot(version=3, digest=bytes(32), schema_bytes=80, content_bytes=200, encoding="zstd"),
-        Status(state="training", session=2, base=3, software="ternbus"),
+        Status(state="training", session=2, base=3, software="ternbus", failing="missing data: /srv/data"),
     ):
         headers[message.KIND] = msgpack.packb({**about, "kind": message.KIND, "meta": message.meta()})
     assert {msgpack.unpackb(header)["kind"] for header in headers.values()} == set(KINDS)

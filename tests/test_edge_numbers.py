@@ -22,7 +22,7 @@ from ternbus.broker.protocol.messages import Head, Snapshot, SnapshotRef
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import ZSTD
 from ternbus.edge.core.actions import Log, StartEvaluation, StartTraining, Stop
-from ternbus.edge.core.events import TrainingFailed
+from ternbus.edge.core.events import EvaluationFailed, TrainingFailed
 from ternbus.edge.core.profile import MISFIT_BYTES, ModelSize
 from ternbus.edge.shell.worker import Result, Worker
 
@@ -115,11 +115,11 @@ def test_a_plan_that_cannot_be_followed_is_a_training_that_failed() -> None:
     """The plan is the aggregator's: it must not end the device as if its owner had made a mistake."""
     _, device = following()
     job = only(device.actions, StartTraining)
-    results: SimpleQueue[Result | Exception] = SimpleQueue()
+    results: SimpleQueue[Result] = SimpleQueue()
     worker = Worker(Unable(), results.put)
     for plan in (job.plan, replace(job.plan, dp="sample", dp_clip=1.0, dp_noise=1.0, dp_epsilon=100.0)):
         worker.start(replace(job, plan=plan))
         assert isinstance(results.get(timeout=30), TrainingFailed)
     worker.start(StartEvaluation(version=0, schema=job.schema, vector=np.zeros_like(job.vector)))
-    assert isinstance(results.get(timeout=30), ConfigError)
+    assert results.get(timeout=30) == EvaluationFailed(version=0, reason="not here either")
     assert worker.stop()

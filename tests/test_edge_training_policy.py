@@ -18,7 +18,6 @@ from support.core_device import (
 )
 from support.scripted_aggregator import ScriptedAggregator
 from ternbus.broker.protocol.messages import Status
-from ternbus.edge.core import events
 from ternbus.edge.core.actions import Action, Save, StartTraining, Stop
 
 
@@ -47,15 +46,6 @@ def test_the_federations_plan_goes_before_the_tasks_own() -> None:
     )
     plan = only(device.actions, StartTraining).plan
     assert (plan.batch_size, plan.local_epochs) == (7, 2)
-
-
-def test_training_that_fails_is_tried_again_on_the_next_version_only() -> None:
-    scripted, device = following()
-    done = device.handle(events.TrainingFailed(base=0, reason="diverged"))
-    assert "training-failed" in logged(done)
-    assert of(done + device.arrive(scripted.head()), StartTraining) == []
-    scripted.advance()
-    assert only(device.arrive(*scripted.delta(1), scripted.head()), StartTraining).base == 1
 
 
 def test_a_result_that_nobody_waits_for_is_ignored() -> None:

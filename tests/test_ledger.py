@@ -5,11 +5,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from support.small_world import LAB, Bench, accepted_update, float32_block, make_directory, ternary_block
+from support.small_world import LAB, Bench, Device, accepted_update, float32_block, make_directory, ternary_block
 from ternbus.aggregator.core import records
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import status as statuses
@@ -264,6 +265,27 @@ def test_the_status_counts_what_happened(bench: Bench) -> None:
     assert (zero["version"], zero["updates"], zero["metrics"]) == (0, 0, {})
     assert (one["version"], one["updates"], one["metrics"]) == (1, 2, {"accuracy": 0.75})
     assert (one["digest"], one["staleness_mean"], one["staleness_max"]) == (found["digest"], 0.0, 0)
+
+
+def test_why_a_device_fails_is_kept_until_it_says_otherwise(bench: Bench) -> None:
+    pi, other = bench.join("pi"), bench.join("other")
+    reason = "missing data: /srv/data: No such file or directory"
+
+    def shown(device: Device, **about: Any) -> str | None:
+        status = Status(session=1, **about)
+        bench.receive(device.topic("status"), device.frame("status", status.meta()))
+        bench.tick(1.0)
+        bench.restart()
+        bench.start()
+        found: str | None = statuses.read(bench.directory)["devices"][device.name]["failing"]
+        return found
+
+    assert shown(pi, state="idle", failing=reason) == reason
+    assert shown(other, state="idle", failing="another reason") == "another reason"
+    assert shown(pi, state="training", failing=reason) == reason
+    assert shown(pi, state="idle") is None
+    assert statuses.read(bench.directory)["devices"]["other"]["failing"] == "another reason"
+    assert shown(other, state="offline") is None
 
 
 def test_the_largest_hints_of_a_device_are_kept(bench: Bench) -> None:

@@ -102,6 +102,7 @@ KINDS: dict[Any, st.SearchStrategy[Any]] = {
         session=COUNTER,
         base=st.integers(-1, 2**62),
         software=st.text(max_size=20),
+        failing=st.text("aß€\N{GRINNING FACE} ", min_size=1, max_size=50),
     ),
     Metrics: st.builds(
         Metrics, version=COUNTER, samples=st.integers(0, 2**32 - 1), split=st.sampled_from(SPLITS), values=entries
@@ -116,11 +117,11 @@ ORDER = {
     Offer: "base parts",
     Grant: "device device_key seq parts deadline_s",
     Receipt: "device device_key seq outcome version reason retry_after_s highest_seq",
-    Status: "state session base software",
+    Status: "state session base software failing",
     Metrics: "version samples split values",
     Enroll: "public_key",
 }
-OPTIONAL = {Receipt: {"reason", "retry_after_s", "highest_seq"}}
+OPTIONAL = {Receipt: {"reason", "retry_after_s", "highest_seq"}, Status: {"failing"}}
 ALL = sorted(KINDS, key=lambda kind: kind.__name__)
 
 plain = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary()
@@ -231,6 +232,8 @@ def good(kind: Any, **changes: object) -> dict[str, Any]:
         (Status, {"state": "asleep"}),
         (Status, {"base": -2}),
         (Status, {"session": True}),
+        (Status, {"failing": 1}),
+        (Status, {"failing": "€" * 67}),  # of 3 bytes each
         (Metrics, {"split": "train"}),
         (Metrics, {"values": {"accuracy": float("nan")}}),
         (Metrics, {"values": {"accuracy": True}}),
@@ -268,6 +271,11 @@ def test_a_snapshot_that_a_head_names_counts_no_further() -> None:
     named = [2**62 + 1, 1, 100, 0]
     with pytest.raises(ProtocolError, match="bad-meta"):
         Head.from_meta(good(Head, version=2**62, snapshot=named))
+
+
+def test_why_a_device_fails_cannot_draw_on_a_terminal() -> None:
+    assert Status.from_meta(good(Status, failing="a\x1b[2J\nb")).failing == "a?[2J?b"
+    assert Status.from_meta(good(Status)).failing == ""
 
 
 def test_an_int_stands_for_a_float() -> None:

@@ -7,12 +7,31 @@ from typing import Final
 FIRST_S: Final = 0.2
 LONGEST_S: Final = 30.0
 STEADY_S: Final = 30.0  # only a connection that lasted this long resets the backoff
+RETRY_FIRST_S: Final = 1.0
+RETRY_LONGEST_S: Final = 300.0
 
 
 def fraction(*about: object) -> float:
     """A pseudo-random number in [0, 1) that depends on the arguments only."""
     text = "/".join(str(part) for part in about)
     return int.from_bytes(blake2b(text.encode(), digest_size=7).digest()) / 2**56
+
+
+@dataclass(slots=True, kw_only=True)
+class Retry:
+    """The time of the next attempt at work that failed, `due_s`; each failure in a row doubles the wait."""
+
+    salt: str
+    due_s: float = 0.0
+    _failures: int = 0
+
+    def failed(self, now: float) -> None:
+        wait_s = min(RETRY_FIRST_S * 2.0 ** min(self._failures, 20), RETRY_LONGEST_S)
+        self._failures += 1
+        self.due_s = now + wait_s * (1 + fraction(self.salt, self._failures)) / 2
+
+    def succeeded(self) -> None:
+        self.due_s, self._failures = 0.0, 0
 
 
 @dataclass(slots=True, kw_only=True)

@@ -287,6 +287,8 @@ def _device_table(devices: dict[str, Any]) -> list[str]:
     private = any(row["epsilon"] is not None for row in devices.values())
     if private:
         columns["epsilon"] = ">"
+    if any(row["failing"] for row in devices.values()):
+        columns["failing"] = "<"
     rows = []
     for name, row in devices.items():
         state = row["state"] if row["key_state"] == "active" else row["key_state"]
@@ -294,6 +296,8 @@ def _device_table(devices: dict[str, Any]) -> list[str]:
         cells = [name, row["role"] or "any", state, row["updates"], row["base"], row["staleness"], *traffic]
         if private:
             cells.append(None if row["epsilon"] is None else f"{row['epsilon']:.3f}")
+        if "failing" in columns:
+            cells.append(row["failing"])
         rows.append(cells)
     return text_table(columns, rows)
 

@@ -183,6 +183,21 @@ def _observed(db: sqlite3.Connection, record: records.Observed, now: float) -> N
             "UPDATE devices SET status = ?, base = ?, software = ?, seen_at = ? WHERE name = ?",
             (status.state, signed(status.base), status.software, now, device),
         )
+    _note_failing(db, {device: status.failing for device, status in record.statuses.items()})
+
+
+def failing(db: sqlite3.Connection) -> dict[str, str]:
+    """Why work fails, by device, as the devices last said; without those whose work does not."""
+    row = db.execute("SELECT value FROM facts WHERE name = 'failing'").fetchone()
+    found: dict[str, str] = {} if row is None else json.loads(row[0])
+    return found
+
+
+def _note_failing(db: sqlite3.Connection, reasons: dict[str, str]) -> None:
+    before = failing(db)
+    after = {device: reason for device, reason in (before | reasons).items() if reason}
+    if after != before:
+        set_fact(db, "failing", json.dumps(after))
 
 
 def _count(db: sqlite3.Connection, name: str, number: int) -> None:

@@ -8,7 +8,7 @@ from ternbus.aggregator.core import disk_guard
 from ternbus.aggregator.store import disk
 from ternbus.aggregator.store.device_metrics import DeviceMetrics, Report
 from ternbus.aggregator.store.ledger import Ledger, reading
-from ternbus.aggregator.store.rows import unsigned
+from ternbus.aggregator.store.rows import failing, unsigned
 from ternbus.aggregator.store.schema import DROPPED
 from ternbus.broker.protocol.messages import CLOSED
 
@@ -18,10 +18,11 @@ def read(directory: Path) -> dict[str, Any]:
 
     ``versions`` has a row for every version, with the newest test metrics that each evaluator sent for it, by its
     name, as ``evaluations``, and those of the first of them by name as ``metrics``; ``devices`` is a map by name, its
-    ``epsilon`` what a device says that it has spent of privacy (None: nothing); ``local`` is what devices report of
-    their own data, see ``local_tests``, over all of them, for a version or of a device, and None where nobody does;
-    ``disk`` is the part of the file system that is free, and its state: `enough`, `low`, `full` (updates are answered
-    `busy`); ``counts.unmerged`` are accepted updates that no version has though the federation is closed: a merge takes
+    ``epsilon`` what a device says that it has spent of privacy (None: nothing), its ``failing`` why its work fails
+    (None: it does not); ``local`` is what devices report of their own data, see ``local_tests``, over all of them,
+    for a version or of a device, and None where nobody does; ``disk`` is the part of the file system that is free, and
+    its state: `enough`, `low`, `full` (updates are answered `busy`);
+    ``counts.unmerged`` are accepted updates that no version has though the federation is closed: a merge takes
     updates of ``merge.min_devices`` devices; ``counts.invalid`` is a map by reason of everything refused.
     """
     with reading(directory) as ledger:
@@ -105,6 +106,7 @@ def _local(ledger: Ledger) -> DeviceMetrics:
 
 
 def _devices(ledger: Ledger, version: int, tests: DeviceMetrics) -> dict[str, Any]:
+    reasons = failing(ledger.db)
     rows = ledger.db.execute(
         "SELECT d.name, d.role, d.state, d.why, d.status, d.base, d.software, d.seen_at, d.update_bytes, k.key, k.seq,"
         " (SELECT count(*) FROM updates u WHERE u.device = d.name),"
@@ -119,6 +121,7 @@ def _devices(ledger: Ledger, version: int, tests: DeviceMetrics) -> dict[str, An
             "key_state": state,
             "revoked_why": why,
             "state": status or "offline",
+            "failing": reasons.get(name),
             "training_on": unsigned(training_on) if training_on < -1 else training_on,
             "last_seq": unsigned(seq),
             "base": base,

@@ -21,6 +21,7 @@ STATES: Final = (OPEN, PAUSED, CLOSED)
 OUTCOMES: Final = ("accepted", "stale", "duplicate", "invalid", "busy", "revoked", "enrolled", "refused")
 DEVICE_STATES: Final = ("idle", "training", "offline")
 AGGREGATOR_STATES: Final = ("online", "offline")
+FAILING_BYTES_MAX: Final = 200
 SPLITS: Final = ("test", "local")
 
 
@@ -272,13 +273,15 @@ class Status:
     session: int
     base: int = -1
     software: str = ""
+    failing: str = ""  # why the device's work fails; empty, and then not in the map, if it does not
 
     @property
     def online(self) -> bool:
         return self.state != "offline"
 
     def meta(self) -> dict[str, Any]:
-        return {"state": self.state, "session": self.session, "base": self.base, "software": self.software}
+        meta = {"state": self.state, "session": self.session, "base": self.base, "software": self.software}
+        return {**meta, "failing": self.failing} if self.failing else meta
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
@@ -287,6 +290,7 @@ class Status:
             session=meta_fields.counter(meta, "session"),
             base=meta_fields.counter(meta, "base", -1),
             software=meta_fields.text(meta, "software")[:100],
+            failing=meta_fields.line(meta, "failing", FAILING_BYTES_MAX) if "failing" in meta else "",
         )
 
 

@@ -64,6 +64,14 @@ def text(meta: Mapping[str, Any], key: str) -> str:
     return value
 
 
+def line(meta: Mapping[str, Any], key: str, bytes_max: int) -> str:
+    """The str under ``key``, of at most ``bytes_max`` bytes in UTF-8, with ``?`` for what is not printable."""
+    value = text(meta, key)
+    if len(value.encode("utf-8", "surrogatepass")) > bytes_max:
+        raise ProtocolError("bad-meta", f"{key!r} is longer than {bytes_max} bytes")
+    return "".join(each if each.isprintable() else "?" for each in value)
+
+
 def one_of(meta: Mapping[str, Any], key: str, names: tuple[str, ...]) -> str:
     """The str under ``key``, one of ``names``."""
     value = text(meta, key)

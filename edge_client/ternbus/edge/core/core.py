@@ -47,6 +47,7 @@ from ternbus.edge.core.actions import Action, Connect, Log, Publish, StartTraini
 from ternbus.edge.core.enrollment import Enrollment
 from ternbus.edge.core.evaluation import EvaluationPolicy
 from ternbus.edge.core.events import Event
+from ternbus.edge.core.failures import shown
 from ternbus.edge.core.fine_tuning import FineTuning
 from ternbus.edge.core.follower import Follower, InitialModel
 from ternbus.edge.core.log_sampler import LogSampler
@@ -58,7 +59,7 @@ from ternbus.edge.core.resubscribe import Resubscribe
 from ternbus.edge.core.state import State
 from ternbus.edge.core.training_policy import TrainingPolicy, budget_spent, describe
 from ternbus.edge.core.uplink import Uplink
-from ternbus.edge.core.wait_timer import WaitTimer
+from ternbus.edge.core.wait_timer import WaitTimer, awaited_of
 
 
 class Core:
@@ -124,6 +125,7 @@ class Core:
             self._send_due_s(),
             self._wait_timer.due_s(),
             None if self._leaving else self.training.due_s,
+            self.evaluation.due_s,
         ]
         return None if self._stopped else min((time for time in times if time is not None), default=None)
 
@@ -149,11 +151,15 @@ class Core:
             case events.TrainingFinished():
                 return self._training_finished(event, now)
             case events.TrainingFailed():
-                return self._training_failed(event)
+                return [self.training.failed(event, now), *self._status()]
             case events.BudgetSpent():
                 return self._stop(EXIT_BUDGET, budget_spent(event))
+            case events.EvaluationFailed():
+                return [self.evaluation.failed(event, now), *self._status()]
             case events.Evaluated():
-                return self._evaluated(*self.evaluation.finished(event, sealed=self.training.sealed))
+                recovered = bool(self.evaluation.failures.reason)
+                done = self._evaluated(*self.evaluation.finished(event, sealed=self.training.sealed))
+                return [*done, *(self._status() if recovered else [])]
             case events.FineTuned() | events.FineTuningFailed():
                 return self._evaluated(*self.fine_tuning.finished(event))
             case events.StopRequested():
@@ -172,7 +178,7 @@ class Core:
         if self._stopped:
             return actions
         actions += self.evaluation.begin(
-            self.follower, training=self.training.running is not None, private=self.training.private
+            self.follower, now, training=self.training.running is not None, private=self.training.private
         )
         actions += [] if self._leaving else self._begin_training(now)
         actions += self._send(now)
@@ -228,8 +234,10 @@ class Core:
             return []
         running = self.training.running
         state, base = ("idle", -1) if running is None else ("training", running.base)
-        seq = self.pending.next_seq()
-        return [self._note_seq(self.profile.status(state, seq=seq, session=self.state.session, base=base))]
+        seq, session, policy = self.pending.next_seq(), self.state.session, self.training
+        reason = policy.failures.reason or self.evaluation.failures.reason
+        failing = shown(reason, private=policy.private, sealed=policy.sealed)
+        return [self._note_seq(self.profile.status(state, seq=seq, session=session, base=base, failing=failing))]
 
     def _evaluated(self, done: list[Action], metrics: list[Publish]) -> list[Action]:
         """Publish the metrics; without a connection they are published at the next connect."""
@@ -343,9 +351,6 @@ class Core:
         self.uplink.store(event, job.plan, now)
         return [describe(event), *self._status()]
 
-    def _training_failed(self, event: events.TrainingFailed) -> list[Action]:
-        return [self.training.failed(event), *self._status()]
-
     # -- sending
 
     def _may_send(self) -> bool:
@@ -370,21 +375,13 @@ class Core:
 
     # -- waiting and leaving
 
-    def _awaited(self) -> str | None:
-        head = self.follower.head
-        if not self._online:
-            return f"the broker ({self._disconnect_reason})" if self._disconnect_reason else "the broker"
-        if not self.presence.online:
-            return "the aggregator"
-        if not self.state.enrolled:
-            return "the aggregator to enroll this device"
-        if head is None:
-            return "the first head from the aggregator"
-        return None if self.follower.synced else f"version {head.version} of the model"
-
     def _check_wait(self, now: float) -> list[Action]:
-        self._wait_timer.wait_for(self._awaited(), now)
-        awaited = self._wait_timer.awaited
+        if self._online:
+            own = self.evaluation if self.profile.role == "evaluate" else self.training
+            awaited = awaited_of(self.presence, self.follower, own.failures, enrolled=self.state.enrolled)
+        else:
+            awaited = f"the broker ({self._disconnect_reason})" if self._disconnect_reason else "the broker"
+        self._wait_timer.wait_for(awaited, now)
         if self._wait_timer.timed_out(now):
             waited_s = self._wait_timer.waited_s(now)
             return self._stop(EXIT_FAILED, f"gave up after waiting {waited_s:.0f} s for {awaited}")

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from ternbus.broker.protocol.messages import Metrics
+from ternbus.broker.backoff import Retry
+from ternbus.broker.protocol.messages import CLOSED, Metrics
 from ternbus.edge.core.actions import Action, Log, Publish, StartEvaluation
-from ternbus.edge.core.events import Evaluated
+from ternbus.edge.core.events import Evaluated, EvaluationFailed
+from ternbus.edge.core.failures import Failures
 from ternbus.edge.core.follower import Follower
 from ternbus.edge.core.pending_state import PendingState
 from ternbus.edge.core.profile import Profile
@@ -26,13 +28,19 @@ class EvaluationPolicy:
     pending: PendingState
     unacknowledged: dict[int, Publish] = field(default_factory=dict)
     evaluated: int = 0  # versions, by an evaluator
+    due_s: float | None = None  # the time of the next attempt after a failure
+    failures: Failures = field(init=False)
     _running: bool = False
 
-    def begin(self, follower: Follower, *, training: bool, private: bool) -> list[StartEvaluation]:
+    def __post_init__(self) -> None:
+        self.failures = Failures(work="an evaluation", retry=Retry(salt=f"{self.profile.key.hex()}/evaluation"))
+
+    def begin(self, follower: Follower, now: float, *, training: bool, private: bool) -> list[StartEvaluation]:
         """Evaluate the follower's version, if it is new and nothing is being evaluated or trained.
 
         `private`: others may see nothing of the data of a device that trains.
         """
+        self.due_s = None
         version, vector, schema = follower.version, follower.vector, follower.schema
         if not self.profile.evaluates or training or self._running:
             return []
@@ -40,13 +48,29 @@ class EvaluationPolicy:
             return []
         if version is None or vector is None or schema is None or version <= self.pending.state.evaluated:
             return []
+        if now < self.failures.retry.due_s and not self._is_last_chance(follower):
+            self.due_s = self.failures.retry.due_s
+            return []
         self._running = True
         private = private and self.profile.role == "train"
         return [StartEvaluation(version=version, schema=schema, vector=vector, private=private)]
 
+    def _is_last_chance(self, follower: Follower) -> bool:
+        """Whether the federation closed with a version that was not tried: the device does not wait, but tries once."""
+        head = follower.head
+        return head is not None and head.state == CLOSED and self.failures.version != head.version
+
+    def failed(self, event: EvaluationFailed, now: float) -> Log:
+        """Try again later, with the newest version then."""
+        self._running = False
+        self.failures.failed(event.version, event.reason, now)
+        what, fields = f"the evaluation of version {event.version} failed", {"version": event.version}
+        return self.failures.log("evaluation-failed", what, event, fields)
+
     def finished(self, event: Evaluated, *, sealed: bool) -> tuple[list[Action], list[Publish]]:
         """Record that the version is evaluated. Returns the log, and the metrics to publish."""
         self._running = False
+        self.failures.succeeded()
         self.evaluated += self.profile.role == "evaluate"
         self.pending.put(replace(self.pending.state, evaluated=event.version))
         shown = event.failure or ", ".join(f"{name} {value:.4f}" for name, value in event.values.items())

@@ -83,10 +83,14 @@ class TrainingFinished:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingFailed:
-    """Training on ``base`` gave no usable model; never under differential privacy, where others would see it."""
+    """Training on ``base`` gave no usable model.
+
+    Under differential privacy, where others would see it, only if the device cannot train by the plan, for any data.
+    """
 
     base: int
     reason: str
+    trace: str = ""  # of a bug in the task's code, for the device's own log
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +111,15 @@ class Evaluated:
     samples: int
     values: Mapping[str, float]
     failure: str = ""  # why there are no values, for private data; for the device's own log
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationFailed:
+    """The model of ``version`` could not be evaluated; never on private data, where others would see it."""
+
+    version: int
+    reason: str
+    trace: str = ""  # as above
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -131,6 +144,7 @@ class FineTuningFailed:
 
     version: int
     reason: str
+    trace: str = ""  # as above
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +172,7 @@ Event = (
     | TrainingFailed
     | BudgetSpent
     | Evaluated
+    | EvaluationFailed
     | FineTuned
     | FineTuningFailed
     | TimeReached

@@ -49,9 +49,14 @@ class FineTuning:
         if max(contributed, self.evaluation.evaluated) == self.profile.versions:
             return f"{self.profile.versions} versions are done"
         head, evaluated = follower.head, self.evaluation.pending.state.evaluated
-        if head is None or head.state != CLOSED or (self.profile.evaluates and evaluated < head.version):
+        if head is None or head.state != CLOSED or self.profile.stays:
             return ""
-        return "the federation is closed"
+        if not self.profile.evaluates or evaluated >= head.version:
+            return "the federation is closed"
+        failures = self.evaluation.failures
+        if failures.version != head.version:
+            return ""  # it is being evaluated
+        return f"the federation is closed; its last version is not evaluated: {failures.reason}"
 
     def begin(self, follower: Follower) -> list[StartFineTuning]:
         """Start fine-tuning, if the device has that option. The device stops when `done` is true."""
@@ -78,8 +83,8 @@ class FineTuning:
         """The file and the log for the owner, and the metrics to publish, if the owner allows it."""
         self.done = True
         if isinstance(event, FineTuningFailed):
-            fields = {"version": event.version, "reason": event.reason}
-            return [Log(event="fine-tuning-failed", text=f"fine-tuning failed: {event.reason}", fields=fields)], []
+            failures, fields = self.training.failures, {"version": event.version}
+            return [failures.log("fine-tuning-failed", "fine-tuning failed", event, fields)], []
         gains = ", ".join(
             f"{name} {event.before[name]:.4f} -> {after:.4f}"
             for name, after in event.after.items()

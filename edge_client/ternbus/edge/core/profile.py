@@ -88,6 +88,7 @@ class Profile:
     timeout_s: float | None = None  # longest wait for broker or aggregator; None: no limit
     reports: bool = False  # publish evaluations of versions on the held-out data
     fine_tune: float = 0.0  # epochs on the device's own data before it stops; 0: none
+    stays: bool = False  # while the federation is closed, until it is resumed
 
     @property
     def evaluates(self) -> bool:
@@ -139,8 +140,8 @@ class Profile:
             return "the federation's schema has changed: run `ternbus edge leave`, then `ternbus edge join` again"
         return schema_mismatch(schema, self.tensors)
 
-    def status(self, state: str, *, seq: int, session: int, base: int = -1) -> Publish:
-        message = Status(state=state, session=session, base=base, software=self.software)
+    def status(self, state: str, *, seq: int, session: int, base: int = -1, failing: str = "") -> Publish:
+        message = Status(state=state, session=session, base=base, software=self.software, failing=failing)
         return self._publish(Status.KIND, seq, message.meta(), retain=True)
 
     def enroll(self) -> Publish:

@@ -1,13 +1,15 @@
 """The policy for training: by which plan, and on which version; a version with an answered update is skipped."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Final
 
+from ternbus.broker.backoff import Retry
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.messages import OPEN, Head
 from ternbus.edge.core.actions import Log, StartTraining
 from ternbus.edge.core.events import BudgetSpent, TrainingFailed, TrainingFinished
+from ternbus.edge.core.failures import Failures
 from ternbus.edge.core.follower import Follower
 from ternbus.edge.core.profile import Profile
 from ternbus.edge.core.state import State
@@ -37,10 +39,13 @@ class TrainingPolicy:
     profile: Profile
     running: StartTraining | None = None
     plan: Plan | None = None  # the federation's; None if it is invalid, or forbidden by the owner
-    due_s: float | None = None  # the time of its turn, if no new version arrives before
-    _failed_base: int = -1  # training on this version failed, and would fail again
+    due_s: float | None = None  # the time of its turn, if no new version arrives before; or of the next attempt
+    failures: Failures = field(init=False)
     _newest: tuple[int, float] = (-1, 0.0)  # the newest version, and since when it could be trained on
     _turn: int = -1  # the last turn taken
+
+    def __post_init__(self) -> None:
+        self.failures = Failures(work="a training", retry=Retry(salt=f"{self.profile.key.hex()}/training"))
 
     @property
     def sealed(self) -> bool:
@@ -73,7 +78,10 @@ class TrainingPolicy:
             return []
         if head is None or head.state != OPEN or not state.enrolled or not follower.synced:
             return []
-        if plan is None or vector is None or schema is None or head.version <= self.newest_answered(state):
+        if plan is None or vector is None or schema is None or head.version <= state.answered_base:
+            return []
+        if now < self.failures.retry.due_s:
+            self.due_s = self.failures.retry.due_s
             return []
         if plan.dp != NO_DP and not state.account.covers(plan.dp):
             self.plan = None  # until the next head
@@ -112,19 +120,19 @@ class TrainingPolicy:
         text = f"version {version} is not this device's turn; it trains on version {own}"
         return [] if known == version else [Log(event="resting", text=text, fields={"version": version, "turn": own})]
 
-    def newest_answered(self, state: State) -> int:
-        """The newest version that needs no more training."""
-        return max(state.answered_base, self._failed_base)
-
     def finished(self, event: TrainingFinished) -> StartTraining | None:
         """The job of this result; None if the result is not of the running job."""
         running, self.running = self.running, None
+        self.failures.succeeded()
         return running if running is not None and running.base == event.base else None
 
-    def failed(self, event: TrainingFailed) -> Log:
+    def failed(self, event: TrainingFailed, now: float) -> Log:
+        """Try again later, also on the same version: the data, the memory or the plan may be others by then."""
         self.running = None
-        self._failed_base = event.base
-        return Log(event="training-failed", text=event.reason, fields={"base": event.base, "reason": event.reason})
+        self.failures.failed(event.base, event.reason, now)
+        return self.failures.log(
+            "training-failed", f"training on version {event.base} failed", event, {"base": event.base}
+        )
 
     def seed(self, plan: Plan, base: int) -> int:
         """A seed that differs for each device and version, and is the same if the run is repeated."""

@@ -3,8 +3,27 @@
 from dataclasses import dataclass
 from typing import Final
 
+from ternbus.broker.protocol.messages import OPEN
+from ternbus.edge.core.failures import Failures
+from ternbus.edge.core.follower import Follower
+from ternbus.edge.core.presence import Presence
+
 FIRST_REPORT_S: Final = 3.0  # a normal start takes up to this long
 REPORT_INTERVAL_S: Final = 10.0
+
+
+def awaited_of(presence: Presence, follower: Follower, failures: Failures, *, enrolled: bool) -> str | None:
+    """What a device with a connection waits for; None if it waits for nothing. `failures` are of its own work."""
+    head = follower.head
+    if not presence.online:
+        return "the aggregator"
+    if not enrolled:
+        return "the aggregator to enroll this device"
+    if head is None:
+        return "the first head from the aggregator"
+    if not follower.synced:
+        return f"version {head.version} of the model"
+    return f"{failures.work} that succeeds ({failures.reason})" if failures.reason and head.state == OPEN else None
 
 
 @dataclass(slots=True, kw_only=True)

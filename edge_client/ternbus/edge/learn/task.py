@@ -16,7 +16,7 @@ from ternbus.edge.plan.tensors import FloatArray, Tensors
 
 
 class TrainingError(FederationError):
-    """Local training gave no usable model, for example because it diverged. The device tries the next version."""
+    """Local training gave no usable model, for example because it diverged. The device tries again later."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,10 @@ class Trained:
         for name, tensor in self.tensors.items():
             # The extremes, since they propagate a NaN and, unlike isfinite(), need no second array of this size.
             if tensor.size and not (math.isfinite(tensor.min()) and math.isfinite(tensor.max())):
-                raise TrainingError(f"training diverged ({name} is not finite): lower the plan's learning_rate")
+                raise TrainingError(
+                    f"training diverged ({name} is not finite): lower the plan's learning_rate, or remove NaN from the "
+                    "data"
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

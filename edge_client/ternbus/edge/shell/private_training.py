@@ -10,12 +10,13 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from ternbus.broker.errors import ConfigError, FederationError
+from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.schema import DENSE_NAMES, WEIGHT_MAX, Schema, Vector, flatten, to_tensors
 from ternbus.edge.core.actions import StartTraining
 from ternbus.edge.core.events import BudgetSpent, TrainingFinished
 from ternbus.edge.learn.accountant import epsilon
 from ternbus.edge.learn.compress import compress
+from ternbus.edge.learn.failure import describe
 from ternbus.edge.learn.noise import RandomSource, differences, noisy_change
 from ternbus.edge.learn.task import PrivateTrainer, Trained, Trainer, TrainingError
 from ternbus.edge.plan.plan import Plan
@@ -60,11 +61,6 @@ def train(trainer: Trainer, job: StartTraining, random_source: RandomSource) -> 
     )
 
 
-def describe_failure(error: Exception) -> str:
-    """Describe an exception of the task's code, for the device's own log."""
-    return str(error) if isinstance(error, FederationError) else f"{type(error).__name__}: {error}"
-
-
 def _release_device(trainer: Trainer, job: StartTraining, planned: Cost, random_source: RandomSource) -> _Released:
     """The clipped change with noise; if training failed, the noise of a change of 0."""
     plan, trained, failure, after = job.plan, None, "", job.vector
@@ -73,8 +69,8 @@ def _release_device(trainer: Trainer, job: StartTraining, planned: Cost, random_
         after = flatten(job.schema, trained.tensors)
     except ConfigError:
         raise
-    except Exception as error:  # noqa: BLE001 - it may depend on the data: nobody else may see it
-        failure = describe_failure(error)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - it may depend on the data: nobody else may see it
+        failure = describe(error)
     change = noisy_change(job.vector, after, clip=plan.dp_clip, noise=plan.dp_noise, random_source=random_source)
     return _Released(change=change, cost=planned, trained=trained, failure=failure)
 
@@ -98,11 +94,11 @@ def _release_sample(trainer: Trainer, job: StartTraining, planned: Cost, random_
             raise TrainingError("training diverged (the model is not finite)")  # noqa: TRY301 - as Trained does
     except ConfigError:
         raise
-    except Exception as error:  # noqa: BLE001 - as above
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - as above
         expected = min(plan.batch_size, trainer.samples)
         deviation = plan.rate(job.base) * math.sqrt(planned.steps) * plan.dp_noise * plan.dp_clip / expected
         change = noisy_change(job.vector, job.vector, clip=1.0, noise=deviation, random_source=random_source)
-        return _Released(change=_bounded(change), cost=planned, trained=None, failure=describe_failure(error))
+        return _Released(change=_bounded(change), cost=planned, trained=None, failure=describe(error))
     change = np.empty_like(job.vector)
     for part, difference in differences(job.vector, after):
         change[part] = difference

@@ -34,9 +34,10 @@ from ternbus.edge.store.outbox import Outbox
 
 FLUSH_S: Final = 5.0
 PERSONAL: Final = "personal.safetensors"
+FAILED_TRAININGS: Final = "trainings.failed"
 Report = Callable[[Log], None]
 LinkMaker = Callable[[Callable[[link.LinkEvent], None]], Link]
-_Happened = events.Event | link.LinkEvent | Exception
+_Happened = events.Event | link.LinkEvent
 
 
 class Service:
@@ -72,13 +73,16 @@ class Service:
         self._queue.put(events.StopRequested(reason=reason))
 
     def run(self) -> Stop:
-        """Run until the core stops. Raises whatever the task's code raises; the state is on disk in that case too."""
+        """Run until the core stops.
+
+        An exception is a fault of the disk or a bug: the state is on disk, and the broker publishes the last will.
+        """
         try:
             self._handle(events.Started())
             while self._stop is None:
                 self._take(self._next())
         except BaseException:
-            self._link.disconnect(flush_s=0.0)
+            self._link.abandon()
             raise
         self._link.disconnect(flush_s=FLUSH_S)
         self._outbox.save(self._core.state, None, self._counters)
@@ -97,8 +101,6 @@ class Service:
 
     def _take(self, happened: _Happened) -> None:
         match happened:
-            case Exception():
-                raise happened
             case link.Arrived():
                 self._arrived(happened)
             case link.Connected():
@@ -112,6 +114,10 @@ class Service:
             case link.Refused():
                 seq = self._tickets.pop(happened.ticket, 0)
                 self._handle(events.Refused(seq=seq, reason=happened.reason))
+            case events.TrainingFailed():
+                self._counters[FAILED_TRAININGS] += 1
+                self._handle(happened)
+                self._outbox.save(self._core.state, None, self._counters)  # `ternbus lab run` counts them
             case _:
                 self._handle(happened)
 

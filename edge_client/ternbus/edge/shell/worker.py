@@ -11,35 +11,39 @@ from ternbus.edge.core.actions import Job, StartEvaluation, StartFineTuning, Sta
 from ternbus.edge.core.events import (
     BudgetSpent,
     Evaluated,
+    EvaluationFailed,
     FineTuned,
     FineTuningFailed,
     TrainingFailed,
     TrainingFinished,
 )
+from ternbus.edge.learn import failure
 from ternbus.edge.learn.compress import compress
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.task import Trained, Trainer, TrainingError
 from ternbus.edge.plan.plan import NO_DP
 from ternbus.edge.shell import private_training
-from ternbus.edge.shell.private_training import describe_failure
 
 TrainingResult = TrainingFinished | TrainingFailed | BudgetSpent
-Result = TrainingResult | Evaluated | FineTuned | FineTuningFailed
+Result = TrainingResult | Evaluated | EvaluationFailed | FineTuned | FineTuningFailed
+CODE_ERRORS = (Exception, SystemExit)  # of the task's code, which may call sys.exit
 
 
 def train(trainer: Trainer, job: StartTraining, random_source: RandomSource | None = None) -> TrainingResult:
     """Train and compress the change, under the plan's differential privacy, if the budget allows it.
 
     `random_source` is for tests and simulations; on a device it is the operating system's. Raises `ConfigError` if the
-    task cannot train with the plan's `dp`; without `dp`, whatever the task's code raises.
+    task cannot train by the plan.
     """
     if job.plan.dp != NO_DP:
         return private_training.train(trainer, job, random_source or RandomSource())
     try:
         trained = trainer.train(to_tensors(job.schema, job.vector), job.plan, version=job.base, seed=job.seed)
         change = _change(job, trained)
-    except TrainingError as error:
-        return TrainingFailed(base=job.base, reason=str(error))
+    except ConfigError:
+        raise
+    except CODE_ERRORS as error:
+        return TrainingFailed(base=job.base, reason=failure.describe(error), trace=failure.trace_of(error))
     compressed = compress(job.schema, job.plan, change, job.residual, job.seed)
     return TrainingFinished(
         base=job.base,
@@ -59,30 +63,27 @@ def _change(job: StartTraining, trained: Trained) -> Vector:
     return change
 
 
-def evaluate(trainer: Trainer, job: StartEvaluation) -> Evaluated:
-    """Raises whatever the task's code raises; not for private data, since others see that the process ends."""
+def evaluate(trainer: Trainer, job: StartEvaluation) -> Evaluated | EvaluationFailed:
+    """Evaluate the version; a failure on private data counts as evaluated, since others would see another attempt."""
     try:
         found = trainer.evaluate(to_tensors(job.schema, job.vector))
-    except Exception as error:
-        if not job.private:
-            raise
-        return Evaluated(version=job.version, samples=0, values={}, failure=describe_failure(error))
+    except CODE_ERRORS as error:
+        reason = failure.describe(error)
+        if job.private:
+            return Evaluated(version=job.version, samples=0, values={}, failure=reason)
+        return EvaluationFailed(version=job.version, reason=reason, trace=failure.trace_of(error))
     return Evaluated(version=job.version, samples=found.samples, values=found.finite)
 
 
 def fine_tune(trainer: Trainer, held: Trainer, job: StartFineTuning) -> FineTuned | FineTuningFailed:
-    """Train on the data of `trainer`; evaluate before and after on the data of `held`. Raises as `evaluate` does."""
+    """Train on the data of `trainer`; evaluate before and after on the data of `held`."""
     start = to_tensors(job.schema, job.vector)
     try:
         before = held.evaluate(start)
         trained = trainer.train(start, job.plan, version=job.version, seed=job.seed)
         after = held.evaluate(trained.tensors)
-    except TrainingError as error:
-        return FineTuningFailed(version=job.version, reason=str(error))
-    except Exception as error:
-        if job.plan.dp == NO_DP:
-            raise
-        return FineTuningFailed(version=job.version, reason=describe_failure(error))
+    except CODE_ERRORS as error:
+        return FineTuningFailed(version=job.version, reason=failure.describe(error), trace=failure.trace_of(error))
     return FineTuned(
         version=job.version,
         samples=before.samples,
@@ -93,7 +94,7 @@ def fine_tune(trainer: Trainer, held: Trainer, job: StartFineTuning) -> FineTune
 
 
 class Worker:
-    """Runs jobs in a thread, which calls `deliver` with each result, or with the exception of the task's code.
+    """Runs jobs in a thread, which calls `deliver` with each result.
 
     Versions are evaluated with `held`; if it is None, with `trainer`, as an evaluator does.
     """
@@ -101,7 +102,7 @@ class Worker:
     def __init__(
         self,
         trainer: Trainer,
-        deliver: Callable[[Result | Exception], None],
+        deliver: Callable[[Result], None],
         min_seconds: float = 0.0,
         held: Trainer | None = None,
     ) -> None:
@@ -130,16 +131,7 @@ class Worker:
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            try:
-                result = self._perform(job)
-            except ConfigError as error:  # the aggregator asks for a plan that this device cannot carry out
-                if not isinstance(job, StartTraining):
-                    self._deliver(error)
-                    return
-                result = TrainingFailed(base=job.base, reason=str(error))
-            except Exception as error:  # noqa: BLE001 - a bug in the task: the service ends with its traceback
-                self._deliver(error)
-                return
+            result = self._perform(job)
             if self._stopping.is_set():
                 return
             self._deliver(result)
@@ -150,7 +142,10 @@ class Worker:
         if isinstance(job, StartFineTuning):
             return fine_tune(self._trainer, self._held, job)
         began = time.monotonic()
-        result = train(self._trainer, job)
+        try:
+            result = train(self._trainer, job)
+        except CODE_ERRORS as error:  # the plan is none that this device can carry out, or the fault is ours
+            result = TrainingFailed(base=job.base, reason=failure.describe(error), trace=failure.trace_of(error))
         took, least = time.monotonic() - began, self._min_seconds
         if isinstance(result, TrainingFinished) and result.failure:
             least = max(least, self._lasted)  # others must not notice a failure because it is sooner

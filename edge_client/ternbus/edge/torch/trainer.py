@@ -19,7 +19,7 @@ from ternbus.broker.errors import ConfigError
 from ternbus.edge.learn import local_optimizer
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.partition import Indices, Partition, select
-from ternbus.edge.learn.task import Evaluation, Trained
+from ternbus.edge.learn.task import Evaluation, Trained, TrainingError
 from ternbus.edge.plan.plan import NO_DP, Plan
 from ternbus.edge.plan.tensors import FloatArray, Tensors
 from ternbus.edge.torch import dp_sgd
@@ -152,8 +152,7 @@ class TorchTrainer:
             metrics = self._descend(plan, plan.rate(version), way, np.random.default_rng(seed))
         metrics |= {"seconds": time.perf_counter() - began, **way.metrics()}
         # under differential privacy no statistic of the data travels
-        tensors = self._travelling.arrays_since(start, plan.statistics_rate if plan.dp == NO_DP else 0.0)
-        return Trained(tensors=tensors, samples=self.samples, metrics=metrics)
+        return self._result(start, plan.statistics_rate if plan.dp == NO_DP else 0.0, metrics)
 
     def train_privately(
         self, start: Tensors, plan: Plan, *, version: int, seed: int, random_source: RandomSource
@@ -174,7 +173,23 @@ class TorchTrainer:
                 random_source=random_source,
             )
         metrics |= {"seconds": time.perf_counter() - began}
-        return Trained(tensors=self._travelling.arrays_since(start, 0.0), samples=self.samples, metrics=metrics)
+        return self._result(start, 0.0, metrics)
+
+    def _result(self, start: Tensors, statistics_rate: float, metrics: Mapping[str, float]) -> Trained:
+        """The trained model. Raises `TrainingError` if it is not finite, and says whether the data are."""
+        try:
+            tensors = self._travelling.arrays_since(start, statistics_rate)
+            return Trained(tensors=tensors, samples=self.samples, metrics=metrics)
+        except TrainingError:
+            for name, tensor in (("inputs", self._inputs), ("targets", self._targets)):
+                if count := _not_finite(tensor):
+                    raise TrainingError(
+                        f"{count} of {self.samples} samples have {name} that are not finite (NaN or infinity): correct "
+                        "or remove them in the data"
+                    ) from None
+            raise TrainingError(
+                "training diverged (the data are finite, the model is not): lower the plan's learning_rate"
+            ) from None
 
     def _private_loss(self, rows: Tensor) -> Tensor:
         inputs, targets = self._batch(rows)
@@ -250,6 +265,14 @@ class TorchTrainer:
         if inputs.is_floating_point() and self._travelling.dtype is not None:
             inputs = inputs.to(self._travelling.dtype)
         return inputs, self._targets[rows]
+
+
+def _not_finite(tensor: Tensor) -> int:
+    """The number of rows with a NaN or an infinity."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return 0
+    parts = tensor.split(EVALUATION_BATCH)  # needs less memory than all rows at once
+    return sum(int((~torch.isfinite(part)).reshape(len(part), -1).any(1).sum()) for part in parts)
 
 
 def _threads() -> int:

@@ -139,6 +139,7 @@ class MemoryLedger:
         return {
             name: {
                 "state": status.state,
+                "failing": status.failing or None,
                 "base": bases.get(name),
                 "staleness": newest - bases[name] if name in bases else None,
                 "updates": accepted[name],

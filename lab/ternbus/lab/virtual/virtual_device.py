@@ -176,9 +176,11 @@ class VirtualDevice:
         training, held = self.core.training, self._body.held
         if held is None or training.plan is None or training.sealed:
             return None
-        found: events.Evaluated | events.FineTuned = evaluate(
+        found: events.Evaluated | events.EvaluationFailed | events.FineTuned = evaluate(
             held, StartEvaluation(version=version, schema=schema, vector=vector)
         )
+        if isinstance(found, events.EvaluationFailed):
+            return None
         if self._body.profile.fine_tune:
             job = self.core.fine_tuning.job(training.plan, version, schema, vector)
             tuned = fine_tune(self._body.trainer, held, job)

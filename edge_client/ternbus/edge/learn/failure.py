@@ -1,0 +1,38 @@
+"""Why the code of a task failed, in words for the device's owner: its data, the memory, or a bug."""
+
+import traceback
+from pathlib import Path
+from typing import Final
+
+from ternbus.broker.errors import FederationError
+from ternbus.edge.learn.task_loader import described, location_of
+
+TRACE_CHARS: Final = 10_000
+NO_MEMORY: Final = ("out of memory", "not enough memory", "can't allocate memory")  # as PyTorch says it
+
+
+def describe(error: BaseException) -> str:
+    """The reason and what to do, in one line. For a bug, file and line of the task's own code are named."""
+    if isinstance(error, FederationError):
+        return " ".join(str(error).split())
+    if _is_memory(error):
+        return f"out of memory ({described(error)}): lower the plan's batch_size, or give the device less data"
+    if isinstance(error, OSError) and error.filename is not None:
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+        return f"{'missing data' if missing else 'cannot read data'}: {error.filename}: {error.strerror}"
+    place = location_of(error)
+    where = f"{Path(place[0]).name}, line {place[1]}: " if place is not None else ""
+    return f"a bug in the task: {where}{described(error)}"
+
+
+def trace_of(error: BaseException) -> str:
+    """The traceback of a bug; empty for any failure that `describe` names whole."""
+    if isinstance(error, FederationError | OSError) or _is_memory(error):
+        return ""
+    return "".join(traceback.format_exception(error)).rstrip()[-TRACE_CHARS:]
+
+
+def _is_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
+    )
