@@ -15,6 +15,7 @@ from support.small_world import (
     ternary_block,
 )
 from ternbus.aggregator.core import events, records
+from ternbus.broker.protocol.messages import Status
 from ternbus.broker.protocol.ternary import Block
 
 Make = Callable[..., Bench]
@@ -131,6 +132,24 @@ def test_a_device_that_hangs_is_not_waited_for_after_five_of_its_usual_times(mak
     assert bench.version == 5  # it is back
     bench.send(hangs, ternary_block(bench.schema, 6), 4)
     assert bench.version == 6
+
+
+def test_a_device_that_says_that_its_work_fails_is_not_waited_for_until_it_tries_again(make: Make) -> None:
+    bench = make(merge__buffer_size=3, merge__max_wait_s=1e6)
+    bench.tick(5.0)
+    pi, fails = bench.join("pi"), bench.join("fails")
+    for device in (pi, fails):
+        bench.receive(device.topic("status"), device.status("training"))
+    bench.send(pi, ternary_block(bench.schema, 1), 0)
+    assert bench.version == 0
+    failing = Status(state="idle", session=1, failing="NaN in the data")
+    bench.receive(fails.topic("status"), fails.frame("status", failing.meta()))
+    assert bench.version == 1
+    bench.send(pi, ternary_block(bench.schema, 2), 1)
+    assert bench.version == 2
+    bench.receive(fails.topic("status"), fails.status("training"))
+    bench.send(pi, ternary_block(bench.schema, 3), 2)
+    assert bench.version == 2
 
 
 def test_a_device_whose_usual_time_is_not_known_is_waited_for(make: Make) -> None:

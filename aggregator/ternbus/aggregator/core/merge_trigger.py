@@ -2,9 +2,9 @@
 
 A buffer is due ``max_wait_s`` after its first update, whatever happened since. It is due earlier, but not sooner than
 ``min_interval_s`` after the last merge, where it is full (FedBuff, Nguyen et al. 2022) or where no device that is
-online has an update still to come. A device that has been silent for several times its usual time between updates has
-none to come, until it is heard again (``pace``). A further rule is a further line in ``is_due``; where it depends on
-time, ``due_s`` names the moment.
+online has an update still to come. None is to come from a device whose status says that its work fails, or that has
+been silent for several times its usual time between updates, until it is heard again (``pace``). A further rule is a
+further line in ``is_due``; where it depends on time, ``due_s`` names the moment.
 
 A buffer with updates of fewer than ``min_devices`` devices is never due, and is not merged at a stop or a close either
 (``may_merge``): it is held over. Who is online is hearsay, which a broker can make up; it may delay a merge, and cannot
@@ -97,7 +97,7 @@ class MergeTrigger:
         """The first device online that trains, is not in the buffer and has not been silent for too long."""
         contributors = {update.device for update in buffer}
         for name, member in online.items():
-            if name not in contributors and not member.evaluates and now < self._silent_at(member):
+            if name not in contributors and member.contributes and now < self._silent_at(member):
                 return member
         return None
 

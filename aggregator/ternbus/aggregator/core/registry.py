@@ -74,6 +74,11 @@ class Member:
         return self.status is not None and self.status.online
 
     @property
+    def contributes(self) -> bool:
+        """Whether an update may be expected, as far as the device says: it trains, and its training does not fail."""
+        return not (self.evaluates or (self.status is not None and self.status.failing))
+
+    @property
     def is_flooding(self) -> bool:
         """Whether the last that was heard of it exceeded its frames; also looked at from another thread, as a hint."""
         return self.frames.is_empty
