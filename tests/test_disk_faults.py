@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from support.small_disk import LIMITED
 from support.small_world import BROKER_URL, LAB, Bench, initial_model, ternary_block
 from ternbus.aggregator.core import records
 from ternbus.aggregator.store.bodies import Bodies
@@ -21,13 +22,6 @@ from ternbus.broker.errors import ConfigError, CorruptError, StorageError
 from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.store_format import naming, unreadable
 
-LIMITED = (
-    "import resource, signal, sys\n"
-    "from ternbus.command import main\n"
-    "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-    "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))\n"
-    "main(sys.argv[2:])\n"
-)
 Raised = type[StorageError | ConfigError | CorruptError]
 
 

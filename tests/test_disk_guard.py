@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from support.brokers import WITHIN_S, linked
+from support.small_disk import LIMITED
 from support.small_world import LAB, Bench, Device, initial_model, receipts, ternary_block
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.shell import administration
@@ -21,7 +22,8 @@ from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.broker.link.events import Arrived
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
-from ternbus.broker.protocol.messages import Receipt
+from ternbus.broker.protocol.messages import Receipt, Status
+from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.server.running import Engine, choose, start
 
 Make = Callable[..., Bench]
@@ -98,8 +100,8 @@ class World:
     url: str
     directory: Path
     place: Path
-    frame: bytes
-    topic: str
+    device: Device
+    schema: Schema
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def run(self, how: str = "empty") -> subprocess.Popen[str]:
@@ -118,11 +120,10 @@ def world(tmp_path: Path) -> Iterator[World]:
             directory, federation=LAB, broker=broker.url, model=initial_model(), settings={"merge.buffer_size": 1}
         )
         with closing(Ledger(directory / LEDGER)) as ledger:
-            device = Device("pi", ledger.schema())
+            device = Device("pi", schema := ledger.schema())
             ledger.write([records.DeviceEnrolled(device="pi", public=device.identity.public, proof=bytes(32))])
-            (frame,) = device.update(ternary_block(ledger.schema(), 1), 0)
         (tmp_path / "place").mkdir()
-        world = World(broker.url, directory, tmp_path / "place", frame, device.topic("update"))
+        world = World(broker.url, directory, tmp_path / "place", device, schema)
         yield world
         for process in world.started:
             process.kill()
@@ -145,11 +146,12 @@ def test_the_process_stops_accepting_and_goes_on_by_itself(world: World) -> None
     about = os.statvfs(filling.parent)
     filling.write_bytes(bytes(int(about.f_bavail * about.f_frsize - 0.03 * 16 * MEBIBYTE)))
     until(process, "updates are answered `busy`")
+    (frame,) = world.device.update(ternary_block(world.schema, 1), 0)
     with linked(world.url, "pi") as (link, inbox):
         link.subscribe([topics.down(LAB, "pi", "receipt")])
 
         def answer() -> Receipt:
-            link.publish(world.topic, world.frame)
+            link.publish(world.device.topic("update"), frame)
             return Receipt.from_meta(parse(inbox.until(Arrived).payload).meta)
 
         assert answer().outcome == "busy"
@@ -169,4 +171,31 @@ def test_on_a_full_disk_the_process_ends_with_one_line_and_may_be_restarted(worl
     assert process.returncode == 1, said
     assert last.startswith("ternbus: "), said
     assert str(world.place) in last
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_process_whose_disk_takes_no_more_ends_with_one_line_and_is_offline(world: World) -> None:
+    limit = str((world.directory / LEDGER).stat().st_size + 100_000)  # of each file; the log of SQLite is soon larger
+    command = [sys.executable, "-c", LIMITED, limit, "aggregator", "run", str(world.directory)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    world.started.append(process)
+    until(process, "connected")
+    with linked(world.url, "pi") as (link, inbox):
+        link.subscribe([topics.down(LAB, "pi", "receipt"), topics.status(LAB)])
+        base, sent, state = 0, -1, ""
+        while state != "offline":  # the last will
+            arrived = inbox.until(Arrived)
+            if arrived.topic == topics.status(LAB):
+                state = Status.from_meta(parse(arrived.payload).meta).state
+            else:
+                assert Receipt.from_meta(parse(arrived.payload).meta).outcome == "accepted"
+                base += 1
+            if base > sent:
+                (frame,) = world.device.update(ternary_block(world.schema, base), base)
+                link.publish(world.device.topic("update"), frame)
+                sent = base
+    _, said = process.communicate(timeout=WITHIN_S)
+    assert process.returncode == 1, said
+    assert str(world.directory) in said.splitlines()[-1]
     assert "Traceback" not in said
