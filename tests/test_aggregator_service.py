@@ -15,6 +15,7 @@ import pytest
 from support.brokers import WITHIN_S, Inbox, linked
 from support.small_world import LAB, Device, ternary_block
 from ternbus.aggregator.core import events, records
+from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.merge.accumulator import Accumulator
 from ternbus.aggregator.merge.background import WORTHWHILE
 from ternbus.aggregator.shell import administration
@@ -23,7 +24,7 @@ from ternbus.aggregator.shell.service import SWITCH_S, Service
 from ternbus.aggregator.store import status as statuses
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.broker.errors import LinkError
-from ternbus.broker.link.events import Arrived
+from ternbus.broker.link.events import Arrived, Token
 from ternbus.broker.link.link import Link
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame, parse
@@ -149,6 +150,18 @@ def test_where_the_disk_fails_the_service_ends_and_nobody_is_told_of_what_is_not
             pass
         assert Receipt.from_meta(parse(arrived.payload).meta).outcome == "accepted"
     assert statuses.read(world.service.directory)["counts"]["accepted"] == 1
+
+
+def test_a_stop_goes_before_the_messages_that_wait(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not acknowledged, so that the broker delivers them at the next start."""
+    handed = noted(monkeypatch, Core, "_message")
+    acknowledged = noted(monkeypatch, Link, "acknowledge")
+    for number in range(100):
+        token = Token(connection=1, mid=number + 1)
+        world.service._deliver(Arrived(topic="nonsense", payload=b"", retained=False, token=token))
+    world.service.stop()
+    world.run()
+    assert (world.errors, handed, acknowledged) == ([], [], [])
 
 
 def test_what_a_broker_shows_ends_no_process_for_good(tmp_path: Path) -> None:

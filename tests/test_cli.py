@@ -18,7 +18,7 @@ FAKE_LAB = """
 import sys
 import typer
 from pathlib import Path
-from ternbus.broker.errors import ConfigError, CorruptError, LinkError, StorageError
+from ternbus.broker.errors import ConfigError, CorruptError, FederationError, LinkError, StorageError
 from ternbus.broker.files import write_secret, write_text
 
 app = typer.Typer()
@@ -38,6 +38,10 @@ def unreachable() -> None:
 @app.command()
 def storage() -> None:
     raise StorageError("agg/ledger.sqlite: database or disk is full")
+
+@app.command()
+def unanswered() -> None:
+    raise FederationError("the aggregator did not answer")
 
 @app.command()
 def corrupt() -> None:
@@ -171,6 +175,7 @@ def test_an_unreachable_broker_is_one_line_and_exit_code_1(fake_lab: Path) -> No
     ("command", "code", "said"),
     [
         (["storage"], 1, "agg/ledger.sqlite: database or disk is full"),
+        (["unanswered"], 1, "the aggregator did not answer"),
         (["corrupt"], 2, "agg/ledger.sqlite: malformed"),
         (["write", "/dev/full"], 1, "No space left on device: /dev/full"),
         (["write", "none/file"], 2, "No such file or directory: none/file"),

@@ -38,7 +38,7 @@ def test_it_starts_a_command_that_exists_in_the_folder_that_systemd_makes(unit: 
 def test_a_crash_is_restarted_and_a_configuration_error_is_not(unit: Path) -> None:
     settings = service(unit)
     assert settings["Restart"] == "on-failure"
-    codes = [EXIT_CONFIG, EXIT_REFUSED, EXIT_BUDGET] if unit.stem == "ternbus-edge" else [EXIT_CONFIG]
+    codes = [EXIT_CONFIG, EXIT_REFUSED, EXIT_BUDGET]
     assert settings["RestartPreventExitStatus"].split() == [str(code) for code in codes]
 
 

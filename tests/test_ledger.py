@@ -208,6 +208,14 @@ def test_a_damaged_delta_is_noticed(bench: Bench) -> None:
         bench.restart()
 
 
+def test_a_message_that_is_none_any_more_is_a_damage_and_no_peer_s_fault(bench: Bench) -> None:
+    for device in (bench.join("pi"), bench.join("other")):
+        bench.send(device, float32_block(bench.schema, 1), 0)
+    bench.ledger.db.execute("UPDATE versions SET body = x'00' WHERE version = 1")
+    with pytest.raises(CorruptError, match="ternbus aggregator repair"):
+        administration.open_core(bench.directory, bench.ledger, "test")
+
+
 def test_the_status_counts_what_happened(bench: Bench) -> None:
     pi, other = bench.join("pi"), bench.join("other")
     judge = bench.join("judge", evaluator=True)
@@ -229,6 +237,7 @@ def test_the_status_counts_what_happened(bench: Bench) -> None:
         "digest",
         "state",
         "buffer",
+        "disk",
         "counts",
         "local",
         "devices",

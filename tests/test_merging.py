@@ -15,6 +15,7 @@ from support.small_world import (
     ternary_block,
 )
 from ternbus.aggregator.core import events, records
+from ternbus.broker.protocol.messages import Status
 from ternbus.broker.protocol.ternary import Block
 
 Make = Callable[..., Bench]
@@ -94,6 +95,74 @@ def test_a_merge_happens_when_everybody_online_has_contributed(make: Make) -> No
     assert bench.version == 1
     bench.receive(other.topic("status"), other.status("offline"))
     assert bench.version == 2
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_device_that_hangs_is_not_waited_for_after_five_of_its_usual_times(make: Make, restarted: bool) -> None:
+    bench = make(merge__buffer_size=3, merge__max_wait_s=1e6)
+    bench.tick(5.0)
+    pi, hangs = bench.join("pi"), bench.join("hangs")
+    for device in (pi, hangs):
+        bench.receive(device.topic("status"), device.status("training"))
+    for version in range(3):  # one in a minute
+        bench.tick(60.0)
+        for device in (pi, hangs):
+            bench.send(device, ternary_block(bench.schema, version), version)
+    assert bench.version == 3
+    bench.tick(2.0)  # what was observed is saved
+    if restarted:
+        bench.restart()
+        bench.start()
+        for device in (pi, hangs):
+            bench.receive(device.topic("status"), device.status("training"))
+    began = bench.now
+    bench.tick(60.0)
+    bench.send(pi, ternary_block(bench.schema, 3), 3)
+    while bench.version == 3:
+        assert bench.core.deadline is not None
+        bench.now = max(bench.now, bench.core.deadline)
+        bench.tick()
+    assert bench.now == pytest.approx(began + 300.0, abs=3.0)
+    bench.tick(60.0)
+    bench.send(pi, ternary_block(bench.schema, 4), 4)
+    assert bench.version == 5  # nor for the next version
+    bench.receive(hangs.topic("status"), hangs.status("training"))
+    bench.tick(60.0)
+    bench.send(pi, ternary_block(bench.schema, 5), 5)
+    assert bench.version == 5  # it is back
+    bench.send(hangs, ternary_block(bench.schema, 6), 4)
+    assert bench.version == 6
+
+
+def test_a_device_that_says_that_its_work_fails_is_not_waited_for_until_it_tries_again(make: Make) -> None:
+    bench = make(merge__buffer_size=3, merge__max_wait_s=1e6)
+    bench.tick(5.0)
+    pi, fails = bench.join("pi"), bench.join("fails")
+    for device in (pi, fails):
+        bench.receive(device.topic("status"), device.status("training"))
+    bench.send(pi, ternary_block(bench.schema, 1), 0)
+    assert bench.version == 0
+    failing = Status(state="idle", session=1, failing="NaN in the data")
+    bench.receive(fails.topic("status"), fails.frame("status", failing.meta()))
+    assert bench.version == 1
+    bench.send(pi, ternary_block(bench.schema, 2), 1)
+    assert bench.version == 2
+    bench.receive(fails.topic("status"), fails.status("training"))
+    bench.send(pi, ternary_block(bench.schema, 3), 2)
+    assert bench.version == 2
+
+
+def test_a_device_whose_usual_time_is_not_known_is_waited_for(make: Make) -> None:
+    bench = make(merge__buffer_size=3, merge__max_wait_s=1e6)
+    bench.tick(5.0)
+    pi, first = bench.join("pi"), bench.join("first")
+    for device in (pi, first):
+        bench.receive(device.topic("status"), device.status("training"))
+    bench.send(pi, ternary_block(bench.schema, 1), 0)
+    bench.tick(900_000.0)
+    assert bench.version == 0
+    bench.send(first, ternary_block(bench.schema, 2), 0)
+    assert bench.version == 1
 
 
 def test_after_a_connect_the_broker_first_tells_who_is_online(make: Make) -> None:

@@ -9,7 +9,8 @@ import typer
 
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.exit_codes import EXIT_FAILED
-from ternbus.broker.files import write_secret, write_text
+from ternbus.broker.files import make_folder, write_secret, write_text
+from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.link.tls import CA, CERTIFICATE, TLS_KEY
 from ternbus.broker.protocol.endpoint import is_loopback
 from ternbus.broker.server import refusals as counts
@@ -28,7 +29,15 @@ DIRECTORY: Final = Path("ternbus-broker")
 PORT: Final = 1883
 HOST: Final = "127.0.0.1"
 
-Dir = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the broker.")]
+
+def _as_owner(directory: Path) -> Path:
+    """The argument as it is, after root has become the owner of the directory."""
+    act_as_owner(directory)
+    return directory
+
+
+DirToRead = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the broker.")]
+Dir = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the broker.", callback=_as_owner)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 EngineOption = Annotated[
     Engine, typer.Option(help="Broker software; auto takes mosquitto where it is installed, else nats-server.")
@@ -98,7 +107,7 @@ def up(
     """
     if place is not None and directory is not None:
         raise ConfigError("two directories given: use either DIR or --dir")
-    directory = place or directory or DIRECTORY
+    directory = _as_owner(place or directory or DIRECTORY)
     on_stop(_stop)
     try:
         with _start(directory, engine, host, port) as broker:
@@ -131,7 +140,7 @@ def _start(directory: Path, engine: Engine, host: str | None, port: int | None) 
 
 @app.command()
 def certificate(
-    directory: Dir,
+    directory: DirToRead,  # the certificates go elsewhere, where root may write and the owner perhaps not
     names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Names of devices, or aggregator-FEDERATION.")],
     *,
     federation: Annotated[str, typer.Option(help="Federation of these names.")],
@@ -152,7 +161,7 @@ def certificate(
     for name in names:
         issued = home.issue(name, federation)
         folder = out / name
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_folder(folder, 0o700)
         write_secret(folder / TLS_KEY, issued.key.encode())
         write_text(folder / CERTIFICATE, issued.certificate)
         write_text(folder / CA, issued.authority)

@@ -4,7 +4,7 @@ import errno
 import sqlite3
 from typing import Final
 
-from ternbus.broker.errors import ConfigError, CorruptError, LinkError, StorageError
+from ternbus.broker.errors import ConfigError, CorruptError, FederationError, ProtocolError
 from ternbus.broker.exit_codes import EXIT_CONFIG, EXIT_FAILED
 from ternbus.broker.files import WRONG_PATH
 
@@ -17,7 +17,9 @@ def complaint(error: Exception) -> tuple[str, int] | None:
     match error:
         case ConfigError() | CorruptError():
             return str(error), EXIT_CONFIG
-        case LinkError() | StorageError() | sqlite3.Error():
+        case ProtocolError():
+            return None  # who reads what a peer sent handles it
+        case FederationError() | sqlite3.Error():
             return str(error), EXIT_FAILED
         case BrokenPipeError():
             return None

@@ -55,6 +55,7 @@ def replacing(path: Path, *, mode: int = 0o666, concurrent: bool = False) -> Ite
     try:
         with naming(path):
             yield partial
+            inherit_owner(partial)
             sync(partial)
         partial.replace(path)
     except BaseException:
@@ -108,6 +109,22 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file, in UTF-8; an OSError names it."""
     with naming(path):
         path.write_text(text, encoding="utf-8")
+        inherit_owner(path)
+
+
+def make_folder(path: Path, mode: int = 0o777) -> None:
+    """Make a folder, and those above it, where they do not exist."""
+    missing = [each for each in (path, *path.absolute().parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True, mode=mode)
+    for each in reversed(missing):
+        inherit_owner(each)
+
+
+def inherit_owner(path: Path) -> None:
+    """Under root, give what was made to the owner of its folder, who could not use it otherwise."""
+    if os.geteuid() == 0:
+        owner = path.parent.stat()
+        os.chown(path, owner.st_uid, owner.st_gid)
 
 
 def write_secret(path: Path, secret: bytes) -> None:

@@ -39,4 +39,7 @@
 
 9. What a command asks for (invitations, revocation, state, counts) is an event, too; its ``RequestDone`` tells the
    command that it is in force. All records of earlier calls must be saved before an event is made from the ledger.
+
+10. Tell the core every few seconds how much of the disk is free (``DiskChecked``), at first before it connects: below
+    5 % it accepts nothing. A shell without a disk tells nothing.
 """

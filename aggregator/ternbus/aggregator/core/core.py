@@ -92,7 +92,7 @@ class Core:
         """When ``TimeReached`` is due at the latest."""
         dues = [
             self._reconnect.due_s if self._wants_connection else None,
-            self._merge_trigger.due_s(self.model.buffer, self._now),
+            self._merge_trigger.due_s(self.model.buffer, self.registry.online, self._now),
             self._versions.confirm_by,
             self._counters.due,
         ]
@@ -138,6 +138,8 @@ class Core:
                 return self._change_state(event)
             case events.CountsRequested():
                 return [*self._count(), *self._done(event.request)]
+            case events.DiskChecked():
+                return self._updates.disk_checked(event.free)
             case events.TimeReached():
                 return self._connect()
             case events.StopRequested():
@@ -178,6 +180,7 @@ class Core:
 
     def _disconnected(self) -> list[Action]:
         self._is_linked = False
+        self._merge_trigger = self._merge_trigger.disconnected()
         self._reconnect.failed(self._now)
         self._versions.confirm_by = None
         return []
@@ -232,6 +235,8 @@ class Core:
         return self._frame(sender, frame, None if opened is None else opened.content, is_late=is_late)
 
     def _frame(self, member: Member, frame: Frame, ahead: Measured | None, *, is_late: bool) -> list[Action]:
+        if frame.kind != "status":  # the broker delivers a retained one again, long after it was said
+            member.pace.heard(self._now)
         match frame.kind:
             case "update":
                 return self._update(member, frame, ahead, is_late=is_late)
@@ -240,6 +245,7 @@ class Core:
             case "status":
                 frame.check_bodiless()
                 if self.registry.observe(member, Status.from_meta(frame.meta), frame.seq):
+                    member.pace.heard(self._now)
                     self._counters.observe(member.name, self._now)
                 return []
             case _:  # the topics that a device may write on leave only metrics

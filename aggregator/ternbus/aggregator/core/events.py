@@ -111,6 +111,13 @@ class CountsRequested:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DiskChecked:
+    """How much of the file system with the ledger is free, from 0 to 1."""
+
+    free: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TimeReached:
     """Nothing happened but time."""
 
@@ -131,6 +138,7 @@ Event = (
     | RevokeRequested
     | StateRequested
     | CountsRequested
+    | DiskChecked
     | TimeReached
     | StopRequested
 )

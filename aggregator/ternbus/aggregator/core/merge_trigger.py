@@ -2,8 +2,9 @@
 
 A buffer is due ``max_wait_s`` after its first update, whatever happened since. It is due earlier, but not sooner than
 ``min_interval_s`` after the last merge, where it is full (FedBuff, Nguyen et al. 2022) or where no device that is
-online has an update still to come. A further rule is a further line in ``is_due``; where it depends on time, ``due_s``
-names the moment.
+online has an update still to come. None is to come from a device whose status says that its work fails, or that has
+been silent for several times its usual time between updates, until it is heard again (``pace``). A further rule is a
+further line in ``is_due``; where it depends on time, ``due_s`` names the moment.
 
 A buffer with updates of fewer than ``min_devices`` devices is never due, and is not merged at a stop or a close either
 (``may_merge``): it is held over. Who is online is hearsay, which a broker can make up; it may delay a merge, and cannot
@@ -27,7 +28,7 @@ Online = Mapping[str, Member]  # the devices that are online, by name
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeTrigger:
-    """All that the rule remembers: three moments, in seconds of the ``now`` that its methods are given."""
+    """All that the rule remembers: four moments, in seconds of the ``now`` that its methods are given."""
 
     settings: MergeSettings
     min_interval_s: float = 0.0
@@ -36,9 +37,15 @@ class MergeTrigger:
     not_before: float = -math.inf  # the shortest interval after the last merge ends
     statuses_by: float = -math.inf  # the broker has delivered every device's status
 
+    listening_since: float = math.inf  # no silence of before says anything; infinite without a connection
+
     def connected(self, now: float) -> "MergeTrigger":
         """After a connect, who is online is not known before the broker has delivered all statuses."""
-        return replace(self, statuses_by=now + RETAINED_S)
+        return replace(self, statuses_by=now + RETAINED_S, listening_since=now)
+
+    def disconnected(self) -> "MergeTrigger":
+        """Nobody can be heard."""
+        return replace(self, listening_since=math.inf)
 
     def first_accepted(self, now: float) -> "MergeTrigger":
         """An update was put into the empty buffer."""
@@ -47,11 +54,14 @@ class MergeTrigger:
     def merged(self, now: float) -> "MergeTrigger":
         return replace(self, merge_by=math.inf, not_before=now + self.min_interval_s)
 
-    def due_s(self, buffer: Buffer, now: float) -> float | None:
+    def due_s(self, buffer: Buffer, online: Online, now: float) -> float | None:
         """When ``is_due`` has to be asked again, if nothing happens before; None where time alone changes nothing."""
         if not self.may_merge(buffer):
             return self.merge_by if buffer and self.merge_by > now else None  # from then on it is ``held``
-        return min([self.merge_by, *(moment for moment in (self.not_before, self.statuses_by) if moment > now)])
+        awaited = self._awaited(buffer, online, now)
+        silent_at = math.inf if awaited is None else self._silent_at(awaited)
+        moments = (self.not_before, self.statuses_by, silent_at)
+        return min([self.merge_by, *(moment for moment in moments if moment > now)])
 
     def is_due(self, buffer: Buffer, online: Online, now: float) -> bool:
         """Whether the buffer is to be merged now."""
@@ -77,10 +87,20 @@ class MergeTrigger:
         return bool(buffer) and self.merge_by <= now and not self.may_merge(buffer)
 
     def _all_contributed(self, buffer: Buffer, online: Online, now: float) -> bool:
-        """Whether every device online that trains has an update in the buffer, and there is one."""
+        """Whether every device online that may still send an update has one in the buffer, and there is one."""
         if now < self.statuses_by:
             return False
+        is_known = any(update.device in online for update in buffer)
+        return is_known and self._awaited(buffer, online, now) is None
+
+    def _awaited(self, buffer: Buffer, online: Online, now: float) -> Member | None:
+        """The first device online that trains, is not in the buffer and has not been silent for too long."""
         contributors = {update.device for update in buffer}
-        return not contributors.isdisjoint(online) and all(
-            name in contributors or member.evaluates for name, member in online.items()
-        )
+        for name, member in online.items():
+            if name not in contributors and member.contributes and now < self._silent_at(member):
+                return member
+        return None
+
+    def _silent_at(self, member: Member) -> float:
+        """When a device's silence says that it sends nothing, if it stays silent."""
+        return max(member.pace.heard_at, self.listening_since) + member.pace.patience_s

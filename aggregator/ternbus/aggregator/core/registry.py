@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Final
 
+from ternbus.aggregator.core.pace import Pace
 from ternbus.aggregator.core.rate_limit import BURST_S, TokenBucket
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.frame import Frame
@@ -59,6 +60,7 @@ class Member:
     waiting_bytes: int = 0  # of its updates in the buffer, on disk
     update_bytes: int = 0  # PUBLISH packets since the last count was written
     collector: Collector | None = None
+    pace: Pace = field(default_factory=Pace)
     frames: TokenBucket = field(default_factory=TokenBucket)
     receipts: TokenBucket = field(default_factory=TokenBucket)
     key: KeyId = field(init=False)
@@ -70,6 +72,11 @@ class Member:
     @property
     def online(self) -> bool:
         return self.status is not None and self.status.online
+
+    @property
+    def contributes(self) -> bool:
+        """Whether an update may be expected, as far as the device says: it trains, and its training does not fail."""
+        return not (self.evaluates or (self.status is not None and self.status.failing))
 
     @property
     def is_flooding(self) -> bool:

@@ -6,6 +6,7 @@ from typing import Final
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.core.counters import Counters
+from ternbus.aggregator.core.disk_guard import ENOUGH, FULL, RETRY_S, sentence, state_of
 from ternbus.aggregator.core.events import Action, Log, Save
 from ternbus.aggregator.core.frames import FrameWriter
 from ternbus.aggregator.core.grants import GRANT_S, Grants
@@ -39,6 +40,7 @@ class Updates:
     work: WorkShares
     closed: bool = False
     stopping: bool = False
+    disk: str = ENOUGH  # in a state of `disk_guard`
     _grants: Grants = field(init=False)
 
     def __post_init__(self) -> None:
@@ -54,7 +56,7 @@ class Updates:
             return self._answer(member, frame.seq, offer)
         missing = member.collector.missing("update", frame.seq) if member.collector is not None else []
         granted = self._grants.grant(member.name, missing or list(range(offer.parts)), now)
-        if not granted or self.stopping:
+        if not granted or self._accepts_nothing:
             return self._busy(member, frame.seq, now)
         member.granted = frame.seq
         grant = Grant(device=member.name, device_key=member.key, seq=frame.seq, parts=granted, deadline_s=GRANT_S)
@@ -76,7 +78,7 @@ class Updates:
         if verdict is not None:
             self.afford(member, now)
             return self._answer(member, frame.seq, verdict)
-        if self.stopping:
+        if self._accepts_nothing:
             self.afford(member, now)
             return self._busy(member, frame.seq, now)
         if frame.parts > self.frames.direct_parts and member.granted != frame.seq:
@@ -100,6 +102,15 @@ class Updates:
             return self._busy(member, frame.seq, now, "too many updates of this device wait to be merged")
         return self._accept(member, valid, now)
 
+    @property
+    def _accepts_nothing(self) -> bool:
+        return self.stopping or self.disk == FULL
+
+    def disk_checked(self, free: float) -> list[Action]:
+        """Accept nothing while too little of the disk is free; tell the operator of each change."""
+        before, self.disk = self.disk, state_of(free)
+        return [Log(text=sentence(free))] if self.disk != before else []
+
     def _accept(self, member: Member, valid: ValidUpdate, now: float) -> list[Action]:
         """Put an update into the buffer; its record stands before its receipt."""
         update = valid.update
@@ -107,6 +118,7 @@ class Updates:
         member.accept(update.base, self.validation.oldest(self.model.version))
         member.answer = Answer(seq=update.seq, outcome="accepted")
         member.evaluates = False
+        member.pace.updated(now)
         member.waiting_bytes += len(valid.body)
         self.model.accept(update, valid.block)
         saved = Save(record=records.UpdateAccepted(update=update, body=valid.body))
@@ -151,6 +163,8 @@ class Updates:
         self.counters.answer("busy", now)
         if self.stopping:
             why = "the aggregator is stopping"
+        elif self.disk == FULL:
+            why, retry_after_s = "the aggregator's disk is almost full", RETRY_S
         return self.receipt(member.name, member.key, seq, Verdict("busy", why, retry_after_s=retry_after_s))
 
     def _answer_again(self, member: Member, seq: int, now: float) -> list[Action]:

@@ -22,9 +22,10 @@ from ternbus.aggregator.shell import transport
 from ternbus.aggregator.store import control, membership
 from ternbus.aggregator.store.ledger import LEDGER, Ledger, reading, writing
 from ternbus.aggregator.store.recovery import recover
+from ternbus.aggregator.store.remedy import remedy
 from ternbus.aggregator.store.vectors import VECTORS
 from ternbus.broker import files
-from ternbus.broker.errors import ConfigError
+from ternbus.broker.errors import ConfigError, CorruptError, ProtocolError
 from ternbus.broker.files import load_toml, read_key, write_key, write_text
 from ternbus.broker.protocol.identity import Identity, check_device
 from ternbus.broker.protocol.invitation import Invitation
@@ -58,7 +59,8 @@ def create(
     checked = configuration.from_table(table, "--set")
     schema = Schema.of({name: array.shape for name, array in model.items()}, dense)
     vector = to_vector(schema, model)
-    partial = directory.with_name(directory.name + ".partial")
+    # within a directory that is there: its owner may write into it, and perhaps not beside it
+    partial = directory / ".partial" if directory.exists() else directory.with_name(directory.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True, mode=0o700)
@@ -83,7 +85,7 @@ def _fill(directory: Path, settings: Settings, schema: Schema, vector: npt.NDArr
 
 def _move_into(partial: Path, directory: Path) -> None:
     """The finished directory in one step, or into an empty or foreign one file by file, the ledger last."""
-    if not directory.exists():
+    if partial.parent != directory:
         partial.rename(directory)
         return
     for name in (KEY, TOML, *transport.FILES, VECTORS, LEDGER):
@@ -117,8 +119,11 @@ def open_core(directory: Path, ledger: Ledger, software: str) -> Core:
             f"{directory / TOML} names federation {settings.federation!r}, the ledger {ledger.fact('federation')!r}: "
             "a federation cannot be renamed; put the old name back"
         )
-    with ledger.naming():
-        return recover(ledger, settings, Identity(read_key(directory / KEY)), software)
+    try:
+        with ledger.naming():
+            return recover(ledger, settings, Identity(read_key(directory / KEY)), software)
+    except ProtocolError as error:  # of what was a valid message when it was written
+        raise CorruptError(f"{ledger.path}: {error}; {remedy(directory)}") from error
 
 
 def invite(
@@ -165,7 +170,7 @@ def _invitation(
 
 
 def flush_counts(directory: Path) -> None:
-    """Have a running aggregator write its counters down; ConfigError where it does not answer."""
+    """Have a running aggregator write its counters down; FederationError where it does not answer."""
     _tell(directory, control.COUNTS)
 
 

@@ -11,15 +11,17 @@ from typing import Annotated, Any
 
 import typer
 
+from ternbus.aggregator.core import disk_guard
 from ternbus.aggregator.settings import TransportSettings, toml_value
 from ternbus.aggregator.shell import administration, log_commands, membership_commands, quickstart
-from ternbus.aggregator.shell.arguments import AsJson, Dir
+from ternbus.aggregator.shell.arguments import AsJson, Dir, DirAsRoot
 from ternbus.aggregator.shell.service import Service
 from ternbus.aggregator.store import control, device_metrics
 from ternbus.aggregator.store import status as statuses
-from ternbus.broker.errors import ConfigError
+from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.files import read_password
+from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.model_files import load_safetensors, save_safetensors
 from ternbus.broker.protocol.endpoint import PORTS, is_loopback
 from ternbus.broker.server.running import Engine, RunningBroker
@@ -45,7 +47,7 @@ PasswordFile = Annotated[
 
 @app.command()
 def init(
-    directory: Dir,
+    directory: DirAsRoot,
     *,
     federation: Annotated[str, typer.Option(help="Name of the federation: a-z, 0-9, '-'; at most 32 characters.")],
     model: Annotated[
@@ -88,6 +90,7 @@ def init(
         overrides["transport.authority"] = str(broker_dir.resolve())
     url = _broker_url(broker, broker_dir)
     tensors = load_safetensors(model)
+    act_as_owner(directory)
     administration.create(
         directory,
         federation=federation,
@@ -234,7 +237,7 @@ def _flush_counts(directory: Path) -> None:
     administration.load_settings(directory)
     try:
         administration.flush_counts(directory)
-    except ConfigError as error:
+    except FederationError as error:
         _say(f"as the ledger has it: {error}")
 
 
@@ -248,6 +251,8 @@ def _summary(found: dict[str, Any]) -> str:
     ]
     if invalid:
         lines.append("refused: " + ", ".join(f"{value} {name}" for name, value in invalid.items()))
+    if found["disk"]["state"] != disk_guard.ENOUGH:
+        lines.append(disk_guard.sentence(found["disk"]["free"]))
     lines += [f"{name}: {value}" for name, value in device_metrics.sentences(found["local"])]
     lines += ["", *_device_table(found["devices"])]
     return "\n".join([*lines, "", *_version_table(found["versions"][-10:], local=found["local"] is not None)])
@@ -356,7 +361,7 @@ def restored(directory: Dir) -> None:
 
 @app.command()
 def export(
-    directory: Dir,
+    directory: DirAsRoot,
     out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="File to write.")],
     number: Annotated[
         int | None,

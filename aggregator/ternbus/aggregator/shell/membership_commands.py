@@ -11,9 +11,10 @@ import typer
 
 from ternbus.aggregator.core.registry import EVALUATOR
 from ternbus.aggregator.shell import administration, quickstart
-from ternbus.aggregator.shell.arguments import AsJson, Dir
+from ternbus.aggregator.shell.arguments import AsJson, Dir, DirAsRoot
 from ternbus.aggregator.store import status as statuses
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.files import make_folder
 from ternbus.broker.text_table import text_table
 from ternbus.broker.version import software
 
@@ -21,7 +22,7 @@ UNITS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0}
 
 
 def invite(
-    directory: Dir,
+    directory: DirAsRoot,
     devices: Annotated[
         list[str] | None,
         typer.Argument(metavar="[DEVICE]…", help="Names of devices: a-z, 0-9, '_', '-'; at most 64 characters."),
@@ -70,7 +71,7 @@ def invite(
     if out is None and len([*devices, *evaluators]) > 1:
         raise ConfigError("several invitations need a folder: add --out FOLDER")
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
     for invitation in administration.invite(
         directory, *devices, evaluators=evaluators, certificates=certificates, expires_in_s=expires_in_s
     ):

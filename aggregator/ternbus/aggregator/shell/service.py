@@ -20,7 +20,7 @@ from ternbus.aggregator.settings import TransportSettings
 from ternbus.aggregator.shell import transport
 from ternbus.aggregator.shell.administration import exclusive, open_core
 from ternbus.aggregator.shell.preverify import WORTHWHILE_BYTES, Preverifier
-from ternbus.aggregator.store import control
+from ternbus.aggregator.store import control, disk
 from ternbus.aggregator.store.ledger import Ledger, writing
 from ternbus.broker.errors import LinkError
 from ternbus.broker.link.link import (
@@ -37,6 +37,7 @@ from ternbus.broker.link.link import (
 )
 
 BATCH: Final = 64  # events whose records share one fsync
+MEASURE_S: Final = 5.0  # how often the free space of the disk is looked at
 POLL_S: Final = 0.1  # how often the ledger is looked at for what commands have asked
 LOG_S: Final = 10.0  # how often a failed attempt to connect is logged
 GOODBYE_S: Final = 5.0
@@ -91,6 +92,7 @@ class Service:
     _logged_at: float = -LOG_S
     _change_count: int = -1
     _polled_at: float = 0.0
+    _measured_at: float = -MEASURE_S
     _interrupted: bool = False
     _stopped: bool = False
     _dropped: int = 0  # messages that the link dropped and that are counted already
@@ -153,6 +155,9 @@ class Service:
         if now - self._polled_at >= POLL_S:
             self._polled_at = now
             self._poll()
+        if now - self._measured_at >= MEASURE_S:
+            self._measured_at = now
+            self._perform(self._core.handle(events.DiskChecked(free=disk.free(self.directory)), now))
         batch = self._next_batch()
         actions: list[events.Action] = []
         tokens: list[Token] = []

@@ -87,7 +87,7 @@ def _wait(ledger: Ledger, directory: Path, request: int) -> None:
             raise NotRunningError(f"the aggregator on {directory} stopped before it answered")
         time.sleep(POLL_S)
     _withdraw(ledger, request)
-    raise ConfigError(f"the aggregator on {directory} did not answer within {WAIT_S:.0f} s; look at its log")
+    raise FederationError(f"the aggregator on {directory} did not answer within {WAIT_S:.0f} s; look at its log")
 
 
 def _withdraw(ledger: Ledger, request: int) -> None:

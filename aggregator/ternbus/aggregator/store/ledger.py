@@ -76,12 +76,11 @@ class Ledger:
     def create(cls, path: Path, facts: dict[str, Any]) -> "Ledger":
         """Make the file, readable by its owner only."""
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        db = sqlite3.connect(path, isolation_level=None)
-        db.execute("PRAGMA journal_mode = WAL")
-        db.executescript(SCHEMA_SQL)
         rows = {"format": FORMAT, "state": OPEN, "version": 0, "seq": 0, "session": 0, **facts}
-        db.executemany("INSERT INTO facts VALUES (?, ?)", rows.items())
-        db.close()
+        with store_format.naming(path), closing(sqlite3.connect(path, isolation_level=None)) as db:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.executescript(SCHEMA_SQL)
+            db.executemany("INSERT INTO facts VALUES (?, ?)", rows.items())
         return cls(path)
 
     def close(self) -> None:

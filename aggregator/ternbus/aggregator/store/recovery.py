@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 
+from ternbus.aggregator.core import pace
 from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.core.registry import ACTIVE, REVOKED, Answer, Member, Registry
 from ternbus.aggregator.core.versions import PublishedState
@@ -142,4 +143,15 @@ def _registry(ledger: Ledger, settings: Settings) -> Registry:
     for (device,) in ledger.db.execute("SELECT DISTINCT device FROM metrics WHERE split = 'test'"):
         member = registry.members[device]
         member.evaluates = member.evaluates or member.highest_base < 0
+    _recall_pace(ledger, registry)
     return registry
+
+
+def _recall_pace(ledger: Ledger, registry: Registry) -> None:
+    """How often devices have sent updates, of those that were online at the end: nobody waits for the others."""
+    online = ledger.db.execute("SELECT name FROM devices WHERE status NOT IN ('', 'offline')").fetchall()
+    for (device,) in online:
+        rows = ledger.db.execute(
+            "SELECT received_at FROM updates WHERE device = ? ORDER BY base DESC LIMIT ?", (device, pace.RECENT + 1)
+        ).fetchall()
+        registry.members[device].pace.recall([moment for (moment,) in reversed(rows)])

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ternbus.aggregator.core import disk_guard
+from ternbus.aggregator.store import disk
 from ternbus.aggregator.store.device_metrics import DeviceMetrics, Report
 from ternbus.aggregator.store.ledger import Ledger, reading
 from ternbus.aggregator.store.rows import failing, unsigned
@@ -18,7 +20,8 @@ def read(directory: Path) -> dict[str, Any]:
     name, as ``evaluations``, and those of the first of them by name as ``metrics``; ``devices`` is a map by name, its
     ``epsilon`` what a device says that it has spent of privacy (None: nothing), its ``failing`` why its work fails
     (None: it does not); ``local`` is what devices report of their own data, see ``local_tests``, over all of them,
-    for a version or of a device, and None where nobody does;
+    for a version or of a device, and None where nobody does; ``disk`` is the part of the file system that is free, and
+    its state: `enough`, `low`, `full` (updates are answered `busy`);
     ``counts.unmerged`` are accepted updates that no version has though the federation is closed: a merge takes
     updates of ``merge.min_devices`` devices; ``counts.invalid`` is a map by reason of everything refused.
     """
@@ -50,13 +53,14 @@ def _read(ledger: Ledger) -> dict[str, Any]:
     version = ledger.version
     (digest,) = ledger.db.execute("SELECT digest FROM versions WHERE version = ?", (version,)).fetchone()
     (buffer,) = ledger.db.execute("SELECT count(*) FROM updates WHERE merged IS NULL").fetchone()
-    tests = _local(ledger)
+    tests, free = _local(ledger), disk.free(ledger.path.parent)
     return {
         "federation": ledger.fact("federation"),
         "version": version,
         "digest": digest.hex(),
         "state": ledger.fact("state"),
         "buffer": buffer,
+        "disk": {"free": free, "state": disk_guard.state_of(free)},
         "counts": _counts(ledger, unmerged=buffer if ledger.fact("state") == CLOSED else 0),
         "local": tests.summary(),
         "devices": _devices(ledger, version, tests),

@@ -1,0 +1,139 @@
+"""A disk that is full, fails or must not be written: what is raised, which file it names, how a command ends."""
+
+import errno
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from support.small_disk import LIMITED
+from support.small_world import BROKER_URL, LAB, Bench, initial_model, ternary_block
+from ternbus.aggregator.core import records
+from ternbus.aggregator.store.bodies import Bodies
+from ternbus.aggregator.store.ledger import LEDGER
+from ternbus.broker import files
+from ternbus.broker.complaint import complaint
+from ternbus.broker.errors import ConfigError, CorruptError, StorageError
+from ternbus.broker.model_files import save_safetensors
+from ternbus.broker.store_format import naming, unreadable
+
+Raised = type[StorageError | ConfigError | CorruptError]
+
+
+def sqlite_error(code: int) -> sqlite3.OperationalError:
+    error = sqlite3.OperationalError("what SQLite says")
+    error.sqlite_errorcode = code
+    return error
+
+
+@pytest.mark.parametrize(
+    ("code", "raised", "exit_code"),
+    [
+        (sqlite3.SQLITE_FULL, StorageError, 1),
+        (sqlite3.SQLITE_IOERR_READ, StorageError, 1),
+        (sqlite3.SQLITE_IOERR_FSYNC, StorageError, 1),
+        (sqlite3.SQLITE_READONLY, StorageError, 1),
+        (sqlite3.SQLITE_CANTOPEN, StorageError, 1),  # as of a full disk: nothing is wrong with the permissions
+        (sqlite3.SQLITE_BUSY, StorageError, 1),
+        (sqlite3.SQLITE_CORRUPT, CorruptError, 2),
+        (sqlite3.SQLITE_NOTADB, CorruptError, 2),
+    ],
+)
+def test_what_sqlite_says_is_a_fault_of_the_disk_or_a_corrupt_store(
+    tmp_path: Path, code: int, raised: Raised, exit_code: int
+) -> None:
+    path = tmp_path / "store.sqlite"
+    path.touch()
+    with pytest.raises(raised) as running, naming(path, "do this"):
+        raise sqlite_error(code)
+    for error in (running.value, unreadable(path, sqlite_error(code), "do this")):
+        assert type(error) is raised
+        assert f"{path}: what SQLite says" in str(error)
+        assert ("do this" in str(error)) == (raised is CorruptError)
+        assert complaint(error) == (str(error), exit_code)
+
+
+def test_an_error_of_sqlite_that_is_a_bug_stays_one_and_is_named_once(tmp_path: Path) -> None:
+    path = tmp_path / "store.sqlite"
+    said = rf"^{path}: what SQLite says$"
+    with pytest.raises(sqlite3.OperationalError, match=said), naming(path), naming(path):
+        raise sqlite_error(sqlite3.SQLITE_ERROR)
+
+
+@pytest.mark.parametrize(
+    ("number", "raised", "exit_code"),
+    [
+        (errno.ENOSPC, StorageError, 1),
+        (errno.EIO, StorageError, 1),
+        (errno.EROFS, StorageError, 1),
+        (errno.EDQUOT, StorageError, 1),
+        (errno.EACCES, ConfigError, 2),
+        (errno.ENOENT, ConfigError, 2),
+        (errno.ENOTDIR, ConfigError, 2),
+    ],
+)
+def test_what_the_system_says_is_a_fault_of_the_disk_or_a_mistake(
+    tmp_path: Path, number: int, raised: Raised, exit_code: int
+) -> None:
+    path = tmp_path / "file"
+    with pytest.raises(raised, match=f"^{path}: {os.strerror(number)}") as stored, files.storing(path):
+        raise OSError(number, os.strerror(number))
+    assert complaint(stored.value) == (str(stored.value), exit_code)
+    with pytest.raises(OSError, match=os.strerror(number)) as named, files.naming(path):
+        raise OSError(number, os.strerror(number))
+    assert complaint(named.value) == (f"{os.strerror(number)}: {path}", exit_code)
+
+
+def test_a_write_that_does_not_fit_is_named_and_taken_back(make: Callable[..., Bench]) -> None:
+    bench = make()
+    pages = bench.ledger.db.execute("PRAGMA page_count").fetchone()[0]
+    bench.ledger.db.execute(f"PRAGMA max_page_count = {pages}")
+    frames = tuple((f"topic/{number}", bytes(5000)) for number in range(20))
+    with pytest.raises(StorageError, match=f"^{bench.directory / LEDGER}: database or disk is full"):
+        bench.ledger.write([records.SeqReserved(upto=77), records.FramesRetained(frames=frames)])
+    assert bench.ledger.fact("seq") != 77
+    bench.ledger.db.execute("PRAGMA max_page_count = 100000")
+    bench.send(bench.join("pi"), ternary_block(bench.schema, 1), 0)
+    assert bench.ledger.db.execute("SELECT count(*) FROM updates").fetchone() == (1,)
+
+
+def test_a_body_that_does_not_fit_names_its_file(tmp_path: Path) -> None:
+    bodies = Bodies(tmp_path / "bodies", 1)
+    bodies.append(b"one")
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, bodies._descriptor or 0)
+    os.close(full)
+    with pytest.raises(StorageError, match=f"^{tmp_path / 'bodies' / '1.bodies'}: No space left on device$"):
+        bodies.append(b"two")
+    bodies.close()
+
+
+@pytest.mark.parametrize("room_bytes", [1000, 4096, 40_000])
+def test_an_aggregator_that_does_not_fit_is_not_made_and_may_be_tried_again(tmp_path: Path, room_bytes: int) -> None:
+    save_safetensors(tmp_path / "model.safetensors", initial_model(), {})
+    init = ["aggregator", "init", str(tmp_path / "agg"), "--federation", LAB, "--broker", BROKER_URL, "--model"]
+    command = [sys.executable, "-c", LIMITED, str(room_bytes), *init, str(tmp_path / "model.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("ternbus: ")
+    assert done.stderr.count("\n") == 1
+    assert str(tmp_path / "agg") in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_files_are_written_where_an_error_names_them() -> None:
+    root = Path(__file__).resolve().parent.parent
+    nameless = re.compile(r"(?<!files)\.(write_text|write_bytes)\(")
+    found = {
+        path.relative_to(root).as_posix()
+        for component in ("broker", "aggregator", "edge_client", "lab")
+        for path in (root / component / "ternbus").rglob("*.py")
+        if nameless.search(path.read_text(encoding="utf-8"))
+    }
+    # the second runs alone, and goes on where it cannot write
+    assert found == {"broker/ternbus/broker/files.py", "broker/ternbus/broker/server/refusals.py"}

@@ -1,0 +1,79 @@
+"""Commands that root runs on the folders of services leave them usable by the services' users."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.small_world import LAB, initial_model
+from ternbus.broker.model_files import save_safetensors
+
+OTHER = 12_345  # no user of this machine
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")]
+
+
+# All of Python that the command needs is loaded first: it may lie where only root may read.
+CODE = "import sys, encodings.idna\nimport ternbus.aggregator.shell.cli\nfrom ternbus.command import main\n"
+
+
+def ternbus(*arguments: object) -> list[str]:
+    return [sys.executable, "-c", f"{CODE}main(sys.argv[1:])\n", *map(str, arguments)]
+
+
+def run(*arguments: object) -> str:
+    done = subprocess.run(ternbus(*arguments), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def services() -> Iterator[Path]:
+    """A folder of root's with two of a service's user; every pytest that starts closes its own to other users."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o711)
+        _fill(folder)
+        yield folder
+
+
+def _fill(folder: Path) -> None:
+    for name in ("agg", "bus"):
+        (folder / name).mkdir(mode=0o700)
+        os.chown(folder / name, OTHER, OTHER)
+    save_safetensors(folder / "model.safetensors", initial_model(), {})
+    (folder / "model.safetensors").chmod(0o600)  # root's alone
+
+
+def owners(folder: Path) -> dict[str, int]:
+    """Of everything in it that is not its user's."""
+    found = {str(path.relative_to(folder)): path.lstat().st_uid for path in folder.rglob("*")}
+    assert found
+    return {name: uid for name, uid in found.items() if uid != OTHER}
+
+
+def test_what_root_does_leaves_no_file_of_root(services: Path) -> None:
+    agg, bus = services / "agg", services / "bus"
+    run("broker", "init", bus, "--name", "127.0.0.1", "--port", "18883")
+    run("broker", "certificate", bus, "pi-9", "--federation", LAB, "--out", services / "certificates")
+    model = services / "model.safetensors"
+    run("aggregator", "init", agg, "--federation", LAB, "--broker-dir", bus, "--model", model)
+    run("aggregator", "invite", agg, "pi", "other", "--out", agg / "invitations" / "new")
+    run("aggregator", "pause", agg)
+    run("aggregator", "restored", agg)
+    assert "paused" in run("aggregator", "status", agg)
+    out = services / "model-out.safetensors"
+    run("aggregator", "export", agg, out)
+    run("aggregator", "log", "export", agg, agg / "log")
+    assert out.stat().st_uid == 0  # in a folder of root's
+    with subprocess.Popen(ternbus("aggregator", "run", agg), stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert "at version" in process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    assert (owners(agg), owners(bus)) == ({}, {})
+    assert "paused" in run("aggregator", "status", agg)  # which has become the user
