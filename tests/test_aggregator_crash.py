@@ -60,7 +60,7 @@ class Federation(RuleBasedStateMachine):
         self.settled = False  # the broker holds what it should
         self.frame_bytes = 100_000
         self.wire: list[tuple[str, bytes]] = []  # to the aggregator, from devices
-        self.echo: list[tuple[str, bytes]] = []  # to the aggregator, its own
+        self.echo: list[tuple[str, bytes | None]] = []  # to the aggregator, its own
         self.sent: set[tuple[str, bytes, int, int, int, bytes]] = set()
         self.blocks: dict[bytes, Block] = {}
         self.digests: dict[tuple[str, bytes, int], set[bytes]] = {}
@@ -225,8 +225,10 @@ class Federation(RuleBasedStateMachine):
                 assert self.highest_session < session == self.bench.ledger.fact("session")
                 self.highest_session = session
             case events.Subscribe():
-                assert set(action.filters) == {f"{topics.root(LAB)}/up/#", HEAD, STATUS}
-                self.echo += [(topic, self.bench.retained[topic]) for topic in (HEAD, STATUS) if self._has(topic)]
+                parts = [topic for topic in action.filters if "/snapshot/" in topic]
+                assert parts or set(action.filters) == {f"{topics.root(LAB)}/up/#", HEAD, STATUS}
+                asked = [topic for topic in parts or (HEAD, STATUS) if self._has(topic)]
+                self.echo += [(topic, self.bench.retained[topic]) for topic in asked]
             case _:
                 pass
 
@@ -242,6 +244,8 @@ class Federation(RuleBasedStateMachine):
         self.bench.publish(events.Publish(topic=topic, payload=payload, retain=retain))
         if topic in (HEAD, STATUS):
             self.echo.append((topic, payload))
+        if topic in self.bench.core.awaited:
+            self.echo.append((topic, None))
         if self.settled and topic != STATUS and retain:
             self._check_followed()
 
@@ -436,10 +440,13 @@ class Federation(RuleBasedStateMachine):
     @precondition(lambda self: self.alive and self.connected and self.echo)
     @rule(crash=CRASHES, count=st.integers(1, 3))
     def hear(self, crash: int | None, count: int) -> None:
-        """The aggregator's own messages come back to it, in order."""
+        """The aggregator's own messages come back to it, in order, or (None) are acknowledged."""
         actions: list[events.Action] = []
         for topic, payload in self.echo[:count]:
-            actions += self.handle(events.MessageArrived(topic=topic, payload=payload))
+            if payload is None:
+                actions += self.handle(events.Published(topic=topic))
+            else:
+                actions += self.handle(events.MessageArrived(topic=topic, payload=payload))
         del self.echo[:count]
         self.perform(actions, crash)
 

@@ -5,6 +5,7 @@ event. What must survive a crash is a ``Save``, and stands before every action t
 """
 
 import json
+from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -17,6 +18,7 @@ from ternbus.aggregator.core.merge_trigger import RETAINED_S, MergeTrigger
 from ternbus.aggregator.core.rate_limit import LogLimit
 from ternbus.aggregator.core.refusals import Refusals
 from ternbus.aggregator.core.registry import DEVICE, Member, Registry
+from ternbus.aggregator.core.retained import Retained
 from ternbus.aggregator.core.updates import Updates
 from ternbus.aggregator.core.validation import Validation
 from ternbus.aggregator.core.versions import PublishedState, Versions
@@ -29,7 +31,7 @@ from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame, header_bytes, parse
 from ternbus.broker.protocol.identity import AGGREGATOR, Identity
-from ternbus.broker.protocol.messages import CLOSED, RESTORE_LEAP, Head, Metrics, Status
+from ternbus.broker.protocol.messages import CLOSED, RESTORE_LEAP, Metrics, Status
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import Block
 
@@ -51,6 +53,7 @@ class Core:
     _frames: FrameWriter = field(init=False)
     _updates: Updates = field(init=False)
     _versions: Versions = field(init=False)
+    _retained: Retained = field(init=False)
     _enrollment: Enrollment = field(init=False)
     _refusals: Refusals = field(init=False)
     _counters: Counters = field(default_factory=Counters)
@@ -81,6 +84,13 @@ class Core:
             settings=settings, registry=self.registry, updates=self._updates, refusals=self._refusals
         )
         self._versions = Versions(settings=settings, model=self.model, published=self.published, frames=self._frames)
+        self._retained = Retained(
+            settings=settings,
+            identity=self.identity,
+            versions=self._versions,
+            refusals=self._refusals,
+            say_online=lambda: self._status("online"),
+        )
         self._merge_trigger = MergeTrigger(
             settings=settings.merge, min_interval_s=settings.downlink.min_interval_s, min_devices=settings.min_devices
         )
@@ -94,8 +104,14 @@ class Core:
             self._merge_trigger.due_s(self.model.buffer, self._now),
             self._versions.confirm_by,
             self._counters.due,
+            self._retained.due,
         ]
         return min((due for due in dues if due is not None), default=None)
+
+    @property
+    def awaited(self) -> Set[str]:
+        """Topics of retained messages whose acknowledgement by the broker matters: ``Published`` tells of these."""
+        return self._retained.awaited
 
     def start(self, now: float) -> list[Action]:
         """What is to be done before the first event."""
@@ -118,7 +134,7 @@ class Core:
         begun = Save(record=records.SessionBegun(session=self.session))
         return [begun, *self._versions.leap(RESTORE_LEAP)]
 
-    def _take(self, event: events.Event) -> list[Action]:  # noqa: PLR0911 - a table, one line an event
+    def _take(self, event: events.Event) -> list[Action]:  # noqa: C901, PLR0911, PLR0912 - a table, one line an event
         match event:
             case events.MessageArrived():
                 return self._message(event)
@@ -128,6 +144,10 @@ class Core:
                 return self._connected(event)
             case events.ConnectFailed() | events.Disconnected():
                 return self._disconnected()
+            case events.Published():
+                return self._retained.acknowledged(event.topic, self._now)
+            case events.Refused():
+                return self._retained.refused(event.topic, event.reason, self._now)
             case events.InvitationsRead():
                 self._enrollment.invite(event.codes)
                 return self._done(event.request)
@@ -179,6 +199,7 @@ class Core:
         self._is_linked = False
         self._reconnect.failed(self._now)
         self._versions.confirm_by = None
+        self._retained.disconnected()
         return []
 
     def _stop(self) -> list[Action]:
@@ -276,6 +297,8 @@ class Core:
         """They tell whether the broker lost any, and nothing else."""
         if address.kind == "head":
             return self._own_head(event, address) if self._versions.confirm_by is not None else []
+        if address.kind == "snapshot":
+            return self._retained.part_arrived(event.topic, event.payload, self._now)
         if address.kind == "status" and event.payload and not self._updates.stopping:
             return self._own_status(event, address)
         return []
@@ -283,8 +306,8 @@ class Core:
     def _own_head(self, event: events.MessageArrived, address: topics.Address) -> list[Action]:
         if event.payload == self.published.head_frame:
             self._versions.confirm_by = None
-            return []
-        newer = self._newer_version(event, address)
+            return self._retained.confirmed(self._now)
+        newer = self._versions.newer(event.payload, address)
         if newer is None:
             return self._versions.republish()
         self._updates.stopping = True
@@ -293,17 +316,6 @@ class Core:
             f"{self.model.version}: was it restored from a backup? Then run: ternbus aggregator restored DIR"
         )
         return [events.Stop(error=error)]
-
-    def _newer_version(self, event: events.MessageArrived, address: topics.Address) -> int | None:
-        """The version of a head that we signed and do not know: then our state is a copy from before it."""
-        try:
-            frame = parse(event.payload)
-            topics.check(frame, address)
-            frame.check_authentic(self.identity.public)
-            head = Head.from_meta(frame.meta)
-        except ProtocolError:
-            return None
-        return head.version if head.version > self.model.version or frame.seq > self._frames.seq else None
 
     def _own_status(self, event: events.MessageArrived, address: topics.Address) -> list[Action]:
         """A last will that comes while we are connected is answered in a session above its own."""
@@ -353,6 +365,7 @@ class Core:
             actions += self._tell_held()
         if self._versions.confirm_by is not None and self._versions.confirm_by <= self._now:
             actions += self._versions.republish()
+        actions += self._retained.on_time(self._now)
         if self._counters.due is not None and self._counters.due <= self._now:
             actions += self._count()
         return actions
