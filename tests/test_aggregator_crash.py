@@ -227,25 +227,20 @@ class Federation(RuleBasedStateMachine):
             case events.Subscribe():
                 parts = [topic for topic in action.filters if "/snapshot/" in topic]
                 assert parts or set(action.filters) == {f"{topics.root(LAB)}/up/#", HEAD, STATUS}
-                asked = [topic for topic in parts or (HEAD, STATUS) if self._has(topic)]
-                self.echo += [(topic, self.bench.retained[topic]) for topic in asked]
+                held = self.bench.retained
+                self.echo += [(each, held[each]) for each in parts or (HEAD, STATUS) if each in held]
             case _:
                 pass
 
-    def _has(self, topic: str) -> bool:
-        return topic in self.bench.retained
-
     def _publish(self, topic: str, payload: bytes, retain: bool, *, again: bool = False) -> None:
         self._check_saved(topic, payload, retain)
-        if retain and self.settled and not again and "/delta/" in topic and self._has(topic):
+        if retain and self.settled and not again and "/delta/" in topic and topic in self.bench.retained:
             before, head = parse(self.bench.retained[topic]), parse(self.bench.retained[HEAD])
             if not payload or parse(payload).meta["version"] != before.meta["version"]:
                 assert before.meta["version"] <= head.meta["snapshot"][0], "a device may still need this delta"
         self.bench.publish(events.Publish(topic=topic, payload=payload, retain=retain))
-        if topic in (HEAD, STATUS):
-            self.echo.append((topic, payload))
-        if topic in self.bench.core.awaited:
-            self.echo.append((topic, None))
+        self.echo += [(topic, payload)] if topic in (HEAD, STATUS) else []
+        self.echo += [(topic, None)] if topic in self.bench.core.awaited else []
         if self.settled and topic != STATUS and retain:
             self._check_followed()
 
@@ -443,10 +438,8 @@ class Federation(RuleBasedStateMachine):
         """The aggregator's own messages come back to it, in order, or (None) are acknowledged."""
         actions: list[events.Action] = []
         for topic, payload in self.echo[:count]:
-            if payload is None:
-                actions += self.handle(events.Published(topic=topic))
-            else:
-                actions += self.handle(events.MessageArrived(topic=topic, payload=payload))
+            arrived = events.MessageArrived(topic=topic, payload=payload) if payload is not None else None
+            actions += self.handle(arrived or events.Published(topic=topic))
         del self.echo[:count]
         self.perform(actions, crash)
 
