@@ -7,9 +7,11 @@ event. What must survive a crash is a ``Save``, and stands before every action t
 import json
 from collections.abc import Set
 from dataclasses import dataclass, field
+from functools import partial
 from typing import assert_never
 
 from ternbus.aggregator.core import events, records
+from ternbus.aggregator.core.clones import Clones
 from ternbus.aggregator.core.counters import Counters
 from ternbus.aggregator.core.enrollment import Enrollment
 from ternbus.aggregator.core.events import Action, Publish, Save
@@ -26,7 +28,7 @@ from ternbus.aggregator.core.work import LARGE_HEADER_BYTES, PATIENCE_S, WorkSha
 from ternbus.aggregator.merge.influence import Influence
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Settings
-from ternbus.broker.backoff import Reconnect
+from ternbus.broker.backoff import Reconnect, contested
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame, header_bytes, parse
@@ -54,6 +56,7 @@ class Core:
     _updates: Updates = field(init=False)
     _versions: Versions = field(init=False)
     _retained: Retained = field(init=False)
+    _clones: Clones = field(init=False)
     _enrollment: Enrollment = field(init=False)
     _refusals: Refusals = field(init=False)
     _counters: Counters = field(default_factory=Counters)
@@ -84,13 +87,9 @@ class Core:
             settings=settings, registry=self.registry, updates=self._updates, refusals=self._refusals
         )
         self._versions = Versions(settings=settings, model=self.model, published=self.published, frames=self._frames)
-        self._retained = Retained(
-            settings=settings,
-            identity=self.identity,
-            versions=self._versions,
-            refusals=self._refusals,
-            say_online=lambda: self._status("online"),
-        )
+        online = partial(self._status, "online")
+        self._retained = Retained(versions=self._versions, refusals=self._refusals, say_online=online)
+        self._clones = Clones(refusals=self._refusals)
         self._merge_trigger = MergeTrigger(
             settings=settings.merge, min_interval_s=settings.downlink.min_interval_s, min_devices=settings.min_devices
         )
@@ -182,6 +181,7 @@ class Core:
     def _connected(self, event: events.Connected) -> list[Action]:
         self._is_linked = True
         self._reconnect.connected(self._now)
+        self._clones.connected()
         federation = self.settings.federation
         filters = (f"{topics.root(federation)}/up/#", topics.head(federation), topics.status(federation))
         actions: list[Action] = [events.Subscribe(filters=filters)]
@@ -197,10 +197,12 @@ class Core:
 
     def _disconnected(self) -> list[Action]:
         self._is_linked = False
-        self._reconnect.failed(self._now)
+        is_contested = self._reconnect.failed(self._now)
         self._versions.confirm_by = None
         self._retained.disconnected()
-        return []
+        text = contested(f"{AGGREGATOR}-{self.settings.federation}") if is_contested else ""
+        line = self._refusals.log_limit.write("contested", text, self._now) if text else ""
+        return [events.Log(text=line)] if line else []
 
     def _stop(self) -> list[Action]:
         """Finish what is accepted, then publish that this is offline. What lacks devices stays for the next start."""
@@ -259,7 +261,9 @@ class Core:
                 return self._updates.offer(member, frame, self._now)
             case "status":
                 frame.check_bodiless()
-                if self.registry.observe(member, Status.from_meta(frame.meta), frame.seq):
+                status = Status.from_meta(frame.meta)
+                self._clones.observe(member, status, frame.seq, self._now)
+                if self.registry.observe(member, status, frame.seq):
                     self._counters.observe(member.name, self._now)
                 return []
             case _:  # the topics that a device may write on leave only metrics
@@ -365,7 +369,7 @@ class Core:
             actions += self._tell_held()
         if self._versions.confirm_by is not None and self._versions.confirm_by <= self._now:
             actions += self._versions.republish()
-        actions += self._retained.on_time(self._now)
+        actions += [*self._retained.on_time(self._now), *self._clones.tell()]
         if self._counters.due is not None and self._counters.due <= self._now:
             actions += self._count()
         return actions

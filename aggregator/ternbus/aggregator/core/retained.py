@@ -11,11 +11,9 @@ from typing import Final
 from ternbus.aggregator.core.events import Action, Log, Publish, RepublishRetained, Subscribe, Unsubscribe
 from ternbus.aggregator.core.refusals import Refusals
 from ternbus.aggregator.core.versions import Versions
-from ternbus.aggregator.settings import Settings
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
-from ternbus.broker.protocol.identity import Identity
 
 ASKED_AT_ONCE: Final = 40  # parts; the largest take 5 MB together
 ASK_S: Final = 30.0  # for the next part that was asked for; then it is asked for once more
@@ -28,8 +26,6 @@ DROPPED: Final = "dropped"
 class Retained:
     """What the broker refused or dropped of our retained messages, and when it is published again."""
 
-    settings: Settings
-    identity: Identity
     versions: Versions
     refusals: Refusals
     say_online: Callable[[], list[Action]]  # publishes our status anew
@@ -112,7 +108,7 @@ class Retained:
         self._given, self._unsure = self.versions.given, False
         self._to_ask = self.versions.snapshot_topics()
         self.awaited = set(self._to_ask)
-        status = topics.status(self.settings.federation)
+        status = topics.status(self.versions.settings.federation)
         self._lost = {topic: why for topic, why in self._lost.items() if topic == status}
         self._retry_at = retry_at if self._lost else None
         return left
@@ -149,7 +145,7 @@ class Retained:
         try:
             frame = parse(payload)
             topics.check(frame, topics.parse(topic))
-            frame.check_authentic(self.identity.public)
+            frame.check_authentic(self.versions.frames.identity.public)
         except ProtocolError:
             return False
         return frame.seq == self.versions.published.snapshot_seq
@@ -165,7 +161,7 @@ class Retained:
         """Publish again what the broker lost, unless something newer has taken its place."""
         self._attempts += 1
         lost, self._lost, self._retry_at = self._lost, {}, None
-        head, status = topics.head(self.settings.federation), topics.status(self.settings.federation)
+        head, status = topics.head(self.versions.settings.federation), topics.status(self.versions.settings.federation)
         self.awaited = {topic for topic in self._current() if topic in lost}
         self._to_ask = [topic for topic in self.versions.snapshot_topics() if topic in lost]
         frames = [topic for topic in self.versions.wanted() if topic in lost]
@@ -176,7 +172,7 @@ class Retained:
 
     def _current(self) -> list[str]:
         """The topics whose messages the broker should hold, in the order of their publication."""
-        federation = self.settings.federation
+        federation = self.versions.settings.federation
         return [*self.versions.wanted(), topics.head(federation), topics.status(federation)]
 
     def _conclude(self, now: float) -> list[Action]:
@@ -209,8 +205,9 @@ class Retained:
     def _advice(self, reason: str) -> str:
         """What the operator can change."""
         size = (
-            f"lower limits.frame_bytes in aggregator.toml (now {self.settings.limits.frame_bytes}) and restart, or "
-            "raise the broker's limit (mosquitto: max_packet_size, message_size_limit; nats-server: max_payload)"
+            f"lower limits.frame_bytes in aggregator.toml (now {self.versions.settings.limits.frame_bytes}) and "
+            "restart, or raise the broker's limit (mosquitto: max_packet_size, message_size_limit; nats-server: "
+            "max_payload)"
         )
         match reason:
             case "Packet too large":

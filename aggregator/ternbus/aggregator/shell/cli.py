@@ -248,6 +248,11 @@ def _summary(found: dict[str, Any]) -> str:
     if invalid:
         lines.append("refused: " + ", ".join(f"{value} {name}" for name, value in invalid.items()))
     lines += [f"{name}: {value}" for name, value in device_metrics.sentences(found["local"])]
+    lines += [
+        f"{name}: two machines use its key; revoke it, and invite each machine by its own name"
+        for name, row in found["devices"].items()
+        if row["cloned"]
+    ]
     lines += ["", *_device_table(found["devices"])]
     return "\n".join([*lines, "", *_version_table(found["versions"][-10:], local=found["local"] is not None)])
 
@@ -284,6 +289,7 @@ def _device_table(devices: dict[str, Any]) -> list[str]:
     rows = []
     for name, row in devices.items():
         state = row["state"] if row["key_state"] == "active" else row["key_state"]
+        state += ", cloned?" if row["cloned"] else ""
         traffic = [f"{row['bytes'] / 1000:.1f}", row["last_seq"]]
         cells = [name, row["role"] or "any", state, row["updates"], row["base"], row["staleness"], *traffic]
         if private:

@@ -314,7 +314,7 @@ class Connection:
         elif flags.is_disconnect_packet_from_server:
             self._reason = f"the broker ended the connection: {code.getName()}"
             if code.value == SESSION_TAKEN_OVER:
-                self._reason += f"; another client uses the client id {self._client_id!r}"
+                self._reason += f"; another client uses the client id {self._client_id!r}: stop one of them"
         elif code.value == KEEPALIVE_TIMEOUT:
             self._reason = f"the broker did not answer for {self._keepalive_s} s"
 
