@@ -7,7 +7,7 @@ import pytest
 
 from support.small_world import LAB, Bench, Device, follow, frames_of, refusals, ternary_block
 from ternbus.aggregator.core import events, retained
-from ternbus.aggregator.core.retained import ASK_S, RETRY_MAX_S, RETRY_S
+from ternbus.aggregator.core.retained import ACKNOWLEDGE_S, ASK_S, RETRY_MAX_S, RETRY_S
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import build, parse
 from ternbus.broker.protocol.identity import Identity
@@ -196,6 +196,20 @@ def test_a_refused_delta_head_or_status_is_published_again_and_a_receipt_is_not(
     assert [frame.meta["state"] for frame in frames_of(done, "status")] == ["online"]
     assert lines(acknowledge(bench, delta, HEAD, STATUS)) == ["the broker holds all retained messages again"]
     assert lines(bench.handle(events.Refused(topic=HEAD, reason="Quota exceeded"))) != []
+
+
+def test_a_broker_that_acknowledges_nothing_is_named_once(make: Make) -> None:
+    """Such as nats-server whose disk is full."""
+    bench = small_parts(make)
+    parts = parts_of(bench)
+    wait(bench, ACKNOWLEDGE_S - 1)
+    acknowledge(bench, parts[0])
+    assert lines(wait(bench, ACKNOWLEDGE_S - 1)) == []
+    (line,) = lines(wait(bench, 10 * ACKNOWLEDGE_S))
+    assert f"the broker has acknowledged nothing for 120 s; it owes {len(parts) - 1}, as {parts[1]}" in line
+    assert "free disk space on the broker's machine" in line
+    acknowledge(bench, *parts[1:])
+    assert lines(show(bench, *parts)) == ["the broker holds all retained messages again"]
 
 
 def test_what_a_newer_snapshot_replaces_is_not_published_again(make: Make) -> None:

@@ -16,10 +16,11 @@ from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
 
 ASKED_AT_ONCE: Final = 40  # parts; the largest take 5 MB together
+ACKNOWLEDGE_S: Final = 120.0  # without any PUBACK for a snapshot; nats-server sends none while its disk is full
 ASK_S: Final = 30.0  # for the next part that was asked for; then it is asked for once more
 RETRY_S: Final = 10.0  # until something lost is published again; it doubles each time
 RETRY_MAX_S: Final = 600.0
-DROPPED: Final = "dropped"
+DROPPED, UNACKNOWLEDGED = "dropped", "unacknowledged"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -30,6 +31,8 @@ class Retained:
     refusals: Refusals
     say_online: Callable[[], list[Action]]  # publishes our status anew
     awaited: set[str] = field(default_factory=set)  # topics whose PUBACK matters
+    _silent_at: float | None = None  # when the operator is told that no PUBACK comes
+    _tells: bool = False  # the shell tells of PUBACKs
     _given: int = 0  # the publication of a snapshot that ``awaited`` began with, of ``Versions.given``
     _unsure: bool = True  # the newest snapshot was not seen on the broker by this process
     _to_ask: list[str] = field(default_factory=list)  # parts that are asked for once ``awaited`` is empty
@@ -45,7 +48,9 @@ class Retained:
     @property
     def due(self) -> float | None:
         """When ``on_time`` has something to do."""
-        return self._ask_by if self._chunk or self.awaited else self._retry_at
+        if self.awaited:
+            return self._silent_at
+        return self._ask_by if self._chunk else self._retry_at
 
     # --- what the broker answers
 
@@ -54,6 +59,7 @@ class Retained:
         if topic not in self.awaited:
             return []
         self.awaited.discard(topic)
+        self._tells, self._silent_at = True, now + ACKNOWLEDGE_S
         return [] if self.awaited else self._ask(now)
 
     def refused(self, topic: str, reason: str, now: float) -> list[Action]:
@@ -96,18 +102,27 @@ class Retained:
     def on_time(self, now: float) -> list[Action]:
         """Whatever is due now; first of all, follow a snapshot that was just published."""
         if self._given != self.versions.given:
-            return self._follow()
+            return self._follow(now)
         if self.due is None or self.due > now:
             return []
-        return self._part_is_missing(now) if self._chunk else self._retry()
+        if self.awaited:
+            return self._nothing_comes(now)
+        return self._part_is_missing(now) if self._chunk else self._retry(now)
 
-    def _follow(self) -> list[Action]:
+    def _nothing_comes(self, now: float) -> list[Action]:
+        """Only tell: the messages are under way on this connection, and are published again on the next one."""
+        self._silent_at = None
+        topic = min(self.awaited)
+        text = f"the broker has acknowledged nothing for {ACKNOWLEDGE_S:.0f} s; it owes {len(self.awaited)}, as {topic}"
+        return self._tell("all", UNACKNOWLEDGED, text, now, len(self.awaited))
+
+    def _follow(self, now: float) -> list[Action]:
         """A snapshot was published, and a head: they replace what was lost of earlier ones."""
         left, retry_at = self._end_chunk(), self._retry_at
         self._forget()
         self._given, self._unsure = self.versions.given, False
         self._to_ask = self.versions.snapshot_topics()
-        self.awaited = set(self._to_ask)
+        self.awaited, self._silent_at = set(self._to_ask), now + ACKNOWLEDGE_S if self._tells else None
         status = topics.status(self.versions.settings.federation)
         self._lost = {topic: why for topic, why in self._lost.items() if topic == status}
         self._retry_at = retry_at if self._lost else None
@@ -157,12 +172,12 @@ class Retained:
         if self._retry_at is None:
             self._retry_at = now + min(RETRY_S * 2.0 ** min(self._attempts, 20), RETRY_MAX_S)
 
-    def _retry(self) -> list[Action]:
+    def _retry(self, now: float) -> list[Action]:
         """Publish again what the broker lost, unless something newer has taken its place."""
         self._attempts += 1
         lost, self._lost, self._retry_at = self._lost, {}, None
         head, status = topics.head(self.versions.settings.federation), topics.status(self.versions.settings.federation)
-        self.awaited = {topic for topic in self._current() if topic in lost}
+        self.awaited, self._silent_at = {topic for topic in self._current() if topic in lost}, now + ACKNOWLEDGE_S
         self._to_ask = [topic for topic in self.versions.snapshot_topics() if topic in lost]
         frames = [topic for topic in self.versions.wanted() if topic in lost]
         actions: list[Action] = [RepublishRetained(topics=tuple(frames))] if frames else []
@@ -195,7 +210,7 @@ class Retained:
 
     def _tell(self, kind: str, reason: str, text: str, now: float, count: int = 1) -> list[Action]:
         """Count a lost message, and name it to the operator once for its kind and the reason."""
-        name = "broker-dropped" if reason == DROPPED else "broker-refused"
+        name = "broker-dropped" if reason in {DROPPED, UNACKNOWLEDGED} else "broker-refused"
         if (kind, reason) in self._told:
             self.refusals.counters.refuse(name, now, count)
             return []
@@ -212,7 +227,7 @@ class Retained:
         match reason:
             case "Packet too large":
                 return size
-            case "Quota exceeded":
+            case "Quota exceeded" | "unacknowledged":
                 return "free disk space on the broker's machine, or raise the broker's quota of retained messages"
             case "Not authorized":
                 return "allow this user the topics of docs/protocol.md, section 4, in the broker's access list"

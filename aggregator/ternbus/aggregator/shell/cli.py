@@ -150,7 +150,7 @@ def _serve(directory: Path, transport: TransportSettings | None = None, broker: 
     service = Service(directory, software(), _say, transport)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: service.stop())
-    ended = quickstart.watch(broker, service.stop) if broker is not None else []
+    ended = quickstart.watch(broker, service.stop, _say) if broker is not None else []
     service.run()
     if broker is not None and ended:
         _say(f"{broker.software} ended by itself with code {ended[0]}; its last lines:\n{broker.last_lines()}")
