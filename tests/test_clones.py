@@ -115,6 +115,8 @@ def test_what_waited_in_the_broker_s_queue_is_no_clone(make: Make) -> None:
 
 def test_an_aggregator_whose_connections_are_cut_short_guesses_at_another_of_its_name(make: Make) -> None:
     bench = make()
+    (part,) = bench.core.awaited
+    bench.handle(events.Published(topic=part))
     said: list[str] = []
     for _ in range(3 * CUT_SHORT):
         said += [action.text for action in bench.handle(events.Disconnected()) if isinstance(action, events.Log)]
@@ -122,6 +124,7 @@ def test_an_aggregator_whose_connections_are_cut_short_guesses_at_another_of_its
         bench.handle(events.Connected(frame_bytes=120 * 1024))
     (line,) = said
     assert f"another client with this name, 'aggregator-{LAB}'" in line
+    assert "too large a message" not in line
 
 
 # The device

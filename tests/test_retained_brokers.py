@@ -102,3 +102,18 @@ def test_a_broker_that_drops_a_part_is_named_and_given_it_again(
             access.write_text(allowed)
             broker.reload()
             assert until(lines, "the broker holds all retained messages again")[:-1] == []
+
+
+def test_a_broker_that_ends_the_connection_at_a_large_message_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mosquitto with a message_size_limit, on MQTT 5 too."""
+    monkeypatch.setattr("ternbus.aggregator.core.core.RETAINED_S", 0.1)
+    with start(choose(Engine.MOSQUITTO), host="127.0.0.1", port=0, directory=tmp_path / "broker") as broker:
+        configuration = broker.directory / "mosquitto.conf"
+        configuration.write_text(f"{configuration.read_text()}\nmessage_size_limit {FRAME_BYTES // 2}\n")
+        broker.reload()
+        with serving(broker, tmp_path / "aggregator") as lines:
+            line = until(lines, "5 connections in a row ended within 10 s")[-1]
+            assert "Then lower limits.frame_bytes in aggregator.toml" in line
+            assert "message_size_limit" in line

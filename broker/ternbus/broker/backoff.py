@@ -9,7 +9,7 @@ LONGEST_S: Final = 30.0
 # Only a connection that lasted this long resets the backoff. Two clients of one name end each other's connections after
 # at most LONGEST_S, so it is longer: otherwise they would begin again with short waits.
 STEADY_S: Final = 2 * LONGEST_S
-SHORT_S: Final = 5.0  # a connection that ended sooner was cut short
+SHORT_S: Final = 10.0  # a connection that ended sooner was cut short
 CUT_SHORT: Final = 5  # such connections in a row, after which another client of the same name is likely
 
 

@@ -28,7 +28,7 @@ from ternbus.aggregator.core.work import LARGE_HEADER_BYTES, PATIENCE_S, WorkSha
 from ternbus.aggregator.merge.influence import Influence
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Settings
-from ternbus.broker.backoff import Reconnect, contested
+from ternbus.broker.backoff import Reconnect
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame, header_bytes, parse
@@ -197,12 +197,8 @@ class Core:
 
     def _disconnected(self) -> list[Action]:
         self._is_linked = False
-        is_contested = self._reconnect.failed(self._now)
         self._versions.confirm_by = None
-        self._retained.disconnected()
-        text = contested(f"{AGGREGATOR}-{self.settings.federation}") if is_contested else ""
-        line = self._refusals.log_limit.write("contested", text, self._now) if text else ""
-        return [events.Log(text=line)] if line else []
+        return self._retained.disconnected(self._now, is_contested=self._reconnect.failed(self._now))
 
     def _stop(self) -> list[Action]:
         """Finish what is accepted, then publish that this is offline. What lacks devices stays for the next start."""

@@ -11,16 +11,18 @@ from typing import Final
 from ternbus.aggregator.core.events import Action, Log, Publish, RepublishRetained, Subscribe, Unsubscribe
 from ternbus.aggregator.core.refusals import Refusals
 from ternbus.aggregator.core.versions import Versions
+from ternbus.broker.backoff import contested
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
+from ternbus.broker.protocol.identity import AGGREGATOR
 
 ASKED_AT_ONCE: Final = 40  # parts; the largest take 5 MB together
 ACKNOWLEDGE_S: Final = 120.0  # without any PUBACK for a snapshot; nats-server sends none while its disk is full
 ASK_S: Final = 30.0  # for the next part that was asked for; then it is asked for once more
 RETRY_S: Final = 10.0  # until something lost is published again; it doubles each time
 RETRY_MAX_S: Final = 600.0
-DROPPED, UNACKNOWLEDGED = "dropped", "unacknowledged"
+DROPPED, UNACKNOWLEDGED, TOO_LARGE = "dropped", "unacknowledged", "Packet too large"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -94,10 +96,15 @@ class Retained:
 
     # --- connection and time
 
-    def disconnected(self) -> None:
-        """What was not acknowledged, or has not come, may be lost."""
+    def disconnected(self, now: float, *, is_contested: bool) -> list[Action]:
+        """What was not acknowledged, or has not come, may be lost. ``is_contested``: see `Reconnect.failed`."""
+        text = contested(f"{AGGREGATOR}-{self.versions.settings.federation}") if is_contested else ""
+        if is_contested and self.awaited:  # mosquitto does so with a message above its message_size_limit
+            text += f". Or does the broker end a connection at too large a message? Then {self._advice(TOO_LARGE)}"
         self._unsure = self._unsure or bool(self.awaited or self._chunk)
         self._forget()
+        line = self.refusals.log_limit.write("contested", text, now) if text else ""
+        return [Log(text=line)] if line else []
 
     def on_time(self, now: float) -> list[Action]:
         """Whatever is due now; first of all, follow a snapshot that was just published."""
