@@ -63,7 +63,9 @@ def test_a_broker_that_shows_the_head_is_left_in_peace(make: Make) -> None:
     bench = make()
     before = reconnected(bench)
     assert bench.core.deadline == bench.now + 5.0
-    bench.receive(HEAD, bench.retained[HEAD])
+    (asked,) = [action for action in bench.receive(HEAD, bench.retained[HEAD]) if isinstance(action, events.Subscribe)]
+    assert asked.filters == (topics.snapshot(LAB, 0, 0),)  # not seen yet that the broker holds it
+    bench.receive(asked.filters[0], bench.retained[asked.filters[0]])
     bench.tick(10.0)
     assert len(bench.published) == before
     assert bench.core.deadline is None

@@ -60,7 +60,7 @@ class Federation(RuleBasedStateMachine):
         self.settled = False  # the broker holds what it should
         self.frame_bytes = 100_000
         self.wire: list[tuple[str, bytes]] = []  # to the aggregator, from devices
-        self.echo: list[tuple[str, bytes]] = []  # to the aggregator, its own
+        self.echo: list[tuple[str, bytes | None]] = []  # to the aggregator, its own
         self.sent: set[tuple[str, bytes, int, int, int, bytes]] = set()
         self.blocks: dict[bytes, Block] = {}
         self.digests: dict[tuple[str, bytes, int], set[bytes]] = {}
@@ -225,23 +225,22 @@ class Federation(RuleBasedStateMachine):
                 assert self.highest_session < session == self.bench.ledger.fact("session")
                 self.highest_session = session
             case events.Subscribe():
-                assert set(action.filters) == {f"{topics.root(LAB)}/up/#", HEAD, STATUS}
-                self.echo += [(topic, self.bench.retained[topic]) for topic in (HEAD, STATUS) if self._has(topic)]
+                parts = [topic for topic in action.filters if "/snapshot/" in topic]
+                assert parts or set(action.filters) == {f"{topics.root(LAB)}/up/#", HEAD, STATUS}
+                held = self.bench.retained
+                self.echo += [(each, held[each]) for each in parts or (HEAD, STATUS) if each in held]
             case _:
                 pass
 
-    def _has(self, topic: str) -> bool:
-        return topic in self.bench.retained
-
     def _publish(self, topic: str, payload: bytes, retain: bool, *, again: bool = False) -> None:
         self._check_saved(topic, payload, retain)
-        if retain and self.settled and not again and "/delta/" in topic and self._has(topic):
+        if retain and self.settled and not again and "/delta/" in topic and topic in self.bench.retained:
             before, head = parse(self.bench.retained[topic]), parse(self.bench.retained[HEAD])
             if not payload or parse(payload).meta["version"] != before.meta["version"]:
                 assert before.meta["version"] <= head.meta["snapshot"][0], "a device may still need this delta"
         self.bench.publish(events.Publish(topic=topic, payload=payload, retain=retain))
-        if topic in (HEAD, STATUS):
-            self.echo.append((topic, payload))
+        self.echo += [(topic, payload)] if topic in (HEAD, STATUS) else []
+        self.echo += [(topic, None)] if topic in self.bench.core.awaited else []
         if self.settled and topic != STATUS and retain:
             self._check_followed()
 
@@ -436,10 +435,11 @@ class Federation(RuleBasedStateMachine):
     @precondition(lambda self: self.alive and self.connected and self.echo)
     @rule(crash=CRASHES, count=st.integers(1, 3))
     def hear(self, crash: int | None, count: int) -> None:
-        """The aggregator's own messages come back to it, in order."""
+        """The aggregator's own messages come back to it, in order, or (None) are acknowledged."""
         actions: list[events.Action] = []
         for topic, payload in self.echo[:count]:
-            actions += self.handle(events.MessageArrived(topic=topic, payload=payload))
+            arrived = events.MessageArrived(topic=topic, payload=payload) if payload is not None else None
+            actions += self.handle(arrived or events.Published(topic=topic))
         del self.echo[:count]
         self.perform(actions, crash)
 

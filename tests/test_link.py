@@ -422,7 +422,9 @@ def test_what_nats_server_answers_leads_to_mqtt_311_and_is_remembered() -> None:
     [
         (bytes([0x20, 3, 0, 0x86, 0]), "Bad user name or password"),
         (bytes([0x20, 3, 0, 0x87, 0]), "Not authorized"),
-        (bytes([0x20, 3, 0, 0x88, 0]), "Server unavailable"),
+        (bytes([0x20, 3, 0, 0x88, 0]), "Server unavailable; the broker cannot serve now, as when its disk is full"),
+        (bytes([0x20, 3, 0, 0x97, 0]), "Quota exceeded; the broker cannot serve now, as when its disk is full"),
+        (bytes([0x20, 3, 0, 0x9A, 0]), "Retain not supported; Ternbus needs retained messages: allow them"),
     ],
 )
 def test_other_refusals_are_not_answered_with_an_older_protocol(answer: bytes, reason: str) -> None:
@@ -433,6 +435,15 @@ def test_other_refusals_are_not_answered_with_an_older_protocol(answer: bytes, r
         assert not link.connected
         broker.next(CONNECT)
         assert broker.packets.empty()
+
+
+def test_a_broker_without_retained_messages_is_named_at_the_connect() -> None:
+    no_retain = bytes([0x20, 5, 0, 0, 2, 0x25, 0])  # CONNACK: retain available 0
+    with scripted(lambda *_: no_retain) as broker:
+        link = Link(broker.url, client_id="dev", deliver=Inbox().put)
+        with pytest.raises(LinkError, match="retains no messages; Ternbus needs retained messages: allow them"):
+            link.connect(*WILL)
+        assert not link.connected
 
 
 def test_a_refusal_of_mqtt_311_is_told_too() -> None:
@@ -456,7 +467,7 @@ def test_a_broker_of_neither_protocol_is_told() -> None:
     [
         (
             lambda *_: None,
-            "closed the connection without an answer; check that the port is for MQTT without TLS",
+            "and without TLS: the port is not for MQTT, or the broker cannot serve now, as when its disk is full",
             WITHIN_S,
         ),
         (lambda *_: b"", "is open but does not answer; check that the port is for MQTT without TLS", 0.3),
@@ -480,7 +491,8 @@ def test_why_the_broker_ends_the_connection_is_told() -> None:
     with scripted(script) as broker, linked(broker.url, "dev") as (link, inbox):
         link.publish("t", b"x")
         assert inbox.next(Disconnected).reason == (
-            "the broker ended the connection: Session taken over; another client uses the client id 'dev'"
+            "the broker ended the connection: Session taken over; another client uses the client id 'dev': "
+            "stop one of them"
         )
 
 

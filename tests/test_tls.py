@@ -26,7 +26,7 @@ from ternbus.broker.link.tls import Tls
 from ternbus.broker.server import certificates, nats, tls_service
 from ternbus.broker.server.certificates import Authority
 from ternbus.broker.server.directory import BrokerDirectory, Credentials
-from ternbus.broker.server.running import Engine, RunningBroker, reserve
+from ternbus.broker.server.running import Engine, RunningBroker, choose, reserve, start
 
 pytestmark = [
     pytest.mark.slow,
@@ -177,8 +177,18 @@ def test_tls_1_2_is_not_spoken(bus: Bus) -> None:
 
 
 def test_without_tls_nothing_is_spoken(bus: Bus) -> None:
-    with pytest.raises(LinkError):
+    with pytest.raises(LinkError, match="the port is for MQTT with TLS; use mqtts://"):
         Link(f"mqtt://127.0.0.1:{bus.address()[1]}", client_id="pi-1", deliver=Inbox().put).connect("a", b"")
+
+
+@pytest.mark.parametrize("engine", [Engine.MOSQUITTO, Engine.NATS])
+def test_a_broker_without_tls_is_named_to_a_client_with_tls(engine: Engine, tmp_path: Path) -> None:
+    with (
+        start(choose(engine), host="127.0.0.1", port=0, directory=tmp_path) as plain,
+        pytest.raises(LinkError, match=r"the port is (for MQTT without TLS|not for TLS)"),
+    ):
+        Link(f"mqtts://127.0.0.1:{plain.endpoint.port}", client_id="pi-1", deliver=Inbox().put).connect("a", b"")
+    gc.collect()
 
 
 def test_nobody_takes_over_anothers_session(bus: Bus) -> None:

@@ -112,7 +112,7 @@ def up(
     try:
         with _start(directory, engine, host, port) as broker:
             typer.echo(_announcement(broker, as_json))
-            code = broker.wait()
+            code = broker.wait(_warn)
             _warn(f"{broker.software} ended unexpectedly with exit code {code}; its last lines:\n{broker.last_lines()}")
             raise typer.Exit(EXIT_FAILED)
     except _StopRequested:

@@ -26,12 +26,14 @@
 
 6. Connect when ``Connect`` asks for it, with its last will and in a persistent MQTT session, and tell how it went:
    ``Connected``, or ``ConnectFailed``; then ``Disconnected`` when the connection ends, each once. The core decides
-   when to try again; a shell that retries by itself breaks the numbering of sessions.
+   when to try again; a shell that retries by itself breaks the numbering of sessions. Tell ``Refused`` for
+   each publication that the broker refuses, or that is too large for it, and ``Published`` for each acknowledged one
+   whose topic is in ``awaited``; without them what the broker drops goes unnoticed.
 
 7. Where an action fails, it depends on which. A ``Save`` that fails ends the process, and nothing behind it is
-   performed: the next start goes on from the last commit. ``Publish``, ``RepublishRetained`` and ``Subscribe`` without
-   a connection are dropped: whatever matters is sent again, at the next connection or when a device asks again.
-   ``RepublishRetained`` reads the frames as saved. A ``Log`` that fails changes nothing.
+   performed: the next start goes on from the last commit. ``Publish``, ``RepublishRetained``, ``Subscribe`` and
+   ``Unsubscribe`` without a connection are dropped: whatever matters is sent again, at the next connection or when a
+   device asks again. ``RepublishRetained`` reads the frames as saved. A ``Log`` that fails changes nothing.
 
 8. Stop. After ``StopRequested`` perform everything up to ``Stop``, disconnect, and hand the core no further event. A
    ``Stop`` with an ``error`` may come at any time: going on would do harm, and only the operator can mend it. A process

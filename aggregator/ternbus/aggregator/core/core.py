@@ -4,11 +4,13 @@ It knows the protocol, who may send what, and when to merge. It does no I/O and 
 event. What must survive a crash is a ``Save``, and stands before every action that tells anybody of it.
 """
 
-import json
+from collections.abc import Set
 from dataclasses import dataclass, field
+from functools import partial
 from typing import assert_never
 
-from ternbus.aggregator.core import events, records
+from ternbus.aggregator.core import events, metrics, records
+from ternbus.aggregator.core.clones import Clones
 from ternbus.aggregator.core.counters import Counters
 from ternbus.aggregator.core.enrollment import Enrollment
 from ternbus.aggregator.core.events import Action, Publish, Save
@@ -16,7 +18,8 @@ from ternbus.aggregator.core.frames import FrameWriter
 from ternbus.aggregator.core.merge_trigger import RETAINED_S, MergeTrigger
 from ternbus.aggregator.core.rate_limit import LogLimit
 from ternbus.aggregator.core.refusals import Refusals
-from ternbus.aggregator.core.registry import DEVICE, Member, Registry
+from ternbus.aggregator.core.registry import Member, Registry
+from ternbus.aggregator.core.retained import Retained
 from ternbus.aggregator.core.updates import Updates
 from ternbus.aggregator.core.validation import Validation
 from ternbus.aggregator.core.versions import PublishedState, Versions
@@ -29,7 +32,7 @@ from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame, header_bytes, parse
 from ternbus.broker.protocol.identity import AGGREGATOR, Identity
-from ternbus.broker.protocol.messages import CLOSED, RESTORE_LEAP, Head, Metrics, Status
+from ternbus.broker.protocol.messages import CLOSED, RESTORE_LEAP, Status
 from ternbus.broker.protocol.schema import Schema
 
 
@@ -50,6 +53,8 @@ class Core:
     _frames: FrameWriter = field(init=False)
     _updates: Updates = field(init=False)
     _versions: Versions = field(init=False)
+    _retained: Retained = field(init=False)
+    _clones: Clones = field(init=False)
     _enrollment: Enrollment = field(init=False)
     _refusals: Refusals = field(init=False)
     _counters: Counters = field(default_factory=Counters)
@@ -82,6 +87,9 @@ class Core:
             settings=settings, registry=self.registry, updates=self._updates, refusals=self._refusals
         )
         self._versions = Versions(settings=settings, model=self.model, published=self.published, frames=self._frames)
+        online = partial(self._status, "online")
+        self._retained = Retained(versions=self._versions, refusals=self._refusals, say_online=online)
+        self._clones = Clones(refusals=self._refusals)
         self._merge_trigger = MergeTrigger(
             settings=settings.merge, min_interval_s=settings.downlink.min_interval_s, min_devices=settings.min_devices
         )
@@ -95,8 +103,14 @@ class Core:
             self._merge_trigger.due_s(self.model.buffer, self.registry.online, self._now),
             self._versions.confirm_by,
             self._counters.due,
+            self._retained.due,
         ]
         return min((due for due in dues if due is not None), default=None)
+
+    @property
+    def awaited(self) -> Set[str]:
+        """Topics of retained messages whose acknowledgement by the broker matters: ``Published`` tells of these."""
+        return self._retained.awaited
 
     def start(self, now: float) -> list[Action]:
         """What is to be done before the first event."""
@@ -119,7 +133,7 @@ class Core:
         begun = Save(record=records.SessionBegun(session=self.session))
         return [begun, *self._versions.leap(RESTORE_LEAP)]
 
-    def _take(self, event: events.Event) -> list[Action]:  # noqa: PLR0911 - a table, one line an event
+    def _take(self, event: events.Event) -> list[Action]:  # noqa: C901, PLR0911, PLR0912 - a table, one line an event
         match event:
             case events.MessageArrived():
                 return self._message(event)
@@ -129,6 +143,10 @@ class Core:
                 return self._connected(event)
             case events.ConnectFailed() | events.Disconnected():
                 return self._disconnected()
+            case events.Published():
+                return self._retained.acknowledged(event.topic, self._now)
+            case events.Refused():
+                return self._retained.refused(event.topic, event.reason, self._now)
             case events.InvitationsRead():
                 self._enrollment.invite(event.codes)
                 return self._done(event.request)
@@ -165,6 +183,7 @@ class Core:
     def _connected(self, event: events.Connected) -> list[Action]:
         self._is_linked = True
         self._reconnect.connected(self._now)
+        self._clones.connected()
         federation = self.settings.federation
         filters = (f"{topics.root(federation)}/up/#", topics.head(federation), topics.status(federation))
         actions: list[Action] = [events.Subscribe(filters=filters)]
@@ -181,9 +200,8 @@ class Core:
     def _disconnected(self) -> list[Action]:
         self._is_linked = False
         self._merge_trigger = self._merge_trigger.disconnected()
-        self._reconnect.failed(self._now)
         self._versions.confirm_by = None
-        return []
+        return self._retained.disconnected(self._now, is_contested=self._reconnect.failed(self._now))
 
     def _stop(self) -> list[Action]:
         """Finish what is accepted, then publish that this is offline. What lacks devices stays for the next start."""
@@ -244,12 +262,17 @@ class Core:
                 return self._updates.offer(member, frame, self._now)
             case "status":
                 frame.check_bodiless()
-                if self.registry.observe(member, Status.from_meta(frame.meta), frame.seq):
+                status = Status.from_meta(frame.meta)
+                self._clones.observe(member, status, frame.seq, self._now)
+                if self.registry.observe(member, status, frame.seq):
                     member.pace.heard(self._now)
                     self._counters.observe(member.name, self._now)
                 return []
             case _:  # the topics that a device may write on leave only metrics
-                return self._metrics(member, frame)
+                saved = metrics.received(
+                    member, frame, version=self.model.version, bytes_max=self.settings.limits.metrics_bytes
+                )
+                return [saved]
 
     def _update(self, member: Member, frame: Frame, ahead: Measured | None, *, is_late: bool) -> list[Action]:
         was_empty = not self.model.buffer
@@ -259,30 +282,14 @@ class Core:
             self._merge_trigger = self._merge_trigger.first_accepted(self._now)
         return actions
 
-    def _metrics(self, member: Member, frame: Frame) -> list[Action]:
-        frame.check_bodiless()
-        metrics = Metrics.from_meta(frame.meta)
-        if metrics.version > self.model.version:
-            raise ProtocolError("bad-meta", "metrics of a version that is not yet")
-        if metrics.split == "test" and member.role == DEVICE:
-            raise ProtocolError("not-evaluator", f"{member.name} must be invited with `invite --evaluator` for that")
-        if frame.seq <= member.metrics_seq:
-            raise ProtocolError("replayed-metrics", member.name)
-        size_bytes = len(json.dumps(dict(metrics.values)))  # as the ledger holds them
-        if member.metrics_bytes + size_bytes > self.settings.limits.metrics_bytes:
-            raise ProtocolError("too-many-metrics", f"more than limits.metrics_bytes of {member.name}")
-        member.metrics_bytes += size_bytes
-        member.metrics_seq = frame.seq
-        if metrics.split == "test" and member.highest_base < 0:
-            member.evaluates = True
-        return [Save(record=records.MetricsReceived(device=member.name, seq=frame.seq, metrics=metrics))]
-
     # --- our own retained frames, as the broker has them
 
     def _own(self, event: events.MessageArrived, address: topics.Address) -> list[Action]:
         """They tell whether the broker lost any, and nothing else."""
         if address.kind == "head":
             return self._own_head(event, address) if self._versions.confirm_by is not None else []
+        if address.kind == "snapshot":
+            return self._retained.part_arrived(event.topic, event.payload, self._now)
         if address.kind == "status" and event.payload and not self._updates.stopping:
             return self._own_status(event, address)
         return []
@@ -290,8 +297,8 @@ class Core:
     def _own_head(self, event: events.MessageArrived, address: topics.Address) -> list[Action]:
         if event.payload == self.published.head_frame:
             self._versions.confirm_by = None
-            return []
-        newer = self._newer_version(event, address)
+            return self._retained.confirmed(self._now)
+        newer = self._versions.newer(event.payload, address)
         if newer is None:
             return self._versions.republish()
         self._updates.stopping = True
@@ -300,17 +307,6 @@ class Core:
             f"{self.model.version}: was it restored from a backup? Then run: ternbus aggregator restored DIR"
         )
         return [events.Stop(error=error)]
-
-    def _newer_version(self, event: events.MessageArrived, address: topics.Address) -> int | None:
-        """The version of a head that we signed and do not know: then our state is a copy from before it."""
-        try:
-            frame = parse(event.payload)
-            topics.check(frame, address)
-            frame.check_authentic(self.identity.public)
-            head = Head.from_meta(frame.meta)
-        except ProtocolError:
-            return None
-        return head.version if head.version > self.model.version or frame.seq > self._frames.seq else None
 
     def _own_status(self, event: events.MessageArrived, address: topics.Address) -> list[Action]:
         """A last will that comes while we are connected is answered in a session above its own."""
@@ -360,6 +356,7 @@ class Core:
             actions += self._tell_held()
         if self._versions.confirm_by is not None and self._versions.confirm_by <= self._now:
             actions += self._versions.republish()
+        actions += [*self._retained.on_time(self._now), *self._clones.tell()]
         if self._counters.due is not None and self._counters.due <= self._now:
             actions += self._count()
         return actions

@@ -28,6 +28,21 @@ class Disconnected:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """The broker acknowledged a retained message, one of ``Core.awaited``; it may not hold it even so."""
+
+    topic: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """The broker refused a message, or could not be sent it; ``reason`` in the words of MQTT's reason codes."""
+
+    topic: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
     """A frame that is authentic under this public key; whether the key may still sign is the core's question.
 
@@ -131,6 +146,8 @@ Event = (
     Connected
     | ConnectFailed
     | Disconnected
+    | Published
+    | Refused
     | MessageArrived
     | MessagesDropped
     | InvitationsRead
@@ -167,6 +184,13 @@ class Subscribe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Unsubscribe:
+    """Unsubscribe from these filters."""
+
+    filters: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Publish:
     """Publish with QoS 1. Lost where there is no connection: the protocol sends again what matters."""
 
@@ -177,9 +201,10 @@ class Publish:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RepublishRetained:
-    """Publish the saved frames of these retained topics again, unchanged and in this order."""
+    """Publish the saved frames of these retained topics again, unchanged and in this order; log ``why``, if given."""
 
     topics: tuple[str, ...]
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,4 +221,4 @@ class Stop:
     error: str = ""
 
 
-Action = Save | Connect | Subscribe | Publish | RepublishRetained | Log | Stop
+Action = Save | Connect | Subscribe | Unsubscribe | Publish | RepublishRetained | Log | Stop

@@ -9,6 +9,7 @@ from ternbus.aggregator.merge import optimizer
 from ternbus.aggregator.merge.downlink import encoded_block, next_block
 from ternbus.aggregator.settings import Settings
 from ternbus.broker.protocol import merge_log
+from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.messages import OPEN
 from ternbus.broker.protocol.schema import Schema, Vector, vector_digest
@@ -34,6 +35,7 @@ class FirstVersion:
         return PublishedState(
             state=OPEN,
             snapshot=self.snapshot.named,
+            snapshot_seq=parse(self.frames.frames[0][1]).seq,
             sizes={topic: len(payload) for topic, payload in self.frames.frames},
             head_frame=head_frame,
             slots=settings.downlink.slots,

@@ -9,10 +9,11 @@ from ternbus.aggregator.core.frames import FrameWriter, Message, Reserved
 from ternbus.aggregator.merge.downlink import encoded_block, next_block
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Recipe, Settings
+from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.merge_log import Contribution, Signed
-from ternbus.broker.protocol.messages import Delta, SnapshotRef
+from ternbus.broker.protocol.messages import Delta, Head, SnapshotRef
 
 
 @dataclass(slots=True, kw_only=True)
@@ -21,6 +22,7 @@ class PublishedState:
 
     state: str
     snapshot: SnapshotRef
+    snapshot_seq: int  # of its frames
     sizes: dict[str, int]  # retained topic -> bytes of its frame
     head_frame: bytes
     slots: int  # how many delta slots the frames were laid out for
@@ -39,6 +41,7 @@ class Versions:
     # Until then the broker may show that it still has our head, after which everything is published again. None: it
     # has shown it, or was given everything; while it has not, no head may be published that names what it lost.
     confirm_by: float | None = None
+    given: int = 0  # how often a snapshot was published since the start
 
     def merge(self) -> list[Action]:
         """Make the next version: on disk first, then its delta, then the head that names it."""
@@ -72,6 +75,8 @@ class Versions:
         model = self.model
         reserved, named, frames = self.frames.snapshot(model.version, model.digest, model.published, place)
         self.published.snapshot, self.published.recipe = named, self.settings.recipe
+        self.published.snapshot_seq = self.frames.seq
+        self.given += 1
         taken = records.SnapshotTaken(
             version=model.version,
             published=model.published,
@@ -125,7 +130,7 @@ class Versions:
         Retained frames that are larger than the limit give way to a snapshot in smaller parts.
         """
         self.frames.frame_bytes = min(self.settings.limits.frame_bytes, frame_bytes)
-        if any(self.published.sizes[topic] > self.frames.frame_bytes for topic in self._wanted()):
+        if any(self.published.sizes[topic] > self.frames.frame_bytes for topic in self.wanted()):
             return self.snapshot()
         reserved, (topic, frame) = self._build_head()
         if parse(frame).meta == parse(self.published.head_frame).meta:
@@ -140,17 +145,33 @@ class Versions:
         the ledger, would name what only follows it.
         """
         self.confirm_by = None
+        self.given += 1
         head = topics.head(self.settings.federation)
         return [
-            RepublishRetained(topics=tuple(self._wanted())),
+            RepublishRetained(topics=tuple(self.wanted()), why="the broker did not deliver the stored ones"),
             Publish(topic=head, payload=self.published.head_frame, retain=True),
         ]
 
-    def _wanted(self) -> list[str]:
+    def newer(self, payload: bytes, address: topics.Address) -> int | None:
+        """The version of a head that we signed and do not know: then our state is a copy from before it."""
+        try:
+            frame = parse(payload)
+            topics.check(frame, address)
+            frame.check_authentic(self.frames.identity.public)
+            head = Head.from_meta(frame.meta)
+        except ProtocolError:
+            return None
+        return head.version if head.version > self.model.version or frame.seq > self.frames.seq else None
+
+    def snapshot_topics(self) -> list[str]:
+        """The topics of the parts of the newest snapshot, in order."""
+        named = self.published.snapshot
+        return [topics.snapshot(self.settings.federation, named.place, part) for part in range(named.parts)]
+
+    def wanted(self) -> list[str]:
         """What a device needs to get from nothing to the head, in order."""
-        federation, named = self.settings.federation, self.published.snapshot
-        wanted = [topics.snapshot(federation, named.place, part) for part in range(named.parts)]
-        for version in range(named.version + 1, self.model.version + 1):
+        wanted = self.snapshot_topics()
+        for version in range(self.published.snapshot.version + 1, self.model.version + 1):
             wanted += self._delta_topics(version)
         return wanted
 

@@ -153,7 +153,7 @@ def _serve(directory: Path, transport: TransportSettings | None = None, broker: 
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     service = Service(directory, software(), _say, transport)
     on_stop(lambda *_: service.stop())
-    ended = quickstart.watch(broker, service.stop) if broker is not None else []
+    ended = quickstart.watch(broker, service.stop, _say) if broker is not None else []
     service.run()
     if broker is not None and ended:
         _say(f"{broker.software} ended by itself with code {ended[0]}; its last lines:\n{broker.last_lines()}")
@@ -254,6 +254,11 @@ def _summary(found: dict[str, Any]) -> str:
     if found["disk"]["state"] != disk_guard.ENOUGH:
         lines.append(disk_guard.sentence(found["disk"]["free"]))
     lines += [f"{name}: {value}" for name, value in device_metrics.sentences(found["local"])]
+    lines += [
+        f"{name}: two machines use its key; revoke it, and invite each machine by its own name"
+        for name, row in found["devices"].items()
+        if row["cloned"]
+    ]
     lines += ["", *_device_table(found["devices"])]
     return "\n".join([*lines, "", *_version_table(found["versions"][-10:], local=found["local"] is not None)])
 
@@ -292,6 +297,7 @@ def _device_table(devices: dict[str, Any]) -> list[str]:
     rows = []
     for name, row in devices.items():
         state = row["state"] if row["key_state"] == "active" else row["key_state"]
+        state += ", cloned?" if row["cloned"] else ""
         traffic = [f"{row['bytes'] / 1000:.1f}", row["last_seq"]]
         cells = [name, row["role"] or "any", state, row["updates"], row["base"], row["staleness"], *traffic]
         if private:

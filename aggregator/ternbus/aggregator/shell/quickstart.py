@@ -100,12 +100,15 @@ def _known(directory: Path) -> set[str]:
         return membership.known(ledger.db, time.time())
 
 
-def watch(broker: running.RunningBroker, stop: Callable[[], None]) -> list[int]:
-    """Call ``stop`` when the broker ends before we end it; its exit code is then in the list that is returned."""
+def watch(broker: running.RunningBroker, stop: Callable[[], None], say: Callable[[str], None]) -> list[int]:
+    """Call ``stop`` when the broker ends before we end it; its exit code is then in the list that is returned.
+
+    ``say`` is called, in a thread, when the broker's disk is full.
+    """
     ended: list[int] = []
 
     def wait() -> None:
-        ended.append(broker.wait())
+        ended.append(broker.wait(say))
         stop()
 
     threading.Thread(target=wait, name="broker", daemon=True).start()

@@ -14,7 +14,6 @@ from typing import Final, assert_never
 from ternbus.aggregator.core import events
 from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.core.events import Opened
-from ternbus.aggregator.core.rate_limit import LogLimit
 from ternbus.aggregator.merge.background import summing
 from ternbus.aggregator.settings import TransportSettings
 from ternbus.aggregator.shell import transport
@@ -57,7 +56,7 @@ class Waiting:
     opened: "Future[Opened | None] | None"
 
 
-Item = Connected | Disconnected | Published | Refused | Waiting | Interrupted | events.ConnectFailed
+Item = Connected | Disconnected | Published | Refused | Waiting | Interrupted | events.ConnectFailed | events.Refused
 
 
 @contextmanager
@@ -86,8 +85,8 @@ class Service:
     _preverifier: Preverifier = field(init=False)
     _ledger: Ledger = field(init=False)
     _core: Core = field(init=False)
-    _log_limit: LogLimit = field(init=False)
     _link: Link = field(init=False)
+    _topics: dict[int, str] = field(default_factory=dict)  # of publications without an answer, by ticket
     _protocol: int = 5
     _logged_at: float = -LOG_S
     _change_count: int = -1
@@ -119,7 +118,6 @@ class Service:
 
     def _serve(self) -> None:
         settings = self._core.settings
-        self._log_limit = LogLimit(settings.limits.log_lines_per_minute)
         self._link = transport.connect(self.directory, settings, self._deliver, self.transport)
         try:
             self._perform(self._core.start(time.monotonic()))
@@ -197,17 +195,19 @@ class Service:
                 self.log(f"connected (MQTT {'5' if event.protocol == 5 else '3.1.1'})")
                 return self._core.handle(events.Connected(frame_bytes=event.frame_bytes), now)
             case Disconnected():
+                self._topics.clear()
                 self.log(f"connection lost: {event.reason}")
                 return self._core.handle(events.Disconnected(), now)
-            case events.ConnectFailed():
+            case events.ConnectFailed() | events.Refused():
                 return self._core.handle(event, now)
             case Interrupted():
                 return []  # ``_turn`` looks at what it stands for
             case Refused():
-                self._complain(event.reason, f"the broker refused a message: {event.reason}")
-                return []
+                topic = self._topics.pop(event.ticket)
+                return self._core.handle(events.Refused(topic=topic, reason=event.reason), now)
             case Published():
-                return []
+                topic = self._topics.pop(event.ticket)
+                return self._core.handle(events.Published(topic=topic), now) if topic in self._core.awaited else []
             case _:
                 assert_never(event)
 
@@ -245,14 +245,13 @@ class Service:
                 case events.Publish():
                     self._publish(action.topic, action.payload, retain=action.retain)
                 case events.RepublishRetained():
-                    count = len(action.topics)
-                    messages = "1 retained message" if count == 1 else f"{count} retained messages"
-                    self.log(f"publishing {messages} again: the broker did not deliver the stored ones")
-                    for topic in action.topics:
-                        self._publish(topic, self._ledger.frame(topic), retain=True)
+                    self._republish(action)
                 case events.Subscribe():
                     with suppress(LinkError):  # lost again already: the next connection subscribes
                         self._link.subscribe(action.filters)
+                case events.Unsubscribe():
+                    with suppress(LinkError):
+                        self._link.unsubscribe(action.filters)
                 case events.Log():
                     self.log(action.text)
                 case events.Stop():
@@ -264,19 +263,21 @@ class Service:
                 case _:
                     assert_never(action)
 
+    def _republish(self, action: events.RepublishRetained) -> None:
+        if action.why:
+            count = len(action.topics)
+            messages = "1 retained message" if count == 1 else f"{count} retained messages"
+            self.log(f"publishing {messages} again: {action.why}")
+        for topic in action.topics:
+            self._publish(topic, self._ledger.frame(topic), retain=True)
+
     def _publish(self, topic: str, payload: bytes, *, retain: bool) -> None:
         try:
-            self._link.publish(topic, payload, retain=retain)
-        except PacketTooLargeError as error:
-            self._complain("packet-too-large", str(error))
+            self._topics[self._link.publish(topic, payload, retain=retain)] = topic
+        except PacketTooLargeError:
+            self._queue.put(events.Refused(topic=topic, reason="Packet too large"))
         except LinkError:
             return  # what matters is sent again at the next connection
-
-    def _complain(self, reason: str, text: str) -> None:
-        """Log a publication that the broker does not accept, within the limit of log lines."""
-        line = self._log_limit.write(reason, text, time.monotonic())
-        if line:
-            self.log(line)
 
     def _connect(self, action: events.Connect) -> None:
         try:

@@ -16,6 +16,7 @@ from ternbus.aggregator.store import membership
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.aggregator.store.rows import unsigned
 from ternbus.broker.protocol import topics
+from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.identity import Identity, KeyId
 from ternbus.broker.protocol.messages import SnapshotRef
 from ternbus.broker.protocol.schema import Schema
@@ -29,6 +30,7 @@ def recover(ledger: Ledger, settings: Settings, identity: Identity, software: st
     published = PublishedState(
         state=ledger.fact("state"),
         snapshot=SnapshotRef(version=version, parts=parts, content_bytes=content_bytes, place=place),
+        snapshot_seq=parse(ledger.frame(topics.snapshot(settings.federation, place, 0))).seq,
         sizes=dict(ledger.db.execute("SELECT topic, length(payload) FROM frames").fetchall()),
         head_frame=ledger.frame(topics.head(settings.federation)),
         slots=int(ledger.fact("slots")),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ternbus.aggregator.core import disk_guard
+from ternbus.aggregator.core.clones import CLONED
 from ternbus.aggregator.store import disk
 from ternbus.aggregator.store.device_metrics import DeviceMetrics, Report
 from ternbus.aggregator.store.ledger import Ledger, reading
@@ -19,9 +20,10 @@ def read(directory: Path) -> dict[str, Any]:
     ``versions`` has a row for every version, with the newest test metrics that each evaluator sent for it, by its
     name, as ``evaluations``, and those of the first of them by name as ``metrics``; ``devices`` is a map by name, its
     ``epsilon`` what a device says that it has spent of privacy (None: nothing), its ``failing`` why its work fails
-    (None: it does not); ``local`` is what devices report of their own data, see ``local_tests``, over all of them,
-    for a version or of a device, and None where nobody does; ``disk`` is the part of the file system that is free, and
-    its state: `enough`, `low`, `full` (updates are answered `busy`);
+    (None: it does not), its ``cloned`` how often two machines were found to use its key; ``local`` is what devices
+    report of their own data, see ``local_tests``, over all of them, for a version or of a device, and None where nobody
+    does; ``disk`` is the part of the file system that is free, and its state: `enough`, `low`, `full` (updates are
+    answered `busy`);
     ``counts.unmerged`` are accepted updates that no version has though the federation is closed: a merge takes
     updates of ``merge.min_devices`` devices; ``counts.invalid`` is a map by reason of everything refused.
     """
@@ -86,6 +88,8 @@ def _counts(ledger: Ledger, unmerged: int) -> dict[str, Any]:
     }
     for name, value in ledger.db.execute("SELECT name, value FROM counts ORDER BY name"):
         outcome, _, reason = name.partition(":")
+        if outcome == CLONED:
+            continue  # of one device
         if reason:
             counts["invalid"][reason] = value
         else:
@@ -111,8 +115,10 @@ def _devices(ledger: Ledger, version: int, tests: DeviceMetrics) -> dict[str, An
         "SELECT d.name, d.role, d.state, d.why, d.status, d.base, d.software, d.seen_at, d.update_bytes, k.key, k.seq,"
         " (SELECT count(*) FROM updates u WHERE u.device = d.name),"
         " (SELECT max(base) FROM updates u WHERE u.device = d.name),"
-        " (SELECT epsilon FROM updates u WHERE u.device = d.name ORDER BY id DESC LIMIT 1)"
-        " FROM devices d JOIN keys k ON k.device = d.name AND k.public = d.public ORDER BY d.name"
+        " (SELECT epsilon FROM updates u WHERE u.device = d.name ORDER BY id DESC LIMIT 1),"
+        " (SELECT value FROM counts c WHERE c.name = ? || lower(hex(k.key)))"
+        " FROM devices d JOIN keys k ON k.device = d.name AND k.public = d.public ORDER BY d.name",
+        (f"{CLONED}:",),
     )
     return {
         name: {
@@ -132,6 +138,7 @@ def _devices(ledger: Ledger, version: int, tests: DeviceMetrics) -> dict[str, An
             "software": software,
             "epsilon": epsilon,
             "local": tests.device(name),
+            "cloned": cloned or 0,
         }
         for (
             name,
@@ -148,6 +155,7 @@ def _devices(ledger: Ledger, version: int, tests: DeviceMetrics) -> dict[str, An
             updates,
             base,
             epsilon,
+            cloned,
         ) in rows
     }
 

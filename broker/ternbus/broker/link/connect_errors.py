@@ -2,8 +2,13 @@
 
 import socket
 import ssl
+from typing import Final
 
 from ternbus.broker.protocol.endpoint import Endpoint
+
+PROBE_S: Final = 2.0
+CANNOT_SERVE: Final = "the broker cannot serve now, as when its disk is full: see its log, and free space there"
+RETAIN: Final = "Ternbus needs retained messages: allow them (mosquitto: retain_available true)"
 
 
 def explain(endpoint: Endpoint, error: OSError) -> str:
@@ -20,16 +25,63 @@ def explain(endpoint: Endpoint, error: OSError) -> str:
             return (
                 f"{failed}: the broker's certificate is not trusted ({error.verify_message}); check ca.pem and the URL"
             )
+        case ssl.SSLEOFError() | ConnectionResetError() if endpoint.tls:
+            return f"{failed}: it ended the TLS handshake; the port is for MQTT without TLS, or {CANNOT_SERVE}"
+        case ssl.SSLError() if error.reason == "WRONG_VERSION_NUMBER":
+            return f"{failed}: the port is not for TLS; check the port and the URL"
         case ssl.SSLError():
             return f"{failed}: the TLS handshake failed: {error.reason or error}"
         case _:
             return f"{failed}: {error.strerror or error}"
 
 
-def no_answer(endpoint: Endpoint, what: str) -> str:
-    """A message for a port that is open, but did ``what`` instead of answering CONNECT."""
+def silent(endpoint: Endpoint) -> str:
+    """A message for a port that is open, but does not answer CONNECT."""
+    return f"{endpoint} is open but does not answer; check that the port is for MQTT {_with_tls(endpoint)}"
+
+
+def closed(endpoint: Endpoint) -> str:
+    """A message for a broker that ends the connection instead of answering CONNECT; tries TLS on a port without."""
+    what = f"{endpoint} closed the connection without an answer"
     if endpoint.tls:
-        return (
-            f"{endpoint} {what}; check that the port is for MQTT with TLS and that the broker accepts the certificate"
-        )
-    return f"{endpoint} {what}; check that the port is for MQTT without TLS"
+        return f"{what}, after the TLS handshake: it does not accept this certificate, or {CANNOT_SERVE}"
+    if _speaks_tls(endpoint):
+        return f"{what}: the port is for MQTT with TLS; use mqtts:// and the broker's ca.pem"
+    return f"{what}, and without TLS: the port is not for MQTT, or {CANNOT_SERVE}"
+
+
+def refused(endpoint: Endpoint, client_id: str, code: int, name: str) -> str:
+    """A message for a CONNACK with a reason code of MQTT 5 that is a failure."""
+    text = f"the broker at {endpoint} refuses {client_id!r}: {name}"
+    match code:
+        case 0x88 | 0x89 | 0x97:  # server unavailable, server busy, quota exceeded
+            return f"{text}; {CANNOT_SERVE}"
+        case 0x9A:
+            return f"{text}; {RETAIN}"
+        case _:
+            return text
+
+
+def no_retain(endpoint: Endpoint) -> str:
+    """A message for a CONNACK that says that retained messages are not available."""
+    return f"the broker at {endpoint} retains no messages; {RETAIN}"
+
+
+def _with_tls(endpoint: Endpoint) -> str:
+    return f"with{'' if endpoint.tls else 'out'} TLS"
+
+
+def _speaks_tls(endpoint: Endpoint) -> bool:
+    """Whether a TLS handshake on the port is answered, by a certificate or by an alert."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is sent or believed
+    try:
+        with (
+            socket.create_connection((endpoint.host, endpoint.port), timeout=PROBE_S) as trial,
+            context.wrap_socket(trial),
+        ):
+            return True
+    except ssl.SSLError as error:
+        return "ALERT" in (error.reason or "")
+    except OSError:
+        return False

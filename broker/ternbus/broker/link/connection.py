@@ -97,6 +97,7 @@ class Connection:
         self._deliver = deliver
         self._answer: ReasonCode | None = None
         self._reason = "the connection to the broker was lost"
+        self._retains = True  # unless the broker says otherwise, which only MQTT 5 can
         self._leaving = self._closing = self._aborting = self._woken = False
         self._commands: deque[Callable[[], object]] = deque()
         self._waiting: deque[tuple[int, str, bytes, bool]] = deque()
@@ -195,15 +196,18 @@ class Connection:
         while self._answer is None and self.client.socket() is not None:
             left_s = deadline - time.monotonic()
             if left_s <= 0:
-                raise LinkError(connect_errors.no_answer(self._endpoint, "is open but does not answer"))
+                raise LinkError(connect_errors.silent(self._endpoint))
             self._turn(left_s)
         if self._answer is None:
-            raise LinkError(connect_errors.no_answer(self._endpoint, "closed the connection without an answer"))
+            raise LinkError(connect_errors.closed(self._endpoint))
         if self._answer.value == UNSUPPORTED_PROTOCOL:
             # nats-server answers MQTT 5 with return code 1 of 3.1.1, which paho translates to reason code 132 of MQTT 5
             raise UnsupportedProtocolError(f"the broker at {self._endpoint} supports neither MQTT 5 nor 3.1.1")
         if self._answer.is_failure:
-            raise LinkError(f"the broker at {self._endpoint} refuses {self._client_id!r}: {self._answer.getName()}")
+            code = self._answer
+            raise LinkError(connect_errors.refused(self._endpoint, self._client_id, code.value, code.getName()))
+        if not self._retains:
+            raise LinkError(connect_errors.no_retain(self._endpoint))
         if self.packet_bytes_max < PACKET_BYTES_MIN:
             raise LinkError(
                 f"the broker at {self._endpoint} accepts packets of at most {self.packet_bytes_max} bytes, Ternbus "
@@ -309,6 +313,7 @@ class Connection:
         limits: dict[str, int] = extra.json() if extra is not None else {}  # type: ignore[no-untyped-call]
         self.session_present = flags.session_present
         self.packet_bytes_max = limits.get("MaximumPacketSize", self.packet_bytes_max)
+        self._retains = bool(limits.get("RetainAvailable", 1))
         self._window.messages_max = min(self._window.messages_max, limits.get("ReceiveMaximum", MESSAGES_MAX))
         self._answer = code
 
@@ -318,7 +323,7 @@ class Connection:
         elif flags.is_disconnect_packet_from_server:
             self._reason = f"the broker ended the connection: {code.getName()}"
             if code.value == SESSION_TAKEN_OVER:
-                self._reason += f"; another client uses the client id {self._client_id!r}"
+                self._reason += f"; another client uses the client id {self._client_id!r}: stop one of them"
         elif code.value == KEEPALIVE_TIMEOUT:
             self._reason = f"the broker did not answer for {self._keepalive_s} s"
 

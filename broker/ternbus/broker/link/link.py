@@ -93,7 +93,7 @@ class Link:
         return self._connection.outstanding if self._connection is not None else 0
 
     def connect(self, will_topic: str, will_payload: bytes) -> Connected:
-        """Connect with a retained last will, or raise LinkError, within 5 s (10 s if 3.1.1 is tried after MQTT 5).
+        """Connect with a retained last will, or raise LinkError, within 7 s (14 s if 3.1.1 is tried after MQTT 5).
 
         The returned ``Connected`` is also delivered, before any other event of the connection.
         """

@@ -21,6 +21,7 @@ from ternbus.broker.errors import ConfigError, LinkError
 from ternbus.broker.link.tls import PROBE, ServerTls, Tls
 from ternbus.broker.protocol.endpoint import WILDCARDS, Endpoint
 from ternbus.broker.server import mosquitto, nats, parent_death, refusals
+from ternbus.broker.server.full_disk import FullDisk
 
 if TYPE_CHECKING:
     from ternbus.broker.server.auth_callout import AuthCallout
@@ -29,6 +30,7 @@ READY_WITHIN_S: Final = 30.0  # nats-server loads a large store first
 STOP_WITHIN_S: Final = 10.0
 FREED_WITHIN_S: Final = 5.0  # for a broker whose `broker up` was killed to save its data and end
 LOOK_EVERY_S: Final = 0.02
+LOOK_AT_DISK_S: Final = 10.0
 PORT_ATTEMPTS: Final = 5
 LOG: Final = refusals.LOG
 ACCESS: Final = refusals.ACCESS
@@ -123,9 +125,13 @@ class RunningBroker:
         """Let the broker reload its certificate and access list."""
         self.process.send_signal(signal.SIGHUP)
 
-    def wait(self) -> int:
-        """Wait until the broker ends, and return its exit code."""
-        code = self.process.wait()
+    def wait(self, warn: Callable[[str], None]) -> int:
+        """Wait until the broker ends, and return its exit code. ``warn`` is called once for a full disk."""
+        disk, warned = FullDisk(log=self.directory / LOG), False
+        while (code := _ended(self.process, LOOK_AT_DISK_S)) is None:
+            if not warned and disk.is_seen():
+                warned = True
+                warn(disk.explanation)
         self._await_log()
         return code
 
@@ -329,11 +335,18 @@ def _await(look: Callable[[], Seen | None], broker: RunningBroker) -> Seen:
     deadline = time.monotonic() + READY_WITHIN_S
     while not (seen := look()):
         if (code := broker.process.poll()) is not None:
-            raise LinkError(f"{broker.software} ended at its start with exit code {code}:\n{broker.last_lines()}")
+            ended = f"{broker.software} ended at its start with exit code {code}"
+            raise LinkError(f"{ended}{_full_disk(broker)}:\n{broker.last_lines()}")
         if time.monotonic() > deadline:
-            raise LinkError(f"{broker.software} does not answer on {broker.url}; see its log {broker.directory / LOG}")
+            silent = f"{broker.software} does not answer on {broker.url}"
+            raise LinkError(f"{silent}{_full_disk(broker)}; see its log {broker.directory / LOG}")
         time.sleep(LOOK_EVERY_S)
     return seen
+
+
+def _full_disk(broker: RunningBroker) -> str:
+    disk = FullDisk(log=broker.directory / LOG)
+    return f"; {disk.explanation}" if disk.is_seen() else ""
 
 
 def _answers(endpoint: Endpoint, secured: Secured | None) -> bool:
@@ -350,6 +363,13 @@ def _answers(endpoint: Endpoint, secured: Secured | None) -> bool:
         trial.sendall(DISCONNECT)
         return answer == CONNACK
     return False
+
+
+def _ended(process: subprocess.Popen[bytes], within_s: float) -> int | None:
+    try:
+        return process.wait(within_s)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

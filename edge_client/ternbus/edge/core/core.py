@@ -35,7 +35,6 @@ from collections import Counter
 from dataclasses import replace
 from typing import assert_never
 
-from ternbus.broker.backoff import Reconnect
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.exit_codes import EXIT_BUDGET, EXIT_DONE, EXIT_FAILED, EXIT_REFUSED
 from ternbus.broker.protocol import topics
@@ -50,11 +49,13 @@ from ternbus.edge.core.events import Event
 from ternbus.edge.core.failures import shown
 from ternbus.edge.core.fine_tuning import FineTuning
 from ternbus.edge.core.follower import Follower, InitialModel
+from ternbus.edge.core.foreign_numbers import ForeignNumbers
 from ternbus.edge.core.log_sampler import LogSampler
 from ternbus.edge.core.pending_state import PendingState
 from ternbus.edge.core.presence import Presence
 from ternbus.edge.core.profile import ENROLL_SEQ, OFFLINE, Profile, subscriptions
 from ternbus.edge.core.receipts import describe_refusal
+from ternbus.edge.core.reconnection import Reconnection
 from ternbus.edge.core.resubscribe import Resubscribe
 from ternbus.edge.core.state import State
 from ternbus.edge.core.training_policy import TrainingPolicy, budget_spent, describe
@@ -79,12 +80,12 @@ class Core:
         self.fine_tuning = FineTuning(profile=profile, training=self.training, evaluation=self.evaluation)
         self.presence = Presence()
         self._sampler = LogSampler()
-        self._reconnect = Reconnect(salt=profile.key.hex())
+        self._reconnect = Reconnection(device=profile.device, salt=profile.key.hex())
+        self._foreign_numbers = ForeignNumbers(profile=profile, pending=self.pending)
         self._wait_timer = WaitTimer(timeout_s=profile.timeout_s)
         self._resubscribe = Resubscribe()
         self._online = False  # whether there is a connection
         self._connecting = False
-        self._disconnect_reason = ""
         self._logged_head_state = ""
         self._recent_seqs: set[int] = set()  # of status and metrics: a revocation may answer them
         self._accepted = 0  # updates, since this process began
@@ -182,7 +183,7 @@ class Core:
         )
         actions += [] if self._leaving else self._begin_training(now)
         actions += self._send(now)
-        return [*actions, *self._check_wait(now)]
+        return [*actions, *self._foreign_numbers.tell(), *self._check_wait(now)]
 
     # -- the connection
 
@@ -196,7 +197,7 @@ class Core:
         return [Connect(will_topic=will.topic, will_payload=will.payload)]
 
     def _connected(self, frame_bytes: int, now: float) -> list[Action]:
-        self._online, self._connecting, self._disconnect_reason = True, False, ""
+        self._online, self._connecting = True, False
         self._reconnect.connected(now)
         self.presence.reconnected()
         self._resubscribe.connected(now)
@@ -215,11 +216,9 @@ class Core:
         return [Subscribe(filters=(topics.status(self.profile.federation), topics.head(self.profile.federation)))]
 
     def _disconnected(self, reason: str, now: float) -> list[Action]:
-        known = self._disconnect_reason == reason
-        self._online, self._connecting, self._disconnect_reason = False, False, reason
-        self._reconnect.failed(now)
+        self._online, self._connecting = False, False
         self.follower.disconnected()
-        return [] if known else [Log(event="disconnected", text=reason, fields={"reason": reason})]
+        return [*self._reconnect.failed(reason, now)]
 
     def _acknowledged(self, seq: int, now: float) -> None:
         self.evaluation.acknowledged(seq)
@@ -291,6 +290,7 @@ class Core:
         return [*self.uplink.granted(update, grant, frame.seq, now)] if self._may_send() else []
 
     def _receipt(self, receipt: Receipt, now: float) -> list[Action]:
+        self._foreign_numbers.observe(receipt)
         update = self.state.outstanding
         ours = update is not None and receipt.seq == update.seq
         enrollment = receipt.seq == ENROLL_SEQ and not self.state.enrolled
@@ -379,7 +379,7 @@ class Core:
             own = self.evaluation if self.profile.role == "evaluate" else self.training
             awaited = awaited_of(self.presence, self.follower, own.failures, enrolled=self.state.enrolled)
         else:
-            awaited = f"the broker ({self._disconnect_reason})" if self._disconnect_reason else "the broker"
+            awaited = f"the broker ({self._reconnect.reason})" if self._reconnect.reason else "the broker"
         self._wait_timer.wait_for(awaited, now)
         if self._wait_timer.timed_out(now):
             waited_s = self._wait_timer.waited_s(now)

@@ -27,6 +27,10 @@ class PendingState:
             self.state = self.state.with_seq_limit(seq + SEQ_BLOCK)
         return seq
 
+    def may_have_used(self, seq: int) -> bool:
+        """Whether this process, or an earlier one with the same state, may have used the number."""
+        return seq < self._next_seq
+
     def skip_past(self, seq: int) -> None:
         """Make the next sequence number greater than this one."""
         self._next_seq = max(self._next_seq, seq + 1)

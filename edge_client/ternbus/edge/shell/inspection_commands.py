@@ -48,6 +48,7 @@ def status(
         "outstanding": None
         if waiting is None
         else {"seq": waiting.seq, "base": waiting.base, "bytes": len(waiting.body)},
+        "clone": "another machine uses this device's key" if found.is_cloned else None,
         "receipt": None if last is None else {"seq": last.seq, "base": last.base, "outcome": last.outcome},
         "counters": dict(sorted(found.counters.items())),
     }

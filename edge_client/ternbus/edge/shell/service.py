@@ -28,6 +28,7 @@ from ternbus.edge.core.actions import (
     Unsubscribe,
 )
 from ternbus.edge.core.core import Core
+from ternbus.edge.core.foreign_numbers import CLONED, cloned_counter
 from ternbus.edge.learn.task import Trainer
 from ternbus.edge.shell.worker import Worker
 from ternbus.edge.store.outbox import Outbox
@@ -156,6 +157,8 @@ class Service:
             case Stop():
                 self._stop = action
             case Log():
+                if action.event == CLONED:  # kept for `edge status`, which holds for a key
+                    self._counters[cloned_counter(self._core.state.key)] += 1
                 self._report(action)
 
     def _connect(self, action: Connect) -> None:

@@ -18,6 +18,7 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.schema import Vector, type_f32
 from ternbus.broker.store_format import naming
+from ternbus.edge.core.foreign_numbers import cloned_counter
 from ternbus.edge.core.state import RENUMBERED, AnsweredUpdate, OutstandingUpdate, State
 from ternbus.edge.plan.privacy import Account
 from ternbus.edge.store.outbox_format import open_for_reading, open_for_writing
@@ -36,6 +37,11 @@ class Summary:
     state: State
     counters: Mapping[str, int]
     last: AnsweredUpdate | None
+
+    @property
+    def is_cloned(self) -> bool:
+        """Whether a process found that another machine uses the present key."""
+        return cloned_counter(self.state.key) in self.counters
 
 
 class Outbox:

@@ -88,7 +88,7 @@ class VirtualAggregator:
                     self._session.connect(action.will_topic, action.will_payload)
                 case events.Stop():
                     self._session.disconnect()
-                case events.Save() | events.Log():
+                case events.Save() | events.Log() | events.Unsubscribe():
                     continue
                 case _:
                     assert_never(action)

@@ -1,0 +1,246 @@
+"""Whether the broker keeps what it is given to retain: refusals, and each snapshot asked back for part by part.
+
+A PUBACK does not say that a message is retained: on MQTT 3.1.1 it has no code, and brokers drop messages silently
+above a limit. So the parts of a snapshot are asked for by name once the broker has acknowledged all of them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from ternbus.aggregator.core.events import Action, Log, Publish, RepublishRetained, Subscribe, Unsubscribe
+from ternbus.aggregator.core.refusals import Refusals
+from ternbus.aggregator.core.versions import Versions
+from ternbus.broker.backoff import contested
+from ternbus.broker.errors import ProtocolError
+from ternbus.broker.protocol import topics
+from ternbus.broker.protocol.frame import parse
+from ternbus.broker.protocol.identity import AGGREGATOR
+
+ASKED_AT_ONCE: Final = 40  # parts; the largest take 5 MB together
+ACKNOWLEDGE_S: Final = 120.0  # without any PUBACK for a snapshot; nats-server sends none while its disk is full
+ASK_S: Final = 30.0  # for the next part that was asked for; then it is asked for once more
+RETRY_S: Final = 10.0  # until something lost is published again; it doubles each time
+RETRY_MAX_S: Final = 600.0
+DROPPED, UNACKNOWLEDGED, TOO_LARGE = "dropped", "unacknowledged", "Packet too large"
+
+
+@dataclass(slots=True, kw_only=True)
+class Retained:
+    """What the broker refused or dropped of our retained messages, and when it is published again."""
+
+    versions: Versions
+    refusals: Refusals
+    say_online: Callable[[], list[Action]]  # publishes our status anew
+    awaited: set[str] = field(default_factory=set)  # topics whose PUBACK matters
+    _silent_at: float | None = None  # when the operator is told that no PUBACK comes
+    _tells: bool = False  # the shell tells of PUBACKs
+    _given: int = 0  # the publication of a snapshot that ``awaited`` began with, of ``Versions.given``
+    _unsure: bool = True  # the newest snapshot was not seen on the broker by this process
+    _to_ask: list[str] = field(default_factory=list)  # parts that are asked for once ``awaited`` is empty
+    _chunk: tuple[str, ...] = ()  # parts subscribed to
+    _asked: set[str] = field(default_factory=set)  # those of the chunk that have not come
+    _asked_twice: bool = False
+    _ask_by: float | None = None
+    _lost: dict[str, str] = field(default_factory=dict)  # topic -> why the broker does not hold the message
+    _retry_at: float | None = None
+    _attempts: int = 0
+    _told: set[tuple[str, str]] = field(default_factory=set)  # kinds and reasons that the operator knows of
+
+    @property
+    def due(self) -> float | None:
+        """When ``on_time`` has something to do."""
+        if self.awaited:
+            return self._silent_at
+        return self._ask_by if self._chunk else self._retry_at
+
+    # --- what the broker answers
+
+    def acknowledged(self, topic: str, now: float) -> list[Action]:
+        """The broker took a message; with the last one, ask what it keeps of the snapshot."""
+        if topic not in self.awaited:
+            return []
+        self.awaited.discard(topic)
+        self._tells, self._silent_at = True, now + ACKNOWLEDGE_S
+        return [] if self.awaited else self._ask(now)
+
+    def refused(self, topic: str, reason: str, now: float) -> list[Action]:
+        """The broker refused a message. What it should retain is published again later."""
+        actions = self._tell(topics.parse(topic).kind, reason, f"the broker refused {topic}: {reason}", now)
+        if topic in self._current():
+            self._lose(topic, reason, now)
+        if topic in self.awaited:
+            self._to_ask = [part for part in self._to_ask if part != topic]
+            actions += self.acknowledged(topic, now)
+        return actions
+
+    def part_arrived(self, topic: str, payload: bytes, now: float) -> list[Action]:
+        """A part of a snapshot as the broker holds it."""
+        if topic not in self._chunk:
+            return [Unsubscribe(filters=(topic,))] if payload else []  # an earlier process asked for it
+        if topic not in self._asked or not self._is_newest(topic, payload):
+            return []
+        self._asked.discard(topic)
+        self._ask_by = now + ASK_S
+        return [] if self._asked else [*self._end_chunk(), *self._ask(now)]
+
+    def confirmed(self, now: float) -> list[Action]:
+        """The broker holds our head: look whether it holds the snapshot too, and give it soon what it lost."""
+        if self._lost:
+            self._attempts, self._retry_at = 0, now + RETRY_S
+        if not self._unsure:
+            return []
+        self._unsure = False
+        self._to_ask = self.versions.snapshot_topics()
+        return self._ask(now)
+
+    # --- connection and time
+
+    def disconnected(self, now: float, *, is_contested: bool) -> list[Action]:
+        """What was not acknowledged, or has not come, may be lost. ``is_contested``: see `Reconnect.failed`."""
+        text = contested(f"{AGGREGATOR}-{self.versions.settings.federation}") if is_contested else ""
+        if is_contested and self.awaited:  # mosquitto does so with a message above its message_size_limit
+            text += f". Or does the broker end a connection at too large a message? Then {self._advice(TOO_LARGE)}"
+        self._unsure = self._unsure or bool(self.awaited or self._chunk)
+        self._forget()
+        line = self.refusals.log_limit.write("contested", text, now) if text else ""
+        return [Log(text=line)] if line else []
+
+    def on_time(self, now: float) -> list[Action]:
+        """Whatever is due now; first of all, follow a snapshot that was just published."""
+        if self._given != self.versions.given:
+            return self._follow(now)
+        if self.due is None or self.due > now:
+            return []
+        if self.awaited:
+            return self._nothing_comes(now)
+        return self._part_is_missing(now) if self._chunk else self._retry(now)
+
+    def _nothing_comes(self, now: float) -> list[Action]:
+        """Only tell: the messages are under way on this connection, and are published again on the next one."""
+        self._silent_at = None
+        topic = min(self.awaited)
+        text = f"the broker has acknowledged nothing for {ACKNOWLEDGE_S:.0f} s; it owes {len(self.awaited)}, as {topic}"
+        return self._tell("all", UNACKNOWLEDGED, text, now, len(self.awaited))
+
+    def _follow(self, now: float) -> list[Action]:
+        """A snapshot was published, and a head: they replace what was lost of earlier ones."""
+        left, retry_at = self._end_chunk(), self._retry_at
+        self._forget()
+        self._given, self._unsure = self.versions.given, False
+        self._to_ask = self.versions.snapshot_topics()
+        self.awaited, self._silent_at = set(self._to_ask), now + ACKNOWLEDGE_S if self._tells else None
+        status = topics.status(self.versions.settings.federation)
+        self._lost = {topic: why for topic, why in self._lost.items() if topic == status}
+        self._retry_at = retry_at if self._lost else None
+        return left
+
+    def _forget(self) -> None:
+        self.awaited, self._to_ask, self._chunk, self._asked = set(), [], (), set()
+        self._ask_by = self._retry_at = None
+
+    # --- asking by name
+
+    def _ask(self, now: float) -> list[Action]:
+        """Ask for the next parts; with none left, say what is lost."""
+        self._chunk, self._to_ask = tuple(self._to_ask[:ASKED_AT_ONCE]), self._to_ask[ASKED_AT_ONCE:]
+        self._asked, self._asked_twice = set(self._chunk), False
+        if not self._chunk:
+            return self._conclude(now)
+        self._ask_by = now + ASK_S
+        return [Subscribe(filters=self._chunk)]
+
+    def _part_is_missing(self, now: float) -> list[Action]:
+        """Ask once more, since brokers deliver fewer retained messages under load; then these parts are lost."""
+        if not self._asked_twice:
+            self._asked_twice, self._ask_by = True, now + ASK_S
+            return [Subscribe(filters=tuple(sorted(self._asked)))]
+        for topic in sorted(self._asked):
+            self._lose(topic, DROPPED, now)
+        return [*self._end_chunk(), *self._ask(now)]
+
+    def _end_chunk(self) -> list[Action]:
+        chunk, self._chunk, self._ask_by = self._chunk, (), None
+        return [Unsubscribe(filters=chunk)] if chunk else []
+
+    def _is_newest(self, topic: str, payload: bytes) -> bool:
+        try:
+            frame = parse(payload)
+            topics.check(frame, topics.parse(topic))
+            frame.check_authentic(self.versions.frames.identity.public)
+        except ProtocolError:
+            return False
+        return frame.seq == self.versions.published.snapshot_seq
+
+    # --- publishing again
+
+    def _lose(self, topic: str, why: str, now: float) -> None:
+        self._lost[topic] = why
+        if self._retry_at is None:
+            self._retry_at = now + min(RETRY_S * 2.0 ** min(self._attempts, 20), RETRY_MAX_S)
+
+    def _retry(self, now: float) -> list[Action]:
+        """Publish again what the broker lost, unless something newer has taken its place."""
+        self._attempts += 1
+        lost, self._lost, self._retry_at = self._lost, {}, None
+        head, status = topics.head(self.versions.settings.federation), topics.status(self.versions.settings.federation)
+        self.awaited, self._silent_at = {topic for topic in self._current() if topic in lost}, now + ACKNOWLEDGE_S
+        self._to_ask = [topic for topic in self.versions.snapshot_topics() if topic in lost]
+        frames = [topic for topic in self.versions.wanted() if topic in lost]
+        actions: list[Action] = [RepublishRetained(topics=tuple(frames))] if frames else []
+        if head in lost:
+            actions.append(Publish(topic=head, payload=self.versions.published.head_frame, retain=True))
+        return [*actions, *(self.say_online() if status in lost else [])]
+
+    def _current(self) -> list[str]:
+        """The topics whose messages the broker should hold, in the order of their publication."""
+        federation = self.versions.settings.federation
+        return [*self.versions.wanted(), topics.head(federation), topics.status(federation)]
+
+    def _conclude(self, now: float) -> list[Action]:
+        """All has been answered: tell the operator what is lost, or that nothing is any more."""
+        dropped = [topic for topic, why in self._lost.items() if why == DROPPED]
+        if dropped:
+            named = self.versions.published.snapshot
+            text = (
+                f"the broker does not hold {len(dropped)} of the {named.parts} parts of the snapshot of version "
+                f"{named.version} ({dropped[0]}), though it acknowledged them, or does not let this user read them"
+            )
+            return self._tell("snapshot", DROPPED, text, now, len(dropped))
+        if self._lost:
+            return []
+        self._attempts = 0
+        if not self._told:
+            return []
+        self._told.clear()
+        return [Log(text="the broker holds all retained messages again")]
+
+    def _tell(self, kind: str, reason: str, text: str, now: float, count: int = 1) -> list[Action]:
+        """Count a lost message, and name it to the operator once for its kind and the reason."""
+        name = "broker-dropped" if reason in {DROPPED, UNACKNOWLEDGED} else "broker-refused"
+        if (kind, reason) in self._told:
+            self.refusals.counters.refuse(name, now, count)
+            return []
+        self._told.add((kind, reason))
+        return self.refusals.refuse(name, f"{text}; {self._advice(reason)}; it is published again", now, count)
+
+    def _advice(self, reason: str) -> str:
+        """What the operator can change."""
+        size = (
+            f"lower limits.frame_bytes in aggregator.toml (now {self.versions.settings.limits.frame_bytes}) and "
+            "restart, or raise the broker's limit (mosquitto: max_packet_size, message_size_limit; nats-server: "
+            "max_payload)"
+        )
+        match reason:
+            case "Packet too large":
+                return size
+            case "Quota exceeded" | "unacknowledged":
+                return "free disk space on the broker's machine, or raise the broker's quota of retained messages"
+            case "Not authorized":
+                return "allow this user the topics of docs/protocol.md, section 4, in the broker's access list"
+            case "Retain not supported":
+                return "let the broker retain messages (mosquitto: retain_available true)"
+            case "dropped":
+                return f"{size}, or its limits of retained messages and disk space"
+            case _:
+                return "see the broker's log"

@@ -1,0 +1,294 @@
+"""What the broker refuses or drops of the aggregator's retained messages is noticed, named, and published again."""
+
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+
+import pytest
+
+from support.small_world import LAB, Bench, Device, follow, frames_of, refusals, ternary_block
+from ternbus.aggregator.core import events, retained
+from ternbus.aggregator.core.retained import ACKNOWLEDGE_S, ASK_S, RETRY_MAX_S, RETRY_S
+from ternbus.broker.protocol import topics
+from ternbus.broker.protocol.frame import build, parse
+from ternbus.broker.protocol.identity import Identity
+
+HEAD, STATUS = topics.head(LAB), topics.status(LAB)
+RECEIPT = topics.down(LAB, "pi", "receipt")
+Make = Callable[..., Bench]
+
+
+def small_parts(make: Make, **settings: object) -> Bench:
+    """An aggregator whose snapshot of version 0 was just published, in three parts."""
+    settings = {"limits__frame_bytes": 4096, **settings}
+    bench = make(frame_bytes=1400, **settings)
+    assert bench.core.awaited == {topic for topic in bench.retained if "/snapshot/" in topic}
+    return bench
+
+
+def parts_of(bench: Bench) -> list[str]:
+    named = bench.head.snapshot
+    return [topics.snapshot(LAB, named.place, part) for part in range(named.parts)]
+
+
+def acknowledge(bench: Bench, *published: str) -> list[events.Action]:
+    return [action for topic in published for action in bench.handle(events.Published(topic=topic))]
+
+
+def show(bench: Bench, *asked: str) -> list[events.Action]:
+    """The broker delivers what it retains under these topics."""
+    return [action for topic in asked for action in bench.receive(topic, bench.retained[topic])]
+
+
+def asked(actions: Iterable[events.Action]) -> list[str]:
+    return [topic for each in actions if isinstance(each, events.Subscribe) for topic in each.filters]
+
+
+def released(actions: Iterable[events.Action]) -> list[str]:
+    return [topic for each in actions if isinstance(each, events.Unsubscribe) for topic in each.filters]
+
+
+def lines(actions: Iterable[events.Action]) -> list[str]:
+    return [each.text for each in actions if isinstance(each, events.Log)]
+
+
+def again(actions: Iterable[events.Action]) -> list[str]:
+    """What is published again, as it was."""
+    return [topic for each in actions if isinstance(each, events.RepublishRetained) for topic in each.topics]
+
+
+def wait(bench: Bench, seconds: float) -> list[events.Action]:
+    """Time passes; the core is woken when it asks for it."""
+    end, done = bench.now + seconds, list[events.Action]()
+    while (due := bench.core.deadline) is not None and due <= end:
+        bench.now = max(bench.now, due)
+        done += bench.handle(events.TimeReached())
+    bench.now = end
+    return done
+
+
+def test_a_snapshot_is_asked_for_by_name_once_the_broker_has_acknowledged_all_of_it(make: Make) -> None:
+    bench = small_parts(make)
+    parts = parts_of(bench)
+    assert len(parts) > 2
+    assert acknowledge(bench, HEAD, *parts[:-1], parts[0]) == []
+    assert asked(acknowledge(bench, parts[-1])) == parts
+    assert show(bench, *parts[1:]) == []
+    done = show(bench, parts[0])
+    assert released(done) == parts
+    assert bench.core.deadline is None
+    assert not bench.core.awaited
+
+
+def test_each_version_s_delta_is_not_asked_for(make: Make) -> None:
+    """One look for each snapshot, not for each version."""
+    bench = make(merge__buffer_size=1, downlink__slots=6)
+    acknowledge(bench, *parts_of(bench))
+    show(bench, *parts_of(bench))
+    pi = bench.join("pi")
+    found: list[str] = []
+    for version in range(6):
+        bench.send(pi, ternary_block(bench.schema, version), version)
+        done = bench.last + acknowledge(bench, *sorted(bench.core.awaited))
+        found += asked(done)
+        show(bench, *asked(done))
+    assert found == [topics.snapshot(LAB, 1, 0), topics.snapshot(LAB, 0, 0)]
+
+
+@pytest.mark.parametrize("held", [None, "another"])
+def test_a_part_that_does_not_come_back_is_named_and_published_again(make: Make, held: str | None) -> None:
+    """Neither when the broker holds nothing nor when it holds what was there before."""
+    bench = small_parts(make)
+    parts = parts_of(bench)
+    kept = dict(bench.retained)
+    acknowledge(bench, *parts)
+    show(bench, *parts[:1], *parts[2:])
+    if held is not None:
+        frame = parse(kept[parts[1]])
+        about = {
+            "federation": LAB,
+            "sender": "aggregator",
+            "kind": "snapshot",
+            "meta": frame.meta,
+            "part": (1, frame.parts),
+        }
+        older = build(bench.identity, seq=frame.seq - 1, body=b"", **about)  # type: ignore[arg-type]
+        forged = build(Identity.generate(), seq=frame.seq, body=b"", **about)  # type: ignore[arg-type]
+        assert bench.receive(parts[1], older, forged, b"no frame", b"") == []
+    assert asked(bench.tick(ASK_S)) == [parts[1]]  # once more: a broker under load delivers fewer
+    bench.retained.clear()
+    done = bench.tick(ASK_S)
+    assert released(done) == parts
+    (line,) = lines(done)
+    assert f"does not hold 1 of the {len(parts)} parts of the snapshot of version 0 ({parts[1]})" in line
+    assert "lower limits.frame_bytes in aggregator.toml (now 4096)" in line
+    assert refusals(bench.tick(1.0)) == {"broker-dropped": 1}
+    done = bench.tick(RETRY_S - 1.0)
+    assert (again(done), lines(done)) == ([parts[1]], [])
+    assert bench.retained == {parts[1]: kept[parts[1]]}
+    assert asked(acknowledge(bench, parts[1])) == [parts[1]]
+    done = show(bench, parts[1])
+    assert lines(done) == ["the broker holds all retained messages again"]
+    assert bench.core.deadline is None
+
+
+def test_a_broker_that_keeps_dropping_is_asked_ever_more_rarely_and_named_once(make: Make) -> None:
+    bench = small_parts(make)
+    parts = parts_of(bench)
+    done = acknowledge(bench, *parts)
+    times: list[float] = []
+    while len(times) < 12:
+        found = wait(bench, 1.0)
+        if again(found):
+            times.append(bench.now)
+            found += acknowledge(bench, *again(found))
+        done += found
+    gaps = [after - before - 2 * ASK_S for before, after in pairwise(times)]
+    assert gaps[0] == pytest.approx(2 * RETRY_S, abs=2)
+    assert gaps[-1] == pytest.approx(RETRY_MAX_S, abs=2)
+    assert len(lines(done)) == 1
+
+
+@pytest.mark.parametrize(
+    ("reason", "advice"),
+    [
+        ("Packet too large", "lower limits.frame_bytes in aggregator.toml"),
+        ("Quota exceeded", "raise the broker's quota"),
+        ("Not authorized", "access list"),
+        ("Retain not supported", "retain_available true"),
+        ("Implementation specific error", "see the broker's log"),
+    ],
+)
+def test_a_refused_part_is_named_with_what_to_change_and_published_again(make: Make, reason: str, advice: str) -> None:
+    bench = small_parts(make)
+    parts = parts_of(bench)
+    acknowledge(bench, *parts[:-2])
+    done = bench.handle(events.Refused(topic=parts[-2], reason=reason))
+    (line,) = lines(done)
+    assert f"the broker refused {parts[-2]}: {reason}; " in line
+    assert advice in line
+    done = bench.handle(events.Refused(topic=parts[-1], reason=reason))
+    assert lines(done) == []
+    assert asked(done) == parts[:-2]  # the others were acknowledged
+    assert lines(show(bench, *parts[:-2])) == []
+    assert refusals(wait(bench, 2.0)) == {"broker-refused": 2}
+    assert again(wait(bench, RETRY_S)) == parts[-2:]
+    assert asked(acknowledge(bench, *parts[-2:])) == parts[-2:]
+    assert lines(show(bench, *parts[-2:])) == ["the broker holds all retained messages again"]
+
+
+def test_a_refused_delta_head_or_status_is_published_again_and_a_receipt_is_not(make: Make) -> None:
+    bench = make(merge__buffer_size=1)
+    acknowledge(bench, *parts_of(bench))
+    show(bench, *parts_of(bench))
+    pi = bench.join("pi")
+    bench.send(pi, ternary_block(bench.schema, 0), 0)
+    delta = topics.delta(LAB, 1, 0)
+    told = [
+        line
+        for topic in (delta, HEAD, STATUS, RECEIPT)
+        for line in lines(bench.handle(events.Refused(topic=topic, reason="Quota exceeded")))
+    ]
+    assert len(told) == 4
+    bench.retained.clear()
+    done = wait(bench, RETRY_S)
+    assert again(done) == [delta]
+    assert set(bench.retained) == {delta, HEAD, STATUS}
+    assert [frame.meta["state"] for frame in frames_of(done, "status")] == ["online"]
+    assert lines(acknowledge(bench, delta, HEAD, STATUS)) == ["the broker holds all retained messages again"]
+    assert lines(bench.handle(events.Refused(topic=HEAD, reason="Quota exceeded"))) != []
+
+
+def test_a_broker_that_acknowledges_nothing_is_named_once(make: Make) -> None:
+    """Such as nats-server whose disk is full."""
+    bench = small_parts(make)
+    parts = parts_of(bench)
+    wait(bench, ACKNOWLEDGE_S - 1)
+    acknowledge(bench, parts[0])
+    assert lines(wait(bench, ACKNOWLEDGE_S - 1)) == []
+    (line,) = lines(wait(bench, 10 * ACKNOWLEDGE_S))
+    assert f"the broker has acknowledged nothing for 120 s; it owes {len(parts) - 1}, as {parts[1]}" in line
+    assert "free disk space on the broker's machine" in line
+    acknowledge(bench, *parts[1:])
+    assert lines(show(bench, *parts)) == ["the broker holds all retained messages again"]
+
+
+def test_what_a_newer_snapshot_replaces_is_not_published_again(make: Make) -> None:
+    bench = make(merge__buffer_size=1, downlink__slots=2)
+    (part,) = parts_of(bench)
+    acknowledge(bench, part)
+    assert asked(bench.last) == [part]
+    pi = bench.join("pi")
+    bench.handle(events.Refused(topic=STATUS, reason="Quota exceeded"))
+    bench.handle(events.Refused(topic=HEAD, reason="Quota exceeded"))
+    bench.send(pi, ternary_block(bench.schema, 0), 0)  # with a snapshot to the other place
+    done = bench.last
+    assert released(done) == [part]
+    newest = topics.snapshot(LAB, 1, 0)
+    assert bench.core.awaited == {newest}
+    assert asked(acknowledge(bench, newest)) == [newest]
+    show(bench, newest)
+    done = wait(bench, RETRY_S)
+    assert again(done) == []
+    assert [parse(each.payload).kind for each in done if isinstance(each, events.Publish)] == ["status"]
+
+
+def test_a_snapshot_of_many_parts_is_asked_for_some_at_a_time(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits for the aggregator at the broker stays small."""
+    monkeypatch.setattr(retained, "ASKED_AT_ONCE", 2)
+    bench = small_parts(make)
+    parts = parts_of(bench)
+    assert asked(acknowledge(bench, *parts)) == parts[:2]
+    done = show(bench, *parts[:2])
+    assert (released(done), asked(done)) == (parts[:2], parts[2:4])
+    assert bench.receive(parts[2], bench.retained[parts[2]] + b"more") == []
+    done = wait(bench, 2 * ASK_S)
+    assert lines(done) == lines(done)[:1]  # one line, whatever is lost
+    assert again(wait(bench, RETRY_S)) == parts[2:]
+
+
+def test_a_connection_that_ends_meanwhile_is_followed_by_another_look(make: Make) -> None:
+    bench = small_parts(make, merge__buffer_size=1)
+    parts = parts_of(bench)
+    acknowledge(bench, parts[0])
+    bench.dial()
+    bench.handle(events.Connected(frame_bytes=1400))
+    assert asked(bench.receive(HEAD, bench.retained[HEAD])) == parts
+    show(bench, *parts)
+    pi = bench.join("pi")
+    bench.send(pi, ternary_block(bench.schema, 0), 0)
+    delta = topics.delta(LAB, 1, 0)
+    bench.handle(events.Refused(topic=delta, reason="Quota exceeded"))
+    bench.dial()
+    assert bench.core._retained.due is None
+    bench.handle(events.Connected(frame_bytes=1400))
+    assert asked(bench.receive(HEAD, bench.retained[HEAD])) == []  # the snapshot was seen, and the delta is lost
+    assert again(wait(bench, RETRY_S)) == [delta]
+
+
+def test_a_new_process_looks_once_whether_the_broker_holds_the_snapshot(make: Make) -> None:
+    bench = make()
+    (part,) = parts_of(bench)
+    acknowledge(bench, part)
+    show(bench, part)
+    bench.restart()
+    assert asked(bench.start())[-1:] == [part]
+    show(bench, part)
+    bench.connect()
+    assert part not in asked(bench.last)
+    assert follow(bench.retained, bench.identity.public) == (0, bench.core.model.digest)
+
+
+def test_a_snapshot_that_nobody_asked_for_is_unsubscribed_from(make: Make) -> None:
+    """The persistent session keeps what an earlier process subscribed to."""
+    bench = make()
+    (part,) = parts_of(bench)
+    assert released(bench.receive(part, bench.retained[part])) == [part]
+    assert bench.receive(part, b"") == []
+
+
+def test_a_device_that_is_not_there_is_no_reason_to_log_every_refused_receipt(make: Make) -> None:
+    bench = make()
+    pi = Device("pi", bench.schema)
+    topic = topics.down(LAB, pi.name, "receipt")
+    done = [action for _ in range(100) for action in bench.handle(events.Refused(topic=topic, reason="Quota exceeded"))]
+    assert len(lines(done)) == 1
