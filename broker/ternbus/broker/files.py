@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from ternbus.broker import toml
+from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError
 
 KEY_BYTES: Final = 32  # an Ed25519 seed
@@ -48,8 +49,11 @@ def replacing(path: Path, *, mode: int = 0o666, concurrent: bool = False) -> Ite
     os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
     try:
         yield partial
+        reached("file-written")
         sync(partial)
+        reached("file-synced")
         partial.replace(path)
+        reached("file-renamed")
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

@@ -23,6 +23,7 @@ from ternbus.aggregator.store import control, membership
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.aggregator.store.recovery import recover
 from ternbus.aggregator.store.vectors import VECTORS
+from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import load_toml, read_key, write_key
 from ternbus.broker.protocol.identity import Identity, check_device
@@ -144,6 +145,7 @@ def invite(
     codes = {invitation.device: invitation.code for invitation in invitations}
     with closing(Ledger(directory / LEDGER)) as ledger, ledger.transaction():
         membership.invite(ledger.db, codes, now, expires_at, evaluators)
+    reached("invited")
     _tell(directory, control.INVITATIONS)
     return invitations
 

@@ -22,6 +22,7 @@ from ternbus.aggregator.shell.administration import exclusive, open_core
 from ternbus.aggregator.shell.preverify import WORTHWHILE_BYTES, Preverifier
 from ternbus.aggregator.store import control
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
+from ternbus.broker.crash_points import publishing, reached
 from ternbus.broker.errors import LinkError
 from ternbus.broker.link.link import (
     Arrived,
@@ -156,6 +157,7 @@ class Service:
         actions += self._core.handle(events.TimeReached(), time.monotonic())
         self._perform(actions)
         for token in tokens:
+            reached("acknowledge")
             self._link.acknowledge(token)
 
     def _next_batch(self) -> list[Item]:
@@ -223,7 +225,9 @@ class Service:
         ordered = list(actions)
         batch = [action.record for action in ordered if isinstance(action, events.Save)]
         if batch:
+            reached("save")
             self._ledger.write(batch)
+            reached("saved")
         for action in ordered:
             match action:
                 case events.Save():
@@ -231,17 +235,20 @@ class Service:
                 case events.Publish():
                     self._publish(action.topic, action.payload, retain=action.retain)
                 case events.RepublishRetained():
+                    reached("republish")
                     count = len(action.topics)
                     messages = "1 retained message" if count == 1 else f"{count} retained messages"
                     self.log(f"publishing {messages} again: the broker did not deliver the stored ones")
                     for topic in action.topics:
                         self._publish(topic, self._ledger.frame(topic), retain=True)
                 case events.Subscribe():
+                    reached("subscribe")
                     with suppress(LinkError):  # lost again already: the next connection subscribes
                         self._link.subscribe(action.filters)
                 case events.Log():
                     self.log(action.text)
                 case events.Stop():
+                    reached("stop")
                     self._stopped = True
                     if action.error:
                         raise LinkError(action.error)  # the broker caused it, so a supervisor may restart the process
@@ -251,6 +258,7 @@ class Service:
                     assert_never(action)
 
     def _publish(self, topic: str, payload: bytes, *, retain: bool) -> None:
+        publishing(topic)
         try:
             self._link.publish(topic, payload, retain=retain)
         except PacketTooLargeError as error:
@@ -265,6 +273,7 @@ class Service:
             self.log(line)
 
     def _connect(self, action: events.Connect) -> None:
+        reached("connect")
         try:
             self._link.connect(action.will_topic, action.will_payload)
         except LinkError as error:

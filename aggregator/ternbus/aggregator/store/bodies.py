@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from ternbus.broker import files
+from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError
 
 BODIES: Final = "bodies"  # the folder
@@ -47,6 +48,7 @@ class Bodies:
             left = left[os.write(self._descriptor, left) :]
         self._end += len(body)
         self._dirty = True
+        reached("body-written")
         return place
 
     def sync(self) -> None:

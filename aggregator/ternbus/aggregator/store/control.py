@@ -11,6 +11,7 @@ from ternbus.aggregator.core import events
 from ternbus.aggregator.store import membership, migration, recovery
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.broker import files
+from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.broker.protocol.messages import CLOSED, OPEN, PAUSED
 
@@ -76,6 +77,7 @@ def ask(directory: Path, what: str, argument: str = "") -> None:
     try:
         with ledger.transaction():
             cursor = ledger.db.execute("INSERT INTO requests (what, argument) VALUES (?, ?)", (what, argument))
+        reached("requested")
         _wait(ledger, directory, cursor.lastrowid or 0)
     finally:
         ledger.close()

@@ -10,6 +10,7 @@ from typing import Final
 import numpy as np
 
 from ternbus.broker import files
+from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.schema import Vector, type_f32
 
@@ -39,6 +40,7 @@ class Vectors:
                 while content:
                     content = content[os.write(descriptor, content[:PIECE]) :]  # a full disk takes less, then nothing
                     os.fdatasync(descriptor)
+                    reached("vectors-piece-written")
         files.sync(self.folder)
         return checksum
 

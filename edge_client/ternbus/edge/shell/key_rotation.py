@@ -9,6 +9,7 @@ last, so that the next start repeats a copy that a crash interrupted.
 from dataclasses import replace
 from typing import Final
 
+from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import read_secret, write_secret
 from ternbus.broker.link.tls import CA, CERTIFICATE, TLS_KEY
@@ -78,10 +79,13 @@ def finish(home: DeviceDirectory) -> None:
     with Outbox(home.folder, identity.key_id) as outbox:
         if outbox.state.key != identity.key_id or not outbox.state.enrolled:
             outbox.save(inherited(outbox.state, enrolled, settings, identity), None, outbox.counters)
+    reached("rotation-saved")
     for name in FILES:
         if (renewal.folder / name).exists():
             write_secret(home.folder / name, read_secret(renewal.folder / name))
+            reached("rotation-copied")
     home.write(settings)
+    reached("rotation-settings-written")
     renewal.discard()
 
 
