@@ -44,12 +44,12 @@ class _Armed:
     """One point, and how often it has to be reached."""
 
     def __init__(self, text: str) -> None:
-        name, _, count = text.partition(":")
-        if name not in POINTS or not re.fullmatch(r"[1-9][0-9]{0,8}", count or "1"):
+        found = re.fullmatch(r"([a-z-]+)(?::([1-9][0-9]{0,8}))?", text)
+        if found is None or found[1] not in POINTS:
             raise ConfigError(
                 f"{VARIABLE}={text!r} is not a crash point; use NAME or NAME:COUNT with one of: {', '.join(POINTS)}"
             )
-        self._name, self._left = name, int(count or "1")
+        self._name, self._left = found[1], int(found[2] or 1)
 
     def reached(self, point: str) -> None:
         if point != self._name:
