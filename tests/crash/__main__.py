@@ -18,32 +18,41 @@ from pathlib import Path
 from typing import Final
 
 from crash import differences
-from crash.federation import AGGREGATOR, DEVICES, KINDS, End, Federation, at, failing, joined, library_in
-from ternbus.broker.crash_points import POINTS
+from crash.federation import AGGREGATOR, DEVICES, KINDS, OUTSIDE, End, Federation, at, failing, joined, library_in
 from ternbus.broker.server.running import Engine
 
 EVERY_S: Final = 10.0  # how often the state is printed
-BROKER_S: Final = (2.0, 10.0)  # how long a broker lives
-LIFE_S: Final = (0.5, 4.0)  # how long another process lives at the most
-CALM: Final = 20  # after so many ends of a process comes a life without
+BROKER_S: Final = (10.0, 30.0)  # how long a broker lives; for 5 s the aggregator waits for what it retained
+LIFE_S: Final = 0.5, 2.0  # until a kill from outside: so long at least, and so much more on average
+PATIENCE_S: Final = 8.0  # until a kill from outside of what does not get to the end that was drawn
+BOTH: Final = ("save", "saved", "connect", "subscribe", "publish-status", "acknowledge")
+SERVING: Final = (
+    *BOTH, "republish", "publish-head", "publish-delta", "publish-snapshot", "publish-receipt", "publish-grant",
+    "body-written", "bodies-synced", "segment-begun", "vectors-piece-written", "vectors-written", "log-moved",
+    "file-removed",
+)  # fmt: skip
+TRAINING: Final = (
+    *BOTH, "publish-offer", "publish-update", "publish-metrics", "start-job", "job-done", "state-written",
+)  # fmt: skip
 
 
 class Lots:
     """The ends of one process, drawn from the seed and the process's name."""
 
     def __init__(self, seed: int, name: str, *, disk: bool) -> None:
+        self._points = SERVING if name == AGGREGATOR else TRAINING
         self._random = random.Random(f"{seed}/{name}")
         self._disk = disk
 
     def draw(self) -> End:
         chance = self._random
-        longest = chance.uniform(*LIFE_S)
         lot = chance.random()
         if lot < 0.2:
-            return End(how="outside", after_s=longest)
-        if lot < 0.3 and self._disk:
-            return failing(chance.choice(KINDS), chance.randint(1, 60), after_s=longest)
-        return at(chance.choice(POINTS), min(40, 1 + int(chance.expovariate(0.3))), after_s=longest)
+            least, mean = LIFE_S
+            return End(how=OUTSIDE, after_s=least + chance.expovariate(1 / mean))
+        if lot < 0.4 and self._disk:
+            return failing(chance.choice(KINDS), chance.randint(1, 60), after_s=PATIENCE_S)
+        return at(chance.choice(self._points), 1 + int(chance.expovariate(0.5)), after_s=PATIENCE_S)
 
 
 def main() -> None:
@@ -86,7 +95,9 @@ def _kill(damaged: Federation, kills: int, seed: int) -> None:
     for name in (AGGREGATOR, *DEVICES):
         lots = Lots(seed, name, disk=damaged.library is not None)
         damaged.draw(name, lots.draw)
-    broker_at = said_at = time.monotonic()
+        damaged.kill(name)
+    said_at = time.monotonic()
+    broker_at = said_at + chance.uniform(*BROKER_S)
     while damaged.ended.total() < kills:
         now = time.monotonic()
         if now >= broker_at:
