@@ -6,6 +6,9 @@ DATA ?=
 NAME ?=
 KEEP ?=
 MOSQUITTO ?=
+KILLS ?= 1000
+SEED ?=
+ENGINE ?= mosquitto
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,10 +35,10 @@ SLOW_TESTS := -m slow
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo check lint types core test fuzz bench experiment format clean
+.PHONY: help setup demo check lint types core test fuzz crash-test bench experiment format clean
 
 help: ## List these targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 18
 	@echo "Variables:"
 	@echo "  TASK=digits    the demo's task: digits, digits-numpy (needs no torch), one of docs/tasks.md"
 	@echo "  KEEP=yes       experiment: copy the result to benchmarks/results/experiments, for docs/figures.md"
@@ -66,6 +69,9 @@ test: check ## check, then the tests that start processes or train, then a minut
 
 fuzz: $(FULL) ## Fuzz each parser with a million inputs (x86-64 Linux)
 	$(BIN)/python -m fuzz --runs 1000000
+
+crash-test: $(FULL) ## Kill a federation at random, and compare it with one left alone: KILLS=1000 SEED=n ENGINE=mosquitto|nats
+	PYTHONPATH=tests $(BIN)/python -m crash --kills $(KILLS) $(if $(SEED),--seed $(SEED)) --engine $(ENGINE)
 
 bench: $(FULL) ## Run the benchmarks into benchmarks/results, under 15 minutes (DATA=DIR with FashionMNIST/raw for all of them)
 	$(BIN)/python -m benchmarks $(if $(DATA),--data '$(DATA)')

@@ -8,6 +8,7 @@ import pytest
 from support.small_world import (
     LAB,
     Bench,
+    float32_block,
     follow,
     frames_of,
     place,
@@ -134,6 +135,32 @@ def test_the_head_that_is_given_again_is_that_of_now(make: Make) -> None:
     given = [action.payload for action in bench.published if action.topic == HEAD]
     assert given[0] == head
     assert parse(given[1]).meta["version"] == 1
+
+
+def test_the_newest_delta_is_given_again_even_where_a_snapshot_of_its_version_is(make: Make) -> None:
+    """A crash may have come before any of it was published: devices one version behind wait for that delta."""
+    bench = make(merge__buffer_size=1, downlink__slots=2)
+    pi = bench.join("pi")
+    bench.send(pi, ternary_block(bench.schema, 0), 0)
+    delta = topics.delta(LAB, 1, 0)
+    kept = bench.retained[delta]
+    assert bench.head.snapshot.version == bench.version == 1
+    before = reconnected(bench)
+    bench.retained.clear()
+    bench.tick(5.0)
+    assert [action.topic for action in bench.published[before:]] == [topics.snapshot(LAB, 1, 0), delta, HEAD]
+    assert bench.retained[delta] == kept
+
+
+def test_a_newest_delta_too_large_for_the_broker_is_not_given_again(make: Make) -> None:
+    bench = make(merge__buffer_size=1, downlink__slots=2, downlink__codec="float32")
+    pi = bench.join("pi")
+    bench.send(pi, float32_block(bench.schema, 0), 0)
+    bench.dial()
+    before = len(bench.published)
+    bench.handle(events.Connected(frame_bytes=1500))
+    assert not [action.topic for action in bench.published[before:] if "/delta/" in action.topic]
+    assert follow(bench.retained, bench.identity.public) == (1, bench.core.model.digest)
 
 
 def test_a_lost_connection_waits_for_no_head(make: Make) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from ternbus.broker import toml
+from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError, StorageError
 
 KEY_BYTES: Final = 32  # an Ed25519 seed
@@ -55,9 +56,12 @@ def replacing(path: Path, *, mode: int = 0o666, concurrent: bool = False) -> Ite
     try:
         with naming(path):
             yield partial
+            reached("file-written")
             inherit_owner(partial)
             sync(partial)
+            reached("file-synced")
         partial.replace(path)
+        reached("file-renamed")
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

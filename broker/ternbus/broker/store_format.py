@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from ternbus.broker import files
+from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError, CorruptError, FederationError, StorageError
 
 NO_ACCESS: Final = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY}
@@ -75,8 +76,11 @@ def migrate(db: sqlite3.Connection, path: Path, formats: Formats) -> None:
     try:
         db.execute("BEGIN IMMEDIATE")
         copy = None if found == EMPTY else _copy(path, path.parent / f"format-{found}", formats.beside)
+        reached("format-copied")
         formats.advance(db, path.parent)
+        reached("format-changed")
         db.execute("COMMIT")
+        reached("format-committed")
     except BaseException as error:
         if db.in_transaction:
             db.execute("ROLLBACK")

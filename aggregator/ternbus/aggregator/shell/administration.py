@@ -25,6 +25,7 @@ from ternbus.aggregator.store.recovery import recover
 from ternbus.aggregator.store.remedy import remedy
 from ternbus.aggregator.store.vectors import VECTORS
 from ternbus.broker import files
+from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError, CorruptError, ProtocolError
 from ternbus.broker.files import load_toml, read_key, write_key, write_text
 from ternbus.broker.protocol.identity import Identity, check_device
@@ -149,6 +150,7 @@ def invite(
     codes = {invitation.device: invitation.code for invitation in invitations}
     with writing(directory) as ledger, ledger.transaction():
         membership.invite(ledger.db, codes, now, expires_at, evaluators)
+    reached("invited")
     _tell(directory, control.INVITATIONS)
     return invitations
 

@@ -21,6 +21,7 @@ from ternbus.aggregator.shell.administration import exclusive, open_core
 from ternbus.aggregator.shell.preverify import WORTHWHILE_BYTES, Preverifier
 from ternbus.aggregator.store import control, disk
 from ternbus.aggregator.store.ledger import Ledger, writing
+from ternbus.broker.crash_points import publishing, reached
 from ternbus.broker.errors import LinkError
 from ternbus.broker.link.link import (
     Arrived,
@@ -168,6 +169,7 @@ class Service:
         actions += self._core.handle(last, time.monotonic())
         self._perform(actions)
         for token in tokens:
+            reached("acknowledge")
             self._link.acknowledge(token)
 
     def _next_batch(self) -> list[Item]:
@@ -237,7 +239,9 @@ class Service:
         ordered = list(actions)
         batch = [action.record for action in ordered if isinstance(action, events.Save)]
         if batch:
+            reached("save")
             self._ledger.write(batch)
+            reached("saved")
         for action in ordered:
             match action:
                 case events.Save():
@@ -245,8 +249,10 @@ class Service:
                 case events.Publish():
                     self._publish(action.topic, action.payload, retain=action.retain)
                 case events.RepublishRetained():
+                    reached("republish")
                     self._republish(action)
                 case events.Subscribe():
+                    reached("subscribe")
                     with suppress(LinkError):  # lost again already: the next connection subscribes
                         self._link.subscribe(action.filters)
                 case events.Unsubscribe():
@@ -255,6 +261,7 @@ class Service:
                 case events.Log():
                     self.log(action.text)
                 case events.Stop():
+                    reached("stop")
                     self._stopped = True
                     if action.error:
                         raise LinkError(action.error)  # the broker caused it, so a supervisor may restart the process
@@ -272,6 +279,7 @@ class Service:
             self._publish(topic, self._ledger.frame(topic), retain=True)
 
     def _publish(self, topic: str, payload: bytes, *, retain: bool) -> None:
+        publishing(topic)
         try:
             self._topics[self._link.publish(topic, payload, retain=retain)] = topic
         except PacketTooLargeError:
@@ -280,6 +288,7 @@ class Service:
             return  # what matters is sent again at the next connection
 
     def _connect(self, action: events.Connect) -> None:
+        reached("connect")
         try:
             self._link.connect(action.will_topic, action.will_payload)
         except LinkError as error:

@@ -11,6 +11,7 @@ from typing import Final
 
 from ternbus.aggregator.store.remedy import reading, remedy
 from ternbus.broker import files
+from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import CorruptError
 
 BODIES: Final = "bodies"  # the folder
@@ -48,6 +49,7 @@ class Bodies:
                 left = left[os.write(self._descriptor, left) :]
         self._end += len(body)
         self._dirty = True
+        reached("body-written")
         return place
 
     def sync(self) -> None:

@@ -11,6 +11,7 @@ from ternbus.aggregator.core import events
 from ternbus.aggregator.store import membership, migration, recovery
 from ternbus.aggregator.store.ledger import Ledger, writing
 from ternbus.broker import files
+from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.broker.protocol.messages import CLOSED, OPEN, PAUSED
 
@@ -71,6 +72,7 @@ def ask(directory: Path, what: str, argument: str = "") -> None:
     with writing(directory) as ledger:
         with ledger.transaction():
             cursor = ledger.db.execute("INSERT INTO requests (what, argument) VALUES (?, ?)", (what, argument))
+        reached("requested")
         _wait(ledger, directory, cursor.lastrowid or 0)
 
 

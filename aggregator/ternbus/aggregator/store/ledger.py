@@ -20,6 +20,7 @@ from ternbus.aggregator.store.remedy import remedy
 from ternbus.aggregator.store.schema import FORMAT, SCHEMA_SQL
 from ternbus.aggregator.store.vectors import VECTORS, Vectors
 from ternbus.broker import store_format
+from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError, CorruptError, ProtocolError
 from ternbus.broker.protocol.merge_log import Signed, unpack
 from ternbus.broker.protocol.messages import OPEN
@@ -132,6 +133,7 @@ class Ledger:
             for record in batch:
                 self._write(record, moment)
             self.bodies.sync()  # before the rows that refer to them
+            reached("bodies-synced")
         self._drop()
         if self._beside is not None and time.monotonic() - self._checkpoint_at >= CHECKPOINT_S:
             self._clear_log(self._beside)
@@ -149,6 +151,7 @@ class Ledger:
         segment = int(self.fact("segment") or 0)
         if segment != self.bodies.segment:
             self.bodies.begin(segment)
+            reached("segment-begun")
         if self._unneeded:
             self._unneeded = False
             (oldest,) = self.db.execute("SELECT min(segment) FROM updates WHERE segment IS NOT NULL").fetchone()
@@ -188,12 +191,10 @@ class Ledger:
 
     def _write_vectors(self, record: records.SnapshotTaken, segment: int) -> "_Written":
         """Touches nothing but files that no row names yet: it may run in another thread, and be for nothing."""
-        return _Written(
-            record=record,
-            segment=segment,
-            model=self.vectors.write(f"{segment}-model", [record.published]),
-            server=self.vectors.write(f"{segment}-server", record.server.vectors),
-        )
+        model = self.vectors.write(f"{segment}-model", [record.published])
+        server = self.vectors.write(f"{segment}-server", record.server.vectors)
+        reached("vectors-written")
+        return _Written(record=record, segment=segment, model=model, server=server)
 
     def _settle(self, *, wait: bool) -> None:
         """Build on the vectors that were written meanwhile, if they are all there."""

@@ -5,18 +5,22 @@ from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 
+from ternbus.broker.crash_points import reached
+
 
 def checkpoint(path: Path) -> None:
     """Move SQLite's write-ahead log into its file. Else a commit does so now and then, and everything waits."""
     with closing(sqlite3.connect(path, isolation_level=None, timeout=30.0)) as db:
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+    reached("log-moved")
 
 
 def remove(paths: Iterable[Path]) -> None:
     """Remove files that nothing refers to any more; those of hundreds of megabytes take the disk a while."""
     for path in paths:
         path.unlink(missing_ok=True)
+        reached("file-removed")
 
 
 def simulate(db: sqlite3.Connection) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ternbus.aggregator.store.remedy import reading, remedy
 from ternbus.broker import files
+from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import CorruptError
 from ternbus.broker.protocol.schema import Vector, type_f32
 
@@ -40,6 +41,7 @@ class Vectors:
                     while content:
                         content = content[os.write(descriptor, content[:PIECE]) :]  # a full disk takes less, then none
                         os.fdatasync(descriptor)
+                        reached("vectors-piece-written")
             files.sync(self.folder)
         return checksum
 

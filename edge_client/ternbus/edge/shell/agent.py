@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED
 from ternbus.broker.files import read_password
@@ -53,6 +54,7 @@ def join(home: DeviceDirectory, settings: Settings, task: Task, options: Options
     with home.locked():
         stop, _ = _serve(home, settings, task=task, role="join", data=None, options=options, report=report)
         if stop.code == EXIT_DONE:
+            reached("joined")
             home.write(replace(settings, code=""))
     return stop
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from ternbus.broker import toml
+from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import check_secret, fault, load_toml, lock, read_key, storing, write_key, write_secret
 from ternbus.broker.link.tls import CA, CERTIFICATE, TLS_KEY, Tls
@@ -153,6 +154,7 @@ class DeviceDirectory:
         gone = self.folder.with_name(f"{self.folder.name}.gone")
         shutil.rmtree(gone, ignore_errors=True)
         self.folder.rename(gone)
+        reached("folder-renamed")
         shutil.rmtree(gone)
 
     def settings(self) -> Settings:

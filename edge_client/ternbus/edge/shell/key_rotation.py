@@ -12,6 +12,7 @@ last, so that the next start repeats a copy that a crash interrupted.
 from dataclasses import replace
 from typing import Final
 
+from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import read_secret, write_secret
 from ternbus.broker.link.tls import CA, CERTIFICATE, TLS_KEY
@@ -89,10 +90,13 @@ def finish(home: DeviceDirectory) -> None:
             else:
                 state = inherited(outbox.state, enrolled, settings, identity)
             outbox.save(state, None, outbox.counters)
+    reached("rotation-saved")
     for name in FILES:
         if (renewal.folder / name).exists():
             write_secret(home.folder / name, read_secret(renewal.folder / name))
+            reached("rotation-copied")
     home.write(settings)
+    reached("rotation-settings-written")
     renewal.discard()
 
 

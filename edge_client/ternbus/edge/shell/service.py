@@ -7,6 +7,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Final
 
+from ternbus.broker.crash_points import publishing, reached
 from ternbus.broker.errors import LinkError, ProtocolError
 from ternbus.broker.link import link
 from ternbus.broker.link.link import Link, packet_bytes
@@ -86,6 +87,7 @@ class Service:
             self._link.abandon()
             raise
         self._link.disconnect(flush_s=FLUSH_S)
+        reached("disconnected")
         self._outbox.save(self._core.state, None, self._counters)
         return self._stop
 
@@ -133,6 +135,7 @@ class Service:
                 self._handle(events.FrameMalformed(reason=error.reason))
             else:
                 self._handle(events.FrameArrived(topic=message.topic, frame=parsed))
+        reached("acknowledge")
         self._link.acknowledge(message.token)
 
     def _handle(self, event: events.Event) -> None:
@@ -144,17 +147,22 @@ class Service:
             case Save():
                 if action.answered is not None:
                     self._counters[f"updates.{action.answered.outcome}"] += 1
+                reached("save")
                 self._outbox.save(action.state, action.answered, self._counters)
+                reached("saved")
             case Connect():
                 self._connect(action)
             case Subscribe() | Unsubscribe() | Publish():
                 self._use_link(action)
             case StartTraining() | StartEvaluation() | StartFineTuning():
                 assert self._worker is not None  # noqa: S101 - the role "join" starts no job
+                reached("start-job")
                 self._worker.start(action)
             case SavePersonal():
+                reached("save-personal")
                 save_safetensors(self._personal, action.tensors, {"ternbus": action.about})
             case Stop():
+                reached("stop")
                 self._stop = action
             case Log():
                 if action.event == CLONED:  # kept for `edge status`, which holds for a key
@@ -162,6 +170,7 @@ class Service:
                 self._report(action)
 
     def _connect(self, action: Connect) -> None:
+        reached("connect")
         try:
             self._link.connect(action.will_topic, action.will_payload)
         except LinkError as error:
@@ -172,6 +181,7 @@ class Service:
         try:
             match action:
                 case Subscribe():
+                    reached("subscribe")
                     self._link.subscribe(action.filters)
                 case Unsubscribe():
                     self._link.unsubscribe(action.filters)
@@ -181,6 +191,7 @@ class Service:
             self._counters["unsent"] += 1
 
     def _publish(self, action: Publish) -> None:
+        publishing(action.topic)
         ticket = self._link.publish(action.topic, action.payload, retain=action.retain)
         self._tickets[ticket] = action.seq
         kind = _kind(action.topic)

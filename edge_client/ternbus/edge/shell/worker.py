@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from queue import SimpleQueue
 
+from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.schema import Vector, flatten, flush_tiny, is_bounded, to_tensors
 from ternbus.edge.core.actions import Job, StartEvaluation, StartFineTuning, StartTraining
@@ -134,6 +135,7 @@ class Worker:
             result = self._perform(job)
             if self._stopping.is_set():
                 return
+            reached("job-done")
             self._deliver(result)
 
     def _perform(self, job: Job) -> Result:

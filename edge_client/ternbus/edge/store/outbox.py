@@ -14,6 +14,7 @@ from typing import Any, Final, Self
 
 import numpy as np
 
+from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.schema import Vector, type_f32
@@ -82,6 +83,7 @@ class Outbox:
             if answered is not None:
                 self._save_answered(answered)
             self._db.executemany("REPLACE INTO counters VALUES (?, ?)", counters.items())
+            reached("state-written")
         self.state = self._stored = state
 
     def _save_numbers(self, state: State) -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -49,8 +49,8 @@ class Child:
     def pid(self) -> int:
         return 0 if self._process is None else self._process.pid
 
-    def start(self) -> None:
-        """Start the process; its output is appended to its log."""
+    def start(self, environment: Mapping[str, str] | None = None) -> None:
+        """Start the process, with these variables beside the lab's own; its output is appended to its log."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self._log_start = log.tell()
@@ -60,7 +60,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=_environment(),
+                env={**_environment(), **(environment or {})},
                 start_new_session=True,
             )
 

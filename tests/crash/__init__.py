@@ -1,0 +1,1 @@
+"""A federation of real processes that are killed, or whose disk fails, compared with one that nothing happened to."""

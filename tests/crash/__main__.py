@@ -1,0 +1,114 @@
+"""Kill a federation at random, as often as asked for, and show the differences from one that was left alone.
+
+    PYTHONPATH=tests python -m crash --kills 1000 --seed 7
+
+Each life of the aggregator and of the devices gets an end drawn from the seed: a crash point at its n-th time, a disk
+that fails at its n-th write or sync, or a kill from outside after some time; the broker is killed meanwhile. The draws
+of one seed are always the same; which of them a process lives to see depends on the machine.
+"""
+
+import argparse
+import random
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Final
+
+from crash import differences
+from crash.federation import AGGREGATOR, DEVICES, KINDS, OUTSIDE, End, Federation, at, failing, joined, library_in
+from ternbus.broker.server.running import Engine
+
+EVERY_S: Final = 10.0  # how often the state is printed
+BROKER_S: Final = (10.0, 30.0)  # how long a broker lives; for 5 s the aggregator waits for what it retained
+LIFE_S: Final = 0.5, 2.0  # until a kill from outside: so long at least, and so much more on average
+PATIENCE_S: Final = 8.0  # until a kill from outside of what does not get to the end that was drawn
+BOTH: Final = ("save", "saved", "connect", "subscribe", "publish-status", "acknowledge")
+SERVING: Final = (
+    *BOTH, "republish", "publish-head", "publish-delta", "publish-snapshot", "publish-receipt", "publish-grant",
+    "body-written", "bodies-synced", "segment-begun", "vectors-piece-written", "vectors-written", "log-moved",
+    "file-removed",
+)  # fmt: skip
+TRAINING: Final = (
+    *BOTH, "publish-offer", "publish-update", "publish-metrics", "start-job", "job-done", "state-written",
+)  # fmt: skip
+
+
+class Lots:
+    """The ends of one process, drawn from the seed and the process's name."""
+
+    def __init__(self, seed: int, name: str, *, disk: bool) -> None:
+        self._points = SERVING if name == AGGREGATOR else TRAINING
+        self._random = random.Random(f"{seed}/{name}")
+        self._disk = disk
+
+    def draw(self) -> End:
+        chance = self._random
+        lot = chance.random()
+        if lot < 0.2:
+            least, mean = LIFE_S
+            return End(how=OUTSIDE, after_s=least + chance.expovariate(1 / mean))
+        if lot < 0.4 and self._disk:
+            return failing(chance.choice(KINDS), chance.randint(1, 60), after_s=PATIENCE_S)
+        return at(chance.choice(self._points), 1 + int(chance.expovariate(0.5)), after_s=PATIENCE_S)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(prog="python -m crash", description=(__doc__ or "").partition("\n")[0])
+    arguments.add_argument("--kills", type=int, default=100)
+    arguments.add_argument("--seed", type=int, default=None, help="drawn if it is not given")
+    arguments.add_argument("--engine", type=Engine, default=Engine.MOSQUITTO, choices=list(Engine))
+    chosen = arguments.parse_args()
+    seed = secrets.randbelow(2**31) if chosen.seed is None else chosen.seed
+    print(f"crash test: {chosen.kills} kills, seed {seed}, {chosen.engine}", flush=True)
+    folder = Path(tempfile.mkdtemp(prefix="ternbus-crash-"))
+    found = run(folder, chosen.kills, seed, chosen.engine)
+    for difference in found:
+        print(difference)
+    print(f"seed {seed}, differences: {len(found)}{f'; the folder is {folder}' if found else ''}", flush=True)
+    if not found:
+        shutil.rmtree(folder)
+    sys.exit(1 if found else 0)
+
+
+def run(folder: Path, kills: int, seed: int, engine: Engine) -> list[str]:
+    """The differences after so many ends."""
+    compiler = shutil.which("cc")
+    library = None if compiler is None else library_in(folder, compiler)
+    with joined(folder / "damaged", engine, library) as damaged:
+        _kill(damaged, kills, seed)
+        damaged.calm()
+        damaged.until_later(2)
+        damaged.end(*DEVICES, AGGREGATOR)
+        for (name, what), count in sorted(damaged.ended.items()):
+            print(f"{name:12}{what:28}{count:6}")
+        print(f"{damaged.version()} versions; making as many again without a kill", flush=True)
+        with joined(folder / "reference", engine) as reference:
+            reference.until(lambda: reference.version() >= damaged.version(), "reference", within_s=3600.0)
+            return differences.found(damaged, reference)
+
+
+def _kill(damaged: Federation, kills: int, seed: int) -> None:
+    chance = random.Random(f"{seed}/broker")
+    for name in (AGGREGATOR, *DEVICES):
+        lots = Lots(seed, name, disk=damaged.library is not None)
+        damaged.draw(name, lots.draw)
+        damaged.kill(name)
+    said_at = time.monotonic()
+    broker_at = said_at + chance.uniform(*BROKER_S)
+    while damaged.ended.total() < kills:
+        now = time.monotonic()
+        if now >= broker_at:
+            damaged.kill_broker()
+            broker_at = now + chance.uniform(*BROKER_S)
+        if now - said_at >= EVERY_S:
+            said_at = now
+            print(f"{damaged.ended.total()} of {kills} kills, version {damaged.version()}", flush=True)
+        damaged.look()
+        time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    main()
