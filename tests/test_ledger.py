@@ -15,7 +15,7 @@ from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import status as statuses
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.aggregator.store.rows import signed, unsigned
-from ternbus.broker.errors import ConfigError
+from ternbus.broker.errors import ConfigError, CorruptError
 from ternbus.broker.protocol.messages import Metrics, Status
 
 
@@ -143,10 +143,10 @@ def test_what_is_no_ledger_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="ternbus aggregator init"):
         Ledger(tmp_path / "ledger.sqlite")
     (tmp_path / "ledger.sqlite").write_bytes(b"nonsense" * 1000)
-    with pytest.raises(ConfigError, match=r"cannot read .*; restore it from a backup"):
+    with pytest.raises(CorruptError, match=r"cannot read .*; restore it from a backup"):
         Ledger(tmp_path / "ledger.sqlite")
     (tmp_path / "ledger.sqlite").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"cannot read .*; restore it from a backup"):
+    with pytest.raises(CorruptError, match=r"cannot read .*; restore it from a backup"):
         Ledger(tmp_path / "ledger.sqlite")
 
 
@@ -200,9 +200,9 @@ def test_a_damaged_delta_is_noticed(bench: Bench) -> None:
         bench.send(device, float32_block(bench.schema, 1), 0)
     digest = bytes(32)
     bench.ledger.db.execute("UPDATE versions SET digest = ? WHERE version = 1", (digest,))
-    with pytest.raises(ConfigError, match="version 1 does not have its digest"):
+    with pytest.raises(CorruptError, match="version 1 does not have its digest"):
         administration.tensors_of(bench.directory, 1)
-    with pytest.raises(ConfigError, match="version 1 does not have its digest"):
+    with pytest.raises(CorruptError, match="versions 1 is not as it was written"):
         bench.restart()
 
 

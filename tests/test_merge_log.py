@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from support.small_world import LAB, Bench, Device, float32_block, make_directory, receipts, ternary_block
 from ternbus.aggregator.shell import administration, log
-from ternbus.broker.errors import ConfigError, ProtocolError
+from ternbus.broker.errors import CorruptError, ProtocolError
 from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.identity import Identity, KeyId
 from ternbus.broker.protocol.merge_log import FIRST, Audit, Contribution, Entry, Signed, unpack, unpack_all
@@ -415,7 +415,7 @@ def test_an_aggregator_does_not_go_on_behind_a_log_that_lost_its_end(bench: Worl
     bench.merge(3)
     execute(bench, "DELETE FROM log WHERE version = 3")
     bench.close()
-    with pytest.raises(ConfigError, match="the log of merges lacks version 3"):
+    with pytest.raises(CorruptError, match="the log of merges lacks version 3"):
         bench.recover()
 
 

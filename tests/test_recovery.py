@@ -16,7 +16,7 @@ from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.merge.robust import Buffered
 from ternbus.aggregator.settings import OPTIMIZERS, RULES
 from ternbus.aggregator.shell import administration
-from ternbus.broker.errors import ConfigError
+from ternbus.broker.errors import ConfigError, CorruptError
 from ternbus.broker.files import read_key
 from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.schema import vector_digest
@@ -312,7 +312,7 @@ def test_a_damaged_body_is_noticed(make: Make, damage: str) -> None:
         body[len(body) // 2] ^= 1
         path.write_bytes(body if damage == "flip" else body[:-1])
     bench.ledger.close()
-    with pytest.raises(ConfigError, match="restore the directory from a backup"):
+    with pytest.raises(CorruptError, match=r"restore a backup .* repair"):
         bench.recover()
 
 
@@ -363,10 +363,10 @@ def test_damaged_vectors_are_named(make: Make, damage: bytes) -> None:
     bench = make()
     path = bench.directory / "vectors" / "1-server.f32"
     path.write_bytes(damage)
-    with pytest.raises(ConfigError, match=r"1-server\.f32 is damaged; restore"):
+    with pytest.raises(CorruptError, match=r"1-server\.f32 is damaged; restore"):
         bench.restart()
     path.unlink()
-    with pytest.raises(ConfigError, match="cannot read"):
+    with pytest.raises(CorruptError, match="cannot read"):
         bench.restart()
 
 

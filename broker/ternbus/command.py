@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command, get_group
 
-from ternbus.broker.errors import ConfigError, LinkError
+from ternbus.broker.errors import ConfigError, CorruptError, LinkError, StorageError
 from ternbus.broker.exit_codes import EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED
 from ternbus.broker.version import software
 
@@ -82,9 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         # Not app(), which would install a hook that prints local variables in tracebacks, including keys.
         get_command(app)(arguments, prog_name="ternbus")
-    except ConfigError as error:
+    except (ConfigError, CorruptError) as error:
         code = _complain(error, EXIT_CONFIG)
-    except (LinkError, sqlite3.Error) as error:
+    except (LinkError, StorageError, sqlite3.Error) as error:
         code = _complain(error, EXIT_FAILED)
     except OSError as error:  # for example a full disk: not a defect of the program, so without a traceback
         if isinstance(error, BrokenPipeError):

@@ -1,4 +1,4 @@
-"""The exceptions of Ternbus, by who can correct the error: the peer, the operator or the network."""
+"""The exceptions of Ternbus, by who can correct the error: the peer, the operator, the disk or the network."""
 
 
 class FederationError(Exception):
@@ -21,6 +21,14 @@ class ProtocolError(FederationError):
 
 class ConfigError(FederationError):
     """An error that the operator must correct: one line with what to do. The command ends with exit code 2."""
+
+
+class StorageError(FederationError):
+    """A disk did not do what it was asked: full, read-only or failing. The text names the file; a restart may help."""
+
+
+class CorruptError(FederationError):
+    """A store holds what was never written to it. The text names the store and the command that helps."""
 
 
 class LinkError(FederationError):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from ternbus.broker import files
-from ternbus.broker.errors import ConfigError
+from ternbus.broker.errors import ConfigError, CorruptError
 
 NO_ACCESS: Final = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY}
 DAMAGED: Final = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
@@ -40,15 +40,14 @@ class Formats:
     write: Callable[[sqlite3.Connection, int], None]
     beside: tuple[str, ...] = ()  # folders with files that rows refer to
 
-    def refusal(self, path: Path, found: object, older: str = "") -> ConfigError:
+    def refusal(self, path: Path, found: object, older: str = "") -> ConfigError | CorruptError:
         """Why a store of another format than the newest cannot be used; ``older`` is what to do about an older one."""
+        text = f"{path} has format {found}; this version of Ternbus reads {self.newest}"
         if found in self.steps:
-            what = older
-        elif isinstance(found, int) and found > self.newest:
-            what = "install a newer Ternbus"
-        else:
-            what = "no version of Ternbus wrote such a file; restore it from a backup"
-        return ConfigError(f"{path} has format {found}; this version of Ternbus reads {self.newest}: {what}")
+            return ConfigError(f"{text}: {older}")
+        if isinstance(found, int) and found > self.newest:
+            return ConfigError(f"{text}: install a newer Ternbus")
+        return CorruptError(f"{text}: no version of Ternbus wrote such a file; restore it from a backup")
 
     def advance(self, db: sqlite3.Connection, folder: Path) -> None:
         """Take every step that is left; the caller has begun a transaction, and ends it."""
@@ -92,7 +91,7 @@ def _reason(error: sqlite3.Error | OSError) -> str:
     return str(error)
 
 
-def unreadable(path: Path, error: sqlite3.Error) -> ConfigError:
+def unreadable(path: Path, error: sqlite3.Error | UnicodeDecodeError) -> ConfigError | CorruptError:
     """That a store cannot be opened or read, why, and what to do."""
     code = _code(error)
     if code == sqlite3.SQLITE_BUSY:
@@ -100,22 +99,24 @@ def unreadable(path: Path, error: sqlite3.Error) -> ConfigError:
     elif code in NO_ACCESS and not path.is_dir():
         remedy = "check the permissions of the file and of its folder"
     else:
-        remedy = "restore it from a backup"
+        return CorruptError(f"cannot read {path}: {error}; restore it from a backup")
     return ConfigError(f"cannot read {path}: {error}; {remedy}")
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Add the store's path to SQLite's errors; ConfigError if the store is damaged."""
+    """Add the store's path to SQLite's errors; CorruptError if the store is damaged."""
     try:
         yield
+    except UnicodeDecodeError as error:  # of damaged text, which SQLite may quote in an error too
+        raise unreadable(path, error) from error
     except sqlite3.Error as error:
         if _code(error) in DAMAGED:
             raise unreadable(path, error) from error
         raise type(error)(f"{path}: {error}") from error
 
 
-def _code(error: sqlite3.Error) -> int:
+def _code(error: Exception) -> int:
     """SQLite's primary result code; 0 for an error of Python's module."""
     return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ternbus.aggregator.settings import TransportSettings, toml_value
-from ternbus.aggregator.shell import administration, log_commands, membership_commands, quickstart
+from ternbus.aggregator.shell import administration, log_commands, membership_commands, quickstart, recovery_commands
 from ternbus.aggregator.shell.arguments import AsJson, Dir
 from ternbus.aggregator.shell.service import Service
 from ternbus.aggregator.store import control, device_metrics
@@ -216,6 +216,7 @@ def _say(text: str) -> None:
 
 for each in (membership_commands.invite, membership_commands.invitations, membership_commands.revoke):
     app.command()(each)
+app.command()(recovery_commands.check)
 
 
 @app.command()

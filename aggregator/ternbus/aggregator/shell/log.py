@@ -7,7 +7,7 @@ from pathlib import Path
 from ternbus.aggregator.shell.administration import KEY
 from ternbus.aggregator.store import merge_log
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
-from ternbus.broker.errors import ConfigError, ProtocolError
+from ternbus.broker.errors import ConfigError, CorruptError, ProtocolError
 from ternbus.broker.files import chunks, read_key, replacing
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
@@ -23,7 +23,7 @@ def verify(source: Path, public: bytes | None, head: Published | None) -> Audit:
     if source.is_dir():
         own = Identity(read_key(source / KEY)).public if public is None else public
         with _reading(source) as ledger:
-            return _verify_ledger(ledger, own, head)
+            return verify_ledger(ledger, own, head)
     if public is None:
         raise ConfigError("checking a file needs the aggregator's public key: add --key HEX (every invitation has it)")
     audit = Audit(public=public)
@@ -42,7 +42,7 @@ def _reading(directory: Path) -> Iterator[Ledger]:
         yield ledger
 
 
-def _verify_ledger(ledger: Ledger, public: bytes, head: Published | None) -> Audit:
+def verify_ledger(ledger: Ledger, public: bytes, head: Published | None) -> Audit:
     """The chain, and whether the other tables and the head that was published say the same."""
     audit = Audit(public=public, federation=ledger.fact("federation"))
     for version, packed in merge_log.entries(ledger):
@@ -60,9 +60,10 @@ def _verify_ledger(ledger: Ledger, public: bytes, head: Published | None) -> Aud
         frame.check_authentic(public)
         published = Head.from_meta(frame.meta)
         audit.finish(head or (published.version, published.digest))
-    except ProtocolError as error:
+    except (ProtocolError, CorruptError) as error:
         audit.finish(head)
-        audit.faults.append(f"the head that was published last is not signed by this key ({error.reason})")
+        why = error.reason if isinstance(error, ProtocolError) else "it is damaged"
+        audit.faults.append(f"the head that was published last is not signed by this key ({why})")
     return audit
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from ternbus.aggregator.store.checksums import REMEDY
 from ternbus.broker import files
-from ternbus.broker.errors import ConfigError
+from ternbus.broker.errors import CorruptError
 
 BODIES: Final = "bodies"  # the folder
-REMEDY: Final = "restore the directory from a backup (`ternbus aggregator export` still gives the model)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,16 +56,16 @@ class Bodies:
         self._dirty = False
 
     def read(self, place: Place) -> bytes:
-        """A body; ConfigError where the file has lost or changed it."""
+        """A body; CorruptError where the file has lost or changed it."""
         path = self._path(place.segment)
         try:
             with path.open("rb") as file:
                 file.seek(place.offset)
                 body = file.read(place.size_bytes)
         except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}; {REMEDY}") from error
+            raise CorruptError(f"cannot read {path}: {error.strerror}; {REMEDY}") from error
         if len(body) != place.size_bytes or zlib.crc32(body) != place.checksum:
-            raise ConfigError(f"{path} is damaged; {REMEDY}")
+            raise CorruptError(f"{path} is damaged; {REMEDY}")
         return body
 
     def begin(self, segment: int) -> None:

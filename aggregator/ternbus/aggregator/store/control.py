@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from ternbus.aggregator.core import events
-from ternbus.aggregator.store import membership, migration, recovery
+from ternbus.aggregator.store import checksums, membership, migration, recovery
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.broker import files
 from ternbus.broker.errors import ConfigError, FederationError
@@ -75,8 +75,9 @@ def ask(directory: Path, what: str, argument: str = "") -> None:
     ledger = Ledger(directory / LEDGER)
     try:
         with ledger.transaction():
-            cursor = ledger.db.execute("INSERT INTO requests (what, argument) VALUES (?, ?)", (what, argument))
-        _wait(ledger, directory, cursor.lastrowid or 0)
+            (number,) = ledger.db.execute("SELECT coalesce(max(id), 0) + 1 FROM requests").fetchone()
+            checksums.insert(ledger.db, "requests", (number, what, argument, 0, ""))
+        _wait(ledger, directory, number)
     finally:
         ledger.close()
 

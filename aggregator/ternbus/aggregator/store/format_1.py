@@ -19,7 +19,8 @@ import numpy as np
 
 from ternbus.aggregator import settings as configuration
 from ternbus.aggregator.settings import MergeSettings, Recipe, Settings
-from ternbus.aggregator.store.bodies import BODIES, REMEDY, Bodies, Place
+from ternbus.aggregator.store.bodies import BODIES, Bodies, Place
+from ternbus.aggregator.store.checksums import REMEDY
 from ternbus.aggregator.store.vectors import VECTORS, Vectors
 from ternbus.broker import files
 from ternbus.broker.errors import ConfigError

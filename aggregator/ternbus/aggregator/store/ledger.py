@@ -4,6 +4,7 @@ import json
 import os
 import sqlite3
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
@@ -13,13 +14,14 @@ from typing import Any, Final
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.merge.optimizer import ServerState
-from ternbus.aggregator.store import migration, rows
+from ternbus.aggregator.store import checksums, migration, rows
 from ternbus.aggregator.store.bodies import BODIES, Bodies, Place
+from ternbus.aggregator.store.checksums import REMEDY
 from ternbus.aggregator.store.maintenance import checkpoint, remove
 from ternbus.aggregator.store.schema import FORMAT, SCHEMA_SQL
 from ternbus.aggregator.store.vectors import VECTORS, Vectors
 from ternbus.broker import store_format
-from ternbus.broker.errors import ConfigError, ProtocolError
+from ternbus.broker.errors import ConfigError, CorruptError, ProtocolError
 from ternbus.broker.protocol.merge_log import Signed, unpack
 from ternbus.broker.protocol.messages import OPEN
 from ternbus.broker.protocol.schema import Schema, Vector, vector_digest
@@ -42,30 +44,35 @@ class _Written:
 class Ledger:
     """One connection to DIR/ledger.sqlite. ``write`` makes records durable; other processes read beside it.
 
+    ``untouched`` is for a folder that no process serves: reading it then changes no file in it.
     ``beside`` is a thread for what may become durable later: the vectors of a snapshot taken at leisure. Until they
     are, a start begins at the snapshot before, and all that it needs for that is kept.
     """
 
-    def __init__(self, path: Path, *, read_only: bool = False, beside: Executor | None = None) -> None:
+    def __init__(
+        self, path: Path, *, read_only: bool = False, untouched: bool = False, beside: Executor | None = None
+    ) -> None:
         if not path.exists():
             raise ConfigError(
                 f"{path.parent} holds no aggregator; make one with: ternbus aggregator init {path.parent} …"
             )
         self.path = path
         try:
-            self.db = _connect(path, read_only=read_only)
+            self.db = _connect(path, read_only=read_only, untouched=untouched)
             self.db.execute("PRAGMA query_only = ON" if read_only else "PRAGMA synchronous = FULL")
             self.db.execute("PRAGMA secure_delete = FAST")  # or spent codes would stay in the page, as free space
+            checksums.register(self.db)
             found = self.fact("format")
             self.bodies = Bodies(path.parent / BODIES, int(self.fact("segment") or 0))
             self.vectors = Vectors(path.parent / VECTORS)
+            self._updates = 0  # the highest id of one
             self._beside, self._unneeded, self._checkpoint_at = beside, False, time.monotonic()
             if beside is not None:
                 self.db.execute("PRAGMA wal_autocheckpoint = 0")  # else a commit does it, and everything waits
                 self.db.execute("PRAGMA cache_spill = 0")  # a snapshot's frames are more than the cache, once
             self._pending: Future[_Written] | None = None
             self._checkpoint: Future[None] | None = None
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             raise store_format.unreadable(path, error) from error
         if found != FORMAT:
             self.close()
@@ -78,8 +85,8 @@ class Ledger:
         db = sqlite3.connect(path, isolation_level=None)
         db.execute("PRAGMA journal_mode = WAL")
         db.executescript(SCHEMA_SQL)
-        rows = {"format": FORMAT, "state": OPEN, "version": 0, "seq": 0, "session": 0, **facts}
-        db.executemany("INSERT INTO facts VALUES (?, ?)", rows.items())
+        for fact in {"format": FORMAT, "state": OPEN, "version": 0, "seq": 0, "session": 0, **facts}.items():
+            checksums.insert(db, "facts", fact)
         db.close()
         return cls(path)
 
@@ -123,6 +130,7 @@ class Ledger:
         moment = time.time() if now is None else now
         with self.transaction():
             self._settle(wait=not batch)
+            (self._updates,) = self.db.execute("SELECT coalesce(max(id), 0) FROM updates").fetchone()
             for record in batch:
                 self._write(record, moment)
             self.bodies.sync()  # before the rows that refer to them
@@ -159,7 +167,8 @@ class Ledger:
     def _write(self, record: records.Record, now: float) -> None:
         match record:
             case records.UpdateAccepted():
-                rows.accepted(self.db, record, self.bodies.append(record.body), now)
+                self._updates += 1
+                rows.accepted(self.db, self._updates, record, self.bodies.append(record.body), now)
             case records.SnapshotTaken():
                 self._snapshot(record)
             case _:
@@ -198,9 +207,9 @@ class Ledger:
     def _keep(self, written: "_Written") -> None:
         """Begin here at the next start; let go of the bodies that led to it, and of what no kept version needs."""
         record, segment = written.record, written.segment
-        self.db.execute("INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?)", (record.version, segment, written.model))
+        checksums.insert(self.db, "snapshots", (record.version, segment, written.model), replace=True)
         self.db.execute("DELETE FROM server")
-        self.db.execute("INSERT INTO server VALUES (?, ?, ?)", (record.version, segment, written.server))
+        checksums.insert(self.db, "server", (record.version, segment, written.server))
         self._set("recipe", record.recipe.dumps())
         self.db.execute(
             "UPDATE updates SET segment = NULL WHERE segment IS NOT NULL AND merged <= ?", (record.version,)
@@ -241,17 +250,22 @@ class Ledger:
     def deltas(self, schema: Schema, after: int, last: int) -> Iterator[tuple[int, bytes, Block]]:
         """(version, digest, block that made it) of the versions after one, up to ``last``."""
         found = self.db.execute(
-            "SELECT version, digest, codec, encoding, body FROM versions WHERE version > ? AND version <= ?"
+            "SELECT version, digest, codec, encoding, body, checksum FROM versions WHERE version > ? AND version <= ?"
             " ORDER BY version",
             (after, last),
         ).fetchall()
-        for version, digest, codec, encoding, body in found:
+        for version, digest, codec, encoding, body, checksum in found:
+            if not isinstance(body, bytes) or zlib.crc32(body) != checksum:
+                raise self.corrupt(f"the delta of version {version} is damaged")
             yield version, digest, Block.read(schema, codec, encoding, body)
 
     def check_digest(self, version: int, expected: bytes, found: bytes) -> None:
-        """Raise ConfigError where a version that was made again is not what it was."""
+        """Raise CorruptError where a version that was made again is not what it was."""
         if found != expected:
-            raise ConfigError(f"{self.path}: version {version} does not have its digest; restore it from a backup")
+            raise self.corrupt(f"version {version} does not have its digest")
+
+    def corrupt(self, what: str) -> CorruptError:
+        return CorruptError(f"{self.path}: {what}; {REMEDY}")
 
     def server(self) -> tuple[int, ServerState]:
         """The version at which a start begins, and the server's state then."""
@@ -270,21 +284,28 @@ class Ledger:
         try:
             return unpack(b"" if row is None else row[0])
         except ProtocolError as error:
-            raise ConfigError(
-                f"{self.path}: the log of merges lacks version {version}; restore from a backup"
-            ) from error
+            raise self.corrupt(f"the log of merges lacks version {version}") from error
 
     def frame(self, topic: str) -> bytes:
-        row = self.db.execute("SELECT payload FROM frames WHERE topic = ?", (topic,)).fetchone()
-        return b"" if row is None else bytes(row[0])
+        row = self.db.execute("SELECT payload, crc FROM frames WHERE topic = ?", (topic,)).fetchone()
+        if row is None:
+            return b""
+        if row[1] != checksums.checksum(topic, row[0]):
+            raise self.corrupt(f"the retained message of {topic} is damaged")
+        return bytes(row[0])
 
     def open_requests(self) -> list[tuple[int, str, str]]:
         """(id, what, argument) of what commands have asked for, oldest first."""
         return self.db.execute("SELECT id, what, argument FROM requests WHERE done = 0 ORDER BY id").fetchall()
 
 
-def _connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
-    """SQLite cannot read a write-ahead log without its index, and cannot make that in a folder without write access."""
-    unwritable = read_only and not os.access(path.parent, os.W_OK) and not path.with_name(f"{path.name}-wal").exists()
-    name = f"{path.absolute().as_uri()}?immutable=1" if unwritable else path
-    return sqlite3.connect(name, isolation_level=None, timeout=30.0, uri=unwritable)
+def _connect(path: Path, *, read_only: bool, untouched: bool) -> sqlite3.Connection:
+    """SQLite cannot read a write-ahead log without its index, and cannot make that in a folder without write access.
+
+    Where there is a log, a connection that may write moves it into the file when it ends; another one does not.
+    """
+    has_log = path.with_name(f"{path.name}-wal").exists()
+    name = f"{path.absolute().as_uri()}?{'mode=ro' if has_log else 'immutable=1'}"
+    if untouched or (read_only and not has_log and not os.access(path.parent, os.W_OK)):
+        return sqlite3.connect(name, isolation_level=None, timeout=30.0, uri=True)
+    return sqlite3.connect(path, isolation_level=None, timeout=30.0)

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 
+from ternbus.aggregator.store import checksums
+
 
 def checkpoint(path: Path) -> None:
     """Move SQLite's write-ahead log into its file. Else a commit does so now and then, and everything waits."""
@@ -22,4 +24,4 @@ def remove(paths: Iterable[Path]) -> None:
 def simulate(db: sqlite3.Connection) -> None:
     """Prepare a new ledger for a simulation: its clock begins at 0, and nobody waits for the disk."""
     db.execute("PRAGMA synchronous = OFF")
-    db.execute("UPDATE versions SET made_at = 0")
+    checksums.update(db, "versions", {"made_at": "0.0"}, "1", {})

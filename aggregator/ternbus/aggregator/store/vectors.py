@@ -9,13 +9,13 @@ from typing import Final
 
 import numpy as np
 
+from ternbus.aggregator.store.checksums import REMEDY
 from ternbus.broker import files
-from ternbus.broker.errors import ConfigError
+from ternbus.broker.errors import CorruptError
 from ternbus.broker.protocol.schema import Vector, type_f32
 
 VECTORS: Final = "vectors"  # the folder
 PIECE: Final = 2**19  # bytes written at a time: who waits for the disk meanwhile waits for one piece
-REMEDY: Final = "restore the directory from a backup"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +43,14 @@ class Vectors:
         return checksum
 
     def read(self, name: str, checksum: int) -> Vector:
-        """What was written under a name, in one row; ConfigError where the file has lost or changed it."""
+        """What was written under a name, in one row; CorruptError where the file has lost or changed it."""
         path = self._path(name)
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}; {REMEDY}") from error
+            raise CorruptError(f"cannot read {path}: {error.strerror}; {REMEDY}") from error
         if zlib.crc32(content) != checksum:
-            raise ConfigError(f"{path} is damaged; {REMEDY}")
+            raise CorruptError(f"{path} is damaged; {REMEDY}")
         return np.frombuffer(content, dtype=type_f32).astype(np.float32)
 
     def beyond(self, names: Iterable[str]) -> list[Path]:
