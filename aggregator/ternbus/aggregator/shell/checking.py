@@ -1,7 +1,9 @@
 """Whether an aggregator's folder, or a backup of one, holds what was written to it; nothing in it is changed."""
 
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Final
 
@@ -10,9 +12,11 @@ from ternbus.aggregator.shell.administration import KEY
 from ternbus.aggregator.store import control, soundness
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.broker.errors import ConfigError, CorruptError, ProtocolError
-from ternbus.broker.files import read_key
+from ternbus.broker.files import chunks, load_toml, read_key
 from ternbus.broker.protocol.identity import Identity
 
+MANIFEST: Final = "backup.toml"  # in a backup: what it is of, and the digest of each file
+UNREADABLE: Final = soundness.UNREADABLE
 TRIES: Final = 5  # beside a process that removes what it no longer needs
 
 
@@ -49,12 +53,43 @@ def _check(directory: Path, *, is_running: bool) -> Checked:
         if not (directory / LEDGER).exists():
             raise
         return Checked(faults=(str(error),))
+    if changed := differences(directory):
+        return Checked(faults=tuple(changed))
     try:
         ledger = Ledger(directory / LEDGER, read_only=True, untouched=not is_running)
         with closing(ledger), ledger.one_moment():
             return _look(directory, ledger, public)
     except soundness.UNREADABLE as error:
         return Checked(faults=(str(error),))
+
+
+def differences(directory: Path) -> list[str]:
+    """Where the files of a backup are not those that its manifest names; none of a folder without a manifest."""
+    return list(_differences(directory)) if (directory / MANIFEST).exists() else []
+
+
+def _differences(backup: Path) -> Iterator[str]:
+    try:
+        named = dict(load_toml(backup / MANIFEST)["files"])
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        yield f"{backup / MANIFEST} cannot be read: {error}"
+        return
+    for name, expected in named.items():
+        try:
+            found = digest(backup / name)
+        except OSError as error:
+            yield f"cannot read {backup / name}: {error.strerror}"
+            continue
+        if found != expected:
+            yield f"{backup / name} is not as it was written"
+
+
+def digest(path: Path) -> str:
+    """The BLAKE2b-256 of a file, in hex."""
+    state = blake2b(digest_size=32)
+    for chunk in chunks(path):
+        state.update(chunk)
+    return state.hexdigest()
 
 
 def _look(directory: Path, ledger: Ledger, public: bytes) -> Checked:

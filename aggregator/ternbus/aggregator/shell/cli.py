@@ -216,7 +216,7 @@ def _say(text: str) -> None:
 
 for each in (membership_commands.invite, membership_commands.invitations, membership_commands.revoke):
     app.command()(each)
-app.command()(recovery_commands.check)
+recovery_commands.add_to(app)
 
 
 @app.command()

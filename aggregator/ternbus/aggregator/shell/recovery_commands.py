@@ -1,4 +1,4 @@
-"""`ternbus aggregator check`: whether a folder holds what was written to it, as a command."""
+"""`ternbus aggregator backup`, `check` and `restore`: a way back from everything, as commands."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,40 @@ from typing import Annotated
 
 import typer
 
-from ternbus.aggregator.shell import checking
-from ternbus.aggregator.shell.arguments import AsJson
+from ternbus.aggregator.shell import backup as backups
+from ternbus.aggregator.shell import checking, restoring
+from ternbus.aggregator.shell.arguments import AsJson, Dir
 from ternbus.broker.exit_codes import EXIT_FAILED
+from ternbus.broker.version import software
+
+
+def add_to(app: typer.Typer) -> None:
+    for command in (backup, check, restore):
+        app.command()(command)
+
+
+def backup(
+    directory: Dir,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for backups; each gets a folder in it.")],
+    keep: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Keep the N newest backups of this aggregator. [default: all]"),
+    ] = None,
+) -> None:
+    """Copy DIR to OUT/FEDERATION-TIME, beside a running process, and check the copy.
+
+    A backup holds the aggregator's keys: whoever has it can speak for the aggregator. Revocations are copied into OUT
+    from now on, as they happen.
+
+    Example: ternbus aggregator backup agg /backups --keep 14
+    """
+    made = backups.backup(directory, out, keep, software())
+    for path in made.removed:
+        typer.echo(f"removed {path}")
+    typer.echo(f"{made.path}: version {made.version}, {made.size_bytes / 1e6:.1f} MB, checked")
+    for path in made.elsewhere:
+        typer.echo(f"not in it: {path}, which aggregator.toml names; back it up too")
+    typer.echo("it holds the aggregator's keys: keep it as secret as the folder itself")
 
 
 def check(
@@ -36,3 +67,27 @@ def check(
         )
     if found.faults:
         raise typer.Exit(EXIT_FAILED)
+
+
+def restore(
+    source: Annotated[Path, typer.Argument(metavar="BACKUP", help="Backup, or a copy of an aggregator's directory.")],
+    directory: Dir,
+    force: Annotated[bool, typer.Option("--force", help="Replace a DIR with newer state.")] = False,
+) -> None:
+    """Put BACKUP in the place of DIR. Version and sequence numbers continue 2^32 higher, above all that devices know.
+
+    All lists of revocations that are found are merged: of the backup, beside the backups, in DIR. What was in DIR is
+    kept in a folder within it. Devices that joined after the backup are told that they are unknown; they join again.
+
+    Example: ternbus aggregator restore /backups/lab-20260314T031500Z agg
+    """
+    done = restoring.restore(source, directory, software(), force=force)
+    typer.echo(f"{directory} continues at version {done.version}")
+    if done.aside is not None:
+        typer.echo(f"what was there is kept in {done.aside}")
+    for path in done.lists:
+        typer.echo(f"revocations were read from {path}")
+    if not done.lists:
+        typer.echo("no list of revocations was found: revoke again who was revoked after the backup")
+    if done.revoked:
+        typer.echo(f"revoked after the backup, and again: {', '.join(done.revoked)}")

@@ -11,18 +11,18 @@ from functools import partial
 from pathlib import Path
 from typing import Final, assert_never
 
-from ternbus.aggregator.core import events
+from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.core.events import Opened
 from ternbus.aggregator.core.rate_limit import LogLimit
 from ternbus.aggregator.merge.background import summing
 from ternbus.aggregator.settings import TransportSettings
-from ternbus.aggregator.shell import transport
+from ternbus.aggregator.shell import backup, transport
 from ternbus.aggregator.shell.administration import exclusive, open_core
 from ternbus.aggregator.shell.preverify import WORTHWHILE_BYTES, Preverifier
 from ternbus.aggregator.store import control
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
-from ternbus.broker.errors import LinkError
+from ternbus.broker.errors import ConfigError, LinkError
 from ternbus.broker.link.link import (
     Arrived,
     Connected,
@@ -224,6 +224,7 @@ class Service:
         batch = [action.record for action in ordered if isinstance(action, events.Save)]
         if batch:
             self._ledger.write(batch)
+            self._spread_revocations(batch)
         for action in ordered:
             match action:
                 case events.Save():
@@ -249,6 +250,14 @@ class Service:
                     self._connect(action)
                 case _:
                     assert_never(action)
+
+    def _spread_revocations(self, batch: list[records.Record]) -> None:
+        if not any(isinstance(record, records.DeviceRevoked) for record in batch):
+            return
+        try:
+            backup.spread_revocations(self.directory, self._core.settings.federation)
+        except (OSError, ConfigError) as error:
+            self.log(f"the list of revoked keys could not be copied beside the backups: {error}")
 
     def _publish(self, topic: str, payload: bytes, *, retain: bool) -> None:
         try:

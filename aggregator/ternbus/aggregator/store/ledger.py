@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.merge.optimizer import ServerState
-from ternbus.aggregator.store import checksums, migration, rows
+from ternbus.aggregator.store import checksums, membership, migration, revocations, rows
 from ternbus.aggregator.store.bodies import BODIES, Bodies, Place
 from ternbus.aggregator.store.checksums import REMEDY
 from ternbus.aggregator.store.maintenance import checkpoint, remove
@@ -171,6 +171,10 @@ class Ledger:
                 rows.accepted(self.db, self._updates, record, self.bodies.append(record.body), now)
             case records.SnapshotTaken():
                 self._snapshot(record)
+            case records.DeviceRevoked():
+                rows.write(self.db, record, now)
+                revoked = membership.revocations(self.db)
+                revocations.add(self.path.with_name(revocations.FILE), revoked)  # more in the list does no harm
             case _:
                 rows.write(self.db, record, now)
 
@@ -227,6 +231,10 @@ class Ledger:
     def version(self) -> int:
         """The newest one."""
         return int(self.fact("version"))
+
+    def accepted(self) -> int:
+        """How many updates were accepted, of those that are not archived."""
+        return int(self.db.execute("SELECT count(*) FROM updates").fetchone()[0])
 
     def schema(self) -> Schema:
         return Schema.parse(self.fact("schema"))

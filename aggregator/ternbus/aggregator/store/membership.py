@@ -1,12 +1,13 @@
 """Members as the ledger's rows: keys, invitations, revocations."""
 
 import sqlite3
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Final
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.core.registry import DEVICE, EVALUATOR, Invited
 from ternbus.aggregator.store import checksums
+from ternbus.aggregator.store.revocations import Revocation
 from ternbus.aggregator.store.schema import DROPPED
 from ternbus.broker.protocol.identity import key_id
 
@@ -42,6 +43,45 @@ def revoke(db: sqlite3.Connection, record: records.DeviceRevoked, now: float) ->
     db.execute("DELETE FROM invitations WHERE device = ?", (device,))
     if record.drop:
         drop(db, "device = :device AND merged IS NULL", {"device": device})
+
+
+def revocations(db: sqlite3.Connection) -> list[Revocation]:
+    """The keys that are void for good."""
+    rows = db.execute(
+        "SELECT k.device, k.public, d.why, d.revoked_at, d.public FROM keys k JOIN devices d ON d.name = k.device"
+        " WHERE k.state = 'revoked' ORDER BY k.device"
+    )
+    return [
+        Revocation(device=device, public=public, why=why if public == newest else "", revoked_at=revoked_at or 0.0)
+        for device, public, why, revoked_at, newest in rows
+    ]
+
+
+def take_revocations(db: sqlite3.Connection, found: Iterable[Revocation], now: float) -> list[Revocation]:
+    """Make keys void that another copy of this ledger knows to be; those that were not yet.
+
+    A device that is not known here becomes one whose key is void, so that it is told so.
+    """
+    taken = []
+    for each in found:
+        row = db.execute(
+            "SELECT state FROM keys WHERE device = ? AND key = ?", (each.device, key_id(each.public))
+        ).fetchone()
+        if row == ("revoked",):
+            continue
+        taken.append(each)
+        about = {"device": each.device, "key": key_id(each.public), "public": each.public}
+        if row is None:
+            checksums.insert(db, "keys", (each.device, about["key"], each.public, "revoked", 0, "", "", 0, -1))
+        checksums.update(db, "keys", {"state": "'revoked'"}, "device = :device AND key = :key", about)
+        if not db.execute("SELECT 1 FROM devices WHERE name = ?", (each.device,)).fetchone():
+            blank = ("", "", -1, "", None, 0, DEVICE)
+            checksums.insert(db, "devices", (each.device, each.public, b"", "active", float(now), None, *blank))
+        revoked = {"now": each.revoked_at or float(now), "why": each.why, **about}
+        if checksums.update(db, "devices", REVOKED_ROW, "name = :device AND public = :public", revoked):
+            db.execute("DELETE FROM invitations WHERE device = ?", (each.device,))
+            drop(db, "device = :device AND merged IS NULL", about)
+    return taken
 
 
 def drop(db: sqlite3.Connection, where: str, parameters: Mapping[str, object]) -> int:
