@@ -45,6 +45,7 @@ def _reading(directory: Path) -> Iterator[Ledger]:
 def verify_ledger(ledger: Ledger, public: bytes, head: Published | None) -> Audit:
     """The chain, and whether the other tables and the head that was published say the same."""
     audit = Audit(public=public, federation=ledger.fact("federation"))
+    compared_from = int(ledger.fact(merge_log.COMPARED_FROM) or 0)
     for version, packed in merge_log.entries(ledger):
         try:
             entry = audit.take(unpack(packed))
@@ -53,7 +54,7 @@ def verify_ledger(ledger: Ledger, public: bytes, head: Published | None) -> Audi
             continue
         if entry is not None and entry.version != version:
             audit.faults.append(f"version {entry.version} stands in the place of version {version}")
-        elif entry is not None:
+        elif entry is not None and entry.version >= compared_from:
             audit.faults += _differences(ledger, entry)
     try:
         frame = parse(ledger.frame(topics.head(audit.federation)))

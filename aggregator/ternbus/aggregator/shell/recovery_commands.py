@@ -7,14 +7,14 @@ from typing import Annotated
 import typer
 
 from ternbus.aggregator.shell import backup as backups
-from ternbus.aggregator.shell import checking, restoring
+from ternbus.aggregator.shell import checking, repairing, restoring
 from ternbus.aggregator.shell.arguments import AsJson, Dir
 from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.version import software
 
 
 def add_to(app: typer.Typer) -> None:
-    for command in (backup, check, restore):
+    for command in (backup, check, restore, repair):
         app.command()(command)
 
 
@@ -91,3 +91,24 @@ def restore(
         typer.echo("no list of revocations was found: revoke again who was revoked after the backup")
     if done.revoked:
         typer.echo(f"revoked after the backup, and again: {', '.join(done.revoked)}")
+
+
+def repair(directory: Dir) -> None:
+    """Go on from what is sound in a damaged DIR, and name what is lost. What was there is kept in a folder within it.
+
+    A damaged snapshot is made anew from the one before and the deltas, and nothing is lost. Otherwise the federation
+    goes on from the last sound version, numbered 2^32 higher, with a new server state.
+
+    Example: ternbus aggregator repair agg
+    """
+    done = repairing.repair(directory)
+    if done.aside is None:
+        typer.echo(f"{directory} is sound at version {done.version}: nothing was changed")
+        return
+    for text in done.done:
+        typer.echo(text)
+    for text in done.lost:
+        typer.echo(f"lost: {text}")
+    if not done.lost:
+        typer.echo("nothing is lost")
+    typer.echo(f"what was there is kept in {done.aside}")

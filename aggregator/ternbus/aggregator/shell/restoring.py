@@ -1,6 +1,5 @@
 """Restore an aggregator's folder from a backup: above every number that devices may have seen, with all revocations."""
 
-import os
 import shutil
 import time
 from contextlib import closing
@@ -153,13 +152,5 @@ def _swap(partial: Path, directory: Path) -> Path | None:
     for path in sorted(new, key=lambda path: path.name.startswith(LEDGER)):
         path.rename(directory / path.name)
     files.sync(directory)
-    _give_to_owner(directory)
+    administration.give_to_owner(directory)
     return aside
-
-
-def _give_to_owner(directory: Path) -> None:
-    """What root restores belongs to whoever the folder belongs to."""
-    owner = directory.stat()
-    if os.geteuid() == 0:
-        for path in directory.rglob("*"):
-            os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)

@@ -39,6 +39,9 @@ COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
 }  # fmt: skip
 REMEDY: Final = "restore a backup (`ternbus aggregator restore`), or go on from what is sound (`… repair`)"
 KEYS: Final[Mapping[str, int]] = {"keys": 2, "metrics": 3}  # how many of the first columns name a row; else one
+FACTS: Final = (  # that every ledger has
+    "format", "federation", "schema", "slots", "state", "version", "seq", "session", "segment", "snapshot", "recipe",
+)  # fmt: skip
 _FIRST: Final = {"updates": (0,)}  # what the last columns, where they are expressions, come to in a new row
 _PACKER: Final = msgpack.Packer(unicode_errors="surrogateescape")  # what is no UTF-8 is damaged, and is to be named
 
@@ -98,9 +101,14 @@ def damaged(db: sqlite3.Connection, table: str, where: str = "1", parameters: Se
     before, db.text_factory = db.text_factory, _as_it_is
     try:
         rows = db.execute(f"SELECT {columns}, crc FROM {table} WHERE {where}", parameters)  # noqa: S608 - our own names
+        found = set()
         for *values, crc in rows:
             if crc != checksum(*values):
                 yield f"{table} {shown(values[: KEYS.get(table, 1)])}"
+            elif table == "facts":
+                found.add(values[0])
+        if table == "facts":
+            yield from (f"facts {name}" for name in FACTS if name not in found)
     finally:
         db.text_factory = before
 
