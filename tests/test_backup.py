@@ -13,10 +13,12 @@ from typer.testing import CliRunner
 
 from support.old_formats import copy_of
 from support.small_world import LAB, Bench, Device, float32_block, follow, make_directory, receipts, ternary_block
+from ternbus.aggregator.core import events
 from ternbus.aggregator.shell import administration, backup, restoring
 from ternbus.aggregator.shell.checking import check
 from ternbus.aggregator.shell.cli import app
 from ternbus.aggregator.store import control, revocations
+from ternbus.aggregator.store import status as statuses
 from ternbus.aggregator.store.ledger import LEDGER
 from ternbus.broker import files
 from ternbus.broker.errors import ConfigError, CorruptError
@@ -278,3 +280,31 @@ def test_a_list_only_grows_and_names_its_damaged_lines(bench: Bench, tmp_path: P
     assert [json.loads(line)[0] for line in found.damaged] == ["pj"]
     for nonsense in ("[]", "{", "[1, 2, 3, 4, 5]", "[" * 100_000, '["a/b", "", "", 0, 0]'):
         assert revocations.Revocation.parse(nonsense) is None
+
+
+# --- a folder that was copied back by hand
+
+
+def test_a_device_that_names_a_newer_version_is_told_in_the_log_and_in_the_status(bench: Bench, tmp_path: Path) -> None:
+    pi, other = bench.join("pi"), bench.join("other")
+    made = make_backup(bench, tmp_path / "out")
+    merge(bench, pi, other, times=3)
+    bench.close()
+    shutil.copy2(made / LEDGER, bench.directory / LEDGER)
+    again = Bench(bench.directory)
+    again.start()
+    said = [logged(again.receive(pi.topic("status"), pi.status("training", 2, base=3)))]
+    said.append(logged(again.receive(pi.topic("update"), *pi.update(ternary_block(again.schema, 1), 3))))
+    assert all("names version 3, and the newest here is 0" in line and "restored DIR" in line for line in said)
+    again.receive(other.topic("metrics"), other.metrics(2, "local", accuracy=0.5))
+    again.tick(seconds=2.0)
+    assert statuses.read(bench.directory)["claim"] == {"device": "other", "version": 2}
+    assert "ternbus aggregator restored DIR" in run("status", bench.directory)[1]
+    assert not any(isinstance(action, events.Stop) for action in again.last)  # a device's word stops nobody
+    again.close()
+    administration.restored(bench.directory, "test")
+    assert statuses.read(bench.directory)["claim"] is None
+
+
+def logged(actions: list[events.Action]) -> str:
+    return " ".join(action.text for action in actions if isinstance(action, events.Log))

@@ -11,7 +11,7 @@ from typing import assert_never
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.counters import Counters
 from ternbus.aggregator.core.enrollment import Enrollment
-from ternbus.aggregator.core.events import Action, Publish, Save
+from ternbus.aggregator.core.events import Action, Log, Publish, Save
 from ternbus.aggregator.core.frames import FrameWriter
 from ternbus.aggregator.core.merge_trigger import RETAINED_S, MergeTrigger
 from ternbus.aggregator.core.rate_limit import LogLimit
@@ -27,7 +27,7 @@ from ternbus.aggregator.settings import Settings
 from ternbus.broker.backoff import Reconnect
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol import topics
-from ternbus.broker.protocol.frame import Frame, header_bytes, parse
+from ternbus.broker.protocol.frame import COUNTER_MAX, Frame, header_bytes, parse
 from ternbus.broker.protocol.identity import AGGREGATOR, Identity
 from ternbus.broker.protocol.messages import CLOSED, RESTORE_LEAP, Head, Metrics, Status
 from ternbus.broker.protocol.schema import Schema
@@ -233,16 +233,30 @@ class Core:
     def _frame(self, member: Member, frame: Frame, ahead: Block | None, *, is_late: bool) -> list[Action]:
         match frame.kind:
             case "update":
-                return self._update(member, frame, ahead, is_late=is_late)
+                claimed = self._claimed(member, frame.meta.get("base"))
+                return [*claimed, *self._update(member, frame, ahead, is_late=is_late)]
             case "offer":
-                return self._updates.offer(member, frame, self._now)
+                return [*self._claimed(member, frame.meta.get("base")), *self._updates.offer(member, frame, self._now)]
             case "status":
                 frame.check_bodiless()
-                if self.registry.observe(member, Status.from_meta(frame.meta), frame.seq):
+                status = Status.from_meta(frame.meta)
+                if self.registry.observe(member, status, frame.seq):
                     self._counters.observe(member.name, self._now)
-                return []
+                return self._claimed(member, status.base)
             case _:  # the topics that a device may write on leave only metrics
                 return self._metrics(member, frame)
+
+    def _claimed(self, member: Member, version: object) -> list[Action]:
+        """Note that a device names a version that is not here: a sign that this state is an older copy, and no more."""
+        if not isinstance(version, int) or not self.model.version < version <= COUNTER_MAX:
+            return []
+        self._counters.claim(member.name, version, self._now)
+        text = (
+            f"{member.name} names version {version}, and the newest here is {self.model.version}: "
+            "if this folder was copied back from a backup, stop and run: ternbus aggregator restored DIR"
+        )
+        line = self._refusals.log_limit.write("newer-version", text, self._now)
+        return [Log(text=line)] if line else []
 
     def _update(self, member: Member, frame: Frame, ahead: Block | None, *, is_late: bool) -> list[Action]:
         was_empty = not self.model.buffer
@@ -256,6 +270,7 @@ class Core:
         frame.check_bodiless()
         metrics = Metrics.from_meta(frame.meta)
         if metrics.version > self.model.version:
+            self._counters.claim(member.name, metrics.version, self._now)
             raise ProtocolError("bad-meta", "metrics of a version that is not yet")
         if metrics.split == "test" and member.role == DEVICE:
             raise ProtocolError("not-evaluator", f"{member.name} must be invited with `invite --evaluator` for that")

@@ -137,6 +137,7 @@ class Observed:
     outcomes: Mapping[str, int]  # answers that no other record stands for: a lower seq, busy
     update_bytes: Mapping[str, int]  # PUBLISH packets on ``update``, by device
     statuses: Mapping[str, Status]  # the last one of each device
+    claim: tuple[str, int] | None = None  # a device, and the version that it names and that there is not yet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -249,6 +249,11 @@ def _summary(found: dict[str, Any]) -> str:
     if invalid:
         lines.append("refused: " + ", ".join(f"{value} {name}" for name, value in invalid.items()))
     lines += [f"{name}: {value}" for name, value in device_metrics.sentences(found["local"])]
+    if (claim := found["claim"]) is not None:
+        lines.append(
+            f"{claim['device']} names version {claim['version']}, which is not here: if this folder was copied back "
+            "from a backup, stop the aggregator and run: ternbus aggregator restored DIR"
+        )
     lines += ["", *_device_table(found["devices"])]
     return "\n".join([*lines, "", *_version_table(found["versions"][-10:], local=found["local"] is not None)])
 

@@ -177,6 +177,8 @@ def _observed(db: sqlite3.Connection, record: records.Observed, now: float) -> N
         _count(db, f"invalid:{reason}", number)
     for outcome, number in record.outcomes.items():
         _count(db, outcome, number)
+    if record.claim is not None:
+        set_fact(db, "claim", json.dumps(record.claim))
     for device, size_bytes in record.update_bytes.items():
         seen = {"size": size_bytes, "now": float(now), "device": device}
         checksums.update(db, "devices", SENT, "name = :device", seen)

@@ -19,6 +19,8 @@ def read(directory: Path) -> dict[str, Any]:
     name, as ``evaluations``, and those of the first of them by name as ``metrics``; ``devices`` is a map by name, its
     ``epsilon`` what a device says that it has spent of privacy (None: nothing); ``local`` is what devices report of
     their own data, see ``local_tests``, over all of them, for a version or of a device, and None where nobody does;
+    ``claim`` is the ``device`` that last named a ``version`` newer than the newest here, and that version (None: none
+    does): perhaps the folder is an older copy.
     ``counts.unmerged`` are accepted updates that no version has though the federation is closed: a merge takes
     updates of ``merge.min_devices`` devices; ``counts.invalid`` is a map by reason of everything refused.
     """
@@ -59,9 +61,15 @@ def _read(ledger: Ledger) -> dict[str, Any]:
         "buffer": buffer,
         "counts": _counts(ledger, unmerged=buffer if ledger.fact("state") == CLOSED else 0),
         "local": tests.summary(),
+        "claim": _claim(ledger, version),
         "devices": _devices(ledger, version, tests),
         "versions": _versions(ledger, tests),
     }
+
+
+def _claim(ledger: Ledger, newest: int) -> dict[str, Any] | None:
+    device, version = json.loads(ledger.fact("claim") or '["", -1]')
+    return {"device": device, "version": version} if version > newest else None
 
 
 def _counts(ledger: Ledger, unmerged: int) -> dict[str, Any]:
