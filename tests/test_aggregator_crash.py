@@ -225,8 +225,10 @@ class Federation(RuleBasedStateMachine):
                 assert self.highest_session < session == self.bench.ledger.fact("session")
                 self.highest_session = session
             case events.Subscribe():
-                assert set(action.filters) == {f"{topics.root(LAB)}/up/#", HEAD, STATUS}
-                self.echo += [(topic, self.bench.retained[topic]) for topic in (HEAD, STATUS) if self._has(topic)]
+                pages = {each for each in action.filters if "/all/revocations/" in each}
+                assert set(action.filters) - pages in ({f"{topics.root(LAB)}/up/#", HEAD, STATUS}, set())
+                retained = [topic for topic in (HEAD, STATUS, *sorted(pages)) if self._has(topic)]
+                self.echo += [(topic, self.bench.retained[topic]) for topic in retained]
             case _:
                 pass
 

@@ -11,12 +11,13 @@ from typing import assert_never
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.counters import Counters
 from ternbus.aggregator.core.enrollment import Enrollment
-from ternbus.aggregator.core.events import Action, Log, Publish, Save
+from ternbus.aggregator.core.events import Action, Publish, Save
 from ternbus.aggregator.core.frames import FrameWriter
 from ternbus.aggregator.core.merge_trigger import RETAINED_S, MergeTrigger
 from ternbus.aggregator.core.rate_limit import LogLimit
 from ternbus.aggregator.core.refusals import Refusals
 from ternbus.aggregator.core.registry import DEVICE, Member, Registry
+from ternbus.aggregator.core.revocations import Revocations
 from ternbus.aggregator.core.updates import Updates
 from ternbus.aggregator.core.validation import Validation
 from ternbus.aggregator.core.versions import PublishedState, Versions
@@ -26,8 +27,8 @@ from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Settings
 from ternbus.broker.backoff import Reconnect
 from ternbus.broker.errors import ConfigError, ProtocolError
-from ternbus.broker.protocol import topics
-from ternbus.broker.protocol.frame import COUNTER_MAX, Frame, header_bytes, parse
+from ternbus.broker.protocol import revocations, topics
+from ternbus.broker.protocol.frame import Frame, header_bytes, parse
 from ternbus.broker.protocol.identity import AGGREGATOR, Identity
 from ternbus.broker.protocol.messages import CLOSED, RESTORE_LEAP, Head, Metrics, Status
 from ternbus.broker.protocol.schema import Schema
@@ -53,6 +54,7 @@ class Core:
     _versions: Versions = field(init=False)
     _enrollment: Enrollment = field(init=False)
     _refusals: Refusals = field(init=False)
+    _revocations: Revocations = field(init=False)
     _counters: Counters = field(default_factory=Counters)
     _merge_trigger: MergeTrigger = field(init=False)
     work: WorkShares = field(init=False)
@@ -81,6 +83,13 @@ class Core:
             settings=settings, registry=self.registry, updates=self._updates, refusals=self._refusals
         )
         self._versions = Versions(settings=settings, model=self.model, published=self.published, frames=self._frames)
+        self._revocations = Revocations(
+            federation=settings.federation,
+            identity=self.identity,
+            registry=self.registry,
+            frames=self._frames,
+            published=self.published,
+        )
         self._merge_trigger = MergeTrigger(
             settings=settings.merge, min_interval_s=settings.downlink.min_interval_s, min_devices=settings.min_devices
         )
@@ -102,7 +111,7 @@ class Core:
         self._now = now
         if self.model.buffer:
             self._merge_trigger = self._merge_trigger.first_accepted(now)
-        return self._versions.renew()
+        return [*self._versions.renew(), *self._revocations.publish()]
 
     def handle(self, event: events.Event, now: float) -> list[Action]:
         """Take in one event at ``now`` (seconds, never going back); return what is to be done, in order."""
@@ -164,7 +173,7 @@ class Core:
         self._reconnect.connected(self._now)
         federation = self.settings.federation
         filters = (f"{topics.root(federation)}/up/#", topics.head(federation), topics.status(federation))
-        actions: list[Action] = [events.Subscribe(filters=filters)]
+        actions: list[Action] = [events.Subscribe(filters=(*filters, *self._revocations.subscriptions()))]
         if self._updates.stopping:
             return actions  # the last status was published
         actions += self._status("online")
@@ -247,16 +256,7 @@ class Core:
                 return self._metrics(member, frame)
 
     def _claimed(self, member: Member, version: object) -> list[Action]:
-        """Note that a device names a version that is not here: a sign that this state is an older copy, and no more."""
-        if not isinstance(version, int) or not self.model.version < version <= COUNTER_MAX:
-            return []
-        self._counters.claim(member.name, version, self._now)
-        text = (
-            f"{member.name} names version {version}, and the newest here is {self.model.version}: "
-            "if this folder was copied back from a backup, stop and run: ternbus aggregator restored DIR"
-        )
-        line = self._refusals.log_limit.write("newer-version", text, self._now)
-        return [Log(text=line)] if line else []
+        return self._refusals.claim(member.name, version, self.model.version, self._now)
 
     def _update(self, member: Member, frame: Frame, ahead: Block | None, *, is_late: bool) -> list[Action]:
         was_empty = not self.model.buffer
@@ -293,7 +293,7 @@ class Core:
             return self._own_head(event, address) if self._versions.confirm_by is not None else []
         if address.kind == "status" and event.payload and not self._updates.stopping:
             return self._own_status(event, address)
-        return []
+        return self._revocations.arrived(event, address) if address.kind == revocations.KIND else []
 
     def _own_head(self, event: events.MessageArrived, address: topics.Address) -> list[Action]:
         if event.payload == self.published.head_frame:
@@ -337,7 +337,7 @@ class Core:
     def _membership(self, event: events.CancelRequested | events.RevokeRequested) -> list[Action]:
         try:
             if isinstance(event, events.RevokeRequested):
-                actions = self._enrollment.revoke(event)
+                actions = [*self._enrollment.revoke(event), *self._revocations.publish()]
             else:
                 actions = self._enrollment.cancel(event.device)
         except ConfigError as error:

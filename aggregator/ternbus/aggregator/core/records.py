@@ -54,6 +54,13 @@ class DeviceRevoked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KeysRevoked:
+    """Keys, each of a device, are void for good: a list says so that this aggregator published once."""
+
+    keys: tuple[tuple[str, bytes], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateAccepted:
     """An update that will be merged, and its block as it came (unsealed)."""
 
@@ -154,6 +161,7 @@ Record = (
     | DeviceEnrolled
     | InvitationCancelled
     | DeviceRevoked
+    | KeysRevoked
     | UpdateAccepted
     | UpdateAnswered
     | VersionMade

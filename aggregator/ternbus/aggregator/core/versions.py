@@ -26,6 +26,7 @@ class PublishedState:
     slots: int  # how many delta slots the frames were laid out for
     recipe: Recipe  # by which merges since the snapshot were made
     log_hash: bytes  # of the last entry in the log of merges
+    revoked: int = 0  # keys in the list of revoked ones
 
 
 @dataclass(slots=True, kw_only=True)
@@ -149,7 +150,8 @@ class Versions:
     def _wanted(self) -> list[str]:
         """What a device needs to get from nothing to the head, in order."""
         federation, named = self.settings.federation, self.published.snapshot
-        wanted = [topics.snapshot(federation, named.place, part) for part in range(named.parts)]
+        wanted = self._parts_in(lambda page: topics.revocations(federation, page))
+        wanted += [topics.snapshot(federation, named.place, part) for part in range(named.parts)]
         for version in range(named.version + 1, self.model.version + 1):
             wanted += self._delta_topics(version)
         return wanted

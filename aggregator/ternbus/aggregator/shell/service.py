@@ -252,7 +252,7 @@ class Service:
                     assert_never(action)
 
     def _spread_revocations(self, batch: list[records.Record]) -> None:
-        if not any(isinstance(record, records.DeviceRevoked) for record in batch):
+        if not any(isinstance(record, records.DeviceRevoked | records.KeysRevoked) for record in batch):
             return
         try:
             backup.spread_revocations(self.directory, self._core.settings.federation)

@@ -171,7 +171,7 @@ class Ledger:
                 rows.accepted(self.db, self._updates, record, self.bodies.append(record.body), now)
             case records.SnapshotTaken():
                 self._snapshot(record)
-            case records.DeviceRevoked():
+            case records.DeviceRevoked() | records.KeysRevoked():
                 rows.write(self.db, record, now)
                 revoked = membership.revocations(self.db)
                 revocations.add(self.path.with_name(revocations.FILE), revoked)  # more in the list does no harm

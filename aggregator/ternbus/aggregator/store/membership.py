@@ -57,9 +57,12 @@ def revocations(db: sqlite3.Connection) -> list[Revocation]:
     ]
 
 
-def take_revocations(db: sqlite3.Connection, found: Iterable[Revocation], now: float) -> list[Revocation]:
+def take_revocations(
+    db: sqlite3.Connection, found: Iterable[Revocation], now: float, *, keep: bool = False
+) -> list[Revocation]:
     """Make keys void that another copy of this ledger knows to be; those that were not yet.
 
+    Updates that wait to be merged are dropped with the key, unless ``keep``: beside a process, its buffer has them.
     A device that is not known here becomes one whose key is void, so that it is told so.
     """
     taken = []
@@ -80,7 +83,8 @@ def take_revocations(db: sqlite3.Connection, found: Iterable[Revocation], now: f
         revoked = {"now": each.revoked_at or float(now), "why": each.why, **about}
         if checksums.update(db, "devices", REVOKED_ROW, "name = :device AND public = :public", revoked):
             db.execute("DELETE FROM invitations WHERE device = ?", (each.device,))
-            drop(db, "device = :device AND merged IS NULL", about)
+            if not keep:
+                drop(db, "device = :device AND merged IS NULL", about)
     return taken
 
 

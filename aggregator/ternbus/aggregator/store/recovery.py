@@ -15,7 +15,8 @@ from ternbus.aggregator.store import membership, soundness
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.aggregator.store.rows import unsigned
 from ternbus.aggregator.store.schema import DROPPED
-from ternbus.broker.protocol import topics
+from ternbus.broker.protocol import revocations, topics
+from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.identity import Identity, KeyId
 from ternbus.broker.protocol.messages import SnapshotRef
 from ternbus.broker.protocol.schema import Schema
@@ -35,6 +36,7 @@ def recover(ledger: Ledger, settings: Settings, identity: Identity, software: st
         slots=int(ledger.fact("slots")),
         recipe=Recipe.loads(ledger.fact("recipe")),
         log_hash=ledger.last_entry().hash,
+        revoked=_published_revocations(ledger, settings.federation),
     )
     return Core(
         settings=settings,
@@ -48,6 +50,14 @@ def recover(ledger: Ledger, settings: Settings, identity: Identity, software: st
         software=software,
         influence=_influence(ledger),
     )
+
+
+def _published_revocations(ledger: Ledger, federation: str) -> int:
+    page = keys = 0
+    while frame := ledger.frame(topics.revocations(federation, page)):
+        keys += len(revocations.read(parse(frame).body))
+        page += 1
+    return keys
 
 
 def recover_model(ledger: Ledger, settings: Settings, schema: Schema) -> Model:

@@ -9,6 +9,7 @@ from ternbus.aggregator.core import records
 from ternbus.aggregator.core.registry import Answer
 from ternbus.aggregator.store import checksums, membership
 from ternbus.aggregator.store.bodies import Place
+from ternbus.aggregator.store.revocations import Revocation
 from ternbus.broker.protocol.identity import KeyId
 
 
@@ -27,6 +28,7 @@ Inserted = (  # all records but those that come with a file: of a body, of vecto
     | records.DeviceEnrolled
     | records.InvitationCancelled
     | records.DeviceRevoked
+    | records.KeysRevoked
     | records.UpdateAnswered
     | records.VersionMade
     | records.FramesRetained
@@ -62,6 +64,9 @@ def write(db: sqlite3.Connection, record: Inserted, now: float) -> None:
             membership.enroll(db, record, now)
         case records.DeviceRevoked():
             membership.revoke(db, record, now)
+        case records.KeysRevoked():
+            revoked = [Revocation(device=device, public=public) for device, public in record.keys]
+            membership.take_revocations(db, revoked, now, keep=True)
         case records.InvitationCancelled():
             membership.cancel(db, record)
         case records.MetricsReceived():
