@@ -1,5 +1,6 @@
 """The assembly of a device's process from directory, task, outbox, core and service, for each of its commands."""
 
+import logging
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +27,10 @@ from ternbus.edge.shell import key_rotation
 from ternbus.edge.shell.directory import DeviceDirectory, Settings
 from ternbus.edge.shell.service import PERSONAL, Report, Service
 from ternbus.edge.store import outbox as outboxes
+from ternbus.edge.store import outbox_salvage
 from ternbus.edge.store.outbox import Outbox
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,10 +56,11 @@ def join(home: DeviceDirectory, settings: Settings, task: Task, options: Options
 def renew(home: DeviceDirectory, invitation: Invitation, task: Task, options: Options, report: Report) -> Stop:
     """Enroll a new key with this invitation, then make it the device's key.
 
-    Raises `ConfigError` for an invitation of another device.
+    Raises `ConfigError` for an invitation of another device, `CorruptError` if the outbox has lost what must not be.
     """
     key_rotation.check(home, invitation)
     with home.locked():
+        _mend_outbox(home)  # before the invitation is spent
         renewal, settings = key_rotation.begin(home, invitation)
         stop = join(renewal, settings, task, options, report)
         if stop.code == EXIT_DONE:
@@ -64,6 +69,16 @@ def renew(home: DeviceDirectory, invitation: Invitation, task: Task, options: Op
         if stop.code == EXIT_REFUSED:
             renewal.discard()
         return stop
+
+
+def _mend_outbox(home: DeviceDirectory) -> None:
+    """The new key has counters of its own, so what can be read of a damaged outbox is enough."""
+    path = home.folder / outboxes.FILE
+    if not path.exists() or not path.stat().st_size or outbox_salvage.is_sound(home.folder):
+        return
+    private = home.settings().policy is not None
+    aside, lost = outbox_salvage.salvage(home.folder, home.identity().key_id, private=private)
+    _log.warning("%s was damaged, and is kept in %s; lost: %s", path, aside, ", ".join(lost))
 
 
 def serve(home: DeviceDirectory, role: Role, options: Options, report: Report) -> tuple[Stop, bool]:
