@@ -56,6 +56,15 @@ def test_a_device_that_is_not_known_is_told_so_at_a_low_rate(make: Make) -> None
     assert receipts(bench.receive(stranger.topic("update"), late_part)) == []
 
 
+def test_an_invited_device_may_publish_its_status_before_it_is_enrolled(make: Make) -> None:
+    bench = make()
+    pi = Device("pi", bench.schema)
+    bench.invite("pi")
+    assert published(bench.receive(pi.topic("status"), pi.status("idle"))) == []
+    (receipt,) = bench.send(pi, ternary_block(bench.schema, 1), 0)
+    assert receipt.outcome == "unknown"
+
+
 def test_a_key_that_is_not_known_is_told_so_and_the_device_s_own_key_loses_nothing(make: Make) -> None:
     bench = make()
     pi, other_key = bench.join("pi"), Device("pi", bench.schema)

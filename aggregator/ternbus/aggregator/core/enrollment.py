@@ -14,6 +14,7 @@ from ternbus.aggregator.core.validation import Verdict
 from ternbus.aggregator.settings import Settings
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol.frame import Frame
+from ternbus.broker.protocol.messages import Status
 
 NOT_KNOWN: Final = "this aggregator does not know this key: it may have been restored from before the device joined"
 
@@ -77,10 +78,12 @@ class Enrollment:
         """Tell the holder of a key that it is not known here, as after a restore from before it joined.
 
         Whether the frame is authentic nobody here can tell, so all of them together have a low rate of answers, and a
-        device believes one only for a number that it has used under this key.
+        device believes one only for a number that it has used under this key. An invited device may say who it is
+        before it is enrolled; what only members send is answered.
         """
         per_s = self.settings.limits.refusals_per_s
-        if frame.part > 0 or not self._answers.take(now, per_s, per_s):
+        joins = frame.kind == Status.KIND and frame.sender in self.registry.codes
+        if joins or frame.part > 0 or not self._answers.take(now, per_s, per_s):
             raise error
         receipt = self.updates.receipt(frame.sender, frame.key, frame.seq, Verdict("unknown", NOT_KNOWN))
         return [*receipt, *self.refusals.drop(f"{frame.kind} of {frame.sender}", error, now)]
