@@ -229,6 +229,7 @@ def test_the_status_counts_what_happened(bench: Bench) -> None:
         "buffer",
         "counts",
         "local",
+        "claim",
         "devices",
         "versions",
     }

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
-from ternbus.broker.errors import ConfigError, LinkError
+from ternbus.broker.errors import ConfigError, CorruptError, LinkError
 from ternbus.broker.exit_codes import EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED
 from ternbus.edge.core.profile import Role
 from ternbus.edge.shell import agent
@@ -41,9 +41,9 @@ def main() -> NoReturn:
         home, options = DeviceDirectory(Path(request["folder"])), Options(**request["options"])
         stop, ended = agent.serve(home, request["role"], options, printer)
         code = printer.finish(stop, ended=ended)
-    except (ConfigError, LinkError) as error:
+    except (ConfigError, CorruptError, LinkError) as error:
         sys.stderr.write(f"ternbus: {error}\n")
-        code = EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED
+        code = EXIT_FAILED if isinstance(error, LinkError) else EXIT_CONFIG
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     sys.exit(code)
