@@ -48,6 +48,10 @@ def seeds() -> dict[str, Seeds]:
         },
         "broker-log": {"mosquitto": b"\xfe" + MOSQUITTO.encode(), "nats": b"\xff" + NATS.encode()},
         "update": _peer(frames),
+        "revocations": {
+            "vectors": bytes.fromhex(vectors["revocations"]["body"]),
+            **{_slug("bad", name): bytes.fromhex(bad) for name, bad in vectors["malformed_revocations"].items()},
+        },
     }
 
 

@@ -16,7 +16,7 @@ import zstandard
 from fuzz import peer
 from ternbus.aggregator import settings
 from ternbus.broker.errors import ConfigError, ProtocolError
-from ternbus.broker.protocol import topics
+from ternbus.broker.protocol import revocations, topics
 from ternbus.broker.protocol.frame import CONTAINERS_MAX, COUNTER_MAX, MAGIC, SIGNATURE_BYTES, Frame, build, parse
 from ternbus.broker.protocol.identity import AGGREGATOR, Identity
 from ternbus.broker.protocol.invitation import Invitation
@@ -204,6 +204,12 @@ def broker_log(data: bytes) -> None:
     assert json.loads(counts.dumps())["since"] == ""
 
 
+def revoked(data: bytes) -> None:
+    """The body of a page of revoked keys, which only the aggregator itself reads."""
+    found = revocations.read(data)
+    assert frozenset().union(*map(revocations.read, revocations.pages(found))) == found
+
+
 def text_of(data: bytes) -> str:
     """The input as text; a real file that is not UTF-8 is refused before it is parsed."""
     return data.decode("utf-8", "replace")
@@ -220,6 +226,7 @@ TARGETS: Final[Mapping[str, Target]] = {
     "scenario-toml": scenario_toml,
     "broker-log": broker_log,
     "update": peer.update,
+    "revocations": revoked,
 }
 
 

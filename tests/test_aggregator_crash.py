@@ -226,9 +226,11 @@ class Federation(RuleBasedStateMachine):
                 self.highest_session = session
             case events.Subscribe():
                 parts = [topic for topic in action.filters if "/snapshot/" in topic]
-                assert parts or set(action.filters) == {f"{topics.root(LAB)}/up/#", HEAD, STATUS}
+                pages = {each for each in action.filters if "/all/revocations/" in each}
+                own = {f"{topics.root(LAB)}/up/#", HEAD, STATUS}
+                assert set(action.filters) - pages - set(parts) in (own, set())
                 held = self.bench.retained
-                self.echo += [(each, held[each]) for each in parts or (HEAD, STATUS) if each in held]
+                self.echo += [(each, held[each]) for each in parts or (HEAD, STATUS, *sorted(pages)) if each in held]
             case _:
                 pass
 

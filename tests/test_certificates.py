@@ -171,7 +171,7 @@ def test_the_aggregator_gets_what_the_access_list_gives_it() -> None:
     access = auth_callout.decide(asked("aggregator-lab", "lab"))
     root = "ternbus.1.lab"
     assert access.write == [
-        *(f"{root}.all.{rest}" for rest in ("head", "status", "delta.*.*", "snapshot.*.*")),
+        *(f"{root}.all.{rest}" for rest in ("head", "status", "delta.*.*", "snapshot.*.*", "revocations.*")),
         *(f"{root}.down.*.{kind}" for kind in ("grant", "receipt")),
     ]
     assert access.read == [f"{root}.up", f"{root}.up.>", f"{root}.all", f"{root}.all.>"]
@@ -220,6 +220,7 @@ def test_with_several_federations_each_member_is_listed_with_its_own() -> None:
         "topic write ternbus/1/lab/all/status",
         "topic write ternbus/1/lab/all/delta/+/+",
         "topic write ternbus/1/lab/all/snapshot/+/+",
+        "topic write ternbus/1/lab/all/revocations/+",
         "topic write ternbus/1/lab/down/+/grant",
         "topic write ternbus/1/lab/down/+/receipt",
         "topic read ternbus/1/lab/up/#",

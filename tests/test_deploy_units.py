@@ -10,7 +10,9 @@ import pytest
 from ternbus.broker.exit_codes import EXIT_BUDGET, EXIT_CONFIG, EXIT_REFUSED
 from ternbus.command import COMMANDS
 
-UNITS = sorted((Path(__file__).resolve().parent.parent / "deploy" / "systemd").glob("*.service"))
+FOLDER = Path(__file__).resolve().parent.parent / "deploy" / "systemd"
+UNITS = [FOLDER / f"ternbus-{name}.service" for name in ("aggregator", "edge")]
+BACKUP = [FOLDER / f"ternbus-backup.{kind}" for kind in ("service", "timer")]
 
 
 def service(unit: Path) -> configparser.SectionProxy:
@@ -21,7 +23,15 @@ def service(unit: Path) -> configparser.SectionProxy:
 
 
 def test_there_is_a_unit_for_the_aggregator_and_one_for_a_device() -> None:
-    assert [unit.name for unit in UNITS] == ["ternbus-aggregator.service", "ternbus-edge.service"]
+    assert set(FOLDER.iterdir()) == {*UNITS, *BACKUP}
+
+
+def test_the_backup_s_timer_starts_a_backup_that_may_write_where_it_writes() -> None:
+    settings = service(BACKUP[0])
+    _, *command, keep, number = settings["ExecStart"].split()
+    assert command == ["aggregator", "backup", "/var/lib/ternbus/aggregator", "/var/backups/ternbus"]
+    assert settings["ReadWritePaths"].split() == command[2:]
+    assert (keep, int(number) > 1, settings["Type"]) == ("--keep", True, "oneshot")
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
@@ -43,7 +53,7 @@ def test_a_crash_is_restarted_and_a_configuration_error_is_not(unit: Path) -> No
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not installed")
-@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+@pytest.mark.parametrize("unit", [*UNITS, BACKUP[0]], ids=lambda unit: unit.stem)
 def test_systemd_accepts_it(unit: Path, tmp_path: Path) -> None:
     copy = tmp_path / unit.name  # with a program that exists on this machine, or systemd complains of that
     copy.write_text(unit.read_text().replace("/opt/ternbus/bin/ternbus", "/bin/true"))

@@ -78,6 +78,26 @@ def test_a_revocation_may_answer_a_status() -> None:
     assert only(device.arrive(scripted.receipt(DEVICE, DEVICE_KEY.key_id, seq, "revoked")), Stop).code == 3
 
 
+def test_a_device_that_the_aggregator_does_not_know_stops_and_says_how_to_rejoin() -> None:
+    """The aggregator was restored from before it joined."""
+    scripted, device = following()
+    seq = published(device.actions, "status")[-1].seq
+    stop = only(device.arrive(scripted.receipt(DEVICE, DEVICE_KEY.key_id, seq, "unknown", reason="why")), Stop)
+    assert (stop.code, "ternbus edge rejoin" in stop.reason) == (3, True)
+    scripted, device, frame = sending()
+    assert only(device.arrive(scripted.receipt(DEVICE, DEVICE_KEY.key_id, frame.seq, "unknown")), Stop).code == 3
+
+
+def test_unknown_is_believed_neither_for_other_numbers_nor_by_a_device_that_joins() -> None:
+    """An aggregator cannot check whose frames it answers so."""
+    scripted, device = following()
+    assert of(device.arrive(scripted.receipt(DEVICE, DEVICE_KEY.key_id, 10**6, "unknown")), Stop) == []
+    scripted = aggregator()
+    device = connected("join", state={"enrolled": False}, code="secret")
+    device.arrive(scripted.status())
+    assert of(device.arrive(scripted.receipt(DEVICE, DEVICE_KEY.key_id, ENROLL_SEQ, "unknown")), Stop) == []
+
+
 def test_a_new_key_enrols_anew_and_signs_what_is_outstanding_anew() -> None:
     scripted, device, frame = sending()
     fresh = Identity(b"n" * 32)

@@ -22,6 +22,7 @@ Make = Callable[..., Bench]
 
 def test_what_is_not_signed_by_the_device_gets_no_answer(make: Make) -> None:
     bench = make()
+    old = bench.join("pi")
     pi = bench.join("pi")
     good = pi.update(ternary_block(bench.schema, 1), 0)[0]
     header_end = 8 + int.from_bytes(good[4:8], "little")
@@ -29,7 +30,7 @@ def test_what_is_not_signed_by_the_device_gets_no_answer(make: Make) -> None:
         "bad-signature": good[:header_end] + bytes(64) + good[header_end + 64 :],
         "bad-digest": good[:-1] + bytes([good[-1] ^ 1]),
         "not-a-frame": good[:50],
-        "unknown-key": Device("pi", bench.schema, seq=5).update(ternary_block(bench.schema, 1), 0)[0],
+        "replaced-key": Device("pi", bench.schema, old.identity, seq=5).update(ternary_block(bench.schema, 1), 0)[0],
     }
     for payload in forged.values():
         assert published(bench.receive(pi.topic("update"), payload)) == []
@@ -37,15 +38,42 @@ def test_what_is_not_signed_by_the_device_gets_no_answer(make: Make) -> None:
     assert receipts(bench.receive(pi.topic("update"), good))[0].outcome == "accepted"
 
 
-def test_a_device_that_never_enrolled_gets_no_answer(make: Make) -> None:
+def test_a_device_that_is_not_known_is_told_so_at_a_low_rate(make: Make) -> None:
+    """As after a restore from before it joined; nobody can check its frames, so all such names share one rate."""
     bench = make()
-    stranger = Device("stranger", bench.schema)
+    stranger, per_s = Device("stranger", bench.schema), bench.core.settings.limits.refusals_per_s
     for kind, payload in [
         ("update", stranger.update(ternary_block(bench.schema, 1), 0)[0]),
         ("status", stranger.status("idle")),
     ]:
-        assert published(bench.receive(stranger.topic(kind), payload)) == []
+        (receipt,) = receipts(bench.receive(stranger.topic(kind), payload))
+        assert (receipt.outcome, receipt.device_key) == ("unknown", stranger.identity.key_id)
+        assert receipt.seq == parse(payload).seq
     assert refusals(bench.tick(1.0)) == {"unknown-device": 2}
+    answers = [receipts(bench.receive(stranger.topic("status"), stranger.status("idle"))) for _ in range(3 * per_s)]
+    assert sum(map(len, answers)) == per_s
+    late_part = stranger.update(bytes(9000), 0, frame_bytes=4096)[1]
+    assert receipts(bench.receive(stranger.topic("update"), late_part)) == []
+
+
+def test_an_invited_device_may_publish_its_status_before_it_is_enrolled(make: Make) -> None:
+    bench = make()
+    pi = Device("pi", bench.schema)
+    bench.invite("pi")
+    assert published(bench.receive(pi.topic("status"), pi.status("idle"))) == []
+    (receipt,) = bench.send(pi, ternary_block(bench.schema, 1), 0)
+    assert receipt.outcome == "unknown"
+
+
+def test_a_key_that_is_not_known_is_told_so_and_the_device_s_own_key_loses_nothing(make: Make) -> None:
+    bench = make()
+    pi, other_key = bench.join("pi"), Device("pi", bench.schema)
+    for _ in range(3 * bench.core.settings.limits.receipts_per_s):
+        bench.receive(pi.topic("status"), other_key.status("idle"))
+    assert [receipt.outcome for receipt in bench.send(pi, ternary_block(bench.schema, 1), 0)] == ["accepted"]
+    bench.tick(1.0)
+    (receipt,) = receipts(bench.receive(pi.topic("status"), other_key.status("idle")))
+    assert (receipt.outcome, receipt.device_key) == ("unknown", other_key.identity.key_id)
 
 
 def test_a_frame_must_agree_with_its_topic(make: Make) -> None:

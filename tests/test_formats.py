@@ -35,7 +35,7 @@ from ternbus.aggregator.shell import administration, log, quickstart
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.aggregator.store.rows import unsigned
 from ternbus.aggregator.store.schema import FORMAT
-from ternbus.broker.errors import ConfigError
+from ternbus.broker.errors import ConfigError, CorruptError
 from ternbus.broker.model_files import load_safetensors
 from ternbus.broker.protocol.merge_log import FIRST, UNKNOWN_DIGEST, Entry, unpack
 from ternbus.broker.protocol.schema import Vector, to_vector, vector_digest
@@ -260,7 +260,7 @@ def test_a_ledger_of_no_format_that_ever_was_is_refused_in_words(tmp_path: Path)
     home = copy_of("aggregator-5", tmp_path) / "home"
     with closing(sqlite3.connect(home / LEDGER, isolation_level=None)) as db:
         db.execute("UPDATE facts SET value = 3 WHERE name = 'format'")
-    with pytest.raises(ConfigError, match=r"has format 3; .* no version of Ternbus wrote such a file"):
+    with pytest.raises(CorruptError, match=r"has format 3; .* no version of Ternbus wrote such a file"):
         opened(home)
 
 

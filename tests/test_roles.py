@@ -12,6 +12,7 @@ from support.small_world import Bench, Device, receipts, refusals, saved, ternar
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.registry import ANY, DEVICE, EVALUATOR
 from ternbus.aggregator.shell.cli import app
+from ternbus.aggregator.store import checksums
 from ternbus.aggregator.store import status as statuses
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.invitation import Invitation
@@ -30,6 +31,7 @@ def forget_roles(bench: Bench) -> None:
     """Make members and invitations those of a ledger that had no roles, as its migration leaves them."""
     for table in ("devices", "invitations"):
         bench.ledger.db.execute(f"UPDATE {table} SET role = ''")
+        checksums.renew(bench.ledger.db, table)
 
 
 def shown(bench: Bench) -> str:

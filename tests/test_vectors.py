@@ -9,6 +9,7 @@ import pytest
 
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import frame as frames
+from ternbus.broker.protocol import revocations
 from ternbus.broker.protocol.identity import Identity, enroll_proof, seal
 from ternbus.broker.protocol.messages import Enroll, Head, Receipt, Update
 from ternbus.broker.protocol.parts import Collector
@@ -210,9 +211,23 @@ def test_malformed_frames_are_refused(what: str) -> None:
     assert error.value.reason == ("bad-meta" if what == "base 2^62 + 1" else "bad-header")
 
 
+def test_a_page_of_revocations_has_the_bytes_of_the_vectors() -> None:
+    keys = {(each["device"], bytes.fromhex(each["public_key"])) for each in VECTORS["revocations"]["keys"]}
+    assert list(revocations.pages(keys)) == [unhex("revocations", "body")]
+    assert revocations.read(unhex("revocations", "body")) == keys
+
+
+@pytest.mark.parametrize("what", VECTORS["malformed_revocations"])
+def test_malformed_pages_of_revocations_are_refused(what: str) -> None:
+    with pytest.raises(ProtocolError) as error:
+        revocations.read(unhex("malformed_revocations", what))
+    assert error.value.reason == "bad-revocations"
+
+
 def test_every_entry_is_used() -> None:
     """A vector added to the file must be added here."""
-    others = "enroll sealed malformed_zstd malformed_blocks malformed_vectors malformed_frames"
+    others = "enroll sealed malformed_zstd malformed_blocks malformed_vectors malformed_frames revocations"
+    others += " malformed_revocations"
     used = "about keys schema vector ternary_block float32_block tiny_numbers update message_in_3_parts head receipt"
     assert set(VECTORS) == {*used.split(), *others.split()}
     assert content_bytes(SCHEMA, "ternary") == len(CONTENT)

@@ -13,7 +13,7 @@ from ternbus.aggregator.store.ledger import Ledger
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "formats"
 LEDGER = "ledger.sqlite"
 AGGREGATORS = sorted(path.name for path in FIXTURES.glob("aggregator-*"))
-OLD_AGGREGATORS = [name for name in AGGREGATORS if not name.startswith("aggregator-5")]
+OLD_AGGREGATORS = [name for name in AGGREGATORS if name.startswith("aggregator-1")]
 DEVICES = sorted(path.name for path in FIXTURES.glob("edge-*"))
 OLD_DEVICES = [name for name in DEVICES if name.startswith("edge-first")]
 JOINED = [name for name in DEVICES if not name.endswith(("-joining", "-empty"))]

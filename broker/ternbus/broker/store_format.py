@@ -44,15 +44,14 @@ class Formats:
     write: Callable[[sqlite3.Connection, int], None]
     beside: tuple[str, ...] = ()  # folders with files that rows refer to
 
-    def refusal(self, path: Path, found: object, older: str = "") -> ConfigError:
+    def refusal(self, path: Path, found: object, older: str = "") -> ConfigError | CorruptError:
         """Why a store of another format than the newest cannot be used; ``older`` is what to do about an older one."""
+        text = f"{path} has format {found}; this version of Ternbus reads {self.newest}"
         if found in self.steps:
-            what = older
-        elif isinstance(found, int) and found > self.newest:
-            what = "install a newer Ternbus"
-        else:
-            what = "no version of Ternbus wrote such a file; restore it from a backup"
-        return ConfigError(f"{path} has format {found}; this version of Ternbus reads {self.newest}: {what}")
+            return ConfigError(f"{text}: {older}")
+        if isinstance(found, int) and found > self.newest:
+            return ConfigError(f"{text}: install a newer Ternbus")
+        return CorruptError(f"{text}: no version of Ternbus wrote such a file; restore it from a backup")
 
     def advance(self, db: sqlite3.Connection, folder: Path) -> None:
         """Take every step that is left; the caller has begun a transaction, and ends it."""
@@ -103,10 +102,11 @@ def _reason(path: Path, error: BaseException) -> FederationError | None:
     return None
 
 
-def unreadable(path: Path, error: sqlite3.Error, remedy: str = RESTORE) -> FederationError:
+def unreadable(path: Path, error: sqlite3.Error | UnicodeDecodeError, remedy: str = RESTORE) -> FederationError:
     """Why a store cannot be opened, and what to do; ``remedy`` is for one that is damaged, or is none."""
     text = f"cannot read {path}: {error}"
-    return _fault(path, error, text) or CorruptError(f"{text}; {remedy}")
+    fault = _fault(path, error, text) if isinstance(error, sqlite3.Error) else None
+    return fault or CorruptError(f"{text}; {remedy}")
 
 
 @contextmanager
@@ -117,6 +117,8 @@ def naming(path: Path, remedy: str = RESTORE) -> Iterator[None]:
     """
     try:
         yield
+    except UnicodeDecodeError as error:  # of damaged text, which SQLite may quote in an error too
+        raise unreadable(path, error, remedy) from error
     except sqlite3.Error as error:
         if _code(error) in DAMAGED:
             raise unreadable(path, error, remedy) from error
@@ -143,7 +145,7 @@ def _is_permitted(path: Path) -> bool:
     return bool(is_read_only) or all(os.access(each, os.W_OK) for each in (path, path.parent) if each.exists())
 
 
-def _code(error: sqlite3.Error) -> int:
+def _code(error: Exception) -> int:
     """SQLite's primary result code; 0 for an error of Python's module."""
     return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
 

@@ -20,6 +20,7 @@ from ternbus.aggregator.core.rate_limit import LogLimit
 from ternbus.aggregator.core.refusals import Refusals
 from ternbus.aggregator.core.registry import Member, Registry
 from ternbus.aggregator.core.retained import Retained
+from ternbus.aggregator.core.revocations import Revocations
 from ternbus.aggregator.core.updates import Updates
 from ternbus.aggregator.core.validation import Validation
 from ternbus.aggregator.core.versions import PublishedState, Versions
@@ -29,7 +30,7 @@ from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Settings
 from ternbus.broker.backoff import Reconnect
 from ternbus.broker.errors import ConfigError, ProtocolError
-from ternbus.broker.protocol import topics
+from ternbus.broker.protocol import revocations, topics
 from ternbus.broker.protocol.frame import Frame, header_bytes, parse
 from ternbus.broker.protocol.identity import AGGREGATOR, Identity
 from ternbus.broker.protocol.messages import CLOSED, RESTORE_LEAP, Status
@@ -57,6 +58,7 @@ class Core:
     _clones: Clones = field(init=False)
     _enrollment: Enrollment = field(init=False)
     _refusals: Refusals = field(init=False)
+    _revocations: Revocations = field(init=False)
     _counters: Counters = field(default_factory=Counters)
     _merge_trigger: MergeTrigger = field(init=False)
     work: WorkShares = field(init=False)
@@ -90,6 +92,13 @@ class Core:
         online = partial(self._status, "online")
         self._retained = Retained(versions=self._versions, refusals=self._refusals, say_online=online)
         self._clones = Clones(refusals=self._refusals)
+        self._revocations = Revocations(
+            federation=settings.federation,
+            identity=self.identity,
+            registry=self.registry,
+            frames=self._frames,
+            published=self.published,
+        )
         self._merge_trigger = MergeTrigger(
             settings=settings.merge, min_interval_s=settings.downlink.min_interval_s, min_devices=settings.min_devices
         )
@@ -117,7 +126,7 @@ class Core:
         self._now = now
         if self.model.buffer:
             self._merge_trigger = self._merge_trigger.first_accepted(now)
-        return self._versions.renew()
+        return [*self._versions.renew(), *self._revocations.publish()]
 
     def handle(self, event: events.Event, now: float) -> list[Action]:
         """Take in one event at ``now`` (seconds, never going back); return what is to be done, in order."""
@@ -186,7 +195,7 @@ class Core:
         self._clones.connected()
         federation = self.settings.federation
         filters = (f"{topics.root(federation)}/up/#", topics.head(federation), topics.status(federation))
-        actions: list[Action] = [events.Subscribe(filters=filters)]
+        actions: list[Action] = [events.Subscribe(filters=(*filters, *self._revocations.subscriptions()))]
         if self._updates.stopping:
             return actions  # the last status was published
         actions += self._status("online")
@@ -255,11 +264,13 @@ class Core:
     def _frame(self, member: Member, frame: Frame, ahead: Measured | None, *, is_late: bool) -> list[Action]:
         if frame.kind != "status":  # the broker delivers a retained one again, long after it was said
             member.pace.heard(self._now)
+        named = frame.meta.get("version" if frame.kind == "metrics" else "base")
+        claimed = self._refusals.claim(member.name, named, self.model.version, self._now)
         match frame.kind:
             case "update":
-                return self._update(member, frame, ahead, is_late=is_late)
+                return [*claimed, *self._update(member, frame, ahead, is_late=is_late)]
             case "offer":
-                return self._updates.offer(member, frame, self._now)
+                return [*claimed, *self._updates.offer(member, frame, self._now)]
             case "status":
                 frame.check_bodiless()
                 status = Status.from_meta(frame.meta)
@@ -267,12 +278,10 @@ class Core:
                 if self.registry.observe(member, status, frame.seq):
                     member.pace.heard(self._now)
                     self._counters.observe(member.name, self._now)
-                return []
+                return claimed
             case _:  # the topics that a device may write on leave only metrics
-                saved = metrics.received(
-                    member, frame, version=self.model.version, bytes_max=self.settings.limits.metrics_bytes
-                )
-                return [saved]
+                bytes_max = self.settings.limits.metrics_bytes
+                return [*claimed, metrics.received(member, frame, version=self.model.version, bytes_max=bytes_max)]
 
     def _update(self, member: Member, frame: Frame, ahead: Measured | None, *, is_late: bool) -> list[Action]:
         was_empty = not self.model.buffer
@@ -292,7 +301,7 @@ class Core:
             return self._retained.part_arrived(event.topic, event.payload, self._now)
         if address.kind == "status" and event.payload and not self._updates.stopping:
             return self._own_status(event, address)
-        return []
+        return self._revocations.arrived(event, address) if address.kind == revocations.KIND else []
 
     def _own_head(self, event: events.MessageArrived, address: topics.Address) -> list[Action]:
         if event.payload == self.published.head_frame:
@@ -325,7 +334,7 @@ class Core:
     def _membership(self, event: events.CancelRequested | events.RevokeRequested) -> list[Action]:
         try:
             if isinstance(event, events.RevokeRequested):
-                actions = self._enrollment.revoke(event)
+                actions = [*self._enrollment.revoke(event), *self._revocations.publish()]
             else:
                 actions = self._enrollment.cancel(event.device)
         except ConfigError as error:

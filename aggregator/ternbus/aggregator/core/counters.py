@@ -18,6 +18,7 @@ class Counters:
     outcomes: Counter[str] = field(default_factory=Counter)
     due: float | None = None
     _devices: set[str] = field(default_factory=set)
+    _claim: tuple[str, int] | None = None
 
     def refuse(self, reason: str, now: float, count: int = 1) -> None:
         """Count frames that were dropped."""
@@ -27,6 +28,11 @@ class Counters:
     def answer(self, outcome: str, now: float) -> None:
         """Count an answer that no other record stands for."""
         self.outcomes[outcome] += 1
+        self._wake(now)
+
+    def claim(self, device: str, version: int, now: float) -> None:
+        """A device named a version that is newer than the newest."""
+        self._claim = (device, version)
         self._wake(now)
 
     def observe(self, device: str, now: float) -> None:
@@ -45,6 +51,7 @@ class Counters:
             refused=dict(self.refused),
             outcomes=dict(self.outcomes),
             update_bytes={member.name: member.update_bytes for member in members},
+            claim=self._claim,
             statuses={member.name: member.status for member in members if member.status is not None},
         )
         for member in members:
@@ -52,5 +59,6 @@ class Counters:
         self.refused.clear()
         self.outcomes.clear()
         self._devices.clear()
+        self._claim = None
         self.due = None
         return record

@@ -2,17 +2,21 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.core.events import Action, Log, RevokeRequested, Save
 from ternbus.aggregator.core.rate_limit import BURST_S, MINUTE_S, TokenBucket
 from ternbus.aggregator.core.refusals import Refusals
-from ternbus.aggregator.core.registry import ACTIVE, EVALUATOR, REVOKED, Invited, Member, Registry
+from ternbus.aggregator.core.registry import ACTIVE, EVALUATOR, REVOKED, UNKNOWN, Invited, Member, Registry
 from ternbus.aggregator.core.updates import Updates
 from ternbus.aggregator.core.validation import Verdict
 from ternbus.aggregator.settings import Settings
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol.frame import Frame
+from ternbus.broker.protocol.messages import Status
+
+NOT_KNOWN: Final = "this aggregator does not know this key: it may have been restored from before the device joined"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -26,6 +30,7 @@ class Enrollment:
     _tries: dict[str, TokenBucket] = field(default_factory=dict)  # of names that are invited or have a key
     _guests: dict[str, TokenBucket] = field(default_factory=dict)  # of frames, for invited names without a key
     _strangers: TokenBucket = field(default_factory=TokenBucket)
+    _answers: TokenBucket = field(default_factory=TokenBucket)  # to keys that are not known
 
     def take_frame(self, name: str, now: float) -> None:
         """Count one more frame on a topic of this name; ProtocolError if the name has sent too many.
@@ -47,23 +52,40 @@ class Enrollment:
         """The member whose present key signed this frame; ProtocolError with the reason for anybody else.
 
         ``verified`` is a public key under which the frame was found authentic already. A revoked key is told so, as
-        often as its device may have receipts, once its signature verifies: then the answer is what is returned.
+        often as its device may have receipts, once its signature verifies. A key that is not known is told so at a low
+        rate. In both cases the answer is what is returned.
         """
         member = self.registry.members.get(frame.sender)
         if member is None:
-            raise ProtocolError("unknown-device", frame.sender)
+            return self._unknown(frame, ProtocolError("unknown-device", frame.sender), now)
         public, state = member.standing(frame.key)
         if state == ACTIVE:
             if public != verified:
                 frame.check_authentic(public)
             return member
         error = ProtocolError(f"{state}-key", f"{frame.sender} signs with a key that is not its present one")
+        if state == UNKNOWN:
+            return self._unknown(frame, error, now)
         if state != REVOKED:
             raise error
         self.updates.afford(member, now)
         frame.check_authentic(public)
         why = member.revoked_why or "this key was revoked"
         receipt = self.updates.receipt(frame.sender, frame.key, frame.seq, Verdict("revoked", why))
+        return [*receipt, *self.refusals.drop(f"{frame.kind} of {frame.sender}", error, now)]
+
+    def _unknown(self, frame: Frame, error: ProtocolError, now: float) -> list[Action]:
+        """Tell the holder of a key that it is not known here, as after a restore from before it joined.
+
+        Whether the frame is authentic nobody here can tell, so all of them together have a low rate of answers, and a
+        device believes one only for a number that it has used under this key. An invited device may say who it is
+        before it is enrolled; what only members send is answered.
+        """
+        per_s = self.settings.limits.refusals_per_s
+        joins = frame.kind == Status.KIND and frame.sender in self.registry.codes
+        if joins or frame.part > 0 or not self._answers.take(now, per_s, per_s):
+            raise error
+        receipt = self.updates.receipt(frame.sender, frame.key, frame.seq, Verdict("unknown", NOT_KNOWN))
         return [*receipt, *self.refusals.drop(f"{frame.kind} of {frame.sender}", error, now)]
 
     def enroll(self, frame: Frame, now: float, clock_s: float) -> list[Action]:

@@ -4,7 +4,7 @@ Sequence numbers become durable a block at a time. So whatever numbers a frame r
 that must be saved before the frame is published: one where a block begins, else none.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -12,7 +12,7 @@ from ternbus.aggregator.core.events import Action, Publish, Save
 from ternbus.aggregator.core.records import SeqReserved
 from ternbus.aggregator.merge.downlink import snapshot_body
 from ternbus.aggregator.settings import Settings
-from ternbus.broker.protocol import topics
+from ternbus.broker.protocol import revocations, topics
 from ternbus.broker.protocol.frame import build
 from ternbus.broker.protocol.identity import AGGREGATOR, Identity
 from ternbus.broker.protocol.merge_log import Contribution, Entry, Signed
@@ -107,14 +107,24 @@ class FrameWriter:
             [(topics.snapshot(self.settings.federation, place, part), frame) for part, frame in enumerate(frames)],
         )
 
+    def revocations(self, keys: Iterable[revocations.Key]) -> tuple[Reserved, list[Message]]:
+        """The pages of the list of revoked keys."""
+        reserved: Reserved = ()
+        messages = []
+        for page, body in enumerate(revocations.pages(keys)):
+            begun, payload = self._frame(revocations.KIND, {"page": page}, body)
+            reserved += begun
+            messages.append((topics.revocations(self.settings.federation, page), payload))
+        return reserved, messages
+
     def entry(self, version: int, digest: bytes, previous: bytes, updates: tuple[Contribution, ...] = ()) -> Signed:
         """An entry in the log of merges, which is not published: the operator hands it out."""
         federation = self.settings.federation
         entry = Entry(federation=federation, version=version, digest=digest, previous=previous, updates=updates)
         return entry.signed(self.identity)
 
-    def _frame(self, kind: str, meta: Mapping[str, Any]) -> tuple[Reserved, bytes]:
-        """One frame without a body."""
+    def _frame(self, kind: str, meta: Mapping[str, Any], body: bytes = b"") -> tuple[Reserved, bytes]:
+        """A message of one frame."""
         reserved = self._take_seq()
         frame = build(
             self.identity,
@@ -123,6 +133,7 @@ class FrameWriter:
             kind=kind,
             seq=self.seq,
             meta=meta,
+            body=body,
         )
         return reserved, frame
 

@@ -54,6 +54,13 @@ class DeviceRevoked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KeysRevoked:
+    """Keys, each of a device, are void for good: a list says so that this aggregator published once."""
+
+    keys: tuple[tuple[str, bytes], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateAccepted:
     """An update that will be merged, and its block as it came (unsealed)."""
 
@@ -137,6 +144,7 @@ class Observed:
     outcomes: Mapping[str, int]  # answers that no other record stands for: a lower seq, busy
     update_bytes: Mapping[str, int]  # PUBLISH packets on ``update``, by device
     statuses: Mapping[str, Status]  # the last one of each device
+    claim: tuple[str, int] | None = None  # a device, and the version that it names and that there is not yet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +161,7 @@ Record = (
     | DeviceEnrolled
     | InvitationCancelled
     | DeviceRevoked
+    | KeysRevoked
     | UpdateAccepted
     | UpdateAnswered
     | VersionMade

@@ -6,6 +6,7 @@ from ternbus.aggregator.core.counters import Counters
 from ternbus.aggregator.core.events import Action, Log
 from ternbus.aggregator.core.rate_limit import LogLimit
 from ternbus.broker.errors import ProtocolError
+from ternbus.broker.protocol.frame import COUNTER_MAX
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,3 +23,15 @@ class Refusals:
 
     def drop(self, what: str, error: ProtocolError, now: float) -> list[Action]:
         return self.refuse(error.reason, f"dropped {what}: {error}", now)
+
+    def claim(self, device: str, version: object, newest: int, now: float) -> list[Action]:
+        """Note that a device names a version that is not here: a sign that this state is an older copy, and no more."""
+        if not isinstance(version, int) or not newest < version <= COUNTER_MAX:
+            return []
+        self.counters.claim(device, version, now)
+        text = (
+            f"{device} names version {version}, and the newest here is {newest}: "
+            "if this folder was copied back from a backup, stop and run: ternbus aggregator restored DIR"
+        )
+        line = self.log_limit.write("newer-version", text, now)
+        return [Log(text=line)] if line else []

@@ -201,6 +201,27 @@ class Registry:
         self.online.pop(member.name, None)
         self.close(member.name)
 
+    def revoked_keys(self) -> frozenset[tuple[str, bytes]]:
+        """(device, public key) of all that are void for good; those that were only replaced are not among them."""
+        old = {
+            (member.name, public)
+            for member in self.members.values()
+            for public, state in member.old_keys.values()
+            if state == REVOKED
+        }
+        return frozenset(old | {(member.name, member.public) for member in self.members.values() if member.revoked})
+
+    def revoke_key(self, device: str, public: bytes) -> None:
+        """Take a key from a device, whether it is the present one, an older one, or not known here at all."""
+        member = self.members.get(device)
+        if member is None:
+            member = self.members[device] = Member(name=device, public=public)
+        if member.public == public:
+            self.revoke(member, "")
+        else:
+            member.old_keys[key_id(public)] = (public, REVOKED)
+            self.retired.add(public)
+
     def close(self, device: str) -> None:
         """A device's invitation is spent, or is no longer wanted."""
         self.codes.pop(device, None)

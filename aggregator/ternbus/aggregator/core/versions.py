@@ -28,6 +28,7 @@ class PublishedState:
     slots: int  # how many delta slots the frames were laid out for
     recipe: Recipe  # by which merges since the snapshot were made
     log_hash: bytes  # of the last entry in the log of merges
+    revoked: int = 0  # keys in the list of revoked ones
 
 
 @dataclass(slots=True, kw_only=True)
@@ -172,7 +173,8 @@ class Versions:
 
     def wanted(self) -> list[str]:
         """What a device needs to get from nothing to the head, in order."""
-        wanted = self.snapshot_topics()
+        wanted = self._parts_in(lambda page: topics.revocations(self.settings.federation, page))
+        wanted += self.snapshot_topics()
         for version in range(self.published.snapshot.version + 1, self.model.version + 1):
             wanted += self._delta_topics(version)
         return wanted

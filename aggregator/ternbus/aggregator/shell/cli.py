@@ -13,7 +13,7 @@ import typer
 
 from ternbus.aggregator.core import disk_guard
 from ternbus.aggregator.settings import TransportSettings, toml_value
-from ternbus.aggregator.shell import administration, log_commands, membership_commands, quickstart
+from ternbus.aggregator.shell import administration, log_commands, membership_commands, quickstart, recovery_commands
 from ternbus.aggregator.shell.arguments import AsJson, Dir, DirAsRoot
 from ternbus.aggregator.shell.service import Service
 from ternbus.aggregator.store import control, device_metrics
@@ -220,6 +220,7 @@ def _say(text: str) -> None:
 
 for each in (membership_commands.invite, membership_commands.invitations, membership_commands.revoke):
     app.command()(each)
+recovery_commands.add_to(app)
 
 
 @app.command()
@@ -259,6 +260,11 @@ def _summary(found: dict[str, Any]) -> str:
         for name, row in found["devices"].items()
         if row["cloned"]
     ]
+    if (claim := found["claim"]) is not None:
+        lines.append(
+            f"{claim['device']} names version {claim['version']}, which is not here: if this folder was copied back "
+            "from a backup, stop the aggregator and run: ternbus aggregator restored DIR"
+        )
     lines += ["", *_device_table(found["devices"])]
     return "\n".join([*lines, "", *_version_table(found["versions"][-10:], local=found["local"] is not None)])
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from ternbus.aggregator.shell.administration import KEY
 from ternbus.aggregator.store import merge_log
 from ternbus.aggregator.store.ledger import Ledger, reading
-from ternbus.broker.errors import ConfigError, ProtocolError
+from ternbus.broker.errors import ConfigError, CorruptError, ProtocolError
 from ternbus.broker.files import chunks, read_key, replacing
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
@@ -22,7 +22,7 @@ def verify(source: Path, public: bytes | None, head: Published | None) -> Audit:
     if source.is_dir():
         own = Identity(read_key(source / KEY)).public if public is None else public
         with reading(source) as ledger:
-            return _verify_ledger(ledger, own, head)
+            return verify_ledger(ledger, own, head)
     if public is None:
         raise ConfigError("checking a file needs the aggregator's public key: add --key HEX (every invitation has it)")
     audit = Audit(public=public)
@@ -35,9 +35,10 @@ def verify(source: Path, public: bytes | None, head: Published | None) -> Audit:
     return audit
 
 
-def _verify_ledger(ledger: Ledger, public: bytes, head: Published | None) -> Audit:
+def verify_ledger(ledger: Ledger, public: bytes, head: Published | None) -> Audit:
     """The chain, and whether the other tables and the head that was published say the same."""
     audit = Audit(public=public, federation=ledger.fact("federation"))
+    compared_from = int(ledger.fact(merge_log.COMPARED_FROM) or 0)
     for version, packed in merge_log.entries(ledger):
         try:
             entry = audit.take(unpack(packed))
@@ -46,16 +47,17 @@ def _verify_ledger(ledger: Ledger, public: bytes, head: Published | None) -> Aud
             continue
         if entry is not None and entry.version != version:
             audit.faults.append(f"version {entry.version} stands in the place of version {version}")
-        elif entry is not None:
+        elif entry is not None and entry.version >= compared_from:
             audit.faults += _differences(ledger, entry)
     try:
         frame = parse(ledger.frame(topics.head(audit.federation)))
         frame.check_authentic(public)
         published = Head.from_meta(frame.meta)
         audit.finish(head or (published.version, published.digest))
-    except ProtocolError as error:
+    except (ProtocolError, CorruptError) as error:
         audit.finish(head)
-        audit.faults.append(f"the head that was published last is not signed by this key ({error.reason})")
+        why = error.reason if isinstance(error, ProtocolError) else "it is damaged"
+        audit.faults.append(f"the head that was published last is not signed by this key ({why})")
     return audit
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Final
 import typer
 
 from ternbus.aggregator.core.registry import EVALUATOR
-from ternbus.aggregator.shell import administration, quickstart
+from ternbus.aggregator.shell import administration, backup, quickstart
 from ternbus.aggregator.shell.arguments import AsJson, Dir, DirAsRoot
 from ternbus.aggregator.store import status as statuses
 from ternbus.broker.errors import ConfigError
@@ -142,4 +142,5 @@ def revoke(
     Example: ternbus aggregator revoke agg pi-7 --reason "stolen on 3 May"
     """
     dropped = administration.revoke(directory, device, software(), why=reason, keep=keep)
+    backup.spread_revocations(directory, administration.load_settings(directory).federation)
     typer.echo(f"{device} is revoked; {dropped} of its accepted updates will not be merged")

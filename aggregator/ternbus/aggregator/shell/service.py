@@ -11,18 +11,18 @@ from functools import partial
 from pathlib import Path
 from typing import Final, assert_never
 
-from ternbus.aggregator.core import events
+from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.core.events import Opened
 from ternbus.aggregator.merge.background import summing
 from ternbus.aggregator.settings import TransportSettings
-from ternbus.aggregator.shell import transport
+from ternbus.aggregator.shell import backup, transport
 from ternbus.aggregator.shell.administration import exclusive, open_core
 from ternbus.aggregator.shell.preverify import WORTHWHILE_BYTES, Preverifier
 from ternbus.aggregator.store import control, disk
 from ternbus.aggregator.store.ledger import Ledger, writing
 from ternbus.broker.crash_points import publishing, reached
-from ternbus.broker.errors import LinkError
+from ternbus.broker.errors import ConfigError, LinkError
 from ternbus.broker.link.link import (
     Arrived,
     Connected,
@@ -242,6 +242,7 @@ class Service:
             reached("save")
             self._ledger.write(batch)
             reached("saved")
+            self._spread_revocations(batch)
         for action in ordered:
             match action:
                 case events.Save():
@@ -277,6 +278,14 @@ class Service:
             self.log(f"publishing {messages} again: {action.why}")
         for topic in action.topics:
             self._publish(topic, self._ledger.frame(topic), retain=True)
+
+    def _spread_revocations(self, batch: list[records.Record]) -> None:
+        if not any(isinstance(record, records.DeviceRevoked | records.KeysRevoked) for record in batch):
+            return
+        try:
+            backup.spread_revocations(self.directory, self._core.settings.federation)
+        except (OSError, ConfigError) as error:
+            self.log(f"the list of revoked keys could not be copied beside the backups: {error}")
 
     def _publish(self, topic: str, payload: bytes, *, retain: bool) -> None:
         publishing(topic)

@@ -3,17 +3,18 @@
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Final
 
 from ternbus.aggregator.core import events
-from ternbus.aggregator.store import membership, migration, recovery
-from ternbus.aggregator.store.ledger import Ledger, writing
+from ternbus.aggregator.store import checksums, membership, migration, recovery, revocations
+from ternbus.aggregator.store.ledger import LEDGER, Ledger, writing
 from ternbus.broker import files
 from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.broker.protocol.messages import CLOSED, OPEN, PAUSED
+from ternbus.broker.store_format import naming
 
 LOCK: Final = "lock"
 POLL_S: Final = 0.02
@@ -56,8 +57,22 @@ def exclusive(directory: Path, *, patience_s: float = 0.0) -> Iterator[None]:
     if held is None:
         raise ConfigError(f"another process serves {directory}; stop it first")
     with held:
-        migration.migrate(directory / "ledger.sqlite")
+        migration.migrate(directory / LEDGER)
+        if (directory / LEDGER).exists():
+            _settle_revocations(directory)
         yield
+
+
+def _settle_revocations(directory: Path) -> None:
+    """Have the list of revoked keys and the ledger know the same: either may be an older copy, or lack the last one."""
+    listed = revocations.read(directory / revocations.FILE).keys
+    with closing(Ledger(directory / LEDGER)) as ledger, naming(ledger.path):
+        known = {(each.device, each.public): each for each in membership.revocations(ledger.db)}
+        if known.keys() - listed.keys():
+            revocations.add(directory / revocations.FILE, known.values())
+        if lacking := [each for key, each in listed.items() if key not in known]:
+            with ledger.transaction():
+                membership.take_revocations(ledger.db, lacking, time.time())
 
 
 def is_running(directory: Path) -> bool:
@@ -71,9 +86,10 @@ def ask(directory: Path, what: str, argument: str = "") -> None:
         raise NotRunningError(f"no aggregator runs on {directory}")
     with writing(directory) as ledger:
         with ledger.transaction():
-            cursor = ledger.db.execute("INSERT INTO requests (what, argument) VALUES (?, ?)", (what, argument))
+            (number,) = ledger.db.execute("SELECT coalesce(max(id), 0) + 1 FROM requests").fetchone()
+            checksums.insert(ledger.db, "requests", (number, what, argument, 0, ""))
         reached("requested")
-        _wait(ledger, directory, cursor.lastrowid or 0)
+        _wait(ledger, directory, number)
 
 
 def _wait(ledger: Ledger, directory: Path, request: int) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import sqlite3
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -13,7 +14,7 @@ from typing import Any, Final
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.merge.optimizer import ServerState
-from ternbus.aggregator.store import migration, rows
+from ternbus.aggregator.store import checksums, membership, migration, revocations, rows
 from ternbus.aggregator.store.bodies import BODIES, Bodies, Place
 from ternbus.aggregator.store.maintenance import checkpoint, remove
 from ternbus.aggregator.store.remedy import remedy
@@ -44,30 +45,35 @@ class _Written:
 class Ledger:
     """One connection to DIR/ledger.sqlite. ``write`` makes records durable; other processes read beside it.
 
+    ``untouched`` is for a folder that no process serves: reading it then changes no file in it.
     ``beside`` is a thread for what may become durable later: the vectors of a snapshot taken at leisure. Until they
     are, a start begins at the snapshot before, and all that it needs for that is kept.
     """
 
-    def __init__(self, path: Path, *, read_only: bool = False, beside: Executor | None = None) -> None:
+    def __init__(
+        self, path: Path, *, read_only: bool = False, untouched: bool = False, beside: Executor | None = None
+    ) -> None:
         if not path.exists():
             raise ConfigError(
                 f"{path.parent} holds no aggregator; make one with: ternbus aggregator init {path.parent} …"
             )
         self.path = path
         try:
-            self.db = _connect(path, read_only=read_only)
+            self.db = _connect(path, read_only=read_only, untouched=untouched)
             self.db.execute("PRAGMA query_only = ON" if read_only else "PRAGMA synchronous = FULL")
             self.db.execute("PRAGMA secure_delete = FAST")  # or spent codes would stay in the page, as free space
+            checksums.register(self.db)
             found = self.fact("format")
             self.bodies = Bodies(path.parent / BODIES, int(self.fact("segment") or 0))
             self.vectors = Vectors(path.parent / VECTORS)
+            self._updates = 0  # the highest id of one
             self._beside, self._unneeded, self._checkpoint_at = beside, False, time.monotonic()
             if beside is not None:
                 self.db.execute("PRAGMA wal_autocheckpoint = 0")  # else a commit does it, and everything waits
                 self.db.execute("PRAGMA cache_spill = 0")  # a snapshot's frames are more than the cache, once
             self._pending: Future[_Written] | None = None
             self._checkpoint: Future[None] | None = None
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             raise store_format.unreadable(path, error, remedy(path.parent)) from error
         if found != FORMAT:
             self.close()
@@ -81,7 +87,8 @@ class Ledger:
         with store_format.naming(path), closing(sqlite3.connect(path, isolation_level=None)) as db:
             db.execute("PRAGMA journal_mode = WAL")
             db.executescript(SCHEMA_SQL)
-            db.executemany("INSERT INTO facts VALUES (?, ?)", rows.items())
+            for fact in rows.items():
+                checksums.insert(db, "facts", fact)
         return cls(path)
 
     def close(self) -> None:
@@ -130,6 +137,7 @@ class Ledger:
         moment = time.time() if now is None else now
         with self.transaction():
             self._settle(wait=not batch)
+            (self._updates,) = self.db.execute("SELECT coalesce(max(id), 0) FROM updates").fetchone()
             for record in batch:
                 self._write(record, moment)
             self.bodies.sync()  # before the rows that refer to them
@@ -168,9 +176,14 @@ class Ledger:
     def _write(self, record: records.Record, now: float) -> None:
         match record:
             case records.UpdateAccepted():
-                rows.accepted(self.db, record, self.bodies.append(record.body), now)
+                self._updates += 1
+                rows.accepted(self.db, self._updates, record, self.bodies.append(record.body), now)
             case records.SnapshotTaken():
                 self._snapshot(record)
+            case records.DeviceRevoked() | records.KeysRevoked():
+                rows.write(self.db, record, now)
+                revoked = membership.revocations(self.db)
+                revocations.add(self.path.with_name(revocations.FILE), revoked)  # more in the list does no harm
             case _:
                 rows.write(self.db, record, now)
 
@@ -205,9 +218,9 @@ class Ledger:
     def _keep(self, written: "_Written") -> None:
         """Begin here at the next start; let go of the bodies that led to it, and of what no kept version needs."""
         record, segment = written.record, written.segment
-        self.db.execute("INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?)", (record.version, segment, written.model))
+        checksums.insert(self.db, "snapshots", (record.version, segment, written.model), replace=True)
         self.db.execute("DELETE FROM server")
-        self.db.execute("INSERT INTO server VALUES (?, ?, ?)", (record.version, segment, written.server))
+        checksums.insert(self.db, "server", (record.version, segment, written.server))
         self._set("recipe", record.recipe.dumps())
         self.db.execute(
             "UPDATE updates SET segment = NULL WHERE segment IS NOT NULL AND merged <= ?", (record.version,)
@@ -225,6 +238,10 @@ class Ledger:
     def version(self) -> int:
         """The newest one."""
         return int(self.fact("version"))
+
+    def accepted(self) -> int:
+        """How many updates were accepted, of those that are not archived."""
+        return int(self.db.execute("SELECT count(*) FROM updates").fetchone()[0])
 
     def schema(self) -> Schema:
         return Schema.parse(self.fact("schema"))
@@ -248,17 +265,22 @@ class Ledger:
     def deltas(self, schema: Schema, after: int, last: int) -> Iterator[tuple[int, bytes, Block]]:
         """(version, digest, block that made it) of the versions after one, up to ``last``."""
         found = self.db.execute(
-            "SELECT version, digest, codec, encoding, body FROM versions WHERE version > ? AND version <= ?"
+            "SELECT version, digest, codec, encoding, body, checksum FROM versions WHERE version > ? AND version <= ?"
             " ORDER BY version",
             (after, last),
         ).fetchall()
-        for version, digest, codec, encoding, body in found:
+        for version, digest, codec, encoding, body, checksum in found:
+            if not isinstance(body, bytes) or zlib.crc32(body) != checksum:
+                raise self.corrupt(f"the delta of version {version} is damaged")
             yield version, digest, Block.read(schema, codec, encoding, body)
 
     def check_digest(self, version: int, expected: bytes, found: bytes) -> None:
         """Raise CorruptError where a version that was made again is not what it was."""
         if found != expected:
-            raise CorruptError(f"{self.path}: version {version} does not have its digest; {remedy(self.path.parent)}")
+            raise self.corrupt(f"version {version} does not have its digest")
+
+    def corrupt(self, what: str) -> CorruptError:
+        return CorruptError(f"{self.path}: {what}; {remedy(self.path.parent)}")
 
     def server(self) -> tuple[int, ServerState]:
         """The version at which a start begins, and the server's state then."""
@@ -277,24 +299,31 @@ class Ledger:
         try:
             return unpack(b"" if row is None else row[0])
         except ProtocolError as error:
-            raise CorruptError(
-                f"{self.path}: the log of merges lacks version {version}; {remedy(self.path.parent)}"
-            ) from error
+            raise self.corrupt(f"the log of merges lacks version {version}") from error
 
     def frame(self, topic: str) -> bytes:
-        row = self.db.execute("SELECT payload FROM frames WHERE topic = ?", (topic,)).fetchone()
-        return b"" if row is None else bytes(row[0])
+        row = self.db.execute("SELECT payload, crc FROM frames WHERE topic = ?", (topic,)).fetchone()
+        if row is None:
+            return b""
+        if row[1] != checksums.checksum(topic, row[0]):
+            raise self.corrupt(f"the retained message of {topic} is damaged")
+        return bytes(row[0])
 
     def open_requests(self) -> list[tuple[int, str, str]]:
         """(id, what, argument) of what commands have asked for, oldest first."""
         return self.db.execute("SELECT id, what, argument FROM requests WHERE done = 0 ORDER BY id").fetchall()
 
 
-def _connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
-    """SQLite cannot read a write-ahead log without its index, and cannot make that in a folder without write access."""
-    unwritable = read_only and not os.access(path.parent, os.W_OK) and not path.with_name(f"{path.name}-wal").exists()
-    name = f"{path.absolute().as_uri()}?immutable=1" if unwritable else path
-    return sqlite3.connect(name, isolation_level=None, timeout=30.0, uri=unwritable)
+def _connect(path: Path, *, read_only: bool, untouched: bool) -> sqlite3.Connection:
+    """SQLite cannot read a write-ahead log without its index, and cannot make that in a folder without write access.
+
+    Where there is a log, a connection that may write moves it into the file when it ends; another one does not.
+    """
+    has_log = path.with_name(f"{path.name}-wal").exists()
+    name = f"{path.absolute().as_uri()}?{'mode=ro' if has_log else 'immutable=1'}"
+    if untouched or (read_only and not has_log and not os.access(path.parent, os.W_OK)):
+        return sqlite3.connect(name, isolation_level=None, timeout=30.0, uri=True)
+    return sqlite3.connect(path, isolation_level=None, timeout=30.0)
 
 
 @contextmanager

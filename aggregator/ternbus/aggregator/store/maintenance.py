@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 
+from ternbus.aggregator.store import checksums
 from ternbus.broker.crash_points import reached
 
 
@@ -26,4 +27,4 @@ def remove(paths: Iterable[Path]) -> None:
 def simulate(db: sqlite3.Connection) -> None:
     """Prepare a new ledger for a simulation: its clock begins at 0, and nobody waits for the disk."""
     db.execute("PRAGMA synchronous = OFF")
-    db.execute("UPDATE versions SET made_at = 0")
+    checksums.update(db, "versions", {"made_at": "0.0"}, "1", {})

@@ -1,41 +1,97 @@
 """Members as the ledger's rows: keys, invitations, revocations."""
 
 import sqlite3
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from typing import Final
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.core.registry import DEVICE, EVALUATOR, Invited
+from ternbus.aggregator.store import checksums
+from ternbus.aggregator.store.revocations import Revocation
 from ternbus.aggregator.store.schema import DROPPED
 from ternbus.broker.protocol.identity import key_id
 
+ACTIVE_KEY: Final = "device = :device AND state = 'active'"
+ENROLLED: Final = {
+    "public": ":public",
+    "proof": ":proof",
+    "state": "'active'",
+    "enrolled_at": ":now",
+    "role": ":role",
+    "revoked_at": "NULL",
+    "why": "''",
+}
+REVOKED_ROW: Final = {"state": "'revoked'", "revoked_at": ":now", "why": ":why"}
+
 
 def enroll(db: sqlite3.Connection, record: records.DeviceEnrolled, now: float) -> None:
-    db.execute("UPDATE keys SET state = 'replaced' WHERE device = ? AND state = 'active'", (record.device,))
-    db.execute(
-        "INSERT INTO keys (device, key, public, state) VALUES (?, ?, ?, 'active')",
-        (record.device, key_id(record.public), record.public),
-    )
-    db.execute(
-        "INSERT INTO devices (name, public, proof, state, enrolled_at, role) VALUES (?, ?, ?, 'active', ?, ?)"
-        " ON CONFLICT (name) DO UPDATE SET public = excluded.public, proof = excluded.proof, state = 'active',"
-        " enrolled_at = excluded.enrolled_at, role = excluded.role, revoked_at = NULL, why = ''",
-        (record.device, record.public, record.proof, now, record.role),
-    )
-    db.execute("DELETE FROM invitations WHERE device = ?", (record.device,))
+    device = record.device
+    checksums.update(db, "keys", {"state": "'replaced'"}, ACTIVE_KEY, {"device": device})
+    checksums.insert(db, "keys", (device, key_id(record.public), record.public, "active", 0, "", "", 0, -1))
+    row = {"public": record.public, "proof": record.proof, "now": float(now), "role": record.role, "device": device}
+    if not checksums.update(db, "devices", ENROLLED, "name = :device", row):
+        values = (device, record.public, record.proof, "active", float(now), None, "", "", -1, "", None, 0, record.role)
+        checksums.insert(db, "devices", values)
+    db.execute("DELETE FROM invitations WHERE device = ?", (device,))
 
 
 def revoke(db: sqlite3.Connection, record: records.DeviceRevoked, now: float) -> None:
-    db.execute("UPDATE keys SET state = 'revoked' WHERE device = ? AND state = 'active'", (record.device,))
-    db.execute(
-        "UPDATE devices SET state = 'revoked', revoked_at = ?, why = ? WHERE name = ?",
-        (now, record.why, record.device),
-    )
-    db.execute("DELETE FROM invitations WHERE device = ?", (record.device,))
+    device = record.device
+    checksums.update(db, "keys", {"state": "'revoked'"}, ACTIVE_KEY, {"device": device})
+    row = {"now": float(now), "why": record.why, "device": device}
+    checksums.update(db, "devices", REVOKED_ROW, "name = :device", row)
+    db.execute("DELETE FROM invitations WHERE device = ?", (device,))
     if record.drop:
-        db.execute(
-            "UPDATE updates SET merged = ?, segment = NULL WHERE device = ? AND merged IS NULL",
-            (DROPPED, record.device),
-        )
+        drop(db, "device = :device AND merged IS NULL", {"device": device})
+
+
+def revocations(db: sqlite3.Connection) -> list[Revocation]:
+    """The keys that are void for good."""
+    rows = db.execute(
+        "SELECT k.device, k.public, d.why, d.revoked_at, d.public FROM keys k JOIN devices d ON d.name = k.device"
+        " WHERE k.state = 'revoked' ORDER BY k.device"
+    )
+    return [
+        Revocation(device=device, public=public, why=why if public == newest else "", revoked_at=revoked_at or 0.0)
+        for device, public, why, revoked_at, newest in rows
+    ]
+
+
+def take_revocations(
+    db: sqlite3.Connection, found: Iterable[Revocation], now: float, *, keep: bool = False
+) -> list[Revocation]:
+    """Make keys void that another copy of this ledger knows to be; those that were not yet.
+
+    Updates that wait to be merged are dropped with the key, unless ``keep``: beside a process, its buffer has them.
+    A device that is not known here becomes one whose key is void, so that it is told so.
+    """
+    taken = []
+    for each in found:
+        row = db.execute(
+            "SELECT state FROM keys WHERE device = ? AND key = ?", (each.device, key_id(each.public))
+        ).fetchone()
+        if row == ("revoked",):
+            continue
+        taken.append(each)
+        about = {"device": each.device, "key": key_id(each.public), "public": each.public}
+        if row is None:
+            checksums.insert(db, "keys", (each.device, about["key"], each.public, "revoked", 0, "", "", 0, -1))
+        checksums.update(db, "keys", {"state": "'revoked'"}, "device = :device AND key = :key", about)
+        if not db.execute("SELECT 1 FROM devices WHERE name = ?", (each.device,)).fetchone():
+            blank = ("", "", -1, "", None, 0, DEVICE)
+            checksums.insert(db, "devices", (each.device, each.public, b"", "active", float(now), None, *blank))
+        revoked = {"now": each.revoked_at or float(now), "why": each.why, **about}
+        if checksums.update(db, "devices", REVOKED_ROW, "name = :device AND public = :public", revoked):
+            db.execute("DELETE FROM invitations WHERE device = ?", (each.device,))
+            if not keep:
+                drop(db, "device = :device AND merged IS NULL", about)
+    return taken
+
+
+def drop(db: sqlite3.Connection, where: str, parameters: Mapping[str, object]) -> int:
+    """Accepted updates are never to be merged; how many."""
+    change = {"merged": str(DROPPED), "segment": "NULL", f"merged IS {DROPPED}": "1"}
+    return checksums.update(db, "updates", change, where, parameters)
 
 
 def invite(
@@ -51,8 +107,9 @@ def invite(
     """
     roles = dict(db.execute("SELECT name, role FROM devices WHERE state = 'active'").fetchall())
     roles |= dict.fromkeys(evaluators, EVALUATOR)
-    rows = [(device, code, made_at, expires_at, roles.get(device, DEVICE)) for device, code in codes.items()]
-    db.executemany("INSERT OR REPLACE INTO invitations VALUES (?, ?, ?, ?, ?)", rows)
+    for device, code in codes.items():
+        row = (device, code, float(made_at), float(expires_at), roles.get(device, DEVICE))
+        checksums.insert(db, "invitations", row, replace=True)
 
 
 def cancel(db: sqlite3.Connection, record: records.InvitationCancelled) -> None:

@@ -1,9 +1,12 @@
 """The log of merges as the ledger holds it, and what its other tables say of the same merges."""
 
 from collections.abc import Iterator
+from typing import Final
 
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.aggregator.store.rows import unsigned
+
+COMPARED_FROM: Final = "compared_from"  # a fact: from this version on the tables have all that the log names
 
 
 def entries(ledger: Ledger, version: int | None = None) -> Iterator[tuple[int, bytes]]:

@@ -8,13 +8,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import Final
 
-from ternbus.aggregator.store import format_1, format_5
+from ternbus.aggregator.store import checksums, format_1, format_5, format_6
 from ternbus.aggregator.store.bodies import BODIES
 from ternbus.aggregator.store.remedy import remedy
 from ternbus.aggregator.store.schema import FORMAT
 from ternbus.aggregator.store.vectors import VECTORS
 from ternbus.broker import store_format
-from ternbus.broker.errors import ConfigError
+from ternbus.broker.errors import ConfigError, CorruptError
 from ternbus.broker.store_format import Formats, Step
 
 
@@ -24,7 +24,10 @@ def _read(db: sqlite3.Connection) -> object:
 
 
 def _write(db: sqlite3.Connection, number: int) -> None:
-    db.execute("UPDATE facts SET value = ? WHERE name = 'format'", (number,))
+    if number < format_6.CHECKED:
+        db.execute("UPDATE facts SET value = ? WHERE name = 'format'", (number,))
+    else:
+        checksums.insert(db, "facts", ("format", number), replace=True)
 
 
 FORMATS: Final = Formats(
@@ -32,6 +35,7 @@ FORMATS: Final = Formats(
     steps={
         1: Step(to=5, change=format_1.to_5),  # 2, 3 and 4 were given to nothing
         5: Step(to=6, change=format_5.to_6),
+        6: Step(to=7, change=format_6.to_7),
     },
     read=_read,
     write=_write,
@@ -39,7 +43,7 @@ FORMATS: Final = Formats(
 )
 
 
-def refusal(path: Path, found: object) -> ConfigError:
+def refusal(path: Path, found: object) -> ConfigError | CorruptError:
     """Why a ledger of this format cannot be used as it is, and what to do."""
     return FORMATS.refusal(path, found, f"`ternbus aggregator run {path.parent}` migrates it when it starts")
 
@@ -53,5 +57,5 @@ def migrate(path: Path) -> None:
             db.execute("PRAGMA synchronous = FULL")
             db.execute("PRAGMA secure_delete = FAST")  # as in the ledger: an invitation's code is in no free page
             store_format.migrate(db, path, FORMATS)
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         raise store_format.unreadable(path, error, remedy(path.parent)) from error

@@ -12,10 +12,11 @@ from ternbus.aggregator.merge.accepted import AcceptedUpdate, BufferedUpdate
 from ternbus.aggregator.merge.influence import RECENT, Influence
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Recipe, Settings
-from ternbus.aggregator.store import membership
+from ternbus.aggregator.store import membership, soundness
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.aggregator.store.rows import unsigned
-from ternbus.broker.protocol import topics
+from ternbus.aggregator.store.schema import DROPPED
+from ternbus.broker.protocol import revocations, topics
 from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.identity import Identity, KeyId
 from ternbus.broker.protocol.messages import SnapshotRef
@@ -24,7 +25,8 @@ from ternbus.broker.protocol.ternary import Block
 
 
 def recover(ledger: Ledger, settings: Settings, identity: Identity, software: str) -> Core:
-    """The core as it was when its last record became durable."""
+    """The core as it was when its last record became durable; CorruptError where what it is made of was changed."""
+    soundness.check_start(ledger, settings.staleness.max, identity.public)
     schema = ledger.schema()
     version, parts, content_bytes, place = json.loads(ledger.fact("snapshot"))
     published = PublishedState(
@@ -36,6 +38,7 @@ def recover(ledger: Ledger, settings: Settings, identity: Identity, software: st
         slots=int(ledger.fact("slots")),
         recipe=Recipe.loads(ledger.fact("recipe")),
         log_hash=ledger.last_entry().hash,
+        revoked=_published_revocations(ledger, settings.federation),
     )
     return Core(
         settings=settings,
@@ -49,6 +52,14 @@ def recover(ledger: Ledger, settings: Settings, identity: Identity, software: st
         software=software,
         influence=_influence(ledger),
     )
+
+
+def _published_revocations(ledger: Ledger, federation: str) -> int:
+    page = keys = 0
+    while frame := ledger.frame(topics.revocations(federation, page)):
+        keys += len(revocations.read(parse(frame).body))
+        page += 1
+    return keys
 
 
 def recover_model(ledger: Ledger, settings: Settings, schema: Schema) -> Model:
@@ -123,9 +134,12 @@ def _registry(ledger: Ledger, settings: Settings) -> Registry:
         registry.members[name] = Member(
             name=name, public=public, proof=proof, revoked=state == REVOKED, revoked_why=why, role=role
         )
-    rows = ledger.db.execute("SELECT device, key, public, state, seq, outcome, reason, metrics_seq FROM keys")
-    for device, key, public, state, seq, outcome, reason, metrics_seq in rows:
+    rows = ledger.db.execute(
+        "SELECT device, key, public, state, seq, outcome, reason, metrics_seq, highest_base FROM keys"
+    )
+    for device, key, public, state, seq, outcome, reason, metrics_seq, highest_base in rows:
         member = registry.members[device]
+        member.highest_base = max(member.highest_base, highest_base)
         if state != ACTIVE:
             registry.retired.add(public)
         if key == member.key:
@@ -134,9 +148,12 @@ def _registry(ledger: Ledger, settings: Settings) -> Registry:
         else:
             member.old_keys[KeyId(key)] = (public, state)
     oldest = ledger.version - settings.staleness.max
-    for device, base in ledger.db.execute("SELECT device, max(base) FROM updates GROUP BY device"):
-        registry.members[device].highest_base = base
-    for device, base in ledger.db.execute("SELECT device, base FROM updates WHERE base >= ?", (oldest,)):
+    # an update is merged into a version above its base, if at all
+    late = ledger.db.execute(
+        "SELECT device, base FROM updates WHERE (merged > ?1 OR merged = ?2 OR merged IS NULL) AND base >= ?1",
+        (oldest, DROPPED),
+    )
+    for device, base in late:
         registry.members[device].bases.add(base)
     for device, size in ledger.db.execute("SELECT device, sum(size) FROM updates WHERE merged IS NULL GROUP BY device"):
         registry.members[device].waiting_bytes = size

@@ -2,12 +2,14 @@
 
 import json
 import sqlite3
-from typing import assert_never
+import zlib
+from typing import Final, assert_never
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.core.registry import Answer
-from ternbus.aggregator.store import membership
+from ternbus.aggregator.store import checksums, membership
 from ternbus.aggregator.store.bodies import Place
+from ternbus.aggregator.store.revocations import Revocation
 from ternbus.broker.protocol.identity import KeyId
 
 
@@ -26,6 +28,7 @@ Inserted = (  # all records but those that come with a file: of a body, of vecto
     | records.DeviceEnrolled
     | records.InvitationCancelled
     | records.DeviceRevoked
+    | records.KeysRevoked
     | records.UpdateAnswered
     | records.VersionMade
     | records.FramesRetained
@@ -35,6 +38,17 @@ Inserted = (  # all records but those that come with a file: of a body, of vecto
     | records.Observed
     | records.RequestDone
 )
+
+
+ANSWERED: Final = {
+    "seq": ":seq",
+    "outcome": ":outcome",
+    "reason": ":reason",
+    "highest_base": "max(highest_base, :base)",
+}
+ONE_KEY: Final = "device = :device AND key = :key"
+SENT: Final = {"update_bytes": "update_bytes + :size", "seen_at": ":now"}
+SEEN: Final = {"status": ":status", "base": ":base", "software": ":software", "seen_at": ":now"}
 
 
 def write(db: sqlite3.Connection, record: Inserted, now: float) -> None:
@@ -50,6 +64,9 @@ def write(db: sqlite3.Connection, record: Inserted, now: float) -> None:
             membership.enroll(db, record, now)
         case records.DeviceRevoked():
             membership.revoke(db, record, now)
+        case records.KeysRevoked():
+            revoked = [Revocation(device=device, public=public) for device, public in record.keys]
+            membership.take_revocations(db, revoked, now, keep=True)
         case records.InvitationCancelled():
             membership.cancel(db, record)
         case records.MetricsReceived():
@@ -57,13 +74,14 @@ def write(db: sqlite3.Connection, record: Inserted, now: float) -> None:
         case records.Observed():
             _observed(db, record, now)
         case records.RequestDone():
-            db.execute("UPDATE requests SET done = 1, error = ? WHERE id = ?", (record.error, record.request))
+            done = {"done": "1", "error": ":error"}
+            checksums.update(db, "requests", done, "id = :id", {"error": record.error, "id": record.request})
         case _:
             _fact(db, record)
 
 
 def set_fact(db: sqlite3.Connection, name: str, value: object) -> None:
-    db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+    checksums.insert(db, "facts", (name, value), replace=True)
 
 
 def _fact(
@@ -83,36 +101,31 @@ def _fact(
             assert_never(record)
 
 
-def accepted(db: sqlite3.Connection, record: records.UpdateAccepted, place: Place, now: float) -> None:
-    """An accepted update, whose body lies at ``place``."""
+def accepted(db: sqlite3.Connection, number: int, record: records.UpdateAccepted, place: Place, now: float) -> None:
+    """An accepted update, whose body lies at ``place``; its ``number`` is above all before it."""
     update = record.update
-    db.execute(
-        "INSERT INTO updates"
-        " (device, key, seq, base, digest, staleness, samples, discount,"
-        " codec, encoding, segment, place, size, checksum, received_at, epsilon, norm, stated)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            update.device,
-            update.key,
-            signed(update.seq),
-            update.base,
-            update.digest,
-            update.staleness,
-            update.samples,
-            update.discount,
-            update.codec,
-            update.encoding,
-            place.segment,
-            place.offset,
-            place.size_bytes,
-            place.checksum,
-            now,
-            update.epsilon,
-            update.norm,
-            update.stated,
-        ),
+    values = (
+        number,
+        update.device,
+        update.key,
+        signed(update.seq),
+        update.base,
+        update.digest,
+        update.staleness,
+        update.samples,
+        float(update.discount),
+        update.codec,
+        update.encoding,
+        place.offset,
+        place.size_bytes,
+        place.checksum,
+        float(now),
+        update.epsilon,
+        update.norm,
+        update.stated,
     )
-    _answer(db, update.device, update.key, Answer(seq=update.seq, outcome="accepted"))
+    checksums.insert(db, "updates", values, segment=place.segment)
+    _answer(db, update.device, update.key, Answer(seq=update.seq, outcome="accepted"), base=update.base)
 
 
 def _answered(db: sqlite3.Connection, record: records.UpdateAnswered) -> None:
@@ -122,51 +135,46 @@ def _answered(db: sqlite3.Connection, record: records.UpdateAnswered) -> None:
     _count(db, f"invalid:{slug}" if record.outcome == "invalid" else record.outcome, 1)
 
 
-def _answer(db: sqlite3.Connection, device: str, key: KeyId, answer: Answer) -> None:
-    db.execute(
-        "UPDATE keys SET seq = ?, outcome = ?, reason = ? WHERE device = ? AND key = ?",
-        (signed(answer.seq), answer.outcome, answer.reason, device, key),
-    )
+def _answer(db: sqlite3.Connection, device: str, key: KeyId, answer: Answer, base: int = -1) -> None:
+    """The last answer under a key; ``base`` is that of an accepted update."""
+    row = {"device": device, "key": key, "outcome": answer.outcome, "reason": answer.reason, "base": base}
+    checksums.update(db, "keys", ANSWERED, ONE_KEY, {"seq": signed(answer.seq), **row})
 
 
 def _version(db: sqlite3.Connection, record: records.VersionMade, now: float) -> None:
     set_fact(db, "version", record.version)
     if record.updates:
         db.execute("UPDATE updates SET merged = ? WHERE merged IS NULL", (record.version,))
-    db.execute(
-        "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            record.version,
-            record.digest,
-            now,
-            record.updates,
-            record.staleness_mean,
-            record.staleness_max,
-            record.codec,
-            record.encoding,
-            record.body,
-        ),
+    values = (
+        record.version,
+        record.digest,
+        float(now),
+        record.updates,
+        float(record.staleness_mean),
+        record.staleness_max,
+        record.codec,
+        record.encoding,
+        zlib.crc32(record.body),
     )
+    checksums.insert(db, "versions", values, body=record.body)
     db.execute("INSERT INTO log VALUES (?, ?)", (record.version, record.entry.pack()))
 
 
 def _frames(db: sqlite3.Connection, record: records.FramesRetained) -> None:
     for topic, payload in record.frames:
         if payload:
-            db.execute("INSERT OR REPLACE INTO frames VALUES (?, ?)", (topic, payload))
+            checksums.insert(db, "frames", (topic, payload), replace=True)
         else:
             db.execute("DELETE FROM frames WHERE topic = ?", (topic,))
 
 
 def _metrics(db: sqlite3.Connection, record: records.MetricsReceived, now: float) -> None:
     metrics = record.metrics
-    db.execute(
-        "INSERT OR REPLACE INTO metrics VALUES (?, ?, ?, ?, ?, ?)",
-        (record.device, metrics.version, metrics.split, metrics.samples, json.dumps(dict(metrics.values)), now),
-    )
-    db.execute(
-        "UPDATE keys SET metrics_seq = ? WHERE device = ? AND state = 'active'", (signed(record.seq), record.device)
-    )
+    entries = json.dumps(dict(metrics.values))
+    values = (record.device, metrics.version, metrics.split, metrics.samples, entries, float(now))
+    checksums.insert(db, "metrics", values, replace=True)
+    seq = {"seq": signed(record.seq), "device": record.device}
+    checksums.update(db, "keys", {"metrics_seq": ":seq"}, "device = :device AND state = 'active'", seq)
 
 
 def _observed(db: sqlite3.Connection, record: records.Observed, now: float) -> None:
@@ -174,15 +182,14 @@ def _observed(db: sqlite3.Connection, record: records.Observed, now: float) -> N
         _count(db, f"invalid:{reason}", number)
     for outcome, number in record.outcomes.items():
         _count(db, outcome, number)
+    if record.claim is not None:
+        set_fact(db, "claim", json.dumps(record.claim))
     for device, size_bytes in record.update_bytes.items():
-        db.execute(
-            "UPDATE devices SET update_bytes = update_bytes + ?, seen_at = ? WHERE name = ?", (size_bytes, now, device)
-        )
+        seen = {"size": size_bytes, "now": float(now), "device": device}
+        checksums.update(db, "devices", SENT, "name = :device", seen)
     for device, status in record.statuses.items():
-        db.execute(
-            "UPDATE devices SET status = ?, base = ?, software = ?, seen_at = ? WHERE name = ?",
-            (status.state, signed(status.base), status.software, now, device),
-        )
+        seen = {"status": status.state, "base": signed(status.base), "software": status.software}
+        checksums.update(db, "devices", SEEN, "name = :device", {**seen, "now": float(now), "device": device})
     _note_failing(db, {device: status.failing for device, status in record.statuses.items()})
 
 
@@ -201,7 +208,5 @@ def _note_failing(db: sqlite3.Connection, reasons: dict[str, str]) -> None:
 
 
 def _count(db: sqlite3.Connection, name: str, number: int) -> None:
-    db.execute(
-        "INSERT INTO counts VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value",
-        (name, number),
-    )
+    if not checksums.update(db, "counts", {"value": "value + :more"}, "name = :name", {"more": number, "name": name}):
+        checksums.insert(db, "counts", (name, number))

@@ -24,6 +24,8 @@ def read(directory: Path) -> dict[str, Any]:
     report of their own data, see ``local_tests``, over all of them, for a version or of a device, and None where nobody
     does; ``disk`` is the part of the file system that is free, and its state: `enough`, `low`, `full` (updates are
     answered `busy`);
+    ``claim`` is the ``device`` that last named a ``version`` newer than the newest here, and that version (None: none
+    does): perhaps the folder is an older copy.
     ``counts.unmerged`` are accepted updates that no version has though the federation is closed: a merge takes
     updates of ``merge.min_devices`` devices; ``counts.invalid`` is a map by reason of everything refused.
     """
@@ -65,9 +67,15 @@ def _read(ledger: Ledger) -> dict[str, Any]:
         "disk": {"free": free, "state": disk_guard.state_of(free)},
         "counts": _counts(ledger, unmerged=buffer if ledger.fact("state") == CLOSED else 0),
         "local": tests.summary(),
+        "claim": _claim(ledger, version),
         "devices": _devices(ledger, version, tests),
         "versions": _versions(ledger, tests),
     }
+
+
+def _claim(ledger: Ledger, newest: int) -> dict[str, Any] | None:
+    device, version = json.loads(ledger.fact("claim") or '["", -1]')
+    return {"device": device, "version": version} if version > newest else None
 
 
 def _counts(ledger: Ledger, unmerged: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ RESTORE_LEAP: Final = 2**32  # an aggregator that is restored from a backup adds
 
 OPEN, PAUSED, CLOSED = "open", "paused", "closed"
 STATES: Final = (OPEN, PAUSED, CLOSED)
-OUTCOMES: Final = ("accepted", "stale", "duplicate", "invalid", "busy", "revoked", "enrolled", "refused")
+OUTCOMES: Final = ("accepted", "stale", "duplicate", "invalid", "busy", "revoked", "enrolled", "refused", "unknown")
 DEVICE_STATES: Final = ("idle", "training", "offline")
 AGGREGATOR_STATES: Final = ("online", "offline")
 FAILING_BYTES_MAX: Final = 200

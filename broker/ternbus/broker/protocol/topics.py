@@ -11,6 +11,7 @@ UP_KINDS: Final = frozenset({"status", "offer", "update", "metrics", "enroll"})
 DOWN_KINDS: Final = frozenset({"receipt", "grant"})
 WHOLE_KINDS: Final = frozenset({"status", "head"})  # under all/, one topic for each kind
 PART_KINDS: Final = frozenset({"snapshot", "delta"})  # under all/, one topic for each part
+PAGE_KINDS: Final = frozenset({"revocations"})  # under all/, one topic for each page
 
 
 def root(federation: str) -> str:
@@ -33,6 +34,10 @@ def delta(federation: str, slot: int, part: int) -> str:
     return f"{root(federation)}/all/delta/{slot}/{part}"
 
 
+def revocations(federation: str, page: int) -> str:
+    return f"{root(federation)}/all/revocations/{page}"
+
+
 def up(federation: str, device: str, kind: str) -> str:
     return f"{root(federation)}/up/{device}/{kind}"
 
@@ -51,7 +56,8 @@ def of_aggregator(federation: str) -> tuple[str, ...]:
     prefix = f"{root(federation)}/all"
     whole = [f"{prefix}/{kind}" for kind in sorted(WHOLE_KINDS)]
     parts = [f"{prefix}/{kind}/+/+" for kind in sorted(PART_KINDS)]
-    return (*whole, *parts, *(down(federation, "+", kind) for kind in sorted(DOWN_KINDS)))
+    pages = [f"{prefix}/{kind}/+" for kind in sorted(PAGE_KINDS)]
+    return (*whole, *parts, *pages, *(down(federation, "+", kind) for kind in sorted(DOWN_KINDS)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +70,7 @@ class Address:
     device: str | None = None
     slot: int | None = None
     part: int | None = None
+    page: int | None = None
 
 
 def parse(topic: str) -> Address:
@@ -73,6 +80,8 @@ def parse(topic: str) -> Address:
             return Address(federation=federation, group="all", kind=kind)
         case ["ternbus", "1", federation, "all", kind, slot, part] if is_federation(federation) and kind in PART_KINDS:
             return Address(federation=federation, group="all", kind=kind, slot=_number(slot), part=_number(part))
+        case ["ternbus", "1", federation, "all", kind, page] if is_federation(federation) and kind in PAGE_KINDS:
+            return Address(federation=federation, group="all", kind=kind, page=_number(page))
         case ["ternbus", "1", federation, ("up" | "down") as group, device, kind] if (
             is_federation(federation) and is_device(device) and kind in (UP_KINDS if group == "up" else DOWN_KINDS)
         ):

@@ -294,10 +294,10 @@ class Core:
         update = self.state.outstanding
         ours = update is not None and receipt.seq == update.seq
         enrollment = receipt.seq == ENROLL_SEQ and not self.state.enrolled
-        known = ours or enrollment or (receipt.outcome == "revoked" and receipt.seq in self._recent_seqs)
+        known = ours or enrollment or (receipt.outcome in {"revoked", "unknown"} and receipt.seq in self._recent_seqs)
         if not (self.profile.is_addressed(receipt) and known):
             raise ProtocolError("not-outstanding", "a receipt for no outstanding message of this device")
-        if receipt.outcome in {"revoked", "refused"}:
+        if receipt.outcome in {"revoked", "refused"} or (receipt.outcome == "unknown" and not enrollment):
             return self._stop(EXIT_REFUSED, describe_refusal(receipt))
         if update is None or enrollment:
             done = self.enrollment.answered(receipt, now)

@@ -1,5 +1,6 @@
 """The assembly of a device's process from directory, task, outbox, core and service, for each of its commands."""
 
+import logging
 import os
 import signal
 import threading
@@ -32,9 +33,11 @@ from ternbus.edge.shell import key_rotation
 from ternbus.edge.shell.directory import DeviceDirectory, Settings
 from ternbus.edge.shell.service import PERSONAL, Report, Service
 from ternbus.edge.store import outbox as outboxes
+from ternbus.edge.store import outbox_salvage
 from ternbus.edge.store.outbox import Outbox
 
 STOP_WITHIN_S: Final = 8.0
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +67,11 @@ def renew(
 ) -> Stop:
     """Enroll a new key with this invitation, then make it the device's key; with ``rejoin`` under new counters.
 
-    Raises `ConfigError` for an invitation of another device.
+    Raises `ConfigError` for an invitation of another device, `CorruptError` if the outbox has lost what must not be.
     """
     key_rotation.check(home, invitation)
     with home.locked():
+        _mend_outbox(home)  # before the invitation is spent
         renewal, settings = key_rotation.begin(home, invitation, rejoin=rejoin)
         stop = join(renewal, settings, task, options, report)
         if stop.code == EXIT_DONE:
@@ -77,6 +81,16 @@ def renew(
         if stop.code == EXIT_REFUSED:
             renewal.discard()
         return stop
+
+
+def _mend_outbox(home: DeviceDirectory) -> None:
+    """The new key has counters of its own, so what can be read of a damaged outbox is enough."""
+    path = home.folder / outboxes.FILE
+    if not path.exists() or not path.stat().st_size or outbox_salvage.is_sound(home.folder):
+        return
+    private = home.settings().policy is not None
+    aside, lost = outbox_salvage.salvage(home.folder, home.identity().key_id, private=private)
+    _log.warning("%s was damaged, and is kept in %s; lost: %s", path, aside, ", ".join(lost))
 
 
 def serve(home: DeviceDirectory, role: Role, options: Options, report: Report) -> tuple[Stop, bool]:

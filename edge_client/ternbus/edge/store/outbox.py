@@ -195,12 +195,12 @@ def _read(db: sqlite3.Connection) -> State | None:
         protected=values["protected"],
         account=Account.loads(values["account"]),
         residual=np.frombuffer(vector[0], dtype=type_f32).astype(np.float32) if vector else None,
-        outstanding=_read_outstanding(db),
+        outstanding=read_outstanding(db),
         **numbers,
     )
 
 
-def _read_outstanding(db: sqlite3.Connection) -> OutstandingUpdate | None:
+def read_outstanding(db: sqlite3.Connection) -> OutstandingUpdate | None:
     columns = "seq, base, samples, metrics, codec, encoding, encoded, sealed, frame_bytes"
     row = db.execute(f"SELECT {columns} FROM outstanding").fetchone()  # noqa: S608 - the columns stand above
     if row is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from ternbus.broker import store_format
-from ternbus.broker.errors import ConfigError
+from ternbus.broker.errors import ConfigError, CorruptError
 from ternbus.broker.store_format import EMPTY, Formats, Step
 from ternbus.edge.plan.privacy import Account
 
@@ -80,7 +80,7 @@ def open_for_writing(path: Path) -> sqlite3.Connection:
         store_format.migrate(db, path, FORMATS)
         if not _number(db):
             _write(db, FORMAT)  # the file is of this format from before it had a number
-    except ConfigError:
+    except (ConfigError, CorruptError):
         db.close()
         raise
     except sqlite3.DatabaseError as error:
@@ -104,7 +104,7 @@ def open_for_reading(path: Path) -> sqlite3.Connection:
         with closing(db):
             memory = sqlite3.connect(":memory:", isolation_level=None)
             db.backup(memory)
-    except ConfigError:
+    except (ConfigError, CorruptError):
         db.close()
         raise
     except sqlite3.DatabaseError as error:

@@ -1,0 +1,165 @@
+"""Backups of an aggregator's folder: made beside the process that serves it, checked, and known by their names."""
+
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from ternbus.aggregator.settings import Settings
+from ternbus.aggregator.shell import administration, checking, transport
+from ternbus.aggregator.shell.administration import KEY, TOML
+from ternbus.aggregator.store import copying, revocations
+from ternbus.broker import files, toml
+from ternbus.broker.errors import ConfigError, CorruptError
+from ternbus.broker.files import load_toml, read_key
+from ternbus.broker.protocol.identity import Identity
+
+MANIFEST: Final = checking.MANIFEST
+PLACE: Final = "backups.toml"  # in an aggregator's folder: where its last backup went
+LOCK: Final = "backup.lock"
+FORMAT: Final = 1
+STAMP: Final = "%Y%m%dT%H%M%SZ"
+BROKER: Final = (Path("broker", "broker.toml"), Path("broker", "tls"))  # of `ternbus aggregator up`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """A finished backup, those that were removed for it, and what it does not hold though the aggregator needs it."""
+
+    path: Path
+    version: int
+    size_bytes: int
+    removed: tuple[Path, ...]
+    elsewhere: tuple[Path, ...]
+
+
+def backup(directory: Path, out: Path, keep: int | None, software: str) -> Made:
+    """Copy a folder to OUT/FEDERATION-TIME, and check the copy. ConfigError where it cannot be made.
+
+    It has its name only when it is whole, durable and sound. The ``keep`` newest of this aggregator's backups stay.
+    """
+    settings = administration.load_settings(directory)
+    public = Identity(read_key(directory / KEY)).public
+    out.mkdir(parents=True, mode=0o700, exist_ok=True)
+    held = files.lock(out / LOCK)
+    if held is None:
+        raise ConfigError(f"another backup is being made in {out}; try again when it is done")
+    with held:
+        path = out / f"{settings.federation}-{time.strftime(STAMP, time.gmtime())}"
+        if path.exists():
+            raise ConfigError(f"{path} is there already; try again in a second")
+        for left in out.glob(f"{settings.federation}-*.partial"):  # of an attempt that was cut short
+            shutil.rmtree(left)
+        partial = path.with_name(f"{path.name}.partial")
+        try:
+            version = _fill(directory, partial, settings, public, software)
+            _check(directory, partial)
+            files.sync(partial)
+            partial.rename(path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        files.sync(out)
+        _remember(directory, out, settings.federation)
+        removed = _remove_old(out, settings.federation, public, keep)
+    size_bytes = sum(each.stat().st_size for each in _files(path))
+    return Made(path=path, version=version, size_bytes=size_bytes, removed=removed, elsewhere=_elsewhere(settings))
+
+
+def _fill(directory: Path, partial: Path, settings: Settings, public: bytes, software: str) -> int:
+    partial.mkdir(mode=0o700)
+    version = copying.copy(directory, partial)
+    wanted = [Path(name) for name in (KEY, TOML, revocations.FILE, *transport.FILES)]
+    for source in (directory / each for each in (*wanted, *BROKER)):
+        for each in _files(source) if source.is_dir() else [source]:
+            if each.exists():
+                target = partial / each.relative_to(directory)
+                target.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
+                shutil.copy2(each, target)
+                target.chmod(0o600)
+                files.sync(target)
+                files.sync(target.parent)
+    about: dict[str, Any] = {
+        "format": FORMAT,
+        "federation": settings.federation,
+        "aggregator_key": public.hex(),
+        "version": version,
+        "made_at": time.time(),
+        "software": software,
+        "files": {str(each.relative_to(partial)): checking.digest(each) for each in _files(partial)},
+    }
+    with files.replacing(partial / MANIFEST, mode=0o600) as manifest:
+        manifest.write_text(toml.dumps(about, {("files",): "BLAKE2b-256 of each"}), encoding="utf-8")
+    return version
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def _check(directory: Path, partial: Path) -> None:
+    faults = checking.check(partial).faults
+    if faults:
+        raise CorruptError(
+            f"the copy of {directory} is not sound, and was not kept: {faults[0]}; "
+            f"run: ternbus aggregator check {directory}"
+        )
+
+
+def _remember(directory: Path, out: Path, federation: str) -> None:
+    """Revocations are copied there from now on; those of before are."""
+    place = {"out": str(out.resolve())}
+    if not (directory / PLACE).exists() or load_toml(directory / PLACE) != place:
+        with files.replacing(directory / PLACE) as partial:
+            partial.write_text(toml.dumps(place, {}), encoding="utf-8")
+    spread_revocations(directory, federation)
+
+
+def place_of(directory: Path) -> Path | None:
+    """Where the last backup of a folder went, if that is still there."""
+    if not (directory / PLACE).exists():
+        return None
+    out = Path(str(load_toml(directory / PLACE).get("out", "")))
+    return out if out.is_absolute() and out.is_dir() else None
+
+
+def beside(out: Path, federation: str) -> Path:
+    """The list of revoked keys beside a federation's backups."""
+    return out / f"{federation}.{revocations.FILE}"
+
+
+def spread_revocations(directory: Path, federation: str) -> None:
+    """Copy the list of revoked keys beside the backups; OSError where that place cannot be written."""
+    if (out := place_of(directory)) is not None:
+        revocations.add(beside(out, federation), revocations.read(directory / revocations.FILE).keys.values())
+
+
+def found_in(out: Path, federation: str) -> list[Path]:
+    """The finished backups of a federation, oldest first."""
+    named = re.compile(re.escape(federation) + r"-\d{8}T\d{6}Z")
+    return sorted(path for path in out.iterdir() if named.fullmatch(path.name) and (path / MANIFEST).exists())
+
+
+def _remove_old(out: Path, federation: str, public: bytes, keep: int | None) -> tuple[Path, ...]:
+    """Of this aggregator's; another one's may have the same federation's name."""
+    ours = [path for path in found_in(out, federation) if _is_of(path, public)]
+    removed = ours[: max(0, len(ours) - keep)] if keep is not None else []
+    for path in removed:
+        leaving = path.rename(path.with_name(f"{path.name}.partial"))  # half removed it must not look whole
+        shutil.rmtree(leaving)
+    return tuple(removed)
+
+
+def _is_of(path: Path, public: bytes) -> bool:
+    try:
+        return load_toml(path / MANIFEST).get("aggregator_key") == public.hex()
+    except ConfigError:
+        return False
+
+
+def _elsewhere(settings: Settings) -> tuple[Path, ...]:
+    """What the settings name by a path outside the folder."""
+    named = (settings.transport.authority, settings.transport.password_file)
+    return tuple(Path(each) for each in named if each and Path(each).is_absolute())

@@ -1,0 +1,114 @@
+"""`ternbus aggregator backup`, `check` and `restore`: a way back from everything, as commands."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ternbus.aggregator.shell import backup as backups
+from ternbus.aggregator.shell import checking, repairing, restoring
+from ternbus.aggregator.shell.arguments import AsJson, Dir
+from ternbus.broker.exit_codes import EXIT_FAILED
+from ternbus.broker.version import software
+
+
+def add_to(app: typer.Typer) -> None:
+    for command in (backup, check, restore, repair):
+        app.command()(command)
+
+
+def backup(
+    directory: Dir,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for backups; each gets a folder in it.")],
+    keep: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Keep the N newest backups of this aggregator. [default: all]"),
+    ] = None,
+) -> None:
+    """Copy DIR to OUT/FEDERATION-TIME, beside a running process, and check the copy.
+
+    A backup holds the aggregator's keys: whoever has it can speak for the aggregator. Revocations are copied into OUT
+    from now on, as they happen.
+
+    Example: ternbus aggregator backup agg /backups --keep 14
+    """
+    made = backups.backup(directory, out, keep, software())
+    for path in made.removed:
+        typer.echo(f"removed {path}")
+    typer.echo(f"{made.path}: version {made.version}, {made.size_bytes / 1e6:.1f} MB, checked")
+    for path in made.elsewhere:
+        typer.echo(f"not in it: {path}, which aggregator.toml names; back it up too")
+    typer.echo("it holds the aggregator's keys: keep it as secret as the folder itself")
+
+
+def check(
+    directory: Annotated[Path, typer.Argument(metavar="DIR|BACKUP", help="Directory of an aggregator, or a backup.")],
+    as_json: AsJson = False,
+) -> None:
+    """Check every checksum, every file, the log of merges, and that it opens. Exit code 1 if there are faults.
+
+    Nothing in the folder is changed, whether or not a process serves it. `ternbus aggregator repair` goes on from the
+    last version that is sound.
+
+    Example: ternbus aggregator check agg
+    """
+    found = checking.check(directory)
+    if as_json:
+        facts = {"ok": not found.faults, "faults": list(found.faults), "federation": found.federation}
+        counts = {"version": found.version, "updates": found.updates, "log_entries": found.log_entries}
+        typer.echo(json.dumps({**facts, **counts}))
+    elif found.faults:
+        typer.echo("\n".join([f"{directory} is not as it was written: {len(found.faults)} faults", *found.faults]))
+    else:
+        typer.echo(
+            f"{directory} is sound: {found.federation} at version {found.version}, "
+            f"{found.updates} updates in {found.log_entries} entries of the log"
+        )
+    if found.faults:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def restore(
+    source: Annotated[Path, typer.Argument(metavar="BACKUP", help="Backup, or a copy of an aggregator's directory.")],
+    directory: Dir,
+    force: Annotated[bool, typer.Option("--force", help="Replace a DIR with newer state.")] = False,
+) -> None:
+    """Put BACKUP in the place of DIR. Version and sequence numbers continue 2^32 higher, above all that devices know.
+
+    All lists of revocations that are found are merged: of the backup, beside the backups, in DIR. What was in DIR is
+    kept in a folder within it. Devices that joined after the backup are told that they are unknown; they join again.
+
+    Example: ternbus aggregator restore /backups/lab-20260314T031500Z agg
+    """
+    done = restoring.restore(source, directory, software(), force=force)
+    typer.echo(f"{directory} continues at version {done.version}")
+    if done.aside is not None:
+        typer.echo(f"what was there is kept in {done.aside}")
+    for path in done.lists:
+        typer.echo(f"revocations were read from {path}")
+    if not done.lists:
+        typer.echo("no list of revocations was found: revoke again who was revoked after the backup")
+    if done.revoked:
+        typer.echo(f"revoked after the backup, and again: {', '.join(done.revoked)}")
+
+
+def repair(directory: Dir) -> None:
+    """Go on from what is sound in a damaged DIR, and name what is lost. What was there is kept in a folder within it.
+
+    A damaged snapshot is made anew from the one before and the deltas, and nothing is lost. Otherwise the federation
+    goes on from the last sound version, numbered 2^32 higher, with a new server state.
+
+    Example: ternbus aggregator repair agg
+    """
+    done = repairing.repair(directory)
+    if done.aside is None:
+        typer.echo(f"{directory} is sound at version {done.version}: nothing was changed")
+        return
+    for text in done.done:
+        typer.echo(text)
+    for text in done.lost:
+        typer.echo(f"lost: {text}")
+    if not done.lost:
+        typer.echo("nothing is lost")
+    typer.echo(f"what was there is kept in {done.aside}")

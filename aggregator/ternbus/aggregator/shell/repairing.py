@@ -1,0 +1,179 @@
+"""Repair a damaged folder: from the last version that is sound, above every number that devices may have seen."""
+
+import shutil
+import time
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ternbus.aggregator.core import records
+from ternbus.aggregator.core.events import Save
+from ternbus.aggregator.core.frames import FrameWriter
+from ternbus.aggregator.core.versions import PublishedState, Versions
+from ternbus.aggregator.merge import optimizer
+from ternbus.aggregator.merge.model import Model
+from ternbus.aggregator.settings import Settings
+from ternbus.aggregator.shell import administration, backup, checking
+from ternbus.aggregator.shell.administration import KEY
+from ternbus.aggregator.store import control, merge_log, rebuilding, revocations, salvage
+from ternbus.aggregator.store.bodies import BODIES
+from ternbus.aggregator.store.ledger import LEDGER, Ledger
+from ternbus.aggregator.store.salvage import Salvaged, Sound
+from ternbus.aggregator.store.vectors import VECTORS
+from ternbus.broker import files
+from ternbus.broker.errors import ConfigError, CorruptError
+from ternbus.broker.files import read_key
+from ternbus.broker.protocol.identity import Identity
+from ternbus.broker.protocol.merge_log import FIRST
+from ternbus.broker.protocol.messages import PAUSED, RESTORE_LEAP, SnapshotRef
+
+ASIDE: Final = "damaged"  # in DIR, with the time behind it: what was replaced
+STATE: Final = (LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", BODIES, VECTORS)
+NAMED_MAX: Final = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repaired:
+    """What a repair did; ``aside`` is None where there was nothing to repair."""
+
+    aside: Path | None
+    version: int
+    done: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
+
+
+def repair(directory: Path) -> Repaired:
+    """Replace what is damaged; what was there is kept in a folder beside.
+
+    ConfigError where a process serves the folder, or its settings or key are damaged; CorruptError where no version
+    is sound.
+    """
+    settings = administration.load_settings(directory)
+    identity = Identity(read_key(directory / KEY))
+    held = files.lock(directory / control.LOCK)
+    if held is None:
+        raise ConfigError(f"another process serves {directory}; stop it first")
+    with held:
+        checked = checking.check(directory)
+        if not checked.faults:
+            return Repaired(aside=None, version=checked.version)
+        partial = directory / "repairing.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            snapshots_only = all(".f32" in fault for fault in checked.faults)
+            done, lost, version = _make(directory, partial, settings, identity, snapshots_only=snapshots_only)
+            left = checking.check(partial).faults
+            if left:
+                raise CorruptError(f"{directory} cannot be repaired: {left[0]}; restore a backup")
+            aside = _swap(partial, directory)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return Repaired(aside=aside, version=version, done=tuple(done), lost=tuple(lost))
+
+
+def _make(
+    directory: Path, partial: Path, settings: Settings, identity: Identity, *, snapshots_only: bool
+) -> tuple[list[str], list[str], int]:
+    """Snapshots alone are made anew with nothing lost; else a new ledger is made of what is sound."""
+    _copy(directory, partial)
+    if snapshots_only:
+        with suppress(CorruptError), closing(Ledger(partial / LEDGER)) as ledger:
+            return salvage.rebuild_snapshots(ledger), [], ledger.version
+    found = salvage.salvage(directory, partial / "salvage", identity.public)
+    sound = salvage.newest_sound(found, directory)
+    if sound is None:
+        raise CorruptError(f"{directory}: no version is sound; restore a backup: ternbus aggregator restore")
+    shutil.rmtree(partial / "salvage")
+    shutil.rmtree(partial / VECTORS, ignore_errors=True)
+    for path in partial.glob(f"{LEDGER}*"):
+        path.unlink()
+    lost, version = _rebuild(partial, found, sound, settings, identity)
+    done = [f"the federation goes on from version {sound.version}, as version {version}, with a new server state"]
+    return done, lost, version
+
+
+def _copy(directory: Path, partial: Path) -> None:
+    """What a check needs, too."""
+    partial.mkdir(mode=0o700)
+    for name in (*STATE, KEY, administration.TOML, revocations.FILE):
+        source = directory / name
+        if source.is_dir():
+            shutil.copytree(source, partial / name)
+        elif source.exists():
+            shutil.copy2(source, partial / name)
+
+
+def _rebuild(
+    partial: Path, found: Salvaged, sound: Sound, settings: Settings, identity: Identity
+) -> tuple[list[str], int]:
+    lost, newest = list(found.lost), found.newest
+    state, slots = found.facts.get("state", PAUSED), int(found.facts.get("slots", settings.downlink.slots))
+    facts = {
+        "federation": settings.federation,
+        "schema": sound.schema.encoded,
+        "slots": slots,
+        "segment": max([0, *(int(path.stem.partition("-")[0]) for path in (partial / BODIES).glob("*.bodies"))]) + 1,
+        "state": state,
+        "version": newest,
+        # a number that is lost is above what a clock in nanoseconds gives (docs/protocol.md, section 6)
+        "seq": int(found.facts.get("seq", time.time_ns())),
+        "session": int(found.facts.get("session", time.time_ns())),
+    }
+    if not found.has_all_that_is_logged:
+        facts[merge_log.COMPARED_FROM] = newest + RESTORE_LEAP
+    with closing(Ledger.create(partial / LEDGER, facts)) as ledger:
+        lost += rebuilding.rebuild(found, ledger)
+        ledger.write(_leap(found, sound, settings, identity, facts))
+        version = ledger.version
+    gone = [row for row in found.rows["versions"] if row[0] > sound.version]
+    lost += [f"version {row[0]}, of {row[3]} updates" for row in gone]
+    return lost[:NAMED_MAX], version
+
+
+def _leap(
+    found: Salvaged, sound: Sound, settings: Settings, identity: Identity, facts: dict[str, object]
+) -> list[records.Record]:
+    """The sound version again, 2^32 above the newest one that anybody may have seen."""
+    newest, seq, session = (int(str(facts[name])) for name in ("version", "seq", "session"))
+    frames = FrameWriter(settings, identity, sound.schema, seq)
+    frames.leap(RESTORE_LEAP)
+    model = Model(
+        settings=settings,
+        schema=sound.schema,
+        version=newest,
+        published=sound.vector,
+        server=optimizer.init(settings.optimizer, sound.vector),
+    )
+    last = found.log[max(found.log)].hash if found.log and found.log_is_whole else FIRST
+    published = PublishedState(
+        state=str(facts["state"]),
+        snapshot=SnapshotRef(version=newest, parts=1, content_bytes=1, place=1),  # until the leap makes one
+        snapshot_seq=seq,
+        sizes={topic: len(payload) for topic, payload in found.rows["frames"]},
+        head_frame=b"",
+        slots=int(str(facts["slots"])),
+        recipe=settings.recipe,
+        log_hash=last,
+    )
+    actions = Versions(settings=settings, model=model, published=published, frames=frames).leap(RESTORE_LEAP)
+    saved = [action.record for action in actions if isinstance(action, Save)]
+    return [records.SessionBegun(session=session + RESTORE_LEAP), *saved]
+
+
+def _swap(partial: Path, directory: Path) -> Path:
+    """The ledger goes first and comes last: without it there is none."""
+    aside = directory / f"{ASIDE}-{time.strftime(backup.STAMP, time.gmtime())}"
+    aside.mkdir(mode=0o700)
+    for name in STATE:
+        if (directory / name).exists():
+            (directory / name).rename(aside / name)
+    for name in reversed(STATE):
+        if (partial / name).exists():
+            for path in [*(partial / name).rglob("*"), partial / name]:
+                files.sync(path)
+            (partial / name).rename(directory / name)
+    files.sync(aside)
+    files.sync(directory)
+    administration.give_to_owner(directory)
+    return aside

@@ -1,0 +1,156 @@
+"""Restore an aggregator's folder from a backup: above every number that devices may have seen, with all revocations."""
+
+import shutil
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ternbus.aggregator.shell import administration, backup, checking
+from ternbus.aggregator.shell.administration import KEY
+from ternbus.aggregator.store import control, membership, revocations
+from ternbus.aggregator.store.ledger import LEDGER, Ledger
+from ternbus.aggregator.store.revocations import Revocation
+from ternbus.broker import files
+from ternbus.broker.errors import ConfigError, CorruptError, FederationError
+from ternbus.broker.files import read_key
+from ternbus.broker.protocol.identity import Identity
+
+ASIDE: Final = "replaced"  # in DIR, with the time behind it: what was there before
+KEPT: Final = (control.LOCK, backup.PLACE)  # they belong to the folder, not to its state
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    """Where a folder goes on; ``lists`` are the lists of revoked keys that were found, ``revoked`` whom they added."""
+
+    version: int
+    aside: Path | None
+    lists: tuple[Path, ...]
+    revoked: tuple[str, ...]
+
+
+def restore(source: Path, directory: Path, software: str, *, force: bool = False) -> Restored:
+    """Put a backup in the place of a folder, which is kept beside; DIR may be missing or damaged.
+
+    ConfigError where a process serves it, or where its state is newer and not ``force``; CorruptError where the backup
+    is not sound.
+    """
+    if not (source / LEDGER).exists():
+        raise ConfigError(f"{source} holds no backup of an aggregator: {LEDGER} is missing")
+    faults = checking.differences(source)
+    if faults:
+        raise CorruptError(f"{source} is not as it was written: {faults[0]}; use another backup")
+    directory.mkdir(parents=True, mode=0o700, exist_ok=True)
+    directory = directory.resolve()
+    held = files.lock(directory / control.LOCK)
+    if held is None:
+        raise ConfigError(f"another process serves {directory}; stop it first")
+    with held:
+        if not force:
+            _refuse_newer(source, directory)
+        partial = directory / "restoring.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            _copy(source, partial)
+            lists, found = _revocations(source, directory, partial)
+            revoked = _revoke(partial, found)
+            version = administration.restored(partial, software)
+            faults = list(checking.check(partial).faults)
+            if faults:
+                raise CorruptError(f"{source} cannot be restored: {faults[0]}; use another backup")
+            aside = _swap(partial, directory)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return Restored(version=version, aside=aside, lists=lists, revoked=revoked)
+
+
+def _refuse_newer(source: Path, directory: Path) -> None:
+    """What cannot be read has no state to lose; it is kept beside all the same."""
+    if not (directory / LEDGER).exists():
+        return
+    try:
+        newest = [_state(each) for each in (source, directory)]
+    except (FederationError, *checking.UNREADABLE):
+        return
+    (_, theirs), (public, ours) = newest
+    if newest[0][0] != public:
+        raise ConfigError(f"{directory} holds another aggregator than {source}; add --force to replace it")
+    if ours > theirs:
+        raise ConfigError(
+            f"{directory} is at version {ours[0]}, newer than the backup's {theirs[0]}; "
+            "add --force to go back to the backup"
+        )
+
+
+def _state(directory: Path) -> tuple[bytes, tuple[int, int, int]]:
+    """The public key; version, sequence number, and accepted updates."""
+    public = Identity(read_key(directory / KEY)).public
+    with closing(Ledger(directory / LEDGER, read_only=True, untouched=True)) as ledger, ledger.one_moment():
+        return public, (ledger.version, int(ledger.fact("seq")), ledger.accepted())
+
+
+def _copy(source: Path, partial: Path) -> None:
+    """Its state and its settings; what migrations, restores and repairs left beside them stays where it is."""
+    partial.mkdir(mode=0o700)
+    for path in source.iterdir():
+        if _is_state(path) and path.name not in {checking.MANIFEST, *KEPT}:
+            copied = partial / path.name
+            if path.is_dir():
+                shutil.copytree(path, copied)
+            else:
+                shutil.copy2(path, copied)
+    for path in partial.rglob("*"):
+        path.chmod(0o700 if path.is_dir() else 0o600)
+        files.sync(path)
+    files.sync(partial)
+
+
+def _is_state(path: Path) -> bool:
+    return not path.name.startswith(("format-", ASIDE)) and not path.name.endswith(".partial") and not path.is_symlink()
+
+
+def _revocations(source: Path, directory: Path, partial: Path) -> tuple[tuple[Path, ...], list[Revocation]]:
+    """Every list that there is: in the backup, beside it, in the folder, and what the folder's ledger says."""
+    federation = administration.load_settings(partial).federation
+    places = [source / revocations.FILE, backup.beside(source.resolve().parent, federation)]
+    places.append(directory / revocations.FILE)
+    if (out := backup.place_of(directory)) is not None:
+        places.append(backup.beside(out, federation))
+    lists = tuple(path for path in dict.fromkeys(path.resolve() for path in places) if path.exists())
+    found = [revocation for path in lists for revocation in revocations.read(path).keys.values()]
+    try:
+        with closing(Ledger(directory / LEDGER, read_only=True, untouched=True)) as ledger:
+            found += membership.revocations(ledger.db)
+    except (FederationError, *checking.UNREADABLE):
+        pass  # it is missing or damaged, which is why there is a backup
+    return lists, found
+
+
+def _revoke(partial: Path, found: list[Revocation]) -> tuple[str, ...]:
+    """Make void what the backup does not know to be; the names of these devices."""
+    with control.exclusive(partial), closing(Ledger(partial / LEDGER)) as ledger:
+        with ledger.transaction():
+            lacking = membership.take_revocations(ledger.db, found, time.time())
+            known = membership.revocations(ledger.db)
+        revocations.add(partial / revocations.FILE, [*known, *found])
+    return tuple(sorted({each.device for each in lacking}))
+
+
+def _swap(partial: Path, directory: Path) -> Path | None:
+    """Move what was there into a folder, and the new state into its place, the ledger last."""
+    old = [path for path in directory.iterdir() if _is_state(path) and path.name not in KEPT]
+    aside = None
+    if old:
+        aside = directory / f"{ASIDE}-{time.strftime(backup.STAMP, time.gmtime())}"
+        aside.mkdir(mode=0o700)
+        for path in sorted(old, key=lambda path: path.name != LEDGER):  # the ledger first: without it there is none
+            path.rename(aside / path.name)
+        files.sync(aside)
+    new = [path for path in partial.iterdir() if path.name not in KEPT]
+    for path in sorted(new, key=lambda path: path.name.startswith(LEDGER)):
+        path.rename(directory / path.name)
+    files.sync(directory)
+    administration.give_to_owner(directory)
+    return aside

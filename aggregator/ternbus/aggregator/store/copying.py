@@ -1,0 +1,67 @@
+"""A consistent copy of a ledger and of the files that it names, beside a process that goes on writing and removing."""
+
+import os
+import shutil
+import sqlite3
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import IO, Final
+
+from ternbus.aggregator.store.bodies import BODIES
+from ternbus.aggregator.store.ledger import LEDGER, Ledger
+from ternbus.aggregator.store.vectors import VECTORS
+from ternbus.broker import files
+from ternbus.broker.errors import CorruptError
+
+TRIES: Final = 20  # a running process may remove a file between the moment of the copy and the opening of it
+
+
+def copy(directory: Path, target: Path) -> int:
+    """Copy into a folder that is there; everything is durable but the folder itself. Returns the copy's version.
+
+    CorruptError where a file that the ledger names is not there, and no process is about to remove it.
+    """
+    for _ in range(TRIES):
+        with closing(Ledger(directory / LEDGER, read_only=True)) as ledger, ledger.one_moment(), ExitStack() as opened:
+            version = ledger.version  # the moment is that of the first read
+            try:
+                sources = {name: opened.enter_context((directory / name).open("rb")) for name in _named(ledger)}
+            except FileNotFoundError as error:
+                missing = error.filename
+                continue
+            _copy_ledger(ledger.db, target / LEDGER)
+            for name, source in sources.items():  # what is open can be removed, and read all the same
+                _copy_file(source, target / name)
+            for folder in (BODIES, VECTORS):
+                if (target / folder).exists():
+                    files.sync(target / folder)
+            return version
+    raise CorruptError(f"{missing} is not there, though the ledger names it; run: ternbus aggregator check {directory}")
+
+
+def _named(ledger: Ledger) -> list[Path]:
+    """The files that rows refer to, relative to the directory."""
+    bodies = ledger.db.execute("SELECT DISTINCT segment FROM updates WHERE segment IS NOT NULL").fetchall()
+    models = ledger.db.execute("SELECT segment FROM snapshots").fetchall()
+    servers = ledger.db.execute("SELECT segment FROM server").fetchall()
+    return [
+        *(Path(BODIES, f"{segment}.bodies") for (segment,) in bodies),
+        *(Path(VECTORS, f"{segment}-model.f32") for (segment,) in models),
+        *(Path(VECTORS, f"{segment}-server.f32") for (segment,) in servers),
+    ]
+
+
+def _copy_ledger(source: sqlite3.Connection, target: Path) -> None:
+    os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    with closing(sqlite3.connect(target)) as db:
+        source.backup(db)
+    files.sync(target)
+
+
+def _copy_file(source: IO[bytes], target: Path) -> None:
+    target.parent.mkdir(mode=0o700, exist_ok=True)
+    descriptor = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    with os.fdopen(descriptor, "wb") as copied:
+        shutil.copyfileobj(source, copied, 2**20)
+        copied.flush()
+        os.fsync(copied.fileno())

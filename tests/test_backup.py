@@ -1,0 +1,310 @@
+"""Backups: made beside a process that goes on, whole or not there at all, and restored above what devices know."""
+
+import json
+import shutil
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from support.old_formats import copy_of
+from support.small_world import LAB, Bench, Device, float32_block, follow, make_directory, receipts, ternary_block
+from ternbus.aggregator.core import events
+from ternbus.aggregator.shell import administration, backup, restoring
+from ternbus.aggregator.shell.checking import check
+from ternbus.aggregator.shell.cli import app
+from ternbus.aggregator.store import control, revocations
+from ternbus.aggregator.store import status as statuses
+from ternbus.aggregator.store.ledger import LEDGER
+from ternbus.broker import files
+from ternbus.broker.errors import ConfigError, CorruptError
+from ternbus.broker.protocol.messages import RESTORE_LEAP
+
+
+def run(*words: object) -> tuple[int, str]:
+    done = CliRunner().invoke(app, list(map(str, words)))
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, done.output
+
+
+def make_backup(bench: Bench, out: Path) -> Path:
+    return backup.backup(bench.directory, out, None, "test").path
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(make_directory(tmp_path / "agg", merge__buffer_size=2, downlink__slots=4))
+
+
+def merge(bench: Bench, *devices: Device, times: int = 1) -> None:
+    for number in range(times):
+        for device in devices:
+            bench.send(device, float32_block(bench.schema, number), bench.version)
+
+
+def test_a_backup_made_beside_merges_and_snapshots_is_sound_each_time(bench: Bench, tmp_path: Path) -> None:
+    """The files that it copies are removed meanwhile, as the versions that need them go."""
+    pi, other = bench.join("pi"), bench.join("other")
+    merge(bench, pi, other, times=3)
+    with files.lock(bench.directory / control.LOCK), ThreadPoolExecutor(1) as other_thread:  # type: ignore[union-attr]
+        copies = [
+            other_thread.submit(backup.backup, bench.directory, tmp_path / f"out-{number}", None, "test")
+            for number in range(6)
+        ]
+        while not all(copy.done() for copy in copies):
+            merge(bench, pi, other)
+            bench.beside.work()
+    made = [copy.result() for copy in copies]
+    assert [check(each.path).faults for each in made] == [()] * 6
+    assert made[-1].version > made[0].version
+
+
+def test_it_is_for_its_owner_only_and_says_that_it_holds_keys(bench: Bench, tmp_path: Path) -> None:
+    code, said = run("backup", bench.directory, tmp_path / "out")
+    (made,) = backup.found_in(tmp_path / "out", LAB)
+    assert (code, "holds the aggregator's keys" in said, str(made) in said) == (0, True, True)
+    assert {path.stat().st_mode & 0o077 for path in [tmp_path / "out", made, *made.rglob("*")]} == {0}
+    assert (made / "aggregator.key").read_bytes() == (bench.directory / "aggregator.key").read_bytes()
+
+
+def test_the_newest_are_kept_and_those_of_another_aggregator_too(bench: Bench, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = make_backup(bench, out)
+    for day in (1, 2, 3):
+        shutil.copytree(first, out / f"{LAB}-2026010{day}T000000Z")
+    foreign = Path(shutil.copytree(first, out / f"{LAB}-20250101T000000Z"))
+    manifest = (foreign / backup.MANIFEST).read_text()
+    (foreign / backup.MANIFEST).write_text(manifest.replace(bench.identity.public.hex(), "00" * 32))
+    (out / f"{LAB}-20240101T000000Z.partial").mkdir()
+    shutil.rmtree(first)
+    removed = backup.backup(bench.directory, out, 2, "test").removed
+    assert [path.name for path in removed] == [f"{LAB}-20260101T000000Z", f"{LAB}-20260102T000000Z"]
+    left = sorted(path.name for path in out.iterdir() if path.is_dir())
+    assert left[:2] == [foreign.name, f"{LAB}-20260103T000000Z"]
+    assert (len(left), [name for name in left if name.endswith(".partial")]) == (3, [])
+
+
+def test_a_folder_that_is_damaged_leaves_no_backup(bench: Bench, tmp_path: Path) -> None:
+    with closing(sqlite3.connect(bench.directory / LEDGER, isolation_level=None)) as db:
+        db.execute("UPDATE versions SET updates = 77")
+    with pytest.raises(CorruptError, match=r"was not kept: versions 0 .* ternbus aggregator check"):
+        make_backup(bench, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [backup.LOCK]
+
+
+def test_a_bit_that_flips_in_any_file_of_a_backup_is_found_and_it_is_not_restored(bench: Bench, tmp_path: Path) -> None:
+    made = make_backup(bench, tmp_path / "out")
+    for path in (each for each in made.rglob("*") if each.is_file() and each.name != backup.MANIFEST):
+        before = path.read_bytes()
+        path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        assert any(path.name in fault for fault in check(made).faults), path
+        with pytest.raises(CorruptError, match="use another backup"):
+            restoring.restore(made, tmp_path / "new", "test")
+        path.write_bytes(before)
+    (made / "vectors" / "1-model.f32").unlink()
+    assert any("1-model.f32" in fault for fault in check(made).faults)
+
+
+def restored(made: Path, directory: Path, **options: Any) -> tuple[Bench, restoring.Restored]:
+    done = restoring.restore(made, directory, "test", **options)
+    return Bench(directory), done
+
+
+def test_a_restored_aggregator_goes_on_with_an_empty_broker_above_all_that_devices_saw(
+    bench: Bench, tmp_path: Path
+) -> None:
+    pi, other = bench.join("pi"), bench.join("other")
+    merge(bench, pi, other)
+    made = make_backup(bench, tmp_path / "out")
+    merge(bench, pi, other, times=3)
+    newest, session = bench.head, bench.core.session
+    bench.close()
+    shutil.rmtree(bench.directory)
+    again, done = restored(made, bench.directory)
+    assert (done.version, done.aside) == (1 + RESTORE_LEAP, None)
+    again.start()  # with nothing retained: nobody shows it a head
+    again.tick(seconds=10.0)
+    assert again.head.version == 1 + RESTORE_LEAP > newest.version
+    assert again.core.session > session + RESTORE_LEAP - 10
+    assert follow(again.retained, again.identity.public) == (again.head.version, again.core.model.digest)
+    merge(again, pi, other)
+    assert again.head.version == 2 + RESTORE_LEAP
+
+
+def test_newer_state_is_replaced_by_force_only_and_kept(bench: Bench, tmp_path: Path) -> None:
+    pi, other = bench.join("pi"), bench.join("other")
+    made = make_backup(bench, tmp_path / "out")
+    merge(bench, pi, other)
+    bench.close()
+    newest = (bench.directory / LEDGER).read_bytes()
+    with pytest.raises(ConfigError, match=r"is at version 1, newer than the backup's 0; add --force"):
+        restoring.restore(made, bench.directory, "test")
+    assert (bench.directory / LEDGER).read_bytes() == newest
+    code, said = run("restore", made, bench.directory, "--force")
+    (aside,) = bench.directory.glob("replaced-*")
+    assert (code, f"kept in {aside}" in said, (aside / LEDGER).read_bytes() == newest) == (0, True, True)
+    assert check(bench.directory).faults == ()
+
+
+def test_a_damaged_folder_is_replaced_without_force(bench: Bench, tmp_path: Path) -> None:
+    made = make_backup(bench, tmp_path / "out")
+    bench.close()
+    (bench.directory / LEDGER).write_bytes(b"no ledger" * 1000)
+    again, done = restored(made, bench.directory)
+    assert done.aside is not None
+    assert again.version == RESTORE_LEAP
+
+
+def test_a_folder_that_a_process_serves_is_not_replaced(bench: Bench, tmp_path: Path) -> None:
+    made = make_backup(bench, tmp_path / "out")
+    held = files.lock(bench.directory / control.LOCK)
+    assert held is not None
+    with held, pytest.raises(ConfigError, match="another process serves"):
+        restoring.restore(made, bench.directory, "test", force=True)
+
+
+def test_a_folder_of_another_aggregator_is_not_replaced(bench: Bench, tmp_path: Path) -> None:
+    made = make_backup(bench, tmp_path / "out")
+    model = {"w": [[0.0]]}
+    administration.create(
+        tmp_path / "foreign", federation="lab", broker="mqtt://127.0.0.1:1", model=_arrays(model), settings={}
+    )
+    with pytest.raises(ConfigError, match="another aggregator"):
+        restoring.restore(made, tmp_path / "foreign", "test")
+
+
+def _arrays(model: dict[str, Any]) -> dict[str, Any]:
+    import numpy as np  # noqa: PLC0415
+
+    return {name: np.array(value, np.float32) for name, value in model.items()}
+
+
+def test_a_copy_of_an_older_format_is_restored_and_migrated(tmp_path: Path) -> None:
+    old = copy_of("aggregator-6", tmp_path) / "home"
+    again, done = restored(old, tmp_path / "new")
+    assert (done.version, again.version) == (5 + RESTORE_LEAP, 5 + RESTORE_LEAP)
+
+
+# --- revocations
+
+
+def listed(path: Path) -> set[str]:
+    return {device for device, _ in revocations.read(path).keys}
+
+
+def test_a_revocation_is_in_the_folder_s_list_and_beside_the_backups_when_the_command_ends(
+    bench: Bench, tmp_path: Path
+) -> None:
+    bench.join("pi")
+    bench.join("other")
+    made = make_backup(bench, tmp_path / "out")
+    bench.close()
+    assert run("revoke", bench.directory, "pi", "--reason", "stolen")[0] == 0
+    assert listed(bench.directory / revocations.FILE) == {"pi"}
+    assert listed(backup.beside(tmp_path / "out", LAB)) == {"pi"}
+    assert run("revoke", bench.directory, "other")[0] == 0
+    assert listed(backup.beside(tmp_path / "out", LAB)) == {"pi", "other"}
+    assert not (made / revocations.FILE).exists()
+
+
+def test_who_was_revoked_after_the_backup_stays_revoked_when_the_folder_is_gone(bench: Bench, tmp_path: Path) -> None:
+    pi, _ = bench.join("pi"), bench.join("other")
+    made = make_backup(bench, tmp_path / "out")
+    bench.close()
+    run("revoke", bench.directory, "pi", "--reason", "stolen")
+    shutil.rmtree(bench.directory)
+    code, said = run("restore", made, bench.directory)
+    assert (code, "revoked after the backup, and again: pi" in said) == (0, True)
+    again = Bench(bench.directory)
+    (receipt,) = again.send(pi, ternary_block(again.schema, 1), 0)
+    assert (receipt.outcome, receipt.reason) == ("revoked", "stolen")
+
+
+def test_who_joined_and_was_revoked_after_the_backup_is_told_so(bench: Bench, tmp_path: Path) -> None:
+    made = make_backup(bench, tmp_path / "out")
+    late = bench.join("late")
+    bench.close()
+    run("revoke", bench.directory, "late")
+    again, done = restored(made, bench.directory, force=True)
+    assert done.revoked == ("late",)
+    (receipt,) = again.send(late, ternary_block(again.schema, 1), 0)
+    assert receipt.outcome == "revoked"
+    again.invite("late", "another-code-of-an-invitation")
+    (receipt,) = receipts(again.receive(late.topic("enroll"), late.enroll("another-code-of-an-invitation")))
+    assert (receipt.outcome, "does not return" in receipt.reason) == ("refused", True)
+
+
+def test_a_revocation_before_a_new_key_does_not_take_the_new_key(bench: Bench, tmp_path: Path) -> None:
+    bench.join("pi")
+    bench.revoke("pi")
+    again = bench.join("pi")
+    made = make_backup(bench, tmp_path / "out")
+    bench.close()
+    back, done = restored(made, tmp_path / "new")
+    assert done.revoked == ()
+    (receipt,) = back.send(again, ternary_block(back.schema, 1), back.version)
+    assert receipt.outcome == "accepted"
+
+
+def test_restore_says_that_it_found_no_list(bench: Bench, tmp_path: Path) -> None:
+    made = make_backup(bench, tmp_path / "out")
+    said = run("restore", made, tmp_path / "new")[1]
+    assert "no list of revocations was found: revoke again who was revoked after the backup" in said
+
+
+def test_a_folder_copied_back_by_hand_beside_its_list_takes_the_list(bench: Bench, tmp_path: Path) -> None:
+    bench.join("pi")
+    old = make_backup(bench, tmp_path / "out")
+    bench.close()
+    run("revoke", bench.directory, "pi")
+    (bench.directory / LEDGER).write_bytes((old / LEDGER).read_bytes())
+    with control.exclusive(bench.directory):
+        pass
+    assert Bench(bench.directory).core.registry.members["pi"].revoked
+
+
+def test_a_list_only_grows_and_names_its_damaged_lines(bench: Bench, tmp_path: Path) -> None:
+    bench.join("pi")
+    bench.join("other")
+    path = bench.directory / revocations.FILE
+    bench.revoke("pi")
+    path.write_text(path.read_text().replace('"pi"', '"pj"'))
+    bench.revoke("other")
+    found = revocations.read(path)
+    assert {device for device, _ in found.keys} == {"pi", "other"}  # it is in the ledger too
+    assert [json.loads(line)[0] for line in found.damaged] == ["pj"]
+    for nonsense in ("[]", "{", "[1, 2, 3, 4, 5]", "[" * 100_000, '["a/b", "", "", 0, 0]'):
+        assert revocations.Revocation.parse(nonsense) is None
+
+
+# --- a folder that was copied back by hand
+
+
+def test_a_device_that_names_a_newer_version_is_told_in_the_log_and_in_the_status(bench: Bench, tmp_path: Path) -> None:
+    pi, other = bench.join("pi"), bench.join("other")
+    made = make_backup(bench, tmp_path / "out")
+    merge(bench, pi, other, times=3)
+    bench.close()
+    shutil.copy2(made / LEDGER, bench.directory / LEDGER)
+    again = Bench(bench.directory)
+    again.start()
+    said = [logged(again.receive(pi.topic("status"), pi.status("training", 2, base=3)))]
+    said.append(logged(again.receive(pi.topic("update"), *pi.update(ternary_block(again.schema, 1), 3))))
+    assert all("names version 3, and the newest here is 0" in line and "restored DIR" in line for line in said)
+    again.receive(other.topic("metrics"), other.metrics(2, "local", accuracy=0.5))
+    again.tick(seconds=2.0)
+    assert statuses.read(bench.directory)["claim"] == {"device": "other", "version": 2}
+    assert "ternbus aggregator restored DIR" in run("status", bench.directory)[1]
+    assert not any(isinstance(action, events.Stop) for action in again.last)  # a device's word stops nobody
+    again.close()
+    administration.restored(bench.directory, "test")
+    assert statuses.read(bench.directory)["claim"] is None
+
+
+def logged(actions: list[events.Action]) -> str:
+    return " ".join(action.text for action in actions if isinstance(action, events.Log))

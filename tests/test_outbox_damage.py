@@ -1,0 +1,132 @@
+"""A damaged outbox: `edge join --renew` checks it before the invitation is spent, and keeps what can be read."""
+
+import random
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ternbus.broker.errors import CorruptError
+from ternbus.broker.files import write_key
+from ternbus.broker.protocol.identity import Identity
+from ternbus.broker.protocol.invitation import Invitation
+from ternbus.broker.protocol.schema import Schema
+from ternbus.broker.protocol.ternary import Block
+from ternbus.edge.core.state import AnsweredUpdate, State, prepare
+from ternbus.edge.learn.task_loader import load_task
+from ternbus.edge.plan.privacy import Account
+from ternbus.edge.shell import agent
+from ternbus.edge.shell.agent import Options
+from ternbus.edge.shell.directory import DeviceDirectory, Settings
+from ternbus.edge.store import outbox_salvage
+from ternbus.edge.store.outbox import FILE, Outbox
+
+SCHEMA = Schema.of({"w": (400, 10)})
+KEY = Identity(b"o" * 32).key_id
+RESIDUAL = np.arange(SCHEMA.elements, dtype=np.float32)
+STATE = State(
+    key=KEY,
+    enrolled=True,
+    seq_limit=129,
+    session=12,
+    head_version=6,
+    head_seq=44,
+    answered_base=4,
+    accepted=3,
+    schema=SCHEMA.encoded,
+    residual=RESIDUAL,
+    outstanding=prepare(
+        Block.of_float32(SCHEMA, RESIDUAL / np.float32(7)), seq=70, base=5, samples=9, metrics={}, frame_bytes=3000
+    ),
+    account=Account(epsilon=1.5, delta=1e-5),
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    with Outbox(tmp_path, KEY) as outbox:
+        for seq in range(2, 60):
+            answered = AnsweredUpdate(seq=seq, base=seq, outcome="accepted", version=seq, key=KEY, digest=bytes(32))
+            outbox.save(STATE, answered, {"updates.accepted": seq})
+    return tmp_path
+
+
+def root(folder: Path, table: str) -> int:
+    """Where a table's first page begins in the file."""
+    with closing(sqlite3.connect(folder / FILE)) as db:
+        (page,) = db.execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", (table,)).fetchone()
+        (size,) = db.execute("PRAGMA page_size").fetchone()
+    return int((page - 1) * size)
+
+
+def destroy(folder: Path, table: str) -> None:
+    content = bytearray((folder / FILE).read_bytes())
+    place = root(folder, table)
+    content[place : place + 64] = b"\xff" * 64
+    (folder / FILE).write_bytes(content)
+
+
+def test_a_sound_outbox_is_sound(folder: Path) -> None:
+    assert outbox_salvage.is_sound(folder)
+
+
+LOST = {"receipts": "", "residual": "the residual", "outstanding": "the update", "counters": "counters"}
+
+
+@pytest.mark.parametrize(("table", "lost"), LOST.items())
+def test_what_can_be_read_is_kept_and_the_rest_is_named(folder: Path, table: str, lost: str) -> None:
+    destroy(folder, table)
+    assert not outbox_salvage.is_sound(folder)
+    aside, named = outbox_salvage.salvage(folder, KEY, private=True)
+    assert (aside / FILE).exists()
+    assert lost in " ".join(named)
+    assert outbox_salvage.is_sound(folder)
+    with Outbox(folder, KEY) as outbox:
+        state = outbox.state
+    assert (state.head_version, state.head_seq, state.answered_base, state.accepted) == (6, 44, 4, 3)
+    assert (state.account, state.schema, state.enrolled) == (STATE.account, SCHEMA.encoded, True)
+    assert (state.residual is None) == (table == "residual")
+    assert (state.outstanding is None) == (table == "outstanding")
+
+
+def test_a_privacy_account_that_is_lost_is_not_begun_anew(folder: Path) -> None:
+    destroy(folder, "kept")
+    before = (folder / FILE).read_bytes()
+    with pytest.raises(CorruptError, match=r"privacy budget is lost: .* ternbus edge rejoin"):
+        outbox_salvage.salvage(folder, KEY, private=False)
+    assert (folder / FILE).read_bytes() == before
+
+
+def test_after_any_damage_it_is_sound_or_refused(folder: Path, tmp_path: Path) -> None:
+    chance, whole = random.Random(7), (folder / FILE).read_bytes()
+    for number in range(40):
+        damaged = tmp_path / str(number)
+        damaged.mkdir()
+        content = bytearray(whole)
+        for _ in range(8):
+            content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        (damaged / FILE).write_bytes(content)
+        if outbox_salvage.is_sound(damaged):
+            continue
+        try:
+            outbox_salvage.salvage(damaged, KEY, private=True)
+        except CorruptError:
+            continue
+        assert outbox_salvage.is_sound(damaged)
+
+
+def test_a_new_key_is_not_asked_for_where_the_outbox_has_lost_what_it_must_not(folder: Path) -> None:
+    """There is no broker: nothing was sent."""
+    home = DeviceDirectory(folder)
+    write_key(folder / "device.key", b"o" * 32)
+    about = {"federation": "lab", "device": "pi", "broker": "mqtt://127.0.0.1:1", "task": "digits-numpy"}
+    home.write(Settings(**about, aggregator_key="ab" * 32))
+    invitation = Invitation(
+        federation="lab", device="pi", broker="mqtt://127.0.0.1:1", aggregator_key="ab" * 32, code="c" * 32
+    )
+    destroy(folder, "kept")
+    with pytest.raises(CorruptError, match="edge rejoin"):
+        agent.renew(home, invitation, load_task("digits-numpy"), Options(), print)
+    assert not home.renewal().exists()
