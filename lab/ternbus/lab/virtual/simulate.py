@@ -249,7 +249,8 @@ class Simulation:
     def _trained(self, device: VirtualDevice) -> None:
         """Handle the end of a training; FederationError if it shows that no device can train."""
         reason = device.core.training.failures.reason
-        if not reason:
+        if not reason:  # it can train; its update may not be accepted yet
             self._failing.reasons.pop(device.name, None)
+            return
         self._failing.look(device.name, accepted=device.state.accepted, failures=device.failures, reason=reason)
         self._failing.check(self._staying)
