@@ -8,6 +8,7 @@ import pytest
 from support.small_world import LAB, Bench, Device, follow, frames_of, refusals, ternary_block
 from ternbus.aggregator.core import events, retained
 from ternbus.aggregator.core.retained import ACKNOWLEDGE_S, ASK_S, RETRY_MAX_S, RETRY_S
+from ternbus.broker.backoff import CUT_SHORT
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import build, parse
 from ternbus.broker.protocol.identity import Identity
@@ -263,6 +264,18 @@ def test_a_connection_that_ends_meanwhile_is_followed_by_another_look(make: Make
     bench.handle(events.Connected(frame_bytes=1400))
     assert asked(bench.receive(HEAD, bench.retained[HEAD])) == []  # the snapshot was seen, and the delta is lost
     assert again(wait(bench, RETRY_S)) == [delta]
+
+
+def test_connections_that_end_while_a_snapshot_is_on_its_way_point_to_the_broker_s_limit(make: Make) -> None:
+    bench = small_parts(make)
+    for _ in range(CUT_SHORT - 1):
+        bench.dial()
+        bench.handle(events.Connected(frame_bytes=1400))
+        wait(bench, 5.0)  # the broker does not show the head, and is given everything again
+        assert set(parts_of(bench)) == bench.core.awaited
+    (line,) = lines(bench.handle(events.Disconnected()))
+    assert "another client" in line
+    assert "too large a message? Then lower limits.frame_bytes in aggregator.toml" in line
 
 
 def test_a_new_process_looks_once_whether_the_broker_holds_the_snapshot(make: Make) -> None:
