@@ -8,12 +8,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from support.small_disk import LIMITED
 from support.small_world import BROKER_URL, LAB, Bench, initial_model, ternary_block
 from ternbus.aggregator.core import records
+from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store.bodies import Bodies
 from ternbus.aggregator.store.ledger import LEDGER
 from ternbus.broker import files
@@ -124,6 +127,23 @@ def test_an_aggregator_that_does_not_fit_is_not_made_and_may_be_tried_again(tmp_
     assert done.stderr.count("\n") == 1
     assert str(tmp_path / "agg") in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_an_aggregator_whose_making_was_killed_may_be_made_again(tmp_path: Path) -> None:
+    """In a folder that was there, the files are moved in one by one, the ledger last."""
+    directory, model = tmp_path / "agg", {"w": np.zeros((3, 2), np.float32)}
+    directory.mkdir()
+    about: dict[str, Any] = {"federation": "lab", "broker": "mqtt://127.0.0.1:1", "model": model}
+    administration.create(directory, **about)
+    (directory / administration.PARTIAL).mkdir()
+    for name in ("ledger.sqlite", "vectors"):
+        (directory / name).rename(directory / administration.PARTIAL / name)
+    administration.create(directory, **about)
+    assert not (directory / administration.PARTIAL).exists()
+    assert administration.load_settings(directory).federation == "lab"
+    (directory / "ledger.sqlite").unlink()
+    with pytest.raises(ConfigError, match="holds an aggregator already"):  # a lost ledger: its key is kept
+        administration.create(directory, **about)
 
 
 def test_files_are_written_where_an_error_names_them() -> None:

@@ -50,7 +50,7 @@ SETTINGS: Final = {
     "plan.local_steps": 3,
 }
 
-FAILED: Final = (1, 2)  # 2 where a store cannot be opened at all
+FAILED: Final = (1,)
 POINT, DISK, OUTSIDE = "point", "disk", "outside"
 KINDS: Final = ("full", "broken", "unsynced", "torn")
 

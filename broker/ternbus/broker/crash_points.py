@@ -7,10 +7,11 @@ gets there for the third time. Without the variable each call is a call of an em
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable
 from typing import Final, Literal, get_args
 
-from ternbus.broker.errors import ConfigError
+from ternbus.broker.exit_codes import EXIT_CONFIG
 
 VARIABLE: Final = "TERNBUS_CRASH_AT"
 
@@ -46,9 +47,11 @@ class _Armed:
     def __init__(self, text: str) -> None:
         found = re.fullmatch(r"([a-z-]+)(?::([1-9][0-9]{0,8}))?", text)
         if found is None or found[1] not in POINTS:
-            raise ConfigError(
-                f"{VARIABLE}={text!r} is not a crash point; use NAME or NAME:COUNT with one of: {', '.join(POINTS)}"
+            sys.stderr.write(
+                f"ternbus: {VARIABLE}={text!r} is not a crash point; "
+                f"use NAME or NAME:COUNT with one of: {', '.join(POINTS)}\n"
             )
+            sys.exit(EXIT_CONFIG)  # this is imported before any command is there to say it
         self._name, self._left = found[1], int(found[2] or 1)
 
     def reached(self, point: str) -> None:

@@ -35,6 +35,7 @@ from ternbus.broker.protocol.schema import Schema, to_tensors, to_vector, vector
 
 KEY: Final = "aggregator.key"
 TOML: Final = "aggregator.toml"
+PARTIAL: Final = ".partial"
 WHY_CHARS_MAX: Final = 200
 
 
@@ -54,7 +55,8 @@ def create(
     where it fails. ConfigError where the directory holds one already, or must not be written.
     """
     directory = directory.resolve()
-    if (directory / LEDGER).exists() or (directory / KEY).exists():
+    was_interrupted = (directory / PARTIAL).is_dir()  # then the key is one that nobody has seen
+    if (directory / LEDGER).exists() or ((directory / KEY).exists() and not was_interrupted):
         raise ConfigError(f"{directory} holds an aggregator already; choose another directory")
     chosen = {**configuration.NEW_HOME, **(settings or {})}
     table = configuration.with_overrides({"federation": federation, "broker": broker}, chosen)
@@ -62,7 +64,7 @@ def create(
     schema = Schema.of({name: array.shape for name, array in model.items()}, dense)
     vector = to_vector(schema, model)
     # within a directory that is there: its owner may write into it, and perhaps not beside it
-    partial = directory / ".partial" if directory.exists() else directory.with_name(directory.name + ".partial")
+    partial = directory / PARTIAL if directory.exists() else directory.with_name(directory.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True, mode=0o700)
