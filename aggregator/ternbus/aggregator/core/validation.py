@@ -159,7 +159,7 @@ class Validation:
 
     def work_bytes(self, frame: Frame) -> int:
         """The bytes to decode for the content of the update that this last part completes, according to its meta."""
-        return len(frame.body) + content_bytes(self.schema, FLOAT32 if frame.meta["codec"] == FLOAT32 else TERNARY)
+        return content_bytes(self.schema, FLOAT32 if frame.meta["codec"] == FLOAT32 else TERNARY)
 
     def forget(self, member: Member) -> None:
         """Drop what a device has begun to send."""

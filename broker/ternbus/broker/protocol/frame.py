@@ -45,7 +45,15 @@ class Frame:
 
     def check_authentic(self, public: bytes) -> None:
         """Raise ProtocolError unless ``public`` signed the header and the body has the digest in the header."""
+        self.check_signature(public)
+        self.check_digest()
+
+    def check_signature(self, public: bytes) -> None:
+        """Raise ProtocolError unless ``public`` signed the header; the body is not looked at."""
         verify(public, SIGNED_PREFIX + self.header, self.signature)
+
+    def check_digest(self) -> None:
+        """Raise ProtocolError unless the body has the digest in the header."""
         if blake2b(self.body, digest_size=32).digest() != self.digest:
             raise ProtocolError("bad-digest", "the body does not have the digest in the header")
 
