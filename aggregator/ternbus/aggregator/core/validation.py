@@ -89,7 +89,8 @@ class Validation:
             f"counts less: norm {norm:.4g} (at most {bound.norm:.4g}), {samples} samples (at most {bound.samples}), "
             "by what was merged of late"
         )
-        return _Counted(min(samples, bound.samples), min(factor, bound.factor(norm)), norm, samples, bounded)
+        kept, factor = min(samples, bound.samples), min(factor, bound.factor(norm))
+        return _Counted(kept, factor, min(norm, bound.norm), samples, bounded)
 
     def judge_base(self, member: Member, base: int, version: int, *, closed: bool) -> Verdict | None:
         """The checks that need only (device, base): duplicate, then stale, then what cannot be."""
