@@ -273,7 +273,7 @@ def from_table(table: Mapping[str, Any], source: str = "aggregator.toml") -> Set
 def _check_merge(about: MergeSettings, where: str, *, seal: bool) -> None:
     """Refuse what each key allows by itself and the rule, or a plan that seals updates, does not."""
     size, rule = about.buffer_size, about.rule
-    shows = f"with plan.seal = true makes a version of one sealed update, and shows it: choose merge"
+    shows = "with plan.seal = true makes a version of one sealed update, and shows it: choose merge"
     if seal and 0 < about.min_devices < SEALED_DEVICES_MIN:
         raise ConfigError(
             f"{where}.min_devices = 1 {shows}.min_devices = 0 (automatic) or at least {SEALED_DEVICES_MIN}"
