@@ -4,8 +4,9 @@
 
 Honest devices send updates at a fixed rate, far below what the aggregator carries. Beside them one attacker sends what
 it may: a stranger frames with headers of 15,900 empty maps, 300 a second; a stranger bodies of 60 KB at QoS 0, as fast
-as the broker takes them; a member updates of a few KB that decode to 68 MB and are then refused, 100 a second. Broker,
-aggregator, senders and attacker share the machine.
+as the broker takes them; a member updates of a few KB that decode to 68 MB and are then refused, 100 a second, and
+the same ones on a version that is not yet, which their header refuses, 90 a second. Broker, aggregator, senders and
+attacker share the machine.
 """
 
 import argparse
@@ -53,6 +54,7 @@ class Attack:
     honest_per_s: float
     per_s: float = 0.0
     qos: int = 1
+    base: int = 0  # of a member's updates
 
 
 ATTACKS: Final[Mapping[str, Attack]] = {
@@ -63,6 +65,7 @@ ATTACKS: Final[Mapping[str, Attack]] = {
         Attack("qos-0", SMALL, 50.0, qos=0),
         Attack("none, large model", LARGE, 2.0),
         Attack("bombs", LARGE, 2.0, per_s=100.0),
+        Attack("bombs, base ahead", LARGE, 2.0, per_s=90.0, base=1_000_000),
     )
 }
 
@@ -74,12 +77,12 @@ def costly(body_bytes: int) -> bytes:
     return b"".join((MAGIC, len(header).to_bytes(4, "little"), header, bytes(64 + body_bytes)))
 
 
-def bombs(number: int, parameters: int) -> Iterator[bytes]:
+def bombs(number: int, parameters: int, base: int) -> Iterator[bytes]:
     """Updates of member ``number``, each under a number of its own: all zeros, and at the end no number at all."""
     change = np.zeros(Schema.of(shapes(parameters)).elements, dtype=np.float32)
     change[-1] = np.nan
     body = encode(change.tobytes(), ZSTD)
-    meta = Update(base=0, samples=1, codec=FLOAT32, encoding=ZSTD, sealed=False).meta()
+    meta = Update(base=base, samples=1, codec=FLOAT32, encoding=ZSTD, sealed=False).meta()
     about: dict[str, Any] = {"federation": FEDERATION, "sender": device(number), "kind": Update.KIND}
     seq = 0
     while True:
@@ -89,8 +92,8 @@ def bombs(number: int, parameters: int) -> Iterator[bytes]:
 
 def payloads(attack: Attack, member: int) -> tuple[str, Iterator[bytes]]:
     """(whose topic, what is sent there)"""
-    if attack.name == "bombs":
-        return device(member), bombs(member, attack.parameters)
+    if attack.name.startswith("bombs"):
+        return device(member), bombs(member, attack.parameters, attack.base)
     frame = costly(BODY_BYTES if attack.qos == 0 else 0)
     return STRANGER, iter(lambda: frame, None)
 

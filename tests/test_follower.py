@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ from hypothesis import strategies as st
 
 from support.scripted_aggregator import FEDERATION, Message, ScriptedAggregator
 from ternbus.broker.errors import ProtocolError
-from ternbus.broker.protocol.frame import parse
+from ternbus.broker.protocol.frame import PARTS_MAX, build, parse
 from ternbus.broker.protocol.messages import Head
-from ternbus.broker.protocol.schema import to_tensors
+from ternbus.broker.protocol.parts import parts_max
+from ternbus.broker.protocol.schema import Schema, to_tensors
+from ternbus.broker.protocol.ternary import Block
 from ternbus.edge.core.actions import Action, Log, Subscribe, Unsubscribe
-from ternbus.edge.core.follower import Follower, InitialModel
+from ternbus.edge.core.follower import DELTAS_MAX, MESSAGES_MAX, REQUESTED_MAX, Follower, InitialModel
 from ternbus.edge.core.part_requests import SUBSCRIBED_MAX, PartRequests
 
 
@@ -316,6 +319,93 @@ def test_a_delta_in_a_slot_that_is_not_its_own_or_far_ahead_is_refused() -> None
     topic, payload = aggregator.delta(6)[0]
     with pytest.raises(ProtocolError, match="far-ahead"):
         follower.part_arrived(topic, parse(payload), 0.0)
+
+
+@pytest.mark.parametrize("kind", ["delta", "snapshot"])
+def test_a_message_of_more_parts_than_the_model_needs_is_refused(kind: str) -> None:
+    """Each of its parts would be asked for by name."""
+    aggregator, follower, broker = started()
+    if kind == "snapshot":
+        follower, broker = connected()
+        broker.perform(follower, follower.head_accepted(a_head(aggregator), 0.0), 0.0)
+    else:
+        aggregator.advance()
+    topic, payload = (aggregator.snapshot() if kind == "snapshot" else aggregator.delta(1))[0]
+    meta, most = parse(payload).meta, parts_max(a_head(aggregator).snapshot.content_bytes)
+    about: dict[str, Any] = {"federation": FEDERATION, "sender": "aggregator", "kind": kind, "seq": 99, "meta": meta}
+    for parts in (most + 1, PARTS_MAX):
+        frame = parse(build(aggregator.identity, body=bytes(1024), parts=parts, **about))
+        with pytest.raises(ProtocolError, match="too-long"):
+            follower.part_arrived(topic, frame, 0.0)
+    follower.part_arrived(topic, parse(build(aggregator.identity, body=bytes(1024), parts=most, **about)), 0.0)
+
+
+def test_many_missing_deltas_are_requested_some_at_a_time_until_all_have_come() -> None:
+    aggregator, follower, broker = started(slots=3000)
+    for _ in range(2500):
+        aggregator.vectors.append(aggregator.vectors[0])
+        aggregator.blocks.append(Block.of_float32(aggregator.schema, np.zeros(aggregator.schema.elements, np.float32)))
+    broker.perform(follower, follower.head_accepted(a_head(aggregator), 1.0), 1.0)
+    follower.time_reached(2.0)
+    assert len(follower.requests) == MESSAGES_MAX // 2
+    broker.perform(follower, follower.time_reached(32.0), 32.0)  # they time out, and give way to a snapshot
+    assert broker.logs[-1] == "snapshot"
+    for version in range(1, 2501):
+        broker.publish(aggregator.delta(version))
+    broker.perform(follower, follower.time_reached(40.0), 40.0)
+    assert has(follower, aggregator, 2500)
+
+
+def test_many_parts_of_a_delta_are_requested_some_at_a_time_until_all_have_come() -> None:
+    aggregator = ScriptedAggregator(frame_bytes=1400, schema=Schema.of({"w": (1000, 600)}))
+    follower, broker = connected()
+    aggregator.advance()
+    broker.publish(aggregator.snapshot())
+    broker.perform(follower, follower.head_accepted(a_head(aggregator), 0.0), 0.0)
+    assert len(aggregator.delta(1)) > 2 * REQUESTED_MAX
+    broker.silent = True
+    follower.time_reached(1.0)
+    deliver(follower, aggregator.delta(1)[:1], 1.0)
+    assert len(follower.requests) == REQUESTED_MAX
+    broker.silent = False
+    broker.publish(aggregator.delta(1))
+    follower.disconnected()
+    broker.perform(follower, follower.reconnected(2.0), 2.0)
+    assert has(follower, aggregator, 1)
+
+
+def test_a_snapshot_is_taken_where_it_is_smaller_than_the_deltas_up_to_it() -> None:
+    for behind, logs in ((DELTAS_MAX, ["snapshot"]), (DELTAS_MAX + 1, ["snapshot", "resync", "snapshot"])):
+        aggregator, follower, broker = started(slots=200)
+        for _ in range(behind):
+            aggregator.advance()
+            broker.publish(aggregator.delta(aggregator.version))
+        broker.publish(aggregator.new_snapshot())
+        for now in (1.0, 2.0):
+            broker.perform(follower, follower.head_accepted(a_head(aggregator), now), now)
+            broker.perform(follower, follower.time_reached(now + 1), now + 1)
+        assert broker.logs == logs
+        assert has(follower, aggregator, behind)
+
+
+def test_deltas_that_wait_for_an_earlier_one_take_bounded_memory() -> None:
+    """The latest ones are dropped, and asked for when it is their turn."""
+    aggregator, follower, broker = started(slots=20)
+    for _ in range(15):
+        aggregator.advance()
+    follower._collector.bytes_max = 5 * len(b"".join(parse(payload).body for _, payload in aggregator.delta(1)))
+    for version in range(2, 16):
+        deliver(follower, aggregator.delta(version))
+    assert sorted(follower._deltas) == [2, 3, 4, 5, 6]
+    deliver(follower, aggregator.delta(1))
+    assert sorted(follower._deltas) == [1, 2, 3, 4, 5]
+    head = a_head(aggregator)
+    for version in range(1, 16):
+        broker.publish(aggregator.delta(version))
+    for now in range(1, 10):
+        broker.perform(follower, follower.head_accepted(head, now) if now == 1 else follower.time_reached(now), now)
+    assert has(follower, aggregator, 15)
+    assert follower._delta_bytes == 0
 
 
 def test_an_old_delta_and_a_second_copy_change_nothing() -> None:

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.frame import HEADER_BYTES_MAX, SIGNED_PREFIX, build, parse
 from ternbus.broker.protocol.identity import Identity
+from ternbus.broker.protocol.merge_log import Entry, unpack
+from ternbus.broker.protocol.schema import Schema
 
 PI = Identity(bytes(range(32)))
 EVE = Identity(bytes(32))
@@ -171,7 +173,7 @@ def test_a_header_without_one_of_its_keys_is_refused(missing: str) -> None:
 
 
 def test_unknown_keys_are_ignored_in_header_and_meta() -> None:
-    fields = header(extra=[1, {"a": 2}], meta={"base": 1, "later": {"x": msgpack.ExtType(5, b"")}})
+    fields = header(extra=[1, {"a": 2}], meta={"base": 1, "later": {"x": b"\0"}})
     frame = parse(seal(msgpack.packb(fields)))
     assert frame.meta["base"] == 1
 
@@ -191,6 +193,27 @@ def test_2048_containers_and_no_more() -> None:
         fits, more = (msgpack.packb(header(meta={"later": [empty] * (count - 4)})) for count in (2048, 2049))
         assert parse(seal(fits)).meta["later"][-1] == empty
         assert reason(seal(more)) == "bad-header"
+
+
+@pytest.mark.parametrize(
+    "extension",
+    [b"\xd4\x05a", b"\xc7\x00\x05", b"\xd6\xff\0\0\0\1", b"\xd7\xff" + bytes(8), b"\xc7\x0c\xff" + bytes(12)],
+    ids=["fixext 1", "ext of no bytes", "timestamp 32", "timestamp 64", "timestamp 96"],
+)
+@pytest.mark.parametrize("where", ["list", "map", "key"])
+def test_there_are_no_extension_types(extension: bytes, where: str) -> None:
+    """Each costs its reader as much as a map, and nobody would count them."""
+    of = {"list": b"\x91" + extension, "map": b"\x81\xa1a" + extension, "key": b"\x81" + extension + b"\xc0"}
+    content = msgpack.packb(header(meta={"later": None}))
+    assert parse(seal(content)).meta == {"later": None}
+    assert content.endswith(b"\xc0")
+    assert reason(seal(content[:-1] + of[where])) == "bad-header"
+    with pytest.raises(ProtocolError, match="bad-schema"):
+        Schema.parse(of["list"])
+    with pytest.raises(ProtocolError, match="not msgpack"):
+        Entry.parse(of[where])
+    with pytest.raises(ProtocolError, match="bad-log"):
+        unpack(of["list"])
 
 
 def test_arrays_that_only_claim_to_be_long_are_refused_before_there_is_room_made_for_them() -> None:

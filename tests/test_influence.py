@@ -1,6 +1,7 @@
 """The bound on one update's influence: a formula of what is usual, recorded so that a merge done again is the same."""
 
 import math
+from collections import deque
 from collections.abc import Callable
 from statistics import median_low
 
@@ -14,12 +15,13 @@ from ternbus.aggregator import settings as configuration
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.merge.influence import (
     DEVICES_MIN,
+    MERGES,
     NORM_FACTOR,
-    RECENT,
     SAMPLES_FACTOR,
     UPDATES_MIN,
     Bound,
     Influence,
+    Usual,
     norm_at_most,
 )
 from ternbus.aggregator.shell import administration
@@ -35,58 +37,137 @@ SCHEMA = Schema.of({"a": (7, 9), "scalar": (), "b": (4, 4), "bias": (5,)})
 # --- the formula
 
 
+def merge(influence: Influence, version: int, *updates: tuple[str, float, int]) -> None:
+    influence.merged(
+        [accepted_update(device, norm=norm, samples=samples) for device, norm, samples in updates], version
+    )
+
+
 @given(
-    st.lists(st.tuples(st.sampled_from(NAMES), st.floats(0, 1e6), st.integers(1, 2**32 - 1)), max_size=2 * RECENT),
-    st.integers(0, 2 * RECENT),
+    st.lists(
+        st.lists(
+            st.tuples(st.sampled_from(NAMES), st.just(0.0) | st.floats(1e-6, 1e6), st.integers(1, 2**32 - 1)),
+            min_size=1,
+            max_size=8,
+        ),
+        max_size=20,
+    ),
+    st.integers(0, 20),
+    st.integers(1, 8),
 )
-def test_the_bound_is_its_formula(seen: list[tuple[str, float, int]], cut: int) -> None:
-    """A multiple of the lower median over devices, each with its newest update, of the last hundred."""
-    updates = [accepted_update(device, norm=norm, stated=samples) for device, norm, samples in seen]
-    influence = Influence()
-    influence.merged(updates[:cut])
-    influence.merged(updates[cut:])
-    newest: dict[str, tuple[float, int]] = {}
-    for device, norm, samples in seen[-RECENT:]:
-        newest[device] = (norm, samples)
-    known = len(seen) >= UPDATES_MIN and len(newest) >= DEVICES_MIN
-    usual = median_low(norm for norm, _ in newest.values()) if known else 0.0
-    if usual > 0:
-        samples = SAMPLES_FACTOR * median_low(samples for _, samples in newest.values())
-        assert influence.bound == Bound(norm=NORM_FACTOR * usual, samples=samples)
+def test_the_bound_is_its_formula(merges: list[list[tuple[str, float, int]]], cut: int, span: int) -> None:
+    """A multiple of the lower median over devices, each with its newest update; from all of them or step by step."""
+    influence = Influence(_versions=deque(maxlen=span))
+    newest: dict[str, Usual] = {}
+    made: list[int] = []
+    count = 0
+    for version, updates in enumerate(merges, 1):
+        merge(influence, version, *updates)
+        for device, norm, samples in updates:
+            if norm > 0:
+                newest.pop(device, None)
+                newest[device] = Usual(version, norm, samples)
+                count += 1
+                made += [version] * (version not in made)
+    kept = {
+        device: usual
+        for place, (device, usual) in enumerate(reversed(newest.items()))
+        if place < DEVICES_MIN or usual.version in made[-span:]
+    }
+    assert influence._newest == kept
+    if count >= UPDATES_MIN and len(kept) >= DEVICES_MIN:
+        norm = NORM_FACTOR * median_low(usual.norm for usual in kept.values())
+        assert influence.bound == Bound(
+            norm=norm, samples=SAMPLES_FACTOR * median_low(u.samples for u in kept.values())
+        )
     else:
         assert influence.bound is None
-    recalled = Influence()
-    recalled.recall(seen[-RECENT:])
+    recalled = Influence(_versions=deque(maxlen=span))
+    if made:
+        recalled.recall(newest.items(), count, made[-span:])
     assert recalled == influence
+    assert list(recalled._newest) == list(influence._newest)
 
 
 def test_it_acts_after_twenty_updates_of_four_devices_and_no_sooner() -> None:
     def bound(devices: int, updates: int) -> Bound | None:
         influence = Influence()
-        influence.merged(accepted_update(NAMES[n % devices], norm=1.0, stated=10) for n in range(updates))
+        merge(influence, 1, *((NAMES[n % devices], 1.0, 10) for n in range(updates)))
         return influence.bound
 
     assert bound(4, 19) is bound(3, 100) is None
     assert bound(4, 20) == Bound(norm=3.0, samples=40)
 
 
-def test_what_was_accepted_without_a_norm_counts_for_nothing() -> None:
+@pytest.mark.parametrize("norm", [None, 0.0])
+def test_what_was_accepted_without_a_norm_or_weighs_nothing_counts_for_nothing(norm: float | None) -> None:
     influence = Influence()
-    influence.merged(accepted_update(NAMES[n % 4]) for n in range(100))
+    for version in range(1, 26):
+        influence.merged([accepted_update(name, norm=norm) for name in NAMES[:4]], version)
     assert influence == Influence()
 
 
-@pytest.mark.parametrize("lie", [0.0, 1e9])
+@pytest.mark.parametrize("lie", [0.0, 1e-9, 1e9])
 def test_a_minority_moves_the_bound_no_further_than_the_others_norms(lie: float) -> None:
     """However often it sends; three of seven devices here."""
     influence = Influence()
-    honest = [accepted_update(name, norm=1.0 + place, stated=10 + place) for place, name in enumerate("abcd")]
-    hostile = [accepted_update(name, norm=lie, stated=2**32 - 1) for name in "efg"] * 5
-    for _ in range(5):
-        influence.merged([*hostile, *honest, *hostile])
+    honest = [(name, 1.0 + place, 10 + place) for place, name in enumerate("abcd")]
+    hostile = [(name, lie, 2**32 - 1) for name in "efg"] * 5
+    for version in range(1, 6):
+        merge(influence, version, *hostile, *honest, *hostile)
     assert influence.bound is not None
     assert NORM_FACTOR * 1.0 <= influence.bound.norm <= NORM_FACTOR * 4.0
     assert SAMPLES_FACTOR * 10 <= influence.bound.samples <= SAMPLES_FACTOR * 13
+
+
+def twenty(influence: Influence) -> Bound:
+    """Twenty honest devices, each merged three times; the last version is 15."""
+    for version in range(1, 16):
+        merge(influence, version, *((f"honest-{(4 * version + place) % 20}", 1.0, 100) for place in range(4)))
+    assert influence.bound == Bound(norm=3.0, samples=400)
+    return influence.bound
+
+
+@pytest.mark.parametrize("devices", [1, 5])
+def test_who_answers_at_once_neither_ends_the_bound_nor_leads_it(devices: int) -> None:
+    """The honest ones, who are slow, are not forgotten for it: not for as many merges as one of theirs may take."""
+    influence = Influence()
+    before = twenty(influence)
+    for version in range(16, 15 + MERGES):
+        bound = influence.bound
+        assert bound == before
+        merge(influence, version, *((f"evil-{number}", bound.norm, bound.samples) for number in range(devices)))
+
+
+def test_a_bound_that_was_made_stays_when_few_devices_are_left() -> None:
+    influence = Influence()
+    before = twenty(influence)
+    for version in range(16, 16 + 2 * MERGES):
+        merge(influence, version, ("last", 1.0, 100))
+    assert influence.bound == before
+    assert len(influence._newest) == DEVICES_MIN
+
+
+def test_updates_that_all_grow_are_bounded_for_a_few_rounds_only() -> None:
+    """By a plan of twenty times as many steps: three rounds, since 20 is less than 3 ** 3."""
+    influence, bounded = Influence(), []
+    twenty(influence)
+    for round_ in range(6):
+        bounded.append(0)
+        for number in range(20):
+            assert influence.bound is not None
+            bounded[-1] += influence.bound.norm < 20.0
+            merge(influence, 16 + 20 * round_ + number, (f"honest-{number}", min(20.0, influence.bound.norm), 100))
+    assert bounded[0] > 10
+    assert sum(bounded[3:]) == 0
+
+
+def test_devices_that_left_are_no_longer_usual_after_many_merges() -> None:
+    influence = Influence()
+    twenty(influence)
+    for version in range(16, 17 + MERGES):
+        merge(influence, version, *((name, 2.0, 10) for name in "abcd"))
+    assert influence.bound == Bound(norm=6.0, samples=40)
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.floats(1e-3, 6e4))
@@ -212,6 +293,30 @@ def test_a_restart_knows_the_same_and_merges_to_the_same_bits(make: Make) -> Non
     assert found[0] == found[1]
 
 
+def test_a_fast_minority_neither_ends_the_bound_nor_leads_it_across_restarts(make: Make) -> None:
+    """Two of seven devices, who alone are merged again and again, each time with as much as they may."""
+    bench = make(merge__buffer_size=2, merge__influence_bound="adaptive", downlink__slots=4)
+    honest, evils = [bench.join(name) for name in "abcde"], [bench.join(name) for name in "xy"]
+    for version in range(12):
+        for device in (honest[version % 5], honest[(version + 1) % 5]):
+            bench.send(device, float32_block(bench.schema, version), version)
+    before = bench.core.influence.bound
+    assert before is not None
+    for version in range(12, 75):
+        for device in evils:
+            bench.send(device, evil(bench), version, samples=2**32 - 1)
+        assert bench.version == version + 1
+        if version % 20 == 0:
+            known = bench.core.influence
+            bench.restart()
+            assert bench.core.influence == known
+            bench.start()
+    after = bench.core.influence.bound
+    assert after is not None
+    assert after.samples == before.samples
+    assert after.norm <= 1.5 * before.norm
+
+
 def test_what_is_dropped_is_not_among_the_usual(make: Make) -> None:
     bench = make(merge__buffer_size=5)
     devices = [bench.join(name) for name in NAMES[:5]]
@@ -222,7 +327,7 @@ def test_what_is_dropped_is_not_among_the_usual(make: Make) -> None:
     assert before == Influence()
     bench.tick(31.0)
     bench.restart()
-    assert len(bench.core.influence._recent) == 3
+    assert len(bench.core.influence._newest) == 3
 
 
 def test_a_new_home_is_bounded_and_one_without_the_key_is_not(make: Make) -> None:

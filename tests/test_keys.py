@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from support.small_world import LAB, Bench, Device, float32_block, receipts, refusals, saved
+from support.small_world import LAB, Bench, Device, float32_block, preverifier_of, receipts, refusals, saved
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.registry import Invited
 from ternbus.aggregator.shell import administration
-from ternbus.aggregator.shell.preverify import Preverifier
 from ternbus.aggregator.shell.transport import Credentials as DeviceCredentials
 from ternbus.aggregator.store import status as statuses
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
@@ -138,7 +137,7 @@ def test_a_revocation_is_in_force_with_the_next_frame_and_says_why(make: Make) -
     bench = make()
     pi = bench.join("pi")
     frames = pi.update(float32_block(bench.schema, 1), 0)
-    gate = Preverifier(registry=bench.core.registry, validation=bench.core.validation, work=bench.core.work)
+    gate = preverifier_of(bench)
     opened = gate.open(pi.topic("update"), frames[0])
     assert opened is not None
     bench.revoke("pi", "lost on the train")
@@ -338,7 +337,7 @@ def test_a_flood_is_dropped_before_anything_costly(make: Make) -> None:
     bench = make()
     bad, good = bench.join("bad"), bench.join("good")
     (frame,) = bad.update(float32_block(bench.schema, 1), 0)
-    gate = Preverifier(registry=bench.core.registry, validation=bench.core.validation, work=bench.core.work)
+    gate = preverifier_of(bench)
     assert gate.open(bad.topic("update"), frame) is not None
     bench.receive(bad.topic("update"), *[b"nonsense"] * 3000)
     assert gate.open(bad.topic("update"), frame) is None

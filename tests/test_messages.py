@@ -27,6 +27,7 @@ from ternbus.broker.protocol.messages import (
     Status,
     Update,
 )
+from ternbus.broker.protocol.parts import parts_max
 
 U64 = st.integers(0, 2**64 - 1)
 COUNTER = st.integers(0, 2**62)
@@ -40,15 +41,15 @@ ranges = st.tuples(st.integers(0, 65_534), st.integers(0, 65_534)).map(lambda pa
 
 @st.composite
 def head(draw: st.DrawFn) -> Head:
-    version = draw(COUNTER)
+    version, content_bytes = draw(COUNTER), draw(U64)
     return Head(
         version=version,
         digest=draw(digest),
         schema=draw(digest),
         snapshot=SnapshotRef(
             version=draw(st.integers(0, version)),
-            parts=draw(st.integers(1, 65_535)),
-            content_bytes=draw(U64),
+            parts=draw(st.integers(1, parts_max(content_bytes))),
+            content_bytes=content_bytes,
             place=draw(st.integers(0, 1)),
         ),
         slots=draw(st.integers(1, 65_535)),
@@ -271,6 +272,14 @@ def test_a_snapshot_that_a_head_names_counts_no_further() -> None:
     named = [2**62 + 1, 1, 100, 0]
     with pytest.raises(ProtocolError, match="bad-meta"):
         Head.from_meta(good(Head, version=2**62, snapshot=named))
+
+
+@pytest.mark.parametrize(("content_bytes", "most"), [(0, 2), (1024, 3), (10**6, 982), (2**40, 65_535)])
+def test_a_head_names_no_snapshot_of_more_parts_than_its_bytes_need(content_bytes: int, most: int) -> None:
+    """Each part but the last has 1,024 bytes, and a device asks for each by name."""
+    assert Head.from_meta(good(Head, version=5, snapshot=[5, most, content_bytes, 0])).snapshot.parts == most
+    with pytest.raises(ProtocolError, match="bad-meta"):
+        Head.from_meta(good(Head, version=5, snapshot=[5, most + 1, content_bytes, 0]))
 
 
 def test_why_a_device_fails_cannot_draw_on_a_terminal() -> None:

@@ -11,6 +11,7 @@ from support.small_world import (
     Bench,
     Device,
     float32_block,
+    preverifier_of,
     receipts,
     refusals,
     saved,
@@ -25,12 +26,6 @@ from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import FLOAT32, TERNARY, Block, content_bytes, encode
 
 Make = Callable[..., Bench]
-
-
-def preverifier_of(bench: Bench, room_bytes: int = 2**25) -> Preverifier:
-    return Preverifier(
-        registry=bench.core.registry, validation=bench.core.validation, work=bench.core.work, room_bytes=room_bytes
-    )
 
 
 def arrived(device: Device, payload: bytes, opened: Opened | None) -> events.MessageArrived:
@@ -158,7 +153,8 @@ def test_what_may_not_be_read_before_the_core_has_asked_is_not(make: Make) -> No
     assert read_ahead(preverifier, pi, pi.metrics(0), pi.topic("metrics")) is None
     assert receipts(bench.receive(pi.topic("update"), good))[0].outcome == "accepted"
     assert read_ahead(preverifier, pi, good) is None  # it was answered, and is only told so again
-    assert read_ahead(preverifier, pi, pi.update(block, 0)[0]) is not None
+    assert read_ahead(preverifier, pi, pi.update(block, 0)[0]) is None  # nor is another on the same version wanted
+    assert read_ahead(preverifier, eva, eva.update(block, 0)[0]) is not None
 
 
 def test_one_update_of_each_device_is_read_ahead_until_the_core_has_had_it(make: Make) -> None:

@@ -275,6 +275,17 @@ def test_a_version_is_made_of_two_devices_where_updates_are_sealed(seal: bool, c
     assert from_table({**BASE, "plan": {"seal": seal}}).merge.min_devices == 0
 
 
+@pytest.mark.parametrize(("rule", "keep"), [("krum", 0), ("krum", 3), ("multi-krum", 1)])
+def test_a_rule_that_chooses_one_update_is_refused_where_updates_are_sealed(rule: str, keep: int) -> None:
+    merge = {"rule": rule, "krum_keep": keep, "buffer_size": 5}
+    with pytest.raises(ConfigError, match=r'plan.seal = true .* choose merge.rule = "multi-krum" with krum_keep = 0'):
+        from_table({**BASE, "merge": merge, "plan": {"seal": True}})
+    assert from_table({**BASE, "merge": merge, "plan": {"seal": False}}).merge.rule == rule
+    for allowed in (0, 2):
+        merge = {"rule": "multi-krum", "krum_keep": allowed, "buffer_size": 5}
+        assert from_table({**BASE, "merge": merge, "plan": {"seal": True}}).merge.krum_keep == allowed
+
+
 def test_one_device_alone_is_refused_where_updates_are_sealed() -> None:
     with pytest.raises(
         ConfigError, match=r"merge.min_devices = 1 with plan.seal = true .* choose merge.min_devices = 0"

@@ -3,18 +3,18 @@
 from collections.abc import Callable
 
 import msgpack
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from support.small_world import LAB, Bench, Device, float32_block, receipts, refusals, ternary_block
+from support.small_world import LAB, Bench, Device, float32_block, preverifier_of, receipts, refusals, ternary_block
 from ternbus.aggregator.core import events
-from ternbus.aggregator.core.work import DEBT_S, LARGE_HEADER_BYTES, PATIENCE_S, WorkShares
+from ternbus.aggregator.core.work import DEBT_S, LARGE_BODY_BYTES, LARGE_HEADER_BYTES, PATIENCE_S, WorkShares
 from ternbus.aggregator.shell import preverify
-from ternbus.aggregator.shell.preverify import Preverifier
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame, header_bytes, parse
-from ternbus.broker.protocol.ternary import content_bytes
+from ternbus.broker.protocol.ternary import content_bytes, encode
 
 Make = Callable[..., Bench]
 LATE_S = 2 * PATIENCE_S
@@ -74,7 +74,7 @@ def test_of_who_may_not_write_nothing_is_parsed_ahead(make: Make, monkeypatch: p
     bench.revoke("gone")
     bench.invite("guest")
     guest = Device("guest", bench.schema)
-    ahead = Preverifier(registry=bench.core.registry, validation=bench.core.validation, work=bench.core.work)
+    ahead = preverifier_of(bench)
     frames = [(each, each.update(float32_block(bench.schema, 1), 0)[0]) for each in (pi, gone, stranger, guest)]
     parsed: list[bytes] = []
 
@@ -208,9 +208,7 @@ def test_what_was_decoded_ahead_is_taken_and_paid(make: Make) -> None:
     bench = make(limits__work_bytes_per_s=LEAST)
     pi = bench.join("pi")
     frame = pi.update(ternary_block(bench.schema, 1), 0)[0]
-    opened = Preverifier(registry=bench.core.registry, validation=bench.core.validation, work=bench.core.work).open(
-        pi.topic("update"), frame
-    )
+    opened = preverifier_of(bench).open(pi.topic("update"), frame)
     bench.core.work.charge("pi", 10**7, bench.now)
     event = events.MessageArrived(topic=pi.topic("update"), payload=frame, opened=opened, waited_s=LATE_S)
     assert receipts(bench.handle(event))[0].outcome == "accepted"
@@ -219,7 +217,7 @@ def test_what_was_decoded_ahead_is_taken_and_paid(make: Make) -> None:
 def test_of_who_owes_nothing_is_decoded_ahead_while_others_wait(make: Make) -> None:
     bench = make(limits__work_bytes_per_s=LEAST)
     pi = bench.join("pi")
-    ahead = Preverifier(registry=bench.core.registry, validation=bench.core.validation, work=bench.core.work)
+    ahead = preverifier_of(bench)
     frame = pi.update(ternary_block(bench.schema, 1), 0)[0]
     bench.core.work.charge("pi", 10**7, bench.now)
     for waited_s, is_decoded in ((LATE_S, False), (0.0, True)):
@@ -235,7 +233,7 @@ def test_of_who_owes_no_large_header_is_parsed_while_others_wait(make: Make) -> 
     later = msgpack.unpackb(msgpack.packb({"later": [[]] * 1100}))
     large = pi.frame("status", {"state": "idle", "session": 1, "base": -1, "software": "", **later})
     assert header_bytes(large) > LARGE_HEADER_BYTES
-    ahead = Preverifier(registry=bench.core.registry, validation=bench.core.validation, work=bench.core.work)
+    ahead = preverifier_of(bench)
     for number in range(50):
         receive_late(bench, pi.topic("status"), large)
         assert (ahead.open(pi.topic("status"), large, LATE_S) is None) == bench.core.work.may_owe("pi"), number
@@ -245,3 +243,60 @@ def test_of_who_owes_no_large_header_is_parsed_while_others_wait(make: Make) -> 
     member = bench.core.registry.members["pi"]
     assert member.status is not None
     assert member.status.session == 2
+
+
+def test_what_was_decoded_ahead_is_paid_whatever_the_answer(make: Make) -> None:
+    """Refused for what the header says, or for the content: an update of 2 KB has cost a hundred megabytes."""
+    for closed, wrong in ((True, False), (False, True)):
+        bench = make(limits__work_bytes_per_s=LEAST)
+        pi = bench.join("pi")
+        if closed:
+            bench.handle(events.StateRequested(state="closed"))
+        nan = np.full(bench.schema.elements, np.nan, dtype=np.float32)
+        block = encode(nan.tobytes()) if wrong else float32_block(bench.schema, 1)
+        frame = pi.update(block, 0, codec="float32", encoding="zstd" if wrong else "raw")[0]
+        opened = preverifier_of(bench).open(pi.topic("update"), frame)
+        assert opened is not None
+        assert (opened.content is None) == wrong
+        event = events.MessageArrived(topic=pi.topic("update"), payload=frame, opened=opened)
+        assert receipts(bench.handle(event))[0].outcome == "invalid"
+        assert bench.core.work.wait_s("pi", bench.now) * LEAST >= content_bytes(bench.schema, "float32")
+
+
+@pytest.mark.parametrize("base", [10**6, -1, 0])  # in the future, not a base, and accepted before
+def test_of_an_update_that_its_header_refuses_nothing_is_decoded_ahead(make: Make, base: int) -> None:
+    bench = make()
+    pi = bench.join("pi")
+    bench.send(pi, float32_block(bench.schema, 1), 0)
+    frame = pi.update(float32_block(bench.schema, 2), base)[0]
+    opened = preverifier_of(bench).open(pi.topic("update"), frame)
+    assert opened is not None
+    assert (opened.content, opened.decoded_bytes) == (None, 0)
+
+
+def test_who_hashes_in_vain_pays_and_its_large_bodies_are_hashed_no_more_while_others_wait(make: Make) -> None:
+    bench = make(limits__work_bytes_per_s=LEAST)
+    pi = bench.join("pi")
+    body = bytes(LARGE_BODY_BYTES + 1)
+    false = pi.update(body, 0, frame_bytes=2 * LARGE_BODY_BYTES)[0][:-1] + b"\1"
+    receive_late(bench, pi.topic("update"), false)
+    assert bench.core.work.wait_s("pi", bench.now) == pytest.approx(len(body) / LEAST)
+    receive_late(bench, pi.topic("update"), false)
+    assert receipts(bench.last) == []  # a debt of one message is no more than its own size
+    bench.core.work.charge("pi", 2 * LEAST, bench.now)
+    assert preverifier_of(bench).open(pi.topic("update"), false, LATE_S) is None
+    (receipt,) = receipts(receive_late(bench, pi.topic("update"), false))
+    assert (receipt.outcome, receipt.reason) == ("busy", "this device has used its share of the work")
+    receive_late(bench, pi.topic("status"), pi.frame("status", {}, body=body))
+    receive_late(bench, pi.topic("update"), false[: -len(body) - 64] + bytes(64) + body)  # signed by nobody
+    assert refusals(bench.tick(1.0)) == {"bad-digest": 2, "too-much-work": 1, "bad-signature": 1}
+
+
+def test_the_parts_of_an_update_are_no_debt_that_it_waits_for(make: Make) -> None:
+    """However late they are."""
+    bench = make(limits__work_bytes_per_s=LEAST)
+    pi = bench.join("pi")
+    parts = pi.update(float32_block(bench.schema, 1), 0, frame_bytes=1500)
+    assert len(parts) > 1
+    assert [receipt.outcome for receipt in receipts(receive_late(bench, pi.topic("update"), *parts))] == ["accepted"]
+    assert bench.core.work.wait_s("pi", bench.now) * LEAST == pytest.approx(2 * content_bytes(bench.schema, "float32"))

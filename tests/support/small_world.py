@@ -19,6 +19,7 @@ from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.merge.accepted import AcceptedUpdate
 from ternbus.aggregator.shell import administration
+from ternbus.aggregator.shell.preverify import ROOM_BYTES, Preverifier
 from ternbus.aggregator.store import membership
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.aggregator.store.recovery import recover, waiting
@@ -361,6 +362,13 @@ def reconfigure(bench: Bench, **changes: Mapping[str, object]) -> None:
         name: keys if name == "plan" else replace(getattr(settings, name), **keys) for name, keys in changes.items()
     }
     (bench.directory / administration.TOML).write_text(configuration.dumps(replace(settings, **sections)))
+
+
+def preverifier_of(bench: Bench, room_bytes: int = ROOM_BYTES) -> Preverifier:
+    core = bench.core
+    return Preverifier(
+        registry=core.registry, validation=core.validation, model=core.model, work=core.work, room_bytes=room_bytes
+    )
 
 
 class LostError(Exception):

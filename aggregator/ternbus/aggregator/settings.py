@@ -260,13 +260,8 @@ def from_table(table: Mapping[str, Any], source: str = "aggregator.toml") -> Set
         if not isinstance(table[key], str):
             raise ConfigError(f"{source}: {key!r} must be a string")
     sections = {name: _section(kind, table.get(name, {}), f"{source}: {name}") for name, kind in SECTIONS.items()}
-    _check_merge(sections["merge"], f"{source}: merge")
     plan = _plan(table.get("plan", {}), f"{source}: plan")
-    if plan.get("seal") and 0 < sections["merge"].min_devices < SEALED_DEVICES_MIN:
-        raise ConfigError(
-            f"{source}: merge.min_devices = 1 with plan.seal = true makes a version of one sealed update, and shows "
-            f"it: choose merge.min_devices = 0 (automatic) or at least {SEALED_DEVICES_MIN}"
-        )
+    _check_merge(sections["merge"], f"{source}: merge", seal=bool(plan.get("seal")))
     return Settings(
         federation=check_federation(table["federation"]),
         broker=check_broker_url(table["broker"]),
@@ -275,9 +270,16 @@ def from_table(table: Mapping[str, Any], source: str = "aggregator.toml") -> Set
     )
 
 
-def _check_merge(about: MergeSettings, where: str) -> None:
-    """Refuse what each key allows by itself and the rule does not."""
+def _check_merge(about: MergeSettings, where: str, *, seal: bool) -> None:
+    """Refuse what each key allows by itself and the rule, or a plan that seals updates, does not."""
     size, rule = about.buffer_size, about.rule
+    shows = "with plan.seal = true makes a version of one sealed update, and shows it: choose merge"
+    if seal and 0 < about.min_devices < SEALED_DEVICES_MIN:
+        raise ConfigError(
+            f"{where}.min_devices = 1 {shows}.min_devices = 0 (automatic) or at least {SEALED_DEVICES_MIN}"
+        )
+    if seal and (rule == "krum" or (rule == "multi-krum" and about.krum_keep == 1)):
+        raise ConfigError(f'{where}.rule = "{rule}" {shows}.rule = "multi-krum" with krum_keep = 0 or at least 2')
     if about.on_large == "refuse" and about.max_update_norm == 0:
         raise ConfigError(
             f'{where}.on_large = "refuse" has no effect while max_update_norm is 0: set {where}.max_update_norm'

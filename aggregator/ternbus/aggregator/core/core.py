@@ -243,6 +243,8 @@ class Core:
 
     def _from_device(self, event: events.MessageArrived, address: topics.Address) -> list[Action]:
         name, opened = address.device or "", event.opened
+        if opened is not None and opened.decoded_bytes:  # that was done, whatever becomes of the message
+            self.work.charge(name, opened.decoded_bytes, self._now)
         self._enrollment.take_frame(name, self._now)
         is_late = event.waited_s > PATIENCE_S
         if is_late and header_bytes(event.payload) > LARGE_HEADER_BYTES and self.work.owes(name, self._now):
@@ -253,7 +255,8 @@ class Core:
             self.work.charge(name, cost, self._now)
         if frame.kind == "enroll":
             return self._enrollment.enroll(frame, self._now, event.clock_s)
-        sender = self._enrollment.authenticate(frame, b"" if opened is None else opened.public, self._now)
+        verified = b"" if opened is None else opened.public
+        sender = self._enrollment.authenticate(frame, verified, self._now, is_late=is_late)
         if not isinstance(sender, Member):
             return sender
         if frame.kind == "update":
@@ -389,7 +392,7 @@ class Core:
         self._merge_trigger = self._merge_trigger.merged(self._now)
         for update in self.model.buffer:
             self.registry.members[update.device].waiting_bytes = 0
-        self.influence.merged(self.model.buffer)
+        self.influence.merged(self.model.buffer, self.model.version + 1)
         return self._versions.merge()
 
     def _count(self) -> list[Action]:

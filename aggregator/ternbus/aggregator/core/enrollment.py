@@ -11,10 +11,11 @@ from ternbus.aggregator.core.refusals import Refusals
 from ternbus.aggregator.core.registry import ACTIVE, EVALUATOR, REVOKED, UNKNOWN, Invited, Member, Registry
 from ternbus.aggregator.core.updates import Updates
 from ternbus.aggregator.core.validation import Verdict
+from ternbus.aggregator.core.work import LARGE_BODY_BYTES
 from ternbus.aggregator.settings import Settings
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol.frame import Frame
-from ternbus.broker.protocol.messages import Status
+from ternbus.broker.protocol.messages import Status, Update
 
 NOT_KNOWN: Final = "this aggregator does not know this key: it may have been restored from before the device joined"
 
@@ -48,12 +49,15 @@ class Enrollment:
         elif not self._strangers.take(now, limits.refusals_per_s, limits.refusals_per_s):
             raise ProtocolError("too-fast", f"unknown names send more than {limits.refusals_per_s} frames a second")
 
-    def authenticate(self, frame: Frame, verified: bytes, now: float) -> Member | list[Action]:
+    def authenticate(
+        self, frame: Frame, verified: bytes, now: float, *, is_late: bool = False
+    ) -> Member | list[Action]:
         """The member whose present key signed this frame; ProtocolError with the reason for anybody else.
 
         ``verified`` is a public key under which the frame was found authentic already. A revoked key is told so, as
         often as its device may have receipts, once its signature verifies. A key that is not known is told so at a low
-        rate. In both cases the answer is what is returned.
+        rate. In both cases the answer is what is returned. So is `busy` where messages are late, for a large body of a
+        device with a debt of work, which is not hashed.
         """
         member = self.registry.members.get(frame.sender)
         if member is None:
@@ -61,7 +65,13 @@ class Enrollment:
         public, state = member.standing(frame.key)
         if state == ACTIVE:
             if public != verified:
-                frame.check_authentic(public)
+                frame.check_signature(public)
+                if is_late and len(frame.body) > LARGE_BODY_BYTES and self.updates.owes(member, frame, now):
+                    return self._shed(member, frame, now)
+            if frame.body:  # its work is that of the key's owner from here on, also if the digest is wrong
+                self.updates.work.charge(member.name, len(frame.body), now)
+            if public != verified:
+                frame.check_digest()
             return member
         error = ProtocolError(f"{state}-key", f"{frame.sender} signs with a key that is not its present one")
         if state == UNKNOWN:
@@ -87,6 +97,15 @@ class Enrollment:
             raise error
         receipt = self.updates.receipt(frame.sender, frame.key, frame.seq, Verdict("unknown", NOT_KNOWN))
         return [*receipt, *self.refusals.drop(f"{frame.kind} of {frame.sender}", error, now)]
+
+    def _shed(self, member: Member, frame: Frame, now: float) -> list[Action]:
+        """Answer an update once, and drop the rest."""
+        if frame.kind != Update.KIND or frame.part > 0:
+            raise ProtocolError(
+                "too-much-work", f"{member.name} has used its share of the work, and sends large bodies"
+            )
+        self.updates.afford(member, now)
+        return self.updates.shed(member, frame.seq, now)
 
     def enroll(self, frame: Frame, now: float, clock_s: float) -> list[Action]:
         """Admit a key, or answer why not. ``clock_s`` is the time of day, in Unix seconds."""

@@ -47,11 +47,13 @@ class Opened:
     """A frame that is authentic under this public key; whether the key may still sign is the core's question.
 
     ``content`` is that of an update in one unsealed part, where that was read ahead. None means nothing.
+    ``decoded_bytes`` is the work of that, also where it was in vain.
     """
 
     frame: Frame
     public: bytes
     content: Measured | None = None
+    decoded_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

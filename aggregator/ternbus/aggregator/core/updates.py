@@ -85,9 +85,10 @@ class Updates:
             raise ProtocolError("not-granted", f"{frame.parts} parts, unasked")
         if self.validation.is_last(member, frame):
             self.afford(member, now)  # before it is decompressed and read
-            if is_late and ahead is None and self.work.owes(member.name, now):
-                return self._shed(member, frame.seq, now)
-            self.work.charge(member.name, self.validation.work_bytes(frame), now)
+            if is_late and ahead is None and self.owes(member, frame, now):
+                return self.shed(member, frame.seq, now)
+            if ahead is None:  # what was read ahead is charged already
+                self.work.charge(member.name, self.validation.work_bytes(frame), now)
         return self._collect(member, frame, now, ahead)
 
     def _collect(self, member: Member, frame: Frame, now: float, ahead: Measured | None) -> list[Action]:
@@ -146,7 +147,12 @@ class Updates:
         )
         return [Save(record=record), *self.receipt(member.name, member.key, seq, verdict)]
 
-    def _shed(self, member: Member, seq: int, now: float) -> list[Action]:
+    def owes(self, member: Member, frame: Frame, now: float) -> bool:
+        """Whether a device has used its share of the work; the parts of what it is sending are left out."""
+        held = member.collector.size_bytes if member.collector is not None else 0
+        return self.work.owes(member.name, now, held + len(frame.body))
+
+    def shed(self, member: Member, seq: int, now: float) -> list[Action]:
         """Answer `busy`: other devices wait, and this one has used more than its share of the work."""
         wait_s = min(max(BUSY_S, self.work.wait_s(member.name, now)), BUSY_MAX_S)
         return self._busy(member, seq, now, "this device has used its share of the work", wait_s)

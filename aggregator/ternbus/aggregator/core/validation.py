@@ -15,7 +15,7 @@ from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.messages import Offer, Update
 from ternbus.broker.protocol.meta_fields import counter
-from ternbus.broker.protocol.parts import PART_BYTES_MIN, Collector, Whole, whole
+from ternbus.broker.protocol.parts import Collector, Whole, encoded_bytes_max, parts_max, whole
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import FLOAT32, TERNARY, Block, content_bytes
 
@@ -66,8 +66,7 @@ class Validation:
     _drops: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        largest = 4 * self.schema.elements
-        self.update_bytes_max = largest + largest // 256 + 1024
+        self.update_bytes_max = encoded_bytes_max(4 * self.schema.elements)
 
     def oldest(self, version: int) -> int:
         """The oldest base that is not stale at this version."""
@@ -89,7 +88,8 @@ class Validation:
             f"counts less: norm {norm:.4g} (at most {bound.norm:.4g}), {samples} samples (at most {bound.samples}), "
             "by what was merged of late"
         )
-        return _Counted(min(samples, bound.samples), min(factor, bound.factor(norm)), norm, samples, bounded)
+        kept, factor = min(samples, bound.samples), min(factor, bound.factor(norm))
+        return _Counted(kept, factor, min(norm, bound.norm), samples, bounded)
 
     def judge_base(self, member: Member, base: int, version: int, *, closed: bool) -> Verdict | None:
         """The checks that need only (device, base): duplicate, then stale, then what cannot be."""
@@ -126,7 +126,7 @@ class Validation:
         return self.judge_base(member, offer.base, version, closed=closed) or self._judge_parts(offer.parts) or offer
 
     def _judge_parts(self, parts: int) -> Verdict | None:
-        return Verdict("invalid", "too-long") if (parts - 1) * PART_BYTES_MIN > self.update_bytes_max else None
+        return Verdict("invalid", "too-long") if parts > parts_max(4 * self.schema.elements) else None
 
     def collect(
         self, member: Member, frame: Frame, version: int, ahead: Measured | None = None
@@ -159,7 +159,7 @@ class Validation:
 
     def work_bytes(self, frame: Frame) -> int:
         """The bytes to decode for the content of the update that this last part completes, according to its meta."""
-        return len(frame.body) + content_bytes(self.schema, FLOAT32 if frame.meta["codec"] == FLOAT32 else TERNARY)
+        return content_bytes(self.schema, FLOAT32 if frame.meta["codec"] == FLOAT32 else TERNARY)
 
     def forget(self, member: Member) -> None:
         """Drop what a device has begun to send."""

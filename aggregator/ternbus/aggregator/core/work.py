@@ -1,15 +1,19 @@
 """Fair shares of the aggregator's work for its devices, which limit a device only while others have to wait.
 
-Work is counted in decoded bytes, because an update of 2 KB can decode to a hundred megabytes. Work beyond a device's
-share is the device's debt, which decreases with time. A device with a debt waits while the queue is long; on an idle
-machine no device waits. The shares are those of fair queueing (Demers, Keshav & Shenker 1989), by virtual time.
+Work is counted in bytes, hashed or decoded, because an update of 2 KB can decode to a hundred megabytes. It is charged
+whatever becomes of the message: a refused one has cost as much as an accepted one. Work beyond a device's share is the
+device's debt, which decreases with time. A device with a debt waits while the queue is long; on an idle machine no
+device waits. The shares are those of fair queueing (Demers, Keshav & Shenker 1989), by virtual time.
 """
 
 import heapq
 from dataclasses import dataclass, field
 from typing import Final
 
+from ternbus.broker.protocol.frame import FRAME_BYTES
+
 LARGE_HEADER_BYTES: Final = 1024  # headers up to this size cost nothing; few honest ones are larger
+LARGE_BODY_BYTES: Final = FRAME_BYTES  # bodies up to this size are hashed even for a device with a debt
 HEADER_WORK: Final = 100  # the cost of each further header byte, in decoded bytes
 PATIENCE_S: Final = 0.25  # a message that waited longer than this is late
 DEBT_S: Final = 2.0  # the maximum of a debt of several pieces, in seconds of the whole rate
@@ -34,10 +38,10 @@ class WorkShares:
         """Whether the device had a debt at the last call of another method; a hint for other threads."""
         return device in self._until
 
-    def owes(self, device: str, now: float) -> bool:
-        """Whether the device has a debt."""
+    def owes(self, device: str, now: float, beyond: float = 0.0) -> bool:
+        """Whether the device has a debt of more than ``beyond`` bytes."""
         self._pay(now)
-        return device in self._until
+        return self._until.get(device, self._paid) - self._paid > beyond
 
     def charge(self, device: str, size_bytes: int, now: float) -> None:
         """Add ``size_bytes`` of work to the debt of the device."""

@@ -27,7 +27,7 @@ class AcceptedUpdate:
     encoding: str
     epsilon: float | None = None  # what its device says that it has spent of privacy, with this update
     # What the bound on later updates follows from; None where nothing is bounded by it, or was not yet.
-    norm: float | None = None  # of its block as it came, at most (``influence.norm_at_most``)
+    norm: float | None = None  # of its block, at most (``influence.norm_at_most``), and no more than the bound
     stated: int | None = None  # samples, as its device says
 
     def contribution(self, weight: float) -> Contribution:

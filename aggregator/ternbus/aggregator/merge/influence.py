@@ -5,6 +5,9 @@ for differential privacy), and the same for the number of samples that a device 
 median over devices, each with its newest merged update, so that fewer than half of them cannot move it beyond what
 the others send; it is a multiple of this that an update may have, since honest devices are unequal.
 
+Devices, not updates, are what is remembered: one that sends often takes no other's place. Of each it is what it was
+allowed, not what it claimed, so that a bound which its own updates lead grows at most by its factor a merge.
+
 The bound changes with a merge and at no other time. What it does to an update becomes part of the update's ``discount``
 and ``samples``, so a merge that is done again from the ledger gives the same bits.
 """
@@ -13,7 +16,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import median_low
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +24,9 @@ import numpy.typing as npt
 from ternbus.aggregator.merge.accepted import AcceptedUpdate
 from ternbus.broker.protocol.ternary import TERNARY, Block
 
-RECENT: Final = 100  # merged updates that are looked at
-UPDATES_MIN: Final = 20  # of them there must be so many before anything is bounded,
-DEVICES_MIN: Final = 4  # of so many devices: of fewer nobody can tell what is usual
+MERGES: Final = 1000  # a device counts until so many merges have been without it,
+DEVICES_MIN: Final = 4  # and while it is one of the last so many: of fewer nobody can tell what is usual
+UPDATES_MIN: Final = 20  # there must have been so many before anything is bounded
 NORM_FACTOR: Final = 3.0
 SAMPLES_FACTOR: Final = 4
 NO_TRITS: Final = 121  # a byte of five zeros: 1 + 3 + 9 + 27 + 81
@@ -41,29 +44,50 @@ class Bound:
         return 1.0 if norm <= self.norm else self.norm / norm
 
 
+class Usual(NamedTuple):
+    """A device's newest merged update, as it was bounded."""
+
+    version: int  # that it was merged into
+    norm: float
+    samples: int
+
+
 @dataclass(slots=True)
 class Influence:
-    """The updates merged of late, as (device, norm, samples), and the ``bound`` that follows from them."""
+    """Each device's newest merged update, and the ``bound`` that follows from them.
+
+    Updates without a norm, or of norm 0, are left out: they weigh nothing.
+    """
 
     bound: Bound | None = None  # None: too little was merged to know what is usual
-    _recent: deque[tuple[str, float, int]] = field(default_factory=lambda: deque(maxlen=RECENT))
+    _newest: dict[str, Usual] = field(default_factory=dict)  # by device, the longest silent first
+    _updates: int = 0  # merged ones, at most UPDATES_MIN
+    _versions: deque[int] = field(default_factory=lambda: deque(maxlen=MERGES))  # that the last merges made
 
-    def merged(self, updates: Iterable[AcceptedUpdate]) -> None:
-        """Take in what a merge was made of, in its order."""
-        self.recall((update.device, update.norm, update.stated) for update in updates)
+    def merged(self, updates: Iterable[AcceptedUpdate], version: int) -> None:
+        """Take in what a version was made of, in its order."""
+        measured = [(each.device, Usual(version, each.norm, each.samples)) for each in updates if each.norm]
+        if measured:
+            self.recall(measured, len(measured), [version])
 
-    def recall(self, recent: Iterable[tuple[str, float | None, int | None]]) -> None:
-        """Take in (device, norm, samples) of merged updates, oldest first; None: not known, and left out."""
-        self._recent.extend(
-            (device, norm, samples) for device, norm, samples in recent if norm is not None and samples is not None
-        )
-        newest = {device: (norm, samples) for device, norm, samples in self._recent}
-        if len(self._recent) < UPDATES_MIN or len(newest) < DEVICES_MIN:
-            self.bound = None
-            return
-        norms, samples = zip(*newest.values(), strict=True)
-        norm = NORM_FACTOR * median_low(norms)
-        self.bound = Bound(norm=norm, samples=SAMPLES_FACTOR * median_low(samples)) if norm > 0 else None
+    def recall(self, newest: Iterable[tuple[str, Usual]], updates: int, versions: Iterable[int]) -> None:
+        """Take in devices' newest updates, longest ago first, the number of all, and the versions that they made.
+
+        The same follows from each merge in turn, and from all of them at once.
+        """
+        for device, usual in newest:
+            self._newest.pop(device, None)
+            self._newest[device] = usual
+        self._updates = min(self._updates + updates, UPDATES_MIN)
+        self._versions.extend(versions)
+        for device in list(self._newest)[:-DEVICES_MIN]:
+            if self._newest[device].version >= self._versions[0]:
+                break
+            del self._newest[device]
+        if self._updates == UPDATES_MIN and len(self._newest) >= DEVICES_MIN:
+            norm = median_low(usual.norm for usual in self._newest.values())
+            samples = median_low(usual.samples for usual in self._newest.values())
+            self.bound = Bound(norm=NORM_FACTOR * norm, samples=SAMPLES_FACTOR * samples)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from ternbus.aggregator.core.events import Opened
-from ternbus.aggregator.core.registry import EVALUATOR, Member, Registry
+from ternbus.aggregator.core.registry import Member, Registry
 from ternbus.aggregator.core.validation import Validation
-from ternbus.aggregator.core.work import LARGE_HEADER_BYTES, PATIENCE_S, WorkShares
+from ternbus.aggregator.core.work import LARGE_BODY_BYTES, LARGE_HEADER_BYTES, PATIENCE_S, WorkShares
+from ternbus.aggregator.merge.model import Model
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import header_bytes, parse
@@ -25,7 +26,8 @@ ROOM_BYTES: Final = 32 * 2**20  # of contents that wait for the core; one that i
 class Preverifier:
     """Opens frames in one thread; another takes what it opened to the core, and says so with ``close``.
 
-    Reading ahead costs what a device may have only a little of, before the core has asked whether it may. So at most
+    Reading ahead costs what a device may have only a little of, before the core has asked whether it may. So nothing
+    is read of an update that its header refuses, and the core charges what is read whatever it answers. At most
     one update of each is read and not closed, none of a device that has had its frames or its receipts: what is read
     ahead is one more than what the core affords. And all that is read and not closed has room in ``room_bytes``.
     For a name that may not write here, or has used its rate of frames, no header is parsed.
@@ -33,6 +35,7 @@ class Preverifier:
 
     registry: Registry
     validation: Validation
+    model: Model  # its version, by which an update is too old or too new; a hint, like all that is asked here
     work: WorkShares
     room_bytes: int = ROOM_BYTES
     _held: dict[str, int] = field(default_factory=dict)  # device -> bytes of what was read ahead
@@ -50,7 +53,7 @@ class Preverifier:
             if member is None or member.revoked or member.is_flooding:
                 return None
             owes = waited_s > PATIENCE_S and self.work.may_owe(member.name)
-            if owes and header_bytes(payload) > LARGE_HEADER_BYTES:
+            if owes and (header_bytes(payload) > LARGE_HEADER_BYTES or len(payload) > LARGE_BODY_BYTES):
                 return None
             frame = parse(payload)
             topics.check(frame, address)
@@ -59,7 +62,7 @@ class Preverifier:
             return None
         opened = Opened(frame=frame, public=member.public)
         wants = frame.kind == Update.KIND and frame.parts == 1 and frame.seq > member.answer.seq
-        may_read = member.role != EVALUATOR and not member.has_had_receipts and not owes
+        may_read = not member.has_had_receipts and not owes
         return self._read(opened, member) if wants and may_read else opened
 
     def close(self, opened: Opened | None) -> None:
@@ -70,17 +73,20 @@ class Preverifier:
     def _read(self, opened: Opened, member: Member) -> Opened:
         """With its content, if that is good and there is room for it."""
         frame = opened.frame
+        if self.validation.judge(member, frame, self.model.version, closed=False) is not None:
+            return opened
         try:
             update = Update.from_meta(frame.meta)
-            if update.sealed or not self._hold(member.name, content_bytes(self.validation.schema, update.codec)):
-                return opened
+            size_bytes = content_bytes(self.validation.schema, update.codec)
         except ProtocolError:
+            return opened
+        if update.sealed or not self._hold(member.name, size_bytes):
             return opened
         try:
-            return replace(opened, content=self.validation.measured(update, frame.body))
+            return replace(opened, content=self.validation.measured(update, frame.body), decoded_bytes=size_bytes)
         except ProtocolError:
             self._let_go(member.name)
-            return opened
+            return replace(opened, decoded_bytes=size_bytes)
 
     def _hold(self, device: str, size_bytes: int) -> bool:
         with self._lock:

@@ -114,7 +114,9 @@ class Service:
             self._core = open_core(self.directory, self._ledger, self.software)
             self._core.model.sum_by(partial(summing, adding))
             core = self._core
-            self._preverifier = Preverifier(registry=core.registry, validation=core.validation, work=core.work)
+            self._preverifier = Preverifier(
+                registry=core.registry, validation=core.validation, model=core.model, work=core.work
+            )
             self._serve()
 
     def _serve(self) -> None:

@@ -9,7 +9,7 @@ from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.core.registry import ACTIVE, REVOKED, Answer, Member, Registry
 from ternbus.aggregator.core.versions import PublishedState
 from ternbus.aggregator.merge.accepted import AcceptedUpdate, BufferedUpdate
-from ternbus.aggregator.merge.influence import RECENT, Influence
+from ternbus.aggregator.merge.influence import MERGES, UPDATES_MIN, Influence, Usual
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Recipe, Settings
 from ternbus.aggregator.store import membership, soundness
@@ -117,13 +117,16 @@ def _updates(ledger: Ledger, schema: Schema, where: str, values: tuple[int, ...]
 
 
 def _influence(ledger: Ledger) -> Influence:
-    """What bounds later updates: those merged of late."""
-    influence = Influence()
-    rows = ledger.db.execute(
-        "SELECT device, norm, stated FROM updates WHERE merged >= 0 AND norm IS NOT NULL ORDER BY id DESC LIMIT ?",
-        (RECENT,),
-    ).fetchall()
-    influence.recall(reversed(rows))
+    """What bounds later updates: of each device the newest that was merged."""
+    influence, query = Influence(), ledger.db.execute
+    known = "FROM updates WHERE merged >= 0 AND norm > 0"
+    versions = query(f"SELECT DISTINCT merged {known} ORDER BY merged DESC LIMIT ?", (MERGES,)).fetchall()
+    if versions:
+        (updates,) = query(f"SELECT count(*) FROM (SELECT 1 {known} LIMIT ?)", (UPDATES_MIN,)).fetchone()  # noqa: S608 - our own text
+        # SQLite takes the other columns from the row of the maximum.
+        newest = query(f"SELECT device, merged, norm, samples, max(id) {known} GROUP BY device ORDER BY max(id)")
+        usual = ((device, Usual(merged, norm, samples)) for device, merged, norm, samples, _ in newest)
+        influence.recall(usual, updates, (version for (version,) in reversed(versions)))
     return influence
 
 

@@ -10,7 +10,7 @@ import msgpack
 
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.identity import AGGREGATOR, Identity, KeyId, is_device, is_federation, verify
-from ternbus.broker.protocol.packed import check_whole
+from ternbus.broker.protocol.packed import NO_EXTENSIONS, check_whole
 
 MAGIC: Final = b"TBF1"
 HEADER_BYTES_MAX: Final = 16_384
@@ -45,7 +45,15 @@ class Frame:
 
     def check_authentic(self, public: bytes) -> None:
         """Raise ProtocolError unless ``public`` signed the header and the body has the digest in the header."""
+        self.check_signature(public)
+        self.check_digest()
+
+    def check_signature(self, public: bytes) -> None:
+        """Raise ProtocolError unless ``public`` signed the header; the body is not looked at."""
         verify(public, SIGNED_PREFIX + self.header, self.signature)
+
+    def check_digest(self) -> None:
+        """Raise ProtocolError unless the body has the digest in the header."""
         if blake2b(self.body, digest_size=32).digest() != self.digest:
             raise ProtocolError("bad-digest", "the body does not have the digest in the header")
 
@@ -140,8 +148,7 @@ def _parse_header(header: bytes) -> tuple[dict[str, Any], bytes]:
             fields[key] = value
             if key == "meta":
                 meta_bytes = header[start : unpacker.tell()]
-    # msgpack raises OutOfData, StackError, FormatError, ValueError (also UnicodeDecodeError) and, for the extension
-    # types it decodes, the exceptions of their constructors.
+    # msgpack raises OutOfData, StackError, FormatError and ValueError (also UnicodeDecodeError).
     except (msgpack.UnpackException, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ProtocolError("bad-header", "the header is not exactly one msgpack map") from error
     for key in ("kind", "federation", "sender", "key", "seq", "part", "digest", "meta"):
@@ -154,7 +161,7 @@ def _parse_header(header: bytes) -> tuple[dict[str, Any], bytes]:
 
 
 def _unpacker(header: bytes) -> msgpack.Unpacker:
-    """A decoder that refuses a repeated key, and the first container beyond CONTAINERS_MAX before it is made."""
+    """A decoder that refuses extensions, repeated keys, and a container beyond CONTAINERS_MAX before it is made."""
     left = CONTAINERS_MAX - 1  # the hooks do not count the header's own map
 
     def count() -> None:
@@ -178,7 +185,11 @@ def _unpacker(header: bytes) -> msgpack.Unpacker:
         return result
 
     unpacker = msgpack.Unpacker(
-        strict_map_key=False, object_pairs_hook=unique, list_hook=array, max_buffer_size=HEADER_BYTES_MAX
+        strict_map_key=False,
+        object_pairs_hook=unique,
+        list_hook=array,
+        max_buffer_size=HEADER_BYTES_MAX,
+        **NO_EXTENSIONS,
     )
     unpacker.feed(header)
     return unpacker

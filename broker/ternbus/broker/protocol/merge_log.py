@@ -16,6 +16,7 @@ from ternbus.broker.protocol import meta_fields
 from ternbus.broker.protocol.frame import SIGNATURE_BYTES
 from ternbus.broker.protocol.identity import Identity, KeyId, is_federation, verify
 from ternbus.broker.protocol.messages import RESTORE_LEAP
+from ternbus.broker.protocol.packed import NO_EXTENSIONS
 
 SIGNED_PREFIX: Final = b"ternbus/1 log\0"
 FIRST: Final = bytes(32)  # the previous hash in the first entry
@@ -67,7 +68,7 @@ class Entry:
     def parse(cls, content: bytes) -> Self:
         """Decode an entry; ProtocolError unless the bytes are its canonical encoding."""
         try:
-            fields = msgpack.unpackb(content, strict_map_key=False)
+            fields = msgpack.unpackb(content, strict_map_key=False, **NO_EXTENSIONS)
         except (msgpack.UnpackException, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ProtocolError("bad-entry", "the entry is not msgpack") from error
         if not isinstance(fields, dict) or list(fields) != _KEYS:
@@ -127,7 +128,7 @@ def unpack(packed: bytes) -> Signed:
 def unpack_all(chunks: Iterable[bytes]) -> Iterator[Signed]:
     """The entries of a log, from chunks that are cut anywhere; ProtocolError at the first that cannot be decoded."""
     unpacker = msgpack.Unpacker(
-        max_buffer_size=ENTRY_BYTES_MAX, max_array_len=2, max_map_len=0, max_ext_len=0, max_str_len=0
+        max_buffer_size=ENTRY_BYTES_MAX, max_array_len=2, max_map_len=0, max_str_len=0, **NO_EXTENSIONS
     )
     start = size_bytes = 0
     try:

@@ -11,6 +11,7 @@ from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import meta_fields
 from ternbus.broker.protocol.frame import PARTS_MAX
 from ternbus.broker.protocol.identity import KeyId
+from ternbus.broker.protocol.parts import parts_max
 
 GRANT_RANGES_MAX: Final = 500
 SAMPLES_MAX: Final = 2**32 - 1
@@ -81,7 +82,7 @@ class Head:
             state=meta_fields.one_of(meta, "state", STATES),
             plan=meta_fields.mapping(meta, "plan"),
         )
-        if version > head.version or not 1 <= parts <= PARTS_MAX or place > 1:
+        if version > head.version or not 1 <= parts <= parts_max(size_bytes) or place > 1:
             raise ProtocolError("bad-meta", "'snapshot' has a version, a number of parts or a place out of range")
         return head
 

@@ -13,6 +13,16 @@ from ternbus.broker.protocol.identity import Identity, KeyId
 PART_BYTES_MIN: Final = 1024  # minimum size of every part but the last
 
 
+def encoded_bytes_max(content_bytes: int) -> int:
+    """The maximum length of a body with so many bytes of content, in any encoding."""
+    return content_bytes + content_bytes // 256 + 1024
+
+
+def parts_max(content_bytes: int) -> int:
+    """The maximum number of parts of a message with so many bytes of content."""
+    return min(PARTS_MAX, 1 + encoded_bytes_max(content_bytes) // PART_BYTES_MIN)
+
+
 def cut(
     identity: Identity,
     *,

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ternbus.broker.errors import ConfigError, ProtocolError
-from ternbus.broker.protocol.packed import check_whole
+from ternbus.broker.protocol.packed import NO_EXTENSIONS, check_whole
 
 type_f32 = np.dtype("<f4")
 Vector = npt.NDArray[np.float32]  # shape (elements,), little-endian float32, every element finite
@@ -84,7 +84,7 @@ class Schema:
         """Decode the msgpack array of ``[name, shape, role]``; ProtocolError for anything else."""
         try:
             check_whole(encoded)
-            rows = msgpack.unpackb(encoded, strict_map_key=True)
+            rows = msgpack.unpackb(encoded, strict_map_key=True, **NO_EXTENSIONS)
         except (msgpack.UnpackException, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ProtocolError("bad-schema", "the schema is not msgpack") from error
         if not isinstance(rows, list) or not 1 <= len(rows) <= TENSORS_MAX:

@@ -5,6 +5,7 @@ It verifies digests only: the core has verified the signatures of its frames, an
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final
 
 import numpy as np
@@ -14,7 +15,7 @@ from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.messages import Delta, Head, Snapshot
-from ternbus.broker.protocol.parts import Collector
+from ternbus.broker.protocol.parts import Collector, parts_max
 from ternbus.broker.protocol.schema import Schema, Vector, to_vector, vector_digest, vector_of
 from ternbus.broker.protocol.ternary import Block, decode
 from ternbus.broker.protocol.topics import Address
@@ -25,6 +26,8 @@ GRACE_S: Final = 1.0  # for deltas to arrive through the common subscription, be
 RETRY_S: Final = 60.0  # until the next attempt, after all snapshots failed
 BEFORE_HEAD_MAX: Final = 64  # parts of deltas kept until the first head
 MESSAGES_MAX: Final = 64
+REQUESTED_MAX: Final = 1000  # parts of deltas that are requested at a time; the next ones when they have arrived
+DELTAS_MAX: Final = 64  # applied up to a snapshot; beyond that the snapshot is smaller than the deltas
 BYTES_MAX: Final = 64 * 2**20
 
 
@@ -66,6 +69,7 @@ class Follower:
     requests: PartRequests = field(default_factory=PartRequests)
     _collector: Collector = field(default_factory=lambda: Collector(MESSAGES_MAX, BYTES_MAX))
     _deltas: dict[int, tuple[Delta, bytes]] = field(default_factory=dict)  # complete ones, above version
+    _delta_bytes: int = 0  # in all of them
     _delta_seqs: dict[int, int] = field(default_factory=dict)  # by version, of deltas with a part that has arrived
     _before_head: list[tuple[str, Frame]] = field(default_factory=list)  # parts of deltas
     _fetch: _SnapshotFetch | None = None
@@ -155,6 +159,7 @@ class Follower:
             raise ProtocolError("wrong-slot", f"the delta of version {delta.version} in slot {address.slot}")
         if delta.version > head.version + head.slots:
             raise ProtocolError("far-ahead", f"the delta of version {delta.version} at head {head.version}")
+        _check_parts(frame, head)
         if delta.version <= self._base_version(head) or delta.version in self._deltas:
             return []
         self._delta_seqs[delta.version] = frame.seq
@@ -164,11 +169,18 @@ class Follower:
         if requested and delta.version <= head.version:
             actions += self.requests.arrived(topic, now)
         if whole is not None:
-            self._deltas[delta.version] = (delta, whole.body)
+            self._keep(delta, whole.body)
             actions += self._apply_deltas(now)
-        elif requested:
+        if requested and self.vector is not None and not self.synced and (whole is None or not self.requests):
             actions += self._request_deltas(now)
         return actions
+
+    def _keep(self, delta: Delta, body: bytes) -> None:
+        """Keep a complete delta until its turn; beyond the bound in bytes, the latest versions are dropped."""
+        self._deltas[delta.version] = (delta, body)
+        self._delta_bytes += len(body)
+        while self._delta_bytes > self._collector.bytes_max:
+            self._delta_bytes -= len(self._deltas.pop(max(self._deltas))[1])
 
     def _base_version(self, head: Head) -> int:
         return self.version if self.version is not None else head.snapshot.version
@@ -179,18 +191,21 @@ class Follower:
         if head is None or self.vector is None or self.version is None:
             return []
         while self.version < head.version and (found := self._deltas.pop(self.version + 1, None)):
+            self._delta_bytes -= len(found[1])
             fault = self._apply_delta(*found)
             if fault:
                 return self._resync(fault, now)
-        for mapping in (self._deltas, self._delta_seqs):
-            for version in [version for version in mapping if version <= self.version]:
-                mapping.pop(version)
+        for version in [version for version in self._deltas if version <= self.version]:
+            self._delta_bytes -= len(self._deltas.pop(version)[1])
+        for version in [version for version in self._delta_seqs if version <= self.version]:
+            del self._delta_seqs[version]
         if self.version == head.version:
             if self.digest != head.digest:
                 return self._resync(f"the digest of version {head.version} is not the head's", now)
             self._missing_since_s, self.unconfirmed = None, False
             return [*self.requests.cancel()]
-        if not self.version < head.version <= self.version + head.slots:
+        is_far = not self.version < head.version <= self.version + head.slots
+        if is_far or (head.snapshot.version > self.version + DELTAS_MAX and not self._fetched_since_head):
             return self._resync(f"version {self.version} is too far from the head", now)
         if self._missing_since_s is None:
             self._missing_since_s = now
@@ -214,13 +229,13 @@ class Follower:
         assert head is not None  # noqa: S101 - without one no delta is missing
         assert version is not None  # noqa: S101 - as above
         self._missing_since_s = now
-        wanted = [
-            topics.delta(self.federation, missing % head.slots, part)
-            for missing in range(version + 1, head.version + 1)
-            if missing not in self._deltas
-            for part in self._parts_missing(missing)
-        ]
-        return [*self.requests.request(wanted, now)]
+        missing = (each for each in range(version + 1, head.version + 1) if each not in self._deltas)
+        wanted = (
+            topics.delta(self.federation, each % head.slots, part)
+            for each in islice(missing, MESSAGES_MAX // 2)  # no more than are assembled at a time
+            for part in self._parts_missing(each)
+        )
+        return [*self.requests.request(islice(wanted, REQUESTED_MAX), now)]
 
     def _parts_missing(self, version: int) -> list[int]:
         """The parts to request: the first, until one has arrived, which has the number of parts."""
@@ -278,6 +293,7 @@ class Follower:
             # An earlier process subscribed to it: the broker keeps the session after a crash.
             return [Unsubscribe(filters=(topic,))] if self.requests.connected else []
         snapshot = Snapshot.from_meta(frame.meta)
+        _check_parts(frame, head)
         whole = self._collector.add(frame)
         actions: list[Action] = []
         if fetch.version in {None, snapshot.version}:
@@ -309,3 +325,9 @@ class Follower:
             raise ProtocolError("bad-snapshot", "its vector does not have its digest")
         self.schema, self.vector = schema, vector
         self.version, self.digest = snapshot.version, snapshot.digest
+
+
+def _check_parts(frame: Frame, head: Head) -> None:
+    """Raise ProtocolError where a delta or snapshot has more parts than any of this model needs."""
+    if frame.parts > parts_max(head.snapshot.content_bytes):
+        raise ProtocolError("too-long", f"{frame.parts} parts")

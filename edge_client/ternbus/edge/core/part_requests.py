@@ -20,8 +20,8 @@ class PartRequests:
     _abandoned: list[str] = field(default_factory=list)  # cancelled while there was no connection to unsubscribe on
     _last_arrival_s: float = 0.0
 
-    def __bool__(self) -> bool:
-        return bool(self._queued or self._subscribed)
+    def __len__(self) -> int:
+        return len(self._queued) + len(self._subscribed)
 
     def __contains__(self, topic: str) -> bool:
         return topic in self._queued or topic in self._subscribed
