@@ -42,7 +42,10 @@ def train(trainer: Trainer, job: StartTraining, random_source: RandomSource) -> 
     planned = cost(plan, samples)
     account = _charged(job.account, planned, plan)
     if not account.epsilon <= plan.dp_epsilon:
-        return BudgetSpent(base=job.base, epsilon=account.epsilon, budget=plan.dp_epsilon, delta=plan.dp_delta)
+        final = _is_spent(job, planned)
+        return BudgetSpent(
+            base=job.base, epsilon=account.epsilon, budget=plan.dp_epsilon, delta=plan.dp_delta, final=final
+        )
     if plan.dp == DEVICE:
         released = _release_device(trainer, job, random_source)
     else:
@@ -111,6 +114,20 @@ def _charged(account: Account, charge: Cost, plan: Plan) -> Account:
     after = account.plus(charge)
     spent = epsilon(after.of(plan.dp), plan.dp_delta) if after.covers(plan.dp) else math.inf
     return replace(after, epsilon=spent, delta=plan.dp_delta)
+
+
+def _is_spent(job: StartTraining, planned: Cost) -> bool:
+    """Whether the owner's budget does not pay for the planned steps, though the device has paid for as many like them.
+
+    Otherwise only the plan may ask for too much: for less noise, more steps or a smaller epsilon than others before or
+    after it. No plan can end a device that has not spent its owner's budget on trainings.
+    """
+    policy, paid = job.policy, job.account.spent
+    if policy is None or not any(
+        replace(each, steps=planned.steps) == planned for each in paid if each.steps >= planned.steps
+    ):
+        return False
+    return not epsilon(job.account.plus(planned).of(policy.kind), policy.delta) <= policy.epsilon
 
 
 def _clear_statistics(schema: Schema, change: Vector) -> None:

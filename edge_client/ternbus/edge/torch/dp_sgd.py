@@ -336,7 +336,10 @@ def _per_sample(model: nn.Module) -> Iterator[None]:
     _check_layers(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Full backward hook is firing")  # the inputs need no gradient
-        hooked = GradSampleModule(model)
+        try:
+            hooked = GradSampleModule(model)
+        except NotImplementedError as error:  # a layer with parameters and buffers
+            raise ConfigError(f'dp = "sample" cannot train this model: {described(error)}') from error
         try:
             yield
         finally:
