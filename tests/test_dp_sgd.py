@@ -323,6 +323,22 @@ def test_a_sample_that_fails_changes_nothing_but_its_own_part(
     assert with_it.any() == (failing | {one} != set(range(SAMPLES)))
 
 
+def test_a_batch_in_which_no_sample_has_a_loss_takes_no_longer_search() -> None:
+    """Its time would tell whether there is one sample that has a loss."""
+    passes: list[int] = []
+
+    def broken(outputs: Tensor, targets: Tensor) -> Tensor:
+        raise ValueError("no loss at all")
+
+    class Counted(Squeezed):
+        def forward(self, inputs: Tensor) -> Tensor:
+            passes.append(len(inputs))
+            return super().forward(inputs)
+
+    assert not flat(stepped(made=TorchTask(name="own", model=Counted, data=data, loss=broken), dp_noise=1e-12)).any()
+    assert passes == [*PROBES, SAMPLES]
+
+
 def test_dropout_is_not_the_jobs_seed() -> None:
     made = TorchTask(name="own", model=Squeezed, data=data, loss=halves)
     trainer, start, plan = made.trainer(data=None, partition="all"), made.initial(0), Plan.from_meta(PLAN)
@@ -471,7 +487,8 @@ class Writing(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         with torch.no_grad():
             self.linear.weight[0, 0] = inputs.max()
-            self.watch.seen.fill_(math.inf)
+            self.watch.seen = self.watch.seen + math.inf
+            self.watch.register_buffer("late", inputs.mean())
         outputs: Tensor = self.linear(inputs.flatten(1))
         return outputs
 

@@ -114,6 +114,10 @@ def _doubled(gradient: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield rows, memory[: rows.stop - first].copy_(gradient[rows])
 
 
+class _NoLossError(Exception):
+    """The loss raises an exception for each sample of the batch, which needs no further search."""
+
+
 @dataclass(slots=True)
 class _Gradients:
     """The clipped gradients of a batch, under Opacus' hooks."""
@@ -124,15 +128,15 @@ class _Gradients:
     clip: float
     failed: int = 0  # samples, in all steps
     loss: float = 0.0  # of the last batch
-    _kept: list[Tensor] = field(default_factory=list)
+    _kept: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._kept = [tensor.detach().clone() for tensor in self._state()]
+        self._kept = {name: tensor.detach().clone() for name, tensor in self._state().items()}
 
     def keep(self) -> None:
-        """Keep parameters and buffers as they are now, after a step."""
-        for kept, tensor in zip(self._kept, self._state(), strict=True):
-            kept.copy_(tensor.detach())
+        """Keep the parameters as they are now, after a step; the buffers are as they were."""
+        for name, parameter in self.model.named_parameters():
+            self._kept[name].copy_(parameter.detach())
 
     def check(self) -> None:
         """Raises `ConfigError` for a model whose parameters do not each have one gradient for each sample.
@@ -200,6 +204,9 @@ class _Gradients:
             gradients = [self._of_samples(parameter, len(rows))[:count] for parameter in self.parameters]
             found = clipped_sum(gradients, self.clip, kept[:count])
             self.loss = loss.item()
+        except _NoLossError:
+            self._forget()
+            return self._nothing(), count
         except Exception:  # noqa: BLE001 - it may depend on the data: nobody else may see it
             self._forget()
             return None
@@ -234,7 +241,7 @@ class _Gradients:
                 raise
             usable = _usable(count, lambda chosen: loss(outputs[chosen].detach(), targets[chosen]))
             if not usable.any():
-                raise
+                raise _NoLossError from None
         first = int(usable.nonzero()[0])
         outputs, targets = (
             torch.where(usable.reshape(-1, *[1] * (each.dim() - 1)), each, each[first].detach())
@@ -250,13 +257,14 @@ class _Gradients:
             raise ValueError("the rows of a layer are not the samples")
         return found
 
-    def _state(self) -> list[Tensor]:
-        return [*self.model.parameters(), *self.model.buffers()]
+    def _state(self) -> dict[str, Tensor]:
+        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
 
     def _restore(self) -> None:
         """Undo what the forward pass wrote: it would depend on the samples, without noise."""
-        for kept, tensor in zip(self._kept, self._state(), strict=True):
-            tensor.data.copy_(kept)
+        for name, tensor in self._state().items():
+            if name in self._kept:  # a forward pass may add or replace buffers
+                tensor.data.copy_(self._kept[name])
 
     def _nothing(self) -> list[Tensor]:
         return [torch.zeros(parameter.shape, dtype=torch.float64) for parameter in self.parameters]
