@@ -115,7 +115,7 @@ EXTREMES = [5e-324, 1e-9, 1e-3, 0.3, 1.0, 1e6]
 
 
 @pytest.mark.parametrize("delta", [1e-30, 1e-10, 0.1])
-@pytest.mark.parametrize("rate", [1e-6, 0.5, 1 - 1e-9, 1.0])
+@pytest.mark.parametrize("rate", [1e-6, 0.5, 1 - 1e-9, 1 - 1e-12, 1 - 2.0**-53, 1.0])
 def test_every_plan_has_an_epsilon(rate: float, delta: float) -> None:
     """Whatever an aggregator asks for: an exception would stop the device. It grows with the steps, not with noise."""
     for steps in (1, 10**9):

@@ -1,6 +1,7 @@
 """DP-SGD in PyTorch: each sample's gradient is clipped, noise is added, and some models are refused."""
 
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -23,8 +24,9 @@ from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.privacy import cost
 from ternbus.edge.plan.tensors import FloatArray
+from ternbus.edge.shell.preflight import check
 from ternbus.edge.shell.worker import train
-from ternbus.edge.torch.dp_sgd import clipped_sum
+from ternbus.edge.torch.dp_sgd import PROBES, clipped_sum
 from ternbus.edge.torch.trainer import TorchTask, TorchTrainer
 
 pytest.importorskip("opacus")
@@ -270,19 +272,231 @@ def test_a_sum_of_gradients_changes_by_the_clip_at_most(values: list[float], sam
     assert moved <= clip
 
 
-@pytest.mark.parametrize("limit", [{"local_seconds": 0.0}, {"local_seconds": 1e7}])
-def test_a_training_that_is_cut_short_is_charged_the_steps_that_ran(limit: dict[str, float]) -> None:
-    made = task(plain)
+# -- samples that fail beside others
+
+
+class Squeezed(nn.Module):
+    """Has outputs without the dimension of samples for one sample, and dropout, for two samples never the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(72, 16), nn.Dropout(), nn.Linear(16, 1), nn.Sigmoid())
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.layers(inputs)
+        return outputs.squeeze()
+
+
+class Strict(Squeezed):
+    """Its forward pass raises an exception, not its loss."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if inputs.isnan().any():
+            raise ValueError("a sample that is not a number")
+        return super().forward(inputs)
+
+
+def halves(outputs: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.binary_cross_entropy(outputs, (targets > 1).float())
+
+
+def changed_with(model: Callable[[], nn.Module], failing: set[int]) -> FloatArray:
+    """The change where these samples are not a number, in double the precision."""
+
+    def made(folder: Path | None, split: str) -> tuple[Tensor, Tensor]:
+        inputs, targets = data(folder, split)
+        inputs[list(failing)] = math.nan
+        return inputs, targets
+
+    own = TorchTask(name="own", model=model, data=made, loss=halves)
+    return flat(stepped(made=own, dp_clip=0.25, dp_noise=1e-12)).astype(np.float64)
+
+
+@settings(max_examples=20, deadline=None)
+@given(model=st.sampled_from([Squeezed, Strict]), failing=st.sets(st.integers(0, SAMPLES - 1)), one=st.integers(0, 23))
+def test_a_sample_that_fails_changes_nothing_but_its_own_part(
+    model: Callable[[], nn.Module], failing: set[int], one: int
+) -> None:
+    """Others would have other dropout, or fail too, if they were tried one by one."""
+    without, with_it = changed_with(model, failing - {one}), changed_with(model, failing | {one})
+    assert np.linalg.norm(with_it - without) <= 0.25 / SAMPLES * (1 + 1e-4)
+    assert with_it.any() == (failing | {one} != set(range(SAMPLES)))
+
+
+def test_a_batch_in_which_no_sample_has_a_loss_takes_no_longer_search() -> None:
+    """Its time would tell whether there is one sample that has a loss."""
+    passes: list[int] = []
+
+    def broken(outputs: Tensor, targets: Tensor) -> Tensor:
+        raise ValueError("no loss at all")
+
+    class Counted(Squeezed):
+        def forward(self, inputs: Tensor) -> Tensor:
+            passes.append(len(inputs))
+            return super().forward(inputs)
+
+    assert not flat(stepped(made=TorchTask(name="own", model=Counted, data=data, loss=broken), dp_noise=1e-12)).any()
+    assert passes == [*PROBES, SAMPLES]
+
+
+def test_dropout_is_not_the_jobs_seed() -> None:
+    made = TorchTask(name="own", model=Squeezed, data=data, loss=halves)
+    trainer, start, plan = made.trainer(data=None, partition="all"), made.initial(0), Plan.from_meta(PLAN)
+
+    def change(seed: int, random_source: RandomSource) -> FloatArray:
+        trained = trainer.train_privately(start, plan, version=0, seed=seed, random_source=random_source)
+        return flat({name: tensor - start[name] for name, tensor in trained.tensors.items()})
+
+    assert np.array_equal(change(1, seeded()), change(2, seeded()))
+    assert not np.allclose(change(1, seeded(3)), change(1, seeded(4)), atol=1e-4)
+
+
+# -- the number of steps
+
+
+def outcome(made: TorchTask, **plan: Any) -> events.TrainingFinished:
     start = made.initial(0)
     schema = Schema.of({name: tensor.shape for name, tensor in start.items()})
-    plan = Plan.from_meta({**PLAN, "dp_noise": 1.1, "batch_size": 6, "local_steps": 5, **limit})
-    job = StartTraining(base=0, schema=schema, vector=to_vector(schema, start), residual=None, plan=plan, seed=1)
-    result = train(made.trainer(data=None, partition="all"), job)
+    wanted = Plan.from_meta({**PLAN, "dp_noise": 1.1, "batch_size": 6, "local_steps": 5, **plan})
+    job = StartTraining(base=0, schema=schema, vector=to_vector(schema, start), residual=None, plan=wanted, seed=1)
+    result = train(made.trainer(data=None, partition="all"), job, seeded())
     assert isinstance(result, events.TrainingFinished)
+    return result
+
+
+@pytest.mark.parametrize(("limit_s", "steps"), [(0.0, 1), (1e7, 5)])
+def test_a_time_limit_shortens_a_training_and_its_cost_tells_nothing_of_it(limit_s: float, steps: int) -> None:
+    result, unlimited = outcome(task(plain), local_seconds=limit_s), outcome(task(plain))
+    assert result.metrics["steps"] == steps
+    assert result.account == unlimited.account
     assert result.account is not None
-    (charged,) = result.account.spent
-    assert charged.steps == result.metrics["steps"] == (1 if limit["local_seconds"] == 0 else 5)
-    assert result.metrics["epsilon"] == epsilon([charged], 1e-5)
+    assert result.account.spent == (
+        cost(Plan.from_meta({**PLAN, "dp_noise": 1.1, "batch_size": 6, "local_steps": 5}), SAMPLES),
+    )
+    assert result.metrics["epsilon"] == epsilon(result.account.spent, 1e-5)
+
+
+def test_samples_that_take_long_change_the_number_of_steps_by_nothing() -> None:
+    """The time limit is over in the first step with them."""
+    seen: list[int] = []
+
+    def slow(outputs: Tensor, targets: Tensor) -> Tensor:
+        if targets.any():
+            seen.append(len(targets))
+            began = time.perf_counter()
+            while len(seen) == 1 and time.perf_counter() < began + 1.0:
+                pass
+        return nn.functional.cross_entropy(outputs, targets)
+
+    made = TorchTask(name="own", model=plain, data=data, loss=slow)
+    assert outcome(made, batch_size=SAMPLES, local_seconds=1.0, local_steps=2).metrics["steps"] == len(seen) == 2
+
+
+def test_a_failed_training_costs_what_one_with_a_time_limit_costs() -> None:
+    def broken(outputs: Tensor, targets: Tensor) -> Tensor:
+        raise ValueError("no loss at all")
+
+    failed = outcome(TorchTask(name="own", model=plain, data=data, loss=broken), local_seconds=0.0)
+    assert failed.account == outcome(task(plain), local_seconds=0.0).account
+
+
+# -- what a sample is, and what a forward pass writes
+
+
+class Sequence(nn.Module):
+    """Of `times` vectors a sample; `arrange` brings them before the first layer."""
+
+    def __init__(self, times: int, arrange: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.times, self.arrange = times, arrange
+        self.first, self.last = nn.Linear(4, 3), nn.Linear(3, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        count = len(inputs)
+        hidden: Tensor = self.first(self.arrange(inputs))
+        if hidden.dim() == 3 and hidden.shape[1] == self.times:
+            rows = hidden.mean(1)
+        elif hidden.dim() == 3:
+            rows = hidden.mean(0)
+        else:
+            rows = hidden.reshape(count, self.times, 3).mean(1)
+        outputs: Tensor = self.last(rows)
+        return outputs
+
+
+def of_times(times: int, arrange: Callable[[Tensor], Tensor]) -> TorchTask:
+    def made(folder: Path | None, split: str) -> tuple[Tensor, Tensor]:
+        draw = torch.Generator().manual_seed(1)
+        return torch.randn(SAMPLES, times, 4, generator=draw), torch.randint(0, 3, (SAMPLES,), generator=draw)
+
+    return TorchTask(name="own", model=lambda: Sequence(times, arrange), data=made, default_plan=PLAN)
+
+
+def folded(inputs: Tensor) -> Tensor:
+    return inputs.flatten(0, 1)
+
+
+def time_first(inputs: Tensor) -> Tensor:
+    return inputs.transpose(0, 1)
+
+
+def folded_if_many(inputs: Tensor) -> Tensor:
+    return inputs.flatten(0, 1) if len(inputs) > max(PROBES) else inputs
+
+
+@pytest.mark.parametrize("times", [2, 3, 60])
+@pytest.mark.parametrize("arrange", [folded, time_first])
+def test_a_model_whose_rows_are_not_its_samples_is_refused(times: int, arrange: Callable[[Tensor], Tensor]) -> None:
+    """Each time step would be clipped alone, so a sample would count as many times."""
+    with pytest.raises(ConfigError, match="in the layer first the rows are not the samples"):
+        stepped(made=of_times(times, arrange))
+    assert flat(stepped(made=of_times(times, torch.clone))).any()
+
+
+def test_a_batch_whose_rows_are_not_its_samples_gives_noise_alone() -> None:
+    change = flat(stepped(made=of_times(5, folded_if_many), dp_noise=1e-9))
+    assert np.abs(change).max() < 1e-6
+
+
+def test_the_check_of_a_task_names_the_layer_whose_rows_are_not_samples() -> None:
+    assert check(of_times(60, torch.clone)).problems == []
+    (problem,) = check(of_times(60, folded)).problems
+    assert "in the layer first the rows are not the samples" in problem
+
+
+@pytest.mark.parametrize("layer", [nn.Embedding, nn.EmbeddingBag])
+def test_a_layer_that_changes_what_it_looks_up_is_refused(layer: Callable[..., nn.Module]) -> None:
+    def words(folder: Path | None, split: str) -> tuple[Tensor, Tensor]:
+        inputs, targets = data(folder, split)
+        return inputs[:, 0, 0].abs().long() % 9, targets
+
+    made = TorchTask(
+        name="own", model=lambda: nn.Sequential(layer(9, 4, max_norm=1.0), nn.Flatten(), nn.Linear(24, 3)), data=words
+    )
+    with pytest.raises(ConfigError, match="the layer 0 has max_norm"):
+        stepped(made=made)
+
+
+class Writing(nn.Module):
+    """Writes to a parameter, and to buffers, what it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.watch = nn.Linear(72, 3), Watch()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.linear.weight[0, 0] = inputs.max()
+            self.watch.seen = self.watch.seen + math.inf
+            self.watch.register_buffer("late", inputs.mean())
+        outputs: Tensor = self.linear(inputs.flatten(1))
+        return outputs
+
+
+def test_what_a_forward_pass_writes_is_gone_after_it() -> None:
+    change = stepped(made=TorchTask(name="own", model=Writing, data=with_first(1e6)), local_steps=3)
+    assert 0 < np.linalg.norm(flat(change)) <= 3 * CLIP
+    assert not change["watch.seen"].any()  # not 0 times infinity, which is no number
 
 
 @pytest.mark.slow

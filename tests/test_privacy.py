@@ -347,9 +347,55 @@ def test_what_a_device_tries_on_its_own_data_is_private_under_privacy(plan: Any,
 
 def test_a_device_whose_budget_is_spent_says_so_and_ends_with_a_code_of_its_own() -> None:
     _, born = following_with(DEVICE)
-    stop = only(born.handle(events.BudgetSpent(base=0, epsilon=8.25, budget=8.0, delta=1e-5)), Stop)
+    stop = only(born.handle(events.BudgetSpent(base=0, epsilon=8.25, budget=8.0, delta=1e-5, final=True)), Stop)
     assert stop.code == EXIT_BUDGET == 4
     assert "epsilon would be 8.25, above 8 (delta 1e-05)" in stop.reason
+
+
+def test_a_device_waits_for_another_plan_where_this_one_asks_for_too_much() -> None:
+    """It says so once, and goes on at once when the plan is another."""
+    scripted, born = following_with(DEVICE)
+    asked = only(born.actions, StartTraining)
+    over = events.BudgetSpent(base=0, epsilon=8.25, budget=8.0, delta=1e-5)
+    (log,) = [action for action in born.handle(over) if isinstance(action, Log) and action.event == "bad-plan"]
+    assert "epsilon would be 8.25 with it, above 8 (delta 1e-05)" in log.text
+    scripted.advance()
+    assert not any(isinstance(action, StartTraining) for action in born.arrive(*scripted.delta(1), scripted.head()))
+    born.now += 7200
+    again = only(born.handle(events.TimeReached()), StartTraining)
+    assert (again.base, again.plan) == (1, asked.plan)
+    done = born.handle(replace(over, base=1))
+    assert not any(isinstance(action, Log | Stop) for action in done)
+    scripted.plan = {**DEVICE, "dp_noise": 100.0}
+    assert only(born.arrive(scripted.head()), StartTraining).plan.dp_noise == 100
+
+
+def ended_by(plan: Mapping[str, Any], account: Account, policy: PrivacyPolicy | None) -> bool:
+    over = train(Learner(1.0), job(plan, account=account, policy=policy))
+    assert isinstance(over, events.BudgetSpent)
+    return over.final
+
+
+OWNER = PrivacyPolicy(kind="device", epsilon=8.0, delta=1e-5)
+
+
+@pytest.mark.parametrize("trainings", [0, 1, 3])
+@pytest.mark.parametrize(
+    "changes", [{"dp_noise": 0.01}, {"dp_epsilon": 1e-6}, {"dp_noise": 0.3}, {"dp_delta": 1e-30, "dp_epsilon": 2.0}]
+)
+def test_no_plan_ends_a_device_that_has_not_spent_its_owners_budget(changes: dict[str, Any], trainings: int) -> None:
+    spent = Account().plus(gaussian(Z, trainings)) if trainings else Account()
+    assert epsilon(spent.of("device"), 1e-5) < 8
+    assert not ended_by({**DEVICE, "dp_epsilon": 8.0, **changes}, spent, OWNER)
+
+
+def test_a_device_ends_when_its_owners_budget_pays_for_no_more_trainings_like_its_last() -> None:
+    affordable = max(n for n in range(1, 50) if epsilon([gaussian(Z, n)], 1e-5) <= 8.0)
+    spent = Account().plus(gaussian(Z, affordable))
+    assert ended_by(DEVICE | {"dp_epsilon": 8.0}, spent, OWNER)
+    assert ended_by(DEVICE | {"dp_epsilon": 1.0}, spent, OWNER)
+    assert not ended_by(DEVICE | {"dp_epsilon": 8.0}, spent, None)  # the plan's budget may grow
+    assert not ended_by(DEVICE | {"dp_epsilon": 8.0}, spent, replace(OWNER, epsilon=99.0))
 
 
 def test_a_plan_for_the_whole_device_is_refused_after_one_for_its_samples() -> None:

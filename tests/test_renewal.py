@@ -12,13 +12,16 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import write_key, write_secret
 from ternbus.broker.link.tls import CERTIFICATE
 from ternbus.broker.protocol.identity import Identity
+from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import Block
 from ternbus.edge.core.state import OutstandingUpdate, State, prepare, sealed
 from ternbus.edge.plan.privacy import DEVICE, Account, Cost
-from ternbus.edge.shell import key_rotation
+from ternbus.edge.shell import agent, key_rotation
 from ternbus.edge.shell.directory import KEY, TOML, DeviceDirectory, Settings
-from ternbus.edge.store.outbox import Outbox
+from ternbus.edge.shell.printer import Printer
+from ternbus.edge.store.outbox import FILE, Outbox
+from ternbus.edge.tasks import digits_numpy
 
 SCHEMA = Schema.of({"w": (20, 10)})
 AGGREGATOR = Identity(b"a" * 32)
@@ -122,6 +125,30 @@ def test_rejoining_drops_every_counter_that_another_could_have_raised(tmp_path: 
         assert (state.seq_limit, state.session, state.accepted, state.account) == (66, 2, 3, spent)
         assert home.settings() == settings(broker="mqtt://127.0.0.1:2")
         shutil.copytree(tmp_path / "copy", home.renewal().folder)
+
+
+INVITED = Invitation(
+    federation="lab", device="pi", broker="mqtt://127.0.0.1:1", aggregator_key=AGGREGATOR.public.hex(), code="c" * 32
+)
+
+
+@pytest.mark.parametrize("rejoin", [False, True])
+@pytest.mark.parametrize("lost", ["removed", "never saved in"])
+def test_no_new_key_forgets_what_was_spent_of_an_owners_budget(tmp_path: Path, rejoin: bool, lost: str) -> None:
+    """Not by itself: with the outbox the account is gone, and a new one would begin at 0. Nothing is sent before."""
+    home = device(tmp_path)
+    home.renewal().discard()
+    home.write(settings(dp="device", max_epsilon="8", max_delta="1e-5"))
+    key_rotation.check_account(home)
+    (home.folder / FILE).unlink()
+    if lost == "never saved in":
+        with Outbox(home.folder, OLD.key_id):
+            pass
+    with pytest.raises(ConfigError, match="add --account-lost to `ternbus edge rejoin"):
+        agent.renew(home, INVITED, digits_numpy.TASK, agent.Options(), Printer(as_json=True), rejoin=rejoin)
+    assert not home.renewal().exists()
+    home.write(settings())
+    key_rotation.check_account(home)
 
 
 def no_settings(home: DeviceDirectory) -> None:

@@ -158,7 +158,7 @@ def _is_ranges(value: object) -> bool:
 UINT64 = is_int()
 CODEC = is_one_of("ternary", "float32")
 ENCODING = is_one_of("raw", "zstd")
-OUTCOME = is_one_of("accepted", "stale", "duplicate", "invalid", "busy", "revoked", "enrolled", "refused")
+OUTCOME = is_one_of("accepted", "stale", "duplicate", "invalid", "busy", "revoked", "enrolled", "refused", "unknown")
 META: dict[str, dict[str, Check]] = {
     "head": {
         "version": UINT64,

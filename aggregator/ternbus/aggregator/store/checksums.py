@@ -94,7 +94,9 @@ def renew(db: sqlite3.Connection, table: str) -> None:
     db.execute(f"UPDATE {table} SET crc = row_crc({', '.join(COLUMNS[table])})")  # noqa: S608 - our own names
 
 
-def damaged(db: sqlite3.Connection, table: str, where: str = "1", parameters: Sequence[object] = ()) -> Iterator[str]:
+def damaged(
+    db: sqlite3.Connection, table: str, where: str = "1", parameters: Sequence[object] | Mapping[str, object] = ()
+) -> Iterator[str]:
     """The rows that do not have their checksum, in words; sqlite3.Error where the table cannot be read to its end."""
     columns = ", ".join(COLUMNS[table])
     before, db.text_factory = db.text_factory, _as_it_is

@@ -9,10 +9,9 @@ from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.core.registry import ACTIVE, REVOKED, Answer, Member, Registry
 from ternbus.aggregator.core.versions import PublishedState
 from ternbus.aggregator.merge.accepted import AcceptedUpdate, BufferedUpdate
-from ternbus.aggregator.merge.influence import MERGES, UPDATES_MIN, Influence, Usual
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Recipe, Settings
-from ternbus.aggregator.store import membership, soundness
+from ternbus.aggregator.store import influence_rows, membership, soundness
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.aggregator.store.rows import unsigned
 from ternbus.aggregator.store.schema import DROPPED
@@ -50,7 +49,7 @@ def recover(ledger: Ledger, settings: Settings, identity: Identity, software: st
         seq=int(ledger.fact("seq")),
         session=int(ledger.fact("session")),
         software=software,
-        influence=_influence(ledger),
+        influence=influence_rows.recalled(ledger.db),
     )
 
 
@@ -114,20 +113,6 @@ def _updates(ledger: Ledger, schema: Schema, where: str, values: tuple[int, ...]
             stated=stated,
         )
         yield update, Block.read(schema, codec, encoding, ledger.body(*row[13:]))
-
-
-def _influence(ledger: Ledger) -> Influence:
-    """What bounds later updates: of each device the newest that was merged."""
-    influence, query = Influence(), ledger.db.execute
-    known = "FROM updates WHERE merged >= 0 AND norm > 0"
-    versions = query(f"SELECT DISTINCT merged {known} ORDER BY merged DESC LIMIT ?", (MERGES,)).fetchall()
-    if versions:
-        (updates,) = query(f"SELECT count(*) FROM (SELECT 1 {known} LIMIT ?)", (UPDATES_MIN,)).fetchone()  # noqa: S608 - our own text
-        # SQLite takes the other columns from the row of the maximum.
-        newest = query(f"SELECT device, merged, norm, samples, max(id) {known} GROUP BY device ORDER BY max(id)")
-        usual = ((device, Usual(merged, norm, samples)) for device, merged, norm, samples, _ in newest)
-        influence.recall(usual, updates, (version for (version,) in reversed(versions)))
-    return influence
 
 
 def _registry(ledger: Ledger, settings: Settings) -> Registry:

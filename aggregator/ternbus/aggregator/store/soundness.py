@@ -8,8 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
-from ternbus.aggregator.merge.influence import RECENT
-from ternbus.aggregator.store import checksums
+from ternbus.aggregator.store import checksums, influence_rows
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.aggregator.store.remedy import remedy
 from ternbus.aggregator.store.schema import DROPPED, SCHEMA_SQL
@@ -34,10 +33,10 @@ def check_start(ledger: Ledger, max_staleness: int, public: bytes) -> None:
     if not found:
         (start,) = db.execute("SELECT version FROM server").fetchone() or (0,)
         oldest = min(start, ledger.version - max_staleness)
-        bounding = "SELECT id FROM updates WHERE merged >= 0 AND norm IS NOT NULL ORDER BY id DESC LIMIT ?2"
-        late = f"merged > ?1 OR merged = {DROPPED} OR merged IS NULL"
+        about = {"oldest": oldest, "since": influence_rows.oldest(db)}
+        late = f"merged > :oldest OR merged = {DROPPED} OR merged IS NULL OR id IN ({influence_rows.NEWEST})"
         found = [
-            *islice(checksums.damaged(db, "updates", f"{late} OR id IN ({bounding})", (oldest, RECENT)), NAMED_MAX + 1),
+            *islice(checksums.damaged(db, "updates", late, about), NAMED_MAX + 1),
             *islice(checksums.damaged(db, "versions", "version > ?", (start,)), NAMED_MAX + 1),
         ]
     if found:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from ternbus.broker.protocol.schema import Schema, Vector
 from ternbus.edge.core.state import AnsweredUpdate, State
 from ternbus.edge.plan.plan import Plan
-from ternbus.edge.plan.privacy import Account
+from ternbus.edge.plan.privacy import Account, PrivacyPolicy
 from ternbus.edge.plan.tensors import Tensors
 
 
@@ -61,6 +61,7 @@ class StartTraining:
     plan: Plan
     seed: int
     account: Account = field(default_factory=Account)
+    policy: PrivacyPolicy | None = None  # the owner's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

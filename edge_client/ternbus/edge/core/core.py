@@ -154,7 +154,9 @@ class Core:
             case events.TrainingFailed():
                 return [self.training.failed(event, now), *self._status()]
             case events.BudgetSpent():
-                return self._stop(EXIT_BUDGET, budget_spent(event))
+                if event.final:
+                    return self._stop(EXIT_BUDGET, budget_spent(event))
+                return [*self.training.unaffordable(event, now), *self._status()]
             case events.EvaluationFailed():
                 return [self.evaluation.failed(event, now), *self._status()]
             case events.Evaluated():

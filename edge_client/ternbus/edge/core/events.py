@@ -95,12 +95,17 @@ class TrainingFailed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BudgetSpent:
-    """Training on ``base`` was not started: ``epsilon`` would exceed the ``budget``, at this ``delta``."""
+    """Training on ``base`` was not started: ``epsilon`` would exceed the ``budget``, at this ``delta``.
+
+    ``final`` if the owner's budget does not pay for another training like an earlier one; else only this plan asks for
+    too much.
+    """
 
     base: int
     epsilon: float
     budget: float
     delta: float
+    final: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

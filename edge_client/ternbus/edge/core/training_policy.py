@@ -43,6 +43,7 @@ class TrainingPolicy:
     failures: Failures = field(init=False)
     _newest: tuple[int, float] = (-1, 0.0)  # the newest version, and since when it could be trained on
     _turn: int = -1  # the last turn taken
+    _unaffordable: Plan | None = None  # the plan that asks for more than the budget has left
 
     def __post_init__(self) -> None:
         self.failures = Failures(work="a training", retry=Retry(salt=f"{self.profile.key.hex()}/training"))
@@ -68,6 +69,9 @@ class TrainingPolicy:
         if isinstance(bound, str):
             return [_refused(bound)]
         self.plan = self.profile.limits.bound(bound)
+        if self._unaffordable is not None and self._unaffordable != self.plan:
+            self._unaffordable = None
+            self.failures.succeeded()  # so that it is tried at once
         return []
 
     def begin(self, follower: Follower, state: State, now: float) -> list[StartTraining | Log]:
@@ -97,6 +101,7 @@ class TrainingPolicy:
             plan=plan,
             seed=self.seed(plan, head.version),
             account=state.account,
+            policy=self.profile.policy,
         )
         text = f"training on version {head.version}"
         return [self.running, Log(event="training", text=text, fields={"base": head.version})]
@@ -134,6 +139,18 @@ class TrainingPolicy:
             "training-failed", f"training on version {event.base} failed", event, {"base": event.base}
         )
 
+    def unaffordable(self, event: BudgetSpent, now: float) -> list[Log]:
+        """Wait for another plan: it may ask for less. The same reason is logged once."""
+        running, self.running = self.running, None
+        reason = (
+            f"epsilon would be {event.epsilon:.4g} with it, above {event.budget:g} (delta {event.delta:g}); a plan "
+            "with more dp_noise, fewer steps or a larger dp_epsilon may do"
+        )
+        known = self.failures.reason == reason
+        self._unaffordable = None if running is None else running.plan
+        self.failures.failed(event.base, reason, now)
+        return [] if known else [_refused(reason)]
+
     def seed(self, plan: Plan, base: int) -> int:
         """A seed that differs for each device and version, and is the same if the run is repeated."""
         text = f"{self.profile.federation}/{self.profile.device}/{plan.seed}/{base}"
@@ -148,6 +165,5 @@ def budget_spent(event: BudgetSpent) -> str:
     """The reason to stop when the privacy budget allows no more training."""
     return (
         f"the privacy budget is spent: with one more update epsilon would be {event.epsilon:.4g}, above "
-        f"{event.budget:g} (delta {event.delta:g}); "
-        "raise dp_epsilon of the plan or max_epsilon of the device to continue"
+        f"{event.budget:g} (delta {event.delta:g}); raise max_epsilon of the device to continue"
     )

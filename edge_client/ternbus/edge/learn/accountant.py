@@ -59,7 +59,10 @@ def _epsilon(spent: tuple[Cost, ...], delta: float) -> float:
     interval = max(PLD_INTERVAL * bound, _loss_range(spent[0]) / PLD_POINTS, PLD_INTERVALS[0])
     interval = min(interval, PLD_INTERVALS[1])
     accountant = library.pld.PLDAccountant(value_discretization_interval=interval)
-    return min(bound, _composed(accountant, spent, delta))
+    try:
+        return min(bound, _composed(accountant, spent, delta))
+    except (ArithmeticError, ValueError):  # of the library, in its search, at a rate just below 1
+        return bound
 
 
 def _gaussian(library: Any, spent: Sequence[Cost], delta: float) -> float:

@@ -48,6 +48,10 @@ class RandomSource:
         """Poisson sampling: each number below `count` with probability `rate`, independently."""
         return np.flatnonzero(self.uniform(count) <= rate)
 
+    def seed(self) -> int:
+        """A seed for another generator, whose numbers only have to be unknown, from 0 to 2^63 - 1."""
+        return int.from_bytes(self._source(8), "little") >> 1
+
     def _box_muller(self, count: int) -> Floats:
         half = -(-count // 2)
         radius = np.sqrt(-2 * np.log(self.uniform(half)))

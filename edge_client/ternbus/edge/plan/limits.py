@@ -12,7 +12,8 @@ class TrainingLimits:
     """The largest seconds and steps of one training; None for no limit.
 
     At a limit, training stops, and the device sends the change so far. A trainer that supports the plan's
-    `local_seconds` stops after the step that exceeds the seconds.
+    `local_seconds` stops after the step that exceeds the seconds; under `dp = "sample"` it chooses a number of steps
+    before.
     """
 
     seconds: float | None = None

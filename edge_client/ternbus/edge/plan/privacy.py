@@ -10,7 +10,7 @@ from typing import Final
 
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol import plan_keys
-from ternbus.edge.plan.plan import Plan
+from ternbus.edge.plan.plan import NO_DP, Plan
 
 DEVICE: Final = plan_keys.DEVICE
 SAMPLE: Final = plan_keys.SAMPLE
@@ -89,6 +89,11 @@ class PrivacyPolicy:
                 f"invalid privacy policy (dp {self.kind!r}, epsilon {self.epsilon:g}, delta {self.delta:g}): "
                 "give --dp device or sample, --max-epsilon above 0, --max-delta between 0 and 1"
             )
+
+    @classmethod
+    def of(cls, plan: Plan) -> "PrivacyPolicy | None":
+        """The plan's own budget as an owner's, for devices without an owner; None without privacy."""
+        return None if plan.dp == NO_DP else cls(kind=plan.dp, epsilon=plan.dp_epsilon, delta=plan.dp_delta)
 
     def bound(self, plan: Plan) -> Plan | str:
         """The plan with at most the owner's budget; or, if the policy forbids the plan, a text that says why."""

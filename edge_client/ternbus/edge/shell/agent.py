@@ -63,13 +63,23 @@ def join(home: DeviceDirectory, settings: Settings, task: Task, options: Options
 
 
 def renew(
-    home: DeviceDirectory, invitation: Invitation, task: Task, options: Options, report: Report, *, rejoin: bool = False
+    home: DeviceDirectory,
+    invitation: Invitation,
+    task: Task,
+    options: Options,
+    report: Report,
+    *,
+    rejoin: bool = False,
+    account_lost: bool = False,
 ) -> Stop:
     """Enroll a new key with this invitation, then make it the device's key; with ``rejoin`` under new counters.
 
-    Raises `ConfigError` for an invitation of another device, `CorruptError` if the outbox has lost what must not be.
+    Raises `ConfigError` for an invitation of another device, or, without ``account_lost``, for a lost privacy account;
+    `CorruptError` if the outbox has lost what must not be.
     """
     key_rotation.check(home, invitation)
+    if not account_lost:
+        key_rotation.check_account(home)
     with home.locked():
         _mend_outbox(home)  # before the invitation is spent
         renewal, settings = key_rotation.begin(home, invitation, rejoin=rejoin)

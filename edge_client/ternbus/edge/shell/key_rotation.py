@@ -23,6 +23,7 @@ from ternbus.edge.core.profile import Profile
 from ternbus.edge.core.state import State
 from ternbus.edge.core.uplink import Uplink
 from ternbus.edge.shell.directory import KEY, DeviceDirectory, Settings
+from ternbus.edge.store import outbox as outboxes
 from ternbus.edge.store.outbox import Outbox
 
 FILES: Final = (CA, CERTIFICATE, TLS_KEY, KEY)  # the key last: it decides which key the device uses
@@ -38,6 +39,19 @@ def check(home: DeviceDirectory, invitation: Invitation) -> None:
         raise ConfigError(
             f"the invitation is for {invitation.device!r} in {invitation.federation!r}, or of another aggregator, but "
             f"{home.folder} is {settings.device!r} in {settings.federation!r}: use an invitation for this device"
+        )
+
+
+def check_account(home: DeviceDirectory) -> None:
+    """Raises `ConfigError` if what the device has spent of its owner's privacy budget is lost.
+
+    A device without an owner's budget may have spent something under a plan's; with the outbox, that is lost too.
+    """
+    if home.settings().policy is not None and not outboxes.exists(home.folder):
+        raise ConfigError(
+            f"{home.folder / outboxes.FILE} is missing or empty, and with it what this device has spent of its privacy "
+            "budget: restore the file, or add --account-lost to "
+            f"`ternbus edge rejoin INVITATION.toml {home.folder}` to begin a new budget"
         )
 
 

@@ -18,9 +18,11 @@ from ternbus.broker.protocol.ternary import CODECS
 from ternbus.edge.core.profile import schema_mismatch
 from ternbus.edge.core.state import prepare
 from ternbus.edge.learn.compress import compress
-from ternbus.edge.learn.task import Evaluation, Task, Trained, Trainer
+from ternbus.edge.learn.noise import RandomSource
+from ternbus.edge.learn.task import Evaluation, PrivateTrainer, Task, Trained, Trainer
 from ternbus.edge.learn.task_loader import described, import_hint, location_of
 from ternbus.edge.plan.plan import Plan
+from ternbus.edge.plan.privacy import SAMPLE
 from ternbus.edge.plan.tensors import Tensors
 
 LARGE_PARTS = 1000
@@ -87,6 +89,8 @@ class _Check:
         start, schema = self._model()
         trainer = self._try("trainer()", lambda: self._task.trainer(data=data, partition=partition))
         trained = self._step(trainer, start, plan)
+        if plan.dp == SAMPLE:
+            self._step_privately(trainer, start)
         self._compare(start, trained)
         self._update(schema, start, trained, plan)
 
@@ -158,6 +162,14 @@ class _Check:
         self.report.facts |= {"samples": samples, "step_s": round(step_s, 4), "steps": steps,
                               "training_s": round(step_s * steps, 1)}  # fmt: skip
         return again
+
+    def _step_privately(self, trainer: Trainer, start: Tensors) -> None:
+        """Train one step by the plan's differential privacy, for which not every model is suited."""
+        one = Plan.from_meta({**self._task.default_plan, "local_steps": 1})
+        if not isinstance(trainer, PrivateTrainer):
+            self._stop('default_plan has dp = "sample", and the trainer has no train_privately()')
+        private = partial(trainer.train_privately, version=0, seed=0, random_source=RandomSource())
+        self._try("train_privately()", lambda: private(start, one))
 
     def _compare(self, start: Tensors, trained: Trained) -> None:
         if lost := [name for name in start if name not in trained.tensors]:

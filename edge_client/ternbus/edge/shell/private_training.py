@@ -28,25 +28,29 @@ class _Released:
     """What others may see of a training, and the failure for the device's own log."""
 
     change: Vector
-    cost: Cost
     trained: Trained | None
     failure: str = ""
 
 
 def train(trainer: Trainer, job: StartTraining, random_source: RandomSource) -> TrainingFinished | BudgetSpent:
-    """Train by a plan with `dp`, if the budget allows all of its steps; charge those that ran.
+    """Train by a plan with `dp`, if the budget allows all of its steps; charge all of them.
 
+    How many of them ran, which a time limit decides, might depend on the data; the account is sent without noise.
     Raises `ConfigError` if the task cannot train with the plan's `dp`.
     """
     plan, samples = job.plan, trainer.samples
     planned = cost(plan, samples)
-    before = _charged(job.account, planned, plan)
-    if not before.epsilon <= plan.dp_epsilon:
-        return BudgetSpent(base=job.base, epsilon=before.epsilon, budget=plan.dp_epsilon, delta=plan.dp_delta)
-    release = _release_device if plan.dp == DEVICE else _release_sample
-    released = release(trainer, job, planned, random_source)
+    account = _charged(job.account, planned, plan)
+    if not account.epsilon <= plan.dp_epsilon:
+        final = _is_spent(job, planned)
+        return BudgetSpent(
+            base=job.base, epsilon=account.epsilon, budget=plan.dp_epsilon, delta=plan.dp_delta, final=final
+        )
+    if plan.dp == DEVICE:
+        released = _release_device(trainer, job, random_source)
+    else:
+        released = _release_sample(trainer, job, planned.steps, random_source)
     _clear_statistics(job.schema, released.change)
-    account = before if released.cost == planned else _charged(job.account, released.cost, plan)
     # Post-processing of the mechanism's output: quantization and residual cost no privacy.
     compressed = compress(job.schema, plan, released.change, _finite(job.residual), job.seed)
     metrics = released.trained.metrics if released.trained is not None else {}
@@ -61,7 +65,7 @@ def train(trainer: Trainer, job: StartTraining, random_source: RandomSource) -> 
     )
 
 
-def _release_device(trainer: Trainer, job: StartTraining, planned: Cost, random_source: RandomSource) -> _Released:
+def _release_device(trainer: Trainer, job: StartTraining, random_source: RandomSource) -> _Released:
     """The clipped change with noise; if training failed, the noise of a change of 0."""
     plan, trained, failure, after = job.plan, None, "", job.vector
     try:
@@ -72,10 +76,10 @@ def _release_device(trainer: Trainer, job: StartTraining, planned: Cost, random_
     except CODE_ERRORS as error:  # it may depend on the data: nobody else may see it
         failure = describe(error)
     change = noisy_change(job.vector, after, clip=plan.dp_clip, noise=plan.dp_noise, random_source=random_source)
-    return _Released(change=change, cost=planned, trained=trained, failure=failure)
+    return _Released(change=change, trained=trained, failure=failure)
 
 
-def _release_sample(trainer: Trainer, job: StartTraining, planned: Cost, random_source: RandomSource) -> _Released:
+def _release_sample(trainer: Trainer, job: StartTraining, steps: int, random_source: RandomSource) -> _Released:
     """The change by noisy steps, each element finite; if training failed, only the noise of its steps.
 
     The trainer itself handles the failure of a single sample. What remains is above all a model that is not finite
@@ -96,15 +100,13 @@ def _release_sample(trainer: Trainer, job: StartTraining, planned: Cost, random_
         raise
     except CODE_ERRORS as error:  # as above
         expected = min(plan.batch_size, trainer.samples)
-        deviation = plan.rate(job.base) * math.sqrt(planned.steps) * plan.dp_noise * plan.dp_clip / expected
+        deviation = plan.rate(job.base) * math.sqrt(steps) * plan.dp_noise * plan.dp_clip / expected
         change = noisy_change(job.vector, job.vector, clip=1.0, noise=deviation, random_source=random_source)
-        return _Released(change=_bounded(change), cost=planned, trained=None, failure=describe(error))
+        return _Released(change=_bounded(change), trained=None, failure=describe(error))
     change = np.empty_like(job.vector)
     for part, difference in differences(job.vector, after):
         change[part] = difference
-    reported = trained.metrics.get("steps", planned.steps)
-    ran = int(reported) if 1 <= reported <= planned.steps else planned.steps
-    return _Released(change=_bounded(change), cost=replace(planned, steps=ran), trained=trained)
+    return _Released(change=_bounded(change), trained=trained)
 
 
 def _charged(account: Account, charge: Cost, plan: Plan) -> Account:
@@ -112,6 +114,20 @@ def _charged(account: Account, charge: Cost, plan: Plan) -> Account:
     after = account.plus(charge)
     spent = epsilon(after.of(plan.dp), plan.dp_delta) if after.covers(plan.dp) else math.inf
     return replace(after, epsilon=spent, delta=plan.dp_delta)
+
+
+def _is_spent(job: StartTraining, planned: Cost) -> bool:
+    """Whether the owner's budget does not pay for the planned steps, though the device has paid for as many like them.
+
+    Otherwise only the plan may ask for too much: for less noise, more steps or a smaller epsilon than others before or
+    after it. No plan can end a device that has not spent its owner's budget on trainings.
+    """
+    policy, paid = job.policy, job.account.spent
+    if policy is None or not any(
+        replace(each, steps=planned.steps) == planned for each in paid if each.steps >= planned.steps
+    ):
+        return False
+    return not epsilon(job.account.plus(planned).of(policy.kind), policy.delta) <= policy.epsilon
 
 
 def _clear_statistics(schema: Schema, change: Vector) -> None:

@@ -4,14 +4,12 @@ from typing import Annotated
 
 import typer
 
-from ternbus.broker.errors import ConfigError
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.shell import agent
 from ternbus.edge.shell.agent import Options
 from ternbus.edge.shell.arguments import AsJson, Dir, InvitationFile, Timeout, load_invitation
-from ternbus.edge.shell.directory import DeviceDirectory, Settings
+from ternbus.edge.shell.directory import DeviceDirectory
 from ternbus.edge.shell.printer import Printer
-from ternbus.edge.store import outbox
 
 
 def rejoin(
@@ -36,16 +34,7 @@ def rejoin(
     home, printer = DeviceDirectory(directory), Printer(as_json=as_json)
     asked = load_invitation(invitation, directory)
     settings = home.settings()
-    _check_account(home, settings, account_lost=account_lost)
-    stop = agent.renew(home, asked, load_task(settings.task), Options(timeout_s=timeout), printer, rejoin=True)
+    options = Options(timeout_s=timeout)
+    task = load_task(settings.task)
+    stop = agent.renew(home, asked, task, options, printer, rejoin=True, account_lost=account_lost)
     raise typer.Exit(printer.finish(stop, ended=True))
-
-
-def _check_account(home: DeviceDirectory, settings: Settings, *, account_lost: bool) -> None:
-    """Raises `ConfigError` where what was spent of a privacy budget is lost, unless its owner says so."""
-    if settings.policy is None or account_lost or outbox.exists(home.folder):
-        return
-    raise ConfigError(
-        f"{home.folder / outbox.FILE} is missing, and with it what this device has spent of its privacy budget: "
-        "restore the file, or add --account-lost to begin a new budget"
-    )

@@ -147,7 +147,7 @@ def check(folder: Path) -> None:
         return
     raise ConfigError(
         f"{path} is missing or empty: restore it from a backup, or run `ternbus edge join` again; if the device had "
-        f"joined, with a new invitation: `ternbus edge join INVITATION.toml {folder} --renew`"
+        f"joined, with a new invitation: `ternbus edge rejoin INVITATION.toml {folder}`; its privacy account is lost"
     )
 
 

@@ -9,8 +9,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -18,55 +18,70 @@ from torch import Tensor, nn
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.learn import local_optimizer
 from ternbus.edge.learn.noise import ROUNDING, RandomSource
+from ternbus.edge.learn.task_loader import described
 from ternbus.edge.plan.plan import Plan
 
-Loss = Callable[[Tensor], Tensor]  # rows -> the mean loss of these samples
 ELEMENTS: Final = 2**18  # of gradients, converted to float64 at a time
+PROBES: Final = (2, 3)  # numbers of samples: one alone could be the size of another dimension by chance
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """What is minimized. Each function gives one row of outputs, and one of targets, for each sample."""
+
+    predict: Callable[[Tensor], tuple[Any, Tensor]]  # numbers of samples -> the model's outputs, the targets
+    loss: Callable[[Any, Tensor], Tensor]  # outputs, targets -> the mean loss
+    probe: Callable[[int], tuple[Any, Tensor]]  # as `predict`, for this many samples that are 0
 
 
 def descend(
-    model: nn.Module,
-    loss: Loss,
-    *,
-    probe: Callable[[], Tensor],
-    samples: int,
-    plan: Plan,
-    rate: float,
-    random_source: RandomSource,
+    model: nn.Module, objective: Objective, *, samples: int, plan: Plan, rate: float, random_source: RandomSource
 ) -> dict[str, float]:
     """Run the plan's steps on the model, in place, in training mode. Returns their number and the last batch's loss.
 
     The sum of clipped gradients and noise is divided by the expected batch size, `plan.batch_size` or all samples: the
     actual batch size is secret. A sample affects the steps by its clipped gradient only: one whose gradient is not
-    finite, or whose loss raises an exception, counts as 0 (and in `failed_samples` of the result). `probe` returns the
-    loss of samples that are not from the data. Raises `ConfigError` for a model without per-sample gradients.
+    finite, or that raises an exception, counts as 0 (and in `failed_samples` of the result). What a forward pass writes
+    to parameters or buffers is undone. The number of steps does not depend on the samples, so neither do the time and
+    the share of data in the result. Raises `ConfigError` for a model without per-sample gradients.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = local_optimizer.begin(plan, [parameter.detach() for parameter in parameters])
     expected = min(plan.batch_size, samples)
-    ends = None if plan.local_seconds is None else time.perf_counter() + plan.local_seconds
-    steps = 0
     with _per_sample(model):
-        gradients = _Gradients(model, parameters, loss, plan.dp_clip)
-        gradients.check(probe)
-        while steps < plan.steps(samples) and not (steps and ends is not None and time.perf_counter() >= ends):
+        gradients = _Gradients(model, parameters, objective, plan.dp_clip)
+        gradients.check()
+
+        def noisy(sums: Sequence[Tensor]) -> list[Tensor]:
+            deviation = plan.dp_noise * plan.dp_clip
+            pairs = zip(sums, parameters, strict=True)
+            return [_noisy(clipped, parameter, deviation, expected, random_source) for clipped, parameter in pairs]
+
+        steps = plan.steps(samples)
+        if plan.local_seconds is not None:
+            one_s = min(_seconds(lambda: noisy(gradients.of_probe(expected))) for _ in range(2))
+            steps = max(1, min(steps, int(plan.local_seconds / one_s)))
+        for _ in range(steps):
             sums = gradients.clipped_sums(torch.from_numpy(random_source.sampled(samples, expected / samples)))
             with torch.no_grad():
-                noisy = [
-                    _noisy(clipped, parameter, plan.dp_noise * plan.dp_clip, expected, random_source)
-                    for clipped, parameter in zip(sums, parameters, strict=True)
-                ]
-                optimizer.step(noisy, rate)
-            steps += 1
+                optimizer.step(noisy(sums), rate)
+            gradients.keep()
     failed = {"failed_samples": float(gradients.failed)} if gradients.failed else {}
     return {"loss": gradients.loss, "steps": steps, **failed}
 
 
-def clipped_sum(gradients: Sequence[Tensor], clip: float) -> tuple[list[Tensor], int]:
-    """sum_i g_i·min(1, C/|g_i|) over the samples i, in float64; and the number of samples that are not finite.
+def _seconds(step: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    step()
+    return max(time.perf_counter() - began, 1e-6)
 
-    Those count as 0. Each of `gradients` belongs to one parameter, shape (samples, …); |g_i| is the L2 norm over all
-    parameters. One sample changes the sum by at most C, up to the rounding of a float64 sum.
+
+def clipped_sum(gradients: Sequence[Tensor], clip: float, usable: Tensor | None = None) -> tuple[list[Tensor], int]:
+    """sum_i g_i·min(1, C/|g_i|) over the samples i, in float64; and the number of samples that count as 0.
+
+    Those are not `usable`, a bool for each sample, or not finite. Each of `gradients` belongs to one parameter, shape
+    (samples, …); |g_i| is the L2 norm over all parameters. One sample changes the sum by at most C, up to the rounding
+    of a float64 sum.
     """
     flat = [gradient.reshape(len(gradient), -1) for gradient in gradients]
     squares = torch.zeros(len(flat[0]), dtype=torch.float64)
@@ -74,6 +89,8 @@ def clipped_sum(gradients: Sequence[Tensor], clip: float) -> tuple[list[Tensor],
         for rows, part in _doubled(gradient):
             squares[rows] += torch.linalg.vecdot(part, part)
     finite = squares.isfinite()  # no square of a finite float32 overflows in float64
+    if usable is not None:
+        finite &= usable
     failed = int((~finite).sum())
     factors = ROUNDING * (clip / squares.sqrt()).clamp(max=1.0)
     factors[~finite] = 0.0
@@ -97,65 +114,157 @@ def _doubled(gradient: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield rows, memory[: rows.stop - first].copy_(gradient[rows])
 
 
+class _NoLossError(Exception):
+    """The loss raises an exception for each sample of the batch, which needs no further search."""
+
+
 @dataclass(slots=True)
 class _Gradients:
     """The clipped gradients of a batch, under Opacus' hooks."""
 
     model: nn.Module
     parameters: Sequence[nn.Parameter]
-    compute_loss: Loss
+    objective: Objective
     clip: float
     failed: int = 0  # samples, in all steps
     loss: float = 0.0  # of the last batch
+    _kept: dict[str, Tensor] = field(default_factory=dict)
 
-    def check(self, probe: Callable[[], Tensor]) -> None:
-        """Raises `ConfigError` for a model with a parameter that its output does not depend on."""
-        try:
-            probe().backward()
-        except Exception:  # noqa: BLE001 - a task may reject samples that are not data; later failures are counted
-            return self._forget()
-        unused = any(getattr(parameter, "grad_sample", None) is None for parameter in self.parameters)
-        self._forget()
-        if unused:
-            raise ConfigError(
-                'dp = "sample" cannot train this model: its output does not depend on one of its parameters; freeze it'
-            )
-        return None
+    def __post_init__(self) -> None:
+        self._kept = {name: tensor.detach().clone() for name, tensor in self._state().items()}
+
+    def keep(self) -> None:
+        """Keep the parameters as they are now, after a step; the buffers are as they were."""
+        for name, parameter in self.model.named_parameters():
+            self._kept[name].copy_(parameter.detach())
+
+    def check(self) -> None:
+        """Raises `ConfigError` for a model whose parameters do not each have one gradient for each sample.
+
+        Opacus takes the rows of each layer's input for the samples. If a model puts time first, or folds it into the
+        rows, each time step would be clipped alone.
+        """
+        for count in PROBES:
+            try:
+                outputs, targets = self.objective.probe(count)
+                # The sum, since a loss may reject targets that are 0.
+                total = outputs.sum() if isinstance(outputs, Tensor) else self.objective.loss(outputs, targets)
+                total.backward()
+            except Exception as error:
+                self._forget()
+                self._restore()
+                raise ConfigError(
+                    f'dp = "sample" cannot check this model: with samples that are 0 it raises {described(error)}'
+                ) from error
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    _check_unit(name, getattr(parameter, "grad_sample", None), count)
+            self._forget()
+            self._restore()
 
     def clipped_sums(self, rows: Tensor) -> list[Tensor]:
-        """Returns one sum for each parameter. If the batch raises an exception, its samples are tried one by one."""
-        if not len(rows):  # an empty batch must stay secret too
-            return self._nothing()
-        found = self._of_batch(rows)
-        if found is not None:
-            return found
-        total = self._nothing()
-        for row in rows:
-            if (one := self._of_batch(row[None])) is None:
-                self.failed += 1
-                continue
-            total = [sum_ + each for sum_, each in zip(total, one, strict=True)]
-        return total
+        """Returns one sum for each parameter: of the samples with these numbers, without those that fail.
 
-    def _of_batch(self, rows: Tensor) -> list[Tensor] | None:
-        """Returns None for a batch whose loss raises an exception."""
+        If the batch raises an exception, the samples that do so alone are found. Then the batch runs again, with the
+        same random numbers, as it would be without them: other samples stay in their places.
+        """
+        count = len(rows)
+        if not count:  # an empty batch must stay secret too
+            return self._nothing()
+        if count == 1:  # as large as other batches for a model that squeezes its outputs
+            rows = rows.repeat(2)
+        random_state = torch.get_rng_state()
+        found = self._sums(rows, count)
+        if found is None:
+            usable = _usable(len(rows), lambda chosen: self._alone(rows[chosen], random_state))
+            if usable.any():
+                torch.set_rng_state(random_state)
+                found = self._sums(torch.where(usable, rows, rows[usable][0]), count, usable)
+        if found is None:  # noise alone
+            self.failed += count
+            return self._nothing()
+        sums, failed = found
+        self.failed += failed
+        return sums
+
+    def of_probe(self, count: int) -> list[Tensor]:
+        """The sums of samples that are 0: they take as long as others."""
+        objective = self.objective
+        self.objective = replace(objective, predict=lambda rows: objective.probe(len(rows)))
         try:
-            loss = self.compute_loss(rows)
-            loss.backward()
-            found, failed = clipped_sum([self._of_samples(each, len(rows)) for each in self.parameters], self.clip)
+            return self.clipped_sums(torch.arange(count))
+        finally:
+            self.objective, self.failed, self.loss = objective, 0, 0.0
+
+    def _sums(self, rows: Tensor, count: int, usable: Tensor | None = None) -> tuple[list[Tensor], int] | None:
+        """The sums of the first `count` rows, and how many of these failed; None if the batch raises an exception."""
+        try:
+            loss, with_loss = self._backward(rows)
+            kept = with_loss if usable is None else with_loss & usable
+            gradients = [self._of_samples(parameter, len(rows))[:count] for parameter in self.parameters]
+            found = clipped_sum(gradients, self.clip, kept[:count])
             self.loss = loss.item()
+        except _NoLossError:
+            self._forget()
+            return self._nothing(), count
         except Exception:  # noqa: BLE001 - it may depend on the data: nobody else may see it
             self._forget()
             return None
         self._clear()
-        self.failed += failed
         return found
 
+    def _alone(self, rows: Tensor, random_state: Tensor) -> None:
+        """Raises an exception if one of these samples does so."""
+        torch.set_rng_state(random_state)
+        try:
+            self._backward(rows)
+        finally:
+            self._forget()
+
+    def _backward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the gradients. Returns the mean loss, and for each sample whether it has a loss."""
+        try:
+            outputs, targets = self.objective.predict(rows)
+            loss, with_loss = self._loss(outputs, targets, len(rows))
+            loss.backward()
+        finally:
+            self._restore()
+        return loss, with_loss
+
+    def _loss(self, outputs: Any, targets: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """If the loss raises an exception for some samples, another's outputs stand in for theirs, without gradient."""
+        loss = self.objective.loss
+        try:
+            return loss(outputs, targets), torch.ones(count, dtype=torch.bool)
+        except Exception:
+            if not (isinstance(outputs, Tensor) and outputs.dim() and len(outputs) == len(targets) == count):
+                raise
+            usable = _usable(count, lambda chosen: loss(outputs[chosen].detach(), targets[chosen]))
+            if not usable.any():
+                raise _NoLossError from None
+        first = int(usable.nonzero()[0])
+        outputs, targets = (
+            torch.where(usable.reshape(-1, *[1] * (each.dim() - 1)), each, each[first].detach())
+            for each in (outputs, targets)
+        )
+        return loss(outputs, targets), usable
+
     def _of_samples(self, parameter: nn.Parameter, count: int) -> Tensor:
-        found: Tensor | None = getattr(parameter, "grad_sample", None)
+        found: object = getattr(parameter, "grad_sample", None)
         if found is None:  # the loss of this batch does not depend on the parameter
             return parameter.detach().new_zeros(count, *parameter.shape)
+        if not isinstance(found, Tensor) or len(found) != count:
+            raise ValueError("the rows of a layer are not the samples")
         return found
+
+    def _state(self) -> dict[str, Tensor]:
+        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+
+    def _restore(self) -> None:
+        """Undo what the forward pass wrote: it would depend on the samples, without noise."""
+        for name, tensor in self._state().items():
+            if name in self._kept:  # a forward pass may add or replace buffers
+                tensor.data.copy_(self._kept[name])
 
     def _nothing(self) -> list[Tensor]:
         return [torch.zeros(parameter.shape, dtype=torch.float64) for parameter in self.parameters]
@@ -175,6 +284,46 @@ class _Gradients:
                     delattr(keeper, name)
 
 
+def _usable(count: int, compute: Callable[[Tensor], object]) -> Tensor:
+    """For each of `count` samples, whether `compute` does not raise an exception for two of it; found by bisection."""
+    usable = torch.ones(count, dtype=torch.bool)
+    groups = list(torch.arange(count).tensor_split(2))
+    while groups:
+        group = groups.pop()
+        try:
+            compute(group if len(group) > 1 else group.repeat(2))
+        except Exception:  # noqa: BLE001 - the samples are left out
+            if len(group) > 1:
+                groups += group.tensor_split(2)
+            else:
+                usable[group] = False
+    return usable
+
+
+def _check_unit(name: str, gradients: object, count: int) -> None:
+    layer = name.rpartition(".")[0] or name
+    if gradients is None:
+        raise ConfigError(
+            'dp = "sample" cannot train this model: its output does not depend on one of its parameters, '
+            f"{name}; freeze it"
+        )
+    if not isinstance(gradients, Tensor) or len(gradients) != count:
+        raise ConfigError(
+            f'dp = "sample" cannot train this model: in the layer {layer} the rows are not the samples, of which each '
+            "has its own gradient; let each layer take the samples as its first dimension, without x.flatten(0, 1) or "
+            "x.transpose(0, 1) before it"
+        )
+
+
+def _check_layers(model: nn.Module) -> None:
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.max_norm is not None:
+            raise ConfigError(
+                f'dp = "sample" cannot train this model: the layer {name or "Embedding"} has max_norm, which changes '
+                "the weights of what it looks up, without noise; leave max_norm out"
+            )
+
+
 def _noisy(
     clipped: Tensor, parameter: nn.Parameter, deviation: float, expected: int, random_source: RandomSource
 ) -> Tensor:
@@ -192,9 +341,13 @@ def _per_sample(model: nn.Module) -> Iterator[None]:
         raise ConfigError("the plan's dp = \"sample\" needs the package opacus: pip install 'ternbus[dp]'") from error
     if errors := ModuleValidator.validate(model, strict=False):
         raise ConfigError(f'dp = "sample" cannot train this model: {errors[0]}')
+    _check_layers(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Full backward hook is firing")  # the inputs need no gradient
-        hooked = GradSampleModule(model)
+        try:
+            hooked = GradSampleModule(model)
+        except NotImplementedError as error:  # a layer with parameters and buffers
+            raise ConfigError(f'dp = "sample" cannot train this model: {described(error)}') from error
         try:
             yield
         finally:

@@ -155,18 +155,26 @@ class TorchTrainer:
         return self._result(start, plan.statistics_rate if plan.dp == NO_DP else 0.0, metrics)
 
     def train_privately(
-        self, start: Tensors, plan: Plan, *, version: int, seed: int, random_source: RandomSource
+        self,
+        start: Tensors,
+        plan: Plan,
+        *,
+        version: int,
+        seed: int,  # noqa: ARG002 - others know it
+        random_source: RandomSource,
     ) -> Trained:
-        """Train by DP-SGD. Buffers, such as batch norm's statistics, are sent unchanged: they depend on the samples."""
+        """Train by DP-SGD. Buffers, such as batch norm's statistics, are sent unchanged: they depend on the samples.
+
+        Dropout and augmentation draw from `random_source` too.
+        """
         began = time.perf_counter()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(random_source.seed())
             self._travelling.load(start)
             self._travelling.begin_training()
             metrics = dp_sgd.descend(
                 self._model,
-                self._private_loss,
-                probe=self._probe,
+                dp_sgd.Objective(predict=self._predict, loss=self._task.loss, probe=self._probe),
                 samples=self.samples,
                 plan=plan,
                 rate=plan.rate(version),
@@ -191,16 +199,19 @@ class TorchTrainer:
                 "training diverged (the data are finite, the model is not): lower the plan's learning_rate"
             ) from None
 
-    def _private_loss(self, rows: Tensor) -> Tensor:
-        inputs, targets = self._batch(rows)
+    def _predict(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The outputs for these samples, as training sees them, and their targets."""
+        return self._outputs(*self._batch(rows))
+
+    def _probe(self, count: int) -> tuple[Tensor, Tensor]:
+        """As `_predict`, for samples that are 0."""
+        inputs, targets = (one.new_zeros(count, *one.shape[1:]) for one in self._batch(slice(0, 1)))
+        return self._outputs(inputs, targets)
+
+    def _outputs(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         if self._task.augment is not None:
             inputs = self._task.augment(inputs)
-        return self._task.loss(self._model(inputs), targets)
-
-    def _probe(self) -> Tensor:
-        """The loss of two samples that are 0."""
-        inputs, targets = self._batch(slice(0, 2))
-        return self._task.loss(self._model(torch.zeros_like(inputs)), torch.zeros_like(targets))
+        return self._model(inputs), targets
 
     def evaluate(self, tensors: Tensors) -> Evaluation:
         self._travelling.load(tensors)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -85,6 +86,8 @@ class TravellingState:
             parameter = isinstance(tensor, nn.Parameter)
             if parameter and tensor.dtype == torch.float32:
                 arrays[name] = _float32(tensor)
+            elif not parameter and statistics_rate == 0:  # whatever the change is: 0 times infinity is NaN
+                arrays[name] = np.array(start[name], np.float32)
             else:
                 change = tensor.detach().double() - _rounded(tensor, start[name]).double()
                 share = 1.0 if parameter else statistics_rate

@@ -4,6 +4,7 @@ One process instead of `ternbus edge join` and `ternbus edge run`, because both 
 """
 
 import argparse
+import json
 import runpy
 import signal
 import sys
@@ -15,6 +16,8 @@ from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.files import load_toml
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.edge.learn.task_loader import load_task
+from ternbus.edge.plan.plan import Plan
+from ternbus.edge.plan.privacy import PrivacyPolicy
 from ternbus.edge.shell import agent
 from ternbus.edge.shell.agent import Options
 from ternbus.edge.shell.directory import TOML, DeviceDirectory
@@ -32,6 +35,7 @@ def main() -> None:
     parser.add_argument("--hold-out", type=float, default=0.0)
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plan", default="{}", help="The scenario's, in JSON: its budget is the device's own.")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     given = parser.parse_args()
     _join(given)
@@ -53,6 +57,7 @@ def _join(given: argparse.Namespace) -> None:
         seed=given.seed,
         hold_out=given.hold_out,
         width=given.width,
+        policy=PrivacyPolicy.of(Plan.from_meta({**model.default_plan, **json.loads(given.plan)})),
     )
     stop = agent.join(home, settings, model, Options(), printer)
     for number in (signal.SIGINT, signal.SIGTERM):

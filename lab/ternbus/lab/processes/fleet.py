@@ -1,5 +1,7 @@
 """The command-line arguments for the processes of devices and the evaluator in a testbed."""
 
+import json
+
 from ternbus.edge.learn.task_loader import absolute
 from ternbus.lab.report.output import Output
 from ternbus.lab.scenario.scenario import Scenario
@@ -40,4 +42,5 @@ def evaluator(scenario: Scenario, output: Output, name: str) -> tuple[str, list[
 def _member(scenario: Scenario, output: Output, name: str, task: str, partition: str) -> list[str]:
     data = [] if scenario.data is None else ["--data", str(scenario.data)]
     identity = [str(output.invitation(name)), str(output.device(name))]
-    return ["--task", task, "--partition", partition, "--seed", str(scenario.seed), *data, *identity]
+    plan = ["--plan", json.dumps(dict(scenario.plan))] if scenario.plan else []
+    return ["--task", task, "--partition", partition, "--seed", str(scenario.seed), *plan, *data, *identity]

@@ -24,6 +24,8 @@ from ternbus.broker.protocol.schema import Schema, Vector, to_vector
 from ternbus.edge.core.follower import InitialModel
 from ternbus.edge.core.profile import Profile
 from ternbus.edge.learn.task import Task
+from ternbus.edge.plan.plan import Plan
+from ternbus.edge.plan.privacy import PrivacyPolicy
 from ternbus.edge.plan.tensors import Tensors
 from ternbus.lab.scenario.scenario import Scenario, Simulated
 from ternbus.lab.virtual.memory_broker import Line
@@ -115,6 +117,7 @@ def bodies(
     They train at ``place``, by default in this process.
     """
     own = pairs(scenario, task, model)
+    policy = PrivacyPolicy.of(Plan.from_meta({**task.default_plan, **scenario.plan}))
     place = place or InProcess([trainer for trainer, _ in own])
     shapes = {name: tuple(array.shape) for name, array in model.items()}
     initial_model = InitialModel(tensors=model)
@@ -131,6 +134,7 @@ def bodies(
                 code=code,
                 tensors=shapes,
                 default_plan=dict(task.default_plan),
+                policy=policy,
                 software=SOFTWARE,
                 reports=held is not None,
                 fine_tune=scenario.local.fine_tune if held is not None else 0.0,

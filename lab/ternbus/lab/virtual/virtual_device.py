@@ -167,7 +167,7 @@ class VirtualDevice:
         result = awaited()
         if isinstance(result, events.TrainingFinished):
             result = replace(result, metrics={**result.metrics, "seconds": seconds})
-        self.failures += isinstance(result, events.TrainingFailed)
+        self.failures += isinstance(result, events.TrainingFailed | events.BudgetSpent)
         self._handle(result)
         self._after_training(self)
 
