@@ -34,6 +34,8 @@ Point = Literal[
     "format-copied", "format-changed", "format-committed",
     # a device's folder: joined, then its code is removed; its key replaced, and the folder of the rotation removed
     "joined", "rotation-saved", "rotation-copied", "rotation-settings-written", "folder-renamed",
+    # rows that go to an archive
+    "archive-written", "rows-removed",
     # commands beside a running aggregator
     "invited", "requested",
 ]  # fmt: skip

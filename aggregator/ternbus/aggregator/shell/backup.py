@@ -88,7 +88,7 @@ def _fill(directory: Path, partial: Path, settings: Settings, public: bytes, sof
         "version": version,
         "made_at": time.time(),
         "software": software,
-        "files": {str(each.relative_to(partial)): checking.digest(each) for each in _files(partial)},
+        "files": {str(each.relative_to(partial)): files.digest(each).hex() for each in _files(partial)},
     }
     with files.replacing(partial / MANIFEST, mode=0o600) as manifest:
         manifest.write_text(toml.dumps(about, {("files",): "BLAKE2b-256 of each"}), encoding="utf-8")

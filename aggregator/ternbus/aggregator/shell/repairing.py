@@ -29,7 +29,7 @@ from ternbus.broker.protocol.merge_log import FIRST
 from ternbus.broker.protocol.messages import PAUSED, RESTORE_LEAP, SnapshotRef
 
 ASIDE: Final = "damaged"  # in DIR, with the time behind it: what was replaced
-STATE: Final = (LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", BODIES, VECTORS)
+STATE: Final = (LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", BODIES, VECTORS, merge_log.FOLDER)
 NAMED_MAX: Final = 1000
 
 
@@ -120,8 +120,12 @@ def _rebuild(
         "seq": int(found.facts.get("seq", time.time_ns())),
         "session": int(found.facts.get("session", time.time_ns())),
     }
+    carried = (merge_log.ARCHIVES, merge_log.COMPARED_FROM) if found.log_is_whole else ()
+    facts |= {name: found.facts[name] for name in carried if name in found.facts}
     if not found.has_all_that_is_logged:
         facts[merge_log.COMPARED_FROM] = newest + RESTORE_LEAP
+    if not found.log_is_whole:  # the log begins anew, without what was before
+        shutil.rmtree(partial / merge_log.FOLDER, ignore_errors=True)
     with closing(Ledger.create(partial / LEDGER, facts)) as ledger:
         lost += rebuilding.rebuild(found, ledger)
         ledger.write(_leap(found, sound, settings, identity, facts))

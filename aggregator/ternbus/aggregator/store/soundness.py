@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from ternbus.aggregator.merge.influence import RECENT
-from ternbus.aggregator.store import checksums
+from ternbus.aggregator.store import checksums, merge_log
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.aggregator.store.remedy import remedy
 from ternbus.aggregator.store.schema import DROPPED, SCHEMA_SQL
@@ -58,6 +58,7 @@ def faults(ledger: Ledger, public: bytes) -> Iterator[str]:
     yield from _reading("the bodies of updates", _bodies(ledger))
     yield from _reading("the vectors", _vectors(ledger))
     yield from _reading("the retained messages", _frames(ledger, public))
+    yield from _reading("the archives", _archives(ledger))
 
 
 def _of_sqlite(ledger: Ledger) -> Iterator[str]:
@@ -136,6 +137,14 @@ def _vectors(ledger: Ledger) -> Iterator[str]:
     for name, checksum in files:
         try:
             ledger.vectors.read(name, checksum)
+        except CorruptError as error:
+            yield _short(error, ledger.path.parent)
+
+
+def _archives(ledger: Ledger) -> Iterator[str]:
+    for archive in merge_log.archives(ledger):
+        try:
+            archive.check()
         except CorruptError as error:
             yield _short(error, ledger.path.parent)
 
