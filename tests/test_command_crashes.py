@@ -1,34 +1,23 @@
 """A command that keeps a folder may be killed at any moment: nothing is lost, and it is run again."""
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from crash.commands import BACKING_UP, PRUNING, REPAIRING, RESTORING, killed
 from support.small_world import Bench, Device, make_directory, ternary_block
-from ternbus.aggregator.shell import administration, log
+from ternbus.aggregator.shell import administration, backup, log, restoring
 from ternbus.aggregator.shell.checking import check
-from ternbus.aggregator.store import merge_log
+from ternbus.aggregator.shell.repairing import repair
+from ternbus.aggregator.store import merge_log, revocations
 from ternbus.aggregator.store import status as statuses
-from ternbus.broker.crash_points import VARIABLE
+from ternbus.aggregator.store.ledger import LEDGER
+from ternbus.broker.errors import ConfigError
 
 VERSIONS, KEPT = 12, 10
-PRUNING = ("archive-written", "rows-removed")
-POINTS = {*PRUNING}  # that are killed at here
-
-
-def killed(point: str, *words: object) -> None:
-    """Run a command that is killed at a point."""
-    command = [sys.executable, "-m", "ternbus", *map(str, words)]
-    done = subprocess.run(
-        command, env={**os.environ, VARIABLE: point}, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert done.stderr.endswith(f"killed at the crash point {point.partition(':')[0]}\n")
 
 
 def merge(bench: Bench, devices: list[Device], times: int) -> None:
@@ -80,3 +69,68 @@ def test_a_prune_goes_on_when_it_is_run_again(whole: World, home: Path, point: s
     assert [path.name for path in (home / merge_log.FOLDER).iterdir()] == ["1.sqlite"]
     assert statuses.read(home)["counts"] == before
     whole.check_that_it_goes_on(home)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", BACKING_UP)
+def test_a_backup_is_whole_or_not_there(home: Path, point: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    killed(point, "aggregator", "backup", home, out)
+    made = backup.found_in(out, "lab")
+    assert [check(path).faults for path in made] == [()] * (point == "backup-renamed")
+    shutil.rmtree(out / made[0].name) if made else None  # two of one second have one name
+    again = backup.backup(home, out, None, "test")
+    assert (backup.found_in(out, "lab"), list(out.glob("*.partial"))) == ([again.path], [])
+
+
+def revoke(home: Path, whole: World) -> None:
+    """A device that no backup knows to be revoked: in the ledger and in the list of the folder alone."""
+    bench = Bench(home)
+    bench.start()
+    bench.revoke(whole.devices[1].name)
+    bench.close()
+
+
+def revoked(home: Path) -> list[str]:
+    assert [device for device, _ in revocations.read(home / revocations.FILE).keys] == ["other"]
+    return [name for name, row in statuses.read(home)["devices"].items() if row["key_state"] == "revoked"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", RESTORING)
+def test_a_restore_that_is_killed_forgets_no_revocation(whole: World, home: Path, point: str, tmp_path: Path) -> None:
+    made = backup.backup(home, tmp_path / "out", None, "test").path
+    revoke(home, whole)
+    before = (home / LEDGER).read_bytes()
+    killed(point, "aggregator", "restore", made, home, "--force")
+    if not (home / LEDGER).exists():
+        with pytest.raises(ConfigError, match="was cut short: run it again"):
+            administration.load_settings(home)
+    if point.startswith("moved-aside"):
+        restoring.restore(made, home, "test", force=True)
+    else:
+        with pytest.raises(ConfigError, match="was cut short, and has been ended now"):
+            restoring.restore(made, home, "test")
+    assert (check(home).faults, revoked(home), list(home.glob("*.partial"))) == ((), ["other"], [])
+    (aside,) = home.glob("replaced-*")
+    assert (aside / LEDGER).read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", REPAIRING)
+def test_a_repair_that_is_killed_is_ended_by_the_next(whole: World, home: Path, point: str) -> None:
+    with closing(sqlite3.connect(home / LEDGER)) as db:
+        ((segment,),) = db.execute("SELECT segment FROM server").fetchall()
+    (home / "vectors" / f"{segment}-server.f32").unlink()
+    killed(point, "aggregator", "repair", home)
+    repair(home)
+    assert (list(home.glob("*.partial")), len(list(home.glob("damaged-*")))) == ([], 1)
+    whole.check_that_it_goes_on(home)
+
+
+@pytest.mark.slow
+def test_a_revocation_that_is_in_the_list_is_in_the_ledger_after_the_next_command(whole: World, home: Path) -> None:
+    killed("file-renamed", "aggregator", "revoke", home, "other")
+    assert statuses.read(home)["devices"]["other"]["key_state"] == "active"
+    administration.change_state(home, "pause", "test")
+    assert revoked(home) == ["other"]

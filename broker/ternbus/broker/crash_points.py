@@ -34,8 +34,9 @@ Point = Literal[
     "format-copied", "format-changed", "format-committed",
     # a device's folder: joined, then its code is removed; its key replaced, and the folder of the rotation removed
     "joined", "rotation-saved", "rotation-copied", "rotation-settings-written", "folder-renamed",
-    # rows that go to an archive
-    "archive-written", "rows-removed",
+    # commands that keep a folder: rows that go to an archive, a backup's name, a state that is replaced by another one
+    "archive-written", "rows-removed", "backup-checked", "backup-renamed",
+    "moved-aside", "coming", "ledger-coming", "ledger-moved",
     # commands beside a running aggregator
     "invited", "requested",
 ]  # fmt: skip

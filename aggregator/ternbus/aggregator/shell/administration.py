@@ -20,7 +20,7 @@ from ternbus.aggregator.core import events, first_version, records
 from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.shell import transport
-from ternbus.aggregator.store import archives, control, membership
+from ternbus.aggregator.store import archives, control, membership, swapping
 from ternbus.aggregator.store.ledger import LEDGER, Ledger, reading, writing
 from ternbus.aggregator.store.recovery import recover
 from ternbus.aggregator.store.remedy import remedy
@@ -96,6 +96,7 @@ def _move_into(partial: Path, directory: Path) -> None:
 
 
 def load_settings(directory: Path) -> Settings:
+    swapping.check(directory)
     if not (directory / LEDGER).exists():
         raise ConfigError(f"{directory} holds no aggregator; make one with: ternbus aggregator init {directory} …")
     path = directory / TOML
