@@ -11,8 +11,9 @@ from ternbus.broker.crash_points import VARIABLE
 PRUNING: Final = ("archive-written", "rows-removed")
 BACKING_UP: Final = ("backup-checked", "backup-renamed")
 RESTORING: Final = ("moved-aside:3", "coming", "ledger-moved")
+MENDING: Final = ("outbox-moved-aside", "outbox-salvaged")  # an outbox
 REPAIRING: Final = ("moved-aside", "ledger-coming")
-POINTS: Final = {point.partition(":")[0] for point in (*PRUNING, *BACKING_UP, *RESTORING, *REPAIRING)}
+POINTS: Final = {point.partition(":")[0] for point in (*PRUNING, *BACKING_UP, *RESTORING, *REPAIRING, *MENDING)}
 
 
 def killed(point: str, *words: object) -> None:

@@ -312,7 +312,7 @@ class Ledger:
         row = self.db.execute("SELECT payload, crc FROM frames WHERE topic = ?", (topic,)).fetchone()
         if row is None:
             return b""
-        if row[1] != checksums.checksum(topic, row[0]):
+        if row[1] != store_format.checksum(topic, row[0]):
             raise self.corrupt(f"the retained message of {topic} is damaged")
         return bytes(row[0])
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ternbus.aggregator.store import checksums, merge_log
-from ternbus.aggregator.store.checksums import COLUMNS, KEYS, checksum
+from ternbus.aggregator.store.checksums import COLUMNS, KEYS
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.aggregator.store.merge_log import Archive
 from ternbus.aggregator.store.rows import unsigned
@@ -24,6 +24,7 @@ from ternbus.broker.protocol.messages import Delta, Head, Snapshot
 from ternbus.broker.protocol.parts import Collector
 from ternbus.broker.protocol.schema import Schema, Vector, vector_digest, vector_of
 from ternbus.broker.protocol.ternary import Block, decode
+from ternbus.broker.store_format import checksum
 
 BESIDE: Final = {"updates": "merged, segment", "versions": "body"}  # columns that a row's checksum does not cover
 READERS: Final[Mapping[str, Callable[[Mapping[str, Any]], object]]] = {

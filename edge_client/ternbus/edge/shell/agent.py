@@ -86,6 +86,7 @@ def renew(
 def _mend_outbox(home: DeviceDirectory) -> None:
     """The new key has counters of its own, so what can be read of a damaged outbox is enough."""
     path = home.folder / outboxes.FILE
+    outbox_salvage.settle(home.folder)
     if not path.exists() or not path.stat().st_size or outbox_salvage.is_sound(home.folder):
         return
     private = home.settings().policy is not None

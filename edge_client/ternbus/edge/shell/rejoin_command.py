@@ -11,7 +11,7 @@ from ternbus.edge.shell.agent import Options
 from ternbus.edge.shell.arguments import AsJson, Dir, InvitationFile, Timeout, load_invitation
 from ternbus.edge.shell.directory import DeviceDirectory, Settings
 from ternbus.edge.shell.printer import Printer
-from ternbus.edge.store import outbox
+from ternbus.edge.store import outbox, outbox_salvage
 
 
 def rejoin(
@@ -36,6 +36,8 @@ def rejoin(
     home, printer = DeviceDirectory(directory), Printer(as_json=as_json)
     asked = load_invitation(invitation, directory)
     settings = home.settings()
+    with home.locked():
+        outbox_salvage.settle(home.folder)
     _check_account(home, settings, account_lost=account_lost)
     stop = agent.renew(home, asked, load_task(settings.task), Options(timeout_s=timeout), printer, rejoin=True)
     raise typer.Exit(printer.finish(stop, ended=True))
