@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from crash.commands import killed
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import write_key, write_secret
 from ternbus.broker.link.tls import CERTIFICATE
@@ -122,6 +123,22 @@ def test_rejoining_drops_every_counter_that_another_could_have_raised(tmp_path: 
         assert (state.seq_limit, state.session, state.accepted, state.account) == (66, 2, 3, spent)
         assert home.settings() == settings(broker="mqtt://127.0.0.1:2")
         shutil.copytree(tmp_path / "copy", home.renewal().folder)
+
+
+@pytest.mark.slow
+def test_a_rejoining_that_is_killed_at_each_point_is_the_one_that_was_not(tmp_path: Path) -> None:
+    """One start after the other goes on; there is no broker, and none is reached before the last."""
+    folders = [tmp_path / name for name in ("killed", "whole")]
+    for folder in folders:
+        folder.mkdir()
+    home, other = (device(folder, rejoin="yes") for folder in folders)
+    for point in ("rotation-saved", "rotation-copied", "rotation-settings-written", "folder-renamed"):
+        killed(point, "edge", "run", home.folder, "--timeout", 0)
+    key_rotation.finish(home)
+    key_rotation.finish(other)
+    assert not home.renewal().folder.exists()
+    assert repr(kept_in(home)) == repr(kept_in(other))
+    assert (home.identity(), home.settings()) == (NEW, other.settings())
 
 
 def no_settings(home: DeviceDirectory) -> None:
