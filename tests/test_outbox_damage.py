@@ -209,6 +209,13 @@ def test_what_is_not_as_it_was_written_is_not_salvaged(folder: Path) -> None:
         assert (outbox.state.account, outbox.state.head_version) == (STATE.account, STATE.head_version)
 
 
+def test_to_leave_a_federation_removes_the_damaged_outbox(folder: Path) -> None:
+    destroy(folder, "receipts")
+    outbox_salvage.salvage(folder, KEY, private=True)
+    DeviceDirectory(folder).erase()
+    assert not folder.exists()
+
+
 def test_a_save_that_changes_no_tensor_writes_no_tensor(folder: Path) -> None:
     """Their checksums are in `kept`, beside what changes with every save."""
     with Outbox(folder, KEY) as outbox:
