@@ -473,7 +473,9 @@ def test_what_an_owner_insists_on_outlives_the_process_and_a_new_key(tmp_path: P
     joined = home.prepare(invitation, task="digits-numpy", data=None, partition="all", policy=policy)
     home.write(replace(joined, code=""))
     assert home.settings().policy == policy
-    _, renewed = key_rotation.begin(home, replace(invitation, code="d" * 32))
+    begun = key_rotation.begin(home, replace(invitation, code="d" * 32))
+    assert begun is not None
+    _, renewed = begun
     assert renewed.policy == policy
     with pytest.raises(ConfigError, match="max-epsilon"):
         replace(home.settings(), dp="")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from crash.commands import killed
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import write_key, write_secret
 from ternbus.broker.link.tls import CERTIFICATE
@@ -149,6 +150,35 @@ def test_no_new_key_forgets_what_was_spent_of_an_owners_budget(tmp_path: Path, r
     assert not home.renewal().exists()
     home.write(settings())
     key_rotation.check_account(home)
+
+
+@pytest.mark.slow
+def test_a_rejoining_that_is_killed_at_each_point_is_the_one_that_was_not(tmp_path: Path) -> None:
+    """One start after the other goes on; there is no broker, and none is reached before the last."""
+    folders = [tmp_path / name for name in ("killed", "whole")]
+    for folder in folders:
+        folder.mkdir()
+    home, other = (device(folder, rejoin="yes") for folder in folders)
+    for point in ("rotation-saved", "rotation-copied", "rotation-settings-written", "folder-renamed"):
+        killed(point, "edge", "run", home.folder, "--timeout", 0)
+    key_rotation.finish(home)
+    key_rotation.finish(other)
+    assert not home.renewal().folder.exists()
+    assert repr(kept_in(home)) == repr(kept_in(other))
+    assert (home.identity(), home.settings()) == (NEW, other.settings())
+
+
+@pytest.mark.parametrize("rejoin", ["", "yes"])
+def test_a_rotation_that_is_asked_for_again_after_a_kill_is_finished_without_the_invitation(
+    tmp_path: Path, rejoin: str
+) -> None:
+    """The first try may have spent it. A key alone is not enough where the counters are to start anew."""
+    home = device(tmp_path, rejoin=rejoin)
+    shutil.copytree(home.renewal().folder, tmp_path / "copy")
+    assert key_rotation.begin(home, INVITED, rejoin=bool(rejoin)) is None
+    assert home.identity() == NEW
+    shutil.copytree(tmp_path / "copy", home.renewal().folder)
+    assert (key_rotation.begin(home, INVITED, rejoin=True) is None) == bool(rejoin)
 
 
 def no_settings(home: DeviceDirectory) -> None:

@@ -33,8 +33,13 @@ Point = Literal[
     "file-written", "file-synced", "file-renamed",
     # a store of an older format
     "format-copied", "format-changed", "format-committed",
+    # a damaged outbox that is replaced
+    "outbox-moved-aside", "outbox-salvaged",
     # a device's folder: joined, then its code is removed; its key replaced, and the folder of the rotation removed
     "joined", "rotation-saved", "rotation-copied", "rotation-settings-written", "folder-renamed",
+    # commands that keep a folder: rows that go to an archive, a backup's name, a state that is replaced by another one
+    "archive-written", "rows-removed", "backup-checked", "backup-renamed",
+    "moved-aside", "coming", "ledger-coming", "ledger-moved",
     # commands beside a running aggregator
     "invited", "requested",
 ]  # fmt: skip

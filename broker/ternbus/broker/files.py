@@ -8,6 +8,7 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -30,6 +31,14 @@ def chunks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             yield chunk
+
+
+def digest(path: Path) -> bytes:
+    """The BLAKE2b-256 of a file."""
+    state = blake2b(digest_size=32)
+    for chunk in chunks(path):
+        state.update(chunk)
+    return state.digest()
 
 
 def load_toml(path: Path) -> dict[str, Any]:

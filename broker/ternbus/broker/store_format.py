@@ -1,6 +1,7 @@
 """The format of a store in SQLite: an older one is migrated, after a copy, in one transaction; a newer one is refused.
 
-Knows neither tables nor which formats there are: each store brings its own table of steps.
+Knows neither tables nor which formats there are: each store brings its own table of steps. Rows have checksums, since
+SQLite's pages have none, so that a bit that flips on disk goes unseen.
 """
 
 import logging
@@ -12,6 +13,9 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+from zlib import crc32
+
+import msgpack
 
 from ternbus.broker import files
 from ternbus.broker.crash_points import reached
@@ -23,7 +27,13 @@ FAULTS: Final = {*NO_ACCESS, *IN_USE, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR,
 DAMAGED: Final = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 RESTORE: Final = "restore it from a backup"
 EMPTY: Final = 0  # the format of a store in which nothing was made yet
+_PACKER: Final = msgpack.Packer(unicode_errors="surrogateescape")  # what is no UTF-8 is damaged, and is to be named
 _log = logging.getLogger(__name__)
+
+
+def checksum(*values: object) -> int:
+    """The CRC-32 of a row's values as SQLite gives them back: int, float, str, bytes or None."""
+    return crc32(_PACKER.pack(values))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ from ternbus.aggregator.core import events, first_version, records
 from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.shell import transport
-from ternbus.aggregator.store import control, membership
+from ternbus.aggregator.store import archives, control, membership, swapping
 from ternbus.aggregator.store.ledger import LEDGER, Ledger, reading, writing
 from ternbus.aggregator.store.recovery import recover
 from ternbus.aggregator.store.remedy import remedy
@@ -98,6 +98,7 @@ def _move_into(partial: Path, directory: Path) -> None:
 
 
 def load_settings(directory: Path) -> Settings:
+    swapping.check(directory)
     if not (directory / LEDGER).exists():
         raise ConfigError(f"{directory} holds no aggregator; make one with: ternbus aggregator init {directory} …")
     path = directory / TOML
@@ -215,6 +216,13 @@ def _request(directory: Path, what: str, argument: str, software: str) -> None:
         control.ask(directory, what, argument)
     except control.NotRunningError:
         _apply(directory, software, lambda core, ledger: core.handle(control.event(ledger, what, argument), 0.0))
+
+
+def prune(directory: Path, keep_versions: int) -> archives.Pruned:
+    """Move old rows of the ledger to an archive; ConfigError where a process serves the directory."""
+    settings = load_settings(directory)
+    with control.exclusive(directory), writing(directory) as ledger:
+        return archives.prune(ledger, keep_versions, settings.staleness.max)
 
 
 def restored(directory: Path, software: str) -> int:

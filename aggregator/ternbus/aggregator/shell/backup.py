@@ -10,8 +10,9 @@ from typing import Any, Final
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.shell import administration, checking, transport
 from ternbus.aggregator.shell.administration import KEY, TOML
-from ternbus.aggregator.store import copying, revocations
+from ternbus.aggregator.store import copying, revocations, swapping
 from ternbus.broker import files, toml
+from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError, CorruptError
 from ternbus.broker.files import load_toml, read_key
 from ternbus.broker.protocol.identity import Identity
@@ -20,7 +21,6 @@ MANIFEST: Final = checking.MANIFEST
 PLACE: Final = "backups.toml"  # in an aggregator's folder: where its last backup went
 LOCK: Final = "backup.lock"
 FORMAT: Final = 1
-STAMP: Final = "%Y%m%dT%H%M%SZ"
 BROKER: Final = (Path("broker", "broker.toml"), Path("broker", "tls"))  # of `ternbus aggregator up`
 
 
@@ -47,7 +47,7 @@ def backup(directory: Path, out: Path, keep: int | None, software: str) -> Made:
     if held is None:
         raise ConfigError(f"another backup is being made in {out}; try again when it is done")
     with held:
-        path = out / f"{settings.federation}-{time.strftime(STAMP, time.gmtime())}"
+        path = out / f"{settings.federation}-{time.strftime(swapping.STAMP, time.gmtime())}"
         if path.exists():
             raise ConfigError(f"{path} is there already; try again in a second")
         for left in out.glob(f"{settings.federation}-*.partial"):  # of an attempt that was cut short
@@ -57,7 +57,9 @@ def backup(directory: Path, out: Path, keep: int | None, software: str) -> Made:
             version = _fill(directory, partial, settings, public, software)
             _check(directory, partial)
             files.sync(partial)
+            reached("backup-checked")
             partial.rename(path)
+            reached("backup-renamed")
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -88,7 +90,7 @@ def _fill(directory: Path, partial: Path, settings: Settings, public: bytes, sof
         "version": version,
         "made_at": time.time(),
         "software": software,
-        "files": {str(each.relative_to(partial)): checking.digest(each) for each in _files(partial)},
+        "files": {str(each.relative_to(partial)): files.digest(each).hex() for each in _files(partial)},
     }
     with files.replacing(partial / MANIFEST, mode=0o600) as manifest:
         files.write_text(manifest, toml.dumps(about, {("files",): "BLAKE2b-256 of each"}))

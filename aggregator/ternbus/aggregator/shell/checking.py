@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Final
 
@@ -11,8 +10,9 @@ from ternbus.aggregator.shell import administration, log
 from ternbus.aggregator.shell.administration import KEY
 from ternbus.aggregator.store import control, soundness
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
+from ternbus.broker import files
 from ternbus.broker.errors import ConfigError, CorruptError, ProtocolError
-from ternbus.broker.files import chunks, load_toml, read_key
+from ternbus.broker.files import load_toml, read_key
 from ternbus.broker.protocol.identity import Identity
 
 MANIFEST: Final = "backup.toml"  # in a backup: what it is of, and the digest of each file
@@ -76,20 +76,12 @@ def _differences(backup: Path) -> Iterator[str]:
         return
     for name, expected in named.items():
         try:
-            found = digest(backup / name)
+            found = files.digest(backup / name).hex()
         except OSError as error:
             yield f"cannot read {backup / name}: {error.strerror}"
             continue
         if found != expected:
             yield f"{backup / name} is not as it was written"
-
-
-def digest(path: Path) -> str:
-    """The BLAKE2b-256 of a file, in hex."""
-    state = blake2b(digest_size=32)
-    for chunk in chunks(path):
-        state.update(chunk)
-    return state.hexdigest()
 
 
 def _look(directory: Path, ledger: Ledger, public: bytes) -> Checked:

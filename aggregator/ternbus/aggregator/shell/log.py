@@ -39,16 +39,12 @@ def verify_ledger(ledger: Ledger, public: bytes, head: Published | None) -> Audi
     """The chain, and whether the other tables and the head that was published say the same."""
     audit = Audit(public=public, federation=ledger.fact("federation"))
     compared_from = int(ledger.fact(merge_log.COMPARED_FROM) or 0)
-    for version, packed in merge_log.entries(ledger):
+    for part in merge_log.parts(ledger):
         try:
-            entry = audit.take(unpack(packed))
-        except ProtocolError as error:
-            audit.faults.append(f"version {version} is damaged: {error.detail}")
-            continue
-        if entry is not None and entry.version != version:
-            audit.faults.append(f"version {entry.version} stands in the place of version {version}")
-        elif entry is not None and entry.version >= compared_from:
-            audit.faults += _differences(ledger, entry)
+            for version, packed in part:
+                audit.faults += _faults(ledger, audit, version, packed, compared_from)
+        except CorruptError as error:  # an archive
+            audit.faults.append(str(error))
     try:
         frame = parse(ledger.frame(topics.head(audit.federation)))
         frame.check_authentic(public)
@@ -59,6 +55,19 @@ def verify_ledger(ledger: Ledger, public: bytes, head: Published | None) -> Audi
         why = error.reason if isinstance(error, ProtocolError) else "it is damaged"
         audit.faults.append(f"the head that was published last is not signed by this key ({why})")
     return audit
+
+
+def _faults(ledger: Ledger, audit: Audit, version: int, packed: bytes, compared_from: int) -> list[str]:
+    """What is wrong with an entry in the ledger, beside what the audit notes itself."""
+    try:
+        entry = audit.take(unpack(packed))
+    except ProtocolError as error:
+        return [f"version {version} is damaged: {error.detail}"]
+    if entry is not None and entry.version != version:
+        return [f"version {entry.version} stands in the place of version {version}"]
+    if entry is not None and entry.version >= compared_from:
+        return list(_differences(ledger, entry))
+    return []
 
 
 def _differences(ledger: Ledger, entry: Entry) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""`ternbus aggregator backup`, `check` and `restore`: a way back from everything, as commands."""
+"""`ternbus aggregator backup`, `check`, `restore`, `repair` and `prune`: what keeps a folder, as commands."""
 
 import json
 from pathlib import Path
@@ -6,15 +6,15 @@ from typing import Annotated
 
 import typer
 
+from ternbus.aggregator.shell import administration, checking, repairing, restoring
 from ternbus.aggregator.shell import backup as backups
-from ternbus.aggregator.shell import checking, repairing, restoring
 from ternbus.aggregator.shell.arguments import AsJson, Dir
 from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.version import software
 
 
 def add_to(app: typer.Typer) -> None:
-    for command in (backup, check, restore, repair):
+    for command in (backup, check, restore, repair, prune):
         app.command()(command)
 
 
@@ -112,3 +112,28 @@ def repair(directory: Dir) -> None:
     if not done.lost:
         typer.echo("nothing is lost")
     typer.echo(f"what was there is kept in {done.aside}")
+
+
+def prune(
+    directory: Dir,
+    keep_versions: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Newest versions whose rows stay in the ledger.")
+    ] = 1000,
+    as_json: AsJson = False,
+) -> None:
+    """Move old rows of the ledger to a file in DIR/archive. Stop the aggregator before.
+
+    Versions, their updates, their entries of the log and their metrics go; what a start needs, what may still be
+    exported and what is not stale stays. `log verify`, `log export`, `check`, `backup` and `restore` read archives as
+    parts of the ledger. The command may be interrupted at any moment, and run again.
+
+    Example: ternbus aggregator prune agg --keep-versions 1000
+    """
+    done = administration.prune(directory, keep_versions)
+    if as_json:
+        typer.echo(json.dumps({"archive": done.path and str(done.path), "before": done.before, "rows": done.rows}))
+    elif done.path is None:
+        typer.echo(f"{directory} has no rows to archive: those of version {done.before} and later stay")
+    else:
+        rows = ", ".join(f"{number} of {table}" for table, number in done.rows.items())
+        typer.echo(f"{done.path}: all that is older than version {done.before}; rows: {rows}")

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -14,9 +14,9 @@ from ternbus.aggregator.core.versions import PublishedState, Versions
 from ternbus.aggregator.merge import optimizer
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Settings
-from ternbus.aggregator.shell import administration, backup, checking
+from ternbus.aggregator.shell import administration, checking
 from ternbus.aggregator.shell.administration import KEY
-from ternbus.aggregator.store import control, merge_log, rebuilding, revocations, salvage
+from ternbus.aggregator.store import control, merge_log, rebuilding, revocations, salvage, swapping
 from ternbus.aggregator.store.bodies import BODIES
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.aggregator.store.salvage import Salvaged, Sound
@@ -28,8 +28,7 @@ from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.merge_log import FIRST
 from ternbus.broker.protocol.messages import PAUSED, RESTORE_LEAP, SnapshotRef
 
-ASIDE: Final = "damaged"  # in DIR, with the time behind it: what was replaced
-STATE: Final = (LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", BODIES, VECTORS)
+STATE: Final = (LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", BODIES, VECTORS, merge_log.FOLDER)
 NAMED_MAX: Final = 1000
 
 
@@ -49,12 +48,13 @@ def repair(directory: Path) -> Repaired:
     ConfigError where a process serves the folder, or its settings or key are damaged; CorruptError where no version
     is sound.
     """
-    settings = administration.load_settings(directory)
-    identity = Identity(read_key(directory / KEY))
-    held = files.lock(directory / control.LOCK)
-    if held is None:
+    held = files.lock(directory / control.LOCK) if directory.exists() else None
+    if held is None and directory.exists():
         raise ConfigError(f"another process serves {directory}; stop it first")
-    with held:
+    with held or nullcontext():
+        swapping.settle(directory)
+        settings = administration.load_settings(directory)
+        identity = Identity(read_key(directory / KEY))
         checked = checking.check(directory)
         if not checked.faults:
             return Repaired(aside=None, version=checked.version)
@@ -66,7 +66,11 @@ def repair(directory: Path) -> Repaired:
             left = checking.check(partial).faults
             if left:
                 raise CorruptError(f"{directory} cannot be repaired: {left[0]}; restore a backup")
-            aside = _swap(partial, directory)
+            old = [path for name in STATE if (path := directory / name).exists()]
+            for path in [path for path in partial.iterdir() if path.name not in STATE]:
+                path.unlink()  # it was for the check
+            aside = swapping.swap(partial, directory, old, swapping.DAMAGED)
+            administration.give_to_owner(directory)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return Repaired(aside=aside, version=version, done=tuple(done), lost=tuple(lost))
@@ -120,8 +124,12 @@ def _rebuild(
         "seq": int(found.facts.get("seq", time.time_ns())),
         "session": int(found.facts.get("session", time.time_ns())),
     }
+    carried = (merge_log.ARCHIVES, merge_log.COMPARED_FROM) if found.log_is_whole else ()
+    facts |= {name: found.facts[name] for name in carried if name in found.facts}
     if not found.has_all_that_is_logged:
         facts[merge_log.COMPARED_FROM] = newest + RESTORE_LEAP
+    if not found.log_is_whole:  # the log begins anew, without what was before
+        shutil.rmtree(partial / merge_log.FOLDER, ignore_errors=True)
     with closing(Ledger.create(partial / LEDGER, facts)) as ledger:
         lost += rebuilding.rebuild(found, ledger)
         ledger.write(_leap(found, sound, settings, identity, facts))
@@ -159,21 +167,3 @@ def _leap(
     actions = Versions(settings=settings, model=model, published=published, frames=frames).leap(RESTORE_LEAP)
     saved = [action.record for action in actions if isinstance(action, Save)]
     return [records.SessionBegun(session=session + RESTORE_LEAP), *saved]
-
-
-def _swap(partial: Path, directory: Path) -> Path:
-    """The ledger goes first and comes last: without it there is none."""
-    aside = directory / f"{ASIDE}-{time.strftime(backup.STAMP, time.gmtime())}"
-    aside.mkdir(mode=0o700)
-    for name in STATE:
-        if (directory / name).exists():
-            (directory / name).rename(aside / name)
-    for name in reversed(STATE):
-        if (partial / name).exists():
-            for path in [*(partial / name).rglob("*"), partial / name]:
-                files.sync(path)
-            (partial / name).rename(directory / name)
-    files.sync(aside)
-    files.sync(directory)
-    administration.give_to_owner(directory)
-    return aside

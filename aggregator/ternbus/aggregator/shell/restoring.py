@@ -9,7 +9,7 @@ from typing import Final
 
 from ternbus.aggregator.shell import administration, backup, checking
 from ternbus.aggregator.shell.administration import KEY
-from ternbus.aggregator.store import control, membership, revocations
+from ternbus.aggregator.store import control, membership, revocations, swapping
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.aggregator.store.revocations import Revocation
 from ternbus.broker import files
@@ -17,7 +17,6 @@ from ternbus.broker.errors import ConfigError, CorruptError, FederationError
 from ternbus.broker.files import read_key
 from ternbus.broker.protocol.identity import Identity
 
-ASIDE: Final = "replaced"  # in DIR, with the time behind it: what was there before
 KEPT: Final = (control.LOCK, backup.PLACE)  # they belong to the folder, not to its state
 
 
@@ -48,6 +47,11 @@ def restore(source: Path, directory: Path, software: str, *, force: bool = False
     if held is None:
         raise ConfigError(f"another process serves {directory}; stop it first")
     with held:
+        if swapping.settle(directory) and not force:
+            raise ConfigError(
+                f"an earlier restore or repair of {directory} was cut short, and has been ended now; "
+                "add --force to restore once more"
+            )
         if not force:
             _refuse_newer(source, directory)
         partial = directory / "restoring.partial"
@@ -60,7 +64,11 @@ def restore(source: Path, directory: Path, software: str, *, force: bool = False
             faults = list(checking.check(partial).faults)
             if faults:
                 raise CorruptError(f"{source} cannot be restored: {faults[0]}; use another backup")
-            aside = _swap(partial, directory)
+            old = [path for path in directory.iterdir() if _is_state(path) and path.name not in KEPT]
+            for name in KEPT:
+                (partial / name).unlink(missing_ok=True)
+            aside = swapping.swap(partial, directory, old, swapping.REPLACED)
+            administration.give_to_owner(directory)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return Restored(version=version, aside=aside, lists=lists, revoked=revoked)
@@ -108,7 +116,8 @@ def _copy(source: Path, partial: Path) -> None:
 
 
 def _is_state(path: Path) -> bool:
-    return not path.name.startswith(("format-", ASIDE)) and not path.name.endswith(".partial") and not path.is_symlink()
+    left = ("format-", f"{swapping.REPLACED}-", f"{swapping.DAMAGED}-")
+    return not path.name.startswith(left) and not path.name.endswith(".partial") and not path.is_symlink()
 
 
 def _revocations(source: Path, directory: Path, partial: Path) -> tuple[tuple[Path, ...], list[Revocation]]:
@@ -136,21 +145,3 @@ def _revoke(partial: Path, found: list[Revocation]) -> tuple[str, ...]:
             known = membership.revocations(ledger.db)
         revocations.add(partial / revocations.FILE, [*known, *found])
     return tuple(sorted({each.device for each in lacking}))
-
-
-def _swap(partial: Path, directory: Path) -> Path | None:
-    """Move what was there into a folder, and the new state into its place, the ledger last."""
-    old = [path for path in directory.iterdir() if _is_state(path) and path.name not in KEPT]
-    aside = None
-    if old:
-        aside = directory / f"{ASIDE}-{time.strftime(backup.STAMP, time.gmtime())}"
-        aside.mkdir(mode=0o700)
-        for path in sorted(old, key=lambda path: path.name != LEDGER):  # the ledger first: without it there is none
-            path.rename(aside / path.name)
-        files.sync(aside)
-    new = [path for path in partial.iterdir() if path.name not in KEPT]
-    for path in sorted(new, key=lambda path: path.name.startswith(LEDGER)):
-        path.rename(directory / path.name)
-    files.sync(directory)
-    administration.give_to_owner(directory)
-    return aside

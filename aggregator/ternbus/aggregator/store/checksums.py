@@ -9,11 +9,9 @@ import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, Final
-from zlib import crc32
-
-import msgpack
 
 from ternbus.aggregator.store.schema import DROPPED
+from ternbus.broker.store_format import checksum
 
 COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     "facts": ("name", "value"),
@@ -42,12 +40,6 @@ FACTS: Final = (  # that every ledger has
     "format", "federation", "schema", "slots", "state", "version", "seq", "session", "segment", "snapshot", "recipe",
 )  # fmt: skip
 _FIRST: Final = {"updates": (0,)}  # what the last columns, where they are expressions, come to in a new row
-_PACKER: Final = msgpack.Packer(unicode_errors="surrogateescape")  # what is no UTF-8 is damaged, and is to be named
-
-
-def checksum(*values: object) -> int:
-    """The CRC-32 of values as SQLite gives them back: int, float, str, bytes or None."""
-    return crc32(_PACKER.pack(values))
 
 
 def register(db: sqlite3.Connection) -> None:
@@ -59,7 +51,7 @@ def insert(
     db: sqlite3.Connection, table: str, values: Sequence[object], *, replace: bool = False, **beside: object
 ) -> None:
     """Write a row with its checksum. ``values`` are in the order of ``COLUMNS``; ``beside`` is not in the checksum."""
-    crc = crc32(_PACKER.pack((*values, *_FIRST.get(table, ()))))
+    crc = checksum(*values, *_FIRST.get(table, ()))
     db.execute(_insertion(table, tuple(beside), replace), (*values, *beside.values(), crc))
 
 

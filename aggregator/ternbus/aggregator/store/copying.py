@@ -7,6 +7,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import IO, Final
 
+from ternbus.aggregator.store import merge_log
 from ternbus.aggregator.store.bodies import BODIES
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.aggregator.store.vectors import VECTORS
@@ -32,7 +33,7 @@ def copy(directory: Path, target: Path) -> int:
             _copy_ledger(ledger.db, target / LEDGER)
             for name, source in sources.items():  # what is open can be removed, and read all the same
                 _copy_file(source, target / name)
-            for folder in (BODIES, VECTORS):
+            for folder in (BODIES, VECTORS, merge_log.FOLDER):
                 if (target / folder).exists():
                     files.sync(target / folder)
             return version
@@ -48,6 +49,7 @@ def _named(ledger: Ledger) -> list[Path]:
         *(Path(BODIES, f"{segment}.bodies") for (segment,) in bodies),
         *(Path(VECTORS, f"{segment}-model.f32") for (segment,) in models),
         *(Path(VECTORS, f"{segment}-server.f32") for (segment,) in servers),
+        *(archive.path.relative_to(ledger.path.parent) for archive in merge_log.archives(ledger)),
     ]
 
 

@@ -6,6 +6,9 @@ from ternbus.aggregator.merge.influence import DEVICES_MIN, MERGES, UPDATES_MIN,
 
 MEASURED = "FROM updates WHERE merged >= :since AND norm > 0"
 NEWEST = f"SELECT max(id) {MEASURED} GROUP BY device"
+# All that `recalled` needs: of each device the newest, that there was each merge, that there were enough updates.
+NEEDED = f"""{NEWEST} UNION SELECT max(id) {MEASURED} GROUP BY merged
+    UNION SELECT id FROM (SELECT id {MEASURED} ORDER BY id DESC LIMIT {UPDATES_MIN})"""  # noqa: S608 - our own text
 
 
 def recalled(db: sqlite3.Connection) -> Influence:

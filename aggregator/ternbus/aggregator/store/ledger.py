@@ -30,6 +30,7 @@ from ternbus.broker.protocol.ternary import Block
 
 LEDGER: Final = "ledger.sqlite"
 CHECKPOINT_S: Final = 1.0
+ARCHIVED: Final = "archived:"  # before a device's name: the count of its updates in archives
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,8 +241,14 @@ class Ledger:
         return int(self.fact("version"))
 
     def accepted(self) -> int:
-        """How many updates were accepted, of those that are not archived."""
-        return int(self.db.execute("SELECT count(*) FROM updates").fetchone()[0])
+        """How many updates were accepted, with those that are archived."""
+        kept = int(self.db.execute("SELECT count(*) FROM updates").fetchone()[0])
+        return kept + sum(self.archived().values())
+
+    def archived(self) -> dict[str, int]:
+        """How many updates of each device are archived; all of them are merged."""
+        rows = self.db.execute("SELECT name, value FROM counts WHERE name GLOB ?", (f"{ARCHIVED}*",))
+        return {name.removeprefix(ARCHIVED): value for name, value in rows}
 
     def schema(self) -> Schema:
         return Schema.parse(self.fact("schema"))
@@ -305,7 +312,7 @@ class Ledger:
         row = self.db.execute("SELECT payload, crc FROM frames WHERE topic = ?", (topic,)).fetchone()
         if row is None:
             return b""
-        if row[1] != checksums.checksum(topic, row[0]):
+        if row[1] != store_format.checksum(topic, row[0]):
             raise self.corrupt(f"the retained message of {topic} is damaged")
         return bytes(row[0])
 

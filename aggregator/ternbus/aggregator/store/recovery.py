@@ -11,10 +11,11 @@ from ternbus.aggregator.core.versions import PublishedState
 from ternbus.aggregator.merge.accepted import AcceptedUpdate, BufferedUpdate
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Recipe, Settings
-from ternbus.aggregator.store import influence_rows, membership, soundness
+from ternbus.aggregator.store import influence_rows, membership, merge_log, soundness
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.aggregator.store.rows import unsigned
 from ternbus.aggregator.store.schema import DROPPED
+from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol import revocations, topics
 from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.identity import Identity, KeyId
@@ -26,6 +27,7 @@ from ternbus.broker.protocol.ternary import Block
 def recover(ledger: Ledger, settings: Settings, identity: Identity, software: str) -> Core:
     """The core as it was when its last record became durable; CorruptError where what it is made of was changed."""
     soundness.check_start(ledger, settings.staleness.max, identity.public)
+    _check_archived(ledger, settings)
     schema = ledger.schema()
     version, parts, content_bytes, place = json.loads(ledger.fact("snapshot"))
     published = PublishedState(
@@ -51,6 +53,16 @@ def recover(ledger: Ledger, settings: Settings, identity: Identity, software: st
         software=software,
         influence=influence_rows.recalled(ledger.db),
     )
+
+
+def _check_archived(ledger: Ledger, settings: Settings) -> None:
+    """Whatever is not stale must be known, or it could be accepted twice: the setting may have been raised."""
+    archives = merge_log.archives(ledger)
+    if archives and ledger.version - settings.staleness.max < (before := archives[-1].before):
+        raise ConfigError(
+            f"{ledger.path.parent}: staleness.max = {settings.staleness.max} reaches below version {before}, where "
+            f"updates are archived; set it to at most {ledger.version - before}"
+        )
 
 
 def _published_revocations(ledger: Ledger, federation: str) -> int:

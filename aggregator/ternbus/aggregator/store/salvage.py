@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ternbus.aggregator.store import checksums
-from ternbus.aggregator.store.checksums import COLUMNS, KEYS, checksum
+from ternbus.aggregator.store import checksums, merge_log
+from ternbus.aggregator.store.checksums import COLUMNS, KEYS
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
+from ternbus.aggregator.store.merge_log import Archive
 from ternbus.aggregator.store.rows import unsigned
 from ternbus.aggregator.store.schema import SCHEMA_SQL
 from ternbus.aggregator.store.vectors import VECTORS, Vectors
@@ -23,6 +24,7 @@ from ternbus.broker.protocol.messages import Delta, Head, Snapshot
 from ternbus.broker.protocol.parts import Collector
 from ternbus.broker.protocol.schema import Schema, Vector, vector_digest, vector_of
 from ternbus.broker.protocol.ternary import Block, decode
+from ternbus.broker.store_format import checksum
 
 BESIDE: Final = {"updates": "merged, segment", "versions": "body"}  # columns that a row's checksum does not cover
 READERS: Final[Mapping[str, Callable[[Mapping[str, Any]], object]]] = {
@@ -63,7 +65,8 @@ class Salvaged:
             for version, signed in self.log.items()
             for each in Entry.parse(signed.content).updates
         }
-        merged = {(row[-2], row[1], unsigned(row[3])) for row in self.rows["updates"] if (row[-2] or 0) > 0}
+        first = max(1, min(self.log, default=1))  # some updates of before are not archived
+        merged = {(row[-2], row[1], unsigned(row[3])) for row in self.rows["updates"] if (row[-2] or 0) >= first}
         return merged == logged and {row[0] for row in self.rows["versions"]} == self.log.keys()
 
     @property
@@ -85,8 +88,10 @@ def salvage(directory: Path, scratch: Path, public: bytes) -> Salvaged:
             db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
             lost: list[str] = []
             rows = {table: _rows(db, table, lost) for table in COLUMNS}
-            log, is_whole = _log(db, public, lost)
-        names = {row[0] for row in rows["facts"]}
+            named = {row[0]: row[1] for row in rows["facts"]}
+            archives = merge_log.listed(directory, named.get(merge_log.ARCHIVES))
+            log, is_whole = _log(db, public, archives, lost)
+        names = named.keys()
         lost += [name for each in checksums.FACTS if each not in names and (name := f"facts {each}") not in lost]
     except READ_ERRORS as error:
         raise CorruptError(
@@ -141,9 +146,20 @@ def _rows(db: sqlite3.Connection, table: str, lost: list[str]) -> list[Row]:
     return [found[key] for key in sorted(found)] if table != "metrics" else list(found.values())
 
 
-def _log(db: sqlite3.Connection, public: bytes, lost: list[str]) -> tuple[dict[int, Signed], bool]:
-    """The entries of the log, if they are one whole chain; else it cannot be shown to anybody any more."""
+def _log(
+    db: sqlite3.Connection, public: bytes, archives: list[Archive], lost: list[str]
+) -> tuple[dict[int, Signed], bool]:
+    """The ledger's entries, and whether they and those in archives are one whole chain.
+
+    Else the log cannot be shown to anybody any more.
+    """
     audit, entries = Audit(public=public), {}
+    try:
+        for archive in archives:
+            for _, packed in archive.entries(None):
+                audit.take(unpack(packed))
+    except (*READ_ERRORS, CorruptError, ProtocolError) as error:
+        audit.faults.append(checksums.shown([error]))
     try:
         for version, packed in db.execute("SELECT version, entry FROM log NOT INDEXED ORDER BY version"):
             signed = unpack(packed)

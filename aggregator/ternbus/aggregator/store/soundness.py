@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
-from ternbus.aggregator.store import checksums, influence_rows
+from ternbus.aggregator.store import checksums, influence_rows, merge_log
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.aggregator.store.remedy import remedy
 from ternbus.aggregator.store.schema import DROPPED, SCHEMA_SQL
@@ -57,6 +57,7 @@ def faults(ledger: Ledger, public: bytes) -> Iterator[str]:
     yield from _reading("the bodies of updates", _bodies(ledger))
     yield from _reading("the vectors", _vectors(ledger))
     yield from _reading("the retained messages", _frames(ledger, public))
+    yield from _reading("the archives", _archives(ledger))
 
 
 def _of_sqlite(ledger: Ledger) -> Iterator[str]:
@@ -135,6 +136,14 @@ def _vectors(ledger: Ledger) -> Iterator[str]:
     for name, checksum in files:
         try:
             ledger.vectors.read(name, checksum)
+        except CorruptError as error:
+            yield _short(error, ledger.path.parent)
+
+
+def _archives(ledger: Ledger) -> Iterator[str]:
+    for archive in merge_log.archives(ledger):
+        try:
+            archive.check()
         except CorruptError as error:
             yield _short(error, ledger.path.parent)
 

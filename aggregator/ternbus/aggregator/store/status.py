@@ -8,7 +8,7 @@ from ternbus.aggregator.core import disk_guard
 from ternbus.aggregator.core.clones import CLONED
 from ternbus.aggregator.store import disk
 from ternbus.aggregator.store.device_metrics import DeviceMetrics, Report
-from ternbus.aggregator.store.ledger import Ledger, reading
+from ternbus.aggregator.store.ledger import ARCHIVED, Ledger, reading
 from ternbus.aggregator.store.rows import failing, unsigned
 from ternbus.aggregator.store.schema import DROPPED
 from ternbus.broker.protocol.messages import CLOSED
@@ -17,13 +17,13 @@ from ternbus.broker.protocol.messages import CLOSED
 def read(directory: Path) -> dict[str, Any]:
     """The status as JSON values.
 
-    ``versions`` has a row for every version, with the newest test metrics that each evaluator sent for it, by its
-    name, as ``evaluations``, and those of the first of them by name as ``metrics``; ``devices`` is a map by name, its
-    ``epsilon`` what a device says that it has spent of privacy (None: nothing), its ``failing`` why its work fails
-    (None: it does not), its ``cloned`` how often two machines were found to use its key; ``local`` is what devices
-    report of their own data, see ``local_tests``, over all of them, for a version or of a device, and None where nobody
-    does; ``disk`` is the part of the file system that is free, and its state: `enough`, `low`, `full` (updates are
-    answered `busy`);
+    ``versions`` has a row for every version that is not archived, with the newest test metrics that each evaluator sent
+    for it, by its name, as ``evaluations``, and those of the first of them by name as ``metrics``; ``devices`` is a map
+    by name, its ``epsilon`` what a device says that it has spent of privacy (None: nothing), its ``failing`` why its
+    work fails (None: it does not), its ``cloned`` how often two machines were found to use its key; ``local`` is what
+    devices report of their own data, see ``local_tests``, over all of them, for a version or of a device, and None
+    where nobody does; ``disk`` is the part of the file system that is free, and its state: `enough`, `low`, `full`
+    (updates are answered `busy`);
     ``claim`` is the ``device`` that last named a ``version`` newer than the newest here, and that version (None: none
     does): perhaps the folder is an older copy.
     ``counts.unmerged`` are accepted updates that no version has though the federation is closed: a merge takes
@@ -83,9 +83,10 @@ def _counts(ledger: Ledger, unmerged: int) -> dict[str, Any]:
         "SELECT count(*), count(*) FILTER (WHERE merged >= 0), count(*) FILTER (WHERE merged = ?) FROM updates",
         (DROPPED,),
     ).fetchone()
+    archived = sum(ledger.archived().values())
     counts: dict[str, Any] = {
-        "accepted": accepted,
-        "merged": merged,
+        "accepted": accepted + archived,
+        "merged": merged + archived,
         "dropped": dropped,
         "unmerged": unmerged,
         "stale": 0,
@@ -96,7 +97,7 @@ def _counts(ledger: Ledger, unmerged: int) -> dict[str, Any]:
     }
     for name, value in ledger.db.execute("SELECT name, value FROM counts ORDER BY name"):
         outcome, _, reason = name.partition(":")
-        if outcome == CLONED:
+        if outcome in {CLONED, ARCHIVED.removesuffix(":")}:
             continue  # of one device
         if reason:
             counts["invalid"][reason] = value
@@ -118,7 +119,7 @@ def _local(ledger: Ledger) -> DeviceMetrics:
 
 
 def _devices(ledger: Ledger, version: int, tests: DeviceMetrics) -> dict[str, Any]:
-    reasons = failing(ledger.db)
+    reasons, archived = failing(ledger.db), ledger.archived()
     rows = ledger.db.execute(
         "SELECT d.name, d.role, d.state, d.why, d.status, d.base, d.software, d.seen_at, d.update_bytes, k.key, k.seq,"
         " (SELECT count(*) FROM updates u WHERE u.device = d.name),"
@@ -140,7 +141,7 @@ def _devices(ledger: Ledger, version: int, tests: DeviceMetrics) -> dict[str, An
             "last_seq": unsigned(seq),
             "base": base,
             "staleness": None if base is None else version - base,
-            "updates": updates,
+            "updates": updates + archived.get(name, 0),
             "bytes": size_bytes,
             "seen_at": seen_at,
             "software": software,

@@ -5,13 +5,13 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from ternbus.broker.crash_points import reached
-from ternbus.broker.errors import ConfigError
+from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.broker.exit_codes import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED
 from ternbus.broker.files import read_password
 from ternbus.broker.link.link import Link, LinkEvent
@@ -78,29 +78,37 @@ def renew(
     `CorruptError` if the outbox has lost what must not be.
     """
     key_rotation.check(home, invitation)
-    if not account_lost:
-        key_rotation.check_account(home)
-    with home.locked():
-        _mend_outbox(home)  # before the invitation is spent
-        renewal, settings = key_rotation.begin(home, invitation, rejoin=rejoin)
+    with home.locked():  # all that may fail comes before the invitation is spent
+        _mend_outbox(home, account_lost=account_lost)
+        if not account_lost:
+            key_rotation.check_account(home)
+        device = home.settings().device
+        if (begun := key_rotation.begin(home, invitation, rejoin=rejoin)) is None:
+            return Stop(code=EXIT_DONE, reason=f"{device} has a new key: an interrupted rotation is finished")
+        renewal, settings = begun
         stop = join(renewal, settings, task, options, report)
         if stop.code == EXIT_DONE:
             key_rotation.finish(home)
             done = "has a new key, and its counters start anew" if rejoin else "has a new key"
-            return replace(stop, reason=f"{settings.device} {done}")
+            return replace(stop, reason=f"{device} {done}")
         if stop.code == EXIT_REFUSED:
             renewal.discard()
         return stop
 
 
-def _mend_outbox(home: DeviceDirectory) -> None:
+def _mend_outbox(home: DeviceDirectory, *, account_lost: bool) -> None:
     """The new key has counters of its own, so what can be read of a damaged outbox is enough."""
-    path = home.folder / outboxes.FILE
-    if not path.exists() or not path.stat().st_size or outbox_salvage.is_sound(home.folder):
+    outbox_salvage.settle(home.folder)
+    with suppress(FederationError):  # it is damaged
+        if not outboxes.exists(home.folder):
+            return
+    if outbox_salvage.is_sound(home.folder):
         return
     private = home.settings().policy is not None
-    aside, lost = outbox_salvage.salvage(home.folder, home.identity().key_id, private=private)
-    _log.warning("%s was damaged, and is kept in %s; lost: %s", path, aside, ", ".join(lost))
+    aside, lost = outbox_salvage.salvage(
+        home.folder, home.identity().key_id, private=private, account_lost=account_lost
+    )
+    _log.warning("%s was damaged, and is kept in %s; lost: %s", home.folder / outboxes.FILE, aside, ", ".join(lost))
 
 
 def serve(home: DeviceDirectory, role: Role, options: Options, report: Report) -> tuple[Stop, bool]:

@@ -260,7 +260,8 @@ class DeviceDirectory:
 
     def erase(self) -> None:
         """Remove key, settings and outbox, and the directory if nothing else is in it."""
-        for folder in (self.folder / RENEWAL, self.folder / f"{RENEWAL}.gone", *copies(self.folder)):
+        damaged = self.folder.glob("outbox-*")  # what a damaged outbox was, and what came in its place
+        for folder in (self.folder / RENEWAL, self.folder / f"{RENEWAL}.gone", *copies(self.folder), *damaged):
             shutil.rmtree(folder, ignore_errors=True)
         names = [KEY, TOML, CA, CERTIFICATE, TLS_KEY, OUTBOX, f"{OUTBOX}-wal", f"{OUTBOX}-shm", LOCK]
         for name in names:

@@ -55,11 +55,20 @@ def check_account(home: DeviceDirectory) -> None:
         )
 
 
-def begin(home: DeviceDirectory, invitation: Invitation, *, rejoin: bool = False) -> tuple[DeviceDirectory, Settings]:
-    """The directory in which to enroll the new key, and its settings. The device's directory must be locked."""
+def begin(
+    home: DeviceDirectory, invitation: Invitation, *, rejoin: bool = False
+) -> tuple[DeviceDirectory, Settings] | None:
+    """The directory in which to enroll the new key, and its settings. The device's directory must be locked.
+
+    None if an earlier rotation was interrupted after its key was enrolled: it is finished, and the invitation, which
+    may be the one that it used, is not needed.
+    """
     renewal = home.renewal()
     if renewal.exists() and not renewal.settings().code:
-        finish(home)  # an earlier rotation was interrupted after its key was enrolled
+        is_enough = bool(renewal.settings().rejoin) or not rejoin
+        finish(home)
+        if is_enough:
+            return None
     elif renewal.exists() and renewal.settings().code != invitation.code:
         renewal.discard()  # its invitation is another, and may have been used with its key
     settings = home.settings()

@@ -5,7 +5,7 @@ It converts a `State` into rows and back. A second process can read the file at 
 
 import json
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,11 @@ from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.schema import Vector, type_f32
-from ternbus.broker.store_format import naming
+from ternbus.broker.store_format import checksum
 from ternbus.edge.core.foreign_numbers import cloned_counter
 from ternbus.edge.core.state import RENUMBERED, AnsweredUpdate, OutstandingUpdate, State
 from ternbus.edge.plan.privacy import Account
-from ternbus.edge.store.outbox_format import open_for_reading, open_for_writing
+from ternbus.edge.store.outbox_format import COLUMNS, insert, naming, open_for_reading, open_for_writing
 
 FILE: Final = "outbox.db"
 RECEIPTS_MAX: Final = 100_000
@@ -51,7 +51,8 @@ class Outbox:
     def __init__(self, folder: Path, key: KeyId) -> None:
         """Open the file, or create one for a device with this key. The caller holds the directory's lock.
 
-        A file of an older format is migrated. Raises `ConfigError` if that fails, or if the format is newer.
+        A file of an older format is migrated. Raises `ConfigError` if that fails, or if the format is newer, and
+        `CorruptError` if the file is not as it was written.
         """
         self._path = folder / FILE
         self._path.touch(mode=0o600)
@@ -82,7 +83,8 @@ class Outbox:
                 self._save_outstanding(state.outstanding)
             if answered is not None:
                 self._save_answered(answered)
-            self._db.executemany("REPLACE INTO counters VALUES (?, ?)", counters.items())
+            for row in counters.items():
+                insert(self._db, "counters", row)
             reached("state-written")
         self.state = self._stored = state
 
@@ -93,13 +95,15 @@ class Outbox:
         before = self._stored
         if before is not None:
             values = {name: value for name, value in values.items() if getattr(state, name) != getattr(before, name)}
-        self._db.executemany("REPLACE INTO kept VALUES (?, ?)", values.items())
+        for row in values.items():
+            insert(self._db, "kept", row)
 
     def _save_residual(self, residual: Vector | None) -> None:
         self._db.execute("DELETE FROM residual")
         if residual is not None:
             content = np.ascontiguousarray(residual, dtype=type_f32).data
-            self._db.execute("INSERT INTO residual VALUES (0, ?)", (content,))
+            insert(self._db, "residual", (content,))
+        insert(self._db, "kept", ("residual", "" if residual is None else str(checksum(content))))
 
     def _save_outstanding(self, update: OutstandingUpdate | None) -> None:
         self._db.execute("DELETE FROM outstanding")
@@ -108,15 +112,15 @@ class Outbox:
                 str(update.seq), str(update.base), update.samples, json.dumps(dict(update.metrics)), update.codec,
                 update.encoding, update.encoded, update.sealed, update.frame_bytes,
             )  # fmt: skip
-            self._db.execute("INSERT INTO outstanding VALUES (0, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+            insert(self._db, "outstanding", row)
+        insert(self._db, "kept", ("outstanding", "" if update is None else str(checksum(*row))))
 
     def _save_answered(self, answered: AnsweredUpdate) -> None:
         row = (
             bytes(answered.key), str(answered.seq), str(answered.base), answered.outcome, str(answered.version),
             answered.digest,
         )  # fmt: skip
-        columns = "key, seq, base, outcome, version, digest"
-        self._db.execute(f"INSERT INTO receipts ({columns}) VALUES (?, ?, ?, ?, ?, ?)", row)  # noqa: S608 - see above
+        insert(self._db, "receipts", row)
         self._db.execute("DELETE FROM receipts WHERE number <= (SELECT max(number) FROM receipts) - ?", (RECEIPTS_MAX,))
 
 
@@ -195,16 +199,18 @@ def _read(db: sqlite3.Connection) -> State | None:
         protected=values["protected"],
         account=Account.loads(values["account"]),
         residual=np.frombuffer(vector[0], dtype=type_f32).astype(np.float32) if vector else None,
-        outstanding=read_outstanding(db),
+        outstanding=_outstanding(db),
         **numbers,
     )
 
 
-def read_outstanding(db: sqlite3.Connection) -> OutstandingUpdate | None:
-    columns = "seq, base, samples, metrics, codec, encoding, encoded, sealed, frame_bytes"
-    row = db.execute(f"SELECT {columns} FROM outstanding").fetchone()  # noqa: S608 - the columns stand above
-    if row is None:
-        return None
+def _outstanding(db: sqlite3.Connection) -> OutstandingUpdate | None:
+    row = db.execute(f"SELECT {COLUMNS['outstanding']} FROM outstanding").fetchone()  # noqa: S608 - our own names
+    return None if row is None else outstanding_of(row)
+
+
+def outstanding_of(row: Sequence[Any]) -> OutstandingUpdate:
+    """The update in a row of its table, in the order of ``COLUMNS``."""
     seq, base, samples, metrics, codec, encoding, encoded, sealed, frame_bytes = row
     return OutstandingUpdate(
         seq=int(seq),
