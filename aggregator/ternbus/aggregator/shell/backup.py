@@ -93,7 +93,7 @@ def _fill(directory: Path, partial: Path, settings: Settings, public: bytes, sof
         "files": {str(each.relative_to(partial)): files.digest(each).hex() for each in _files(partial)},
     }
     with files.replacing(partial / MANIFEST, mode=0o600) as manifest:
-        manifest.write_text(toml.dumps(about, {("files",): "BLAKE2b-256 of each"}), encoding="utf-8")
+        files.write_text(manifest, toml.dumps(about, {("files",): "BLAKE2b-256 of each"}))
     return version
 
 
@@ -115,7 +115,7 @@ def _remember(directory: Path, out: Path, federation: str) -> None:
     place = {"out": str(out.resolve())}
     if not (directory / PLACE).exists() or load_toml(directory / PLACE) != place:
         with files.replacing(directory / PLACE) as partial:
-            partial.write_text(toml.dumps(place, {}), encoding="utf-8")
+            files.write_text(partial, toml.dumps(place, {}))
     spread_revocations(directory, federation)
 
 

@@ -71,5 +71,5 @@ def add(path: Path, revocations: Iterable[Revocation]) -> int:
     if new:
         lines = [*found.damaged, *(each.line() for each in (*found.keys.values(), *new.values()))]
         with files.replacing(path, mode=0o600) as partial:
-            partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            files.write_text(partial, "\n".join(lines) + "\n")
     return len(new)
