@@ -54,6 +54,7 @@ def create(
     where it fails. ConfigError where the directory holds one already, or must not be written.
     """
     directory = directory.resolve()
+    swapping.check(directory)
     if (directory / LEDGER).exists() or (directory / KEY).exists():
         raise ConfigError(f"{directory} holds an aggregator already; choose another directory")
     chosen = {**configuration.NEW_HOME, **(settings or {})}
