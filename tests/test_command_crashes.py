@@ -9,13 +9,14 @@ import pytest
 
 from crash.commands import BACKING_UP, PRUNING, REPAIRING, RESTORING, killed
 from support.small_world import Bench, Device, make_directory, ternary_block
-from ternbus.aggregator.shell import administration, backup, log, restoring
+from ternbus.aggregator.shell import administration, backup, log, quickstart, restoring
 from ternbus.aggregator.shell.checking import check
 from ternbus.aggregator.shell.repairing import repair
 from ternbus.aggregator.store import merge_log, revocations
 from ternbus.aggregator.store import status as statuses
 from ternbus.aggregator.store.ledger import LEDGER
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.server.running import Engine
 
 VERSIONS, KEPT = 12, 10
 
@@ -104,8 +105,15 @@ def test_a_restore_that_is_killed_forgets_no_revocation(whole: World, home: Path
     before = (home / LEDGER).read_bytes()
     killed(point, "aggregator", "restore", made, home, "--force")
     if not (home / LEDGER).exists():
-        with pytest.raises(ConfigError, match="was cut short: run it again"):
-            administration.load_settings(home)
+        first = quickstart.First(model=tmp_path / "m", federation="lab", host="127.0.0.1", port=0, tls=True)
+        beginning = (
+            lambda: administration.load_settings(home),
+            lambda: administration.create(home, federation="lab", broker="mqtt://127.0.0.1:1", model={}),
+            lambda: quickstart.start_broker(home, Engine.AUTO, first),
+        )
+        for begin in beginning:
+            with pytest.raises(ConfigError, match="was cut short: run it again"):
+                begin()
     if point.startswith("moved-aside"):
         restoring.restore(made, home, "test", force=True)
     else:

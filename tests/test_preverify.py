@@ -98,7 +98,8 @@ def test_what_was_read_ahead_is_what_is_merged_and_the_body_as_it_came_is_what_i
     (frame,) = pi.update(block, 0, encoding="zstd")
     opened = preverifier_of(bench).open(pi.topic("update"), frame)
     assert opened is not None
-    swapped = Opened(frame=opened.frame, public=opened.public, content=Measured(other))
+    assert opened.content is not None
+    swapped = Opened(frame=opened.frame, public=opened.public, content=Measured(opened.content.update, other))
     (receipt,) = receipts(bench.handle(arrived(pi, frame, swapped)))
     assert receipt.outcome == "accepted"
     (record,) = saved(bench.last, records.UpdateAccepted)

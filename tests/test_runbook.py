@@ -79,6 +79,7 @@ def test_a_federation_is_backed_up_lost_and_restored_with_an_empty_broker(
     machine = Machine(tmp_path)
     software = running.choose(running.Engine.AUTO)
     (make_backup,) = printed("Back up, once a day")
+    (prune,) = printed("A full disk")
     checks, restores, repairs = (printed(each) for each in ("Check", "Restore on the same machine", "Damage"))
     with running.start(software, host="127.0.0.1", port=0, directory=tmp_path / "broker") as broker:
         url, port = broker.url, broker.endpoint.port
@@ -106,6 +107,7 @@ def test_a_federation_is_backed_up_lost_and_restored_with_an_empty_broker(
             wait_for(lambda: machine.version > restored)  # the device follows
             assert device.poll() is None
         until_the_end.close()
+    assert "has no rows to archive" in machine.do(*prune)  # with so few versions
     (snapshot,) = machine.agg.glob("vectors/*-server.f32")
     snapshot.write_bytes(snapshot.read_bytes()[:-1])
     assert "goes on from version" in machine.do(*repairs[0])

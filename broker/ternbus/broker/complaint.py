@@ -4,9 +4,8 @@ import errno
 import sqlite3
 from typing import Final
 
-from ternbus.broker.errors import ConfigError, CorruptError, FederationError, ProtocolError
+from ternbus.broker.errors import WRONG_PATH, ConfigError, CorruptError, FederationError, ProtocolError
 from ternbus.broker.exit_codes import EXIT_CONFIG, EXIT_FAILED
-from ternbus.broker.files import WRONG_PATH
 
 DISK: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 NAMELESS: Final = "standard output, or a file that the system does not name"  # every file of ours is named

@@ -1,5 +1,14 @@
 """The exceptions of Ternbus, by who can correct the error: the peer, the operator, the disk or the network."""
 
+import errno
+from typing import Final
+
+FORBIDDEN: Final = frozenset({errno.EACCES, errno.EPERM})
+# A path that may not be used, does not exist or is of another kind is so after a restart, too.
+WRONG_PATH: Final = FORBIDDEN | {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG,
+}  # fmt: skip
+
 
 class FederationError(Exception):
     """The base class of all exceptions that Ternbus raises on purpose. Any other exception is a bug."""

@@ -1,6 +1,5 @@
 """Files on disk: secrets, key files, atomic durable writes, and locks between processes."""
 
-import errno
 import fcntl
 import os
 import shlex
@@ -14,16 +13,11 @@ from typing import IO, Any, Final
 
 from ternbus.broker import toml
 from ternbus.broker.crash_points import reached
-from ternbus.broker.errors import ConfigError, StorageError
+from ternbus.broker.errors import FORBIDDEN, WRONG_PATH, ConfigError, StorageError
 
 KEY_BYTES: Final = 32  # an Ed25519 seed
 CHUNK_BYTES: Final = 2**16
 LOOK_EVERY_S: Final = 0.02  # between attempts to take a lock
-FORBIDDEN: Final = frozenset({errno.EACCES, errno.EPERM})
-# A path that may not be used, does not exist or is of another kind is so after a restart, too.
-WRONG_PATH: Final = FORBIDDEN | {
-    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG,
-}  # fmt: skip
 
 
 def chunks(path: Path) -> Iterator[bytes]:

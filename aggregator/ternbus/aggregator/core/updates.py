@@ -74,10 +74,10 @@ class Updates:
                 return []
             self.afford(member, now)
             return self._answer_again(member, frame.seq, now)
-        verdict = self.validation.judge(member, frame, self.model.version, closed=self.closed)
-        if verdict is not None:
+        judged = self.validation.judge(member, frame, self.model.version, closed=self.closed, ahead=ahead)
+        if isinstance(judged, Verdict):
             self.afford(member, now)
-            return self._answer(member, frame.seq, verdict)
+            return self._answer(member, frame.seq, judged)
         if self._accepts_nothing:
             self.afford(member, now)
             return self._busy(member, frame.seq, now)

@@ -105,16 +105,18 @@ class Validation:
             return Verdict("invalid", "evaluator: a member that was invited as an evaluator sends no updates")
         return None
 
-    def judge(self, member: Member, frame: Frame, version: int, *, closed: bool) -> Verdict | None:
-        """Everything that can be said of an update before it is whole."""
+    def judge(
+        self, member: Member, frame: Frame, version: int, *, closed: bool, ahead: Measured | None = None
+    ) -> Update | Verdict:
+        """The update as its header states it, or what can be answered before it is whole."""
         try:
             verdict = self.judge_base(member, counter(frame.meta, "base"), version, closed=closed)
             if verdict is not None:
                 return verdict
-            Update.from_meta(frame.meta)
+            update = Update.from_meta(frame.meta) if ahead is None else ahead.update
         except ProtocolError as error:
             return Verdict("invalid", str(error))
-        return self._judge_parts(frame.parts)
+        return self._judge_parts(frame.parts) or update
 
     def judge_offer(self, member: Member, frame: Frame, version: int, *, closed: bool) -> Offer | Verdict:
         """The offer, or what is to be answered in place of a grant."""
@@ -195,7 +197,7 @@ class Validation:
         self, member: Member, message: Whole, version: int, ahead: Measured | None = None
     ) -> ValidUpdate | Verdict:
         try:
-            update = Update.from_meta(message.meta)
+            update = Update.from_meta(message.meta) if ahead is None else ahead.update
             body = self._unseal(message) if update.sealed else message.body
             content = self.measured(update, body) if ahead is None else ahead
             self._check_norm(content.block)
@@ -222,7 +224,8 @@ class Validation:
     def measured(self, update: Update, body: bytes) -> Measured:
         """Read the content of an update; ProtocolError where it is not valid. It uses no state: any thread may."""
         block = Block.read(self.schema, update.codec, update.encoding, body)
-        return Measured(block, norm_at_most(block) if self.settings.merge.influence_bound == "adaptive" else None)
+        is_bounded = self.settings.merge.influence_bound == "adaptive"
+        return Measured(update, block, norm_at_most(block) if is_bounded else None)
 
     def _check_norm(self, block: Block) -> None:
         about = self.settings.merge

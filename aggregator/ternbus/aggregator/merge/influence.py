@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ternbus.aggregator.merge.accepted import AcceptedUpdate
+from ternbus.broker.protocol.messages import Update
 from ternbus.broker.protocol.ternary import TERNARY, Block
 
 MERGES: Final = 1000  # a device counts until so many merges have been without it,
@@ -92,8 +93,9 @@ class Influence:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The content of an update, and its norm where updates are bounded by it."""
+    """An update as its header states it, its content, and its norm where updates are bounded by it."""
 
+    update: Update
     block: Block
     norm: float | None = None  # by ``norm_at_most``
 

@@ -55,6 +55,7 @@ def create(
     where it fails. ConfigError where the directory holds one already, or must not be written.
     """
     directory = directory.resolve()
+    swapping.check(directory)
     was_interrupted = (directory / PARTIAL).is_dir()  # then the key is one that nobody has seen
     if (directory / LEDGER).exists() or ((directory / KEY).exists() and not was_interrupted):
         raise ConfigError(f"{directory} holds an aggregator already; choose another directory")

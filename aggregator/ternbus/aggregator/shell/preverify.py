@@ -9,7 +9,7 @@ from typing import Final
 
 from ternbus.aggregator.core.events import Opened
 from ternbus.aggregator.core.registry import Member, Registry
-from ternbus.aggregator.core.validation import Validation
+from ternbus.aggregator.core.validation import Validation, Verdict
 from ternbus.aggregator.core.work import LARGE_BODY_BYTES, LARGE_HEADER_BYTES, PATIENCE_S, WorkShares
 from ternbus.aggregator.merge.model import Model
 from ternbus.broker.errors import ProtocolError
@@ -73,10 +73,10 @@ class Preverifier:
     def _read(self, opened: Opened, member: Member) -> Opened:
         """With its content, if that is good and there is room for it."""
         frame = opened.frame
-        if self.validation.judge(member, frame, self.model.version, closed=False) is not None:
+        update = self.validation.judge(member, frame, self.model.version, closed=False)
+        if isinstance(update, Verdict):
             return opened
         try:
-            update = Update.from_meta(frame.meta)
             size_bytes = content_bytes(self.validation.schema, update.codec)
         except ProtocolError:
             return opened

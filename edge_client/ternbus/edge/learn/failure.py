@@ -6,8 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from ternbus.broker.errors import ConfigError, FederationError, StorageError
-from ternbus.broker.files import WRONG_PATH
+from ternbus.broker.errors import WRONG_PATH, ConfigError, FederationError, StorageError
 from ternbus.edge.learn.task_loader import described, location_of
 
 TRACE_CHARS: Final = 10_000
