@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from support.small_world import Bench, Device, accepted_update, float32_block, reconfigure, saved, ternary_block
 from ternbus.aggregator import settings as configuration
 from ternbus.aggregator.core import events, records
+from ternbus.aggregator.merge import accumulator
 from ternbus.aggregator.merge.influence import (
     DEVICES_MIN,
     MERGES,
@@ -346,3 +347,11 @@ def test_bounding_that_is_switched_on_later_begins_with_what_is_merged_then(make
     bench.send(devices[0], evil(bench), 6)
     (update,) = bench.core.model.buffer
     assert (update.discount, update.stated) == (1.0, 10)
+
+
+def test_without_the_compiled_loop_the_norm_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    schema = Schema.of({"a": (7, 11), "b": (5, 3), "c": (4,)})
+    block = ternary_block(schema, 5)
+    found = norm_at_most(block)
+    monkeypatch.setattr(accumulator, "_count_other", None)
+    assert norm_at_most(block) == found > 0

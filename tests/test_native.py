@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ternbus.aggregator.merge.accumulator import COMPILED, Accumulator
+from ternbus.aggregator.merge.accumulator import COMPILED, Accumulator, count_other
 from ternbus.broker.protocol.schema import Schema, Tensor
 from ternbus.broker.protocol.ternary import Block
 
@@ -29,6 +29,12 @@ def test_the_sums_have_the_same_bits(data: st.DataObject) -> None:
             each.add(block, weight)
     assert plain.total().tobytes() == compiled.total().tobytes()
     assert np.any(plain.total()) or not np.any(trits)
+
+
+@given(st.binary(max_size=2000), st.integers(0, 255))
+def test_other_bytes_are_counted_as_numpy_does(content: bytes, value: int) -> None:
+    values = np.frombuffer(content + bytes([value]) * 300, np.uint8)
+    assert count_other(values, value) == np.count_nonzero(values != value)
 
 
 ROWS, TABLE, PACKED = np.zeros((6, 8), np.float32), np.ones((256, 8), np.float32), np.zeros(6, np.uint8)

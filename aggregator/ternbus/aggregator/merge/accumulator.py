@@ -22,6 +22,7 @@ except ModuleNotFoundError:  # pragma: no cover - the compiled loop is installed
 Bytes = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32]
 COMPILED: Final = ternbus_rows is not None
+_count_other: Final = getattr(ternbus_rows, "count_other", None)  # not in its first version
 ROW: Final = 8
 CHUNK_ROWS: Final = 2**15  # 1 MiB of looked-up rows: they stay in the processor's cache, and are few calls
 _ROWS_OF_TRITS: Final = np.pad(TRITS, ((0, 256 - len(TRITS)), (0, ROW - 5)))  # a row for every byte there is
@@ -111,6 +112,13 @@ class Accumulator:
             # no byte is beyond the table: "clip" has numpy write straight to ``out``
             table.take(part, axis=0, out=looked_up, mode="clip")
             rows[start : start + CHUNK_ROWS] += looked_up
+
+
+def count_other(values: Bytes, value: int) -> int:
+    """How many bytes are not ``value``."""
+    if _count_other is not None:  # pragma: no cover - likewise
+        return int(_count_other(values, value))
+    return int(np.count_nonzero(values != value))
 
 
 def _add(total: FloatArray, values: FloatArray, factor: np.float32) -> None:

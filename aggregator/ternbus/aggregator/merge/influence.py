@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ternbus.aggregator.merge.accepted import AcceptedUpdate
+from ternbus.aggregator.merge.accumulator import count_other
 from ternbus.broker.protocol.messages import Update
 from ternbus.broker.protocol.ternary import TERNARY, Block
 
@@ -111,8 +112,8 @@ def norm_at_most(block: Block) -> float:
         packed = block.packed
         for segment, scale in zip(block.schema.ternary, block.scales.tolist(), strict=True):
             first, elements = segment.offset, segment.tensor.elements
-            filled = packed[first // 5 : -(-(first + elements) // 5)] != NO_TRITS
-            squares += scale**2 * min(elements, 5 * int(np.count_nonzero(filled)))
+            filled = count_other(packed[first // 5 : -(-(first + elements) // 5)], NO_TRITS)
+            squares += scale**2 * min(elements, 5 * filled)
     return float(squares**0.5)
 
 
