@@ -76,6 +76,26 @@ def ingest(rows: Any) -> str:
     )
 
 
+def attacks(rows: Any) -> str:
+    head = ("attack", "broker", "parameters", "honest updates answered", "p50", "p99", "peak memory")
+    body = [
+        [
+            row["attack"],
+            row["engine"],
+            f"{row['parameters']:,}",
+            f"{row['answered']} of {row['updates']}",
+            *("-" if row[key] is None else f"{row[key]:.0f} ms" for key in ("p50_ms", "p99_ms")),
+            f"{row['peak_mb']:.0f} MB",
+        ]
+        for row in rows
+    ]
+    return (
+        "What honest devices notice of one attacker, who does all that it can do at once: their updates answered, the "
+        "time from sending one to its receipt, and the aggregator's memory. Broker, aggregator, senders and attacker "
+        f"share the machine.\n\n{_table(head, body)}"
+    )
+
+
 def fleet(row: Any) -> str:
     quiet, join = row["fan_out_quiet"], row["join"]
     p99 = statistics.median(each["p99_ms"] for each in quiet) / 1000
@@ -151,6 +171,7 @@ SECTIONS: Final[Mapping[str, tuple[str, Callable[[Any], str]]]] = {
     "time_to_accuracy": ("Time to an accuracy", time_to_accuracy),
     "codec": ("Encode and decode", codec),
     "ingest": ("An aggregator", ingest),
+    "attacks": ("An aggregator under attack", attacks),
     "fleet": ("A fleet", fleet),
     "edge": ("A device", edge),
 }
