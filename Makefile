@@ -30,6 +30,7 @@ DEMO_NEEDS := $(FULL)
 endif
 
 # Tests that start processes or train are marked slow. `make check` skips them, `make test` runs them.
+JOBS ?= 2
 CORE_TESTS := -m "not slow"
 SLOW_TESTS := -m slow
 
@@ -43,6 +44,7 @@ help: ## List these targets
 	@echo "  TASK=digits    the demo's task: digits, digits-numpy (needs no torch), one of docs/tasks.md"
 	@echo "  KEEP=yes       experiment: copy the result to benchmarks/results/experiments, for docs/figures.md"
 	@echo "  PIP_ARGS=…     further options of pip; on Linux, for torch without CUDA: PIP_ARGS='$(CPU_INDEX)'"
+	@echo "  JOBS=2         processes that run tests at the same time"
 	@echo "  PYTHON=…       Python executable for $(VENV); MOSQUITTO=no: do not install mosquitto"
 
 setup: $(FULL) ## Make .venv with all packages, and install mosquitto if possible
@@ -50,7 +52,7 @@ setup: $(FULL) ## Make .venv with all packages, and install mosquitto if possibl
 demo: $(DEMO_NEEDS) ## Run a federation on this machine: broker, aggregator, 8 devices, evaluator (TASK=…)
 	@$(BIN)/ternbus lab run --task $(TASK)
 
-check: lint types core ## Lint, types, layers and core tests: under 3 minutes
+check: lint types core ## Lint, types, layers and core tests: about 5 minutes
 
 lint: $(FULL)
 	$(BIN)/ruff check
@@ -60,11 +62,10 @@ types: $(FULL)
 	$(BIN)/mypy
 
 core: $(FULL)
-	$(BIN)/coverage run -m pytest -q $(CORE_TESTS)
-	$(BIN)/coverage report
+	$(BIN)/python -m pytest -q -n $(JOBS) --cov --cov-report=term $(CORE_TESTS)
 
 test: check ## check, then the tests that start processes or train, then a minute of fuzzing
-	$(BIN)/python -m pytest -q $(SLOW_TESTS)
+	$(BIN)/python -m pytest -q -n $(JOBS) $(SLOW_TESTS)
 	$(BIN)/python -m fuzz --seconds 60
 
 fuzz: $(FULL) ## Fuzz each parser with a million inputs (x86-64 Linux)

@@ -350,7 +350,7 @@ def test_bounding_that_is_switched_on_later_begins_with_what_is_merged_then(make
 
 
 def test_without_the_compiled_loop_the_norm_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    schema = Schema.of({"a": (7, 11), "b": (5, 3), "c": (4,)})
+    schema = Schema.of({"a": (70, 110), "b": (51, 33), "c": (4,)})
     block = ternary_block(schema, 5)
     found = norm_at_most(block)
     monkeypatch.setattr(accumulator, "_count_other", None)
