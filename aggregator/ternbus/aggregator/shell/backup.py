@@ -90,9 +90,8 @@ def _fill(directory: Path, partial: Path, settings: Settings, public: bytes, sof
             if each.exists():
                 target = partial / each.relative_to(directory)
                 target.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
-                shutil.copy2(each, target)
-                target.chmod(0o600)
-                files.sync(target)
+                with each.open("rb") as opened:
+                    copying.copy_file(opened, target)
                 files.sync(target.parent)
     about: dict[str, Any] = {
         "format": FORMAT,
