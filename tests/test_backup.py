@@ -271,6 +271,18 @@ def test_a_folder_that_cannot_be_written_is_backed_up_with_a_warning(bench: Benc
     assert f"ternbus: later revocations will not be copied to {tmp_path / 'out'}: {bench.directory}" in said
 
 
+def test_a_backup_needs_no_room_in_a_folder_that_no_process_serves(bench: Bench, tmp_path: Path) -> None:
+    pi, other = bench.join("pi"), bench.join("other")
+    merge(bench, pi, other)
+    bench.close()
+    (bench.directory / f"{LEDGER}-shm").symlink_to("nowhere")  # SQLite cannot make it, as on a full disk
+    for number in (1, 2):
+        made = backup.backup(bench.directory, tmp_path / f"out-{number}", None, "test")
+        assert (made.version, check(made.path).faults) == (1, ())
+    with files.lock(bench.directory / control.LOCK), pytest.raises(StorageError, match=LEDGER):  # type: ignore[union-attr]
+        make_backup(bench, tmp_path / "out")
+
+
 @pytest.mark.parametrize("damage", [b"out = [", b"\xff", b"out = 7", b"out = ['/a', 7]", b"out = 'relative'", b""])
 def test_damaged_places_of_backups_stop_neither_a_revocation_nor_a_backup(
     bench: Bench, damage: bytes, tmp_path: Path

@@ -6,12 +6,12 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import IO, Final
 
-from ternbus.aggregator.store import merge_log
+from ternbus.aggregator.store import control, merge_log
 from ternbus.aggregator.store.bodies import BODIES
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.aggregator.store.vectors import VECTORS
 from ternbus.broker import files, store_format
-from ternbus.broker.errors import CorruptError
+from ternbus.broker.errors import CorruptError, StorageError
 
 TRIES: Final = 20  # a running process may remove a file between the moment of the copy and the opening of it
 CHUNK_BYTES: Final = 2**20
@@ -29,7 +29,7 @@ def copy(directory: Path, target: Path) -> int:
     CorruptError where a file that the ledger names is not there, and no process is about to remove it.
     """
     for _ in range(TRIES):
-        with closing(Ledger(directory / LEDGER, read_only=True)) as ledger, ledger.one_moment(), ExitStack() as opened:
+        with closing(_open(directory)) as ledger, ledger.one_moment(), ExitStack() as opened:
             version = ledger.version  # the moment is that of the first read
             try:
                 sources = {name: opened.enter_context((directory / name).open("rb")) for name in _named(ledger)}
@@ -45,6 +45,19 @@ def copy(directory: Path, target: Path) -> int:
                     files.sync(target / folder)
             return version
     raise CorruptError(f"{missing} is not there, though the ledger names it; run: ternbus aggregator check {directory}")
+
+
+def _open(directory: Path) -> Ledger:
+    """SQLite makes the index of a log even to read, for which a full disk has no room: without it if nobody writes."""
+    path = directory / LEDGER
+    try:
+        return Ledger(path, read_only=True)
+    except StorageError:
+        log = path.with_name(f"{LEDGER}-wal")
+        if files.is_locked(directory / control.LOCK) or (log.exists() and log.stat().st_size):
+            raise
+        log.unlink(missing_ok=True)  # which the attempt made, or an earlier one
+        return Ledger(path, read_only=True, untouched=True)
 
 
 def _named(ledger: Ledger) -> list[Path]:
