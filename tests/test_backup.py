@@ -283,6 +283,18 @@ def test_a_backup_needs_no_room_in_a_folder_that_no_process_serves(bench: Bench,
         make_backup(bench, tmp_path / "out")
 
 
+def test_a_backup_into_the_folder_itself_or_of_a_backup_beside_it_is_refused(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(bench.directory)
+    for out in (bench.directory, bench.directory / "b", tmp_path / "link" / "b"):
+        with pytest.raises(ConfigError, match=f"^{out} is in {bench.directory}, .* name a folder outside it"):
+            make_backup(bench, out)
+    assert not (bench.directory / "b").exists()
+    made = make_backup(bench, tmp_path)  # the folder may be beside its backups
+    with pytest.raises(ConfigError, match=f"^{made} is a backup in {tmp_path}, .* ternbus aggregator restore"):
+        backup.backup(made, tmp_path, 1, "test")
+    assert check(made).faults == ()
+
+
 @pytest.mark.parametrize("damage", [b"out = [", b"\xff", b"out = 7", b"out = ['/a', 7]", b"out = 'relative'", b""])
 def test_damaged_places_of_backups_stop_neither_a_revocation_nor_a_backup(
     bench: Bench, damage: bytes, tmp_path: Path

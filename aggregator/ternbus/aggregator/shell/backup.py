@@ -45,6 +45,7 @@ def backup(directory: Path, out: Path, keep: int | None, software: str) -> Made:
     """
     settings = administration.load_settings(directory)
     public = Identity(read_key(directory / KEY)).public
+    _check_place(directory, out, settings.federation)
     out.mkdir(parents=True, mode=0o700, exist_ok=True)
     held = files.lock(out / LOCK)
     if held is None:
@@ -79,6 +80,17 @@ def backup(directory: Path, out: Path, keep: int | None, software: str) -> Made:
         elsewhere=_elsewhere(settings),
         faults=faults,
     )
+
+
+def _check_place(directory: Path, out: Path, federation: str) -> None:
+    """A backup within the folder is lost with it, and a backup is not to be removed by the next one of itself."""
+    if out.resolve().is_relative_to(directory.resolve()):
+        raise ConfigError(f"{out} is in {directory}, and would be lost with it; name a folder outside it")
+    if out.is_dir() and directory.resolve() in found_in(out.resolve(), federation):
+        raise ConfigError(
+            f"{directory} is a backup in {out}, not the aggregator's folder; to serve it, run: "
+            f"ternbus aggregator restore {directory} DIR"
+        )
 
 
 def _fill(directory: Path, partial: Path, settings: Settings, public: bytes, software: str) -> int:
