@@ -18,7 +18,7 @@ from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.merge.accumulator import Accumulator
 from ternbus.aggregator.merge.background import WORTHWHILE
-from ternbus.aggregator.shell import administration
+from ternbus.aggregator.shell import administration, backup
 from ternbus.aggregator.shell.preverify import WORTHWHILE_BYTES
 from ternbus.aggregator.shell.service import SWITCH_S, Service
 from ternbus.aggregator.store import status as statuses
@@ -101,6 +101,18 @@ def running(world: World) -> Iterator[tuple[threading.Thread, Link, Inbox]]:
         world.service.stop()
         thread.join(WITHIN_S)
     assert not thread.is_alive()
+
+
+def test_a_revocation_that_does_not_reach_the_backups_is_in_the_log(world: World, tmp_path: Path) -> None:
+    lines: list[str] = []
+    directory, out = world.service.directory, tmp_path / "out"
+    backup.backup(directory, out, None, "test")
+    out.rename(tmp_path / "away")
+    world.service = Service(directory, "test", lines.append)
+    with running(world):
+        administration.revoke(directory, "pi", "test")
+    (line,) = [line for line in lines if line.startswith(backup.NOT_COPIED)]
+    assert f"{out} is away: mount it" in line
 
 
 def test_a_large_update_is_opened_and_added_in_threads_of_their_own(

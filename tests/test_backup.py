@@ -21,7 +21,7 @@ from ternbus.aggregator.store import control, revocations
 from ternbus.aggregator.store import status as statuses
 from ternbus.aggregator.store.ledger import LEDGER
 from ternbus.broker import files
-from ternbus.broker.errors import ConfigError, CorruptError
+from ternbus.broker.errors import ConfigError, CorruptError, StorageError
 from ternbus.broker.protocol.messages import RESTORE_LEAP
 
 
@@ -210,6 +210,107 @@ def test_a_revocation_is_in_the_folder_s_list_and_beside_the_backups_when_the_co
     assert run("revoke", bench.directory, "other")[0] == 0
     assert listed(backup.beside(tmp_path / "out", LAB)) == {"pi", "other"}
     assert not (made / revocations.FILE).exists()
+
+
+def revoked_all_the_same(bench: Bench, device: str) -> str:
+    """What `revoke` says where it revokes a device, and cannot copy that beside all backups."""
+    with pytest.raises(
+        StorageError, match=f"^{device} is revoked all the same, but the list .* beside the backups: "
+    ) as said:
+        run("revoke", bench.directory, device)
+    assert statuses.read(bench.directory)["devices"][device]["key_state"] == "revoked"
+    return str(said.value)
+
+
+def test_a_revocation_says_which_backups_it_did_not_reach_and_reaches_them_later(bench: Bench, tmp_path: Path) -> None:
+    """Of three places one is moved, one is a mount point without its disk, one cannot be written."""
+    for device in ("pi", "other", "third"):
+        bench.join(device)
+    moved, unmounted, full, sound = (tmp_path / name for name in ("moved", "unmounted", "full", "sound"))
+    for out in (moved, unmounted, full, sound):
+        make_backup(bench, out)
+    bench.close()
+    for out in (moved, unmounted):
+        out.rename(out.with_name(f"{out.name}-away"))
+    unmounted.mkdir()
+    (backup.beside(full, LAB)).mkdir()
+    said = revoked_all_the_same(bench, "pi")
+    for out in (moved, unmounted):
+        assert f"{out} is away: mount it, or take it out of {bench.directory / backup.PLACE}" in said
+    assert str(backup.beside(full, LAB)) in said
+    assert (str(sound) in said, listed(backup.beside(sound, LAB)), list(unmounted.iterdir())) == (False, {"pi"}, [])
+    unmounted.rmdir()
+    for out in (moved, unmounted):
+        out.with_name(f"{out.name}-away").rename(out)
+    backup.beside(full, LAB).rmdir()
+    assert run("revoke", bench.directory, "other")[0] == 0
+    assert all(listed(backup.beside(out, LAB)) == {"pi", "other"} for out in (moved, unmounted, full, sound))
+
+
+def test_as_many_places_of_backups_are_kept_as_fit_the_newest_last(bench: Bench, tmp_path: Path) -> None:
+    places = [tmp_path / f"out-{number}" for number in range(backup.PLACES_MAX + 1)]
+    bench.join("pi")
+    (bench.directory / backup.PLACE).write_text(f'out = "{places[0]}"\n')  # as one place was kept
+    assert backup.places(bench.directory) == (places[0],)
+    for out in (*places, places[5]):
+        make_backup(bench, out) if not out.exists() else backup._remember(bench.directory, out)
+    kept = (*places[1:5], *places[6:], places[5])
+    assert backup.places(bench.directory) == kept
+    bench.close()
+    run("revoke", bench.directory, "pi")
+    assert all(listed(backup.beside(out, LAB)) == {"pi"} for out in kept)
+
+
+def test_a_folder_that_cannot_be_written_is_backed_up_with_a_warning(bench: Bench, tmp_path: Path) -> None:
+    bench.join("pi")
+    bench.revoke("pi")
+    (bench.directory / f"{backup.PLACE}.partial").mkdir()  # so that the place cannot be kept
+    code, said = run("backup", bench.directory, tmp_path / "out")
+    (made,) = backup.found_in(tmp_path / "out", LAB)
+    assert (code, check(made).faults, listed(backup.beside(tmp_path / "out", LAB))) == (0, (), {"pi"})
+    assert f"ternbus: later revocations will not be copied to {tmp_path / 'out'}: {bench.directory}" in said
+
+
+def test_a_backup_needs_no_room_in_a_folder_that_no_process_serves(bench: Bench, tmp_path: Path) -> None:
+    pi, other = bench.join("pi"), bench.join("other")
+    merge(bench, pi, other)
+    bench.close()
+    (bench.directory / f"{LEDGER}-shm").symlink_to("nowhere")  # SQLite cannot make it, as on a full disk
+    for number in (1, 2):
+        made = backup.backup(bench.directory, tmp_path / f"out-{number}", None, "test")
+        assert (made.version, check(made.path).faults) == (1, ())
+    with files.lock(bench.directory / control.LOCK), pytest.raises(StorageError, match=LEDGER):  # type: ignore[union-attr]
+        make_backup(bench, tmp_path / "out")
+
+
+def test_a_backup_into_the_folder_itself_or_of_a_backup_beside_it_is_refused(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(bench.directory)
+    for out in (bench.directory, bench.directory / "b", tmp_path / "link" / "b"):
+        with pytest.raises(ConfigError, match=f"^{out} is in {bench.directory}, .* name a folder outside it"):
+            make_backup(bench, out)
+    assert not (bench.directory / "b").exists()
+    made = make_backup(bench, tmp_path)  # the folder may be beside its backups
+    with pytest.raises(ConfigError, match=f"^{made} is a backup in {tmp_path}, .* ternbus aggregator restore"):
+        backup.backup(made, tmp_path, 1, "test")
+    assert check(made).faults == ()
+
+
+@pytest.mark.parametrize("damage", [b"out = [", b"\xff", b"out = 7", b"out = ['/a', 7]", b"out = 'relative'", b""])
+def test_damaged_places_of_backups_stop_neither_a_revocation_nor_a_backup(
+    bench: Bench, damage: bytes, tmp_path: Path
+) -> None:
+    for device in ("pi", "other"):
+        bench.join(device)
+    bench.close()
+    (bench.directory / backup.PLACE).write_bytes(damage)
+    assert backup.place_of(bench.directory) is None
+    damaged = f"{bench.directory / backup.PLACE} "
+    said = revoked_all_the_same(bench, "pi")
+    assert (damaged in said, "it may be deleted: the next backup writes it anew" in said) == (True, True)
+    code, said = run("backup", bench.directory, tmp_path / "out")
+    assert (code, damaged in said, listed(backup.beside(tmp_path / "out", LAB))) == (0, True, {"pi"})
+    assert run("revoke", bench.directory, "other")[0] == 0
+    assert listed(backup.beside(tmp_path / "out", LAB)) == {"pi", "other"}
 
 
 def test_who_was_revoked_after_the_backup_stays_revoked_when_the_folder_is_gone(bench: Bench, tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 import errno
 import os
 import re
+import resource
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ import pytest
 from support.small_disk import LIMITED
 from support.small_world import BROKER_URL, LAB, Bench, initial_model, ternary_block
 from ternbus.aggregator.core import records
-from ternbus.aggregator.shell import administration
+from ternbus.aggregator.shell import administration, backup
+from ternbus.aggregator.store import copying
 from ternbus.aggregator.store.bodies import Bodies
 from ternbus.aggregator.store.ledger import LEDGER
 from ternbus.broker import files
@@ -114,6 +117,31 @@ def test_a_body_that_does_not_fit_names_its_file(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=f"^{tmp_path / 'bodies' / '1.bodies'}: No space left on device$"):
         bodies.append(b"two")
     bodies.close()
+
+
+@contextmanager
+def no_file_larger_than(size_bytes: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_backup_that_does_not_fit_names_the_copy_s_file(make: Callable[..., Bench], tmp_path: Path) -> None:
+    bench, out = make(), tmp_path / "out"
+    bench.close()
+    assert (bench.directory / LEDGER).stat().st_size > 2 * 40_000
+    with no_file_larger_than(40_000), pytest.raises(StorageError, match=rf"^{out}/.*/{LEDGER}: ") as ledger:
+        backup.backup(bench.directory, out, None, "test")
+    assert complaint(ledger.value) == (str(ledger.value), 1)
+    source = tmp_path / "source"
+    source.write_bytes(bytes(1000))
+    with no_file_larger_than(500), source.open("rb") as opened, pytest.raises(OSError, match="too large") as copied:
+        copying.copy_file(opened, out / "copy")
+    assert copied.value.filename == str(out / "copy")
+    assert [path.name for path in out.iterdir() if path.is_dir()] == []
 
 
 @pytest.mark.parametrize("room_bytes", [1000, 4096, 40_000])

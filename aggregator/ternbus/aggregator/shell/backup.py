@@ -13,12 +13,14 @@ from ternbus.aggregator.shell.administration import KEY, TOML
 from ternbus.aggregator.store import copying, revocations, swapping
 from ternbus.broker import files, toml
 from ternbus.broker.crash_points import reached
-from ternbus.broker.errors import ConfigError, CorruptError
+from ternbus.broker.errors import ConfigError, CorruptError, StorageError
 from ternbus.broker.files import load_toml, read_key
 from ternbus.broker.protocol.identity import Identity
 
 MANIFEST: Final = checking.MANIFEST
-PLACE: Final = "backups.toml"  # in an aggregator's folder: where its last backup went
+PLACE: Final = "backups.toml"  # in an aggregator's folder: where its backups went
+PLACES_MAX: Final = 16
+NOT_COPIED: Final = "the list of revoked keys could not be copied beside the backups: "
 LOCK: Final = "backup.lock"
 FORMAT: Final = 1
 BROKER: Final = (Path("broker", "broker.toml"), Path("broker", "tls"))  # of `ternbus aggregator up`
@@ -33,6 +35,7 @@ class Made:
     size_bytes: int
     removed: tuple[Path, ...]
     elsewhere: tuple[Path, ...]
+    faults: tuple[str, ...]  # of the revocations beside backups: this one is whole all the same
 
 
 def backup(directory: Path, out: Path, keep: int | None, software: str) -> Made:
@@ -42,6 +45,7 @@ def backup(directory: Path, out: Path, keep: int | None, software: str) -> Made:
     """
     settings = administration.load_settings(directory)
     public = Identity(read_key(directory / KEY)).public
+    _check_place(directory, out, settings.federation)
     out.mkdir(parents=True, mode=0o700, exist_ok=True)
     held = files.lock(out / LOCK)
     if held is None:
@@ -64,10 +68,29 @@ def backup(directory: Path, out: Path, keep: int | None, software: str) -> Made:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         files.sync(out)
-        _remember(directory, out, settings.federation)
+        not_copied = spread_revocations(directory, settings.federation, out.resolve())
+        faults = (*(NOT_COPIED + fault for fault in not_copied), *_remember(directory, out.resolve()))
         removed = _remove_old(out, settings.federation, public, keep)
     size_bytes = sum(each.stat().st_size for each in _files(path))
-    return Made(path=path, version=version, size_bytes=size_bytes, removed=removed, elsewhere=_elsewhere(settings))
+    return Made(
+        path=path,
+        version=version,
+        size_bytes=size_bytes,
+        removed=removed,
+        elsewhere=_elsewhere(settings),
+        faults=faults,
+    )
+
+
+def _check_place(directory: Path, out: Path, federation: str) -> None:
+    """A backup within the folder is lost with it, and a backup is not to be removed by the next one of itself."""
+    if out.resolve().is_relative_to(directory.resolve()):
+        raise ConfigError(f"{out} is in {directory}, and would be lost with it; name a folder outside it")
+    if out.is_dir() and directory.resolve() in found_in(out.resolve(), federation):
+        raise ConfigError(
+            f"{directory} is a backup in {out}, not the aggregator's folder; to serve it, run: "
+            f"ternbus aggregator restore {directory} DIR"
+        )
 
 
 def _fill(directory: Path, partial: Path, settings: Settings, public: bytes, software: str) -> int:
@@ -79,9 +102,8 @@ def _fill(directory: Path, partial: Path, settings: Settings, public: bytes, sof
             if each.exists():
                 target = partial / each.relative_to(directory)
                 target.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
-                shutil.copy2(each, target)
-                target.chmod(0o600)
-                files.sync(target)
+                with each.open("rb") as opened:
+                    copying.copy_file(opened, target)
                 files.sync(target.parent)
     about: dict[str, Any] = {
         "format": FORMAT,
@@ -110,21 +132,50 @@ def _check(directory: Path, partial: Path) -> None:
         )
 
 
-def _remember(directory: Path, out: Path, federation: str) -> None:
-    """Revocations are copied there from now on; those of before are."""
-    place = {"out": str(out.resolve())}
-    if not (directory / PLACE).exists() or load_toml(directory / PLACE) != place:
-        with files.replacing(directory / PLACE) as partial:
-            files.write_text(partial, toml.dumps(place, {}))
-    spread_revocations(directory, federation)
+def _remember(directory: Path, out: Path) -> tuple[str, ...]:
+    """Revocations are copied there from now on; why not, where the folder does not take that."""
+    try:
+        with files.storing(directory / PLACE):
+            try:
+                known = places(directory)
+            except ConfigError:  # it is damaged, as `spread_revocations` says
+                known = ()
+            wanted = (*(each for each in known if each != out), out)[-PLACES_MAX:]
+            if wanted != known:
+                with files.replacing(directory / PLACE) as partial:
+                    files.write_text(partial, toml.dumps({"out": list(map(str, wanted))}))
+    except (ConfigError, StorageError) as error:
+        return (f"later revocations will not be copied to {out}: {error}",)
+    return ()
+
+
+def places(directory: Path) -> tuple[Path, ...]:
+    """Where backups of a folder went, the newest last; ConfigError where the file that says so is damaged."""
+    path = directory / PLACE
+    if not path.exists():
+        return ()
+    what_to_do = "it may be deleted: the next backup writes it anew"
+    try:
+        out = toml.loads(path.read_bytes(), str(path)).get("out")
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {what_to_do}") from error
+    named = [out] if isinstance(out, str) else out  # one place alone is of an older version
+    if not isinstance(named, list) or not all(isinstance(each, str) and Path(each).is_absolute() for each in named):
+        raise ConfigError(f"{path} does not name the folders of backups; {what_to_do}")
+    return tuple(map(Path, named[-PLACES_MAX:]))
 
 
 def place_of(directory: Path) -> Path | None:
-    """Where the last backup of a folder went, if that is still there."""
-    if not (directory / PLACE).exists():
+    """Where the newest backup went whose place is there."""
+    try:
+        return next((out for out in reversed(places(directory)) if _is_there(out)), None)
+    except ConfigError:
         return None
-    out = Path(str(load_toml(directory / PLACE).get("out", "")))
-    return out if out.is_absolute() and out.is_dir() else None
+
+
+def _is_there(out: Path) -> bool:
+    """A place with a mark of backups: where a disk is not mounted, its folder may be there, and empty."""
+    return (out / LOCK).is_file()
 
 
 def beside(out: Path, federation: str) -> Path:
@@ -132,10 +183,27 @@ def beside(out: Path, federation: str) -> Path:
     return out / f"{federation}.{revocations.FILE}"
 
 
-def spread_revocations(directory: Path, federation: str) -> None:
-    """Copy the list of revoked keys beside the backups; OSError where that place cannot be written."""
-    if (out := place_of(directory)) is not None:
-        revocations.add(beside(out, federation), revocations.read(directory / revocations.FILE).keys.values())
+def spread_revocations(directory: Path, federation: str, *also: Path) -> tuple[str, ...]:
+    """Copy the list of revoked keys beside all backups; what could not be copied, and why."""
+    faults = []
+    known: tuple[Path, ...] = ()
+    try:
+        known = places(directory)
+    except OSError as error:
+        faults.append(str(files.fault(error, directory / PLACE)))
+    except ConfigError as error:
+        faults.append(str(error))
+    for out in dict.fromkeys((*known, *also)):
+        path = beside(out, federation)
+        try:
+            listed = revocations.read(directory / revocations.FILE).keys.values()
+            if listed and not _is_there(out):
+                faults.append(f"{out} is away: mount it, or take it out of {directory / PLACE}")
+            else:
+                revocations.add(path, listed)
+        except OSError as error:
+            faults.append(str(files.fault(error, path)))
+    return tuple(faults)
 
 
 def found_in(out: Path, federation: str) -> list[Path]:

@@ -13,7 +13,7 @@ from ternbus.aggregator.core.registry import EVALUATOR
 from ternbus.aggregator.shell import administration, backup, quickstart
 from ternbus.aggregator.shell.arguments import AsJson, Dir, DirAsRoot
 from ternbus.aggregator.store import status as statuses
-from ternbus.broker.errors import ConfigError
+from ternbus.broker.errors import ConfigError, StorageError
 from ternbus.broker.files import make_folder
 from ternbus.broker.text_table import text_table
 from ternbus.broker.version import software
@@ -142,5 +142,10 @@ def revoke(
     Example: ternbus aggregator revoke agg pi-7 --reason "stolen on 3 May"
     """
     dropped = administration.revoke(directory, device, software(), why=reason, keep=keep)
-    backup.spread_revocations(directory, administration.load_settings(directory).federation)
+    faults = backup.spread_revocations(directory, administration.load_settings(directory).federation)
     typer.echo(f"{device} is revoked; {dropped} of its accepted updates will not be merged")
+    if faults:
+        raise StorageError(
+            f"{device} is revoked all the same, but {backup.NOT_COPIED}{'; '.join(faults)}; "
+            "the next revocation or backup copies it"
+        )

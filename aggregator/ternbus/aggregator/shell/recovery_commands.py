@@ -28,8 +28,8 @@ def backup(
 ) -> None:
     """Copy DIR to OUT/FEDERATION-TIME, beside a running process, and check the copy.
 
-    A backup holds the aggregator's keys: whoever has it can speak for the aggregator. Revocations are copied into OUT
-    from now on, as they happen.
+    A backup holds the aggregator's keys: whoever has it can speak for the aggregator. Revocations are copied as they
+    happen, from now on, into OUT and into the folders of earlier backups that DIR/backups.toml names.
 
     Example: ternbus aggregator backup agg /backups --keep 14
     """
@@ -40,6 +40,8 @@ def backup(
     for path in made.elsewhere:
         typer.echo(f"not in it: {path}, which aggregator.toml names; back it up too")
     typer.echo("it holds the aggregator's keys: keep it as secret as the folder itself")
+    for fault in made.faults:
+        typer.echo(f"ternbus: {fault}", err=True)
 
 
 def check(

@@ -22,7 +22,7 @@ from ternbus.aggregator.shell.preverify import WORTHWHILE_BYTES, Preverifier
 from ternbus.aggregator.store import control, disk
 from ternbus.aggregator.store.ledger import Ledger, writing
 from ternbus.broker.crash_points import publishing, reached
-from ternbus.broker.errors import ConfigError, LinkError
+from ternbus.broker.errors import LinkError
 from ternbus.broker.link.link import (
     Arrived,
     Connected,
@@ -284,10 +284,8 @@ class Service:
     def _spread_revocations(self, batch: list[records.Record]) -> None:
         if not any(isinstance(record, records.DeviceRevoked | records.KeysRevoked) for record in batch):
             return
-        try:
-            backup.spread_revocations(self.directory, self._core.settings.federation)
-        except (OSError, ConfigError) as error:
-            self.log(f"the list of revoked keys could not be copied beside the backups: {error}")
+        for fault in backup.spread_revocations(self.directory, self._core.settings.federation):
+            self.log(backup.NOT_COPIED + fault)
 
     def _publish(self, topic: str, payload: bytes, *, retain: bool) -> None:
         publishing(topic)

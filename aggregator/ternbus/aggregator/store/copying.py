@@ -1,20 +1,26 @@
 """A consistent copy of a ledger and of the files that it names, beside a process that goes on writing and removing."""
 
 import os
-import shutil
 import sqlite3
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import IO, Final
 
-from ternbus.aggregator.store import merge_log
+from ternbus.aggregator.store import control, merge_log
 from ternbus.aggregator.store.bodies import BODIES
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.aggregator.store.vectors import VECTORS
-from ternbus.broker import files
-from ternbus.broker.errors import CorruptError
+from ternbus.broker import files, store_format
+from ternbus.broker.errors import CorruptError, StorageError
 
 TRIES: Final = 20  # a running process may remove a file between the moment of the copy and the opening of it
+CHUNK_BYTES: Final = 2**20
+OF_THE_SOURCE: Final = {  # SQLite reports all that fails in a copy as of the new file
+    *store_format.DAMAGED,
+    *store_format.IN_USE,
+    sqlite3.SQLITE_IOERR_READ,
+    sqlite3.SQLITE_IOERR_SHORT_READ,
+}
 
 
 def copy(directory: Path, target: Path) -> int:
@@ -23,7 +29,7 @@ def copy(directory: Path, target: Path) -> int:
     CorruptError where a file that the ledger names is not there, and no process is about to remove it.
     """
     for _ in range(TRIES):
-        with closing(Ledger(directory / LEDGER, read_only=True)) as ledger, ledger.one_moment(), ExitStack() as opened:
+        with closing(_open(directory)) as ledger, ledger.one_moment(), ExitStack() as opened:
             version = ledger.version  # the moment is that of the first read
             try:
                 sources = {name: opened.enter_context((directory / name).open("rb")) for name in _named(ledger)}
@@ -32,12 +38,26 @@ def copy(directory: Path, target: Path) -> int:
                 continue
             _copy_ledger(ledger.db, target / LEDGER)
             for name, source in sources.items():  # what is open can be removed, and read all the same
-                _copy_file(source, target / name)
+                (target / name).parent.mkdir(mode=0o700, exist_ok=True)
+                copy_file(source, target / name)
             for folder in (BODIES, VECTORS, merge_log.FOLDER):
                 if (target / folder).exists():
                     files.sync(target / folder)
             return version
     raise CorruptError(f"{missing} is not there, though the ledger names it; run: ternbus aggregator check {directory}")
+
+
+def _open(directory: Path) -> Ledger:
+    """SQLite makes the index of a log even to read, for which a full disk has no room: without it if nobody writes."""
+    path = directory / LEDGER
+    try:
+        return Ledger(path, read_only=True)
+    except StorageError:
+        log = path.with_name(f"{LEDGER}-wal")
+        if files.is_locked(directory / control.LOCK) or (log.exists() and log.stat().st_size):
+            raise
+        log.unlink(missing_ok=True)  # which the attempt made, or an earlier one
+        return Ledger(path, read_only=True, untouched=True)
 
 
 def _named(ledger: Ledger) -> list[Path]:
@@ -56,14 +76,26 @@ def _named(ledger: Ledger) -> list[Path]:
 def _copy_ledger(source: sqlite3.Connection, target: Path) -> None:
     os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     with closing(sqlite3.connect(target)) as db:
-        source.backup(db)
+        try:
+            source.backup(db)
+        except sqlite3.Error as error:
+            if {error.sqlite_errorcode, error.sqlite_errorcode & 0xFF} & OF_THE_SOURCE:
+                raise
+            with store_format.naming(target):
+                raise
     files.sync(target)
 
 
-def _copy_file(source: IO[bytes], target: Path) -> None:
-    target.parent.mkdir(mode=0o700, exist_ok=True)
+def copy_file(source: IO[bytes], target: Path) -> None:
+    """Copy an open file into a new one, durably and for its owner only; an OSError names the file that it is of."""
     descriptor = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-    with os.fdopen(descriptor, "wb") as copied:
-        shutil.copyfileobj(source, copied, 2**20)
+    with files.naming(target), os.fdopen(descriptor, "wb") as copied:
+        while chunk := _read(source):
+            copied.write(chunk)
         copied.flush()
         os.fsync(copied.fileno())
+
+
+def _read(source: IO[bytes]) -> bytes:
+    with files.naming(Path(source.name)):
+        return source.read(CHUNK_BYTES)
