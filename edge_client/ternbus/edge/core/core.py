@@ -27,8 +27,8 @@ The states of the connection, and of the work, which continues while the device 
 
 A device that is enrolling is in no other state; otherwise it is in the lowest state of the table that applies. It
 follows the model in every state but "stopped", and evaluates a new version whenever it does not train. It publishes its
-status, retained, at each connect, at enrollment, when a training begins or ends, at the first head of a connection that
-is older than one that it has seen, and at the end; with the role "join" only at the end.
+status, retained, at each connect, at enrollment, when a training begins or ends, at the first old head after a connect
+or after one that it accepted, and at the end; with the role "join" only at the end.
 """
 
 from collections import Counter
