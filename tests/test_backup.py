@@ -11,8 +11,20 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from support.core_device import Device as CoreDevice
+from support.core_device import profile
 from support.old_formats import copy_of
-from support.small_world import LAB, Bench, Device, float32_block, follow, make_directory, receipts, ternary_block
+from support.small_world import (
+    LAB,
+    SHAPES,
+    Bench,
+    Device,
+    float32_block,
+    follow,
+    make_directory,
+    receipts,
+    ternary_block,
+)
 from ternbus.aggregator.core import events
 from ternbus.aggregator.shell import administration, backup, restoring
 from ternbus.aggregator.shell.checking import check
@@ -22,7 +34,12 @@ from ternbus.aggregator.store import status as statuses
 from ternbus.aggregator.store.ledger import LEDGER
 from ternbus.broker import files
 from ternbus.broker.errors import ConfigError, CorruptError, StorageError
+from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.messages import RESTORE_LEAP
+from ternbus.edge.core import events as edge_events
+from ternbus.edge.core.actions import Publish
+from ternbus.edge.core.core import Core
+from ternbus.edge.core.state import State
 
 
 def run(*words: object) -> tuple[int, str]:
@@ -405,6 +422,50 @@ def test_a_device_that_names_a_newer_version_is_told_in_the_log_and_in_the_statu
     again.close()
     administration.restored(bench.directory, "test")
     assert statuses.read(bench.directory)["claim"] is None
+
+
+def test_devices_that_have_nothing_to_send_tell_a_copied_folder_of_it_through_an_empty_broker(
+    bench: Bench, tmp_path: Path
+) -> None:
+    """The device is a real core. It drops the old head, and would otherwise be idle without a word."""
+    pi, one, other = (bench.join(name) for name in ("pi", "one", "other"))
+    made = make_backup(bench, tmp_path / "out")
+    merge(bench, one, other, times=3)
+    own = profile(federation=LAB, identity=pi.identity, aggregator_public=bench.identity.public, tensors=SHAPES)
+    device = CoreDevice(Core(own, State(key=own.key, enrolled=True)))
+
+    def meet(aggregator: Bench) -> str:
+        """Each hears the other over a broker that holds only what this aggregator published; what it logs."""
+        aggregator.start()
+        aggregator.tick(seconds=10.0)  # until then it waits for a newer head of its own
+        device.wait(100)
+        done = device.connect()
+        done += device.arrive(
+            *((topic, aggregator.retained[topic]) for topic in (topics.status(LAB), topics.head(LAB)))
+        )
+        sent = [action for action in done if isinstance(action, Publish)]
+        said = [logged(aggregator.receive(action.topic, action.payload)) for action in sent]
+        device.handle(edge_events.Disconnected(reason="gone"))
+        aggregator.tick(seconds=2.0)
+        return " ".join(said)
+
+    device.handle(edge_events.Started())
+    assert "restored" not in meet(bench)
+    bench.close()
+    shutil.copy2(made / LEDGER, bench.directory / LEDGER)
+    again = Bench(bench.directory)
+    assert "pi names version 3, and the newest here is 0" in meet(again)
+    assert statuses.read(bench.directory)["claim"] == {"device": "pi", "version": 3}
+    status = again.core.registry.members["pi"].status
+    assert status is not None
+    assert status.state == "idle"  # it is not taken for one that trains
+    again.close()
+    administration.restored(bench.directory, "test")
+    third = Bench(bench.directory)
+    assert "restored" not in meet(third)
+    assert device.core.state.head_version == third.version == RESTORE_LEAP
+    assert statuses.read(bench.directory)["claim"] is None
+    third.close()
 
 
 def logged(actions: list[events.Action]) -> str:

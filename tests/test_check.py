@@ -1,6 +1,7 @@
 """`ternbus edge check` says of a task what a federation would find out, in words that say where to look."""
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,10 @@ def into_the_start(start: dict[str, Any]) -> dict[str, Any]:
 
 def raising(start: Mapping[str, Any]) -> dict[str, Any]:
     raise IndexError("too few of them")
+
+
+def leaving(*_: object, **__: object) -> Any:
+    sys.exit(0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +87,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"made": lambda: NAN}, "'w' with a NaN"),
     ({"default_plan": {"batch_size": "many"}}, "batch_size"),
     ({"trains": raising}, "train() raised IndexError: too few of them (test_check.py, line "),
+    ({"trains": leaving}, "train() raised sys.exit(0) (test_check.py, line "),
     ({"trains": into_the_start}, "`start` is read-only: work on a copy"),
     ({"trains": dict}, "changed nothing"),
     ({"trains": lambda _: None}, "train() returned str: it must return Trained"),

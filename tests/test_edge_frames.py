@@ -8,6 +8,7 @@ from support.core_device import (
     DEVICE,
     DEVICE_KEY,
     TENSORS,
+    Device,
     aggregator,
     connected,
     following,
@@ -16,7 +17,7 @@ from support.core_device import (
     published,
     sending,
 )
-from support.scripted_aggregator import FEDERATION, ScriptedAggregator
+from support.scripted_aggregator import FEDERATION, Message, ScriptedAggregator
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.identity import Identity
@@ -77,6 +78,58 @@ def test_a_head_below_the_highest_accepted_is_a_replay_also_after_a_restart() ->
     assert again.core.follower.head is None
     assert again.disk is not None
     assert again.disk.head_version == 1
+
+
+def behind(device: Device, *messages: Message) -> list[tuple[Any, Any]]:
+    """State and base of each status that is published when the messages arrive."""
+    return [(frame.meta["state"], frame.meta["base"]) for frame in published(device.arrive(*messages), "status")]
+
+
+def test_a_head_that_is_too_old_is_answered_once_a_connection_with_the_version_that_was_seen() -> None:
+    """An aggregator whose folder was copied back by hand learns of it in no other way from a device that is idle."""
+    scripted, device = following()
+    old = [scripted.head(), scripted.head()]
+    for version in (1, 2):
+        scripted.advance()
+        device.arrive(*scripted.delta(version), scripted.head())
+    again = device.restarted()
+    for _ in range(2):
+        assert [frame.meta["base"] for frame in published(again.connect(), "status")] == [-1]
+        assert behind(again, scripted.status(), *old) == [("idle", 2)]
+        again.handle(events.Disconnected(reason="gone"))
+        again.wait(100)
+    again.connect()
+    again.arrive(old[0], scripted.head())
+    assert behind(again, old[1]) == [("idle", 2)]  # it had accepted one since
+
+
+def test_a_head_that_is_too_old_leaves_the_base_of_a_training_until_it_ends() -> None:
+    scripted, device = following()
+    old = scripted.head()
+    scripted.advance()
+    device.arrive(scripted.head())  # its delta has not come, and the training on version 0 goes on
+    assert behind(device, old) == [("training", 0)]
+    done = device.handle(events.TrainingFailed(base=0, reason="odd"))
+    assert [(frame.meta["state"], frame.meta["base"]) for frame in published(done, "status")] == [("idle", 1)]
+
+
+@pytest.mark.parametrize("changes", [{"state": {"enrolled": False}}, {"role": "join"}])
+def test_a_device_that_publishes_no_status_answers_no_old_head(changes: dict[str, Any]) -> None:
+    scripted = aggregator()
+    old = scripted.head()
+    scripted.advance()
+    device = connected(**changes)
+    device.arrive(scripted.head())
+    assert behind(device, old) == []
+
+
+def test_the_log_names_the_aggregators_restore_before_the_devices_rejoin() -> None:
+    scripted, device = following()
+    old = scripted.head()
+    scripted.advance()
+    device.arrive(scripted.head())
+    text = only(device.arrive(old), Log).text
+    assert 0 < text.index("ternbus aggregator restored DIR") < text.index("ternbus edge rejoin")
 
 
 def test_the_same_head_again_is_no_news() -> None:

@@ -1,5 +1,6 @@
 """Numbers that a device is told: none makes it hold much, and none ends it with an exit code that no restart mends."""
 
+import asyncio
 import tracemalloc
 from dataclasses import replace
 from queue import SimpleQueue
@@ -21,10 +22,11 @@ from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.messages import Head, Snapshot, SnapshotRef
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import ZSTD
-from ternbus.edge.core.actions import Log, StartEvaluation, StartTraining, Stop
+from ternbus.edge.core import events
+from ternbus.edge.core.actions import Job, Log, StartEvaluation, StartFineTuning, StartTraining, Stop
 from ternbus.edge.core.events import EvaluationFailed, TrainingFailed
 from ternbus.edge.core.profile import MISFIT_BYTES, ModelSize
-from ternbus.edge.shell.worker import Result, Worker
+from ternbus.edge.shell.worker import Result, Worker, train
 
 CLAIMED = 4_800_000_000
 shapes = st.dictionaries(
@@ -109,6 +111,68 @@ class Unable:
 
     def evaluate(self, _: object) -> Any:
         raise ConfigError("not here either")
+
+
+class Raising:
+    """A task's trainer that raises what no `except Exception` catches; or it returns nothing at all."""
+
+    samples = 10
+
+    def __init__(self, error: BaseException | None) -> None:
+        self.error = error
+
+    def train(self, *_: Any, **__: Any) -> Any:
+        if self.error is not None:
+            raise self.error
+
+    evaluate = train_privately = train
+
+
+class UnreadableError(RuntimeError):
+    def __str__(self) -> str:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+        (asyncio.CancelledError(), "CancelledError"),
+        (SystemExit(3), "sys.exit(3)"),
+        (BaseException("a panic"), "BaseException: a panic"),
+        (UnreadableError(), "UnreadableError: (str() of it failed)"),
+        (None, "AttributeError: 'NoneType' object has no attribute"),
+    ],
+)
+def test_the_thread_of_the_trainings_outlives_whatever_a_task_raises(error: BaseException | None, said: str) -> None:
+    """Otherwise the device would say that it trains, and wait for good."""
+    _, device = following()
+    job = only(device.actions, StartTraining)
+    results: SimpleQueue[Result] = SimpleQueue()
+    worker = Worker(Raising(error), results.put)
+    vector = np.zeros_like(job.vector)
+    private: dict[str, Any] = {"dp_clip": 1.0, "dp_noise": 1.0, "dp_epsilon": 100.0}
+    jobs: list[Job] = [
+        job,
+        StartEvaluation(version=0, schema=job.schema, vector=vector),
+        StartFineTuning(version=0, schema=job.schema, vector=vector, plan=job.plan, seed=1),
+        replace(job, plan=replace(job.plan, dp="device", **private)),
+        replace(job, plan=replace(job.plan, dp="sample", **private)),
+    ]
+    for each in jobs:
+        worker.start(each)
+        result = results.get(timeout=30)
+        reason = result.failure if isinstance(result, events.TrainingFinished) else getattr(result, "reason", "")
+        assert said in reason
+        assert "import" not in reason
+    assert worker.stop()
+
+
+def test_ctrl_c_during_a_training_in_the_main_thread_is_not_the_tasks() -> None:
+    """As in a simulation."""
+    _, device = following()
+    with pytest.raises(KeyboardInterrupt):
+        train(Raising(KeyboardInterrupt()), only(device.actions, StartTraining))
 
 
 def test_a_plan_that_cannot_be_followed_is_a_training_that_failed() -> None:

@@ -27,8 +27,8 @@ The states of the connection, and of the work, which continues while the device 
 
 A device that is enrolling is in no other state; otherwise it is in the lowest state of the table that applies. It
 follows the model in every state but "stopped", and evaluates a new version whenever it does not train. It publishes its
-status, retained, at each connect, at enrollment, when a training begins or ends, and at the end; with the role "join"
-only at the end.
+status, retained, at each connect, at enrollment, when a training begins or ends, at the first old head after a connect
+or after one that it accepted, and at the end; with the role "join" only at the end.
 """
 
 from collections import Counter
@@ -57,7 +57,7 @@ from ternbus.edge.core.profile import ENROLL_SEQ, OFFLINE, Profile, subscription
 from ternbus.edge.core.receipts import describe_refusal
 from ternbus.edge.core.reconnection import Reconnection
 from ternbus.edge.core.resubscribe import Resubscribe
-from ternbus.edge.core.state import State
+from ternbus.edge.core.state import OLD_HEAD, State
 from ternbus.edge.core.training_policy import TrainingPolicy, budget_spent, describe
 from ternbus.edge.core.uplink import Uplink
 from ternbus.edge.core.wait_timer import WaitTimer, awaited_of
@@ -113,6 +113,8 @@ class Core:
         except ProtocolError as error:
             text = f"dropped a message: {error}"
             actions = [*self._sampler.log("dropped", error.reason, text, {"detail": error.detail})]
+            if error.reason == OLD_HEAD and self.presence.head_arrived(is_old=True):
+                actions += self._status()
         actions += self._proceed(now)
         return [*self.pending.save(), *actions]
 
@@ -234,7 +236,8 @@ class Core:
         if not self._online or not self.state.enrolled or self.profile.role == "join":
             return []
         running = self.training.running
-        state, base = ("idle", -1) if running is None else ("training", running.base)
+        seen = self.state.head_version if self.presence.is_behind else -1  # a sign that the aggregator lost versions
+        state, base = ("idle", seen) if running is None else ("training", running.base)
         seq, session, policy = self.pending.next_seq(), self.state.session, self.training
         reason = policy.failures.reason or self.evaluation.failures.reason
         failing = shown(reason, private=policy.private, sealed=policy.sealed)
@@ -271,13 +274,11 @@ class Core:
     def _head(self, frame: Frame, now: float) -> list[Action]:
         head = Head.from_meta(frame.meta)
         self._resubscribe.head_arrived(now)
-        state = self.state
-        state.check_head(head.version, frame.seq)
+        seen = self.state.with_head(head.version, frame.seq, head.digest)
+        self.presence.head_arrived(is_old=False)
         if fault := self.profile.size_fault(head.snapshot.content_bytes):
             return self._stop(EXIT_FAILED, fault)
-        if (head.version, frame.seq) != (state.head_version, state.head_seq):
-            seen = replace(state, head_version=head.version, head_seq=frame.seq, head_digest=head.digest)
-            self.pending.put(seen)
+        self.pending.put(seen)
         actions: list[Action] = []
         if head.state != self._logged_head_state:
             self._logged_head_state = head.state

@@ -14,6 +14,7 @@ from ternbus.edge.plan.privacy import Account
 SEQ_BLOCK = 64  # sequence numbers reserved by one write; a crash skips the rest of the block
 FIRST_SEQ = 2  # 1 is the enrollment's, whose frame must be the same each time
 
+OLD_HEAD = "old-head"  # the reason to drop a head below one that was accepted
 RENUMBERED = "renumbered"  # instead of an outcome: the update was sent again with another number
 
 Seal = Callable[[bytes], bytes]  # plain bytes -> sealed box
@@ -127,14 +128,19 @@ class State:
         new = State(key=key)
         return replace(new, accepted=self.accepted, schema=self.schema, account=self.account)
 
-    def check_head(self, version: int, seq: int) -> None:
-        """Raises ProtocolError for a head below one that was accepted."""
+    def with_head(self, version: int, seq: int, digest: bytes) -> "State":
+        """The state that has seen this head. Raises ProtocolError for a head below one that was accepted."""
         if version < self.head_version or seq < self.head_seq:
             raise ProtocolError(
-                "old-head",
+                OLD_HEAD,
                 f"version {version}, seq {seq}; this device has seen version {self.head_version}, seq {self.head_seq}; "
-                "if this goes on, ask for an invitation and run `ternbus edge rejoin`",
+                "if this goes on, the aggregator's folder may have been copied back by hand: its operator stops it and "
+                "runs `ternbus aggregator restored DIR`; only if that is not so, ask for an invitation and run "
+                "`ternbus edge rejoin`",
             )
+        if (version, seq) == (self.head_version, self.head_seq):
+            return self
+        return replace(self, head_version=version, head_seq=seq, head_digest=digest)
 
     def with_seq_limit(self, seq_limit: int) -> "State":
         return replace(self, seq_limit=seq_limit)

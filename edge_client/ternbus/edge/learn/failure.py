@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Final
 
 from ternbus.broker.errors import WRONG_PATH, ConfigError, FederationError, StorageError
-from ternbus.edge.learn.task_loader import described, location_of
+from ternbus.edge.learn.task_loader import code_errors, described, location_of
 
 TRACE_CHARS: Final = 10_000
-CODE_ERRORS: Final = (Exception, SystemExit)  # of a task's code, which may call sys.exit
 NO_MEMORY: Final = ("out of memory", "not enough memory", "can't allocate memory")  # as PyTorch says it
 
 
@@ -39,7 +38,7 @@ def explained(task: str, *, lacks_data: bool = False) -> Iterator[None]:
         yield
     except FederationError:
         raise
-    except CODE_ERRORS as error:
+    except code_errors() as error:
         text = f"the task {task} fails: {describe(error)}"
         if _is_memory(error) or (isinstance(error, OSError) and error.errno not in WRONG_PATH):
             raise StorageError(text) from error
@@ -55,5 +54,5 @@ def trace_of(error: BaseException) -> str:
 
 def _is_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
+        isinstance(error, RuntimeError) and any(text in described(error) for text in NO_MEMORY)
     )

@@ -10,6 +10,7 @@ import importlib
 import linecache
 import os
 import sysconfig
+import threading
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -100,13 +101,24 @@ def import_hint(error: BaseException) -> str:
     return new and f"{package} is now {former_names.PACKAGES[package]}: {new}"
 
 
+def code_errors() -> tuple[type[BaseException], ...]:
+    """What to catch around the code of a task: in a thread of its own, whatever there is to raise.
+
+    An exception that ended the thread of the trainings would leave a device that waits for good. The main thread has
+    Ctrl-C too, which is not the task's.
+    """
+    if threading.current_thread() is threading.main_thread():
+        return (Exception, SystemExit)  # it may call sys.exit
+    return (BaseException,)
+
+
 def described(error: BaseException) -> str:
     """Type and message of an error of a task's code, which may be of any kind: one printable line of limited length.
 
     Raises nothing, though the error's own methods may.
     """
     if isinstance(error, SystemExit):
-        return _line(f"sys.exit({_text(_read(error, 'code'), repr)}) during the import")
+        return _line(f"sys.exit({_text(_read(error, 'code'), repr)})")
     text = _text(_read(error, "msg") if isinstance(error, SyntaxError) else error, str)
     return _line(f"{type(error).__name__}: {text}" if text else type(error).__name__)
 
@@ -115,7 +127,7 @@ def _read(error: BaseException, name: str) -> object:
     """The attribute of an error; None if the error has none, or raises when it is read."""
     try:
         return getattr(error, name, None)
-    except (Exception, SystemExit):  # noqa: BLE001 - a property of the task's own class may raise anything
+    except code_errors():  # a property of the task's own class may raise anything
         return None
 
 
@@ -123,7 +135,7 @@ def _text(value: object, convert: Callable[[object], str]) -> str:
     """The value as text. A value that cannot be converted is replaced by a remark."""
     try:
         return "".join(convert(value))  # of the class `str` itself, not of a class of the task
-    except (Exception, SystemExit):  # noqa: BLE001 - a method of the task's own class may raise anything
+    except code_errors():  # a method of the task's own class may raise anything
         return f"({convert.__name__}() of it failed)"
 
 
@@ -252,7 +264,7 @@ class _Reference:
 
     def _hint(self, error: BaseException, missing: str) -> str:
         if isinstance(error, SystemExit):
-            return "; put the script below `if __name__ == '__main__':`"
+            return " during the import; put the script below `if __name__ == '__main__':`"
         if isinstance(error, ModuleNotFoundError):
             return self._hint_of_missing(missing) if missing else ""
         if isinstance(error, ImportError) and "relative import" in described(error):

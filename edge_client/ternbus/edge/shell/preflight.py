@@ -20,7 +20,7 @@ from ternbus.edge.core.state import prepare
 from ternbus.edge.learn.compress import compress
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.task import Evaluation, PrivateTrainer, Task, Trained, Trainer
-from ternbus.edge.learn.task_loader import described, import_hint, location_of
+from ternbus.edge.learn.task_loader import code_errors, described, import_hint, location_of
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.privacy import SAMPLE
 from ternbus.edge.plan.tensors import Tensors
@@ -223,7 +223,7 @@ class _Check:
             return call()
         except FederationError as error:
             self._stop(str(error))
-        except Exception as error:  # noqa: BLE001 - the task's own code may raise anything
+        except code_errors() as error:
             message = import_hint(error) or f"{what} raised {described(error)}"
             self._stop(f"{message}{_place(error)}{_hint(error)}")
 
@@ -243,13 +243,13 @@ def _same(one: Tensors, other: Tensors) -> bool:
     return all(np.array_equal(one[name], other[name]) for name in one)
 
 
-def _place(error: Exception) -> str:
+def _place(error: BaseException) -> str:
     """File and line of the user's own code in which it was raised, or from which that was called."""
     place = location_of(error)
     return "" if place is None else f" ({Path(place[0]).name}, line {place[1]})"
 
 
-def _hint(error: Exception) -> str:
+def _hint(error: BaseException) -> str:
     if isinstance(error, ValueError) and "read-only" in described(error):
         return "; `start` is read-only: work on a copy"
     return ""

@@ -16,9 +16,10 @@ from ternbus.edge.core.actions import StartTraining
 from ternbus.edge.core.events import BudgetSpent, TrainingFinished
 from ternbus.edge.learn.accountant import epsilon
 from ternbus.edge.learn.compress import compress
-from ternbus.edge.learn.failure import CODE_ERRORS, describe
+from ternbus.edge.learn.failure import describe
 from ternbus.edge.learn.noise import RandomSource, differences, noisy_change
 from ternbus.edge.learn.task import PrivateTrainer, Trained, Trainer, TrainingError
+from ternbus.edge.learn.task_loader import code_errors
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.privacy import DEVICE, PRIVACY_METRICS, Account, Cost, cost
 
@@ -73,7 +74,7 @@ def _release_device(trainer: Trainer, job: StartTraining, random_source: RandomS
         after = flatten(job.schema, trained.tensors)
     except ConfigError:
         raise
-    except CODE_ERRORS as error:  # it may depend on the data: nobody else may see it
+    except code_errors() as error:  # it may depend on the data: nobody else may see it
         failure = describe(error)
     change = noisy_change(job.vector, after, clip=plan.dp_clip, noise=plan.dp_noise, random_source=random_source)
     return _Released(change=change, trained=trained, failure=failure)
@@ -98,7 +99,7 @@ def _release_sample(trainer: Trainer, job: StartTraining, steps: int, random_sou
             raise TrainingError("training diverged (the model is not finite)")
     except ConfigError:
         raise
-    except CODE_ERRORS as error:  # as above
+    except code_errors() as error:  # as above
         expected = min(plan.batch_size, trainer.samples)
         deviation = plan.rate(job.base) * math.sqrt(steps) * plan.dp_noise * plan.dp_clip / expected
         change = noisy_change(job.vector, job.vector, clip=1.0, noise=deviation, random_source=random_source)

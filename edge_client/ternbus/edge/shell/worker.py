@@ -20,9 +20,9 @@ from ternbus.edge.core.events import (
 )
 from ternbus.edge.learn import failure
 from ternbus.edge.learn.compress import compress
-from ternbus.edge.learn.failure import CODE_ERRORS
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.task import Trained, Trainer, TrainingError
+from ternbus.edge.learn.task_loader import code_errors
 from ternbus.edge.plan.plan import NO_DP
 from ternbus.edge.shell import private_training
 
@@ -43,7 +43,7 @@ def train(trainer: Trainer, job: StartTraining, random_source: RandomSource | No
         change = _change(job, trained)
     except ConfigError:
         raise
-    except CODE_ERRORS as error:
+    except code_errors() as error:
         return TrainingFailed(base=job.base, reason=failure.describe(error), trace=failure.trace_of(error))
     compressed = compress(job.schema, job.plan, change, job.residual, job.seed)
     return TrainingFinished(
@@ -68,12 +68,12 @@ def evaluate(trainer: Trainer, job: StartEvaluation) -> Evaluated | EvaluationFa
     """Evaluate the version; a failure on private data counts as evaluated, since others would see another attempt."""
     try:
         found = trainer.evaluate(to_tensors(job.schema, job.vector))
-    except CODE_ERRORS as error:
+        return Evaluated(version=job.version, samples=found.samples, values=found.finite)
+    except code_errors() as error:
         reason = failure.describe(error)
         if job.private:
             return Evaluated(version=job.version, samples=0, values={}, failure=reason)
         return EvaluationFailed(version=job.version, reason=reason, trace=failure.trace_of(error))
-    return Evaluated(version=job.version, samples=found.samples, values=found.finite)
 
 
 def fine_tune(trainer: Trainer, held: Trainer, job: StartFineTuning) -> FineTuned | FineTuningFailed:
@@ -83,15 +83,15 @@ def fine_tune(trainer: Trainer, held: Trainer, job: StartFineTuning) -> FineTune
         before = held.evaluate(start)
         trained = trainer.train(start, job.plan, version=job.version, seed=job.seed)
         after = held.evaluate(trained.tensors)
-    except CODE_ERRORS as error:
+        return FineTuned(
+            version=job.version,
+            samples=before.samples,
+            before=before.finite,
+            after=after.finite,
+            tensors=trained.tensors,
+        )
+    except code_errors() as error:
         return FineTuningFailed(version=job.version, reason=failure.describe(error), trace=failure.trace_of(error))
-    return FineTuned(
-        version=job.version,
-        samples=before.samples,
-        before=before.finite,
-        after=after.finite,
-        tensors=trained.tensors,
-    )
 
 
 class Worker:
@@ -146,7 +146,7 @@ class Worker:
         began = time.monotonic()
         try:
             result = train(self._trainer, job)
-        except CODE_ERRORS as error:  # the plan is none that this device can carry out, or the fault is ours
+        except code_errors() as error:  # the plan is none that this device can carry out, or the fault is ours
             result = TrainingFailed(base=job.base, reason=failure.describe(error), trace=failure.trace_of(error))
         took, least = time.monotonic() - began, self._min_seconds
         if isinstance(result, TrainingFinished) and result.failure:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.learn import local_optimizer
 from ternbus.edge.learn.noise import ROUNDING, RandomSource
-from ternbus.edge.learn.task_loader import described
+from ternbus.edge.learn.task_loader import code_errors, described
 from ternbus.edge.plan.plan import Plan
 
 ELEMENTS: Final = 2**18  # of gradients, converted to float64 at a time
@@ -150,7 +150,7 @@ class _Gradients:
                 # The sum, since a loss may reject targets that are 0.
                 total = outputs.sum() if isinstance(outputs, Tensor) else self.objective.loss(outputs, targets)
                 total.backward()
-            except Exception as error:
+            except code_errors() as error:
                 self._forget()
                 self._restore()
                 raise ConfigError(
@@ -207,7 +207,7 @@ class _Gradients:
         except _NoLossError:
             self._forget()
             return self._nothing(), count
-        except Exception:  # noqa: BLE001 - it may depend on the data: nobody else may see it
+        except code_errors():  # it may depend on the data: nobody else may see it
             self._forget()
             return None
         self._clear()
@@ -236,7 +236,7 @@ class _Gradients:
         loss = self.objective.loss
         try:
             return loss(outputs, targets), torch.ones(count, dtype=torch.bool)
-        except Exception:
+        except code_errors():
             if not (isinstance(outputs, Tensor) and outputs.dim() and len(outputs) == len(targets) == count):
                 raise
             usable = _usable(count, lambda chosen: loss(outputs[chosen].detach(), targets[chosen]))
@@ -292,7 +292,7 @@ def _usable(count: int, compute: Callable[[Tensor], object]) -> Tensor:
         group = groups.pop()
         try:
             compute(group if len(group) > 1 else group.repeat(2))
-        except Exception:  # noqa: BLE001 - the samples are left out
+        except code_errors():  # the samples are left out
             if len(group) > 1:
                 groups += group.tensor_split(2)
             else:
