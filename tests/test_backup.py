@@ -5,16 +5,20 @@ import shutil
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from support.old_formats import copy_of
 from support.small_world import LAB, Bench, Device, float32_block, follow, make_directory, receipts, ternary_block
 from ternbus.aggregator.core import events
-from ternbus.aggregator.shell import administration, backup, restoring
+from ternbus.aggregator.core.versions import leap_of
+from ternbus.aggregator.shell import administration, backup, log, restoring
 from ternbus.aggregator.shell.checking import check
 from ternbus.aggregator.shell.cli import app
 from ternbus.aggregator.store import control, revocations
@@ -22,6 +26,7 @@ from ternbus.aggregator.store import status as statuses
 from ternbus.aggregator.store.ledger import LEDGER
 from ternbus.broker import files
 from ternbus.broker.errors import ConfigError, CorruptError
+from ternbus.broker.protocol.frame import COUNTER_MAX
 from ternbus.broker.protocol.messages import RESTORE_LEAP
 
 
@@ -110,8 +115,8 @@ def test_a_bit_that_flips_in_any_file_of_a_backup_is_found_and_it_is_not_restore
     assert any("1-model.f32" in fault for fault in check(made).faults)
 
 
-def restored(made: Path, directory: Path, **options: Any) -> tuple[Bench, restoring.Restored]:
-    done = restoring.restore(made, directory, "test", **options)
+def restored(made: Path, directory: Path, clock_s: float = 0.0, **options: Any) -> tuple[Bench, restoring.Restored]:
+    done = restoring.restore(made, directory, "test", clock_s=clock_s, **options)
     return Bench(directory), done
 
 
@@ -134,6 +139,40 @@ def test_a_restored_aggregator_goes_on_with_an_empty_broker_above_all_that_devic
     assert follow(again.retained, again.identity.public) == (again.head.version, again.core.model.digest)
     merge(again, pi, other)
     assert again.head.version == 2 + RESTORE_LEAP
+
+
+MONDAY: Final = 1_800_000_000.0
+
+
+def numbers(bench: Bench) -> tuple[int, int, int]:
+    return bench.version, bench.core._frames.seq, bench.core.session
+
+
+def test_two_restores_of_one_backup_never_give_the_same_numbers(bench: Bench, tmp_path: Path) -> None:
+    """The second one knows nothing of the first: its folder is a new one, or was copied back by hand."""
+    pi, other = bench.join("pi"), bench.join("other")
+    merge(bench, pi, other)
+    made = make_backup(bench, tmp_path / "out")
+    first, _ = restored(made, tmp_path / "first", clock_s=MONDAY)
+    all_given = [numbers(first)]
+    merge(first, pi, other, times=3)
+    first.close()
+    again, _ = restored(made, tmp_path / "second", clock_s=MONDAY + 60.0)
+    all_given.append(numbers(again))
+    by_hand = Path(shutil.copytree(made, tmp_path / "third"))
+    administration.restored(by_hand, "test", MONDAY + 120.0)
+    all_given.append(numbers(Bench(by_hand)))
+    for lower, higher in pairwise(all_given):
+        assert all(b - a > RESTORE_LEAP / 2 for a, b in zip(lower, higher, strict=True)), (lower, higher)
+    assert not log.verify(by_hand, None, None).faults
+
+
+@given(version=st.integers(0, 2**58), clock_s=st.floats(-1e18, 1e18))
+def test_no_clock_breaks_the_bounds_of_a_leap(version: int, clock_s: float) -> None:
+    numbers = leap_of(version, clock_s)
+    assert numbers % RESTORE_LEAP == 0
+    assert RESTORE_LEAP <= numbers <= 2**59
+    assert version + numbers < COUNTER_MAX
 
 
 def test_newer_state_is_replaced_by_force_only_and_kept(bench: Bench, tmp_path: Path) -> None:
@@ -302,7 +341,7 @@ def test_a_device_that_names_a_newer_version_is_told_in_the_log_and_in_the_statu
     assert "ternbus aggregator restored DIR" in run("status", bench.directory)[1]
     assert not any(isinstance(action, events.Stop) for action in again.last)  # a device's word stops nobody
     again.close()
-    administration.restored(bench.directory, "test")
+    administration.restored(bench.directory, "test", 0.0)
     assert statuses.read(bench.directory)["claim"] is None
 
 

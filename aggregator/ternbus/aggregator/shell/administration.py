@@ -226,10 +226,10 @@ def prune(directory: Path, keep_versions: int) -> archives.Pruned:
         return archives.prune(ledger, keep_versions, settings.staleness.max)
 
 
-def restored(directory: Path, software: str) -> int:
+def restored(directory: Path, software: str, clock_s: float) -> int:
     """Take note that this directory came from a backup; returns the version at which it goes on."""
     load_settings(directory)
-    _apply(directory, software, lambda core, _: core.restored())
+    _apply(directory, software, lambda core, _: core.restored(clock_s))
     return tensors_of(directory, None)[0]
 
 

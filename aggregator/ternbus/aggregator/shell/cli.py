@@ -364,11 +364,11 @@ def close(directory: Dir) -> None:
 def restored(directory: Dir) -> None:
     """Mark DIR as restored from a backup, before the next `run`.
 
-    Devices refuse anything older than what they have seen. Version and sequence numbers therefore continue 2^32 higher.
+    Devices refuse anything older than what they have seen. Versions therefore continue at least 2^32 higher.
 
     Example: ternbus aggregator restored agg
     """
-    typer.echo(f"{directory} continues at version {administration.restored(directory, software())}")
+    typer.echo(f"{directory} continues at version {administration.restored(directory, software(), time.time())}")
 
 
 @app.command()

@@ -74,7 +74,7 @@ def restore(
     directory: Dir,
     force: Annotated[bool, typer.Option("--force", help="Replace a DIR with newer state.")] = False,
 ) -> None:
-    """Put BACKUP in the place of DIR. Version and sequence numbers continue 2^32 higher, above all that devices know.
+    """Put BACKUP in the place of DIR. Versions continue at least 2^32 higher, above all that devices know.
 
     All lists of revocations that are found are merged: of the backup, beside the backups, in DIR. What was in DIR is
     kept in a folder within it. Devices that joined after the backup are told that they are unknown; they join again.
@@ -97,7 +97,7 @@ def repair(directory: Dir) -> None:
     """Go on from what is sound in a damaged DIR, and name what is lost. What was there is kept in a folder within it.
 
     A damaged snapshot is made anew from the one before and the deltas, and nothing is lost. Otherwise the federation
-    goes on from the last sound version, numbered 2^32 higher, with a new server state.
+    goes on from the last sound version, numbered at least 2^32 higher, with a new server state.
 
     Example: ternbus aggregator repair agg
     """

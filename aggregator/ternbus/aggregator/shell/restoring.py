@@ -30,9 +30,12 @@ class Restored:
     revoked: tuple[str, ...]
 
 
-def restore(source: Path, directory: Path, software: str, *, force: bool = False) -> Restored:
+def restore(
+    source: Path, directory: Path, software: str, *, force: bool = False, clock_s: float | None = None
+) -> Restored:
     """Put a backup in the place of a folder, which is kept beside; DIR may be missing or damaged.
 
+    ``clock_s`` is the time of day, now by default.
     ConfigError where a process serves it, or where its state is newer and not ``force``; CorruptError where the backup
     is not sound.
     """
@@ -60,7 +63,7 @@ def restore(source: Path, directory: Path, software: str, *, force: bool = False
             _copy(source, partial)
             lists, found = _revocations(source, directory, partial)
             revoked = _revoke(partial, found)
-            version = administration.restored(partial, software)
+            version = administration.restored(partial, software, time.time() if clock_s is None else clock_s)
             faults = list(checking.check(partial).faults)
             if faults:
                 raise CorruptError(f"{source} cannot be restored: {faults[0]}; use another backup")
