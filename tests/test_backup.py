@@ -296,6 +296,22 @@ def test_restore_says_that_it_found_no_list(bench: Bench, tmp_path: Path) -> Non
     assert "no list of revocations was found: revoke again who was revoked after the backup" in said
 
 
+def test_restored_takes_the_list_beside_the_backups_or_says_that_there_is_none(bench: Bench, tmp_path: Path) -> None:
+    bench.join("pi")
+    made = make_backup(bench, tmp_path / "out")
+    bench.close()
+    alone = Path(shutil.copytree(made, tmp_path / "alone"))
+    said = run("restored", alone)[1]
+    assert "no list of revocations was found: revoke again who was revoked after the backup" in said
+    run("revoke", bench.directory, "pi")
+    by_hand = Path(shutil.copytree(made, tmp_path / "out" / "agg"))
+    said = run("restored", by_hand)[1]
+    assert f"revocations were read from {backup.beside(tmp_path / 'out', LAB)}" in said
+    assert "revoked after the backup, and again: pi" in said
+    assert Bench(by_hand).core.registry.members["pi"].revoked
+    assert listed(by_hand / revocations.FILE) == {"pi"}
+
+
 def test_a_folder_copied_back_by_hand_beside_its_list_takes_the_list(bench: Bench, tmp_path: Path) -> None:
     bench.join("pi")
     old = make_backup(bench, tmp_path / "out")

@@ -14,7 +14,7 @@ from ternbus.broker.version import software
 
 
 def add_to(app: typer.Typer) -> None:
-    for command in (backup, check, restore, repair, prune):
+    for command in (backup, check, restore, restored, repair, prune):
         app.command()(command)
 
 
@@ -82,6 +82,21 @@ def restore(
     Example: ternbus aggregator restore /backups/lab-20260314T031500Z agg
     """
     done = restoring.restore(source, directory, software(), force=force)
+    _tell(directory, done)
+
+
+def restored(directory: Dir) -> None:
+    """Mark DIR as put back by hand from a backup, before the next `run`.
+
+    Devices refuse anything older than what they have seen. Versions therefore continue at least 2^32 higher. Lists of
+    revocations are merged as `restore` does.
+
+    Example: ternbus aggregator restored agg
+    """
+    _tell(directory, restoring.restored(directory, software()))
+
+
+def _tell(directory: Path, done: restoring.Restored) -> None:
     typer.echo(f"{directory} continues at version {done.version}")
     if done.aside is not None:
         typer.echo(f"what was there is kept in {done.aside}")

@@ -77,6 +77,20 @@ def restore(
     return Restored(version=version, aside=aside, lists=lists, revoked=revoked)
 
 
+def restored(directory: Path, software: str) -> Restored:
+    """Take note that a folder was put back by hand, with every list of revoked keys that there is.
+
+    ConfigError where a process serves it.
+    """
+    administration.load_settings(directory)
+    lists, found = _revocations(directory, directory, directory)
+    with administration.exclusive(directory):
+        pass  # a mistake in it, or a process that serves it, leaves it as it is
+    revoked = _revoke(directory, found)
+    version = administration.restored(directory, software, time.time())
+    return Restored(version=version, aside=None, lists=lists, revoked=revoked)
+
+
 def _refuse_newer(source: Path, directory: Path) -> None:
     """What cannot be read has no state to lose; it is kept beside all the same."""
     if not (directory / LEDGER).exists():
