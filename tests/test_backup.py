@@ -207,6 +207,25 @@ def test_a_folder_that_a_process_serves_is_not_replaced(bench: Bench, tmp_path: 
         restoring.restore(made, bench.directory, "test", force=True)
 
 
+def test_what_is_no_backup_or_is_the_folder_itself_is_not_restored(bench: Bench, tmp_path: Path) -> None:
+    made = make_backup(bench, tmp_path / "out")
+    bench.close()
+    copied = Path(shutil.copytree(bench.directory, tmp_path / "copied"))
+    within = Path(shutil.copytree(made, bench.directory / "backups" / made.name))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for source, directory, said in (
+        (copied, tmp_path / "new", r"backup.toml is missing; .* ternbus aggregator restored"),
+        (tmp_path / "nothing", tmp_path / "new", "is not a backup"),
+        (made, made, "are one folder"),
+        (within, bench.directory, "or one is in the other"),
+        (made, made / "agg", "or one is in the other"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            restoring.restore(source, directory, "test", force=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_folder_of_another_aggregator_is_not_replaced(bench: Bench, tmp_path: Path) -> None:
     made = make_backup(bench, tmp_path / "out")
     model = {"w": [[0.0]]}
@@ -225,6 +244,7 @@ def _arrays(model: dict[str, Any]) -> dict[str, Any]:
 
 def test_a_copy_of_an_older_format_is_restored_and_migrated(tmp_path: Path) -> None:
     old = copy_of("aggregator-6", tmp_path) / "home"
+    (old / backup.MANIFEST).write_text("[files]\n")
     again, done = restored(old, tmp_path / "new")
     assert (done.version, again.version) == (5 + RESTORE_LEAP, 5 + RESTORE_LEAP)
 

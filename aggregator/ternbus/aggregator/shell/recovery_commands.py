@@ -70,7 +70,7 @@ def check(
 
 
 def restore(
-    source: Annotated[Path, typer.Argument(metavar="BACKUP", help="Backup, or a copy of an aggregator's directory.")],
+    source: Annotated[Path, typer.Argument(metavar="BACKUP", help="Folder that `ternbus aggregator backup` made.")],
     directory: Dir,
     force: Annotated[bool, typer.Option("--force", help="Replace a DIR with newer state.")] = False,
 ) -> None:

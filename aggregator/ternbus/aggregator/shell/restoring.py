@@ -39,8 +39,7 @@ def restore(
     ConfigError where a process serves it, or where its state is newer and not ``force``; CorruptError where the backup
     is not sound.
     """
-    if not (source / LEDGER).exists():
-        raise ConfigError(f"{source} holds no backup of an aggregator: {LEDGER} is missing")
+    _refuse_other_than_a_backup(source, directory)
     faults = checking.differences(source)
     if faults:
         raise CorruptError(f"{source} is not as it was written: {faults[0]}; use another backup")
@@ -89,6 +88,17 @@ def restored(directory: Path, software: str) -> Restored:
     revoked = _revoke(directory, found)
     version = administration.restored(directory, software, time.time())
     return Restored(version=version, aside=None, lists=lists, revoked=revoked)
+
+
+def _refuse_other_than_a_backup(source: Path, directory: Path) -> None:
+    if not (source / backup.MANIFEST).exists():
+        raise ConfigError(
+            f"{source} is not a backup that `ternbus aggregator backup` made: {backup.MANIFEST} is missing; "
+            f"a copy made otherwise is put back by hand, and then needs: ternbus aggregator restored {directory}"
+        )
+    ours, theirs = directory.resolve(), source.resolve()
+    if ours == theirs or ours in theirs.parents or theirs in ours.parents:
+        raise ConfigError(f"{source} and {directory} are one folder, or one is in the other; copy the backup elsewhere")
 
 
 def _refuse_newer(source: Path, directory: Path) -> None:
