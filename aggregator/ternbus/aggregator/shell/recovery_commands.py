@@ -8,7 +8,7 @@ import typer
 
 from ternbus.aggregator.shell import administration, checking, repairing, restoring
 from ternbus.aggregator.shell import backup as backups
-from ternbus.aggregator.shell.arguments import AsJson, Dir
+from ternbus.aggregator.shell.arguments import AsJson, Dir, DirAsRoot
 from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.version import software
 
@@ -71,7 +71,7 @@ def check(
 
 def restore(
     source: Annotated[Path, typer.Argument(metavar="BACKUP", help="Folder that `ternbus aggregator backup` made.")],
-    directory: Dir,
+    directory: DirAsRoot,
     force: Annotated[bool, typer.Option("--force", help="Replace a DIR with newer state.")] = False,
 ) -> None:
     """Put BACKUP in the place of DIR. Versions continue at least 2^32 higher, above all that devices know.

@@ -15,6 +15,7 @@ from ternbus.aggregator.store.revocations import Revocation
 from ternbus.broker import files
 from ternbus.broker.errors import ConfigError, CorruptError, FederationError
 from ternbus.broker.files import read_key
+from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.protocol.identity import Identity
 
 KEPT: Final = (control.LOCK, backup.PLACE)  # they belong to the folder, not to its state
@@ -35,6 +36,7 @@ def restore(
 ) -> Restored:
     """Put a backup in the place of a folder, which is kept beside; DIR may be missing or damaged.
 
+    Under root, a new folder belongs to the owner of the backup, and this process goes on as the folder's owner.
     ``clock_s`` is the time of day, now by default.
     ConfigError where a process serves it, or where its state is newer and not ``force``; CorruptError where the backup
     is not sound.
@@ -43,7 +45,10 @@ def restore(
     faults = checking.differences(source)
     if faults:
         raise CorruptError(f"{source} is not as it was written: {faults[0]}; use another backup")
-    directory.mkdir(parents=True, mode=0o700, exist_ok=True)
+    if not directory.exists():
+        files.make_folder(directory, 0o700)
+        files.give_to_owner_of(source, directory)
+    act_as_owner(directory)
     directory = directory.resolve()
     held = files.lock(directory / control.LOCK)
     if held is None:
