@@ -5,10 +5,13 @@ import shutil
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from support.core_device import Device as CoreDevice
@@ -26,7 +29,8 @@ from support.small_world import (
     ternary_block,
 )
 from ternbus.aggregator.core import events
-from ternbus.aggregator.shell import administration, backup, restoring
+from ternbus.aggregator.core.versions import leap_of
+from ternbus.aggregator.shell import administration, backup, log, restoring
 from ternbus.aggregator.shell.checking import check
 from ternbus.aggregator.shell.cli import app
 from ternbus.aggregator.store import control, revocations
@@ -35,6 +39,7 @@ from ternbus.aggregator.store.ledger import LEDGER
 from ternbus.broker import files
 from ternbus.broker.errors import ConfigError, CorruptError, StorageError
 from ternbus.broker.protocol import topics
+from ternbus.broker.protocol.frame import COUNTER_MAX
 from ternbus.broker.protocol.messages import RESTORE_LEAP
 from ternbus.edge.core import events as edge_events
 from ternbus.edge.core.actions import Publish
@@ -127,8 +132,8 @@ def test_a_bit_that_flips_in_any_file_of_a_backup_is_found_and_it_is_not_restore
     assert any("1-model.f32" in fault for fault in check(made).faults)
 
 
-def restored(made: Path, directory: Path, **options: Any) -> tuple[Bench, restoring.Restored]:
-    done = restoring.restore(made, directory, "test", **options)
+def restored(made: Path, directory: Path, clock_s: float = 0.0, **options: Any) -> tuple[Bench, restoring.Restored]:
+    done = restoring.restore(made, directory, "test", clock_s=clock_s, **options)
     return Bench(directory), done
 
 
@@ -151,6 +156,40 @@ def test_a_restored_aggregator_goes_on_with_an_empty_broker_above_all_that_devic
     assert follow(again.retained, again.identity.public) == (again.head.version, again.core.model.digest)
     merge(again, pi, other)
     assert again.head.version == 2 + RESTORE_LEAP
+
+
+MONDAY: Final = 1_800_000_000.0
+
+
+def numbers(bench: Bench) -> tuple[int, int, int]:
+    return bench.version, bench.core._frames.seq, bench.core.session
+
+
+def test_two_restores_of_one_backup_never_give_the_same_numbers(bench: Bench, tmp_path: Path) -> None:
+    """The second one knows nothing of the first: its folder is a new one, or was copied back by hand."""
+    pi, other = bench.join("pi"), bench.join("other")
+    merge(bench, pi, other)
+    made = make_backup(bench, tmp_path / "out")
+    first, _ = restored(made, tmp_path / "first", clock_s=MONDAY)
+    all_given = [numbers(first)]
+    merge(first, pi, other, times=3)
+    first.close()
+    again, _ = restored(made, tmp_path / "second", clock_s=MONDAY + 60.0)
+    all_given.append(numbers(again))
+    by_hand = Path(shutil.copytree(made, tmp_path / "third"))
+    administration.restored(by_hand, "test", MONDAY + 120.0)
+    all_given.append(numbers(Bench(by_hand)))
+    for lower, higher in pairwise(all_given):
+        assert all(b - a > RESTORE_LEAP / 2 for a, b in zip(lower, higher, strict=True)), (lower, higher)
+    assert not log.verify(by_hand, None, None).faults
+
+
+@given(version=st.integers(0, 2**58), clock_s=st.floats(-1e18, 1e18))
+def test_no_clock_breaks_the_bounds_of_a_leap(version: int, clock_s: float) -> None:
+    numbers = leap_of(version, clock_s)
+    assert numbers % RESTORE_LEAP == 0
+    assert RESTORE_LEAP <= numbers <= 2**59
+    assert version + numbers < COUNTER_MAX
 
 
 def test_newer_state_is_replaced_by_force_only_and_kept(bench: Bench, tmp_path: Path) -> None:
@@ -185,6 +224,25 @@ def test_a_folder_that_a_process_serves_is_not_replaced(bench: Bench, tmp_path: 
         restoring.restore(made, bench.directory, "test", force=True)
 
 
+def test_what_is_no_backup_or_is_the_folder_itself_is_not_restored(bench: Bench, tmp_path: Path) -> None:
+    made = make_backup(bench, tmp_path / "out")
+    bench.close()
+    copied = Path(shutil.copytree(bench.directory, tmp_path / "copied"))
+    within = Path(shutil.copytree(made, bench.directory / "backups" / made.name))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for source, directory, said in (
+        (copied, tmp_path / "new", r"backup.toml is missing; .* ternbus aggregator restored"),
+        (tmp_path / "nothing", tmp_path / "new", "is not a backup"),
+        (made, made, "are one folder"),
+        (within, bench.directory, "or one is in the other"),
+        (made, made / "agg", "or one is in the other"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            restoring.restore(source, directory, "test", force=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_folder_of_another_aggregator_is_not_replaced(bench: Bench, tmp_path: Path) -> None:
     made = make_backup(bench, tmp_path / "out")
     model = {"w": [[0.0]]}
@@ -203,6 +261,7 @@ def _arrays(model: dict[str, Any]) -> dict[str, Any]:
 
 def test_a_copy_of_an_older_format_is_restored_and_migrated(tmp_path: Path) -> None:
     old = copy_of("aggregator-6", tmp_path) / "home"
+    (old / backup.MANIFEST).write_text("[files]\n")
     again, done = restored(old, tmp_path / "new")
     assert (done.version, again.version) == (5 + RESTORE_LEAP, 5 + RESTORE_LEAP)
 
@@ -375,6 +434,22 @@ def test_restore_says_that_it_found_no_list(bench: Bench, tmp_path: Path) -> Non
     assert "no list of revocations was found: revoke again who was revoked after the backup" in said
 
 
+def test_restored_takes_the_list_beside_the_backups_or_says_that_there_is_none(bench: Bench, tmp_path: Path) -> None:
+    bench.join("pi")
+    made = make_backup(bench, tmp_path / "out")
+    bench.close()
+    alone = Path(shutil.copytree(made, tmp_path / "alone"))
+    said = run("restored", alone)[1]
+    assert "no list of revocations was found: revoke again who was revoked after the backup" in said
+    run("revoke", bench.directory, "pi")
+    by_hand = Path(shutil.copytree(made, tmp_path / "out" / "agg"))
+    said = run("restored", by_hand)[1]
+    assert f"revocations were read from {backup.beside(tmp_path / 'out', LAB)}" in said
+    assert "revoked after the backup, and again: pi" in said
+    assert Bench(by_hand).core.registry.members["pi"].revoked
+    assert listed(by_hand / revocations.FILE) == {"pi"}
+
+
 def test_a_folder_copied_back_by_hand_beside_its_list_takes_the_list(bench: Bench, tmp_path: Path) -> None:
     bench.join("pi")
     old = make_backup(bench, tmp_path / "out")
@@ -420,7 +495,7 @@ def test_a_device_that_names_a_newer_version_is_told_in_the_log_and_in_the_statu
     assert "ternbus aggregator restored DIR" in run("status", bench.directory)[1]
     assert not any(isinstance(action, events.Stop) for action in again.last)  # a device's word stops nobody
     again.close()
-    administration.restored(bench.directory, "test")
+    administration.restored(bench.directory, "test", 0.0)
     assert statuses.read(bench.directory)["claim"] is None
 
 

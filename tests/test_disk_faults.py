@@ -170,7 +170,7 @@ def test_an_aggregator_whose_making_was_killed_may_be_made_again(tmp_path: Path)
     assert not (directory / administration.PARTIAL).exists()
     assert administration.load_settings(directory).federation == "lab"
     (directory / "ledger.sqlite").unlink()
-    with pytest.raises(ConfigError, match="holds an aggregator already"):  # a lost ledger: its key is kept
+    with pytest.raises(CorruptError, match=r"ledger.sqlite is missing: restore a backup"):  # its key is kept
         administration.create(directory, **about)
 
 

@@ -287,7 +287,7 @@ def test_a_restored_directory_goes_on_above_what_devices_have_seen(make: Make) -
     bench.send(pi, ternary_block(bench.schema, 9), 3)  # in the buffer when the copy is made
     head, session = bench.head, bench.core.session
     head_seq = bench.core._frames.seq
-    bench.perform(bench.core.restored())
+    bench.perform(bench.core.restored(0.0))
     bench.restart()
     bench.start()
     assert (bench.head.version, bench.head.digest) == (head.version + 2**32, head.digest)

@@ -77,3 +77,18 @@ def test_what_root_does_leaves_no_file_of_root(services: Path) -> None:
         assert process.wait(60) == 0
     assert (owners(agg), owners(bus)) == ({}, {})
     assert "paused" in run("aggregator", "status", agg)  # which has become the user
+
+
+def test_what_root_restores_belongs_to_the_owner_of_the_backup(services: Path) -> None:
+    agg, out, new = services / "agg", services / "out", services / "new"
+    url = ("--broker", "mqtt://127.0.0.1:1")
+    run("aggregator", "init", agg, "--federation", LAB, *url, "--model", services / "model.safetensors")
+    out.mkdir(mode=0o700)
+    os.chown(out, OTHER, OTHER)
+    run("aggregator", "backup", agg, out)
+    (made,) = (path for path in out.iterdir() if path.is_dir())
+    assert made.stat().st_uid == OTHER
+    run("aggregator", "restore", made, new)
+    run("aggregator", "restore", made, agg, "--force")
+    assert (new.stat().st_uid, owners(new), owners(agg), owners(out)) == (OTHER, {}, {}, {})
+    assert LAB in run("aggregator", "status", new)

@@ -129,8 +129,13 @@ def make_folder(path: Path, mode: int = 0o777) -> None:
 
 def inherit_owner(path: Path) -> None:
     """Under root, give what was made to the owner of its folder, who could not use it otherwise."""
+    give_to_owner_of(path.parent, path)
+
+
+def give_to_owner_of(other: Path, path: Path) -> None:
+    """Under root, give ``path`` to the owner of ``other``."""
     if os.geteuid() == 0:
-        owner = path.parent.stat()
+        owner = other.stat()
         os.chown(path, owner.st_uid, owner.st_gid)
 
 

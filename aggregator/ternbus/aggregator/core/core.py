@@ -23,7 +23,7 @@ from ternbus.aggregator.core.retained import Retained
 from ternbus.aggregator.core.revocations import Revocations
 from ternbus.aggregator.core.updates import Updates
 from ternbus.aggregator.core.validation import Validation
-from ternbus.aggregator.core.versions import PublishedState, Versions
+from ternbus.aggregator.core.versions import PublishedState, Versions, leap_of
 from ternbus.aggregator.core.work import LARGE_HEADER_BYTES, PATIENCE_S, WorkShares, header_work
 from ternbus.aggregator.merge.influence import Influence, Measured
 from ternbus.aggregator.merge.model import Model
@@ -33,7 +33,7 @@ from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol import revocations, topics
 from ternbus.broker.protocol.frame import Frame, header_bytes, parse
 from ternbus.broker.protocol.identity import AGGREGATOR, Identity
-from ternbus.broker.protocol.messages import CLOSED, RESTORE_LEAP, Status
+from ternbus.broker.protocol.messages import CLOSED, Status
 from ternbus.broker.protocol.schema import Schema
 
 
@@ -135,12 +135,13 @@ class Core:
         actions += self._on_time()
         return actions
 
-    def restored(self) -> list[Action]:
+    def restored(self, clock_s: float) -> list[Action]:
         """This state is an older copy: go above every number that a device may have seen (protocol, section 14)."""
-        self._frames.leap(RESTORE_LEAP)
-        self.session += RESTORE_LEAP
+        numbers = leap_of(self._versions.model.version, clock_s)
+        self._frames.leap(numbers)
+        self.session += numbers
         begun = Save(record=records.SessionBegun(session=self.session))
-        return [begun, *self._versions.leap(RESTORE_LEAP)]
+        return [begun, *self._versions.leap(numbers)]
 
     def _take(self, event: events.Event) -> list[Action]:  # noqa: C901, PLR0911, PLR0912 - a table, one line an event
         match event:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Final
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.core.events import Action, Publish, RepublishRetained, Save
@@ -13,7 +14,20 @@ from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.merge_log import Contribution, Signed
-from ternbus.broker.protocol.messages import Delta, Head, SnapshotRef
+from ternbus.broker.protocol.messages import RESTORE_LEAP, Delta, Head, SnapshotRef
+
+LEAPS_SINCE_S: Final = 1_767_225_600  # 2026-01-01, in Unix time
+LEAPS_MAX: Final = 2**27  # minutes, 255 years: a clock that is wrong leaves room below 2^62
+
+
+def leap_of(version: int, clock_s: float) -> int:
+    """By how much a restored state goes up: a multiple of 2^32, at least once, at most 2^59.
+
+    ``clock_s`` is Unix time. The version becomes at least 2^32 times the minutes since 2026: two restores of one copy,
+    at different minutes, give no number twice.
+    """
+    minutes = min(int(clock_s - LEAPS_SINCE_S) // 60, LEAPS_MAX)
+    return RESTORE_LEAP * max(1, minutes - version // RESTORE_LEAP)
 
 
 @dataclass(slots=True, kw_only=True)

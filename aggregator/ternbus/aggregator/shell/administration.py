@@ -20,7 +20,7 @@ from ternbus.aggregator.core import events, first_version, records
 from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.shell import transport
-from ternbus.aggregator.store import archives, control, membership, swapping
+from ternbus.aggregator.store import archives, control, lost_ledger, membership, swapping
 from ternbus.aggregator.store.ledger import LEDGER, Ledger, reading, writing
 from ternbus.aggregator.store.recovery import recover
 from ternbus.aggregator.store.remedy import remedy
@@ -33,9 +33,9 @@ from ternbus.broker.protocol.identity import Identity, check_device
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.schema import Schema, to_tensors, to_vector, vector_digest
 
-KEY: Final = "aggregator.key"
-TOML: Final = "aggregator.toml"
-PARTIAL: Final = ".partial"
+KEY: Final = lost_ledger.KEY
+TOML: Final = lost_ledger.TOML
+PARTIAL: Final = lost_ledger.PARTIAL
 WHY_CHARS_MAX: Final = 200
 
 
@@ -56,9 +56,10 @@ def create(
     """
     directory = directory.resolve()
     swapping.check(directory)
-    was_interrupted = (directory / PARTIAL).is_dir()  # then the key is one that nobody has seen
-    if (directory / LEDGER).exists() or ((directory / KEY).exists() and not was_interrupted):
+    if (directory / LEDGER).exists():
         raise ConfigError(f"{directory} holds an aggregator already; choose another directory")
+    if lost_ledger.is_lost(directory / LEDGER):
+        raise lost_ledger.missing(directory / LEDGER)
     chosen = {**configuration.NEW_HOME, **(settings or {})}
     table = configuration.with_overrides({"federation": federation, "broker": broker}, chosen)
     checked = configuration.from_table(table, "--set")
@@ -101,7 +102,7 @@ def _move_into(partial: Path, directory: Path) -> None:
 def load_settings(directory: Path) -> Settings:
     swapping.check(directory)
     if not (directory / LEDGER).exists():
-        raise ConfigError(f"{directory} holds no aggregator; make one with: ternbus aggregator init {directory} …")
+        raise lost_ledger.missing(directory / LEDGER)
     path = directory / TOML
     if not path.exists():
         raise ConfigError(f"{path} does not exist; restore it from a backup")
@@ -226,10 +227,10 @@ def prune(directory: Path, keep_versions: int) -> archives.Pruned:
         return archives.prune(ledger, keep_versions, settings.staleness.max)
 
 
-def restored(directory: Path, software: str) -> int:
+def restored(directory: Path, software: str, clock_s: float) -> int:
     """Take note that this directory came from a backup; returns the version at which it goes on."""
     load_settings(directory)
-    _apply(directory, software, lambda core, _: core.restored())
+    _apply(directory, software, lambda core, _: core.restored(clock_s))
     return tensors_of(directory, None)[0]
 
 

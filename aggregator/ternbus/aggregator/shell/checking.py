@@ -37,6 +37,9 @@ def check(directory: Path) -> Checked:
     A running process removes files that its newest version no longer needs, so what is missing beside one is looked
     for again, from a later version on.
     """
+    if not (directory / LEDGER).exists() and (made := sorted(directory.glob(f"*/{MANIFEST}"))):
+        names = ", ".join(str(path.parent) for path in made)
+        raise ConfigError(f"{directory} is no backup, but holds backups; name one of them: {names}")
     for _ in range(TRIES):
         is_running = control.is_running(directory)
         found = _check(directory, is_running=is_running)

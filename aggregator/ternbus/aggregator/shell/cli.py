@@ -361,17 +361,6 @@ def close(directory: Dir) -> None:
 
 
 @app.command()
-def restored(directory: Dir) -> None:
-    """Mark DIR as restored from a backup, before the next `run`.
-
-    Devices refuse anything older than what they have seen. Version and sequence numbers therefore continue 2^32 higher.
-
-    Example: ternbus aggregator restored agg
-    """
-    typer.echo(f"{directory} continues at version {administration.restored(directory, software())}")
-
-
-@app.command()
 def export(
     directory: DirAsRoot,
     out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="File to write.")],

@@ -20,8 +20,8 @@ Published = tuple[int, bytes | None]
 def verify(source: Path, public: bytes | None, head: Published | None) -> Audit:
     """Check a directory's log beside its ledger and its head, or a file that `export` wrote, by ``public`` alone."""
     if source.is_dir():
-        own = Identity(read_key(source / KEY)).public if public is None else public
         with reading(source) as ledger:
+            own = Identity(read_key(source / KEY)).public if public is None else public
             return verify_ledger(ledger, own, head)
     if public is None:
         raise ConfigError("checking a file needs the aggregator's public key: add --key HEX (every invitation has it)")

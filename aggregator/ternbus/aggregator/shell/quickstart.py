@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from ternbus.aggregator.shell import administration
-from ternbus.aggregator.store import membership, swapping
+from ternbus.aggregator.store import lost_ledger, membership, swapping
 from ternbus.aggregator.store.ledger import LEDGER, reading
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import write_secret
@@ -35,6 +35,8 @@ class First:
 def start_broker(directory: Path, engine: running.Engine, first: First) -> running.RunningBroker:
     """The broker that this directory's federation has, or the one that its first start chooses."""
     swapping.check(directory)  # or a new federation would be begun
+    if lost_ledger.is_lost(directory / LEDGER):
+        raise lost_ledger.missing(directory / LEDGER)
     folder = directory / BROKER
     host, port = first.host, first.port
     if (directory / LEDGER).exists():

@@ -8,13 +8,13 @@ import typer
 
 from ternbus.aggregator.shell import administration, checking, repairing, restoring
 from ternbus.aggregator.shell import backup as backups
-from ternbus.aggregator.shell.arguments import AsJson, Dir
+from ternbus.aggregator.shell.arguments import AsJson, Dir, DirAsRoot
 from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.version import software
 
 
 def add_to(app: typer.Typer) -> None:
-    for command in (backup, check, restore, repair, prune):
+    for command in (backup, check, restore, restored, repair, prune):
         app.command()(command)
 
 
@@ -72,11 +72,11 @@ def check(
 
 
 def restore(
-    source: Annotated[Path, typer.Argument(metavar="BACKUP", help="Backup, or a copy of an aggregator's directory.")],
-    directory: Dir,
+    source: Annotated[Path, typer.Argument(metavar="BACKUP", help="Folder that `ternbus aggregator backup` made.")],
+    directory: DirAsRoot,
     force: Annotated[bool, typer.Option("--force", help="Replace a DIR with newer state.")] = False,
 ) -> None:
-    """Put BACKUP in the place of DIR. Version and sequence numbers continue 2^32 higher, above all that devices know.
+    """Put BACKUP in the place of DIR. Versions continue at least 2^32 higher, above all that devices know.
 
     All lists of revocations that are found are merged: of the backup, beside the backups, in DIR. What was in DIR is
     kept in a folder within it. Devices that joined after the backup are told that they are unknown; they join again.
@@ -84,6 +84,21 @@ def restore(
     Example: ternbus aggregator restore /backups/lab-20260314T031500Z agg
     """
     done = restoring.restore(source, directory, software(), force=force)
+    _tell(directory, done)
+
+
+def restored(directory: Dir) -> None:
+    """Mark DIR as put back by hand from a backup, before the next `run`.
+
+    Devices refuse anything older than what they have seen. Versions therefore continue at least 2^32 higher. Lists of
+    revocations are merged as `restore` does.
+
+    Example: ternbus aggregator restored agg
+    """
+    _tell(directory, restoring.restored(directory, software()))
+
+
+def _tell(directory: Path, done: restoring.Restored) -> None:
     typer.echo(f"{directory} continues at version {done.version}")
     if done.aside is not None:
         typer.echo(f"what was there is kept in {done.aside}")
@@ -99,7 +114,7 @@ def repair(directory: Dir) -> None:
     """Go on from what is sound in a damaged DIR, and name what is lost. What was there is kept in a folder within it.
 
     A damaged snapshot is made anew from the one before and the deltas, and nothing is lost. Otherwise the federation
-    goes on from the last sound version, numbered 2^32 higher, with a new server state.
+    goes on from the last sound version, numbered at least 2^32 higher, with a new server state.
 
     Example: ternbus aggregator repair agg
     """

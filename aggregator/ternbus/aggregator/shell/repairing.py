@@ -10,7 +10,7 @@ from typing import Final
 from ternbus.aggregator.core import records
 from ternbus.aggregator.core.events import Save
 from ternbus.aggregator.core.frames import FrameWriter
-from ternbus.aggregator.core.versions import PublishedState, Versions
+from ternbus.aggregator.core.versions import PublishedState, Versions, leap_of
 from ternbus.aggregator.merge import optimizer
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Settings
@@ -24,9 +24,10 @@ from ternbus.aggregator.store.vectors import VECTORS
 from ternbus.broker import files
 from ternbus.broker.errors import ConfigError, CorruptError
 from ternbus.broker.files import read_key
+from ternbus.broker.protocol.frame import COUNTER_MAX
 from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.merge_log import FIRST
-from ternbus.broker.protocol.messages import PAUSED, RESTORE_LEAP, SnapshotRef
+from ternbus.broker.protocol.messages import PAUSED, SnapshotRef
 
 STATE: Final = (LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", BODIES, VECTORS, merge_log.FOLDER)
 NAMED_MAX: Final = 1000
@@ -42,9 +43,10 @@ class Repaired:
     lost: tuple[str, ...] = ()
 
 
-def repair(directory: Path) -> Repaired:
+def repair(directory: Path, *, clock_s: float | None = None) -> Repaired:
     """Replace what is damaged; what was there is kept in a folder beside.
 
+    ``clock_s`` is the time of day, now by default.
     ConfigError where a process serves the folder, or its settings or key are damaged; CorruptError where no version
     is sound.
     """
@@ -62,7 +64,10 @@ def repair(directory: Path) -> Repaired:
         shutil.rmtree(partial, ignore_errors=True)
         try:
             snapshots_only = all(".f32" in fault for fault in checked.faults)
-            done, lost, version = _make(directory, partial, settings, identity, snapshots_only=snapshots_only)
+            clock_s = time.time() if clock_s is None else clock_s
+            done, lost, version = _make(
+                directory, partial, settings, identity, clock_s=clock_s, snapshots_only=snapshots_only
+            )
             left = checking.check(partial).faults
             if left:
                 raise CorruptError(f"{directory} cannot be repaired: {left[0]}; restore a backup")
@@ -77,7 +82,7 @@ def repair(directory: Path) -> Repaired:
 
 
 def _make(
-    directory: Path, partial: Path, settings: Settings, identity: Identity, *, snapshots_only: bool
+    directory: Path, partial: Path, settings: Settings, identity: Identity, *, clock_s: float, snapshots_only: bool
 ) -> tuple[list[str], list[str], int]:
     """Snapshots alone are made anew with nothing lost; else a new ledger is made of what is sound."""
     _copy(directory, partial)
@@ -92,7 +97,7 @@ def _make(
     shutil.rmtree(partial / VECTORS, ignore_errors=True)
     for path in partial.glob(f"{LEDGER}*"):
         path.unlink()
-    lost, version = _rebuild(partial, found, sound, settings, identity)
+    lost, version = _rebuild(partial, found, sound, settings, identity, clock_s=clock_s)
     done = [f"the federation goes on from version {sound.version}, as version {version}, with a new server state"]
     return done, lost, version
 
@@ -109,7 +114,7 @@ def _copy(directory: Path, partial: Path) -> None:
 
 
 def _rebuild(
-    partial: Path, found: Salvaged, sound: Sound, settings: Settings, identity: Identity
+    partial: Path, found: Salvaged, sound: Sound, settings: Settings, identity: Identity, *, clock_s: float
 ) -> tuple[list[str], int]:
     lost, newest = list(found.lost), found.newest
     state, slots = found.facts.get("state", PAUSED), int(found.facts.get("slots", settings.downlink.slots))
@@ -121,18 +126,19 @@ def _rebuild(
         "state": state,
         "version": newest,
         # a number that is lost is above what a clock in nanoseconds gives (docs/protocol.md, section 6)
-        "seq": int(found.facts.get("seq", time.time_ns())),
-        "session": int(found.facts.get("session", time.time_ns())),
+        "seq": int(found.facts.get("seq", min(time.time_ns(), COUNTER_MAX // 2))),
+        "session": int(found.facts.get("session", min(time.time_ns(), COUNTER_MAX // 2))),
     }
+    numbers = leap_of(newest, clock_s)
     carried = (merge_log.ARCHIVES, merge_log.COMPARED_FROM) if found.log_is_whole else ()
     facts |= {name: found.facts[name] for name in carried if name in found.facts}
     if not found.has_all_that_is_logged:
-        facts[merge_log.COMPARED_FROM] = newest + RESTORE_LEAP
+        facts[merge_log.COMPARED_FROM] = newest + numbers
     if not found.log_is_whole:  # the log begins anew, without what was before
         shutil.rmtree(partial / merge_log.FOLDER, ignore_errors=True)
     with closing(Ledger.create(partial / LEDGER, facts)) as ledger:
         lost += rebuilding.rebuild(found, ledger)
-        ledger.write(_leap(found, sound, settings, identity, facts))
+        ledger.write(_leap(found, sound, settings, identity, facts, numbers=numbers))
         version = ledger.version
     gone = [row for row in found.rows["versions"] if row[0] > sound.version]
     lost += [f"version {row[0]}, of {row[3]} updates" for row in gone]
@@ -140,12 +146,12 @@ def _rebuild(
 
 
 def _leap(
-    found: Salvaged, sound: Sound, settings: Settings, identity: Identity, facts: dict[str, object]
+    found: Salvaged, sound: Sound, settings: Settings, identity: Identity, facts: dict[str, object], *, numbers: int
 ) -> list[records.Record]:
-    """The sound version again, 2^32 above the newest one that anybody may have seen."""
+    """The sound version again, ``numbers`` above the newest one that anybody may have seen."""
     newest, seq, session = (int(str(facts[name])) for name in ("version", "seq", "session"))
     frames = FrameWriter(settings, identity, sound.schema, seq)
-    frames.leap(RESTORE_LEAP)
+    frames.leap(numbers)
     model = Model(
         settings=settings,
         schema=sound.schema,
@@ -164,6 +170,6 @@ def _leap(
         recipe=settings.recipe,
         log_hash=last,
     )
-    actions = Versions(settings=settings, model=model, published=published, frames=frames).leap(RESTORE_LEAP)
+    actions = Versions(settings=settings, model=model, published=published, frames=frames).leap(numbers)
     saved = [action.record for action in actions if isinstance(action, Save)]
-    return [records.SessionBegun(session=session + RESTORE_LEAP), *saved]
+    return [records.SessionBegun(session=session + numbers), *saved]

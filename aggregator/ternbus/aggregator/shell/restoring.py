@@ -15,6 +15,7 @@ from ternbus.aggregator.store.revocations import Revocation
 from ternbus.broker import files
 from ternbus.broker.errors import ConfigError, CorruptError, FederationError
 from ternbus.broker.files import read_key
+from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.protocol.identity import Identity
 
 KEPT: Final = (control.LOCK, backup.PLACE)  # they belong to the folder, not to its state
@@ -30,18 +31,24 @@ class Restored:
     revoked: tuple[str, ...]
 
 
-def restore(source: Path, directory: Path, software: str, *, force: bool = False) -> Restored:
+def restore(
+    source: Path, directory: Path, software: str, *, force: bool = False, clock_s: float | None = None
+) -> Restored:
     """Put a backup in the place of a folder, which is kept beside; DIR may be missing or damaged.
 
+    Under root, a new folder belongs to the owner of the backup, and this process goes on as the folder's owner.
+    ``clock_s`` is the time of day, now by default.
     ConfigError where a process serves it, or where its state is newer and not ``force``; CorruptError where the backup
     is not sound.
     """
-    if not (source / LEDGER).exists():
-        raise ConfigError(f"{source} holds no backup of an aggregator: {LEDGER} is missing")
+    _refuse_other_than_a_backup(source, directory)
     faults = checking.differences(source)
     if faults:
         raise CorruptError(f"{source} is not as it was written: {faults[0]}; use another backup")
-    directory.mkdir(parents=True, mode=0o700, exist_ok=True)
+    if not directory.exists():
+        files.make_folder(directory, 0o700)
+        files.give_to_owner_of(source, directory)
+    act_as_owner(directory)
     directory = directory.resolve()
     held = files.lock(directory / control.LOCK)
     if held is None:
@@ -60,7 +67,7 @@ def restore(source: Path, directory: Path, software: str, *, force: bool = False
             _copy(source, partial)
             lists, found = _revocations(source, directory, partial)
             revoked = _revoke(partial, found)
-            version = administration.restored(partial, software)
+            version = administration.restored(partial, software, time.time() if clock_s is None else clock_s)
             faults = list(checking.check(partial).faults)
             if faults:
                 raise CorruptError(f"{source} cannot be restored: {faults[0]}; use another backup")
@@ -72,6 +79,31 @@ def restore(source: Path, directory: Path, software: str, *, force: bool = False
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return Restored(version=version, aside=aside, lists=lists, revoked=revoked)
+
+
+def restored(directory: Path, software: str) -> Restored:
+    """Take note that a folder was put back by hand, with every list of revoked keys that there is.
+
+    ConfigError where a process serves it.
+    """
+    administration.load_settings(directory)
+    lists, found = _revocations(directory, directory, directory)
+    with administration.exclusive(directory):
+        pass  # a mistake in it, or a process that serves it, leaves it as it is
+    revoked = _revoke(directory, found)
+    version = administration.restored(directory, software, time.time())
+    return Restored(version=version, aside=None, lists=lists, revoked=revoked)
+
+
+def _refuse_other_than_a_backup(source: Path, directory: Path) -> None:
+    if not (source / backup.MANIFEST).exists():
+        raise ConfigError(
+            f"{source} is not a backup that `ternbus aggregator backup` made: {backup.MANIFEST} is missing; "
+            f"a copy made otherwise is put back by hand, and then needs: ternbus aggregator restored {directory}"
+        )
+    ours, theirs = directory.resolve(), source.resolve()
+    if ours == theirs or ours in theirs.parents or theirs in ours.parents:
+        raise ConfigError(f"{source} and {directory} are one folder, or one is in the other; copy the backup elsewhere")
 
 
 def _refuse_newer(source: Path, directory: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.merge.optimizer import ServerState
-from ternbus.aggregator.store import checksums, membership, migration, revocations, rows
+from ternbus.aggregator.store import checksums, lost_ledger, membership, migration, revocations, rows
 from ternbus.aggregator.store.bodies import BODIES, Bodies, Place
 from ternbus.aggregator.store.maintenance import checkpoint, remove
 from ternbus.aggregator.store.remedy import remedy
@@ -55,9 +55,7 @@ class Ledger:
         self, path: Path, *, read_only: bool = False, untouched: bool = False, beside: Executor | None = None
     ) -> None:
         if not path.exists():
-            raise ConfigError(
-                f"{path.parent} holds no aggregator; make one with: ternbus aggregator init {path.parent} …"
-            )
+            raise lost_ledger.missing(path)
         self.path = path
         try:
             self.db = _connect(path, read_only=read_only, untouched=untouched)

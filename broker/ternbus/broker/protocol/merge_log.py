@@ -226,7 +226,8 @@ class Audit:
         """Check that two neighbouring entries are consecutive, and note a fault if they are not."""
         earlier, later = self._links[before], self._links[after]
         fits = later.previous == earlier.hash
-        if after != before + 1 and not (fits and after == before + RESTORE_LEAP):
+        leaps = fits and (after - before) % RESTORE_LEAP == 0
+        if after != before + 1 and not leaps:
             gap = f"version {before + 1} is" if after == before + 2 else f"versions {before + 1} to {after - 1} are"
             self.faults.append(f"{gap} missing")
         elif not fits and earlier.genuine and later.genuine:

@@ -15,7 +15,7 @@ from ternbus.broker.protocol.parts import parts_max
 
 GRANT_RANGES_MAX: Final = 500
 SAMPLES_MAX: Final = 2**32 - 1
-RESTORE_LEAP: Final = 2**32  # an aggregator that is restored from a backup adds this to version, seq and session
+RESTORE_LEAP: Final = 2**32  # restored from a backup, an aggregator adds a multiple of it to version, seq, session
 
 OPEN, PAUSED, CLOSED = "open", "paused", "closed"
 STATES: Final = (OPEN, PAUSED, CLOSED)
