@@ -535,7 +535,7 @@ def test_devices_that_have_nothing_to_send_tell_a_copied_folder_of_it_through_an
     assert status is not None
     assert status.state == "idle"  # it is not taken for one that trains
     again.close()
-    administration.restored(bench.directory, "test")
+    administration.restored(bench.directory, "test", 0.0)
     third = Bench(bench.directory)
     assert "restored" not in meet(third)
     assert device.core.state.head_version == third.version == RESTORE_LEAP
