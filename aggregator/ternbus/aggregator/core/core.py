@@ -393,7 +393,7 @@ class Core:
         self._merge_trigger = self._merge_trigger.merged(self._now)
         for update in self.model.buffer:
             self.registry.members[update.device].waiting_bytes = 0
-        self.influence.merged(self.model.buffer, self.model.version + 1)
+        self.influence.merged(self.model.buffer)
         return self._versions.merge()
 
     def _count(self) -> list[Action]:

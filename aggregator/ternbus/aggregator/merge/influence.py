@@ -5,14 +5,14 @@ for differential privacy), and the same for the number of samples that a device 
 median over devices, each with its newest merged update, so that fewer than half of them cannot move it beyond what
 the others send; it is a multiple of this that an update may have, since honest devices are unequal.
 
-Devices, not updates, are what is remembered: one that sends often takes no other's place. Of each it is what it was
-allowed, not what it claimed, so that a bound which its own updates lead grows at most by its factor a merge.
+Devices, not updates, are what is remembered, and none is forgotten: a few that answer so fast that only theirs are
+merged take no other's place, however long they go on. Of each it is what it was allowed, not what it claimed, so that a
+bound which its own updates lead grows at most by its factor a merge.
 
 The bound changes with a merge and at no other time. What it does to an update becomes part of the update's ``discount``
 and ``samples``, so a merge that is done again from the ledger gives the same bits.
 """
 
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import median_low
@@ -26,8 +26,7 @@ from ternbus.aggregator.merge.accumulator import count_other
 from ternbus.broker.protocol.messages import Update
 from ternbus.broker.protocol.ternary import TERNARY, Block
 
-MERGES: Final = 1000  # a device counts until so many merges have been without it,
-DEVICES_MIN: Final = 4  # and while it is one of the last so many: of fewer nobody can tell what is usual
+DEVICES_MIN: Final = 4  # of fewer nobody can tell what is usual
 UPDATES_MIN: Final = 20  # there must have been so many before anything is bounded
 NORM_FACTOR: Final = 3.0
 SAMPLES_FACTOR: Final = 4
@@ -49,7 +48,6 @@ class Bound:
 class Usual(NamedTuple):
     """A device's newest merged update, as it was bounded."""
 
-    version: int  # that it was merged into
     norm: float
     samples: int
 
@@ -62,30 +60,22 @@ class Influence:
     """
 
     bound: Bound | None = None  # None: too little was merged to know what is usual
-    _newest: dict[str, Usual] = field(default_factory=dict)  # by device, the longest silent first
+    _newest: dict[str, Usual] = field(default_factory=dict)  # by device
     _updates: int = 0  # merged ones, at most UPDATES_MIN
-    _versions: deque[int] = field(default_factory=lambda: deque(maxlen=MERGES))  # that the last merges made
 
-    def merged(self, updates: Iterable[AcceptedUpdate], version: int) -> None:
+    def merged(self, updates: Iterable[AcceptedUpdate]) -> None:
         """Take in what a version was made of, in its order."""
-        measured = [(each.device, Usual(version, each.norm, each.samples)) for each in updates if each.norm]
+        measured = [(each.device, Usual(each.norm, each.samples)) for each in updates if each.norm]
         if measured:
-            self.recall(measured, len(measured), [version])
+            self.recall(measured, len(measured))
 
-    def recall(self, newest: Iterable[tuple[str, Usual]], updates: int, versions: Iterable[int]) -> None:
-        """Take in devices' newest updates, longest ago first, the number of all, and the versions that they made.
+    def recall(self, newest: Iterable[tuple[str, Usual]], updates: int) -> None:
+        """Take in devices' newest updates, longest ago first, and the number of all.
 
         The same follows from each merge in turn, and from all of them at once.
         """
-        for device, usual in newest:
-            self._newest.pop(device, None)
-            self._newest[device] = usual
+        self._newest.update(newest)
         self._updates = min(self._updates + updates, UPDATES_MIN)
-        self._versions.extend(versions)
-        for device in list(self._newest)[:-DEVICES_MIN]:
-            if self._newest[device].version >= self._versions[0]:
-                break
-            del self._newest[device]
         if self._updates == UPDATES_MIN and len(self._newest) >= DEVICES_MIN:
             norm = median_low(usual.norm for usual in self._newest.values())
             samples = median_low(usual.samples for usual in self._newest.values())

@@ -93,7 +93,7 @@ def _fill(ledger: Ledger, path: Path, before: int) -> None:
         for table, where in OLD.items():
             ledger.db.execute(
                 f"INSERT INTO archive.{table} SELECT * FROM main.{table} WHERE {where}",  # noqa: S608 - our own names
-                {"before": before, "since": influence_rows.oldest(ledger.db), "newest": pace.RECENT + 1},
+                {"before": before, "newest": pace.RECENT + 1},
             )
     with store_format.naming(path), closing(sqlite3.connect(path, isolation_level=None)) as db:
         for table in OLD.keys() & checksums.COLUMNS.keys():

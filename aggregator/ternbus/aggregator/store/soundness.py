@@ -33,7 +33,7 @@ def check_start(ledger: Ledger, max_staleness: int, public: bytes) -> None:
     if not found:
         (start,) = db.execute("SELECT version FROM server").fetchone() or (0,)
         oldest = min(start, ledger.version - max_staleness)
-        about = {"oldest": oldest, "since": influence_rows.oldest(db)}
+        about = {"oldest": oldest}
         late = f"merged > :oldest OR merged = {DROPPED} OR merged IS NULL OR id IN ({influence_rows.NEWEST})"
         found = [
             *islice(checksums.damaged(db, "updates", late, about), NAMED_MAX + 1),
