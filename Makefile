@@ -31,6 +31,7 @@ endif
 
 # Tests that start processes or train are marked slow. `make check` skips them, `make test` runs them.
 JOBS ?= 2
+PARALLEL := -n $(JOBS) --dist loadfile # tests of one file may build on each other
 CORE_TESTS := -m "not slow"
 SLOW_TESTS := -m slow
 
@@ -62,10 +63,10 @@ types: $(FULL)
 	$(BIN)/mypy
 
 core: $(FULL)
-	$(BIN)/python -m pytest -q -n $(JOBS) --cov --cov-report=term $(CORE_TESTS)
+	$(BIN)/python -m pytest -q $(PARALLEL) --cov --cov-report=term $(CORE_TESTS)
 
 test: check ## check, then the tests that start processes or train, then a minute of fuzzing
-	$(BIN)/python -m pytest -q -n $(JOBS) $(SLOW_TESTS)
+	$(BIN)/python -m pytest -q $(PARALLEL) $(SLOW_TESTS)
 	$(BIN)/python -m fuzz --seconds 60
 
 fuzz: $(FULL) ## Fuzz each parser with a million inputs (x86-64 Linux)
