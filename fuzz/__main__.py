@@ -70,11 +70,12 @@ def run(target: str, *, runs: int | None, seconds: float | None, seed: int) -> O
     FOUND.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         dictionary, scratch = Path(folder) / "words", Path(folder) / "corpus"
-        dictionary.write_text("\n".join(words(target)), encoding="ascii")
+        found = words(target)
+        dictionary.write_text("\n".join(found), encoding="ascii")
         scratch.mkdir()
         options = [
             limit,
-            f"-dict={dictionary}",
+            *([f"-dict={dictionary}"] if found else []),  # libFuzzer refuses an empty one
             f"-seed={seed}",
             f"-max_len={INPUT_BYTES_MAX}",
             f"-rss_limit_mb={RESIDENT_MB_MAX}",
