@@ -113,3 +113,12 @@ def test_a_federation_is_backed_up_lost_and_restored_with_an_empty_broker(
     assert "goes on from version" in machine.do(*repairs[0])
     machine.do(*checks[0])
     assert repairs[1] == restores[1]
+    elsewhere = Machine(tmp_path / "new")
+    elsewhere.folder.mkdir()
+    elsewhere.backups = machine.backups
+    made = backup.found_in(machine.backups, "lab")[-1]
+    shutil.copytree(made, elsewhere.folder / made.name)
+    on_a_new_machine = printed("Restore on a new machine")
+    assert "continues at version" in elsewhere.do(*on_a_new_machine[0])
+    elsewhere.do(*checks[0])
+    assert on_a_new_machine[1] == restores[1]
