@@ -24,6 +24,7 @@ from ternbus.aggregator.merge.influence import (
     norm_at_most,
 )
 from ternbus.aggregator.shell import administration
+from ternbus.aggregator.store import influence_rows
 from ternbus.aggregator.store import status as statuses
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import Block
@@ -37,30 +38,44 @@ SCHEMA = Schema.of({"a": (7, 9), "scalar": (), "b": (4, 4), "bias": (5,)})
 
 
 def merge(influence: Influence, *updates: tuple[str, float, int]) -> None:
-    influence.merged([accepted_update(device, norm=norm, samples=samples) for device, norm, samples in updates])
+    """Each on a higher version than those before."""
+    first = max((usual.base for usual in influence._newest.values()), default=-1) + 1
+    influence.merged(
+        [
+            accepted_update(device, base=base, norm=norm, samples=samples)
+            for base, (device, norm, samples) in enumerate(updates, first)
+        ]
+    )
 
 
 @given(
     st.lists(
         st.lists(
-            st.tuples(st.sampled_from(NAMES), st.just(0.0) | st.floats(1e-6, 1e6), st.integers(1, 2**32 - 1)),
+            st.tuples(
+                st.sampled_from(NAMES),
+                st.integers(0, 99),
+                st.just(0.0) | st.floats(1e-6, 1e6),
+                st.integers(1, 2**32 - 1),
+            ),
             min_size=1,
             max_size=8,
         ),
         max_size=20,
     ),
 )
-def test_the_bound_is_its_formula(merges: list[list[tuple[str, float, int]]]) -> None:
-    """A multiple of the lower median over devices, each with its newest update; from all of them or step by step."""
+def test_the_bound_is_its_formula(merges: list[list[tuple[str, int, float, int]]]) -> None:
+    """A multiple of the lower median over devices, each with the update on its highest version.
+
+    Whether they are taken in merge by merge, as they were merged, or at once and in another order.
+    """
     influence = Influence()
-    newest: dict[str, Usual] = {}
-    count = 0
+    found = [(device, Usual(base, norm, samples)) for updates in merges for device, base, norm, samples in updates]
     for updates in merges:
-        merge(influence, *updates)
-        for device, norm, samples in updates:
-            if norm > 0:
-                newest[device] = Usual(norm, samples)
-                count += 1
+        influence.merged(
+            [accepted_update(device, base=base, norm=norm, samples=samples) for device, base, norm, samples in updates]
+        )
+    measured = sorted((device, usual) for device, usual in found if usual.norm > 0)
+    newest, count = dict(measured), len(measured)
     assert influence._newest == newest
     if count >= UPDATES_MIN and len(newest) >= DEVICES_MIN:
         norm = NORM_FACTOR * median_low(usual.norm for usual in newest.values())
@@ -70,7 +85,7 @@ def test_the_bound_is_its_formula(merges: list[list[tuple[str, float, int]]]) ->
     else:
         assert influence.bound is None
     recalled = Influence()
-    recalled.recall(newest.items(), count)
+    recalled.recall(measured, count)
     assert recalled == influence
 
 
@@ -323,3 +338,11 @@ def test_without_the_compiled_loop_the_norm_is_the_same(monkeypatch: pytest.Monk
     found = norm_at_most(block)
     monkeypatch.setattr(accumulator, "_count_other", None)
     assert norm_at_most(block) == found > 0
+
+
+def test_a_start_finds_each_devices_newest_update_by_an_index(make: Make) -> None:
+    """A ledger has a row for every update that there ever was."""
+    plan = make().ledger.db.execute(f"EXPLAIN QUERY PLAN {influence_rows.NEWEST}").fetchall()
+    steps = [step for *_, step in plan]
+    assert any("updates USING INDEX sqlite_autoindex_updates_1 (device=?)" in step for step in steps), steps
+    assert not any("SCAN updates" in step for step in steps), steps

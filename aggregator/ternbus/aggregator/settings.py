@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, Final, Self
 
 import msgpack
@@ -72,6 +72,11 @@ class MergeSettings:
     clip_norm: float = _key(
         0.0, "largest L2 norm of a device's update (rule norm-clip); 0 = the buffer's median", low=0
     )
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether one update's influence is (``influence_bound``)."""
+        return self.influence_bound == "adaptive"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -316,8 +321,6 @@ def _section(kind: type, table: object, where: str) -> Any:
 
 def _value(entry: Field[Any], value: object, where: str) -> Any:
     about = entry.metadata
-    if entry.default is MISSING:  # every key has a default
-        raise AssertionError(entry.name)
     if about["one_of"] is not None:
         if value not in about["one_of"]:
             raise ConfigError(f"{where} = {value!r} must be one of {', '.join(about['one_of'])}")
@@ -337,9 +340,7 @@ def _number(kind: type, value: object, low: float | None, high: float | None, wh
 
 
 def _interval(low: float | None, high: float | None) -> str:
-    if high is None:
-        return f"at least {low:g}"
-    return f"from {low:g} to {high:g}"
+    return f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
 
 
 def _plan(table: object, where: str) -> dict[str, Any]:

@@ -224,8 +224,7 @@ class Validation:
     def measured(self, update: Update, body: bytes) -> Measured:
         """Read the content of an update; ProtocolError where it is not valid. It uses no state: any thread may."""
         block = Block.read(self.schema, update.codec, update.encoding, body)
-        is_bounded = self.settings.merge.influence_bound == "adaptive"
-        return Measured(update, block, norm_at_most(block) if is_bounded else None)
+        return Measured(update, block, norm_at_most(block) if self.settings.merge.is_bounded else None)
 
     def _check_norm(self, block: Block) -> None:
         about = self.settings.merge

@@ -2,8 +2,9 @@
 
 A bound on norms (Sun et al. 2019, section 4) that follows the norms of late (as Andrew et al. 2021 do it by a quantile
 for differential privacy), and the same for the number of samples that a device claims. What is usual is the lower
-median over devices, each with its newest merged update, so that fewer than half of them cannot move it beyond what
-the others send; it is a multiple of this that an update may have, since honest devices are unequal.
+median over devices, each with its newest merged update, which is the one on the highest version, so that fewer than
+half of them cannot move it beyond what the others send; it is a multiple of this that an update may have, since honest
+devices are unequal.
 
 Devices, not updates, are what is remembered, and none is forgotten: a few that answer so fast that only theirs are
 merged take no other's place, however long they go on. Of each it is what it was allowed, not what it claimed, so that a
@@ -48,6 +49,7 @@ class Bound:
 class Usual(NamedTuple):
     """A device's newest merged update, as it was bounded."""
 
+    base: int
     norm: float
     samples: int
 
@@ -65,16 +67,17 @@ class Influence:
 
     def merged(self, updates: Iterable[AcceptedUpdate]) -> None:
         """Take in what a version was made of, in its order."""
-        measured = [(each.device, Usual(each.norm, each.samples)) for each in updates if each.norm]
+        measured = [(each.device, Usual(each.base, each.norm, each.samples)) for each in updates if each.norm]
         if measured:
             self.recall(measured, len(measured))
 
-    def recall(self, newest: Iterable[tuple[str, Usual]], updates: int) -> None:
-        """Take in devices' newest updates, longest ago first, and the number of all.
+    def recall(self, found: Iterable[tuple[str, Usual]], updates: int) -> None:
+        """Take in merged updates, at least the newest of each device, and the number of all.
 
         The same follows from each merge in turn, and from all of them at once.
         """
-        self._newest.update(newest)
+        for device, usual in found:
+            self._newest[device] = max(usual, self._newest.get(device, usual))
         self._updates = min(self._updates + updates, UPDATES_MIN)
         if self._updates == UPDATES_MIN and len(self._newest) >= DEVICES_MIN:
             norm = median_low(usual.norm for usual in self._newest.values())

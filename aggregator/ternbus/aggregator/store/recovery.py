@@ -9,6 +9,7 @@ from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.core.registry import ACTIVE, REVOKED, Answer, Member, Registry
 from ternbus.aggregator.core.versions import PublishedState
 from ternbus.aggregator.merge.accepted import AcceptedUpdate, BufferedUpdate
+from ternbus.aggregator.merge.influence import Influence
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Recipe, Settings
 from ternbus.aggregator.store import influence_rows, membership, merge_log, soundness
@@ -26,7 +27,7 @@ from ternbus.broker.protocol.ternary import Block
 
 def recover(ledger: Ledger, settings: Settings, identity: Identity, software: str) -> Core:
     """The core as it was when its last record became durable; CorruptError where what it is made of was changed."""
-    soundness.check_start(ledger, settings.staleness.max, identity.public)
+    soundness.check_start(ledger, settings, identity.public)
     _check_archived(ledger, settings)
     schema = ledger.schema()
     version, parts, content_bytes, place = json.loads(ledger.fact("snapshot"))
@@ -51,7 +52,7 @@ def recover(ledger: Ledger, settings: Settings, identity: Identity, software: st
         seq=int(ledger.fact("seq")),
         session=int(ledger.fact("session")),
         software=software,
-        influence=influence_rows.recalled(ledger.db),
+        influence=influence_rows.recalled(ledger.db) if settings.merge.is_bounded else Influence(),
     )
 
 

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
+from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.store import checksums, influence_rows, merge_log
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.aggregator.store.remedy import remedy
@@ -23,7 +24,7 @@ NAMED_MAX: Final = 3  # damaged rows in an error
 FAULTS_MAX: Final = 1000  # of one kind, in a list
 
 
-def check_start(ledger: Ledger, max_staleness: int, public: bytes) -> None:
+def check_start(ledger: Ledger, settings: Settings, public: bytes) -> None:
     """Raise CorruptError where a row that a start reads is not as it was written.
 
     The frames that the broker retains are checked when they are published again, files when they are read.
@@ -32,9 +33,11 @@ def check_start(ledger: Ledger, max_staleness: int, public: bytes) -> None:
     found = list(islice((fault for table in WHOLE for fault in checksums.damaged(db, table)), NAMED_MAX + 1))
     if not found:
         (start,) = db.execute("SELECT version FROM server").fetchone() or (0,)
-        oldest = min(start, ledger.version - max_staleness)
+        oldest = min(start, ledger.version - settings.staleness.max)
         about = {"oldest": oldest}
-        late = f"merged > :oldest OR merged = {DROPPED} OR merged IS NULL OR id IN ({influence_rows.NEWEST})"
+        late = f"merged > :oldest OR merged = {DROPPED} OR merged IS NULL"
+        if settings.merge.is_bounded:
+            late += f" OR id IN ({influence_rows.NEWEST})"
         found = [
             *islice(checksums.damaged(db, "updates", late, about), NAMED_MAX + 1),
             *islice(checksums.damaged(db, "versions", "version > ?", (start,)), NAMED_MAX + 1),
