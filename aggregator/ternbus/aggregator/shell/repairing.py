@@ -19,6 +19,7 @@ from ternbus.aggregator.shell.administration import KEY
 from ternbus.aggregator.store import control, merge_log, rebuilding, revocations, salvage, swapping
 from ternbus.aggregator.store.bodies import BODIES
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
+from ternbus.aggregator.store.remedy import restore_backup
 from ternbus.aggregator.store.salvage import Salvaged, Sound
 from ternbus.aggregator.store.vectors import VECTORS
 from ternbus.broker import files
@@ -70,12 +71,11 @@ def repair(directory: Path, *, clock_s: float | None = None) -> Repaired:
             )
             left = checking.check(partial).faults
             if left:
-                raise CorruptError(f"{directory} cannot be repaired: {left[0]}; restore a backup")
+                raise CorruptError(f"{directory} cannot be repaired: {left[0]}; {restore_backup(directory)}")
             old = [path for name in STATE if (path := directory / name).exists()]
             for path in [path for path in partial.iterdir() if path.name not in STATE]:
                 path.unlink()  # it was for the check
             aside = swapping.swap(partial, directory, old, swapping.DAMAGED)
-            administration.give_to_owner(directory)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return Repaired(aside=aside, version=version, done=tuple(done), lost=tuple(lost))
@@ -92,7 +92,7 @@ def _make(
     found = salvage.salvage(directory, partial / "salvage", identity.public)
     sound = salvage.newest_sound(found, directory)
     if sound is None:
-        raise CorruptError(f"{directory}: no version is sound; restore a backup: ternbus aggregator restore")
+        raise CorruptError(f"{directory}: no version is sound; {restore_backup(directory)}")
     shutil.rmtree(partial / "salvage")
     shutil.rmtree(partial / VECTORS, ignore_errors=True)
     for path in partial.glob(f"{LEDGER}*"):

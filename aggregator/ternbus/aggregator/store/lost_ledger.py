@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Final
 
+from ternbus.aggregator.store.remedy import restore_backup
 from ternbus.broker.errors import ConfigError, CorruptError
 
 KEY: Final = "aggregator.key"
@@ -23,5 +24,5 @@ def missing(path: Path) -> ConfigError | CorruptError:
     """What to raise where there is no ledger ``path``; a new one beside an old key would give its numbers again."""
     shown = shlex.quote(str(path.parent))
     if is_lost(path):
-        return CorruptError(f"{path} is missing: restore a backup: ternbus aggregator restore BACKUP {shown}")
+        return CorruptError(f"{path} is missing: {restore_backup(path.parent)}")
     return ConfigError(f"{path.parent} holds no aggregator; make one with: ternbus aggregator init {shown} …")

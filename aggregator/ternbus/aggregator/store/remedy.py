@@ -18,6 +18,11 @@ def remedy(directory: Path) -> str:
     )
 
 
+def restore_backup(directory: Path) -> str:
+    """The command for a directory of which too little is left."""
+    return f"restore a backup: ternbus aggregator restore BACKUP {shlex.quote(str(directory))}"
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """CorruptError where DIR/FOLDER/FILE is missing; StorageError where the disk cannot read it."""

@@ -13,6 +13,7 @@ from ternbus.aggregator.store import checksums, merge_log
 from ternbus.aggregator.store.checksums import COLUMNS, KEYS
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.aggregator.store.merge_log import Archive
+from ternbus.aggregator.store.remedy import restore_backup
 from ternbus.aggregator.store.rows import unsigned
 from ternbus.aggregator.store.schema import SCHEMA_SQL
 from ternbus.aggregator.store.vectors import VECTORS, Vectors
@@ -95,8 +96,7 @@ def salvage(directory: Path, scratch: Path, public: bytes) -> Salvaged:
         lost += [name for each in checksums.FACTS if each not in names and (name := f"facts {each}") not in lost]
     except READ_ERRORS as error:
         raise CorruptError(
-            f"{directory / LEDGER} cannot be opened at all: {checksums.shown([error])}; "
-            "restore a backup: ternbus aggregator restore"
+            f"{directory / LEDGER} cannot be opened at all: {checksums.shown([error])}; {restore_backup(directory)}"
         ) from error
     rows["frames"] = [row for row in rows["frames"] if _is_genuine(row, public)]
     return Salvaged(rows=rows, log=log, lost=lost, log_is_whole=is_whole)
