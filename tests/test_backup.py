@@ -379,7 +379,6 @@ def test_damaged_places_of_backups_stop_neither_a_revocation_nor_a_backup(
         bench.join(device)
     bench.close()
     (bench.directory / backup.PLACE).write_bytes(damage)
-    assert backup.place_of(bench.directory) is None
     damaged = f"{bench.directory / backup.PLACE} "
     said = revoked_all_the_same(bench, "pi")
     assert (damaged in said, "it may be deleted: the next backup writes it anew" in said) == (True, True)
@@ -400,6 +399,20 @@ def test_who_was_revoked_after_the_backup_stays_revoked_when_the_folder_is_gone(
     again = Bench(bench.directory)
     (receipt,) = again.send(pi, ternary_block(again.schema, 1), 0)
     assert (receipt.outcome, receipt.reason) == ("revoked", "stolen")
+
+
+def test_restore_takes_the_list_beside_an_older_backup_where_the_newest_has_none(bench: Bench, tmp_path: Path) -> None:
+    bench.join("pi")
+    make_backup(bench, tmp_path / "first")
+    made = make_backup(bench, tmp_path / "second")
+    bench.close()
+    run("revoke", bench.directory, "pi")
+    backup.beside(tmp_path / "second", LAB).unlink()
+    (bench.directory / revocations.FILE).unlink()
+    (bench.directory / LEDGER).unlink()
+    code, said = run("restore", made, bench.directory)
+    assert f"revocations were read from {backup.beside(tmp_path / 'first', LAB)}" in said
+    assert (code, "revoked after the backup, and again: pi" in said) == (0, True)
 
 
 def test_who_joined_and_was_revoked_after_the_backup_is_told_so(bench: Bench, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """An aggregator's directory: made, opened, and changed by commands, whether or not a process serves it."""
 
 import json
-import os
 import secrets
 import shutil
 import time
@@ -252,11 +251,3 @@ def tensors_of(directory: Path, version: int | None) -> tuple[int, bytes, dict[s
         number = ledger.version if version is None else version
         vector = ledger.vector(number)
         return number, vector_digest(vector), to_tensors(ledger.schema(), vector)
-
-
-def give_to_owner(directory: Path) -> None:
-    """What root puts there belongs to whoever the folder belongs to."""
-    owner = directory.stat()
-    if os.geteuid() == 0:
-        for path in directory.rglob("*"):
-            os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)

@@ -165,14 +165,6 @@ def places(directory: Path) -> tuple[Path, ...]:
     return tuple(map(Path, named[-PLACES_MAX:]))
 
 
-def place_of(directory: Path) -> Path | None:
-    """Where the newest backup went whose place is there."""
-    try:
-        return next((out for out in reversed(places(directory)) if _is_there(out)), None)
-    except ConfigError:
-        return None
-
-
 def _is_there(out: Path) -> bool:
     """A place with a mark of backups: where a disk is not mounted, its folder may be there, and empty."""
     return (out / LOCK).is_file()

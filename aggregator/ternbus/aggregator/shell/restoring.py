@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -75,7 +75,6 @@ def restore(
             for name in KEPT:
                 (partial / name).unlink(missing_ok=True)
             aside = swapping.swap(partial, directory, old, swapping.REPLACED)
-            administration.give_to_owner(directory)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return Restored(version=version, aside=aside, lists=lists, revoked=revoked)
@@ -157,8 +156,8 @@ def _revocations(source: Path, directory: Path, partial: Path) -> tuple[tuple[Pa
     federation = administration.load_settings(partial).federation
     places = [source / revocations.FILE, backup.beside(source.resolve().parent, federation)]
     places.append(directory / revocations.FILE)
-    if (out := backup.place_of(directory)) is not None:
-        places.append(backup.beside(out, federation))
+    with suppress(ConfigError):  # what names them is damaged; the next backup writes it anew
+        places += [backup.beside(out, federation) for out in backup.places(directory)]
     lists = tuple(path for path in dict.fromkeys(path.resolve() for path in places) if path.exists())
     found = [revocation for path in lists for revocation in revocations.read(path).keys.values()]
     try:
