@@ -48,7 +48,7 @@ class Settings:
         try:
             names, listen, port, engine = (table.pop(key) for key in ("names", "listen", "port", "engine"))
             if not isinstance(names, list) or not isinstance(port, int) or table:
-                raise TypeError("names must be a list, port a number, and there must be no other keys")  # noqa: TRY301
+                raise TypeError("names must be a list, port a number, and there must be no other keys")  # noqa: TRY301 - as the constructors below do
             return cls(names=tuple(map(str, names)), listen=str(listen), port=port, engine=Engine(engine))
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{source} cannot be read: {error}") from error
