@@ -15,8 +15,8 @@ from ternbus.edge.learn.task_loader import BUILT_IN_TASKS
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = {
     "ternbus.edge": """
-        ConfigError Cost Evaluation FloatArray Plan PrivateTrainer RandomSource SharingTask Task Tensors TorchTask
-        Trained Trainer TrainingError channels epsilon load_task select
+        ConfigError Cost Evaluation FloatArray Metric Plan PrivateTrainer RandomSource SharingTask Task Tensors
+        TorchTask Trained Trainer TrainingError channels epsilon higher load_task lower select
     """,
     "ternbus.broker": """
         AGGREGATOR Arrived Block Collector ConfigError Connected Delta Disconnected Endpoint Enroll FRAME_BYTES

@@ -11,6 +11,7 @@ from ternbus.broker.exports import exports
 if TYPE_CHECKING:
     from ternbus.broker.errors import ConfigError
     from ternbus.edge.learn.accountant import epsilon
+    from ternbus.edge.learn.metric import Metric, higher, lower
     from ternbus.edge.learn.noise import RandomSource
     from ternbus.edge.learn.partition import select
     from ternbus.edge.learn.subnetwork import channels
@@ -26,6 +27,7 @@ else:
         {
             "ternbus.broker.errors": ["ConfigError"],
             "ternbus.edge.learn.accountant": ["epsilon"],
+            "ternbus.edge.learn.metric": ["Metric", "higher", "lower"],
             "ternbus.edge.learn.task_loader": ["load_task"],
             "ternbus.edge.learn.noise": ["RandomSource"],
             "ternbus.edge.learn.partition": ["select"],
@@ -51,6 +53,7 @@ __all__ = [
     "Cost",
     "Evaluation",
     "FloatArray",
+    "Metric",
     "Plan",
     "PrivateTrainer",
     "RandomSource",
@@ -63,6 +66,8 @@ __all__ = [
     "TrainingError",
     "channels",
     "epsilon",
+    "higher",
     "load_task",
+    "lower",
     "select",
 ]

@@ -5,11 +5,12 @@ Tensors are numpy arrays by name, so a trainer can use any framework.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from ternbus.broker.errors import ConfigError, FederationError
+from ternbus.broker.protocol.direction import Direction
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import FloatArray, Tensors
@@ -43,10 +44,14 @@ class Trained:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """The metrics of a model on a number of samples; `values` has `accuracy` and `loss`."""
+    """The metrics of a model on a number of samples. `better` states directions that a name does not tell.
+
+    Without one, `loss` is better when lower, and everything else when higher.
+    """
 
     samples: int
     values: Mapping[str, float]
+    better: Mapping[str, Direction] = field(default_factory=dict)
 
     @property
     def finite(self) -> dict[str, float]:
