@@ -18,6 +18,7 @@ from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import HEADER_BYTES_MAX, MAGIC, SIGNED_PREFIX
 from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.schema import Schema, Tensor
+from ternbus.broker.protocol.tensor_kinds import TensorKinds
 from ternbus.lab.virtual.setup import FEDERATION, without_disk
 
 DEVICE: Final = "rogue"
@@ -40,7 +41,7 @@ class Federation:
     def __init__(self) -> None:
         model = {tensor.name: np.zeros(tensor.shape, np.float32) for tensor in SCHEMA.tensors}
         chosen = {"merge.buffer_size": 1}
-        founded = without_disk(0, [DEVICE], model, chosen, SCHEMA)
+        founded = without_disk(0, [DEVICE], model, chosen, schema=SCHEMA, kinds=TensorKinds())
         self.core: Core = founded.core()
         self.core.registry.enroll(DEVICE, KEY.public, b"")
         self.now = 0.0

@@ -12,6 +12,7 @@ from ternbus.aggregator.merge.background import WAITING_MAX, WORTHWHILE, Backgro
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Settings
 from ternbus.broker.protocol.schema import Schema, Tensor
+from ternbus.broker.protocol.tensor_kinds import TensorKinds
 from ternbus.broker.protocol.ternary import Block
 
 SCHEMA = Schema.write([Tensor("w", (64,), "ternary"), Tensor("b", (3,), "dense")])
@@ -56,7 +57,7 @@ def test_another_way_to_add_up_begins_with_an_empty_buffer() -> None:
     settings = Settings(federation="lab", broker="mqtt://127.0.0.1:1")
     start = np.zeros(SCHEMA.elements, dtype=np.float32)
     server = optimizer.init(settings.optimizer, start)
-    model = Model(settings=settings, schema=SCHEMA, version=0, published=start, server=server)
+    model = Model(settings=settings, schema=SCHEMA, version=0, published=start, server=server, kinds=TensorKinds())
     first, second = Lazy(), Lazy()
     model.sum_by(partial(lambda thread, schema: Background(schema, thread), first))
     model.accept(accepted_update(), blocks(1)[0])

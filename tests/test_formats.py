@@ -153,7 +153,7 @@ def test_a_migrated_ledger_has_the_tables_and_facts_of_a_new_one(name: str, tmp_
         names = [{name for (name,) in each.db.execute("SELECT name FROM facts")} for each in (old, new)]
         assert old.db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         assert old.fact("format") == FORMAT
-    assert names[0] == names[1]
+    assert names[0] == names[1] - {KINDS}  # an older federation goes by the tensors' names
 
 
 def as_array(value: object) -> Any:

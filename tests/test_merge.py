@@ -23,6 +23,7 @@ from ternbus.aggregator.settings import (
     StalenessSettings,
 )
 from ternbus.broker.protocol.schema import Schema, Tensor
+from ternbus.broker.protocol.tensor_kinds import TensorKinds
 from ternbus.broker.protocol.ternary import Block
 
 SCHEMA = Schema.write([Tensor("w", (13,), "ternary"), Tensor("b", (4,), "dense"), Tensor("v", (9,), "ternary")])
@@ -210,7 +211,7 @@ def test_a_model_with_a_float32_downlink_publishes_what_the_server_holds(name: s
     )
     start = np.random.default_rng(2).normal(size=SCHEMA.elements).astype(np.float32)
     server = optimizer.init(about.optimizer, start)
-    model = Model(settings=about, schema=SCHEMA, version=0, published=start, server=server)
+    model = Model(settings=about, schema=SCHEMA, version=0, published=start, server=server, kinds=TensorKinds())
     weights, momentum = start.astype(np.float64), np.zeros(SCHEMA.elements)
     for version in range(1, 6):
         chosen = [(version * 10 + index, 5 + index, 1 / (1 + index), index % 2 == 0) for index in range(3)]

@@ -193,15 +193,16 @@ class Recipe:
 
     merge: MergeSettings
     optimizer: OptimizerSettings
+    averages_statistics: bool = True  # False: the optimizer moves them, too, as it did before there were kinds
 
     def dumps(self) -> str:
         return json.dumps(asdict(self))
 
     @classmethod
     def loads(cls, text: str) -> Self:
-        """What ``dumps`` made."""
-        found = json.loads(text)
-        return cls(merge=MergeSettings(**found["merge"]), optimizer=OptimizerSettings(**found["optimizer"]))
+        found = {"averages_statistics": False, **json.loads(text)}
+        parts = {"merge": MergeSettings(**found["merge"]), "optimizer": OptimizerSettings(**found["optimizer"])}
+        return cls(**found | parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -304,8 +305,7 @@ def _check_merge(about: MergeSettings, where: str, *, seal: bool) -> None:
         )
     if rule == "trimmed-mean" and 2 * math.ceil(about.trim * size - 1e-9) >= size:
         raise ConfigError(
-            f"{where}.trim = {about.trim:g} trims everything of a buffer_size of {size}: "
-            "use a smaller trim or a larger buffer_size"
+            f"{where}.trim = {about.trim:g} trims everything of a buffer_size of {size}: lower trim or raise buffer_size"
         )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from ternbus.aggregator.merge import optimizer
+from ternbus.aggregator.merge import optimizer, statistics
 from ternbus.aggregator.merge.accepted import AcceptedUpdate, BufferedUpdate
 from ternbus.aggregator.merge.accumulator import Accumulator
 from ternbus.aggregator.merge.downlink import next_block
@@ -13,6 +13,7 @@ from ternbus.aggregator.merge.robust import Buffered, gather
 from ternbus.aggregator.settings import Settings
 from ternbus.broker.protocol.merge_log import Contribution
 from ternbus.broker.protocol.schema import Schema, Vector, vector_digest
+from ternbus.broker.protocol.tensor_kinds import TensorKinds
 from ternbus.broker.protocol.ternary import Block
 
 
@@ -38,6 +39,7 @@ class Model:
     version: int
     published: Vector
     server: ServerState
+    kinds: TensorKinds  # none: as merges were before statistics were told apart
     digest: bytes = b""
     buffer: list[AcceptedUpdate] = field(default_factory=list)
     summing: Callable[[Schema], Sum] = Accumulator  # of buffers that begin from now on
@@ -90,7 +92,9 @@ class Model:
     def step_server(self) -> tuple[float, ...]:
         """The optimizer's part of a merge; replayed from the ledger at start. Returns the updates' weights."""
         change = self._gathered.result()
+        before = self.server.target
         self.server = optimizer.apply(self.settings.optimizer, self.server, change.delta)
+        statistics.average(self.schema, self.kinds, before, change.delta, self.server)
         return change.weights
 
     def restart_server(self) -> None:

@@ -20,7 +20,7 @@ from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.shell import transport
 from ternbus.aggregator.store import archives, control, lost_ledger, membership, swapping
-from ternbus.aggregator.store.ledger import LEDGER, Ledger, reading, writing
+from ternbus.aggregator.store.ledger import KINDS, LEDGER, Ledger, reading, writing
 from ternbus.aggregator.store.recovery import recover
 from ternbus.aggregator.store.remedy import remedy
 from ternbus.aggregator.store.vectors import VECTORS
@@ -28,9 +28,11 @@ from ternbus.broker import files
 from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError, CorruptError, ProtocolError
 from ternbus.broker.files import load_toml, read_key, write_key, write_text
+from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.protocol.identity import Identity, check_device
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.schema import Schema, to_tensors, to_vector, vector_digest
+from ternbus.broker.protocol.tensor_kinds import TensorKinds, version_metadata
 
 KEY: Final = lost_ledger.KEY
 TOML: Final = lost_ledger.TOML
@@ -46,10 +48,12 @@ def create(
     model: Mapping[str, npt.NDArray[Any]],
     settings: Mapping[str, object] | None = None,
     dense: Sequence[str] = (),
+    kinds: TensorKinds | None = None,
     certificates: Path | None = None,
 ) -> Settings:
     """Make an aggregator: keys, settings, and version 0 from ``model`` (name -> array, any float type).
 
+    Without ``kinds`` the names of the tensors tell which are statistics and which never negative.
     ``certificates`` is a folder with its own ones, where no authority is set that makes them. Nothing is left behind
     where it fails. ConfigError where the directory holds one already, or must not be written.
     """
@@ -62,14 +66,16 @@ def create(
     chosen = {**configuration.NEW_HOME, **(settings or {})}
     table = configuration.with_overrides({"federation": federation, "broker": broker}, chosen)
     checked = configuration.from_table(table, "--set")
-    schema = Schema.of({name: array.shape for name, array in model.items()}, dense)
+    kinds = TensorKinds.by_name(model) if kinds is None else kinds
+    kinds.check(model)
+    schema = Schema.of({name: array.shape for name, array in model.items()}, [*dense, *kinds.dense])
     vector = to_vector(schema, model)
     # within a directory that is there: its owner may write into it, and perhaps not beside it
     partial = directory / PARTIAL if directory.exists() else directory.with_name(directory.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True, mode=0o700)
-        _fill(partial, checked, schema, vector)
+        _fill(partial, checked, schema, vector, kinds)
         transport.equip(partial, checked, certificates, directory)
         _move_into(partial, directory)
     except OSError as error:
@@ -79,11 +85,14 @@ def create(
     return checked
 
 
-def _fill(directory: Path, settings: Settings, schema: Schema, vector: npt.NDArray[np.float32]) -> None:
+def _fill(
+    directory: Path, settings: Settings, schema: Schema, vector: npt.NDArray[np.float32], kinds: TensorKinds
+) -> None:
     identity = Identity.generate()
     write_key(directory / KEY, identity.seed)
     write_text(directory / TOML, configuration.dumps(settings))
     facts = {"federation": settings.federation, "schema": schema.encoded, "slots": settings.downlink.slots}
+    facts[KINDS] = kinds.dumps()
     with closing(Ledger.create(directory / LEDGER, facts)) as ledger:
         ledger.write(first_version.make(settings, identity, schema, vector).records)
 
@@ -251,3 +260,12 @@ def tensors_of(directory: Path, version: int | None) -> tuple[int, bytes, dict[s
         number = ledger.version if version is None else version
         vector = ledger.vector(number)
         return number, vector_digest(vector), to_tensors(ledger.schema(), vector)
+
+
+def export(directory: Path, out: Path, version: int | None = None) -> tuple[int, bytes]:
+    """Write a kept version, the newest by default, to a model file; its version and digest."""
+    number, digest, tensors = tensors_of(directory, version)
+    with reading(directory) as ledger:
+        kinds = ledger.kinds()
+    save_safetensors(out, tensors, kinds.metadata() | version_metadata(number, digest))
+    return number, digest

@@ -22,8 +22,9 @@ from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.files import read_password
 from ternbus.broker.folder_owner import act_as_owner
-from ternbus.broker.model_files import load_safetensors, save_safetensors
+from ternbus.broker.model_files import load_metadata, load_safetensors
 from ternbus.broker.protocol.endpoint import PORTS, is_loopback
+from ternbus.broker.protocol.tensor_kinds import TensorKinds
 from ternbus.broker.server.running import Engine, RunningBroker
 from ternbus.broker.stop_signals import on_stop
 from ternbus.broker.text_table import text_table
@@ -90,6 +91,7 @@ def init(
         overrides["transport.authority"] = str(broker_dir.resolve())
     url = _broker_url(broker, broker_dir)
     tensors = load_safetensors(model)
+    kinds = TensorKinds.of_metadata(load_metadata(model), tensors, str(model))
     act_as_owner(directory)
     administration.create(
         directory,
@@ -98,6 +100,7 @@ def init(
         model=tensors,
         settings=overrides,
         dense=dense or (),
+        kinds=kinds,
         certificates=tls,
     )
     elements = sum(array.size for array in tensors.values())
@@ -375,6 +378,5 @@ def export(
 
     Example: ternbus aggregator export agg model.safetensors
     """
-    found, digest, tensors = administration.tensors_of(directory, number)
-    save_safetensors(out, tensors, {"version": str(found), "digest": digest.hex()})
+    found, digest = administration.export(directory, out, number)
     typer.echo(f"{out}: version {found}, digest {digest.hex()}")

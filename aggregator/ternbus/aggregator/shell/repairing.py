@@ -18,7 +18,7 @@ from ternbus.aggregator.shell import administration, checking
 from ternbus.aggregator.shell.administration import KEY
 from ternbus.aggregator.store import control, merge_log, rebuilding, revocations, salvage, swapping
 from ternbus.aggregator.store.bodies import BODIES
-from ternbus.aggregator.store.ledger import LEDGER, Ledger
+from ternbus.aggregator.store.ledger import KINDS, LEDGER, Ledger
 from ternbus.aggregator.store.remedy import restore_backup
 from ternbus.aggregator.store.salvage import Salvaged, Sound
 from ternbus.aggregator.store.vectors import VECTORS
@@ -29,6 +29,7 @@ from ternbus.broker.protocol.frame import COUNTER_MAX
 from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.merge_log import FIRST
 from ternbus.broker.protocol.messages import PAUSED, SnapshotRef
+from ternbus.broker.protocol.tensor_kinds import TensorKinds
 
 STATE: Final = (LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", BODIES, VECTORS, merge_log.FOLDER)
 NAMED_MAX: Final = 1000
@@ -130,7 +131,7 @@ def _rebuild(
         "session": int(found.facts.get("session", min(time.time_ns(), COUNTER_MAX // 2))),
     }
     numbers = leap_of(newest, clock_s)
-    carried = (merge_log.ARCHIVES, merge_log.COMPARED_FROM) if found.log_is_whole else ()
+    carried = (KINDS, merge_log.ARCHIVES, merge_log.COMPARED_FROM) if found.log_is_whole else (KINDS,)
     facts |= {name: found.facts[name] for name in carried if name in found.facts}
     if not found.has_all_that_is_logged:
         facts[merge_log.COMPARED_FROM] = newest + numbers
@@ -158,6 +159,7 @@ def _leap(
         version=newest,
         published=sound.vector,
         server=optimizer.init(settings.optimizer, sound.vector),
+        kinds=TensorKinds(),  # nothing is merged here
     )
     last = found.log[max(found.log)].hash if found.log and found.log_is_whole else FIRST
     published = PublishedState(

@@ -98,7 +98,8 @@ def _write_recipe(db: sqlite3.Connection, settings: Settings) -> None:
         optimizer = replace(optimizer, name=name, learning_rate=learning_rate, momentum=momentum)
     merge = replace(settings.merge, rule=usual.rule, max_share=usual.max_share)  # there was no other way yet
     db.execute("DELETE FROM facts WHERE name = 'optimizer'")
-    db.execute("INSERT INTO facts VALUES ('recipe', ?)", (Recipe(merge=merge, optimizer=optimizer).dumps(),))
+    recipe = Recipe(merge=merge, optimizer=optimizer, averages_statistics=False)
+    db.execute("INSERT INTO facts VALUES ('recipe', ?)", (recipe.dumps(),))
 
 
 def _move_vectors(db: sqlite3.Connection, folder: Path) -> None:

@@ -26,10 +26,12 @@ from ternbus.broker.errors import ConfigError, CorruptError, ProtocolError
 from ternbus.broker.protocol.merge_log import Signed, unpack
 from ternbus.broker.protocol.messages import OPEN
 from ternbus.broker.protocol.schema import Schema, Vector, vector_digest
+from ternbus.broker.protocol.tensor_kinds import TensorKinds
 from ternbus.broker.protocol.ternary import Block
 
 LEDGER: Final = "ledger.sqlite"
 CHECKPOINT_S: Final = 1.0
+KINDS: Final = "kinds"  # the name of a fact
 ARCHIVED: Final = "archived:"  # before a device's name: the count of its updates in archives
 
 
@@ -250,6 +252,13 @@ class Ledger:
 
     def schema(self) -> Schema:
         return Schema.parse(self.fact("schema"))
+
+    def kinds(self) -> TensorKinds:
+        """Of the model's tensors; by their names in a federation from before there were kinds."""
+        text = self.fact(KINDS)
+        if text is None:
+            return TensorKinds.by_name(tensor.name for tensor in self.schema().tensors)
+        return TensorKinds.loads(text)
 
     def vector(self, version: int) -> Vector:
         """The published vector of a version that is still kept; ConfigError says which are."""

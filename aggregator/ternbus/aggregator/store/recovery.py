@@ -22,6 +22,7 @@ from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.identity import Identity, KeyId
 from ternbus.broker.protocol.messages import SnapshotRef
 from ternbus.broker.protocol.schema import Schema
+from ternbus.broker.protocol.tensor_kinds import TensorKinds
 from ternbus.broker.protocol.ternary import Block
 
 
@@ -83,13 +84,21 @@ def recover_model(ledger: Ledger, settings: Settings, schema: Schema) -> Model:
     recipe = Recipe.loads(ledger.fact("recipe"))  # the settings may have been changed since
     then = replace(settings, merge=recipe.merge, optimizer=recipe.optimizer)
     start, server = ledger.server()
-    model = Model(settings=then, schema=schema, version=start, published=ledger.vector(start), server=server)
+    kinds = ledger.kinds()
+    model = Model(
+        settings=then,
+        schema=schema,
+        version=start,
+        published=ledger.vector(start),
+        server=server,
+        kinds=kinds if recipe.averages_statistics else TensorKinds(),
+    )
     for version, digest, block in ledger.deltas(schema, start, ledger.version):
         model.refill(_updates(ledger, schema, "merged = ?", (version,)))
         model.step_server()
         model.publish(block)
         ledger.check_digest(version, digest, model.digest)
-    model.settings = settings
+    model.settings, model.kinds = settings, kinds
     model.refill(waiting(ledger, schema))
     return model
 

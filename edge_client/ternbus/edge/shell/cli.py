@@ -14,6 +14,7 @@ from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from ternbus.edge.learn import accountant
 from ternbus.edge.learn.failure import explained
+from ternbus.edge.learn.kinds import tensor_kinds
 from ternbus.edge.learn.partition import FORMS, Partition
 from ternbus.edge.learn.subnetwork import narrow
 from ternbus.edge.learn.task import Task
@@ -255,7 +256,7 @@ def init_model(
     made = load_task(task)
     with explained(task):
         tensors = made.initial(seed)
-    about = {"ternbus": f"{task}, seed {seed}"}  # one entry: the order of several varies, and so would the file
+        about = {"ternbus": f"{task}, seed {seed}", **tensor_kinds(made, tensors).metadata()}
     save_safetensors(out, tensors, about)
     typer.echo(f"{out}: {len(tensors)} tensors, {sum(tensor.size for tensor in tensors.values()):,} parameters")
 

@@ -6,17 +6,17 @@ An exception of the task's code, and a model that is not finite, appear in the d
 
 import math
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 import numpy as np
 
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.protocol.schema import DENSE_NAMES, WEIGHT_MAX, Schema, Vector, flatten, to_tensors
+from ternbus.broker.protocol.schema import WEIGHT_MAX, Schema, Vector, flatten, to_tensors
 from ternbus.edge.core.actions import StartTraining
 from ternbus.edge.core.events import BudgetSpent, TrainingFinished
 from ternbus.edge.learn.accountant import epsilon
 from ternbus.edge.learn.compress import compress
 from ternbus.edge.learn.failure import describe
+from ternbus.edge.learn.kinds import statistics_of
 from ternbus.edge.learn.noise import RandomSource, differences, noisy_change
 from ternbus.edge.learn.task import PrivateTrainer, Trained, Trainer, TrainingError
 from ternbus.edge.learn.task_loader import code_errors
@@ -51,7 +51,7 @@ def train(trainer: Trainer, job: StartTraining, random_source: RandomSource) -> 
         released = _release_device(trainer, job, random_source)
     else:
         released = _release_sample(trainer, job, planned.steps, random_source)
-    _clear_statistics(job.schema, released.change)
+    _clear_statistics(trainer, job.schema, released.change)
     # Post-processing of the mechanism's output: quantization and residual cost no privacy.
     compressed = compress(job.schema, plan, released.change, _finite(job.residual), job.seed)
     metrics = released.trained.metrics if released.trained is not None else {}
@@ -131,10 +131,11 @@ def _is_spent(job: StartTraining, planned: Cost) -> bool:
     return not epsilon(job.account.plus(planned).of(policy.kind), policy.delta) <= policy.epsilon
 
 
-def _clear_statistics(schema: Schema, change: Vector) -> None:
-    """Set the change of batch norm's statistics to 0, without noise: they are not sent."""
+def _clear_statistics(trainer: Trainer, schema: Schema, change: Vector) -> None:
+    """Set the change of statistics, such as batch norm's, to 0, without noise: they are not sent."""
+    statistics = statistics_of(trainer, (tensor.name for tensor in schema.tensors))
     for segment in schema.segments:
-        if any(fnmatchcase(segment.tensor.name, pattern) for pattern in DENSE_NAMES):
+        if segment.tensor.name in statistics:
             change[segment.start : segment.stop] = 0
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol.tensor_kinds import TensorKinds
 from ternbus.edge.learn import local_optimizer
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.partition import Indices, Partition, select
@@ -44,7 +45,8 @@ class TorchTask:
     none; uint8 inputs (images) reach `augment` and the model as float32 in 0…1. `loss` and `metric` take (outputs,
     targets) and return the batch's mean. `augment` takes a batch of inputs, in training only. `owners(folder)` returns
     the number of each training row's owner, from 0, for `--partition natural:I`. `narrow(width)` returns a model with
-    this share of the channels in each hidden layer, for `--width`.
+    this share of the channels in each hidden layer, for `--width`. `statistics` and `nonnegative` are glob patterns of
+    tensors that are averaged only, and that have no negative elements, besides batch norm's.
     """
 
     name: str
@@ -56,6 +58,8 @@ class TorchTask:
     augment: Callable[[Tensor], Tensor] | None = None
     owners: Callable[[Path | None], Indices] | None = None
     narrow: Callable[[float], nn.Module] | None = None
+    statistics: Sequence[str] = ()
+    nonnegative: Sequence[str] = ()
 
     def initial(self, seed: int) -> dict[str, FloatArray]:
         """Version 0 of the model. Raises `ConfigError` for a model that cannot be trained in a federation."""
@@ -73,6 +77,9 @@ class TorchTask:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.model()
+
+    def tensor_kinds(self) -> TensorKinds:
+        return TravellingState(self._drawn(0)).kinds
 
     def narrowed(self, width: float) -> "TorchTask":
         """The same task with a narrower model. Raises `ConfigError` if it has none."""
@@ -141,6 +148,10 @@ class TorchTrainer:
     @property
     def samples(self) -> int:
         return len(self._inputs)
+
+    @property
+    def statistics(self) -> frozenset[str]:
+        return self._travelling.kinds.statistics
 
     def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:
         began = time.perf_counter()

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol.tensor_kinds import NONNEGATIVE, TensorKinds, matching
 from ternbus.edge.plan.tensors import FloatArray, Tensors
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-VARIANCE = "running_var"  # its name in torch's batch norm
 
 
 class TravellingState:
@@ -63,10 +63,14 @@ class TravellingState:
         with torch.no_grad():
             for name, tensor in self._state.items():
                 tensor.copy_(_rounded(tensor, tensors[name]))
-                if name.endswith(VARIANCE):
-                    tensor.clamp_(min=0)  # merged updates can make it negative, and batch norm takes its root
             for counter, first in self._counters.values():
                 counter.copy_(first)
+
+    @property
+    def kinds(self) -> TensorKinds:
+        """Statistics are the buffers, which no optimizer trains; of these a `running_var` is never negative."""
+        buffers = frozenset(name for name, tensor in self._state.items() if not isinstance(tensor, nn.Parameter))
+        return TensorKinds(statistics=buffers, nonnegative=matching(buffers, NONNEGATIVE))
 
     def arrays(self) -> dict[str, FloatArray]:
         """Copies of the tensors in float32."""
@@ -95,10 +99,16 @@ class TravellingState:
         return arrays
 
     def begin_training(self) -> None:
-        """Set training mode, except in frozen submodules, whose batch norm keeps its statistics."""
+        """Set training mode, except in frozen submodules, whose batch norm keeps its statistics.
+
+        To be called after `load`: a variance below 0, which an older aggregator may have published, becomes 0.
+        """
         self._model.train()
         for part in self._frozen:
             part.eval()
+        with torch.no_grad():
+            for name in self.kinds.nonnegative:
+                self._state[name].clamp_(min=0)
 
 
 def _frozen_parts(module: nn.Module) -> Iterator[nn.Module]:

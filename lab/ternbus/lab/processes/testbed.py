@@ -10,8 +10,9 @@ from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import control, status
 from ternbus.broker.errors import FederationError
 from ternbus.broker.files import write_secret
-from ternbus.broker.model_files import load_safetensors, save_safetensors
+from ternbus.broker.model_files import load_metadata, load_safetensors
 from ternbus.broker.protocol.messages import CLOSED
+from ternbus.broker.protocol.tensor_kinds import TensorKinds
 from ternbus.edge.learn.task_loader import absolute
 from ternbus.edge.store import outbox
 from ternbus.lab.interrupts import Interrupts
@@ -82,11 +83,13 @@ class Testbed:
         self._until(lambda: not self._processes.running([PREPARE]), START_TIMEOUT_S, "the task's model")
         task = json.loads(output.task.read_text(encoding="utf-8"))
         self.parameters = task["parameters"]
+        model = load_safetensors(output.initial)
         administration.create(
             output.aggregator,
             federation=self._federation,
             broker=broker,
-            model=load_safetensors(output.initial),
+            model=model,
+            kinds=TensorKinds.of_metadata(load_metadata(output.initial), model, str(output.initial)),
             settings=scenario.settings(task["plan"]),
             dense=scenario.dense,
         )
@@ -166,8 +169,7 @@ class Testbed:
 
     def export(self) -> None:
         """Write the last version of the model as a safetensors file."""
-        version, digest, tensors = administration.tensors_of(self._output.aggregator, None)
-        save_safetensors(self._output.model, tensors, {"version": str(version), "digest": digest.hex()})
+        administration.export(self._output.aggregator, self._output.model)
 
     def moment(self) -> Observation:
         """The current state of the federation, from its files on disk."""

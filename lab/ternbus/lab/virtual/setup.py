@@ -21,6 +21,7 @@ from ternbus.aggregator.store import maintenance
 from ternbus.aggregator.store.ledger import LEDGER
 from ternbus.broker.protocol.identity import Identity, seal
 from ternbus.broker.protocol.schema import Schema, Vector, to_vector
+from ternbus.broker.protocol.tensor_kinds import TensorKinds
 from ternbus.edge.core.follower import InitialModel
 from ternbus.edge.core.profile import Profile
 from ternbus.edge.learn.task import Task
@@ -49,10 +50,18 @@ class Setup:
 
 
 def on_disk(
-    folder: Path, names: Sequence[str], model: Tensors, chosen: Mapping[str, object], dense: Sequence[str] = ()
+    folder: Path,
+    names: Sequence[str],
+    model: Tensors,
+    chosen: Mapping[str, object],
+    *,
+    dense: Sequence[str] = (),
+    kinds: TensorKinds | None = None,
 ) -> Setup:
     """A setup with a real aggregator directory, which `ternbus aggregator` can read afterwards."""
-    administration.create(folder, federation=FEDERATION, broker=URL, model=model, settings=chosen, dense=dense)
+    administration.create(
+        folder, federation=FEDERATION, broker=URL, model=model, settings=chosen, dense=dense, kinds=kinds
+    )
     codes = {invitation.device: invitation.code for invitation in administration.invite(folder, *names)}
     ledger = durable.Ledger(folder / LEDGER)
     maintenance.simulate(ledger.db)
@@ -64,7 +73,13 @@ def on_disk(
 
 
 def without_disk(
-    seed: int, names: Sequence[str], model: Tensors, chosen: Mapping[str, object], schema: Schema
+    seed: int,
+    names: Sequence[str],
+    model: Tensors,
+    chosen: Mapping[str, object],
+    *,
+    schema: Schema,
+    kinds: TensorKinds,
 ) -> Setup:
     """A setup in memory; the seed determines all keys and codes."""
     table = configuration.with_overrides(
@@ -73,12 +88,18 @@ def without_disk(
     settings = configuration.from_table(table, "[aggregator]")
     identity = Identity(drawn(seed, "aggregator"))
     codes = {name: drawn(seed, f"code of {name}").hex() for name in names}
-    core, frames = _first_core(settings, identity, schema, to_vector(schema, model), codes)
+    core, frames = _first_core(settings, identity, schema, to_vector(schema, model), kinds=kinds, codes=codes)
     return Setup(ledger=MemoryLedger(frames), core=lambda: core, codes=codes)
 
 
 def _first_core(
-    settings: Settings, identity: Identity, schema: Schema, vector: Vector, codes: Mapping[str, str]
+    settings: Settings,
+    identity: Identity,
+    schema: Schema,
+    vector: Vector,
+    *,
+    kinds: TensorKinds,
+    codes: Mapping[str, str],
 ) -> tuple[Core, list[tuple[str, bytes]]]:
     """The core of an aggregator at version 0, and its retained frames."""
     first = first_version.make(settings, identity, schema, vector)
@@ -93,6 +114,7 @@ def _first_core(
             published=vector,
             server=first.snapshot.server,
             digest=first.version.digest,
+            kinds=kinds,
         ),
         registry=Registry(settings.federation, codes={name: Invited(code=code) for name, code in codes.items()}),
         published=first.published(settings),

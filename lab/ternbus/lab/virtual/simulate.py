@@ -21,8 +21,10 @@ from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.protocol.messages import Metrics
 from ternbus.broker.protocol.schema import Schema, Vector, to_tensors
+from ternbus.broker.protocol.tensor_kinds import version_metadata
 from ternbus.edge.core.actions import Stop
 from ternbus.edge.learn.failure import explained
+from ternbus.edge.learn.kinds import tensor_kinds
 from ternbus.edge.learn.task import Evaluation, Task
 from ternbus.lab.report import report
 from ternbus.lab.report.failing import FailingDevices, named
@@ -79,13 +81,15 @@ class Simulation:
         with self._explained():
             self._evaluator = task.evaluator(data=scenario.data)
             model = task.initial(scenario.seed)
-        self.schema = Schema.of({name: array.shape for name, array in model.items()}, scenario.dense)
+            self.kinds = tensor_kinds(task, model)
+        dense = [*scenario.dense, *self.kinds.dense]
+        self.schema = Schema.of({name: array.shape for name, array in model.items()}, dense)
         names = [f"device-{index}" for index in range(scenario.devices)]
         chosen = scenario.settings(task.default_plan)
         if folder is None:
-            founded = setup.without_disk(scenario.seed, names, model, chosen, self.schema)
+            founded = setup.without_disk(scenario.seed, names, model, chosen, schema=self.schema, kinds=self.kinds)
         else:
-            founded = setup.on_disk(folder, names, model, chosen, scenario.dense)
+            founded = setup.on_disk(folder, names, model, chosen, dense=scenario.dense, kinds=self.kinds)
         self.ledger = founded.ledger
         self.aggregator = VirtualAggregator(self.clock, self.broker, founded.ledger, founded.core, self._made)
         vectors: WeakValueDictionary[bytes, Vector] = WeakValueDictionary()
@@ -168,7 +172,7 @@ class Simulation:
     def export(self, path: Path) -> None:
         """Write the last version of the model as a safetensors file."""
         model = self.aggregator.core.model
-        about = {"version": str(model.version), "digest": model.digest.hex()}
+        about = self.kinds.metadata() | version_metadata(model.version, model.digest)
         save_safetensors(path, to_tensors(self.schema, model.published), about)
 
     def close(self) -> None:
