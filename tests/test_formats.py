@@ -32,7 +32,7 @@ from support.old_formats import (
 from support.small_world import Bench
 from ternbus.aggregator.core import events
 from ternbus.aggregator.shell import administration, log, quickstart
-from ternbus.aggregator.store.ledger import Ledger
+from ternbus.aggregator.store.ledger import KINDS, Ledger
 from ternbus.aggregator.store.rows import unsigned
 from ternbus.aggregator.store.schema import FORMAT
 from ternbus.broker.errors import ConfigError, CorruptError

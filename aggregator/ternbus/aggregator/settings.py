@@ -305,7 +305,7 @@ def _check_merge(about: MergeSettings, where: str, *, seal: bool) -> None:
         )
     if rule == "trimmed-mean" and 2 * math.ceil(about.trim * size - 1e-9) >= size:
         raise ConfigError(
-            f"{where}.trim = {about.trim:g} trims everything of a buffer_size of {size}: lower trim or raise buffer_size"
+            f"{where}.trim = {about.trim:g} trims everything of a buffer_size of {size}: lower trim or raise it"
         )
 
 
