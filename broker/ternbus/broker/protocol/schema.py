@@ -188,7 +188,11 @@ def to_vector(schema: Schema, tensors: Mapping[str, npt.NDArray[Any]]) -> Vector
     """
     vector = flatten(schema, tensors)
     if not np.isfinite(vector).all():
-        raise ConfigError("the model has values that are not finite; try a lower learning rate")
+        strange = [name for name, array in to_tensors(schema, vector).items() if not np.isfinite(array).all()]
+        raise ConfigError(
+            f"the model's {strange[0]!r} has values that are not finite; try a lower learning rate, or, where it is a "
+            "buffer such as a mask, register it with persistent=False"
+        )
     if not is_bounded(vector):
         raise ConfigError(
             f"the model has a value beyond 2^40 ({WEIGHT_MAX:.0f}), the largest that can be published; try a lower "

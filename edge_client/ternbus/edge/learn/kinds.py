@@ -1,12 +1,32 @@
-"""Which tensors of a task's model are statistics, and which have no negative elements."""
+"""The kinds of tensors of a task's model: statistics, those without negative elements, those that do not travel."""
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final, Protocol, runtime_checkable
 
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.tensor_kinds import STATISTICS, TensorKinds, matching
 from ternbus.edge.learn.task import Task, Trainer
 from ternbus.edge.plan.tensors import Tensors
+
+LOCAL: Final = "stays_local: trained and kept on each device; an evaluator measures with the initial values"
+NOT_FINITE: Final = "a buffer that is not finite: stays on the device, and begins each training as model() makes it"
+
+
+@runtime_checkable
+class StayingTask(Protocol):
+    """A task that keeps tensors of its model on the device."""
+
+    def staying(self) -> Mapping[str, str]:
+        """The name of each tensor, and why it stays."""
+        ...
+
+
+def staying(task: Task) -> dict[str, list[str]]:
+    """The tensors that a task keeps on the device, by why they stay."""
+    found: dict[str, list[str]] = {}
+    for name, why in task.staying().items() if isinstance(task, StayingTask) else ():
+        found.setdefault(why, []).append(name)
+    return found
 
 
 @runtime_checkable

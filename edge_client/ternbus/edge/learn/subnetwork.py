@@ -46,6 +46,10 @@ def narrow(task: Task, width: float) -> Task:
         return task
     if not isinstance(task, NarrowingTask):
         raise ConfigError(f"the task {task.name} has no narrower model: add narrowed(width), or leave out --width")
+    if getattr(task, "stays_local", ()):
+        raise ConfigError(
+            f"the task {task.name} has stays_local, and local tensors are of the full width only: leave out --width"
+        )
     inner = task.narrowed(width)
     shapes = {name: tensor.shape for name, tensor in inner.initial(0).items()}
     full = {name: tensor.shape for name, tensor in task.initial(0).items()}

@@ -24,16 +24,19 @@ class TrainingError(FederationError):
 class Trained:
     """The result of local training: all tensors of the trained model (not the change), and the number of samples.
 
-    `metrics` has `loss` and `accuracy` (means over the training batches), `seconds` and `steps`.
+    `metrics` has `loss` and `accuracy` (means over the training batches), `seconds` and `steps`. `local` has trained
+    tensors by other names that stay on the device: it keeps them with the update, and the next `start`, like the
+    tensors that are evaluated, has them beside the model's.
     Raises `TrainingError` if any tensor has a NaN or an infinity.
     """
 
     tensors: Tensors
     samples: int
     metrics: Mapping[str, float]
+    local: Tensors = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, tensor in self.tensors.items():
+        for name, tensor in (*self.tensors.items(), *self.local.items()):
             # The extremes, since they propagate a NaN and, unlike isfinite(), need no second array of this size.
             if tensor.size and not (math.isfinite(tensor.min()) and math.isfinite(tensor.max())):
                 raise TrainingError(

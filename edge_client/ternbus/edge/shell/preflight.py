@@ -18,6 +18,7 @@ from ternbus.broker.protocol.ternary import CODECS
 from ternbus.edge.core.profile import schema_mismatch
 from ternbus.edge.core.state import prepare
 from ternbus.edge.learn.compress import compress
+from ternbus.edge.learn.kinds import staying, tensor_kinds
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.task import Evaluation, PrivateTrainer, Task, Trained, Trainer
 from ternbus.edge.learn.task_loader import code_errors, described, import_hint, location_of
@@ -123,6 +124,10 @@ class _Check:
         again = self._try("initial()", lambda: self._task.initial(0))
         if schema_mismatch(schema, {name: tensor.shape for name, tensor in again.items()}) or not _same(start, again):
             self._note("initial() returned another model for the same seed: experiments cannot be repeated")
+        for why, names in self._try("model()", lambda: staying(self._task)).items():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            self._note(f"{names[0]}{more}: {why}")
+        self._try("initial()", lambda: tensor_kinds(self._task, start))
         self.report.facts |= {"tensors": len(start), "parameters": schema.elements}
         vector = to_vector(schema, start)
         vector.setflags(write=False)  # as the follower's is

@@ -18,12 +18,13 @@ from torch.nn import functional
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.tensor_kinds import TensorKinds
 from ternbus.edge.learn import local_optimizer
+from ternbus.edge.learn.kinds import LOCAL, NOT_FINITE
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.partition import Indices, Partition, select
 from ternbus.edge.learn.task import Evaluation, Trained, TrainingError
 from ternbus.edge.plan.plan import NO_DP, Plan
 from ternbus.edge.plan.tensors import FloatArray, Tensors
-from ternbus.edge.torch import dp_sgd
+from ternbus.edge.torch import dp_sgd, travelling_state
 from ternbus.edge.torch.autotune import Way, fastest, ways
 from ternbus.edge.torch.travelling_state import TravellingState
 
@@ -45,8 +46,9 @@ class TorchTask:
     none; uint8 inputs (images) reach `augment` and the model as float32 in 0…1. `loss` and `metric` take (outputs,
     targets) and return the batch's mean. `augment` takes a batch of inputs, in training only. `owners(folder)` returns
     the number of each training row's owner, from 0, for `--partition natural:I`. `narrow(width)` returns a model with
-    this share of the channels in each hidden layer, for `--width`. `statistics` and `nonnegative` are glob patterns of
-    tensors that are averaged only, and that have no negative elements, besides batch norm's.
+    this share of the channels in each hidden layer, for `--width`. `stays_local` are glob patterns of the
+    names of tensors that stay on each device. `statistics` and `nonnegative` are patterns of tensors that are averaged
+    only, and that have no negative elements, besides batch norm's.
     """
 
     name: str
@@ -58,20 +60,13 @@ class TorchTask:
     augment: Callable[[Tensor], Tensor] | None = None
     owners: Callable[[Path | None], Indices] | None = None
     narrow: Callable[[float], nn.Module] | None = None
+    stays_local: Sequence[str] = ()
     statistics: Sequence[str] = ()
     nonnegative: Sequence[str] = ()
 
     def initial(self, seed: int) -> dict[str, FloatArray]:
         """Version 0 of the model. Raises `ConfigError` for a model that cannot be trained in a federation."""
-        travelling = TravellingState(self._drawn(seed))
-        if fixed := travelling.fixed:
-            again = TravellingState(self._drawn(seed + 1)).fixed
-            if differ := [name for name in fixed if fixed[name] != again.get(name)]:
-                raise ConfigError(
-                    f"the task {self.name}: {differ[0]} is frozen and not sent, but differs in each call of model(): "
-                    "load it from a checkpoint, or draw it with a fixed seed"
-                )
-        return travelling.arrays()
+        return travelling_state.initial(self._drawn, seed, self.name, self.stays_local)
 
     def _drawn(self, seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -79,7 +74,15 @@ class TorchTask:
             return self.model()
 
     def tensor_kinds(self) -> TensorKinds:
-        return TravellingState(self._drawn(0)).kinds
+        return self.travelling().kinds
+
+    def staying(self) -> dict[str, str]:
+        found = self.travelling()
+        return dict.fromkeys(found.local, LOCAL) | dict.fromkeys(found.not_finite, NOT_FINITE)
+
+    def travelling(self) -> TravellingState:
+        """What of a new model travels."""
+        return TravellingState(self._drawn(0), self.stays_local)
 
     def narrowed(self, width: float) -> "TorchTask":
         """The same task with a narrower model. Raises `ConfigError` if it has none."""
@@ -95,7 +98,7 @@ class TorchTask:
     def trainers(self, *, data: Path | None, partitions: Sequence[str]) -> list["TorchTrainer"]:
         """Trainers for many devices in one process, used one at a time: they share a model and read the data once."""
         inputs, targets = self.data(data, "train")
-        shared = _Shared(self.model())
+        shared = _Shared(self._drawn(0), self.stays_local)
         natural = any(Partition.parse(partition).natural for partition in partitions)
         owners = self.owners(data) if natural and self.owners is not None else None
         return [TorchTrainer(self, *self._part(inputs, targets, owners, partition), shared) for partition in partitions]
@@ -116,15 +119,15 @@ class TorchTask:
         return inputs[chosen], targets[chosen]
 
     def evaluator(self, *, data: Path | None) -> "TorchTrainer":
-        return TorchTrainer(self, *self.data(data, "test"), _Shared(self.model()))
+        return TorchTrainer(self, *self.data(data, "test"), _Shared(self._drawn(0), self.stays_local))
 
 
 class _Shared:
     """The shared parts of trainers in one process: a model, and its fastest way to train for each plan."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, stays_local: Sequence[str]) -> None:
         self.model = model
-        self.travelling = TravellingState(model)
+        self.travelling = TravellingState(model, stays_local)
         self.ways: dict[tuple[str, str, int], Way] = {}
 
 
@@ -178,6 +181,7 @@ class TorchTrainer:
 
         Dropout and augmentation draw from `random_source` too.
         """
+        self._travelling.check_private()
         began = time.perf_counter()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(random_source.seed())
@@ -198,7 +202,8 @@ class TorchTrainer:
         """The trained model. Raises `TrainingError` if it is not finite, and says whether the data are."""
         try:
             tensors = self._travelling.arrays_since(start, statistics_rate)
-            return Trained(tensors=tensors, samples=self.samples, metrics=metrics)
+            local = self._travelling.local_arrays()
+            return Trained(tensors=tensors, samples=self.samples, metrics=metrics, local=local)
         except TrainingError:
             for name, tensor in (("inputs", self._inputs), ("targets", self._targets)):
                 if count := _not_finite(tensor):

@@ -2,10 +2,11 @@
 
 Trained parameters and floating-point buffers (batch norm's statistics) are sent, in float32; tied ones once, under
 their first name. Not sent are frozen parameters, all tensors of a submodule whose parameters are all frozen, counters,
-and buffers that are not persistent.
+buffers that are not finite (a mask of -inf, an observer that has seen nothing), and buffers that are not persistent.
+Local are the tensors that a task names with `stays_local`: they are trained like the others, and not sent either.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from itertools import pairwise
 
@@ -22,36 +23,52 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class TravellingState:
-    """The part of a model that is sent. Raises `ConfigError` for a model that cannot be trained in a federation."""
+    """The part of a model that is sent. Raises `ConfigError` for a model that cannot be trained in a federation.
 
-    def __init__(self, model: nn.Module) -> None:
+    `stays_local` has glob patterns of the names of local tensors.
+    """
+
+    def __init__(self, model: nn.Module, stays_local: Sequence[str] = ()) -> None:
         self._model = model
         self._frozen = list(_frozen_parts(model))
         stays = {id(tensor) for part in self._frozen for tensor in part.state_dict(keep_vars=True).values()}
         self._state: dict[str, Tensor] = {}
         fixed: dict[str, Tensor] = {}
-        counters: dict[str, Tensor] = {}
-        seen: set[int] = set()
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            if not isinstance(tensor, Tensor) or id(tensor) in seen:
-                continue  # get_extra_state may be anything
-            seen.add(id(tensor))
+        reset: dict[str, Tensor] = {}
+        local: dict[str, Tensor] = {}
+        self.not_finite: list[str] = []
+        """The buffers that stay on the device because they are not finite as `model()` makes them."""
+        names = _names(model)
+        for tensor, (name, *others) in names.items():
             parameter = isinstance(tensor, nn.Parameter)
             if id(tensor) in stays or (parameter and not tensor.requires_grad):
                 fixed[name] = tensor
-            elif parameter or tensor.is_floating_point():
-                _check(name, tensor)
-                self._state[name] = tensor
+            elif not (parameter or tensor.is_floating_point()):
+                reset[name] = tensor
             else:
-                counters[name] = tensor
+                _check(name, tensor)
+                if not parameter and not torch.isfinite(tensor).all():
+                    self.not_finite.append(name)
+                    reset[name] = tensor
+                elif matching([name, *others], stays_local):
+                    local[name] = tensor
+                else:
+                    self._state[name] = tensor
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError("the model has no trained parameter: set requires_grad = True for at least one")
-        _check_apart(self._state)
+        _check_patterns(stays_local, [name for each in names.values() for name in each], self._state)
+        _check_apart({**self._state, **local})
         self._fixed = fixed
-        self._counters = {name: (tensor, tensor.detach().clone()) for name, tensor in counters.items()}
+        self._reset = _with_copies(reset)
+        self._local = _with_copies(local)
         dtypes = {parameter.dtype for parameter in model.parameters()}
         self.dtype = dtypes.pop() if len(dtypes) == 1 else None
         """The dtype of all parameters; None if they differ."""
+
+    @property
+    def local(self) -> list[str]:
+        """The names of the local tensors."""
+        return list(self._local)
 
     @property
     def fixed(self) -> Mapping[str, bytes]:
@@ -59,12 +76,17 @@ class TravellingState:
         return {name: _digest(tensor) for name, tensor in self._fixed.items()}
 
     def load(self, tensors: Tensors) -> None:
-        """Load `tensors`, which are not modified, into the model, and reset its counters."""
+        """Load `tensors`, which are not modified, into the model, and reset its counters.
+
+        Local tensors that are not among `tensors` become as `model()` made them.
+        """
         with torch.no_grad():
             for name, tensor in self._state.items():
                 tensor.copy_(_rounded(tensor, tensors[name]))
-            for counter, first in self._counters.values():
-                counter.copy_(first)
+            for tensor, first in self._reset.values():
+                tensor.copy_(first)
+            for name, (tensor, first) in self._local.items():
+                tensor.copy_(_rounded(tensor, tensors[name]) if name in tensors else first)
 
     @property
     def kinds(self) -> TensorKinds:
@@ -73,8 +95,25 @@ class TravellingState:
         return TensorKinds(statistics=buffers, nonnegative=matching(buffers, NONNEGATIVE))
 
     def arrays(self) -> dict[str, FloatArray]:
-        """Copies of the tensors in float32."""
-        return {name: _float32(tensor) for name, tensor in self._state.items()}
+        """Copies of the tensors in float32. Raises `ConfigError` for one that is not finite."""
+        found = {name: _float32(tensor) for name, tensor in self._state.items()}
+        for name, array in found.items():
+            if not np.isfinite(array).all():
+                raise ConfigError(f"the model's {name} is not finite as model() makes it: give it finite values")
+        return found
+
+    def local_arrays(self) -> dict[str, FloatArray]:
+        """Copies of the local tensors in float32."""
+        return {name: _float32(tensor) for name, (tensor, _) in self._local.items()}
+
+    def check_private(self) -> None:
+        """Raises `ConfigError` for a local buffer: under `dp = "sample"` it would carry samples to later trainings."""
+        for name, (tensor, _) in self._local.items():
+            if not isinstance(tensor, nn.Parameter):
+                raise ConfigError(
+                    f'dp = "sample" does not allow stays_local for the buffer {name}, which is no parameter and may '
+                    "hold samples: leave it out of stays_local"
+                )
 
     def arrays_since(self, start: Tensors, statistics_rate: float) -> dict[str, FloatArray]:
         """Copies in float32 after training from `start`, with the share `statistics_rate` of the buffers' change.
@@ -109,6 +148,53 @@ class TravellingState:
         with torch.no_grad():
             for name in self.kinds.nonnegative:
                 self._state[name].clamp_(min=0)
+
+
+def initial(
+    draw: Callable[[int], nn.Module], seed: int, task: str, stays_local: Sequence[str]
+) -> dict[str, FloatArray]:
+    """Version 0 of the model that `draw` makes with a seed.
+
+    Raises `ConfigError` if it cannot be trained in a federation, or if models differ in what must be the same.
+    """
+    travelling = TravellingState(draw(seed), stays_local)
+    fixed = travelling.fixed
+    if fixed or travelling.not_finite:
+        again = TravellingState(draw(seed + 1), stays_local)
+        if differ := [name for name in fixed if fixed[name] != again.fixed.get(name)]:
+            raise ConfigError(
+                f"the task {task}: {differ[0]} is frozen and not sent, but differs in each call of model(): "
+                "load it from a checkpoint, or draw it with a fixed seed"
+            )
+        if changing := sorted({*travelling.not_finite} ^ {*again.not_finite}):
+            raise ConfigError(
+                f"the task {task}: the buffer {changing[0]} is finite in one call of model() and not in another: "
+                "give it fixed initial values, or register it with persistent=False"
+            )
+    return travelling.arrays()
+
+
+def _names(model: nn.Module) -> dict[Tensor, list[str]]:
+    """All names of each tensor of the model."""
+    found: dict[Tensor, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor):  # get_extra_state may be anything
+            found.setdefault(tensor, []).append(name)
+    return found
+
+
+def _with_copies(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    return {name: (tensor, tensor.detach().clone()) for name, tensor in tensors.items()}
+
+
+def _check_patterns(patterns: Sequence[str], names: Sequence[str], state: Mapping[str, Tensor]) -> None:
+    for pattern in patterns:
+        if not matching(names, [pattern]):
+            raise ConfigError(
+                f"stays_local has {pattern!r}, which matches no tensor of the model; its first is named {names[0]!r}"
+            )
+    if not any(isinstance(tensor, nn.Parameter) for tensor in state.values()):
+        raise ConfigError("all trained parameters match stays_local, and nothing is left to train together")
 
 
 def _frozen_parts(module: nn.Module) -> Iterator[nn.Module]:
