@@ -21,7 +21,7 @@ from support.core_device import (
 )
 from ternbus.broker.protocol.messages import Metrics
 from ternbus.edge.core import events
-from ternbus.edge.core.actions import Log, Publish, Save, SavePersonal, StartFineTuning, StartTraining, Stop
+from ternbus.edge.core.actions import Log, Publish, Save, SaveModel, StartFineTuning, StartTraining, Stop
 
 
 def closed(**changes: Any) -> tuple[Device, StartFineTuning]:
@@ -54,9 +54,11 @@ def test_before_it_leaves_a_device_makes_a_model_of_its_own_and_tells_its_owner_
     assert of(device.handle(events.TimeReached()), StartFineTuning) == []  # it is on its way
     done = device.handle(tuned())
     kinds = [type(action) for action in done if not isinstance(action, Publish)]
-    assert kinds in ([SavePersonal, Log, Stop], [Save, SavePersonal, Log, Stop])
-    saved = only(done, SavePersonal)
-    assert saved.about.startswith("pi: personal model from version 1, on 9 held-out samples: accuracy 0.5000 -> 0.7500")
+    assert kinds in ([SaveModel, Log, Stop], [Save, SaveModel, Log, Stop])
+    saved = only(done, SaveModel)
+    assert saved.metadata["ternbus"].startswith(
+        "pi: personal model from version 1, on 9 held-out samples: accuracy 0.5000 -> 0.7500"
+    )
     assert published(done, "metrics") == []
 
 
@@ -76,7 +78,7 @@ def test_a_model_of_its_own_that_came_to_nothing_keeps_nobody() -> None:
     device, _ = closed()
     done = device.handle(events.FineTuningFailed(version=1, reason="diverged"))
     assert logged(done) == ["fine-tuning-failed"]
-    assert of(done, SavePersonal) == []
+    assert of(done, SaveModel) == []
     assert only(done, Stop).code == 0
 
 

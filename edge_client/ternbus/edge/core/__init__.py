@@ -29,7 +29,7 @@ protocol promises holds if the shell keeps this contract. `edge.shell.service` i
    the task's code ends the job, never the process: the event says why, and the core starts the job again later. Under a
    plan with `dp`, where others would notice it, a failure is in `TrainingFinished` or `Evaluated`. A job that a crash
    cut short needs no trace: the core starts it again.
-10. **SavePersonal, Log.** Write the file; print the log. Neither has an answer.
+10. **SaveModel, Log.** Write the file; print the log. Neither has an answer.
 11. **Stop.** Flush what was published, disconnect so that the broker does not publish the last will, and end with the
     code. `StopRequested` asks for it. The core ignores every event after it. A process that ends otherwise closes the
     connection without DISCONNECT, so that the broker publishes the last will.

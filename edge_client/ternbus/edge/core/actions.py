@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ternbus.broker.protocol.schema import Schema, Vector
+from ternbus.broker.protocol.schema import Schema, Vector, to_tensors
 from ternbus.edge.core.state import AnsweredUpdate, State
+from ternbus.edge.learn.local_state import unpacked
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.privacy import Account, PrivacyPolicy
-from ternbus.edge.plan.tensors import Tensors
+from ternbus.edge.plan.tensors import FloatArray, Tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -62,6 +63,7 @@ class StartTraining:
     seed: int
     account: Account = field(default_factory=Account)
     policy: PrivacyPolicy | None = None  # the owner's
+    local: bytes = field(default=b"", repr=False)  # the device's own tensors, packed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -72,6 +74,7 @@ class StartEvaluation:
     schema: Schema
     vector: Vector
     private: bool = False  # others may see nothing of the data, not even a failure
+    local: bytes = field(default=b"", repr=False)  # the device's own tensors, packed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -83,14 +86,15 @@ class StartFineTuning:
     vector: Vector
     plan: Plan
     seed: int
+    local: bytes = field(default=b"", repr=False)  # the device's own tensors, packed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class SavePersonal:
-    """Write the personal model to a file for the device's owner; ``about`` is its description."""
+class SaveModel:
+    """Write a model to the file for the device's owner."""
 
     tensors: Tensors
-    about: str
+    metadata: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +114,11 @@ class Log:
     fields: Mapping[str, object] = field(default_factory=dict)
 
 
+def tensors_of(job: StartTraining | StartEvaluation | StartFineTuning) -> dict[str, FloatArray]:
+    """The tensors that a job starts from: the version's, and the device's own beside them."""
+    return {**unpacked(job.local), **to_tensors(job.schema, job.vector)}
+
+
 LinkAction = Subscribe | Unsubscribe | Publish
 Job = StartTraining | StartEvaluation | StartFineTuning
-Action = Save | SavePersonal | Connect | LinkAction | Job | Stop | Log
+Action = Save | SaveModel | Connect | LinkAction | Job | Stop | Log

@@ -28,7 +28,7 @@ The states of the connection, and of the work, which continues while the device 
 A device that is enrolling is in no other state; otherwise it is in the lowest state of the table that applies. It
 follows the model in every state but "stopped", and evaluates a new version whenever it does not train. It publishes its
 status, retained, at each connect, at enrollment, when a training begins or ends, at the first old head after a connect
-or after one that it accepted, and at the end; with the role "join" only at the end.
+or after one that it accepted, and at the end; with the roles "join" and "export" only at the end.
 """
 
 from collections import Counter
@@ -233,7 +233,7 @@ class Core:
 
     def _status(self) -> list[Action]:
         """Publish the device's status, unless the key is not enrolled: the aggregator could not verify it."""
-        if not self._online or not self.state.enrolled or self.profile.role == "join":
+        if not self._online or not self.state.enrolled or self.profile.role in {"join", "export"}:
             return []
         running = self.training.running
         seen = self.state.head_version if self.presence.is_behind else -1  # a sign that the aggregator lost versions
@@ -337,9 +337,9 @@ class Core:
         last = self.fine_tuning.begin(self.follower)
         if not self.fine_tuning.done or self.evaluation.unacknowledged:
             return [*last]
-        if self.state.outstanding is not None:
+        if self.state.outstanding is not None and self.profile.role != "export":
             self.pending.put(replace(self.state, outstanding=None))
-        return self._stop(EXIT_DONE, reason)
+        return [*last, *self._stop(EXIT_DONE, reason)]
 
     def _begin_training(self, now: float) -> list[Action]:
         done = self.training.begin(self.follower, self.state, now)

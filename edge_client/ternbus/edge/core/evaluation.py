@@ -53,7 +53,8 @@ class EvaluationPolicy:
             return []
         self._running = True
         private = private and self.profile.role == "train"
-        return [StartEvaluation(version=version, schema=schema, vector=vector, private=private)]
+        local = self.pending.state.local
+        return [StartEvaluation(version=version, schema=schema, vector=vector, private=private, local=local)]
 
     def _is_last_chance(self, follower: Follower) -> bool:
         """Whether the federation closed with a version that was not tried: the device does not wait, but tries once."""

@@ -78,6 +78,7 @@ class TrainingFinished:
     block: Block
     residual: Vector | None
     account: Account | None = None  # this training included; None without differential privacy
+    local: bytes | None = None  # the device's own tensors, packed; None: as before
     failure: str = ""  # why it failed and noise is sent instead, under differential privacy; for the device's log
 
 

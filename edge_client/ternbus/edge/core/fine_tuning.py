@@ -1,4 +1,4 @@
-"""Fine-tuning: before a device stops, a few epochs on its own data turn the last version into a personal model.
+"""The end of a device's work: with fine-tuning, a few epochs on its own data turn the last version into its own model.
 
 The model stays on the device, in a file for its owner. Its gain is measured on data held out from both trainings.
 """
@@ -6,13 +6,15 @@ The model stays on the device, in a file for its owner. Its gain is measured on 
 from dataclasses import dataclass, replace
 
 from ternbus.broker.protocol.messages import CLOSED
-from ternbus.broker.protocol.schema import Schema, Vector
-from ternbus.edge.core.actions import Action, Log, Publish, SavePersonal, StartFineTuning
+from ternbus.broker.protocol.schema import Schema, Vector, to_tensors
+from ternbus.broker.protocol.tensor_kinds import version_metadata
+from ternbus.edge.core.actions import Action, Log, Publish, SaveModel, StartFineTuning
 from ternbus.edge.core.evaluation import EvaluationPolicy
 from ternbus.edge.core.events import FineTuned, FineTuningFailed
 from ternbus.edge.core.follower import Follower
 from ternbus.edge.core.profile import Profile
 from ternbus.edge.core.training_policy import TrainingPolicy
+from ternbus.edge.learn.local_state import unpacked
 from ternbus.edge.plan.plan import Plan
 
 
@@ -46,6 +48,10 @@ class FineTuning:
 
     def stop_reason(self, follower: Follower, contributed: int) -> str:
         """The reason for the device to stop, after this many accepted updates; empty if it continues."""
+        if self.profile.role == "export":
+            own = len(unpacked(self.evaluation.pending.state.local))
+            beside = f", with {own} tensors of this device's own" if own else ""
+            return f"version {follower.version} is written{beside}" if follower.synced else ""
         if max(contributed, self.evaluation.evaluated) == self.profile.versions:
             return f"{self.profile.versions} versions are done"
         head, evaluated = follower.head, self.evaluation.pending.state.evaluated
@@ -58,9 +64,14 @@ class FineTuning:
             return ""  # it is being evaluated
         return f"the federation is closed; its last version is not evaluated: {failures.reason}"
 
-    def begin(self, follower: Follower) -> list[StartFineTuning]:
-        """Start fine-tuning, if the device has that option. The device stops when `done` is true."""
+    def begin(self, follower: Follower) -> list[StartFineTuning | SaveModel]:
+        """Start fine-tuning, or write the version, if the device has that option. It stops when `done` is true."""
         version, vector, schema, plan = follower.version, follower.vector, follower.schema, self.training.plan
+        if self.profile.role == "export" and version is not None and vector is not None and schema is not None:
+            self.done = True
+            tensors = {**unpacked(self.evaluation.pending.state.local), **to_tensors(schema, vector)}
+            about = {**self.profile.metadata, **version_metadata(version, follower.digest)}
+            return [SaveModel(tensors=tensors, metadata=about)]
         if self.profile.role != "train" or not self.profile.fine_tune or plan is None:
             self.done = True
         if self.done or self._running or not follower.synced or version is None or vector is None or schema is None:
@@ -77,6 +88,7 @@ class FineTuning:
             vector=vector,
             plan=plan_of(plan, self.profile.fine_tune),
             seed=self.training.seed(plan, version),
+            local=self.evaluation.pending.state.local,
         )
 
     def finished(self, event: FineTuned | FineTuningFailed) -> tuple[list[Action], list[Publish]]:
@@ -92,7 +104,7 @@ class FineTuning:
         )
         about = f"personal model from version {event.version}, on {event.samples} held-out samples: {gains}"
         report = self.evaluation.report(event.version, event.samples, event.values, sealed=self.training.sealed)
-        save = SavePersonal(tensors=event.tensors, about=f"{self.profile.device}: {about}")
+        save = SaveModel(tensors=event.tensors, metadata={"ternbus": f"{self.profile.device}: {about}"})
         log = Log(
             event="fine-tuned", text=about, fields={"version": event.version, "samples": event.samples, **event.values}
         )

@@ -18,7 +18,7 @@ from ternbus.edge.core.state import OutstandingUpdate, Seal
 from ternbus.edge.plan.limits import TrainingLimits
 from ternbus.edge.plan.privacy import PrivacyPolicy
 
-Role = Literal["join", "train", "evaluate"]
+Role = Literal["join", "train", "evaluate", "export"]
 ENROLL_SEQ: Final = 1
 OFFLINE: Final = DEVICE_STATES[-1]
 MISFIT_BYTES: Final = 16 * 2**20
@@ -80,6 +80,7 @@ class Profile:
     role: Role
     code: str = field(default="", repr=False)  # of the invitation, until enrollment
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # shapes of the task's model, by name
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of those tensors, for a model file
     default_plan: Mapping[str, object] = field(default_factory=dict)
     policy: PrivacyPolicy | None = None  # the differential privacy that the device's owner requires
     limits: TrainingLimits = field(default_factory=TrainingLimits)  # of one training, by the device's owner

@@ -112,6 +112,7 @@ class State:
     schema: bytes = field(default=b"", repr=False)
     residual: Vector | None = field(default=None, repr=False)  # of compression, for the next update; None is zero
     outstanding: OutstandingUpdate | None = None
+    local: bytes = field(default=b"", repr=False)  # the device's own tensors after its last training, packed
     protected: str = ""  # the plan's `dp` with which outstanding and residual were made
     account: Account = field(default_factory=Account)
 
@@ -122,11 +123,11 @@ class State:
     def rejoined(self, key: KeyId) -> "State":
         """The state with a new key and without any counter that another could have raised.
 
-        What the owner's budget and the device's own count rest on stays: ``account`` and ``accepted``. The outstanding
-        update is dropped, because its base may be a version that was never published.
+        What the owner's budget and the device's own count rest on stays: ``account`` and ``accepted``; ``local`` too.
+        The outstanding update is dropped, because its base may be a version that was never published.
         """
         new = State(key=key)
-        return replace(new, accepted=self.accepted, schema=self.schema, account=self.account)
+        return replace(new, accepted=self.accepted, schema=self.schema, account=self.account, local=self.local)
 
     def with_head(self, version: int, seq: int, digest: bytes) -> "State":
         """The state that has seen this head. Raises ProtocolError for a head below one that was accepted."""

@@ -52,7 +52,7 @@ class Uplink:
         self.resend.restart(now)
 
     def store(self, finished: TrainingFinished, plan: Plan, now: float) -> None:
-        """Make the result of a training the outstanding update, with its residual and its privacy cost.
+        """Make the result of a training the outstanding update, with residual, local tensors and privacy cost.
 
         All of it is one durable write, before any part of the update is sent.
         """
@@ -75,6 +75,7 @@ class Uplink:
                 residual=finished.residual,
                 protected=plan.dp,
                 account=finished.account or state.account,
+                local=state.local if finished.local is None else finished.local,
             )
         )
         self.resend.restart(now)

@@ -29,6 +29,17 @@ def staying(task: Task) -> dict[str, list[str]]:
     return found
 
 
+def local_notice(task: Task) -> str:
+    """What an evaluation of the test data cannot tell of a task whose devices keep tensors; empty for other tasks."""
+    patterns: Sequence[str] = getattr(task, "stays_local", ())
+    if not patterns:
+        return ""
+    return (
+        f"{', '.join(patterns)} of {task.name} stay on each device (stays_local): the test metrics are those of their "
+        "initial values; metrics of the devices themselves, on held-out data, tell what the model is worth"
+    )
+
+
 @runtime_checkable
 class KindsTask(Protocol):
     """A task that knows the kinds from its model, not only from names."""

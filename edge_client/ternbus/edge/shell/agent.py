@@ -21,11 +21,12 @@ from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.messages import Status
 from ternbus.broker.stop_signals import STOPS, on_stop
 from ternbus.broker.version import software
-from ternbus.edge.core.actions import Stop
+from ternbus.edge.core.actions import Log, Stop
 from ternbus.edge.core.core import Core
 from ternbus.edge.core.follower import InitialModel
 from ternbus.edge.core.profile import Profile, Role, subscriptions
 from ternbus.edge.learn.failure import explained
+from ternbus.edge.learn.kinds import local_notice, tensor_kinds
 from ternbus.edge.learn.subnetwork import narrow
 from ternbus.edge.learn.task import Task, Trainer, halves_of
 from ternbus.edge.learn.task_loader import load_task
@@ -50,6 +51,7 @@ class Options:
     reports: bool = False  # publish metrics of versions on the held-out data
     fine_tune: float = 0.0  # epochs before the device stops
     stays: bool = False  # while the federation is closed
+    out: str = ""  # the file to export to
 
 
 def join(home: DeviceDirectory, settings: Settings, task: Task, options: Options, report: Report) -> Stop:
@@ -112,7 +114,7 @@ def _mend_outbox(home: DeviceDirectory, *, account_lost: bool) -> None:
 
 
 def serve(home: DeviceDirectory, role: Role, options: Options, report: Report) -> tuple[Stop, bool]:
-    """Train or evaluate until the core stops. Returns its `Stop`, and whether the training thread has ended."""
+    """Train, evaluate or export until the core stops. Returns its `Stop`, and whether the training thread has ended."""
     settings = home.joined()
     check(settings, options)
     task = load_task(settings.task)
@@ -121,7 +123,7 @@ def serve(home: DeviceDirectory, role: Role, options: Options, report: Report) -
         settings = home.joined()
         outboxes.check(home.folder)
         with explained(settings.task, lacks_data=not settings.data):
-            data = _data(settings, task, role)
+            data = _data(settings, task, role) if role != "export" else None
         return _serve(home, settings, task=task, role=role, data=data, options=options, report=report)
 
 
@@ -195,10 +197,13 @@ def _serve(
     with Outbox(home.folder, identity.key_id) as outbox:
         with explained(settings.task):
             initial = task.initial(int(settings.seed or 0))
+            metadata = tensor_kinds(task, initial).metadata() if role == "export" else {}
         shapes = {name: tuple(tensor.shape) for name, tensor in initial.items()}
-        profile = _profile(settings, identity, task, role=role, options=options, shapes=shapes)
+        profile = _profile(settings, identity, task, role=role, options=options, shapes=shapes, metadata=metadata)
         core = Core(profile, outbox.state, InitialModel(tensors=initial))
         del initial  # the core frees it at the first head
+        if role == "evaluate" and (notice := local_notice(task)):
+            report(Log(event="stays-local", text=notice))
         service = Service(
             core,
             outbox=outbox,
@@ -207,7 +212,7 @@ def _serve(
             trainer=trainer,
             held=held,
             min_seconds=options.min_seconds,
-            personal=home.folder / PERSONAL,
+            personal=Path(options.out) if options.out else home.folder / PERSONAL,
         )
         with _signals_stop(service, EXIT_FAILED if role == "join" else EXIT_DONE):
             stop = service.run()
@@ -245,6 +250,7 @@ def _profile(
     role: Role,
     options: Options,
     shapes: Mapping[str, tuple[int, ...]],
+    metadata: Mapping[str, str],
 ) -> Profile:
     aggregator_public = bytes.fromhex(settings.aggregator_key)
     return Profile(
@@ -256,6 +262,7 @@ def _profile(
         role=role,
         code=settings.code,
         tensors=shapes,
+        metadata=metadata,
         default_plan=dict(task.default_plan),
         policy=settings.policy,
         limits=settings.limits,

@@ -241,6 +241,24 @@ def evaluate(
     raise typer.Exit(run_device(DeviceDirectory(directory), "evaluate", options, as_json=as_json))
 
 
+@app.command()
+def export(
+    directory: Dir,
+    out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="File to write.")],
+    timeout: Timeout = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fetch the newest version and write it, with the tensors that stay on this device, to a safetensors file.
+
+    The device must not run at the same time. It sends no status; tensors of its own exist with the task's stays_local.
+
+    Example: ternbus edge export pi-7 model.safetensors
+    """
+    options = Options(timeout_s=timeout, out=str(out.absolute()))
+    act_as_owner(directory)
+    raise typer.Exit(run_device(DeviceDirectory(directory), "export", options, as_json=as_json))
+
+
 @app.command("init-model")
 def init_model(
     task: Annotated[str, typer.Argument(help=f"Task: {TASKS}")],

@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.protocol.schema import WEIGHT_MAX, Schema, Vector, flatten, to_tensors
-from ternbus.edge.core.actions import StartTraining
+from ternbus.broker.protocol.schema import WEIGHT_MAX, Schema, Vector, flatten
+from ternbus.edge.core.actions import StartTraining, tensors_of
 from ternbus.edge.core.events import BudgetSpent, TrainingFinished
 from ternbus.edge.learn.accountant import epsilon
 from ternbus.edge.learn.compress import compress
 from ternbus.edge.learn.failure import describe
 from ternbus.edge.learn.kinds import statistics_of
+from ternbus.edge.learn.local_state import packed
 from ternbus.edge.learn.noise import RandomSource, differences, noisy_change
 from ternbus.edge.learn.task import PrivateTrainer, Trained, Trainer, TrainingError
 from ternbus.edge.learn.task_loader import code_errors
@@ -63,6 +64,7 @@ def train(trainer: Trainer, job: StartTraining, random_source: RandomSource) -> 
         residual=compressed.residual,
         account=account,
         failure=released.failure,
+        local=packed(released.trained.local) if released.trained is not None else None,
     )
 
 
@@ -70,7 +72,7 @@ def _release_device(trainer: Trainer, job: StartTraining, random_source: RandomS
     """The clipped change with noise; if training failed, the noise of a change of 0."""
     plan, trained, failure, after = job.plan, None, "", job.vector
     try:
-        trained = trainer.train(to_tensors(job.schema, job.vector), plan, version=job.base, seed=job.seed)
+        trained = trainer.train(tensors_of(job), plan, version=job.base, seed=job.seed)
         after = flatten(job.schema, trained.tensors)
     except ConfigError:
         raise
@@ -91,7 +93,7 @@ def _release_sample(trainer: Trainer, job: StartTraining, steps: int, random_sou
         raise ConfigError(
             'the plan has dp = "sample", and this task has no train_privately(): add it, or use dp = "device"'
         )
-    start = to_tensors(job.schema, job.vector)
+    start = tensors_of(job)
     try:
         trained = trainer.train_privately(start, plan, version=job.base, seed=job.seed, random_source=random_source)
         after = flatten(job.schema, trained.tensors)

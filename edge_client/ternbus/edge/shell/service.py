@@ -20,7 +20,7 @@ from ternbus.edge.core.actions import (
     Log,
     Publish,
     Save,
-    SavePersonal,
+    SaveModel,
     StartEvaluation,
     StartFineTuning,
     StartTraining,
@@ -57,7 +57,7 @@ class Service:
         min_seconds: float = 0.0,
         personal: Path = Path(PERSONAL),
     ) -> None:
-        """`held` is the trainer with the held-out data; `personal` is the file for the personal model."""
+        """`held` is the trainer with the held-out data; `personal` is the file for the owner's model."""
         self._core = core
         self._outbox = outbox
         self._report = report
@@ -155,12 +155,12 @@ class Service:
             case Subscribe() | Unsubscribe() | Publish():
                 self._use_link(action)
             case StartTraining() | StartEvaluation() | StartFineTuning():
-                assert self._worker is not None  # noqa: S101 - the role "join" starts no job
+                assert self._worker is not None  # noqa: S101 - the roles "join" and "export" start no job
                 reached("start-job")
                 self._worker.start(action)
-            case SavePersonal():
+            case SaveModel():
                 reached("save-personal")
-                save_safetensors(self._personal, action.tensors, {"ternbus": action.about})
+                save_safetensors(self._personal, action.tensors, action.metadata)
             case Stop():
                 reached("stop")
                 self._stop = action

@@ -7,8 +7,8 @@ from queue import SimpleQueue
 
 from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.protocol.schema import Vector, flatten, flush_tiny, is_bounded, to_tensors
-from ternbus.edge.core.actions import Job, StartEvaluation, StartFineTuning, StartTraining
+from ternbus.broker.protocol.schema import Vector, flatten, flush_tiny, is_bounded
+from ternbus.edge.core.actions import Job, StartEvaluation, StartFineTuning, StartTraining, tensors_of
 from ternbus.edge.core.events import (
     BudgetSpent,
     Evaluated,
@@ -20,6 +20,7 @@ from ternbus.edge.core.events import (
 )
 from ternbus.edge.learn import failure
 from ternbus.edge.learn.compress import compress
+from ternbus.edge.learn.local_state import packed
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.task import Trained, Trainer, TrainingError
 from ternbus.edge.learn.task_loader import code_errors
@@ -39,7 +40,7 @@ def train(trainer: Trainer, job: StartTraining, random_source: RandomSource | No
     if job.plan.dp != NO_DP:
         return private_training.train(trainer, job, random_source or RandomSource())
     try:
-        trained = trainer.train(to_tensors(job.schema, job.vector), job.plan, version=job.base, seed=job.seed)
+        trained = trainer.train(tensors_of(job), job.plan, version=job.base, seed=job.seed)
         change = _change(job, trained)
     except ConfigError:
         raise
@@ -52,6 +53,7 @@ def train(trainer: Trainer, job: StartTraining, random_source: RandomSource | No
         metrics=trained.metrics,
         block=compressed.block,
         residual=compressed.residual,
+        local=packed(trained.local),
     )
 
 
@@ -67,7 +69,7 @@ def _change(job: StartTraining, trained: Trained) -> Vector:
 def evaluate(trainer: Trainer, job: StartEvaluation) -> Evaluated | EvaluationFailed:
     """Evaluate the version; a failure on private data counts as evaluated, since others would see another attempt."""
     try:
-        found = trainer.evaluate(to_tensors(job.schema, job.vector))
+        found = trainer.evaluate(tensors_of(job))
         return Evaluated(version=job.version, samples=found.samples, values=found.finite)
     except code_errors() as error:
         reason = failure.describe(error)
@@ -78,17 +80,18 @@ def evaluate(trainer: Trainer, job: StartEvaluation) -> Evaluated | EvaluationFa
 
 def fine_tune(trainer: Trainer, held: Trainer, job: StartFineTuning) -> FineTuned | FineTuningFailed:
     """Train on the data of `trainer`; evaluate before and after on the data of `held`."""
-    start = to_tensors(job.schema, job.vector)
+    start = tensors_of(job)
     try:
         before = held.evaluate(start)
         trained = trainer.train(start, job.plan, version=job.version, seed=job.seed)
-        after = held.evaluate(trained.tensors)
+        own = {**trained.tensors, **trained.local}
+        after = held.evaluate(own)
         return FineTuned(
             version=job.version,
             samples=before.samples,
             before=before.finite,
             after=after.finite,
-            tensors=trained.tensors,
+            tensors=own,
         )
     except code_errors() as error:
         return FineTuningFailed(version=job.version, reason=failure.describe(error), trace=failure.trace_of(error))

@@ -93,6 +93,8 @@ class Outbox:
         values |= {"key": bytes(state.key), "schema": state.schema, "head_digest": state.head_digest}
         values |= {"protected": state.protected, "account": state.account.dumps()}
         before = self._stored
+        if state.local or (before is not None and before.local):  # most devices have none
+            values["local"] = state.local
         if before is not None:
             values = {name: value for name, value in values.items() if getattr(state, name) != getattr(before, name)}
         for row in values.items():
@@ -197,6 +199,7 @@ def _read(db: sqlite3.Connection) -> State | None:
         schema=values["schema"],
         head_digest=values["head_digest"],
         protected=values["protected"],
+        local=values.get("local", b""),  # an earlier version wrote none, in this format too
         account=Account.loads(values["account"]),
         residual=np.frombuffer(vector[0], dtype=type_f32).astype(np.float32) if vector else None,
         outstanding=_outstanding(db),

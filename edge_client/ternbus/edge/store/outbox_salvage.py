@@ -111,6 +111,7 @@ def _state(path: Path, key: KeyId, kept: dict[str, Any], lost: list[str]) -> Sta
         schema=bytes(kept.get("schema", b"")),
         head_digest=bytes(kept.get("head_digest", b"")),
         protected=str(kept.get("protected", "")),
+        local=bytes(kept.get("local", b"")),
         account=Account.loads(kept["account"]) if "account" in kept else Account(),
         residual=residual,
         outstanding=outstanding,

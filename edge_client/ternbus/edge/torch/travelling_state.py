@@ -86,7 +86,13 @@ class TravellingState:
             for tensor, first in self._reset.values():
                 tensor.copy_(first)
             for name, (tensor, first) in self._local.items():
-                tensor.copy_(_rounded(tensor, tensors[name]) if name in tensors else first)
+                own = tensors.get(name)
+                if own is not None and own.shape != tensor.shape:
+                    raise ConfigError(
+                        f"the local tensor {name} that this device keeps has shape {own.shape}, and the task's model "
+                        f"{tuple(tensor.shape)}: the task was changed; give that tensor another name, or change it back"
+                    )
+                tensor.copy_(first if own is None else _rounded(tensor, own))
 
     @property
     def kinds(self) -> TensorKinds:

@@ -14,7 +14,7 @@ from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.files import write_text
 from ternbus.broker.model_files import save_safetensors
 from ternbus.edge.learn.failure import explained
-from ternbus.edge.learn.kinds import tensor_kinds
+from ternbus.edge.learn.kinds import local_notice, tensor_kinds
 from ternbus.edge.learn.task_loader import load_task
 
 
@@ -25,7 +25,8 @@ def main() -> None:
     with explained(name):
         model = task.initial(int(seed))
     save_safetensors(Path(model_path), model, tensor_kinds(task, model).metadata())
-    facts = {"plan": dict(task.default_plan), "parameters": sum(tensor.size for tensor in model.values())}
+    parameters = sum(tensor.size for tensor in model.values())
+    facts = {"plan": dict(task.default_plan), "parameters": parameters, "notice": local_notice(task)}
     write_text(Path(task_path), json.dumps(facts))
 
 

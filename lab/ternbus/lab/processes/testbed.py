@@ -83,6 +83,8 @@ class Testbed:
         self._until(lambda: not self._processes.running([PREPARE]), START_TIMEOUT_S, "the task's model")
         task = json.loads(output.task.read_text(encoding="utf-8"))
         self.parameters = task["parameters"]
+        if task["notice"]:
+            self._progress.say(task["notice"])
         model = load_safetensors(output.initial)
         administration.create(
             output.aggregator,

@@ -24,7 +24,7 @@ from ternbus.broker.protocol.schema import Schema, Vector, to_tensors
 from ternbus.broker.protocol.tensor_kinds import version_metadata
 from ternbus.edge.core.actions import Stop
 from ternbus.edge.learn.failure import explained
-from ternbus.edge.learn.kinds import tensor_kinds
+from ternbus.edge.learn.kinds import local_notice, tensor_kinds
 from ternbus.edge.learn.task import Evaluation, Task
 from ternbus.lab.report import report
 from ternbus.lab.report.failing import FailingDevices, named
@@ -102,6 +102,8 @@ class Simulation:
             )
             for body in bodies
         ]
+        if notice := local_notice(task):
+            progress.say(notice)
         self._staying = {device.name for device in self.devices}
         self._failing = FailingDevices()
 

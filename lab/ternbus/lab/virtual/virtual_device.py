@@ -17,7 +17,7 @@ from ternbus.edge.core.actions import (
     Log,
     Publish,
     Save,
-    SavePersonal,
+    SaveModel,
     StartEvaluation,
     StartFineTuning,
     StartTraining,
@@ -143,7 +143,7 @@ class VirtualDevice:
                 self._train()
             case StartEvaluation():
                 self._clock.at(self._clock.now, partial(self._evaluate, self.core, action))
-            case StartFineTuning() | SavePersonal():
+            case StartFineTuning() | SaveModel():
                 raise AssertionError("the simulation fine-tunes in last_report")
             case Stop():
                 self.session.disconnect()
@@ -182,7 +182,7 @@ class VirtualDevice:
         if held is None or training.plan is None or training.sealed:
             return None
         found: events.Evaluated | events.EvaluationFailed | events.FineTuned = evaluate(
-            held, StartEvaluation(version=version, schema=schema, vector=vector)
+            held, StartEvaluation(version=version, schema=schema, vector=vector, local=self.state.local)
         )
         if isinstance(found, events.EvaluationFailed):
             return None
