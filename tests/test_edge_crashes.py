@@ -100,6 +100,7 @@ class CrashingDevice(RuleBasedStateMachine):
         self.job: StartTraining | None = None
         self.result: events.TrainingFinished | None = None
         self.change: Vector | None = None
+        self.local = b""  # the device's own tensors after the last training
         self.down: list[Message] = []
         self.up: list[bytes] = []
         self.live: set[str] = set()
@@ -152,6 +153,9 @@ class CrashingDevice(RuleBasedStateMachine):
         if before is None and after is not None:
             assert self.change is not None
             self.gained += self.change
+            assert state.local == self.local  # which becomes durable with the update,
+        else:
+            assert state.local == self.disk.local  # and at no other time
         if before is not None and after is None:
             assert answered is not None
             self.records.append(answered)
@@ -267,6 +271,8 @@ class CrashingDevice(RuleBasedStateMachine):
     def finish_training(self, change: int) -> None:
         job, self.job = self.job, None
         assert job is not None
+        assert job.local == self.disk.local
+        self.local = job.local + b"t"
         self.change = np.full(job.schema.elements, change, np.float32)
         self.change[: 1000 : job.base + 1] += 1
         total = self.change if job.residual is None else self.change + job.residual
@@ -280,6 +286,7 @@ class CrashingDevice(RuleBasedStateMachine):
                 block=Block.of_float32(job.schema, total - kept_back),
                 residual=kept_back,
                 account=job.account.plus(Cost(kind="device", noise=1.0, rate=1.0, steps=1)),
+                local=self.local,
             )
         )
 

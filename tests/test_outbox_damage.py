@@ -18,6 +18,7 @@ from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import Block
 from ternbus.edge.core.state import AnsweredUpdate, OutstandingUpdate, State, prepare
+from ternbus.edge.learn.local_state import packed
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.plan.privacy import Account
 from ternbus.edge.shell import agent
@@ -46,6 +47,7 @@ STATE = State(
         Block.of_float32(SCHEMA, RESIDUAL / np.float32(7)), seq=70, base=5, samples=9, metrics={}, frame_bytes=3000
     ),
     account=Account(epsilon=1.5, delta=1e-5),
+    local=packed({"head.weight": np.ones((3, 2), np.float32)}),
 )
 
 
@@ -92,6 +94,7 @@ def test_what_can_be_read_is_kept_and_the_rest_is_named(folder: Path, table: str
         state = outbox.state
     assert (state.head_version, state.head_seq, state.answered_base, state.accepted) == (6, 44, 4, 3)
     assert (state.account, state.schema, state.enrolled) == (STATE.account, SCHEMA.encoded, True)
+    assert state.local == STATE.local
     assert (state.residual is None) == (table == "residual")
     assert (state.outstanding is None) == (table == "outstanding")
 
