@@ -253,3 +253,77 @@ def test_buffers_that_do_not_count_as_model_are_left_alone() -> None:
     start = task_of(lambda: model).initial(0)
     assert set(start) == {"table", "layer.weight", "layer.bias"}
     assert not check(task_of(lambda: model)).problems
+
+
+def with_buffer(values: Callable[[], Tensor], name: str = "mask") -> Callable[[], nn.Module]:
+    def model() -> nn.Module:
+        made = nn.Linear(6, 2)
+        made.register_buffer(name, values())
+        return made
+
+    return model
+
+
+def causal() -> Tensor:
+    return torch.triu(torch.full((4, 4), float("-inf")), 1)
+
+
+def test_buffers_that_are_not_finite_stay_on_the_device_and_a_check_names_them() -> None:
+    task = task_of(with_buffer(causal))
+    assert set(task.initial(0)) == {"weight", "bias"}
+    found = check(task)
+    assert found.problems == []
+    assert [note for note in found.notes if note.startswith("mask: a buffer that is not finite: stays on the device")]
+    trainer = task.trainer(data=None, partition="all")
+    trainer.train(task.initial(0), PLAN, version=0, seed=0)
+    assert torch.equal(dict(trainer._model.named_buffers())["mask"], causal())
+
+
+def quantizing() -> nn.Module:
+    tools = torch.ao.quantization
+    model = nn.Sequential(tools.QuantStub(), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2), tools.DeQuantStub()).train()
+    model.qconfig = tools.get_default_qat_qconfig("qnnpack")
+    made: nn.Module = tools.prepare_qat(model)
+    return made
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_is_trained_for_quantization_is_trained_in_a_federation() -> None:
+    """Its observers begin with an infinite range, which each training finds anew."""
+    task = task_of(quantizing)
+    start = task.initial(0)
+    assert not [name for name in start if name.endswith(("min_val", "max_val"))]
+    assert [name for name in start if name.endswith("scale")]
+    trainer = task.trainer(data=None, partition="all")
+    first = trainer.train(start, PLAN, version=0, seed=0).tensors
+    second = trainer.train(start, PLAN, version=0, seed=0).tensors
+    assert all(np.array_equal(first[name], second[name]) for name in start)
+    assert math.isfinite(task.evaluator(data=None).evaluate(first).values["loss"])
+
+
+def test_a_buffer_that_is_finite_by_chance_is_refused() -> None:
+    """Devices would not agree on what travels."""
+    drawn = iter([torch.inf, 1.0])
+    task = task_of(with_buffer(lambda: torch.full((3,), next(drawn))))
+    with pytest.raises(ConfigError, match="the buffer mask is finite in one call of model"):
+        task.initial(0)
+
+
+def test_a_parameter_that_is_not_finite_is_named() -> None:
+    def model() -> nn.Module:
+        made = nn.Linear(6, 2)
+        with torch.no_grad():
+            made.bias.fill_(torch.nan)
+        return made
+
+    with pytest.raises(ConfigError, match=r"the model's bias is not finite as model\(\) makes it"):
+        task_of(model).initial(0)
+
+
+def test_statistics_are_the_buffers_and_a_variance_is_never_negative() -> None:
+    found = task_of(wide_norm).tensor_kinds()
+    assert sorted(found.statistics) == ["1.running_mean", "1.running_var"]
+    assert sorted(found.nonnegative) == ["1.running_var"]
+    averaged = task_of(with_buffer(lambda: torch.zeros(3), "center")).tensor_kinds()
+    assert sorted(averaged.statistics) == ["center"]
+    assert not averaged.nonnegative
