@@ -50,6 +50,7 @@ def check(report: dict[str, Any], model: Path) -> None:
     assert report["accuracy"] == last["accuracy"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_simulated_model_with_batch_norm_is_delivered_as_reported(tmp_path: Path, optimizer: str) -> None:
     scenario = scenario_of(tmp_path, optimizer)

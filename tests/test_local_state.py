@@ -266,6 +266,7 @@ def state_after(state: State) -> State:
     return replace(state, outstanding=update, local=b"x" * number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("point", "kept"), [("state-written", False), ("", True)])
 def test_a_kill_leaves_both_the_update_and_the_local_tensors_or_neither(point: str, kept: bool, tmp_path: Path) -> None:
     with Outbox(tmp_path, KEY) as outbox:
@@ -346,6 +347,7 @@ def simulate(tmp_path: Path, name: str, task: str, *options: str) -> tuple[dict[
     return report, result.output
 
 
+@pytest.mark.slow
 def test_devices_own_heads_are_worth_more_than_a_shared_one_and_the_report_says_what_it_measures(
     tmp_path: Path,
 ) -> None:
@@ -398,12 +400,14 @@ def test_a_device_exports_the_version_and_what_it_keeps_for_itself(broker: str, 
     ternbus("edge", "init-model", task, first)
     settings = "--set", "merge.buffer_size=1"
     ternbus("aggregator", "init", home, "--federation", "lab", "--broker", broker, "--model", first, *settings)
-    ternbus("aggregator", "invite", home, "pi", "--out", tmp_path)
+    ternbus("aggregator", "invite", home, "pi", "--evaluator", "judge", "--out", tmp_path)
     serving = subprocess.Popen([sys.executable, "-m", "ternbus", "aggregator", "run", str(home)])
     try:
         ternbus("edge", "join", tmp_path / "pi.toml", device, "--task", task, "--partition", "natural:1")
         ternbus("edge", "run", device, "--versions", "2")
         said = ternbus("edge", "export", device, tmp_path / "own.safetensors")
+        ternbus("edge", "join", tmp_path / "judge.toml", tmp_path / "judge", "--task", task)
+        judged = ternbus("edge", "evaluate", tmp_path / "judge", "--versions", "1")
     finally:
         serving.terminate()
         serving.wait(TIMEOUT_S)
@@ -413,6 +417,7 @@ def test_a_device_exports_the_version_and_what_it_keeps_for_itself(broker: str, 
     assert bits(own) == bits({**everyone, **kept})
     assert load_metadata(tmp_path / "own.safetensors") == load_metadata(tmp_path / "all.safetensors")
     assert load_metadata(tmp_path / "own.safetensors")["version"] == "2"
+    assert ("stay on each device (stays_local)" in judged) == (task == HEADS)
     if task == SHARED:
         assert (tmp_path / "own.safetensors").read_bytes() == (tmp_path / "all.safetensors").read_bytes()
         return
