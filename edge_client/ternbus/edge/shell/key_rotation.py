@@ -124,8 +124,9 @@ def finish(home: DeviceDirectory) -> None:
 
 
 def numbered(state: State, enrolled: State) -> State:
-    """The state of an enrolled key: sequence numbers and session continue from ``enrolled``."""
-    return replace(state, enrolled=True, seq_limit=enrolled.seq_limit, session=enrolled.session)
+    """The state of an enrolled key: what belongs to the key continues from ``enrolled``."""
+    counters = {name: getattr(enrolled, name) for name in ("seq_limit", "session", "receipt_seq")}
+    return replace(state, enrolled=True, **counters)
 
 
 def inherited(state: State, enrolled: State, settings: Settings, identity: Identity) -> State:
