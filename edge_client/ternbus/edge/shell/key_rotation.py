@@ -51,7 +51,7 @@ def check_account(home: DeviceDirectory) -> None:
         raise ConfigError(
             f"{home.folder / outboxes.FILE} is missing or empty, and with it what this device has spent of its privacy "
             "budget: restore the file, or add --account-lost to "
-            f"`ternbus edge rejoin INVITATION.toml {home.folder}` to begin a new budget"
+            f"`ternbus edge rejoin INVITATION.toml {home.quoted}` to begin a new budget"
         )
 
 
@@ -101,7 +101,7 @@ def finish(home: DeviceDirectory) -> None:
         command = "edge rejoin" if renewed.rejoin else "edge join --renew"
         raise ConfigError(
             f"the key rotation of {home.folder} was interrupted, and it is not known which key is valid: "
-            f"run `ternbus {command} INVITATION {home.folder}` again"
+            f"run `ternbus {command} INVITATION.toml {home.quoted}` again"
         )
     identity, settings = renewal.identity(), replace(home.settings(), broker=renewed.broker)
     with Outbox(renewal.folder, identity.key_id) as outbox:

@@ -4,6 +4,7 @@ It converts a `State` into rows and back. A second process can read the file at 
 """
 
 import json
+import shlex
 import sqlite3
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -152,7 +153,8 @@ def check(folder: Path) -> None:
         return
     raise ConfigError(
         f"{path} is missing or empty: restore it from a backup, or run `ternbus edge join` again; if the device had "
-        f"joined, with a new invitation: `ternbus edge rejoin INVITATION.toml {folder}`; its privacy account is lost"
+        f"joined, with a new invitation: `ternbus edge rejoin INVITATION.toml {shlex.quote(str(folder))}`; its privacy "
+        "account is lost"
     )
 
 
