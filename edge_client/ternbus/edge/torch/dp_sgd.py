@@ -5,7 +5,6 @@ a batch, and the noise, come from `RandomSource`: the secure source of Opacus, t
 is loaded at the first use.
 """
 
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from ternbus.edge.learn import local_optimizer
 from ternbus.edge.learn.noise import ROUNDING, RandomSource
 from ternbus.edge.learn.task_loader import code_errors, described
 from ternbus.edge.plan.plan import Plan
+from ternbus.edge.torch.autotune import duration
 
 ELEMENTS: Final = 2**18  # of gradients, converted to float64 at a time
 PROBES: Final = (2, 3)  # numbers of samples: one alone could be the size of another dimension by chance
@@ -59,7 +59,7 @@ def descend(
 
         steps = plan.steps(samples)
         if plan.local_seconds is not None:
-            one_s = min(_seconds(lambda: noisy(gradients.of_probe(expected))) for _ in range(2))
+            one_s = min(duration(lambda: noisy(gradients.of_probe(expected))) for _ in range(2))
             steps = max(1, min(steps, int(plan.local_seconds / one_s)))
         for _ in range(steps):
             sums = gradients.clipped_sums(torch.from_numpy(random_source.sampled(samples, expected / samples)))
@@ -68,12 +68,6 @@ def descend(
             gradients.keep()
     failed = {"failed_samples": float(gradients.failed)} if gradients.failed else {}
     return {"loss": gradients.loss, "steps": steps, **failed}
-
-
-def _seconds(step: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    step()
-    return max(time.perf_counter() - began, 1e-6)
 
 
 def clipped_sum(gradients: Sequence[Tensor], clip: float, usable: Tensor | None = None) -> tuple[list[Tensor], int]:
