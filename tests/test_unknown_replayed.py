@@ -174,9 +174,9 @@ def test_a_process_outlives_the_replay_and_believes_the_truth(server: Server, tm
     assert enrolled_under > 0
 
     def unknown(seq: int, frame_seq: int | None = None) -> Message:
-        fields = {"device": "pi", "device_key": key, "seq": seq, "outcome": "unknown", "version": 0}
+        receipt = Receipt(device="pi", device_key=key, seq=seq, outcome="unknown", version=0)
         topic = topics.down(FEDERATION, "pi", Receipt.KIND)
-        return topic, server.scripted.frame(Receipt.KIND, Receipt(**fields).meta(), seq=frame_seq)
+        return topic, server.scripted.frame(Receipt.KIND, receipt.meta(), seq=frame_seq)
 
     process = edge("run", folder)
     server.until(lambda: server.statuses)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -184,7 +184,7 @@ class TorchTrainer:
             self._travelling.begin_training()
             metrics = dp_sgd.descend(
                 self._model,
-                dp_sgd.Objective(predict=self._predict, loss=self._task.loss, probe=self._probe),
+                dp_sgd.Objective(predict=self._predict, loss=self._task.loss, zeros=self._zeros, outputs=self._outputs),
                 samples=self.samples,
                 plan=plan,
                 rate=plan.rate(version),
@@ -209,20 +209,16 @@ class TorchTrainer:
                 "training diverged (the data are finite, the model is not): lower the plan's learning_rate"
             ) from None
 
-    def _predict(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _predict(self, rows: Tensor) -> tuple[Any, Tensor]:
         """The outputs for these samples, as training sees them, and their targets."""
         return self._outputs(*self._batch(rows))
-
-    def _probe(self, count: int) -> tuple[Tensor, Tensor]:
-        """As `_predict`, for samples that are 0."""
-        return self._outputs(*self._zeros(count))
 
     def _zeros(self, count: int) -> tuple[Tensor, Tensor]:
         """Samples that are 0, and targets."""
         inputs, targets = (one.new_zeros(count, *one.shape[1:]) for one in self._batch(slice(0, 1)))
         return inputs, targets
 
-    def _outputs(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _outputs(self, inputs: Tensor, targets: Tensor) -> tuple[Any, Tensor]:
         if self._task.augment is not None:
             inputs = self._task.augment(inputs)
         return self._model(inputs), targets
