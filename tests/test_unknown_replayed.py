@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 
-from support.core_device import DEVICE, DEVICE_KEY, Device, following, logged, of, profile, published, sending
+from support.core_device import (
+    DEVICE,
+    DEVICE_KEY,
+    Device,
+    aggregator,
+    following,
+    logged,
+    of,
+    profile,
+    published,
+    sending,
+)
 from support.edge_processes import Server, edge, joined, reap, serving
 from support.scripted_aggregator import FEDERATION
 from support.small_world import LAB, SHAPES, Bench, frames_of, make_directory, receipts, scratch
@@ -141,9 +152,14 @@ def test_the_number_of_the_newest_receipt_is_on_disk_and_an_outbox_of_before_has
     assert outbox.summary(tmp_path).state.receipt_seq == 2**62
 
 
-def test_a_device_of_before_believes_unknown_until_its_next_receipt() -> None:
-    """It has no number to compare with: a stop that can be undone is better than to go on unheard."""
-    scripted, device = following(state={"receipt_seq": 0})
+def test_a_device_of_before_compares_unknown_with_the_newest_head() -> None:
+    """It has no number of a receipt."""
+    scripted = aggregator()
+    unknown = [scripted.receipt(DEVICE, DEVICE_KEY.key_id, seq, "unknown") for seq in range(1, 20)]
+    scripted, device = following(scripted=scripted)
+    assert device.core.state.receipt_seq == 0
+    assert of(device.arrive(*unknown), Stop) == []
+    assert device.core.dropped["old-receipt"] > 0
     seq = published(device.actions, "status")[-1].seq
     (stop,) = of(device.arrive(scripted.receipt(DEVICE, DEVICE_KEY.key_id, seq, "unknown")), Stop)
     assert stop.code == 3

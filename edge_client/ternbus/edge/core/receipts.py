@@ -17,7 +17,8 @@ def ends(receipt: Receipt, frame_seq: int, state: State, *, enrollment: bool) ->
 
     Only the key's owner can cause "revoked", which holds for good, and "refused", which answers an enrollment. Before a
     key is enrolled, anybody can cause "unknown" for it and keep the receipt. So a device that has joined believes it
-    only under a higher number than each receipt had by which the aggregator knew the key. Raises ProtocolError if not.
+    only under a higher number than the newest head had, and each receipt by which the aggregator knew the key. Raises
+    ProtocolError for another.
     """
     match receipt.outcome:
         case "revoked":
@@ -25,8 +26,8 @@ def ends(receipt: Receipt, frame_seq: int, state: State, *, enrollment: bool) ->
         case "refused":
             return enrollment
         case "unknown" if state.enrolled:
-            if frame_seq <= state.receipt_seq:
-                raise ProtocolError("old-receipt", f"'unknown', seq {frame_seq}: seq {state.receipt_seq} knew this key")
+            if frame_seq <= (newest := max(state.receipt_seq, state.head_seq)):
+                raise ProtocolError("old-receipt", f"'unknown' under seq {frame_seq}, and {newest} came before")
             return True
         case _:
             return False
