@@ -6,11 +6,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import pytest
-
+from support.other_users import OTHER, only_root, readable_by_others
 from ternbus.broker.folder_owner import act_as_owner
 
-OTHER = 12_345  # no user of this machine
 WRITE = """
 import sys
 from pathlib import Path
@@ -30,7 +28,8 @@ def written(folder: Path) -> tuple[int, int]:
     return about.st_uid, about.st_gid
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@only_root
+@readable_by_others
 def test_root_writes_as_the_folders_owner() -> None:
     with tempfile.TemporaryDirectory() as name:  # every pytest that starts closes its own folder to other users
         folder = Path(name)

@@ -1,6 +1,7 @@
 """Commands that root runs on the folders of services leave them usable by the services' users."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,19 +11,17 @@ from pathlib import Path
 
 import pytest
 
+import ternbus as packages
+from support.other_users import OTHER, only_root, readable_by_others
 from support.small_world import LAB, initial_model
 from ternbus.broker.model_files import save_safetensors
 
-OTHER = 12_345  # no user of this machine
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")]
-
-
-# All of Python that the command needs is loaded first: it may lie where only root may read.
-CODE = "import sys, encodings.idna\nimport ternbus.aggregator.shell.cli\nfrom ternbus.command import main\n"
+PORTIONS = [Path(each) for each in packages.__path__ if Path(each).is_dir()]  # a component's folder each
+pytestmark = [pytest.mark.slow, only_root]
 
 
 def ternbus(*arguments: object) -> list[str]:
-    return [sys.executable, "-c", f"{CODE}main(sys.argv[1:])\n", *map(str, arguments)]
+    return [sys.executable, "-m", "ternbus", *map(str, arguments)]
 
 
 def run(*arguments: object) -> str:
@@ -56,6 +55,7 @@ def owners(folder: Path) -> dict[str, int]:
     return {name: uid for name, uid in found.items() if uid != OTHER}
 
 
+@readable_by_others
 def test_what_root_does_leaves_no_file_of_root(services: Path) -> None:
     agg, bus = services / "agg", services / "bus"
     run("broker", "init", bus, "--name", "127.0.0.1", "--port", "18883")
@@ -79,6 +79,7 @@ def test_what_root_does_leaves_no_file_of_root(services: Path) -> None:
     assert "paused" in run("aggregator", "status", agg)  # which has become the user
 
 
+@readable_by_others
 def test_what_root_restores_belongs_to_the_owner_of_the_backup(services: Path) -> None:
     agg, out, new = services / "agg", services / "out", services / "new"
     url = ("--broker", "mqtt://127.0.0.1:1")
@@ -92,3 +93,20 @@ def test_what_root_restores_belongs_to_the_owner_of_the_backup(services: Path) -
     run("aggregator", "restore", made, agg, "--force")
     assert (new.stat().st_uid, owners(new), owners(agg), owners(out)) == (OTHER, {}, {}, {})
     assert LAB in run("aggregator", "status", new)
+
+
+def test_what_the_owner_cannot_read_is_named_at_once(services: Path) -> None:
+    """Else a command would end somewhere on its way, where it imports what only root may read."""
+    mine = services / "root"
+    roots = {mine / portion.parent.name: portion for portion in PORTIONS}
+    for root, portion in roots.items():
+        shutil.copytree(portion, root / "ternbus", ignore=shutil.ignore_patterns("__pycache__"))
+    mine.chmod(0o700)
+    path = os.pathsep.join(map(str, roots))
+    command = ternbus("aggregator", "status", services / "agg")
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"ternbus: Ternbus in {mine}")
+    assert f"cannot be read by user {OTHER}, to whom {services / 'agg'} belongs: install Ternbus" in done.stderr
+    assert list((services / "agg").iterdir()) == []
