@@ -22,6 +22,7 @@ from ternbus.aggregator.core import records
 from ternbus.aggregator.merge import optimizer
 from ternbus.aggregator.merge.accepted import AcceptedUpdate
 from ternbus.aggregator.merge.downlink import encoded_block, next_block
+from ternbus.aggregator.merge.recipe import Recipe
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.shell.checking import check
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
@@ -104,7 +105,7 @@ def fill(home: Path, updates: int, devices: int, size_bytes: int) -> None:
             if version % SNAPSHOT_EVERY == 0 or version == updates // BUFFER:
                 named = SnapshotRef(version=version, parts=1, content_bytes=1, place=0)
                 taken = records.SnapshotTaken(
-                    version=version, published=vector, server=server, named=named, recipe=settings.recipe
+                    version=version, published=vector, server=server, named=named, recipe=Recipe.of(settings)
                 )
                 batch.append(taken)
             ledger.write(batch)

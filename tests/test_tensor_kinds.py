@@ -11,13 +11,13 @@ from typer.testing import CliRunner
 from support.small_world import Bench, accepted_update
 from ternbus.aggregator.merge import optimizer
 from ternbus.aggregator.merge.model import Model
+from ternbus.aggregator.merge.recipe import Recipe
 from ternbus.aggregator.settings import (
     OPTIMIZERS,
     RULES,
     DownlinkSettings,
     MergeSettings,
     OptimizerSettings,
-    Recipe,
     Settings,
 )
 from ternbus.aggregator.shell import administration, cli, repairing

@@ -1,10 +1,9 @@
 """aggregator.toml: every key with its default and its meaning, checked when it is read."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import msgpack
 
@@ -191,24 +190,6 @@ class TransportSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """What a merge depends on besides its updates; whoever makes one again needs the same."""
-
-    merge: MergeSettings
-    optimizer: OptimizerSettings
-    averages_statistics: bool = True  # False: the optimizer moves them, too, as it did before there were kinds
-
-    def dumps(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def loads(cls, text: str) -> Self:
-        found = {"averages_statistics": False, **json.loads(text)}
-        parts = {"merge": MergeSettings(**found["merge"]), "optimizer": OptimizerSettings(**found["optimizer"])}
-        return cls(**found | parts)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The whole file."""
 
@@ -222,10 +203,6 @@ class Settings:
     invitations: InvitationSettings = field(default_factory=InvitationSettings)
     transport: TransportSettings = field(default_factory=TransportSettings)
     plan: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def recipe(self) -> Recipe:
-        return Recipe(merge=self.merge, optimizer=self.optimizer)
 
     @property
     def min_devices(self) -> int:
@@ -308,7 +285,8 @@ def _check_merge(about: MergeSettings, where: str, *, seal: bool) -> None:
         )
     if rule == "trimmed-mean" and 2 * math.ceil(about.trim * size - 1e-9) >= size:
         raise ConfigError(
-            f"{where}.trim = {about.trim:g} trims everything of a buffer_size of {size}: lower trim or raise it"
+            f"{where}.trim = {about.trim:g} trims everything of a buffer_size of {size}: "
+            "use a smaller trim or a larger buffer_size"
         )
 
 

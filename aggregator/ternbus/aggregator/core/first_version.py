@@ -7,6 +7,7 @@ from ternbus.aggregator.core.frames import FrameWriter
 from ternbus.aggregator.core.versions import PublishedState
 from ternbus.aggregator.merge import optimizer
 from ternbus.aggregator.merge.downlink import encoded_block, next_block
+from ternbus.aggregator.merge.recipe import Recipe
 from ternbus.aggregator.settings import Settings
 from ternbus.broker.protocol import merge_log
 from ternbus.broker.protocol.frame import parse
@@ -39,7 +40,7 @@ class FirstVersion:
             sizes={topic: len(payload) for topic, payload in self.frames.frames},
             head_frame=head_frame,
             slots=settings.downlink.slots,
-            recipe=settings.recipe,
+            recipe=Recipe.of(settings),
             log_hash=self.version.entry.hash,
         )
 
@@ -70,7 +71,7 @@ def make(settings: Settings, identity: Identity, schema: Schema, vector: Vector)
             published=vector,
             server=optimizer.init(settings.optimizer, vector),
             named=named,
-            recipe=settings.recipe,
+            recipe=Recipe.of(settings),
         ),
         frames=records.FramesRetained(frames=(*frames, head)),
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ternbus.aggregator.core.registry import DEVICE
 from ternbus.aggregator.merge.accepted import AcceptedUpdate
 from ternbus.aggregator.merge.optimizer import ServerState
-from ternbus.aggregator.settings import Recipe
+from ternbus.aggregator.merge.recipe import Recipe
 from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.merge_log import Signed
 from ternbus.broker.protocol.messages import Metrics, SnapshotRef, Status

@@ -9,7 +9,8 @@ from ternbus.aggregator.core.events import Action, Publish, RepublishRetained, S
 from ternbus.aggregator.core.frames import FrameWriter, Message, Reserved
 from ternbus.aggregator.merge.downlink import encoded_block, next_block
 from ternbus.aggregator.merge.model import Model
-from ternbus.aggregator.settings import Recipe, Settings
+from ternbus.aggregator.merge.recipe import Recipe
+from ternbus.aggregator.settings import Settings
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
@@ -89,7 +90,7 @@ class Versions:
         place = 1 - self.published.snapshot.place
         model = self.model
         reserved, named, frames = self.frames.snapshot(model.version, model.digest, model.published, place)
-        self.published.snapshot, self.published.recipe = named, self.settings.recipe
+        self.published.snapshot, self.published.recipe = named, Recipe.of(self.settings)
         self.published.snapshot_seq = self.frames.seq
         self.given += 1
         taken = records.SnapshotTaken(
@@ -97,7 +98,7 @@ class Versions:
             published=model.published,
             server=model.server,
             named=named,
-            recipe=self.settings.recipe,
+            recipe=Recipe.of(self.settings),
             at_leisure=at_leisure,
         )
         left = self._parts_in(lambda part: topics.snapshot(self.settings.federation, place, part))[len(frames) :]
@@ -135,7 +136,7 @@ class Versions:
             self.model.restart_server()
         if self.published.slots != self.settings.downlink.slots:
             return self._lay_out_slots()
-        if self.published.recipe != self.settings.recipe:
+        if self.published.recipe != Recipe.of(self.settings):
             return self.snapshot()  # what was merged under the old settings must not be merged again under the new ones
         return []
 

@@ -13,6 +13,7 @@ from ternbus.aggregator.core.frames import FrameWriter
 from ternbus.aggregator.core.versions import PublishedState, Versions, leap_of
 from ternbus.aggregator.merge import optimizer
 from ternbus.aggregator.merge.model import Model
+from ternbus.aggregator.merge.recipe import Recipe
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.shell import administration, checking
 from ternbus.aggregator.shell.administration import KEY
@@ -169,7 +170,7 @@ def _leap(
         sizes={topic: len(payload) for topic, payload in found.rows["frames"]},
         head_frame=b"",
         slots=int(str(facts["slots"])),
-        recipe=settings.recipe,
+        recipe=Recipe.of(settings),
         log_hash=last,
     )
     actions = Versions(settings=settings, model=model, published=published, frames=frames).leap(numbers)

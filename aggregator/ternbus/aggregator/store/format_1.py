@@ -18,7 +18,8 @@ from typing import Any, Final
 import numpy as np
 
 from ternbus.aggregator import settings as configuration
-from ternbus.aggregator.settings import MergeSettings, Recipe, Settings
+from ternbus.aggregator.merge.recipe import Recipe
+from ternbus.aggregator.settings import MergeSettings, Settings
 from ternbus.aggregator.store.bodies import BODIES, Bodies, Place
 from ternbus.aggregator.store.remedy import remedy
 from ternbus.aggregator.store.vectors import VECTORS, Vectors

@@ -11,7 +11,8 @@ from ternbus.aggregator.core.versions import PublishedState
 from ternbus.aggregator.merge.accepted import AcceptedUpdate, BufferedUpdate
 from ternbus.aggregator.merge.influence import Influence
 from ternbus.aggregator.merge.model import Model
-from ternbus.aggregator.settings import Recipe, Settings
+from ternbus.aggregator.merge.recipe import Recipe
+from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.store import influence_rows, membership, merge_log, soundness
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.aggregator.store.rows import unsigned
