@@ -229,7 +229,8 @@ class TorchTrainer:
         """Run the plan's steps on the model, in place. Returns their number, and the batches' mean loss and metric."""
         self._travelling.begin_training()
         parameters = self._trained()
-        optimizer = local_optimizer.begin(plan, [parameter.detach() for parameter in parameters])
+        trained = [parameter.detach() for parameter in parameters]
+        optimizer = local_optimizer.begin(plan, trained, plan.steps(self.samples))
         loss_sum = metric_sum = steps = 0.0
         for chosen in plan.batches(self.samples, rng, time.perf_counter):
             inputs, targets = self._batch(torch.from_numpy(chosen))
