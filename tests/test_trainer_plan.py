@@ -122,8 +122,10 @@ def test_a_plan_that_says_its_defaults_has_no_fault() -> None:
     [("learning_rat", "learning_rate"), ("gradclip", "grad_clip"), ("flavor", "flavour"), ("zzz", "")],
 )
 def test_an_unknown_key_is_named_with_the_closest_known_one(name: str, closest: str) -> None:
-    assert plan_keys.unknown({"momentum": 0.5, "flavour": 1, name: 1}, ["flavour"]) == (name, closest)
-    assert plan_keys.unknown({"momentum": 0.5, "flavour": 1}, ["flavour"]) is None
+    (found,) = plan_keys.unknown({"momentum": 0.5, "flavour": 1, name: 1}, ["flavour"])
+    meant = f": do you mean {closest}?" if closest else "."
+    assert found == f"{name} is a key that nobody knows{meant}"
+    assert plan_keys.unknown({"momentum": 0.5, "flavour": 1}, ["flavour"]) == []
 
 
 def test_a_schedule_without_an_end_is_refused() -> None:

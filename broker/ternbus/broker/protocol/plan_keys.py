@@ -140,10 +140,15 @@ def fault(plan: Mapping[str, Any]) -> str | None:
     return None
 
 
-def unknown(plan: Mapping[str, object], own: Collection[str]) -> tuple[str, str] | None:
-    """The first key that is neither in `KEYS` nor in ``own``, and the closest known one ("" if none is close)."""
+def unknown(plan: Mapping[str, object], own: Collection[str]) -> list[str]:
+    """A sentence about each key that is neither in `KEYS` nor in ``own``, which names the closest known one.
+
+    The text begins with the name of the key.
+    """
     known = [*KEYS, *own]
+    found = []
     for name in plan:
         if name not in known:
-            return name, next(iter(difflib.get_close_matches(name, known, n=1)), "")
-    return None
+            closest = difflib.get_close_matches(name, known, n=1)
+            found.append(f"{name} is a key that nobody knows{f': do you mean {closest[0]}?' if closest else '.'}")
+    return found

@@ -26,11 +26,12 @@ class Plan:
     `nesterov` are SGD's, `rmsprop_alpha` is RMSprop's. `grad_clip` is the largest L2 norm of a step's gradient over all
     parameters (Pascanu et al. 2013, algorithm 1; 0 = no clipping). `device`, `precision` and `memory_format` are for
     trainers that support them; "auto" takes what is faster. `evaluation_batch_size` is the number of samples that are
-    evaluated at a time; without it, the trainer chooses. `proximal_mu` is FedProx's µ (Li et al. 2020, eq. 2), `clip_sigma` TernGrad's
-    c (Wen et al. 2017; 0 = no clipping). `dp` is the kind of differential privacy (docs/privacy.md), with `dp_clip` and
-    `dp_noise`, until `dp_epsilon` at `dp_delta` is spent. A device trains on the share `participation` of the versions,
-    in turns; each `turn_s` seconds without a new version count as one more version. Unknown keys are in `extra`,
-    unchanged. Raises `ProtocolError` ("bad-plan") for a value out of range.
+    evaluated at a time; without it, the trainer chooses. `proximal_mu` is FedProx's µ (Li et al. 2020, eq. 2),
+    `clip_sigma` TernGrad's c (Wen et al. 2017; 0 = no clipping). `dp` is the kind of differential privacy
+    (docs/privacy.md), with `dp_clip` and `dp_noise`, until `dp_epsilon` at `dp_delta` is spent. A device trains on the
+    share `participation` of the versions, in turns; each `turn_s` seconds without a new version count as one more
+    version. Unknown keys are in `extra`, unchanged. Raises `ProtocolError` ("bad-plan") for a value out of range, and
+    for keys that do not fit together.
     """
 
     local_epochs: float = 1.0

@@ -1,4 +1,4 @@
-"""Schedules: the learning rate by version and by step (a warm-up, then constant, linear or cosine); a device's turns."""
+"""Schedules: the learning rate (a warm-up, then constant, linear or cosine) by version and step; a device's turns."""
 
 import math
 
@@ -11,9 +11,9 @@ def share(schedule: str, version: int, *, warmup: int, total: int, final: float)
     """The share of `learning_rate` for training on a version, or for a step of a training; 0 to 1.
 
     v < W: (v + 1) / W. From W on, with p = (v - W) / (T - W), at most 1: constant 1; linear 1 - (1 - f)·p; cosine
-    f + (1 - f)·(1 + cos(pi·p)) / 2 (Loshchilov & Hutter 2017, eq. 5). v is `version` or the step, W `warmup`, T `total`,
-    f `final`. The result depends on the arguments alone, so every device and every restart computes the same. A
-    training may have fewer steps than its warm-up.
+    f + (1 - f)·(1 + cos(pi·p)) / 2 (Loshchilov & Hutter 2017, eq. 5). v is `version` or the step, W `warmup`, T
+    `total`, f `final`. The result depends on the arguments alone, so every device and every restart computes the same.
+    A training may have fewer steps than its warm-up.
     """
     version %= RESTORE_LEAP
     if version < warmup:

@@ -51,6 +51,7 @@ class TorchTask:
     model: Callable[[], nn.Module]
     data: Callable[[Path | None, Split], tuple[Tensor, Tensor]]
     default_plan: Mapping[str, object] = field(default_factory=dict)
+    plan_keys: Sequence[str] = ()  # names of plan keys that only this task knows, and reads from `Plan.extra`
     loss: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy
     metric: Callable[[Tensor, Tensor], Tensor] = accuracy
     augment: Callable[[Tensor], Tensor] | None = None
