@@ -21,6 +21,7 @@ from ternbus.aggregator.shell.cli import app as aggregator
 from ternbus.broker import toml
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.model_files import load_metadata
+from ternbus.broker.protocol import plan_keys
 from ternbus.broker.protocol.task_plan import TaskPlan
 from ternbus.edge.shell.cli import app as edge
 from ternbus.edge.tasks import digits_numpy
@@ -132,6 +133,15 @@ def test_where_no_update_may_be_stale_all_of_the_statistics_are_sent_unless_some
     barrier = from_table({**BASE, "staleness": {"max": 0}})
     assert barrier.published_plan == {"statistics_rate": 1}
     assert "statistics_rate" not in dumps(barrier)  # or it would stay when the bound is raised
+
+
+def test_every_key_is_documented() -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    protocol = (docs / "protocol.md").read_text().partition("### 11.1")[2].partition("### 11.2")[0]
+    rows = [line.split("|")[1] for line in (docs / "tasks.md").read_text().splitlines() if line.startswith("|")]
+    assert [name for name in plan_keys.KEYS if f"`{name}`" not in protocol] == []
+    own = set(plan_keys.OWN) - {"schedule_versions", "final_rate"}  # in the row of `schedule`
+    assert [name for name in own if not any(f"`{name}`" in row for row in rows)] == []
 
 
 # --- the model's file
