@@ -16,7 +16,7 @@ from ternbus.edge.learn import accountant
 from ternbus.edge.learn.failure import explained
 from ternbus.edge.learn.partition import FORMS, Partition
 from ternbus.edge.learn.subnetwork import narrow
-from ternbus.edge.learn.task import Task
+from ternbus.edge.learn.task import Task, task_plan
 from ternbus.edge.learn.task_loader import BUILT_IN_TASKS, absolute, expanded, load_task
 from ternbus.edge.plan.limits import TrainingLimits
 from ternbus.edge.plan.plan import Plan
@@ -255,7 +255,7 @@ def init_model(
     made = load_task(task)
     with explained(task):
         tensors = made.initial(seed)
-    about = {"ternbus": f"{task}, seed {seed}"}  # one entry: the order of several varies, and so would the file
+    about = {"ternbus": f"{task}, seed {seed}", **task_plan(made).metadata()}
     save_safetensors(out, tensors, about)
     typer.echo(f"{out}: {len(tensors)} tensors, {sum(tensor.size for tensor in tensors.values()):,} parameters")
 

@@ -70,7 +70,8 @@ class NumpyTrainer:
     def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:
         began = time.perf_counter()
         weights = {name: np.array(tensor) for name, tensor in start.items()}
-        optimizer, rate = local_optimizer.begin(plan, list(weights.values())), plan.rate(version)
+        optimizer = local_optimizer.begin(plan, list(weights.values()), plan.steps(self.samples))
+        rate = plan.rate(version)
         losses, hits, seen, steps = 0.0, 0.0, 0, 0
         with np.errstate(over="ignore", invalid="ignore"):  # `Trained` refuses what diverges
             for chosen in plan.batches(self.samples, np.random.default_rng(seed), time.perf_counter):

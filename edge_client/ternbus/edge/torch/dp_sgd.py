@@ -47,7 +47,6 @@ def descend(
     the share of data in the result. Raises `ConfigError` for a model without per-sample gradients.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = local_optimizer.begin(plan, [parameter.detach() for parameter in parameters])
     expected = min(plan.batch_size, samples)
     with _per_sample(model):
         gradients = _Gradients(model, parameters, objective, plan.dp_clip)
@@ -62,6 +61,8 @@ def descend(
         if plan.local_seconds is not None:
             one_s = min(duration(lambda: noisy(gradients.of_probe(expected))) for _ in range(2))
             steps = max(1, min(steps, int(plan.local_seconds / one_s)))
+        trained = [parameter.detach() for parameter in parameters]
+        optimizer = local_optimizer.begin(replace(plan, grad_clip=0.0), trained, steps)  # dp_clip is in its place
         for _ in range(steps):
             sums = gradients.clipped_sums(torch.from_numpy(random_source.sampled(samples, expected / samples)))
             with torch.no_grad():

@@ -53,6 +53,7 @@ class TorchTask:
     model: Callable[[], nn.Module]
     data: Callable[[Path | None, Split], tuple[Tensor, Tensor]]
     default_plan: Mapping[str, object] = field(default_factory=dict)
+    plan_keys: Sequence[str] = ()  # names of plan keys that only this task knows, and reads from `Plan.extra`
     loss: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy
     metric: Callable[[Tensor, Tensor], Tensor] = accuracy
     augment: Callable[[Tensor], Tensor] | None = None
@@ -239,7 +240,8 @@ class TorchTrainer:
         """Run the plan's steps on the model, in place. Returns their number, and the batches' mean loss and metric."""
         self._travelling.begin_training()
         parameters = self._trained()
-        optimizer = local_optimizer.begin(plan, [parameter.detach() for parameter in parameters])
+        trained = [parameter.detach() for parameter in parameters]
+        optimizer = local_optimizer.begin(plan, trained, plan.steps(self.samples))
         loss_sum = metric_sum = steps = 0.0
         for chosen in plan.batches(self.samples, rng, time.perf_counter):
             inputs, targets = self._batch(torch.from_numpy(chosen))

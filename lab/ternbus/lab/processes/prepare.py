@@ -1,7 +1,8 @@
 """A process that imports the task, so that the lab itself does not import PyTorch.
 
 `python -m ternbus.lab.processes.prepare TASK SEED MODEL.safetensors TASK.json` writes the initial model, and the plan
-and number of parameters of the task.
+with the
+keys that only the task knows, and the number of parameters.
 """
 
 import json
@@ -14,6 +15,7 @@ from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.files import write_text
 from ternbus.broker.model_files import save_safetensors
 from ternbus.edge.learn.failure import explained
+from ternbus.edge.learn.task import task_plan
 from ternbus.edge.learn.task_loader import load_task
 
 
@@ -21,10 +23,15 @@ def main() -> None:
     """Write the model and the description of the task."""
     name, seed, model_path, task_path = sys.argv[1:]
     task = load_task(name)
+    plan_keys = task_plan(task).keys  # checks the default plan, too
     with explained(name):
         model = task.initial(int(seed))
     save_safetensors(Path(model_path), model, {})
-    facts = {"plan": dict(task.default_plan), "parameters": sum(tensor.size for tensor in model.values())}
+    facts = {
+        "plan": dict(task.default_plan),
+        "plan_keys": plan_keys,
+        "parameters": sum(tensor.size for tensor in model.values()),
+    }
     write_text(Path(task_path), json.dumps(facts))
 
 

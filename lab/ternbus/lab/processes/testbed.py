@@ -22,6 +22,7 @@ from ternbus.lab.report.failing import FailingDevices, named
 from ternbus.lab.report.observation import Observation
 from ternbus.lab.report.output import Output
 from ternbus.lab.report.progress import Progress
+from ternbus.lab.scenario import plan_check
 from ternbus.lab.scenario.scenario import Scenario
 
 LOOK_S: Final = 0.1  # between two checks of the processes
@@ -78,16 +79,17 @@ class Testbed:
         self._processes.may_fail(self._devices)
         prepare = [absolute(scenario.task), str(scenario.seed), str(output.initial), str(output.task)]
         self._start(PREPARE, "ternbus.lab.processes.prepare", prepare)
-        broker = self._broker()
         self._until(lambda: not self._processes.running([PREPARE]), START_TIMEOUT_S, "the task's model")
         task = json.loads(output.task.read_text(encoding="utf-8"))
+        settings = plan_check.settings_of(scenario, task["plan"], task["plan_keys"])
         self.parameters = task["parameters"]
+        broker = self._broker()
         administration.create(
             output.aggregator,
             federation=self._federation,
             broker=broker,
             model=load_safetensors(output.initial),
-            settings=scenario.settings(task["plan"]),
+            settings=settings,
             dense=scenario.dense,
         )
         self._invite()

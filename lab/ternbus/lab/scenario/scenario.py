@@ -179,6 +179,7 @@ class Scenario:
     plan: Mapping[str, object] = field(default_factory=dict)
     engine: str = "auto"
     broker_url: str | None = None  # an existing broker; None starts a broker for the run
+    allow_plan_keys: tuple[str, ...] = ()  # as `aggregator init --allow-plan-key`; `plan_check` checks the others
     aggregator: Mapping[str, object] = field(default_factory=dict)  # dotted keys of aggregator.toml
     end: End = field(default_factory=lambda: End(versions=60))
     faults: tuple[Fault, ...] = ()
@@ -309,6 +310,7 @@ def parse(table: Mapping[str, object]) -> Scenario:
         "broker_url": broker.text("url"),
         "speeds": _speeds(top.table("speeds")),
         "plan": top.table("plan").rest(),
+        "allow_plan_keys": top.texts("allow_plan_keys"),
         "aggregator": _dotted(top.table("aggregator").rest()),
         "end": _end(top.table("end")),
         "hostile": tuple(_hostile(row) for row in top.rows("hostile")),

@@ -28,6 +28,7 @@ from ternbus.lab.report import report
 from ternbus.lab.report.failing import FailingDevices, named
 from ternbus.lab.report.observation import Observation
 from ternbus.lab.report.progress import Progress
+from ternbus.lab.scenario import plan_check
 from ternbus.lab.scenario.scenario import Fault, Scenario
 from ternbus.lab.virtual import setup
 from ternbus.lab.virtual.clock import Clock
@@ -76,12 +77,12 @@ class Simulation:
         self._evaluated = -1
         self._made_at = 0.0
         self._ended = False
+        chosen = plan_check.settings(scenario, task)
         with self._explained():
             self._evaluator = task.evaluator(data=scenario.data)
             model = task.initial(scenario.seed)
         self.schema = Schema.of({name: array.shape for name, array in model.items()}, scenario.dense)
         names = [f"device-{index}" for index in range(scenario.devices)]
-        chosen = scenario.settings(task.default_plan)
         if folder is None:
             founded = setup.without_disk(scenario.seed, names, model, chosen, self.schema)
         else:
