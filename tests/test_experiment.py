@@ -342,7 +342,7 @@ def test_a_task_without_its_data_is_one_line_and_exit_code_2(file: Path) -> None
 
 
 def report(**changes: Any) -> dict[str, Any]:
-    versions = [
+    versions: list[dict[str, Any]] = [
         {
             "updates": count,
             "accuracy": accuracy,

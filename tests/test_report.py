@@ -25,6 +25,8 @@ def status() -> dict[str, Any]:
         "federation": "lab",
         "version": 2,
         "state": "open",
+        "metric": "accuracy",
+        "better": {"accuracy": "higher", "loss": "lower"},
         "counts": {
             "accepted": 8,
             "merged": 8,

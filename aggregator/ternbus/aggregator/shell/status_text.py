@@ -89,7 +89,7 @@ def device_table(found: Mapping[str, Any]) -> list[str]:
     """The lines of the table of a status's devices."""
     devices, metric = found["devices"], _local_metric(found)
     columns = dict.fromkeys(("device", "role", "state"), "<")
-    columns |= dict.fromkeys(("updates", "base", "staleness", "kB", "last seq"), ">")
+    columns |= dict.fromkeys(("updates", "samples", "base", "staleness", "kB", "last seq"), ">")
     private = any(row["epsilon"] is not None for row in devices.values())
     if private:
         columns["epsilon"] = ">"
@@ -102,7 +102,16 @@ def device_table(found: Mapping[str, Any]) -> list[str]:
         state = row["state"] if row["key_state"] == "active" else row["key_state"]
         state += ", cloned?" if row["cloned"] else ""
         traffic = [f"{row['bytes'] / 1000:.1f}", row["last_seq"]]
-        cells = [name, row["role"] or "any", state, row["updates"], row["base"], row["staleness"], *traffic]
+        cells = [
+            name,
+            row["role"] or "any",
+            state,
+            row["updates"],
+            row["samples"],
+            row["base"],
+            row["staleness"],
+            *traffic,
+        ]
         if private:
             cells.append(None if row["epsilon"] is None else f"{row['epsilon']:.3f}")
         if metric is not None:

@@ -61,9 +61,9 @@ def _local(axes: Any, versions: Sequence[Mapping[str, Any]], metric: str) -> Non
     own = [row for row in versions if row["local"] is not None and metric in row["local"]["metrics"]]
     if own:
         numbers = [row["version"] for row in own]
-        for name, mark in (("median", "_"), ("worst_decile", "v")):
+        for name, label, mark in (("median", "median", "_"), ("worst_decile", "worst tenth", "v")):
             values = [row["local"]["metrics"][metric][name] for row in own]
-            axes.plot(numbers, values, mark, label=f"devices' own data, {name.replace('_', ' ')}")
+            axes.plot(numbers, values, mark, label=f"devices' own data, {label}")
         axes.legend()
 
 
@@ -91,6 +91,7 @@ def _own(report: Mapping[str, Any], axes: Any) -> None:
     personal = {place: each[PERSONAL + metric] for place, each in enumerate(values) if PERSONAL + metric in each}
     if personal:
         axes.plot([*personal], [*personal.values()], "+", label="the device's own model")
+    axes.locator_params(axis="x", integer=True)
     axes.set(xlabel="devices, the worst first", ylabel=_labelled(report, metric), title="on each device's own data")
     axes.legend()
 

@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from ternbus.aggregator.store.device_metrics import shown_name, shown_value
-from ternbus.broker.protocol.direction import ACCURACY
 from ternbus.lab.report.observation import Device, Observation
 from ternbus.lab.report.report import device_table, size, table
 
@@ -94,7 +93,7 @@ def closing_table(report: Mapping[str, Any], files: Sequence[str]) -> str:
 
 
 def _figures(moment: Observation, seconds: float) -> dict[str, str]:
-    metric = moment.metric or ACCURACY
+    metric = moment.metric or "metric"
     return {
         "version": str(moment.version),
         shown_name(metric): _metric(moment, metric),
