@@ -1,5 +1,6 @@
 """Metrics with names and directions: what a regression shows, what ends it, and what a hostile device cannot change."""
 
+import io
 import json
 import sqlite3
 import subprocess
@@ -25,8 +26,11 @@ from ternbus.broker.protocol.direction import direction_of, primary_of
 from ternbus.broker.protocol.messages import Metrics
 from ternbus.edge.learn.class_counts import class_counts_of, counted
 from ternbus.edge.learn.task import Evaluation
+from ternbus.edge.tasks import digits_numpy
 from ternbus.lab.report import plots, progress, report
 from ternbus.lab.scenario.end import End, MetricLimit
+from ternbus.lab.scenario.scenario import Hostile, Scenario
+from ternbus.lab.virtual.simulate import Simulation
 
 TASK = '''
 """Linear regression: the target is a sum of three inputs, with noise; each device has its own offset."""
@@ -90,10 +94,10 @@ aggregator.merge.buffer_size = 2
 LIMIT = 'name = "mae", at_most = 0.5'
 
 
-def simulated(folder: Path, limit: str, *options: str) -> subprocess.CompletedProcess[str]:
+def simulated(folder: Path, limit: str, *options: str, kind: str = "simulate") -> subprocess.CompletedProcess[str]:
     (folder / "sums_task.py").write_text(TASK)
     (folder / "sums.toml").write_text(SCENARIO % limit)
-    command = [sys.executable, "-m", "ternbus", "lab", "simulate", str(folder / "sums.toml"), *options]
+    command = [sys.executable, "-m", "ternbus", "lab", kind, str(folder / "sums.toml"), *options]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
@@ -158,7 +162,8 @@ def test_the_plot_has_a_panel_for_each_metric(finished: tuple[Path, dict[str, An
     _, found, _ = finished
     assert len(plots.panels(found, "virtual seconds")) == 6  # mae twice, r2, staleness, own data, samples
     if find_spec("matplotlib"):
-        assert report.plot(found, tmp_path / "report.png") is None
+        formula = json.loads(json.dumps(found).replace('"r2"', '"$r^{$"'))
+        assert report.plot(formula, tmp_path / "report.png") is None
         assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -389,3 +394,25 @@ def test_a_long_table_of_devices_is_cut_and_says_so(finished: tuple[Path, dict[s
     lines = report.device_table(found, 2)
     assert (len(lines), lines[-2]) == (5, "and 2 more, in report.json")
     assert "test mae" in progress.closing_table(found, ["report.json"])
+
+
+def test_the_lab_knows_the_classes_of_all_devices_also_of_those_that_report_nothing() -> None:
+    hostile = (Hostile(kind="free-rider", share=0.4, samples=9),)
+    wanted = Scenario(task="digits-numpy", devices=3, end=End(versions=1), hostile=hostile)
+    simulation = Simulation(wanted, digits_numpy.TASK, progress.Lines(io.StringIO()))
+    simulation.run()
+    found = simulation.report(1.0)["devices"]
+    assert [sum(row["classes"].values()) for row in found.values()] == [row["samples"] for row in found.values()]
+    assert sum(row["samples"] for row in found.values()) > 1000
+    assert all(row["local"] is None for row in found.values())
+
+
+@pytest.mark.slow
+def test_real_processes_end_by_an_error_too_and_report_it(tmp_path: Path) -> None:
+    done = simulated(tmp_path, LIMIT, "--json", kind="run")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["metrics"]["mae"] <= 0.5 < found["versions"][0]["evaluations"]["evaluator"]["mae"]
+    assert (found["metric"], found["better"]["mae"]) == ("mae", "lower")
+    assert found["local"]["metrics"]["mae"]["devices"] == found["local"]["fine_tuned"]["metrics"]["mae"]["devices"] == 4
+    assert {row["samples"] for row in found["devices"].values()} == {80}

@@ -88,13 +88,15 @@ def _version_table(
 def device_table(found: Mapping[str, Any]) -> list[str]:
     """The lines of the table of a status's devices."""
     devices, metric = found["devices"], _local_metric(found)
+    tuned = metric is not None and found["local"]["fine_tuned"] is not None
     columns = dict.fromkeys(("device", "role", "state"), "<")
     columns |= dict.fromkeys(("updates", "samples", "base", "staleness", "kB", "last seq"), ">")
     private = any(row["epsilon"] is not None for row in devices.values())
     if private:
         columns["epsilon"] = ">"
     if metric is not None:
-        columns |= {"held out": ">", f"own {shown_name(metric)}": ">", "gain": ">"}
+        columns |= {"held out": ">", f"own {shown_name(metric)}": ">"}
+        columns |= {"gain": ">"} if tuned else {}
     if any(row["failing"] for row in devices.values()):
         columns["failing"] = "<"
     rows = []
@@ -116,8 +118,8 @@ def device_table(found: Mapping[str, Any]) -> list[str]:
             cells.append(None if row["epsilon"] is None else f"{row['epsilon']:.3f}")
         if metric is not None:
             own = row["local"] or {"samples": None, "metrics": {}, "gain": {}}
-            gain = shown_value(own["gain"].get(metric), "+")
-            cells += [own["samples"], shown_value(own["metrics"].get(metric)), gain]
+            cells += [own["samples"], shown_value(own["metrics"].get(metric))]
+            cells += [shown_value(own["gain"].get(metric), "+")] if tuned else []
         if "failing" in columns:
             cells.append(row["failing"])
         rows.append(cells)

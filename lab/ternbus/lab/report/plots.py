@@ -35,6 +35,11 @@ def ranked(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     return sorted(known, key=lambda item: sign * item[1]["local"]["metrics"][metric])
 
 
+def _text(name: str) -> str:
+    """A name as it is written: what is between dollars would be a formula for matplotlib."""
+    return shown_name(name).replace("$", r"\$")
+
+
 def _values(report: Mapping[str, Any], metric: str) -> list[tuple[Mapping[str, Any], float]]:
     """The versions with this metric of the first evaluator, and its values."""
     found: list[tuple[Mapping[str, Any], float]] = []
@@ -46,14 +51,14 @@ def _values(report: Mapping[str, Any], metric: str) -> list[tuple[Mapping[str, A
 
 def _labelled(report: Mapping[str, Any], metric: str) -> str:
     lower = direction_of(metric, report["better"]) == LOWER
-    return f"{shown_name(metric)}{', lower is better' if lower else ''}"
+    return f"{_text(metric)}{', lower is better' if lower else ''}"
 
 
 def _by_version(report: Mapping[str, Any], metric: str, axes: Any) -> None:
     known = _values(report, metric)
     axes.plot([row["version"] for row, _ in known], [value for _, value in known], marker=".", label="test")
     _local(axes, report["versions"], metric)
-    axes.set(xlabel="version", ylabel=f"test {_labelled(report, metric)}", title=f"{shown_name(metric)} by version")
+    axes.set(xlabel="version", ylabel=f"test {_labelled(report, metric)}", title=f"{_text(metric)} by version")
 
 
 def _local(axes: Any, versions: Sequence[Mapping[str, Any]], metric: str) -> None:
@@ -70,7 +75,7 @@ def _local(axes: Any, versions: Sequence[Mapping[str, Any]], metric: str) -> Non
 def _by_time(report: Mapping[str, Any], metric: str, seconds: str, axes: Any) -> None:
     known = _values(report, metric)
     axes.plot([row["seconds"] for row, _ in known], [value for _, value in known], marker=".")
-    title = f"{shown_name(metric)} by time"
+    title = f"{_text(metric)} by time"
     axes.set(xlabel=f"{seconds} since version 0", ylabel=f"test {_labelled(report, metric)}", title=title)
 
 
@@ -98,12 +103,13 @@ def _own(report: Mapping[str, Any], axes: Any) -> None:
 
 def _samples(devices: Mapping[str, Mapping[str, Any]], axes: Any) -> None:
     """How many samples each device trains on, by class where that is known of classes that can be told apart."""
-    classes = sorted({name for row in devices.values() for name in row["classes"] or {}})
+    names = {name for row in devices.values() for name in row["classes"] or {}}
+    classes = sorted(names, key=lambda name: (len(name), name))  # 10 after 9
     if classes and len(classes) <= CLASSES_MAX:
         below = [0] * len(devices)
         for name in classes:
             counts = [(row["classes"] or {}).get(name, 0) for row in devices.values()]
-            axes.bar(range(len(devices)), counts, bottom=below, label=shown_name(name))
+            axes.bar(range(len(devices)), counts, bottom=below, label=_text(name))
             below = [low + count for low, count in zip(below, counts, strict=True)]
         axes.legend(title="class", fontsize="x-small", ncols=2)
     else:

@@ -133,22 +133,17 @@ def device_table(report: Mapping[str, Any], rows_max: int) -> list[str]:
     """The devices that measured on their own data, the worst first, and an empty line; empty without any."""
     if report["local"] is None:
         return []
-    metric = report["local"]["metric"]
+    metric, tuned = report["local"]["metric"], report["local"]["fine_tuned"] is not None
     ordered = ranked(report)
-    columns = {"device": "<"} | dict.fromkeys(
-        ("updates", "samples", "held out", f"own {shown_name(metric)}", "gain of its own model"), ">"
-    )
-    rows = [
-        [
-            name,
-            row["updates"],
-            row["samples"],
-            row["local"]["samples"],
-            shown_value(row["local"]["metrics"][metric]),
-            shown_value(row["local"]["gain"].get(metric), "+"),
-        ]
-        for name, row in ordered[:rows_max]
-    ]
+    columns = {"device": "<"}
+    columns |= dict.fromkeys(("updates", "samples", "held out", f"own {shown_name(metric)}"), ">")
+    columns |= {"gain of its own model": ">"} if tuned else {}
+    rows = []
+    for name, row in ordered[:rows_max]:
+        local = row["local"]
+        gain = [shown_value(local["gain"].get(metric), "+")] if tuned else []
+        measured = [local["samples"], shown_value(local["metrics"][metric]), *gain]
+        rows.append([name, row["updates"], row["samples"], *measured])
     more = len(ordered) - rows_max
     return [*text_table(columns, rows), *([f"and {more} more, in report.json"] if more > 0 else []), ""]
 
