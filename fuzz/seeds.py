@@ -32,10 +32,14 @@ def seeds() -> dict[str, Seeds]:
     frames |= {f"part-{i}": bytes.fromhex(frame) for i, frame in enumerate(vectors["message_in_3_parts"]["frames"])}
     schema = bytes.fromhex(vectors["schema"]["bytes"])
     vector = bytes.fromhex(vectors["vector"]["float32"])
-    refused = {_slug("bad", name): bytes.fromhex(bad) for name, bad in vectors["malformed_frames"].items()}
+    malformed = vectors["malformed_frames"] | vectors["malformed_metrics"]
+    refused = {_slug("bad", name): bytes.fromhex(bad) for name, bad in malformed.items()}
+    only_meta_shows = {_slug("bad", name) for name in ("base 2^62 + 1", *vectors["malformed_metrics"])}
+    metrics = {name: bytes.fromhex(vectors["metrics"][name]) for name in ("frame", "plain_frame")}
     return {
-        "frame": frames | {name: bad for name, bad in refused.items() if "base" not in name},  # which only meta shows
+        "frame": frames | {name: bad for name, bad in refused.items() if name not in only_meta_shows},
         "header": _headers(frames)
+        | {_slug("metrics", name): parse(frame).header for name, frame in metrics.items()}
         | {name: bad[8 : 8 + int.from_bytes(bad[4:8], "little")] for name, bad in refused.items()},
         "block": _blocks(vectors),
         "schema": {"vectors": schema, "one": msgpack.packb([["w", [3], "dense"]])},
@@ -130,7 +134,9 @@ def _peer(frames: Seeds) -> Seeds:
     metas = {
         "status": Status(state="idle", session=1).meta(),
         "offer": Offer(base=0, parts=3).meta(),
-        "metrics": Metrics(version=0, samples=9, split="local", values={"loss": 0.5}).meta(),
+        "metrics": Metrics(
+            version=0, samples=9, split="local", values={"loss": 0.5}, better={"loss": "lower"}, classes={"a": 4}
+        ).meta(),
         "enroll": Enroll(public_key=peer.KEY.public).meta(),
     }
     found = {kind: _input(kind, about, b"") for kind, about in metas.items()}
@@ -169,6 +175,7 @@ engine = "nats"
 versions = 9
 seconds = 10.5
 accuracy = 0.9
+metric = { name = "mae", at_most = 0.3 }
 [aggregator.merge]
 buffer_size = 2
 [[fault]]

@@ -16,6 +16,8 @@ import zstandard
 from fuzz import peer
 from ternbus.aggregator import settings
 from ternbus.aggregator.plan_settings import PlanCheck
+from ternbus.aggregator.store.device_metrics import Report, sentences
+from ternbus.aggregator.store.measurements import Measurements
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol import revocations, topics
 from ternbus.broker.protocol.frame import CONTAINERS_MAX, COUNTER_MAX, MAGIC, SIGNATURE_BYTES, Frame, build, parse
@@ -79,6 +81,23 @@ def header(data: bytes) -> None:
     if kind is not None:
         message: Message = kind.from_meta(found.meta)
         assert kind.from_meta(message.meta()) == message
+        if isinstance(message, Metrics):
+            check_metrics(message)
+
+
+def check_metrics(message: Metrics) -> None:
+    """What a status makes of a device's metrics: JSON, and text that no peer can break a terminal with."""
+    found = Measurements()
+    values, better = message.values, message.better
+    for device in ("one", "two"):
+        found.add_local(Report(device=device, version=message.version, samples=1, values=values, better=better))
+    found.add_test("judge", message.version, values)
+    found.state("judge", better)
+    common, version = found.common(), found.version(message.version)
+    json.dumps([common, version, found.devices.device("one", found.better)], allow_nan=False)
+    assert set(found.better) >= set(values)
+    assert found.metric in {*values, None}
+    assert "".join(f"{name}{text}" for name, text in sentences(common["local"])).isprintable()
 
 
 def containers(value: object) -> int:

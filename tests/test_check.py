@@ -101,7 +101,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"trains": lambda start: {**step(start), "b": np.zeros(4)}}, "with shape (4,): it must have initial()'s, (3,)"),
     ({"trains": lambda start: {name: array * np.float32(np.inf) for name, array in start.items()}}, "diverged"),
     ({"samples": 0}, "the trainer has 0 samples"),
-    ({"values": {"accuracy": 0.5}}, "no finite 'loss'"),
+    ({"values": {}}, "evaluate() returned no metric"),
+    ({"values": {f"f1 of {number}": 0.5 for number in range(33)}}, "33 metrics: at most 32 can be sent"),
     ({"values": {"accuracy": float("nan"), "loss": 1.0}}, "no finite 'accuracy'"),
 ]  # fmt: skip
 NOTED: list[tuple[dict[str, Any], str]] = [

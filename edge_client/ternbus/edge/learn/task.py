@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from ternbus.broker.errors import ConfigError, FederationError
-from ternbus.broker.protocol.direction import Direction
+from ternbus.broker.protocol.direction import DIRECTIONS, Direction
 from ternbus.broker.protocol.task_plan import TaskPlan
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.plan.plan import Plan
@@ -53,6 +53,13 @@ class Evaluation:
     samples: int
     values: Mapping[str, float]
     better: Mapping[str, Direction] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, direction in self.better.items():
+            if direction not in DIRECTIONS:
+                raise ConfigError(
+                    f"the metric {name} is better when {direction!r}: write one of {', '.join(DIRECTIONS)}"
+                )
 
     @property
     def finite(self) -> dict[str, float]:

@@ -64,7 +64,7 @@ Reports = Annotated[
     bool,
     typer.Option(
         "--report-metrics",
-        help="Send the aggregator the accuracy of each version on the held-out data; the broker can read it.",
+        help="Send each version's metrics on the held-out data, and class counts; the broker can read them.",
     ),
 ]
 FineTune = Annotated[
@@ -211,7 +211,7 @@ def run(
     """Train until the federation closes, or until Ctrl-C, SIGTERM or SIGHUP; unacknowledged updates are kept in DIR.
 
     `--versions N` stops after N accepted updates. `--report-metrics` and `--fine-tune EPOCHS` need held-out
-    data: join with `--hold-out 0.2`. A fine-tuned model stays on the device; `--report-metrics` sends its accuracy.
+    data: join with `--hold-out 0.2`. A fine-tuned model stays on the device; `--report-metrics` sends its metrics.
 
     A training that fails does not end the device: it says why, to the aggregator too, and tries again ever later.
 

@@ -13,6 +13,7 @@ import numpy as np
 from ternbus.broker.errors import FederationError
 from ternbus.broker.protocol.frame import FRAME_BYTES, PARTS_MAX
 from ternbus.broker.protocol.messages import SAMPLES_MAX
+from ternbus.broker.protocol.meta_fields import ENTRIES_MAX
 from ternbus.broker.protocol.schema import Schema, to_tensors, to_vector
 from ternbus.broker.protocol.ternary import CODECS
 from ternbus.edge.core.profile import schema_mismatch
@@ -102,9 +103,12 @@ class _Check:
         found: Any = self._try("evaluate()", lambda: evaluator.evaluate(start))
         if not isinstance(found, Evaluation):
             self._stop(f"evaluate() returned {type(found).__name__}: it must return an Evaluation")
-        for name in ("accuracy", "loss"):
-            if not math.isfinite(found.values.get(name, math.nan)):
-                self._problem(f"evaluate() returned no finite {name!r} in its values")
+        if not found.values:
+            self._problem("evaluate() returned no metric in its values: return at least a loss")
+        for name in [name for name in found.values if name not in found.finite]:
+            self._problem(f"evaluate() returned no finite {name!r} in its values")
+        if len(found.values) > ENTRIES_MAX:
+            self._problem(f"evaluate() returned {len(found.values)} metrics: at most {ENTRIES_MAX} can be sent")
         self.report.facts |= {"test_samples": found.samples, "evaluation_s": round(time.perf_counter() - began, 4)}
 
     def _plan(self) -> Plan:

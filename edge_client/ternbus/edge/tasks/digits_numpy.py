@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ternbus.edge.learn import local_optimizer
+from ternbus.edge.learn.class_counts import counted
 from ternbus.edge.learn.partition import select
 from ternbus.edge.learn.subnetwork import channels
 from ternbus.edge.learn.task import Evaluation, Trained
@@ -66,6 +67,10 @@ class NumpyTrainer:
     @property
     def samples(self) -> int:
         return len(self._labels)
+
+    @property
+    def class_counts(self) -> dict[str, int]:
+        return counted(self._labels)
 
     def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:
         began = time.perf_counter()

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.learn import local_optimizer
+from ternbus.edge.learn.class_counts import counted
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.partition import Indices, Partition, select
 from ternbus.edge.learn.task import Evaluation, Trained, TrainingError
@@ -144,6 +145,12 @@ class TorchTrainer:
     @property
     def samples(self) -> int:
         return len(self._inputs)
+
+    @property
+    def class_counts(self) -> dict[str, int]:
+        """Empty unless there is a class for each sample."""
+        targets = self._targets
+        return {} if targets.is_floating_point() or targets.dim() != 1 else counted(targets.numpy())
 
     def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:
         began = time.perf_counter()

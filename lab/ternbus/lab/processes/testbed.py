@@ -61,6 +61,7 @@ class Testbed:
         self._faults = sorted(scenario.faults, key=lambda fault: fault.after_version)
         self.parameters = 0
         self._failing = FailingDevices()
+        self._evaluated = False
 
     def __enter__(self) -> Self:
         return self
@@ -111,7 +112,7 @@ class Testbed:
             seconds = time.time() - moment.began
             self._progress.show(moment, seconds)
             self._disturb(moment.version)
-            if self._scenario.end.reached(version=moment.version, seconds=seconds, accuracy=moment.best):
+            if self._is_end(moment, seconds):
                 break
             self._look_at_devices(moment)
             if not self._processes.running(self._devices):
@@ -125,6 +126,16 @@ class Testbed:
             self._wait(STATUS_S)
         for fault in self._faults:
             self._progress.say(f"the run ended before the fault of {fault.kill}")
+
+    def _is_end(self, moment: Observation, seconds: float) -> bool:
+        """Whether the scenario's end is reached; raises `ConfigError` if a limit on a metric is a mistake."""
+        end, evaluations = self._scenario.end, [version.metrics for version in moment.versions if version.metrics]
+        for values in evaluations[-1:]:
+            end.check(values, moment.better)
+            if not self._evaluated and (fault := end.missing(values)):
+                self._progress.say(fault)  # which may be no mistake: a metric that is not finite is not reported
+            self._evaluated = True
+        return end.reached(version=moment.version, seconds=seconds, evaluations=evaluations)
 
     def _look_at_devices(self, moment: Observation) -> None:
         """Name the devices that have begun to fail; raises `FederationError` if no other is left."""
@@ -152,7 +163,7 @@ class Testbed:
         devices = [*self._devices, self._evaluator]
         administration.change_state(self._output.aggregator, control.CLOSE, SOFTWARE)
         try:
-            self._until(lambda: self.moment().last.accuracy is not None, FINISH_TIMEOUT_S, "the last evaluation")
+            self._until(lambda: bool(self.moment().last.evaluations), FINISH_TIMEOUT_S, "the last evaluation")
             self._until(lambda: not self._processes.running(self._devices), FINISH_TIMEOUT_S, "the devices to end")
         except OverdueError as error:
             self._progress.say(f"{error}; the run ends without it")
