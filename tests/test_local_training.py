@@ -119,17 +119,17 @@ def test_an_optimizer_does_what_torch_optim_does(
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop"])
 @pytest.mark.parametrize("more", [{}, {"nesterov": True, "grad_clip": 2.0, "step_schedule": "cosine"}])
 def test_an_optimizer_is_the_same_on_numpy_and_on_torch(optimizer: str, more: dict[str, Any]) -> None:
-    plan = Plan(optimizer=optimizer, weight_decay=0.1, proximal_mu=0.5, **more)
+    plan = Plan(optimizer=optimizer, weight_decay=0.1, proximal_mu=0.5, local_steps=10, **more)
     rng = np.random.default_rng(0)
     weights = [rng.normal(size=(3, 4)).astype(np.float32), rng.normal(size=5).astype(np.float32)]
     tensors = [torch.tensor(weight) for weight in weights]
     arrays = [weight.copy() for weight in weights]
-    one, other = local_optimizer.begin(plan, arrays, 10), local_optimizer.begin(plan, tensors, 10)
-    for _ in range(10):
+    one, other = local_optimizer.begin(plan, arrays), local_optimizer.begin(plan, tensors)
+    for rate in plan.rates(0, 100):
         gradients = [rng.normal(size=weight.shape).astype(np.float32) for weight in weights]
         kept = [gradient.copy() for gradient in gradients]
-        one.step(gradients, 0.02)
-        other.step([torch.tensor(gradient) for gradient in gradients], 0.02)
+        one.step(gradients, rate)
+        other.step([torch.tensor(gradient) for gradient in gradients], rate)
         assert all(np.array_equal(a, b) for a, b in zip(gradients, kept, strict=True))
     for weight, array, tensor in zip(weights, arrays, tensors, strict=True):
         np.testing.assert_allclose(array, tensor.numpy(), rtol=1e-5)
@@ -158,22 +158,15 @@ def test_the_schedule_of_steps_runs_over_the_steps_of_each_training_and_multipli
     assert plan.step_share(4, 6) == pytest.approx(0.6)  # the middle
     assert plan.step_share(6, 6) == plan.step_share(100, 6) == pytest.approx(0.2)
     assert [plan.step_share(step, 1) for step in (0, 1)] == [0.5, 1.0]  # fewer steps than the warm-up
-    halved = Plan(learning_rate=2.0, schedule="linear", schedule_versions=10, step_schedule="linear", momentum=0.0)
-    w = np.zeros(1)
-    optimizer = local_optimizer.begin(halved, [w], 4)
-    passed = []
-    for _ in range(4):
-        before = w.copy()
-        optimizer.step([np.ones(1)], halved.rate(5))
-        passed.append(float((before - w)[0]))
-    assert passed == pytest.approx([1.0, 0.75, 0.5, 0.25])
+    halved = Plan(learning_rate=2.0, schedule="linear", schedule_versions=10, step_schedule="linear", local_epochs=2)
+    assert list(halved.rates(5, 64)) == pytest.approx([1.0, 0.75, 0.5, 0.25])
 
 
 def moved(plan: Plan, gradients: list[np.ndarray]) -> list[np.ndarray]:
     """How far one step of SGD with a rate of 1 moves parameters of 0."""
     weights = [np.zeros_like(gradient) for gradient in gradients]
     with np.errstate(over="ignore", invalid="ignore"):
-        local_optimizer.begin(plan, weights, 1).step(gradients, 1.0)
+        local_optimizer.begin(plan, weights).step(gradients, 1.0)
     return [-weight for weight in weights]
 
 
@@ -191,7 +184,7 @@ def test_a_gradient_whose_square_overflows_is_clipped_and_one_that_is_not_finite
     def clipped(*values: float) -> list[float]:
         w = make(np.zeros(len(values), np.float32))
         with np.errstate(over="ignore", invalid="ignore"):
-            local_optimizer.begin(Plan(grad_clip=1.0), [w], 1).step([make(np.array(values, np.float32))], 1.0)
+            local_optimizer.begin(Plan(grad_clip=1.0), [w]).step([make(np.array(values, np.float32))], 1.0)
         return [-float(each) for each in w]
 
     assert clipped(3e30, 4e30) == pytest.approx([0.6, 0.8])
@@ -201,7 +194,7 @@ def test_a_gradient_whose_square_overflows_is_clipped_and_one_that_is_not_finite
 
 def test_half_precision_is_clipped_by_a_norm_that_it_cannot_hold() -> None:
     w = torch.zeros(4, dtype=torch.float16)
-    local_optimizer.begin(Plan(grad_clip=1.0), [w], 1).step([torch.full((4,), 6e4, dtype=torch.float16)], 1.0)
+    local_optimizer.begin(Plan(grad_clip=1.0), [w]).step([torch.full((4,), 6e4, dtype=torch.float16)], 1.0)
     assert w.tolist() == pytest.approx([-0.5] * 4, abs=1e-3)
 
 
@@ -271,6 +264,21 @@ def test_a_device_trains_a_version_at_the_rate_of_that_version(name: str) -> Non
     assert all(np.allclose(one[key], two[key], atol=1e-7) for key in start)
     ended = trainer.train(start, scheduled, version=10, seed=1).tensors
     assert all(np.array_equal(ended[key], start[key]) for key in start)
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-numpy"])
+def test_a_device_trains_a_step_at_the_rate_of_that_step(name: str) -> None:
+    task = load_task(name)
+    start, trainer = task.initial(0), task.trainer(data=None, partition="iid:0/8")
+
+    def change(**plan: Any) -> dict[str, np.ndarray]:
+        trained = trainer.train(start, Plan(momentum=0.0, **plan), version=0, seed=1).tensors
+        return {key: trained[key] - start[key] for key in start}
+
+    half, whole = change(local_steps=1, step_schedule="cosine", warmup_steps=2), change(local_steps=1)
+    assert all(np.allclose(2 * half[key], whole[key], atol=1e-6) for key in start)
+    clipped = change(local_steps=1, learning_rate=1.0, grad_clip=0.01)
+    assert math.sqrt(sum(float((each**2).sum()) for each in clipped.values())) == pytest.approx(0.01, rel=1e-3)
 
 
 def test_seconds_end_a_training_early_and_a_slow_device_does_less() -> None:
@@ -365,7 +373,7 @@ def test_the_proximal_gradient_is_that_of_the_papers_function() -> None:
     """h(w) = F(w) + mu/2·|w - w0|² (Li et al. 2020, eq. 2) by central differences, F being sum(w³)."""
     mu, w0 = 0.7, np.array([0.5, -1.0, 2.0])
     w = w0.copy()
-    optimizer = local_optimizer.begin(Plan(momentum=0.0, proximal_mu=mu), [w], 1)
+    optimizer = local_optimizer.begin(Plan(momentum=0.0, proximal_mu=mu), [w])
     w += np.array([0.3, 0.1, -0.2])
     at = w.copy()
     optimizer.step([3 * at**2], 1.0)

@@ -19,33 +19,25 @@ class Optimizer(Protocol):
     """Changes the parameters of its constructor in place."""
 
     def step(self, gradients: Sequence[Array], rate: float) -> None:
-        """Make one step; the gradients are of the loss, and ``rate`` is the version's (`Plan.rate`).
-
-        The plan's `grad_clip` and `step_schedule` are applied here.
-        """
+        """Make one step by the gradients of the loss, at a rate of `Plan.rates`. The plan's `grad_clip` is applied."""
         ...
 
 
-def begin(plan: Plan, parameters: Sequence[Array], steps: int) -> Optimizer:
-    """The plan's optimizer for these parameters and this number of steps, by which `step_schedule` runs.
-
-    The parameters' present values are FedProx's w0.
-    """
-    return {"sgd": Sgd, "rmsprop": RmsProp}.get(plan.optimizer, Adam)(plan, parameters, steps)
+def begin(plan: Plan, parameters: Sequence[Array]) -> Optimizer:
+    """The plan's optimizer for these parameters. Their present values are FedProx's w0."""
+    return {"sgd": Sgd, "rmsprop": RmsProp}.get(plan.optimizer, Adam)(plan, parameters)
 
 
 class _Stepper:
-    """The same for all: the objective's gradient, its clipping, the rate of each step."""
+    """The same for all: the objective's gradient and its clipping."""
 
-    def __init__(self, plan: Plan, parameters: Sequence[Array], steps: int) -> None:
+    def __init__(self, plan: Plan, parameters: Sequence[Array]) -> None:
         self._plan = plan
         self._parameters = list(parameters)
         self._began = [w * 1 for w in parameters] if plan.proximal_mu else []
-        self._planned = steps
         self._steps = 0
 
     def step(self, gradients: Sequence[Array], rate: float) -> None:
-        rate *= self._plan.step_share(self._steps, self._planned)
         self._steps += 1
         clip = self._plan.grad_clip
         objective = list(map(self._objective, range(len(self._parameters)), gradients, self._parameters))
@@ -70,8 +62,8 @@ class Sgd(_Stepper):
     With `nesterov`, w = w - lr·(g + beta·m) (Sutskever et al. 2013, in the form of torch).
     """
 
-    def __init__(self, plan: Plan, parameters: Sequence[Array], steps: int) -> None:
-        super().__init__(plan, parameters, steps)
+    def __init__(self, plan: Plan, parameters: Sequence[Array]) -> None:
+        super().__init__(plan, parameters)
         self._momenta = [w * 0 for w in parameters]
 
     def _move(self, number: int, g: Array, rate: float) -> None:
@@ -90,8 +82,8 @@ class Adam(_Stepper):
     w -= lr·(m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + epsilon)
     """
 
-    def __init__(self, plan: Plan, parameters: Sequence[Array], steps: int) -> None:
-        super().__init__(plan, parameters, steps)
+    def __init__(self, plan: Plan, parameters: Sequence[Array]) -> None:
+        super().__init__(plan, parameters)
         self._means = [w * 0 for w in parameters]
         self._squares = [w * 0 for w in parameters]
 
@@ -115,8 +107,8 @@ class RmsProp(_Stepper):
     g = grad(loss) + mu·(w - w0) + wd·w;  v = alpha·v + (1 - alpha)·g²;  w -= lr·g / (sqrt(v) + epsilon)
     """
 
-    def __init__(self, plan: Plan, parameters: Sequence[Array], steps: int) -> None:
-        super().__init__(plan, parameters, steps)
+    def __init__(self, plan: Plan, parameters: Sequence[Array]) -> None:
+        super().__init__(plan, parameters)
         self._squares = [w * 0 for w in parameters]
 
     def _move(self, number: int, g: Array, rate: float) -> None:

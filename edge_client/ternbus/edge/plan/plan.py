@@ -94,7 +94,7 @@ class Plan:
         return steps if self.steps_max is None else min(steps, self.steps_max)
 
     def rate(self, version: int) -> float:
-        """The learning rate for training on a version, of which a step has the share `step_share`."""
+        """The learning rate for training on a version, of which each step has a share: see `rates`."""
         factor = share(
             self.schedule,
             version,
@@ -107,6 +107,11 @@ class Plan:
     def step_share(self, step: int, steps: int) -> float:
         """The share of `rate` for a step, counted from 0, of a training of ``steps`` steps; 0 to 1."""
         return share(self.step_schedule, step, warmup=self.warmup_steps, total=steps, final=self.final_step_rate)
+
+    def rates(self, version: int, samples: int) -> Iterator[float]:
+        """The learning rate of each step, one for each of `batches`."""
+        rate, steps = self.rate(version), self.steps(samples)
+        return (rate * self.step_share(step, steps) for step in range(steps))
 
     def batches(
         self, samples: int, rng: np.random.Generator, clock: Callable[[], float] | None = None

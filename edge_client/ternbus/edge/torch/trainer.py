@@ -164,7 +164,7 @@ class TorchTrainer:
             torch.manual_seed(seed)  # dropout and augmentation draw from it
             started = time.perf_counter()
             try:
-                metrics = self._descend(plan, plan.rate(version), way, np.random.default_rng(seed))
+                metrics = self._descend(plan, version, way, np.random.default_rng(seed))
             except code_errors():
                 time.sleep(max(0.0, started + expected_s - time.perf_counter()))
                 raise
@@ -243,14 +243,14 @@ class TorchTrainer:
                 metric += float(self._task.metric(outputs, targets)) * len(targets)
         return Evaluation(samples=self.samples, values={"accuracy": metric / self.samples, "loss": loss / self.samples})
 
-    def _descend(self, plan: Plan, rate: float, way: Way, rng: np.random.Generator) -> dict[str, float]:
+    def _descend(self, plan: Plan, version: int, way: Way, rng: np.random.Generator) -> dict[str, float]:
         """Run the plan's steps on the model, in place. Returns their number, and the batches' mean loss and metric."""
         self._travelling.begin_training()
         parameters = self._trained()
-        trained = [parameter.detach() for parameter in parameters]
-        optimizer = local_optimizer.begin(plan, trained, plan.steps(self.samples))
+        optimizer = local_optimizer.begin(plan, [parameter.detach() for parameter in parameters])
         loss_sum = metric_sum = steps = 0.0
-        for chosen in plan.batches(self.samples, rng, time.perf_counter):
+        batches = plan.batches(self.samples, rng, time.perf_counter)
+        for chosen, rate in zip(batches, plan.rates(version, self.samples), strict=False):
             inputs, targets = self._batch(torch.from_numpy(chosen))
             if self._task.augment is not None:
                 inputs = self._task.augment(inputs)
