@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from ternbus.edge.torch.batches import inputs_of, with_inputs
-from ternbus.edge.torch.tree import Tree, mapped, rows, stacked
+from ternbus.edge.torch.tree import Tree, mapped, row_count, stacked
 
 if TYPE_CHECKING:
     from ternbus.edge.torch.torch_task import TorchTask
@@ -24,7 +24,7 @@ class per_sample:  # noqa: N801 - it is used as a function
     function: Callable[[Any], Any]
 
     def __call__(self, inputs: Tree) -> Tree:
-        return stacked([self.function(_sample(inputs, number)) for number in range(rows(inputs) or 0)])
+        return stacked([self.function(_sample(inputs, number)) for number in range(row_count(inputs) or 0)])
 
 
 def _sample(inputs: Tree, number: int) -> Tree:

@@ -18,22 +18,21 @@ def chosen(name: str) -> torch.device:
     """
     if name == AUTO:
         if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("mps" if torch.mps.is_available() else "cpu")
+            return torch.device("cuda:0")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if not _NAME.fullmatch(name):
         raise ConfigError(f"device is {name!r}: it must be auto, cpu, cuda, cuda:N or mps")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
+    device = torch.device("cuda:0" if name == "cuda" else name)
+    if device.type == "cuda" and device.index >= (found := torch.cuda.device_count()):
         raise ConfigError(f'device is {name!r}, but this machine has {found} CUDA devices: use "auto" or "cpu"')
-    if device.type == "mps" and not torch.mps.is_available():
+    if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError('device is "mps", which this machine does not have: use "auto" or "cpu"')
     return device
 
 
 def generators(device: torch.device) -> list[int]:
     """The numbers of the accelerators whose random numbers a training draws from, for `torch.random.fork_rng`."""
-    return [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
+    return [device.index] if device.type == "cuda" else []
 
 
 def free(device: torch.device) -> None:

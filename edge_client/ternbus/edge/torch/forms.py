@@ -1,4 +1,4 @@
-"""The forms of data that `dataset()` may give: tensors, numpy arrays, a DataFrame, a Dataset, a DataLoader, a stream."""
+"""The forms of data that `dataset()` may give: tensors, arrays, a DataFrame, a Dataset, a DataLoader, a stream."""
 
 import warnings
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from ternbus.broker.errors import ConfigError
 from ternbus.edge.learn.task import TrainingError
 from ternbus.edge.torch.batches import is_pair
 from ternbus.edge.torch.samples import DatasetSamples, Samples, StreamSamples, TensorSamples
-from ternbus.edge.torch.tree import Tree, converted, leaves, rows
+from ternbus.edge.torch.tree import Tree, converted, leaves, row_count
 
 FORMS: Final = (
     "dataset() must give (inputs, targets), or a dict, of tensors, numpy arrays or DataFrames; a Dataset; or an "
@@ -83,8 +83,8 @@ def _of_loader(loader: "DataLoader[Any]", task: str, collate: Any, workers: int)
         loader.sampler, RandomSampler | SequentialSampler
     ):
         raise ConfigError(
-            f"the task {task}: dataset() gave a DataLoader with a {type(loader.sampler).__name__}, but the plan chooses "
-            "the samples of a batch: give its Dataset"
+            f"the task {task}: dataset() gave a DataLoader with a {type(loader.sampler).__name__}, but the plan "
+            "chooses the samples of a batch: give its Dataset"
         )
     own = None if loader.collate_fn is default_collate or loader.batch_size is None else loader.collate_fn
     return loader.dataset, collate or own, workers or loader.num_workers
@@ -140,7 +140,7 @@ def _checked(tree: Tree, task: str) -> Tree:
     found = list(leaves(tree))
     if not found:
         raise ConfigError(f"the task {task}: dataset() gave no tensor: {FORMS}")
-    if rows(tree):
+    if row_count(tree):
         return tree
     if is_pair(tree) and all(isinstance(part, Tensor) and part.dim() for part in tree):
         raise ConfigError(
@@ -149,6 +149,6 @@ def _checked(tree: Tree, task: str) -> Tree:
         )
     shapes = ", ".join(str(tuple(leaf.shape)) for leaf in found[:5])
     raise ConfigError(
-        f"the task {task}: dataset() gave tensors of shapes {shapes}: each must have a row for each sample; for samples "
-        "of different lengths give a Dataset and collate"
+        f"the task {task}: dataset() gave tensors of shapes {shapes}: each must have a row for each sample; for "
+        "samples of different lengths give a Dataset and collate"
     )

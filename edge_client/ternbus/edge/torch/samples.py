@@ -19,7 +19,7 @@ from ternbus.edge.learn.partition import Indices
 from ternbus.edge.learn.task import TrainingError
 from ternbus.edge.learn.task_loader import code_errors
 from ternbus.edge.torch.batches import is_pair, targets_of
-from ternbus.edge.torch.tree import Tree, converted, leaves, rows, some_rows
+from ternbus.edge.torch.tree import Tree, converted, leaves, row_count, some_rows
 
 CHECKED_ROWS: Final = 500  # at a time, for values that are not finite
 
@@ -74,7 +74,7 @@ class TensorSamples:
     reads_ahead = False
 
     def __len__(self) -> int:
-        return len(self.numbers) if self.numbers is not None else rows(self.tree) or 0
+        return len(self.numbers) if self.numbers is not None else row_count(self.tree) or 0
 
     def labels(self) -> Labels | None:
         targets = targets_of(self.tree)

@@ -31,7 +31,7 @@ from ternbus.edge.torch.objective import Objective, number, trainable
 from ternbus.edge.torch.samples import Samples
 from ternbus.edge.torch.torch_task import Split, TorchTask
 from ternbus.edge.torch.travelling_state import TravellingState
-from ternbus.edge.torch.tree import Tree, leaves, mapped, rows, some_rows
+from ternbus.edge.torch.tree import Tree, leaves, mapped, row_count, some_rows
 
 __all__ = ["Shared", "Split", "TorchTask", "TorchTrainer"]
 
@@ -199,7 +199,7 @@ class TorchTrainer:
 
     def _scored(self, batch: Tree, plan: Plan, scores: scoring.Scores) -> float:
         """The sum of the samples' losses; what is too much for the memory is evaluated by halves."""
-        count = rows(batch)
+        count = row_count(batch)
         fits = count is None or count <= self._shared.fitting
         try:
             if fits:

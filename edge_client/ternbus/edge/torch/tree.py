@@ -74,7 +74,7 @@ def some_rows(tree: Tree, numbers: Tensor | slice) -> Tree:
     return mapped(lambda tensor: tensor[numbers], tree)
 
 
-def rows(tree: Tree) -> int | None:
+def row_count(tree: Tree) -> int | None:
     """The common length of all tensors' first dimension; None if there is no common one."""
     counts = {len(leaf) if leaf.dim() else -1 for leaf in leaves(tree)}
     count = counts.pop() if len(counts) == 1 else -1
