@@ -142,7 +142,7 @@ def placed(task: Task, processor: str) -> Task:
     if processor == "cpu":
         return task
     raise ConfigError(
-        f"the task {task.name} trains without PyTorch, so on the CPU only: leave out --device {processor}"
+        f"the task {task.name} has no device {processor!r}, since it does without PyTorch: leave out --device"
     )
 
 

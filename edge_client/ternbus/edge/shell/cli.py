@@ -59,7 +59,7 @@ Processor = Annotated[
     typer.Option(
         "--device",
         metavar="NAME",
-        help="Processor that trains: cpu, cuda, cuda:1 or mps; by default the plan's choice.",
+        help="Processor that trains: cpu, cuda, cuda:1 or mps; else the plan's.",
     ),
 ]
 HoldOut = Annotated[
@@ -160,7 +160,8 @@ def join(
         model = _task_for(task, width, processor, data)
         settings = home.prepare(
             asked, task=absolute(task), data=data, partition=partition, seed=seed, hold_out=hold_out, width=width,
-            processor=processor, frame_bytes=frame_bytes, username=username, password_file=password_file, policy=policy, limits=limits,
+            processor=processor, frame_bytes=frame_bytes, username=username, password_file=password_file, policy=policy,
+            limits=limits,
         )  # fmt: skip
         agent.check(settings, options)
         stop = agent.join(home, settings, model, options, printer)
