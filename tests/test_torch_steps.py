@@ -9,13 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from typer.testing import CliRunner
 
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol.invitation import Invitation
 from ternbus.edge import Evaluation, Metric, Plan, TorchTask, Trained, lower, per_sample
 from ternbus.edge.learn.task import placed
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.plan.limits import TrainingLimits
 from ternbus.edge.plan.tensors import Tensors
+from ternbus.edge.shell import cli
+from ternbus.edge.shell.directory import DeviceDirectory
 from ternbus.edge.shell.preflight import check
 from ternbus.edge.torch import device as devices
 from ternbus.edge.torch import torchvision_ops  # noqa: F401  # must come before torchvision
@@ -326,3 +330,22 @@ def test_a_model_on_another_device_is_another_one_and_what_it_learns_arrives(mon
     assert trainer._model is not first
     assert same(found, expected)
     assert evaluated(task, found).values == pytest.approx(trainer._task.evaluator(data=None).evaluate(found).values)
+
+
+def test_a_device_keeps_the_processor_that_its_owner_chose(tmp_path: Path) -> None:
+    invitation = Invitation(
+        federation="fed", device="pi", broker="mqtt://127.0.0.1:9", aggregator_key="ab" * 32, code="c" * 32
+    )
+    home = DeviceDirectory(tmp_path / "pi")
+    settings = home.prepare(invitation, task="digits", data=None, partition="all", processor="cpu")
+    assert home.settings() == settings
+    assert settings.processor == "cpu"
+    path = tmp_path / "pi.toml"
+    path.write_text(invitation.dumps())
+    path.chmod(0o600)
+    for task, name, said in (("digits", "gpu", "device is 'gpu'"), ("digits-numpy", "cuda", "has no device 'cuda'")):
+        arguments = ["join", str(path), str(tmp_path / "other"), "--task", task, "--device", name]
+        assert said in str(CliRunner().invoke(cli.app, arguments).exception)
+        assert not (tmp_path / "other").exists()
+    arguments = ["join", str(path), str(tmp_path / "pi"), "--renew", "--device", "cpu"]
+    assert "--renew keeps task, data" in str(CliRunner().invoke(cli.app, arguments).exception)

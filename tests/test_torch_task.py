@@ -156,7 +156,7 @@ class Forms(nn.Module):
         self.layer, self.takes, self.gives = nn.Linear(8, 3), takes, gives
 
     def forward(self, inputs: Any) -> Any:
-        inputs = {"tensor": lambda x: x, "dict": lambda x: x["x"], "list": lambda x: x[1]}[self.takes](inputs)
+        inputs = inputs if self.takes == "tensor" else inputs["x" if self.takes == "dict" else 1]
         logits = self.layer(inputs)
         return {
             "tensor": lambda: logits, "tuple": lambda: (logits, logits.detach()), "dict": lambda: {"logits": logits},

@@ -48,7 +48,7 @@ class Samples(Protocol):
 
     def part(self, numbers: Indices) -> "Samples": ...
 
-    def batch(self, numbers: Tensor | slice) -> Tree: ...
+    def batch(self, numbers: Numbers | slice) -> Tree: ...
 
     def batches(self, numbers: Iterable[Numbers]) -> Iterator[Tree]:
         """A batch for each of `numbers`. A stream looks at their count alone, and begins again at its end."""
@@ -68,7 +68,7 @@ class TensorSamples:
     """A tree of tensors with a row for each sample; `numbers` are those of this part, None for all."""
 
     tree: Tree
-    numbers: Tensor | None = None
+    numbers: Numbers | None = None
 
     at_random = True
     reads_ahead = False
@@ -80,18 +80,18 @@ class TensorSamples:
         targets = targets_of(self.tree)
         if not isinstance(targets, Tensor) or targets.dim() != 1 or targets is self.tree:
             return None
-        return np.asarray(targets.numpy() if self.numbers is None else targets[self.numbers].numpy())
+        labels: Labels = targets.numpy()
+        return labels if self.numbers is None else labels[self.numbers]
 
     def part(self, numbers: Indices) -> "TensorSamples":
-        chosen = torch.from_numpy(numbers)
-        return replace(self, numbers=chosen if self.numbers is None else self.numbers[chosen])
+        return replace(self, numbers=numbers if self.numbers is None else self.numbers[numbers])
 
-    def batch(self, numbers: Tensor | slice) -> Tree:
+    def batch(self, numbers: Numbers | slice) -> Tree:
         chosen = numbers if self.numbers is None else self.numbers[numbers]
-        return some_rows(self.tree, chosen)
+        return some_rows(self.tree, chosen if isinstance(chosen, slice) else torch.from_numpy(chosen))
 
     def batches(self, numbers: Iterable[Numbers]) -> Iterator[Tree]:
-        return (self.batch(torch.from_numpy(chosen)) for chosen in numbers)
+        return map(self.batch, numbers)
 
     def in_order(self, size: int) -> Iterator[Tree]:
         return (self.batch(slice(first, first + size)) for first in range(0, len(self), size))
@@ -110,7 +110,7 @@ class TensorSamples:
         count = 0
         for first in range(0, len(self), CHECKED_ROWS):  # needs less memory than all rows at once
             chosen = slice(first, first + CHECKED_ROWS)
-            part = tensor[chosen] if self.numbers is None else tensor[self.numbers[chosen]]
+            part = tensor[chosen] if self.numbers is None else tensor[torch.from_numpy(self.numbers[chosen])]
             count += int((~torch.isfinite(part)).reshape(len(part), -1).any(1).sum())
         return count
 
@@ -202,8 +202,8 @@ class DatasetSamples:
     def part(self, numbers: Indices) -> "DatasetSamples":
         return replace(self, numbers=numbers if self.numbers is None else self.numbers[numbers])
 
-    def batch(self, numbers: Tensor | slice) -> Tree:
-        chosen = np.arange(len(self))[numbers] if isinstance(numbers, slice) else numbers.numpy()
+    def batch(self, numbers: Numbers | slice) -> Tree:
+        chosen = np.arange(len(self))[numbers] if isinstance(numbers, slice) else numbers
         guarded = _Guarded(self.dataset)
         return _made(_Collate(self.collate)([guarded[number] for number in self._own(chosen)]))
 
@@ -282,7 +282,7 @@ class StreamSamples:
     def part(self, numbers: Indices) -> "StreamSamples":
         return replace(self, places=numbers if self.places is None else self.places[numbers])
 
-    def batch(self, numbers: Tensor | slice) -> Tree:
+    def batch(self, numbers: Numbers | slice) -> Tree:
         count = len(range(*numbers.indices(len(self)))) if isinstance(numbers, slice) else len(numbers)
         return self._made(list(islice(self._once(), count)))
 

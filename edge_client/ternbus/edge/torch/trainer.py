@@ -28,7 +28,7 @@ from ternbus.edge.torch.augmentation import augmentation
 from ternbus.edge.torch.autotune import Way, fastest, ways
 from ternbus.edge.torch.batches import inputs_of, prepared
 from ternbus.edge.torch.objective import Objective, number, trainable
-from ternbus.edge.torch.samples import Samples
+from ternbus.edge.torch.samples import Numbers, Samples
 from ternbus.edge.torch.torch_task import Split, TorchTask
 from ternbus.edge.torch.travelling_state import TravellingState
 from ternbus.edge.torch.tree import Tree, leaves, mapped, row_count, some_rows
@@ -68,6 +68,7 @@ class TorchTrainer:
         self._augmented = augmentation(task)
         self._metrics = task.measured()
         self._plan: Plan | None = None  # of the last training
+        self._small: int | None = None  # how many samples are of `EVALUATION_BYTES`
 
     @property
     def samples(self) -> int:
@@ -168,7 +169,7 @@ class TorchTrainer:
 
     def _predict(self, numbers: Tensor) -> tuple[Tree, Tree]:
         """The outputs for these samples, as training sees them, and their targets."""
-        return self._outputs(self._batch(numbers))
+        return self._outputs(self._batch(numbers.numpy()))
 
     def _probe(self, count: int) -> tuple[Tree, Tree]:
         """As `_predict`, for samples that are 0."""
@@ -181,7 +182,7 @@ class TorchTrainer:
 
     def evaluate(self, tensors: Tensors) -> Evaluation:
         """The metrics of the whole split, and the mean loss, on as many samples at a time as the memory allows."""
-        plan = self._plan or self._default_plan()
+        plan = self._plan = self._plan or self._default_plan()
         device = self._device(plan)
         scores, loss = scoring.Scores(self._metrics), 0.0
         with torch.random.fork_rng(devices=devices.generators(device)), torch.no_grad():
@@ -223,11 +224,12 @@ class TorchTrainer:
         asked: int | None = getattr(plan, "evaluation_batch_size", None)
         if asked is not None:
             return asked
-        found = list(leaves(inputs_of(self._samples.batch(slice(0, 1)))))
-        size = sum(leaf.numel() * max(4, leaf.element_size()) for leaf in found)
-        numbers = all(leaf.is_floating_point() or leaf.dtype == torch.uint8 for leaf in found)  # no words to embed
-        small = EVALUATION_BYTES // max(1, size) if numbers else 0
-        return min(EVALUATION_BATCH, max(plan.batch_size, small))
+        if self._small is None:
+            found = list(leaves(inputs_of(self._samples.batch(slice(0, 1)))))
+            size = sum(leaf.numel() * max(4, leaf.element_size()) for leaf in found)
+            numbers = all(leaf.is_floating_point() or leaf.dtype == torch.uint8 for leaf in found)  # no words to embed
+            self._small = EVALUATION_BYTES // max(1, size) if numbers else 0
+        return min(EVALUATION_BATCH, max(plan.batch_size, self._small))
 
     def _default_plan(self) -> Plan:
         try:
@@ -318,7 +320,7 @@ class TorchTrainer:
             self._shared.ways[key] = candidates[0] if len(candidates) == 1 else fastest(candidates, step)
         return self._shared.ways[key]
 
-    def _batch(self, numbers: Tensor | slice) -> Tree:
+    def _batch(self, numbers: Numbers | slice) -> Tree:
         return prepared(self._samples.batch(numbers), self._travelling.dtype, self._shared.device)
 
 
