@@ -314,6 +314,8 @@ def test_a_sample_that_cannot_be_read_is_named_with_the_line_that_failed(workers
     evaluator, start = task.evaluator(data=None), task.initial(0)
     with pytest.raises(TrainingError, match=said):
         evaluator.evaluate(start)
+    with pytest.raises(ConfigError, match=said):
+        task.trainer(data=None, partition="dirichlet:1:0/2:0")
 
 
 @pytest.mark.parametrize("error", [SystemExit("enough"), MemoryError(), FileNotFoundError(2, "No such file", "a.png")])

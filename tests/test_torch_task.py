@@ -158,10 +158,8 @@ class Forms(nn.Module):
     def forward(self, inputs: Any) -> Any:
         inputs = inputs if self.takes == "tensor" else inputs["x" if self.takes == "dict" else 1]
         logits = self.layer(inputs)
-        return {
-            "tensor": lambda: logits, "tuple": lambda: (logits, logits.detach()), "dict": lambda: {"logits": logits},
-            "object": lambda: Out(logits, cache="a cache"),
-        }[self.gives]()  # fmt: skip
+        given = {"tensor": logits, "tuple": (logits, logits.detach()), "dict": {"logits": logits}}
+        return given.get(self.gives, Out(logits, cache="a cache"))
 
 
 def logits_of(outputs: Any) -> Any:

@@ -24,7 +24,8 @@ class TrainingError(FederationError):
 class Trained:
     """The result of local training: all tensors of the trained model (not the change), and the number of samples.
 
-    `metrics` has `loss` and `accuracy` (means over the training batches), `seconds` and `steps`.
+    `metrics` has `loss` (the mean over the training batches), the task's own metrics, such as `accuracy`, of the
+    outputs in training, `seconds` and `steps`.
     Raises `TrainingError` if any tensor has a NaN or an infinity.
     """
 

@@ -78,9 +78,10 @@ class TensorSamples:
 
     def labels(self) -> Labels | None:
         targets = targets_of(self.tree)
-        if not isinstance(targets, Tensor) or targets.dim() != 1 or targets is self.tree:
+        if not isinstance(targets, Tensor) or targets.numel() != row_count(self.tree) or targets is self.tree:
             return None
-        labels: Labels = targets.numpy()
+        found = targets.reshape(-1)
+        labels: Labels = (found.double() if found.is_floating_point() else found).numpy()  # numpy has no bfloat16
         return labels if self.numbers is None else labels[self.numbers]
 
     def part(self, numbers: Indices) -> "TensorSamples":
@@ -254,30 +255,25 @@ class StreamSamples:
     stream: Any
     collate: Any
     workers: int
-    count: int
-    targets: Labels | None
+    count: int = 0  # of the whole stream, which is read for it where it has no length
     places: Numbers | None = None
+    _known: dict[str, Labels | None] = field(default_factory=dict)  # of all samples, shared by all parts
 
     at_random = False
     reads_ahead = False  # the counts of batches do not reach other processes
 
-    @classmethod
-    def read(cls, stream: Any, collate: Any, workers: int, *, with_labels: bool) -> "StreamSamples":
-        """Read it once where it has no length, or where its labels are asked for."""
-        made = cls(stream=stream, collate=collate, workers=workers, count=0, targets=None)
-        if with_labels:
-            counted = _Counted(made._once())
-            made.targets = labels_of(counted)
-            made.count = counted.rest()
-        else:
-            made.count = len(stream) if hasattr(stream, "__len__") else sum(1 for _ in made._once())
-        return made
+    def __post_init__(self) -> None:
+        if not self.count:
+            self.count = len(self.stream) if hasattr(self.stream, "__len__") else sum(1 for _ in self._once())
 
     def __len__(self) -> int:
         return self.count if self.places is None else len(self.places)
 
     def labels(self) -> Labels | None:
-        return self.targets if self.targets is None or self.places is None else self.targets[self.places]
+        if "labels" not in self._known:
+            self._known["labels"] = labels_of(self._read(None))
+        found = self._known["labels"]
+        return found if found is None or self.places is None else found[self.places]
 
     def part(self, numbers: Indices) -> "StreamSamples":
         return replace(self, places=numbers if self.places is None else self.places[numbers])
@@ -302,8 +298,11 @@ class StreamSamples:
         return _made(_Collate(self.collate)(samples))
 
     def _once(self) -> Iterator[Any]:
-        workers = self.workers if self.places is None else 0  # each worker has other places
-        loader = DataLoader(_Part(self.stream, self.places), batch_size=None, num_workers=workers, collate_fn=_as_is)
+        return self._read(self.places)
+
+    def _read(self, places: Numbers | None) -> Iterator[Any]:
+        workers = self.workers if places is None else 0  # each worker has other places
+        loader = DataLoader(_Part(self.stream, places), batch_size=None, num_workers=workers, collate_fn=_as_is)
         return (_sound(sample) for sample in loader)
 
     def _again(self) -> Iterator[Any]:
@@ -318,22 +317,6 @@ class StreamSamples:
 
 def _as_is(sample: Any) -> Any:
     return sample
-
-
-class _Counted:
-    """An iterator that knows how many it gave."""
-
-    def __init__(self, samples: Iterator[Any]) -> None:
-        self._samples, self._count = samples, 0
-
-    def __iter__(self) -> Iterator[Any]:
-        for sample in self._samples:
-            self._count += 1
-            yield sample
-
-    def rest(self) -> int:
-        """The number of all, once the rest was read too."""
-        return self._count + sum(1 for _ in self._samples)
 
 
 def labels_of(samples: Iterable[Any]) -> Labels | None:

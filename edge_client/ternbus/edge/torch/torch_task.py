@@ -28,13 +28,14 @@ from torch.nn import functional
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.learn.metric import Metric
 from ternbus.edge.learn.partition import Indices, Partition, select
+from ternbus.edge.learn.task import TrainingError
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import FloatArray
 from ternbus.edge.torch import device as devices
 from ternbus.edge.torch import objective, scoring
 from ternbus.edge.torch.batches import targets_of
 from ternbus.edge.torch.forms import samples_of
-from ternbus.edge.torch.samples import Samples
+from ternbus.edge.torch.samples import Labels, Samples
 from ternbus.edge.torch.travelling_state import TravellingState
 from ternbus.edge.torch.tree import Tree
 
@@ -214,10 +215,9 @@ class TorchTask:
         """Trainers for many devices in one process, used one at a time: they share a model and the data."""
         from ternbus.edge.torch.trainer import Shared, TorchTrainer  # noqa: PLC0415 - it imports this module
 
-        parsed = [Partition.parse(partition) for partition in partitions]
-        samples = self._samples(data, "train", with_labels=any(_needs_classes(each) for each in parsed))
+        samples = self._samples(data, "train")
         shared = Shared(self)
-        owners = self._owners(data, len(samples)) if any(each.natural for each in parsed) else None
+        owners = self._owners(data, len(samples)) if any(Partition.parse(each).natural for each in partitions) else None
         return [TorchTrainer(self, self._part(samples, owners, partition), shared) for partition in partitions]
 
     def evaluator(self, *, data: Path | None) -> "TorchTrainer":
@@ -225,9 +225,8 @@ class TorchTask:
 
         return TorchTrainer(self, self._samples(data, "test"), Shared(self))
 
-    def _samples(self, folder: Path | None, split: Split, *, with_labels: bool = False) -> Samples:
-        given = self.dataset(folder, split)
-        return samples_of(given, task=self.name, collate=self.collate, workers=self.workers, with_labels=with_labels)
+    def _samples(self, folder: Path | None, split: Split) -> Samples:
+        return samples_of(self.dataset(folder, split), task=self.name, collate=self.collate, workers=self.workers)
 
     def _owners(self, folder: Path | None, samples: int) -> Indices | None:
         """The number of each training sample's owner, from 0; None without owners."""
@@ -242,11 +241,18 @@ class TorchTask:
             )
         return np.unique(labels, return_inverse=True)[1].astype(np.int64)
 
+    def _labels(self, samples: Samples) -> Labels | None:
+        """The target of each sample. Raises `ConfigError` if one cannot be read."""
+        try:
+            return samples.labels()
+        except TrainingError as error:
+            raise ConfigError(f"the task {self.name}: {error}") from error
+
     def _part(self, samples: Samples, owners: Indices | None, partition: str) -> Samples:
         if partition == "all":
             return samples
         parsed = Partition.parse(partition)
-        labels = samples.labels() if _needs_classes(parsed) else None
+        labels = self._labels(samples) if _needs_classes(parsed) else None
         classes = labels is not None and labels.dtype.kind in "iub"
         if not classes and not parsed.half and _needs_classes(parsed):
             raise ConfigError(f"the task {self.name} has no classes to split by: use --partition all")

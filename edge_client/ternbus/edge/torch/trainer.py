@@ -187,6 +187,7 @@ class TorchTrainer:
         scores, loss = scoring.Scores(self._metrics), 0.0
         with torch.random.fork_rng(devices=devices.generators(device)), torch.no_grad():
             self._shared.place(device)
+            torch.manual_seed(0)  # a model that draws, such as a generator, draws the same for each version
             self._travelling.load(tensors)
             self._model.eval()
             for batch in self._samples.in_order(min(self._shared.fitting, self._evaluation_batch(plan))):
@@ -206,9 +207,10 @@ class TorchTrainer:
             if fits:
                 ready = prepared(batch, self._travelling.dtype, self._shared.device)
                 found = self._objective.of(self._model, ready, plan, Way())
+                loss = number(found.value, "loss()") * (count or _count(batch))
                 if (outputs := self._objective.outputs(self._model, ready, found)) is not None:
                     scores.keep(outputs, self._task.targets(ready))
-                return number(found.value, "loss()") * (count or _count(batch))
+                return loss
         except code_errors() as error:
             if count is None or count < 2 or not is_memory(error):
                 raise
