@@ -296,7 +296,7 @@ def auc(outputs: Tensor, targets: Tensor) -> float:
 
 
 def test_a_metric_is_of_the_whole_split_and_no_mean_of_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ternbus.edge.torch.trainer.EVALUATION_BATCH", 7)
+    monkeypatch.setattr("ternbus.edge.torch.evaluation.BATCH", 7)
     inputs, targets = data(None, "train")
     order = targets.argsort()  # as folders of classes are: a batch has one class
     task = TorchTask(
