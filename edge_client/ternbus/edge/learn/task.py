@@ -25,7 +25,8 @@ class TrainingError(FederationError):
 class Trained:
     """The result of local training: all tensors of the trained model (not the change), and the number of samples.
 
-    `metrics` has `loss` and `accuracy` (means over the training batches), `seconds` and `steps`.
+    `metrics` has `loss` (the mean over the training batches), the task's own metrics, such as `accuracy`, of the
+    outputs in training, `seconds` and `steps`.
     Raises `TrainingError` if any tensor has a NaN or an infinity.
     """
 
@@ -138,6 +139,31 @@ class SharingTask(Protocol):
     """A task whose trainers in one process share memory; they are used one at a time."""
 
     def trainers(self, *, data: Path | None, partitions: Sequence[str]) -> Sequence[Trainer]: ...
+
+
+@runtime_checkable
+class PlacedTask(Protocol):
+    """A task that trains on a processor by name, such as "cpu" or "cuda:1"."""
+
+    def on_device(self, name: str) -> Task:
+        """The same task on this processor. Raises `ConfigError` if this machine does not have it."""
+        ...
+
+
+def placed(task: Task, processor: str) -> Task:
+    """The task on its owner's choice of processor; `task` itself for "" or "auto".
+
+    Raises `ConfigError` if this machine, or the task, does not have it.
+    """
+    if processor in ("", "auto"):
+        return task
+    if isinstance(task, PlacedTask):
+        return task.on_device(processor)
+    if processor == "cpu":
+        return task
+    raise ConfigError(
+        f"the task {task.name} has no device {processor!r}, since it does without PyTorch: leave out --device"
+    )
 
 
 def trainers_of(task: Task, data: Path | None, partitions: Sequence[str]) -> list[Trainer]:
