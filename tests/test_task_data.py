@@ -63,9 +63,7 @@ def test_natural_parts_need_no_classes(folder: Path) -> None:
     )
     assert [trainer.samples for trainer in task.trainers(data=None, partitions=["natural:0", "natural:1"])] == [1, 3]
     with pytest.raises(ConfigError, match="no classes"):
-        task.trainer(data=None, partition="iid:0/2")
-    with pytest.raises(ConfigError, match="no classes"):
-        task.trainer(data=None, partition="iid:0/2;test:0.3")
+        task.trainer(data=None, partition="dirichlet:1:0/2:0")
     ((trainer, held),) = halves_of(task, None, ["all"], 0.3)
     assert (trainer.samples, held.samples) == (3, 1)
     ((trainer, held),) = halves_of(task, None, ["natural:1"], 0.3)

@@ -7,18 +7,20 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.learn import local_optimizer
 from ternbus.edge.learn.noise import RandomSource
-from ternbus.edge.learn.partition import Indices, Partition, select
+from ternbus.edge.learn.partition import Rows
 from ternbus.edge.learn.task import Evaluation, Trained, TrainingError
 from ternbus.edge.plan.plan import NO_DP, Plan
 from ternbus.edge.plan.tensors import FloatArray, Tensors
@@ -43,8 +45,9 @@ class TorchTask:
     time. `data(folder, split)` returns (inputs, targets), one row per sample, and raises `ConfigError` if there are
     none; uint8 inputs (images) reach `augment` and the model as float32 in 0…1. `loss` and `metric` take (outputs,
     targets) and return the batch's mean. `augment` takes a batch of inputs, in training only. `owners(folder)` returns
-    the number of each training row's owner, from 0, for `--partition natural:I`. `narrow(width)` returns a model with
-    this share of the channels in each hidden layer, for `--width`.
+    the label of each training row's owner, of any kind, for `--partition natural:I`, or a table with columns of such
+    labels for `by:COLUMN:I`. `narrow(width)` returns a model with this share of the channels in each hidden layer, for
+    `--width`.
     """
 
     name: str
@@ -54,7 +57,7 @@ class TorchTask:
     loss: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy
     metric: Callable[[Tensor, Tensor], Tensor] = accuracy
     augment: Callable[[Tensor], Tensor] | None = None
-    owners: Callable[[Path | None], Indices] | None = None
+    owners: Callable[[Path | None], object] | None = None
     narrow: Callable[[float], nn.Module] | None = None
 
     def initial(self, seed: int) -> dict[str, FloatArray]:
@@ -89,24 +92,8 @@ class TorchTask:
         """Trainers for many devices in one process, used one at a time: they share a model and read the data once."""
         inputs, targets = self.data(data, "train")
         shared = _Shared(self.model())
-        natural = any(Partition.parse(partition).natural for partition in partitions)
-        owners = self.owners(data) if natural and self.owners is not None else None
-        return [TorchTrainer(self, *self._part(inputs, targets, owners, partition), shared) for partition in partitions]
-
-    def _part(self, inputs: Tensor, targets: Tensor, owners: Indices | None, partition: str) -> tuple[Tensor, Tensor]:
-        if partition == "all":
-            return inputs, targets
-        classes = targets.dim() == 1 and not targets.is_floating_point()
-        labels = targets.numpy() if classes else np.zeros(len(targets), np.int64)
-        if owners is not None and len(owners) != len(targets):
-            raise ConfigError(
-                f"the task {self.name} has {len(owners)} owners of {len(targets)} samples: "
-                "owners() must return one for each training row"
-            )
-        if not (classes or Partition.parse(partition).whole):
-            raise ConfigError(f"the task {self.name} has no classes to split by: use --partition all")
-        chosen = torch.from_numpy(select(partition, labels, owners))
-        return inputs[chosen], targets[chosen]
+        rows = Rows(_labels(targets), None if self.owners is None else partial(self.owners, data))
+        return [TorchTrainer(self, *_part(inputs, targets, rows, partition), shared) for partition in partitions]
 
     def evaluator(self, *, data: Path | None) -> "TorchTrainer":
         return TorchTrainer(self, *self.data(data, "test"), _Shared(self.model()))
@@ -276,6 +263,21 @@ class TorchTrainer:
         if inputs.is_floating_point() and self._travelling.dtype is not None:
             inputs = inputs.to(self._travelling.dtype)
         return inputs, self._targets[rows]
+
+
+def _labels(targets: Tensor) -> NDArray[Any] | int:
+    """What partitions divide by: the class or number of each row; the number of rows if each has more."""
+    if targets.dim() > 1 and targets.numel() != len(targets):
+        return len(targets)
+    return (targets.double() if targets.is_floating_point() else targets).numpy()  # numpy has no bfloat16
+
+
+def _part(inputs: Tensor, targets: Tensor, rows: Rows, partition: str) -> tuple[Tensor, Tensor]:
+    chosen = rows.of(partition)
+    if len(chosen) == len(targets):
+        return inputs, targets
+    places = torch.from_numpy(chosen)
+    return inputs[places], targets[places]
 
 
 def _not_finite(tensor: Tensor) -> int:

@@ -17,7 +17,7 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import load_toml
 from ternbus.broker.protocol.invitation import check_broker_url
 from ternbus.edge.learn import task_loader
-from ternbus.edge.learn.partition import LARGEST_SHARE, Partition
+from ternbus.edge.learn.partition_spec import LARGEST_SHARE, Partition
 from ternbus.edge.learn.subnetwork import check_width
 from ternbus.lab.hostile import KINDS, STRENGTHS, Behaviour
 from ternbus.lab.scenario.toml_table import Table
