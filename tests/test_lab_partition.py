@@ -199,7 +199,8 @@ class Opaque(DigitsNumpy):
 
     def trainer(self, *, data: Path | None, partition: str) -> NumpyTrainer:
         size = 20 if partition == "all" else 5 + Partition.parse(partition).index
-        return NumpyTrainer(*(one[:size] for one in digits_data.load("train")))
+        images, labels = digits_data.load("train")
+        return NumpyTrainer(images[:size], labels[:size])
 
 
 def test_a_task_that_does_not_say_what_it_divides_has_the_default_of_classes() -> None:
