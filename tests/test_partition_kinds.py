@@ -286,6 +286,24 @@ def test_a_regression_in_torch_is_divided(form: str, dtype: torch.dtype) -> None
         assert trainer.samples + held.samples == len(found[0])
 
 
+def test_targets_are_read_once_and_only_for_a_partition_that_needs_them() -> None:
+    read: list[str] = []
+
+    def targets() -> npt.NDArray[np.int64]:
+        read.append("once")
+        return CLASSES
+
+    rows = Rows(targets, OWNERS, samples=ROWS)
+    for spec in ("all", "iid:0/3", "quantity:1:0/3:1", "natural:1"):
+        rows.of(spec)
+    assert not read
+    for spec in ("dirichlet:1:0/3:1", "shards:2:0/3:1", "all;test:0.2"):
+        assert np.array_equal(rows.of(spec), select(spec, CLASSES))
+    assert read == ["once"]
+    with pytest.raises(PartitionError, match="no classes"):
+        Rows(lambda: None, samples=ROWS).of("dirichlet:1:0/3:1")
+
+
 def test_owners_are_read_only_for_a_partition_that_needs_them() -> None:
     def owners(_: Path | None) -> object:
         raise ConfigError("no file of owners")

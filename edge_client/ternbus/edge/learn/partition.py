@@ -113,17 +113,31 @@ class Division:
 class Rows:
     """The rows of the training data, and what they can be divided by. Each division is made once.
 
-    The arguments are those of `select`; `owners` may be a function that returns them.
+    The arguments are those of `select`. `targets`, with the number of `samples`, and `owners` may be functions, which
+    are called where a partition needs them.
     """
 
     def __init__(
-        self, targets: npt.ArrayLike | int, owners: object | Callable[[], object] = None, columns: object = None
+        self,
+        targets: npt.ArrayLike | Callable[[], npt.ArrayLike | None] | int,
+        owners: object | Callable[[], object] = None,
+        columns: object = None,
+        *,
+        samples: int | None = None,
     ) -> None:
-        self._targets = np.empty((targets, 0)) if isinstance(targets, int) else np.asarray(targets)
-        self.samples = len(self._targets)
+        self._given_targets = targets
+        self.samples = len(self._targets) if samples is None else samples
         self._owners = owners
         self._columns = columns
         self._divisions: dict[Partition, Division] = {}
+
+    @cached_property
+    def _targets(self) -> npt.NDArray[Any]:
+        """The targets; without a column if there are none."""
+        given: Any = self._given_targets
+        found = given() if callable(given) else given
+        rows = self.samples if found is None else found
+        return np.empty((rows, 0)) if isinstance(rows, int) else np.asarray(rows)
 
     @cached_property
     def classes(self) -> Labels | None:
