@@ -278,7 +278,7 @@ def test_a_regression_in_torch_is_divided(form: str, dtype: torch.dtype) -> None
 
     task = TorchTask(name="own", model=lambda: nn.Linear(1, 1), data=data)
     found = [
-        trainer._inputs[:, 0].numpy()
+        trainer.data.batch(slice(None))[0][:, 0].numpy()
         for trainer in task.trainers(data=None, partitions=[form.format(index, 4) for index in range(4)])
     ]
     assert is_partition(found, ROWS)

@@ -91,6 +91,11 @@ class Partition:
         return PartitionError(self.spec, problem)
 
     @property
+    def needs_labels(self) -> bool:
+        """Whether the part depends on the targets."""
+        return self.kind in ("dirichlet", "shards") or bool(self.half)
+
+    @property
     def whole_data(self) -> "Partition":
         """The same for all parts of the data."""
         return replace(self, spec="", index=0, half="", share=0.0)
