@@ -15,7 +15,7 @@ from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from ternbus.edge.core.actions import Stop
 from ternbus.edge.learn import accountant
 from ternbus.edge.learn.failure import explained
-from ternbus.edge.learn.partition import FORMS, Partition
+from ternbus.edge.learn.partition_spec import FORMS, Partition
 from ternbus.edge.learn.subnetwork import narrow
 from ternbus.edge.learn.task import Task, placed, task_plan
 from ternbus.edge.learn.task_loader import BUILT_IN_TASKS, absolute, expanded, load_task
