@@ -122,7 +122,7 @@ def test_patterns_that_leave_nothing_or_match_nothing_are_refused(patterns: Sequ
 
 
 def test_a_narrower_model_has_no_local_tensors() -> None:
-    task = replace(task_of("3.*"), narrow=lambda _: norm())
+    task = task_of("3.*").replaced(narrow=lambda _: norm())
     with pytest.raises(ConfigError, match="the task own has stays_local, and local tensors are of the full width only"):
         narrow(task, 0.5)
 
@@ -425,3 +425,16 @@ def test_a_device_exports_the_version_and_what_it_keeps_for_itself(broker: str, 
     loaded = load_task(task)
     assert isinstance(loaded, TorchTask)
     loaded.model().load_state_dict(load_file(tmp_path / "own.safetensors"))  # strict: nothing is missing
+
+
+def test_a_class_names_its_local_tensors_too() -> None:
+    class Own(TorchTask):
+        stays_local = ("3.*",)
+
+        def model(self) -> nn.Module:
+            return norm()
+
+        def dataset(self, folder: Path | None, split: str) -> tuple[Tensor, Tensor]:
+            return data(folder, split)
+
+    assert bits(Own().initial(0)) == bits(task_of("3.*").initial(0))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ternbus.edge import TorchTask
-from ternbus.edge.learn.partition import Indices
+from ternbus.edge.learn.labels import Indices
 from ternbus.edge.tasks.digits import data as digits
 
 OWNERS = 4

@@ -25,10 +25,11 @@ from ternbus.edge.core.actions import Log, Stop
 from ternbus.edge.core.core import Core
 from ternbus.edge.core.follower import InitialModel
 from ternbus.edge.core.profile import Profile, Role, subscriptions
+from ternbus.edge.learn.class_counts import class_counts_of
 from ternbus.edge.learn.failure import explained
 from ternbus.edge.learn.kinds import local_notice, tensor_kinds
 from ternbus.edge.learn.subnetwork import narrow
-from ternbus.edge.learn.task import Task, Trainer, halves_of
+from ternbus.edge.learn.task import Task, Trainer, halves_of, placed
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.shell import key_rotation
 from ternbus.edge.shell.directory import DeviceDirectory, Settings
@@ -144,6 +145,7 @@ def check(settings: Settings, options: Options) -> None:
 
 def _data(settings: Settings, task: Task, role: Role) -> tuple[Trainer, Trainer | None]:
     """The trainer with the device's data, or an evaluator's with the test data; and one with the held-out data."""
+    task = placed(task, settings.processor)
     if role == "evaluate":
         return task.evaluator(data=settings.data_folder), None
     trained = narrow(task, settings.share_of_channels)
@@ -197,9 +199,13 @@ def _serve(
     with Outbox(home.folder, identity.key_id) as outbox:
         with explained(settings.task):
             initial = task.initial(int(settings.seed or 0))
+            classes = class_counts_of(trainer) if trainer is not None and options.reports else {}
             metadata = tensor_kinds(task, initial).metadata() if role == "export" else {}
         shapes = {name: tuple(tensor.shape) for name, tensor in initial.items()}
-        profile = _profile(settings, identity, task, role=role, options=options, shapes=shapes, metadata=metadata)
+        profile = replace(
+            _profile(settings, identity, task, role=role, options=options, shapes=shapes, classes=classes),
+            metadata=metadata,
+        )
         core = Core(profile, outbox.state, InitialModel(tensors=initial))
         del initial  # the core frees it at the first head
         if role == "evaluate" and (notice := local_notice(task)):
@@ -250,7 +256,7 @@ def _profile(
     role: Role,
     options: Options,
     shapes: Mapping[str, tuple[int, ...]],
-    metadata: Mapping[str, str],
+    classes: Mapping[str, int],
 ) -> Profile:
     aggregator_public = bytes.fromhex(settings.aggregator_key)
     return Profile(
@@ -262,7 +268,6 @@ def _profile(
         role=role,
         code=settings.code,
         tensors=shapes,
-        metadata=metadata,
         default_plan=dict(task.default_plan),
         policy=settings.policy,
         limits=settings.limits,
@@ -270,6 +275,7 @@ def _profile(
         versions=options.versions,
         timeout_s=options.timeout_s,
         reports=options.reports,
+        classes=classes,
         fine_tune=options.fine_tune,
         stays=options.stays,
     )

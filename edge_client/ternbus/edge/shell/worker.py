@@ -70,7 +70,7 @@ def evaluate(trainer: Trainer, job: StartEvaluation) -> Evaluated | EvaluationFa
     """Evaluate the version; a failure on private data counts as evaluated, since others would see another attempt."""
     try:
         found = trainer.evaluate(tensors_of(job))
-        return Evaluated(version=job.version, samples=found.samples, values=found.finite)
+        return Evaluated(version=job.version, samples=found.samples, values=found.finite, better=found.better)
     except code_errors() as error:
         reason = failure.describe(error)
         if job.private:
@@ -92,6 +92,7 @@ def fine_tune(trainer: Trainer, held: Trainer, job: StartFineTuning) -> FineTune
             before=before.finite,
             after=after.finite,
             tensors=own,
+            better=before.better,
         )
     except code_errors() as error:
         return FineTuningFailed(version=job.version, reason=failure.describe(error), trace=failure.trace_of(error))
