@@ -356,8 +356,8 @@ def test_devices_own_heads_are_worth_more_than_a_shared_one_and_the_report_says_
     assert (
         "3.* of own-head stay on each device (stays_local): the test metrics are those of their initial values" in said
     )
-    assert own["local"]["accuracy"]["mean"] > 0.8
-    assert shared["local"]["accuracy"]["mean"] < 0.5
+    assert own["local"]["metrics"]["accuracy"]["mean"] > 0.8
+    assert shared["local"]["metrics"]["accuracy"]["mean"] < 0.5
     model = load_safetensors(tmp_path / "own" / "model.safetensors")
     assert set(model) == {"1.weight", "1.bias"}
 
