@@ -252,9 +252,10 @@ class TorchTask:
         if partition == "all":
             return samples
         parsed = Partition.parse(partition)
-        labels = self._labels(samples) if _needs_classes(parsed) else None
+        by_class = not (parsed.whole or np.isinf(parsed.alpha))
+        labels = self._labels(samples) if by_class or parsed.half else None
         classes = labels is not None and labels.dtype.kind in "iub"
-        if not classes and not parsed.half and _needs_classes(parsed):
+        if by_class and not classes:
             raise ConfigError(f"the task {self.name} has no classes to split by: use --partition all")
         known = labels if labels is not None and classes else np.zeros(len(samples), np.int64)
         return samples.part(select(partition, known, owners))
@@ -277,8 +278,3 @@ class TorchTask:
     def has_own(self, name: str) -> bool:
         """Whether this task defines the method, as an argument or in its class."""
         return name in vars(self) or getattr(type(self), name) is not getattr(TorchTask, name)
-
-
-def _needs_classes(partition: Partition) -> bool:
-    """Whether the part depends on the samples' classes: a split of equal shares, or by owner, does not."""
-    return bool(partition.half) or not (partition.whole or np.isinf(partition.alpha))
