@@ -14,7 +14,7 @@ from support.scripted_aggregator import ScriptedAggregator
 from support.small_world import LAB, Bench, Device, make_directory, scratch, ternary_block
 from ternbus.aggregator.core import events
 from ternbus.aggregator.core.clones import WITHIN_S
-from ternbus.aggregator.shell.cli import _summary
+from ternbus.aggregator.shell.status_text import summary
 from ternbus.aggregator.store import status as statuses
 from ternbus.broker.backoff import CUT_SHORT
 from ternbus.broker.protocol.identity import KeyId
@@ -76,7 +76,7 @@ def test_two_machines_that_take_turns_are_named_once_and_marked(make: Make, ahea
     assert "two machines use the key of pi: it signs lower sequence numbers after higher ones" in line
     assert "ternbus aggregator revoke DIR pi" in line
     assert mark(bench) == 3
-    text = _summary(statuses.read(bench.directory))
+    text = summary(statuses.read(bench.directory))
     assert "pi: two machines use its key; revoke it, and invite each machine by its own name" in text
     assert ", cloned?" in text
     assert "cloned" not in str(statuses.read(bench.directory)["counts"])

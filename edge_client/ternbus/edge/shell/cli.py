@@ -15,9 +15,9 @@ from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from ternbus.edge.core.actions import Stop
 from ternbus.edge.learn import accountant
 from ternbus.edge.learn.failure import explained
-from ternbus.edge.learn.partition import FORMS, Partition
+from ternbus.edge.learn.partition_spec import FORMS, Partition
 from ternbus.edge.learn.subnetwork import narrow
-from ternbus.edge.learn.task import Task, placed
+from ternbus.edge.learn.task import Task, placed, task_plan
 from ternbus.edge.learn.task_loader import BUILT_IN_TASKS, absolute, expanded, load_task
 from ternbus.edge.plan.limits import TrainingLimits
 from ternbus.edge.plan.plan import Plan
@@ -73,7 +73,7 @@ Reports = Annotated[
     bool,
     typer.Option(
         "--report-metrics",
-        help="Send the aggregator the accuracy of each version on the held-out data; the broker can read it.",
+        help="Send each version's metrics on the held-out data, and class counts; the broker can read them.",
     ),
 ]
 FineTune = Annotated[
@@ -226,7 +226,7 @@ def run(
     """Train until the federation closes, or until Ctrl-C, SIGTERM or SIGHUP; unacknowledged updates are kept in DIR.
 
     `--versions N` stops after N accepted updates. `--report-metrics` and `--fine-tune EPOCHS` need held-out
-    data: join with `--hold-out 0.2`. A fine-tuned model stays on the device; `--report-metrics` sends its accuracy.
+    data: join with `--hold-out 0.2`. A fine-tuned model stays on the device; `--report-metrics` sends its metrics.
 
     A training that fails does not end the device: it says why, to the aggregator too, and tries again ever later.
 
@@ -270,7 +270,7 @@ def init_model(
     made = load_task(task)
     with explained(task):
         tensors = made.initial(seed)
-    about = {"ternbus": f"{task}, seed {seed}"}  # one entry: the order of several varies, and so would the file
+    about = {"ternbus": f"{task}, seed {seed}", **task_plan(made).metadata()}
     save_safetensors(out, tensors, about)
     typer.echo(f"{out}: {len(tensors)} tensors, {sum(tensor.size for tensor in tensors.values()):,} parameters")
 

@@ -17,7 +17,7 @@ from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from ternbus.broker.protocol.identity import Identity, check_device, check_federation, is_public_key
 from ternbus.broker.protocol.invitation import Invitation, check_broker_url
 from ternbus.broker.store_format import copies
-from ternbus.edge.learn.partition import Partition
+from ternbus.edge.learn.partition_spec import Partition
 from ternbus.edge.learn.subnetwork import WIDTH_MIN, check_width
 from ternbus.edge.learn.task_loader import expanded
 from ternbus.edge.plan.limits import TrainingLimits

@@ -68,7 +68,7 @@ def evaluate(trainer: Trainer, job: StartEvaluation) -> Evaluated | EvaluationFa
     """Evaluate the version; a failure on private data counts as evaluated, since others would see another attempt."""
     try:
         found = trainer.evaluate(to_tensors(job.schema, job.vector))
-        return Evaluated(version=job.version, samples=found.samples, values=found.finite)
+        return Evaluated(version=job.version, samples=found.samples, values=found.finite, better=found.better)
     except code_errors() as error:
         reason = failure.describe(error)
         if job.private:
@@ -89,6 +89,7 @@ def fine_tune(trainer: Trainer, held: Trainer, job: StartFineTuning) -> FineTune
             before=before.finite,
             after=after.finite,
             tensors=trained.tensors,
+            better=before.better,
         )
     except code_errors() as error:
         return FineTuningFailed(version=job.version, reason=failure.describe(error), trace=failure.trace_of(error))

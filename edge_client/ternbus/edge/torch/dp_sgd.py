@@ -50,7 +50,8 @@ def descend(
     the share of data in the result. Raises `ConfigError` for a model without per-sample gradients.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = local_optimizer.begin(plan, [parameter.detach() for parameter in parameters])
+    unclipped = replace(plan, grad_clip=0.0)  # each sample's gradient is clipped to dp_clip
+    optimizer = local_optimizer.begin(unclipped, [parameter.detach() for parameter in parameters])
     expected = min(plan.batch_size, samples)
     with _per_sample(model):
         gradients = _Gradients(model, parameters, objective, plan.dp_clip)
@@ -65,10 +66,10 @@ def descend(
         if plan.local_seconds is not None:
             one_s = min(duration(lambda: noisy(gradients.of_probe(expected))) for _ in range(2))
             steps = max(1, min(steps, int(plan.local_seconds / one_s)))
-        for _ in range(steps):
+        for step in range(steps):
             sums = gradients.clipped_sums(torch.from_numpy(random_source.sampled(samples, expected / samples)))
             with torch.no_grad():
-                optimizer.step(noisy(sums), rate)
+                optimizer.step(noisy(sums), rate * plan.step_share(step, steps))
             gradients.keep()
     failed = {"failed_samples": float(gradients.failed)} if gradients.failed else {}
     return {"loss": gradients.loss, "steps": steps, **failed}

@@ -69,7 +69,7 @@ class Scorer:
 
     def _size(self, plan: Plan) -> int:
         """The plan's batch size, so that an evaluation needs no more memory than a training; more of small inputs."""
-        asked: int | None = getattr(plan, "evaluation_batch_size", None)
+        asked = plan.evaluation_batch_size
         if asked is not None:
             return asked
         if self._small is None:

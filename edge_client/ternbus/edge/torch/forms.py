@@ -96,6 +96,11 @@ def _is_table(given: Any) -> bool:
     return hasattr(given, "to_numpy") and hasattr(given, "columns")
 
 
+def table_of(given: Any) -> Any:
+    """The table among the inputs and targets, for `--partition by:COLUMN:I`; None where there is none."""
+    return next((part for part in given if _is_table(part)), None) if isinstance(given, tuple | list) else None
+
+
 def _tensor(leaf: Any, task: str) -> Any:
     if isinstance(leaf, Tensor):
         return leaf.detach()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from ternbus.edge.learn.failure import describe
-from ternbus.edge.learn.partition import Indices
+from ternbus.edge.learn.labels import Indices
 from ternbus.edge.learn.task import TrainingError
 from ternbus.edge.learn.task_loader import code_errors
 from ternbus.edge.torch.batches import is_pair, targets_of

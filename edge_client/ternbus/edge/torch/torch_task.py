@@ -17,24 +17,24 @@ targets says `batches.py`. `trainer.py` runs the steps and the evaluation.
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.learn.metric import Metric
-from ternbus.edge.learn.partition import Indices, Partition, select
+from ternbus.edge.learn.partition import Rows
 from ternbus.edge.learn.task import TrainingError
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import FloatArray
 from ternbus.edge.torch import device as devices
 from ternbus.edge.torch import objective, scoring
 from ternbus.edge.torch.batches import targets_of
-from ternbus.edge.torch.forms import samples_of
+from ternbus.edge.torch.forms import samples_of, table_of
 from ternbus.edge.torch.samples import Labels, Samples
 from ternbus.edge.torch.travelling_state import TravellingState
 from ternbus.edge.torch.tree import Tree
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 Split = Literal["train", "test"]
 ARGUMENTS: Final = (
     "name", "model", "data", "default_plan", "loss", "metric", "metrics", "augment", "owners", "narrow", "collate",
-    "workers", "device", "predict", "optimizers", "train_step",
+    "workers", "device", "predict", "optimizers", "train_step", "plan_keys",
 )  # fmt: skip
 
 
@@ -66,6 +66,8 @@ class TorchTask:
 
     name: str
     default_plan: Mapping[str, object] = {}
+    plan_keys: Sequence[str] = ()
+    """Names of plan keys that only this task knows, and reads from `Plan.extra`."""
     workers: int = 0
     """The number of processes that read a Dataset, as DataLoader's num_workers."""
     device: str = devices.AUTO
@@ -86,6 +88,7 @@ class TorchTask:
         model: Callable[[], nn.Module] | None = None,
         data: Callable[[Path | None, Split], Any] | None = None,
         default_plan: Mapping[str, object] | None = None,
+        plan_keys: Sequence[str] | None = None,
         loss: Callable[..., Any] | None = None,
         metric: Callable[[Any, Any], Any] | Metric | None = None,
         metrics: Mapping[str, Callable[[Any, Any], Any] | Metric] | None = None,
@@ -119,7 +122,8 @@ class TorchTask:
     def owner(self, folder: Path | None) -> Any:
         """A label of the owner of each training sample, of any kind, for `--partition natural:I`; None without owners.
 
-        The owners are numbered in the order of their labels.
+        The owners are numbered in the order of their labels; whole numbers from 0 are the numbers themselves. A table
+        with columns of such labels serves `by:COLUMN:I`.
         """
         return None if self.owners is None else self.owners(folder)
 
@@ -215,31 +219,22 @@ class TorchTask:
         """Trainers for many devices in one process, used one at a time: they share a model and the data."""
         from ternbus.edge.torch.trainer import Shared, TorchTrainer  # noqa: PLC0415 - it imports this module
 
-        samples = self._samples(data, "train")
+        given = self.dataset(data, "train")
+        samples = self._samples(given)
+        rows = Rows(partial(self._labels, samples), partial(self.owner, data), table_of(given), samples=len(samples))
         shared = Shared(self)
-        owners = self._owners(data, len(samples)) if any(Partition.parse(each).natural for each in partitions) else None
-        return [TorchTrainer(self, self._part(samples, owners, partition), shared) for partition in partitions]
+        parts = [rows.of(partition) for partition in partitions]
+        return [
+            TorchTrainer(self, samples.part(part) if len(part) < len(samples) else samples, shared) for part in parts
+        ]
 
     def evaluator(self, *, data: Path | None) -> "TorchTrainer":
         from ternbus.edge.torch.trainer import Shared, TorchTrainer  # noqa: PLC0415 - it imports this module
 
-        return TorchTrainer(self, self._samples(data, "test"), Shared(self))
+        return TorchTrainer(self, self._samples(self.dataset(data, "test")), Shared(self))
 
-    def _samples(self, folder: Path | None, split: Split) -> Samples:
-        return samples_of(self.dataset(folder, split), task=self.name, collate=self.collate, workers=self.workers)
-
-    def _owners(self, folder: Path | None, samples: int) -> Indices | None:
-        """The number of each training sample's owner, from 0; None without owners."""
-        given = self.owner(folder)
-        if given is None:
-            return None
-        labels = np.asarray(given)
-        if labels.ndim != 1 or len(labels) != samples:
-            raise ConfigError(
-                f"the task {self.name} has {labels.size} owners of {samples} samples: "
-                "owners() must return one for each training row"
-            )
-        return np.unique(labels, return_inverse=True)[1].astype(np.int64)
+    def _samples(self, given: Any) -> Samples:
+        return samples_of(given, task=self.name, collate=self.collate, workers=self.workers)
 
     def _labels(self, samples: Samples) -> Labels | None:
         """The target of each sample. Raises `ConfigError` if one cannot be read."""
@@ -247,18 +242,6 @@ class TorchTask:
             return samples.labels()
         except TrainingError as error:
             raise ConfigError(f"the task {self.name}: {error}") from error
-
-    def _part(self, samples: Samples, owners: Indices | None, partition: str) -> Samples:
-        if partition == "all":
-            return samples
-        parsed = Partition.parse(partition)
-        by_class = not (parsed.whole or np.isinf(parsed.alpha))
-        labels = self._labels(samples) if by_class or parsed.half else None
-        classes = labels is not None and labels.dtype.kind in "iub"
-        if by_class and not classes:
-            raise ConfigError(f"the task {self.name} has no classes to split by: use --partition all")
-        known = labels if labels is not None and classes else np.zeros(len(samples), np.int64)
-        return samples.part(select(partition, known, owners))
 
     def measured(self) -> dict[str, Metric]:
         """The metrics by name, accuracy where there are none. Raises `ConfigError` for what is no metric."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.edge.learn import local_optimizer
+from ternbus.edge.learn.class_counts import counted
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.task import Evaluation, Trained, TrainingError
 from ternbus.edge.learn.task_loader import code_errors
@@ -84,6 +85,12 @@ class TorchTrainer:
     @property
     def _travelling(self) -> TravellingState:
         return self._shared.travelling
+
+    @property
+    def class_counts(self) -> dict[str, int]:
+        """Empty unless there is a class for each sample."""
+        labels = self._samples.labels()
+        return {} if labels is None or labels.dtype.kind not in "iub" else counted(labels)
 
     def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:
         began = time.perf_counter()
@@ -207,7 +214,7 @@ class TorchTrainer:
     def _device(self, plan: Plan) -> torch.device:
         """The owner's device; else the plan's."""
         own = self._task.device
-        return devices.chosen(getattr(plan, "device", devices.AUTO) if own == devices.AUTO else own)
+        return devices.chosen(plan.device if own == devices.AUTO else own)
 
     def _descend(self, plan: Plan, version: int, way: Way, rng: np.random.Generator) -> dict[str, float]:
         """Run the plan's steps on the model, in place. Returns their number, the mean loss and the metrics.
@@ -251,8 +258,7 @@ class TorchTrainer:
 
     def _steps(self, plan: Plan, version: int, rng: np.random.Generator) -> Iterator[tuple[Tree, float]]:
         """The batch and the learning rate of each step, until the plan's steps or seconds end."""
-        rate = plan.rate(version)
-        for batch in self._chosen(plan, rng):
+        for batch, rate in zip(self._chosen(plan, rng), plan.rates(version, self.samples), strict=False):
             ready = prepared(batch, self._travelling.dtype, self._shared.device)
             yield ready if self._augmented is None else self._augmented(ready), rate
 
