@@ -127,7 +127,7 @@ class DownlinkSettings:
 
     codec: str = _key("ternary", "codec of the deltas: ternary, with error feedback; or float32", one_of=CODECS)
     min_interval_s: float = _key(
-        0.0, "shortest time between two versions, in seconds; updates wait in the buffer", low=0, high=1e6
+        0.0, "shortest time between two versions, in s; updates wait, at most merge.max_wait_s", low=0, high=1e6
     )
     slots: int = _key(
         32, "number of deltas retained on the broker; a device further behind fetches a snapshot", low=1, high=65_535

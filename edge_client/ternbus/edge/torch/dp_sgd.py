@@ -5,7 +5,6 @@ a batch, and the noise, come from `RandomSource`: the secure source of Opacus, t
 is loaded at the first use.
 """
 
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,9 +19,10 @@ from ternbus.edge.learn import local_optimizer
 from ternbus.edge.learn.noise import ROUNDING, RandomSource
 from ternbus.edge.learn.task_loader import code_errors, described
 from ternbus.edge.plan.plan import Plan
+from ternbus.edge.torch.autotune import duration
+from ternbus.edge.torch.dp_checks import OUTPUTS, PROBES, check_alone, check_layers, check_unit, drawn
 
 ELEMENTS: Final = 2**18  # of gradients, converted to float64 at a time
-PROBES: Final = (2, 3)  # numbers of samples: one alone could be the size of another dimension by chance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,8 @@ class Objective:
 
     predict: Callable[[Tensor], tuple[Any, Tensor]]  # numbers of samples -> the model's outputs, the targets
     loss: Callable[[Any, Tensor], Tensor]  # outputs, targets -> the mean loss
-    probe: Callable[[int], tuple[Any, Tensor]]  # as `predict`, for this many samples that are 0
+    zeros: Callable[[int], tuple[Tensor, Tensor]]  # the inputs of this many samples that are 0, and their targets
+    outputs: Callable[[Tensor, Tensor], tuple[Any, Tensor]]  # as `predict`, for inputs and targets
 
 
 def descend(
@@ -59,7 +60,7 @@ def descend(
 
         steps = plan.steps(samples)
         if plan.local_seconds is not None:
-            one_s = min(_seconds(lambda: noisy(gradients.of_probe(expected))) for _ in range(2))
+            one_s = min(duration(lambda: noisy(gradients.of_probe(expected))) for _ in range(2))
             steps = max(1, min(steps, int(plan.local_seconds / one_s)))
         for _ in range(steps):
             sums = gradients.clipped_sums(torch.from_numpy(random_source.sampled(samples, expected / samples)))
@@ -68,12 +69,6 @@ def descend(
             gradients.keep()
     failed = {"failed_samples": float(gradients.failed)} if gradients.failed else {}
     return {"loss": gradients.loss, "steps": steps, **failed}
-
-
-def _seconds(step: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    step()
-    return max(time.perf_counter() - began, 1e-6)
 
 
 def clipped_sum(gradients: Sequence[Tensor], clip: float, usable: Tensor | None = None) -> tuple[list[Tensor], int]:
@@ -146,10 +141,7 @@ class _Gradients:
         """
         for count in PROBES:
             try:
-                outputs, targets = self.objective.probe(count)
-                # The sum, since a loss may reject targets that are 0.
-                total = outputs.sum() if isinstance(outputs, Tensor) else self.objective.loss(outputs, targets)
-                total.backward()
+                self._backward_of_probe(*self.objective.zeros(count), with_loss=False)
             except code_errors() as error:
                 self._forget()
                 self._restore()
@@ -158,9 +150,45 @@ class _Gradients:
                 ) from error
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
-                    _check_unit(name, getattr(parameter, "grad_sample", None), count)
+                    check_unit(name, getattr(parameter, "grad_sample", None), count)
             self._forget()
             self._restore()
+        self._check_alone()
+
+    def _check_alone(self) -> None:
+        """Raises `ConfigError` for a model in which samples change each other's gradients, whatever its weights are."""
+        kept, generator = self._kept, torch.Generator().manual_seed(1)
+        trained = {name: each for name, each in self.model.named_parameters() if each.requires_grad}
+        self._kept = {**kept, **{name: drawn(each, generator) for name, each in trained.items()}}
+        zeros, targets = self.objective.zeros(max(PROBES))
+
+        def compute(inputs: Tensor) -> dict[str, Tensor]:
+            self._restore()
+            try:
+                outputs = self._backward_of_probe(inputs, targets, with_loss=True)
+                found = {name: getattr(each, "grad_sample", None) for name, each in trained.items()}
+            finally:
+                self._forget()
+            rows = {OUTPUTS: outputs.detach() if isinstance(outputs, Tensor) else None, **found}
+            return {name: each for name, each in rows.items() if each is not None and len(each) == len(zeros)}
+
+        try:
+            check_alone(compute, zeros)
+        finally:
+            self._kept = kept
+            self._restore()
+
+    def _backward_of_probe(self, inputs: Tensor, targets: Tensor, *, with_loss: bool) -> Any:
+        """Compute gradients for samples that are made up, of the loss or of the outputs' sum; returns the outputs."""
+        outputs, targets = self.objective.outputs(inputs, targets)
+        try:
+            total = self.objective.loss(outputs, targets) if with_loss or not isinstance(outputs, Tensor) else None
+        except code_errors():
+            if not isinstance(outputs, Tensor):
+                raise
+            total = None  # a loss may reject targets that are 0
+        (outputs.sum() if total is None else total).backward()
+        return outputs
 
     def clipped_sums(self, rows: Tensor) -> list[Tensor]:
         """Returns one sum for each parameter: of the samples with these numbers, without those that fail.
@@ -190,7 +218,7 @@ class _Gradients:
     def of_probe(self, count: int) -> list[Tensor]:
         """The sums of samples that are 0: they take as long as others."""
         objective = self.objective
-        self.objective = replace(objective, predict=lambda rows: objective.probe(len(rows)))
+        self.objective = replace(objective, predict=lambda rows: objective.outputs(*objective.zeros(len(rows))))
         try:
             return self.clipped_sums(torch.arange(count))
         finally:
@@ -300,30 +328,6 @@ def _usable(count: int, compute: Callable[[Tensor], object]) -> Tensor:
     return usable
 
 
-def _check_unit(name: str, gradients: object, count: int) -> None:
-    layer = name.rpartition(".")[0] or name
-    if gradients is None:
-        raise ConfigError(
-            'dp = "sample" cannot train this model: its output does not depend on one of its parameters, '
-            f"{name}; freeze it"
-        )
-    if not isinstance(gradients, Tensor) or len(gradients) != count:
-        raise ConfigError(
-            f'dp = "sample" cannot train this model: in the layer {layer} the rows are not the samples, of which each '
-            "has its own gradient; let each layer take the samples as its first dimension, without x.flatten(0, 1) or "
-            "x.transpose(0, 1) before it"
-        )
-
-
-def _check_layers(model: nn.Module) -> None:
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.max_norm is not None:
-            raise ConfigError(
-                f'dp = "sample" cannot train this model: the layer {name or "Embedding"} has max_norm, which changes '
-                "the weights of what it looks up, without noise; leave max_norm out"
-            )
-
-
 def _noisy(
     clipped: Tensor, parameter: nn.Parameter, deviation: float, expected: int, random_source: RandomSource
 ) -> Tensor:
@@ -341,7 +345,7 @@ def _per_sample(model: nn.Module) -> Iterator[None]:
         raise ConfigError("the plan's dp = \"sample\" needs the package opacus: pip install 'ternbus[dp]'") from error
     if errors := ModuleValidator.validate(model, strict=False):
         raise ConfigError(f'dp = "sample" cannot train this model: {errors[0]}')
-    _check_layers(model)
+    check_layers(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Full backward hook is firing")  # the inputs need no gradient
         try:

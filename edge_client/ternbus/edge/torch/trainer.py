@@ -3,12 +3,13 @@
 `travelling_state.py` defines which tensors of the model are sent.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,10 +22,11 @@ from ternbus.edge.learn.class_counts import counted
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.partition import Indices, Partition, select
 from ternbus.edge.learn.task import Evaluation, Trained, TrainingError
+from ternbus.edge.learn.task_loader import code_errors
 from ternbus.edge.plan.plan import NO_DP, Plan
 from ternbus.edge.plan.tensors import FloatArray, Tensors
 from ternbus.edge.torch import dp_sgd
-from ternbus.edge.torch.autotune import Way, fastest, ways
+from ternbus.edge.torch.autotune import Way, duration, fastest, ways
 from ternbus.edge.torch.travelling_state import TravellingState
 
 Split = Literal["train", "test"]
@@ -119,7 +121,7 @@ class _Shared:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.travelling = TravellingState(model)
-        self.ways: dict[tuple[str, str, int], Way] = {}
+        self.ways: dict[tuple[str, str, int, bool], Way] = {}
 
 
 class TorchTrainer:
@@ -153,10 +155,18 @@ class TorchTrainer:
         began = time.perf_counter()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            if plan.dp != NO_DP:
+                self._travelling.load(start)  # no earlier training may be in what is measured
             way = self._way(plan)
-            self._travelling.load(start)  # after `_way`, whose measurements change the model
+            expected_s = 0.0 if plan.dp == NO_DP else self._expected_s(plan, way)
+            self._travelling.load(start)  # after these measurements, which change the model
             torch.manual_seed(seed)  # dropout and augmentation draw from it
-            metrics = self._descend(plan, plan.rate(version), way, np.random.default_rng(seed))
+            started = time.perf_counter()
+            try:
+                metrics = self._descend(plan, plan.rate(version), way, np.random.default_rng(seed))
+            except code_errors():
+                time.sleep(max(0.0, started + expected_s - time.perf_counter()))
+                raise
         metrics |= {"seconds": time.perf_counter() - began, **way.metrics()}
         # under differential privacy no statistic of the data travels
         return self._result(start, plan.statistics_rate if plan.dp == NO_DP else 0.0, metrics)
@@ -181,7 +191,7 @@ class TorchTrainer:
             self._travelling.begin_training()
             metrics = dp_sgd.descend(
                 self._model,
-                dp_sgd.Objective(predict=self._predict, loss=self._task.loss, probe=self._probe),
+                dp_sgd.Objective(predict=self._predict, loss=self._task.loss, zeros=self._zeros, outputs=self._outputs),
                 samples=self.samples,
                 plan=plan,
                 rate=plan.rate(version),
@@ -206,16 +216,16 @@ class TorchTrainer:
                 "training diverged (the data are finite, the model is not): lower the plan's learning_rate"
             ) from None
 
-    def _predict(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _predict(self, rows: Tensor) -> tuple[Any, Tensor]:
         """The outputs for these samples, as training sees them, and their targets."""
         return self._outputs(*self._batch(rows))
 
-    def _probe(self, count: int) -> tuple[Tensor, Tensor]:
-        """As `_predict`, for samples that are 0."""
+    def _zeros(self, count: int) -> tuple[Tensor, Tensor]:
+        """Samples that are 0, and targets."""
         inputs, targets = (one.new_zeros(count, *one.shape[1:]) for one in self._batch(slice(0, 1)))
-        return self._outputs(inputs, targets)
+        return inputs, targets
 
-    def _outputs(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _outputs(self, inputs: Tensor, targets: Tensor) -> tuple[Any, Tensor]:
         if self._task.augment is not None:
             inputs = self._task.augment(inputs)
         return self._model(inputs), targets
@@ -261,20 +271,52 @@ class TorchTrainer:
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self._model.parameters() if parameter.requires_grad]
 
+    def _expected_s(self, plan: Plan, way: Way) -> float:
+        """The time that the plan's steps take with samples that are 0, in seconds; 0 if the model refuses these.
+
+        Others see when an update is sent. So a training that fails, as it may for one sample, has to last that long.
+        Nothing that was measured with the data, under this plan or another, decides how long.
+        """
+        step = self._measured(plan)
+        self._travelling.begin_training()
+        try:
+            step_s = min(duration(lambda: step(way), time.perf_counter) for _ in range(2))
+        except code_errors():
+            return 0.0
+        return min(plan.steps(self.samples) * step_s, math.inf if plan.local_seconds is None else plan.local_seconds)
+
     def _way(self, plan: Plan) -> Way:
         """The plan's way to train; if it leaves a choice, the fastest, measured at the first such training."""
-        key = (plan.precision, plan.memory_format, plan.batch_size)
+        private = plan.dp != NO_DP
+        key = (plan.precision, plan.memory_format, plan.batch_size, private)
         if key not in self._shared.ways:
-            inputs, targets = self._batch(slice(0, plan.batch_size))
-            candidates = ways(plan, inputs, self._travelling.dtype)
-            parameters = self._trained()
+            candidates = ways(plan, self._batch(slice(0, 1))[0], self._travelling.dtype)
             self._travelling.begin_training()
-
-            def step(way: Way) -> None:
-                torch.autograd.grad(self._loss(inputs, targets, way)[0], parameters, allow_unused=True)
-
-            self._shared.ways[key] = candidates[0] if len(candidates) == 1 else fastest(candidates, step)
+            try:
+                found = candidates[0] if len(candidates) == 1 else fastest(candidates, self._measured(plan))
+            except code_errors():
+                if not private:
+                    raise
+                found = candidates[0]
+            self._shared.ways[key] = found
         return self._shared.ways[key]
+
+    def _measured(self, plan: Plan) -> Callable[[Way], object]:
+        """A step to be measured, on the first batch; under differential privacy on samples that are 0."""
+        private, size = plan.dp != NO_DP, min(plan.batch_size, self.samples)
+        inputs, targets = self._zeros(size) if private else self._batch(slice(0, size))
+
+        def step(way: Way) -> None:
+            if private:
+                with way.autocast():
+                    outputs, _ = self._outputs(way.laid_out(inputs), targets)
+                # The sum, since a loss may reject targets that are 0.
+                loss = outputs.sum() if isinstance(outputs, Tensor) else self._task.loss(outputs, targets)
+            else:
+                loss, _ = self._loss(inputs, targets, way)
+            torch.autograd.grad(loss, self._trained(), allow_unused=True)
+
+        return step
 
     def _batch(self, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
         inputs = self._inputs[rows]
