@@ -50,6 +50,14 @@ def seeds() -> dict[str, Seeds]:
             "example": (ROOT / "lab" / "ternbus" / "lab" / "example.toml").read_bytes(),
             "full": SCENARIO.encode(),
         },
+        "task-plan": {
+            "empty": b"[]\n{}",
+            "digits": b'["flavour"]\n{"local_epochs": 6, "batch_size": 16, "momentum": 0.9, "codec": "ternary"}',
+            "schedule": b'[]\n{"schedule": "cosine", "schedule_versions": 9, "local_steps": null, "seal": true}',
+            "bad-schedule": b'[]\n{"schedule": "cosine"}',
+            "bad-name": b'[""]\n{}',
+            "bad-key": b'["a"]\n{"a": 1}',
+        },
         "broker-log": {"mosquitto": b"\xfe" + MOSQUITTO.encode(), "nats": b"\xff" + NATS.encode()},
         "update": _peer(frames),
         "revocations": {
@@ -114,7 +122,8 @@ def _aggregator() -> Seeds:
     table = {"federation": "lab", "broker": "mqtt://127.0.0.1:1883"}
     plan = {"local_epochs": 0.5, "codec": "ternary", "seal": True, "seed": 7, "own": ["a", 1, 2.5, False], "ü": "\x7f"}
     chosen: dict[str, Any] = {**table, "plan": plan, "optimizer": {"name": "fedavgm"}, "downlink": {"codec": "float32"}}
-    named = {"default": table, "chosen": chosen}
+    check = {"task_keys": ["own", "ü"], "allowed_keys": [], "default_plan": {"momentum": 0.5}}
+    named = {"default": table, "chosen": chosen, "checked": {**chosen, "plan_check": check}}
     return {name: settings.dumps(settings.from_table(each)).encode() for name, each in named.items()}
 
 

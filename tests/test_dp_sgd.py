@@ -96,6 +96,12 @@ def test_a_step_is_the_mean_of_each_samples_clipped_gradient() -> None:
         np.testing.assert_allclose(flat(stepped(dp_clip=clip, dp_noise=1e-12)), -clipped, atol=2e-5)
 
 
+def test_the_clipping_of_steps_stays_out_and_the_schedule_of_steps_applies() -> None:
+    assert np.array_equal(flat(stepped(grad_clip=1e-3)), flat(stepped()))
+    half = flat(stepped(step_schedule="linear", warmup_steps=2, local_steps=1, momentum=0.0))
+    np.testing.assert_allclose(half, flat(stepped(local_steps=1, momentum=0.0)) / 2, atol=1e-6)
+
+
 def test_the_noise_of_a_step_has_the_deviation_that_was_paid_for() -> None:
     noisy = [flat(stepped(seeded(seed), dp_noise=8.0)) - flat(stepped()) for seed in range(8)]
     values = np.concatenate(noisy)

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from ternbus.aggregator.plan_settings import PlanCheck
 from ternbus.aggregator.settings import TransportSettings, toml_value
 from ternbus.aggregator.shell import (
     administration,
@@ -20,7 +21,7 @@ from ternbus.aggregator.shell import (
     recovery_commands,
     status_text,
 )
-from ternbus.aggregator.shell.arguments import AsJson, Dir, DirAsRoot
+from ternbus.aggregator.shell.arguments import AllowPlanKeys, AsJson, Dir, DirAsRoot, Settings
 from ternbus.aggregator.shell.service import Service
 from ternbus.aggregator.store import control
 from ternbus.aggregator.store import status as statuses
@@ -28,8 +29,9 @@ from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.files import read_password
 from ternbus.broker.folder_owner import act_as_owner
-from ternbus.broker.model_files import load_safetensors, save_safetensors
+from ternbus.broker.model_files import load_metadata, load_safetensors, save_safetensors
 from ternbus.broker.protocol.endpoint import PORTS, is_loopback
+from ternbus.broker.protocol.task_plan import TaskPlan
 from ternbus.broker.server.running import Engine, RunningBroker
 from ternbus.broker.stop_signals import on_stop
 from ternbus.broker.version import software
@@ -72,14 +74,8 @@ def init(
     ] = None,
     username: Username = "",
     password_file: PasswordFile = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Setting of aggregator.toml, for example merge.buffer_size=1; repeatable.",
-        ),
-    ] = None,
+    settings: Settings = None,
+    allowed: AllowPlanKeys = None,
     dense: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Tensors that always travel as float32, for example 'fc.*'; repeatable."),
@@ -89,7 +85,8 @@ def init(
 
     Example: ternbus aggregator init agg --federation lab --broker-dir bus --model m.safetensors
     """
-    overrides = dict(_override(text) for text in settings or [])
+    overrides = PlanCheck.settings(TaskPlan.from_metadata(load_metadata(model), model), allowed or ())
+    overrides |= dict(_override(text) for text in settings or [])
     overrides |= _login(username, password_file)
     if broker_dir is not None:
         overrides["transport.authority"] = str(broker_dir.resolve())
@@ -157,6 +154,8 @@ def run(directory: Dir, username: Username = "", password_file: PasswordFile = N
 def _serve(directory: Path, transport: TransportSettings | None = None, broker: RunningBroker | None = None) -> None:
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     service = Service(directory, software(), _say, transport)
+    for warning in administration.load_settings(directory).warnings:
+        _say(f"{directory / administration.TOML}: {warning}")
     on_stop(lambda *_: service.stop())
     ended = quickstart.watch(broker, service.stop, _say) if broker is not None else []
     service.run()

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
-from ternbus.broker.errors import FederationError, ProtocolError
+from ternbus.broker.errors import FederationError
 from ternbus.broker.protocol.frame import FRAME_BYTES, PARTS_MAX
 from ternbus.broker.protocol.messages import SAMPLES_MAX
 from ternbus.broker.protocol.meta_fields import ENTRIES_MAX
@@ -20,7 +20,7 @@ from ternbus.edge.core.profile import schema_mismatch
 from ternbus.edge.core.state import prepare
 from ternbus.edge.learn.compress import compress
 from ternbus.edge.learn.noise import RandomSource
-from ternbus.edge.learn.task import Evaluation, PrivateTrainer, Task, Trained, Trainer
+from ternbus.edge.learn.task import Evaluation, PrivateTrainer, Task, Trained, Trainer, task_plan
 from ternbus.edge.learn.task_loader import code_errors, described, import_hint, location_of
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.privacy import SAMPLE
@@ -112,14 +112,8 @@ class _Check:
         self.report.facts |= {"test_samples": found.samples, "evaluation_s": round(time.perf_counter() - began, 4)}
 
     def _plan(self) -> Plan:
-        try:
-            plan = Plan.from_meta(self._task.default_plan)
-        except ProtocolError as error:
-            self._stop(f"default_plan: {error}")
-        if plan.extra:
-            unknown = ", ".join(plan.extra)
-            self._note(f"default_plan: Ternbus does not know {unknown}, and passes it to the trainer unchanged")
-        return plan
+        self._try("default_plan", lambda: task_plan(self._task))
+        return Plan.from_meta(self._task.default_plan)
 
     def _model(self) -> tuple[Tensors, Schema]:
         start = self._named_arrays()

@@ -5,7 +5,7 @@ The checks need no data, and no weights of the aggregator's: what they find tell
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Final
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.learn.task_loader import code_errors
+from ternbus.edge.torch.tree import Tree, leaves, mapped, some_rows
 
 PROBES: Final = (2, 3)  # numbers of samples: one alone could be the size of another dimension by chance
 OUTPUTS: Final = "outputs"  # among the names of parameters
@@ -30,6 +31,19 @@ def check_layers(model: nn.Module) -> None:
             raise ConfigError(
                 f'dp = "sample" cannot train this model: the layer {name or "Embedding"} has max_norm, which changes '
                 "the weights of what it looks up, without noise; leave max_norm out"
+            )
+
+
+def check_outputs(outputs: Sequence[Tensor], count: int) -> None:
+    """Raises `ConfigError` for outputs of a batch that are not those of its samples, such as a mean over them."""
+    if not any(output.requires_grad for output in outputs):
+        raise ConfigError('dp = "sample" cannot train this model: its outputs do not depend on its parameters')
+    for output in outputs:
+        if count not in output.shape:
+            raise ConfigError(
+                'dp = "sample" cannot train this model: one of its outputs has the shape '
+                f"{tuple(output.shape)} for {count} samples; let each output have a row for each sample, and compute "
+                "the loss in loss(outputs, targets)"
             )
 
 
@@ -49,22 +63,22 @@ def check_unit(name: str, gradients: object, count: int) -> None:
         )
 
 
-def check_alone(compute: Callable[[Tensor], Rows], zeros: Tensor) -> None:
+def check_alone(compute: Callable[[Tree], Rows], zeros: Tree, count: int) -> None:
     """Raises `ConfigError` if a sample changes the outputs or the gradients of another, as in x - x.mean(0).
 
-    `compute` returns both for inputs of the shape and dtype of `zeros`, one row for each sample. Each sample in turn is
-    replaced; the rows of the others must stay as they are, with the same random numbers. What is not finite, or differs
-    without a reason, and inputs for which `compute` raises an exception decide nothing.
+    `compute` returns both for inputs of the shapes and dtypes of `zeros`, with a row for each of `count` samples. Each
+    sample in turn is replaced; the rows of the others must stay as they are, with the same random numbers. What is not
+    finite, or differs without a reason, and inputs for which `compute` raises an exception decide nothing.
     """
     for inputs, others in _inputs(zeros):
         try:
-            name = _mixed(compute, inputs, others)
+            name = _mixed(compute, inputs, others, count)
         except code_errors():
             continue
         if name is None:
             continue
         if name:
-            what = "outputs" if name == OUTPUTS else f"gradients of the parameter {name}"
+            what = "outputs" if name.partition(" ")[0] == OUTPUTS else f"gradients of the parameter {name}"
             raise ConfigError(
                 f'dp = "sample" cannot train this model: the {what} of one sample depend on the other samples of its '
                 "batch, as in x - x.mean(0), so that one sample would change the gradients of all; let model, loss and "
@@ -73,19 +87,22 @@ def check_alone(compute: Callable[[Tensor], Rows], zeros: Tensor) -> None:
         return
 
 
-def _mixed(compute: Callable[[Tensor], Rows], inputs: Tensor, others: Tensor) -> str | None:
+def _mixed(compute: Callable[[Tree], Rows], inputs: Tree, others: Tree, count: int) -> str | None:
     """The name of what depends on other samples; empty if nothing does; None if nothing can be compared."""
-    every = torch.ones(len(inputs), dtype=torch.bool)
+    every = torch.ones(count, dtype=torch.bool)
     found, again = (_computed(compute, inputs) for _ in range(2))
     before = {
         name: rows
         for name, rows in found.items()
         if rows.isfinite().all() and not _different({name: rows}, again, every)
     }
-    for changed in range(len(inputs)):
-        replaced, kept = inputs.clone(), every.clone()
-        replaced[changed], kept[changed] = others[changed], False
-        if name := _different(before, _computed(compute, replaced), kept):
+    for changed in range(count):
+        kept = every.clone()
+        kept[changed] = False
+        replaced = some_rows((inputs, others), torch.arange(count))  # copies
+        for one, other in zip(leaves(replaced[0]), leaves(replaced[1]), strict=True):
+            one[changed] = other[changed]
+        if name := _different(before, _computed(compute, replaced[0]), kept):
             return name
     return "" if before else None
 
@@ -98,19 +115,31 @@ def drawn(parameter: Tensor, generator: torch.Generator) -> Tensor:
     return (normal / math.sqrt(max(1, parameter.numel() // max(1, len(parameter))))).to(parameter.dtype)
 
 
-def _inputs(zeros: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _inputs(zeros: Tree) -> Iterator[tuple[Tree, Tree]]:
     """Samples, and others in their places. Integers are 0 and 1, since they may be the numbers of rows of a table."""
     generator = torch.Generator().manual_seed(1)
-    if not (zeros.is_floating_point() or zeros.is_complex()):
-        chosen = torch.randint(0, 2, zeros.shape, generator=generator)
-        yield chosen.to(zeros.dtype), (1 - chosen).to(zeros.dtype)
-        return
-    for more in (1.0, 0.0):  # some models take no more than 1
-        one, other = (torch.rand(zeros.shape, generator=generator) for _ in range(2))
-        yield one.to(zeros.dtype), (other + more).to(zeros.dtype)
+    numbers = any(leaf.is_floating_point() or leaf.is_complex() for leaf in leaves(zeros))
+
+    def drawn_for(leaf: Tensor, more: float) -> tuple[Tensor, Tensor]:
+        if not (leaf.is_floating_point() or leaf.is_complex()):
+            chosen = torch.randint(0, 2, leaf.shape, generator=generator)
+            return chosen.to(leaf.dtype), (1 - chosen).to(leaf.dtype)
+        one, other = (torch.rand(leaf.shape, generator=generator) for _ in range(2))
+        return one.to(leaf.dtype), (other + more).to(leaf.dtype)
+
+    for more in (1.0, 0.0) if numbers else (0.0,):  # some models take no more than 1
+        pairs = [drawn_for(leaf, more) for leaf in leaves(zeros)]
+        one, other = (mapped(_in_order([pair[each] for pair in pairs]), zeros) for each in (0, 1))
+        yield one, other
 
 
-def _computed(compute: Callable[[Tensor], Rows], inputs: Tensor) -> Rows:
+def _in_order(values: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    """A function that returns these, whatever it is called with."""
+    left = iter(values)
+    return lambda _: next(left)
+
+
+def _computed(compute: Callable[[Tree], Rows], inputs: Tree) -> Rows:
     with _same_random_numbers():
         return compute(inputs)
 

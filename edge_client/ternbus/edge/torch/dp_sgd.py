@@ -7,7 +7,7 @@ is loaded at the first use.
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -20,19 +20,22 @@ from ternbus.edge.learn.noise import ROUNDING, RandomSource
 from ternbus.edge.learn.task_loader import code_errors, described
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.torch.autotune import duration
-from ternbus.edge.torch.dp_checks import OUTPUTS, PROBES, check_alone, check_layers, check_unit, drawn
+from ternbus.edge.torch.batches import inputs_of, with_inputs
+from ternbus.edge.torch.dp_checks import OUTPUTS, PROBES, check_alone, check_layers, check_outputs, check_unit, drawn
+from ternbus.edge.torch.objective import trainable
+from ternbus.edge.torch.tree import Tree, leaves, mapped, row_count, some_rows
 
 ELEMENTS: Final = 2**18  # of gradients, converted to float64 at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """What is minimized. Each function gives one row of outputs, and one of targets, for each sample."""
+    """What is minimized. Outputs and targets are trees of tensors, each with one row for each sample."""
 
-    predict: Callable[[Tensor], tuple[Any, Tensor]]  # numbers of samples -> the model's outputs, the targets
-    loss: Callable[[Any, Tensor], Tensor]  # outputs, targets -> the mean loss
-    zeros: Callable[[int], tuple[Tensor, Tensor]]  # the inputs of this many samples that are 0, and their targets
-    outputs: Callable[[Tensor, Tensor], tuple[Any, Tensor]]  # as `predict`, for inputs and targets
+    predict: Callable[[Tensor], tuple[Tree, Tree]]  # numbers of samples -> the model's outputs, the targets
+    loss: Callable[[Tree, Tree], Any]  # outputs, targets -> the mean loss
+    zeros: Callable[[int], Tree]  # a batch of this many samples that are 0
+    outputs: Callable[[Tree], tuple[Tree, Tree]]  # as `predict`, for a batch
 
 
 def descend(
@@ -47,7 +50,8 @@ def descend(
     the share of data in the result. Raises `ConfigError` for a model without per-sample gradients.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = local_optimizer.begin(plan, [parameter.detach() for parameter in parameters])
+    unclipped = replace(plan, grad_clip=0.0)  # each sample's gradient is clipped to dp_clip
+    optimizer = local_optimizer.begin(unclipped, [parameter.detach() for parameter in parameters])
     expected = min(plan.batch_size, samples)
     with _per_sample(model):
         gradients = _Gradients(model, parameters, objective, plan.dp_clip)
@@ -62,10 +66,10 @@ def descend(
         if plan.local_seconds is not None:
             one_s = min(duration(lambda: noisy(gradients.of_probe(expected))) for _ in range(2))
             steps = max(1, min(steps, int(plan.local_seconds / one_s)))
-        for _ in range(steps):
+        for step in range(steps):
             sums = gradients.clipped_sums(torch.from_numpy(random_source.sampled(samples, expected / samples)))
             with torch.no_grad():
-                optimizer.step(noisy(sums), rate)
+                optimizer.step(noisy(sums), rate * plan.step_share(step, steps))
             gradients.keep()
     failed = {"failed_samples": float(gradients.failed)} if gradients.failed else {}
     return {"loss": gradients.loss, "steps": steps, **failed}
@@ -141,13 +145,14 @@ class _Gradients:
         """
         for count in PROBES:
             try:
-                self._backward_of_probe(*self.objective.zeros(count), with_loss=False)
+                outputs = self._backward_of_probe(self.objective.zeros(count), with_loss=False)
             except code_errors() as error:
                 self._forget()
                 self._restore()
                 raise ConfigError(
                     f'dp = "sample" cannot check this model: with samples that are 0 it raises {described(error)}'
                 ) from error
+            check_outputs(outputs, count)
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
                     check_unit(name, getattr(parameter, "grad_sample", None), count)
@@ -160,35 +165,35 @@ class _Gradients:
         kept, generator = self._kept, torch.Generator().manual_seed(1)
         trained = {name: each for name, each in self.model.named_parameters() if each.requires_grad}
         self._kept = {**kept, **{name: drawn(each, generator) for name, each in trained.items()}}
-        zeros, targets = self.objective.zeros(max(PROBES))
+        count = max(PROBES)
+        batch = self.objective.zeros(count)
 
-        def compute(inputs: Tensor) -> dict[str, Tensor]:
+        def compute(inputs: Tree) -> dict[str, Tensor]:
             self._restore()
             try:
-                outputs = self._backward_of_probe(inputs, targets, with_loss=True)
+                outputs = self._backward_of_probe(with_inputs(batch, inputs), with_loss=True)
                 found = {name: getattr(each, "grad_sample", None) for name, each in trained.items()}
             finally:
                 self._forget()
-            rows = {OUTPUTS: outputs.detach() if isinstance(outputs, Tensor) else None, **found}
-            return {name: each for name, each in rows.items() if each is not None and len(each) == len(zeros)}
+            rows = {f"{OUTPUTS} {number}": each.detach() for number, each in enumerate(outputs)} | found
+            return {name: each for name, each in rows.items() if each is not None and each.shape[:1] == (count,)}
 
         try:
-            check_alone(compute, zeros)
+            check_alone(compute, inputs_of(batch), count)
         finally:
             self._kept = kept
             self._restore()
 
-    def _backward_of_probe(self, inputs: Tensor, targets: Tensor, *, with_loss: bool) -> Any:
+    def _backward_of_probe(self, batch: Tree, *, with_loss: bool) -> list[Tensor]:
         """Compute gradients for samples that are made up, of the loss or of the outputs' sum; returns the outputs."""
-        outputs, targets = self.objective.outputs(inputs, targets)
-        try:
-            total = self.objective.loss(outputs, targets) if with_loss or not isinstance(outputs, Tensor) else None
-        except code_errors():
-            if not isinstance(outputs, Tensor):
-                raise
-            total = None  # a loss may reject targets that are 0
-        (outputs.sum() if total is None else total).backward()
-        return outputs
+        outputs, targets = self.objective.outputs(batch)
+        found = [leaf for leaf in leaves(outputs) if leaf.is_floating_point()]
+        totals = [leaf.sum() for leaf in found if leaf.requires_grad]
+        if with_loss:
+            with suppress(*code_errors()):  # a loss may reject targets that are 0
+                totals = [trainable(self.objective.loss(outputs, targets))]
+        torch.autograd.backward(totals)
+        return found
 
     def clipped_sums(self, rows: Tensor) -> list[Tensor]:
         """Returns one sum for each parameter: of the samples with these numbers, without those that fail.
@@ -218,7 +223,7 @@ class _Gradients:
     def of_probe(self, count: int) -> list[Tensor]:
         """The sums of samples that are 0: they take as long as others."""
         objective = self.objective
-        self.objective = replace(objective, predict=lambda rows: objective.outputs(*objective.zeros(len(rows))))
+        self.objective = replace(objective, predict=lambda rows: objective.outputs(objective.zeros(len(rows))))
         try:
             return self.clipped_sums(torch.arange(count))
         finally:
@@ -259,23 +264,24 @@ class _Gradients:
             self._restore()
         return loss, with_loss
 
-    def _loss(self, outputs: Any, targets: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def _loss(self, outputs: Tree, targets: Tree, count: int) -> tuple[Tensor, Tensor]:
         """If the loss raises an exception for some samples, another's outputs stand in for theirs, without gradient."""
         loss = self.objective.loss
         try:
-            return loss(outputs, targets), torch.ones(count, dtype=torch.bool)
+            return trainable(loss(outputs, targets)), torch.ones(count, dtype=torch.bool)
         except code_errors():
-            if not (isinstance(outputs, Tensor) and outputs.dim() and len(outputs) == len(targets) == count):
+            both = (outputs, targets)
+            if row_count(both) != count:
                 raise
-            usable = _usable(count, lambda chosen: loss(outputs[chosen].detach(), targets[chosen]))
+            usable = _usable(count, lambda chosen: loss(*mapped(Tensor.detach, some_rows(both, chosen))))
             if not usable.any():
                 raise _NoLossError from None
         first = int(usable.nonzero()[0])
-        outputs, targets = (
-            torch.where(usable.reshape(-1, *[1] * (each.dim() - 1)), each, each[first].detach())
-            for each in (outputs, targets)
-        )
-        return loss(outputs, targets), usable
+
+        def replaced(each: Tensor) -> Tensor:
+            return torch.where(usable.reshape(-1, *[1] * (each.dim() - 1)), each, each[first].detach())
+
+        return trainable(loss(*mapped(replaced, both))), usable
 
     def _of_samples(self, parameter: nn.Parameter, count: int) -> Tensor:
         found: object = getattr(parameter, "grad_sample", None)

@@ -7,8 +7,9 @@ import math
 import random
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from ternbus.aggregator.settings import from_table, with_overrides
@@ -17,10 +18,10 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import load_toml
 from ternbus.broker.protocol.invitation import check_broker_url
 from ternbus.edge.learn import task_loader
-from ternbus.edge.learn.partition import LARGEST_SHARE, Partition
+from ternbus.edge.learn.partition_spec import LARGEST_SHARE
 from ternbus.edge.learn.subnetwork import check_width
 from ternbus.lab.hostile import KINDS, STRENGTHS, Behaviour
-from ternbus.lab.scenario import end
+from ternbus.lab.scenario import end, partitions
 from ternbus.lab.scenario.end import End as End  # noqa: PLC0414 - a part of this module's interface
 from ternbus.lab.scenario.toml_table import Table, within
 
@@ -145,16 +146,17 @@ class Scenario:
     """The scenario of one lab run. The defaults are those of `ternbus lab run` without a file."""
 
     task: str = "digits"
-    devices: int = 8
+    devices: int = partitions.DEVICES_OF_DATA  # by default 8, or as many as the data have owners
     seed: int = 0
     data: Path | None = None
-    partition: str = "dirichlet:0.5"
+    partition: str = partitions.AUTO
     dense: tuple[str, ...] = ()  # patterns of tensors that stay float32, as in `aggregator init --dense`
     sync: bool = False
     speeds: Speeds = field(default_factory=Speeds)
     plan: Mapping[str, object] = field(default_factory=dict)
     engine: str = "auto"
     broker_url: str | None = None  # an existing broker; None starts a broker for the run
+    allow_plan_keys: tuple[str, ...] = ()  # as `aggregator init --allow-plan-key`; `plan_check` checks the others
     aggregator: Mapping[str, object] = field(default_factory=dict)  # dotted keys of aggregator.toml
     end: End = field(default_factory=lambda: End(versions=60))
     faults: tuple[Fault, ...] = ()
@@ -164,13 +166,18 @@ class Scenario:
     simulate: Simulated = field(default_factory=Simulated)
 
     def __post_init__(self) -> None:
+        partitions.check(self.partition)
+        if self.devices == partitions.DEVICES_OF_DATA:
+            if partitions.by_label(self.partition):  # until the data are read, check the rest with any number
+                replace(self, devices=DEVICES_MAX)
+                return
+            object.__setattr__(self, "devices", partitions.DEVICES)
         within("devices", self.devices, 1, DEVICES_MAX)
         within("seed", self.seed, 0, 2**32 - 1)
         if self.engine not in ENGINES:
             raise ConfigError(f"broker.engine is {self.engine!r}: choose one of {', '.join(ENGINES)}")
         if self.broker_url is not None:
             check_broker_url(self.broker_url)
-        Partition.parse(self.partition_of(0))
         with_overrides(table := {"federation": "lab", "broker": "mqtt://localhost"}, self.settings({}))
         settings = from_table(table, "[aggregator]")
         if settings.min_devices > self.devices:
@@ -208,12 +215,7 @@ class Scenario:
 
     def partition_of(self, device: int) -> str:
         """The device's part of the data, in the form of `edge join --partition`."""
-        if self.partition == "all":
-            return "all"
-        if self.partition == "natural":
-            return f"natural:{device}"
-        part = f"{self.partition}:{device}/{self.devices}"
-        return part if self.partition == "iid" else f"{part}:{self.seed}"
+        return partitions.part_of(self.partition, device, self.devices, self.seed)
 
     def settings(self, default_plan: Mapping[str, object]) -> dict[str, object]:
         """The aggregator's settings with dotted keys: of the task's plan, of the scenario, then of a barrier."""
@@ -241,9 +243,9 @@ class Scenario:
             )
 
 
-def load(path: Path) -> Scenario:
-    """The scenario in a TOML file. Raises `ConfigError`, which names the file and the key."""
-    return _named(from_folder(load_toml(path), path.parent), str(path))
+def load(path: Path, changes: Mapping[str, object] = MappingProxyType({})) -> Scenario:
+    """The scenario in a TOML file, with changed keys. Raises `ConfigError`, which names the file and the key."""
+    return _named({**from_folder(load_toml(path), path.parent), **changes}, str(path))
 
 
 def from_folder(table: Mapping[str, object], folder: Path) -> dict[str, object]:
@@ -285,6 +287,7 @@ def parse(table: Mapping[str, object]) -> Scenario:
         "broker_url": broker.text("url"),
         "speeds": _speeds(top.table("speeds")),
         "plan": top.table("plan").rest(),
+        "allow_plan_keys": top.texts("allow_plan_keys"),
         "aggregator": _dotted(top.table("aggregator").rest()),
         "end": end.parse(top.table("end")),
         "hostile": tuple(_hostile(row) for row in top.rows("hostile")),

@@ -28,6 +28,9 @@ from ternbus.lab.report import report
 from ternbus.lab.report.failing import FailingDevices, named
 from ternbus.lab.report.observation import Observation
 from ternbus.lab.report.progress import Progress
+from ternbus.lab.scenario import plan_check
+from ternbus.lab.scenario.partitions import in_scenario_words
+from ternbus.lab.scenario.resolve import settled
 from ternbus.lab.scenario.scenario import Fault, Scenario
 from ternbus.lab.virtual import setup
 from ternbus.lab.virtual.clock import Clock
@@ -79,9 +82,13 @@ class Simulation:
         with self._explained():
             self._evaluator = task.evaluator(data=scenario.data)
             model = task.initial(scenario.seed)
+            found = settled(scenario, task)
+        self._scenario = scenario = found.scenario
+        chosen = plan_check.settings(scenario, task)  # the data may have said how many devices a barrier waits for
+        for line in found.lines:
+            progress.say(line)
         self.schema = Schema.of({name: array.shape for name, array in model.items()}, scenario.dense)
         names = [f"device-{index}" for index in range(scenario.devices)]
-        chosen = scenario.settings(task.default_plan)
         if folder is None:
             founded = setup.without_disk(scenario.seed, names, model, chosen, self.schema)
         else:
@@ -90,7 +97,7 @@ class Simulation:
         self.aggregator = VirtualAggregator(self.clock, self.broker, founded.ledger, founded.core, self._made)
         vectors: WeakValueDictionary[bytes, Vector] = WeakValueDictionary()
         public = self.aggregator.core.identity.public
-        with self._explained():
+        with self._explained(), in_scenario_words(scenario.partition):
             bodies = setup.bodies(scenario, task, model, public, founded.codes, place=place)
         self.devices = [
             VirtualDevice(
