@@ -15,7 +15,7 @@ from ternbus.broker.errors import ConfigError
 from ternbus.edge.learn.task import Evaluation, Trained
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.shell.cli import app
-from ternbus.edge.shell.preflight import check
+from ternbus.edge.shell.preflight import Conditions, check
 
 GOOD = {"w": np.ones((20, 20), np.float32), "b": np.zeros(3, np.float32)}
 
@@ -95,8 +95,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"trains": lambda start: {**step(start), "b": np.zeros(4)}}, "with shape (4,): it must have initial()'s, (3,)"),
     ({"trains": lambda start: {name: array * np.float32(np.inf) for name, array in start.items()}}, "diverged"),
     ({"samples": 0}, "the trainer has 0 samples"),
-    ({"values": {"accuracy": 0.5}}, "no finite 'loss'"),
-    ({"values": {"accuracy": float("nan"), "loss": 1.0}}, "no finite 'accuracy'"),
+    ({"values": {}}, "evaluate() returned no values"),
+    ({"values": {"accuracy": float("nan"), "loss": 1.0}}, "evaluate() returned 'accuracy' as nan"),
+    ({"made": lambda: {"w": np.full(3, 2.0**41, np.float32)}}, "beyond 2^40"),
+    ({"default_plan": 7}, "default_plan is no table of keys and values: TypeError"),
+    ({"samples": "many"}, "the trainer has many samples"),
+    ({"metrics": {"loss": "low"}}, "what the task returned cannot be used: TypeError"),
 ]  # fmt: skip
 NOTED: list[tuple[dict[str, Any], str]] = [
     ({"default_plan": {"flavour": 1}}, "does not know flavour"),
@@ -123,7 +127,7 @@ def test_what_is_only_odd_is_a_note(bent: dict[str, Any], says: str) -> None:
 
 
 def test_the_figures_are_those_of_the_model() -> None:
-    facts = check(load_task("digits-numpy"), partition="iid:0/8").facts
+    facts = check(load_task("digits-numpy"), Conditions(partition="iid:0/8")).facts
     assert (facts["parameters"], facts["tensors"], facts["samples"]) == (9610, 4, 180)
     assert 9610 * 1.0 / 8 < int(facts["update_ternary_bytes"]) < 9610 * 1.7 / 8
     assert 9610 * 1.7 / 8 < int(facts["update_float32_bytes"]) <= 9610 * 4

@@ -14,6 +14,7 @@ import typer
 
 from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.broker.exit_codes import EXIT_FAILED
+from ternbus.broker.json_output import json_output
 from ternbus.edge.learn.task_loader import expanded, load_task
 from ternbus.lab.experiment import experiment, session, table
 from ternbus.lab.experiment.experiment import Experiment
@@ -177,11 +178,12 @@ def _list_experiments(as_json: bool) -> None:
 def _run_experiments(wanted: Sequence[Experiment], choices: Choices, as_json: bool) -> int:
     """Run the experiments, print their results, and return the exit code."""
     met = True
-    with Interrupts() as interrupts:
+    with Interrupts() as interrupts, json_output(as_json) as own:
         try:
             for each in wanted:
                 kept = session.run(each, choices, interrupts.check, lambda line: typer.echo(line, err=True))
-                typer.echo(json.dumps(kept, allow_nan=False) if as_json else table.table(kept["result"]))
+                own.write((json.dumps(kept, allow_nan=False) if as_json else table.table(kept["result"])) + "\n")
+                own.flush()
                 met = met and all(goal["met"] for goal in kept["result"]["goals"])
         except Interrupted as stopped:
             typer.echo(f"ternbus: {stopped}; to continue with the remaining runs, repeat the command", err=True)
@@ -232,7 +234,7 @@ def _reported(
     after_stop: str,
 ) -> int:
     stream = sys.stderr if as_json else sys.stdout
-    with Interrupts() as interrupts:
+    with Interrupts() as interrupts, json_output(as_json) as own:
         place = output.claim(out)
         try:
             result = result_of(place, interrupts, progress.to(stream))
@@ -247,8 +249,8 @@ def _reported(
             return EXIT_FAILED
         finally:
             place.release()
-    if as_json:
-        typer.echo(json.dumps(result, allow_nan=False))
+        if as_json:
+            own.write(json.dumps(result, allow_nan=False) + "\n")
     return 0
 
 

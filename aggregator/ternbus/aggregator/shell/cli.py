@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ternbus.aggregator.core import disk_guard
-from ternbus.aggregator.settings import TransportSettings, toml_value
+from ternbus.aggregator.settings import TransportSettings
 from ternbus.aggregator.shell import administration, log_commands, membership_commands, quickstart, recovery_commands
 from ternbus.aggregator.shell.arguments import AsJson, Dir, DirAsRoot
 from ternbus.aggregator.shell.service import Service
@@ -27,6 +27,7 @@ from ternbus.broker.protocol.endpoint import PORTS, is_loopback
 from ternbus.broker.server.running import Engine, RunningBroker
 from ternbus.broker.stop_signals import on_stop
 from ternbus.broker.text_table import text_table
+from ternbus.broker.toml import toml_value
 from ternbus.broker.version import software
 
 app = typer.Typer(

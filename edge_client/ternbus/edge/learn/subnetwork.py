@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from ternbus.broker.errors import ConfigError
-from ternbus.edge.learn.task import Evaluation, Task, Trained, Trainer, trainers_of
+from ternbus.edge.learn.task import Evaluation, Task, Trained, Trainer, halves_of, trainers_of
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import FloatArray, Tensors
 
@@ -59,6 +59,16 @@ def narrow(task: Task, width: float) -> Task:
     if shapes == full:
         raise ConfigError(f"the task {task.name} of width {width:g} is as wide as the full one: choose a smaller width")
     return NarrowTask(full=task, inner=inner, shapes=shapes)
+
+
+def trainers_of_device(
+    task: Task, *, data: Path | None, partition: str, width: float, hold_out: float
+) -> tuple[Trainer, Trainer | None]:
+    """The trainer of a device, and one with its held-out data, if it holds any out; see `narrow` and `halves_of`."""
+    trained = narrow(task, width)
+    if not hold_out:
+        return trained.trainer(data=data, partition=partition), None
+    return halves_of(trained, data, [partition], hold_out, None if trained is task else task)[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,8 +26,8 @@ from ternbus.edge.core.core import Core
 from ternbus.edge.core.follower import InitialModel
 from ternbus.edge.core.profile import Profile, Role, subscriptions
 from ternbus.edge.learn.failure import explained
-from ternbus.edge.learn.subnetwork import narrow
-from ternbus.edge.learn.task import Task, Trainer, halves_of
+from ternbus.edge.learn.subnetwork import trainers_of_device
+from ternbus.edge.learn.task import Task, Trainer
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.shell import key_rotation
 from ternbus.edge.shell.directory import DeviceDirectory, Settings
@@ -144,11 +144,13 @@ def _data(settings: Settings, task: Task, role: Role) -> tuple[Trainer, Trainer 
     """The trainer with the device's data, or an evaluator's with the test data; and one with the held-out data."""
     if role == "evaluate":
         return task.evaluator(data=settings.data_folder), None
-    trained = narrow(task, settings.share_of_channels)
-    if settings.hold_out:
-        evaluated_by = None if trained is task else task
-        return halves_of(trained, settings.data_folder, [settings.partition], float(settings.hold_out), evaluated_by)[0]
-    return trained.trainer(data=settings.data_folder, partition=settings.partition), None
+    return trainers_of_device(
+        task,
+        data=settings.data_folder,
+        partition=settings.partition,
+        width=settings.share_of_channels,
+        hold_out=settings.held_share,
+    )
 
 
 def clear_status(home: DeviceDirectory, settings: Settings) -> None:

@@ -82,6 +82,10 @@ class Settings:
         return float(self.width or 1)
 
     @property
+    def held_share(self) -> float:
+        return float(self.hold_out or 0)
+
+    @property
     def frame_limit(self) -> int:
         return int(self.frame_bytes or FRAME_BYTES)
 
