@@ -14,8 +14,9 @@ import typer
 
 from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.broker.exit_codes import EXIT_FAILED
+from ternbus.broker.files import check_readable, expanded
 from ternbus.broker.json_output import json_output
-from ternbus.edge.learn.task_loader import expanded, load_task
+from ternbus.edge.learn.task_loader import load_task
 from ternbus.lab.experiment import experiment, session, table
 from ternbus.lab.experiment.experiment import Experiment
 from ternbus.lab.experiment.session import Choices
@@ -158,7 +159,7 @@ def run_experiments(
     raise typer.Exit(
         _run_experiments(
             [experiment.load(name) for name in names],
-            Choices(data=data, seeds=seeds, jobs=jobs or os.cpu_count() or 1, out=out, keep=keep),
+            Choices(data=data and expanded(data), seeds=seeds, jobs=jobs or os.cpu_count() or 1, out=out, keep=keep),
             as_json,
         )
     )
@@ -178,6 +179,8 @@ def _list_experiments(as_json: bool) -> None:
 def _run_experiments(wanted: Sequence[Experiment], choices: Choices, as_json: bool) -> int:
     """Run the experiments, print their results, and return the exit code."""
     met = True
+    if choices.data is not None:
+        check_readable(choices.data, "--data")
     with Interrupts() as interrupts, json_output(as_json) as own:
         try:
             for each in wanted:
@@ -204,7 +207,10 @@ def _wanted(file: Path | None, given: Mapping[str, object], versions: int | None
     wanted = Scenario() if file is None else scenario.load(file)
     if versions is not None:
         changes["end"] = dataclasses.replace(wanted.end, versions=versions)
-    return dataclasses.replace(wanted, **changes)
+    wanted = dataclasses.replace(wanted, **changes)
+    if wanted.data is not None:
+        check_readable(wanted.data, "data")
+    return wanted
 
 
 def _run(wanted: Scenario, out: Path, as_json: bool) -> int:

@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from ternbus.broker.errors import ConfigError
-from ternbus.edge.learn.task import Evaluation, Task, Trained, Trainer, halves_of, trainers_of
+from ternbus.edge.learn.task import Evaluation, Task, Trained, Trainer, halves_of, initial_of, trainers_of
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import FloatArray, Tensors
 
@@ -47,8 +47,8 @@ def narrow(task: Task, width: float) -> Task:
     if not isinstance(task, NarrowingTask):
         raise ConfigError(f"the task {task.name} has no narrower model: add narrowed(width), or leave out --width")
     inner = task.narrowed(width)
-    shapes = {name: tensor.shape for name, tensor in inner.initial(0).items()}
-    full = {name: tensor.shape for name, tensor in task.initial(0).items()}
+    shapes = {name: tensor.shape for name, tensor in initial_of(inner, 0).items()}
+    full = {name: tensor.shape for name, tensor in initial_of(task, 0).items()}
     if shapes.keys() != full.keys():
         raise ConfigError(f"the task {task.name} of width {width:g} must have the same tensor names as the full one")
     for name, shape in shapes.items():

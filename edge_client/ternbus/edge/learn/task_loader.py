@@ -20,6 +20,7 @@ from typing import Final, Self
 
 import ternbus
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.files import expanded
 from ternbus.edge.learn import former_names, task_folder
 from ternbus.edge.learn.task import Task
 
@@ -70,11 +71,6 @@ def from_folder(spec: str, folder: Path) -> str:
         return spec
     is_path = "/" in spec or module.endswith(".py")
     return str(folder / spec) if is_path or task_folder.holds(folder, module) else spec
-
-
-def expanded(path: Path) -> Path:
-    """The path with the home folder instead of `~`; unchanged if there is no such user."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises RuntimeError
 
 
 def location_of(error: BaseException) -> tuple[str, int] | None:
@@ -232,14 +228,14 @@ class _Reference:
     def _task(self, spec: str, module: ModuleType) -> Task:
         """The task in the module. Raises `ConfigError`, or what the module's or the task's own code raises."""
         if not self.attribute:
-            return _only_task(spec, module)
+            return _checked(_only_task(spec, module), spec)
         task = getattr(module, self.attribute, None)
         if task is None:
             names = ", ".join(_tasks(module)) or "none"
             raise ConfigError(f"task {spec}: {_file(module)} has no {self.attribute!r}; its tasks are: {names}")
         if isinstance(task, type) or not isinstance(task, Task):
             raise ConfigError(f"{spec} is not a task: {NEEDED}")
-        return task
+        return _checked(task, spec)
 
     def _explain(self, error: BaseException, spec: str) -> str:
         """The error message for the task's author; empty for a bug in Ternbus."""
@@ -316,6 +312,14 @@ def _tasks(module: ModuleType) -> dict[str, Task]:
         for name, value in vars(module).items()
         if name[:1] != "_" and not isinstance(value, type) and isinstance(value, Task)
     }
+
+
+def _checked(task: Task, spec: str) -> Task:
+    """The task, if its name and its plan are of the right types: what a protocol checks is only that they exist."""
+    for name, kind, wanted in (("name", str, "a text"), ("default_plan", Mapping, "a dict of keys and values")):
+        if not isinstance(value := getattr(task, name), kind):
+            raise ConfigError(f"the task {spec}: {name} is {type(value).__name__}, but must be {wanted}")
+    return task
 
 
 def _only_task(spec: str, module: ModuleType) -> Task:

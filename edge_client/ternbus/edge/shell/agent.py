@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Final
 
 from ternbus.broker.crash_points import reached
@@ -27,7 +26,7 @@ from ternbus.edge.core.follower import InitialModel
 from ternbus.edge.core.profile import Profile, Role, subscriptions
 from ternbus.edge.learn.failure import explained
 from ternbus.edge.learn.subnetwork import trainers_of_device
-from ternbus.edge.learn.task import Task, Trainer
+from ternbus.edge.learn.task import Task, Trainer, initial_of
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.shell import key_rotation
 from ternbus.edge.shell.directory import DeviceDirectory, Settings
@@ -172,7 +171,7 @@ def make_link(home: DeviceDirectory, settings: Settings) -> Callable[[Callable[[
             settings.broker,
             client_id=settings.device,
             username=settings.username or settings.device,
-            password=read_password(Path(settings.password_file)) if settings.password_file else None,
+            password=read_password(settings.password_path) if settings.password_path is not None else None,
             deliver=deliver,
             tls=home.tls(),
             frame_bytes=settings.frame_limit,
@@ -196,7 +195,7 @@ def _serve(
     trainer, held = data or (None, None)
     with Outbox(home.folder, identity.key_id) as outbox:
         with explained(settings.task):
-            initial = task.initial(int(settings.seed or 0))
+            initial = initial_of(task, int(settings.seed or 0))
         shapes = {name: tuple(tensor.shape) for name, tensor in initial.items()}
         profile = _profile(settings, identity, task, role=role, options=options, shapes=shapes)
         core = Core(profile, outbox.state, InitialModel(tensors=initial))

@@ -10,12 +10,12 @@ import typer
 
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.exit_codes import EXIT_CONFIG, EXIT_DONE
-from ternbus.broker.files import load_toml
+from ternbus.broker.files import expanded, load_toml
 from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.json_output import json_output
 from ternbus.broker.toml import toml_value
 from ternbus.edge.learn.partition import FORMS, Partition
-from ternbus.edge.learn.task_loader import expanded, load_task
+from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.shell.arguments import TASKS
 from ternbus.edge.shell.directory import DeviceDirectory
 from ternbus.edge.shell.preflight import Conditions

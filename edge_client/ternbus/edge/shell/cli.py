@@ -8,6 +8,7 @@ import typer
 
 from ternbus.broker.errors import ConfigError, LinkError
 from ternbus.broker.exit_codes import EXIT_DONE
+from ternbus.broker.files import check_readable, expanded
 from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.json_output import json_output
 from ternbus.broker.model_files import save_safetensors
@@ -16,8 +17,8 @@ from ternbus.edge.learn import accountant
 from ternbus.edge.learn.failure import explained
 from ternbus.edge.learn.partition import FORMS, Partition
 from ternbus.edge.learn.subnetwork import narrow
-from ternbus.edge.learn.task import Task
-from ternbus.edge.learn.task_loader import absolute, expanded, load_task
+from ternbus.edge.learn.task import Task, initial_of
+from ternbus.edge.learn.task_loader import absolute, load_task
 from ternbus.edge.plan.limits import TrainingLimits
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.privacy import DEVICE, SAMPLE, PrivacyPolicy, cost
@@ -163,8 +164,8 @@ def join(
 def _task_for(name: str, width: float, data: Path | None) -> Task:
     """The task. Raises `ConfigError` for what `edge run` would refuse, before the invitation is spent."""
     narrow(task := load_task(name), width)
-    if data is not None and not expanded(data).exists():
-        raise ConfigError(f"--data: {data} does not exist; correct it, and use the invitation again")
+    if data is not None:
+        check_readable(expanded(data), "--data")
     return task
 
 
@@ -254,7 +255,7 @@ def init_model(
     """
     made = load_task(task)
     with explained(task):
-        tensors = made.initial(seed)
+        tensors = initial_of(made, seed)
     about = {"ternbus": f"{task}, seed {seed}"}  # one entry: the order of several varies, and so would the file
     save_safetensors(out, tensors, about)
     typer.echo(f"{out}: {len(tensors)} tensors, {sum(tensor.size for tensor in tensors.values()):,} parameters")

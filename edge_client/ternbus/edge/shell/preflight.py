@@ -24,7 +24,7 @@ from ternbus.edge.learn.accountant import epsilon
 from ternbus.edge.learn.compress import compress
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.subnetwork import trainers_of_device
-from ternbus.edge.learn.task import Evaluation, PrivateTrainer, Task, Trained, Trainer
+from ternbus.edge.learn.task import Evaluation, PrivateTrainer, Task, Trained, Trainer, initial_of
 from ternbus.edge.learn.task_loader import code_errors, described, import_hint, location_of
 from ternbus.edge.plan.limits import TrainingLimits
 from ternbus.edge.plan.plan import NO_DP, Plan
@@ -134,9 +134,9 @@ class _Check:
         return self._conditions.limits.bound(bound)
 
     def _model(self) -> tuple[Tensors, Schema]:
-        start = self._named_arrays()
+        start = self._try("initial()", lambda: initial_of(self._task, 0))
         schema = self._try("initial()", lambda: Schema.of({name: tensor.shape for name, tensor in start.items()}))
-        again = self._try("initial()", lambda: self._task.initial(0))
+        again = self._try("initial()", lambda: initial_of(self._task, 0))
         if schema_mismatch(schema, {name: tensor.shape for name, tensor in again.items()}) or not _same(start, again):
             self._note("initial() returned another model for the same seed: experiments cannot be repeated")
         self.report.facts |= {"tensors": len(start), "parameters": schema.elements}
@@ -146,21 +146,6 @@ class _Check:
         vector.setflags(write=False)  # as the follower's is
         self._start = to_tensors(schema, vector)
         return self._start, schema
-
-    def _named_arrays(self) -> Tensors:
-        """The result of initial(), checked: annotations guarantee nothing."""
-        start: Any = self._try("initial()", lambda: self._task.initial(0))
-        if not isinstance(start, Mapping) or not start:
-            self._stop("initial() returned no tensors: it must return a dict of name to float32 array")
-        for name, tensor in start.items():
-            if not isinstance(tensor, np.ndarray) or tensor.dtype != np.float32:
-                kind = tensor.dtype if isinstance(tensor, np.ndarray) else type(tensor).__name__
-                self._stop(f"initial() returned {name!r} as {kind}: it must be a float32 numpy array")
-            if not tensor.size:
-                self._stop(f"initial() returned {name!r} without elements, of shape {tensor.shape}: leave it out")
-            if not np.isfinite(tensor).all():
-                self._stop(f"initial() returned {name!r} with a NaN or an infinity: all elements must be finite")
-        return start
 
     def _step(self, trainer: Trainer, start: Tensors, plan: Plan) -> Trained:
         """Train one step twice, and time the second: the first warms up."""

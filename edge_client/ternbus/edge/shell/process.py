@@ -17,6 +17,7 @@ from ternbus.broker.complaint import complaint
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED
 from ternbus.broker.json_output import json_output
+from ternbus.broker.streams import prepare_streams
 from ternbus.edge.core.profile import Role
 from ternbus.edge.shell import agent
 from ternbus.edge.shell.agent import Options
@@ -45,6 +46,7 @@ def run_device(home: DeviceDirectory, role: Role, options: Options, *, as_json: 
 
 def main() -> NoReturn:
     """Run the device of the request in the arguments. The exit codes are those of the `ternbus` command."""
+    prepare_streams()
     code = _run(json.loads(sys.argv[1]))
     try:
         sys.stdout.flush()

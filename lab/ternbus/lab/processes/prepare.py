@@ -8,12 +8,11 @@ import json
 import sys
 from pathlib import Path
 
-from ternbus.broker.complaint import complaint
-from ternbus.broker.errors import FederationError
-from ternbus.broker.exit_codes import EXIT_FAILED
+from ternbus.broker.complaint import end_in_words
 from ternbus.broker.files import write_text
 from ternbus.broker.model_files import save_safetensors
 from ternbus.edge.learn.failure import explained
+from ternbus.edge.learn.task import initial_of
 from ternbus.edge.learn.task_loader import load_task
 
 
@@ -22,16 +21,11 @@ def main() -> None:
     name, seed, model_path, task_path = sys.argv[1:]
     task = load_task(name)
     with explained(name):
-        model = task.initial(int(seed))
+        model = initial_of(task, int(seed))
     save_safetensors(Path(model_path), model, {})
     facts = {"plan": dict(task.default_plan), "parameters": sum(tensor.size for tensor in model.values())}
     write_text(Path(task_path), json.dumps(facts))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FederationError as error:
-        text, code = complaint(error) or (str(error), EXIT_FAILED)
-        sys.stderr.write(f"ternbus: {text}\n")
-        sys.exit(code)
+    end_in_words(main)

@@ -23,7 +23,7 @@ from ternbus.broker.protocol.messages import Metrics
 from ternbus.broker.protocol.schema import Schema, Vector, to_tensors
 from ternbus.edge.core.actions import Stop
 from ternbus.edge.learn.failure import explained
-from ternbus.edge.learn.task import Evaluation, Task
+from ternbus.edge.learn.task import Evaluation, Task, initial_of
 from ternbus.lab.report import report
 from ternbus.lab.report.failing import FailingDevices, named, nothing_made
 from ternbus.lab.report.observation import Observation
@@ -78,7 +78,7 @@ class Simulation:
         self._ended = self._stopped = False
         with self._explained():
             self._evaluator = task.evaluator(data=scenario.data)
-            model = task.initial(scenario.seed)
+            model = initial_of(task, scenario.seed)
         self.schema = Schema.of({name: array.shape for name, array in model.items()}, scenario.dense)
         names = [f"device-{index}" for index in range(scenario.devices)]
         chosen = scenario.settings(task.default_plan)
@@ -213,8 +213,8 @@ class Simulation:
     def _evaluate(self, version: int, vector: Vector) -> Evaluation:
         with self._explained():
             found = self._evaluator.evaluate(to_tensors(self.schema, vector))
+            metrics = Metrics(version=version, samples=found.samples, split="test", values=found.finite)
         self._evaluated = version
-        metrics = Metrics(version=version, samples=found.samples, split="test", values=found.finite)
         self.ledger.write(
             [records.MetricsReceived(device=setup.EVALUATOR, seq=version, metrics=metrics)], self.clock.now
         )
