@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from support.edge_processes import Server, answering, edge, joined
+from support.other_users import OTHER, only_root, readable_by_others
 from support.scripted_aggregator import FEDERATION
 from ternbus import command
 from ternbus.broker.errors import ConfigError, CorruptError, FederationError, StorageError
@@ -32,7 +33,6 @@ INVITATION = Invitation(
     aggregator_key=Identity.generate().public.hex(),
     code="c" * 32,
 )
-OTHER = 12_345  # no user of this machine
 TASK = """
 import ctypes
 import threading
@@ -215,7 +215,8 @@ def test_what_may_work_another_time_is_told_from_a_mistake(raised: BaseException
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@only_root
+@readable_by_others
 def test_commands_of_root_leave_only_files_of_the_folders_owner() -> None:
     with tempfile.TemporaryDirectory() as name:  # every pytest that starts closes its own folder to other users
         folder = Path(name)
@@ -233,12 +234,9 @@ def test_commands_of_root_leave_only_files_of_the_folders_owner() -> None:
 
 
 def as_root(*arguments: object) -> int:
-    """The exit code of `ternbus edge`, in a process that has loaded all of Python first: it may be root's alone."""
-    code = (
-        "import encodings.idna, sys\nimport ternbus.edge.shell.cli\nimport ternbus.edge.tasks.digits_numpy\n"
-        "from ternbus.command import main\nmain(['edge', *sys.argv[1:]])\n"
-    )
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], timeout=60, check=False).returncode
+    """The exit code of `ternbus edge`."""
+    command = [sys.executable, "-m", "ternbus", "edge", *map(str, arguments)]
+    return subprocess.run(command, timeout=60, check=False).returncode
 
 
 def test_a_device_that_stays_makes_no_model_of_its_own(tmp_path: Path) -> None:

@@ -107,8 +107,8 @@ def test_a_task_that_fails_later_is_named_too(tmp_path: Path, fault: str) -> Non
 def test_data_that_are_not_there_keep_the_invitation_unspent(server: Server, tmp_path: Path) -> None:
     (tmp_path / "good.py").write_text(GOOD)
     task, invitation = str(tmp_path / "good.py"), server.invite(tmp_path, "pi")
-    for data in ("typo", "~/no/such/folder", "good.py/typo"):
-        code, out = ternbus(tmp_path, "edge", "join", invitation, "pi", "--task", task, "--data", data)
+    for typo in ("typo", "~/no/such/folder", "good.py/typo"):
+        code, out = ternbus(tmp_path, "edge", "join", invitation, "pi", "--task", task, "--data", typo)
         assert (code, "does not exist; correct the path" in out) == (2, True), out
     assert not (tmp_path / "pi").exists()
     data = tmp_path / "data"

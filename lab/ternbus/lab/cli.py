@@ -143,13 +143,15 @@ def run_experiments(
     keep: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Second folder for the result, as NAME.json and NAME.png.")
     ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run everything anew, whatever is finished.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
     """Run an experiment: simulate every combination of its settings with several seeds.
 
     Without NAME, list the experiments that come with Ternbus. The result is printed as a table and kept in OUT/NAME,
     with a plot and a folder for each run. To continue an interrupted experiment, repeat the command: it skips finished
-    runs whose scenario has not changed. The exit code is 1 if the experiment misses a goal.
+    runs whose scenario, task, data and version of Ternbus have not changed. The exit code is 1 if the experiment
+    misses a goal.
 
     Example: ternbus lab experiment staleness --jobs 4
     """
@@ -159,7 +161,14 @@ def run_experiments(
     raise typer.Exit(
         _run_experiments(
             [experiment.load(name) for name in names],
-            Choices(data=data and expanded(data), seeds=seeds, jobs=jobs or os.cpu_count() or 1, out=out, keep=keep),
+            Choices(
+                data=data and expanded(data),
+                seeds=seeds,
+                jobs=jobs or os.cpu_count() or 1,
+                out=out,
+                keep=keep,
+                fresh=fresh,
+            ),
             as_json,
         )
     )

@@ -61,6 +61,15 @@ def absolute(spec: str) -> str:
     return f"{reference.folder / reference.module}{reference.attribute and ':'}{reference.attribute}"
 
 
+def source_of(spec: str) -> tuple[Path | None, str]:
+    """The folder of a task's module, None if it is installed, and the module's name from there. Imports nothing.
+
+    Raises `ConfigError` if there is no such module.
+    """
+    reference = _Reference.parse(spec)
+    return reference.folder, reference.module
+
+
 def from_folder(spec: str, folder: Path) -> str:
     """The name, for the current folder, of a task that a file in `folder` names: a relative path counts from there.
 

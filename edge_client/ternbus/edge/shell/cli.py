@@ -141,12 +141,9 @@ def join(
     home, options = DeviceDirectory(directory), Options(timeout_s=timeout, reports=reports, fine_tune=fine_tune)
     asked = load_invitation(invitation, directory)
     with json_output(as_json) as output:
-        printer = Printer(as_json=as_json, output=output)
+        printer, stop = Printer(as_json=as_json, output=output), None
         if renew:
             stop = agent.renew(home, asked, load_task(home.settings().task), options, printer)
-            if not then_run or stop.code != EXIT_DONE:
-                raise typer.Exit(printer.finish(stop, ended=True))
-            printer.end(stop)
         elif not (then_run and home.has_joined(asked)):
             model = _task_for(task, width, data)
             settings = home.prepare(
@@ -155,7 +152,8 @@ def join(
             )  # fmt: skip
             agent.check(settings, options)
             stop = agent.join(home, settings, model, options, printer)
-            if not then_run or home.settings().code:
+        if stop is not None:
+            if not then_run or stop.code != EXIT_DONE:
                 raise typer.Exit(printer.finish(stop, ended=True))
             printer.end(stop)
     raise typer.Exit(run_device(home, "train", options, as_json=as_json))

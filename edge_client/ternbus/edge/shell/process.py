@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ternbus.broker.complaint import complaint
-from ternbus.broker.errors import ConfigError
 from ternbus.broker.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED
 from ternbus.broker.json_output import json_output
 from ternbus.broker.streams import prepare_streams
@@ -32,12 +31,7 @@ def run_device(home: DeviceDirectory, role: Role, options: Options, *, as_json: 
         request = {"folder": str(home.folder), "role": role, "options": asdict(options), "as_json": as_json}
         sys.stdout.flush()
         command = [sys.executable, "-P", "-m", __name__, json.dumps(request)]
-        try:
-            os.execv(sys.executable, command)  # noqa: S606 - ourselves, without a shell
-        except PermissionError as error:  # root has become the owner of the folder, and Python is in root's home
-            raise ConfigError(
-                f"the owner of {home.folder} may not run {sys.executable}: install Ternbus where every user can read it"
-            ) from error
+        os.execv(sys.executable, command)  # noqa: S606 - ourselves, without a shell
     with json_output(as_json) as output:
         printer = Printer(as_json=as_json, output=output)
         stop, ended = agent.serve(home, role, options, printer)
