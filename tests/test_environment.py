@@ -132,9 +132,13 @@ def failed(folder: Path) -> str:
     return out
 
 
-@pytest.mark.parametrize("command", [["run"], ["simulate"], ["experiment", "staleness"]], ids=lambda each: each[0])
-def test_the_lab_looks_for_the_data_first(tmp_path: Path, command: list[str]) -> None:
-    code, out = ternbus(tmp_path, "lab", *command, "--data", "typo")
+@pytest.mark.parametrize(
+    "command",
+    [["lab", "run"], ["lab", "simulate"], ["lab", "experiment", "staleness"], ["edge", "check", "digits"]],
+    ids=" ".join,
+)
+def test_the_folder_of_data_is_looked_for_first(tmp_path: Path, command: list[str]) -> None:
+    code, out = ternbus(tmp_path, *command, "--data", "typo")
     assert (code, "typo does not exist; correct the path" in out) == (2, True), out
 
 

@@ -10,7 +10,7 @@ import typer
 
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.exit_codes import EXIT_CONFIG, EXIT_DONE
-from ternbus.broker.files import expanded, load_toml
+from ternbus.broker.files import check_readable, expanded, load_toml
 from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.json_output import json_output
 from ternbus.broker.toml import toml_value
@@ -61,7 +61,8 @@ def check(
     Example: ternbus edge check my_task:TASK --data data --plan batch_size=1
     """
     with json_output(as_json) as output:
-        folder = data and expanded(data)
+        if (folder := data and expanded(data)) is not None:
+            check_readable(folder, "--data")
         given = {"data": folder, "partition": partition, "width": width, "hold_out": hold_out}
         name, conditions = _conditions(task, device, {key: value for key, value in given.items() if value is not None})
         report = examine(load_task(name), conditions, {**_plan_in(plan_file), **dict(map(_key, plan or []))})
