@@ -151,8 +151,8 @@ def test_the_command_checks_a_device_by_its_directory(tmp_path: Path) -> None:
     DeviceDirectory(tmp_path / "pi").prepare(
         invited, task="digits-numpy", data=None, partition="iid:0/8", hold_out=0.25, limits=TrainingLimits(steps=2)
     )
-    code, out = run("--device", tmp_path / "pi", "--json")
+    code, out = run("--dir", tmp_path / "pi", "--json")
     found = json.loads(out)
     assert (code, found["task"], found["samples"], found["steps"]) == (0, "digits-numpy", 135, 2)
-    code, out = run("--device", tmp_path / "pi", "--partition", "iid:0/4", "--json")
+    code, out = run("--dir", tmp_path / "pi", "--partition", "iid:0/4", "--json")
     assert json.loads(out)["samples"] == 270

@@ -2,11 +2,10 @@
 
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from support.other_users import OTHER, only_root, readable_by_others
+from support.other_users import ENVIRONMENT, OTHER, PYTHON, only_root, readable_by_others
 from ternbus.broker.folder_owner import act_as_owner
 
 WRITE = """
@@ -23,7 +22,7 @@ write_secret(folder / "made", b"by the command")
 
 def written(folder: Path) -> tuple[int, int]:
     """The user and the group of a file that a process writes into the folder."""
-    subprocess.run([sys.executable, "-c", WRITE, str(folder)], check=True)
+    subprocess.run([PYTHON, "-c", WRITE, str(folder)], check=True, env=ENVIRONMENT)
     about = (folder / "made").stat()
     return about.st_uid, about.st_gid
 

@@ -4,28 +4,25 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-import ternbus as packages
-from support.other_users import OTHER, only_root, readable_by_others
+from support.other_users import ENVIRONMENT, OTHER, PORTIONS, PYTHON, environment, only_root, readable_by_others
 from support.small_world import LAB, initial_model
 from ternbus.broker.model_files import save_safetensors
 
-PORTIONS = [Path(each) for each in packages.__path__ if Path(each).is_dir()]  # a component's folder each
 pytestmark = [pytest.mark.slow, only_root]
 
 
 def ternbus(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "ternbus", *map(str, arguments)]
+    return [PYTHON, "-m", "ternbus", *map(str, arguments)]
 
 
 def run(*arguments: object) -> str:
-    done = subprocess.run(ternbus(*arguments), capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(ternbus(*arguments), capture_output=True, text=True, timeout=60, check=False, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -70,7 +67,9 @@ def test_what_root_does_leaves_no_file_of_root(services: Path) -> None:
     run("aggregator", "export", agg, out)
     run("aggregator", "log", "export", agg, agg / "log")
     assert out.stat().st_uid == 0  # in a folder of root's
-    with subprocess.Popen(ternbus("aggregator", "run", agg), stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        ternbus("aggregator", "run", agg), stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    ) as process:
         assert process.stderr is not None
         assert "at version" in process.stderr.readline()
         process.send_signal(signal.SIGTERM)
@@ -102,10 +101,8 @@ def test_what_the_owner_cannot_read_is_named_at_once(services: Path) -> None:
     for root, portion in roots.items():
         shutil.copytree(portion, root / "ternbus", ignore=shutil.ignore_patterns("__pycache__"))
     mine.chmod(0o700)
-    path = os.pathsep.join(map(str, roots))
     command = ternbus("aggregator", "status", services / "agg")
-    environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, env=environment(*roots), capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith(f"ternbus: Ternbus in {mine}")
     assert f"cannot be read by user {OTHER}, to whom {services / 'agg'} belongs: install Ternbus" in done.stderr

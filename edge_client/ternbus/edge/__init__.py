@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from ternbus.edge.plan.plan import Plan
     from ternbus.edge.plan.privacy import Cost
     from ternbus.edge.plan.tensors import FloatArray, Tensors
-    from ternbus.edge.torch.trainer import TorchTask
+    from ternbus.edge.torch.augmentation import per_sample
+    from ternbus.edge.torch.torch_task import TorchTask
 else:
     __getattr__, __dir__ = exports(
         __name__,
@@ -44,7 +45,8 @@ else:
             "ternbus.edge.plan.plan": ["Plan"],
             "ternbus.edge.plan.privacy": ["Cost"],
             "ternbus.edge.plan.tensors": ["FloatArray", "Tensors"],
-            "ternbus.edge.torch.trainer": ["TorchTask"],
+            "ternbus.edge.torch.augmentation": ["per_sample"],
+            "ternbus.edge.torch.torch_task": ["TorchTask"],
         },
     )
 
@@ -69,5 +71,6 @@ __all__ = [
     "higher",
     "load_task",
     "lower",
+    "per_sample",
     "select",
 ]

@@ -12,3 +12,17 @@ Dir = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the aggre
 # they replace or make in the directory, as SQLite does, get the owner of their folder.
 DirAsRoot = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the aggregator.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Setting of aggregator.toml, for example merge.buffer_size=1; repeatable."
+    ),
+]
+AllowPlanKeys = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-plan-key",
+        metavar="NAME",
+        help="Plan key to accept although neither Ternbus nor the task knows it; repeatable.",
+    ),
+]

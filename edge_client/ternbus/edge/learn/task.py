@@ -12,7 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from ternbus.broker.errors import ConfigError, FederationError
-from ternbus.broker.protocol.direction import Direction
+from ternbus.broker.protocol.direction import DIRECTIONS, Direction
+from ternbus.broker.protocol.task_plan import TaskPlan
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import FloatArray, Tensors
@@ -26,7 +27,8 @@ class TrainingError(FederationError):
 class Trained:
     """The result of local training: all tensors of the trained model (not the change), and the number of samples.
 
-    `metrics` has `loss` and `accuracy` (means over the training batches), `seconds` and `steps`.
+    `metrics` has `loss` (the mean over the training batches), the task's own metrics, such as `accuracy`, of the
+    outputs in training, `seconds` and `steps`.
     Raises `TrainingError` if any tensor has a NaN or an infinity.
     """
 
@@ -54,6 +56,13 @@ class Evaluation:
     samples: int
     values: Mapping[str, float]
     better: Mapping[str, Direction] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, direction in self.better.items():
+            if direction not in DIRECTIONS:
+                raise ConfigError(
+                    f"the metric {name} is better when {direction!r}: write one of {', '.join(DIRECTIONS)}"
+                )
 
     @property
     def finite(self) -> dict[str, float]:
@@ -100,7 +109,10 @@ class Task(Protocol):
 
     @property
     def default_plan(self) -> Mapping[str, object]:
-        """The task's plan, with the keys of the protocol's `plan`; the federation's plan overrides it."""
+        """The task's plan, with the keys of the protocol's `plan`; the federation's plan overrides it.
+
+        A task that reads keys of its own from `Plan.extra` names them in an attribute `plan_keys`, a list.
+        """
         ...
 
     def initial(self, seed: int) -> dict[str, FloatArray]:
@@ -133,11 +145,44 @@ def initial_of(task: Task, seed: int) -> dict[str, FloatArray]:
     return dict(made)
 
 
+def task_plan(task: Task) -> TaskPlan:
+    """The task's default plan, and its `plan_keys`, if it has this attribute: names of keys that only it knows.
+
+    Raises `ConfigError` for a default plan that a device would refuse, and for a key in it that nobody knows.
+    """
+    return TaskPlan.of(getattr(task, "plan_keys", ()), task.default_plan)
+
+
 @runtime_checkable
 class SharingTask(Protocol):
     """A task whose trainers in one process share memory; they are used one at a time."""
 
     def trainers(self, *, data: Path | None, partitions: Sequence[str]) -> Sequence[Trainer]: ...
+
+
+@runtime_checkable
+class PlacedTask(Protocol):
+    """A task that trains on a processor by name, such as "cpu" or "cuda:1"."""
+
+    def on_device(self, name: str) -> Task:
+        """The same task on this processor. Raises `ConfigError` if this machine does not have it."""
+        ...
+
+
+def placed(task: Task, processor: str) -> Task:
+    """The task on its owner's choice of processor; `task` itself for "" or "auto".
+
+    Raises `ConfigError` if this machine, or the task, does not have it.
+    """
+    if processor in ("", "auto"):
+        return task
+    if isinstance(task, PlacedTask):
+        return task.on_device(processor)
+    if processor == "cpu":
+        return task
+    raise ConfigError(
+        f"the task {task.name} has no device {processor!r}, since it does without PyTorch: leave out --device"
+    )
 
 
 def trainers_of(task: Task, data: Path | None, partitions: Sequence[str]) -> list[Trainer]:

@@ -24,9 +24,10 @@ from ternbus.edge.core.actions import Stop
 from ternbus.edge.core.core import Core
 from ternbus.edge.core.follower import InitialModel
 from ternbus.edge.core.profile import Profile, Role, subscriptions
+from ternbus.edge.learn.class_counts import class_counts_of
 from ternbus.edge.learn.failure import explained
 from ternbus.edge.learn.subnetwork import trainers_of_device
-from ternbus.edge.learn.task import Task, Trainer, initial_of
+from ternbus.edge.learn.task import Task, Trainer, initial_of, placed
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.shell import key_rotation
 from ternbus.edge.shell.directory import DeviceDirectory, Settings
@@ -141,6 +142,7 @@ def check(settings: Settings, options: Options) -> None:
 
 def _data(settings: Settings, task: Task, role: Role) -> tuple[Trainer, Trainer | None]:
     """The trainer with the device's data, or an evaluator's with the test data; and one with the held-out data."""
+    task = placed(task, settings.processor)
     if role == "evaluate":
         return task.evaluator(data=settings.data_folder), None
     return trainers_of_device(
@@ -196,8 +198,9 @@ def _serve(
     with Outbox(home.folder, identity.key_id) as outbox:
         with explained(settings.task):
             initial = initial_of(task, int(settings.seed or 0))
+            classes = class_counts_of(trainer) if trainer is not None and options.reports else {}
         shapes = {name: tuple(tensor.shape) for name, tensor in initial.items()}
-        profile = _profile(settings, identity, task, role=role, options=options, shapes=shapes)
+        profile = _profile(settings, identity, task, role=role, options=options, shapes=shapes, classes=classes)
         core = Core(profile, outbox.state, InitialModel(tensors=initial))
         del initial  # the core frees it at the first head
         service = Service(
@@ -246,6 +249,7 @@ def _profile(
     role: Role,
     options: Options,
     shapes: Mapping[str, tuple[int, ...]],
+    classes: Mapping[str, int],
 ) -> Profile:
     aggregator_public = bytes.fromhex(settings.aggregator_key)
     return Profile(
@@ -264,6 +268,7 @@ def _profile(
         versions=options.versions,
         timeout_s=options.timeout_s,
         reports=options.reports,
+        classes=classes,
         fine_tune=options.fine_tune,
         stays=options.stays,
     )

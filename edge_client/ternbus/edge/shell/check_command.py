@@ -14,7 +14,8 @@ from ternbus.broker.files import check_readable, expanded, load_toml
 from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.json_output import json_output
 from ternbus.broker.toml import toml_value
-from ternbus.edge.learn.partition import FORMS, Partition
+from ternbus.edge.learn.partition_spec import FORMS, Partition
+from ternbus.edge.learn.task import placed
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.shell.arguments import TASKS
 from ternbus.edge.shell.directory import DeviceDirectory
@@ -47,7 +48,9 @@ def check(
     ] = None,
     device: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Directory of a device that has joined: its task, data, privacy and limits."),
+        typer.Option(
+            "--dir", metavar="DIR", help="Directory of a device that has joined: its task, data, privacy and limits."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
@@ -63,9 +66,12 @@ def check(
     with json_output(as_json) as output:
         if (folder := data and expanded(data)) is not None:
             check_readable(folder, "--data")
-        given = {"data": folder, "partition": partition, "width": width, "hold_out": hold_out}
-        name, conditions = _conditions(task, device, {key: value for key, value in given.items() if value is not None})
-        report = examine(load_task(name), conditions, {**_plan_in(plan_file), **dict(map(_key, plan or []))})
+        options = {"data": folder, "partition": partition, "width": width, "hold_out": hold_out}
+        given = {key: value for key, value in options.items() if value is not None}
+        name, processor, conditions = _conditions(task, device, given)
+        asked, allowed = _plan_in(plan_file)
+        asked |= dict(map(_key, plan or []))
+        report = examine(placed(load_task(name), processor), replace(conditions, allowed=allowed), asked)
         if as_json:
             facts = {"task": name, "ok": not report.problems, **report.facts}
             output.write(json.dumps({**facts, "problems": report.problems, "notes": report.notes}) + "\n")
@@ -74,13 +80,13 @@ def check(
     raise typer.Exit(EXIT_CONFIG if report.problems else EXIT_DONE)
 
 
-def _conditions(task: str | None, device: Path | None, given: Mapping[str, Any]) -> tuple[str, Conditions]:
-    """The name of the task, and the conditions: ``given`` ones, and else those of the device's directory."""
-    found = Conditions()
+def _conditions(task: str | None, device: Path | None, given: Mapping[str, Any]) -> tuple[str, str, Conditions]:
+    """The name of the task, the device's processor, and the conditions: ``given``, or else of the device's directory."""
+    found, processor = Conditions(), ""
     if device is not None:
         act_as_owner(device)
         settings = DeviceDirectory(device).settings()
-        task = task or settings.task
+        task, processor = task or settings.task, settings.processor
         found = Conditions(
             data=settings.data_folder,
             partition=settings.partition,
@@ -90,19 +96,22 @@ def _conditions(task: str | None, device: Path | None, given: Mapping[str, Any])
             limits=settings.limits,
         )
     if task is None:
-        raise ConfigError(f"no task is given: name {TASKS} Or give --device DIR")
+        raise ConfigError(f"no task is given: name {TASKS} Or give --dir DIR")
     found = replace(found, **given)
     Partition.parse(found.held_out)
-    return task, found
+    return task, processor, found
 
 
-def _plan_in(path: Path | None) -> dict[str, object]:
+def _plan_in(path: Path | None) -> tuple[dict[str, object], tuple[str, ...]]:
+    """The plan of a file, and the keys that it allows besides those that Ternbus and the task know."""
     if path is None:
-        return {}
-    table = load_toml(expanded(path)).get("plan")
-    if not isinstance(table, dict):
+        return {}, ()
+    table = load_toml(expanded(path))
+    if not isinstance(plan := table.get("plan"), dict):
         raise ConfigError(f"{path} has no section [plan]: give an aggregator.toml or a scenario with one")
-    return table
+    checked = table.get("plan_check")
+    allowed = checked.get("allowed_keys") if isinstance(checked, dict) else table.get("allow_plan_keys")
+    return plan, tuple(str(name) for name in allowed) if isinstance(allowed, list) else ()
 
 
 def _key(text: str) -> tuple[str, object]:

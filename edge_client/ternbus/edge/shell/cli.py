@@ -13,11 +13,12 @@ from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.json_output import json_output
 from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
+from ternbus.edge.core.actions import Stop
 from ternbus.edge.learn import accountant
 from ternbus.edge.learn.failure import explained
-from ternbus.edge.learn.partition import FORMS, Partition
+from ternbus.edge.learn.partition_spec import FORMS, Partition
 from ternbus.edge.learn.subnetwork import narrow
-from ternbus.edge.learn.task import Task, initial_of
+from ternbus.edge.learn.task import Task, initial_of, placed, task_plan
 from ternbus.edge.learn.task_loader import absolute, load_task
 from ternbus.edge.plan.limits import TrainingLimits
 from ternbus.edge.plan.plan import Plan
@@ -54,6 +55,14 @@ Renew = Annotated[
 Width = Annotated[
     float, typer.Option(metavar="SHARE", help="Share of each layer's channels to train; less than 1 for a weak device.")
 ]
+Processor = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="Processor that trains: cpu, cuda, cuda:1 or mps; else the plan's.",
+    ),
+]
 HoldOut = Annotated[
     float,
     typer.Option(
@@ -64,7 +73,7 @@ Reports = Annotated[
     bool,
     typer.Option(
         "--report-metrics",
-        help="Send the aggregator the accuracy of each version on the held-out data; the broker can read it.",
+        help="Send each version's metrics on the held-out data, and class counts; the broker can read them.",
     ),
 ]
 FineTune = Annotated[
@@ -116,6 +125,7 @@ def join(
     renew: Renew = False,
     hold_out: HoldOut = 0.0,
     width: Width = 1.0,
+    processor: Processor = "",
     frame_bytes: FrameBytes = FRAME_BYTES,
     then_run: Annotated[bool, typer.Option("--run", help="Train after joining, like `ternbus edge run`.")] = False,
     reports: Reports = False,
@@ -133,35 +143,42 @@ def join(
 
     Example: ternbus edge join pi-7.toml pi-7 --task digits --partition iid:0/8
     """
-    at_its_default = (width, partition, frame_bytes, max_seconds, max_steps) == (1, "all", FRAME_BYTES, None, None)
-    _check_renew(renew, task, any((data, seed, username, password_file, dp, max_epsilon, hold_out, not at_its_default)))
+    usual = (width, partition, frame_bytes, max_seconds, max_steps) == (1, "all", FRAME_BYTES, None, None)
+    asked_for = (data, seed, username, password_file, dp, max_epsilon, hold_out, processor, not usual)
+    _check_renew(renew, task, any(asked_for))
     _check_run(then_run, bool(reports or fine_tune))
     Partition.parse(f"{partition};test:{hold_out!r}" if hold_out else partition)
     policy, limits = _policy(dp, max_epsilon, max_delta), TrainingLimits(seconds=max_seconds, steps=max_steps)
     home, options = DeviceDirectory(directory), Options(timeout_s=timeout, reports=reports, fine_tune=fine_tune)
     asked = load_invitation(invitation, directory)
     with json_output(as_json) as output:
-        printer, stop = Printer(as_json=as_json, output=output), None
+        printer = Printer(as_json=as_json, output=output)
         if renew:
             stop = agent.renew(home, asked, load_task(home.settings().task), options, printer)
+            _end(printer, stop, goes_on=then_run and stop.code == EXIT_DONE)
         elif not (then_run and home.has_joined(asked)):
-            model = _task_for(task, width, data)
+            model = _task_for(task, width, processor, data)
             settings = home.prepare(
                 asked, task=absolute(task), data=data, partition=partition, seed=seed, hold_out=hold_out, width=width,
-                frame_bytes=frame_bytes, username=username, password_file=password_file, policy=policy, limits=limits,
+                processor=processor, frame_bytes=frame_bytes, username=username, password_file=password_file,
+                policy=policy, limits=limits,
             )  # fmt: skip
             agent.check(settings, options)
             stop = agent.join(home, settings, model, options, printer)
-        if stop is not None:
-            if not then_run or stop.code != EXIT_DONE:
-                raise typer.Exit(printer.finish(stop, ended=True))
-            printer.end(stop)
+            _end(printer, stop, goes_on=then_run and not home.settings().code)
     raise typer.Exit(run_device(home, "train", options, as_json=as_json))
 
 
-def _task_for(name: str, width: float, data: Path | None) -> Task:
+def _end(printer: Printer, stop: Stop, *, goes_on: bool) -> None:
+    """Print how joining ended; end the command too, unless it goes on with training."""
+    if not goes_on:
+        raise typer.Exit(printer.finish(stop, ended=True))
+    printer.end(stop)
+
+
+def _task_for(name: str, width: float, processor: str, data: Path | None) -> Task:
     """The task. Raises `ConfigError` for what `edge run` would refuse, before the invitation is spent."""
-    narrow(task := load_task(name), width)
+    narrow(placed(task := load_task(name), processor), width)
     if data is not None:
         check_readable(expanded(data), "--data")
     return task
@@ -182,8 +199,8 @@ def _check_run(then_run: bool, others: bool) -> None:
 def _check_renew(renew: bool, task: str, others: bool) -> None:
     if renew and (task or others):
         raise ConfigError(
-            "--renew keeps task, data, partition, seed, login, privacy, hold-out, width, frame size and limits: "
-            "leave out these options"
+            "--renew keeps task, data, partition, seed, login, privacy, hold-out, width, processor, frame size and "
+            "limits: leave out these options"
         )
     if not renew and not task:
         raise ConfigError(f"no task is given: add --task with {TASKS}")
@@ -210,7 +227,7 @@ def run(
     """Train until the federation closes, or until Ctrl-C, SIGTERM or SIGHUP; unacknowledged updates are kept in DIR.
 
     `--versions N` stops after N accepted updates. `--report-metrics` and `--fine-tune EPOCHS` need held-out
-    data: join with `--hold-out 0.2`. A fine-tuned model stays on the device; `--report-metrics` sends its accuracy.
+    data: join with `--hold-out 0.2`. A fine-tuned model stays on the device; `--report-metrics` sends its metrics.
 
     A training that fails does not end the device: it says why, to the aggregator too, and tries again ever later.
 
@@ -254,7 +271,7 @@ def init_model(
     made = load_task(task)
     with explained(task):
         tensors = initial_of(made, seed)
-    about = {"ternbus": f"{task}, seed {seed}"}  # one entry: the order of several varies, and so would the file
+    about = {"ternbus": f"{task}, seed {seed}", **task_plan(made).metadata()}
     save_safetensors(out, tensors, about)
     typer.echo(f"{out}: {len(tensors)} tensors, {sum(tensor.size for tensor in tensors.values()):,} parameters")
 

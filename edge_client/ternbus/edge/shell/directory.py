@@ -1,5 +1,6 @@
 """A device's directory: its key, edge.toml, certificates and lock. `join` creates it, `leave` empties it."""
 
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from ternbus.broker.protocol.identity import Identity, check_device, check_federation, is_public_key
 from ternbus.broker.protocol.invitation import Invitation, check_broker_url
 from ternbus.broker.store_format import copies
-from ternbus.edge.learn.partition import Partition
+from ternbus.edge.learn.partition_spec import Partition
 from ternbus.edge.learn.subnetwork import WIDTH_MIN, check_width
 from ternbus.edge.plan.limits import TrainingLimits
 from ternbus.edge.plan.privacy import PrivacyPolicy
@@ -57,6 +58,7 @@ class Settings:
     data: str = ""  # a folder; empty if the task needs none
     partition: str = "all"
     hold_out: str = ""  # the share of the device's data that is never trained on
+    processor: str = ""  # that trains, as `edge join --device` takes it; empty for the plan's choice
     width: str = ""  # the share of each layer's channels that the device trains; empty for all
     seed: str = ""  # of the task's initial model
     username: str = ""  # at the broker; empty for the device's name
@@ -170,12 +172,17 @@ class DeviceDirectory:
         reached("folder-renamed")
         shutil.rmtree(gone)
 
+    @property
+    def quoted(self) -> str:
+        """The folder as a shell takes it, for the commands in errors."""
+        return shlex.quote(str(self.folder))
+
     def settings(self) -> Settings:
         """The settings. Raises `ConfigError` if there are none, or they are invalid."""
         path = self.folder / TOML
         if not path.exists():
             raise ConfigError(
-                f"{path} does not exist: join a federation with `ternbus edge join INVITATION {self.folder}`"
+                f"{path} does not exist: join a federation with `ternbus edge join INVITATION.toml {self.quoted}`"
             )
         return Settings.from_table(load_toml(check_secret(path)), str(path))
 
@@ -210,6 +217,7 @@ class DeviceDirectory:
         seed: int = 0,
         hold_out: float = 0.0,
         width: float = 1.0,
+        processor: str = "",
         frame_bytes: int = FRAME_BYTES,
         username: str = "",
         password_file: Path | None = None,
@@ -223,7 +231,7 @@ class DeviceDirectory:
         before = self.settings().code if (self.folder / TOML).exists() else None
         if before == "":
             raise ConfigError(
-                f"{self.folder} has joined already: choose another directory, or run `ternbus edge leave {self.folder}`"
+                f"{self.folder} has joined already: choose another directory, or run `ternbus edge leave {self.quoted}`"
             )
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -238,6 +246,7 @@ class DeviceDirectory:
             data=str(expanded(data).resolve()) if data is not None else "",
             partition=partition,
             width=repr(width) if width != 1 else "",
+            processor=processor,
             hold_out=repr(hold_out) if hold_out else "",
             seed=str(seed) if seed else "",
             frame_bytes=str(frame_bytes) if frame_bytes != FRAME_BYTES else "",

@@ -13,9 +13,11 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
-from ternbus.broker.errors import FederationError, ProtocolError
+from ternbus.broker.errors import FederationError
+from ternbus.broker.protocol import plan_keys
 from ternbus.broker.protocol.frame import FRAME_BYTES, PARTS_MAX
 from ternbus.broker.protocol.messages import SAMPLES_MAX
+from ternbus.broker.protocol.meta_fields import ENTRIES_MAX
 from ternbus.broker.protocol.schema import Schema, is_bounded, to_tensors, to_vector
 from ternbus.broker.protocol.ternary import CODECS
 from ternbus.edge.core.profile import schema_mismatch
@@ -24,7 +26,7 @@ from ternbus.edge.learn.accountant import epsilon
 from ternbus.edge.learn.compress import compress
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.subnetwork import trainers_of_device
-from ternbus.edge.learn.task import Evaluation, PrivateTrainer, Task, Trained, Trainer, initial_of
+from ternbus.edge.learn.task import Evaluation, PrivateTrainer, Task, Trained, Trainer, initial_of, task_plan
 from ternbus.edge.learn.task_loader import code_errors, described, import_hint, location_of
 from ternbus.edge.plan.limits import TrainingLimits
 from ternbus.edge.plan.plan import NO_DP, Plan
@@ -50,6 +52,7 @@ class Conditions:
     hold_out: float = 0.0
     policy: PrivacyPolicy | None = None
     limits: TrainingLimits = field(default_factory=TrainingLimits)
+    allowed: tuple[str, ...] = ()  # keys that may be in the plan though neither Ternbus nor the task knows them
 
     @property
     def held_out(self) -> str:
@@ -111,23 +114,21 @@ class _Check:
         if not isinstance(found, Evaluation):
             self._stop(f"{what} returned {type(found).__name__}: it must return an Evaluation")
         if not found.values:
-            self.problem(f"{what} returned no values: an Evaluation needs at least one metric")
-        for name, value in found.values.items():
-            if not math.isfinite(value):
-                self.problem(f"{what} returned {name!r} as {value}: it must be finite")
+            self.problem(f"{what} returned no metric in its values: return at least a loss")
+        for name in [name for name in found.values if name not in found.finite]:
+            self.problem(f"{what} returned no finite {name!r} in its values")
+        if len(found.values) > ENTRIES_MAX:
+            self.problem(f"{what} returned {len(found.values)} metrics: at most {ENTRIES_MAX} can be sent")
         return found
 
     def _plan(self) -> Plan:
-        source = "the plan" if self._asked else "default_plan"
-        try:
-            plan = Plan.from_meta({**self._task.default_plan, **self._asked})
-        except ProtocolError as error:
-            self._stop(f"{source}: {error.detail}")
-        except code_errors() as error:
-            self._stop(f"default_plan is no table of keys and values: {described(error)}")
-        if plan.extra:
-            unknown = ", ".join(plan.extra)
-            self._note(f"{source}: Ternbus does not know {unknown}, and passes it to the trainer unchanged")
+        known = self._try("default_plan", lambda: task_plan(self._task))
+        if unknown := plan_keys.unknown(self._asked, (*known.keys, *self._conditions.allowed)):
+            self._stop(f"the plan: {unknown[0]}")
+        asked = {**self._task.default_plan, **self._asked}
+        if fault := plan_keys.fault(asked):
+            self._stop(f"the plan: {fault}")
+        plan = Plan.from_meta(asked)
         bound = plan if self._conditions.policy is None else self._conditions.policy.bound(plan)
         if isinstance(bound, str):
             self._stop(f"the device does not train by this plan: {bound}")

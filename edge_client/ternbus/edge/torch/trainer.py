@@ -1,155 +1,117 @@
-"""Tasks and trainers in PyTorch: a task has a model function, a data function, a loss, a metric, an augmentation.
+"""The trainer of a `TorchTask`: one device's model and data; it trains by the plan, and evaluates.
 
 `travelling_state.py` defines which tensors of the model are sent.
 """
 
+import math
 import os
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from ternbus.broker.errors import ConfigError
+from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.edge.learn import local_optimizer
+from ternbus.edge.learn.class_counts import counted
 from ternbus.edge.learn.noise import RandomSource
-from ternbus.edge.learn.partition import Indices, Partition, select
 from ternbus.edge.learn.task import Evaluation, Trained, TrainingError
+from ternbus.edge.learn.task_loader import code_errors
 from ternbus.edge.plan.plan import NO_DP, Plan
-from ternbus.edge.plan.tensors import FloatArray, Tensors
-from ternbus.edge.torch import dp_sgd
-from ternbus.edge.torch.autotune import Way, fastest, ways
+from ternbus.edge.plan.tensors import Tensors
+from ternbus.edge.torch import device as devices
+from ternbus.edge.torch import dp_sgd, evaluation, scoring, steps
+from ternbus.edge.torch.augmentation import augmentation
+from ternbus.edge.torch.autotune import Way, duration, fastest, ways
+from ternbus.edge.torch.batches import inputs_of, prepared
+from ternbus.edge.torch.objective import Objective, trainable
+from ternbus.edge.torch.samples import Numbers, Samples
+from ternbus.edge.torch.torch_task import Split, TorchTask
 from ternbus.edge.torch.travelling_state import TravellingState
+from ternbus.edge.torch.tree import Tree, leaves, mapped
 
-Split = Literal["train", "test"]
-EVALUATION_BATCH = 500
-
-
-def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """The share of samples whose largest output is the target."""
-    return (outputs.argmax(1) == targets).float().mean()
+__all__ = ["Shared", "Split", "TorchTask", "TorchTrainer"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TorchTask:
-    """A task in PyTorch; its functions are those of a script for a single machine.
-
-    `model()` returns a model with random weights; its frozen tensors (`requires_grad` False) must be the same each
-    time. `data(folder, split)` returns (inputs, targets), one row per sample, and raises `ConfigError` if there are
-    none; uint8 inputs (images) reach `augment` and the model as float32 in 0…1. `loss` and `metric` take (outputs,
-    targets) and return the batch's mean. `augment` takes a batch of inputs, in training only. `owners(folder)` returns
-    the number of each training row's owner, from 0, for `--partition natural:I`. `narrow(width)` returns a model with
-    this share of the channels in each hidden layer, for `--width`.
-    """
-
-    name: str
-    model: Callable[[], nn.Module]
-    data: Callable[[Path | None, Split], tuple[Tensor, Tensor]]
-    default_plan: Mapping[str, object] = field(default_factory=dict)
-    loss: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy
-    metric: Callable[[Tensor, Tensor], Tensor] = accuracy
-    augment: Callable[[Tensor], Tensor] | None = None
-    owners: Callable[[Path | None], Indices] | None = None
-    narrow: Callable[[float], nn.Module] | None = None
-
-    def initial(self, seed: int) -> dict[str, FloatArray]:
-        """Version 0 of the model. Raises `ConfigError` for a model that cannot be trained in a federation."""
-        travelling = TravellingState(self._drawn(seed))
-        if fixed := travelling.fixed:
-            again = TravellingState(self._drawn(seed + 1)).fixed
-            if differ := [name for name in fixed if fixed[name] != again.get(name)]:
-                raise ConfigError(
-                    f"the task {self.name}: {differ[0]} is frozen and not sent, but differs in each call of model(): "
-                    "load it from a checkpoint, or draw it with a fixed seed"
-                )
-        return travelling.arrays()
-
-    def _drawn(self, seed: int) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return self.model()
-
-    def narrowed(self, width: float) -> "TorchTask":
-        """The same task with a narrower model. Raises `ConfigError` if it has none."""
-        if (make := self.narrow) is None:
-            raise ConfigError(
-                f"the task {self.name} has no narrower model: add TorchTask(narrow=…), or leave out --width"
-            )
-        return replace(self, model=lambda: make(width), narrow=None)
-
-    def trainer(self, *, data: Path | None, partition: str) -> "TorchTrainer":
-        return self.trainers(data=data, partitions=[partition])[0]
-
-    def trainers(self, *, data: Path | None, partitions: Sequence[str]) -> list["TorchTrainer"]:
-        """Trainers for many devices in one process, used one at a time: they share a model and read the data once."""
-        inputs, targets = self.data(data, "train")
-        shared = _Shared(self.model())
-        natural = any(Partition.parse(partition).natural for partition in partitions)
-        owners = self.owners(data) if natural and self.owners is not None else None
-        return [TorchTrainer(self, *self._part(inputs, targets, owners, partition), shared) for partition in partitions]
-
-    def _part(self, inputs: Tensor, targets: Tensor, owners: Indices | None, partition: str) -> tuple[Tensor, Tensor]:
-        if partition == "all":
-            return inputs, targets
-        classes = targets.dim() == 1 and not targets.is_floating_point()
-        labels = targets.numpy() if classes else np.zeros(len(targets), np.int64)
-        if owners is not None and len(owners) != len(targets):
-            raise ConfigError(
-                f"the task {self.name} has {len(owners)} owners of {len(targets)} samples: "
-                "owners() must return one for each training row"
-            )
-        if not (classes or Partition.parse(partition).whole):
-            raise ConfigError(f"the task {self.name} has no classes to split by: use --partition all")
-        chosen = torch.from_numpy(select(partition, labels, owners))
-        return inputs[chosen], targets[chosen]
-
-    def evaluator(self, *, data: Path | None) -> "TorchTrainer":
-        return TorchTrainer(self, *self.data(data, "test"), _Shared(self.model()))
-
-
-class _Shared:
+class Shared:
     """The shared parts of trainers in one process: a model, and its fastest way to train for each plan."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.travelling = TravellingState(model)
-        self.ways: dict[tuple[str, str, int], Way] = {}
+    def __init__(self, task: TorchTask) -> None:
+        self._task = task
+        self.ways: dict[tuple[str, str, int, torch.device, bool], Way] = {}
+        self.place(torch.device("cpu"))
+
+    def place(self, device: torch.device) -> None:
+        """Have the model on this device: another one, since the first may have been trained."""
+        if getattr(self, "device", None) != device:
+            self.model = self._task.model().to(device)
+            self.travelling = TravellingState(self.model)
+            self.device = device
+            self.fitting = sys.maxsize  # samples that the memory suffices to evaluate at a time, as far as is known
 
 
 class TorchTrainer:
-    """One device's model and data. Raises `ConfigError` if there are no data."""
+    """One device's model and data."""
 
-    def __init__(self, task: TorchTask, inputs: Tensor, targets: Tensor, shared: _Shared) -> None:
-        if not len(inputs) or len(inputs) != len(targets):
-            raise ConfigError(
-                f"the task {task.name} has {len(inputs)} inputs and {len(targets)} targets in this part: "
-                "it must have equal numbers, and at least one"
-            )
+    def __init__(self, task: TorchTask, samples: Samples, shared: Shared) -> None:
         torch.set_num_threads(_threads())
         self._task = task
-        self._inputs = inputs
-        self._targets = targets
+        self._samples = samples
         self._shared = shared
-        self._model = shared.model
-        self._travelling = shared.travelling
+        self._objective = Objective(task)
+        self._augmented = augmentation(task)
+        self._own_step = task.has_own("train_step")
+        self._metrics = task.measured()
+        self._plan: Plan | None = None  # of the last training
+        self._scorer = evaluation.Scorer(task, samples, self._objective)
 
     @property
     def samples(self) -> int:
-        return len(self._inputs)
+        return len(self._samples)
+
+    @property
+    def data(self) -> Samples:
+        """This device's part of the data."""
+        return self._samples
+
+    @property
+    def _model(self) -> nn.Module:
+        return self._shared.model
+
+    @property
+    def _travelling(self) -> TravellingState:
+        return self._shared.travelling
+
+    @property
+    def class_counts(self) -> dict[str, int]:
+        """Empty unless there is a class for each sample."""
+        labels = self._samples.labels()
+        return {} if labels is None or labels.dtype.kind not in "iub" else counted(labels)
 
     def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:
         began = time.perf_counter()
-        with torch.random.fork_rng(devices=[]):
+        self._plan, device = plan, self._device(plan)
+        with torch.random.fork_rng(devices=devices.generators(device)):
+            self._shared.place(device)
             torch.manual_seed(seed)
-            way = self._way(plan)
-            self._travelling.load(start)  # after `_way`, whose measurements change the model
+            if plan.dp != NO_DP:
+                self._travelling.load(start)  # no earlier training may be in what is measured
+            way = Way() if self._own_step else self._way(plan)
+            expected_s = 0.0 if plan.dp == NO_DP else self._expected_s(plan, way)
+            self._travelling.load(start)  # after these measurements, which change the model
+            self._travelling.begin_training()
             torch.manual_seed(seed)  # dropout and augmentation draw from it
-            metrics = self._descend(plan, plan.rate(version), way, np.random.default_rng(seed))
+            descend = self._step_own if self._own_step else self._descend
+            started = time.perf_counter()
+            try:
+                metrics = descend(plan, version, way, np.random.default_rng(seed))
+            except code_errors():
+                time.sleep(max(0.0, started + expected_s - time.perf_counter()))
+                raise
         metrics |= {"seconds": time.perf_counter() - began, **way.metrics()}
         # under differential privacy no statistic of the data travels
         return self._result(start, plan.statistics_rate if plan.dp == NO_DP else 0.0, metrics)
@@ -163,18 +125,23 @@ class TorchTrainer:
         seed: int,  # noqa: ARG002 - others know it
         random_source: RandomSource,
     ) -> Trained:
-        """Train by DP-SGD. Buffers, such as batch norm's statistics, are sent unchanged: they depend on the samples.
+        """Train by DP-SGD, on the CPU. Buffers, such as batch norm's statistics, are sent unchanged.
 
-        Dropout and augmentation draw from `random_source` too.
+        They depend on the samples. Dropout and augmentation draw from `random_source` too.
         """
         began = time.perf_counter()
+        self._check_private()
+        self._plan = plan
         with torch.random.fork_rng(devices=[]):
+            self._shared.place(torch.device("cpu"))
             torch.manual_seed(random_source.seed())
             self._travelling.load(start)
             self._travelling.begin_training()
             metrics = dp_sgd.descend(
                 self._model,
-                dp_sgd.Objective(predict=self._predict, loss=self._task.loss, probe=self._probe),
+                dp_sgd.Objective(
+                    predict=self._predict, loss=self._objective.simple, zeros=self._zeros, outputs=self._outputs
+                ),
                 samples=self.samples,
                 plan=plan,
                 rate=plan.rate(version),
@@ -183,107 +150,185 @@ class TorchTrainer:
         metrics |= {"seconds": time.perf_counter() - began}
         return self._result(start, 0.0, metrics)
 
+    def _check_private(self) -> None:
+        """Raises `ConfigError` if a sample could change more than its own gradient, by what the task's code does."""
+        task = self._task.name
+        if self._own_step:
+            raise ConfigError(f'dp = "sample" cannot train the task {task}: it has a train_step of its own')
+        if self._objective.general:
+            raise ConfigError(
+                f'dp = "sample" cannot train the task {task}: its loss takes (net, batch, plan); write '
+                "loss(outputs, targets) and predict(net, batch)"
+            )
+        if not self._samples.at_random:
+            raise ConfigError(
+                f'dp = "sample" cannot train the task {task}: its data must be tensors or arrays, with a row for each '
+                "sample, and not a Dataset or a stream"
+            )
+
     def _result(self, start: Tensors, statistics_rate: float, metrics: Mapping[str, float]) -> Trained:
         """The trained model. Raises `TrainingError` if it is not finite, and says whether the data are."""
         try:
             tensors = self._travelling.arrays_since(start, statistics_rate)
             return Trained(tensors=tensors, samples=self.samples, metrics=metrics)
         except TrainingError:
-            for name, tensor in (("inputs", self._inputs), ("targets", self._targets)):
-                if count := _not_finite(tensor):
-                    raise TrainingError(
-                        f"{count} of {self.samples} samples have {name} that are not finite (NaN or infinity): correct "
-                        "or remove them in the data"
-                    ) from None
+            if faults := self._samples.faults():
+                raise TrainingError(f"{faults}: correct or remove them in the data") from None
             raise TrainingError(
                 "training diverged (the data are finite, the model is not): lower the plan's learning_rate"
+                if self._samples.at_random
+                else "training diverged (the model is not finite): lower the plan's learning_rate, or remove NaN from "
+                "the data"
             ) from None
 
-    def _predict(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _predict(self, numbers: Tensor) -> tuple[Tree, Tree]:
         """The outputs for these samples, as training sees them, and their targets."""
-        return self._outputs(*self._batch(rows))
+        return self._outputs(self._batch(numbers.numpy()))
 
-    def _probe(self, count: int) -> tuple[Tensor, Tensor]:
-        """As `_predict`, for samples that are 0."""
-        inputs, targets = (one.new_zeros(count, *one.shape[1:]) for one in self._batch(slice(0, 1)))
-        return self._outputs(inputs, targets)
+    def _zeros(self, count: int) -> Tree:
+        """A batch of samples that are 0."""
+        return mapped(lambda one: one.new_zeros(count, *one.shape[1:]), self._batch(slice(0, 1)))
 
-    def _outputs(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        if self._task.augment is not None:
-            inputs = self._task.augment(inputs)
-        return self._model(inputs), targets
+    def _outputs(self, batch: Tree) -> tuple[Tree, Tree]:
+        if self._augmented is not None:
+            batch = self._augmented(batch)
+        return self._task.predict(self._model, batch), self._task.targets(batch)
 
     def evaluate(self, tensors: Tensors) -> Evaluation:
-        self._travelling.load(tensors)
-        self._model.eval()
-        loss = metric = 0.0
-        with torch.no_grad():
-            for first in range(0, self.samples, EVALUATION_BATCH):
-                inputs, targets = self._batch(slice(first, first + EVALUATION_BATCH))
-                outputs = self._model(inputs)
-                loss += float(self._task.loss(outputs, targets)) * len(targets)
-                metric += float(self._task.metric(outputs, targets)) * len(targets)
-        return Evaluation(samples=self.samples, values={"accuracy": metric / self.samples, "loss": loss / self.samples})
+        """The metrics of the whole split, and the mean loss, on as many samples at a time as the memory allows."""
+        plan = self._plan = self._plan or self._default_plan()
+        device = self._device(plan)
+        with torch.random.fork_rng(devices=devices.generators(device)), torch.no_grad():
+            self._shared.place(device)
+            torch.manual_seed(0)  # a model that draws, such as a generator, draws the same for each version
+            self._travelling.load(tensors)
+            self._model.eval()
+            return self._scorer.evaluated(self._shared, plan)
 
-    def _descend(self, plan: Plan, rate: float, way: Way, rng: np.random.Generator) -> dict[str, float]:
-        """Run the plan's steps on the model, in place. Returns their number, and the batches' mean loss and metric."""
-        self._travelling.begin_training()
+    def _default_plan(self) -> Plan:
+        try:
+            return Plan.from_meta(self._task.default_plan)
+        except ProtocolError as error:
+            raise ConfigError(f"the task {self._task.name}: default_plan: {error}") from error
+
+    def _device(self, plan: Plan) -> torch.device:
+        """The owner's device; else the plan's."""
+        own = self._task.device
+        return devices.chosen(plan.device if own == devices.AUTO else own)
+
+    def _descend(self, plan: Plan, version: int, way: Way, rng: np.random.Generator) -> dict[str, float]:
+        """Run the plan's steps on the model, in place. Returns their number, the mean loss and the metrics.
+
+        The metrics are those of all batches' outputs, each from before its step.
+        """
         parameters = self._trained()
         optimizer = local_optimizer.begin(plan, [parameter.detach() for parameter in parameters])
-        loss_sum = metric_sum = steps = 0.0
-        for chosen in plan.batches(self.samples, rng, time.perf_counter):
-            inputs, targets = self._batch(torch.from_numpy(chosen))
-            if self._task.augment is not None:
-                inputs = self._task.augment(inputs)
-            loss, outputs = self._loss(inputs, targets, way)
+        scores = scoring.Scores(self._metrics, scoring.TRAINING_BYTES)
+        loss_sum = count = 0.0
+        for batch, rate in self._steps(plan, version, rng):
+            found = self._objective.of(self._model, batch, plan, way)
+            loss = trainable(found.value)
             gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
             with torch.no_grad():
                 optimizer.step(gradients, rate)
             loss_sum += loss.item()
-            metric_sum += self._task.metric(outputs.detach(), targets).item()
-            steps += 1
-        return {"loss": loss_sum / steps, "accuracy": metric_sum / steps, "steps": steps}
+            if found.outputs is not None:
+                scores.keep(found.outputs, self._task.targets(batch))
+            count += 1
+        return {"loss": loss_sum / count, **scores.values_if_any(), "steps": count}
 
-    def _loss(self, inputs: Tensor, targets: Tensor, way: Way) -> tuple[Tensor, Tensor]:
-        with way.autocast():
-            outputs = self._model(way.laid_out(inputs))
-        if way.bfloat16:
-            outputs = outputs.float()
-        return self._task.loss(outputs, targets), outputs
+    def _step_own(self, plan: Plan, version: int, _: Way, rng: np.random.Generator) -> dict[str, float]:
+        """The same by the task's own `train_step`, whose numbers are averaged."""
+        task, net = self._task, self._model
+        plan_now = replace(
+            plan, learning_rate=plan.rate(version), schedule="constant", warmup_versions=0, schedule_versions=0
+        )
+        optimizers = steps.optimizers_of(task.optimizers(net, plan_now), net, plan_now)
+        by_plan = steps.plan_optimizers(optimizers)
+        sums: dict[str, float] = {}
+        count = 0
+        for batch, rate in self._steps(plan, version, rng):
+            for each in by_plan:
+                each.rate = rate
+            returned = task.train_step(net, batch, plan_now, optimizers)
+            for name, value in steps.reported(returned).items():
+                sums[name] = sums.get(name, 0.0) + value
+            count += 1
+        return {**{name: value / count for name, value in sums.items()}, "steps": count}
+
+    def _steps(self, plan: Plan, version: int, rng: np.random.Generator) -> Iterator[tuple[Tree, float]]:
+        """The batch and the learning rate of each step, until the plan's steps or seconds end."""
+        for batch, rate in zip(self._chosen(plan, rng), plan.rates(version, self.samples), strict=False):
+            ready = prepared(batch, self._travelling.dtype, self._shared.device)
+            yield ready if self._augmented is None else self._augmented(ready), rate
+
+    def _chosen(self, plan: Plan, rng: np.random.Generator) -> Iterator[Tree]:
+        ahead = deepcopy(rng)
+        numbers = plan.batches(self.samples, rng, time.perf_counter)
+        if not self._samples.reads_ahead:
+            return self._samples.batches(numbers)
+        # Other processes read batches that the time may not suffice for: the clock says how many are used.
+        batches = self._samples.batches(plan.batches(self.samples, ahead))
+        return (batch for _, batch in zip(numbers, batches, strict=False))
 
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self._model.parameters() if parameter.requires_grad]
 
+    def _expected_s(self, plan: Plan, way: Way) -> float:
+        """The time that the plan's steps take with samples that are 0, in seconds; 0 if the model refuses these.
+
+        Others see when an update is sent. So a training that fails, as it may for one sample, has to last that long.
+        Nothing that was measured with the data, under this plan or another, decides how long.
+        """
+        self._travelling.begin_training()
+        try:
+            step = self._measured(plan)
+            step_s = min(duration(lambda: step(way), time.perf_counter) for _ in range(2))
+        except code_errors():
+            return 0.0
+        return min(plan.steps(self.samples) * step_s, math.inf if plan.local_seconds is None else plan.local_seconds)
+
     def _way(self, plan: Plan) -> Way:
         """The plan's way to train; if it leaves a choice, the fastest, measured at the first such training."""
-        key = (plan.precision, plan.memory_format, plan.batch_size)
+        if (plan.precision, plan.memory_format) == ("float32", "contiguous"):
+            return Way()
+        device, private = self._shared.device, plan.dp != NO_DP
+        key = (plan.precision, plan.memory_format, plan.batch_size, device, private)
         if key not in self._shared.ways:
-            inputs, targets = self._batch(slice(0, plan.batch_size))
-            candidates = ways(plan, inputs, self._travelling.dtype)
-            parameters = self._trained()
+            candidates = ways(plan, inputs_of(self._batch(slice(0, 1))), self._travelling.dtype, device.type)
             self._travelling.begin_training()
-
-            def step(way: Way) -> None:
-                torch.autograd.grad(self._loss(inputs, targets, way)[0], parameters, allow_unused=True)
-
-            self._shared.ways[key] = candidates[0] if len(candidates) == 1 else fastest(candidates, step)
+            try:
+                found = candidates[0] if len(candidates) == 1 else fastest(candidates, self._measured(plan))
+            except code_errors():
+                if not private:
+                    raise
+                found = candidates[0]
+            self._shared.ways[key] = found
         return self._shared.ways[key]
 
-    def _batch(self, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
-        inputs = self._inputs[rows]
-        if inputs.dtype == torch.uint8:
-            inputs = inputs.float() / 255
-        if inputs.is_floating_point() and self._travelling.dtype is not None:
-            inputs = inputs.to(self._travelling.dtype)
-        return inputs, self._targets[rows]
+    def _measured(self, plan: Plan) -> Callable[[Way], object]:
+        """A step to be measured, on the first batch; under differential privacy on samples that are 0."""
+        private, size = plan.dp != NO_DP, min(plan.batch_size, self.samples)
+        batch = self._zeros(size) if private else self._batch(slice(0, size))
+        if self._own_step:
+            optimizers = steps.optimizers_of(self._task.optimizers(self._model, plan), self._model, plan)
+            return lambda _: self._task.train_step(self._model, batch, plan, optimizers)
 
+        def step(way: Way) -> None:
+            augmented = batch if self._augmented is None or not private else self._augmented(batch)
+            if private and not self._objective.general:
+                with way.autocast():
+                    outputs = self._task.predict(self._model, way.laid_out(augmented))
+                # The sum, since a loss may reject targets that are 0.
+                loss = sum(leaf.sum() for leaf in leaves(outputs) if leaf.requires_grad)
+            else:
+                loss = self._objective.of(self._model, augmented, plan, way).value
+            torch.autograd.grad(trainable(loss), self._trained(), allow_unused=True)
 
-def _not_finite(tensor: Tensor) -> int:
-    """The number of rows with a NaN or an infinity."""
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return 0
-    parts = tensor.split(EVALUATION_BATCH)  # needs less memory than all rows at once
-    return sum(int((~torch.isfinite(part)).reshape(len(part), -1).any(1).sum()) for part in parts)
+        return step
+
+    def _batch(self, numbers: Numbers | slice) -> Tree:
+        return prepared(self._samples.batch(numbers), self._travelling.dtype, self._shared.device)
 
 
 def _threads() -> int:
