@@ -81,7 +81,7 @@ def check(
 
 
 def _conditions(task: str | None, device: Path | None, given: Mapping[str, Any]) -> tuple[str, str, Conditions]:
-    """The name of the task, the device's processor, and the conditions: ``given``, or else of the device's directory."""
+    """The name of the task, the device's processor, and the conditions: ``given``, else by the directory."""
     found, processor = Conditions(), ""
     if device is not None:
         act_as_owner(device)

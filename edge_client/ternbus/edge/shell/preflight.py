@@ -25,6 +25,7 @@ from ternbus.edge.core.state import prepare
 from ternbus.edge.learn.accountant import epsilon
 from ternbus.edge.learn.compress import compress
 from ternbus.edge.learn.noise import RandomSource
+from ternbus.edge.learn.partition import watched
 from ternbus.edge.learn.subnetwork import trainers_of_device
 from ternbus.edge.learn.task import Evaluation, PrivateTrainer, Task, Trained, Trainer, initial_of, task_plan
 from ternbus.edge.learn.task_loader import code_errors, described, import_hint, location_of
@@ -201,17 +202,20 @@ class _Check:
         if about.partition != "all" or about.hold_out or samples < 2:
             return
         try:
-            trainer, _ = trainers_of_device(
-                self._task, data=about.data, partition=f"iid:0/{samples}", width=about.width, hold_out=0.0
-            )
+            with watched() as seen:
+                trainer, _ = trainers_of_device(
+                    self._task, data=about.data, partition=f"iid:0/{samples}", width=about.width, hold_out=0.0
+                )
             if trainer.samples != 1:
                 return  # it ignores partitions
+            owners = seen[0].owners if seen else None
         except code_errors():
             return
         if plan.dp != SAMPLE and (why := self._failure(*self._one_step(trainer, start, plan))):
-            if alone := _owners_of_one(self._task, about.data):
-                owners = "1 owner in the data has" if alone == 1 else f"{alone} owners in the data have"
-                self.problem(f"{owners} one sample, and a device with one cannot train: {why}")
+            alone = 0 if owners is None else int((owners.counts == 1).sum())
+            if alone:
+                have = "1 owner in the data has" if alone == 1 else f"{alone} owners in the data have"
+                self.problem(f"{have} one sample, and a device with one cannot train: {why}")
             else:
                 self._note(f"a device with one sample cannot train: {why}")
         if why := self._failure("evaluate()", lambda: trainer.evaluate(start)):
@@ -294,18 +298,6 @@ class _Check:
     def _stop(self, text: str) -> NoReturn:
         self.problem(text)
         raise _CheckAbortedError
-
-
-def _owners_of_one(task: Task, data: Path | None) -> int:
-    """The number of owners in the data with one sample; 0 where the task names no owners."""
-    owners = getattr(task, "owners", None)
-    if owners is None:
-        return 0
-    try:
-        _, counts = np.unique(np.asarray(owners(data)), return_counts=True)
-    except code_errors():  # owners of another form; a device's own part is checked by --partition natural:I
-        return 0
-    return int((counts == 1).sum())
 
 
 def _same(one: Tensors, other: Tensors) -> bool:
