@@ -141,7 +141,10 @@ def initial_of(task: Task, seed: int) -> dict[str, FloatArray]:
         if not tensor.size:
             raise ConfigError(f"{what} returned {name!r} without elements, of shape {tensor.shape}: leave it out")
         if not np.isfinite(tensor).all():
-            raise ConfigError(f"{what} returned {name!r} with a NaN or an infinity: all elements must be finite")
+            raise ConfigError(
+                f"{what} returned {name!r} with a NaN or an infinity: all elements must be finite; leave out what "
+                "training does not change (in PyTorch a buffer with persistent=False)"
+            )
     return dict(made)
 
 
