@@ -376,8 +376,10 @@ def test_a_number_of_processes_that_is_none_is_refused(workers: Any) -> None:
 def test_samples_without_classes_cannot_be_split_by_class() -> None:
     for given in ((INPUTS, INPUTS[:, :3]), [(row, row[:3]) for row in INPUTS]):
         assert task_of(given).trainer(data=None, partition="iid:0/2").samples == 45
-        with pytest.raises(ConfigError, match="no classes"):
-            task_of(given).trainer(data=None, partition="dirichlet:1:0/2:0")
+        assert task_of(given).trainer(data=None, partition="iid:0/2;test:0.2").samples == 9
+        for partition in ("dirichlet:1:0/2:0", "dirichlet:1:0/2:0;test:0.2"):
+            with pytest.raises(ConfigError, match="no classes"):
+                task_of(given).trainer(data=None, partition=partition)
 
 
 def test_a_dataset_of_torchvision_knows_its_targets() -> None:
