@@ -4,7 +4,6 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from support.edge_processes import Server, answering, edge, joined
-from support.other_users import OTHER, only_root, readable_by_others
+from support.other_users import ENVIRONMENT, OTHER, PYTHON, only_root, readable_by_others
 from support.scripted_aggregator import FEDERATION
 from ternbus import command
 from ternbus.broker.errors import ConfigError, CorruptError, FederationError, StorageError
@@ -235,8 +234,8 @@ def test_commands_of_root_leave_only_files_of_the_folders_owner() -> None:
 
 def as_root(*arguments: object) -> int:
     """The exit code of `ternbus edge`."""
-    command = [sys.executable, "-m", "ternbus", "edge", *map(str, arguments)]
-    return subprocess.run(command, timeout=60, check=False).returncode
+    command = [PYTHON, "-m", "ternbus", "edge", *map(str, arguments)]
+    return subprocess.run(command, timeout=60, check=False, env=ENVIRONMENT).returncode
 
 
 def test_a_device_that_stays_makes_no_model_of_its_own(tmp_path: Path) -> None:
