@@ -15,7 +15,7 @@ from ternbus.broker.errors import ConfigError
 from ternbus.edge.learn.task import Evaluation, Trained
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.shell.cli import app
-from ternbus.edge.shell.preflight import check
+from ternbus.edge.shell.preflight import Conditions, check
 
 GOOD = {"w": np.ones((20, 20), np.float32), "b": np.zeros(3, np.float32)}
 
@@ -104,6 +104,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"values": {}}, "evaluate() returned no metric"),
     ({"values": {f"f1 of {number}": 0.5 for number in range(33)}}, "33 metrics: at most 32 can be sent"),
     ({"values": {"accuracy": float("nan"), "loss": 1.0}}, "no finite 'accuracy'"),
+    ({"made": lambda: {"w": np.full(3, 2.0**41, np.float32)}}, "beyond 2^40"),
+    ({"default_plan": 7}, "default_plan raised "),
+    ({"samples": "many"}, "the trainer has many samples"),
+    ({"metrics": {"loss": "low"}}, "what the task returned cannot be used: TypeError"),
 ]  # fmt: skip
 NOTED: list[tuple[dict[str, Any], str]] = [
     ({"made": lambda: {"w": draws.normal(size=300).astype(np.float32)}}, "another model for the same seed"),
@@ -129,7 +133,7 @@ def test_what_is_only_odd_is_a_note(bent: dict[str, Any], says: str) -> None:
 
 
 def test_the_figures_are_those_of_the_model() -> None:
-    facts = check(load_task("digits-numpy"), partition="iid:0/8").facts
+    facts = check(load_task("digits-numpy"), Conditions(partition="iid:0/8")).facts
     assert (facts["parameters"], facts["tensors"], facts["samples"]) == (9610, 4, 180)
     assert 9610 * 1.0 / 8 < int(facts["update_ternary_bytes"]) < 9610 * 1.7 / 8
     assert 9610 * 1.7 / 8 < int(facts["update_float32_bytes"]) <= 9610 * 4

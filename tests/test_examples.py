@@ -12,7 +12,7 @@ import pytest
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.plan.plan import Plan
-from ternbus.edge.shell.preflight import check
+from ternbus.edge.shell.preflight import Conditions, check
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -63,7 +63,7 @@ def test_the_classifier_in_scikit_style_fits_and_predicts_without_a_federation()
 def test_an_example_is_a_task_that_is_ready_and_learns(name: str, epochs: int, least: float) -> None:
     task = load_task(f"examples.{name}:TASK")
     data = DATA if name == "torch_task" else None
-    report = check(task, data=data)
+    report = check(task, Conditions(data=data))
     assert not report.problems
     alone = {"local_epochs": epochs, "statistics_rate": 1}  # one device, one training: nothing to overshoot
     plan = Plan.from_meta({**task.default_plan, **alone})

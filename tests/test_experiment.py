@@ -195,9 +195,15 @@ def test_a_report_that_cannot_be_read_is_no_report(file: Path) -> None:
     first = runner.plan(experiment.load(str(file)).grid, seeds=1, data=None, folder=file.parent)[0]
     assert first.report() is None
     first.folder.mkdir()
-    first.path.write_text(json.dumps({"table": first.table, "report": {"metric": None}}))
+    kept = {"table": first.table, "made_by": first.made_by, "report": {"metric": None}}
+    first.path.write_text(json.dumps(kept))
     assert first.report() == {"metric": None}
-    for text in ("", "[]", "{}", json.dumps({"table": {}, "report": {"metric": None}})):
+    for other in ({}, {**first.made_by, "task": "0"}, {**first.made_by, "software": "ternbus 0.0.1"}):
+        first.path.write_text(json.dumps({**kept, "made_by": other}))
+        assert first.report() is None
+    first.path.write_text(json.dumps({"table": first.table, "report": {"metric": None}}))  # of an earlier version
+    assert first.report() is None
+    for text in ("", "[]", "{}", json.dumps({**kept, "table": {}})):
         first.path.write_text(text)
         assert first.report() is None
 
@@ -251,7 +257,10 @@ def test_it_runs_all_once_and_says_which_goals_are_met(file: Path) -> None:
     assert json.loads(again)["result"]["rows"] == first["rows"]
 
     file.write_text(SMALL.replace("local_epochs = 2", "local_epochs = 3"))
-    assert "4 of 10 runs to do" in run(file.parent, "small.toml")[2]  # those whose scenario has changed
+    said = run(file.parent, "small.toml")[2]
+    assert "4 finished runs have another scenario" in said
+    assert "4 of 10 runs to do" in said  # those whose scenario has changed
+    assert "10 of 10 runs to do" in run(file.parent, "small.toml", "--fresh")[2]
 
 
 @pytest.mark.slow
@@ -338,7 +347,7 @@ def test_a_task_without_its_data_is_one_line_and_exit_code_2(file: Path) -> None
     assert (code, printed) == (2, ""), said
     assert re.fullmatch(r"ternbus: no Fashion-MNIST in .*nowhere/FashionMNIST/raw: put .*", said.splitlines()[-1])
     assert "Traceback" not in said
-    assert "elsewhere/" in run(file.parent, "small.toml", "--data", "elsewhere")[2]
+    assert "elsewhere does not exist" in run(file.parent, "small.toml", "--data", "elsewhere")[2]
 
 
 def report(**changes: Any) -> dict[str, Any]:

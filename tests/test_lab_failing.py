@@ -17,7 +17,7 @@ from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.tasks.digits_numpy import DigitsNumpy, NumpyTrainer
 from ternbus.lab import cli
-from ternbus.lab.report.failing import NAMES_MAX, FailingDevices, named
+from ternbus.lab.report.failing import NAMES_MAX, FailingDevices, answers, named
 from ternbus.lab.report.progress import Lines
 from ternbus.lab.scenario.scenario import End, Scenario, Speeds
 from ternbus.lab.virtual.simulate import Simulation
@@ -122,6 +122,16 @@ def test_a_simulation_goes_on_without_the_devices_that_fail_and_names_them() -> 
     assert "device-0" not in screen
 
 
+def test_a_simulation_names_the_devices_that_send_noise_in_place_of_an_update() -> None:
+    """Under differential privacy no other device or aggregator may know; who simulates may."""
+    screen = io.StringIO()
+    plan = {"dp": "device", "dp_clip": 1.0, "dp_noise": 1.0, "dp_epsilon": 100.0}
+    task = Failing(times={"1": float("inf")})
+    Simulation(replace(SMALL, partition="iid", plan=plan), task, Lines(screen)).run()  # type: ignore[arg-type]
+    assert "device-1 cannot train, and sent noise: out of sorts" in screen.getvalue()
+    assert "device-0" not in screen.getvalue()
+
+
 def test_devices_that_recover_are_not_named() -> None:
     version, screen = simulated(d0=1, d1=2, d2=1)
     assert version == 4
@@ -138,6 +148,37 @@ def test_the_command_says_so_and_ends_with_1(tmp_path: Path, monkeypatch: pytest
     assert "no device can train" in ran.output
     assert "a bug in the task: all_fail.py, line 11: ValueError: odd" in ran.output
     assert "Traceback" not in ran.output
+
+
+def test_a_simulation_in_which_nothing_is_merged_is_no_success() -> None:
+    """A version needs updates of all devices, and one cannot train: after two virtual days it is no use to wait."""
+    waiting = replace(SMALL, partition="iid", aggregator={"merge.min_devices": 3, "merge.max_wait_s": 100.0})
+    task = Failing(times={"1": float("inf")})
+    with pytest.raises(FederationError) as raised:
+        Simulation(waiting, task, Lines(io.StringIO())).run()  # type: ignore[arg-type]
+    first, *others = str(raised.value).splitlines()
+    assert first == "no version was made in two virtual days: 2 updates accepted"
+    assert sorted(others) == [
+        "device-0, device-2: the update on version 0 was accepted",
+        "device-1: training on version 0 failed: out of sorts",
+    ]
+
+
+def test_a_simulation_that_ends_before_anything_is_accepted_says_what_its_devices_did(tmp_path: Path) -> None:
+    (tmp_path / "slow.toml").write_text(
+        'task = "digits-numpy"\ndevices = 2\n[speeds]\nmedian_s = 600\nsigma = 0\n[end]\nseconds = 5\n'
+    )
+    ran = CliRunner().invoke(cli.app, ["simulate", str(tmp_path / "slow.toml"), "--out", str(tmp_path / "out")])
+    assert ran.exit_code == 1
+    assert "no version was made in" in ran.output
+    assert "virtual seconds: no updates accepted\ndevice-0, device-1: training on version 0\n" in ran.output
+
+
+def test_a_line_says_how_updates_were_answered() -> None:
+    counts = {"accepted": 0, "stale": 0, "busy": 0, "invalid": {}}
+    assert answers(counts) == "no updates accepted"
+    counts |= {"accepted": 1, "stale": 2, "busy": 3, "invalid": {"norm": 4, "numbers": 1}}
+    assert answers(counts) == "1 update accepted, 2 stale, 3 busy, 5 refused (norm, numbers)"
 
 
 def test_accepted_updates_forgive_failures() -> None:
@@ -183,3 +224,15 @@ def test_a_run_of_processes_ends_with_1_only_if_no_device_can_train(tmp_path: Pa
         assert json.loads((tmp_path / "out" / "report.json").read_text())["versions"][-1]["version"] >= 40
         assert "device-1 cannot" not in ran.stdout
         assert named_once.startswith("device-0 ")
+
+
+@pytest.mark.slow
+def test_a_run_of_processes_that_ends_before_anything_is_accepted_names_the_logs(tmp_path: Path) -> None:
+    (tmp_path / "scenario.toml").write_text(
+        'task = "digits-numpy"\ndevices = 2\n[speeds]\nmedian_s = 600\nsigma = 0\n[end]\nseconds = 2\n'
+    )
+    command = [sys.executable, "-m", "ternbus", "lab", "run", "scenario.toml", "--out", "out"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 1, ran.stdout + ran.stderr
+    assert "no version was made in" in ran.stderr
+    assert f"device-1: see {tmp_path / 'out' / 'logs' / 'device-1.log'}" in ran.stderr

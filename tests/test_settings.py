@@ -13,11 +13,11 @@ from ternbus.aggregator.settings import (
     dumps,
     from_table,
     parse,
-    toml_value,
     with_overrides,
 )
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol import plan_keys
+from ternbus.broker.toml import toml_value
 
 BASE: dict[str, Any] = {"federation": "lab", "broker": "mqtt://127.0.0.1:1883"}
 

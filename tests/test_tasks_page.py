@@ -10,7 +10,7 @@ import pytest
 
 from ternbus.edge import TorchTask, load_task
 from ternbus.edge.plan.plan import Plan
-from ternbus.edge.shell.preflight import check
+from ternbus.edge.shell.preflight import Conditions, check
 
 PAGE = Path(__file__).parent.parent / "docs" / "tasks.md"
 TASKS = dict(re.findall(r"^```python\n# (\w+)\.py\n(.*?)^```", PAGE.read_text(), flags=re.DOTALL | re.MULTILINE))
@@ -56,7 +56,7 @@ def test_a_task_of_the_page_is_ready_and_learns(name: str, tmp_path: Path, monke
     (tmp_path / f"{name}.py").write_text(TASKS[name])
     monkeypatch.chdir(tmp_path)
     task = load_task(f"{name}:TASK")
-    report = check(task, data=tmp_path)
+    report = check(task, Conditions(data=tmp_path))
     assert [problem for problem in report.problems if "no finite 'accuracy'" not in problem] == []
     plan = Plan.from_meta({**task.default_plan, "local_epochs": 80 if name == "gan" else EPOCHS})
     start, evaluator = task.initial(0), task.evaluator(data=tmp_path)

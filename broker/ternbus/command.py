@@ -13,6 +13,7 @@ from typer.main import get_command, get_group
 
 from ternbus.broker.complaint import complaint
 from ternbus.broker.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED
+from ternbus.broker.streams import prepare_streams
 from ternbus.broker.version import software
 
 
@@ -79,9 +80,10 @@ def _options(
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line (default: this process's arguments) and exit with a code of `exit_codes`."""
     code: int | str | None = 0
+    prepare_streams()
     try:
         # Not app(), which would install a hook that prints local variables in tracebacks, including keys.
-        get_command(app)(arguments, prog_name="ternbus")
+        get_command(app)([*map(_expanded, sys.argv[1:] if arguments is None else arguments)], prog_name="ternbus")
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     except SystemExit as done:
@@ -94,6 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if not nameless or _flushed():  # else it was standard output, which the flush has named
             _complain(text)
     sys.exit(code if _flushed() else EXIT_FAILED)
+
+
+def _expanded(argument: str) -> str:
+    """The argument with the home folder in place of `~`, which a shell leaves alone in quotes and behind `--out=`."""
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{option}{equals}{os.path.expanduser(value)}" if value.startswith("~") else argument  # noqa: PTH111 - as in files.expanded
 
 
 def _complain(text: str) -> None:

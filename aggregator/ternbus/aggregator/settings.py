@@ -338,14 +338,6 @@ def with_overrides(table: dict[str, Any], overrides: Mapping[str, object]) -> di
     return table
 
 
-def toml_value(text: str) -> object:
-    """A ``--set`` value: TOML where it is TOML, else the string itself."""
-    try:
-        return toml.loads(f"value = {text}", "the value")["value"]
-    except ConfigError:
-        return text
-
-
 def dumps(settings: Settings) -> str:
     """The file's text: every key, its value, and what it means."""
     heading = "A Ternbus aggregator. Changes are in force after a restart; what is wrong is refused by name at start."

@@ -2,10 +2,13 @@
 
 import errno
 import sqlite3
+import sys
+from collections.abc import Callable
 from typing import Final
 
 from ternbus.broker.errors import WRONG_PATH, ConfigError, CorruptError, FederationError, ProtocolError
 from ternbus.broker.exit_codes import EXIT_CONFIG, EXIT_FAILED
+from ternbus.broker.streams import prepare_streams
 
 DISK: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 NAMELESS: Final = "standard output, or a file that the system does not name"  # every file of ours is named
@@ -28,3 +31,16 @@ def complaint(error: Exception) -> tuple[str, int] | None:
             return text, EXIT_CONFIG if error.errno in WRONG_PATH else EXIT_FAILED
         case _:
             return None
+
+
+def end_in_words(main: Callable[[], None]) -> None:
+    """Run the main function of a process without a command line, and let it end by an exception as a command does."""
+    prepare_streams()
+    try:
+        main()
+    except Exception as error:
+        if (known := complaint(error)) is None:
+            raise
+        text, code = known
+        sys.stderr.write(f"ternbus: {text}\n")
+        sys.exit(code)

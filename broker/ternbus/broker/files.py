@@ -112,10 +112,28 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def expanded(path: Path) -> Path:
+    """The path with the home folder instead of `~`; unchanged if there is no such user."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises RuntimeError
+
+
+def check_readable(path: Path, what: str) -> None:
+    """Raises `ConfigError`, which names ``what`` the path is, if nothing is there or this user cannot read it."""
+    if not path.exists():
+        raise ConfigError(f"{what}: {path} does not exist; correct the path")
+    if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
+        raise ConfigError(f"{what}: this user cannot read {path}; check its permissions")
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, in UTF-8; an OSError names it."""
+    """Write a text file, in UTF-8; an OSError names it. ConfigError for a text with a file name that is no text."""
+    try:
+        encoded = text.encode()
+    except UnicodeEncodeError as error:  # a lone surrogate: Python's form of an undecodable byte in a file name
+        around = text[max(0, error.start - 40) : error.end + 20]
+        raise ConfigError(f"{path} cannot hold {around!r}, which is not UTF-8: rename the file or folder") from error
     with naming(path):
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(encoded)
         inherit_owner(path)
 
 

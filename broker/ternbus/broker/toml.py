@@ -35,6 +35,14 @@ def loads(content: str | bytes, source: str) -> dict[str, Any]:
     return table
 
 
+def toml_value(text: str) -> object:
+    """A value of a command line: TOML where it is TOML, else the string itself."""
+    try:
+        return loads(f"value = {text}", "the value")["value"]
+    except ConfigError:
+        return text
+
+
 def dumps(table: Mapping[str, Any], comments: Mapping[Place, str] = MappingProxyType({})) -> str:
     """Write a table of strings, booleans, numbers, lists and tables, so that ``loads`` returns an equal table.
 

@@ -14,9 +14,11 @@ import typer
 
 from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.broker.exit_codes import EXIT_FAILED
+from ternbus.broker.files import check_readable, expanded
+from ternbus.broker.json_output import json_output
 from ternbus.edge.learn.failure import explained
 from ternbus.edge.learn.partition_spec import listed
-from ternbus.edge.learn.task_loader import expanded, load_task
+from ternbus.edge.learn.task_loader import load_task
 from ternbus.lab.experiment import experiment, session, table
 from ternbus.lab.experiment.experiment import Experiment
 from ternbus.lab.experiment.session import Choices
@@ -161,12 +163,13 @@ def show_partition(
     wanted = _wanted(file, given, None)
     if hold_out is not None:
         wanted = dataclasses.replace(wanted, local=dataclasses.replace(wanted.local, hold_out=hold_out))
-    loaded = load_task(wanted.task)
-    with explained(wanted.task, lacks_data=wanted.data is None):
-        facts = partition_table.describe(resolved(wanted, loaded), loaded)
-    if plot is not None:
-        partition_table.plot(facts, plot)
-    typer.echo(json.dumps(facts) if as_json else partition_table.table(facts))
+    with json_output(as_json) as own:
+        loaded = load_task(wanted.task)
+        with explained(wanted.task, lacks_data=wanted.data is None):
+            facts = partition_table.describe(resolved(wanted, loaded), loaded)
+        if plot is not None:
+            partition_table.plot(facts, plot)
+        own.write((json.dumps(facts) if as_json else partition_table.table(facts)) + "\n")
 
 
 @app.command()
@@ -196,13 +199,15 @@ def run_experiments(
     keep: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Second folder for the result, as NAME.json and NAME.png.")
     ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run everything anew, whatever is finished.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
     """Run an experiment: simulate every combination of its settings with several seeds.
 
     Without NAME, list the experiments that come with Ternbus. The result is printed as a table and kept in OUT/NAME,
     with a plot and a folder for each run. To continue an interrupted experiment, repeat the command: it skips finished
-    runs whose scenario has not changed. The exit code is 1 if the experiment misses a goal.
+    runs whose scenario, task, data and version of Ternbus have not changed. The exit code is 1 if the experiment
+    misses a goal.
 
     Example: ternbus lab experiment staleness --jobs 4
     """
@@ -212,7 +217,14 @@ def run_experiments(
     raise typer.Exit(
         _run_experiments(
             [experiment.load(name) for name in names],
-            Choices(data=data, seeds=seeds, jobs=jobs or os.cpu_count() or 1, out=out, keep=keep),
+            Choices(
+                data=data and expanded(data),
+                seeds=seeds,
+                jobs=jobs or os.cpu_count() or 1,
+                out=out,
+                keep=keep,
+                fresh=fresh,
+            ),
             as_json,
         )
     )
@@ -232,11 +244,14 @@ def _list_experiments(as_json: bool) -> None:
 def _run_experiments(wanted: Sequence[Experiment], choices: Choices, as_json: bool) -> int:
     """Run the experiments, print their results, and return the exit code."""
     met = True
-    with Interrupts() as interrupts:
+    if choices.data is not None:
+        check_readable(choices.data, "--data")
+    with Interrupts() as interrupts, json_output(as_json) as own:
         try:
             for each in wanted:
                 kept = session.run(each, choices, interrupts.check, lambda line: typer.echo(line, err=True))
-                typer.echo(json.dumps(kept, allow_nan=False) if as_json else table.table(kept["result"]))
+                own.write((json.dumps(kept, allow_nan=False) if as_json else table.table(kept["result"])) + "\n")
+                own.flush()
                 met = met and all(goal["met"] for goal in kept["result"]["goals"])
         except Interrupted as stopped:
             typer.echo(f"ternbus: {stopped}; to continue with the remaining runs, repeat the command", err=True)
@@ -258,7 +273,10 @@ def _wanted(file: Path | None, given: Mapping[str, object], versions: int | None
     wanted = scenario.parse(own) if file is None else scenario.load(file, own)
     if versions is not None:
         changes["end"] = dataclasses.replace(wanted.end, versions=versions)
-    return dataclasses.replace(wanted, **changes)
+    wanted = dataclasses.replace(wanted, **changes)
+    if wanted.data is not None:
+        check_readable(wanted.data, "data")
+    return wanted
 
 
 def _run(wanted: Scenario, out: Path, as_json: bool) -> int:
@@ -288,7 +306,7 @@ def _reported(
     after_stop: str,
 ) -> int:
     stream = sys.stderr if as_json else sys.stdout
-    with Interrupts() as interrupts:
+    with Interrupts() as interrupts, json_output(as_json) as own:
         place = output.claim(out)
         try:
             result = result_of(place, interrupts, progress.to(stream))
@@ -303,8 +321,8 @@ def _reported(
             return EXIT_FAILED
         finally:
             place.release()
-    if as_json:
-        typer.echo(json.dumps(result, allow_nan=False))
+        if as_json:
+            own.write(json.dumps(result, allow_nan=False) + "\n")
     return 0
 
 

@@ -14,7 +14,7 @@ from ternbus.aggregator.store import copying, revocations, swapping
 from ternbus.broker import files, toml
 from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError, CorruptError, StorageError
-from ternbus.broker.files import load_toml, read_key
+from ternbus.broker.files import expanded, load_toml, read_key
 from ternbus.broker.protocol.identity import Identity
 
 MANIFEST: Final = checking.MANIFEST
@@ -224,4 +224,5 @@ def _is_of(path: Path, public: bytes) -> bool:
 def _elsewhere(settings: Settings) -> tuple[Path, ...]:
     """What the settings name by a path outside the folder."""
     named = (settings.transport.authority, settings.transport.password_file)
-    return tuple(Path(each) for each in named if each and Path(each).is_absolute())
+    paths = (expanded(Path(each)) for each in named if each)
+    return tuple(each for each in paths if each.is_absolute())

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from ternbus.aggregator.plan_settings import PlanCheck
-from ternbus.aggregator.settings import TransportSettings, toml_value
+from ternbus.aggregator.settings import TransportSettings
 from ternbus.aggregator.shell import (
     administration,
     log_commands,
@@ -35,6 +35,7 @@ from ternbus.broker.protocol.task_plan import TaskPlan
 from ternbus.broker.protocol.tensor_kinds import TensorKinds
 from ternbus.broker.server.running import Engine, RunningBroker
 from ternbus.broker.stop_signals import on_stop
+from ternbus.broker.toml import toml_value
 from ternbus.broker.version import software
 
 app = typer.Typer(

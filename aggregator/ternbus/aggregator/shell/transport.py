@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from ternbus.aggregator.settings import Settings, TransportSettings
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.files import read_password, read_secret, write_secret
+from ternbus.broker.files import expanded, read_password, read_secret, write_secret
 from ternbus.broker.link.link import Link, LinkEvent
 from ternbus.broker.link.tls import CA, CERTIFICATE, TLS_KEY, Tls
 from ternbus.broker.protocol import topics
@@ -70,7 +70,7 @@ def connect(
         receive_maximum=RECEIVE_MAXIMUM,
         qos_1_below=f"{topics.root(settings.federation)}/up/",
         username=access.username or client_name(settings.federation),
-        password=read_password(directory / access.password_file) if access.password_file else None,
+        password=read_password(directory / expanded(Path(access.password_file))) if access.password_file else None,
         tls=Tls.in_folder(directory),
     )
 
@@ -111,6 +111,6 @@ def _text(path: Path) -> str:
 def _authority(settings: Settings, directory: Path) -> "BrokerDirectory":
     from ternbus.broker.server.directory import BrokerDirectory  # noqa: PLC0415 - certificates take a library that only few need
 
-    home = BrokerDirectory(directory / settings.transport.authority)
+    home = BrokerDirectory(directory / expanded(Path(settings.transport.authority)))
     home.settings()
     return home

@@ -15,7 +15,7 @@ import numpy as np
 
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.learn.class_counts import class_counts_of
-from ternbus.edge.learn.task import Evaluation, Task, Trained, Trainer, trainers_of
+from ternbus.edge.learn.task import Evaluation, Task, Trained, Trainer, halves_of, initial_of, trainers_of
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import FloatArray, Tensors
 
@@ -52,8 +52,8 @@ def narrow(task: Task, width: float) -> Task:
             f"the task {task.name} has stays_local, and local tensors are of the full width only: leave out --width"
         )
     inner = task.narrowed(width)
-    shapes = {name: tensor.shape for name, tensor in inner.initial(0).items()}
-    full = {name: tensor.shape for name, tensor in task.initial(0).items()}
+    shapes = {name: tensor.shape for name, tensor in initial_of(inner, 0).items()}
+    full = {name: tensor.shape for name, tensor in initial_of(task, 0).items()}
     if shapes.keys() != full.keys():
         raise ConfigError(f"the task {task.name} of width {width:g} must have the same tensor names as the full one")
     for name, shape in shapes.items():
@@ -64,6 +64,16 @@ def narrow(task: Task, width: float) -> Task:
     if shapes == full:
         raise ConfigError(f"the task {task.name} of width {width:g} is as wide as the full one: choose a smaller width")
     return NarrowTask(full=task, inner=inner, shapes=shapes)
+
+
+def trainers_of_device(
+    task: Task, *, data: Path | None, partition: str, width: float, hold_out: float
+) -> tuple[Trainer, Trainer | None]:
+    """The trainer of a device, and one with its held-out data, if it holds any out; see `narrow` and `halves_of`."""
+    trained = narrow(task, width)
+    if not hold_out:
+        return trained.trainer(data=data, partition=partition), None
+    return halves_of(trained, data, [partition], hold_out, None if trained is task else task)[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
 
 from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.broker.protocol.direction import DIRECTIONS, Direction
@@ -126,6 +128,26 @@ class Task(Protocol):
     def evaluator(self, *, data: Path | None) -> Trainer:
         """A trainer with the test data."""
         ...
+
+
+def initial_of(task: Task, seed: int) -> dict[str, FloatArray]:
+    """The task's initial model. Raises `ConfigError` if it is none: annotations guarantee nothing."""
+    made: Any = task.initial(seed)
+    what = f"the task {task.name}: initial()"
+    if not isinstance(made, Mapping) or not made:
+        raise ConfigError(f"{what} returned no tensors: it must return a dict of name to float32 array")
+    for name, tensor in made.items():
+        if not isinstance(tensor, np.ndarray) or tensor.dtype != np.float32:
+            kind = tensor.dtype if isinstance(tensor, np.ndarray) else type(tensor).__name__
+            raise ConfigError(f"{what} returned {name!r} as {kind}: it must be a float32 numpy array")
+        if not tensor.size:
+            raise ConfigError(f"{what} returned {name!r} without elements, of shape {tensor.shape}: leave it out")
+        if not np.isfinite(tensor).all():
+            raise ConfigError(
+                f"{what} returned {name!r} with a NaN or an infinity: all elements must be finite; leave out what "
+                "training does not change (in PyTorch a buffer with persistent=False)"
+            )
+    return dict(made)
 
 
 def task_plan(task: Task) -> TaskPlan:

@@ -20,6 +20,7 @@ from typing import Final, Self
 
 import ternbus
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.files import expanded
 from ternbus.edge.learn import former_names, task_folder
 from ternbus.edge.learn.task import Task
 
@@ -60,6 +61,15 @@ def absolute(spec: str) -> str:
     return f"{reference.folder / reference.module}{reference.attribute and ':'}{reference.attribute}"
 
 
+def source_of(spec: str) -> tuple[Path | None, str]:
+    """The folder of a task's module, None if it is installed, and the module's name from there. Imports nothing.
+
+    Raises `ConfigError` if there is no such module.
+    """
+    reference = _Reference.parse(spec)
+    return reference.folder, reference.module
+
+
 def from_folder(spec: str, folder: Path) -> str:
     """The name, for the current folder, of a task that a file in `folder` names: a relative path counts from there.
 
@@ -70,11 +80,6 @@ def from_folder(spec: str, folder: Path) -> str:
         return spec
     is_path = "/" in spec or module.endswith(".py")
     return str(folder / spec) if is_path or task_folder.holds(folder, module) else spec
-
-
-def expanded(path: Path) -> Path:
-    """The path with the home folder instead of `~`; unchanged if there is no such user."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises RuntimeError
 
 
 def location_of(error: BaseException) -> tuple[str, int] | None:
@@ -232,7 +237,7 @@ class _Reference:
     def _task(self, spec: str, module: ModuleType) -> Task:
         """The task in the module. Raises `ConfigError`, or what the module's or the task's own code raises."""
         if not self.attribute:
-            return _only_task(spec, module)
+            return _checked(_only_task(spec, module), spec)
         task = getattr(module, self.attribute, None)
         if task is None:
             names = ", ".join(_tasks(module)) or "none"
@@ -241,7 +246,7 @@ class _Reference:
             raise ConfigError(f"{spec} is a class: add a line such as TASK = {self.attribute}(), and name TASK")
         if not isinstance(task, Task):
             raise ConfigError(f"{spec} is not a task: {NEEDED}")
-        return task
+        return _checked(task, spec)
 
     def _explain(self, error: BaseException, spec: str) -> str:
         """The error message for the task's author; empty for a bug in Ternbus."""
@@ -318,6 +323,14 @@ def _tasks(module: ModuleType) -> dict[str, Task]:
         for name, value in vars(module).items()
         if name[:1] != "_" and not isinstance(value, type) and isinstance(value, Task)
     }
+
+
+def _checked(task: Task, spec: str) -> Task:
+    """The task, if its name and its plan are of the right types: what a protocol checks is only that they exist."""
+    for name, kind, wanted in (("name", str, "a text"), ("default_plan", Mapping, "a dict of keys and values")):
+        if not isinstance(value := getattr(task, name), kind):
+            raise ConfigError(f"the task {spec}: {name} is {type(value).__name__}, but must be {wanted}")
+    return task
 
 
 def _only_task(spec: str, module: ModuleType) -> Task:

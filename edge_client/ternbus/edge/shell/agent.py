@@ -28,8 +28,8 @@ from ternbus.edge.core.profile import Profile, Role, subscriptions
 from ternbus.edge.learn.class_counts import class_counts_of
 from ternbus.edge.learn.failure import explained
 from ternbus.edge.learn.kinds import local_notice, tensor_kinds
-from ternbus.edge.learn.subnetwork import narrow
-from ternbus.edge.learn.task import Task, Trainer, halves_of, placed
+from ternbus.edge.learn.subnetwork import trainers_of_device
+from ternbus.edge.learn.task import Task, Trainer, initial_of, placed
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.shell import key_rotation
 from ternbus.edge.shell.directory import DeviceDirectory, Settings
@@ -148,11 +148,13 @@ def _data(settings: Settings, task: Task, role: Role) -> tuple[Trainer, Trainer 
     task = placed(task, settings.processor)
     if role == "evaluate":
         return task.evaluator(data=settings.data_folder), None
-    trained = narrow(task, settings.share_of_channels)
-    if settings.hold_out:
-        evaluated_by = None if trained is task else task
-        return halves_of(trained, settings.data_folder, [settings.partition], float(settings.hold_out), evaluated_by)[0]
-    return trained.trainer(data=settings.data_folder, partition=settings.partition), None
+    return trainers_of_device(
+        task,
+        data=settings.data_folder,
+        partition=settings.partition,
+        width=settings.share_of_channels,
+        hold_out=settings.held_share,
+    )
 
 
 def clear_status(home: DeviceDirectory, settings: Settings) -> None:
@@ -174,7 +176,7 @@ def make_link(home: DeviceDirectory, settings: Settings) -> Callable[[Callable[[
             settings.broker,
             client_id=settings.device,
             username=settings.username or settings.device,
-            password=read_password(Path(settings.password_file)) if settings.password_file else None,
+            password=read_password(settings.password_path) if settings.password_path is not None else None,
             deliver=deliver,
             tls=home.tls(),
             frame_bytes=settings.frame_limit,
@@ -198,7 +200,7 @@ def _serve(
     trainer, held = data or (None, None)
     with Outbox(home.folder, identity.key_id) as outbox:
         with explained(settings.task):
-            initial = task.initial(int(settings.seed or 0))
+            initial = initial_of(task, int(settings.seed or 0))
             classes = class_counts_of(trainer) if trainer is not None and options.reports else {}
             metadata = tensor_kinds(task, initial).metadata() if role == "export" else {}
         shapes = {name: tuple(tensor.shape) for name, tensor in initial.items()}

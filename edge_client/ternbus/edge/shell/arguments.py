@@ -8,7 +8,9 @@ import typer
 from ternbus.broker.files import is_exposed, load_toml
 from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.protocol.invitation import Invitation
+from ternbus.edge.learn.task_loader import BUILT_IN_TASKS
 
+TASKS = f"{', '.join(BUILT_IN_TASKS)}, or your own as MODULE:ATTRIBUTE or FILE.py:ATTRIBUTE."
 InvitationFile = Annotated[Path, typer.Argument(metavar="INVITATION.toml", help="File of `ternbus aggregator invite`.")]
 Dir = Annotated[Path, typer.Argument(metavar="DIR", help="The device's directory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object per line and event, for scripts.")]

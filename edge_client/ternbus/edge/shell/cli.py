@@ -1,6 +1,5 @@
 """The commands `ternbus edge …`: join a federation, train or evaluate for it, inspect the device, leave."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -8,8 +7,10 @@ from typing import Annotated
 import typer
 
 from ternbus.broker.errors import ConfigError, LinkError
-from ternbus.broker.exit_codes import EXIT_CONFIG, EXIT_DONE
+from ternbus.broker.exit_codes import EXIT_DONE
+from ternbus.broker.files import check_readable, expanded
 from ternbus.broker.folder_owner import act_as_owner
+from ternbus.broker.json_output import json_output
 from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from ternbus.edge.core.actions import Stop
@@ -18,16 +19,16 @@ from ternbus.edge.learn.failure import explained
 from ternbus.edge.learn.kinds import tensor_kinds
 from ternbus.edge.learn.partition_spec import FORMS, Partition
 from ternbus.edge.learn.subnetwork import narrow
-from ternbus.edge.learn.task import Task, placed, task_plan
-from ternbus.edge.learn.task_loader import BUILT_IN_TASKS, absolute, expanded, load_task
+from ternbus.edge.learn.task import Task, initial_of, placed, task_plan
+from ternbus.edge.learn.task_loader import absolute, load_task
 from ternbus.edge.plan.limits import TrainingLimits
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.privacy import DEVICE, SAMPLE, PrivacyPolicy, cost
 from ternbus.edge.shell import agent, inspection_commands
 from ternbus.edge.shell.agent import Options
-from ternbus.edge.shell.arguments import AsJson, Dir, InvitationFile, Timeout, load_invitation
+from ternbus.edge.shell.arguments import TASKS, AsJson, Dir, InvitationFile, Timeout, load_invitation
+from ternbus.edge.shell.check_command import check
 from ternbus.edge.shell.directory import DeviceDirectory
-from ternbus.edge.shell.preflight import check as examine
 from ternbus.edge.shell.printer import Printer
 from ternbus.edge.shell.process import run_device
 from ternbus.edge.shell.rejoin_command import rejoin
@@ -36,7 +37,6 @@ app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", help="Run a device: follow the model, train, send updates."
 )
 
-TASKS = f"{', '.join(BUILT_IN_TASKS)}, or your own as MODULE:ATTRIBUTE or FILE.py:ATTRIBUTE."
 Versions = Annotated[int | None, typer.Option(min=1, help="Number of accepted updates before stopping.")]
 Evaluated = Annotated[int | None, typer.Option(min=1, help="Number of versions to evaluate before stopping.")]
 Seed = Annotated[
@@ -144,7 +144,6 @@ def join(
 
     Example: ternbus edge join pi-7.toml pi-7 --task digits --partition iid:0/8
     """
-    printer = Printer(as_json=as_json)
     usual = (width, partition, frame_bytes, max_seconds, max_steps) == (1, "all", FRAME_BYTES, None, None)
     asked_for = (data, seed, username, password_file, dp, max_epsilon, hold_out, processor, not usual)
     _check_renew(renew, task, any(asked_for))
@@ -153,19 +152,21 @@ def join(
     policy, limits = _policy(dp, max_epsilon, max_delta), TrainingLimits(seconds=max_seconds, steps=max_steps)
     home, options = DeviceDirectory(directory), Options(timeout_s=timeout, reports=reports, fine_tune=fine_tune)
     asked = load_invitation(invitation, directory)
-    if renew:
-        stop = agent.renew(home, asked, load_task(home.settings().task), options, printer)
-        _end(printer, stop, goes_on=then_run and stop.code == EXIT_DONE)
-    elif not (then_run and home.has_joined(asked)):
-        model = _task_for(task, width, processor, data)
-        settings = home.prepare(
-            asked, task=absolute(task), data=data, partition=partition, seed=seed, hold_out=hold_out, width=width,
-            processor=processor, frame_bytes=frame_bytes, username=username, password_file=password_file, policy=policy,
-            limits=limits,
-        )  # fmt: skip
-        agent.check(settings, options)
-        stop = agent.join(home, settings, model, options, printer)
-        _end(printer, stop, goes_on=then_run and not home.settings().code)
+    with json_output(as_json) as output:
+        printer = Printer(as_json=as_json, output=output)
+        if renew:
+            stop = agent.renew(home, asked, load_task(home.settings().task), options, printer)
+            _end(printer, stop, goes_on=then_run and stop.code == EXIT_DONE)
+        elif not (then_run and home.has_joined(asked)):
+            model = _task_for(task, width, processor, data)
+            settings = home.prepare(
+                asked, task=absolute(task), data=data, partition=partition, seed=seed, hold_out=hold_out, width=width,
+                processor=processor, frame_bytes=frame_bytes, username=username, password_file=password_file,
+                policy=policy, limits=limits,
+            )  # fmt: skip
+            agent.check(settings, options)
+            stop = agent.join(home, settings, model, options, printer)
+            _end(printer, stop, goes_on=then_run and not home.settings().code)
     raise typer.Exit(run_device(home, "train", options, as_json=as_json))
 
 
@@ -179,8 +180,8 @@ def _end(printer: Printer, stop: Stop, *, goes_on: bool) -> None:
 def _task_for(name: str, width: float, processor: str, data: Path | None) -> Task:
     """The task. Raises `ConfigError` for what `edge run` would refuse, before the invitation is spent."""
     narrow(placed(task := load_task(name), processor), width)
-    if data is not None and not expanded(data).exists():
-        raise ConfigError(f"--data: {data} does not exist; correct it, and use the invitation again")
+    if data is not None:
+        check_readable(expanded(data), "--data")
     return task
 
 
@@ -288,35 +289,14 @@ def init_model(
     """
     made = load_task(task)
     with explained(task):
-        tensors = made.initial(seed)
+        tensors = initial_of(made, seed)
         kinds = tensor_kinds(made, tensors)
     about = {"ternbus": f"{task}, seed {seed}", **task_plan(made).metadata(), **kinds.metadata()}
     save_safetensors(out, tensors, about)
     typer.echo(f"{out}: {len(tensors)} tensors, {sum(tensor.size for tensor in tensors.values()):,} parameters")
 
 
-@app.command()
-def check(
-    task: Annotated[str, typer.Argument(help=f"Task: {TASKS}")],
-    data: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with the task's data.")] = None,
-    partition: Annotated[str, typer.Option(help=f"Part of the data to train on: {FORMS}.")] = "all",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
-) -> None:
-    """Check a task without a federation: train one step, encode and decode an update, list problems.
-
-    Exit codes: 0 ready, 2 problems found.
-
-    Example: ternbus edge check my_task:TASK --data data
-    """
-    Partition.parse(partition)
-    report = examine(load_task(task), data=data and expanded(data), partition=partition)
-    if as_json:
-        typer.echo(json.dumps({"task": task, "ok": not report.problems, **report.facts,
-                               "problems": report.problems, "notes": report.notes}))  # fmt: skip
-    else:
-        for line in report.lines():
-            typer.echo(line)
-    raise typer.Exit(EXIT_CONFIG if report.problems else EXIT_DONE)
+app.command()(check)
 
 
 @app.command()

@@ -11,7 +11,17 @@ from typing import Any, Final, Self
 from ternbus.broker import toml
 from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.files import check_secret, fault, load_toml, lock, read_key, storing, write_key, write_secret
+from ternbus.broker.files import (
+    check_secret,
+    expanded,
+    fault,
+    load_toml,
+    lock,
+    read_key,
+    storing,
+    write_key,
+    write_secret,
+)
 from ternbus.broker.link.tls import CA, CERTIFICATE, TLS_KEY, Tls
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from ternbus.broker.protocol.identity import Identity, check_device, check_federation, is_public_key
@@ -19,7 +29,6 @@ from ternbus.broker.protocol.invitation import Invitation, check_broker_url
 from ternbus.broker.store_format import copies
 from ternbus.edge.learn.partition_spec import Partition
 from ternbus.edge.learn.subnetwork import WIDTH_MIN, check_width
-from ternbus.edge.learn.task_loader import expanded
 from ternbus.edge.plan.limits import TrainingLimits
 from ternbus.edge.plan.privacy import PrivacyPolicy
 from ternbus.edge.store.outbox import FILE as OUTBOX
@@ -84,6 +93,10 @@ class Settings:
         return float(self.width or 1)
 
     @property
+    def held_share(self) -> float:
+        return float(self.hold_out or 0)
+
+    @property
     def frame_limit(self) -> int:
         return int(self.frame_bytes or FRAME_BYTES)
 
@@ -115,7 +128,7 @@ class Settings:
 
     @property
     def password_path(self) -> Path | None:
-        return Path(self.password_file) if self.password_file else None
+        return expanded(Path(self.password_file)) if self.password_file else None
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any], source: str) -> Self:

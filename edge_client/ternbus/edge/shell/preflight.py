@@ -1,9 +1,12 @@
-"""The check of a task without a federation: it trains one step, encodes and decodes one update, and evaluates."""
+"""The check of a task without a federation: it trains one step, encodes and decodes one update, and evaluates.
+
+All of it is done as the plan asks for it, on the data and with the width of one device.
+"""
 
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -11,115 +14,132 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 
 from ternbus.broker.errors import FederationError
+from ternbus.broker.protocol import plan_keys
 from ternbus.broker.protocol.frame import FRAME_BYTES, PARTS_MAX
 from ternbus.broker.protocol.messages import SAMPLES_MAX
 from ternbus.broker.protocol.meta_fields import ENTRIES_MAX
-from ternbus.broker.protocol.schema import Schema, to_tensors, to_vector
+from ternbus.broker.protocol.schema import Schema, is_bounded, to_tensors, to_vector
 from ternbus.broker.protocol.ternary import CODECS
 from ternbus.edge.core.profile import schema_mismatch
 from ternbus.edge.core.state import prepare
+from ternbus.edge.learn.accountant import epsilon
 from ternbus.edge.learn.compress import compress
 from ternbus.edge.learn.kinds import staying, tensor_kinds
 from ternbus.edge.learn.noise import RandomSource
-from ternbus.edge.learn.task import Evaluation, PrivateTrainer, Task, Trained, Trainer, task_plan
+from ternbus.edge.learn.partition import watched
+from ternbus.edge.learn.subnetwork import trainers_of_device
+from ternbus.edge.learn.task import Evaluation, PrivateTrainer, Task, Trained, Trainer, initial_of, task_plan
 from ternbus.edge.learn.task_loader import code_errors, described, import_hint, location_of
-from ternbus.edge.plan.plan import Plan
-from ternbus.edge.plan.privacy import SAMPLE
+from ternbus.edge.plan.limits import TrainingLimits
+from ternbus.edge.plan.plan import NO_DP, Plan
+from ternbus.edge.plan.privacy import SAMPLE, PrivacyPolicy, cost
 from ternbus.edge.plan.tensors import Tensors
+from ternbus.edge.shell.check_report import Report
 
 LARGE_PARTS = 1000
 Result = TypeVar("Result")
-
-
-@dataclass(slots=True, kw_only=True)
-class Report:
-    """The result of a check. `facts` has what could be measured; a task with `problems` does not work."""
-
-    task: str
-    facts: dict[str, int | float | str] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def lines(self) -> list[str]:
-        """The report as text."""
-        facts = self.facts
-        lines = [f"task       {self.task}"]
-        if "parameters" in facts:
-            lines.append(f"model      {facts['parameters']:,} parameters in {facts['tensors']} tensors")
-        if "training_s" in facts:
-            seconds = f"about {facts['training_s']} s"
-            lines.append(f"step       {1000 * float(facts['step_s']):,.1f} ms")
-            lines.append(f"training   {facts['steps']:,} steps on {facts['samples']:,} samples: {seconds}")
-        if "codec" in facts:
-            parts = f"in {facts['parts']} part{'s' if facts['parts'] != 1 else ''}"
-            lines.append(f"update     {self._size('ternary')}; as float32 {self._size('float32')}")
-            lines.append(f"           sent as {facts['codec']} {parts}; encoded and decoded in {facts['codec_s']} s")
-        if "test_samples" in facts:
-            lines.append(f"evaluation {facts['test_samples']:,} samples: {facts['evaluation_s']} s")
-        lines += [f"note: {text}" for text in self.notes]
-        lines += [f"problem: {text}" for text in self.problems]
-        return [*lines, "not ready: fix the problems above" if self.problems else "ready"]
-
-    def _size(self, codec: str) -> str:
-        size = int(self.facts[f"update_{codec}_bytes"])
-        return f"{size:,} bytes ({8 * size / int(self.facts['parameters']):.2f} bits a parameter)"
 
 
 class _CheckAbortedError(Exception):
     """A step failed that the next steps need; the problem is in the report."""
 
 
-def check(task: Task, *, data: Path | None = None, partition: str = "all") -> Report:
-    """Do everything that a device and an evaluator do with a task, except the network."""
-    check = _Check(task, Report(task=task.name))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditions:
+    """What a device trains on, and what its owner allows; by default, the whole data and everything."""
+
+    data: Path | None = None
+    partition: str = "all"
+    width: float = 1.0
+    hold_out: float = 0.0
+    policy: PrivacyPolicy | None = None
+    limits: TrainingLimits = field(default_factory=TrainingLimits)
+    allowed: tuple[str, ...] = ()  # keys that may be in the plan though neither Ternbus nor the task knows them
+
+    @property
+    def held_out(self) -> str:
+        """The specification of the held-out data; of all data without any."""
+        return f"{self.partition};test:{self.hold_out!r}" if self.hold_out else self.partition
+
+
+def check(task: Task, conditions: Conditions | None = None, plan: Mapping[str, object] | None = None) -> Report:
+    """Do everything that a device and an evaluator do with a task, except the network.
+
+    ``plan`` has the federation's keys, which override those of the task's default plan.
+    """
+    check = _Check(task, Report(task=task.name), conditions or Conditions(), plan or {})
     for examine in (check.device, check.evaluator):
         try:
-            examine(data, partition)
+            examine()
         except _CheckAbortedError:
             continue
+        except code_errors() as error:  # what the task returned is not what its annotations say
+            check.problem(f"what the task returned cannot be used: {described(error)}{_place(error)}")
     return check.report
 
 
 class _Check:
-    def __init__(self, task: Task, report: Report) -> None:
+    def __init__(self, task: Task, report: Report, conditions: Conditions, plan: Mapping[str, object]) -> None:
         self.report = report
         self._task = task
+        self._conditions = conditions
+        self._asked = plan
         self._start: Tensors | None = None
 
-    def device(self, data: Path | None, partition: str) -> None:
-        plan = self._plan()
+    def device(self) -> None:
+        plan, about = self._plan(), self._conditions
         start, schema = self._model()
-        trainer = self._try("trainer()", lambda: self._task.trainer(data=data, partition=partition))
+        trainer, held = self._try(
+            "trainer()",
+            lambda: trainers_of_device(
+                self._task, data=about.data, partition=about.partition, width=about.width, hold_out=about.hold_out
+            ),
+        )
         trained = self._step(trainer, start, plan)
-        if plan.dp == SAMPLE:
-            self._step_privately(trainer, start)
         self._compare(start, trained)
         self._update(schema, start, trained, plan)
+        self._privacy(plan)
+        if held is not None:
+            self._evaluation("evaluate() of the held-out data", held, start)
+        self._alone(start, plan)
 
-    def evaluator(self, data: Path | None, _partition: str) -> None:
-        evaluator = self._try("evaluator()", lambda: self._task.evaluator(data=data))
+    def evaluator(self) -> None:
+        evaluator = self._try("evaluator()", lambda: self._task.evaluator(data=self._conditions.data))
         if self._start is None:
             return
-        start, began = self._start, time.perf_counter()
-        found: Any = self._try("evaluate()", lambda: evaluator.evaluate(start))
-        if not isinstance(found, Evaluation):
-            self._stop(f"evaluate() returned {type(found).__name__}: it must return an Evaluation")
-        if not found.values:
-            self._problem("evaluate() returned no metric in its values: return at least a loss")
-        for name in [name for name in found.values if name not in found.finite]:
-            self._problem(f"evaluate() returned no finite {name!r} in its values")
-        if len(found.values) > ENTRIES_MAX:
-            self._problem(f"evaluate() returned {len(found.values)} metrics: at most {ENTRIES_MAX} can be sent")
+        began = time.perf_counter()
+        found = self._evaluation("evaluate()", evaluator, self._start)
         self.report.facts |= {"test_samples": found.samples, "evaluation_s": round(time.perf_counter() - began, 4)}
 
+    def _evaluation(self, what: str, evaluator: Trainer, tensors: Tensors) -> Evaluation:
+        found: Any = self._try(what, lambda: evaluator.evaluate(tensors))
+        if not isinstance(found, Evaluation):
+            self._stop(f"{what} returned {type(found).__name__}: it must return an Evaluation")
+        if not found.values:
+            self.problem(f"{what} returned no metric in its values: return at least a loss")
+        for name in [name for name in found.values if name not in found.finite]:
+            self.problem(f"{what} returned no finite {name!r} in its values")
+        if len(found.values) > ENTRIES_MAX:
+            self.problem(f"{what} returned {len(found.values)} metrics: at most {ENTRIES_MAX} can be sent")
+        return found
+
     def _plan(self) -> Plan:
-        self._try("default_plan", lambda: task_plan(self._task))
-        return Plan.from_meta(self._task.default_plan)
+        known = self._try("default_plan", lambda: task_plan(self._task))
+        if unknown := plan_keys.unknown(self._asked, (*known.keys, *self._conditions.allowed)):
+            self._stop(f"the plan: {unknown[0]}")
+        asked = {**self._task.default_plan, **self._asked}
+        if fault := plan_keys.fault(asked):
+            self._stop(f"the plan: {fault}")
+        plan = Plan.from_meta(asked)
+        bound = plan if self._conditions.policy is None else self._conditions.policy.bound(plan)
+        if isinstance(bound, str):
+            self._stop(f"the device does not train by this plan: {bound}")
+        return self._conditions.limits.bound(bound)
 
     def _model(self) -> tuple[Tensors, Schema]:
-        start = self._named_arrays()
+        start = self._try("initial()", lambda: initial_of(self._task, 0))
         schema = self._try("initial()", lambda: Schema.of({name: tensor.shape for name, tensor in start.items()}))
-        again = self._try("initial()", lambda: self._task.initial(0))
+        again = self._try("initial()", lambda: initial_of(self._task, 0))
         if schema_mismatch(schema, {name: tensor.shape for name, tensor in again.items()}) or not _same(start, again):
             self._note("initial() returned another model for the same seed: experiments cannot be repeated")
         for why, names in self._try("model()", lambda: staying(self._task)).items():
@@ -128,51 +148,94 @@ class _Check:
         self._try("initial()", lambda: tensor_kinds(self._task, start))
         self.report.facts |= {"tensors": len(start), "parameters": schema.elements}
         vector = to_vector(schema, start)
+        if not is_bounded(vector):
+            self._stop("initial() returned a number beyond 2^40: no aggregator takes such a model")
         vector.setflags(write=False)  # as the follower's is
         self._start = to_tensors(schema, vector)
         return self._start, schema
 
-    def _named_arrays(self) -> Tensors:
-        """The result of initial(), checked: annotations guarantee nothing."""
-        start: Any = self._try("initial()", lambda: self._task.initial(0))
-        if not isinstance(start, Mapping) or not start:
-            self._stop("initial() returned no tensors: it must return a dict of name to float32 array")
-        for name, tensor in start.items():
-            if not isinstance(tensor, np.ndarray) or tensor.dtype != np.float32:
-                kind = tensor.dtype if isinstance(tensor, np.ndarray) else type(tensor).__name__
-                self._stop(f"initial() returned {name!r} as {kind}: it must be a float32 numpy array")
-            if not tensor.size:
-                self._stop(f"initial() returned {name!r} without elements, of shape {tensor.shape}: leave it out")
-            if not np.isfinite(tensor).all():
-                self._stop(f"initial() returned {name!r} with a NaN or an infinity: all elements must be finite")
-        return start
-
     def _step(self, trainer: Trainer, start: Tensors, plan: Plan) -> Trained:
         """Train one step twice, and time the second: the first warms up."""
-        samples = self._try("trainer.samples", lambda: trainer.samples)
-        if not 1 <= samples <= SAMPLES_MAX:
+        samples: Any = self._try("trainer.samples", lambda: trainer.samples)
+        if not isinstance(samples, int) or not 1 <= samples <= SAMPLES_MAX:
             self._stop(f"the trainer has {samples} samples: it must have 1 to {SAMPLES_MAX}")
-        one = Plan.from_meta({**self._task.default_plan, "local_steps": 1})
-        first: Any = self._try("train()", lambda: trainer.train(start, one, version=0, seed=0))
+        name, step = self._one_step(trainer, start, plan)
+        first: Any = self._try(name, step)
         began = time.perf_counter()
-        again: Any = self._try("train()", lambda: trainer.train(start, one, version=0, seed=0))
+        again: Any = self._try(name, step)
         step_s = time.perf_counter() - began
         if not isinstance(first, Trained) or not isinstance(again, Trained):
-            self._stop(f"train() returned {type(first).__name__}: it must return Trained")
-        if first.tensors.keys() != again.tensors.keys() or not _same(first.tensors, again.tensors):
+            self._stop(f"{name} returned {type(first).__name__}: it must return Trained")
+        same = first.tensors.keys() == again.tensors.keys() and _same(first.tensors, again.tensors)
+        if plan.dp != SAMPLE and not same:
             self._note("train() returned another result for the same seed: experiments cannot be repeated bit for bit")
         steps = plan.steps(samples)
         self.report.facts |= {"samples": samples, "step_s": round(step_s, 4), "steps": steps,
                               "training_s": round(step_s * steps, 1)}  # fmt: skip
         return again
 
-    def _step_privately(self, trainer: Trainer, start: Tensors) -> None:
-        """Train one step by the plan's differential privacy, for which not every model is suited."""
-        one = Plan.from_meta({**self._task.default_plan, "local_steps": 1})
+    def _one_step(self, trainer: Trainer, start: Tensors, plan: Plan) -> tuple[str, Callable[[], object]]:
+        """One step as the plan asks for it, by the kind of its differential privacy, and the method that it calls."""
+        one = replace(plan, local_steps=1, local_seconds=None)
+        if plan.dp != SAMPLE:
+            return "train()", lambda: trainer.train(start, one, version=0, seed=0)
         if not isinstance(trainer, PrivateTrainer):
-            self._stop('default_plan has dp = "sample", and the trainer has no train_privately()')
+            narrow = ", which no narrower model has" if self._conditions.width < 1 else ""
+            self._stop(f'the plan has dp = "sample", and the trainer has no train_privately(){narrow}')
         private = partial(trainer.train_privately, version=0, seed=0, random_source=RandomSource())
-        self._try("train_privately()", lambda: private(start, one))
+        return "train_privately()", lambda: private(start, one)
+
+    def _privacy(self, plan: Plan) -> None:
+        """Whether the plan's budget pays for one training."""
+        if plan.dp == NO_DP:
+            return
+        charge = cost(plan, int(self.report.facts["samples"]))
+        spent = self._try("the privacy account", lambda: epsilon((charge,), plan.dp_delta))
+        if not spent <= plan.dp_epsilon:
+            self.problem(
+                f"one training would spend an epsilon of {spent:.4g}, and the budget is {plan.dp_epsilon:g} (delta "
+                f"{plan.dp_delta:g}): raise dp_noise or dp_epsilon, or lower the number of steps"
+            )
+        self.report.facts["epsilon"] = round(spent, 4) if math.isfinite(spent) else str(spent)
+
+    def _alone(self, start: Tensors, plan: Plan) -> None:
+        """Whether one sample can be trained and evaluated alone: batch norm cannot, nor can some metrics.
+
+        No federation need have such a device; where the data have such an owner, it is a problem.
+        """
+        about, samples = self._conditions, int(self.report.facts["samples"])
+        if about.partition != "all" or about.hold_out or samples < 2:
+            return
+        try:
+            with watched() as seen:
+                trainer, _ = trainers_of_device(
+                    self._task, data=about.data, partition=f"iid:0/{samples}", width=about.width, hold_out=0.0
+                )
+            if trainer.samples != 1:
+                return  # it ignores partitions
+            owners = seen[0].owners if seen else None
+        except code_errors():
+            return
+        if plan.dp != SAMPLE and (why := self._failure(*self._one_step(trainer, start, plan))):
+            alone = 0 if owners is None else int((owners.counts == 1).sum())
+            if alone:
+                have = "1 owner in the data has" if alone == 1 else f"{alone} owners in the data have"
+                self.problem(f"{have} one sample, and a device with one cannot train: {why}")
+            else:
+                self._note(f"a device with one sample cannot train: {why}")
+        if why := self._failure("evaluate()", lambda: trainer.evaluate(start)):
+            self._note(f"a device that holds out one sample, or one class, cannot evaluate: {why}")
+
+    def _failure(self, what: str, call: Callable[[], object]) -> str:
+        """Why it fails, without a problem in the report; empty if it does not."""
+        before = [*self.report.problems]
+        try:
+            self._try(what, call)
+        except _CheckAbortedError:
+            found = self.report.problems.pop()
+            self.report.problems[:] = before
+            return found
+        return ""
 
     def _compare(self, start: Tensors, trained: Trained) -> None:
         if lost := [name for name in start if name not in trained.tensors]:
@@ -185,7 +248,7 @@ class _Check:
             self._note(f"train() returned {extra[0]!r}, which initial() does not have: it is not sent")
         same = [name for name in start if np.array_equal(start[name], trained.tensors[name])]
         if len(same) == len(start):
-            self._problem("one training step changed nothing: is learning_rate 0, or everything frozen or detached?")
+            self.problem("one training step changed nothing: is learning_rate 0, or everything frozen or detached?")
         elif same:
             self._note(f"one training step did not change {len(same)} of {len(start)} tensors, for example {same[0]!r}")
         for name, value in trained.metrics.items():
@@ -197,7 +260,7 @@ class _Check:
         base = to_vector(schema, start)
         change = self._try("train()", lambda: to_vector(schema, trained.tensors)) - base
         for codec in CODECS:
-            asked = Plan.from_meta({**self._task.default_plan, "codec": codec})
+            asked = replace(plan, codec=codec)
             began = time.perf_counter()
             block = self._try("the update", partial(compress, schema, asked, change, None, 0)).block
             update = prepare(block, seq=1, base=0, samples=1, metrics={}, frame_bytes=FRAME_BYTES)
@@ -205,11 +268,11 @@ class _Check:
             seconds = time.perf_counter() - began
             parts = -(-len(update.body) // FRAME_BYTES)
             if read.content != block.content:
-                self._problem(
+                self.problem(
                     "the decoded update differs from the encoded one: this is a bug in Ternbus, please report it"
                 )
             if not np.isfinite(read.apply(base)).all():
-                self._problem("the model is not finite after the update: lower learning_rate in default_plan")
+                self.problem("the model is not finite after the update: lower the plan's learning_rate")
             if codec == plan.codec:
                 self._fits(parts)
                 self.report.facts |= {"codec": codec, "parts": parts, "codec_s": round(seconds, 4)}
@@ -217,7 +280,7 @@ class _Check:
 
     def _fits(self, parts: int) -> None:
         if parts > PARTS_MAX:
-            self._problem(f"an update has {parts} parts, and the protocol allows {PARTS_MAX}: use a smaller model")
+            self.problem(f"an update has {parts} parts, and the protocol allows {PARTS_MAX}: use a smaller model")
         elif parts > LARGE_PARTS:
             self._note(f"an update has {parts} parts: is the codec float32 intended for a model of this size?")
 
@@ -230,7 +293,7 @@ class _Check:
             message = import_hint(error) or f"{what} raised {described(error)}"
             self._stop(f"{message}{_place(error)}{_hint(error)}")
 
-    def _problem(self, text: str) -> None:
+    def problem(self, text: str) -> None:
         if text not in self.report.problems:
             self.report.problems.append(text)
 
@@ -238,7 +301,7 @@ class _Check:
         self.report.notes.append(text)
 
     def _stop(self, text: str) -> NoReturn:
-        self._problem(text)
+        self.problem(text)
         raise _CheckAbortedError
 
 

@@ -4,15 +4,17 @@ import json
 import os
 import sys
 import time
+from typing import IO
 
 from ternbus.edge.core.actions import Log, Stop
 
 
 class Printer:
-    """Prints and flushes each line, so that a pipe delivers it at once."""
+    """Prints and flushes each line to `output`, by default standard output, so that a pipe delivers it at once."""
 
-    def __init__(self, *, as_json: bool) -> None:
+    def __init__(self, *, as_json: bool, output: IO[str] | None = None) -> None:
         self._as_json = as_json
+        self._output = output
 
     def __call__(self, log: Log) -> None:
         if self._as_json:
@@ -20,8 +22,9 @@ class Printer:
         else:
             line = f"{time.strftime('%H:%M:%S')}  {log.text}"
         try:
-            sys.stdout.write(line + "\n")
-            sys.stdout.flush()
+            output = self._output or sys.stdout
+            output.write(line + "\n")
+            output.flush()
         except BrokenPipeError:
             raise
         except OSError:  # a log on a full disk: the line is lost, the device goes on

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ternbus.broker.complaint import complaint
-from ternbus.broker.errors import ConfigError
 from ternbus.broker.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED
+from ternbus.broker.json_output import json_output
+from ternbus.broker.streams import prepare_streams
 from ternbus.edge.core.profile import Role
 from ternbus.edge.shell import agent
 from ternbus.edge.shell.agent import Options
@@ -30,19 +31,16 @@ def run_device(home: DeviceDirectory, role: Role, options: Options, *, as_json: 
         request = {"folder": str(home.folder), "role": role, "options": asdict(options), "as_json": as_json}
         sys.stdout.flush()
         command = [sys.executable, "-P", "-m", __name__, json.dumps(request)]
-        try:
-            os.execv(sys.executable, command)  # noqa: S606 - ourselves, without a shell
-        except PermissionError as error:  # root has become the owner of the folder, and Python is in root's home
-            raise ConfigError(
-                f"the owner of {home.folder} may not run {sys.executable}: install Ternbus where every user can read it"
-            ) from error
-    printer = Printer(as_json=as_json)
-    stop, ended = agent.serve(home, role, options, printer)
-    return printer.finish(stop, ended=ended)
+        os.execv(sys.executable, command)  # noqa: S606 - ourselves, without a shell
+    with json_output(as_json) as output:
+        printer = Printer(as_json=as_json, output=output)
+        stop, ended = agent.serve(home, role, options, printer)
+        return printer.finish(stop, ended=ended)
 
 
 def main() -> NoReturn:
     """Run the device of the request in the arguments. The exit codes are those of the `ternbus` command."""
+    prepare_streams()
     code = _run(json.loads(sys.argv[1]))
     try:
         sys.stdout.flush()
@@ -54,11 +52,12 @@ def main() -> NoReturn:
 
 
 def _run(request: dict[str, Any]) -> int:
-    printer = Printer(as_json=request["as_json"])
+    as_json, home = request["as_json"], DeviceDirectory(Path(request["folder"]))
     try:
-        home, options = DeviceDirectory(Path(request["folder"])), Options(**request["options"])
-        stop, ended = agent.serve(home, request["role"], options, printer)
-        return printer.finish(stop, ended=ended)
+        with json_output(as_json) as output:
+            printer = Printer(as_json=as_json, output=output)
+            stop, ended = agent.serve(home, request["role"], Options(**request["options"]), printer)
+            return printer.finish(stop, ended=ended)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:

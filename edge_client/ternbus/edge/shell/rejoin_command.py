@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from ternbus.broker.json_output import json_output
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.shell import agent
 from ternbus.edge.shell.agent import Options
@@ -31,10 +32,11 @@ def rejoin(
 
     Example: ternbus edge rejoin pi-7.toml pi-7
     """
-    home, printer = DeviceDirectory(directory), Printer(as_json=as_json)
+    home = DeviceDirectory(directory)
     asked = load_invitation(invitation, directory)
     settings = home.settings()
     options = Options(timeout_s=timeout)
-    task = load_task(settings.task)
-    stop = agent.renew(home, asked, task, options, printer, rejoin=True, account_lost=account_lost)
-    raise typer.Exit(printer.finish(stop, ended=True))
+    with json_output(as_json) as output:
+        printer, task = Printer(as_json=as_json, output=output), load_task(settings.task)
+        stop = agent.renew(home, asked, task, options, printer, rejoin=True, account_lost=account_lost)
+        raise typer.Exit(printer.finish(stop, ended=True))

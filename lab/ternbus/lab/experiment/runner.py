@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ from ternbus.broker.protocol.direction import ACCURACY
 from ternbus.broker.server import parent_death
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.lab.experiment.grid import Combination, Grid, ScenarioTable
+from ternbus.lab.experiment.provenance import Provenance
 from ternbus.lab.interrupts import without_interrupts
 from ternbus.lab.report.progress import Lines
 from ternbus.lab.scenario import scenario
@@ -37,6 +38,7 @@ class Run:
     seed: int
     data: Path | None
     folder: Path
+    made_by: Mapping[str, str] = field(default_factory=dict)  # see `provenance`
 
     @property
     def table(self) -> ScenarioTable:
@@ -47,17 +49,21 @@ class Run:
         return self.folder / "report.json"
 
     def report(self) -> dict[str, Any] | None:
-        """The report of an earlier run of the same scenario; None if there is none or it cannot be read."""
+        """The report of an earlier run of the same scenario by the same code on the same data.
+
+        None if there is none, or it cannot be read.
+        """
         try:
             kept = json.loads(self.path.read_text(encoding="utf-8"))
             report: dict[str, Any] = kept["report"]
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
-        return report if kept["table"] == self.table and "metric" in report else None
+        same = kept["table"] == self.table and kept.get("made_by") == self.made_by
+        return report if same and "metric" in report else None
 
 
 def plan(grid: Grid, *, seeds: int, data: Path | None, folder: Path) -> list[Run]:
-    """All runs, ordered by seed, then by combination.
+    """All runs, ordered by seed, then by combination. The folder gets a note of what the data are.
 
     Raises `ConfigError` if two runs would share a folder.
     """
@@ -71,18 +77,26 @@ def plan(grid: Grid, *, seeds: int, data: Path | None, folder: Path) -> list[Run
         if (other := first.setdefault(run.folder, run)) is not run:
             titles = f"{other.combination.title!r} and {run.combination.title!r}"
             raise ConfigError(f"the runs {titles} would use the same folder {run.folder}: rename a label")
-    return runs
+    made_of = Provenance(folder)
+    return [replace(run, made_by=_made_by(run, made_of)) for run in runs]
+
+
+def _made_by(run: Run, made_of: Provenance) -> dict[str, str]:
+    wanted = scenario.parse(run.table)
+    return made_of.of(wanted.task, run.data or wanted.data)
 
 
 def run_all(
-    runs: Sequence[Run], *, jobs: int, check: Callable[[], None], say: Callable[[str], None]
+    runs: Sequence[Run], *, jobs: int, check: Callable[[], None], say: Callable[[str], None], fresh: bool = False
 ) -> list[dict[str, Any]]:
-    """The reports of all runs, in their order. Missing reports are computed, ``jobs`` at a time.
+    """The reports of all runs, in their order. Missing reports are computed, ``jobs`` at a time; if ``fresh``, all.
 
     ``check`` is called several times a second and may raise. Then unfinished runs are ended and lost.
     """
-    reports = [run.report() for run in runs]
+    reports = [None if fresh else run.report() for run in runs]
     missing = [index for index, report in enumerate(reports) if report is None]
+    if old := 0 if fresh else sum(runs[index].path.exists() for index in missing):
+        say(f"{old} finished runs have another scenario, code of the task, data or version of Ternbus, and run anew")
     if missing:
         say(f"{len(missing)} of {len(runs)} runs to do, {min(jobs, len(missing))} at a time")
         say(f"progress of each run: {runs[0].folder.parent}/*/log")
@@ -161,7 +175,7 @@ def _simulate(run: Run, jobs: int) -> dict[str, Any]:
     report["scenario"]["data"] = None  # the path of the data is private
     simulation.export(run.folder / "model.safetensors")
     part = run.path.with_suffix(".part")
-    write_text(part, json.dumps({"table": run.table, "report": report}))
+    write_text(part, json.dumps({"table": run.table, "made_by": run.made_by, "report": report}))
     part.replace(run.path)
     del simulation
     gc.collect()  # a simulation has reference cycles of few large objects, which seldom trigger a collection

@@ -9,6 +9,7 @@ from typing import Any
 
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import fault, write_text
+from ternbus.broker.version import software
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.lab.experiment import experiment, plot, result, runner
 from ternbus.lab.experiment.experiment import Experiment
@@ -30,6 +31,7 @@ class Choices:
     jobs: int
     out: Path
     keep: Path | None
+    fresh: bool = False  # use no finished runs
 
 
 def run(wanted: Experiment, choices: Choices, check: Callable[[], None], say: Callable[[str], None]) -> dict[str, Any]:
@@ -43,11 +45,12 @@ def run(wanted: Experiment, choices: Choices, check: Callable[[], None], say: Ca
     if choices.keep is not None:
         _make(choices.keep)
     runs = runner.plan(wanted.grid, seeds=choices.seeds or wanted.seeds, data=choices.data, folder=folder)
-    reports = runner.run_all(runs, jobs=choices.jobs, check=check, say=say)
+    reports = runner.run_all(runs, jobs=choices.jobs, check=check, say=say, fresh=choices.fresh)
     kept = {
         "command": _command(wanted, choices),
         "seconds": round(sum(report["wall_seconds"] for report in reports)),
         "machine": machine.describe(),
+        "made_by": {"software": software(), "tasks": sorted({run.made_by["task"] for run in runs})},  # digests of code
         "result": result.collect(wanted, runs, reports),
     }
     plotted = _write(kept, folder / "result")

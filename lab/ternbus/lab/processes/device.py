@@ -10,9 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
-from ternbus.broker.complaint import complaint
-from ternbus.broker.errors import FederationError
-from ternbus.broker.exit_codes import EXIT_FAILED
+from ternbus.broker.complaint import end_in_words
 from ternbus.broker.files import load_toml
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.edge.learn.task_loader import load_task
@@ -68,9 +66,4 @@ def _join(given: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FederationError as error:
-        text, code = complaint(error) or (str(error), EXIT_FAILED)
-        sys.stderr.write(f"ternbus: {text}\n")
-        sys.exit(code)
+    end_in_words(main)

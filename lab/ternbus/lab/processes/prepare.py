@@ -9,14 +9,12 @@ import json
 import sys
 from pathlib import Path
 
-from ternbus.broker.complaint import complaint
-from ternbus.broker.errors import FederationError
-from ternbus.broker.exit_codes import EXIT_FAILED
+from ternbus.broker.complaint import end_in_words
 from ternbus.broker.files import write_text
 from ternbus.broker.model_files import save_safetensors
 from ternbus.edge.learn.failure import explained
 from ternbus.edge.learn.kinds import local_notice, tensor_kinds
-from ternbus.edge.learn.task import task_plan
+from ternbus.edge.learn.task import initial_of, task_plan
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.lab.scenario.resolve import resolved
 from ternbus.lab.scenario.scenario import Scenario
@@ -31,7 +29,7 @@ def main() -> None:
     task = load_task(scenario.task)
     plan_keys = task_plan(task).keys  # checks the default plan, too
     with explained(scenario.task, lacks_data=scenario.data is None):
-        model = task.initial(scenario.seed)
+        model = initial_of(task, scenario.seed)
         kinds = tensor_kinds(task, model)
         found = resolved(scenario, task)
     save_safetensors(Path(model_path), model, kinds.metadata())
@@ -47,9 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FederationError as error:
-        text, code = complaint(error) or (str(error), EXIT_FAILED)
-        sys.stderr.write(f"ternbus: {text}\n")
-        sys.exit(code)
+    end_in_words(main)

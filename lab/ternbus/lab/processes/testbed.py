@@ -19,7 +19,7 @@ from ternbus.lab.interrupts import Interrupts
 from ternbus.lab.processes import fleet
 from ternbus.lab.processes.child import Child, ReadApart
 from ternbus.lab.processes.supervisor import Supervisor
-from ternbus.lab.report.failing import FailingDevices, named
+from ternbus.lab.report.failing import FailingDevices, answers, named, nothing_made
 from ternbus.lab.report.observation import Observation
 from ternbus.lab.report.output import Output
 from ternbus.lab.report.progress import Progress
@@ -119,7 +119,7 @@ class Testbed:
     def watch(self) -> None:
         """Supervise the run until the scenario's end: restart processes, inject faults, show progress.
 
-        Raises `FederationError` if no device can train.
+        Raises `FederationError` if no device can train, or if nothing was accepted by the end.
         """
         quiet_since, version = time.monotonic(), 0
         while True:
@@ -136,9 +136,12 @@ class Testbed:
             if moment.version != version:
                 quiet_since, version = time.monotonic(), moment.version
             elif time.monotonic() - quiet_since > QUIET_S:
-                self._progress.say(f"no new version for {QUIET_S:.0f} s; see the logs in {self._output.logs}")
+                said = f"no new version for {QUIET_S:.0f} s ({answers(moment.counts)})"
+                self._progress.say(f"{said}; see the logs in {self._output.logs}")
                 quiet_since = time.monotonic()
             self._wait(STATUS_S)
+        if not moment.accepted and moment.state != CLOSED:
+            raise nothing_made(f"in {seconds:.0f} s", moment.counts, self._said(moment))
         for fault in self._faults:
             self._progress.say(f"the run ended before the fault of {fault.kill}")
 
@@ -171,6 +174,11 @@ class Testbed:
         if moment.state != CLOSED:
             alive = [name for name in self._devices if self._processes.running([name])]
             failing.check([*alive, *failing.reasons])
+
+    def _said(self, moment: Observation) -> dict[str, str]:
+        """Of each device why it fails, or where its log is."""
+        known = {device.name: device.failing for device in moment.devices if device.failing} | self._processes.lost
+        return {name: known.get(name, f"see {self._output.log(name)}") for name in self._devices}
 
     def finish(self) -> Observation:
         """Close the federation, wait for the last evaluation, end all processes, and return the final state."""

@@ -1,8 +1,8 @@
 """The devices of a run that fail, in words, and whether any is left that could make a version."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from ternbus.broker.errors import FederationError
 
@@ -34,12 +34,32 @@ class FailingDevices:
             raise FederationError("no device can train\n" + "\n".join(named(self.reasons)))
 
 
-def named(reasons: Mapping[str, str]) -> list[str]:
+def named(reasons: Mapping[str, str], what: str = " cannot train") -> list[str]:
     """A line for each reason, with the devices that have it."""
     devices: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         devices.setdefault(reason, []).append(name)
-    return [f"{_listed(names)} cannot train: {reason}" for reason, names in devices.items()]
+    return [f"{_listed(names)}{what}: {reason}" for reason, names in devices.items()]
+
+
+def nothing_made(when: str, counts: Mapping[str, Any], reasons: Mapping[str, str]) -> FederationError:
+    """The error of a run that made no version ``when``: what became of the updates, and what each device last said."""
+    return FederationError("\n".join([f"no version was made {when}: {answers(counts)}", *named(reasons, "")]))
+
+
+def answers(counts: Mapping[str, Any]) -> str:
+    """How the aggregator answered updates, by the ``counts`` of its status: "2 updates accepted, 3 refused (norm)"."""
+    return ", ".join(_answers(counts))
+
+
+def _answers(counts: Mapping[str, Any]) -> Iterator[str]:
+    accepted = counts["accepted"]
+    yield f"{accepted or 'no'} update{'s' if accepted != 1 else ''} accepted"
+    for outcome in ("stale", "busy"):
+        if counts[outcome]:
+            yield f"{counts[outcome]} {outcome}"
+    if invalid := counts["invalid"]:
+        yield f"{sum(invalid.values())} refused ({', '.join(invalid)})"
 
 
 def _listed(names: list[str]) -> str:

@@ -15,7 +15,7 @@ from typing import Final
 from ternbus.aggregator.settings import from_table, with_overrides
 from ternbus.broker import toml
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.files import load_toml
+from ternbus.broker.files import expanded, load_toml
 from ternbus.broker.protocol.invitation import check_broker_url
 from ternbus.edge.learn import task_loader
 from ternbus.edge.learn.partition_spec import LARGEST_SHARE
@@ -279,7 +279,7 @@ def parse(table: Mapping[str, object]) -> Scenario:
         "task": top.text("task"),
         "devices": top.whole("devices"),
         "seed": top.whole("seed"),
-        "data": None if (data := top.text("data")) is None else task_loader.expanded(Path(data)),
+        "data": None if (data := top.text("data")) is None else expanded(Path(data)),
         "partition": top.text("partition"),
         "dense": top.texts("dense"),
         "sync": top.switch("sync"),

@@ -25,9 +25,9 @@ from ternbus.broker.protocol.tensor_kinds import version_metadata
 from ternbus.edge.core.actions import Stop
 from ternbus.edge.learn.failure import explained
 from ternbus.edge.learn.kinds import local_notice, tensor_kinds
-from ternbus.edge.learn.task import Evaluation, Task
+from ternbus.edge.learn.task import Evaluation, Task, initial_of
 from ternbus.lab.report import report
-from ternbus.lab.report.failing import FailingDevices, named
+from ternbus.lab.report.failing import FailingDevices, named, nothing_made
 from ternbus.lab.report.observation import Observation
 from ternbus.lab.report.progress import Progress
 from ternbus.lab.scenario import plan_check
@@ -80,10 +80,10 @@ class Simulation:
             raise ConfigError('[[fault]] kill = "aggregator" needs a ledger to restart from: add --ledger')
         self._evaluated = -1
         self._made_at = 0.0
-        self._ended = False
+        self._ended = self._stopped = False
         with self._explained():
             self._evaluator = task.evaluator(data=scenario.data)
-            model = task.initial(scenario.seed)
+            model = initial_of(task, scenario.seed)
             self.kinds = tensor_kinds(task, model)
             found = settled(scenario, task)
         self._scenario = scenario = found.scenario
@@ -124,7 +124,8 @@ class Simulation:
     def run(self, check: Callable[[], None] = lambda: None) -> None:
         """Simulate until the scenario's end. ``check`` is called after each event and may raise.
 
-        Raises `FederationError` if no device can train. If some can, the others are named at the end.
+        Raises `FederationError` if no device can train, or if nothing was accepted by the end. If some can train, the
+        others are named at the end.
         """
         self.aggregator.start()
         self._made(0, self.aggregator.core.model.published)
@@ -133,22 +134,31 @@ class Simulation:
         last = self._scenario.end.seconds or math.inf
         while not self._ended and (when := self.clock.next_at) is not None and when <= last:
             if self.clock.now - self._made_at > QUIET_S:
+                self._check_versions("in two virtual days")
                 self._progress.say("no new version for two virtual days: the simulation ends")
                 break
             self.clock.step()
             check()
+        if not (self._stopped or self.moment().accepted):
+            self._check_versions(f"in {self.clock.now:,.0f} virtual seconds")
         model = self.aggregator.core.model
         if self._evaluated < model.version:
             self._evaluate(model.version, model.published)
         self._hear_devices(model.version, model.published)
         while len(self.carried) <= model.version:  # a version made at the time of the end
             self.carried.append(self._count())
-        for line in named(self._failing.reasons):
+        hidden = {device.name: device.hidden_failure for device in self.devices if device.hidden_failure}
+        for line in (*named(self._failing.reasons), *named(hidden, " cannot train, and sent noise")):
             self._progress.say(line)
 
     def stop(self) -> None:
         """End `run` after the current event; for calls from ``check``."""
-        self._ended = True
+        self._ended = self._stopped = True
+
+    def _check_versions(self, when: str) -> None:
+        """Raises `FederationError`, with what each device last said, if no version was made."""
+        if self.aggregator.core.model.version == 0:
+            raise nothing_made(when, self.moment().counts, {device.name: device.trouble for device in self.devices})
 
     def moment(self) -> Observation:
         """The current state of the federation, as from `Testbed.moment`."""
@@ -218,14 +228,14 @@ class Simulation:
     def _evaluate(self, version: int, vector: Vector) -> Evaluation:
         with self._explained():
             found = self._evaluator.evaluate(to_tensors(self.schema, vector))
+            metrics = Metrics(
+                version=version, samples=found.samples, split="test", values=found.finite, better=found.better
+            )
         end = self._scenario.end
         if self._evaluated < 0 and (fault := end.missing(found.values)):
             raise ConfigError(fault)
         end.check(found.values, found.better)
         self._evaluated = version
-        metrics = Metrics(
-            version=version, samples=found.samples, split="test", values=found.finite, better=found.better
-        )
         self.ledger.write(
             [records.MetricsReceived(device=setup.EVALUATOR, seq=version, metrics=metrics)], self.clock.now
         )

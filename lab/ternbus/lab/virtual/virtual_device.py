@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import assert_never
+from typing import Final, assert_never
 
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import frame
@@ -35,6 +35,8 @@ from ternbus.lab.hostile import HostileTrainer
 from ternbus.lab.virtual.clock import Alarm, Clock
 from ternbus.lab.virtual.memory_broker import Line, MemoryBroker, Session
 from ternbus.lab.virtual.training import Awaited
+
+COMPLAINTS: Final = {"bad-plan", "training-failed", "stale", "duplicate", "invalid"}  # events of a device's log
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +73,9 @@ class VirtualDevice:
         self.state = State(key=body.profile.key)
         self.happened: Counter[str] = Counter()  # counts of log events
         self.failures = 0  # trainings that failed
+        self.hidden_failure = ""  # why its last training failed, if it sent noise in its place
+        self.trouble = "it has said nothing"  # its last complaint; if it has none, the last line of its log
+        self._complained = False
         self._clock = clock
         self._body = body
         self._vectors = vectors
@@ -157,12 +162,18 @@ class VirtualDevice:
             case StartFineTuning() | SaveModel():
                 raise AssertionError("the simulation fine-tunes in last_report")
             case Stop():
+                self._remember(action.reason, is_complaint=True)
                 self.session.disconnect()
                 self._left(action)
             case Log():
                 self.happened[action.event] += 1
+                self._remember(action.text, is_complaint=action.event in COMPLAINTS)
             case _:
                 assert_never(action)
+
+    def _remember(self, text: str, *, is_complaint: bool) -> None:
+        if is_complaint or not self._complained:
+            self.trouble, self._complained = text, is_complaint
 
     def _train(self) -> None:
         job = self.core.training.running  # with the shared vector
@@ -178,6 +189,7 @@ class VirtualDevice:
         result = awaited()
         if isinstance(result, events.TrainingFinished):
             result = replace(result, metrics={**result.metrics, "seconds": seconds})
+        self.hidden_failure = result.failure if isinstance(result, events.TrainingFinished) else ""
         self.failures += isinstance(result, events.TrainingFailed | events.BudgetSpent)
         self._handle(result)
         self._after_training(self)
