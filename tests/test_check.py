@@ -91,7 +91,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"default_plan": {"schedule": "cosine"}}, "default_plan: schedule_versions is 0: cosine must end"),
     ({"default_plan": {"gradclip": 1}}, "gradclip is a key that nobody knows: do you mean grad_clip? A task"),
     ({"plan_keys": "flavour"}, "plan_keys is 'flavour': it must be a list of names"),
-    ({"plan_keys": [1]}, "plan_keys is (1,): it must be a list of at most 1000 names"),
+    ({"plan_keys": [1]}, "plan_keys has 1, which is no name of a plan key"),
     ({"trains": raising}, "train() raised IndexError: too few of them (test_check.py, line "),
     ({"trains": leaving}, "train() raised sys.exit(0) (test_check.py, line "),
     ({"trains": into_the_start}, "`start` is read-only: work on a copy"),
