@@ -249,7 +249,9 @@ def test_no_local_tensor_brings_samples_without_noise_into_a_training_under_samp
     for number, kept in ((1, b""), (2, b"" if fails else b"noisy")):
         assert device.disk is not None
         assert device.disk.outstanding is not None
-        device.arrive(scripted.status(), scripted.receipt("pi", DEVICE_KEY.key_id, device.disk.outstanding.seq, "accepted"))
+        device.arrive(
+            scripted.status(), scripted.receipt("pi", DEVICE_KEY.key_id, device.disk.outstanding.seq, "accepted")
+        )
         scripted.plan = {"dp": "sample", **PRIVATE}
         scripted.advance()
         device.arrive(*scripted.delta(number), scripted.head())

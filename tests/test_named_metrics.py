@@ -382,6 +382,8 @@ def test_classes_are_counted_by_name_and_too_many_left_out() -> None:
     assert counted(np.array([3, 1, 3])) == {"1": 1, "3": 2}
     assert class_counts_of(Counting({1: 2, "b": 0})) == {"1": 2, "b": 0}  # type: ignore[arg-type]
     assert class_counts_of(Counting(dict.fromkeys(range(257), 1))) == {}  # type: ignore[arg-type]
+    long = {f"{number}-{'x' * 100}": 1 for number in range(256)}  # more than the header of a message has room for
+    assert class_counts_of(Counting(long)) == {}  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="-1 samples of the class a"):
         class_counts_of(Counting({"a": -1}))  # type: ignore[arg-type]
     assert Metrics(version=0, samples=1, split="local", values={}).meta().keys() == {

@@ -21,7 +21,16 @@ from ternbus.edge.learn.task_loader import code_errors, described
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.torch.autotune import duration
 from ternbus.edge.torch.batches import inputs_of, with_inputs
-from ternbus.edge.torch.dp_checks import OUTPUTS, PROBES, check_alone, check_layers, check_outputs, check_unit, drawn, in_order
+from ternbus.edge.torch.dp_checks import (
+    OUTPUTS,
+    PROBES,
+    check_alone,
+    check_layers,
+    check_outputs,
+    check_unit,
+    drawn,
+    in_order,
+)
 from ternbus.edge.torch.objective import trainable
 from ternbus.edge.torch.tree import Tree, leaves, mapped, row_count
 
