@@ -437,3 +437,32 @@ def test_what_a_device_states_beside_its_evaluations_counts_whenever_it_changes(
             kept[name] += len(saved(bench.last, records.MetricsReceived))
     assert kept["honest"] == 40
     assert 5 < kept["restless"] < 11
+
+
+def test_log_lines_about_one_reason_are_few_and_say_how_many_were_left_out(make: Make) -> None:
+    bench = make(limits__log_lines_per_minute=2)
+    pi = bench.join("pi")
+    actions = bench.receive(pi.topic("update"), *[b"nonsense"] * 50)
+    lines = [action.text for action in actions if isinstance(action, events.Log)]
+    assert lines == ["dropped update of pi: not-a-frame: the payload is too short or does not begin with TBF1"] * 2
+    bench.receive("ternbus/1/lab/up/pi/upd\nate", b"x")  # another reason has lines of its own
+    assert any(isinstance(action, events.Log) and "unknown-topic" in action.text for action in bench.last)
+    bench.now += 60.0
+    (line, *_) = [each.text for each in bench.receive(pi.topic("update"), b"nonsense") if isinstance(each, events.Log)]
+    assert line.endswith("(and 48 more like it)")
+
+
+def test_a_log_line_is_one_line_whatever_a_peer_writes() -> None:
+    error = ProtocolError("unknown-topic", "a\nforged line\x1b[2J")
+    assert str(error) == "unknown-topic: a?forged line?[2J"
+
+
+def test_the_sum_without_a_revoked_device_is_the_sum_of_the_others(make: Make) -> None:
+    bench = make()
+    devices = {name: bench.join(name) for name in ("a", "bad", "b")}
+    blocks = {name: float32_block(bench.schema, seed) for seed, name in enumerate(devices)}
+    for name, device in devices.items():
+        bench.send(device, blocks[name], 0)
+    bench.revoke("bad")
+    expected = (blocks["a"].value() + blocks["b"].value()) / 2
+    np.testing.assert_allclose(bench.core.model._gathered.result().delta, expected, rtol=1e-6, atol=1e-7)

@@ -32,8 +32,8 @@ class TaskPlan:
         for name in names:
             if not isinstance(name, str) or not 0 < len(name) <= NAME_CHARS or not name.isprintable():
                 raise ConfigError(
-                    f"{KEYS} has {repr(name)[:NAME_CHARS]}, which is no name of a plan key: it must be a printable text "
-                    f"of at most {NAME_CHARS} characters"
+                    f"{KEYS} has {repr(name)[:NAME_CHARS]}, which is no name of a plan key: it must be a printable "
+                    f"text of at most {NAME_CHARS} characters"
                 )
         if unknown := [name for name in self.default if name not in plan_keys.KEYS]:
             raise ConfigError(f"{DEFAULT}: {unknown[0]!r} is not a documented key of a plan")
