@@ -244,6 +244,24 @@ def test_a_snapshot_that_does_not_come_is_looked_for_in_the_other_place_and_then
     assert has(follower, aggregator, 1)
 
 
+def test_the_other_place_is_rested_from_where_it_has_the_next_snapshot_before_all_parts_have_come() -> None:
+    aggregator = ScriptedAggregator()
+    follower, broker = connected()
+    aggregator.advance()
+    old = aggregator.snapshot()
+    aggregator.new_snapshot()
+    broker.silent = True
+    broker.perform(follower, follower.head_accepted(a_head(aggregator), 0.0), 0.0)
+    broker.perform(follower, follower.time_reached(30.0), 30.0)
+    broker.perform(follower, deliver(follower, old[:1], 30.0), 30.0)
+    aggregator.advance()
+    new = aggregator.new_snapshot()
+    assert [topic for topic, _ in new] == [topic for topic, _ in old]
+    broker.perform(follower, deliver(follower, new[1:], 31.0), 31.0)
+    assert broker.logs == ["snapshot-failed", "resting"]
+    assert (broker.subscribed, follower.due_s()) == (set(), 91.0)
+
+
 def test_a_snapshot_is_not_given_up_while_its_parts_keep_coming() -> None:
     aggregator = ScriptedAggregator()
     follower, broker = connected()
