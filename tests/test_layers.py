@@ -28,6 +28,7 @@ ARROWS = {
     "edge.learn": {*BUS, "edge.plan"},
     "edge.torch": {*BUS, "edge.plan", "edge.learn"},
     "edge.tasks": {*BUS, "edge.plan", "edge.learn", "edge.torch"},
+    "edge.adapters": {*BUS, "edge.plan", "edge.learn", "edge.torch"},
     "edge.core": {*BUS, "edge.plan", "edge.learn"},
     "edge.store": {*BUS, "edge.plan", "edge.core"},
     "edge.shell": {*BUS, "broker.link", "edge.plan", "edge.learn", "edge.core", "edge.store"},
@@ -66,7 +67,13 @@ CONFINED = {
     "paho": {"broker/ternbus/broker/link/client.py", "broker/ternbus/broker/link/connection.py"},
     # the second runs by its path alone (python -I -S), without this package, and asks for a larger pipe
     "fcntl": {"broker/ternbus/broker/files.py", "broker/ternbus/broker/server/refusals.py"},
-    "torch": {"edge_client/ternbus/edge/torch/", "edge_client/ternbus/edge/tasks/"},
+    "torch": {
+        "edge_client/ternbus/edge/torch/",
+        "edge_client/ternbus/edge/tasks/",
+        "edge_client/ternbus/edge/adapters/",
+    },
+    "sklearn": {"edge_client/ternbus/edge/adapters/sklearn.py", "edge_client/ternbus/edge/adapters/estimators.py"},
+    "scipy": {"edge_client/ternbus/edge/adapters/estimators.py"},
     "torchvision": {"edge_client/ternbus/edge/torch/torchvision_ops.py", "edge_client/ternbus/edge/tasks/"},
     "matplotlib": {"lab/ternbus/lab/report/", "lab/ternbus/lab/experiment/plot.py"},
     "rich": {"lab/ternbus/lab/report/progress.py"},
@@ -78,6 +85,11 @@ CONFINED = {
     "efficientnet_lite_pytorch": {"edge_client/ternbus/edge/tasks/cifar10_features.py"},
 }
 WITHOUT_TORCH = {
+    "edge_client/ternbus/edge/adapters/__init__.py",
+    "edge_client/ternbus/edge/adapters/estimators.py",
+    "edge_client/ternbus/edge/adapters/flower.py",
+    "edge_client/ternbus/edge/adapters/foreign.py",
+    "edge_client/ternbus/edge/adapters/sklearn.py",
     "edge_client/ternbus/edge/torch/__init__.py",
     "edge_client/ternbus/edge/tasks/__init__.py",
     "edge_client/ternbus/edge/tasks/digits_data.py",
