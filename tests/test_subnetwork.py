@@ -158,7 +158,7 @@ class Same(Wrong):
         (Wrong(), "the same tensor names"),
         (Wider(), "which is not within"),
         (Same(), "is as wide as the full one"),
-        (replace(digits.TASK, narrow=None), "the task digits has no narrower model"),
+        (digits.TASK.replaced(narrow=None), "the task digits has no narrower model"),
     ],
 )
 def test_what_is_no_narrower_form_is_refused_by_name(task: Task, message: str) -> None:

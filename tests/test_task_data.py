@@ -34,8 +34,9 @@ def test_a_device_has_what_its_writer_wrote_and_all_writers_together_have_everyt
     sizes = []
     for number in range(3):
         trainer = mnist_by_writer.TASK.trainer(data=folder, partition=f"natural:{number}")
-        assert torch.equal(trainer._inputs, inputs[owners == number])
-        assert torch.equal(trainer._targets, labels[owners == number])
+        own_inputs, own_labels = trainer.data.batch(slice(None))
+        assert torch.equal(own_inputs, inputs[owners == number])
+        assert torch.equal(own_labels, labels[owners == number])
         sizes.append(trainer.samples)
     assert sum(sizes) == len(inputs)
     with pytest.raises(ConfigError, match="natural:3: the natural devices of these data are numbered 0 to 2"):
@@ -62,10 +63,9 @@ def test_natural_parts_need_no_classes(folder: Path) -> None:
         name="own", model=lambda: torch.nn.Linear(2, 3), data=data, owners=lambda _: np.array([1, 0, 1, 1])
     )
     assert [trainer.samples for trainer in task.trainers(data=None, partitions=["natural:0", "natural:1"])] == [1, 3]
+    assert [task.trainer(data=None, partition=f"iid:{part}/2").samples for part in (0, 1)] == [2, 2]
     with pytest.raises(ConfigError, match="no classes"):
-        task.trainer(data=None, partition="iid:0/2")
-    with pytest.raises(ConfigError, match="no classes"):
-        task.trainer(data=None, partition="iid:0/2;test:0.3")
+        task.trainer(data=None, partition="dirichlet:1:0/2:0")
     ((trainer, held),) = halves_of(task, None, ["all"], 0.3)
     assert (trainer.samples, held.samples) == (3, 1)
     ((trainer, held),) = halves_of(task, None, ["natural:1"], 0.3)

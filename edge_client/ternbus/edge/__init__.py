@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ternbus.edge.plan.plan import Plan
     from ternbus.edge.plan.privacy import Cost
     from ternbus.edge.plan.tensors import FloatArray, Tensors
-    from ternbus.edge.torch.trainer import TorchTask
+    from ternbus.edge.torch.torch_task import TorchTask
 else:
     __getattr__, __dir__ = exports(
         __name__,
@@ -44,7 +44,7 @@ else:
             "ternbus.edge.plan.plan": ["Plan"],
             "ternbus.edge.plan.privacy": ["Cost"],
             "ternbus.edge.plan.tensors": ["FloatArray", "Tensors"],
-            "ternbus.edge.torch.trainer": ["TorchTask"],
+            "ternbus.edge.torch.torch_task": ["TorchTask"],
         },
     )
 

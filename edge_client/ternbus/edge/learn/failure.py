@@ -17,7 +17,7 @@ def describe(error: BaseException) -> str:
     """The reason and what to do, in one line. For a bug, file and line of the task's own code are named."""
     if isinstance(error, FederationError):
         return " ".join(str(error).split())
-    if _is_memory(error):
+    if is_memory(error):
         return f"out of memory ({described(error)}): lower the plan's batch_size, or give the device less data"
     if isinstance(error, OSError) and error.filename is not None:
         missing = isinstance(error, FileNotFoundError | NotADirectoryError)
@@ -40,19 +40,20 @@ def explained(task: str, *, lacks_data: bool = False) -> Iterator[None]:
         raise
     except code_errors() as error:
         text = f"the task {task} fails: {describe(error)}"
-        if _is_memory(error) or (isinstance(error, OSError) and error.errno not in WRONG_PATH):
+        if is_memory(error) or (isinstance(error, OSError) and error.errno not in WRONG_PATH):
             raise StorageError(text) from error
         raise ConfigError(f"{text}; if it needs data, name their folder with --data" if lacks_data else text) from error
 
 
 def trace_of(error: BaseException) -> str:
     """The traceback of a bug; empty for any failure that `describe` names whole."""
-    if isinstance(error, FederationError | OSError) or _is_memory(error):
+    if isinstance(error, FederationError | OSError) or is_memory(error):
         return ""
     return "".join(traceback.format_exception(error)).rstrip()[-TRACE_CHARS:]
 
 
-def _is_memory(error: BaseException) -> bool:
+def is_memory(error: BaseException) -> bool:
+    """Whether it says that the memory, of the machine or of its accelerator, does not suffice."""
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(text in described(error) for text in NO_MEMORY)
     )

@@ -121,6 +121,31 @@ class SharingTask(Protocol):
     def trainers(self, *, data: Path | None, partitions: Sequence[str]) -> Sequence[Trainer]: ...
 
 
+@runtime_checkable
+class PlacedTask(Protocol):
+    """A task that trains on a processor by name, such as "cpu" or "cuda:1"."""
+
+    def on_device(self, name: str) -> Task:
+        """The same task on this processor. Raises `ConfigError` if this machine does not have it."""
+        ...
+
+
+def placed(task: Task, processor: str) -> Task:
+    """The task on its owner's choice of processor; `task` itself for "" or "auto".
+
+    Raises `ConfigError` if this machine, or the task, does not have it.
+    """
+    if processor in ("", "auto"):
+        return task
+    if isinstance(task, PlacedTask):
+        return task.on_device(processor)
+    if processor == "cpu":
+        return task
+    raise ConfigError(
+        f"the task {task.name} has no device {processor!r}, since it does without PyTorch: leave out --device"
+    )
+
+
 def trainers_of(task: Task, data: Path | None, partitions: Sequence[str]) -> list[Trainer]:
     """A trainer for each partition. Raises `ConfigError` if there are no such data."""
     if isinstance(task, SharingTask):

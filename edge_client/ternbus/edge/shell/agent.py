@@ -27,7 +27,7 @@ from ternbus.edge.core.follower import InitialModel
 from ternbus.edge.core.profile import Profile, Role, subscriptions
 from ternbus.edge.learn.failure import explained
 from ternbus.edge.learn.subnetwork import narrow
-from ternbus.edge.learn.task import Task, Trainer, halves_of
+from ternbus.edge.learn.task import Task, Trainer, halves_of, placed
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.shell import key_rotation
 from ternbus.edge.shell.directory import DeviceDirectory, Settings
@@ -142,6 +142,7 @@ def check(settings: Settings, options: Options) -> None:
 
 def _data(settings: Settings, task: Task, role: Role) -> tuple[Trainer, Trainer | None]:
     """The trainer with the device's data, or an evaluator's with the test data; and one with the held-out data."""
+    task = placed(task, settings.processor)
     if role == "evaluate":
         return task.evaluator(data=settings.data_folder), None
     trained = narrow(task, settings.share_of_channels)

@@ -16,7 +16,7 @@ from ternbus.edge.learn import accountant
 from ternbus.edge.learn.failure import explained
 from ternbus.edge.learn.partition import FORMS, Partition
 from ternbus.edge.learn.subnetwork import narrow
-from ternbus.edge.learn.task import Task
+from ternbus.edge.learn.task import Task, placed
 from ternbus.edge.learn.task_loader import BUILT_IN_TASKS, absolute, expanded, load_task
 from ternbus.edge.plan.limits import TrainingLimits
 from ternbus.edge.plan.plan import Plan
@@ -53,6 +53,14 @@ Renew = Annotated[
 ]
 Width = Annotated[
     float, typer.Option(metavar="SHARE", help="Share of each layer's channels to train; less than 1 for a weak device.")
+]
+Processor = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="Processor that trains: cpu, cuda, cuda:1 or mps; else the plan's.",
+    ),
 ]
 HoldOut = Annotated[
     float,
@@ -116,6 +124,7 @@ def join(
     renew: Renew = False,
     hold_out: HoldOut = 0.0,
     width: Width = 1.0,
+    processor: Processor = "",
     frame_bytes: FrameBytes = FRAME_BYTES,
     then_run: Annotated[bool, typer.Option("--run", help="Train after joining, like `ternbus edge run`.")] = False,
     reports: Reports = False,
@@ -134,7 +143,8 @@ def join(
     Example: ternbus edge join pi-7.toml pi-7 --task digits --partition iid:0/8
     """
     printer = Printer(as_json=as_json)
-    at_its_default = (width, partition, frame_bytes, max_seconds, max_steps) == (1, "all", FRAME_BYTES, None, None)
+    kept = (width, processor, partition, frame_bytes, max_seconds, max_steps)
+    at_its_default = kept == (1, "", "all", FRAME_BYTES, None, None)
     _check_renew(renew, task, any((data, seed, username, password_file, dp, max_epsilon, hold_out, not at_its_default)))
     _check_run(then_run, bool(reports or fine_tune))
     Partition.parse(f"{partition};test:{hold_out!r}" if hold_out else partition)
@@ -147,10 +157,11 @@ def join(
             raise typer.Exit(printer.finish(stop, ended=True))
         printer.end(stop)
     elif not (then_run and home.has_joined(asked)):
-        model = _task_for(task, width, data)
+        model = _task_for(task, width, processor, data)
         settings = home.prepare(
             asked, task=absolute(task), data=data, partition=partition, seed=seed, hold_out=hold_out, width=width,
-            frame_bytes=frame_bytes, username=username, password_file=password_file, policy=policy, limits=limits,
+            processor=processor, frame_bytes=frame_bytes, username=username, password_file=password_file, policy=policy,
+            limits=limits,
         )  # fmt: skip
         agent.check(settings, options)
         stop = agent.join(home, settings, model, options, printer)
@@ -160,9 +171,9 @@ def join(
     raise typer.Exit(run_device(home, "train", options, as_json=as_json))
 
 
-def _task_for(name: str, width: float, data: Path | None) -> Task:
+def _task_for(name: str, width: float, processor: str, data: Path | None) -> Task:
     """The task. Raises `ConfigError` for what `edge run` would refuse, before the invitation is spent."""
-    narrow(task := load_task(name), width)
+    narrow(placed(task := load_task(name), processor), width)
     if data is not None and not expanded(data).exists():
         raise ConfigError(f"--data: {data} does not exist; correct it, and use the invitation again")
     return task
@@ -183,8 +194,8 @@ def _check_run(then_run: bool, others: bool) -> None:
 def _check_renew(renew: bool, task: str, others: bool) -> None:
     if renew and (task or others):
         raise ConfigError(
-            "--renew keeps task, data, partition, seed, login, privacy, hold-out, width, frame size and limits: "
-            "leave out these options"
+            "--renew keeps task, data, partition, seed, login, privacy, hold-out, width, processor, frame size and "
+            "limits: leave out these options"
         )
     if not renew and not task:
         raise ConfigError(f"no task is given: add --task with {TASKS}")

@@ -48,6 +48,7 @@ class Settings:
     data: str = ""  # a folder; empty if the task needs none
     partition: str = "all"
     hold_out: str = ""  # the share of the device's data that is never trained on
+    processor: str = ""  # that trains, as `edge join --device` takes it; empty for the plan's choice
     width: str = ""  # the share of each layer's channels that the device trains; empty for all
     seed: str = ""  # of the task's initial model
     username: str = ""  # at the broker; empty for the device's name
@@ -197,6 +198,7 @@ class DeviceDirectory:
         seed: int = 0,
         hold_out: float = 0.0,
         width: float = 1.0,
+        processor: str = "",
         frame_bytes: int = FRAME_BYTES,
         username: str = "",
         password_file: Path | None = None,
@@ -225,6 +227,7 @@ class DeviceDirectory:
             data=str(expanded(data).resolve()) if data is not None else "",
             partition=partition,
             width=repr(width) if width != 1 else "",
+            processor=processor,
             hold_out=repr(hold_out) if hold_out else "",
             seed=str(seed) if seed else "",
             frame_bytes=str(frame_bytes) if frame_bytes != FRAME_BYTES else "",

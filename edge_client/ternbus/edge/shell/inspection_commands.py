@@ -42,6 +42,7 @@ def status(
         "delta": state.account.delta,
         "hold_out": settings.hold_out or None,
         "width": settings.width or None,
+        "processor": settings.processor or None,
         "max_seconds": settings.limits.seconds,
         "max_steps": settings.limits.steps,
         "personal": str(directory / PERSONAL) if (directory / PERSONAL).exists() else None,

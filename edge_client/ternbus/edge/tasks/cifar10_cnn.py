@@ -4,7 +4,7 @@ from torch import nn
 
 from ternbus.edge.learn.subnetwork import channels
 from ternbus.edge.tasks import cifar10_data
-from ternbus.edge.torch.trainer import TorchTask
+from ternbus.edge.torch.torch_task import TorchTask
 
 
 def model(width: float = 1.0) -> nn.Module:

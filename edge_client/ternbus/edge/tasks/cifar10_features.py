@@ -23,7 +23,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import lock, replacing
 from ternbus.edge.tasks import cifar10_data
-from ternbus.edge.torch.trainer import Split, TorchTask
+from ternbus.edge.torch.torch_task import Split, TorchTask
 
 SIZE: Final = 128  # pixels, to which the images are enlarged: at 32 the features are poor
 FEATURES: Final = 1280  # channels of its last convolution

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.tasks import cifar10_data
-from ternbus.edge.torch.trainer import TorchTask
+from ternbus.edge.torch.torch_task import TorchTask
 
 from torchvision.models import MobileNet_V3_Small_Weights, mobilenet_v3_small  # isort: skip
 from torchvision.transforms import v2  # isort: skip

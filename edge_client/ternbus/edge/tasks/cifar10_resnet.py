@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ternbus.edge.tasks import cifar10_data
-from ternbus.edge.torch.trainer import TorchTask
+from ternbus.edge.torch.torch_task import TorchTask
 
 GROUPS = 8
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ternbus.edge.learn.subnetwork import channels
 from ternbus.edge.tasks import digits_data
-from ternbus.edge.torch.trainer import Split, TorchTask
+from ternbus.edge.torch.torch_task import Split, TorchTask
 
 
 def model(width: float = 1.0) -> nn.Module:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.tasks import idx
 from ternbus.edge.tasks.convolutions import two_convolutions
-from ternbus.edge.torch.trainer import Split, TorchTask
+from ternbus.edge.torch.torch_task import Split, TorchTask
 
 CLASSES = 62
 TRAIN = "emnist-byclass-train-images-idx3-ubyte"

@@ -25,7 +25,7 @@ from torch.nn import functional
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.learn.partition import Indices
 from ternbus.edge.learn.subnetwork import channels
-from ternbus.edge.torch.trainer import Split, TorchTask
+from ternbus.edge.torch.torch_task import Split, TorchTask
 
 PEOPLE = 30
 UNSEEN = (2, 4, 9, 10, 12, 13, 18, 20, 24)

@@ -15,7 +15,7 @@ from ternbus.broker.errors import ConfigError
 from ternbus.edge.learn.partition import Indices
 from ternbus.edge.tasks import idx
 from ternbus.edge.tasks.convolutions import two_convolutions
-from ternbus.edge.torch.trainer import Split, TorchTask
+from ternbus.edge.torch.torch_task import Split, TorchTask
 
 WRITER = 2  # its column
 FOLDER = Path("MNIST", "raw")

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ternbus.edge.plan.plan import Plan
+from ternbus.edge.torch.tree import Tree, leaves, mapped
 
+IMAGES = 4  # dimensions of a batch of them
 ROUNDS = 3
 GAIN = 0.95
 """Another way than the plain one must take at most this share of its time: a smaller gain may be chance."""
@@ -24,26 +26,30 @@ class Way:
 
     bfloat16: bool = False
     channels_last: bool = False
+    processor: str = "cpu"  # its kind
 
     def autocast(self) -> AbstractContextManager[object]:
-        return torch.autocast("cpu", dtype=torch.bfloat16) if self.bfloat16 else nullcontext()
+        return torch.autocast(self.processor, dtype=torch.bfloat16) if self.bfloat16 else nullcontext()
 
-    def laid_out(self, inputs: Tensor) -> Tensor:
-        """The inputs in the memory format. Convolutions keep the format of their input."""
-        return inputs.contiguous(memory_format=torch.channels_last) if self.channels_last else inputs
+    def laid_out(self, batch: Tree) -> Tree:
+        """The batch with its images in the memory format. Convolutions keep the format of their input."""
+        return mapped(_channels_last, batch) if self.channels_last else batch
 
     def metrics(self) -> dict[str, float]:
         """The metrics of an update that report this way; empty for the plain one."""
         return {name: 1.0 for name in ("bfloat16", "channels_last") if getattr(self, name)}
 
 
-def ways(plan: Plan, inputs: Tensor, dtype: torch.dtype | None) -> list[Way]:
-    """The ways that the plan allows for a model of this dtype and inputs of this shape, the plain one first."""
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == IMAGES else tensor
+
+
+def ways(plan: Plan, inputs: Tree, dtype: torch.dtype | None, processor: str = "cpu") -> list[Way]:
+    """The ways that the plan allows for a model of this dtype and inputs of these shapes, the plain one first."""
+    images = any(leaf.dim() == IMAGES for leaf in leaves(inputs))
     halves = _CHOICES.get(plan.precision, (plan.precision == "bfloat16",)) if dtype == torch.float32 else (False,)
-    lasts = (
-        _CHOICES.get(plan.memory_format, (plan.memory_format == "channels-last",)) if inputs.dim() == 4 else (False,)
-    )
-    return [Way(bfloat16=half, channels_last=last) for half, last in product(halves, lasts)]
+    lasts = _CHOICES.get(plan.memory_format, (plan.memory_format == "channels-last",)) if images else (False,)
+    return [Way(bfloat16=half, channels_last=last, processor=processor) for half, last in product(halves, lasts)]
 
 
 def fastest(

@@ -20,6 +20,8 @@ from ternbus.edge.learn import local_optimizer
 from ternbus.edge.learn.noise import ROUNDING, RandomSource
 from ternbus.edge.learn.task_loader import code_errors, described
 from ternbus.edge.plan.plan import Plan
+from ternbus.edge.torch.objective import trainable
+from ternbus.edge.torch.tree import Tree, leaves, mapped, row_count, some_rows
 
 ELEMENTS: Final = 2**18  # of gradients, converted to float64 at a time
 PROBES: Final = (2, 3)  # numbers of samples: one alone could be the size of another dimension by chance
@@ -27,11 +29,11 @@ PROBES: Final = (2, 3)  # numbers of samples: one alone could be the size of ano
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """What is minimized. Each function gives one row of outputs, and one of targets, for each sample."""
+    """What is minimized. Outputs and targets are trees of tensors, each with one row for each sample."""
 
-    predict: Callable[[Tensor], tuple[Any, Tensor]]  # numbers of samples -> the model's outputs, the targets
-    loss: Callable[[Any, Tensor], Tensor]  # outputs, targets -> the mean loss
-    probe: Callable[[int], tuple[Any, Tensor]]  # as `predict`, for this many samples that are 0
+    predict: Callable[[Tensor], tuple[Tree, Tree]]  # numbers of samples -> the model's outputs, the targets
+    loss: Callable[[Tree, Tree], Any]  # outputs, targets -> the mean loss
+    probe: Callable[[int], tuple[Tree, Tree]]  # as `predict`, for this many samples that are 0
 
 
 def descend(
@@ -146,10 +148,14 @@ class _Gradients:
         """
         for count in PROBES:
             try:
-                outputs, targets = self.objective.probe(count)
-                # The sum, since a loss may reject targets that are 0.
-                total = outputs.sum() if isinstance(outputs, Tensor) else self.objective.loss(outputs, targets)
-                total.backward()
+                outputs = [leaf for leaf in leaves(self.objective.probe(count)[0]) if leaf.is_floating_point()]
+                _check_outputs(outputs, count)
+                # Their sum, since a loss may reject targets that are 0.
+                torch.autograd.backward([leaf.sum() for leaf in outputs if leaf.requires_grad])
+            except ConfigError:
+                self._forget()
+                self._restore()
+                raise
             except code_errors() as error:
                 self._forget()
                 self._restore()
@@ -231,23 +237,24 @@ class _Gradients:
             self._restore()
         return loss, with_loss
 
-    def _loss(self, outputs: Any, targets: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def _loss(self, outputs: Tree, targets: Tree, count: int) -> tuple[Tensor, Tensor]:
         """If the loss raises an exception for some samples, another's outputs stand in for theirs, without gradient."""
         loss = self.objective.loss
         try:
-            return loss(outputs, targets), torch.ones(count, dtype=torch.bool)
+            return trainable(loss(outputs, targets)), torch.ones(count, dtype=torch.bool)
         except code_errors():
-            if not (isinstance(outputs, Tensor) and outputs.dim() and len(outputs) == len(targets) == count):
+            both = (outputs, targets)
+            if row_count(both) != count:
                 raise
-            usable = _usable(count, lambda chosen: loss(outputs[chosen].detach(), targets[chosen]))
+            usable = _usable(count, lambda chosen: loss(*mapped(Tensor.detach, some_rows(both, chosen))))
             if not usable.any():
                 raise _NoLossError from None
         first = int(usable.nonzero()[0])
-        outputs, targets = (
-            torch.where(usable.reshape(-1, *[1] * (each.dim() - 1)), each, each[first].detach())
-            for each in (outputs, targets)
-        )
-        return loss(outputs, targets), usable
+
+        def replaced(each: Tensor) -> Tensor:
+            return torch.where(usable.reshape(-1, *[1] * (each.dim() - 1)), each, each[first].detach())
+
+        return trainable(loss(*mapped(replaced, both))), usable
 
     def _of_samples(self, parameter: nn.Parameter, count: int) -> Tensor:
         found: object = getattr(parameter, "grad_sample", None)
@@ -298,6 +305,19 @@ def _usable(count: int, compute: Callable[[Tensor], object]) -> Tensor:
             else:
                 usable[group] = False
     return usable
+
+
+def _check_outputs(outputs: Sequence[Tensor], count: int) -> None:
+    """Raises `ConfigError` for outputs of a batch that are not those of its samples, such as a mean over them."""
+    if not any(output.requires_grad for output in outputs):
+        raise ConfigError('dp = "sample" cannot train this model: its outputs do not depend on its parameters')
+    for output in outputs:
+        if count not in output.shape:
+            raise ConfigError(
+                'dp = "sample" cannot train this model: one of its outputs has the shape '
+                f"{tuple(output.shape)} for {count} samples; let each output have a row for each sample, and compute "
+                "the loss in loss(outputs, targets)"
+            )
 
 
 def _check_unit(name: str, gradients: object, count: int) -> None:

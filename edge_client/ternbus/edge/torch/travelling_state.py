@@ -89,7 +89,7 @@ class TravellingState:
             elif not parameter and statistics_rate == 0:  # whatever the change is: 0 times infinity is NaN
                 arrays[name] = np.array(start[name], np.float32)
             else:
-                change = tensor.detach().double() - _rounded(tensor, start[name]).double()
+                change = tensor.detach().cpu().double() - _rounded(tensor, start[name]).cpu().double()
                 share = 1.0 if parameter else statistics_rate
                 arrays[name] = _float32(torch.tensor(start[name]).double() + share * change)
         return arrays
@@ -147,9 +147,9 @@ def _rounded(tensor: Tensor, values: FloatArray) -> Tensor:
 
 
 def _float32(tensor: Tensor) -> FloatArray:
-    return tensor.detach().to(torch.float32, copy=True).contiguous().numpy()
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous().numpy()
 
 
 def _digest(tensor: Tensor) -> bytes:
     values = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return blake2b(values.numpy().data, digest_size=16).digest()
+    return blake2b(values.cpu().numpy().data, digest_size=16).digest()

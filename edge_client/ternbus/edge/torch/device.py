@@ -1,0 +1,41 @@
+"""The processor that trains: the CPU, or an accelerator that this machine has."""
+
+import re
+from typing import Final
+
+import torch
+
+from ternbus.broker.errors import ConfigError
+
+AUTO: Final = "auto"
+_NAME: Final = re.compile(r"cpu|mps|cuda(:\d{1,3})?")
+
+
+def chosen(name: str) -> torch.device:
+    """The device of this name; for "auto" the first accelerator, else the CPU.
+
+    Raises `ConfigError` for a name of no device, or of one that this machine does not have.
+    """
+    if name == AUTO:
+        if torch.cuda.is_available():
+            return torch.device("cuda:0")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"device is {name!r}: it must be auto, cpu, cuda, cuda:N or mps")
+    device = torch.device("cuda:0" if name == "cuda" else name)
+    if device.type == "cuda" and device.index >= (found := torch.cuda.device_count()):
+        raise ConfigError(f'device is {name!r}, but this machine has {found} CUDA devices: use "auto" or "cpu"')
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError('device is "mps", which this machine does not have: use "auto" or "cpu"')
+    return device
+
+
+def generators(device: torch.device) -> list[int]:
+    """The numbers of the accelerators whose random numbers a training draws from, for `torch.random.fork_rng`."""
+    return [device.index] if device.type == "cuda" else []
+
+
+def free(device: torch.device) -> None:
+    """Return unused memory, after an attempt that had too little."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

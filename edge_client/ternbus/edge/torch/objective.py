@@ -1,0 +1,129 @@
+"""The loss of a batch: the task's own function of outputs and targets, or of model and batch."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ternbus.broker.errors import ConfigError
+from ternbus.edge.learn.task import TrainingError
+from ternbus.edge.plan.plan import Plan
+from ternbus.edge.torch.autotune import Way
+from ternbus.edge.torch.batches import inputs_of, is_pair
+from ternbus.edge.torch.tree import Tree, mapped
+
+if TYPE_CHECKING:
+    from ternbus.edge.torch.torch_task import TorchTask
+
+GENERAL_ARGUMENTS: Final = 3  # net, batch, plan
+_POSITIONAL: Final = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """The loss of a batch, and the model's outputs if they are known."""
+
+    value: Any
+    outputs: Tree | None = None
+
+
+def is_general(loss: Callable[..., Any]) -> bool:
+    """Whether it takes (net, batch, plan), and not (outputs, targets)."""
+    try:
+        parameters = inspect.signature(loss).parameters.values()
+    except (TypeError, ValueError):  # of a function without a signature, such as a compiled one
+        return False
+    needed = [each for each in parameters if each.default is each.empty and each.kind in _POSITIONAL]
+    return len(needed) == GENERAL_ARGUMENTS
+
+
+class Objective:
+    """The loss of a task's batches, whichever form of `loss` it has."""
+
+    def __init__(self, task: "TorchTask") -> None:
+        self._task = task
+        self._own = task.has_own("loss")
+        self.general = self._own and is_general(task.loss)
+
+    def of(self, net: nn.Module, batch: Tree, plan: Plan, way: Way) -> Loss:
+        """The loss and, if they are known, the outputs of a batch."""
+        task = self._task
+        if self.general:
+            with way.autocast():
+                return read(task.loss(net, way.laid_out(batch), plan))
+        with way.autocast():
+            outputs = task.predict(net, way.laid_out(batch))
+        if way.bfloat16:
+            outputs = mapped(_as_float32, outputs)
+        return Loss(self.simple(outputs, task.targets(batch)), outputs)
+
+    def simple(self, outputs: Tree, targets: Tree) -> Any:
+        """The loss of outputs and targets; without one, the outputs' own, or cross entropy."""
+        if self._own:
+            loss: Callable[..., Any] = self._task.loss
+            return loss(outputs, targets)
+        found = read(outputs)
+        return functional.cross_entropy(outputs, targets) if found.outputs is None else found.value
+
+    def outputs(self, net: nn.Module, batch: Tree, found: Loss) -> Tree | None:
+        """The outputs for metrics; None if the loss gives none, and the task does not say how to predict."""
+        if found.outputs is None and (self._task.has_own("predict") or self._task.has_own_metrics):
+            return self._task.predict(net, batch)
+        return found.outputs
+
+
+def called(net: nn.Module, batch: Tree) -> Tree:
+    """The model's outputs: a pair's inputs are its one argument, a dict's entries its named ones."""
+    if isinstance(batch, Mapping):
+        return net(**batch)
+    if isinstance(batch, tuple | list) and not is_pair(batch):
+        raise ConfigError(
+            f"the data have {len(batch)} parts: nest them as (inputs, targets), or give the task its own "
+            "loss(net, batch, plan) and predict(net, batch)"
+        )
+    return net(inputs_of(batch))
+
+
+def read(result: Any) -> Loss:
+    """What a loss of (net, batch, plan) returned: the loss, (loss, outputs), or outputs with a loss in them."""
+    if isinstance(result, tuple) and len(result) == 2 and not hasattr(result, "_fields"):
+        return Loss(*result)
+    if isinstance(result, Mapping) and "loss" in result:
+        return Loss(result["loss"], result)
+    if not isinstance(result, Tensor) and getattr(result, "loss", None) is not None:
+        return Loss(result.loss, result)
+    return Loss(result)
+
+
+def trainable(value: Any) -> Tensor:
+    """The loss, if it is one number that gradients can be computed of. Raises `TrainingError` otherwise."""
+    if not isinstance(value, Tensor):
+        raise TrainingError(
+            f"loss() returned {type(value).__name__}: in training it must return a tensor, from which gradients follow"
+        )
+    if value.numel() != 1:
+        raise TrainingError(f"loss() returned a tensor of shape {tuple(value.shape)}: it must return the batch's mean")
+    if not value.requires_grad:
+        raise TrainingError(
+            "loss() returned a tensor that does not depend on the model's parameters: is something detached, "
+            "or under torch.no_grad()?"
+        )
+    return value.reshape(())
+
+
+def number(value: Any, what: str) -> float:
+    """One number of a tensor, a numpy array or a Python number. Raises `ConfigError` for anything else."""
+    try:
+        return float(value.detach() if isinstance(value, Tensor) else value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        shape = tuple(getattr(value, "shape", ()))
+        kind = f"{type(value).__name__}{f' of shape {shape}' if shape else ''}"
+        raise ConfigError(f"{what} returned {kind}: it must return one number") from error
+
+
+def _as_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor

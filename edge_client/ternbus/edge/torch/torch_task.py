@@ -1,0 +1,278 @@
+"""Tasks in PyTorch: a model, its data, and how a device trains and evaluates.
+
+How it is made. A `TorchTask` is given functions, or it is subclassed and has them as methods; an argument of the
+constructor replaces the method of its name, so that both are one. Samples go through these, in this order:
+
+dataset(folder, split)               all samples (`forms.py`, `samples.py`), of which a device has a part
+collate(samples)                     a batch of the items of a Dataset; tensors need none
+augment(inputs)                      in training, for each sample alone
+predict(net, batch)                  the outputs
+loss(net, batch, plan)               the loss; as loss(outputs, targets) where it needs no more
+train_step(net, batch, plan, optimizers)     one step, where a loss and one optimizer are not enough (`steps.py`)
+metrics                              of all outputs and targets of a split (`scoring.py`)
+
+A batch, and what a model returns, is any tree of tensors (`tree.py`); which part of a batch are inputs and which are
+targets says `batches.py`. `trainer.py` runs the steps and the evaluation.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ternbus.broker.errors import ConfigError
+from ternbus.edge.learn.metric import Metric
+from ternbus.edge.learn.partition import Indices, Partition, select
+from ternbus.edge.plan.plan import Plan
+from ternbus.edge.plan.tensors import FloatArray
+from ternbus.edge.torch import device as devices
+from ternbus.edge.torch import objective, scoring
+from ternbus.edge.torch.batches import targets_of
+from ternbus.edge.torch.forms import samples_of
+from ternbus.edge.torch.samples import Samples
+from ternbus.edge.torch.travelling_state import TravellingState
+from ternbus.edge.torch.tree import Tree
+
+if TYPE_CHECKING:
+    from ternbus.edge.torch.trainer import TorchTrainer
+
+Split = Literal["train", "test"]
+ARGUMENTS: Final = (
+    "name", "model", "data", "default_plan", "loss", "metric", "metrics", "augment", "owners", "narrow", "collate",
+    "workers", "device", "predict", "optimizers", "train_step",
+)  # fmt: skip
+
+
+class TorchTask:
+    """A task in PyTorch. `model` and `data` are needed; docs/tasks.md has a table of all arguments.
+
+    Each argument of the constructor is a method or an attribute of the same name, for a subclass to define. A subclass
+    without a `name` is named after its class.
+
+    `model()` returns a model with random weights; its frozen tensors (`requires_grad` False) must be the same each
+    time. `data(folder, split)`, as a method `dataset`, returns (inputs, targets) with a row for each sample, or another
+    form of data, and raises `ConfigError` if there are none; uint8 inputs (images) reach the model as float32 in 0…1.
+    `loss` takes (outputs, targets), or (net, batch, plan), and returns the batch's mean. `metric`, named accuracy, and
+    `metrics`, a dict of name to function, take the outputs and the targets of a whole split.
+
+    Raises `ConfigError` for metrics that are none.
+    """
+
+    name: str
+    default_plan: Mapping[str, object] = {}
+    workers: int = 0
+    """The number of processes that read a Dataset, as DataLoader's num_workers."""
+    device: str = devices.AUTO
+    """The processor that trains: "auto", "cpu", "cuda", "cuda:1" or "mps"; "auto" follows the plan's."""
+    metric: Callable[[Any, Any], Any] | Metric | None = None
+    metrics: Any = None
+    """Name -> function or `Metric`; a method may return this dict."""
+    collate: Callable[[Sequence[Any]], Tree] | None = None
+    """Samples of a Dataset -> a batch, as DataLoader's collate_fn."""
+    narrow: Callable[[float], nn.Module] | None = None
+    data: Callable[[Path | None, Split], Any]
+    owners: Callable[[Path | None], Any] | None = None
+
+    def __init__(
+        self,
+        *,
+        name: str | None = None,
+        model: Callable[[], nn.Module] | None = None,
+        data: Callable[[Path | None, Split], Any] | None = None,
+        default_plan: Mapping[str, object] | None = None,
+        loss: Callable[..., Any] | None = None,
+        metric: Callable[[Any, Any], Any] | Metric | None = None,
+        metrics: Mapping[str, Callable[[Any, Any], Any] | Metric] | None = None,
+        augment: Callable[[Any], Any] | None = None,
+        owners: Callable[[Path | None], Any] | None = None,
+        narrow: Callable[[float], nn.Module] | None = None,
+        collate: Callable[[Sequence[Any]], Any] | None = None,
+        workers: int | None = None,
+        device: str | None = None,
+        predict: Callable[[nn.Module, Any], Any] | None = None,
+        optimizers: Callable[[nn.Module, Plan], Any] | None = None,
+        train_step: Callable[[nn.Module, Any, Plan, Any], Any] | None = None,
+    ) -> None:
+        given = {each: value for each, value in locals().items() if each in ARGUMENTS and value is not None}
+        vars(self).update(given)
+        if not isinstance(getattr(self, "name", None), str):
+            self.name = type(self).__name__
+        self.measured()
+
+    # -- what a subclass may define
+
+    def model(self) -> nn.Module:
+        raise ConfigError(f"the task {self.name} has no model: give TorchTask(model=…), or a method model()")
+
+    def dataset(self, folder: Path | None, split: Split) -> Any:
+        """All samples of "train" or "test", in one of the forms of `forms.FORMS`."""
+        if getattr(self, "data", None) is None:
+            raise ConfigError(f"the task {self.name} has no data: give TorchTask(data=…), or a method dataset()")
+        return self.data(folder, split)
+
+    def owner(self, folder: Path | None) -> Any:
+        """A label of the owner of each training sample, of any kind, for `--partition natural:I`; None without owners.
+
+        The owners are numbered in the order of their labels.
+        """
+        return None if self.owners is None else self.owners(folder)
+
+    def augment(self, inputs: Tree) -> Tree:
+        """Changed inputs of one sample, in training only, drawn from torch's random numbers.
+
+        The constructor's argument takes the inputs of a batch instead, except for a transform of torchvision, which
+        would draw once for all of them, and for `per_sample(function)`.
+        """
+        return inputs
+
+    def augment_batch(self, inputs: Tree) -> Tree:
+        """The same for the inputs of a batch at once, with random numbers for each sample: where that is faster."""
+        return inputs
+
+    def predict(self, net: nn.Module, batch: Tree) -> Tree:
+        """The outputs: net(inputs) of a pair, net(**batch) of a dict."""
+        return objective.called(net, batch)
+
+    def targets(self, batch: Tree) -> Tree:
+        """What a metric compares the outputs of a batch with."""
+        return targets_of(batch)
+
+    def loss(self, net: nn.Module, batch: Tree, plan: Plan) -> Any:  # noqa: ARG002 - others need it
+        """The loss of a batch, its mean; or (loss, outputs), which saves an evaluation a second forward pass.
+
+        Cross entropy of the classes in the targets, unless the model's outputs have a `loss`.
+        """
+        outputs = self.predict(net, batch)
+        found = objective.read(outputs)
+        if found.outputs is not None:
+            return found.value, outputs
+        return functional.cross_entropy(outputs, self.targets(batch)), outputs
+
+    def optimizers(self, net: nn.Module, plan: Plan) -> Any:  # noqa: ARG002 - others need it
+        """For a `train_step` of one's own: modules, lists of parameters, or optimizers; in a dict or list if several.
+
+        A `PlanOptimizer` takes the place of each module and list. None is one for all parameters.
+        """
+        return None
+
+    def train_step(self, net: nn.Module, batch: Tree, plan: Plan, optimizers: Any) -> Any:
+        """One step on a batch. Returns its loss, or a dict of name to number; their means are reported.
+
+        `plan.learning_rate` is the rate of the version. The trainer counts the steps and the seconds.
+        """
+        loss = objective.trainable(objective.read(self.loss(net, batch, plan)).value)
+        optimizers.minimize(loss)
+        return loss
+
+    # -- what a federation uses
+
+    def initial(self, seed: int) -> dict[str, FloatArray]:
+        """Version 0 of the model. Raises `ConfigError` for a model that cannot be trained in a federation."""
+        travelling = TravellingState(self._drawn(seed))
+        if fixed := travelling.fixed:
+            again = TravellingState(self._drawn(seed + 1)).fixed
+            if differ := [name for name in fixed if fixed[name] != again.get(name)]:
+                raise ConfigError(
+                    f"the task {self.name}: {differ[0]} is frozen and not sent, but differs in each call of model(): "
+                    "load it from a checkpoint, or draw it with a fixed seed"
+                )
+        return travelling.arrays()
+
+    def _drawn(self, seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.model()
+
+    def narrowed(self, width: float) -> "TorchTask":
+        """The same task with a narrower model. Raises `ConfigError` if it has none."""
+        if (make := self.narrow) is None:
+            raise ConfigError(
+                f"the task {self.name} has no narrower model: add TorchTask(narrow=…), or leave out --width"
+            )
+        return self.replaced(model=lambda: make(width), narrow=None)
+
+    def on_device(self, name: str) -> "TorchTask":
+        """The same task on this processor. Raises `ConfigError` if this machine does not have it."""
+        devices.chosen(name)
+        return self.replaced(device=name)
+
+    def replaced(self, **changed: Any) -> "TorchTask":
+        """The same task with other arguments."""
+        made = copy.copy(self)
+        vars(made).update(changed)
+        return made
+
+    def trainer(self, *, data: Path | None, partition: str) -> "TorchTrainer":
+        return self.trainers(data=data, partitions=[partition])[0]
+
+    def trainers(self, *, data: Path | None, partitions: Sequence[str]) -> list["TorchTrainer"]:
+        """Trainers for many devices in one process, used one at a time: they share a model and the data."""
+        from ternbus.edge.torch.trainer import Shared, TorchTrainer  # noqa: PLC0415 - it imports this module
+
+        parsed = [Partition.parse(partition) for partition in partitions]
+        samples = self._samples(data, "train", with_labels=any(_needs_classes(each) for each in parsed))
+        shared = Shared(self)
+        owners = self._owners(data, len(samples)) if any(each.natural for each in parsed) else None
+        return [TorchTrainer(self, self._part(samples, owners, partition), shared) for partition in partitions]
+
+    def evaluator(self, *, data: Path | None) -> "TorchTrainer":
+        from ternbus.edge.torch.trainer import Shared, TorchTrainer  # noqa: PLC0415 - it imports this module
+
+        return TorchTrainer(self, self._samples(data, "test"), Shared(self))
+
+    def _samples(self, folder: Path | None, split: Split, *, with_labels: bool = False) -> Samples:
+        given = self.dataset(folder, split)
+        return samples_of(given, task=self.name, collate=self.collate, workers=self.workers, with_labels=with_labels)
+
+    def _owners(self, folder: Path | None, samples: int) -> Indices | None:
+        """The number of each training sample's owner, from 0; None without owners."""
+        given = self.owner(folder)
+        if given is None:
+            return None
+        labels = np.asarray(given)
+        if labels.ndim != 1 or len(labels) != samples:
+            raise ConfigError(
+                f"the task {self.name} has {labels.size} owners of {samples} samples: "
+                "owners() must return one for each training row"
+            )
+        return np.unique(labels, return_inverse=True)[1].astype(np.int64)
+
+    def _part(self, samples: Samples, owners: Indices | None, partition: str) -> Samples:
+        if partition == "all":
+            return samples
+        parsed = Partition.parse(partition)
+        labels = samples.labels() if _needs_classes(parsed) else None
+        classes = labels is not None and labels.dtype.kind in "iub"
+        if not classes and not parsed.half and _needs_classes(parsed):
+            raise ConfigError(f"the task {self.name} has no classes to split by: use --partition all")
+        known = labels if labels is not None and classes else np.zeros(len(samples), np.int64)
+        return samples.part(select(partition, known, owners))
+
+    def measured(self) -> dict[str, Metric]:
+        """The metrics by name, accuracy where there are none. Raises `ConfigError` for what is no metric."""
+        return scoring.checked(self._given_metrics(), self.name)
+
+    def _given_metrics(self) -> Any:
+        given = self.metrics() if callable(self.metrics) else self.metrics
+        if self.metric is not None:
+            own: dict[str, Any] = {scoring.ACCURACY: self.metric}
+            return own if given is None else own | given
+        return {scoring.ACCURACY: scoring.accuracy_of_classes} if given is None else given
+
+    @property
+    def has_own_metrics(self) -> bool:
+        return self.metric is not None or self.metrics is not None
+
+    def has_own(self, name: str) -> bool:
+        """Whether this task defines the method, as an argument or in its class."""
+        return name in vars(self) or getattr(type(self), name) is not getattr(TorchTask, name)
+
+
+def _needs_classes(partition: Partition) -> bool:
+    """Whether the part depends on the samples' classes: a split of equal shares, or by owner, does not."""
+    return bool(partition.half) or not (partition.whole or np.isinf(partition.alpha))
