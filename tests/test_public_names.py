@@ -18,7 +18,7 @@ PUBLIC = {
         ConfigError Cost Evaluation FloatArray Metric Plan PrivateTrainer RandomSource SharingTask Task Tensors
         TorchTask Trained Trainer TrainingError channels epsilon higher load_task lower select
     """,
-    "ternbus.edge.adapters": "Context FlowerTask SklearnTask",
+    "ternbus.edge.adapters": "Context FlowerTask HuggingFaceTask LightningTask SklearnTask",
     "ternbus.broker": """
         AGGREGATOR Arrived Block Collector ConfigError Connected Delta Disconnected Endpoint Enroll FRAME_BYTES
         FederationError Frame Grant Head Identity Invitation KeyId Link LinkError LinkEvent Metrics Offer ProtocolError

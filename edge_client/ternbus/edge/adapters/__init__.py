@@ -9,14 +9,18 @@ from ternbus.broker.exports import exports
 
 if TYPE_CHECKING:
     from ternbus.edge.adapters.flower import Context, FlowerTask
+    from ternbus.edge.adapters.hugging_face import HuggingFaceTask
+    from ternbus.edge.adapters.lightning import LightningTask
     from ternbus.edge.adapters.sklearn import SklearnTask
 else:
     __getattr__, __dir__ = exports(
         __name__,
         {
             "ternbus.edge.adapters.flower": ["Context", "FlowerTask"],
+            "ternbus.edge.adapters.hugging_face": ["HuggingFaceTask"],
+            "ternbus.edge.adapters.lightning": ["LightningTask"],
             "ternbus.edge.adapters.sklearn": ["SklearnTask"],
         },
     )
 
-__all__ = ["Context", "FlowerTask", "SklearnTask"]
+__all__ = ["Context", "FlowerTask", "HuggingFaceTask", "LightningTask", "SklearnTask"]
