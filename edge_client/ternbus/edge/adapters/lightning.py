@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 from torch import nn
 
+import ternbus.edge.torch.torchvision_ops  # noqa: F401 - before a library that imports torchvision
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.direction import Direction
 from ternbus.edge.adapters.foreign import seeded
@@ -85,7 +86,9 @@ class LightningTask(TorchTask):
 
     def trainers(self, *, data: Path | None, partitions: Sequence[str]) -> list["LightningTrainer"]:  # type: ignore[override]
         module = self.model()
-        return [LightningTrainer(self, each.data, module) for each in super().trainers(data=data, partitions=partitions)]
+        return [
+            LightningTrainer(self, each.data, module) for each in super().trainers(data=data, partitions=partitions)
+        ]
 
     def evaluator(self, *, data: Path | None) -> "LightningTrainer":  # type: ignore[override]
         return LightningTrainer(self, super().evaluator(data=data).data, self.model())
