@@ -19,7 +19,7 @@ from ternbus.edge.tasks.digits_data import load
 lightning = pytest.importorskip("lightning")
 
 
-class Digits(lightning.LightningModule):  # type: ignore[misc]  # its library has no type here
+class Digits(lightning.LightningModule):  # type: ignore[misc, name-defined]  # pytest gives it without types
     def __init__(self, lr: float = 0.01) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -109,7 +109,7 @@ def test_the_plan_s_rate_reaches_the_optimizer_and_defaults_to_the_module_s() ->
     class Attribute(Digits):
         def __init__(self) -> None:
             super().__init__()
-            self.learning_rate = 0.125
+            self.learning_rate: Any = 0.125
 
         def configure_optimizers(self) -> Any:
             rates.append(self.learning_rate)

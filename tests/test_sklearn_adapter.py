@@ -261,7 +261,7 @@ def test_what_cannot_be_averaged_is_refused_with_what_to_use(estimator: Any, wor
 
 
 def test_a_model_of_another_library_is_refused() -> None:
-    class Booster(BaseEstimator):
+    class Booster(BaseEstimator):  # type: ignore[misc]  # its library has no annotations
         __module__ = "xgboost.sklearn"
 
     with pytest.raises(ConfigError, match="cannot train a Booster in a federation: it is made of trees"):
@@ -269,7 +269,7 @@ def test_a_model_of_another_library_is_refused() -> None:
 
 
 def test_a_subclass_of_an_estimator_is_that_estimator() -> None:
-    class Mine(SGDClassifier):
+    class Mine(SGDClassifier):  # type: ignore[misc]  # likewise
         pass
 
     assert task_of(Mine()).initial(0)["coef_"].shape == (CLASSES, PIXELS)

@@ -306,7 +306,7 @@ def _count(found: Any, what: str) -> int:
 def _number(found: Any, what: str) -> float:
     if not isinstance(found, Real | np.generic) and not (isinstance(found, np.ndarray) and found.size == 1):
         _fail(f"{what} of type {type(found).__name__}: return a number")
-    return float(found)  # type: ignore[arg-type]  # an array of one element too
+    return float(found)  # an array of one element too
 
 
 def _numbers(found: Any, what: str) -> dict[str, float]:

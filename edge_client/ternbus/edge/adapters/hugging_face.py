@@ -40,8 +40,9 @@ class HuggingFaceTask(TorchTask):
     tokens; longer ones are cut.
 
     With `peft`, a LoraConfig or another configuration of PEFT, or a function that returns one, only what PEFT trains
-    travels: the adapters, and the modules that it names in `modules_to_save`, such as a new head. `ffa` freezes LoRA's A, which every device draws
-    alike (FFA-LoRA). Without `peft` all parameters are trained, or those whose names match a pattern of `trained`.
+    travels: the adapters, and the modules that it names in `modules_to_save`, such as a new head. `ffa` freezes LoRA's
+    A, which every device draws alike (FFA-LoRA). Without `peft` all parameters are trained, or those whose names match
+    a pattern of `trained`.
 
     Frozen weights do not travel: every device must load the same. Other arguments are those of `TorchTask`. Raises
     `ConfigError` if PEFT is missing, or the arguments contradict each other.
@@ -108,7 +109,7 @@ class HuggingFaceTask(TorchTask):
             raise ConfigError(f"{what} returned {len(texts)} texts and {len(targets)} labels")
         return [{"input_ids": row, "labels": label} for row, label in zip(inputs, targets, strict=True)]
 
-    def collate(self, samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:  # type: ignore[override]
+    def collate(self, samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """A batch with `input_ids` and `attention_mask`, [samples, tokens of the longest], and `labels`."""
         rows = [sample["input_ids"] for sample in samples]
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
@@ -151,7 +152,7 @@ def _freeze_a(net: nn.Module) -> int:
             drawn = (2 * random.random_sample(tuple(parameter.shape)) - 1) / np.sqrt(parameter[0].numel())
             with torch.no_grad():
                 parameter.copy_(torch.from_numpy(drawn))
-            parameter.requires_grad_(requires_grad=False)
+            parameter.requires_grad = False
             found += 1
     return found
 

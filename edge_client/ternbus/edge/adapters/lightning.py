@@ -147,9 +147,8 @@ class LightningTrainer:
     def _trainer(self, module: nn.Module, asked: str, **options: object) -> Any:
         own = self._task.device
         device = devices.chosen(asked if own == AUTO else own)
-        place = {"accelerator": "gpu" if device.type == "cuda" else device.type, "devices": [device.index or 0]}
-        if device.type != "cuda":
-            place["devices"] = 1
+        cuda = device.type == "cuda"
+        place = {"accelerator": "gpu" if cuda else device.type, "devices": [device.index] if cuda else 1}
         make = _library(module).Trainer
         return make(**{**QUIET, **place, **self._task.options, **options})
 

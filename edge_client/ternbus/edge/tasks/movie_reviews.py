@@ -116,8 +116,9 @@ def _lora() -> Any:
 
 def _task(name: str, rate: float, **arguments: Any) -> HuggingFaceTask:
     plan = {"optimizer": "adamw", "learning_rate": rate, "batch_size": 16, "local_steps": 6}
-    common = {"base": base, "tokenizer": tokenizer, "data": data, "max_tokens": MAX_TOKENS, "default_plan": plan}
-    return HuggingFaceTask(name=name, **common, **arguments)
+    return HuggingFaceTask(
+        name=name, base=base, tokenizer=tokenizer, data=data, max_tokens=MAX_TOKENS, default_plan=plan, **arguments
+    )
 
 
 LORA_TASK = _task("reviews-lora", 2e-3, peft=_lora)
