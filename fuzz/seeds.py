@@ -32,10 +32,14 @@ def seeds() -> dict[str, Seeds]:
     frames |= {f"part-{i}": bytes.fromhex(frame) for i, frame in enumerate(vectors["message_in_3_parts"]["frames"])}
     schema = bytes.fromhex(vectors["schema"]["bytes"])
     vector = bytes.fromhex(vectors["vector"]["float32"])
-    refused = {_slug("bad", name): bytes.fromhex(bad) for name, bad in vectors["malformed_frames"].items()}
+    malformed = vectors["malformed_frames"] | vectors["malformed_metrics"]
+    refused = {_slug("bad", name): bytes.fromhex(bad) for name, bad in malformed.items()}
+    only_meta_shows = {_slug("bad", name) for name in ("base 2^62 + 1", *vectors["malformed_metrics"])}
+    metrics = {name: bytes.fromhex(vectors["metrics"][name]) for name in ("frame", "plain_frame")}
     return {
-        "frame": frames | {name: bad for name, bad in refused.items() if "base" not in name},  # which only meta shows
+        "frame": frames | {name: bad for name, bad in refused.items() if name not in only_meta_shows},
         "header": _headers(frames)
+        | {_slug("metrics", name): parse(frame).header for name, frame in metrics.items()}
         | {name: bad[8 : 8 + int.from_bytes(bad[4:8], "little")] for name, bad in refused.items()},
         "block": _blocks(vectors),
         "schema": {"vectors": schema, "one": msgpack.packb([["w", [3], "dense"]])},
@@ -45,6 +49,14 @@ def seeds() -> dict[str, Seeds]:
         "scenario-toml": {
             "example": (ROOT / "lab" / "ternbus" / "lab" / "example.toml").read_bytes(),
             "full": SCENARIO.encode(),
+        },
+        "task-plan": {
+            "empty": b"[]\n{}",
+            "digits": b'["flavour"]\n{"local_epochs": 6, "batch_size": 16, "momentum": 0.9, "codec": "ternary"}',
+            "schedule": b'[]\n{"schedule": "cosine", "schedule_versions": 9, "local_steps": null, "seal": true}',
+            "bad-schedule": b'[]\n{"schedule": "cosine"}',
+            "bad-name": b'[""]\n{}',
+            "bad-key": b'["a"]\n{"a": 1}',
         },
         "broker-log": {"mosquitto": b"\xfe" + MOSQUITTO.encode(), "nats": b"\xff" + NATS.encode()},
         "update": _peer(frames),
@@ -110,7 +122,8 @@ def _aggregator() -> Seeds:
     table = {"federation": "lab", "broker": "mqtt://127.0.0.1:1883"}
     plan = {"local_epochs": 0.5, "codec": "ternary", "seal": True, "seed": 7, "own": ["a", 1, 2.5, False], "ü": "\x7f"}
     chosen: dict[str, Any] = {**table, "plan": plan, "optimizer": {"name": "fedavgm"}, "downlink": {"codec": "float32"}}
-    named = {"default": table, "chosen": chosen}
+    check = {"task_keys": ["own", "ü"], "allowed_keys": [], "default_plan": {"momentum": 0.5}}
+    named = {"default": table, "chosen": chosen, "checked": {**chosen, "plan_check": check}}
     return {name: settings.dumps(settings.from_table(each)).encode() for name, each in named.items()}
 
 
@@ -121,7 +134,9 @@ def _peer(frames: Seeds) -> Seeds:
     metas = {
         "status": Status(state="idle", session=1).meta(),
         "offer": Offer(base=0, parts=3).meta(),
-        "metrics": Metrics(version=0, samples=9, split="local", values={"loss": 0.5}).meta(),
+        "metrics": Metrics(
+            version=0, samples=9, split="local", values={"loss": 0.5}, better={"loss": "lower"}, classes={"a": 4}
+        ).meta(),
         "enroll": Enroll(public_key=peer.KEY.public).meta(),
     }
     found = {kind: _input(kind, about, b"") for kind, about in metas.items()}
@@ -160,6 +175,7 @@ engine = "nats"
 versions = 9
 seconds = 10.5
 accuracy = 0.9
+metric = { name = "mae", at_most = 0.3 }
 [aggregator.merge]
 buffer_size = 2
 [[fault]]

@@ -15,6 +15,9 @@ import zstandard
 
 from fuzz import peer
 from ternbus.aggregator import settings
+from ternbus.aggregator.plan_settings import PlanCheck
+from ternbus.aggregator.store.device_metrics import Report, sentences
+from ternbus.aggregator.store.measurements import Measurements
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol import revocations, topics
 from ternbus.broker.protocol.frame import CONTAINERS_MAX, COUNTER_MAX, MAGIC, SIGNATURE_BYTES, Frame, build, parse
@@ -35,6 +38,7 @@ from ternbus.broker.protocol.messages import (
     Update,
 )
 from ternbus.broker.protocol.schema import Schema, is_bounded, to_tensors, vector_digest
+from ternbus.broker.protocol.task_plan import TaskPlan
 from ternbus.broker.protocol.ternary import CODECS, RAW, VALUE_MAX, ZSTD, Block, content_bytes, decode, encode
 from ternbus.broker.server import mosquitto, refusals
 from ternbus.edge.core.follower import Follower
@@ -77,6 +81,23 @@ def header(data: bytes) -> None:
     if kind is not None:
         message: Message = kind.from_meta(found.meta)
         assert kind.from_meta(message.meta()) == message
+        if isinstance(message, Metrics):
+            check_metrics(message)
+
+
+def check_metrics(message: Metrics) -> None:
+    """What a status makes of a device's metrics: JSON, and text that no peer can break a terminal with."""
+    found = Measurements()
+    values, better = message.values, message.better
+    for device in ("one", "two"):
+        found.add_local(Report(device=device, version=message.version, samples=1, values=values, better=better))
+    found.add_test("judge", message.version, values)
+    found.state("judge", better)
+    common, version = found.common(), found.version(message.version)
+    json.dumps([common, version, found.devices.device("one", found.better)], allow_nan=False)
+    assert set(found.better) >= set(values)
+    assert found.metric in {*values, None}
+    assert "".join(f"{name}{text}" for name, text in sentences(common["local"])).isprintable()
 
 
 def containers(value: object) -> int:
@@ -186,6 +207,18 @@ def scenario_toml(data: bytes) -> None:
     read.settings({})
 
 
+def task_plan(data: bytes) -> None:
+    """Of a model file's metadata, what says of its task's plan: a line with the keys, then the default plan."""
+    keys, _, default = text_of(data).partition("\n")
+    read = TaskPlan.from_metadata({"plan_keys": keys, "default_plan": default}, "the file")
+    again = TaskPlan.from_metadata(read.metadata(), "the file")
+    assert again.keys == read.keys
+    assert again.default == {name: value for name, value in read.default.items() if value is not None}
+    table = {"federation": FEDERATION, "broker": "mqtt://localhost"}
+    made = settings.from_table(settings.with_overrides(table, PlanCheck.settings(read)))
+    assert settings.parse(settings.dumps(made)) == made
+
+
 def broker_log(data: bytes) -> None:
     """A broker's log, read in pieces; the first byte chooses the broker and the length of a piece."""
     choice = data[0] if data else 0
@@ -224,6 +257,7 @@ TARGETS: Final[Mapping[str, Target]] = {
     "invitation": invitation,
     "aggregator-toml": aggregator_toml,
     "scenario-toml": scenario_toml,
+    "task-plan": task_plan,
     "broker-log": broker_log,
     "update": peer.update,
     "revocations": revoked,

@@ -43,6 +43,7 @@ class Odd:
 
     name: str = "odd"
     default_plan: Mapping[str, object] = field(default_factory=dict)
+    plan_keys: Any = ()
     made: Callable[[], Any] = lambda: {name: array.copy() for name, array in GOOD.items()}
     trains: Callable[[Any], Any] = step
     samples: int = 10
@@ -75,6 +76,7 @@ def found(**bent: Any) -> tuple[str, str]:
 
 def test_a_good_task_has_no_problem_and_no_note() -> None:
     assert found() == ("", "")
+    assert found(default_plan={"flavour": 1}, plan_keys=["flavour"]) == ("", "")
 
 
 draws = np.random.default_rng(0)
@@ -86,6 +88,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"made": lambda: {"w": np.zeros((0, 3), np.float32)}}, "'w' without elements"),
     ({"made": lambda: NAN}, "'w' with a NaN"),
     ({"default_plan": {"batch_size": "many"}}, "batch_size"),
+    ({"default_plan": {"schedule": "cosine"}}, "default_plan: schedule_versions is 0: cosine must end"),
+    ({"default_plan": {"gradclip": 1}}, "gradclip is a key that nobody knows: do you mean grad_clip? A task"),
+    ({"plan_keys": "flavour"}, "plan_keys is 'flavour': it must be a list of names"),
+    ({"plan_keys": [1]}, "plan_keys is (1,): it must be a list of at most 1000 names"),
     ({"trains": raising}, "train() raised IndexError: too few of them (test_check.py, line "),
     ({"trains": leaving}, "train() raised sys.exit(0) (test_check.py, line "),
     ({"trains": into_the_start}, "`start` is read-only: work on a copy"),
@@ -95,11 +101,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"trains": lambda start: {**step(start), "b": np.zeros(4)}}, "with shape (4,): it must have initial()'s, (3,)"),
     ({"trains": lambda start: {name: array * np.float32(np.inf) for name, array in start.items()}}, "diverged"),
     ({"samples": 0}, "the trainer has 0 samples"),
-    ({"values": {"accuracy": 0.5}}, "no finite 'loss'"),
+    ({"values": {}}, "evaluate() returned no metric"),
+    ({"values": {f"f1 of {number}": 0.5 for number in range(33)}}, "33 metrics: at most 32 can be sent"),
     ({"values": {"accuracy": float("nan"), "loss": 1.0}}, "no finite 'accuracy'"),
 ]  # fmt: skip
 NOTED: list[tuple[dict[str, Any], str]] = [
-    ({"default_plan": {"flavour": 1}}, "does not know flavour"),
     ({"made": lambda: {"w": draws.normal(size=300).astype(np.float32)}}, "another model for the same seed"),
     ({"trains": lambda start: {**step(start), "b": draws.normal(size=3)}}, "another result for the same seed"),
     ({"trains": lambda start: {**step(start), "b": start["b"]}}, "did not change 1 of 2 tensors, for example 'b'"),

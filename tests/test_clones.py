@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from support.core_device import DEVICE, DEVICE_KEY, logged, of, sending, update_in
 from support.core_device import Device as CoreDevice
 from support.scripted_aggregator import ScriptedAggregator
-from support.small_world import LAB, Bench, Device
+from support.small_world import LAB, Bench, Device, make_directory, scratch, ternary_block
 from ternbus.aggregator.core import events
 from ternbus.aggregator.core.clones import WITHIN_S
-from ternbus.aggregator.shell.cli import _summary
+from ternbus.aggregator.shell.status_text import summary
 from ternbus.aggregator.store import status as statuses
 from ternbus.broker.backoff import CUT_SHORT
 from ternbus.broker.protocol.identity import KeyId
@@ -30,9 +32,16 @@ Make = Callable[..., Bench]
 
 
 def connect(bench: Bench, device: Device, session: int) -> list[str]:
-    """A machine of the device begins a session, taking its last will's number first; returns what is logged."""
+    """A machine of the device begins a session on the newest version, taking its last will's number first."""
     device.next_seq()
-    return lines(bench.receive(device.topic("status"), device.status("idle", session)))
+    return lines(bench.receive(device.topic("status"), device.status("training", session, base=bench.version)))
+
+
+def advance(bench: Bench, other: Device) -> None:
+    """Another device's update makes a version."""
+    before = bench.version
+    assert bench.send(other, ternary_block(bench.schema, before), before)[0].outcome == "accepted"
+    assert bench.version == before + 1
 
 
 def lines(actions: Iterable[Any]) -> list[str]:
@@ -53,20 +62,21 @@ def mark(bench: Bench) -> int:
 @pytest.mark.parametrize("ahead", [1, 1000])
 def test_two_machines_that_take_turns_are_named_once_and_marked(make: Make, ahead: int) -> None:
     """In step, or with one of them far behind."""
-    bench = make()
-    pi = bench.join("pi")
+    bench = make(merge__buffer_size=1)
+    pi, other = bench.join("pi"), bench.join("other")
     twin = clone_of(pi)
     pi.seq += ahead
     said: list[str] = []
     for session in range(2, 12):
         said += connect(bench, pi, session + ahead)
+        advance(bench, other)
         said += connect(bench, twin, session)
         bench.tick(20.0)
     (line,) = said
-    assert "two machines use the key of pi: two sessions of it alternate" in line
+    assert "two machines use the key of pi: it signs lower sequence numbers after higher ones" in line
     assert "ternbus aggregator revoke DIR pi" in line
     assert mark(bench) == 3
-    text = _summary(statuses.read(bench.directory))
+    text = summary(statuses.read(bench.directory))
     assert "pi: two machines use its key; revoke it, and invite each machine by its own name" in text
     assert ", cloned?" in text
     assert "cloned" not in str(statuses.read(bench.directory)["counts"])
@@ -75,42 +85,61 @@ def test_two_machines_that_take_turns_are_named_once_and_marked(make: Make, ahea
 
 
 def test_a_device_that_restarts_crashes_and_reconnects_is_no_clone(make: Make) -> None:
-    bench = make()
-    pi = bench.join("pi")
+    bench = make(merge__buffer_size=1)
+    pi, other = bench.join("pi"), bench.join("other")
     for session in range(1, 30):
         assert connect(bench, pi, session) == []
         will = pi.seq - 1
         for state in ("training", "idle"):
-            payload = pi.status(state, session)
+            payload = pi.status(state, session, base=bench.version if state == "training" else -1)
             assert lines(bench.receive(pi.topic("status"), payload, payload)) == []  # delivered twice
         bench.receive(pi.topic("status"), pi.status("offline", session, seq=will))
         pi.seq += 64 * (session % 3)  # a crash skips the rest of a block
+        advance(bench, other)
         if session % 10 == 0:
             bench.connect()
     assert mark(bench) == 0
 
 
 def test_a_folder_restored_from_an_old_copy_is_no_clone(make: Make) -> None:
-    """Its numbers go back, once."""
-    bench = make()
-    pi = bench.join("pi")
+    """Its numbers go back, once, and then rise above all before."""
+    bench = make(merge__buffer_size=1)
+    pi, other = bench.join("pi"), bench.join("other")
     for session in range(1, 40):
         if session % 10 == 0:
             pi.seq = 2
-        assert connect(bench, pi, session % 10) == []
+        pi.seq += session % 10 * session
+        assert connect(bench, pi, session) == []
+        advance(bench, other)
         bench.tick(WITHIN_S / 10)
     assert mark(bench) == 0
 
 
-def test_what_waited_in_the_broker_s_queue_is_no_clone(make: Make) -> None:
-    """After the aggregator was away, the retained status comes before those that were queued."""
-    bench = make()
-    pi = bench.join("pi")
-    for turn in range(10):
-        waiting = [pi.status("idle", turn * 3 + number) for number in range(1, 4)]
-        bench.connect()
-        assert lines(bench.receive(pi.topic("status"), waiting[-1], *waiting)) == []
+REPLAYS = st.lists(st.tuples(st.integers(0, 400), st.booleans(), st.booleans()), min_size=20, max_size=60)
+
+
+@settings(max_examples=30)
+@given(orders=REPLAYS, restored_at=st.none() | st.integers(0, 20))
+def test_no_broker_makes_one_machine_look_like_two(
+    orders: list[tuple[int, bool, bool]], restored_at: int | None
+) -> None:
+    """It delivers what the machine ever signed, in any order, as often as it likes; also once a folder is restored."""
+    bench = Bench(make_directory(scratch() / "aggregator", merge__buffer_size=1))
+    bench.start()
+    pi, other = bench.join("pi"), bench.join("other")
+    signed: list[bytes] = []
+    for turn, (chosen, makes_version, is_delivered) in enumerate(orders):
+        if turn == restored_at:
+            pi.seq = 1
+        if makes_version:
+            advance(bench, other)
+        pi.next_seq()
+        signed.append(pi.status(("training", "idle")[chosen % 2], turn, base=bench.version))
+        if is_delivered or restored_at is not None:  # else it is held back, perhaps until later
+            bench.receive(pi.topic("status"), signed[-1])
+        bench.receive(pi.topic("status"), signed[chosen % len(signed)])
     assert mark(bench) == 0
+    bench.close()
 
 
 def test_an_aggregator_whose_connections_are_cut_short_guesses_at_another_of_its_name(make: Make) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from crash import commands, differences
-from crash.federation import AGGREGATOR, DEVICES, Federation, at, failing, joined, library_in
+from crash.federation import AGGREGATOR, DEVICES, Federation, at, failing, joined, preload_in
 from support.old_formats import LEDGER, copy_of, dump
 from ternbus.aggregator.store.schema import FORMAT
 from ternbus.broker.crash_points import POINTS, VARIABLE
@@ -72,8 +72,8 @@ def test_a_federation_killed_at_every_point_is_the_one_that_was_never_killed(
 ) -> None:
     """Each broker has half of the points and failures; `make crash-test` draws among all."""
     compiler = shutil.which("cc")
-    library = None if compiler is None else library_in(tmp_path, compiler)
-    with Federation(tmp_path, engine, library) as damaged:
+    preload = None if compiler is None else preload_in(tmp_path, compiler)
+    with Federation(tmp_path, engine, preload) as damaged:
         damaged.plan(AGGREGATOR, *SERVING[half::2])
         damaged.start(AGGREGATOR)
         _join(damaged, half)
@@ -81,7 +81,7 @@ def test_a_federation_killed_at_every_point_is_the_one_that_was_never_killed(
             damaged.plan(name, *TRAINING[name][half::2])
             damaged.start(name)
         _train(damaged)
-        if library is not None:
+        if preload is not None:
             for name, ends in FAILURES.items():
                 damaged.plan(name, *ends[half::2])
                 damaged.kill(name)

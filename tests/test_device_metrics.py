@@ -16,7 +16,9 @@ from support.small_world import Bench, make_directory, ternary_block
 from ternbus.aggregator.shell import cli as aggregator_cli
 from ternbus.aggregator.store import status as statuses
 from ternbus.aggregator.store.device_metrics import DeviceMetrics, Report, sentences, spread
+from ternbus.aggregator.store.measurements import Measurements
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol.direction import Direction
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.schema import Schema, to_vector
 from ternbus.edge.core.actions import StartFineTuning
@@ -33,6 +35,22 @@ from ternbus.edge.tasks import digits_numpy
 
 def report(device: str, version: int, accuracy: float, **more: float) -> Report:
     return Report(device=device, version=version, samples=9, values={"accuracy": accuracy, **more})
+
+
+def collected(*reports: Report) -> Measurements:
+    found = Measurements()
+    for each in reports:
+        found.add_local(each)
+    return found
+
+
+def summary_of(*reports: Report) -> dict[str, Any]:
+    summary: dict[str, Any] = collected(*reports).common()["local"]
+    return summary
+
+
+def row(values: list[float], better: Direction = "higher") -> dict[str, Any]:
+    return {"better": better, "devices": len(values), **spread(values, better)}
 
 
 # --- the spread
@@ -56,23 +74,20 @@ def test_the_worst_tenth_of_devices_is_not_hidden_by_the_mean() -> None:
 
 def test_a_device_counts_once_with_its_newest_version_in_whichever_order_reports_come() -> None:
     reports = [report("a", 3, 0.3), report("a", 1, 0.1), report("b", 2, 0.5), report("b", 2, 0.7)]
-    tests = DeviceMetrics.of(reports)
-    summary = tests.summary()
-    assert summary is not None
+    tests, summary = collected(*reports).devices, summary_of(*reports)
     assert (summary["devices"], summary["oldest"], summary["newest"]) == (2, 2, 3)
-    assert summary["accuracy"]["mean"] == pytest.approx((0.3 + 0.7) / 2)
-    assert tests.version(2) == {"devices": 1, "accuracy": spread([0.7])}
-    assert tests.version(0) is None
-    assert tests.device("a") == {"version": 3, "samples": 9, "accuracy": 0.3}
+    assert summary["metrics"]["accuracy"]["mean"] == pytest.approx((0.3 + 0.7) / 2)
+    assert tests.version(2, {}) == {"devices": 1, "metrics": {"accuracy": row([0.7])}}
+    assert tests.version(0, {}) is None
+    assert tests.device("a", {}) == {"version": 3, "samples": 9, "metrics": {"accuracy": 0.3}, "gain": {}}
 
 
 def test_the_gain_of_own_models_is_spread_too_and_may_be_a_loss() -> None:
-    tests = DeviceMetrics.of([report("a", 3, 0.5, personal_accuracy=0.75), report("b", 3, 0.9, personal_accuracy=0.8)])
-    tests.add(report("c", 3, 0.4))
-    summary = tests.summary()
-    assert summary is not None
-    tuned = summary["fine_tuned"]
-    assert (summary["devices"], tuned["devices"], tuned["better"]) == (3, 2, 1)
+    summary = summary_of(
+        report("a", 3, 0.5, personal_accuracy=0.75), report("b", 3, 0.9, personal_accuracy=0.8), report("c", 3, 0.4)
+    )
+    tuned = summary["fine_tuned"]["metrics"]["accuracy"]
+    assert (summary["devices"], tuned["devices"], tuned["improved"]) == (3, 2, 1)
     assert tuned["gain"]["worst_decile"] == pytest.approx(-0.1)
     assert tuned["gain"]["mean"] == pytest.approx(0.075)
     lines = dict(sentences(summary))
@@ -81,14 +96,22 @@ def test_the_gain_of_own_models_is_spread_too_and_may_be_a_loss() -> None:
 
 
 def test_without_reports_nothing_is_said() -> None:
-    assert DeviceMetrics().summary() is None
+    assert DeviceMetrics().summary(None, {}) is None
     assert sentences(None) == []
 
 
 def test_what_no_metric_can_be_does_not_count() -> None:
-    tests = DeviceMetrics.of([report("a", 1, 1e308), report("b", 1, 0.5, personal_accuracy=-1e308)])
-    tests.add(Report(device="c", version=1, samples=9, values={"loss": 0.5}))
-    assert tests.summary() is None
+    assert collected(report("a", 1, 1e308)).common()["local"] is None
+    assert summary_of(report("b", 1, 0.5, personal_accuracy=-1e308))["fine_tuned"] is None
+    assert summary_of(*(report(str(number), 1, 1e100) for number in range(9)))["metrics"]["accuracy"]["mean"] == 1e100
+
+
+def test_the_loss_is_shown_where_there_is_no_metric() -> None:
+    bare = [Report(device=name, version=1, samples=9, values={"loss": loss}) for name, loss in (("a", 0.5), ("b", 2.0))]
+    assert dict(sentences(summary_of(*bare))) == {
+        "local loss": "worst tenth 2.0000, median 1.2500, mean 1.2500 (2 devices, version 1; lower is better)"
+    }
+    assert [name for name, _ in sentences(summary_of(report("a", 1, 0.5, loss=1.0)))] == ["local accuracy"]
 
 
 # --- the aggregator's status
@@ -115,11 +138,13 @@ def test_the_status_has_the_spread_by_version_and_of_each_devices_newest(bench: 
     found = statuses.read(bench.directory)
     zero, one = found["versions"]
     assert zero["metrics"] == {"accuracy": 0.99}  # the evaluator's alone
-    assert zero["local"] == {"devices": 3, "accuracy": spread([0.2, 0.6, 0.7])}
-    assert one["local"] == {"devices": 1, "accuracy": spread([0.9])}
-    assert found["local"]["accuracy"] == spread([0.2, 0.9, 0.7])
-    assert (found["local"]["oldest"], found["local"]["newest"], found["local"]["fine_tuned"]["better"]) == (0, 1, 1)
-    assert found["devices"]["pi-1"]["local"] == {"version": 1, "samples": 100, **values}
+    assert zero["local"] == {"devices": 3, "metrics": {"accuracy": row([0.2, 0.6, 0.7])}}
+    assert one["local"] == {"devices": 1, "metrics": {"accuracy": row([0.9])}}
+    assert found["local"]["metrics"]["accuracy"] == row([0.2, 0.9, 0.7])
+    assert (found["local"]["oldest"], found["local"]["newest"]) == (0, 1)
+    assert found["local"]["fine_tuned"]["metrics"]["accuracy"]["improved"] == 1
+    gain = {"accuracy": pytest.approx(0.05)}
+    assert found["devices"]["pi-1"]["local"] == {"version": 1, "samples": 100, "metrics": values, "gain": gain}
     assert found["devices"]["judge"]["local"] is None
     json.dumps(found, allow_nan=False)
 
@@ -131,9 +156,9 @@ def test_people_see_the_worst_tenth_and_the_median(bench: Bench) -> None:
         bench.receive(device.topic("metrics"), device.metrics(0, "local", accuracy=accuracy))
     text = status_text(bench)
     assert "local accuracy: worst tenth 0.2500, median 0.5000, mean 0.5000 (3 devices, version 0)" in text
-    heading, row = text.rstrip().splitlines()[-2:]
+    heading, last = text.rstrip().splitlines()[-2:]
     assert heading.split()[-4:] == ["worst", "tenth", "median", "devices"]
-    assert row.split()[-3:] == ["0.2500", "0.5000", "3"]
+    assert last.split()[-3:] == ["0.2500", "0.5000", "3"]
 
 
 def status_text(bench: Bench) -> str:
@@ -148,7 +173,7 @@ def test_a_device_that_was_revoked_does_not_count(bench: Bench) -> None:
         bench.receive(device.topic("metrics"), device.metrics(0, "local", accuracy=accuracy))
     bench.ledger.db.execute("UPDATE devices SET state = 'revoked' WHERE name = 'bad'")
     found = statuses.read(bench.directory)
-    assert found["local"]["accuracy"] == found["versions"][0]["local"]["accuracy"] == spread([0.5])
+    assert found["local"]["metrics"] == found["versions"][0]["local"]["metrics"] == {"accuracy": row([0.5])}
 
 
 # --- the device

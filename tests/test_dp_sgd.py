@@ -26,7 +26,8 @@ from ternbus.edge.plan.privacy import cost
 from ternbus.edge.plan.tensors import FloatArray
 from ternbus.edge.shell.preflight import check
 from ternbus.edge.shell.worker import train
-from ternbus.edge.torch.dp_sgd import PROBES, clipped_sum
+from ternbus.edge.torch.dp_checks import PROBES
+from ternbus.edge.torch.dp_sgd import clipped_sum
 from ternbus.edge.torch.trainer import TorchTask, TorchTrainer
 
 pytest.importorskip("opacus")
@@ -93,6 +94,12 @@ def test_a_step_is_the_mean_of_each_samples_clipped_gradient() -> None:
     for clip in (CLIP, 5.0, 1e6):
         clipped = sum(g * min(1.0, clip / length) for g, length in zip(own, lengths, strict=True)) / SAMPLES
         np.testing.assert_allclose(flat(stepped(dp_clip=clip, dp_noise=1e-12)), -clipped, atol=2e-5)
+
+
+def test_the_clipping_of_steps_stays_out_and_the_schedule_of_steps_applies() -> None:
+    assert np.array_equal(flat(stepped(grad_clip=1e-3)), flat(stepped()))
+    half = flat(stepped(step_schedule="linear", warmup_steps=2, local_steps=1, momentum=0.0))
+    np.testing.assert_allclose(half, flat(stepped(local_steps=1, momentum=0.0)) / 2, atol=1e-6)
 
 
 def test_the_noise_of_a_step_has_the_deviation_that_was_paid_for() -> None:
@@ -344,7 +351,8 @@ def test_a_batch_in_which_no_sample_has_a_loss_takes_no_longer_search() -> None:
             return super().forward(inputs)
 
     assert not flat(stepped(made=TorchTask(name="own", model=Counted, data=data, loss=broken), dp_noise=1e-12)).any()
-    assert passes == [*PROBES, SAMPLES]
+    assert passes[-1] == SAMPLES
+    assert set(passes[:-1]) == set(PROBES)
 
 
 def test_dropout_is_not_the_jobs_seed() -> None:
@@ -486,25 +494,32 @@ def test_a_layer_that_changes_what_it_looks_up_is_refused(layer: Callable[..., n
 
 
 class Writing(nn.Module):
-    """Writes to a parameter, and to buffers, what it sees."""
+    """Writes to a parameter, and to buffers, what it sees; before it uses them, or after."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, before: bool = False) -> None:
         super().__init__()
-        self.linear, self.watch = nn.Linear(72, 3), Watch()
+        self.linear, self.watch, self.before = nn.Linear(72, 3), Watch(), before
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if self.before:
+            self.write(inputs)
+        outputs: Tensor = self.linear(inputs.flatten(1))
+        self.write(inputs)
+        return outputs
+
+    def write(self, inputs: Tensor) -> None:
         with torch.no_grad():
             self.linear.weight[0, 0] = inputs.max()
             self.watch.seen = self.watch.seen + math.inf
             self.watch.register_buffer("late", inputs.mean())
-        outputs: Tensor = self.linear(inputs.flatten(1))
-        return outputs
 
 
 def test_what_a_forward_pass_writes_is_gone_after_it() -> None:
     change = stepped(made=TorchTask(name="own", model=Writing, data=with_first(1e6)), local_steps=3)
     assert 0 < np.linalg.norm(flat(change)) <= 3 * CLIP
     assert not change["watch.seen"].any()  # not 0 times infinity, which is no number
+    with pytest.raises(ConfigError, match="of one sample depend on the other samples"):
+        stepped(made=task(lambda: Writing(before=True)))
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from support.core_device import (
 )
 from ternbus.broker.protocol.messages import Metrics
 from ternbus.edge.core import events
-from ternbus.edge.core.actions import Save, StartEvaluation, StartTraining, Stop
+from ternbus.edge.core.actions import Publish, Save, StartEvaluation, StartTraining, Stop
 
 
 def test_the_evaluator_takes_each_version_once_and_the_newest_whenever_free() -> None:
@@ -141,3 +141,35 @@ def test_a_device_that_reports_tries_the_last_version_before_it_leaves() -> None
     for frame in reports:
         done = device.handle(events.Published(seq=frame.seq))
     assert only(done, Stop).code == 0
+
+
+# --- names, directions and classes
+
+
+def test_the_directions_that_the_task_states_travel_with_the_values_that_have_them() -> None:
+    _, device = following("evaluate", classes={"cat": 3})
+    values, better = {"mae": 0.5, "r2": 0.25}, {"mae": "lower", "r2": "higher", "not-finite": "lower"}
+    done = device.handle(events.Evaluated(version=0, samples=9, values=values, better=better))  # type: ignore[arg-type]
+    found = metrics_in(done)
+    assert (found.values, found.better) == (values, {"mae": "lower", "r2": "higher"})
+    assert found.classes == {}  # of the test data, which are no device's
+
+
+def test_classes_travel_with_a_devices_own_metrics_and_never_where_these_stay_here() -> None:
+    _, device = following(reports=True, classes={"cat": 3, "dog": 0})
+    assert metrics_in(device.handle(evaluated())).classes == {"cat": 3, "dog": 0}
+    for plan in ({"seal": True}, PRIVATE):
+        _, device = following(scripted=aggregator(plan=plan), reports=True, classes={"cat": 3})
+        device.handle(evaluated())
+        assert b"cat" not in b"".join(action.payload for action in of(device.actions, Publish))
+    _, device = following(classes={"cat": 3})  # its owner did not allow it
+    assert b"cat" not in b"".join(action.payload for action in of(device.actions, Publish))
+
+
+def test_of_more_metrics_than_fit_the_first_are_sent() -> None:
+    _, device = following("evaluate")
+    values = {f"f1 of {number}": 0.5 for number in range(40)}
+    better = dict.fromkeys(values, "lower")
+    done = device.handle(events.Evaluated(version=0, samples=9, values=values, better=better))  # type: ignore[arg-type]
+    found = metrics_in(done)
+    assert [*found.values] == [*found.better] == [*values][:32]

@@ -108,3 +108,14 @@ def test_a_federation_that_opens_again_while_the_own_model_is_made_is_trained_fo
     assert of(device.handle(tuned(0)), Stop) == []
     (frame,) = published(device.actions, "update")
     assert only(device.arrive(scripted.receipt(DEVICE, frame.key, frame.seq, "accepted")), StartTraining).base == 1
+
+
+def test_the_direction_of_a_metric_travels_with_those_of_both_models() -> None:
+    device, _ = closed(reports=True)
+    metrics = {"mae": 0.5}
+    done = device.handle(
+        events.FineTuned(version=1, samples=9, before=metrics, after={"mae": 0.25}, tensors={}, better={"mae": "lower"})
+    )
+    found = metrics_in(done)
+    assert found.values == {"mae": 0.5, "personal_mae": 0.25}
+    assert found.better == {"mae": "lower"}

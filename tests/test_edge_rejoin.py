@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from support.edge_processes import Server, edge, joined, reap, serving
-from ternbus.broker.errors import ConfigError
-from ternbus.broker.server import running
+from support.edge_processes import Server, answering, edge, joined
 from ternbus.edge.shell.directory import DeviceDirectory
 from ternbus.edge.store import outbox
 
@@ -17,16 +15,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    try:
-        software = running.choose(running.Engine.MOSQUITTO)
-    except ConfigError as error:
-        pytest.skip(str(error))
-    with (
-        running.start(software, host="127.0.0.1", port=0, directory=tmp_path / "broker") as broker,
-        serving(broker.url) as started,
-    ):
+    with answering(tmp_path) as started:
         yield started
-    reap()
 
 
 def test_a_device_that_saw_a_version_far_above_all_others_comes_back_by_rejoining(

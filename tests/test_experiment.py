@@ -195,9 +195,9 @@ def test_a_report_that_cannot_be_read_is_no_report(file: Path) -> None:
     first = runner.plan(experiment.load(str(file)).grid, seeds=1, data=None, folder=file.parent)[0]
     assert first.report() is None
     first.folder.mkdir()
-    first.path.write_text(json.dumps({"table": first.table, "report": {"updates": 1}}))
-    assert first.report() == {"updates": 1}
-    for text in ("", "[]", "{}", json.dumps({"table": {}, "report": {}})):
+    first.path.write_text(json.dumps({"table": first.table, "report": {"metric": None}}))
+    assert first.report() == {"metric": None}
+    for text in ("", "[]", "{}", json.dumps({"table": {}, "report": {"metric": None}})):
         first.path.write_text(text)
         assert first.report() is None
 
@@ -342,14 +342,25 @@ def test_a_task_without_its_data_is_one_line_and_exit_code_2(file: Path) -> None
 
 
 def report(**changes: Any) -> dict[str, Any]:
-    versions = [
-        {"updates": count, "accuracy": accuracy, "delta_bytes": down, "snapshot_bytes": 10}
+    versions: list[dict[str, Any]] = [
+        {
+            "updates": count,
+            "accuracy": accuracy,
+            "evaluations": {"evaluator": {}}
+            if accuracy is None
+            else {"evaluator": {"accuracy": accuracy, "loss": 0.5}},
+            "delta_bytes": down,
+            "snapshot_bytes": 10,
+        }
         for count, accuracy, down in ((0, 0.1, 0), (5, 0.5, 40), (5, None, 80), (4, 0.8, 120))
     ]
     rows = [{"version": number, **row} for number, row in enumerate(versions)]
     counts = {"stale": 6}
     return {
         "versions": rows,
+        "metric": "accuracy",
+        "metrics": {"accuracy": 0.8, "loss": 0.5},
+        "local": None,
         "devices": {"device-0": {"updates": 9, "epsilon": 1.5}, "device-1": {"updates": 5, "epsilon": 2.5}},
         "updates": 14,
         "counts": counts,

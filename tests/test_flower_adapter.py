@@ -72,7 +72,9 @@ def test_a_client_gets_its_part_the_folder_of_the_data_and_the_task_s_own_config
 
 @pytest.mark.parametrize("partition", ["dirichlet:0.5:0/8:0", "natural:3"])
 def test_a_part_that_a_number_does_not_name_is_refused(partition: str) -> None:
-    with pytest.raises(ConfigError, match=f"partition '{partition}' cannot be told to a Flower client.*use iid"):
+    with pytest.raises(
+        ConfigError, match=f"--partition {partition}: a Flower client divides its data itself.*write iid:I/N or all"
+    ):
         task_of().trainer(data=None, partition=partition)
 
 

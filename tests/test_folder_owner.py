@@ -2,15 +2,12 @@
 
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-import pytest
-
+from support.other_users import ENVIRONMENT, OTHER, PYTHON, only_root, readable_by_others
 from ternbus.broker.folder_owner import act_as_owner
 
-OTHER = 12_345  # no user of this machine
 WRITE = """
 import sys
 from pathlib import Path
@@ -25,12 +22,13 @@ write_secret(folder / "made", b"by the command")
 
 def written(folder: Path) -> tuple[int, int]:
     """The user and the group of a file that a process writes into the folder."""
-    subprocess.run([sys.executable, "-c", WRITE, str(folder)], check=True)
+    subprocess.run([PYTHON, "-c", WRITE, str(folder)], check=True, env=ENVIRONMENT)
     about = (folder / "made").stat()
     return about.st_uid, about.st_gid
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@only_root
+@readable_by_others
 def test_root_writes_as_the_folders_owner() -> None:
     with tempfile.TemporaryDirectory() as name:  # every pytest that starts closes its own folder to other users
         folder = Path(name)

@@ -239,6 +239,8 @@ def test_the_status_counts_what_happened(bench: Bench) -> None:
         "buffer",
         "disk",
         "counts",
+        "metric",
+        "better",
         "local",
         "claim",
         "devices",

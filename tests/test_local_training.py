@@ -6,6 +6,7 @@ from fractions import Fraction
 from functools import partial
 from itertools import accumulate, count, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,13 +41,18 @@ def network() -> nn.Module:
 TASK = TorchTask(name="own", model=network, data=data)
 
 
-def plain(plan: Plan, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> dict[str, Tensor]:
+def plain(
+    plan: Plan,
+    make: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    schedule: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
+) -> dict[str, Tensor]:
     """The same training as one would write it: torch.optim, backward(), FedProx as a term of the loss."""
     net = network()
     net.load_state_dict({name: torch.tensor(array) for name, array in TASK.initial(0).items()}, strict=False)
     parameters = list(net.parameters())
     began = [parameter.detach().clone() for parameter in parameters]
     optimizer = make(parameters)
+    after = schedule(optimizer) if schedule is not None else None
     inputs, targets = data(None, "train")
     for chosen in plan.batches(64, np.random.default_rng(5)):
         loss = nn.functional.cross_entropy(net(inputs[chosen]), targets[chosen])
@@ -54,7 +60,11 @@ def plain(plan: Plan, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer
             loss = loss + plan.proximal_mu / 2 * (parameter - first).square().sum()
         optimizer.zero_grad()
         torch.autograd.backward(loss)
+        if plan.grad_clip:
+            nn.utils.clip_grad_norm_(parameters, plan.grad_clip)
         optimizer.step()
+        if after is not None:
+            after.step()
     return dict(net.state_dict())
 
 
@@ -71,6 +81,20 @@ CASES: list[tuple[dict[str, object], Callable[[list[nn.Parameter]], torch.optim.
     (
         {**ADAM, "optimizer": "adamw", "weight_decay": 0.1},
         lambda ps: torch.optim.AdamW(ps, lr=0.01, betas=(0.8, 0.95), weight_decay=0.1),
+    ),
+    ({**SGD, "nesterov": True}, lambda ps: torch.optim.SGD(ps, lr=RATE, momentum=0.9, nesterov=True)),
+    (
+        {**SGD, "nesterov": True, "weight_decay": 0.1, "grad_clip": 0.05},
+        lambda ps: torch.optim.SGD(ps, lr=RATE, momentum=0.9, nesterov=True, weight_decay=0.1),
+    ),
+    ({**SGD, "grad_clip": 0.2, "proximal_mu": 2.0}, lambda ps: torch.optim.SGD(ps, lr=RATE, momentum=0.9)),
+    (
+        {"learning_rate": 0.005, "optimizer": "rmsprop"},
+        lambda ps: torch.optim.RMSprop(ps, lr=0.005),
+    ),
+    (
+        {"learning_rate": 0.005, "optimizer": "rmsprop", "rmsprop_alpha": 0.9, "weight_decay": 0.1, "grad_clip": 0.1},
+        lambda ps: torch.optim.RMSprop(ps, lr=0.005, alpha=0.9, weight_decay=0.1),
     ),
     (
         {**ADAM, "optimizer": "adamw", "proximal_mu": 2.0},
@@ -92,23 +116,86 @@ def test_an_optimizer_does_what_torch_optim_does(
         np.testing.assert_allclose(tensor, expected[name].numpy(), atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
-def test_an_optimizer_is_the_same_on_numpy_and_on_torch(optimizer: str) -> None:
-    plan = Plan(optimizer=optimizer, weight_decay=0.1, proximal_mu=0.5)
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop"])
+@pytest.mark.parametrize("more", [{}, {"nesterov": True, "grad_clip": 2.0, "step_schedule": "cosine"}])
+def test_an_optimizer_is_the_same_on_numpy_and_on_torch(optimizer: str, more: dict[str, Any]) -> None:
+    plan = Plan(optimizer=optimizer, weight_decay=0.1, proximal_mu=0.5, local_steps=10, **more)
     rng = np.random.default_rng(0)
     weights = [rng.normal(size=(3, 4)).astype(np.float32), rng.normal(size=5).astype(np.float32)]
     tensors = [torch.tensor(weight) for weight in weights]
     arrays = [weight.copy() for weight in weights]
     one, other = local_optimizer.begin(plan, arrays), local_optimizer.begin(plan, tensors)
-    for _ in range(10):
+    for rate in plan.rates(0, 100):
         gradients = [rng.normal(size=weight.shape).astype(np.float32) for weight in weights]
         kept = [gradient.copy() for gradient in gradients]
-        one.step(gradients, 0.02)
-        other.step([torch.tensor(gradient) for gradient in gradients], 0.02)
+        one.step(gradients, rate)
+        other.step([torch.tensor(gradient) for gradient in gradients], rate)
         assert all(np.array_equal(a, b) for a, b in zip(gradients, kept, strict=True))
     for weight, array, tensor in zip(weights, arrays, tensors, strict=True):
         np.testing.assert_allclose(array, tensor.numpy(), rtol=1e-5)
         assert np.abs(array - weight).max() > 0.01
+
+
+def test_a_step_has_its_share_of_the_rate_as_with_schedulers_of_torch() -> None:
+    def warm_and_linear(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: (step + 1) / 4 if step < 4 else 1 - 0.9 * min(1, (step - 4) / 8)
+        )
+
+    steps = {"local_steps": 12, "batch_size": 16, "statistics_rate": 1, **SGD}
+    plan = Plan.from_meta({**steps, "step_schedule": "linear", "warmup_steps": 4, "final_step_rate": 0.1})
+    ours = TASK.trainer(data=None, partition="all").train(TASK.initial(0), plan, version=0, seed=5)
+    make = partial(torch.optim.SGD, lr=RATE, momentum=0.9)
+    expected, constant = plain(plan, make, warm_and_linear), plain(plan, make)
+    for name, tensor in ours.tensors.items():
+        np.testing.assert_allclose(tensor, expected[name].numpy(), atol=2e-5, err_msg=name)
+    assert not np.allclose(ours.tensors["4.weight"], constant["4.weight"].numpy(), atol=1e-3)
+
+
+def test_the_schedule_of_steps_runs_over_the_steps_of_each_training_and_multiplies_the_version_s_rate() -> None:
+    plan = Plan(step_schedule="cosine", warmup_steps=2, final_step_rate=0.2)
+    assert [plan.step_share(step, 6) for step in (0, 1, 2)] == [0.5, 1.0, 1.0]
+    assert plan.step_share(4, 6) == pytest.approx(0.6)  # the middle
+    assert plan.step_share(6, 6) == plan.step_share(100, 6) == pytest.approx(0.2)
+    assert [plan.step_share(step, 1) for step in (0, 1)] == [0.5, 1.0]  # fewer steps than the warm-up
+    halved = Plan(learning_rate=2.0, schedule="linear", schedule_versions=10, step_schedule="linear", local_epochs=2)
+    assert list(halved.rates(5, 64)) == pytest.approx([1.0, 0.75, 0.5, 0.25])
+
+
+def moved(plan: Plan, gradients: list[np.ndarray]) -> list[np.ndarray]:
+    """How far one step of SGD with a rate of 1 moves parameters of 0."""
+    weights = [np.zeros_like(gradient) for gradient in gradients]
+    with np.errstate(over="ignore", invalid="ignore"):
+        local_optimizer.begin(plan, weights).step(gradients, 1.0)
+    return [-weight for weight in weights]
+
+
+def test_clipping_bounds_the_norm_over_all_parameters_and_keeps_the_direction() -> None:
+    gradients = [np.array([3.0, 0.0]), np.array([[4.0]])]  # of norm 5
+    clipped = moved(Plan(grad_clip=1.0), gradients)
+    assert clipped[0].tolist() == pytest.approx([0.6, 0])
+    assert clipped[1].tolist() == [pytest.approx([0.8])]
+    for plan in (Plan(grad_clip=5.0), Plan(grad_clip=1e6), Plan()):
+        assert all(np.array_equal(one, other) for one, other in zip(moved(plan, gradients), gradients, strict=True))
+
+
+@pytest.mark.parametrize("make", [np.array, torch.tensor], ids=["numpy", "torch"])
+def test_a_gradient_whose_square_overflows_is_clipped_and_one_that_is_not_finite_is_not_hidden(make: Any) -> None:
+    def clipped(*values: float) -> list[float]:
+        w = make(np.zeros(len(values), np.float32))
+        with np.errstate(over="ignore", invalid="ignore"):
+            local_optimizer.begin(Plan(grad_clip=1.0), [w]).step([make(np.array(values, np.float32))], 1.0)
+        return [-float(each) for each in w]
+
+    assert clipped(3e30, 4e30) == pytest.approx([0.6, 0.8])
+    assert not all(map(math.isfinite, clipped(1.0, math.inf)))
+    assert not all(map(math.isfinite, clipped(1.0, math.nan)))
+
+
+def test_half_precision_is_clipped_by_a_norm_that_it_cannot_hold() -> None:
+    w = torch.zeros(4, dtype=torch.float16)
+    local_optimizer.begin(Plan(grad_clip=1.0), [w]).step([torch.full((4,), 6e4, dtype=torch.float16)], 1.0)
+    assert w.tolist() == pytest.approx([-0.5] * 4, abs=1e-3)
 
 
 def by_torch(schedule: str, warmup: int, total: int, final: float) -> Iterator[float]:
@@ -177,6 +264,21 @@ def test_a_device_trains_a_version_at_the_rate_of_that_version(name: str) -> Non
     assert all(np.allclose(one[key], two[key], atol=1e-7) for key in start)
     ended = trainer.train(start, scheduled, version=10, seed=1).tensors
     assert all(np.array_equal(ended[key], start[key]) for key in start)
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-numpy"])
+def test_a_device_trains_a_step_at_the_rate_of_that_step(name: str) -> None:
+    task = load_task(name)
+    start, trainer = task.initial(0), task.trainer(data=None, partition="iid:0/8")
+
+    def change(**plan: Any) -> dict[str, np.ndarray]:
+        trained = trainer.train(start, Plan(momentum=0.0, **plan), version=0, seed=1).tensors
+        return {key: trained[key] - start[key] for key in start}
+
+    half, whole = change(local_steps=1, step_schedule="cosine", warmup_steps=2), change(local_steps=1)
+    assert all(np.allclose(2 * half[key], whole[key], atol=1e-6) for key in start)
+    clipped = change(local_steps=1, learning_rate=1.0, grad_clip=0.01)
+    assert math.sqrt(sum(float((each**2).sum()) for each in clipped.values())) == pytest.approx(0.01, rel=1e-3)
 
 
 def test_seconds_end_a_training_early_and_a_slow_device_does_less() -> None:

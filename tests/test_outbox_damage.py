@@ -1,7 +1,9 @@
 """A damaged outbox: `edge join --renew` checks it before the invitation is spent, and keeps what can be read."""
 
 import random
+import shlex
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from ternbus.broker.protocol.ternary import Block
 from ternbus.edge.core.state import AnsweredUpdate, OutstandingUpdate, State, prepare
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.plan.privacy import Account
-from ternbus.edge.shell import agent
+from ternbus.edge.shell import agent, key_rotation
 from ternbus.edge.shell.agent import Options
 from ternbus.edge.shell.directory import DeviceDirectory, Settings
 from ternbus.edge.store import outbox as outboxes
@@ -104,6 +106,39 @@ def test_a_privacy_account_that_is_lost_is_not_begun_anew(folder: Path) -> None:
     assert (folder / FILE).read_bytes() == before
     outbox_salvage.salvage(folder, KEY, private=True, account_lost=True)
     assert outbox_salvage.is_sound(folder)
+
+
+def test_the_commands_in_errors_take_a_folder_with_a_blank_in_its_name(folder: Path, tmp_path: Path) -> None:
+    """As a shell reads them."""
+    home = DeviceDirectory(tmp_path / "my pi")
+    home.folder.mkdir()
+    (folder / FILE).rename(home.folder / FILE)
+    destroy(home.folder, "kept")
+    settings = Settings(
+        federation="lab", device="pi", broker="mqtt://127.0.0.1:1", aggregator_key="ab" * 32, task="digits-numpy",
+        dp="device", max_epsilon="8", max_delta="1e-5",
+    )  # fmt: skip
+    invitation = Invitation(
+        federation="lab", device="pi", broker=settings.broker, aggregator_key=settings.aggregator_key, code="c" * 32
+    )
+
+    def says(refuse: Callable[[], object], command: str) -> None:
+        with pytest.raises((ConfigError, CorruptError)) as refusal:
+            refuse()
+        (named,) = [text for text in str(refusal.value).split("`")[1::2] if "my pi" in text]
+        assert shlex.split(named)[1:3] == ["edge", command]
+        assert shlex.split(named)[-1] == str(home.folder)
+
+    says(home.settings, "join")
+    home.write(settings)
+    says(lambda: home.prepare(invitation, task="digits-numpy", data=None, partition="all"), "leave")
+    says(lambda: outbox_salvage.salvage(home.folder, KEY, private=True), "rejoin")
+    (home.folder / FILE).write_bytes(b"")
+    says(lambda: outboxes.check(home.folder), "rejoin")
+    says(lambda: key_rotation.check_account(home), "rejoin")
+    home.renewal().folder.mkdir()
+    home.renewal().write(replace(settings, code="a-code"))
+    says(lambda: key_rotation.finish(home), "join")
 
 
 def test_after_any_damage_it_is_sound_or_refused(folder: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Partitions are disjoint, complete and the same on every machine, and no device gets nothing."""
 
+from hashlib import blake2b
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -8,7 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ternbus.broker.errors import ConfigError
-from ternbus.edge.learn.partition import LARGEST_SHARE, SAMPLES_MIN, Partition, select
+from ternbus.edge.learn.draws import SAMPLES_MIN
+from ternbus.edge.learn.partition import select
+from ternbus.edge.learn.partition_spec import LARGEST_SHARE, Partition
 
 Labels = npt.NDArray[np.int64]
 
@@ -51,6 +55,21 @@ def test_the_draw_is_the_same_everywhere() -> None:
     assert select("iid:1/5", labels).tolist() == [2, 18, 27, 29, 30, 35, 37, 39]
     assert select("dirichlet:0.5:1/5:7", labels).tolist() == [2, 5, 7, 9, 13, 17, 32, 37]
     assert select("dirichlet:0.5:1/5:8", labels).tolist() != [2, 5, 7, 9, 13, 17, 32, 37]
+
+
+def test_parts_of_before_are_the_parts_of_today() -> None:
+    """Devices that joined with any release keep their rows: the digest was taken before there were other kinds."""
+    labels = np.random.RandomState(1).randint(0, 7, 300).astype(np.int64)
+    owners = np.arange(300, dtype=np.int64) % 5
+    digest = blake2b(digest_size=8)
+    for part in [
+        *(spec for alpha in (None, 1e-9, 0.01, 0.5, 1e6) for spec in specs(20, alpha, 7)),
+        "all",
+        *(f"natural:{owner}" for owner in range(5)),
+    ]:
+        for half in ("", ";train:0.3", ";test:0.3"):
+            digest.update(select(f"{part}{half}", labels, owners).tobytes())
+    assert digest.hexdigest() == "ab5e950108cdaf57"
 
 
 def test_a_small_alpha_gives_each_class_to_few_devices_and_a_large_one_to_all_alike() -> None:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = {
     "ternbus.edge": """
         ConfigError Cost Evaluation FloatArray Metric Plan PrivateTrainer RandomSource SharingTask Task Tensors
-        TorchTask Trained Trainer TrainingError channels epsilon higher load_task lower select
+        TorchTask Trained Trainer TrainingError channels epsilon higher load_task lower per_sample select
     """,
     "ternbus.edge.adapters": "Context FlowerTask HuggingFaceTask LightningTask SklearnTask",
     "ternbus.broker": """

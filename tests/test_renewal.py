@@ -57,6 +57,7 @@ def device(folder: Path, *, seal: bool = False, code: str = "", rejoin: str = ""
         head_seq=44,
         answered_base=4,
         accepted=3,
+        receipt_seq=41,
         schema=SCHEMA.encoded,
         residual=RESIDUAL,
         outstanding=outstanding(seal=seal),
@@ -69,7 +70,7 @@ def device(folder: Path, *, seal: bool = False, code: str = "", rejoin: str = ""
     renewal.write(settings(broker="mqtt://127.0.0.1:2", task="another", code=code, rejoin=rejoin))
     write_secret(renewal.folder / CERTIFICATE, b"the new certificate")
     with Outbox(renewal.folder, NEW.key_id) as outbox:
-        outbox.save(State(key=NEW.key_id, enrolled=not code, seq_limit=66, session=2), None, {})
+        outbox.save(State(key=NEW.key_id, enrolled=not code, seq_limit=66, session=2, receipt_seq=40), None, {})
     return home
 
 
@@ -83,7 +84,7 @@ def check_succeeded(home: DeviceDirectory, *, seal: bool = False) -> None:
     state = kept_in(home)
     assert (home.identity(), state.key, state.enrolled) == (NEW, NEW.key_id, True)
     assert (state.head_version, state.head_seq, state.answered_base, state.accepted) == (6, 44, 4, 3)
-    assert state.session == 2
+    assert (state.session, state.receipt_seq) == (2, 40)
     assert state.residual is not None
     assert state.residual.tobytes() == RESIDUAL.tobytes()
     update = state.outstanding
@@ -123,7 +124,8 @@ def test_rejoining_drops_every_counter_that_another_could_have_raised(tmp_path: 
         assert (home.identity(), state.key, state.enrolled) == (NEW, NEW.key_id, True)
         assert (state.head_version, state.head_seq, state.head_digest) == (0, 0, b"")
         assert (state.answered_base, state.evaluated, state.outstanding, state.residual) == (-1, -1, None, None)
-        assert (state.seq_limit, state.session, state.accepted, state.account) == (66, 2, 3, spent)
+        assert (state.seq_limit, state.session, state.receipt_seq, state.accepted) == (66, 2, 40, 3)
+        assert state.account == spent
         assert home.settings() == settings(broker="mqtt://127.0.0.1:2")
         shutil.copytree(tmp_path / "copy", home.renewal().folder)
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from ternbus.aggregator.store.device_metrics import DeviceMetrics, Report
+from ternbus.aggregator.store.device_metrics import Report
+from ternbus.aggregator.store.measurements import Measurements
 from ternbus.lab.report import progress, report
 from ternbus.lab.report.observation import Observation
 from ternbus.lab.scenario.scenario import Scenario
@@ -24,6 +25,8 @@ def status() -> dict[str, Any]:
         "federation": "lab",
         "version": 2,
         "state": "open",
+        "metric": "accuracy",
+        "better": {"accuracy": "higher", "loss": "lower"},
         "counts": {
             "accepted": 8,
             "merged": 8,
@@ -95,17 +98,17 @@ def test_each_version_has_its_row(summary: dict[str, Any]) -> None:
 
 
 def test_the_report_has_the_spread_over_devices(tmp_path: Path) -> None:
-    tests = DeviceMetrics.of(
-        Report(device=name, version=version, samples=5, values={"accuracy": accuracy})
-        for name, version, accuracy in (("device-0", 1, 0.25), ("device-1", 1, 0.5), ("device-1", 2, 1 / 3))
-    )
+    tests = Measurements()
+    for name, version, accuracy in (("device-0", 1, 0.25), ("device-1", 1, 0.5), ("device-1", 2, 1 / 3)):
+        tests.add_local(Report(device=name, version=version, samples=5, values={"accuracy": accuracy}))
     found = status()
     for row in found["versions"]:
-        row["local"] = tests.version(row["version"])
-    moment = Observation.read(found | {"local": tests.summary()}, COUNTERS)
+        row["local"] = tests.version(row["version"])["local"]
+    moment = Observation.read(found | {"local": tests.common()["local"]}, COUNTERS)
     summary = report.summary(moment, scenario=Scenario(), parameters=PARAMETERS, wall_seconds=1.0)
     assert [row["local"] and row["local"]["devices"] for row in summary["versions"]] == [None, 2, 1]
-    assert summary["local"]["accuracy"] == {"worst_decile": 0.25, "median": 0.291667, "mean": 0.291667}
+    spread = {"worst_decile": 0.25, "median": 0.291667, "mean": 0.291667}
+    assert summary["local"]["metrics"]["accuracy"] == {"better": "higher", "devices": 2, **spread}
     assert "worst tenth 0.2500, median 0.2917" in progress.closing_table(summary, ["report.json"])
     if find_spec("matplotlib"):
         assert report.plot(summary, tmp_path / "with.png") is None
@@ -142,7 +145,8 @@ def test_without_matplotlib_one_line_says_so(
 
 def test_the_newest_known_accuracy_is_the_one_that_counts(moment: Observation) -> None:
     assert moment.evaluated is not None
-    assert (moment.evaluated.version, moment.version, moment.best) == (1, 2, 0.75)
+    assert (moment.evaluated.version, moment.version, moment.newest("accuracy")) == (1, 2, 0.75)
+    assert moment.best("accuracy") is moment.evaluated
 
 
 def test_where_there_is_no_terminal_a_version_is_a_line_once(moment: Observation) -> None:

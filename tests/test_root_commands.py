@@ -1,32 +1,28 @@
 """Commands that root runs on the folders of services leave them usable by the services' users."""
 
 import os
+import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from support.other_users import ENVIRONMENT, OTHER, PORTIONS, PYTHON, environment, only_root, readable_by_others
 from support.small_world import LAB, initial_model
 from ternbus.broker.model_files import save_safetensors
 
-OTHER = 12_345  # no user of this machine
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")]
-
-
-# All of Python that the command needs is loaded first: it may lie where only root may read.
-CODE = "import sys, encodings.idna\nimport ternbus.aggregator.shell.cli\nfrom ternbus.command import main\n"
+pytestmark = [pytest.mark.slow, only_root]
 
 
 def ternbus(*arguments: object) -> list[str]:
-    return [sys.executable, "-c", f"{CODE}main(sys.argv[1:])\n", *map(str, arguments)]
+    return [PYTHON, "-m", "ternbus", *map(str, arguments)]
 
 
 def run(*arguments: object) -> str:
-    done = subprocess.run(ternbus(*arguments), capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(ternbus(*arguments), capture_output=True, text=True, timeout=60, check=False, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -56,6 +52,7 @@ def owners(folder: Path) -> dict[str, int]:
     return {name: uid for name, uid in found.items() if uid != OTHER}
 
 
+@readable_by_others
 def test_what_root_does_leaves_no_file_of_root(services: Path) -> None:
     agg, bus = services / "agg", services / "bus"
     run("broker", "init", bus, "--name", "127.0.0.1", "--port", "18883")
@@ -70,7 +67,9 @@ def test_what_root_does_leaves_no_file_of_root(services: Path) -> None:
     run("aggregator", "export", agg, out)
     run("aggregator", "log", "export", agg, agg / "log")
     assert out.stat().st_uid == 0  # in a folder of root's
-    with subprocess.Popen(ternbus("aggregator", "run", agg), stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        ternbus("aggregator", "run", agg), stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    ) as process:
         assert process.stderr is not None
         assert "at version" in process.stderr.readline()
         process.send_signal(signal.SIGTERM)
@@ -79,6 +78,7 @@ def test_what_root_does_leaves_no_file_of_root(services: Path) -> None:
     assert "paused" in run("aggregator", "status", agg)  # which has become the user
 
 
+@readable_by_others
 def test_what_root_restores_belongs_to_the_owner_of_the_backup(services: Path) -> None:
     agg, out, new = services / "agg", services / "out", services / "new"
     url = ("--broker", "mqtt://127.0.0.1:1")
@@ -92,3 +92,18 @@ def test_what_root_restores_belongs_to_the_owner_of_the_backup(services: Path) -
     run("aggregator", "restore", made, agg, "--force")
     assert (new.stat().st_uid, owners(new), owners(agg), owners(out)) == (OTHER, {}, {}, {})
     assert LAB in run("aggregator", "status", new)
+
+
+def test_what_the_owner_cannot_read_is_named_at_once(services: Path) -> None:
+    """Else a command would end somewhere on its way, where it imports what only root may read."""
+    mine = services / "root"
+    roots = {mine / portion.parent.name: portion for portion in PORTIONS}
+    for root, portion in roots.items():
+        shutil.copytree(portion, root / "ternbus", ignore=shutil.ignore_patterns("__pycache__"))
+    mine.chmod(0o700)
+    command = ternbus("aggregator", "status", services / "agg")
+    done = subprocess.run(command, env=environment(*roots), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"ternbus: Ternbus in {mine}")
+    assert f"cannot be read by user {OTHER}, to whom {services / 'agg'} belongs: install Ternbus" in done.stderr
+    assert list((services / "agg").iterdir()) == []

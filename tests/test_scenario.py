@@ -229,15 +229,15 @@ def test_a_barrier_waits_for_all_devices_and_takes_nothing_stale() -> None:
     ],
 )
 def test_the_run_ends_at_whichever_comes_first(end: End, reached: bool) -> None:
-    assert end.reached(version=10, seconds=5, accuracy=0.9) is reached
+    assert end.reached(version=10, seconds=5, evaluations=[{"accuracy": 0.8}, {"accuracy": 0.9}]) is reached
 
 
 def test_an_accuracy_that_nobody_measured_ends_nothing() -> None:
-    assert not End(accuracy=0.0).reached(version=1, seconds=1, accuracy=None)
+    assert not End(accuracy=0.0).reached(version=1, seconds=1, evaluations=[{"loss": 0.5}])
 
 
 def test_without_any_end_there_is_none() -> None:
-    with pytest.raises(ConfigError, match="no limit: set versions, seconds or accuracy"):
+    with pytest.raises(ConfigError, match="no limit: set versions, seconds, accuracy or metric"):
         End()
 
 

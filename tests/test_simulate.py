@@ -402,7 +402,8 @@ def test_devices_report_of_their_own_data_and_hostile_ones_do_not() -> None:
     assert found["local"]["devices"] == 3
     assert (found["local"]["oldest"], found["local"]["newest"]) == (8, 8)
     assert found["local"]["fine_tuned"]["devices"] == 3
-    assert found["local"]["fine_tuned"]["gain"]["median"] > 0  # each has few classes, and tunes to them
+    tuned = found["local"]["fine_tuned"]["metrics"]["accuracy"]
+    assert tuned["gain"]["median"] > 0  # each has few classes, and tunes to them
     assert sum(row["local"] is not None for row in found["versions"]) > 2
     assert found["accuracy"] == found["versions"][-1]["accuracy"] is not None  # the evaluator's, of all classes
 
@@ -416,7 +417,9 @@ def test_what_is_reported_is_what_was_held_out() -> None:
         accuracies.append(held.evaluate(vector).values["accuracy"])
         samples = {row.samples for row in memory(simulation).contributions if row.device == f"device-{index}"}
         assert samples <= {trainer.samples}
-    assert report(simulation)["local"]["accuracy"]["mean"] == pytest.approx(sum(accuracies) / len(accuracies), abs=1e-6)
+    assert report(simulation)["local"]["metrics"]["accuracy"]["mean"] == pytest.approx(
+        sum(accuracies) / len(accuracies), abs=1e-6
+    )
 
 
 def test_a_real_ledger_has_the_same_reports(tmp_path: Path) -> None:

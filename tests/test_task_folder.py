@@ -369,6 +369,7 @@ UNCLEAR = {
     "two": "{here}/two.py has more than one task: write two:ONE or two:OTHER",
     "two:THIRD": "task two:THIRD: {here}/two.py has no 'THIRD'; its tasks are: ONE, OTHER",
     "two:copy": "two:copy is not a task: a task needs name, ",
+    "classes:Mine": "classes:Mine is a class: add a line such as TASK = Mine(), and name TASK",
     "empty": "{here}/empty.py has no task: a task needs name, ",
     ":TASK": "invalid task ':TASK': write MODULE:ATTRIBUTE",
     "two:": "invalid task 'two:': write MODULE:ATTRIBUTE",
@@ -379,6 +380,7 @@ UNCLEAR = {
 @pytest.mark.parametrize("spec", UNCLEAR)
 def test_a_name_that_is_not_clear_is_answered_with_what_to_write(here: Path, spec: str) -> None:
     (here / "empty.py").write_text("")
+    (here / "classes.py").write_text("class Mine:\n    pass\n")
     (here / "my.task.py").write_text("")
     (here / "ternbus.py").write_text("")
     (here / "dangling.py").symlink_to(here / "nowhere.py")

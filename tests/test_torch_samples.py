@@ -139,7 +139,7 @@ def test_a_data_frame_is_taken() -> None:
     given = (frame.drop(columns="y"), frame["y"])
     assert same(trained(given), trained((INPUTS, TARGETS)))
     frame["city"] = "Bern"
-    with pytest.raises(ConfigError, match="the column 'city' of the data is of the type .*: it must hold numbers"):
+    with pytest.raises(ConfigError, match=r"the column 'city' of the data is of the type .*: it must hold numbers"):
         trained((frame.drop(columns="y"), frame["y"]))
 
 
@@ -148,7 +148,7 @@ def test_processes_read_a_dataset_and_train_the_same_model() -> None:
 
 
 class Named(nn.Linear):
-    def forward(self, features: Tensor, label: Tensor) -> Tensor:
+    def forward(self, features: Tensor, label: Tensor) -> Tensor:  # type: ignore[override]  # named arguments
         return super().forward(features)
 
 
@@ -163,10 +163,8 @@ def test_samples_that_are_dicts_have_their_targets_by_name() -> None:
 
 def test_a_stream_is_read_in_its_own_order_again_and_again() -> None:
     assert Plan(local_steps=2, batch_size=70).steps(SAMPLES) == 2  # the second begins in the first pass
-    task, seen = task_of(Stream()), []
-    trainer = task.trainer(data=None, partition="all")
-    for batch in trainer.data.batches([np.arange(70), np.arange(70)]):
-        seen.append(batch[0])
+    trainer = task_of(Stream()).trainer(data=None, partition="all")
+    seen = [batch[0] for batch in trainer.data.batches([np.arange(70), np.arange(70)])]
     assert torch.equal(torch.cat(seen), torch.cat([INPUTS, INPUTS])[:140])
     assert trainer.samples == SAMPLES
 
@@ -290,7 +288,7 @@ def test_sentences_of_different_lengths_train_with_a_collate() -> None:
     trained = trainer.train(start, Plan(local_epochs=40, batch_size=10, learning_rate=0.2), version=0, seed=1)
     assert trainer.evaluate(trained.tensors).values["accuracy"] > 0.9
     without = TorchTask(name="own", model=Bag, data=lambda folder, split: samples)
-    with pytest.raises(TrainingError, match="10 samples make no batch: .*samples of different shapes need collate"):
+    with pytest.raises(TrainingError, match=r"10 samples make no batch: .*samples of different shapes need collate"):
         without.trainer(data=None, partition="all").train(start, Plan(batch_size=10), version=0, seed=1)
 
 
@@ -312,9 +310,12 @@ def test_a_sample_that_cannot_be_read_is_named_with_the_line_that_failed(workers
     said = rf"sample 17 of the data .*: a bug in the task: test_torch_samples.py, line {line}: ValueError: a broken"
     with pytest.raises(TrainingError, match=said):
         trained(Failing(), workers=workers)
+    task = task_of(Failing(), workers=workers)
+    evaluator, start = task.evaluator(data=None), task.initial(0)
     with pytest.raises(TrainingError, match=said):
-        task = task_of(Failing(), workers=workers)
-        task.evaluator(data=None).evaluate(task.initial(0))
+        evaluator.evaluate(start)
+    with pytest.raises(ConfigError, match=said):
+        task.trainer(data=None, partition="dirichlet:1:0/2:0")
 
 
 @pytest.mark.parametrize("error", [SystemExit("enough"), MemoryError(), FileNotFoundError(2, "No such file", "a.png")])
@@ -368,15 +369,17 @@ def test_data_that_are_none_are_refused_in_words(given: Any, said: str) -> None:
 
 @pytest.mark.parametrize("workers", [-1, 1.5, True, "two"])
 def test_a_number_of_processes_that_is_none_is_refused(workers: Any) -> None:
-    with pytest.raises(ConfigError, match="workers is .*, but must be a whole number from 0"):
+    with pytest.raises(ConfigError, match=r"workers is .*, but must be a whole number from 0"):
         task_of(Items(), workers=workers).trainer(data=None, partition="all")
 
 
 def test_samples_without_classes_cannot_be_split_by_class() -> None:
     for given in ((INPUTS, INPUTS[:, :3]), [(row, row[:3]) for row in INPUTS]):
         assert task_of(given).trainer(data=None, partition="iid:0/2").samples == 45
-        with pytest.raises(ConfigError, match="no classes"):
-            task_of(given).trainer(data=None, partition="dirichlet:1:0/2:0")
+        assert task_of(given).trainer(data=None, partition="iid:0/2;test:0.2").samples == 9
+        for partition in ("dirichlet:1:0/2:0", "dirichlet:1:0/2:0;test:0.2"):
+            with pytest.raises(ConfigError, match="no classes"):
+                task_of(given).trainer(data=None, partition=partition)
 
 
 def test_a_dataset_of_torchvision_knows_its_targets() -> None:
@@ -386,10 +389,13 @@ def test_a_dataset_of_torchvision_knows_its_targets() -> None:
         def __getitem__(self, number: int) -> Any:
             raise AssertionError("no item needs to be read")
 
-    numbers = task_of(Known()).trainer(data=None, partition="dirichlet:1:1/3:0").data.labels()
-    assert np.array_equal(
-        numbers, task_of((INPUTS, TARGETS)).trainer(data=None, partition="dirichlet:1:1/3:0").data.labels()
+    known, plain = (
+        task_of(given).trainer(data=None, partition="dirichlet:1:1/3:0").data.labels()
+        for given in (Known(), (INPUTS, TARGETS))
     )
+    assert known is not None
+    assert plain is not None
+    assert np.array_equal(known, plain)
 
 
 def read_once(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:

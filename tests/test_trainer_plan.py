@@ -34,6 +34,8 @@ def test_every_key_of_the_protocol_is_taken_and_an_unknown_one_kept_for_the_trai
         "local_seconds": 2.5, "optimizer": "adamw", "beta1": 0.8, "beta2": 0.99, "schedule": "cosine",
         "warmup_versions": 3, "schedule_versions": 9, "final_rate": 0.1, "statistics_rate": 0.5, "precision": "auto",
         "memory_format": "channels-last", "participation": 0.25, "turn_s": 7.5, "flavour": "vanilla", "extra": 1,
+        "nesterov": True, "rmsprop_alpha": 0.9, "grad_clip": 5.0, "step_schedule": "linear", "warmup_steps": 2,
+        "final_step_rate": 0.2, "device": "cuda:1", "evaluation_batch_size": 64,
     }  # fmt: skip
     plan = Plan.from_meta(meta)
     for name, value in meta.items():
@@ -83,6 +85,9 @@ def test_whatever_comes_from_the_wire_is_a_plan_or_a_protocol_error(meta: Mappin
         ("optimizer", "lion"), ("optimizer", ["sgd"]), ("beta1", 1.0), ("beta2", 1), ("schedule", "step"),
         ("schedule", None), ("warmup_versions", 1.5), ("warmup_versions", -1), ("schedule_versions", True),
         ("final_rate", 1.1), ("statistics_rate", -1), ("precision", "float16"), ("memory_format", 1),
+        ("nesterov", 1), ("rmsprop_alpha", 1), ("grad_clip", -1), ("grad_clip", math.inf), ("step_schedule", "step"),
+        ("warmup_steps", -1), ("final_step_rate", 2), ("evaluation_batch_size", 0), ("evaluation_batch_size", 1.5),
+        ("device", "gpu"), ("device", "cuda:"), ("device", "cuda:01"), ("device", "cuda:1\n"), ("device", 0),
         ("participation", 0), ("participation", 1.01), ("participation", "all"), ("turn_s", 0), ("turn_s", math.inf),
     ],
 )  # fmt: skip
@@ -90,6 +95,37 @@ def test_nonsense_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(ProtocolError, match=name) as caught:
         Plan.from_meta({name: value})
     assert caught.value.reason == "bad-plan"
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "mps", "cuda", "cuda:0", "cuda:12"])
+def test_a_device_is_named_as_in_torch(device: str) -> None:
+    assert Plan(device=device).device == device
+
+
+@given(st.dictionaries(keys, anything, max_size=4))
+def test_whoever_writes_a_plan_finds_exactly_the_fault_that_a_device_finds(meta: Mapping[str, object]) -> None:
+    known = {name: value for name, value in meta.items() if name in plan_keys.KEYS}
+    try:
+        Plan.from_meta(known)
+    except ProtocolError as error:
+        assert str(error).endswith(plan_keys.fault(known) or "none")
+    else:
+        assert plan_keys.fault(known) is None
+
+
+def test_a_plan_that_says_its_defaults_has_no_fault() -> None:
+    assert plan_keys.fault({name: getattr(Plan(), name) for name in plan_keys.KEYS}) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "closest"),
+    [("learning_rat", "learning_rate"), ("gradclip", "grad_clip"), ("flavor", "flavour"), ("zzz", "")],
+)
+def test_an_unknown_key_is_named_with_the_closest_known_one(name: str, closest: str) -> None:
+    (found,) = plan_keys.unknown({"momentum": 0.5, "flavour": 1, name: 1}, ["flavour"])
+    meant = f": do you mean {closest}?" if closest else "."
+    assert found == f"{name} is a key that nobody knows{meant}"
+    assert plan_keys.unknown({"momentum": 0.5, "flavour": 1}, ["flavour"]) == []
 
 
 def test_a_schedule_without_an_end_is_refused() -> None:

@@ -11,7 +11,7 @@ from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import frame as frames
 from ternbus.broker.protocol import revocations
 from ternbus.broker.protocol.identity import Identity, enroll_proof, seal
-from ternbus.broker.protocol.messages import Enroll, Head, Receipt, Update
+from ternbus.broker.protocol.messages import Enroll, Head, Metrics, Receipt, Update
 from ternbus.broker.protocol.parts import Collector
 from ternbus.broker.protocol.schema import Schema, Tensor, vector_digest, vector_of
 from ternbus.broker.protocol.ternary import Block, content_bytes, decode, encode, pack, unpack
@@ -162,6 +162,30 @@ def test_an_enroll_byte_for_byte() -> None:
     assert Enroll.from_meta(frame.meta).public_key == DEVICE.public
 
 
+@pytest.mark.parametrize(("name", "seq"), [("", 8), ("plain_", 9)])
+def test_metrics_byte_for_byte_with_directions_and_as_a_stranger_writes_them(name: str, seq: int) -> None:
+    meta = VECTORS["metrics"][f"{name}meta"]
+    metrics = Metrics.from_meta(meta)
+    assert metrics.meta() == meta
+    built = frames.build(
+        DEVICE, federation="lab", sender="pi-01", kind="metrics", seq=seq, meta=metrics.meta(), body=b""
+    )
+    assert built == unhex("metrics", f"{name}frame")
+    frame = frames.parse(built)
+    frame.check_authentic(DEVICE.public)
+    assert Metrics.from_meta(frame.meta) == metrics
+    assert ("better" in meta, "classes" in meta) == (not name, not name)
+
+
+@pytest.mark.parametrize("what", VECTORS["malformed_metrics"])
+def test_malformed_metrics_are_refused(what: str) -> None:
+    frame = frames.parse(unhex("malformed_metrics", what))
+    frame.check_authentic(DEVICE.public)
+    with pytest.raises(ProtocolError) as error:
+        Metrics.from_meta(frame.meta)
+    assert error.value.reason == "bad-meta"
+
+
 def test_a_sealed_box_opens() -> None:
     plain = unhex("sealed", "plain")
     assert plain == bytes(DEVICE.key_id) + (7).to_bytes(8, "little") + CONTENT
@@ -227,7 +251,7 @@ def test_malformed_pages_of_revocations_are_refused(what: str) -> None:
 def test_every_entry_is_used() -> None:
     """A vector added to the file must be added here."""
     others = "enroll sealed malformed_zstd malformed_blocks malformed_vectors malformed_frames revocations"
-    others += " malformed_revocations"
+    others += " malformed_revocations metrics malformed_metrics"
     used = "about keys schema vector ternary_block float32_block tiny_numbers update message_in_3_parts head receipt"
     assert set(VECTORS) == {*used.split(), *others.split()}
     assert content_bytes(SCHEMA, "ternary") == len(CONTENT)

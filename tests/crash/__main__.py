@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from crash import differences
-from crash.federation import AGGREGATOR, DEVICES, KINDS, OUTSIDE, End, Federation, at, failing, joined, library_in
+from crash.federation import AGGREGATOR, DEVICES, KINDS, OUTSIDE, End, Federation, at, failing, joined, preload_in
 from ternbus.broker.server.running import Engine
 
 EVERY_S: Final = 10.0  # how often the state is printed
@@ -76,8 +76,8 @@ def main() -> None:
 def run(folder: Path, kills: int, seed: int, engine: Engine) -> list[str]:
     """The differences after so many ends."""
     compiler = shutil.which("cc")
-    library = None if compiler is None else library_in(folder, compiler)
-    with joined(folder / "damaged", engine, library) as damaged:
+    preload = None if compiler is None else preload_in(folder, compiler)
+    with joined(folder / "damaged", engine, preload) as damaged:
         _kill(damaged, kills, seed)
         damaged.calm()
         damaged.until_later(2)
@@ -93,7 +93,7 @@ def run(folder: Path, kills: int, seed: int, engine: Engine) -> list[str]:
 def _kill(damaged: Federation, kills: int, seed: int) -> None:
     chance = random.Random(f"{seed}/broker")
     for name in (AGGREGATOR, *DEVICES):
-        lots = Lots(seed, name, disk=damaged.library is not None)
+        lots = Lots(seed, name, disk=damaged.preload is not None)
         damaged.draw(name, lots.draw)
         damaged.kill(name)
     said_at = time.monotonic()

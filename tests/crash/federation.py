@@ -63,11 +63,11 @@ class End:
     what: str = ""  # NAME:COUNT of the point, or KIND:COUNT of the failure
     after_s: float | None = None  # kill it then at the latest
 
-    def environment(self, folder: Path, library: Path | None) -> dict[str, str]:
+    def environment(self, folder: Path, preload: Path | None) -> dict[str, str]:
         if self.how == POINT:
             return {VARIABLE: self.what}
         if self.how == DISK:
-            return {"LD_PRELOAD": str(library), "FAILING_DISK": f"{self.what}:{folder}"}
+            return {"LD_PRELOAD": str(preload), "FAILING_DISK": f"{self.what}:{folder}"}
         return {}
 
     def check(self, code: int, output: str) -> str:
@@ -123,9 +123,9 @@ class Lives:
 class Federation:
     """One run in a folder of its own; the end of the `with` block ends every process."""
 
-    def __init__(self, folder: Path, engine: running.Engine, library: Path | None = None) -> None:
+    def __init__(self, folder: Path, engine: running.Engine, preload: Path | None = None) -> None:
         self.folder = folder
-        self.library = library
+        self.preload = preload
         self.home = folder / AGGREGATOR
         self.ended: Counter[tuple[str, str]] = Counter()  # by process and what ended it
         self._software = running.choose(engine)
@@ -272,7 +272,7 @@ class Federation:
 
     def attempt(self, name: str, end: End | None, *arguments: object) -> str:
         """Run a command that is to end so, or with success; what it printed."""
-        environment = {} if end is None else end.environment(self.device(name), self.library)
+        environment = {} if end is None else end.environment(self.device(name), self.preload)
         with subprocess.Popen(
             [sys.executable, "-m", "ternbus", *map(str, arguments)],
             env={**os.environ, **environment},
@@ -313,7 +313,7 @@ class Federation:
     def _begin(self, lives: Lives) -> None:
         lives.now = lives.next_end()
         lives.done, lives.started = False, time.monotonic()
-        lives.child.start({} if lives.now is None else lives.now.environment(lives.folder, self.library))
+        lives.child.start({} if lives.now is None else lives.now.environment(lives.folder, self.preload))
 
     def version(self) -> int:
         """The newest one."""
@@ -322,12 +322,12 @@ class Federation:
         return int(version)
 
 
-def library_in(folder: Path, compiler: str) -> Path:
-    """Compile the disk that fails; the library's path."""
-    library = folder / "failing_disk.so"
+def preload_in(folder: Path, compiler: str) -> Path:
+    """Compile the disk that fails, which a process preloads; its path."""
+    preload = folder / "failing_disk.so"
     source = HERE / "failing_disk.c"
-    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
-    return library
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", preload, source, "-ldl"], check=True)
+    return preload
 
 
 def as_json(*arguments: object) -> dict[str, object]:
@@ -339,9 +339,9 @@ def as_json(*arguments: object) -> dict[str, object]:
 
 
 @contextmanager
-def joined(folder: Path, engine: running.Engine, library: Path | None = None) -> Iterator[Federation]:
+def joined(folder: Path, engine: running.Engine, preload: Path | None = None) -> Iterator[Federation]:
     """A federation whose aggregator and devices run, and to which nothing has happened."""
-    with Federation(folder, engine, library) as federation:
+    with Federation(folder, engine, preload) as federation:
         federation.start(AGGREGATOR)
         federation.command(
             AGGREGATOR, "aggregator", "invite", federation.home, *DEVICES, "--out", folder / "invitations"

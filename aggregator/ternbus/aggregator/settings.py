@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, Final, Self
 
-import msgpack
-
+from ternbus.aggregator import plan_settings
+from ternbus.aggregator.plan_settings import PlanCheck, is_plain
 from ternbus.broker import toml
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.protocol import plan_keys
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from ternbus.broker.protocol.identity import check_federation
 from ternbus.broker.protocol.invitation import check_broker_url
@@ -127,7 +126,7 @@ class DownlinkSettings:
 
     codec: str = _key("ternary", "codec of the deltas: ternary, with error feedback; or float32", one_of=CODECS)
     min_interval_s: float = _key(
-        0.0, "shortest time between two versions, in seconds; updates wait in the buffer", low=0, high=1e6
+        0.0, "shortest time between two versions, in s; updates wait, at most merge.max_wait_s", low=0, high=1e6
     )
     slots: int = _key(
         32, "number of deltas retained on the broker; a device further behind fetches a snapshot", low=1, high=65_535
@@ -218,6 +217,17 @@ class Settings:
     invitations: InvitationSettings = field(default_factory=InvitationSettings)
     transport: TransportSettings = field(default_factory=TransportSettings)
     plan: Mapping[str, Any] = field(default_factory=dict)
+    plan_check: PlanCheck | None = None
+
+    @property
+    def published_plan(self) -> Mapping[str, Any]:
+        """What the head tells devices."""
+        return plan_settings.published(self.plan, self.plan_check, self.staleness.max)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is doubtful in a plan that an earlier version wrote, without a table to check it by."""
+        return [] if self.plan_check is not None else [f"plan.{each}" for each in plan_settings.doubts(self.plan, None)]
 
     @property
     def recipe(self) -> Recipe:
@@ -230,7 +240,7 @@ class Settings:
 
 
 # What a new federation begins with where its operator chooses nothing; a file without these keys keeps the defaults.
-NEW_HOME: Final[Mapping[str, object]] = {"merge.influence_bound": "adaptive"}
+NEW_HOME: Final[Mapping[str, object]] = {"merge.influence_bound": "adaptive", "plan_check.allowed_keys": ()}
 SECTIONS: Final[Mapping[str, type]] = {
     "merge": MergeSettings,
     "staleness": StalenessSettings,
@@ -240,13 +250,6 @@ SECTIONS: Final[Mapping[str, type]] = {
     "invitations": InvitationSettings,
     "transport": TransportSettings,
 }
-PLAN_BYTES_MAX: Final = 8192  # half of what a header may have
-PLAN_DOC: Final = """\
-What devices are asked to do; every key may be left out, and keys not listed reach the training code as they are.
-local_epochs, local_steps, batch_size, learning_rate, momentum, weight_decay, proximal_mu (FedProx),
-clip_sigma (TernGrad's clipping, 2.5; 0 = off), codec ("ternary" or "float32"), error_feedback (bool), seal (bool),
-seed; Ternbus' own devices also take optimizer, schedule, local_seconds, participation and others: see docs/tasks.md
-"""
 
 
 def parse(text: str, source: str = "aggregator.toml") -> Settings:
@@ -256,21 +259,23 @@ def parse(text: str, source: str = "aggregator.toml") -> Settings:
 
 def from_table(table: Mapping[str, Any], source: str = "aggregator.toml") -> Settings:
     """Check a table of sections, as TOML gives it."""
-    unknown = sorted(set(table) - {"federation", "broker", "plan", *SECTIONS})
+    unknown = sorted(set(table) - {"federation", "broker", "plan", "plan_check", *SECTIONS})
     if unknown:
-        raise ConfigError(f"{source}: unknown key {unknown[0]!r}; known are {', '.join(SECTIONS)}, plan")
+        raise ConfigError(f"{source}: unknown key {unknown[0]!r}; known are {', '.join(SECTIONS)}, plan, plan_check")
     for key in ("federation", "broker"):
         if key not in table:
             raise ConfigError(f"{source}: {key!r} is missing; add it, or restore the file from a backup")
         if not isinstance(table[key], str):
             raise ConfigError(f"{source}: {key!r} must be a string")
     sections = {name: _section(kind, table.get(name, {}), f"{source}: {name}") for name, kind in SECTIONS.items()}
-    plan = _plan(table.get("plan", {}), f"{source}: plan")
+    check = PlanCheck.from_table(table.get("plan_check"), f"{source}: plan_check")
+    plan = plan_settings.read(table.get("plan", {}), check, f"{source}: plan")
     _check_merge(sections["merge"], f"{source}: merge", seal=bool(plan.get("seal")))
     return Settings(
         federation=check_federation(table["federation"]),
         broker=check_broker_url(table["broker"]),
         plan=plan,
+        plan_check=check,
         **sections,
     )
 
@@ -333,7 +338,7 @@ def _number(kind: type, value: object, low: float | None, high: float | None, wh
     if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
         raise ConfigError(f"{where} = {value!r} must be {'a number' if kind is float else kind.__name__}")
     if isinstance(value, int | float) and not (
-        _is_plain(value) and (low is None or value >= low) and (high is None or value <= high)
+        is_plain(value) and (low is None or value >= low) and (high is None or value <= high)
     ):
         raise ConfigError(f"{where} = {value!r} must be {_interval(low, high)}")
     return kind(value)
@@ -341,34 +346,6 @@ def _number(kind: type, value: object, low: float | None, high: float | None, wh
 
 def _interval(low: float | None, high: float | None) -> str:
     return f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
-
-
-def _plan(table: object, where: str) -> dict[str, Any]:
-    if not isinstance(table, Mapping):
-        raise ConfigError(f"{where} must be a table")
-    plan: dict[str, Any] = {}
-    for key, value in table.items():
-        known = plan_keys.SHARED.get(key)
-        if known is not None and (fault := known.fault(value)):
-            raise ConfigError(f"{where}.{key} is {value!r}, {fault}")
-        plan[key] = _plain(value, f"{where}.{key}")  # as it is: 1 stays 1 on the wire
-    size_bytes = len(msgpack.packb(plan))
-    if size_bytes > PLAN_BYTES_MAX:
-        raise ConfigError(f"{where} takes {size_bytes} bytes, at most {PLAN_BYTES_MAX}: every head carries it")
-    return plan
-
-
-def _plain(value: object, where: str) -> object:
-    """A value of an unknown plan key: whatever msgpack carries unchanged."""
-    items = value if isinstance(value, list) else [value]
-    if all(isinstance(item, str) or (isinstance(item, int | float) and _is_plain(item)) for item in items):
-        return value
-    raise ConfigError(f"{where} = {value!r}: use a string, a number of 64 bits, true, false or a flat list of these")
-
-
-def _is_plain(number: int | float) -> bool:
-    """Whether it is finite and within 64 bits, as every number on the wire is."""
-    return math.isfinite(number) if isinstance(number, float) else -(2**63) <= number < 2**63
 
 
 def with_overrides(table: dict[str, Any], overrides: Mapping[str, object]) -> dict[str, Any]:
@@ -394,7 +371,11 @@ def toml_value(text: str) -> object:
 def dumps(settings: Settings) -> str:
     """The file's text: every key, its value, and what it means."""
     heading = "A Ternbus aggregator. Changes are in force after a restart; what is wrong is refused by name at start."
-    comments: dict[toml.Place, str] = {(): heading, ("plan",): PLAN_DOC}
-    for name, kind in SECTIONS.items():
-        comments |= {(name, entry.name): entry.metadata["doc"] for entry in fields(kind)}
-    return toml.dumps(asdict(settings), comments)
+    comments: dict[toml.Place, str] = {
+        (): heading,
+        ("plan",): plan_settings.PLAN_DOC,
+        ("plan_check",): plan_settings.CHECK_DOC,
+    }
+    for name, kind in {**SECTIONS, "plan_check": PlanCheck}.items():
+        comments |= {(name, entry.name): entry.metadata.get("doc", "") for entry in fields(kind)}
+    return toml.dumps({name: value for name, value in asdict(settings).items() if value is not None}, comments)

@@ -10,7 +10,7 @@ import typer
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.files import make_folder, write_secret, write_text
-from ternbus.broker.folder_owner import act_as_owner
+from ternbus.broker.folder_owner import as_owner
 from ternbus.broker.link.tls import CA, CERTIFICATE, TLS_KEY
 from ternbus.broker.protocol.endpoint import is_loopback
 from ternbus.broker.server import refusals as counts
@@ -30,14 +30,8 @@ PORT: Final = 1883
 HOST: Final = "127.0.0.1"
 
 
-def _as_owner(directory: Path) -> Path:
-    """The argument as it is, after root has become the owner of the directory."""
-    act_as_owner(directory)
-    return directory
-
-
 DirToRead = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the broker.")]
-Dir = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the broker.", callback=_as_owner)]
+Dir = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the broker.", callback=as_owner)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 EngineOption = Annotated[
     Engine, typer.Option(help="Broker software; auto takes mosquitto where it is installed, else nats-server.")
@@ -98,8 +92,9 @@ def up(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON when the broker is ready, for scripts.")] = False,
 ) -> None:
-    """Run a broker with its data in DIR and print a line when it accepts connections. Ctrl-C, SIGTERM or SIGHUP
-    stops it.
+    """Run a broker with its data in DIR and print a line when it accepts connections.
+
+    Ctrl-C, SIGTERM or SIGHUP stops it.
 
     The broker uses TLS if `ternbus broker init` made DIR; otherwise it serves this machine only, without TLS.
 
@@ -107,7 +102,7 @@ def up(
     """
     if place is not None and directory is not None:
         raise ConfigError("two directories given: use either DIR or --dir")
-    directory = _as_owner(place or directory or DIRECTORY)
+    directory = as_owner(place or directory or DIRECTORY)
     on_stop(_stop)
     try:
         with _start(directory, engine, host, port) as broker:

@@ -1,5 +1,7 @@
 """Models in safetensors files: read as float32 tensors, and written atomically."""
 
+import json
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,8 +32,22 @@ def load_safetensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
     return floats
 
 
+def load_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, empty if it has none; ConfigError if the file cannot be read."""
+    from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - as above
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"cannot read {path} as a safetensors file: {error}") from error
+
+
 def save_safetensors(path: Path, tensors: Mapping[str, npt.NDArray[np.float32]], about: Mapping[str, str]) -> None:
-    """Write named tensors atomically, with ``about`` as the file's metadata; ConfigError if that fails."""
+    """Write named tensors atomically, with ``about`` as the file's metadata; ConfigError if that fails.
+
+    Equal tensors and metadata give equal bytes.
+    """
     from safetensors import SafetensorError  # noqa: PLC0415 - as above
     from safetensors.numpy import save_file  # noqa: PLC0415 - as above
 
@@ -41,7 +57,19 @@ def save_safetensors(path: Path, tensors: Mapping[str, npt.NDArray[np.float32]],
     try:
         with replacing(path) as partial:
             save_file(arrays, partial, metadata=dict(about))
+            _sort_metadata(Path(partial))
     except OSError as error:
         raise fault(error, path, "cannot write ") from error
     except SafetensorError as error:
         raise ConfigError(f"cannot write {path}: {error}") from error
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata in order, in place: the library writes them in the random order of its hash map."""
+    with path.open("r+b") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        sorted_header = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        file.seek(8)
+        file.write(sorted_header.ljust(size))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ternbus.edge.plan.plan import Plan
     from ternbus.edge.plan.privacy import Cost
     from ternbus.edge.plan.tensors import FloatArray, Tensors
+    from ternbus.edge.torch.augmentation import per_sample
     from ternbus.edge.torch.torch_task import TorchTask
 else:
     __getattr__, __dir__ = exports(
@@ -44,6 +45,7 @@ else:
             "ternbus.edge.plan.plan": ["Plan"],
             "ternbus.edge.plan.privacy": ["Cost"],
             "ternbus.edge.plan.tensors": ["FloatArray", "Tensors"],
+            "ternbus.edge.torch.augmentation": ["per_sample"],
             "ternbus.edge.torch.torch_task": ["TorchTask"],
         },
     )
@@ -69,5 +71,6 @@ __all__ = [
     "higher",
     "load_task",
     "lower",
+    "per_sample",
     "select",
 ]

@@ -14,6 +14,8 @@ import typer
 
 from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.broker.exit_codes import EXIT_FAILED
+from ternbus.edge.learn.failure import explained
+from ternbus.edge.learn.partition_spec import listed
 from ternbus.edge.learn.task_loader import expanded, load_task
 from ternbus.lab.experiment import experiment, session, table
 from ternbus.lab.experiment.experiment import Experiment
@@ -21,8 +23,9 @@ from ternbus.lab.experiment.session import Choices
 from ternbus.lab.interrupts import Interrupted, Interrupts
 from ternbus.lab.processes.supervisor import ChildError
 from ternbus.lab.processes.testbed import Testbed
-from ternbus.lab.report import output, progress, report
-from ternbus.lab.scenario import scenario
+from ternbus.lab.report import output, partition_table, progress, report
+from ternbus.lab.scenario import partitions, scenario
+from ternbus.lab.scenario.resolve import resolved
 from ternbus.lab.scenario.scenario import Scenario
 from ternbus.lab.virtual.simulate import Simulation
 from ternbus.lab.virtual.training import Workers
@@ -38,13 +41,23 @@ EXAMPLE: Final = Path(__file__).with_name("example.toml")
 File = Annotated[
     Path | None, typer.Argument(metavar="SCENARIO.toml", help="Scenario to run; `ternbus lab example` prints one.")
 ]
-Devices = Annotated[int | None, typer.Option(help="Number of devices. [default: 8]")]
+Devices = Annotated[
+    int | None, typer.Option(help="Number of devices. [default: 8, or one for each owner with natural or by:COLUMN]")
+]
 TaskName = Annotated[
     str | None, typer.Option("--task", help="Name of the task, or MODULE:ATTRIBUTE. [default: digits]")
 ]
 Versions = Annotated[int | None, typer.Option(help="Number of versions after which the run ends. [default: 60]")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the model, the partition and the speeds. [default: 0]")]
 Data = Annotated[Path | None, typer.Option(help="Folder with the task's data, if the task needs one.")]
+Partition = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KIND",
+        help=f"Division of the data: {listed([kind.strip(chr(34)) for kind in partitions.FORMS.values()])}. "
+        f"[default: {partitions.UNEQUAL} if the data have classes, else iid]",
+    ),
+]
 Sync = Annotated[bool, typer.Option("--sync", help="Barrier: each version waits for updates of all devices.")]
 Out = Annotated[Path, typer.Option(help="Folder for the report, model, logs and all other files.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print report.json to standard output.")]
@@ -67,6 +80,7 @@ def run(
     ] = None,
     seed: Seed = None,
     data: Data = None,
+    partition: Partition = None,
     sync: Sync = False,
     out: Out = Path("ternbus-lab"),
     as_json: AsJson = False,
@@ -78,6 +92,7 @@ def run(
     Example: ternbus lab run --devices 20 --versions 100
     """
     given = {"devices": devices, "task": task, "engine": engine, "seed": seed, "data": data, "sync": sync or None}
+    given["partition"] = partition
     raise typer.Exit(_run(_wanted(file, given, versions), out, as_json))
 
 
@@ -90,6 +105,7 @@ def simulate(
     versions: Versions = None,
     seed: Seed = None,
     data: Data = None,
+    partition: Partition = None,
     sync: Sync = False,
     every: Annotated[
         int | None, typer.Option(help="Number of versions from one evaluation to the next. [default: 1]", min=1)
@@ -108,10 +124,49 @@ def simulate(
     Example: ternbus lab simulate --devices 20 --versions 100
     """
     given = {"devices": devices, "task": task, "seed": seed, "data": data, "sync": sync or None}
+    given["partition"] = partition
     wanted = _wanted(file, given, versions)
     if every is not None:
         wanted = dataclasses.replace(wanted, simulate=dataclasses.replace(wanted.simulate, evaluate_every=every))
     raise typer.Exit(_simulate(wanted, out, as_json, jobs=jobs, keep_ledger=ledger))
+
+
+@app.command("partition")
+def show_partition(
+    file: File = None,
+    *,
+    devices: Devices = None,
+    task: TaskName = None,
+    partition: Partition = None,
+    seed: Seed = None,
+    data: Data = None,
+    hold_out: Annotated[float | None, typer.Option(help="Share of each device's data that it holds out.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Picture to write: FILE.png, .svg or .pdf.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+) -> None:
+    """Show which device of a scenario has what: its samples, and how many of each class.
+
+    Nothing is trained. A target that is a number with a fraction is counted by its ten quantiles. Below the table are
+    the sizes, the samples that no device has, and what the data decided: the default partition, the number of devices.
+
+    `iid`: equal random parts. `dirichlet:ALPHA`: unequal sizes and mixes of classes; small ALPHA = very unequal.
+    `quantity:ALPHA`: unequal sizes only. `shards:K`: about K classes for each device. `natural`: the owners in the
+    data, such as writers. `by:COLUMN`: the values of a column. `all`: everything for everybody.
+
+    Example: ternbus lab partition --task digits --partition shards:2 --devices 10 --plot parts.png
+    """
+    if plot is not None:
+        partition_table.check_plot(plot)
+    given = {"devices": devices, "task": task, "seed": seed, "data": data, "partition": partition}
+    wanted = _wanted(file, given, None)
+    if hold_out is not None:
+        wanted = dataclasses.replace(wanted, local=dataclasses.replace(wanted.local, hold_out=hold_out))
+    loaded = load_task(wanted.task)
+    with explained(wanted.task, lacks_data=wanted.data is None):
+        facts = partition_table.describe(resolved(wanted, loaded), loaded)
+    if plot is not None:
+        partition_table.plot(facts, plot)
+    typer.echo(json.dumps(facts) if as_json else partition_table.table(facts))
 
 
 @app.command()
@@ -199,7 +254,8 @@ def _wanted(file: Path | None, given: Mapping[str, object], versions: int | None
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if "data" in changes:
         changes["data"] = expanded(changes["data"])
-    wanted = Scenario() if file is None else scenario.load(file)
+    own = {"partition": changes["partition"]} if "partition" in changes else {}
+    wanted = scenario.parse(own) if file is None else scenario.load(file, own)
     if versions is not None:
         changes["end"] = dataclasses.replace(wanted.end, versions=versions)
     return dataclasses.replace(wanted, **changes)
@@ -260,7 +316,7 @@ def _result(wanted: Scenario, place: output.Output, interrupts: Interrupts, show
         moment = testbed.finish()
         testbed.export()
     result = report.summary(
-        moment, scenario=wanted, parameters=testbed.parameters, wall_seconds=time.monotonic() - began
+        moment, scenario=testbed.scenario, parameters=testbed.parameters, wall_seconds=time.monotonic() - began
     )
     _write(result, place, shown)
     return result
@@ -277,7 +333,7 @@ def _simulated(
 ) -> dict[str, Any]:
     began = time.monotonic()
     with shown:
-        shown.say(f"{wanted.task}: {wanted.devices} devices in virtual time")
+        shown.say(f"{wanted.task}: {partitions.devices_in_words(wanted.devices)} in virtual time")
         folder = place.aggregator if keep_ledger else None
         with (
             Workers(wanted, jobs) if jobs > 1 else nullcontext() as workers,

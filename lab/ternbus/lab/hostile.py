@@ -12,6 +12,7 @@ from typing import Final
 import numpy as np
 
 from ternbus.broker.errors import ConfigError
+from ternbus.edge.learn.class_counts import class_counts_of
 from ternbus.edge.learn.task import Evaluation, Task, Trained, Trainer
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.plan.plan import Plan
@@ -57,6 +58,10 @@ class HostileTrainer:
     @property
     def samples(self) -> int:
         return self.behaviour.samples or self.honest.samples
+
+    @property
+    def class_counts(self) -> Mapping[str, int]:
+        return class_counts_of(self.honest)
 
     def evaluate(self, tensors: Tensors) -> Evaluation:
         return self.honest.evaluate(tensors)

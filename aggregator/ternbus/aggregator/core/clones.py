@@ -1,8 +1,9 @@
-"""Devices whose key two machines use: their statuses alternate between two series of sequence numbers.
+"""Devices whose key two machines use: again and again a lower sequence number is signed after a higher one.
 
 A device numbers its statuses upwards, over connections, restarts and crashes; one that was restored from an old copy
-goes back once. Only two that run at once go back again and again. Where the aggregator connects, the broker may deliver
-the retained status before older ones from its queue; so nothing is compared over its connections.
+goes back once. Only two that run at once go back again and again. The order of arrival shows none of this: a broker can
+replay a status, or hold it back. A status on a version shows it, since nobody could sign it before that version was
+made: where a higher number had arrived by then, this one was signed after it.
 """
 
 from collections import deque
@@ -13,35 +14,40 @@ from ternbus.aggregator.core.events import Action, Log
 from ternbus.aggregator.core.refusals import Refusals
 from ternbus.aggregator.core.registry import Member
 from ternbus.broker.protocol.identity import KeyId
-from ternbus.broker.protocol.messages import Status
+from ternbus.broker.protocol.messages import DEVICE_STATES, Status
 
-FALLS: Final = 3  # times that a device's numbers went back and rose again
-WITHIN_S: Final = 600.0
-SEEN: Final = 8  # numbers remembered, since a broker delivers again what was not acknowledged
+FALLS: Final = 3  # times that a device's numbers went back and rose above all before
+WITHIN_S: Final = 24 * 3600.0
+VERSIONS: Final = 8  # the newest ones at which a number rose are remembered
+TRAINING: Final = DEVICE_STATES[1]
 CLONED: Final = "cloned"  # the outcome that is counted, with the key
 
 
 @dataclass(slots=True)
 class _Series:
-    """The sequence numbers of one key's statuses on this connection."""
+    """The sequence numbers of one key's statuses."""
 
     highest: int = 0
-    seen: deque[int] = field(default_factory=lambda: deque(maxlen=SEEN))
-    has_fallen: bool = False
+    rises: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=VERSIONS))
     falls: deque[float] = field(default_factory=lambda: deque(maxlen=FALLS))  # their times
 
-    def alternates(self, seq: int, now: float) -> bool:
-        """Take in a number; whether it is that of a machine which cannot be the one before."""
-        if seq in self.seen:
-            return False
-        self.seen.append(seq)
+    def alternates(self, seq: int, base: int, newest: int, now: float) -> bool:
+        """Take in a number, signed on version ``base`` where ``newest`` is; whether there are two machines.
+
+        ``rises`` has, of the time since the last fall, pairs of the version that was the newest and the highest number.
+        A restored device explains one fall; what is replayed after it rises above nothing, so it is not in them.
+        """
         if seq > self.highest:
-            self.highest, self.has_fallen = seq, False
-        elif not self.has_fallen:
-            self.has_fallen = True
-            self.falls.append(now)
-            return len(self.falls) == FALLS and now - self.falls[0] <= WITHIN_S
-        return False
+            self.highest = seq
+            if self.rises and self.rises[-1][0] == newest:
+                self.rises.pop()
+            self.rises.append((newest, seq))
+            return False
+        if not any(version < base <= newest and seq < number for version, number in self.rises):
+            return False
+        self.rises.clear()
+        self.falls.append(now)
+        return len(self.falls) == FALLS and now - self.falls[0] <= WITHIN_S
 
 
 @dataclass(slots=True, kw_only=True)
@@ -53,19 +59,15 @@ class Clones:
     _told: set[KeyId] = field(default_factory=set)
     _actions: list[Action] = field(default_factory=list)
 
-    def connected(self) -> None:
-        self._series.clear()
-
-    def observe(self, member: Member, status: Status, seq: int, now: float) -> None:
-        """Take in an authentic status, in the order of arrival, whether or not it is outdated.
+    def observe(self, member: Member, status: Status, seq: int, newest: int, now: float) -> None:
+        """Take in an authentic status, whether or not it is outdated; ``newest`` is the newest version.
 
         A last will says nothing: its number is lower than those of its session.
         """
         if not status.online:
             return
         series = self._series.setdefault(member.key, _Series())
-        highest = series.highest
-        if not series.alternates(seq, now):
+        if not series.alternates(seq, status.base if status.state == TRAINING else -1, newest, now):
             return
         series.falls.clear()
         self.refusals.counters.answer(f"{CLONED}:{member.key.hex()}", now)
@@ -73,8 +75,9 @@ class Clones:
             return
         self._told.add(member.key)
         text = (
-            f"two machines use the key of {member.name}: two sessions of it alternate (now sequence number {seq} after "
-            f"{highest}); run `ternbus aggregator revoke DIR {member.name}`, and invite each machine by its own name"
+            f"two machines use the key of {member.name}: it signs lower sequence numbers after higher ones, again and "
+            f"again (now {seq} after {series.highest}); run `ternbus aggregator revoke DIR {member.name}`, and invite "
+            "each machine by its own name"
         )
         line = self.refusals.log_limit.write(CLONED, text, now)
         self._actions += [Log(text=line)] if line else []

@@ -193,7 +193,6 @@ class Core:
     def _connected(self, event: events.Connected) -> list[Action]:
         self._is_linked = True
         self._reconnect.connected(self._now)
-        self._clones.connected()
         federation = self.settings.federation
         filters = (f"{topics.root(federation)}/up/#", topics.head(federation), topics.status(federation))
         actions: list[Action] = [events.Subscribe(filters=(*filters, *self._revocations.subscriptions()))]
@@ -278,7 +277,7 @@ class Core:
             case "status":
                 frame.check_bodiless()
                 status = Status.from_meta(frame.meta)
-                self._clones.observe(member, status, frame.seq, self._now)
+                self._clones.observe(member, status, frame.seq, self.model.version, self._now)
                 if self.registry.observe(member, status, frame.seq):
                     member.pace.heard(self._now)
                     self._counters.observe(member.name, self._now)

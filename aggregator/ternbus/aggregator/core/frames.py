@@ -74,7 +74,7 @@ class FrameWriter:
             max_staleness=self.settings.staleness.max,
             direct_parts=self.direct_parts,
             state=state,
-            plan=self.settings.plan,
+            plan=self.settings.published_plan,
         )
         reserved, payload = self._frame(head.KIND, head.meta())
         return reserved, (topics.head(self.settings.federation), payload)

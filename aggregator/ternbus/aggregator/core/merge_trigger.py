@@ -36,7 +36,6 @@ class MergeTrigger:
     merge_by: float = math.inf  # the longest wait of the buffer's first update ends
     not_before: float = -math.inf  # the shortest interval after the last merge ends
     statuses_by: float = -math.inf  # the broker has delivered every device's status
-
     listening_since: float = math.inf  # no silence of before says anything; infinite without a connection
 
     def connected(self, now: float) -> "MergeTrigger":

@@ -5,17 +5,24 @@ from typing import Annotated
 
 import typer
 
-from ternbus.broker.folder_owner import act_as_owner
+from ternbus.broker.folder_owner import as_owner
 
-
-def _as_owner(directory: Path) -> Path:
-    """The argument as it is, after root has become the owner of the directory."""
-    act_as_owner(directory)
-    return directory
-
-
-Dir = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the aggregator.", callback=_as_owner)]
+Dir = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the aggregator.", callback=as_owner)]
 # Of commands that also read or write elsewhere, where root may and the directory's owner perhaps may not. Files that
 # they replace or make in the directory, as SQLite does, get the owner of their folder.
 DirAsRoot = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the aggregator.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Setting of aggregator.toml, for example merge.buffer_size=1; repeatable."
+    ),
+]
+AllowPlanKeys = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-plan-key",
+        metavar="NAME",
+        help="Plan key to accept although neither Ternbus nor the task knows it; repeatable.",
+    ),
+]

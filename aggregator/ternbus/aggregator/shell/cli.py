@@ -7,26 +7,33 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from ternbus.aggregator.core import disk_guard
+from ternbus.aggregator.plan_settings import PlanCheck
 from ternbus.aggregator.settings import TransportSettings, toml_value
-from ternbus.aggregator.shell import administration, log_commands, membership_commands, quickstart, recovery_commands
-from ternbus.aggregator.shell.arguments import AsJson, Dir, DirAsRoot
+from ternbus.aggregator.shell import (
+    administration,
+    log_commands,
+    membership_commands,
+    quickstart,
+    recovery_commands,
+    status_text,
+)
+from ternbus.aggregator.shell.arguments import AllowPlanKeys, AsJson, Dir, DirAsRoot, Settings
 from ternbus.aggregator.shell.service import Service
-from ternbus.aggregator.store import control, device_metrics
+from ternbus.aggregator.store import control
 from ternbus.aggregator.store import status as statuses
 from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.files import read_password
 from ternbus.broker.folder_owner import act_as_owner
-from ternbus.broker.model_files import load_safetensors, save_safetensors
+from ternbus.broker.model_files import load_metadata, load_safetensors, save_safetensors
 from ternbus.broker.protocol.endpoint import PORTS, is_loopback
+from ternbus.broker.protocol.task_plan import TaskPlan
 from ternbus.broker.server.running import Engine, RunningBroker
 from ternbus.broker.stop_signals import on_stop
-from ternbus.broker.text_table import text_table
 from ternbus.broker.version import software
 
 app = typer.Typer(
@@ -67,14 +74,8 @@ def init(
     ] = None,
     username: Username = "",
     password_file: PasswordFile = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Setting of aggregator.toml, for example merge.buffer_size=1; repeatable.",
-        ),
-    ] = None,
+    settings: Settings = None,
+    allowed: AllowPlanKeys = None,
     dense: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Tensors that always travel as float32, for example 'fc.*'; repeatable."),
@@ -84,7 +85,8 @@ def init(
 
     Example: ternbus aggregator init agg --federation lab --broker-dir bus --model m.safetensors
     """
-    overrides = dict(_override(text) for text in settings or [])
+    overrides = PlanCheck.settings(TaskPlan.from_metadata(load_metadata(model), model), allowed or ())
+    overrides |= dict(_override(text) for text in settings or [])
     overrides |= _login(username, password_file)
     if broker_dir is not None:
         overrides["transport.authority"] = str(broker_dir.resolve())
@@ -152,6 +154,8 @@ def run(directory: Dir, username: Username = "", password_file: PasswordFile = N
 def _serve(directory: Path, transport: TransportSettings | None = None, broker: RunningBroker | None = None) -> None:
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     service = Service(directory, software(), _say, transport)
+    for warning in administration.load_settings(directory).warnings:
+        _say(f"{directory / administration.TOML}: {warning}")
     on_stop(lambda *_: service.stop())
     ended = quickstart.watch(broker, service.stop, _say) if broker is not None else []
     service.run()
@@ -231,7 +235,7 @@ def status(directory: Dir, as_json: AsJson = False) -> None:
     """
     _flush_counts(directory)
     found = statuses.read(directory)
-    typer.echo(json.dumps(found) if as_json else _summary(found))
+    typer.echo(json.dumps(found) if as_json else status_text.summary(found))
 
 
 def _flush_counts(directory: Path) -> None:
@@ -242,78 +246,6 @@ def _flush_counts(directory: Path) -> None:
         _say(f"as the ledger has it: {error}")
 
 
-def _summary(found: dict[str, Any]) -> str:
-    counts = dict(found["counts"])
-    invalid = counts.pop("invalid")
-    lines = [
-        f"federation {found['federation']}: {found['state']}, version {found['version']}, digest {found['digest']}",
-        f"{found['buffer']} in the buffer",
-        "updates: " + ", ".join(f"{value} {name}" for name, value in counts.items()),
-    ]
-    if invalid:
-        lines.append("refused: " + ", ".join(f"{value} {name}" for name, value in invalid.items()))
-    if found["disk"]["state"] != disk_guard.ENOUGH:
-        lines.append(disk_guard.sentence(found["disk"]["free"]))
-    lines += [f"{name}: {value}" for name, value in device_metrics.sentences(found["local"])]
-    lines += [
-        f"{name}: two machines use its key; revoke it, and invite each machine by its own name"
-        for name, row in found["devices"].items()
-        if row["cloned"]
-    ]
-    if (claim := found["claim"]) is not None:
-        lines.append(
-            f"{claim['device']} names version {claim['version']}, which is not here: if this folder was copied back "
-            "from a backup, stop the aggregator and run: ternbus aggregator restored DIR"
-        )
-    lines += ["", *_device_table(found["devices"])]
-    return "\n".join([*lines, "", *_version_table(found["versions"][-10:], local=found["local"] is not None)])
-
-
-def _version_table(versions: list[dict[str, Any]], *, local: bool) -> list[str]:
-    """Each evaluator has a column of its own; the last columns are of the devices' own data, and of so many of them."""
-    evaluators = sorted({name for row in versions for name in row["evaluations"]})
-    columns = {"version": ">", "updates": ">", "staleness": ">"}
-    columns |= {f"accuracy by {name}": ">" for name in evaluators} or {"accuracy": ">"}
-    columns["time"] = "<"
-    if local:
-        columns |= {"worst tenth": ">", "median": ">", "devices": ">"}
-    rows = []
-    for row in versions:
-        accuracies = [row["evaluations"].get(name, {}).get("accuracy") for name in evaluators] or [None]
-        shown = [None if accuracy is None else f"{accuracy:.4f}" for accuracy in accuracies]
-        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["time"]))
-        cells = [row["version"], row["updates"], f"{row['staleness_mean']:.2f}/{row['staleness_max']}", *shown, moment]
-        if local:
-            own = row["local"]
-            among = [None, None] if own is None else [own["accuracy"][name] for name in ("worst_decile", "median")]
-            cells += [None if each is None else f"{each:.4f}" for each in among]
-            cells.append(None if own is None else own["devices"])
-        rows.append(cells)
-    return text_table(columns, rows)
-
-
-def _device_table(devices: dict[str, Any]) -> list[str]:
-    columns = dict.fromkeys(("device", "role", "state"), "<")
-    columns |= dict.fromkeys(("updates", "base", "staleness", "kB", "last seq"), ">")
-    private = any(row["epsilon"] is not None for row in devices.values())
-    if private:
-        columns["epsilon"] = ">"
-    if any(row["failing"] for row in devices.values()):
-        columns["failing"] = "<"
-    rows = []
-    for name, row in devices.items():
-        state = row["state"] if row["key_state"] == "active" else row["key_state"]
-        state += ", cloned?" if row["cloned"] else ""
-        traffic = [f"{row['bytes'] / 1000:.1f}", row["last_seq"]]
-        cells = [name, row["role"] or "any", state, row["updates"], row["base"], row["staleness"], *traffic]
-        if private:
-            cells.append(None if row["epsilon"] is None else f"{row['epsilon']:.3f}")
-        if "failing" in columns:
-            cells.append(row["failing"])
-        rows.append(cells)
-    return text_table(columns, rows)
-
-
 @app.command()
 def devices(directory: Dir, as_json: AsJson = False) -> None:
     """List the devices that joined.
@@ -321,8 +253,8 @@ def devices(directory: Dir, as_json: AsJson = False) -> None:
     Example: ternbus aggregator devices agg
     """
     _flush_counts(directory)
-    found = statuses.read(directory)["devices"]
-    typer.echo(json.dumps(found) if as_json else "\n".join(_device_table(found)))
+    found = statuses.read(directory)
+    typer.echo(json.dumps(found["devices"]) if as_json else "\n".join(status_text.device_table(found)))
 
 
 @app.command()

@@ -46,6 +46,7 @@ ANSWERED: Final = {
     "reason": ":reason",
     "highest_base": "max(highest_base, :base)",
 }
+STATED: Final = "stated"  # in place of a split: the row of what a device stated last beside its metrics' values
 ONE_KEY: Final = "device = :device AND key = :key"
 SENT: Final = {"update_bytes": "update_bytes + :size", "seen_at": ":now"}
 SEEN: Final = {"status": ":status", "base": ":base", "software": ":software", "seen_at": ":now"}
@@ -173,8 +174,17 @@ def _metrics(db: sqlite3.Connection, record: records.MetricsReceived, now: float
     entries = json.dumps(dict(metrics.values))
     values = (record.device, metrics.version, metrics.split, metrics.samples, entries, float(now))
     checksums.insert(db, "metrics", values, replace=True)
+    _state(db, record, now)
     seq = {"seq": signed(record.seq), "device": record.device}
     checksums.update(db, "keys", {"metrics_seq": ":seq"}, "device = :device AND state = 'active'", seq)
+
+
+def _state(db: sqlite3.Connection, record: records.MetricsReceived, now: float) -> None:
+    """What holds for all of a device's metrics is kept once: an earlier Ternbus reads none of these rows."""
+    known = db.execute("SELECT entries FROM metrics WHERE device = ? AND split = ?", (record.device, STATED)).fetchone()
+    stated = {"better": dict(record.metrics.better), "classes": dict(record.metrics.classes)}
+    if stated != (json.loads(known[0]) if known is not None else {"better": {}, "classes": {}}):
+        checksums.insert(db, "metrics", (record.device, 0, STATED, 0, json.dumps(stated), float(now)), replace=True)
 
 
 def _observed(db: sqlite3.Connection, record: records.Observed, now: float) -> None:

@@ -113,11 +113,9 @@ def _mend_definitions(path: Path) -> None:
         with suppress(*READ_ERRORS):
             for number, name, sql in db.execute("SELECT rowid, name, sql FROM sqlite_schema").fetchall():
                 wanted = good.get(bytes(name or b"").decode("utf-8", "replace"))
-                if (
-                    wanted is not None
-                    and sql is not None
-                    and " ".join(sql.decode("utf-8", "replace").split()) != (" ".join(wanted.split()))
-                ):
+                if wanted is None or sql is None:
+                    continue
+                if sql.decode("utf-8", "replace").split() != wanted.split():
                     db.execute("UPDATE sqlite_schema SET sql = ? WHERE rowid = ?", (wanted, number))
 
 
@@ -125,11 +123,10 @@ def _rows(db: sqlite3.Connection, table: str, lost: list[str]) -> list[Row]:
     """From the first row to where the table can no longer be read, and from its last row back to there."""
     size = KEYS.get(table, 1)
     columns = ", ".join([*COLUMNS[table], *([BESIDE[table]] if table in BESIDE else []), "crc"])
-    order = ", ".join(str(number + 1) for number in range(size))
     found: dict[Row, Row] = {}
     unread = False
     for direction in ("ASC", "DESC"):
-        key = ", ".join(f"{number} {direction}" for number in order.split(", "))
+        key = ", ".join(f"{number} {direction}" for number in range(1, size + 1))
         try:
             rows = db.execute(f"SELECT {columns} FROM {table} NOT INDEXED ORDER BY {key}")  # noqa: S608 - our own names
             while (row := rows.fetchone()) is not None:

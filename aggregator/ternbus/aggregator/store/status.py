@@ -1,15 +1,17 @@
 """What an aggregator has done so far, read from its ledger beside a running process."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ternbus.aggregator.core import disk_guard
 from ternbus.aggregator.core.clones import CLONED
 from ternbus.aggregator.store import disk
-from ternbus.aggregator.store.device_metrics import DeviceMetrics, Report
+from ternbus.aggregator.store.device_metrics import Report
 from ternbus.aggregator.store.ledger import ARCHIVED, Ledger, reading
-from ternbus.aggregator.store.rows import failing, unsigned
+from ternbus.aggregator.store.measurements import Measurements
+from ternbus.aggregator.store.rows import STATED, failing, unsigned
 from ternbus.aggregator.store.schema import DROPPED
 from ternbus.broker.protocol.messages import CLOSED
 
@@ -18,16 +20,17 @@ def read(directory: Path) -> dict[str, Any]:
     """The status as JSON values.
 
     ``versions`` has a row for every version that is not archived, with the newest test metrics that each evaluator sent
-    for it, by its name, as ``evaluations``, and those of the first of them by name as ``metrics``; ``devices`` is a map
-    by name, its ``epsilon`` what a device says that it has spent of privacy (None: nothing), its ``failing`` why its
-    work fails (None: it does not), its ``cloned`` how often two machines were found to use its key; ``local`` is what
-    devices report of their own data, see ``local_tests``, over all of them, for a version or of a device, and None
-    where nobody does; ``disk`` is the part of the file system that is free, and its state: `enough`, `low`, `full`
-    (updates are answered `busy`);
+    for it, by its name, as ``evaluations``, and those of the first of them by name as ``metrics``; ``metric`` is the
+    primary one, and ``better`` the direction of each; ``devices`` is a map by name, its ``samples`` those of its newest
+    update, its ``epsilon`` what a device says that it has spent of privacy (None: nothing), its ``failing`` why its
+    work fails (None: it does not), its ``cloned`` how often two machines were found to use its key, its ``classes`` on
+    how many samples of each class it trains (None: it does not say); ``local`` is what devices report of their own
+    data, see ``device_metrics``, over all of them, for a version or of a device, and None where nobody does; ``disk``
+    is the part of the file system that is free, and its state: `enough`, `low`, `full` (updates are answered `busy`);
     ``claim`` is the ``device`` that last named a ``version`` newer than the newest here, and that version (None: none
-    does): perhaps the folder is an older copy.
-    ``counts.unmerged`` are accepted updates that no version has though the federation is closed: a merge takes
-    updates of ``merge.min_devices`` devices; ``counts.invalid`` is a map by reason of everything refused.
+    does): perhaps the folder is an older copy. ``counts.unmerged`` are accepted updates that no version has though the
+    federation is closed: a merge takes updates of ``merge.min_devices`` devices; ``counts.invalid`` is a map by reason
+    of everything refused.
     """
     with reading(directory) as ledger:
         return _read(ledger)
@@ -57,7 +60,8 @@ def _read(ledger: Ledger) -> dict[str, Any]:
     version = ledger.version
     (digest,) = ledger.db.execute("SELECT digest FROM versions WHERE version = ?", (version,)).fetchone()
     (buffer,) = ledger.db.execute("SELECT count(*) FROM updates WHERE merged IS NULL").fetchone()
-    tests, free = _local(ledger), disk.free(ledger.path.parent)
+    stated = _stated(ledger)
+    measured, free = _measured(ledger, stated), disk.free(ledger.path.parent)
     return {
         "federation": ledger.fact("federation"),
         "version": version,
@@ -66,10 +70,10 @@ def _read(ledger: Ledger) -> dict[str, Any]:
         "buffer": buffer,
         "disk": {"free": free, "state": disk_guard.state_of(free)},
         "counts": _counts(ledger, unmerged=buffer if ledger.fact("state") == CLOSED else 0),
-        "local": tests.summary(),
+        **measured.common(),
         "claim": _claim(ledger, version),
-        "devices": _devices(ledger, version, tests),
-        "versions": _versions(ledger, tests),
+        "devices": _devices(ledger, version, measured, stated),
+        "versions": _versions(ledger, measured),
     }
 
 
@@ -106,25 +110,40 @@ def _counts(ledger: Ledger, unmerged: int) -> dict[str, Any]:
     return counts
 
 
-def _local(ledger: Ledger) -> DeviceMetrics:
-    """Of devices that are not revoked."""
+def _stated(ledger: Ledger) -> dict[str, dict[str, Any]]:
+    """What each device stated of its metrics beside their values: ``better`` and ``classes``."""
+    rows = ledger.db.execute("SELECT device, entries FROM metrics WHERE split = ?", (STATED,))
+    return {device: json.loads(entries) for device, entries in rows}
+
+
+def _measured(ledger: Ledger, stated: Mapping[str, Mapping[str, Any]]) -> Measurements:
+    """All metrics; those of devices' own data only of devices that are not revoked."""
+    found = Measurements()
     rows = ledger.db.execute(
-        "SELECT m.device, m.version, m.samples, m.entries FROM metrics m JOIN devices d ON d.name = m.device"
-        " WHERE m.split = 'local' AND d.state = 'active' ORDER BY m.received_at"
+        "SELECT m.device, m.version, m.split, m.samples, m.entries FROM metrics m LEFT JOIN devices d"
+        " ON d.name = m.device WHERE m.split = 'test' OR (m.split = 'local' AND d.state = 'active')"
+        " ORDER BY m.received_at"
     )
-    return DeviceMetrics.of(
-        Report(device=device, version=version, samples=samples, values=json.loads(entries))
-        for device, version, samples, entries in rows
-    )
+    for device, version, split, samples, entries in rows:
+        values, better = json.loads(entries), stated.get(device, {}).get("better", {})
+        if split == "test":
+            found.add_test(device, version, values)
+            found.state(device, better)
+        else:
+            found.add_local(Report(device=device, version=version, samples=samples, values=values, better=better))
+    return found
 
 
-def _devices(ledger: Ledger, version: int, tests: DeviceMetrics) -> dict[str, Any]:
+def _devices(
+    ledger: Ledger, version: int, measured: Measurements, stated: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
     reasons, archived = failing(ledger.db), ledger.archived()
     rows = ledger.db.execute(
         "SELECT d.name, d.role, d.state, d.why, d.status, d.base, d.software, d.seen_at, d.update_bytes, k.key, k.seq,"
         " (SELECT count(*) FROM updates u WHERE u.device = d.name),"
         " (SELECT max(base) FROM updates u WHERE u.device = d.name),"
         " (SELECT epsilon FROM updates u WHERE u.device = d.name ORDER BY id DESC LIMIT 1),"
+        " (SELECT samples FROM updates u WHERE u.device = d.name ORDER BY id DESC LIMIT 1),"
         " (SELECT value FROM counts c WHERE c.name = ? || lower(hex(k.key)))"
         " FROM devices d JOIN keys k ON k.device = d.name AND k.public = d.public ORDER BY d.name",
         (f"{CLONED}:",),
@@ -145,8 +164,10 @@ def _devices(ledger: Ledger, version: int, tests: DeviceMetrics) -> dict[str, An
             "bytes": size_bytes,
             "seen_at": seen_at,
             "software": software,
+            "samples": samples,
             "epsilon": epsilon,
-            "local": tests.device(name),
+            "local": measured.devices.device(name, measured.better),
+            "classes": stated.get(name, {}).get("classes") or None,
             "cloned": cloned or 0,
         }
         for (
@@ -164,17 +185,13 @@ def _devices(ledger: Ledger, version: int, tests: DeviceMetrics) -> dict[str, An
             updates,
             base,
             epsilon,
+            samples,
             cloned,
         ) in rows
     }
 
 
-def _versions(ledger: Ledger, tests: DeviceMetrics) -> list[dict[str, Any]]:
-    measured: dict[int, dict[str, Any]] = {}
-    for version, device, entries in ledger.db.execute(
-        "SELECT version, device, entries FROM metrics WHERE split = 'test' ORDER BY device"
-    ):
-        measured.setdefault(version, {})[device] = json.loads(entries)
+def _versions(ledger: Ledger, measured: Measurements) -> list[dict[str, Any]]:
     rows = ledger.db.execute(
         "SELECT version, digest, made_at, updates, staleness_mean, staleness_max FROM versions ORDER BY version"
     )
@@ -186,9 +203,7 @@ def _versions(ledger: Ledger, tests: DeviceMetrics) -> list[dict[str, Any]]:
             "updates": updates,
             "staleness_mean": mean,
             "staleness_max": highest,
-            "metrics": next(iter(measured.get(version, {}).values()), {}),
-            "evaluations": measured.get(version, {}),
-            "local": tests.version(version),
+            **measured.version(version),
         }
         for version, digest, made_at, updates, mean, highest in rows
     ]

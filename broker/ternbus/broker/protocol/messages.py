@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Final, Self
 
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import meta_fields
+from ternbus.broker.protocol.direction import Direction
 from ternbus.broker.protocol.frame import PARTS_MAX
 from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.parts import parts_max
@@ -24,6 +25,7 @@ DEVICE_STATES: Final = ("idle", "training", "offline")
 AGGREGATOR_STATES: Final = ("online", "offline")
 FAILING_BYTES_MAX: Final = 200
 SPLITS: Final = ("test", "local")
+CLASSES_MAX: Final = 256  # in a message of metrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -310,29 +312,36 @@ def is_outdated(status: Status, seq: int, known: Status, known_seq: int) -> bool
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metrics:
-    """The results of an evaluation of a version."""
+    """The results of an evaluation of a version. `better` and `classes` are in the map only if they are not empty."""
 
     KIND: ClassVar[str] = "metrics"
     version: int
     samples: int
     split: str
     values: Mapping[str, float]
+    better: Mapping[str, Direction] = field(default_factory=dict)  # directions of values, by name
+    classes: Mapping[str, int] = field(default_factory=dict)  # samples that the device trains on, by class
 
     def meta(self) -> dict[str, Any]:
-        return {
+        meta: dict[str, Any] = {
             "version": self.version,
             "samples": self.samples,
             "split": self.split,
             "values": dict(self.values),
         }
+        meta |= {"better": dict(self.better)} if self.better else {}
+        return meta | ({"classes": dict(self.classes)} if self.classes else {})
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
+        values = meta_fields.numbers(meta, "values")
         return cls(
             version=meta_fields.counter(meta, "version"),
             samples=meta_fields.integer(meta, "samples", 0, SAMPLES_MAX),
             split=meta_fields.one_of(meta, "split", SPLITS),
-            values=meta_fields.numbers(meta, "values"),
+            values=values,
+            better=meta_fields.directions(meta, "better", values) if "better" in meta else {},
+            classes=meta_fields.counts(meta, "classes", CLASSES_MAX, SAMPLES_MAX) if "classes" in meta else {},
         )
 
 

@@ -1,11 +1,12 @@
 """Checked access to the fields of a received ``meta`` map: each function returns a value or raises ProtocolError."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
 from ternbus.broker.errors import ProtocolError
+from ternbus.broker.protocol.direction import DIRECTIONS, Direction
 from ternbus.broker.protocol.frame import COUNTER_MAX, PARTS_MAX, U64
 from ternbus.broker.protocol.identity import is_device
 
@@ -102,6 +103,25 @@ def numbers(meta: Mapping[str, Any], key: str) -> Mapping[str, float]:
     if len(values) > ENTRIES_MAX:
         raise ProtocolError("bad-meta", f"{key!r} has more than {ENTRIES_MAX} entries")
     return MappingProxyType({name: checked_number(value, f"{key}.{name[:40]}") for name, value in values.items()})
+
+
+def directions(meta: Mapping[str, Any], key: str, names: Collection[str]) -> Mapping[str, Direction]:
+    """The map from some of ``names`` to their directions under ``key``."""
+    values = mapping(meta, key)
+    for name, value in values.items():
+        if name not in names or value not in DIRECTIONS:
+            raise ProtocolError("bad-meta", f"{f'{key}.{name[:40]}'!r} is no direction of one of the values")
+    return values
+
+
+def counts(meta: Mapping[str, Any], key: str, entries_max: int, high: int) -> Mapping[str, int]:
+    """The map from str to int, from 0 to ``high``, under ``key``, of at most ``entries_max`` entries."""
+    values = mapping(meta, key)
+    if len(values) > entries_max:
+        raise ProtocolError("bad-meta", f"{key!r} has more than {entries_max} entries")
+    return MappingProxyType(
+        {name: checked_integer(value, f"{key}.{name[:40]}", high=high) for name, value in values.items()}
+    )
 
 
 def device(meta: Mapping[str, Any]) -> str:

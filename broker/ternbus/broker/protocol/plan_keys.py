@@ -1,8 +1,14 @@
-"""The keys of a plan and the valid values of each, for the aggregator that writes it and devices that follow it."""
+"""The keys of a plan, the valid values of each and of all together: for who writes a plan, and for devices.
 
-from collections.abc import Mapping
+A device follows a plan that `fault` finds nothing in, and ignores keys that it does not know. Whoever writes a plan
+also refuses keys that nobody knows (`unknown`), since a misspelt key would be ignored without a word.
+"""
+
+import difflib
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from ternbus.broker.protocol.ternary import CODECS
 
@@ -49,7 +55,18 @@ class Switch:
         return None if isinstance(value, bool) else "not true or false"
 
 
-Key = Number | Choice | Switch
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """The name of a processor, as in PyTorch; `auto` leaves the choice to each device."""
+
+    def fault(self, value: object) -> str | None:
+        """The reason why ``value`` is invalid, or None if it is valid."""
+        fits = isinstance(value, str) and re.fullmatch(r"auto|cpu|mps|cuda(:(0|[1-9][0-9]{0,2}))?", value)
+        return None if fits else "not one of auto, cpu, cuda, cuda:N, mps"
+
+
+Key = Number | Choice | Switch | Device
+SCHEDULES: Final = ("constant", "linear", "cosine")
 
 # Keys that every device follows (docs/protocol.md, section 11.1), and error_feedback.
 SHARED: Final[Mapping[str, Key]] = {
@@ -69,14 +86,22 @@ SHARED: Final[Mapping[str, Key]] = {
 # Further keys that Ternbus devices follow; the aggregator forwards them unchanged.
 OWN: Final[Mapping[str, Key]] = {
     "local_seconds": Number(low=0, high=1e7, optional=True),
-    "optimizer": Choice(names=("sgd", "adam", "adamw")),
+    "optimizer": Choice(names=("sgd", "adam", "adamw", "rmsprop")),
+    "nesterov": Switch(),
     "beta1": Number(low=0, high=1 - 1e-9),
     "beta2": Number(low=0, high=1 - 1e-9),
-    "schedule": Choice(names=("constant", "linear", "cosine")),
+    "rmsprop_alpha": Number(low=0, high=1 - 1e-9),
+    "grad_clip": Number(low=0, high=1e6),
+    "schedule": Choice(names=SCHEDULES),
     "warmup_versions": Number(low=0, high=1e9, whole=True),
     "schedule_versions": Number(low=0, high=1e9, whole=True),
     "final_rate": Number(low=0, high=1),
+    "step_schedule": Choice(names=SCHEDULES),
+    "warmup_steps": Number(low=0, high=1e9, whole=True),
+    "final_step_rate": Number(low=0, high=1),
     "statistics_rate": Number(low=0, high=1),
+    "device": Device(),
+    "evaluation_batch_size": Number(low=1, high=1e6, whole=True, optional=True),
     "precision": Choice(names=("float32", "bfloat16", "auto")),
     "memory_format": Choice(names=("contiguous", "channels-last", "auto")),
     "dp": Choice(names=(NO_DP, DEVICE, SAMPLE)),
@@ -88,3 +113,42 @@ OWN: Final[Mapping[str, Key]] = {
     "turn_s": Number(low=1e-3, high=1e7),
 }
 KEYS: Final[Mapping[str, Key]] = {**SHARED, **OWN}
+
+
+def fault(plan: Mapping[str, Any]) -> str | None:
+    """The reason why a device does not train by this plan, or None if it does. Unknown keys are not looked at.
+
+    The text begins with the name of a key.
+    """
+    for name, key in KEYS.items():
+        if name in plan and (reason := key.fault(plan[name])):
+            return f"{name} is {plan[name]!r}, {reason}"
+    schedule, ends, warm = (
+        plan.get("schedule", "constant"),
+        plan.get("schedule_versions", 0),
+        plan.get("warmup_versions", 0),
+    )
+    if schedule != "constant" and ends <= warm:
+        return (
+            f"schedule_versions is {ends}: {schedule} must end after the warm-up; set schedule_versions to the version "
+            f"at which the schedule ends, above {warm}"
+        )
+    if (kind := plan.get("dp", NO_DP)) != NO_DP:
+        needed = ("dp_clip", "dp_noise", "dp_epsilon")
+        if missing := [name for name in needed if not plan.get(name)]:
+            return f"dp is {kind!r}: dp_clip, dp_noise and dp_epsilon must be above 0; set {', '.join(missing)}"
+    return None
+
+
+def unknown(plan: Mapping[str, object], own: Collection[str]) -> list[str]:
+    """A sentence about each key that is neither in `KEYS` nor in ``own``, which names the closest known one.
+
+    The text begins with the name of the key.
+    """
+    known = [*KEYS, *own]
+    found = []
+    for name in plan:
+        if name not in known:
+            closest = difflib.get_close_matches(name, known, n=1)
+            found.append(f"{name} is a key that nobody knows{f': do you mean {closest[0]}?' if closest else '.'}")
+    return found

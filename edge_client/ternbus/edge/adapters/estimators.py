@@ -15,14 +15,14 @@ import numpy.typing as npt
 
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.adapters.foreign import SEEDS
-from ternbus.edge.learn.partition import Indices
+from ternbus.edge.learn.labels import Indices
 from ternbus.edge.learn.task import TrainingError
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import FloatArray, Tensors
 
 Estimator = Any
 Labels = npt.NDArray[Any]
-Rows = Any  # an array or a CSR matrix of samples, [samples, features]
+Matrix = Any  # an array or a CSR matrix of samples, [samples, features]
 
 COEFFICIENTS: Final = ("coef_", "intercept_")
 STEPPED: Final = {
@@ -179,7 +179,7 @@ class Model:
         return FULL_BATCH if asked == "auto" else asked
 
     def train(
-        self, rows: Rows, targets: Labels, plan: Plan, *, version: int, seed: int, clock: Callable[[], float]
+        self, rows: Matrix, targets: Labels, plan: Plan, *, version: int, seed: int, clock: Callable[[], float]
     ) -> int:
         """Train in place from the coefficients that were put. Returns the number of steps or iterations."""
         _with(self.estimator, random_state=seed % SEEDS)
@@ -198,7 +198,7 @@ class Model:
                 "training diverged: lower the plan's learning_rate, or scale the inputs to about 1"
             ) from error
 
-    def _step(self, rows: Rows, targets: Labels, plan: Plan, version: int, batches: Iterable[Indices]) -> int:
+    def _step(self, rows: Matrix, targets: Labels, plan: Plan, version: int, batches: Iterable[Indices]) -> int:
         samples = rows.shape[0]
         size = min(plan.batch_size, samples)
         _with(self.estimator, batch_size=size)
@@ -213,7 +213,7 @@ class Model:
             steps += 1
         return steps
 
-    def _iterate(self, rows: Rows, targets: Labels, plan: Plan) -> int:
+    def _iterate(self, rows: Matrix, targets: Labels, plan: Plan) -> int:
         steps = plan.local_steps or max(1, round(plan.local_epochs))
         steps = steps if plan.steps_max is None else min(steps, plan.steps_max)
         _with(self.estimator, max_iter=steps)
@@ -237,10 +237,10 @@ def quietly(fit: Callable[..., object], *args: Any, **kwargs: Any) -> None:
         fit(*args, **kwargs)
 
 
-def _with_rows(rows: Rows, targets: Labels, missing: Labels) -> tuple[Rows, Labels, FloatArray]:
+def _with_rows(rows: Matrix, targets: Labels, missing: Labels) -> tuple[Matrix, Labels, FloatArray]:
     zeros = np.zeros((len(missing), rows.shape[1]), rows.dtype)
     if isinstance(rows, np.ndarray):
-        more: Rows = np.concatenate([rows, zeros])
+        more: Matrix = np.concatenate([rows, zeros])
     else:
         from scipy import sparse  # noqa: PLC0415 - only with sparse data
 

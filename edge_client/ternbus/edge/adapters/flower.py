@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.direction import Direction
 from ternbus.edge.adapters.foreign import place_of, seeded
-from ternbus.edge.learn.partition import Partition
+from ternbus.edge.learn.partition_spec import Partition, PartitionError
 from ternbus.edge.learn.task import Evaluation, Trained
 from ternbus.edge.plan.plan import NO_DP, Plan
 from ternbus.edge.plan.tensors import FloatArray, Tensors
@@ -49,11 +49,12 @@ class FlowerTask:
     """A task of a Flower client.
 
     `client_fn(context)` returns a NumPyClient, or what its `to_client()` returns. `run_config` is passed on in the
-    context. `names` are the names of the arrays of `get_parameters`, in their order, such as `list(net.state_dict())`;
-    without them they are "0", "1", …. `on_fit_config_fn(server_round)` adds to the config of `fit`, as that of Flower's
-    strategies does. `evaluate_fn(server_round, parameters, config)` is Flower's
-    centralized evaluation on test data, for an evaluator; without it the evaluator's client evaluates, as part 0 of 1.
-    `better` has the direction of metrics for which higher is not better.
+    context. `plan_keys` are keys of the plan that only `fit` knows; they reach its config. `names` are the names of the
+    arrays of `get_parameters`, in their order, such as `list(net.state_dict())`; without them they are "0", "1", ….
+    `on_fit_config_fn(server_round)` adds to the config of `fit`, as that of Flower's strategies does.
+    `evaluate_fn(server_round, parameters, config)` is Flower's centralized evaluation on test data, for an evaluator;
+    without it the evaluator's client evaluates, as part 0 of 1. `better` has the direction of metrics for which higher
+    is not better.
 
     Floating-point arrays travel as float32 and come back in their own dtype. Whole-number and boolean arrays, such as
     batch norm's counters, stay on the device, and start each training as the client made them. A client whose arrays
@@ -64,6 +65,7 @@ class FlowerTask:
     client_fn: Callable[[Any], Any]
     run_config: Mapping[str, Scalar] = field(default_factory=dict)
     default_plan: Mapping[str, object] = field(default_factory=dict)
+    plan_keys: Sequence[str] = ()
     names: Sequence[str] | None = None
     on_fit_config_fn: Callable[[int], Mapping[str, Scalar]] | None = None
     evaluate_fn: Callable[[int, list[Array], dict[str, Scalar]], Any] | None = None
@@ -76,13 +78,11 @@ class FlowerTask:
             return _Layout.of(client, self.names).tensors()
 
     def trainer(self, *, data: Path | None, partition: str) -> "FlowerTrainer":
-        """A client with its part. Raises `ConfigError` for a part that a number does not name, as Dirichlet's."""
+        """A client with its part. Raises `PartitionError` for a part that a number does not name, as Dirichlet's."""
         part = Partition.parse(partition)
-        if part.natural or not math.isinf(part.alpha):
-            raise ConfigError(
-                f"the task {self.name}: partition {partition!r} cannot be told to a Flower client, which divides its "
-                "data by partition-id and num-partitions: use iid (part I of N, as the client divides) or all"
-            )
+        if part.kind not in ("iid", "all"):
+            problem = "a Flower client divides its data itself, as part I of N"
+            raise PartitionError(partition, problem, ["iid", "all"])
         with seeded(0):
             client = self._client(data, part.index, part.parts)
             return FlowerTrainer(self, client, _Layout.of(client, self.names), held=part.half == "test")

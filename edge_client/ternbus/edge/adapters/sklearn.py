@@ -3,20 +3,21 @@
 `estimators.py` lists them, and says why others are refused.
 """
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from ternbus.broker.errors import ConfigError
-from ternbus.edge.adapters.estimators import Estimator, Labels, Model, Rows, refused
+from ternbus.edge.adapters.estimators import Estimator, Labels, Matrix, Model, refused
 from ternbus.edge.adapters.foreign import place_of
+from ternbus.edge.learn.class_counts import counted
 from ternbus.edge.learn.metric import Metric
-from ternbus.edge.learn.partition import Indices, Partition, select
+from ternbus.edge.learn.partition import Rows
 from ternbus.edge.learn.task import Evaluation, Trained
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import FloatArray, Tensors
@@ -31,8 +32,7 @@ class SklearnTask:
     `estimator` has its parameters and need not be fitted. `data(folder, split)` returns (X, y): arrays, DataFrames, or
     for X a sparse matrix; `features` is the number of X's columns. A classifier has `classes`, all labels that any
     device may have, since a device may lack some. `metrics` are computed from predictions and y, over the whole split,
-    beside `accuracy` (`r2` for numbers) and `loss`. `owners(folder)` returns the number of each training row's owner,
-    from 0.
+    beside `accuracy` (`r2` for numbers) and `loss`. `owners(folder)` returns the label of each training row's owner.
 
     The plan's learning rate sets `eta0` or `learning_rate_init`; its default is the estimator's own. `partial_fit` gets
     the plan's batches. A linear model without `partial_fit` trains `local_steps` iterations, or `local_epochs`.
@@ -47,7 +47,7 @@ class SklearnTask:
     classes: Sequence[Any] | None = None
     default_plan: Mapping[str, object] = field(default_factory=dict)
     metrics: Mapping[str, Metric] = field(default_factory=dict)
-    owners: Callable[[Path | None], Indices] | None = None
+    owners: Callable[[Path | None], Any] | None = None
 
     def __post_init__(self) -> None:
         kind = type(self.estimator).__name__
@@ -94,32 +94,16 @@ class SklearnTask:
 
     def trainers(self, *, data: Path | None, partitions: Sequence[str]) -> list["SklearnTrainer"]:
         """Trainers for many devices in one process, used one at a time: they read the data once."""
-        rows, targets = self._read(data, "train")
-        natural = any(Partition.parse(partition).natural for partition in partitions)
-        owners = np.asarray(self.owners(data)) if natural and self.owners is not None else None
-        model = self._model(0)
-        return [SklearnTrainer(self, model, *self._part(rows, targets, owners, each)) for each in partitions]
+        inputs, targets = self._read(data, "train")
+        owners = None if self.owners is None else partial(self.owners, data)
+        divided = Rows(targets, owners, samples=len(targets))
+        model, parts = self._model(0), [divided.of(each) for each in partitions]
+        return [SklearnTrainer(self, model, inputs[part], targets[part]) for part in parts]
 
     def evaluator(self, *, data: Path | None) -> "SklearnTrainer":
         return SklearnTrainer(self, self._model(0), *self._read(data, "test"))
 
-    def _part(self, rows: Rows, targets: Labels, owners: Indices | None, partition: str) -> tuple[Rows, Labels]:
-        if partition == "all":
-            return rows, targets
-        labels = self.labels
-        if owners is not None and len(owners) != len(targets):
-            raise ConfigError(
-                f"the task {self.name} has {len(owners)} owners of {len(targets)} samples: "
-                "owners() must return one for each training row"
-            )
-        parsed = Partition.parse(partition)
-        if labels is None and not (parsed.whole or math.isinf(parsed.alpha)):
-            raise ConfigError(f"the task {self.name} has no classes to split by: use --partition iid or all")
-        numbers = np.zeros(len(targets), np.int64) if labels is None else np.searchsorted(labels, targets)
-        chosen = select(partition, numbers, owners)
-        return rows[chosen], targets[chosen]
-
-    def _read(self, folder: Path | None, split: Split) -> tuple[Rows, Labels]:
+    def _read(self, folder: Path | None, split: Split) -> tuple[Matrix, Labels]:
         """The data of a split, checked. Raises `ConfigError` for data that the estimator cannot take."""
         found: Any = self.data(folder, split)
         what = f"{place_of(self.data)}data(folder, {split!r})"
@@ -155,7 +139,7 @@ class SklearnTask:
 class SklearnTrainer:
     """One device's data, and an estimator that has the shapes of the model."""
 
-    def __init__(self, task: SklearnTask, model: Model, rows: Rows, targets: Labels) -> None:
+    def __init__(self, task: SklearnTask, model: Model, rows: Matrix, targets: Labels) -> None:
         self._task = task
         self._model = model
         self._rows = rows
@@ -164,6 +148,10 @@ class SklearnTrainer:
     @property
     def samples(self) -> int:
         return len(self._targets)
+
+    @property
+    def class_counts(self) -> dict[str, int]:
+        return {} if self._task.classes is None else counted(self._targets)
 
     def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:
         began = time.perf_counter()
@@ -200,10 +188,10 @@ class SklearnTrainer:
         return {"accuracy": float((predicted == self._targets).mean()), "loss": float(loss)}
 
 
-def _matrix(found: Any, what: str) -> Rows:
+def _matrix(found: Any, what: str) -> Matrix:
     """X as an array, or as a CSR matrix if it is sparse; float64 stays, all else becomes float32."""
     try:
-        rows: Rows = found.tocsr() if hasattr(found, "tocsr") else np.asarray(found)
+        rows: Matrix = found.tocsr() if hasattr(found, "tocsr") else np.asarray(found)
         return rows.astype(np.float64 if rows.dtype == np.float64 else np.float32, copy=False)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{what} returned X that is not numeric ({error}): encode texts and categories") from error

@@ -40,7 +40,6 @@ from ternbus.broker.exit_codes import EXIT_BUDGET, EXIT_DONE, EXIT_FAILED, EXIT_
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.messages import OPEN, Grant, Head, Receipt, Status
-from ternbus.broker.protocol.schema import Schema
 from ternbus.edge.core import events
 from ternbus.edge.core.actions import Action, Connect, Log, Publish, StartTraining, Stop, Subscribe
 from ternbus.edge.core.enrollment import Enrollment
@@ -54,7 +53,7 @@ from ternbus.edge.core.log_sampler import LogSampler
 from ternbus.edge.core.pending_state import PendingState
 from ternbus.edge.core.presence import Presence
 from ternbus.edge.core.profile import ENROLL_SEQ, OFFLINE, Profile, subscriptions
-from ternbus.edge.core.receipts import describe_refusal
+from ternbus.edge.core.receipts import ENDINGS, describe_refusal, ends
 from ternbus.edge.core.reconnection import Reconnection
 from ternbus.edge.core.resubscribe import Resubscribe
 from ternbus.edge.core.state import OLD_HEAD, State
@@ -269,7 +268,7 @@ class Core:
             case Grant.KIND:
                 return self._grant(frame, now)
             case _:
-                return self._receipt(Receipt.from_meta(frame.meta), now)
+                return self._receipt(Receipt.from_meta(frame.meta), frame.seq, now)
 
     def _head(self, frame: Frame, now: float) -> list[Action]:
         head = Head.from_meta(frame.meta)
@@ -292,22 +291,24 @@ class Core:
             raise ProtocolError("not-outstanding", "a grant for no outstanding update of this device")
         return [*self.uplink.granted(update, grant, frame.seq, now)] if self._may_send() else []
 
-    def _receipt(self, receipt: Receipt, now: float) -> list[Action]:
+    def _receipt(self, receipt: Receipt, frame_seq: int, now: float) -> list[Action]:
         self._foreign_numbers.observe(receipt)
         update = self.state.outstanding
         ours = update is not None and receipt.seq == update.seq
         enrollment = receipt.seq == ENROLL_SEQ and not self.state.enrolled
-        known = ours or enrollment or (receipt.outcome in {"revoked", "unknown"} and receipt.seq in self._recent_seqs)
+        known = ours or enrollment or (receipt.outcome in ENDINGS and receipt.seq in self._recent_seqs)
         if not (self.profile.is_addressed(receipt) and known):
             raise ProtocolError("not-outstanding", "a receipt for no outstanding message of this device")
-        if receipt.outcome in {"revoked", "refused"} or (receipt.outcome == "unknown" and not enrollment):
+        if ends(receipt, frame_seq, self.state, enrollment=enrollment):
             return self._stop(EXIT_REFUSED, describe_refusal(receipt))
         if update is None or enrollment:
-            done = self.enrollment.answered(receipt, now)
-            return [*done, *(self._status() if done else [])]
-        schema = self.follower.schema or Schema.parse(self.state.schema)
-        actions = self.uplink.answered(update, receipt, schema, now)
-        self._accepted += receipt.outcome == "accepted"
+            actions: list[Action] = [*self.enrollment.answered(receipt, now)]
+            actions += self._status() if actions else []
+        else:
+            actions = self.uplink.answered(update, receipt, self.follower.schema, now)
+            self._accepted += receipt.outcome == "accepted"
+        if receipt.outcome != "busy":  # which is no answer
+            self.pending.put(self.state.with_receipt(frame_seq))
         return actions
 
     # -- the work

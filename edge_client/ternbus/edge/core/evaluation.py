@@ -4,14 +4,15 @@ An evaluator uses the task's test data. A device that trains evaluates a version
 data, and only if its owner allows it. Its metrics have the split "local", an evaluator's have "test".
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Final
 
 from ternbus.broker.backoff import Retry
 from ternbus.broker.protocol.messages import CLOSED, Metrics
+from ternbus.broker.protocol.meta_fields import ENTRIES_MAX
 from ternbus.edge.core.actions import Action, Log, Publish, StartEvaluation
-from ternbus.edge.core.events import Evaluated, EvaluationFailed
+from ternbus.edge.core.events import Evaluated, EvaluationFailed, FineTuned
 from ternbus.edge.core.failures import Failures
 from ternbus.edge.core.follower import Follower
 from ternbus.edge.core.pending_state import PendingState
@@ -77,20 +78,29 @@ class EvaluationPolicy:
         where = "" if self.profile.role == "evaluate" else " on the held-out data"
         fields = {"version": event.version, "samples": event.samples, **event.values}
         log = Log(event="evaluated", text=f"version {event.version}{where}: {shown}", fields=fields)
-        return [log], self.report(event.version, event.samples, event.values, sealed=sealed)
+        return [log], self.report(event, sealed=sealed)
 
-    def report(self, version: int, samples: int, values: Mapping[str, float], *, sealed: bool) -> list[Publish]:
+    def report(self, found: Evaluated | FineTuned, *, sealed: bool) -> list[Publish]:
         """The metrics of a version; none on a device's own data if ``sealed``, or if its owner does not allow it."""
-        own = self.profile.role == "train"
-        if own and (sealed or not self.profile.reports):
+        if self.profile.role == "train" and (sealed or not self.profile.reports):
             return []
-        split = "local" if own else "test"
-        meta = Metrics(version=version, samples=samples, split=split, values=values).meta()
-        message = self.profile.message(Metrics.KIND, self.pending.next_seq(), meta)
+        message = self.profile.message(Metrics.KIND, self.pending.next_seq(), self.metrics(found).meta())
         self.unacknowledged[message.seq] = message
         while len(self.unacknowledged) > UNACKNOWLEDGED_MAX:
             self.unacknowledged.pop(next(iter(self.unacknowledged)))
         return [message]
+
+    def metrics(self, found: Evaluated | FineTuned) -> Metrics:
+        """The message; of more metrics than it may have, it has the first."""
+        own, values = self.profile.role == "train", dict(islice(found.values.items(), ENTRIES_MAX))
+        return Metrics(
+            version=found.version,
+            samples=found.samples,
+            split="local" if own else "test",
+            values=values,
+            better={name: direction for name, direction in found.better.items() if name in values},
+            classes=self.profile.classes if own else {},
+        )
 
     def acknowledged(self, seq: int) -> None:
         self.unacknowledged.pop(seq, None)

@@ -1,11 +1,12 @@
 """The events of a device's state machine, its only inputs, named in the past tense."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
+from ternbus.broker.protocol.direction import PERSONAL, Direction
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.schema import Vector
 from ternbus.broker.protocol.ternary import Block
@@ -115,6 +116,7 @@ class Evaluated:
     version: int
     samples: int
     values: Mapping[str, float]
+    better: Mapping[str, Direction] = field(default_factory=dict)  # the directions that the task states
     failure: str = ""  # why there are no values, for private data; for the device's own log
 
 
@@ -136,11 +138,12 @@ class FineTuned:
     before: Mapping[str, float]
     after: Mapping[str, float]
     tensors: Mapping[str, npt.NDArray[np.float32]]
+    better: Mapping[str, Direction] = field(default_factory=dict)  # the directions that the task states
 
     @property
     def values(self) -> dict[str, float]:
         """Both in one mapping, as in the message `Metrics`."""
-        return {**self.before, **{f"personal_{name}": value for name, value in self.after.items()}}
+        return {**self.before, **{PERSONAL + name: value for name, value in self.after.items()}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -91,7 +91,7 @@ class FineTuning:
             if name in event.before
         )
         about = f"personal model from version {event.version}, on {event.samples} held-out samples: {gains}"
-        report = self.evaluation.report(event.version, event.samples, event.values, sealed=self.training.sealed)
+        report = self.evaluation.report(event, sealed=self.training.sealed)
         save = SavePersonal(tensors=event.tensors, about=f"{self.profile.device}: {about}")
         log = Log(
             event="fine-tuned", text=about, fields={"version": event.version, "samples": event.samples, **event.values}

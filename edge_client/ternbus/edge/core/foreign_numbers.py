@@ -33,8 +33,11 @@ class ForeignNumbers:
     _told: bool = False
 
     def observe(self, receipt: Receipt) -> None:
-        """Take in any receipt: with ``duplicate`` it names the highest number that the aggregator has answered."""
-        number = max(receipt.seq, receipt.highest_seq)
+        """Take in any receipt: with ``duplicate`` it names the highest number that the aggregator has answered.
+
+        Only "unknown" says nothing: before the key is enrolled, a stranger can have it for any number.
+        """
+        number = 0 if receipt.outcome == "unknown" else max(receipt.seq, receipt.highest_seq)
         if self.profile.is_addressed(receipt) and number > self._highest and not self.pending.may_have_used(number):
             self._highest = number
             self._count += 1

@@ -87,6 +87,7 @@ class Profile:
     versions: int | None = None  # number of versions to contribute to, or to evaluate; None: no limit
     timeout_s: float | None = None  # longest wait for broker or aggregator; None: no limit
     reports: bool = False  # publish evaluations of versions on the held-out data
+    classes: Mapping[str, int] = field(default_factory=dict)  # its samples by class, to publish with them
     fine_tune: float = 0.0  # epochs on the device's own data before it stops; 0: none
     stays: bool = False  # while the federation is closed, until it is resumed
 

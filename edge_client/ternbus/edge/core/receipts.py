@@ -1,12 +1,36 @@
 """The effect of a receipt on the state, for each outcome, and its text for the log."""
 
 from dataclasses import replace
+from typing import Final
 
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.frame import COUNTER_MAX
 from ternbus.broker.protocol.messages import Receipt
 from ternbus.broker.protocol.schema import Schema
 from ternbus.edge.core.state import OutstandingUpdate, State
+
+ENDINGS: Final = frozenset({"revoked", "unknown"})  # they end a device, and may answer a status
+
+
+def ends(receipt: Receipt, frame_seq: int, state: State, *, enrollment: bool) -> bool:
+    """Whether the receipt, in a frame of the aggregator with the number ``frame_seq``, ends the device.
+
+    Only the key's owner can cause "revoked", which holds for good, and "refused", which answers an enrollment. Before a
+    key is enrolled, anybody can cause "unknown" for it and keep the receipt. So a device that has joined believes it
+    only under a higher number than the newest head had, and each receipt by which the aggregator knew the key. Raises
+    ProtocolError for another.
+    """
+    match receipt.outcome:
+        case "revoked":
+            return True
+        case "refused":
+            return enrollment
+        case "unknown" if state.enrolled:
+            if frame_seq <= (newest := max(state.receipt_seq, state.head_seq)):
+                raise ProtocolError("old-receipt", f"'unknown' under seq {frame_seq}, and {newest} came before")
+            return True
+        case _:
+            return False
 
 
 def after_receipt(state: State, update: OutstandingUpdate, receipt: Receipt, schema: Schema) -> State:

@@ -97,7 +97,7 @@ class AnsweredUpdate:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class State:
-    """The durable state. Sequence numbers, session and enrollment belong to ``key``."""
+    """The durable state. Sequence numbers, session, enrollment and ``receipt_seq`` belong to ``key``."""
 
     key: KeyId
     enrolled: bool = False
@@ -109,6 +109,7 @@ class State:
     answered_base: int = -1  # updates on this version or an older one are answered
     evaluated: int = -1  # the newest evaluated version
     accepted: int = 0  # number of accepted updates
+    receipt_seq: int = 0  # the aggregator's, of its newest receipt that knew the key; 0: an earlier version kept none
     schema: bytes = field(default=b"", repr=False)
     residual: Vector | None = field(default=None, repr=False)  # of compression, for the next update; None is zero
     outstanding: OutstandingUpdate | None = None
@@ -117,7 +118,7 @@ class State:
 
     def with_key(self, key: KeyId) -> "State":
         """The state with a new key, which must be enrolled and has its own counters."""
-        return replace(self, key=key, enrolled=False, seq_limit=FIRST_SEQ, session=0)
+        return replace(self, key=key, enrolled=False, seq_limit=FIRST_SEQ, session=0, receipt_seq=0)
 
     def rejoined(self, key: KeyId) -> "State":
         """The state with a new key and without any counter that another could have raised.
@@ -141,6 +142,10 @@ class State:
         if (version, seq) == (self.head_version, self.head_seq):
             return self
         return replace(self, head_version=version, head_seq=seq, head_digest=digest)
+
+    def with_receipt(self, seq: int) -> "State":
+        """The state after a receipt by which the aggregator knew the key, in a frame with this sequence number."""
+        return self if seq <= self.receipt_seq else replace(self, receipt_seq=seq)
 
     def with_seq_limit(self, seq_limit: int) -> "State":
         return replace(self, seq_limit=seq_limit)

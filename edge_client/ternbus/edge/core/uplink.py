@@ -102,7 +102,7 @@ class Uplink:
         self.resend.granted(grant.deadline_s, now)
         return [parts[part] for part in sorted(wanted)]
 
-    def answered(self, update: OutstandingUpdate, receipt: Receipt, schema: Schema, now: float) -> list[Action]:
+    def answered(self, update: OutstandingUpdate, receipt: Receipt, schema: Schema | None, now: float) -> list[Action]:
         """Handle a receipt: wait, renumber the update, or remove it."""
         fields = {"seq": update.seq, "base": update.base, "outcome": receipt.outcome, "version": receipt.version}
         if receipt.outcome == "busy":
@@ -121,7 +121,8 @@ class Uplink:
                 )
             ]
         answered = self._answered_update(update, receipt.outcome, receipt.version)
-        self.pending.put(after_receipt(self.pending.state, update, receipt, schema), answered)
+        state = self.pending.state
+        self.pending.put(after_receipt(state, update, receipt, schema or Schema.parse(state.schema)), answered)
         return [Log(event=receipt.outcome, text=describe(receipt, update), fields={**fields, "reason": receipt.reason})]
 
     def _answered_update(self, update: OutstandingUpdate, outcome: str, version: int) -> AnsweredUpdate:

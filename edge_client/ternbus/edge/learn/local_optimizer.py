@@ -1,15 +1,16 @@
-"""SGD and Adam for local training, on numpy arrays and PyTorch tensors alike.
+"""SGD, Adam and RMSprop for local training, on numpy arrays and PyTorch tensors alike.
 
 With torch they must be called under `torch.no_grad()`. torch.optim is not used: its first step loads the compiler,
 which takes 80 MB and a second on every device. An optimizer's momenta last for one training.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
 from ternbus.edge.plan.plan import Plan
 
-EPSILON: Final = 1e-8  # of Adam
+EPSILON: Final = 1e-8  # of Adam and RMSprop
 
 Array = Any  # a numpy array or a tensor
 
@@ -17,43 +18,63 @@ Array = Any  # a numpy array or a tensor
 class Optimizer(Protocol):
     """Changes the parameters of its constructor in place."""
 
-    def step(self, gradients: Sequence[Array], rate: float) -> None: ...
+    def step(self, gradients: Sequence[Array], rate: float) -> None:
+        """Make one step by the gradients of the loss, at a rate of `Plan.rates`. The plan's `grad_clip` is applied."""
+        ...
 
 
 def begin(plan: Plan, parameters: Sequence[Array]) -> Optimizer:
     """The plan's optimizer for these parameters. Their present values are FedProx's w0."""
-    return Sgd(plan, parameters) if plan.optimizer == "sgd" else Adam(plan, parameters)
+    return {"sgd": Sgd, "rmsprop": RmsProp}.get(plan.optimizer, Adam)(plan, parameters)
 
 
-class _Proximal:
-    """The gradient of FedProx's objective: loss + mu/2·|w - w0|² (Li et al. 2020, eq. 2)."""
-
-    def __init__(self, mu: float, parameters: Sequence[Array]) -> None:
-        self._mu = mu
-        self._began = [w * 1 for w in parameters] if mu else [None] * len(parameters)
-
-    def gradient(self, number: int, w: Array, g: Array) -> Array:
-        return g + self._mu * (w - self._began[number]) if self._mu else g
-
-
-class Sgd:
-    """g = grad(loss) + mu·(w - w0) + wd·w;  m = beta·m + g;  w = w - lr·m, as in `torch.optim.SGD`."""
+class _Stepper:
+    """The same for all: the objective's gradient and its clipping."""
 
     def __init__(self, plan: Plan, parameters: Sequence[Array]) -> None:
         self._plan = plan
-        self._proximal = _Proximal(plan.proximal_mu, parameters)
         self._parameters = list(parameters)
-        self._momenta = [w * 0 for w in parameters]
+        self._began = [w * 1 for w in parameters] if plan.proximal_mu else []
+        self._steps = 0
 
     def step(self, gradients: Sequence[Array], rate: float) -> None:
-        for number, (w, m, loss_g) in enumerate(zip(self._parameters, self._momenta, gradients, strict=True)):
-            g = self._proximal.gradient(number, w, loss_g)
-            m *= self._plan.momentum  # noqa: PLW2901 - in place
-            m += g + self._plan.weight_decay * w if self._plan.weight_decay else g  # noqa: PLW2901 - in place
-            w -= rate * m  # noqa: PLW2901 - in place
+        self._steps += 1
+        clip = self._plan.grad_clip
+        objective = list(map(self._objective, range(len(self._parameters)), gradients, self._parameters))
+        norm = _norm(objective) if clip else 0.0
+        for number, g in enumerate(objective):
+            self._move(number, g * (clip / norm) if norm > clip else g, rate)
+
+    def _objective(self, number: int, g: Array, w: Array) -> Array:
+        """The gradient of FedProx's objective: loss + mu/2·|w - w0|² (Li et al. 2020, eq. 2)."""
+        return g + self._plan.proximal_mu * (w - self._began[number]) if self._began else g
+
+    def _decayed(self, g: Array, w: Array) -> Array:
+        return g + self._plan.weight_decay * w if self._plan.weight_decay else g
+
+    def _move(self, number: int, g: Array, rate: float) -> None:
+        raise NotImplementedError
 
 
-class Adam:
+class Sgd(_Stepper):
+    """g = grad(loss) + mu·(w - w0) + wd·w;  m = beta·m + g;  w = w - lr·m, as in `torch.optim.SGD`.
+
+    With `nesterov`, w = w - lr·(g + beta·m) (Sutskever et al. 2013, in the form of torch).
+    """
+
+    def __init__(self, plan: Plan, parameters: Sequence[Array]) -> None:
+        super().__init__(plan, parameters)
+        self._momenta = [w * 0 for w in parameters]
+
+    def _move(self, number: int, g: Array, rate: float) -> None:
+        w, m, beta = self._parameters[number], self._momenta[number], self._plan.momentum
+        g = self._decayed(g, w)
+        m *= beta
+        m += g
+        w -= rate * (g + beta * m if self._plan.nesterov else m)
+
+
+class Adam(_Stepper):
     """Kingma & Ba 2015, algorithm 1; `adamw` decouples the weight decay (Loshchilov & Hutter 2019, algorithm 2).
 
     g = grad(loss) + mu·(w - w0);  adam: g += wd·w, adamw: w -= lr·wd·w;
@@ -62,24 +83,15 @@ class Adam:
     """
 
     def __init__(self, plan: Plan, parameters: Sequence[Array]) -> None:
-        self._plan = plan
-        self._proximal = _Proximal(plan.proximal_mu, parameters)
-        self._parameters = list(parameters)
+        super().__init__(plan, parameters)
         self._means = [w * 0 for w in parameters]
         self._squares = [w * 0 for w in parameters]
-        self._steps = 0
 
-    def step(self, gradients: Sequence[Array], rate: float) -> None:
-        self._steps += 1
-        for number, gradient in enumerate(gradients):
-            self._move(number, gradient, rate)
-
-    def _move(self, number: int, gradient: Array, rate: float) -> None:
+    def _move(self, number: int, g: Array, rate: float) -> None:
         plan, w, m, v = self._plan, self._parameters[number], self._means[number], self._squares[number]
-        g = self._proximal.gradient(number, w, gradient)
-        if plan.weight_decay and plan.optimizer == "adam":
-            g = g + plan.weight_decay * w
-        if plan.weight_decay and plan.optimizer == "adamw":
+        if plan.optimizer == "adam":
+            g = self._decayed(g, w)
+        elif plan.weight_decay:
             w *= 1 - rate * plan.weight_decay
         m *= plan.beta1
         m += (1 - plan.beta1) * g
@@ -87,3 +99,31 @@ class Adam:
         v += (1 - plan.beta2) * g * g
         root = (v / (1 - plan.beta2**self._steps)) ** 0.5
         w -= (rate / (1 - plan.beta1**self._steps)) * m / (root + EPSILON)
+
+
+class RmsProp(_Stepper):
+    """Tieleman & Hinton 2012 (lecture 6.5), as in `torch.optim.RMSprop` without momentum.
+
+    g = grad(loss) + mu·(w - w0) + wd·w;  v = alpha·v + (1 - alpha)·g²;  w -= lr·g / (sqrt(v) + epsilon)
+    """
+
+    def __init__(self, plan: Plan, parameters: Sequence[Array]) -> None:
+        super().__init__(plan, parameters)
+        self._squares = [w * 0 for w in parameters]
+
+    def _move(self, number: int, g: Array, rate: float) -> None:
+        w, v, alpha = self._parameters[number], self._squares[number], self._plan.rmsprop_alpha
+        g = self._decayed(g, w)
+        v *= alpha
+        v += (1 - alpha) * g * g
+        w -= rate * g / (v**0.5 + EPSILON)
+
+
+def _norm(gradients: Sequence[Array]) -> float:
+    """The L2 norm over all gradients, also where squares overflow; NaN or infinity if an element is one."""
+    wide = [g.float() if hasattr(g, "float") else g for g in gradients]  # half precision of torch
+    norm = math.sqrt(float(sum((g * g).sum() for g in wide)))
+    if math.isfinite(norm):
+        return norm
+    largest = max(float(abs(g).max()) for g in wide)
+    return largest * math.sqrt(float(sum(((g / largest) ** 2).sum() for g in wide)))

@@ -1,195 +1,270 @@
-"""Partitions of the training samples among devices; each device computes its own part from the labels.
+"""Partitions of the training samples among devices; each device computes its own part from the data.
 
-`all` is everything; `iid:i/n` is the i-th (from 0) of n equal random parts; `dirichlet:alpha:i/n:seed` is the i-th of n
-parts of unequal size and mix of classes: the devices' shares of each class are drawn from a symmetric Dirichlet
-distribution (Hsu et al. 2019; small alpha = very unequal; the per-class draw of Yurochkin et al. 2019). The n parts are
-disjoint and cover everything. `natural:i` is the data of the i-th owner in the data, for example a writer.
+- `all`: everything.
+- `iid:i/n`: the i-th (from 0) of n equal random parts.
+- `dirichlet:alpha:i/n:seed`: parts of unequal size and mix of classes. The devices' shares of each class are drawn from
+  a symmetric Dirichlet distribution (Hsu et al. 2019; small alpha = very unequal; the per-class draw of Yurochkin et
+  al. 2019).
+- `quantity:alpha:i/n:seed`: random parts of unequal size. The shares are drawn from a symmetric Dirichlet distribution
+  (Li et al. 2022, quantity skew).
+- `shards:k:i/n:seed`: k of the k·n equal shards of the data in the order of their classes (McMahan et al. 2017, section
+  3), so that most devices have k classes.
+- `natural:i`: the data of the i-th owner in the data, for example a writer.
+- `by:column:i`: the rows with the i-th value of a column, in the order of the values.
+
+The parts are disjoint and cover everything. Where the target is a number with a fraction, its quantiles take the place
+of classes (`labels.quantiles`).
 
 A suffix splits the part further: `;test:s` is the share s that the device holds out for evaluation, `;train:s` the
 rest; they are disjoint. The end of each class is held out, in the order of the data: the end of a recording, and not
 windows between two on which the model is trained.
 """
 
-import math
-import re
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from ternbus.broker.errors import ConfigError
+from ternbus.edge.learn import draws, labels
+from ternbus.edge.learn.labels import Indices, Labels
+from ternbus.edge.learn.partition_spec import Kind, Partition, PartitionError
 
-SAMPLES_MIN = 8
-"""The smallest part of a device, unless an equal split would give less."""
-
-FORMS = "all, iid:I/N, dirichlet:ALPHA:I/N:SEED or natural:I"
 HOLD_OUT_SAMPLES_MIN = 3
 ROUNDING = 1e-9  # 0.3 · 10 is a little less than 3 in binary
-LARGEST_SHARE = 0.4  # the held-out part must be smaller than the rest
-LARGEST_ALPHA = 1e6  # parts are equal long before; much larger values overflow
+REMEMBERED: Final = 4  # data of tasks whose trainers are made one by one
 
-Indices = npt.NDArray[np.int64]
-
-_HALVES = re.compile(r"([^;]+);(train|test):([0-9.eE+-]{1,20})")
-_NATURAL = re.compile(r"natural:(\d{1,9})")
-_IID = re.compile(r"iid:(\d{1,9})/(\d{1,9})")
-_DIRICHLET = re.compile(r"dirichlet:([0-9.eE+-]{1,20}):(\d{1,9})/(\d{1,9}):(\d{1,9})")
+_watching: ContextVar[list["Rows"] | None] = ContextVar("_watching", default=None)
+_remembered: OrderedDict[bytes, "Rows"] = OrderedDict()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Partition:
-    """A parsed specification: part `index` of `parts`; `alpha` is infinite for equal random parts.
-
-    The number of `natural` parts depends on the data. `share` of the part is held out; `half` is "test" for the
-    held-out samples, "train" for the others, and "" for all.
-    """
-
-    index: int = 0
-    parts: int = 1
-    alpha: float = math.inf
-    seed: int = 0
-    natural: bool = False
-    half: Literal["", "train", "test"] = ""
-    share: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.index < self.parts and not self.natural:
-            raise ConfigError(
-                f"partition {self.index}/{self.parts}: the parts are numbered 0 to {self.parts - 1}; choose one of them"
-            )
-        if not (0 < self.alpha <= LARGEST_ALPHA or math.isinf(self.alpha)):
-            raise ConfigError(f"partition: alpha is {self.alpha:g}: it must be above 0 and at most {LARGEST_ALPHA:g}")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"partition: the seed is {self.seed}: it must be from 0 to {2**32 - 1}")
-        if self.half and not 0 < self.share <= LARGEST_SHARE:
-            raise ConfigError(
-                f"the held-out share of the data is {self.share:g}: it must be above 0 and at most {LARGEST_SHARE}"
-            )
-
-    @property
-    def whole(self) -> bool:
-        """Whether the specification needs no classes: all data, or the data of one owner."""
-        return self.natural or self.parts == 1
-
-    @classmethod
-    def parse(cls, spec: str) -> "Partition":
-        """Parse a specification. Raises `ConfigError`, with the valid forms."""
-        if found := _HALVES.fullmatch(spec):
-            half: Literal["train", "test"] = "test" if found[2] == "test" else "train"
-            return replace(cls.parse(found[1]), half=half, share=_number(found[3], spec))
-        if spec == "all":
-            return cls()
-        if found := _NATURAL.fullmatch(spec):
-            return cls(index=int(found[1]), natural=True)
-        if found := _IID.fullmatch(spec):
-            return cls(index=int(found[1]), parts=int(found[2]))
-        if found := _DIRICHLET.fullmatch(spec):
-            alpha = _number(found[1], spec)
-            return cls(index=int(found[2]), parts=int(found[3]), alpha=alpha, seed=int(found[4]))
-        raise ConfigError(f"invalid partition {spec!r}: write {FORMS}, I from 0")
-
-
-def _number(text: str, spec: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(f"partition {spec!r}: {text!r} is not a number: write for example 0.5") from None
-
-
-def select(spec: str, labels: npt.NDArray[np.integer], owners: Indices | None = None) -> Indices:
+def select(spec: str, targets: npt.ArrayLike | int, owners: object = None, *, columns: object = None) -> Indices:
     """The sorted indices of the samples of the part `spec`.
 
-    `labels` has the class of each sample, `owners` the number of its owner, if the data have owners. Raises
-    `ConfigError` if there is no such part.
+    `targets` has a class or a number for each sample; more than one for each, or the number of samples alone, suits the
+    partitions that need no classes. `owners` has the label of each sample's owner, of any kind, or is a table;
+    `columns` is a table with a row for each sample: a structured array, a DataFrame, or a mapping of names to labels.
+    Raises `ConfigError` if there is no such part. Calls with the same data share the work.
     """
-    partition = Partition.parse(spec)
-    rows = _part(partition, spec, labels, owners)
-    return _half(partition, rows, labels[rows]) if partition.half else rows
+    given = targets if isinstance(targets, int) else np.asarray(targets)
+    key = _content(given, owners, columns)
+    rows = (_remembered.pop(key, None) if key else None) or Rows(given, owners, columns)
+    if key:
+        _remembered[key] = rows
+        if len(_remembered) > REMEMBERED:
+            _remembered.popitem(last=False)
+    return rows.of(spec)
 
 
-def _part(partition: Partition, spec: str, labels: npt.NDArray[np.integer], owners: Indices | None) -> Indices:
-    if partition.natural:
-        return _natural(partition, owners)
-    if partition.parts > len(labels):
-        raise ConfigError(
-            f"partition {spec!r}: {len(labels)} samples are too few for {partition.parts} devices: use fewer"
-        )
-    if math.isinf(partition.alpha):
-        return np.sort(_equal(partition, len(labels)))
-    return np.sort(_unequal(partition, labels))
+def _content(*parts: object) -> bytes:
+    """A digest of what divides rows, in arrays; empty if a part is of another kind."""
+    digest = blake2b()
+    for part in parts:
+        if part is None or isinstance(part, int):
+            digest.update(repr(part).encode())
+        elif isinstance(part, np.ndarray) and not part.dtype.hasobject and part.dtype.kind != "T":
+            digest.update(repr((part.dtype, part.shape)).encode())
+            digest.update(np.ascontiguousarray(part).view(np.uint8).data if labels.flat(part).ndim == 1 else b"")
+        else:
+            return b""
+    return digest.digest()
 
 
-def _half(partition: Partition, rows: Indices, labels: npt.NDArray[np.integer]) -> Indices:
-    """The held-out end of each class, or the rest. At least one row is held out, and fewer than remain."""
-    if len(rows) < HOLD_OUT_SAMPLES_MIN:
-        raise ConfigError(f"this device has {len(rows)} samples: too few to hold some out; leave out --hold-out")
-    order = np.argsort(labels, kind="stable")  # class by class, each in the order of the data
-    _, counts = np.unique(labels, return_counts=True)
-    ends = np.cumsum(counts)
-    # Cumulative over the classes, so that rounding errors do not add up.
-    upto = np.floor(partition.share * ends + ROUNDING).astype(np.int64)
-    upto[-1] = max(upto[-1], 1)
-    held = np.zeros(len(rows), bool)
-    for end, count in zip(ends, np.diff(upto, prepend=0), strict=True):
-        held[order[end - count : end]] = True
-    return rows[held if partition.half == "test" else ~held]
+@contextmanager
+def watched() -> Iterator[list["Rows"]]:
+    """A list that gets the data from which the trainers that are made in this block choose their parts."""
+    seen: list[Rows] = []
+    token = _watching.set(seen)
+    try:
+        yield seen
+    finally:
+        _watching.reset(token)
 
 
-def _natural(partition: Partition, owners: Indices | None) -> Indices:
-    where = f"partition natural:{partition.index}"
-    if owners is None:
-        raise ConfigError(f"{where}: these data have no owners, so no natural devices: write all, iid:… or dirichlet:…")
-    chosen = np.flatnonzero(owners == partition.index)
-    if not len(chosen):
-        raise ConfigError(
-            f"{where}: the natural devices of these data are numbered 0 to {owners.max()}: choose another"
-        )
-    return chosen
+@dataclass(frozen=True, slots=True, eq=False)
+class Division:
+    """All parts of the data: the sorted rows of part i are `order[bounds[i] : bounds[i + 1]]`.
+
+    `filled` is the number of parts that were too small and got rows of the largest.
+    """
+
+    order: Indices
+    bounds: Indices
+    filled: int = 0
+
+    @classmethod
+    def of(cls, part_of: Indices, parts: int, filled: int = 0) -> "Division":
+        """The division in which row r is in part `part_of[r]`."""
+        bounds = np.zeros(parts + 1, np.int64)
+        np.cumsum(np.bincount(part_of, minlength=parts), out=bounds[1:])
+        return cls(np.argsort(part_of, kind="stable"), bounds, filled)
+
+    def part(self, index: int) -> Indices:
+        return self.order[self.bounds[index] : self.bounds[index + 1]].copy()
 
 
-def _generator(partition: Partition) -> np.random.RandomState:
-    # The parts are disjoint only if all devices draw the same numbers, with any version of numpy: the stream of this
-    # generator is frozen (NEP 19), those of the newer generators are not.
-    return np.random.RandomState(partition.seed)
+class Rows:
+    """The rows of the training data, and what they can be divided by. Each division is made once.
 
+    The arguments are those of `select`. `targets`, with the number of `samples`, and `owners` may be functions, which
+    are called where a partition needs them.
+    """
 
-def _equal(partition: Partition, samples: int) -> Indices:
-    order = _generator(partition).permutation(samples)
-    return np.array_split(order, partition.parts)[partition.index]
+    def __init__(
+        self,
+        targets: npt.ArrayLike | Callable[[], npt.ArrayLike | None] | int,
+        owners: object | Callable[[], object] = None,
+        columns: object = None,
+        *,
+        samples: int | None = None,
+    ) -> None:
+        self._given_targets = targets
+        self.samples = len(self._targets) if samples is None else samples
+        self._owners = owners
+        self._columns = columns
+        self._divisions: dict[Partition, Division] = {}
 
+    @cached_property
+    def _targets(self) -> npt.NDArray[Any]:
+        """The targets; without a column if there are none."""
+        given: Any = self._given_targets
+        found = given() if callable(given) else given
+        rows = self.samples if found is None else found
+        return np.empty((rows, 0)) if isinstance(rows, int) else np.asarray(rows)
 
-def _unequal(partition: Partition, labels: npt.NDArray[np.integer]) -> Indices:
-    generator = _generator(partition)
-    owner = np.empty(len(labels), np.int64)
-    for label in np.unique(labels):
-        members = generator.permutation(np.flatnonzero(labels == label))
-        shares = _shares(generator, partition)
-        cuts = np.round(np.cumsum(shares)[:-1] * len(members)).astype(np.int64)
-        for device, part in enumerate(np.split(members, cuts)):
-            owner[part] = device
-    _fill_up(owner, partition.parts, generator)
-    return np.flatnonzero(owner == partition.index)
+    @cached_property
+    def classes(self) -> Labels | None:
+        """The class of each row, if each has one."""
+        targets = labels.flat(self._targets)
+        return Labels.of(targets) if labels.is_class(targets) else None
 
+    @cached_property
+    def bins(self) -> Labels | None:
+        """The classes, or the quantiles of a number, if each row has one."""
+        targets = labels.flat(self._targets)
+        return labels.quantiles(targets) if labels.is_number(targets) else self.classes
 
-def _shares(generator: np.random.RandomState, partition: Partition) -> npt.NDArray[np.float64]:
-    shares: npt.NDArray[np.float64] = generator.dirichlet(np.full(partition.parts, partition.alpha))
-    if np.isfinite(shares).all():
-        return shares
-    # With a tiny alpha every gamma draw underflows; the limit is one device that has everything.
-    shares[:] = 0
-    shares[generator.randint(partition.parts)] = 1
-    return shares
+    @cached_property
+    def columns(self) -> dict[str, Any]:
+        return {**labels.columns_of(self._given_owners), **labels.columns_of(self._columns)}
 
+    @cached_property
+    def owners(self) -> Labels | None:
+        """The owner of each row, if the data have owners."""
+        given: Any = self._given_owners
+        if table := labels.columns_of(given):
+            given = next(iter(table.values())) if len(table) == 1 else None
+        return None if given is None else labels.checked(given, self.samples, "owners")
 
-def _fill_up(owner: Indices, parts: int, generator: np.random.RandomState) -> None:
-    """Move random samples from the largest part to each part that is too small."""
-    counts = np.bincount(owner, minlength=parts)
-    minimum = min(SAMPLES_MIN, len(owner) // parts)
-    for smallest in np.flatnonzero(counts < minimum):
-        while counts[smallest] < minimum:
-            largest = int(counts.argmax())
-            moved = generator.choice(np.flatnonzero(owner == largest))
-            owner[moved] = smallest
-            counts[largest] -= 1
-            counts[smallest] += 1
+    @cached_property
+    def _given_owners(self) -> object:
+        return self._owners() if callable(self._owners) else self._owners
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """The kinds of partition that these data allow."""
+        kinds: list[Kind] = ["all", "iid", "quantity"]
+        kinds += ["dirichlet", "shards"] if self.bins is not None else []
+        kinds += ["natural"] if self.owners is not None else []
+        return kinds + (["by"] if self.columns else [])
+
+    def of(self, spec: str) -> Indices:
+        """The sorted rows of the part `spec`. Raises `ConfigError` if there is no such part."""
+        if (seen := _watching.get()) is not None and self not in seen:
+            seen.append(self)
+        partition = Partition.parse(spec)
+        rows = self.division(partition).part(self._place(partition))
+        return self._half(partition, rows) if partition.half else rows
+
+    def labels_of(self, partition: Partition) -> Labels:
+        """The labels that the partition divides by. Raises `ConfigError` if there are none."""
+        found: Labels | None
+        match partition.kind:
+            case "natural":
+                found, problem = self.owners, "these data have no owners, so no natural devices"
+            case "by":
+                column = self.columns.get(partition.column)
+                found = (
+                    None if column is None else labels.checked(column, self.samples, f"values in {partition.column}")
+                )
+                names = f"the columns are {', '.join(self.columns)}" if self.columns else "these data have no columns"
+                problem = f"there is no column {partition.column!r}: {names}"
+            case _:
+                found, problem = self.bins, "the data have no classes to split by, nor one number for each sample"
+        if found is None:
+            raise PartitionError(partition.spec, problem, self.kinds)
+        return found
+
+    def division(self, partition: Partition) -> Division:
+        """The parts of all devices. Raises `ConfigError` if these data cannot be divided so."""
+        key = partition.whole_data
+        if key not in self._divisions:
+            self._divisions[key] = self._divided(partition)
+        return self._divisions[key]
+
+    def _divided(self, partition: Partition) -> Division:
+        kind, parts = partition.kind, partition.parts
+        if kind == "all":
+            return Division(np.arange(self.samples), np.array([0, self.samples]))
+        pieces = parts * (partition.shards or 1)
+        if pieces > self.samples:
+            shards = f" with {partition.shards} shards each" if partition.shards else ""
+            raise PartitionError(
+                partition.spec, f"{self.samples} samples are too few for {parts} devices{shards}: use fewer"
+            )
+        generator = draws.generator(partition.seed)
+        if kind == "iid":
+            return Division.of(draws.equal(generator, self.samples, parts), parts)
+        if kind == "quantity":
+            codes = np.zeros(self.samples, np.int64)
+        else:
+            found = self.labels_of(partition)
+            if kind in ("natural", "by"):
+                return Division.of(found.codes, len(found.values))
+            codes = found.codes
+        if kind == "shards":
+            return Division.of(draws.shards(generator, codes, parts, partition.shards), parts)
+        part_of = draws.unequal(generator, codes, parts, partition.alpha)
+        filled = draws.fill_up(generator, part_of, parts)
+        return Division.of(part_of, parts, filled)
+
+    def _place(self, partition: Partition) -> int:
+        """The place of a part in its division; of an owner, by its number."""
+        if partition.kind not in ("natural", "by"):
+            return partition.index
+        found = self.labels_of(partition)
+        numbers = found.numbers if partition.kind == "natural" else np.arange(len(found.values))
+        place = int(np.searchsorted(numbers, partition.index))
+        if place < len(numbers) and numbers[place] == partition.index:
+            return place
+        last = int(numbers[-1]) if len(numbers) else -1
+        what = "natural devices" if partition.kind == "natural" else f"values of {partition.column}"
+        gap = " (this one has no samples)" if partition.index < last else ""
+        raise PartitionError(partition.spec, f"the {what} of these data are numbered 0 to {last}{gap}: choose another")
+
+    def _half(self, partition: Partition, rows: Indices) -> Indices:
+        """The held-out end of each class, or the rest. At least one row is held out, and fewer than remain."""
+        if len(rows) < HOLD_OUT_SAMPLES_MIN:
+            raise ConfigError(
+                f"this device has {len(rows)} samples: too few to hold some out; leave out --hold-out (in a scenario "
+                "local.hold_out)"
+            )
+        classes = self.classes if self._targets.ndim == 1 else None
+        codes = np.zeros(len(rows), np.int64) if classes is None else classes.codes[rows]
+        order = np.argsort(codes, kind="stable")  # class by class, each in the order of the data
+        _, counts = np.unique(codes, return_counts=True)
+        ends = np.cumsum(counts)
+        # Cumulative over the classes, so that rounding errors do not add up.
+        upto = np.floor(partition.share * ends + ROUNDING).astype(np.int64)
+        upto[-1] = max(upto[-1], 1)
+        held = np.zeros(len(rows), bool)
+        for end, count in zip(ends, np.diff(upto, prepend=0), strict=True):
+            held[order[end - count : end]] = True
+        return rows[held if partition.half == "test" else ~held]

@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from ternbus.broker.errors import ConfigError
+from ternbus.edge.learn.class_counts import class_counts_of
 from ternbus.edge.learn.task import Evaluation, Task, Trained, Trainer, trainers_of
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import FloatArray, Tensors
@@ -100,6 +101,10 @@ class NarrowTrainer:
     @property
     def samples(self) -> int:
         return self.inner.samples
+
+    @property
+    def class_counts(self) -> Mapping[str, int]:
+        return class_counts_of(self.inner)
 
     def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:
         """Train the corners. Batch norm's statistics are not sent: with fewer channels they differ."""

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from ternbus.broker.errors import ConfigError, FederationError
-from ternbus.broker.protocol.direction import Direction
+from ternbus.broker.protocol.direction import DIRECTIONS, Direction
+from ternbus.broker.protocol.task_plan import TaskPlan
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import FloatArray, Tensors
@@ -24,7 +25,8 @@ class TrainingError(FederationError):
 class Trained:
     """The result of local training: all tensors of the trained model (not the change), and the number of samples.
 
-    `metrics` has `loss` and `accuracy` (means over the training batches), `seconds` and `steps`.
+    `metrics` has `loss` (the mean over the training batches), the task's own metrics, such as `accuracy`, of the
+    outputs in training, `seconds` and `steps`.
     Raises `TrainingError` if any tensor has a NaN or an infinity.
     """
 
@@ -52,6 +54,13 @@ class Evaluation:
     samples: int
     values: Mapping[str, float]
     better: Mapping[str, Direction] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, direction in self.better.items():
+            if direction not in DIRECTIONS:
+                raise ConfigError(
+                    f"the metric {name} is better when {direction!r}: write one of {', '.join(DIRECTIONS)}"
+                )
 
     @property
     def finite(self) -> dict[str, float]:
@@ -98,7 +107,10 @@ class Task(Protocol):
 
     @property
     def default_plan(self) -> Mapping[str, object]:
-        """The task's plan, with the keys of the protocol's `plan`; the federation's plan overrides it."""
+        """The task's plan, with the keys of the protocol's `plan`; the federation's plan overrides it.
+
+        A task that reads keys of its own from `Plan.extra` names them in an attribute `plan_keys`, a list.
+        """
         ...
 
     def initial(self, seed: int) -> dict[str, FloatArray]:
@@ -112,6 +124,14 @@ class Task(Protocol):
     def evaluator(self, *, data: Path | None) -> Trainer:
         """A trainer with the test data."""
         ...
+
+
+def task_plan(task: Task) -> TaskPlan:
+    """The task's default plan, and its `plan_keys`, if it has this attribute: names of keys that only it knows.
+
+    Raises `ConfigError` for a default plan that a device would refuse, and for a key in it that nobody knows.
+    """
+    return TaskPlan.of(getattr(task, "plan_keys", ()), task.default_plan)
 
 
 @runtime_checkable

@@ -241,7 +241,9 @@ class _Reference:
         if task is None:
             names = ", ".join(_tasks(module)) or "none"
             raise ConfigError(f"task {spec}: {_file(module)} has no {self.attribute!r}; its tasks are: {names}")
-        if isinstance(task, type) or not isinstance(task, Task):
+        if isinstance(task, type):
+            raise ConfigError(f"{spec} is a class: add a line such as TASK = {self.attribute}(), and name TASK")
+        if not isinstance(task, Task):
             raise ConfigError(f"{spec} is not a task: {NEEDED}")
         return task
 

@@ -21,13 +21,17 @@ class Plan:
 
     `local_steps`, if given, replaces `local_epochs`. `local_seconds` ends either early, so that a slow device does
     less. The learning rate follows `schedule` (see `ternbus.edge.plan.schedule`), which ends at `schedule_versions`
-    with the share `final_rate`. `statistics_rate` is the share of the change of batch norm's statistics that is sent.
-    `beta1` and `beta2` are Adam's, `momentum` is SGD's. `precision` and `memory_format` are for trainers that support
-    them; "auto" measures which is faster. `proximal_mu` is FedProx's µ (Li et al. 2020, eq. 2), `clip_sigma` TernGrad's
-    c (Wen et al. 2017; 0 = no clipping). `dp` is the kind of differential privacy (docs/privacy.md), with `dp_clip` and
-    `dp_noise`, until `dp_epsilon` at `dp_delta` is spent. A device trains on the share `participation` of the versions,
-    in turns; each `turn_s` seconds without a new version count as one more version. Unknown keys are in `extra`,
-    unchanged. Raises `ProtocolError` ("bad-plan") for a value out of range.
+    with the share `final_rate`; within a training it follows `step_schedule` in the same way. `statistics_rate` is the
+    share of the change of batch norm's statistics that is sent. `beta1` and `beta2` are Adam's, `momentum` and
+    `nesterov` are SGD's, `rmsprop_alpha` is RMSprop's. `grad_clip` is the largest L2 norm of a step's gradient over all
+    parameters (Pascanu et al. 2013, algorithm 1; 0 = no clipping). `device`, `precision` and `memory_format` are for
+    trainers that support them; "auto" takes what is faster. `evaluation_batch_size` is the number of samples that are
+    evaluated at a time; without it, the trainer chooses. `proximal_mu` is FedProx's µ (Li et al. 2020, eq. 2),
+    `clip_sigma` TernGrad's c (Wen et al. 2017; 0 = no clipping). `dp` is the kind of differential privacy
+    (docs/privacy.md), with `dp_clip` and `dp_noise`, until `dp_epsilon` at `dp_delta` is spent. A device trains on the
+    share `participation` of the versions, in turns; each `turn_s` seconds without a new version count as one more
+    version. Unknown keys are in `extra`, unchanged. Raises `ProtocolError` ("bad-plan") for a value out of range, and
+    for keys that do not fit together.
     """
 
     local_epochs: float = 1.0
@@ -44,13 +48,21 @@ class Plan:
     error_feedback: bool = False
     local_seconds: float | None = None
     optimizer: str = "sgd"
+    nesterov: bool = False
     beta1: float = 0.9
     beta2: float = 0.999
+    rmsprop_alpha: float = 0.99
+    grad_clip: float = 0.0
     schedule: str = "constant"
     warmup_versions: int = 0
     schedule_versions: int = 0
     final_rate: float = 0.0
+    step_schedule: str = "constant"
+    warmup_steps: int = 0
+    final_step_rate: float = 0.0
     statistics_rate: float = 0.25
+    device: str = "auto"
+    evaluation_batch_size: int | None = None
     precision: str = "float32"
     memory_format: str = "contiguous"
     dp: str = NO_DP
@@ -64,16 +76,8 @@ class Plan:
     extra: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, key in plan_keys.KEYS.items():
-            value = getattr(self, name)
-            if fault := key.fault(value):
-                raise ProtocolError("bad-plan", f"{name} is {value!r}, {fault}")
-        if self.schedule != "constant" and self.schedule_versions <= self.warmup_versions:
-            raise ProtocolError(
-                "bad-plan", f"schedule_versions is {self.schedule_versions}: {self.schedule} must end after the warm-up"
-            )
-        if self.dp != NO_DP and not (self.dp_clip and self.dp_noise and self.dp_epsilon):
-            raise ProtocolError("bad-plan", f"dp is {self.dp!r}: dp_clip, dp_noise and dp_epsilon must be above 0")
+        if fault := plan_keys.fault({name: getattr(self, name) for name in plan_keys.KEYS}):
+            raise ProtocolError("bad-plan", fault)
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, object]) -> "Plan":
@@ -90,7 +94,7 @@ class Plan:
         return steps if self.steps_max is None else min(steps, self.steps_max)
 
     def rate(self, version: int) -> float:
-        """The learning rate for training on a version."""
+        """The learning rate for training on a version, of which each step has a share: see `rates`."""
         factor = share(
             self.schedule,
             version,
@@ -99,6 +103,15 @@ class Plan:
             final=self.final_rate,
         )
         return self.learning_rate * factor
+
+    def step_share(self, step: int, steps: int) -> float:
+        """The share of `rate` for a step, counted from 0, of a training of ``steps`` steps; 0 to 1."""
+        return share(self.step_schedule, step, warmup=self.warmup_steps, total=steps, final=self.final_step_rate)
+
+    def rates(self, version: int, samples: int) -> Iterator[float]:
+        """The learning rate of each step, one for each of `batches`."""
+        rate, steps = self.rate(version), self.steps(samples)
+        return (rate * self.step_share(step, steps) for step in range(steps))
 
     def batches(
         self, samples: int, rng: np.random.Generator, clock: Callable[[], float] | None = None

@@ -25,6 +25,7 @@ from ternbus.edge.core.actions import Stop
 from ternbus.edge.core.core import Core
 from ternbus.edge.core.follower import InitialModel
 from ternbus.edge.core.profile import Profile, Role, subscriptions
+from ternbus.edge.learn.class_counts import class_counts_of
 from ternbus.edge.learn.failure import explained
 from ternbus.edge.learn.subnetwork import narrow
 from ternbus.edge.learn.task import Task, Trainer, halves_of, placed
@@ -196,8 +197,9 @@ def _serve(
     with Outbox(home.folder, identity.key_id) as outbox:
         with explained(settings.task):
             initial = task.initial(int(settings.seed or 0))
+            classes = class_counts_of(trainer) if trainer is not None and options.reports else {}
         shapes = {name: tuple(tensor.shape) for name, tensor in initial.items()}
-        profile = _profile(settings, identity, task, role=role, options=options, shapes=shapes)
+        profile = _profile(settings, identity, task, role=role, options=options, shapes=shapes, classes=classes)
         core = Core(profile, outbox.state, InitialModel(tensors=initial))
         del initial  # the core frees it at the first head
         service = Service(
@@ -246,6 +248,7 @@ def _profile(
     role: Role,
     options: Options,
     shapes: Mapping[str, tuple[int, ...]],
+    classes: Mapping[str, int],
 ) -> Profile:
     aggregator_public = bytes.fromhex(settings.aggregator_key)
     return Profile(
@@ -264,6 +267,7 @@ def _profile(
         versions=options.versions,
         timeout_s=options.timeout_s,
         reports=options.reports,
+        classes=classes,
         fine_tune=options.fine_tune,
         stays=options.stays,
     )

@@ -12,11 +12,12 @@ from ternbus.broker.exit_codes import EXIT_CONFIG, EXIT_DONE
 from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
+from ternbus.edge.core.actions import Stop
 from ternbus.edge.learn import accountant
 from ternbus.edge.learn.failure import explained
-from ternbus.edge.learn.partition import FORMS, Partition
+from ternbus.edge.learn.partition_spec import FORMS, Partition
 from ternbus.edge.learn.subnetwork import narrow
-from ternbus.edge.learn.task import Task, placed
+from ternbus.edge.learn.task import Task, placed, task_plan
 from ternbus.edge.learn.task_loader import BUILT_IN_TASKS, absolute, expanded, load_task
 from ternbus.edge.plan.limits import TrainingLimits
 from ternbus.edge.plan.plan import Plan
@@ -72,7 +73,7 @@ Reports = Annotated[
     bool,
     typer.Option(
         "--report-metrics",
-        help="Send the aggregator the accuracy of each version on the held-out data; the broker can read it.",
+        help="Send each version's metrics on the held-out data, and class counts; the broker can read them.",
     ),
 ]
 FineTune = Annotated[
@@ -143,9 +144,9 @@ def join(
     Example: ternbus edge join pi-7.toml pi-7 --task digits --partition iid:0/8
     """
     printer = Printer(as_json=as_json)
-    kept = (width, processor, partition, frame_bytes, max_seconds, max_steps)
-    at_its_default = kept == (1, "", "all", FRAME_BYTES, None, None)
-    _check_renew(renew, task, any((data, seed, username, password_file, dp, max_epsilon, hold_out, not at_its_default)))
+    usual = (width, partition, frame_bytes, max_seconds, max_steps) == (1, "all", FRAME_BYTES, None, None)
+    asked_for = (data, seed, username, password_file, dp, max_epsilon, hold_out, processor, not usual)
+    _check_renew(renew, task, any(asked_for))
     _check_run(then_run, bool(reports or fine_tune))
     Partition.parse(f"{partition};test:{hold_out!r}" if hold_out else partition)
     policy, limits = _policy(dp, max_epsilon, max_delta), TrainingLimits(seconds=max_seconds, steps=max_steps)
@@ -153,9 +154,7 @@ def join(
     asked = load_invitation(invitation, directory)
     if renew:
         stop = agent.renew(home, asked, load_task(home.settings().task), options, printer)
-        if not then_run or stop.code != EXIT_DONE:
-            raise typer.Exit(printer.finish(stop, ended=True))
-        printer.end(stop)
+        _end(printer, stop, goes_on=then_run and stop.code == EXIT_DONE)
     elif not (then_run and home.has_joined(asked)):
         model = _task_for(task, width, processor, data)
         settings = home.prepare(
@@ -165,10 +164,15 @@ def join(
         )  # fmt: skip
         agent.check(settings, options)
         stop = agent.join(home, settings, model, options, printer)
-        if not then_run or home.settings().code:
-            raise typer.Exit(printer.finish(stop, ended=True))
-        printer.end(stop)
+        _end(printer, stop, goes_on=then_run and not home.settings().code)
     raise typer.Exit(run_device(home, "train", options, as_json=as_json))
+
+
+def _end(printer: Printer, stop: Stop, *, goes_on: bool) -> None:
+    """Print how joining ended; end the command too, unless it goes on with training."""
+    if not goes_on:
+        raise typer.Exit(printer.finish(stop, ended=True))
+    printer.end(stop)
 
 
 def _task_for(name: str, width: float, processor: str, data: Path | None) -> Task:
@@ -222,7 +226,7 @@ def run(
     """Train until the federation closes, or until Ctrl-C, SIGTERM or SIGHUP; unacknowledged updates are kept in DIR.
 
     `--versions N` stops after N accepted updates. `--report-metrics` and `--fine-tune EPOCHS` need held-out
-    data: join with `--hold-out 0.2`. A fine-tuned model stays on the device; `--report-metrics` sends its accuracy.
+    data: join with `--hold-out 0.2`. A fine-tuned model stays on the device; `--report-metrics` sends its metrics.
 
     A training that fails does not end the device: it says why, to the aggregator too, and tries again ever later.
 
@@ -266,7 +270,7 @@ def init_model(
     made = load_task(task)
     with explained(task):
         tensors = made.initial(seed)
-    about = {"ternbus": f"{task}, seed {seed}"}  # one entry: the order of several varies, and so would the file
+    about = {"ternbus": f"{task}, seed {seed}", **task_plan(made).metadata()}
     save_safetensors(out, tensors, about)
     typer.echo(f"{out}: {len(tensors)} tensors, {sum(tensor.size for tensor in tensors.values()):,} parameters")
 

@@ -1,5 +1,6 @@
 """A device's directory: its key, edge.toml, certificates and lock. `join` creates it, `leave` empties it."""
 
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from ternbus.broker.protocol.identity import Identity, check_device, check_federation, is_public_key
 from ternbus.broker.protocol.invitation import Invitation, check_broker_url
 from ternbus.broker.store_format import copies
-from ternbus.edge.learn.partition import Partition
+from ternbus.edge.learn.partition_spec import Partition
 from ternbus.edge.learn.subnetwork import WIDTH_MIN, check_width
 from ternbus.edge.learn.task_loader import expanded
 from ternbus.edge.plan.limits import TrainingLimits
@@ -158,12 +159,17 @@ class DeviceDirectory:
         reached("folder-renamed")
         shutil.rmtree(gone)
 
+    @property
+    def quoted(self) -> str:
+        """The folder as a shell takes it, for the commands in errors."""
+        return shlex.quote(str(self.folder))
+
     def settings(self) -> Settings:
         """The settings. Raises `ConfigError` if there are none, or they are invalid."""
         path = self.folder / TOML
         if not path.exists():
             raise ConfigError(
-                f"{path} does not exist: join a federation with `ternbus edge join INVITATION {self.folder}`"
+                f"{path} does not exist: join a federation with `ternbus edge join INVITATION.toml {self.quoted}`"
             )
         return Settings.from_table(load_toml(check_secret(path)), str(path))
 
@@ -212,7 +218,7 @@ class DeviceDirectory:
         before = self.settings().code if (self.folder / TOML).exists() else None
         if before == "":
             raise ConfigError(
-                f"{self.folder} has joined already: choose another directory, or run `ternbus edge leave {self.folder}`"
+                f"{self.folder} has joined already: choose another directory, or run `ternbus edge leave {self.quoted}`"
             )
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)

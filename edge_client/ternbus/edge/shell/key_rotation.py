@@ -51,7 +51,7 @@ def check_account(home: DeviceDirectory) -> None:
         raise ConfigError(
             f"{home.folder / outboxes.FILE} is missing or empty, and with it what this device has spent of its privacy "
             "budget: restore the file, or add --account-lost to "
-            f"`ternbus edge rejoin INVITATION.toml {home.folder}` to begin a new budget"
+            f"`ternbus edge rejoin INVITATION.toml {home.quoted}` to begin a new budget"
         )
 
 
@@ -101,7 +101,7 @@ def finish(home: DeviceDirectory) -> None:
         command = "edge rejoin" if renewed.rejoin else "edge join --renew"
         raise ConfigError(
             f"the key rotation of {home.folder} was interrupted, and it is not known which key is valid: "
-            f"run `ternbus {command} INVITATION {home.folder}` again"
+            f"run `ternbus {command} INVITATION.toml {home.quoted}` again"
         )
     identity, settings = renewal.identity(), replace(home.settings(), broker=renewed.broker)
     with Outbox(renewal.folder, identity.key_id) as outbox:
@@ -124,8 +124,9 @@ def finish(home: DeviceDirectory) -> None:
 
 
 def numbered(state: State, enrolled: State) -> State:
-    """The state of an enrolled key: sequence numbers and session continue from ``enrolled``."""
-    return replace(state, enrolled=True, seq_limit=enrolled.seq_limit, session=enrolled.session)
+    """The state of an enrolled key: what belongs to the key continues from ``enrolled``."""
+    counters = {name: getattr(enrolled, name) for name in ("seq_limit", "session", "receipt_seq")}
+    return replace(state, enrolled=True, **counters)
 
 
 def inherited(state: State, enrolled: State, settings: Settings, identity: Identity) -> State:

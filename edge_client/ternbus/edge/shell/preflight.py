@@ -10,16 +10,17 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
-from ternbus.broker.errors import FederationError, ProtocolError
+from ternbus.broker.errors import FederationError
 from ternbus.broker.protocol.frame import FRAME_BYTES, PARTS_MAX
 from ternbus.broker.protocol.messages import SAMPLES_MAX
+from ternbus.broker.protocol.meta_fields import ENTRIES_MAX
 from ternbus.broker.protocol.schema import Schema, to_tensors, to_vector
 from ternbus.broker.protocol.ternary import CODECS
 from ternbus.edge.core.profile import schema_mismatch
 from ternbus.edge.core.state import prepare
 from ternbus.edge.learn.compress import compress
 from ternbus.edge.learn.noise import RandomSource
-from ternbus.edge.learn.task import Evaluation, PrivateTrainer, Task, Trained, Trainer
+from ternbus.edge.learn.task import Evaluation, PrivateTrainer, Task, Trained, Trainer, task_plan
 from ternbus.edge.learn.task_loader import code_errors, described, import_hint, location_of
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.privacy import SAMPLE
@@ -102,20 +103,17 @@ class _Check:
         found: Any = self._try("evaluate()", lambda: evaluator.evaluate(start))
         if not isinstance(found, Evaluation):
             self._stop(f"evaluate() returned {type(found).__name__}: it must return an Evaluation")
-        for name in ("accuracy", "loss"):
-            if not math.isfinite(found.values.get(name, math.nan)):
-                self._problem(f"evaluate() returned no finite {name!r} in its values")
+        if not found.values:
+            self._problem("evaluate() returned no metric in its values: return at least a loss")
+        for name in [name for name in found.values if name not in found.finite]:
+            self._problem(f"evaluate() returned no finite {name!r} in its values")
+        if len(found.values) > ENTRIES_MAX:
+            self._problem(f"evaluate() returned {len(found.values)} metrics: at most {ENTRIES_MAX} can be sent")
         self.report.facts |= {"test_samples": found.samples, "evaluation_s": round(time.perf_counter() - began, 4)}
 
     def _plan(self) -> Plan:
-        try:
-            plan = Plan.from_meta(self._task.default_plan)
-        except ProtocolError as error:
-            self._stop(f"default_plan: {error}")
-        if plan.extra:
-            unknown = ", ".join(plan.extra)
-            self._note(f"default_plan: Ternbus does not know {unknown}, and passes it to the trainer unchanged")
-        return plan
+        self._try("default_plan", lambda: task_plan(self._task))
+        return Plan.from_meta(self._task.default_plan)
 
     def _model(self) -> tuple[Tensors, Schema]:
         start = self._named_arrays()

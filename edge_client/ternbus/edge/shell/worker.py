@@ -68,7 +68,7 @@ def evaluate(trainer: Trainer, job: StartEvaluation) -> Evaluated | EvaluationFa
     """Evaluate the version; a failure on private data counts as evaluated, since others would see another attempt."""
     try:
         found = trainer.evaluate(to_tensors(job.schema, job.vector))
-        return Evaluated(version=job.version, samples=found.samples, values=found.finite)
+        return Evaluated(version=job.version, samples=found.samples, values=found.finite, better=found.better)
     except code_errors() as error:
         reason = failure.describe(error)
         if job.private:
@@ -89,6 +89,7 @@ def fine_tune(trainer: Trainer, held: Trainer, job: StartFineTuning) -> FineTune
             before=before.finite,
             after=after.finite,
             tensors=trained.tensors,
+            better=before.better,
         )
     except code_errors() as error:
         return FineTuningFailed(version=job.version, reason=failure.describe(error), trace=failure.trace_of(error))
@@ -111,7 +112,6 @@ class Worker:
         self._held = held or trainer
         self._deliver = deliver
         self._min_seconds = min_seconds
-        self._lasted = 0.0  # how long the last training took that did not fail
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._stopping = threading.Event()
         # A daemon, so that a device that stops need not wait for the end of an epoch.
@@ -148,10 +148,5 @@ class Worker:
             result = train(self._trainer, job)
         except code_errors() as error:  # the plan is none that this device can carry out, or the fault is ours
             result = TrainingFailed(base=job.base, reason=failure.describe(error), trace=failure.trace_of(error))
-        took, least = time.monotonic() - began, self._min_seconds
-        if isinstance(result, TrainingFinished) and result.failure:
-            least = max(least, self._lasted)  # others must not notice a failure because it is sooner
-        elif isinstance(result, TrainingFinished):
-            self._lasted = took
-        self._stopping.wait(max(0.0, least - took))
+        self._stopping.wait(max(0.0, began + self._min_seconds - time.monotonic()))
         return result

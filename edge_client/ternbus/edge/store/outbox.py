@@ -4,6 +4,7 @@ It converts a `State` into rows and back. A second process can read the file at 
 """
 
 import json
+import shlex
 import sqlite3
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -28,6 +29,7 @@ FILE: Final = "outbox.db"
 RECEIPTS_MAX: Final = 100_000
 _NUMBERS: Final = (
     "enrolled", "seq_limit", "session", "head_version", "head_seq", "answered_base", "evaluated", "accepted",
+    "receipt_seq",
 )  # fmt: skip
 
 
@@ -60,7 +62,7 @@ class Outbox:
         self._db = open_for_writing(self._path)
         with naming(self._path):
             self._stored = _read(self._db)  # the content of the file
-            self.state = self._stored or State(key=key)
+            self.state = (self._stored or State(key=key)).with_receipt(0)  # which a save then writes
             self.counters = _counters(self._db)
 
     def __enter__(self) -> Self:
@@ -151,7 +153,8 @@ def check(folder: Path) -> None:
         return
     raise ConfigError(
         f"{path} is missing or empty: restore it from a backup, or run `ternbus edge join` again; if the device had "
-        f"joined, with a new invitation: `ternbus edge rejoin INVITATION.toml {folder}`; its privacy account is lost"
+        f"joined, with a new invitation: `ternbus edge rejoin INVITATION.toml {shlex.quote(str(folder))}`; its privacy "
+        "account is lost"
     )
 
 
@@ -189,6 +192,7 @@ def _read(db: sqlite3.Connection) -> State | None:
     values = dict(db.execute("SELECT name, value FROM kept"))
     if not values:
         return None
+    values.setdefault("receipt_seq", "-1")  # an earlier version wrote none, in this format too
     numbers = {name: int(values[name]) for name in _NUMBERS if name != "enrolled"}
     vector = db.execute("SELECT vector FROM residual").fetchone()
     return State(

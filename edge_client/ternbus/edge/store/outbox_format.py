@@ -1,7 +1,7 @@
 """The formats that the outbox has had, its tables, and the way from each format to the next.
 
 The file's `user_version` is its format. The first two formats left it 0 and are told by what the tables hold. A change
-of what the outbox holds raises ``FORMAT`` and adds a step here.
+of what the outbox holds raises ``FORMAT`` and adds a step here, but for a name in `kept` that may be missing.
 """
 
 import shlex

@@ -1,5 +1,6 @@
 """What can still be read of a damaged outbox, put into a new one, with the privacy account or not at all."""
 
+import shlex
 import shutil
 import sqlite3
 import time
@@ -50,7 +51,7 @@ def salvage(folder: Path, key: KeyId, *, private: bool, account_lost: bool = Fal
     if "account" not in kept and not account_lost and (private or kept.get("protected", "unknown")):
         raise CorruptError(
             f"{path} is damaged, and what the device has spent of its privacy budget is lost: to begin a new "
-            f"budget, run `ternbus edge rejoin --account-lost INVITATION.toml {folder}`"
+            f"budget, run `ternbus edge rejoin --account-lost INVITATION.toml {shlex.quote(str(folder))}`"
         )
     state = _state(path, key, kept, lost)
     counters = dict(_rows(path, "counters", lost))

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ternbus.edge.learn import local_optimizer
+from ternbus.edge.learn.class_counts import counted
 from ternbus.edge.learn.partition import select
 from ternbus.edge.learn.subnetwork import channels
 from ternbus.edge.learn.task import Evaluation, Trained
@@ -67,13 +68,18 @@ class NumpyTrainer:
     def samples(self) -> int:
         return len(self._labels)
 
+    @property
+    def class_counts(self) -> dict[str, int]:
+        return counted(self._labels)
+
     def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:
         began = time.perf_counter()
         weights = {name: np.array(tensor) for name, tensor in start.items()}
-        optimizer, rate = local_optimizer.begin(plan, list(weights.values())), plan.rate(version)
+        optimizer = local_optimizer.begin(plan, list(weights.values()))
+        batches = plan.batches(self.samples, np.random.default_rng(seed), time.perf_counter)
         losses, hits, seen, steps = 0.0, 0.0, 0, 0
         with np.errstate(over="ignore", invalid="ignore"):  # `Trained` refuses what diverges
-            for chosen in plan.batches(self.samples, np.random.default_rng(seed), time.perf_counter):
+            for chosen, rate in zip(batches, plan.rates(version, self.samples), strict=False):
                 loss, hit, gradients = _backward(weights, self._images[chosen], self._labels[chosen])
                 optimizer.step([gradients[name] for name in weights], rate)
                 losses, hits, seen, steps = losses + loss, hits + hit, seen + len(chosen), steps + 1

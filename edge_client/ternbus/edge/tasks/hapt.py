@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ternbus.broker.errors import ConfigError
-from ternbus.edge.learn.partition import Indices
+from ternbus.edge.learn.labels import Indices
 from ternbus.edge.learn.subnetwork import channels
 from ternbus.edge.torch.torch_task import Split, TorchTask
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ternbus.broker.errors import ConfigError
-from ternbus.edge.learn.partition import Indices
+from ternbus.edge.learn.labels import Indices
 from ternbus.edge.tasks import idx
 from ternbus.edge.tasks.convolutions import two_convolutions
 from ternbus.edge.torch.torch_task import Split, TorchTask

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import torch
@@ -52,6 +53,13 @@ def ways(plan: Plan, inputs: Tree, dtype: torch.dtype | None, processor: str = "
     return [Way(bfloat16=half, channels_last=last, processor=processor) for half, last in product(halves, lasts)]
 
 
+def duration(step: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """The time of one call, in seconds."""
+    began = clock()
+    step()
+    return max(clock() - began, 1e-6)
+
+
 def fastest(
     candidates: Sequence[Way], step: Callable[[Way], object], clock: Callable[[], float] = time.perf_counter
 ) -> Way:
@@ -61,8 +69,6 @@ def fastest(
         step(way)  # warms up
     for _ in range(ROUNDS):  # alternating, so that other load on the machine affects all alike
         for way in candidates:
-            began = clock()
-            step(way)
-            best[way] = min(best[way], clock() - began)
+            best[way] = min(best[way], duration(partial(step, way), clock))
     winner = min(candidates, key=lambda way: best[way])
     return winner if best[winner] <= GAIN * best[candidates[0]] else candidates[0]

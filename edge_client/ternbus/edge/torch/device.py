@@ -1,6 +1,7 @@
 """The processor that trains: the CPU, or an accelerator that this machine has."""
 
 import re
+from functools import cache
 from typing import Final
 
 import torch
@@ -11,6 +12,7 @@ AUTO: Final = "auto"
 _NAME: Final = re.compile(r"cpu|mps|cuda(:\d{1,3})?")
 
 
+@cache
 def chosen(name: str) -> torch.device:
     """The device of this name; for "auto" the first accelerator, else the CPU.
 

@@ -5,10 +5,9 @@ a batch, and the noise, come from `RandomSource`: the secure source of Opacus, t
 is loaded at the first use.
 """
 
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -20,11 +19,13 @@ from ternbus.edge.learn import local_optimizer
 from ternbus.edge.learn.noise import ROUNDING, RandomSource
 from ternbus.edge.learn.task_loader import code_errors, described
 from ternbus.edge.plan.plan import Plan
+from ternbus.edge.torch.autotune import duration
+from ternbus.edge.torch.batches import inputs_of, with_inputs
+from ternbus.edge.torch.dp_checks import OUTPUTS, PROBES, check_alone, check_layers, check_outputs, check_unit, drawn
 from ternbus.edge.torch.objective import trainable
 from ternbus.edge.torch.tree import Tree, leaves, mapped, row_count, some_rows
 
 ELEMENTS: Final = 2**18  # of gradients, converted to float64 at a time
-PROBES: Final = (2, 3)  # numbers of samples: one alone could be the size of another dimension by chance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +34,8 @@ class Objective:
 
     predict: Callable[[Tensor], tuple[Tree, Tree]]  # numbers of samples -> the model's outputs, the targets
     loss: Callable[[Tree, Tree], Any]  # outputs, targets -> the mean loss
-    probe: Callable[[int], tuple[Tree, Tree]]  # as `predict`, for this many samples that are 0
+    zeros: Callable[[int], Tree]  # a batch of this many samples that are 0
+    outputs: Callable[[Tree], tuple[Tree, Tree]]  # as `predict`, for a batch
 
 
 def descend(
@@ -48,7 +50,8 @@ def descend(
     the share of data in the result. Raises `ConfigError` for a model without per-sample gradients.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = local_optimizer.begin(plan, [parameter.detach() for parameter in parameters])
+    unclipped = replace(plan, grad_clip=0.0)  # each sample's gradient is clipped to dp_clip
+    optimizer = local_optimizer.begin(unclipped, [parameter.detach() for parameter in parameters])
     expected = min(plan.batch_size, samples)
     with _per_sample(model):
         gradients = _Gradients(model, parameters, objective, plan.dp_clip)
@@ -61,21 +64,15 @@ def descend(
 
         steps = plan.steps(samples)
         if plan.local_seconds is not None:
-            one_s = min(_seconds(lambda: noisy(gradients.of_probe(expected))) for _ in range(2))
+            one_s = min(duration(lambda: noisy(gradients.of_probe(expected))) for _ in range(2))
             steps = max(1, min(steps, int(plan.local_seconds / one_s)))
-        for _ in range(steps):
+        for step in range(steps):
             sums = gradients.clipped_sums(torch.from_numpy(random_source.sampled(samples, expected / samples)))
             with torch.no_grad():
-                optimizer.step(noisy(sums), rate)
+                optimizer.step(noisy(sums), rate * plan.step_share(step, steps))
             gradients.keep()
     failed = {"failed_samples": float(gradients.failed)} if gradients.failed else {}
     return {"loss": gradients.loss, "steps": steps, **failed}
-
-
-def _seconds(step: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    step()
-    return max(time.perf_counter() - began, 1e-6)
 
 
 def clipped_sum(gradients: Sequence[Tensor], clip: float, usable: Tensor | None = None) -> tuple[list[Tensor], int]:
@@ -148,25 +145,55 @@ class _Gradients:
         """
         for count in PROBES:
             try:
-                outputs = [leaf for leaf in leaves(self.objective.probe(count)[0]) if leaf.is_floating_point()]
-                _check_outputs(outputs, count)
-                # Their sum, since a loss may reject targets that are 0.
-                torch.autograd.backward([leaf.sum() for leaf in outputs if leaf.requires_grad])
-            except ConfigError:
-                self._forget()
-                self._restore()
-                raise
+                outputs = self._backward_of_probe(self.objective.zeros(count), with_loss=False)
             except code_errors() as error:
                 self._forget()
                 self._restore()
                 raise ConfigError(
                     f'dp = "sample" cannot check this model: with samples that are 0 it raises {described(error)}'
                 ) from error
+            check_outputs(outputs, count)
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
-                    _check_unit(name, getattr(parameter, "grad_sample", None), count)
+                    check_unit(name, getattr(parameter, "grad_sample", None), count)
             self._forget()
             self._restore()
+        self._check_alone()
+
+    def _check_alone(self) -> None:
+        """Raises `ConfigError` for a model in which samples change each other's gradients, whatever its weights are."""
+        kept, generator = self._kept, torch.Generator().manual_seed(1)
+        trained = {name: each for name, each in self.model.named_parameters() if each.requires_grad}
+        self._kept = {**kept, **{name: drawn(each, generator) for name, each in trained.items()}}
+        count = max(PROBES)
+        batch = self.objective.zeros(count)
+
+        def compute(inputs: Tree) -> dict[str, Tensor]:
+            self._restore()
+            try:
+                outputs = self._backward_of_probe(with_inputs(batch, inputs), with_loss=True)
+                found = {name: getattr(each, "grad_sample", None) for name, each in trained.items()}
+            finally:
+                self._forget()
+            rows = {f"{OUTPUTS} {number}": each.detach() for number, each in enumerate(outputs)} | found
+            return {name: each for name, each in rows.items() if each is not None and each.shape[:1] == (count,)}
+
+        try:
+            check_alone(compute, inputs_of(batch), count)
+        finally:
+            self._kept = kept
+            self._restore()
+
+    def _backward_of_probe(self, batch: Tree, *, with_loss: bool) -> list[Tensor]:
+        """Compute gradients for samples that are made up, of the loss or of the outputs' sum; returns the outputs."""
+        outputs, targets = self.objective.outputs(batch)
+        found = [leaf for leaf in leaves(outputs) if leaf.is_floating_point()]
+        totals = [leaf.sum() for leaf in found if leaf.requires_grad]
+        if with_loss:
+            with suppress(*code_errors()):  # a loss may reject targets that are 0
+                totals = [trainable(self.objective.loss(outputs, targets))]
+        torch.autograd.backward(totals)
+        return found
 
     def clipped_sums(self, rows: Tensor) -> list[Tensor]:
         """Returns one sum for each parameter: of the samples with these numbers, without those that fail.
@@ -196,7 +223,7 @@ class _Gradients:
     def of_probe(self, count: int) -> list[Tensor]:
         """The sums of samples that are 0: they take as long as others."""
         objective = self.objective
-        self.objective = replace(objective, predict=lambda rows: objective.probe(len(rows)))
+        self.objective = replace(objective, predict=lambda rows: objective.outputs(objective.zeros(len(rows))))
         try:
             return self.clipped_sums(torch.arange(count))
         finally:
@@ -307,43 +334,6 @@ def _usable(count: int, compute: Callable[[Tensor], object]) -> Tensor:
     return usable
 
 
-def _check_outputs(outputs: Sequence[Tensor], count: int) -> None:
-    """Raises `ConfigError` for outputs of a batch that are not those of its samples, such as a mean over them."""
-    if not any(output.requires_grad for output in outputs):
-        raise ConfigError('dp = "sample" cannot train this model: its outputs do not depend on its parameters')
-    for output in outputs:
-        if count not in output.shape:
-            raise ConfigError(
-                'dp = "sample" cannot train this model: one of its outputs has the shape '
-                f"{tuple(output.shape)} for {count} samples; let each output have a row for each sample, and compute "
-                "the loss in loss(outputs, targets)"
-            )
-
-
-def _check_unit(name: str, gradients: object, count: int) -> None:
-    layer = name.rpartition(".")[0] or name
-    if gradients is None:
-        raise ConfigError(
-            'dp = "sample" cannot train this model: its output does not depend on one of its parameters, '
-            f"{name}; freeze it"
-        )
-    if not isinstance(gradients, Tensor) or len(gradients) != count:
-        raise ConfigError(
-            f'dp = "sample" cannot train this model: in the layer {layer} the rows are not the samples, of which each '
-            "has its own gradient; let each layer take the samples as its first dimension, without x.flatten(0, 1) or "
-            "x.transpose(0, 1) before it"
-        )
-
-
-def _check_layers(model: nn.Module) -> None:
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.max_norm is not None:
-            raise ConfigError(
-                f'dp = "sample" cannot train this model: the layer {name or "Embedding"} has max_norm, which changes '
-                "the weights of what it looks up, without noise; leave max_norm out"
-            )
-
-
 def _noisy(
     clipped: Tensor, parameter: nn.Parameter, deviation: float, expected: int, random_source: RandomSource
 ) -> Tensor:
@@ -361,7 +351,7 @@ def _per_sample(model: nn.Module) -> Iterator[None]:
         raise ConfigError("the plan's dp = \"sample\" needs the package opacus: pip install 'ternbus[dp]'") from error
     if errors := ModuleValidator.validate(model, strict=False):
         raise ConfigError(f'dp = "sample" cannot train this model: {errors[0]}')
-    _check_layers(model)
+    check_layers(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Full backward hook is firing")  # the inputs need no gradient
         try:

@@ -29,17 +29,14 @@ FORMS: Final = (
 WIDER: Final = {np.dtype(np.uint16): np.int32, np.dtype(np.uint32): np.int64, np.dtype(np.uint64): np.int64}
 
 
-def samples_of(given: Any, *, task: str, collate: Any = None, workers: Any = 0, with_labels: bool = False) -> Samples:
-    """The samples of what `dataset()` gave. Raises `ConfigError` if they are none, or of no form that is known.
-
-    `with_labels`: the labels will be asked for, which a stream must know before it is read.
-    """
+def samples_of(given: Any, *, task: str, collate: Any = None, workers: Any = 0) -> Samples:
+    """The samples of what `dataset()` gave. Raises `ConfigError` if they are none, or of no form that is known."""
     if type(workers) is not int or workers < 0:
         raise ConfigError(f"the task {task}: workers is {workers!r}, but must be a whole number from 0")
     if isinstance(given, DataLoader):
         given, collate, workers = _of_loader(given, task, collate, workers)
     try:
-        samples = _samples(given, task, collate or default_collate, workers, with_labels)
+        samples = _samples(given, task, collate or default_collate, workers)
     except TrainingError as error:  # of a stream that was read for its length
         raise ConfigError(f"the task {task}: {error}") from error
     if not len(samples):
@@ -47,9 +44,9 @@ def samples_of(given: Any, *, task: str, collate: Any = None, workers: Any = 0, 
     return samples
 
 
-def _samples(given: Any, task: str, collate: Any, workers: int, with_labels: bool) -> Samples:
+def _samples(given: Any, task: str, collate: Any, workers: int) -> Samples:
     if isinstance(given, IterableDataset):
-        return StreamSamples.read(given, collate, workers, with_labels=with_labels)
+        return StreamSamples(stream=given, collate=collate, workers=workers)
     if isinstance(given, Dataset) or _is_list_of_samples(given):
         return _of_dataset(given, task, collate, workers)
     if _is_table(given):
@@ -67,7 +64,7 @@ def _samples(given: Any, task: str, collate: Any, workers: int, with_labels: boo
                 f"the task {task}: dataset() gave a {type(given).__name__}, which gives its samples only once: give an "
                 "IterableDataset whose __iter__ begins again"
             )
-        return StreamSamples.read(given, collate, workers, with_labels=with_labels)
+        return StreamSamples(stream=given, collate=collate, workers=workers)
     raise ConfigError(f"the task {task}: dataset() gave {type(given).__name__}: {FORMS}")
 
 
@@ -97,6 +94,11 @@ def _is_list_of_samples(given: Any) -> bool:
 def _is_table(given: Any) -> bool:
     """Whether it is a DataFrame, of pandas or one like it, which is not imported for this."""
     return hasattr(given, "to_numpy") and hasattr(given, "columns")
+
+
+def table_of(given: Any) -> Any:
+    """The table among the inputs and targets, for `--partition by:COLUMN:I`; None where there is none."""
+    return next((part for part in given if _is_table(part)), None) if isinstance(given, tuple | list) else None
 
 
 def _tensor(leaf: Any, task: str) -> Any:

@@ -112,7 +112,7 @@ def trainable(value: Any) -> Tensor:
             "loss() returned a tensor that does not depend on the model's parameters: is something detached, "
             "or under torch.no_grad()?"
         )
-    return value.reshape(())
+    return value.reshape(()) if value.dim() else value
 
 
 def number(value: Any, what: str) -> float:

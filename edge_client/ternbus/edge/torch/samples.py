@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from ternbus.edge.learn.failure import describe
-from ternbus.edge.learn.partition import Indices
+from ternbus.edge.learn.labels import Indices
 from ternbus.edge.learn.task import TrainingError
 from ternbus.edge.learn.task_loader import code_errors
 from ternbus.edge.torch.batches import is_pair, targets_of
@@ -48,7 +48,7 @@ class Samples(Protocol):
 
     def part(self, numbers: Indices) -> "Samples": ...
 
-    def batch(self, numbers: Tensor | slice) -> Tree: ...
+    def batch(self, numbers: Numbers | slice) -> Tree: ...
 
     def batches(self, numbers: Iterable[Numbers]) -> Iterator[Tree]:
         """A batch for each of `numbers`. A stream looks at their count alone, and begins again at its end."""
@@ -68,7 +68,7 @@ class TensorSamples:
     """A tree of tensors with a row for each sample; `numbers` are those of this part, None for all."""
 
     tree: Tree
-    numbers: Tensor | None = None
+    numbers: Numbers | None = None
 
     at_random = True
     reads_ahead = False
@@ -78,20 +78,21 @@ class TensorSamples:
 
     def labels(self) -> Labels | None:
         targets = targets_of(self.tree)
-        if not isinstance(targets, Tensor) or targets.dim() != 1 or targets is self.tree:
+        if not isinstance(targets, Tensor) or targets.numel() != row_count(self.tree) or targets is self.tree:
             return None
-        return np.asarray(targets.numpy() if self.numbers is None else targets[self.numbers].numpy())
+        found = targets.reshape(-1)
+        labels: Labels = (found.double() if found.is_floating_point() else found).numpy()  # numpy has no bfloat16
+        return labels if self.numbers is None else labels[self.numbers]
 
     def part(self, numbers: Indices) -> "TensorSamples":
-        chosen = torch.from_numpy(numbers)
-        return replace(self, numbers=chosen if self.numbers is None else self.numbers[chosen])
+        return replace(self, numbers=numbers if self.numbers is None else self.numbers[numbers])
 
-    def batch(self, numbers: Tensor | slice) -> Tree:
+    def batch(self, numbers: Numbers | slice) -> Tree:
         chosen = numbers if self.numbers is None else self.numbers[numbers]
-        return some_rows(self.tree, chosen)
+        return some_rows(self.tree, chosen if isinstance(chosen, slice) else torch.from_numpy(chosen))
 
     def batches(self, numbers: Iterable[Numbers]) -> Iterator[Tree]:
-        return (self.batch(torch.from_numpy(chosen)) for chosen in numbers)
+        return map(self.batch, numbers)
 
     def in_order(self, size: int) -> Iterator[Tree]:
         return (self.batch(slice(first, first + size)) for first in range(0, len(self), size))
@@ -110,7 +111,7 @@ class TensorSamples:
         count = 0
         for first in range(0, len(self), CHECKED_ROWS):  # needs less memory than all rows at once
             chosen = slice(first, first + CHECKED_ROWS)
-            part = tensor[chosen] if self.numbers is None else tensor[self.numbers[chosen]]
+            part = tensor[chosen] if self.numbers is None else tensor[torch.from_numpy(self.numbers[chosen])]
             count += int((~torch.isfinite(part)).reshape(len(part), -1).any(1).sum())
         return count
 
@@ -202,8 +203,8 @@ class DatasetSamples:
     def part(self, numbers: Indices) -> "DatasetSamples":
         return replace(self, numbers=numbers if self.numbers is None else self.numbers[numbers])
 
-    def batch(self, numbers: Tensor | slice) -> Tree:
-        chosen = np.arange(len(self))[numbers] if isinstance(numbers, slice) else numbers.numpy()
+    def batch(self, numbers: Numbers | slice) -> Tree:
+        chosen = np.arange(len(self))[numbers] if isinstance(numbers, slice) else numbers
         guarded = _Guarded(self.dataset)
         return _made(_Collate(self.collate)([guarded[number] for number in self._own(chosen)]))
 
@@ -254,35 +255,30 @@ class StreamSamples:
     stream: Any
     collate: Any
     workers: int
-    count: int
-    targets: Labels | None
+    count: int = 0  # of the whole stream, which is read for it where it has no length
     places: Numbers | None = None
+    _known: dict[str, Labels | None] = field(default_factory=dict)  # of all samples, shared by all parts
 
     at_random = False
     reads_ahead = False  # the counts of batches do not reach other processes
 
-    @classmethod
-    def read(cls, stream: Any, collate: Any, workers: int, *, with_labels: bool) -> "StreamSamples":
-        """Read it once where it has no length, or where its labels are asked for."""
-        made = cls(stream=stream, collate=collate, workers=workers, count=0, targets=None)
-        if with_labels:
-            counted = _Counted(made._once())
-            made.targets = labels_of(counted)
-            made.count = counted.rest()
-        else:
-            made.count = len(stream) if hasattr(stream, "__len__") else sum(1 for _ in made._once())
-        return made
+    def __post_init__(self) -> None:
+        if not self.count:
+            self.count = len(self.stream) if hasattr(self.stream, "__len__") else sum(1 for _ in self._once())
 
     def __len__(self) -> int:
         return self.count if self.places is None else len(self.places)
 
     def labels(self) -> Labels | None:
-        return self.targets if self.targets is None or self.places is None else self.targets[self.places]
+        if "labels" not in self._known:
+            self._known["labels"] = labels_of(self._read(None))
+        found = self._known["labels"]
+        return found if found is None or self.places is None else found[self.places]
 
     def part(self, numbers: Indices) -> "StreamSamples":
         return replace(self, places=numbers if self.places is None else self.places[numbers])
 
-    def batch(self, numbers: Tensor | slice) -> Tree:
+    def batch(self, numbers: Numbers | slice) -> Tree:
         count = len(range(*numbers.indices(len(self)))) if isinstance(numbers, slice) else len(numbers)
         return self._made(list(islice(self._once(), count)))
 
@@ -302,8 +298,11 @@ class StreamSamples:
         return _made(_Collate(self.collate)(samples))
 
     def _once(self) -> Iterator[Any]:
-        workers = self.workers if self.places is None else 0  # each worker has other places
-        loader = DataLoader(_Part(self.stream, self.places), batch_size=None, num_workers=workers, collate_fn=_as_is)
+        return self._read(self.places)
+
+    def _read(self, places: Numbers | None) -> Iterator[Any]:
+        workers = self.workers if places is None else 0  # each worker has other places
+        loader = DataLoader(_Part(self.stream, places), batch_size=None, num_workers=workers, collate_fn=_as_is)
         return (_sound(sample) for sample in loader)
 
     def _again(self) -> Iterator[Any]:
@@ -318,22 +317,6 @@ class StreamSamples:
 
 def _as_is(sample: Any) -> Any:
     return sample
-
-
-class _Counted:
-    """An iterator that knows how many it gave."""
-
-    def __init__(self, samples: Iterator[Any]) -> None:
-        self._samples, self._count = samples, 0
-
-    def __iter__(self) -> Iterator[Any]:
-        for sample in self._samples:
-            self._count += 1
-            yield sample
-
-    def rest(self) -> int:
-        """The number of all, once the rest was read too."""
-        return self._count + sum(1 for _ in self._samples)
 
 
 def labels_of(samples: Iterable[Any]) -> Labels | None:

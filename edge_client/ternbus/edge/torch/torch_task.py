@@ -17,24 +17,25 @@ targets says `batches.py`. `trainer.py` runs the steps and the evaluation.
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.learn.metric import Metric
-from ternbus.edge.learn.partition import Indices, Partition, select
+from ternbus.edge.learn.partition import Rows
+from ternbus.edge.learn.task import TrainingError
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import FloatArray
 from ternbus.edge.torch import device as devices
 from ternbus.edge.torch import objective, scoring
 from ternbus.edge.torch.batches import targets_of
-from ternbus.edge.torch.forms import samples_of
-from ternbus.edge.torch.samples import Samples
+from ternbus.edge.torch.forms import samples_of, table_of
+from ternbus.edge.torch.samples import Labels, Samples
 from ternbus.edge.torch.travelling_state import TravellingState
 from ternbus.edge.torch.tree import Tree
 
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 Split = Literal["train", "test"]
 ARGUMENTS: Final = (
     "name", "model", "data", "default_plan", "loss", "metric", "metrics", "augment", "owners", "narrow", "collate",
-    "workers", "device", "predict", "optimizers", "train_step",
+    "workers", "device", "predict", "optimizers", "train_step", "plan_keys",
 )  # fmt: skip
 
 
@@ -65,6 +66,8 @@ class TorchTask:
 
     name: str
     default_plan: Mapping[str, object] = {}
+    plan_keys: Sequence[str] = ()
+    """Names of plan keys that only this task knows, and reads from `Plan.extra`."""
     workers: int = 0
     """The number of processes that read a Dataset, as DataLoader's num_workers."""
     device: str = devices.AUTO
@@ -85,6 +88,7 @@ class TorchTask:
         model: Callable[[], nn.Module] | None = None,
         data: Callable[[Path | None, Split], Any] | None = None,
         default_plan: Mapping[str, object] | None = None,
+        plan_keys: Sequence[str] | None = None,
         loss: Callable[..., Any] | None = None,
         metric: Callable[[Any, Any], Any] | Metric | None = None,
         metrics: Mapping[str, Callable[[Any, Any], Any] | Metric] | None = None,
@@ -118,7 +122,8 @@ class TorchTask:
     def owner(self, folder: Path | None) -> Any:
         """A label of the owner of each training sample, of any kind, for `--partition natural:I`; None without owners.
 
-        The owners are numbered in the order of their labels.
+        The owners are numbered in the order of their labels; whole numbers from 0 are the numbers themselves. A table
+        with columns of such labels serves `by:COLUMN:I`.
         """
         return None if self.owners is None else self.owners(folder)
 
@@ -214,44 +219,29 @@ class TorchTask:
         """Trainers for many devices in one process, used one at a time: they share a model and the data."""
         from ternbus.edge.torch.trainer import Shared, TorchTrainer  # noqa: PLC0415 - it imports this module
 
-        parsed = [Partition.parse(partition) for partition in partitions]
-        samples = self._samples(data, "train", with_labels=any(_needs_classes(each) for each in parsed))
+        given = self.dataset(data, "train")
+        samples = self._samples(given)
+        rows = Rows(partial(self._labels, samples), partial(self.owner, data), table_of(given), samples=len(samples))
         shared = Shared(self)
-        owners = self._owners(data, len(samples)) if any(each.natural for each in parsed) else None
-        return [TorchTrainer(self, self._part(samples, owners, partition), shared) for partition in partitions]
+        parts = [rows.of(partition) for partition in partitions]
+        return [
+            TorchTrainer(self, samples.part(part) if len(part) < len(samples) else samples, shared) for part in parts
+        ]
 
     def evaluator(self, *, data: Path | None) -> "TorchTrainer":
         from ternbus.edge.torch.trainer import Shared, TorchTrainer  # noqa: PLC0415 - it imports this module
 
-        return TorchTrainer(self, self._samples(data, "test"), Shared(self))
+        return TorchTrainer(self, self._samples(self.dataset(data, "test")), Shared(self))
 
-    def _samples(self, folder: Path | None, split: Split, *, with_labels: bool = False) -> Samples:
-        given = self.dataset(folder, split)
-        return samples_of(given, task=self.name, collate=self.collate, workers=self.workers, with_labels=with_labels)
+    def _samples(self, given: Any) -> Samples:
+        return samples_of(given, task=self.name, collate=self.collate, workers=self.workers)
 
-    def _owners(self, folder: Path | None, samples: int) -> Indices | None:
-        """The number of each training sample's owner, from 0; None without owners."""
-        given = self.owner(folder)
-        if given is None:
-            return None
-        labels = np.asarray(given)
-        if labels.ndim != 1 or len(labels) != samples:
-            raise ConfigError(
-                f"the task {self.name} has {labels.size} owners of {samples} samples: "
-                "owners() must return one for each training row"
-            )
-        return np.unique(labels, return_inverse=True)[1].astype(np.int64)
-
-    def _part(self, samples: Samples, owners: Indices | None, partition: str) -> Samples:
-        if partition == "all":
-            return samples
-        parsed = Partition.parse(partition)
-        labels = samples.labels() if _needs_classes(parsed) else None
-        classes = labels is not None and labels.dtype.kind in "iub"
-        if not classes and not parsed.half and _needs_classes(parsed):
-            raise ConfigError(f"the task {self.name} has no classes to split by: use --partition all")
-        known = labels if labels is not None and classes else np.zeros(len(samples), np.int64)
-        return samples.part(select(partition, known, owners))
+    def _labels(self, samples: Samples) -> Labels | None:
+        """The target of each sample. Raises `ConfigError` if one cannot be read."""
+        try:
+            return samples.labels()
+        except TrainingError as error:
+            raise ConfigError(f"the task {self.name}: {error}") from error
 
     def measured(self) -> dict[str, Metric]:
         """The metrics by name, accuracy where there are none. Raises `ConfigError` for what is no metric."""
@@ -271,8 +261,3 @@ class TorchTask:
     def has_own(self, name: str) -> bool:
         """Whether this task defines the method, as an argument or in its class."""
         return name in vars(self) or getattr(type(self), name) is not getattr(TorchTask, name)
-
-
-def _needs_classes(partition: Partition) -> bool:
-    """Whether the part depends on the samples' classes: a split of equal shares, or by owner, does not."""
-    return bool(partition.half) or not (partition.whole or np.isinf(partition.alpha))

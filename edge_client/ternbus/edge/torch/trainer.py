@@ -3,12 +3,13 @@
 `travelling_state.py` defines which tensors of the model are sent.
 """
 
+import math
 import os
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, Final
 
 import numpy as np
 import torch
@@ -16,27 +17,24 @@ from torch import Tensor, nn
 
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.edge.learn import local_optimizer
-from ternbus.edge.learn.failure import is_memory
+from ternbus.edge.learn.class_counts import counted
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.task import Evaluation, Trained, TrainingError
 from ternbus.edge.learn.task_loader import code_errors
 from ternbus.edge.plan.plan import NO_DP, Plan
 from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.torch import device as devices
-from ternbus.edge.torch import dp_sgd, scoring, steps
+from ternbus.edge.torch import dp_sgd, evaluation, scoring, steps
 from ternbus.edge.torch.augmentation import augmentation
-from ternbus.edge.torch.autotune import Way, fastest, ways
+from ternbus.edge.torch.autotune import Way, duration, fastest, ways
 from ternbus.edge.torch.batches import inputs_of, prepared
-from ternbus.edge.torch.objective import Objective, number, trainable
-from ternbus.edge.torch.samples import Samples
+from ternbus.edge.torch.objective import Objective, trainable
+from ternbus.edge.torch.samples import Numbers, Samples
 from ternbus.edge.torch.torch_task import Split, TorchTask
 from ternbus.edge.torch.travelling_state import TravellingState
-from ternbus.edge.torch.tree import Tree, leaves, mapped, row_count, some_rows
+from ternbus.edge.torch.tree import Tree, leaves, mapped
 
 __all__ = ["Shared", "Split", "TorchTask", "TorchTrainer"]
-
-EVALUATION_BATCH: Final = 500  # samples at most
-EVALUATION_BYTES: Final = 2**20  # of inputs, up to which a batch may be larger than the plan's
 
 
 class Shared:
@@ -44,7 +42,7 @@ class Shared:
 
     def __init__(self, task: TorchTask) -> None:
         self._task = task
-        self.ways: dict[tuple[str, str, int, torch.device], Way] = {}
+        self.ways: dict[tuple[str, str, int, torch.device, bool], Way] = {}
         self.place(torch.device("cpu"))
 
     def place(self, device: torch.device) -> None:
@@ -53,7 +51,7 @@ class Shared:
             self.model = self._task.model().to(device)
             self.travelling = TravellingState(self.model)
             self.device = device
-            self.fitting = EVALUATION_BATCH  # samples that the memory suffices to evaluate at a time
+            self.fitting = sys.maxsize  # samples that the memory suffices to evaluate at a time, as far as is known
 
 
 class TorchTrainer:
@@ -66,8 +64,10 @@ class TorchTrainer:
         self._shared = shared
         self._objective = Objective(task)
         self._augmented = augmentation(task)
+        self._own_step = task.has_own("train_step")
         self._metrics = task.measured()
         self._plan: Plan | None = None  # of the last training
+        self._scorer = evaluation.Scorer(task, samples, self._objective)
 
     @property
     def samples(self) -> int:
@@ -86,19 +86,32 @@ class TorchTrainer:
     def _travelling(self) -> TravellingState:
         return self._shared.travelling
 
+    @property
+    def class_counts(self) -> dict[str, int]:
+        """Empty unless there is a class for each sample."""
+        labels = self._samples.labels()
+        return {} if labels is None or labels.dtype.kind not in "iub" else counted(labels)
+
     def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:
         began = time.perf_counter()
         self._plan, device = plan, self._device(plan)
         with torch.random.fork_rng(devices=devices.generators(device)):
             self._shared.place(device)
             torch.manual_seed(seed)
-            own_step = self._task.has_own("train_step")
-            way = Way() if own_step else self._way(plan)
-            self._travelling.load(start)  # after `_way`, whose measurements change the model
+            if plan.dp != NO_DP:
+                self._travelling.load(start)  # no earlier training may be in what is measured
+            way = Way() if self._own_step else self._way(plan)
+            expected_s = 0.0 if plan.dp == NO_DP else self._expected_s(plan, way)
+            self._travelling.load(start)  # after these measurements, which change the model
             self._travelling.begin_training()
             torch.manual_seed(seed)  # dropout and augmentation draw from it
-            rng = np.random.default_rng(seed)
-            metrics = self._step_own(plan, version, rng) if own_step else self._descend(plan, version, way, rng)
+            descend = self._step_own if self._own_step else self._descend
+            started = time.perf_counter()
+            try:
+                metrics = descend(plan, version, way, np.random.default_rng(seed))
+            except code_errors():
+                time.sleep(max(0.0, started + expected_s - time.perf_counter()))
+                raise
         metrics |= {"seconds": time.perf_counter() - began, **way.metrics()}
         # under differential privacy no statistic of the data travels
         return self._result(start, plan.statistics_rate if plan.dp == NO_DP else 0.0, metrics)
@@ -126,7 +139,9 @@ class TorchTrainer:
             self._travelling.begin_training()
             metrics = dp_sgd.descend(
                 self._model,
-                dp_sgd.Objective(predict=self._predict, loss=self._objective.simple, probe=self._probe),
+                dp_sgd.Objective(
+                    predict=self._predict, loss=self._objective.simple, zeros=self._zeros, outputs=self._outputs
+                ),
                 samples=self.samples,
                 plan=plan,
                 rate=plan.rate(version),
@@ -138,7 +153,7 @@ class TorchTrainer:
     def _check_private(self) -> None:
         """Raises `ConfigError` if a sample could change more than its own gradient, by what the task's code does."""
         task = self._task.name
-        if self._task.has_own("train_step"):
+        if self._own_step:
             raise ConfigError(f'dp = "sample" cannot train the task {task}: it has a train_step of its own')
         if self._objective.general:
             raise ConfigError(
@@ -168,11 +183,11 @@ class TorchTrainer:
 
     def _predict(self, numbers: Tensor) -> tuple[Tree, Tree]:
         """The outputs for these samples, as training sees them, and their targets."""
-        return self._outputs(self._batch(numbers))
+        return self._outputs(self._batch(numbers.numpy()))
 
-    def _probe(self, count: int) -> tuple[Tree, Tree]:
-        """As `_predict`, for samples that are 0."""
-        return self._outputs(mapped(lambda one: one.new_zeros(count, *one.shape[1:]), self._batch(slice(0, 1))))
+    def _zeros(self, count: int) -> Tree:
+        """A batch of samples that are 0."""
+        return mapped(lambda one: one.new_zeros(count, *one.shape[1:]), self._batch(slice(0, 1)))
 
     def _outputs(self, batch: Tree) -> tuple[Tree, Tree]:
         if self._augmented is not None:
@@ -181,53 +196,14 @@ class TorchTrainer:
 
     def evaluate(self, tensors: Tensors) -> Evaluation:
         """The metrics of the whole split, and the mean loss, on as many samples at a time as the memory allows."""
-        plan = self._plan or self._default_plan()
+        plan = self._plan = self._plan or self._default_plan()
         device = self._device(plan)
-        scores, loss = scoring.Scores(self._metrics), 0.0
         with torch.random.fork_rng(devices=devices.generators(device)), torch.no_grad():
             self._shared.place(device)
+            torch.manual_seed(0)  # a model that draws, such as a generator, draws the same for each version
             self._travelling.load(tensors)
             self._model.eval()
-            for batch in self._samples.in_order(min(self._shared.fitting, self._evaluation_batch(plan))):
-                loss += self._scored(batch, plan, scores)
-        values = scores.values()
-        return Evaluation(
-            samples=self.samples,
-            values={**values, "loss": loss / self.samples},
-            better=scoring.directions(self._metrics),
-        )
-
-    def _scored(self, batch: Tree, plan: Plan, scores: scoring.Scores) -> float:
-        """The sum of the samples' losses; what is too much for the memory is evaluated by halves."""
-        count = row_count(batch)
-        fits = count is None or count <= self._shared.fitting
-        try:
-            if fits:
-                ready = prepared(batch, self._travelling.dtype, self._shared.device)
-                found = self._objective.of(self._model, ready, plan, Way())
-                if (outputs := self._objective.outputs(self._model, ready, found)) is not None:
-                    scores.keep(outputs, self._task.targets(ready))
-                return number(found.value, "loss()") * (count or _count(batch))
-        except code_errors() as error:
-            if count is None or count < 2 or not is_memory(error):
-                raise
-            self._shared.fitting = count // 2
-        assert count is not None  # noqa: S101 - see above
-        devices.free(self._shared.device)
-        half = self._shared.fitting
-        parts = [some_rows(batch, slice(first, first + half)) for first in range(0, count, half)]
-        return sum(self._scored(part, plan, scores) for part in parts)
-
-    def _evaluation_batch(self, plan: Plan) -> int:
-        """The plan's batch size, so that an evaluation needs no more memory than a training; more of small inputs."""
-        asked: int | None = getattr(plan, "evaluation_batch_size", None)
-        if asked is not None:
-            return asked
-        found = list(leaves(inputs_of(self._samples.batch(slice(0, 1)))))
-        size = sum(leaf.numel() * max(4, leaf.element_size()) for leaf in found)
-        numbers = all(leaf.is_floating_point() or leaf.dtype == torch.uint8 for leaf in found)  # no words to embed
-        small = EVALUATION_BYTES // max(1, size) if numbers else 0
-        return min(EVALUATION_BATCH, max(plan.batch_size, small))
+            return self._scorer.evaluated(self._shared, plan)
 
     def _default_plan(self) -> Plan:
         try:
@@ -238,7 +214,7 @@ class TorchTrainer:
     def _device(self, plan: Plan) -> torch.device:
         """The owner's device; else the plan's."""
         own = self._task.device
-        return devices.chosen(getattr(plan, "device", devices.AUTO) if own == devices.AUTO else own)
+        return devices.chosen(plan.device if own == devices.AUTO else own)
 
     def _descend(self, plan: Plan, version: int, way: Way, rng: np.random.Generator) -> dict[str, float]:
         """Run the plan's steps on the model, in place. Returns their number, the mean loss and the metrics.
@@ -261,7 +237,7 @@ class TorchTrainer:
             count += 1
         return {"loss": loss_sum / count, **scores.values_if_any(), "steps": count}
 
-    def _step_own(self, plan: Plan, version: int, rng: np.random.Generator) -> dict[str, float]:
+    def _step_own(self, plan: Plan, version: int, _: Way, rng: np.random.Generator) -> dict[str, float]:
         """The same by the task's own `train_step`, whose numbers are averaged."""
         task, net = self._task, self._model
         plan_now = replace(
@@ -282,8 +258,7 @@ class TorchTrainer:
 
     def _steps(self, plan: Plan, version: int, rng: np.random.Generator) -> Iterator[tuple[Tree, float]]:
         """The batch and the learning rate of each step, until the plan's steps or seconds end."""
-        rate = plan.rate(version)
-        for batch in self._chosen(plan, rng):
+        for batch, rate in zip(self._chosen(plan, rng), plan.rates(version, self.samples), strict=False):
             ready = prepared(batch, self._travelling.dtype, self._shared.device)
             yield ready if self._augmented is None else self._augmented(ready), rate
 
@@ -299,32 +274,61 @@ class TorchTrainer:
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self._model.parameters() if parameter.requires_grad]
 
+    def _expected_s(self, plan: Plan, way: Way) -> float:
+        """The time that the plan's steps take with samples that are 0, in seconds; 0 if the model refuses these.
+
+        Others see when an update is sent. So a training that fails, as it may for one sample, has to last that long.
+        Nothing that was measured with the data, under this plan or another, decides how long.
+        """
+        self._travelling.begin_training()
+        try:
+            step = self._measured(plan)
+            step_s = min(duration(lambda: step(way), time.perf_counter) for _ in range(2))
+        except code_errors():
+            return 0.0
+        return min(plan.steps(self.samples) * step_s, math.inf if plan.local_seconds is None else plan.local_seconds)
+
     def _way(self, plan: Plan) -> Way:
         """The plan's way to train; if it leaves a choice, the fastest, measured at the first such training."""
         if (plan.precision, plan.memory_format) == ("float32", "contiguous"):
             return Way()
-        device = self._shared.device
-        key = (plan.precision, plan.memory_format, plan.batch_size, device)
+        device, private = self._shared.device, plan.dp != NO_DP
+        key = (plan.precision, plan.memory_format, plan.batch_size, device, private)
         if key not in self._shared.ways:
-            batch = self._batch(slice(0, plan.batch_size))
-            candidates = ways(plan, inputs_of(batch), self._travelling.dtype, device.type)
-            parameters = self._trained()
+            candidates = ways(plan, inputs_of(self._batch(slice(0, 1))), self._travelling.dtype, device.type)
             self._travelling.begin_training()
-
-            def step(way: Way) -> None:
-                loss = trainable(self._objective.of(self._model, batch, plan, way).value)
-                torch.autograd.grad(loss, parameters, allow_unused=True)
-
-            self._shared.ways[key] = candidates[0] if len(candidates) == 1 else fastest(candidates, step)
+            try:
+                found = candidates[0] if len(candidates) == 1 else fastest(candidates, self._measured(plan))
+            except code_errors():
+                if not private:
+                    raise
+                found = candidates[0]
+            self._shared.ways[key] = found
         return self._shared.ways[key]
 
-    def _batch(self, numbers: Tensor | slice) -> Tree:
+    def _measured(self, plan: Plan) -> Callable[[Way], object]:
+        """A step to be measured, on the first batch; under differential privacy on samples that are 0."""
+        private, size = plan.dp != NO_DP, min(plan.batch_size, self.samples)
+        batch = self._zeros(size) if private else self._batch(slice(0, size))
+        if self._own_step:
+            optimizers = steps.optimizers_of(self._task.optimizers(self._model, plan), self._model, plan)
+            return lambda _: self._task.train_step(self._model, batch, plan, optimizers)
+
+        def step(way: Way) -> None:
+            augmented = batch if self._augmented is None or not private else self._augmented(batch)
+            if private and not self._objective.general:
+                with way.autocast():
+                    outputs = self._task.predict(self._model, way.laid_out(augmented))
+                # The sum, since a loss may reject targets that are 0.
+                loss = sum(leaf.sum() for leaf in leaves(outputs) if leaf.requires_grad)
+            else:
+                loss = self._objective.of(self._model, augmented, plan, way).value
+            torch.autograd.grad(trainable(loss), self._trained(), allow_unused=True)
+
+        return step
+
+    def _batch(self, numbers: Numbers | slice) -> Tree:
         return prepared(self._samples.batch(numbers), self._travelling.dtype, self._shared.device)
-
-
-def _count(batch: Any) -> int:
-    """The number of samples of a batch whose tensors differ in length: that of the first."""
-    return next((len(leaf) for leaf in leaves(batch) if leaf.dim()), 1)
 
 
 def _threads() -> int:

@@ -20,6 +20,8 @@ def mapped(function: Callable[[Tensor], Any], tree: Tree) -> Tree:
     """The tree with `function` of each tensor in its place. `tree` is not modified."""
     if isinstance(tree, Tensor):
         return function(tree)
+    if type(tree) is tuple:  # the most frequent container
+        return tuple([mapped(function, child) for child in tree])
     if (children := _children(tree)) is None:
         return tree
     return _rebuilt(tree, {name: mapped(function, child) for name, child in children.items()})
@@ -29,6 +31,9 @@ def leaves(tree: Tree) -> Iterator[Tensor]:
     """The tensors of the tree, in order."""
     if isinstance(tree, Tensor):
         yield tree
+    elif type(tree) is tuple:
+        for child in tree:
+            yield from leaves(child)
     elif (children := _children(tree)) is not None:
         for child in children.values():
             yield from leaves(child)

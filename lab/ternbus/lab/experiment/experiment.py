@@ -13,7 +13,7 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import load_toml
 from ternbus.lab.experiment.goals import Goal
 from ternbus.lab.experiment.grid import BESIDE, Grid, ScenarioTable
-from ternbus.lab.experiment.measures import MEASURES
+from ternbus.lab.experiment.measures import named
 from ternbus.lab.scenario import scenario
 from ternbus.lab.scenario.toml_table import Table
 
@@ -26,7 +26,7 @@ class Experiment:
 
     An accuracy is the mean over the ``last`` versions of a run. The measure ``accuracy_at_updates`` is taken after
     ``updates`` merged updates; if that is None, the measure is left out. ``x`` is the axis and ``y`` the measures of
-    the plot.
+    the plot; none mean the primary metric of the task.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Experiment:
                 raise ConfigError(f"{key} is {number}, but must be at least 1")
         _choose("plot.x", self.x, self.grid.axes)
         for measure in self.y:
-            _choose("plot.y", measure, MEASURES)
+            named(measure, "plot.y")
         self._check_scenarios()
         for goal in self.goals:
             self._check_labels(goal.of)
@@ -112,7 +112,7 @@ def parse(name: str, table: Mapping[str, object], folder: Path) -> Experiment:
         updates=top.whole("updates"),
         grid=grid,
         x=plot.text("x") or next(iter(grid.axes)),
-        y=tuple((plot.text("y") or "accuracy").split()),
+        y=tuple((plot.text("y") or "").split()),
         goals=tuple(_goal(row) for row in top.rows("goal")),
     )
     plot.refuse_unknown()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ternbus.broker.errors import ConfigError
-from ternbus.lab.experiment.measures import MEASURES, of_seeds
+from ternbus.lab.experiment.measures import named, of_seeds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,8 +23,7 @@ class Goal:
     than: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.measure not in MEASURES:
-            raise ConfigError(f"[[goal]] measure = {self.measure!r}: choose one of {', '.join(MEASURES)}")
+        named(self.measure, "[[goal]] measure")
         if (self.least is None) == (self.most is None):
             raise ConfigError("[[goal]] needs exactly one of the keys least and most")
 

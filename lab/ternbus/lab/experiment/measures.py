@@ -2,9 +2,12 @@
 
 import itertools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
+
+from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol.direction import ACCURACY, for_people
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -12,7 +15,7 @@ class Measure:
     """The heading and the unit of a measure."""
 
     title: str
-    unit: Literal["percent", "number", "decimal"]
+    unit: Literal["percent", "number", "decimal", "value"]
 
 
 MEASURES: Final[Mapping[str, Measure]] = {
@@ -30,6 +33,30 @@ MEASURES: Final[Mapping[str, Measure]] = {
     "megabytes": Measure(title="MB in all", unit="number"),
     "seconds": Measure(title="seconds a run", unit="number"),
 }
+METRIC: Final = "metric."  # before the name of a metric: the measure of its values on the test data
+WORST: Final = "worst."  # likewise: of the devices' own data, the mean of the worst tenth
+GAIN: Final = "gain."  # likewise: how much better the devices' own models are, by the median
+OF_METRICS: Final[Mapping[str, str]] = {METRIC: "test {}", WORST: "worst tenth, {}", GAIN: "gain of own models, {}"}
+
+
+def named(name: str, key: str = "measure") -> Measure:
+    """The measure of this name. Raises `ConfigError`, which names the key, if there is none.
+
+    Only a run shows whether a task has a metric.
+    """
+    for prefix, title in OF_METRICS.items():
+        if name.startswith(prefix) and name != prefix:
+            return Measure(title=title.format(name.removeprefix(prefix)), unit="value")
+    if name not in MEASURES:
+        known = ", ".join([*MEASURES, *(f"{prefix}NAME" for prefix in OF_METRICS)])
+        raise ConfigError(f"{key} is {name!r}: choose one of {known}, where NAME is a metric of the task")
+    return MEASURES[name]
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Measures in the order of a table: those of metrics after the accuracies."""
+    fixed = [*MEASURES]
+    return sorted(names, key=lambda name: fixed.index(name) if name in MEASURES else 1.5)
 
 
 def measure(report: Mapping[str, Any], last: int, updates: int | None) -> dict[str, float | None]:
@@ -39,7 +66,8 @@ def measure(report: Mapping[str, Any], last: int, updates: int | None) -> dict[s
     updates. Shares of bytes are relative to synchronous float32 averaging with the same number of updates, which needs
     4 B a parameter down and up. ``stale`` is the share of updates that were too stale to be merged; their devices send
     the change with a later update, and ``staleness`` the mean number of versions that had been made since the base of a
-    merged one. ``most_updates`` and ``epsilon`` are maxima over the devices.
+    merged one. ``most_updates`` and ``epsilon`` are maxima over the devices. ``metric.NAME`` is a metric of the test
+    data, also a mean over the ``last`` versions; the loss is one only where there is no other.
     """
     devices = report["devices"].values()
     rows, accepted, stale = report["versions"], report["updates"], report["counts"]["stale"]
@@ -64,6 +92,7 @@ def measure(report: Mapping[str, Any], last: int, updates: int | None) -> dict[s
         "update_kb": report["bytes_up"] / (accepted + stale) / 1e3 if accepted + stale else None,
         "megabytes": (report["bytes_up"] + down) / 1e6,
         "seconds": report["wall_seconds"],
+        **_of_metrics(report, rows[-last:]),
     }
 
 
@@ -75,6 +104,21 @@ def of_seeds(row: Mapping[str, Any], name: str) -> list[float]:
     values: Sequence[float | None] = row["measures"].get(name, ())
     known = [value for value in values if value is not None]
     return known if len(known) == len(values) else []
+
+
+def _of_metrics(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    shown = [name for name in for_people(report["metrics"], report["metric"]) if name != ACCURACY]
+    found: dict[str, float | None] = {METRIC + name: _mean(rows, name) for name in shown}
+    local = report["local"] or {"metrics": {}, "fine_tuned": None}
+    found |= {WORST + name: local["metrics"][name]["worst_decile"] for name in for_people(local["metrics"], None)}
+    tuned = (local["fine_tuned"] or {"metrics": {}})["metrics"]
+    return found | {GAIN + name: tuned[name]["gain"]["median"] for name in for_people(tuned, None)}
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], metric: str) -> float | None:
+    """The mean over the versions that have the metric of the run's only evaluator."""
+    known = [values[metric] for row in rows for values in row["evaluations"].values() if metric in values]
+    return statistics.mean(known) if known else None
 
 
 def _accuracy(rows: Sequence[Mapping[str, Any]]) -> float | None:

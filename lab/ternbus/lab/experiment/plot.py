@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ternbus.lab.experiment.measures import MEASURES, of_seeds
+from ternbus.lab.experiment.measures import named, of_seeds
 
 
 def write(result: Mapping[str, Any], path: Path) -> str:
@@ -27,7 +27,7 @@ def write(result: Mapping[str, Any], path: Path) -> str:
         others = [label for axis, label in row["labels"].items() if axis != result["x"]]
         lines.setdefault(", ".join(others), []).append(row)
     for axes, name in zip(figure.subplots(1, len(result["y"]), squeeze=False)[0], result["y"], strict=True):
-        measure = MEASURES[name]
+        measure = named(name)
         factor = 100 if measure.unit == "percent" else 1
         for shift, (label, rows) in enumerate(lines.items()):
             known = [(row, values) for row in rows if (values := of_seeds(row, name))]

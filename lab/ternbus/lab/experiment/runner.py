@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.broker.files import write_text
+from ternbus.broker.protocol.direction import ACCURACY
 from ternbus.broker.server import parent_death
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.lab.experiment.grid import Combination, Grid, ScenarioTable
@@ -52,7 +53,7 @@ class Run:
             report: dict[str, Any] = kept["report"]
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
-        return report if kept["table"] == self.table else None
+        return report if kept["table"] == self.table and "metric" in report else None
 
 
 def plan(grid: Grid, *, seeds: int, data: Path | None, folder: Path) -> list[Run]:
@@ -90,9 +91,10 @@ def run_all(
             for count, (index, report) in enumerate(made, 1):
                 reports[index] = report
                 left_s = (time.monotonic() - began) / count * (len(missing) - count)
+                metric = report["metric"] or ACCURACY
                 say(
-                    f"{count} of {len(missing)}: {runs[index].combination.title}, seed {runs[index].seed}: accuracy "
-                    f"{report['accuracy']}, {report['wall_seconds']:.0f} s; about {left_s / 60:.0f} min left"
+                    f"{count} of {len(missing)}: {runs[index].combination.title}, seed {runs[index].seed}: {metric} "
+                    f"{report['metrics'].get(metric)}, {report['wall_seconds']:.0f} s; about {left_s / 60:.0f} min left"
                 )
     return [report for report in reports if report is not None]
 

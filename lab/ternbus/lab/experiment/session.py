@@ -1,16 +1,20 @@
 """Run an experiment and write the files of its result."""
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import fault, write_text
+from ternbus.edge.learn.task_loader import load_task
 from ternbus.lab.experiment import experiment, plot, result, runner
 from ternbus.lab.experiment.experiment import Experiment
 from ternbus.lab.experiment.table import table
 from ternbus.lab.report import machine
+from ternbus.lab.scenario import plan_check, scenario
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +33,11 @@ class Choices:
 
 
 def run(wanted: Experiment, choices: Choices, check: Callable[[], None], say: Callable[[str], None]) -> dict[str, Any]:
-    """Run an experiment, write JSON, table and plot, and return the JSON. ``check`` is as for `runner.run_all`."""
+    """Run an experiment, write JSON, table and plot, and return the JSON. ``check`` is as for `runner.run_all`.
+
+    Raises `ConfigError` before the first run for a plan that devices would refuse.
+    """
+    _check_plans(wanted)
     folder = choices.out / wanted.name
     _make(folder)
     if choices.keep is not None:
@@ -48,6 +56,16 @@ def run(wanted: Experiment, choices: Choices, check: Callable[[], None], say: Ca
         _write(kept, choices.keep / wanted.name)
     say(f"written to {folder}: table.md, result.json, {plotted}")
     return kept
+
+
+def _check_plans(wanted: Experiment) -> None:
+    load = functools.cache(load_task)
+    for combination in wanted.grid.combinations():
+        try:
+            each = scenario.parse(combination.scenario)
+            plan_check.settings(each, load(each.task))
+        except ConfigError as error:
+            raise ConfigError(f"{combination.title}: {error}") from error
 
 
 def _command(wanted: Experiment, choices: Choices) -> str:

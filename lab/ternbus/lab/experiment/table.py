@@ -4,15 +4,16 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ternbus.lab.experiment.measures import MEASURES, of_seeds
+from ternbus.lab.experiment.measures import named, of_seeds, ordered
 
 
 def table(result: Mapping[str, Any]) -> str:
     """A table with a row for each combination, measures as mean ± standard deviation over seeds; then the goals."""
     rows = result["rows"]
     axes = list(rows[0]["labels"])
-    columns = [name for name in MEASURES if any(of_seeds(row, name) for row in rows)]
-    lines = [_row([*axes, *(MEASURES[name].title for name in columns)]), _row(["---"] * (len(axes) + len(columns)))]
+    names = dict.fromkeys(name for row in rows for name in row["measures"] if of_seeds(row, name))
+    columns = ordered(names)
+    lines = [_row([*axes, *(named(name).title for name in columns)]), _row(["---"] * (len(axes) + len(columns)))]
     for row in rows:
         labels = list(row["labels"].values())
         labels += [""] * (len(axes) - len(labels))  # a run outside the grid has one label only
@@ -32,11 +33,13 @@ def _cell(name: str, values: Sequence[float]) -> str:
     if not values:
         return ""
     mean = statistics.mean(values)
-    match MEASURES[name].unit:
+    match named(name).unit:
         case "number":
             return f"{mean:,.0f}"
         case "decimal":
             return f"{mean:.2f}"
+        case "value":
+            return f"{mean:.4g}{f' ± {statistics.stdev(values):.2g}' if len(values) > 1 else ''}"
         case "percent":
             spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 and name.startswith("acc") else ""
             return f"{100 * mean:.1f} %{spread}"

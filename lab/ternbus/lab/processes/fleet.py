@@ -1,4 +1,4 @@
-"""The command-line arguments for the processes of devices and the evaluator in a testbed."""
+"""The command-line arguments for the processes of a testbed: of devices, of the evaluator, and to prepare the task."""
 
 import json
 
@@ -37,6 +37,18 @@ def evaluator(scenario: Scenario, output: Output, name: str) -> tuple[str, list[
         "evaluate",
         str(output.device(name)),
     ]
+
+
+def prepare(scenario: Scenario, output: Output) -> list[str]:
+    """Arguments for the process that imports the task before all others."""
+    given = {
+        "task": absolute(scenario.task),
+        "seed": scenario.seed,
+        "devices": scenario.devices,
+        "partition": scenario.partition,
+        "data": None if scenario.data is None else str(scenario.data),
+    }
+    return [json.dumps(given), str(output.initial), str(output.task)]
 
 
 def _member(scenario: Scenario, output: Output, name: str, task: str, partition: str) -> list[str]:

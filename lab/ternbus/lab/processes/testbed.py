@@ -4,6 +4,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Final, Self
 
 from ternbus.aggregator.shell import administration
@@ -12,7 +13,6 @@ from ternbus.broker.errors import FederationError
 from ternbus.broker.files import write_secret
 from ternbus.broker.model_files import load_safetensors, save_safetensors
 from ternbus.broker.protocol.messages import CLOSED
-from ternbus.edge.learn.task_loader import absolute
 from ternbus.edge.store import outbox
 from ternbus.lab.interrupts import Interrupts
 from ternbus.lab.processes import fleet
@@ -22,12 +22,14 @@ from ternbus.lab.report.failing import FailingDevices, named
 from ternbus.lab.report.observation import Observation
 from ternbus.lab.report.output import Output
 from ternbus.lab.report.progress import Progress
+from ternbus.lab.scenario import partitions, plan_check
 from ternbus.lab.scenario.scenario import Scenario
 
 LOOK_S: Final = 0.1  # between two checks of the processes
 STATUS_S: Final = 0.5  # between two checks for a new version
 QUIET_S: Final = 60.0  # without a new version until a message is shown
 START_TIMEOUT_S: Final = 120.0
+DATA_TIMEOUT_S: Final = 7200.0  # of a task that computes features of its data first
 FINISH_TIMEOUT_S: Final = 120.0  # allows for a long evaluation on a slow machine
 GRACE_S: Final = 10.0
 INTERRUPTED_GRACE_S: Final = 2.0
@@ -55,11 +57,13 @@ class Testbed:
         # On a broker of other users these names must be unique; on our own broker they are short.
         run = "" if scenario.broker_url is None else f"lab-{secrets.token_hex(4)}-"
         self._federation = run.rstrip("-") or "lab"
-        self._devices = [f"{run}device-{index}" for index in range(scenario.devices)]
+        self._run = run
+        self._devices: list[str] = []
         self._evaluator = f"{run}evaluator"
         self._faults = sorted(scenario.faults, key=lambda fault: fault.after_version)
         self.parameters = 0
         self._failing = FailingDevices()
+        self._evaluated = False
 
     def __enter__(self) -> Self:
         return self
@@ -69,25 +73,36 @@ class Testbed:
         self._processes.stop([*self._devices, self._evaluator, AGGREGATOR, PREPARE], grace_s=INTERRUPTED_GRACE_S)
         self._processes.stop_all(grace_s=BROKER_GRACE_S)
 
+    @property
+    def scenario(self) -> Scenario:
+        """The scenario; after `start` with the partition and the number of devices that its data decide."""
+        return self._scenario
+
     def start(self) -> None:
         """Start all processes; devices wait for the broker and the aggregator by themselves."""
         scenario, output = self._scenario, self._output
-        self._progress.say(f"{scenario.task}: {scenario.devices} devices, an evaluator, an aggregator and a broker")
+        devices = partitions.devices_in_words(scenario.devices)
+        self._progress.say(f"{scenario.task}: {devices}, an evaluator, an aggregator and a broker")
         # devices too: a user may close the federation or stop a device from another terminal
-        self._processes.may_end([PREPARE, *self._devices, self._evaluator])
-        self._processes.may_fail(self._devices)
-        prepare = [absolute(scenario.task), str(scenario.seed), str(output.initial), str(output.task)]
-        self._start(PREPARE, "ternbus.lab.processes.prepare", prepare)
-        broker = self._broker()
-        self._until(lambda: not self._processes.running([PREPARE]), START_TIMEOUT_S, "the task's model")
+        self._processes.may_end([PREPARE, self._evaluator])
+        self._start(PREPARE, "ternbus.lab.processes.prepare", fleet.prepare(scenario, output))
+        self._prepared()
         task = json.loads(output.task.read_text(encoding="utf-8"))
+        self._scenario = scenario = replace(scenario, partition=task["partition"], devices=task["devices"])
+        settings = plan_check.settings_of(scenario, task["plan"], task["plan_keys"])
         self.parameters = task["parameters"]
+        for line in task["lines"]:
+            self._progress.say(line)
+        broker = self._broker()
+        self._devices = [f"{self._run}device-{index}" for index in range(scenario.devices)]
+        self._processes.may_end(self._devices)
+        self._processes.may_fail(self._devices)
         administration.create(
             output.aggregator,
             federation=self._federation,
             broker=broker,
             model=load_safetensors(output.initial),
-            settings=scenario.settings(task["plan"]),
+            settings=settings,
             dense=scenario.dense,
         )
         self._invite()
@@ -109,7 +124,7 @@ class Testbed:
             seconds = time.time() - moment.began
             self._progress.show(moment, seconds)
             self._disturb(moment.version)
-            if self._scenario.end.reached(version=moment.version, seconds=seconds, accuracy=moment.best):
+            if self._is_end(moment, seconds):
                 break
             self._look_at_devices(moment)
             if not self._processes.running(self._devices):
@@ -123,6 +138,16 @@ class Testbed:
             self._wait(STATUS_S)
         for fault in self._faults:
             self._progress.say(f"the run ended before the fault of {fault.kill}")
+
+    def _is_end(self, moment: Observation, seconds: float) -> bool:
+        """Whether the scenario's end is reached; raises `ConfigError` if a limit on a metric is a mistake."""
+        end, evaluations = self._scenario.end, [version.metrics for version in moment.versions if version.metrics]
+        for values in evaluations[-1:]:
+            end.check(values, moment.better)
+            if not self._evaluated and (fault := end.missing(values)):
+                self._progress.say(fault)  # which may be no mistake: a metric that is not finite is not reported
+            self._evaluated = True
+        return end.reached(version=moment.version, seconds=seconds, evaluations=evaluations)
 
     def _look_at_devices(self, moment: Observation) -> None:
         """Name the devices that have begun to fail; raises `FederationError` if no other is left."""
@@ -150,7 +175,7 @@ class Testbed:
         devices = [*self._devices, self._evaluator]
         administration.change_state(self._output.aggregator, control.CLOSE, SOFTWARE)
         try:
-            self._until(lambda: self.moment().last.accuracy is not None, FINISH_TIMEOUT_S, "the last evaluation")
+            self._until(lambda: bool(self.moment().last.evaluations), FINISH_TIMEOUT_S, "the last evaluation")
             self._until(lambda: not self._processes.running(self._devices), FINISH_TIMEOUT_S, "the devices to end")
         except OverdueError as error:
             self._progress.say(f"{error}; the run ends without it")
@@ -185,6 +210,14 @@ class Testbed:
         broker.arguments = (*arguments, "--port", str(ready["port"]))  # a restarted broker must have the same port
         self._progress.say(f"broker: {ready['engine']} {ready['version']} at {ready['url']}")
         return str(ready["url"])
+
+    def _prepared(self) -> None:
+        """Wait for the task's model and data; reading these may take long."""
+        try:
+            self._until(lambda: not self._processes.running([PREPARE]), QUIET_S, "the task's model")
+        except OverdueError:
+            self._progress.say(f"the task is still reading its data; see {self._output.log(PREPARE)}")
+            self._until(lambda: not self._processes.running([PREPARE]), DATA_TIMEOUT_S, "the task's data")
 
     def _invite(self) -> None:
         self._output.invitations.mkdir()

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from ternbus.broker.protocol.direction import ACCURACY, LOSS, Direction, direction_of, sign_of
 from ternbus.edge.shell.service import FAILED_TRAININGS
 
 
@@ -19,6 +20,10 @@ class Device:
     bytes_up: int
     failures: int = 0  # trainings that failed, in all
     failing: str | None = None  # why the last one did, as the device says
+    samples: int | None = None  # of its newest update
+    epsilon: float | None = None  # of privacy, that it says to have spent
+    classes: Mapping[str, int] | None = None  # samples that it trains on, by class
+    local: Mapping[str, Any] | None = None  # its newest metrics on its own data; see ternbus.aggregator.store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +41,11 @@ class Version:
     # metrics on the devices' own data; see ternbus.aggregator.store.device_metrics
     local: Mapping[str, Any] | None = None
 
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Those of the first evaluator by name."""
+        return next(iter(self.evaluations.values()), {})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
@@ -51,6 +61,8 @@ class Observation:
     devices: tuple[Device, ...]
     versions: tuple[Version, ...]
     local: Mapping[str, Any] | None = None  # over all devices, the newest report of each
+    metric: str | None = None  # the primary one
+    better: Mapping[str, Direction] = field(default_factory=dict)  # of each metric its direction
 
     @classmethod
     def read(cls, status: Mapping[str, Any], counters: Mapping[str, Mapping[str, int]]) -> Self:
@@ -69,6 +81,8 @@ class Observation:
             devices=rows,
             versions=tuple(_version(row, began) for row in status["versions"]),
             local=status.get("local"),
+            metric=status.get("metric"),
+            better=status.get("better") or {},
         )
 
     @property
@@ -81,12 +95,18 @@ class Observation:
 
     @property
     def evaluated(self) -> Version | None:
-        """The newest version with a known accuracy."""
-        return next((version for version in reversed(self.versions) if version.accuracy is not None), None)
+        """The newest version with metrics of the test data."""
+        return next((version for version in reversed(self.versions) if version.metrics), None)
 
-    @property
-    def best(self) -> float | None:
-        return max((version.accuracy for version in self.versions if version.accuracy is not None), default=None)
+    def newest(self, metric: str) -> float | None:
+        """The value of a metric in the newest version that has it."""
+        return next((row.metrics[metric] for row in reversed(self.versions) if metric in row.metrics), None)
+
+    def best(self, metric: str) -> Version | None:
+        """The first version with the best value of a metric, by its direction."""
+        sign = sign_of(direction_of(metric, self.better))
+        known = [version for version in self.versions if metric in version.metrics]
+        return max(known, key=lambda version: sign * version.metrics[metric], default=None)
 
 
 def _device(name: str, row: Mapping[str, Any], counted: Mapping[str, int]) -> Device:
@@ -99,6 +119,10 @@ def _device(name: str, row: Mapping[str, Any], counted: Mapping[str, int]) -> De
         bytes_up=counted.get("sent_bytes.update", 0),
         failures=counted.get(FAILED_TRAININGS, 0),
         failing=row.get("failing"),
+        samples=row.get("samples"),
+        epsilon=row.get("epsilon"),
+        classes=row.get("classes"),
+        local=row.get("local"),
     )
 
 
@@ -110,8 +134,8 @@ def _version(row: Mapping[str, Any], began: float) -> Version:
         updates=row["updates"],
         staleness=row.get("staleness_mean"),
         staleness_max=row.get("staleness_max"),
-        accuracy=metrics.get("accuracy"),
-        loss=metrics.get("loss"),
+        accuracy=metrics.get(ACCURACY),
+        loss=metrics.get(LOSS),
         evaluations=row.get("evaluations") or {},
         local=row.get("local"),
     )

@@ -9,8 +9,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ternbus.aggregator.store.device_metrics import shown_name, shown_value
 from ternbus.lab.report.observation import Device, Observation
-from ternbus.lab.report.report import size, table
+from ternbus.lab.report.report import device_table, size, table
 
 LINE_EVERY_S: Final = 2.0
 ROWS_MAX: Final = 24
@@ -88,20 +89,29 @@ def closing_table(report: Mapping[str, Any], files: Sequence[str]) -> str:
     """The summary that is printed at the end of a run, with the names of the written files."""
     rows = [*table(report), ("written", files[0]), *(("", file) for file in files[1:])]
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    return "\n".join([*device_table(report, ROWS_MAX), *(f"{name:<{width}}  {value}" for name, value in rows)])
 
 
 def _figures(moment: Observation, seconds: float) -> dict[str, str]:
-    evaluated = moment.evaluated
+    metric = moment.metric or "metric"
     return {
         "version": str(moment.version),
-        "accuracy": "-" if evaluated is None or evaluated.accuracy is None else f"{evaluated.accuracy:.4f}",
+        shown_name(metric): _metric(moment, metric),
         "updates": str(moment.accepted),
         "staleness": "-" if moment.last.staleness is None else f"{moment.last.staleness:.1f}",
         "up": size(moment.bytes_up),
         "down": size(moment.bytes_down),
         "seconds": f"{max(seconds, 0):.0f}",
     }
+
+
+def _metric(moment: Observation, metric: str) -> str:
+    """The newest value, and the best one, by the metric's direction, if that is another."""
+    newest, best = moment.newest(metric), moment.best(metric)
+    if newest is None or best is None:
+        return "-"
+    shown, highest = shown_value(newest), shown_value(best.metrics[metric])
+    return shown if shown == highest else f"{shown} (best {highest})"
 
 
 def _screen(moment: Observation, seconds: float) -> Group:

@@ -3,15 +3,22 @@
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ternbus.aggregator.store import device_metrics
+from ternbus.aggregator.store.device_metrics import shown_name, shown_value
 from ternbus.broker.files import write_text
-from ternbus.lab.report.observation import Observation
+from ternbus.broker.protocol.direction import ACCURACY, LOWER, direction_of, for_people
+from ternbus.broker.text_table import text_table
+from ternbus.lab.report import plots
+from ternbus.lab.report.observation import Device, Observation
+from ternbus.lab.report.plots import ranked
 from ternbus.lab.scenario.scenario import Scenario
+
+COLUMNS: Final = 3  # of panels in the plot
 
 
 def summary(
@@ -22,13 +29,21 @@ def summary(
     `seconds` count from version 0; `virtual` is true if they were simulated. `wall_seconds` are real, from before the
     start to after the end of all services. `updates` is the number of accepted updates, `rejected` of those that were
     too stale, malformed or forged. Bits are 8 · bytes of PUBLISH packets per parameter: uplink for each update,
-    downlink for each device and version, without the evaluator's. `local` has the metrics on held-out data of devices:
-    over all devices, with the newest report of each, and for each version, over the devices that reported it.
+    downlink for each device and version, without the evaluator's. `metrics` are those of the newest version that was
+    evaluated, `metric` is the primary one, `better` has the direction of each, and `best` its best value and the first
+    version with it. `local` has the metrics on held-out data of devices: over all devices, with the newest report of
+    each, and for each version, over the devices that reported it. `devices` has for each device the samples that it
+    trains on, also by class where it says so, its own metrics and the gain of its own model.
     """
-    evaluated = moment.evaluated
+    metrics = {} if moment.evaluated is None else moment.evaluated.metrics
+    best = {name: found for name in metrics if (found := moment.best(name)) is not None}
     versions = moment.version
     return {
-        "accuracy": None if evaluated is None or evaluated.accuracy is None else round(evaluated.accuracy, 6),
+        "accuracy": _rounded(moment.newest(ACCURACY)),
+        "metric": moment.metric,
+        "better": dict(moment.better),
+        "metrics": _rounded(metrics),
+        "best": _rounded({name: {"value": row.metrics[name], "version": row.version} for name, row in best.items()}),
         "updates": moment.accepted,
         "bytes_up": moment.bytes_up,
         "bytes_down": moment.bytes_down,
@@ -38,6 +53,7 @@ def summary(
         "virtual": virtual,
         "seconds": round(moment.last.seconds, 3),
         "local": _rounded(moment.local),
+        "devices": {device.name: _device(device) for device in moment.devices},
         "versions": [_rounded(asdict(version)) for version in moment.versions],
         "wall_seconds": round(wall_seconds, 3),
         "parameters": parameters,
@@ -52,57 +68,45 @@ def summary(
     }
 
 
+def _device(device: Device) -> dict[str, Any]:
+    about: dict[str, Any] = {
+        "updates": device.updates,
+        "samples": device.samples,
+        "classes": device.classes,
+        "epsilon": device.epsilon,
+        "local": device.local,
+    }
+    return {name: _rounded(value) for name, value in about.items()}
+
+
 def write(report: Mapping[str, Any], path: Path) -> None:
     write_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
 
 
 def plot(report: Mapping[str, Any], path: Path) -> str | None:
-    """Plot accuracy by version and by time, and staleness; without matplotlib, return a message instead."""
+    """Plot the metrics by version and by time, staleness, and the devices; without matplotlib, return a message."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  # slow, and an extra
         from matplotlib.figure import Figure  # noqa: PLC0415
     except ImportError:
         return "no report.png: matplotlib is missing; run: pip install matplotlib"
-    versions = report["versions"]
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    panels = plots.panels(report, _seconds(report))
+    rows = -(-len(panels) // COLUMNS)
+    figure = Figure(figsize=(13, 4 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    by_version, by_time, staleness = figure.subplots(1, 3)
-    known = [row for row in versions if row["accuracy"] is not None]
-    accuracies = [row["accuracy"] for row in known]
-    by_version.plot([row["version"] for row in known], accuracies, marker=".", label="test")
-    _plot_local(by_version, versions)
-    by_version.set(xlabel="version", ylabel="test accuracy", title="accuracy by version")
-    by_time.plot([row["seconds"] for row in known], accuracies, marker=".")
-    by_time.set(xlabel=f"{_seconds(report)} since version 0", ylabel="test accuracy", title="accuracy by time")
-    merged = [row for row in versions if row["staleness"] is not None]
-    numbers = [row["version"] for row in merged]
-    staleness.plot(numbers, [row["staleness"] for row in merged], label="mean")
-    staleness.plot(numbers, [row["staleness_max"] for row in merged], ".", label="largest")
-    staleness.set(xlabel="version", ylabel="versions", title="staleness of the merged updates")
-    staleness.legend()
-    for axes in (by_version, by_time, staleness):
+    for number, draw in enumerate(panels):
+        axes = figure.add_subplot(rows, COLUMNS, number + 1)
+        draw(axes)
         axes.grid(visible=True, alpha=0.3)
     figure.savefig(path, dpi=110)
     return None
 
 
-def _plot_local(axes: Any, versions: Sequence[Mapping[str, Any]]) -> None:
-    """Plot points without lines, since different devices report each version."""
-    own = [row for row in versions if row["local"] is not None]
-    if own:
-        numbers = [row["version"] for row in own]
-        for name, mark in (("median", "_"), ("worst_decile", "v")):
-            values = [row["local"]["accuracy"][name] for row in own]
-            axes.plot(numbers, values, mark, label=f"devices' own data, {name.replace('_', ' ')}")
-        axes.legend()
-
-
 def table(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The main figures of a report as (name, value)."""
-    accuracy = report["accuracy"]
     up, down = (_or_none(report[f"bits_per_parameter_{way}"]) for way in ("up", "down"))
     return [
-        ("test accuracy", "not measured" if accuracy is None else f"{accuracy:.4f}"),
+        *_test(report),
         *device_metrics.sentences(report["local"]),
         ("versions", str(report["versions"][-1]["version"])),
         ("updates", f"{report['updates']} accepted, {report['rejected']} rejected"),
@@ -110,6 +114,38 @@ def table(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("down", f"{size(report['bytes_down'])}, {down} bits per parameter, device and version"),
         (_seconds(report), f"{report['seconds']:.1f} (whole run {report['wall_seconds']:.1f})"),
     ]
+
+
+def _test(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The metrics of the test data, the primary one first."""
+    rows = []
+    for name in for_people(report["metrics"], report["metric"]):
+        remarks = ["lower is better"] if direction_of(name, report["better"]) == LOWER else []
+        best, version = report["best"][name]["value"], report["best"][name]["version"]
+        if best != report["metrics"][name]:
+            remarks.append(f"best {shown_value(best)} at version {version}")
+        remark = f" ({', '.join(remarks)})" if remarks else ""
+        rows.append((f"test {shown_name(name)}", f"{shown_value(report['metrics'][name])}{remark}"))
+    return rows or [("test accuracy", "not measured")]
+
+
+def device_table(report: Mapping[str, Any], rows_max: int) -> list[str]:
+    """The devices that measured on their own data, the worst first, and an empty line; empty without any."""
+    if report["local"] is None:
+        return []
+    metric, tuned = report["local"]["metric"], report["local"]["fine_tuned"] is not None
+    ordered = ranked(report)
+    columns = {"device": "<"}
+    columns |= dict.fromkeys(("updates", "samples", "held out", f"own {shown_name(metric)}"), ">")
+    columns |= {"gain of its own model": ">"} if tuned else {}
+    rows = []
+    for name, row in ordered[:rows_max]:
+        local = row["local"]
+        gain = [shown_value(local["gain"].get(metric), "+")] if tuned else []
+        measured = [local["samples"], shown_value(local["metrics"][metric]), *gain]
+        rows.append([name, row["updates"], row["samples"], *measured])
+    more = len(ordered) - rows_max
+    return [*text_table(columns, rows), *([f"and {more} more, in report.json"] if more > 0 else []), ""]
 
 
 def size(count: float) -> str:

@@ -7,8 +7,9 @@ import math
 import random
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from ternbus.aggregator.settings import from_table, with_overrides
@@ -17,10 +18,12 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import load_toml
 from ternbus.broker.protocol.invitation import check_broker_url
 from ternbus.edge.learn import task_loader
-from ternbus.edge.learn.partition import LARGEST_SHARE, Partition
+from ternbus.edge.learn.partition_spec import LARGEST_SHARE
 from ternbus.edge.learn.subnetwork import check_width
 from ternbus.lab.hostile import KINDS, STRENGTHS, Behaviour
-from ternbus.lab.scenario.toml_table import Table
+from ternbus.lab.scenario import end, partitions
+from ternbus.lab.scenario.end import End as End  # noqa: PLC0414 - a part of this module's interface
+from ternbus.lab.scenario.toml_table import Table, within
 
 ENGINES: Final = ("auto", "mosquitto", "nats")
 DEVICES_MAX: Final = 1000
@@ -37,39 +40,13 @@ class Speeds:
     median_s: float = 0.5
 
     def __post_init__(self) -> None:
-        _within("speeds.sigma", self.sigma, 0, 5)
-        _within("speeds.median_s", self.median_s, 0, 86_400)
+        within("speeds.sigma", self.sigma, 0, 5)
+        within("speeds.median_s", self.median_s, 0, 86_400)
 
     def draw(self, devices: int, seed: int) -> tuple[float, ...]:
         """The seconds of each device; those of device i do not depend on the number of devices."""
         generator = random.Random(seed)  # noqa: S311  # reproducible on purpose, no secret
         return tuple(self.median_s * math.exp(self.sigma * generator.gauss(0, 1)) for _ in range(devices))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class End:
-    """The end of a run: the first of these limits that is reached; None means no limit."""
-
-    versions: int | None = None
-    seconds: float | None = None
-    accuracy: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.versions is None and self.seconds is None and self.accuracy is None:
-            raise ConfigError("[end] has no limit: set versions, seconds or accuracy")
-        if self.versions is not None:
-            _within("end.versions", self.versions, 1, 10_000_000)
-        if self.seconds is not None:
-            _within("end.seconds", self.seconds, 1, 31_536_000)
-        if self.accuracy is not None:
-            _within("end.accuracy", self.accuracy, 0, 1)
-
-    def reached(self, *, version: int, seconds: float, accuracy: float | None) -> bool:
-        return (
-            (self.versions is not None and version >= self.versions)
-            or (self.seconds is not None and seconds >= self.seconds)
-            or (self.accuracy is not None and accuracy is not None and accuracy >= self.accuracy)
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +60,8 @@ class Fault:
     def __post_init__(self) -> None:
         if self.kill not in ("aggregator", "broker") and not _DEVICE.fullmatch(self.kill):
             raise ConfigError(f'[[fault]] kill = "{self.kill}": write "aggregator", "broker" or "device:I", I from 0')
-        _within("fault.after_version", self.after_version, 0, 10_000_000)
-        _within("fault.restart_after_s", self.restart_after_s, 0, 86_400)
+        within("fault.after_version", self.after_version, 0, 10_000_000)
+        within("fault.restart_after_s", self.restart_after_s, 0, 86_400)
 
     @property
     def device(self) -> int | None:
@@ -104,9 +81,9 @@ class Hostile:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(f'[[hostile]] kind = "{self.kind}": choose one of {", ".join(KINDS)}')
-        _within("hostile.share", self.share, 0, 1)
-        _within("hostile.strength", self.behaviour.strength, 0, 1e6)
-        _within("hostile.samples", self.samples, 0, 2**32 - 1)
+        within("hostile.share", self.share, 0, 1)
+        within("hostile.strength", self.behaviour.strength, 0, 1e6)
+        within("hostile.samples", self.samples, 0, 2**32 - 1)
 
     @property
     def behaviour(self) -> Behaviour:
@@ -128,11 +105,11 @@ class Simulated:
     evaluate_every: int = 1  # versions
 
     def __post_init__(self) -> None:
-        _within("simulate.jitter", self.jitter, 0, 5)
-        _within("simulate.up_mbit_s", self.up_mbit_s, 0, 1e6)
-        _within("simulate.down_mbit_s", self.down_mbit_s, 0, 1e6)
-        _within("simulate.latency_s", self.latency_s, 0, 3600)
-        _within("simulate.evaluate_every", self.evaluate_every, 1, 1_000_000)
+        within("simulate.jitter", self.jitter, 0, 5)
+        within("simulate.up_mbit_s", self.up_mbit_s, 0, 1e6)
+        within("simulate.down_mbit_s", self.down_mbit_s, 0, 1e6)
+        within("simulate.latency_s", self.latency_s, 0, 3600)
+        within("simulate.evaluate_every", self.evaluate_every, 1, 1_000_000)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,8 +123,8 @@ class Local:
     fine_tune: float = 0.0  # epochs
 
     def __post_init__(self) -> None:
-        _within("local.hold_out", self.hold_out, 0, LARGEST_SHARE)
-        _within("local.fine_tune", self.fine_tune, 0, 1e4)
+        within("local.hold_out", self.hold_out, 0, LARGEST_SHARE)
+        within("local.fine_tune", self.fine_tune, 0, 1e4)
         if self.fine_tune and not self.hold_out:
             raise ConfigError("local.fine_tune needs held-out data for evaluation: set local.hold_out")
 
@@ -160,7 +137,7 @@ class Narrow:
     width: float = 0.5
 
     def __post_init__(self) -> None:
-        _within("narrow.share", self.share, 0, 1)
+        within("narrow.share", self.share, 0, 1)
         check_width(self.width)
 
 
@@ -169,16 +146,17 @@ class Scenario:
     """The scenario of one lab run. The defaults are those of `ternbus lab run` without a file."""
 
     task: str = "digits"
-    devices: int = 8
+    devices: int = partitions.DEVICES_OF_DATA  # by default 8, or as many as the data have owners
     seed: int = 0
     data: Path | None = None
-    partition: str = "dirichlet:0.5"
+    partition: str = partitions.AUTO
     dense: tuple[str, ...] = ()  # patterns of tensors that stay float32, as in `aggregator init --dense`
     sync: bool = False
     speeds: Speeds = field(default_factory=Speeds)
     plan: Mapping[str, object] = field(default_factory=dict)
     engine: str = "auto"
     broker_url: str | None = None  # an existing broker; None starts a broker for the run
+    allow_plan_keys: tuple[str, ...] = ()  # as `aggregator init --allow-plan-key`; `plan_check` checks the others
     aggregator: Mapping[str, object] = field(default_factory=dict)  # dotted keys of aggregator.toml
     end: End = field(default_factory=lambda: End(versions=60))
     faults: tuple[Fault, ...] = ()
@@ -188,13 +166,18 @@ class Scenario:
     simulate: Simulated = field(default_factory=Simulated)
 
     def __post_init__(self) -> None:
-        _within("devices", self.devices, 1, DEVICES_MAX)
-        _within("seed", self.seed, 0, 2**32 - 1)
+        partitions.check(self.partition)
+        if self.devices == partitions.DEVICES_OF_DATA:
+            if partitions.by_label(self.partition):  # until the data are read, check the rest with any number
+                replace(self, devices=DEVICES_MAX)
+                return
+            object.__setattr__(self, "devices", partitions.DEVICES)
+        within("devices", self.devices, 1, DEVICES_MAX)
+        within("seed", self.seed, 0, 2**32 - 1)
         if self.engine not in ENGINES:
             raise ConfigError(f"broker.engine is {self.engine!r}: choose one of {', '.join(ENGINES)}")
         if self.broker_url is not None:
             check_broker_url(self.broker_url)
-        Partition.parse(self.partition_of(0))
         with_overrides(table := {"federation": "lab", "broker": "mqtt://localhost"}, self.settings({}))
         settings = from_table(table, "[aggregator]")
         if settings.min_devices > self.devices:
@@ -232,12 +215,7 @@ class Scenario:
 
     def partition_of(self, device: int) -> str:
         """The device's part of the data, in the form of `edge join --partition`."""
-        if self.partition == "all":
-            return "all"
-        if self.partition == "natural":
-            return f"natural:{device}"
-        part = f"{self.partition}:{device}/{self.devices}"
-        return part if self.partition == "iid" else f"{part}:{self.seed}"
+        return partitions.part_of(self.partition, device, self.devices, self.seed)
 
     def settings(self, default_plan: Mapping[str, object]) -> dict[str, object]:
         """The aggregator's settings with dotted keys: of the task's plan, of the scenario, then of a barrier."""
@@ -265,9 +243,9 @@ class Scenario:
             )
 
 
-def load(path: Path) -> Scenario:
-    """The scenario in a TOML file. Raises `ConfigError`, which names the file and the key."""
-    return _named(from_folder(load_toml(path), path.parent), str(path))
+def load(path: Path, changes: Mapping[str, object] = MappingProxyType({})) -> Scenario:
+    """The scenario in a TOML file, with changed keys. Raises `ConfigError`, which names the file and the key."""
+    return _named({**from_folder(load_toml(path), path.parent), **changes}, str(path))
 
 
 def from_folder(table: Mapping[str, object], folder: Path) -> dict[str, object]:
@@ -309,8 +287,9 @@ def parse(table: Mapping[str, object]) -> Scenario:
         "broker_url": broker.text("url"),
         "speeds": _speeds(top.table("speeds")),
         "plan": top.table("plan").rest(),
+        "allow_plan_keys": top.texts("allow_plan_keys"),
         "aggregator": _dotted(top.table("aggregator").rest()),
-        "end": _end(top.table("end")),
+        "end": end.parse(top.table("end")),
         "hostile": tuple(_hostile(row) for row in top.rows("hostile")),
         "faults": tuple(_fault(row) for row in top.rows("fault")),
         "narrow": _narrow(top.table("narrow")),
@@ -326,14 +305,6 @@ def _speeds(table: Table) -> Speeds:
     given = {"sigma": table.number("sigma"), "median_s": table.number("median_s")}
     table.refuse_unknown()
     return Speeds(**{name: value for name, value in given.items() if value is not None})
-
-
-def _end(table: Table) -> End | None:
-    if not table:
-        return None
-    versions, seconds, accuracy = table.whole("versions"), table.number("seconds"), table.number("accuracy")
-    table.refuse_unknown()
-    return End(versions=versions, seconds=seconds, accuracy=accuracy)
 
 
 def _fault(table: Table) -> Fault:
@@ -390,8 +361,3 @@ def _dotted(table: Mapping[str, object]) -> dict[str, object]:
             )
         dotted |= {f"{section}.{name}": value for name, value in keys.items()}
     return dotted
-
-
-def _within(name: str, value: float, least: float, most: float) -> None:
-    if not least <= value <= most:
-        raise ConfigError(f"{name} is {value:g}, but must be from {least:g} to {most:g}")

@@ -5,6 +5,12 @@ from collections.abc import Mapping
 from ternbus.broker.errors import ConfigError
 
 
+def within(name: str, value: float, least: float, most: float) -> None:
+    """Raises `ConfigError` for a value, of the key ``name``, that is not from ``least`` to ``most``."""
+    if not least <= value <= most:
+        raise ConfigError(f"{name} is {value:g}, but must be from {least:g} to {most:g}")
+
+
 class Table:
     """One table of a file. Errors contain its `name`, which is "" for the root."""
 

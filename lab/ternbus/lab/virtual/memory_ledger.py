@@ -1,12 +1,13 @@
 """A ledger in memory that keeps only what a report needs: contributions, versions, metrics and counts."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ternbus.aggregator.core import records
-from ternbus.aggregator.store.device_metrics import DeviceMetrics, Report
+from ternbus.aggregator.store.device_metrics import Report
+from ternbus.aggregator.store.measurements import Measurements
 from ternbus.broker.protocol.messages import CLOSED, OPEN, Status
 
 
@@ -44,8 +45,8 @@ class MemoryLedger:
         self._frames = dict(frames)
         self._buffer: list[Contribution] = []
         self._versions = [_Version(made=None, seconds=0.0)]
-        self._metrics: dict[int, dict[str, dict[str, float]]] = {}  # by version and evaluator
-        self._local = DeviceMetrics()
+        self._measurements = Measurements()
+        self._classes: dict[str, Mapping[str, int]] = {}
         self._statuses: dict[str, Status] = {}
         self._counts: Counter[str] = Counter()
         self._invalid: Counter[str] = Counter()
@@ -67,7 +68,7 @@ class MemoryLedger:
         return {
             "state": self._state,
             "counts": {**counts, "invalid": dict(self._invalid)},
-            "local": self._local.summary(),
+            **self._measurements.common(),
             "devices": self._devices(accepted),
             "versions": [self._version(number) for number in range(len(self._versions))],
         }
@@ -109,12 +110,18 @@ class MemoryLedger:
     def _measured(self, record: records.MetricsReceived) -> None:
         about = record.metrics
         if about.split == "test":
-            self._metrics.setdefault(about.version, {})[record.device] = dict(about.values)
+            self._measurements.add_test(record.device, about.version, dict(about.values))
+            self._measurements.state(record.device, about.better)
         else:
+            self._classes[record.device] = about.classes
             report = Report(
-                device=record.device, version=about.version, samples=about.samples, values=dict(about.values)
+                device=record.device,
+                version=about.version,
+                samples=about.samples,
+                values=dict(about.values),
+                better=about.better,
             )
-            self._local.add(report)
+            self._measurements.add_local(report)
 
     def _answered(self, record: records.UpdateAnswered) -> None:
         if record.outcome == "invalid":
@@ -132,7 +139,9 @@ class MemoryLedger:
     def _devices(self, accepted: Counter[str]) -> dict[str, dict[str, Any]]:
         bases: dict[str, int] = {}
         spent: dict[str, float | None] = {}
+        samples: dict[str, int] = {}
         for row in self.contributions:
+            samples[row.device] = row.samples
             spent[row.device] = row.epsilon
             bases[row.device] = max(row.base, bases.get(row.device, -1))
         newest = len(self._versions) - 1
@@ -143,8 +152,10 @@ class MemoryLedger:
                 "base": bases.get(name),
                 "staleness": newest - bases[name] if name in bases else None,
                 "updates": accepted[name],
+                "samples": samples.get(name),
                 "epsilon": spent.get(name),
-                "local": self._local.device(name),
+                "local": self._measurements.devices.device(name, self._measurements.better),
+                "classes": dict(self._classes.get(name, {})) or None,
             }
             for name, status in self._statuses.items()
         }
@@ -152,14 +163,11 @@ class MemoryLedger:
     def _version(self, number: int) -> dict[str, Any]:
         row = self._versions[number]
         made = row.made
-        evaluations = dict(sorted(self._metrics.get(number, {}).items()))
         return {
             "version": number,
             "time": row.seconds,
             "updates": made.updates if made is not None else 0,
             "staleness_mean": made.staleness_mean if made is not None else 0.0,
             "staleness_max": made.staleness_max if made is not None else 0,
-            "metrics": next(iter(evaluations.values()), {}),
-            "evaluations": evaluations,
-            "local": self._local.version(number),
+            **self._measurements.version(number),
         }

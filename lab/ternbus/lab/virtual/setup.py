@@ -23,6 +23,7 @@ from ternbus.broker.protocol.identity import Identity, seal
 from ternbus.broker.protocol.schema import Schema, Vector, to_vector
 from ternbus.edge.core.follower import InitialModel
 from ternbus.edge.core.profile import Profile
+from ternbus.edge.learn.class_counts import class_counts_of
 from ternbus.edge.learn.task import Task
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.privacy import PrivacyPolicy
@@ -137,6 +138,7 @@ def bodies(
                 policy=policy,
                 software=SOFTWARE,
                 reports=held is not None,
+                classes=class_counts_of(trainer),
                 fine_tune=scenario.local.fine_tune if held is not None else 0.0,
             ),
             initial_model=initial_model,

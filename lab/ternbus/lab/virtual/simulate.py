@@ -28,6 +28,9 @@ from ternbus.lab.report import report
 from ternbus.lab.report.failing import FailingDevices, named
 from ternbus.lab.report.observation import Observation
 from ternbus.lab.report.progress import Progress
+from ternbus.lab.scenario import plan_check
+from ternbus.lab.scenario.partitions import in_scenario_words
+from ternbus.lab.scenario.resolve import settled
 from ternbus.lab.scenario.scenario import Fault, Scenario
 from ternbus.lab.virtual import setup
 from ternbus.lab.virtual.clock import Clock
@@ -79,9 +82,13 @@ class Simulation:
         with self._explained():
             self._evaluator = task.evaluator(data=scenario.data)
             model = task.initial(scenario.seed)
+            found = settled(scenario, task)
+        self._scenario = scenario = found.scenario
+        chosen = plan_check.settings(scenario, task)  # the data may have said how many devices a barrier waits for
+        for line in found.lines:
+            progress.say(line)
         self.schema = Schema.of({name: array.shape for name, array in model.items()}, scenario.dense)
         names = [f"device-{index}" for index in range(scenario.devices)]
-        chosen = scenario.settings(task.default_plan)
         if folder is None:
             founded = setup.without_disk(scenario.seed, names, model, chosen, self.schema)
         else:
@@ -90,7 +97,7 @@ class Simulation:
         self.aggregator = VirtualAggregator(self.clock, self.broker, founded.ledger, founded.core, self._made)
         vectors: WeakValueDictionary[bytes, Vector] = WeakValueDictionary()
         public = self.aggregator.core.identity.public
-        with self._explained():
+        with self._explained(), in_scenario_words(scenario.partition):
             bodies = setup.bodies(scenario, task, model, public, founded.codes, place=place)
         self.devices = [
             VirtualDevice(
@@ -151,18 +158,19 @@ class Simulation:
     def report(self, wall_seconds: float) -> dict[str, Any]:
         """The content of `report.json`; each version also has the bytes `carried` until it was made.
 
-        For each device: the number of its accepted updates, and its spent epsilon by its own account.
+        Of each device it has the true number of samples, also by class, and its spent epsilon by its own account.
         """
         result = report.summary(
             self.moment(), scenario=self._scenario, parameters=self.parameters, wall_seconds=wall_seconds, virtual=True
         )
         for row, carried in zip(result["versions"], self.carried, strict=True):
             row |= {"update_bytes": carried.update, "delta_bytes": carried.delta, "snapshot_bytes": carried.snapshot}
-        accepted = {device.name: device.updates for device in self.moment().devices}
-        result["devices"] = {
-            device.name: {"updates": accepted[device.name], "epsilon": device.state.account.epsilon}
-            for device in self.devices
-        }
+        for device in self.devices:
+            result["devices"][device.name] |= {
+                "samples": device.samples,
+                "classes": device.classes or None,
+                "epsilon": device.state.account.epsilon,
+            }
         return result
 
     def export(self, path: Path) -> None:
@@ -185,11 +193,12 @@ class Simulation:
         """Handle a new version: evaluate it, show progress, check for the end, inject faults."""
         self._made_at = self.clock.now
         self.carried.append(self._count())
-        found = None
+        evaluations = []
         if version % self._scenario.simulate.evaluate_every == 0:
-            found = self._evaluate(version, vector).values.get("accuracy")
+            found = self._evaluate(version, vector)
+            evaluations.append(found.values)
             self._progress.show(self.moment(), self.clock.now)
-        self._ended = self._scenario.end.reached(version=version, seconds=self.clock.now, accuracy=found)
+        self._ended = self._scenario.end.reached(version=version, seconds=self.clock.now, evaluations=evaluations)
         self._disturb(version)
 
     def _count(self) -> Carried:
@@ -203,8 +212,14 @@ class Simulation:
     def _evaluate(self, version: int, vector: Vector) -> Evaluation:
         with self._explained():
             found = self._evaluator.evaluate(to_tensors(self.schema, vector))
+        end = self._scenario.end
+        if self._evaluated < 0 and (fault := end.missing(found.values)):
+            raise ConfigError(fault)
+        end.check(found.values, found.better)
         self._evaluated = version
-        metrics = Metrics(version=version, samples=found.samples, split="test", values=found.finite)
+        metrics = Metrics(
+            version=version, samples=found.samples, split="test", values=found.finite, better=found.better
+        )
         self.ledger.write(
             [records.MetricsReceived(device=setup.EVALUATOR, seq=version, metrics=metrics)], self.clock.now
         )

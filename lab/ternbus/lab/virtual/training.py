@@ -30,6 +30,7 @@ from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.shell.worker import TrainingResult, train
 from ternbus.lab.hostile import HostileTrainer
 from ternbus.lab.interrupts import without_interrupts
+from ternbus.lab.scenario.resolve import settled
 from ternbus.lab.scenario.scenario import Scenario
 
 Awaited = Callable[[], TrainingResult]
@@ -132,11 +133,11 @@ def _readable_errors() -> Iterator[None]:
 def pairs(scenario: Scenario, task: Task, model: Tensors) -> list[Pair]:
     """The trainers of every device; hostile devices hold no data out."""
     partitions = [scenario.partition_of(index) for index in range(scenario.devices)]
-    behaviours, share = scenario.behaviours, scenario.local.hold_out
+    behaviours, widths, share = scenario.behaviours, scenario.widths, scenario.local.hold_out
     made: dict[int, Pair] = {}
-    for width in sorted(set(scenario.widths)):  # devices of equal width share a model
+    for width in sorted(set(widths)):  # devices of equal width share a model
         trained = narrow(task, width)
-        chosen = [index for index in range(scenario.devices) if scenario.widths[index] == width]
+        chosen = [index for index in range(scenario.devices) if widths[index] == width]
         parts = [partitions[index] for index in chosen]
         if share:
             tried_by = None if trained is task else task
@@ -161,7 +162,8 @@ def _begin_worker(parent: int, scenario: Scenario) -> None:
     os.environ.pop(SAFE_PATH, None)  # must not affect processes that the task may start
     parent_death.tie(parent)
     task = load_task(scenario.task)
-    _trainers.extend(trainer for trainer, _ in pairs(scenario, task, task.initial(scenario.seed)))
+    found = settled(scenario, task).scenario
+    _trainers.extend(trainer for trainer, _ in pairs(found, task, task.initial(scenario.seed)))
 
 
 def _train_in_worker(device: int, job: StartTraining) -> TrainingResult:

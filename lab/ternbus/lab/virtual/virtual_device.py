@@ -1,7 +1,7 @@
 """The simulated device: the real core and real training, in virtual time."""
 
 from collections import Counter
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import assert_never
@@ -31,6 +31,7 @@ from ternbus.edge.core.profile import Profile
 from ternbus.edge.core.state import State
 from ternbus.edge.learn.task import Trainer
 from ternbus.edge.shell.worker import evaluate, fine_tune
+from ternbus.lab.hostile import HostileTrainer
 from ternbus.lab.virtual.clock import Alarm, Clock
 from ternbus.lab.virtual.memory_broker import Line, MemoryBroker, Session
 from ternbus.lab.virtual.training import Awaited
@@ -80,6 +81,16 @@ class VirtualDevice:
     @property
     def name(self) -> str:
         return self._body.profile.device
+
+    @property
+    def samples(self) -> int:
+        """Those that it trains on; a hostile device may report another number."""
+        trainer = self._body.trainer
+        return trainer.honest.samples if isinstance(trainer, HostileTrainer) else trainer.samples
+
+    @property
+    def classes(self) -> Mapping[str, int]:
+        return self._body.profile.classes
 
     def start(self) -> None:
         self._runs = True
@@ -190,7 +201,7 @@ class VirtualDevice:
             job = self.core.fine_tuning.job(training.plan, version, schema, vector)
             tuned = fine_tune(self._body.trainer, held, job)
             found = found if isinstance(tuned, events.FineTuningFailed) else tuned
-        return Metrics(version=version, samples=found.samples, split="local", values=found.values)
+        return self.core.evaluation.metrics(found)
 
     def _share(self) -> None:
         follower, training = self.core.follower, self.core.training

@@ -1,0 +1,126 @@
+"""The status of an aggregator as text, for people."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from ternbus.aggregator.core import disk_guard
+from ternbus.aggregator.store import device_metrics
+from ternbus.aggregator.store.device_metrics import shown_name, shown_value
+from ternbus.broker.protocol.direction import for_people
+from ternbus.broker.text_table import text_table
+
+VERSIONS_MAX: Final = 10
+METRICS_MAX: Final = 4  # of one evaluator; `--json` has all
+
+
+def summary(found: Mapping[str, Any]) -> str:
+    """What `ternbus aggregator status` prints."""
+    counts = dict(found["counts"])
+    invalid = counts.pop("invalid")
+    lines = [
+        f"federation {found['federation']}: {found['state']}, version {found['version']}, digest {found['digest']}",
+        f"{found['buffer']} in the buffer",
+        "updates: " + ", ".join(f"{value} {name}" for name, value in counts.items()),
+    ]
+    if invalid:
+        lines.append("refused: " + ", ".join(f"{value} {name}" for name, value in invalid.items()))
+    if found["disk"]["state"] != disk_guard.ENOUGH:
+        lines.append(disk_guard.sentence(found["disk"]["free"]))
+    versions = found["versions"][-VERSIONS_MAX:]
+    if measured := _measured(versions, found["metric"]):
+        names = dict.fromkeys(name for _, name in measured)
+        shown = (f"{shown_name(name)} ({found['better'][name]} is better)" for name in names)
+        lines.append(f"metrics: {', '.join(shown)}")
+    lines += [f"{name}: {value}" for name, value in device_metrics.sentences(found["local"])]
+    lines += [
+        f"{name}: two machines use its key; revoke it, and invite each machine by its own name"
+        for name, row in found["devices"].items()
+        if row["cloned"]
+    ]
+    if (claim := found["claim"]) is not None:
+        lines.append(
+            f"{claim['device']} names version {claim['version']}, which is not here: if this folder was copied back "
+            "from a backup, stop the aggregator and run: ternbus aggregator restored DIR"
+        )
+    lines += ["", *device_table(found)]
+    return "\n".join([*lines, "", *_version_table(versions, measured, _local_metric(found))])
+
+
+def _local_metric(found: Mapping[str, Any]) -> str | None:
+    """The primary metric of the devices' own data; None where no device reports any."""
+    return None if found["local"] is None else found["local"]["metric"]
+
+
+def _measured(versions: Sequence[Mapping[str, Any]], metric: str | None) -> list[tuple[str, str]]:
+    """The (evaluator, metric) to show: each evaluator's primary ``metric`` first."""
+    names: dict[str, dict[str, None]] = {}
+    for row in versions:
+        for evaluator, values in row["evaluations"].items():
+            names.setdefault(evaluator, {}).update(dict.fromkeys(values))
+    return [
+        (evaluator, name) for evaluator in sorted(names) for name in for_people(names[evaluator], metric)[:METRICS_MAX]
+    ]
+
+
+def _version_table(
+    versions: Sequence[Mapping[str, Any]], measured: Sequence[tuple[str, str]], local: str | None
+) -> list[str]:
+    """A column for each ``measured`` metric of an evaluator; the last ones are of the devices' ``local`` metric."""
+    headings = [f"{shown_name(name)} by {evaluator}" for evaluator, name in measured] or ["accuracy"]
+    columns = dict.fromkeys(("version", "updates", "staleness", *headings), ">") | {"time": "<"}
+    if local is not None:
+        columns |= {"worst tenth": ">", "median": ">", "devices": ">"}
+    rows = []
+    for row in versions:
+        values = [row["evaluations"].get(evaluator, {}).get(name) for evaluator, name in measured] or [None]
+        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["time"]))
+        cells = [row["version"], row["updates"], f"{row['staleness_mean']:.2f}/{row['staleness_max']}"]
+        cells += [*map(shown_value, values), moment]
+        if local is not None:
+            own = (row["local"] or {"metrics": {}})["metrics"].get(local, {})
+            cells += [shown_value(own.get(name)) for name in ("worst_decile", "median")]
+            cells.append(own.get("devices"))
+        rows.append(cells)
+    return text_table(columns, rows)
+
+
+def device_table(found: Mapping[str, Any]) -> list[str]:
+    """The lines of the table of a status's devices."""
+    devices, metric = found["devices"], _local_metric(found)
+    tuned = metric is not None and found["local"]["fine_tuned"] is not None
+    columns = dict.fromkeys(("device", "role", "state"), "<")
+    columns |= dict.fromkeys(("updates", "samples", "base", "staleness", "kB", "last seq"), ">")
+    private = any(row["epsilon"] is not None for row in devices.values())
+    if private:
+        columns["epsilon"] = ">"
+    if metric is not None:
+        columns |= {"held out": ">", f"own {shown_name(metric)}": ">"}
+        columns |= {"gain": ">"} if tuned else {}
+    if any(row["failing"] for row in devices.values()):
+        columns["failing"] = "<"
+    rows = []
+    for name, row in devices.items():
+        state = row["state"] if row["key_state"] == "active" else row["key_state"]
+        state += ", cloned?" if row["cloned"] else ""
+        traffic = [f"{row['bytes'] / 1000:.1f}", row["last_seq"]]
+        cells = [
+            name,
+            row["role"] or "any",
+            state,
+            row["updates"],
+            row["samples"],
+            row["base"],
+            row["staleness"],
+            *traffic,
+        ]
+        if private:
+            cells.append(None if row["epsilon"] is None else f"{row['epsilon']:.3f}")
+        if metric is not None:
+            own = row["local"] or {"samples": None, "metrics": {}, "gain": {}}
+            cells += [own["samples"], shown_value(own["metrics"].get(metric))]
+            cells += [shown_value(own["gain"].get(metric), "+")] if tuned else []
+        if "failing" in columns:
+            cells.append(row["failing"])
+        rows.append(cells)
+    return text_table(columns, rows)

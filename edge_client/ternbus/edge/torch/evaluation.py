@@ -1,0 +1,85 @@
+"""The evaluation of a model on a whole split, on as many samples at a time as the memory allows."""
+
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from ternbus.edge.learn.failure import is_memory
+from ternbus.edge.learn.task import Evaluation
+from ternbus.edge.learn.task_loader import code_errors
+from ternbus.edge.plan.plan import Plan
+from ternbus.edge.torch import device as devices
+from ternbus.edge.torch import scoring
+from ternbus.edge.torch.autotune import Way
+from ternbus.edge.torch.batches import inputs_of, prepared
+from ternbus.edge.torch.objective import Objective, number
+from ternbus.edge.torch.samples import Samples
+from ternbus.edge.torch.tree import Tree, leaves, row_count, some_rows
+
+if TYPE_CHECKING:
+    from ternbus.edge.torch.torch_task import TorchTask
+    from ternbus.edge.torch.trainer import Shared
+
+BATCH: Final = 500  # samples at most, unless the plan asks for more
+BYTES: Final = 2**20  # of inputs, up to which a batch may be larger than the plan's
+
+
+class Scorer:
+    """Evaluates the model, which is loaded and in evaluation mode, on one split."""
+
+    def __init__(self, task: "TorchTask", samples: Samples, objective: Objective) -> None:
+        self._task = task
+        self._samples = samples
+        self._objective = objective
+        self._metrics = task.measured()
+        self._small: int | None = None  # how many samples are of `BYTES`
+
+    def evaluated(self, shared: "Shared", plan: Plan) -> Evaluation:
+        """The metrics of all samples at once, and their mean loss."""
+        scores, loss = scoring.Scores(self._metrics), 0.0
+        for batch in self._samples.in_order(min(shared.fitting, self._size(plan))):
+            loss += self._scored(shared, batch, plan, scores)
+        return Evaluation(
+            samples=len(self._samples),
+            values={**scores.values(), "loss": loss / len(self._samples)},
+            better=scoring.directions(self._metrics),
+        )
+
+    def _scored(self, shared: "Shared", batch: Tree, plan: Plan, scores: scoring.Scores) -> float:
+        """The sum of the samples' losses; what is too much for the memory is evaluated by halves."""
+        count = row_count(batch)
+        fits = count is None or count <= shared.fitting
+        try:
+            if fits:
+                ready = prepared(batch, shared.travelling.dtype, shared.device)
+                found = self._objective.of(shared.model, ready, plan, Way())
+                loss = number(found.value, "loss()") * (count or _count(batch))
+                if (outputs := self._objective.outputs(shared.model, ready, found)) is not None:
+                    scores.keep(outputs, self._task.targets(ready))
+                return loss
+        except code_errors() as error:
+            if count is None or count < 2 or not is_memory(error):
+                raise
+            shared.fitting = count // 2
+        assert count is not None  # noqa: S101 - see above
+        devices.free(shared.device)
+        half = shared.fitting
+        parts = [some_rows(batch, slice(first, first + half)) for first in range(0, count, half)]
+        return sum(self._scored(shared, part, plan, scores) for part in parts)
+
+    def _size(self, plan: Plan) -> int:
+        """The plan's batch size, so that an evaluation needs no more memory than a training; more of small inputs."""
+        asked = plan.evaluation_batch_size
+        if asked is not None:
+            return asked
+        if self._small is None:
+            found = list(leaves(inputs_of(self._samples.batch(slice(0, 1)))))
+            size = sum(leaf.numel() * max(4, leaf.element_size()) for leaf in found)
+            numbers = all(leaf.is_floating_point() or leaf.dtype == torch.uint8 for leaf in found)  # no words to embed
+            self._small = BYTES // max(1, size) if numbers else 0
+        return min(BATCH, max(plan.batch_size, self._small))
+
+
+def _count(batch: Any) -> int:
+    """The number of samples of a batch whose tensors differ in length: that of the first."""
+    return next((len(leaf) for leaf in leaves(batch) if leaf.dim()), 1)

@@ -1,0 +1,126 @@
+"""Under differential privacy the time of a training is the plan's, not the data's: also where it fails."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ternbus.broker.protocol.schema import Schema, to_vector
+from ternbus.edge.core import events
+from ternbus.edge.core.actions import StartTraining
+from ternbus.edge.learn.noise import RandomSource
+from ternbus.edge.plan.plan import Plan
+from ternbus.edge.shell.worker import train
+from ternbus.edge.torch.trainer import TorchTask
+
+pytest.importorskip("dp_accounting")
+
+SAMPLES, BATCH = 12, 3
+PLAN: dict[str, object] = {
+    "dp": "device", "dp_clip": 1.0, "dp_noise": 1.0, "dp_epsilon": 1e6, "batch_size": BATCH, "local_steps": 8,
+}  # fmt: skip
+ODD = 1e6
+
+
+@dataclass
+class Clock:
+    """Only forward passes and sleep take time: one second for each pass."""
+
+    now: float = 0.0
+    seen: list[Tensor] = field(default_factory=list)
+
+    def read(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def pass_over(self, inputs: Tensor) -> None:
+        self.now += 1.0
+        self.seen.append(inputs.detach().clone())
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock.read)
+    monkeypatch.setattr(time, "sleep", clock.sleep)
+    return clock
+
+
+class Device:
+    """A device with one sample that stops a training, or without it."""
+
+    def __init__(self, clock: Clock, *, odd: bool, refuses: Callable[[Tensor], bool] = lambda _: False) -> None:
+        class Timed(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.linear = nn.Linear(4, 3)
+
+            def forward(self, inputs: Tensor) -> Tensor:
+                clock.pass_over(inputs)
+                if (inputs >= ODD).any() or refuses(inputs):
+                    raise ValueError("a sample that the model does not take")
+                outputs: Tensor = self.linear(inputs)
+                return outputs
+
+        def data(folder: Path | None, split: str) -> tuple[Tensor, Tensor]:
+            inputs = torch.ones(SAMPLES, 4)
+            inputs[:BATCH] = ODD if odd else 1.0
+            return inputs, torch.zeros(SAMPLES, dtype=torch.long)
+
+        self.clock = clock
+        task = TorchTask(name="own", model=Timed, data=data)
+        self.start = task.initial(0)
+        self.trainer = task.trainer(data=None, partition="all")
+
+    def train(self, **plan: Any) -> tuple[float, events.TrainingFinished]:
+        """How long it takes, and the result."""
+        schema = Schema.of({name: tensor.shape for name, tensor in self.start.items()})
+        vector = to_vector(schema, self.start)
+        wanted = Plan.from_meta({**PLAN, **plan})
+        job = StartTraining(base=0, schema=schema, vector=vector, residual=None, plan=wanted, seed=1)
+        began = self.clock.now
+        result = train(self.trainer, job, RandomSource(np.random.default_rng(3).bytes))
+        assert isinstance(result, events.TrainingFinished)
+        return self.clock.now - began, result
+
+
+@pytest.mark.parametrize("limit", [{}, {"local_seconds": 3.0}, {"local_seconds": 100.0}, {"local_steps": 1}])
+def test_a_training_that_fails_takes_as_long_as_one_that_does_not(clock: Clock, limit: dict[str, object]) -> None:
+    """The very first one too."""
+    took, result = Device(clock, odd=False).train(**limit)
+    failed_in, failed = Device(clock, odd=True).train(**{**limit, "batch_size": SAMPLES})  # so that the first step does
+    assert (result.failure, bool(failed.failure)) == ("", True)
+    assert failed_in == took
+
+
+def test_no_other_plan_decides_how_long_a_training_that_fails_takes(clock: Clock) -> None:
+    device, without = Device(clock, odd=True), Device(clock, odd=False)
+    for steps in (40, 2, 40, 7):
+        took, _ = without.train(local_steps=steps)
+        failed_in, failed = device.train(local_steps=steps, batch_size=SAMPLES)
+        assert failed.failure
+        assert failed_in == took
+
+
+def test_the_fastest_way_is_measured_without_the_data_under_differential_privacy(clock: Clock) -> None:
+    device = Device(clock, odd=True)
+    device.train(precision="auto")
+    first = next(number for number, inputs in enumerate(clock.seen) if inputs.any())
+    assert first >= 10  # passes to find the way, and the time of a step
+    clock.seen.clear()
+    Device(clock, odd=False).train(precision="auto", dp="none")
+    assert clock.seen[0].any()
+
+
+def test_a_model_that_takes_no_zeros_is_trained_all_the_same(clock: Clock) -> None:
+    device = Device(clock, odd=False, refuses=lambda inputs: not inputs.any())
+    _, result = device.train(precision="auto")
+    assert result.failure == ""
