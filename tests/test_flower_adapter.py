@@ -18,7 +18,8 @@ from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.shell.preflight import check
 from ternbus.edge.tasks.digits_data import load
-from ternbus.lab.scenario.scenario import Local
+from ternbus.lab.scenario.resolve import settled
+from ternbus.lab.scenario.scenario import Local, Scenario
 
 
 class Client:
@@ -76,6 +77,12 @@ def test_a_part_that_a_number_does_not_name_is_refused(partition: str) -> None:
         ConfigError, match=f"--partition {partition}: a Flower client divides its data itself.*write iid:I/N or all"
     ):
         task_of().trainer(data=None, partition=partition)
+
+
+def test_the_lab_falls_back_to_equal_parts_and_says_so() -> None:
+    found = settled(Scenario(task="mine"), task_of())
+    assert found.scenario.partition == "iid"
+    assert found.lines == ['partition = "iid": a Flower client divides its data itself, as part I of N']
 
 
 def test_the_plan_is_told_as_flower_tells_it() -> None:

@@ -81,7 +81,8 @@ def test_a_training_is_that_of_the_module_s_own_optimizer() -> None:
 
     def module() -> Digits:
         net = Digits()
-        net.layers[3].p = 0.0  # no dropout: the seeds differ
+        dropout: Any = net.layers[3]
+        dropout.p = 0.0  # the seeds differ
         return net
 
     task = task_of(module)
