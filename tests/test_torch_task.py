@@ -400,6 +400,9 @@ def test_an_evaluation_takes_as_many_samples_at_a_time_as_the_plan(monkeypatch: 
                      torch.zeros(50).long()), default_plan={"batch_size": 20})  # fmt: skip
     assert evaluated(wide).samples == sum(seen) == 50
     assert max(seen) == 20
+    seen.clear()
+    assert evaluated(wide.replaced(default_plan={"evaluation_batch_size": 30})).samples == sum(seen)
+    assert max(seen) == 30
     small = TorchTask(name="own", model=lambda: Counting(8, 3), data=lambda folder, split: (INPUTS.repeat(20, 1),
                       TARGETS.repeat(20)))  # fmt: skip
     seen.clear()
