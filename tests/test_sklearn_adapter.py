@@ -22,7 +22,7 @@ from ternbus.edge.learn.metric import higher
 from ternbus.edge.learn.task import Evaluation, Trained, TrainingError, halves_of
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import Tensors
-from ternbus.edge.shell.preflight import check
+from ternbus.edge.shell.preflight import Conditions, check
 from ternbus.edge.tasks.digits_data import CLASSES, PIXELS, load
 
 CLASSIFIERS = [  # with what the plan changes, and how far below central training the federation may stay
@@ -67,7 +67,7 @@ def centrally(estimator: Any, data: Any) -> float:
 
 @pytest.mark.parametrize("estimator", [*(each[0] for each in CLASSIFIERS), MLPClassifier()], ids=str)
 def test_a_classifier_trains_on_a_device_that_lacks_classes_and_the_same_seed_gives_the_same(estimator: Any) -> None:
-    report = check(task_of(estimator), partition="dirichlet:0.1:0/4:0")
+    report = check(task_of(estimator), Conditions(partition="dirichlet:0.1:0/4:0"))
     assert not report.problems
     assert not [note for note in report.notes if "another result" in note or "another model" in note]
 
