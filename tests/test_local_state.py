@@ -259,8 +259,9 @@ def test_no_local_tensor_brings_samples_without_noise_into_a_training_under_samp
         assert (job.base, job.plan.dp) == (number, "sample")
         assert job.local == (b"" if number == 1 else kept)
         device.handle(replace(trained(job), local=None if fails else b"noisy"))
-    assert device.disk.rejoined(device.core.profile.key).local_under("sample") == kept
-    assert device.disk.rejoined(device.core.profile.key).protected == "sample"
+    assert device.disk is not None
+    rejoined = device.disk.rejoined(device.core.profile.key)
+    assert (rejoined.local_under("sample"), rejoined.protected) == (kept, "sample")
 
 
 def test_equal_tensors_are_packed_as_equal_bytes() -> None:
