@@ -241,6 +241,17 @@ def test_an_array_that_is_mapped_from_a_file_stays_in_the_file(tmp_path: Path) -
     assert same(trained((mapped, TARGETS)), trained((INPUTS, TARGETS)))
 
 
+def test_a_model_that_changes_its_inputs_in_place_does_not_change_the_data() -> None:
+    inputs = INPUTS.clone()
+    task = task_of((inputs, TARGETS)).replaced(model=lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 3)))
+    start = task.initial(0)
+    trainer, evaluator = task.trainer(data=None, partition="all"), task.evaluator(data=None)
+    first = evaluator.evaluate(start)
+    trainer.train(start, PLAN, version=0, seed=0)
+    assert torch.equal(inputs, INPUTS)
+    assert evaluator.evaluate(start) == first
+
+
 def test_owners_have_labels_of_any_kind() -> None:
     names = np.array(["Zoe", "Ann", "Mia"])[np.arange(SAMPLES) % 3]
     for owners in (names, names.tolist(), np.array([700, 5, 9])[np.arange(SAMPLES) % 3], [2, 0, 1] * 30):
