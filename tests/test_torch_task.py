@@ -220,6 +220,49 @@ def test_a_model_with_a_loss_of_its_own_needs_no_other() -> None:
     assert evaluated(task, one.tensors).values == pytest.approx(evaluated(PLAIN, other.tensors).values)
 
 
+class Named(nn.Module):
+    """Takes its inputs by name, and no targets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 3)
+
+    def forward(self, values: Tensor) -> Any:
+        return {"logits": self.layer(values), "loss": None}
+
+
+@pytest.mark.parametrize("key", ["labels", "y"])
+def test_a_model_that_takes_no_targets_gets_none_and_its_logits_are_scored(key: str) -> None:
+    def own(folder: Path | None, split: str) -> Any:
+        inputs, targets = data(folder, split)
+        return {"values": inputs, key: targets}
+
+    task = TorchTask(name="own", model=Named, data=own)
+    one, other = trained(task), trained(PLAIN)
+    assert all(np.array_equal(one.tensors[f"layer.{name}"], other.tensors[name]) for name in other.tensors)
+    assert evaluated(task, one.tensors) == evaluated(PLAIN, other.tensors)
+
+
+def test_what_cross_entropy_does_not_take_is_refused_in_words() -> None:
+    pairs = TorchTask(name="own", model=lambda: nn.LSTM(8, 3), data=data)  # its outputs are a pair, and no loss
+    numbers = TorchTask(name="own", model=linear, data=lambda folder, split: (INPUTS, INPUTS[:, :3]))
+    alone = TorchTask(name="own", model=Named, data=lambda folder, split: {"values": INPUTS})
+    for task, said in (
+        (pairs, "the model returns tuple, which cross entropy does not take: give the task a loss"),
+        (numbers, "the targets are numbers with a fraction, and cross entropy needs classes"),
+        (alone, "the targets are NoneType"),
+    ):
+        for use in (trained, evaluated):
+            with pytest.raises(ConfigError, match=said):
+                use(task)
+
+
+def test_targets_may_be_the_probability_of_each_class() -> None:
+    soft = functional.one_hot(TARGETS.long(), 3) * 0.9 + 0.1 / 3
+    found = evaluated(TorchTask(name="own", model=linear, data=lambda folder, split: (INPUTS, soft)))
+    assert set(found.values) == {"loss"}
+
+
 def test_images_are_segmented() -> None:
     images = torch.randint(0, 256, (30, 1, 12, 12), dtype=torch.uint8, generator=DRAW)
     masks = (images[:, 0] > 127).to(torch.uint8)

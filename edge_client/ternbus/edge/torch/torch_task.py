@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.tensor_kinds import TensorKinds
@@ -152,7 +151,7 @@ class TorchTask:
         return inputs
 
     def predict(self, net: nn.Module, batch: Tree) -> Tree:
-        """The outputs: net(inputs) of a pair, net(**batch) of a dict."""
+        """The outputs: net(inputs) of a pair, net(**batch) of a dict, without the targets if it does not take them."""
         return objective.called(net, batch)
 
     def targets(self, batch: Tree) -> Tree:
@@ -162,13 +161,10 @@ class TorchTask:
     def loss(self, net: nn.Module, batch: Tree, plan: Plan) -> Any:  # noqa: ARG002 - others need it
         """The loss of a batch, its mean; or (loss, outputs), which saves an evaluation a second forward pass.
 
-        Cross entropy of the classes in the targets, unless the model's outputs have a `loss`.
+        Cross entropy of the outputs, or of the `logits` in them, unless they have a `loss`.
         """
         outputs = self.predict(net, batch)
-        found = objective.read(outputs)
-        if found.outputs is not None:
-            return found.value, outputs
-        return functional.cross_entropy(outputs, self.targets(batch)), outputs
+        return objective.default_loss(outputs, self.targets(batch)), outputs
 
     def optimizers(self, net: nn.Module, plan: Plan) -> Any:  # noqa: ARG002 - others need it
         """For a `train_step` of one's own: modules, lists of parameters, or optimizers; in a dict or list if several.
