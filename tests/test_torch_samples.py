@@ -132,6 +132,15 @@ def test_the_same_samples_in_any_form_train_the_same_model(given: Any) -> None:
     assert evaluated.values == pytest.approx(expected.values)
 
 
+def test_a_dataset_of_tensors_is_its_tensors_and_serves_privacy_of_samples() -> None:
+    pair = task_of(TensorDataset(INPUTS, TARGETS)).evaluator(data=None).data
+    assert isinstance(pair, TensorSamples)
+    assert pair.at_random
+    assert isinstance(task_of(TensorDataset(INPUTS)).evaluator(data=None).data.batch(slice(0, 2)), Tensor)
+    own = task_of(TensorDataset(INPUTS, TARGETS), collate=lambda samples: samples).evaluator(data=None).data
+    assert not own.at_random
+
+
 def test_a_data_frame_is_taken() -> None:
     pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame({f"x{number}": INPUTS[:, number].numpy() for number in range(8)})

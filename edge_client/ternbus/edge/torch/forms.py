@@ -13,6 +13,7 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    TensorDataset,
     default_collate,
 )
 
@@ -35,6 +36,8 @@ def samples_of(given: Any, *, task: str, collate: Any = None, workers: Any = 0) 
         raise ConfigError(f"the task {task}: workers is {workers!r}, but must be a whole number from 0")
     if isinstance(given, DataLoader):
         given, collate, workers = _of_loader(given, task, collate, workers)
+    if type(given) is TensorDataset and collate is None:  # its tensors need no reading, and serve dp = "sample" too
+        given = given.tensors if len(given.tensors) > 1 else given.tensors[0]
     try:
         samples = _samples(given, task, collate or default_collate, workers)
     except TrainingError as error:  # of a stream that was read for its length
