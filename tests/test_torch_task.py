@@ -133,6 +133,33 @@ def test_a_subclass_has_the_name_of_its_class_unless_it_has_its_own() -> None:
     assert WithLoss().replaced(name="new").name == "new"
 
 
+def test_a_subclass_has_a_name_though_its_constructor_does_not_call_ours() -> None:
+    class Own(TorchTask):
+        def __init__(self, width: int) -> None:
+            self.width = width
+
+        def model(self) -> nn.Module:
+            return nn.Linear(self.width, 3)
+
+    assert Own(8).name == "Own"
+    assert Own(8).replaced(workers=1).name == "Own"
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "said"),
+    [
+        ("model", nn.Linear(8, 3), "model is a Linear: give a function that makes one, as lambda: Linear(…)"),
+        ("data", (INPUTS, TARGETS), "data is tuple, but must be a function"),
+        ("loss", "mse", "loss is str, but must be a function"),
+        ("collate", True, "collate is bool, but must be a function"),
+    ],
+)
+def test_what_is_no_function_is_refused_where_one_is_needed(argument: str, value: Any, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TorchTask(name="own", **{argument: value})
+    assert str(caught.value) == f"the task own: {said}"
+
+
 def test_a_task_without_a_model_or_data_says_so() -> None:
     with pytest.raises(ConfigError, match="the task own has no model"):
         TorchTask(name="own", data=data).initial(0)

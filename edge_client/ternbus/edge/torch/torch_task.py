@@ -19,7 +19,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 import torch
 from torch import nn
@@ -49,6 +49,16 @@ ARGUMENTS: Final = (
     "workers", "device", "predict", "optimizers", "train_step", "plan_keys",
     "stays_local", "statistics", "nonnegative",
 )  # fmt: skip
+FUNCTIONS: Final = (
+    "model", "data", "loss", "metric", "augment", "owners", "narrow", "collate", "predict", "optimizers", "train_step",
+)  # fmt: skip
+
+
+class _ClassName:
+    """A task's name where it has no other, also if a subclass has a constructor that does not call ours."""
+
+    def __get__(self, _: object, owner: type) -> str:
+        return owner.__name__
 
 
 class TorchTask:
@@ -63,10 +73,10 @@ class TorchTask:
     `loss` takes (outputs, targets), or (net, batch, plan), and returns the batch's mean. `metric`, named accuracy, and
     `metrics`, a dict of name to function, take the outputs and the targets of a whole split.
 
-    Raises `ConfigError` for metrics that are none.
+    Raises `ConfigError` for metrics that are none, and for what is no function where one is needed.
     """
 
-    name: str
+    name: str = cast("str", _ClassName())
     default_plan: Mapping[str, object] = {}
     plan_keys: Sequence[str] = ()
     stays_local: Sequence[str] = ()
@@ -115,8 +125,8 @@ class TorchTask:
     ) -> None:
         given = {each: value for each, value in locals().items() if each in ARGUMENTS and value is not None}
         vars(self).update(given)
-        if not isinstance(getattr(self, "name", None), str):
-            self.name = type(self).__name__
+        for each in FUNCTIONS:
+            _check_function(each, given.get(each), self.name)
         self.measured()
 
     # -- what a subclass may define
@@ -274,3 +284,12 @@ class TorchTask:
     def has_own(self, name: str) -> bool:
         """Whether this task defines the method, as an argument or in its class."""
         return name in vars(self) or getattr(type(self), name) is not getattr(TorchTask, name)
+
+
+def _check_function(argument: str, value: Any, task: str) -> None:
+    """Raises `ConfigError` for a value that is no function, and for a model in place of a function that makes one."""
+    if argument == "model" and isinstance(value, nn.Module):
+        kind = type(value).__name__
+        raise ConfigError(f"the task {task}: model is a {kind}: give a function that makes one, as lambda: {kind}(…)")
+    if value is not None and not callable(value) and not isinstance(value, Metric):
+        raise ConfigError(f"the task {task}: {argument} is {type(value).__name__}, but must be a function")
