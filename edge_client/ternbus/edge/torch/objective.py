@@ -13,7 +13,7 @@ from ternbus.broker.errors import ConfigError
 from ternbus.edge.learn.task import TrainingError
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.torch.autotune import Way
-from ternbus.edge.torch.batches import inputs_of, is_pair, target_key
+from ternbus.edge.torch.batches import inputs_of, is_pair, target_key, without_targets
 from ternbus.edge.torch.tree import Tree, mapped
 
 if TYPE_CHECKING:
@@ -81,9 +81,7 @@ def called(net: nn.Module, batch: Tree) -> Tree:
     The targets among these are left out where the model does not take them.
     """
     if isinstance(batch, Mapping):
-        key = target_key(batch)
-        named = batch if _takes(net.forward, key) else {name: each for name, each in batch.items() if name != key}
-        return net(**named)
+        return net(**(batch if _takes(net.forward, target_key(batch)) else without_targets(batch)))
     if isinstance(batch, tuple | list) and not is_pair(batch):
         raise ConfigError(
             f"the data have {len(batch)} parts: nest them as (inputs, targets), or give the task its own "
