@@ -52,7 +52,10 @@ class Items(Dataset[Any]):
 
 
 class Unrelated:
-    """As of a library that has no Dataset of torch."""
+    """As of a library that has no Dataset of torch; what it holds is not what it gives."""
+
+    def __init__(self) -> None:
+        self.all = torch.zeros(SAMPLES)
 
     def __len__(self) -> int:
         return SAMPLES

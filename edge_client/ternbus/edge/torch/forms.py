@@ -57,10 +57,11 @@ def _samples(given: Any, task: str, collate: Any, workers: int) -> Samples:
             f"the task {task}: dataset() gave one table: give (inputs, targets), as in "
             'frame.drop(columns="y"), frame["y"]'
         )
-    if isinstance(given, Tensor | np.ndarray | tuple | list | Mapping) or list(leaves(given)):
-        return TensorSamples(tree=_checked(converted(lambda leaf: _tensor(leaf, task), given), task))
-    if hasattr(given, "__getitem__") and hasattr(given, "__len__"):  # as of the library datasets
+    container = isinstance(given, Tensor | np.ndarray | tuple | list | Mapping)
+    if not container and hasattr(given, "__getitem__") and hasattr(given, "__len__"):  # as of the library datasets
         return _of_dataset(given, task, collate, workers)
+    if container or list(leaves(given)):
+        return TensorSamples(tree=_checked(converted(lambda leaf: _tensor(leaf, task), given), task))
     if hasattr(given, "__iter__"):
         if iter(given) is given:
             raise ConfigError(
