@@ -173,6 +173,17 @@ def test_samples_that_are_dicts_have_their_targets_by_name() -> None:
 # -- streams
 
 
+def test_an_object_that_can_be_iterated_is_a_stream_whatever_it_holds() -> None:
+    class Own:
+        def __init__(self) -> None:
+            self.held = torch.zeros(3)
+
+        def __iter__(self) -> Iterator[Any]:
+            return iter(Stream())
+
+    assert same(trained(Own()), trained(Stream()))
+
+
 def test_a_stream_is_read_in_its_own_order_again_and_again() -> None:
     assert Plan(local_steps=2, batch_size=70).steps(SAMPLES) == 2  # the second begins in the first pass
     trainer = task_of(Stream()).trainer(data=None, partition="all")

@@ -274,7 +274,9 @@ def test_what_cross_entropy_does_not_take_is_refused_in_words() -> None:
     pairs = TorchTask(name="own", model=lambda: nn.LSTM(8, 3), data=data)  # its outputs are a pair, and no loss
     numbers = TorchTask(name="own", model=linear, data=lambda folder, split: (INPUTS, INPUTS[:, :3]))
     alone = TorchTask(name="own", model=Named, data=lambda folder, split: {"values": INPUTS})
+    several = TorchTask(name="own", model=lambda: nn.ModuleDict({"a": nn.Linear(8, 3)}), data=data)
     for task, said in (
+        (several, r"the model is a ModuleDict, which has no forward\(\): give the task predict"),
         (pairs, "the model returns tuple, which cross entropy does not take: give the task a loss"),
         (numbers, "the targets are numbers with a fraction, and cross entropy needs classes"),
         (alone, "the targets are NoneType"),

@@ -60,15 +60,15 @@ def _samples(given: Any, task: str, collate: Any, workers: int) -> Samples:
     container = isinstance(given, Tensor | np.ndarray | tuple | list | Mapping)
     if not container and hasattr(given, "__getitem__") and hasattr(given, "__len__"):  # as of the library datasets
         return _of_dataset(given, task, collate, workers)
-    if container or list(leaves(given)):
-        return TensorSamples(tree=_checked(converted(lambda leaf: _tensor(leaf, task), given), task))
-    if hasattr(given, "__iter__"):
+    if not container and hasattr(given, "__iter__"):
         if iter(given) is given:
             raise ConfigError(
                 f"the task {task}: dataset() gave a {type(given).__name__}, which gives its samples only once: give an "
                 "IterableDataset whose __iter__ begins again"
             )
         return StreamSamples(stream=given, collate=collate, workers=workers)
+    if container or list(leaves(given)):
+        return TensorSamples(tree=_checked(converted(lambda leaf: _tensor(leaf, task), given), task))
     raise ConfigError(f"the task {task}: dataset() gave {type(given).__name__}: {FORMS}")
 
 

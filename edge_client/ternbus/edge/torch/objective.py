@@ -80,6 +80,11 @@ def called(net: nn.Module, batch: Tree) -> Tree:
 
     The targets among these are left out where the model does not take them.
     """
+    if getattr(net.forward, "__name__", "") == "_forward_unimplemented":
+        raise ConfigError(
+            f"the model is a {type(net).__name__}, which has no forward(): give the task predict(net, batch), and for "
+            "several networks loss(net, batch, plan)"
+        )
     if isinstance(batch, Mapping):
         return net(**(batch if _takes(net.forward, target_key(batch)) else without_targets(batch)))
     if isinstance(batch, tuple | list) and not is_pair(batch):
