@@ -351,7 +351,7 @@ def _simulated(
 ) -> dict[str, Any]:
     began = time.monotonic()
     with shown:
-        shown.say(f"{wanted.task}: {partitions.devices_in_words(wanted.devices)} in virtual time")
+        shown.say(f"{wanted.task} in virtual time, with {partitions.devices_in_words(wanted.devices)}")
         folder = place.aggregator if keep_ledger else None
         with (
             Workers(wanted, jobs) if jobs > 1 else nullcontext() as workers,

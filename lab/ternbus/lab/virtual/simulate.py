@@ -226,7 +226,7 @@ class Simulation:
         )
 
     def _evaluate(self, version: int, vector: Vector) -> Evaluation:
-        with self._explained():
+        with explained(self._scenario.task):
             found = self._evaluator.evaluate(to_tensors(self.schema, vector))
             metrics = Metrics(
                 version=version, samples=found.samples, split="test", values=found.finite, better=found.better
