@@ -153,6 +153,7 @@ class Testbed:
             if not self._evaluated and (fault := end.missing(values)):
                 self._progress.say(fault)  # which may be no mistake: a metric that is not finite is not reported
             self._evaluated = True
+        end.refuse_start(moment.versions[0].metrics)
         return end.reached(version=moment.version, seconds=seconds, evaluations=evaluations)
 
     def _look_at_devices(self, moment: Observation) -> None:
