@@ -207,6 +207,9 @@ class Testbed:
         self._processes.stop([BROKER], grace_s=BROKER_GRACE_S)
         moment = self.moment()
         self._progress.show(moment, moment.last.seconds)
+        for device in moment.devices:  # by its own count: its last status may have come too late
+            if device.failures and not device.updates:
+                last.setdefault(device.name, f"see {self._output.log(device.name)}")
         once = {name: why for name, why in last.items() if name not in self._failing.reasons}
         for line in (*named(self._failing.reasons), *named(once, " failed in its last training")):
             self._progress.say(line)
