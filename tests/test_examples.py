@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,14 @@ def test_the_classifier_in_scikit_style_fits_and_predicts_without_a_federation()
 
 
 @pytest.mark.parametrize(
-    ("name", "epochs", "least"), [("torch_task", 1, 0.75), ("numpy_task", 1, 0.7), ("sensor_task", 4, 0.8)]
+    ("name", "epochs", "least"),
+    [
+        ("torch_task", 1, 0.75),
+        ("numpy_task", 1, 0.7),
+        ("sensor_task", 4, 0.8),
+        ("sklearn_task", 1, 0.85),
+        ("flower_task", 1, 0.8),
+    ],
 )
 def test_an_example_is_a_task_that_is_ready_and_learns(name: str, epochs: int, least: float) -> None:
     task = load_task(f"examples.{name}:TASK")
@@ -70,6 +78,26 @@ def test_an_example_is_a_task_that_is_ready_and_learns(name: str, epochs: int, l
     start = task.initial(0)
     trained = task.trainer(data=data, partition="iid:0/2").train(start, plan, version=0, seed=0)
     assert task.evaluator(data=data).evaluate(trained.tensors).values["accuracy"] > least
+
+
+@pytest.mark.slow
+def test_the_scikit_learn_example_tests_the_model_that_a_federation_of_processes_made(tmp_path: Path) -> None:
+    def run(*command: str) -> str:
+        ran = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    alone = float(run("examples/sklearn_task.py").split()[1])
+    scenario = tmp_path / "scenario.toml"
+    scenario.write_text('partition = "iid"\ndevices = 2\nend = { versions = 8 }\n')
+    out = tmp_path / "out"
+    run("-m", "ternbus", "lab", "run", str(scenario), "--task", "examples.sklearn_task:TASK", "--out", str(out))
+    federated = float(run("examples/sklearn_task.py", str(out / "model.safetensors")).split()[1])
+    assert federated > 0.88
+    assert federated > alone - 0.08
 
 
 def test_the_sensor_task_reads_recordings_of_ones_own_and_says_where_it_looks_for_them(tmp_path: Path) -> None:

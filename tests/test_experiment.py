@@ -354,6 +354,7 @@ def report(**changes: Any) -> dict[str, Any]:
     versions: list[dict[str, Any]] = [
         {
             "updates": count,
+            "staleness": 2.0 * number if count else None,
             "accuracy": accuracy,
             "evaluations": {"evaluator": {}}
             if accuracy is None
@@ -361,7 +362,7 @@ def report(**changes: Any) -> dict[str, Any]:
             "delta_bytes": down,
             "snapshot_bytes": 10,
         }
-        for count, accuracy, down in ((0, 0.1, 0), (5, 0.5, 40), (5, None, 80), (4, 0.8, 120))
+        for number, (count, accuracy, down) in enumerate(((0, 0.1, 0), (5, 0.5, 40), (5, None, 80), (4, 0.8, 120)))
     ]
     rows = [{"version": number, **row} for number, row in enumerate(versions)]
     counts = {"stale": 6}
@@ -386,6 +387,8 @@ def test_the_measures_of_a_run() -> None:
     assert found["accuracy"] == 0.8  # the version before was not tried
     assert found["accuracy_at_updates"] == 0.5  # of those until the tenth update
     assert found["stale"] == 6 / 20
+    assert found["staleness"] == (2 * 5 + 4 * 5 + 6 * 4) / 14
+    assert found["update_kb"] == 0.056 / 20
     assert found["up_share"] == 56 / (4 * 10 * 14)
     assert (found["most_updates"], found["epsilon"]) == (9, 2.5)
     without = {"device-0": {"updates": 14, "epsilon": 0.0}}

@@ -1,8 +1,6 @@
 """Following: head, snapshot and deltas to the vector, bit for bit, whatever the network does with the frames."""
 
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -11,83 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support.scripted_aggregator import FEDERATION, Message, ScriptedAggregator
+from support.following import Broker, a_head, connected, deliver, has, started
+from support.scripted_aggregator import FEDERATION, ScriptedAggregator
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.frame import PARTS_MAX, build, parse
 from ternbus.broker.protocol.messages import Head
 from ternbus.broker.protocol.parts import parts_max
 from ternbus.broker.protocol.schema import Schema, to_tensors
 from ternbus.broker.protocol.ternary import Block
-from ternbus.edge.core.actions import Action, Log, Subscribe, Unsubscribe
+from ternbus.edge.core.actions import Subscribe, Unsubscribe
 from ternbus.edge.core.follower import DELTAS_MAX, MESSAGES_MAX, REQUESTED_MAX, Follower, InitialModel
-from ternbus.edge.core.part_requests import SUBSCRIBED_MAX, PartRequests
-
-
-@dataclass
-class Broker:
-    """Retained messages and a follower's subscriptions by name; what is retained comes at once when asked for."""
-
-    retained: dict[str, bytes] = field(default_factory=dict)
-    subscribed: set[str] = field(default_factory=set)
-    asked: list[str] = field(default_factory=list)
-    logs: list[str] = field(default_factory=list)
-    silent: bool = False
-
-    def publish(self, messages: list[Message]) -> None:
-        self.retained.update(messages)
-
-    def perform(self, follower: Follower, actions: Sequence[Action], now: float) -> None:
-        queue = list(actions)
-        while queue:
-            match queue.pop(0):
-                case Subscribe(filters=filters):
-                    self.subscribed.update(filters)
-                    assert len(self.subscribed) <= SUBSCRIBED_MAX
-                    self.asked += filters
-                    for topic in filters:
-                        if topic in self.retained and not self.silent:
-                            queue += follower.part_arrived(topic, parse(self.retained[topic]), now)
-                case Unsubscribe(filters=filters):
-                    self.subscribed.difference_update(filters)
-                case Log(event=event):
-                    self.logs.append(event)
-                case other:
-                    raise AssertionError(f"a follower does not ask for {other}")
-
-
-def a_head(aggregator: ScriptedAggregator) -> Head:
-    return Head.from_meta(parse(aggregator.head()[1]).meta)
-
-
-def connected() -> tuple[Follower, Broker]:
-    follower, broker = Follower(federation=FEDERATION), Broker()
-    broker.perform(follower, follower.reconnected(0.0), 0.0)
-    return follower, broker
-
-
-def started(versions: int = 0, **settings: int) -> tuple[ScriptedAggregator, Follower, Broker]:
-    """A follower that has the newest version."""
-    aggregator = ScriptedAggregator(**settings)  # type: ignore[arg-type]
-    follower, broker = connected()
-    for _ in range(versions):
-        aggregator.advance()
-    aggregator.snapshot_version = aggregator.version
-    broker.publish(aggregator.snapshot())
-    broker.perform(follower, follower.head_accepted(a_head(aggregator), 0.0), 0.0)
-    assert follower.synced
-    return aggregator, follower, broker
-
-
-def has(follower: Follower, aggregator: ScriptedAggregator, version: int) -> bool:
-    return (
-        follower.version == version
-        and follower.vector is not None
-        and follower.vector.tobytes() == aggregator.vectors[version].tobytes()
-    )
-
-
-def deliver(follower: Follower, messages: list[Message], now: float = 0.0) -> list[Action]:
-    return [action for topic, payload in messages for action in follower.part_arrived(topic, parse(payload), now)]
+from ternbus.edge.core.part_requests import PartRequests
 
 
 def test_a_snapshot_in_parts_is_asked_for_by_name_and_unsubscribed_when_it_has_come() -> None:
@@ -242,6 +174,24 @@ def test_a_snapshot_that_does_not_come_is_looked_for_in_the_other_place_and_then
     for now in (120.0, 150.0, 151.0, 152.0):
         broker.perform(follower, follower.time_reached(now), now)
     assert has(follower, aggregator, 1)
+
+
+def test_the_other_place_is_rested_from_where_it_has_the_next_snapshot_before_all_parts_have_come() -> None:
+    aggregator = ScriptedAggregator()
+    follower, broker = connected()
+    aggregator.advance()
+    old = aggregator.snapshot()
+    aggregator.new_snapshot()
+    broker.silent = True
+    broker.perform(follower, follower.head_accepted(a_head(aggregator), 0.0), 0.0)
+    broker.perform(follower, follower.time_reached(30.0), 30.0)
+    broker.perform(follower, deliver(follower, old[:1], 30.0), 30.0)
+    aggregator.advance()
+    new = aggregator.new_snapshot()
+    assert [topic for topic, _ in new] == [topic for topic, _ in old]
+    broker.perform(follower, deliver(follower, new[1:], 31.0), 31.0)
+    assert broker.logs == ["snapshot-failed", "resting"]
+    assert (broker.subscribed, follower.due_s()) == (set(), 91.0)
 
 
 def test_a_snapshot_is_not_given_up_while_its_parts_keep_coming() -> None:

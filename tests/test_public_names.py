@@ -18,6 +18,7 @@ PUBLIC = {
         ConfigError Cost Evaluation FloatArray Metric Plan PrivateTrainer RandomSource SharingTask Task Tensors
         TorchTask Trained Trainer TrainingError channels epsilon higher load_task lower per_sample select
     """,
+    "ternbus.edge.adapters": "Context FlowerTask HuggingFaceTask LightningTask SklearnTask",
     "ternbus.broker": """
         AGGREGATOR Arrived Block Collector ConfigError Connected Delta Disconnected Endpoint Enroll FRAME_BYTES
         FederationError Frame Grant Head Identity Invitation KeyId Link LinkError LinkEvent Metrics Offer ProtocolError
@@ -69,13 +70,18 @@ def test_importing_the_packages_loads_none_of_their_rooms() -> None:
     assert not {"numpy", "typer", "paho", "torch"} & set(loaded)
 
 
-def test_nothing_of_the_device_but_its_torch_room_and_tasks_loads_torch() -> None:
+def test_nothing_of_the_device_but_its_torch_room_tasks_and_two_adapters_loads_torch() -> None:
     root = ROOT / "edge_client"
     names = [
         ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
         for path in sorted(root.rglob("*.py"))
     ]
-    with_torch = ("ternbus.edge.torch.", "ternbus.edge.tasks.")
+    with_torch = (
+        "ternbus.edge.torch.",
+        "ternbus.edge.tasks.",
+        "ternbus.edge.adapters.hugging_face",
+        "ternbus.edge.adapters.lightning",
+    )
     without = [name for name in names if not name.startswith(with_torch)]
     without += ["ternbus.edge.tasks.digits_numpy", "ternbus.edge.tasks.digits_data", "ternbus.edge.tasks.idx"]
     assert {"ternbus.edge.torch", "ternbus.edge.shell.cli", "ternbus.edge.core.core"} <= set(without)
@@ -135,6 +141,7 @@ def test_prose_names_no_private_module() -> None:
         name
         for path in TEXTS
         for name in dotted.findall(path.read_text(encoding="utf-8"))
-        if name.rpartition(".")[2] not in PUBLIC.get(name.rpartition(".")[0], "").split() and name not in TASK_MODULES
+        if name.rpartition(".")[2] not in PUBLIC.get(name.rpartition(".")[0], "").split()
+        and name not in {*PUBLIC, *TASK_MODULES}
     }
     assert not {name for name in found if not name.startswith("ternbus.edge.tasks.")}

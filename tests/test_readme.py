@@ -89,7 +89,7 @@ print(judge.evaluate(start).values["loss"] > judge.evaluate(trained.tensors).val
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_a_page_imports_public_names_only(page: Path) -> None:
     imported = re.findall(r"^\s*(?:from|import) (ternbus\S*)", "\n".join(blocks(page, "python")), flags=re.MULTILINE)
-    public = re.compile(r"ternbus\.(?:edge|lab|broker)|ternbus\.edge\.tasks\.\w+")
+    public = re.compile(r"ternbus\.(?:edge|lab|broker)|ternbus\.edge\.(?:adapters|tasks\.\w+)")
     assert [name for name in imported if not public.fullmatch(name)] == []
 
 

@@ -397,8 +397,8 @@ REWRITTEN = {
     ),
     "from edge_client.noise import Chance": "write `from ternbus.edge import RandomSource as Chance`",
     "from edge_client.terngrad import ternarize": "write `from ternbus.edge.learn.terngrad import ternarize`",
-    "from edge_client.torch_model import VARIANCE, hidden": (
-        "write `from ternbus.edge.torch.travelling_state import VARIANCE`; "
+    "from edge_client.torch_model import TravellingState, hidden": (
+        "write `from ternbus.edge.torch.travelling_state import TravellingState`; "
         "edge_client.torch_model.hidden is no longer public; see docs/tasks.md"
     ),
     "from edge_client.tasks.digits import data, model": "write `from ternbus.edge.tasks.digits import data, model`",

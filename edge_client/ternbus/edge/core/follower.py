@@ -302,7 +302,10 @@ class Follower:
             if fetch.version is None and address.part == 0:
                 actions += self.requests.request(rest[1:], now)
         if whole is None or snapshot.version > head.version:
-            return actions
+            if self.requests:
+                return actions
+            # The place was given to the next snapshot between two of the parts.
+            return [*actions, *self._snapshot_failed("its parts belong to two snapshots, or to a newer one", now)]
         try:
             self._load_snapshot(snapshot, whole.body, head)
         except ProtocolError as error:

@@ -36,6 +36,10 @@ BUILT_IN_TASKS: Mapping[str, str] = {
     "cifar10-resnet": "ternbus.edge.tasks.cifar10_resnet:TASK",
     "cifar10-finetune": "ternbus.edge.tasks.cifar10_finetune:TASK",
     "cifar10-features": "ternbus.edge.tasks.cifar10_features:TASK",
+    "reviews-lora": "ternbus.edge.tasks.movie_reviews:LORA_TASK",
+    "reviews-ffa-lora": "ternbus.edge.tasks.movie_reviews:FFA_LORA_TASK",
+    "reviews-head": "ternbus.edge.tasks.movie_reviews:HEAD_TASK",
+    "reviews-full": "ternbus.edge.tasks.movie_reviews:FULL_TASK",
 }
 NEEDED: Final = "a task needs name, default_plan, initial(), trainer() and evaluator()"
 SHOWN_CHARS: Final = 300  # of the message of an error of a task

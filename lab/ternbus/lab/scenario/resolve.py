@@ -11,7 +11,7 @@ from ternbus.broker.errors import ConfigError
 from ternbus.edge.learn.draws import SAMPLES_MIN
 from ternbus.edge.learn.labels import Labels
 from ternbus.edge.learn.partition import Rows, watched
-from ternbus.edge.learn.partition_spec import Partition
+from ternbus.edge.learn.partition_spec import Partition, PartitionError
 from ternbus.edge.learn.task import Task
 from ternbus.lab.scenario import partitions
 from ternbus.lab.scenario.partitions import AUTO, DEVICES_OF_DATA, UNEQUAL
@@ -46,7 +46,7 @@ def resolved(scenario: Scenario, task: Task) -> Resolved:
     rows = look(task, scenario.data)
     lines: list[str] = []
     if scenario.partition == AUTO:
-        scenario = replace(scenario, partition=_default(rows, lines))
+        scenario = replace(scenario, partition=_default(scenario, task, rows, lines))
     with partitions.in_scenario_words(scenario.partition):
         if rows is not None and partitions.by_label(scenario.partition):
             scenario = replace(scenario, devices=_owners(scenario, _labels(scenario, rows), lines))
@@ -69,7 +69,15 @@ def look(task: Task, data: Path | None) -> Rows | None:
     return seen[0] if seen else None
 
 
-def _default(rows: Rows | None, lines: list[str]) -> str:
+def _default(scenario: Scenario, task: Task, rows: Rows | None, lines: list[str]) -> str:
+    if rows is None:
+        try:
+            task.trainer(data=scenario.data, partition=scenario.partition_of(0))
+        except PartitionError as error:  # the task divides its data itself, and says how it can
+            if "iid" not in error.kinds:
+                raise
+            lines.append(f'partition = "iid": {error.problem}')
+            return "iid"
     if rows is None or rows.classes is not None:
         return UNEQUAL
     other = f'; "{UNEQUAL}" divides them by quantiles of the target' if rows.bins is not None else ""

@@ -1,0 +1,44 @@
+"""What all adapters need around code of other libraries: fixed random numbers, and the place of a function in words."""
+
+import inspect
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SEEDS = 2**32  # numpy's global generator takes no larger seed
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators of Python, numpy and (if it is loaded) torch, and restore their states after.
+
+    Code that was written for one machine draws from them, and must give the same model for the same seed.
+    """
+    torch: Any = sys.modules.get("torch")
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the generator that users' code has
+    state = torch.get_rng_state() if torch is not None else None
+    random.seed(seed)
+    np.random.seed(seed % SEEDS)  # noqa: NPY002 - likewise
+    if torch is not None:
+        torch.manual_seed(seed)
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)  # the threads of processes side by side would wait for each other by spinning
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002 - likewise
+        if torch is not None and state is not None:
+            torch.set_rng_state(state)
+
+
+def place_of(function: Callable[..., object]) -> str:
+    """File and line of a function's definition, as a prefix of an error; empty for a function without source."""
+    code = getattr(inspect.unwrap(getattr(function, "__func__", function)), "__code__", None)
+    return f"{Path(code.co_filename).name}, line {code.co_firstlineno}: " if code is not None else ""
