@@ -89,7 +89,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"made": lambda: NAN}, "'w' with a NaN"),
     ({"default_plan": {"batch_size": "many"}}, "batch_size"),
     ({"default_plan": {"schedule": "cosine"}}, "default_plan: schedule_versions is 0: cosine must end"),
-    ({"default_plan": {"gradclip": 1}}, "gradclip is a key that nobody knows: do you mean grad_clip? A task"),
+    ({"default_plan": {"gradclip": 1}}, "gradclip is an unknown key: do you mean grad_clip? A task"),
     ({"plan_keys": "flavour"}, "plan_keys is 'flavour': it must be a list of names"),
     ({"plan_keys": [1]}, "plan_keys has 1, which is no name of a plan key"),
     ({"trains": raising}, "train() raised IndexError: too few of them (test_check.py, line "),

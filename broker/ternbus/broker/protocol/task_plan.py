@@ -50,7 +50,7 @@ class TaskPlan:
             raise ConfigError(f"{KEYS} is {keys!r}: it must be a list of names of plan keys")
         made = cls(keys=tuple(keys), default={name: default[name] for name in plan_keys.KEYS if name in default})
         if found := plan_keys.unknown(default, made.keys):
-            raise ConfigError(f"{DEFAULT}: {found[0]} A task names the keys that only it knows in its plan_keys")
+            raise ConfigError(f"{DEFAULT}: {found[0]} A task names its own keys in plan_keys")
         return made
 
     def metadata(self) -> dict[str, str]:

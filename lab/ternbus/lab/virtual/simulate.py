@@ -235,6 +235,8 @@ class Simulation:
         if self._evaluated < 0 and (fault := end.missing(found.values)):
             raise ConfigError(fault)
         end.check(found.values, found.better)
+        if version == 0:
+            end.refuse_start(found.values)
         self._evaluated = version
         self.ledger.write(
             [records.MetricsReceived(device=setup.EVALUATOR, seq=version, metrics=metrics)], self.clock.now
