@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -273,7 +274,14 @@ def test_a_run_whose_evaluator_fails_says_why_and_does_not_wait_for_it(tmp_path:
 def test_an_observation_has_why_evaluators_fail() -> None:
     counts = {"accepted": 0, "stale": 0, "invalid": {}}
     members = {"device-0": {"failing": "odd"}, "judge": {"failing": "blind"}, "other": {"failing": None}}
-    first = {"version": 0, "time": 0.0, "updates": 0, "staleness": None, "staleness_max": None, "evaluations": {}}
+    first: dict[str, Any] = {
+        "version": 0,
+        "time": 0.0,
+        "updates": 0,
+        "staleness": None,
+        "staleness_max": None,
+        "evaluations": {},
+    }
     seen = Observation.read(
         {"state": "open", "counts": counts, "devices": members, "versions": [first | {"accuracy": None, "loss": None}]},
         {"device-0": {}},
