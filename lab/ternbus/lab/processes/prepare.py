@@ -16,6 +16,7 @@ from ternbus.edge.learn.failure import explained
 from ternbus.edge.learn.kinds import local_notice, tensor_kinds
 from ternbus.edge.learn.task import initial_of, task_plan
 from ternbus.edge.learn.task_loader import load_task
+from ternbus.lab.report.partition_table import classes_of
 from ternbus.lab.scenario.resolve import resolved
 from ternbus.lab.scenario.scenario import Scenario
 
@@ -32,6 +33,7 @@ def main() -> None:
         model = initial_of(task, scenario.seed)
         kinds = tensor_kinds(task, model)
         found = resolved(scenario, task)
+        classes = classes_of(found)
     save_safetensors(Path(model_path), model, kinds.metadata())
     facts = {
         "plan": dict(task.default_plan),
@@ -39,6 +41,7 @@ def main() -> None:
         "parameters": sum(tensor.size for tensor in model.values()),
         "partition": found.scenario.partition,
         "devices": found.scenario.devices,
+        "classes": classes,
         "lines": [*found.lines, *filter(None, [local_notice(task)])],
     }
     write_text(Path(task_path), json.dumps(facts))

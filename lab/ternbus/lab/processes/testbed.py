@@ -61,6 +61,7 @@ class Testbed:
         self._federation = run.rstrip("-") or "lab"
         self._run = run
         self._devices: list[str] = []
+        self._classes: dict[str, dict[str, int]] = {}  # the samples of each class on each device
         self._evaluator = f"{run}evaluator"
         self._faults = sorted(scenario.faults, key=lambda fault: fault.after_version)
         self.parameters = 0
@@ -98,6 +99,7 @@ class Testbed:
             self._progress.say(line)
         broker = self._broker()
         self._devices = [f"{self._run}device-{index}" for index in range(scenario.devices)]
+        self._classes = dict(zip(self._devices, task["classes"], strict=False))  # of data without classes there is none
         self._processes.may_end(self._devices)
         self._processes.may_fail(self._devices)
         model = load_safetensors(output.initial)
@@ -225,7 +227,7 @@ class Testbed:
     def moment(self) -> Observation:
         """The current state of the federation, from its files on disk."""
         counters = {name: outbox.counters(self._output.device(name)) for name in self._devices}
-        return Observation.read(status.read(self._output.aggregator), counters)
+        return Observation.read(status.read(self._output.aggregator), counters, self._classes)
 
     def _broker(self) -> str:
         """The URL of the scenario's broker, or of a broker that this call starts."""

@@ -66,9 +66,21 @@ class Observation:
     evaluators_failing: Mapping[str, str] = field(default_factory=dict)  # why the last evaluation of each failed
 
     @classmethod
-    def read(cls, status: Mapping[str, Any], counters: Mapping[str, Mapping[str, int]]) -> Self:
-        """From the JSON of `aggregator status` and the counters of each device, without the evaluator."""
-        rows = tuple(_device(name, status["devices"].get(name, {}), counted) for name, counted in counters.items())
+    def read(
+        cls,
+        status: Mapping[str, Any],
+        counters: Mapping[str, Mapping[str, int]],
+        classes: Mapping[str, Mapping[str, int]] | None = None,
+    ) -> Self:
+        """From the JSON of `aggregator status` and the counters of each device, without the evaluator.
+
+        `classes` has the samples of each class of devices that do not report them.
+        """
+        known = classes or {}
+        rows = tuple(
+            _device(name, status["devices"].get(name, {}), counted, known.get(name))
+            for name, counted in counters.items()
+        )
         began = float(status["versions"][0]["time"])
         counts = status["counts"]
         return cls(
@@ -115,7 +127,7 @@ class Observation:
         return max(known, key=lambda version: sign * version.metrics[metric], default=None)
 
 
-def _device(name: str, row: Mapping[str, Any], counted: Mapping[str, int]) -> Device:
+def _device(name: str, row: Mapping[str, Any], counted: Mapping[str, int], classes: Mapping[str, int] | None) -> Device:
     return Device(
         name=name,
         state=row.get("state") or "starting",
@@ -127,7 +139,7 @@ def _device(name: str, row: Mapping[str, Any], counted: Mapping[str, int]) -> De
         failing=row.get("failing"),
         samples=row.get("samples"),
         epsilon=row.get("epsilon"),
-        classes=row.get("classes"),
+        classes=row.get("classes") or classes,
         local=row.get("local"),
     )
 

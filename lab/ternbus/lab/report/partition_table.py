@@ -55,6 +55,16 @@ def describe(found: Resolved, task: Task) -> dict[str, Any]:
     }
 
 
+def classes_of(found: Resolved) -> list[dict[str, int]]:
+    """The samples of each class, for each device in order; empty if the data have no classes, or nobody can tell."""
+    rows = found.rows
+    if rows is None or rows.classes is None:
+        return []
+    names = _names(rows.classes)
+    parts = _parts_of(found.scenario, rows)
+    return [{name: count for name, count in zip(names, part["counts"], strict=True) if count} for part in parts]
+
+
 def _parts(scenario: Scenario, task: Task) -> list[dict[str, Any]]:
     """The parts by their trainers, of a task that does not say what it divides."""
     parts, share = [scenario.partition_of(index) for index in range(scenario.devices)], scenario.local.hold_out
