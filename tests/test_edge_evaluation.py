@@ -45,6 +45,13 @@ def test_the_evaluator_takes_each_version_once_and_the_newest_whenever_free() ->
     assert only(done, StartEvaluation).version == 2
 
 
+def test_an_evaluation_follows_the_federations_plan_unless_it_cannot_be_read() -> None:
+    for given, wanted in ((64, 64), (-1, None)):
+        scripted = aggregator(plan={"evaluation_batch_size": given})
+        job = only(following("evaluate", scripted)[1].actions, StartEvaluation)
+        assert (job.plan.evaluation_batch_size if job.plan is not None else None) == wanted
+
+
 def test_metrics_are_published_until_the_broker_has_them() -> None:
     _, device = following("evaluate")
     device.handle(events.Disconnected(reason="gone"))

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from ternbus.broker.errors import ConfigError
 from ternbus.edge import Evaluation, Metric, Plan, TorchTask, Trained, TrainingError, higher, lower
+from ternbus.edge.learn.task import evaluated_by
 from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.shell.preflight import check
 from ternbus.edge.torch import torchvision_ops  # noqa: F401  # must come before torchvision
@@ -475,6 +476,9 @@ def test_an_evaluation_takes_as_many_samples_at_a_time_as_the_plan(monkeypatch: 
     seen.clear()
     assert evaluated(wide.replaced(default_plan={"evaluation_batch_size": 30})).samples == sum(seen)
     assert max(seen) == 30
+    seen.clear()
+    evaluated_by(wide.evaluator(data=None), wide.initial(0), Plan(evaluation_batch_size=40))  # the federation's
+    assert max(seen) == 40
     small = TorchTask(name="own", model=lambda: Counting(8, 3), data=lambda folder, split: (INPUTS.repeat(20, 1),
                       TARGETS.repeat(20)))  # fmt: skip
     seen.clear()

@@ -73,6 +73,7 @@ class StartEvaluation:
     version: int
     schema: Schema
     vector: Vector
+    plan: Plan | None = None  # the federation's; None if the device cannot follow it
     private: bool = False  # others may see nothing of the data, not even a failure
     local: bytes = field(default=b"", repr=False)  # the device's own tensors, packed
 

@@ -181,9 +181,7 @@ class Core:
         actions += self._leave_if_done()
         if self._stopped:
             return actions
-        actions += self.evaluation.begin(
-            self.follower, now, training=self.training.running is not None, private=self.training.private
-        )
+        actions += self.evaluation.begin(self.follower, self.training, now)
         actions += [] if self._leaving else self._begin_training(now)
         actions += self._send(now)
         return [*actions, *self._foreign_numbers.tell(), *self._check_wait(now)]

@@ -17,6 +17,7 @@ from ternbus.edge.core.failures import Failures
 from ternbus.edge.core.follower import Follower
 from ternbus.edge.core.pending_state import PendingState
 from ternbus.edge.core.profile import Profile
+from ternbus.edge.core.training_policy import TrainingPolicy
 
 UNACKNOWLEDGED_MAX: Final = 64
 
@@ -36,14 +37,11 @@ class EvaluationPolicy:
     def __post_init__(self) -> None:
         self.failures = Failures(work="an evaluation", retry=Retry(salt=f"{self.profile.key.hex()}/evaluation"))
 
-    def begin(self, follower: Follower, now: float, *, training: bool, private: bool) -> list[StartEvaluation]:
-        """Evaluate the follower's version, if it is new and nothing is being evaluated or trained.
-
-        `private`: others may see nothing of the data of a device that trains.
-        """
+    def begin(self, follower: Follower, training: TrainingPolicy, now: float) -> list[StartEvaluation]:
+        """Evaluate the follower's version, if it is new and nothing is being evaluated or trained."""
         self.due_s = None
         version, vector, schema = follower.version, follower.vector, follower.schema
-        if not self.profile.evaluates or training or self._running:
+        if not self.profile.evaluates or training.running is not None or self._running:
             return []
         if not follower.synced or self.evaluated == self.profile.versions:
             return []
@@ -53,9 +51,16 @@ class EvaluationPolicy:
             self.due_s = self.failures.retry.due_s
             return []
         self._running = True
-        private = private and self.profile.role == "train"
-        local = self.pending.state.local
-        return [StartEvaluation(version=version, schema=schema, vector=vector, private=private, local=local)]
+        return [
+            StartEvaluation(
+                version=version,
+                schema=schema,
+                vector=vector,
+                plan=training.plan,
+                private=training.private and self.profile.role == "train",
+                local=self.pending.state.local,
+            )
+        ]
 
     def _is_last_chance(self, follower: Follower) -> bool:
         """Whether the federation closed with a version that was not tried: the device does not wait, but tries once."""

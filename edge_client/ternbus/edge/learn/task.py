@@ -87,6 +87,20 @@ class Trainer(Protocol):
 
 
 @runtime_checkable
+class PlannedTrainer(Protocol):
+    """A trainer whose evaluation follows the federation's plan too, such as its `evaluation_batch_size`."""
+
+    def evaluate_by(self, tensors: Tensors, plan: Plan) -> Evaluation: ...
+
+
+def evaluated_by(trainer: Trainer, tensors: Tensors, plan: Plan | None) -> Evaluation:
+    """The evaluation of a model by the plan, if there is one and the trainer can follow it."""
+    if plan is not None and isinstance(trainer, PlannedTrainer):
+        return trainer.evaluate_by(tensors, plan)
+    return trainer.evaluate(tensors)
+
+
+@runtime_checkable
 class PrivateTrainer(Protocol):
     """A trainer with per-sample differential privacy, which `dp = "sample"` needs."""
 

@@ -22,7 +22,7 @@ from ternbus.edge.learn import failure
 from ternbus.edge.learn.compress import compress
 from ternbus.edge.learn.local_state import packed
 from ternbus.edge.learn.noise import RandomSource
-from ternbus.edge.learn.task import Trained, Trainer, TrainingError
+from ternbus.edge.learn.task import Trained, Trainer, TrainingError, evaluated_by
 from ternbus.edge.learn.task_loader import code_errors
 from ternbus.edge.plan.plan import NO_DP
 from ternbus.edge.shell import private_training
@@ -69,7 +69,7 @@ def _change(job: StartTraining, trained: Trained) -> Vector:
 def evaluate(trainer: Trainer, job: StartEvaluation) -> Evaluated | EvaluationFailed:
     """Evaluate the version; a failure on private data counts as evaluated, since others would see another attempt."""
     try:
-        found = trainer.evaluate(tensors_of(job))
+        found = evaluated_by(trainer, tensors_of(job), job.plan)
         return Evaluated(version=job.version, samples=found.samples, values=found.finite, better=found.better)
     except code_errors() as error:
         reason = failure.describe(error)

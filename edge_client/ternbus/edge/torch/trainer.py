@@ -66,7 +66,7 @@ class TorchTrainer:
         self._augmented = augmentation(task)
         self._own_step = task.has_own("train_step")
         self._metrics = task.measured()
-        self._plan: Plan | None = None  # of the last training
+        self._plan: Plan | None = None  # of the last training or evaluation
         self._scorer = evaluation.Scorer(task, samples, self._objective)
 
     @property
@@ -203,9 +203,12 @@ class TorchTrainer:
         return self._task.predict(self._model, batch), self._task.targets(batch)
 
     def evaluate(self, tensors: Tensors) -> Evaluation:
+        """The same by the plan of the last training or evaluation; before one, by the task's default plan."""
+        return self.evaluate_by(tensors, self._plan or self._default_plan())
+
+    def evaluate_by(self, tensors: Tensors, plan: Plan) -> Evaluation:
         """The metrics of the whole split, and the mean loss, on as many samples at a time as the memory allows."""
-        plan = self._plan = self._plan or self._default_plan()
-        device = self._device(plan)
+        self._plan, device = plan, self._device(plan)
         with torch.random.fork_rng(devices=devices.generators(device)), torch.no_grad():
             self._shared.place(device)
             torch.manual_seed(0)  # a model that draws, such as a generator, draws the same for each version

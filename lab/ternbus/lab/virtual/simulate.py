@@ -25,7 +25,8 @@ from ternbus.broker.protocol.tensor_kinds import version_metadata
 from ternbus.edge.core.actions import Stop
 from ternbus.edge.learn.failure import explained
 from ternbus.edge.learn.kinds import local_notice, tensor_kinds
-from ternbus.edge.learn.task import Evaluation, Task, initial_of
+from ternbus.edge.learn.task import Evaluation, Task, evaluated_by, initial_of
+from ternbus.edge.plan.plan import Plan
 from ternbus.lab.report import report
 from ternbus.lab.report.failing import FailingDevices, named, nothing_made
 from ternbus.lab.report.observation import Observation
@@ -88,6 +89,9 @@ class Simulation:
             found = settled(scenario, task)
         self._scenario = scenario = found.scenario
         chosen = plan_check.settings(scenario, task)  # the data may have said how many devices a barrier waits for
+        self._plan = Plan.from_meta(
+            {name.removeprefix("plan."): value for name, value in chosen.items() if name.startswith("plan.")}
+        )
         for line in found.lines:
             progress.say(line)
         dense = [*scenario.dense, *self.kinds.dense]
@@ -227,7 +231,7 @@ class Simulation:
 
     def _evaluate(self, version: int, vector: Vector) -> Evaluation:
         with explained(self._scenario.task):
-            found = self._evaluator.evaluate(to_tensors(self.schema, vector))
+            found = evaluated_by(self._evaluator, to_tensors(self.schema, vector), self._plan)
             metrics = Metrics(
                 version=version, samples=found.samples, split="test", values=found.finite, better=found.better
             )
