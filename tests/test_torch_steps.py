@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typer.testing import CliRunner
 
+from support.linear_task import PLAN, Subclass, data, evaluated, linear, same, trained
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.invitation import Invitation
-from ternbus.edge import Evaluation, Metric, Plan, TorchTask, Trained, lower, per_sample
+from ternbus.edge import Metric, Plan, TorchTask, lower, per_sample
 from ternbus.edge.learn.task import placed
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.plan.limits import TrainingLimits
-from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.shell import cli
 from ternbus.edge.shell.directory import DeviceDirectory
 from ternbus.edge.shell.preflight import check
@@ -26,40 +26,6 @@ from ternbus.edge.torch import torchvision_ops  # noqa: F401  # must come before
 from ternbus.edge.torch.augmentation import augmentation
 
 from torchvision.transforms import v2  # isort: skip
-
-DRAW = torch.Generator().manual_seed(0)
-INPUTS = torch.randn(120, 8, generator=DRAW)
-TARGETS = (INPUTS @ torch.randn(8, 3, generator=DRAW)).argmax(1)
-PLAN = Plan(local_epochs=3, batch_size=10, learning_rate=0.1)
-
-
-def data(folder: Path | None, split: str) -> tuple[Tensor, Tensor]:
-    chosen = slice(0, 90) if split == "train" else slice(90, None)
-    return INPUTS[chosen], TARGETS[chosen]
-
-
-def linear() -> nn.Module:
-    return nn.Linear(8, 3)
-
-
-def trained(task: TorchTask, plan: Plan = PLAN, seed: int = 1) -> Trained:
-    return task.trainer(data=None, partition="all").train(task.initial(0), plan, version=0, seed=seed)
-
-
-def evaluated(task: TorchTask, tensors: Tensors | None = None) -> Evaluation:
-    return task.evaluator(data=None).evaluate(task.initial(0) if tensors is None else tensors)
-
-
-def same(one: Tensors, other: Tensors) -> bool:
-    return all(np.array_equal(one[name], other[name]) for name in one)
-
-
-class Subclass(TorchTask):
-    def model(self) -> nn.Module:
-        return linear()
-
-    def dataset(self, folder: Path | None, split: str) -> Any:
-        return data(folder, split)
 
 
 class OwnStep(Subclass):
