@@ -111,6 +111,21 @@ def test_a_metric_that_needs_several_classes_is_named_before_a_device_holds_out_
     assert problem.startswith("evaluate() of the held-out data raised ValueError: only one class is present")
 
 
+def test_a_metric_that_always_fails_is_complained_of_once() -> None:
+    report = asked(TorchTask(name="own", model=plain, data=data, metric=lambda outputs, targets: outputs))
+    assert len(report.problems) == 1
+    assert report.notes == []
+
+
+def test_a_task_that_fails_without_a_folder_of_data_says_how_to_name_one(tmp_path: Path) -> None:
+    task = TorchTask(name="own", model=plain, data=lambda folder, split: np.load(folder / "x.npy"))  # type: ignore[operator]
+    for problem in asked(task).problems:
+        assert problem.endswith("; if it needs data, name their folder with --data")
+    for problem in asked(task, data=tmp_path).problems:
+        assert "No such file or directory" in problem
+        assert "--data" not in problem
+
+
 def test_width_hold_out_and_the_owners_limits_count() -> None:
     about = Conditions(width=0.5, hold_out=0.2, limits=TrainingLimits(steps=3))
     report = check(load_task("digits"), about)
@@ -135,7 +150,7 @@ def test_the_command_takes_the_plan_from_options_and_files(tmp_path: Path) -> No
     assert code == 2
     assert "problem: the plan: batch_size is 'none'" in out
     code, out = run("digits-numpy", "--plan", "batch_siz=5")
-    assert (code, "batch_siz is a key that nobody knows: do you mean batch_size?" in out) == (2, True), out
+    assert (code, "batch_siz is an unknown key: do you mean batch_size?" in out) == (2, True), out
     scenario.write_text("allow_plan_keys = ['mine']\n[plan]\nmine = 1\n")
     assert run("digits-numpy", "--plan-from", scenario)[0] == 0
     scenario.write_text("[plan]\nmine = 1\n[plan_check]\nallowed_keys = ['mine']\n")  # as in aggregator.toml

@@ -161,6 +161,18 @@ def test_people_see_the_worst_tenth_and_the_median(bench: Bench) -> None:
     assert last.split()[-3:] == ["0.2500", "0.5000", "3"]
 
 
+def test_names_that_look_the_same_on_a_screen_have_a_column_each(bench: Bench) -> None:
+    """An evaluator chose them, and ended the operator's `status` with a traceback."""
+    judge = bench.join("judge", evaluator=True)
+    values = {f"{'a' * 40}{number}": 0.1 * number for number in range(3)} | {"\x1b[2J": 0.5}
+    meta = {"version": 0, "samples": 1, "split": "test", "values": values}
+    bench.receive(judge.topic("metrics"), judge.frame("metrics", meta))
+    heading, last = status_text(bench).rstrip().splitlines()[-2:]
+    assert heading.count("a" * 40) == 3
+    assert heading.split()[-3:] == ["by", "judge", "time"]
+    assert last.split()[3:7] == ["0.0000", "0.1000", "0.2000", "0.5000"]
+
+
 def status_text(bench: Bench) -> str:
     done = CliRunner().invoke(aggregator_cli.app, ["status", str(bench.directory)])
     assert done.exit_code == 0, done.output

@@ -396,15 +396,20 @@ def test_samples_that_take_long_change_the_number_of_steps_by_nothing() -> None:
     """The time limit is over in the first step with them."""
     seen: list[int] = []
 
-    def slow(outputs: Tensor, targets: Tensor) -> Tensor:
-        if targets.any():
-            seen.append(len(targets))
-            began = time.perf_counter()
-            while len(seen) == 1 and time.perf_counter() < began + 1.0:
-                pass
-        return nn.functional.cross_entropy(outputs, targets)
+    class Slow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = plain()
 
-    made = TorchTask(name="own", model=plain, data=data, loss=slow)
+        def forward(self, inputs: Tensor) -> Any:
+            if len(inputs) == SAMPLES and inputs.any():  # and none that are made up
+                seen.append(len(inputs))
+                began = time.perf_counter()
+                while len(seen) == 1 and time.perf_counter() < began + 1.0:
+                    pass
+            return self.layers(inputs)
+
+    made = task(Slow)
     assert outcome(made, batch_size=SAMPLES, local_seconds=1.0, local_steps=2).metrics["steps"] == len(seen) == 2
 
 

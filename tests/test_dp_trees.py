@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import IterableDataset, TensorDataset
+from torch.utils.data import IterableDataset
 
 from ternbus.broker.errors import ConfigError
 from ternbus.edge import Plan, RandomSource, TorchTask
@@ -143,7 +143,10 @@ LINEAR: dict[str, Any] = {"model": lambda: nn.Linear(6, 3), "loss": functional.c
         (task_of("nothing"), "its outputs do not depend on its parameters"),
         (task_of("tensor", loss=lambda net, batch, plan: net(batch[0]).sum()), r"its loss takes \(net, batch, plan\)"),
         (OwnStep(**vars(task_of("tensor"))), "it has a train_step of its own"),
-        (task_of("tensor", data=lambda f, s: TensorDataset(INPUTS, TARGETS), **LINEAR), "must be tensors or arrays"),
+        (
+            task_of("tensor", data=lambda f, s: [*zip(INPUTS, TARGETS, strict=True)], **LINEAR),
+            "must be tensors or arrays",
+        ),
         (task_of("tensor", data=lambda f, s: Stream(), **LINEAR), "must be tensors or arrays"),
     ],
 )

@@ -15,6 +15,7 @@ from ternbus.edge.adapters import Context, FlowerTask
 from ternbus.edge.learn.failure import explained
 from ternbus.edge.learn.task import TrainingError, halves_of
 from ternbus.edge.learn.task_loader import load_task
+from ternbus.edge.plan.limits import TrainingLimits
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.shell.preflight import check
 from ternbus.edge.tasks.digits_data import load
@@ -97,6 +98,29 @@ def test_the_plan_is_told_as_flower_tells_it() -> None:
     assert config["note"] == "text"
     assert "own" not in config  # Flower's configs have scalars only
     assert "local_seconds" not in config
+
+
+def test_no_key_of_the_aggregator_s_takes_the_place_of_the_owner_s_limits() -> None:
+    client = Client()
+    task = task_of(lambda context: client)
+    asked = TrainingLimits(seconds=5.0, steps=7).bound(plan(max_steps=10**9, seed=1, lr="x", server_round=-1))
+    task.trainer(data=None, partition="all").train(task.initial(0), asked, version=4, seed=3)
+    config = client.configs[-1]
+    assert (config["max_steps"], config["local_seconds"]) == (7, 5.0)
+    assert (config["lr"], config["server_round"]) == (0.05, 5)
+
+
+def test_what_a_client_returns_under_privacy_is_answered_with_noise_and_not_with_silence() -> None:
+    """It may depend on a sample; `ConfigError` would keep the update back."""
+    client = Client()
+    task = task_of(lambda context: client)
+    trainer, start = task.trainer(data=None, partition="all"), task.initial(0)
+    client.fit = lambda parameters, config: (parameters, 0, {})  # type: ignore[method-assign]
+    private = plan(dp="device", dp_clip=1.0, dp_noise=1.0, dp_epsilon=8.0)
+    with pytest.raises(TrainingError, match="returned 0 as num_examples"):
+        trainer.train(start, private, version=0, seed=0)
+    with pytest.raises(ConfigError, match="returned 0 as num_examples"):
+        trainer.train(start, plan(), version=0, seed=0)
 
 
 def test_the_client_s_dtypes_come_back_and_whole_numbers_stay_on_the_device() -> None:

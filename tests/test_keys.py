@@ -424,6 +424,21 @@ def test_evaluations_of_a_device_are_bounded(make: Make) -> None:
     assert saved(bench.last, records.MetricsReceived)
 
 
+def test_what_a_device_states_beside_its_evaluations_counts_whenever_it_changes(make: Make) -> None:
+    """One row holds it, which would be written again for each message without end."""
+    bench = make(limits__metrics_bytes=2**16)
+    kept = {"restless": 0, "honest": 0}
+    for name in kept:
+        device = bench.join(name)
+        for number in range(40):
+            classes = {f"{each}-{'x' * 200}": number if name == "restless" else 1 for each in range(30)}
+            meta = {"version": 0, "samples": 1, "split": "local", "values": {"accuracy": 0.5}, "classes": classes}
+            bench.receive(device.topic("metrics"), device.frame("metrics", meta))
+            kept[name] += len(saved(bench.last, records.MetricsReceived))
+    assert kept["honest"] == 40
+    assert 5 < kept["restless"] < 11
+
+
 def test_log_lines_about_one_reason_are_few_and_say_how_many_were_left_out(make: Make) -> None:
     bench = make(limits__log_lines_per_minute=2)
     pi = bench.join("pi")

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -18,6 +19,7 @@ from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.tasks.digits_numpy import DigitsNumpy, NumpyTrainer
 from ternbus.lab import cli
 from ternbus.lab.report.failing import NAMES_MAX, FailingDevices, answers, named
+from ternbus.lab.report.observation import Observation
 from ternbus.lab.report.progress import Lines
 from ternbus.lab.scenario.scenario import End, Scenario, Speeds
 from ternbus.lab.virtual.simulate import Simulation
@@ -236,3 +238,53 @@ def test_a_run_of_processes_that_ends_before_anything_is_accepted_names_the_logs
     assert ran.returncode == 1, ran.stdout + ran.stderr
     assert "no version was made in" in ran.stderr
     assert f"device-1: see {tmp_path / 'out' / 'logs' / 'device-1.log'}" in ran.stderr
+
+
+BLIND = (
+    OWN
+    + """
+
+class Judge:
+    samples = 1
+
+    def evaluate(self, tensors):
+        raise ValueError("blind")
+
+
+Mine.evaluator = lambda self, *, data: Judge()
+"""
+)
+
+
+@pytest.mark.slow
+def test_a_run_whose_evaluator_fails_says_why_and_does_not_wait_for_it(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(BLIND.replace("{fails!r}", '"iid:0/"'))
+    (tmp_path / "scenario.toml").write_text(
+        'task = "own.py:TASK"\npartition = "iid"\ndevices = 2\n[speeds]\nmedian_s = 0.2\n[aggregator.merge]\n'
+        "buffer_size = 1\n[end]\nversions = 20\n"
+    )
+    command = [sys.executable, "-m", "ternbus", "lab", "run", "scenario.toml", "--out", "out"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    log = tmp_path / "out" / "logs" / "evaluator.log"
+    assert f"no result after 10 s of waiting for the last evaluation; see {log}; the run ends without it" in ran.stdout
+    assert "device-0 " in ran.stdout  # that it fails, or that its last training did
+
+
+def test_an_observation_has_why_evaluators_fail() -> None:
+    counts = {"accepted": 0, "stale": 0, "invalid": {}}
+    members = {"device-0": {"failing": "odd"}, "judge": {"failing": "blind"}, "other": {"failing": None}}
+    first: dict[str, Any] = {
+        "version": 0,
+        "time": 0.0,
+        "updates": 0,
+        "staleness": None,
+        "staleness_max": None,
+        "evaluations": {},
+    }
+    seen = Observation.read(
+        {"state": "open", "counts": counts, "devices": members, "versions": [first | {"accuracy": None, "loss": None}]},
+        {"device-0": {}},
+    )
+    assert seen.evaluators_failing == {"judge": "blind"}
+    assert [device.failing for device in seen.devices] == ["odd"]

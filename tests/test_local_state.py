@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from support.core_device import evaluated, following, logged, only, published, trained
+from support.core_device import DEVICE_KEY, aggregator, evaluated, following, logged, only, published, trained
 from ternbus.broker.crash_points import VARIABLE
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.model_files import load_metadata, load_safetensors
@@ -233,6 +233,35 @@ def test_a_device_keeps_local_tensors_beside_its_update_and_uses_them_in_every_j
     device.arrive(*scripted.delta(1), scripted.head())
     assert [each.local for each in device.actions if isinstance(each, StartEvaluation)][-1] == b"own"
     assert device.disk.rejoined(device.core.profile.key).local == b"own"
+
+
+PRIVATE = {"dp_clip": 1.0, "dp_noise": 1.0, "dp_epsilon": 50.0}
+
+
+@pytest.mark.parametrize("before", ["none", "device"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_local_tensor_brings_samples_without_noise_into_a_training_under_sample_privacy(
+    before: str, fails: bool
+) -> None:
+    """An aggregator that alternates plans would have each sample move the gradients of all others, by the tensors."""
+    scripted, device = following(scripted=aggregator(plan={"dp": before, **PRIVATE}))
+    device.handle(replace(trained(only(device.actions, StartTraining)), local=b"own"))
+    for number, kept in ((1, b""), (2, b"" if fails else b"noisy")):
+        assert device.disk is not None
+        assert device.disk.outstanding is not None
+        device.arrive(
+            scripted.status(), scripted.receipt("pi", DEVICE_KEY.key_id, device.disk.outstanding.seq, "accepted")
+        )
+        scripted.plan = {"dp": "sample", **PRIVATE}
+        scripted.advance()
+        device.arrive(*scripted.delta(number), scripted.head())
+        job = [each for each in device.actions if isinstance(each, StartTraining)][-1]
+        assert (job.base, job.plan.dp) == (number, "sample")
+        assert job.local == (b"" if number == 1 else kept)
+        device.handle(replace(trained(job), local=None if fails else b"noisy"))
+    assert device.disk is not None
+    rejoined = device.disk.rejoined(device.core.profile.key)
+    assert (rejoined.local_under("sample"), rejoined.protected) == (kept, "sample")
 
 
 def test_equal_tensors_are_packed_as_equal_bytes() -> None:

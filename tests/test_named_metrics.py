@@ -47,7 +47,7 @@ class Regression:
     def trainer(self, *, data, partition):
         x, y = drawn(0, 400)
         chosen = select(partition, np.zeros(400, np.int64))
-        number = int(partition.partition(":")[2].partition("/")[0])
+        number = int(partition.partition(":")[2].partition("/")[0] or 0)  # none of "all", which `lab run` tries first
         return Trainer(x[chosen], y[chosen] + 0.3 * number)
 
     def evaluator(self, *, data):
@@ -190,6 +190,7 @@ def test_the_aggregators_status_says_the_same(finished: tuple[Path, dict[str, An
         ('name = "mea", at_most = 0.3', "[end] the evaluation has no mea: it has loss, mae, r2"),
         ('name = "mae", at_least = 0.3', "[end] mae is better when lower: set at_most"),
         ('name = "r2", at_most = 0.3', "[end] r2 is better when higher: set at_least"),
+        ('name = "mae", at_most = 1000', "[end] mae: the initial model already has "),
         ('name = "mae"', "end.metric needs exactly one of the keys at_least and at_most"),
         ("at_most = 0.3", "end.metric lacks the key name"),
         ('name = "mae", at_most = nan', "end.metric.at_most is nan"),
@@ -212,6 +213,14 @@ def test_a_limit_is_reached_in_its_direction() -> None:
     assert both.reached(version=0, seconds=0, evaluations=[{"accuracy": 0.9}])
     assert both.reached(version=0, seconds=0, evaluations=[{"accuracy": 0.1}, {"mae": 0.0}])
     assert not both.reached(version=0, seconds=0, evaluations=[{"accuracy": 0.1, "mae": 1.0}])
+
+
+def test_a_limit_that_the_initial_model_reaches_is_refused() -> None:
+    end = End(metric=MetricLimit(name="mae", at_most=0.5))
+    end.refuse_start({"accuracy": 0.1, "mae": 0.6})
+    end.refuse_start({})  # not evaluated yet
+    with pytest.raises(ConfigError, match=r"\[end\] mae: the initial model already has 0.5, .*: .* that is lower$"):
+        end.refuse_start({"mae": 0.5})
 
 
 # --- which metric is the primary one, and its direction
@@ -382,6 +391,8 @@ def test_classes_are_counted_by_name_and_too_many_left_out() -> None:
     assert counted(np.array([3, 1, 3])) == {"1": 1, "3": 2}
     assert class_counts_of(Counting({1: 2, "b": 0})) == {"1": 2, "b": 0}  # type: ignore[arg-type]
     assert class_counts_of(Counting(dict.fromkeys(range(257), 1))) == {}  # type: ignore[arg-type]
+    long = {f"{number}-{'x' * 100}": 1 for number in range(256)}  # more than the header of a message has room for
+    assert class_counts_of(Counting(long)) == {}  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="-1 samples of the class a"):
         class_counts_of(Counting({"a": -1}))  # type: ignore[arg-type]
     assert Metrics(version=0, samples=1, split="local", values={}).meta().keys() == {

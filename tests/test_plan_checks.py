@@ -39,8 +39,8 @@ FAULTS: list[tuple[Mapping[str, object], str]] = [
     (ENDLESS, "plan.schedule_versions is 0: cosine must end after the warm-up; set schedule_versions"),
     ({"schedule": "linear", "schedule_versions": 3, "warmup_versions": 3}, "plan.schedule_versions is 3: linear"),
     ({"dp": "device", "dp_clip": 1.0}, "plan.dp is 'device': dp_clip, dp_noise and dp_epsilon must be above 0; set"),
-    ({"learning_rat": 0.5}, "plan.learning_rat is a key that nobody knows: do you mean learning_rate? A task names"),
-    ({"zzz": 1}, "plan.zzz is a key that nobody knows. A task names the keys that only it knows in its plan_keys"),
+    ({"learning_rat": 0.5}, "plan.learning_rat is an unknown key: do you mean learning_rate? A task names"),
+    ({"zzz": 1}, "plan.zzz is an unknown key. A task names its own keys in plan_keys. Other keys are allowed by"),
 ]  # fmt: skip
 OWN_TASK = """
 from dataclasses import dataclass
@@ -109,7 +109,7 @@ def test_a_file_without_the_table_stays_without_it() -> None:
         ({"keys": []}, "plan_check.keys is unknown; known are task_keys, allowed_keys, default_plan"),
         ({"task_keys": "flavour"}, "plan_check.task_keys = 'flavour' must be a list of strings"),
         ({"allowed_keys": [1]}, "plan_check.allowed_keys = [1] must be a list of strings"),
-        ({"task_keys": [""]}, "plan_check.plan_keys is ('',): it must be a list of at most 1000 names"),
+        ({"task_keys": [""]}, "plan_check.plan_keys has '', which is no name of a plan key"),
         ({"default_plan": 1}, "plan_check.default_plan must be a table"),
         ({"default_plan": {"mood": 1}}, "plan_check.default_plan: 'mood' is not a documented key of a plan"),
         ({"default_plan": ENDLESS}, "plan_check.default_plan: schedule_versions is 0"),
@@ -163,8 +163,10 @@ def test_what_a_task_brings_goes_through_the_metadata() -> None:
         ({"plan_keys": "{}"}, "has no list plan_keys"),
         ({"plan_keys": '"ab"'}, "has no list plan_keys"),
         ({"default_plan": "[]"}, "and object default_plan"),
-        ({"plan_keys": "[1]"}, "names of plan keys"),
-        ({"plan_keys": json.dumps([f"k{number}" for number in range(1001)])}, "at most 1000 names"),
+        ({"plan_keys": "[1]"}, "plan_keys has 1, which is no name of a plan key"),
+        ({"plan_keys": json.dumps([f"k{number}" for number in range(1001)])}, "it may have at most 1000"),
+        ({"plan_keys": json.dumps(["k" * 101])}, "a printable text of at most 100 characters"),
+        ({"plan_keys": json.dumps(["\x1b[2J"])}, r"plan_keys has '\x1b[2J', which is no name"),
         ({"default_plan": '{"mood": 1}'}, "'mood' is not a documented key"),
         ({"default_plan": '{"momentum": NaN}'}, "momentum is nan"),
     ],
@@ -203,7 +205,7 @@ def test_a_new_federation_knows_its_task_s_keys_and_what_was_allowed(tmp_path: P
 
     refused = init(tmp_path / "home", model, "--set", "plan.flavor=1")
     assert isinstance(refused.exception, ConfigError)
-    assert "--set: plan.flavor is a key that nobody knows: do you mean flavour?" in str(refused.exception)
+    assert "--set: plan.flavor is an unknown key: do you mean flavour?" in str(refused.exception)
     assert not (tmp_path / "home").exists()
     more = ["--set", "plan.flavour=sour", "--set", "plan.schedule=cosine", "--set", "plan.mood=1"]
     assert init(tmp_path / "home", model, *more, "--allow-plan-key", "mood").exit_code == 0
@@ -248,11 +250,11 @@ def test_an_aggregator_of_before_runs_and_warns_of_keys_that_nobody_knows(tmp_pa
         assert process.stderr is not None
         kill = threading.Timer(60, process.kill)
         kill.start()
-        warned = next((line for line in process.stderr if "local_step is a key" in line), "")
+        warned = next((line for line in process.stderr if "local_step is an unknown" in line), "")
         ran = process.poll() is None
         kill.cancel()
         process.terminate()
-    assert f"{file}: plan.local_step is a key that nobody knows: do you mean local_steps?" in warned
+    assert f"{file}: plan.local_step is an unknown key: do you mean local_steps?" in warned
     assert ran
 
 
@@ -296,7 +298,7 @@ def test_a_scenario_takes_keys_of_its_task_and_keys_that_it_allows(tmp_path: Pat
         "plan.momentum": 0.5,
     }
     for keys, allowed in (([], ("mood",)), (["flavour"], ())):
-        with pytest.raises(ConfigError, match="is a key that nobody knows"):
+        with pytest.raises(ConfigError, match="is an unknown key"):
             plan_check.settings_of(replace(wanted, allow_plan_keys=allowed), {}, keys)
 
 
@@ -327,8 +329,18 @@ def test_the_command_for_experiments_exits_with_the_same_error(tmp_path: Path) -
     )
     done = CliRunner().invoke(lab, ["experiment", str(file), "--out", str(tmp_path / "out")])
     assert isinstance(done.exception, ConfigError)
-    says = "wrong: the scenario and its task: plan.batchsize is a key that nobody knows: do you mean batch_size?"
+    says = "wrong: the scenario and its task: plan.batchsize is an unknown key: do you mean batch_size?"
     assert says in str(done.exception)
+
+
+def test_a_look_at_the_partition_checks_the_plan_too(tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text('task = "digits-numpy"\n[plan]\nbatchsize = 1\n')
+    done = CliRunner().invoke(lab, ["partition", str(file)])
+    assert isinstance(done.exception, ConfigError)
+    assert "plan.batchsize is an unknown key: do you mean batch_size?" in str(done.exception)
+    file.write_text(file.read_text().replace("batchsize", "batch_size"))
+    assert CliRunner().invoke(lab, ["partition", str(file)]).exit_code == 0
 
 
 def test_a_barrier_sends_all_of_batch_norm_s_statistics_and_tests_better(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.schema import Schema, to_vector
 from ternbus.edge.core import events
 from ternbus.edge.core.actions import StartTraining
@@ -124,3 +125,38 @@ def test_a_model_that_takes_no_zeros_is_trained_all_the_same(clock: Clock) -> No
     device = Device(clock, odd=False, refuses=lambda inputs: not inputs.any())
     _, result = device.train(precision="auto")
     assert result.failure == ""
+
+
+def test_what_a_step_returns_of_one_sample_is_released_as_noise_too() -> None:
+    """It raises ConfigError, which is for what is wrong whatever the data are; nothing would be sent."""
+    inputs = torch.ones(SAMPLES, 4)
+    inputs[:BATCH] = ODD
+
+    def train_step(net: nn.Module, batch: Any, plan: Plan, optimizers: Any) -> Any:
+        optimizers.minimize(net(batch[0]).square().mean())
+        return {"odd": None if (batch[0] == ODD).any() else 1.0}
+
+    task = TorchTask(
+        name="own",
+        model=lambda: nn.Linear(4, 3),
+        data=lambda folder, split: (inputs, torch.zeros(SAMPLES, dtype=torch.long)),
+        train_step=train_step,
+    )
+    start = task.initial(0)
+    schema = Schema.of({name: tensor.shape for name, tensor in start.items()})
+    plan = Plan.from_meta({**PLAN, "batch_size": SAMPLES})
+    job = StartTraining(base=0, schema=schema, vector=to_vector(schema, start), residual=None, plan=plan, seed=1)
+    result = train(task.trainer(data=None, partition="all"), job, RandomSource(np.random.default_rng(3).bytes))
+    assert isinstance(result, events.TrainingFinished)
+    assert "train_step()'s odd returned NoneType" in result.failure
+
+
+def test_a_step_that_returns_no_number_for_any_sample_costs_no_budget() -> None:
+    task = TorchTask(
+        name="own",
+        model=lambda: nn.Linear(4, 3),
+        data=lambda folder, split: (torch.ones(SAMPLES, 4), torch.zeros(SAMPLES, dtype=torch.long)),
+        train_step=lambda net, batch, plan, optimizers: {"loss": "none"},
+    )
+    with pytest.raises(ConfigError, match="it must return one number"):
+        task.trainer(data=None, partition="all").train(task.initial(0), Plan.from_meta(PLAN), version=0, seed=1)

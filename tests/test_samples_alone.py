@@ -238,3 +238,49 @@ def test_the_check_leaves_all_random_numbers_as_they_were() -> None:
     LEGACY.seed(5)
     trained(Model)
     assert (random.random(), LEGACY.random()) == wanted
+
+
+# -- a loss that divides by what the whole batch has
+
+
+def gradient_of_the_first(loss: Callable[..., Any] | None, second: int) -> Tensor:
+    """What the first of two samples adds to a step, beside a second one with this target, which has no gradient."""
+    inputs, targets = torch.zeros(2, FEATURES), torch.tensor([1, second])
+    inputs[0] = torch.arange(FEATURES)  # so that only the first moves the weights
+    made = TorchTask(
+        name="own",
+        model=lambda: nn.Linear(FEATURES, 3),
+        data=lambda folder, split: (inputs, targets),
+        loss=loss,
+    )
+    plan = Plan.from_meta({
+        **PLAN, "batch_size": 2, "local_steps": 1, "dp_clip": 1e3, "dp_noise": 1e-12, "momentum": 0.0,
+    })  # fmt: skip
+    trainer, start = made.trainer(data=None, partition="all"), made.initial(0)
+    source = RandomSource(np.random.default_rng(3).bytes)
+    after = trainer.train_privately(start, plan, version=0, seed=1, random_source=source)
+    return torch.from_numpy(after.tensors["weight"] - start["weight"])
+
+
+def weighted(outputs: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(outputs, targets, weight=torch.tensor([1.0, 1.0, 1000.0]))
+
+
+def with_a_decision(outputs: Tensor, targets: Tensor) -> Tensor:
+    """By values, so that all samples cannot be computed at once."""
+    if (targets >= 0).any():
+        return weighted(outputs, targets)
+    return outputs.sum() * 0
+
+
+IGNORED = -100  # the target for which cross entropy computes no loss
+
+
+@pytest.mark.parametrize(
+    ("loss", "second"),
+    [(None, IGNORED), (functional.cross_entropy, IGNORED), (weighted, 2), (with_a_decision, 2), (weighted, IGNORED)],
+)
+def test_no_target_of_a_sample_scales_the_gradients_of_others(loss: Callable[..., Any] | None, second: int) -> None:
+    """Of two samples, one without a loss doubled the other's part, by the mean over those that have one."""
+    assert gradient_of_the_first(loss, second).any()
+    torch.testing.assert_close(gradient_of_the_first(loss, second), gradient_of_the_first(loss, 0))

@@ -162,7 +162,7 @@ def test_an_empty_file_is_the_run_without_a_file(tmp_path: Path) -> None:
         ('partition = "iid:0/8"', "partition"),
         ('[broker]\nengine = "rabbit"', "choose one of auto, mosquitto, nats"),
         ('[broker]\nurl = "http://x"', "mqtt://HOST:PORT"),
-        ('[plan]\nlearning_rate = "high"', "plan.learning_rate"),
+        ('[plan]\nlearning_rate = "high"', "scenario.toml: plan.learning_rate is 'high', not a number"),
         ('[[fault]]\nkill = "evaluator"\nafter_version = 1', "device:I"),
         ('[[fault]]\nkill = "device:8"\nafter_version = 1', "use a device from 0 to 7"),
         ('[[fault]]\nkill = "broker"', "needs the keys kill and after_version"),

@@ -52,7 +52,10 @@ class Items(Dataset[Any]):
 
 
 class Unrelated:
-    """As of a library that has no Dataset of torch."""
+    """As of a library that has no Dataset of torch; what it holds is not what it gives."""
+
+    def __init__(self) -> None:
+        self.all = torch.zeros(SAMPLES)
 
     def __len__(self) -> int:
         return SAMPLES
@@ -132,6 +135,15 @@ def test_the_same_samples_in_any_form_train_the_same_model(given: Any) -> None:
     assert evaluated.values == pytest.approx(expected.values)
 
 
+def test_a_dataset_of_tensors_is_its_tensors_and_serves_privacy_of_samples() -> None:
+    pair = task_of(TensorDataset(INPUTS, TARGETS)).evaluator(data=None).data
+    assert isinstance(pair, TensorSamples)
+    assert pair.at_random
+    assert isinstance(task_of(TensorDataset(INPUTS)).evaluator(data=None).data.batch(slice(0, 2)), Tensor)
+    own = task_of(TensorDataset(INPUTS, TARGETS), collate=lambda samples: samples).evaluator(data=None).data
+    assert not own.at_random
+
+
 def test_a_data_frame_is_taken() -> None:
     pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame({f"x{number}": INPUTS[:, number].numpy() for number in range(8)})
@@ -159,6 +171,17 @@ def test_samples_that_are_dicts_have_their_targets_by_name() -> None:
 
 
 # -- streams
+
+
+def test_an_object_that_can_be_iterated_is_a_stream_whatever_it_holds() -> None:
+    class Own:
+        def __init__(self) -> None:
+            self.held = torch.zeros(3)
+
+        def __iter__(self) -> Iterator[Any]:
+            return iter(Stream())
+
+    assert same(trained(Own()), trained(Stream()))
 
 
 def test_a_stream_is_read_in_its_own_order_again_and_again() -> None:
@@ -239,6 +262,17 @@ def test_an_array_that_is_mapped_from_a_file_stays_in_the_file(tmp_path: Path) -
     trainer = task_of((mapped, TARGETS)).trainer(data=None, partition="iid:0/3")
     assert np.shares_memory(tree_of(trainer)[0].numpy(), mapped)
     assert same(trained((mapped, TARGETS)), trained((INPUTS, TARGETS)))
+
+
+def test_a_model_that_changes_its_inputs_in_place_does_not_change_the_data() -> None:
+    inputs = INPUTS.clone()
+    task = task_of((inputs, TARGETS)).replaced(model=lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 3)))
+    start = task.initial(0)
+    trainer, evaluator = task.trainer(data=None, partition="all"), task.evaluator(data=None)
+    first = evaluator.evaluate(start)
+    trainer.train(start, PLAN, version=0, seed=0)
+    assert torch.equal(inputs, INPUTS)
+    assert evaluator.evaluate(start) == first
 
 
 def test_owners_have_labels_of_any_kind() -> None:

@@ -23,6 +23,7 @@ from ternbus.edge.shell.directory import DeviceDirectory
 from ternbus.edge.shell.preflight import check
 from ternbus.edge.torch import device as devices
 from ternbus.edge.torch import torchvision_ops  # noqa: F401  # must come before torchvision
+from ternbus.edge.torch.augmentation import augmentation
 
 from torchvision.transforms import v2  # isort: skip
 
@@ -152,6 +153,16 @@ def test_a_function_that_is_given_augments_a_batch_as_before() -> None:
 
     whole, _ = seen_by(of_images(one_crop))
     assert kinds(whole) == 1
+
+
+def test_the_targets_in_a_dict_are_not_augmented() -> None:
+    batch = {"values": torch.zeros(4, 2), "labels": torch.arange(4)}
+    task = TorchTask(name="own", augment=lambda inputs: {name: each + 1 for name, each in inputs.items()})
+    change = augmentation(task)
+    assert change is not None
+    changed = change(batch)
+    assert torch.equal(changed["values"], torch.ones(4, 2))
+    assert torch.equal(changed["labels"], torch.arange(4))
 
 
 def test_nothing_is_augmented_in_an_evaluation() -> None:
@@ -286,8 +297,9 @@ def test_what_is_no_optimizer_is_refused() -> None:
 
 def test_a_processor_that_is_not_there_is_named() -> None:
     assert devices.chosen("cpu") == torch.device("cpu")
-    with pytest.raises(ConfigError, match="device is 'cuda:99', but this machine has "):
-        devices.chosen("cuda:99")
+    for number in (99, 128, 255, 256, 999):  # torch has 8 bits for it
+        with pytest.raises(ConfigError, match=f"device is 'cuda:{number}', but this machine has "):
+            devices.chosen(f"cuda:{number}")
     with pytest.raises(ConfigError, match="device is 'gpu': it must be auto, cpu, cuda, cuda:N or mps"):
         PLAIN.on_device("gpu")
     if not torch.backends.mps.is_available():

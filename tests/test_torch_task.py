@@ -133,6 +133,33 @@ def test_a_subclass_has_the_name_of_its_class_unless_it_has_its_own() -> None:
     assert WithLoss().replaced(name="new").name == "new"
 
 
+def test_a_subclass_has_a_name_though_its_constructor_does_not_call_ours() -> None:
+    class Own(TorchTask):
+        def __init__(self, width: int) -> None:
+            self.width = width
+
+        def model(self) -> nn.Module:
+            return nn.Linear(self.width, 3)
+
+    assert Own(8).name == "Own"
+    assert Own(8).replaced(workers=1).name == "Own"
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "said"),
+    [
+        ("model", nn.Linear(8, 3), "model is a Linear: give a function that makes one, as lambda: Linear(…)"),
+        ("data", (INPUTS, TARGETS), "data is tuple, but must be a function"),
+        ("loss", "mse", "loss is str, but must be a function"),
+        ("collate", True, "collate is bool, but must be a function"),
+    ],
+)
+def test_what_is_no_function_is_refused_where_one_is_needed(argument: str, value: Any, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TorchTask(name="own", **{argument: value})
+    assert str(caught.value) == f"the task own: {said}"
+
+
 def test_a_task_without_a_model_or_data_says_so() -> None:
     with pytest.raises(ConfigError, match="the task own has no model"):
         TorchTask(name="own", data=data).initial(0)
@@ -218,6 +245,51 @@ def test_a_model_with_a_loss_of_its_own_needs_no_other() -> None:
     one, other = trained(task), trained(PLAIN)
     assert all(np.array_equal(one.tensors[f"layer.{name}"], other.tensors[name]) for name in other.tensors)
     assert evaluated(task, one.tensors).values == pytest.approx(evaluated(PLAIN, other.tensors).values)
+
+
+class Named(nn.Module):
+    """Takes its inputs by name, and no targets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 3)
+
+    def forward(self, values: Tensor) -> Any:
+        return {"logits": self.layer(values), "loss": None}
+
+
+@pytest.mark.parametrize("key", ["labels", "y"])
+def test_a_model_that_takes_no_targets_gets_none_and_its_logits_are_scored(key: str) -> None:
+    def own(folder: Path | None, split: str) -> Any:
+        inputs, targets = data(folder, split)
+        return {"values": inputs, key: targets}
+
+    task = TorchTask(name="own", model=Named, data=own)
+    one, other = trained(task), trained(PLAIN)
+    assert all(np.array_equal(one.tensors[f"layer.{name}"], other.tensors[name]) for name in other.tensors)
+    assert evaluated(task, one.tensors) == evaluated(PLAIN, other.tensors)
+
+
+def test_what_cross_entropy_does_not_take_is_refused_in_words() -> None:
+    pairs = TorchTask(name="own", model=lambda: nn.LSTM(8, 3), data=data)  # its outputs are a pair, and no loss
+    numbers = TorchTask(name="own", model=linear, data=lambda folder, split: (INPUTS, INPUTS[:, :3]))
+    alone = TorchTask(name="own", model=Named, data=lambda folder, split: {"values": INPUTS})
+    several = TorchTask(name="own", model=lambda: nn.ModuleDict({"a": nn.Linear(8, 3)}), data=data)
+    for task, said in (
+        (several, r"the model is a ModuleDict, which has no forward\(\): give the task predict"),
+        (pairs, "the model returns tuple, which cross entropy does not take: give the task a loss"),
+        (numbers, "the targets are numbers with a fraction, and cross entropy needs classes"),
+        (alone, "the targets are NoneType"),
+    ):
+        for use in (trained, evaluated):
+            with pytest.raises(ConfigError, match=said):
+                use(task)
+
+
+def test_targets_may_be_the_probability_of_each_class() -> None:
+    soft = functional.one_hot(TARGETS.long(), 3) * 0.9 + 0.1 / 3
+    found = evaluated(TorchTask(name="own", model=linear, data=lambda folder, split: (INPUTS, soft)))
+    assert set(found.values) == {"loss"}
 
 
 def test_images_are_segmented() -> None:

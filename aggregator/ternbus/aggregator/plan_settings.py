@@ -100,8 +100,8 @@ def doubts(plan: Mapping[str, Any], check: PlanCheck | None) -> list[str]:
     """
     about = check or PlanCheck()
     found = [
-        f"{each} A task names the keys that only it knows in its plan_keys; you can allow others: with "
-        "--allow-plan-key, in aggregator.toml by plan_check.allowed_keys, in a scenario by allow_plan_keys"
+        f"{each} A task names its own keys in plan_keys. Other keys are allowed by --allow-plan-key at "
+        "`aggregator init`, plan_check.allowed_keys in aggregator.toml, and allow_plan_keys in a scenario"
         for each in plan_keys.unknown(plan, (*about.task_keys, *about.allowed_keys))
     ]
     if fault := plan_keys.fault({**about.default_plan, **plan}):

@@ -26,7 +26,7 @@ from ternbus.lab.interrupts import Interrupted, Interrupts
 from ternbus.lab.processes.supervisor import ChildError
 from ternbus.lab.processes.testbed import Testbed
 from ternbus.lab.report import output, partition_table, progress, report
-from ternbus.lab.scenario import partitions, scenario
+from ternbus.lab.scenario import partitions, plan_check, scenario
 from ternbus.lab.scenario.resolve import resolved
 from ternbus.lab.scenario.scenario import Scenario
 from ternbus.lab.virtual.simulate import Simulation
@@ -166,7 +166,9 @@ def show_partition(
     with json_output(as_json) as own:
         loaded = load_task(wanted.task)
         with explained(wanted.task, lacks_data=wanted.data is None):
-            facts = partition_table.describe(resolved(wanted, loaded), loaded)
+            found = resolved(wanted, loaded)
+            plan_check.settings(found.scenario, loaded)
+            facts = partition_table.describe(found, loaded)
         if plot is not None:
             partition_table.plot(facts, plot)
         own.write((json.dumps(facts) if as_json else partition_table.table(facts)) + "\n")
@@ -351,7 +353,7 @@ def _simulated(
 ) -> dict[str, Any]:
     began = time.monotonic()
     with shown:
-        shown.say(f"{wanted.task}: {partitions.devices_in_words(wanted.devices)} in virtual time")
+        shown.say(f"{wanted.task} in virtual time, with {partitions.devices_in_words(wanted.devices)}")
         folder = place.aggregator if keep_ledger else None
         with (
             Workers(wanted, jobs) if jobs > 1 else nullcontext() as workers,

@@ -24,10 +24,13 @@ def received(member: Member, frame: Frame, *, version: int, bytes_max: int) -> S
     if frame.seq <= member.metrics_seq:
         raise ProtocolError("replayed-metrics", member.name)
     size_bytes = len(json.dumps(dict(metrics.values)))  # as the ledger holds them
+    stated = json.dumps([dict(metrics.better), dict(metrics.classes)])
+    if hash(stated) != member.metrics_stated:  # written too, in place of what was stated before
+        size_bytes += len(stated)
     if member.metrics_bytes + size_bytes > bytes_max:
         raise ProtocolError("too-many-metrics", f"more than limits.metrics_bytes of {member.name}")
     member.metrics_bytes += size_bytes
-    member.metrics_seq = frame.seq
+    member.metrics_seq, member.metrics_stated = frame.seq, hash(stated)
     if metrics.split == "test" and member.highest_base < 0:
         member.evaluates = True
     return Save(record=records.MetricsReceived(device=member.name, seq=frame.seq, metrics=metrics))

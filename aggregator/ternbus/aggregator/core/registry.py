@@ -57,6 +57,7 @@ class Member:
     status_seq: int = -1
     metrics_seq: int = 0
     metrics_bytes: int = 0  # of its evaluations on disk
+    metrics_stated: int = 0  # hash of what it last stated beside its metrics' values; 0: not known
     waiting_bytes: int = 0  # of its updates in the buffer, on disk
     update_bytes: int = 0  # PUBLISH packets since the last count was written
     collector: Collector | None = None

@@ -67,7 +67,13 @@ def _version_table(
     versions: Sequence[Mapping[str, Any]], measured: Sequence[tuple[str, str]], local: str | None
 ) -> list[str]:
     """A column for each ``measured`` metric of an evaluator; the last ones are of the devices' ``local`` metric."""
-    headings = [f"{shown_name(name)} by {evaluator}" for evaluator, name in measured] or ["accuracy"]
+    headings: dict[str, None] = {}
+    for evaluator, name in measured:
+        heading = f"{shown_name(name)} by {evaluator}"
+        while heading in headings:  # of another name, which is as long or no text for a screen
+            heading += "'"
+        headings[heading] = None
+    headings = headings or {"accuracy": None}
     columns = dict.fromkeys(("version", "updates", "staleness", *headings), ">") | {"time": "<"}
     if local is not None:
         columns |= {"worst tenth": ">", "median": ">", "devices": ">"}

@@ -150,5 +150,5 @@ def unknown(plan: Mapping[str, object], own: Collection[str]) -> list[str]:
     for name in plan:
         if name not in known:
             closest = difflib.get_close_matches(name, known, n=1)
-            found.append(f"{name} is a key that nobody knows{f': do you mean {closest[0]}?' if closest else '.'}")
+            found.append(f"{name} is an unknown key{f': do you mean {closest[0]}?' if closest else '.'}")
     return found

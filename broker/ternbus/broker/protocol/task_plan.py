@@ -11,6 +11,7 @@ from ternbus.broker.protocol import plan_keys
 KEYS: Final = "plan_keys"  # names in the metadata
 DEFAULT: Final = "default_plan"
 ITEMS_MAX: Final = 1000
+NAME_CHARS: Final = 100
 AGAIN: Final = "make the file again with `ternbus edge init-model`"
 
 
@@ -26,8 +27,14 @@ class TaskPlan:
 
     def __post_init__(self) -> None:
         names: Collection[object] = self.keys  # from a file or a task's author: of any type
-        if not all(isinstance(name, str) and name for name in names) or len(names) > ITEMS_MAX:
-            raise ConfigError(f"{KEYS} is {self.keys!r}: it must be a list of at most {ITEMS_MAX} names of plan keys")
+        if len(names) > ITEMS_MAX:
+            raise ConfigError(f"{KEYS} has {len(names)} names of plan keys: it may have at most {ITEMS_MAX}")
+        for name in names:
+            if not isinstance(name, str) or not 0 < len(name) <= NAME_CHARS or not name.isprintable():
+                raise ConfigError(
+                    f"{KEYS} has {repr(name)[:NAME_CHARS]}, which is no name of a plan key: it must be a printable "
+                    f"text of at most {NAME_CHARS} characters"
+                )
         if unknown := [name for name in self.default if name not in plan_keys.KEYS]:
             raise ConfigError(f"{DEFAULT}: {unknown[0]!r} is not a documented key of a plan")
         if fault := plan_keys.fault(self.default):
@@ -43,7 +50,7 @@ class TaskPlan:
             raise ConfigError(f"{KEYS} is {keys!r}: it must be a list of names of plan keys")
         made = cls(keys=tuple(keys), default={name: default[name] for name in plan_keys.KEYS if name in default})
         if found := plan_keys.unknown(default, made.keys):
-            raise ConfigError(f"{DEFAULT}: {found[0]} A task names the keys that only it knows in its plan_keys")
+            raise ConfigError(f"{DEFAULT}: {found[0]} A task names its own keys in plan_keys")
         return made
 
     def metadata(self) -> dict[str, str]:

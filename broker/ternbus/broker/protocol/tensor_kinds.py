@@ -44,8 +44,8 @@ class TensorKinds:
         for kind, found in stated.items():
             if strange := sorted(found - known):
                 raise ConfigError(
-                    f"{source}: its metadata {kind!r} names {strange[0]!r}, which is no tensor of the model; write the "
-                    "file again with `ternbus edge init-model`"
+                    f"{source}: its metadata {kind!r} names {strange[0][:100]!r}, which is no tensor of the model; "
+                    "write the file again with `ternbus edge init-model`"
                 )
         return cls(**stated)
 

@@ -18,7 +18,7 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.direction import Direction
 from ternbus.edge.adapters.foreign import place_of, seeded
 from ternbus.edge.learn.partition_spec import Partition, PartitionError
-from ternbus.edge.learn.task import Evaluation, Trained
+from ternbus.edge.learn.task import Evaluation, Trained, TrainingError
 from ternbus.edge.plan.plan import NO_DP, Plan
 from ternbus.edge.plan.tensors import FloatArray, Tensors
 
@@ -207,7 +207,7 @@ class FlowerTrainer:
             if self._held:
                 self._samples = self.evaluate(start).samples
             else:
-                plan = Plan.from_meta({**self._task.default_plan, "local_steps": 1})
+                plan = Plan.from_meta({**self._task.default_plan, "local_steps": 1, "dp": NO_DP})
                 self._samples = self.train(start, plan, version=0, seed=0).samples
         return self._samples
 
@@ -222,11 +222,16 @@ class FlowerTrainer:
         place = place_of(self._client.fit)
         with seeded(seed):
             found = self._client.fit(self._layout.arrays(start), config)
-        arrays, samples, metrics = _three(found, f"{place}fit()", "parameters, num_examples, metrics")
-        self._samples = _count(samples, f"{place}fit()")
         rate = plan.statistics_rate if plan.dp == NO_DP else 0.0  # no statistic of the data travels under privacy
-        tensors = self._layout.read(arrays, start, rate, place)
-        values = {"seconds": time.perf_counter() - began, **_numbers(metrics, f"{place}fit()")}
+        try:
+            arrays, samples, metrics = _three(found, f"{place}fit()", "parameters, num_examples, metrics")
+            self._samples = _count(samples, f"{place}fit()")
+            tensors = self._layout.read(arrays, start, rate, place)
+            values = {"seconds": time.perf_counter() - began, **_numbers(metrics, f"{place}fit()")}
+        except ConfigError as error:
+            if plan.dp == NO_DP:
+                raise
+            raise TrainingError(str(error)) from error  # it may depend on the data: noise is sent all the same
         return Trained(tensors=tensors, samples=self._samples, metrics=values)
 
     def evaluate(self, tensors: Tensors) -> Evaluation:
@@ -268,7 +273,8 @@ def _config(plan: Plan, version: int, seed: int) -> dict[str, Scalar]:
     }
     limits = {"local_steps": plan.local_steps, "local_seconds": plan.local_seconds, "max_steps": plan.steps_max}
     config |= {name: value for name, value in limits.items() if value is not None}
-    return config | {name: value for name, value in plan.extra.items() if isinstance(value, SCALARS)}
+    # The aggregator chooses the extra keys: none of them may take the place of the owner's limits.
+    return {name: value for name, value in plan.extra.items() if isinstance(value, SCALARS)} | config
 
 
 def _arrays(found: Any, what: str, place: str) -> list[Array]:

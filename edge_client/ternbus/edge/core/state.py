@@ -9,7 +9,7 @@ from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.messages import Update
 from ternbus.broker.protocol.schema import Schema, Vector
 from ternbus.broker.protocol.ternary import Block
-from ternbus.edge.plan.privacy import Account
+from ternbus.edge.plan.privacy import SAMPLE, Account
 
 SEQ_BLOCK = 64  # sequence numbers reserved by one write; a crash skips the rest of the block
 FIRST_SEQ = 2  # 1 is the enrollment's, whose frame must be the same each time
@@ -114,7 +114,7 @@ class State:
     residual: Vector | None = field(default=None, repr=False)  # of compression, for the next update; None is zero
     outstanding: OutstandingUpdate | None = None
     local: bytes = field(default=b"", repr=False)  # the device's own tensors after its last training, packed
-    protected: str = ""  # the plan's `dp` with which outstanding and residual were made
+    protected: str = ""  # the plan's `dp` with which outstanding, residual and local were made
     account: Account = field(default_factory=Account)
 
     def with_key(self, key: KeyId) -> "State":
@@ -128,7 +128,14 @@ class State:
         The outstanding update is dropped, because its base may be a version that was never published.
         """
         new = State(key=key)
-        return replace(new, accepted=self.accepted, schema=self.schema, account=self.account, local=self.local)
+        return replace(
+            new,
+            accepted=self.accepted,
+            schema=self.schema,
+            account=self.account,
+            local=self.local,
+            protected=self.protected,
+        )
 
     def with_head(self, version: int, seq: int, digest: bytes) -> "State":
         """The state that has seen this head. Raises ProtocolError for a head below one that was accepted."""
@@ -147,6 +154,13 @@ class State:
     def with_receipt(self, seq: int) -> "State":
         """The state after a receipt by which the aggregator knew the key, in a frame with this sequence number."""
         return self if seq <= self.receipt_seq else replace(self, receipt_seq=seq)
+
+    def local_under(self, dp: str) -> bytes:
+        """``local`` for a training with this `dp`: none under "sample" after one without it.
+
+        Other trainings put no noise on them. Each sample in them would move the gradients of all others.
+        """
+        return b"" if dp == SAMPLE != self.protected else self.local
 
     def with_seq_limit(self, seq_limit: int) -> "State":
         return replace(self, seq_limit=seq_limit)

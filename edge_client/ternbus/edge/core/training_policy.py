@@ -102,7 +102,7 @@ class TrainingPolicy:
             seed=self.seed(plan, head.version),
             account=state.account,
             policy=self.profile.policy,
-            local=state.local,
+            local=state.local_under(plan.dp),
         )
         text = f"training on version {head.version}"
         return [self.running, Log(event="training", text=text, fields={"base": head.version})]

@@ -75,7 +75,7 @@ class Uplink:
                 residual=finished.residual,
                 protected=plan.dp,
                 account=finished.account or state.account,
-                local=state.local if finished.local is None else finished.local,
+                local=state.local_under(plan.dp) if finished.local is None else finished.local,
             )
         )
         self.resend.restart(now)

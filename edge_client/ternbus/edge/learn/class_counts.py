@@ -1,7 +1,7 @@
 """The classes of a device's data, for its owner's or the lab's report."""
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +9,8 @@ import numpy.typing as npt
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.messages import CLASSES_MAX, SAMPLES_MAX
 from ternbus.edge.learn.task import Trainer
+
+NAMES_BYTES: Final = 8192  # of all classes: half of what a header may have
 
 
 @runtime_checkable
@@ -32,7 +34,9 @@ def class_counts_of(trainer: Trainer) -> dict[str, int]:
             raise ConfigError(
                 f"class_counts has {count} samples of the class {name}: it must be from 0 to {SAMPLES_MAX}"
             )
-    return {str(name): int(count) for name, count in counts.items()} if len(counts) <= CLASSES_MAX else {}
+    found = {str(name): int(count) for name, count in counts.items()}
+    fits = len(found) <= CLASSES_MAX and sum(len(name.encode("utf-8", "replace")) for name in found) <= NAMES_BYTES
+    return found if fits else {}
 
 
 def counted(labels: npt.NDArray[np.integer]) -> dict[str, int]:

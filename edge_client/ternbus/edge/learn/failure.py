@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from ternbus.broker.errors import WRONG_PATH, ConfigError, FederationError, StorageError
+from ternbus.edge.learn.task import TrainingError
 from ternbus.edge.learn.task_loader import code_errors, described, location_of
 
 TRACE_CHARS: Final = 10_000
@@ -36,13 +37,21 @@ def explained(task: str, *, lacks_data: bool = False) -> Iterator[None]:
     """
     try:
         yield
+    except TrainingError as error:  # of an evaluation, which nobody tries again
+        raise ConfigError(f"the task {task} fails: {describe(error)}") from error
     except FederationError:
         raise
     except code_errors() as error:
         text = f"the task {task} fails: {describe(error)}"
         if is_memory(error) or (isinstance(error, OSError) and error.errno not in WRONG_PATH):
             raise StorageError(text) from error
-        raise ConfigError(f"{text}; if it needs data, name their folder with --data" if lacks_data else text) from error
+        raise ConfigError(text + data_hint(error, lacks_data=lacks_data)) from error
+
+
+def data_hint(error: BaseException, *, lacks_data: bool) -> str:
+    """What to do if the task's own code fails because no folder of data was named."""
+    likely = isinstance(error, TypeError | AttributeError | OSError) and location_of(error) is not None
+    return "; if it needs data, name their folder with --data" if lacks_data and likely else ""
 
 
 def trace_of(error: BaseException) -> str:

@@ -247,7 +247,7 @@ class _Reference:
             names = ", ".join(_tasks(module)) or "none"
             raise ConfigError(f"task {spec}: {_file(module)} has no {self.attribute!r}; its tasks are: {names}")
         if isinstance(task, type):
-            raise ConfigError(f"{spec} is a class: add a line such as TASK = {self.attribute}(), and name TASK")
+            raise ConfigError(f"{spec} is a class: add a line such as TASK = {task.__name__}(), and name TASK")
         if not isinstance(task, Task):
             raise ConfigError(f"{spec} is not a task: {NEEDED}")
         return _checked(task, spec)

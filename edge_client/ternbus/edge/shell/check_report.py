@@ -19,17 +19,17 @@ class Report:
         if "parameters" in facts:
             lines.append(f"model      {facts['parameters']:,} parameters in {facts['tensors']} tensors")
         if "training_s" in facts:
-            seconds = f"about {facts['training_s']} s"
+            steps, samples = _counted("step", facts["steps"]), _counted("sample", facts["samples"])
             lines.append(f"step       {1000 * float(facts['step_s']):,.1f} ms")
-            lines.append(f"training   {facts['steps']:,} steps on {facts['samples']:,} samples: {seconds}")
+            lines.append(f"training   {steps} on {samples}: about {facts['training_s']} s")
         if "epsilon" in facts:
             lines.append(f"privacy    one training spends an epsilon of {facts['epsilon']}")
         if "codec" in facts:
-            parts = f"in {facts['parts']} part{'s' if facts['parts'] != 1 else ''}"
             lines.append(f"update     {self._size('ternary')}; as float32 {self._size('float32')}")
-            lines.append(f"           sent as {facts['codec']} {parts}; encoded and decoded in {facts['codec_s']} s")
+            parts = _counted("part", facts["parts"])
+            lines.append(f"           sent as {facts['codec']} in {parts}; encoded and decoded in {facts['codec_s']} s")
         if "test_samples" in facts:
-            lines.append(f"evaluation {facts['test_samples']:,} samples: {facts['evaluation_s']} s")
+            lines.append(f"evaluation {_counted('sample', facts['test_samples'])}: {facts['evaluation_s']} s")
         lines += [f"note: {text}" for text in self.notes]
         lines += [f"problem: {text}" for text in self.problems]
         return [*lines, "not ready: fix the problems above" if self.problems else "ready"]
@@ -37,3 +37,7 @@ class Report:
     def _size(self, codec: str) -> str:
         size = int(self.facts[f"update_{codec}_bytes"])
         return f"{size:,} bytes ({8 * size / int(self.facts['parameters']):.2f} bits a parameter)"
+
+
+def _counted(what: str, count: float | str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"

@@ -24,6 +24,7 @@ from ternbus.edge.core.profile import schema_mismatch
 from ternbus.edge.core.state import prepare
 from ternbus.edge.learn.accountant import epsilon
 from ternbus.edge.learn.compress import compress
+from ternbus.edge.learn.failure import data_hint
 from ternbus.edge.learn.kinds import staying, tensor_kinds
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.partition import watched
@@ -68,7 +69,7 @@ def check(task: Task, conditions: Conditions | None = None, plan: Mapping[str, o
     ``plan`` has the federation's keys, which override those of the task's default plan.
     """
     check = _Check(task, Report(task=task.name), conditions or Conditions(), plan or {})
-    for examine in (check.device, check.evaluator):
+    for examine in (check.device, check.evaluator, check.alone):
         try:
             examine()
         except _CheckAbortedError:
@@ -85,6 +86,7 @@ class _Check:
         self._conditions = conditions
         self._asked = plan
         self._start: Tensors | None = None
+        self._trained_by: Plan | None = None  # a device can train by this plan
 
     def device(self) -> None:
         plan, about = self._plan(), self._conditions
@@ -101,7 +103,7 @@ class _Check:
         self._privacy(plan)
         if held is not None:
             self._evaluation("evaluate() of the held-out data", held, start)
-        self._alone(start, plan)
+        self._trained_by = plan
 
     def evaluator(self) -> None:
         evaluator = self._try("evaluator()", lambda: self._task.evaluator(data=self._conditions.data))
@@ -198,14 +200,17 @@ class _Check:
             )
         self.report.facts["epsilon"] = round(spent, 4) if math.isfinite(spent) else str(spent)
 
-    def _alone(self, start: Tensors, plan: Plan) -> None:
+    def alone(self) -> None:
         """Whether one sample can be trained and evaluated alone: batch norm cannot, nor can some metrics.
 
         No federation need have such a device; where the data have such an owner, it is a problem.
         """
-        about, samples = self._conditions, int(self.report.facts["samples"])
-        if about.partition != "all" or about.hold_out or samples < 2:
+        about, start, plan = self._conditions, self._start, self._trained_by
+        if start is None or plan is None or about.partition != "all" or about.hold_out:
             return
+        if (samples := int(self.report.facts["samples"])) < 2:
+            return
+        evaluates = "evaluation_s" in self.report.facts  # on the test data; else it needs no second complaint
         try:
             with watched() as seen:
                 trainer, _ = trainers_of_device(
@@ -223,7 +228,7 @@ class _Check:
                 self.problem(f"{have} one sample, and a device with one cannot train: {why}")
             else:
                 self._note(f"a device with one sample cannot train: {why}")
-        if why := self._failure("evaluate()", lambda: trainer.evaluate(start)):
+        if evaluates and (why := self._failure("evaluate()", lambda: trainer.evaluate(start))):
             self._note(f"a device that holds out one sample, or one class, cannot evaluate: {why}")
 
     def _failure(self, what: str, call: Callable[[], object]) -> str:
@@ -291,7 +296,8 @@ class _Check:
             self._stop(str(error))
         except code_errors() as error:
             message = import_hint(error) or f"{what} raised {described(error)}"
-            self._stop(f"{message}{_place(error)}{_hint(error)}")
+            lacks_data = self._conditions.data is None and what in ("trainer()", "evaluator()")
+            self._stop(f"{message}{_place(error)}{_hint(error)}{data_hint(error, lacks_data=lacks_data)}")
 
     def problem(self, text: str) -> None:
         if text not in self.report.problems:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from ternbus.edge.torch.batches import inputs_of, with_inputs
+from ternbus.edge.torch.batches import with_inputs, without_targets
 from ternbus.edge.torch.tree import Tree, mapped, row_count, stacked
 
 if TYPE_CHECKING:
@@ -42,4 +42,4 @@ def augmentation(task: "TorchTask") -> Callable[[Tree], Tree] | None:
         change = task.augment  # of a batch
     else:
         change = per_sample(task.augment)
-    return lambda batch: with_inputs(batch, change(inputs_of(batch)))
+    return lambda batch: with_inputs(batch, change(without_targets(batch)))

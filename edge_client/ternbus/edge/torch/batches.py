@@ -3,7 +3,7 @@
 A batch is what `dataset()` gives, with several samples:
 
 a pair                  (inputs, targets), each of them any tree
-a dict                  the inputs, and the targets under one of `TARGETS`
+a dict                  the targets under one of `TARGETS`; the inputs are the other entries
 one tensor              both, as for an autoencoder
 anything else           the inputs; the task's own `loss` knows what is in it
 """
@@ -31,7 +31,14 @@ def target_key(batch: Tree) -> Any:
 
 
 def inputs_of(batch: Tree) -> Tree:
+    """What a model may see of a batch: of a dict all of it, since a model may take its targets."""
     return batch[0] if is_pair(batch) else batch
+
+
+def without_targets(batch: Tree) -> Tree:
+    """The inputs alone, also of a dict."""
+    key = target_key(batch)
+    return inputs_of(batch) if key is None else {name: each for name, each in batch.items() if name != key}
 
 
 def targets_of(batch: Tree) -> Tree:
@@ -44,8 +51,11 @@ def targets_of(batch: Tree) -> Tree:
 
 
 def with_inputs(batch: Tree, inputs: Tree) -> Tree:
-    """The batch with other inputs, and its own targets."""
-    return _pair_like(batch, inputs, batch[1]) if is_pair(batch) else inputs
+    """The batch with other inputs, and its own targets unless these are among the inputs."""
+    if is_pair(batch):
+        return _pair_like(batch, inputs, batch[1])
+    key = target_key(batch)
+    return inputs if key is None else {key: batch[key], **inputs}
 
 
 def _pair_like(batch: Tree, inputs: Tree, targets: Tree) -> Tree:
@@ -75,5 +85,4 @@ def prepared(batch: Tree, dtype: torch.dtype | None, device: torch.device) -> Tr
         return _pair_like(batch, mapped(as_input, batch[0]), mapped(as_target, batch[1]))
     if (key := target_key(batch)) is None:
         return mapped(as_input, batch)
-    made = mapped(as_input, {name: value for name, value in batch.items() if name != key})
-    return {**made, key: mapped(as_target, batch[key])}
+    return {**mapped(as_input, without_targets(batch)), key: mapped(as_target, batch[key])}

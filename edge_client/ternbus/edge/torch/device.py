@@ -24,12 +24,12 @@ def chosen(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if not _NAME.fullmatch(name):
         raise ConfigError(f"device is {name!r}: it must be auto, cpu, cuda, cuda:N or mps")
-    device = torch.device("cuda:0" if name == "cuda" else name)
-    if device.type == "cuda" and device.index >= (found := torch.cuda.device_count()):
+    kind, _, number = name.partition(":")
+    if kind == "cuda" and int(number or 0) >= (found := torch.cuda.device_count()):
         raise ConfigError(f'device is {name!r}, but this machine has {found} CUDA devices: use "auto" or "cpu"')
-    if device.type == "mps" and not torch.backends.mps.is_available():
+    if kind == "mps" and not torch.backends.mps.is_available():
         raise ConfigError('device is "mps", which this machine does not have: use "auto" or "cpu"')
-    return device
+    return torch.device("cuda:0" if name == "cuda" else name)  # which has 8 bits for the number, so that 256 would be 0
 
 
 def generators(device: torch.device) -> list[int]:

@@ -39,7 +39,7 @@ def check_outputs(outputs: Sequence[Tensor], count: int) -> None:
     if not any(output.requires_grad for output in outputs):
         raise ConfigError('dp = "sample" cannot train this model: its outputs do not depend on its parameters')
     for output in outputs:
-        if count not in output.shape:
+        if output.shape[:1] != (count,):
             raise ConfigError(
                 'dp = "sample" cannot train this model: one of its outputs has the shape '
                 f"{tuple(output.shape)} for {count} samples; let each output have a row for each sample, and compute "
@@ -129,11 +129,11 @@ def _inputs(zeros: Tree) -> Iterator[tuple[Tree, Tree]]:
 
     for more in (1.0, 0.0) if numbers else (0.0,):  # some models take no more than 1
         pairs = [drawn_for(leaf, more) for leaf in leaves(zeros)]
-        one, other = (mapped(_in_order([pair[each] for pair in pairs]), zeros) for each in (0, 1))
+        one, other = (mapped(in_order([pair[each] for pair in pairs]), zeros) for each in (0, 1))
         yield one, other
 
 
-def _in_order(values: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+def in_order(values: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
     """A function that returns these, whatever it is called with."""
     left = iter(values)
     return lambda _: next(left)

@@ -21,9 +21,18 @@ from ternbus.edge.learn.task_loader import code_errors, described
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.torch.autotune import duration
 from ternbus.edge.torch.batches import inputs_of, with_inputs
-from ternbus.edge.torch.dp_checks import OUTPUTS, PROBES, check_alone, check_layers, check_outputs, check_unit, drawn
+from ternbus.edge.torch.dp_checks import (
+    OUTPUTS,
+    PROBES,
+    check_alone,
+    check_layers,
+    check_outputs,
+    check_unit,
+    drawn,
+    in_order,
+)
 from ternbus.edge.torch.objective import trainable
-from ternbus.edge.torch.tree import Tree, leaves, mapped, row_count, some_rows
+from ternbus.edge.torch.tree import Tree, leaves, mapped, row_count
 
 ELEMENTS: Final = 2**18  # of gradients, converted to float64 at a time
 
@@ -265,23 +274,30 @@ class _Gradients:
         return loss, with_loss
 
     def _loss(self, outputs: Tree, targets: Tree, count: int) -> tuple[Tensor, Tensor]:
-        """If the loss raises an exception for some samples, another's outputs stand in for theirs, without gradient."""
-        loss = self.objective.loss
-        try:
-            return trainable(loss(outputs, targets)), torch.ones(count, dtype=torch.bool)
-        except code_errors():
-            both = (outputs, targets)
-            if row_count(both) != count:
-                raise
-            usable = _usable(count, lambda chosen: loss(*mapped(Tensor.detach, some_rows(both, chosen))))
-            if not usable.any():
-                raise _NoLossError from None
-        first = int(usable.nonzero()[0])
+        """The mean of each sample's own loss, and for which samples it raises no exception.
 
-        def replaced(each: Tensor) -> Tensor:
-            return torch.where(usable.reshape(-1, *[1] * (each.dim() - 1)), each, each[first].detach())
+        Of a batch it might divide by what all samples have, such as the sum of class weights, or the number of tokens
+        that `ignore_index` leaves: one sample would then scale the gradients of the others.
+        """
+        both = (outputs, targets)
+        if row_count(both) != count:
+            raise ValueError("outputs or targets do not have a row for each sample")
+        values = list(leaves(both))
 
-        return trainable(loss(*mapped(replaced, both))), usable
+        def alone(*rows: Tensor) -> Tensor:
+            # Twice, since a loss may squeeze its outputs, and must then get what a larger batch gives it.
+            return trainable(self.objective.loss(*mapped(in_order([torch.stack([row, row]) for row in rows]), both)))
+
+        with suppress(*code_errors()):  # of a sample; or of a loss that decides by values, which vmap cannot do
+            return torch.vmap(alone, randomness="different")(*values).mean(), torch.ones(count, dtype=torch.bool)
+        found, usable = [], torch.zeros(count, dtype=torch.bool)
+        for number in range(count):
+            with suppress(*code_errors()):
+                found.append(alone(*[value[number] for value in values]))
+                usable[number] = True
+        if not found:
+            raise _NoLossError
+        return torch.stack(found).sum() / count, usable
 
     def _of_samples(self, parameter: nn.Parameter, count: int) -> Tensor:
         found: object = getattr(parameter, "grad_sample", None)

@@ -13,6 +13,7 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    TensorDataset,
     default_collate,
 )
 
@@ -35,6 +36,8 @@ def samples_of(given: Any, *, task: str, collate: Any = None, workers: Any = 0) 
         raise ConfigError(f"the task {task}: workers is {workers!r}, but must be a whole number from 0")
     if isinstance(given, DataLoader):
         given, collate, workers = _of_loader(given, task, collate, workers)
+    if type(given) is TensorDataset and collate is None:  # its tensors need no reading, and serve dp = "sample" too
+        given = given.tensors if len(given.tensors) > 1 else given.tensors[0]
     try:
         samples = _samples(given, task, collate or default_collate, workers)
     except TrainingError as error:  # of a stream that was read for its length
@@ -54,17 +57,18 @@ def _samples(given: Any, task: str, collate: Any, workers: int) -> Samples:
             f"the task {task}: dataset() gave one table: give (inputs, targets), as in "
             'frame.drop(columns="y"), frame["y"]'
         )
-    if isinstance(given, Tensor | np.ndarray | tuple | list | Mapping) or list(leaves(given)):
-        return TensorSamples(tree=_checked(converted(lambda leaf: _tensor(leaf, task), given), task))
-    if hasattr(given, "__getitem__") and hasattr(given, "__len__"):  # as of the library datasets
+    container = isinstance(given, Tensor | np.ndarray | tuple | list | Mapping)
+    if not container and hasattr(given, "__getitem__") and hasattr(given, "__len__"):  # as of the library datasets
         return _of_dataset(given, task, collate, workers)
-    if hasattr(given, "__iter__"):
+    if not container and hasattr(given, "__iter__"):
         if iter(given) is given:
             raise ConfigError(
                 f"the task {task}: dataset() gave a {type(given).__name__}, which gives its samples only once: give an "
                 "IterableDataset whose __iter__ begins again"
             )
         return StreamSamples(stream=given, collate=collate, workers=workers)
+    if container or list(leaves(given)):
+        return TensorSamples(tree=_checked(converted(lambda leaf: _tensor(leaf, task), given), task))
     raise ConfigError(f"the task {task}: dataset() gave {type(given).__name__}: {FORMS}")
 
 

@@ -13,7 +13,7 @@ from ternbus.broker.errors import ConfigError
 from ternbus.edge.learn.task import TrainingError
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.torch.autotune import Way
-from ternbus.edge.torch.batches import inputs_of, is_pair
+from ternbus.edge.torch.batches import inputs_of, is_pair, target_key, without_targets
 from ternbus.edge.torch.tree import Tree, mapped
 
 if TYPE_CHECKING:
@@ -66,8 +66,7 @@ class Objective:
         if self._own:
             loss: Callable[..., Any] = self._task.loss
             return loss(outputs, targets)
-        found = read(outputs)
-        return functional.cross_entropy(outputs, targets) if found.outputs is None else found.value
+        return default_loss(outputs, targets)
 
     def outputs(self, net: nn.Module, batch: Tree, found: Loss) -> Tree | None:
         """The outputs for metrics; None if the loss gives none, and the task does not say how to predict."""
@@ -77,9 +76,17 @@ class Objective:
 
 
 def called(net: nn.Module, batch: Tree) -> Tree:
-    """The model's outputs: a pair's inputs are its one argument, a dict's entries its named ones."""
+    """The model's outputs: a pair's inputs are its one argument, a dict's entries its named ones.
+
+    The targets among these are left out where the model does not take them.
+    """
+    if getattr(net.forward, "__name__", "") == "_forward_unimplemented":
+        raise ConfigError(
+            f"the model is a {type(net).__name__}, which has no forward(): give the task predict(net, batch), and for "
+            "several networks loss(net, batch, plan)"
+        )
     if isinstance(batch, Mapping):
-        return net(**batch)
+        return net(**(batch if _takes(net.forward, target_key(batch)) else without_targets(batch)))
     if isinstance(batch, tuple | list) and not is_pair(batch):
         raise ConfigError(
             f"the data have {len(batch)} parts: nest them as (inputs, targets), or give the task its own "
@@ -88,15 +95,61 @@ def called(net: nn.Module, batch: Tree) -> Tree:
     return net(inputs_of(batch))
 
 
+def _takes(forward: Callable[..., Any], name: str | None) -> bool:
+    """Whether it has such an argument, as far as is known."""
+    try:
+        parameters = inspect.signature(forward).parameters
+    except (TypeError, ValueError):
+        return True
+    return name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+
+
+def default_loss(outputs: Tree, targets: Tree) -> Any:
+    """The loss in the model's outputs; without one, cross entropy of the scores of classes in them.
+
+    Raises `ConfigError` if they are none, or if the targets are no classes.
+    """
+    if (own := loss_in(outputs)) is not None:
+        return own
+    scores = scores_of(outputs)
+    if not isinstance(scores, Tensor) or not isinstance(targets, Tensor):
+        what = "the model returns" if isinstance(targets, Tensor) else "the targets are"
+        kind = type(outputs if isinstance(targets, Tensor) else targets).__name__
+        raise ConfigError(f"{what} {kind}, which cross entropy does not take: give the task a loss(outputs, targets)")
+    if targets.is_floating_point() and not _are_shares(targets, scores):
+        raise ConfigError(
+            "the targets are numbers with a fraction, and cross entropy needs classes: give the task a loss, such as "
+            "nn.MSELoss(), or nn.BCEWithLogitsLoss() for several labels"
+        )
+    return functional.cross_entropy(scores, targets)
+
+
+def _are_shares(targets: Tensor, scores: Tensor) -> bool:
+    """Whether they are a probability of each class."""
+    if targets.shape != scores.shape or targets.dim() < 2:
+        return False
+    total = targets.sum(1)
+    return bool((targets >= 0).all()) and torch.allclose(total, torch.ones_like(total), atol=1e-2)
+
+
+def loss_in(outputs: Tree) -> Any:
+    """The loss in a model's outputs; None without one."""
+    if isinstance(outputs, Mapping):
+        return outputs.get("loss")
+    return None if isinstance(outputs, Tensor) else getattr(outputs, "loss", None)
+
+
+def scores_of(outputs: Tree) -> Any:
+    """The `logits` in a model's outputs, or else the outputs."""
+    return outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
+
+
 def read(result: Any) -> Loss:
     """What a loss of (net, batch, plan) returned: the loss, (loss, outputs), or outputs with a loss in them."""
     if isinstance(result, tuple) and len(result) == 2 and not hasattr(result, "_fields"):
         return Loss(*result)
-    if isinstance(result, Mapping) and "loss" in result:
-        return Loss(result["loss"], result)
-    if not isinstance(result, Tensor) and getattr(result, "loss", None) is not None:
-        return Loss(result.loss, result)
-    return Loss(result)
+    own = loss_in(result)
+    return Loss(result) if own is None else Loss(own, result)
 
 
 def trainable(value: Any) -> Tensor:

@@ -88,8 +88,9 @@ class TensorSamples:
         return replace(self, numbers=numbers if self.numbers is None else self.numbers[numbers])
 
     def batch(self, numbers: Numbers | slice) -> Tree:
-        chosen = numbers if self.numbers is None else self.numbers[numbers]
-        return some_rows(self.tree, chosen if isinstance(chosen, slice) else torch.from_numpy(chosen))
+        """Copies of rows: a model may change its inputs in place, and an array mapped from a file may be read-only."""
+        chosen = np.arange(*numbers.indices(len(self))) if isinstance(numbers, slice) else numbers
+        return some_rows(self.tree, torch.from_numpy(chosen if self.numbers is None else self.numbers[chosen]))
 
     def batches(self, numbers: Iterable[Numbers]) -> Iterator[Tree]:
         return map(self.batch, numbers)
@@ -204,7 +205,7 @@ class DatasetSamples:
         return replace(self, numbers=numbers if self.numbers is None else self.numbers[numbers])
 
     def batch(self, numbers: Numbers | slice) -> Tree:
-        chosen = np.arange(len(self))[numbers] if isinstance(numbers, slice) else numbers
+        chosen = np.arange(*numbers.indices(len(self))) if isinstance(numbers, slice) else numbers
         guarded = _Guarded(self.dataset)
         return _made(_Collate(self.collate)([guarded[number] for number in self._own(chosen)]))
 

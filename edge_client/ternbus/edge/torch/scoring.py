@@ -11,7 +11,7 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.direction import Direction, direction_of
 from ternbus.edge.learn.metric import Metric
 from ternbus.edge.learn.task_loader import code_errors
-from ternbus.edge.torch.objective import number
+from ternbus.edge.torch.objective import number, scores_of
 from ternbus.edge.torch.tree import Tree, joined, leaves, mapped
 
 ACCURACY: Final = "accuracy"
@@ -27,7 +27,7 @@ def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def accuracy_of_classes(outputs: Any, targets: Any) -> Tensor | None:
     """`accuracy` of outputs, or of the `logits` in them; None where these are no scores of classes."""
-    scores = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
+    scores = scores_of(outputs)
     if not (isinstance(scores, Tensor) and isinstance(targets, Tensor)) or scores.dim() < 2:
         return None
     if targets.is_floating_point() or targets.shape != scores.shape[:1] + scores.shape[2:]:

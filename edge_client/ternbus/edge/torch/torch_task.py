@@ -19,11 +19,10 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.tensor_kinds import TensorKinds
@@ -50,6 +49,16 @@ ARGUMENTS: Final = (
     "workers", "device", "predict", "optimizers", "train_step", "plan_keys",
     "stays_local", "statistics", "nonnegative",
 )  # fmt: skip
+FUNCTIONS: Final = (
+    "model", "data", "loss", "metric", "augment", "owners", "narrow", "collate", "predict", "optimizers", "train_step",
+)  # fmt: skip
+
+
+class _ClassName:
+    """A task's name where it has no other, also if a subclass has a constructor that does not call ours."""
+
+    def __get__(self, _: object, owner: type) -> str:
+        return owner.__name__
 
 
 class TorchTask:
@@ -64,10 +73,10 @@ class TorchTask:
     `loss` takes (outputs, targets), or (net, batch, plan), and returns the batch's mean. `metric`, named accuracy, and
     `metrics`, a dict of name to function, take the outputs and the targets of a whole split.
 
-    Raises `ConfigError` for metrics that are none.
+    Raises `ConfigError` for metrics that are none, and for what is no function where one is needed.
     """
 
-    name: str
+    name: str = cast("str", _ClassName())
     default_plan: Mapping[str, object] = {}
     plan_keys: Sequence[str] = ()
     stays_local: Sequence[str] = ()
@@ -116,8 +125,8 @@ class TorchTask:
     ) -> None:
         given = {each: value for each, value in locals().items() if each in ARGUMENTS and value is not None}
         vars(self).update(given)
-        if not isinstance(getattr(self, "name", None), str):
-            self.name = type(self).__name__
+        for each in FUNCTIONS:
+            _check_function(each, given.get(each), self.name)
         self.measured()
 
     # -- what a subclass may define
@@ -152,7 +161,7 @@ class TorchTask:
         return inputs
 
     def predict(self, net: nn.Module, batch: Tree) -> Tree:
-        """The outputs: net(inputs) of a pair, net(**batch) of a dict."""
+        """The outputs: net(inputs) of a pair, net(**batch) of a dict, without the targets if it does not take them."""
         return objective.called(net, batch)
 
     def targets(self, batch: Tree) -> Tree:
@@ -162,13 +171,10 @@ class TorchTask:
     def loss(self, net: nn.Module, batch: Tree, plan: Plan) -> Any:  # noqa: ARG002 - others need it
         """The loss of a batch, its mean; or (loss, outputs), which saves an evaluation a second forward pass.
 
-        Cross entropy of the classes in the targets, unless the model's outputs have a `loss`.
+        Cross entropy of the outputs, or of the `logits` in them, unless they have a `loss`.
         """
         outputs = self.predict(net, batch)
-        found = objective.read(outputs)
-        if found.outputs is not None:
-            return found.value, outputs
-        return functional.cross_entropy(outputs, self.targets(batch)), outputs
+        return objective.default_loss(outputs, self.targets(batch)), outputs
 
     def optimizers(self, net: nn.Module, plan: Plan) -> Any:  # noqa: ARG002 - others need it
         """For a `train_step` of one's own: modules, lists of parameters, or optimizers; in a dict or list if several.
@@ -278,3 +284,12 @@ class TorchTask:
     def has_own(self, name: str) -> bool:
         """Whether this task defines the method, as an argument or in its class."""
         return name in vars(self) or getattr(type(self), name) is not getattr(TorchTask, name)
+
+
+def _check_function(argument: str, value: Any, task: str) -> None:
+    """Raises `ConfigError` for a value that is no function, and for a model in place of a function that makes one."""
+    if argument == "model" and isinstance(value, nn.Module):
+        kind = type(value).__name__
+        raise ConfigError(f"the task {task}: model is a {kind}: give a function that makes one, as lambda: {kind}(…)")
+    if value is not None and not callable(value) and not isinstance(value, Metric):
+        raise ConfigError(f"the task {task}: {argument} is {type(value).__name__}, but must be a function")

@@ -113,8 +113,10 @@ class TorchTrainer:
             started = time.perf_counter()
             try:
                 metrics = descend(plan, version, way, np.random.default_rng(seed))
-            except code_errors():
+            except code_errors() as error:
                 time.sleep(max(0.0, started + expected_s - time.perf_counter()))
+                if plan.dp != NO_DP and isinstance(error, ConfigError):  # by the data, since that for zeros was raised
+                    raise TrainingError(str(error)) from error
                 raise
         metrics |= {"seconds": time.perf_counter() - began, **way.metrics()}
         # under differential privacy no statistic of the data travels
@@ -290,6 +292,8 @@ class TorchTrainer:
         try:
             step = self._measured(plan)
             step_s = min(duration(lambda: step(way), time.perf_counter) for _ in range(2))
+        except ConfigError:  # a mistake in the task or the plan, whatever the data are
+            raise
         except code_errors():
             return 0.0
         return min(plan.steps(self.samples) * step_s, math.inf if plan.local_seconds is None else plan.local_seconds)
@@ -318,7 +322,7 @@ class TorchTrainer:
         batch = self._zeros(size) if private else self._batch(slice(0, size))
         if self._own_step:
             optimizers = steps.optimizers_of(self._task.optimizers(self._model, plan), self._model, plan)
-            return lambda _: self._task.train_step(self._model, batch, plan, optimizers)
+            return lambda _: steps.reported(self._task.train_step(self._model, batch, plan, optimizers))
 
         def step(way: Way) -> None:
             augmented = batch if self._augmented is None or not private else self._augmented(batch)

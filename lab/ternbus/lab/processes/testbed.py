@@ -32,6 +32,7 @@ QUIET_S: Final = 60.0  # without a new version until a message is shown
 START_TIMEOUT_S: Final = 120.0
 DATA_TIMEOUT_S: Final = 7200.0  # of a task that computes features of its data first
 FINISH_TIMEOUT_S: Final = 120.0  # allows for a long evaluation on a slow machine
+EVALUATED_TIMEOUT_S: Final = 10.0  # for the metrics of an evaluator that has ended to reach the ledger
 GRACE_S: Final = 10.0
 INTERRUPTED_GRACE_S: Final = 2.0
 BROKER_GRACE_S: Final = 15.0  # `broker up` waits up to 10 s for its own child
@@ -65,6 +66,7 @@ class Testbed:
         self.parameters = 0
         self._failing = FailingDevices()
         self._evaluated = False
+        self._told: set[str] = set()  # evaluators that were named as failing
 
     def __enter__(self) -> Self:
         return self
@@ -153,6 +155,7 @@ class Testbed:
             if not self._evaluated and (fault := end.missing(values)):
                 self._progress.say(fault)  # which may be no mistake: a metric that is not finite is not reported
             self._evaluated = True
+        end.refuse_start(moment.versions[0].metrics)
         return end.reached(version=moment.version, seconds=seconds, evaluations=evaluations)
 
     def _look_at_devices(self, moment: Observation) -> None:
@@ -168,7 +171,9 @@ class Testbed:
                 reason=device.failing or f"see {self._output.log(device.name)}",
             )
         }
-        for line in named(new):
+        evaluators = {name: why for name, why in moment.evaluators_failing.items() if name not in self._told}
+        self._told |= evaluators.keys()
+        for line in (*named(new), *named(evaluators, " cannot evaluate")):
             self._progress.say(line)
         failing.reasons |= self._processes.lost
         if moment.state != CLOSED:
@@ -183,10 +188,16 @@ class Testbed:
     def finish(self) -> Observation:
         """Close the federation, wait for the last evaluation, end all processes, and return the final state."""
         self._progress.say("closing the federation")
-        devices = [*self._devices, self._evaluator]
+        last = {device.name: device.failing for device in self.moment().devices if device.failing}
+        devices, log = [*self._devices, self._evaluator], f"see {self._output.log(self._evaluator)}"
         administration.change_state(self._output.aggregator, control.CLOSE, SOFTWARE)
         try:
-            self._until(lambda: bool(self.moment().last.evaluations), FINISH_TIMEOUT_S, "the last evaluation")
+            self._until(
+                lambda: self._is_evaluated() or not self._processes.running([self._evaluator]),
+                FINISH_TIMEOUT_S,
+                "the last evaluation",
+            )
+            self._until(self._is_evaluated, EVALUATED_TIMEOUT_S, f"the last evaluation; {log}")
             self._until(lambda: not self._processes.running(self._devices), FINISH_TIMEOUT_S, "the devices to end")
         except OverdueError as error:
             self._progress.say(f"{error}; the run ends without it")
@@ -196,9 +207,16 @@ class Testbed:
         self._processes.stop([BROKER], grace_s=BROKER_GRACE_S)
         moment = self.moment()
         self._progress.show(moment, moment.last.seconds)
-        for line in named(self._failing.reasons):
+        for device in moment.devices:  # by its own count: its last status may have come too late
+            if device.failures and not device.updates:
+                last.setdefault(device.name, f"see {self._output.log(device.name)}")
+        once = {name: why for name, why in last.items() if name not in self._failing.reasons}
+        for line in (*named(self._failing.reasons), *named(once, " failed in its last training")):
             self._progress.say(line)
         return moment
+
+    def _is_evaluated(self) -> bool:
+        return bool(self.moment().last.evaluations)
 
     def export(self) -> None:
         """Write the last version of the model as a safetensors file."""

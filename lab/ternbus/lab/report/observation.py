@@ -63,6 +63,7 @@ class Observation:
     local: Mapping[str, Any] | None = None  # over all devices, the newest report of each
     metric: str | None = None  # the primary one
     better: Mapping[str, Direction] = field(default_factory=dict)  # of each metric its direction
+    evaluators_failing: Mapping[str, str] = field(default_factory=dict)  # why the last evaluation of each failed
 
     @classmethod
     def read(cls, status: Mapping[str, Any], counters: Mapping[str, Mapping[str, int]]) -> Self:
@@ -83,6 +84,11 @@ class Observation:
             local=status.get("local"),
             metric=status.get("metric"),
             better=status.get("better") or {},
+            evaluators_failing={
+                name: row["failing"]
+                for name, row in status["devices"].items()
+                if name not in counters and row.get("failing")
+            },
         )
 
     @property

@@ -77,6 +77,15 @@ class End:
         names = [limit.name for limit in self.limits if limit.name not in values]
         return f"[end] the evaluation has no {' and no '.join(names)}: it has {', '.join(values)}" if names else ""
 
+    def refuse_start(self, values: Mapping[str, float]) -> None:
+        """Raises `ConfigError` for a limit that the initial model, with these metrics, reaches untrained."""
+        for limit in self.limits:
+            if limit.reached(values):
+                raise ConfigError(
+                    f"[end] {limit.name}: the initial model already has {values[limit.name]:.4g}, so the run would end "
+                    f"before any training: choose a limit that is {limit.direction}"
+                )
+
     def check(self, values: Mapping[str, float], better: Mapping[str, Direction]) -> None:
         """Raises `ConfigError` for a limit that is reached by a model that becomes worse."""
         for limit in self.limits:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
+from ternbus.aggregator import plan_settings
 from ternbus.aggregator.settings import from_table, with_overrides
 from ternbus.broker import toml
 from ternbus.broker.errors import ConfigError
@@ -178,6 +179,7 @@ class Scenario:
             raise ConfigError(f"broker.engine is {self.engine!r}: choose one of {', '.join(ENGINES)}")
         if self.broker_url is not None:
             check_broker_url(self.broker_url)
+        plan_settings.read(self.plan, None, "plan")  # by the names that the scenario has
         with_overrides(table := {"federation": "lab", "broker": "mqtt://localhost"}, self.settings({}))
         settings = from_table(table, "[aggregator]")
         if settings.min_devices > self.devices:

@@ -226,7 +226,7 @@ class Simulation:
         )
 
     def _evaluate(self, version: int, vector: Vector) -> Evaluation:
-        with self._explained():
+        with explained(self._scenario.task):
             found = self._evaluator.evaluate(to_tensors(self.schema, vector))
             metrics = Metrics(
                 version=version, samples=found.samples, split="test", values=found.finite, better=found.better
@@ -235,6 +235,8 @@ class Simulation:
         if self._evaluated < 0 and (fault := end.missing(found.values)):
             raise ConfigError(fault)
         end.check(found.values, found.better)
+        if version == 0:
+            end.refuse_start(found.values)
         self._evaluated = version
         self.ledger.write(
             [records.MetricsReceived(device=setup.EVALUATOR, seq=version, metrics=metrics)], self.clock.now
