@@ -102,6 +102,9 @@ def test_every_command_and_option_that_a_page_names_exists(page: Path) -> None:
             assert option in known, f"ternbus {' '.join(names)} has no {option}"
 
 
-def test_the_scenario_of_the_lab_page_is_one() -> None:
-    (text,) = blocks(ROOT / "docs" / "lab.md", "toml")
-    assert scenario.loads(text, "docs/lab.md").devices == 20
+def test_the_scenarios_of_the_lab_page_are_some() -> None:
+    whole, *parts = blocks(ROOT / "docs" / "lab.md", "toml")
+    assert scenario.loads(whole, "docs/lab.md").devices == 20
+    assert parts
+    for part in parts:
+        scenario.loads(f'task = "digits"\n{part}', "docs/lab.md")
