@@ -11,13 +11,18 @@ import pytest
 
 from support.simulated import simulated
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol.schema import Schema, to_vector
 from ternbus.edge.adapters import Context, FlowerTask
+from ternbus.edge.core.actions import StartTraining
+from ternbus.edge.core.events import TrainingFinished
 from ternbus.edge.learn.failure import explained
+from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.task import TrainingError, halves_of
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.plan.limits import TrainingLimits
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.shell.preflight import check
+from ternbus.edge.shell.worker import train
 from ternbus.edge.tasks.digits_data import load
 from ternbus.lab.scenario.resolve import settled
 from ternbus.lab.scenario.scenario import Local, Scenario
@@ -121,6 +126,23 @@ def test_what_a_client_returns_under_privacy_is_answered_with_noise_and_not_with
         trainer.train(start, private, version=0, seed=0)
     with pytest.raises(ConfigError, match="returned 0 as num_examples"):
         trainer.train(start, plan(), version=0, seed=0)
+
+
+def test_no_number_of_samples_is_asked_for_before_the_noise_of_a_device() -> None:
+    """A client would have to train for it, without privacy, and nothing would be sent if that failed."""
+    pytest.importorskip("dp_accounting")
+    client = Client()
+    task = task_of(lambda context: client)
+    trainer, start = task.trainer(data=None, partition="all"), task.initial(0)
+    client.fit = lambda parameters, config: (parameters, 0, {})  # type: ignore[method-assign]
+    schema = Schema.of({name: tensor.shape for name, tensor in start.items()})
+    private = plan(dp="device", dp_clip=1.0, dp_noise=1.0, dp_epsilon=8.0)
+    vector = to_vector(schema, start)
+    job = StartTraining(base=0, schema=schema, vector=vector, residual=None, plan=private, seed=1)
+    result = train(trainer, job, RandomSource(np.random.default_rng(3).bytes))
+    assert isinstance(result, TrainingFinished)
+    assert "returned 0 as num_examples" in result.failure
+    assert result.samples == 1
 
 
 def test_the_client_s_dtypes_come_back_and_whole_numbers_stay_on_the_device() -> None:

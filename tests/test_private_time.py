@@ -58,7 +58,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 class Device:
     """A device with one sample that stops a training, or without it."""
 
-    def __init__(self, clock: Clock, *, odd: bool, refuses: Callable[[Tensor], bool] = lambda _: False) -> None:
+    def __init__(
+        self, clock: Clock, *, odd: bool, refuses: Callable[[Tensor], bool] = lambda _: False, form: Any = None
+    ) -> None:
         class Timed(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
@@ -71,10 +73,10 @@ class Device:
                 outputs: Tensor = self.linear(inputs)
                 return outputs
 
-        def data(folder: Path | None, split: str) -> tuple[Tensor, Tensor]:
+        def data(folder: Path | None, split: str) -> Any:
             inputs = torch.ones(SAMPLES, 4)
             inputs[:BATCH] = ODD if odd else 1.0
-            return inputs, torch.zeros(SAMPLES, dtype=torch.long)
+            return (inputs, torch.zeros(SAMPLES, dtype=torch.long)) if form is None else form(inputs)
 
         self.clock = clock
         task = TorchTask(name="own", model=Timed, data=data)
@@ -109,6 +111,30 @@ def test_no_other_plan_decides_how_long_a_training_that_fails_takes(clock: Clock
         failed_in, failed = device.train(local_steps=steps, batch_size=SAMPLES)
         assert failed.failure
         assert failed_in == took
+
+
+def test_a_training_that_fails_reads_the_data_that_one_that_does_not_reads(clock: Clock) -> None:
+    """Reading, as of images in files, may take longer than the steps."""
+
+    class Slow:
+        def __init__(self, inputs: Tensor) -> None:
+            self.inputs = inputs
+
+        def __len__(self) -> int:
+            return len(self.inputs)
+
+        def __getitem__(self, number: int) -> tuple[Tensor, int]:
+            clock.sleep(2.0)
+            return self.inputs[number], 0
+
+    took = []
+    for odd in (False, True):
+        device = Device(clock, odd=odd, form=Slow)
+        clock.now = 0.0
+        seconds, result = device.train(batch_size=SAMPLES)
+        assert bool(result.failure) == odd
+        took.append(seconds)
+    assert took[0] == took[1] > 8 * SAMPLES * 2.0
 
 
 def test_the_fastest_way_is_measured_without_the_data_under_differential_privacy(clock: Clock) -> None:

@@ -40,7 +40,8 @@ def train(trainer: Trainer, job: StartTraining, random_source: RandomSource) -> 
     How many of them ran, which a time limit decides, might depend on the data; the account is sent without noise.
     Raises `ConfigError` if the task cannot train with the plan's `dp`.
     """
-    plan, samples = job.plan, trainer.samples
+    plan = job.plan
+    samples = 1 if plan.dp == DEVICE else trainer.samples  # an adapter may have to train for it, which may fail
     planned = cost(plan, samples)
     account = _charged(job.account, planned, plan)
     if not account.epsilon <= plan.dp_epsilon:
@@ -58,7 +59,7 @@ def train(trainer: Trainer, job: StartTraining, random_source: RandomSource) -> 
     metrics = released.trained.metrics if released.trained is not None else {}
     return TrainingFinished(
         base=job.base,
-        samples=1 if plan.dp == DEVICE else samples,
+        samples=samples,
         metrics={**metrics, **dict(zip(PRIVACY_METRICS, (account.epsilon, account.delta), strict=True))},
         block=compressed.block,
         residual=compressed.residual,

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 
@@ -67,6 +68,7 @@ class TorchTrainer:
         self._own_step = task.has_own("train_step")
         self._metrics = task.measured()
         self._plan: Plan | None = None  # of the last training or evaluation
+        self._read_at = 0.0  # when the last batch was there
         self._scorer = evaluation.Scorer(task, samples, self._objective)
 
     @property
@@ -105,17 +107,20 @@ class TorchTrainer:
             if plan.dp != NO_DP:
                 self._travelling.load(start)  # no earlier training may be in what is measured
             way = Way() if self._own_step else self._way(plan)
-            expected_s = 0.0 if plan.dp == NO_DP else self._expected_s(plan, way)
+            step_s = 0.0 if plan.dp == NO_DP else self._step_s(plan, way)
             self._travelling.load(start)  # after these measurements, which change the model
             self._travelling.begin_training()
             torch.manual_seed(seed)  # dropout and augmentation draw from it
             descend = self._step_own if self._own_step else self._descend
-            started = time.perf_counter()
+            self._read_at = started = time.perf_counter()
+            batches = self._steps(plan, version, np.random.default_rng(seed))
             try:
-                metrics = descend(plan, version, way, np.random.default_rng(seed))
+                metrics = descend(plan, version, way, batches)
             except code_errors() as error:
-                time.sleep(max(0.0, started + expected_s - time.perf_counter()))
-                if plan.dp != NO_DP and isinstance(error, ConfigError):  # by the data, since that for zeros was raised
+                if plan.dp == NO_DP:
+                    raise
+                self._wait_out(batches, plan, step_s, started)
+                if isinstance(error, ConfigError):  # by the data, since that for zeros was raised
                     raise TrainingError(str(error)) from error
                 raise
         metrics |= {"seconds": time.perf_counter() - began, **way.metrics()}
@@ -227,7 +232,7 @@ class TorchTrainer:
         own = self._task.device
         return devices.chosen(plan.device if own == devices.AUTO else own)
 
-    def _descend(self, plan: Plan, version: int, way: Way, rng: np.random.Generator) -> dict[str, float]:
+    def _descend(self, plan: Plan, _: int, way: Way, batches: Iterator[tuple[Tree, float]]) -> dict[str, float]:
         """Run the plan's steps on the model, in place. Returns their number, the mean loss and the metrics.
 
         The metrics are those of all batches' outputs, each from before its step.
@@ -236,7 +241,7 @@ class TorchTrainer:
         optimizer = local_optimizer.begin(plan, [parameter.detach() for parameter in parameters])
         scores = scoring.Scores(self._metrics, scoring.TRAINING_BYTES)
         loss_sum = count = 0.0
-        for batch, rate in self._steps(plan, version, rng):
+        for batch, rate in batches:
             found = self._objective.of(self._model, batch, plan, way)
             loss = trainable(found.value)
             gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
@@ -248,7 +253,7 @@ class TorchTrainer:
             count += 1
         return {"loss": loss_sum / count, **scores.values_if_any(), "steps": count}
 
-    def _step_own(self, plan: Plan, version: int, _: Way, rng: np.random.Generator) -> dict[str, float]:
+    def _step_own(self, plan: Plan, version: int, _: Way, batches: Iterator[tuple[Tree, float]]) -> dict[str, float]:
         """The same by the task's own `train_step`, whose numbers are averaged."""
         task, net = self._task, self._model
         plan_now = replace(
@@ -258,7 +263,7 @@ class TorchTrainer:
         by_plan = steps.plan_optimizers(optimizers)
         sums: dict[str, float] = {}
         count = 0
-        for batch, rate in self._steps(plan, version, rng):
+        for batch, rate in batches:
             for each in by_plan:
                 each.rate = rate
             returned = task.train_step(net, batch, plan_now, optimizers)
@@ -270,6 +275,7 @@ class TorchTrainer:
     def _steps(self, plan: Plan, version: int, rng: np.random.Generator) -> Iterator[tuple[Tree, float]]:
         """The batch and the learning rate of each step, until the plan's steps or seconds end."""
         for batch, rate in zip(self._chosen(plan, rng), plan.rates(version, self.samples), strict=False):
+            self._read_at = time.perf_counter()
             ready = prepared(batch, self._travelling.dtype, self._shared.device)
             yield ready if self._augmented is None else self._augmented(ready), rate
 
@@ -285,21 +291,31 @@ class TorchTrainer:
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self._model.parameters() if parameter.requires_grad]
 
-    def _expected_s(self, plan: Plan, way: Way) -> float:
-        """The time that the plan's steps take with samples that are 0, in seconds; 0 if the model refuses these.
+    def _step_s(self, plan: Plan, way: Way) -> float:
+        """The time that a step takes with samples that are 0, in seconds; 0 if the model refuses these.
 
-        Others see when an update is sent. So a training that fails, as it may for one sample, has to last that long.
-        Nothing that was measured with the data, under this plan or another, decides how long.
+        Nothing that was measured with the data, under this plan or another, decides it.
         """
         self._travelling.begin_training()
         try:
             step = self._measured(plan)
-            step_s = min(duration(lambda: step(way), time.perf_counter) for _ in range(2))
+            return min(duration(lambda: step(way), time.perf_counter) for _ in range(2))
         except ConfigError:  # a mistake in the task or the plan, whatever the data are
             raise
         except code_errors():
             return 0.0
-        return min(plan.steps(self.samples) * step_s, math.inf if plan.local_seconds is None else plan.local_seconds)
+
+    def _wait_out(self, batches: Iterator[tuple[Tree, float]], plan: Plan, step_s: float, started: float) -> None:
+        """Make a training that failed, as it may for one sample, as long as it would have been: others see its end.
+
+        The batches that are left are read, which may take longer than a step. After a fault in reading none is left.
+        """
+        _sleep_until(self._read_at + step_s)
+        with suppress(*code_errors()):
+            for _ in batches:
+                _sleep_until(self._read_at + step_s)
+        all_s = plan.steps(self.samples) * step_s
+        _sleep_until(started + min(all_s, math.inf if plan.local_seconds is None else plan.local_seconds))
 
     def _way(self, plan: Plan) -> Way:
         """The plan's way to train; if it leaves a choice, the fastest, measured at the first such training."""
@@ -342,6 +358,10 @@ class TorchTrainer:
 
     def _batch(self, numbers: Numbers | slice) -> Tree:
         return prepared(self._samples.batch(numbers), self._travelling.dtype, self._shared.device)
+
+
+def _sleep_until(moment: float) -> None:
+    time.sleep(max(0.0, moment - time.perf_counter()))
 
 
 def _threads() -> int:
