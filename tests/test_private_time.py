@@ -137,6 +137,19 @@ def test_a_training_that_fails_reads_the_data_that_one_that_does_not_reads(clock
     assert took[0] == took[1] > 8 * SAMPLES * 2.0
 
 
+@pytest.mark.parametrize("size", [1, BATCH, SAMPLES])
+def test_an_evaluation_that_fails_takes_as_long_as_one_that_does_not(clock: Clock, size: int) -> None:
+    """Whoever publishes the version sees when the training after it begins."""
+    plan = Plan.from_meta({**PLAN, "evaluation_batch_size": size})
+    without, odd = Device(clock, odd=False), Device(clock, odd=True)
+    clock.now = 0.0
+    without.trainer.evaluate_by(without.start, plan)
+    took, clock.now = clock.now, 0.0
+    with pytest.raises(ValueError, match="a sample that the model does not take"):
+        odd.trainer.evaluate_by(odd.start, plan)
+    assert clock.now == took == SAMPLES / size
+
+
 def test_the_fastest_way_is_measured_without_the_data_under_differential_privacy(clock: Clock) -> None:
     device = Device(clock, odd=True)
     device.train(precision="auto")

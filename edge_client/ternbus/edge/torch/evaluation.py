@@ -7,7 +7,7 @@ import torch
 from ternbus.edge.learn.failure import is_memory
 from ternbus.edge.learn.task import Evaluation
 from ternbus.edge.learn.task_loader import code_errors
-from ternbus.edge.plan.plan import Plan
+from ternbus.edge.plan.plan import NO_DP, Plan
 from ternbus.edge.torch import device as devices
 from ternbus.edge.torch import scoring
 from ternbus.edge.torch.autotune import Way
@@ -35,10 +35,21 @@ class Scorer:
         self._small: int | None = None  # how many samples are of `BYTES`
 
     def evaluated(self, shared: "Shared", plan: Plan) -> Evaluation:
-        """The metrics of all samples at once, and their mean loss."""
-        scores, loss = scoring.Scores(self._metrics), 0.0
+        """The metrics of all samples at once, and their mean loss.
+
+        Under differential privacy a batch that raises an exception, as it may for one sample, does not end it early:
+        others see when the training after it begins.
+        """
+        scores, loss, fault = scoring.Scores(self._metrics), 0.0, None
         for batch in self._samples.in_order(min(shared.fitting, self._size(plan))):
-            loss += self._scored(shared, batch, plan, scores)
+            try:
+                loss += self._scored(shared, batch, plan, scores)
+            except code_errors() as error:
+                if plan.dp == NO_DP:
+                    raise
+                fault = fault or error
+        if fault is not None:
+            raise fault
         return Evaluation(
             samples=len(self._samples),
             values={**scores.values(), "loss": loss / len(self._samples)},
