@@ -223,7 +223,7 @@ def test_a_simulation_by_owners_has_a_device_for_each(tmp_path: Path) -> None:
     command = ["simulate", "--task", task, "--partition", "natural", "--versions", "2", "--out", str(tmp_path / "out")]
     ran = RUN.invoke(cli.app, command)
     assert ran.exit_code == 0, ran.output
-    assert "as many devices as the data have owners in virtual time" in ran.output
+    assert "in virtual time, with as many devices as the data have owners" in ran.output
     assert "devices = 3: as many as the data have owners" in ran.output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (report["scenario"]["devices"], report["scenario"]["partition"]) == (3, "natural")

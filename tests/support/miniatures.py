@@ -105,6 +105,7 @@ def write_reviews(folder: Path) -> None:
 
     words = [("a fine film", 2.5), ("such a bore", -1.5), ("a bore of a film", -2.0), ("fine and fresh", 1.0)]
     rows = [f"{number}\t{rating}\t{text}" for number, (text, rating) in enumerate(words * 30)]
+    folder.mkdir(parents=True, exist_ok=True)
     inner = _archive(movie_reviews.RATINGS, "\n".join(rows).encode())
     (folder / movie_reviews.ARCHIVE).write_bytes(_archive(movie_reviews.INNER, inner))
 
