@@ -1,7 +1,7 @@
 """Under differential privacy the time of a training is the plan's, not the data's: also where it fails."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.schema import Schema, to_vector
 from ternbus.edge.core import events
-from ternbus.edge.core.actions import StartTraining
+from ternbus.edge.core.actions import StartEvaluation, StartTraining
+from ternbus.edge.learn import local_optimizer
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.plan.plan import Plan
-from ternbus.edge.shell.worker import train
+from ternbus.edge.shell.worker import evaluate, train
 from ternbus.edge.torch.trainer import TorchTask
 
 pytest.importorskip("dp_accounting")
@@ -31,7 +32,7 @@ ODD = 1e6
 
 @dataclass
 class Clock:
-    """Only forward passes and sleep take time: one second for each pass."""
+    """Only forward passes, steps of the optimizer and sleep take time: a second for each pass, two for each step."""
 
     now: float = 0.0
     seen: list[Tensor] = field(default_factory=list)
@@ -52,6 +53,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(time, "perf_counter", clock.read)
     monkeypatch.setattr(time, "sleep", clock.sleep)
+    step = local_optimizer.Sgd.step
+
+    def timed(own: local_optimizer.Sgd, gradients: Sequence[Any], rate: float) -> None:
+        clock.sleep(2.0)
+        step(own, gradients, rate)
+
+    monkeypatch.setattr(local_optimizer.Sgd, "step", timed)
     return clock
 
 
@@ -59,7 +67,13 @@ class Device:
     """A device with one sample that stops a training, or without it."""
 
     def __init__(
-        self, clock: Clock, *, odd: bool, refuses: Callable[[Tensor], bool] = lambda _: False, form: Any = None
+        self,
+        clock: Clock,
+        *,
+        odd: bool,
+        refuses: Callable[[Tensor], bool] = lambda _: False,
+        form: Any = None,
+        **task_arguments: Any,
     ) -> None:
         class Timed(nn.Module):
             def __init__(self) -> None:
@@ -79,7 +93,7 @@ class Device:
             return (inputs, torch.zeros(SAMPLES, dtype=torch.long)) if form is None else form(inputs)
 
         self.clock = clock
-        task = TorchTask(name="own", model=Timed, data=data)
+        task = TorchTask(name="own", model=Timed, data=data, **task_arguments)
         self.start = task.initial(0)
         self.trainer = task.trainer(data=None, partition="all")
 
@@ -104,6 +118,17 @@ def test_a_training_that_fails_takes_as_long_as_one_that_does_not(clock: Clock, 
     assert failed_in == took
 
 
+def test_the_loss_and_the_optimizer_count_in_the_time_of_a_training_that_fails(clock: Clock) -> None:
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        clock.sleep(4.0)
+        return nn.functional.cross_entropy(outputs, targets)
+
+    took, _ = Device(clock, odd=False, loss=loss).train(batch_size=SAMPLES)
+    failed_in, failed = Device(clock, odd=True, loss=loss).train(batch_size=SAMPLES)
+    assert failed.failure
+    assert failed_in == took
+
+
 def test_no_other_plan_decides_how_long_a_training_that_fails_takes(clock: Clock) -> None:
     device, without = Device(clock, odd=True), Device(clock, odd=False)
     for steps in (40, 2, 40, 7):
@@ -113,7 +138,14 @@ def test_no_other_plan_decides_how_long_a_training_that_fails_takes(clock: Clock
         assert failed_in == took
 
 
-def test_a_training_that_fails_reads_the_data_that_one_that_does_not_reads(clock: Clock) -> None:
+def augmented(inputs: Tensor) -> Tensor:
+    if (inputs >= ODD).any():
+        raise ValueError("a sample that cannot be augmented")
+    return inputs
+
+
+@pytest.mark.parametrize("augment", [None, augmented])
+def test_a_training_that_fails_reads_the_data_that_one_that_does_not_reads(clock: Clock, augment: Any) -> None:
     """Reading, as of images in files, may take longer than the steps."""
 
     class Slow:
@@ -129,7 +161,7 @@ def test_a_training_that_fails_reads_the_data_that_one_that_does_not_reads(clock
 
     took = []
     for odd in (False, True):
-        device = Device(clock, odd=odd, form=Slow)
+        device = Device(clock, odd=odd, form=Slow, augment=augment)
         clock.now = 0.0
         seconds, result = device.train(batch_size=SAMPLES)
         assert bool(result.failure) == odd
@@ -138,16 +170,22 @@ def test_a_training_that_fails_reads_the_data_that_one_that_does_not_reads(clock
 
 
 @pytest.mark.parametrize("size", [1, BATCH, SAMPLES])
-def test_an_evaluation_that_fails_takes_as_long_as_one_that_does_not(clock: Clock, size: int) -> None:
+@pytest.mark.parametrize("follows", [True, False], ids=["plan", "a plan that the owner refuses"])
+def test_an_evaluation_that_fails_takes_as_long_as_one_that_does_not(clock: Clock, size: int, follows: bool) -> None:
     """Whoever publishes the version sees when the training after it begins."""
-    plan = Plan.from_meta({**PLAN, "evaluation_batch_size": size})
-    without, odd = Device(clock, odd=False), Device(clock, odd=True)
-    clock.now = 0.0
-    without.trainer.evaluate_by(without.start, plan)
-    took, clock.now = clock.now, 0.0
-    with pytest.raises(ValueError, match="a sample that the model does not take"):
-        odd.trainer.evaluate_by(odd.start, plan)
-    assert clock.now == took == SAMPLES / size
+    given: dict[str, object] = {"evaluation_batch_size": size}
+    took = []
+    for odd in (False, True):
+        device = Device(clock, odd=odd, default_plan=given)
+        schema = Schema.of({name: tensor.shape for name, tensor in device.start.items()})
+        plan = Plan.from_meta({**PLAN, **given}) if follows else None
+        vector, clock.now = to_vector(schema, device.start), 0.0
+        job = StartEvaluation(version=0, schema=schema, vector=vector, plan=plan, private=True)
+        found = evaluate(device.trainer, job)
+        assert isinstance(found, events.Evaluated)
+        assert bool(found.failure) == odd
+        took.append(clock.now)
+    assert took == [SAMPLES / size] * 2
 
 
 def test_the_fastest_way_is_measured_without_the_data_under_differential_privacy(clock: Clock) -> None:

@@ -90,13 +90,15 @@ class Trainer(Protocol):
 class PlannedTrainer(Protocol):
     """A trainer whose evaluation follows the federation's plan too, such as its `evaluation_batch_size`."""
 
-    def evaluate_by(self, tensors: Tensors, plan: Plan) -> Evaluation: ...
+    def evaluate_by(self, tensors: Tensors, plan: Plan | None, *, private: bool) -> Evaluation:
+        """Without a plan, the trainer chooses. If the samples are `private`, one that fails must not end it early."""
+        ...
 
 
-def evaluated_by(trainer: Trainer, tensors: Tensors, plan: Plan | None) -> Evaluation:
-    """The evaluation of a model by the plan, if there is one and the trainer can follow it."""
-    if plan is not None and isinstance(trainer, PlannedTrainer):
-        return trainer.evaluate_by(tensors, plan)
+def evaluated_by(trainer: Trainer, tensors: Tensors, plan: Plan | None, *, private: bool = False) -> Evaluation:
+    """The evaluation of a model by the plan, if the trainer can follow it."""
+    if isinstance(trainer, PlannedTrainer):
+        return trainer.evaluate_by(tensors, plan, private=private)
     return trainer.evaluate(tensors)
 
 

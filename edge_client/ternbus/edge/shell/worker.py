@@ -69,7 +69,7 @@ def _change(job: StartTraining, trained: Trained) -> Vector:
 def evaluate(trainer: Trainer, job: StartEvaluation) -> Evaluated | EvaluationFailed:
     """Evaluate the version; a failure on private data counts as evaluated, since others would see another attempt."""
     try:
-        found = evaluated_by(trainer, tensors_of(job), job.plan)
+        found = evaluated_by(trainer, tensors_of(job), job.plan, private=job.private)
         return Evaluated(version=job.version, samples=found.samples, values=found.finite, better=found.better)
     except code_errors() as error:
         reason = failure.describe(error)
@@ -80,12 +80,13 @@ def evaluate(trainer: Trainer, job: StartEvaluation) -> Evaluated | EvaluationFa
 
 def fine_tune(trainer: Trainer, held: Trainer, job: StartFineTuning) -> FineTuned | FineTuningFailed:
     """Train on the data of `trainer`; evaluate before and after on the data of `held`."""
-    start = tensors_of(job)
+    private = job.plan.dp != NO_DP
     try:
-        before = held.evaluate(start)
+        start = tensors_of(job)
+        before = evaluated_by(held, start, job.plan, private=private)
         trained = trainer.train(start, job.plan, version=job.version, seed=job.seed)
         own = {**trained.tensors, **trained.local}
-        after = held.evaluate(own)
+        after = evaluated_by(held, own, job.plan, private=private)
         return FineTuned(
             version=job.version,
             samples=before.samples,

@@ -7,7 +7,7 @@ import torch
 from ternbus.edge.learn.failure import is_memory
 from ternbus.edge.learn.task import Evaluation
 from ternbus.edge.learn.task_loader import code_errors
-from ternbus.edge.plan.plan import NO_DP, Plan
+from ternbus.edge.plan.plan import Plan
 from ternbus.edge.torch import device as devices
 from ternbus.edge.torch import scoring
 from ternbus.edge.torch.autotune import Way
@@ -34,10 +34,10 @@ class Scorer:
         self._metrics = task.measured()
         self._small: int | None = None  # how many samples are of `BYTES`
 
-    def evaluated(self, shared: "Shared", plan: Plan) -> Evaluation:
+    def evaluated(self, shared: "Shared", plan: Plan, *, private: bool) -> Evaluation:
         """The metrics of all samples at once, and their mean loss.
 
-        Under differential privacy a batch that raises an exception, as it may for one sample, does not end it early:
+        If the samples are private, a batch that raises an exception, as it may for one of them, does not end it early:
         others see when the training after it begins.
         """
         scores, loss, fault = scoring.Scores(self._metrics), 0.0, None
@@ -45,7 +45,7 @@ class Scorer:
             try:
                 loss += self._scored(shared, batch, plan, scores)
             except code_errors() as error:
-                if plan.dp == NO_DP:
+                if not private:
                     raise
                 fault = fault or error
         if fault is not None:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
+from statistics import median
+from typing import Final
 
 import numpy as np
 import torch
@@ -29,13 +31,15 @@ from ternbus.edge.torch import dp_sgd, evaluation, scoring, steps
 from ternbus.edge.torch.augmentation import augmentation
 from ternbus.edge.torch.autotune import Way, duration, fastest, ways
 from ternbus.edge.torch.batches import inputs_of, prepared
-from ternbus.edge.torch.objective import Objective, trainable
+from ternbus.edge.torch.objective import Loss, Objective, trainable
 from ternbus.edge.torch.samples import Numbers, Samples
 from ternbus.edge.torch.torch_task import Split, TorchTask
 from ternbus.edge.torch.travelling_state import TravellingState
 from ternbus.edge.torch.tree import Tree, leaves, mapped
 
 __all__ = ["Shared", "Split", "TorchTask", "TorchTrainer"]
+
+MEASURED: Final = 8  # steps at most, whose median counts: the first ones are slower, while memory is allocated
 
 
 class Shared:
@@ -113,13 +117,13 @@ class TorchTrainer:
             torch.manual_seed(seed)  # dropout and augmentation draw from it
             descend = self._step_own if self._own_step else self._descend
             self._read_at = started = time.perf_counter()
-            batches = self._steps(plan, version, np.random.default_rng(seed))
+            read = self._chosen(plan, np.random.default_rng(seed))
             try:
-                metrics = descend(plan, version, way, batches)
+                metrics = descend(plan, version, way, self._steps(read, plan, version))
             except code_errors() as error:
                 if plan.dp == NO_DP:
                     raise
-                self._wait_out(batches, plan, step_s, started)
+                self._wait_out(read, plan, step_s, started)
                 if isinstance(error, ConfigError):  # by the data, since that for zeros was raised
                     raise TrainingError(str(error)) from error
                 raise
@@ -208,18 +212,21 @@ class TorchTrainer:
         return self._task.predict(self._model, batch), self._task.targets(batch)
 
     def evaluate(self, tensors: Tensors) -> Evaluation:
-        """The same by the plan of the last training or evaluation; before one, by the task's default plan."""
-        return self.evaluate_by(tensors, self._plan or self._default_plan())
+        return self.evaluate_by(tensors, None, private=False)
 
-    def evaluate_by(self, tensors: Tensors, plan: Plan) -> Evaluation:
-        """The metrics of the whole split, and the mean loss, on as many samples at a time as the memory allows."""
-        self._plan, device = plan, self._device(plan)
+    def evaluate_by(self, tensors: Tensors, plan: Plan | None, *, private: bool) -> Evaluation:
+        """The metrics of the whole split, and the mean loss, on as many samples at a time as the memory allows.
+
+        Without a plan, that of the last training or evaluation counts; before one, the task's default plan.
+        """
+        self._plan = plan = plan or self._plan or self._default_plan()
+        device = self._device(plan)
         with torch.random.fork_rng(devices=devices.generators(device)), torch.no_grad():
             self._shared.place(device)
             torch.manual_seed(0)  # a model that draws, such as a generator, draws the same for each version
             self._travelling.load(tensors)
             self._model.eval()
-            return self._scorer.evaluated(self._shared, plan)
+            return self._scorer.evaluated(self._shared, plan, private=private)
 
     def _default_plan(self) -> Plan:
         try:
@@ -272,14 +279,15 @@ class TorchTrainer:
             count += 1
         return {**{name: value / count for name, value in sums.items()}, "steps": count}
 
-    def _steps(self, plan: Plan, version: int, rng: np.random.Generator) -> Iterator[tuple[Tree, float]]:
-        """The batch and the learning rate of each step, until the plan's steps or seconds end."""
-        for batch, rate in zip(self._chosen(plan, rng), plan.rates(version, self.samples), strict=False):
+    def _steps(self, read: Iterator[Tree], plan: Plan, version: int) -> Iterator[tuple[Tree, float]]:
+        """The batch and the learning rate of each step."""
+        for batch, rate in zip(read, plan.rates(version, self.samples), strict=False):
             self._read_at = time.perf_counter()
             ready = prepared(batch, self._travelling.dtype, self._shared.device)
             yield ready if self._augmented is None else self._augmented(ready), rate
 
     def _chosen(self, plan: Plan, rng: np.random.Generator) -> Iterator[Tree]:
+        """The batches as they are read, until the plan's steps or seconds end."""
         ahead = deepcopy(rng)
         numbers = plan.batches(self.samples, rng, time.perf_counter)
         if not self._samples.reads_ahead:
@@ -299,21 +307,22 @@ class TorchTrainer:
         self._travelling.begin_training()
         try:
             step = self._measured(plan)
-            return min(duration(lambda: step(way), time.perf_counter) for _ in range(2))
+            times = range(min(MEASURED, 1 + plan.steps(self.samples)))
+            return median(duration(lambda: step(way), time.perf_counter) for _ in times)
         except ConfigError:  # a mistake in the task or the plan, whatever the data are
             raise
         except code_errors():
             return 0.0
 
-    def _wait_out(self, batches: Iterator[tuple[Tree, float]], plan: Plan, step_s: float, started: float) -> None:
+    def _wait_out(self, read: Iterator[Tree], plan: Plan, step_s: float, started: float) -> None:
         """Make a training that failed, as it may for one sample, as long as it would have been: others see its end.
 
         The batches that are left are read, which may take longer than a step. After a fault in reading none is left.
         """
         _sleep_until(self._read_at + step_s)
         with suppress(*code_errors()):
-            for _ in batches:
-                _sleep_until(self._read_at + step_s)
+            for _ in read:
+                _sleep_until(time.perf_counter() + step_s)
         all_s = plan.steps(self.samples) * step_s
         _sleep_until(started + min(all_s, math.inf if plan.local_seconds is None else plan.local_seconds))
 
@@ -336,25 +345,42 @@ class TorchTrainer:
         return self._shared.ways[key]
 
     def _measured(self, plan: Plan) -> Callable[[Way], object]:
-        """A step to be measured, on the first batch; under differential privacy on samples that are 0."""
+        """A step to be measured, on the first batch; under differential privacy a whole one on samples that are 0."""
         private, size = plan.dp != NO_DP, min(plan.batch_size, self.samples)
         batch = self._zeros(size) if private else self._batch(slice(0, size))
         if self._own_step:
             optimizers = steps.optimizers_of(self._task.optimizers(self._model, plan), self._model, plan)
             return lambda _: steps.reported(self._task.train_step(self._model, batch, plan, optimizers))
 
+        trained = self._trained()
+        if not private:
+            return lambda way: torch.autograd.grad(
+                trainable(self._objective.of(self._model, batch, plan, way).value), trained, allow_unused=True
+            )
+        optimizer = local_optimizer.begin(plan, [parameter.detach() for parameter in trained])
+        scores = scoring.Scores(self._metrics, scoring.TRAINING_BYTES)
+
         def step(way: Way) -> None:
-            augmented = batch if self._augmented is None or not private else self._augmented(batch)
-            if private and not self._objective.general:
-                with way.autocast():
-                    outputs = self._task.predict(self._model, way.laid_out(augmented))
-                # The sum, since a loss may reject targets that are 0.
-                loss = sum(leaf.sum() for leaf in leaves(outputs) if leaf.requires_grad)
-            else:
-                loss = self._objective.of(self._model, augmented, plan, way).value
-            torch.autograd.grad(trainable(loss), self._trained(), allow_unused=True)
+            augmented = batch if self._augmented is None else self._augmented(batch)
+            found = self._of_zeros(augmented, plan, way)
+            gradients = torch.autograd.grad(trainable(found.value), trained, materialize_grads=True)
+            with torch.no_grad():
+                optimizer.step(gradients, 0.0)
+            found.value.item()
+            if found.outputs is not None:
+                scores.keep(found.outputs, self._task.targets(augmented))
 
         return step
+
+    def _of_zeros(self, batch: Tree, plan: Plan, way: Way) -> Loss:
+        """The loss of samples that are 0; the sum of the outputs if it rejects targets that are 0."""
+        if self._objective.general:
+            return self._objective.of(self._model, batch, plan, way)
+        with way.autocast():
+            outputs = self._task.predict(self._model, way.laid_out(batch))
+        with suppress(*code_errors()):
+            return Loss(trainable(self._objective.simple(outputs, self._task.targets(batch))), outputs)
+        return Loss(sum(leaf.sum() for leaf in leaves(outputs) if leaf.requires_grad), outputs)
 
     def _batch(self, numbers: Numbers | slice) -> Tree:
         return prepared(self._samples.batch(numbers), self._travelling.dtype, self._shared.device)
