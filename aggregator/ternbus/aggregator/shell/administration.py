@@ -6,10 +6,10 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -28,16 +28,33 @@ from ternbus.broker import files
 from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError, CorruptError, ProtocolError
 from ternbus.broker.files import load_toml, read_key, write_key, write_text
-from ternbus.broker.model_files import save_safetensors
+from ternbus.broker.model_files import load_metadata, load_safetensors, save_safetensors
 from ternbus.broker.protocol.identity import Identity, check_device
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.schema import Schema, to_tensors, to_vector, vector_digest
+from ternbus.broker.protocol.task_plan import TaskPlan
 from ternbus.broker.protocol.tensor_kinds import TensorKinds, version_metadata
 
 KEY: Final = lost_ledger.KEY
 TOML: Final = lost_ledger.TOML
 PARTIAL: Final = lost_ledger.PARTIAL
 WHY_CHARS_MAX: Final = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstModel:
+    """The model file of a new federation: tensors, their kinds, and what its task says of plans."""
+
+    tensors: dict[str, npt.NDArray[np.float32]]
+    kinds: TensorKinds
+    plan: TaskPlan
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read the file; ConfigError if it is none, or states what does not fit."""
+        tensors, metadata = load_safetensors(path), load_metadata(path)
+        kinds = TensorKinds.of_metadata(metadata, tensors, str(path))
+        return cls(tensors=tensors, kinds=kinds, plan=TaskPlan.from_metadata(metadata, path))
 
 
 def create(

@@ -29,10 +29,7 @@ from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.files import read_password
 from ternbus.broker.folder_owner import act_as_owner
-from ternbus.broker.model_files import load_metadata, load_safetensors
 from ternbus.broker.protocol.endpoint import PORTS, is_loopback
-from ternbus.broker.protocol.task_plan import TaskPlan
-from ternbus.broker.protocol.tensor_kinds import TensorKinds
 from ternbus.broker.server.running import Engine, RunningBroker
 from ternbus.broker.stop_signals import on_stop
 from ternbus.broker.toml import toml_value
@@ -87,27 +84,26 @@ def init(
 
     Example: ternbus aggregator init agg --federation lab --broker-dir bus --model m.safetensors
     """
-    overrides = PlanCheck.settings(TaskPlan.from_metadata(load_metadata(model), model), allowed or ())
+    first = administration.FirstModel.load(model)
+    overrides = PlanCheck.settings(first.plan, allowed or ())
     overrides |= dict(_override(text) for text in settings or [])
     overrides |= _login(username, password_file)
     if broker_dir is not None:
         overrides["transport.authority"] = str(broker_dir.resolve())
     url = _broker_url(broker, broker_dir)
-    tensors = load_safetensors(model)
-    kinds = TensorKinds.of_metadata(load_metadata(model), tensors, str(model))
     act_as_owner(directory)
     administration.create(
         directory,
         federation=federation,
         broker=url,
-        model=tensors,
+        model=first.tensors,
         settings=overrides,
         dense=dense or (),
-        kinds=kinds,
+        kinds=first.kinds,
         certificates=tls,
     )
-    elements = sum(array.size for array in tensors.values())
-    typer.echo(f"{directory}: federation {federation!r}, {len(tensors)} tensors, {elements:,} parameters")
+    elements = sum(array.size for array in first.tensors.values())
+    typer.echo(f"{directory}: federation {federation!r}, {len(first.tensors)} tensors, {elements:,} parameters")
     typer.echo(f"next: ternbus aggregator run {directory}   and   ternbus aggregator invite {directory} DEVICE")
 
 

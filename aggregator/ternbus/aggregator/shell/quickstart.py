@@ -13,11 +13,8 @@ from ternbus.aggregator.store import lost_ledger, membership, swapping
 from ternbus.aggregator.store.ledger import LEDGER, reading
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import write_secret
-from ternbus.broker.model_files import load_metadata, load_safetensors
 from ternbus.broker.protocol.endpoint import Endpoint
 from ternbus.broker.protocol.invitation import Invitation
-from ternbus.broker.protocol.task_plan import TaskPlan
-from ternbus.broker.protocol.tensor_kinds import TensorKinds
 from ternbus.broker.server import running
 
 BROKER: Final = "broker"
@@ -74,12 +71,14 @@ def _start_secured(directory: Path, engine: running.Engine, first: First) -> run
 
 def _create(directory: Path, first: First, broker_url: str, settings: Mapping[str, object]) -> None:
     assert first.model is not None  # noqa: S101 - start_broker has looked
-    tensors = load_safetensors(first.model)
-    metadata = load_metadata(first.model)
-    kinds = TensorKinds.of_metadata(metadata, tensors, str(first.model))
-    settings = {**settings, **PlanCheck.settings(TaskPlan.from_metadata(metadata, first.model))}
+    found = administration.FirstModel.load(first.model)
     administration.create(
-        directory, federation=first.federation, broker=broker_url, model=tensors, settings=settings, kinds=kinds
+        directory,
+        federation=first.federation,
+        broker=broker_url,
+        model=found.tensors,
+        settings={**settings, **PlanCheck.settings(found.plan)},
+        kinds=found.kinds,
     )
 
 

@@ -11,9 +11,7 @@ from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import control, status
 from ternbus.broker.errors import FederationError
 from ternbus.broker.files import write_secret
-from ternbus.broker.model_files import load_metadata, load_safetensors
 from ternbus.broker.protocol.messages import CLOSED
-from ternbus.broker.protocol.tensor_kinds import TensorKinds
 from ternbus.edge.store import outbox
 from ternbus.lab.interrupts import Interrupts
 from ternbus.lab.processes import fleet
@@ -32,7 +30,7 @@ QUIET_S: Final = 60.0  # without a new version until a message is shown
 START_TIMEOUT_S: Final = 120.0
 DATA_TIMEOUT_S: Final = 7200.0  # of a task that computes features of its data first
 FINISH_TIMEOUT_S: Final = 120.0  # allows for a long evaluation on a slow machine
-EVALUATED_TIMEOUT_S: Final = 10.0  # for the metrics of an evaluator that has ended to reach the ledger
+EVALUATED_TIMEOUT_S: Final = 30.0  # for the metrics of an evaluator that has ended to reach the ledger
 GRACE_S: Final = 10.0
 INTERRUPTED_GRACE_S: Final = 2.0
 BROKER_GRACE_S: Final = 15.0  # `broker up` waits up to 10 s for its own child
@@ -102,13 +100,13 @@ class Testbed:
         self._classes = dict(zip(self._devices, task["classes"], strict=False))  # of data without classes there is none
         self._processes.may_end(self._devices)
         self._processes.may_fail(self._devices)
-        model = load_safetensors(output.initial)
+        first = administration.FirstModel.load(output.initial)
         administration.create(
             output.aggregator,
             federation=self._federation,
             broker=broker,
-            model=model,
-            kinds=TensorKinds.of_metadata(load_metadata(output.initial), model, str(output.initial)),
+            model=first.tensors,
+            kinds=first.kinds,
             settings=settings,
             dense=scenario.dense,
         )
