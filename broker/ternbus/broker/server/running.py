@@ -350,10 +350,14 @@ def _full_disk(broker: RunningBroker) -> str:
 
 
 def _answers(endpoint: Endpoint, secured: Secured | None) -> bool:
-    """Whether the broker accepts an MQTT client there; an open TCP port is not enough."""
+    """Whether the broker accepts an MQTT client there; an open TCP port is not enough.
+
+    A closed port answers at once, so the wait is long: a trial given up on a busy machine would be one more try, and
+    with TLS the broker would count it as a refused client.
+    """
     address = (WILDCARDS.get(endpoint.host, endpoint.host), endpoint.port)
     with suppress(OSError), ExitStack() as stack:
-        trial = stack.enter_context(socket.create_connection(address, timeout=1.0))
+        trial = stack.enter_context(socket.create_connection(address, timeout=READY_WITHIN_S))
         if secured is not None:
             context = secured.probe.context()
             trial = stack.enter_context(context.wrap_socket(trial, server_hostname=secured.name))
