@@ -32,9 +32,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Run a helper of private sums: it opens sums of updates, and never a single one.",
 )
-app.command()(inspection_commands.status)
-app.command()(inspection_commands.roster)
-app.command()(inspection_commands.log)
 
 
 @app.command()
@@ -140,6 +137,10 @@ def admit(
     typer.echo(f"{device} is on the roster" if changed else f"{device} was on the roster with this key already")
 
 
+for _command in (inspection_commands.roster, inspection_commands.status, inspection_commands.log):
+    app.command()(_command)
+
+
 @app.command()
 def restored(directory: Dir) -> None:
     """Make a new box key, after helper.db was lost, damaged, or replaced by an older copy.
@@ -159,10 +160,10 @@ def restored(directory: Dir) -> None:
             typer.echo(f"{FILE} was damaged and is in {home.move_database_aside()} now", err=True)
             store = HelperStore(home.folder, settings.roster)
         now = time.time()
-        enrolled = bool(settings.aggregator_key) and not settings.code
+        enrolled = bool(settings.aggregator_key) and not settings.code  # whatever the database says
         with store:
-            before = store.state or replace(State.new(os.urandom, now), enrolled=enrolled)
-            store.save(before.restored(os.urandom, now))
+            before = store.state or State.new(os.urandom, now)
+            store.save(replace(before.restored(os.urandom, now), enrolled=enrolled))
     devices = stores.summary(home.folder).devices
     typer.echo(f"the new box key has the number {stores.summary(home.folder).state.box_key.number}")
     if settings.roster == OWN:

@@ -22,6 +22,7 @@ from ternbus.helper.shell.directory import HelperDirectory, Settings
 from ternbus.helper.shell.service import Service
 from ternbus.helper.store import store as stores
 from ternbus.helper.store.store import HelperStore
+from ternbus.helper.store.tables import FILE
 
 STOP_WITHIN_S: Final = 8.0
 
@@ -38,8 +39,12 @@ def run(home: HelperDirectory, report: Callable[[Log], None]) -> Stop:
     with home.locked():
         stores.check(home.folder)
         with HelperStore(home.folder, settings.roster) as store:
-            if (state := store.state) is None:
-                raise ConfigError(f"{home.folder} is not complete: run `ternbus helper restored {home.quoted}`")
+            state = store.state
+            if state is None or not (state.enrolled or settings.code):
+                raise ConfigError(
+                    f"{home.folder / FILE} does not know that this helper has enrolled, so it is an old copy: run "
+                    f"`ternbus helper restored {home.quoted}`, which makes a new box key"
+                )
             profile = Profile(
                 federation=settings.federation,
                 helper=settings.helper,
