@@ -132,7 +132,11 @@ def test_a_helper_that_is_killed_at_every_point_gives_the_same_answers(
                 killed.append(text)
                 current = helper("run", folder, point=points.pop(0) if points else "")
 
-            server.until(lambda: (again(), server.card)[1])
+            def has_card() -> bool:
+                again()
+                return server.card is not None
+
+            server.until(has_card)
             opened, number = {}, 0
             while points or number < 2:
                 asked = server.set_of(f"a-{number}", f"b-{number}", version=number)

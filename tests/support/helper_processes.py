@@ -150,7 +150,7 @@ def serving(url: str, tls: Tls | None = None) -> Iterator[Server]:
         server.link.disconnect(flush_s=0.0)
 
 
-def invitation(url: str, folder: Path, **credentials: str) -> Path:
+def invitation(url: str, folder: Path, **credentials: Any) -> Path:
     made = Invitation(
         federation=FEDERATION, device=NAME, broker=url, aggregator_key=SERVER.public.hex(), code=CODE, **credentials
     )

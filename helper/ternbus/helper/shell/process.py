@@ -45,6 +45,8 @@ def run(home: HelperDirectory, report: Callable[[Log], None]) -> Stop:
                     f"{home.folder / FILE} does not know that this helper has enrolled, so it is an old copy: run "
                     f"`ternbus helper restored {home.quoted}`, which makes a new box key"
                 )
+            if state.enrolled and settings.code:  # an earlier process was killed before it could remove it
+                home.write(settings := replace(settings, code=""))
             profile = Profile(
                 federation=settings.federation,
                 helper=settings.helper,
