@@ -78,7 +78,7 @@ def test_what_root_does_leaves_no_file_of_root(services: Path) -> None:
         assert "at version" in process.stderr.readline()
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
-    assert (owners(agg), owners(bus)) == ({}, {})
+    assert (owners(agg), owners(bus), owners(services / "helper")) == ({}, {}, {})
     assert "paused" in run("aggregator", "status", agg)  # which has become the user
 
 
