@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from queue import SimpleQueue
+from typing import TypeVar
 
 from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError
@@ -27,6 +28,7 @@ from ternbus.edge.learn.task_loader import code_errors
 from ternbus.edge.plan.plan import NO_DP
 from ternbus.edge.shell import private_training
 
+Found = TypeVar("Found")
 TrainingResult = TrainingFinished | TrainingFailed | BudgetSpent
 Result = TrainingResult | Evaluated | EvaluationFailed | FineTuned | FineTuningFailed
 
@@ -79,14 +81,29 @@ def evaluate(trainer: Trainer, job: StartEvaluation) -> Evaluated | EvaluationFa
 
 
 def fine_tune(trainer: Trainer, held: Trainer, job: StartFineTuning) -> FineTuned | FineTuningFailed:
-    """Train on the data of `trainer`; evaluate before and after on the data of `held`."""
-    private = job.plan.dp != NO_DP
+    """Train on the data of `trainer`; evaluate before and after on the data of `held`.
+
+    If the data are private, what fails does not end it early: others see when the device goes.
+    """
+    private, faults = job.plan.dp != NO_DP, list[BaseException]()
+
+    def tried(work: Callable[[], Found]) -> Found | None:
+        try:
+            return work()
+        except code_errors() as error:
+            if not private:
+                raise
+            faults.append(error)
+            return None
+
     try:
         start = tensors_of(job)
-        before = evaluated_by(held, start, job.plan, private=private)
-        trained = trainer.train(start, job.plan, version=job.version, seed=job.seed)
-        own = {**trained.tensors, **trained.local}
-        after = evaluated_by(held, own, job.plan, private=private)
+        before = tried(lambda: evaluated_by(held, start, job.plan, private=private))
+        trained = tried(lambda: trainer.train(start, job.plan, version=job.version, seed=job.seed))
+        own = start if trained is None else {**trained.tensors, **trained.local}
+        after = tried(lambda: evaluated_by(held, own, job.plan, private=private))
+        if before is None or trained is None or after is None:
+            raise faults[0]
         return FineTuned(
             version=job.version,
             samples=before.samples,
