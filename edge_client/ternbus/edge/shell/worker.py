@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import Any
 
 from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError
@@ -28,7 +28,6 @@ from ternbus.edge.learn.task_loader import code_errors
 from ternbus.edge.plan.plan import NO_DP
 from ternbus.edge.shell import private_training
 
-Found = TypeVar("Found")
 TrainingResult = TrainingFinished | TrainingFailed | BudgetSpent
 Result = TrainingResult | Evaluated | EvaluationFailed | FineTuned | FineTuningFailed
 
@@ -87,7 +86,7 @@ def fine_tune(trainer: Trainer, held: Trainer, job: StartFineTuning) -> FineTune
     """
     private, faults = job.plan.dp != NO_DP, list[BaseException]()
 
-    def tried(work: Callable[[], Found]) -> Found | None:
+    def tried(work: Callable[[], object]) -> Any:
         try:
             return work()
         except code_errors() as error:
@@ -102,7 +101,7 @@ def fine_tune(trainer: Trainer, held: Trainer, job: StartFineTuning) -> FineTune
         trained = tried(lambda: trainer.train(start, job.plan, version=job.version, seed=job.seed))
         own = start if trained is None else {**trained.tensors, **trained.local}
         after = tried(lambda: evaluated_by(held, own, job.plan, private=private))
-        if before is None or trained is None or after is None:
+        if faults:
             raise faults[0]
         return FineTuned(
             version=job.version,
