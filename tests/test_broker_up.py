@@ -273,6 +273,22 @@ def test_connections_beyond_the_limit_are_refused(
     assert not any(welcome[4:])
 
 
+@ENGINES
+def test_who_publishes_at_qos_2_is_disconnected(engine: Engine, tmp_path: Path) -> None:
+    """nats-server kept such messages on its disk, 65,535 of each client, until the client releases them."""
+    topic = b"ternbus/1/lab/up/eve/update"
+    content = len(topic).to_bytes(2, "big") + topic + b"\x00\x01" + b"kept"
+    with (
+        start(choose(engine), host="127.0.0.1", port=0, directory=tmp_path) as broker,
+        socket.create_connection(("127.0.0.1", broker.endpoint.port), timeout=WITHIN_S) as client,
+    ):
+        client.sendall(CONNECT)
+        assert client.recv(64) == CONNACK
+        client.sendall(bytes([0x34, len(content)]) + content)
+        with suppress(ConnectionError):
+            assert client.recv(64) == b""
+
+
 def test_the_deployed_files_are_what_broker_up_generates() -> None:
     deployed = ROOT / "deploy" / "mosquitto"
     assert (deployed / "access.list").read_text() == mosquitto.access_list()

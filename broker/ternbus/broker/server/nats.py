@@ -104,6 +104,8 @@ mqtt {{
   port: {port}
   # An unacknowledged message is sent again after this time; a reconnect does not make it sooner.
   ack_wait: "{ACK_WAIT_S}s"
+  # What is published at QoS 2 is kept on disk until its client releases it: 65,535 messages of each client.
+  reject_qos2_publish: true
   max_ack_pending: 100{_tls(guard.tls) if guard is not None else ""}
 }}
 {_admission(guard, data) if guard is not None else ""}"""
