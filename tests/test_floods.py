@@ -86,11 +86,12 @@ def siege(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Siege]:
             yield found
 
 
-def test_what_comes_at_qos_0_is_dropped_unread_and_counted(siege: Siege) -> None:
+@pytest.mark.parametrize("group", ["up/eve/update", "all/status"])
+def test_what_comes_at_qos_0_is_dropped_unread_and_counted(group: str, siege: Siege) -> None:
     """180 MB at full speed: they were all held, with a newcomer behind them."""
     assert siege.enrolls("first")
     line = siege.line("eve")
-    packet = mqtt.packet(0x30, mqtt.text(topics.up(FEDERATION, "eve", "update")) + costly())
+    packet = mqtt.packet(0x30, mqtt.text(f"{topics.root(FEDERATION)}/{group}") + costly())
     before = siege.aggregator.resident_kib()
     peak = 0
     for number in range(3000):
