@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # What each room may import besides itself. A room is a sub-package; a component's own modules (settings, errors, …)
 # are the room of its name, but for its command line, which may import all of it.
-BUS = {"broker", "broker.protocol"}
+BUS = {"broker", "broker.protocol", "broker.sums"}
 EDGE = {"edge", "edge.plan", "edge.learn", "edge.core", "edge.store", "edge.shell"}
 AGGREGATOR = {"aggregator", "aggregator.merge", "aggregator.core", "aggregator.store", "aggregator.shell"}
 LAB = {"lab", "lab.scenario", "lab.report", "lab.processes", "lab.virtual", "lab.experiment"}
@@ -20,6 +20,7 @@ ARROWS = {
     "command": {"broker"},  # the components' commands it imports by name, when one is run
     "broker": set[str](),
     "broker.protocol": {"broker"},
+    "broker.sums": {"broker", "broker.protocol"},
     "broker.link": BUS,
     "broker.server": {*BUS, "broker.link"},
     "broker.cli": {*BUS, "broker.link", "broker.server"},
@@ -220,7 +221,8 @@ def test_every_package_is_in_the_wheel_s_list_and_typed() -> None:
         assert "py.typed" in setuptools["package-data"][f"ternbus.{component}"]
 
 
-PROTOCOL = [file for file in files() if module_of(file).startswith("ternbus.broker.protocol")]
+PURE = ("ternbus.broker.protocol", "ternbus.broker.sums")
+PROTOCOL = [file for file in files() if module_of(file).startswith(PURE)]
 
 
 @pytest.mark.parametrize("pure", [*CORES, *PROTOCOL], ids=name_of)

@@ -16,6 +16,9 @@ from ternbus.broker.protocol.parts import parts_max
 
 GRANT_RANGES_MAX: Final = 500
 SAMPLES_MAX: Final = 2**32 - 1
+PRIVATE: Final = "private"  # in place of a codec: the body has masked words, not a block
+BOXES_MAX: Final = 8
+BOX_BYTES_MAX: Final = 1024
 RESTORE_LEAP: Final = 2**32  # restored from a backup, an aggregator adds a multiple of it to version, seq, session
 
 OPEN, PAUSED, CLOSED = "open", "paused", "closed"
@@ -154,9 +157,17 @@ class Update:
     encoding: str
     sealed: bool
     metrics: Mapping[str, float] = field(default_factory=dict)
+    # Of private updates only, and only then in the map: see docs/protocol.md, section 16.
+    context: bytes = b""
+    min: int = 0  # devices in the sum, by the device's owner
+    boxes: tuple[bytes, ...] = field(default=(), repr=False)  # one for each helper, in the order of the terms
+
+    @property
+    def is_private(self) -> bool:
+        return bool(self.context)
 
     def meta(self) -> dict[str, Any]:
-        return {
+        meta = {
             "base": self.base,
             "samples": self.samples,
             "codec": self.codec,
@@ -164,6 +175,9 @@ class Update:
             "sealed": self.sealed,
             "metrics": dict(self.metrics),
         }
+        if not self.is_private:
+            return meta
+        return {**meta, "context": self.context, "min": self.min, "boxes": list(self.boxes)}
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
@@ -174,7 +188,21 @@ class Update:
             encoding=meta_fields.text(meta, "encoding"),
             sealed=meta_fields.boolean(meta, "sealed"),
             metrics=meta_fields.numbers(meta, "metrics"),
+            **(_private(meta) if meta["codec"] == PRIVATE else {}),
         )
+
+
+def _private(meta: Mapping[str, Any]) -> dict[str, Any]:
+    boxes = meta_fields.get(meta, "boxes")
+    if not isinstance(boxes, list) or not 1 <= len(boxes) <= BOXES_MAX:
+        raise ProtocolError("bad-meta", f"'boxes' is not 1 to {BOXES_MAX} boxes")
+    if not all(isinstance(box, bytes) and len(box) <= BOX_BYTES_MAX for box in boxes):
+        raise ProtocolError("bad-meta", f"a box is not at most {BOX_BYTES_MAX} bytes")
+    return {
+        "context": meta_fields.binary(meta, "context", 32),
+        "min": meta_fields.integer(meta, "min", 2, SAMPLES_MAX),
+        "boxes": tuple(boxes),
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,14 +305,21 @@ class Status:
     base: int = -1
     software: str = ""
     failing: str = ""  # why the device's work fails; empty, and then not in the map, if it does not
+    count: int = -1  # of a helper: sets that it has written down; not in the map of others
 
     @property
     def online(self) -> bool:
         return self.state != "offline"
 
     def meta(self) -> dict[str, Any]:
-        meta = {"state": self.state, "session": self.session, "base": self.base, "software": self.software}
-        return {**meta, "failing": self.failing} if self.failing else meta
+        meta: dict[str, Any] = {
+            "state": self.state,
+            "session": self.session,
+            "base": self.base,
+            "software": self.software,
+        }
+        meta |= {"failing": self.failing} if self.failing else {}
+        return meta | ({"count": self.count} if self.count >= 0 else {})
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
@@ -294,6 +329,7 @@ class Status:
             base=meta_fields.counter(meta, "base", -1),
             software=meta_fields.text(meta, "software")[:100],
             failing=meta_fields.line(meta, "failing", FAILING_BYTES_MAX) if "failing" in meta else "",
+            count=meta_fields.counter(meta, "count") if "count" in meta else -1,
         )
 
 

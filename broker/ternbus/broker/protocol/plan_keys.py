@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from ternbus.broker.protocol.messages import PRIVATE
 from ternbus.broker.protocol.ternary import CODECS
 
 NO_DP: Final = "none"
@@ -78,7 +79,7 @@ SHARED: Final[Mapping[str, Key]] = {
     "weight_decay": Number(low=0, high=1e3),
     "proximal_mu": Number(low=0, high=1e6),
     "clip_sigma": Number(low=0, high=1e6),
-    "codec": Choice(names=CODECS),
+    "codec": Choice(names=(*CODECS, PRIVATE)),
     "seal": Switch(),
     "error_feedback": Switch(),
     "seed": Number(low=-(2**63), high=2**64 - 1, whole=True),

@@ -12,6 +12,9 @@ DOWN_KINDS: Final = frozenset({"receipt", "grant"})
 WHOLE_KINDS: Final = frozenset({"status", "head"})  # under all/, one topic for each kind
 PART_KINDS: Final = frozenset({"snapshot", "delta"})  # under all/, one topic for each part
 PAGE_KINDS: Final = frozenset({"revocations"})  # under all/, one topic for each page
+TERMS: Final = "terms"  # under all/, one topic for each part
+HELPER_KINDS: Final = frozenset({"status", "card", "enroll", "answer"})  # under help/, by a helper
+TO_HELPER_KINDS: Final = frozenset({"ask", "receipt"})  # under help/, by the aggregator
 
 
 def root(federation: str) -> str:
@@ -38,6 +41,15 @@ def revocations(federation: str, page: int) -> str:
     return f"{root(federation)}/all/revocations/{page}"
 
 
+def terms(federation: str, part: int) -> str:
+    return f"{root(federation)}/all/{TERMS}/{part}"
+
+
+def help_of(federation: str, helper: str, kind: str) -> str:
+    """A topic between a helper and the aggregator."""
+    return f"{root(federation)}/help/{helper}/{kind}"
+
+
 def up(federation: str, device: str, kind: str) -> str:
     return f"{root(federation)}/up/{device}/{kind}"
 
@@ -51,18 +63,28 @@ def of_device(federation: str, device: str) -> tuple[str, ...]:
     return tuple(up(federation, device, kind) for kind in sorted(UP_KINDS))
 
 
+def of_helper(federation: str, helper: str) -> tuple[str, ...]:
+    """All topics that a helper may write."""
+    return tuple(help_of(federation, helper, kind) for kind in sorted(HELPER_KINDS))
+
+
 def of_aggregator(federation: str) -> tuple[str, ...]:
     """All topics that a federation's aggregator may write, as filters."""
     prefix = f"{root(federation)}/all"
     whole = [f"{prefix}/{kind}" for kind in sorted(WHOLE_KINDS)]
     parts = [f"{prefix}/{kind}/+/+" for kind in sorted(PART_KINDS)]
     pages = [f"{prefix}/{kind}/+" for kind in sorted(PAGE_KINDS)]
-    return (*whole, *parts, *pages, *(down(federation, "+", kind) for kind in sorted(DOWN_KINDS)))
+    devices = [down(federation, "+", kind) for kind in sorted(DOWN_KINDS)]
+    helpers = [help_of(federation, "+", kind) for kind in sorted(TO_HELPER_KINDS)]
+    return (*whole, *parts, *pages, f"{prefix}/{TERMS}/+", *devices, *helpers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Address:
-    """A parsed topic: ``group`` is all, up or down; ``slot`` is a delta's slot or a snapshot's place."""
+    """A parsed topic: ``group`` is all, up, down or help; ``slot`` is a delta's slot or a snapshot's place.
+
+    ``device`` is the helper's name under help/.
+    """
 
     federation: str
     group: str
@@ -82,6 +104,12 @@ def parse(topic: str) -> Address:
             return Address(federation=federation, group="all", kind=kind, slot=_number(slot), part=_number(part))
         case ["ternbus", "1", federation, "all", kind, page] if is_federation(federation) and kind in PAGE_KINDS:
             return Address(federation=federation, group="all", kind=kind, page=_number(page))
+        case ["ternbus", "1", federation, "all", kind, part] if is_federation(federation) and kind == TERMS:
+            return Address(federation=federation, group="all", kind=kind, part=_number(part))
+        case ["ternbus", "1", federation, "help", helper, kind] if (
+            is_federation(federation) and is_device(helper) and kind in HELPER_KINDS | TO_HELPER_KINDS
+        ):
+            return Address(federation=federation, group="help", kind=kind, device=helper)
         case ["ternbus", "1", federation, ("up" | "down") as group, device, kind] if (
             is_federation(federation) and is_device(device) and kind in (UP_KINDS if group == "up" else DOWN_KINDS)
         ):
@@ -95,7 +123,8 @@ def check(frame: Frame, address: Address) -> None:
         raise ProtocolError("wrong-federation", f"frame of {frame.federation!r} on a topic of {address.federation!r}")
     if frame.kind != address.kind:
         raise ProtocolError("wrong-topic", f"frame of kind {frame.kind!r} on a topic for {address.kind!r}")
-    sender = address.device if address.group == "up" else AGGREGATOR
+    is_up = address.group == "up" or (address.group == "help" and address.kind in HELPER_KINDS)
+    sender = address.device if is_up else AGGREGATOR
     if frame.sender != sender:
         raise ProtocolError("wrong-sender", f"frame of {frame.sender!r} on a topic of {sender!r}")
     if address.part is not None and frame.part != address.part:

@@ -1,0 +1,1 @@
+"""Private sums: what devices, helpers and the aggregator compute and exchange (docs/protocol.md, section 16)."""
