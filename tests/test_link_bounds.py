@@ -7,13 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from support.brokers import CONNECT, DISCONNECT, PUBACK, PUBLISH, WITHIN_S, Inbox, ScriptedBroker, linked, scripted
 from ternbus.broker.errors import LinkError
 from ternbus.broker.link import connection
+from ternbus.broker.link.client import BoundedClient
 from ternbus.broker.link.connection import MQTT_5, MQTT_311
 from ternbus.broker.link.events import Arrived, Disconnected
 from ternbus.broker.link.link import Link
+from ternbus.broker.link.window import Backlog
 
 WILL = ("ternbus/1/demo/up/dev/status", b"offline")
 PINGREQ, PINGRESP = 0xC0, bytes([0xD0, 0])
@@ -193,6 +197,19 @@ def test_properties_of_a_message_are_cut_off_unread(qos: int, count: int) -> Non
     with sending(MQTT_5, *flood) as broker, linked(broker.url, "dev") as (link, inbox):
         link.publish("t", b"now")
         assert [each.payload for each in inbox.arrivals(2)] == [b"x", b"y"]
+
+
+@given(content=st.binary(max_size=40), qos=st.sampled_from([0, 1]))
+@example(content=b"\x00\x01t\x00\x01\x00", qos=1)
+def test_of_no_packet_properties_reach_the_decoder(content: bytes, qos: int) -> None:
+    client = BoundedClient("dev", MQTT_5, Backlog(messages_max=1, bytes_max=1), 1000)
+    client._in_packet["command"], client._in_packet["packet"] = PUBLISH | qos << 1, bytearray(content)
+    if client._strip_properties():
+        start = 2 + int.from_bytes(content[:2], "big") + 2 * qos
+        packet = bytes(client._in_packet["packet"])
+        assert packet[:start] == content[:start]
+        assert packet[start] == 0
+        assert content.endswith(packet[start + 1 :])
 
 
 @pytest.mark.parametrize("properties", [b"", b"\x80", b"\x05\x26", b"\x80\x80\x80\x80\x01"])
