@@ -42,9 +42,7 @@ class Retained:
     _to_ask: list[str] = field(default_factory=list)  # parts that are asked for once ``awaited`` is empty
     _chunk: tuple[str, ...] = ()  # parts subscribed to
     _asked: set[str] = field(default_factory=set)  # those of the chunk that have not come
-    _read: Counter[str] = field(
-        default_factory=Counter
-    )  # messages on the topics of the chunk since they were asked for
+    _read: Counter[str] = field(default_factory=Counter)  # messages by topic, since it was asked for
     _asked_twice: bool = False
     _ask_by: float | None = None
     _lost: dict[str, str] = field(default_factory=dict)  # topic -> why the broker does not hold the message
