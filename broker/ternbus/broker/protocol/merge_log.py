@@ -22,6 +22,7 @@ SIGNED_PREFIX: Final = b"ternbus/1 log\0"
 FIRST: Final = bytes(32)  # the previous hash in the first entry
 UNKNOWN_DIGEST: Final = bytes(32)  # of an update that was accepted before its aggregator kept a log
 ENTRY_BYTES_MAX: Final = 2**28  # enough for millions of updates in one merge
+ROW_BYTES_MIN: Final = 57  # of an update in an entry: a name of one character, a small number
 _KEYS: Final = ["federation", "version", "digest", "previous", "updates"]
 
 
@@ -68,7 +69,7 @@ class Entry:
     def parse(cls, content: bytes) -> Self:
         """Decode an entry; ProtocolError unless the bytes are its canonical encoding."""
         try:
-            fields = msgpack.unpackb(content, strict_map_key=False, **NO_EXTENSIONS)
+            fields = _unpacked(content)
         except (msgpack.UnpackException, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ProtocolError("bad-entry", "the entry is not msgpack") from error
         if not isinstance(fields, dict) or list(fields) != _KEYS:
@@ -86,6 +87,23 @@ class Entry:
         if entry.content() != content:
             raise ProtocolError("bad-entry", "the encoding of the entry is not canonical")
         return entry
+
+
+def _unpacked(content: bytes) -> Any:
+    """The value in an entry's bytes; ValueError for more maps and arrays than an entry of that length can have.
+
+    An empty map is one byte, and 72 when it is decoded: a file of 100 MB could take all memory.
+    """
+    left = 2 + len(content) // ROW_BYTES_MIN  # the map, the list of updates, and each of them
+
+    def counted(value: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError("more maps and arrays than an entry can have")
+        return value
+
+    return msgpack.unpackb(content, strict_map_key=False, object_hook=counted, list_hook=counted, **NO_EXTENSIONS)
 
 
 def _contribution(row: object) -> Contribution:
