@@ -35,7 +35,7 @@ ARROWS = {
     "edge.shell": {*BUS, "broker.link", "edge.plan", "edge.learn", "edge.core", "edge.store"},
     "aggregator": BUS,
     "aggregator.merge": {*BUS, "aggregator"},
-    "aggregator.core": {*BUS, "aggregator", "aggregator.merge", "aggregator.sums"},
+    "aggregator.core": {*BUS, "aggregator", "aggregator.merge"},
     "aggregator.store": {*BUS, "aggregator", "aggregator.merge", "aggregator.core"},
     "aggregator.shell": {*BUS, "broker.link", "broker.server", *AGGREGATOR},
     "lab": {*BUS, *EDGE},

@@ -19,6 +19,7 @@ from ternbus.broker.protocol.merge_log import Contribution, Entry, Signed
 from ternbus.broker.protocol.messages import Delta, Grant, Head, Receipt, Snapshot, SnapshotRef, Status
 from ternbus.broker.protocol.parts import cut
 from ternbus.broker.protocol.schema import Schema, Vector
+from ternbus.broker.sums.sets import AskStep
 
 SEQ_BLOCK: Final = 10_000  # sequence numbers made durable at a time: a crash skips the rest of a block
 ENVELOPE_BYTES: Final = 4096  # more than any header of an update with all its metrics takes
@@ -58,6 +59,12 @@ class FrameWriter:
         topic = topics.down(self.settings.federation, message.device, message.KIND)
         reserved, payload = self._frame(message.KIND, message.meta())
         return [*reserved, Publish(topic=topic, payload=payload)]
+
+    def ask(self, helper: str, step: AskStep, body: bytes) -> tuple[Reserved, list[Message]]:
+        """The frames of an ask, in as many parts as the broker's packets need."""
+        reserved, frames = self._parts(step.KIND, step.meta(), body)
+        topic = topics.help_of(self.settings.federation, helper, step.KIND)
+        return reserved, [(topic, frame) for frame in frames]
 
     def status(self, state: str, session: int, software: str) -> tuple[Reserved, Message]:
         value = Status(state=state, session=session, software=software)
