@@ -77,7 +77,7 @@ def test_a_folder_as_it_was_written_is_sound(home: Path) -> None:
     before = {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
     with closing(sqlite3.connect(home / LEDGER)) as db:
         empty = [table for table in COLUMNS if not db.execute(f"SELECT 1 FROM {table}").fetchone()]
-    assert empty == ["requests"]
+    assert empty == ["requests", *format_7.ADDED]
     shutil.rmtree(home)
     for path, written in before.items():
         path.parent.mkdir(parents=True, exist_ok=True)

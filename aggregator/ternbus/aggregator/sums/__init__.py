@@ -1,1 +1,1 @@
-"""Private sums at the aggregator, without I/O: which updates become a set, and what the sum of a set says."""
+"""Private sums at the aggregator: its helpers, the terms of updates, and the contexts that updates have."""
