@@ -10,7 +10,7 @@ from typing import Final
 
 from ternbus.aggregator.core.events import Action, Publish
 from ternbus.aggregator.core.frames import FrameWriter
-from ternbus.aggregator.sums.helpers import Helper
+from ternbus.aggregator.sums.helper import Helper
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.parts import Collector, Whole, encoded_bytes_max
 from ternbus.broker.sums.sets import ABANDON, AskStep

@@ -15,7 +15,7 @@ from ternbus.aggregator.settings import Settings
 from ternbus.broker.protocol import revocations, topics
 from ternbus.broker.protocol.frame import build
 from ternbus.broker.protocol.identity import AGGREGATOR, Identity
-from ternbus.broker.protocol.merge_log import Contribution, Entry, Signed
+from ternbus.broker.protocol.merge_log import Contribution, DroppedUpdate, Entry, MergedSet, Signed
 from ternbus.broker.protocol.messages import Delta, Grant, Head, Receipt, Snapshot, SnapshotRef, Status
 from ternbus.broker.protocol.parts import cut
 from ternbus.broker.protocol.schema import Schema, Vector
@@ -124,10 +124,25 @@ class FrameWriter:
             messages.append((topics.revocations(self.settings.federation, page), payload))
         return reserved, messages
 
-    def entry(self, version: int, digest: bytes, previous: bytes, updates: tuple[Contribution, ...] = ()) -> Signed:
+    def entry(
+        self,
+        version: int,
+        digest: bytes,
+        previous: bytes,
+        updates: tuple[Contribution, ...] = (),
+        sets: tuple[MergedSet, ...] = (),
+        dropped: tuple[DroppedUpdate, ...] = (),
+    ) -> Signed:
         """An entry in the log of merges, which is not published: the operator hands it out."""
-        federation = self.settings.federation
-        entry = Entry(federation=federation, version=version, digest=digest, previous=previous, updates=updates)
+        entry = Entry(
+            federation=self.settings.federation,
+            version=version,
+            digest=digest,
+            previous=previous,
+            updates=updates,
+            sets=sets,
+            dropped=dropped,
+        )
         return entry.signed(self.identity)
 
     def _frame(self, kind: str, meta: Mapping[str, Any], body: bytes = b"") -> tuple[Reserved, bytes]:

@@ -40,8 +40,8 @@ COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "terms": ("digest", "content"),
     "contexts": ("base", "model", "plan", "terms"),
-    "private_updates": ("update_id", "context", "header", "signature", "min", "set_digest", "why"),
-    "sets": ("digest", "context", "base", "state", "sum", "merged", "reason"),
+    "private_updates": ("update_id", "context", "header", "signature", "min", "set_digest", "why", "logged"),
+    "sets": ("digest", "context", "base", "staleness", "devices", "state", "sum", "merged"),
 }  # fmt: skip
 KEYS: Final[Mapping[str, int]] = {"keys": 2, "metrics": 3}  # how many of the first columns name a row; else one
 FACTS: Final = (  # that every ledger has

@@ -7,7 +7,7 @@ from typing import Final, assert_never
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.core.registry import Answer
-from ternbus.aggregator.store import checksums, membership
+from ternbus.aggregator.store import checksums, membership, private_rows
 from ternbus.aggregator.store.bodies import Place
 from ternbus.aggregator.store.revocations import Revocation
 from ternbus.broker.protocol.identity import KeyId
@@ -30,6 +30,8 @@ Inserted = (  # all records but those that come with a file: of a body, of vecto
     | records.DeviceRevoked
     | records.KeysRevoked
     | records.UpdateAnswered
+    | private_rows.Written
+    | records.ClosingBegun
     | records.VersionMade
     | records.FramesRetained
     | records.SlotsChanged
@@ -46,6 +48,7 @@ ANSWERED: Final = {
     "reason": ":reason",
     "highest_base": "max(highest_base, :base)",
 }
+CLOSING: Final = "closing"  # a fact: the federation is to be closed when helpers have answered
 STATED: Final = "stated"  # in place of a split: the row of what a device stated last beside its metrics' values
 ONE_KEY: Final = "device = :device AND key = :key"
 SENT: Final = {"update_bytes": "update_bytes + :size", "seen_at": ":now"}
@@ -77,6 +80,15 @@ def write(db: sqlite3.Connection, record: Inserted, now: float) -> None:
         case records.RequestDone():
             done = {"done": "1", "error": ":error"}
             checksums.update(db, "requests", done, "id = :id", {"error": record.error, "id": record.request})
+        case (
+            records.UpdatesDropped()
+            | records.SetMade()
+            | records.SetOpening()
+            | records.SetOpened()
+            | records.SetAbandoned()
+            | records.SetForgotten()
+        ):
+            private_rows.write(db, record)
         case _:
             _fact(db, record)
 
@@ -87,15 +99,22 @@ def set_fact(db: sqlite3.Connection, name: str, value: object) -> None:
 
 def _fact(
     db: sqlite3.Connection,
-    record: records.SeqReserved | records.SessionBegun | records.StateChanged | records.SlotsChanged,
+    record: records.SeqReserved
+    | records.SessionBegun
+    | records.ClosingBegun
+    | records.StateChanged
+    | records.SlotsChanged,
 ) -> None:
     match record:
         case records.SeqReserved():
             set_fact(db, "seq", record.upto)
         case records.SessionBegun():
             set_fact(db, "session", record.session)
+        case records.ClosingBegun():
+            set_fact(db, CLOSING, 1)
         case records.StateChanged():
             set_fact(db, "state", record.state)
+            db.execute("DELETE FROM facts WHERE name = ?", (CLOSING,))
         case records.SlotsChanged():
             set_fact(db, "slots", record.slots)
         case _:
@@ -126,6 +145,8 @@ def accepted(db: sqlite3.Connection, number: int, record: records.UpdateAccepted
         update.stated,
     )
     checksums.insert(db, "updates", values, segment=place.segment)
+    if record.private is not None:
+        private_rows.accepted(db, number, record.private)
     _answer(db, update.device, update.key, Answer(seq=update.seq, outcome="accepted"), base=update.base)
 
 
@@ -144,7 +165,9 @@ def _answer(db: sqlite3.Connection, device: str, key: KeyId, answer: Answer, bas
 
 def _version(db: sqlite3.Connection, record: records.VersionMade, now: float) -> None:
     set_fact(db, "version", record.version)
-    if record.updates:
+    if record.sets is not None:
+        private_rows.merged(db, record.version, record.sets)
+    elif record.updates:
         db.execute("UPDATE updates SET merged = ? WHERE merged IS NULL", (record.version,))
     values = (
         record.version,

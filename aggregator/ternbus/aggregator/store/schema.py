@@ -18,10 +18,12 @@ CREATE TABLE contexts (  -- the one that updates on a base have; digests of mode
     crc INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE private_updates (  -- beside ``updates``: what helpers are asked by; ``why`` it was dropped, if it was
     update_id INTEGER PRIMARY KEY, context BLOB NOT NULL, header BLOB NOT NULL, signature BLOB NOT NULL,
-    min INTEGER NOT NULL, set_digest BLOB, why TEXT NOT NULL DEFAULT '', crc INTEGER NOT NULL DEFAULT 0);
-CREATE TABLE sets (
-    digest BLOB PRIMARY KEY, context BLOB NOT NULL, base INTEGER NOT NULL, state TEXT NOT NULL, sum BLOB,
-    merged INTEGER, reason TEXT NOT NULL DEFAULT '', crc INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID;
+    min INTEGER NOT NULL, set_digest BLOB, why TEXT NOT NULL DEFAULT '', logged INTEGER,  -- the version that says so
+    crc INTEGER NOT NULL DEFAULT 0);
+CREATE INDEX private_updates_by_set ON private_updates (set_digest) WHERE set_digest IS NOT NULL;
+CREATE TABLE sets (  -- until a start needs them no more; ``devices`` were in it, ``sum`` is of their words
+    digest BLOB PRIMARY KEY, context BLOB NOT NULL, base INTEGER NOT NULL, staleness INTEGER NOT NULL,
+    devices INTEGER NOT NULL, state TEXT NOT NULL, sum BLOB, merged INTEGER, crc INTEGER NOT NULL DEFAULT 0);
 """
 SCHEMA_SQL: Final = f"""
 CREATE TABLE facts (name TEXT PRIMARY KEY, value, crc INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID;

@@ -17,6 +17,7 @@ from ternbus.broker.errors import CorruptError, ProtocolError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.merge_log import Audit
+from ternbus.broker.protocol.messages import PRIVATE
 
 WHOLE: Final = (  # tables which a start reads
     "facts", "devices", "keys", "invitations", "snapshots", "server", "metrics", "helpers", "terms", "contexts",
@@ -119,8 +120,8 @@ def _bodies(ledger: Ledger) -> Iterator[str]:
     (start,) = ledger.db.execute("SELECT version FROM server").fetchone()
     rows = ledger.db.execute(
         "SELECT id, device, base, segment, place, size, checksum FROM updates"
-        " WHERE segment IS NOT NULL OR merged IS NULL OR merged > ? ORDER BY segment, place",
-        (start,),
+        " WHERE segment IS NOT NULL OR merged IS NULL OR (merged > ? AND codec != ?) ORDER BY segment, place",
+        (start, PRIVATE),  # what merged private updates come to is in their set's row
     )
     for number, device, base, segment, offset, size_bytes, checksum in rows:
         what = f"update {number} of {device} on version {base}"
