@@ -6,7 +6,7 @@ from typing import Final
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.core.registry import DEVICE, EVALUATOR, Invited
-from ternbus.aggregator.store import checksums, private_rows
+from ternbus.aggregator.store import checksums, set_rows
 from ternbus.aggregator.store.revocations import Revocation
 from ternbus.aggregator.store.schema import DROPPED
 from ternbus.broker.protocol.identity import key_id
@@ -85,7 +85,7 @@ def take_revocations(
         if checksums.update(db, "devices", REVOKED_ROW, "name = :device AND public = :public", revoked):
             db.execute("DELETE FROM invitations WHERE device = ?", (each.device,))
             if not keep:
-                private_rows.revoke(db, each.device)
+                set_rows.revoke(db, each.device)
                 drop(db, f"device = :device AND merged IS NULL AND codec != '{PRIVATE}'", about)
     return taken
 

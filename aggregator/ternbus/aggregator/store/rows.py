@@ -7,7 +7,7 @@ from typing import Final, assert_never
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.core.registry import Answer
-from ternbus.aggregator.store import checksums, membership, private_rows
+from ternbus.aggregator.store import checksums, membership, set_rows
 from ternbus.aggregator.store.bodies import Place
 from ternbus.aggregator.store.revocations import Revocation
 from ternbus.broker.protocol.identity import KeyId
@@ -30,7 +30,7 @@ Inserted = (  # all records but those that come with a file: of a body, of vecto
     | records.DeviceRevoked
     | records.KeysRevoked
     | records.UpdateAnswered
-    | private_rows.Written
+    | set_rows.Written
     | records.ClosingBegun
     | records.VersionMade
     | records.FramesRetained
@@ -88,7 +88,7 @@ def write(db: sqlite3.Connection, record: Inserted, now: float) -> None:
             | records.SetAbandoned()
             | records.SetForgotten()
         ):
-            private_rows.write(db, record)
+            set_rows.write(db, record)
         case _:
             _fact(db, record)
 
@@ -146,7 +146,7 @@ def accepted(db: sqlite3.Connection, number: int, record: records.UpdateAccepted
     )
     checksums.insert(db, "updates", values, segment=place.segment)
     if record.private is not None:
-        private_rows.accepted(db, number, record.private)
+        set_rows.accepted(db, number, record.private)
     _answer(db, update.device, update.key, Answer(seq=update.seq, outcome="accepted"), base=update.base)
 
 
@@ -166,7 +166,7 @@ def _answer(db: sqlite3.Connection, device: str, key: KeyId, answer: Answer, bas
 def _version(db: sqlite3.Connection, record: records.VersionMade, now: float) -> None:
     set_fact(db, "version", record.version)
     if record.sets is not None:
-        private_rows.merged(db, record.version, record.sets)
+        set_rows.merged(db, record.version, record.sets)
     elif record.updates:
         db.execute("UPDATE updates SET merged = ? WHERE merged IS NULL", (record.version,))
     values = (
