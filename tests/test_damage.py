@@ -16,6 +16,7 @@ from support.small_world import Bench, float32_block, make_directory
 from ternbus.aggregator.core import events
 from ternbus.aggregator.shell.checking import check
 from ternbus.aggregator.shell.cli import app
+from ternbus.aggregator.store import format_7
 from ternbus.aggregator.store.checksums import COLUMNS
 from ternbus.aggregator.store.ledger import LEDGER
 from ternbus.broker.errors import CorruptError

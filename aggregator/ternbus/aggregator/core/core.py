@@ -9,29 +9,30 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import assert_never
 
-from ternbus.aggregator.core import events, metrics, records
+from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.clones import Clones
 from ternbus.aggregator.core.counters import Counters
+from ternbus.aggregator.core.device_messages import DeviceMessages
 from ternbus.aggregator.core.enrollment import Enrollment
 from ternbus.aggregator.core.events import Action, Publish, Save
 from ternbus.aggregator.core.frames import FrameWriter
 from ternbus.aggregator.core.merge_trigger import RETAINED_S, MergeTrigger
 from ternbus.aggregator.core.rate_limit import LogLimit
 from ternbus.aggregator.core.refusals import Refusals
-from ternbus.aggregator.core.registry import Member, Registry
+from ternbus.aggregator.core.registry import Registry
 from ternbus.aggregator.core.retained import Retained
 from ternbus.aggregator.core.revocations import Revocations
 from ternbus.aggregator.core.updates import Updates
 from ternbus.aggregator.core.validation import Validation
 from ternbus.aggregator.core.versions import PublishedState, Versions, leap_of
-from ternbus.aggregator.core.work import LARGE_HEADER_BYTES, PATIENCE_S, WorkShares, header_work
-from ternbus.aggregator.merge.influence import Influence, Measured
+from ternbus.aggregator.core.work import WorkShares
+from ternbus.aggregator.merge.influence import Influence
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Settings
 from ternbus.broker.backoff import Reconnect
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol import revocations, topics
-from ternbus.broker.protocol.frame import Frame, header_bytes, parse
+from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.identity import AGGREGATOR, Identity
 from ternbus.broker.protocol.messages import CLOSED, Status
 from ternbus.broker.protocol.schema import Schema
@@ -56,6 +57,7 @@ class Core:
     _versions: Versions = field(init=False)
     _retained: Retained = field(init=False)
     _clones: Clones = field(init=False)
+    _devices: DeviceMessages = field(init=False)
     _enrollment: Enrollment = field(init=False)
     _refusals: Refusals = field(init=False)
     _revocations: Revocations = field(init=False)
@@ -92,6 +94,17 @@ class Core:
         online = partial(self._status, "online")
         self._retained = Retained(versions=self._versions, refusals=self._refusals, say_online=online)
         self._clones = Clones(refusals=self._refusals)
+        self._devices = DeviceMessages(
+            settings=settings,
+            model=self.model,
+            registry=self.registry,
+            enrollment=self._enrollment,
+            updates=self._updates,
+            work=self.work,
+            counters=self._counters,
+            refusals=self._refusals,
+            clones=self._clones,
+        )
         self._revocations = Revocations(
             federation=settings.federation,
             identity=self.identity,
@@ -242,53 +255,8 @@ class Core:
         return address
 
     def _from_device(self, event: events.MessageArrived, address: topics.Address) -> list[Action]:
-        name, opened = address.device or "", event.opened
-        if opened is not None and opened.decoded_bytes:  # that was done, whatever becomes of the message
-            self.work.charge(name, opened.decoded_bytes, self._now)
-        self._enrollment.take_frame(name, self._now)
-        is_late = event.waited_s > PATIENCE_S
-        if is_late and header_bytes(event.payload) > LARGE_HEADER_BYTES and self.work.owes(name, self._now):
-            raise ProtocolError("too-much-work", f"{name} has used its share of the work, and sends large headers")
-        frame = parse(event.payload) if opened is None else opened.frame
-        topics.check(frame, address)
-        if (cost := header_work(len(frame.header))) and name in self.registry.members:
-            self.work.charge(name, cost, self._now)
-        if frame.kind == "enroll":
-            return self._enrollment.enroll(frame, self._now, event.clock_s)
-        verified = b"" if opened is None else opened.public
-        sender = self._enrollment.authenticate(frame, verified, self._now, is_late=is_late)
-        if not isinstance(sender, Member):
-            return sender
-        if frame.kind == "update":
-            sender.update_bytes += event.packet_bytes
-            self._counters.observe(sender.name, self._now)
-        return self._frame(sender, frame, None if opened is None else opened.content, is_late=is_late)
-
-    def _frame(self, member: Member, frame: Frame, ahead: Measured | None, *, is_late: bool) -> list[Action]:
-        if frame.kind != "status":  # the broker delivers a retained one again, long after it was said
-            member.pace.heard(self._now)
-        named = frame.meta.get("version" if frame.kind == "metrics" else "base")
-        claimed = self._refusals.claim(member.name, named, self.model.version, self._now)
-        match frame.kind:
-            case "update":
-                return [*claimed, *self._update(member, frame, ahead, is_late=is_late)]
-            case "offer":
-                return [*claimed, *self._updates.offer(member, frame, self._now)]
-            case "status":
-                frame.check_bodiless()
-                status = Status.from_meta(frame.meta)
-                self._clones.observe(member, status, frame.seq, self.model.version, self._now)
-                if self.registry.observe(member, status, frame.seq):
-                    member.pace.heard(self._now)
-                    self._counters.observe(member.name, self._now)
-                return claimed
-            case _:  # the topics that a device may write on leave only metrics
-                bytes_max = self.settings.limits.metrics_bytes
-                return [*claimed, metrics.received(member, frame, version=self.model.version, bytes_max=bytes_max)]
-
-    def _update(self, member: Member, frame: Frame, ahead: Measured | None, *, is_late: bool) -> list[Action]:
         was_empty = not self.model.buffer
-        actions = self._updates.update(member, frame, self._now, ahead, is_late=is_late)
+        actions = self._devices.take(event, address, self._now)
         if was_empty and self.model.buffer:
             self._told_held = False
             self._merge_trigger = self._merge_trigger.first_accepted(self._now)
