@@ -35,8 +35,10 @@ class PrivateSettings:
         0.0, "number of samples with which an update weighs 1, others 1/4 to 1; 0 = all weigh the same", low=0
     )
     close_wait_s: float = key(
-        600.0, "seconds that a federation waits for helpers when it is closed; then it drops what is not open",
-        low=0, high=1e7,
+        600.0,
+        "seconds that a federation waits for helpers when it is closed; then it drops what is not open",
+        low=0,
+        high=1e7,
     )
 
     @property

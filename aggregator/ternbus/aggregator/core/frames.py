@@ -129,6 +129,7 @@ class FrameWriter:
         version: int,
         digest: bytes,
         previous: bytes,
+        *,
         updates: tuple[Contribution, ...] = (),
         sets: tuple[MergedSet, ...] = (),
         dropped: tuple[DroppedUpdate, ...] = (),

@@ -27,7 +27,6 @@ from ternbus.aggregator.sums.decode import decode
 from ternbus.aggregator.sums.groups import BELOW_MIN, Fleet, Group, Rule, lost
 from ternbus.aggregator.sums.private_sets import (
     MADE,
-    OPENED,
     OPENING,
     OpenedSet,
     PrivateSet,
@@ -92,13 +91,15 @@ class Sets:
     @property
     def devices(self) -> frozenset[str]:
         """Those with an update here that no version contains."""
-        parts = (*self._waiting.values(), *(each.members for each in (*self._sets.values(), *self.opened)))
+        parts: list[Sequence[PrivateUpdate]] = [*self._waiting.values(), *(each.members for each in self._sets.values())]
+        parts += [each.members for each in self.opened]
         return frozenset(update.device for part in parts for update in part)
 
     @property
     def bases(self) -> frozenset[int]:
         """Of which the contexts are needed here."""
-        return frozenset((*self._waiting, *(each.about.base for each in (*self._sets.values(), *self.opened))))
+        sets = [*(each.about for each in self._sets.values()), *(each.about for each in self.opened)]
+        return frozenset((*self._waiting, *(about.base for about in sets)))
 
     def groups(self) -> list[Group]:
         """The updates that are in no set, by context."""
@@ -133,7 +134,9 @@ class Sets:
         for found in held.sets:
             self._sets[found.digest] = found
             if gone := [name for name in found.helpers if name not in self.asks.helpers]:
-                actions += self._give_up(found, f"{HELPER_LOST}: {gone[0]} is no helper of this federation any more", now)
+                actions += self._give_up(
+                    found, f"{HELPER_LOST}: {gone[0]} is no helper of this federation any more", now
+                )
                 continue
             if found.state == OPENING:
                 found.begin_opening()
@@ -166,7 +169,7 @@ class Sets:
         oldest = self.version() - self.settings.staleness.max
         actions: list[Action] = []
         for group in lost(groups, oldest):
-            actions += self._drop_group(group, now)
+            actions += self._drop_group(group)
         if any(group.suffices for group in groups):
             for group in rule.ready(groups, fleet(groups), oldest, now):
                 actions += self._make_all(group, now)
@@ -206,7 +209,7 @@ class Sets:
         for group in self.groups():
             actions += self._make_all(group, now)
         for group in self.groups():
-            actions += self._drop_group(group, now)
+            actions += self._drop_group(group)
         return actions
 
     def give_up(self, now: float) -> list[Action]:
@@ -280,7 +283,7 @@ class Sets:
             actions += self._drop(base, [device], REVOKED)
         return actions
 
-    def _drop_group(self, group: Group, now: float) -> list[Action]:
+    def _drop_group(self, group: Group) -> list[Action]:
         count, devices = len(group.members), [each.device for each in group.members]
         reason = f"{BELOW_MIN}: {count} on version {group.base}, and a set has {group.need} devices or more"
         return self._drop(group.base, devices, reason)

@@ -223,7 +223,7 @@ class Validation:
             update = Update.from_meta(message.meta) if ahead is None else ahead.update
             body = self._unseal(message) if update.sealed else message.body
             if self.sums is not None:
-                return self._read_private(self.sums, member, message, update, body, version)
+                return self._private(member, message, update, body, version - update.base)
             content = self.measured(update, body) if ahead is None else ahead
             self._check_norm(content.block)
         except ProtocolError as error:
@@ -246,35 +246,29 @@ class Validation:
         )
         return ValidUpdate(accepted, content.block, body, counted.bounded)
 
-    def _read_private(
-        self, sums: PrivateSums, member: Member, message: Whole, update: Update, body: bytes, version: int
-    ) -> ValidPrivate:
+    def _private(self, member: Member, message: Whole, update: Update, body: bytes, staleness: int) -> ValidPrivate:
         """Read the words of a private update; ProtocolError where they are not those of its base's terms."""
-        about = private.check_header(sums, update)  # again: the first part may have come long ago
-        words = about.terms.layout.read(body)
+        about = private.check_header(self.sums, update)  # again: the first part may have come long ago
         accepted = AcceptedUpdate(
             device=member.name,
             key=member.key,
             seq=message.seq,
             base=update.base,
             digest=message.digest,
-            staleness=version - update.base,
+            staleness=staleness,
             samples=update.samples,
             discount=1.0,  # that of its set counts
             codec=update.codec,
             encoding=update.encoding,
             epsilon=update.metrics.get("epsilon"),
         )
-        first = SetMember(
-            public=member.public, header=message.first_header, signature=message.first_signature
-        )
         held = PrivateUpdate(
             update=accepted,
             context=update.context,
             min=update.min,
-            member=first,
+            member=SetMember(public=member.public, header=message.first_header, signature=message.first_signature),
             size_bytes=len(body),
-            words=words,
+            words=about.terms.layout.read(body),
         )
         return ValidPrivate(held, body)
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.merge.optimizer import ServerState
-from ternbus.aggregator.store import checksums, lost_ledger, membership, migration, set_rows, revocations, rows
+from ternbus.aggregator.store import checksums, lost_ledger, membership, migration, revocations, rows, set_rows
 from ternbus.aggregator.store.bodies import BODIES, Bodies, Place
 from ternbus.aggregator.store.maintenance import checkpoint, remove
 from ternbus.aggregator.store.remedy import remedy

@@ -65,7 +65,8 @@ class Salvaged:
         logged = {
             (version, each.device, each.seq)
             for version, signed in self.log.items()
-            for each in Entry.parse(signed.content).updates
+            for entry in [Entry.parse(signed.content)]
+            for each in (*entry.updates, *entry.members)
         }
         first = max(1, min(self.log, default=1))  # some updates of before are not archived
         merged = {(row[-2], row[1], unsigned(row[3])) for row in self.rows["updates"] if (row[-2] or 0) >= first}

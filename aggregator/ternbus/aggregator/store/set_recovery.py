@@ -81,11 +81,9 @@ def _sum(ledger: Ledger, schema: Schema, about: ContextOf, devices: int, total: 
         raise ledger.corrupt(f"the sum of a set on version {about.base} is not as it was written") from error
 
 
-def _updates(
-    ledger: Ledger, sums: PrivateSums, where: str, values: tuple[bytes, ...]
-) -> Iterator[PrivateUpdate]:
+def _updates(ledger: Ledger, sums: PrivateSums, where: str, values: tuple[bytes, ...]) -> Iterator[PrivateUpdate]:
     rows = ledger.db.execute(
-        "SELECT u.device, u.key, u.seq, u.base, u.digest, u.staleness, u.samples, u.discount, u.codec, u.encoding,"
+        "SELECT u.device, u.key, u.seq, u.base, u.digest, u.staleness, u.samples, u.discount, u.codec, u.encoding,"  # noqa: S608 - our own text
         " u.epsilon, u.segment, u.place, u.size, u.checksum, p.context, p.header, p.signature, p.min, k.public,"
         " s.state"
         " FROM private_updates p JOIN updates u ON u.id = p.update_id JOIN keys k ON k.device = u.device"

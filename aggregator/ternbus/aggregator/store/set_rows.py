@@ -82,7 +82,7 @@ def forget_merged(db: sqlite3.Connection, version: int) -> None:
 def revoke(db: sqlite3.Connection, device: str) -> None:
     """Before a start: as `Sets.revoke` does it, for a key that another copy of this ledger knows to be revoked."""
     found = db.execute(
-        'SELECT u.base, s.digest, s.state FROM updates u JOIN private_updates p ON p.update_id = u.id'
+        "SELECT u.base, s.digest, s.state FROM updates u JOIN private_updates p ON p.update_id = u.id"
         " LEFT JOIN sets s ON s.digest = p.set_digest WHERE u.device = ? AND u.merged IS NULL",
         (device,),
     ).fetchall()

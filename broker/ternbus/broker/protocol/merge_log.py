@@ -121,7 +121,9 @@ class Entry:
         except (msgpack.UnpackException, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ProtocolError("bad-entry", "the entry is not msgpack") from error
         if not isinstance(fields, dict) or tuple(fields) not in {_KEYS, _PRIVATE_KEYS}:
-            raise ProtocolError("bad-entry", f"the entry is not a map of {', '.join(_KEYS)}, or of sets and dropped too")
+            raise ProtocolError(
+                "bad-entry", f"the entry is not a map of {', '.join(_KEYS)}, or of sets and dropped too"
+            )
         federation = meta_fields.text(fields, "federation")
         rows, sets, dropped = (fields.get(key, []) for key in ("updates", "sets", "dropped"))
         if not is_federation(federation) or not all(isinstance(each, list) for each in (rows, sets, dropped)):
