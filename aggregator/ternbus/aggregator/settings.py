@@ -19,6 +19,7 @@ from ternbus.broker.protocol.ternary import CODECS
 OPTIMIZERS: Final = ("fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi")
 RULES: Final = ("mean", "median", "trimmed-mean", "krum", "multi-krum", "norm-clip")
 SEALED_DEVICES_MIN: Final = 2  # in a merge: the delta of a single update shows what its box hid
+LEARNING_RATE: Final = 0.01
 DISCOUNTS: Final = ("polynomial", "constant", "hinge", "exponential")
 
 
@@ -205,6 +206,13 @@ class Settings:
     def warnings(self) -> list[str]:
         """What is doubtful in a plan that an earlier version wrote, without a table to check it by."""
         return [] if self.plan_check is not None else [f"plan.{each}" for each in plan_settings.doubts(self.plan, None)]
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the devices, where the plan or the task states one; else a usual one."""
+        plans = ({} if self.plan_check is None else self.plan_check.default_plan, self.plan)
+        stated = [plan["learning_rate"] for plan in plans if plan.get("learning_rate")]
+        return float(stated[-1]) if stated else LEARNING_RATE
 
     @property
     def min_devices(self) -> int:

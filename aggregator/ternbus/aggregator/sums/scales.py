@@ -12,7 +12,6 @@ import numpy.typing as npt
 from ternbus.broker.protocol.schema import DENSE, Schema, Vector
 from ternbus.broker.sums.words import BUCKETS
 
-LEARNING_RATE: Final = 0.01  # where a plan has none
 DENSE_FACTOR: Final = 8.0  # the range of a dense tensor, by its reference
 SCALE_MIN, SCALE_MAX = 2.0**-40, 2.0**40  # 0 would stay 0, whatever devices state
 _MIDDLE: Final = BUCKETS // 2

@@ -40,10 +40,11 @@ class PrivateSums:
     settings: PrivateSettings
     schema: Schema
     buffer_size: int  # of a merge
-    learning_rate: float = scales.LEARNING_RATE
+    learning_rate: float  # of the plan
     helpers: dict[str, Helper] = field(default_factory=dict)
     contexts: dict[int, ContextOf] = field(default_factory=dict)  # by base
     scales: tuple[float, ...] = ()
+    revision: int = 0  # it changes with all that the next terms depend on
 
     @property
     def newest(self) -> ContextOf | None:
@@ -53,6 +54,7 @@ class PrivateSums:
     def moved(self, buckets: npt.NDArray[Any]) -> None:
         """Let the next terms' scales follow a merge; ``buckets`` are its sums of one-hots, shape (tensors, 7)."""
         self.scales = scales.moved(self.scales, buckets)
+        self.revision += 1
 
     def waits_for(self) -> dict[str, str]:
         """Why there are no terms, by helper, in words; empty where all helpers are ready."""
