@@ -130,11 +130,11 @@ def test_what_is_too_small_and_cannot_grow_is_lost() -> None:
 def test_a_version_of_no_update_is_made_only_where_it_lets_devices_go_on(
     groups: list[tuple[int, ...]], resting: int, *, needed: bool
 ) -> None:
-    fleet = Fleet(all_contributed=True, resting=frozenset(f"pi-{number}" for number in range(resting)))
+    devices = frozenset(f"pi-{number}" for number in range(resting))
     made = [group(*mins) for mins in groups]
-    assert RULE.needs_version(made, fleet, group(), 100.0) == needed
+    assert RULE.needs_version(made, devices, group(), 100.0) == needed
     later = Rule(buffer_size=5, max_wait_s=30.0, not_before=200.0)
-    assert not later.needs_version(made, fleet, group(), 100.0)
+    assert not later.needs_version(made, devices, group(), 100.0)
 
 
 # --- sums
@@ -181,7 +181,7 @@ def test_the_sum_of_honest_devices_is_their_mean_change(
     levels: int,
     devices: int,
     seed: int,
-    private: bool,  # noqa: FBT001 - drawn by hypothesis
+    private: bool,
 ) -> None:
     most = Layout(bits=bits, ternary=1, dense=1, tensors=1).sum_max(levels)
     devices = min(devices, most)

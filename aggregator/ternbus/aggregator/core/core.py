@@ -24,6 +24,8 @@ from ternbus.aggregator.core.refusals import Refusals
 from ternbus.aggregator.core.registry import Invited, Registry
 from ternbus.aggregator.core.retained import Retained
 from ternbus.aggregator.core.revocations import Revocations
+from ternbus.aggregator.core.set_merging import SetMerging
+from ternbus.aggregator.core.sets import Held
 from ternbus.aggregator.core.terms import PrivateTerms
 from ternbus.aggregator.core.updates import Updates
 from ternbus.aggregator.core.validation import Validation
@@ -58,6 +60,8 @@ class Core:
     influence: Influence = field(default_factory=Influence)
     sums: PrivateSums | None = None  # only of a federation with private sums
     helper_codes: Mapping[str, Invited] = field(default_factory=dict)
+    held: Held = field(default_factory=Held)  # private updates that no version contains
+    is_closing: bool = False  # of a federation with private sums, whose helpers are waited for
     _frames: FrameWriter = field(init=False)
     _updates: Updates = field(init=False)
     _versions: Versions = field(init=False)
@@ -69,7 +73,8 @@ class Core:
     _private: Private | None = field(init=False)
     _revocations: Revocations = field(init=False)
     _counters: Counters = field(default_factory=Counters)
-    _merging: Merging = field(init=False)
+    _merging: Merging = field(init=False)  # of plain updates
+    _sets: SetMerging | None = field(default=None, init=False)  # of private ones, in place of it
     work: WorkShares = field(init=False)
     validation: Validation = field(init=False)
     _reconnect: Reconnect = field(init=False)
@@ -82,7 +87,7 @@ class Core:
         log_limit = LogLimit(settings.limits.log_lines_per_minute)
         self._refusals = Refusals(counters=self._counters, log_limit=log_limit)
         self.work = WorkShares(settings.limits.work_bytes_per_s)
-        self.validation = Validation(settings, self.identity, self.schema, self.influence)
+        self.validation = Validation(settings, self.identity, self.schema, self.influence, self.sums)
         self._updates = Updates(
             settings=settings,
             work=self.work,
@@ -91,7 +96,7 @@ class Core:
             frames=self._frames,
             counters=self._counters,
             log_limit=log_limit,
-            closed=self.published.state == CLOSED,
+            closed=self.published.state == CLOSED or self.is_closing,
         )
         self._enrollment = Enrollment(
             settings=settings, registry=self.registry, updates=self._updates, refusals=self._refusals
@@ -132,6 +137,16 @@ class Core:
         begun = sums.contexts.get(self.model.version)
         retained = b"" if begun is None else begun.terms_digest
         terms = self._versions.private = PrivateTerms(settings=self.settings, sums=sums, retained=retained)
+        self._sets = SetMerging(
+            settings=self.settings,
+            sums=sums,
+            registry=self.registry,
+            versions=self._versions,
+            counters=self._counters,
+            held=self.held,
+            is_closing=self.is_closing,
+        )
+        terms.held, self._updates.sets = self._sets.bases, self._sets.sets
         return Private(
             settings=self.settings,
             sums=sums,
@@ -139,14 +154,19 @@ class Core:
             versions=self._versions,
             refusals=self._refusals,
             codes=self.helper_codes,
+            sets=self._sets.sets,
         )
+
+    @property
+    def _merges(self) -> Merging | SetMerging:
+        return self._merging if self._sets is None else self._sets
 
     @property
     def deadline(self) -> float | None:
         """When ``TimeReached`` is due at the latest."""
         dues = [
             self._reconnect.due_s if self._wants_connection else None,
-            self._merging.due_s(self._now),
+            self._merges.due_s(self._now),
             self._versions.confirm_by,
             self._counters.due,
             self._retained.due,
@@ -164,7 +184,8 @@ class Core:
         self._now = now
         if self.model.buffer:
             self._merging.first_accepted(now)
-        begun = [] if self._private is None else self._private.renew(now)  # before any head is published
+        begun = [] if self._sets is None else self._sets.start(now)
+        begun += [] if self._private is None else self._private.renew(now)  # before any head is published
         return [*begun, *self._versions.renew(), *self._revocations.publish()]
 
     def handle(self, event: events.Event, now: float) -> list[Action]:
@@ -177,10 +198,11 @@ class Core:
     def restored(self, clock_s: float) -> list[Action]:
         """This state is an older copy: go above every number that a device may have seen (protocol, section 14)."""
         numbers = leap_of(self._versions.model.version, clock_s)
+        settled = [] if self._sets is None else [*self._sets.start(self._now), *self._sets.settle(self._now)]
         self._frames.leap(numbers)
         self.session += numbers
         begun = Save(record=records.SessionBegun(session=self.session))
-        return [begun, *self._versions.leap(numbers)]
+        return [*settled, begun, *self._versions.leap(numbers)]
 
     def _take(self, event: events.Event) -> list[Action]:  # noqa: C901, PLR0911, PLR0912 - a table, one line an event
         match event:
@@ -247,22 +269,24 @@ class Core:
             return actions  # the last status was published
         actions += self._status("online")
         self._versions.confirm_by = self._now + RETAINED_S
-        self._merging.connected(self._now)
+        self._merges.connected(self._now)
         actions += self._versions.fit(event.frame_bytes)
         if self.session == 1 and self._versions.confirm_by is not None:
             actions += self._versions.republish()  # the broker cannot have anything of ours yet
+        if self._sets is not None:
+            actions += self._sets.ask_all(self._now)
         return actions
 
     def _disconnected(self) -> list[Action]:
         self._is_linked = False
-        self._merging.disconnected()
+        self._merges.disconnected()
         self._versions.confirm_by = None
         return self._retained.disconnected(self._now, is_contested=self._reconnect.failed(self._now))
 
     def _stop(self) -> list[Action]:
         """Finish what is accepted, then publish that this is offline. What lacks devices stays for the next start."""
         self._updates.stopping = True
-        return [*self._merging.merge_all(self._now), *self._count(), *self._status("offline"), events.Stop()]
+        return [*self._merges.merge_all(self._now), *self._count(), *self._status("offline"), events.Stop()]
 
     def _status(self, state: str) -> list[Action]:
         reserved, (topic, payload) = self._frames.status(state, self.session, self.software)
@@ -345,12 +369,18 @@ class Core:
     def _membership(self, event: events.CancelRequested | events.RevokeRequested) -> list[Action]:
         try:
             if isinstance(event, events.RevokeRequested):
-                actions = [*self._enrollment.revoke(event), *self._revocations.publish()]
+                actions = self._revoke(event)
             else:
                 actions = self._cancel(event.device)
         except ConfigError as error:
             return self._done(event.request, str(error))
         return [*actions, *self._done(event.request)]
+
+    def _revoke(self, event: events.RevokeRequested) -> list[Action]:
+        actions = [*self._enrollment.revoke(event), *self._revocations.publish()]
+        if self._sets is not None and not event.keep:
+            actions += self._sets.sets.revoke(event.device, self._now)
+        return actions
 
     def _cancel(self, name: str) -> list[Action]:
         """The invitation of a device, or else of a helper of that name."""
@@ -359,6 +389,9 @@ class Core:
         return self._enrollment.cancel(name)
 
     def _change_state(self, event: events.StateRequested) -> list[Action]:
+        if self._sets is not None:
+            self._updates.closed = event.state == CLOSED
+            return [*self._sets.change_state(event.state, self._now), *self._done(event.request)]
         actions = self._merging.merge_all(self._now) if event.state == CLOSED else []
         if event.state != self.published.state:
             actions += self._versions.change_state(event.state)
@@ -375,7 +408,7 @@ class Core:
 
     def _on_time(self) -> list[Action]:
         """Whatever is due now, whichever event was taken."""
-        actions = self._merging.on_time(self._now)
+        actions = self._merges.on_time(self._now)
         if self._versions.confirm_by is not None and self._versions.confirm_by <= self._now:
             actions += self._versions.republish()
         if self._private is not None and not self._updates.stopping:

@@ -9,6 +9,7 @@ from ternbus.aggregator.core.events import Action, Log, MessageArrived, Save
 from ternbus.aggregator.core.rate_limit import BURST_S, MINUTE_S, TokenBucket
 from ternbus.aggregator.core.refusals import Refusals
 from ternbus.aggregator.core.registry import Invited, check_code, key_in
+from ternbus.aggregator.core.sets import Sets
 from ternbus.aggregator.core.terms import PrivateTerms
 from ternbus.aggregator.core.versions import Versions
 from ternbus.aggregator.settings import Settings
@@ -38,6 +39,7 @@ class Private:
     versions: Versions
     refusals: Refusals
     codes: Mapping[str, Invited]  # open invitations of helpers, by name
+    sets: Sets
     _frames: dict[str, TokenBucket] = field(default_factory=dict)
     _tries: dict[str, TokenBucket] = field(default_factory=dict)
     _strangers: TokenBucket = field(default_factory=TokenBucket)  # of names that the settings do not have
@@ -141,7 +143,9 @@ class Private:
         if not helper.observe(status, frame.seq):
             return []
         told = self.counted(helper, status.count, now) if status.online else []
-        return [*told, Save(record=records.HelperObserved(helper=helper.name, count=helper.count, status=status))]
+        again = self.sets.asks.again(helper.name, now) if status.online else []
+        saved = Save(record=records.HelperObserved(helper=helper.name, count=helper.count, status=status))
+        return [*told, saved, *again]
 
     def counted(self, helper: Helper, count: int, now: float) -> list[Action]:
         """Take in how many sets a helper says that it has written down; the operator is told of a lower number."""
@@ -169,9 +173,13 @@ class Private:
         return [Save(record=records.CardReceived(helper=helper.name, card=frame.body))]
 
     def _answer(self, helper: Helper, frame: Frame, now: float) -> list[Action]:
-        """Take in a part of an answer; ProtocolError where nothing was asked."""
+        """Take in a part of an answer."""
         answer = Answer.from_meta(frame.meta)
-        raise ProtocolError("not-asked", f"{helper.name} answers for the set {answer.set.hex()} at {now}")
+        told: list[Action] = []
+        if frame.part == 0:
+            told = self.counted(helper, answer.count, now)
+            told.append(Save(record=records.HelperObserved(helper=helper.name, count=helper.count, answered=True)))
+        return [*told, *self.sets.answer(helper.name, frame, now)]
 
     # --- invitations
 

@@ -21,6 +21,7 @@ from ternbus.aggregator.core.asks import Asks
 from ternbus.aggregator.core.counters import Counters
 from ternbus.aggregator.core.events import Action, Log, Save
 from ternbus.aggregator.core.registry import Registry
+from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.merge.staleness import discount
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.sums.decode import decode
@@ -68,9 +69,9 @@ class Sets:
     registry: Registry
     counters: Counters
     asks: Asks
-    version: Callable[[], int]  # the newest
+    model: Model  # its version
+    dropped: list[DroppedUpdate]  # for the next entry in the log of merges
     opened: list[OpenedSet] = field(default_factory=list)
-    dropped: list[DroppedUpdate] = field(default_factory=list)  # for the next entry in the log of merges
     opened_at: float | None = None
     _waiting: dict[int, list[PrivateUpdate]] = field(default_factory=dict)  # by base
     _since: dict[int, float] = field(default_factory=dict)  # when a group's first update came
@@ -91,7 +92,8 @@ class Sets:
     @property
     def devices(self) -> frozenset[str]:
         """Those with an update here that no version contains."""
-        parts: list[Sequence[PrivateUpdate]] = [*self._waiting.values(), *(each.members for each in self._sets.values())]
+        parts: list[Sequence[PrivateUpdate]] = list(self._waiting.values())
+        parts += [each.members for each in self._sets.values()]
         parts += [each.members for each in self.opened]
         return frozenset(update.device for part in parts for update in part)
 
@@ -124,7 +126,7 @@ class Sets:
     def recover(self, held: Held, now: float) -> list[Action]:
         """Go on from what the ledger has: every set in flight is asked for again, from the step where it was."""
         self._put_back(held.waiting, now)
-        self.dropped = list(held.dropped)
+        self.dropped += held.dropped
         self.opened = list(held.opened)
         self.opened_at = now if self.opened else None
         actions: list[Action] = []
@@ -163,10 +165,10 @@ class Sets:
 
     # --- time
 
-    def on_time(self, rule: Rule, fleet: Callable[[list[Group]], Fleet], now: float) -> list[Action]:
+    def on_time(self, rule: Rule, fleet: Callable[[Sequence[Group]], Fleet], now: float) -> list[Action]:
         """Make the sets that are due, drop what is left too small, ask again what was not answered."""
         groups = self.groups()
-        oldest = self.version() - self.settings.staleness.max
+        oldest = self.model.version - self.settings.staleness.max
         actions: list[Action] = []
         for group in lost(groups, oldest):
             actions += self._drop_group(group)
@@ -186,22 +188,18 @@ class Sets:
         waited = self.opened_at is not None and self.opened_at + self.settings.merge.max_wait_s <= now
         return bool(self.opened) and (not self._sets or waited)
 
-    def needs_version(self, rule: Rule, fleet: Callable[[], Fleet], now: float) -> bool:
-        """Whether only a version of no update lets devices go on."""
-        newest = self._group(self.version()) if self.version() in self.sums.contexts else None
-        return (
-            newest is not None
-            and not (self._sets or self.opened)
-            and rule.needs_version(self.groups(), fleet(), newest, now)
-        )
+    def needs_version(self, rule: Rule, resting: frozenset[str], now: float) -> bool:
+        """Whether only a version of no update lets devices go on; ``resting`` are all, if each waits for one."""
+        if self._sets or self.opened or self.model.version not in self.sums.contexts:
+            return False
+        return rule.needs_version(self.groups(), resting, self._group(self.model.version), now)
 
-    def take_opened(self) -> tuple[list[OpenedSet], list[DroppedUpdate]]:
-        """The sets of the next version, in the order of its sum, and what its entry says was dropped."""
-        taken, dropped = in_order(self.opened), self.dropped
-        self.opened, self.dropped, self.opened_at = [], [], None
+    def take_opened(self) -> list[OpenedSet]:
+        """The sets of the next version, in the order of its sum."""
+        taken, self.opened, self.opened_at = in_order(self.opened), [], None
         for each in taken:
             self._let_go(each.members)
-        return taken, dropped
+        return taken
 
     def settle(self, now: float) -> list[Action]:
         """Make sets of whatever suffices, and drop the rest: no update will come on these bases any more."""
@@ -232,7 +230,7 @@ class Sets:
         return actions
 
     def _make(self, about: ContextOf, members: list[PrivateUpdate], now: float) -> list[Action]:
-        found = PrivateSet(about=about, staleness=self.version() - about.base, members=tuple(members))
+        found = PrivateSet(about=about, staleness=self.model.version - about.base, members=tuple(members))
         self._sets[found.digest] = found
         made = records.SetMade(
             digest=found.digest,

@@ -1,7 +1,7 @@
 """Makes versions and publishes them: delta, head and snapshot, each on disk before anybody can read it."""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from ternbus.aggregator.core import records
@@ -12,10 +12,11 @@ from ternbus.aggregator.merge.downlink import encoded_block, next_block
 from ternbus.aggregator.merge.model import Merged, Model
 from ternbus.aggregator.merge.recipe import Recipe
 from ternbus.aggregator.settings import Settings
+from ternbus.aggregator.sums.private_sets import OpenedSet
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
-from ternbus.broker.protocol.merge_log import Contribution, Signed
+from ternbus.broker.protocol.merge_log import Contribution, DroppedUpdate, MergedSet, Signed
 from ternbus.broker.protocol.messages import RESTORE_LEAP, Delta, Head, SnapshotRef
 
 LEAPS_SINCE_S: Final = 1_767_225_600  # 2026-01-01, in Unix time
@@ -60,17 +61,29 @@ class Versions:
     # has shown it, or was given everything; while it has not, no head may be published that names what it lost.
     confirm_by: float | None = None
     private: PrivateTerms | None = None
+    dropped: list[DroppedUpdate] = field(default_factory=list)  # private ones that the log of merges has not named
     given: int = 0  # how often a snapshot was published since the start
 
     def merge(self) -> list[Action]:
         """Make the next version: on disk first, then its delta, then the head that names it."""
         return self._publish(self.model.merge())
 
+    def merge_sets(self, opened: Sequence[OpenedSet]) -> list[Action]:
+        """Make the next version of sets of private updates."""
+        self.model.refill(each.buffered for each in opened)
+        merged = self.model.merge()
+        members = sum(len(each.members) for each in opened)
+        staleness = sum(each.staleness * len(each.members) for each in opened)
+        about = replace(merged, contributions=(), updates=members, staleness_mean=staleness / members)
+        weights = (each.weight for each in merged.contributions)
+        sets = tuple(each.merged(weight) for each, weight in zip(opened, weights, strict=True))
+        return self._publish(about, sets)
+
     def empty(self) -> list[Action]:
         """Make a version of no update: what must not change within a version changes with it."""
         return self._publish(self.model.skip())
 
-    def _publish(self, merged: Merged) -> list[Action]:
+    def _publish(self, merged: Merged, sets: tuple[MergedSet, ...] = ()) -> list[Action]:
         encoding, body = encoded_block(merged.block)
         delta = Delta(version=merged.version, digest=merged.digest, codec=merged.block.codec, encoding=encoding)
         reserved, frames = self.frames.delta(delta, body)
@@ -83,7 +96,8 @@ class Versions:
             codec=merged.block.codec,
             encoding=encoding,
             body=body,
-            entry=self._entry(merged.contributions),
+            entry=self._entry(merged.contributions, sets),
+            sets=None if self.private is None else tuple(each.digest for each in sets),
         )
         # an empty message clears what an older, longer delta left in this slot
         left = self._delta_topics(merged.version)[len(frames) :]
@@ -131,6 +145,7 @@ class Versions:
             encoding=encoding,
             body=body,
             entry=self._entry(()),
+            sets=None if self.private is None else (),
         )
         return [Save(record=made), *self.snapshot()]
 
@@ -241,10 +256,13 @@ class Versions:
             found.append(topic)
         return found
 
-    def _entry(self, updates: tuple[Contribution, ...]) -> Signed:
+    def _entry(self, updates: tuple[Contribution, ...], sets: tuple[MergedSet, ...] = ()) -> Signed:
         """The entry in the log of merges for the version that was just made."""
-        entry = self.frames.entry(self.model.version, self.model.digest, self.published.log_hash, updates)
+        model, dropped = self.model, tuple(self.dropped)
+        previous = self.published.log_hash
+        entry = self.frames.entry(model.version, model.digest, previous, updates=updates, sets=sets, dropped=dropped)
         self.published.log_hash = entry.hash
+        self.dropped.clear()
         return entry
 
     def _build_head(self) -> tuple[Reserved, Message]:

@@ -125,7 +125,7 @@ def show(
         if device is not None and not (shown.updates or shown.sets or shown.dropped):
             continue
         found = True
-        typer.echo(json.dumps(_row(shown, signed)) if as_json else _table(shown, _total(entry)))
+        typer.echo(json.dumps(_row(shown, signed)) if as_json else _table(shown, entry.weight))
     if not found:
         whom = "" if device is None else f" of {device}"
         where = "" if number is None else f" in version {number}"
@@ -145,10 +145,6 @@ def _of_device(entry: Entry, device: str) -> Entry:
         sets=tuple(each for each in sets if each.members),
         dropped=tuple(each for each in entry.dropped if each.update.device == device),
     )
-
-
-def _total(entry: Entry) -> float:
-    return sum(each.weight for each in (*entry.updates, *entry.sets))
 
 
 def _row(entry: Entry, signed: Signed) -> dict[str, object]:
@@ -179,10 +175,12 @@ def _member(update: Contribution | PrivateMember) -> dict[str, object]:
 
 
 def _table(entry: Entry, total: float) -> str:
-    count = len(entry.updates) + sum(1 for _ in entry.members)
+    count = sum(1 for _ in entry.named)
     lines = [f"version {entry.version}, digest {entry.digest.hex()}, {count} updates"]
-    for each in entry.updates:
-        lines.append(f"  {_named(each)} weight {each.weight:<12.6g} {_share(each.weight, total)}  {each.digest.hex()}")
+    lines += [
+        f"  {_named(each)} weight {each.weight:<12.6g} {_share(each.weight, total)}  {each.digest.hex()}"
+        for each in entry.updates
+    ]
     for merged in entry.sets:
         weight = f"weight {merged.weight:<12.6g} {_share(merged.weight, total)}"
         lines.append(f"  set {merged.digest.hex()[:16]} on version {merged.base}, {weight}")

@@ -28,7 +28,7 @@ ANEW: Final = {**ENROLLED, "card": "x''", "count": "-1", "status": "''", "seen_a
 SEEN: Final = {"status": ":status", "software": ":software", "seen_at": ":now"}
 # Stale contexts go when no sum and no waiting update refers to them: a start decodes by their terms.
 UNNEEDED: Final = """base < ?
-    AND base NOT IN (SELECT base FROM sets WHERE sum IS NOT NULL OR state IN ('made', 'opening'))
+    AND base NOT IN (SELECT base FROM sets)
     AND base NOT IN (SELECT base FROM updates WHERE merged IS NULL)"""
 
 

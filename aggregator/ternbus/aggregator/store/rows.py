@@ -22,6 +22,7 @@ def unsigned(number: int) -> int:
     return number + 2**64 if number < 0 else number
 
 
+Private = private_rows.Inserted | set_rows.Written
 Inserted = (  # all records but those that come with a file: of a body, of vectors
     records.SessionBegun
     | records.SeqReserved
@@ -30,7 +31,6 @@ Inserted = (  # all records but those that come with a file: of a body, of vecto
     | records.DeviceRevoked
     | records.KeysRevoked
     | records.UpdateAnswered
-    | set_rows.Written
     | records.ClosingBegun
     | records.VersionMade
     | records.FramesRetained
@@ -39,7 +39,7 @@ Inserted = (  # all records but those that come with a file: of a body, of vecto
     | records.MetricsReceived
     | records.Observed
     | records.RequestDone
-    | private_rows.Inserted
+    | Private
 )
 
 
@@ -58,6 +58,9 @@ SEEN: Final = {"status": ":status", "base": ":base", "software": ":software", "s
 
 def write(db: sqlite3.Connection, record: Inserted, now: float) -> None:
     """Write a record's rows; ``now`` is the time to write beside them (Unix seconds)."""
+    if isinstance(record, Private):
+        _private(db, record, now)
+        return
     match record:
         case records.UpdateAnswered():
             _answered(db, record)
@@ -78,29 +81,18 @@ def write(db: sqlite3.Connection, record: Inserted, now: float) -> None:
             _metrics(db, record, now)
         case records.Observed():
             _observed(db, record, now)
-        case (
-            records.HelperEnrolled()
-            | records.HelperInvitationCancelled()
-            | records.HelperObserved()
-            | records.CardReceived()
-            | records.TermsMade()
-            | records.ContextBegun()
-        ):
-            private_rows.write(db, record, now)
         case records.RequestDone():
             done = {"done": "1", "error": ":error"}
             checksums.update(db, "requests", done, "id = :id", {"error": record.error, "id": record.request})
-        case (
-            records.UpdatesDropped()
-            | records.SetMade()
-            | records.SetOpening()
-            | records.SetOpened()
-            | records.SetAbandoned()
-            | records.SetForgotten()
-        ):
-            set_rows.write(db, record)
         case _:
             _fact(db, record)
+
+
+def _private(db: sqlite3.Connection, record: Private, now: float) -> None:
+    if isinstance(record, set_rows.Written):
+        set_rows.write(db, record)
+    else:
+        private_rows.write(db, record, now)
 
 
 def set_fact(db: sqlite3.Connection, name: str, value: object) -> None:

@@ -66,7 +66,6 @@ class Fleet:
 
     training: Mapping[int, frozenset[str]] = field(default_factory=dict)  # base -> devices that train on it
     all_contributed: bool = False  # every device that may still send an update has one in a group or a set
-    resting: frozenset[str] = frozenset()  # all devices, if each has sent an update on the newest version; else none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +78,7 @@ class Rule:
 
     def ready(self, groups: Sequence[Group], fleet: Fleet, oldest: int, now: float) -> list[Group]:
         """The groups that become sets now; ``oldest`` is the oldest base that is not stale."""
-        is_full = sum(len(group.members) for group in groups) >= self.buffer_size
-        early = self.not_before <= now and (is_full or fleet.all_contributed)
+        early = self.not_before <= now and (self.is_full(groups) or fleet.all_contributed)
         due = [
             group
             for group in groups
@@ -88,21 +86,25 @@ class Rule:
         ]
         return [group for group in due if group.suffices]
 
+    def is_full(self, groups: Iterable[Group]) -> bool:
+        """Whether as many updates wait as a merge is to have."""
+        return sum(len(group.members) for group in groups) >= self.buffer_size
+
     def due_s(self, groups: Iterable[Group], now: float) -> float | None:
         """When ``ready`` has to be asked again, if nothing happens before; None where time alone changes nothing."""
         moments = [group.since + self.max_wait_s for group in groups if group.suffices]
         return min((each for each in (*moments, self.not_before) if now < each < math.inf), default=None)
 
-    def needs_version(self, groups: Sequence[Group], fleet: Fleet, newest: Group, now: float) -> bool:
+    def needs_version(self, groups: Sequence[Group], resting: frozenset[str], newest: Group, now: float) -> bool:
         """Whether only a version of no update lets devices go on: none of them can send, and nothing can be merged.
 
-        ``newest`` is the group of the newest version, perhaps empty. Where no set could be cut from updates of all
-        devices either, a version would change nothing.
+        ``resting`` are all devices online, each of which has sent an update on the newest version; ``newest`` is its
+        group, perhaps empty. Where no set could be cut from updates of all devices either, a version changes nothing.
         """
         if self.not_before > now or any(group.suffices for group in groups):
             return False
         mins = {each.device: each.min for group in (*groups, newest) for each in group.members}
-        members = [Waiting(device=device, min=mins.get(device, 0)) for device in sorted(fleet.resting)]
+        members = [Waiting(device=device, min=mins.get(device, 0)) for device in sorted(resting)]
         all_of_them = Group(base=newest.base, need=newest.need, devices_max=newest.devices_max, members=members)
         return all_of_them.suffices
 

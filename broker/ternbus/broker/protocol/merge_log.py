@@ -92,6 +92,17 @@ class Entry:
         return (member for each in self.sets for member in each.members)
 
     @property
+    def named(self) -> Iterator[tuple[str, KeyId, int, bytes]]:
+        """(device, key id, seq, digest of the message) of every update in the version."""
+        yield from ((each.device, each.key, each.seq, each.digest) for each in self.updates)
+        yield from ((each.device, each.key, each.seq, each.digest) for each in self.members)
+
+    @property
+    def weight(self) -> float:
+        """The sum of all weights."""
+        return sum(each.weight for each in self.updates) + sum(each.weight for each in self.sets)
+
+    @property
     def is_late_beginning(self) -> bool:
         """Whether the log begins here with another version than 0: the aggregator kept none before."""
         return self.previous == FIRST and self.version > 0
@@ -271,7 +282,7 @@ class Audit:
         except ProtocolError as error:
             self.faults.append(f"entry {self.entries} is damaged: {error.detail}")
             return None
-        self.updates += len(entry.updates) + sum(1 for _ in entry.members)
+        self.updates += sum(1 for _ in entry.named)
         genuine = self._is_genuine(entry, signed)
         if entry.version in self._links:
             self.faults.append(f"version {entry.version} is in the log twice, the second time as entry {self.entries}")

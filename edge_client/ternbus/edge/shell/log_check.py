@@ -162,12 +162,11 @@ def _collect(entry: Entry, device: str, places: _Places) -> None:
     own += [_part_of(each, member) for each in entry.sets for member in each.members if member.device == device]
     dropped = [each for each in entry.dropped if each.update.device == device]
     if own or dropped:
-        total = sum(each.weight for each in (*entry.updates, *entry.sets))
         for each in own:
-            places[each.key, each.seq].append(_Place(entry.version, total, each))
+            places[each.key, each.seq].append(_Place(entry.version, entry.weight, each))
         for gone in dropped:
             update = _contribution(gone.update, 0.0)
-            places[update.key, update.seq].append(_Place(entry.version, total, update, gone.reason))
+            places[update.key, update.seq].append(_Place(entry.version, entry.weight, update, gone.reason))
 
 
 def _part_of(merged: MergedSet, member: PrivateMember) -> Contribution:
