@@ -245,14 +245,16 @@ class Sets:
         known = [name for name in helpers if name in self.asks.helpers]
         return [action for name in known for action in self.asks.want(name, digest, step, now)]
 
-    def _abandon(self, found: PrivateSet, but: str, now: float) -> list[Action]:
-        """Never open a set: its updates, but for those that are dropped, wait in their group again."""
+    def _abandon(self, found: PrivateSet, now: float) -> list[Action]:
+        """Never open a set: its updates, but for those that are dropped, wait in their group again.
+
+        Whoever refused it is told, too: an ask to prepare it may still be on its way there.
+        """
         del self._sets[found.digest]
         self.asks.forget(found.digest)
         self._put_back(found.members, now)
-        helpers = [name for name in found.helpers if name != but]
         saved = Save(record=records.SetAbandoned(digest=found.digest))
-        asked = self._ask(helpers, found.digest, wire.ABANDON, now)
+        asked = self._ask(found.helpers, found.digest, wire.ABANDON, now)
         return [saved, *asked] if self.asks.is_wanted(found.digest) else [saved, self._forgotten(found.digest)]
 
     def _forgotten(self, digest: bytes) -> Action:
@@ -262,7 +264,7 @@ class Sets:
     def _give_up(self, found: PrivateSet, reason: str, now: float) -> list[Action]:
         """Drop all updates of a set, for good; one that is not opening is abandoned, too."""
         if found.state == MADE:
-            abandoned = self._abandon(found, "", now)
+            abandoned = self._abandon(found, now)
             return [*abandoned, *self._drop(found.about.base, found.devices, reason)]
         del self._sets[found.digest]
         self.asks.forget(found.digest)
@@ -276,7 +278,7 @@ class Sets:
         actions: list[Action] = []
         for found in list(self._sets.values()):
             if device in found.devices and found.state == MADE:
-                actions += self._abandon(found, "", now)
+                actions += self._abandon(found, now)
         for base in [base for base, group in self._waiting.items() if any(each.device == device for each in group)]:
             actions += self._drop(base, [device], REVOKED)
         return actions
@@ -364,5 +366,5 @@ class Sets:
         reason = f"{REFUSED}: helper {helper}: {answer.reason or 'without a reason'}"
         if found.state == OPENING or not named:
             return self._give_up(found, reason, now)
-        abandoned = self._abandon(found, helper, now)
+        abandoned = self._abandon(found, now)
         return [*abandoned, *self._drop(found.about.base, named, reason)]
