@@ -345,6 +345,8 @@ class Core:
     def _membership(self, event: events.CancelRequested | events.RevokeRequested) -> list[Action]:
         try:
             if isinstance(event, events.RevokeRequested):
+                if self._private is not None and event.device not in self.registry.members:
+                    self._private.check_revocation(event.device)
                 actions = [*self._enrollment.revoke(event), *self._revocations.publish()]
             else:
                 actions = self._cancel(event.device)
