@@ -17,6 +17,7 @@ EDGE = {"edge", "edge.plan", "edge.learn", "edge.core", "edge.store", "edge.shel
 AGGREGATOR = {
     "aggregator", "aggregator.merge", "aggregator.sums", "aggregator.core", "aggregator.store", "aggregator.shell",
 }  # fmt: skip
+HELPER = {"helper", "helper.core", "helper.store", "helper.shell"}
 LAB = {"lab", "lab.scenario", "lab.report", "lab.processes", "lab.virtual", "lab.experiment"}
 ARROWS = {
     "command": {"broker"},  # the components' commands it imports by name, when one is run
@@ -41,6 +42,10 @@ ARROWS = {
     "aggregator.core": {*BUS, "aggregator", "aggregator.merge", "aggregator.sums"},
     "aggregator.store": {*BUS, "aggregator", "aggregator.merge", "aggregator.sums", "aggregator.core"},
     "aggregator.shell": {*BUS, "broker.link", "broker.server", *AGGREGATOR},
+    "helper": BUS,
+    "helper.core": {*BUS, "helper"},
+    "helper.store": {*BUS, "helper", "helper.core"},
+    "helper.shell": {*BUS, "broker.link", *HELPER},
     "lab": {*BUS, *EDGE},
     "lab.scenario": {*BUS, "lab", *EDGE, *AGGREGATOR},
     "lab.report": {*BUS, "lab", "lab.scenario", *EDGE, *AGGREGATOR},
@@ -49,7 +54,7 @@ ARROWS = {
     "lab.experiment": {*BUS, "broker.server", "lab", "lab.scenario", "lab.report", "lab.virtual", *EDGE},
     "lab.cli": {*BUS, *EDGE, *AGGREGATOR, *LAB},
 }
-ROOTS = {"broker": "broker", "edge_client": "edge", "aggregator": "aggregator", "lab": "lab"}
+ROOTS = {"broker": "broker", "edge_client": "edge", "aggregator": "aggregator", "helper": "helper", "lab": "lab"}
 
 # A core takes the time and random numbers as arguments, and returns actions. The cores, the protocol, and the modules
 # that they import may import neither these nor modules for files.
@@ -63,7 +68,8 @@ FILES = {"fcntl", "io", "mmap", "os", "pathlib", "shutil", "tempfile"}
 STORES = {
     "aggregator/ternbus/aggregator/store/",
     "edge_client/ternbus/edge/store/",
-    "broker/ternbus/broker/store_format.py",  # how a store of either is migrated
+    "helper/ternbus/helper/store/",
+    "broker/ternbus/broker/store_format.py",  # how a store of any is migrated
 }
 
 # Libraries that only the named files may import.
@@ -197,8 +203,8 @@ def reached_from(start: Path, by_module: dict[str, Path]) -> dict[Path, tuple[st
 CORES = [file for file in files() if file.name == "core.py"]
 
 
-def test_both_state_machines_are_checked() -> None:
-    assert len(CORES) == 2
+def test_all_state_machines_are_checked() -> None:
+    assert len(CORES) == 3
 
 
 def test_rooms_import_one_way() -> None:

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from ternbus.aggregator.sections import key, section
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.protocol.identity import check_device, is_public_key
+from ternbus.broker.protocol.identity import check_helper, is_public_key
 from ternbus.broker.protocol.messages import PRIVATE
 from ternbus.broker.sums.terms import HELPERS_MAX, MASK
 from ternbus.broker.sums.words import BITS, DEVICES_MAX, Layout
@@ -125,7 +125,7 @@ def _helpers(table: object, where: str) -> dict[str, str]:
     if not isinstance(table, Mapping) or len(table) > HELPERS_MAX:
         raise ConfigError(f"{where} must be a table of at most {HELPERS_MAX} names, each with a public key")
     for name, text in table.items():
-        check_device(name)
+        check_helper(name)
         if not isinstance(text, str) or not is_public_key(text):
             raise ConfigError(f"{where}.{name} is not a public key of 64 hex digits, as in the helper's card.toml")
     if len({text.lower() for text in table.values()}) != len(table):

@@ -222,6 +222,22 @@ class Settings:
 
 # What a new federation begins with where its operator chooses nothing; a file without these keys keeps the defaults.
 NEW_HOME: Final[Mapping[str, object]] = {"merge.influence_bound": "adaptive", "plan_check.allowed_keys": ()}
+
+
+def new_home(chosen: Mapping[str, object]) -> dict[str, object]:
+    """The settings of a new federation, with dotted keys, from those that were chosen.
+
+    With private sums no update's influence can be bounded, and a merge is as large as its sums, with room for them.
+    """
+    usual = dict(NEW_HOME)
+    about = {name: value for name, value in chosen.items() if name.startswith("private.")}
+    private = PrivateSettings.from_table(with_overrides({}, about).get("private"), "private")
+    if private is not None:
+        size = min(2 * private.min, private.devices_max)
+        usual |= {"merge.influence_bound": "none", "merge.buffer_size": size}
+    return {**usual, **chosen}
+
+
 SECTIONS: Final[Mapping[str, type]] = {
     "merge": MergeSettings,
     "staleness": StalenessSettings,

@@ -377,6 +377,8 @@ class Core:
         return [*actions, *self._done(event.request)]
 
     def _revoke(self, event: events.RevokeRequested) -> list[Action]:
+        if self._private is not None and event.device not in self.registry.members:
+            self._private.check_revocation(event.device)
         actions = [*self._enrollment.revoke(event), *self._revocations.publish()]
         if self._sets is not None and not event.keep:
             actions += self._sets.sets.revoke(event.device, self._now)

@@ -15,7 +15,7 @@ from ternbus.aggregator.core.versions import Versions
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.sums.helper import Helper
 from ternbus.aggregator.sums.state import PrivateSums
-from ternbus.broker.errors import ProtocolError
+from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame, parse
 from ternbus.broker.protocol.messages import CLOSED, Enroll, Receipt, Status
@@ -192,6 +192,15 @@ class Private:
         self.codes = {name: each for name, each in self.codes.items() if name != helper}
         saved = Save(record=records.HelperInvitationCancelled(helper=helper))
         return [saved, Log(text=f"the invitation of the helper {helper} is cancelled")]
+
+    def check_revocation(self, name: str) -> None:
+        """Raise ConfigError for the name of a helper: it is taken out of the settings."""
+        if name in self.sums.helpers:
+            raise ConfigError(
+                f"{name} is a helper, which is replaced, not revoked: take it out of private.helpers in "
+                "aggregator.toml and restart the aggregator; the next version has terms without it. Devices whose owners pinned it "
+                "send nothing until they join again"
+            )
 
     # --- terms
 

@@ -16,6 +16,7 @@ from ternbus.broker.protocol.parts import Collector
 ACTIVE, REPLACED, REVOKED = "active", "replaced", "revoked"
 UNKNOWN: Final = "unknown"
 DEVICE, EVALUATOR = "device", "evaluator"  # roles: who trains, and who measures what versions are worth
+HELPER: Final = "helper"  # of private sums: it is no member, and has a name space of its own
 ANY: Final = ""  # the role of members from before there were roles: both
 
 

@@ -117,7 +117,7 @@ class MemoryLedger:
     def _merged(self, record: records.VersionMade) -> None:
         """All that waits is in a version, but of private updates only those of its sets."""
         if record.sets is None:
-            names = {(row.device, row.base) for row in self._buffer}
+            names = {(row.device, row.base) for row in self._buffer} if record.updates else set()
         else:
             names = {name for digest in record.sets for name in self._sets.pop(digest)}
         for row in self._take(names):

@@ -83,9 +83,7 @@ def without_disk(
     kinds: TensorKinds,
 ) -> Setup:
     """A setup in memory; the seed determines all keys and codes."""
-    table = configuration.with_overrides(
-        {"federation": FEDERATION, "broker": URL}, {**configuration.NEW_HOME, **chosen}
-    )
+    table = configuration.with_overrides({"federation": FEDERATION, "broker": URL}, configuration.new_home(chosen))
     settings = configuration.from_table(table, "[aggregator]")
     identity = Identity(drawn(seed, "aggregator"))
     codes = {name: drawn(seed, f"code of {name}").hex() for name in names}
