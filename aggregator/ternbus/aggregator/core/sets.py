@@ -149,11 +149,11 @@ class Sets:
         """Put an update into its group; its record is saved already."""
         self._put_back([update], now)
 
-    def _put_back(self, updates: Iterable[PrivateUpdate], now: float) -> None:
+    def _put_back(self, updates: Iterable[PrivateUpdate], since: float) -> None:
         for update in updates:
             base = update.update.base
             self._waiting.setdefault(base, []).append(update)
-            self._since.setdefault(base, now)
+            self._since[base] = min(since, self._since.get(base, since))
 
     def _take_out(self, base: int, devices: Iterable[str]) -> list[PrivateUpdate]:
         chosen = frozenset(devices)
@@ -246,13 +246,13 @@ class Sets:
         return [action for name in known for action in self.asks.want(name, digest, step, now)]
 
     def _abandon(self, found: PrivateSet, now: float) -> list[Action]:
-        """Never open a set: its updates, but for those that are dropped, wait in their group again.
+        """Never open a set: its updates, but for those that are dropped, are due to become another one.
 
         Whoever refused it is told, too: an ask to prepare it may still be on its way there.
         """
         del self._sets[found.digest]
         self.asks.forget(found.digest)
-        self._put_back(found.members, now)
+        self._put_back(found.members, now - self.settings.merge.max_wait_s)
         saved = Save(record=records.SetAbandoned(digest=found.digest))
         asked = self._ask(found.helpers, found.digest, wire.ABANDON, now)
         return [saved, *asked] if self.asks.is_wanted(found.digest) else [saved, self._forgotten(found.digest)]

@@ -4,9 +4,8 @@ A broker in memory carries what they publish. Each party can be cut off, killed 
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +17,13 @@ from ternbus.aggregator.core import events
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import private_rows
 from ternbus.broker.protocol import topics
-from ternbus.broker.protocol.frame import parse
+from ternbus.broker.protocol.frame import build, parse
 from ternbus.broker.protocol.identity import Identity, seal
-from ternbus.broker.protocol.merge_log import Entry
+from ternbus.broker.protocol.merge_log import Entry, unpack
 from ternbus.broker.protocol.messages import PRIVATE, Head, Receipt, Status, Update
 from ternbus.broker.protocol.parts import cut
 from ternbus.broker.sums import masks
+from ternbus.broker.sums.sets import REFUSED, Answer
 from ternbus.broker.sums.plan_bytes import plan_bytes
 from ternbus.broker.sums.terms import AGGREGATOR as BY_AGGREGATOR
 from ternbus.broker.sums.terms import Terms, context, digest_of
@@ -109,7 +109,9 @@ def content_of(terms: Terms, salt: str, weight: int = 255) -> tuple[Any, Any]:
 class World(Bench):
     """The aggregator as `Bench` has it, with helpers and a broker between them."""
 
-    def __init__(self, *helpers: str, directory: Path | None = None, roster: str = BY_AGGREGATOR, **changes: Any) -> None:
+    def __init__(
+        self, *helpers: str, model: Mapping[str, Any] | None = None, roster: str = BY_AGGREGATOR, **changes: Any
+    ) -> None:
         self.names = helpers or ("h-1",)
         self.queue: deque[Message] = deque()
         self.down: set[str] = set()  # helpers that are cut off
@@ -117,6 +119,7 @@ class World(Bench):
         self.shown: dict[str, bytes] = {}  # what helpers have the broker retain
         self.terms_of: dict[int, Terms] = {}
         self.contexts: dict[int, bytes] = {}
+        self.lie: tuple[str, bytes | None] | None = None  # a helper, and what it answers in place of its sum
         self.lose: Callable[[str], bool] = lambda topic: False
         self.asked: list[tuple[str, str]] = []  # (helper, step)
         settings: dict[str, object] = {
@@ -124,14 +127,15 @@ class World(Bench):
             "private.min": 3, "merge.buffer_size": 6, "merge.influence_bound": "none",
         }  # fmt: skip
         settings |= {name.replace("__", "."): value for name, value in changes.items()}
-        if directory is None:
-            directory = scratch() / "agg"
-            administration.create(
-                directory, federation=LAB, broker=BROKER_URL, model=initial_model(), settings=settings
-            )
+        directory = scratch() / "agg"
+        administration.create(
+            directory, federation=LAB, broker=BROKER_URL, model=model or initial_model(), settings=settings
+        )
         super().__init__(directory)
         for name in self.names:
             self.helpers[name] = Helper(name, min=2, enrolled=False, server=self.identity.public, roster=roster)
+
+    disconnected = events.Disconnected()
 
     # --- the broker
 
@@ -159,26 +163,63 @@ class World(Bench):
         assert digest_of(content) == head.plan["terms"]
         self.terms_of[head.version] = Terms.parse(content)
         made = context(
-            version=head.version, model=head.digest, plan=digest_of(plan_bytes(frame.meta_bytes)), terms=digest_of(content)
+            version=head.version,
+            model=head.digest,
+            plan=digest_of(plan_bytes(frame.meta_bytes)),
+            terms=digest_of(content),
         )
         assert self.contexts.setdefault(head.version, made) == made
 
     def settle(self) -> None:
-        """Deliver all that is on its way, and what follows from it."""
+        """Deliver all that is on its way, and what follows from it; whoever is killed gets it again."""
         while self.queue:
-            topic, payload = self.queue.popleft()
+            topic, payload = self.queue[0]
             for name, helper in self.helpers.items():
                 if name not in self.down and topic in helper.profile.subscriptions:
                     self.spread(helper, helper.arrive((topic, payload)))
             if "/help/" in topic and topic.rsplit("/", 1)[1] in topics.HELPER_KINDS:
                 self.receive(topic, payload)
+            self.queue.popleft()
 
     def spread(self, helper: Helper, actions: Sequence[helper_actions.Action]) -> None:
         for action in actions:
             if isinstance(action, helper_actions.Publish) and not self.lose(action.topic):
+                payload = self.falsified(helper, action.payload)
                 if action.retain:
-                    self.shown[action.topic] = action.payload
-                self.queue.append((action.topic, action.payload))
+                    self.shown[action.topic] = payload
+                self.queue.append((action.topic, payload))
+
+    def falsified(self, helper: Helper, payload: bytes) -> bytes:
+        """What a helper that lies publishes in place of a sum."""
+        frame = parse(payload)
+        if self.lie is None or helper.name != self.lie[0] or frame.meta.get("outcome") != "opened":
+            return payload
+        body = bytes(len(frame.body)) if self.lie[1] is None else self.lie[1]
+        about = {"federation": LAB, "sender": helper.name, "kind": frame.kind, "seq": frame.seq, "meta": frame.meta}
+        return build(helper.identity, **about, body=body)
+
+    def refuse(self, name: str, reason: str, *updates: str) -> None:
+        """A helper refuses the one set that is in flight, whatever it is asked."""
+        (digest,) = self.ledger.db.execute("SELECT digest FROM sets WHERE merged IS NULL").fetchone()
+        helper = self.helpers[name]
+        answer = Answer(outcome=REFUSED, set=digest, count=helper.disk.count, reason=reason, updates=updates)
+        self.say_as(name, answer)
+
+    def say_as(self, name: str, answer: Answer, body: bytes = b"") -> None:
+        """An answer that a helper signs."""
+        frames = self.helpers[name].profile.answer(answer, body, seq=2**41, frame_bytes=FRAME_BYTES)
+        self.receive(frames[0].topic, *(frame.payload for frame in frames))
+
+    def states(self) -> list[str]:
+        """Of the sets in the ledger that no version has."""
+        return [state for (state,) in self.ledger.db.execute("SELECT state FROM sets WHERE merged IS NULL")]
+
+    def restart_helper(self, name: str) -> None:
+        """A helper is killed, begins again from its disk and connects."""
+        helper = self.helpers[name]
+        helper.now += 1000.0
+        helper.start()
+        self.connect_helper(name)
 
     def connect_helper(self, name: str) -> None:
         """A helper connects, and gets what the broker retains for it."""
@@ -233,8 +274,6 @@ class World(Bench):
 
     def entries(self) -> list[Entry]:
         rows = self.ledger.db.execute("SELECT entry FROM log ORDER BY version").fetchall()
-        from ternbus.broker.protocol.merge_log import unpack  # noqa: PLC0415
-
         return [Entry.parse(unpack(row[0]).content) for row in rows]
 
     def merged(self) -> dict[tuple[str, int], int]:
@@ -247,7 +286,9 @@ class World(Bench):
 
     def dropped(self) -> dict[tuple[str, int], str]:
         """(device, seq) -> why, as the log of merges says."""
-        return {(each.update.device, each.update.seq): each.reason for entry in self.entries() for each in entry.dropped}
+        return {
+            (each.update.device, each.update.seq): each.reason for entry in self.entries() for each in entry.dropped
+        }
 
     def restart(self) -> None:
         """The aggregator is killed and begins again; what was on its way to helpers stays on its way."""
