@@ -11,7 +11,7 @@ import pytest
 from support.private_world import HelperSide, PrivateBench, make_private
 from support.small_world import LAB, Bench, initial_model, make_directory, place, published, reconfigure, saved
 from ternbus.aggregator.core import events, records
-from ternbus.aggregator.shell import administration
+from ternbus.aggregator.shell import administration, repairing
 from ternbus.aggregator.store import private_rows
 from ternbus.aggregator.sums import scales
 from ternbus.broker.errors import ProtocolError
@@ -437,6 +437,29 @@ def test_the_rows_of_private_sums_are_checked_at_a_start(bench: PrivateBench, he
     bench.ledger.db.execute("UPDATE helpers SET count = 7")
     with pytest.raises(Exception, match="helpers h-1 is not as it was written"):
         bench.restart()
+
+
+def test_a_repaired_folder_keeps_helpers_and_begins_terms_anew(
+    bench: PrivateBench, helper: HelperSide, tmp_path: Path
+) -> None:
+    bench.ready(helper)
+    bench.say(helper, helper.card(2), helper.status(session=2, count=6))
+    bench.sums.moved(one_hot(2, 0))
+    bench.tick(20)
+    before = bench.check_published()
+    bench.ledger.db.execute("UPDATE counts SET value = value + 1")
+    bench.ledger.db.execute("UPDATE versions SET updates = 9 WHERE version = 1")
+    bench.close()
+    repaired = repairing.repair(tmp_path / "agg", clock_s=1.8e9)
+    assert repaired.version >= 2**32
+    again = PrivateBench(tmp_path / "agg")
+    again.start()
+    again.tick(10)
+    assert again.check_published() == before
+    assert again.sums.helpers["h-1"].count == 6
+    assert again.context is not None
+    assert again.context.base == again.version == repaired.version
+    again.close()
 
 
 def test_plan_bytes_are_those_in_the_head() -> None:
