@@ -27,8 +27,8 @@ def section(kind: type, table: object, where: str) -> Any:
 def _value(entry: Field[Any], value: object, where: str) -> Any:
     about = entry.metadata
     if about["one_of"] is not None:
-        if value not in about["one_of"]:
-            raise ConfigError(f"{where} = {value!r} must be one of {', '.join(about['one_of'])}")
+        if value not in about["one_of"] or type(value) is not type(entry.default):  # 6.0 is equal to 6
+            raise ConfigError(f"{where} = {value!r} must be one of {', '.join(map(str, about['one_of']))}")
         return value
     return _number(type(entry.default), value, about["low"], about["high"], where)
 

@@ -198,8 +198,8 @@ class Private:
         if name in self.sums.helpers:
             raise ConfigError(
                 f"{name} is a helper, which is replaced, not revoked: take it out of private.helpers in "
-                "aggregator.toml and restart the aggregator; the next version has terms without it. Devices whose owners pinned it "
-                "send nothing until they join again"
+                "aggregator.toml and restart the aggregator; the next version has terms without it. Devices whose "
+                "owners pinned it send nothing until they join again"
             )
 
     # --- terms
@@ -211,7 +211,8 @@ class Private:
 
     def on_time(self, now: float) -> list[Action]:
         """Begin new terms, if anything changed that they depend on."""
-        return [] if self._is_settled or now < self._not_before else self.renew(now)
+        ends_version = self.versions.model.version in self.sums.contexts
+        return [] if self._is_settled or (ends_version and now < self._not_before) else self.renew(now)
 
     @property
     def _is_settled(self) -> bool:

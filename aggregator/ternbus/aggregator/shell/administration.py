@@ -168,8 +168,8 @@ def invite(
 ) -> list[Invitation]:
     """One new invitation for each device, evaluator and helper, in force when this returns.
 
-    It replaces one of before. With TLS it carries the device's certificate: out of ``certificates``/DEVICE, or made by the broker's authority.
-    It ends after ``expires_in_s``, or as aggregator.toml says.
+    It replaces one of before, and ends after ``expires_in_s``, or as aggregator.toml says. With TLS it carries a
+    certificate: out of ``certificates``/DEVICE, or made by the broker's authority.
     """
     settings, identity = load_settings(directory), Identity(read_key(directory / KEY))
     _check_helpers(settings, helpers, directory)
