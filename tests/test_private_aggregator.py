@@ -1,5 +1,6 @@
 """Private updates in the aggregator's core, over its real ledger, with the cores of helpers in process."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -342,7 +343,7 @@ def test_a_silent_helper_is_asked_again_ever_more_rarely() -> None:
         world.settle()
         if len(world.asked) > before:
             moments.append(world.now)
-    gaps = [round(later - earlier) for earlier, later in zip(moments, moments[1:], strict=False)]
+    gaps = [round(later - earlier) for earlier, later in pairwise(moments)]
     assert gaps[:5] == [10, 20, 40, 80, 160]
     assert set(gaps[5:]) == {300}
     assert world.core.deadline is not None

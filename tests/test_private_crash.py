@@ -1,6 +1,7 @@
 """The aggregator of private sums, killed at any moment: each accepted update is in one version, or dropped, once."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -81,14 +82,14 @@ def live(world: MortalWorld) -> None:
             if (device.name, number) == ("pi-3", 1):
                 content[1][0] = 2**30
             frames = device.private_update(world, base, content)
-            world.surely(lambda device=device, frames=frames: send(world, device, frames))
+            world.surely(partial(send, world, device, frames))
         world.surely(lambda: world.revoke("pi-7"))
         for _ in range(4):
             world.surely(world.settle)
             world.surely(lambda: world.tick(40.0))
         if world.version == base:  # the set was spoiled: go on from a version of no update
             for device in devices[:7]:
-                world.surely(lambda device=device: world.say(device, "idle", base))
+                world.surely(partial(world.say, device, "idle", base))
             world.surely(lambda: world.tick(10.0))
     last = devices[1].private_update(world, world.version)
     world.surely(lambda: send(world, devices[1], last))

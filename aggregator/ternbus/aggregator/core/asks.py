@@ -46,9 +46,9 @@ class Asks:
         """When ``on_time`` has something to repeat."""
         return min((line.due for line in self._lines.values() if line.due is not None), default=None)
 
-    def waiting(self) -> dict[str, dict[bytes, str]]:
-        """The steps that are not answered to, by helper and set."""
-        return {name: dict(line.steps) for name, line in self._lines.items() if line.steps}
+    def unanswered(self) -> dict[str, tuple[bytes, ...]]:
+        """The sets that each helper has not answered for."""
+        return {name: tuple(line.steps) for name, line in self._lines.items() if line.steps}
 
     def want(self, helper: str, digest: bytes, step: str, now: float) -> list[Action]:
         """Ask for a step of a set, in place of the step before."""

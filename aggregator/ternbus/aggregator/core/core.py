@@ -228,7 +228,8 @@ class Core:
             case events.StateRequested():
                 return self._change_state(event)
             case events.CountsRequested():
-                return [*self._count(), *self._done(event.request)]
+                asked = [] if self._sets is None else self._sets.count()
+                return [*self._count(), *asked, *self._done(event.request)]
             case events.DiskChecked():
                 return self._updates.disk_checked(event.free)
             case events.TimeReached():

@@ -131,6 +131,13 @@ class SetForgotten:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AsksCounted:
+    """The sets for which each helper has not answered: a hint for those who look at the status."""
+
+    unanswered: Mapping[str, tuple[bytes, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClosingBegun:
     """The operator wants the federation closed; helpers are waited for."""
 
@@ -283,6 +290,7 @@ Record = (
     | SetOpened
     | SetAbandoned
     | SetForgotten
+    | AsksCounted
     | ClosingBegun
     | VersionMade
     | SnapshotTaken

@@ -155,6 +155,10 @@ class SetMerging:
         self.sums.moved(np.sum([each.sum.buckets for each in opened], axis=0))
         return self.versions.merge_sets(opened)
 
+    def count(self) -> list[Action]:
+        """For those who look at the status: which helpers have not answered."""
+        return [Save(record=records.AsksCounted(unanswered=self.sets.asks.unanswered()))]
+
     # --- the end
 
     def merge_all(self, now: float) -> list[Action]:  # noqa: ARG002 - as of plain updates

@@ -59,7 +59,23 @@ def _private(found: Mapping[str, Any]) -> list[str]:
         at = row["answered_at"]
         answered = None if at is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
         rows.append((name, row["state"], row["roster"], row["card"], row["count"], answered, row["waits_for"]))
-    return [*lines, *text_table({**columns, "last answer": "<", "waits for": "<"}, rows)]
+    return [*lines, *_on_their_way(found), *text_table({**columns, "last answer": "<", "waits for": "<"}, rows)]
+
+
+def _on_their_way(found: Mapping[str, Any]) -> list[str]:
+    """Private updates that no version contains: who waits for whom."""
+    lines = ["the federation closes when the helpers have answered"] if found["closing"] else []
+    lines += [
+        f"{each['updates']} updates on version {each['base']} wait: a sum has {found['min']} devices or more"
+        for each in found["groups"]
+    ]
+    for each in found["sets"]:
+        whom = f", waits for {', '.join(each['waits_for'])}" if each["waits_for"] else ""
+        lines.append(f"a set of {each['devices']} updates on version {each['base']} is {each['state']}{whom}")
+    if found["dropped"]:
+        counts = ", ".join(f"{count} {reason}" for reason, count in found["dropped"].items())
+        lines.append(f"private updates dropped so far: {counts}")
+    return lines
 
 
 def _local_metric(found: Mapping[str, Any]) -> str | None:

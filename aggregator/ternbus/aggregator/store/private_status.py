@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from ternbus.aggregator.settings import Settings
-from ternbus.aggregator.store import private_rows
+from ternbus.aggregator.store import private_rows, set_rows
 from ternbus.aggregator.store.ledger import Ledger, reading
+from ternbus.aggregator.store.rows import CLOSING
 
 
 def read(directory: Path, settings: Settings) -> dict[str, Any]:
@@ -14,7 +15,8 @@ def read(directory: Path, settings: Settings) -> dict[str, Any]:
     ``terms`` is the digest of the newest version's terms (None: devices wait until all ``helpers`` are ready), ``min``
     and ``max`` how many devices a sum is of; each helper's ``waits_for`` says what it is waited for (None: nothing),
     ``card`` the number of its box key, ``count`` how many sets it has written down, ``answered_at`` when it answered
-    last (Unix seconds).
+    last (Unix seconds). ``closing``: the federation closes when helpers have answered. For ``groups``, ``sets`` and
+    ``dropped`` see `set_rows.status`.
     """
     if settings.private is None:
         return {}
@@ -55,4 +57,6 @@ def _read(ledger: Ledger, settings: Settings) -> dict[str, Any]:
         "min": sums.settings.min if begun is None else begun.terms.min,
         "max": sums.settings.devices_max,
         "helpers": helpers,
+        "closing": ledger.fact(CLOSING) is not None,
+        **set_rows.status(ledger.db),
     }

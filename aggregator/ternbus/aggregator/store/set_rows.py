@@ -5,9 +5,11 @@ row of ``sets`` is kept until a start needs the set no more: it was abandoned ev
 at which a start begins.
 """
 
+import json
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable
-from typing import Final
+from typing import Any, Final
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.store import checksums
@@ -21,7 +23,9 @@ Written = (
     | records.SetOpened
     | records.SetAbandoned
     | records.SetForgotten
+    | records.AsksCounted
 )
+ASKS: Final = "asks"  # a fact: the digests of sets, by the helper that has not answered for them, in JSON
 _ONE: Final = "digest = :digest"
 _OF_DEVICE: Final = "update_id = (SELECT id FROM updates WHERE device = :device AND base = :base)"
 _REVOKED: Final = "revoked"
@@ -52,6 +56,9 @@ def write(db: sqlite3.Connection, record: Written) -> None:
         case records.SetForgotten():
             _free(db, record.digest)
             db.execute("DELETE FROM sets WHERE digest = ?", (record.digest,))
+        case records.AsksCounted():
+            unanswered = {helper: [digest.hex() for digest in sets] for helper, sets in record.unanswered.items()}
+            checksums.insert(db, "facts", (ASKS, json.dumps(unanswered)), replace=True)
         case records.UpdatesDropped():
             for device in record.devices:
                 _drop(db, device, record.base, record.reason)
@@ -112,3 +119,35 @@ def _drop(db: sqlite3.Connection, device: str, base: int, reason: str) -> None:
     change = {"merged": str(DROPPED), "segment": "NULL", f"merged IS {DROPPED}": "1"}
     checksums.update(db, "updates", change, "device = :device AND base = :base", about)
     checksums.update(db, "private_updates", {"why": ":why", "set_digest": "NULL"}, _OF_DEVICE, about)
+
+
+def status(db: sqlite3.Connection) -> dict[str, Any]:
+    """Where private updates are that no version contains, as JSON values.
+
+    ``groups`` are those in no set by base, ``sets`` those in flight with the helpers that have not answered for them as
+    ``waits_for``, ``dropped`` how many there were by reason.
+    """
+    found = db.execute("SELECT value FROM facts WHERE name = ?", (ASKS,)).fetchone()
+    unanswered = {} if found is None else json.loads(found[0])
+    groups = db.execute(
+        "SELECT u.base, count(*) FROM private_updates p JOIN updates u ON u.id = p.update_id"
+        " WHERE u.merged IS NULL AND p.set_digest IS NULL GROUP BY u.base ORDER BY u.base"
+    )
+    sets = db.execute("SELECT digest, base, devices, state FROM sets WHERE merged IS NULL ORDER BY rowid")
+    dropped: Counter[str] = Counter()
+    for why, count in db.execute("SELECT why, count(*) FROM private_updates WHERE why != '' GROUP BY why ORDER BY why"):
+        dropped[why.partition(":")[0]] += count
+    return {
+        "groups": [{"base": base, "updates": count} for base, count in groups],
+        "sets": [
+            {
+                "set": digest.hex(),
+                "base": base,
+                "devices": devices,
+                "state": state,
+                "waits_for": sorted(helper for helper, names in unanswered.items() if digest.hex() in names),
+            }
+            for digest, base, devices, state in sets
+        ],
+        "dropped": dict(dropped),
+    }
