@@ -96,9 +96,7 @@ class Private:
         public = key_in(frame)
         try:
             admitted = self._admit(helper, public, frame, clock_s)
-        except ProtocolError as error:
-            if error.reason != "refused":
-                raise
+        except ProtocolError as error:  # `refused`
             text = f"the helper {frame.sender} may not enroll: {error.detail}"
             refused = self.refusals.refuse("refused-enroll", text, now)
             return [*refused, *self._receipt(frame, "refused", error.detail)]

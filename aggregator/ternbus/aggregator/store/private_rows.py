@@ -8,7 +8,6 @@ from ternbus.aggregator.core import records
 from ternbus.aggregator.core.registry import Invited
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.store import checksums
-from ternbus.aggregator.sums.helper import Helper
 from ternbus.aggregator.sums.state import ContextOf, PrivateSums
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.sums.terms import SignedCard, Terms
@@ -84,28 +83,18 @@ def codes(db: sqlite3.Connection) -> dict[str, Invited]:
 
 def recover(db: sqlite3.Connection, settings: Settings, schema: Schema) -> PrivateSums | None:
     """The private sums of a federation that has any, as they were when the last record became durable."""
-    if settings.private is None:
+    sums = PrivateSums.of(settings, schema)
+    if sums is None:
         return None
-    rows = {row[0]: row[1:] for row in db.execute("SELECT name, public, proof, card, count FROM helpers")}
-    helpers = {}
-    for name, public in settings.private.public_keys.items():
-        known = rows.get(name, (b"", b"", b"", -1))
-        _, proof, card, count = known if known[0] == public else (public, b"", b"", -1)
-        signed = SignedCard.of_body(card) if card else None
-        helpers[name] = Helper(name=name, public=public, proof=proof, card=signed, count=count)
-    contexts = {
-        base: ContextOf(base=base, model=model, plan=plan, terms=Terms.parse(content), terms_bytes=content)
-        for base, model, plan, content in db.execute(
-            "SELECT c.base, c.model, c.plan, t.content FROM contexts c JOIN terms t ON t.digest = c.terms"
-        )
-    }
-    newest = contexts[max(contexts)].terms.scales if contexts else ()
-    return PrivateSums(
-        settings=settings.private,
-        schema=schema,
-        buffer_size=settings.merge.buffer_size,
-        learning_rate=settings.learning_rate,
-        helpers=helpers,
-        contexts=contexts,
-        scales=newest if len(newest) == len(schema.tensors) else (),
-    )
+    for name, public, proof, card, count in db.execute("SELECT name, public, proof, card, count FROM helpers"):
+        helper = sums.helpers.get(name)
+        if helper is not None and helper.public == public:
+            helper.proof, helper.count = proof, count
+            helper.card = SignedCard.of_body(card) if card else None
+    rows = db.execute("SELECT c.base, c.model, c.plan, t.content FROM contexts c JOIN terms t ON t.digest = c.terms")
+    for base, model, plan, content in rows:
+        terms = Terms.parse(content)
+        sums.contexts[base] = ContextOf(base=base, model=model, plan=plan, terms=terms, terms_bytes=content)
+    if sums.contexts:
+        sums.scales = sums.contexts[max(sums.contexts)].terms.scales
+    return sums

@@ -8,6 +8,7 @@ from typing import Any
 import numpy.typing as npt
 
 from ternbus.aggregator.private_settings import PrivateSettings
+from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.sums import scales
 from ternbus.aggregator.sums.helper import Helper
 from ternbus.broker.protocol.schema import Schema, Vector
@@ -46,10 +47,19 @@ class PrivateSums:
     scales: tuple[float, ...] = ()
     revision: int = 0  # it changes with all that the next terms depend on
 
-    @property
-    def newest(self) -> ContextOf | None:
-        """The context of the highest base."""
-        return self.contexts[max(self.contexts)] if self.contexts else None
+    @classmethod
+    def of(cls, settings: Settings, schema: Schema) -> "PrivateSums | None":
+        """Those of a federation at its first start; None where it has none."""
+        if settings.private is None:
+            return None
+        keys = settings.private.public_keys
+        return cls(
+            settings=settings.private,
+            schema=schema,
+            buffer_size=settings.merge.buffer_size,
+            learning_rate=settings.learning_rate,
+            helpers={name: Helper(name=name, public=public) for name, public in keys.items()},
+        )
 
     def moved(self, buckets: npt.NDArray[Any]) -> None:
         """Let the next terms' scales follow a merge; ``buckets`` are its sums of one-hots, shape (tensors, 7)."""
