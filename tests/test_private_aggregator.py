@@ -22,7 +22,7 @@ SOMEBODY = Identity(bytes([1]) * 32)
 
 def unlogged(world: World) -> list[DroppedUpdate]:
     """What was dropped and is in no entry of the log of merges yet."""
-    return world.core._versions.dropped  # noqa: SLF001 - what a restart would find
+    return world.core._versions.dropped
 
 
 # --- from updates to a version

@@ -196,9 +196,12 @@ class Core:
         return actions
 
     def restored(self, clock_s: float) -> list[Action]:
-        """This state is an older copy: go above every number that a device may have seen (protocol, section 14)."""
+        """After ``start``, this state is an older copy: go above every number that a device may have seen.
+
+        See section 14 of the protocol.
+        """
         numbers = leap_of(self._versions.model.version, clock_s)
-        settled = [] if self._sets is None else [*self._sets.start(self._now), *self._sets.settle(self._now)]
+        settled = [] if self._sets is None else self._sets.settle(self._now)
         self._frames.leap(numbers)
         self.session += numbers
         begun = Save(record=records.SessionBegun(session=self.session))
