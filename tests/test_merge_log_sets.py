@@ -170,7 +170,7 @@ def answer(seq: int, base: int = 0) -> AnsweredUpdate:
 
 
 def test_a_device_finds_its_update_in_a_set_or_among_those_that_were_dropped(tmp_path: Path) -> None:
-    merges = [
+    merges: list[dict[str, Any]] = [
         {"sets": (made(member(3), member(9, "pj"), weight=0.75), made(member(8, "pj"), weight=0.25))},
         {"dropped": (gone(5), gone(6, "revoked"))},
     ]
