@@ -11,7 +11,7 @@ from support.set_world import World
 from support.small_world import Bench, make_directory, receipts, scratch
 from ternbus.aggregator import settings as configuration
 from ternbus.aggregator.core import events
-from ternbus.aggregator.shell import administration, log
+from ternbus.aggregator.shell import administration, log, repairing
 from ternbus.aggregator.store import membership, private_status, recovery, soundness
 from ternbus.aggregator.store.revocations import Revocation
 from ternbus.broker.errors import CorruptError
@@ -240,6 +240,45 @@ def test_a_set_whose_members_are_lost_stops_the_start(monkeypatch: pytest.Monkey
     monkeypatch.setattr(soundness, "check_start", lambda *_: None)
     with pytest.raises(CorruptError, match="is not as it was made"):
         recovery.recover(world.ledger, administration.load_settings(world.directory), world.identity, "test")
+
+
+@pytest.mark.parametrize(
+    ("step", "statement", "merged", "reasons"),
+    [
+        ("prepare", "UPDATE private_updates SET min = 7 WHERE update_id = 1", 5, {"damaged"}),
+        ("open", "UPDATE private_updates SET min = 7 WHERE update_id = 1", 0, {"damaged"}),
+        ("prepare", "", 5, {"damaged"}),  # a body
+        ("open", "", 0, {"damaged"}),
+        ("open", "UPDATE sets SET devices = 7", 6, set()),  # the same set is made again
+        ("prepare", "UPDATE contexts SET plan = zeroblob(32)", 0, {"damaged"}),
+        ("prepare", "UPDATE counts SET value = 7", 6, set()),
+        ("open", "UPDATE counts SET value = 7", 6, set()),
+    ],
+)
+def test_a_repaired_ledger_has_no_set_that_lacks_a_part(
+    step: str, statement: str, merged: int, reasons: set[str]
+) -> None:
+    world, _ = held_at(step)
+    world.handle(events.CountsRequested())
+    world.ledger.db.execute("INSERT OR IGNORE INTO counts VALUES ('busy', 1, 0)")
+    world.ledger.db.execute(statement)
+    world.close()
+    if not statement:
+        (body,) = (world.directory / "bodies").iterdir()
+        body.write_bytes(b"?" + body.read_bytes()[1:])
+    repairing.repair(world.directory, clock_s=1.8e9)
+    world.recover()
+    assert list(soundness.faults(world.ledger, world.identity.public)) == []
+    world.now += 1000.0
+    world.start()
+    go_on(world)
+    base = world.version
+    world.give_all(list(map(world.member, ("a", "b", "c"))), base)  # an entry in the log names what was dropped
+    go_on(world)
+    found = {reason.partition(":")[0] for reason in world.dropped().values()}
+    assert (len(world.merged()) - 3, found) == (merged, reasons)
+    assert len(world.merged()) + len(world.dropped()) == 9
+    world.restart()
 
 
 # --- what commands show
