@@ -357,3 +357,17 @@ def test_a_plain_federation_takes_no_private_update_and_its_log_is_as_it_was() -
     (packed,) = bench.ledger.db.execute("SELECT entry FROM log").fetchone()
     assert b"dropped" not in unpack(packed).content
     assert Entry.parse(unpack(packed).content).sets == ()
+
+
+def test_close_says_that_helpers_are_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
+    world, _ = held_at("prepare")
+    world.close()
+    assert ternbus(["aggregator", "close", str(world.directory)]) == 0
+    assert "paused; it closes when the helpers have answered" in capsys.readouterr().out
+    world.recover()
+    world.start()
+    go_on(world)
+    assert (world.head.state, len(world.merged())) == ("closed", 6)
+    world.close()
+    assert ternbus(["aggregator", "close", str(world.directory)]) == 0
+    assert capsys.readouterr().out == ""
