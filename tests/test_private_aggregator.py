@@ -9,6 +9,7 @@ import pytest
 from support.set_world import World, content_of, truth
 from support.small_world import follow, initial_model, receipts, saved, ternary_block
 from ternbus.aggregator.core import events, records
+from ternbus.aggregator.store import set_rows
 from ternbus.aggregator.sums.decode import decode
 from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.merge_log import DroppedUpdate
@@ -307,6 +308,7 @@ def test_a_device_beyond_the_range_spoils_its_set_which_is_dropped_and_counted()
     assert world.merged() == {}
     rows = world.ledger.db.execute("SELECT count(*) FROM private_updates WHERE why LIKE 'sum-out-of-range%'")
     assert rows.fetchone() == (6,)
+    assert set_rows.status(world.ledger.db)["spoiled"] == {each.name: 1 for each in devices}
     assert world.ledger.db.execute("SELECT count(*) FROM sets").fetchone() == (0,)
 
 

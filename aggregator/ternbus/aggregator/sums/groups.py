@@ -15,6 +15,7 @@ after one whose sum was out of range, only a version of no update lets them go o
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Final
 
@@ -29,7 +30,7 @@ class Waiting:
     min: int  # devices in its set, by its owner
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Group:
     """The updates of one context, in order of acceptance; a device is in it once."""
 
@@ -39,7 +40,8 @@ class Group:
     members: Sequence[Waiting]
     since: float = math.inf  # when the first of them was accepted
 
-    def sets(self) -> list[tuple[str, ...]]:
+    @cached_property
+    def sets(self) -> Sequence[tuple[str, ...]]:
         """The devices of the sets that can be cut from it now, as few and as even as can be; what is left waits."""
         able: Sequence[Waiting] = ()
         left = self.members
@@ -57,7 +59,7 @@ class Group:
     @property
     def suffices(self) -> bool:
         """Whether a set can be cut from it."""
-        return bool(self.sets())
+        return bool(self.sets)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
