@@ -5,6 +5,7 @@ import sqlite3
 import stat
 import tomllib
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.sums.sets import OPEN, PREPARE
 from ternbus.command import main
-from ternbus.helper.core.actions import Note, Save
+from ternbus.helper.core.actions import Note, Save, Stop
 from ternbus.helper.core.opening_log import checked
 from ternbus.helper.shell.directory import HelperDirectory, Settings
+from ternbus.helper.shell.service import Service
 from ternbus.helper.store.store import HelperStore, summary
 from ternbus.helper.store.tables import FILE
 
@@ -230,6 +232,19 @@ def test_a_database_from_before_the_enrollment_is_an_old_copy(helper: Any, tmp_p
     HelperDirectory(folder).write(Settings.from_table(table, "test"))
     ran = helper("run", folder)
     assert (ran.code, "it is an old copy" in ran.err) == (2, True)
+
+
+def test_a_code_that_a_killed_process_left_is_removed(
+    helper: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "bureau"
+    init(helper, folder, "--invitation", invitation(tmp_path))
+    with HelperStore(folder) as store:
+        assert store.state is not None
+        store.save(replace(store.state, enrolled=True))
+    monkeypatch.setattr(Service, "run", lambda _: Stop(code=0, reason="at once"))
+    assert helper("run", folder).out.endswith("stopped: at once\n")
+    assert HelperDirectory(folder).settings().code == ""
 
 
 def test_one_process_has_a_directory(helper: Any, tmp_path: Path) -> None:

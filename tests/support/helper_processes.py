@@ -22,7 +22,7 @@ from ternbus.broker.protocol.identity import enroll_proof, key_id
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.messages import Enroll, Receipt, Status
 from ternbus.broker.protocol.parts import Collector
-from ternbus.broker.sums.sets import Answer
+from ternbus.broker.sums.sets import ABANDON, ABANDONED, OPEN, OPENED, PREPARE, PREPARED, REFUSED, Answer
 from ternbus.broker.sums.terms import MASK, SignedCard, Terms
 
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
@@ -30,6 +30,7 @@ WITHIN_S: Final = 60.0
 ASK_AGAIN_S: Final = 2.0
 CODE: Final = "c" * 32
 NAME: Final = "h-1"
+STEPS: Final = {PREPARE: PREPARED, OPEN: OPENED, ABANDON: ABANDONED}
 # Points at which a helper is killed; each is reached while it enrolls, or opens a set.
 HELPING: Final = (
     "connect", "subscribe", "publish-enroll", "publish-card", "publish-card:3", "publish-status", "acknowledge:3",
@@ -73,10 +74,15 @@ class Server:
                 asked_s = time.monotonic()
                 self._seq += 1
                 self.publish(*made.messages(NAME, step, count=count, seq=self._seq))
-            return any(answer.set == made.digest for answer, _ in self.answers)
+            return any(self._answers(answer, made, step) for answer, _ in self.answers)
 
         self.until(answered)
+        self.answers = [each for each in self.answers if self._answers(each[0], made, step)]
         return self.answers[-1][0]
+
+    def _answers(self, answer: Answer, made: Asked, step: str) -> bool:
+        """Whether an answer is to this step: one that was asked for twice is answered twice, perhaps later."""
+        return answer.set == made.digest and answer.outcome in {STEPS[step], REFUSED}
 
     def until(self, done: Callable[[], object]) -> None:
         """Answer what comes until something holds."""

@@ -12,6 +12,7 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.exit_codes import EXIT_DONE
 from ternbus.broker.files import read_password
 from ternbus.broker.link.link import Link, LinkEvent
+from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.identity import helper_user
 from ternbus.broker.stop_signals import STOPS, on_stop
 from ternbus.broker.version import software
@@ -80,6 +81,7 @@ def _link_maker(home: HelperDirectory, settings: Settings) -> Callable[[Callable
             password=read_password(settings.password_path) if settings.password_path is not None else None,
             deliver=deliver,
             tls=home.tls(),
+            qos_1_below=f"{topics.root(settings.federation)}/",
         )
 
     return connect_to
