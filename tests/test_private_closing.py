@@ -105,3 +105,24 @@ def test_what_a_helper_refuses_while_the_federation_closes_still_makes_a_set_of_
     world.tick(60.0)
     world.settle()
     assert (world.head.state, len(world.merged()), len(world.dropped())) == (CLOSED, 5, 1)
+
+
+def test_a_sum_that_waits_for_another_one_while_the_federation_closes_keeps_nobody_busy() -> None:
+    world = World(merge__buffer_size=3, merge__max_wait_s=30.0, private__close_wait_s=500.0)
+    devices = world.begin()
+    world.give_all(devices[:3])
+    world.lose = lambda topic: topic.endswith("/ask")
+    world.give_all(devices[3:])
+    world.settle()
+    (first,) = world.ledger.db.execute("SELECT digest FROM sets ORDER BY rowid LIMIT 1").fetchone()
+    world.lose = lambda topic: topic.endswith("/ask") and first not in world.published[-1].payload
+    world.tick(20.0)
+    world.settle()
+    assert world.states() == ["opened", "made"]
+    closing(world)
+    for _ in range(50):
+        due = world.core.deadline
+        assert due is not None
+        assert due > world.now
+        world.tick(due - world.now)
+    assert (world.head.state, len(world.merged()), len(world.dropped())) == (CLOSED, 3, 3)

@@ -90,7 +90,9 @@ class SetMerging:
 
     def due_s(self, now: float) -> float | None:
         """When ``on_time`` has something to do."""
-        moments = [self.sets.due_s(self._rule, now), self._close_by if self.is_closing else None]
+        if self.is_closing:
+            return min(self._close_by, self.sets.asks.due or math.inf)
+        moments = [self.sets.due_s(self._rule, now)]
         silent = self._unsent(now) if self.sets.is_stuck else self._awaited(now)  # its silence may change what is due
         moments.append(None if silent is None else self._trigger.silent_at(silent))
         if self.registry.online and self.sets.is_stuck and silent is None and now < self._rule.not_before:
