@@ -34,7 +34,9 @@ def value(schema: Schema, terms: Terms, words: bytes) -> Vector:
     for segment, reference in zip(schema.segments, terms.scales, strict=True):
         is_ternary = segment.tensor.role == TERNARY
         values = (ternary if is_ternary else plain)[segment.offset : segment.offset + segment.tensor.elements]
-        total[segment.start : segment.stop] = level_value(values, reference, terms.levels if is_ternary else DENSE_STEPS)
+        total[segment.start : segment.stop] = level_value(
+            values, reference, terms.levels if is_ternary else DENSE_STEPS
+        )
     return total
 
 
