@@ -143,7 +143,8 @@ class CrashingPrivateDevice(CrashingDevice):
         super().receive(payload, busy)
 
     def offered(self, frame: Frame, offer: Offer) -> None:
-        if frame.seq <= self.answers.highest:
+        if (known := self.answers.known(frame.seq)) is not None:
+            self.down.append(known)
             return
         if offer.base < self.scripted.version - self.scripted.max_staleness:
             self.answers.highest, self.answers.answer = frame.seq, "stale"

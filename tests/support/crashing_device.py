@@ -43,10 +43,8 @@ class Answers:
 
     def update(self, whole: Whole, busy: bool) -> Message | None:
         about = Update.from_meta(whole.meta)
-        if whole.seq < self.highest:
-            return self._receipt(whole.seq, "duplicate", highest_seq=self.highest)
-        if whole.seq == self.highest:
-            return self._receipt(whole.seq, self.answer)
+        if (known := self.known(whole.seq)) is not None:
+            return known
         if busy:
             return self._receipt(whole.seq, "busy", retry_after_s=5.0)
         value = self.value_of(about, whole)
@@ -60,6 +58,12 @@ class Answers:
             self.merged[whole.seq] = value
         self.highest, self.answer = whole.seq, outcome
         return self._receipt(whole.seq, outcome)
+
+    def known(self, seq: int) -> Message | None:
+        """The answer for a number that was answered, or is below one that was."""
+        if seq < self.highest:
+            return self._receipt(seq, "duplicate", highest_seq=self.highest)
+        return self._receipt(seq, self.answer) if seq == self.highest else None
 
     def value_of(self, about: Update, whole: Whole) -> Vector:
         return Block.read(self.scripted.schema, about.codec, about.encoding, whole.body).value()

@@ -298,13 +298,8 @@ class _Check:
             self.problem("the decoded update differs from the encoded one: this is a bug in Ternbus, please report it")
         parts = -(-found.words // FRAME_BYTES)
         self._fits(parts)
-        facts = {
-            "codec": PRIVATE,
-            "parts": parts,
-            "codec_s": round(found.seconds, 4),
-            "update_private_bytes": found.words,
-        }
-        self.report.facts |= facts
+        self.report.facts |= {"codec": PRIVATE, "parts": parts, "codec_s": round(found.seconds, 4)}
+        self.report.facts["update_private_bytes"] = found.words
         self._note(preflight_private.NOTE)
 
     def _fits(self, parts: int) -> None:
