@@ -17,7 +17,14 @@ from typing import Any, Final
 from ternbus.broker.errors import ConfigError, LinkError, ProtocolError
 from ternbus.broker.link.tls import PROBE, ServerTls
 from ternbus.broker.protocol import topics
-from ternbus.broker.protocol.identity import AGGREGATOR, Identity, is_device, is_federation
+from ternbus.broker.protocol.identity import (
+    AGGREGATOR,
+    HELPER_USER,
+    Identity,
+    is_device,
+    is_federation,
+    is_helper_user,
+)
 from ternbus.broker.server import callout_tokens, certificates
 from ternbus.broker.server.callout_tokens import Access, Question
 from ternbus.broker.server.nats import Guard
@@ -52,10 +59,14 @@ def _subjects(name: str, federation: str) -> tuple[list[str], list[str]]:
         raise ProtocolError("no-federation", f"the certificate of {name!r} names no federation")
     root = f"ternbus.1.{federation}"
     if name == f"{AGGREGATOR}-{federation}":
-        return _subjects_of(topics.of_aggregator(federation)), _below(f"{root}.up", f"{root}.all")
+        return _subjects_of(topics.of_aggregator(federation)), _below(f"{root}.up", f"{root}.all", f"{root}.help")
     if is_device(name):
         return _subjects_of(topics.of_device(federation, name)), _below(f"{root}.down.{name}", f"{root}.all")
-    raise ProtocolError("no-device", f"{name!r} is neither a device name nor the aggregator of {federation!r}")
+    if is_helper_user(name):
+        helper = name.removeprefix(HELPER_USER)
+        readable = [*_below(f"{root}.help.{helper}"), *_subjects_of([topics.status(federation)])]
+        return _subjects_of(topics.of_helper(federation, helper)), readable
+    raise ProtocolError("no-device", f"{name!r} is neither a device or helper, nor the aggregator of {federation!r}")
 
 
 def _subjects_of(filters: Iterable[str]) -> list[str]:
@@ -85,6 +96,17 @@ class AuthCallout:
         stream = self._connect(port)
         threading.Thread(target=self._serve, args=(stream, port), name="auth callout", daemon=True).start()
 
+    def introduction(self, nonce: str) -> dict[str, object]:
+        """What this service says of itself in CONNECT, for the server's nonce."""
+        return {
+            "nkey": callout_tokens.user_key(self.identity),
+            "sig": callout_tokens.proof(self.identity, nonce),
+            "name": "ternbus auth callout",
+            "lang": "python",
+            "version": "1",
+            "verbose": False,
+        }
+
     def close(self) -> None:
         self._closed.set()
         if self._socket is not None:
@@ -98,14 +120,7 @@ class AuthCallout:
             self._socket = socket.create_connection(("127.0.0.1", port), CONNECT_WITHIN_S)
             stream = self._socket.makefile("rwb")
             nonce = json.loads(stream.readline().removeprefix(b"INFO "))["nonce"]
-            about = {
-                "nkey": callout_tokens.user_key(self.identity),
-                "sig": callout_tokens.proof(self.identity, nonce),
-                "name": "ternbus auth callout",
-                "lang": "python",
-                "version": "1",
-                "verbose": False,
-            }
+            about = self.introduction(nonce)
             stream.write(f"CONNECT {json.dumps(about)}\r\nSUB {SUBJECT} 1\r\nPING\r\n".encode())
             stream.flush()
             if (answer := stream.readline().strip()) != b"PONG":
