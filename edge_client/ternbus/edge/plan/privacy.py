@@ -1,6 +1,7 @@
-"""Values of differential privacy: the two kinds, the cost of a training, the budget spent, the owner's policy.
+"""Values of differential privacy: the three kinds, the cost of a training, the budget spent, the owner's policy.
 
-The mechanisms are in `learn/noise.py` and `torch/dp_sgd.py`, the accounting is in `learn/accountant.py`.
+The mechanisms are in `learn/noise.py`, `torch/dp_sgd.py` and `learn/poisson_binomial.py`, the accounting is in
+`learn/accountant.py`.
 """
 
 import json
@@ -10,10 +11,13 @@ from typing import Final
 
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol import plan_keys
+from ternbus.broker.sums.terms import Terms
 from ternbus.edge.plan.plan import NO_DP, Plan
 
 DEVICE: Final = plan_keys.DEVICE
 SAMPLE: Final = plan_keys.SAMPLE
+SUM: Final = plan_keys.SUM
+KINDS: Final = (DEVICE, SAMPLE, SUM)
 PRIVACY_METRICS: Final = ("epsilon", "delta")  # metrics of an update that do not depend on the data
 
 
@@ -31,13 +35,31 @@ class Cost:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SumCost:
+    """A number of updates by the Poisson binomial mechanism, each in a sum with ``honest`` devices, itself included.
+
+    ``levels`` is k, ``theta`` θ, and ``norm`` the largest L2 norm B of a change in units of the scales.
+    """
+
+    kind: str = SUM
+    levels: int
+    theta: float
+    norm: float
+    honest: int
+    steps: int
+
+
+Charge = Cost | SumCost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Account:
-    """The privacy budget that a device has spent, both kinds in one list.
+    """The privacy budget that a device has spent, all kinds in one list.
 
     ``epsilon`` and ``delta`` are for the kind of the newest update, and include it.
     """
 
-    spent: tuple[Cost, ...] = ()
+    spent: tuple[Charge, ...] = ()
     epsilon: float = 0.0
     delta: float = 0.0
 
@@ -45,21 +67,22 @@ class Account:
         """Whether the releases so far have an epsilon of this kind.
 
         Trainings that protect samples have none for a device: their clipping bounds the part of each sample, but the
-        part of all samples only by their number.
+        part of all samples only by their number. Updates in sums have none for a sample: two updates with noise of
+        unequal variance, which the draws have, are not compared.
         """
-        return kind == SAMPLE or not any(cost.kind == SAMPLE for cost in self.spent)
+        unknown = (SUM,) if kind == SAMPLE else (SAMPLE,)
+        return not any(cost.kind in unknown for cost in self.spent)
 
-    def of(self, kind: str) -> tuple[Cost, ...]:
+    def of(self, kind: str) -> tuple[Charge, ...]:
         """Every mechanism whose output depends on what this kind protects, as it counts there; see `covers`.
 
         An update that protects the device depends on each sample too. Its norm is at most `dp_clip` both with the
-        sample and without it, so one sample changes it by up to twice as much: the noise counts half.
+        sample and without it, so one sample changes it by up to twice as much: the noise counts half. `device` trusts
+        nobody, so an update in a sum counts there as if everybody saw it alone.
         """
-        if kind == DEVICE:
-            return tuple(cost for cost in self.spent if cost.kind == DEVICE)
-        return tuple(replace(cost, noise=cost.noise / 2) if cost.kind == DEVICE else cost for cost in self.spent)
+        return tuple(_counted(cost, kind) for cost in self.spent)
 
-    def plus(self, cost: Cost) -> "Account":
+    def plus(self, cost: Charge) -> "Account":
         """The account with another cost. Equal mechanisms add up to one entry. The caller must update `epsilon`."""
         same = [each for each in self.spent if replace(each, steps=cost.steps) == cost]
         others = [each for each in self.spent if each not in same]
@@ -72,7 +95,8 @@ class Account:
     @classmethod
     def loads(cls, text: str) -> "Account":
         table = json.loads(text)
-        return cls(**{**table, "spent": tuple(Cost(**each) for each in table["spent"])})
+        spent = tuple((SumCost if each["kind"] == SUM else Cost)(**each) for each in table["spent"])
+        return cls(**{**table, "spent": spent})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,10 +108,10 @@ class PrivacyPolicy:
     delta: float
 
     def __post_init__(self) -> None:
-        if self.kind not in (DEVICE, SAMPLE) or not self.epsilon > 0 or not 0 < self.delta < 1:
+        if self.kind not in KINDS or not self.epsilon > 0 or not 0 < self.delta < 1:
             raise ConfigError(
                 f"invalid privacy policy (dp {self.kind!r}, epsilon {self.epsilon:g}, delta {self.delta:g}): "
-                "give --dp device or sample, --max-epsilon above 0, --max-delta between 0 and 1"
+                "give --dp device, sample or sum, --max-epsilon above 0, --max-delta between 0 and 1"
             )
 
     @classmethod
@@ -111,6 +135,21 @@ def cost(plan: Plan, samples: int) -> Cost:
     return Cost(kind=SAMPLE, noise=plan.dp_noise, rate=rate, steps=plan.steps(samples))
 
 
+def sum_cost(terms: Terms, colluding: int) -> SumCost:
+    """The cost of one update by these terms, if so many devices of each set may work together with the observer.
+
+    A set has at least the terms' `min` devices, and it need not be opened: the cost is that of the smallest set.
+    """
+    honest = max(1, terms.min - colluding)
+    return SumCost(levels=terms.levels, theta=terms.theta, norm=terms.norm, honest=honest, steps=1)
+
+
 def privacy_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """The metrics that may be sent even if the others must stay private."""
     return {name: metrics[name] for name in PRIVACY_METRICS if name in metrics}
+
+
+def _counted(cost: Charge, kind: str) -> Charge:
+    if isinstance(cost, SumCost):
+        return replace(cost, honest=1) if kind == DEVICE else cost
+    return replace(cost, noise=cost.noise / 2) if (kind, cost.kind) == (SAMPLE, DEVICE) else cost
