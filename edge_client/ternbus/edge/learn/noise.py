@@ -33,7 +33,8 @@ class RandomSource:
         bits = np.frombuffer(self._source(8 * count), dtype="<u8") >> np.uint64(11)
         return (bits + np.uint64(1)).astype(np.float64) * 2.0**-53
 
-    def bytes(self, count: int) -> bytes:
+    def fresh(self, count: int) -> bytes:
+        """So many random bytes."""
         return self._source(count)
 
     def bits(self, count: int) -> npt.NDArray[np.uint32]:

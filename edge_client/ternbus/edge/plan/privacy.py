@@ -80,7 +80,8 @@ class Account:
         sample and without it, so one sample changes it by up to twice as much: the noise counts half. `device` trusts
         nobody, so an update in a sum counts there as if everybody saw it alone.
         """
-        return tuple(_counted(cost, kind) for cost in self.spent)
+        counted = [cost for cost in self.spent if kind == SAMPLE or cost.kind != SAMPLE]
+        return tuple(_counted(cost, kind) for cost in counted)
 
     def plus(self, cost: Charge) -> "Account":
         """The account with another cost. Equal mechanisms add up to one entry. The caller must update `epsilon`."""

@@ -61,7 +61,7 @@ def train(trainer: Trainer, job: StartTraining, random_source: RandomSource) -> 
         base=job.base,
         samples=samples,
         metrics={**metrics, **dict(zip(PRIVACY_METRICS, (account.epsilon, account.delta), strict=True))},
-        block=compressed.block,
+        content=compressed.block,
         residual=compressed.residual,
         account=account,
         failure=released.failure,

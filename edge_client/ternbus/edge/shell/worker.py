@@ -51,7 +51,7 @@ def train(trainer: Trainer, job: StartTraining, random_source: RandomSource | No
         base=job.base,
         samples=trained.samples,
         metrics=trained.metrics,
-        block=compressed.block,
+        content=compressed.block,
         residual=compressed.residual,
         local=packed(trained.local),
     )
