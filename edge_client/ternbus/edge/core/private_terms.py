@@ -163,7 +163,7 @@ class PrivateTerms:
         if self.terms is None or self.fault or not self._checked:
             return None
         bound = context(version=head.version, model=head.digest, plan=self._plan_digest, terms=self._digest)
-        return SumJob(terms=self.terms, context=bound)
+        return SumJob(terms=self.terms, context=bound, honest=self.profile.sums.honest(self.terms))
 
 
 def named_terms(plan: Mapping[str, Any]) -> bytes:

@@ -7,14 +7,18 @@ values without privacy, and no sum wraps. What a sum costs is in `sum_divergence
 
 import math
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from ternbus.broker.protocol.schema import TERNARY, Schema, Vector
+from ternbus.broker.protocol.schema import DENSE, Schema, Vector
+from ternbus.broker.sums.masks import SEED_BYTES, seed_of
 from ternbus.broker.sums.terms import Terms
-from ternbus.edge.learn.noise import BLOCK, ROUNDING, Floats, RandomSource
+from ternbus.broker.sums.words import BUCKETS, WEIGHT_STEPS
+from ternbus.edge.learn.noise import BLOCK, ROUNDING, Floats, RandomSource, differences
+from ternbus.edge.learn.sum_content import SumContent
 
 HALF: Final = 2**31  # the probability 1/2, in 2^-32
 
@@ -40,23 +44,37 @@ def draw(shares: Floats, levels: int, theta: float, random_source: RandomSource)
 def release(
     schema: Schema,
     terms: Terms,
-    change: Floats,
+    start: Vector,
+    trained: Vector,
     random_source: RandomSource,
     silent: Collection[str] = (),
 ) -> tuple[Levels, Levels]:
-    """The draws for a change, shape (elements,): of the ternary elements, and of the dense ones.
+    """The draws for the change d = trained - start: of the ternary elements, and of the dense ones.
 
-    The change is in units of the terms' scales: y = change / scale, over all tensors together scaled to an L2 norm of
-    at most ``terms.norm``, then cut to ±1. An element of it that is not finite is 0, and so is one whose scale is 0.
-    The tensors ``silent``, which must not depend on the data, send 0 without noise.
+    In units of the terms' scales, y = d / scale is scaled to an L2 norm of at most ``terms.norm`` over all tensors
+    together, then cut to ±1. An element of d that is not finite is 0, and so is y where the scale is 0. The tensors
+    ``silent``, a choice that must not depend on the data, send 0 without noise.
     """
-    factor = _factor(schema, terms, change)
+    change = _Change(schema, terms, start, trained, silent)
+    factor = change.factor()
     drawn = np.zeros(terms.ternary, np.int8), np.zeros(terms.dense, np.int8)
-    for part, place, name, shares in _shares(schema, terms, change):
-        if name not in silent:
-            cut = np.clip(shares * factor, -1.0, 1.0)
-            drawn[part][place] = draw(cut, terms.levels, terms.theta, random_source)
+    for is_dense, place, shares in change.shares():
+        cut = np.clip(shares * factor, -1.0, 1.0)
+        drawn[is_dense][place] = draw(cut, terms.levels, terms.theta, random_source)
     return drawn
+
+
+def content(schema: Schema, terms: Terms, drawn: tuple[Levels, Levels], random_source: RandomSource) -> SumContent:
+    """The words of a release, and a seed for each helper.
+
+    The weight is 1, and each tensor's bucket is the middle one: nothing beside the draws depends on the data.
+    """
+    ternary, dense = drawn
+    buckets = np.zeros((len(schema.tensors), BUCKETS), np.int64)
+    buckets[:, BUCKETS // 2] = 1
+    words = terms.layout.pack(ternary, np.concatenate([dense.astype(np.int64), [WEIGHT_STEPS], buckets.reshape(-1)]))
+    seeds = tuple(seed_of(words, random_source.fresh(SEED_BYTES)) for _ in terms.helpers)
+    return SumContent(words=words.tobytes(), seeds=seeds)
 
 
 def deviation(levels: int, theta: float, devices: int) -> float:
@@ -64,31 +82,28 @@ def deviation(levels: int, theta: float, devices: int) -> float:
     return 1 / (theta * math.sqrt(8 * levels * devices))
 
 
-def value(schema: Schema, terms: Terms, ternary: Levels, dense: Levels) -> Vector:
-    """The change that the draws of one device, or the sums of a set, stand for; of a set it is n times the mean."""
-    decoded = np.empty(schema.elements, np.float32)
-    for segment, scale in zip(schema.segments, terms.scales, strict=True):
-        drawn = ternary if segment.tensor.role == TERNARY else dense
-        values = drawn[segment.offset : segment.offset + segment.tensor.elements].astype(np.float64)
-        decoded[segment.start : segment.stop] = values * (scale / (2 * terms.levels * terms.theta))
-    return decoded
+@dataclass(frozen=True, slots=True, eq=False)
+class _Change:
+    schema: Schema
+    terms: Terms
+    start: Vector
+    trained: Vector
+    silent: Collection[str]
 
+    def factor(self) -> float:
+        length = math.sqrt(sum(float(np.square(shares).sum()) for *_, shares in self.shares()))
+        return ROUNDING * min(1.0, self.terms.norm / length) if length else 0.0
 
-def _factor(schema: Schema, terms: Terms, change: Floats) -> float:
-    length = math.sqrt(sum(float(np.square(shares).sum()) for *_, shares in _shares(schema, terms, change)))
-    return ROUNDING * min(1.0, terms.norm / length) if length else 0.0
+    def shares(self) -> Iterator[tuple[bool, slice, Floats]]:
+        """In parts: whether it is dense, its place among the elements of its role, and d / scale.
 
-
-def _shares(schema: Schema, terms: Terms, change: Floats) -> Iterator[tuple[int, slice, str, Floats]]:
-    """In parts: 0 (ternary) or 1 (dense), the place among these elements, the tensor's name, and change / scale.
-
-    Squares of the largest change over the smallest float32 scale have a sum in float64.
-    """
-    for segment, scale in zip(schema.segments, terms.scales, strict=True):
-        for first in range(segment.start, segment.stop, BLOCK):
-            stop = min(first + BLOCK, segment.stop)
-            offset = segment.offset - segment.start
-            shares = change[first:stop].astype(np.float64)
-            shares[~np.isfinite(shares)] = 0.0
-            shares *= 1 / scale if scale else 0.0
-            yield int(segment.tensor.role != TERNARY), slice(first + offset, stop + offset), segment.tensor.name, shares
+        The squares of the largest change over the smallest scale, a float32, have a sum in float64.
+        """
+        for segment, scale in zip(self.schema.segments, self.terms.scales, strict=True):
+            if segment.tensor.name in self.silent:
+                continue
+            place, inverse = segment.offset, 1 / scale if scale else 0.0
+            whole = slice(segment.start, segment.stop)
+            for _, change in differences(self.start[whole], self.trained[whole]):
+                yield segment.tensor.role == DENSE, slice(place, place + change.size), change * inverse
+                place += change.size

@@ -136,12 +136,8 @@ def cost(plan: Plan, samples: int) -> Cost:
     return Cost(kind=SAMPLE, noise=plan.dp_noise, rate=rate, steps=plan.steps(samples))
 
 
-def sum_cost(terms: Terms, colluding: int) -> SumCost:
-    """The cost of one update by these terms, if so many devices of each set may work together with the observer.
-
-    A set has at least the terms' `min` devices, and it need not be opened: the cost is that of the smallest set.
-    """
-    honest = max(1, terms.min - colluding)
+def sum_cost(terms: Terms, honest: int) -> SumCost:
+    """The cost of one update by these terms, whether it is opened or not, with so many honest devices in each sum."""
     return SumCost(levels=terms.levels, theta=terms.theta, norm=terms.norm, honest=honest, steps=1)
 
 

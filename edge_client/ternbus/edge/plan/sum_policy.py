@@ -11,7 +11,7 @@ from typing import Final
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.messages import PRIVATE
 from ternbus.broker.protocol.schema import Schema
-from ternbus.broker.sums.terms import AGGREGATOR, HELPERS_MAX, MASK, NO_DP, OWN, ROSTERS, Terms
+from ternbus.broker.sums.terms import AGGREGATOR, HELPERS_MAX, MASK, NO_DP, OWN, ROSTERS, SUM, Terms
 from ternbus.broker.sums.words import DEVICES_MAX
 from ternbus.edge.plan.plan import Plan
 
@@ -25,11 +25,15 @@ Numbers = Mapping[bytes, int]  # the highest number of a box key that was seen o
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SumPolicy:
-    """The owner's pins: Ed25519 keys of helpers, devices in a sum, and "own" where helpers must admit devices."""
+    """The owner's pins: Ed25519 keys of helpers, devices in a sum, and "own" where helpers must admit devices.
+
+    Of the devices in a sum, ``colluding`` may work together with whoever sees it: their draws are no noise.
+    """
 
     helpers: tuple[bytes, ...]
     min: int = MIN
     roster: str = AGGREGATOR
+    colluding: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.helpers) <= HELPERS_MAX or len(set(self.helpers)) != len(self.helpers):
@@ -38,6 +42,10 @@ class SumPolicy:
             raise ConfigError("the key of a helper is not 64 hex digits: copy it from `ternbus helper status`")
         if not 2 <= self.min <= DEVICES_MAX:
             raise ConfigError(f"private_min is {self.min}: give --private-min a number from 2 to {DEVICES_MAX}")
+        if not 0 <= self.colluding < self.min:
+            raise ConfigError(
+                f"private_colluding is {self.colluding}: give --private-colluding a number from 0, below --private-min"
+            )
         if self.roster not in ROSTERS:
             raise ConfigError(f"private_roster is {self.roster!r}: write one of {', '.join(ROSTERS)}")
 
@@ -73,9 +81,17 @@ class SumPolicy:
                 )
         if not terms.fits(schema):
             return "the terms are for a model of other tensors than the federation's"
-        if terms.dp != NO_DP:
-            return f'the terms have dp = "{terms.dp}", the plan has dp = "{plan.dp}"'
+        wanted = (SUM, plan.dp_theta, plan.dp_norm) if plan.dp == SUM else (NO_DP, 0.0, 0.0)
+        if (terms.dp, terms.theta, terms.norm) != wanted:
+            return (
+                f"the terms have dp, theta and norm {terms.dp}, {terms.theta:g} and {terms.norm:g}, by the plan "
+                f"{wanted[0]}, {wanted[1]:g} and {wanted[2]:g}"
+            )
         return ""
+
+    def honest(self, terms: Terms) -> int:
+        """The devices of the smallest sum by accepted terms whose draws are noise for everybody else."""
+        return terms.min - self.colluding
 
     def seen_in(self, terms: Terms, seen: Numbers) -> dict[bytes, int]:
         """The numbers after accepted terms, of the pinned helpers only."""
