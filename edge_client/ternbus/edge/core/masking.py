@@ -26,16 +26,21 @@ def masked(update: OutstandingUpdate, profile: Profile) -> OutstandingUpdate:
     seeds = [(card.public, seed) for card, seed in zip(cards, part.seeds, strict=True)]
     body = masks.masked(terms.layout, words, seeds, context=part.context, device=device)
     boxes = tuple(
-        profile.box(
-            card.box_key, seed, context=part.context, device=device, helper=card.public, seq=update.seq
-        )
+        profile.box(card.box_key, seed, context=part.context, device=device, helper=card.public, seq=update.seq)
         for card, seed in zip(cards, part.seeds, strict=True)
     )
     return sealed(replace(update, private=replace(part, boxes=boxes)), profile.key, profile.seal, body.tobytes())
 
 
 def prepare_private(
-    content: SumContent, job: SumJob, profile: Profile, *, seq: int, base: int, metrics: dict[str, float], frame_bytes: int
+    content: SumContent,
+    job: SumJob,
+    profile: Profile,
+    *,
+    seq: int,
+    base: int,
+    metrics: dict[str, float],
+    frame_bytes: int,
 ) -> OutstandingUpdate:
     """The update with this content, ready to be sent."""
     assert profile.sums is not None  # noqa: S101 - only a device with pinned helpers gets such a job
@@ -48,9 +53,7 @@ def prepare_private(
         encoding=RAW,
         encoded=content.words,
         frame_bytes=frame_bytes,
-        private=PrivatePart(
-            terms=job.terms.content(), context=job.context, min=profile.sums.min, seeds=content.seeds
-        ),
+        private=PrivatePart(terms=job.terms.content(), context=job.context, min=profile.sums.min, seeds=content.seeds),
     )
     return masked(update, profile)
 

@@ -34,7 +34,7 @@ class Box(Protocol):
     ) -> bytes: ...
 
 
-def subscriptions(federation: str, device: str, *, private: bool) -> tuple[str, ...]:
+def subscriptions(federation: str, device: str, *, private: bool = False) -> tuple[str, ...]:
     """The topic filters of every connection; parts of snapshots and deltas are subscribed to later, by name.
 
     The terms of private sums are for a device that takes part in them.

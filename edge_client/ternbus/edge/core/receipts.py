@@ -81,7 +81,9 @@ def describe(receipt: Receipt, update: OutstandingUpdate, *, is_out: bool) -> st
             return f"the update on version {update.base} was accepted"
         case "stale":
             change = "is not sent again, since a sum may have it" if is_out else "is added to the next update"
-            return f"the update on version {update.base} was too late (the head is {receipt.version}); its change {change}"
+            return (
+                f"the update on version {update.base} was too late (the head is {receipt.version}); its change {change}"
+            )
         case _:
             return f"the update on version {update.base} was not accepted ({receipt.outcome}{reason})"
 

@@ -101,7 +101,7 @@ class TrainingPolicy:
             return []
         if plan.dp != NO_DP and not state.account.covers(plan.dp):
             self.plan = None  # until the next head
-            return self._refuse(MIXED)
+            return [*self._refuse(MIXED)]
         sums = terms.job(head) if plan.codec == PRIVATE else None
         if sums is None and plan.codec == PRIVATE:
             return []

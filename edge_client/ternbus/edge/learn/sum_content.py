@@ -37,7 +37,8 @@ def value(schema: Schema, terms: Terms, words: bytes) -> Vector:
     for segment, reference in zip(schema.segments, terms.scales, strict=True):
         is_ternary = segment.tensor.role == TERNARY
         values = (ternary if is_ternary else plain)[segment.offset : segment.offset + segment.tensor.elements]
-        total[segment.start : segment.stop] = level_value(values, reference, terms.ternary_steps if is_ternary else terms.dense_steps)
+        steps = terms.ternary_steps if is_ternary else terms.dense_steps
+        total[segment.start : segment.stop] = level_value(values, reference, steps)
     return total
 
 

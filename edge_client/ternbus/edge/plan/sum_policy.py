@@ -4,11 +4,12 @@ An aggregator that named the helpers could be its own, so a device with a policy
 its owner's helpers, whatever heads and terms say. See docs/protocol.md, section 16.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Self
 
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol.identity import is_public_key
 from ternbus.broker.protocol.messages import PRIVATE
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.sums.terms import AGGREGATOR, HELPERS_MAX, MASK, NO_DP, OWN, ROSTERS, SUM, Terms
@@ -35,19 +36,29 @@ class SumPolicy:
     roster: str = AGGREGATOR
     colluding: int = 0
 
+    @classmethod
+    def of(cls, helpers: Iterable[str], least: int, roster: str, colluding: int = 0) -> Self:
+        """The policy with keys as hex digits. Raises `ConfigError` for what is none."""
+        keys = tuple(helpers)
+        if wrong := [key for key in keys if not is_public_key(key)]:
+            raise ConfigError(
+                f"the key of a helper is {wrong[0]!r}, not 64 hex digits: copy it from `ternbus helper status`"
+            )
+        return cls(helpers=tuple(map(bytes.fromhex, keys)), min=least, roster=roster, colluding=colluding)
+
     def __post_init__(self) -> None:
         if not 1 <= len(self.helpers) <= HELPERS_MAX or len(set(self.helpers)) != len(self.helpers):
-            raise ConfigError(f"private sums need 1 to {HELPERS_MAX} different helpers: give --helper KEY once for each")
-        if any(len(key) != 32 for key in self.helpers):
-            raise ConfigError("the key of a helper is not 64 hex digits: copy it from `ternbus helper status`")
+            raise ConfigError(
+                f"private sums need 1 to {HELPERS_MAX} different helpers: give --helper KEY once for each"
+            )
         if not 2 <= self.min <= DEVICES_MAX:
-            raise ConfigError(f"private_min is {self.min}: give --private-min a number from 2 to {DEVICES_MAX}")
+            raise ConfigError(f"--private-min is {self.min}: give a number of devices from 2 to {DEVICES_MAX}")
         if not 0 <= self.colluding < self.min:
             raise ConfigError(
-                f"private_colluding is {self.colluding}: give --private-colluding a number from 0, below --private-min"
+                f"--private-colluding is {self.colluding}: give a number of devices below --private-min, {self.min}"
             )
         if self.roster not in ROSTERS:
-            raise ConfigError(f"private_roster is {self.roster!r}: write one of {', '.join(ROSTERS)}")
+            raise ConfigError(f"--private-roster is {self.roster!r}: write one of {', '.join(ROSTERS)}")
 
     def plan_fault(self, plan: Plan) -> str:
         """The reason why this device does not train by a plan; empty if it does."""
