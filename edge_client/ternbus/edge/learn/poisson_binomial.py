@@ -46,6 +46,7 @@ def release(
     terms: Terms,
     start: Vector,
     trained: Vector,
+    *,
     random_source: RandomSource,
     silent: Collection[str] = (),
 ) -> tuple[Levels, Levels]:
