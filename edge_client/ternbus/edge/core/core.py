@@ -190,9 +190,10 @@ class Core:
         if self._stopped:
             return actions
         actions += [*self.terms.check(self.training.plan, self.follower.schema), *self._note_refusal()]
-        actions += self._send(now)  # which may withdraw an update
+        actions += self.uplink.withdraw(self.follower.head, self.follower.schema)
         actions += self.evaluation.begin(self.follower, self.training, now)
         actions += [] if self._leaving else self._begin_training(now)
+        actions += self._send(now)
         return [*actions, *self._foreign_numbers.tell(), *self._check_wait(now)]
 
     # -- the connection
@@ -374,7 +375,7 @@ class Core:
         if enroll_due is not None and enroll_due <= now:
             return [*self.enrollment.send(now)]
         if head is not None and update is not None and send_due is not None and send_due <= now:
-            return self.uplink.send(update, head, self.follower.schema, now)
+            return self.uplink.send(update, head.direct_parts, now)
         return []
 
     # -- waiting and leaving

@@ -108,22 +108,27 @@ class Uplink:
         )
         return sealed(update, self.profile.key, self.profile.seal) if job.plan.seal else update
 
-    def send(self, update: OutstandingUpdate, head: Head, schema: Schema | None, now: float) -> list[Action]:
-        """Send the update, or offer it if it has more parts than the head's `direct_parts`.
+    def withdraw(self, head: Head | None, schema: Schema | None) -> list[Log]:
+        """Give up a private update that is too late before a frame of it has left: its change goes into the residual.
 
-        A private update that is too late before any frame of it has left is not sent: its change comes back into the
-        residual.
+        Later the change could be in a sum that somebody opens, and would be lost.
         """
-        state = self.pending.state
-        if update.private is not None and update.base < head.version - head.max_staleness and not is_out(state, update):
-            self.pending.put(withdrawn(state, update, schema or Schema.parse(state.schema)))
-            text = (
-                f"the update on version {update.base} is too late (the head is {head.version}), and nothing of it was "
-                f"sent; {fate(update)}"
-            )
-            return [Log(event="withdrawn", text=text, fields={"base": update.base, "version": head.version})]
+        state, update = self.pending.state, self.pending.state.outstanding
+        if head is None or update is None or update.private is None or is_out(state, update):
+            return []
+        if update.base >= head.version - head.max_staleness:
+            return []
+        self.pending.put(withdrawn(state, update, schema or Schema.parse(state.schema)))
+        text = (
+            f"the update on version {update.base} is too late (the head is {head.version}), and nothing of it was "
+            f"sent; {fate(update)}"
+        )
+        return [Log(event="withdrawn", text=text, fields={"base": update.base, "version": head.version})]
+
+    def send(self, update: OutstandingUpdate, direct_parts: int, now: float) -> list[Action]:
+        """Send the update, or offer it if it has more parts than the head's `direct_parts`."""
         parts = self.profile.update(update)
-        offered = len(parts) > head.direct_parts
+        offered = len(parts) > direct_parts
         if offered:
             parts = [self.profile.message(Offer.KIND, update.seq, Offer(base=update.base, parts=len(parts)).meta())]
         else:
