@@ -33,7 +33,7 @@ def divergence(one: list[Fraction], other: list[Fraction], order: int) -> float:
     return (math.log(power.numerator) - math.log(power.denominator)) / (order - 1)
 
 
-def exact_rate(levels: int, at: Fraction, y: Fraction, company: Iterable[Fraction], order: int) -> float:
+def exact_rate(levels: int, at: Fraction, y: Fraction, company: tuple[Fraction, ...], order: int) -> float:
     """The larger D/y² of both directions, where the other devices' values are ``company``."""
     others = [HALF + at * each for each in company for _ in range(2 * levels)]
     changed = sums([HALF + at * y] * (2 * levels) + others)
