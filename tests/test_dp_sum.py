@@ -3,30 +3,36 @@
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from support.core_device import Device, connected
+from support.core_device import aggregator as scripted_aggregator
 from support.mechanisms import gaussian, sampled
+from support.private_device import PINS, refusals, training
 from support.private_sums import card, helper_key, terms_for
+from support.scripted_aggregator import ScriptedAggregator
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.sums import masks
 from ternbus.broker.sums.terms import SUM, Terms
 from ternbus.broker.sums.words import BUCKETS, WEIGHT_STEPS
 from ternbus.edge.core import events
-from ternbus.edge.core.actions import StartTraining
+from ternbus.edge.core.actions import Log, StartTraining
 from ternbus.edge.learn.accountant import epsilon
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.sum_content import SumJob
 from ternbus.edge.learn.task import Evaluation, Trained
 from ternbus.edge.plan.plan import Plan
-from ternbus.edge.plan.privacy import Account, PrivacyPolicy, SumCost
+from ternbus.edge.plan.privacy import Account, Charge, PrivacyPolicy, SumCost
 from ternbus.edge.plan.sum_policy import SumPolicy
 from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.shell import cli
+from ternbus.edge.shell.directory import Settings
 from ternbus.edge.shell.worker import train
 
 SCHEMA = Schema.of({"w": (20, 20), "b": (9,), "layer.running_mean": (5,)})
@@ -209,7 +215,7 @@ def test_an_account_comes_back_from_its_text_and_one_without_sums_is_what_it_was
 
 @pytest.mark.parametrize(
     "strange",
-    [cost(10**9), cost(1, norm=1e6), cost(1, theta=5e-324), cost(1, theta=0.25, levels=63, honest=2), cost(1, 127)],
+    [cost(10**9), cost(1, norm=1e6), cost(1, theta=5e-324), cost(1, theta=0.25, levels=20, honest=2), cost(1, 40)],
 )
 def test_every_cost_has_an_epsilon(strange: SumCost) -> None:
     """Whatever terms an aggregator signs: an exception would stop the device."""
@@ -298,3 +304,65 @@ def test_the_command_refuses_what_is_no_sum(wrong: str, says: str) -> None:
     found = run(f"--dp sum --epsilon 8 --updates 1 {wrong}")
     assert isinstance(found.exception, ConfigError)
     assert says in str(found.exception)
+
+
+# -- the device's core and its settings
+
+
+def following_sums(**changes: Any) -> tuple[Any, Device, StartTraining]:
+    """A device whose owner counts on one colluding device, training on version 0 by a plan with dp = "sum"."""
+    terms = terms_for(ScriptedAggregator().schema, dp=SUM, theta=THETA, norm=NORM, min=7)
+    pins = replace(PINS, colluding=1)
+    return training(terms, plan=dict(PLAN), sums=pins, max_staleness=0, **changes)
+
+
+def test_a_job_says_how_many_devices_are_honest() -> None:
+    _, _, started = following_sums()
+    assert started.sums is not None
+    assert started.sums.honest == 6
+    assert started.plan.dp == "sum"
+
+
+def test_a_late_update_that_was_not_sent_is_lost_and_paid_for() -> None:
+    """Its draws are noise that no other sum may have without their cost."""
+    scripted, device, started = following_sums(direct_parts=0)  # it is offered first
+    result = train(Learner(0.1), started)
+    assert isinstance(result, events.TrainingFinished)
+    device.handle(result)
+    scripted.advance()
+    done = device.arrive(*scripted.delta(1), scripted.head())
+    (text,) = [each.text for each in done if isinstance(each, Log) and each.event == "withdrawn"]
+    assert text.endswith('nothing of it was sent; its change is lost, since dp = "sum" keeps no residual')
+    assert device.disk is not None
+    assert (device.disk.outstanding, device.disk.residual) == (None, None)
+    assert device.disk.account.spent == (cost(1, 6),)
+
+
+@pytest.mark.parametrize(("before", "kind"), [("sample", "sum"), ("sum", "sample")])
+def test_a_plan_of_a_kind_that_does_not_mix_is_refused_in_words(before: str, kind: str) -> None:
+    spent: Charge = sampled(9.0, 0.1, 1) if before == "sample" else cost(1)
+    plan = PLAN if kind == "sum" else {"dp": "sample", "dp_clip": 1.0, "dp_noise": 1.0, "dp_epsilon": 9.0}
+    about: dict[str, Any] = {"sums": PINS} if kind == "sum" else {}
+    scripted = scripted_aggregator(plan=dict(plan))
+    device = connected(state={"account": Account(spent=(spent,))}, **about)
+    done = device.arrive(scripted.status(), scripted.head(), *scripted.snapshot())
+    assert not [each for each in done if isinstance(each, StartTraining)]
+    said = f'it has dp = "{kind}", but this device has trained under dp = "{before}"'
+    assert any(text.startswith(said) for text in refusals(done))
+
+
+def test_the_settings_keep_the_colluding_devices() -> None:
+    made = Settings(
+        federation="fed", device="pi-1", broker="mqtt://localhost", aggregator_key="00" * 32, task="digits",
+        helpers=HELPERS[0].hex(), private_min="5", private_colluding="2",
+    )  # fmt: skip
+    assert made.sums == SumPolicy(helpers=HELPERS, min=5, colluding=2)
+    with pytest.raises(ConfigError, match="private_colluding is 'two'"):
+        replace(made, private_colluding="two")
+
+
+def test_this_kind_without_private_sums_is_refused_at_join(tmp_path: Path) -> None:
+    line = ["join", str(tmp_path / "x.toml"), str(tmp_path / "d"), "--task", "digits", "--dp", "sum"]
+    found = CliRunner().invoke(cli.app, [*line, "--max-epsilon", "8"])
+    assert isinstance(found.exception, ConfigError)
+    assert "add --private" in str(found.exception)

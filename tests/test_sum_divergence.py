@@ -59,11 +59,9 @@ def test_no_value_and_no_company_costs_more_than_the_bound(levels: int, at: str,
 def test_company_at_its_extremes_is_worst() -> None:
     """The bound tries only these, by quasi-convexity; here every mixture of eleven values is tried."""
     values = [Fraction(each, 5) for each in range(-5, 6)]
-    found = {
-        company: exact_rate(1, Fraction(1, 5), Fraction(1), company, 4)
-        for company in combinations_with_replacement(values, 2)
-    }
-    assert set(max(found, key=lambda company: found[company])) <= {-1, 1}
+    companies = list(combinations_with_replacement(values, 2))
+    worst = max(companies, key=lambda company: exact_rate(1, Fraction(1, 5), Fraction(1), company, 4))
+    assert set(worst) <= {-1, 1}
 
 
 def plain_rates(levels: int, at: float, honest: int, order: float) -> list[float]:

@@ -28,6 +28,7 @@ Floats = npt.NDArray[np.float64]
 ORDERS: Final = tuple(1 + 0.1 * 1.2**step for step in range(44))  # to 254
 CELLS: Final = 32  # of y
 THETA_COARSE: Final = 0.0625  # up to here `CELLS` bound it within some percent; more in proportion
+CELLED_MAX: Final = 2**21  # values of all cells, so that the largest sums take seconds; some percent more, then
 THETA_SMALLEST: Final = 1e-3  # below it, differences of probabilities would lose digits
 SAFETY: Final = 1 + 1e-6  # for rounding; sums have relative errors of 1e-12
 TINY: Final = 1e-5  # |w - 1| below which ψ is not computed by a difference
@@ -47,7 +48,7 @@ def rates(levels: int, theta: float, honest: int, orders: tuple[float, ...] = OR
     ratios, idle = _ratios(levels, theta, honest)
     # v·y = w - 1 = Σ_m C(2k, m) y^m (1-y)^(2k-m) (w_m - 1), and w_0 = 1: coefficients of v, of degree 2k - 1.
     coefficients = (ratios - 1) * (trials / np.arange(1, trials + 1))[:, None, None]
-    cells = CELLS * max(1, round(theta / THETA_COARSE))
+    cells = min(CELLS * max(1, round(theta / THETA_COARSE)), CELLED_MAX // idle.size)
     worst = np.zeros(len(orders))
     for cell in range(cells):
         low, high = cell / cells, (cell + 1) / cells
