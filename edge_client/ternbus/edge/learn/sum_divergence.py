@@ -48,7 +48,7 @@ def rates(levels: int, theta: float, honest: int, orders: tuple[float, ...] = OR
     ratios, idle = _ratios(levels, theta, honest)
     # v·y = w - 1 = Σ_m C(2k, m) y^m (1-y)^(2k-m) (w_m - 1), and w_0 = 1: coefficients of v, of degree 2k - 1.
     coefficients = (ratios - 1) * (trials / np.arange(1, trials + 1))[:, None, None]
-    cells = min(CELLS * max(1, round(theta / THETA_COARSE)), CELLED_MAX // idle.size)
+    cells = max(1, min(CELLS * max(1, round(theta / THETA_COARSE)), CELLED_MAX // idle.size))
     worst = np.zeros(len(orders))
     for cell in range(cells):
         low, high = cell / cells, (cell + 1) / cells
