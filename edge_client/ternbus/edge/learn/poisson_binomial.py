@@ -65,15 +65,14 @@ def release(
     return drawn
 
 
-def content(schema: Schema, terms: Terms, drawn: tuple[Levels, Levels], random_source: RandomSource) -> SumContent:
+def content(terms: Terms, drawn: tuple[Levels, Levels], random_source: RandomSource) -> SumContent:
     """The words of a release, and a seed for each helper.
 
-    The weight is 1, and each tensor's bucket is the middle one: nothing beside the draws depends on the data.
+    The weight is 1, and all buckets are 0: nothing beside the draws depends on the data.
     """
     ternary, dense = drawn
-    buckets = np.zeros((len(schema.tensors), BUCKETS), np.int64)
-    buckets[:, BUCKETS // 2] = 1
-    words = terms.layout.pack(ternary, np.concatenate([dense.astype(np.int64), [WEIGHT_STEPS], buckets.reshape(-1)]))
+    buckets = np.zeros(BUCKETS * len(terms.scales), np.int64)
+    words = terms.layout.pack(ternary, np.concatenate([dense.astype(np.int64), [WEIGHT_STEPS], buckets]))
     seeds = tuple(seed_of(words, random_source.fresh(SEED_BYTES)) for _ in terms.helpers)
     return SumContent(words=words.tobytes(), seeds=seeds)
 

@@ -149,10 +149,9 @@ def join(
 
     Example: ternbus edge join pi-7.toml pi-7 --task digits --partition iid:0/8
     """
-    usual = (width, partition, frame_bytes, max_seconds, max_steps) == (1, "all", FRAME_BYTES, None, None)
+    usual = (width, partition, frame_bytes, max_seconds, max_steps, hold_out) == (1, "all", FRAME_BYTES, None, None, 0)
     sums = pinned(private, helpers or [], private_min, private_roster, private_colluding)
-    asked_for = (data, seed, username, password_file, dp, max_epsilon, hold_out, processor, not usual, sums)
-    _check_renew(renew, task, any(asked_for))
+    _check_renew(renew, task, any((data, seed, username, password_file, dp, max_epsilon, processor, not usual, sums)))
     _check_run(then_run, bool(reports or fine_tune), f"{partition};test:{hold_out!r}" if hold_out else partition)
     policy, limits = _policy(dp, max_epsilon, max_delta, private), TrainingLimits(seconds=max_seconds, steps=max_steps)
     home, options = DeviceDirectory(directory), Options(timeout_s=timeout, reports=reports, fine_tune=fine_tune)

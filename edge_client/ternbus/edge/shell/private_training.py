@@ -104,7 +104,7 @@ def _release_sum(trainer: Trainer, job: StartTraining, random_source: RandomSour
     drawn = poisson_binomial.release(
         job.schema, terms, job.vector, outcome.after, random_source=random_source, silent=silent
     )
-    content = poisson_binomial.content(job.schema, terms, drawn, random_source)
+    content = poisson_binomial.content(terms, drawn, random_source)
     return _Released(content=content, residual=None, outcome=outcome)
 
 
