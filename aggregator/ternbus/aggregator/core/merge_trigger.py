@@ -12,7 +12,7 @@ bring one about below that number.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -94,11 +94,23 @@ class MergeTrigger:
 
     def _awaited(self, buffer: Buffer, online: Online, now: float) -> Member | None:
         """The first device online that trains, is not in the buffer and has not been silent for too long."""
-        contributors = {update.device for update in buffer}
+        return self.awaited({update.device for update in buffer}, online, now)
+
+    def awaited(self, contributors: Set[str], online: Online, now: float) -> Member | None:
+        """The first device online, but for ``contributors``, that trains and has not been silent for too long."""
         for name, member in online.items():
-            if name not in contributors and member.contributes and now < self._silent_at(member):
+            if name not in contributors and self.is_expected(member, now):
                 return member
         return None
+
+    def is_expected(self, member: Member, now: float) -> bool:
+        """Whether a device online trains, and has not been silent for too long."""
+        return member.contributes and now < self._silent_at(member)
+
+    def silence_due_s(self, member: Member, now: float) -> float | None:
+        """When a device's silence will say that it sends nothing; None where it says so already."""
+        at = self._silent_at(member)
+        return at if now < at < math.inf else None
 
     def _silent_at(self, member: Member) -> float:
         """When a device's silence says that it sends nothing, if it stays silent."""
