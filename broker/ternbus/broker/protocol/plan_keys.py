@@ -143,7 +143,7 @@ def fault(plan: Mapping[str, Any]) -> str | None:
         if missing := [name for name in needed if not plan.get(name)]:
             listed = f"{needed[0]}, {needed[1]} and {needed[2]}"
             return f"dp is {kind!r}: {listed} must be above 0; set {', '.join(missing)}"
-        if kind == SUM and plan.get("codec", "ternary") != PRIVATE:
+        if kind == SUM and plan.get("codec", PRIVATE) != PRIVATE:
             return f"dp is {SUM!r}: only sums of many devices have its noise; set codec to {PRIVATE!r} (private sums)"
     return None
 
