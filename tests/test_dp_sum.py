@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from support.core_device import Device, connected
@@ -28,7 +30,7 @@ from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.sum_content import SumJob
 from ternbus.edge.learn.task import Evaluation, Trained
 from ternbus.edge.plan.plan import Plan
-from ternbus.edge.plan.privacy import Account, Charge, PrivacyPolicy, SumCost
+from ternbus.edge.plan.privacy import MECHANISMS_MAX, Account, Charge, PrivacyPolicy, SumCost
 from ternbus.edge.plan.sum_policy import SumPolicy
 from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.shell import cli
@@ -201,6 +203,39 @@ def test_a_device_that_trusts_nobody_counts_an_update_in_a_sum_as_if_it_was_seen
 def test_sums_and_samples_do_not_mix(before: Any, kind: str) -> None:
     assert not Account(spent=(before,)).covers(kind)
     assert epsilon([cost(1), sampled(9.0, 0.1, 1)], 1e-5) == math.inf
+
+
+@given(
+    st.lists(
+        st.builds(
+            SumCost,
+            levels=st.sampled_from([1, 2]),
+            theta=st.sampled_from([0.01, 0.1, 0.2]),
+            norm=st.sampled_from([0.5, 3.0]),
+            honest=st.integers(1, 3),
+            steps=st.integers(1, 30),
+        ),
+        min_size=2,
+        max_size=2,
+    )
+)
+def test_two_sums_that_become_one_entry_cost_no_less(pair: list[SumCost]) -> None:
+    one, other = pair
+    joined = one.joined(other)
+    assert joined.steps == one.steps + other.steps
+    assert epsilon([joined], 1e-5) >= epsilon(pair, 1e-5) * (1 - 1e-9)
+    same = one.joined(replace(one, norm=7.0, steps=2))
+    assert epsilon([same], 1e-5) == pytest.approx(epsilon([one, replace(one, norm=7.0, steps=2)], 1e-5))
+
+
+def test_ever_new_thetas_do_not_make_an_account_grow_for_good() -> None:
+    account = Account()
+    for version in range(80):
+        account = account.plus(cost(1, theta=0.1 + version / 1000)).plus(gaussian(5.0 + version, 1))
+    assert len(account.spent) == MECHANISMS_MAX
+    assert sum(each.steps for each in account.spent) == 160
+    exact = [cost(1, theta=0.1 + version / 1000) for version in range(0, 80, 20)]
+    assert epsilon(account.of("sum"), 1e-5) > epsilon(exact, 1e-5)
 
 
 def test_an_account_comes_back_from_its_text_and_one_without_sums_is_what_it_was() -> None:

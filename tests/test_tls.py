@@ -23,7 +23,7 @@ from ternbus.broker.errors import LinkError
 from ternbus.broker.link.events import Arrived, Connected, Published
 from ternbus.broker.link.link import Link
 from ternbus.broker.link.tls import Tls
-from ternbus.broker.server import certificates, nats, tls_service
+from ternbus.broker.server import certificates, nats, nats_streams, tls_service
 from ternbus.broker.server.certificates import Authority
 from ternbus.broker.server.directory import BrokerDirectory, Credentials
 from ternbus.broker.server.running import Engine, RunningBroker, choose, reserve, start
@@ -133,6 +133,18 @@ def test_the_members_of_a_federation_talk_over_tls_1_3(bus: Bus) -> None:
         aggregator.publish(f"{LAB}/all/head", b"head", retain=True)
         aggregator.publish(f"{LAB}/down/pi-1/receipt", b"receipt")
         assert {inbox.next(Arrived).payload for _ in range(2)} == {b"head", b"receipt"}
+
+
+def test_what_nats_server_keeps_for_devices_that_are_away_is_bounded(
+    bus: Bus, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By its authorization service's user, the only one that may."""
+    assert [record.message for record in caplog.get_records("setup")] == []
+    if bus.broker.software.engine is Engine.NATS:
+        port = nats.own_port(bus.broker.directory, bus.broker.pid)
+        assert port is not None
+        nats_streams.bound(port, lambda _: {"verbose": False})  # a user without a name
+        assert "without a bound" in caplog.text
 
 
 def test_without_a_certificate_nobody_comes_in(bus: Bus) -> None:

@@ -5,9 +5,11 @@ The mechanisms are in `learn/noise.py`, `torch/dp_sgd.py` and `learn/poisson_bin
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Final
+from itertools import pairwise
+from typing import Any, Final
 
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol import plan_keys
@@ -18,6 +20,8 @@ DEVICE: Final = plan_keys.DEVICE
 SAMPLE: Final = plan_keys.SAMPLE
 SUM: Final = plan_keys.SUM
 KINDS: Final = (DEVICE, SAMPLE, SUM)
+MECHANISMS_MAX: Final = 32  # in an account: each takes time in every computation of epsilon, and space on the disk
+NOISE_TINY: Final = 1e-100  # with less, and with far more, a mechanism exceeds every budget; its square is no 0
 PRIVACY_METRICS: Final = ("epsilon", "delta")  # metrics of an update that do not depend on the data
 
 
@@ -33,6 +37,27 @@ class Cost:
     rate: float
     steps: int
 
+    def joined(self, other: "Cost") -> "Cost":
+        """One mechanism that costs as much as both of the same kind together: exactly so without sampling, else more.
+
+        The squares of 1 / noise of Gaussian mechanisms add up. A sampled one costs more with less noise, and more with
+        a larger rate.
+        """
+        steps, noise = self.steps + other.steps, min(self.noise, other.noise)
+        if self.rate == other.rate == 1:
+            noise = math.sqrt(steps / (self.weight + other.weight))
+        return Cost(kind=self.kind, noise=noise, rate=max(self.rate, other.rate), steps=steps)
+
+    @property
+    def weight(self) -> float:
+        """About what it costs, to compare: steps · (rate / noise)², to which RDP is proportional with much noise."""
+        return self.steps * (self.rate / max(self.noise, NOISE_TINY)) ** 2
+
+    @property
+    def order(self) -> tuple[float, ...]:
+        """Alike mechanisms are neighbours in this order."""
+        return self.rate, self.noise
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SumCost:
@@ -47,6 +72,29 @@ class SumCost:
     norm: float
     honest: int
     steps: int
+
+    def joined(self, other: "SumCost") -> "SumCost":
+        """One mechanism that costs at least as much as both: exactly as much where only norms differ.
+
+        An update costs in proportion to the square of its norm, less with more honest devices, whose draws hide the
+        others' too, and with a smaller θ less than in proportion to its square. Of unequal levels, what everybody sees
+        alone costs more with more of them.
+        """
+        steps, theta = self.steps + other.steps, max(self.theta, other.theta)
+        squares = math.fsum(each.steps * (each.norm * each.theta / theta) ** 2 for each in (self, other))
+        honest = min(self.honest, other.honest) if self.levels == other.levels else 1
+        levels, norm = max(self.levels, other.levels), math.sqrt(squares / steps)
+        return SumCost(levels=levels, theta=theta, norm=norm, honest=honest, steps=steps)
+
+    @property
+    def weight(self) -> float:
+        """About what it costs, to compare: that of a `Cost` with about its noise."""
+        return self.steps * 8 * self.levels * (self.theta * self.norm) ** 2 / self.honest
+
+    @property
+    def order(self) -> tuple[float, ...]:
+        """Alike mechanisms are neighbours in this order."""
+        return self.levels, self.honest, self.theta * self.norm
 
 
 Charge = Cost | SumCost
@@ -84,11 +132,15 @@ class Account:
         return tuple(_counted(cost, kind) for cost in counted)
 
     def plus(self, cost: Charge) -> "Account":
-        """The account with another cost. Equal mechanisms add up to one entry. The caller must update `epsilon`."""
+        """The account with another cost. Equal mechanisms add up to one entry. The caller must update `epsilon`.
+
+        Of more than `MECHANISMS_MAX`, those are joined that cost the least more by it. So an aggregator that changes
+        the noise with each version cannot have the account grow for good, while epsilon stays small.
+        """
         same = [each for each in self.spent if replace(each, steps=cost.steps) == cost]
         others = [each for each in self.spent if each not in same]
         steps = cost.steps + sum(each.steps for each in same)
-        return replace(self, spent=(*others, replace(cost, steps=steps)))
+        return replace(self, spent=_few([*others, replace(cost, steps=steps)]))
 
     def dumps(self) -> str:
         return json.dumps(asdict(self))
@@ -98,6 +150,16 @@ class Account:
         table = json.loads(text)
         spent = tuple((SumCost if each["kind"] == SUM else Cost)(**each) for each in table["spent"])
         return cls(**{**table, "spent": spent})
+
+
+def _few(spent: list[Charge]) -> tuple[Charge, ...]:
+    """At most `MECHANISMS_MAX` mechanisms that cost at least as much; `spent` itself if it has no more."""
+    while len(spent) > MECHANISMS_MAX:
+        spent.sort(key=lambda cost: (cost.kind, cost.order))
+        pairs: list[tuple[Any, Any]] = [(one, other) for one, other in pairwise(spent) if one.kind == other.kind]
+        one, other = min(pairs, key=lambda pair: pair[0].joined(pair[1]).weight - pair[0].weight - pair[1].weight)
+        spent = [*(each for each in spent if each not in (one, other)), one.joined(other)]
+    return tuple(spent)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
