@@ -1,5 +1,6 @@
 """`dp = "sum"` on a device: what a training releases and costs, which terms and plans it follows, what it adds up."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -323,6 +324,22 @@ def test_the_command_says_theta_and_the_noise_of_a_mean() -> None:
     assert float(fewer.output.splitlines()[0].removeprefix("dp_theta = ")) < theta
 
 
+def test_the_command_speaks_json_for_scripts_and_tells_the_noise_of_other_kinds_too() -> None:
+    line = "--epsilon 8 --updates 20 --devices 10 --elements 650 --json"
+    told = json.loads(run(f"--dp sum --norm 4 {line}").output)
+    assert set(told) == {"dp_theta", "dp_norm", "noise_of_mean", "noise_of_mean_in_all"}
+    assert told["noise_of_mean"] == pytest.approx(1 / (told["dp_theta"] * 4 * math.sqrt(80)))
+    alone = json.loads(run(f"--dp device {line}").output)
+    assert alone["noise_of_mean_in_all"] == pytest.approx(alone["dp_noise"] * math.sqrt(65))
+    assert "noise_of_mean" not in json.loads(run("--dp device --epsilon 8 --updates 20 --json").output)
+
+
+def test_the_command_says_what_no_theta_can_do() -> None:
+    found = run("--dp sum --epsilon 1e-9 --updates 1000000000 --delta 1e-30 --devices 2 --norm 1e6")
+    assert isinstance(found.exception, ConfigError)
+    assert "no theta from 1e-06" in str(found.exception)
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
@@ -399,3 +416,10 @@ def test_this_kind_without_private_sums_is_refused_at_join(tmp_path: Path) -> No
     found = CliRunner().invoke(cli.app, [*line, "--max-epsilon", "8"])
     assert isinstance(found.exception, ConfigError)
     assert "add --private" in str(found.exception)
+
+
+def test_colluding_devices_without_private_sums_are_refused_at_join(tmp_path: Path) -> None:
+    line = ["join", str(tmp_path / "x.toml"), str(tmp_path / "d"), "--task", "digits", "--private-colluding", "1"]
+    found = CliRunner().invoke(cli.app, line)
+    assert isinstance(found.exception, ConfigError)
+    assert "--private-colluding are for private sums: add --private" in str(found.exception)
