@@ -92,7 +92,7 @@ def bus(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bus]:
     )
     folder = tmp_path / "members"
     folder.mkdir()
-    members = {name: home.issue(name, "lab") for name in ("pi-1", "pi-2", "aggregator-lab")}
+    members = {name: home.issue(name, "lab") for name in ("pi-1", "pi-2", "aggregator_help_bureau", "aggregator-lab")}
     members |= {name: home.issue(name, "other") for name in ("pi-9", "aggregator-other")}
     with tls_service.start(home) as broker:
         bus = Bus(home=home, broker=broker, folder=folder)
@@ -538,3 +538,28 @@ def test_a_federation_over_tls_takes_no_more_commands_than_one_without(engine: E
     secrets += [tmp_path / name / file for name in devices for file in ("device.key", "certificate.key", "edge.toml")]
     assert len(secrets) >= 13
     assert {file: oct(file.stat().st_mode & 0o777) for file in secrets if file.stat().st_mode & 0o077} == {}
+
+
+def test_a_helper_reads_its_own_topics_and_no_update_and_no_device_reads_or_writes_a_helper_s(bus: Bus) -> None:
+    user, theirs = "aggregator_help_bureau", f"{LAB}/help/bureau"
+    with bus.linked("aggregator-lab") as (server, heard), bus.linked("pi-1") as (device, device_inbox):
+        assert subscribe(server, heard, f"{LAB}/all/status", f"{LAB}/help/+/answer") == []
+        with bus.linked(user) as (helper, inbox):
+            assert publish(helper, inbox, f"{theirs}/card", b"card", retain=True)
+            assert publish(server, heard, f"{theirs}/ask", b"ask", retain=True)
+            for forbidden in (f"{LAB}/help/other/answer", f"{theirs}/ask", f"{LAB}/up/pi-1/status", f"{LAB}/all/head"):
+                publish(helper, inbox, forbidden, b"forged", retain=True)
+            for forbidden in (f"{theirs}/answer", f"{theirs}/ask", f"{LAB}/all/terms/0"):
+                publish(device, device_inbox, forbidden, b"forged", retain=True)
+            assert publish(server, heard, f"{LAB}/all/terms/0", b"terms", retain=True)
+            assert publish(device, device_inbox, f"{LAB}/up/pi-1/status", b"status", retain=True)
+            stored = inbox.stored(helper, [f"{theirs}/card", f"{theirs}/ask"])
+            assert {topic: each.payload for topic, each in stored.items()} == {
+                f"{theirs}/card": b"card",
+                f"{theirs}/ask": b"ask",
+            }
+            assert subscribe(helper, inbox, f"{theirs}/status", f"{LAB}/up/pi-1/status") == []
+            stored = device_inbox.stored(device, [f"{LAB}/all/terms/0"])
+            assert [each.payload for each in stored.values()] == [b"terms"]
+            assert subscribe(device, device_inbox, f"{LAB}/up/pi-1/offer", f"{theirs}/ask", f"{theirs}/card") == []
+        assert heard.arrivals_within(1, 0.5) == []  # nobody else answered in a helper's name
