@@ -14,7 +14,9 @@ from typing import Any, Final
 from ternbus.aggregator.core import records
 from ternbus.aggregator.store import checksums
 from ternbus.aggregator.store.schema import DROPPED
+from ternbus.aggregator.sums.decode import RANGE
 from ternbus.aggregator.sums.private_sets import ABANDONED, MADE, OPENED, OPENING, PrivateUpdate
+from ternbus.broker.protocol.messages import PRIVATE
 
 Written = (
     records.UpdatesDropped
@@ -28,7 +30,8 @@ Written = (
 ASKS: Final = "asks"  # a fact: the digests of sets, by the helper that has not answered for them, in JSON
 _ONE: Final = "digest = :digest"
 _OF_DEVICE: Final = "update_id = (SELECT id FROM updates WHERE device = :device AND base = :base)"
-_REVOKED: Final = "revoked"
+_REVOKED: Final = "revoked"  # why updates are dropped
+DAMAGED: Final = "damaged"
 
 
 def accepted(db: sqlite3.Connection, number: int, private: PrivateUpdate) -> None:
@@ -101,6 +104,46 @@ def revoke(db: sqlite3.Connection, device: str) -> None:
         _drop(db, device, base, _REVOKED)
 
 
+def mend(db: sqlite3.Connection) -> list[str]:
+    """After a repair, let a start find nothing that lacks a part; in words the accepted updates that are dropped.
+
+    What was merged is in the model. An update of a set that is lost waits again: where helpers know that set, they
+    refuse the update in another one.
+    """
+    db.execute("DELETE FROM sets WHERE merged IS NOT NULL OR base NOT IN (SELECT base FROM contexts)")
+    found = db.execute(
+        "SELECT s.digest, s.state, s.devices, count(u.id) FROM sets s LEFT JOIN private_updates p"
+        " ON p.set_digest = s.digest LEFT JOIN updates u ON u.id = p.update_id AND u.merged IS NULL GROUP BY s.digest"
+    ).fetchall()
+    lacking = [(digest, state) for digest, state, devices, count in found if count != devices and state != ABANDONED]
+    for digest, state in lacking:
+        if state == MADE:
+            _abandon(db, digest)
+        else:
+            db.execute("DELETE FROM sets WHERE digest = ?", (digest,))
+    spoiled = {digest for digest, state in lacking if state != MADE}
+    rows = db.execute(
+        "SELECT u.id, u.device, u.base, p.set_digest, u.merged, p.update_id IS NULL OR c.base IS NULL FROM updates u"
+        " LEFT JOIN private_updates p ON p.update_id = u.id LEFT JOIN contexts c ON c.base = u.base"
+        " WHERE u.codec = ? AND (u.merged IS NULL OR (u.merged = ? AND p.why = '')) ORDER BY u.id",
+        (PRIVATE, DROPPED),
+    ).fetchall()
+    dropped = []
+    for number, device, base, digest, merged_in, is_lacking in rows:
+        if is_lacking or digest in spoiled or merged_in == DROPPED:
+            blank = (number, b"", b"", b"", 0, None, "", None)
+            checksums.insert(db, "private_updates", blank, replace=True)
+            _drop(db, device, base, DAMAGED)
+            if merged_in is None:
+                dropped.append(f"update {number} of {device} on version {base}, which was accepted")
+    for (digest,) in db.execute(
+        "SELECT DISTINCT set_digest FROM private_updates WHERE set_digest IS NOT NULL"
+    ).fetchall():
+        if not db.execute("SELECT 1 FROM sets WHERE digest = ?", (digest,)).fetchone():
+            _free(db, digest)
+    return dropped
+
+
 def _state(db: sqlite3.Connection, digest: bytes, state: str) -> None:
     checksums.update(db, "sets", {"state": ":state"}, _ONE, {"state": state, "digest": digest})
 
@@ -125,7 +168,8 @@ def status(db: sqlite3.Connection) -> dict[str, Any]:
     """Where private updates are that no version contains, as JSON values.
 
     ``groups`` are those in no set by base, ``sets`` those in flight with the helpers that have not answered for them as
-    ``waits_for``, ``dropped`` how many there were by reason.
+    ``waits_for``, ``dropped`` how many there were by reason. ``spoiled`` counts by device the sums out of range that it
+    was part of: whoever is in all of them sends what it must not, or a helper does.
     """
     found = db.execute("SELECT value FROM facts WHERE name = ?", (ASKS,)).fetchone()
     unanswered = {} if found is None else json.loads(found[0])
@@ -137,6 +181,11 @@ def status(db: sqlite3.Connection) -> dict[str, Any]:
     dropped: Counter[str] = Counter()
     for why, count in db.execute("SELECT why, count(*) FROM private_updates WHERE why != '' GROUP BY why ORDER BY why"):
         dropped[why.partition(":")[0]] += count
+    spoiled = db.execute(
+        "SELECT u.device, count(*) FROM private_updates p JOIN updates u ON u.id = p.update_id"
+        " WHERE p.why GLOB ? GROUP BY u.device ORDER BY u.device",
+        (f"{RANGE}*",),
+    )
     return {
         "groups": [{"base": base, "updates": count} for base, count in groups],
         "sets": [
@@ -150,4 +199,5 @@ def status(db: sqlite3.Connection) -> dict[str, Any]:
             for digest, base, devices, state in sets
         ],
         "dropped": dict(dropped),
+        "spoiled": dict(spoiled.fetchall()),
     }

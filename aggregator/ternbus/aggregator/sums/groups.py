@@ -15,6 +15,7 @@ after one whose sum was out of range, only a version of no update lets them go o
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Final
 
@@ -29,7 +30,7 @@ class Waiting:
     min: int  # devices in its set, by its owner
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Group:
     """The updates of one context, in order of acceptance; a device is in it once."""
 
@@ -39,7 +40,8 @@ class Group:
     members: Sequence[Waiting]
     since: float = math.inf  # when the first of them was accepted
 
-    def sets(self) -> list[tuple[str, ...]]:
+    @cached_property
+    def sets(self) -> Sequence[tuple[str, ...]]:
         """The devices of the sets that can be cut from it now, as few and as even as can be; what is left waits."""
         able: Sequence[Waiting] = ()
         left = self.members
@@ -57,7 +59,7 @@ class Group:
     @property
     def suffices(self) -> bool:
         """Whether a set can be cut from it."""
-        return bool(self.sets())
+        return bool(self.sets)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +95,8 @@ class Rule:
     def due_s(self, groups: Iterable[Group], now: float) -> float | None:
         """When ``ready`` has to be asked again, if nothing happens before; None where time alone changes nothing."""
         moments = [group.since + self.max_wait_s for group in groups if group.suffices]
-        return min((each for each in (*moments, self.not_before) if now < each < math.inf), default=None)
+        moments += [self.not_before] if moments else []
+        return min((moment for moment in moments if now < moment < math.inf), default=None)
 
     def needs_version(self, groups: Sequence[Group], resting: frozenset[str], newest: Group, now: float) -> bool:
         """Whether only a version of no update lets devices go on: none of them can send, and nothing can be merged.
