@@ -244,7 +244,7 @@ def short(scripted: ScriptedAggregator, **changes: Any) -> Terms:
         ({"dense": 8}, "a model of other tensors"),
         ({"ternary": 1001}, "a model of other tensors"),
         ({"scales": (1.0,)}, "a model of other tensors"),
-        ({"dp": "sum", "theta": 0.1, "norm": 1.0}, 'the terms have dp = "sum"'),
+        ({"dp": "sum", "theta": 0.1, "norm": 1.0}, "the terms have dp, theta and norm sum, 0.1 and 1"),
     ],
 )
 def test_terms_that_break_a_pin_are_refused_in_words(changes: dict[str, Any], said: str) -> None:

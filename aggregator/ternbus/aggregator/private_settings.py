@@ -8,6 +8,7 @@ from ternbus.aggregator.sections import key, section
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.identity import check_helper, is_public_key
 from ternbus.broker.protocol.messages import PRIVATE
+from ternbus.broker.protocol.plan_keys import DEVICE, SAMPLE, SUM
 from ternbus.broker.sums.terms import HELPERS_MAX, MASK
 from ternbus.broker.sums.words import BITS, DEVICES_MAX, Layout
 
@@ -111,6 +112,11 @@ def plan_with_codec(plan: Mapping[str, Any], private: PrivateSettings | None, wh
             raise ConfigError(
                 f'{where}.codec = "{PRIVATE}" needs helpers: make the federation with `ternbus aggregator init '
                 "--private --helper FILE`, or use another codec"
+            )
+        if plan.get("dp") == SUM:
+            raise ConfigError(
+                f'{where}.dp = "{SUM}" needs private sums, whose draws are the noise: make the federation with '
+                f'`ternbus aggregator init --private --helper FILE`, or use dp = "{DEVICE}" or "{SAMPLE}"'
             )
         return dict(plan)
     if codec not in (None, PRIVATE):

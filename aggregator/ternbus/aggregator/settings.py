@@ -11,6 +11,7 @@ from ternbus.aggregator.private_settings import PRIVATE_DOC, PrivateSettings, pl
 from ternbus.aggregator.sections import key, section
 from ternbus.broker import toml
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol import plan_keys
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from ternbus.broker.protocol.identity import check_federation
 from ternbus.broker.protocol.invitation import check_broker_url
@@ -213,6 +214,14 @@ class Settings:
         plans = ({} if self.plan_check is None else self.plan_check.default_plan, self.plan)
         stated = [plan["learning_rate"] for plan in plans if plan.get("learning_rate")]
         return float(stated[-1]) if stated else LEARNING_RATE
+
+    @property
+    def sum_noise(self) -> tuple[float, float]:
+        """θ and B of `dp = "sum"`, of the plan or the task; 0 and 0 for another `dp`."""
+        plan = {**({} if self.plan_check is None else self.plan_check.default_plan), **self.plan}
+        if plan.get("dp") != plan_keys.SUM:
+            return 0.0, 0.0
+        return float(plan.get("dp_theta", 0.0)), float(plan.get("dp_norm", 0.0))
 
     @property
     def min_devices(self) -> int:

@@ -50,9 +50,9 @@ def decode(terms: Terms, schema: Schema, total: Words, devices: int) -> SetSum:
         raise ProtocolError(RANGE, f"the weight of {devices} devices is {omega}")
     if (counts < 0).any() or (counts.sum(axis=1) != (0 if private else devices)).any():
         raise ProtocolError(RANGE, f"the buckets of a tensor do not count {devices} devices")
-    factor = WEIGHT_STEPS / omega / (2 * terms.levels * terms.theta if private else 1)
+    factor = WEIGHT_STEPS / omega
     change = np.zeros(schema.elements, np.float64)
-    parts = ((schema.ternary, ternary, 1 if private else terms.levels), (schema.dense, dense, 1 if private else steps))
+    parts = ((schema.ternary, ternary, terms.ternary_steps), (schema.dense, dense, terms.dense_steps))
     scales = dict(zip(schema.segments, terms.scales, strict=True))
     for segments, integers, divisor in parts:
         for segment in segments:

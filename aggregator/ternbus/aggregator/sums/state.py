@@ -12,7 +12,7 @@ from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.sums import scales
 from ternbus.aggregator.sums.helper import Helper
 from ternbus.broker.protocol.schema import Schema, Vector
-from ternbus.broker.sums.terms import Terms, context, digest_of
+from ternbus.broker.sums.terms import NO_DP, SUM, Terms, context, digest_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,7 @@ class PrivateSums:
     schema: Schema
     buffer_size: int  # of a merge
     learning_rate: float  # of the plan
+    noise: tuple[float, float] = (0.0, 0.0)  # θ and B of the plan's `dp = "sum"`; 0 and 0 without
     helpers: dict[str, Helper] = field(default_factory=dict)
     contexts: dict[int, ContextOf] = field(default_factory=dict)  # by base
     scales: tuple[float, ...] = ()
@@ -58,6 +59,7 @@ class PrivateSums:
             schema=schema,
             buffer_size=settings.merge.buffer_size,
             learning_rate=settings.learning_rate,
+            noise=settings.sum_noise,
             helpers={name: Helper(name=name, public=public) for name, public in keys.items()},
         )
 
@@ -88,6 +90,7 @@ class PrivateSums:
             return None
         about = self.settings
         self.scales = self.scales or scales.first(self.schema, model, self.learning_rate)
+        theta, norm = self.noise
         return Terms(
             kind=about.kind,
             bits=about.bits,
@@ -98,6 +101,9 @@ class PrivateSums:
             dense=self.schema.dense_elements,
             scales=self.scales,
             samples=about.samples,
+            dp=SUM if theta and norm else NO_DP,
+            theta=theta,
+            norm=norm,
         )
 
     def begin(self, begun: ContextOf, oldest: int, held: Collection[int] = ()) -> None:

@@ -16,7 +16,7 @@ from ternbus.broker.protocol.frame import COUNTER_MAX, SIGNATURE_BYTES
 from ternbus.broker.protocol.identity import Identity, verify
 from ternbus.broker.protocol.schema import ELEMENTS_MAX, TENSORS_MAX, Schema, type_f32
 from ternbus.broker.sums import canonical
-from ternbus.broker.sums.words import BITS, DEVICES_MAX, Layout
+from ternbus.broker.sums.words import BITS, DENSE_STEPS, DEVICES_MAX, Layout
 
 KIND: Final = "terms"  # of the message
 MASK, BFV = "mask", "bfv"  # kinds of private sums
@@ -116,6 +116,16 @@ class Terms:
     @property
     def layout(self) -> Layout:
         return Layout(bits=self.bits, ternary=self.ternary, dense=self.dense, tensors=len(self.scales))
+
+    @property
+    def ternary_steps(self) -> float:
+        """What stands for the scale S: a sum T of q means S·T / steps. With ``dp``, E[q] = 2kθ·u/S."""
+        return 2 * self.levels * self.theta if self.dp == SUM else self.levels
+
+    @property
+    def dense_steps(self) -> float:
+        """What stands for the range D; with ``dp`` as of a ternary tensor."""
+        return 2 * self.levels * self.theta if self.dp == SUM else DENSE_STEPS
 
     @property
     def devices_max(self) -> int:

@@ -10,7 +10,7 @@ from ternbus.broker.protocol.messages import PRIVATE
 from ternbus.broker.protocol.schema import Schema, Vector
 from ternbus.broker.protocol.ternary import RAW
 from ternbus.broker.sums import masks
-from ternbus.broker.sums.terms import Terms
+from ternbus.broker.sums.terms import SUM, Terms
 from ternbus.edge.core.profile import Profile
 from ternbus.edge.core.state import OutstandingUpdate, PrivatePart, sealed
 from ternbus.edge.learn.sum_content import SumContent, SumJob, value
@@ -56,6 +56,14 @@ def prepare_private(
         private=PrivatePart(terms=job.terms.content(), context=job.context, min=profile.sums.min, seeds=content.seeds),
     )
     return masked(update, profile)
+
+
+def comes_back(update: OutstandingUpdate) -> bool:
+    """Whether its change may go into the residual if the update is not sent: not the draws of `dp = "sum"`, all noise.
+
+    The next update under that `dp` could not carry them without their privacy cost, nor another one use them.
+    """
+    return update.private is None or Terms.parse(update.private.terms).dp != SUM
 
 
 def carried(update: OutstandingUpdate, schema: Schema) -> Vector:

@@ -166,10 +166,11 @@ class PrivateTerms:
 
     def job(self, head: Head) -> SumJob | None:
         """What makes an update of a training on the head's version private; None while the terms do not allow one."""
-        if self.terms is None or self.fault or not self._checked:
+        policy = self.profile.sums
+        if policy is None or self.terms is None or self.fault or not self._checked:
             return None
         bound = context(version=head.version, model=head.digest, plan=self._plan_digest, terms=self._digest)
-        return SumJob(terms=self.terms, context=bound)
+        return SumJob(terms=self.terms, context=bound, honest=policy.honest(self.terms))
 
 
 def named_terms(plan: Mapping[str, Any]) -> bytes:

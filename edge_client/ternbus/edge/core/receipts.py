@@ -7,7 +7,7 @@ from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.frame import COUNTER_MAX
 from ternbus.broker.protocol.messages import Receipt
 from ternbus.broker.protocol.schema import Schema
-from ternbus.edge.core.masking import carried
+from ternbus.edge.core.masking import carried, comes_back
 from ternbus.edge.core.state import OutstandingUpdate, State
 
 ENDINGS: Final = frozenset({"revoked", "unknown"})  # they end a device, and may answer a status
@@ -58,7 +58,9 @@ def is_out(state: State, update: OutstandingUpdate) -> bool:
 
 
 def withdrawn(state: State, update: OutstandingUpdate, schema: Schema) -> State:
-    """The state without the update, which is in no model, and with its change in the residual."""
+    """The state without the update, which is in no model, and with its change in the residual if it comes back."""
+    if not comes_back(update):
+        return _answered(state, update)
     value = carried(update, schema)
     residual = value if state.residual is None else state.residual + value
     return replace(_answered(state, update), residual=residual)
@@ -73,6 +75,13 @@ def counter_is_behind(update: OutstandingUpdate, receipt: Receipt) -> bool:
     return receipt.outcome == "duplicate" and update.seq < receipt.highest_seq < COUNTER_MAX
 
 
+def fate(update: OutstandingUpdate) -> str:
+    """What happens to the change of an update that is in no model, for the log."""
+    if comes_back(update):
+        return "its change is added to the next update"
+    return 'its change is lost, since dp = "sum" keeps no residual'
+
+
 def describe(receipt: Receipt, update: OutstandingUpdate, *, is_out: bool) -> str:
     """The log text for the receipt of an update."""
     reason = f": {receipt.reason}" if receipt.reason else ""
@@ -80,10 +89,8 @@ def describe(receipt: Receipt, update: OutstandingUpdate, *, is_out: bool) -> st
         case "accepted":
             return f"the update on version {update.base} was accepted"
         case "stale":
-            change = "is not sent again, since a sum may have it" if is_out else "is added to the next update"
-            return (
-                f"the update on version {update.base} was too late (the head is {receipt.version}); its change {change}"
-            )
+            late = f"the update on version {update.base} was too late (the head is {receipt.version})"
+            return f"{late}; {'its change is not sent again, since a sum may have it' if is_out else fate(update)}"
         case _:
             return f"the update on version {update.base} was not accepted ({receipt.outcome}{reason})"
 

@@ -16,12 +16,13 @@ from ternbus.edge.core.private_terms import PrivateTerms
 from ternbus.edge.core.profile import Profile
 from ternbus.edge.core.state import State
 from ternbus.edge.plan.plan import NO_DP, Plan
+from ternbus.edge.plan.privacy import SAMPLE, SUM
 from ternbus.edge.plan.schedule import TURNS, turn
 from ternbus.edge.plan.sum_policy import fault
 
 MIXED: Final = (
-    'it has dp = "device", but this device has trained under dp = "sample", which has no epsilon for the whole device; '
-    'use dp = "sample", or leave and join again as another device'
+    'it has dp = "{}", but this device has trained under dp = "{}", which has no epsilon for what that protects; use '
+    'dp = "{}", or leave and join again as another device'
 )
 
 
@@ -101,7 +102,8 @@ class TrainingPolicy:
             return []
         if plan.dp != NO_DP and not state.account.covers(plan.dp):
             self.plan = None  # until the next head
-            return [*self._refuse(MIXED)]
+            before = SUM if plan.dp == SAMPLE else SAMPLE
+            return [*self._refuse(MIXED.format(plan.dp, before, before))]
         sums = terms.job(head) if plan.codec == PRIVATE else None
         if sums is None and plan.codec == PRIVATE:
             return []
@@ -161,7 +163,7 @@ class TrainingPolicy:
         running, self.running = self.running, None
         reason = (
             f"epsilon would be {event.epsilon:.4g} with it, above {event.budget:g} (delta {event.delta:g}); a plan "
-            "with more dp_noise, fewer steps or a larger dp_epsilon may do"
+            "with more noise (dp_noise, or a smaller dp_theta), fewer steps or a larger dp_epsilon may do"
         )
         known = self.failures.reason == reason
         self._unaffordable = None if running is None else running.plan

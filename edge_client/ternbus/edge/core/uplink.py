@@ -15,7 +15,7 @@ from ternbus.edge.core.events import TrainingFinished
 from ternbus.edge.core.masking import masked, prepare_private
 from ternbus.edge.core.pending_state import PendingState
 from ternbus.edge.core.profile import Profile
-from ternbus.edge.core.receipts import after_receipt, counter_is_behind, describe, is_out, withdrawn
+from ternbus.edge.core.receipts import after_receipt, counter_is_behind, describe, fate, is_out, withdrawn
 from ternbus.edge.core.resend import Resend
 from ternbus.edge.core.state import RENUMBERED, AnsweredUpdate, OutstandingUpdate, prepare, sealed
 from ternbus.edge.learn.sum_content import SumContent
@@ -125,7 +125,7 @@ class Uplink:
         self.pending.put(withdrawn(state, update, schema or Schema.parse(state.schema)))
         text = (
             f"the update on version {update.base} is too late (the head is {head.version}), and nothing of it was "
-            "sent; its change is added to the next update"
+            f"sent; {fate(update)}"
         )
         return [Log(event="withdrawn", text=text, fields={"base": update.base, "version": head.version})]
 
@@ -158,6 +158,8 @@ class Uplink:
         self.resend.granted(grant.deadline_s, now)
         if self._is_congested(len(parts)):
             return []
+        if wanted:
+            self._leaves(update)
         self._in_transit[update.seq] += len(wanted)
         if wanted:
             self._leaves(update)

@@ -8,15 +8,18 @@ import numpy.typing as npt
 
 from ternbus.broker.protocol.schema import TERNARY, Schema, Vector
 from ternbus.broker.sums.terms import Terms
-from ternbus.broker.sums.words import DENSE_STEPS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SumJob:
-    """The terms that an update is made by, and the context that binds it to version, model, plan and terms."""
+    """The terms that an update is made by, and the context that binds it to version, model, plan and terms.
+
+    With `dp` the draws of ``honest`` devices of each sum, this one included, count as noise.
+    """
 
     terms: Terms = field(repr=False)
     context: bytes
+    honest: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -34,12 +37,11 @@ def value(schema: Schema, terms: Terms, words: bytes) -> Vector:
     for segment, reference in zip(schema.segments, terms.scales, strict=True):
         is_ternary = segment.tensor.role == TERNARY
         values = (ternary if is_ternary else plain)[segment.offset : segment.offset + segment.tensor.elements]
-        total[segment.start : segment.stop] = level_value(
-            values, reference, terms.levels if is_ternary else DENSE_STEPS
-        )
+        steps = terms.ternary_steps if is_ternary else terms.dense_steps
+        total[segment.start : segment.stop] = level_value(values, reference, steps)
     return total
 
 
-def level_value(drawn: npt.NDArray[np.signedinteger[Any]], reference: float, steps: int) -> Vector:
-    """What integers from -steps to steps stand for, in float32, where ``steps`` stand for the reference."""
+def level_value(drawn: npt.NDArray[np.signedinteger[Any]], reference: float, steps: float) -> Vector:
+    """What integers stand for, in float32, where ``steps`` stand for the reference."""
     return (drawn * (reference / steps)).astype(np.float32)

@@ -12,7 +12,7 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.identity import is_public_key
 from ternbus.broker.protocol.messages import PRIVATE
 from ternbus.broker.protocol.schema import Schema
-from ternbus.broker.sums.terms import AGGREGATOR, HELPERS_MAX, MASK, NO_DP, OWN, ROSTERS, Terms
+from ternbus.broker.sums.terms import AGGREGATOR, HELPERS_MAX, MASK, NO_DP, OWN, ROSTERS, SUM, Terms
 from ternbus.broker.sums.words import DEVICES_MAX
 from ternbus.edge.plan.plan import Plan
 
@@ -26,21 +26,25 @@ Numbers = Mapping[bytes, int]  # the highest number of a box key that was seen o
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SumPolicy:
-    """The owner's pins: Ed25519 keys of helpers, devices in a sum, and "own" where helpers must admit devices."""
+    """The owner's pins: Ed25519 keys of helpers, devices in a sum, and "own" where helpers must admit devices.
+
+    Of the devices in a sum, ``colluding`` may work together with whoever sees it: their draws are no noise.
+    """
 
     helpers: tuple[bytes, ...]
     min: int = MIN
     roster: str = AGGREGATOR
+    colluding: int = 0
 
     @classmethod
-    def of(cls, helpers: Iterable[str], least: int, roster: str) -> Self:
+    def of(cls, helpers: Iterable[str], least: int, roster: str, colluding: int = 0) -> Self:
         """The policy with keys as hex digits. Raises `ConfigError` for what is none."""
         keys = tuple(helpers)
         if wrong := [key for key in keys if not is_public_key(key)]:
             raise ConfigError(
                 f"the key of a helper is {wrong[0]!r}, not 64 hex digits: copy it from `ternbus helper status`"
             )
-        return cls(helpers=tuple(map(bytes.fromhex, keys)), min=least, roster=roster)
+        return cls(helpers=tuple(map(bytes.fromhex, keys)), min=least, roster=roster, colluding=colluding)
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.helpers) <= HELPERS_MAX or len(set(self.helpers)) != len(self.helpers):
@@ -49,6 +53,10 @@ class SumPolicy:
             )
         if not 2 <= self.min <= DEVICES_MAX:
             raise ConfigError(f"--private-min is {self.min}: give a number of devices from 2 to {DEVICES_MAX}")
+        if not 0 <= self.colluding < self.min:
+            raise ConfigError(
+                f"--private-colluding is {self.colluding}: give a number of devices below --private-min, {self.min}"
+            )
         if self.roster not in ROSTERS:
             raise ConfigError(f"--private-roster is {self.roster!r}: write one of {', '.join(ROSTERS)}")
 
@@ -84,9 +92,17 @@ class SumPolicy:
                 )
         if not terms.fits(schema):
             return "the terms are for a model of other tensors than the federation's"
-        if terms.dp != NO_DP:
-            return f'the terms have dp = "{terms.dp}", the plan has dp = "{plan.dp}"'
+        wanted = (SUM, plan.dp_theta, plan.dp_norm) if plan.dp == SUM else (NO_DP, 0.0, 0.0)
+        if (terms.dp, terms.theta, terms.norm) != wanted:
+            return (
+                f"the terms have dp, theta and norm {terms.dp}, {terms.theta:g} and {terms.norm:g}, by the plan "
+                f"{wanted[0]}, {wanted[1]:g} and {wanted[2]:g}"
+            )
         return ""
+
+    def honest(self, terms: Terms) -> int:
+        """The devices of the smallest sum by accepted terms whose draws are noise for everybody else."""
+        return terms.min - self.colluding
 
     def seen_in(self, terms: Terms, seen: Numbers) -> dict[bytes, int]:
         """The numbers after accepted terms, of the pinned helpers only."""

@@ -72,6 +72,7 @@ class Settings:
     helpers: str = ""  # of private sums: keys that the owner trusts, 64 hex digits each, separated by spaces
     private_min: str = ""  # with helpers: the smallest number of devices in a sum
     private_roster: str = ""  # with helpers: "own" if they must not leave the list of devices to the aggregator
+    private_colluding: str = ""  # with helpers: devices of a sum whose draws are no noise under dp = "sum"
     max_seconds: str = ""  # time limit of one training; empty for none
     max_steps: str = ""  # step limit of one training; empty for none
     rejoin: str = ""  # of a renewal only, "yes": the counters start anew with the new key
@@ -121,11 +122,15 @@ class Settings:
     @property
     def sums(self) -> SumPolicy | None:
         """What the owner pins of private sums. Raises `ConfigError` for what is no key or no number."""
-        if not (self.helpers or self.private_min or self.private_roster):
+        if not (self.helpers or self.private_min or self.private_roster or self.private_colluding):
             return None
         if not (self.private_min.isascii() and self.private_min.isdecimal()):
             raise ConfigError(f'edge.toml: private_min is {self.private_min!r}: give a number of devices, as in "5"')
-        return SumPolicy.of(self.helpers.split(), int(self.private_min), self.private_roster or AGGREGATOR)
+        colluding = self.private_colluding or "0"
+        if not (colluding.isascii() and colluding.isdecimal()):
+            raise ConfigError(f'edge.toml: private_colluding is {colluding!r}: give a number of devices, as in "1"')
+        roster = self.private_roster or AGGREGATOR
+        return SumPolicy.of(self.helpers.split(), int(self.private_min), roster, int(colluding))
 
     @property
     def limits(self) -> TrainingLimits:
@@ -168,7 +173,8 @@ class Settings:
 def _pins(sums: SumPolicy) -> dict[str, str]:
     """The settings of what the owner pins of private sums."""
     roster = {"private_roster": sums.roster} if sums.roster != AGGREGATOR else {}
-    return {"helpers": " ".join(key.hex() for key in sums.helpers), "private_min": str(sums.min), **roster}
+    colluding = {"private_colluding": str(sums.colluding)} if sums.colluding else {}
+    return {"helpers": " ".join(key.hex() for key in sums.helpers), "private_min": str(sums.min), **roster, **colluding}
 
 
 def _bounds(limits: TrainingLimits) -> dict[str, str]:

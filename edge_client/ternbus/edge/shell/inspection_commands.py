@@ -48,6 +48,7 @@ def status(
         "helpers": None if settings.sums is None else [key.hex() for key in settings.sums.helpers],
         "private_min": None if settings.sums is None else settings.sums.min,
         "private_roster": None if settings.sums is None else settings.sums.roster,
+        "private_colluding": None if settings.sums is None else settings.sums.colluding,
         "refusal": state.refusal or None,
         "personal": str(directory / PERSONAL) if (directory / PERSONAL).exists() else None,
         "outstanding": None

@@ -33,7 +33,7 @@ from ternbus.edge.learn.task import Evaluation, PrivateTrainer, Task, Trained, T
 from ternbus.edge.learn.task_loader import code_errors, described, import_hint, location_of
 from ternbus.edge.plan.limits import TrainingLimits
 from ternbus.edge.plan.plan import NO_DP, Plan
-from ternbus.edge.plan.privacy import SAMPLE, PrivacyPolicy, cost
+from ternbus.edge.plan.privacy import SAMPLE, SUM, PrivacyPolicy, cost
 from ternbus.edge.plan.sum_policy import SumPolicy
 from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.shell import preflight_private
@@ -196,6 +196,9 @@ class _Check:
     def _privacy(self, plan: Plan) -> None:
         """Whether the plan's budget pays for one training."""
         if plan.dp == NO_DP:
+            return
+        if plan.dp == SUM:
+            self._note("the epsilon of a training depends on the devices in a sum: see `ternbus edge noise --dp sum`")
             return
         charge = cost(plan, int(self.report.facts["samples"]))
         spent = self._try("the privacy account", lambda: epsilon((charge,), plan.dp_delta))

@@ -27,15 +27,24 @@ PrivateRoster = Annotated[
     str,
     typer.Option(metavar="KIND", help='"own" if helpers must admit devices themselves; with --private.'),
 ]
+PrivateColluding = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        help='Devices of a sum that may help whoever sees it; for the epsilon of dp = "sum"; with --private.',
+    ),
+]
 
 
-def pinned(private: bool, helpers: list[str], least: int | None, roster: str) -> SumPolicy | None:
+def pinned(private: bool, helpers: list[str], least: int | None, roster: str, colluding: int) -> SumPolicy | None:
     """What the options pin of private sums; None without --private."""
     if private and not helpers:
         raise ConfigError(
             "--private needs --helper KEY for each helper that you trust: an aggregator that names the helpers could "
             "be its own"
         )
-    if not private and (helpers or least is not None or roster):
-        raise ConfigError("--helper, --private-min and --private-roster are for private sums: add --private")
-    return SumPolicy.of(helpers, MIN if least is None else least, roster or AGGREGATOR) if private else None
+    if not private and (helpers or least is not None or roster or colluding):
+        raise ConfigError(
+            "--helper, --private-min, --private-roster and --private-colluding are for private sums: add --private"
+        )
+    return SumPolicy.of(helpers, MIN if least is None else least, roster or AGGREGATOR, colluding) if private else None
