@@ -96,7 +96,12 @@ def _private(vectors: Any, malformed: Any) -> dict[str, Seeds]:
             for choice, named in enumerate(metas)
             for name, frame in named.items()
         },
-        "plan-bytes": {"private": parse(bytes.fromhex(vectors["head"]["frame"])).meta_bytes},
+        "plan-bytes": {
+            "private": parse(bytes.fromhex(vectors["head"]["frame"])).meta_bytes,
+            "an-integer-as-key": msgpack.packb({"plan": {"own": {1: [2.5, b"plan"]}}, "state": "open"}),
+            "bad-no-map": msgpack.packb({"plan": 3}),
+            "bad-no-plan": msgpack.packb({"state": "open"}),
+        },
         "words": {f"{row['bits']}-bits": shapes[row["bits"]] + bytes.fromhex(row["words"]) for row in vectors["words"]}
         | {name: shapes[6] + each for name, each in contents["words"].items()},
         "box": {row["device"]: bound + plain for row, (bound, plain) in zip(vectors["updates"], boxes, strict=True)}
