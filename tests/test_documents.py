@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOTS = ("broker", "edge_client", "aggregator", "lab")
-COMPONENTS = ("broker/ternbus/broker", "edge_client/ternbus/edge", "aggregator/ternbus/aggregator", "lab/ternbus/lab")
+ROOTS = ("broker", "edge_client", "aggregator", "helper", "lab")
+COMPONENTS = (
+    "broker/ternbus/broker", "edge_client/ternbus/edge", "aggregator/ternbus/aggregator", "helper/ternbus/helper",
+    "lab/ternbus/lab",
+)  # fmt: skip
 TOPS = (*ROOTS, "tests", "benchmarks", "fuzz", "docs", "deploy", "examples")
 # These name rooms too, so all that has a slash; other documents have topics and files of a user's as well.
 OF_ROOMS = [ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", *(ROOT / root / "README.md" for root in ROOTS)]

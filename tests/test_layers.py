@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUS = {"broker", "broker.protocol", "broker.sums"}
 EDGE = {"edge", "edge.plan", "edge.learn", "edge.core", "edge.store", "edge.shell"}
 AGGREGATOR = {"aggregator", "aggregator.merge", "aggregator.core", "aggregator.store", "aggregator.shell"}
+HELPER = {"helper", "helper.core", "helper.store", "helper.shell"}
 LAB = {"lab", "lab.scenario", "lab.report", "lab.processes", "lab.virtual", "lab.experiment"}
 ARROWS = {
     "command": {"broker"},  # the components' commands it imports by name, when one is run
@@ -38,6 +39,10 @@ ARROWS = {
     "aggregator.core": {*BUS, "aggregator", "aggregator.merge"},
     "aggregator.store": {*BUS, "aggregator", "aggregator.merge", "aggregator.core"},
     "aggregator.shell": {*BUS, "broker.link", "broker.server", *AGGREGATOR},
+    "helper": BUS,
+    "helper.core": {*BUS, "helper"},
+    "helper.store": {*BUS, "helper", "helper.core"},
+    "helper.shell": {*BUS, "broker.link", *HELPER},
     "lab": {*BUS, *EDGE},
     "lab.scenario": {*BUS, "lab", *EDGE, *AGGREGATOR},
     "lab.report": {*BUS, "lab", "lab.scenario", *EDGE, *AGGREGATOR},
@@ -46,7 +51,7 @@ ARROWS = {
     "lab.experiment": {*BUS, "broker.server", "lab", "lab.scenario", "lab.report", "lab.virtual", *EDGE},
     "lab.cli": {*BUS, *EDGE, *AGGREGATOR, *LAB},
 }
-ROOTS = {"broker": "broker", "edge_client": "edge", "aggregator": "aggregator", "lab": "lab"}
+ROOTS = {"broker": "broker", "edge_client": "edge", "aggregator": "aggregator", "helper": "helper", "lab": "lab"}
 
 # A core takes the time and random numbers as arguments, and returns actions. The cores, the protocol, and the modules
 # that they import may import neither these nor modules for files.
@@ -60,7 +65,8 @@ FILES = {"fcntl", "io", "mmap", "os", "pathlib", "shutil", "tempfile"}
 STORES = {
     "aggregator/ternbus/aggregator/store/",
     "edge_client/ternbus/edge/store/",
-    "broker/ternbus/broker/store_format.py",  # how a store of either is migrated
+    "helper/ternbus/helper/store/",
+    "broker/ternbus/broker/store_format.py",  # how a store of any is migrated
 }
 
 # Libraries that only the named files may import.
@@ -194,8 +200,8 @@ def reached_from(start: Path, by_module: dict[str, Path]) -> dict[Path, tuple[st
 CORES = [file for file in files() if file.name == "core.py"]
 
 
-def test_both_state_machines_are_checked() -> None:
-    assert len(CORES) == 2
+def test_all_state_machines_are_checked() -> None:
+    assert len(CORES) == 3
 
 
 def test_rooms_import_one_way() -> None:

@@ -15,6 +15,8 @@ from ternbus.broker.errors import ConfigError, ProtocolError
 KeyId = NewType("KeyId", bytes)
 
 AGGREGATOR = "aggregator"
+HELPER_USER = "aggregator_help_"  # begins no device's name, and no federation's user: those have no underscore
+HELPER_NAME_MAX = 48  # with HELPER_USER in front it still is the common name of a certificate
 FEDERATION_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}\Z")
 PUBLIC_KEY = re.compile(r"[0-9a-fA-F]{64}\Z")
 DEVICE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\Z")
@@ -50,6 +52,31 @@ def check_device(name: str) -> str:
         raise ConfigError(
             f"invalid device name {name!r}: use 1 to 64 of a-z, 0-9, '_' and '-', with a letter or digit first; "
             "a name must not begin with 'aggregator'"
+        )
+    return name
+
+
+def is_helper_user(name: str) -> bool:
+    """Whether ``name`` is the MQTT user name of a helper."""
+    return name.startswith(HELPER_USER) and is_helper(name.removeprefix(HELPER_USER))
+
+
+def helper_user(helper: str) -> str:
+    """The MQTT user name and client id of a helper, and the common name of its certificate."""
+    return f"{HELPER_USER}{helper}"
+
+
+def is_helper(name: str) -> bool:
+    """Whether ``name`` is a valid name of a helper; helpers and devices may have the same names."""
+    return is_device(name) and len(name) <= HELPER_NAME_MAX
+
+
+def check_helper(name: str) -> str:
+    """Return ``name`` or raise ConfigError."""
+    if not is_helper(name):
+        raise ConfigError(
+            f"invalid helper name {name!r}: use 1 to {HELPER_NAME_MAX} of a-z, 0-9, '_' and '-', with a letter or "
+            "digit first; a name must not begin with 'aggregator'"
         )
     return name
 

@@ -305,7 +305,7 @@ class Status:
     base: int = -1
     software: str = ""
     failing: str = ""  # why the device's work fails; empty, and then not in the map, if it does not
-    count: int = -1  # of a helper: sets that it has written down; not in the map of others
+    count: int = -1  # of a helper: steps that it has written down; not in the map of others
 
     @property
     def online(self) -> bool:

@@ -52,6 +52,11 @@ def masked(
     return total
 
 
+def box_public(box_secret: bytes) -> bytes:
+    """The X25519 public key of a helper's 32-byte secret."""
+    return bytes(nacl.public.PrivateKey(box_secret).public_key)
+
+
 def box(box_key: bytes, seed: bytes, *, context: bytes, device: bytes, helper: bytes, seq: int) -> bytes:
     """The seed, sealed to a helper's X25519 ``box_key`` and bound to the update that it masks."""
     plain = _bound(context, device, helper, seq) + seed

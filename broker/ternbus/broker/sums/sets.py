@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Final, Self
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import meta_fields
 from ternbus.broker.protocol.frame import HEADER_BYTES_MAX, MAGIC, SIGNATURE_BYTES, Frame, parse
-from ternbus.broker.protocol.identity import is_device
+from ternbus.broker.protocol.identity import is_device, key_id
 from ternbus.broker.protocol.messages import Update
 from ternbus.broker.protocol.parts import header_digest
 from ternbus.broker.sums import canonical
@@ -134,7 +134,8 @@ class AskStep:
 class Answer:
     """A helper's answer; with the outcome `opened` the body is the sum of the masks, else there is none.
 
-    ``count`` is the number of sets that the helper has written down. ``updates`` are devices whose update was refused.
+    ``count`` is the number of steps that the helper has written down: sets prepared, opened, abandoned. It only grows.
+    ``updates`` are devices whose update was refused.
     """
 
     KIND: ClassVar[str] = "answer"
@@ -175,12 +176,25 @@ def first_parts(members: Iterable[SetMember], federation: str) -> dict[str, tupl
     """
     found: dict[str, tuple[SetMember, Frame, Update]] = {}
     for member in members:
-        frame = member.frame()
-        if frame.federation != federation or frame.kind != Update.KIND or frame.part != 0:
-            raise ProtocolError("bad-ask", "a member is not part 0 of an update of this federation")
-        frame.check_signature(member.public)
-        update = Update.from_meta(frame.meta)
-        if frame.sender in found or not update.is_private:
-            raise ProtocolError("bad-ask", f"{frame.sender} is in the set twice, or its update is not private")
+        frame, update = first_part(member, federation)
+        if frame.sender in found:
+            raise ProtocolError("bad-ask", f"{frame.sender} is in the set twice")
         found[frame.sender] = member, frame, update
     return found
+
+
+def first_part(member: SetMember, federation: str) -> tuple[Frame, Update]:
+    """The header of a member, authentic under the public key that comes with it, and the update that it announces.
+
+    ProtocolError for anything but part 0 of a private update of a device in this federation.
+    """
+    frame = member.frame()
+    if frame.federation != federation or frame.kind != Update.KIND or frame.part != 0 or not is_device(frame.sender):
+        raise ProtocolError("bad-ask", "a member is not part 0 of a device's update in this federation")
+    if frame.key != key_id(member.public):
+        raise ProtocolError("unknown-key", f"the header of {frame.sender} names another key than the one beside it")
+    frame.check_signature(member.public)
+    update = Update.from_meta(frame.meta)
+    if not update.is_private:
+        raise ProtocolError("bad-ask", f"the update of {frame.sender} is not private")
+    return frame, update

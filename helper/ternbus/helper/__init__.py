@@ -1,0 +1,1 @@
+"""The helper of private sums: a small process of another party than the aggregator's, which only opens sums."""

@@ -1,0 +1,1 @@
+"""The helper's durable state in one SQLite file."""
