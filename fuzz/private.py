@@ -10,16 +10,34 @@ import numpy as np
 from nacl.public import PrivateKey, SealedBox
 
 from ternbus.broker.errors import ProtocolError
-from ternbus.broker.protocol.frame import MAGIC, SIGNATURE_BYTES, SIGNED_PREFIX, Frame, parse
-from ternbus.broker.protocol.identity import Identity
+from ternbus.broker.protocol import topics
+from ternbus.broker.protocol.frame import (
+    FRAME_BYTES,
+    HEADER_BYTES_MAX,
+    MAGIC,
+    SIGNATURE_BYTES,
+    SIGNED_PREFIX,
+    Frame,
+    parse,
+)
+from ternbus.broker.protocol.identity import AGGREGATOR, Identity
 from ternbus.broker.protocol.messages import Update
 from ternbus.broker.sums import masks, sets
 from ternbus.broker.sums.plan_bytes import plan_bytes
-from ternbus.broker.sums.terms import CARD_PREFIX, SignedCard, Terms
+from ternbus.broker.sums.terms import CARD_PREFIX, OWN, SignedCard, Terms, digest_of
 from ternbus.broker.sums.words import BITS, Layout
+from ternbus.helper.core import events
+from ternbus.helper.core.actions import Action, Publish, Save, Stop
+from ternbus.helper.core.core import Core
+from ternbus.helper.core.profile import Profile
+from ternbus.helper.core.records import MemoryRecords
+from ternbus.helper.core.state import BoxKey, State
 
 FEDERATION: Final = "lab"
-DEVICE: Final = Identity(bytes(range(32)))  # the keys of tests/vectors.json
+DEVICES: Final = {  # the keys of tests/vectors.json
+    name: Identity(bytes(range(first, first + 32))) for name, first in (("pi-01", 0), ("pi-02", 64), ("pi-03", 96))
+}
+SERVER: Final = Identity(bytes(range(32, 64)))
 HELPER: Final = Identity(bytes(range(128, 160)))
 BOX_SECRET: Final = bytes(range(160, 192))
 SEALED: Final = SealedBox(PrivateKey(BOX_SECRET))
@@ -57,18 +75,25 @@ def terms(data: bytes) -> None:
 
 
 def ask(data: bytes) -> None:
-    """The body of an ask; each of its headers is signed by one device."""
+    """The body of an ask; each of its headers is signed by the device whose key it names."""
     read = sets.Ask.parse(data)
     assert read.content() == data
-    signed = [
-        sets.SetMember(public=DEVICE.public, header=each.header, signature=DEVICE.sign(SIGNED_PREFIX + each.header))
-        for each in read.members
-    ]
+    signed = [resigned(each) for each in read.members]
     found = sets.first_parts(signed, FEDERATION)
     assert len(found) == len(signed)
     name = sets.set_digest(read.context, {device: member.digest for device, (member, _, _) in found.items()})
     assert len(name) == 32
     assert read.parsed_terms.content() == read.terms
+
+
+def resigned(member: sets.SetMember) -> sets.SetMember:
+    """The member with the signature of its device, where the header names a known key."""
+    signer = next((each for each in DEVICES.values() if each.key_id == member.frame().key), None)
+    if signer is None:
+        return member
+    return sets.SetMember(
+        public=signer.public, header=member.header, signature=signer.sign(SIGNED_PREFIX + member.header)
+    )
 
 
 def private_meta(data: bytes) -> None:
@@ -118,3 +143,73 @@ def box(data: bytes) -> None:
         raise ProtocolError("bad-box", "no box")
     seed = masks.open_box(BOX_SECRET, SEALED.encrypt(plain), seq=int.from_bytes(bound[96:], "little"), **about)
     assert plain == masks.BOX_PREFIX + bound + seed
+
+
+class HelperProcess:
+    """A helper that answers asks; what it writes down is in memory. One handles all inputs, as in ``fuzz.peer``."""
+
+    def __init__(self) -> None:
+        self.records = MemoryRecords(roster=OWN)
+        for name, identity in DEVICES.items():
+            self.records.admit(name, identity.public)
+        profile = Profile(
+            federation=FEDERATION,
+            helper="h-1",
+            identity=HELPER,
+            aggregator_public=SERVER.public,
+            random=bytes,
+            roster=OWN,
+            min=3,
+        )
+        key = BoxKey(number=1, secret=BOX_SECRET, made_s=0.0)
+        self.core = Core(profile, State(box_keys=(key,), enrolled=True), self.records)
+        self.seq = 0
+        self.handle(events.Started(unix_s=0.0))
+        for action in self.handle(events.Connected(frame_bytes=FRAME_BYTES)):
+            if isinstance(action, Publish):  # its card, which comes back
+                self.handle(events.FrameArrived(topic=action.topic, frame=parse(action.payload)))
+        assert self.core.is_ready
+
+    def handle(self, event: events.Event) -> list[Action]:
+        done = self.core.handle(event, 0.0)
+        for action in done:
+            if isinstance(action, Save) and action.step is not None:
+                self.records.write(action.step)
+        return done
+
+    def send(self, kind: str, meta: bytes, body: bytes) -> None:
+        self.seq += 1
+        about = {
+            "kind": kind,
+            "federation": FEDERATION,
+            "sender": AGGREGATOR,
+            "key": bytes(SERVER.key_id),
+            "seq": self.seq,
+            "part": [0, 1],
+            "digest": digest_of(body),
+        }
+        header = b"\x88" + msgpack.packb(about)[1:] + msgpack.packb("meta") + (meta or b"\x80")
+        if len(header) > HEADER_BYTES_MAX:
+            raise ProtocolError("header-too-long", "no frame")
+        payload = MAGIC + len(header).to_bytes(4, "little") + header + SERVER.sign(SIGNED_PREFIX + header) + body
+        topic = topics.status(FEDERATION) if kind == "status" else topics.help_of(FEDERATION, "h-1", kind)
+        done = self.handle(events.FrameArrived(topic=topic, frame=parse(payload)))
+        for action in done + self.handle(events.TimeReached(unix_s=0.0)):
+            if isinstance(action, Stop):
+                raise ProtocolError("stopped", action.reason)
+            if isinstance(action, Publish) and (frame := parse(action.payload)).kind == sets.Answer.KIND:
+                assert bool(frame.body) == (sets.Answer.from_meta(frame.meta).outcome == sets.OPENED)
+
+
+HELPER_KINDS: Final = ("ask", "receipt", "status")
+_process: list[HelperProcess] = []  # made at the first input, and after one that ended it
+
+
+def helper(data: bytes) -> None:
+    """A message of the aggregator for a helper. Bytes: kind, length of meta (2), meta, body."""
+    if len(data) < 3:
+        raise ProtocolError("not-a-frame", "no message")
+    if not _process or _process[0].core.due_s() is None:
+        _process[:] = [HelperProcess()]
+    length = int.from_bytes(data[1:3], "little")
+    _process[0].send(HELPER_KINDS[data[0] % len(HELPER_KINDS)], data[3 : 3 + length], data[3 + length :])

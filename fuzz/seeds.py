@@ -102,11 +102,26 @@ def _private(vectors: Any, malformed: Any) -> dict[str, Seeds]:
             "bad-no-map": msgpack.packb({"plan": 3}),
             "bad-no-plan": msgpack.packb({"state": "open"}),
         },
+        "helper": _helper(steps, bytes.fromhex(vectors["ask"]["body"])),
         "words": {f"{row['bits']}-bits": shapes[row["bits"]] + bytes.fromhex(row["words"]) for row in vectors["words"]}
         | {name: shapes[6] + each for name, each in contents["words"].items()},
         "box": {row["device"]: bound + plain for row, (bound, plain) in zip(vectors["updates"], boxes, strict=True)}
         | {"bad-copied": boxes[0][0] + boxes[1][1], "bad-long": boxes[0][0] + boxes[0][1] + b"\0"},
     }
+
+
+def _helper(steps: Seeds, body: bytes) -> Seeds:
+    """Inputs in the format of the target: [kind, length of meta] meta, body."""
+    metas = {name: parse(frame).meta_bytes.replace(b"\xa5count\x01", b"\xa5count\x00") for name, frame in steps.items()}
+    status = msgpack.packb(Status(state="online", session=1).meta())
+    return {
+        **{name: _to_helper("ask", meta, b"" if name == "abandon" else body) for name, meta in metas.items()},
+        "status": _to_helper("status", status, b""),
+    }
+
+
+def _to_helper(kind: str, meta: bytes, body: bytes) -> bytes:
+    return bytes([private.HELPER_KINDS.index(kind)]) + struct.pack("<H", len(meta)) + meta + body
 
 
 def _headers(frames: Seeds) -> Seeds:

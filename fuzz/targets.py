@@ -268,6 +268,7 @@ TARGETS: Final[Mapping[str, Target]] = {
     "plan-bytes": private.plan,
     "words": private.words,
     "box": private.box,
+    "helper": private.helper,
 }
 
 
