@@ -171,10 +171,19 @@ def test_the_aggregator_gets_what_the_access_list_gives_it() -> None:
     access = auth_callout.decide(asked("aggregator-lab", "lab"))
     root = "ternbus.1.lab"
     assert access.write == [
-        *(f"{root}.all.{rest}" for rest in ("head", "status", "delta.*.*", "snapshot.*.*", "revocations.*")),
+        *(f"{root}.all.{rest}" for rest in ("head", "status", "delta.*.*", "snapshot.*.*", "revocations.*", "terms.*")),
         *(f"{root}.down.*.{kind}" for kind in ("grant", "receipt")),
+        *(f"{root}.help.*.{kind}" for kind in ("ask", "receipt")),
     ]
-    assert access.read == [f"{root}.up", f"{root}.up.>", f"{root}.all", f"{root}.all.>"]
+    readable = [(f"{root}.{group}", f"{root}.{group}.>") for group in ("up", "all", "help")]
+    assert access.read == [subject for pair in readable for subject in pair]
+
+
+def test_a_helper_gets_what_the_access_list_gives_it() -> None:
+    access = auth_callout.decide(asked("aggregator_help_bureau", "lab"))
+    root = "ternbus.1.lab"
+    assert access.write == [f"{root}.help.bureau.{kind}" for kind in ("answer", "card", "enroll", "status")]
+    assert access.read == [f"{root}.help.bureau", f"{root}.help.bureau.>", f"{root}.all.status"]
 
 
 @pytest.mark.parametrize(
@@ -185,6 +194,8 @@ def test_the_aggregator_gets_what_the_access_list_gives_it() -> None:
         (asked("pi-1", ""), "no-federation"),
         (asked("aggregator-lab", "other"), "no-device"),
         (asked("a.>", "lab"), "no-device"),
+        (asked("aggregator_help_", "lab"), "no-device"),
+        (asked("aggregator_help_a.>", "lab"), "no-device"),
         (asked("pi-1", "lab.>"), "no-federation"),
         (Question(server="S", user="U", kind="mqtt", client_id="pi-1", chain=()), "no-certificate"),
     ],
@@ -212,7 +223,7 @@ def test_a_key_is_written_as_nats_writes_it() -> None:
 
 
 def test_with_several_federations_each_member_is_listed_with_its_own() -> None:
-    text = mosquitto.separating_list({"other": ["pi-9"], "lab": ["pi-1", "aggregator-lab"]})
+    text = mosquitto.separating_list({"other": ["pi-9"], "lab": ["pi-1", "aggregator_help_bureau", "aggregator-lab"]})
     assert "pattern" not in text
     assert text.splitlines()[1:] == [
         "user aggregator-lab",
@@ -221,10 +232,18 @@ def test_with_several_federations_each_member_is_listed_with_its_own() -> None:
         "topic write ternbus/1/lab/all/delta/+/+",
         "topic write ternbus/1/lab/all/snapshot/+/+",
         "topic write ternbus/1/lab/all/revocations/+",
+        "topic write ternbus/1/lab/all/terms/+",
         "topic write ternbus/1/lab/down/+/grant",
         "topic write ternbus/1/lab/down/+/receipt",
+        "topic write ternbus/1/lab/help/+/ask",
+        "topic write ternbus/1/lab/help/+/receipt",
         "topic read ternbus/1/lab/up/#",
         "topic read ternbus/1/lab/all/#",
+        "topic read ternbus/1/lab/help/#",
+        "user aggregator_help_bureau",
+        *(f"topic write ternbus/1/lab/help/bureau/{kind}" for kind in ("answer", "card", "enroll", "status")),
+        "topic read ternbus/1/lab/help/bureau/#",
+        "topic read ternbus/1/lab/all/status",
         "user pi-1",
         *(f"topic write ternbus/1/lab/up/pi-1/{kind}" for kind in ("enroll", "metrics", "offer", "status", "update")),
         "topic read ternbus/1/lab/down/pi-1/#",

@@ -360,8 +360,7 @@ def test_several_asks_are_answered_one_after_the_other() -> None:
     sets_ = [set_of(made, f"a-{n}", f"b-{n}") for n in range(3)]
     helper.connect(*(message for each in sets_ for message in each.messages("h-1", PREPARE)), echo=False)
     assert not published(helper.actions, "answer")
-    (card,) = published(helper.actions, "card")
-    done = helper.arrive((card.topic, card.payload))
+    done = helper.echo(helper.actions)
     assert [parse(each.payload).meta["set"] for each in published(done, "answer")] == [each.digest for each in sets_]
     assert helper.disk.count == 3
 
@@ -381,8 +380,7 @@ def test_an_answer_that_no_frame_can_carry_is_logged_and_uses_nothing_up() -> No
     helper.handle(events.Disconnected(reason="gone"))
     helper.wait(60.0)
     done = helper.handle(events.Connected(frame_bytes=1000))
-    (card,) = published(done, "card")
-    helper.arrive((card.topic, card.payload))
+    helper.echo(done)
     done = helper.arrive(*asked.messages("h-1", OPEN))
     assert not published(done, "answer")
     assert [each.event for each in done if isinstance(each, Log)] == ["unsent"]

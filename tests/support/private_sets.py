@@ -18,7 +18,7 @@ from ternbus.broker.sums.terms import MASK, Terms, context, digest_of
 from ternbus.broker.sums.words import BUCKETS, Layout, Words
 from ternbus.helper.core import events
 from ternbus.helper.core.actions import Action, Log, Publish, Save, Stop
-from ternbus.helper.core.core import Core
+from ternbus.helper.core.core import LOOKS, Core
 from ternbus.helper.core.profile import Profile
 from ternbus.helper.core.records import MemoryRecords
 from ternbus.helper.core.state import State
@@ -117,8 +117,15 @@ class Helper:
         """Connect to a broker that retains these messages and sends the helper's card back."""
         done = self.handle(events.Connected(frame_bytes=FRAME_BYTES))
         done += self.arrive(*retained)
-        cards = [(each.topic, each.payload) for each in published(done, "card")]
-        return done + (self.arrive(*cards) if echo else [])
+        return done + (self.echo(done) if echo else [])
+
+    def echo(self, actions: Sequence[Action]) -> list[Action]:
+        """The broker sends the card back that was published last, and the one that follows."""
+        done: list[Action] = []
+        for _ in range(LOOKS):
+            cards = [(each.topic, each.payload) for each in published([*actions, *done], "card")]
+            done += self.arrive(*cards[-1:])
+        return done
 
     def ask(self, made: "Asked", step: str, **changes: Any) -> Answer:
         """The answer to a step of a set; the sum, if it is opened, is in `last_sum`."""

@@ -136,7 +136,10 @@ def _start(directory: Path, engine: Engine, host: str | None, port: int | None) 
 @app.command()
 def certificate(
     directory: DirToRead,  # the certificates go elsewhere, where root may write and the owner perhaps not
-    names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Names of devices, or aggregator-FEDERATION.")],
+    names: Annotated[
+        list[str],
+        typer.Argument(metavar="NAME…", help="Names of devices, aggregator-FEDERATION, or aggregator_help_HELPER."),
+    ],
     *,
     federation: Annotated[str, typer.Option(help="Federation of these names.")],
     out: Annotated[
@@ -148,7 +151,7 @@ def certificate(
 ) -> None:
     """Make certificates by hand, for an aggregator that runs on another machine than the broker.
 
-    On the broker's own machine, `ternbus aggregator invite` makes the devices' certificates.
+    On the broker's own machine, `ternbus aggregator invite` makes those of devices and helpers.
 
     Example: ternbus broker certificate bus aggregator-lab pi-1 --federation lab --out certificates
     """

@@ -73,10 +73,10 @@ def of_aggregator(federation: str) -> tuple[str, ...]:
     prefix = f"{root(federation)}/all"
     whole = [f"{prefix}/{kind}" for kind in sorted(WHOLE_KINDS)]
     parts = [f"{prefix}/{kind}/+/+" for kind in sorted(PART_KINDS)]
-    pages = [f"{prefix}/{kind}/+" for kind in sorted(PAGE_KINDS)]
+    pages = [f"{prefix}/{kind}/+" for kind in (*sorted(PAGE_KINDS), TERMS)]
     devices = [down(federation, "+", kind) for kind in sorted(DOWN_KINDS)]
     helpers = [help_of(federation, "+", kind) for kind in sorted(TO_HELPER_KINDS)]
-    return (*whole, *parts, *pages, f"{prefix}/{TERMS}/+", *devices, *helpers)
+    return (*whole, *parts, *pages, *devices, *helpers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,14 @@ from typing import Any, Final
 from ternbus.broker.errors import ConfigError, LinkError, ProtocolError
 from ternbus.broker.link.tls import PROBE, ServerTls
 from ternbus.broker.protocol import topics
-from ternbus.broker.protocol.identity import AGGREGATOR, Identity, is_device, is_federation
+from ternbus.broker.protocol.identity import (
+    AGGREGATOR,
+    HELPER_USER,
+    Identity,
+    is_device,
+    is_federation,
+    is_helper_user,
+)
 from ternbus.broker.server import callout_tokens, certificates
 from ternbus.broker.server.callout_tokens import Access, Question
 from ternbus.broker.server.nats import Guard
@@ -52,10 +59,14 @@ def _subjects(name: str, federation: str) -> tuple[list[str], list[str]]:
         raise ProtocolError("no-federation", f"the certificate of {name!r} names no federation")
     root = f"ternbus.1.{federation}"
     if name == f"{AGGREGATOR}-{federation}":
-        return _subjects_of(topics.of_aggregator(federation)), _below(f"{root}.up", f"{root}.all")
+        return _subjects_of(topics.of_aggregator(federation)), _below(f"{root}.up", f"{root}.all", f"{root}.help")
     if is_device(name):
         return _subjects_of(topics.of_device(federation, name)), _below(f"{root}.down.{name}", f"{root}.all")
-    raise ProtocolError("no-device", f"{name!r} is neither a device name nor the aggregator of {federation!r}")
+    if is_helper_user(name):
+        helper = name.removeprefix(HELPER_USER)
+        readable = [*_below(f"{root}.help.{helper}"), *_subjects_of([topics.status(federation)])]
+        return _subjects_of(topics.of_helper(federation, helper)), readable
+    raise ProtocolError("no-device", f"{name!r} is neither a device or helper, nor the aggregator of {federation!r}")
 
 
 def _subjects_of(filters: Iterable[str]) -> list[str]:

@@ -13,7 +13,7 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import fault, load_toml, read_secret, replacing, write_secret, write_text
 from ternbus.broker.link.tls import PROBE, ServerTls, Tls
 from ternbus.broker.protocol.endpoint import Endpoint, is_loopback
-from ternbus.broker.protocol.identity import AGGREGATOR, check_device, check_federation
+from ternbus.broker.protocol.identity import AGGREGATOR, check_device, check_federation, is_helper_user
 from ternbus.broker.server import certificates, mosquitto
 from ternbus.broker.server.certificates import Authority, Named, Pair
 from ternbus.broker.server.running import ACCESS, HOME, Engine, Secured, is_home, reserve
@@ -135,12 +135,12 @@ class BrokerDirectory:
         return Secured(files=files, name=self.settings().names[0], probe=probe, names=self.names())
 
     def issue(self, name: str, federation: str) -> Credentials:
-        """A certificate with a new key for a device or for the federation's aggregator; a running broker accepts it.
+        """A certificate with a new key for a device, a helper or the aggregator; a running broker accepts it.
 
         ConfigError for an invalid name, or one that another federation uses on this broker.
         """
         check_federation(federation)
-        if name != f"{AGGREGATOR}-{federation}":
+        if name != f"{AGGREGATOR}-{federation}" and not is_helper_user(name):
             check_device(name)
         path = self._path(ISSUED, f"{name}.pem")
         if path.exists() and (other := self._read(path).federation) != federation:

@@ -9,6 +9,7 @@ from typing import Final
 
 from ternbus.broker.link.tls import ServerTls
 from ternbus.broker.protocol import topics
+from ternbus.broker.protocol.identity import AGGREGATOR, HELPER_USER, is_helper_user
 from ternbus.broker.server.limits import CONNECTIONS_MAX
 
 OLDEST: Final = (2, 0, 11)  # of Debian 11 and 12; older ones lack options, or fixes against hostile clients
@@ -35,11 +36,12 @@ def is_recent(found: str) -> bool:
     return numbers is not None and tuple(map(int, numbers.groups())) >= OLDEST
 
 
-def access_list(federations: Sequence[str] = ()) -> str:
+def access_list(federations: Sequence[str] = (), helpers: Sequence[str] = ()) -> str:
     """The access list by patterns (docs/protocol.md, Topics): a client's MQTT user name is its device name.
 
     The list protects a federation only if the broker authenticates user names. Without ``federations`` it does not,
-    and every client may read and write everything below ``ternbus/1``.
+    and every client may read and write everything below ``ternbus/1``. ``helpers`` are user names of helpers: no
+    pattern makes a helper's topics of them.
     """
     if not federations:
         return (
@@ -55,6 +57,8 @@ def access_list(federations: Sequence[str] = ()) -> str:
     lines += ["", f"# The aggregator{'s' if several else ''} of {', '.join(federations)}."]
     for name in federations:
         lines += [f"user aggregator-{name}", *(f"topic {each}" for each in _of_aggregator(name))]
+        for user in sorted(helpers):
+            lines += [f"user {user}", *(f"topic {each}" for each in _of_helper(name, user))]
     return "\n".join(lines) + "\n"
 
 
@@ -67,7 +71,14 @@ def _of_device(federation: str, device: str) -> list[str]:
 def _of_aggregator(federation: str) -> list[str]:
     root = topics.root(federation)
     written = [f"write {topic}" for topic in topics.of_aggregator(federation)]
-    return [*written, f"read {root}/up/#", f"read {root}/all/#"]
+    return [*written, f"read {root}/up/#", f"read {root}/all/#", f"read {root}/help/#"]
+
+
+def _of_helper(federation: str, user: str) -> list[str]:
+    """The topics of a helper, by its user name; its own are read too, for what the broker retains of it."""
+    helper = user.removeprefix(HELPER_USER)
+    written = [f"write {topic}" for topic in topics.of_helper(federation, helper)]
+    return [*written, f"read {topics.root(federation)}/help/{helper}/#", f"read {topics.status(federation)}"]
 
 
 def separating_list(names: Mapping[str, Sequence[str]]) -> str:
@@ -77,14 +88,20 @@ def separating_list(names: Mapping[str, Sequence[str]]) -> str:
     under its name in every federation.
     """
     if len(names) == 1:
-        return access_list(list(names))
+        return access_list(
+            list(names), [name for members in names.values() for name in members if is_helper_user(name)]
+        )
     lines = ["# Every client with a certificate, limited to the topics of its federation."]
     for federation, members in sorted(names.items()):
         for name in sorted(members):
-            own = name == f"aggregator-{federation}"
-            allowed = _of_aggregator(federation) if own else _of_device(federation, name)
-            lines += [f"user {name}", *(f"topic {each}" for each in allowed)]
+            lines += [f"user {name}", *(f"topic {each}" for each in _of_member(federation, name))]
     return "\n".join(lines) + "\n"
+
+
+def _of_member(federation: str, name: str) -> list[str]:
+    if name == f"{AGGREGATOR}-{federation}":
+        return _of_aggregator(federation)
+    return _of_helper(federation, name) if is_helper_user(name) else _of_device(federation, name)
 
 
 def _admission(tls: ServerTls | None) -> str:

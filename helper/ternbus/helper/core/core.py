@@ -15,8 +15,9 @@ what it says is on disk. The states of the connection:
     stopped       every event is ignored                   `Stop`, with its exit code      "offline"
 
 While looking, the helper publishes its card without retaining it, on a topic that it has subscribed to. When that card
-arrives, everything that the broker retained has arrived before it. If the broker shows a higher count than the state
-has, or an ask does, the state is an old copy, and the helper stops: it has forgotten sets that it opened.
+arrives, everything that the broker retained has arrived before it; the helper looks twice. If the broker shows a higher
+count than the state has, or an ask does, the state is an old copy, and the helper stops: it has forgotten sets that it
+opened.
 """
 
 from collections import Counter
@@ -43,6 +44,7 @@ from ternbus.helper.core.state import SEQ_BLOCK, State
 
 ASKS_MAX: Final = 16  # that wait, or are assembled
 LOOK_AGAIN_S: Final = 10.0
+LOOKS: Final = 2  # nats-server may deliver only some of what it retains to a client that has just connected
 CLOCK_S: Final = 3600.0  # between looks at the age of the box key
 BEHIND: Final = (
     "this helper's database is an older copy: {who} shows {seen}, and the database has {own}; an older copy has "
@@ -71,6 +73,7 @@ class Core:
         self._reason = ""  # why there is no connection
         self._online = self._connecting = self._stopped = False
         self._looking = 0  # the number of the card that is to come back; 0: it has
+        self._looks_left = 0
         self._look_due_s = 0.0
 
     @property
@@ -132,7 +135,7 @@ class Core:
             self._enroll.failed(now)  # unless a receipt comes before the next attempt
             actions.append(self.profile.enroll())
         if self._online and self._looking and now >= self._look_due_s:
-            actions += self._look(now)
+            actions += self._look(now, self._looks_left)
         if self.is_ready and len(self._waiting):
             actions += self._answer(now)
         return actions
@@ -184,7 +187,7 @@ class Core:
         log = Log(event="connected", text="connected to the broker", fields={"session": self.state.session})
         note = Note(facts={"broker": "connected", "aggregator": "unknown"})
         if self.state.enrolled:
-            return [log, note, *self._look(now)]
+            return [log, note, *self._look(now, LOOKS)]
         return [log, note, Subscribe(filters=self.profile.subscriptions)]
 
     def _disconnected(self, reason: str, now: float) -> list[Action]:
@@ -199,8 +202,9 @@ class Core:
             logs.append(Log(event="contested", text=contested(self.profile.helper), fields={}))
         return logs
 
-    def _look(self, now: float) -> list[Action]:
+    def _look(self, now: float, looks: int) -> list[Action]:
         """Let the broker show what it retains of this helper: all of it comes before the card published here."""
+        self._looks_left = looks
         self._looking = self._seq()
         self._look_due_s = now + LOOK_AGAIN_S
         return [Subscribe(filters=self.profile.subscriptions), self._card(self._looking, retain=False)]
@@ -221,7 +225,7 @@ class Core:
                 self._waiting.add(ask)
             return []
         if frame.sender == self.profile.helper:
-            return self._own(frame)
+            return self._own(frame, now)
         frame.check_bodiless()
         if frame.kind == Status.KIND:
             return self._aggregator(Status.from_meta(frame.meta), frame.seq, now)
@@ -229,7 +233,7 @@ class Core:
             return self._receipt(Receipt.from_meta(frame.meta), frame.seq, now)
         raise ProtocolError("not-ours", f"a message of kind {frame.kind}")
 
-    def _own(self, frame: Frame) -> list[Action]:
+    def _own(self, frame: Frame, now: float) -> list[Action]:
         """What the broker has of this helper's own status and card."""
         number = 0
         if frame.kind == CARD:
@@ -238,6 +242,8 @@ class Core:
         stop = self._show(count, number, "the broker")
         if stop or frame.kind != CARD or frame.seq != self._looking:
             return stop
+        if self._looks_left > 1:
+            return self._look(now, self._looks_left - 1)
         self._looking, self._clock_due_s = 0, 0.0
         ready = Log(event="ready", text="ready to answer", fields={"count": self.state.count})
         return [self._card(), self._status(ONLINE), ready]
@@ -275,7 +281,7 @@ class Core:
         if receipt.outcome == "enrolled" and enrolling:
             self.state = replace(self.state, enrolled=True, receipt_seq=seq)
             log = Log(event="enrolled", text=f"enrolled as helper {self.profile.helper}")
-            return [log, *self._look(now)]
+            return [log, *self._look(now, LOOKS)]
         endings = {"revoked", "refused"} if enrolling else {"revoked", "unknown"}
         if receipt.outcome in endings:
             self.state = replace(self.state, receipt_seq=seq)

@@ -1,7 +1,7 @@
 """The formats that a helper's store has had, its tables, and how it is opened.
 
 The file's `user_version` is its format. Box keys are here and nowhere else: a copy of this file that is put back would
-open sets again that it has forgotten (docs/private-sums.md).
+open sets again that it has forgotten.
 """
 
 import shlex
