@@ -283,7 +283,7 @@ class CrashingDevice(RuleBasedStateMachine):
                 base=job.base,
                 samples=1,
                 metrics={},
-                block=Block.of_float32(job.schema, total - kept_back),
+                content=Block.of_float32(job.schema, total - kept_back),
                 residual=kept_back,
                 account=job.account.plus(Cost(kind="device", noise=1.0, rate=1.0, steps=1)),
                 local=self.local,

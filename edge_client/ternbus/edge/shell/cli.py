@@ -30,6 +30,7 @@ from ternbus.edge.shell.arguments import TASKS, AsJson, Dir, InvitationFile, Tim
 from ternbus.edge.shell.check_command import check
 from ternbus.edge.shell.directory import DeviceDirectory
 from ternbus.edge.shell.printer import Printer
+from ternbus.edge.shell.private_options import Helpers, Private, PrivateMin, PrivateRoster, pinned
 from ternbus.edge.shell.process import run_device
 from ternbus.edge.shell.rejoin_command import rejoin
 
@@ -121,6 +122,10 @@ def join(
     dp: Dp = "",
     max_epsilon: MaxEpsilon = None,
     max_delta: MaxDelta = 1e-5,
+    private: Private = False,
+    helpers: Helpers = None,
+    private_min: PrivateMin = None,
+    private_roster: PrivateRoster = "",
     max_seconds: MaxSeconds = None,
     max_steps: MaxSteps = None,
     renew: Renew = False,
@@ -139,40 +144,36 @@ def join(
     The command waits for a broker and an aggregator that are not reachable yet. It can be repeated after an
     interruption. With `--run` it can also be repeated after the device has joined: the device then only trains.
 
-    `--renew` with a new invitation replaces the key of a device that has joined. Its settings, its outstanding update
-    and its counters stay. The old key stays valid until the aggregator admits the new one.
+    `--renew` replaces the key of a device that has joined. The old key stays valid until the new one is admitted.
 
     Example: ternbus edge join pi-7.toml pi-7 --task digits --partition iid:0/8
     """
     usual = (width, partition, frame_bytes, max_seconds, max_steps) == (1, "all", FRAME_BYTES, None, None)
-    asked_for = (data, seed, username, password_file, dp, max_epsilon, hold_out, processor, not usual)
+    sums = pinned(private, helpers or [], private_min, private_roster)
+    asked_for = (data, seed, username, password_file, dp, max_epsilon, hold_out, processor, not usual, sums)
     _check_renew(renew, task, any(asked_for))
-    _check_run(then_run, bool(reports or fine_tune))
-    Partition.parse(f"{partition};test:{hold_out!r}" if hold_out else partition)
+    _check_run(then_run, bool(reports or fine_tune), f"{partition};test:{hold_out!r}" if hold_out else partition)
     policy, limits = _policy(dp, max_epsilon, max_delta), TrainingLimits(seconds=max_seconds, steps=max_steps)
     home, options = DeviceDirectory(directory), Options(timeout_s=timeout, reports=reports, fine_tune=fine_tune)
     asked = load_invitation(invitation, directory)
     with json_output(as_json) as output:
         printer = Printer(as_json=as_json, output=output)
         if renew:
-            stop = agent.renew(home, asked, load_task(home.settings().task), options, printer)
-            _end(printer, stop, goes_on=then_run and stop.code == EXIT_DONE)
+            _end(printer, agent.renew(home, asked, load_task(home.settings().task), options, printer), then_run)
         elif not (then_run and home.has_joined(asked)):
             model = _task_for(task, width, processor, data)
             settings = home.prepare(
                 asked, task=absolute(task), data=data, partition=partition, seed=seed, hold_out=hold_out, width=width,
                 processor=processor, frame_bytes=frame_bytes, username=username, password_file=password_file,
-                policy=policy, limits=limits,
+                policy=policy, limits=limits, sums=sums,
             )  # fmt: skip
-            agent.check(settings, options)
-            stop = agent.join(home, settings, model, options, printer)
-            _end(printer, stop, goes_on=then_run and not home.settings().code)
+            _end(printer, agent.join(home, settings, model, options, printer), then_run)
     raise typer.Exit(run_device(home, "train", options, as_json=as_json))
 
 
-def _end(printer: Printer, stop: Stop, *, goes_on: bool) -> None:
-    """Print how joining ended; end the command too, unless it goes on with training."""
-    if not goes_on:
+def _end(printer: Printer, stop: Stop, then_run: bool) -> None:
+    """Print how joining ended; end the command too, unless it succeeded and goes on with training."""
+    if not (then_run and stop.code == EXIT_DONE):
         raise typer.Exit(printer.finish(stop, ended=True))
     printer.end(stop)
 
@@ -192,7 +193,8 @@ def _policy(kind: str, max_epsilon: float | None, max_delta: float) -> PrivacyPo
     return PrivacyPolicy(kind=kind, epsilon=max_epsilon or 0.0, delta=max_delta)
 
 
-def _check_run(then_run: bool, others: bool) -> None:
+def _check_run(then_run: bool, others: bool, partition: str) -> None:
+    Partition.parse(partition)
     if others and not then_run:
         raise ConfigError("--report-metrics and --fine-tune apply to training: add --run, or use `ternbus edge run`")
 
@@ -200,8 +202,8 @@ def _check_run(then_run: bool, others: bool) -> None:
 def _check_renew(renew: bool, task: str, others: bool) -> None:
     if renew and (task or others):
         raise ConfigError(
-            "--renew keeps task, data, partition, seed, login, privacy, hold-out, width, processor, frame size and "
-            "limits: leave out these options"
+            "--renew keeps task, data, partition, seed, login, privacy, helpers, hold-out, width, processor, frame "
+            "size and limits: leave out these options"
         )
     if not renew and not task:
         raise ConfigError(f"no task is given: add --task with {TASKS}")

@@ -14,7 +14,6 @@ from ternbus.broker.protocol.schema import WEIGHT_MAX, Schema, Vector, flatten
 from ternbus.edge.core.actions import StartTraining, tensors_of
 from ternbus.edge.core.events import BudgetSpent, TrainingFinished
 from ternbus.edge.learn.accountant import epsilon
-from ternbus.edge.learn.compress import compress
 from ternbus.edge.learn.failure import describe
 from ternbus.edge.learn.kinds import statistics_of
 from ternbus.edge.learn.local_state import packed
@@ -23,6 +22,7 @@ from ternbus.edge.learn.task import PrivateTrainer, Trained, Trainer, TrainingEr
 from ternbus.edge.learn.task_loader import code_errors
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.privacy import DEVICE, PRIVACY_METRICS, Account, Cost, cost
+from ternbus.edge.shell.encoding import encoded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -55,14 +55,14 @@ def train(trainer: Trainer, job: StartTraining, random_source: RandomSource) -> 
         released = _release_sample(trainer, job, planned.steps, random_source)
     _clear_statistics(trainer, job.schema, released.change)
     # Post-processing of the mechanism's output: quantization and residual cost no privacy.
-    compressed = compress(job.schema, plan, released.change, _finite(job.residual), job.seed)
+    content, residual = encoded(job, released.change, _finite(job.residual), samples, random_source)
     metrics = released.trained.metrics if released.trained is not None else {}
     return TrainingFinished(
         base=job.base,
         samples=samples,
         metrics={**metrics, **dict(zip(PRIVACY_METRICS, (account.epsilon, account.delta), strict=True))},
-        block=compressed.block,
-        residual=compressed.residual,
+        content=content,
+        residual=residual,
         account=account,
         failure=released.failure,
         local=packed(released.trained.local) if released.trained is not None else None,
