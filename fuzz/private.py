@@ -165,10 +165,10 @@ class HelperProcess:
         self.core = Core(profile, State(box_keys=(key,), enrolled=True), self.records)
         self.seq = 0
         self.handle(events.Started(unix_s=0.0))
-        for action in self.handle(events.Connected(frame_bytes=FRAME_BYTES)):
-            if isinstance(action, Publish):  # its card, which comes back
-                self.handle(events.FrameArrived(topic=action.topic, frame=parse(action.payload)))
-        assert self.core.is_ready
+        done = self.handle(events.Connected(frame_bytes=FRAME_BYTES))
+        while not self.core.is_ready:  # the broker sends its card back
+            (card,) = [action for action in done if isinstance(action, Publish)]
+            done = self.handle(events.FrameArrived(topic=card.topic, frame=parse(card.payload)))
 
     def handle(self, event: events.Event) -> list[Action]:
         done = self.core.handle(event, 0.0)

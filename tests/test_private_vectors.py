@@ -23,6 +23,8 @@ from ternbus.broker.protocol.ternary import Block
 from ternbus.broker.sums import masks, sets
 from ternbus.broker.sums.terms import Card, SignedCard, Terms, context, digest_of
 from ternbus.broker.sums.words import BUCKETS, DENSE_STEPS, Layout
+from ternbus.edge.learn import private_sum
+from ternbus.edge.plan.plan import Plan
 
 WHOLE: dict[str, Any] = json.loads((Path(__file__).parent / "vectors.json").read_text())
 VECTORS: dict[str, Any] = WHOLE["private"]
@@ -183,6 +185,12 @@ def test_a_private_update_from_its_values_to_its_frame(row: dict[str, Any]) -> N
     )
     assert again == [built]
     stranger.check_update(wire.parse_frame(built).meta)
+
+
+def test_weights_of_samples() -> None:
+    for row in UPDATES:
+        assert private_sum.weight(terms()[0], Plan(), row["samples"]) == row["weight"]
+        assert round(max(64, min(255, 255 * row["samples"] / terms()[0].samples))) == row["weight"]
 
 
 def test_buckets_of_scales() -> None:
