@@ -1,0 +1,100 @@
+"""The assembly of a helper's process from directory, store, core and service."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Final
+
+from ternbus.broker.errors import ConfigError
+from ternbus.broker.exit_codes import EXIT_DONE
+from ternbus.broker.files import read_password
+from ternbus.broker.link.link import Link, LinkEvent
+from ternbus.broker.protocol.identity import helper_user
+from ternbus.broker.stop_signals import STOPS, on_stop
+from ternbus.broker.version import software
+from ternbus.helper.core.actions import Log, Stop
+from ternbus.helper.core.core import Core
+from ternbus.helper.core.profile import Profile
+from ternbus.helper.shell.directory import HelperDirectory, Settings
+from ternbus.helper.shell.service import Service
+from ternbus.helper.store import store as stores
+from ternbus.helper.store.store import HelperStore
+
+STOP_WITHIN_S: Final = 8.0
+
+
+def run(home: HelperDirectory, report: Callable[[Log], None]) -> Stop:
+    """Run the helper until it stops. Raises `ConfigError` for one that cannot run."""
+    settings = home.settings()
+    identity = home.identity()
+    if not settings.aggregator_key:
+        raise ConfigError(
+            f"{home.folder} has no invitation yet: ask the aggregator's operator for one (`ternbus aggregator invite "
+            f"AGG --helper {settings.helper}`), then run: ternbus helper init {home.quoted} --invitation FILE"
+        )
+    with home.locked():
+        stores.check(home.folder)
+        with HelperStore(home.folder, settings.roster) as store:
+            if (state := store.state) is None:
+                raise ConfigError(f"{home.folder} is not complete: run `ternbus helper restored {home.quoted}`")
+            profile = Profile(
+                federation=settings.federation,
+                helper=settings.helper,
+                identity=identity,
+                aggregator_public=bytes.fromhex(settings.aggregator_key),
+                random=os.urandom,
+                roster=settings.roster,
+                min=settings.min,
+                code=settings.code,
+                software=software(),
+            )
+            service = Service(
+                Core(profile, state, store),
+                store=store,
+                make_link=_link_maker(home, settings),
+                report=report,
+                enrolled=lambda: home.write(replace(settings, code="")),
+            )
+            with _signals_stop(service):
+                return service.run()
+
+
+def _link_maker(home: HelperDirectory, settings: Settings) -> Callable[[Callable[[LinkEvent], None]], Link]:
+    user = helper_user(settings.helper)
+
+    def connect_to(deliver: Callable[[LinkEvent], None]) -> Link:
+        return Link(
+            settings.broker,
+            client_id=user,
+            username=settings.username or user,
+            password=read_password(settings.password_path) if settings.password_path is not None else None,
+            deliver=deliver,
+            tls=home.tls(),
+        )
+
+    return connect_to
+
+
+@contextmanager
+def _signals_stop(service: Service) -> Iterator[None]:
+    """Let signals stop the service, and end the process if it still runs `STOP_WITHIN_S` later.
+
+    A slow name server may hold it, or the sum of a large set. All that matters is on disk.
+    """
+
+    def stop(received: int, _: object) -> None:
+        service.request_stop(signal.Signals(received).name)
+        deadline = threading.Timer(STOP_WITHIN_S, os._exit, (EXIT_DONE,))
+        deadline.daemon = True
+        deadline.start()
+
+    before = {number: signal.getsignal(number) for number in STOPS}
+    on_stop(stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
