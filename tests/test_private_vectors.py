@@ -14,6 +14,7 @@ from nacl.signing import SigningKey
 
 from stranger import sums as stranger
 from stranger import wire
+from stranger.helper import Helper as StrangeHelper
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import frame as frames
 from ternbus.broker.protocol.identity import Identity, enroll_proof
@@ -253,9 +254,16 @@ def test_a_helper_answers_an_ask_with_the_sum_of_the_masks() -> None:
         seed = masks.open_box(BOX_SECRET, update.boxes[0], seq=frame.seq, **about)
         layout.add(total, masks.mask(layout, seed, **about))
     assert total.tobytes() == unhex("sum", "masks")
-    name, theirs, members = stranger.read_ask(content)
-    assert name == CONTEXT
-    assert stranger.answer_of(theirs, name, SigningKey(SEEDS["h-1"]), BOX_SECRET, members) == total.tobytes()
+    assert stranger.read_ask(content).context == CONTEXT
+    helper = StrangeHelper("lab", SigningKey(SEEDS["h-1"]), BOX_SECRET, 1, least=3, own_roster=True)
+    for row in UPDATES:
+        helper.admit(row["device"], public(row["device"]))
+    about = {"set": unhex("set", "digest"), "count": 0}
+    assert helper.answer({"step": "prepare", **about}, content) == ({"outcome": "prepared", **about, "count": 1}, b"")
+    assert helper.answer({"step": "open", **about}, content) == (
+        {"outcome": "opened", **about, "count": 2},
+        total.tobytes(),
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any
 import msgpack
 from nacl.exceptions import CryptoError
 from nacl.public import PrivateKey, PublicKey, SealedBox
-from nacl.signing import SigningKey, VerifyKey
+from nacl.signing import VerifyKey
 
 from stranger.wire import SIGNED, Frame, RefusedError, digest, is_bin, key_id, parse_frame, read_map
 
@@ -120,6 +120,11 @@ def mask_of(layout: Layout, seed: bytes, context: bytes, device: bytes, helper: 
 def bound(context: bytes, device: bytes, helper: bytes, seq: int) -> bytes:
     """What stands in a box before the seed."""
     return BOX + context + device + helper + struct.pack("<Q", seq)
+
+
+def public_of(secret: bytes) -> bytes:
+    """The public key of a box key."""
+    return bytes(PrivateKey(secret).public_key)
 
 
 def make_box(box_key: bytes, plain: bytes) -> bytes:
@@ -235,35 +240,42 @@ def check_answer(meta: Mapping[str, Any]) -> None:
     _need(all(type(each) is str and re.fullmatch(DEVICE, each) for each in updates), "a name")
 
 
-def read_ask(content: bytes) -> tuple[bytes, Layout, list[tuple[bytes, Frame]]]:
-    """The context, the layout, and (public key, frame of part 0) of each update of an ask."""
+@dataclass(frozen=True)
+class Ask:
+    """An ask whose form is right; its members are not looked at yet."""
+
+    version: int
+    context: bytes
+    terms: Mapping[str, Any]
+    layout: Layout
+    rows: list[list[bytes]]
+
+
+def read_ask(content: bytes) -> Ask:
+    """Read the body of an ask, and the terms in it."""
     ask = one_encoding(content, ASK_KEYS)
     _need(_is_whole(ask["version"], 0, 2**62), "version")
     _need(all(type(ask[key]) is bytes and len(ask[key]) == 32 for key in ("model", "plan")), "digests")
-    _need(isinstance(ask["members"], list) and 1 <= len(ask["members"]) <= 2000, "members")
-    _need(type(ask["terms"]) is bytes, "terms")
-    _, layout = read_terms(ask["terms"])
-    members = []
-    for row in ask["members"]:
+    rows = ask["members"]
+    _need(isinstance(rows, list) and 1 <= len(rows) <= 2000, "members")
+    for row in rows:
         _need(isinstance(row, list) and list(map(type, row)) == [bytes] * 3, "a member")
-        public, header, signature = row
-        _need(len(public) == 32 and len(header) <= 16_384 and len(signature) == 64, "a member")
-        frame = parse_frame(b"TBF1" + struct.pack("<I", len(header)) + header + signature)
-        _need(frame.key == key_id(public) and (frame.kind, frame.part) == ("update", 0), "not part 0 of an update")
-        _check(public, SIGNED + header, signature)
-        check_update(frame.meta)
-        members.append((public, frame))
-    return context_of(ask["version"], ask["model"], ask["plan"], digest(ask["terms"])), layout, members
+        _need(len(row[0]) == 32 and len(row[1]) <= 16_384 and len(row[2]) == 64, "a member")
+    _need(type(ask["terms"]) is bytes, "terms")
+    terms, layout = read_terms(ask["terms"])
+    context = context_of(ask["version"], ask["model"], ask["plan"], digest(ask["terms"]))
+    return Ask(ask["version"], context, terms, layout, rows)
 
 
-def answer_of(layout: Layout, context: bytes, helper: SigningKey, box_secret: bytes, members: Any) -> bytes:
-    """The body of the answer `opened`: the sum of the masks of these updates for this helper, one box each."""
-    public, total = bytes(helper.verify_key), bytes(layout.length)
-    for device, frame in members:
-        (box,) = frame.meta["boxes"]
-        seed = open_box(box_secret, box, bound(context, device, public, frame.seq))
-        total = layout.add(total, mask_of(layout, seed, context, device, public))
-    return total
+def read_member(public: bytes, header: bytes, signature: bytes, federation: str) -> Frame:
+    """Read a member: the frame of part 0, without its body, of an update of a device in this federation."""
+    frame = parse_frame(b"TBF1" + struct.pack("<I", len(header)) + header + signature)
+    _need(re.fullmatch(DEVICE, frame.sender) is not None, "not of a device")
+    _need((frame.federation, frame.kind, frame.part) == (federation, "update", 0), "not part 0 of an update")
+    _need(frame.key == key_id(public), "another key than the header names")
+    _check(public, SIGNED + header, signature)
+    check_update(frame.meta)
+    return frame
 
 
 def bucket(own: float, reference: float) -> int:
