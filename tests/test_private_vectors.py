@@ -1,9 +1,11 @@
 """The vectors of private sums: Ternbus makes and reads them, and so does a stranger, by the protocol's page alone."""
 
+import itertools
 import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import msgpack
@@ -25,6 +27,7 @@ from ternbus.broker.sums import masks, sets
 from ternbus.broker.sums.terms import Card, SignedCard, Terms, context, digest_of
 from ternbus.broker.sums.words import BUCKETS, DENSE_STEPS, Layout
 from ternbus.edge.learn import private_sum
+from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.plan.plan import Plan
 
 WHOLE: dict[str, Any] = json.loads((Path(__file__).parent / "vectors.json").read_text())
@@ -203,6 +206,45 @@ def test_buckets_of_scales() -> None:
         assert [hot.index(1) for hot in hots] == places
 
 
+def test_the_values_of_a_change_and_what_they_leave() -> None:
+    entry, (ours, theirs) = VECTORS["values"], terms()
+    schema = Schema.parse(bytes.fromhex(WHOLE["schema"]["bytes"]))
+    change = np.frombuffer(unhex("values", "change"), "<f4")
+    expected = [*entry["ternary"], *entry["dense"], entry["weight"], *entry["buckets"]]
+    content, rest = private_sum.encode(
+        schema,
+        ours,
+        Plan(codec="private", clip_sigma=entry["clip_sigma"], error_feedback=True),
+        change,
+        residual=None,
+        samples=entry["samples"],
+        random_source=RandomSource(),
+    )
+    assert theirs.read(content.words) == expected
+    assert rest is not None
+    assert rest.tobytes() == unhex("values", "residual")
+    tensors = [
+        (segment.tensor.role, scale, change[segment.start : segment.stop].tolist())
+        for segment, scale in zip(schema.segments, ours.scales, strict=True)
+    ]
+    for draw in (0.0, 0.5, 0.999):
+        found = stranger.values_of(
+            tensors, ours.levels, entry["weight"], entry["clip_sigma"], itertools.repeat(draw).__next__
+        )
+        assert found[0] == expected
+        assert struct.pack("<15f", *itertools.chain(*found[1])) == rest.tobytes()
+
+
+def test_draws_of_a_stranger_are_unbiased() -> None:
+    draws = Random(1)
+    sums, count = [0] * 4, 4000
+    for _ in range(count):
+        values, _ = stranger.values_of([("ternary", 0.5, [0.1, -0.4, 0.0, 0.7])], 2, 255, 0.0, draws.random)
+        sums = [one + two for one, two in zip(sums, values[:4], strict=True)]
+    # a standard error of at most 0.5 / √4000 levels, of which each is a quarter
+    assert np.allclose([0.25 * each / count for each in sums], [0.1, -0.4, 0.0, 0.5], atol=0.01)
+
+
 def test_the_sum_of_three_devices_less_their_masks_is_a_change_of_the_model() -> None:
     ours, theirs = terms()
     layout, entry = ours.layout, VECTORS["sum"]
@@ -258,7 +300,7 @@ def test_a_helper_answers_an_ask_with_the_sum_of_the_masks() -> None:
     helper = StrangeHelper("lab", SigningKey(SEEDS["h-1"]), BOX_SECRET, 1, least=3, own_roster=True)
     for row in UPDATES:
         helper.admit(row["device"], public(row["device"]))
-    about = {"set": unhex("set", "digest"), "count": 0}
+    about: dict[str, Any] = {"set": unhex("set", "digest"), "count": 0}
     assert helper.answer({"step": "prepare", **about}, content) == ({"outcome": "prepared", **about, "count": 1}, b"")
     assert helper.answer({"step": "open", **about}, content) == (
         {"outcome": "opened", **about, "count": 2},
@@ -334,6 +376,6 @@ def test_what_is_malformed_is_refused(what: str, name: str) -> None:
 
 def test_every_entry_is_used() -> None:
     """A vector added to the file must be added here."""
-    used = "keys card terms head context words masks updates set sum ask answer enroll status"
+    used = "keys card terms head context words masks updates values set sum ask answer enroll status"
     assert set(VECTORS) == set(used.split())
     assert set(MALFORMED) == set(REASONS) == set(OURS) == set(THEIRS)

@@ -5,10 +5,11 @@ Nothing here is quick, and no number is an array: a word is an int, so are its v
 
 import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from math import log2
+from math import floor, log2
+from statistics import pstdev
 from typing import Any
 
 import msgpack
@@ -285,6 +286,37 @@ def bucket(own: float, reference: float) -> int:
     if reference == 0:
         return BUCKETS - 1
     return 3 + max(-3, min(3, round(log2(own / reference))))
+
+
+Tensor = tuple[str, float, list[float]]  # role, scale of the terms, and u
+
+
+def values_of(
+    tensors: Sequence[Tensor], levels: int, weight: int, clip_sigma: float, draw: Callable[[], float]
+) -> tuple[list[int], list[list[float]]]:
+    """The values of an update, with draws from 0 to 1, and what they leave of each tensor."""
+    ternary: list[int] = []
+    dense: list[int] = []
+    buckets: list[int] = []
+    rest = []
+    for role, scale, u in tensors:
+        steps = levels if role == "ternary" else STEPS
+        drawn = [_drawn(value, scale, steps, draw) for value in u]
+        (ternary if role == "ternary" else dense).extend(drawn)
+        rest.append([value - scale * q / steps for value, q in zip(u, drawn, strict=True)])
+        own = max(map(abs, u))
+        if role == "ternary" and clip_sigma and (spread := pstdev(u)):
+            own = min(own, clip_sigma * spread)
+        place = bucket(own, scale if role == "ternary" else scale / 8)
+        buckets += [int(each == place) for each in range(BUCKETS)]
+    return [*ternary, *dense, weight, *buckets], rest
+
+
+def _drawn(value: float, scale: float, steps: int, draw: Callable[[], float]) -> int:
+    if scale == 0:
+        return 0
+    x = steps * max(-1.0, min(1.0, value / scale))
+    return floor(x) + (draw() < x - floor(x))
 
 
 def change_of(sums: Sequence[int], layout: Layout, scales: Iterable[float], levels: int) -> list[float]:
