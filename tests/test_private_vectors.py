@@ -300,10 +300,10 @@ def test_a_helper_answers_an_ask_with_the_sum_of_the_masks() -> None:
     helper = StrangeHelper("lab", SigningKey(SEEDS["h-1"]), BOX_SECRET, 1, least=3, own_roster=True)
     for row in UPDATES:
         helper.admit(row["device"], public(row["device"]))
-    about: dict[str, Any] = {"set": unhex("set", "digest"), "count": 0}
-    assert helper.answer({"step": "prepare", **about}, content) == ({"outcome": "prepared", **about, "count": 1}, b"")
-    assert helper.answer({"step": "open", **about}, content) == (
-        {"outcome": "opened", **about, "count": 2},
+    asked: dict[str, Any] = {"set": unhex("set", "digest"), "count": 0}
+    assert helper.answer({"step": "prepare", **asked}, content) == ({"outcome": "prepared", **asked, "count": 1}, b"")
+    assert helper.answer({"step": "open", **asked}, content) == (
+        {"outcome": "opened", **asked, "count": 2},
         total.tobytes(),
     )
 
