@@ -176,7 +176,7 @@ def test_a_overlapping_sets_would_spell_every_update() -> None:
 steps = st.tuples(st.sampled_from((PREPARE, OPEN, ABANDON)), st.integers(0, 5))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     chosen=st.lists(st.sets(st.sampled_from(DEVICES), min_size=2), min_size=6, max_size=6),
     asks=st.lists(steps, max_size=18),
@@ -409,6 +409,27 @@ def test_e_the_smallest_set_is_not_the_aggregators_to_say() -> None:
     assert attacker.ask(*updates[:2], world=stricter).startswith("too-few")
     assert attacker.ask(*updates[:2]).startswith("other-context")
     assert attacker.ask(*updates, world=stricter) == ""
+
+
+@pytest.mark.parametrize(("own", "in_terms", "in_header"), [(4, 2, 2), (2, 4, 2), (2, 2, 4)])
+def test_e_a_set_is_as_large_as_the_strictest_wants(own: int, in_terms: int, in_header: int) -> None:
+    """The aggregator's word counts for nothing: a helper has its own, and each device signed its owner's."""
+    attacker = against(min=own)
+    attacker.world = replace(attacker.world, terms=replace(attacker.world.terms, min=in_terms))
+    updates = [attacker.world.update(name, min=in_header) for name in DEVICES]
+    for members in THREES:
+        assert attacker.ask(*(each for each in updates if each.device in members)).startswith("too-few")
+    assert attacker.ask(*updates) == ""
+
+
+def test_e_one_key_is_one_device_whatever_it_is_called() -> None:
+    """A device in league that has several names, and one key at its helper, would count as several."""
+    attacker = against()
+    victim, spy = attacker.world.update("pi-1"), identity("pi-2")
+    names = [attacker.world.update(name, identity=spy) for name in ("pi-2", "pi-3")]
+    assert attacker.ask(victim, *names) == "twice: the update of pi-2 and 1 more"
+    assert attacker.ask(attacker.world.update("pi-2"), attacker.world.update("pi-4")) == ""
+    assert attacker.ask(victim, names[1]) == "key-of-another: the update of pi-3"
 
 
 def test_e_seeds_of_two_helpers_do_not_cancel_or_double() -> None:

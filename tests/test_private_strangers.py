@@ -76,7 +76,7 @@ members = st.lists(
 asks = st.lists(st.tuples(members, st.sampled_from((PREPARE, PREPARE, OPEN, OPEN, ABANDON))), min_size=1, max_size=5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(asks=asks, own_roster=st.booleans(), repeat=st.booleans())
 def test_both_answer_whatever_is_asked_alike(
     asks: list[tuple[list[tuple[str, str]], str]], own_roster: bool, repeat: bool
@@ -115,10 +115,13 @@ def test_every_answer_that_there_is_was_compared() -> None:
     for version, make in enumerate(FAULTS.values(), 100):
         later = replace(world, version=version)
         met.append(compare(ours, theirs, later.asked(make(later, "pi-3"), later.update("pi-4")), PREPARE))
+    one_key = [world.update(name, identity=identity("pi-7")) for name in ("pi-7", "pi-8")]
+    met.append(compare(ours, theirs, world.asked(*one_key), PREPARE))
+    met.append(compare(ours, theirs, world.asked(one_key[0], one_key[0], rest[2]), PREPARE))
     assert set(met) >= {
         *("prepared", "opened", "abandoned", "not-prepared", "wrong-set", "bad-ask", "too-few", "too-many"),
         *("foreign-terms", "old-card", "key-of-another", "other-context", "repeated", "bad-box", "unknown-key"),
-        *("bad-signature",),
+        *("bad-signature", "twice"),
     }
 
 
