@@ -59,7 +59,9 @@ FAULTS: dict[str, Callable[[World, str], Sent]] = {
     "a claimed context": lambda world, name: replace(world, model=bytes(32)).update(name, context=world.context),
     "a higher minimum": lambda world, name: world.update(name, min=4),
     "a copied box": lambda world, name: world.update(name, boxes=world.update("pi-9").member.frame().meta["boxes"]),
-    "no right number of boxes": lambda world, name: world.update(name, boxes=(bytes(198), bytes(198))),
+    "a box too many": lambda world, name: world.update(
+        name, boxes=(*world.update(name).member.frame().meta["boxes"], bytes(198))
+    ),
     "another part": lambda world, name: world.update(name, part=1),
     "another kind": lambda world, name: world.update(name, kind="offer"),
     "another federation": lambda world, name: world.update(name, federation="x"),
