@@ -23,6 +23,7 @@ from ternbus.edge.core.actions import Action, Connect, Publish, Save, StartTrain
 from ternbus.edge.core.core import Core
 from ternbus.edge.core.profile import Profile
 from ternbus.edge.core.state import AnsweredUpdate, State
+from ternbus.edge.learn.sum_content import SumContent
 from ternbus.edge.plan.privacy import Cost
 
 DEVICE = "pi"
@@ -35,6 +36,7 @@ class Answers:
     """What an aggregator remembers of one key: the rules of the protocol, written down once more, plainly."""
 
     scripted: ScriptedAggregator
+    key: bytes = KEY.key_id
     highest: int = 0
     answer: str = ""
     bases: set[int] = field(default_factory=set)
@@ -48,7 +50,7 @@ class Answers:
             return self._receipt(whole.seq, self.answer)
         if busy:
             return self._receipt(whole.seq, "busy", retry_after_s=5.0)
-        value = Block.read(self.scripted.schema, about.codec, about.encoding, whole.body).value()
+        value = self.value_of(about, whole)
         if about.base in self.bases:
             outcome = "duplicate"
         elif about.base < self.scripted.version - self.scripted.max_staleness:
@@ -60,8 +62,11 @@ class Answers:
         self.highest, self.answer = whole.seq, outcome
         return self._receipt(whole.seq, outcome)
 
+    def value_of(self, about: Update, whole: Whole) -> Vector:
+        return Block.read(self.scripted.schema, about.codec, about.encoding, whole.body).value()
+
     def _receipt(self, seq: int, outcome: str, **more: float) -> Message:
-        return self.scripted.receipt(DEVICE, KEY.key_id, seq, outcome, **more)
+        return self.scripted.receipt(DEVICE, self.key, seq, outcome, **more)
 
 
 class CrashingDevice(RuleBasedStateMachine):
@@ -72,7 +77,6 @@ class CrashingDevice(RuleBasedStateMachine):
         self.scripted = ScriptedAggregator(max_staleness=1)
         self.answers = Answers(self.scripted)
         self.collector = Collector(4, 2**20)
-        self.retained = dict([*self.scripted.snapshot(), self.scripted.status(), self.scripted.head()])
         self.profile = Profile(
             federation=FEDERATION,
             device=DEVICE,
@@ -82,15 +86,21 @@ class CrashingDevice(RuleBasedStateMachine):
             role="train",
             tensors={name: tuple(shape) for name, shape in SHAPES.items()},
         )
+        self.retained: dict[str, bytes] = {}
+        self.prepare()
+        self.retained |= dict([*self.scripted.snapshot(), self.scripted.status(), self.scripted.head()])
         self.now = 0.0
         self.disk = State(key=KEY.key_id, enrolled=True)
         self.records: list[AnsweredUpdate] = []
         self.gained = np.zeros(self.scripted.schema.elements, np.float32)  # by trainings whose result was saved
-        self.sent: dict[tuple[int, int], bytes] = {}
+        self.sent: dict[tuple[bytes, str, int, int], bytes] = {}
         self.told: set[int] = set()  # the versions on which an update was made and sent
         self.past: list[Message] = []  # all that was ever delivered
         self.crash_after: int | None = None
         self.start()
+
+    def prepare(self) -> None:
+        """Settle what aggregator and device are like, before the first head."""
 
     def start(self) -> None:
         """The process begins, with nothing but the disk."""
@@ -127,7 +137,7 @@ class CrashingDevice(RuleBasedStateMachine):
                 self.wants_connection = True
             case Subscribe(filters=filters):
                 self.live.update(filters)
-                self.down += [(topic, self.retained[topic]) for topic in filters if topic in self.retained]
+                self.down += [each for each in self.retained.items() if self.is_wanted(each[0], filters)]
             case Unsubscribe(filters=filters):
                 self.live.difference_update(filters)
             case Publish(payload=payload):
@@ -145,10 +155,14 @@ class CrashingDevice(RuleBasedStateMachine):
             case _:
                 pass
 
+    def is_wanted(self, topic: str, filters: tuple[str, ...]) -> bool:
+        """Whether a retained message comes by these filters; those of deltas were missed, and are asked for by name."""
+        return topic in filters
+
     def save(self, state: State, answered: AnsweredUpdate | None) -> None:
         assert state.head_version >= self.disk.head_version
         assert state.head_seq >= self.disk.head_seq
-        assert state.seq_limit >= self.disk.seq_limit
+        assert state.seq_limit >= self.disk.seq_limit or state.key != self.disk.key
         before, after = self.disk.outstanding, state.outstanding
         if before is None and after is not None:
             assert self.change is not None
@@ -171,7 +185,7 @@ class CrashingDevice(RuleBasedStateMachine):
             self.told.add(frame.meta["base"])
             assert len(self.told) <= sum(cost.steps for cost in self.disk.account.spent)  # each has been paid for
             assert self.disk.outstanding.seq == frame.seq
-        first = self.sent.setdefault((frame.seq, frame.part), frame.header + frame.body)
+        first = self.sent.setdefault((frame.key, frame.kind, frame.seq, frame.part), frame.header + frame.body)
         assert first == frame.header + frame.body
 
     # -- what may happen
@@ -249,13 +263,17 @@ class CrashingDevice(RuleBasedStateMachine):
     @rule(snapshot=st.booleans())
     def aggregator_publishes(self, snapshot: bool) -> None:
         self.scripted.advance()
-        messages = list(self.scripted.delta(self.scripted.version))
+        messages = [*self.scripted.delta(self.scripted.version), *self.before_the_head()]
         if snapshot or self.scripted.version - self.scripted.snapshot_version >= 2:
             messages += self.scripted.new_snapshot()
         messages.append(self.scripted.head())
         self.retained.update(messages)
         if self.connected:
             self.down += [message for message in messages if "/snapshot/" not in message[0] or message[0] in self.live]
+
+    def before_the_head(self) -> list[Message]:
+        """What is published with a new version, before the head that needs it."""
+        return []
 
     @rule(session=st.integers(2, 9), online=st.booleans())
     def aggregator_comes_or_goes(self, session: int, online: bool) -> None:
@@ -278,17 +296,26 @@ class CrashingDevice(RuleBasedStateMachine):
         total = self.change if job.residual is None else self.change + job.residual
         kept_back = np.zeros_like(total)
         kept_back[::7] = total[::7]  # as error feedback would: part of it stays behind
+        content, residual = self.encoded(job, self.change, Block.of_float32(job.schema, total - kept_back), kept_back)
         self.handle(
             events.TrainingFinished(
                 base=job.base,
                 samples=1,
                 metrics={},
-                content=Block.of_float32(job.schema, total - kept_back),
-                residual=kept_back,
+                content=content,
+                residual=residual,
                 account=job.account.plus(Cost(kind="device", noise=1.0, rate=1.0, steps=1)),
                 local=self.local,
             )
         )
+
+    def encoded(
+        self, job: StartTraining, change: Vector, block: Block, kept_back: Vector
+    ) -> tuple[Block | SumContent, Vector | None]:
+        """What is sent of a change, and what is not."""
+        assert job.sums is None
+        assert change.size == kept_back.size
+        return block, kept_back
 
     @rule(seconds=st.sampled_from([0.5, 5.0, 35.0, 100.0]))
     def time_passes(self, seconds: float) -> None:

@@ -33,19 +33,19 @@ def box_public(secret: bytes) -> bytes:
     return bytes(nacl.public.PrivateKey(secret).public_key)
 
 
-def card(number: int = 1, **changes: Any) -> SignedCard:
-    """The card of the helper h-NUMBER."""
+def card(which: int = 1, **changes: Any) -> SignedCard:
+    """The card of the helper h-1, h-2, …; ``number`` is that of its box key."""
     generation = changes.get("number", 1)
     made = Card(
         federation=FEDERATION,
-        helper=f"h-{number}",
-        public=helper_key(number).public,
-        box_key=box_public(box_secret(number, generation)),
+        helper=f"h-{which}",
+        public=helper_key(which).public,
+        box_key=box_public(box_secret(which, generation)),
         number=generation,
         roster=OWN,
         min=2,
     )
-    return replace(made, **changes).signed(helper_key(number))
+    return replace(made, **changes).signed(helper_key(which))
 
 
 def terms_for(schema: Schema, **changes: Any) -> Terms:

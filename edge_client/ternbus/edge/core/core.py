@@ -383,8 +383,7 @@ class Core:
     def _check_wait(self, now: float) -> list[Action]:
         if self._online:
             own = self.evaluation if self.profile.role == "evaluate" else self.training
-            enrolled = self.state.enrolled
-            awaited = awaited_of(self.presence, self.follower, self.terms, own.failures, enrolled=enrolled)
+            awaited = awaited_of(self.presence, self.follower, self.terms, own.failures, enrolled=self.state.enrolled)
         else:
             awaited = f"the broker ({self._reconnect.reason})" if self._reconnect.reason else "the broker"
         self._wait_timer.wait_for(awaited, now)
