@@ -87,7 +87,7 @@ class HelperNode:
 
     def _frame(self, kind: str, meta: Mapping[str, Any], body: bytes, *, seq: int | None = None) -> list[bytes]:
         self.seq += 1
-        about = {"kind": kind, "federation": self.helper.federation, "sender": self.name}
+        about: dict[str, Any] = {"kind": kind, "federation": self.helper.federation, "sender": self.name}
         number = self.seq if seq is None else seq
         return wire.make_frames(self.helper.signing, **about, seq=number, meta=meta, body=body)
 
@@ -102,7 +102,7 @@ class Version:
     @classmethod
     def read(cls, head: bytes, terms: Sequence[bytes], aggregator: bytes, federation: str) -> "Version":
         """Check the frames, and that the plan names these terms."""
-        about = {"federation": federation, "sender": "aggregator", "public": aggregator}
+        about: dict[str, Any] = {"federation": federation, "sender": "aggregator", "public": aggregator}
         frame = wire.check_frame(head, kind="head", **about)
         assembly, content = wire.Assembly(), None
         for part in map(wire.parse_frame, terms):
