@@ -9,7 +9,7 @@ import pytest
 from support.mechanisms import gaussian, sampled
 from ternbus.edge.learn.accountant import epsilon
 from ternbus.edge.plan.plan import Plan
-from ternbus.edge.plan.privacy import Account, cost
+from ternbus.edge.plan.privacy import MECHANISMS_MAX, Account, cost
 
 Z = 1.5
 DEVICE = {"dp": "device", "dp_clip": 0.25, "dp_noise": Z, "dp_epsilon": 50.0}
@@ -162,3 +162,41 @@ def test_a_training_costs_by_its_own_samples() -> None:
     assert cost(plan, 100) == sampled(Z, 0.5, 4)
     assert cost(plan, 20) == sampled(Z, 1.0, 2)
     assert cost(Plan.from_meta(DEVICE), 20) == cost(Plan.from_meta(DEVICE), 1000) == gaussian(Z, 1)
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.02])
+def test_an_account_stays_small_whatever_plans_come_and_never_counts_less(rate: float) -> None:
+    """With ever new noise it would grow for good: each mechanism takes time in every computation of epsilon."""
+    account, each = Account(), []
+    for number in range(4 * MECHANISMS_MAX):
+        each.append(sampled(20.0 + (number * 37 % 101) / 10, rate, 1 + number % 3))
+        account = account.plus(each[-1])
+        assert len(account.spent) <= MECHANISMS_MAX
+    assert sum(cost.steps for cost in account.spent) == sum(cost.steps for cost in each)
+    exact, found = epsilon(each, 1e-5), epsilon(account.spent, 1e-5)
+    assert exact * (1 - 1e-9) <= found <= exact * (1 + 1e-9 if rate == 1 else 1.05)
+
+
+def test_the_kinds_of_an_account_are_never_joined() -> None:
+    account = Account().plus(gaussian(30.0, 1))
+    for number in range(2 * MECHANISMS_MAX):
+        account = account.plus(sampled(30.0 + number, 1.0, 1))
+    assert {cost.kind for cost in account.spent} == {"device", "sample"}
+    assert account.of("device") == (gaussian(30.0, 1),)
+
+
+def test_what_a_device_has_spent_most_on_stays_as_it_is() -> None:
+    """By it the device knows whether a training like others before exceeds its owner's budget."""
+    usual = sampled(1.1, 0.05, 500)
+    account = Account().plus(usual)
+    for number in range(2 * MECHANISMS_MAX):
+        account = account.plus(sampled(50.0 + number, 0.01 + number / 1e4, 10))
+    assert usual in account.spent
+
+
+@pytest.mark.parametrize("noise", [5e-324, 1e-200, 1e-3])
+def test_a_plan_with_next_to_no_noise_exceeds_every_budget_also_of_a_full_account(noise: float) -> None:
+    account = Account()
+    for number in range(MECHANISMS_MAX):
+        account = account.plus(gaussian(1e5 + number, 1))
+    assert epsilon(account.plus(gaussian(noise, 1)).spent, 1e-5) > 1e5

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -19,7 +20,7 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.link.events import Arrived, Connected, Published
 from ternbus.broker.link.link import Link
 from ternbus.broker.protocol.endpoint import is_loopback
-from ternbus.broker.server import mosquitto, nats
+from ternbus.broker.server import mosquitto, nats, nats_streams
 from ternbus.broker.server.running import CONNACK, CONNECT, Engine, choose, start
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -271,6 +272,70 @@ def test_connections_beyond_the_limit_are_refused(
     # mosquitto lets one more in; and our own probe may still count
     assert sum(welcome) in {2, 3, 4}
     assert not any(welcome[4:])
+
+
+@ENGINES
+def test_who_publishes_at_qos_2_is_disconnected(engine: Engine, tmp_path: Path) -> None:
+    """nats-server kept such messages on its disk, 65,535 of each client, until the client releases them."""
+    topic = b"ternbus/1/lab/up/eve/update"
+    content = len(topic).to_bytes(2, "big") + topic + b"\x00\x01" + b"kept"
+    with (
+        start(choose(engine), host="127.0.0.1", port=0, directory=tmp_path) as broker,
+        socket.create_connection(("127.0.0.1", broker.endpoint.port), timeout=WITHIN_S) as client,
+    ):
+        client.sendall(CONNECT)
+        assert client.recv(64) == CONNACK
+        client.sendall(bytes([0x34, len(content)]) + content)
+        with suppress(ConnectionError):
+            assert client.recv(64) == b""
+
+
+def test_nats_server_keeps_a_bounded_amount_for_devices_that_are_away(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One device that has subscribed once and left filled the disk with all that was published since."""
+    monkeypatch.setattr(nats_streams, "MAX_BYTES", 1 << 20)
+    for _ in range(2):  # a start again bounds it again
+        with start(choose(Engine.NATS), host="127.0.0.1", port=0, directory=tmp_path) as broker:
+            url = f"mqtt://127.0.0.1:{broker.endpoint.port}"
+            with linked(url, "away") as (link, inbox):
+                link.subscribe(["ternbus/1/demo/all/#"])
+                link.publish("ternbus/1/demo/up/away/offer", b"subscribed")
+                inbox.until(Published)
+            with linked(url, "sends") as (link, inbox):
+                for number in range(100):
+                    link.publish("ternbus/1/demo/all/delta/0/0", bytes([number]) * 100_000)
+                for _ in range(100):
+                    inbox.next(Published)
+            with linked(url, "away") as (link, inbox):
+                kept = 1
+                while inbox.next(Arrived).payload[0] != 99:
+                    kept += 1
+            assert kept <= 11  # of 100: what fits into a MiB
+
+
+def test_a_nats_server_that_keeps_without_a_bound_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """As on a disk without room for it: the broker starts all the same."""
+    answers = [b'{"config": {}}', b'{"error": {"description": "insufficient storage"}}']
+
+    def serve(listener: socket.socket) -> None:
+        with listener.accept()[0] as accepted, accepted.makefile("rwb") as stream:
+            stream.write(b"INFO {}\r\n")
+            stream.flush()
+            while line := stream.readline():
+                if line.startswith(b"PUB"):
+                    stream.readline()
+                    answer = answers.pop(0)
+                    stream.write(b"+OK\r\nMSG x 1 %d\r\n%s\r\n" % (len(answer), answer))
+                    stream.flush()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        serving = threading.Thread(target=serve, args=(listener,), daemon=True)
+        serving.start()
+        nats_streams.bound(listener.getsockname()[1], lambda _: {})
+        serving.join(WITHIN_S)
+    assert "without a bound" in caplog.text
+    assert "insufficient storage" in caplog.text
 
 
 def test_the_deployed_files_are_what_broker_up_generates() -> None:

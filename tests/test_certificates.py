@@ -17,13 +17,13 @@ from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.files import read_password
 from ternbus.broker.link.link import Link, Tls
 from ternbus.broker.link.tls import ServerTls
-from ternbus.broker.protocol.identity import Identity
+from ternbus.broker.protocol.identity import Identity, is_device
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.server import auth_callout, callout_tokens, certificates, mosquitto
 from ternbus.broker.server.callout_tokens import Question
 from ternbus.broker.server.certificates import Authority, Pair
 from ternbus.broker.server.directory import BrokerDirectory
-from ternbus.broker.server.running import Engine
+from ternbus.broker.server.running import ACCESS, Engine
 from ternbus.edge.shell.directory import DeviceDirectory as Device
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -220,6 +220,20 @@ def test_a_key_is_written_as_nats_writes_it() -> None:
         content = base64.b32decode(text)
         assert (text[0], len(text), content[1:33]) == (letter, 56, identity.public)
         assert binascii.crc_hqx(content[:-2], 0) == int.from_bytes(content[-2:], "little")
+
+
+def test_a_helper_is_certified_under_a_name_that_is_nobody_else_s(bus: BrokerDirectory) -> None:
+    issued = bus.issue("aggregator_help_pi-1", "lab")
+    assert certificates.read(issued.certificate, "it").name == "aggregator_help_pi-1"
+    bus.issue("pi-1", "lab")  # a device may have the helper's name
+    for name in ("aggregator_help_", "aggregator_help", "aggregator_help_a/b", f"aggregator_help_{'x' * 49}"):
+        with pytest.raises(ConfigError):
+            bus.issue(name, "lab")
+    with pytest.raises(ConfigError, match="already in federation 'lab'"):
+        bus.issue("aggregator_help_pi-1", "other")
+    assert not is_device("aggregator_help_pi-1")
+    access = (bus.folder / ACCESS).read_text()
+    assert "user aggregator_help_pi-1\ntopic write ternbus/1/lab/help/pi-1/answer\n" in access
 
 
 def test_with_several_federations_each_member_is_listed_with_its_own() -> None:

@@ -145,6 +145,7 @@ def test_each_command_has_help(name: str) -> None:
         ("broker", {"ternbus.aggregator", "ternbus.edge", "ternbus.lab", "torch", "matplotlib"}),
         ("aggregator", {"ternbus.edge", "ternbus.lab", "torch", "matplotlib"}),
         ("edge", {"ternbus.aggregator", "ternbus.lab", "torch", "matplotlib"}),
+        ("helper", {"ternbus.aggregator", "ternbus.edge", "ternbus.lab", "torch", "matplotlib", "cryptography"}),
         ("lab", {"torch"}),
     ],
 )

@@ -14,6 +14,7 @@ import pytest
 
 from crash import commands, differences
 from crash.federation import AGGREGATOR, DEVICES, Federation, at, failing, joined, preload_in
+from support.helper_processes import HELPING
 from support.old_formats import LEDGER, copy_of, dump
 from ternbus.aggregator.store.schema import FORMAT
 from ternbus.broker.crash_points import POINTS, VARIABLE
@@ -101,7 +102,8 @@ def test_a_federation_killed_at_every_point_is_the_one_that_was_never_killed(
 def test_every_point_is_killed_at() -> None:
     ends = [*SERVING, *RENEWING, *RENEWED, *MIGRATING, *LEAVING, *INVITING, *ASKING, STOPPED]
     ends += [end for table in (JOINING, TRAINING) for named in table.values() for end in named]
-    assert {end.what.partition(":")[0] for end in ends} | commands.POINTS == set(POINTS)
+    helping = {point.partition(":")[0] for point in HELPING}
+    assert {end.what.partition(":")[0] for end in ends} | commands.POINTS | helping == set(POINTS)
 
 
 @pytest.mark.parametrize("wrong", ["nowhere", "save:0", "save:x", "save:", ":1"])

@@ -11,7 +11,7 @@ from ternbus.broker.exit_codes import EXIT_BUDGET, EXIT_CONFIG, EXIT_REFUSED
 from ternbus.command import COMMANDS
 
 FOLDER = Path(__file__).resolve().parent.parent / "deploy" / "systemd"
-UNITS = [FOLDER / f"ternbus-{name}.service" for name in ("aggregator", "edge")]
+UNITS = [FOLDER / f"ternbus-{name}.service" for name in ("aggregator", "edge", "helper")]
 BACKUP = [FOLDER / f"ternbus-backup.{kind}" for kind in ("service", "timer")]
 
 
@@ -22,7 +22,7 @@ def service(unit: Path) -> configparser.SectionProxy:
     return parser["Service"]
 
 
-def test_there_is_a_unit_for_the_aggregator_and_one_for_a_device() -> None:
+def test_there_is_a_unit_for_the_aggregator_one_for_a_device_and_one_for_a_helper() -> None:
     assert set(FOLDER.iterdir()) == {*UNITS, *BACKUP}
 
 

@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
+import pytest
 
 from support.core_device import (
     AGGREGATOR_KEY,
@@ -19,6 +21,7 @@ from support.core_device import (
     trained,
     update_in,
 )
+from support.scripted_aggregator import Message, ScriptedAggregator
 from ternbus.broker.protocol.identity import seal
 from ternbus.broker.protocol.messages import Offer, Update
 from ternbus.broker.protocol.ternary import Block
@@ -173,6 +176,43 @@ def test_an_update_that_no_longer_fits_is_cut_and_signed_anew_under_a_new_number
     plain = b"".join(part.body for part in parts).removeprefix(b"sealed:")
     assert plain[:16] == DEVICE_KEY.key_id + parts[0].seq.to_bytes(8, "little")
     device.handle(events.Published(seq=frame.seq))  # of the old number: means nothing now
+
+
+def asked_by_status(scripted: ScriptedAggregator, seq: int, turn: int) -> Message:
+    return scripted.status(session=2 + turn)
+
+
+def asked_by_receipt(scripted: ScriptedAggregator, seq: int, turn: int) -> Message:
+    return scripted.receipt(DEVICE, DEVICE_KEY.key_id, seq, "duplicate", highest_seq=seq + 1)
+
+
+def asked_by_grant(scripted: ScriptedAggregator, seq: int, turn: int) -> Message:
+    return scripted.grant(DEVICE, DEVICE_KEY.key_id, seq, ((0, 9),))
+
+
+@pytest.mark.parametrize("ask", [asked_by_status, asked_by_receipt, asked_by_grant])
+@pytest.mark.parametrize("size", [1_400, 12_000])
+def test_small_messages_of_an_aggregator_fill_no_memory_with_copies_of_the_update(ask: Any, size: int) -> None:
+    """What the broker has not taken yet waits in the memory: each of them asks for all of the update again."""
+    scripted, device = following(scripted=aggregator(direct_parts=100))
+    job = only(device.actions, StartTraining)
+    big = np.random.default_rng(1).normal(size=job.schema.elements).astype(np.float32)
+    device.core.uplink.frame_bytes = size
+    device.handle(replace(trained(job), block=Block.of_float32(job.schema, big)))
+    assert device.disk is not None
+    assert device.disk.outstanding is not None
+    parts, first = len(device.core.profile.update(device.disk.outstanding)), device.disk.outstanding.seq
+    for turn in range(300):
+        seq = device.disk.outstanding.seq
+        device.arrive(ask(scripted, seq, turn))
+    waiting = published(device.actions, "update")
+    assert len(waiting) < max(64, 2 * parts) + parts
+    assert device.disk.outstanding.seq <= first + 2 * 64  # each number is a write of the whole update
+
+    for frame in waiting:
+        device.handle(events.Published(seq=frame.seq))
+    device.arrive(scripted.status("offline", session=999), scripted.status(session=1000))
+    assert len(published(device.actions, "update")) == len(waiting) + parts
 
 
 def test_a_refusal_of_the_broker_is_said_and_the_update_tried_again_later() -> None:

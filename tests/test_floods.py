@@ -1,5 +1,6 @@
 """Floods through a real broker: the aggregator's memory is bounded, its counts tell, and others are served."""
 
+import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -85,11 +86,12 @@ def siege(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Siege]:
             yield found
 
 
-def test_what_comes_at_qos_0_is_dropped_unread_and_counted(siege: Siege) -> None:
+@pytest.mark.parametrize("group", ["up/eve/update", "all/status"])
+def test_what_comes_at_qos_0_is_dropped_unread_and_counted(group: str, siege: Siege) -> None:
     """180 MB at full speed: they were all held, with a newcomer behind them."""
     assert siege.enrolls("first")
     line = siege.line("eve")
-    packet = mqtt.packet(0x30, mqtt.text(topics.up(FEDERATION, "eve", "update")) + costly())
+    packet = mqtt.packet(0x30, mqtt.text(f"{topics.root(FEDERATION)}/{group}") + costly())
     before = siege.aggregator.resident_kib()
     peak = 0
     for number in range(3000):
@@ -120,6 +122,21 @@ def test_of_a_stranger_little_is_read_and_little_is_held(siege: Siege) -> None:
     assert max(peak, siege.aggregator.resident_kib()) - before < GROWTH_KIB
     until(lambda: siege.invalid().get("too-fast", 0) > 1000, 30, "a count")
     line.socket.close()
+
+
+@pytest.mark.parametrize("siege", ["mosquitto"], indirect=True)  # nats-server speaks MQTT 3.1.1, without properties
+def test_a_megabyte_of_properties_is_dropped_unread(siege: Siege) -> None:
+    """One message of a stranger: the aggregator read it for minutes, was taken for dead, and got it again."""
+    assert siege.enrolls("first")
+    address, properties = urlsplit(siege.url), b"\x26\0\0\0\0" * 200_000
+    content = mqtt.text(topics.up(FEDERATION, "eve", "status")) + b"\x00\x01" + mqtt.packet(0, properties)[1:]
+    with socket.create_connection((address.hostname, address.port), timeout=60) as line:
+        line.sendall(mqtt.packet(0x10, mqtt.text("MQTT") + b"\x05\x02\x00\x00\x00" + mqtt.text("eve")))
+        assert line.recv(100)[0] >> 4 == 2
+        line.sendall(mqtt.packet(0x32, content + b"not a frame"))
+        assert line.recv(100)[0] >> 4 == 4
+        assert siege.enrolls("second")
+    until(lambda: siege.invalid().get("not-a-frame", 0) == 1, 30, "a count")
 
 
 def too_small(kind: int, _content: bytes) -> bytes:

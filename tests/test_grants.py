@@ -59,7 +59,33 @@ def test_grants_together_stay_within_their_room() -> None:
     assert grants.grant("b", [4, 5], 3.0) == ((4, 5),)
     grants.close("a")
     assert grants.grant("c", list(range(20)), 4.0) == ((0, 7),)
-    assert grants.grant("d", [0], 63.0 + 0.5) == ((0, 0),)  # b's deadline has passed
+    assert grants.grant("d", [0], 61.0 + 0.5) == ((0, 0),)  # b's deadline has passed
+
+
+def test_who_offers_again_and_again_and_sends_nothing_keeps_nobody_out_for_ever() -> None:
+    """It had all the room, and had it again before its deadline, while the others were told to come again."""
+    grants = Grants(parts_max=10)
+    served: dict[str, int] = {"honest": 0, "late": 0}
+    for second in range(0, 600, 5):
+        grants.grant("hostile", list(range(100)), float(second))
+        for name in served:
+            if grants.grant(name, list(range(4)), second + 1.0):
+                grants.close(name)  # it sends them at once
+                served[name] += 1
+    assert min(served.values()) >= 4
+
+
+def test_who_was_refused_first_is_served_first_unless_it_stays_away() -> None:
+    grants = Grants(parts_max=4)
+    assert grants.grant("a", [0, 1, 2, 3], 0.0) == ((0, 3),)
+    assert grants.grant("b", [0], 1.0) == ()
+    assert grants.grant("c", [0], 2.0) == ()
+    assert grants.grant("a", [3, 4, 5, 6, 7], 3.0) == ((3, 6),)  # no more than before, and not for longer
+    grants.close("a")
+    assert grants.grant("c", [0], 7.0) == ()  # b is first
+    assert grants.grant("a", [0], 7.0) == ()
+    assert grants.grant("c", [0], 15.0) == ()
+    assert grants.grant("c", [0], 16.0) == ((0, 0),)  # b has not come again
 
 
 def test_an_offer_may_be_answered_at_once(make: Make) -> None:

@@ -26,7 +26,7 @@ from ternbus.broker.sums import canonical
 from ternbus.broker.sums.sets import ABANDON, ABANDONED, OPEN, OPENED, PREPARE, PREPARED, REFUSED, Answer
 from ternbus.broker.sums.terms import BFV, OWN
 from ternbus.helper.core import events
-from ternbus.helper.core.actions import Log, Publish, Save
+from ternbus.helper.core.actions import Publish, Save
 from ternbus.helper.core.opening_log import FIRST, Opening, SignedOpening, checked
 from ternbus.helper.core.records import Opened
 
@@ -373,7 +373,7 @@ def test_asks_beyond_the_bounds_push_out_the_oldest() -> None:
     assert len(published(done, "answer")) == 16
 
 
-def test_an_answer_that_no_frame_can_carry_is_logged_and_uses_nothing_up() -> None:
+def test_a_sum_that_no_frame_can_carry_is_refused_and_uses_nothing_up() -> None:
     helper = ready()
     asked = set_of(world(helper, dense=5000), "pi-1", "pi-2")
     assert helper.ask(asked, PREPARE).outcome == PREPARED
@@ -381,7 +381,6 @@ def test_an_answer_that_no_frame_can_carry_is_logged_and_uses_nothing_up() -> No
     helper.wait(60.0)
     done = helper.handle(events.Connected(frame_bytes=1000))
     helper.echo(done)
-    done = helper.arrive(*asked.messages("h-1", OPEN))
-    assert not published(done, "answer")
-    assert [each.event for each in done if isinstance(each, Log)] == ["unsent"]
+    answer = helper.ask(asked, OPEN)
+    assert (answer.outcome, answer.reason[:9], answer.count) == (REFUSED, "too-large", 1)
     assert helper.disk.count == 1

@@ -1,6 +1,7 @@
 """Lightning's modules as tasks."""
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -209,8 +210,12 @@ def test_data_that_are_not_finite_are_told() -> None:
     inputs, labels = digits(None, "train")
     inputs[3] = torch.nan
     task = task_of(data=lambda folder, split: (inputs, labels))
+    trainer, plan = task.trainer(data=None, partition="all"), plan_of(task)
     with pytest.raises(TrainingError, match="1 of 1438 samples have inputs that are not finite"):
-        task.trainer(data=None, partition="all").train(task.initial(0), plan_of(task), version=0, seed=0)
+        trainer.train(task.initial(0), plan, version=0, seed=0)
+    private = replace(plan, dp="device", dp_clip=1.0, dp_noise=1.0, dp_epsilon=8.0)
+    with pytest.raises(TrainingError, match="diverged"):  # the search takes time, which others see
+        trainer.train(task.initial(0), private, version=0, seed=0)
 
 
 def test_an_exception_of_the_module_names_its_own_line() -> None:

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from support.small_world import (
     LAB,
     Bench,
@@ -73,6 +75,35 @@ def test_all_devices_together_stay_within_the_assembly_bound(make: Make) -> None
     assert receipts(bench.receive(devices[-1].topic("update"), *sent[-1][1:]))[0].outcome == "accepted"
     # and whoever was dropped sends all of it again
     assert receipts(bench.receive(devices[0].topic("update"), *sent[0]))[0].outcome == "accepted"
+
+
+@pytest.mark.parametrize(("body_bytes", "sent"), [(1100, 2), (6000, 1)])
+def test_a_device_that_fills_the_assembly_bound_takes_nothing_from_one_on_a_slow_line(
+    body_bytes: int, sent: int, make: Make
+) -> None:
+    """The longest silent went first: whoever sends a part a second, beside one that sends many and finishes none.
+
+    Of each of its messages two parts of three come, or one that is longer than any update.
+    """
+    bench = make(limits__assembly_bytes=2**20)
+    bench.core._updates.validation.settings = replace(
+        bench.core.settings, limits=replace(bench.core.settings.limits, assembly_bytes=7000)
+    )
+    slow, hostile = bench.join("slow"), bench.join("hostile")
+    bench.core._updates.validation.update_bytes_max = 3000
+    meta = {"base": 0, "samples": 1, "codec": "float32", "encoding": "raw", "sealed": False, "metrics": {}}
+    outcomes = []
+    for part in slow.update(float32_block(bench.schema, 1), 0, frame_bytes=1500):
+        outcomes += [receipt.outcome for receipt in receipts(bench.receive(slow.topic("update"), part))]
+        for _ in range(10):
+            hostile.next_seq()
+            flood = [
+                hostile.frame("update", meta, body=bytes(body_bytes), part=number, parts=3, seq=hostile.seq)
+                for number in range(sent)
+            ]
+            bench.receive(hostile.topic("update"), *flood)
+    assert outcomes == ["accepted"]
+    assert bench.core._updates.validation._held_bytes <= 7000
 
 
 def test_a_short_part_is_dropped_and_counted(make: Make) -> None:

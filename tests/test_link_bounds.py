@@ -7,13 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from support.brokers import CONNECT, DISCONNECT, PUBACK, PUBLISH, WITHIN_S, Inbox, ScriptedBroker, linked, scripted
 from ternbus.broker.errors import LinkError
 from ternbus.broker.link import connection
+from ternbus.broker.link.client import BoundedClient
 from ternbus.broker.link.connection import MQTT_5, MQTT_311
 from ternbus.broker.link.events import Arrived, Disconnected
 from ternbus.broker.link.link import Link
+from ternbus.broker.link.window import Backlog
 
 WILL = ("ternbus/1/demo/up/dev/status", b"offline")
 PINGREQ, PINGRESP = 0xC0, bytes([0xD0, 0])
@@ -37,9 +41,9 @@ def length(number: int) -> bytes:
             return bytes(found)
 
 
-def publication(protocol: int, payload: bytes, *, qos: int = 1, mid: int = 1) -> bytes:
+def publication(protocol: int, payload: bytes, *, qos: int = 1, mid: int = 1, properties: bytes = b"\0") -> bytes:
     content = len(TOPIC).to_bytes(2, "big") + TOPIC
-    content += (mid.to_bytes(2, "big") if qos else b"") + (b"\0" if protocol == MQTT_5 else b"") + payload
+    content += (mid.to_bytes(2, "big") if qos else b"") + (properties if protocol == MQTT_5 else b"") + payload
     return bytes([PUBLISH | qos << 1]) + length(len(content)) + content
 
 
@@ -182,6 +186,49 @@ def test_a_quality_of_service_that_was_not_asked_for_ends_the_connection(qos: in
     with sending(MQTT_5, publication(MQTT_5, b"x", qos=qos)) as broker, linked(broker.url, "dev") as (link, inbox):
         link.publish("t", b"now")
         assert "at a QoS that no subscription asked for" in inbox.next(Disconnected).reason
+
+
+@pytest.mark.parametrize("qos", [0, 1])
+@pytest.mark.parametrize("count", [1, 200_000])
+def test_properties_of_a_message_are_cut_off_unread(qos: int, count: int) -> None:
+    """A broker forwards those of any client. For 200,000, of 5 bytes each, the decoder took minutes, and no pings."""
+    properties = length(5 * count) + b"\x26\0\0\0\0" * count
+    flood = [publication(MQTT_5, b"x", qos=qos, properties=properties), publication(MQTT_5, b"y", qos=qos, mid=2)]
+    with sending(MQTT_5, *flood) as broker, linked(broker.url, "dev") as (link, inbox):
+        link.publish("t", b"now")
+        assert [each.payload for each in inbox.arrivals(2)] == [b"x", b"y"]
+
+
+@given(content=st.binary(max_size=40), qos=st.sampled_from([0, 1]))
+@example(content=b"\x00\x01t\x00\x01\x00", qos=1)
+def test_of_no_packet_properties_reach_the_decoder(content: bytes, qos: int) -> None:
+    client = BoundedClient("dev", MQTT_5, Backlog(messages_max=1, bytes_max=1), 1000)
+    client._in_packet["command"], client._in_packet["packet"] = PUBLISH | qos << 1, bytearray(content)
+    if client._strip_properties():
+        start = 2 + int.from_bytes(content[:2], "big") + 2 * qos
+        packet = bytes(client._in_packet["packet"])
+        assert packet[:start] == content[:start]
+        assert packet[start] == 0
+        assert content.endswith(packet[start + 1 :])
+
+
+@pytest.mark.parametrize("properties", [b"", b"\x80", b"\x05\x26", b"\x80\x80\x80\x80\x01"])
+def test_properties_longer_than_their_message_end_the_connection(properties: bytes) -> None:
+    with (
+        sending(MQTT_5, publication(MQTT_5, b"", properties=properties)) as broker,
+        linked(broker.url, "dev") as (link, inbox),
+    ):
+        link.publish("t", b"now")
+        assert inbox.next(Disconnected).reason == "the broker sent a message whose properties exceed its packet"
+
+
+@pytest.mark.parametrize("protocol", [MQTT_5, MQTT_311])
+def test_an_answer_as_large_as_no_honest_one_ends_the_connection(protocol: int) -> None:
+    """In the properties of a SUBACK, a CONNACK or a DISCONNECT, too, the decoder would be lost."""
+    answer = bytes([PUBACK]) + length(9000) + bytes(9000)
+    with sending(protocol, answer) as broker, linked(broker.url, "dev") as (link, inbox):
+        link.publish("t", b"now")
+        assert inbox.next(Disconnected).reason == "the broker sent an answer of 9000 bytes, more than 8192"
 
 
 def test_a_broker_that_takes_no_acknowledgements_gives_no_more_to_acknowledge(

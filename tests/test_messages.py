@@ -30,6 +30,7 @@ from ternbus.broker.protocol.messages import (
 from ternbus.broker.protocol.parts import parts_max
 
 U64 = st.integers(0, 2**64 - 1)
+PRINTABLE = "aß€\N{GRINNING FACE} "
 COUNTER = st.integers(0, 2**62)
 number = st.floats(allow_nan=False, allow_infinity=False)
 key = st.binary(min_size=8, max_size=8).map(KeyId)
@@ -93,7 +94,7 @@ KINDS: dict[Any, st.SearchStrategy[Any]] = {
         seq=COUNTER,
         outcome=st.sampled_from(OUTCOMES),
         version=COUNTER,
-        reason=st.text(max_size=20),
+        reason=st.text(PRINTABLE, max_size=20),
         retry_after_s=st.floats(0, 1e9),
         highest_seq=COUNTER,
     ),
@@ -102,8 +103,8 @@ KINDS: dict[Any, st.SearchStrategy[Any]] = {
         state=st.sampled_from([*DEVICE_STATES, *AGGREGATOR_STATES]),
         session=COUNTER,
         base=st.integers(-1, 2**62),
-        software=st.text(max_size=20),
-        failing=st.text("aß€\N{GRINNING FACE} ", min_size=1, max_size=50),
+        software=st.text(PRINTABLE, max_size=20),
+        failing=st.text(PRINTABLE, min_size=1, max_size=50),
     ),
     Metrics: st.builds(
         Metrics, version=COUNTER, samples=st.integers(0, 2**32 - 1), split=st.sampled_from(SPLITS), values=entries
@@ -285,6 +286,14 @@ def test_a_head_names_no_snapshot_of_more_parts_than_its_bytes_need(content_byte
 def test_why_a_device_fails_cannot_draw_on_a_terminal() -> None:
     assert Status.from_meta(good(Status, failing="a\x1b[2J\nb")).failing == "a?[2J?b"
     assert Status.from_meta(good(Status)).failing == ""
+
+
+@pytest.mark.parametrize(("kind", "name", "most"), [(Receipt, "reason", 1000), (Status, "software", 100)])
+def test_texts_of_a_peer_do_nothing_to_a_terminal(kind: Any, name: str, most: int) -> None:
+    """Nor do they look like another line of a log; too long a one is cut, since a receipt must not be lost for it."""
+    wrong = "a\x1b]0;b\x07\x1b[2J\n12:00:00  stopped\u202e\udc80"
+    assert getattr(kind.from_meta(good(kind, **{name: wrong})), name) == "a?]0;b??[2J?12:00:00  stopped??"
+    assert getattr(kind.from_meta(good(kind, **{name: "€" * 16_000})), name) == "€" * most
 
 
 def test_an_int_stands_for_a_float() -> None:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.schema import Schema, to_vector
 from ternbus.edge.core import events
-from ternbus.edge.core.actions import StartEvaluation, StartTraining
+from ternbus.edge.core.actions import StartEvaluation, StartFineTuning, StartTraining
 from ternbus.edge.learn import local_optimizer
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.plan.plan import Plan
-from ternbus.edge.shell.worker import evaluate, train
+from ternbus.edge.shell.worker import evaluate, fine_tune, train
+from ternbus.edge.torch.samples import TensorSamples
 from ternbus.edge.torch.trainer import TorchTask
 
 pytest.importorskip("dp_accounting")
@@ -82,7 +83,7 @@ class Device:
 
             def forward(self, inputs: Tensor) -> Tensor:
                 clock.pass_over(inputs)
-                if (inputs >= ODD).any() or refuses(inputs):
+                if (odd and (inputs >= ODD).any()) or refuses(inputs):
                     raise ValueError("a sample that the model does not take")
                 outputs: Tensor = self.linear(inputs)
                 return outputs
@@ -167,6 +168,81 @@ def test_a_training_that_fails_reads_the_data_that_one_that_does_not_reads(clock
         assert bool(result.failure) == odd
         took.append(seconds)
     assert took[0] == took[1] > 8 * SAMPLES * 2.0
+
+
+def test_a_training_that_diverges_takes_as_long_as_one_that_does_not(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass over all data, to say whether these are finite, would tell it."""
+    monkeypatch.setattr(TensorSamples, "faults", lambda _: clock.sleep(50.0))
+    took = []
+    for large in (1.0, 3e38):
+        inputs = torch.ones(SAMPLES, 4)
+        inputs[0] = large
+        device = Device(clock, odd=False, form=lambda _, inputs=inputs: (inputs, torch.zeros(SAMPLES).long()))
+        seconds, result = device.train(learning_rate=1e3, batch_size=SAMPLES)
+        assert bool(result.failure) == (large > 1)
+        took.append(seconds)
+    assert took[0] == took[1]
+
+
+@pytest.mark.parametrize("precision", ["float32", "auto"])
+def test_what_is_measured_before_a_training_counts_in_its_time(clock: Clock, precision: str) -> None:
+    """An owner's --max-seconds bounds both: a step of a plan's large batch may take minutes."""
+    took, result = Device(clock, odd=False).train(local_seconds=6.0, local_steps=1000, precision=precision)
+    assert result.failure == ""
+    assert took <= 6.0 + 2 * 3.0  # no step begins after the limit, but each of two at its end
+
+
+def test_the_steps_that_are_measured_for_a_time_limit_count_in_it(clock: Clock) -> None:
+    pytest.importorskip("opacus")
+    _, result = Device(clock, odd=False).train(dp="sample", local_seconds=4.5, local_steps=1000, batch_size=SAMPLES)
+    assert result.failure == ""
+    assert sum(len(inputs) == SAMPLES for inputs in clock.seen) == 4  # of a second each
+
+
+def test_no_plan_has_the_ways_to_train_measured_for_each_batch_size(clock: Clock) -> None:
+    device = Device(clock, odd=False)
+    passes = []
+    for size in range(1, SAMPLES + 1):
+        clock.seen.clear()
+        device.train(dp="none", precision="auto", batch_size=size, local_steps=1)
+        passes.append(len(clock.seen))
+    assert passes[0] > 1 == passes[-1]
+
+
+def test_a_step_of_ones_own_is_measured_with_its_augmentation(clock: Clock) -> None:
+    def augment(inputs: Tensor) -> Tensor:
+        clock.sleep(4.0)
+        return augmented(inputs)
+
+    def train_step(net: nn.Module, batch: Any, plan: Plan, optimizers: Any) -> dict[str, float]:
+        optimizers.minimize(net(batch[0]).square().mean())
+        return {}
+
+    took = []
+    for odd in (False, True):
+        seconds, result = Device(clock, odd=odd, augment=augment, train_step=train_step).train(batch_size=SAMPLES)
+        assert bool(result.failure) == odd
+        took.append(seconds)
+    assert took[1] >= took[0]
+
+
+@pytest.mark.parametrize("size", [1, SAMPLES])
+def test_a_fine_tuning_that_fails_takes_as_long_as_one_that_does_not(clock: Clock, size: int) -> None:
+    """Others see when the device goes."""
+    took = []
+    for odd in (False, True):
+        device, held = Device(clock, odd=False), Device(clock, odd=odd)
+        schema = Schema.of({name: tensor.shape for name, tensor in device.start.items()})
+        plan = Plan.from_meta({**PLAN, "evaluation_batch_size": size})
+        vector, clock.now = to_vector(schema, device.start), 0.0
+        done = fine_tune(
+            device.trainer, held.trainer, StartFineTuning(version=0, schema=schema, vector=vector, plan=plan, seed=1)
+        )
+        assert isinstance(done, events.FineTuningFailed if odd else events.FineTuned)
+        took.append(clock.now)
+    assert took[0] == took[1]
 
 
 @pytest.mark.parametrize("size", [1, BATCH, SAMPLES])

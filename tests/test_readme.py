@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from ternbus.command import app
 from ternbus.lab.scenario import scenario
 
 ROOT = Path(__file__).parent.parent
@@ -44,7 +46,10 @@ def run(folder: Path, *arguments: str) -> str:
 
 @cache
 def help_of(*names: str) -> str:
-    return run(ROOT, "-m", "ternbus", *names, "--help")
+    """In this process: a page names dozens of commands, and each would cost a second of imports."""
+    found = CliRunner().invoke(app, [*names, "--help"])
+    assert found.exit_code == 0, found.output
+    return found.output
 
 
 def commands(page: Path) -> Iterator[list[str]]:

@@ -38,7 +38,7 @@ def services() -> Iterator[Path]:
 
 
 def _fill(folder: Path) -> None:
-    for name in ("agg", "bus"):
+    for name in ("agg", "bus", "helper"):
         (folder / name).mkdir(mode=0o700)
         os.chown(folder / name, OTHER, OTHER)
     save_safetensors(folder / "model.safetensors", initial_model(), {})
@@ -57,6 +57,10 @@ def test_what_root_does_leaves_no_file_of_root(services: Path) -> None:
     agg, bus = services / "agg", services / "bus"
     run("broker", "init", bus, "--name", "127.0.0.1", "--port", "18883")
     run("broker", "certificate", bus, "pi-9", "--federation", LAB, "--out", services / "certificates")
+    run("helper", "init", services / "helper", "--federation", LAB, "--broker", "mqtt://127.0.0.1:1", "--roster", "own")
+    run("helper", "admit", services / "helper", "pi", "ab" * 32)
+    run("helper", "restored", services / "helper")
+    run("helper", "status", services / "helper")
     model = services / "model.safetensors"
     run("aggregator", "init", agg, "--federation", LAB, "--broker-dir", bus, "--model", model)
     run("aggregator", "invite", agg, "pi", "other", "--out", agg / "invitations" / "new")
@@ -74,7 +78,7 @@ def test_what_root_does_leaves_no_file_of_root(services: Path) -> None:
         assert "at version" in process.stderr.readline()
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
-    assert (owners(agg), owners(bus)) == ({}, {})
+    assert (owners(agg), owners(bus), owners(services / "helper")) == ({}, {}, {})
     assert "paused" in run("aggregator", "status", agg)  # which has become the user
 
 

@@ -23,7 +23,7 @@ from ternbus.broker.errors import LinkError
 from ternbus.broker.link.events import Arrived, Connected, Published
 from ternbus.broker.link.link import Link
 from ternbus.broker.link.tls import Tls
-from ternbus.broker.server import certificates, nats, tls_service
+from ternbus.broker.server import certificates, nats, nats_streams, tls_service
 from ternbus.broker.server.certificates import Authority
 from ternbus.broker.server.directory import BrokerDirectory, Credentials
 from ternbus.broker.server.running import Engine, RunningBroker, choose, reserve, start
@@ -92,7 +92,7 @@ def bus(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bus]:
     )
     folder = tmp_path / "members"
     folder.mkdir()
-    members = {name: home.issue(name, "lab") for name in ("pi-1", "pi-2", "aggregator-lab")}
+    members = {name: home.issue(name, "lab") for name in ("pi-1", "pi-2", "aggregator_help_bureau", "aggregator-lab")}
     members |= {name: home.issue(name, "other") for name in ("pi-9", "aggregator-other")}
     with tls_service.start(home) as broker:
         bus = Bus(home=home, broker=broker, folder=folder)
@@ -133,6 +133,18 @@ def test_the_members_of_a_federation_talk_over_tls_1_3(bus: Bus) -> None:
         aggregator.publish(f"{LAB}/all/head", b"head", retain=True)
         aggregator.publish(f"{LAB}/down/pi-1/receipt", b"receipt")
         assert {inbox.next(Arrived).payload for _ in range(2)} == {b"head", b"receipt"}
+
+
+def test_what_nats_server_keeps_for_devices_that_are_away_is_bounded(
+    bus: Bus, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By its authorization service's user, the only one that may."""
+    assert [record.message for record in caplog.get_records("setup")] == []
+    if bus.broker.software.engine is Engine.NATS:
+        port = nats.own_port(bus.broker.directory, bus.broker.pid)
+        assert port is not None
+        nats_streams.bound(port, lambda _: {"verbose": False})  # a user without a name
+        assert "without a bound" in caplog.text
 
 
 def test_without_a_certificate_nobody_comes_in(bus: Bus) -> None:
@@ -526,3 +538,28 @@ def test_a_federation_over_tls_takes_no_more_commands_than_one_without(engine: E
     secrets += [tmp_path / name / file for name in devices for file in ("device.key", "certificate.key", "edge.toml")]
     assert len(secrets) >= 13
     assert {file: oct(file.stat().st_mode & 0o777) for file in secrets if file.stat().st_mode & 0o077} == {}
+
+
+def test_a_helper_reads_its_own_topics_and_no_update_and_no_device_reads_or_writes_a_helper_s(bus: Bus) -> None:
+    user, theirs = "aggregator_help_bureau", f"{LAB}/help/bureau"
+    with bus.linked("aggregator-lab") as (server, heard), bus.linked("pi-1") as (device, device_inbox):
+        assert subscribe(server, heard, f"{LAB}/all/status", f"{LAB}/help/+/answer") == []
+        with bus.linked(user) as (helper, inbox):
+            assert publish(helper, inbox, f"{theirs}/card", b"card", retain=True)
+            assert publish(server, heard, f"{theirs}/ask", b"ask", retain=True)
+            for forbidden in (f"{LAB}/help/other/answer", f"{theirs}/ask", f"{LAB}/up/pi-1/status", f"{LAB}/all/head"):
+                publish(helper, inbox, forbidden, b"forged", retain=True)
+            for forbidden in (f"{theirs}/answer", f"{theirs}/ask", f"{LAB}/all/terms/0"):
+                publish(device, device_inbox, forbidden, b"forged", retain=True)
+            assert publish(server, heard, f"{LAB}/all/terms/0", b"terms", retain=True)
+            assert publish(device, device_inbox, f"{LAB}/up/pi-1/status", b"status", retain=True)
+            stored = inbox.stored(helper, [f"{theirs}/card", f"{theirs}/ask"])
+            assert {topic: each.payload for topic, each in stored.items()} == {
+                f"{theirs}/card": b"card",
+                f"{theirs}/ask": b"ask",
+            }
+            assert subscribe(helper, inbox, f"{theirs}/status", f"{LAB}/up/pi-1/status") == []
+            stored = device_inbox.stored(device, [f"{LAB}/all/terms/0"])
+            assert [each.payload for each in stored.values()] == [b"terms"]
+            assert subscribe(device, device_inbox, f"{LAB}/up/pi-1/offer", f"{theirs}/ask", f"{theirs}/card") == []
+        assert heard.arrivals_within(1, 0.5) == []  # nobody else answered in a helper's name

@@ -13,7 +13,7 @@ from ternbus.aggregator.core import events
 from ternbus.aggregator.core.work import DEBT_S, LARGE_BODY_BYTES, LARGE_HEADER_BYTES, PATIENCE_S, WorkShares
 from ternbus.aggregator.shell import preverify
 from ternbus.broker.protocol import topics
-from ternbus.broker.protocol.frame import Frame, header_bytes, parse
+from ternbus.broker.protocol.frame import MAGIC, Frame, header_bytes, parse
 from ternbus.broker.protocol.ternary import content_bytes, encode
 
 Make = Callable[..., Bench]
@@ -88,6 +88,32 @@ def test_of_who_may_not_write_nothing_is_parsed_ahead(make: Make, monkeypatch: p
     bench.receive(pi.topic("update"), *[b"nonsense"] * 3000)
     assert ahead.open(pi.topic("update"), frames[0][1]) is None
     assert parsed == [frames[0][1]]
+
+
+@pytest.mark.parametrize("topic", ["status", "revocations/0"])
+def test_on_the_aggregators_own_topics_large_headers_are_not_read(
+    topic: str, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a broker has no access list, anybody may write there, and no name has a rate."""
+    bench = make()
+    header = msgpack.packb({"kind": topic.partition("/")[0], "meta": {"later": [{}] * 2000}})
+    costly = b"".join((MAGIC, len(header).to_bytes(4, "little"), header, bytes(64)))
+    monkeypatch.setattr("ternbus.aggregator.core.core.parse", lambda _: pytest.fail("it was parsed"))
+    monkeypatch.setattr("ternbus.aggregator.core.revocations.parse", lambda _: pytest.fail("it was parsed"))
+    bench.receive(f"{topics.root(LAB)}/all/{topic}", *[costly] * 3)
+    assert refusals(bench.tick(1.0)) == {"header-too-long": 3}
+
+
+def test_on_the_aggregators_own_topics_no_more_is_read_than_of_a_device(make: Make) -> None:
+    bench = make()
+    pi = bench.join("pi")
+    bench.receive(topics.status(LAB), *[b"no"] * 3000)
+    found = refusals(bench.tick(1.0))
+    assert set(found) == {"not-a-frame", "too-fast"}
+    assert 500 <= found["not-a-frame"] <= 1000
+    bench.receive(topics.snapshot(LAB, 0, 0), *[b"no"] * 3000)  # parts come as fast as they are asked for
+    assert refusals(bench.tick(1.0)) == {}
+    assert bench.send(pi, ternary_block(bench.schema, 1), 0)[0].outcome == "accepted"
 
 
 def test_what_was_dropped_where_it_came_in_is_counted(make: Make) -> None:

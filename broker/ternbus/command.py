@@ -30,7 +30,9 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "ternbus.aggregator.shell.cli", "Run the server: accept updates, merge them, publish the model."
     ),
     "edge": Command("ternbus.edge.shell.cli", "Run a device: follow the model, train, send updates."),
-    "helper": Command("ternbus.helper.shell.cli", "Run a helper of private sums: it opens sums, and no single update."),
+    "helper": Command(
+        "ternbus.helper.shell.cli", "Run a helper of private sums: open sums of updates, never a single one."
+    ),
     "lab": Command("ternbus.lab.cli", "Run a whole federation on this machine and report its results."),
 }
 

@@ -17,17 +17,19 @@ VARIABLE: Final = "TERNBUS_CRASH_AT"
 
 # Named by what comes next (`save`, `publish-head`), or by what was just done (`body-written`).
 Point = Literal[
-    # what both shells do
+    # what all shells do
     "save", "saved", "connect", "subscribe", "publish-status", "acknowledge", "stop",
     # what the aggregator's shell does
     "republish", "publish-head", "publish-delta", "publish-snapshot", "publish-receipt", "publish-grant",
     # what the device's shell does
     "publish-enroll", "publish-offer", "publish-update", "publish-metrics", "start-job", "job-done", "save-personal",
     "disconnected",
+    # what the helper's shell does
+    "publish-card", "publish-answer",
     # within the aggregator's save, and beside it
     "body-written", "bodies-synced", "segment-begun", "vectors-piece-written", "vectors-written", "log-moved",
     "file-removed",
-    # within the device's save
+    # within the device's save, and the helper's
     "state-written",
     # a file that is replaced: key, settings, personal model
     "file-written", "file-synced", "file-renamed",

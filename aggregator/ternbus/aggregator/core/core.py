@@ -298,6 +298,7 @@ class Core:
 
     def _own(self, event: events.MessageArrived, address: topics.Address) -> list[Action]:
         """They tell whether the broker lost any, and nothing else."""
+        self._enrollment.take_own(address.kind, event.payload, self._now)
         if address.kind == "head":
             return self._own_head(event, address) if self._versions.confirm_by is not None else []
         if address.kind == "snapshot":

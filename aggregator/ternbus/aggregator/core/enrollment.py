@@ -11,11 +11,11 @@ from ternbus.aggregator.core.refusals import Refusals
 from ternbus.aggregator.core.registry import ACTIVE, EVALUATOR, REVOKED, UNKNOWN, Invited, Member, Registry
 from ternbus.aggregator.core.updates import Updates
 from ternbus.aggregator.core.validation import Verdict
-from ternbus.aggregator.core.work import LARGE_BODY_BYTES
+from ternbus.aggregator.core.work import LARGE_BODY_BYTES, LARGE_HEADER_BYTES
 from ternbus.aggregator.settings import Settings
 from ternbus.broker.errors import ConfigError, ProtocolError
-from ternbus.broker.protocol.frame import Frame
-from ternbus.broker.protocol.messages import Status, Update
+from ternbus.broker.protocol.frame import Frame, header_bytes
+from ternbus.broker.protocol.messages import Head, Snapshot, Status, Update
 
 NOT_KNOWN: Final = "this aggregator does not know this key: it may have been restored from before the device joined"
 
@@ -31,6 +31,7 @@ class Enrollment:
     _tries: dict[str, TokenBucket] = field(default_factory=dict)  # of names that are invited or have a key
     _guests: dict[str, TokenBucket] = field(default_factory=dict)  # of frames, for invited names without a key
     _strangers: TokenBucket = field(default_factory=TokenBucket)
+    _own: TokenBucket = field(default_factory=TokenBucket)  # of frames on the aggregator's own topics
     _answers: TokenBucket = field(default_factory=TokenBucket)  # to keys that are not known
 
     def take_frame(self, name: str, now: float) -> None:
@@ -48,6 +49,21 @@ class Enrollment:
                 raise ProtocolError("too-fast", f"{name} sends more than {limits.refusals_per_s} frames a second")
         elif not self._strangers.take(now, limits.refusals_per_s, limits.refusals_per_s):
             raise ProtocolError("too-fast", f"unknown names send more than {limits.refusals_per_s} frames a second")
+
+    def take_own(self, kind: str, payload: bytes, now: float) -> None:
+        """Count one more frame on the aggregator's own topics; ProtocolError if it is not to be read.
+
+        Without an access list anybody may write there. All of it has the rate of a device, but for parts of snapshots:
+        they come as fast as they are asked for, and others are not read. Only a head, with its plan, is large; it is
+        read for a moment after a connect.
+        """
+        per_s = self.settings.limits.frames_per_s
+        if kind == Snapshot.KIND:
+            return
+        if not self._own.take(now, per_s, per_s * BURST_S):
+            raise ProtocolError("too-fast", f"more than {per_s} frames a second on the aggregator's own topics")
+        if kind != Head.KIND and header_bytes(payload) > LARGE_HEADER_BYTES:
+            raise ProtocolError("header-too-long", f"{header_bytes(payload)} bytes, in a {kind} of the aggregator")
 
     def authenticate(
         self, frame: Frame, verified: bytes, now: float, *, is_late: bool = False

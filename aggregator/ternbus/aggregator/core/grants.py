@@ -6,27 +6,46 @@ from typing import Final
 from ternbus.broker.protocol.messages import GRANT_RANGES_MAX
 
 GRANT_S: Final = 60.0
+WAITING_S: Final = 15.0  # a refused device that has not asked again by then waits no longer
 
 
 @dataclass(slots=True)
 class Grants:
-    """Parts that were asked for, by device, until they come or their deadline passes."""
+    """Parts that were asked for, by device, until they come or their deadline passes.
+
+    Who was refused first is served first. So a device that offers again and again, and sends nothing, keeps the others
+    out for one deadline at a time, not for ever.
+    """
 
     parts_max: int
     _open: dict[str, tuple[float, int]] = field(default_factory=dict)  # device -> (deadline, parts)
+    _waiting: dict[str, float] = field(default_factory=dict)  # refused devices in order -> when each asked last
 
     def grant(self, device: str, wanted: list[int], now: float) -> tuple[tuple[int, int], ...]:
-        """The ranges [first, last] of ``wanted`` that there is room for; none where the queue is spoken for."""
-        self._open = {name: open_ for name, open_ in self._open.items() if open_[0] > now and name != device}
-        room = self.parts_max - sum(parts for _, parts in self._open.values())
+        """The ranges [first, last] of ``wanted`` that there is room for; none where the queue is spoken for.
+
+        While others wait, a device has what it was granted before, until the deadline of then, and nothing more.
+        """
+        self._open = {name: open_ for name, open_ in self._open.items() if open_[0] > now}
+        self._waiting = {name: at for name, at in self._waiting.items() if at + WAITING_S > now}
+        deadline, room = (
+            now + GRANT_S,
+            self.parts_max - sum(self._open[name][1] for name in self._open if name != device),
+        )
+        if next(iter(self._waiting), device) != device:
+            deadline, room = self._open.get(device, (now, 0))
         granted = wanted[: max(0, room)]
         if granted:
-            self._open[device] = (now + GRANT_S, len(granted))
+            self._open[device] = (deadline, len(granted))
+            self._waiting.pop(device, None)
+        else:
+            self._waiting[device] = now
         return ranges(granted)
 
     def close(self, device: str) -> None:
         """The device's update is answered."""
         self._open.pop(device, None)
+        self._waiting.pop(device, None)
 
 
 def ranges(parts: list[int]) -> tuple[tuple[int, int], ...]:

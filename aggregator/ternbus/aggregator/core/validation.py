@@ -186,12 +186,22 @@ class Validation:
         return drops
 
     def _bound(self) -> None:
-        """Keep all devices' unfinished messages within one bound, the longest silent device's going first."""
+        """Keep all devices' unfinished messages within one bound.
+
+        A device has one update outstanding, so what it holds beyond one goes first, whoever else has been silent for
+        longer: no device alone takes the place of one on a slow line. Then the longest silent device's goes.
+        """
+        one = self.update_bytes_max + SEAL_BYTES
         while self._held_bytes > self.settings.limits.assembly_bytes:
-            device, collector = next(iter(self._assembling.items()))
-            self._forget(device)
-            self._drops["unfinished"] += len(collector)
-            collector.clear()
+            waiting = self._assembling.items()
+            found = (each for each in waiting if len(each[1]) > 1 or each[1].size_bytes > one)
+            device, collector = next(found, None) or next(iter(waiting))
+            before = collector.size_bytes
+            collector.drop_oldest()
+            self._drops["unfinished"] += 1
+            self._held_bytes -= before - collector.size_bytes
+            if not len(collector):
+                del self._assembling[device]
 
     def _read(
         self, member: Member, message: Whole, version: int, ahead: Measured | None = None

@@ -1,20 +1,25 @@
 """paho's client with bounds on the memory that a broker can make it use; paho itself has none.
 
 The bounds do not affect a broker that follows MQTT: it sends no packet above the announced maximum packet size, no
-more unacknowledged messages than the receive maximum, and no message at a QoS above the subscription's.
+more unacknowledged messages than the receive maximum, and no message at a QoS above the subscription's. Properties are
+another matter: a broker forwards those of any client that may publish, in the length of a whole packet, and paho's
+decoder copies the rest of the packet for each. The protocol uses none of a message, so none is decoded.
 """
 
 import errno
 import time
 from typing import Final
 
-from paho.mqtt.client import Client
+from paho.mqtt.client import PUBLISH, Client
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
 
 from ternbus.broker.link.window import Backlog
 
 READ_BYTES: Final = 1 << 18  # per read: paho allocates this much for each read, even if less arrives
 ANSWERS_MAX: Final = 1024  # unwritten packets, such as acknowledgements to a broker that reads none
+ANSWER_BYTES_MAX: Final = 1 << 13  # of all other packets, such as CONNACK with its properties
+LENGTH_BYTES_MAX: Final = 4  # of the length of properties
+NO_PROPERTIES: Final = b"\0"
 QOS_BITS: Final = 0x06  # in the first byte of a PUBLISH packet
 QOS_1: Final = 0x02
 
@@ -54,14 +59,39 @@ class BoundedClient(Client):
 
     def _packet_handle(self) -> MQTTErrorCode:
         self.packets += 1
+        size_bytes = self._in_packet["remaining_length"]
+        if self._in_packet["command"] & 0xF0 != PUBLISH and size_bytes > ANSWER_BYTES_MAX:
+            return self._refuse(f"the broker sent an answer of {size_bytes} bytes, more than {ANSWER_BYTES_MAX}")
         return super()._packet_handle()
 
     def _handle_publish(self) -> MQTTErrorCode:
         """Refuse a message of QoS 2, which paho would keep until the broker releases it."""
         if self._in_packet["command"] & QOS_BITS > QOS_1:
-            self.fault = "the broker sent a message at a QoS that no subscription asked for"
-            return MQTTErrorCode.MQTT_ERR_PROTOCOL
+            return self._refuse("the broker sent a message at a QoS that no subscription asked for")
+        if self._protocol == MQTTProtocolVersion.MQTTv5 and not self._strip_properties():
+            return self._refuse("the broker sent a message whose properties exceed its packet")
         return super()._handle_publish()
+
+    def _refuse(self, fault: str) -> MQTTErrorCode:
+        """End the connection for this reason."""
+        self.fault = fault
+        return MQTTErrorCode.MQTT_ERR_PROTOCOL
+
+    def _strip_properties(self) -> bool:
+        """Cut the properties out of the message that has come; False if their length is none (MQTT 5.0 §3.3.2)."""
+        packet: bytearray = self._in_packet["packet"]
+        start = 2 + int.from_bytes(packet[:2], "big") + (2 if self._in_packet["command"] & QOS_BITS else 0)
+        size_bytes = shift = 0
+        for end, byte in enumerate(packet[start : start + LENGTH_BYTES_MAX], start + 1):
+            size_bytes |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                if end + size_bytes > len(packet):
+                    return False
+                if size_bytes:
+                    packet[start : end + size_bytes] = NO_PROPERTIES
+                return True
+        return False
 
     def _check_keepalive(self) -> None:
         """Send pings also while paused, but expect no answers, because they follow unread data."""

@@ -27,6 +27,8 @@ OUTCOMES: Final = ("accepted", "stale", "duplicate", "invalid", "busy", "revoked
 DEVICE_STATES: Final = ("idle", "training", "offline")
 AGGREGATOR_STATES: Final = ("online", "offline")
 FAILING_BYTES_MAX: Final = 200
+REASON_CHARS: Final = 1000  # that are read of a receipt's reason
+SOFTWARE_CHARS: Final = 100  # likewise of a status' software
 SPLITS: Final = ("test", "local")
 CLASSES_MAX: Final = 256  # in a message of metrics
 
@@ -289,7 +291,7 @@ class Receipt:
             seq=meta_fields.counter(meta, "seq"),
             outcome=meta_fields.one_of(meta, "outcome", OUTCOMES),
             version=meta_fields.counter(meta, "version"),
-            reason=meta_fields.text(meta, "reason") if "reason" in meta else "",
+            reason=meta_fields.shown(meta, "reason", REASON_CHARS) if "reason" in meta else "",
             retry_after_s=meta_fields.number(meta, "retry_after_s", 0.0) if "retry_after_s" in meta else 0.0,
             highest_seq=meta_fields.counter(meta, "highest_seq") if "highest_seq" in meta else 0,
         )
@@ -327,7 +329,7 @@ class Status:
             state=meta_fields.one_of(meta, "state", (*DEVICE_STATES, *AGGREGATOR_STATES)),
             session=meta_fields.counter(meta, "session"),
             base=meta_fields.counter(meta, "base", -1),
-            software=meta_fields.text(meta, "software")[:100],
+            software=meta_fields.shown(meta, "software", SOFTWARE_CHARS),
             failing=meta_fields.line(meta, "failing", FAILING_BYTES_MAX) if "failing" in meta else "",
             count=meta_fields.counter(meta, "count") if "count" in meta else -1,
         )

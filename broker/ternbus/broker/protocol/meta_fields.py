@@ -70,6 +70,18 @@ def line(meta: Mapping[str, Any], key: str, bytes_max: int) -> str:
     value = text(meta, key)
     if len(value.encode("utf-8", "surrogatepass")) > bytes_max:
         raise ProtocolError("bad-meta", f"{key!r} is longer than {bytes_max} bytes")
+    return _printable(value)
+
+
+def shown(meta: Mapping[str, Any], key: str, chars_max: int) -> str:
+    """The str under ``key``, for people: its first ``chars_max`` characters, with ``?`` for what is not printable.
+
+    It is printed, and must neither be a second line of a log nor do anything to a terminal.
+    """
+    return _printable(text(meta, key)[:chars_max])
+
+
+def _printable(value: str) -> str:
     return "".join(each if each.isprintable() else "?" for each in value)
 
 

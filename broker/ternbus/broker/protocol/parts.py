@@ -124,7 +124,7 @@ class Collector:
             body = b"".join(assembly.bodies[part] for part in range(frame.parts))
             return _whole(frame, body, b"".join(assembly.headers[part] for part in range(frame.parts)))
         while len(self._assemblies) > self.messages_max or self.size_bytes > self.bytes_max:
-            self._forget(next(iter(self._assemblies)))
+            self.drop_oldest()
             self.dropped += 1
         return None
 
@@ -146,6 +146,10 @@ class Collector:
 
     def __len__(self) -> int:
         return len(self._assemblies)
+
+    def drop_oldest(self) -> None:
+        """Forget the message whose first part came before those of all others."""
+        self._forget(next(iter(self._assemblies)))
 
     def _forget(self, name: tuple[KeyId, str, int, int, bytes]) -> None:
         self.size_bytes -= self._assemblies.pop(name).size_bytes

@@ -96,6 +96,17 @@ class AuthCallout:
         stream = self._connect(port)
         threading.Thread(target=self._serve, args=(stream, port), name="auth callout", daemon=True).start()
 
+    def introduction(self, nonce: str) -> dict[str, object]:
+        """What this service says of itself in CONNECT, for the server's nonce."""
+        return {
+            "nkey": callout_tokens.user_key(self.identity),
+            "sig": callout_tokens.proof(self.identity, nonce),
+            "name": "ternbus auth callout",
+            "lang": "python",
+            "version": "1",
+            "verbose": False,
+        }
+
     def close(self) -> None:
         self._closed.set()
         if self._socket is not None:
@@ -109,14 +120,7 @@ class AuthCallout:
             self._socket = socket.create_connection(("127.0.0.1", port), CONNECT_WITHIN_S)
             stream = self._socket.makefile("rwb")
             nonce = json.loads(stream.readline().removeprefix(b"INFO "))["nonce"]
-            about = {
-                "nkey": callout_tokens.user_key(self.identity),
-                "sig": callout_tokens.proof(self.identity, nonce),
-                "name": "ternbus auth callout",
-                "lang": "python",
-                "version": "1",
-                "verbose": False,
-            }
+            about = self.introduction(nonce)
             stream.write(f"CONNECT {json.dumps(about)}\r\nSUB {SUBJECT} 1\r\nPING\r\n".encode())
             stream.flush()
             if (answer := stream.readline().strip()) != b"PONG":

@@ -156,8 +156,9 @@ listener {port} {host}
 max_connections {CONNECTIONS_MAX}
 {_admission(tls)}acl_file {access}
 {become}
-# A client that sends a larger packet is disconnected. MQTT 5 clients learn the limit when they connect.
+# A client that sends a larger packet, or at QoS 2, is disconnected. MQTT 5 clients learn the limits at connect.
 max_packet_size 1100000
+max_qos 1
 
 # Limits of the queue for a slow or disconnected client. Messages above a limit are dropped without notice.
 max_inflight_messages 32

@@ -54,10 +54,9 @@ def own_port(directory: Path, pid: int) -> int | None:
     return Endpoint.parse(ports["nats"][0].replace("nats://", "mqtt://")).port
 
 
-def _admission(guard: Guard, data: PurePath) -> str:
+def _admission(guard: Guard) -> str:
     return f"""
 # `ternbus broker up` sets the permissions of each client from its certificate and client id.
-ports_file_dir: {json.dumps(str(data))}
 authorization {{
   timeout: {ADMISSION_S}
   users: [{{nkey: {guard.callout_user}}}]
@@ -86,6 +85,7 @@ def configuration(*, host: str, port: int, data: PurePath, guard: Guard | None =
 server_name: ternbus
 # The NATS protocol cannot be switched off: it listens on a free port, for this machine only.
 listen: "127.0.0.1:-1"
+ports_file_dir: {json.dumps(str(data))}
 
 max_connections: {CONNECTIONS_MAX}
 max_payload: 8MB
@@ -104,6 +104,8 @@ mqtt {{
   port: {port}
   # An unacknowledged message is sent again after this time; a reconnect does not make it sooner.
   ack_wait: "{ACK_WAIT_S}s"
+  # What is published at QoS 2 is kept on disk until its client releases it: 65,535 messages of each client.
+  reject_qos2_publish: true
   max_ack_pending: 100{_tls(guard.tls) if guard is not None else ""}
 }}
-{_admission(guard, data) if guard is not None else ""}"""
+{_admission(guard) if guard is not None else ""}"""

@@ -20,7 +20,7 @@ from ternbus.broker import files
 from ternbus.broker.errors import ConfigError, LinkError
 from ternbus.broker.link.tls import PROBE, ServerTls, Tls
 from ternbus.broker.protocol.endpoint import WILDCARDS, Endpoint
-from ternbus.broker.server import mosquitto, nats, parent_death, refusals
+from ternbus.broker.server import mosquitto, nats, nats_streams, parent_death, refusals
 from ternbus.broker.server.full_disk import FullDisk
 
 if TYPE_CHECKING:
@@ -325,9 +325,13 @@ def _configure(
 
 
 def _await_answer(broker: RunningBroker, listener: Endpoint, secured: Secured | None) -> None:
+    port = partial(_await, partial(nats.own_port, broker.directory, broker.pid), broker)
     if broker.callout is not None:  # first: without it nats-server refuses every client, the probe too
-        broker.callout.attend(_await(partial(nats.own_port, broker.directory, broker.pid), broker))
+        broker.callout.attend(port())
     _await(partial(_answers, listener, secured), broker)
+    if broker.software.engine is Engine.NATS:  # last: its streams are made for the first client
+        introduce = broker.callout.introduction if broker.callout is not None else lambda _: {"verbose": False}
+        nats_streams.bound(port(), introduce)
 
 
 def _await(look: Callable[[], Seen | None], broker: RunningBroker) -> Seen:

@@ -123,7 +123,7 @@ class LightningTrainer:
             tensors = TravellingState(module.cpu()).arrays_since(start, rate)
             return Trained(tensors=tensors, samples=self.samples, metrics={**_logged(trainer), **took})
         except TrainingError as error:
-            if faults := self._samples.faults():
+            if plan.dp == NO_DP and (faults := self._samples.faults()):  # else others would see how long it takes
                 raise TrainingError(f"{faults}: correct or remove them in the data") from error
             raise
 

@@ -238,8 +238,8 @@ class Core:
         self.evaluation.acknowledged(seq)
         if seq == ENROLL_SEQ:
             self.enrollment.resend.acknowledged(now)
-        elif self.state.outstanding is not None and seq == self.state.outstanding.seq:
-            self.uplink.resend.acknowledged(now)
+        else:
+            self.uplink.acknowledged(seq, now)
 
     def _status(self) -> list[Action]:
         return [*self._own_status.now()] if self._online else []

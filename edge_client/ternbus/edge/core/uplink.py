@@ -1,6 +1,7 @@
 """The outstanding update: it is stored, sent or offered, granted, answered, and renumbered if necessary."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -22,6 +23,7 @@ from ternbus.edge.plan.plan import NO_DP
 from ternbus.edge.plan.privacy import privacy_metrics
 
 FIRST_RESEND_S: Final = 60.0
+IN_TRANSIT: Final = 64  # frames that wait for the broker, or twice those of the update: then nothing is sent again
 
 
 @dataclass(slots=True, kw_only=True)
@@ -33,6 +35,7 @@ class Uplink:
     frame_bytes: int = FRAME_BYTES
     resend: Resend = field(init=False)
     _grant_seq: int = 0
+    _in_transit: Counter[int] = field(default_factory=Counter)  # frames on this connection, by the update's number
 
     def __post_init__(self) -> None:
         self.resend = Resend(salt=self.profile.key.hex(), first_s=FIRST_RESEND_S)
@@ -55,6 +58,7 @@ class Uplink:
     def connected(self, frame_bytes: int, now: float) -> None:
         """Send again on the new connection; renumber the update, in smaller parts, if one exceeds ``frame_bytes``."""
         self.frame_bytes = frame_bytes
+        self._in_transit.clear()
         update = self.pending.state.outstanding
         if update is not None and any(len(part.payload) > frame_bytes for part in self.profile.update(update)):
             # The update may have been accepted under the old number, with a receipt that was lost.
@@ -128,12 +132,16 @@ class Uplink:
     def send(self, update: OutstandingUpdate, direct_parts: int, now: float) -> list[Action]:
         """Send the update, or offer it if it has more parts than the head's `direct_parts`."""
         parts = self.profile.update(update)
+        if self._is_congested(len(parts)):
+            self.resend.sent(len(parts), now)  # the next attempt is by the backoff
+            return []
         offered = len(parts) > direct_parts
         if offered:
             parts = [self.profile.message(Offer.KIND, update.seq, Offer(base=update.base, parts=len(parts)).meta())]
         else:
             self._leaves(update)
         self.resend.sent(len(parts), now)
+        self._in_transit[update.seq] += len(parts)
         size = sum(len(part.payload) for part in parts)
         fields = {"seq": update.seq, "base": update.base, "parts": len(parts), "bytes": size, "offered": offered}
         verb = "offered" if offered else "sent"
@@ -148,9 +156,23 @@ class Uplink:
         parts = self.profile.update(update)
         wanted = {part for first, last in grant.parts for part in range(first, min(last + 1, len(parts)))}
         self.resend.granted(grant.deadline_s, now)
+        if self._is_congested(len(parts)):
+            return []
+        self._in_transit[update.seq] += len(wanted)
         if wanted:
             self._leaves(update)
         return [parts[part] for part in sorted(wanted)]
+
+    def acknowledged(self, seq: int, now: float) -> None:
+        """The broker has taken, or refused, a frame with this number."""
+        if seq in self._in_transit:
+            self._in_transit -= Counter([seq])
+        if self.pending.state.outstanding is not None and seq == self.pending.state.outstanding.seq:
+            self.resend.acknowledged(now)
+
+    def _is_congested(self, parts: int) -> bool:
+        """Whether so much is in transit that nothing is sent again: small messages of an aggregator ask for it all."""
+        return self._in_transit.total() >= max(IN_TRANSIT, 2 * parts)
 
     def _leaves(self, update: OutstandingUpdate) -> None:
         """Note, before a frame of a private update leaves, that one may have."""
@@ -166,6 +188,8 @@ class Uplink:
             text = f"the aggregator is busy; the update on version {update.base} waits"
             return [Log(event="busy", text=text, fields=fields)]
         if counter_is_behind(update, receipt):
+            if self._is_congested(len(self.profile.update(update))):
+                return []  # the number is the next attempt's concern: each new one is a write of the whole update
             self.pending.skip_past(receipt.highest_seq)
             self._replace_outstanding(self._renumbered(update))
             self.resend.restart(now)
@@ -176,6 +200,7 @@ class Uplink:
                     fields=fields,
                 )
             ]
+        self._in_transit.pop(update.seq, None)  # a last answer: it has arrived
         answered = self._answered_update(update, receipt.outcome, receipt.version)
         state = self.pending.state
         self.pending.put(after_receipt(state, update, receipt, schema or Schema.parse(state.schema)), answered)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
@@ -86,6 +86,17 @@ class Plan:
         given = {name: value for name, value in meta.items() if name in plan_keys.KEYS}
         return cls(**given, extra=extra)  # type: ignore[arg-type]  # __post_init__ checks every value
 
+    @property
+    def seconds(self) -> float:
+        """`local_seconds`; infinite without it."""
+        return math.inf if self.local_seconds is None else self.local_seconds
+
+    def after(self, seconds: float) -> "Plan":
+        """The plan for what is left of a training that has taken this long, by measurements before its first step."""
+        if self.local_seconds is None:
+            return self
+        return replace(self, local_seconds=max(0.0, self.local_seconds - seconds))
+
     def steps(self, samples: int) -> int:
         """The number of training steps of a device with this many samples; at least 1, at most `steps_max`."""
         steps = self.local_steps
@@ -122,7 +133,7 @@ class Plan:
         """
         size = min(self.batch_size, samples)
         order = np.empty(0, np.int64)
-        ends = math.inf if clock is None or self.local_seconds is None else clock() + self.local_seconds
+        ends = math.inf if clock is None else clock() + self.seconds
         for step in range(self.steps(samples)):
             if step and clock is not None and clock() >= ends:
                 return

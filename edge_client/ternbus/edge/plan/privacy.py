@@ -4,8 +4,10 @@ The mechanisms are in `learn/noise.py` and `torch/dp_sgd.py`, the accounting is 
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Final
 
 from ternbus.broker.errors import ConfigError
@@ -14,6 +16,8 @@ from ternbus.edge.plan.plan import NO_DP, Plan
 
 DEVICE: Final = plan_keys.DEVICE
 SAMPLE: Final = plan_keys.SAMPLE
+MECHANISMS_MAX: Final = 32  # in an account: each takes time in every computation of epsilon, and space on the disk
+NOISE_TINY: Final = 1e-100  # with less, and with far more, a mechanism exceeds every budget; its square is no 0
 PRIVACY_METRICS: Final = ("epsilon", "delta")  # metrics of an update that do not depend on the data
 
 
@@ -28,6 +32,22 @@ class Cost:
     noise: float
     rate: float
     steps: int
+
+    def joined(self, other: "Cost") -> "Cost":
+        """One mechanism that costs as much as both of the same kind together: exactly so without sampling, else more.
+
+        The squares of 1 / noise of Gaussian mechanisms add up. A sampled one costs more with less noise, and more with
+        a larger rate.
+        """
+        steps, noise = self.steps + other.steps, min(self.noise, other.noise)
+        if self.rate == other.rate == 1:
+            noise = math.sqrt(steps / (self.weight + other.weight))
+        return Cost(kind=self.kind, noise=noise, rate=max(self.rate, other.rate), steps=steps)
+
+    @property
+    def weight(self) -> float:
+        """About what it costs, to compare: steps · (rate / noise)², to which RDP is proportional with much noise."""
+        return self.steps * (self.rate / max(self.noise, NOISE_TINY)) ** 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,11 +80,15 @@ class Account:
         return tuple(replace(cost, noise=cost.noise / 2) if cost.kind == DEVICE else cost for cost in self.spent)
 
     def plus(self, cost: Cost) -> "Account":
-        """The account with another cost. Equal mechanisms add up to one entry. The caller must update `epsilon`."""
+        """The account with another cost. Equal mechanisms add up to one entry. The caller must update `epsilon`.
+
+        Of more than `MECHANISMS_MAX`, those are joined that cost the least more by it. So an aggregator that changes
+        the noise with each version cannot have the account grow for good, while epsilon stays small.
+        """
         same = [each for each in self.spent if replace(each, steps=cost.steps) == cost]
         others = [each for each in self.spent if each not in same]
         steps = cost.steps + sum(each.steps for each in same)
-        return replace(self, spent=(*others, replace(cost, steps=steps)))
+        return replace(self, spent=_few([*others, replace(cost, steps=steps)]))
 
     def dumps(self) -> str:
         return json.dumps(asdict(self))
@@ -73,6 +97,16 @@ class Account:
     def loads(cls, text: str) -> "Account":
         table = json.loads(text)
         return cls(**{**table, "spent": tuple(Cost(**each) for each in table["spent"])})
+
+
+def _few(spent: list[Cost]) -> tuple[Cost, ...]:
+    """At most `MECHANISMS_MAX` mechanisms that cost at least as much; `spent` itself if it has no more."""
+    while len(spent) > MECHANISMS_MAX:
+        spent.sort(key=lambda cost: (cost.kind, cost.rate, cost.noise))
+        pairs = [(one, other) for one, other in pairwise(spent) if one.kind == other.kind]
+        one, other = min(pairs, key=lambda pair: pair[0].joined(pair[1]).weight - pair[0].weight - pair[1].weight)
+        spent = [*(each for each in spent if each not in (one, other)), one.joined(other)]
+    return tuple(spent)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from queue import SimpleQueue
+from typing import Any
 
 from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError
@@ -79,14 +80,29 @@ def evaluate(trainer: Trainer, job: StartEvaluation) -> Evaluated | EvaluationFa
 
 
 def fine_tune(trainer: Trainer, held: Trainer, job: StartFineTuning) -> FineTuned | FineTuningFailed:
-    """Train on the data of `trainer`; evaluate before and after on the data of `held`."""
-    private = job.plan.dp != NO_DP
+    """Train on the data of `trainer`; evaluate before and after on the data of `held`.
+
+    If the data are private, what fails does not end it early: others see when the device goes.
+    """
+    private, faults = job.plan.dp != NO_DP, list[BaseException]()
+
+    def tried(work: Callable[[], object]) -> Any:
+        try:
+            return work()
+        except code_errors() as error:
+            if not private:
+                raise
+            faults.append(error)
+            return None
+
     try:
         start = tensors_of(job)
-        before = evaluated_by(held, start, job.plan, private=private)
-        trained = trainer.train(start, job.plan, version=job.version, seed=job.seed)
-        own = {**trained.tensors, **trained.local}
-        after = evaluated_by(held, own, job.plan, private=private)
+        before = tried(lambda: evaluated_by(held, start, job.plan, private=private))
+        trained = tried(lambda: trainer.train(start, job.plan, version=job.version, seed=job.seed))
+        own = start if trained is None else {**trained.tensors, **trained.local}
+        after = tried(lambda: evaluated_by(held, own, job.plan, private=private))
+        if faults:
+            raise faults[0]
         return FineTuned(
             version=job.version,
             samples=before.samples,

@@ -1,11 +1,14 @@
 """The fastest precision and memory format to train a model on this machine, by measurement."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from statistics import median
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -15,6 +18,7 @@ from ternbus.edge.torch.tree import Tree, leaves, mapped
 
 IMAGES = 4  # dimensions of a batch of them
 ROUNDS = 3
+TYPICAL: Final = 8  # calls at most, whose median counts: the first ones are slower, while memory is allocated
 GAIN = 0.95
 """Another way than the plain one must take at most this share of its time: a smaller gain may be chance."""
 
@@ -61,14 +65,30 @@ def duration(step: Callable[[], object], clock: Callable[[], float] = time.perf_
 
 
 def fastest(
-    candidates: Sequence[Way], step: Callable[[Way], object], clock: Callable[[], float] = time.perf_counter
+    candidates: Sequence[Way],
+    step: Callable[[Way], object],
+    clock: Callable[[], float] = time.perf_counter,
+    limit_s: float = math.inf,
 ) -> Way:
-    """The way whose `step` takes the least time; the first, unless another is clearly faster."""
-    best = dict.fromkeys(candidates, float("inf"))
-    for way in candidates:
-        step(way)  # warms up
-    for _ in range(ROUNDS):  # alternating, so that other load on the machine affects all alike
+    """The way whose `step` takes the least time; the first, unless another is clearly faster.
+
+    The first, too, if `limit_s` seconds have passed before all are measured.
+    """
+    best, ends = dict.fromkeys(candidates, math.inf), clock() + limit_s
+    for turn in range(1 + ROUNDS):  # alternating, so that other load on the machine affects all alike
         for way in candidates:
-            best[way] = min(best[way], duration(partial(step, way), clock))
+            took = duration(partial(step, way), clock)
+            if turn:  # the first one warms up
+                best[way] = min(best[way], took)
+            if clock() >= ends:
+                return candidates[0]
     winner = min(candidates, key=lambda way: best[way])
     return winner if best[winner] <= GAIN * best[candidates[0]] else candidates[0]
+
+
+def typical(step: Callable[[], object], count: int, limit_s: float, clock: Callable[[], float]) -> float:
+    """The median time of at most `count` calls, in seconds; none but the first begins after `limit_s` seconds."""
+    ends, times = clock() + limit_s, [duration(step, clock)]
+    while len(times) < min(TYPICAL, count) and clock() < ends:
+        times.append(duration(step, clock))
+    return median(times)

@@ -1,5 +1,6 @@
 """The processor that trains: the CPU, or an accelerator that this machine has."""
 
+import os
 import re
 from functools import cache
 from typing import Final
@@ -35,6 +36,16 @@ def chosen(name: str) -> torch.device:
 def generators(device: torch.device) -> list[int]:
     """The numbers of the accelerators whose random numbers a training draws from, for `torch.random.fork_rng`."""
     return [device.index] if device.type == "cuda" else []
+
+
+def threads() -> int:
+    """The number of threads: `OMP_NUM_THREADS`, or one, since OpenMP's threads wait by spinning.
+
+    If another process uses the same processors, two spinning threads are many times slower than one, and models of this
+    size gain little from the second.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else 1
 
 
 def free(device: torch.device) -> None:

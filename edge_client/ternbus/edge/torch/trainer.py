@@ -3,15 +3,12 @@
 `travelling_state.py` defines which tensors of the model are sent.
 """
 
-import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
-from statistics import median
 from typing import Final
 
 import numpy as np
@@ -29,7 +26,7 @@ from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.torch import device as devices
 from ternbus.edge.torch import dp_sgd, evaluation, scoring, steps
 from ternbus.edge.torch.augmentation import augmentation
-from ternbus.edge.torch.autotune import Way, duration, fastest, ways
+from ternbus.edge.torch.autotune import Way, fastest, typical, ways
 from ternbus.edge.torch.batches import inputs_of, prepared
 from ternbus.edge.torch.objective import Loss, Objective, trainable
 from ternbus.edge.torch.samples import Numbers, Samples
@@ -39,7 +36,7 @@ from ternbus.edge.torch.tree import Tree, leaves, mapped
 
 __all__ = ["Shared", "Split", "TorchTask", "TorchTrainer"]
 
-MEASURED: Final = 8  # steps at most, whose median counts: the first ones are slower, while memory is allocated
+WAYS_MAX: Final = 8  # that are measured for one model: a plan may change its batch size with each version
 
 
 class Shared:
@@ -63,7 +60,7 @@ class TorchTrainer:
     """One device's model and data."""
 
     def __init__(self, task: TorchTask, samples: Samples, shared: Shared) -> None:
-        torch.set_num_threads(_threads())
+        torch.set_num_threads(devices.threads())
         self._task = task
         self._samples = samples
         self._shared = shared
@@ -110,8 +107,12 @@ class TorchTrainer:
             torch.manual_seed(seed)
             if plan.dp != NO_DP:
                 self._travelling.load(start)  # no earlier training may be in what is measured
+            measuring = time.perf_counter()
             way = Way() if self._own_step else self._way(plan)
+            plan = plan.after(time.perf_counter() - measuring)
+            measuring = time.perf_counter()
             step_s = 0.0 if plan.dp == NO_DP else self._step_s(plan, way)
+            plan = plan.after(time.perf_counter() - measuring)
             self._travelling.load(start)  # after these measurements, which change the model
             self._travelling.begin_training()
             torch.manual_seed(seed)  # dropout and augmentation draw from it
@@ -128,8 +129,7 @@ class TorchTrainer:
                     raise TrainingError(str(error)) from error
                 raise
         metrics |= {"seconds": time.perf_counter() - began, **way.metrics()}
-        # under differential privacy no statistic of the data travels
-        return self._result(start, plan.statistics_rate if plan.dp == NO_DP else 0.0, metrics)
+        return self._result(start, plan, metrics)
 
     def train_privately(
         self,
@@ -164,7 +164,7 @@ class TorchTrainer:
                 random_source=random_source,
             )
         metrics |= {"seconds": time.perf_counter() - began}
-        return self._result(start, 0.0, metrics)
+        return self._result(start, plan, metrics)
 
     def _check_private(self) -> None:
         """Raises `ConfigError` if a sample could change more than its own gradient, by what the task's code does."""
@@ -182,18 +182,22 @@ class TorchTrainer:
                 "sample, and not a Dataset or a stream"
             )
 
-    def _result(self, start: Tensors, statistics_rate: float, metrics: Mapping[str, float]) -> Trained:
-        """The trained model. Raises `TrainingError` if it is not finite, and says whether the data are."""
+    def _result(self, start: Tensors, plan: Plan, metrics: Mapping[str, float]) -> Trained:
+        """The trained model. Raises `TrainingError` if it is not finite, and says whether the data are.
+
+        Under differential privacy it does not look, since that takes time, and no statistic of the data travels.
+        """
+        known = plan.dp == NO_DP and self._samples.at_random
         try:
-            tensors = self._travelling.arrays_since(start, statistics_rate)
+            tensors = self._travelling.arrays_since(start, plan.statistics_rate if plan.dp == NO_DP else 0.0)
             local = self._travelling.local_arrays()
             return Trained(tensors=tensors, samples=self.samples, metrics=metrics, local=local)
         except TrainingError:
-            if faults := self._samples.faults():
+            if known and (faults := self._samples.faults()):
                 raise TrainingError(f"{faults}: correct or remove them in the data") from None
             raise TrainingError(
                 "training diverged (the data are finite, the model is not): lower the plan's learning_rate"
-                if self._samples.at_random
+                if known
                 else "training diverged (the model is not finite): lower the plan's learning_rate, or remove NaN from "
                 "the data"
             ) from None
@@ -207,9 +211,11 @@ class TorchTrainer:
         return mapped(lambda one: one.new_zeros(count, *one.shape[1:]), self._batch(slice(0, 1)))
 
     def _outputs(self, batch: Tree) -> tuple[Tree, Tree]:
-        if self._augmented is not None:
-            batch = self._augmented(batch)
+        batch = self._changed(batch)
         return self._task.predict(self._model, batch), self._task.targets(batch)
+
+    def _changed(self, batch: Tree) -> Tree:
+        return batch if self._augmented is None else self._augmented(batch)
 
     def evaluate(self, tensors: Tensors) -> Evaluation:
         return self.evaluate_by(tensors, None, private=False)
@@ -283,8 +289,7 @@ class TorchTrainer:
         """The batch and the learning rate of each step."""
         for batch, rate in zip(read, plan.rates(version, self.samples), strict=False):
             self._read_at = time.perf_counter()
-            ready = prepared(batch, self._travelling.dtype, self._shared.device)
-            yield ready if self._augmented is None else self._augmented(ready), rate
+            yield self._changed(prepared(batch, self._travelling.dtype, self._shared.device)), rate
 
     def _chosen(self, plan: Plan, rng: np.random.Generator) -> Iterator[Tree]:
         """The batches as they are read, until the plan's steps or seconds end."""
@@ -307,8 +312,7 @@ class TorchTrainer:
         self._travelling.begin_training()
         try:
             step = self._measured(plan)
-            times = range(min(MEASURED, 1 + plan.steps(self.samples)))
-            return median(duration(lambda: step(way), time.perf_counter) for _ in times)
+            return typical(lambda: step(way), 1 + plan.steps(self.samples), plan.seconds, time.perf_counter)
         except ConfigError:  # a mistake in the task or the plan, whatever the data are
             raise
         except code_errors():
@@ -324,7 +328,7 @@ class TorchTrainer:
             for _ in read:
                 _sleep_until(time.perf_counter() + step_s)
         all_s = plan.steps(self.samples) * step_s
-        _sleep_until(started + min(all_s, math.inf if plan.local_seconds is None else plan.local_seconds))
+        _sleep_until(started + min(all_s, plan.seconds))
 
     def _way(self, plan: Plan) -> Way:
         """The plan's way to train; if it leaves a choice, the fastest, measured at the first such training."""
@@ -334,9 +338,13 @@ class TorchTrainer:
         key = (plan.precision, plan.memory_format, plan.batch_size, device, private)
         if key not in self._shared.ways:
             candidates = ways(plan, inputs_of(self._batch(slice(0, 1))), self._travelling.dtype, device.type)
+            if len(self._shared.ways) >= WAYS_MAX:
+                return candidates[0]
             self._travelling.begin_training()
             try:
-                found = candidates[0] if len(candidates) == 1 else fastest(candidates, self._measured(plan))
+                found = candidates[0]
+                if len(candidates) > 1:
+                    found = fastest(candidates, self._measured(plan), time.perf_counter, plan.seconds)
             except code_errors():
                 if not private:
                     raise
@@ -350,7 +358,8 @@ class TorchTrainer:
         batch = self._zeros(size) if private else self._batch(slice(0, size))
         if self._own_step:
             optimizers = steps.optimizers_of(self._task.optimizers(self._model, plan), self._model, plan)
-            return lambda _: steps.reported(self._task.train_step(self._model, batch, plan, optimizers))
+            own = self._task.train_step
+            return lambda _: steps.reported(own(self._model, self._changed(batch), plan, optimizers))
 
         trained = self._trained()
         if not private:
@@ -361,7 +370,7 @@ class TorchTrainer:
         scores = scoring.Scores(self._metrics, scoring.TRAINING_BYTES)
 
         def step(way: Way) -> None:
-            augmented = batch if self._augmented is None else self._augmented(batch)
+            augmented = self._changed(batch)
             found = self._of_zeros(augmented, plan, way)
             gradients = torch.autograd.grad(trainable(found.value), trained, materialize_grads=True)
             with torch.no_grad():
@@ -388,13 +397,3 @@ class TorchTrainer:
 
 def _sleep_until(moment: float) -> None:
     time.sleep(max(0.0, moment - time.perf_counter()))
-
-
-def _threads() -> int:
-    """The number of threads: `OMP_NUM_THREADS`, or one, since OpenMP's threads wait by spinning.
-
-    If another process uses the same processors, two spinning threads are many times slower than one, and models of this
-    size gain little from the second.
-    """
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return int(asked) if asked.isdecimal() and int(asked) > 0 else 1

@@ -50,9 +50,7 @@ class Answers:
         try:
             return self._step(step, ask.body, state, unix_s)
         except AskRefusedError as error:
-            shown = str(error).encode("utf-8", "replace")[:REASON_BYTES_MAX].decode("utf-8", "ignore")
-            answer = Answer(outcome=sets.REFUSED, set=step.set, count=state.count, reason=shown, updates=error.updates)
-            return Reply(state=state, answer=answer, reason=error.reason)
+            return refusal(step.set, state, error)
 
     def _step(self, step: AskStep, content: bytes, state: State, unix_s: float) -> Reply:
         before = self.records.state_of(step.set)
@@ -109,6 +107,13 @@ class Answers:
         after = replace(state, count=state.count + 1)
         step = Abandoned(digest=digest, count=after.count, unix_s=unix_s)
         return Reply(state=after, step=step, answer=_answer(sets.ABANDONED, digest, after))
+
+
+def refusal(digest: bytes, state: State, error: AskRefusedError) -> Reply:
+    """The reply that refuses a set, and changes nothing."""
+    shown = str(error).encode("utf-8", "replace")[:REASON_BYTES_MAX].decode("utf-8", "ignore")
+    answer = Answer(outcome=sets.REFUSED, set=digest, count=state.count, reason=shown, updates=error.updates)
+    return Reply(state=state, answer=answer, reason=error.reason)
 
 
 def _answer(outcome: str, digest: bytes, state: State) -> Answer:

@@ -35,7 +35,8 @@ from ternbus.broker.sums.sets import ASK_BYTES_MAX, AskStep
 from ternbus.broker.sums.terms import SignedCard
 from ternbus.helper.core import events
 from ternbus.helper.core.actions import Action, Connect, Log, Note, Publish, Save, Stop, Subscribe
-from ternbus.helper.core.answers import Answers, WaitingAsks
+from ternbus.helper.core.answers import Answers, WaitingAsks, refusal
+from ternbus.helper.core.ask_check import AskRefusedError
 from ternbus.helper.core.events import Event
 from ternbus.helper.core.presence import Presence
 from ternbus.helper.core.profile import CARD, ENROLL_SEQ, OFFLINE, ONLINE, Profile
@@ -301,7 +302,8 @@ class Core:
         try:
             frames = self.profile.answer(reply.answer, reply.body, seq=seq, frame_bytes=self._frame_bytes)
         except LinkError as error:
-            return self._sampled("unsent", "too-large", f"an answer cannot be sent: {error}")
+            reply = refusal(reply.answer.set, self.state, AskRefusedError("too-large", str(error)))
+            frames = self.profile.answer(reply.answer, b"", seq=seq, frame_bytes=self._frame_bytes)
         if reply.step is not None:
             self.state, self._step = replace(reply.state, seq_limit=self.state.seq_limit), reply.step
         outcome = reply.answer.outcome

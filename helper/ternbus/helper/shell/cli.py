@@ -10,6 +10,7 @@ from typing import Annotated, Final
 import typer
 
 from ternbus.broker.errors import ConfigError, CorruptError
+from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.files import is_exposed, load_toml
 from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.protocol.identity import check_device, is_public_key
@@ -30,11 +31,21 @@ MIN: Final = 5
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="Run a helper of private sums: it opens sums of updates, and never a single one.",
+    help="Run a helper of private sums: open sums of updates, never a single one.",
 )
-app.command()(inspection_commands.status)
-app.command()(inspection_commands.roster)
-app.command()(inspection_commands.log)
+
+
+Roster = Annotated[
+    str,
+    typer.Option(
+        help=f"Who says which devices there are: {AGGREGATOR}, or {OWN} (`ternbus helper admit`), which protects from "
+        f"an aggregator that lies, too. [default: {AGGREGATOR}]"
+    ),
+]
+PasswordFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="File with the broker's password in its first line; mode 0600, with TLS only."),
+]
 
 
 @app.command()
@@ -42,32 +53,19 @@ def init(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The helper's directory.")],
     *,
     federation: Annotated[str, typer.Option(metavar="NAME", help="Federation to open sums for.")] = "",
-    broker: Annotated[
-        str, typer.Option(metavar="URL", help="Broker's URL, mqtt://HOST:PORT or mqtts://HOST:PORT.")
-    ] = "",
+    broker: Annotated[str, typer.Option(metavar="URL", help="Broker: mqtt://HOST:PORT or mqtts://HOST:PORT.")] = "",
     invitation: Annotated[
         Path | None, typer.Option(metavar="FILE", help="File of `ternbus aggregator invite AGG --helper NAME`.")
     ] = None,
     name: Annotated[str, typer.Option(help=f"Helper's name in the federation. [default: {NAME}]")] = "",
-    roster: Annotated[
-        str,
-        typer.Option(
-            help=f"Who says which devices there are: {AGGREGATOR}, or {OWN} (`ternbus helper admit`), which protects "
-            f"from an aggregator that lies, too. [default: {AGGREGATOR}]"
-        ),
-    ] = "",
+    roster: Roster = "",
     least: Annotated[
         int | None, typer.Option("--min", help=f"Smallest number of devices in a sum. [default: {MIN}]")
     ] = None,
     username: Annotated[
         str, typer.Option(metavar="NAME", help="User name at the broker, if it is not aggregator_help_NAME.")
     ] = "",
-    password_file: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="File with the broker's password in its first line; mode 0600, with TLS only."
-        ),
-    ] = None,
+    password_file: PasswordFile = None,
 ) -> None:
     """Make a helper: its key, its settings, and DIR/card.toml for the aggregator's operator.
 
@@ -89,17 +87,7 @@ def init(
         _invite(home, asked, given)
     else:
         _make(home, asked, given)
-    settings = home.settings()
-    typer.echo(f"helper {settings.helper} of {settings.federation}, key {home.identity().public.hex()}")
-    if not settings.aggregator_key:
-        typer.echo(f"give {home.write_card(settings)} to the aggregator's operator, who runs one of:")
-        typer.echo("  ternbus aggregator init AGG … --private --helper card.toml")
-        typer.echo(f"  ternbus aggregator invite AGG --helper {settings.helper}")
-        typer.echo(f"then:  ternbus helper init {home.quoted} --invitation FILE")
-    else:
-        home.write_card(settings)
-        typer.echo(f"next:  ternbus helper run {home.quoted}")
-    typer.echo("devices: ternbus edge join … --private --helper " + home.identity().public.hex())
+    _say_what_is_next(home)
 
 
 @app.command()
@@ -112,7 +100,11 @@ def run(directory: Dir, as_json: AsJson = False) -> None:
     Example: ternbus helper run bureau
     """
     printer = Printer(as_json=as_json)
-    raise typer.Exit(printer.finish(process.run(HelperDirectory(directory), printer)))
+    try:
+        code = printer.finish(process.run(HelperDirectory(directory), printer))
+    except BrokenPipeError:  # who read the log has ended
+        code = EXIT_FAILED
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -140,6 +132,10 @@ def admit(
     typer.echo(f"{device} is on the roster" if changed else f"{device} was on the roster with this key already")
 
 
+for _command in (inspection_commands.roster, inspection_commands.status, inspection_commands.log):
+    app.command()(_command)
+
+
 @app.command()
 def restored(directory: Dir) -> None:
     """Make a new box key, after helper.db was lost, damaged, or replaced by an older copy.
@@ -159,14 +155,14 @@ def restored(directory: Dir) -> None:
             typer.echo(f"{FILE} was damaged and is in {home.move_database_aside()} now", err=True)
             store = HelperStore(home.folder, settings.roster)
         now = time.time()
-        enrolled = bool(settings.aggregator_key) and not settings.code
+        enrolled = bool(settings.aggregator_key) and not settings.code  # whatever the database says
         with store:
-            before = store.state or replace(State.new(os.urandom, now), enrolled=enrolled)
-            store.save(before.restored(os.urandom, now))
+            before = store.state or State.new(os.urandom, now)
+            store.save(replace(before.restored(os.urandom, now), enrolled=enrolled))
     devices = stores.summary(home.folder).devices
     typer.echo(f"the new box key has the number {stores.summary(home.folder).state.box_key.number}")
     if settings.roster == OWN:
-        typer.echo(f"{devices} devices are on the roster; `ternbus helper roster {home.quoted}` lists them")
+        typer.echo(f"devices on the roster: {devices}; `ternbus helper roster {home.quoted}` lists them")
     typer.echo(f"next:  ternbus helper run {home.quoted}")
 
 
@@ -206,6 +202,20 @@ def _invite(home: HelperDirectory, asked: Invitation | None, given: Mapping[str,
             if store.state is not None:
                 store.save(replace(store.state, enrolled=False))
         home.write(settings.invited(asked))
+
+
+def _say_what_is_next(home: HelperDirectory) -> None:
+    settings, key = home.settings(), home.identity().public.hex()
+    card = home.write_card(settings)
+    typer.echo(f"helper {settings.helper} of {settings.federation}, key {key}")
+    if settings.aggregator_key:
+        typer.echo(f"next:  ternbus helper run {home.quoted}")
+    else:
+        typer.echo(f"give {card} to the aggregator's operator, who runs:")
+        typer.echo("  ternbus aggregator init AGG … --private --helper card.toml")
+        typer.echo(f"  ternbus aggregator invite AGG --helper {settings.helper}")
+        typer.echo(f"then:  ternbus helper init {home.quoted} --invitation FILE")
+    typer.echo(f"owners of devices pin the key: ternbus edge join … --private --helper {key}")
 
 
 def _load_invitation(path: Path) -> Invitation:

@@ -12,6 +12,7 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.exit_codes import EXIT_DONE
 from ternbus.broker.files import read_password
 from ternbus.broker.link.link import Link, LinkEvent
+from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.identity import helper_user
 from ternbus.broker.stop_signals import STOPS, on_stop
 from ternbus.broker.version import software
@@ -22,6 +23,7 @@ from ternbus.helper.shell.directory import HelperDirectory, Settings
 from ternbus.helper.shell.service import Service
 from ternbus.helper.store import store as stores
 from ternbus.helper.store.store import HelperStore
+from ternbus.helper.store.tables import FILE
 
 STOP_WITHIN_S: Final = 8.0
 
@@ -38,8 +40,14 @@ def run(home: HelperDirectory, report: Callable[[Log], None]) -> Stop:
     with home.locked():
         stores.check(home.folder)
         with HelperStore(home.folder, settings.roster) as store:
-            if (state := store.state) is None:
-                raise ConfigError(f"{home.folder} is not complete: run `ternbus helper restored {home.quoted}`")
+            state = store.state
+            if state is None or not (state.enrolled or settings.code):
+                raise ConfigError(
+                    f"{home.folder / FILE} does not know that this helper has enrolled, so it is an old copy: run "
+                    f"`ternbus helper restored {home.quoted}`, which makes a new box key"
+                )
+            if state.enrolled and settings.code:  # an earlier process was killed before it could remove it
+                home.write(settings := replace(settings, code=""))
             profile = Profile(
                 federation=settings.federation,
                 helper=settings.helper,
@@ -73,6 +81,7 @@ def _link_maker(home: HelperDirectory, settings: Settings) -> Callable[[Callable
             password=read_password(settings.password_path) if settings.password_path is not None else None,
             deliver=deliver,
             tls=home.tls(),
+            qos_1_below=f"{topics.root(settings.federation)}/",
         )
 
     return connect_to
