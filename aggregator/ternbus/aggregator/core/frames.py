@@ -19,6 +19,7 @@ from ternbus.broker.protocol.merge_log import Contribution, Entry, Signed
 from ternbus.broker.protocol.messages import Delta, Grant, Head, Receipt, Snapshot, SnapshotRef, Status
 from ternbus.broker.protocol.parts import cut
 from ternbus.broker.protocol.schema import Schema, Vector
+from ternbus.broker.protocol.topics import TERMS
 
 SEQ_BLOCK: Final = 10_000  # sequence numbers made durable at a time: a crash skips the rest of a block
 ENVELOPE_BYTES: Final = 4096  # more than any header of an update with all its metrics takes
@@ -59,12 +60,20 @@ class FrameWriter:
         reserved, payload = self._frame(message.KIND, message.meta())
         return [*reserved, Publish(topic=topic, payload=payload)]
 
+    def to_helper(self, message: Receipt) -> list[Action]:
+        """Publish a message for one helper."""
+        topic = topics.help_of(self.settings.federation, message.device, message.KIND)
+        reserved, payload = self._frame(message.KIND, message.meta())
+        return [*reserved, Publish(topic=topic, payload=payload)]
+
     def status(self, state: str, session: int, software: str) -> tuple[Reserved, Message]:
         value = Status(state=state, session=session, software=software)
         reserved, payload = self._frame(value.KIND, value.meta())
         return reserved, (topics.status(self.settings.federation), payload)
 
-    def head(self, *, version: int, digest: bytes, snapshot: SnapshotRef, state: str) -> tuple[Reserved, Message]:
+    def head(
+        self, *, version: int, digest: bytes, snapshot: SnapshotRef, state: str, plan: Mapping[str, Any]
+    ) -> tuple[Reserved, Message]:
         head = Head(
             version=version,
             digest=digest,
@@ -74,10 +83,16 @@ class FrameWriter:
             max_staleness=self.settings.staleness.max,
             direct_parts=self.direct_parts,
             state=state,
-            plan=self.settings.published_plan,
+            plan=plan,
         )
         reserved, payload = self._frame(head.KIND, head.meta())
         return reserved, (topics.head(self.settings.federation), payload)
+
+    def terms(self, content: bytes) -> tuple[Reserved, list[Message]]:
+        """The frames of the terms of private sums."""
+        reserved, frames = self._parts(TERMS, {}, content)
+        federation = self.settings.federation
+        return reserved, [(topics.terms(federation, part), frame) for part, frame in enumerate(frames)]
 
     def delta(self, value: Delta, body: bytes) -> tuple[Reserved, list[Message]]:
         """The frames of the delta that makes a version, in that version's slot."""

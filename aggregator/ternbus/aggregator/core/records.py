@@ -148,6 +148,59 @@ class Observed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HelperEnrolled:
+    """A helper has shown that it has its pinned key; it spends the invitation."""
+
+    helper: str
+    public: bytes
+    proof: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HelperInvitationCancelled:
+    """A helper's open invitation is void."""
+
+    helper: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HelperObserved:
+    """What a helper said last; ``count`` is the highest number of sets that it has stated, -1 for none."""
+
+    helper: str
+    count: int
+    status: Status | None = None
+    answered: bool = False  # it answered for a set
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardReceived:
+    """A helper's newest card: content and signature."""
+
+    helper: str
+    card: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TermsMade:
+    """Terms of private sums, which contexts name by their digest."""
+
+    digest: bytes
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextBegun:
+    """Updates on ``base`` have this context and no other; bases below ``oldest`` are stale."""
+
+    base: int
+    model: bytes
+    plan: bytes
+    terms: bytes
+    oldest: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RequestDone:
     """What a command asked for is in force."""
 
@@ -171,5 +224,11 @@ Record = (
     | StateChanged
     | MetricsReceived
     | Observed
+    | HelperEnrolled
+    | HelperInvitationCancelled
+    | HelperObserved
+    | CardReceived
+    | TermsMade
+    | ContextBegun
     | RequestDone
 )

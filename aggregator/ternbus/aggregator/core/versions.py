@@ -1,14 +1,15 @@
 """Makes versions and publishes them: delta, head and snapshot, each on disk before anybody can read it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.core.events import Action, Publish, RepublishRetained, Save
 from ternbus.aggregator.core.frames import FrameWriter, Message, Reserved
+from ternbus.aggregator.core.terms import PrivateTerms
 from ternbus.aggregator.merge.downlink import encoded_block, next_block
-from ternbus.aggregator.merge.model import Model
+from ternbus.aggregator.merge.model import Merged, Model
 from ternbus.aggregator.merge.recipe import Recipe
 from ternbus.aggregator.settings import Settings
 from ternbus.broker.errors import ProtocolError
@@ -43,6 +44,7 @@ class PublishedState:
     slots: int  # how many delta slots the frames were laid out for
     recipe: Recipe  # by which merges since the snapshot were made
     log_hash: bytes  # of the last entry in the log of merges
+    terms_seq: int = 0  # of the frames of the terms of private sums
     revoked: int = 0  # keys in the list of revoked ones
 
 
@@ -57,11 +59,18 @@ class Versions:
     # Until then the broker may show that it still has our head, after which everything is published again. None: it
     # has shown it, or was given everything; while it has not, no head may be published that names what it lost.
     confirm_by: float | None = None
+    private: PrivateTerms | None = None
     given: int = 0  # how often a snapshot was published since the start
 
     def merge(self) -> list[Action]:
         """Make the next version: on disk first, then its delta, then the head that names it."""
-        merged = self.model.merge()
+        return self._publish(self.model.merge())
+
+    def empty(self) -> list[Action]:
+        """Make a version of no update: what must not change within a version changes with it."""
+        return self._publish(self.model.skip())
+
+    def _publish(self, merged: Merged) -> list[Action]:
         encoding, body = encoded_block(merged.block)
         delta = Delta(version=merged.version, digest=merged.digest, codec=merged.block.codec, encoding=encoding)
         reserved, frames = self.frames.delta(delta, body)
@@ -79,7 +88,7 @@ class Versions:
         # an empty message clears what an older, longer delta left in this slot
         left = self._delta_topics(merged.version)[len(frames) :]
         reserved_head, head = self._head()
-        retained = self._retain([*frames, *_cleared(left), head])
+        retained = self._retain([*frames, *_cleared(left), *head])
         actions = [*reserved, Save(record=made), *reserved_head, *retained]
         if merged.version - self.published.snapshot.version >= -(-self.settings.downlink.slots // 2):
             actions += self.snapshot(at_leisure=True)
@@ -103,7 +112,7 @@ class Versions:
         )
         left = self._parts_in(lambda part: topics.snapshot(self.settings.federation, place, part))[len(frames) :]
         reserved_head, head = self._head()
-        retained = self._retain([*frames, head, *_cleared(left)])
+        retained = self._retain([*frames, *head, *_cleared(left)])
         return [*reserved, Save(record=taken), *reserved_head, *retained]
 
     def leap(self, versions: int) -> list[Action]:
@@ -127,8 +136,12 @@ class Versions:
 
     def change_state(self, state: str) -> list[Action]:
         self.published.state = state
+        return [Save(record=records.StateChanged(state=state)), *self.renew_head()]
+
+    def renew_head(self) -> list[Action]:
+        """Publish a head of the same version."""
         reserved, head = self._head()
-        return [Save(record=records.StateChanged(state=state)), *reserved, *self._retain([head])]
+        return [*reserved, *self._retain(head)]
 
     def renew(self) -> list[Action]:
         """At start: begin at a snapshot where the settings no longer are those of the deltas and merges before."""
@@ -186,10 +199,14 @@ class Versions:
         named = self.published.snapshot
         return [topics.snapshot(self.settings.federation, named.place, part) for part in range(named.parts)]
 
+    def terms_topics(self) -> list[str]:
+        """The topics of the parts of the terms of private sums, in order; none where there are no terms."""
+        return self._parts_in(lambda part: topics.terms(self.settings.federation, part))
+
     def wanted(self) -> list[str]:
         """What a device needs to get from nothing to the head, in order."""
         wanted = self._parts_in(lambda page: topics.revocations(self.settings.federation, page))
-        wanted += self.snapshot_topics()
+        wanted += [*self.terms_topics(), *self.snapshot_topics()]
         for version in range(self.published.snapshot.version + 1, self.model.version + 1):
             wanted += self._delta_topics(version)
         return wanted
@@ -236,12 +253,32 @@ class Versions:
             digest=self.model.digest,
             snapshot=self.published.snapshot,
             state=self.published.state,
+            plan=self._plan(),
         )
 
-    def _head(self) -> tuple[Reserved, Message]:
-        reserved, head = self._build_head()
+    def _plan(self) -> Mapping[str, Any]:
+        return self.settings.published_plan if self.private is None else self.private.plan(self.model.version)
+
+    def _head(self) -> tuple[Reserved, list[Message]]:
+        """The head, behind the terms that it names, where these are new."""
+        reserved, messages = ((), []) if self.private is None else self._terms(self.private)
+        reserved_head, head = self._build_head()
         self.published.head_frame = head[1]
-        return reserved, head
+        return (*reserved, *reserved_head), [*messages, head]
+
+    def _terms(self, private: PrivateTerms) -> tuple[Reserved, list[Message]]:
+        """The newest version's terms, unless the broker was given them, in parts of a size that it takes."""
+        saved = private.begin(self.model)
+        begun, held = private.sums.contexts.get(self.model.version), self.terms_topics()
+        if begun is None or (
+            held
+            and private.retained == begun.terms_digest
+            and all(self.published.sizes[topic] <= self.frames.frame_bytes for topic in held)
+        ):
+            return saved, []
+        reserved, frames = self.frames.terms(begun.terms_bytes)
+        private.retained, self.published.terms_seq = begun.terms_digest, self.frames.seq
+        return (*saved, *reserved), [*frames, *_cleared(held[len(frames) :])]
 
     def _retain(self, frames: list[Message]) -> list[Action]:
         """Make frames durable, then have the broker retain them: all that a device needs, where it may have lost it."""

@@ -43,8 +43,23 @@ def summary(found: Mapping[str, Any]) -> str:
             f"{claim['device']} names version {claim['version']}, which is not here: if this folder was copied back "
             "from a backup, stop the aggregator and run: ternbus aggregator restored DIR"
         )
+    if "private" in found:
+        lines += ["", *_private(found["private"])]
     lines += ["", *device_table(found)]
     return "\n".join([*lines, "", *_version_table(versions, measured, _local_metric(found))])
+
+
+def _private(found: Mapping[str, Any]) -> list[str]:
+    """Private sums: by which terms, and the table of helpers."""
+    terms = "no terms yet" if found["terms"] is None else f"terms {found['terms']}"
+    lines = [f"private sums of {found['min']} to {found['max']} devices, {found['bits']} bits: {terms}"]
+    columns = dict.fromkeys(("helper", "state", "roster"), "<") | dict.fromkeys(("card", "sets"), ">")
+    rows = []
+    for name, row in found["helpers"].items():
+        at = row["answered_at"]
+        answered = None if at is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+        rows.append((name, row["state"], row["roster"], row["card"], row["count"], answered, row["waits_for"]))
+    return [*lines, *text_table({**columns, "last answer": "<", "waits for": "<"}, rows)]
 
 
 def _local_metric(found: Mapping[str, Any]) -> str | None:

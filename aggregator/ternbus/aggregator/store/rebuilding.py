@@ -12,7 +12,17 @@ from ternbus.aggregator.store.salvage import Salvaged
 from ternbus.broker.errors import CorruptError
 from ternbus.broker.protocol.identity import key_id
 
-TAKEN_OVER: Final = ("invitations", "metrics", "counts", "frames")
+TAKEN_OVER: Final = (
+    "invitations",
+    "metrics",
+    "counts",
+    "frames",
+    "helpers",
+    "terms",
+    "contexts",
+    "private_updates",
+    "sets",
+)
 
 
 def rebuild(found: Salvaged, ledger: Ledger) -> list[str]:

@@ -13,7 +13,7 @@ from ternbus.aggregator.merge.influence import Influence
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.merge.recipe import Recipe
 from ternbus.aggregator.settings import Settings
-from ternbus.aggregator.store import influence_rows, membership, merge_log, soundness
+from ternbus.aggregator.store import influence_rows, membership, merge_log, private_rows, soundness
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.aggregator.store.rows import unsigned
 from ternbus.aggregator.store.schema import DROPPED
@@ -42,6 +42,7 @@ def recover(ledger: Ledger, settings: Settings, identity: Identity, software: st
         slots=int(ledger.fact("slots")),
         recipe=Recipe.loads(ledger.fact("recipe")),
         log_hash=ledger.last_entry().hash,
+        terms_seq=_terms_seq(ledger, settings.federation),
         revoked=_published_revocations(ledger, settings.federation),
     )
     return Core(
@@ -55,6 +56,8 @@ def recover(ledger: Ledger, settings: Settings, identity: Identity, software: st
         session=int(ledger.fact("session")),
         software=software,
         influence=influence_rows.recalled(ledger.db) if settings.merge.is_bounded else Influence(),
+        sums=private_rows.recover(ledger.db, settings, schema),
+        helper_codes=private_rows.codes(ledger.db),
     )
 
 
@@ -66,6 +69,11 @@ def _check_archived(ledger: Ledger, settings: Settings) -> None:
             f"{ledger.path.parent}: staleness.max = {settings.staleness.max} reaches below version {before}, where "
             f"updates are archived; set it to at most {ledger.version - before}"
         )
+
+
+def _terms_seq(ledger: Ledger, federation: str) -> int:
+    frame = ledger.frame(topics.terms(federation, 0))
+    return parse(frame).seq if frame else 0
 
 
 def _published_revocations(ledger: Ledger, federation: str) -> int:
@@ -96,7 +104,8 @@ def recover_model(ledger: Ledger, settings: Settings, schema: Schema) -> Model:
     )
     for version, digest, block in ledger.deltas(schema, start, ledger.version):
         model.refill(_updates(ledger, schema, "merged = ?", (version,)))
-        model.step_server()
+        if model.buffer:  # a version of no update is none of the optimizer's
+            model.step_server()
         model.publish(block)
         ledger.check_digest(version, digest, model.digest)
     model.settings, model.kinds = settings, kinds

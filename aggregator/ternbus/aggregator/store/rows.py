@@ -7,7 +7,7 @@ from typing import Final, assert_never
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.core.registry import Answer
-from ternbus.aggregator.store import checksums, membership
+from ternbus.aggregator.store import checksums, membership, private_rows
 from ternbus.aggregator.store.bodies import Place
 from ternbus.aggregator.store.revocations import Revocation
 from ternbus.broker.protocol.identity import KeyId
@@ -37,6 +37,7 @@ Inserted = (  # all records but those that come with a file: of a body, of vecto
     | records.MetricsReceived
     | records.Observed
     | records.RequestDone
+    | private_rows.Inserted
 )
 
 
@@ -74,6 +75,15 @@ def write(db: sqlite3.Connection, record: Inserted, now: float) -> None:
             _metrics(db, record, now)
         case records.Observed():
             _observed(db, record, now)
+        case (
+            records.HelperEnrolled()
+            | records.HelperInvitationCancelled()
+            | records.HelperObserved()
+            | records.CardReceived()
+            | records.TermsMade()
+            | records.ContextBegun()
+        ):
+            private_rows.write(db, record, now)
         case records.RequestDone():
             done = {"done": "1", "error": ":error"}
             checksums.update(db, "requests", done, "id = :id", {"error": record.error, "id": record.request})

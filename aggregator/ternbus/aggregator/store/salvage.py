@@ -32,6 +32,7 @@ READERS: Final[Mapping[str, Callable[[Mapping[str, Any]], object]]] = {
     "head": Head.from_meta,
     "snapshot": Snapshot.from_meta,
     "delta": Delta.from_meta,
+    "terms": dict,  # a map without keys that matter: the terms are the body
 }
 READ_ERRORS: Final = (sqlite3.Error, UnicodeError)
 

@@ -18,7 +18,10 @@ from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.merge_log import Audit
 
-WHOLE: Final = ("facts", "devices", "keys", "invitations", "snapshots", "server", "metrics")  # which a start reads
+WHOLE: Final = (  # tables which a start reads
+    "facts", "devices", "keys", "invitations", "snapshots", "server", "metrics", "helpers", "terms", "contexts",
+    "private_updates", "sets",
+)  # fmt: skip
 UNREADABLE: Final = (CorruptError, sqlite3.Error, UnicodeError)  # what reading a damaged ledger may raise
 NAMED_MAX: Final = 3  # damaged rows in an error
 FAULTS_MAX: Final = 1000  # of one kind, in a list

@@ -91,9 +91,10 @@ class MemoryLedger:
             case records.VersionMade():
                 self._versions.append(_Version(made=record, seconds=now))
                 self.digests[record.version] = record.digest
-                for row in self._buffer:
-                    row.merged = record.version
-                self._buffer = []
+                if record.updates:  # a version of no update leaves the buffer as it is
+                    for row in self._buffer:
+                        row.merged = record.version
+                    self._buffer = []
             case records.FramesRetained():
                 self._keep(record)
             case records.MetricsReceived():
