@@ -161,8 +161,6 @@ class Uplink:
         if wanted:
             self._leaves(update)
         self._in_transit[update.seq] += len(wanted)
-        if wanted:
-            self._leaves(update)
         return [parts[part] for part in sorted(wanted)]
 
     def _leaves(self, update: OutstandingUpdate) -> None:
