@@ -16,12 +16,20 @@ from support.small_world import Bench, float32_block, make_directory
 from ternbus.aggregator.core import events
 from ternbus.aggregator.shell.checking import check
 from ternbus.aggregator.shell.cli import app
+from ternbus.aggregator.store import checksums
 from ternbus.aggregator.store.checksums import COLUMNS
 from ternbus.aggregator.store.ledger import LEDGER
 from ternbus.broker.errors import CorruptError
 
 FLIPS = 250  # a test; each is checked as `check` does it
 SEED = 20_260_314
+PRIVATE_ROWS: dict[str, tuple[object, ...]] = {  # as a federation with private sums has them
+    "helpers": ("h-1", bytes(32), bytes(32), bytes(200), 3, "idle", "ternbus", 1.0, 1.0, "code", 1.0, 2.0),
+    "terms": (bytes(32), bytes(500)),
+    "contexts": (6, bytes(32), bytes(32), bytes(32)),
+    "private_updates": (1, bytes(32), bytes(300), bytes(64), 3, None, "below-min", 7),
+    "sets": (bytes(32), bytes(32), 6, 1, 5, "opened", bytes(500), 7),
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +46,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bench.invite("guest")
     bench.receive("nonsense", b"")
     bench.handle(events.CountsRequested())
+    for table, row in PRIVATE_ROWS.items():
+        checksums.insert(bench.ledger.db, table, row)
     bench.close()
     return bench.directory
 

@@ -133,7 +133,7 @@ def test_a_large_update_is_offered_and_sent_by_grant() -> None:
     job = only(device.actions, StartTraining)
     big = np.random.default_rng(1).normal(size=job.schema.elements).astype(np.float32)
     device.core.uplink.frame_bytes = 2000
-    event = replace(trained(job), block=Block.of_float32(job.schema, big))
+    event = replace(trained(job), content=Block.of_float32(job.schema, big))
     done = device.handle(event)
     (frame,) = published(done, "offer")
     assert published(done, "update") == []
@@ -159,7 +159,7 @@ def test_an_update_that_no_longer_fits_is_cut_and_signed_anew_under_a_new_number
     _, device = following(scripted=scripted)
     job = only(device.actions, StartTraining)
     big = np.random.default_rng(1).normal(size=job.schema.elements).astype(np.float32)
-    (frame,) = published(device.handle(replace(trained(job), block=Block.of_float32(job.schema, big))), "update")
+    (frame,) = published(device.handle(replace(trained(job), content=Block.of_float32(job.schema, big))), "update")
     device.handle(events.Disconnected(reason="gone"))
     device.wait(1)
     device.handle(events.Connected(frame_bytes=2000))
@@ -198,7 +198,7 @@ def test_small_messages_of_an_aggregator_fill_no_memory_with_copies_of_the_updat
     job = only(device.actions, StartTraining)
     big = np.random.default_rng(1).normal(size=job.schema.elements).astype(np.float32)
     device.core.uplink.frame_bytes = size
-    device.handle(replace(trained(job), block=Block.of_float32(job.schema, big)))
+    device.handle(replace(trained(job), content=Block.of_float32(job.schema, big)))
     assert device.disk is not None
     assert device.disk.outstanding is not None
     parts, first = len(device.core.profile.update(device.disk.outstanding)), device.disk.outstanding.seq

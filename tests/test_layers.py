@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # are the room of its name, but for its command line, which may import all of it.
 BUS = {"broker", "broker.protocol", "broker.sums"}
 EDGE = {"edge", "edge.plan", "edge.learn", "edge.core", "edge.store", "edge.shell"}
-AGGREGATOR = {"aggregator", "aggregator.merge", "aggregator.core", "aggregator.store", "aggregator.shell"}
+AGGREGATOR = {
+    "aggregator", "aggregator.merge", "aggregator.sums", "aggregator.core", "aggregator.store", "aggregator.shell",
+}  # fmt: skip
 HELPER = {"helper", "helper.core", "helper.store", "helper.shell"}
 LAB = {"lab", "lab.scenario", "lab.report", "lab.processes", "lab.virtual", "lab.experiment"}
 ARROWS = {
@@ -36,8 +38,9 @@ ARROWS = {
     "edge.shell": {*BUS, "broker.link", "edge.plan", "edge.learn", "edge.core", "edge.store"},
     "aggregator": BUS,
     "aggregator.merge": {*BUS, "aggregator"},
-    "aggregator.core": {*BUS, "aggregator", "aggregator.merge"},
-    "aggregator.store": {*BUS, "aggregator", "aggregator.merge", "aggregator.core"},
+    "aggregator.sums": {*BUS, "aggregator", "aggregator.merge"},
+    "aggregator.core": {*BUS, "aggregator", "aggregator.merge", "aggregator.sums"},
+    "aggregator.store": {*BUS, "aggregator", "aggregator.merge", "aggregator.sums", "aggregator.core"},
     "aggregator.shell": {*BUS, "broker.link", "broker.server", *AGGREGATOR},
     "helper": BUS,
     "helper.core": {*BUS, "helper"},

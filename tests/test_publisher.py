@@ -177,7 +177,7 @@ def test_a_head_of_ours_that_we_do_not_know_means_that_we_are_an_older_copy(make
     pi = bench.join("pi")
     bench.send(pi, ternary_block(bench.schema, 1), 0)
     newer = bench.core._frames.head(
-        version=7, digest=bench.core.model.digest, snapshot=bench.core.published.snapshot, state="open"
+        version=7, digest=bench.core.model.digest, snapshot=bench.core.published.snapshot, state="open", plan={}
     )[1][1]
     before = bench.retained[topics.head(LAB)]
     bench.restart()

@@ -117,7 +117,7 @@ def trained(
         total += job.residual
     fields = {"samples": 10, "metrics": {"loss": 0.5}, **changes}
     return events.TrainingFinished(
-        base=job.base, block=Block.of_float32(job.schema, total), residual=residual, **fields
+        base=job.base, content=Block.of_float32(job.schema, total), residual=residual, **fields
     )
 
 

@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final
 
 from ternbus.aggregator import plan_settings
-from ternbus.aggregator.plan_settings import PlanCheck, is_plain
+from ternbus.aggregator.plan_settings import PlanCheck
+from ternbus.aggregator.private_settings import PRIVATE_DOC, PrivateSettings, plan_with_codec
+from ternbus.aggregator.sections import key, section
 from ternbus.broker import toml
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol import plan_keys
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from ternbus.broker.protocol.identity import check_federation
 from ternbus.broker.protocol.invitation import check_broker_url
@@ -17,59 +20,52 @@ from ternbus.broker.protocol.ternary import CODECS
 OPTIMIZERS: Final = ("fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi")
 RULES: Final = ("mean", "median", "trimmed-mean", "krum", "multi-krum", "norm-clip")
 SEALED_DEVICES_MIN: Final = 2  # in a merge: the delta of a single update shows what its box hid
+LEARNING_RATE: Final = 0.01
 DISCOUNTS: Final = ("polynomial", "constant", "hinge", "exponential")
-
-
-def _key(default: Any, doc: str, *, low: float | None = None, high: float | None = None, one_of: Any = None) -> Any:
-    return field(default=default, metadata={"doc": doc, "low": low, "high": high, "one_of": one_of})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeSettings:
     """When updates are merged, and how much any of them may weigh."""
 
-    buffer_size: int = _key(4, "number of updates in one merge", low=1, high=1_000_000)
-    max_wait_s: float = _key(
-        30.0, "seconds after its first update until a smaller buffer is merged", low=0.01, high=1e7
-    )
-    min_devices: int = _key(
+    buffer_size: int = key(4, "number of updates in one merge", low=1, high=1_000_000)
+    max_wait_s: float = key(30.0, "seconds after its first update until a smaller buffer is merged", low=0.01, high=1e7)
+    min_devices: int = key(
         0,
         "smallest number of distinct devices in one merge; updates of fewer wait; "
         "0 = automatic: 2 if plan.seal is true, else 1",
         low=0,
         high=1_000_000,
     )
-    max_update_norm: float = _key(0.0, "largest L2 norm of an update; 0 = no limit", low=0)
-    on_large: str = _key(
+    max_update_norm: float = key(0.0, "largest L2 norm of an update; 0 = no limit", low=0)
+    on_large: str = key(
         "clip",
         "what happens to longer updates. clip: scaled down to it; refuse: answered `invalid`",
         one_of=("clip", "refuse"),
     )
-    influence_bound: str = _key(
+    influence_bound: str = key(
         "none",
         "limit of one update's norm and samples. adaptive: a few times the usual of the newest merged updates; none: "
         "no limit",
         one_of=("none", "adaptive"),
     )
-    max_share: float = _key(1.0, "largest share of a buffer's samples for one device (rule mean)", low=1e-6, high=1)
-    rule: str = _key(
+    max_share: float = key(1.0, "largest share of a buffer's samples for one device (rule mean)", low=1e-6, high=1)
+    rule: str = key(
         "mean",
         "mean: weighted by samples; median, trimmed-mean, krum, multi-krum, norm-clip: robust, each device counts once",
         one_of=RULES,
     )
-    trim: float = _key(0.2, "share of the devices left out at each end (rule trimmed-mean)", low=0, high=0.49)
-    byzantine: int = _key(
+    trim: float = key(0.2, "share of the devices left out at each end (rule trimmed-mean)", low=0, high=0.49)
+    byzantine: int = key(
         1,
         "number of hostile devices tolerated, of at least 2 byzantine + 3 (rules krum, multi-krum)",
         low=0,
         high=100_000,
     )
-    krum_keep: int = _key(
+    krum_keep: int = key(
         0, "number of devices averaged (rule multi-krum); 0 = all but byzantine", low=0, high=1_000_000
     )
-    clip_norm: float = _key(
-        0.0, "largest L2 norm of a device's update (rule norm-clip); 0 = the buffer's median", low=0
-    )
+    clip_norm: float = key(0.0, "largest L2 norm of a device's update (rule norm-clip); 0 = the buffer's median", low=0)
 
     @property
     def is_bounded(self) -> bool:
@@ -81,40 +77,40 @@ class MergeSettings:
 class StalenessSettings:
     """How old an update may be, and what it is then worth."""
 
-    max: int = _key(
+    max: int = key(
         8,
         "largest number of versions between an update's base and the head; older ones are answered `stale`",
         low=0,
     )
-    discount: str = _key(
+    discount: str = key(
         "polynomial",
         "polynomial: (1 + staleness)^-exponent; constant: 1; exponential: exp(-decay * staleness); "
         "hinge: 1 up to hinge_from, then 1 / (1 + hinge_slope * (staleness - hinge_from))",
         one_of=DISCOUNTS,
     )
-    exponent: float = _key(0.5, "exponent of the polynomial discount", low=0, high=100)
-    decay: float = _key(0.5, "rate of the exponential discount", low=0, high=100)
-    hinge_slope: float = _key(1.0, "slope of the hinge", low=0, high=1e6)
-    hinge_from: int = _key(2, "largest staleness without a discount under the hinge", low=0, high=1_000_000)
+    exponent: float = key(0.5, "exponent of the polynomial discount", low=0, high=100)
+    decay: float = key(0.5, "rate of the exponential discount", low=0, high=100)
+    hinge_slope: float = key(1.0, "slope of the hinge", low=0, high=1e6)
+    hinge_from: int = key(2, "largest staleness without a discount under the hinge", low=0, high=1_000_000)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerSettings:
     """How far the model follows a merge."""
 
-    name: str = _key("fedavg", "fedavg, fedavgm (server momentum), fedadagrad, fedadam or fedyogi", one_of=OPTIMIZERS)
-    learning_rate: float = _key(
+    name: str = key("fedavg", "fedavg, fedavgm (server momentum), fedadagrad, fedadam or fedyogi", one_of=OPTIMIZERS)
+    learning_rate: float = key(
         1.0, "learning rate of the server; about 0.01 to 0.1 for fedadagrad, fedadam and fedyogi", low=0, high=1e6
     )
-    momentum: float = _key(0.9, "momentum of fedavgm", low=0, high=0.9999)
-    beta1: float = _key(
+    momentum: float = key(0.9, "momentum of fedavgm", low=0, high=0.9999)
+    beta1: float = key(
         0.9,
         "decay of the first moment (fedadam, fedyogi, fedadagrad); 0 = plain fedadagrad",
         low=0,
         high=0.9999,
     )
-    beta2: float = _key(0.99, "decay of the second moment (fedadam, fedyogi)", low=0, high=0.999999)
-    tau: float = _key(
+    beta2: float = key(0.99, "decay of the second moment (fedadam, fedyogi)", low=0, high=0.999999)
+    tau: float = key(
         1e-3, "degree of adaptivity of the same three; smaller values adapt more to each parameter", low=1e-9, high=1e3
     )
 
@@ -123,11 +119,11 @@ class OptimizerSettings:
 class DownlinkSettings:
     """How the model travels to the devices."""
 
-    codec: str = _key("ternary", "codec of the deltas: ternary, with error feedback; or float32", one_of=CODECS)
-    min_interval_s: float = _key(
+    codec: str = key("ternary", "codec of the deltas: ternary, with error feedback; or float32", one_of=CODECS)
+    min_interval_s: float = key(
         0.0, "shortest time between two versions, in s; updates wait, at most merge.max_wait_s", low=0, high=1e6
     )
-    slots: int = _key(
+    slots: int = key(
         32, "number of deltas retained on the broker; a device further behind fetches a snapshot", low=1, high=65_535
     )
 
@@ -136,31 +132,31 @@ class DownlinkSettings:
 class LimitSettings:
     """What a peer can make this aggregator hold or do."""
 
-    direct_parts: int = _key(
+    direct_parts: int = key(
         8, "largest number of parts of an update that is sent without a grant (more if the model needs more)", low=4
     )
-    frames_per_s: int = _key(500, "frames accepted from one device per second; more are dropped and counted", low=500)
-    broker_queue_messages: int = _key(4000, "length of the broker's queue for the aggregator, in messages", low=100)
-    frame_bytes: int = _key(
+    frames_per_s: int = key(500, "frames accepted from one device per second; more are dropped and counted", low=500)
+    broker_queue_messages: int = key(4000, "length of the broker's queue for the aggregator, in messages", low=100)
+    frame_bytes: int = key(
         FRAME_BYTES, "largest MQTT payload sent, in bytes", low=FRAME_BYTES_RANGE[0], high=FRAME_BYTES_RANGE[1]
     )
-    messages_in_assembly: int = _key(4, "unfinished messages of one device; beyond that the oldest is dropped", low=4)
-    assembly_bytes: int = _key(256 * 2**20, "bytes of all devices' unfinished messages", low=2**20)
-    receipts_per_s: int = _key(
+    messages_in_assembly: int = key(4, "unfinished messages of one device; beyond that the oldest is dropped", low=4)
+    assembly_bytes: int = key(256 * 2**20, "bytes of all devices' unfinished messages", low=2**20)
+    receipts_per_s: int = key(
         100, "receipts to one device per second; frames that need more are dropped before they are read", low=10
     )
-    refusals_per_s: int = _key(20, "receipts `refused` per second to all names together that are not invited", low=1)
-    enrolments_per_minute: int = _key(
+    refusals_per_s: int = key(20, "receipts `refused` per second to all names together that are not invited", low=1)
+    enrolments_per_minute: int = key(
         60, "enrollment attempts of one invited name per minute; more are dropped before they are read", low=1
     )
-    journal_bytes: int = _key(
+    journal_bytes: int = key(
         2**28, "bytes of one device's updates that wait for a merge; one update always fits", low=0
     )
-    metrics_bytes: int = _key(2**24, "bytes of one device's evaluations, which are kept for good", low=1024)
-    log_lines_per_minute: int = _key(
+    metrics_bytes: int = key(2**24, "bytes of one device's evaluations, which are kept for good", low=1024)
+    log_lines_per_minute: int = key(
         6, "log lines per minute about messages refused for one reason; all are counted", low=1
     )
-    work_bytes_per_s: int = _key(
+    work_bytes_per_s: int = key(
         2**27,
         "bytes decoded per second for all devices, in fair shares; a device beyond its share waits for the others",
         low=2**20,
@@ -171,7 +167,7 @@ class LimitSettings:
 class InvitationSettings:
     """How long an invitation stands open."""
 
-    expire_after_s: float = _key(
+    expire_after_s: float = key(
         7 * 86_400.0, "lifetime of an invitation, in seconds, without `invite --expires-in`; 7 days", low=1, high=1e9
     )
 
@@ -180,9 +176,9 @@ class InvitationSettings:
 class TransportSettings:
     """How the broker is reached, besides the certificates in this directory."""
 
-    authority: str = _key("", "directory of the broker (`ternbus broker init`) that signs the devices' certificates")
-    username: str = _key("", "user name at the broker; empty: aggregator-FEDERATION")
-    password_file: str = _key("", "file with the broker's password in its first line, mode 0600")
+    authority: str = key("", "directory of the broker (`ternbus broker init`) that signs the devices' certificates")
+    username: str = key("", "user name at the broker; empty: aggregator-FEDERATION")
+    password_file: str = key("", "file with the broker's password in its first line, mode 0600")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,6 +196,7 @@ class Settings:
     transport: TransportSettings = field(default_factory=TransportSettings)
     plan: Mapping[str, Any] = field(default_factory=dict)
     plan_check: PlanCheck | None = None
+    private: PrivateSettings | None = None
 
     @property
     def published_plan(self) -> Mapping[str, Any]:
@@ -212,6 +209,21 @@ class Settings:
         return [] if self.plan_check is not None else [f"plan.{each}" for each in plan_settings.doubts(self.plan, None)]
 
     @property
+    def learning_rate(self) -> float:
+        """Of the devices, where the plan or the task states one; else a usual one."""
+        plans = ({} if self.plan_check is None else self.plan_check.default_plan, self.plan)
+        stated = [plan["learning_rate"] for plan in plans if plan.get("learning_rate")]
+        return float(stated[-1]) if stated else LEARNING_RATE
+
+    @property
+    def sum_noise(self) -> tuple[float, float]:
+        """θ and B of `dp = "sum"`, of the plan or the task; 0 and 0 for another `dp`."""
+        plan = {**({} if self.plan_check is None else self.plan_check.default_plan), **self.plan}
+        if plan.get("dp") != plan_keys.SUM:
+            return 0.0, 0.0
+        return float(plan.get("dp_theta", 0.0)), float(plan.get("dp_norm", 0.0))
+
+    @property
     def min_devices(self) -> int:
         """How many distinct devices a merge has at least: a version of one sealed update would show that update."""
         return self.merge.min_devices or (SEALED_DEVICES_MIN if self.plan.get("seal") else 1)
@@ -219,6 +231,22 @@ class Settings:
 
 # What a new federation begins with where its operator chooses nothing; a file without these keys keeps the defaults.
 NEW_HOME: Final[Mapping[str, object]] = {"merge.influence_bound": "adaptive", "plan_check.allowed_keys": ()}
+
+
+def new_home(chosen: Mapping[str, object]) -> dict[str, object]:
+    """The settings of a new federation, with dotted keys, from those that were chosen.
+
+    With private sums no update's influence can be bounded, and a merge is as large as its sums, with room for them.
+    """
+    usual = dict(NEW_HOME)
+    about = {name: value for name, value in chosen.items() if name.startswith("private.")}
+    private = PrivateSettings.from_table(with_overrides({}, about).get("private"), "private")
+    if private is not None:
+        size = min(2 * private.min, private.devices_max)
+        usual |= {"merge.influence_bound": "none", "merge.buffer_size": size}
+    return {**usual, **chosen}
+
+
 SECTIONS: Final[Mapping[str, type]] = {
     "merge": MergeSettings,
     "staleness": StalenessSettings,
@@ -228,6 +256,7 @@ SECTIONS: Final[Mapping[str, type]] = {
     "invitations": InvitationSettings,
     "transport": TransportSettings,
 }
+OTHERS: Final = ("plan", "plan_check", "private")  # sections that are read by their own rules
 
 
 def parse(text: str, source: str = "aggregator.toml") -> Settings:
@@ -237,23 +266,28 @@ def parse(text: str, source: str = "aggregator.toml") -> Settings:
 
 def from_table(table: Mapping[str, Any], source: str = "aggregator.toml") -> Settings:
     """Check a table of sections, as TOML gives it."""
-    unknown = sorted(set(table) - {"federation", "broker", "plan", "plan_check", *SECTIONS})
+    unknown = sorted(set(table) - {"federation", "broker", *OTHERS, *SECTIONS})
     if unknown:
-        raise ConfigError(f"{source}: unknown key {unknown[0]!r}; known are {', '.join(SECTIONS)}, plan, plan_check")
-    for key in ("federation", "broker"):
-        if key not in table:
-            raise ConfigError(f"{source}: {key!r} is missing; add it, or restore the file from a backup")
-        if not isinstance(table[key], str):
-            raise ConfigError(f"{source}: {key!r} must be a string")
-    sections = {name: _section(kind, table.get(name, {}), f"{source}: {name}") for name, kind in SECTIONS.items()}
+        raise ConfigError(f"{source}: unknown key {unknown[0]!r}; known are {', '.join((*SECTIONS, *OTHERS))}")
+    for name in ("federation", "broker"):
+        if name not in table:
+            raise ConfigError(f"{source}: {name!r} is missing; add it, or restore the file from a backup")
+        if not isinstance(table[name], str):
+            raise ConfigError(f"{source}: {name!r} must be a string")
+    sections = {name: section(kind, table.get(name, {}), f"{source}: {name}") for name, kind in SECTIONS.items()}
     check = PlanCheck.from_table(table.get("plan_check"), f"{source}: plan_check")
     plan = plan_settings.read(table.get("plan", {}), check, f"{source}: plan")
+    private = PrivateSettings.from_table(table.get("private"), f"{source}: private")
+    plan = plan_with_codec(plan, private, f"{source}: plan")
     _check_merge(sections["merge"], f"{source}: merge", seal=bool(plan.get("seal")))
+    if private is not None:
+        private.check_merge(sections["merge"], f"{source}: merge")
     return Settings(
         federation=check_federation(table["federation"]),
         broker=check_broker_url(table["broker"]),
         plan=plan,
         plan_check=check,
+        private=private,
         **sections,
     )
 
@@ -292,40 +326,6 @@ def _check_merge(about: MergeSettings, where: str, *, seal: bool) -> None:
         )
 
 
-def _section(kind: type, table: object, where: str) -> Any:
-    if not isinstance(table, Mapping):
-        raise ConfigError(f"{where} must be a table")
-    known = {entry.name: entry for entry in fields(kind)}
-    for key in table:
-        if key not in known:
-            raise ConfigError(f"{where}.{key} is unknown; known are {', '.join(known)}")
-    return kind(**{key: _value(known[key], value, f"{where}.{key}") for key, value in table.items()})
-
-
-def _value(entry: Field[Any], value: object, where: str) -> Any:
-    about = entry.metadata
-    if about["one_of"] is not None:
-        if value not in about["one_of"]:
-            raise ConfigError(f"{where} = {value!r} must be one of {', '.join(about['one_of'])}")
-        return value
-    return _number(type(entry.default), value, about["low"], about["high"], where)
-
-
-def _number(kind: type, value: object, low: float | None, high: float | None, where: str) -> Any:
-    wanted = int | float if kind is float else kind
-    if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
-        raise ConfigError(f"{where} = {value!r} must be {'a number' if kind is float else kind.__name__}")
-    if isinstance(value, int | float) and not (
-        is_plain(value) and (low is None or value >= low) and (high is None or value <= high)
-    ):
-        raise ConfigError(f"{where} = {value!r} must be {_interval(low, high)}")
-    return kind(value)
-
-
-def _interval(low: float | None, high: float | None) -> str:
-    return f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
-
-
 def with_overrides(table: dict[str, Any], overrides: Mapping[str, object]) -> dict[str, Any]:
     """The table with dotted keys such as ``merge.buffer_size`` set."""
     for dotted, value in overrides.items():
@@ -345,7 +345,8 @@ def dumps(settings: Settings) -> str:
         (): heading,
         ("plan",): plan_settings.PLAN_DOC,
         ("plan_check",): plan_settings.CHECK_DOC,
+        ("private",): PRIVATE_DOC,
     }
-    for name, kind in {**SECTIONS, "plan_check": PlanCheck}.items():
+    for name, kind in {**SECTIONS, "plan_check": PlanCheck, "private": PrivateSettings}.items():
         comments |= {(name, entry.name): entry.metadata.get("doc", "") for entry in fields(kind)}
     return toml.dumps({name: value for name, value in asdict(settings).items() if value is not None}, comments)

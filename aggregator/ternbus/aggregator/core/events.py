@@ -1,7 +1,7 @@
 """Events that the core is told of, in the past tense, and actions that it asks for, in the imperative."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ternbus.aggregator.core.records import Record
 from ternbus.aggregator.core.registry import Invited
@@ -84,15 +84,16 @@ class MessagesDropped:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InvitationsRead:
-    """The open invitations by device, as the ledger has them now."""
+    """The open invitations by device, and those of helpers by helper, as the ledger has them now."""
 
     codes: Mapping[str, Invited]
+    helpers: Mapping[str, Invited] = field(default_factory=dict)
     request: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CancelRequested:
-    """The operator wants a device's open invitation void."""
+    """The operator wants the open invitation of a device, or of a helper, void."""
 
     device: str
     request: int = 0

@@ -50,7 +50,7 @@ def make(settings: Settings, identity: Identity, schema: Schema, vector: Vector)
     writer = FrameWriter(settings, identity, schema, 0)
     digest = vector_digest(vector)
     _, named, frames = writer.snapshot(0, digest, vector, 0)
-    _, head = writer.head(version=0, digest=digest, snapshot=named, state=OPEN)
+    _, head = writer.head(version=0, digest=digest, snapshot=named, state=OPEN, plan=settings.published_plan)
     codec = settings.downlink.codec
     encoding, body = encoded_block(next_block(schema, codec, vector, vector))
     return FirstVersion(

@@ -15,10 +15,12 @@ from ternbus.aggregator.settings import Settings
 from ternbus.broker.protocol import revocations, topics
 from ternbus.broker.protocol.frame import build
 from ternbus.broker.protocol.identity import AGGREGATOR, Identity
-from ternbus.broker.protocol.merge_log import Contribution, Entry, Signed
+from ternbus.broker.protocol.merge_log import Contribution, DroppedUpdate, Entry, MergedSet, Signed
 from ternbus.broker.protocol.messages import Delta, Grant, Head, Receipt, Snapshot, SnapshotRef, Status
 from ternbus.broker.protocol.parts import cut
 from ternbus.broker.protocol.schema import Schema, Vector
+from ternbus.broker.protocol.topics import TERMS
+from ternbus.broker.sums.sets import AskStep
 
 SEQ_BLOCK: Final = 10_000  # sequence numbers made durable at a time: a crash skips the rest of a block
 ENVELOPE_BYTES: Final = 4096  # more than any header of an update with all its metrics takes
@@ -59,12 +61,26 @@ class FrameWriter:
         reserved, payload = self._frame(message.KIND, message.meta())
         return [*reserved, Publish(topic=topic, payload=payload)]
 
+    def ask(self, helper: str, step: AskStep, body: bytes) -> tuple[Reserved, list[Message]]:
+        """The frames of an ask, in as many parts as the broker's packets need."""
+        reserved, frames = self._parts(step.KIND, step.meta(), body)
+        topic = topics.help_of(self.settings.federation, helper, step.KIND)
+        return reserved, [(topic, frame) for frame in frames]
+
+    def to_helper(self, message: Receipt) -> list[Action]:
+        """Publish a message for one helper."""
+        topic = topics.help_of(self.settings.federation, message.device, message.KIND)
+        reserved, payload = self._frame(message.KIND, message.meta())
+        return [*reserved, Publish(topic=topic, payload=payload)]
+
     def status(self, state: str, session: int, software: str) -> tuple[Reserved, Message]:
         value = Status(state=state, session=session, software=software)
         reserved, payload = self._frame(value.KIND, value.meta())
         return reserved, (topics.status(self.settings.federation), payload)
 
-    def head(self, *, version: int, digest: bytes, snapshot: SnapshotRef, state: str) -> tuple[Reserved, Message]:
+    def head(
+        self, *, version: int, digest: bytes, snapshot: SnapshotRef, state: str, plan: Mapping[str, Any]
+    ) -> tuple[Reserved, Message]:
         head = Head(
             version=version,
             digest=digest,
@@ -74,10 +90,16 @@ class FrameWriter:
             max_staleness=self.settings.staleness.max,
             direct_parts=self.direct_parts,
             state=state,
-            plan=self.settings.published_plan,
+            plan=plan,
         )
         reserved, payload = self._frame(head.KIND, head.meta())
         return reserved, (topics.head(self.settings.federation), payload)
+
+    def terms(self, content: bytes) -> tuple[Reserved, list[Message]]:
+        """The frames of the terms of private sums."""
+        reserved, frames = self._parts(TERMS, {}, content)
+        federation = self.settings.federation
+        return reserved, [(topics.terms(federation, part), frame) for part, frame in enumerate(frames)]
 
     def delta(self, value: Delta, body: bytes) -> tuple[Reserved, list[Message]]:
         """The frames of the delta that makes a version, in that version's slot."""
@@ -117,10 +139,26 @@ class FrameWriter:
             messages.append((topics.revocations(self.settings.federation, page), payload))
         return reserved, messages
 
-    def entry(self, version: int, digest: bytes, previous: bytes, updates: tuple[Contribution, ...] = ()) -> Signed:
+    def entry(
+        self,
+        version: int,
+        digest: bytes,
+        previous: bytes,
+        *,
+        updates: tuple[Contribution, ...] = (),
+        sets: tuple[MergedSet, ...] = (),
+        dropped: tuple[DroppedUpdate, ...] = (),
+    ) -> Signed:
         """An entry in the log of merges, which is not published: the operator hands it out."""
-        federation = self.settings.federation
-        entry = Entry(federation=federation, version=version, digest=digest, previous=previous, updates=updates)
+        entry = Entry(
+            federation=self.settings.federation,
+            version=version,
+            digest=digest,
+            previous=previous,
+            updates=updates,
+            sets=sets,
+            dropped=dropped,
+        )
         return entry.signed(self.identity)
 
     def _frame(self, kind: str, meta: Mapping[str, Any], body: bytes = b"") -> tuple[Reserved, bytes]:

@@ -12,7 +12,7 @@ bring one about below that number.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -58,7 +58,7 @@ class MergeTrigger:
         if not self.may_merge(buffer):
             return self.merge_by if buffer and self.merge_by > now else None  # from then on it is ``held``
         awaited = self._awaited(buffer, online, now)
-        silent_at = math.inf if awaited is None else self._silent_at(awaited)
+        silent_at = math.inf if awaited is None else self.silent_at(awaited)
         moments = (self.not_before, self.statuses_by, silent_at)
         return min([self.merge_by, *(moment for moment in moments if moment > now)])
 
@@ -94,12 +94,19 @@ class MergeTrigger:
 
     def _awaited(self, buffer: Buffer, online: Online, now: float) -> Member | None:
         """The first device online that trains, is not in the buffer and has not been silent for too long."""
-        contributors = {update.device for update in buffer}
+        return self.awaited({update.device for update in buffer}, online, now)
+
+    def awaited(self, contributors: Set[str], online: Online, now: float) -> Member | None:
+        """The first device online, but for ``contributors``, that trains and has not been silent for too long."""
         for name, member in online.items():
-            if name not in contributors and member.contributes and now < self._silent_at(member):
+            if name not in contributors and self.is_expected(member, now):
                 return member
         return None
 
-    def _silent_at(self, member: Member) -> float:
+    def is_expected(self, member: Member, now: float) -> bool:
+        """Whether a device online trains, and has not been silent for too long."""
+        return member.contributes and now < self.silent_at(member)
+
+    def silent_at(self, member: Member) -> float:
         """When a device's silence says that it sends nothing, if it stays silent."""
         return max(member.pace.heard_at, self.listening_since) + member.pace.patience_s

@@ -7,6 +7,7 @@ from ternbus.aggregator.core.registry import DEVICE
 from ternbus.aggregator.merge.accepted import AcceptedUpdate
 from ternbus.aggregator.merge.optimizer import ServerState
 from ternbus.aggregator.merge.recipe import Recipe
+from ternbus.aggregator.sums.private_sets import PrivateUpdate
 from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.merge_log import Signed
 from ternbus.broker.protocol.messages import Metrics, SnapshotRef, Status
@@ -62,10 +63,11 @@ class KeysRevoked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateAccepted:
-    """An update that will be merged, and its block as it came (unsealed)."""
+    """An update that will be merged, and its block as it came (unsealed); of a private one its words, masked."""
 
     update: AcceptedUpdate
     body: bytes
+    private: PrivateUpdate | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +82,72 @@ class UpdateAnswered:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UpdatesDropped:
+    """Private updates on a base, each of a device, that no version will contain."""
+
+    base: int
+    devices: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetMade:
+    """Private updates whose sum helpers are asked to prepare; ``staleness`` is that of all of them."""
+
+    digest: bytes
+    context: bytes
+    base: int
+    staleness: int
+    devices: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetOpening:
+    """All helpers are prepared, and are asked to open the set: it is never abandoned."""
+
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetOpened:
+    """The sum of a set's words, without masks: the next version has it."""
+
+    digest: bytes
+    total: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetAbandoned:
+    """The set is never opened; its updates are in none, and helpers are asked to give them free."""
+
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetForgotten:
+    """Nobody is asked for the set any more."""
+
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AsksCounted:
+    """The sets for which each helper has not answered: a hint for those who look at the status."""
+
+    unanswered: Mapping[str, tuple[bytes, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClosingBegun:
+    """The operator wants the federation closed; helpers are waited for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VersionMade:
-    """A merge: every accepted update that no version has yet is in this one. The block turned version - 1 into it."""
+    """A merge: every accepted update that no version has yet is in this one. The block turned version - 1 into it.
+
+    Of private updates it is those of its sets, and its entry names all that were dropped before.
+    """
 
     version: int
     digest: bytes
@@ -92,6 +158,7 @@ class VersionMade:
     encoding: str
     body: bytes
     entry: Signed  # of the log of merges
+    sets: tuple[bytes, ...] | None = None  # of private updates, by digest; None: there are none in this federation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +215,59 @@ class Observed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HelperEnrolled:
+    """A helper has shown that it has its pinned key; it spends the invitation."""
+
+    helper: str
+    public: bytes
+    proof: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HelperInvitationCancelled:
+    """A helper's open invitation is void."""
+
+    helper: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HelperObserved:
+    """What a helper said last; ``count`` is the highest number of sets that it has stated, -1 for none."""
+
+    helper: str
+    count: int
+    status: Status | None = None
+    answered: bool = False  # it answered for a set
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardReceived:
+    """A helper's newest card: content and signature."""
+
+    helper: str
+    card: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TermsMade:
+    """Terms of private sums, which contexts name by their digest."""
+
+    digest: bytes
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextBegun:
+    """Updates on ``base`` have this context and no other; bases below ``oldest`` are stale."""
+
+    base: int
+    model: bytes
+    plan: bytes
+    terms: bytes
+    oldest: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RequestDone:
     """What a command asked for is in force."""
 
@@ -164,6 +284,14 @@ Record = (
     | KeysRevoked
     | UpdateAccepted
     | UpdateAnswered
+    | UpdatesDropped
+    | SetMade
+    | SetOpening
+    | SetOpened
+    | SetAbandoned
+    | SetForgotten
+    | AsksCounted
+    | ClosingBegun
     | VersionMade
     | SnapshotTaken
     | FramesRetained
@@ -171,5 +299,11 @@ Record = (
     | StateChanged
     | MetricsReceived
     | Observed
+    | HelperEnrolled
+    | HelperInvitationCancelled
+    | HelperObserved
+    | CardReceived
+    | TermsMade
+    | ContextBegun
     | RequestDone
 )

@@ -16,6 +16,7 @@ from ternbus.broker.protocol.parts import Collector
 ACTIVE, REPLACED, REVOKED = "active", "replaced", "revoked"
 UNKNOWN: Final = "unknown"
 DEVICE, EVALUATOR = "device", "evaluator"  # roles: who trains, and who measures what versions are worth
+HELPER: Final = "helper"  # of private sums: it is no member, and has a name space of its own
 ANY: Final = ""  # the role of members from before there were roles: both
 
 
@@ -131,6 +132,25 @@ class Member:
         return True
 
 
+def key_in(frame: Frame) -> bytes:
+    """The public key in an enroll, which it is signed by; ProtocolError where it is not."""
+    public = Enroll.from_meta(frame.meta).public_key
+    if key_id(public) != frame.key:
+        raise ProtocolError("unknown-key", "an enroll signed by another key than the one in it")
+    frame.check_authentic(public)
+    return public
+
+
+def check_code(invited: Invited | None, frame: Frame, federation: str, public: bytes, clock_s: float) -> None:
+    """Raise ProtocolError('refused', why) unless an enroll proves that its sender has the code of the invitation."""
+    if invited is None:
+        raise ProtocolError("refused", "no open invitation for this device: spent, cancelled or never made")
+    if clock_s >= invited.expires_at:
+        raise ProtocolError("refused", "the invitation has expired")
+    if not hmac.compare_digest(enroll_proof(invited.code, federation, frame.sender, public), frame.body):
+        raise ProtocolError("refused", "the code is not the invitation's")
+
+
 @dataclass(slots=True)
 class Registry:
     """All members by name, and the codes of invitations that are open."""
@@ -147,10 +167,7 @@ class Registry:
 
         ``clock_s`` is the time by which invitations end, in Unix seconds.
         """
-        public = Enroll.from_meta(frame.meta).public_key
-        if key_id(public) != frame.key:
-            raise ProtocolError("unknown-key", "an enroll signed by another key than the one in it")
-        frame.check_authentic(public)
+        public = key_in(frame)
         member = self.members.get(frame.sender)
         if member is not None and member.public == public and not member.revoked:
             if member.proof and hmac.compare_digest(member.proof, frame.body):
@@ -158,13 +175,7 @@ class Registry:
             raise ProtocolError("refused", "this key is enrolled; its invitation is spent")
         if public in self.retired:
             raise ProtocolError("refused", "a key that was replaced or revoked does not return")
-        invited = self.codes.get(frame.sender)
-        if invited is None:
-            raise ProtocolError("refused", "no open invitation for this device: spent, cancelled or never made")
-        if clock_s >= invited.expires_at:
-            raise ProtocolError("refused", "the invitation has expired")
-        if not hmac.compare_digest(enroll_proof(invited.code, self.federation, frame.sender, public), frame.body):
-            raise ProtocolError("refused", "the code is not the invitation's")
+        check_code(self.codes.get(frame.sender), frame, self.federation, public, clock_s)
         return public, True
 
     def observe(self, member: Member, status: Status, seq: int) -> bool:

@@ -97,7 +97,7 @@ class Retained:
         if not self._unsure:
             return []
         self._unsure = False
-        self._to_ask = self.versions.snapshot_topics()
+        self._to_ask = self._asked_for()
         return self._ask(now)
 
     # --- connection and time
@@ -134,7 +134,7 @@ class Retained:
         left, retry_at = self._end_chunk(), self._retry_at
         self._forget()
         self._given, self._unsure = self.versions.given, False
-        self._to_ask = self.versions.snapshot_topics()
+        self._to_ask = self._asked_for()
         self.awaited, self._silent_at = set(self._to_ask), now + ACKNOWLEDGE_S if self._tells else None
         status = topics.status(self.versions.settings.federation)
         self._lost = {topic: why for topic, why in self._lost.items() if topic == status}
@@ -146,6 +146,10 @@ class Retained:
         self._ask_by = self._retry_at = None
 
     # --- asking by name
+
+    def _asked_for(self) -> list[str]:
+        """The parts of the terms of private sums, where there are any, and of the newest snapshot."""
+        return [*self.versions.terms_topics(), *self.versions.snapshot_topics()]
 
     def _ask(self, now: float) -> list[Action]:
         """Ask for the next parts; with none left, say what is lost."""
@@ -178,7 +182,8 @@ class Retained:
             frame.check_authentic(self.versions.frames.identity.public)
         except ProtocolError:
             return False
-        return frame.seq == self.versions.published.snapshot_seq
+        published = self.versions.published
+        return frame.seq == (published.terms_seq if frame.kind == topics.TERMS else published.snapshot_seq)
 
     # --- publishing again
 
@@ -193,7 +198,7 @@ class Retained:
         lost, self._lost, self._retry_at = self._lost, {}, None
         head, status = topics.head(self.versions.settings.federation), topics.status(self.versions.settings.federation)
         self.awaited, self._silent_at = {topic for topic in self._current() if topic in lost}, now + ACKNOWLEDGE_S
-        self._to_ask = [topic for topic in self.versions.snapshot_topics() if topic in lost]
+        self._to_ask = [topic for topic in self._asked_for() if topic in lost]
         frames = [topic for topic in self.versions.wanted() if topic in lost]
         actions: list[Action] = [RepublishRetained(topics=tuple(frames))] if frames else []
         if head in lost:
@@ -211,8 +216,9 @@ class Retained:
         if dropped:
             named = self.versions.published.snapshot
             text = (
-                f"the broker does not hold {len(dropped)} of the {named.parts} parts of the snapshot of version "
-                f"{named.version} ({dropped[0]}), though it acknowledged them, or does not let this user read them"
+                f"the broker does not hold {len(dropped)} of the {len(self._asked_for())} parts of the snapshot of "
+                f"version {named.version} ({dropped[0]}), though it acknowledged them, or does not let this user read "
+                "them"
             )
             return self._tell("snapshot", DROPPED, text, now, len(dropped))
         if self._lost:

@@ -12,7 +12,8 @@ from ternbus.aggregator.core.frames import FrameWriter
 from ternbus.aggregator.core.grants import GRANT_S, Grants
 from ternbus.aggregator.core.rate_limit import LogLimit
 from ternbus.aggregator.core.registry import Answer, Member
-from ternbus.aggregator.core.validation import Validation, ValidUpdate, Verdict
+from ternbus.aggregator.core.sets import Sets
+from ternbus.aggregator.core.validation import Validation, ValidPrivate, ValidUpdate, Verdict
 from ternbus.aggregator.core.work import WorkShares
 from ternbus.aggregator.merge.accepted import BufferedUpdate
 from ternbus.aggregator.merge.influence import Measured
@@ -41,6 +42,7 @@ class Updates:
     closed: bool = False
     stopping: bool = False
     disk: str = ENOUGH  # in a state of `disk_guard`
+    sets: Sets | None = None  # of a federation whose updates are private
     _grants: Grants = field(init=False)
 
     def __post_init__(self) -> None:
@@ -101,6 +103,8 @@ class Updates:
             return self._answer(member, frame.seq, valid)
         if member.waiting_bytes and member.waiting_bytes + len(valid.body) > self.settings.limits.journal_bytes:
             return self._busy(member, frame.seq, now, "too many updates of this device wait to be merged")
+        if isinstance(valid, ValidPrivate):
+            return self._accept_private(member, valid, now)
         return self._accept(member, valid, now)
 
     @property
@@ -113,18 +117,28 @@ class Updates:
         return [Log(text=sentence(free))] if self.disk != before else []
 
     def _accept(self, member: Member, valid: ValidUpdate, now: float) -> list[Action]:
-        """Put an update into the buffer; its record stands before its receipt."""
-        update = valid.update
+        """Put an update into the buffer."""
+        actions = self._accepted(member, records.UpdateAccepted(update=valid.update, body=valid.body), now)
+        self.model.accept(valid.update, valid.block)
+        return [*actions, *self._bounded(valid, now)]
+
+    def _accept_private(self, member: Member, valid: ValidPrivate, now: float) -> list[Action]:
+        """Put a private update into its group."""
+        assert self.sets is not None  # noqa: S101 - or it would not be valid
+        self.sets.accept(valid.private, now)
+        record = records.UpdateAccepted(update=valid.private.update, body=valid.body, private=valid.private)
+        return self._accepted(member, record, now)
+
+    def _accepted(self, member: Member, record: records.UpdateAccepted, now: float) -> list[Action]:
+        """The record of an update stands before its receipt."""
+        update = record.update
         self._grants.close(member.name)
         member.accept(update.base, self.validation.oldest(self.model.version))
         member.answer = Answer(seq=update.seq, outcome="accepted")
         member.evaluates = False
         member.pace.updated(now)
-        member.waiting_bytes += len(valid.body)
-        self.model.accept(update, valid.block)
-        saved = Save(record=records.UpdateAccepted(update=update, body=valid.body))
-        receipt = self.receipt(member.name, member.key, update.seq, Verdict("accepted"))
-        return [saved, *receipt, *self._bounded(valid, now)]
+        member.waiting_bytes += len(record.body)
+        return [Save(record=record), *self.receipt(member.name, member.key, update.seq, Verdict("accepted"))]
 
     def _bounded(self, valid: ValidUpdate, now: float) -> list[Action]:
         """Count an update that the bound on influence acted on, and tell the operator of some."""

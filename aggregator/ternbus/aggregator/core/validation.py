@@ -10,6 +10,10 @@ from ternbus.aggregator.merge.influence import Influence, Measured, norm_at_most
 from ternbus.aggregator.merge.mean import clip_factor, norm
 from ternbus.aggregator.merge.staleness import discount
 from ternbus.aggregator.settings import Settings
+from ternbus.aggregator.sums import private_header as private
+from ternbus.aggregator.sums.private_header import words_max
+from ternbus.aggregator.sums.private_sets import PrivateUpdate
+from ternbus.aggregator.sums.state import PrivateSums
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.identity import Identity
@@ -18,6 +22,7 @@ from ternbus.broker.protocol.meta_fields import counter
 from ternbus.broker.protocol.parts import Collector, Whole, encoded_bytes_max, parts_max, whole
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import FLOAT32, TERNARY, Block, content_bytes
+from ternbus.broker.sums.sets import SetMember
 
 SEAL_BYTES: Final = 64  # key id, seq and what a libsodium sealed box adds
 
@@ -52,6 +57,14 @@ class ValidUpdate:
     bounded: str = ""  # what the operator is told where it counts for less than it says
 
 
+@dataclass(frozen=True, slots=True)
+class ValidPrivate:
+    """A whole private update that may be accepted: ``body`` are its words as they came, unsealed."""
+
+    private: PrivateUpdate
+    body: bytes
+
+
 @dataclass(slots=True)
 class Validation:
     """Judges updates by what their device may send; holds unfinished ones within bounds."""
@@ -60,13 +73,19 @@ class Validation:
     identity: Identity
     schema: Schema
     influence: Influence = field(default_factory=Influence)
+    sums: PrivateSums | None = None  # of a federation whose updates are private
     update_bytes_max: int = field(init=False)
+    parts_max: int = field(init=False)
     _assembling: OrderedDict[str, Collector] = field(default_factory=OrderedDict)  # longest silent device first
     _held_bytes: int = 0  # in all of them: counted along, since there is one for every device that is sending
     _drops: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self.update_bytes_max = encoded_bytes_max(4 * self.schema.elements)
+        content_bytes_max = 4 * self.schema.elements
+        if self.sums is not None:
+            content_bytes_max = max(content_bytes_max, 8 * words_max(self.schema))
+        self.update_bytes_max = encoded_bytes_max(content_bytes_max)
+        self.parts_max = parts_max(content_bytes_max)
 
     def oldest(self, version: int) -> int:
         """The oldest base that is not stale at this version."""
@@ -114,6 +133,8 @@ class Validation:
             if verdict is not None:
                 return verdict
             update = Update.from_meta(frame.meta) if ahead is None else ahead.update
+            if self.sums is not None or update.is_private:
+                private.check_header(self.sums, update)
         except ProtocolError as error:
             return Verdict("invalid", str(error))
         return self._judge_parts(frame.parts) or update
@@ -128,11 +149,11 @@ class Validation:
         return self.judge_base(member, offer.base, version, closed=closed) or self._judge_parts(offer.parts) or offer
 
     def _judge_parts(self, parts: int) -> Verdict | None:
-        return Verdict("invalid", "too-long") if parts > parts_max(4 * self.schema.elements) else None
+        return Verdict("invalid", "too-long") if parts > self.parts_max else None
 
     def collect(
         self, member: Member, frame: Frame, version: int, ahead: Measured | None = None
-    ) -> ValidUpdate | Verdict | None:
+    ) -> ValidUpdate | ValidPrivate | Verdict | None:
         """Take in a part; None while parts are missing. ``ahead`` is the content of a single part, if it was read.
 
         ``version`` is the model's, by which the update is stale.
@@ -161,6 +182,8 @@ class Validation:
 
     def work_bytes(self, frame: Frame) -> int:
         """The bytes to decode for the content of the update that this last part completes, according to its meta."""
+        if self.sums is not None:
+            return 8 * words_max(self.schema)
         return content_bytes(self.schema, FLOAT32 if frame.meta["codec"] == FLOAT32 else TERNARY)
 
     def forget(self, member: Member) -> None:
@@ -205,10 +228,12 @@ class Validation:
 
     def _read(
         self, member: Member, message: Whole, version: int, ahead: Measured | None = None
-    ) -> ValidUpdate | Verdict:
+    ) -> ValidUpdate | ValidPrivate | Verdict:
         try:
             update = Update.from_meta(message.meta) if ahead is None else ahead.update
             body = self._unseal(message) if update.sealed else message.body
+            if self.sums is not None:
+                return self._private(member, message, update, body, version - update.base)
             content = self.measured(update, body) if ahead is None else ahead
             self._check_norm(content.block)
         except ProtocolError as error:
@@ -230,6 +255,32 @@ class Validation:
             stated=counted.stated,
         )
         return ValidUpdate(accepted, content.block, body, counted.bounded)
+
+    def _private(self, member: Member, message: Whole, update: Update, body: bytes, staleness: int) -> ValidPrivate:
+        """Read the words of a private update; ProtocolError where they are not those of its base's terms."""
+        about = private.check_header(self.sums, update)  # again: the first part may have come long ago
+        accepted = AcceptedUpdate(
+            device=member.name,
+            key=member.key,
+            seq=message.seq,
+            base=update.base,
+            digest=message.digest,
+            staleness=staleness,
+            samples=update.samples,
+            discount=1.0,  # that of its set counts
+            codec=update.codec,
+            encoding=update.encoding,
+            epsilon=update.metrics.get("epsilon"),
+        )
+        held = PrivateUpdate(
+            update=accepted,
+            context=update.context,
+            min=update.min,
+            member=SetMember(public=member.public, header=message.first_header, signature=message.first_signature),
+            size_bytes=len(body),
+            words=about.terms.layout.read(body),
+        )
+        return ValidPrivate(held, body)
 
     def measured(self, update: Update, body: bytes) -> Measured:
         """Read the content of an update; ProtocolError where it is not valid. It uses no state: any thread may."""

@@ -1,20 +1,22 @@
 """Makes versions and publishes them: delta, head and snapshot, each on disk before anybody can read it."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.core.events import Action, Publish, RepublishRetained, Save
 from ternbus.aggregator.core.frames import FrameWriter, Message, Reserved
+from ternbus.aggregator.core.terms import PrivateTerms
 from ternbus.aggregator.merge.downlink import encoded_block, next_block
-from ternbus.aggregator.merge.model import Model
+from ternbus.aggregator.merge.model import Merged, Model
 from ternbus.aggregator.merge.recipe import Recipe
 from ternbus.aggregator.settings import Settings
+from ternbus.aggregator.sums.private_sets import OpenedSet
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
-from ternbus.broker.protocol.merge_log import Contribution, Signed
+from ternbus.broker.protocol.merge_log import Contribution, DroppedUpdate, MergedSet, Signed
 from ternbus.broker.protocol.messages import RESTORE_LEAP, Delta, Head, SnapshotRef
 
 LEAPS_SINCE_S: Final = 1_767_225_600  # 2026-01-01, in Unix time
@@ -43,6 +45,7 @@ class PublishedState:
     slots: int  # how many delta slots the frames were laid out for
     recipe: Recipe  # by which merges since the snapshot were made
     log_hash: bytes  # of the last entry in the log of merges
+    terms_seq: int = 0  # of the frames of the terms of private sums
     revoked: int = 0  # keys in the list of revoked ones
 
 
@@ -57,11 +60,30 @@ class Versions:
     # Until then the broker may show that it still has our head, after which everything is published again. None: it
     # has shown it, or was given everything; while it has not, no head may be published that names what it lost.
     confirm_by: float | None = None
+    private: PrivateTerms | None = None
+    dropped: list[DroppedUpdate] = field(default_factory=list)  # private ones that the log of merges has not named
     given: int = 0  # how often a snapshot was published since the start
 
     def merge(self) -> list[Action]:
         """Make the next version: on disk first, then its delta, then the head that names it."""
+        return self._publish(self.model.merge())
+
+    def merge_sets(self, opened: Sequence[OpenedSet]) -> list[Action]:
+        """Make the next version of sets of private updates."""
+        self.model.refill(each.buffered for each in opened)
         merged = self.model.merge()
+        members = sum(len(each.members) for each in opened)
+        staleness = sum(each.staleness * len(each.members) for each in opened)
+        about = replace(merged, contributions=(), updates=members, staleness_mean=staleness / members)
+        weights = (each.weight for each in merged.contributions)
+        sets = tuple(each.merged(weight) for each, weight in zip(opened, weights, strict=True))
+        return self._publish(about, sets)
+
+    def empty(self) -> list[Action]:
+        """Make a version of no update: what must not change within a version changes with it."""
+        return self._publish(self.model.skip())
+
+    def _publish(self, merged: Merged, sets: tuple[MergedSet, ...] = ()) -> list[Action]:
         encoding, body = encoded_block(merged.block)
         delta = Delta(version=merged.version, digest=merged.digest, codec=merged.block.codec, encoding=encoding)
         reserved, frames = self.frames.delta(delta, body)
@@ -74,12 +96,13 @@ class Versions:
             codec=merged.block.codec,
             encoding=encoding,
             body=body,
-            entry=self._entry(merged.contributions),
+            entry=self._entry(merged.contributions, sets),
+            sets=None if self.private is None else tuple(each.digest for each in sets),
         )
         # an empty message clears what an older, longer delta left in this slot
         left = self._delta_topics(merged.version)[len(frames) :]
         reserved_head, head = self._head()
-        retained = self._retain([*frames, *_cleared(left), head])
+        retained = self._retain([*frames, *_cleared(left), *head])
         actions = [*reserved, Save(record=made), *reserved_head, *retained]
         if merged.version - self.published.snapshot.version >= -(-self.settings.downlink.slots // 2):
             actions += self.snapshot(at_leisure=True)
@@ -103,7 +126,7 @@ class Versions:
         )
         left = self._parts_in(lambda part: topics.snapshot(self.settings.federation, place, part))[len(frames) :]
         reserved_head, head = self._head()
-        retained = self._retain([*frames, head, *_cleared(left)])
+        retained = self._retain([*frames, *head, *_cleared(left)])
         return [*reserved, Save(record=taken), *reserved_head, *retained]
 
     def leap(self, versions: int) -> list[Action]:
@@ -122,13 +145,18 @@ class Versions:
             encoding=encoding,
             body=body,
             entry=self._entry(()),
+            sets=None if self.private is None else (),
         )
         return [Save(record=made), *self.snapshot()]
 
     def change_state(self, state: str) -> list[Action]:
         self.published.state = state
+        return [Save(record=records.StateChanged(state=state)), *self.renew_head()]
+
+    def renew_head(self) -> list[Action]:
+        """Publish a head of the same version."""
         reserved, head = self._head()
-        return [Save(record=records.StateChanged(state=state)), *reserved, *self._retain([head])]
+        return [*reserved, *self._retain(head)]
 
     def renew(self) -> list[Action]:
         """At start: begin at a snapshot where the settings no longer are those of the deltas and merges before."""
@@ -186,10 +214,14 @@ class Versions:
         named = self.published.snapshot
         return [topics.snapshot(self.settings.federation, named.place, part) for part in range(named.parts)]
 
+    def terms_topics(self) -> list[str]:
+        """The topics of the parts of the terms of private sums, in order; none where there are no terms."""
+        return self._parts_in(lambda part: topics.terms(self.settings.federation, part))
+
     def wanted(self) -> list[str]:
         """What a device needs to get from nothing to the head, in order."""
         wanted = self._parts_in(lambda page: topics.revocations(self.settings.federation, page))
-        wanted += self.snapshot_topics()
+        wanted += [*self.terms_topics(), *self.snapshot_topics()]
         for version in range(self.published.snapshot.version + 1, self.model.version + 1):
             wanted += self._delta_topics(version)
         return wanted
@@ -224,10 +256,13 @@ class Versions:
             found.append(topic)
         return found
 
-    def _entry(self, updates: tuple[Contribution, ...]) -> Signed:
+    def _entry(self, updates: tuple[Contribution, ...], sets: tuple[MergedSet, ...] = ()) -> Signed:
         """The entry in the log of merges for the version that was just made."""
-        entry = self.frames.entry(self.model.version, self.model.digest, self.published.log_hash, updates)
+        model, dropped = self.model, tuple(self.dropped)
+        previous = self.published.log_hash
+        entry = self.frames.entry(model.version, model.digest, previous, updates=updates, sets=sets, dropped=dropped)
         self.published.log_hash = entry.hash
+        self.dropped.clear()
         return entry
 
     def _build_head(self) -> tuple[Reserved, Message]:
@@ -236,12 +271,32 @@ class Versions:
             digest=self.model.digest,
             snapshot=self.published.snapshot,
             state=self.published.state,
+            plan=self._plan(),
         )
 
-    def _head(self) -> tuple[Reserved, Message]:
-        reserved, head = self._build_head()
+    def _plan(self) -> Mapping[str, Any]:
+        return self.settings.published_plan if self.private is None else self.private.plan(self.model.version)
+
+    def _head(self) -> tuple[Reserved, list[Message]]:
+        """The head, behind the terms that it names, where these are new."""
+        reserved, messages = ((), []) if self.private is None else self._terms(self.private)
+        reserved_head, head = self._build_head()
         self.published.head_frame = head[1]
-        return reserved, head
+        return (*reserved, *reserved_head), [*messages, head]
+
+    def _terms(self, private: PrivateTerms) -> tuple[Reserved, list[Message]]:
+        """The newest version's terms, unless the broker was given them, in parts of a size that it takes."""
+        saved = private.begin(self.model)
+        begun, held = private.sums.contexts.get(self.model.version), self.terms_topics()
+        if begun is None or (
+            held
+            and private.retained == begun.terms_digest
+            and all(self.published.sizes[topic] <= self.frames.frame_bytes for topic in held)
+        ):
+            return saved, []
+        reserved, frames = self.frames.terms(begun.terms_bytes)
+        private.retained, self.published.terms_seq = begun.terms_digest, self.frames.seq
+        return (*saved, *reserved), [*frames, *_cleared(held[len(frames) :])]
 
     def _retain(self, frames: list[Message]) -> list[Action]:
         """Make frames durable, then have the broker retain them: all that a device needs, where it may have lost it."""

@@ -89,6 +89,20 @@ class Model:
         self.empty()
         return merged
 
+    def skip(self) -> Merged:
+        """Make a version of no update, whose model is the one before; the buffer stays as it is."""
+        block = next_block(self.schema, self.settings.downlink.codec, self.published, self.published)
+        self.publish(block)
+        return Merged(
+            version=self.version,
+            digest=self.digest,
+            block=block,
+            contributions=(),
+            updates=0,
+            staleness_mean=0.0,
+            staleness_max=0,
+        )
+
     def step_server(self) -> tuple[float, ...]:
         """The optimizer's part of a merge; replayed from the ledger at start. Returns the updates' weights."""
         change = self._gathered.result()

@@ -19,7 +19,7 @@ from ternbus.aggregator.core import events, first_version, records
 from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.shell import transport
-from ternbus.aggregator.store import archives, control, lost_ledger, membership, swapping
+from ternbus.aggregator.store import archives, control, lost_ledger, membership, private_rows, swapping
 from ternbus.aggregator.store.ledger import KINDS, LEDGER, Ledger, reading, writing
 from ternbus.aggregator.store.recovery import recover
 from ternbus.aggregator.store.remedy import remedy
@@ -29,7 +29,7 @@ from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError, CorruptError, ProtocolError
 from ternbus.broker.files import load_toml, read_key, write_key, write_text
 from ternbus.broker.model_files import load_metadata, load_safetensors, save_safetensors
-from ternbus.broker.protocol.identity import Identity, check_device
+from ternbus.broker.protocol.identity import Identity, check_device, helper_user
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.schema import Schema, to_tensors, to_vector, vector_digest
 from ternbus.broker.protocol.task_plan import TaskPlan
@@ -80,7 +80,7 @@ def create(
         raise ConfigError(f"{directory} holds an aggregator already; choose another directory")
     if lost_ledger.is_lost(directory / LEDGER):
         raise lost_ledger.missing(directory / LEDGER)
-    chosen = {**configuration.NEW_HOME, **(settings or {})}
+    chosen = configuration.new_home(settings or {})
     table = configuration.with_overrides({"federation": federation, "broker": broker}, chosen)
     checked = configuration.from_table(table, "--set")
     kinds = TensorKinds.by_name(model) if kinds is None else kinds
@@ -162,34 +162,51 @@ def invite(
     directory: Path,
     *devices: str,
     evaluators: Sequence[str] = (),
+    helpers: Sequence[str] = (),
     certificates: Path | None = None,
     expires_in_s: float | None = None,
 ) -> list[Invitation]:
-    """One new invitation for each device and each evaluator, in force when this returns; one of before is replaced.
+    """One new invitation for each device, evaluator and helper, in force when this returns.
 
-    With TLS it carries the device's certificate: out of ``certificates``/DEVICE, or made by the broker's authority.
-    It ends after ``expires_in_s``, or as aggregator.toml says.
+    It replaces one of before, and ends after ``expires_in_s``, or as aggregator.toml says. With TLS it carries a
+    certificate: out of ``certificates``/DEVICE, or made by the broker's authority.
     """
     settings, identity = load_settings(directory), Identity(read_key(directory / KEY))
+    _check_helpers(settings, helpers, directory)
     now = time.time()
     expires_at = now + (settings.invitations.expire_after_s if expires_in_s is None else expires_in_s)
     expires = datetime.fromtimestamp(expires_at, UTC)
+    clients = {check_device(each): each for each in dict.fromkeys((*devices, *evaluators))}
     invitations = [
-        replace(_invitation(directory, settings, identity, check_device(each), certificates), expires=expires)
-        for each in dict.fromkeys((*devices, *evaluators))
+        replace(_invitation(directory, settings, identity, name, certificates, client=client), expires=expires)
+        for name, client in (*clients.items(), *((each, helper_user(each)) for each in dict.fromkeys(helpers)))
     ]
-    codes = {invitation.device: invitation.code for invitation in invitations}
+    codes = {invitation.device: invitation.code for invitation in invitations[: len(clients)]}
+    helper_codes = {invitation.device: invitation.code for invitation in invitations[len(clients) :]}
     with writing(directory) as ledger, ledger.transaction():
         membership.invite(ledger.db, codes, now, expires_at, evaluators)
+        private_rows.invite(ledger.db, helper_codes, now, expires_at)
     reached("invited")
     _tell(directory, control.INVITATIONS)
     return invitations
 
 
+def _check_helpers(settings: Settings, helpers: Sequence[str], directory: Path) -> None:
+    known = () if settings.private is None else tuple(settings.private.helpers)
+    for name in helpers:
+        if name not in known:
+            named = f"known are {', '.join(known)}" if known else "it has no private sums"
+            raise ConfigError(
+                f"{directory / TOML} names no helper {name!r}, {named}; a helper is named with its key in "
+                "private.helpers, or with `aggregator init --private --helper FILE`"
+            )
+
+
 def _invitation(
-    directory: Path, settings: Settings, identity: Identity, device: str, certificates: Path | None
+    directory: Path, settings: Settings, identity: Identity, device: str, certificates: Path | None, *, client: str
 ) -> Invitation:
-    credentials = transport.for_device(directory, settings, device, certificates)
+    """``client`` is the name at the broker."""
+    credentials = transport.for_device(directory, settings, client, certificates)
     return Invitation(
         federation=settings.federation,
         device=device,

@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -11,19 +12,21 @@ from typing import Annotated
 
 import typer
 
+from ternbus.aggregator import settings as configuration
 from ternbus.aggregator.plan_settings import PlanCheck
 from ternbus.aggregator.settings import TransportSettings
 from ternbus.aggregator.shell import (
     administration,
+    helper_cards,
     log_commands,
     membership_commands,
     quickstart,
     recovery_commands,
     status_text,
 )
-from ternbus.aggregator.shell.arguments import AllowPlanKeys, AsJson, Dir, DirAsRoot, Settings
+from ternbus.aggregator.shell.arguments import AllowPlanKeys, AsJson, Dir, DirAsRoot, HelperCards, Private, Settings
 from ternbus.aggregator.shell.service import Service
-from ternbus.aggregator.store import control
+from ternbus.aggregator.store import control, private_status
 from ternbus.aggregator.store import status as statuses
 from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.broker.exit_codes import EXIT_FAILED
@@ -75,6 +78,8 @@ def init(
     password_file: PasswordFile = None,
     settings: Settings = None,
     allowed: AllowPlanKeys = None,
+    private: Private = False,
+    helpers: HelperCards = None,
     dense: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Tensors that always travel as float32, for example 'fc.*'; repeatable."),
@@ -88,6 +93,7 @@ def init(
     overrides = PlanCheck.settings(first.plan, allowed or ())
     overrides |= dict(_override(text) for text in settings or [])
     overrides |= _login(username, password_file)
+    overrides |= _private(federation, helpers or (), private=private)
     if broker_dir is not None:
         overrides["transport.authority"] = str(broker_dir.resolve())
     url = _broker_url(broker, broker_dir)
@@ -104,7 +110,17 @@ def init(
     )
     elements = sum(array.size for array in first.tensors.values())
     typer.echo(f"{directory}: federation {federation!r}, {len(first.tensors)} tensors, {elements:,} parameters")
-    typer.echo(f"next: ternbus aggregator run {directory}   and   ternbus aggregator invite {directory} DEVICE")
+    invited = "--helper NAME" if private else "DEVICE"
+    typer.echo(f"next: ternbus aggregator run {directory}   and   ternbus aggregator invite {directory} {invited}")
+
+
+def _private(federation: str, helpers: Sequence[Path], *, private: bool) -> dict[str, object]:
+    """As settings."""
+    if private and not helpers:
+        raise ConfigError("--private needs a helper: add --helper FILE, the card.toml of `ternbus helper init`")
+    if helpers and not private:
+        raise ConfigError("--helper is for private sums: add --private")
+    return helper_cards.settings_of(helpers, federation) if private else {}
 
 
 def _broker_url(broker: str | None, broker_dir: Path | None) -> str:
@@ -233,17 +249,18 @@ def status(directory: Dir, as_json: AsJson = False) -> None:
 
     Example: ternbus aggregator status agg --json
     """
-    _flush_counts(directory)
-    found = statuses.read(directory)
+    settings = _flush_counts(directory)
+    found = statuses.read(directory) | private_status.read(directory, settings)
     typer.echo(json.dumps(found) if as_json else status_text.summary(found))
 
 
-def _flush_counts(directory: Path) -> None:
-    administration.load_settings(directory)
+def _flush_counts(directory: Path) -> configuration.Settings:
+    settings = administration.load_settings(directory)
     try:
         administration.flush_counts(directory)
     except FederationError as error:
         _say(f"as the ledger has it: {error}")
+    return settings
 
 
 @app.command()
@@ -280,11 +297,16 @@ def close(directory: Dir) -> None:
     """End training: accepted updates are merged, devices discard the others and stop.
 
     Accepted updates of fewer devices than merge.min_devices are not merged: they stay in the ledger, and are merged
-    after `resume`, once enough devices have contributed.
+    after `resume`, once enough devices have contributed. With private sums the federation pauses until helpers have
+    opened what is on its way, at most private.close_wait_s; the rest is dropped, and the log names it.
 
     Example: ternbus aggregator close agg
     """
     administration.change_state(directory, control.CLOSE, software())
+    private = private_status.read(directory, administration.load_settings(directory)).get("private")
+    if private is not None and private["closing"]:
+        typer.echo("paused; it closes when the helpers have answered: see `ternbus aggregator status`")
+        return
     unmerged = statuses.read(directory)["counts"]["unmerged"]
     if unmerged:
         typer.echo(

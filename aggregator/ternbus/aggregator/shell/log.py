@@ -74,13 +74,17 @@ def _differences(ledger: Ledger, entry: Entry) -> Iterator[str]:
     if merge_log.digest(ledger, entry.version) != entry.digest:
         yield f"version {entry.version} has another digest in the ledger than in the log"
     found = merge_log.merged(ledger, entry.version)
-    logged = {(each.device, bytes(each.key), each.seq, each.digest) for each in entry.updates}
+    logged = {(device, bytes(key), seq, digest) for device, key, seq, digest in entry.named}
     if entry.is_late_beginning:
         return  # it names none of the version's updates
     for device, _, seq, _ in sorted(found - logged):
         yield f"version {entry.version} holds update {seq} of {device} in the ledger, and not in the log"
     for device, _, seq, _ in sorted(logged - found):
         yield f"version {entry.version} holds update {seq} of {device} in the log, and not in the ledger"
+    for dropped in entry.dropped:
+        update = dropped.update
+        if not merge_log.is_dropped(ledger, update):
+            yield f"version {entry.version} says that update {update.seq} of {update.device} was dropped: it was not"
 
 
 def entries(source: Path, version: int | None = None) -> Iterator[tuple[Entry, Signed]]:

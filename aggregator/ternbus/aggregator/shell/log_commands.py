@@ -1,6 +1,7 @@
 """`ternbus aggregator log …`: look at the log of merges, check it, and hand it out."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 from ternbus.aggregator.shell import log
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.exit_codes import EXIT_FAILED
-from ternbus.broker.protocol.merge_log import Audit, Contribution, Entry, Signed
+from ternbus.broker.protocol.merge_log import Audit, Contribution, Entry, PrivateMember, Signed
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -120,11 +121,11 @@ def show(
     """
     found = False
     for entry, signed in log.entries(source, number):
-        updates = [each for each in entry.updates if device in {None, each.device}]
-        if device is not None and not updates:
+        shown = entry if device is None else _of_device(entry, device)
+        if device is not None and not (shown.updates or shown.sets or shown.dropped):
             continue
         found = True
-        typer.echo(json.dumps(_row(entry, signed, updates)) if as_json else _table(entry, updates))
+        typer.echo(json.dumps(_row(shown, signed)) if as_json else _table(shown, entry.weight))
     if not found:
         whom = "" if device is None else f" of {device}"
         where = "" if number is None else f" in version {number}"
@@ -132,33 +133,70 @@ def show(
         raise typer.Exit(EXIT_FAILED)
 
 
-def _row(entry: Entry, signed: Signed, updates: list[Contribution]) -> dict[str, object]:
-    return {
+def _of_device(entry: Entry, device: str) -> Entry:
+    """The entry with the updates of one device only."""
+    sets = [
+        replace(each, members=tuple(member for member in each.members if member.device == device))
+        for each in entry.sets
+    ]
+    return replace(
+        entry,
+        updates=tuple(each for each in entry.updates if each.device == device),
+        sets=tuple(each for each in sets if each.members),
+        dropped=tuple(each for each in entry.dropped if each.update.device == device),
+    )
+
+
+def _row(entry: Entry, signed: Signed) -> dict[str, object]:
+    row: dict[str, object] = {
         "version": entry.version,
         "digest": entry.digest.hex(),
         "previous": entry.previous.hex(),
         "hash": signed.hash.hex(),
-        "updates": [
-            {
-                "device": each.device,
-                "key": each.key.hex(),
-                "seq": each.seq,
-                "digest": each.digest.hex(),
-                "weight": each.weight,
-            }
-            for each in updates
-        ],
+        "updates": [{**_member(each), "weight": each.weight} for each in entry.updates],
     }
+    if entry.sets or entry.dropped:
+        row["sets"] = [
+            {
+                "set": each.digest.hex(),
+                "context": each.context.hex(),
+                "base": each.base,
+                "weight": each.weight,
+                "members": [_member(member) for member in each.members],
+            }
+            for each in entry.sets
+        ]
+        row["dropped"] = [{**_member(each.update), "reason": each.reason} for each in entry.dropped]
+    return row
 
 
-def _table(entry: Entry, updates: list[Contribution]) -> str:
-    total = sum(each.weight for each in entry.updates)
-    lines = [f"version {entry.version}, digest {entry.digest.hex()}, {len(entry.updates)} updates"]
-    for each in updates:
-        share = f"{100 * each.weight / total:>5.1f} %" if total else ""
-        name = f"{each.device} ({each.key.hex()})"
-        lines.append(f"  {name:<32} seq {each.seq:<8} weight {each.weight:<12.6g} {share}  {each.digest.hex()}")
+def _member(update: Contribution | PrivateMember) -> dict[str, object]:
+    return {"device": update.device, "key": update.key.hex(), "seq": update.seq, "digest": update.digest.hex()}
+
+
+def _table(entry: Entry, total: float) -> str:
+    count = sum(1 for _ in entry.named)
+    lines = [f"version {entry.version}, digest {entry.digest.hex()}, {count} updates"]
+    lines += [
+        f"  {_named(each)} weight {each.weight:<12.6g} {_share(each.weight, total)}  {each.digest.hex()}"
+        for each in entry.updates
+    ]
+    for merged in entry.sets:
+        weight = f"weight {merged.weight:<12.6g} {_share(merged.weight, total)}"
+        lines.append(f"  set {merged.digest.hex()[:16]} on version {merged.base}, {weight}")
+        lines += [f"    {_named(each)} {each.digest.hex()}" for each in merged.members]
+    for dropped in entry.dropped:
+        lines.append(f"  {_named(dropped.update)} dropped: {dropped.reason}")
     return "\n".join(lines)
+
+
+def _share(weight: float, total: float) -> str:
+    return f"{100 * weight / total:>5.1f} %" if total else ""
+
+
+def _named(update: Contribution | PrivateMember) -> str:
+    name = f"{update.device} ({update.key.hex()})"
+    return f"{name:<32} seq {update.seq:<8}"
 
 
 @app.command()

@@ -9,15 +9,16 @@ from typing import Annotated, Final
 
 import typer
 
-from ternbus.aggregator.core.registry import EVALUATOR
+from ternbus.aggregator.core.registry import EVALUATOR, HELPER
 from ternbus.aggregator.shell import administration, backup, quickstart
-from ternbus.aggregator.shell.arguments import AsJson, Dir, DirAsRoot
+from ternbus.aggregator.shell.arguments import AsJson, Dir, DirAsRoot, ExpiresIn, InvitedHelpers
 from ternbus.aggregator.store import status as statuses
 from ternbus.broker.errors import ConfigError, StorageError
 from ternbus.broker.files import make_folder
 from ternbus.broker.text_table import text_table
 from ternbus.broker.version import software
 
+NEWCOMERS: Final = {EVALUATOR: "a new evaluator", HELPER: "a helper"}
 UNITS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0}
 
 
@@ -36,6 +37,7 @@ def invite(
             help="Evaluator to invite: it publishes test metrics, no updates; repeatable.",
         ),
     ] = None,
+    helpers: InvitedHelpers = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -48,32 +50,32 @@ def invite(
             metavar="FOLDER", help="Folder of the devices' certificates, from `ternbus broker certificate --out`."
         ),
     ] = None,
-    expires_in: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TIME",
-            help="Lifetime of the invitation: 30m, 12h, 7d, 2w. [default: invitations.expire_after_s, 7d]",
-        ),
-    ] = None,
+    expires_in: ExpiresIn = None,
 ) -> None:
-    """Invite devices and evaluators. An invitation is secret: its holder can join under that name, once.
+    """Invite devices, evaluators and helpers. An invitation is secret: its holder can join under that name, once.
 
     Only a member that was invited with --evaluator can publish test metrics, and it sends no updates. A device that
     joined already gets a new key: `ternbus edge join --renew`; it keeps its role unless --evaluator names it. An
-    earlier open invitation of the device becomes void. If `ternbus broker init` made the broker on this machine, the
-    invitation carries a new certificate.
+    earlier open invitation of the device becomes void. A helper of private sums is named in aggregator.toml with its
+    key, and joins under this key only: `ternbus helper init DIR --invitation FILE`. If `ternbus broker init`
+    made the broker on this machine, the invitation carries a new certificate.
 
     Example: ternbus aggregator invite agg pi-1 pi-2 --evaluator judge --expires-in 12h --out invitations
     """
-    devices, evaluators = devices or [], evaluators or []
-    _check_names(devices, evaluators)
+    devices, evaluators, helpers = devices or [], evaluators or [], helpers or []
+    _check_names(devices, evaluators, helpers)
     expires_in_s = None if expires_in is None else _seconds(expires_in)
-    if out is None and len([*devices, *evaluators]) > 1:
+    if out is None and len([*devices, *evaluators, *helpers]) > 1:
         raise ConfigError("several invitations need a folder: add --out FOLDER")
     if out is not None:
         make_folder(out)
     for invitation in administration.invite(
-        directory, *devices, evaluators=evaluators, certificates=certificates, expires_in_s=expires_in_s
+        directory,
+        *devices,
+        evaluators=evaluators,
+        helpers=helpers,
+        certificates=certificates,
+        expires_in_s=expires_in_s,
     ):
         if out is None:
             typer.echo(invitation.dumps(), nl=False)
@@ -81,9 +83,11 @@ def invite(
             typer.echo(str(quickstart.write_invitation(out, invitation)))
 
 
-def _check_names(devices: Sequence[str], evaluators: Sequence[str]) -> None:
-    if not devices and not evaluators:
-        raise ConfigError("nobody to invite: give the name of a DEVICE, or --evaluator NAME")
+def _check_names(devices: Sequence[str], evaluators: Sequence[str], helpers: Sequence[str]) -> None:
+    if not devices and not evaluators and not helpers:
+        raise ConfigError("nobody to invite: give the name of a DEVICE, --evaluator NAME or --helper NAME")
+    if same := sorted(set(helpers) & {*devices, *evaluators}):
+        raise ConfigError(f"{same[0]} is named as a helper and as a device: invite them by two commands")
     if both := sorted(set(devices) & set(evaluators)):
         raise ConfigError(f"{both[0]} cannot be a device and an evaluator: use two names")
 
@@ -99,11 +103,12 @@ def invitations(
     directory: Dir,
     cancel: Annotated[
         list[str] | None,
-        typer.Option(metavar="DEVICE", help="Device whose invitation is cancelled at once; repeatable."),
+        typer.Option(metavar="NAME", help="Device or helper whose invitation is cancelled at once; repeatable."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the open invitations, without their codes. `--cancel DEVICE` first cancels the invitation of a device.
+    """List the open invitations, without their codes. `--cancel NAME` first cancels the invitation of a device, or of
+    a helper if no device of that name has one.
 
     Example: ternbus aggregator invitations agg --cancel pi-7
     """
@@ -117,8 +122,10 @@ def invitations(
     rows = []
     for row in found:
         made, ends = (time.strftime("%Y-%m-%d %H:%M", time.localtime(row[name])) for name in ("made_at", "expires_at"))
-        newcomer = "a new evaluator" if row["role"] == EVALUATOR else "a new device"
+        newcomer = NEWCOMERS.get(row["role"], "a new device")
         purpose = newcomer if row["key_state"] is None else f"a new key ({row['key_state']} now)"
+        if row["role"] == HELPER and row["key_state"] is not None:
+            purpose = "a helper, again under its key"
         rows.append((row["device"], row["state"], made, ends, purpose))
     typer.echo("\n".join(text_table(dict.fromkeys(("device", "state", "made", "ends", "for"), "<"), rows)))
 

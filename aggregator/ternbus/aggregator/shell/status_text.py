@@ -43,8 +43,42 @@ def summary(found: Mapping[str, Any]) -> str:
             f"{claim['device']} names version {claim['version']}, which is not here: if this folder was copied back "
             "from a backup, stop the aggregator and run: ternbus aggregator restored DIR"
         )
+    if "private" in found:
+        lines += ["", *_private(found["private"])]
     lines += ["", *device_table(found)]
     return "\n".join([*lines, "", *_version_table(versions, measured, _local_metric(found))])
+
+
+def _private(found: Mapping[str, Any]) -> list[str]:
+    """Private sums: by which terms, and the table of helpers."""
+    terms = "no terms yet" if found["terms"] is None else f"terms {found['terms']}"
+    lines = [f"private sums of {found['min']} to {found['max']} devices, {found['bits']} bits: {terms}"]
+    columns = dict.fromkeys(("helper", "state", "roster"), "<") | dict.fromkeys(("card", "sets"), ">")
+    rows = []
+    for name, row in found["helpers"].items():
+        at = row["answered_at"]
+        answered = None if at is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+        rows.append((name, row["state"], row["roster"], row["card"], row["count"], answered, row["waits_for"]))
+    return [*lines, *_on_their_way(found), *text_table({**columns, "last answer": "<", "waits for": "<"}, rows)]
+
+
+def _on_their_way(found: Mapping[str, Any]) -> list[str]:
+    """Private updates that no version contains: who waits for whom."""
+    lines = ["the federation closes when the helpers have answered"] if found["closing"] else []
+    lines += [
+        f"{each['updates']} updates on version {each['base']} wait: a sum has {found['min']} devices or more"
+        for each in found["groups"]
+    ]
+    for each in found["sets"]:
+        whom = f", waits for {', '.join(each['waits_for'])}" if each["waits_for"] else ""
+        lines.append(f"a set of {each['devices']} updates on version {each['base']} is {each['state']}{whom}")
+    if found["dropped"]:
+        counts = ", ".join(f"{count} {reason}" for reason, count in found["dropped"].items())
+        lines.append(f"private updates dropped so far: {counts}")
+    if found["spoiled"]:
+        counts = ", ".join(f"{device} of {count}" for device, count in found["spoiled"].items())
+        lines.append(f"part of sums out of range: {counts}")
+    return lines
 
 
 def _local_metric(found: Mapping[str, Any]) -> str | None:

@@ -34,6 +34,14 @@ COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     "metrics": ("device", "version", "split", "samples", "entries", "received_at"),
     "counts": ("name", "value"),
     "requests": ("id", "what", "argument", "done", "error"),
+    "helpers": (
+        "name", "public", "proof", "card", "count", "status", "software", "seen_at", "answered_at", "code", "made_at",
+        "expires_at",
+    ),
+    "terms": ("digest", "content"),
+    "contexts": ("base", "model", "plan", "terms"),
+    "private_updates": ("update_id", "context", "header", "signature", "min", "set_digest", "why", "logged"),
+    "sets": ("digest", "context", "base", "staleness", "devices", "state", "sum", "merged"),
 }  # fmt: skip
 KEYS: Final[Mapping[str, int]] = {"keys": 2, "metrics": 3}  # how many of the first columns name a row; else one
 FACTS: Final = (  # that every ledger has

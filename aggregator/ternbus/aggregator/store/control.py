@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from ternbus.aggregator.core import events
-from ternbus.aggregator.store import checksums, membership, migration, recovery, revocations
+from ternbus.aggregator.store import checksums, membership, migration, private_rows, recovery, revocations
 from ternbus.aggregator.store.ledger import LEDGER, Ledger, writing
 from ternbus.broker import files
 from ternbus.broker.crash_points import reached
@@ -40,7 +40,9 @@ def event(ledger: Ledger, what: str, argument: str, request: int = 0) -> events.
         buffer = recovery.waiting(ledger, ledger.schema())
         return events.RevokeRequested(**json.loads(argument), buffer=buffer, request=request)
     if what == INVITATIONS:
-        return events.InvitationsRead(codes=membership.codes(ledger.db), request=request)
+        return events.InvitationsRead(
+            codes=membership.codes(ledger.db), helpers=private_rows.codes(ledger.db), request=request
+        )
     if what == COUNTS:
         return events.CountsRequested(request=request)
     return events.StateRequested(state=STATES[what], request=request)

@@ -5,7 +5,7 @@ import zlib
 from pathlib import Path
 from typing import Final
 
-from ternbus.aggregator.store import checksums
+from ternbus.aggregator.store import checksums, format_7
 
 CHECKED: Final = 7  # the first format with checksums
 ADDED: Final = (
@@ -24,6 +24,6 @@ def to_7(db: sqlite3.Connection, _folder: Path) -> None:
     sums = [(zlib.crc32(body), version) for version, body in bodies]
     db.executemany("UPDATE versions SET checksum = ? WHERE version = ?", sums)
     checksums.register(db)
-    for table in checksums.COLUMNS:
+    for table in [each for each in checksums.COLUMNS if each not in format_7.ADDED]:
         db.execute(f"ALTER TABLE {table} ADD COLUMN crc INTEGER NOT NULL DEFAULT 0")
         checksums.renew(db, table)

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.merge.optimizer import ServerState
-from ternbus.aggregator.store import checksums, lost_ledger, membership, migration, revocations, rows
+from ternbus.aggregator.store import checksums, lost_ledger, membership, migration, revocations, rows, set_rows
 from ternbus.aggregator.store.bodies import BODIES, Bodies, Place
 from ternbus.aggregator.store.maintenance import checkpoint, remove
 from ternbus.aggregator.store.remedy import remedy
@@ -226,6 +226,7 @@ class Ledger:
         self.db.execute(
             "UPDATE updates SET segment = NULL WHERE segment IS NOT NULL AND merged <= ?", (record.version,)
         )
+        set_rows.forget_merged(self.db, record.version)
         oldest = record.version - int(self.fact("slots") or 0) + 1
         row = self.db.execute("SELECT max(version) FROM snapshots WHERE version <= ?", (max(oldest, 0),)).fetchone()
         if row[0] is not None:

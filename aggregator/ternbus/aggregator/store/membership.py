@@ -6,10 +6,11 @@ from typing import Final
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.core.registry import DEVICE, EVALUATOR, Invited
-from ternbus.aggregator.store import checksums
+from ternbus.aggregator.store import checksums, set_rows
 from ternbus.aggregator.store.revocations import Revocation
 from ternbus.aggregator.store.schema import DROPPED
 from ternbus.broker.protocol.identity import key_id
+from ternbus.broker.protocol.messages import PRIVATE
 
 ACTIVE_KEY: Final = "device = :device AND state = 'active'"
 ENROLLED: Final = {
@@ -84,7 +85,8 @@ def take_revocations(
         if checksums.update(db, "devices", REVOKED_ROW, "name = :device AND public = :public", revoked):
             db.execute("DELETE FROM invitations WHERE device = ?", (each.device,))
             if not keep:
-                drop(db, "device = :device AND merged IS NULL", about)
+                set_rows.revoke(db, each.device)
+                drop(db, f"device = :device AND merged IS NULL AND codec != '{PRIVATE}'", about)
     return taken
 
 

@@ -14,9 +14,11 @@ from typing import Final
 
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.aggregator.store.remedy import reading, remedy
-from ternbus.aggregator.store.rows import unsigned
+from ternbus.aggregator.store.rows import signed, unsigned
+from ternbus.aggregator.store.schema import DROPPED
 from ternbus.broker import files, store_format
 from ternbus.broker.errors import CorruptError
+from ternbus.broker.protocol.merge_log import PrivateMember
 
 COMPARED_FROM: Final = "compared_from"  # a fact: from this version on the tables have all that the log names
 ARCHIVES: Final = "archives"  # a fact: [name, digest, before] of each, oldest first, in JSON
@@ -84,3 +86,10 @@ def merged(ledger: Ledger, version: int) -> set[tuple[str, bytes, int, bytes]]:
     """(device, key id, seq, digest of the message) of each update in a version."""
     rows = ledger.db.execute("SELECT device, key, seq, digest FROM updates WHERE merged = ?", (version,))
     return {(device, key, unsigned(seq), digest) for device, key, seq, digest in rows}
+
+
+def is_dropped(ledger: Ledger, update: PrivateMember) -> bool:
+    """Whether a private update was accepted, and no version contains it."""
+    about = (update.device, update.key, signed(update.seq), update.digest, DROPPED)
+    query = "SELECT 1 FROM updates WHERE device = ? AND key = ? AND seq = ? AND digest = ? AND merged = ?"
+    return ledger.db.execute(query, about).fetchone() is not None

@@ -7,16 +7,18 @@ from dataclasses import replace
 from ternbus.aggregator.core import pace
 from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.core.registry import ACTIVE, REVOKED, Answer, Member, Registry
+from ternbus.aggregator.core.sets import Held
 from ternbus.aggregator.core.versions import PublishedState
 from ternbus.aggregator.merge.accepted import AcceptedUpdate, BufferedUpdate
 from ternbus.aggregator.merge.influence import Influence
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.merge.recipe import Recipe
 from ternbus.aggregator.settings import Settings
-from ternbus.aggregator.store import influence_rows, membership, merge_log, soundness
+from ternbus.aggregator.store import influence_rows, membership, merge_log, private_rows, set_recovery, soundness
 from ternbus.aggregator.store.ledger import Ledger
-from ternbus.aggregator.store.rows import unsigned
+from ternbus.aggregator.store.rows import CLOSING, unsigned
 from ternbus.aggregator.store.schema import DROPPED
+from ternbus.aggregator.sums.state import PrivateSums
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol import revocations, topics
 from ternbus.broker.protocol.frame import parse
@@ -32,6 +34,7 @@ def recover(ledger: Ledger, settings: Settings, identity: Identity, software: st
     soundness.check_start(ledger, settings, identity.public)
     _check_archived(ledger, settings)
     schema = ledger.schema()
+    sums = private_rows.recover(ledger.db, settings, schema)
     version, parts, content_bytes, place = json.loads(ledger.fact("snapshot"))
     published = PublishedState(
         state=ledger.fact("state"),
@@ -42,19 +45,24 @@ def recover(ledger: Ledger, settings: Settings, identity: Identity, software: st
         slots=int(ledger.fact("slots")),
         recipe=Recipe.loads(ledger.fact("recipe")),
         log_hash=ledger.last_entry().hash,
+        terms_seq=_terms_seq(ledger, settings.federation),
         revoked=_published_revocations(ledger, settings.federation),
     )
     return Core(
         settings=settings,
         identity=identity,
         schema=schema,
-        model=recover_model(ledger, settings, schema),
+        model=recover_model(ledger, settings, schema, sums),
         registry=_registry(ledger, settings),
         published=published,
         seq=int(ledger.fact("seq")),
         session=int(ledger.fact("session")),
         software=software,
         influence=influence_rows.recalled(ledger.db) if settings.merge.is_bounded else Influence(),
+        sums=sums,
+        helper_codes=private_rows.codes(ledger.db),
+        held=Held() if sums is None else set_recovery.held(ledger, settings, schema, sums),
+        is_closing=ledger.fact(CLOSING) is not None,
     )
 
 
@@ -68,6 +76,11 @@ def _check_archived(ledger: Ledger, settings: Settings) -> None:
         )
 
 
+def _terms_seq(ledger: Ledger, federation: str) -> int:
+    frame = ledger.frame(topics.terms(federation, 0))
+    return parse(frame).seq if frame else 0
+
+
 def _published_revocations(ledger: Ledger, federation: str) -> int:
     page = keys = 0
     while frame := ledger.frame(topics.revocations(federation, page)):
@@ -76,7 +89,7 @@ def _published_revocations(ledger: Ledger, federation: str) -> int:
     return keys
 
 
-def recover_model(ledger: Ledger, settings: Settings, schema: Schema) -> Model:
+def recover_model(ledger: Ledger, settings: Settings, schema: Schema, sums: PrivateSums | None = None) -> Model:
     """Published vector, server state and buffer.
 
     The published vector follows the deltas as they were sent, so its bits never depend on this replay; what the
@@ -95,12 +108,16 @@ def recover_model(ledger: Ledger, settings: Settings, schema: Schema) -> Model:
         kinds=kinds if recipe.averages_statistics else TensorKinds(),
     )
     for version, digest, block in ledger.deltas(schema, start, ledger.version):
-        model.refill(_updates(ledger, schema, "merged = ?", (version,)))
-        model.step_server()
+        if sums is None:
+            model.refill(_updates(ledger, schema, "merged = ?", (version,)))
+        else:
+            model.refill(set_recovery.merged(ledger, settings, schema, sums, version))
+        if model.buffer:  # a version of no update is none of the optimizer's
+            model.step_server()
         model.publish(block)
         ledger.check_digest(version, digest, model.digest)
     model.settings, model.kinds = settings, kinds
-    model.refill(waiting(ledger, schema))
+    model.refill(waiting(ledger, schema) if sums is None else ())
     return model
 
 

@@ -7,7 +7,7 @@ from typing import Final, assert_never
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.core.registry import Answer
-from ternbus.aggregator.store import checksums, membership
+from ternbus.aggregator.store import checksums, membership, private_rows, set_rows
 from ternbus.aggregator.store.bodies import Place
 from ternbus.aggregator.store.revocations import Revocation
 from ternbus.broker.protocol.identity import KeyId
@@ -22,6 +22,7 @@ def unsigned(number: int) -> int:
     return number + 2**64 if number < 0 else number
 
 
+Private = private_rows.Inserted | set_rows.Written
 Inserted = (  # all records but those that come with a file: of a body, of vectors
     records.SessionBegun
     | records.SeqReserved
@@ -30,6 +31,7 @@ Inserted = (  # all records but those that come with a file: of a body, of vecto
     | records.DeviceRevoked
     | records.KeysRevoked
     | records.UpdateAnswered
+    | records.ClosingBegun
     | records.VersionMade
     | records.FramesRetained
     | records.SlotsChanged
@@ -37,6 +39,7 @@ Inserted = (  # all records but those that come with a file: of a body, of vecto
     | records.MetricsReceived
     | records.Observed
     | records.RequestDone
+    | Private
 )
 
 
@@ -46,6 +49,7 @@ ANSWERED: Final = {
     "reason": ":reason",
     "highest_base": "max(highest_base, :base)",
 }
+CLOSING: Final = "closing"  # a fact: the federation is to be closed when helpers have answered
 STATED: Final = "stated"  # in place of a split: the row of what a device stated last beside its metrics' values
 ONE_KEY: Final = "device = :device AND key = :key"
 SENT: Final = {"update_bytes": "update_bytes + :size", "seen_at": ":now"}
@@ -54,6 +58,9 @@ SEEN: Final = {"status": ":status", "base": ":base", "software": ":software", "s
 
 def write(db: sqlite3.Connection, record: Inserted, now: float) -> None:
     """Write a record's rows; ``now`` is the time to write beside them (Unix seconds)."""
+    if isinstance(record, Private):
+        _private(db, record, now)
+        return
     match record:
         case records.UpdateAnswered():
             _answered(db, record)
@@ -81,21 +88,35 @@ def write(db: sqlite3.Connection, record: Inserted, now: float) -> None:
             _fact(db, record)
 
 
+def _private(db: sqlite3.Connection, record: Private, now: float) -> None:
+    if isinstance(record, set_rows.Written):
+        set_rows.write(db, record)
+    else:
+        private_rows.write(db, record, now)
+
+
 def set_fact(db: sqlite3.Connection, name: str, value: object) -> None:
     checksums.insert(db, "facts", (name, value), replace=True)
 
 
 def _fact(
     db: sqlite3.Connection,
-    record: records.SeqReserved | records.SessionBegun | records.StateChanged | records.SlotsChanged,
+    record: records.SeqReserved
+    | records.SessionBegun
+    | records.ClosingBegun
+    | records.StateChanged
+    | records.SlotsChanged,
 ) -> None:
     match record:
         case records.SeqReserved():
             set_fact(db, "seq", record.upto)
         case records.SessionBegun():
             set_fact(db, "session", record.session)
+        case records.ClosingBegun():
+            set_fact(db, CLOSING, 1)
         case records.StateChanged():
             set_fact(db, "state", record.state)
+            db.execute("DELETE FROM facts WHERE name = ?", (CLOSING,))
         case records.SlotsChanged():
             set_fact(db, "slots", record.slots)
         case _:
@@ -126,6 +147,8 @@ def accepted(db: sqlite3.Connection, number: int, record: records.UpdateAccepted
         update.stated,
     )
     checksums.insert(db, "updates", values, segment=place.segment)
+    if record.private is not None:
+        set_rows.accepted(db, number, record.private)
     _answer(db, update.device, update.key, Answer(seq=update.seq, outcome="accepted"), base=update.base)
 
 
@@ -144,7 +167,9 @@ def _answer(db: sqlite3.Connection, device: str, key: KeyId, answer: Answer, bas
 
 def _version(db: sqlite3.Connection, record: records.VersionMade, now: float) -> None:
     set_fact(db, "version", record.version)
-    if record.updates:
+    if record.sets is not None:
+        set_rows.merged(db, record.version, record.sets)
+    elif record.updates:
         db.execute("UPDATE updates SET merged = ? WHERE merged IS NULL", (record.version,))
     values = (
         record.version,

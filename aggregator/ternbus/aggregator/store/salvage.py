@@ -32,6 +32,7 @@ READERS: Final[Mapping[str, Callable[[Mapping[str, Any]], object]]] = {
     "head": Head.from_meta,
     "snapshot": Snapshot.from_meta,
     "delta": Delta.from_meta,
+    "terms": dict,  # a map without keys that matter: the terms are the body
 }
 READ_ERRORS: Final = (sqlite3.Error, UnicodeError)
 
@@ -62,9 +63,9 @@ class Salvaged:
     def has_all_that_is_logged(self) -> bool:
         """Whether the tables have every version and every update that the log names, and no others."""
         logged = {
-            (version, each.device, each.seq)
+            (version, device, seq)
             for version, signed in self.log.items()
-            for each in Entry.parse(signed.content).updates
+            for device, _, seq, _ in Entry.parse(signed.content).named
         }
         first = max(1, min(self.log, default=1))  # some updates of before are not archived
         merged = {(row[-2], row[1], unsigned(row[3])) for row in self.rows["updates"] if (row[-2] or 0) >= first}

@@ -2,10 +2,30 @@
 
 from typing import Final
 
-FORMAT: Final = 7
+FORMAT: Final = 8
 DROPPED: Final = -1  # in place of the version that an update was merged into: its device was revoked before
 # ``crc`` is a row's checksum: checksums.py
-SCHEMA_SQL: Final = """
+# Of private sums (docs/protocol.md, section 16); without rows in a federation that has none.
+PRIVATE_SQL: Final = """
+CREATE TABLE helpers (  -- ``card`` is the newest; ``code`` that of an open invitation, else empty
+    name TEXT PRIMARY KEY, public BLOB NOT NULL DEFAULT x'', proof BLOB NOT NULL DEFAULT x'',
+    card BLOB NOT NULL DEFAULT x'', count INTEGER NOT NULL DEFAULT -1, status TEXT NOT NULL DEFAULT '',
+    software TEXT NOT NULL DEFAULT '', seen_at REAL, answered_at REAL, code TEXT NOT NULL DEFAULT '',
+    made_at REAL NOT NULL DEFAULT 0, expires_at REAL NOT NULL DEFAULT 0, crc INTEGER NOT NULL DEFAULT 0);
+CREATE TABLE terms (digest BLOB PRIMARY KEY, content BLOB NOT NULL, crc INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID;
+CREATE TABLE contexts (  -- the one that updates on a base have; digests of model, plan and terms
+    base INTEGER PRIMARY KEY, model BLOB NOT NULL, plan BLOB NOT NULL, terms BLOB NOT NULL,
+    crc INTEGER NOT NULL DEFAULT 0);
+CREATE TABLE private_updates (  -- beside ``updates``: what helpers are asked by; ``why`` it was dropped, if it was
+    update_id INTEGER PRIMARY KEY, context BLOB NOT NULL, header BLOB NOT NULL, signature BLOB NOT NULL,
+    min INTEGER NOT NULL, set_digest BLOB, why TEXT NOT NULL DEFAULT '', logged INTEGER,  -- the version that says so
+    crc INTEGER NOT NULL DEFAULT 0);
+CREATE INDEX private_updates_by_set ON private_updates (set_digest) WHERE set_digest IS NOT NULL;
+CREATE TABLE sets (  -- until a start needs them no more; ``devices`` were in it, ``sum`` is of their words
+    digest BLOB PRIMARY KEY, context BLOB NOT NULL, base INTEGER NOT NULL, staleness INTEGER NOT NULL,
+    devices INTEGER NOT NULL, state TEXT NOT NULL, sum BLOB, merged INTEGER, crc INTEGER NOT NULL DEFAULT 0);
+"""
+SCHEMA_SQL: Final = f"""
 CREATE TABLE facts (name TEXT PRIMARY KEY, value, crc INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID;
 CREATE TABLE devices (
     name TEXT PRIMARY KEY, public BLOB NOT NULL, proof BLOB NOT NULL, state TEXT NOT NULL, enrolled_at REAL NOT NULL,
@@ -48,4 +68,4 @@ CREATE TABLE counts (name TEXT PRIMARY KEY, value INTEGER NOT NULL, crc INTEGER 
 CREATE TABLE requests (
     id INTEGER PRIMARY KEY, what TEXT NOT NULL, argument TEXT NOT NULL, done INTEGER NOT NULL DEFAULT 0,
     error TEXT NOT NULL DEFAULT '', crc INTEGER NOT NULL DEFAULT 0);
-"""
+{PRIVATE_SQL}"""

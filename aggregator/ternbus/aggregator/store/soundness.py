@@ -17,8 +17,12 @@ from ternbus.broker.errors import CorruptError, ProtocolError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.merge_log import Audit
+from ternbus.broker.protocol.messages import PRIVATE
 
-WHOLE: Final = ("facts", "devices", "keys", "invitations", "snapshots", "server", "metrics")  # which a start reads
+WHOLE: Final = (  # tables which a start reads
+    "facts", "devices", "keys", "invitations", "snapshots", "server", "metrics", "helpers", "terms", "contexts",
+    "private_updates", "sets",
+)  # fmt: skip
 UNREADABLE: Final = (CorruptError, sqlite3.Error, UnicodeError)  # what reading a damaged ledger may raise
 NAMED_MAX: Final = 3  # damaged rows in an error
 FAULTS_MAX: Final = 1000  # of one kind, in a list
@@ -116,8 +120,8 @@ def _bodies(ledger: Ledger) -> Iterator[str]:
     (start,) = ledger.db.execute("SELECT version FROM server").fetchone()
     rows = ledger.db.execute(
         "SELECT id, device, base, segment, place, size, checksum FROM updates"
-        " WHERE segment IS NOT NULL OR merged IS NULL OR merged > ? ORDER BY segment, place",
-        (start,),
+        " WHERE segment IS NOT NULL OR merged IS NULL OR (merged > ? AND codec != ?) ORDER BY segment, place",
+        (start, PRIVATE),  # what merged private updates come to is in their set's row
     )
     for number, device, base, segment, offset, size_bytes, checksum in rows:
         what = f"update {number} of {device} on version {base}"

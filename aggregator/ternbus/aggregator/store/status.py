@@ -7,6 +7,7 @@ from typing import Any
 
 from ternbus.aggregator.core import disk_guard
 from ternbus.aggregator.core.clones import CLONED
+from ternbus.aggregator.core.registry import HELPER
 from ternbus.aggregator.store import disk
 from ternbus.aggregator.store.device_metrics import Report
 from ternbus.aggregator.store.ledger import ARCHIVED, Ledger, reading
@@ -41,7 +42,10 @@ def invitations(directory: Path, now: float) -> list[dict[str, Any]]:
     with reading(directory) as ledger:
         rows = ledger.db.execute(
             "SELECT i.device, i.role, i.made_at, i.expires_at, d.state FROM invitations i LEFT JOIN devices d"
-            " ON d.name = i.device ORDER BY i.device"
+            " ON d.name = i.device UNION ALL"
+            " SELECT name, ?, made_at, expires_at, iif(proof = x'', NULL, 'active') FROM helpers WHERE code != ''"
+            " ORDER BY 1",
+            (HELPER,),
         ).fetchall()
     return [
         {

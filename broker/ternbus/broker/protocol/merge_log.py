@@ -22,8 +22,10 @@ SIGNED_PREFIX: Final = b"ternbus/1 log\0"
 FIRST: Final = bytes(32)  # the previous hash in the first entry
 UNKNOWN_DIGEST: Final = bytes(32)  # of an update that was accepted before its aggregator kept a log
 ENTRY_BYTES_MAX: Final = 2**28  # enough for millions of updates in one merge
-ROW_BYTES_MIN: Final = 57  # of an update in an entry: a name of one character, a small number
-_KEYS: Final = ["federation", "version", "digest", "previous", "updates"]
+REASON_BYTES_MAX: Final = 200
+CONTAINER_BYTES_MIN: Final = 40  # of a set, which is two arrays and its members; an update has more
+_KEYS: Final = ("federation", "version", "digest", "previous", "updates")
+_PRIVATE_KEYS: Final = (*_KEYS, "sets", "dropped")  # of a version of private sums that has either
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,39 @@ class Contribution:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PrivateMember:
+    """A private update in a set, or one that was dropped. ``digest`` is that of its message."""
+
+    device: str
+    key: KeyId
+    seq: int
+    digest: bytes
+
+    @property
+    def row(self) -> list[object]:
+        return [self.device, bytes(self.key), self.seq, self.digest]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergedSet:
+    """A set of private updates in a merge, of which only the sum is known. ``weight`` is the factor of its block."""
+
+    digest: bytes  # its name, as helpers are asked by
+    context: bytes
+    base: int
+    weight: float
+    members: tuple[PrivateMember, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DroppedUpdate:
+    """A private update that was accepted, and that no version contains; ``reason`` begins with a word for programs."""
+
+    update: PrivateMember
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
     """The updates in one merge. ``digest`` is the model's, as in a head; ``previous`` is the hash of the last entry."""
 
@@ -49,6 +84,24 @@ class Entry:
     digest: bytes
     previous: bytes
     updates: tuple[Contribution, ...] = ()
+    sets: tuple[MergedSet, ...] = ()
+    dropped: tuple[DroppedUpdate, ...] = ()  # since the entry before
+
+    @property
+    def members(self) -> Iterator[PrivateMember]:
+        """The updates in its sets."""
+        return (member for each in self.sets for member in each.members)
+
+    @property
+    def named(self) -> Iterator[tuple[str, KeyId, int, bytes]]:
+        """(device, key id, seq, digest of the message) of every update in the version."""
+        yield from ((each.device, each.key, each.seq, each.digest) for each in self.updates)
+        yield from ((each.device, each.key, each.seq, each.digest) for each in self.members)
+
+    @property
+    def weight(self) -> float:
+        """The sum of all weights."""
+        return sum(each.weight for each in self.updates) + sum(each.weight for each in self.sets)
 
     @property
     def is_late_beginning(self) -> bool:
@@ -59,7 +112,14 @@ class Entry:
         """The canonical encoding of this entry."""
         values = [self.federation, self.version, self.digest, self.previous]
         rows = [[each.device, bytes(each.key), each.seq, each.digest, float(each.weight)] for each in self.updates]
-        return bytes(msgpack.packb(dict(zip(_KEYS, [*values, rows], strict=True))))
+        fields = dict(zip(_KEYS, [*values, rows], strict=True))
+        if self.sets or self.dropped:
+            fields["sets"] = [
+                [each.digest, each.context, each.base, float(each.weight), [member.row for member in each.members]]
+                for each in self.sets
+            ]
+            fields["dropped"] = [[*each.update.row, each.reason] for each in self.dropped]
+        return bytes(msgpack.packb(fields))
 
     def signed(self, identity: Identity) -> "Signed":
         content = self.content()
@@ -72,17 +132,22 @@ class Entry:
             fields = _unpacked(content)
         except (msgpack.UnpackException, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ProtocolError("bad-entry", "the entry is not msgpack") from error
-        if not isinstance(fields, dict) or list(fields) != _KEYS:
-            raise ProtocolError("bad-entry", f"the entry is not a map of {', '.join(_KEYS)}")
-        federation, rows = meta_fields.text(fields, "federation"), fields["updates"]
-        if not is_federation(federation) or not isinstance(rows, list):
-            raise ProtocolError("bad-entry", "'federation' is not a valid name or 'updates' is not a list")
+        if not isinstance(fields, dict) or tuple(fields) not in {_KEYS, _PRIVATE_KEYS}:
+            raise ProtocolError(
+                "bad-entry", f"the entry is not a map of {', '.join(_KEYS)}, or of sets and dropped too"
+            )
+        federation = meta_fields.text(fields, "federation")
+        rows, sets, dropped = (fields.get(key, []) for key in ("updates", "sets", "dropped"))
+        if not is_federation(federation) or not all(isinstance(each, list) for each in (rows, sets, dropped)):
+            raise ProtocolError("bad-entry", "'federation' is not a valid name, or what was merged is not a list")
         entry = cls(
             federation=federation,
             version=meta_fields.integer(fields, "version"),
             digest=meta_fields.binary(fields, "digest", 32),
             previous=meta_fields.binary(fields, "previous", 32),
-            updates=tuple(_contribution(row) for row in rows),
+            updates=tuple(map(_contribution, rows)),
+            sets=tuple(map(_set, sets)),
+            dropped=tuple(map(_dropped, dropped)),
         )
         if entry.content() != content:
             raise ProtocolError("bad-entry", "the encoding of the entry is not canonical")
@@ -94,7 +159,7 @@ def _unpacked(content: bytes) -> Any:
 
     An empty map is one byte, and 72 when it is decoded: a file of 100 MB could take all memory.
     """
-    left = 2 + len(content) // ROW_BYTES_MIN  # the map, the list of updates, and each of them
+    left = 4 + len(content) // CONTAINER_BYTES_MIN  # the map, its three lists, and what is in them
 
     def counted(value: Any) -> Any:
         nonlocal left
@@ -116,6 +181,38 @@ def _contribution(row: object) -> Contribution:
         seq=meta_fields.integer(about, "seq"),
         digest=meta_fields.binary(about, "digest", 32),
         weight=meta_fields.number(about, "weight"),
+    )
+
+
+def _set(row: object) -> MergedSet:
+    if not isinstance(row, list) or len(row) != 5 or not isinstance(row[4], list) or not row[4]:
+        raise ProtocolError("bad-entry", "a set is not [digest, context, base, weight, members]")
+    about = dict(zip(("digest", "context", "base", "weight"), row[:4], strict=True))
+    return MergedSet(
+        digest=meta_fields.binary(about, "digest", 32),
+        context=meta_fields.binary(about, "context", 32),
+        base=meta_fields.integer(about, "base"),
+        weight=meta_fields.number(about, "weight"),
+        members=tuple(map(_member, row[4])),
+    )
+
+
+def _dropped(row: object) -> DroppedUpdate:
+    if not isinstance(row, list) or len(row) != 5:
+        raise ProtocolError("bad-entry", "a dropped update is not [device, key, seq, digest, reason]")
+    reason = meta_fields.line({"reason": row[4]}, "reason", REASON_BYTES_MAX)
+    return DroppedUpdate(update=_member(row[:4]), reason=reason)
+
+
+def _member(row: object) -> PrivateMember:
+    if not isinstance(row, list) or len(row) != 4:
+        raise ProtocolError("bad-entry", "an update is not [device, key, seq, digest]")
+    about = dict(zip(("device", "key", "seq", "digest"), row, strict=True))
+    return PrivateMember(
+        device=meta_fields.device(about),
+        key=KeyId(meta_fields.binary(about, "key", 8)),
+        seq=meta_fields.integer(about, "seq"),
+        digest=meta_fields.binary(about, "digest", 32),
     )
 
 
@@ -192,6 +289,7 @@ class Audit:
     size_bytes: int = 0
     _links: dict[int, _Link] = field(default_factory=dict)
     _highest: int = -1
+    _private: set[tuple[str, KeyId, int]] = field(default_factory=set)  # private updates, merged or dropped
 
     def take(self, signed: Signed) -> Entry | None:
         """Check the next entry by itself and note its faults; return the entry if it is genuine."""
@@ -202,16 +300,24 @@ class Audit:
         except ProtocolError as error:
             self.faults.append(f"entry {self.entries} is damaged: {error.detail}")
             return None
-        self.updates += len(entry.updates)
+        self.updates += sum(1 for _ in entry.named)
         genuine = self._is_genuine(entry, signed)
         if entry.version in self._links:
             self.faults.append(f"version {entry.version} is in the log twice, the second time as entry {self.entries}")
             return None
+        self._look_twice(entry)
         if entry.version < self._highest:
             self.faults.append(f"version {entry.version} comes after version {self._highest}: the order was changed")
         self._highest = max(self._highest, entry.version)
         self._links[entry.version] = _Link(entry.previous, signed.hash, entry.digest, genuine)
         return entry if genuine else None
+
+    def _look_twice(self, entry: Entry) -> None:
+        """An accepted private update is in one set of one version, or in none and dropped once."""
+        for update in (*entry.members, *(each.update for each in entry.dropped)):
+            if (name := (update.device, update.key, update.seq)) in self._private:
+                self.faults.append(f"version {entry.version} has update {update.seq} of {update.device} once more")
+            self._private.add(name)
 
     def _is_genuine(self, entry: Entry, signed: Signed) -> bool:
         try:

@@ -70,6 +70,8 @@ class Whole:
     meta: Mapping[str, Any]
     body: bytes
     digest: bytes  # see message_digest
+    first_header: bytes  # of part 0, as it was signed
+    first_signature: bytes
 
 
 def header_digest(header: bytes) -> bytes:
@@ -88,6 +90,7 @@ class _Assembly:
     bodies: dict[int, bytes] = field(default_factory=dict)
     headers: dict[int, bytes] = field(default_factory=dict)  # digests of the headers
     size_bytes: int = 0
+    first: tuple[bytes, bytes] = (b"", b"")  # header and signature of part 0
 
 
 @dataclass(slots=True)
@@ -117,12 +120,15 @@ class Collector:
             return None  # the first copy of a part wins
         assembly.bodies[frame.part] = frame.body
         assembly.headers[frame.part] = header_digest(frame.header)
+        if frame.part == 0:
+            assembly.first = frame.header, frame.signature
         assembly.size_bytes += len(frame.body)
         self.size_bytes += len(frame.body)
         if len(assembly.bodies) == frame.parts:
             self._forget(name)
             body = b"".join(assembly.bodies[part] for part in range(frame.parts))
-            return _whole(frame, body, b"".join(assembly.headers[part] for part in range(frame.parts)))
+            headers = b"".join(assembly.headers[part] for part in range(frame.parts))
+            return _whole(frame, body, headers, assembly.first)
         while len(self._assemblies) > self.messages_max or self.size_bytes > self.bytes_max:
             self.drop_oldest()
             self.dropped += 1
@@ -162,10 +168,10 @@ def _name(frame: Frame) -> tuple[KeyId, str, int, int, bytes]:
 
 def whole(frame: Frame) -> Whole:
     """The message in a single frame."""
-    return _whole(frame, frame.body, header_digest(frame.header))
+    return _whole(frame, frame.body, header_digest(frame.header), (frame.header, frame.signature))
 
 
-def _whole(frame: Frame, body: bytes, headers: bytes) -> Whole:
+def _whole(frame: Frame, body: bytes, headers: bytes, first: tuple[bytes, bytes]) -> Whole:
     return Whole(
         kind=frame.kind,
         federation=frame.federation,
@@ -176,4 +182,6 @@ def _whole(frame: Frame, body: bytes, headers: bytes) -> Whole:
         meta=frame.meta,
         body=body,
         digest=header_digest(headers),
+        first_header=first[0],
+        first_signature=first[1],
     )

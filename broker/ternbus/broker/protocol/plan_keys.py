@@ -16,6 +16,8 @@ from ternbus.broker.protocol.ternary import CODECS
 NO_DP: Final = "none"
 DEVICE: Final = "device"
 SAMPLE: Final = "sample"
+SUM: Final = "sum"  # of private sums: the draws of a set's devices are the noise (docs/privacy.md)
+THETA_MAX: Final = 0.25  # of the Poisson binomial mechanism: no draw's probability is beyond 1/4 and 3/4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,9 +107,11 @@ OWN: Final[Mapping[str, Key]] = {
     "evaluation_batch_size": Number(low=1, high=1e6, whole=True, optional=True),
     "precision": Choice(names=("float32", "bfloat16", "auto")),
     "memory_format": Choice(names=("contiguous", "channels-last", "auto")),
-    "dp": Choice(names=(NO_DP, DEVICE, SAMPLE)),
+    "dp": Choice(names=(NO_DP, DEVICE, SAMPLE, SUM)),
     "dp_clip": Number(low=0, high=1e6),
     "dp_noise": Number(low=0, high=1e6),
+    "dp_theta": Number(low=0, high=THETA_MAX),
+    "dp_norm": Number(low=0, high=1e6),
     "dp_epsilon": Number(low=0, high=1e6),
     "dp_delta": Number(low=1e-30, high=0.1),
     "participation": Number(low=1e-6, high=1),
@@ -135,9 +139,12 @@ def fault(plan: Mapping[str, Any]) -> str | None:
             f"at which the schedule ends, above {warm}"
         )
     if (kind := plan.get("dp", NO_DP)) != NO_DP:
-        needed = ("dp_clip", "dp_noise", "dp_epsilon")
+        needed = ("dp_theta", "dp_norm", "dp_epsilon") if kind == SUM else ("dp_clip", "dp_noise", "dp_epsilon")
         if missing := [name for name in needed if not plan.get(name)]:
-            return f"dp is {kind!r}: dp_clip, dp_noise and dp_epsilon must be above 0; set {', '.join(missing)}"
+            listed = f"{needed[0]}, {needed[1]} and {needed[2]}"
+            return f"dp is {kind!r}: {listed} must be above 0; set {', '.join(missing)}"
+        if kind == SUM and plan.get("codec", PRIVATE) != PRIVATE:
+            return f"dp is {SUM!r}: only sums of many devices have its noise; set codec to {PRIVATE!r} (private sums)"
     return None
 
 

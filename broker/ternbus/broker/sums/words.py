@@ -70,14 +70,18 @@ class Layout:
         """The largest number of devices in a set whose values, from -levels to levels, cannot wrap."""
         return min(DEVICES_MAX, ((1 << (self.bits - 1)) - 1) // levels)
 
+    def zeros(self) -> Words:
+        """The words of nothing, to which others are added."""
+        return np.zeros(self.words, "<u8")
+
     def pack(self, ternary: npt.NDArray[np.signedinteger[Any]], plain: Integers) -> Words:
         """The words of values: shapes (ternary,), signed, and (plain,)."""
-        lanes = np.zeros(self.ternary_words * self.lanes, "<u8")
-        lanes[: self.ternary] = ternary.astype(np.int64).view(np.uint64) & np.uint64(2**self.bits - 1)
+        lanes = np.zeros(self.ternary_words * self.lanes, np.uint8)  # no lane is wider
+        lanes[: self.ternary] = ternary.astype(np.int8).view(np.uint8) & np.uint8(2**self.bits - 1)
         by_word = lanes.reshape(self.ternary_words, self.lanes)
-        words = np.zeros(self.words, "<u8")
+        words = self.zeros()
         for lane in range(self.lanes):
-            words[: self.ternary_words] |= by_word[:, lane] << np.uint64(self.bits * lane)
+            words[: self.ternary_words] |= by_word[:, lane].astype("<u8") << np.uint64(self.bits * lane)
         self._plain_of(words)[: self.plain] = (plain & 0xFFFFFFFF).astype(np.uint32)
         return words
 

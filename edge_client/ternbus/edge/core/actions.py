@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from ternbus.broker.protocol.schema import Schema, Vector, to_tensors
 from ternbus.edge.core.state import AnsweredUpdate, State
 from ternbus.edge.learn.local_state import unpacked
+from ternbus.edge.learn.sum_content import SumJob
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.privacy import Account, PrivacyPolicy
 from ternbus.edge.plan.tensors import FloatArray, Tensors
@@ -64,6 +65,7 @@ class StartTraining:
     account: Account = field(default_factory=Account)
     policy: PrivacyPolicy | None = None  # the owner's
     local: bytes = field(default=b"", repr=False)  # the device's own tensors, packed
+    sums: SumJob | None = None  # of a private sum; None: the change is sent as a block
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -45,17 +45,19 @@ from ternbus.edge.core.actions import Action, Connect, Log, Publish, StartTraini
 from ternbus.edge.core.enrollment import Enrollment
 from ternbus.edge.core.evaluation import EvaluationPolicy
 from ternbus.edge.core.events import Event
-from ternbus.edge.core.failures import shown
 from ternbus.edge.core.fine_tuning import FineTuning
 from ternbus.edge.core.follower import Follower, InitialModel
 from ternbus.edge.core.foreign_numbers import ForeignNumbers
 from ternbus.edge.core.log_sampler import LogSampler
+from ternbus.edge.core.own_status import OwnStatus
 from ternbus.edge.core.pending_state import PendingState
 from ternbus.edge.core.presence import Presence
-from ternbus.edge.core.profile import ENROLL_SEQ, OFFLINE, Profile, subscriptions
+from ternbus.edge.core.private_terms import PrivateTerms
+from ternbus.edge.core.profile import ENROLL_SEQ, Profile, subscriptions
 from ternbus.edge.core.receipts import ENDINGS, describe_refusal, ends
 from ternbus.edge.core.reconnection import Reconnection
 from ternbus.edge.core.resubscribe import Resubscribe
+from ternbus.edge.core.schema_check import SchemaCheck
 from ternbus.edge.core.state import OLD_HEAD, State
 from ternbus.edge.core.training_policy import TrainingPolicy, budget_spent, describe
 from ternbus.edge.core.uplink import Uplink
@@ -72,12 +74,20 @@ class Core:
         self.follower = Follower(
             federation=profile.federation, initial_model=initial_model, schema_bytes_max=schema_bytes
         )
+        self.terms = PrivateTerms(profile=profile, pending=self.pending)
         self.enrollment = Enrollment(profile=profile, pending=self.pending)
         self.uplink = Uplink(profile=profile, pending=self.pending)
         self.training = TrainingPolicy(profile=profile)
         self.evaluation = EvaluationPolicy(profile=profile, pending=self.pending)
         self.fine_tuning = FineTuning(profile=profile, training=self.training, evaluation=self.evaluation)
         self.presence = Presence()
+        self._own_status = OwnStatus(
+            profile=profile,
+            pending=self.pending,
+            presence=self.presence,
+            training=self.training,
+            evaluation=self.evaluation,
+        )
         self._sampler = LogSampler()
         self._reconnect = Reconnection(device=profile.device, salt=profile.key.hex())
         self._foreign_numbers = ForeignNumbers(profile=profile, pending=self.pending)
@@ -86,13 +96,10 @@ class Core:
         self._online = False  # whether there is a connection
         self._connecting = False
         self._logged_head_state = ""
-        self._recent_seqs: set[int] = set()  # of status and metrics: a revocation may answer them
         self._accepted = 0  # updates, since this process began
-        self._schema_checked = False
+        self._schema_check = SchemaCheck(profile=profile, pending=self.pending)
         self._leaving = self._stopped = False
-        if state.key != profile.key:
-            self.pending.put(state.with_key(profile.key))
-            self.uplink.key_changed()
+        self.uplink.started()
 
     @property
     def state(self) -> State:
@@ -122,6 +129,7 @@ class Core:
         times = [
             None if self._online or self._connecting else self._reconnect.due_s,
             self.follower.due_s() if self._online else None,
+            self.terms.due_s() if self._online else None,
             self._resubscribe.due_s(self.presence.online is not None) if self._online else None,
             self._enroll_due_s(),
             self._send_due_s(),
@@ -176,11 +184,13 @@ class Core:
         """The actions that the new state allows, whichever event led to it."""
         actions = self._connect(now)
         if self._online:
-            actions += [*self._subscribe_again(now), *self.follower.time_reached(now)]
+            actions += [*self._subscribe_again(now), *self.follower.time_reached(now), *self.terms.time_reached(now)]
         actions += self._check_schema()
         actions += self._leave_if_done()
         if self._stopped:
             return actions
+        actions += [*self.terms.check(self.training.plan, self.follower.schema), *self._note_refusal()]
+        actions += self.uplink.withdraw(self.follower.head, self.follower.schema)
         actions += self.evaluation.begin(self.follower, self.training, now)
         actions += [] if self._leaving else self._begin_training(now)
         actions += self._send(now)
@@ -194,7 +204,7 @@ class Core:
         self._connecting = True
         # Each attempt has its own session number: the broker may have accepted an attempt whose answer was lost.
         self.pending.put(replace(self.state, session=self.state.session + 1))
-        will = self.profile.status(OFFLINE, seq=self.pending.next_seq(), session=self.state.session)
+        will = self._own_status.offline()
         return [Connect(will_topic=will.topic, will_payload=will.payload)]
 
     def _connected(self, frame_bytes: int, now: float) -> list[Action]:
@@ -205,9 +215,11 @@ class Core:
         self.enrollment.resend.restart(now)
         self.uplink.connected(frame_bytes, now)
         log = Log(event="connected", text="connected to the broker", fields={"session": self.state.session})
-        subscribe = Subscribe(filters=subscriptions(self.profile.federation, self.profile.device))
+        private = self.profile.is_private
+        subscribe = Subscribe(filters=subscriptions(self.profile.federation, self.profile.device, private=private))
         metrics = self.evaluation.unacknowledged.values()
-        return [log, subscribe, *self._status(), *self.follower.reconnected(now), *metrics]
+        asked = [*self.follower.reconnected(now), *self.terms.reconnected(now)]
+        return [log, subscribe, *self._status(), *asked, *metrics]
 
     def _subscribe_again(self, now: float) -> list[Action]:
         """Subscribe again to status and head, if they did not arrive."""
@@ -219,6 +231,7 @@ class Core:
     def _disconnected(self, reason: str, now: float) -> list[Action]:
         self._online, self._connecting = False, False
         self.follower.disconnected()
+        self.terms.disconnected()
         return [*self._reconnect.failed(reason, now)]
 
     def _acknowledged(self, seq: int, now: float) -> None:
@@ -229,30 +242,28 @@ class Core:
             self.uplink.acknowledged(seq, now)
 
     def _status(self) -> list[Action]:
-        """Publish the device's status, unless the key is not enrolled: the aggregator could not verify it."""
-        if not self._online or not self.state.enrolled or self.profile.role in {"join", "export"}:
+        return [*self._own_status.now()] if self._online else []
+
+    def _note_refusal(self) -> list[Action]:
+        """Keep, for its owner and the aggregator's operator, why a private device makes no update."""
+        refusal = self.training.refusal or self.terms.refusal
+        if not self.profile.is_private or refusal == self.state.refusal:
             return []
-        running = self.training.running
-        seen = self.state.head_version if self.presence.is_behind else -1  # a sign that the aggregator lost versions
-        state, base = ("idle", seen) if running is None else ("training", running.base)
-        seq, session, policy = self.pending.next_seq(), self.state.session, self.training
-        reason = policy.failures.reason or self.evaluation.failures.reason
-        failing = shown(reason, private=policy.private, sealed=policy.sealed)
-        return [self._note_seq(self.profile.status(state, seq=seq, session=session, base=base, failing=failing))]
+        self.pending.put(replace(self.state, refusal=refusal))
+        return self._status()
 
     def _evaluated(self, done: list[Action], metrics: list[Publish]) -> list[Action]:
         """Publish the metrics; without a connection they are published at the next connect."""
-        return [*done, *map(self._note_seq, metrics if self._online else [])]
-
-    def _note_seq(self, publish: Publish) -> Publish:
-        self._recent_seqs = {*sorted(self._recent_seqs)[-7:], publish.seq}
-        return publish
+        return [*done, *map(self._own_status.noted, metrics if self._online else [])]
 
     # -- messages that arrive
 
     def _frame(self, topic: str, frame: Frame, now: float) -> list[Action]:
         """Check the frame in the protocol's order, then handle it by its kind."""
-        if self.profile.checked(topic, frame).part is not None:
+        address = self.profile.checked(topic, frame)
+        if address.kind == topics.TERMS:
+            return self.terms.part_arrived(topic, frame, now)
+        if address.part is not None:
             return self.follower.part_arrived(topic, frame, now)
         frame.check_bodiless()
         match frame.kind:
@@ -272,11 +283,11 @@ class Core:
         head = Head.from_meta(frame.meta)
         self._resubscribe.head_arrived(now)
         seen = self.state.with_head(head.version, frame.seq, head.digest)
+        actions = self.terms.head_accepted(head, frame.meta_bytes, now)
         self.presence.head_arrived(is_old=False)
         if fault := self.profile.size_fault(head.snapshot.content_bytes):
             return self._stop(EXIT_FAILED, fault)
         self.pending.put(seen)
-        actions: list[Action] = []
         if head.state != self._logged_head_state:
             self._logged_head_state = head.state
             actions.append(Log(event=head.state, text=f"the federation is {head.state}"))
@@ -294,7 +305,7 @@ class Core:
         update = self.state.outstanding
         ours = update is not None and receipt.seq == update.seq
         enrollment = receipt.seq == ENROLL_SEQ and not self.state.enrolled
-        known = ours or enrollment or (receipt.outcome in ENDINGS and receipt.seq in self._recent_seqs)
+        known = ours or enrollment or (receipt.outcome in ENDINGS and receipt.seq in self._own_status.recent_seqs)
         if not (self.profile.is_addressed(receipt) and known):
             raise ProtocolError("not-outstanding", "a receipt for no outstanding message of this device")
         if ends(receipt, frame_seq, self.state, enrollment=enrollment):
@@ -313,21 +324,14 @@ class Core:
 
     def _check_schema(self) -> list[Action]:
         """Stop if the federation's schema has changed, or is not that of the task's model."""
-        schema = self.follower.schema
-        if schema is None or self._schema_checked:
-            return []
-        if fault := self.profile.schema_fault(schema, self.state.schema):
-            return self._stop(EXIT_FAILED, fault)  # not EXIT_CONFIG, because the schema comes from a peer
-        self._schema_checked = True
-        if not self.state.schema:
-            self.pending.put(replace(self.state, schema=schema.encoded))
-        return []
+        fault = self._schema_check.fault(self.follower.schema)
+        return self._stop(EXIT_FAILED, fault) if fault else []  # not EXIT_CONFIG: the schema comes from a peer
 
     def _leave_if_done(self) -> list[Action]:
         if self._stopped:
             return []
         if self.profile.role == "join":
-            done = self.state.enrolled and self._schema_checked
+            done = self.state.enrolled and self._schema_check.done
             return self._stop(EXIT_DONE, f"{self.profile.device} has joined {self.profile.federation}") if done else []
         reason = self.fine_tuning.stop_reason(self.follower, self._accepted)
         self._leaving = bool(reason)  # may become false again: the federation can be reopened
@@ -341,7 +345,7 @@ class Core:
         return [*last, *self._stop(EXIT_DONE, reason)]
 
     def _begin_training(self, now: float) -> list[Action]:
-        done = self.training.begin(self.follower, self.state, now)
+        done = self.training.begin(self.follower, self.terms, self.state, now)
         began = any(isinstance(action, StartTraining) for action in done)
         return [*done, *(self._status() if began else [])]
 
@@ -349,7 +353,7 @@ class Core:
         job = self.training.finished(event)
         if job is None:
             return []
-        self.uplink.store(event, job.plan, now)
+        self.uplink.store(event, job, now)
         return [describe(event), *self._status()]
 
     # -- sending
@@ -379,20 +383,18 @@ class Core:
     def _check_wait(self, now: float) -> list[Action]:
         if self._online:
             own = self.evaluation if self.profile.role == "evaluate" else self.training
-            awaited = awaited_of(self.presence, self.follower, own.failures, enrolled=self.state.enrolled)
+            awaited = awaited_of(self.presence, self.follower, self.terms, own.failures, enrolled=self.state.enrolled)
         else:
             awaited = f"the broker ({self._reconnect.reason})" if self._reconnect.reason else "the broker"
         self._wait_timer.wait_for(awaited, now)
         if self._wait_timer.timed_out(now):
             waited_s = self._wait_timer.waited_s(now)
             return self._stop(EXIT_FAILED, f"gave up after waiting {waited_s:.0f} s for {awaited}")
-        if self._wait_timer.report_due(now):
-            return [Log(event="waiting", text=f"waiting for {awaited}", fields={"for": awaited})]
-        return []
+        return [*self._wait_timer.report(now)]
 
     def _stop(self, code: int, reason: str) -> list[Action]:
         self._stopped = True
         goodbye: list[Action] = []
         if self._online and self.state.enrolled:
-            goodbye = [self.profile.status(OFFLINE, seq=self.pending.next_seq(), session=self.state.session)]
+            goodbye = [self._own_status.offline()]
         return [*goodbye, Stop(code=code, reason=reason)]

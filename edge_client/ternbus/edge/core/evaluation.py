@@ -87,8 +87,12 @@ class EvaluationPolicy:
         return [log], self.report(event, sealed=sealed)
 
     def report(self, found: Evaluated | FineTuned, *, sealed: bool) -> list[Publish]:
-        """The metrics of a version; none on a device's own data if ``sealed``, or if its owner does not allow it."""
-        if self.profile.role == "train" and (sealed or not self.profile.reports):
+        """The metrics of a version; none on a device's own data if ``sealed``, or if its owner does not allow it.
+
+        A private device publishes none at all.
+        """
+        is_own = self.profile.role == "train" and (sealed or not self.profile.reports)
+        if is_own or self.profile.sums is not None:
             return []
         message = self.profile.message(Metrics.KIND, self.pending.next_seq(), self.metrics(found).meta())
         self.unacknowledged[message.seq] = message

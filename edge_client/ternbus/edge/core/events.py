@@ -10,6 +10,7 @@ from ternbus.broker.protocol.direction import PERSONAL, Direction
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.schema import Vector
 from ternbus.broker.protocol.ternary import Block
+from ternbus.edge.learn.sum_content import SumContent
 from ternbus.edge.plan.privacy import Account
 
 
@@ -71,16 +72,22 @@ class Refused:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrainingFinished:
-    """Training on ``base`` finished; ``block`` is to be sent, ``residual`` is the part of the change not in it."""
+    """Training on ``base`` finished; ``content`` is to be sent, ``residual`` is the part of the change not in it."""
 
     base: int
     samples: int
     metrics: Mapping[str, float]
-    block: Block
+    content: Block | SumContent  # the second for a job with ``sums``
     residual: Vector | None
     account: Account | None = None  # this training included; None without differential privacy
     local: bytes | None = None  # the device's own tensors, packed; None: as before
     failure: str = ""  # why it failed and noise is sent instead, under differential privacy; for the device's log
+
+    @property
+    def block(self) -> Block:
+        """The content of a job without ``sums``."""
+        assert isinstance(self.content, Block)  # noqa: S101 - the worker encodes by the job
+        return self.content
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

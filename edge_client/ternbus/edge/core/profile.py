@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final, Literal, Protocol
 
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import topics
@@ -13,10 +13,12 @@ from ternbus.broker.protocol.messages import DEVICE_STATES, Enroll, Grant, Recei
 from ternbus.broker.protocol.parts import cut, message_digest
 from ternbus.broker.protocol.schema import ELEMENTS_MAX, Schema
 from ternbus.broker.protocol.topics import Address
+from ternbus.broker.sums import masks
 from ternbus.edge.core.actions import Publish
 from ternbus.edge.core.state import OutstandingUpdate, Seal
 from ternbus.edge.plan.limits import TrainingLimits
 from ternbus.edge.plan.privacy import PrivacyPolicy
+from ternbus.edge.plan.sum_policy import SumPolicy
 
 Role = Literal["join", "train", "evaluate", "export"]
 ENROLL_SEQ: Final = 1
@@ -24,14 +26,26 @@ OFFLINE: Final = DEVICE_STATES[-1]
 MISFIT_BYTES: Final = 16 * 2**20
 
 
-def subscriptions(federation: str, device: str) -> tuple[str, ...]:
-    """The topic filters of every connection; parts of snapshots and deltas are subscribed to later, by name."""
-    return (
+class Box(Protocol):
+    """`masks.box`: a seed, sealed to a helper's key and bound to one update."""
+
+    def __call__(
+        self, box_key: bytes, seed: bytes, *, context: bytes, device: bytes, helper: bytes, seq: int
+    ) -> bytes: ...
+
+
+def subscriptions(federation: str, device: str, *, private: bool = False) -> tuple[str, ...]:
+    """The topic filters of every connection; parts of snapshots and deltas are subscribed to later, by name.
+
+    The terms of private sums are for a device that takes part in them.
+    """
+    every = (
         topics.status(federation),
         topics.head(federation),
         topics.down(federation, device, "#"),
         f"{topics.root(federation)}/all/delta/#",
     )
+    return (*every, f"{topics.root(federation)}/all/{topics.TERMS}/#") if private else every
 
 
 def schema_mismatch(schema: Schema, tensors: Mapping[str, tuple[int, ...]]) -> str:
@@ -91,11 +105,18 @@ class Profile:
     classes: Mapping[str, int] = field(default_factory=dict)  # its samples by class, to publish with them
     fine_tune: float = 0.0  # epochs on the device's own data before it stops; 0: none
     stays: bool = False  # while the federation is closed, until it is resumed
+    sums: SumPolicy | None = None  # what its owner pins of private sums; with it the device sends no other updates
+    box: Box = field(default=masks.box, repr=False)  # random, as ``seal`` is
 
     @property
     def evaluates(self) -> bool:
         """Whether it evaluates versions, on the task's test data or on the held-out data."""
         return self.role == "evaluate" or (self.role == "train" and self.reports)
+
+    @property
+    def is_private(self) -> bool:
+        """Whether it takes part in private sums."""
+        return self.role == "train" and self.sums is not None
 
     @property
     def key(self) -> KeyId:

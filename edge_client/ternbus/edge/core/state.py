@@ -21,6 +21,17 @@ Seal = Callable[[bytes], bytes]  # plain bytes -> sealed box
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PrivatePart:
+    """What an update of a private sum has beside its words, which ``encoded`` has unmasked."""
+
+    terms: bytes = field(repr=False)  # as encoded
+    context: bytes
+    min: int  # devices in the sum, by the device's owner
+    seeds: tuple[bytes, ...] = field(repr=False)  # one for each helper, in the order of the terms
+    boxes: tuple[bytes, ...] = field(default=(), repr=False)  # likewise, for the present key and number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class OutstandingUpdate:
     """An update without a receipt. It determines its frames, which are the same bytes each time."""
 
@@ -30,9 +41,10 @@ class OutstandingUpdate:
     metrics: Mapping[str, float]
     codec: str
     encoding: str
-    encoded: bytes = field(repr=False)  # the block's encoded content
+    encoded: bytes = field(repr=False)  # the block's encoded content, or words
     sealed: bytes = field(default=b"", repr=False)  # the sealed box; empty without `seal` in the plan
     frame_bytes: int  # the limit for its frames
+    private: PrivatePart | None = field(default=None, repr=False)  # of a private sum
 
     @property
     def body(self) -> bytes:
@@ -47,6 +59,9 @@ class OutstandingUpdate:
             encoding=self.encoding,
             sealed=bool(self.sealed),
             metrics=self.metrics,
+            context=self.private.context if self.private is not None else b"",
+            min=self.private.min if self.private is not None else 0,
+            boxes=self.private.boxes if self.private is not None else (),
         )
 
     def block(self, schema: Schema) -> Block:
@@ -78,9 +93,10 @@ def prepare(
     )
 
 
-def sealed(update: OutstandingUpdate, key: KeyId, seal: Seal) -> OutstandingUpdate:
-    """The same update with its body in a sealed box, which binds it to key and sequence number."""
-    return replace(update, sealed=seal(key + update.seq.to_bytes(8, "little") + update.encoded))
+def sealed(update: OutstandingUpdate, key: KeyId, seal: Seal, body: bytes | None = None) -> OutstandingUpdate:
+    """The same update with ``body``, or else its content, in a sealed box that binds it to key and sequence number."""
+    plain = update.encoded if body is None else body
+    return replace(update, sealed=seal(key + update.seq.to_bytes(8, "little") + plain))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +132,9 @@ class State:
     local: bytes = field(default=b"", repr=False)  # the device's own tensors after its last training, packed
     protected: str = ""  # the plan's `dp` with which outstanding, residual and local were made
     account: Account = field(default_factory=Account)
+    left: int = -1  # base of the newest private update of which a frame may have left the device
+    cards: Mapping[bytes, int] = field(default_factory=dict)  # the highest box key seen, by a pinned helper's key
+    refusal: str = ""  # why a device with pinned helpers makes no update at present; for its owner
 
     def with_key(self, key: KeyId) -> "State":
         """The state with a new key, which must be enrolled and has its own counters."""
@@ -124,7 +143,8 @@ class State:
     def rejoined(self, key: KeyId) -> "State":
         """The state with a new key and without any counter that another could have raised.
 
-        What the owner's budget and the device's own count rest on stays: ``account`` and ``accepted``; ``local`` too.
+        What the owner's budget and the device's own count rest on stays: ``account`` and ``accepted``; ``local`` and
+        ``cards`` too.
         The outstanding update is dropped, because its base may be a version that was never published.
         """
         new = State(key=key)
@@ -135,6 +155,7 @@ class State:
             account=self.account,
             local=self.local,
             protected=self.protected,
+            cards=self.cards,
         )
 
     def with_head(self, version: int, seq: int, digest: bytes) -> "State":

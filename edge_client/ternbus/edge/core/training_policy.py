@@ -6,19 +6,23 @@ from typing import Final
 
 from ternbus.broker.backoff import Retry
 from ternbus.broker.errors import ProtocolError
-from ternbus.broker.protocol.messages import OPEN, Head
+from ternbus.broker.protocol.messages import OPEN, PRIVATE, Head
+from ternbus.broker.sums.terms import KIND as TERMS
 from ternbus.edge.core.actions import Log, StartTraining
 from ternbus.edge.core.events import BudgetSpent, TrainingFailed, TrainingFinished
 from ternbus.edge.core.failures import Failures
 from ternbus.edge.core.follower import Follower
+from ternbus.edge.core.private_terms import PrivateTerms
 from ternbus.edge.core.profile import Profile
 from ternbus.edge.core.state import State
 from ternbus.edge.plan.plan import NO_DP, Plan
+from ternbus.edge.plan.privacy import SAMPLE, SUM
 from ternbus.edge.plan.schedule import TURNS, turn
+from ternbus.edge.plan.sum_policy import fault
 
 MIXED: Final = (
-    'it has dp = "device", but this device has trained under dp = "sample", which has no epsilon for the whole device; '
-    'use dp = "sample", or leave and join again as another device'
+    'it has dp = "{}", but this device has trained under dp = "{}", which has no epsilon for what that protects; use '
+    'dp = "{}", or leave and join again as another device'
 )
 
 
@@ -39,6 +43,7 @@ class TrainingPolicy:
     profile: Profile
     running: StartTraining | None = None
     plan: Plan | None = None  # the federation's; None if it is invalid, or forbidden by the owner
+    refusal: str = ""  # why there is no plan
     due_s: float | None = None  # the time of its turn, if no new version arrives before; or of the next attempt
     failures: Failures = field(init=False)
     _newest: tuple[int, float] = (-1, 0.0)  # the newest version, and since when it could be trained on
@@ -50,8 +55,8 @@ class TrainingPolicy:
 
     @property
     def sealed(self) -> bool:
-        """Whether metrics of the device's data stay on it: the plan seals or adds noise, or there is no plan."""
-        return self.plan is None or self.plan.seal or self.plan.dp != NO_DP
+        """Whether metrics of the device's data stay on it: it is private, or the plan seals, adds noise or is none."""
+        return self.profile.sums is not None or self.plan is None or self.plan.seal or self.plan.dp != NO_DP
 
     @property
     def private(self) -> bool:
@@ -61,20 +66,28 @@ class TrainingPolicy:
     def read_plan(self, head: Head) -> list[Log]:
         """Read the head's plan; the task's default plan completes it, the owner's policy and limits bound it."""
         self.plan, policy = None, self.profile.policy
+        # The terms' digest is in a head's plan, but is no part of how to train: only `PrivateTerms` reads it.
+        keys = {name: value for name, value in head.plan.items() if name != TERMS}
         try:
-            plan = Plan.from_meta({**self.profile.default_plan, **head.plan})
+            plan = Plan.from_meta({**self.profile.default_plan, **keys})
         except ProtocolError as error:
-            return [_refused(str(error))]
+            return self._refuse(str(error))
+        if reason := fault(self.profile.sums, plan):
+            return self._refuse(reason)
         bound = plan if policy is None else policy.bound(plan)
         if isinstance(bound, str):
-            return [_refused(bound)]
-        self.plan = self.profile.limits.bound(bound)
+            return self._refuse(bound)
+        self.plan, self.refusal = self.profile.limits.bound(bound), ""
         if self._unaffordable is not None and self._unaffordable != self.plan:
             self._unaffordable = None
             self.failures.succeeded()  # so that it is tried at once
         return []
 
-    def begin(self, follower: Follower, state: State, now: float) -> list[StartTraining | Log]:
+    def _refuse(self, reason: str) -> list[Log]:
+        self.refusal = reason
+        return [_refused(reason)]
+
+    def begin(self, follower: Follower, terms: PrivateTerms, state: State, now: float) -> list[StartTraining | Log]:
         """Start a training on the head's version, unless a condition is missing."""
         self.due_s = None
         head, vector, schema, plan = follower.head, follower.vector, follower.schema, self.plan
@@ -89,7 +102,11 @@ class TrainingPolicy:
             return []
         if plan.dp != NO_DP and not state.account.covers(plan.dp):
             self.plan = None  # until the next head
-            return [_refused(MIXED)]
+            before = SUM if plan.dp == SAMPLE else SAMPLE
+            return [*self._refuse(MIXED.format(plan.dp, before, before))]
+        sums = terms.job(head) if plan.codec == PRIVATE else None
+        if sums is None and plan.codec == PRIVATE:
+            return []
         if (waiting := self._wait_for_turn(plan, head.version, now)) is not None:
             return [*waiting]
         self.running = StartTraining(
@@ -103,6 +120,7 @@ class TrainingPolicy:
             account=state.account,
             policy=self.profile.policy,
             local=state.local_under(plan.dp),
+            sums=sums,
         )
         text = f"training on version {head.version}"
         return [self.running, Log(event="training", text=text, fields={"base": head.version})]
@@ -145,7 +163,7 @@ class TrainingPolicy:
         running, self.running = self.running, None
         reason = (
             f"epsilon would be {event.epsilon:.4g} with it, above {event.budget:g} (delta {event.delta:g}); a plan "
-            "with more dp_noise, fewer steps or a larger dp_epsilon may do"
+            "with more noise (dp_noise, or a smaller dp_theta), fewer steps or a larger dp_epsilon may do"
         )
         known = self.failures.reason == reason
         self._unaffordable = None if running is None else running.plan

@@ -7,17 +7,19 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from ternbus.broker.protocol.frame import FRAME_BYTES
-from ternbus.broker.protocol.messages import SAMPLES_MAX, Grant, Offer, Receipt
+from ternbus.broker.protocol.messages import SAMPLES_MAX, Grant, Head, Offer, Receipt
 from ternbus.broker.protocol.meta_fields import ENTRIES_MAX
 from ternbus.broker.protocol.schema import Schema
-from ternbus.edge.core.actions import Action, Log, Publish
+from ternbus.edge.core.actions import Action, Log, Publish, StartTraining
 from ternbus.edge.core.events import TrainingFinished
+from ternbus.edge.core.masking import masked, prepare_private
 from ternbus.edge.core.pending_state import PendingState
 from ternbus.edge.core.profile import Profile
-from ternbus.edge.core.receipts import after_receipt, counter_is_behind, describe
+from ternbus.edge.core.receipts import after_receipt, counter_is_behind, describe, fate, is_out, withdrawn
 from ternbus.edge.core.resend import Resend
 from ternbus.edge.core.state import RENUMBERED, AnsweredUpdate, OutstandingUpdate, prepare, sealed
-from ternbus.edge.plan.plan import NO_DP, Plan
+from ternbus.edge.learn.sum_content import SumContent
+from ternbus.edge.plan.plan import NO_DP
 from ternbus.edge.plan.privacy import privacy_metrics
 
 FIRST_RESEND_S: Final = 60.0
@@ -38,6 +40,15 @@ class Uplink:
     def __post_init__(self) -> None:
         self.resend = Resend(salt=self.profile.key.hex(), first_s=FIRST_RESEND_S)
 
+    def started(self) -> None:
+        """Adapt the state of a process that had another key, or did not take part in private sums."""
+        state = self.pending.state
+        if self.profile.sums is not None and state.outstanding is not None and state.outstanding.private is None:
+            self.pending.put(replace(state, outstanding=None))  # a private device sends no other updates
+        if state.key != self.profile.key:
+            self.pending.put(self.pending.state.with_key(self.profile.key))
+            self.key_changed()
+
     def key_changed(self) -> None:
         """Renumber the outstanding update, which was signed with the device's former key."""
         update = self.pending.state.outstanding
@@ -55,22 +66,13 @@ class Uplink:
             self._replace_outstanding(self._renumbered(update), before)
         self.resend.restart(now)
 
-    def store(self, finished: TrainingFinished, plan: Plan, now: float) -> None:
-        """Make the result of a training the outstanding update, with residual, local tensors and privacy cost.
+    def store(self, finished: TrainingFinished, job: StartTraining, now: float) -> None:
+        """Make the result of a job the outstanding update, with residual, local tensors and privacy cost.
 
         All of it is one durable write, before any part of the update is sent.
         """
-        hidden = plan.seal or plan.dp != NO_DP  # metrics are in the header, in the clear, and depend on the data
-        update = prepare(
-            finished.block,
-            seq=self.pending.next_seq(),
-            base=finished.base,
-            samples=min(max(finished.samples, 1), SAMPLES_MAX),
-            metrics=privacy_metrics(finished.metrics) if hidden else _sendable(finished.metrics),
-            frame_bytes=self.frame_bytes,
-        )
-        if plan.seal:
-            update = sealed(update, self.profile.key, self.profile.seal)
+        plan = job.plan
+        update = self._prepared(finished, job)
         state = self.pending.state  # with the update's number reserved
         self.pending.put(
             replace(
@@ -84,6 +86,49 @@ class Uplink:
         )
         self.resend.restart(now)
 
+    def _prepared(self, finished: TrainingFinished, job: StartTraining) -> OutstandingUpdate:
+        # metrics are in the header, in the clear, and depend on the data
+        hidden = job.plan.seal or job.plan.dp != NO_DP or job.sums is not None
+        metrics = privacy_metrics(finished.metrics) if hidden else _sendable(finished.metrics)
+        seq = self.pending.next_seq()
+        if job.sums is not None:
+            assert isinstance(finished.content, SumContent)  # noqa: S101 - the worker encodes by the job
+            return prepare_private(
+                finished.content,
+                job.sums,
+                self.profile,
+                seq=seq,
+                base=finished.base,
+                metrics=metrics,
+                frame_bytes=self.frame_bytes,
+            )
+        update = prepare(
+            finished.block,
+            seq=seq,
+            base=finished.base,
+            samples=min(max(finished.samples, 1), SAMPLES_MAX),
+            metrics=metrics,
+            frame_bytes=self.frame_bytes,
+        )
+        return sealed(update, self.profile.key, self.profile.seal) if job.plan.seal else update
+
+    def withdraw(self, head: Head | None, schema: Schema | None) -> list[Log]:
+        """Give up a private update that is too late before a frame of it has left: its change goes into the residual.
+
+        Later the change could be in a sum that somebody opens, and would be lost.
+        """
+        state, update = self.pending.state, self.pending.state.outstanding
+        if head is None or update is None or update.private is None or is_out(state, update):
+            return []
+        if update.base >= head.version - head.max_staleness:
+            return []
+        self.pending.put(withdrawn(state, update, schema or Schema.parse(state.schema)))
+        text = (
+            f"the update on version {update.base} is too late (the head is {head.version}), and nothing of it was "
+            f"sent; {fate(update)}"
+        )
+        return [Log(event="withdrawn", text=text, fields={"base": update.base, "version": head.version})]
+
     def send(self, update: OutstandingUpdate, direct_parts: int, now: float) -> list[Action]:
         """Send the update, or offer it if it has more parts than the head's `direct_parts`."""
         parts = self.profile.update(update)
@@ -93,6 +138,8 @@ class Uplink:
         offered = len(parts) > direct_parts
         if offered:
             parts = [self.profile.message(Offer.KIND, update.seq, Offer(base=update.base, parts=len(parts)).meta())]
+        else:
+            self._leaves(update)
         self.resend.sent(len(parts), now)
         self._in_transit[update.seq] += len(parts)
         size = sum(len(part.payload) for part in parts)
@@ -111,8 +158,16 @@ class Uplink:
         self.resend.granted(grant.deadline_s, now)
         if self._is_congested(len(parts)):
             return []
+        if wanted:
+            self._leaves(update)
         self._in_transit[update.seq] += len(wanted)
         return [parts[part] for part in sorted(wanted)]
+
+    def _leaves(self, update: OutstandingUpdate) -> None:
+        """Note, before a frame of a private update leaves, that one may have."""
+        state = self.pending.state
+        if update.private is not None and not is_out(state, update):
+            self.pending.put(replace(state, left=update.base))
 
     def acknowledged(self, seq: int, now: float) -> None:
         """The broker has taken, or refused, a frame with this number."""
@@ -149,7 +204,8 @@ class Uplink:
         answered = self._answered_update(update, receipt.outcome, receipt.version)
         state = self.pending.state
         self.pending.put(after_receipt(state, update, receipt, schema or Schema.parse(state.schema)), answered)
-        return [Log(event=receipt.outcome, text=describe(receipt, update), fields={**fields, "reason": receipt.reason})]
+        text = describe(receipt, update, is_out=is_out(state, update))
+        return [Log(event=receipt.outcome, text=text, fields={**fields, "reason": receipt.reason})]
 
     def _answered_update(self, update: OutstandingUpdate, outcome: str, version: int) -> AnsweredUpdate:
         digest = self.profile.digest(update)
@@ -162,8 +218,10 @@ class Uplink:
         self.pending.put(replace(self.pending.state, outstanding=update), answered)
 
     def _renumbered(self, update: OutstandingUpdate) -> OutstandingUpdate:
-        """The update with a new sequence number, in new parts, sealed and signed again."""
+        """The update with a new sequence number, in new parts, sealed and signed again, and masked if it is private."""
         fresh = replace(update, seq=self.pending.next_seq(), frame_bytes=self.frame_bytes, sealed=b"")
+        if update.private is not None:
+            return masked(fresh, self.profile)
         return sealed(fresh, self.profile.key, self.profile.seal) if update.sealed else fresh
 
 

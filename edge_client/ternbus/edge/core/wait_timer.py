@@ -4,15 +4,19 @@ from dataclasses import dataclass
 from typing import Final
 
 from ternbus.broker.protocol.messages import OPEN
+from ternbus.edge.core.actions import Log
 from ternbus.edge.core.failures import Failures
 from ternbus.edge.core.follower import Follower
 from ternbus.edge.core.presence import Presence
+from ternbus.edge.core.private_terms import PrivateTerms
 
 FIRST_REPORT_S: Final = 3.0  # a normal start takes up to this long
 REPORT_INTERVAL_S: Final = 10.0
 
 
-def awaited_of(presence: Presence, follower: Follower, failures: Failures, *, enrolled: bool) -> str | None:
+def awaited_of(
+    presence: Presence, follower: Follower, terms: PrivateTerms, failures: Failures, *, enrolled: bool
+) -> str | None:
     """What a device with a connection waits for; None if it waits for nothing. `failures` are of its own work."""
     head = follower.head
     if not presence.online:
@@ -23,6 +27,8 @@ def awaited_of(presence: Presence, follower: Follower, failures: Failures, *, en
         return "the first head from the aggregator"
     if not follower.synced:
         return f"version {head.version} of the model"
+    if terms.missing:
+        return f"the terms of private sums for version {head.version}"
     return f"{failures.work} that succeeds ({failures.reason})" if failures.reason and head.state == OPEN else None
 
 
@@ -43,12 +49,12 @@ class WaitTimer:
             self._report_s = now + FIRST_REPORT_S
         self.awaited = awaited
 
-    def report_due(self, now: float) -> bool:
-        """Whether to log the wait now. If so, the next report is scheduled."""
+    def report(self, now: float) -> list[Log]:
+        """The log of the wait, if it is due. If so, the next one is scheduled."""
         if self.awaited is None or now < self._report_s:
-            return False
+            return []
         self._report_s = now + REPORT_INTERVAL_S
-        return True
+        return [Log(event="waiting", text=f"waiting for {self.awaited}", fields={"for": self.awaited})]
 
     def timed_out(self, now: float) -> bool:
         """Whether the wait has exceeded the timeout."""

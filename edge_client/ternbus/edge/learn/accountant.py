@@ -3,8 +3,9 @@
 dp-accounting needs no torch, unlike Opacus' accountants: a device with device-level privacy may have no torch.
 Gaussian mechanisms without sampling have an exact epsilon. For the others two upper bounds are computed, Rényi DP and
 privacy loss distributions (PLD), and the smaller one counts: PLD is 8 to 15 % smaller for the plans of a device, but
-slow for a large epsilon, and not accurate for a tiny delta. An account holds mechanisms instead of an epsilon, so one
-that began with another computation stays valid. The library is loaded at the first use.
+slow for a large epsilon, and not accurate for a tiny delta. Updates in sums have a bound by Rényi DP alone
+(`sum_divergence.py`). An account holds mechanisms instead of an epsilon, so one that began with another computation
+stays valid. The library is loaded at the first use.
 """
 
 import math
@@ -16,12 +17,16 @@ from typing import Any, Final
 import numpy as np
 
 from ternbus.broker.errors import ConfigError
-from ternbus.edge.plan.privacy import Cost
+from ternbus.broker.protocol.plan_keys import THETA_MAX
+from ternbus.edge.learn.sum_divergence import ORDERS, rates
+from ternbus.edge.plan.privacy import Charge, Cost, SumCost
 
 DIGITS: Final = 3  # decimals of a computed noise multiplier
 NOISE_MAX: Final = 1e6  # the largest noise multiplier that a plan may have
 NOISE_MIN: Final = 1e-3  # with less, a single step costs more than any budget that a plan may have
 EPSILON_MAX: Final = 1e6  # the largest budget that a plan may have
+THETA_DIGITS: Final = 3  # significant digits of a computed θ
+THETA_MIN: Final = 1e-6
 
 PLD_INTERVAL: Final = 1e-4  # of the privacy loss, as a share of epsilon; its rounding is pessimistic
 PLD_INTERVALS: Final = (1e-5, 1e-3)  # the least and the largest
@@ -32,8 +37,10 @@ PLD_NOISE_MIN: Final = 0.3
 PLD_STEPS_MAX: Final = 10**6
 
 
-def epsilon(spent: Iterable[Cost], delta: float) -> float:
+def epsilon(spent: Iterable[Charge], delta: float) -> float:
     """The epsilon, at this delta, of all costs together; 0 for none, infinite beyond every budget.
+
+    Infinite, too, for updates in sums together with sampled Gaussians, which protect something else.
 
     Exact for Gaussian mechanisms alone: Balle & Wang 2018, theorem 8; T of them with noise z are one with z / sqrt(T).
     Otherwise the smaller of two bounds. RDP of the Poisson-sampled Gaussian: Mironov, Talwar & Zhang 2019, section 3.3,
@@ -45,12 +52,16 @@ def epsilon(spent: Iterable[Cost], delta: float) -> float:
 
 
 @lru_cache(maxsize=256)  # devices of a simulation have equal costs
-def _epsilon(spent: tuple[Cost, ...], delta: float) -> float:
+def _epsilon(charged: tuple[Charge, ...], delta: float) -> float:
     library = _library()
-    if not spent:
+    sums = [cost for cost in charged if isinstance(cost, SumCost)]
+    spent = [cost for cost in charged if isinstance(cost, Cost)]
+    if not charged:
         return 0.0
-    if min(cost.noise for cost in spent) < NOISE_MIN:
+    if any(cost.noise < NOISE_MIN for cost in spent):
         return math.inf
+    if sums:
+        return math.inf if any(cost.rate < 1 for cost in spent) else _of_sums(library, sums, spent, delta)
     if all(cost.rate == 1 for cost in spent):
         return _gaussian(library, spent, delta)
     bound = _composed(library.rdp.RdpAccountant(), spent, delta)
@@ -71,6 +82,16 @@ def _gaussian(library: Any, spent: Sequence[Cost], delta: float) -> float:
         return math.inf
     with np.errstate(divide="ignore"):  # the search tries epsilons so large that delta is 0
         return float(library.get_epsilon_gaussian(1 / mu, delta))
+
+
+def _of_sums(library: Any, sums: Sequence[SumCost], gaussians: Sequence[Cost], delta: float) -> float:
+    """By Rényi DP, of which each order adds up: T Gaussians with noise z have T·order / (2z²) (Mironov 2017)."""
+    slope = math.fsum(cost.steps / (2 * cost.noise**2) for cost in gaussians)
+    total = np.array(ORDERS) * slope
+    for cost in sums:
+        total += cost.steps * cost.norm**2 * np.array(rates(cost.levels, cost.theta, cost.honest))
+    spent, _ = library.rdp.compute_epsilon(ORDERS, total, delta)
+    return float(spent) if spent <= EPSILON_MAX else math.inf
 
 
 def _suits_pld(spent: Sequence[Cost], delta: float) -> bool:
@@ -103,10 +124,10 @@ def noise(planned: Cost, budget: float, delta: float) -> float:
     library = _library()
     unit = 10**DIGITS
 
-    def cheap(tried: int, bound: Callable[[tuple[Cost, ...], float], float]) -> bool:
+    def cheap(tried: int, bound: Callable[[tuple[Cost], float], float]) -> bool:
         return bound((replace(planned, noise=tried / unit),), delta) <= budget
 
-    def by_rdp(spent: tuple[Cost, ...], delta: float) -> float:
+    def by_rdp(spent: tuple[Cost], delta: float) -> float:
         return _composed(library.rdp.RdpAccountant(), spent, delta)
 
     # RDP is quick, and never below the smaller of both bounds: a multiplier that is enough by RDP is enough.
@@ -118,6 +139,44 @@ def noise(planned: Cost, budget: float, delta: float) -> float:
         )
     enough = _least(lambda tried: cheap(tried, by_rdp), 1, highest)
     return _least(lambda tried: cheap(tried, epsilon), max(1, enough // 4), enough) / unit
+
+
+def theta(planned: SumCost, budget: float, delta: float) -> float:
+    """The largest θ, to `THETA_DIGITS` significant digits, with which the planned updates cost at most this epsilon.
+
+    `planned.theta` is ignored. At most `plan_keys.THETA_MAX`. Raises `ConfigError` if no θ is small enough.
+    """
+
+    def affordable(tried: float) -> bool:
+        return epsilon((replace(planned, theta=tried),), delta) <= budget
+
+    tried, known = THETA_MIN, 0.0
+    while abs(tried - known) > known / 10**THETA_DIGITS / 2:
+        known, tried = tried, min(max(_rescaled(planned, tried, budget, delta), THETA_MIN), THETA_MAX)
+    if tried == THETA_MAX and affordable(tried):
+        return tried
+    exponent = math.floor(math.log10(tried)) + 1 - THETA_DIGITS
+    digits = math.floor(tried / 10.0**exponent)
+    while digits and not affordable(float(f"{digits}e{exponent}")):
+        digits -= 1
+    found = float(f"{digits}e{exponent}")
+    if found < THETA_MIN:
+        raise ConfigError(
+            f"no theta from {THETA_MIN:g} keeps these updates within epsilon {budget:g} at delta {delta:g}: raise "
+            "--epsilon or --delta, plan fewer updates, or lower --norm"
+        )
+    return found
+
+
+def _rescaled(planned: SumCost, tried: float, budget: float, delta: float) -> float:
+    """The θ for this budget, were each order's cost proportional to θ², which it nearly is, from the cost at one."""
+    spent = planned.steps * planned.norm**2 * np.array(rates(planned.levels, tried, planned.honest))
+    compute = _library().rdp.compute_epsilon
+    low, high = 0.0, THETA_MAX / tried
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if compute(ORDERS, middle**2 * spent, delta)[0] <= budget else (low, middle)
+    return low * tried
 
 
 def _least(is_enough: Callable[[int], bool], low: int, high: int) -> int:

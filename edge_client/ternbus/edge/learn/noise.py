@@ -33,6 +33,14 @@ class RandomSource:
         bits = np.frombuffer(self._source(8 * count), dtype="<u8") >> np.uint64(11)
         return (bits + np.uint64(1)).astype(np.float64) * 2.0**-53
 
+    def fresh(self, count: int) -> bytes:
+        """So many random bytes."""
+        return self._source(count)
+
+    def bits(self, count: int) -> npt.NDArray[np.uint32]:
+        """Uniform numbers of 32 bits."""
+        return np.frombuffer(self._source(4 * count), dtype="<u4")
+
     def normal(self, count: int) -> Floats:
         """Normal numbers of mean 0 and variance 1. Each is half the sum of four, so that its lowest bits leak nothing.
 

@@ -28,10 +28,10 @@ class Plan:
     trainers that support them; "auto" takes what is faster. `evaluation_batch_size` is the number of samples that are
     evaluated at a time; without it, the trainer chooses. `proximal_mu` is FedProx's µ (Li et al. 2020, eq. 2),
     `clip_sigma` TernGrad's c (Wen et al. 2017; 0 = no clipping). `dp` is the kind of differential privacy
-    (docs/privacy.md), with `dp_clip` and `dp_noise`, until `dp_epsilon` at `dp_delta` is spent. A device trains on the
-    share `participation` of the versions, in turns; each `turn_s` seconds without a new version count as one more
-    version. Unknown keys are in `extra`, unchanged. Raises `ProtocolError` ("bad-plan") for a value out of range, and
-    for keys that do not fit together.
+    (docs/privacy.md), with `dp_clip` and `dp_noise`, or `dp_theta` and `dp_norm` for "sum", until `dp_epsilon` at
+    `dp_delta` is spent. A device trains on the share `participation` of the versions, in turns; each `turn_s` seconds
+    without a new version count as one more version. Unknown keys are in `extra`, unchanged. Raises `ProtocolError`
+    ("bad-plan") for a value out of range, and for keys that do not fit together.
     """
 
     local_epochs: float = 1.0
@@ -68,6 +68,8 @@ class Plan:
     dp: str = NO_DP
     dp_clip: float = 0.0
     dp_noise: float = 0.0
+    dp_theta: float = 0.0
+    dp_norm: float = 0.0
     dp_epsilon: float = 0.0
     dp_delta: float = 1e-5
     participation: float = 1.0

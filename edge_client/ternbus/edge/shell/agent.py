@@ -57,6 +57,7 @@ class Options:
 
 def join(home: DeviceDirectory, settings: Settings, task: Task, options: Options, report: Report) -> Stop:
     """Enroll the key and check that the task's model fits; then delete the invitation's code from the settings."""
+    check(settings, options)
     with home.locked():
         stop, _ = _serve(home, settings, task=task, role="join", data=None, options=options, report=report)
         if stop.code == EXIT_DONE:
@@ -118,6 +119,11 @@ def serve(home: DeviceDirectory, role: Role, options: Options, report: Report) -
     """Train, evaluate or export until the core stops. Returns its `Stop`, and whether the training thread has ended."""
     settings = home.joined()
     check(settings, options)
+    if role == "evaluate" and settings.sums is not None:
+        raise ConfigError(
+            f"{settings.device} was joined with --private, and publishes no evaluations: invite another device, join "
+            "it without --private, and evaluate there"
+        )
     task = load_task(settings.task)
     with home.locked():
         key_rotation.finish(home)
@@ -130,6 +136,10 @@ def serve(home: DeviceDirectory, role: Role, options: Options, report: Report) -
 
 def check(settings: Settings, options: Options) -> None:
     """Raises `ConfigError` if an option needs held-out data and the device has none, or options exclude each other."""
+    if options.reports and settings.sums is not None:
+        raise ConfigError(
+            "--report-metrics publishes metrics of this device's data, and --private keeps them on it: leave one out"
+        )
     if options.stays and options.fine_tune:
         raise ConfigError("--fine-tune works when the federation closes, and --stay waits through that: leave out one")
     if not settings.hold_out and (options.reports or options.fine_tune):
@@ -165,7 +175,7 @@ def clear_status(home: DeviceDirectory, settings: Settings) -> None:
     status = topics.up(settings.federation, settings.device, Status.KIND)
     link = make_link(home, settings)(lambda _: None)
     link.connect(status, b"")
-    link.unsubscribe(subscriptions(settings.federation, settings.device))
+    link.unsubscribe(subscriptions(settings.federation, settings.device, private=settings.sums is not None))
     link.publish(status, b"", retain=True)
     link.disconnect()
 
@@ -280,4 +290,5 @@ def _profile(
         classes=classes,
         fine_tune=options.fine_tune,
         stays=options.stays,
+        sums=settings.sums,
     )

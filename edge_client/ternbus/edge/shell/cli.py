@@ -1,6 +1,5 @@
 """The commands `ternbus edge …`: join a federation, train or evaluate for it, inspect the device, leave."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +13,6 @@ from ternbus.broker.json_output import json_output
 from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from ternbus.edge.core.actions import Stop
-from ternbus.edge.learn import accountant
 from ternbus.edge.learn.failure import explained
 from ternbus.edge.learn.kinds import tensor_kinds
 from ternbus.edge.learn.partition_spec import FORMS, Partition
@@ -22,14 +20,15 @@ from ternbus.edge.learn.subnetwork import narrow
 from ternbus.edge.learn.task import Task, initial_of, placed, task_plan
 from ternbus.edge.learn.task_loader import absolute, load_task
 from ternbus.edge.plan.limits import TrainingLimits
-from ternbus.edge.plan.plan import Plan
-from ternbus.edge.plan.privacy import DEVICE, SAMPLE, PrivacyPolicy, cost
+from ternbus.edge.plan.privacy import SUM, PrivacyPolicy
 from ternbus.edge.shell import agent, inspection_commands
 from ternbus.edge.shell.agent import Options
 from ternbus.edge.shell.arguments import TASKS, AsJson, Dir, InvitationFile, Timeout, load_invitation
 from ternbus.edge.shell.check_command import check
 from ternbus.edge.shell.directory import DeviceDirectory
+from ternbus.edge.shell.noise_command import noise
 from ternbus.edge.shell.printer import Printer
+from ternbus.edge.shell.private_options import Helpers, Private, PrivateColluding, PrivateMin, PrivateRoster, pinned
 from ternbus.edge.shell.process import run_device
 from ternbus.edge.shell.rejoin_command import rejoin
 
@@ -98,7 +97,9 @@ FrameBytes = Annotated[
     ),
 ]
 
-Dp = Annotated[str, typer.Option(metavar="KIND", help="Required differential privacy of the plan: device or sample.")]
+Dp = Annotated[
+    str, typer.Option(metavar="KIND", help="Required differential privacy of the plan: device, sample, sum.")
+]
 MaxEpsilon = Annotated[
     float | None, typer.Option(metavar="EPSILON", help="Largest epsilon to spend, whatever the plan allows; with --dp.")
 ]
@@ -121,6 +122,11 @@ def join(
     dp: Dp = "",
     max_epsilon: MaxEpsilon = None,
     max_delta: MaxDelta = 1e-5,
+    private: Private = False,
+    helpers: Helpers = None,
+    private_min: PrivateMin = None,
+    private_roster: PrivateRoster = "",
+    private_colluding: PrivateColluding = 0,
     max_seconds: MaxSeconds = None,
     max_steps: MaxSteps = None,
     renew: Renew = False,
@@ -139,40 +145,35 @@ def join(
     The command waits for a broker and an aggregator that are not reachable yet. It can be repeated after an
     interruption. With `--run` it can also be repeated after the device has joined: the device then only trains.
 
-    `--renew` with a new invitation replaces the key of a device that has joined. Its settings, its outstanding update
-    and its counters stay. The old key stays valid until the aggregator admits the new one.
+    `--renew` replaces the key of a device that has joined. The old key stays valid until the new one is admitted.
 
     Example: ternbus edge join pi-7.toml pi-7 --task digits --partition iid:0/8
     """
-    usual = (width, partition, frame_bytes, max_seconds, max_steps) == (1, "all", FRAME_BYTES, None, None)
-    asked_for = (data, seed, username, password_file, dp, max_epsilon, hold_out, processor, not usual)
-    _check_renew(renew, task, any(asked_for))
-    _check_run(then_run, bool(reports or fine_tune))
-    Partition.parse(f"{partition};test:{hold_out!r}" if hold_out else partition)
-    policy, limits = _policy(dp, max_epsilon, max_delta), TrainingLimits(seconds=max_seconds, steps=max_steps)
+    usual = (width, partition, frame_bytes, max_seconds, max_steps, hold_out) == (1, "all", FRAME_BYTES, None, None, 0)
+    sums = pinned(private, helpers or [], private_min, private_roster, private_colluding)
+    _check_renew(renew, task, any((data, seed, username, password_file, dp, max_epsilon, processor, not usual, sums)))
+    _check_run(then_run, bool(reports or fine_tune), f"{partition};test:{hold_out!r}" if hold_out else partition)
+    policy, limits = _policy(dp, max_epsilon, max_delta, private), TrainingLimits(seconds=max_seconds, steps=max_steps)
     home, options = DeviceDirectory(directory), Options(timeout_s=timeout, reports=reports, fine_tune=fine_tune)
     asked = load_invitation(invitation, directory)
     with json_output(as_json) as output:
         printer = Printer(as_json=as_json, output=output)
         if renew:
-            stop = agent.renew(home, asked, load_task(home.settings().task), options, printer)
-            _end(printer, stop, goes_on=then_run and stop.code == EXIT_DONE)
+            _end(printer, agent.renew(home, asked, load_task(home.settings().task), options, printer), then_run)
         elif not (then_run and home.has_joined(asked)):
             model = _task_for(task, width, processor, data)
             settings = home.prepare(
                 asked, task=absolute(task), data=data, partition=partition, seed=seed, hold_out=hold_out, width=width,
                 processor=processor, frame_bytes=frame_bytes, username=username, password_file=password_file,
-                policy=policy, limits=limits,
+                policy=policy, limits=limits, sums=sums,
             )  # fmt: skip
-            agent.check(settings, options)
-            stop = agent.join(home, settings, model, options, printer)
-            _end(printer, stop, goes_on=then_run and not home.settings().code)
+            _end(printer, agent.join(home, settings, model, options, printer), then_run)
     raise typer.Exit(run_device(home, "train", options, as_json=as_json))
 
 
-def _end(printer: Printer, stop: Stop, *, goes_on: bool) -> None:
-    """Print how joining ended; end the command too, unless it goes on with training."""
-    if not goes_on:
+def _end(printer: Printer, stop: Stop, then_run: bool) -> None:
+    """Print how joining ended; end the command too, unless it succeeded and goes on with training."""
+    if not (then_run and stop.code == EXIT_DONE):
         raise typer.Exit(printer.finish(stop, ended=True))
     printer.end(stop)
 
@@ -185,14 +186,19 @@ def _task_for(name: str, width: float, processor: str, data: Path | None) -> Tas
     return task
 
 
-def _policy(kind: str, max_epsilon: float | None, max_delta: float) -> PrivacyPolicy | None:
+def _policy(kind: str, max_epsilon: float | None, max_delta: float, private: bool) -> PrivacyPolicy | None:
     """The privacy policy that the options ask for; None without such options."""
     if not kind and max_epsilon is None:
         return None
+    if kind == SUM and not private:
+        raise ConfigError(
+            "--dp sum is for private sums, whose devices' draws are the noise: add --private and --helper"
+        )
     return PrivacyPolicy(kind=kind, epsilon=max_epsilon or 0.0, delta=max_delta)
 
 
-def _check_run(then_run: bool, others: bool) -> None:
+def _check_run(then_run: bool, others: bool, partition: str) -> None:
+    Partition.parse(partition)
     if others and not then_run:
         raise ConfigError("--report-metrics and --fine-tune apply to training: add --run, or use `ternbus edge run`")
 
@@ -200,8 +206,8 @@ def _check_run(then_run: bool, others: bool) -> None:
 def _check_renew(renew: bool, task: str, others: bool) -> None:
     if renew and (task or others):
         raise ConfigError(
-            "--renew keeps task, data, partition, seed, login, privacy, hold-out, width, processor, frame size and "
-            "limits: leave out these options"
+            "--renew keeps task, data, partition, seed, login, privacy, helpers, hold-out, width, processor, frame "
+            "size and limits: leave out these options"
         )
     if not renew and not task:
         raise ConfigError(f"no task is given: add --task with {TASKS}")
@@ -297,38 +303,7 @@ def init_model(
 
 
 app.command()(check)
-
-
-@app.command()
-def noise(
-    *,
-    dp: Annotated[str, typer.Option(metavar="KIND", help="Kind of differential privacy: device or sample.")],
-    epsilon: Annotated[float, typer.Option(metavar="EPSILON", help="Privacy budget of a device.")],
-    updates: Annotated[int, typer.Option(min=1, metavar="N", help="Number of trainings of a device.")],
-    delta: Annotated[float, typer.Option(metavar="DELTA", help="Delta of the privacy budget.")] = 1e-5,
-    samples: Annotated[int, typer.Option(min=0, help="Number of samples of a device; for --dp sample only.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Batch size of the plan; for --dp sample only.")] = 32,
-    local_epochs: Annotated[float, typer.Option(min=0, help="Epochs per training; for --dp sample only.")] = 1.0,
-    local_steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps per training, instead of epochs; for --dp sample only.")
-    ] = None,
-) -> None:
-    """Compute the smallest noise multiplier that allows N trainings within a privacy budget.
-
-    Example: ternbus edge noise --dp sample --epsilon 8 --updates 20 --samples 5000 --batch-size 1000 --local-steps 5
-    """
-    if dp not in (DEVICE, SAMPLE) or not epsilon > 0 or not 0 < delta < 1 or (dp == SAMPLE) != bool(samples):
-        raise ConfigError(
-            "invalid options of `edge noise`: give --dp device, or --dp sample with --samples; --epsilon above 0; "
-            "--delta between 0 and 1"
-        )
-    plan = Plan(
-        dp=dp, dp_clip=1, dp_noise=1, dp_epsilon=epsilon,
-        batch_size=batch_size, local_epochs=local_epochs, local_steps=local_steps,
-    )  # fmt: skip
-    one = cost(plan, samples)
-    least = accountant.noise(replace(one, steps=updates * one.steps), epsilon, delta)
-    typer.echo(f"dp_noise = {least:g}")
+app.command()(noise)
 
 
 for _each in (inspection_commands.status, inspection_commands.verify):

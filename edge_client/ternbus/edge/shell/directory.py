@@ -27,10 +27,12 @@ from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from ternbus.broker.protocol.identity import Identity, check_device, check_federation, is_public_key
 from ternbus.broker.protocol.invitation import Invitation, check_broker_url
 from ternbus.broker.store_format import copies
+from ternbus.broker.sums.terms import AGGREGATOR
 from ternbus.edge.learn.partition_spec import Partition
 from ternbus.edge.learn.subnetwork import WIDTH_MIN, check_width
 from ternbus.edge.plan.limits import TrainingLimits
 from ternbus.edge.plan.privacy import PrivacyPolicy
+from ternbus.edge.plan.sum_policy import SumPolicy
 from ternbus.edge.store.outbox import FILE as OUTBOX
 
 KEY: Final = "device.key"
@@ -67,6 +69,10 @@ class Settings:
     dp: str = ""  # the kind of differential privacy that the plan must have; see docs/privacy.md
     max_epsilon: str = ""
     max_delta: str = ""
+    helpers: str = ""  # of private sums: keys that the owner trusts, 64 hex digits each, separated by spaces
+    private_min: str = ""  # with helpers: the smallest number of devices in a sum
+    private_roster: str = ""  # with helpers: "own" if they must not leave the list of devices to the aggregator
+    private_colluding: str = ""  # with helpers: devices of a sum whose draws are no noise under dp = "sum"
     max_seconds: str = ""  # time limit of one training; empty for none
     max_steps: str = ""  # step limit of one training; empty for none
     rejoin: str = ""  # of a renewal only, "yes": the counters start anew with the new key
@@ -74,7 +80,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_federation(self.federation)
-        _ = self.policy, self.limits  # raise ConfigError if one is invalid
+        _ = self.policy, self.limits, self.sums  # raise ConfigError if one is invalid
         check_device(self.device)
         check_broker_url(self.broker)
         if self.seed and not (self.seed.isascii() and self.seed.isdecimal()):
@@ -114,6 +120,19 @@ class Settings:
             ) from None
 
     @property
+    def sums(self) -> SumPolicy | None:
+        """What the owner pins of private sums. Raises `ConfigError` for what is no key or no number."""
+        if not (self.helpers or self.private_min or self.private_roster or self.private_colluding):
+            return None
+        if not (self.private_min.isascii() and self.private_min.isdecimal()):
+            raise ConfigError(f'edge.toml: private_min is {self.private_min!r}: give a number of devices, as in "5"')
+        colluding = self.private_colluding or "0"
+        if not (colluding.isascii() and colluding.isdecimal()):
+            raise ConfigError(f'edge.toml: private_colluding is {colluding!r}: give a number of devices, as in "1"')
+        roster = self.private_roster or AGGREGATOR
+        return SumPolicy.of(self.helpers.split(), int(self.private_min), roster, int(colluding))
+
+    @property
     def limits(self) -> TrainingLimits:
         """Of one training, by the owner. Raises `ConfigError` for what is no number."""
         try:
@@ -149,6 +168,19 @@ class Settings:
         """The TOML file's text."""
         about = "A Ternbus device. Its state is in outbox.db, its key in device.key."
         return toml.dumps({name: value for name, value in asdict(self).items() if value}, {(): about})
+
+
+def _pins(sums: SumPolicy) -> dict[str, str]:
+    """The settings of what the owner pins of private sums."""
+    roster = {"private_roster": sums.roster} if sums.roster != AGGREGATOR else {}
+    colluding = {"private_colluding": str(sums.colluding)} if sums.colluding else {}
+    return {"helpers": " ".join(key.hex() for key in sums.helpers), "private_min": str(sums.min), **roster, **colluding}
+
+
+def _bounds(limits: TrainingLimits) -> dict[str, str]:
+    """The settings of the owner's limits of a training."""
+    seconds = {"max_seconds": repr(limits.seconds)} if limits.seconds is not None else {}
+    return seconds | ({"max_steps": str(limits.steps)} if limits.steps is not None else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +255,7 @@ class DeviceDirectory:
         password_file: Path | None = None,
         policy: PrivacyPolicy | None = None,
         limits: TrainingLimits | None = None,
+        sums: SumPolicy | None = None,
     ) -> Settings:
         """Write key, certificates and settings for `join`; the key of an interrupted `join` is used again.
 
@@ -255,8 +288,8 @@ class DeviceDirectory:
             dp=policy.kind if policy is not None else "",
             max_epsilon=str(policy.epsilon) if policy is not None else "",
             max_delta=str(policy.delta) if policy is not None else "",
-            max_seconds=repr(limits.seconds) if limits is not None and limits.seconds is not None else "",
-            max_steps=str(limits.steps) if limits is not None and limits.steps is not None else "",
+            **(_pins(sums) if sums is not None else {}),
+            **(_bounds(limits) if limits is not None else {}),
             code=invitation.code,
         )
         if before not in {None, invitation.code} or not (self.folder / KEY).exists():

@@ -45,6 +45,11 @@ def status(
         "processor": settings.processor or None,
         "max_seconds": settings.limits.seconds,
         "max_steps": settings.limits.steps,
+        "helpers": None if settings.sums is None else [key.hex() for key in settings.sums.helpers],
+        "private_min": None if settings.sums is None else settings.sums.min,
+        "private_roster": None if settings.sums is None else settings.sums.roster,
+        "private_colluding": None if settings.sums is None else settings.sums.colluding,
+        "refusal": state.refusal or None,
         "personal": str(directory / PERSONAL) if (directory / PERSONAL).exists() else None,
         "outstanding": None
         if waiting is None

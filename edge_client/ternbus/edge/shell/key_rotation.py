@@ -81,6 +81,7 @@ def begin(
         username=settings.username,
         password_file=settings.password_path,
         policy=settings.policy,
+        sums=settings.sums,
     )
     if rejoin:  # written before the invitation is used: an interrupted rotation is finished in the same way
         prepared = replace(prepared, rejoin="yes")

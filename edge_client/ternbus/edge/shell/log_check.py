@@ -9,7 +9,15 @@ from typing import Final
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.files import chunks
 from ternbus.broker.protocol.identity import KeyId
-from ternbus.broker.protocol.merge_log import UNKNOWN_DIGEST, Audit, Contribution, Entry, unpack_all
+from ternbus.broker.protocol.merge_log import (
+    UNKNOWN_DIGEST,
+    Audit,
+    Contribution,
+    Entry,
+    MergedSet,
+    PrivateMember,
+    unpack_all,
+)
 from ternbus.edge.core.state import AnsweredUpdate, State
 from ternbus.edge.shell.directory import Settings
 from ternbus.edge.store.outbox import RECEIPTS_MAX
@@ -28,6 +36,16 @@ class Merged:
     share: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dropped:
+    """An accepted private update that the log says is in no version, and why; ``version`` has the entry."""
+
+    seq: int
+    base: int
+    version: int
+    reason: str
+
+
 @dataclass(slots=True)
 class LogCheck:
     """The result of the check for one device. Without ``faults`` the log agrees with every receipt."""
@@ -35,6 +53,7 @@ class LogCheck:
     entries: int = 0
     version: int = -1
     merged: list[Merged] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
     waiting: list[int] = field(default_factory=list)  # accepted, but not merged up to the log's last version
     unlogged: list[int] = field(default_factory=list)  # accepted, and perhaps merged before the log begins
     unknown_bytes: list[int] = field(default_factory=list)  # merged, but log or receipt has no digest of the message
@@ -48,6 +67,7 @@ class LogCheck:
             "entries": self.entries,
             "version": self.version,
             "merged": [asdict(each) for each in self.merged],
+            "dropped": [asdict(each) for each in self.dropped],
             "waiting": self.waiting,
             "unlogged": self.unlogged,
             "unknown_bytes": self.unknown_bytes,
@@ -61,6 +81,9 @@ class LogCheck:
             f"{device}: {same} accepted updates are in the log as sent, {len(self.waiting)} are not merged "
             f"yet; the log ends at version {self.version}"
         )
+        if self.dropped:
+            reasons = ", ".join(sorted({each.reason for each in self.dropped}))
+            lines.append(f"{len(self.dropped)} more were dropped, as the log says: {reasons}")
         if self.unknown_bytes:
             lines.append(
                 f"{len(self.unknown_bytes)} more are in the log, and were sent or accepted by a Ternbus that kept no "
@@ -91,6 +114,7 @@ class _Place:
     version: int
     total: float
     update: Contribution
+    dropped: str = ""  # why it is in no version
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +124,7 @@ class _Extent:
     begins: int
     first_merge: int
     newest_merge: int
+    has_sets: bool  # of private updates, which may wait for company through several merges
 
 
 _Places = dict[tuple[KeyId, int], list[_Place]]
@@ -110,18 +135,21 @@ def check(log: Path, settings: Settings, state: State, answers: Sequence[Answere
     audit = Audit(public=bytes.fromhex(settings.aggregator_key), federation=settings.federation)
     places: _Places = defaultdict(list)
     merges: list[int] = []
+    has_sets = False
     try:
         for signed in unpack_all(chunks(log)):
             entry = audit.take(signed)
-            if entry is not None and entry.updates:
+            if entry is not None and (entry.updates or entry.sets):
                 merges.append(entry.version)
+                has_sets |= bool(entry.sets)
+            if entry is not None:
                 _collect(entry, settings.device, places)
     except ProtocolError as error:
         audit.faults.append(error.detail)
     faults = audit.finish((state.head_version, state.head_digest or None))
     result = LogCheck(entries=audit.entries, version=audit.last[0] if audit.readable else -1, faults=faults)
     begins = audit.begins if audit.readable else 0
-    extent = _Extent(begins, min(merges, default=-1), max(merges, default=-1))
+    extent = _Extent(begins, min(merges, default=-1), max(merges, default=-1), has_sets)
     for answered in sorted(answers, key=lambda each: (each.base, each.seq)):
         if answered.outcome == "accepted":
             _check_accepted(answered, places.get((answered.key, answered.seq), []), extent, result)
@@ -131,14 +159,29 @@ def check(log: Path, settings: Settings, state: State, answers: Sequence[Answere
 
 def _collect(entry: Entry, device: str, places: _Places) -> None:
     own = [each for each in entry.updates if each.device == device]
-    if own:
-        total = sum(each.weight for each in entry.updates)
+    own += [_part_of(each, member) for each in entry.sets for member in each.members if member.device == device]
+    dropped = [each for each in entry.dropped if each.update.device == device]
+    if own or dropped:
         for each in own:
-            places[each.key, each.seq].append(_Place(entry.version, total, each))
+            places[each.key, each.seq].append(_Place(entry.version, entry.weight, each))
+        for gone in dropped:
+            update = _contribution(gone.update, 0.0)
+            places[update.key, update.seq].append(_Place(entry.version, entry.weight, update, gone.reason))
+
+
+def _part_of(merged: MergedSet, member: PrivateMember) -> Contribution:
+    """A member of a set: nobody can tell its weight from the others', so each is given an equal part."""
+    return _contribution(member, merged.weight / len(merged.members))
+
+
+def _contribution(member: PrivateMember, weight: float) -> Contribution:
+    return Contribution(device=member.device, key=member.key, seq=member.seq, digest=member.digest, weight=weight)
 
 
 def _check_accepted(answered: AnsweredUpdate, places: list[_Place], extent: _Extent, result: LogCheck) -> None:
     """An accepted update must be in exactly one version, at the latest in the first merge after its receipt.
+
+    A private one may wait through several merges; it is in exactly one version, or was dropped once.
 
     Two exceptions hold where the log begins later, since a ledger of an older format was migrated: updates merged
     before are in no entry, and those that waited then are in the first merge without a digest.
@@ -148,7 +191,7 @@ def _check_accepted(answered: AnsweredUpdate, places: list[_Place], extent: _Ext
         case []:
             if answered.version < extent.begins:
                 result.unlogged.append(answered.seq)
-            elif extent.newest_merge > answered.version:
+            elif extent.newest_merge > answered.version and not extent.has_sets:
                 result.faults.append(f"{name} was accepted at version {answered.version}, but is in no later version")
             else:
                 result.waiting.append(answered.seq)
@@ -158,6 +201,10 @@ def _check_accepted(answered: AnsweredUpdate, places: list[_Place], extent: _Ext
                 result.unknown_bytes.append(answered.seq)
             elif place.update.digest != answered.digest:
                 result.faults.append(f"{name} is in version {place.version}, but its digest differs from what was sent")
+                return
+            if place.dropped:
+                gone = Dropped(seq=answered.seq, base=answered.base, version=place.version, reason=place.dropped)
+                result.dropped.append(gone)
                 return
             weight = place.update.weight
             share = weight / place.total if place.total else 0.0

@@ -11,27 +11,39 @@ import numpy as np
 
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.schema import WEIGHT_MAX, Schema, Vector, flatten
+from ternbus.broker.protocol.ternary import Block
 from ternbus.edge.core.actions import StartTraining, tensors_of
 from ternbus.edge.core.events import BudgetSpent, TrainingFinished
+from ternbus.edge.learn import poisson_binomial
 from ternbus.edge.learn.accountant import epsilon
-from ternbus.edge.learn.compress import compress
 from ternbus.edge.learn.failure import describe
 from ternbus.edge.learn.kinds import statistics_of
 from ternbus.edge.learn.local_state import packed
 from ternbus.edge.learn.noise import RandomSource, differences, noisy_change
+from ternbus.edge.learn.sum_content import SumContent
 from ternbus.edge.learn.task import PrivateTrainer, Trained, Trainer, TrainingError
 from ternbus.edge.learn.task_loader import code_errors
 from ternbus.edge.plan.plan import Plan
-from ternbus.edge.plan.privacy import DEVICE, PRIVACY_METRICS, Account, Cost, cost
+from ternbus.edge.plan.privacy import PRIVACY_METRICS, SAMPLE, SUM, Account, Charge, cost, sum_cost
+from ternbus.edge.shell.encoding import encoded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Outcome:
+    """A training: the vector after it, the one before it if training failed, and the failure for the device's log."""
+
+    after: Vector
+    trained: Trained | None
+    failure: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Released:
-    """What others may see of a training, and the failure for the device's own log."""
+    """What others may see of a training, a new residual, and the training for the device's own log."""
 
-    change: Vector
-    trained: Trained | None
-    failure: str = ""
+    content: Block | SumContent
+    residual: Vector | None
+    outcome: _Outcome
 
 
 def train(trainer: Trainer, job: StartTraining, random_source: RandomSource) -> TrainingFinished | BudgetSpent:
@@ -41,49 +53,74 @@ def train(trainer: Trainer, job: StartTraining, random_source: RandomSource) -> 
     Raises `ConfigError` if the task cannot train with the plan's `dp`.
     """
     plan = job.plan
-    samples = 1 if plan.dp == DEVICE else trainer.samples  # an adapter may have to train for it, which may fail
-    planned = cost(plan, samples)
+    samples = trainer.samples if plan.dp == SAMPLE else 1  # an adapter may have to train for it, which may fail
+    planned = _planned(job, samples)
     account = _charged(job.account, planned, plan)
     if not account.epsilon <= plan.dp_epsilon:
         final = _is_spent(job, planned)
         return BudgetSpent(
             base=job.base, epsilon=account.epsilon, budget=plan.dp_epsilon, delta=plan.dp_delta, final=final
         )
-    if plan.dp == DEVICE:
-        released = _release_device(trainer, job, random_source)
+    if plan.dp == SAMPLE:
+        released = _release_sample(trainer, job, planned.steps, samples, random_source)
     else:
-        released = _release_sample(trainer, job, planned.steps, random_source)
-    _clear_statistics(trainer, job.schema, released.change)
-    # Post-processing of the mechanism's output: quantization and residual cost no privacy.
-    compressed = compress(job.schema, plan, released.change, _finite(job.residual), job.seed)
-    metrics = released.trained.metrics if released.trained is not None else {}
+        release = _release_sum if plan.dp == SUM else _release_device
+        released = release(trainer, job, random_source)
+    trained = released.outcome.trained
+    metrics = trained.metrics if trained is not None else {}
     return TrainingFinished(
         base=job.base,
         samples=samples,
         metrics={**metrics, **dict(zip(PRIVACY_METRICS, (account.epsilon, account.delta), strict=True))},
-        block=compressed.block,
-        residual=compressed.residual,
+        content=released.content,
+        residual=released.residual,
         account=account,
-        failure=released.failure,
-        local=packed(released.trained.local) if released.trained is not None else None,
+        failure=released.outcome.failure,
+        local=packed(trained.local) if trained is not None else None,
     )
+
+
+def _planned(job: StartTraining, samples: int) -> Charge:
+    if job.plan.dp == SUM:
+        assert job.sums is not None  # noqa: S101 - such a plan has the codec of private sums
+        return sum_cost(job.sums.terms, job.sums.honest)
+    return cost(job.plan, samples)
 
 
 def _release_device(trainer: Trainer, job: StartTraining, random_source: RandomSource) -> _Released:
     """The clipped change with noise; if training failed, the noise of a change of 0."""
-    plan, trained, failure, after = job.plan, None, "", job.vector
+    plan, outcome = job.plan, _trained(trainer, job)
+    change = noisy_change(
+        job.vector, outcome.after, clip=plan.dp_clip, noise=plan.dp_noise, random_source=random_source
+    )
+    return _encoded(trainer, job, change, outcome, random_source)
+
+
+def _release_sum(trainer: Trainer, job: StartTraining, random_source: RandomSource) -> _Released:
+    """The draws for the change; if training failed, those for a change of 0. No residual: it would have no noise."""
+    assert job.sums is not None  # noqa: S101 - as above
+    outcome, terms = _trained(trainer, job), job.sums.terms
+    silent = statistics_of(trainer, (tensor.name for tensor in job.schema.tensors))
+    drawn = poisson_binomial.release(
+        job.schema, terms, job.vector, outcome.after, random_source=random_source, silent=silent
+    )
+    content = poisson_binomial.content(terms, drawn, random_source)
+    return _Released(content=content, residual=None, outcome=outcome)
+
+
+def _trained(trainer: Trainer, job: StartTraining) -> _Outcome:
     try:
-        trained = trainer.train(tensors_of(job), plan, version=job.base, seed=job.seed)
-        after = flatten(job.schema, trained.tensors)
+        trained = trainer.train(tensors_of(job), job.plan, version=job.base, seed=job.seed)
+        return _Outcome(after=flatten(job.schema, trained.tensors), trained=trained)
     except ConfigError:
         raise
     except code_errors() as error:  # it may depend on the data: nobody else may see it
-        failure = describe(error)
-    change = noisy_change(job.vector, after, clip=plan.dp_clip, noise=plan.dp_noise, random_source=random_source)
-    return _Released(change=change, trained=trained, failure=failure)
+        return _Outcome(after=job.vector, trained=None, failure=describe(error))
 
 
-def _release_sample(trainer: Trainer, job: StartTraining, steps: int, random_source: RandomSource) -> _Released:
+def _release_sample(
+    trainer: Trainer, job: StartTraining, steps: int, samples: int, random_source: RandomSource
+) -> _Released:
     """The change by noisy steps, each element finite; if training failed, only the noise of its steps.
 
     The trainer itself handles the failure of a single sample. What remains is above all a model that is not finite
@@ -103,24 +140,35 @@ def _release_sample(trainer: Trainer, job: StartTraining, steps: int, random_sou
     except ConfigError:
         raise
     except code_errors() as error:  # as above
-        expected = min(plan.batch_size, trainer.samples)
+        expected = min(plan.batch_size, samples)
         deviation = plan.rate(job.base) * math.sqrt(steps) * plan.dp_noise * plan.dp_clip / expected
         change = noisy_change(job.vector, job.vector, clip=1.0, noise=deviation, random_source=random_source)
-        return _Released(change=_bounded(change), trained=None, failure=describe(error))
+        outcome = _Outcome(after=job.vector, trained=None, failure=describe(error))
+        return _encoded(trainer, job, _bounded(change), outcome, random_source)
     change = np.empty_like(job.vector)
     for part, difference in differences(job.vector, after):
         change[part] = difference
-    return _Released(change=_bounded(change), trained=trained)
+    outcome = _Outcome(after=after, trained=trained)
+    return _encoded(trainer, job, _bounded(change), outcome, random_source)
 
 
-def _charged(account: Account, charge: Cost, plan: Plan) -> Account:
+def _encoded(
+    trainer: Trainer, job: StartTraining, change: Vector, outcome: _Outcome, random_source: RandomSource
+) -> _Released:
+    """The content of a noisy change. Quantization and residual are post-processing, which costs no privacy."""
+    _clear_statistics(trainer, job.schema, change)
+    content, residual = encoded(job, change, _finite(job.residual), 1, random_source)  # the weight is 1 under `dp`
+    return _Released(content=content, residual=residual, outcome=outcome)
+
+
+def _charged(account: Account, charge: Charge, plan: Plan) -> Account:
     """The account with one more training by this plan."""
     after = account.plus(charge)
     spent = epsilon(after.of(plan.dp), plan.dp_delta) if after.covers(plan.dp) else math.inf
     return replace(after, epsilon=spent, delta=plan.dp_delta)
 
 
-def _is_spent(job: StartTraining, planned: Cost) -> bool:
+def _is_spent(job: StartTraining, planned: Charge) -> bool:
     """Whether the owner's budget does not pay for the planned steps, though the device has paid for as many like them.
 
     Otherwise only the plan may ask for too much: for less noise, more steps or a smaller epsilon than others before or

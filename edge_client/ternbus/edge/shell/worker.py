@@ -20,20 +20,20 @@ from ternbus.edge.core.events import (
     TrainingFinished,
 )
 from ternbus.edge.learn import failure
-from ternbus.edge.learn.compress import compress
 from ternbus.edge.learn.local_state import packed
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.task import Trained, Trainer, TrainingError, evaluated_by
 from ternbus.edge.learn.task_loader import code_errors
 from ternbus.edge.plan.plan import NO_DP
 from ternbus.edge.shell import private_training
+from ternbus.edge.shell.encoding import encoded
 
 TrainingResult = TrainingFinished | TrainingFailed | BudgetSpent
 Result = TrainingResult | Evaluated | EvaluationFailed | FineTuned | FineTuningFailed
 
 
 def train(trainer: Trainer, job: StartTraining, random_source: RandomSource | None = None) -> TrainingResult:
-    """Train and compress the change, under the plan's differential privacy, if the budget allows it.
+    """Train and encode the change, under the plan's differential privacy, if the budget allows it.
 
     `random_source` is for tests and simulations; on a device it is the operating system's. Raises `ConfigError` if the
     task cannot train by the plan.
@@ -47,13 +47,13 @@ def train(trainer: Trainer, job: StartTraining, random_source: RandomSource | No
         raise
     except code_errors() as error:
         return TrainingFailed(base=job.base, reason=failure.describe(error), trace=failure.trace_of(error))
-    compressed = compress(job.schema, job.plan, change, job.residual, job.seed)
+    content, residual = encoded(job, change, job.residual, trained.samples, random_source or RandomSource())
     return TrainingFinished(
         base=job.base,
         samples=trained.samples,
         metrics=trained.metrics,
-        block=compressed.block,
-        residual=compressed.residual,
+        content=content,
+        residual=residual,
         local=packed(trained.local),
     )
 

@@ -8,7 +8,7 @@ import shlex
 import sqlite3
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -20,8 +20,9 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.schema import Vector, type_f32
 from ternbus.broker.store_format import checksum
+from ternbus.broker.sums.masks import SEED_BYTES
 from ternbus.edge.core.foreign_numbers import cloned_counter
-from ternbus.edge.core.state import RENUMBERED, AnsweredUpdate, OutstandingUpdate, State
+from ternbus.edge.core.state import RENUMBERED, AnsweredUpdate, OutstandingUpdate, PrivatePart, State
 from ternbus.edge.plan.privacy import Account
 from ternbus.edge.store.outbox_format import COLUMNS, insert, naming, open_for_reading, open_for_writing
 
@@ -95,8 +96,10 @@ class Outbox:
         values |= {"key": bytes(state.key), "schema": state.schema, "head_digest": state.head_digest}
         values |= {"protected": state.protected, "account": state.account.dumps()}
         before = self._stored
-        if state.local or (before is not None and before.local):  # most devices have none
-            values["local"] = state.local
+        new = before or State(key=state.key)
+        few = {"local": state.local, "left": str(state.left), "cards": _dumps(state.cards), "refusal": state.refusal}
+        # most devices have none of these, and an earlier version wrote none
+        values |= {name: value for name, value in few.items() if getattr(state, name) != getattr(new, name)}
         if before is not None:
             values = {name: value for name, value in values.items() if getattr(state, name) != getattr(before, name)}
         for row in values.items():
@@ -118,6 +121,14 @@ class Outbox:
             )  # fmt: skip
             insert(self._db, "outstanding", row)
         insert(self._db, "kept", ("outstanding", "" if update is None else str(checksum(*row))))
+        self._save_private(update.private if update is not None else None)
+
+    def _save_private(self, part: PrivatePart | None) -> None:
+        self._db.execute("DELETE FROM private")
+        if part is not None:
+            row = (part.terms, part.context, part.min, b"".join(part.seeds), b"".join(part.boxes))
+            insert(self._db, "private", row)
+        insert(self._db, "kept", ("private", "" if part is None else str(checksum(*row))))
 
     def _save_answered(self, answered: AnsweredUpdate) -> None:
         row = (
@@ -203,7 +214,11 @@ def _read(db: sqlite3.Connection) -> State | None:
         schema=values["schema"],
         head_digest=values["head_digest"],
         protected=values["protected"],
-        local=values.get("local", b""),  # an earlier version wrote none, in this format too
+        # an earlier version wrote none of these, and nor do most devices
+        local=values.get("local", b""),
+        left=int(values.get("left", -1)),
+        cards=cards_of(values.get("cards", "{}")),
+        refusal=values.get("refusal", ""),
         account=Account.loads(values["account"]),
         residual=np.frombuffer(vector[0], dtype=type_f32).astype(np.float32) if vector else None,
         outstanding=_outstanding(db),
@@ -213,7 +228,31 @@ def _read(db: sqlite3.Connection) -> State | None:
 
 def _outstanding(db: sqlite3.Connection) -> OutstandingUpdate | None:
     row = db.execute(f"SELECT {COLUMNS['outstanding']} FROM outstanding").fetchone()  # noqa: S608 - our own names
-    return None if row is None else outstanding_of(row)
+    if row is None:
+        return None
+    private = db.execute(f"SELECT {COLUMNS['private']} FROM private").fetchone()  # noqa: S608 - our own names
+    return replace(outstanding_of(row), private=None if private is None else private_of(private))
+
+
+def _dumps(cards: Mapping[bytes, int]) -> str:
+    return json.dumps({key.hex(): number for key, number in cards.items()})
+
+
+def cards_of(text: str) -> dict[bytes, int]:
+    """The highest numbers of helpers' box keys, by the helpers' keys."""
+    return {bytes.fromhex(key): int(number) for key, number in json.loads(text).items()}
+
+
+def private_of(row: Sequence[Any]) -> PrivatePart:
+    """What an update of a private sum has beside its words, in a row of its table, in the order of ``COLUMNS``."""
+    terms, context, least, seeds, boxes = row
+    helpers = len(seeds) // SEED_BYTES
+    return PrivatePart(terms=terms, context=context, min=least, seeds=_cut(seeds, helpers), boxes=_cut(boxes, helpers))
+
+
+def _cut(joined: bytes, count: int) -> tuple[bytes, ...]:
+    size = len(joined) // count
+    return tuple(joined[place * size : (place + 1) * size] for place in range(count))
 
 
 def outstanding_of(row: Sequence[Any]) -> OutstandingUpdate:

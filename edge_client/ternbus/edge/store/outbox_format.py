@@ -17,7 +17,7 @@ from ternbus.broker.errors import ConfigError, CorruptError
 from ternbus.broker.store_format import EMPTY, Formats, Step, checksum
 from ternbus.edge.plan.privacy import Account
 
-FORMAT: Final = 3
+FORMAT: Final = 4
 _TABLES_2: Final = (
     "CREATE TABLE IF NOT EXISTS kept (name TEXT PRIMARY KEY, value) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS residual (id INTEGER PRIMARY KEY CHECK (id = 0), vector BLOB NOT NULL)",
@@ -31,7 +31,7 @@ _TABLES_2: Final = (
     "CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID",
 )
 TABLES: Final = {
-    # ``crc`` is a row's checksum. The names `residual` and `outstanding` hold those of the tables of that name.
+    # ``crc`` is a row's checksum. The names of `WHOLE` in `kept` hold those of the tables of that name.
     "kept": "CREATE TABLE kept (name TEXT PRIMARY KEY, value, crc INTEGER NOT NULL) WITHOUT ROWID",
     "residual": "CREATE TABLE residual (id INTEGER PRIMARY KEY CHECK (id = 0), vector BLOB NOT NULL)",
     "outstanding": """CREATE TABLE outstanding (
@@ -43,6 +43,10 @@ TABLES: Final = {
     version TEXT NOT NULL, digest BLOB NOT NULL, crc INTEGER NOT NULL)""",
     "counters": """CREATE TABLE counters (
     name TEXT PRIMARY KEY, value INTEGER NOT NULL, crc INTEGER NOT NULL) WITHOUT ROWID""",
+    # of an outstanding update of a private sum; seeds and boxes are those of all helpers, one after the other
+    "private": """CREATE TABLE private (
+    id INTEGER PRIMARY KEY CHECK (id = 0), terms BLOB NOT NULL, context BLOB NOT NULL, min INTEGER NOT NULL,
+    seeds BLOB NOT NULL, boxes BLOB NOT NULL)""",
 }
 COLUMNS: Final = {  # that a checksum covers
     "kept": "name, value",
@@ -50,13 +54,16 @@ COLUMNS: Final = {  # that a checksum covers
     "outstanding": "seq, base, samples, metrics, codec, encoding, encoded, sealed, frame_bytes",
     "receipts": "key, seq, base, outcome, version, digest",
     "counters": "name, value",
+    "private": "terms, context, min, seeds, boxes",
 }
 NAMES: Final = {  # that `kept` has as soon as anything was saved
     "enrolled", "seq_limit", "session", "head_version", "head_seq", "answered_base", "evaluated", "accepted", "key",
     "schema", "head_digest", "protected", "account", "residual", "outstanding",
+    "private",
 }  # fmt: skip
 NAMED_MAX: Final = 3  # in an error
-WHOLE: Final = ("residual", "outstanding")  # tables of one row at most, whose checksum is in `kept`
+_TABLES_3: Final = tuple(name for name in TABLES if name != "private")
+WHOLE: Final = ("residual", "outstanding", "private")  # tables of one row at most, whose checksum is in `kept`
 _NAMES_2: Final = {"account": Account().dumps(), "head_digest": b"", "protected": ""}  # in `kept`; nothing is known
 
 
@@ -73,16 +80,23 @@ def _to_2(db: sqlite3.Connection, _: Path) -> None:
 def _to_3(db: sqlite3.Connection, _: Path) -> None:
     """Give what is there its checksums. The tables are made anew, as in a new store."""
     is_used = db.execute("SELECT 1 FROM kept").fetchone() is not None
-    for table, definition in TABLES.items():
+    for table in _TABLES_3:
         db.execute(f"ALTER TABLE {table} RENAME TO old")
-        db.execute(definition)
+        db.execute(TABLES[table])
         order = "number" if table == "receipts" else "1"
         for row in db.execute(f"SELECT {COLUMNS[table]} FROM old ORDER BY {order}").fetchall():  # noqa: S608 - our own names
             insert(db, table, row)
         db.execute("DROP TABLE old")
     if is_used:
-        for table in WHOLE:
+        for table in ("residual", "outstanding"):
             insert(db, "kept", (table, whole_checksum(db, table)))
+
+
+def _to_4(db: sqlite3.Connection, _: Path) -> None:
+    """Make the table of private sums, which is empty: an older version sent no such updates."""
+    db.execute(TABLES["private"])
+    if db.execute("SELECT 1 FROM kept").fetchone():
+        insert(db, "kept", ("private", ""))
 
 
 def _make(db: sqlite3.Connection, _: Path) -> None:
@@ -131,7 +145,12 @@ def _columns(db: sqlite3.Connection, table: str) -> set[str]:
 
 FORMATS: Final = Formats(
     newest=FORMAT,
-    steps={EMPTY: Step(to=3, change=_make), 1: Step(to=2, change=_to_2), 2: Step(to=3, change=_to_3)},
+    steps={
+        EMPTY: Step(to=FORMAT, change=_make),
+        1: Step(to=2, change=_to_2),
+        2: Step(to=3, change=_to_3),
+        3: Step(to=4, change=_to_4),
+    },
     read=_read,
     write=_write,
 )

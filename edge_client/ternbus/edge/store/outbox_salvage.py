@@ -6,6 +6,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,12 +16,13 @@ from ternbus.broker import files
 from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import CorruptError, FederationError
 from ternbus.broker.protocol.identity import KeyId
+from ternbus.broker.protocol.messages import PRIVATE
 from ternbus.broker.protocol.schema import Vector, type_f32
 from ternbus.broker.store_format import checksum
-from ternbus.edge.core.state import State
+from ternbus.edge.core.state import OutstandingUpdate, State
 from ternbus.edge.plan.privacy import Account
 from ternbus.edge.store import outbox_format
-from ternbus.edge.store.outbox import FILE, Outbox, outstanding_of, summary
+from ternbus.edge.store.outbox import FILE, Outbox, cards_of, outstanding_of, private_of, summary
 from ternbus.edge.store.outbox_format import COLUMNS, open_for_reading
 
 READ_ERRORS: Final = (sqlite3.Error, UnicodeError, FederationError, ValueError, TypeError, KeyError)
@@ -105,7 +107,10 @@ def _state(path: Path, key: KeyId, kept: dict[str, Any], lost: list[str]) -> Sta
         except (KeyError, ValueError, TypeError):
             lost.append(name)
     residual = _whole(path, "residual", kept, lost)
-    outstanding = _whole(path, "outstanding", kept, lost)
+    outstanding: OutstandingUpdate | None = _whole(path, "outstanding", kept, lost)
+    if outstanding is not None and outstanding.codec == PRIVATE:
+        part = _whole(path, "private", kept, lost)
+        outstanding = None if part is None else replace(outstanding, private=part)
     return State(
         key=key,
         enrolled=True,
@@ -116,6 +121,9 @@ def _state(path: Path, key: KeyId, kept: dict[str, Any], lost: list[str]) -> Sta
         account=Account.loads(kept["account"]) if "account" in kept else Account(),
         residual=residual,
         outstanding=outstanding,
+        left=-1 if outstanding is None else outstanding.base,  # whether it was sent may be lost
+        cards=cards_of(kept.get("cards", "{}")),
+        refusal="",  # as the next head has it
         **numbers,
     )
 
@@ -127,6 +135,7 @@ def _vector(row: Sequence[Any]) -> Vector:
 READERS: Final[Mapping[str, tuple[str, Callable[[Sequence[Any]], object]]]] = {
     "residual": ("the residual", _vector),
     "outstanding": ("the update that has no answer", outstanding_of),
+    "private": ("the update that has no answer", private_of),
 }
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from ternbus.aggregator.plan_settings import PlanCheck
-from ternbus.aggregator.settings import NEW_HOME, from_table, with_overrides
+from ternbus.aggregator.settings import from_table, new_home, with_overrides
 from ternbus.broker.protocol.task_plan import TaskPlan
 from ternbus.edge.learn.task import Task, task_plan
 from ternbus.lab.scenario.scenario import Scenario
@@ -22,5 +22,5 @@ def settings_of(scenario: Scenario, default_plan: Mapping[str, object], keys: Se
     check = PlanCheck.settings(TaskPlan(keys=tuple(keys)), scenario.allow_plan_keys)
     chosen = {**scenario.settings(default_plan), **check}
     table = {"federation": "lab", "broker": "mqtt://localhost"}
-    from_table(with_overrides(table, {**NEW_HOME, **chosen}), "the scenario and its task")
+    from_table(with_overrides(table, new_home(chosen)), "the scenario and its task")
     return chosen

@@ -1,7 +1,7 @@
 """A ledger in memory that keeps only what a report needs: contributions, versions, metrics and counts."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ class Ledger(Protocol):
 
 @dataclass(slots=True, kw_only=True)
 class Contribution:
-    """An accepted update; ``merged`` is the version that contains it."""
+    """An accepted update; ``merged`` is the version that contains it, ``dropped`` why none ever will."""
 
     device: str
     base: int
@@ -28,6 +28,7 @@ class Contribution:
     samples: int
     epsilon: float | None = None
     merged: int | None = None
+    dropped: str = ""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,6 +45,7 @@ class MemoryLedger:
         self.digests: dict[int, bytes] = {}
         self._frames = dict(frames)
         self._buffer: list[Contribution] = []
+        self._sets: dict[bytes, frozenset[tuple[str, int]]] = {}  # (device, base) of private updates, by digest
         self._versions = [_Version(made=None, seconds=0.0)]
         self._measurements = Measurements()
         self._classes: dict[str, Mapping[str, int]] = {}
@@ -62,7 +64,9 @@ class MemoryLedger:
     def status(self) -> dict[str, Any]:
         """The part of `ternbus.aggregator.store.status.read` that the report uses."""
         accepted = Counter(each.device for each in self.contributions)
-        counts = {"accepted": accepted.total(), "merged": accepted.total() - len(self._buffer)}
+        dropped = sum(1 for each in self.contributions if each.dropped)
+        counts = {"accepted": accepted.total(), "merged": accepted.total() - len(self._buffer) - dropped}
+        counts["dropped"] = dropped
         counts["unmerged"] = len(self._buffer) if self._state == CLOSED else 0
         counts |= {outcome: self._counts[outcome] for outcome in ("stale", "duplicate", "busy")}
         return {
@@ -91,9 +95,12 @@ class MemoryLedger:
             case records.VersionMade():
                 self._versions.append(_Version(made=record, seconds=now))
                 self.digests[record.version] = record.digest
-                for row in self._buffer:
-                    row.merged = record.version
-                self._buffer = []
+                self._merged(record)
+            case records.SetMade():
+                self._sets[record.digest] = frozenset((device, record.base) for device in record.devices)
+            case records.UpdatesDropped():
+                for row in self._take({(device, record.base) for device in record.devices}):
+                    row.dropped = record.reason
             case records.FramesRetained():
                 self._keep(record)
             case records.MetricsReceived():
@@ -106,6 +113,21 @@ class MemoryLedger:
                 self._state = record.state
             case _:
                 return  # records that only a restart needs
+
+    def _merged(self, record: records.VersionMade) -> None:
+        """All that waits is in a version, but of private updates only those of its sets."""
+        if record.sets is None:
+            names = {(row.device, row.base) for row in self._buffer} if record.updates else set()
+        else:
+            names = {name for digest in record.sets for name in self._sets.pop(digest)}
+        for row in self._take(names):
+            row.merged = record.version
+
+    def _take(self, names: Set[tuple[str, int]]) -> list[Contribution]:
+        """The rows of updates that wait no longer."""
+        taken = [row for row in self._buffer if (row.device, row.base) in names]
+        self._buffer = [row for row in self._buffer if (row.device, row.base) not in names]
+        return taken
 
     def _measured(self, record: records.MetricsReceived) -> None:
         about = record.metrics

@@ -19,6 +19,7 @@ from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import ledger as durable
 from ternbus.aggregator.store import maintenance
 from ternbus.aggregator.store.ledger import LEDGER
+from ternbus.aggregator.sums.state import PrivateSums
 from ternbus.broker.protocol.identity import Identity, seal
 from ternbus.broker.protocol.schema import Schema, Vector, to_vector
 from ternbus.broker.protocol.tensor_kinds import TensorKinds
@@ -83,9 +84,7 @@ def without_disk(
     kinds: TensorKinds,
 ) -> Setup:
     """A setup in memory; the seed determines all keys and codes."""
-    table = configuration.with_overrides(
-        {"federation": FEDERATION, "broker": URL}, {**configuration.NEW_HOME, **chosen}
-    )
+    table = configuration.with_overrides({"federation": FEDERATION, "broker": URL}, configuration.new_home(chosen))
     settings = configuration.from_table(table, "[aggregator]")
     identity = Identity(drawn(seed, "aggregator"))
     codes = {name: drawn(seed, f"code of {name}").hex() for name in names}
@@ -122,6 +121,7 @@ def _first_core(
         seq=first.seq,
         session=0,
         software=SOFTWARE,
+        sums=PrivateSums.of(settings, schema),
     )
     return core, [*first.frames.frames]
 

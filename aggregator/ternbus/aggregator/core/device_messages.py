@@ -1,0 +1,83 @@
+"""What devices send, from the topic to whoever decides about it: limited, authenticated, then taken in by kind."""
+
+from dataclasses import dataclass
+
+from ternbus.aggregator.core import metrics
+from ternbus.aggregator.core.clones import Clones
+from ternbus.aggregator.core.counters import Counters
+from ternbus.aggregator.core.enrollment import Enrollment
+from ternbus.aggregator.core.events import Action, MessageArrived
+from ternbus.aggregator.core.refusals import Refusals
+from ternbus.aggregator.core.registry import Member, Registry
+from ternbus.aggregator.core.updates import Updates
+from ternbus.aggregator.core.work import LARGE_HEADER_BYTES, PATIENCE_S, WorkShares, header_work
+from ternbus.aggregator.merge.influence import Measured
+from ternbus.aggregator.merge.model import Model
+from ternbus.aggregator.settings import Settings
+from ternbus.broker.errors import ProtocolError
+from ternbus.broker.protocol import topics
+from ternbus.broker.protocol.frame import Frame, header_bytes, parse
+from ternbus.broker.protocol.messages import Status
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceMessages:
+    """Takes in messages on the topics of devices; ProtocolError for one that is dropped."""
+
+    settings: Settings
+    model: Model
+    registry: Registry
+    enrollment: Enrollment
+    updates: Updates
+    work: WorkShares
+    counters: Counters
+    refusals: Refusals
+    clones: Clones
+
+    def take(self, event: MessageArrived, address: topics.Address, now: float) -> list[Action]:
+        """Take in a message on a topic below ``up/``."""
+        name, opened = address.device or "", event.opened
+        if opened is not None and opened.decoded_bytes:  # that was done, whatever becomes of the message
+            self.work.charge(name, opened.decoded_bytes, now)
+        self.enrollment.take_frame(name, now)
+        is_late = event.waited_s > PATIENCE_S
+        if is_late and header_bytes(event.payload) > LARGE_HEADER_BYTES and self.work.owes(name, now):
+            raise ProtocolError("too-much-work", f"{name} has used its share of the work, and sends large headers")
+        frame = parse(event.payload) if opened is None else opened.frame
+        topics.check(frame, address)
+        if (cost := header_work(len(frame.header))) and name in self.registry.members:
+            self.work.charge(name, cost, now)
+        if frame.kind == "enroll":
+            return self.enrollment.enroll(frame, now, event.clock_s)
+        verified = b"" if opened is None else opened.public
+        sender = self.enrollment.authenticate(frame, verified, now, is_late=is_late)
+        if not isinstance(sender, Member):
+            return sender
+        if frame.kind == "update":
+            sender.update_bytes += event.packet_bytes
+            self.counters.observe(sender.name, now)
+        return self._frame(sender, frame, None if opened is None else opened.content, now, is_late=is_late)
+
+    def _frame(
+        self, member: Member, frame: Frame, ahead: Measured | None, now: float, *, is_late: bool
+    ) -> list[Action]:
+        if frame.kind != "status":  # the broker delivers a retained one again, long after it was said
+            member.pace.heard(now)
+        named = frame.meta.get("version" if frame.kind == "metrics" else "base")
+        claimed = self.refusals.claim(member.name, named, self.model.version, now)
+        match frame.kind:
+            case "update":
+                return [*claimed, *self.updates.update(member, frame, now, ahead, is_late=is_late)]
+            case "offer":
+                return [*claimed, *self.updates.offer(member, frame, now)]
+            case "status":
+                frame.check_bodiless()
+                status = Status.from_meta(frame.meta)
+                self.clones.observe(member, status, frame.seq, self.model.version, now)
+                if self.registry.observe(member, status, frame.seq):
+                    member.pace.heard(now)
+                    self.counters.observe(member.name, now)
+                return claimed
+            case _:  # the topics that a device may write on leave only metrics
+                bytes_max = self.settings.limits.metrics_bytes
+                return [*claimed, metrics.received(member, frame, version=self.model.version, bytes_max=bytes_max)]

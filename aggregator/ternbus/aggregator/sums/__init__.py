@@ -1,0 +1,1 @@
+"""Private sums at the aggregator: its helpers, the terms of updates, and the contexts that updates have."""

@@ -1,0 +1,67 @@
+"""From the sum of a set's words to what a merge takes: integers, checked, then a block with a weight.
+
+With one level of draws and no differential privacy: block = S T / k / (Omega / 255), T the sum of the set's integers,
+Omega that of its devices' weights in steps of 1/255. With `dp` = "sum" an integer is a draw of the Poisson binomial
+mechanism (Chen, Ozgur & Kairouz 2022, algorithm 2), and the block is S T / (2 k theta) / n.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from ternbus.broker.errors import ProtocolError
+from ternbus.broker.protocol.schema import Schema
+from ternbus.broker.protocol.ternary import Block
+from ternbus.broker.sums.terms import SUM, Terms
+from ternbus.broker.sums.words import BUCKETS, DENSE_STEPS, WEIGHT_MIN, WEIGHT_STEPS, Integers, Words
+
+RANGE: Final = "sum-out-of-range"  # why a set is dropped: a device or a helper did not keep to the protocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetSum:
+    """What a set comes to: its mean change as a block, which weighs ``weight`` / 255 devices.
+
+    ``buckets`` has shape (tensors, 7): how many devices' own scales were in which octave of the terms'.
+    """
+
+    block: Block
+    weight: int
+    buckets: Integers
+
+
+def decode(terms: Terms, schema: Schema, total: Words, devices: int) -> SetSum:
+    """Read the sum of the words of so many devices, without masks; ProtocolError where it cannot be one.
+
+    No honest set fails. A sum that passes may still be another than the devices' updates: each device, and each
+    helper, can move it to whatever as many devices could have sent.
+    """
+    ternary, plain = terms.layout.unpack(total)
+    dense, weight, buckets = np.split(plain, [terms.dense, terms.dense + 1])
+    private = terms.dp == SUM
+    steps = terms.levels if private else DENSE_STEPS
+    _check(ternary, devices * terms.levels, "a ternary element")
+    _check(dense, devices * steps, "a dense element")
+    omega, counts = int(weight[0]), buckets.reshape(-1, BUCKETS)
+    lowest = WEIGHT_STEPS if private or terms.samples == 0 else WEIGHT_MIN
+    if not devices * lowest <= omega <= devices * WEIGHT_STEPS:
+        raise ProtocolError(RANGE, f"the weight of {devices} devices is {omega}")
+    if (counts < 0).any() or (counts.sum(axis=1) != (0 if private else devices)).any():
+        raise ProtocolError(RANGE, f"the buckets of a tensor do not count {devices} devices")
+    factor = WEIGHT_STEPS / omega
+    change = np.zeros(schema.elements, np.float64)
+    parts = ((schema.ternary, ternary, terms.ternary_steps), (schema.dense, dense, terms.dense_steps))
+    scales = dict(zip(schema.segments, terms.scales, strict=True))
+    for segments, integers, divisor in parts:
+        for segment in segments:
+            own = integers[segment.offset :][: segment.tensor.elements]
+            change[segment.start : segment.stop] = scales[segment] * own / divisor * factor
+    block = Block.of_float32(schema, change.astype(np.float32))
+    return SetSum(block=block, weight=omega, buckets=counts)
+
+
+def _check(values: npt.NDArray[np.int64], most: int, what: str) -> None:
+    if values.size and int(np.abs(values).max()) > most:
+        raise ProtocolError(RANGE, f"the sum of {what} is beyond {most}")

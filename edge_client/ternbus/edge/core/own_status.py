@@ -1,0 +1,46 @@
+"""The device's retained status: its work, and why that fails; the last will is the same message, "offline"."""
+
+from dataclasses import dataclass, field
+
+from ternbus.edge.core.actions import Publish
+from ternbus.edge.core.evaluation import EvaluationPolicy
+from ternbus.edge.core.failures import shown
+from ternbus.edge.core.pending_state import PendingState
+from ternbus.edge.core.presence import Presence
+from ternbus.edge.core.profile import OFFLINE, Profile
+from ternbus.edge.core.training_policy import TrainingPolicy
+
+RECENT_MAX = 8
+
+
+@dataclass(slots=True, kw_only=True)
+class OwnStatus:
+    """Makes the statuses, and remembers numbers of statuses and metrics, which a revocation may answer."""
+
+    profile: Profile
+    pending: PendingState
+    presence: Presence
+    training: TrainingPolicy
+    evaluation: EvaluationPolicy
+    recent_seqs: set[int] = field(default_factory=set)
+
+    def now(self) -> list[Publish]:
+        """The status, unless the key is not enrolled: the aggregator could not verify it."""
+        state, training = self.pending.state, self.training
+        if not state.enrolled or self.profile.role in {"join", "export"}:
+            return []
+        seen = state.head_version if self.presence.is_behind else -1  # a sign that the aggregator lost versions
+        work, base = ("idle", seen) if training.running is None else ("training", training.running.base)
+        reason = training.failures.reason or self.evaluation.failures.reason
+        failing = shown(reason, private=training.private, sealed=training.sealed)
+        if not reason:
+            failing = shown(state.refusal, private=False, sealed=False)  # which no data decide
+        seq = self.pending.next_seq()
+        return [self.noted(self.profile.status(work, seq=seq, session=state.session, base=base, failing=failing))]
+
+    def offline(self) -> Publish:
+        return self.profile.status(OFFLINE, seq=self.pending.next_seq(), session=self.pending.state.session)
+
+    def noted(self, publish: Publish) -> Publish:
+        self.recent_seqs = {*sorted(self.recent_seqs)[-RECENT_MAX + 1 :], publish.seq}
+        return publish

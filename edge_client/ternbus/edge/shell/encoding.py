@@ -1,0 +1,27 @@
+"""What a training sends of its change: a block, or the values of a private sum."""
+
+from ternbus.broker.protocol.schema import Vector
+from ternbus.broker.protocol.ternary import Block
+from ternbus.edge.core.actions import StartTraining
+from ternbus.edge.learn import private_sum
+from ternbus.edge.learn.compress import compress
+from ternbus.edge.learn.noise import RandomSource
+from ternbus.edge.learn.sum_content import SumContent
+
+
+def encoded(
+    job: StartTraining, change: Vector, residual: Vector | None, samples: int, random_source: RandomSource
+) -> tuple[Block | SumContent, Vector | None]:
+    """The content by the job's codec, and the new residual. Only a private sum draws from ``random_source``."""
+    if job.sums is None:
+        compressed = compress(job.schema, job.plan, change, residual, job.seed)
+        return compressed.block, compressed.residual
+    return private_sum.encode(
+        job.schema,
+        job.sums.terms,
+        job.plan,
+        change,
+        residual=residual,
+        samples=samples,
+        random_source=random_source,
+    )

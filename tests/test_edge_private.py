@@ -1,0 +1,325 @@
+"""The core of a device of private sums: what it sends, by which terms, and what it never sends."""
+
+from dataclasses import replace
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from support.core_device import (
+    DEVICE,
+    DEVICE_KEY,
+    Device,
+    connected,
+    evaluated,
+    following,
+    logged,
+    of,
+    only,
+    published,
+    trained,
+    update_in,
+)
+from support.private_device import (
+    PINS,
+    SEALED,
+    aggregator,
+    finished,
+    private,
+    sending,
+    terms_messages,
+    training,
+    words_of,
+)
+from support.private_sums import card, seeds_in, terms_for
+from support.scripted_aggregator import ScriptedAggregator
+from ternbus.broker.protocol.frame import Frame, parse
+from ternbus.broker.protocol.identity import Identity
+from ternbus.broker.protocol.messages import Status, Update
+from ternbus.broker.protocol.schema import vector_digest
+from ternbus.broker.sums.terms import Terms, context, digest_of
+from ternbus.edge.core import events
+from ternbus.edge.core.actions import Publish, Save, StartEvaluation, StartTraining
+from ternbus.edge.core.masking import carried
+from ternbus.edge.core.receipts import is_out
+
+OTHER_KEY = Identity(b"e" * 32)
+TWO = (card(1), card(2))
+
+
+def standard(scripted: ScriptedAggregator) -> Terms:
+    return terms_for(scripted.schema)
+
+
+def receipt(scripted: ScriptedAggregator, seq: int, outcome: str, key: Identity = DEVICE_KEY, **more: Any) -> Any:
+    return scripted.receipt(DEVICE, key.key_id, seq, outcome, **more)
+
+
+# -- what is sent
+
+
+def test_a_private_update_is_masked_and_sealed_and_says_nothing_of_the_data() -> None:
+    scripted, device, job = training()
+    assert job.sums is not None
+    done = device.handle(finished(job))
+    frame = update_in(done)
+    update = Update.from_meta(frame.meta)
+    assert (update.codec, update.encoding, update.sealed, update.samples) == ("private", "raw", True, 1)
+    assert update.metrics == {"epsilon": 1.0, "delta": 1e-5}
+    assert (update.min, len(update.boxes)) == (PINS.min, 1)
+    assert frame.body.startswith(SEALED + frame.key + frame.seq.to_bytes(8, "little"))
+    content = finished(job).content
+    assert words_of(frame, standard(scripted)).tobytes() == content.words  # type: ignore[union-attr]
+    masked = frame.body[len(SEALED) + 16 :]
+    assert np.mean(np.frombuffer(masked, np.uint8) == np.frombuffer(content.words, np.uint8)) < 0.1  # type: ignore[union-attr]
+    assert isinstance(done[0], Save)
+    assert done[0].state.outstanding is not None
+    assert done[0].state.outstanding.encoded == content.words  # type: ignore[union-attr]
+
+
+def test_the_context_binds_version_model_plan_bytes_and_terms() -> None:
+    scripted, _, job = training()
+    plan = msgpack.packb(scripted.plan)
+    terms = digest_of(standard(scripted).content())
+    model = vector_digest(scripted.vectors[0])
+    assert job.sums is not None
+    assert job.sums.context == context(version=0, model=model, plan=digest_of(plan), terms=terms)
+
+
+def test_the_same_plan_in_other_bytes_is_another_context() -> None:
+    scripted, device = aggregator(plan={"batch_size": 1}), private()
+    _, payload = scripted.head()
+    frame = parse(payload)
+    long = frame.meta_bytes.replace(b"\xaabatch_size\x01", b"\xaabatch_size\xcd\x00\x01")
+    header = frame.header.replace(frame.meta_bytes, long)
+    assert header != frame.header
+    forged = b"TBF1" + len(header).to_bytes(4, "little") + header
+    forged += scripted.identity.sign(b"ternbus/1 frame\0" + header)
+    done = device.arrive(*terms_messages(scripted), ("ternbus/1/fed/all/head", forged), *scripted.snapshot())
+    other = only(device.arrive(scripted.status()) + done, StartTraining)
+    _, _, job = training(plan={"batch_size": 1})
+    assert job.sums is not None
+    assert other.sums is not None
+    assert other.plan == job.plan
+    assert other.sums.context != job.sums.context
+
+
+def test_each_helper_of_the_terms_gets_a_box_also_one_that_is_not_pinned() -> None:
+    terms = terms_for(aggregator().schema, helpers=TWO)
+    _, _, frame = sending(of=terms)
+    seeds = seeds_in(frame, DEVICE_KEY.public, (1, 2))
+    assert len(set(seeds)) == 2
+    assert words_of(frame, terms).size == terms.layout.words
+
+
+def test_an_update_is_the_same_bytes_each_time_also_after_a_restart() -> None:
+    scripted, device, frame = sending()
+    again = device.restarted()
+    again.connect()
+    sent = update_in(again.arrive(scripted.status(), scripted.head()))
+    assert (sent.header, sent.body) == (frame.header, frame.body)
+
+
+def test_a_private_device_publishes_no_metrics_whatever_it_is_asked_for() -> None:
+    scripted, device, _ = training(reports=True)
+    device.handle(trained_as(device))
+    scripted.advance()
+    done = device.arrive(*scripted.delta(1), scripted.head())
+    assert published(device.handle(evaluated(1)) + done, "metrics") == []
+    judge = connected("evaluate", sums=PINS)
+    judge.arrive(scripted.status(), scripted.head(), *scripted.snapshot(), *scripted.delta(1))
+    assert len(of(judge.actions, StartEvaluation)) == 1
+    assert published(judge.handle(evaluated(1)), "metrics") == []
+
+
+def trained_as(device: Device) -> events.TrainingFailed:
+    job = device.core.training.running
+    assert job is not None
+    return events.TrainingFailed(base=job.base, reason="quotes the data")
+
+
+def test_a_failure_is_told_without_its_text() -> None:
+    _, device, _ = training()
+    (frame,) = published(device.handle(trained_as(device)), "status")
+    assert Status.from_meta(frame.meta).failing == "the device's log says why"
+
+
+# -- the same content under another number or key
+
+
+def again_as(terms: Terms, before: Frame, after: Frame, key: Identity = DEVICE_KEY) -> None:
+    """The second frame has other bytes, and the words and the seeds of the first."""
+    assert after.header != before.header
+    assert after.meta["context"] == before.meta["context"]
+    assert after.meta["boxes"] != before.meta["boxes"]
+    assert np.array_equal(words_of(after, terms, key), words_of(before, terms))
+    assert seeds_in(after, key.public) == seeds_in(before, DEVICE_KEY.public)
+    same_mask = after.body[-8 * terms.layout.words :] == before.body[-8 * terms.layout.words :]
+    assert same_mask == (key is DEVICE_KEY)
+
+
+def test_a_number_that_was_used_before_gets_the_same_words_and_seeds_under_the_next() -> None:
+    scripted, device, frame = sending()
+    for highest in (5000, 7000):
+        (again,) = published(device.arrive(receipt(scripted, frame.seq, "duplicate", highest_seq=highest)), "update")
+        assert again.seq == highest + 1
+        again_as(standard(scripted), frame, again)
+        assert device.disk is not None
+        assert device.disk.outstanding is not None
+        assert device.disk.outstanding.seq == again.seq
+        frame = again
+
+
+def test_smaller_packets_get_the_same_words_and_seeds_under_another_number() -> None:
+    terms = terms_for(aggregator().schema, bits=8)
+    scripted, device, frame = sending(of=terms)
+    device.handle(events.Disconnected(reason="gone"))
+    device.wait(5.0)
+    save = only(device.handle(events.Connected(frame_bytes=1600)), Save)
+    assert save.answered is not None
+    assert save.answered.outcome == "renumbered"
+    before, after = frame, save.state.outstanding
+    assert after is not None
+    assert after.private is not None
+    assert after.seq > before.seq
+    assert after.private.seeds == tuple(seeds_in(before, DEVICE_KEY.public))
+    parts = published(device.arrive(scripted.status()), "update")
+    assert len(parts) > 1
+    assert len({part.header for part in parts}) == len(parts)
+    assert sorted({part.meta["boxes"][0] for part in parts}) == list(after.private.boxes)
+    joined = b"".join(part.body for part in parts)
+    again_as(terms, frame, replace(parts[0], body=joined))
+
+
+def test_another_key_gets_the_same_words_and_seeds_under_another_mask() -> None:
+    scripted, device, frame = sending()
+    again = device.restarted(identity=OTHER_KEY)
+    again.connect()
+    again.arrive(scripted.status())
+    (enroll,) = published(again.actions, "enroll")
+    sent = update_in(again.arrive(receipt(scripted, enroll.seq, "enrolled", OTHER_KEY), scripted.head()))
+    again_as(standard(scripted), frame, sent, OTHER_KEY)
+
+
+def test_an_update_of_the_time_before_private_sums_is_not_sent() -> None:
+    scripted, device = following()
+    device.handle(trained(only(device.actions, StartTraining)))
+    again = device.restarted(sums=PINS)
+    again.connect()
+    scripted = aggregator()
+    done = again.arrive(scripted.status(), *terms_messages(scripted), scripted.head(seq=100), *scripted.snapshot())
+    assert published(done + again.wait(1000.0), "update") == []
+    assert again.disk is not None
+    assert again.disk.outstanding is None
+    assert len(of(again.actions, StartTraining)) == 1
+
+
+# -- what comes back into the residual
+
+
+def test_what_was_sent_never_comes_back_whatever_the_receipt_says() -> None:
+    for outcome in ("stale", "accepted", "duplicate", "invalid"):
+        scripted, device, frame = sending()
+        assert device.disk is not None
+        kept = device.disk.residual
+        assert kept is not None
+        done = device.arrive(receipt(scripted, frame.seq, outcome))
+        assert device.disk.residual is kept
+        assert device.disk.outstanding is None
+        assert [event for event in logged(done) if event != "waiting"] == [outcome]
+        scripted.advance()
+        job = only(device.arrive(*scripted.delta(1), scripted.head()), StartTraining)
+        assert job.residual is kept
+
+
+def test_at_learning_rate_0_the_next_update_has_only_what_was_not_sent() -> None:
+    scripted, device, frame = sending()
+    first = words_of(frame, standard(scripted))
+    device.arrive(receipt(scripted, frame.seq, "stale"))
+    scripted.advance()
+    job = only(device.arrive(*scripted.delta(1), scripted.head()), StartTraining)
+    sent = update_in(device.handle(finished(job, 0.0, draw=2)))
+    schema, terms = scripted.schema, standard(scripted)
+    assert device.disk is not None
+    assert device.disk.outstanding is not None
+    assert device.disk.residual is not None
+    total = carried(device.disk.outstanding, schema) + device.disk.residual
+    assert job.residual is not None
+    np.testing.assert_allclose(total, job.residual, atol=1e-6)
+    assert not np.array_equal(words_of(sent, terms), first)
+
+
+def offered(**changes: Any) -> tuple[ScriptedAggregator, Device, Frame]:
+    """A private device that has offered its update, and sent no part of it."""
+    scripted, device, job = training(direct_parts=0, **changes)
+    (frame,) = published(device.handle(finished(job)), "offer")
+    assert frame.meta == {"base": 0, "parts": 1}
+    return scripted, device, frame
+
+
+def test_an_update_that_is_late_before_any_of_it_was_sent_comes_back() -> None:
+    scripted, device, frame = offered(max_staleness=1)
+    scripted.advance()
+    assert "withdrawn" not in logged(device.arrive(*scripted.delta(1), scripted.head()))
+    scripted.advance()
+    done = device.arrive(*scripted.delta(2), scripted.head())
+    assert "withdrawn" in logged(done)
+    job = only(done, StartTraining)
+    assert job.base == 2
+    assert job.residual is not None
+    np.testing.assert_allclose(job.residual, 0.25, atol=1e-6)  # all of the change
+    assert device.disk is not None
+    assert (device.disk.outstanding, device.disk.answered_base, device.disk.left) == (None, 0, -1)
+    assert published(device.arrive(scripted.grant(DEVICE, DEVICE_KEY.key_id, frame.seq, [[0, 0]])), "update") == []
+
+
+def test_a_late_update_comes_back_after_a_restart_without_the_model() -> None:
+    scripted, device, _ = offered(max_staleness=0)
+    again = device.restarted()
+    again.connect()
+    scripted.advance()
+    assert "withdrawn" in logged(again.arrive(scripted.status(), scripted.head()))
+    assert again.disk is not None
+    assert again.disk.residual is not None
+    np.testing.assert_allclose(again.disk.residual, 0.25, atol=1e-6)
+
+
+def test_a_stale_receipt_for_an_offer_gives_the_change_back() -> None:
+    scripted, device, frame = offered()
+    done = device.arrive(receipt(scripted, frame.seq, "stale"))
+    assert "added to the next update" in str(done)
+    assert device.disk is not None
+    assert device.disk.residual is not None
+    np.testing.assert_allclose(device.disk.residual, 0.25, atol=1e-6)
+
+
+def test_that_a_part_may_have_left_is_on_disk_before_it_leaves() -> None:
+    scripted, device, frame = offered(max_staleness=0)
+    assert device.disk is not None
+    assert device.disk.left == -1
+    assert published(device.arrive(scripted.grant(DEVICE, DEVICE_KEY.key_id, frame.seq, [])), "update") == []
+    assert device.disk.left == -1
+    done = device.arrive(scripted.grant(DEVICE, DEVICE_KEY.key_id, frame.seq, [[0, 0]]))
+    assert isinstance(done[0], Save)
+    assert done[0].state.left == 0
+    assert len(of(done, Publish)) == 1
+    again = device.restarted()  # the connection may have carried it or not
+    again.connect()
+    scripted.advance()
+    done = again.arrive(scripted.status(), scripted.head())
+    assert "withdrawn" not in logged(done)
+    assert len(published(done, "offer")) == 1
+    kept = device.disk.residual
+    again.arrive(receipt(scripted, frame.seq, "stale"))
+    assert again.disk is not None
+    assert again.disk.residual is kept
+
+
+def test_what_left_is_known_by_its_version_whatever_number_it_has() -> None:
+    scripted, device, frame = sending()
+    device.arrive(receipt(scripted, frame.seq, "duplicate", highest_seq=900))
+    assert device.disk is not None
+    assert device.disk.outstanding is not None
+    assert is_out(device.disk, device.disk.outstanding)
+    assert device.disk.rejoined(OTHER_KEY.key_id).left == -1
+    assert device.disk.with_key(OTHER_KEY.key_id).left == 0
