@@ -165,7 +165,7 @@ def test_what_comes_at_qos_0_where_none_should_is_dropped_and_counted() -> None:
     flood = [publication(MQTT_5, b"x" * 1000, qos=0) for _ in range(500)] + [publication(MQTT_5, b"y")]
     with (
         sending(MQTT_5, *flood) as broker,
-        linked(broker.url, "dev", receive_maximum=3, qos_1_below=("ternbus/1/demo/down/",)) as (link, inbox),
+        linked(broker.url, "dev", receive_maximum=3, qos_1_below="ternbus/1/demo/down/") as (link, inbox),
     ):
         link.publish("t", b"now")
         assert inbox.next(Arrived).payload == b"y"
@@ -174,7 +174,7 @@ def test_what_comes_at_qos_0_where_none_should_is_dropped_and_counted() -> None:
         assert link.dropped == 500
     with (
         sending(MQTT_5, flood[0]) as broker,
-        linked(broker.url, "dev", qos_1_below=("ternbus/1/demo/up/",)) as (link, inbox),
+        linked(broker.url, "dev", qos_1_below="ternbus/1/demo/up/") as (link, inbox),
     ):
         link.publish("t", b"now")
         assert inbox.next(Arrived).qos == 0

@@ -376,10 +376,15 @@ def test_a_version_has_one_context_and_its_head_names_it_whenever_the_process_is
 ) -> None:
     bench = DyingBench(make_private(tmp_path / "agg", [helper], plan__learning_rate=0.5))
     bench.start()
+
+    def move() -> None:
+        bench.sums.moved(one_hot(1, 0))
+        bench.tick(20)
+
     steps: list[Callable[[], object]] = [
         lambda: bench.enroll_helper(helper),
         lambda: bench.say(helper, helper.card(2)),
-        lambda: (bench.sums.moved(one_hot(1, 0)), bench.tick(20)),
+        move,
         lambda: bench.say(helper, helper.card(3)),
         lambda: bench.tick(20),
         lambda: bench.perform(bench.core._versions.empty()),

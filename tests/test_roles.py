@@ -180,7 +180,7 @@ def test_the_command_invites_devices_and_evaluators(home: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "nobody to invite: give the name of a DEVICE, or --evaluator NAME"),
+        ([], "nobody to invite: give the name of a DEVICE, --evaluator NAME or --helper NAME"),
         (["a", "--evaluator", "a"], "a cannot be a device and an evaluator: use two names"),
         (["a", "--evaluator", "b"], "several invitations need a folder: add --out FOLDER"),
         (["--evaluator", "A B"], "'A B'"),

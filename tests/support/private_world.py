@@ -11,7 +11,7 @@ from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import membership, private_rows
 from ternbus.aggregator.sums.state import ContextOf, PrivateSums
 from ternbus.broker.protocol import topics
-from ternbus.broker.protocol.frame import build, parse
+from ternbus.broker.protocol.frame import Frame, build, parse
 from ternbus.broker.protocol.identity import Identity, enroll_proof
 from ternbus.broker.protocol.messages import Enroll, Status
 from ternbus.broker.sums.plan_bytes import plan_bytes
@@ -101,7 +101,8 @@ class PrivateBench(Bench):
     def check_published(self) -> Terms:
         """Compare what a device finds, head and terms, with the context of the newest version; returns the terms."""
         head = parse(self.retained[topics.head(LAB)])
-        parts, content = [], b""
+        parts: list[Frame] = []
+        content = b""
         while not parts or len(parts) < parts[0].parts:
             frame = parse(self.retained[topics.terms(LAB, len(parts))])
             frame.check_authentic(self.identity.public)

@@ -16,6 +16,7 @@ from ternbus.aggregator.settings import Settings
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol.frame import Frame, header_bytes
 from ternbus.broker.protocol.messages import Head, Snapshot, Status, Update
+from ternbus.broker.protocol.topics import TERMS
 
 NOT_KNOWN: Final = "this aggregator does not know this key: it may have been restored from before the device joined"
 
@@ -53,12 +54,12 @@ class Enrollment:
     def take_own(self, kind: str, payload: bytes, now: float) -> None:
         """Count one more frame on the aggregator's own topics; ProtocolError if it is not to be read.
 
-        Without an access list anybody may write there. All of it has the rate of a device, but for parts of snapshots:
-        they come as fast as they are asked for, and others are not read. Only a head, with its plan, is large; it is
-        read for a moment after a connect.
+        Without an access list anybody may write there. All of it has the rate of a device, but for parts of snapshots
+        and terms: they come as fast as they are asked for, and others are not read. Only a head, with its plan, is
+        large; it is read for a moment after a connect.
         """
         per_s = self.settings.limits.frames_per_s
-        if kind == Snapshot.KIND:
+        if kind in {Snapshot.KIND, TERMS}:
             return
         if not self._own.take(now, per_s, per_s * BURST_S):
             raise ProtocolError("too-fast", f"more than {per_s} frames a second on the aggregator's own topics")

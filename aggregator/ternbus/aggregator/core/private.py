@@ -17,13 +17,14 @@ from ternbus.aggregator.sums.helper import Helper
 from ternbus.aggregator.sums.state import PrivateSums
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol import topics
-from ternbus.broker.protocol.frame import Frame, parse
+from ternbus.broker.protocol.frame import Frame, header_bytes, parse
 from ternbus.broker.protocol.messages import CLOSED, Enroll, Receipt, Status
 from ternbus.broker.sums.sets import Answer
 from ternbus.broker.sums.terms import CARD_BYTES_MAX, SignedCard
 
 CARD_KIND: Final = "card"
 NEW_TERMS_S: Final = 10.0  # between two versions of no update: a helper may change its card at any rate
+HELPER_HEADER_BYTES: Final = 8192  # an answer that names 50 devices takes half of it
 NOT_KNOWN: Final = "this aggregator does not know this helper: it may have been restored from before it joined"
 SETTINGS_KEY: Final = "aggregator.toml names another key for this helper, or does not name it ([private] helpers)"
 RESTORED: Final = "was its folder put back from a backup? Then run: ternbus helper restored DIR"
@@ -57,6 +58,8 @@ class Private:
     def take(self, event: MessageArrived, address: topics.Address, now: float) -> list[Action]:
         """Take in a message on a topic below ``help/``; ProtocolError for one that is dropped."""
         self._take_frame(address.device or "", now)
+        if (size := header_bytes(event.payload)) > HELPER_HEADER_BYTES:  # without an access list anybody may write here
+            raise ProtocolError("header-too-long", f"{size} bytes, on a topic of a helper")
         frame = parse(event.payload)
         topics.check(frame, address)
         if frame.kind == Enroll.KIND:

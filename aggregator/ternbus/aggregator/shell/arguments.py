@@ -18,6 +18,24 @@ Settings = Annotated[
         "--set", metavar="KEY=VALUE", help="Setting of aggregator.toml, for example merge.buffer_size=1; repeatable."
     ),
 ]
+Private = Annotated[
+    bool, typer.Option("--private", help="Private sums: no single update is ever seen; see docs/private-sums.md.")
+]
+HelperCards = Annotated[
+    list[Path] | None,
+    typer.Option("--helper", metavar="FILE", help="Card of a helper, its card.toml; with --private; repeatable."),
+]
+InvitedHelpers = Annotated[
+    list[str] | None,
+    typer.Option("--helper", metavar="NAME", help="Helper of private sums to invite; repeatable."),
+]
+ExpiresIn = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TIME",
+        help="Lifetime of the invitation: 30m, 12h, 7d, 2w. [default: invitations.expire_after_s, 7d]",
+    ),
+]
 AllowPlanKeys = Annotated[
     list[str] | None,
     typer.Option(

@@ -24,7 +24,7 @@ from ternbus.aggregator.shell import (
     recovery_commands,
     status_text,
 )
-from ternbus.aggregator.shell.arguments import AllowPlanKeys, AsJson, Dir, DirAsRoot, Settings
+from ternbus.aggregator.shell.arguments import AllowPlanKeys, AsJson, Dir, DirAsRoot, HelperCards, Private, Settings
 from ternbus.aggregator.shell.service import Service
 from ternbus.aggregator.store import control, private_status
 from ternbus.aggregator.store import status as statuses
@@ -78,14 +78,8 @@ def init(
     password_file: PasswordFile = None,
     settings: Settings = None,
     allowed: AllowPlanKeys = None,
-    private: Annotated[
-        bool,
-        typer.Option("--private", help="Private sums: no single update is ever seen; see docs/private-sums.md."),
-    ] = False,
-    helpers: Annotated[
-        list[Path] | None,
-        typer.Option("--helper", metavar="FILE", help="Card of a helper, its card.toml; with --private; repeatable."),
-    ] = None,
+    private: Private = False,
+    helpers: HelperCards = None,
     dense: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Tensors that always travel as float32, for example 'fc.*'; repeatable."),

@@ -11,7 +11,7 @@ import typer
 
 from ternbus.aggregator.core.registry import EVALUATOR, HELPER
 from ternbus.aggregator.shell import administration, backup, quickstart
-from ternbus.aggregator.shell.arguments import AsJson, Dir, DirAsRoot
+from ternbus.aggregator.shell.arguments import AsJson, Dir, DirAsRoot, ExpiresIn, InvitedHelpers
 from ternbus.aggregator.store import status as statuses
 from ternbus.broker.errors import ConfigError, StorageError
 from ternbus.broker.files import make_folder
@@ -37,10 +37,7 @@ def invite(
             help="Evaluator to invite: it publishes test metrics, no updates; repeatable.",
         ),
     ] = None,
-    helpers: Annotated[
-        list[str] | None,
-        typer.Option("--helper", metavar="NAME", help="Helper of private sums to invite; repeatable."),
-    ] = None,
+    helpers: InvitedHelpers = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -53,13 +50,7 @@ def invite(
             metavar="FOLDER", help="Folder of the devices' certificates, from `ternbus broker certificate --out`."
         ),
     ] = None,
-    expires_in: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TIME",
-            help="Lifetime of the invitation: 30m, 12h, 7d, 2w. [default: invitations.expire_after_s, 7d]",
-        ),
-    ] = None,
+    expires_in: ExpiresIn = None,
 ) -> None:
     """Invite devices, evaluators and helpers. An invitation is secret: its holder can join under that name, once.
 

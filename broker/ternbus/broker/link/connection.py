@@ -74,7 +74,7 @@ class Connection:
         will: Will,
         receive_maximum: int,
         packet_bytes_in: int,
-        qos_1_below: tuple[str, ...],
+        qos_1_below: str | None,
         keepalive_s: int,
         deliver: Callable[[LinkEvent], None],
     ) -> None:
@@ -333,7 +333,7 @@ class Connection:
         except UnicodeDecodeError:  # an invalid topic, which a broker should have refused
             client.ack(message.mid, message.qos)
             return
-        if message.qos == 0 and topic.startswith(self._qos_1_below):
+        if message.qos == 0 and self._qos_1_below is not None and topic.startswith(self._qos_1_below):
             self.dropped += 1
             return
         if self._leaving:

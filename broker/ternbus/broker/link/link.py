@@ -45,7 +45,7 @@ class Link:
         deliver: Callable[[LinkEvent], None],
         frame_bytes: int = FRAME_BYTES,
         receive_maximum: int = 64,
-        qos_1_below: tuple[str, ...] = (),
+        qos_1_below: str | None = None,
         keepalive_s: int = 30,
         username: str | None = None,
         password: str | None = None,
@@ -53,8 +53,8 @@ class Link:
     ) -> None:
         """Check the arguments, without a connection; ConfigError for an invalid URL, keepalive or certificate.
 
-        Messages of QoS 0 on topics that begin with one of ``qos_1_below`` are dropped unread and counted in
-        ``dropped``: no receive maximum limits a flood of them.
+        Messages of QoS 0 on topics that begin with ``qos_1_below`` are dropped unread and counted in ``dropped``: no
+        receive maximum limits a flood of them.
         """
         self._endpoint = Endpoint.parse(url)
         if keepalive_s < 1:
