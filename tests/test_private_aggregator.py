@@ -22,7 +22,7 @@ SOMEBODY = Identity(bytes([1]) * 32)
 
 def unlogged(world: World) -> list[DroppedUpdate]:
     """What was dropped and is in no entry of the log of merges yet."""
-    return world.core._versions.dropped  # noqa: SLF001 - what a restart would find
+    return world.core._versions.dropped
 
 
 # --- from updates to a version
@@ -243,6 +243,50 @@ def test_where_all_that_was_sent_is_dropped_a_version_of_no_update_lets_devices_
     world.give_all(devices)
     world.settle()
     assert (world.version, len(world.merged())) == (2, 3)
+
+
+def test_it_does_so_after_a_restart_too_once_the_broker_has_delivered_all_statuses() -> None:
+    world = World()
+    devices = world.begin(3)
+    world.tick(10.0)
+    content = content_of(world.terms_of[0], "x")
+    content[1][0] = 5 * DENSE_STEPS
+    for device in devices:
+        world.give(device, 0, content)
+    world.tick(40.0)
+    world.settle()
+    assert world.version == 0  # nobody is known to be online
+    world.restart()
+    for device in devices:
+        world.say(device, "idle", 0)
+    while world.version == 0:
+        assert world.core.deadline is not None
+        assert world.now < world.core.deadline <= world.now + 5.0
+        world.tick(world.core.deadline - world.now)
+    assert len(world.dropped()) == 3
+
+
+def test_a_device_that_is_silent_for_long_is_not_waited_for() -> None:
+    world = World(merge__max_wait_s=1e6)
+    devices = world.begin(4)
+    for device in devices:
+        world.say(device, "training", 0)
+    for base in range(4):
+        world.tick(10.0)
+        world.give_all(devices, base)
+        world.settle()
+        for device in devices:
+            world.say(device, "training", base + 1)
+    assert world.version == 4
+    world.give_all(devices[:3])
+    world.settle()
+    assert world.version == 4  # the fourth would be left alone
+    assert world.core.deadline is not None
+    assert world.core.deadline <= world.now + 60.0
+    for _ in range(20):
+        world.tick(10.0)
+        world.settle()
+    assert (world.version, len(world.entries()[-1].sets[0].members)) == (5, 3)
 
 
 # --- sums that cannot be

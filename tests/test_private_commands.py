@@ -189,6 +189,10 @@ def test_the_status_says_who_is_waited_for(home: Path, helper: HelperSide, capsy
         "min": 4,
         "max": 31,
         "helpers": None,
+        "closing": False,
+        "groups": [],
+        "sets": [],
+        "dropped": {},
     }
     row = found["helpers"]["h-1"]
     assert row.pop("seen_at") == 1000.0

@@ -5,7 +5,7 @@ A broker in memory carries what they publish. Each party can be cut off, killed 
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,13 @@ from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import private_rows
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import build, parse
-from ternbus.broker.protocol.identity import Identity, seal
+from ternbus.broker.protocol.identity import seal
 from ternbus.broker.protocol.merge_log import Entry, unpack
 from ternbus.broker.protocol.messages import PRIVATE, Head, Receipt, Status, Update
 from ternbus.broker.protocol.parts import cut
 from ternbus.broker.sums import masks
-from ternbus.broker.sums.sets import REFUSED, Answer
 from ternbus.broker.sums.plan_bytes import plan_bytes
+from ternbus.broker.sums.sets import REFUSED, Answer
 from ternbus.broker.sums.terms import AGGREGATOR as BY_AGGREGATOR
 from ternbus.broker.sums.terms import Terms, context, digest_of
 from ternbus.broker.sums.words import BUCKETS, DENSE_STEPS, Words
@@ -142,9 +142,8 @@ class World(Bench):
     def publish(self, action: events.Publish) -> None:
         super().publish(action)
         self.note(action)
-        if action.payload and "/help/" in action.topic and not self.lose(action.topic):
-            self.queue.append((action.topic, action.payload))
-        elif action.payload and action.topic == topics.status(LAB):
+        is_for_helpers = "/help/" in action.topic and not self.lose(action.topic)
+        if action.payload and (is_for_helpers or action.topic == topics.status(LAB)):
             self.queue.append((action.topic, action.payload))
 
     def note(self, action: events.Publish) -> None:
@@ -195,7 +194,13 @@ class World(Bench):
         if self.lie is None or helper.name != self.lie[0] or frame.meta.get("outcome") != "opened":
             return payload
         body = bytes(len(frame.body)) if self.lie[1] is None else self.lie[1]
-        about = {"federation": LAB, "sender": helper.name, "kind": frame.kind, "seq": frame.seq, "meta": frame.meta}
+        about: dict[str, Any] = {
+            "federation": LAB,
+            "sender": helper.name,
+            "kind": frame.kind,
+            "seq": frame.seq,
+            "meta": frame.meta,
+        }
         return build(helper.identity, **about, body=body)
 
     def refuse(self, name: str, reason: str, *updates: str) -> None:

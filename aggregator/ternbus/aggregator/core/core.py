@@ -26,7 +26,6 @@ from ternbus.aggregator.core.retained import Retained
 from ternbus.aggregator.core.revocations import Revocations
 from ternbus.aggregator.core.set_merging import SetMerging
 from ternbus.aggregator.core.sets import Held
-from ternbus.aggregator.core.terms import PrivateTerms
 from ternbus.aggregator.core.updates import Updates
 from ternbus.aggregator.core.validation import Validation
 from ternbus.aggregator.core.versions import PublishedState, Versions, leap_of
@@ -74,7 +73,6 @@ class Core:
     _revocations: Revocations = field(init=False)
     _counters: Counters = field(default_factory=Counters)
     _merging: Merging = field(init=False)  # of plain updates
-    _sets: SetMerging | None = field(default=None, init=False)  # of private ones, in place of it
     work: WorkShares = field(init=False)
     validation: Validation = field(init=False)
     _reconnect: Reconnect = field(init=False)
@@ -134,32 +132,22 @@ class Core:
         self._reconnect = Reconnect(salt=self.identity.public.hex())
 
     def _with_private(self, sums: PrivateSums) -> Private:
-        begun = sums.contexts.get(self.model.version)
-        retained = b"" if begun is None else begun.terms_digest
-        terms = self._versions.private = PrivateTerms(settings=self.settings, sums=sums, retained=retained)
-        self._sets = SetMerging(
-            settings=self.settings,
-            sums=sums,
-            registry=self.registry,
-            versions=self._versions,
-            counters=self._counters,
+        private = Private.of(
+            self.settings,
+            sums,
             held=self.held,
             is_closing=self.is_closing,
-        )
-        terms.held, self._updates.sets = self._sets.bases, self._sets.sets
-        return Private(
-            settings=self.settings,
-            sums=sums,
-            terms=terms,
+            codes=self.helper_codes,
+            registry=self.registry,
             versions=self._versions,
             refusals=self._refusals,
-            codes=self.helper_codes,
-            sets=self._sets.sets,
         )
+        self._updates.sets = private.merging.sets
+        return private
 
     @property
     def _merges(self) -> Merging | SetMerging:
-        return self._merging if self._sets is None else self._sets
+        return self._merging if self._private is None else self._private.merging
 
     @property
     def deadline(self) -> float | None:
@@ -184,8 +172,7 @@ class Core:
         self._now = now
         if self.model.buffer:
             self._merging.first_accepted(now)
-        begun = [] if self._sets is None else self._sets.start(now)
-        begun += [] if self._private is None else self._private.renew(now)  # before any head is published
+        begun = [] if self._private is None else self._private.start(now)  # before any head is published
         return [*begun, *self._versions.renew(), *self._revocations.publish()]
 
     def handle(self, event: events.Event, now: float) -> list[Action]:
@@ -196,9 +183,12 @@ class Core:
         return actions
 
     def restored(self, clock_s: float) -> list[Action]:
-        """This state is an older copy: go above every number that a device may have seen (protocol, section 14)."""
+        """After ``start``, this state is an older copy: go above every number that a device may have seen.
+
+        See section 14 of the protocol.
+        """
         numbers = leap_of(self._versions.model.version, clock_s)
-        settled = [] if self._sets is None else [*self._sets.start(self._now), *self._sets.settle(self._now)]
+        settled = [] if self._private is None else self._private.merging.settle(self._now)
         self._frames.leap(numbers)
         self.session += numbers
         begun = Save(record=records.SessionBegun(session=self.session))
@@ -228,7 +218,7 @@ class Core:
             case events.StateRequested():
                 return self._change_state(event)
             case events.CountsRequested():
-                asked = [] if self._sets is None else self._sets.count()
+                asked = [] if self._private is None else self._private.merging.count()
                 return [*self._count(), *asked, *self._done(event.request)]
             case events.DiskChecked():
                 return self._updates.disk_checked(event.free)
@@ -258,13 +248,8 @@ class Core:
         self._is_linked = True
         self._reconnect.connected(self._now)
         federation = self.settings.federation
-        filters: tuple[str, ...] = (
-            f"{topics.root(federation)}/up/#",
-            topics.head(federation),
-            topics.status(federation),
-        )
-        if self._private is not None:
-            filters += self._private.subscriptions()
+        filters = [f"{topics.root(federation)}/up/#", topics.head(federation), topics.status(federation)]
+        filters += [] if self._private is None else self._private.subscriptions()
         actions: list[Action] = [events.Subscribe(filters=(*filters, *self._revocations.subscriptions()))]
         if self._updates.stopping:
             return actions  # the last status was published
@@ -274,8 +259,8 @@ class Core:
         actions += self._versions.fit(event.frame_bytes)
         if self.session == 1 and self._versions.confirm_by is not None:
             actions += self._versions.republish()  # the broker cannot have anything of ours yet
-        if self._sets is not None:
-            actions += self._sets.ask_all(self._now)
+        if self._private is not None:
+            actions += self._private.merging.ask_all(self._now)
         return actions
 
     def _disconnected(self) -> list[Action]:
@@ -370,10 +355,7 @@ class Core:
 
     def _membership(self, event: events.CancelRequested | events.RevokeRequested) -> list[Action]:
         try:
-            if isinstance(event, events.RevokeRequested):
-                actions = self._revoke(event)
-            else:
-                actions = self._cancel(event.device)
+            actions = self._revoke(event) if isinstance(event, events.RevokeRequested) else self._cancel(event.device)
         except ConfigError as error:
             return self._done(event.request, str(error))
         return [*actions, *self._done(event.request)]
@@ -382,8 +364,8 @@ class Core:
         if self._private is not None and event.device not in self.registry.members:
             self._private.check_revocation(event.device)
         actions = [*self._enrollment.revoke(event), *self._revocations.publish()]
-        if self._sets is not None and not event.keep:
-            actions += self._sets.sets.revoke(event.device, self._now)
+        if self._private is not None and not event.keep:
+            actions += self._private.merging.sets.revoke(event.device, self._now)
         return actions
 
     def _cancel(self, name: str) -> list[Action]:
@@ -393,17 +375,8 @@ class Core:
         return self._enrollment.cancel(name)
 
     def _change_state(self, event: events.StateRequested) -> list[Action]:
-        if self._sets is not None:
-            self._updates.closed = event.state == CLOSED
-            return [*self._sets.change_state(event.state, self._now), *self._done(event.request)]
-        actions = self._merging.merge_all(self._now) if event.state == CLOSED else []
-        if event.state != self.published.state:
-            actions += self._versions.change_state(event.state)
-            self._updates.closed = event.state == CLOSED
-            actions.append(events.Log(text=f"the federation is {event.state}"))
-            if event.state == CLOSED and self.model.buffer:
-                actions += self._merging.tell_held()
-        return [*actions, *self._done(event.request)]
+        self._updates.closed = event.state == CLOSED
+        return [*self._merges.change_state(event.state, self._now), *self._done(event.request)]
 
     def _done(self, request: int, error: str = "") -> list[Action]:
         return [Save(record=records.RequestDone(request=request, error=error))] if request or error else []

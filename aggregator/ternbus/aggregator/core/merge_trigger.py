@@ -58,7 +58,7 @@ class MergeTrigger:
         if not self.may_merge(buffer):
             return self.merge_by if buffer and self.merge_by > now else None  # from then on it is ``held``
         awaited = self._awaited(buffer, online, now)
-        silent_at = math.inf if awaited is None else self._silent_at(awaited)
+        silent_at = math.inf if awaited is None else self.silent_at(awaited)
         moments = (self.not_before, self.statuses_by, silent_at)
         return min([self.merge_by, *(moment for moment in moments if moment > now)])
 
@@ -105,13 +105,8 @@ class MergeTrigger:
 
     def is_expected(self, member: Member, now: float) -> bool:
         """Whether a device online trains, and has not been silent for too long."""
-        return member.contributes and now < self._silent_at(member)
+        return member.contributes and now < self.silent_at(member)
 
-    def silence_due_s(self, member: Member, now: float) -> float | None:
-        """When a device's silence will say that it sends nothing; None where it says so already."""
-        at = self._silent_at(member)
-        return at if now < at < math.inf else None
-
-    def _silent_at(self, member: Member) -> float:
+    def silent_at(self, member: Member) -> float:
         """When a device's silence says that it sends nothing, if it stays silent."""
         return max(member.pace.heard_at, self.listening_since) + member.pace.patience_s

@@ -9,6 +9,7 @@ from ternbus.aggregator.core.versions import Versions
 from ternbus.aggregator.merge.influence import Influence
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Settings
+from ternbus.broker.protocol.messages import CLOSED
 
 
 @dataclass(slots=True, kw_only=True)
@@ -56,6 +57,15 @@ class Merging:
     def merge_all(self, now: float) -> list[Action]:
         """Merge what is there, since nothing may come any more; what lacks devices is held over."""
         return self._merge(now) if self._trigger.may_merge(self.model.buffer) else []
+
+    def change_state(self, state: str, now: float) -> list[Action]:
+        """Tell devices that the federation is open, paused or closed; of the end once all is merged."""
+        actions = self.merge_all(now) if state == CLOSED else []
+        if state != self.versions.published.state:
+            actions += [*self.versions.change_state(state), Log(text=f"the federation is {state}")]
+            if state == CLOSED and self.model.buffer:
+                actions += self.tell_held()
+        return actions
 
     def tell_held(self) -> list[Action]:
         """Tell the operator, once for each buffer, that it lacks devices."""

@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Self
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.core.events import Action, Log, MessageArrived, Save
 from ternbus.aggregator.core.rate_limit import BURST_S, MINUTE_S, TokenBucket
 from ternbus.aggregator.core.refusals import Refusals
-from ternbus.aggregator.core.registry import Invited, check_code, key_in
-from ternbus.aggregator.core.sets import Sets
+from ternbus.aggregator.core.registry import Invited, Registry, check_code, key_in
+from ternbus.aggregator.core.set_merging import SetMerging
+from ternbus.aggregator.core.sets import Held
 from ternbus.aggregator.core.terms import PrivateTerms
 from ternbus.aggregator.core.versions import Versions
 from ternbus.aggregator.settings import Settings
@@ -40,7 +41,7 @@ class Private:
     versions: Versions
     refusals: Refusals
     codes: Mapping[str, Invited]  # open invitations of helpers, by name
-    sets: Sets
+    merging: SetMerging
     _frames: dict[str, TokenBucket] = field(default_factory=dict)
     _tries: dict[str, TokenBucket] = field(default_factory=dict)
     _strangers: TokenBucket = field(default_factory=TokenBucket)  # of names that the settings do not have
@@ -48,6 +49,46 @@ class Private:
     _settled: tuple[int, int] | None = None  # for which revision and version the terms were looked at
     _not_before: float = 0.0  # the next version because of new terms
     _told: dict[str, str] = field(default_factory=dict)  # for whom private updates wait, as the operator knows
+
+    @classmethod
+    def of(
+        cls,
+        settings: Settings,
+        sums: PrivateSums,
+        *,
+        held: Held,
+        is_closing: bool,
+        codes: Mapping[str, Invited],
+        registry: Registry,
+        versions: Versions,
+        refusals: Refusals,
+    ) -> Self:
+        """Of what the ledger has: ``held`` are private updates that no version contains."""
+        begun = sums.contexts.get(versions.model.version)
+        retained = b"" if begun is None else begun.terms_digest
+        merging = SetMerging(
+            settings=settings,
+            sums=sums,
+            registry=registry,
+            versions=versions,
+            counters=refusals.counters,
+            held=held,
+            is_closing=is_closing,
+        )
+        versions.private = PrivateTerms(settings=settings, sums=sums, retained=retained, held=merging.bases)
+        return cls(
+            settings=settings,
+            sums=sums,
+            terms=versions.private,
+            versions=versions,
+            refusals=refusals,
+            codes=codes,
+            merging=merging,
+        )
+
+    def start(self, now: float) -> list[Action]:
+        """Ask again what helpers were asked before, and begin the terms of now."""
+        return [*self.merging.start(now), *self.renew(now)]
 
     def subscriptions(self) -> tuple[str, ...]:
         federation = self.settings.federation
@@ -144,7 +185,7 @@ class Private:
         if not helper.observe(status, frame.seq):
             return []
         told = self.counted(helper, status.count, now) if status.online else []
-        again = self.sets.asks.again(helper.name, now) if status.online else []
+        again = self.merging.sets.asks.again(helper.name, now) if status.online else []
         saved = Save(record=records.HelperObserved(helper=helper.name, count=helper.count, status=status))
         return [*told, saved, *again]
 
@@ -180,7 +221,7 @@ class Private:
         if frame.part == 0:
             told = self.counted(helper, answer.count, now)
             told.append(Save(record=records.HelperObserved(helper=helper.name, count=helper.count, answered=True)))
-        return [*told, *self.sets.answer(helper.name, frame, now)]
+        return [*told, *self.merging.sets.answer(helper.name, frame, now)]
 
     # --- invitations
 

@@ -1,5 +1,6 @@
 """Versions of private updates: when groups become sets, when opened sets are merged, how a federation is closed."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -90,9 +91,12 @@ class SetMerging:
     def due_s(self, now: float) -> float | None:
         """When ``on_time`` has something to do."""
         moments = [self.sets.due_s(self._rule, now), self._close_by if self.is_closing else None]
-        silent = (self._awaited(now), self._unsent(now))  # the silence of either may change what is due
-        moments += [self._trigger.silence_due_s(each, now) for each in silent if each is not None]
-        return min((moment for moment in moments if moment is not None), default=None)
+        unsent = self._unsent(now)
+        silent = (self._awaited(now), unsent)  # the silence of either may change what is due
+        moments += [self._trigger.silent_at(each) for each in silent if each is not None]
+        if unsent is None and self.registry.online and now < self._rule.not_before:
+            moments.append(self._rule.not_before)  # perhaps for a version of no update
+        return min((moment for moment in moments if moment is not None and moment < math.inf), default=None)
 
     def on_time(self, now: float) -> list[Action]:
         """Make sets, merge those that are opened, ask again, let devices go on; finish closing."""
@@ -193,8 +197,6 @@ class SetMerging:
         if self.sets.in_flight:
             return actions
         self.is_closing = False
-        if self.sets.opened:
-            actions += self._merge(now)
-        elif self.versions.dropped:
-            actions += self.versions.empty()  # whose entry in the log of merges names them
+        # the entry in the log of merges names what was dropped
+        actions += self._merge(now) if self.sets.opened else self.versions.empty()
         return [*actions, *self.versions.change_state(CLOSED), Log(text="the federation is closed")]

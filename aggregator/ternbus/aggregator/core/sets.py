@@ -323,8 +323,10 @@ class Sets:
 
     def _abandoned(self, helper: str, answer: Answer, now: float) -> list[Action]:
         """An answer for a set that is not in flight; one that is to be abandoned may also be refused."""
-        was_wanted = self.asks.is_wanted(answer.set)
-        if not was_wanted or answer.outcome not in {wire.ABANDONED, wire.REFUSED}:
+        if not self.asks.is_wanted(answer.set):
+            self.counters.refuse("not-asked", now)  # or it comes late
+            return []
+        if answer.outcome not in {wire.ABANDONED, wire.REFUSED}:
             return []
         actions = self.asks.done(helper, answer.set, now)
         return actions if self.asks.is_wanted(answer.set) else [self._forgotten(answer.set), *actions]

@@ -297,11 +297,16 @@ def close(directory: Dir) -> None:
     """End training: accepted updates are merged, devices discard the others and stop.
 
     Accepted updates of fewer devices than merge.min_devices are not merged: they stay in the ledger, and are merged
-    after `resume`, once enough devices have contributed.
+    after `resume`, once enough devices have contributed. With private sums the federation pauses until helpers have
+    opened what is on its way, at most private.close_wait_s; the rest is dropped, and the log names it.
 
     Example: ternbus aggregator close agg
     """
     administration.change_state(directory, control.CLOSE, software())
+    private = private_status.read(directory, administration.load_settings(directory)).get("private")
+    if private is not None and private["closing"]:
+        typer.echo("paused; it closes when the helpers have answered: see `ternbus aggregator status`")
+        return
     unmerged = statuses.read(directory)["counts"]["unmerged"]
     if unmerged:
         typer.echo(

@@ -4,7 +4,7 @@ from contextlib import suppress
 from typing import Any, Final
 
 from ternbus.aggregator.core.registry import ACTIVE, ANY, REVOKED
-from ternbus.aggregator.store import checksums, membership
+from ternbus.aggregator.store import checksums, membership, set_rows
 from ternbus.aggregator.store.checksums import COLUMNS
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.aggregator.store.rows import unsigned
@@ -37,7 +37,7 @@ def rebuild(found: Salvaged, ledger: Ledger) -> list[str]:
         if found.log_is_whole:
             packed = [(version, signed.pack()) for version, signed in found.log.items()]
             ledger.db.executemany("INSERT INTO log VALUES (?, ?)", packed)
-        lost += _updates(found, ledger)
+        lost += [*_updates(found, ledger), *set_rows.mend(ledger.db)]
     return lost
 
 

@@ -15,6 +15,7 @@ from ternbus.aggregator.core import records
 from ternbus.aggregator.store import checksums
 from ternbus.aggregator.store.schema import DROPPED
 from ternbus.aggregator.sums.private_sets import ABANDONED, MADE, OPENED, OPENING, PrivateUpdate
+from ternbus.broker.protocol.messages import PRIVATE
 
 Written = (
     records.UpdatesDropped
@@ -28,7 +29,8 @@ Written = (
 ASKS: Final = "asks"  # a fact: the digests of sets, by the helper that has not answered for them, in JSON
 _ONE: Final = "digest = :digest"
 _OF_DEVICE: Final = "update_id = (SELECT id FROM updates WHERE device = :device AND base = :base)"
-_REVOKED: Final = "revoked"
+_REVOKED: Final = "revoked"  # why updates are dropped
+DAMAGED: Final = "damaged"
 
 
 def accepted(db: sqlite3.Connection, number: int, private: PrivateUpdate) -> None:
@@ -99,6 +101,46 @@ def revoke(db: sqlite3.Connection, device: str) -> None:
         if digest is not None:
             _abandon(db, digest)
         _drop(db, device, base, _REVOKED)
+
+
+def mend(db: sqlite3.Connection) -> list[str]:
+    """After a repair, let a start find nothing that lacks a part; in words the accepted updates that are dropped.
+
+    What was merged is in the model. An update of a set that is lost waits again: where helpers know that set, they
+    refuse the update in another one.
+    """
+    db.execute("DELETE FROM sets WHERE merged IS NOT NULL OR base NOT IN (SELECT base FROM contexts)")
+    found = db.execute(
+        "SELECT s.digest, s.state, s.devices, count(u.id) FROM sets s LEFT JOIN private_updates p"
+        " ON p.set_digest = s.digest LEFT JOIN updates u ON u.id = p.update_id AND u.merged IS NULL GROUP BY s.digest"
+    ).fetchall()
+    lacking = [(digest, state) for digest, state, devices, count in found if count != devices and state != ABANDONED]
+    for digest, state in lacking:
+        if state == MADE:
+            _abandon(db, digest)
+        else:
+            db.execute("DELETE FROM sets WHERE digest = ?", (digest,))
+    spoiled = {digest for digest, state in lacking if state != MADE}
+    rows = db.execute(
+        "SELECT u.id, u.device, u.base, p.set_digest, u.merged, p.update_id IS NULL OR c.base IS NULL FROM updates u"
+        " LEFT JOIN private_updates p ON p.update_id = u.id LEFT JOIN contexts c ON c.base = u.base"
+        " WHERE u.codec = ? AND (u.merged IS NULL OR (u.merged = ? AND p.why = '')) ORDER BY u.id",
+        (PRIVATE, DROPPED),
+    ).fetchall()
+    dropped = []
+    for number, device, base, digest, merged_in, is_lacking in rows:
+        if is_lacking or digest in spoiled or merged_in == DROPPED:
+            blank = (number, b"", b"", b"", 0, None, "", None)
+            checksums.insert(db, "private_updates", blank, replace=True)
+            _drop(db, device, base, DAMAGED)
+            if merged_in is None:
+                dropped.append(f"update {number} of {device} on version {base}, which was accepted")
+    for (digest,) in db.execute(
+        "SELECT DISTINCT set_digest FROM private_updates WHERE set_digest IS NOT NULL"
+    ).fetchall():
+        if not db.execute("SELECT 1 FROM sets WHERE digest = ?", (digest,)).fetchone():
+            _free(db, digest)
+    return dropped
 
 
 def _state(db: sqlite3.Connection, digest: bytes, state: str) -> None:

@@ -93,7 +93,8 @@ class Rule:
     def due_s(self, groups: Iterable[Group], now: float) -> float | None:
         """When ``ready`` has to be asked again, if nothing happens before; None where time alone changes nothing."""
         moments = [group.since + self.max_wait_s for group in groups if group.suffices]
-        return min((each for each in (*moments, self.not_before) if now < each < math.inf), default=None)
+        moments += [self.not_before] if moments else []
+        return min((moment for moment in moments if now < moment < math.inf), default=None)
 
     def needs_version(self, groups: Sequence[Group], resting: frozenset[str], newest: Group, now: float) -> bool:
         """Whether only a version of no update lets devices go on: none of them can send, and nothing can be merged.

@@ -108,10 +108,10 @@ class PrivateSet:
         self.members = tuple(replace(each, words=None) for each in self.members)
 
     def take_masks(self, helper: str, masks: Words) -> None:
-        """A helper's sum of masks; once more it changes nothing."""
-        if helper not in self.done and self.total is not None:
-            self.about.terms.layout.subtract(self.total, masks)
-            self.done.add(helper)
+        """A helper's sum of masks, once."""
+        assert self.total is not None  # noqa: S101 - since it is opening
+        self.about.terms.layout.subtract(self.total, masks)
+        self.done.add(helper)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
