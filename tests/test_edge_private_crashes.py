@@ -11,8 +11,8 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, rule
-from test_edge_crashes import DEVICE, KEY, Answers, CrashingDevice
 
+from support.crashing_device import DEVICE, KEY, Answers, CrashingDevice
 from support.private_sums import helper_key, opened, seeds_in, terms_for
 from support.scripted_aggregator import Message
 from ternbus.broker.protocol import topics
@@ -143,7 +143,8 @@ class CrashingPrivateDevice(CrashingDevice):
         super().receive(payload, busy)
 
     def offered(self, frame: Frame, offer: Offer) -> None:
-        if frame.seq <= self.answers.highest:
+        if (known := self.answers.known(frame.seq)) is not None:
+            self.down.append(known)
             return
         if offer.base < self.scripted.version - self.scripted.max_staleness:
             self.answers.highest, self.answers.answer = frame.seq, "stale"
@@ -242,6 +243,5 @@ class CrashingPrivateDevice(CrashingDevice):
         assert not [each for each in self.sent if each[1] == "metrics"]
 
 
-del CrashingDevice  # or it would be collected here too
 TestCrashingPrivateDevice = CrashingPrivateDevice.TestCase
 TestCrashingPrivateDevice.settings = settings(max_examples=60, stateful_step_count=80, deadline=None)

@@ -33,7 +33,7 @@ from ternbus.broker.protocol.identity import AGGREGATOR, Identity
 from ternbus.broker.protocol.messages import Status, Update
 from ternbus.broker.sums.terms import Terms, digest_of
 from ternbus.edge.core import events
-from ternbus.edge.core.actions import StartTraining, Subscribe
+from ternbus.edge.core.actions import Log, StartTraining, Subscribe
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.sum_policy import SumPolicy
 
@@ -78,7 +78,7 @@ def test_a_device_says_that_it_waits_for_terms_and_asks_for_them_by_name() -> No
     assert [each.filters for each in of(device.wait(0.9), Subscribe)] == []
     done = device.wait(5.0)
     assert [each.filters for each in of(done, Subscribe)] == [(first,)]
-    assert [each.text for each in done if getattr(each, "event", "") == "waiting"] == [
+    assert [each.text for each in of(done, Log) if each.event == "waiting"] == [
         "waiting for the terms of private sums for version 0"
     ]
     assert device.disk is not None
@@ -332,8 +332,7 @@ def test_a_device_that_was_not_joined_for_private_sums_refuses_them_and_says_how
 def test_a_plan_of_no_bytes_of_its_own_changes_nothing() -> None:
     """A head that is ambiguous to a reader of bytes is dropped before anything of it is believed."""
     scripted, device = aggregator(), private()
-    meta = dict(parse(scripted.head()[1]).meta)
-    meta = {**meta, b"plan": {}}
+    meta: dict[Any, Any] = {**parse(scripted.head()[1]).meta, b"plan": {}}
     device.arrive(("ternbus/1/fed/all/head", scripted.frame("head", meta)))
     assert device.core.dropped == {"bad-meta": 1}
     assert device.core.state.head_seq == 0

@@ -68,7 +68,7 @@ def connect(
         deliver=deliver,
         frame_bytes=settings.limits.frame_bytes,
         receive_maximum=RECEIVE_MAXIMUM,
-        qos_1_below=(f"{topics.root(settings.federation)}/",),
+        qos_1_below=f"{topics.root(settings.federation)}/",
         username=access.username or client_name(settings.federation),
         password=read_password(directory / expanded(Path(access.password_file))) if access.password_file else None,
         tls=Tls.in_folder(directory),

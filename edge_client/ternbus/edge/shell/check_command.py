@@ -93,6 +93,7 @@ def _conditions(task: str | None, device: Path | None, given: Mapping[str, Any])
             width=settings.share_of_channels,
             hold_out=settings.held_share,
             policy=settings.policy,
+            sums=settings.sums,
             limits=settings.limits,
         )
     if task is None:

@@ -25,7 +25,8 @@ class Report:
         if "epsilon" in facts:
             lines.append(f"privacy    one training spends an epsilon of {facts['epsilon']}")
         if "codec" in facts:
-            lines.append(f"update     {self._size('ternary')}; as float32 {self._size('float32')}")
+            private = f"{self._size('private')}; as ternary " if "update_private_bytes" in facts else ""
+            lines.append(f"update     {private}{self._size('ternary')}; as float32 {self._size('float32')}")
             parts = _counted("part", facts["parts"])
             lines.append(f"           sent as {facts['codec']} in {parts}; encoded and decoded in {facts['codec_s']} s")
         if "test_samples" in facts:

@@ -16,9 +16,9 @@ import numpy as np
 from ternbus.broker.errors import FederationError
 from ternbus.broker.protocol import plan_keys
 from ternbus.broker.protocol.frame import FRAME_BYTES, PARTS_MAX
-from ternbus.broker.protocol.messages import SAMPLES_MAX
+from ternbus.broker.protocol.messages import PRIVATE, SAMPLES_MAX
 from ternbus.broker.protocol.meta_fields import ENTRIES_MAX
-from ternbus.broker.protocol.schema import Schema, is_bounded, to_tensors, to_vector
+from ternbus.broker.protocol.schema import Schema, Vector, is_bounded, to_tensors, to_vector
 from ternbus.broker.protocol.ternary import CODECS
 from ternbus.edge.core.profile import schema_mismatch
 from ternbus.edge.core.state import prepare
@@ -34,7 +34,9 @@ from ternbus.edge.learn.task_loader import code_errors, described, import_hint, 
 from ternbus.edge.plan.limits import TrainingLimits
 from ternbus.edge.plan.plan import NO_DP, Plan
 from ternbus.edge.plan.privacy import SAMPLE, SUM, PrivacyPolicy, cost
+from ternbus.edge.plan.sum_policy import SumPolicy
 from ternbus.edge.plan.tensors import Tensors
+from ternbus.edge.shell import preflight_private
 from ternbus.edge.shell.check_report import Report
 
 LARGE_PARTS = 1000
@@ -54,6 +56,7 @@ class Conditions:
     width: float = 1.0
     hold_out: float = 0.0
     policy: PrivacyPolicy | None = None
+    sums: SumPolicy | None = None
     limits: TrainingLimits = field(default_factory=TrainingLimits)
     allowed: tuple[str, ...] = ()  # keys that may be in the plan though neither Ternbus nor the task knows them
 
@@ -129,10 +132,13 @@ class _Check:
         known = self._try("default_plan", lambda: task_plan(self._task))
         if unknown := plan_keys.unknown(self._asked, (*known.keys, *self._conditions.allowed)):
             self._stop(f"the plan: {unknown[0]}")
-        asked = {**self._task.default_plan, **self._asked}
+        own = {} if self._conditions.sums is None else {"codec": PRIVATE}  # what no head changes
+        asked = {**self._task.default_plan, **own, **self._asked}
         if fault := plan_keys.fault(asked):
             self._stop(f"the plan: {fault}")
         plan = Plan.from_meta(asked)
+        if self._conditions.sums is not None and (reason := self._conditions.sums.plan_fault(plan)):
+            self._stop(f"the device does not train by this plan: {reason}")
         bound = plan if self._conditions.policy is None else self._conditions.policy.bound(plan)
         if isinstance(bound, str):
             self._stop(f"the device does not train by this plan: {bound}")
@@ -285,6 +291,19 @@ class _Check:
                 self._fits(parts)
                 self.report.facts |= {"codec": codec, "parts": parts, "codec_s": round(seconds, 4)}
             self.report.facts[f"update_{codec}_bytes"] = len(update.body)
+        if plan.codec == PRIVATE:
+            self._private_update(schema, change, plan)
+
+    def _private_update(self, schema: Schema, change: Vector, plan: Plan) -> None:
+        samples = int(self.report.facts["samples"])
+        found = self._try("the update", partial(preflight_private.trial, schema, plan, change, samples))
+        if not found.agrees:
+            self.problem("the decoded update differs from the encoded one: this is a bug in Ternbus, please report it")
+        parts = -(-found.words // FRAME_BYTES)
+        self._fits(parts)
+        self.report.facts |= {"codec": PRIVATE, "parts": parts, "codec_s": round(found.seconds, 4)}
+        self.report.facts["update_private_bytes"] = found.words
+        self._note(preflight_private.NOTE)
 
     def _fits(self, parts: int) -> None:
         if parts > PARTS_MAX:
