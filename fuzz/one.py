@@ -15,7 +15,13 @@ from atheris.import_hook import HookManager
 # With data-flow tracing, atheris 3.0.0 loses the results of comparisons of arrays. Modules that decode arrays (and, for
 # speed, tomllib) are therefore traced by branches only, and modules that compute with arrays are not traced.
 with HookManager({"ternbus", "tomllib"}, set(), enable_loader_override=False, trace_dataflow=False):
-    for module in ("ternbus.broker.protocol.schema", "ternbus.broker.protocol.ternary", "tomllib"):
+    for module in (
+        "ternbus.broker.protocol.schema",
+        "ternbus.broker.protocol.ternary",
+        "ternbus.broker.sums.words",
+        "ternbus.broker.sums.terms",
+        "tomllib",
+    ):
         importlib.import_module(module)
 ARITHMETIC = [
     "ternbus.aggregator.merge.accumulator",

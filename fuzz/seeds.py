@@ -11,13 +11,14 @@ from typing import Any, Final
 
 import msgpack
 
-from fuzz import peer
+from fuzz import peer, private
 from fuzz.targets import KINDS
 from ternbus.aggregator import settings
-from ternbus.broker.protocol.frame import parse
+from ternbus.broker.protocol.frame import SIGNATURE_BYTES, parse
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.messages import Delta, Enroll, Grant, Metrics, Offer, Snapshot, Status
 from ternbus.broker.protocol.ternary import RAW, encode
+from ternbus.broker.sums.words import BITS
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 CORPUS: Final = Path(__file__).resolve().parent / "corpus"
@@ -64,7 +65,63 @@ def seeds() -> dict[str, Seeds]:
             "vectors": bytes.fromhex(vectors["revocations"]["body"]),
             **{_slug("bad", name): bytes.fromhex(bad) for name, bad in vectors["malformed_revocations"].items()},
         },
+        **_private(vectors["private"], vectors["malformed_private"]),
     }
+
+
+def _private(vectors: Any, malformed: Any) -> dict[str, Seeds]:
+    """The seeds of private sums; what another target shows of a malformed input, its own may accept."""
+    bad = {what: {_slug("bad", name): row for name, row in rows.items()} for what, rows in malformed.items()}
+    contents = {
+        what: {name: bytes.fromhex(row) for name, row in rows.items() if name != "bad-about"}
+        for what, rows in bad.items()
+    }
+    updates = {row["device"]: bytes.fromhex(row["frame"]) for row in vectors["updates"]}
+    steps = {name: bytes.fromhex(vectors["ask"][name]) for name in ("prepare", "open", "abandon")}
+    answers = {name: bytes.fromhex(frame) for name, frame in vectors["answer"].items()}
+    metas = [updates | contents["updates"], steps, answers | contents["answers"]]
+    shapes = {
+        row["bits"]: bytes([BITS.index(row["bits"]), 35, row["dense"], row["tensors"]]) for row in vectors["words"]
+    }
+    plains = [bytes.fromhex(row["box_plain"]) for row in vectors["updates"]]
+    boxes = [(plain[-private.BOUND_BYTES - 32 : -32], plain) for plain in plains]
+    unsigned = ("bad-another-key-s-signature", "bad-one-byte-short")
+    return {
+        "card": {"vectors": bytes.fromhex(vectors["card"]["content"])}
+        | {name: each[:-SIGNATURE_BYTES] for name, each in contents["cards"].items() if name not in unsigned},
+        "terms": {"vectors": bytes.fromhex(vectors["terms"]["content"]), **contents["terms"]},
+        "ask": {"vectors": bytes.fromhex(vectors["ask"]["body"]), **contents["asks"]},
+        "private-meta": {
+            name: bytes([choice]) + parse(frame).meta_bytes
+            for choice, named in enumerate(metas)
+            for name, frame in named.items()
+        },
+        "plan-bytes": {
+            "private": parse(bytes.fromhex(vectors["head"]["frame"])).meta_bytes,
+            "an-integer-as-key": msgpack.packb({"plan": {"own": {1: [2.5, b"plan"]}}, "state": "open"}),
+            "bad-no-map": msgpack.packb({"plan": 3}),
+            "bad-no-plan": msgpack.packb({"state": "open"}),
+        },
+        "helper": _helper(steps, bytes.fromhex(vectors["ask"]["body"])),
+        "words": {f"{row['bits']}-bits": shapes[row["bits"]] + bytes.fromhex(row["words"]) for row in vectors["words"]}
+        | {name: shapes[6] + each for name, each in contents["words"].items()},
+        "box": {row["device"]: bound + plain for row, (bound, plain) in zip(vectors["updates"], boxes, strict=True)}
+        | {"bad-copied": boxes[0][0] + boxes[1][1], "bad-long": boxes[0][0] + boxes[0][1] + b"\0"},
+    }
+
+
+def _helper(steps: Seeds, body: bytes) -> Seeds:
+    """Inputs in the format of the target: [kind, length of meta] meta, body."""
+    metas = {name: parse(frame).meta_bytes.replace(b"\xa5count\x01", b"\xa5count\x00") for name, frame in steps.items()}
+    status = msgpack.packb(Status(state="online", session=1).meta())
+    return {
+        **{name: _to_helper("ask", meta, b"" if name == "abandon" else body) for name, meta in metas.items()},
+        "status": _to_helper("status", status, b""),
+    }
+
+
+def _to_helper(kind: str, meta: bytes, body: bytes) -> bytes:
+    return bytes([private.HELPER_KINDS.index(kind)]) + struct.pack("<H", len(meta)) + meta + body
 
 
 def _headers(frames: Seeds) -> Seeds:

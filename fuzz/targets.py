@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 import zstandard
 
-from fuzz import peer
+from fuzz import peer, private
 from ternbus.aggregator import settings
 from ternbus.aggregator.plan_settings import PlanCheck
 from ternbus.aggregator.store.device_metrics import Report, sentences
@@ -261,6 +261,14 @@ TARGETS: Final[Mapping[str, Target]] = {
     "broker-log": broker_log,
     "update": peer.update,
     "revocations": revoked,
+    "card": private.card,
+    "terms": private.terms,
+    "ask": private.ask,
+    "private-meta": private.private_meta,
+    "plan-bytes": private.plan,
+    "words": private.words,
+    "box": private.box,
+    "helper": private.helper,
 }
 
 

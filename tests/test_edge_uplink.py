@@ -198,7 +198,7 @@ def test_small_messages_of_an_aggregator_fill_no_memory_with_copies_of_the_updat
     job = only(device.actions, StartTraining)
     big = np.random.default_rng(1).normal(size=job.schema.elements).astype(np.float32)
     device.core.uplink.frame_bytes = size
-    device.handle(replace(trained(job), block=Block.of_float32(job.schema, big)))
+    device.handle(replace(trained(job), content=Block.of_float32(job.schema, big)))
     assert device.disk is not None
     assert device.disk.outstanding is not None
     parts, first = len(device.core.profile.update(device.disk.outstanding)), device.disk.outstanding.seq

@@ -186,7 +186,7 @@ def test_cards_and_terms_are_read_as_they_were_written() -> None:
         ({"ternary": 0, "dense": 0}, "'lengths'"),
         ({"helpers": ()}, "'helpers'"),
         ({"helpers": (card(), card(DEVICE))}, "same helper"),
-        ({"helpers": (card(), card(helper="h-2", box_key=bytes(32)))}, "same public"),
+        ({"helpers": (card(), card(helper="h-2", box_key=bytes([9]) * 32))}, "same public"),
         ({"helpers": (card(), card(DEVICE, helper="h-2"))}, "same box_key"),
         ({"dp": SUM}, "'theta'"),
         ({"dp": NO_DP, "theta": 0.1, "norm": 1.0}, "'theta'"),
@@ -198,6 +198,38 @@ def test_cards_and_terms_are_read_as_they_were_written() -> None:
 def test_terms_that_cannot_be_are_refused(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(ProtocolError, match=reason):
         Terms.parse(terms(**changes).content())
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"federation": "Lab"}, "not a name"),
+        ({"helper": "aggregator"}, "not a name"),
+        ({"helper": "h\x1b[2J"}, "not a name"),
+        ({"number": 0}, "'number'"),
+        ({"roster": "mine"}, "'roster'"),
+        ({"min": 1}, "'min'"),
+        ({"min": True}, "'min'"),
+        ({"box_key": bytes(31)}, "'box_key'"),
+        ({"box_key": bytes(32)}, "nothing can be sealed"),  # points of low order
+        ({"box_key": bytes.fromhex("ec" + 30 * "ff" + "7f")}, "nothing can be sealed"),
+        (
+            {"box_key": bytes.fromhex("e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800")},
+            "nothing can be sealed",
+        ),
+    ],
+)
+def test_cards_that_cannot_be_are_refused(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ProtocolError, match=reason):
+        SignedCard.of_body(card(**changes).body)
+
+
+def test_terms_have_one_encoding() -> None:
+    content = terms().content()
+    float_, whole = b"\xa7samples\xcb" + bytes(8), b"\xa7samples\x00"
+    assert content.count(float_) == 1
+    with pytest.raises(ProtocolError, match="not canonical"):
+        Terms.parse(content.replace(float_, whole))
 
 
 def test_a_card_of_another_key_is_refused() -> None:

@@ -252,6 +252,7 @@ def test_every_entry_is_used() -> None:
     """A vector added to the file must be added here."""
     others = "enroll sealed malformed_zstd malformed_blocks malformed_vectors malformed_frames revocations"
     others += " malformed_revocations metrics malformed_metrics"
+    others += " private malformed_private"  # test_private_vectors.py
     used = "about keys schema vector ternary_block float32_block tiny_numbers update message_in_3_parts head receipt"
     assert set(VECTORS) == {*used.split(), *others.split()}
     assert content_bytes(SCHEMA, "ternary") == len(CONTENT)

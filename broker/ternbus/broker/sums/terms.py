@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Final, Self
 
+import nacl.bindings
+import nacl.exceptions
 import numpy as np
 
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import meta_fields
 from ternbus.broker.protocol.frame import COUNTER_MAX, SIGNATURE_BYTES
-from ternbus.broker.protocol.identity import Identity, verify
+from ternbus.broker.protocol.identity import Identity, is_device, is_federation, verify
 from ternbus.broker.protocol.schema import ELEMENTS_MAX, TENSORS_MAX, Schema, type_f32
 from ternbus.broker.sums import canonical
 from ternbus.broker.sums.words import BITS, DENSE_STEPS, DEVICES_MAX, Layout
@@ -92,7 +94,10 @@ class SignedCard:
             roster=meta_fields.one_of(fields, "roster", ROSTERS),
             min=meta_fields.integer(fields, "min", 2, DEVICES_MAX),
         )
+        if not is_federation(card.federation) or not is_device(card.helper):
+            raise ProtocolError("bad-card", "'federation' or 'helper' is not a name")
         verify(card.public, CARD_PREFIX + content, signature)
+        _check_box_key(card.box_key)
         return cls(card=card, content=content, signature=signature)
 
 
@@ -173,6 +178,8 @@ class Terms:
             raise ProtocolError("bad-terms", "'bits' do not hold a set of 'min' devices")
         if not terms.theta <= 0.25 or (terms.dp == SUM) != (terms.theta > 0 and terms.norm > 0):
             raise ProtocolError("bad-terms", "'theta' and 'norm' do not go with 'dp'")
+        if terms.content() != content:  # an integer in place of a float
+            raise ProtocolError("bad-terms", "the encoding is not canonical")
         return terms
 
     def fits(self, schema: Schema) -> bool:
@@ -189,6 +196,14 @@ def digest_of(content: bytes) -> bytes:
 def context(*, version: int, model: bytes, plan: bytes, terms: bytes) -> bytes:
     """BLAKE2b-256 over a version and the digests of its model, of the plan's bytes in its head, and of its terms."""
     return digest_of(CONTEXT_PREFIX + version.to_bytes(8, "little") + model + plan + terms)
+
+
+def _check_box_key(key: bytes) -> None:
+    """ProtocolError for a point of low order: libsodium seals nothing to it."""
+    try:
+        nacl.bindings.crypto_scalarmult(key, key)  # clamps the number, so that it is a multiple of the curve's cofactor
+    except nacl.exceptions.CryptoError as error:
+        raise ProtocolError("bad-card", "nothing can be sealed to 'box_key'") from error
 
 
 def _lengths(value: Any) -> tuple[int, int]:
