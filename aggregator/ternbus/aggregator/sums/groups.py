@@ -5,9 +5,9 @@ helpers and each of its members' owners ask for, and at most as many as cannot w
 
 Groups become sets where those that can be cut are as many updates as a merge is to have, where one has waited for
 ``max_wait_s``, or where every device online has contributed. A group stays open while one device or more, but too few
-for another set, still train on its base: they would be left alone. It does not stay open beyond ``max_wait_s``, nor when
-its base becomes stale. Updates that cannot be cut yet do not fill the buffer: if they did, a few that wait for company
-would bring about small merges one after the other, which leave still more alone.
+for another set, still train on its base: they would be left alone. It does not stay open beyond ``max_wait_s``, nor
+when its base becomes stale. Updates that cannot be cut yet do not fill the buffer: if they did, a few that wait for
+company would bring about small merges one after the other, which leave still more alone.
 
 A group that is too small waits for company. What is too small when its base becomes stale is dropped (``lost``): no
 update on that base is accepted any more. Where every device has sent on the newest version, and no set can be cut, as

@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.store import ledger as durable
-from ternbus.aggregator.store import status
+from ternbus.aggregator.store import private_status, status
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.model_files import save_safetensors
@@ -199,7 +199,12 @@ class Simulation:
         Of each device it has the true number of samples, also by class, and its spent epsilon by its own account.
         """
         result = report.summary(
-            self.moment(), scenario=self._scenario, parameters=self.parameters, wall_seconds=wall_seconds, virtual=True
+            self.moment(),
+            scenario=self._scenario,
+            parameters=self.parameters,
+            wall_seconds=wall_seconds,
+            virtual=True,
+            sets=None if self._scenario.private is None else self._merged_sets(),
         )
         for row, carried in zip(result["versions"], self.carried, strict=True):
             row |= {"update_bytes": carried.update, "delta_bytes": carried.delta, "snapshot_bytes": carried.snapshot}
@@ -225,7 +230,13 @@ class Simulation:
         if isinstance(self.ledger, MemoryLedger):
             return self.ledger.status()
         assert self._folder is not None  # noqa: S101 - a real ledger is in a folder
-        return status.read(self._folder)
+        return status.read(self._folder) | private_status.read(self._folder, self.aggregator.core.settings)
+
+    def _merged_sets(self) -> int:
+        if isinstance(self.ledger, MemoryLedger):
+            return self.ledger.merged_sets
+        assert self._folder is not None  # noqa: S101 - a real ledger is in a folder
+        return private_status.merged_sets(self._folder)
 
     def _made(self, version: int, vector: Vector) -> None:
         """Handle a new version: evaluate it, show progress, check for the end, inject faults."""
