@@ -41,7 +41,7 @@ class Private:
         """
         made_up = {name: blake2b(name.encode(), digest_size=32).hexdigest() for name in self.names}
         return {
-            "private.helpers": dict(keys or made_up),
+            "private.helpers": dict(made_up if keys is None else keys),
             "private.bits": self.bits,
             "private.levels": self.levels,
             "private.min": self.min,
