@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_simulate import Noise
-from test_simulate import memory as ledger_of
 
+from support.noise_task import Noise
+from support.noise_task import memory as ledger_of
 from ternbus.aggregator.store import private_status
 from ternbus.aggregator.store.ledger import reading
 from ternbus.aggregator.store.merge_log import entries
