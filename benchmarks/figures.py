@@ -91,9 +91,9 @@ def private_sums(found: Any) -> str:
         f"{helper['prepare_ms']:.1f} ms and opens it in {helper['open_ms']:.0f} ms; to make and add the masks, and "
         f"nothing else, takes {helper['masks_ms']:.0f} ms. An aggregator answers {took['updates_per_s']:.0f} private "
         f"updates a second, while broker, helper and senders share its cores; {took['counts']['merged']} of "
-        f"{took['counts']['accepted']} were merged. Each takes {took['aggregator_cpu_ms']:.1f} ms of its CPU until it is "
-        f"merged, and {took['helper_cpu_ms']:.1f} ms of the helper's. To verify, hash, unseal and append an update, and "
-        f"nothing else, takes {sum(bare.values()):.1f} ms."
+        f"{took['counts']['accepted']} were merged. Until it is merged, each takes {took['aggregator_cpu_ms']:.1f} ms of "
+        f"CPU, and {took['helper_cpu_ms']:.1f} ms of the helper's. To verify, hash, unseal and append one, and nothing "
+        f"else, takes {sum(bare.values()):.1f} ms."
     )
 
 
