@@ -75,6 +75,7 @@ class Sets:
     opened_at: float | None = None
     _waiting: dict[int, list[PrivateUpdate]] = field(default_factory=dict)  # by base
     _since: dict[int, float] = field(default_factory=dict)  # when a group's first update came
+    _groups: list[Group] | None = None  # by both; None: they have changed since
     _sets: dict[bytes, PrivateSet] = field(default_factory=dict)  # made or opening
 
     # --- what is here
@@ -105,7 +106,9 @@ class Sets:
 
     def groups(self) -> list[Group]:
         """The updates that are in no set, by context."""
-        return [self._group(base) for base in self._waiting]
+        if self._groups is None:  # every frame that arrives asks for them
+            self._groups = [self._group(base) for base in self._waiting]
+        return self._groups
 
     def body_of(self, digest: bytes) -> bytes:
         """What helpers are asked for a set."""
@@ -150,12 +153,14 @@ class Sets:
         self._put_back([update], now)
 
     def _put_back(self, updates: Iterable[PrivateUpdate], since: float) -> None:
+        self._groups = None
         for update in updates:
             base = update.update.base
             self._waiting.setdefault(base, []).append(update)
             self._since[base] = min(since, self._since.get(base, since))
 
     def _take_out(self, base: int, devices: Iterable[str]) -> list[PrivateUpdate]:
+        self._groups = None
         chosen = frozenset(devices)
         found = [each for each in self._waiting[base] if each.device in chosen]
         self._waiting[base] = [each for each in self._waiting[base] if each.device not in chosen]
@@ -226,7 +231,7 @@ class Sets:
         for devices in group.sets():
             actions += self._make(self.sums.contexts[group.base], self._take_out(group.base, devices), now)
         if group.base in self._since:
-            self._since[group.base] = now
+            self._groups, self._since[group.base] = None, now
         return actions
 
     def _make(self, about: ContextOf, members: list[PrivateUpdate], now: float) -> list[Action]:

@@ -17,6 +17,7 @@ after one whose sum was out of range, only a version of no update lets them go o
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Final
 
@@ -31,7 +32,7 @@ class Waiting:
     min: int  # devices in its set, by its owner
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Group:
     """The updates of one context, in order of acceptance; a device is in it once."""
 
@@ -56,7 +57,7 @@ class Group:
         ends = [size * number + min(number, more) for number in range(count + 1)]
         return [tuple(each.device for each in able[first:last]) for first, last in pairwise(ends)]
 
-    @property
+    @cached_property
     def suffices(self) -> bool:
         """Whether a set can be cut from it."""
         return bool(self.sets())
