@@ -91,9 +91,9 @@ def private_sums(found: Any) -> str:
         f"{helper['prepare_ms']:.1f} ms and opens it in {helper['open_ms']:.0f} ms; to make and add the masks, and "
         f"nothing else, takes {helper['masks_ms']:.0f} ms. An aggregator answers {took['updates_per_s']:.0f} private "
         f"updates a second, while broker, helper and senders share its cores; {took['counts']['merged']} of "
-        f"{took['counts']['accepted']} were merged. Until it is merged, each takes {took['aggregator_cpu_ms']:.1f} ms of "
-        f"CPU, and {took['helper_cpu_ms']:.1f} ms of the helper's. To verify, hash, unseal and append one, and nothing "
-        f"else, takes {sum(bare.values()):.1f} ms."
+        f"{took['counts']['accepted']} were merged. Until it is merged, each takes {took['aggregator_cpu_ms']:.0f} ms "
+        f"of CPU, and {took['helper_cpu_ms']:.1f} ms of the helper's. To verify, hash, unseal and append one, and "
+        f"nothing else, takes {sum(bare.values()):.1f} ms."
     )
 
 
@@ -311,9 +311,11 @@ def _machine(kept: Any) -> str:
 
 
 def _command(kept: Any, here: str) -> str:
-    """The command of a measurement, with the machine if that is not `here`."""
+    """The command of a measurement, with the machine if that is not `here`, and with other work that ran on it."""
     elsewhere = "" if _machine(kept) == here else f", on {_machine(kept)}"
-    return f"`{kept['command']}`{elsewhere}"
+    load = kept.get("load_before") or 0.0
+    busy = f", beside other work (load average {load:.1f})" if load > kept["machine"]["cores"] else ""
+    return f"`{kept['command']}`{elsewhere}{busy}"
 
 
 def _wrapped(text: str) -> str:
