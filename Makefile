@@ -29,15 +29,16 @@ else
 DEMO_NEEDS := $(FULL)
 endif
 
-# Tests that start processes or train are marked slow. `make check` skips them, `make test` runs them.
+# Tests that start processes or train are marked slow: `make check` skips them, `make test` runs them. Longer ones are
+# marked extended, and run by `make test-extended` only.
 JOBS ?= 2
 PARALLEL := -n $(JOBS) --dist loadfile # tests of one file may build on each other
-CORE_TESTS := -m "not slow"
-SLOW_TESTS := -m slow
+CORE_TESTS := -m "not slow and not extended"
+SLOW_TESTS := -m "slow and not extended"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo check lint types core test fuzz crash-test bench experiment format clean
+.PHONY: help setup demo check lint types core test test-extended fuzz crash-test bench experiment format clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 18
@@ -68,6 +69,9 @@ core: $(FULL)
 test: check ## check, then the tests that start processes or train, then a minute of fuzzing
 	$(BIN)/python -m pytest -q $(PARALLEL) $(SLOW_TESTS)
 	$(BIN)/python -m fuzz --seconds 60
+
+test-extended: $(FULL) ## Run the tests that take too long for `make test`
+	$(BIN)/python -m pytest -q $(PARALLEL) -m extended
 
 fuzz: $(FULL) ## Fuzz each parser with a million inputs (x86-64 Linux)
 	$(BIN)/python -m fuzz --runs 1000000

@@ -110,7 +110,8 @@ def plan(data: bytes) -> None:
     frame = with_meta(data)
     found = plan_bytes(frame.meta_bytes)
     assert found in data
-    assert msgpack.unpackb(found, strict_map_key=False) == frame.meta["plan"]
+    plain = msgpack.unpackb(found, strict_map_key=False)
+    assert msgpack.packb(plain) == msgpack.packb(frame.meta["plan"])  # a plan may have a NaN, which equals nothing
 
 
 def with_meta(meta: bytes) -> Frame:

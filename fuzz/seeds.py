@@ -99,6 +99,7 @@ def _private(vectors: Any, malformed: Any) -> dict[str, Seeds]:
         "plan-bytes": {
             "private": parse(bytes.fromhex(vectors["head"]["frame"])).meta_bytes,
             "an-integer-as-key": msgpack.packb({"plan": {"own": {1: [2.5, b"plan"]}}, "state": "open"}),
+            "nan": msgpack.packb({"plan": {"learning_rate": float("nan")}}),
             "bad-no-map": msgpack.packb({"plan": 3}),
             "bad-no-plan": msgpack.packb({"state": "open"}),
         },

@@ -27,8 +27,8 @@ PRIVATE_ROWS: dict[str, tuple[object, ...]] = {  # as a federation with private 
     "helpers": ("h-1", bytes(32), bytes(32), bytes(200), 3, "idle", "ternbus", 1.0, 1.0, "code", 1.0, 2.0),
     "terms": (bytes(32), bytes(500)),
     "contexts": (6, bytes(32), bytes(32), bytes(32)),
-    "private_updates": (1, bytes(32), bytes(300), bytes(64), 3, None, "below-min"),
-    "sets": (bytes(32), bytes(32), 6, "opened", bytes(500), 6, ""),
+    "private_updates": (1, bytes(32), bytes(300), bytes(64), 3, None, "below-min", 7),
+    "sets": (bytes(32), bytes(32), 6, 1, 5, "opened", bytes(500), 7),
 }
 
 

@@ -267,6 +267,17 @@ def test_terms_that_break_a_pin_are_refused_in_words(changes: dict[str, Any], sa
     assert device.disk.refusal == ""
 
 
+def test_a_card_of_another_federation_is_refused_in_words() -> None:
+    """A helper keeps the used bases of each federation apart."""
+    scripted, device = aggregator(), private()
+    terms = short(scripted, helpers=(card(2), card(1, federation="other")))
+    done = device.arrive(*named(scripted, terms), scripted.status(), scripted.head(), *scripted.snapshot())
+    assert refusals(done) == ["the helper 'h-1' in its terms is one of the federation 'other'"]
+    assert of(done, StartTraining) == []
+    done = device.arrive(*named(scripted, standard(scripted)), scripted.head())
+    assert len(of(done, StartTraining)) == 1
+
+
 def test_an_aggregator_that_is_its_own_helper_gets_nothing() -> None:
     """The same name, another key: names prove nothing."""
     scripted, device = aggregator(), private()

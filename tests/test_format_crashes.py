@@ -70,7 +70,14 @@ def killed_at_each_statement(prepare: str, source: Path, folder: Path) -> list[P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["aggregator-1-blobs", "aggregator-1-bodies", "aggregator-1-checksums-momentum"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("aggregator-1-blobs", marks=pytest.mark.extended),
+        pytest.param("aggregator-1-bodies", marks=pytest.mark.extended),
+        "aggregator-1-checksums-momentum",
+    ],
+)
 def test_a_ledger_is_the_old_one_or_the_new_one_wherever_its_migration_is_killed(name: str, tmp_path: Path) -> None:
     home, want = copy_of(name, tmp_path) / "home", expected_aggregator(name)
     before, formats = dump(home / LEDGER), set()

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from support.set_world import World, content_of, truth
-from support.small_world import follow, initial_model, receipts, saved, ternary_block
-from ternbus.aggregator.core import events, records
+from support.small_world import follow, initial_model, preverifier_of, receipts, ternary_block
+from ternbus.aggregator.core import events
+from ternbus.aggregator.store import set_rows
 from ternbus.aggregator.sums.decode import decode
 from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.merge_log import DroppedUpdate
-from ternbus.broker.protocol.messages import CLOSED, PAUSED
 from ternbus.broker.protocol.schema import to_vector
 from ternbus.broker.sums.masks import BOX_BYTES
 from ternbus.broker.sums.words import DENSE_STEPS
@@ -169,6 +169,17 @@ def test_an_update_on_a_version_without_terms_is_invalid() -> None:
     assert world.give(device, 0).reason.startswith("wrong-context")
 
 
+def test_a_private_update_is_authenticated_ahead_and_its_words_are_read_in_the_core() -> None:
+    world = World()
+    (device, *_) = world.begin(1)
+    (frame,) = device.private_update(world, 0)
+    opened = preverifier_of(world).open(device.topic("update"), frame)
+    assert opened is not None
+    assert (opened.content, opened.decoded_bytes) == (None, 0)
+    event = events.MessageArrived(topic=device.topic("update"), payload=frame, opened=opened)
+    assert receipts(world.handle(event))[0].outcome == "accepted"
+
+
 # --- which updates become sets
 
 
@@ -307,6 +318,7 @@ def test_a_device_beyond_the_range_spoils_its_set_which_is_dropped_and_counted()
     assert world.merged() == {}
     rows = world.ledger.db.execute("SELECT count(*) FROM private_updates WHERE why LIKE 'sum-out-of-range%'")
     assert rows.fetchone() == (6,)
+    assert set_rows.status(world.ledger.db)["spoiled"] == {each.name: 1 for each in devices}
     assert world.ledger.db.execute("SELECT count(*) FROM sets").fetchone() == (0,)
 
 
@@ -489,105 +501,3 @@ def test_what_helpers_were_asked_to_open_stays_and_what_the_operator_keeps_too()
     world.tick(60.0)
     world.settle()
     assert len(world.merged()) == 11
-
-
-# --- the end
-
-
-def test_a_stop_merges_nothing_and_the_next_start_goes_on() -> None:
-    world = World()
-    devices = world.begin()
-    world.give_all(devices[:4])
-    world.handle(events.StopRequested())
-    world.tick(100.0)
-    assert (world.asked, world.version) == ([], 0)
-    world.restart()
-    world.give_all(devices[4:])
-    world.tick(10.0)  # the broker has delivered all statuses
-    world.settle()
-    assert len(world.merged()) == 6
-
-
-def closing(world: World, state: str = CLOSED) -> None:
-    world.handle(events.StateRequested(state=state, request=7))
-    assert saved(world.last, records.RequestDone)
-
-
-def test_a_federation_that_holds_nothing_closes_at_once() -> None:
-    world = World()
-    world.begin()
-    closing(world)
-    assert world.head.state == CLOSED
-    closing(world)
-    assert world.head.state == CLOSED
-
-
-def test_closing_opens_what_it_can_and_drops_what_is_too_small() -> None:
-    world = World(merge__buffer_size=8)
-    devices = world.begin(7)
-    world.give_all(devices[:5])
-    assert world.asked == []
-    closing(world)
-    assert world.head.state == PAUSED
-    assert world.give(devices[6], 0).reason == "closed"
-    closing(world)  # once more
-    world.settle()
-    assert (world.version, world.head.state, len(world.merged())) == (1, CLOSED, 5)
-
-
-def test_closing_names_what_it_drops_in_a_last_version() -> None:
-    world = World()
-    devices = world.begin(2)
-    world.give_all(devices)
-    closing(world)
-    assert (world.version, world.head.state, len(world.dropped())) == (1, CLOSED, 2)
-
-
-@pytest.mark.parametrize("step", ["prepare", "open"])
-def test_closing_waits_for_helpers_and_gives_up_after_a_while(step: str) -> None:
-    world = World(private__close_wait_s=100.0)
-    devices = world.begin()
-    world.lose = lambda topic: topic.endswith("/ask") and world.asked[-1][1] == step
-    world.give_all(devices)
-    world.settle()
-    closing(world)
-    world.tick(50.0)
-    world.restart()  # the wait begins anew
-    world.settle()
-    world.tick(99.0)
-    world.settle()
-    assert (world.version, world.head.state) == (0, PAUSED)
-    world.tick(1.1)
-    assert (world.version, world.head.state) == (1, CLOSED)
-    assert len(world.dropped()) == 6
-    assert all(reason.startswith("helper-lost: no answer of h-1") for reason in world.dropped().values())
-    assert ("h-1", "abandon") in world.asked or step == "open"
-
-
-def test_a_federation_that_closes_can_be_opened_again() -> None:
-    world = World()
-    devices = world.begin()
-    world.down.add("h-1")
-    world.give_all(devices)
-    closing(world)
-    closing(world, "open")
-    assert world.head.state == "open"
-    world.restart()
-    world.down.clear()
-    world.tick(60.0)
-    world.settle()
-    assert (world.version, world.head.state) == (1, "open")
-
-
-def test_what_a_helper_refuses_while_the_federation_closes_still_makes_a_set_of_the_rest() -> None:
-    world = World(roster="own")
-    devices = world.begin()
-    for device in devices[1:]:
-        world.helpers["h-1"].records.admit(device.name, device.identity.public)
-    world.down.add("h-1")
-    world.give_all(devices)
-    closing(world)
-    world.down.clear()
-    world.tick(60.0)
-    world.settle()
-    assert (world.head.state, len(world.merged()), len(world.dropped())) == (CLOSED, 5, 1)

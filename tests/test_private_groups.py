@@ -37,7 +37,7 @@ def test_every_set_has_as_many_devices_as_anybody_asks_for_and_no_more_than_fit(
 ) -> None:
     made = group(*mins, need=need, devices_max=devices_max)
     asked = {each.device: each.min for each in made.members}
-    sets = made.sets()
+    sets = made.sets
     devices = [device for each in sets for device in each]
     assert len(set(devices)) == len(devices)
     for each in sets:
@@ -50,7 +50,7 @@ def test_every_set_has_as_many_devices_as_anybody_asks_for_and_no_more_than_fit(
 @given(st.integers(0, 80), st.integers(2, 10), st.integers(2, 31))
 def test_no_more_is_left_over_than_sets_can_hold(count: int, need: int, devices_max: int) -> None:
     made = group(*[2] * count, need=need, devices_max=devices_max)
-    taken = sum(map(len, made.sets()))
+    taken = sum(map(len, made.sets))
     if need <= devices_max and count >= need:
         assert taken == count or taken == devices_max * (count // need)
     else:
@@ -58,16 +58,16 @@ def test_no_more_is_left_over_than_sets_can_hold(count: int, need: int, devices_
 
 
 def test_an_owner_who_wants_a_large_set_keeps_nobody_else_waiting() -> None:
-    assert group(3, 3, 9, 3).sets() == [("pi-0", "pi-1", "pi-3")]
-    assert group(3, 9, 9).sets() == []
-    assert group(4, 4, 4).sets() == []
-    assert group(2, 2, 2, need=9).sets() == []
+    assert group(3, 3, 9, 3).sets == [("pi-0", "pi-1", "pi-3")]
+    assert group(3, 9, 9).sets == []
+    assert group(4, 4, 4).sets == []
+    assert group(2, 2, 2, need=9).sets == []
 
 
 def test_a_large_group_is_cut_evenly_and_what_does_not_fit_waits() -> None:
-    assert [len(each) for each in group(*[2] * 10).sets()] == [5, 5]
-    assert [len(each) for each in group(*[2] * 8, need=5).sets()] == [7]
-    assert group(*[2] * 8, need=5).sets()[0] == tuple(f"pi-{number}" for number in range(7))
+    assert [len(each) for each in group(*[2] * 10).sets] == [5, 5]
+    assert [len(each) for each in group(*[2] * 8, need=5).sets] == [7]
+    assert group(*[2] * 8, need=5).sets[0] == tuple(f"pi-{number}" for number in range(7))
 
 
 # --- when

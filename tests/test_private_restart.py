@@ -1,6 +1,7 @@
 """What the ledger keeps of private sums: restarts, restores, lost helpers, damage, and what commands show of it."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from support.small_world import Bench, make_directory, receipts, scratch
 from ternbus.aggregator import settings as configuration
 from ternbus.aggregator.core import events
 from ternbus.aggregator.shell import administration, log, repairing
-from ternbus.aggregator.store import membership, private_status, recovery, soundness
+from ternbus.aggregator.store import membership, private_status, recovery, soundness, status
 from ternbus.aggregator.store.revocations import Revocation
 from ternbus.broker.errors import CorruptError
 from ternbus.broker.protocol.merge_log import Entry, unpack
@@ -20,6 +21,7 @@ from ternbus.broker.protocol.messages import PRIVATE, Update
 from ternbus.broker.sums.masks import BOX_BYTES
 from ternbus.broker.sums.sets import ABANDONED, PREPARED, REFUSED, Answer
 from ternbus.command import main
+from ternbus.lab.virtual.memory_ledger import MemoryLedger
 
 
 def ternbus(arguments: list[str]) -> object:
@@ -371,3 +373,38 @@ def test_close_says_that_helpers_are_waited_for(capsys: pytest.CaptureFixture[st
     world.close()
     assert ternbus(["aggregator", "close", str(world.directory)]) == 0
     assert capsys.readouterr().out == ""
+
+
+class Twice(World):
+    """It writes what it saves into a ledger of a simulation, too."""
+
+    def perform(self, actions: Sequence[events.Action]) -> list[events.Action]:
+        self.memory = getattr(self, "memory", None) or MemoryLedger([])
+        batch = [action.record for action in actions if isinstance(action, events.Save)]
+        self.memory.write(batch, self.now)
+        return super().perform(actions)
+
+
+def test_the_ledger_of_a_simulation_counts_private_updates_as_the_real_one() -> None:
+    world = Twice(roster="own", staleness__max=0)
+    devices = world.begin(8)
+    for device in devices[1:]:
+        world.helpers["h-1"].records.admit(device.name, device.identity.public)
+    world.give_all(devices[:7])
+    world.settle()
+    world.give_all(devices[:4])
+    counts = ("accepted", "merged", "dropped", "unmerged")
+    for state in ("open", "closed"):
+        world.handle(events.StateRequested(state=state))
+        world.settle()
+        world.tick(1000.0)
+        found, simulated = status.read(world.directory)["counts"], world.memory.status()["counts"]
+        assert {name: found[name] for name in counts} == {name: simulated[name] for name in counts}
+    assert (found["merged"], found["dropped"]) == (9, 2)
+    merged = {(each.device, each.base): each.merged for each in world.memory.contributions if not each.dropped}
+    assert merged == {
+        (device, base): version
+        for device, base, version in world.ledger.db.execute(
+            "SELECT device, base, merged FROM updates WHERE merged >= 0"
+        )
+    }

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgpack
 import numpy as np
 import pytest
 
@@ -14,7 +13,6 @@ from ternbus.aggregator.core import events, records
 from ternbus.aggregator.shell import administration, repairing
 from ternbus.aggregator.store import private_rows
 from ternbus.aggregator.sums import scales
-from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.schema import Schema, to_vector
@@ -484,15 +482,6 @@ def test_a_repaired_folder_keeps_helpers_and_begins_terms_anew(
     assert again.context is not None
     assert again.context.base == again.version == repaired.version
     again.close()
-
-
-def test_plan_bytes_are_those_in_the_head() -> None:
-    plan = {"codec": "private", "a": [1, {"b": b"c"}], "terms": bytes(32)}
-    meta = bytes(msgpack.packb({"version": 1, "plan": plan, "state": "open"}))
-    assert plan_bytes(meta) == bytes(msgpack.packb(plan))
-    for wrong in (b"", bytes(msgpack.packb({"version": 1})), b"\x81\xa4plan", bytes(msgpack.packb(7))):
-        with pytest.raises(ProtocolError, match="bad-meta"):
-            plan_bytes(wrong)
 
 
 def test_a_plain_federation_has_no_rows_and_no_topics_of_private_sums(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from ternbus.broker.protocol.messages import PRIVATE, Head, Receipt, Status, Upd
 from ternbus.broker.protocol.parts import cut
 from ternbus.broker.sums import masks
 from ternbus.broker.sums.plan_bytes import plan_bytes
-from ternbus.broker.sums.sets import REFUSED, Answer
+from ternbus.broker.sums.sets import OPENED, REFUSED, Answer
 from ternbus.broker.sums.terms import AGGREGATOR as BY_AGGREGATOR
 from ternbus.broker.sums.terms import Terms, context, digest_of
 from ternbus.broker.sums.words import BUCKETS, DENSE_STEPS, Words
@@ -119,6 +119,7 @@ class World(Bench):
         self.shown: dict[str, bytes] = {}  # what helpers have the broker retain
         self.terms_of: dict[int, Terms] = {}
         self.contexts: dict[int, bytes] = {}
+        self.sums: dict[str, list[tuple[bytes, bytes]]] = {}  # by helper: each set that it opened, and its masks' sum
         self.lie: tuple[str, bytes | None] | None = None  # a helper, and what it answers in place of its sum
         self.lose: Callable[[str], bool] = lambda topic: False
         self.asked: list[tuple[str, str]] = []  # (helper, step)
@@ -184,6 +185,9 @@ class World(Bench):
         for action in actions:
             if isinstance(action, helper_actions.Publish) and not self.lose(action.topic):
                 payload = self.falsified(helper, action.payload)
+                frame = parse(payload)
+                if frame.meta.get("outcome") == OPENED:
+                    self.sums.setdefault(helper.name, []).append((frame.meta["set"], frame.body))
                 if action.retain:
                     self.shown[action.topic] = payload
                 self.queue.append((action.topic, payload))

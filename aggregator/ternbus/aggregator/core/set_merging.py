@@ -21,7 +21,7 @@ from ternbus.aggregator.sums.groups import Fleet, Group, Rule
 from ternbus.aggregator.sums.private_header import words_max
 from ternbus.aggregator.sums.scales import aligned
 from ternbus.aggregator.sums.state import PrivateSums
-from ternbus.broker.protocol.messages import CLOSED, PAUSED
+from ternbus.broker.protocol.messages import CLOSED, OPEN, PAUSED
 
 TRAINING: Final = "training"  # a state of devices
 EMPTY: Final = "a version of no update: what all devices sent on the one before was dropped, or waits for company"
@@ -91,11 +91,12 @@ class SetMerging:
 
     def due_s(self, now: float) -> float | None:
         """When ``on_time`` has something to do."""
-        moments = [self.sets.due_s(self._rule, now), self._close_by if self.is_closing else None]
-        unsent = self._unsent(now)
-        silent = (self._awaited(now), unsent)  # the silence of either may change what is due
-        moments += [self._trigger.silent_at(each) for each in silent if each is not None]
-        if unsent is None and self.registry.online and now < self._rule.not_before:
+        if self.is_closing:
+            return min(self._close_by, self.sets.asks.due or math.inf)
+        moments = [self.sets.due_s(self._rule, now)]
+        silent = self._unsent(now) if self.sets.is_stuck else self._awaited(now)  # its silence may change what is due
+        moments.append(None if silent is None else self._trigger.silent_at(silent))
+        if self.registry.online and self.sets.is_stuck and silent is None and now < self._rule.not_before:
             moments.append(self._rule.not_before)  # perhaps for a version of no update
         return min((moment for moment in moments if moment is not None and moment < math.inf), default=None)
 
@@ -108,13 +109,18 @@ class SetMerging:
         actions = self.sets.on_time(self._rule, partial(self._fleet, now), now)
         if self.sets.may_merge(now):
             actions += self._merge(now)
-        elif self._unsent(now) is None and self.sets.needs_version(self._rule, self._expected(now), now):
+        elif self._is_stuck(now) and self.sets.needs_version(self._rule, self._expected(now), now):
             self._trigger = self._trigger.merged(now)
             actions += [
                 *self.versions.empty(),
                 Log(text="a version of no update: devices can go on only from a new one"),
             ]
         return actions
+
+    def _is_stuck(self, now: float) -> bool:
+        """Whether nobody can send before another version, and nothing is on its way to one."""
+        is_open = self.versions.published.state == OPEN
+        return is_open and self.sets.is_stuck and self._unsent(now) is None
 
     @property
     def _rule(self) -> Rule:

@@ -75,8 +75,8 @@ class Sets:
     opened_at: float | None = None
     _waiting: dict[int, list[PrivateUpdate]] = field(default_factory=dict)  # by base
     _since: dict[int, float] = field(default_factory=dict)  # when a group's first update came
-    _groups: list[Group] | None = None  # by both; None: they have changed since
     _sets: dict[bytes, PrivateSet] = field(default_factory=dict)  # made or opening
+    _groups: Sequence[Group] | None = None  # of what waits now
 
     # --- what is here
 
@@ -104,11 +104,16 @@ class Sets:
         sets = [*(each.about for each in self._sets.values()), *(each.about for each in self.opened)]
         return frozenset((*self._waiting, *(about.base for about in sets)))
 
-    def groups(self) -> list[Group]:
+    def groups(self) -> Sequence[Group]:
         """The updates that are in no set, by context."""
-        if self._groups is None:  # every frame that arrives asks for them
+        if self._groups is None:
             self._groups = [self._group(base) for base in self._waiting]
         return self._groups
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether nothing that is here will become a version, if nothing else comes."""
+        return not (self._sets or self.opened or any(group.suffices for group in self.groups()))
 
     def body_of(self, digest: bytes) -> bytes:
         """What helpers are asked for a set."""
@@ -160,8 +165,7 @@ class Sets:
             self._since[base] = min(since, self._since.get(base, since))
 
     def _take_out(self, base: int, devices: Iterable[str]) -> list[PrivateUpdate]:
-        self._groups = None
-        chosen = frozenset(devices)
+        self._groups, chosen = None, frozenset(devices)
         found = [each for each in self._waiting[base] if each.device in chosen]
         self._waiting[base] = [each for each in self._waiting[base] if each.device not in chosen]
         if not self._waiting[base]:
@@ -194,8 +198,8 @@ class Sets:
         return bool(self.opened) and (not self._sets or waited)
 
     def needs_version(self, rule: Rule, resting: frozenset[str], now: float) -> bool:
-        """Whether only a version of no update lets devices go on; ``resting`` are all, if each waits for one."""
-        if self._sets or self.opened or self.model.version not in self.sums.contexts:
+        """Whether only a version of no update lets devices go on; ``resting`` are all, each of which waits for one."""
+        if self.model.version not in self.sums.contexts:
             return False
         return rule.needs_version(self.groups(), resting, self._group(self.model.version), now)
 
@@ -228,10 +232,10 @@ class Sets:
     def _make_all(self, group: Group, now: float) -> list[Action]:
         """Cut the sets of a group; what is left waits from now on."""
         actions: list[Action] = []
-        for devices in group.sets():
+        for devices in group.sets:
             actions += self._make(self.sums.contexts[group.base], self._take_out(group.base, devices), now)
         if group.base in self._since:
-            self._groups, self._since[group.base] = None, now
+            self._since[group.base], self._groups = now, None
         return actions
 
     def _make(self, about: ContextOf, members: list[PrivateUpdate], now: float) -> list[Action]:

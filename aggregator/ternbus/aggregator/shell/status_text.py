@@ -75,6 +75,9 @@ def _on_their_way(found: Mapping[str, Any]) -> list[str]:
     if found["dropped"]:
         counts = ", ".join(f"{count} {reason}" for reason, count in found["dropped"].items())
         lines.append(f"private updates dropped so far: {counts}")
+    if found["spoiled"]:
+        counts = ", ".join(f"{device} of {count}" for device, count in found["spoiled"].items())
+        lines.append(f"part of sums out of range: {counts}")
     return lines
 
 

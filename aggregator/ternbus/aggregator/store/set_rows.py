@@ -14,6 +14,7 @@ from typing import Any, Final
 from ternbus.aggregator.core import records
 from ternbus.aggregator.store import checksums
 from ternbus.aggregator.store.schema import DROPPED
+from ternbus.aggregator.sums.decode import RANGE
 from ternbus.aggregator.sums.private_sets import ABANDONED, MADE, OPENED, OPENING, PrivateUpdate
 from ternbus.broker.protocol.messages import PRIVATE
 
@@ -167,7 +168,8 @@ def status(db: sqlite3.Connection) -> dict[str, Any]:
     """Where private updates are that no version contains, as JSON values.
 
     ``groups`` are those in no set by base, ``sets`` those in flight with the helpers that have not answered for them as
-    ``waits_for``, ``dropped`` how many there were by reason.
+    ``waits_for``, ``dropped`` how many there were by reason. ``spoiled`` counts by device the sums out of range that it
+    was part of: whoever is in all of them sends what it must not, or a helper does.
     """
     found = db.execute("SELECT value FROM facts WHERE name = ?", (ASKS,)).fetchone()
     unanswered = {} if found is None else json.loads(found[0])
@@ -179,6 +181,11 @@ def status(db: sqlite3.Connection) -> dict[str, Any]:
     dropped: Counter[str] = Counter()
     for why, count in db.execute("SELECT why, count(*) FROM private_updates WHERE why != '' GROUP BY why ORDER BY why"):
         dropped[why.partition(":")[0]] += count
+    spoiled = db.execute(
+        "SELECT u.device, count(*) FROM private_updates p JOIN updates u ON u.id = p.update_id"
+        " WHERE p.why GLOB ? GROUP BY u.device ORDER BY u.device",
+        (f"{RANGE}*",),
+    )
     return {
         "groups": [{"base": base, "updates": count} for base, count in groups],
         "sets": [
@@ -192,4 +199,5 @@ def status(db: sqlite3.Connection) -> dict[str, Any]:
             for digest, base, devices, state in sets
         ],
         "dropped": dict(dropped),
+        "spoiled": dict(spoiled.fetchall()),
     }

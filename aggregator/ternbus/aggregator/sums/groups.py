@@ -42,7 +42,8 @@ class Group:
     members: Sequence[Waiting]
     since: float = math.inf  # when the first of them was accepted
 
-    def sets(self) -> list[tuple[str, ...]]:
+    @cached_property
+    def sets(self) -> Sequence[tuple[str, ...]]:
         """The devices of the sets that can be cut from it now, as few and as even as can be; what is left waits."""
         able: Sequence[Waiting] = ()
         left = self.members
@@ -57,10 +58,10 @@ class Group:
         ends = [size * number + min(number, more) for number in range(count + 1)]
         return [tuple(each.device for each in able[first:last]) for first, last in pairwise(ends)]
 
-    @cached_property
+    @property
     def suffices(self) -> bool:
         """Whether a set can be cut from it."""
-        return bool(self.sets())
+        return bool(self.sets)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

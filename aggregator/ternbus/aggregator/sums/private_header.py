@@ -10,7 +10,7 @@ from ternbus.broker.protocol.ternary import RAW
 from ternbus.broker.sums.masks import BOX_BYTES
 from ternbus.broker.sums.words import BITS, Layout
 
-METRICS: Final = frozenset({"epsilon"})  # all else would tell of one device's data
+METRICS: Final = frozenset({"epsilon", "delta"})  # all else would tell of one device's data
 
 
 def check_header(sums: PrivateSums | None, update: Update) -> ContextOf:

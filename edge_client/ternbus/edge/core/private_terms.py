@@ -135,6 +135,12 @@ class PrivateTerms:
             self.terms = Terms.parse(content)
         except ProtocolError as error:
             self.fault = f"its terms of private sums are not valid ({error})"
+            return
+        for helper in self.terms.helpers:
+            if helper.card.federation != self.profile.federation:
+                self.terms, name = None, helper.card.helper
+                self.fault = f"the helper {name!r} in its terms is one of the federation {helper.card.federation!r}"
+                return
 
     def _request(self, parts: Iterable[int], now: float) -> list[Action]:
         self._ask_s, self._asked = now + RETRY_S, True

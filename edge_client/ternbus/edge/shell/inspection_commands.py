@@ -24,7 +24,8 @@ def status(
     Example: ternbus edge status pi-7 --json
     """
     act_as_owner(directory)
-    settings = DeviceDirectory(directory).settings()
+    home = DeviceDirectory(directory)
+    settings = home.settings()
     found = outbox.summary(directory)
     state, last = found.state, found.last
     waiting = state.outstanding
@@ -32,6 +33,7 @@ def status(
         "federation": settings.federation,
         "device": settings.device,
         "key": state.key.hex(),
+        "public_key": home.identity().public.hex(),
         "joined": not settings.code,
         "version": state.head_version,
         "digest": state.head_digest.hex(),
