@@ -282,6 +282,21 @@ def test_a_lower_count_is_told_and_never_believed(bench: PrivateBench, helper: H
     assert counted(bench) == {"helper-behind": 1}
 
 
+def test_the_first_status_after_a_start_may_be_of_before_the_last_answers(
+    bench: PrivateBench, helper: HelperSide
+) -> None:
+    bench.ready(helper)
+    bench.say(helper, helper.status(session=2, count=7))
+    retained = helper.status(session=2, count=5, seq=helper.seq)
+    bench.restart()
+    bench.start()
+    assert bench.say(helper, retained) != []
+    assert bench.sums.helpers["h-1"].count == 7
+    assert "helper-behind" not in counted(bench)
+    bench.say(helper, helper.status(session=3, count=5, seq=60))
+    assert counted(bench)["helper-behind"] == 1
+
+
 def test_an_old_status_is_dropped_and_one_that_is_outdated_changes_nothing(
     bench: PrivateBench, helper: HelperSide
 ) -> None:

@@ -181,10 +181,16 @@ class Private:
 
     def _status(self, helper: Helper, frame: Frame, now: float) -> list[Action]:
         frame.check_bodiless()
-        status = Status.from_meta(frame.meta)
+        status, is_first = Status.from_meta(frame.meta), helper.status is None
         if not helper.observe(status, frame.seq):
             return []
-        told = self.counted(helper, status.count, now) if status.online else []
+        told: list[Action] = []
+        if status.online and is_first:
+            # The broker may retain it from before sets that this aggregator, in an earlier process, has seen opened.
+            # A helper that has forgotten them says so when it sees the count of the next ask.
+            helper.counted(status.count)
+        elif status.online:
+            told = self.counted(helper, status.count, now)
         again = self.merging.sets.asks.again(helper.name, now) if status.online else []
         saved = Save(record=records.HelperObserved(helper=helper.name, count=helper.count, status=status))
         return [*told, saved, *again]
