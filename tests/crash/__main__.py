@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -29,8 +30,6 @@ from ternbus.broker.server.running import Engine
 
 EVERY_S: Final = 10.0  # how often the state is printed
 BROKER_S: Final = (10.0, 30.0)  # how long a broker lives; for 5 s the aggregator waits for what it retained
-LIFE_S: Final = 0.5, 2.0  # until a kill from outside: so long at least, and so much more on average
-PATIENCE_S: Final = 8.0  # until a kill from outside of what does not get to the end that was drawn
 BOTH: Final = ("save", "saved", "connect", "subscribe", "publish-status", "acknowledge")
 SERVING: Final = (
     *BOTH, "republish", "publish-head", "publish-delta", "publish-snapshot", "publish-receipt", "publish-grant",
@@ -44,23 +43,37 @@ TRAINING: Final = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How long processes live: until a kill from outside, or until the n-th time at a point, on average."""
+
+    least_s: float
+    mean_s: float  # beyond that
+    patience_s: float  # until a kill from outside of what does not get to the end that was drawn
+    times: float
+
+
+PLAIN: Final = Pace(least_s=0.5, mean_s=2.0, patience_s=8.0, times=2.0)
+SLOW: Final = Pace(least_s=1.0, mean_s=10.0, patience_s=20.0, times=8.0)  # a set needs six processes at a time
+
+
 class Lots:
     """The ends of one process, drawn from the seed and the process's name."""
 
-    def __init__(self, seed: int, name: str, points: Sequence[str], *, disk: bool) -> None:
+    def __init__(self, seed: int, name: str, points: Sequence[str], pace: Pace, *, disk: bool) -> None:
         self._points = points
+        self._pace = pace
         self._random = random.Random(f"{seed}/{name}")
         self._disk = disk
 
     def draw(self) -> End:
-        chance = self._random
+        chance, pace = self._random, self._pace
         lot = chance.random()
         if lot < 0.2:
-            least, mean = LIFE_S
-            return End(how=OUTSIDE, after_s=least + chance.expovariate(1 / mean))
+            return End(how=OUTSIDE, after_s=pace.least_s + chance.expovariate(1 / pace.mean_s))
         if lot < 0.4 and self._disk:
-            return failing(chance.choice(KINDS), chance.randint(1, 60), after_s=PATIENCE_S)
-        return at(chance.choice(self._points), 1 + int(chance.expovariate(0.5)), after_s=PATIENCE_S)
+            return failing(chance.choice(KINDS), chance.randint(1, 60), after_s=pace.patience_s)
+        return at(chance.choice(self._points), 1 + int(chance.expovariate(1 / pace.times)), after_s=pace.patience_s)
 
 
 def main() -> None:
@@ -86,7 +99,7 @@ def main() -> None:
 def run(folder: Path, kills: int, seed: int, engine: Engine) -> list[str]:
     """The differences after so many ends."""
     with joined(folder / "damaged", engine, _disk(folder)) as damaged:
-        _kill(damaged, kills, seed, {AGGREGATOR: SERVING, **dict.fromkeys(DEVICES, TRAINING)})
+        _kill(damaged, kills, seed, {AGGREGATOR: SERVING, **dict.fromkeys(DEVICES, TRAINING)}, PLAIN)
         damaged.end(*DEVICES, AGGREGATOR)
         print(f"{_ended(damaged)}; making as many versions again without a kill", flush=True)
         with joined(folder / "reference", engine) as reference:
@@ -98,7 +111,7 @@ def run_private(folder: Path, kills: int, seed: int, engine: Engine) -> list[str
     """What does not hold of private sums after so many ends."""
     with privately_joined(folder / "damaged", engine, _disk(folder)) as damaged:
         devices = dict.fromkeys(damaged.devices, TRAINING)
-        _kill(damaged, kills, seed, {AGGREGATOR: SUMMING, **dict.fromkeys(HELPERS, HELPING), **devices})
+        _kill(damaged, kills, seed, {AGGREGATOR: SUMMING, **dict.fromkeys(HELPERS, HELPING), **devices}, SLOW)
         damaged.close()
         story = private_differences.read(damaged)
         print(f"{_ended(damaged)}; {story.summary()}", flush=True)
@@ -116,11 +129,11 @@ def _ended(damaged: Federation) -> str:
     return f"{damaged.ended.total()} kills, {damaged.version()} versions"
 
 
-def _kill(damaged: Federation, kills: int, seed: int, points: Mapping[str, Sequence[str]]) -> None:
+def _kill(damaged: Federation, kills: int, seed: int, points: Mapping[str, Sequence[str]], pace: Pace) -> None:
     """Have processes end so often, by these points, and then make two versions more in peace."""
     chance = random.Random(f"{seed}/broker")
     for name in points:
-        lots = Lots(seed, name, points[name], disk=damaged.preload is not None)
+        lots = Lots(seed, name, points[name], pace, disk=damaged.preload is not None)
         damaged.draw(name, lots.draw)
         damaged.kill(name)
     said_at = time.monotonic()
