@@ -4,6 +4,7 @@ No two runs of it make the same versions, since the devices' draws are random: t
 that was left alone. `private_differences` checks a run by itself.
 """
 
+import time
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from ternbus.broker.server import running
 from ternbus.broker.sums.terms import AGGREGATOR as BY_AGGREGATOR
 from ternbus.broker.sums.terms import OWN
 from ternbus.edge.shell.agent import Options
+from ternbus.helper.store.store import admit
 
 MIN: Final = 3
 DEVICES: Final = ("d0", "d1", "d2", "d3", "d4")
@@ -60,10 +62,24 @@ class PrivateFederation(Federation):
     def run_options(self, name: str) -> Options:
         return Options()
 
+    def assemble(self) -> None:
+        """Have all join; aggregator and helpers run from now on."""
+        self.start(AGGREGATOR)
+        invitations = self.folder / "invitations"
+        helpers = [word for name in HELPERS for word in ("--helper", name)]
+        self.command(AGGREGATOR, "aggregator", "invite", self.home, *self.devices, *helpers, "--out", invitations)
+        for name in HELPERS:
+            self.command(name, "helper", "init", self.device(name), "--invitation", invitations / f"{name}.toml")
+        self.join(*self.devices)
+        for device, key in rows(self, "SELECT name, public FROM devices"):
+            for helper in (name for name, roster in HELPERS.items() if roster == OWN):
+                admit(self.device(helper), device, key, time.time())
+        self.start(*HELPERS)
+
     def close(self) -> None:
         """Close the federation: whatever can be opened is opened, the rest is dropped, and all processes end."""
         self.command(AGGREGATOR, "aggregator", "close", self.home)
-        self.until(lambda: self.all_done(*DEVICES), "end of the devices")
+        self.until(lambda: self.all_done(*self.devices), "end of the devices")
         self.until(lambda: rows(self, "SELECT count(*) FROM updates WHERE merged IS NULL") == [(0,)], "end of all sets")
         self.end(*HELPERS, AGGREGATOR)
 
@@ -77,20 +93,6 @@ def _card(folder: Path) -> dict[str, str]:
 def privately_joined(folder: Path, engine: running.Engine, preload: Path | None = None) -> Iterator[PrivateFederation]:
     """A federation all of whose processes run, and to which nothing has happened."""
     with PrivateFederation(folder, engine, preload) as federation:
-        federation.start(AGGREGATOR)
-        invitations = folder / "invitations"
-        helpers = [word for name in HELPERS for word in ("--helper", name)]
-        federation.command(
-            AGGREGATOR, "aggregator", "invite", federation.home, *DEVICES, *helpers, "--out", invitations
-        )
-        for name in HELPERS:
-            federation.command(
-                name, "helper", "init", federation.device(name), "--invitation", invitations / f"{name}.toml"
-            )
-        federation.join(*DEVICES)
-        for name, key in rows(federation, "SELECT name, public FROM devices"):
-            for helper, roster in HELPERS.items():
-                if roster == OWN:
-                    federation.command(helper, "helper", "admit", federation.device(helper), name, key.hex())
-        federation.start(*HELPERS, *DEVICES)
+        federation.assemble()
+        federation.start(*federation.devices)
         yield federation
