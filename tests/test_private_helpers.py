@@ -12,7 +12,7 @@ from ternbus.aggregator.store import private_rows
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.identity import Identity, enroll_proof
 from ternbus.broker.protocol.messages import Enroll
-from ternbus.broker.sums.sets import Answer
+from ternbus.broker.sums.sets import PREPARED, Answer
 
 
 @pytest.fixture
@@ -280,6 +280,22 @@ def test_a_lower_count_is_told_and_never_believed(bench: PrivateBench, helper: H
     assert bench.sums.helpers["h-1"].count == 7
     assert bench.ledger.db.execute("SELECT count FROM helpers").fetchone() == (7,)
     assert counted(bench) == {"helper-behind": 1}
+
+
+def test_a_count_that_was_said_before_later_answers_is_no_lost_one(bench: PrivateBench, helper: HelperSide) -> None:
+    """The broker retains the status with which a session began, and may deliver answers again."""
+    bench.ready(helper)
+    status = helper.status(session=2, count=3)
+    bench.say(helper, status)
+    answers = [helper.frame("answer", Answer(outcome=PREPARED, set=bytes(32), count=count).meta()) for count in (4, 5)]
+    bench.say(helper, *answers)
+    bench.restart()
+    bench.start()
+    bench.say(helper, *answers, status)
+    assert bench.sums.helpers["h-1"].count == 5
+    assert "helper-behind" not in counted(bench)
+    bench.say(helper, helper.status(session=3, count=4))
+    assert counted(bench)["helper-behind"] == 1
 
 
 def test_an_old_status_is_dropped_and_one_that_is_outdated_changes_nothing(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 from crash.differences import rows
-from crash.federation import AGGREGATOR, SETTINGS, Federation
+from crash.federation import AGGREGATOR, SETTINGS, Federation, at
 from ternbus.broker.server import running
 from ternbus.broker.sums.terms import AGGREGATOR as BY_AGGREGATOR
 from ternbus.broker.sums.terms import OWN
@@ -23,6 +23,15 @@ MIN: Final = 3
 DEVICES: Final = ("d0", "d1", "d2", "d3", "d4")
 HELPERS: Final = {"h-1": OWN, "h-2": BY_AGGREGATOR}  # and who says which devices there are
 SMALL_FRAMES: Final = ("--frame-bytes", "16384")  # its updates have so many parts that they are offered first
+# At each step of a set: it is asked for, a helper has written it down, its answer leaves, its sum is merged.
+ENDS: Final = {
+    AGGREGATOR: (at("publish-terms"), at("publish-ask", 2), at("saved", 12)),
+    "h-1": (at("state-written", 5), at("publish-answer")),
+    "h-2": (at("publish-answer", 2), at("save", 6)),
+    "d0": (at("publish-update", 2),),
+    "d1": (at("saved", 4),),
+    "d2": (at("publish-update"),),
+}
 PRIVATE_SETTINGS: Final = {
     **SETTINGS,
     "merge.buffer_size": len(DEVICES) - 1,

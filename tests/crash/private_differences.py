@@ -87,6 +87,7 @@ def found(federation: PrivateFederation, story: Story) -> list[str]:
         *_receipts(federation, story),
         *_helpers(federation, story),
         *_devices(federation),
+        *_alarms(federation),
         *recomputed(federation),
     ]
 
@@ -166,3 +167,10 @@ def _devices(federation: Federation) -> Iterator[str]:
             yield f"{device} has version {state.head_version}, the aggregator {version}, or another model"
         if state.outstanding is not None:
             yield f"{device} has an update that nobody has answered"
+
+
+def _alarms(federation: Federation) -> Iterator[str]:
+    """Nobody was told to restore a helper that has forgotten nothing."""
+    for path in sorted((federation.folder / "logs").iterdir()):
+        if "ternbus helper restored" in path.read_text(errors="replace"):
+            yield f"{path} says that a helper has forgotten sets"

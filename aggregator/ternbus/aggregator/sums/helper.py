@@ -44,7 +44,7 @@ class Helper:
     def counted(self, count: int) -> bool:
         """Take in a number of sets; return whether it is not lower than the one before.
 
-        A lower one says that the helper has lost what it wrote: it may open updates twice.
+        A session that begins with a lower one has lost what it wrote: it may open updates twice.
         """
         is_sound = count >= self.count
         self.count = max(self.count, count)
