@@ -181,13 +181,16 @@ class Private:
 
     def _status(self, helper: Helper, frame: Frame, now: float) -> list[Action]:
         frame.check_bodiless()
-        status, before = Status.from_meta(frame.meta), helper.status
+        status, before, before_seq = Status.from_meta(frame.meta), helper.status, helper.status_seq
         if not helper.observe(status, frame.seq):
             return []
-        known, begins = helper.count, before is not None and status.session > before.session
-        is_lower = status.online and not helper.counted(status.count)
-        # Only the first count of a session is of now: the broker retains it while answers raise the helper's count.
-        told = self._behind(helper, known, status.count, now) if is_lower and begins else []
+        told: list[Action] = []
+        if status.online:
+            known, is_sound = helper.count, helper.counted(status.count, frame.seq)
+            # The broker delivers an old status again: only with a later session one is surely of now.
+            is_later = before is not None and status.session > before.session
+            if is_later and status.count < known and (not is_sound or frame.seq < before_seq):
+                told = self._behind(helper, known, status.count, now)
         again = self.merging.sets.asks.again(helper.name, now) if status.online else []
         saved = Save(record=records.HelperObserved(helper=helper.name, count=helper.count, status=status))
         return [*told, saved, *again]
@@ -219,7 +222,7 @@ class Private:
         answer = Answer.from_meta(frame.meta)
         saved: list[Action] = []
         if frame.part == 0:
-            helper.counted(answer.count)  # a lower one is of an answer that the broker delivers again
+            helper.counted(answer.count, frame.seq)  # the broker may deliver an older one again
             saved.append(Save(record=records.HelperObserved(helper=helper.name, count=helper.count, answered=True)))
         return [*saved, *self.merging.sets.answer(helper.name, frame, now)]
 
