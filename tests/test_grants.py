@@ -110,7 +110,7 @@ def test_who_asks_for_nearly_all_the_room_leaves_nobody_a_part_at_a_time(asked: 
 def test_who_was_refused_first_is_served_first_unless_it_stays_away() -> None:
     grants = Grants(parts_max=4)
     assert grants.grant("a", [0, 1, 2, 3], 0.0) == ((0, 3),)
-    assert grants.grant("b", [0], 1.0) == ()
+    assert grants.grant("b", [0, 1, 2, 3], 1.0) == ()
     assert grants.grant("c", [0], 2.0) == ()
     assert grants.grant("a", [3, 4, 5, 6, 7], 3.0) == ((3, 6),)  # no more than before, and not for longer
     grants.close("a")
@@ -118,6 +118,39 @@ def test_who_was_refused_first_is_served_first_unless_it_stays_away() -> None:
     assert grants.grant("a", [0], 7.0) == ()
     assert grants.grant("c", [0], 15.0) == ()
     assert grants.grant("c", [0], 16.0) == ((0, 0),)  # b has not come again
+
+
+@pytest.mark.parametrize(("parts_max", "sweeps"), [(100, 1), (80, 1), (20, 4), (2, 40)])
+def test_all_who_wait_are_served_at_once_if_there_is_room_in_whatever_order_they_come(
+    parts_max: int, sweeps: int
+) -> None:
+    """One was served in each pause between two offers: after a minute without room the line never went away."""
+    grants = Grants(parts_max)
+    names = [f"pi-{number}" for number in range(40)]
+    grants.grant("hostile", list(range(parts_max)), 0.0)
+    assert [grants.grant(name, [0, 1], 1.0) for name in names] == [()] * 40
+    grants.close("hostile")
+    for sweep in range(sweeps):
+        granted = [name for name in reversed(names) if grants.grant(name, [0, 1], 6.0 + 5 * sweep)]
+        assert granted == names[: parts_max // 2][::-1]
+        for name in granted:
+            grants.close(name)
+            names.remove(name)
+    assert names == []
+
+
+def test_what_is_kept_for_one_who_waits_goes_to_nobody_else() -> None:
+    grants = Grants(parts_max=10)
+    assert grants.grant("a", list(range(4)), 0.0) == ((0, 3),)
+    assert grants.grant("b", list(range(4)), 0.0) == ((0, 3),)
+    assert grants.grant("c", list(range(6)), 1.0) == ()
+    grants.close("a")
+    assert grants.grant("d", [0], 2.0) == ()
+    assert grants.grant("b", list(range(8)), 3.0) == ((0, 3),)  # until its deadline of before
+    grants.close("b")
+    assert grants.grant("d", list(range(4)), 4.0) == ((0, 3),)
+    assert grants.grant("e", [0], 5.0) == ()
+    assert grants.grant("c", list(range(6)), 6.0) == ((0, 5),)
 
 
 def test_an_offer_may_be_answered_at_once(make: Make) -> None:

@@ -1,6 +1,7 @@
 """How many parts of large updates may be on their way at once: they share the broker's queue with everybody else's."""
 
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Final
 
 from ternbus.broker.protocol.messages import GRANT_RANGES_MAX
@@ -16,32 +17,39 @@ class Grants:
     Who was refused first is served first, with all that it wants or half of the room: a smaller piece would count as
     served, and take as long. So a device that offers again and again, and sends nothing, keeps the others out for one
     deadline at a time, not for ever, whether it asks for all the room or for all but one part.
+
+    What those before it want is kept for them, and a device is served out of what is left. If it had to wait until
+    they have come for it, one device would be served in each pause between two offers, however large the room is.
     """
 
     parts_max: int
     _open: dict[str, tuple[float, int]] = field(default_factory=dict)  # device -> (deadline, parts)
-    _waiting: dict[str, float] = field(default_factory=dict)  # refused devices in order -> when each asked last
+    _waiting: dict[str, tuple[float, int]] = field(default_factory=dict)  # refused, in order -> (last asked, parts)
 
     def grant(self, device: str, wanted: list[int], now: float) -> tuple[tuple[int, int], ...]:
         """The ranges [first, last] of ``wanted`` that there is room for; none where the queue is spoken for.
 
-        While others wait, a device has what it was granted before, until the deadline of then, and nothing more.
+        Where what others wait for leaves too little, a device has what it was granted before, until the deadline of
+        then, and nothing more.
         """
         self._open = {name: open_ for name, open_ in self._open.items() if open_[0] > now}
-        self._waiting = {name: at for name, at in self._waiting.items() if at + WAITING_S > now}
-        held_until, held = self._open.get(device, (now, 0))
-        if next(iter(self._waiting), device) != device:
-            deadline, granted = held_until, wanted[:held]
-        else:
-            room = self.parts_max - sum(parts for _, parts in self._open.values()) + held
-            enough = min(len(wanted), max(1, self.parts_max // 2))
-            deadline, granted = now + GRANT_S, wanted[:room] if room >= enough else []
+        self._waiting = {name: asked for name, asked in self._waiting.items() if asked[0] + WAITING_S > now}
+        deadline, held = self._open.get(device, (now, 0))
+        room = self.parts_max - sum(parts for _, parts in self._open.values()) + held - self._kept_from(device)
+        granted = wanted[:held]
+        if room >= min(len(wanted), max(1, held, self.parts_max // 2)):
+            deadline, granted = now + GRANT_S, wanted[:room]
         if granted:
             self._open[device] = (deadline, len(granted))
             self._waiting.pop(device, None)
         else:
-            self._waiting[device] = now
+            self._waiting[device] = (now, len(wanted))
         return ranges(granted)
+
+    def _kept_from(self, device: str) -> int:
+        """The parts that those wait for who were refused before this device."""
+        before = takewhile(lambda name: name != device, self._waiting)
+        return sum(self._waiting[name][1] for name in before)
 
     def close(self, device: str) -> None:
         """The device's update is answered."""
