@@ -18,6 +18,7 @@ from support.small_world import (
     ternary_block,
 )
 from ternbus.aggregator.core import records
+from ternbus.aggregator.core.validation import SEAL_BYTES
 from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.parts import cut
 from ternbus.broker.protocol.ternary import content_bytes
@@ -59,9 +60,9 @@ def test_messages_never_finished_take_bounded_memory(make: Make) -> None:
 def test_all_devices_together_stay_within_the_assembly_bound(make: Make) -> None:
     bench = make(limits__assembly_bytes=2**20)
     bench.core._updates.validation.settings = replace(
-        bench.core.settings, limits=replace(bench.core.settings.limits, assembly_bytes=4000)
+        bench.core.settings, limits=replace(bench.core.settings.limits, assembly_bytes=8000)
     )
-    devices = [bench.join(f"d{number}") for number in range(4)]
+    devices = [bench.join(f"d{number}") for number in range(8)]
     sent = [device.update(float32_block(bench.schema, 1), 0, frame_bytes=1500) for device in devices]
     for device, frames in zip(devices, sent, strict=True):
         bench.receive(device.topic("update"), frames[0])
@@ -69,7 +70,7 @@ def test_all_devices_together_stay_within_the_assembly_bound(make: Make) -> None
         member.collector.size_bytes if member.collector is not None else 0
         for member in bench.core.registry.members.values()
     ]
-    assert sum(sizes) <= 4000
+    assert sum(sizes) <= 8000
     assert sizes[0] == 0  # the longest silent goes first
     assert sizes[-1] > 0
     assert receipts(bench.receive(devices[-1].topic("update"), *sent[-1][1:]))[0].outcome == "accepted"
@@ -104,6 +105,30 @@ def test_a_device_that_fills_the_assembly_bound_takes_nothing_from_one_on_a_slow
             bench.receive(hostile.topic("update"), *flood)
     assert outcomes == ["accepted"]
     assert bench.core._updates.validation._held_bytes <= 7000
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_an_update_larger_than_the_assembly_bound_is_whole_even_beside_one_that_is_never_finished(
+    in_order: bool, make: Make
+) -> None:
+    """Neither was beyond one update, and the longest silent, which is on a slow line, was dropped at each part."""
+    bench = make()
+    validation = bench.core._updates.validation
+    limits = replace(bench.core.settings.limits, assembly_bytes=1000)  # as if the model were a large one
+    validation.settings = replace(bench.core.settings, limits=limits)
+    slow, hostile = bench.join("slow"), bench.join("hostile")
+    meta = {"base": 0, "samples": 1, "codec": "float32", "encoding": "raw", "sealed": False, "metrics": {}}
+    outcomes = []
+    for part in slow.update(float32_block(bench.schema, 1), 0, frame_bytes=1500)[:: 1 if in_order else -1]:
+        outcomes += [receipt.outcome for receipt in receipts(bench.receive(slow.topic("update"), part))]
+        hostile.next_seq()
+        flood = [
+            hostile.frame("update", meta, body=bytes(1100), part=number, parts=4, seq=hostile.seq)
+            for number in range(3)
+        ]
+        bench.receive(hostile.topic("update"), *flood)
+        assert validation._held_bytes <= 2 * (validation.update_bytes_max + SEAL_BYTES)
+    assert outcomes == ["accepted"]
 
 
 def test_a_short_part_is_dropped_and_counted(make: Make) -> None:
@@ -163,6 +188,7 @@ def test_what_unfinished_messages_hold_is_counted_along(make: Make) -> None:
     bench.receive(devices[0].topic("update"), *last)
     check()
     validation.settings = replace(bench.core.settings, limits=replace(bench.core.settings.limits, assembly_bytes=1))
+    validation.update_bytes_max = 0  # two of the largest would fit
     more = devices[2].update(float32_block(bench.schema, 3), 0, frame_bytes=1500)
     bench.receive(devices[2].topic("update"), more[0])
     check()
