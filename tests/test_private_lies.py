@@ -19,6 +19,7 @@ from ternbus.broker.protocol.frame import build, parse
 from ternbus.broker.protocol.identity import KeyId, key_id
 from ternbus.broker.sums import canonical, masks, sets
 from ternbus.broker.sums.sets import OPEN, PREPARE, REFUSED, SetMember
+from ternbus.broker.sums.terms import AGGREGATOR as BY_AGGREGATOR
 from ternbus.broker.sums.terms import OWN, digest_of
 from ternbus.helper.core.records import MemoryRecords
 
@@ -269,6 +270,19 @@ def test_e_sybils_single_out_a_device_where_the_aggregator_says_which_devices_th
     assert attacker.ask(victim, *company) == ""
     own = sum(truth(each, attacker.world.layout) for each in company)
     assert np.array_equal(attacker.sums[0] - own, truth(victim, attacker.world.layout))
+
+
+def test_e_a_card_of_the_time_of_an_own_roster_opens_nothing_by_the_aggregators() -> None:
+    """Devices whose owners want a roster of the helper's own would believe it, since number and box key still hold."""
+    attacker = against(roster=OWN)
+    attacker.helper.roster = attacker.helper.records.roster = BY_AGGREGATOR
+    attacker.helper.start()
+    attacker.helper.connect()
+    assert attacker.world.terms.helpers[0].card.roster == OWN
+    reason = attacker.ask(*map(attacker.world.update, DEVICES))
+    assert reason == "old-card: this helper has no roster of its own any more"
+    now = World(terms_of(attacker.helper), version=attacker.world.version)
+    assert attacker.ask(*map(now.update, DEVICES), world=now) == ""
 
 
 def test_e_the_smallest_set_is_not_the_aggregators_to_say() -> None:
