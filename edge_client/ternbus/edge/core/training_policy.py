@@ -113,8 +113,8 @@ class TrainingPolicy:
             base=head.version,
             schema=schema,
             vector=vector,
-            # A residual from a training without this noise would leak data.
-            residual=None if plan.dp not in {NO_DP, state.protected} else state.residual,
+            # A residual from a training without this noise would leak data; a private sum takes none (`private_sum`).
+            residual=None if sums is not None or plan.dp not in {NO_DP, state.protected} else state.residual,
             plan=plan,
             seed=self.seed(plan, head.version),
             account=state.account,
