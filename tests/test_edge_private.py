@@ -139,10 +139,17 @@ def trained_as(device: Device) -> events.TrainingFailed:
     return events.TrainingFailed(base=job.base, reason="quotes the data")
 
 
-def test_a_failure_is_told_without_its_text() -> None:
+def test_nobody_is_told_of_a_failure() -> None:
+    """A model can be made by which a training, or an evaluation, fails on some data only."""
     _, device, _ = training()
     (frame,) = published(device.handle(trained_as(device)), "status")
-    assert Status.from_meta(frame.meta).failing == "the device's log says why"
+    assert Status.from_meta(frame.meta).failing == ""
+    _, device, job = training(reports=True)
+    done = device.handle(finished(job, 0.0, failure="quotes the data"))
+    assert "training-failed" in logged(done)
+    assert Update.from_meta(update_in(done).meta).is_private
+    assert b"quotes" not in b"".join(each.payload for each in of(done, Publish))
+    assert only(device.actions, StartEvaluation).private
 
 
 # -- the same content under another number or key

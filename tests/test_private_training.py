@@ -1,19 +1,23 @@
 """What a training gives for a private sum: drawn anew each time, after the noise of differential privacy, if any."""
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from support.private_sums import terms_for
+from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.schema import Schema, to_vector
 from ternbus.broker.sums.terms import Terms
 from ternbus.broker.sums.words import WEIGHT_STEPS
-from ternbus.edge.core.actions import StartTraining
-from ternbus.edge.core.events import TrainingFinished
+from ternbus.edge.core.actions import StartFineTuning, StartTraining
+from ternbus.edge.core.events import FineTuningFailed, TrainingFinished
 from ternbus.edge.learn.sum_content import SumContent, SumJob, value
+from ternbus.edge.learn.task import Evaluation, Trained, TrainingError
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.plan.plan import Plan
-from ternbus.edge.shell.worker import train
+from ternbus.edge.shell.worker import fine_tune, train
 
 TASK = load_task("digits-numpy")
 START = TASK.initial(1)
@@ -68,3 +72,68 @@ def test_noise_goes_on_before_anything_is_drawn() -> None:
     assert done.account.epsilon > 0
     total = value(SCHEMA, wide, content.words)
     assert total.std() == pytest.approx(0.5, rel=0.1)  # dp_noise times dp_clip: the weight scales no noise
+
+
+class Failing:
+    """A trainer that fails, as on a model by which only some data overflow."""
+
+    samples = 7
+
+    def __init__(self, fault: Exception | None) -> None:
+        self.fault = fault
+
+    def train(self, start: Any, plan: Plan, *, version: int, seed: int) -> Trained:
+        if self.fault is not None:
+            raise self.fault
+        return Trained(
+            tensors={name: np.full_like(tensor, 2.0**41) for name, tensor in start.items()}, samples=7, metrics={}
+        )
+
+    def evaluate(self, tensors: Any) -> Evaluation:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("fault", [TrainingError("training diverged"), ValueError("a NaN"), None])
+def test_a_training_that_fails_sends_a_change_of_0_which_no_sum_shows(fault: Exception | None) -> None:
+    """Whoever sent nothing would tell of its data alone."""
+    done = train(Failing(fault), job())
+    assert isinstance(done, TrainingFinished)
+    assert isinstance(done.content, SumContent)
+    assert not value(SCHEMA, TERMS, done.content.words).any()
+    assert (omega(done.content), done.metrics, done.samples, done.local) == (64, {}, 1, None)
+    assert (str(fault) if fault is not None else "beyond 2^40") in done.failure
+    with pytest.raises(ConfigError):
+        train(Failing(ConfigError("no such plan, whatever the data")), job())
+
+
+def test_a_model_that_fails_on_some_data_only_gets_an_update_from_all() -> None:
+    """A hidden unit that a bright pixel alone sets, before weights by which its gradient overflows: a question."""
+    parts = [TASK.trainer(data=None, partition=f"iid:{number}/8") for number in range(2)]
+    brightest = np.array([part._images.max(axis=0) for part in parts])  # type: ignore[attr-defined]
+    pixel = int(np.argmax(brightest[0] - brightest[1]))
+    asked = {name: np.zeros_like(tensor) for name, tensor in START.items()}
+    asked["hidden.weight"][0, pixel], asked["hidden.bias"][0] = 1.0, -brightest[:, pixel].mean()
+    asked["output.weight"][::2, 0] = 2.0**39
+    work = replace(job(learning_rate=1000.0, batch_size=1000), vector=to_vector(SCHEMA, asked))
+    yes, no = (train(part, work) for part in parts)
+    assert isinstance(yes, TrainingFinished)
+    assert isinstance(no, TrainingFinished)
+    assert "beyond 2^40" in yes.failure or "not finite" in yes.failure
+    assert no.failure == ""
+    assert isinstance(yes.content, SumContent)
+    assert isinstance(no.content, SumContent)
+    assert len(yes.content.words) == len(no.content.words)
+
+
+def test_a_fine_tuning_of_a_private_device_that_fails_does_all_that_others_do() -> None:
+    class Counting(Failing):
+        count = 0
+
+        def evaluate(self, tensors: Any) -> Evaluation:
+            self.count += 1
+            return Evaluation(values={}, samples=1)
+
+    held, work = Counting(None), job()
+    asked = StartFineTuning(version=0, schema=SCHEMA, vector=work.vector, plan=work.plan, seed=1, local=b"")
+    assert isinstance(fine_tune(Failing(ValueError("a NaN")), held, asked), FineTuningFailed)
+    assert held.count == 2
