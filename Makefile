@@ -9,6 +9,7 @@ MOSQUITTO ?=
 KILLS ?= 1000
 SEED ?=
 ENGINE ?= mosquitto
+PRIVATE ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -76,8 +77,8 @@ test-extended: $(FULL) ## Run the tests that take too long for `make test`
 fuzz: $(FULL) ## Fuzz each parser with a million inputs (x86-64 Linux)
 	$(BIN)/python -m fuzz --runs 1000000
 
-crash-test: $(FULL) ## Kill a federation at random, and compare it with one left alone: KILLS=1000 SEED=n ENGINE=mosquitto|nats
-	PYTHONPATH=tests $(BIN)/python -m crash --kills $(KILLS) $(if $(SEED),--seed $(SEED)) --engine $(ENGINE)
+crash-test: $(FULL) ## Kill a federation at random, and compare it with one left alone: KILLS=1000 SEED=n ENGINE=mosquitto|nats PRIVATE=yes
+	PYTHONPATH=tests $(BIN)/python -m crash --kills $(KILLS) $(if $(SEED),--seed $(SEED)) --engine $(ENGINE) $(if $(PRIVATE),--private)
 
 bench: $(FULL) ## Run the benchmarks into benchmarks/results, under 15 minutes (DATA=DIR with FashionMNIST/raw for all of them)
 	$(BIN)/python -m benchmarks $(if $(DATA),--data '$(DATA)')

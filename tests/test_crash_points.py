@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from crash import commands, differences
+from crash import commands, differences, private
 from crash.federation import AGGREGATOR, DEVICES, Federation, at, failing, joined, preload_in
 from support.helper_processes import HELPING
 from support.old_formats import LEDGER, copy_of, dump
@@ -102,6 +102,7 @@ def test_a_federation_killed_at_every_point_is_the_one_that_was_never_killed(
 def test_every_point_is_killed_at() -> None:
     ends = [*SERVING, *RENEWING, *RENEWED, *MIGRATING, *LEAVING, *INVITING, *ASKING, STOPPED]
     ends += [end for table in (JOINING, TRAINING) for named in table.values() for end in named]
+    ends += [end for ends_of_one in private.ENDS.values() for end in ends_of_one]  # in test_private_kill.py
     helping = {point.partition(":")[0] for point in HELPING}
     assert {end.what.partition(":")[0] for end in ends} | commands.POINTS | helping == set(POINTS)
 

@@ -1,7 +1,23 @@
 """Attacks on private sums, each by its name; what a lying aggregator, broker or device tries, and what it gets.
 
 (a) Decoding and double asking. (d) Rollback and interleaving. The helper is attacked alone here: whatever it answers,
-no linear system of its sums has a single update, or part of one, as its solution.
+no linear system of its sums has a single update, or part of one, as its solution. Where each attack is:
+
+    attack                                              tests
+    (a) weights, a member twice                         here; test_private_lies.py
+        other bits, terms, order or set id              here
+        nested and overlapping sets, any order of asks  here, at a weakened helper too
+    (b) duplicate with highest_seq, packet limits,      test_private_attacks_runs.py over whole runs, at a weakened
+        a new key, stale with learning rate 0           helper too; test_private_lies.py; test_edge_private.py
+    (c) another model, plan, terms, scales or n_ref     test_private_lies.py; test_edge_private.py: the_context_binds
+    (d) a database put back, an empty helper            here; test_helper_processes.py on both brokers
+        two processes on one directory                  test_helper_commands.py; test_helper_processes.py
+        interleavings at two helpers                    here; test_private_orders.py at the aggregator
+    (e) an aggregator that is its own helper, a head    test_private_attacks_processes.py on both brokers;
+        without private, or with less                   test_edge_private_terms.py
+        sybils, copied boxes, key ids, spliced headers  test_private_lies.py
+        bodies out of range, wrong sums                 test_private_attacks_processes.py; test_private_aggregator.py
+        two runs with one plan.seed                     test_private_training.py
 """
 
 from collections.abc import Iterator, Sequence

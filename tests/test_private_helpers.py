@@ -12,7 +12,7 @@ from ternbus.aggregator.store import private_rows
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.identity import Identity, enroll_proof
 from ternbus.broker.protocol.messages import Enroll
-from ternbus.broker.sums.sets import Answer
+from ternbus.broker.sums.sets import PREPARED, Answer
 
 
 @pytest.fixture
@@ -279,6 +279,32 @@ def test_a_lower_count_is_told_and_never_believed(bench: PrivateBench, helper: H
     assert "ternbus helper restored DIR" in text
     assert bench.sums.helpers["h-1"].count == 7
     assert bench.ledger.db.execute("SELECT count FROM helpers").fetchone() == (7,)
+    assert counted(bench) == {"helper-behind": 1}
+
+
+def test_a_count_that_was_said_before_later_answers_is_no_lost_one(bench: PrivateBench, helper: HelperSide) -> None:
+    """The broker retains the status with which a session began, and may deliver answers again."""
+    bench.ready(helper)
+    status = helper.status(session=2, count=3)
+    bench.say(helper, status)
+    answers = [helper.frame("answer", Answer(outcome=PREPARED, set=bytes(32), count=count).meta()) for count in (4, 5)]
+    bench.say(helper, *answers)
+    bench.restart()
+    bench.start()
+    bench.say(helper, *answers, status)
+    assert bench.sums.helpers["h-1"].count == 5
+    assert "helper-behind" not in counted(bench)
+    late = helper.status(session=3, count=5)  # nats-server keeps the order of each topic only
+    bench.say(helper, helper.frame("answer", Answer(outcome=PREPARED, set=bytes(32), count=6).meta()), late)
+    assert "helper-behind" not in counted(bench)
+    bench.say(helper, helper.status(session=4, count=5))
+    assert counted(bench)["helper-behind"] == 1
+
+
+def test_a_session_whose_numbers_are_those_of_before_is_of_an_old_copy(bench: PrivateBench, helper: HelperSide) -> None:
+    bench.ready(helper)
+    bench.say(helper, helper.status(session=2, count=7, seq=500))
+    bench.say(helper, helper.status(session=3, count=5, seq=400))
     assert counted(bench) == {"helper-behind": 1}
 
 

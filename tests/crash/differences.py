@@ -28,7 +28,7 @@ def accepted(federation: Federation, device: str) -> list[AnsweredUpdate]:
 
 def found(damaged: Federation, reference: Federation) -> list[str]:
     """Every difference, in words. The reference has made at least as many versions; neither aggregator runs."""
-    return [*_versions(damaged, reference), *_updates(damaged, reference), *_receipts(damaged), *_recomputed(damaged)]
+    return [*_versions(damaged, reference), *_updates(damaged, reference), *_receipts(damaged), *recomputed(damaged)]
 
 
 def _versions(damaged: Federation, reference: Federation) -> Iterator[str]:
@@ -72,14 +72,14 @@ def _receipts(damaged: Federation) -> Iterator[str]:
         )
 
 
-def _recomputed(damaged: Federation) -> Iterator[str]:
+def recomputed(damaged: Federation) -> Iterator[str]:
     """The log proves each version; what a start recovers is the version that was published."""
     log = damaged.folder / "lab.log"
     damaged.command("log", "aggregator", "log", "export", damaged.home, log)
     facts = as_json("aggregator", "log", "verify", damaged.home)
     if not facts["ok"]:
         yield f"the log does not verify: {facts}"
-    for device in DEVICES:
+    for device in damaged.devices:
         facts = as_json("edge", "verify", damaged.device(device), log)
         if not facts["ok"]:
             yield f"the log does not verify for {device}: {facts}"

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final, Self
 
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store.ledger import LEDGER
@@ -123,6 +123,8 @@ class Lives:
 class Federation:
     """One run in a folder of its own; the end of the `with` block ends every process."""
 
+    devices: ClassVar[Sequence[str]] = DEVICES
+
     def __init__(self, folder: Path, engine: running.Engine, preload: Path | None = None) -> None:
         self.folder = folder
         self.preload = preload
@@ -131,15 +133,26 @@ class Federation:
         self._software = running.choose(engine)
         self._broker = running.start(self._software, host="127.0.0.1", port=0, directory=folder / "broker")
         self._lives: dict[str, Lives] = {}
-        administration.create(
-            self.home,
-            federation="lab",
-            broker=self._broker.url,
-            model=load_task(TASK).initial(1),
-            settings=SETTINGS,
-        )
+        try:
+            self.create()
+        except BaseException:
+            self._broker.stop()
+            raise
 
-    def __enter__(self) -> "Federation":
+    def create(self) -> None:
+        """Make the aggregator."""
+        self.make_aggregator(SETTINGS)
+
+    def make_aggregator(self, settings: Mapping[str, object]) -> None:
+        model = load_task(TASK).initial(1)
+        administration.create(self.home, federation="lab", broker=self.broker, model=model, settings=settings)
+
+    @property
+    def broker(self) -> str:
+        """Its URL."""
+        return self._broker.url
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -148,6 +161,21 @@ class Federation:
 
     def device(self, name: str) -> Path:
         return self.folder / name
+
+    def options(self, name: str) -> Sequence[str]:
+        """Of a device's `join`."""
+        return JOIN.get(name, ())
+
+    def process(self, name: str) -> tuple[str, list[str]]:
+        """The module that a process runs, and its arguments."""
+        if name == AGGREGATOR:
+            return "ternbus", ["aggregator", "run", str(self.home)]
+        # what `ternbus edge run` replaces itself by
+        request = {"folder": str(self.device(name)), "role": "train", "as_json": False}
+        return "ternbus.edge.shell.process", [json.dumps({**request, "options": asdict(self.run_options(name))})]
+
+    def run_options(self, name: str) -> Options:
+        return RUN.get(name, Options())
 
     # --- processes that go on
 
@@ -162,7 +190,7 @@ class Federation:
         joining = {name: f"join of {name}" for name in names}
         for name, called in joining.items():
             where = self.folder / "invitations" / f"{name}.toml", self.device(name)
-            command = "edge", "join", *where, "--task", TASK, "--seed", "1", *JOIN.get(name, ())
+            command = "edge", "join", *where, "--task", TASK, "--seed", "1", *self.options(name)
             self._add(called, self.device(name), "ternbus", [str(each) for each in command])
             self.plan(called, *(ends or {}).get(name, ()))
         self.start(*joining.values())
@@ -299,12 +327,7 @@ class Federation:
 
     def _of(self, name: str) -> Lives:
         if name not in self._lives:
-            if name == AGGREGATOR:
-                self._add(name, self.home, "ternbus", ["aggregator", "run", str(self.home)])
-            else:  # what `ternbus edge run` replaces itself by
-                request = {"folder": str(self.device(name)), "role": "train", "as_json": False}
-                request["options"] = asdict(RUN.get(name, Options()))
-                self._add(name, self.device(name), "ternbus.edge.shell.process", [json.dumps(request)])
+            self._add(name, self.home if name == AGGREGATOR else self.device(name), *self.process(name))
         return self._lives[name]
 
     def _add(self, name: str, folder: Path, module: str, arguments: Sequence[str]) -> None:

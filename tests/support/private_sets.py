@@ -55,6 +55,7 @@ class Helper:
     roster: str = BY_AGGREGATOR
     min: int = 2
     enrolled: bool = True
+    federation: str = FEDERATION
     now: float = 0.0
     records: MemoryRecords = field(init=False)
     disk: State = field(init=False)
@@ -75,7 +76,7 @@ class Helper:
     @property
     def profile(self) -> Profile:
         return Profile(
-            federation=FEDERATION, helper=self.name, identity=self.identity, aggregator_public=SERVER.public,
+            federation=self.federation, helper=self.name, identity=self.identity, aggregator_public=SERVER.public,
             random=self.random, roster=self.roster, min=self.min, code="code",
         )  # fmt: skip
 
@@ -129,7 +130,7 @@ class Helper:
 
     def ask(self, made: "Asked", step: str, **changes: Any) -> Answer:
         """The answer to a step of a set; the sum, if it is opened, is in `last_sum`."""
-        done = self.arrive(*made.messages(self.name, step, **changes))
+        done = self.arrive(*made.messages(self.name, step, **{"federation": self.federation, **changes}))
         answers = published(done, Answer.KIND)
         self.last_sum = b"".join(parse(each.payload).body for each in answers)
         return Answer.from_meta(parse(answers[-1].payload).meta)
@@ -245,15 +246,16 @@ class Asked:
     def messages(
         self, helper: str, step: str, *, count: int = 0, digest: bytes | None = None, seq: int = 9,
         frame_bytes: int = 1 << 20, content: bytes | None = None, identity: Identity = SERVER,
+        federation: str = FEDERATION,
     ) -> list[tuple[str, bytes]]:  # fmt: skip
         """The parts of the message `ask`."""
         meta = AskStep(step=step, set=self.digest if digest is None else digest, count=count).meta()
         body = b"" if step == sets.ABANDON else self.ask.content()
         frames = cut(
-            identity, federation=FEDERATION, sender=AGGREGATOR, kind=AskStep.KIND, seq=seq, meta=meta,
+            identity, federation=federation, sender=AGGREGATOR, kind=AskStep.KIND, seq=seq, meta=meta,
             body=body if content is None else content, frame_bytes=frame_bytes,
         )  # fmt: skip
-        return [(topics.help_of(FEDERATION, helper, AskStep.KIND), frame) for frame in frames]
+        return [(topics.help_of(federation, helper, AskStep.KIND), frame) for frame in frames]
 
     def sum_of(self, *sums: bytes) -> Words:
         """The sum of the contents: of the masked words, less the sums of masks of all helpers."""

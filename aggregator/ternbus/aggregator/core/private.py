@@ -181,19 +181,22 @@ class Private:
 
     def _status(self, helper: Helper, frame: Frame, now: float) -> list[Action]:
         frame.check_bodiless()
-        status = Status.from_meta(frame.meta)
+        status, before, before_seq = Status.from_meta(frame.meta), helper.status, helper.status_seq
         if not helper.observe(status, frame.seq):
             return []
-        told = self.counted(helper, status.count, now) if status.online else []
+        told: list[Action] = []
+        if status.online:
+            known, is_sound = helper.count, helper.counted(status.count, frame.seq)
+            # The broker delivers an old status again: only with a later session one is surely of now.
+            is_later = before is not None and status.session > before.session
+            if is_later and status.count < known and (not is_sound or frame.seq < before_seq):
+                told = self._behind(helper, known, status.count, now)
         again = self.merging.sets.asks.again(helper.name, now) if status.online else []
         saved = Save(record=records.HelperObserved(helper=helper.name, count=helper.count, status=status))
         return [*told, saved, *again]
 
-    def counted(self, helper: Helper, count: int, now: float) -> list[Action]:
-        """Take in how many sets a helper says that it has written down; the operator is told of a lower number."""
-        known = helper.count
-        if helper.counted(count):
-            return []
+    def _behind(self, helper: Helper, known: int, count: int, now: float) -> list[Action]:
+        """Tell the operator that a helper has begun with a lower count than it had."""
         text = (
             f"the helper {helper.name} says that it has written down {max(count, 0)} sets, and it had {known}: it "
             f"forgets which updates were opened; {RESTORED}"
@@ -217,11 +220,11 @@ class Private:
     def _answer(self, helper: Helper, frame: Frame, now: float) -> list[Action]:
         """Take in a part of an answer."""
         answer = Answer.from_meta(frame.meta)
-        told: list[Action] = []
+        saved: list[Action] = []
         if frame.part == 0:
-            told = self.counted(helper, answer.count, now)
-            told.append(Save(record=records.HelperObserved(helper=helper.name, count=helper.count, answered=True)))
-        return [*told, *self.merging.sets.answer(helper.name, frame, now)]
+            helper.counted(answer.count, frame.seq)  # the broker may deliver an older one again
+            saved.append(Save(record=records.HelperObserved(helper=helper.name, count=helper.count, answered=True)))
+        return [*saved, *self.merging.sets.answer(helper.name, frame, now)]
 
     # --- invitations
 

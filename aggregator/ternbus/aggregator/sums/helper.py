@@ -18,6 +18,7 @@ class Helper:
     card: SignedCard | None = None  # the newest
     card_seq: int = -1  # of the frame that brought it, where that was in this process
     count: int = -1  # of sets, the highest that it has stated; -1: none yet
+    count_seq: int = -1  # of the frame that stated it, where that was in this process
     status: Status | None = None
     status_seq: int = -1
 
@@ -41,14 +42,14 @@ class Helper:
         self.status, self.status_seq = status, seq
         return is_news
 
-    def counted(self, count: int) -> bool:
-        """Take in a number of sets; return whether it is not lower than the one before.
+    def counted(self, count: int, seq: int) -> bool:
+        """Take in a number of sets; return False where a frame signed before this one stated more.
 
-        A lower one says that the helper has lost what it wrote: it may open updates twice.
+        Such a helper has lost what it wrote: it may open updates twice. Frames may arrive in any order.
         """
-        is_sound = count >= self.count
-        self.count = max(self.count, count)
-        return is_sound
+        if count > self.count:
+            self.count, self.count_seq = count, seq
+        return count == self.count or seq < self.count_seq
 
     def take_card(self, signed: SignedCard, seq: int, federation: str) -> bool:
         """Take in a card; return whether it is new. ProtocolError where it is not this helper's, or an older one."""
