@@ -40,6 +40,7 @@ BENCHMARKS: Final[Mapping[str, Benchmark]] = {
     "uplink": Benchmark(),
     "codec": Benchmark(),
     "ingest": Benchmark(),
+    "private_sums": Benchmark(),
     "fleet": Benchmark(),
     "edge": Benchmark(data=True),
     "time_to_accuracy": Benchmark(("--seeds", "1"), data=True, folder=True),

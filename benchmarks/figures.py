@@ -76,6 +76,27 @@ def ingest(rows: Any) -> str:
     )
 
 
+def private_sums(found: Any) -> str:
+    float32 = next(row["bytes"] for row in found["sizes"] if row["update"] == "float32")
+    head = "update", "bytes up", "of float32", "devices in a sum, at most"
+    body = [[row["update"], *_sized(row["bytes"], float32), str(row.get("devices", "-"))] for row in found["sizes"]]
+    own, helper, bare, took = (found[name] for name in ("device", "helper", "bare", "ingest"))
+    return (
+        f"An update of {found['parameters']:,} parameters and one helper. Bytes are those of all frames.\n\n"
+        f"{_table(head, body)}\n\n"
+        f"With {found['bits']} bits a value, in CPU time of one thread (medians): a device draws its integers in "
+        f"{own['draw_ms']:.1f} ms, masks them in {own['mask_ms']:.1f} ms (ChaCha20's stream alone takes "
+        f"{own['stream_ms']:.1f} ms) and seals them in {own['seal_ms']:.1f} ms. The whole update takes "
+        f"{own['whole_ms']:.0f} ms, a plain one {own['plain_ms']:.0f} ms. A helper prepares a sum of {found['sum']} in "
+        f"{helper['prepare_ms']:.1f} ms and opens it in {helper['open_ms']:.0f} ms; to make and add the masks, and "
+        f"nothing else, takes {helper['masks_ms']:.0f} ms. An aggregator answers {took['updates_per_s']:.0f} private "
+        f"updates a second, while broker, helper and senders share its cores; {took['counts']['merged']} of "
+        f"{took['counts']['accepted']} were merged. Until it is merged, each takes {took['aggregator_cpu_ms']:.0f} ms "
+        f"of CPU, and {took['helper_cpu_ms']:.1f} ms of the helper's. To verify, hash, unseal and append one, and "
+        f"nothing else, takes {sum(bare.values()):.1f} ms."
+    )
+
+
 def attacks(rows: Any) -> str:
     head = ("attack", "broker", "parameters", "honest updates answered", "p50", "p99", "peak memory")
     body = [
@@ -171,6 +192,7 @@ SECTIONS: Final[Mapping[str, tuple[str, Callable[[Any], str]]]] = {
     "time_to_accuracy": ("Time to an accuracy", time_to_accuracy),
     "codec": ("Encode and decode", codec),
     "ingest": ("An aggregator", ingest),
+    "private_sums": ("Private sums", private_sums),
     "attacks": ("An aggregator under attack", attacks),
     "fleet": ("A fleet", fleet),
     "edge": ("A device", edge),
@@ -289,9 +311,11 @@ def _machine(kept: Any) -> str:
 
 
 def _command(kept: Any, here: str) -> str:
-    """The command of a measurement, with the machine if that is not `here`."""
+    """The command of a measurement, with the machine if that is not `here`, and with other work that ran on it."""
     elsewhere = "" if _machine(kept) == here else f", on {_machine(kept)}"
-    return f"`{kept['command']}`{elsewhere}"
+    load = kept.get("load_before") or 0.0
+    busy = f", beside other work (load average {load:.1f})" if load > kept["machine"]["cores"] else ""
+    return f"`{kept['command']}`{elsewhere}{busy}"
 
 
 def _wrapped(text: str) -> str:
@@ -305,6 +329,11 @@ def _wrapped(text: str) -> str:
 def _table(head: Iterable[str], body: Iterable[Iterable[str]]) -> str:
     head = list(head)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *body])
+
+
+def _sized(size_bytes: int | None, float32: int) -> tuple[str, str]:
+    """A number of bytes, and what it is of float32's."""
+    return ("not measured", "-") if size_bytes is None else (f"{size_bytes:,}", _percent(size_bytes / float32))
 
 
 def _bits(sizes: Any, encoding: str) -> float:

@@ -48,6 +48,20 @@ class Target:
     codec: str
     body: bytes
 
+    def frames(self, number: int, frame_bytes: int) -> list[bytes]:
+        """The parts of one device's signed update to version 0."""
+        update = Update(base=0, samples=100, codec=self.codec, encoding=ZSTD, sealed=False, metrics={"loss": 0.5})
+        return cut(
+            identity(number),
+            federation=self.federation,
+            sender=device(number),
+            kind=update.KIND,
+            seq=1,
+            meta=update.meta(),
+            body=self.body,
+            frame_bytes=frame_bytes,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Answered:
@@ -67,20 +81,9 @@ def device(number: int) -> str:
 
 
 def packets_of(number: int, about: Target, frame_bytes: int) -> list[bytes]:
-    """The PUBLISH packets (QoS 1) with the parts of one device's signed update to version 0."""
-    update = Update(base=0, samples=100, codec=about.codec, encoding=ZSTD, sealed=False, metrics={"loss": 0.5})
-    frames = cut(
-        identity(number),
-        federation=about.federation,
-        sender=device(number),
-        kind=update.KIND,
-        seq=1,
-        meta=update.meta(),
-        body=about.body,
-        frame_bytes=frame_bytes,
-    )
+    """The PUBLISH packets (QoS 1) with the parts of one device's signed update."""
     head = mqtt.text(topics.up(about.federation, device(number), Update.KIND)) + b"\x00\x01"
-    return [mqtt.packet(0x32, head + frame) for frame in frames]
+    return [mqtt.packet(0x32, head + frame) for frame in about.frames(number, frame_bytes)]
 
 
 class Line:

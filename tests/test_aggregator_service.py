@@ -19,12 +19,13 @@ from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.merge.accumulator import Accumulator
 from ternbus.aggregator.merge.background import WORTHWHILE
 from ternbus.aggregator.shell import administration, backup
+from ternbus.aggregator.shell import service as service_module
 from ternbus.aggregator.shell.preverify import WORTHWHILE_BYTES
 from ternbus.aggregator.shell.service import SWITCH_S, Service
 from ternbus.aggregator.store import status as statuses
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.broker.errors import LinkError
-from ternbus.broker.link.events import Arrived, Token
+from ternbus.broker.link.events import Arrived, Disconnected, Published, Token
 from ternbus.broker.link.link import Link
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame, parse
@@ -181,3 +182,40 @@ def test_what_a_broker_shows_ends_no_process_for_good(tmp_path: Path) -> None:
     service = Service(tmp_path, "test", lambda _: None)
     with pytest.raises(LinkError, match="restored from a backup"):
         service._perform([events.Stop(error="was it restored from a backup?")])
+
+
+def test_a_broker_that_acknowledges_no_answer_gets_a_bounded_number(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It repeats an update that was answered, which is answered again: the queue grew by megabytes a second."""
+    monkeypatch.setattr(service_module, "ANSWER_BYTES_MAX", 10_000)
+    service, sent, handled = world.service, list[str](), list[Any]()
+
+    class Broker:
+        dropped = 0
+
+        def publish(self, topic: str, _: bytes, *, retain: bool) -> int:
+            sent.append(topic)
+            return len(sent)
+
+    class Told:
+        awaited = frozenset[str]()
+
+        def handle(self, event: Any, _: float) -> list[events.Action]:
+            handled.append(event)
+            return []
+
+    service._link, service._core = Broker(), Told()  # type: ignore[assignment]
+    for _ in range(100):
+        service._publish(RECEIPTS, bytes(1000), retain=False)
+    service._publish(topics.head(LAB), bytes(1000), retain=True)
+    assert sent == [RECEIPTS] * 11 + [topics.head(LAB)]
+    service._count_dropped()
+    assert [(event.reason, event.count) for event in handled] == [("unacknowledged", 89)]
+    service._translate(Published(ticket=1), [])
+    service._publish(RECEIPTS, bytes(1000), retain=False)
+    service._translate(Disconnected(reason="gone"), [])
+    assert len(sent) == 13
+    assert (service._answer_bytes, service._answers) == (0, {})
+    service._count_dropped()
+    assert len(handled) == 2  # and the disconnection

@@ -12,6 +12,7 @@ from support.core_device import (
     aggregator,
     connected,
     following,
+    logged,
     of,
     only,
     published,
@@ -24,6 +25,7 @@ from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.schema import Schema
 from ternbus.edge.core import events
 from ternbus.edge.core.actions import Log, Publish, Save, StartTraining, Stop
+from ternbus.edge.core.log_sampler import LINES, WINDOW_S
 
 
 def test_what_is_not_the_aggregators_is_dropped_and_counted_in_the_protocols_order() -> None:
@@ -62,6 +64,21 @@ def test_drops_are_logged_the_first_tenth_and_hundredth_time() -> None:
     device = connected()
     done = [action for _ in range(120) for action in device.handle(events.FrameMalformed(reason="not-a-frame"))]
     assert [action.fields["count"] for action in of(done, Log)] == [1, 10, 100]
+
+
+def test_a_receipt_that_a_broker_repeats_fills_no_log() -> None:
+    scripted, device, frame = sending()
+    receipt = scripted.receipt(DEVICE, DEVICE_KEY.key_id, frame.seq, "busy", retry_after_s=5.0)
+    texts = [log.text for log in of(device.arrive(*[receipt] * 1000), Log)]
+    assert len(texts) == LINES
+    assert [text for text in texts if "more of this is not logged" in text] == texts[-1:]
+    device.wait(WINDOW_S)
+    assert logged(device.arrive(*[receipt] * 2)) == ["busy", "busy"]
+
+
+def test_a_head_that_a_broker_repeats_fills_no_log() -> None:
+    scripted, device = aggregator(plan={"batch_size": -1}), connected()
+    assert logged(device.arrive(*[scripted.head()] * 1000)).count("bad-plan") == LINES
 
 
 def test_a_head_below_the_highest_accepted_is_a_replay_also_after_a_restart() -> None:

@@ -53,6 +53,21 @@ def test_deltas_that_come_before_the_first_head_are_kept() -> None:
     assert has(follower, aggregator, 1)
 
 
+def test_deltas_that_come_before_the_first_head_take_bounded_memory() -> None:
+    aggregator = ScriptedAggregator()
+    follower, _ = connected()
+    aggregator.advance()
+    topic, payload = aggregator.delta(1)[0]
+    meta = parse(payload).meta
+    for seq in range(1, 20):  # of 8 MiB each, as a broker may take
+        large = build(
+            aggregator.identity, federation=FEDERATION, sender="aggregator", kind="delta", seq=seq, meta=meta,
+            body=bytes(8 << 20),
+        )  # fmt: skip
+        follower.part_arrived(topic, parse(large), 0.0)
+    assert [frame.seq for _, frame in follower._before_head] == list(range(12, 20))
+
+
 def test_an_early_delta_from_a_slot_that_is_not_its_own_is_forgotten() -> None:
     aggregator = ScriptedAggregator()
     follower, broker = connected()

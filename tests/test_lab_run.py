@@ -15,10 +15,14 @@ from typing import Any
 import pytest
 
 from ternbus.aggregator.shell import administration
-from ternbus.aggregator.store import control, status
+from ternbus.aggregator.store import control, merge_log, status
+from ternbus.aggregator.store.ledger import reading
 from ternbus.broker.model_files import load_safetensors
+from ternbus.broker.protocol.merge_log import Entry, unpack
 from ternbus.broker.server import running
 from ternbus.broker.server.running import Engine
+from ternbus.helper.shell.directory import HelperDirectory
+from ternbus.helper.store.store import summary
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +32,7 @@ devices = 3
 [speeds]
 median_s = 0.05
 [aggregator.merge]
-buffer_size = 2
+buffer_size = {buffer}
 [end]
 versions = {versions}
 """
@@ -44,8 +48,8 @@ class Lab:
         self._mark = uuid.uuid4().hex
         self.process: subprocess.Popen[str] | None = None
 
-    def start(self, *options: str, versions: int = 6, more: str = "") -> subprocess.Popen[str]:
-        self._scenario.write_text(SMALL.format(versions=versions) + more)
+    def start(self, *options: str, versions: int = 6, buffer: int = 2, more: str = "") -> subprocess.Popen[str]:
+        self._scenario.write_text(SMALL.format(versions=versions, buffer=buffer) + more)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "ternbus", "lab", "run", str(self._scenario), "--out", str(self.out), *options],
             env={**os.environ, "TERNBUS_TEST_RUN": self._mark},
@@ -55,9 +59,9 @@ class Lab:
         )
         return self.process
 
-    def run(self, *options: str, versions: int = 6, more: str = "") -> tuple[str, dict[str, Any]]:
+    def run(self, *options: str, versions: int = 6, buffer: int = 2, more: str = "") -> tuple[str, dict[str, Any]]:
         """What it printed and its report."""
-        process = self.start(*options, versions=versions, more=more)
+        process = self.start(*options, versions=versions, buffer=buffer, more=more)
         printed, errors = process.communicate(timeout=TIMEOUT_S)
         assert process.returncode == 0, printed + errors
         return printed, json.loads((self.out / "report.json").read_text())
@@ -122,6 +126,28 @@ def test_the_lab_runs_on_a_broker_that_exists_and_leaves_it_alone(lab: Lab, tmp_
         assert not (lab.out / "broker").exists()
     assert report["scenario"]["broker_url"] == broker.url
     assert report["versions"][-1]["accuracy"] is not None
+
+
+def test_with_helpers_each_accepted_update_is_in_one_sum_or_dropped(lab: Lab) -> None:
+    private = '[private]\nhelpers = 2\nmin = 3\n[[fault]]\nkill = "helper:1"\nafter_version = 1\n'
+    options = ("--devices", "5", "--engine", "mosquitto")
+    printed, report = lab.run(*options, versions=6, buffer=4, more=private)
+    assert "2 helpers of private sums" in printed
+    assert "killing helper-1" in printed
+    with reading(lab.out / "aggregator") as ledger:
+        log = [Entry.parse(unpack(entry).content) for _, entry in merge_log.entries(ledger)]
+    merged = [(each.device, each.seq) for entry in log for each in entry.members]
+    dropped = [(each.update.device, each.update.seq) for entry in log for each in entry.dropped]
+    assert len({*merged, *dropped}) == len(merged) + len(dropped) == report["updates"] > 0
+    assert report["counts"]["merged"] == len(merged)
+    assert all(len(each.members) >= 3 for entry in log for each in entry.sets)
+    assert report["private"]["sets"] == sum(len(entry.sets) for entry in log)
+    assert sum(report["private"]["dropped"].values()) == len(dropped)
+    assert report["accuracy"] > 0.5
+    helpers = [HelperDirectory(lab.out / "helpers" / name) for name in ("helper-0", "helper-1")]
+    counts = [summary(helper.folder).state.count for helper in helpers]
+    assert counts[0] == counts[1] >= 2 * report["private"]["sets"]
+    assert lab.left_over() == []
 
 
 def test_closing_the_federation_from_elsewhere_ends_the_run(lab: Lab) -> None:

@@ -50,7 +50,17 @@ ARROWS = {
     "lab.scenario": {*BUS, "lab", *EDGE, *AGGREGATOR},
     "lab.report": {*BUS, "lab", "lab.scenario", *EDGE, *AGGREGATOR},
     "lab.processes": {*BUS, "broker.server", "lab", "lab.scenario", "lab.report", *EDGE, *AGGREGATOR},
-    "lab.virtual": {*BUS, "broker.link", "broker.server", "lab", "lab.scenario", "lab.report", *EDGE, *AGGREGATOR},
+    "lab.virtual": {
+        *BUS,
+        "broker.link",
+        "broker.server",
+        "lab",
+        "lab.scenario",
+        "lab.report",
+        *EDGE,
+        *AGGREGATOR,
+        "helper.core",
+    },
     "lab.experiment": {*BUS, "broker.server", "lab", "lab.scenario", "lab.report", "lab.virtual", *EDGE},
     "lab.cli": {*BUS, *EDGE, *AGGREGATOR, *LAB},
 }

@@ -10,12 +10,23 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from support.brokers import CONNECT, DISCONNECT, PUBACK, PUBLISH, WITHIN_S, Inbox, ScriptedBroker, linked, scripted
+from support.brokers import (
+    CONNECT,
+    DISCONNECT,
+    PUBACK,
+    PUBLISH,
+    SUBSCRIBE,
+    WITHIN_S,
+    Inbox,
+    ScriptedBroker,
+    linked,
+    scripted,
+)
 from ternbus.broker.errors import LinkError
 from ternbus.broker.link import connection
 from ternbus.broker.link.client import BoundedClient
 from ternbus.broker.link.connection import MQTT_5, MQTT_311
-from ternbus.broker.link.events import Arrived, Disconnected
+from ternbus.broker.link.events import Arrived, Disconnected, Published
 from ternbus.broker.link.link import Link
 from ternbus.broker.link.window import Backlog
 
@@ -271,3 +282,23 @@ def test_a_broker_that_takes_no_acknowledgements_gives_no_more_to_acknowledge(
                 taken += 1
         serving.join(WITHIN_S)
         accepted[0].close()
+
+
+def test_a_subscription_that_is_refused_again_and_again_waits_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Each call that a broker refused was repeated for ever: after a day, hundreds a second, with as many lines."""
+
+    def script(kind: int, content: bytes) -> bytes:
+        if kind == PUBLISH:  # a topic of one character
+            return bytes([PUBACK, 2]) + content[3:5]
+        if kind == SUBSCRIBE:
+            return bytes([0x90, 4]) + content[:2] + b"\0\x80"
+        return connack(MQTT_5) if kind == CONNECT else b""
+
+    with scripted(script) as broker, linked(broker.url, "dev") as (link, inbox):
+        for _ in range(100):
+            link.subscribe(["all/head"])
+        link.publish("t", b"answered after all of them")
+        inbox.until(Published)
+        assert link._connection is not None
+        assert [filters for _, filters in link._connection._refused] == [["all/head"]]
+    assert caplog.text.count("refuses the subscription to all/head (1 so far)") == 1

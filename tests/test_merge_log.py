@@ -2,6 +2,7 @@
 
 import json
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from hashlib import blake2b
@@ -20,7 +21,18 @@ from ternbus.aggregator.shell import administration, log
 from ternbus.broker.errors import CorruptError, ProtocolError
 from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.identity import Identity, KeyId
-from ternbus.broker.protocol.merge_log import FIRST, Audit, Contribution, Entry, Signed, unpack, unpack_all
+from ternbus.broker.protocol.merge_log import (
+    FIRST,
+    Audit,
+    Contribution,
+    DroppedUpdate,
+    Entry,
+    MergedSet,
+    PrivateMember,
+    Signed,
+    unpack,
+    unpack_all,
+)
 from ternbus.broker.protocol.messages import RESTORE_LEAP
 from ternbus.command import main
 
@@ -129,6 +141,36 @@ def test_an_entry_has_one_encoding(change: dict[str, object]) -> None:
     assert Entry.parse(msgpack.packb(fields)).version == 1
     with pytest.raises(ProtocolError):
         Entry.parse(msgpack.packb({**fields, **change}))
+
+
+def test_an_entry_of_the_shortest_updates_and_sets_is_read() -> None:
+    about: dict[str, Any] = {"device": "a", "key": KeyId(bytes(8)), "seq": 0, "digest": bytes(32)}
+    member = PrivateMember(**about)
+    entry = Entry(
+        federation="l",
+        version=0,
+        digest=bytes(32),
+        previous=bytes(32),
+        updates=(Contribution(**about, weight=0.0),) * 1000,
+        sets=(MergedSet(digest=bytes(32), context=bytes(32), base=0, weight=0.0, members=(member,)),) * 1000,
+        dropped=(DroppedUpdate(update=member, reason="a"),) * 1000,
+    )
+    assert Entry.parse(entry.content()) == entry
+    alone = replace(entry, updates=(), dropped=())
+    assert Entry.parse(alone.content()) == alone
+
+
+@pytest.mark.parametrize("container", [b"\x80", b"\x90"], ids=["maps", "arrays"])
+def test_an_entry_of_a_million_empty_maps_takes_little_memory(container: bytes) -> None:
+    """It is decoded before its signature is checked, so that a fault can name the version."""
+    content = b"\xdd" + (1_000_000).to_bytes(4, "big") + container * 1_000_000
+    audit = Audit(public=KEY.public)
+    tracemalloc.start()
+    assert audit.take(Signed(content=content, signature=bytes(64))) is None
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert audit.faults == ["entry 1 is damaged: the entry is not msgpack"]
+    assert peak < 20 * len(content)  # the array's own elements, and a fortieth of the containers
 
 
 def test_a_longer_encoding_of_the_same_is_refused() -> None:

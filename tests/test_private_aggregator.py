@@ -189,7 +189,7 @@ def test_a_group_that_is_too_small_waits_and_is_dropped_when_it_is_stale() -> No
     world.give_all(devices[:6])
     world.settle()
     world.give_all(devices[6:], 0)
-    world.give_all(devices[:4], 1)
+    world.give_all(devices[:6], 1)
     world.settle()
     assert (world.version, world.merged().get((devices[6].name, devices[6].seq))) == (2, None)
     assert world.dropped() == {}

@@ -78,8 +78,17 @@ ALL = Fleet(all_contributed=True)
 
 def test_a_group_becomes_a_set_when_the_buffer_is_full() -> None:
     assert RULE.ready([group(2, 2, 2, 2)], Fleet(), 0, 100.0) == []
-    full = [group(2, 2, 2, 2), group(2, base=4)]
-    assert RULE.ready(full, Fleet(), 0, 100.0) == full[:1]
+    full = [group(2, 2, 2), group(2, 2, 2, base=4), group(2, base=5)]
+    assert RULE.ready(full, Fleet(), 0, 100.0) == full[:2]
+
+
+def test_updates_that_cannot_be_cut_yet_do_not_fill_the_buffer() -> None:
+    alone = group(2, 2, base=4)
+    assert RULE.ready([group(2, 2, 2), alone], Fleet(), 0, 100.0) == []
+    late = Fleet(training={5: frozenset({"late"})})
+    assert RULE.ready([group(2, 2, 2), group(2, 2, 2, base=5)], late, 0, 100.0) == []
+    large = group(2, 2, 2, 2, 2)
+    assert RULE.ready([large, group(2, 2, 2, base=5)], late, 0, 100.0) == [large]
 
 
 def test_a_group_becomes_a_set_when_all_have_contributed_or_its_wait_is_over() -> None:

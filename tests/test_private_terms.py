@@ -119,6 +119,25 @@ def test_a_scale_moves_by_the_median_bucket(buckets: list[int], octaves: int) ->
     assert scales.moved((0.75, 0.5), np.array([buckets, [0, 0, 0, 1, 0, 0, 0]])) == (0.75 * 2.0**octaves, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("bucket", "older", "octaves"),
+    [
+        (0, 1.0, 0),  # the same terms
+        (2, 1.0, 2),
+        (2, 0.25, 0),  # two octaves below the scale of now, and two above these
+        (-1, 4.0, 1),
+        (3, 0.25, 1),
+        (3, 2.0**-5, 0),  # at least three octaves above: perhaps at the scale of now
+        (-3, 2.0**5, 0),
+        (1, 2.0**-30, -29),
+    ],
+)
+def test_what_a_set_says_of_scales_is_relative_to_its_own_terms(bucket: int, older: float, octaves: int) -> None:
+    counts = scales.aligned(one_hot(bucket, 0), (older * 0.75, 0.5), (0.75, 0.5))
+    assert counts.sum() == 6
+    assert scales.moved((0.75, 0.5), counts) == (0.75 * 2.0**octaves, 0.5)
+
+
 def test_a_scale_never_becomes_zero_nor_more_than_terms_may_have() -> None:
     found: tuple[float, ...] = (0.5, 0.5)
     for _ in range(60):

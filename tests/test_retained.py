@@ -7,10 +7,10 @@ import pytest
 
 from support.small_world import LAB, Bench, Device, follow, frames_of, refusals, ternary_block
 from ternbus.aggregator.core import events, retained
-from ternbus.aggregator.core.retained import ACKNOWLEDGE_S, ASK_S, RETRY_MAX_S, RETRY_S
+from ternbus.aggregator.core.retained import ACKNOWLEDGE_S, ASK_S, READ_MAX, RETRY_MAX_S, RETRY_S
 from ternbus.broker.backoff import CUT_SHORT
 from ternbus.broker.protocol import topics
-from ternbus.broker.protocol.frame import build, parse
+from ternbus.broker.protocol.frame import Frame, build, parse
 from ternbus.broker.protocol.identity import Identity
 
 HEAD, STATUS = topics.head(LAB), topics.status(LAB)
@@ -80,6 +80,27 @@ def test_a_snapshot_is_asked_for_by_name_once_the_broker_has_acknowledged_all_of
     assert not bench.core.awaited
 
 
+def test_of_what_others_write_where_a_part_is_asked_for_little_is_read(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the broker has no access list; the parts themselves come as fast as they are asked for."""
+    bench = small_parts(make)
+    parts, read = parts_of(bench), list[bytes]()
+
+    def noting(payload: bytes) -> Frame:
+        read.append(payload)
+        return parse(payload)
+
+    monkeypatch.setattr(retained, "parse", noting)
+    acknowledge(bench, *parts)
+    for payload in (b"flood", bench.retained[parts[1]]):  # of anything, or of another part
+        bench.receive(parts[0], *[payload] * 1000)
+    assert len(read) == READ_MAX
+    assert asked(wait(bench, ASK_S)) == parts  # once more, and the flood is over
+    assert released(show(bench, *parts)) == parts
+    assert len(read) == READ_MAX + len(parts)
+
+
 def test_each_version_s_delta_is_not_asked_for(make: Make) -> None:
     """One look for each snapshot, not for each version."""
     bench = make(merge__buffer_size=1, downlink__slots=6)
@@ -114,7 +135,7 @@ def test_a_part_that_does_not_come_back_is_named_and_published_again(make: Make,
         }
         older = build(bench.identity, seq=frame.seq - 1, body=b"", **about)  # type: ignore[arg-type]
         forged = build(Identity.generate(), seq=frame.seq, body=b"", **about)  # type: ignore[arg-type]
-        assert bench.receive(parts[1], older, forged, b"no frame", b"") == []
+        assert bench.receive(parts[1], older, forged, b"no", b"") == []
     assert asked(bench.tick(ASK_S)) == [parts[1]]  # once more: a broker under load delivers fewer
     bench.retained.clear()
     done = bench.tick(ASK_S)

@@ -130,6 +130,7 @@ def test_the_example_has_every_key(tmp_path: Path) -> None:
     assert example.aggregator
     assert example.end.seconds
     assert example.end.accuracy
+    assert example.private
     assert [fault.kill for fault in example.faults] == ["aggregator", "device:2"]
     assert [each.kind for each in example.hostile] == ["sign-flip"]
 

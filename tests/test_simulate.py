@@ -5,7 +5,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from support.noise_task import Noise, NoiseTrainer, memory
 from ternbus.aggregator.core import records
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.schema import to_tensors, vector_digest
-from ternbus.edge.learn.task import Evaluation, Task, Trained, halves_of
+from ternbus.edge.learn.task import Task, Trained, halves_of
 from ternbus.edge.plan.plan import Plan
-from ternbus.edge.plan.tensors import FloatArray, Tensors
+from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.tasks import digits_numpy
 from ternbus.lab import cli
 from ternbus.lab.report.progress import Lines
@@ -35,40 +36,6 @@ SMALL = Scenario(
     aggregator={"merge.buffer_size": 2, "merge.max_wait_s": 1000.0},
     end=End(versions=12),
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Noise:
-    """A task that costs next to nothing: training adds noise, and the accuracy is how often it did."""
-
-    name: str = "noise"
-    default_plan: Mapping[str, object] = field(default_factory=dict)
-
-    def initial(self, seed: int) -> dict[str, FloatArray]:
-        rng = np.random.default_rng(seed)
-        return {"w": rng.normal(size=(16, 40)).astype(np.float32), "b": np.zeros(3, np.float32)}
-
-    def trainer(self, *, data: Path | None, partition: str) -> "NoiseTrainer":
-        return NoiseTrainer()
-
-    def evaluator(self, *, data: Path | None) -> "NoiseTrainer":
-        return NoiseTrainer()
-
-
-class NoiseTrainer:
-    samples = 10
-
-    def __init__(self) -> None:
-        self.evaluations = 0
-
-    def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:
-        rng = np.random.default_rng(seed)
-        changed = {name: tensor + rng.normal(0, 0.1, tensor.shape).astype(np.float32) for name, tensor in start.items()}
-        return Trained(tensors=changed, samples=self.samples, metrics={"loss": 1.0, "seconds": 1e-6})
-
-    def evaluate(self, tensors: Tensors) -> Evaluation:
-        self.evaluations += 1
-        return Evaluation(samples=10, values={"accuracy": min(1.0, self.evaluations / 100), "loss": 0.0})
 
 
 class Slow(NoiseTrainer):
@@ -96,11 +63,6 @@ def report(simulation: Simulation) -> dict[str, Any]:
     found = simulation.report(1.0)
     found.pop("machine")
     return found
-
-
-def memory(simulation: Simulation) -> MemoryLedger:
-    assert isinstance(simulation.ledger, MemoryLedger)
-    return simulation.ledger
 
 
 def check_invariants(simulation: Simulation) -> None:

@@ -90,7 +90,7 @@ def test_of_who_may_not_write_nothing_is_parsed_ahead(make: Make, monkeypatch: p
     assert parsed == [frames[0][1]]
 
 
-@pytest.mark.parametrize("topic", ["status", "revocations/0"])
+@pytest.mark.parametrize("topic", ["status", "revocations/0", "snapshot/0/0"])
 def test_on_the_aggregators_own_topics_large_headers_are_not_read(
     topic: str, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,6 +100,8 @@ def test_on_the_aggregators_own_topics_large_headers_are_not_read(
     costly = b"".join((MAGIC, len(header).to_bytes(4, "little"), header, bytes(64)))
     monkeypatch.setattr("ternbus.aggregator.core.core.parse", lambda _: pytest.fail("it was parsed"))
     monkeypatch.setattr("ternbus.aggregator.core.revocations.parse", lambda _: pytest.fail("it was parsed"))
+    monkeypatch.setattr("ternbus.aggregator.core.retained.parse", lambda _: pytest.fail("it was parsed"))
+    bench.handle(events.Published(topic=topics.snapshot(LAB, 0, 0)))  # so that the part is asked for
     bench.receive(f"{topics.root(LAB)}/all/{topic}", *[costly] * 3)
     assert refusals(bench.tick(1.0)) == {"header-too-long": 3}
 

@@ -234,17 +234,21 @@ NEW_HOME: Final[Mapping[str, object]] = {"merge.influence_bound": "adaptive", "p
 
 
 def new_home(chosen: Mapping[str, object]) -> dict[str, object]:
-    """The settings of a new federation, with dotted keys, from those that were chosen.
+    """The settings of a new federation, with dotted keys, from those that were chosen."""
+    return {**NEW_HOME, **with_private(chosen)}
 
-    With private sums no update's influence can be bounded, and a merge is as large as its sums, with room for them.
+
+def with_private(chosen: Mapping[str, object]) -> dict[str, object]:
+    """The chosen settings, with dotted keys, and what goes with private sums if there are any.
+
+    With these no update's influence can be bounded, and a merge is as large as its sums, with room for them.
     """
-    usual = dict(NEW_HOME)
     about = {name: value for name, value in chosen.items() if name.startswith("private.")}
     private = PrivateSettings.from_table(with_overrides({}, about).get("private"), "private")
-    if private is not None:
-        size = min(2 * private.min, private.devices_max)
-        usual |= {"merge.influence_bound": "none", "merge.buffer_size": size}
-    return {**usual, **chosen}
+    if private is None:
+        return dict(chosen)
+    size = min(2 * private.min, private.devices_max)
+    return {"merge.influence_bound": "none", "merge.buffer_size": size, **chosen}
 
 
 SECTIONS: Final[Mapping[str, type]] = {

@@ -335,8 +335,13 @@ def _result(wanted: Scenario, place: output.Output, interrupts: Interrupts, show
         testbed.watch()
         moment = testbed.finish()
         testbed.export()
+        sets = testbed.merged_sets
     result = report.summary(
-        moment, scenario=testbed.scenario, parameters=testbed.parameters, wall_seconds=time.monotonic() - began
+        moment,
+        scenario=testbed.scenario,
+        parameters=testbed.parameters,
+        wall_seconds=time.monotonic() - began,
+        sets=sets,
     )
     _write(result, place, shown)
     return result

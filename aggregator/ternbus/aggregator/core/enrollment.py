@@ -55,13 +55,11 @@ class Enrollment:
         """Count one more frame on the aggregator's own topics; ProtocolError if it is not to be read.
 
         Without an access list anybody may write there. All of it has the rate of a device, but for parts of snapshots
-        and terms: they come as fast as they are asked for, and others are not read. Only a head, with its plan, is
-        large; it is read for a moment after a connect.
+        and terms: they come as fast as they are asked for, and of others few are read (`Retained`). Only a head, with
+        its plan, has a large header; it is read for a moment after a connect.
         """
         per_s = self.settings.limits.frames_per_s
-        if kind in {Snapshot.KIND, TERMS}:
-            return
-        if not self._own.take(now, per_s, per_s * BURST_S):
+        if kind not in {Snapshot.KIND, TERMS} and not self._own.take(now, per_s, per_s * BURST_S):
             raise ProtocolError("too-fast", f"more than {per_s} frames a second on the aggregator's own topics")
         if kind != Head.KIND and header_bytes(payload) > LARGE_HEADER_BYTES:
             raise ProtocolError("header-too-long", f"{header_bytes(payload)} bytes, in a {kind} of the aggregator")

@@ -4,6 +4,7 @@ A PUBACK does not say that a message is retained: on MQTT 3.1.1 it has no code, 
 above a limit. So the parts of a snapshot are asked for by name once the broker has acknowledged all of them.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
@@ -19,6 +20,7 @@ from ternbus.broker.protocol.identity import AGGREGATOR
 
 ASKED_AT_ONCE: Final = 40  # parts; the largest take 5 MB together
 ACKNOWLEDGE_S: Final = 120.0  # without any PUBACK for a snapshot; nats-server sends none while its disk is full
+READ_MAX: Final = 4  # messages on a part's topic for each time that it is asked for; an honest broker sends one
 ASK_S: Final = 30.0  # for the next part that was asked for; then it is asked for once more
 RETRY_S: Final = 10.0  # until something lost is published again; it doubles each time
 RETRY_MAX_S: Final = 600.0
@@ -40,6 +42,7 @@ class Retained:
     _to_ask: list[str] = field(default_factory=list)  # parts that are asked for once ``awaited`` is empty
     _chunk: tuple[str, ...] = ()  # parts subscribed to
     _asked: set[str] = field(default_factory=set)  # those of the chunk that have not come
+    _read: Counter[str] = field(default_factory=Counter)  # messages by topic, since it was asked for
     _asked_twice: bool = False
     _ask_by: float | None = None
     _lost: dict[str, str] = field(default_factory=dict)  # topic -> why the broker does not hold the message
@@ -78,7 +81,10 @@ class Retained:
         """A part of a snapshot as the broker holds it."""
         if topic not in self._chunk:
             return [Unsubscribe(filters=(topic,))] if payload else []  # an earlier process asked for it
-        if topic not in self._asked or not self._is_newest(topic, payload):
+        if topic not in self._asked:
+            return []
+        self._read[topic] += 1  # anybody may write there, where the broker has no access list
+        if self._read[topic] > READ_MAX or not self._is_newest(topic, payload):
             return []
         self._asked.discard(topic)
         self._ask_by = now + ASK_S
@@ -149,6 +155,7 @@ class Retained:
         """Ask for the next parts; with none left, say what is lost."""
         self._chunk, self._to_ask = tuple(self._to_ask[:ASKED_AT_ONCE]), self._to_ask[ASKED_AT_ONCE:]
         self._asked, self._asked_twice = set(self._chunk), False
+        self._read.clear()
         if not self._chunk:
             return self._conclude(now)
         self._ask_by = now + ASK_S
@@ -158,6 +165,7 @@ class Retained:
         """Ask once more, since brokers deliver fewer retained messages under load; then these parts are lost."""
         if not self._asked_twice:
             self._asked_twice, self._ask_by = True, now + ASK_S
+            self._read.clear()
             return [Subscribe(filters=tuple(sorted(self._asked)))]
         for topic in sorted(self._asked):
             self._lose(topic, DROPPED, now)

@@ -19,6 +19,7 @@ from ternbus.aggregator.core.versions import Versions
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.sums.groups import Fleet, Group, Rule
 from ternbus.aggregator.sums.private_header import words_max
+from ternbus.aggregator.sums.scales import aligned
 from ternbus.aggregator.sums.state import PrivateSums
 from ternbus.broker.protocol.messages import CLOSED, OPEN, PAUSED
 
@@ -162,7 +163,10 @@ class SetMerging:
     def _merge(self, now: float) -> list[Action]:
         self._trigger = self._trigger.merged(now)
         opened = self.sets.take_opened()
-        self.sums.moved(np.sum([each.sum.buckets for each in opened], axis=0))
+        current = self.sums.scales
+        self.sums.moved(
+            np.sum([aligned(each.sum.buckets, each.about.terms.scales, current) for each in opened], axis=0)
+        )
         return self.versions.merge_sets(opened)
 
     def count(self) -> list[Action]:

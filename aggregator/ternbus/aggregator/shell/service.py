@@ -35,11 +35,13 @@ from ternbus.broker.link.link import (
     Token,
     packet_bytes,
 )
+from ternbus.broker.protocol import topics
 
 BATCH: Final = 64  # events whose records share one fsync
 MEASURE_S: Final = 5.0  # how often the free space of the disk is looked at
 POLL_S: Final = 0.1  # how often the ledger is looked at for what commands have asked
 LOG_S: Final = 10.0  # how often a failed attempt to connect is logged
+ANSWER_BYTES_MAX: Final = 1 << 24  # to devices, that the broker has not acknowledged; then no more, until it has
 GOODBYE_S: Final = 5.0
 SWITCH_S: Final = 0.0005
 
@@ -88,6 +90,9 @@ class Service:
     _core: Core = field(init=False)
     _link: Link = field(init=False)
     _topics: dict[int, str] = field(default_factory=dict)  # of publications without an answer, by ticket
+    _answers: dict[int, int] = field(default_factory=dict)  # bytes of those that are receipts and grants
+    _answer_bytes: int = 0  # of all of them
+    _unsent: int = 0  # receipts and grants, because of `ANSWER_BYTES_MAX`, that are not counted yet
     _protocol: int = 5
     _logged_at: float = -LOG_S
     _change_count: int = -1
@@ -200,6 +205,8 @@ class Service:
                 return self._core.handle(events.Connected(frame_bytes=event.frame_bytes), now)
             case Disconnected():
                 self._topics.clear()
+                self._answers.clear()
+                self._answer_bytes = 0
                 self.log(f"connection lost: {event.reason}")
                 return self._core.handle(events.Disconnected(), now)
             case events.ConnectFailed() | events.Refused():
@@ -207,10 +214,10 @@ class Service:
             case Interrupted():
                 return []  # ``_turn`` looks at what it stands for
             case Refused():
-                topic = self._topics.pop(event.ticket)
+                topic = self._settled(event.ticket)
                 return self._core.handle(events.Refused(topic=topic, reason=event.reason), now)
             case Published():
-                topic = self._topics.pop(event.ticket)
+                topic = self._settled(event.ticket)
                 return self._core.handle(events.Published(topic=topic), now) if topic in self._core.awaited else []
             case _:
                 assert_never(event)
@@ -228,13 +235,20 @@ class Service:
         )
         return self._core.handle(event, now)
 
+    def _settled(self, ticket: int) -> str:
+        """The topic of a publication that the broker has acknowledged or refused."""
+        self._answer_bytes -= self._answers.pop(ticket, 0)
+        return self._topics.pop(ticket)
+
     def _count_dropped(self) -> list[events.Action]:
-        count = self._link.dropped - self._dropped
-        if not count:
-            return []
-        self._dropped += count
-        dropped = events.MessagesDropped(reason="qos-0", count=count, detail="a publication at QoS 0")
-        return self._core.handle(dropped, time.monotonic())
+        at_qos_0, self._dropped = self._link.dropped - self._dropped, self._link.dropped
+        unsent, self._unsent = self._unsent, 0
+        found = (
+            ("qos-0", at_qos_0, "a publication at QoS 0"),
+            ("unacknowledged", unsent, "an answer to a device: the broker acknowledges those before too slowly"),
+        )
+        dropped = [events.MessagesDropped(reason=why, count=count, detail=what) for why, count, what in found if count]
+        return [action for event in dropped for action in self._core.handle(event, time.monotonic())]
 
     def _perform(self, actions: Iterable[events.Action]) -> None:
         """Do the actions in order, but every record first and with one fsync: to publish later is always safe."""
@@ -288,9 +302,17 @@ class Service:
             self.log(backup.NOT_COPIED + fault)
 
     def _publish(self, topic: str, payload: bytes, *, retain: bool) -> None:
+        is_answer = not retain and topics.parse(topic).group == "down"
+        if is_answer and self._answer_bytes > ANSWER_BYTES_MAX:
+            self._unsent += 1  # the device asks again
+            return
         publishing(topic)
         try:
-            self._topics[self._link.publish(topic, payload, retain=retain)] = topic
+            ticket = self._link.publish(topic, payload, retain=retain)
+            self._topics[ticket] = topic
+            if is_answer:
+                self._answers[ticket] = len(payload)
+                self._answer_bytes += len(payload)
         except PacketTooLargeError:
             self._queue.put(events.Refused(topic=topic, reason="Packet too large"))
         except LinkError:

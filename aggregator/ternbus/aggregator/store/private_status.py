@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from ternbus.aggregator.settings import Settings
-from ternbus.aggregator.store import private_rows, set_rows
+from ternbus.aggregator.store import merge_log, private_rows, set_rows
 from ternbus.aggregator.store.ledger import Ledger, reading
 from ternbus.aggregator.store.rows import CLOSING
+from ternbus.broker.protocol.merge_log import Entry, unpack
 
 
 def read(directory: Path, settings: Settings) -> dict[str, Any]:
@@ -22,6 +23,12 @@ def read(directory: Path, settings: Settings) -> dict[str, Any]:
         return {}
     with reading(directory) as ledger:
         return {"private": _read(ledger, settings)}
+
+
+def merged_sets(directory: Path) -> int:
+    """How many sums of private updates the versions contain, by the log of merges."""
+    with reading(directory) as ledger:
+        return sum(len(Entry.parse(unpack(entry).content).sets) for _, entry in merge_log.entries(ledger))
 
 
 def _read(ledger: Ledger, settings: Settings) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 Updates with one context are a group. A set is cut from one group: it has at least as many devices as the terms, the
 helpers and each of its members' owners ask for, and at most as many as cannot wrap (``devices_max``).
 
-Groups become sets where the buffer is full, where one has waited for ``max_wait_s``, or where every device online has
-contributed. A group stays open while one device or more, but too few for another set, still train on its base: they
-would be left alone. It does not stay open beyond ``max_wait_s``, nor when its base becomes stale.
+Groups become sets where those that can be cut are as many updates as a merge is to have, where one has waited for
+``max_wait_s``, or where every device online has contributed. A group stays open while one device or more, but too few
+for another set, still train on its base: they would be left alone. It does not stay open beyond ``max_wait_s``, nor
+when its base becomes stale. Updates that cannot be cut yet do not fill the buffer: if they did, a few that wait for
+company would bring about small merges one after the other, which leave still more alone.
 
 A group that is too small waits for company. What is too small when its base becomes stale is dropped (``lost``): no
 update on that base is accepted any more. Where every device has sent on the newest version, and no set can be cut, as
@@ -80,17 +82,18 @@ class Rule:
 
     def ready(self, groups: Sequence[Group], fleet: Fleet, oldest: int, now: float) -> list[Group]:
         """The groups that become sets now; ``oldest`` is the oldest base that is not stale."""
-        early = self.not_before <= now and (self.is_full(groups) or fleet.all_contributed)
-        due = [
+        able = [group for group in groups if group.suffices]
+        whole = [group for group in able if not leaves_some(group, fleet)]
+        early = self.not_before <= now and (self.is_full(whole) or fleet.all_contributed)
+        return [
             group
-            for group in groups
-            if group.since + self.max_wait_s <= now or group.base < oldest or (early and not leaves_some(group, fleet))
+            for group in able
+            if group.since + self.max_wait_s <= now or group.base < oldest or (early and group in whole)
         ]
-        return [group for group in due if group.suffices]
 
     def is_full(self, groups: Iterable[Group]) -> bool:
-        """Whether as many updates wait as a merge is to have."""
-        return sum(len(group.members) for group in groups) >= self.buffer_size
+        """Whether groups that suffice are as many updates as a merge is to have."""
+        return sum(len(group.members) for group in groups if group.suffices) >= self.buffer_size
 
     def due_s(self, groups: Iterable[Group], now: float) -> float | None:
         """When ``ready`` has to be asked again, if nothing happens before; None where time alone changes nothing."""

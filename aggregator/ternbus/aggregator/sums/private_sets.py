@@ -169,5 +169,8 @@ class OpenedSet:
 
 
 def in_order(sets: Iterable[OpenedSet]) -> list[OpenedSet]:
-    """The order in which a merge adds sets up: a sum of floats depends on it, and a start makes it again."""
-    return sorted(sets, key=lambda each: (each.base, each.digest))
+    """The order in which a merge adds sets up: a sum of floats depends on it, and a start makes it again.
+
+    It depends on devices, which are in one set of a base, and on nothing random, so a simulation can be repeated.
+    """
+    return sorted(sets, key=lambda each: (each.base, sorted(member.device for member in each.members)))

@@ -4,6 +4,7 @@ A device states for each tensor how many octaves its own scale lies from the ref
 buckets. Sums of them are all that the aggregator sees; the reference moves to the median.
 """
 
+import math
 from typing import Any, Final
 
 import numpy as np
@@ -14,7 +15,8 @@ from ternbus.broker.sums.words import BUCKETS
 
 DENSE_FACTOR: Final = 8.0  # the range of a dense tensor, by its reference
 SCALE_MIN, SCALE_MAX = 2.0**-40, 2.0**40  # 0 would stay 0, whatever devices state
-_MIDDLE: Final = BUCKETS // 2
+_END: Final = BUCKETS // 2  # the last bucket's octave
+_REACH: Final = _END + round(math.log2(SCALE_MAX / SCALE_MIN))  # octaves between any two scales, and a bucket
 
 
 def first(schema: Schema, model: Vector, learning_rate: float) -> tuple[float, ...]:
@@ -33,14 +35,29 @@ def first(schema: Schema, model: Vector, learning_rate: float) -> tuple[float, .
     )
 
 
-def moved(scales: tuple[float, ...], buckets: npt.NDArray[Any]) -> tuple[float, ...]:
-    """The scales after a merge; ``buckets`` are sums of one-hots, shape (tensors, 7).
+def aligned(buckets: npt.NDArray[Any], own: tuple[float, ...], current: tuple[float, ...]) -> npt.NDArray[np.int64]:
+    """Sums of one-hots by the scales ``own`` as counts of octaves from the scales ``current``, shape (tensors, odd).
 
-    A tensor's scale moves by the median bucket, a power of 2; by the one nearer to 0 where there are two.
+    A set may be of older terms, and what it says is relative to these. The first and the last bucket have no end: where
+    the current scale is beyond their octave already, they ask for no move.
     """
-    total = buckets.sum(1, keepdims=True)
-    below = 2 * np.cumsum(buckets, 1)
-    lower, upper = np.argmax(below >= total, 1) - _MIDDLE, np.argmax(below > total, 1) - _MIDDLE
+    octaves = np.arange(-_END, _END + 1) + np.rint(np.log2(np.divide(own, current)))[:, None].astype(np.int64)
+    octaves[:, 0] = np.minimum(octaves[:, 0], 0)
+    octaves[:, -1] = np.maximum(octaves[:, -1], 0)
+    counts = np.zeros((len(own), 2 * _REACH + 1), np.int64)
+    np.add.at(counts, (np.arange(len(own))[:, None], octaves + _REACH), buckets)
+    return counts
+
+
+def moved(scales: tuple[float, ...], counts: npt.NDArray[Any]) -> tuple[float, ...]:
+    """The scales after a merge; ``counts`` are devices by octaves from these scales, 0 in the middle of an odd number.
+
+    A tensor's scale moves by the median octave; by the one nearer to 0 where there are two.
+    """
+    middle = counts.shape[1] // 2
+    total = counts.sum(1, keepdims=True)
+    below = 2 * np.cumsum(counts, 1)
+    lower, upper = np.argmax(below >= total, 1) - middle, np.argmax(below > total, 1) - middle
     octaves = np.where(total[:, 0] > 0, np.maximum(lower, 0) + np.minimum(upper, 0), 0)
     return tuple(_scale(scale * 2.0**step) for scale, step in zip(scales, octaves.tolist(), strict=True))
 

@@ -63,9 +63,9 @@ class PrivateSums:
             helpers={name: Helper(name=name, public=public) for name, public in keys.items()},
         )
 
-    def moved(self, buckets: npt.NDArray[Any]) -> None:
-        """Let the next terms' scales follow a merge; ``buckets`` are its sums of one-hots, shape (tensors, 7)."""
-        self.scales = scales.moved(self.scales, buckets)
+    def moved(self, counts: npt.NDArray[Any]) -> None:
+        """Let the next terms' scales follow a merge; ``counts`` are devices by tensor and octave, 0 in the middle."""
+        self.scales = scales.moved(self.scales, counts)
         self.revision += 1
 
     def waits_for(self) -> dict[str, str]:

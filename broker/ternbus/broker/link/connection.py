@@ -105,6 +105,7 @@ class Connection:
         self._window = Window(patience_s=keepalive_s / 4)
         self._filters: dict[int, list[str]] = {}  # unacknowledged subscriptions, by mid
         self._refused: deque[tuple[float, list[str]]] = deque()  # (time of the next attempt, refused subscriptions)
+        self._refusals = 0
         self._issued = self._settled = 0  # each is written by one thread only, so no lock is needed
         self._idle = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=f"link to {endpoint}", daemon=True)
@@ -356,10 +357,18 @@ class Connection:
 
     def _on_subscribe(self, _c: Client, _u: object, mid: int, codes: list[ReasonCode], _p: object) -> None:
         filters = self._filters.pop(mid, [])
-        refused = [topic for topic, code in zip(filters, codes, strict=False) if code.is_failure]
-        if refused:  # repeated later, because an overloaded nats-server also refuses
-            _log.warning("the broker at %s refuses the subscription to %s", self._endpoint, ", ".join(refused))
-            self._refused.append((time.monotonic() + ASK_AGAIN_S, refused))
+        waiting = {topic for _, some in self._refused for topic in some}  # each once, however often it is asked for
+        refused = [
+            topic for topic, code in zip(filters, codes, strict=False) if code.is_failure and topic not in waiting
+        ]
+        if not refused:
+            return
+        self._refusals += 1
+        if str(self._refusals).strip("0") == "1":
+            why = f"refuses the subscription to {', '.join(refused)} ({self._refusals} so far)"
+            _log.warning("the broker at %s %s", self._endpoint, why)
+        # repeated later, because an overloaded nats-server also refuses
+        self._refused.append((time.monotonic() + ASK_AGAIN_S, refused))
 
 
 def _prepare(sock: socket.socket, keepalive_s: int) -> None:

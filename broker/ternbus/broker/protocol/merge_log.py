@@ -23,6 +23,7 @@ FIRST: Final = bytes(32)  # the previous hash in the first entry
 UNKNOWN_DIGEST: Final = bytes(32)  # of an update that was accepted before its aggregator kept a log
 ENTRY_BYTES_MAX: Final = 2**28  # enough for millions of updates in one merge
 REASON_BYTES_MAX: Final = 200
+CONTAINER_BYTES_MIN: Final = 40  # of a set, which is two arrays and its members; an update has more
 _KEYS: Final = ("federation", "version", "digest", "previous", "updates")
 _PRIVATE_KEYS: Final = (*_KEYS, "sets", "dropped")  # of a version of private sums that has either
 
@@ -128,7 +129,7 @@ class Entry:
     def parse(cls, content: bytes) -> Self:
         """Decode an entry; ProtocolError unless the bytes are its canonical encoding."""
         try:
-            fields = msgpack.unpackb(content, strict_map_key=False, **NO_EXTENSIONS)
+            fields = _unpacked(content)
         except (msgpack.UnpackException, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ProtocolError("bad-entry", "the entry is not msgpack") from error
         if not isinstance(fields, dict) or tuple(fields) not in {_KEYS, _PRIVATE_KEYS}:
@@ -151,6 +152,23 @@ class Entry:
         if entry.content() != content:
             raise ProtocolError("bad-entry", "the encoding of the entry is not canonical")
         return entry
+
+
+def _unpacked(content: bytes) -> Any:
+    """The value in an entry's bytes; ValueError for more maps and arrays than an entry of that length can have.
+
+    An empty map is one byte, and 72 when it is decoded: a file of 100 MB could take all memory.
+    """
+    left = 4 + len(content) // CONTAINER_BYTES_MIN  # the map, its three lists, and what is in them
+
+    def counted(value: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError("more maps and arrays than an entry can have")
+        return value
+
+    return msgpack.unpackb(content, strict_map_key=False, object_hook=counted, list_hook=counted, **NO_EXTENSIONS)
 
 
 def _contribution(row: object) -> Contribution:

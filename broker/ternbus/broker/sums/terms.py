@@ -5,6 +5,7 @@ context, so all updates of a set were made by the same terms.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, Final, Self
 
@@ -101,6 +102,12 @@ class SignedCard:
         return cls(card=card, content=content, signature=signature)
 
 
+@lru_cache(maxsize=4)
+def _layout(bits: int, ternary: int, dense: int, tensors: int) -> Layout:
+    """One value for all updates under the same terms: it keeps masks as long as the words."""
+    return Layout(bits=bits, ternary=ternary, dense=dense, tensors=tensors)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
     """Values of a set's updates. ``scales`` are in schema order: S of a ternary tensor, D of a dense one."""
@@ -120,7 +127,7 @@ class Terms:
 
     @property
     def layout(self) -> Layout:
-        return Layout(bits=self.bits, ternary=self.ternary, dense=self.dense, tensors=len(self.scales))
+        return _layout(self.bits, self.ternary, self.dense, len(self.scales))
 
     @property
     def ternary_steps(self) -> float:

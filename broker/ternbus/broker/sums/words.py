@@ -62,6 +62,10 @@ class Layout:
         return used
 
     @cached_property
+    def _unused(self) -> Words:
+        return ~self._used
+
+    @cached_property
     def _top(self) -> np.uint64:
         """The highest bit of each lane."""
         return np.uint64(sum(1 << (self.bits * each + self.bits - 1) for each in range(self.lanes)))
@@ -87,13 +91,12 @@ class Layout:
 
     def unpack(self, words: Words) -> tuple[Integers, Integers]:
         """The signed values of words, shapes (ternary,) and (plain,)."""
-        lanes = np.empty((self.ternary_words, self.lanes), np.int64)
+        lanes = np.empty((self.ternary_words, self.lanes), np.uint8)  # no lane is wider
         for lane in range(self.lanes):
-            shifted = words[: self.ternary_words] >> np.uint64(self.bits * lane)
-            lanes[:, lane] = (shifted & np.uint64(2**self.bits - 1)).view(np.int64)
-        ternary = lanes.reshape(-1)[: self.ternary]
-        ternary -= (ternary >> (self.bits - 1)) << self.bits
-        return ternary, self._plain_of(words)[: self.plain].astype(np.int32).astype(np.int64)
+            lanes[:, lane] = (words[: self.ternary_words] >> np.uint64(self.bits * lane)).astype(np.uint8)
+        spare = 8 - self.bits  # what is above a lane is shifted out, and its sign in
+        signed = (lanes.reshape(-1)[: self.ternary] << spare).view(np.int8) >> spare
+        return signed.astype(np.int64), self._plain_of(words)[: self.plain].astype(np.int32).astype(np.int64)
 
     def add(self, total: Words, words: Words) -> None:
         """Add words to ``total`` in place, lane by lane."""
@@ -126,7 +129,7 @@ class Layout:
         if len(body) != 8 * self.words:
             raise ProtocolError("bad-length", f"{len(body)} bytes of words instead of {8 * self.words}")
         words = np.frombuffer(body, "<u8").copy()
-        if (words[: self.ternary_words] & ~self._used).any() or self._plain_of(words)[self.plain :].any():
+        if (words[: self.ternary_words] & self._unused).any() or self._plain_of(words)[self.plain :].any():
             raise ProtocolError("bad-words", "a bit is set that holds no value")
         return words
 

@@ -122,7 +122,7 @@ class Core:
             if error.reason == OLD_HEAD and self.presence.head_arrived(is_old=True):
                 actions += self._status()
         actions += self._proceed(now)
-        return [*self.pending.save(), *actions]
+        return [*self.pending.save(), *self._sampler.limit(actions, now)]
 
     def due_s(self) -> float | None:
         """The time at which to handle `TimeReached`, if no event comes before."""

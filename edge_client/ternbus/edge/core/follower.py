@@ -153,7 +153,7 @@ class Follower:
         delta = Delta.from_meta(frame.meta)
         head = self.head
         if head is None:
-            self._before_head = [*self._before_head[-BEFORE_HEAD_MAX + 1 :], (topic, frame)]
+            self._keep_before_head(topic, frame)
             return []
         if delta.version % head.slots != address.slot:
             raise ProtocolError("wrong-slot", f"the delta of version {delta.version} in slot {address.slot}")
@@ -174,6 +174,13 @@ class Follower:
         if requested and self.vector is not None and not self.synced and (whole is None or not self.requests):
             actions += self._request_deltas(now)
         return actions
+
+    def _keep_before_head(self, topic: str, frame: Frame) -> None:
+        """Keep a part of a delta until the first head; beyond the bounds, in number and in bytes, the oldest go."""
+        kept = [*self._before_head[-BEFORE_HEAD_MAX + 1 :], (topic, frame)]
+        while sum(len(each.body) for _, each in kept) > BYTES_MAX:
+            kept.pop(0)
+        self._before_head = kept
 
     def _keep(self, delta: Delta, body: bytes) -> None:
         """Keep a complete delta until its turn; beyond the bound in bytes, the latest versions are dropped."""

@@ -22,6 +22,7 @@ MEASURES: Final[Mapping[str, Measure]] = {
     "accuracy": Measure(title="test accuracy", unit="percent"),
     "accuracy_at_updates": Measure(title="accuracy at equal updates", unit="percent"),
     "stale": Measure(title="updates too stale", unit="percent"),
+    "dropped": Measure(title="updates without company", unit="percent"),
     "staleness": Measure(title="versions behind", unit="decimal"),
     "versions": Measure(title="versions", unit="number"),
     "updates": Measure(title="updates", unit="number"),
@@ -65,8 +66,9 @@ def measure(report: Mapping[str, Any], last: int, updates: int | None) -> dict[s
     An accuracy is the mean over the ``last`` versions. ``accuracy_at_updates`` is taken after ``updates`` merged
     updates. Shares of bytes are relative to synchronous float32 averaging with the same number of updates, which needs
     4 B a parameter down and up. ``stale`` is the share of updates that were too stale to be merged; their devices send
-    the change with a later update, and ``staleness`` the mean number of versions that had been made since the base of a
-    merged one. ``most_updates`` and ``epsilon`` are maxima over the devices. ``metric.NAME`` is a metric of the test
+    the change with a later update. ``dropped`` is the share of accepted private updates that found no company, whose
+    change is lost. ``staleness`` is the mean number of versions that had been made since the base of a merged one.
+    ``most_updates`` and ``epsilon`` are maxima over the devices. ``metric.NAME`` is a metric of the test
     data, also a mean over the ``last`` versions; the loss is one only where there is no other.
     """
     devices = report["devices"].values()
@@ -80,8 +82,9 @@ def measure(report: Mapping[str, Any], last: int, updates: int | None) -> dict[s
         "accuracy": _accuracy(rows[-last:]),
         "accuracy_at_updates": _accuracy(until[-last:]) if enough else None,
         "stale": stale / (accepted + stale) if accepted + stale else None,
-        "staleness": sum(row["staleness"] * row["updates"] for row in rows if row["updates"]) / accepted
-        if accepted
+        "dropped": report.get("private", {}).get("dropped_share"),
+        "staleness": sum(row["staleness"] * row["updates"] for row in rows if row["updates"]) / merged[-1]
+        if merged[-1]
         else None,
         "versions": rows[-1]["version"],
         "updates": accepted,

@@ -13,9 +13,11 @@ from pathlib import Path
 from ternbus.broker.complaint import end_in_words
 from ternbus.broker.files import load_toml
 from ternbus.broker.protocol.invitation import Invitation
+from ternbus.broker.sums.terms import AGGREGATOR
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.privacy import PrivacyPolicy
+from ternbus.edge.plan.sum_policy import MIN, SumPolicy
 from ternbus.edge.shell import agent
 from ternbus.edge.shell.agent import Options
 from ternbus.edge.shell.directory import TOML, DeviceDirectory
@@ -34,6 +36,8 @@ def main() -> None:
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plan", default="{}", help="The scenario's, in JSON: its budget is the device's own.")
+    parser.add_argument("--helper", action="append", default=[], help="Key of a helper of private sums to pin.")
+    parser.add_argument("--private-min", type=int, default=MIN)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     given = parser.parse_args()
     _join(given)
@@ -55,6 +59,7 @@ def _join(given: argparse.Namespace) -> None:
         seed=given.seed,
         hold_out=given.hold_out,
         width=given.width,
+        sums=SumPolicy.of(given.helper, given.private_min, AGGREGATOR) if given.helper else None,
         policy=PrivacyPolicy.of(Plan.from_meta({**model.default_plan, **json.loads(given.plan)})),
     )
     stop = agent.join(home, settings, model, Options(), printer)

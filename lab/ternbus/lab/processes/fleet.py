@@ -1,6 +1,7 @@
 """The command-line arguments for the processes of a testbed: of devices, of the evaluator, and to prepare the task."""
 
 import json
+from collections.abc import Sequence
 
 from ternbus.edge.learn.task_loader import absolute
 from ternbus.lab.report.output import Output
@@ -9,12 +10,20 @@ from ternbus.lab.scenario.scenario import Scenario
 MODULE = "ternbus.lab.processes.device"
 
 
-def device(scenario: Scenario, output: Output, index: int, name: str, seconds: float) -> tuple[str, list[str]]:
-    """Module and arguments for the process of one device; each training lasts at least ``seconds``."""
+def device(
+    scenario: Scenario, output: Output, index: int, name: str, seconds: float, *, helpers: Sequence[str] = ()
+) -> tuple[str, list[str]]:
+    """Module and arguments for the process of one device; each training lasts at least ``seconds``.
+
+    ``helpers`` are the keys of those of private sums that it pins, as hex digits.
+    """
     role = ["run", str(output.device(name)), "--min-seconds", f"{seconds:.3f}"]
+    pins = [argument for key in helpers for argument in ("--helper", key)]
+    pins += [] if scenario.private is None else ["--private-min", str(scenario.private.min)]
     behaviour, local = scenario.behaviours.get(index), scenario.local
     if behaviour is not None:
         return MODULE, [
+            *pins,
             *_member(scenario, output, name, behaviour.spec(absolute(scenario.task)), scenario.partition_of(index)),
             *role,
         ]
@@ -25,6 +34,7 @@ def device(scenario: Scenario, output: Output, index: int, name: str, seconds: f
     role += ["--fine-tune", repr(local.fine_tune)] if local.fine_tune else []
     return MODULE, [
         *held,
+        *pins,
         *_member(scenario, output, name, absolute(scenario.task), scenario.partition_of(index)),
         *role,
     ]
@@ -49,6 +59,13 @@ def prepare(scenario: Scenario, output: Output) -> list[str]:
         "data": None if scenario.data is None else str(scenario.data),
     }
     return [json.dumps(given), str(output.initial), str(output.task)]
+
+
+def helper_init(scenario: Scenario, output: Output, name: str, federation: str, broker: str) -> list[str]:
+    """Arguments of `ternbus` that make a helper."""
+    least = [] if scenario.private is None else ["--min", str(scenario.private.min)]
+    folder = str(output.helper(name))
+    return ["helper", "init", folder, "--federation", federation, "--broker", broker, "--name", name, *least]
 
 
 def _member(scenario: Scenario, output: Output, name: str, task: str, partition: str) -> list[str]:

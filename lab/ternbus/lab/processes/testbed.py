@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final, Self
 
-from ternbus.aggregator.shell import administration
-from ternbus.aggregator.store import control, status
+from ternbus.aggregator.settings import Settings
+from ternbus.aggregator.shell import administration, helper_cards
+from ternbus.aggregator.store import control, private_status, status
 from ternbus.broker.errors import FederationError
 from ternbus.broker.files import write_secret
 from ternbus.broker.protocol.messages import CLOSED
@@ -22,7 +23,7 @@ from ternbus.lab.report.observation import Observation
 from ternbus.lab.report.output import Output
 from ternbus.lab.report.progress import Progress
 from ternbus.lab.scenario import partitions, plan_check
-from ternbus.lab.scenario.scenario import Scenario
+from ternbus.lab.scenario.scenario import Fault, Scenario
 
 LOOK_S: Final = 0.1  # between two checks of the processes
 STATUS_S: Final = 0.5  # between two checks for a new version
@@ -59,6 +60,8 @@ class Testbed:
         self._federation = run.rstrip("-") or "lab"
         self._run = run
         self._devices: list[str] = []
+        self._helpers: list[str] = []
+        self._settings: Settings | None = None
         self._classes: dict[str, dict[str, int]] = {}  # the samples of each class on each device
         self._evaluator = f"{run}evaluator"
         self._faults = sorted(scenario.faults, key=lambda fault: fault.after_version)
@@ -72,7 +75,8 @@ class Testbed:
 
     def __exit__(self, *_: object) -> None:
         """End the clients of the broker first, then the broker, so that it need not wait for clients."""
-        self._processes.stop([*self._devices, self._evaluator, AGGREGATOR, PREPARE], grace_s=INTERRUPTED_GRACE_S)
+        clients = [*self._devices, self._evaluator, AGGREGATOR, *self._helpers, PREPARE]
+        self._processes.stop(clients, grace_s=INTERRUPTED_GRACE_S)
         self._processes.stop_all(grace_s=BROKER_GRACE_S)
 
     @property
@@ -84,7 +88,11 @@ class Testbed:
         """Start all processes; devices wait for the broker and the aggregator by themselves."""
         scenario, output = self._scenario, self._output
         devices = partitions.devices_in_words(scenario.devices)
-        self._progress.say(f"{scenario.task}: {devices}, an evaluator, an aggregator and a broker")
+        others = "an evaluator, an aggregator and a broker"
+        if scenario.private is not None:
+            count = scenario.private.helpers
+            others = f"{count} helper{'s' if count > 1 else ''} of private sums, {others}"
+        self._progress.say(f"{scenario.task}: {devices}, {others}")
         # devices too: a user may close the federation or stop a device from another terminal
         self._processes.may_end([PREPARE, self._evaluator])
         self._start(PREPARE, "ternbus.lab.processes.prepare", fleet.prepare(scenario, output))
@@ -100,8 +108,11 @@ class Testbed:
         self._classes = dict(zip(self._devices, task["classes"], strict=False))  # of data without classes there is none
         self._processes.may_end(self._devices)
         self._processes.may_fail(self._devices)
+        keys = self._make_helpers(broker)
+        if scenario.private is not None:
+            settings |= scenario.private.settings(keys)
         first = administration.FirstModel.load(output.initial)
-        administration.create(
+        self._settings = administration.create(
             output.aggregator,
             federation=self._federation,
             broker=broker,
@@ -112,9 +123,11 @@ class Testbed:
         )
         self._invite()
         self._start(AGGREGATOR, "ternbus", ["aggregator", "run", str(output.aggregator)])
+        for name in self._helpers:
+            self._start(name, "ternbus", ["helper", "run", str(output.helper(name))])
         speeds = scenario.speeds.draw(scenario.devices, scenario.seed)
         for index, name in enumerate(self._devices):
-            self._start(name, *fleet.device(scenario, output, index, name, speeds[index]))
+            self._start(name, *fleet.device(scenario, output, index, name, speeds[index], helpers=[*keys.values()]))
         self._start(self._evaluator, *fleet.evaluator(scenario, output, self._evaluator))
         self._progress.say(f"all processes started; logs in {output.logs}")
 
@@ -204,6 +217,7 @@ class Testbed:
         self._processes.stop(devices, grace_s=GRACE_S)
         administration.flush_counts(self._output.aggregator)
         self._processes.stop([AGGREGATOR], grace_s=GRACE_S)
+        self._processes.stop(self._helpers, grace_s=GRACE_S)
         self._processes.stop([BROKER], grace_s=BROKER_GRACE_S)
         moment = self.moment()
         self._progress.show(moment, moment.last.seconds)
@@ -225,7 +239,15 @@ class Testbed:
     def moment(self) -> Observation:
         """The current state of the federation, from its files on disk."""
         counters = {name: outbox.counters(self._output.device(name)) for name in self._devices}
-        return Observation.read(status.read(self._output.aggregator), counters, self._classes)
+        found = status.read(self._output.aggregator)
+        if self._settings is not None:
+            found |= private_status.read(self._output.aggregator, self._settings)
+        return Observation.read(found, counters, self._classes)
+
+    @property
+    def merged_sets(self) -> int | None:
+        """The number of private sums in all versions; None without private sums."""
+        return private_status.merged_sets(self._output.aggregator) if self._helpers else None
 
     def _broker(self) -> str:
         """The URL of the scenario's broker, or of a broker that this call starts."""
@@ -247,10 +269,31 @@ class Testbed:
             self._progress.say(f"the task is still reading its data; see {self._output.log(PREPARE)}")
             self._until(lambda: not self._processes.running([PREPARE]), DATA_TIMEOUT_S, "the task's data")
 
+    def _make_helpers(self, broker: str) -> dict[str, str]:
+        """Make the helpers of private sums, as their operators do; returns their public keys by name, as hex digits."""
+        scenario, output = self._scenario, self._output
+        self._helpers = [] if scenario.private is None else [f"{self._run}{name}" for name in scenario.private.names]
+        self._processes.may_end(self._helpers)  # `helper init` does, and a user may stop one from another terminal
+        for name in self._helpers:
+            arguments = fleet.helper_init(scenario, output, name, self._federation, broker)
+            self._start(name, "ternbus", arguments)
+        self._wait_for_helpers("the helpers' keys")
+        return dict(helper_cards.read(output.helper(name) / "card.toml", self._federation) for name in self._helpers)
+
+    def _wait_for_helpers(self, what: str) -> None:
+        self._until(lambda: not self._processes.running(self._helpers), START_TIMEOUT_S, what)
+
     def _invite(self) -> None:
-        self._output.invitations.mkdir()
-        for invitation in administration.invite(self._output.aggregator, *self._devices, evaluators=[self._evaluator]):
-            write_secret(self._output.invitation(invitation.device), invitation.dumps().encode())
+        output = self._output
+        output.invitations.mkdir()
+        for invitation in administration.invite(
+            output.aggregator, *self._devices, evaluators=[self._evaluator], helpers=self._helpers
+        ):
+            write_secret(output.invitation(invitation.device), invitation.dumps().encode())
+        for name in self._helpers:
+            arguments = ["helper", "init", str(output.helper(name)), "--invitation", str(output.invitation(name))]
+            self._start(name, "ternbus", arguments)
+        self._wait_for_helpers("the helpers to take their invitations")
 
     def _disturb(self, version: int) -> None:
         """Inject the faults that are due, those after the same version together; the next only after all restarts."""
@@ -259,8 +302,13 @@ class Testbed:
         after = self._faults[0].after_version
         while self._faults and self._faults[0].after_version == after:
             fault = self._faults.pop(0)
-            name = fault.kill if fault.device is None else self._devices[fault.device]
-            self._processes.kill(name, restart_after_s=fault.restart_after_s)
+            self._processes.kill(self._name(fault), restart_after_s=fault.restart_after_s)
+
+    def _name(self, fault: Fault) -> str:
+        """The name of the process that a fault kills."""
+        if fault.device is not None:
+            return self._devices[fault.device]
+        return fault.kill if fault.helper is None else self._helpers[fault.helper]
 
     def _start(self, name: str, module: str, arguments: Sequence[str], *, apart: ReadApart = lambda _: ()) -> Child:
         self._interrupts.check()

@@ -63,6 +63,7 @@ class Observation:
     local: Mapping[str, Any] | None = None  # over all devices, the newest report of each
     metric: str | None = None  # the primary one
     better: Mapping[str, Direction] = field(default_factory=dict)  # of each metric its direction
+    dropped: Mapping[str, int] = field(default_factory=dict)  # private updates that no version contains, by reason
     evaluators_failing: Mapping[str, str] = field(default_factory=dict)  # why the last evaluation of each failed
 
     @classmethod
@@ -96,6 +97,7 @@ class Observation:
             local=status.get("local"),
             metric=status.get("metric"),
             better=status.get("better") or {},
+            dropped=status.get("private", {}).get("dropped", {}),
             evaluators_failing={
                 name: row["failing"]
                 for name, row in status["devices"].items()

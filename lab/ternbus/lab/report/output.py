@@ -12,7 +12,7 @@ from ternbus.broker.files import fault, lock
 
 MARKER: Final = ".ternbus-lab.json"
 ENTRIES: Final = (
-    "aggregator", "broker", "devices", "initial.safetensors", "invitations", "logs", "model.safetensors",
+    "aggregator", "broker", "devices", "helpers", "initial.safetensors", "invitations", "logs", "model.safetensors",
     "report.json", "report.png", "task.json",
 )  # fmt: skip
 _NAME: Final = re.compile(r"[a-z][a-z0-9.-]*")
@@ -27,6 +27,7 @@ class Output:
         self.aggregator = folder / "aggregator"
         self.broker = folder / "broker"
         self.devices = folder / "devices"
+        self.helpers = folder / "helpers"
         self.invitations = folder / "invitations"
         self.logs = folder / "logs"
         self.initial = folder / "initial.safetensors"
@@ -40,6 +41,9 @@ class Output:
 
     def device(self, name: str) -> Path:
         return self.devices / name
+
+    def helper(self, name: str) -> Path:
+        return self.helpers / name
 
     def invitation(self, name: str) -> Path:
         return self.invitations / f"{name}.toml"

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from ternbus.aggregator.store import device_metrics
 from ternbus.aggregator.store.device_metrics import shown_name, shown_value
+from ternbus.aggregator.sums.groups import BELOW_MIN
 from ternbus.broker.files import write_text
 from ternbus.broker.protocol.direction import ACCURACY, LOWER, direction_of, for_people
 from ternbus.broker.text_table import text_table
@@ -22,7 +23,13 @@ COLUMNS: Final = 3  # of panels in the plot
 
 
 def summary(
-    moment: Observation, *, scenario: Scenario, parameters: int, wall_seconds: float, virtual: bool = False
+    moment: Observation,
+    *,
+    scenario: Scenario,
+    parameters: int,
+    wall_seconds: float,
+    virtual: bool = False,
+    sets: int | None = None,
 ) -> dict[str, Any]:
     """The content of `report.json`.
 
@@ -33,7 +40,9 @@ def summary(
     evaluated, `metric` is the primary one, `better` has the direction of each, and `best` its best value and the first
     version with it. `local` has the metrics on held-out data of devices: over all devices, with the newest report of
     each, and for each version, over the devices that reported it. `devices` has for each device the samples that it
-    trains on, also by class where it says so, its own metrics and the gain of its own model.
+    trains on, also by class where it says so, its own metrics and the gain of its own model. `private`, only with
+    private sums, has the number of merged `sets`, the updates that were dropped by reason, and as `dropped_share` the
+    share of accepted updates that were dropped because too few devices sent one on the same version.
     """
     metrics = {} if moment.evaluated is None else moment.evaluated.metrics
     best = {name: found for name in metrics if (found := moment.best(name)) is not None}
@@ -55,6 +64,7 @@ def summary(
         "local": _rounded(moment.local),
         "devices": {device.name: _device(device) for device in moment.devices},
         "versions": [_rounded(asdict(version)) for version in moment.versions],
+        **({} if sets is None else {"private": _private(moment, sets)}),
         "wall_seconds": round(wall_seconds, 3),
         "parameters": parameters,
         "counts": dict(moment.counts),
@@ -66,6 +76,12 @@ def summary(
             "python": platform.python_version(),
         },
     }
+
+
+def _private(moment: Observation, sets: int) -> dict[str, Any]:
+    alone = moment.dropped.get(BELOW_MIN, 0)
+    share = round(alone / moment.accepted, 6) if moment.accepted else None
+    return {"sets": sets, "dropped": dict(moment.dropped), "dropped_share": share}
 
 
 def _device(device: Device) -> dict[str, Any]:
@@ -110,10 +126,21 @@ def table(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         *device_metrics.sentences(report["local"]),
         ("versions", str(report["versions"][-1]["version"])),
         ("updates", f"{report['updates']} accepted, {report['rejected']} rejected"),
+        *_sets(report),
         ("up", f"{size(report['bytes_up'])}, {up} bits per parameter and update"),
         ("down", f"{size(report['bytes_down'])}, {down} bits per parameter, device and version"),
         (_seconds(report), f"{report['seconds']:.1f} (whole run {report['wall_seconds']:.1f})"),
     ]
+
+
+def _sets(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Private sums, if there were any."""
+    about = report.get("private")
+    if about is None:
+        return []
+    share = "" if about["dropped_share"] is None else f"; {about['dropped_share']:.1%} of updates without company"
+    why = ", ".join(f"{count} {reason}" for reason, count in about["dropped"].items())
+    return [("private sums", f"{about['sets']} merged{share}{f' (dropped: {why})' if why else ''}")]
 
 
 def _test(report: Mapping[str, Any]) -> list[tuple[str, str]]:

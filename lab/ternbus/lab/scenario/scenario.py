@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Final
 
 from ternbus.aggregator import plan_settings
-from ternbus.aggregator.settings import from_table, with_overrides
+from ternbus.aggregator.settings import from_table, with_overrides, with_private
 from ternbus.broker import toml
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import expanded, load_toml
@@ -22,15 +22,16 @@ from ternbus.edge.learn import task_loader
 from ternbus.edge.learn.partition_spec import LARGEST_SHARE
 from ternbus.edge.learn.subnetwork import check_width
 from ternbus.lab.hostile import KINDS, STRENGTHS, Behaviour
-from ternbus.lab.scenario import end, partitions
+from ternbus.lab.scenario import end, partitions, private
 from ternbus.lab.scenario.end import End as End  # noqa: PLC0414 - a part of this module's interface
+from ternbus.lab.scenario.private import Private
 from ternbus.lab.scenario.toml_table import Table, within
 
 ENGINES: Final = ("auto", "mosquitto", "nats")
 DEVICES_MAX: Final = 1000
 SYNCHRONOUS_WAIT_S: Final = 86_400.0  # a day, longer than any run, so that only a full buffer makes a version
 
-_DEVICE: Final = re.compile(r"device:(\d{1,4})")
+_ONE_OF_MANY: Final = re.compile(r"(device|helper):(\d{1,4})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,20 +55,29 @@ class Speeds:
 class Fault:
     """A fault: a process is killed with SIGKILL after a version, and restarted later."""
 
-    kill: str  # "aggregator", "broker" or "device:I", I from 0
+    kill: str  # "aggregator", "broker", "device:I" or "helper:I", I from 0
     after_version: int
     restart_after_s: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.kill not in ("aggregator", "broker") and not _DEVICE.fullmatch(self.kill):
-            raise ConfigError(f'[[fault]] kill = "{self.kill}": write "aggregator", "broker" or "device:I", I from 0')
+        if self.kill not in ("aggregator", "broker") and not _ONE_OF_MANY.fullmatch(self.kill):
+            raise ConfigError(
+                f'[[fault]] kill = "{self.kill}": write "aggregator", "broker", "device:I" or "helper:I", I from 0'
+            )
         within("fault.after_version", self.after_version, 0, 10_000_000)
         within("fault.restart_after_s", self.restart_after_s, 0, 86_400)
 
     @property
     def device(self) -> int | None:
-        found = _DEVICE.fullmatch(self.kill)
-        return int(found[1]) if found else None
+        return self._number("device")
+
+    @property
+    def helper(self) -> int | None:
+        return self._number("helper")
+
+    def _number(self, kind: str) -> int | None:
+        found = _ONE_OF_MANY.fullmatch(self.kill)
+        return int(found[2]) if found and found[1] == kind else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +174,7 @@ class Scenario:
     hostile: tuple[Hostile, ...] = ()
     narrow: Narrow = field(default_factory=Narrow)
     local: Local = field(default_factory=Local)
+    private: Private | None = None  # None: plain updates
     simulate: Simulated = field(default_factory=Simulated)
 
     def __post_init__(self) -> None:
@@ -180,7 +191,8 @@ class Scenario:
         if self.broker_url is not None:
             check_broker_url(self.broker_url)
         plan_settings.read(self.plan, None, "plan")  # by the names that the scenario has
-        with_overrides(table := {"federation": "lab", "broker": "mqtt://localhost"}, self.settings({}))
+        table: dict[str, object] = {"federation": "lab", "broker": "mqtt://localhost"}
+        with_overrides(table, with_private(self.settings({})))
         settings = from_table(table, "[aggregator]")
         if settings.min_devices > self.devices:
             raise ConfigError(
@@ -188,6 +200,8 @@ class Scenario:
                 f"{', 2 where plan.seal is true' if not settings.merge.min_devices else ''}): devices = {self.devices} "
                 "is too few"
             )
+        if self.private is not None:
+            self._check_private(self.private)
         for fault in self.faults:
             self._check(fault)
         if self.narrow.share and self.local.fine_tune:
@@ -222,7 +236,8 @@ class Scenario:
     def settings(self, default_plan: Mapping[str, object]) -> dict[str, object]:
         """The aggregator's settings with dotted keys: of the task's plan, of the scenario, then of a barrier."""
         plan = {**default_plan, **self.plan}
-        settings = {**{f"plan.{name}": value for name, value in plan.items()}, **self.aggregator}
+        about = {} if self.private is None else self.private.settings()
+        settings = {**{f"plan.{name}": value for name, value in plan.items()}, **about, **self.aggregator}
         if self.sync:
             settings |= {
                 "merge.buffer_size": self.devices,
@@ -231,7 +246,19 @@ class Scenario:
             }
         return settings
 
+    def _check_private(self, about: Private) -> None:
+        about.check_devices(self.devices)
+        if self.local.hold_out:
+            raise ConfigError(
+                "local.hold_out: with [private] devices send nothing but private updates, so no metrics of their own "
+                "data; remove one of them"
+            )
+
     def _check(self, fault: Fault) -> None:
+        helpers = 0 if self.private is None else self.private.helpers
+        if fault.helper is not None and fault.helper >= helpers:
+            which = f"use a helper from 0 to {helpers - 1}" if helpers else "there are helpers only with [private]"
+            raise ConfigError(f'[[fault]] kill = "{fault.kill}": {which}')
         if fault.device is not None and fault.device >= self.devices:
             raise ConfigError(f'[[fault]] kill = "{fault.kill}": use a device from 0 to {self.devices - 1}')
         if fault.kill == "broker" and self.broker_url is not None:
@@ -296,6 +323,7 @@ def parse(table: Mapping[str, object]) -> Scenario:
         "faults": tuple(_fault(row) for row in top.rows("fault")),
         "narrow": _narrow(top.table("narrow")),
         "local": _local(top.table("local")),
+        "private": private.parse(top.table("private")) if "private" in table else None,
         "simulate": _simulated(top.table("simulate")),
     }
     broker.refuse_unknown()

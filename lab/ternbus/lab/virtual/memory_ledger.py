@@ -45,6 +45,7 @@ class MemoryLedger:
         self.digests: dict[int, bytes] = {}
         self._frames = dict(frames)
         self._buffer: list[Contribution] = []
+        self.merged_sets = 0
         self._sets: dict[bytes, frozenset[tuple[str, int]]] = {}  # (device, base) of private updates, by digest
         self._versions = [_Version(made=None, seconds=0.0)]
         self._measurements = Measurements()
@@ -69,9 +70,11 @@ class MemoryLedger:
         counts["dropped"] = dropped
         counts["unmerged"] = len(self._buffer) if self._state == CLOSED else 0
         counts |= {outcome: self._counts[outcome] for outcome in ("stale", "duplicate", "busy")}
+        reasons = Counter(each.dropped.partition(":")[0] for each in self.contributions if each.dropped)
         return {
             "state": self._state,
             "counts": {**counts, "invalid": dict(self._invalid)},
+            "private": {"dropped": dict(sorted(reasons.items()))},
             **self._measurements.common(),
             "devices": self._devices(accepted),
             "versions": [self._version(number) for number in range(len(self._versions))],
@@ -120,6 +123,7 @@ class MemoryLedger:
             names = {(row.device, row.base) for row in self._buffer} if record.updates else set()
         else:
             names = {name for digest in record.sets for name in self._sets.pop(digest)}
+            self.merged_sets += len(record.sets)
         for row in self._take(names):
             row.merged = record.version
 

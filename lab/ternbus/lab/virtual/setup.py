@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
+from itertools import count
 from pathlib import Path
 from typing import Final
 
@@ -23,13 +24,17 @@ from ternbus.aggregator.sums.state import PrivateSums
 from ternbus.broker.protocol.identity import Identity, seal
 from ternbus.broker.protocol.schema import Schema, Vector, to_vector
 from ternbus.broker.protocol.tensor_kinds import TensorKinds
+from ternbus.broker.sums.terms import AGGREGATOR
 from ternbus.edge.core.follower import InitialModel
 from ternbus.edge.core.profile import Profile
 from ternbus.edge.learn.class_counts import class_counts_of
 from ternbus.edge.learn.task import Task
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.privacy import PrivacyPolicy
+from ternbus.edge.plan.sum_policy import SumPolicy
 from ternbus.edge.plan.tensors import Tensors
+from ternbus.helper.core.profile import Profile as HelperProfile
+from ternbus.lab.scenario.private import Private
 from ternbus.lab.scenario.scenario import Scenario, Simulated
 from ternbus.lab.virtual.memory_broker import Line
 from ternbus.lab.virtual.memory_ledger import Ledger, MemoryLedger
@@ -44,11 +49,12 @@ URL: Final = "mqtt://localhost"  # required by the settings, but not used
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """An aggregator's ledger, a function that opens its core, and the invitation code of each device."""
+    """An aggregator's ledger, a function that opens its core, and the invitation codes of devices and of helpers."""
 
     ledger: Ledger
     core: Callable[[], Core]
     codes: Mapping[str, str] = field(repr=False)
+    helper_codes: Mapping[str, str] = field(repr=False)
 
 
 def on_disk(
@@ -57,6 +63,7 @@ def on_disk(
     model: Tensors,
     chosen: Mapping[str, object],
     *,
+    helpers: Sequence[str] = (),
     dense: Sequence[str] = (),
     kinds: TensorKinds | None = None,
 ) -> Setup:
@@ -64,14 +71,19 @@ def on_disk(
     administration.create(
         folder, federation=FEDERATION, broker=URL, model=model, settings=chosen, dense=dense, kinds=kinds
     )
-    codes = {invitation.device: invitation.code for invitation in administration.invite(folder, *names)}
+    invited = {each.device: each.code for each in administration.invite(folder, *names, helpers=helpers)}
     ledger = durable.Ledger(folder / LEDGER)
     maintenance.simulate(ledger.db)
     enrolled = records.DeviceEnrolled(
         device=EVALUATOR, public=Identity.generate().public, proof=b"", role=registry.EVALUATOR
     )
     ledger.write([enrolled], 0.0)
-    return Setup(ledger=ledger, core=lambda: administration.open_core(folder, ledger, SOFTWARE), codes=codes)
+    return Setup(
+        ledger=ledger,
+        core=lambda: administration.open_core(folder, ledger, SOFTWARE),
+        codes={name: invited[name] for name in names},
+        helper_codes={name: invited[name] for name in helpers},
+    )
 
 
 def without_disk(
@@ -80,6 +92,7 @@ def without_disk(
     model: Tensors,
     chosen: Mapping[str, object],
     *,
+    helpers: Sequence[str] = (),
     schema: Schema,
     kinds: TensorKinds,
 ) -> Setup:
@@ -87,9 +100,11 @@ def without_disk(
     table = configuration.with_overrides({"federation": FEDERATION, "broker": URL}, configuration.new_home(chosen))
     settings = configuration.from_table(table, "[aggregator]")
     identity = Identity(drawn(seed, "aggregator"))
-    codes = {name: drawn(seed, f"code of {name}").hex() for name in names}
-    core, frames = _first_core(settings, identity, schema, to_vector(schema, model), kinds=kinds, codes=codes)
-    return Setup(ledger=MemoryLedger(frames), core=lambda: core, codes=codes)
+    codes, helper_codes = ({name: drawn(seed, f"code of {name}").hex() for name in each} for each in (names, helpers))
+    core, frames = _first_core(
+        settings, identity, schema, to_vector(schema, model), kinds=kinds, codes=codes, helper_codes=helper_codes
+    )
+    return Setup(ledger=MemoryLedger(frames), core=lambda: core, codes=codes, helper_codes=helper_codes)
 
 
 def _first_core(
@@ -100,6 +115,7 @@ def _first_core(
     *,
     kinds: TensorKinds,
     codes: Mapping[str, str],
+    helper_codes: Mapping[str, str],
 ) -> tuple[Core, list[tuple[str, bytes]]]:
     """The core of an aggregator at version 0, and its retained frames."""
     first = first_version.make(settings, identity, schema, vector)
@@ -122,6 +138,7 @@ def _first_core(
         session=0,
         software=SOFTWARE,
         sums=PrivateSums.of(settings, schema),
+        helper_codes={name: Invited(code=code) for name, code in helper_codes.items()},
     )
     return core, [*first.frames.frames]
 
@@ -145,6 +162,7 @@ def bodies(
     shapes = {name: tuple(array.shape) for name, array in model.items()}
     initial_model = InitialModel(tensors=model)
     paces = scenario.speeds.draw(scenario.devices, scenario.seed)
+    sums = None if scenario.private is None else _pins(scenario.private, scenario.seed)
     return [
         Body(
             profile=Profile(
@@ -162,6 +180,7 @@ def bodies(
                 reports=held is not None,
                 classes=class_counts_of(trainer),
                 fine_tune=scenario.local.fine_tune if held is not None else 0.0,
+                sums=sums,
             ),
             initial_model=initial_model,
             begin=partial(place.begin, index),
@@ -172,6 +191,49 @@ def bodies(
         )
         for index, ((name, code), (trainer, held), pace) in enumerate(zip(codes.items(), own, paces, strict=True))
     ]
+
+
+def helper_profiles(scenario: Scenario, aggregator: bytes, codes: Mapping[str, str]) -> list[HelperProfile]:
+    """The helpers of the aggregator with the public key ``aggregator``, which admit whatever devices it names."""
+    if scenario.private is None:
+        return []
+    least = scenario.private.min
+    return [
+        HelperProfile(
+            federation=FEDERATION,
+            helper=name,
+            identity=identity,
+            aggregator_public=aggregator,
+            random=_random(scenario.seed, name),
+            roster=AGGREGATOR,
+            min=least,
+            code=codes[name],
+            software=SOFTWARE,
+        )
+        for name, identity in _helpers(scenario.private, scenario.seed).items()
+    ]
+
+
+def private_settings(scenario: Scenario) -> dict[str, object]:
+    """The aggregator's settings, with dotted keys, by the simulated helpers' keys; empty without private sums."""
+    if scenario.private is None:
+        return {}
+    keys = {name: each.public.hex() for name, each in _helpers(scenario.private, scenario.seed).items()}
+    return {"private.helpers": keys}
+
+
+def _helpers(about: Private, seed: int) -> dict[str, Identity]:
+    return {name: Identity(drawn(seed, name)) for name in about.names}
+
+
+def _pins(about: Private, seed: int) -> SumPolicy:
+    return SumPolicy(helpers=tuple(each.public for each in _helpers(about, seed).values()), min=about.min)
+
+
+def _random(seed: int, name: str) -> Callable[[int], bytes]:
+    """A helper's random numbers, for box keys that protect nothing."""
+    number = count()
+    return lambda size: drawn(seed, f"{name} {next(number)}")[:size]
 
 
 def _seconds(scenario: Scenario, name: str, pace: float) -> Callable[[], float]:

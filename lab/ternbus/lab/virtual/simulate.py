@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.store import ledger as durable
-from ternbus.aggregator.store import status
+from ternbus.aggregator.store import private_status, status
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.model_files import save_safetensors
@@ -27,6 +27,8 @@ from ternbus.edge.learn.failure import explained
 from ternbus.edge.learn.kinds import local_notice, tensor_kinds
 from ternbus.edge.learn.task import Evaluation, Task, evaluated_by, initial_of
 from ternbus.edge.plan.plan import Plan
+from ternbus.edge.plan.tensors import Tensors
+from ternbus.helper.core.actions import Stop as HelperStop
 from ternbus.lab.report import report
 from ternbus.lab.report.failing import FailingDevices, named, nothing_made
 from ternbus.lab.report.observation import Observation
@@ -42,6 +44,7 @@ from ternbus.lab.virtual.memory_ledger import MemoryLedger
 from ternbus.lab.virtual.training import Place
 from ternbus.lab.virtual.virtual_aggregator import VirtualAggregator
 from ternbus.lab.virtual.virtual_device import VirtualDevice
+from ternbus.lab.virtual.virtual_helper import VirtualHelper
 
 QUIET_S: Final = 2 * 86_400.0  # virtual time, longer than any buffer waits; after that no further version is expected
 
@@ -89,6 +92,7 @@ class Simulation:
             found = settled(scenario, task)
         self._scenario = scenario = found.scenario
         chosen = plan_check.settings(scenario, task)  # the data may have said how many devices a barrier waits for
+        chosen |= setup.private_settings(scenario)
         self._plan = Plan.from_meta(
             {name.removeprefix("plan."): value for name, value in chosen.items() if name.startswith("plan.")}
         )
@@ -96,15 +100,15 @@ class Simulation:
             progress.say(line)
         dense = [*scenario.dense, *self.kinds.dense]
         self.schema = Schema.of({name: array.shape for name, array in model.items()}, dense)
-        names = [f"device-{index}" for index in range(scenario.devices)]
-        if folder is None:
-            founded = setup.without_disk(scenario.seed, names, model, chosen, schema=self.schema, kinds=self.kinds)
-        else:
-            founded = setup.on_disk(folder, names, model, chosen, dense=scenario.dense, kinds=self.kinds)
+        founded = self._founded(model, chosen)
         self.ledger = founded.ledger
         self.aggregator = VirtualAggregator(self.clock, self.broker, founded.ledger, founded.core, self._made)
         vectors: WeakValueDictionary[bytes, Vector] = WeakValueDictionary()
         public = self.aggregator.core.identity.public
+        self.helpers = [
+            VirtualHelper(self.clock, self.broker, profile, partial(self._helper_left, profile.helper))
+            for profile in setup.helper_profiles(scenario, public, founded.helper_codes)
+        ]
         with self._explained(), in_scenario_words(scenario.partition):
             bodies = setup.bodies(scenario, task, model, public, founded.codes, place=place)
         self.devices = [
@@ -121,6 +125,18 @@ class Simulation:
     def _explained(self) -> AbstractContextManager[None]:
         return explained(self._scenario.task, lacks_data=self._scenario.data is None)
 
+    def _founded(self, model: Tensors, chosen: Mapping[str, object]) -> setup.Setup:
+        scenario = self._scenario
+        names = [f"device-{index}" for index in range(scenario.devices)]
+        helpers = () if scenario.private is None else scenario.private.names
+        if self._folder is None:
+            return setup.without_disk(
+                scenario.seed, names, model, chosen, helpers=helpers, schema=self.schema, kinds=self.kinds
+            )
+        return setup.on_disk(
+            self._folder, names, model, chosen, helpers=helpers, dense=scenario.dense, kinds=self.kinds
+        )
+
     @property
     def parameters(self) -> int:
         return self.schema.elements
@@ -133,6 +149,8 @@ class Simulation:
         """
         self.aggregator.start()
         self._made(0, self.aggregator.core.model.published)
+        for helper in self.helpers:
+            helper.start()
         for device in self.devices:
             device.start()
         last = self._scenario.end.seconds or math.inf
@@ -181,7 +199,12 @@ class Simulation:
         Of each device it has the true number of samples, also by class, and its spent epsilon by its own account.
         """
         result = report.summary(
-            self.moment(), scenario=self._scenario, parameters=self.parameters, wall_seconds=wall_seconds, virtual=True
+            self.moment(),
+            scenario=self._scenario,
+            parameters=self.parameters,
+            wall_seconds=wall_seconds,
+            virtual=True,
+            sets=None if self._scenario.private is None else self._merged_sets(),
         )
         for row, carried in zip(result["versions"], self.carried, strict=True):
             row |= {"update_bytes": carried.update, "delta_bytes": carried.delta, "snapshot_bytes": carried.snapshot}
@@ -207,7 +230,13 @@ class Simulation:
         if isinstance(self.ledger, MemoryLedger):
             return self.ledger.status()
         assert self._folder is not None  # noqa: S101 - a real ledger is in a folder
-        return status.read(self._folder)
+        return status.read(self._folder) | private_status.read(self._folder, self.aggregator.core.settings)
+
+    def _merged_sets(self) -> int:
+        if isinstance(self.ledger, MemoryLedger):
+            return self.ledger.merged_sets
+        assert self._folder is not None  # noqa: S101 - a real ledger is in a folder
+        return private_status.merged_sets(self._folder)
 
     def _made(self, version: int, vector: Vector) -> None:
         """Handle a new version: evaluate it, show progress, check for the end, inject faults."""
@@ -265,7 +294,9 @@ class Simulation:
     def _kill(self, fault: Fault) -> None:
         back_at = self.clock.now + fault.restart_after_s
         if fault.device is not None:
-            victim: VirtualDevice | VirtualAggregator = self.devices[fault.device]
+            victim: VirtualDevice | VirtualHelper | VirtualAggregator = self.devices[fault.device]
+        elif fault.helper is not None:
+            victim = self.helpers[fault.helper]
         elif fault.kill == "broker":
             self.broker.stop()
             self.clock.at(back_at, self.broker.start)
@@ -274,6 +305,9 @@ class Simulation:
             victim = self.aggregator
         victim.kill()
         self.clock.at(back_at, victim.restart)
+
+    def _helper_left(self, helper: str, stop: HelperStop) -> None:
+        raise ConfigError(f"{helper}: {stop.reason}")
 
     def _left(self, device: str, stop: Stop) -> None:
         """Handle the end of a device; ConfigError if the device failed."""
