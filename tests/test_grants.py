@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+import pytest
+
 from support.small_world import (
     Bench,
     float32_block,
@@ -54,12 +56,24 @@ def test_a_grant_names_at_most_500_ranges_and_joins_what_adjoins() -> None:
 def test_grants_together_stay_within_their_room() -> None:
     grants = Grants(parts_max=10)
     assert grants.grant("a", list(range(6)), 0.0) == ((0, 5),)
-    assert grants.grant("b", list(range(6)), 1.0) == ((0, 3),)
+    assert grants.grant("b", list(range(4)), 1.0) == ((0, 3),)
     assert grants.grant("c", list(range(6)), 2.0) == ()
-    assert grants.grant("b", [4, 5], 3.0) == ((4, 5),)
+    assert grants.grant("b", [2, 3], 3.0) == ((2, 3),)
     grants.close("a")
     assert grants.grant("c", list(range(20)), 4.0) == ((0, 7),)
     assert grants.grant("d", [0], 61.0 + 0.5) == ((0, 0),)  # b's deadline has passed
+
+
+def test_a_device_is_granted_all_that_it_wants_or_half_of_the_room() -> None:
+    """A smaller piece would wait as long for its deadline."""
+    grants = Grants(parts_max=10)
+    assert grants.grant("a", list(range(6)), 0.0) == ((0, 5),)
+    assert grants.grant("b", list(range(6)), 1.0) == ()
+    assert grants.grant("b", list(range(4)), 2.0) == ((0, 3),)
+    grants.close("a")
+    grants.close("b")
+    assert grants.grant("b", list(range(5)), 3.0) == ((0, 4),)
+    assert grants.grant("c", list(range(20)), 4.0) == ((0, 4),)
 
 
 def test_who_offers_again_and_again_and_sends_nothing_keeps_nobody_out_for_ever() -> None:
@@ -73,6 +87,24 @@ def test_who_offers_again_and_again_and_sends_nothing_keeps_nobody_out_for_ever(
                 grants.close(name)  # it sends them at once
                 served[name] += 1
     assert min(served.values()) >= 4
+
+
+@pytest.mark.parametrize("asked", [51, 70, 99, 100, 1000])
+def test_who_asks_for_nearly_all_the_room_leaves_nobody_a_part_at_a_time(asked: int) -> None:
+    """It asked for all but one part: the other got that one part a minute, and had been served with it."""
+    grants = Grants(parts_max=100)
+    wanted, again_at, updates = 60, 1.0, 0
+    for second in range(3600):
+        if second % 4 == 0:
+            grants.grant("hostile", list(range(asked)), float(second))
+        if second >= again_at:
+            granted = grants.grant("honest", list(range(wanted)), second + 0.5)
+            wanted -= sum(last - first + 1 for first, last in granted)
+            again_at = second + (60 if granted else 5)  # it sends them, and has an answer or offers the rest
+            if not wanted:
+                grants.close("honest")
+                wanted, updates = 60, updates + 1
+    assert updates >= 3600 // (2 * 60) - 4
 
 
 def test_who_was_refused_first_is_served_first_unless_it_stays_away() -> None:

@@ -13,8 +13,9 @@ WAITING_S: Final = 15.0  # a refused device that has not asked again by then wai
 class Grants:
     """Parts that were asked for, by device, until they come or their deadline passes.
 
-    Who was refused first is served first. So a device that offers again and again, and sends nothing, keeps the others
-    out for one deadline at a time, not for ever.
+    Who was refused first is served first, with all that it wants or half of the room: a smaller piece would count as
+    served, and take as long. So a device that offers again and again, and sends nothing, keeps the others out for one
+    deadline at a time, not for ever, whether it asks for all the room or for all but one part.
     """
 
     parts_max: int
@@ -28,13 +29,13 @@ class Grants:
         """
         self._open = {name: open_ for name, open_ in self._open.items() if open_[0] > now}
         self._waiting = {name: at for name, at in self._waiting.items() if at + WAITING_S > now}
-        deadline, room = (
-            now + GRANT_S,
-            self.parts_max - sum(self._open[name][1] for name in self._open if name != device),
-        )
+        held_until, held = self._open.get(device, (now, 0))
         if next(iter(self._waiting), device) != device:
-            deadline, room = self._open.get(device, (now, 0))
-        granted = wanted[: max(0, room)]
+            deadline, granted = held_until, wanted[:held]
+        else:
+            room = self.parts_max - sum(parts for _, parts in self._open.values()) + held
+            enough = min(len(wanted), max(1, self.parts_max // 2))
+            deadline, granted = now + GRANT_S, wanted[:room] if room >= enough else []
         if granted:
             self._open[device] = (deadline, len(granted))
             self._waiting.pop(device, None)
