@@ -119,10 +119,7 @@ class Federation:
         return np.random.default_rng(0).normal(0.0, 0.001, self.schema.elements).astype(np.float32)
 
     def encoded(self) -> SumContent:
-        content, _ = private_sum.encode(
-            self.schema, self.terms, Plan(), self.change, residual=None, samples=1, random_source=RandomSource()
-        )
-        return content
+        return private_sum.encode(self.schema, self.terms, Plan(), self.change, samples=1, random_source=RandomSource())
 
 
 def frames_of(
@@ -272,9 +269,7 @@ def target_of(about: Target, aggregator: bytes, parameters: int) -> PrivateTarge
     )  # fmt: skip
     schema = Schema.of(shapes(parameters))
     change = np.random.default_rng(0).normal(0.0, 0.001, schema.elements).astype(np.float32)
-    content, _ = private_sum.encode(
-        schema, Terms.parse(terms), Plan(), change, residual=None, samples=1, random_source=RandomSource()
-    )
+    content = private_sum.encode(schema, Terms.parse(terms), Plan(), change, samples=1, random_source=RandomSource())
     return PrivateTarget(
         about.host, about.port, FEDERATION, "private", content.words, terms, made, aggregator, message.version
     )

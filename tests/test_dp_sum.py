@@ -382,7 +382,7 @@ def test_a_late_update_that_was_not_sent_is_lost_and_paid_for() -> None:
     scripted.advance()
     done = device.arrive(*scripted.delta(1), scripted.head())
     (text,) = [each.text for each in done if isinstance(each, Log) and each.event == "withdrawn"]
-    assert text.endswith('nothing of it was sent; its change is lost, since dp = "sum" keeps no residual')
+    assert text.endswith("nothing of it was sent; its change is not sent again, since private sums keep no residual")
     assert device.disk is not None
     assert (device.disk.outstanding, device.disk.residual) == (None, None)
     assert device.disk.account.spent == (cost(1, 6),)

@@ -5,6 +5,7 @@ from typing import Any
 
 import msgpack
 import numpy as np
+import pytest
 
 from support.core_device import (
     DEVICE,
@@ -25,6 +26,7 @@ from support.private_device import (
     SEALED,
     aggregator,
     finished,
+    named,
     private,
     sending,
     terms_messages,
@@ -40,7 +42,6 @@ from ternbus.broker.protocol.schema import vector_digest
 from ternbus.broker.sums.terms import Terms, context, digest_of
 from ternbus.edge.core import events
 from ternbus.edge.core.actions import Publish, Save, StartEvaluation, StartTraining
-from ternbus.edge.core.masking import carried
 from ternbus.edge.core.receipts import is_out
 
 OTHER_KEY = Identity(b"e" * 32)
@@ -138,10 +139,17 @@ def trained_as(device: Device) -> events.TrainingFailed:
     return events.TrainingFailed(base=job.base, reason="quotes the data")
 
 
-def test_a_failure_is_told_without_its_text() -> None:
+def test_nobody_is_told_of_a_failure() -> None:
+    """A model can be made by which a training, or an evaluation, fails on some data only."""
     _, device, _ = training()
     (frame,) = published(device.handle(trained_as(device)), "status")
-    assert Status.from_meta(frame.meta).failing == "the device's log says why"
+    assert Status.from_meta(frame.meta).failing == ""
+    _, device, job = training(reports=True)
+    done = device.handle(finished(job, 0.0, failure="quotes the data"))
+    assert "training-failed" in logged(done)
+    assert Update.from_meta(update_in(done).meta).is_private
+    assert b"quotes" not in b"".join(each.payload for each in of(done, Publish))
+    assert only(device.actions, StartEvaluation).private
 
 
 # -- the same content under another number or key
@@ -214,39 +222,41 @@ def test_an_update_of_the_time_before_private_sums_is_not_sent() -> None:
     assert len(of(again.actions, StartTraining)) == 1
 
 
-# -- what comes back into the residual
+# -- what an update has of other versions: nothing
 
 
-def test_what_was_sent_never_comes_back_whatever_the_receipt_says() -> None:
-    for outcome in ("stale", "accepted", "duplicate", "invalid"):
-        scripted, device, frame = sending()
-        assert device.disk is not None
-        kept = device.disk.residual
-        assert kept is not None
-        done = device.arrive(receipt(scripted, frame.seq, outcome))
-        assert device.disk.residual is kept
-        assert device.disk.outstanding is None
-        assert [event for event in logged(done) if event != "waiting"] == [outcome]
-        scripted.advance()
-        job = only(device.arrive(*scripted.delta(1), scripted.head()), StartTraining)
-        assert job.residual is kept
+def nothing_of_before(scripted: ScriptedAggregator, device: Device, job: StartTraining) -> bool:
+    """Whether an update of a training that changes nothing, as at learning rate 0, carries nothing."""
+    frame = update_in(device.handle(finished(job, 0.0, draw=2)))
+    terms = job.sums.terms if job.sums is not None else standard(scripted)
+    ternary, plain = terms.layout.unpack(words_of(frame, terms))
+    assert device.disk is not None
+    return not (ternary.any() or plain[: terms.dense].any()) and device.disk.residual is None
 
 
-def test_at_learning_rate_0_the_next_update_has_only_what_was_not_sent() -> None:
+@pytest.mark.parametrize("outcome", ["stale", "accepted", "duplicate", "invalid"])
+def test_what_was_sent_never_comes_back_whatever_the_receipt_says(outcome: str) -> None:
     scripted, device, frame = sending()
-    first = words_of(frame, standard(scripted))
-    device.arrive(receipt(scripted, frame.seq, "stale"))
+    done = device.arrive(receipt(scripted, frame.seq, outcome))
+    assert device.disk is not None
+    assert (device.disk.residual, device.disk.outstanding) == (None, None)
+    assert [event for event in logged(done) if event != "waiting"] == [outcome]
     scripted.advance()
     job = only(device.arrive(*scripted.delta(1), scripted.head()), StartTraining)
-    sent = update_in(device.handle(finished(job, 0.0, draw=2)))
-    schema, terms = scripted.schema, standard(scripted)
-    assert device.disk is not None
-    assert device.disk.outstanding is not None
-    assert device.disk.residual is not None
-    total = carried(device.disk.outstanding, schema) + device.disk.residual
-    assert job.residual is not None
-    np.testing.assert_allclose(total, job.residual, atol=1e-6)
-    assert not np.array_equal(words_of(sent, terms), first)
+    assert nothing_of_before(scripted, device, job)
+
+
+def test_what_one_device_learned_by_a_scale_of_0_is_in_no_later_sum_at_learning_rate_0() -> None:
+    """Else an aggregator that shows a version to this device alone sees all of its change in the next sum."""
+    zero = terms_for(aggregator().schema, scales=(0.0, 0.0))
+    scripted, device, job = training(zero)
+    assert job.plan.error_feedback
+    frame = update_in(device.handle(finished(job)))  # its whole change is cut to 0: it is not in this update
+    device.arrive(receipt(scripted, frame.seq, "accepted"))
+    device.arrive(*named(scripted, standard(scripted)))
+    scripted.advance()
+    job = only(device.arrive(*scripted.delta(1), scripted.head()), StartTraining)
+    assert nothing_of_before(scripted, device, job)
 
 
 def offered(**changes: Any) -> tuple[ScriptedAggregator, Device, Frame]:
@@ -257,7 +267,7 @@ def offered(**changes: Any) -> tuple[ScriptedAggregator, Device, Frame]:
     return scripted, device, frame
 
 
-def test_an_update_that_is_late_before_any_of_it_was_sent_comes_back() -> None:
+def test_an_update_that_is_late_before_any_of_it_was_sent_is_forgotten() -> None:
     scripted, device, frame = offered(max_staleness=1)
     scripted.advance()
     assert "withdrawn" not in logged(device.arrive(*scripted.delta(1), scripted.head()))
@@ -266,31 +276,41 @@ def test_an_update_that_is_late_before_any_of_it_was_sent_comes_back() -> None:
     assert "withdrawn" in logged(done)
     job = only(done, StartTraining)
     assert job.base == 2
-    assert job.residual is not None
-    np.testing.assert_allclose(job.residual, 0.25, atol=1e-6)  # all of the change
     assert device.disk is not None
     assert (device.disk.outstanding, device.disk.answered_base, device.disk.left) == (None, 0, -1)
     assert published(device.arrive(scripted.grant(DEVICE, DEVICE_KEY.key_id, frame.seq, [[0, 0]])), "update") == []
+    scripted.direct_parts = 9
+    device.arrive(scripted.head())
+    assert nothing_of_before(scripted, device, job)
 
 
-def test_a_late_update_comes_back_after_a_restart_without_the_model() -> None:
+def test_a_late_update_is_forgotten_after_a_restart_without_the_model() -> None:
     scripted, device, _ = offered(max_staleness=0)
     again = device.restarted()
     again.connect()
     scripted.advance()
     assert "withdrawn" in logged(again.arrive(scripted.status(), scripted.head()))
     assert again.disk is not None
-    assert again.disk.residual is not None
-    np.testing.assert_allclose(again.disk.residual, 0.25, atol=1e-6)
+    assert (again.disk.outstanding, again.disk.residual) == (None, None)
 
 
-def test_a_stale_receipt_for_an_offer_gives_the_change_back() -> None:
+def test_a_stale_receipt_for_an_offer_gives_nothing_back() -> None:
     scripted, device, frame = offered()
     done = device.arrive(receipt(scripted, frame.seq, "stale"))
-    assert "added to the next update" in str(done)
+    assert "is not sent again, since private sums keep no residual" in str(done)
     assert device.disk is not None
-    assert device.disk.residual is not None
-    np.testing.assert_allclose(device.disk.residual, 0.25, atol=1e-6)
+    assert (device.disk.outstanding, device.disk.residual) == (None, None)
+
+
+def test_what_an_earlier_plan_has_left_in_the_residual_is_in_no_private_update() -> None:
+    scripted, device, _ = training()
+    assert device.disk is not None
+    device.disk = replace(device.disk, residual=np.ones(scripted.schema.elements, np.float32))
+    again = device.restarted()
+    again.connect()
+    messages = [*terms_messages(scripted), scripted.status(), scripted.head(), *scripted.snapshot()]
+    job = only(again.arrive(*messages), StartTraining)
+    assert nothing_of_before(scripted, again, job)
 
 
 def test_that_a_part_may_have_left_is_on_disk_before_it_leaves() -> None:
@@ -309,10 +329,9 @@ def test_that_a_part_may_have_left_is_on_disk_before_it_leaves() -> None:
     done = again.arrive(scripted.status(), scripted.head())
     assert "withdrawn" not in logged(done)
     assert len(published(done, "offer")) == 1
-    kept = device.disk.residual
     again.arrive(receipt(scripted, frame.seq, "stale"))
     assert again.disk is not None
-    assert again.disk.residual is kept
+    assert again.disk.outstanding is None
 
 
 def test_what_left_is_known_by_its_version_whatever_number_it_has() -> None:

@@ -16,6 +16,7 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.sums.sets import OPEN, PREPARE
+from ternbus.broker.sums.terms import OWN
 from ternbus.command import main
 from ternbus.helper.core.actions import Note, Save, Stop
 from ternbus.helper.core.opening_log import checked
@@ -157,7 +158,7 @@ def worked(folder: Path) -> Asked:
     for each, step in ((asked, PREPARE), (asked, OPEN), (other, PREPARE)):
         made.ask(each, step)
     (folder / "helper.key").write_text(made.identity.seed.hex())
-    with HelperStore(folder) as store:
+    with HelperStore(folder, OWN) as store:
         for action in made.actions:
             if isinstance(action, Save):
                 store.save(action.state, action.step)
@@ -239,7 +240,7 @@ def test_a_code_that_a_killed_process_left_is_removed(
 ) -> None:
     folder = tmp_path / "bureau"
     init(helper, folder, "--invitation", invitation(tmp_path))
-    with HelperStore(folder) as store:
+    with HelperStore(folder, OWN) as store:
         assert store.state is not None
         store.save(replace(store.state, enrolled=True))
     monkeypatch.setattr(Service, "run", lambda _: Stop(code=0, reason="at once"))

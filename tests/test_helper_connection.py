@@ -221,6 +221,26 @@ def test_restored_makes_a_new_box_key_under_which_no_earlier_box_opens() -> None
     assert not full.is_behind
 
 
+def test_no_count_of_an_aggregator_makes_a_helper_useless_for_good() -> None:
+    helper = ready()
+    made = World(terms_of(helper))
+    asked = made.asked(made.update("pi-1"), made.update("pi-2"))
+    assert stopped(helper.arrive(*asked.messages("h-1", PREPARE, count=COUNTER_MAX))).code == 2
+    helper.disk = helper.disk.restored(helper.random, NOW_S)
+    helper.start()
+    helper.wait(1.0)
+    helper.connect()
+    made = World(terms_of(helper))
+    asked = made.asked(made.update("pi-1"), made.update("pi-2"))
+    assert helper.ask(asked, PREPARE, count=COUNTER_MAX).outcome == PREPARED
+    assert helper.core.is_ready
+    own = own_status(helper, count=helper.disk.count)
+    helper.disk = replace(helper.disk, count=helper.disk.count - 1)  # an old copy is one all the same
+    helper.start()
+    helper.wait(1000.0)
+    assert stopped(helper.connect(own)).code == 2
+
+
 def test_the_box_key_changes_each_month_and_is_erased_a_month_later() -> None:
     helper = ready()
     first = helper.disk.box_key

@@ -165,12 +165,12 @@ def test_an_erased_box_key_is_in_no_file(helper: OnDisk, tmp_path: Path) -> None
 
 
 def test_a_new_store_is_empty_and_only_its_owner_reads_it(tmp_path: Path) -> None:
-    with HelperStore(tmp_path) as store:
+    with HelperStore(tmp_path, OWN) as store:
         assert store.state is None
         assert stat.S_IMODE((tmp_path / FILE).stat().st_mode) == 0o600
         state = replace(State.new(bytes, NOW_S), seq_limit=2**62, count=2**62)
         store.save(state)
-    with HelperStore(tmp_path) as store:
+    with HelperStore(tmp_path, OWN) as store:
         assert store.state == state
 
 
@@ -203,7 +203,7 @@ def test_what_is_not_as_it_was_written_is_named(helper: OnDisk, tmp_path: Path, 
     with closing(sqlite3.connect(tmp_path / FILE)) as db, db:
         db.execute(change)
     with pytest.raises(CorruptError, match=f"{named}.*ternbus helper restored"):
-        HelperStore(tmp_path)
+        HelperStore(tmp_path, OWN)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_a_file_of_another_kind_is_refused(
     for path in tmp_path.glob(f"{FILE}-*"):
         path.unlink()
     spoil(tmp_path / FILE)
-    for use in (HelperStore, stores.summary):
+    for use in (lambda folder: HelperStore(folder, OWN), stores.summary):
         with pytest.raises(error, match=text):
             use(tmp_path)
 
@@ -249,3 +249,19 @@ def test_a_copy_of_the_file_that_is_put_back_opens_nothing(helper: OnDisk, tmp_p
     helper.connect((retained[-1].topic, retained[-1].payload))  # type: ignore[union-attr]
     assert not helper.core.is_ready
     assert helper.core.due_s() is None
+
+
+def test_keys_that_the_aggregator_put_on_the_roster_are_not_on_the_helper_s_own(tmp_path: Path) -> None:
+    """Else one that lies invents devices before the operator turns to a roster of the helper's own."""
+    helper = OnDisk().on(tmp_path)
+    helper.connect()
+    assert helper.ask(set_of(helper, "ghost-1", "ghost-2", "pi-2"), PREPARE).outcome == "prepared"
+    helper.roster = OWN
+    assert stores.admit(tmp_path, "pi-2", identity("pi-2").public, NOW_S)  # before the next start
+    helper.again(tmp_path)
+    assert [each.device for each in stores.roster(tmp_path)] == ["pi-2"]
+    assert stores.admit(tmp_path, "pi-1", identity("ghost-1").public, NOW_S)  # a key has the name that the owner says
+    assert stores.admit(tmp_path, "pi-1", identity("pi-1").public, NOW_S)
+    answer = helper.ask(set_of(helper, "ghost-1", "ghost-2", "pi-1", version=5), PREPARE)
+    assert (answer.outcome, answer.updates) == ("refused", ("ghost-1", "ghost-2"))
+    assert helper.ask(set_of(helper, "pi-1", "pi-2", version=5), PREPARE).outcome == "prepared"

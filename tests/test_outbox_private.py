@@ -49,7 +49,7 @@ def profile(identity: Identity = OLD) -> Profile:
 def update() -> OutstandingUpdate:
     plan = Plan.from_meta({"codec": "private"})
     change = np.full(SCHEMA.elements, 0.5, np.float32)
-    content, _ = encode(SCHEMA, TERMS, plan, change, residual=None, samples=1, random_source=RandomSource())
+    content = encode(SCHEMA, TERMS, plan, change, samples=1, random_source=RandomSource())
     job = SumJob(terms=TERMS, context=bytes([7]) * 32)
     return prepare_private(content, job, profile(), seq=70, base=5, metrics={}, frame_bytes=2000)
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Final, cast
 
@@ -200,21 +201,23 @@ def test_e_an_aggregator_that_is_its_own_helper_gets_nothing_nor_does_a_head_wit
         watcher = Client("watcher", federation.broker)
         watcher.connect(f"{topics.root(LAB)}/up/{CURIOUS}/+", f"{topics.root(LAB)}/all/#")
         federation.start(CURIOUS)
-        watcher.until(
-            lambda: "which its owner has pinned, is not in the terms" in federation.said(CURIOUS), federation.look
-        )
+
+        def says(text: str) -> bool:
+            return text in federation.said(CURIOUS)
+
+        watcher.until(partial(says, "which its owner has pinned, is not in the terms"), federation.look)
         federation.end(AGGREGATOR)
         own, head = aggregator_of(federation), watcher.newest[topics.head(LAB)]
-        for number, plan in enumerate(({"codec": "ternary"}, {**head.meta["plan"], "codec": "float32"}), 1):
-            meta = {**head.meta, "plan": {**head.meta["plan"], **plan}}
+        plain = {name: value for name, value in head.meta["plan"].items() if name != "terms"}
+        for number, plan in enumerate(({**plain, "codec": "ternary"}, {**head.meta["plan"], "codec": "float32"}), 1):
+            meta = {**head.meta, "plan": plan}
             about: dict[str, Any] = {"federation": LAB, "sender": "aggregator", "kind": "head"}
             online = Status(state="online", session=1000).meta()
             seq = head.seq + 1000 * number
             for topic, kind, said in ((topics.status(LAB), "status", online), (topics.head(LAB), "head", meta)):
                 payload = build(own, **{**about, "kind": kind}, seq=seq, meta=said)
                 watcher.link.publish(topic, payload, retain=True)
-            codec = f'the plan has the codec "{plan["codec"]}"'
-            watcher.until(lambda codec=codec: codec in federation.said(CURIOUS), federation.look)
+            watcher.until(partial(says, f'the plan has the codec "{plan["codec"]}"'), federation.look)
         shown = as_json("edge", "status", federation.device(CURIOUS))
         assert "requires private sums" in str(shown["refusal"])
         federation.end(CURIOUS)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Self
 
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store.ledger import LEDGER
@@ -152,7 +152,7 @@ class Federation:
         """Its URL."""
         return self._broker.url
 
-    def __enter__(self) -> "Federation":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

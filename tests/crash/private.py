@@ -25,7 +25,7 @@ HELPERS: Final = {"h-1": OWN, "h-2": BY_AGGREGATOR}  # and who says which device
 SMALL_FRAMES: Final = ("--frame-bytes", "16384")  # its updates have so many parts that they are offered first
 # At each step of a set: it is asked for, a helper has written it down, its answer leaves, its sum is merged.
 ENDS: Final = {
-    AGGREGATOR: (at("publish-terms"), at("publish-ask", 2), at("saved", 12)),
+    AGGREGATOR: (at("publish-terms"), at("publish-ask", 2)),
     "h-1": (at("state-written", 5), at("publish-answer")),
     "h-2": (at("publish-answer", 2), at("save", 6)),
     "d0": (at("publish-update", 2),),

@@ -137,7 +137,7 @@ def make_update(
     terms, layout = sums.read_terms(version.terms)
     scales = [each for (each,) in struct.iter_unpack("<f", terms["scales"])]
     scaled: list[Tensor] = [(role, scale, u) for (role, u), scale in zip(tensors, scales, strict=True)]
-    values, _ = sums.values_of(scaled, terms["levels"], 255, 0.0, draw)
+    values = sums.values_of(scaled, terms["levels"], 255, 0.0, draw)
     words = layout.write(values)
     public, sent, boxes = bytes(signing.verify_key), words, []
     for content, signature in terms["helpers"]:

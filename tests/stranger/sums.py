@@ -293,23 +293,21 @@ Tensor = tuple[str, float, list[float]]  # role, scale of the terms, and u
 
 def values_of(
     tensors: Sequence[Tensor], levels: int, weight: int, clip_sigma: float, draw: Callable[[], float]
-) -> tuple[list[int], list[list[float]]]:
-    """The values of an update, with draws from 0 to 1, and what they leave of each tensor."""
+) -> list[int]:
+    """The values of an update, with draws from 0 to 1."""
     ternary: list[int] = []
     dense: list[int] = []
     buckets: list[int] = []
-    rest = []
     for role, scale, u in tensors:
         steps = levels if role == "ternary" else STEPS
         drawn = [_drawn(value, scale, steps, draw) for value in u]
         (ternary if role == "ternary" else dense).extend(drawn)
-        rest.append([value - scale * q / steps for value, q in zip(u, drawn, strict=True)])
         own = max(map(abs, u))
         if role == "ternary" and clip_sigma and (spread := pstdev(u)):
             own = min(own, clip_sigma * spread)
         place = bucket(own, scale if role == "ternary" else scale / 8)
         buckets += [int(each == place) for each in range(BUCKETS)]
-    return [*ternary, *dense, weight, *buckets], rest
+    return [*ternary, *dense, weight, *buckets]
 
 
 def _drawn(value: float, scale: float, steps: int, draw: Callable[[], float]) -> int:

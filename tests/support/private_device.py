@@ -64,11 +64,9 @@ def finished(job: StartTraining, change: float = 0.25, **about: Any) -> events.T
     assert job.sums is not None
     vector: Vector = np.full(job.schema.elements, change, np.float32)
     random_source = RandomSource(np.random.default_rng(about.pop("draw", 1)).bytes)
-    content, residual = encode(
-        job.schema, job.sums.terms, job.plan, vector, residual=job.residual, samples=10, random_source=random_source
-    )
+    content = encode(job.schema, job.sums.terms, job.plan, vector, samples=10, random_source=random_source)
     fields: dict[str, Any] = {"samples": 10, "metrics": {"loss": 0.5, "epsilon": 1.0, "delta": 1e-5}, **about}
-    return events.TrainingFinished(base=job.base, content=content, residual=residual, **fields)
+    return events.TrainingFinished(base=job.base, content=content, residual=None, **fields)
 
 
 def sending(**changes: Any) -> tuple[ScriptedAggregator, Device, Frame]:

@@ -190,7 +190,7 @@ class Core:
         if self._stopped:
             return actions
         actions += [*self.terms.check(self.training.plan, self.follower.schema), *self._note_refusal()]
-        actions += self.uplink.withdraw(self.follower.head, self.follower.schema)
+        actions += self.uplink.withdraw(self.follower.head)
         actions += self.evaluation.begin(self.follower, self.training, now)
         actions += [] if self._leaving else self._begin_training(now)
         actions += self._send(now)

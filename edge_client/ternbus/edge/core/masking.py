@@ -7,13 +7,12 @@ sent again at will, never gets two masks for one content, nor one mask for two.
 from dataclasses import replace
 
 from ternbus.broker.protocol.messages import PRIVATE
-from ternbus.broker.protocol.schema import Schema, Vector
 from ternbus.broker.protocol.ternary import RAW
 from ternbus.broker.sums import masks
-from ternbus.broker.sums.terms import SUM, Terms
+from ternbus.broker.sums.terms import Terms
 from ternbus.edge.core.profile import Profile
 from ternbus.edge.core.state import OutstandingUpdate, PrivatePart, sealed
-from ternbus.edge.learn.sum_content import SumContent, SumJob, value
+from ternbus.edge.learn.sum_content import SumContent, SumJob
 
 
 def masked(update: OutstandingUpdate, profile: Profile) -> OutstandingUpdate:
@@ -56,18 +55,3 @@ def prepare_private(
         private=PrivatePart(terms=job.terms.content(), context=job.context, min=profile.sums.min, seeds=content.seeds),
     )
     return masked(update, profile)
-
-
-def comes_back(update: OutstandingUpdate) -> bool:
-    """Whether its change may go into the residual if the update is not sent: not the draws of `dp = "sum"`, all noise.
-
-    The next update under that `dp` could not carry them without their privacy cost, nor another one use them.
-    """
-    return update.private is None or Terms.parse(update.private.terms).dp != SUM
-
-
-def carried(update: OutstandingUpdate, schema: Schema) -> Vector:
-    """What an update carries of the device's change, whichever kind it is of."""
-    if update.private is None:
-        return update.block(schema).value()
-    return value(schema, Terms.parse(update.private.terms), update.encoded)

@@ -7,7 +7,6 @@ from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.frame import COUNTER_MAX
 from ternbus.broker.protocol.messages import Receipt
 from ternbus.broker.protocol.schema import Schema
-from ternbus.edge.core.masking import carried, comes_back
 from ternbus.edge.core.state import OutstandingUpdate, State
 
 ENDINGS: Final = frozenset({"revoked", "unknown"})  # they end a device, and may answer a status
@@ -36,12 +35,12 @@ def ends(receipt: Receipt, frame_seq: int, state: State, *, enrollment: bool) ->
 
 def after_receipt(state: State, update: OutstandingUpdate, receipt: Receipt, schema: Schema) -> State:
     """The state after a final receipt: without the update, and with its base marked as answered."""
-    without_update = _answered(state, update)
+    without_update = settled(state, update)
     match receipt.outcome:
         case "accepted":
             return replace(without_update, accepted=state.accepted + 1)
         case "stale":
-            return without_update if is_out(state, update) else withdrawn(state, update, schema)
+            return without_update if update.private is not None else _put_back(without_update, update, schema)
         case "duplicate" | "invalid":
             return without_update
         case _:
@@ -49,25 +48,23 @@ def after_receipt(state: State, update: OutstandingUpdate, receipt: Receipt, sch
 
 
 def is_out(state: State, update: OutstandingUpdate) -> bool:
-    """Whether a frame of this private update may have left: then its change never comes back into the residual.
-
-    A sum with it may be opened, whatever its receipt says. At learning rate 0 the next update would have the same
-    content, in other company.
-    """
+    """Whether a frame of this private update may have left: then a sum with it may be opened, so its receipt counts."""
     return update.private is not None and update.base <= state.left
 
 
-def withdrawn(state: State, update: OutstandingUpdate, schema: Schema) -> State:
-    """The state without the update, which is in no model, and with its change in the residual if it comes back."""
-    if not comes_back(update):
-        return _answered(state, update)
-    value = carried(update, schema)
-    residual = value if state.residual is None else state.residual + value
-    return replace(_answered(state, update), residual=residual)
-
-
-def _answered(state: State, update: OutstandingUpdate) -> State:
+def settled(state: State, update: OutstandingUpdate) -> State:
+    """The state without the update, and with its base marked as answered."""
     return replace(state, outstanding=None, answered_base=max(state.answered_base, update.base))
+
+
+def _put_back(state: State, update: OutstandingUpdate, schema: Schema) -> State:
+    """The state with the change of an update that is in no model in the residual; never that of a private one.
+
+    A private sum has nothing but what devices learned on its version: what came later, at learning rate 0, would come
+    in company that adds nothing.
+    """
+    value = update.block(schema).value()
+    return replace(state, residual=value if state.residual is None else state.residual + value)
 
 
 def counter_is_behind(update: OutstandingUpdate, receipt: Receipt) -> bool:
@@ -76,21 +73,20 @@ def counter_is_behind(update: OutstandingUpdate, receipt: Receipt) -> bool:
 
 
 def fate(update: OutstandingUpdate) -> str:
-    """What happens to the change of an update that is in no model, for the log."""
-    if comes_back(update):
+    """What happens to the change of an update that is too late, for the log."""
+    if update.private is None:
         return "its change is added to the next update"
-    return 'its change is lost, since dp = "sum" keeps no residual'
+    return "its change is not sent again, since private sums keep no residual"
 
 
-def describe(receipt: Receipt, update: OutstandingUpdate, *, is_out: bool) -> str:
+def describe(receipt: Receipt, update: OutstandingUpdate) -> str:
     """The log text for the receipt of an update."""
     reason = f": {receipt.reason}" if receipt.reason else ""
     match receipt.outcome:
         case "accepted":
             return f"the update on version {update.base} was accepted"
         case "stale":
-            late = f"the update on version {update.base} was too late (the head is {receipt.version})"
-            return f"{late}; {'its change is not sent again, since a sum may have it' if is_out else fate(update)}"
+            return f"the update on version {update.base} was too late (the head is {receipt.version}); {fate(update)}"
         case _:
             return f"the update on version {update.base} was not accepted ({receipt.outcome}{reason})"
 

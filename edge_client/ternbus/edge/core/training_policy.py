@@ -27,9 +27,9 @@ MIXED: Final = (
 
 
 def describe(event: TrainingFinished) -> Log:
-    """The log of a finished training; or of a failed one, in whose place the device sends noise."""
+    """The log of a finished training; or of a failed one, whose release says no more than that of a change of 0."""
     if event.failure:
-        text = f"training on version {event.base} failed, the device sends noise instead: {event.failure}"
+        text = f"training on version {event.base} failed, the device sends a change of 0 instead: {event.failure}"
         return Log(event="training-failed", text=text, fields={"base": event.base, "reason": event.failure})
     fields = {"base": event.base, "samples": event.samples, **event.metrics}
     shown = ", ".join(f"{name} {value:.4g}" for name, value in event.metrics.items())
@@ -60,8 +60,8 @@ class TrainingPolicy:
 
     @property
     def private(self) -> bool:
-        """Whether others may see nothing of the device's data; true without a plan."""
-        return self.plan is None or self.plan.dp != NO_DP
+        """Whether others may see nothing of the device's data, nor that a training failed; true without a plan."""
+        return self.profile.sums is not None or self.plan is None or self.plan.dp != NO_DP
 
     def read_plan(self, head: Head) -> list[Log]:
         """Read the head's plan; the task's default plan completes it, the owner's policy and limits bound it."""
@@ -113,8 +113,8 @@ class TrainingPolicy:
             base=head.version,
             schema=schema,
             vector=vector,
-            # A residual from a training without this noise would leak data.
-            residual=None if plan.dp not in {NO_DP, state.protected} else state.residual,
+            # A residual from a training without this noise would leak data; a private sum takes none (`private_sum`).
+            residual=None if sums is not None or plan.dp not in {NO_DP, state.protected} else state.residual,
             plan=plan,
             seed=self.seed(plan, head.version),
             account=state.account,

@@ -15,7 +15,7 @@ from ternbus.edge.core.events import TrainingFinished
 from ternbus.edge.core.masking import masked, prepare_private
 from ternbus.edge.core.pending_state import PendingState
 from ternbus.edge.core.profile import Profile
-from ternbus.edge.core.receipts import after_receipt, counter_is_behind, describe, fate, is_out, withdrawn
+from ternbus.edge.core.receipts import after_receipt, counter_is_behind, describe, fate, is_out, settled
 from ternbus.edge.core.resend import Resend
 from ternbus.edge.core.state import RENUMBERED, AnsweredUpdate, OutstandingUpdate, prepare, sealed
 from ternbus.edge.learn.sum_content import SumContent
@@ -112,17 +112,14 @@ class Uplink:
         )
         return sealed(update, self.profile.key, self.profile.seal) if job.plan.seal else update
 
-    def withdraw(self, head: Head | None, schema: Schema | None) -> list[Log]:
-        """Give up a private update that is too late before a frame of it has left: its change goes into the residual.
-
-        Later the change could be in a sum that somebody opens, and would be lost.
-        """
+    def withdraw(self, head: Head | None) -> list[Log]:
+        """Give up a private update that is too late before a frame of it has left: no sum takes it any more."""
         state, update = self.pending.state, self.pending.state.outstanding
         if head is None or update is None or update.private is None or is_out(state, update):
             return []
         if update.base >= head.version - head.max_staleness:
             return []
-        self.pending.put(withdrawn(state, update, schema or Schema.parse(state.schema)))
+        self.pending.put(settled(state, update))
         text = (
             f"the update on version {update.base} is too late (the head is {head.version}), and nothing of it was "
             f"sent; {fate(update)}"
@@ -204,7 +201,7 @@ class Uplink:
         answered = self._answered_update(update, receipt.outcome, receipt.version)
         state = self.pending.state
         self.pending.put(after_receipt(state, update, receipt, schema or Schema.parse(state.schema)), answered)
-        text = describe(receipt, update, is_out=is_out(state, update))
+        text = describe(receipt, update)
         return [Log(event=receipt.outcome, text=text, fields={**fields, "reason": receipt.reason})]
 
     def _answered_update(self, update: OutstandingUpdate, outcome: str, version: int) -> AnsweredUpdate:

@@ -2,6 +2,10 @@
 
 The draws come from the operating system. Numbers that follow from the plan's seed, which the aggregator knows, would
 show it a quarter of a device's values in a sum of ten.
+
+There is no residual, with error feedback neither: an update has nothing but what the device learned on its version. The
+aggregator could have one device train on a version alone, by terms with a scale of 0, and at learning rate 0 all others
+would add nothing to what it has kept until then.
 """
 
 import math
@@ -16,7 +20,7 @@ from ternbus.broker.sums.terms import Terms
 from ternbus.broker.sums.words import BUCKETS, DENSE_STEPS, WEIGHT_MIN, WEIGHT_STEPS
 from ternbus.edge.learn import terngrad
 from ternbus.edge.learn.noise import RandomSource
-from ternbus.edge.learn.sum_content import SumContent, level_value
+from ternbus.edge.learn.sum_content import SumContent
 from ternbus.edge.plan.plan import NO_DP, Plan
 
 BLOCK: Final = 65_536  # elements at a time
@@ -39,23 +43,19 @@ def encode(
     plan: Plan,
     change: Vector,
     *,
-    residual: Vector | None,
     samples: int,
     random_source: RandomSource,
-) -> tuple[SumContent, Vector | None]:
-    """The content for a change of the vector, a float32 array of the schema's length, and the new residual.
+) -> SumContent:
+    """The content for a change of the vector, a float32 array of the schema's length.
 
-    With u = ω·change + residual, a ternary element is q from -k to k with E[S·q/k] = u cut to ±S, a dense one is q with
-    E[D·q/2²⁰] = u cut to ±D. The residual, with error feedback only, is u less that value.
+    With u = ω·change, a ternary element is q from -k to k with E[S·q/k] = u cut to ±S, a dense one is q with
+    E[D·q/2²⁰] = u cut to ±D.
     """
     omega = weight(terms, plan, samples)
     total = change * np.float32(omega / WEIGHT_STEPS)
-    if residual is not None:
-        total += residual
     ternary = np.empty(terms.ternary, np.int8)
     dense = np.empty(terms.dense, np.int64)
     buckets = np.zeros((len(terms.scales), BUCKETS), np.int64)
-    rest = np.empty_like(total) if plan.error_feedback else None
     for row, segment, reference in zip(buckets, schema.segments, terms.scales, strict=True):
         values, is_ternary = total[segment.start : segment.stop], segment.tensor.role == TERNARY
         steps = terms.levels if is_ternary else DENSE_STEPS
@@ -65,11 +65,9 @@ def encode(
         for first in range(0, values.size, BLOCK):
             block = slice(first, first + BLOCK)
             place[block] = _drawn(values[block], reference, steps, random_source)
-        if rest is not None:
-            rest[segment.start : segment.stop] = values - level_value(place, reference, steps)
     words = terms.layout.pack(ternary, np.concatenate([dense, [omega], buckets.reshape(-1)]))
     seeds = tuple(seed_of(words, random_source.fresh(SEED_BYTES)) for _ in terms.helpers)
-    return SumContent(words=words.tobytes(), seeds=seeds), rest
+    return SumContent(words=words.tobytes(), seeds=seeds)
 
 
 def _bucket(values: Vector, reference: float, plan: Plan, *, is_ternary: bool) -> int:

@@ -1,10 +1,8 @@
 """What a device adds to a private sum, as values; `private_sum.py` draws it."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ternbus.broker.protocol.schema import TERNARY, Schema, Vector
 from ternbus.broker.sums.terms import Terms
@@ -38,10 +36,5 @@ def value(schema: Schema, terms: Terms, words: bytes) -> Vector:
         is_ternary = segment.tensor.role == TERNARY
         values = (ternary if is_ternary else plain)[segment.offset : segment.offset + segment.tensor.elements]
         steps = terms.ternary_steps if is_ternary else terms.dense_steps
-        total[segment.start : segment.stop] = level_value(values, reference, steps)
+        total[segment.start : segment.stop] = values * (reference / steps)
     return total
-
-
-def level_value(drawn: npt.NDArray[np.signedinteger[Any]], reference: float, steps: float) -> Vector:
-    """What integers stand for, in float32, where ``steps`` stand for the reference."""
-    return (drawn * (reference / steps)).astype(np.float32)

@@ -12,16 +12,14 @@ from ternbus.edge.learn.sum_content import SumContent
 def encoded(
     job: StartTraining, change: Vector, residual: Vector | None, samples: int, random_source: RandomSource
 ) -> tuple[Block | SumContent, Vector | None]:
-    """The content by the job's codec, and the new residual. Only a private sum draws from ``random_source``."""
+    """The content by the job's codec, and the new residual.
+
+    Only a private sum draws from ``random_source``. It takes no residual, and leaves none.
+    """
     if job.sums is None:
         compressed = compress(job.schema, job.plan, change, residual, job.seed)
         return compressed.block, compressed.residual
-    return private_sum.encode(
-        job.schema,
-        job.sums.terms,
-        job.plan,
-        change,
-        residual=residual,
-        samples=samples,
-        random_source=random_source,
+    content = private_sum.encode(
+        job.schema, job.sums.terms, job.plan, change, samples=samples, random_source=random_source
     )
+    return content, None

@@ -44,7 +44,7 @@ def trial(schema: Schema, plan: Plan, change: Vector, samples: int) -> PrivateTr
         samples=0.0,
     )
     began = time.perf_counter()
-    content, _ = encode(schema, terms, plan, change, residual=None, samples=samples, random_source=RandomSource())
+    content = encode(schema, terms, plan, change, samples=samples, random_source=RandomSource())
     read = value(schema, terms, content.words)
     bounds = np.repeat(scales, [each.tensor.elements for each in schema.segments])
     agrees = bool((np.abs(read - change) <= bounds * (1 + 1e-6)).all())  # a draw lies beside what it stands for

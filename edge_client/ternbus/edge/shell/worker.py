@@ -6,8 +6,11 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
+
 from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol.messages import PRIVATE
 from ternbus.broker.protocol.schema import Vector, flatten, flush_tiny, is_bounded
 from ternbus.edge.core.actions import Job, StartEvaluation, StartFineTuning, StartTraining, tensors_of
 from ternbus.edge.core.events import (
@@ -38,16 +41,19 @@ def train(trainer: Trainer, job: StartTraining, random_source: RandomSource | No
     `random_source` is for tests and simulations; on a device it is the operating system's. Raises `ConfigError` if the
     task cannot train by the plan.
     """
+    random_source = random_source or RandomSource()
     if job.plan.dp != NO_DP:
-        return private_training.train(trainer, job, random_source or RandomSource())
+        return private_training.train(trainer, job, random_source)
     try:
         trained = trainer.train(tensors_of(job), job.plan, version=job.base, seed=job.seed)
         change = _change(job, trained)
     except ConfigError:
         raise
     except code_errors() as error:
+        if job.sums is not None:
+            return _unchanged(job, failure.describe(error), random_source)
         return TrainingFailed(base=job.base, reason=failure.describe(error), trace=failure.trace_of(error))
-    content, residual = encoded(job, change, job.residual, trained.samples, random_source or RandomSource())
+    content, residual = encoded(job, change, job.residual, trained.samples, random_source)
     return TrainingFinished(
         base=job.base,
         samples=trained.samples,
@@ -56,6 +62,15 @@ def train(trainer: Trainer, job: StartTraining, random_source: RandomSource | No
         residual=residual,
         local=packed(trained.local),
     )
+
+
+def _unchanged(job: StartTraining, reason: str, random_source: RandomSource) -> TrainingFinished:
+    """What a training for a private sum sends that has failed: a change of 0, which nobody sees alone.
+
+    A model can be made on which it fails for some data only: who sent nothing would tell of its own.
+    """
+    content, _ = encoded(job, np.zeros_like(job.vector), None, 1, random_source)
+    return TrainingFinished(base=job.base, samples=1, metrics={}, content=content, residual=None, failure=reason)
 
 
 def _change(job: StartTraining, trained: Trained) -> Vector:
@@ -84,7 +99,7 @@ def fine_tune(trainer: Trainer, held: Trainer, job: StartFineTuning) -> FineTune
 
     If the data are private, what fails does not end it early: others see when the device goes.
     """
-    private, faults = job.plan.dp != NO_DP, list[BaseException]()
+    private, faults = job.plan.dp != NO_DP or job.plan.codec == PRIVATE, list[BaseException]()
 
     def tried(work: Callable[[], object]) -> Any:
         try:

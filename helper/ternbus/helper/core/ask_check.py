@@ -112,6 +112,8 @@ class AskCheck:
         """The place of the helper's own card in the terms, and the box key that the card states."""
         for place, signed in enumerate(ask.parsed_terms.helpers):
             if signed.card.public == self.profile.identity.public:
+                if signed.card.roster == OWN != self.profile.roster:
+                    raise AskRefusedError("old-card", "this helper has no roster of its own any more")
                 for key in self.box_keys:
                     if (key.number, key.public) == (signed.card.number, signed.card.box_key):
                         return place, key

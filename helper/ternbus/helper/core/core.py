@@ -28,7 +28,7 @@ from ternbus.broker.backoff import Reconnect, Retry, contested
 from ternbus.broker.errors import LinkError, ProtocolError
 from ternbus.broker.exit_codes import EXIT_CONFIG, EXIT_DONE, EXIT_REFUSED
 from ternbus.broker.protocol import meta_fields
-from ternbus.broker.protocol.frame import FRAME_BYTES, Frame
+from ternbus.broker.protocol.frame import COUNTER_MAX, FRAME_BYTES, Frame
 from ternbus.broker.protocol.messages import Receipt, Status
 from ternbus.broker.protocol.parts import Collector
 from ternbus.broker.sums.sets import ASK_BYTES_MAX, AskStep
@@ -47,6 +47,8 @@ ASKS_MAX: Final = 16  # that wait, or are assembled
 LOOK_AGAIN_S: Final = 10.0
 LOOKS: Final = 2  # nats-server may deliver only some of what it retains to a client that has just connected
 CLOCK_S: Final = 3600.0  # between looks at the age of the box key
+# An aggregator can state any count. Above this one there is room for what `restored` adds, and for all that follows.
+ASKED_COUNT_MAX: Final = COUNTER_MAX // 2
 BEHIND: Final = (
     "this helper's database is an older copy: {who} shows {seen}, and the database has {own}; an older copy has "
     "forgotten which sets were opened, so it opens none; run `ternbus helper restored DIR`, which makes a new box key"
@@ -295,7 +297,7 @@ class Core:
         """Answer the ask that has waited longest; the others have their turn at the next events."""
         ask = self._waiting.next()
         unix_s = self._time(now)
-        if stop := self._show(AskStep.from_meta(ask.meta).count, 0, "the aggregator"):
+        if stop := self._show(min(AskStep.from_meta(ask.meta).count, ASKED_COUNT_MAX), 0, "the aggregator"):
             return stop
         reply = self._answers.reply(ask, self.state, unix_s)
         seq = self._seq()

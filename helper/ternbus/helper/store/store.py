@@ -38,15 +38,18 @@ class Admitted:
 class HelperStore:
     """The store of one helper: the state, and `Records`. SQL stays here."""
 
-    def __init__(self, folder: Path, roster: str = OWN) -> None:
+    def __init__(self, folder: Path, roster: str) -> None:
         """Open the file, or make one. The caller holds the directory's lock.
 
-        Raises `ConfigError` for a newer format, and `CorruptError` if the file is not as it was written.
+        With a roster of the helper's own, keys that the aggregator put on it before are forgotten. Raises
+        `ConfigError` for a newer format, and `CorruptError` if the file is not as it was written.
         """
         self._path = folder / FILE
         self._roster = roster
         self._db = open_for_writing(self._path)
         with naming(self._path):
+            if roster == OWN:
+                _forget_the_aggregators(self._db)
             self.state = _state(self._db)
 
     def __enter__(self) -> Self:
@@ -190,6 +193,7 @@ def admit(folder: Path, device: str, public: bytes, unix_s: float) -> bool:
     """
     with naming(folder / FILE), closing(_reading(folder)) as db, db:
         db.execute("BEGIN IMMEDIATE")
+        _forget_the_aggregators(db)
         found = db.execute("SELECT device, active FROM roster WHERE public = ?", (public,)).fetchone()
         if found is not None and found[0] != device:
             raise ConfigError(f"the key {public.hex()} is that of {found[0]}: a key has one name; check both")
@@ -222,6 +226,11 @@ def _reading(folder: Path) -> sqlite3.Connection:
 def _admit(db: sqlite3.Connection, device: str, public: bytes, by: str, unix_s: float) -> None:
     _deactivate(db, device)
     insert(db, "roster", (public, device, 1, by, unix_s))
+
+
+def _forget_the_aggregators(db: sqlite3.Connection) -> None:
+    """Take the keys off the roster that an aggregator put there: it may have made them up."""
+    db.execute("DELETE FROM roster WHERE admitted_by = ?", (AGGREGATOR,))
 
 
 def _deactivate(db: sqlite3.Connection, device: str) -> int:
