@@ -153,6 +153,54 @@ def test_what_is_kept_for_one_who_waits_goes_to_nobody_else() -> None:
     assert grants.grant("c", list(range(6)), 6.0) == ((0, 5),)
 
 
+def test_who_has_sent_all_that_it_was_granted_goes_on_first_with_half_of_the_room() -> None:
+    grants = Grants(parts_max=10)
+    assert grants.grant("a", list(range(40)), 0.0) == ((0, 9),)
+    assert grants.grant("b", list(range(40)), 50.0) == ()
+    assert grants.grant("c", list(range(4)), 50.0) == ()
+    assert grants.grant("a", list(range(10, 40)), 50.0, goes_on=True) == ((10, 19),)  # it may, until its deadline
+    assert grants.grant("a", list(range(20, 40)), 60.5, goes_on=True) == ((20, 24),)
+    assert grants.grant("b", list(range(40)), 61.0) == ((0, 4),)
+    assert grants.grant("c", list(range(4)), 119.0) == ()
+    assert grants.grant("a", list(range(25, 40)), 120.6) == ()  # it has not sent all
+    assert grants.grant("c", list(range(4)), 121.0) == ((0, 3),)
+    assert grants.grant("b", list(range(5, 40)), 121.1, goes_on=True) == ((5, 9),)
+
+
+@pytest.mark.parametrize("with_hostile", [False, True])
+def test_updates_that_need_several_grants_do_not_push_each_other_out_of_the_assembly(
+    with_hostile: bool, make: Make
+) -> None:
+    """In the order of their offers all had begun, none was whole, and each part that came took another's place."""
+    bench = make()
+    updates, limits = bench.core._updates, bench.core.settings.limits
+    bench.core._frames.settings = replace(bench.core.settings, limits=replace(limits, direct_parts=2))
+    updates.validation.settings = replace(bench.core.settings, limits=replace(limits, assembly_bytes=1))
+    devices = [bench.join(f"pi-{number}") for number in range(10)]
+    sent = {pi.name: pi.update(float32_block(bench.schema, 1), 0, frame_bytes=1500) for pi in devices}
+    parts = len(sent["pi-0"])
+    assert parts == 3
+    hostile = bench.join("hostile")
+    begun = hostile.update(float32_block(bench.schema, 1), 0, frame_bytes=1500)[: parts - 1]
+    bench.receive(hostile.topic("offer"), hostile.offer(0, parts, seq=hostile.seq))
+    bench.receive(hostile.topic("update"), *begun)
+    updates._grants.parts_max = 1
+    again_at = {pi.name: 0.0 for pi in devices}
+    for _ in range(12 * 62 * parts // 10):
+        bench.tick(10.0)
+        if with_hostile:
+            bench.receive(hostile.topic("update"), begun[0])  # so that it is never the longest silent
+        for pi in (each for each in devices if again_at[each.name] <= bench.now):
+            for grant in grants(bench.receive(pi.topic("offer"), pi.offer(0, parts, seq=pi.seq))):
+                again_at[pi.name] = bench.now + 61
+                wanted = [sent[pi.name][part] for first, last in grant.parts for part in range(first, last + 1)]
+                if any(
+                    receipt.outcome == "accepted" for receipt in receipts(bench.receive(pi.topic("update"), *wanted))
+                ):
+                    again_at[pi.name] = float("inf")
+    assert [name for name, at in again_at.items() if at < float("inf")] == []
+
+
 def test_an_offer_may_be_answered_at_once(make: Make) -> None:
     bench = make()
     pi = bench.join("pi")

@@ -59,10 +59,10 @@ def test_messages_never_finished_take_bounded_memory(make: Make) -> None:
 
 def test_all_devices_together_stay_within_the_assembly_bound(make: Make) -> None:
     bench = make(limits__assembly_bytes=2**20)
-    bench.core._updates.validation.settings = replace(
-        bench.core.settings, limits=replace(bench.core.settings.limits, assembly_bytes=8000)
-    )
-    devices = [bench.join(f"d{number}") for number in range(8)]
+    validation = bench.core._updates.validation
+    bound = 3 * (validation.update_bytes_max + SEAL_BYTES)
+    validation.settings = replace(bench.core.settings, limits=replace(bench.core.settings.limits, assembly_bytes=bound))
+    devices = [bench.join(f"d{number}") for number in range(bound // 1000)]
     sent = [device.update(float32_block(bench.schema, 1), 0, frame_bytes=1500) for device in devices]
     for device, frames in zip(devices, sent, strict=True):
         bench.receive(device.topic("update"), frames[0])
@@ -70,7 +70,7 @@ def test_all_devices_together_stay_within_the_assembly_bound(make: Make) -> None
         member.collector.size_bytes if member.collector is not None else 0
         for member in bench.core.registry.members.values()
     ]
-    assert sum(sizes) <= 8000
+    assert sum(sizes) <= bound
     assert sizes[0] == 0  # the longest silent goes first
     assert sizes[-1] > 0
     assert receipts(bench.receive(devices[-1].topic("update"), *sent[-1][1:]))[0].outcome == "accepted"
@@ -88,7 +88,7 @@ def test_a_device_that_fills_the_assembly_bound_takes_nothing_from_one_on_a_slow
     """
     bench = make(limits__assembly_bytes=2**20)
     bench.core._updates.validation.settings = replace(
-        bench.core.settings, limits=replace(bench.core.settings.limits, assembly_bytes=7000)
+        bench.core.settings, limits=replace(bench.core.settings.limits, assembly_bytes=9200)
     )
     slow, hostile = bench.join("slow"), bench.join("hostile")
     bench.core._updates.validation.update_bytes_max = 3000
@@ -104,7 +104,7 @@ def test_a_device_that_fills_the_assembly_bound_takes_nothing_from_one_on_a_slow
             ]
             bench.receive(hostile.topic("update"), *flood)
     assert outcomes == ["accepted"]
-    assert bench.core._updates.validation._held_bytes <= 7000
+    assert bench.core._updates.validation._held_bytes <= 9200
 
 
 @pytest.mark.parametrize("in_order", [True, False])
@@ -127,7 +127,7 @@ def test_an_update_larger_than_the_assembly_bound_is_whole_even_beside_one_that_
             for number in range(3)
         ]
         bench.receive(hostile.topic("update"), *flood)
-        assert validation._held_bytes <= 2 * (validation.update_bytes_max + SEAL_BYTES)
+        assert validation._held_bytes <= 3 * (validation.update_bytes_max + SEAL_BYTES)
     assert outcomes == ["accepted"]
 
 
@@ -188,7 +188,7 @@ def test_what_unfinished_messages_hold_is_counted_along(make: Make) -> None:
     bench.receive(devices[0].topic("update"), *last)
     check()
     validation.settings = replace(bench.core.settings, limits=replace(bench.core.settings.limits, assembly_bytes=1))
-    validation.update_bytes_max = 0  # two of the largest would fit
+    validation.update_bytes_max = 0  # three of the largest would fit
     more = devices[2].update(float32_block(bench.schema, 3), 0, frame_bytes=1500)
     bench.receive(devices[2].topic("update"), more[0])
     check()

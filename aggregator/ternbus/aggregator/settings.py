@@ -142,7 +142,7 @@ class LimitSettings:
     )
     messages_in_assembly: int = key(4, "unfinished messages of one device; beyond that the oldest is dropped", low=4)
     assembly_bytes: int = key(
-        256 * 2**20, "bytes of all devices' unfinished messages; two updates always fit", low=2**20
+        256 * 2**20, "bytes of all devices' unfinished messages; three updates always fit", low=2**20
     )
     receipts_per_s: int = key(
         100, "receipts to one device per second; frames that need more are dropped before they are read", low=10

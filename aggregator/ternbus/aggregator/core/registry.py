@@ -52,6 +52,7 @@ class Member:
     highest_base: int = -1
     answer: Answer = field(default_factory=Answer)
     granted: int = -1  # the seq whose parts were asked for
+    granted_up_to: int = 0  # so many parts of it have come once all that were asked for have
     role: str = DEVICE
     evaluates: bool = False  # an evaluator, or published test metrics and no update: nobody waits for its updates
     status: Status | None = None

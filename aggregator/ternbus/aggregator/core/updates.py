@@ -56,11 +56,15 @@ class Updates:
         offer = self.validation.judge_offer(member, frame, self.model.version, closed=self.closed)
         if isinstance(offer, Verdict):
             return self._answer(member, frame.seq, offer)
-        missing = member.collector.missing("update", frame.seq) if member.collector is not None else []
-        granted = self._grants.grant(member.name, missing or list(range(offer.parts)), now)
+        collector = member.collector
+        missing = collector.missing("update", frame.seq) if collector is not None else []
+        came = collector.came("update", frame.seq) if collector is not None else 0
+        goes_on = came > 0 and frame.seq == member.granted and came >= member.granted_up_to
+        granted = self._grants.grant(member.name, missing or list(range(offer.parts)), now, goes_on=goes_on)
         if not granted or self._accepts_nothing:
             return self._busy(member, frame.seq, now)
         member.granted = frame.seq
+        member.granted_up_to = came + sum(last - first + 1 for first, last in granted)
         grant = Grant(device=member.name, device_key=member.key, seq=frame.seq, parts=granted, deadline_s=GRANT_S)
         return self.frames.to_device(grant)
 

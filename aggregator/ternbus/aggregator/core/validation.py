@@ -213,10 +213,11 @@ class Validation:
 
         A device has one update outstanding, so what it holds beyond one goes first, whoever else has been silent for
         longer: no device alone takes the place of one on a slow line. Then the longest silent device's goes.
-        Two of the largest updates always fit: else one of a large model would never be whole beside another.
+        Three of the largest updates always fit: else one device that never finishes would leave room for one, and two
+        that send theirs in several grants would push each other out.
         """
         one = self.update_bytes_max + SEAL_BYTES
-        bound = max(self.settings.limits.assembly_bytes, 2 * one)
+        bound = max(self.settings.limits.assembly_bytes, 3 * one)
         while self._held_bytes > bound:
             waiting = self._assembling.items()
             found = (each for each in waiting if len(each[1]) > 1 or each[1].size_bytes > one)

@@ -141,10 +141,17 @@ class Collector:
 
     def missing(self, kind: str, seq: int) -> list[int]:
         """The missing parts of a partly received message; empty if no part has arrived."""
-        for (_, its_kind, its_seq, _, _), assembly in self._assemblies.items():
-            if (its_kind, its_seq) == (kind, seq):
-                return [part for part in range(assembly.parts) if part not in assembly.bodies]
-        return []
+        assembly = self._find(kind, seq)
+        return [part for part in range(assembly.parts) if part not in assembly.bodies] if assembly is not None else []
+
+    def came(self, kind: str, seq: int) -> int:
+        """How many parts of a partly received message have arrived."""
+        assembly = self._find(kind, seq)
+        return len(assembly.bodies) if assembly is not None else 0
+
+    def _find(self, kind: str, seq: int) -> _Assembly | None:
+        found = (each for name, each in self._assemblies.items() if name[1:3] == (kind, seq))
+        return next(found, None)
 
     def clear(self) -> None:
         self._assemblies.clear()
