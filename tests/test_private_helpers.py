@@ -340,7 +340,8 @@ def test_a_card_comes_again_at_each_connect_and_changes_nothing(bench: PrivateBe
         ({"helper": "h-2"}, "bad-card"),
         ({"public": Identity(bytes(32)).public}, "bad-signature"),
         ({"public": Identity(bytes(32)).public, "signer": Identity(bytes(32))}, "bad-card"),
-        ({"box_key": bytes(32)}, "bad-card"),
+        ({"box_key": bytes(32)}, "bad-card"),  # of low order
+        ({"box_key": bytes([9, *bytes(31)])}, "bad-card"),  # a second one of this number
         ({"roster": "nobody"}, "bad-meta"),
         ({"min": 1}, "bad-meta"),
         ({"number": 0}, "bad-meta"),

@@ -74,6 +74,7 @@ def test_a_snapshot_is_asked_for_by_name_once_the_broker_has_acknowledged_all_of
     assert acknowledge(bench, HEAD, *parts[:-1], parts[0]) == []
     assert asked(acknowledge(bench, parts[-1])) == parts
     assert show(bench, *parts[1:]) == []
+    assert show(bench, parts[1]) == []  # again
     done = show(bench, parts[0])
     assert released(done) == parts
     assert bench.core.deadline is None
