@@ -182,7 +182,9 @@ def test_a_device_finds_its_update_in_a_set_or_among_those_that_were_dropped(tmp
         (6, 2, "revoked"),
     ]
     assert found.waiting == [7]  # private updates may wait through several merges
-    assert "2 more were dropped, as the log says: below-min: 2 on version 0, revoked" in found.report("pi")
+    report = found.report("pi")
+    assert "2 more were dropped, as the log says: 1 below-min, 1 revoked\n" in report
+    assert ": below-min: 2 on version 0\n" in report
     assert len(found.facts()["dropped"]) == 2  # type: ignore[arg-type]
 
 

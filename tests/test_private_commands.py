@@ -101,7 +101,7 @@ def test_settings_that_do_not_go_with_private_sums_are_refused_at_init(
     assert init(model, tmp_path / "agg", *private, "--set", "merge.rule=krum") == 2
     assert 'merge.rule = "krum": private sums do not go with it' in capsys.readouterr().err
     assert init(model, tmp_path / "agg", *private, "--set", "merge.buffer_size=50") == 2
-    assert "use --set: merge.buffer_size = 31 or less" in capsys.readouterr().err
+    assert "use a buffer_size of 31 or less" in capsys.readouterr().err
 
 
 def test_a_helper_is_invited_by_its_name(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,6 +113,15 @@ def test_a_helper_is_invited_by_its_name(home: Path, tmp_path: Path, capsys: pyt
     out = tmp_path / "invitations"
     assert ternbus("aggregator", "invite", home, "pi-1", "--helper", "h-1", "--out", out) == 0
     assert sorted(path.name for path in out.iterdir()) == ["h-1.toml", "pi-1.toml"]
+
+
+def test_a_device_of_a_helper_s_name_is_invited_with_a_word_about_the_option(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ternbus("aggregator", "invite", home, "h-1") == 0
+    assert "for the helper of that name use --helper h-1" in capsys.readouterr().err
+    assert ternbus("aggregator", "invite", home, "pi-1") == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_only_helpers_in_the_settings_are_invited(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

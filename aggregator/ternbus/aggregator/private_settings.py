@@ -94,13 +94,13 @@ class PrivateSettings:
         if about.buffer_size > self.devices_max:
             raise ConfigError(
                 f"{where}.buffer_size = {about.buffer_size}: {self.bits} bits with levels = {self.levels} hold sums of "
-                f"at most {self.devices_max} devices; use {where}.buffer_size = {self.devices_max} or less, or more "
+                f"at most {self.devices_max} devices; use a buffer_size of {self.devices_max} or less, or more "
                 "private.bits"
             )
         if about.buffer_size < self.min:
             raise ConfigError(
                 f"{where}.buffer_size = {about.buffer_size}: a sum is of at least private.min = {self.min} devices; "
-                f"use {where}.buffer_size = {self.min} or more, or a smaller private.min"
+                f"use a buffer_size of {self.min} or more, or a smaller private.min"
             )
 
 

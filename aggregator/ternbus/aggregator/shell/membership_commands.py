@@ -64,6 +64,7 @@ def invite(
     """
     devices, evaluators, helpers = devices or [], evaluators or [], helpers or []
     _check_names(devices, evaluators, helpers)
+    _warn_of_helpers(directory, devices)
     expires_in_s = None if expires_in is None else _seconds(expires_in)
     if out is None and len([*devices, *evaluators, *helpers]) > 1:
         raise ConfigError("several invitations need a folder: add --out FOLDER")
@@ -90,6 +91,13 @@ def _check_names(devices: Sequence[str], evaluators: Sequence[str], helpers: Seq
         raise ConfigError(f"{same[0]} is named as a helper and as a device: invite them by two commands")
     if both := sorted(set(devices) & set(evaluators)):
         raise ConfigError(f"{both[0]} cannot be a device and an evaluator: use two names")
+
+
+def _warn_of_helpers(directory: Path, devices: Sequence[str]) -> None:
+    """Say which devices have a helper's name: both may have one name, and the option is easily forgotten."""
+    private = administration.load_settings(directory).private
+    for name in sorted(set(devices) & set(private.helpers if private else ())):
+        typer.echo(f"ternbus: this invites a device {name}; for the helper of that name use --helper {name}", err=True)
 
 
 def _seconds(text: str) -> float:

@@ -53,7 +53,7 @@ def _private(found: Mapping[str, Any]) -> list[str]:
     """Private sums: by which terms, and the table of helpers."""
     terms = "no terms yet" if found["terms"] is None else f"terms {found['terms']}"
     lines = [f"private sums of {found['min']} to {found['max']} devices, {found['bits']} bits: {terms}"]
-    columns = dict.fromkeys(("helper", "state", "roster"), "<") | dict.fromkeys(("card", "sets"), ">")
+    columns = dict.fromkeys(("helper", "state", "roster"), "<") | dict.fromkeys(("box key", "count"), ">")
     rows = []
     for name, row in found["helpers"].items():
         at = row["answered_at"]

@@ -15,7 +15,7 @@ def read(directory: Path, settings: Settings) -> dict[str, Any]:
 
     ``terms`` is the digest of the newest version's terms (None: devices wait until all ``helpers`` are ready), ``min``
     and ``max`` how many devices a sum is of; each helper's ``waits_for`` says what it is waited for (None: nothing),
-    ``card`` the number of its box key, ``count`` how many sets it has written down, ``answered_at`` when it answered
+    ``card`` the number of its box key, ``count`` how many steps it has written down, ``answered_at`` when it answered
     last (Unix seconds). ``closing``: the federation closes when helpers have answered. For ``groups``, ``sets`` and
     ``dropped`` see `set_rows.status`.
     """

@@ -27,6 +27,10 @@ GRACE_S: Final = 1.0  # for parts to arrive through the common subscription, bef
 RETRY_S: Final = 60.0  # until the next request, after other terms came than the head's
 HELD_MAX: Final = 4  # terms that no head has named yet, or no longer
 MESSAGES_MAX: Final = 4
+NO_TERMS: Final = (
+    "it names no terms of private sums; the aggregator has none while it waits for a helper, and `ternbus aggregator "
+    "status` says for which"
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -91,7 +95,7 @@ class PrivateTerms:
         self._digest, self.terms, self.fault, self._ask_s, self._asked = digest, None, "", None, False
         if not digest:
             is_private = head.plan.get("codec") == PRIVATE  # any other codec is the plan's fault
-            self.fault = "it names no terms of private sums" if is_private else ""
+            self.fault = NO_TERMS if is_private else ""
         elif digest in self._held:
             self._take(self._held[digest])
         else:

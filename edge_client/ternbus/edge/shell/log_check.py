@@ -1,6 +1,6 @@
 """The check of the aggregator's log of merges against a device's receipts."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -82,8 +82,10 @@ class LogCheck:
             f"yet; the log ends at version {self.version}"
         )
         if self.dropped:
-            reasons = ", ".join(sorted({each.reason for each in self.dropped}))
+            counts = Counter(each.reason.partition(":")[0] for each in self.dropped)
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
             lines.append(f"{len(self.dropped)} more were dropped, as the log says: {reasons}")
+            lines += [f"  update {each.seq} on version {each.base}: {each.reason}" for each in self.dropped[-SHOWN:]]
         if self.unknown_bytes:
             lines.append(
                 f"{len(self.unknown_bytes)} more are in the log, and were sent or accepted by a Ternbus that kept no "
@@ -102,7 +104,7 @@ class LogCheck:
             f"{100 * each.share:.1f} % of it"
             for each in self.merged[-SHOWN:]
         ]
-        if len(self.merged) > SHOWN:
+        if max(len(self.merged), len(self.dropped)) > SHOWN:
             lines.append(f"  (the last {SHOWN}; --json lists all)")
         return "\n".join(lines)
 

@@ -18,6 +18,7 @@ _TEXTS: Final = {
     sets.ABANDONED: "abandoned a set",
     sets.REFUSED: "refused a set",
 }
+_REMEDIES: Final = {"not-admitted": "; `ternbus helper admit` lets a device in"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +35,7 @@ class Reply:
     def text(self) -> str:
         """For the log."""
         text = f"{_TEXTS[self.answer.outcome]} ({self.answer.set.hex()[:16]})"
-        return f"{text}: {self.answer.reason}" if self.answer.reason else text
+        return f"{text}: {self.answer.reason}{_REMEDIES.get(self.reason, '')}" if self.answer.reason else text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

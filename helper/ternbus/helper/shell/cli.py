@@ -115,8 +115,8 @@ def admit(
 ) -> None:
     """Put a device on the helper's own roster, also while the helper runs; a second key replaces the first.
 
-    Get the key from the device's owner, not from the aggregator: `ternbus edge status` shows it there. A device that
-    does not exist can be made up, and a sum of one real device and made-up ones shows what the real one sent.
+    Get the key from the device's owner, not from the aggregator: it is `public_key` in `ternbus edge status` there. An
+    aggregator can make devices up, and a sum of one real device and made-up ones shows what the real one sent.
 
     Example: ternbus helper admit bureau pi-7 3b6a27bc…
     """

@@ -208,7 +208,7 @@ def remove(folder: Path, device: str) -> None:
     with naming(folder / FILE), closing(_reading(folder)) as db, db:
         db.execute("BEGIN IMMEDIATE")
         if not _deactivate(db, device):
-            raise ConfigError(f"{device} is not on the roster: `ternbus helper roster` lists who is")
+            raise ConfigError(f"{device} is not on the roster: `ternbus helper roster DIR` lists who is")
 
 
 def check(folder: Path) -> None:
