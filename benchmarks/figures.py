@@ -333,7 +333,7 @@ def _table(head: Iterable[str], body: Iterable[Iterable[str]]) -> str:
 
 def _sized(size_bytes: int | None, float32: int) -> tuple[str, str]:
     """A number of bytes, and what it is of float32's."""
-    return ("not measured", "-") if size_bytes is None else (f"{size_bytes:,}", _percent(size_bytes / float32))
+    return ("not built", "-") if size_bytes is None else (f"{size_bytes:,}", _percent(size_bytes / float32))
 
 
 def _bits(sizes: Any, encoding: str) -> float:
