@@ -275,7 +275,7 @@ def test_a_lower_count_is_told_and_never_believed(bench: PrivateBench, helper: H
     bench.ready(helper)
     bench.say(helper, helper.status(session=2, count=7))
     text = logged(bench.say(helper, helper.status(session=3, count=5)))
-    assert "the helper h-1 says that it has written down 5 sets, and it had 7" in text
+    assert "the helper h-1 says that it has written down 5 steps, and it had 7" in text
     assert "ternbus helper restored DIR" in text
     assert bench.sums.helpers["h-1"].count == 7
     assert bench.ledger.db.execute("SELECT count FROM helpers").fetchone() == (7,)

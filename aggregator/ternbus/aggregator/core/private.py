@@ -198,7 +198,7 @@ class Private:
     def _behind(self, helper: Helper, known: int, count: int, now: float) -> list[Action]:
         """Tell the operator that a helper has begun with a lower count than it had."""
         text = (
-            f"the helper {helper.name} says that it has written down {max(count, 0)} sets, and it had {known}: it "
+            f"the helper {helper.name} says that it has written down {max(count, 0)} steps, and it had {known}: it "
             f"forgets which updates were opened; {RESTORED}"
         )
         return self.refusals.refuse("helper-behind", text, now)

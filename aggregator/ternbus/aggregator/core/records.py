@@ -232,7 +232,7 @@ class HelperInvitationCancelled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HelperObserved:
-    """What a helper said last; ``count`` is the highest number of sets that it has stated, -1 for none."""
+    """What a helper said last; ``count`` is the highest number of steps that it has stated, -1 for none."""
 
     helper: str
     count: int

@@ -1,4 +1,4 @@
-"""A helper as the aggregator knows it: its pinned key, its newest card, and how many sets it has written down."""
+"""A helper as the aggregator knows it: its pinned key, its newest card, and the steps that it has written down."""
 
 from dataclasses import dataclass
 

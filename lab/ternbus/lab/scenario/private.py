@@ -52,8 +52,8 @@ class Private:
         """Raise `ConfigError` where so few devices are no sum."""
         if self.min > devices:
             raise ConfigError(
-                f"private.min = {self.min}: a sum is of updates of as many devices, and devices = {devices}; use fewer "
-                "in a sum, or more devices"
+                f"private.min = {self.min}: a sum has the updates of so many devices or more, and devices = {devices}; "
+                "use a smaller private.min, or more devices"
             )
 
 
