@@ -20,9 +20,10 @@ from support.private_device import PINS, refusals, training
 from support.private_sums import card, helper_key, terms_for
 from support.scripted_aggregator import ScriptedAggregator
 from ternbus.broker.errors import ConfigError, ProtocolError
+from ternbus.broker.protocol.plan_keys import SUM
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.sums import masks
-from ternbus.broker.sums.terms import SUM, Terms
+from ternbus.broker.sums.terms import Terms
 from ternbus.broker.sums.words import BUCKETS, WEIGHT_STEPS
 from ternbus.edge.core import events
 from ternbus.edge.core.actions import Log, StartTraining

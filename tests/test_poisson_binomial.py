@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ternbus.broker.protocol.plan_keys import SUM
 from ternbus.broker.protocol.schema import Schema
-from ternbus.broker.sums.terms import MASK, SUM, Terms
+from ternbus.broker.sums.terms import MASK, Terms
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.poisson_binomial import Levels, deviation, draw, release
 

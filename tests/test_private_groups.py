@@ -12,8 +12,9 @@ from ternbus.aggregator.sums.decode import decode
 from ternbus.aggregator.sums.groups import Fleet, Group, Rule, Waiting, leaves_some, lost
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.identity import Identity
+from ternbus.broker.protocol.plan_keys import NO_DP, SUM
 from ternbus.broker.protocol.schema import Schema
-from ternbus.broker.sums.terms import MASK, NO_DP, OWN, SUM, Card, SignedCard, Terms
+from ternbus.broker.sums.terms import MASK, OWN, Card, SignedCard, Terms
 from ternbus.broker.sums.words import BITS, BUCKETS, DENSE_STEPS, Layout
 
 HELPER = Identity(bytes(32))

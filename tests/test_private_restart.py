@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from support.set_world import World
+from support.set_world import World, content_of
 from support.small_world import Bench, make_directory, receipts, scratch
 from ternbus.aggregator import settings as configuration
 from ternbus.aggregator.core import events
@@ -121,6 +121,27 @@ def test_a_sum_that_is_known_is_merged_after_a_restart() -> None:
     assert np.array_equal(world.core.model.server.target, target)
 
 
+def test_a_start_adds_the_sets_of_a_version_in_the_order_of_its_merge() -> None:
+    """A sum of floats has another last bit in another order, and the rows of the sets lie in that of their opening."""
+    world = World(merge__buffer_size=3, merge__max_wait_s=1000.0, private__samples=100.0)
+    devices = world.begin(9)
+    world.lose = lambda topic: topic.endswith("/ask")
+    for number, device in enumerate(devices):
+        content = content_of(world.terms_of[0], device.name, weight=100 + 17 * number)
+        assert world.give(device, 0, content).outcome == "accepted"
+    world.settle()
+    made = [digest for (digest,) in world.ledger.db.execute("SELECT digest FROM sets ORDER BY rowid")]
+    assert len(made) == 3
+    go_on(world)
+    (merged,) = [entry.sets for entry in world.entries() if entry.sets]
+    assert sorted(each.digest for each in merged) == sorted(made)
+    with world.ledger.db as db:
+        db.execute("UPDATE sets SET rowid = -rowid")
+    target = world.core.model.server.target
+    world.restart()
+    assert np.array_equal(world.core.model.server.target, target)
+
+
 def test_an_answer_may_come_in_parts() -> None:
     world = World(model={"w": np.ones((60, 100), np.float32)})
     devices = world.begin()
@@ -222,6 +243,7 @@ def test_a_key_that_another_copy_knows_to_be_revoked_is_dropped_at_the_start(ste
     [
         ("UPDATE sets SET sum = zeroblob(8)", "the sum of a set on version 0"),
         ("UPDATE sets SET base = 7", "the context of private updates on version 7"),
+        ("DELETE FROM sets", "names other sets than those of version 1"),
     ],
 )
 def test_a_sum_that_is_not_as_it_was_written_stops_the_start(

@@ -12,9 +12,10 @@ from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.frame import build, parse
 from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.messages import PRIVATE, Update
+from ternbus.broker.protocol.plan_keys import NO_DP, SUM
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.sums import masks, sets
-from ternbus.broker.sums.terms import MASK, NO_DP, OWN, SUM, Card, SignedCard, Terms, context, digest_of
+from ternbus.broker.sums.terms import MASK, OWN, Card, SignedCard, Terms, context, digest_of
 from ternbus.broker.sums.words import BITS, BUCKETS, Layout
 
 HELPER, DEVICE = Identity(bytes(32)), Identity(bytes([1]) * 32)

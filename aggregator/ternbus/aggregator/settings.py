@@ -211,16 +211,19 @@ class Settings:
         return [] if self.plan_check is not None else [f"plan.{each}" for each in plan_settings.doubts(self.plan, None)]
 
     @property
+    def _whole_plan(self) -> Mapping[str, Any]:
+        """The task's plan, and over it what the settings state."""
+        return {**({} if self.plan_check is None else self.plan_check.default_plan), **self.plan}
+
+    @property
     def learning_rate(self) -> float:
         """Of the devices, where the plan or the task states one; else a usual one."""
-        plans = ({} if self.plan_check is None else self.plan_check.default_plan, self.plan)
-        stated = [plan["learning_rate"] for plan in plans if plan.get("learning_rate")]
-        return float(stated[-1]) if stated else LEARNING_RATE
+        return float(self._whole_plan.get("learning_rate") or LEARNING_RATE)
 
     @property
     def sum_noise(self) -> tuple[float, float]:
         """θ and B of `dp = "sum"`, of the plan or the task; 0 and 0 for another `dp`."""
-        plan = {**({} if self.plan_check is None else self.plan_check.default_plan), **self.plan}
+        plan = self._whole_plan
         if plan.get("dp") != plan_keys.SUM:
             return 0.0, 0.0
         return float(plan.get("dp_theta", 0.0)), float(plan.get("dp_norm", 0.0))

@@ -23,7 +23,6 @@ from ternbus.broker.protocol.messages import CLOSED, Enroll, Receipt, Status
 from ternbus.broker.sums.sets import Answer
 from ternbus.broker.sums.terms import CARD_BYTES_MAX, SignedCard
 
-CARD_KIND: Final = "card"
 NEW_TERMS_S: Final = 10.0  # between two versions of no update: a helper may change its card at any rate
 HELPER_HEADER_BYTES: Final = 8192  # an answer that names 50 devices takes half of it
 NOT_KNOWN: Final = "this aggregator does not know this helper: it may have been restored from before it joined"
@@ -112,7 +111,7 @@ class Private:
         match frame.kind:
             case Status.KIND:
                 return self._status(helper, frame, now)
-            case "card":
+            case topics.CARD:
                 return self._card(helper, frame)
             case _:  # the topics that a helper may write on leave only answers
                 return self._answer(helper, frame, now)

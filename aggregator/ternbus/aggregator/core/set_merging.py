@@ -24,7 +24,6 @@ from ternbus.aggregator.sums.state import PrivateSums
 from ternbus.broker.protocol.messages import CLOSED, OPEN, PAUSED
 
 TRAINING: Final = "training"  # a state of devices
-EMPTY: Final = "a version of no update: what all devices sent on the one before was dropped, or waits for company"
 
 
 @dataclass(slots=True, kw_only=True)

@@ -309,7 +309,10 @@ class Ledger:
 
     def last_entry(self) -> Signed:
         """The newest version's entry in the log of merges."""
-        version = self.version
+        return self.entry(self.version)
+
+    def entry(self, version: int) -> Signed:
+        """A version's entry in the log of merges; CorruptError without one."""
         row = self.db.execute("SELECT entry FROM log WHERE version = ?", (version,)).fetchone()
         try:
             return unpack(b"" if row is None else row[0])

@@ -15,12 +15,11 @@ from ternbus.aggregator.sums.private_sets import (
     OpenedSet,
     PrivateSet,
     PrivateUpdate,
-    in_order,
 )
 from ternbus.aggregator.sums.state import ContextOf, PrivateSums
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.identity import KeyId
-from ternbus.broker.protocol.merge_log import DroppedUpdate, PrivateMember
+from ternbus.broker.protocol.merge_log import DroppedUpdate, Entry, PrivateMember
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.sums.sets import SetMember
 
@@ -49,8 +48,8 @@ def held(ledger: Ledger, settings: Settings, schema: Schema, sums: PrivateSums) 
 def merged(
     ledger: Ledger, settings: Settings, schema: Schema, sums: PrivateSums, version: int
 ) -> Iterator[BufferedUpdate]:
-    """What a version's sets came to, in the order of its merge."""
-    found = []
+    """What a version's sets came to, in the order of its merge, which is that of its entry in the log of merges."""
+    found = {}
     rows = ledger.db.execute("SELECT digest, base, staleness, devices, sum FROM sets WHERE merged = ?", (version,))
     for digest, base, staleness, devices, total in rows.fetchall():
         about = context_of(ledger, sums, base)
@@ -62,8 +61,11 @@ def merged(
             members=(),
             sum=_sum(ledger, schema, about, devices, total),
         )
-        found.append(opened)
-    return (each.buffered for each in in_order(found))
+        found[digest] = opened.buffered
+    named = [each.digest for each in Entry.parse(ledger.entry(version).content).sets]
+    if set(named) != found.keys():
+        raise ledger.corrupt(f"the log of merges names other sets than those of version {version}")
+    return (found[digest] for digest in named)
 
 
 def context_of(ledger: Ledger, sums: PrivateSums, base: int) -> ContextOf:

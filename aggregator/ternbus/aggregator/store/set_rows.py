@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from ternbus.aggregator.core import records
+from ternbus.aggregator.core.sets import REVOKED
 from ternbus.aggregator.store import checksums
 from ternbus.aggregator.store.schema import DROPPED
 from ternbus.aggregator.sums.decode import RANGE
@@ -30,7 +31,6 @@ Written = (
 ASKS: Final = "asks"  # a fact: the digests of sets, by the helper that has not answered for them, in JSON
 _ONE: Final = "digest = :digest"
 _OF_DEVICE: Final = "update_id = (SELECT id FROM updates WHERE device = :device AND base = :base)"
-_REVOKED: Final = "revoked"  # why updates are dropped
 DAMAGED: Final = "damaged"
 
 
@@ -101,7 +101,7 @@ def revoke(db: sqlite3.Connection, device: str) -> None:
             continue
         if digest is not None:
             _abandon(db, digest)
-        _drop(db, device, base, _REVOKED)
+        _drop(db, device, base, REVOKED)
 
 
 def mend(db: sqlite3.Connection) -> list[str]:

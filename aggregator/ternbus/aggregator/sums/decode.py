@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ternbus.broker.errors import ProtocolError
+from ternbus.broker.protocol.plan_keys import SUM
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import Block
-from ternbus.broker.sums.terms import SUM, Terms
+from ternbus.broker.sums.terms import Terms
 from ternbus.broker.sums.words import BUCKETS, DENSE_STEPS, WEIGHT_MIN, WEIGHT_STEPS, Integers, Words
 
 RANGE: Final = "sum-out-of-range"  # why a set is dropped: a device or a helper did not keep to the protocol

@@ -35,7 +35,7 @@ def check_header(sums: PrivateSums | None, update: Update) -> ContextOf:
     if not update.sealed or update.encoding != RAW or update.samples != 1:
         raise ProtocolError("bad-private", "a private update is sealed, its encoding is raw and its samples are 1")
     if not METRICS.issuperset(update.metrics):
-        raise ProtocolError("bad-private", "a private update states no metrics but epsilon")
+        raise ProtocolError("bad-private", "a private update states no metrics but epsilon and delta")
     return about
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ternbus.broker.protocol.schema import DENSE, Schema, Vector
-from ternbus.broker.sums.words import BUCKETS
+from ternbus.broker.sums.terms import SCALE_MAX
+from ternbus.broker.sums.words import BUCKETS, DENSE_FACTOR
 
-DENSE_FACTOR: Final = 8.0  # the range of a dense tensor, by its reference
-SCALE_MIN, SCALE_MAX = 2.0**-40, 2.0**40  # 0 would stay 0, whatever devices state
+SCALE_MIN: Final = 1 / SCALE_MAX  # 0 would stay 0, whatever devices state
 _END: Final = BUCKETS // 2  # the last bucket's octave
 _REACH: Final = _END + round(math.log2(SCALE_MAX / SCALE_MIN))  # octaves between any two scales, and a bucket
 

@@ -11,8 +11,9 @@ from ternbus.aggregator.private_settings import PrivateSettings
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.sums import scales
 from ternbus.aggregator.sums.helper import Helper
+from ternbus.broker.protocol.plan_keys import NO_DP, SUM
 from ternbus.broker.protocol.schema import Schema, Vector
-from ternbus.broker.sums.terms import NO_DP, SUM, Terms, context, digest_of
+from ternbus.broker.sums.terms import Terms, context, digest_of
 
 
 @dataclass(frozen=True, kw_only=True)

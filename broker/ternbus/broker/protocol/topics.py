@@ -13,7 +13,8 @@ WHOLE_KINDS: Final = frozenset({"status", "head"})  # under all/, one topic for 
 PART_KINDS: Final = frozenset({"snapshot", "delta"})  # under all/, one topic for each part
 PAGE_KINDS: Final = frozenset({"revocations"})  # under all/, one topic for each page
 TERMS: Final = "terms"  # under all/, one topic for each part
-HELPER_KINDS: Final = frozenset({"status", "card", "enroll", "answer"})  # under help/, by a helper
+CARD: Final = "card"
+HELPER_KINDS: Final = frozenset({"status", CARD, "enroll", "answer"})  # under help/, by a helper
 TO_HELPER_KINDS: Final = frozenset({"ask", "receipt"})  # under help/, by the aggregator
 
 

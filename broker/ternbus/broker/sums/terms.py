@@ -17,14 +17,13 @@ from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import meta_fields
 from ternbus.broker.protocol.frame import COUNTER_MAX, SIGNATURE_BYTES
 from ternbus.broker.protocol.identity import Identity, is_device, is_federation, verify
+from ternbus.broker.protocol.plan_keys import NO_DP, SUM, THETA_MAX
 from ternbus.broker.protocol.schema import ELEMENTS_MAX, TENSORS_MAX, Schema, type_f32
 from ternbus.broker.sums import canonical
 from ternbus.broker.sums.words import BITS, DENSE_STEPS, DEVICES_MAX, Layout
 
-KIND: Final = "terms"  # of the message
 MASK, BFV = "mask", "bfv"  # kinds of private sums
 KINDS: Final = (MASK, BFV)
-NO_DP, SUM = "none", "sum"
 AGGREGATOR, OWN = "aggregator", "own"  # rosters: who says which devices there are
 ROSTERS: Final = (AGGREGATOR, OWN)
 HELPERS_MAX: Final = 8
@@ -183,7 +182,7 @@ class Terms:
         )
         if terms.bits not in BITS or terms.min > terms.devices_max:
             raise ProtocolError("bad-terms", "'bits' do not hold a set of 'min' devices")
-        if not terms.theta <= 0.25 or (terms.dp == SUM) != (terms.theta > 0 and terms.norm > 0):
+        if not terms.theta <= THETA_MAX or (terms.dp == SUM) != (terms.theta > 0 and terms.norm > 0):
             raise ProtocolError("bad-terms", "'theta' and 'norm' do not go with 'dp'")
         if terms.content() != content:  # an integer in place of a float
             raise ProtocolError("bad-terms", "the encoding is not canonical")

@@ -16,6 +16,7 @@ from ternbus.broker.errors import ProtocolError
 
 BITS: Final = (4, 5, 6, 8)  # of a lane
 BUCKETS: Final = 7  # of a tensor's scale relative to the terms': -3 to 3 octaves
+DENSE_FACTOR: Final = 8.0  # the range of a dense tensor, by its reference
 DENSE_STEPS: Final = 2**20  # from 0 to the range of a dense tensor
 WEIGHT_STEPS: Final = 255  # a device's weight is a multiple of 1/255
 WEIGHT_MIN: Final = 64  # the smallest one, 1/4 rounded up

@@ -15,7 +15,7 @@ from ternbus.broker.protocol.messages import PRIVATE, Head
 from ternbus.broker.protocol.parts import Collector, parts_max
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.sums.plan_bytes import plan_bytes
-from ternbus.broker.sums.terms import KIND, TERMS_BYTES_MAX, Terms, context, digest_of
+from ternbus.broker.sums.terms import TERMS_BYTES_MAX, Terms, context, digest_of
 from ternbus.edge.core.actions import Action, Log
 from ternbus.edge.core.part_requests import PartRequests
 from ternbus.edge.core.pending_state import PendingState
@@ -80,7 +80,7 @@ class PrivateTerms:
         if due is None or due > now:
             return []
         # The first part, until one has arrived, which has the number of parts.
-        missing = self._collector.missing(KIND, self._newest_seq) or [0]
+        missing = self._collector.missing(topics.TERMS, self._newest_seq) or [0]
         return [*self.requests.cancel(), *self._request(missing, now)]
 
     def head_accepted(self, head: Head, meta_bytes: bytes, now: float) -> list[Action]:
@@ -116,7 +116,7 @@ class PrivateTerms:
         if not self.missing:
             return [*actions, *self.requests.cancel()]
         if actions and not self.requests:
-            if whole is None and (rest := self._collector.missing(KIND, frame.seq)):
+            if whole is None and (rest := self._collector.missing(topics.TERMS, frame.seq)):
                 return [*actions, *self._request(rest, now)]
             self._ask_s = now + RETRY_S  # the terms of another head: the next one may name them
         return actions
@@ -179,5 +179,5 @@ class PrivateTerms:
 
 def named_terms(plan: Mapping[str, Any]) -> bytes:
     """The digest of the terms that a head's plan names; empty if it names none."""
-    digest = plan.get(KIND)
+    digest = plan.get(topics.TERMS)
     return digest if isinstance(digest, bytes) and len(digest) == 32 and plan.get("codec") == PRIVATE else b""

@@ -6,8 +6,8 @@ from typing import Final
 
 from ternbus.broker.backoff import Retry
 from ternbus.broker.errors import ProtocolError
+from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.messages import OPEN, PRIVATE, Head
-from ternbus.broker.sums.terms import KIND as TERMS
 from ternbus.edge.core.actions import Log, StartTraining
 from ternbus.edge.core.events import BudgetSpent, TrainingFailed, TrainingFinished
 from ternbus.edge.core.failures import Failures
@@ -67,7 +67,7 @@ class TrainingPolicy:
         """Read the head's plan; the task's default plan completes it, the owner's policy and limits bound it."""
         self.plan, policy = None, self.profile.policy
         # The terms' digest is in a head's plan, but is no part of how to train: only `PrivateTerms` reads it.
-        keys = {name: value for name, value in head.plan.items() if name != TERMS}
+        keys = {name: value for name, value in head.plan.items() if name != topics.TERMS}
         try:
             plan = Plan.from_meta({**self.profile.default_plan, **keys})
         except ProtocolError as error:

@@ -17,14 +17,13 @@ import numpy.typing as npt
 from ternbus.broker.protocol.schema import TERNARY, Schema, Vector
 from ternbus.broker.sums.masks import SEED_BYTES, seed_of
 from ternbus.broker.sums.terms import Terms
-from ternbus.broker.sums.words import BUCKETS, DENSE_STEPS, WEIGHT_MIN, WEIGHT_STEPS
+from ternbus.broker.sums.words import BUCKETS, DENSE_FACTOR, DENSE_STEPS, WEIGHT_MIN, WEIGHT_STEPS
 from ternbus.edge.learn import terngrad
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.sum_content import SumContent
 from ternbus.edge.plan.plan import NO_DP, Plan
 
 BLOCK: Final = 65_536  # elements at a time
-DENSE_SHARE: Final = 8  # the range of a dense tensor, in scales
 OCTAVES: Final = BUCKETS // 2  # the highest bucket
 
 Levels = npt.NDArray[np.int32]
@@ -76,7 +75,7 @@ def _bucket(values: Vector, reference: float, plan: Plan, *, is_ternary: bool) -
     The own scale is TernGrad's of a ternary tensor, and max|u| of a dense one, whose reference is an eighth of its D.
     """
     own = float(terngrad.scale(values, clip_sigma=plan.clip_sigma) if is_ternary else np.abs(values).max())
-    shared = reference if is_ternary else reference / DENSE_SHARE
+    shared = reference if is_ternary else reference / DENSE_FACTOR
     if own == 0:
         return -OCTAVES
     if shared == 0:

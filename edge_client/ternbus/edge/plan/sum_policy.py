@@ -11,8 +11,9 @@ from typing import Final, Self
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.identity import is_public_key
 from ternbus.broker.protocol.messages import PRIVATE
+from ternbus.broker.protocol.plan_keys import NO_DP, SUM
 from ternbus.broker.protocol.schema import Schema
-from ternbus.broker.sums.terms import AGGREGATOR, HELPERS_MAX, MASK, NO_DP, OWN, ROSTERS, SUM, Terms
+from ternbus.broker.sums.terms import AGGREGATOR, HELPERS_MAX, MASK, OWN, ROSTERS, Terms
 from ternbus.broker.sums.words import DEVICES_MAX
 from ternbus.edge.plan.plan import Plan
 

@@ -1,14 +1,10 @@
 """The assembly of a device's process from directory, task, outbox, core and service, for each of its commands."""
 
 import logging
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
 
 from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError, FederationError
@@ -19,7 +15,7 @@ from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.identity import Identity, seal
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.messages import Status
-from ternbus.broker.stop_signals import STOPS, on_stop
+from ternbus.broker.stop_signals import signals_stop
 from ternbus.broker.version import software
 from ternbus.edge.core.actions import Log, Stop
 from ternbus.edge.core.core import Core
@@ -38,7 +34,6 @@ from ternbus.edge.store import outbox as outboxes
 from ternbus.edge.store import outbox_salvage
 from ternbus.edge.store.outbox import Outbox
 
-STOP_WITHIN_S: Final = 8.0
 _log = logging.getLogger(__name__)
 
 
@@ -232,32 +227,10 @@ def _serve(
             min_seconds=options.min_seconds,
             personal=Path(options.out) if options.out else home.folder / PERSONAL,
         )
-        with _signals_stop(service, EXIT_FAILED if role == "join" else EXIT_DONE):
+        with signals_stop(service.request_stop, EXIT_FAILED if role == "join" else EXIT_DONE):
             stop = service.run()
         ended = service.stop_training()
     return stop, ended
-
-
-@contextmanager
-def _signals_stop(service: Service, code: int) -> Iterator[None]:
-    """Let signals stop the service, and end the process with this code if it still runs `STOP_WITHIN_S` later.
-
-    A slow name server may hold it, or a thread that the task's code has started. All that matters is on disk.
-    """
-
-    def stop(received: int, _: object) -> None:
-        service.request_stop(signal.Signals(received).name)
-        deadline = threading.Timer(STOP_WITHIN_S, os._exit, (code,))
-        deadline.daemon = True
-        deadline.start()
-
-    before = {number: signal.getsignal(number) for number in STOPS}
-    on_stop(stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _profile(

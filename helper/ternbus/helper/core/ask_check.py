@@ -9,8 +9,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-import numpy as np
-
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.identity import is_device
@@ -57,7 +55,7 @@ class CheckedAsk:
 
     def sum_of_masks(self, helper: bytes) -> Words:
         """The sum of the members' masks for the helper with this public key."""
-        total = np.zeros(self.layout.words, "<u8")
+        total = self.layout.zeros()
         for each in self.members:
             own = masks.mask(self.layout, each.seed, context=self.context, device=each.public, helper=helper)
             self.layout.add(total, own)

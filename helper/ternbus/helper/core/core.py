@@ -27,7 +27,7 @@ from typing import Final, assert_never
 from ternbus.broker.backoff import Reconnect, Retry, contested
 from ternbus.broker.errors import LinkError, ProtocolError
 from ternbus.broker.exit_codes import EXIT_CONFIG, EXIT_DONE, EXIT_REFUSED
-from ternbus.broker.protocol import meta_fields
+from ternbus.broker.protocol import meta_fields, topics
 from ternbus.broker.protocol.frame import COUNTER_MAX, FRAME_BYTES, Frame
 from ternbus.broker.protocol.messages import Receipt, Status
 from ternbus.broker.protocol.parts import Collector
@@ -39,7 +39,7 @@ from ternbus.helper.core.answers import Answers, WaitingAsks, refusal
 from ternbus.helper.core.ask_check import AskRefusedError
 from ternbus.helper.core.events import Event
 from ternbus.helper.core.presence import Presence
-from ternbus.helper.core.profile import CARD, ENROLL_SEQ, OFFLINE, ONLINE, Profile
+from ternbus.helper.core.profile import ENROLL_SEQ, OFFLINE, ONLINE, Profile
 from ternbus.helper.core.records import Records, Step
 from ternbus.helper.core.state import SEQ_BLOCK, State
 
@@ -239,11 +239,11 @@ class Core:
     def _own(self, frame: Frame, now: float) -> list[Action]:
         """What the broker has of this helper's own status and card."""
         number = 0
-        if frame.kind == CARD:
+        if frame.kind == topics.CARD:
             number = SignedCard.of_body(frame.body).card.number
         count = meta_fields.counter(frame.meta, "count") if "count" in frame.meta else 0
         stop = self._show(count, number, "the broker")
-        if stop or frame.kind != CARD or frame.seq != self._looking:
+        if stop or frame.kind != topics.CARD or frame.seq != self._looking:
             return stop
         if self._looks_left > 1:
             return self._look(now, self._looks_left - 1)

@@ -16,7 +16,6 @@ from ternbus.broker.sums.terms import Card, SignedCard
 from ternbus.helper.core.actions import Publish
 from ternbus.helper.core.state import BoxKey, Random
 
-CARD: Final = "card"  # kind of message
 ENROLL_SEQ: Final = 1
 ONLINE, OFFLINE = "online", "offline"
 
@@ -38,7 +37,7 @@ class Profile:
     @property
     def subscriptions(self) -> tuple[str, ...]:
         """The topic filters of every connection; the helper's own topics show what it published last."""
-        own = (self._topic(kind) for kind in (*sorted(TO_HELPER_KINDS), Status.KIND, CARD))
+        own = (self._topic(kind) for kind in (*sorted(TO_HELPER_KINDS), Status.KIND, topics.CARD))
         return (topics.status(self.federation), *own)
 
     def checked(self, topic: str, frame: Frame) -> Frame:
@@ -73,7 +72,7 @@ class Profile:
 
     def publish_card(self, key: BoxKey, *, seq: int, count: int, retain: bool = True) -> Publish:
         """The card; ``count`` is in it for the helper itself, since a last will may replace a newer status."""
-        return self._publish(CARD, seq, {"count": count}, body=self.card(key).body, retain=retain)
+        return self._publish(topics.CARD, seq, {"count": count}, body=self.card(key).body, retain=retain)
 
     def status(self, state: str, *, seq: int, session: int, count: int) -> Publish:
         message = Status(state=state, session=session, software=self.software, count=count)

@@ -1,12 +1,8 @@
 """The assembly of a helper's process from directory, store, core and service."""
 
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Final
 
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.exit_codes import EXIT_DONE
@@ -14,7 +10,7 @@ from ternbus.broker.files import read_password
 from ternbus.broker.link.link import Link, LinkEvent
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.identity import helper_user
-from ternbus.broker.stop_signals import STOPS, on_stop
+from ternbus.broker.stop_signals import signals_stop
 from ternbus.broker.version import software
 from ternbus.helper.core.actions import Log, Stop
 from ternbus.helper.core.core import Core
@@ -24,8 +20,6 @@ from ternbus.helper.shell.service import Service
 from ternbus.helper.store import store as stores
 from ternbus.helper.store.store import HelperStore
 from ternbus.helper.store.tables import FILE
-
-STOP_WITHIN_S: Final = 8.0
 
 
 def run(home: HelperDirectory, report: Callable[[Log], None]) -> Stop:
@@ -66,7 +60,7 @@ def run(home: HelperDirectory, report: Callable[[Log], None]) -> Stop:
                 report=report,
                 enrolled=lambda: home.write(replace(settings, code="")),
             )
-            with _signals_stop(service):
+            with signals_stop(service.request_stop, EXIT_DONE):
                 return service.run()
 
 
@@ -85,25 +79,3 @@ def _link_maker(home: HelperDirectory, settings: Settings) -> Callable[[Callable
         )
 
     return connect_to
-
-
-@contextmanager
-def _signals_stop(service: Service) -> Iterator[None]:
-    """Let signals stop the service, and end the process if it still runs `STOP_WITHIN_S` later.
-
-    A slow name server may hold it, or the sum of a large set. All that matters is on disk.
-    """
-
-    def stop(received: int, _: object) -> None:
-        service.request_stop(signal.Signals(received).name)
-        deadline = threading.Timer(STOP_WITHIN_S, os._exit, (EXIT_DONE,))
-        deadline.daemon = True
-        deadline.start()
-
-    before = {number: signal.getsignal(number) for number in STOPS}
-    on_stop(stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
