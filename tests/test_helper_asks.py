@@ -271,6 +271,7 @@ def test_with_a_roster_of_its_own_a_helper_answers_for_devices_that_it_admitted(
     asked = set_of(made, "pi-1", "pi-2")
     answer = helper.ask(asked, PREPARE)
     assert (answer.updates, answer.reason[:12]) == (("pi-2",), "not-admitted")
+    assert any("`ternbus helper admit` lets a device in" in str(action) for action in helper.actions)
     helper.records.admit("pi-2", identity("pi-2").public)
     opened(helper, asked)
 
