@@ -358,6 +358,26 @@ def test_updates_that_a_helper_names_are_dropped_and_the_rest_is_opened() -> Non
     assert world.ledger.db.execute("SELECT state FROM sets").fetchall() == [("opened",)]
 
 
+def test_devices_whose_updates_are_all_refused_get_no_version_after_the_other() -> None:
+    """As before a helper's operator has admitted anybody: each version of no update has them train again."""
+    world = World(roster="own")
+    devices = world.begin()
+    versions: list[int] = []
+    for _ in range(100):
+        is_new = world.version not in versions
+        if is_new:
+            versions.append(world.version)
+        for device in devices:
+            if is_new:
+                assert world.give(device).outcome == "accepted"
+            world.say(device, "idle", world.version)
+        world.tick(1.0)
+        world.settle()
+    assert world.merged() == {}
+    assert len(world.dropped()) >= 6
+    assert 5 <= len(versions) <= 12
+
+
 def test_a_refusal_that_names_nobody_drops_the_set() -> None:
     world = World()
     devices = world.begin()

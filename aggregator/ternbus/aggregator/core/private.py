@@ -9,7 +9,7 @@ from ternbus.aggregator.core.events import Action, Log, MessageArrived, Save
 from ternbus.aggregator.core.rate_limit import BURST_S, MINUTE_S, TokenBucket
 from ternbus.aggregator.core.refusals import Refusals
 from ternbus.aggregator.core.registry import Invited, Registry, check_code, key_in
-from ternbus.aggregator.core.set_merging import SetMerging
+from ternbus.aggregator.core.set_merging import EMPTY_EVERY_S, SetMerging
 from ternbus.aggregator.core.sets import Held
 from ternbus.aggregator.core.terms import PrivateTerms
 from ternbus.aggregator.core.versions import Versions
@@ -23,7 +23,6 @@ from ternbus.broker.protocol.messages import CLOSED, Enroll, Receipt, Status
 from ternbus.broker.sums.sets import Answer
 from ternbus.broker.sums.terms import CARD_BYTES_MAX, SignedCard
 
-NEW_TERMS_S: Final = 10.0  # between two versions of no update: a helper may change its card at any rate
 HELPER_HEADER_BYTES: Final = 8192  # an answer that names 50 devices takes half of it
 NOT_KNOWN: Final = "this aggregator does not know this helper: it may have been restored from before it joined"
 SETTINGS_KEY: Final = "aggregator.toml names another key for this helper, or does not name it ([private] helpers)"
@@ -270,7 +269,7 @@ class Private:
         """Begin terms with the newest version, or with another one where that has other terms or another plan."""
         actions: list[Action] = []
         if self.terms.is_outdated(self.versions.model):
-            self._not_before = now + NEW_TERMS_S
+            self._not_before = now + EMPTY_EVERY_S
             actions = self.versions.empty()
         elif self.terms.can_begin(self.versions.model):
             actions = self.versions.renew_head()

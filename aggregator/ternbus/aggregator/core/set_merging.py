@@ -24,6 +24,9 @@ from ternbus.aggregator.sums.state import PrivateSums
 from ternbus.broker.protocol.messages import CLOSED, OPEN, PAUSED
 
 TRAINING: Final = "training"  # a state of devices
+# Between two versions of no update. A helper may change its card at any rate, and refuse all that devices send until
+# its operator has admitted them.
+EMPTY_EVERY_S: Final = 10.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -40,6 +43,7 @@ class SetMerging:
     sets: Sets = field(init=False)
     _trigger: MergeTrigger = field(init=False)
     _close_by: float = 0.0
+    _no_empty_before: float = 0.0
     _is_stopped: bool = False
 
     def __post_init__(self) -> None:
@@ -95,8 +99,9 @@ class SetMerging:
         moments = [self.sets.due_s(self._rule, now)]
         silent = self._unsent(now) if self.sets.is_stuck else self._awaited(now)  # its silence may change what is due
         moments.append(None if silent is None else self._trigger.silent_at(silent))
-        if self.registry.online and self.sets.is_stuck and silent is None and now < self._rule.not_before:
-            moments.append(self._rule.not_before)  # perhaps for a version of no update
+        empty_at = max(self._rule.not_before, self._no_empty_before)
+        if self.registry.online and self.sets.is_stuck and silent is None and now < empty_at:
+            moments.append(empty_at)  # perhaps for a version of no update
         return min((moment for moment in moments if moment is not None and moment < math.inf), default=None)
 
     def on_time(self, now: float) -> list[Action]:
@@ -108,8 +113,13 @@ class SetMerging:
         actions = self.sets.on_time(self._rule, partial(self._fleet, now), now)
         if self.sets.may_merge(now):
             actions += self._merge(now)
-        elif self._is_stuck(now) and self.sets.needs_version(self._rule, self._expected(now), now):
+        elif (
+            now >= self._no_empty_before
+            and self._is_stuck(now)
+            and self.sets.needs_version(self._rule, self._expected(now), now)
+        ):
             self._trigger = self._trigger.merged(now)
+            self._no_empty_before = now + EMPTY_EVERY_S
             actions += [
                 *self.versions.empty(),
                 Log(text="a version of no update: devices can go on only from a new one"),
