@@ -9,7 +9,9 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.identity import check_helper, is_public_key
 from ternbus.broker.protocol.messages import PRIVATE
 from ternbus.broker.protocol.plan_keys import DEVICE, SAMPLE, SUM
-from ternbus.broker.sums.terms import HELPERS_MAX, MASK
+from ternbus.broker.protocol.schema import Schema
+from ternbus.broker.sums import bfv
+from ternbus.broker.sums.terms import BFV, HELPERS_MAX, KINDS, MASK
 from ternbus.broker.sums.words import BITS, DEVICES_MAX, Layout
 
 PRIVATE_DOC: Final = """\
@@ -26,7 +28,12 @@ class PrivateSettings:
         default_factory=dict,
         metadata={"doc": "helpers by name, each with its public key, as in its card.toml; all must open each sum"},
     )
-    kind: str = key(MASK, "mask: sums of masked updates, opened by helpers", one_of=(MASK,))
+    kind: str = key(
+        MASK,
+        f"{MASK}: sums of masked updates, opened by helpers; or {BFV}: of encrypted ones, only where all parties "
+        "follow the protocol",
+        one_of=KINDS,
+    )
     bits: int = key(
         6, f"bits of a ternary value in a sum: {', '.join(map(str, BITS))}; more hold larger sums", one_of=BITS
     )
@@ -65,12 +72,28 @@ class PrivateSettings:
             if rest:
                 raise ConfigError(f"{where} has no helpers: add {where}.helpers, or leave the section out")
             return None
+        if found.kind == BFV and len(helpers) > 1:
+            raise ConfigError(
+                f'{where}.kind = "{BFV}" takes one helper, which holds the key, and {where}.helpers names '
+                f"{len(helpers)}: name one"
+            )
         if found.min > found.devices_max:
             raise ConfigError(
                 f"{where}.min = {found.min}: {found.bits} bits with levels = {found.levels} hold sums of at most "
                 f"{found.devices_max} devices; use more bits, fewer levels or a smaller min"
             )
         return replace(found, helpers=helpers)
+
+    def check_model(self, schema: Schema) -> None:
+        """Refuse a model that is too large for encrypted sums, and a machine without TenSEAL; ConfigError says why."""
+        if self.kind != BFV:
+            return
+        bfv.library()
+        if schema.elements > bfv.ELEMENTS_MAX:
+            raise ConfigError(
+                f'private.kind = "{BFV}" is for linear models and heads of at most {bfv.ELEMENTS_MAX:,} parameters, '
+                f'and the model has {schema.elements:,}: use kind = "{MASK}"'
+            )
 
     def check_merge(self, about: Any, where: str) -> None:
         """Refuse settings of [merge] that do not go with private sums; ConfigError says why."""

@@ -20,6 +20,7 @@ from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame, header_bytes, parse
 from ternbus.broker.protocol.messages import CLOSED, Enroll, Receipt, Status
+from ternbus.broker.sums.bfv import KEY_BYTES
 from ternbus.broker.sums.sets import Answer
 from ternbus.broker.sums.terms import CARD_BYTES_MAX, SignedCard
 
@@ -202,7 +203,7 @@ class Private:
         return self.refusals.refuse("helper-behind", text, now)
 
     def _card(self, helper: Helper, frame: Frame) -> list[Action]:
-        if frame.parts != 1 or len(frame.body) > CARD_BYTES_MAX + 64:
+        if frame.parts != 1 or len(frame.body) > CARD_BYTES_MAX + 64 + KEY_BYTES:
             raise ProtocolError("bad-card", "a card is a message of one part")
         signed = SignedCard.of_body(frame.body)
         try:

@@ -18,7 +18,7 @@ from ternbus.aggregator.core.sets import Held, Sets
 from ternbus.aggregator.core.versions import Versions
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.sums.groups import Fleet, Group, Rule
-from ternbus.aggregator.sums.private_header import words_max
+from ternbus.aggregator.sums.private_header import body_bytes_max
 from ternbus.aggregator.sums.scales import aligned
 from ternbus.aggregator.sums.state import PrivateSums
 from ternbus.broker.protocol.messages import CLOSED, OPEN, PAUSED
@@ -59,7 +59,7 @@ class SetMerging:
             asks=Asks(
                 helpers=self.sums.helpers,
                 frames=self.versions.frames,
-                answer_bytes_max=8 * words_max(schema),
+                answer_bytes_max=body_bytes_max(schema, self.sums.settings.kind),
                 body_of=self._body_of,
             ),
             model=self.versions.model,

@@ -115,6 +115,11 @@ class Sets:
         """Whether nothing that is here will become a version, if nothing else comes."""
         return not (self._sets or self.opened or any(group.suffices for group in self.groups()))
 
+    @property
+    def _secret(self) -> bytes:
+        """From which nobody else can tell what encrypted sums are blinded by; the same after a restart."""
+        return self.asks.frames.identity.seed
+
     def body_of(self, digest: bytes) -> bytes:
         """What helpers are asked for a set."""
         return self._sets[digest].ask.content()
@@ -149,7 +154,7 @@ class Sets:
                 )
                 continue
             if found.state == OPENING:
-                found.begin_opening()
+                found.begin_opening(self._secret)  # which went well before
             self._ask(found.helpers, found.digest, wire.PREPARE if found.state == MADE else wire.OPEN, now)
         return actions
 
@@ -348,14 +353,18 @@ class Sets:
         found.done.add(helper)
         if found.awaited:
             return actions
-        found.begin_opening()
+        try:
+            found.begin_opening(self._secret)
+        except ProtocolError as error:
+            self.counters.refuse(error.reason, now)
+            return [*actions, *self._give_up(found, str(error), now)]
         saved = Save(record=records.SetOpening(digest=found.digest))
         return [*actions, saved, *self._ask(found.helpers, found.digest, wire.OPEN, now)]
 
     def _masks(self, found: PrivateSet, helper: str, body: bytes, now: float) -> list[Action]:
         terms = found.about.terms
         try:
-            found.take_masks(helper, terms.layout.read(body))
+            found.take_answer(helper, body)
             actions = self.asks.done(helper, found.digest, now)
             if found.awaited:
                 return actions

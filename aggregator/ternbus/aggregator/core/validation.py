@@ -11,8 +11,8 @@ from ternbus.aggregator.merge.mean import clip_factor, norm
 from ternbus.aggregator.merge.staleness import discount
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.sums import private_header as private
-from ternbus.aggregator.sums.private_header import words_max
-from ternbus.aggregator.sums.private_sets import PrivateUpdate
+from ternbus.aggregator.sums.private_header import body_bytes_max
+from ternbus.aggregator.sums.private_sets import PrivateUpdate, read_words
 from ternbus.aggregator.sums.state import PrivateSums
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.frame import Frame
@@ -83,7 +83,7 @@ class Validation:
     def __post_init__(self) -> None:
         content_bytes_max = 4 * self.schema.elements
         if self.sums is not None:
-            content_bytes_max = max(content_bytes_max, 8 * words_max(self.schema))
+            content_bytes_max = max(content_bytes_max, body_bytes_max(self.schema, self.sums.settings.kind))
         self.update_bytes_max = encoded_bytes_max(content_bytes_max)
         self.parts_max = parts_max(content_bytes_max)
 
@@ -183,7 +183,7 @@ class Validation:
     def work_bytes(self, frame: Frame) -> int:
         """The bytes to decode for the content of the update that this last part completes, according to its meta."""
         if self.sums is not None:
-            return 8 * words_max(self.schema)
+            return body_bytes_max(self.schema, self.sums.settings.kind)
         return content_bytes(self.schema, FLOAT32 if frame.meta["codec"] == FLOAT32 else TERNARY)
 
     def forget(self, member: Member) -> None:
@@ -281,7 +281,7 @@ class Validation:
             min=update.min,
             member=SetMember(public=member.public, header=message.first_header, signature=message.first_signature),
             size_bytes=len(body),
-            words=about.terms.layout.read(body),
+            words=read_words(about.terms, body),
         )
         return ValidPrivate(held, body)
 

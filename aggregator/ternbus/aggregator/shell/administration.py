@@ -86,6 +86,8 @@ def create(
     kinds = TensorKinds.by_name(model) if kinds is None else kinds
     kinds.check(model)
     schema = Schema.of({name: array.shape for name, array in model.items()}, [*dense, *kinds.dense])
+    if checked.private is not None:
+        checked.private.check_model(schema)
     vector = to_vector(schema, model)
     # within a directory that is there: its owner may write into it, and perhaps not beside it
     partial = directory / PARTIAL if directory.exists() else directory.with_name(directory.name + ".partial")

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ternbus.broker.folder_owner import as_owner
+from ternbus.broker.sums.terms import BFV, MASK
 
 Dir = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the aggregator.", callback=as_owner)]
 # Of commands that also read or write elsewhere, where root may and the directory's owner perhaps may not. Files that
@@ -20,6 +21,14 @@ Settings = Annotated[
 ]
 Private = Annotated[
     bool, typer.Option("--private", help="Private sums: no single update is ever seen; see docs/private-sums.md.")
+]
+PrivateKind = Annotated[
+    str,
+    typer.Option(
+        metavar="KIND",
+        help=f"Kind of private sums: {MASK}, or {BFV}, encrypted, for parties that all follow the protocol; with "
+        f"--private. [default: {MASK}]",
+    ),
 ]
 HelperCards = Annotated[
     list[Path] | None,

@@ -24,7 +24,16 @@ from ternbus.aggregator.shell import (
     recovery_commands,
     status_text,
 )
-from ternbus.aggregator.shell.arguments import AllowPlanKeys, AsJson, Dir, DirAsRoot, HelperCards, Private, Settings
+from ternbus.aggregator.shell.arguments import (
+    AllowPlanKeys,
+    AsJson,
+    Dir,
+    DirAsRoot,
+    HelperCards,
+    Private,
+    PrivateKind,
+    Settings,
+)
 from ternbus.aggregator.shell.service import Service
 from ternbus.aggregator.store import control, private_status
 from ternbus.aggregator.store import status as statuses
@@ -35,6 +44,7 @@ from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.protocol.endpoint import PORTS, is_loopback
 from ternbus.broker.server.running import Engine, RunningBroker
 from ternbus.broker.stop_signals import on_stop
+from ternbus.broker.sums.terms import MASK
 from ternbus.broker.toml import toml_value
 from ternbus.broker.version import software
 
@@ -79,6 +89,7 @@ def init(
     settings: Settings = None,
     allowed: AllowPlanKeys = None,
     private: Private = False,
+    private_kind: PrivateKind = "",
     helpers: HelperCards = None,
     dense: Annotated[
         list[str] | None,
@@ -93,7 +104,7 @@ def init(
     overrides = PlanCheck.settings(first.plan, allowed or ())
     overrides |= dict(_override(text) for text in settings or [])
     overrides |= _login(username, password_file)
-    overrides |= _private(federation, helpers or (), private=private)
+    overrides |= _private(federation, helpers or (), private_kind, private=private)
     if broker_dir is not None:
         overrides["transport.authority"] = str(broker_dir.resolve())
     url = _broker_url(broker, broker_dir)
@@ -114,13 +125,13 @@ def init(
     typer.echo(f"next: ternbus aggregator run {directory}   and   ternbus aggregator invite {directory} {invited}")
 
 
-def _private(federation: str, helpers: Sequence[Path], *, private: bool) -> dict[str, object]:
+def _private(federation: str, helpers: Sequence[Path], kind: str, *, private: bool) -> dict[str, object]:
     """As settings."""
     if private and not helpers:
         raise ConfigError("--private needs a helper: add --helper FILE, the card.toml of `ternbus helper init`")
-    if helpers and not private:
-        raise ConfigError("--helper is for private sums: add --private")
-    return helper_cards.settings_of(helpers, federation) if private else {}
+    if (helpers or kind) and not private:
+        raise ConfigError(f"{'--helper' if helpers else '--private-kind'} is for private sums: add --private")
+    return helper_cards.settings_of(helpers, federation, kind or MASK) if private else {}
 
 
 def _broker_url(broker: str | None, broker_dir: Path | None) -> str:

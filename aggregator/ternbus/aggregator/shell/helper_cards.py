@@ -7,20 +7,26 @@ from typing import Final
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import load_toml
 from ternbus.broker.protocol.identity import check_helper, is_public_key
+from ternbus.broker.sums.terms import MASK
 
 KEYS: Final = ("name", "federation", "key")
 ADVICE: Final = "give the card.toml that `ternbus helper init` has written"
 
 
-def settings_of(paths: Sequence[Path], federation: str) -> dict[str, object]:
-    """The settings of private sums with these helpers, with dotted keys; ConfigError for a file that is no card."""
+def settings_of(paths: Sequence[Path], federation: str, kind: str = MASK) -> dict[str, object]:
+    """The settings of private sums with these helpers, with dotted keys; ConfigError for a file that is no card.
+
+    All helpers must open sums of this ``kind``.
+    """
     helpers: dict[str, str] = {}
     for path in paths:
         name, key = read(path, federation)
+        if (found := load_toml(path).get("kind", MASK)) != kind:
+            raise ConfigError(f"{path} is of a helper of kind {found}: give --private-kind {found}, or another card")
         if name in helpers:
             raise ConfigError(f"{path}: two helpers have the name {name}; make one of them anew with --name")
         helpers[name] = key
-    return {"private.helpers": helpers}
+    return {"private.helpers": helpers} | ({"private.kind": kind} if kind != MASK else {})
 
 
 def read(path: Path, federation: str) -> tuple[str, str]:

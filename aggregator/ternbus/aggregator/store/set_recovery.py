@@ -15,6 +15,7 @@ from ternbus.aggregator.sums.private_sets import (
     OpenedSet,
     PrivateSet,
     PrivateUpdate,
+    read_words,
 )
 from ternbus.aggregator.sums.state import ContextOf, PrivateSums
 from ternbus.broker.errors import ProtocolError
@@ -109,14 +110,14 @@ def _updates(ledger: Ledger, sums: PrivateSums, where: str, values: tuple[bytes,
             encoding=encoding,
             epsilon=epsilon,
         )
-        layout = context_of(ledger, sums, base).terms.layout
+        terms = context_of(ledger, sums, base).terms
         yield PrivateUpdate(
             update=update,
             context=context,
             min=least,
             member=SetMember(public=public, header=header, signature=signature),
             size_bytes=row[13],
-            words=None if state == OPENED else layout.read(ledger.body(*row[11:15])),
+            words=None if state == OPENED else read_words(terms, ledger.body(*row[11:15])),
         )
 
 

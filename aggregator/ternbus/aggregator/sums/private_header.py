@@ -7,7 +7,9 @@ from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.messages import PRIVATE, Update
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import RAW
+from ternbus.broker.sums.bfv import Slots
 from ternbus.broker.sums.masks import BOX_BYTES
+from ternbus.broker.sums.terms import BFV
 from ternbus.broker.sums.words import BITS, Layout
 
 METRICS: Final = frozenset({"epsilon", "delta"})  # all else would tell of one device's data
@@ -39,8 +41,9 @@ def check_header(sums: PrivateSums | None, update: Update) -> ContextOf:
     return about
 
 
-def words_max(schema: Schema) -> int:
-    """The largest number of words that an update of this schema has under any terms."""
-    return Layout(
+def body_bytes_max(schema: Schema, kind: str) -> int:
+    """The largest body that an update of this schema has under any terms of a kind; a helper's answer has no more."""
+    layout = Layout(
         bits=BITS[-1], ternary=schema.ternary_elements, dense=schema.dense_elements, tensors=len(schema.tensors)
-    ).words
+    )
+    return Slots(layout).body_bytes if kind == BFV else 8 * layout.words

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+import numpy as np
+
 from ternbus.aggregator.merge.accepted import AcceptedUpdate, BufferedUpdate
 from ternbus.aggregator.sums.decode import SetSum
 from ternbus.aggregator.sums.groups import Waiting
@@ -11,7 +13,9 @@ from ternbus.aggregator.sums.state import ContextOf
 from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.merge_log import REASON_BYTES_MAX, DroppedUpdate, MergedSet, PrivateMember
 from ternbus.broker.protocol.ternary import FLOAT32, RAW
+from ternbus.broker.sums import bfv
 from ternbus.broker.sums.sets import Ask, SetMember, set_digest
+from ternbus.broker.sums.terms import BFV, Terms
 from ternbus.broker.sums.words import Words
 
 # The states of a set in the ledger. Until it is asked to be opened anywhere it may be abandoned, and never after.
@@ -30,7 +34,7 @@ class PrivateUpdate:
     min: int  # devices in its set, by its owner
     member: SetMember  # by which helpers are asked for it
     size_bytes: int  # of its words on disk
-    words: Words | None = field(repr=False)  # as they came, masked; None once they are added up
+    words: Words | bytes | None = field(repr=False)  # as they came, masked or encrypted; None once they are added up
 
     @property
     def device(self) -> str:
@@ -51,6 +55,14 @@ class PrivateUpdate:
         return DroppedUpdate(update=self.named, reason=short(reason))
 
 
+def read_words(terms: Terms, body: bytes) -> Words | bytes:
+    """The masked words of an update by these terms, or its ciphertexts; ProtocolError where it is neither."""
+    if terms.kind == BFV:
+        bfv.check(terms.key, terms.layout, body)
+        return body
+    return terms.layout.read(body)
+
+
 def short(reason: str) -> str:
     """A reason as the log of merges can hold it."""
     return reason.encode()[:REASON_BYTES_MAX].decode(errors="ignore")
@@ -66,6 +78,8 @@ class PrivateSet:
     state: str = MADE
     done: set[str] = field(default_factory=set)  # helpers that have answered to the present step
     total: Words | None = field(default=None, repr=False)  # less the masks of helpers that have opened it
+    encrypted: bytes = field(default=b"", repr=False)  # of the kind `bfv`, while it is opening: the blinded sum
+    blind: bytes = field(default=b"", repr=False)  # by what it is blinded
     digest: bytes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -96,21 +110,35 @@ class PrivateSet:
             plan=about.plan,
             terms=about.terms_bytes,
             members=tuple(each.member for each in self.members),
+            sum=self.encrypted,
         )
 
-    def begin_opening(self) -> None:
-        """All helpers are prepared: add up its words, which are then needed no more."""
-        layout = self.about.terms.layout
-        self.state, self.done, self.total = OPENING, set(), layout.zeros()
-        for each in self.members:
-            assert each.words is not None  # noqa: S101 - kept until now
-            layout.add(self.total, each.words)
+    def begin_opening(self, secret: bytes) -> None:
+        """All helpers are prepared: add up its words, which are then needed no more.
+
+        Ciphertexts are blinded by the aggregator's ``secret``; ProtocolError where they cannot be added up.
+        """
+        terms = self.about.terms
+        if terms.kind == BFV:
+            bodies = [each.words for each in self.members if isinstance(each.words, bytes)]
+            self.blind = bfv.blind_of(secret, self.digest)
+            self.encrypted = bfv.blinded_sum(terms.key, terms.layout, bodies, self.blind)
+        else:
+            self.total = terms.layout.zeros()
+            for each in self.members:
+                assert isinstance(each.words, np.ndarray)  # noqa: S101 - kept until now
+                terms.layout.add(self.total, each.words)
+        self.state, self.done = OPENING, set()
         self.members = tuple(replace(each, words=None) for each in self.members)
 
-    def take_masks(self, helper: str, masks: Words) -> None:
-        """A helper's sum of masks, once."""
-        assert self.total is not None  # noqa: S101 - since it is opening
-        self.about.terms.layout.subtract(self.total, masks)
+    def take_answer(self, helper: str, body: bytes) -> None:
+        """A helper's sum of masks, or the decrypted sum, once; ProtocolError where it is neither."""
+        terms = self.about.terms
+        if terms.kind == BFV:
+            self.total = bfv.opened(terms.layout, body, self.blind)
+        else:
+            assert self.total is not None  # noqa: S101 - since it is opening
+            terms.layout.subtract(self.total, terms.layout.read(body))
         self.done.add(helper)
 
 

@@ -54,6 +54,7 @@ class PrivateSums:
         """Those of a federation at its first start; None where it has none."""
         if settings.private is None:
             return None
+        settings.private.check_model(schema)
         keys = settings.private.public_keys
         return cls(
             settings=settings.private,
@@ -77,6 +78,10 @@ class PrivateSums:
                 found[helper.name] = "it has not enrolled"
             elif helper.card is None:
                 found[helper.name] = "it has not sent its card"
+            elif helper.card.card.kind != self.settings.kind:
+                found[helper.name] = (
+                    f"it opens sums of the kind {helper.card.card.kind}, and private.kind is {self.settings.kind}"
+                )
             elif helper.card.card.min > self.buffer_size:
                 found[helper.name] = (
                     f"it opens sums of at least {helper.card.card.min} devices, and merge.buffer_size is "
@@ -105,6 +110,7 @@ class PrivateSums:
             dp=SUM if theta and norm else NO_DP,
             theta=theta,
             norm=norm,
+            key=cards[0].key,
         )
 
     def begin(self, begun: ContextOf, oldest: int, held: Collection[int] = ()) -> None:

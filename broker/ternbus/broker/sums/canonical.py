@@ -14,6 +14,11 @@ def pack(fields: Mapping[str, Any]) -> bytes:
     return bytes(msgpack.packb(dict(fields)))
 
 
+def keys_in(content: bytes, keys: tuple[str, ...], last: str) -> tuple[str, ...]:
+    """The keys that a map in ``content`` must have: ``keys``, and ``last`` where it says that it has one more."""
+    return (*keys, last) if content[:1] == bytes([0x80 | (len(keys) + 1)]) else keys
+
+
 def unpack(content: bytes, keys: tuple[str, ...], what: str, bytes_max: int) -> dict[str, Any]:
     """The map in ``content``, of exactly these keys in this order; ProtocolError for anything else."""
     reason = f"bad-{what}"

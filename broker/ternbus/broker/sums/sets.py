@@ -53,7 +53,8 @@ class SetMember:
 class Ask:
     """The body of the message `ask`, the same for `prepare` and `open`; of `abandon` it is empty.
 
-    ``plan`` is the digest of the plan's bytes in the head of ``version``, ``model`` that of its vector.
+    ``plan`` is the digest of the plan's bytes in the head of ``version``, ``model`` that of its vector. With terms of
+    the kind `bfv` that of `open` has a ``sum``: ciphertexts, blinded.
     """
 
     version: int
@@ -61,6 +62,7 @@ class Ask:
     plan: bytes
     terms: bytes  # as encoded
     members: tuple[SetMember, ...]
+    sum: bytes = field(default=b"", repr=False)
 
     @cached_property
     def context(self) -> bytes:
@@ -75,23 +77,26 @@ class Ask:
         """The canonical encoding."""
         rows = [[each.public, each.header, each.signature] for each in self.members]
         values = (self.version, self.model, self.plan, self.terms, rows)
-        return canonical.pack(dict(zip(_ASK_KEYS, values, strict=True)))
+        return canonical.pack(dict(zip(_ASK_KEYS, values, strict=True)) | ({"sum": self.sum} if self.sum else {}))
 
     @classmethod
     def parse(cls, content: bytes) -> Self:
         """Decode an ask; ProtocolError for another form. What the headers and the terms say is not looked at."""
-        fields = canonical.unpack(content, _ASK_KEYS, "ask", ASK_BYTES_MAX)
+        fields = canonical.unpack(content, canonical.keys_in(content, _ASK_KEYS, "sum"), "ask", ASK_BYTES_MAX)
         rows = fields["members"]
         if not isinstance(rows, list) or not 1 <= len(rows) <= DEVICES_MAX:
             raise ProtocolError("bad-ask", f"'members' is not 1 to {DEVICES_MAX} updates")
         if not isinstance(fields["terms"], bytes):
             raise ProtocolError("bad-ask", "'terms' is not bytes")
+        if "sum" in fields and not (isinstance(fields["sum"], bytes) and fields["sum"]):
+            raise ProtocolError("bad-ask", "'sum' is not bytes")
         return cls(
             version=meta_fields.counter(fields, "version"),
             model=meta_fields.binary(fields, "model", 32),
             plan=meta_fields.binary(fields, "plan", 32),
             terms=fields["terms"],
             members=tuple(map(_member, rows)),
+            sum=fields.get("sum", b""),
         )
 
 

@@ -4,7 +4,7 @@ The aggregator signs them as a retained message, and each helper its own card in
 context, so all updates of a set were made by the same terms.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, Final, Self
@@ -19,7 +19,7 @@ from ternbus.broker.protocol.frame import COUNTER_MAX, SIGNATURE_BYTES
 from ternbus.broker.protocol.identity import Identity, is_device, is_federation, verify
 from ternbus.broker.protocol.plan_keys import NO_DP, SUM, THETA_MAX
 from ternbus.broker.protocol.schema import ELEMENTS_MAX, TENSORS_MAX, Schema, type_f32
-from ternbus.broker.sums import canonical
+from ternbus.broker.sums import bfv, canonical
 from ternbus.broker.sums.words import BITS, DENSE_STEPS, DEVICES_MAX, Layout
 
 MASK, BFV = "mask", "bfv"  # kinds of private sums
@@ -49,14 +49,22 @@ class Card:
     number: int  # of the box key; each new one has a higher number
     roster: str
     min: int
+    bfv: bytes = b""  # digest of the public key under which updates are encrypted; empty: it opens masks
+
+    @property
+    def kind(self) -> str:
+        """Of the sums that it opens."""
+        return BFV if self.bfv else MASK
 
     def content(self) -> bytes:
         """The canonical encoding."""
-        return canonical.pack({key: getattr(self, key) for key in _CARD_KEYS})
+        fields = {key: getattr(self, key) for key in _CARD_KEYS}
+        return canonical.pack(fields | ({"bfv": self.bfv} if self.bfv else {}))
 
-    def signed(self, identity: Identity) -> "SignedCard":
+    def signed(self, identity: Identity, key: bytes = b"") -> "SignedCard":
+        """``key`` is the public key of which `bfv` is the digest."""
         content = self.content()
-        return SignedCard(card=self, content=content, signature=identity.sign(CARD_PREFIX + content))
+        return SignedCard(card=self, content=content, signature=identity.sign(CARD_PREFIX + content), key=key)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +74,7 @@ class SignedCard:
     card: Card
     content: bytes
     signature: bytes
+    key: bytes = field(default=b"", repr=False, compare=False)  # of BFV, where it came with the card
 
     @property
     def packed(self) -> list[bytes]:
@@ -74,17 +83,24 @@ class SignedCard:
     @property
     def body(self) -> bytes:
         """As the body of the message `card`."""
-        return self.content + self.signature
+        return self.content + self.signature + self.key
 
     @classmethod
     def of_body(cls, body: bytes) -> Self:
-        """Read a message's body; ProtocolError for a wrong signature or card."""
-        return cls.read(body[:-SIGNATURE_BYTES], body[-SIGNATURE_BYTES:])
+        """Read a message's body; ProtocolError for a wrong signature or card, or a key that is not the card's."""
+        size = len(body) - SIGNATURE_BYTES
+        size -= bfv.KEY_BYTES if size > CARD_BYTES_MAX else 0
+        content, signature = body[: max(size, 0)], body[max(size, 0) :]
+        read = cls.read(content, signature[:SIGNATURE_BYTES], signature[SIGNATURE_BYTES:])
+        if (digest_of(read.key) if read.key else b"") != read.card.bfv:
+            raise ProtocolError("bad-card", "the key behind it is not the card's")
+        return read
 
     @classmethod
-    def read(cls, content: bytes, signature: bytes) -> Self:
-        """Read and verify; ProtocolError for a wrong signature or card."""
-        fields = canonical.unpack(content, _CARD_KEYS, "card", CARD_BYTES_MAX)
+    def read(cls, content: bytes, signature: bytes, key: bytes = b"") -> Self:
+        """Read and verify; ProtocolError for a wrong signature or card. The key is not looked at."""
+        keys = canonical.keys_in(content, _CARD_KEYS, "bfv")
+        fields = canonical.unpack(content, keys, "card", CARD_BYTES_MAX)
         card = Card(
             federation=meta_fields.text(fields, "federation"),
             helper=meta_fields.text(fields, "helper"),
@@ -93,12 +109,13 @@ class SignedCard:
             number=meta_fields.integer(fields, "number", 1, COUNTER_MAX),
             roster=meta_fields.one_of(fields, "roster", ROSTERS),
             min=meta_fields.integer(fields, "min", 2, DEVICES_MAX),
+            bfv=meta_fields.binary(fields, "bfv", 32) if "bfv" in fields else b"",
         )
         if not is_federation(card.federation) or not is_device(card.helper):
             raise ProtocolError("bad-card", "'federation' or 'helper' is not a name")
         verify(card.public, CARD_PREFIX + content, signature)
         _check_box_key(card.box_key)
-        return cls(card=card, content=content, signature=signature)
+        return cls(card=card, content=content, signature=signature, key=key)
 
 
 @lru_cache(maxsize=4)
@@ -123,6 +140,7 @@ class Terms:
     dp: str = NO_DP
     theta: float = 0.0  # of the Poisson binomial mechanism, with ``dp`` only
     norm: float = 0.0  # B, likewise
+    key: bytes = field(default=b"", repr=False)  # of the kind `bfv`: the helper's, under which updates are encrypted
 
     @property
     def layout(self) -> Layout:
@@ -159,12 +177,14 @@ class Terms:
                 "theta": float(self.theta),
                 "norm": float(self.norm),
             }
+            | ({"key": self.key} if self.key else {})
         )
 
     @classmethod
     def parse(cls, content: bytes) -> Self:
         """Decode terms and verify the helpers' cards in them; ProtocolError for anything that is not valid."""
-        fields = canonical.unpack(content, _TERMS_KEYS, "terms", TERMS_BYTES_MAX)
+        keys = canonical.keys_in(content, _TERMS_KEYS, "key")
+        fields = canonical.unpack(content, keys, "terms", TERMS_BYTES_MAX)
         ternary, dense = _lengths(fields["lengths"])
         terms = cls(
             kind=meta_fields.one_of(fields, "kind", KINDS),
@@ -179,7 +199,9 @@ class Terms:
             dp=meta_fields.one_of(fields, "dp", (NO_DP, SUM)),
             theta=meta_fields.number(fields, "theta", 0.0),
             norm=meta_fields.number(fields, "norm", 0.0),
+            key=meta_fields.binary(fields, "key", bfv.KEY_BYTES) if "key" in fields else b"",
         )
+        terms._check_kind()
         if terms.bits not in BITS or terms.min > terms.devices_max:
             raise ProtocolError("bad-terms", "'bits' do not hold a set of 'min' devices")
         if not terms.theta <= THETA_MAX or (terms.dp == SUM) != (terms.theta > 0 and terms.norm > 0):
@@ -187,6 +209,17 @@ class Terms:
         if terms.content() != content:  # an integer in place of a float
             raise ProtocolError("bad-terms", "the encoding is not canonical")
         return terms
+
+    def _check_kind(self) -> None:
+        """ProtocolError where helpers and key do not go with the kind."""
+        if any(each.card.kind != self.kind for each in self.helpers) or bool(self.key) != (self.kind == BFV):
+            raise ProtocolError("bad-terms", f"a helper is not one of the kind {self.kind!r}, or 'key' is amiss")
+        if self.kind == MASK:
+            return
+        if len(self.helpers) != 1 or digest_of(self.key) != self.helpers[0].card.bfv:
+            raise ProtocolError("bad-terms", "not one helper, with the key that its card names")
+        if self.ternary + self.dense > bfv.ELEMENTS_MAX:
+            raise ProtocolError("bad-terms", f"more than {bfv.ELEMENTS_MAX} elements of the kind {BFV!r}")
 
     def fits(self, schema: Schema) -> bool:
         """Whether the numbers of elements and tensors are the schema's."""

@@ -9,26 +9,29 @@ from dataclasses import replace
 from ternbus.broker.protocol.messages import PRIVATE
 from ternbus.broker.protocol.ternary import RAW
 from ternbus.broker.sums import masks
-from ternbus.broker.sums.terms import Terms
+from ternbus.broker.sums.terms import BFV, Terms
 from ternbus.edge.core.profile import Profile
 from ternbus.edge.core.state import OutstandingUpdate, PrivatePart, sealed
 from ternbus.edge.learn.sum_content import SumContent, SumJob
 
 
 def masked(update: OutstandingUpdate, profile: Profile) -> OutstandingUpdate:
-    """The same update with mask, boxes and sealed body for the profile's key and the update's number."""
+    """The same update, masked or encrypted, with boxes and sealed body for the profile's key and its number."""
     part = update.private
     assert part is not None  # noqa: S101 - the caller has looked
     terms, device = Terms.parse(part.terms), profile.identity.public
     cards = [helper.card for helper in terms.helpers]
     words = terms.layout.read(update.encoded)
     seeds = [(card.public, seed) for card, seed in zip(cards, part.seeds, strict=True)]
-    body = masks.masked(terms.layout, words, seeds, context=part.context, device=device)
+    if terms.kind == BFV:
+        body = profile.encrypt(terms.key, terms.layout, words)
+    else:
+        body = masks.masked(terms.layout, words, seeds, context=part.context, device=device).tobytes()
     boxes = tuple(
         profile.box(card.box_key, seed, context=part.context, device=device, helper=card.public, seq=update.seq)
         for card, seed in zip(cards, part.seeds, strict=True)
     )
-    return sealed(replace(update, private=replace(part, boxes=boxes)), profile.key, profile.seal, body.tobytes())
+    return sealed(replace(update, private=replace(part, boxes=boxes)), profile.key, profile.seal, body)
 
 
 def prepare_private(

@@ -14,8 +14,9 @@ from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.messages import PRIVATE, Head
 from ternbus.broker.protocol.parts import Collector, parts_max
 from ternbus.broker.protocol.schema import Schema
+from ternbus.broker.sums import bfv
 from ternbus.broker.sums.plan_bytes import plan_bytes
-from ternbus.broker.sums.terms import TERMS_BYTES_MAX, Terms, context, digest_of
+from ternbus.broker.sums.terms import BFV, TERMS_BYTES_MAX, Terms, context, digest_of
 from ternbus.edge.core.actions import Action, Log
 from ternbus.edge.core.part_requests import PartRequests
 from ternbus.edge.core.pending_state import PendingState
@@ -158,7 +159,7 @@ class PrivateTerms:
             return []
         if terms is not None and schema is not None:
             self._checked = True
-            self.fault = policy.terms_fault(terms, schema, plan, state.cards)
+            self.fault = policy.terms_fault(terms, schema, plan, state.cards) or _key_fault(terms)
             if not self.fault and (cards := policy.seen_in(terms, state.cards)) != state.cards:
                 self.pending.put(replace(state, cards=cards))
         if self.fault in {"", self._logged}:
@@ -175,6 +176,17 @@ class PrivateTerms:
             return None
         bound = context(version=head.version, model=head.digest, plan=self._plan_digest, terms=self._digest)
         return SumJob(terms=self.terms, context=bound, honest=policy.honest(self.terms))
+
+
+def _key_fault(terms: Terms) -> str:
+    """Why nothing can be encrypted by terms that are accepted otherwise; empty if it can, and for masks."""
+    if terms.kind != BFV:
+        return ""
+    try:
+        bfv.check_key(terms.key)
+    except ProtocolError as error:
+        return f"the key of the helper in its terms is not valid ({error})"
+    return ""
 
 
 def named_terms(plan: Mapping[str, Any]) -> bytes:

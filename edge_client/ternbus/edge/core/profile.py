@@ -13,7 +13,8 @@ from ternbus.broker.protocol.messages import DEVICE_STATES, Enroll, Grant, Recei
 from ternbus.broker.protocol.parts import cut, message_digest
 from ternbus.broker.protocol.schema import ELEMENTS_MAX, Schema
 from ternbus.broker.protocol.topics import Address
-from ternbus.broker.sums import masks
+from ternbus.broker.sums import bfv, masks
+from ternbus.broker.sums.words import Layout, Words
 from ternbus.edge.core.actions import Publish
 from ternbus.edge.core.state import OutstandingUpdate, Seal
 from ternbus.edge.plan.limits import TrainingLimits
@@ -32,6 +33,12 @@ class Box(Protocol):
     def __call__(
         self, box_key: bytes, seed: bytes, *, context: bytes, device: bytes, helper: bytes, seq: int
     ) -> bytes: ...
+
+
+class Encrypt(Protocol):
+    """`bfv.encrypt`: the ciphertexts of words under a helper's public key."""
+
+    def __call__(self, public: bytes, layout: Layout, words: Words) -> bytes: ...
 
 
 def subscriptions(federation: str, device: str, *, private: bool = False) -> tuple[str, ...]:
@@ -107,6 +114,7 @@ class Profile:
     stays: bool = False  # while the federation is closed, until it is resumed
     sums: SumPolicy | None = None  # what its owner pins of private sums; with it the device sends no other updates
     box: Box = field(default=masks.box, repr=False)  # random, as ``seal`` is
+    encrypt: Encrypt = field(default=bfv.encrypt, repr=False)  # likewise
 
     @property
     def evaluates(self) -> bool:

@@ -13,7 +13,7 @@ from ternbus.broker.protocol.identity import is_public_key
 from ternbus.broker.protocol.messages import PRIVATE
 from ternbus.broker.protocol.plan_keys import NO_DP, SUM
 from ternbus.broker.protocol.schema import Schema
-from ternbus.broker.sums.terms import AGGREGATOR, HELPERS_MAX, MASK, OWN, ROSTERS, Terms
+from ternbus.broker.sums.terms import AGGREGATOR, BFV, HELPERS_MAX, KINDS, MASK, OWN, ROSTERS, Terms
 from ternbus.broker.sums.words import DEVICES_MAX
 from ternbus.edge.plan.plan import Plan
 
@@ -29,23 +29,25 @@ Numbers = Mapping[bytes, int]  # the highest number of a box key that was seen o
 class SumPolicy:
     """The owner's pins: Ed25519 keys of helpers, devices in a sum, and "own" where helpers must admit devices.
 
-    Of the devices in a sum, ``colluding`` may work together with whoever sees it: their draws are no noise.
+    Of the devices in a sum, ``colluding`` may work together with whoever sees it: their draws are no noise. ``kind`` is
+    that of the sums.
     """
 
     helpers: tuple[bytes, ...]
     min: int = MIN
     roster: str = AGGREGATOR
     colluding: int = 0
+    kind: str = MASK
 
     @classmethod
-    def of(cls, helpers: Iterable[str], least: int, roster: str, colluding: int = 0) -> Self:
+    def of(cls, helpers: Iterable[str], least: int, roster: str, colluding: int = 0, *, kind: str = MASK) -> Self:
         """The policy with keys as hex digits. Raises `ConfigError` for what is none."""
         keys = tuple(helpers)
         if wrong := [key for key in keys if not is_public_key(key)]:
             raise ConfigError(
                 f"the key of a helper is {wrong[0]!r}, not 64 hex digits: copy it from `ternbus helper status`"
             )
-        return cls(helpers=tuple(map(bytes.fromhex, keys)), min=least, roster=roster, colluding=colluding)
+        return cls(helpers=tuple(map(bytes.fromhex, keys)), min=least, roster=roster, colluding=colluding, kind=kind)
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.helpers) <= HELPERS_MAX or len(set(self.helpers)) != len(self.helpers):
@@ -60,6 +62,10 @@ class SumPolicy:
             )
         if self.roster not in ROSTERS:
             raise ConfigError(f"--private-roster is {self.roster!r}: write one of {', '.join(ROSTERS)}")
+        if self.kind not in KINDS:
+            raise ConfigError(f"--private-kind is {self.kind!r}: write one of {', '.join(KINDS)}")
+        if self.kind == BFV and len(self.helpers) > 1:
+            raise ConfigError(f"--private-kind {BFV} takes one helper, which holds the key: give one --helper KEY")
 
     def plan_fault(self, plan: Plan) -> str:
         """The reason why this device does not train by a plan; empty if it does."""
@@ -70,8 +76,8 @@ class SumPolicy:
     def terms_fault(self, terms: Terms, schema: Schema, plan: Plan, seen: Numbers) -> str:
         """The reason why this device makes no update by these terms; empty if it does."""
         cards = {helper.card.public: helper.card for helper in terms.helpers}
-        if terms.kind != MASK:
-            return f'the terms have the kind "{terms.kind}", and its owner joined for "{MASK}"'
+        if terms.kind != self.kind:
+            return f'the terms have the kind "{terms.kind}", and its owner joined for "{self.kind}" (--private-kind)'
         if missing := [key for key in self.helpers if key not in cards]:
             return (
                 f"the helper {missing[0].hex()}, which its owner has pinned, is not in the terms; ask the operator of "

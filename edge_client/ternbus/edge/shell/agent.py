@@ -16,6 +16,8 @@ from ternbus.broker.protocol.identity import Identity, seal
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.messages import Status
 from ternbus.broker.stop_signals import signals_stop
+from ternbus.broker.sums import bfv
+from ternbus.broker.sums.terms import BFV
 from ternbus.broker.version import software
 from ternbus.edge.core.actions import Log, Stop
 from ternbus.edge.core.core import Core
@@ -131,6 +133,8 @@ def serve(home: DeviceDirectory, role: Role, options: Options, report: Report) -
 
 def check(settings: Settings, options: Options) -> None:
     """Raises `ConfigError` if an option needs held-out data and the device has none, or options exclude each other."""
+    if settings.sums is not None and settings.sums.kind == BFV:
+        bfv.library()
     if options.reports and settings.sums is not None:
         raise ConfigError(
             "--report-metrics publishes metrics of this device's data, and --private keeps them on it: leave one out"

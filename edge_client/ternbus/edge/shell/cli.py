@@ -28,7 +28,15 @@ from ternbus.edge.shell.check_command import check
 from ternbus.edge.shell.directory import DeviceDirectory
 from ternbus.edge.shell.noise_command import noise
 from ternbus.edge.shell.printer import Printer
-from ternbus.edge.shell.private_options import Helpers, Private, PrivateColluding, PrivateMin, PrivateRoster, pinned
+from ternbus.edge.shell.private_options import (
+    Helpers,
+    Private,
+    PrivateColluding,
+    PrivateKind,
+    PrivateMin,
+    PrivateRoster,
+    pinned,
+)
 from ternbus.edge.shell.process import run_device
 from ternbus.edge.shell.rejoin_command import rejoin
 
@@ -127,6 +135,7 @@ def join(
     private_min: PrivateMin = None,
     private_roster: PrivateRoster = "",
     private_colluding: PrivateColluding = 0,
+    private_kind: PrivateKind = "",
     max_seconds: MaxSeconds = None,
     max_steps: MaxSteps = None,
     renew: Renew = False,
@@ -150,7 +159,7 @@ def join(
     Example: ternbus edge join pi-7.toml pi-7 --task digits --partition iid:0/8
     """
     usual = (width, partition, frame_bytes, max_seconds, max_steps, hold_out) == (1, "all", FRAME_BYTES, None, None, 0)
-    sums = pinned(private, helpers or [], private_min, private_roster, private_colluding)
+    sums = pinned(private, helpers or [], private_min, private_roster, private_colluding, kind=private_kind)
     _check_renew(renew, task, any((data, seed, username, password_file, dp, max_epsilon, processor, not usual, sums)))
     _check_run(then_run, bool(reports or fine_tune), f"{partition};test:{hold_out!r}" if hold_out else partition)
     policy, limits = _policy(dp, max_epsilon, max_delta, private), TrainingLimits(seconds=max_seconds, steps=max_steps)

@@ -27,7 +27,7 @@ from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from ternbus.broker.protocol.identity import Identity, check_device, check_federation, is_public_key
 from ternbus.broker.protocol.invitation import Invitation, check_broker_url
 from ternbus.broker.store_format import copies
-from ternbus.broker.sums.terms import AGGREGATOR
+from ternbus.broker.sums.terms import AGGREGATOR, MASK
 from ternbus.edge.learn.partition_spec import Partition
 from ternbus.edge.learn.subnetwork import WIDTH_MIN, check_width
 from ternbus.edge.plan.limits import TrainingLimits
@@ -73,6 +73,7 @@ class Settings:
     private_min: str = ""  # with helpers: the smallest number of devices in a sum
     private_roster: str = ""  # with helpers: "own" if they must not leave the list of devices to the aggregator
     private_colluding: str = ""  # with helpers: devices of a sum whose draws are no noise under dp = "sum"
+    private_kind: str = ""  # with helpers: "bfv" for encrypted sums, where all parties follow the protocol
     max_seconds: str = ""  # time limit of one training; empty for none
     max_steps: str = ""  # step limit of one training; empty for none
     rejoin: str = ""  # of a renewal only, "yes": the counters start anew with the new key
@@ -122,15 +123,15 @@ class Settings:
     @property
     def sums(self) -> SumPolicy | None:
         """What the owner pins of private sums. Raises `ConfigError` for what is no key or no number."""
-        if not (self.helpers or self.private_min or self.private_roster or self.private_colluding):
+        if not any((self.helpers, self.private_min, self.private_roster, self.private_colluding, self.private_kind)):
             return None
         if not (self.private_min.isascii() and self.private_min.isdecimal()):
             raise ConfigError(f'edge.toml: private_min is {self.private_min!r}: give a number of devices, as in "5"')
         colluding = self.private_colluding or "0"
         if not (colluding.isascii() and colluding.isdecimal()):
             raise ConfigError(f'edge.toml: private_colluding is {colluding!r}: give a number of devices, as in "1"')
-        roster = self.private_roster or AGGREGATOR
-        return SumPolicy.of(self.helpers.split(), int(self.private_min), roster, int(colluding))
+        roster, kind = self.private_roster or AGGREGATOR, self.private_kind or MASK
+        return SumPolicy.of(self.helpers.split(), int(self.private_min), roster, int(colluding), kind=kind)
 
     @property
     def limits(self) -> TrainingLimits:
@@ -174,7 +175,9 @@ def _pins(sums: SumPolicy) -> dict[str, str]:
     """The settings of what the owner pins of private sums."""
     roster = {"private_roster": sums.roster} if sums.roster != AGGREGATOR else {}
     colluding = {"private_colluding": str(sums.colluding)} if sums.colluding else {}
-    return {"helpers": " ".join(key.hex() for key in sums.helpers), "private_min": str(sums.min), **roster, **colluding}
+    kind = {"private_kind": sums.kind} if sums.kind != MASK else {}
+    helpers = " ".join(key.hex() for key in sums.helpers)
+    return {"helpers": helpers, "private_min": str(sums.min), **roster, **colluding, **kind}
 
 
 def _bounds(limits: TrainingLimits) -> dict[str, str]:

@@ -51,6 +51,7 @@ def status(
         "private_min": None if settings.sums is None else settings.sums.min,
         "private_roster": None if settings.sums is None else settings.sums.roster,
         "private_colluding": None if settings.sums is None else settings.sums.colluding,
+        "private_kind": None if settings.sums is None else settings.sums.kind,
         "refusal": state.refusal or None,
         "personal": str(directory / PERSONAL) if (directory / PERSONAL).exists() else None,
         "outstanding": None

@@ -5,7 +5,8 @@ from typing import Annotated
 import typer
 
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.sums.terms import AGGREGATOR
+from ternbus.broker.sums import bfv
+from ternbus.broker.sums.terms import AGGREGATOR, BFV, MASK
 from ternbus.edge.plan.sum_policy import MIN, SumPolicy
 
 Private = Annotated[
@@ -27,6 +28,14 @@ PrivateRoster = Annotated[
     str,
     typer.Option(metavar="KIND", help='"own" if helpers must admit devices themselves; with --private.'),
 ]
+PrivateKind = Annotated[
+    str,
+    typer.Option(
+        metavar="KIND",
+        help=f"Kind of the sums: {MASK}, or {BFV}, encrypted, for parties that all follow the protocol; with "
+        f"--private. [default: {MASK}]",
+    ),
+]
 PrivateColluding = Annotated[
     int,
     typer.Option(
@@ -36,15 +45,21 @@ PrivateColluding = Annotated[
 ]
 
 
-def pinned(private: bool, helpers: list[str], least: int | None, roster: str, colluding: int) -> SumPolicy | None:
+def pinned(
+    private: bool, helpers: list[str], least: int | None, roster: str, colluding: int, *, kind: str
+) -> SumPolicy | None:
     """What the options pin of private sums; None without --private."""
     if private and not helpers:
         raise ConfigError(
             "--private needs --helper KEY for each helper that you trust: an aggregator that names the helpers could "
             "be its own"
         )
-    if not private and (helpers or least is not None or roster or colluding):
+    if not private and (helpers or least is not None or roster or colluding or kind):
         raise ConfigError(
-            "--helper, --private-min, --private-roster and --private-colluding are for private sums: add --private"
+            "--helper, --private-min, --private-roster, --private-colluding and --private-kind are for private sums: "
+            "add --private"
         )
-    return SumPolicy.of(helpers, MIN if least is None else least, roster or AGGREGATOR, colluding) if private else None
+    if kind == BFV:
+        bfv.library()
+    least = MIN if least is None else least
+    return SumPolicy.of(helpers, least, roster or AGGREGATOR, colluding, kind=kind or MASK) if private else None

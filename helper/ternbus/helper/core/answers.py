@@ -81,7 +81,7 @@ class Answers:
         return Reply(state=after, step=step, answer=_answer(sets.PREPARED, ask.digest, after))
 
     def _open(self, ask: CheckedAsk, before: str, state: State, unix_s: float) -> Reply:
-        body = ask.sum_of_masks(self.profile.identity.public).tobytes()
+        body = ask.opened(self.profile)
         if before == OPENED:
             return Reply(state=state, answer=_answer(sets.OPENED, ask.digest, state), body=body)
         entry = Opening(

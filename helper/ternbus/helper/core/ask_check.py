@@ -14,8 +14,9 @@ from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.identity import is_device
 from ternbus.broker.protocol.messages import Update
 from ternbus.broker.sums import masks
+from ternbus.broker.sums.bfv import Slots
 from ternbus.broker.sums.sets import NAMED_MAX, Ask, SetMember, first_part, set_digest
-from ternbus.broker.sums.terms import MASK, OWN
+from ternbus.broker.sums.terms import OWN
 from ternbus.broker.sums.words import Layout, Words
 from ternbus.helper.core.profile import Profile
 from ternbus.helper.core.records import OPENED, Records
@@ -52,6 +53,16 @@ class CheckedAsk:
     base: int
     layout: Layout
     members: tuple[CheckedMember, ...]
+    sum: bytes = field(default=b"", repr=False)  # of the kind `bfv`: what is to be decrypted
+
+    def opened(self, profile: Profile) -> bytes:
+        """What a helper answers: the sum of the masks, or the decrypted sum of ciphertexts."""
+        if profile.bfv is None:
+            return self.sum_of_masks(profile.identity.public).tobytes()
+        try:
+            return profile.bfv.decrypt(Slots(self.layout), self.sum)
+        except ProtocolError as error:
+            raise AskRefusedError("bad-sum", str(error)) from None
 
     def sum_of_masks(self, helper: bytes) -> Words:
         """The sum of the members' masks for the helper with this public key."""
@@ -81,7 +92,7 @@ class AskCheck:
         except ProtocolError as error:
             raise AskRefusedError(error.reason, error.detail) from None
         layout, size = terms.layout, len(ask.members)
-        if terms.kind != MASK or 8 * layout.words > ANSWER_BYTES_MAX:
+        if terms.kind != self.profile.kind or 8 * layout.words > ANSWER_BYTES_MAX:
             raise AskRefusedError("bad-terms", "this helper opens no such sums")
         place, key = self._own_place(ask)
         members = self._members(ask)
@@ -104,7 +115,9 @@ class AskCheck:
             else:
                 found.append(CheckedMember(device=name, public=member.public, header=member.digest, seed=seed))
         _refuse(faults)
-        return CheckedAsk(digest=digest, context=ask.context, base=ask.version, layout=layout, members=tuple(found))
+        return CheckedAsk(
+            digest=digest, context=ask.context, base=ask.version, layout=layout, members=tuple(found), sum=ask.sum
+        )
 
     def _own_place(self, ask: Ask) -> tuple[int, BoxKey]:
         """The place of the helper's own card in the terms, and the box key that the card states."""

@@ -11,8 +11,9 @@ from ternbus.broker.protocol.identity import Identity, enroll_proof, key_id
 from ternbus.broker.protocol.messages import Enroll, Receipt, Status
 from ternbus.broker.protocol.parts import cut
 from ternbus.broker.protocol.topics import TO_HELPER_KINDS
+from ternbus.broker.sums.bfv import SecretKey
 from ternbus.broker.sums.sets import Answer
-from ternbus.broker.sums.terms import Card, SignedCard
+from ternbus.broker.sums.terms import BFV, MASK, Card, SignedCard, digest_of
 from ternbus.helper.core.actions import Publish
 from ternbus.helper.core.state import BoxKey, Random
 
@@ -33,6 +34,12 @@ class Profile:
     min: int  # the smallest set that it answers for
     code: str = field(default="", repr=False)  # of the invitation, until enrollment
     software: str = ""
+    bfv: SecretKey | None = None  # by which it decrypts sums, in place of opening masks
+
+    @property
+    def kind(self) -> str:
+        """Of the sums that it opens."""
+        return MASK if self.bfv is None else BFV
 
     @property
     def subscriptions(self) -> tuple[str, ...]:
@@ -60,6 +67,7 @@ class Profile:
         return receipt.device == self.helper and receipt.device_key == self.identity.key_id
 
     def card(self, key: BoxKey) -> SignedCard:
+        public = b"" if self.bfv is None else self.bfv.public
         return Card(
             federation=self.federation,
             helper=self.helper,
@@ -68,7 +76,8 @@ class Profile:
             number=key.number,
             roster=self.roster,
             min=self.min,
-        ).signed(self.identity)
+            bfv=digest_of(public) if public else b"",
+        ).signed(self.identity, public)
 
     def publish_card(self, key: BoxKey, *, seq: int, count: int, retain: bool = True) -> Publish:
         """The card; ``count`` is in it for the helper itself, since a last will may replace a newer status."""

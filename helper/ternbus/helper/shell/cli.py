@@ -15,7 +15,7 @@ from ternbus.broker.files import is_exposed, load_toml
 from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.protocol.identity import check_device, is_public_key
 from ternbus.broker.protocol.invitation import Invitation
-from ternbus.broker.sums.terms import AGGREGATOR, OWN
+from ternbus.broker.sums.terms import AGGREGATOR, BFV, MASK, OWN
 from ternbus.helper.core.state import State
 from ternbus.helper.shell import inspection_commands, process
 from ternbus.helper.shell.arguments import AsJson, Dir
@@ -62,6 +62,14 @@ def init(
     least: Annotated[
         int | None, typer.Option("--min", help=f"Smallest number of devices in a sum. [default: {MIN}]")
     ] = None,
+    private_kind: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND",
+            help=f"Kind of the sums: {MASK}, or {BFV}, encrypted, for parties that all follow the protocol. "
+            f"[default: {MASK}]",
+        ),
+    ] = "",
     username: Annotated[
         str, typer.Option(metavar="NAME", help="User name at the broker, if it is not aggregator_help_NAME.")
     ] = "",
@@ -80,6 +88,7 @@ def init(
     home = HelperDirectory(directory)
     options = {
         "federation": federation, "broker": broker, "helper": name, "roster": roster, "username": username,
+        "kind": private_kind,
         "password_file": str(password_file.resolve()) if password_file is not None else "",
     }  # fmt: skip
     given = {key: value for key, value in options.items() if value} | ({} if least is None else {"min": least})
@@ -176,7 +185,7 @@ def _make(home: HelperDirectory, asked: Invitation | None, given: Mapping[str, o
         raise ConfigError(f"{' and '.join(missing)} is missing: give it, or the --invitation that has it")
     settings = Settings.from_table(table, "ternbus helper init")
     settings = settings if asked is None else settings.invited(asked)
-    home.make()
+    home.make(settings.kind)
     with home.locked():
         if asked is not None:
             home.write_certificates(asked)
@@ -206,16 +215,17 @@ def _invite(home: HelperDirectory, asked: Invitation | None, given: Mapping[str,
 
 def _say_what_is_next(home: HelperDirectory) -> None:
     settings, key = home.settings(), home.identity().public.hex()
+    kind = "" if settings.kind == MASK else f" --private-kind {settings.kind}"
     card = home.write_card(settings)
     typer.echo(f"helper {settings.helper} of {settings.federation}, key {key}")
     if settings.aggregator_key:
         typer.echo(f"next:  ternbus helper run {home.quoted}")
     else:
         typer.echo(f"give {card} to the aggregator's operator, who runs:")
-        typer.echo("  ternbus aggregator init AGG … --private --helper card.toml")
+        typer.echo(f"  ternbus aggregator init AGG … --private{kind} --helper card.toml")
         typer.echo(f"  ternbus aggregator invite AGG --helper {settings.helper}")
         typer.echo(f"then:  ternbus helper init {home.quoted} --invitation FILE")
-    typer.echo(f"owners of devices pin the key: ternbus edge join … --private --helper {key}")
+    typer.echo(f"owners of devices pin the key: ternbus edge join … --private{kind} --helper {key}")
 
 
 def _load_invitation(path: Path) -> Invitation:

@@ -26,11 +26,13 @@ from ternbus.broker.files import (
 from ternbus.broker.link.tls import CA, CERTIFICATE, TLS_KEY, Tls
 from ternbus.broker.protocol.identity import Identity, check_federation, check_helper, is_public_key
 from ternbus.broker.protocol.invitation import Invitation, check_broker_url
-from ternbus.broker.sums.terms import ROSTERS
+from ternbus.broker.sums import bfv
+from ternbus.broker.sums.terms import BFV, KINDS, MASK, ROSTERS
 from ternbus.broker.sums.words import DEVICES_MAX
 from ternbus.helper.store.tables import FILE
 
 KEY: Final = "helper.key"
+BFV_KEY: Final = "bfv.key"
 TOML: Final = "helper.toml"
 CARD: Final = "card.toml"
 LOCK: Final = "lock"
@@ -51,12 +53,15 @@ class Settings:
     aggregator_key: str = ""  # 64 hex digits; empty until the invitation
     username: str = ""  # at the broker; empty for aggregator_help_NAME
     password_file: str = ""
+    kind: str = MASK  # of the sums that it opens
     code: str = field(default="", repr=False)  # of the invitation, until the helper has enrolled
 
     def __post_init__(self) -> None:
         check_federation(self.federation)
         check_helper(self.helper)
         check_broker_url(self.broker)
+        if self.kind not in KINDS:
+            raise ConfigError(f"kind = {self.kind!r}: write one of {', '.join(KINDS)}")
         if self.roster not in ROSTERS:
             raise ConfigError(f"roster is {self.roster!r}: use one of {', '.join(ROSTERS)}")
         if not 2 <= self.min <= DEVICES_MAX:
@@ -88,8 +93,10 @@ class Settings:
             (): ABOUT,
             ("roster",): "who says which devices there are: own (`ternbus helper admit`) or aggregator",
             ("min",): "smallest number of devices in a sum that this helper opens",
+            ("kind",): "mask, or bfv: only where all parties follow the protocol; it stays as it was made",
         }
-        return toml.dumps({name: value for name, value in asdict(self).items() if value}, comments)
+        table = {name: value for name, value in asdict(self).items() if value and (name, value) != ("kind", MASK)}
+        return toml.dumps(table, comments)
 
     def invited(self, invitation: Invitation) -> Self:
         """With what an invitation gives. Raises `ConfigError` if it is for another helper."""
@@ -141,17 +148,31 @@ class HelperDirectory:
     def identity(self) -> Identity:
         return Identity(read_key(self.folder / KEY))
 
+    def bfv_key(self, settings: Settings) -> bfv.SecretKey | None:
+        """The key that decrypts sums; None for a helper that opens masks. Raises `ConfigError` if it is missing."""
+        if settings.kind != BFV:
+            return None
+        path = self.folder / BFV_KEY
+        if not path.exists():
+            raise ConfigError(f"{path} is missing, and nothing else opens these sums: make another helper")
+        with storing(path):
+            key = bfv.SecretKey(check_secret(path).read_bytes())
+        bfv.check_key(key.public)  # TenSEAL is there, and the file as it was written
+        return key
+
     def tls(self) -> Tls | None:
         return Tls.in_folder(self.folder)
 
-    def make(self) -> Identity:
-        """The folder and the helper's key; what an interrupted `init` made is used again."""
+    def make(self, kind: str = MASK) -> Identity:
+        """The folder and the helper's keys; what an interrupted `init` made is used again."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise fault(error, self.folder, "cannot create ") from error
         if not (self.folder / KEY).exists():
             write_key(self.folder / KEY, Identity.generate().seed)
+        if kind == BFV and not (self.folder / BFV_KEY).exists():
+            write_secret(self.folder / BFV_KEY, bfv.SecretKey.generate().content)
         return self.identity()
 
     def write(self, settings: Settings) -> None:
@@ -162,6 +183,7 @@ class HelperDirectory:
         about = "A Ternbus helper, for: ternbus aggregator init … --private --helper card.toml"
         key = self.identity().public.hex()
         table = {"name": settings.helper, "federation": settings.federation, "key": key}
+        table |= {"kind": settings.kind} if settings.kind != MASK else {}
         write_text(self.folder / CARD, toml.dumps(table, {(): about}))
         return self.folder / CARD
 

@@ -38,6 +38,7 @@ def status(directory: Dir, as_json: AsJson = False) -> None:
         "running": home.is_running,
         "aggregator": found.facts.get("aggregator", "unknown") if home.is_running else "unknown",
         "waits_for": _waits_for(home, settings, found),
+        "kind": settings.kind,
         "roster": settings.roster,
         "devices": found.devices,
         "min": settings.min,

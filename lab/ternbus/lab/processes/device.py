@@ -13,7 +13,7 @@ from pathlib import Path
 from ternbus.broker.complaint import end_in_words
 from ternbus.broker.files import load_toml
 from ternbus.broker.protocol.invitation import Invitation
-from ternbus.broker.sums.terms import AGGREGATOR
+from ternbus.broker.sums.terms import AGGREGATOR, MASK
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.privacy import PrivacyPolicy
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--plan", default="{}", help="The scenario's, in JSON: its budget is the device's own.")
     parser.add_argument("--helper", action="append", default=[], help="Key of a helper of private sums to pin.")
     parser.add_argument("--private-min", type=int, default=MIN)
+    parser.add_argument("--private-kind", default=MASK)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     given = parser.parse_args()
     _join(given)
@@ -59,7 +60,7 @@ def _join(given: argparse.Namespace) -> None:
         seed=given.seed,
         hold_out=given.hold_out,
         width=given.width,
-        sums=SumPolicy.of(given.helper, given.private_min, AGGREGATOR) if given.helper else None,
+        sums=_pinned(given) if given.helper else None,
         policy=PrivacyPolicy.of(Plan.from_meta({**model.default_plan, **json.loads(given.plan)})),
     )
     stop = agent.join(home, settings, model, Options(), printer)
@@ -68,6 +69,10 @@ def _join(given: argparse.Namespace) -> None:
     if home.settings().code:
         printer.end(stop)
         sys.exit(stop.code)
+
+
+def _pinned(given: argparse.Namespace) -> SumPolicy:
+    return SumPolicy.of(given.helper, given.private_min, AGGREGATOR, kind=given.private_kind)
 
 
 if __name__ == "__main__":

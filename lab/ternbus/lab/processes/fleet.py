@@ -19,7 +19,8 @@ def device(
     """
     role = ["run", str(output.device(name)), "--min-seconds", f"{seconds:.3f}"]
     pins = [argument for key in helpers for argument in ("--helper", key)]
-    pins += [] if scenario.private is None else ["--private-min", str(scenario.private.min)]
+    about = scenario.private
+    pins += [] if about is None else ["--private-min", str(about.min), "--private-kind", about.kind]
     behaviour, local = scenario.behaviours.get(index), scenario.local
     if behaviour is not None:
         return MODULE, [
@@ -63,7 +64,8 @@ def prepare(scenario: Scenario, output: Output) -> list[str]:
 
 def helper_init(scenario: Scenario, output: Output, name: str, federation: str, broker: str) -> list[str]:
     """Arguments of `ternbus` that make a helper."""
-    least = [] if scenario.private is None else ["--min", str(scenario.private.min)]
+    about = scenario.private
+    least = [] if about is None else ["--min", str(about.min), "--private-kind", about.kind]
     folder = str(output.helper(name))
     return ["helper", "init", folder, "--federation", federation, "--broker", broker, "--name", name, *least]
 

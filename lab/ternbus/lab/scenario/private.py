@@ -26,6 +26,7 @@ class Private:
     bits: int = _DEFAULT.bits
     levels: int = _DEFAULT.levels
     samples: float = _DEFAULT.samples
+    kind: str = _DEFAULT.kind
 
     def __post_init__(self) -> None:
         within("private.helpers", self.helpers, 1, HELPERS_MAX)
@@ -46,6 +47,7 @@ class Private:
             "private.levels": self.levels,
             "private.min": self.min,
             "private.samples": self.samples,
+            "private.kind": self.kind,
         }
 
     def check_devices(self, devices: int) -> None:
@@ -65,6 +67,7 @@ def parse(table: Table) -> Private:
         "bits": table.whole("bits"),
         "levels": table.whole("levels"),
         "samples": table.number("samples"),
+        "kind": table.text("kind"),
     }
     table.refuse_unknown()
     return Private(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]  # read by kind above

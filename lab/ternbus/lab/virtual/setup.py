@@ -24,7 +24,8 @@ from ternbus.aggregator.sums.state import PrivateSums
 from ternbus.broker.protocol.identity import Identity, seal
 from ternbus.broker.protocol.schema import Schema, Vector, to_vector
 from ternbus.broker.protocol.tensor_kinds import TensorKinds
-from ternbus.broker.sums.terms import AGGREGATOR
+from ternbus.broker.sums.bfv import SecretKey
+from ternbus.broker.sums.terms import AGGREGATOR, BFV
 from ternbus.edge.core.follower import InitialModel
 from ternbus.edge.core.profile import Profile
 from ternbus.edge.learn.class_counts import class_counts_of
@@ -209,6 +210,7 @@ def helper_profiles(scenario: Scenario, aggregator: bytes, codes: Mapping[str, s
             min=least,
             code=codes[name],
             software=SOFTWARE,
+            bfv=SecretKey.generate() if scenario.private.kind == BFV else None,
         )
         for name, identity in _helpers(scenario.private, scenario.seed).items()
     ]
@@ -227,7 +229,8 @@ def _helpers(about: Private, seed: int) -> dict[str, Identity]:
 
 
 def _pins(about: Private, seed: int) -> SumPolicy:
-    return SumPolicy(helpers=tuple(each.public for each in _helpers(about, seed).values()), min=about.min)
+    helpers = tuple(each.public for each in _helpers(about, seed).values())
+    return SumPolicy(helpers=helpers, min=about.min, kind=about.kind)
 
 
 def _random(seed: int, name: str) -> Callable[[int], bytes]:
