@@ -108,26 +108,37 @@ class Slots:
 
 @dataclass(frozen=True, slots=True)
 class SecretKey:
-    """A helper's key pair; ``content`` is what it keeps of it on disk."""
+    """A helper's key pair; ``content`` is what it keeps of it on disk.
+
+    The public key is in it as it is given away: SEAL writes one key in other bytes at another time.
+    """
 
     content: bytes = field(repr=False)
 
     @classmethod
     def generate(cls) -> "SecretKey":
         """ConfigError without TenSEAL."""
-        return cls(_serialized(_fresh_context(), secret=True))
+        context = _fresh_context()
+        return cls(_padded(_serialized(context, secret=False), KEY_BYTES) + _serialized(context, secret=True))
 
     @property
     def public(self) -> bytes:
-        """`KEY_BYTES` bytes, by which devices encrypt. ConfigError where ``content`` is no key."""
-        return _padded(_serialized(self._context, secret=False), KEY_BYTES)
+        """`KEY_BYTES` bytes, by which devices encrypt."""
+        return self.content[:KEY_BYTES]
+
+    def check(self) -> None:
+        """ConfigError where ``content`` is no key, and without TenSEAL."""
+        try:
+            _public(self.public)
+            is_whole = self._context.has_secret_key()
+        except ProtocolError as error:
+            raise ConfigError(f"the BFV key is not as it was written ({error}): make another helper") from error
+        if not is_whole:
+            raise ConfigError("the BFV key has no secret part: make another helper")
 
     @property
     def _context(self) -> Any:
-        try:
-            return _context(self.content)
-        except ProtocolError as error:
-            raise ConfigError(f"the BFV key is not as it was written ({error}): make another helper") from error
+        return _context(self.content[KEY_BYTES:])
 
     def decrypt(self, slots: Slots, body: bytes) -> bytes:
         """The slots of a sum as 32-bit numbers below MODULUS, little-endian; ProtocolError where it is none."""

@@ -157,7 +157,7 @@ class HelperDirectory:
             raise ConfigError(f"{path} is missing, and nothing else opens these sums: make another helper")
         with storing(path):
             key = bfv.SecretKey(check_secret(path).read_bytes())
-        bfv.check_key(key.public)  # TenSEAL is there, and the file as it was written
+        key.check()
         return key
 
     def tls(self) -> Tls | None:
