@@ -240,7 +240,7 @@ def short(scripted: ScriptedAggregator, **changes: Any) -> Terms:
         ({"helpers": (card(2),)}, "which its owner has pinned, is not in the terms"),
         ({"min": 4}, "sums of 4 devices, and its owner requires 5"),
         ({"helpers": (card(1, roster="aggregator"),)}, "lets the aggregator say which devices there are"),
-        ({"kind": "bfv"}, 'the kind "bfv"'),
+        ({"kind": "bfv"}, "its terms of private sums are not valid"),
         ({"dense": 8}, "a model of other tensors"),
         ({"ternary": 1001}, "a model of other tensors"),
         ({"scales": (1.0,)}, "a model of other tensors"),

@@ -100,6 +100,7 @@ CONFINED = {
     "sqlite3": {*STORES, "broker/ternbus/broker/complaint.py"},  # which names its errors to end with an exit code
     "cryptography": {"broker/ternbus/broker/server/certificates.py"},
     "dp_accounting": {"edge_client/ternbus/edge/learn/accountant.py"},
+    "tenseal": {"broker/ternbus/broker/sums/bfv.py"},
     "opacus": {"edge_client/ternbus/edge/torch/dp_sgd.py"},
     "peft": {"edge_client/ternbus/edge/adapters/hugging_face.py", "edge_client/ternbus/edge/tasks/movie_reviews.py"},
     "transformers": {"edge_client/ternbus/edge/tasks/movie_reviews.py"},

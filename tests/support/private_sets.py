@@ -12,6 +12,7 @@ from ternbus.broker.protocol.identity import AGGREGATOR, Identity
 from ternbus.broker.protocol.messages import PRIVATE, Receipt, Status, Update
 from ternbus.broker.protocol.parts import cut
 from ternbus.broker.sums import masks, sets
+from ternbus.broker.sums.bfv import SecretKey
 from ternbus.broker.sums.sets import Answer, Ask, AskStep, SetMember, set_digest
 from ternbus.broker.sums.terms import AGGREGATOR as BY_AGGREGATOR
 from ternbus.broker.sums.terms import MASK, Terms, context, digest_of
@@ -57,6 +58,7 @@ class Helper:
     enrolled: bool = True
     federation: str = FEDERATION
     now: float = 0.0
+    bfv: SecretKey | None = None
     records: MemoryRecords = field(init=False)
     disk: State = field(init=False)
     core: Core = field(init=False)
@@ -77,7 +79,7 @@ class Helper:
     def profile(self) -> Profile:
         return Profile(
             federation=self.federation, helper=self.name, identity=self.identity, aggregator_public=SERVER.public,
-            random=self.random, roster=self.roster, min=self.min, code="code",
+            random=self.random, roster=self.roster, min=self.min, code="code", bfv=self.bfv,
         )  # fmt: skip
 
     def start(self) -> list[Action]:

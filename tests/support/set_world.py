@@ -23,10 +23,11 @@ from ternbus.broker.protocol.merge_log import Entry, unpack
 from ternbus.broker.protocol.messages import PRIVATE, Head, Receipt, Status, Update
 from ternbus.broker.protocol.parts import cut
 from ternbus.broker.sums import masks
+from ternbus.broker.sums.bfv import SecretKey, encrypt
 from ternbus.broker.sums.plan_bytes import plan_bytes
 from ternbus.broker.sums.sets import OPENED, REFUSED, Answer
 from ternbus.broker.sums.terms import AGGREGATOR as BY_AGGREGATOR
-from ternbus.broker.sums.terms import Terms, context, digest_of
+from ternbus.broker.sums.terms import BFV, Terms, context, digest_of
 from ternbus.broker.sums.words import BUCKETS, DENSE_STEPS, Words
 from ternbus.helper.core import actions as helper_actions
 from ternbus.helper.core import events as helper_events
@@ -48,6 +49,7 @@ class Helper(HelperCore):
         return Profile(
             federation=LAB, helper=self.name, identity=self.identity, aggregator_public=self.server,
             random=self.random, roster=self.roster, min=self.min, code="a-code-of-an-invitation",
+            bfv=self.bfv,
         )  # fmt: skip
 
 
@@ -80,10 +82,13 @@ class PrivateDevice(Device):
             masks.box(card.box_key, seed, helper=card.public, seq=number, **about)
             for card, seed in zip(cards, seeds, strict=True)
         )
-        sent = masks.masked(
-            terms.layout, words, [(card.public, seed) for card, seed in zip(cards, seeds, strict=True)], **about
+        pairs = [(card.public, seed) for card, seed in zip(cards, seeds, strict=True)]
+        sent = (
+            encrypt(terms.key, terms.layout, words)
+            if terms.kind == BFV
+            else masks.masked(terms.layout, words, pairs, **about).tobytes()
         )
-        body = changes.pop("body", sent.tobytes())
+        body = changes.pop("body", sent)
         body = seal(seal_to or world.identity.public, bytes(self.identity.key_id) + number.to_bytes(8, "little") + body)
         values: dict[str, Any] = {
             "base": base, "samples": 1, "codec": PRIVATE, "encoding": "raw", "sealed": True, "context": its_context,
@@ -134,7 +139,9 @@ class World(Bench):
         )
         super().__init__(directory)
         for name in self.names:
-            self.helpers[name] = Helper(name, min=2, enrolled=False, server=self.identity.public, roster=roster)
+            key = SecretKey.generate() if changes.get("private__kind") == BFV else None
+            about: dict[str, Any] = {"server": self.identity.public, "roster": roster, "bfv": key}
+            self.helpers[name] = Helper(name, min=2, enrolled=False, **about)
 
     disconnected = events.Disconnected()
 

@@ -164,9 +164,8 @@ def join(
     _check_run(then_run, bool(reports or fine_tune), f"{partition};test:{hold_out!r}" if hold_out else partition)
     policy, limits = _policy(dp, max_epsilon, max_delta, private), TrainingLimits(seconds=max_seconds, steps=max_steps)
     home, options = DeviceDirectory(directory), Options(timeout_s=timeout, reports=reports, fine_tune=fine_tune)
-    asked = load_invitation(invitation, directory)
     with json_output(as_json) as output:
-        printer = Printer(as_json=as_json, output=output)
+        asked, printer = load_invitation(invitation, directory), Printer(as_json=as_json, output=output)
         if renew:
             _end(printer, agent.renew(home, asked, load_task(home.settings().task), options, printer), then_run)
         elif not (then_run and home.has_joined(asked)):
