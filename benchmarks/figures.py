@@ -97,6 +97,29 @@ def private_sums(found: Any) -> str:
     )
 
 
+def encrypted_sums(found: Any) -> str:
+    head = (
+        "parameters", "kind", "an update", "to the helper", "from it", "device", "aggregator", "helper",
+    )  # fmt: skip
+    body = [
+        [
+            f"{row['parameters']:,}",
+            f"`{row['kind']}`",
+            *(f"{row[name]:,}" for name in ("update_bytes", "ask_bytes", "answer_bytes")),
+            *(f"{row[name]:,.1f} ms" for name in ("device_ms", "aggregator_ms", "helper_ms")),
+        ]
+        for row in found["rows"]
+    ]
+    key = max(row["key_bytes"] for row in found["rows"])
+    return (
+        f"A sum of {found['sum']} updates with {found['bits']} bits a value, by masks and by encryption (`bfv`): bytes "
+        "of the bodies, and CPU time of one thread (medians). An aggregator's time is for all updates of the sum, a "
+        "device's for its own. A set's headers go to the helper with both kinds. With `bfv` the helper's public key, "
+        f"{key:,} bytes, goes to each device with each version besides. Both open to the same integers. A federation "
+        f"of the kind `bfv` takes models of up to {found['limit']:,} parameters.\n\n{_table(head, body)}"
+    )
+
+
 def attacks(rows: Any) -> str:
     head = ("attack", "broker", "parameters", "honest updates answered", "p50", "p99", "peak memory")
     body = [
@@ -193,6 +216,7 @@ SECTIONS: Final[Mapping[str, tuple[str, Callable[[Any], str]]]] = {
     "codec": ("Encode and decode", codec),
     "ingest": ("An aggregator", ingest),
     "private_sums": ("Private sums", private_sums),
+    "encrypted_sums": ("Private sums by encryption", encrypted_sums),
     "attacks": ("An aggregator under attack", attacks),
     "fleet": ("A fleet", fleet),
     "edge": ("A device", edge),

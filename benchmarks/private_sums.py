@@ -370,7 +370,7 @@ def sizes(parameters: int) -> list[dict[str, Any]]:
         about = Federation(parameters, bits)
         frames = frames_of(0, about.job, about.encoded(), about.aggregator.public)
         rows.append({"update": f"private, {bits} bits", "bytes": total(frames), "devices": about.terms.devices_max})
-    return [*rows, {"update": "bfv", "bytes": None}]
+    return rows
 
 
 def total(frames: Sequence[bytes]) -> int:
