@@ -59,6 +59,9 @@ def masked_sum(layout: Layout, words: Words, devices: int) -> tuple[dict[str, An
         layout.subtract(opened, layout.read(answer.tobytes()))
         return opened
 
+    sent: Words
+    total: Words
+    answer: Words
     device_ms, sent = cpu_ms(lambda: masks.masked(layout, words, [(HELPER, SEED)], **about))
     add_ms, total = cpu_ms(add)
     helper_ms, answer = cpu_ms(open_all)
@@ -98,7 +101,7 @@ def measure(parameters: int, devices: int) -> list[dict[str, Any]]:
         cost, opened = one(layout, words, devices)
         rows.append({"parameters": schema.elements, "kind": kind, **cost})
         sums.append(opened)
-    assert np.array_equal(*sums)
+    assert np.array_equal(sums[0], sums[1])
     return rows
 
 

@@ -11,13 +11,14 @@ from typing import Any, Final
 
 import msgpack
 
-from fuzz import peer, private
-from fuzz.targets import KINDS
+from fuzz import encrypted, peer, private
+from fuzz.targets import KINDS, TARGETS
 from ternbus.aggregator import settings
 from ternbus.broker.protocol.frame import SIGNATURE_BYTES, parse
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.messages import Delta, Enroll, Grant, Metrics, Offer, Snapshot, Status
 from ternbus.broker.protocol.ternary import RAW, encode
+from ternbus.broker.sums import bfv
 from ternbus.broker.sums.words import BITS
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -66,6 +67,7 @@ def seeds() -> dict[str, Seeds]:
             **{_slug("bad", name): bytes.fromhex(bad) for name, bad in vectors["malformed_revocations"].items()},
         },
         **_private(vectors["private"], vectors["malformed_private"]),
+        **({"ciphertext": _ciphertext()} if "ciphertext" in TARGETS else {}),
     }
 
 
@@ -108,6 +110,20 @@ def _private(vectors: Any, malformed: Any) -> dict[str, Seeds]:
         | {name: shapes[6] + each for name, each in contents["words"].items()},
         "box": {row["device"]: bound + plain for row, (bound, plain) in zip(vectors["updates"], boxes, strict=True)}
         | {"bad-copied": boxes[0][0] + boxes[1][1], "bad-long": boxes[0][0] + boxes[0][1] + b"\0"},
+    }
+
+
+def _ciphertext() -> Seeds:
+    """Edits of valid bytes, in the format of the target."""
+    return {
+        "update": b"\0",
+        "key": b"\1",
+        "answer": b"\2",
+        "bad-length-of-ciphertext": b"\0" + encrypted.EDIT.pack(1, 255),
+        "bad-ciphertext": b"\0" + b"".join(encrypted.EDIT.pack(place, 170) for place in range(900, 920)),
+        "bad-filling": b"\0" + encrypted.EDIT.pack(bfv.CIPHERTEXT_BYTES - 1, 1),
+        "bad-key": b"\1" + b"".join(encrypted.EDIT.pack(place, 170) for place in range(20, 40)),
+        "bad-slot": b"\2" + encrypted.EDIT.pack(3, 1),
     }
 
 

@@ -8,12 +8,13 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from hashlib import blake2b
+from importlib.util import find_spec
 from typing import Final
 
 import numpy as np
 import zstandard
 
-from fuzz import peer, private
+from fuzz import encrypted, peer, private
 from ternbus.aggregator import settings
 from ternbus.aggregator.plan_settings import PlanCheck
 from ternbus.aggregator.store.device_metrics import Report, sentences
@@ -269,6 +270,7 @@ TARGETS: Final[Mapping[str, Target]] = {
     "words": private.words,
     "box": private.box,
     "helper": private.helper,
+    **({"ciphertext": encrypted.ciphertext} if find_spec("tenseal") else {}),
 }
 
 
