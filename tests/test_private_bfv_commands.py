@@ -185,7 +185,7 @@ def test_a_scenario_says_the_kind_and_takes_one_helper_for_it() -> None:
 @pytest.mark.slow
 def test_real_processes_make_versions_of_encrypted_sums(tmp_path: Path) -> None:
     (tmp_path / "scenario.toml").write_text(
-        'task = "digits"\ndevices = 3\nend.versions = 1\nspeeds.median_s = 0.1\n'
+        'task = "digits-numpy"\ndevices = 3\nend.versions = 1\nspeeds.median_s = 0.1\n'
         '[private]\nhelpers = 1\nmin = 3\nkind = "bfv"\n'
     )
     out = tmp_path / "run"

@@ -24,6 +24,7 @@ from ternbus.broker.protocol.messages import Enroll, Head, Status, Update
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import Block
 from ternbus.broker.sums import masks, sets
+from ternbus.broker.sums.bfv import MODULUS, Slots
 from ternbus.broker.sums.terms import Card, SignedCard, Terms, context, digest_of
 from ternbus.broker.sums.words import BUCKETS, DENSE_STEPS, Layout
 from ternbus.edge.learn import private_sum
@@ -370,8 +371,22 @@ def test_what_is_malformed_is_refused(what: str, name: str) -> None:
         THEIRS[what](content)
 
 
+@pytest.mark.parametrize("row", VECTORS["bfv"]["values"], ids=lambda row: f"{row['bits']} bits")
+def test_slots_both_ways(row: dict[str, Any]) -> None:
+    about = {"bits": row["bits"], "ternary": len(row["ternary"]), "dense": row["dense"], "tensors": row["tensors"]}
+    values, slots, used = row["ternary"] + row["plain"], Slots(Layout(**about)), len(row["slots"])
+    assert VECTORS["bfv"]["modulus"] == MODULUS
+    made = slots.of_words(slots.layout.pack(np.array(row["ternary"]), np.array(row["plain"])))
+    assert (made % MODULUS).reshape(-1)[:used].tolist() == row["slots"]
+    assert not made.reshape(-1)[used:].any()
+    assert stranger.slots_of(stranger.Layout(**about), values, MODULUS) == row["slots"]
+    assert stranger.values_in(stranger.Layout(**about), row["slots"], MODULUS) == values
+    found = slots.layout.unpack(slots.to_words(made))
+    assert [*found[0].tolist(), *found[1].tolist()] == values
+
+
 def test_every_entry_is_used() -> None:
     """A vector added to the file must be added here."""
-    used = "keys card terms head context words masks updates values set sum ask answer enroll status"
+    used = "keys card terms head context words masks updates values set sum ask answer enroll status bfv"
     assert set(VECTORS) == set(used.split())
     assert set(MALFORMED) == set(REASONS) == set(OURS) == set(THEIRS)

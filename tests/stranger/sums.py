@@ -322,3 +322,33 @@ def change_of(sums: Sequence[int], layout: Layout, scales: Iterable[float], leve
     weight = sums[layout.ternary + layout.dense] / 255
     units = [levels] * layout.ternary + [STEPS] * layout.dense
     return [scale * value / unit / weight for scale, value, unit in zip(scales, sums, units, strict=False)]
+
+
+def slots_of(layout: Layout, values: Sequence[int], modulus: int) -> list[int]:
+    """The slots of an encrypted update or sum, without the zeros behind them."""
+    lanes, slots = 20 // layout.bits, []
+    for first in range(0, layout.ternary, lanes):
+        row = values[first : min(first + lanes, layout.ternary)]
+        slots.append(sum(value << (layout.bits * place) for place, value in enumerate(row)))
+    for value in values[layout.ternary :]:
+        rest = (value + 2048) % 4096 - 2048
+        slots += [rest, (value - rest) // 4096]
+    return [slot % modulus for slot in slots]
+
+
+def values_in(layout: Layout, slots: Sequence[int], modulus: int) -> list[int]:
+    """The values in slots, from which the blinding is taken already."""
+    around = [slot - modulus if slot > modulus // 2 else slot for slot in slots]
+    lanes, half = 20 // layout.bits, 1 << (layout.bits - 1)
+    count = -(-layout.ternary // lanes)
+    ternary = []
+    for slot in around[:count]:
+        rest = slot
+        for _ in range(lanes):
+            digit = (rest + half) % (2 * half) - half
+            ternary.append(digit)
+            rest = (rest - digit) // (2 * half)
+        _need(rest == 0, "a slot has more than its values")
+    _need(not any(ternary[layout.ternary :]), "a slot has more than its values")
+    pairs = zip(around[count::2], around[count + 1 :: 2], strict=True)
+    return ternary[: layout.ternary] + [low + 4096 * high for low, high in pairs]
