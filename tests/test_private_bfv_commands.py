@@ -126,7 +126,7 @@ def test_a_device_keeps_the_kind_that_its_owner_joined_for(monkeypatch: pytest.M
     }  # fmt: skip
     assert DeviceSettings(**kept).sums == sums
     assert DeviceSettings(**{**kept, "private_kind": ""}).sums == replace(sums, kind="mask")
-    with pytest.raises(ConfigError, match="--private-kind are for private sums: add --private"):
+    with pytest.raises(ConfigError, match="--private-kind and --private-colluding are for private sums: add --private"):
         pinned(False, [], None, "", 0, kind="bfv")
     monkeypatch.setitem(sys.modules, "tenseal", None)
     with pytest.raises(ConfigError, match=r"pip install 'ternbus\[he\]'"):

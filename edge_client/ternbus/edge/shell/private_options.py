@@ -56,7 +56,7 @@ def pinned(
         )
     if not private and (helpers or least is not None or roster or colluding or kind):
         raise ConfigError(
-            "--helper, --private-min, --private-roster, --private-colluding and --private-kind are for private sums: "
+            "--helper, --private-min, --private-roster, --private-kind and --private-colluding are for private sums: "
             "add --private"
         )
     if kind == BFV:
