@@ -354,6 +354,17 @@ def test_join_and_run_in_one(server: Server, tmp_path: Path) -> None:
         assert server.until_ended(process)[0] == 0
 
 
+def test_join_and_evaluate_in_one(server: Server, tmp_path: Path) -> None:
+    invitation = server.invite(tmp_path, "judge")
+    for version in range(2):  # the second time it has joined already, and goes on
+        process = edge("join", invitation, tmp_path / "judge", "--task", TASK, "--evaluate", "--stay")
+        server.until(lambda version=version: [found.version for found in server.metrics] == [*range(version + 1)])
+        process.send_signal(signal.SIGINT)
+        assert server.until_ended(process)[0] == 0
+        server.next_version()
+    assert not server.updates
+
+
 def test_who_starts_first_waits_and_gives_up_only_when_told_to(tmp_path: Path) -> None:
     with pytest.raises(LinkError):
         Link("mqtt://127.0.0.1:1", client_id="x", deliver=print).connect("t", b"")

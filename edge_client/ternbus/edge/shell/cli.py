@@ -135,15 +135,20 @@ def join(
     processor: Processor = "",
     frame_bytes: FrameBytes = FRAME_BYTES,
     then_run: Annotated[bool, typer.Option("--run", help="Train after joining, like `ternbus edge run`.")] = False,
+    then_evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="Evaluate after joining, like `ternbus edge evaluate`.")
+    ] = False,
     reports: Reports = False,
     fine_tune: FineTune = 0.0,
     timeout: Timeout = None,
+    stay: Stay = False,
     as_json: AsJson = False,
 ) -> None:
     """Join a federation: make a key, enroll it with the invitation's code, check that the task's model fits.
 
     The command waits for a broker and an aggregator that are not reachable yet. It can be repeated after an
-    interruption. With `--run` it can also be repeated after the device has joined: the device then only trains.
+    interruption. With `--run` or `--evaluate` it can also be repeated after the device has joined: the device then
+    only trains or evaluates. So a container needs one command for its first start and all others.
 
     `--renew` replaces the key of a device that has joined. The old key stays valid until the new one is admitted.
 
@@ -152,28 +157,31 @@ def join(
     usual = (width, partition, frame_bytes, max_seconds, max_steps, hold_out) == (1, "all", FRAME_BYTES, None, None, 0)
     sums = pinned(private, helpers or [], private_min, private_roster, private_colluding)
     _check_renew(renew, task, any((data, seed, username, password_file, dp, max_epsilon, processor, not usual, sums)))
-    _check_run(then_run, bool(reports or fine_tune), f"{partition};test:{hold_out!r}" if hold_out else partition)
+    Partition.parse(f"{partition};test:{hold_out!r}" if hold_out else partition)
+    _check_goes_on(run=then_run, evaluate=then_evaluate, trains=bool(reports or fine_tune), stay=stay)
+    goes_on = then_run or then_evaluate
     policy, limits = _policy(dp, max_epsilon, max_delta, private), TrainingLimits(seconds=max_seconds, steps=max_steps)
-    home, options = DeviceDirectory(directory), Options(timeout_s=timeout, reports=reports, fine_tune=fine_tune)
+    home = DeviceDirectory(directory)
+    options = Options(timeout_s=timeout, reports=reports, fine_tune=fine_tune, stays=stay)
     asked = load_invitation(invitation, directory)
     with json_output(as_json) as output:
         printer = Printer(as_json=as_json, output=output)
         if renew:
-            _end(printer, agent.renew(home, asked, load_task(home.settings().task), options, printer), then_run)
-        elif not (then_run and home.has_joined(asked)):
+            _end(printer, agent.renew(home, asked, load_task(home.settings().task), options, printer), goes_on)
+        elif not (goes_on and home.has_joined(asked)):
             model = _task_for(task, width, processor, data)
             settings = home.prepare(
                 asked, task=absolute(task), data=data, partition=partition, seed=seed, hold_out=hold_out, width=width,
                 processor=processor, frame_bytes=frame_bytes, username=username, password_file=password_file,
                 policy=policy, limits=limits, sums=sums,
             )  # fmt: skip
-            _end(printer, agent.join(home, settings, model, options, printer), then_run)
-    raise typer.Exit(run_device(home, "train", options, as_json=as_json))
+            _end(printer, agent.join(home, settings, model, options, printer), goes_on)
+    raise typer.Exit(run_device(home, "evaluate" if then_evaluate else "train", options, as_json=as_json))
 
 
-def _end(printer: Printer, stop: Stop, then_run: bool) -> None:
-    """Print how joining ended; end the command too, unless it succeeded and goes on with training."""
-    if not (then_run and stop.code == EXIT_DONE):
+def _end(printer: Printer, stop: Stop, goes_on: bool) -> None:
+    """Print how joining ended; end the command too, unless it succeeded and goes on with training or evaluating."""
+    if not (goes_on and stop.code == EXIT_DONE):
         raise typer.Exit(printer.finish(stop, ended=True))
     printer.end(stop)
 
@@ -197,10 +205,13 @@ def _policy(kind: str, max_epsilon: float | None, max_delta: float, private: boo
     return PrivacyPolicy(kind=kind, epsilon=max_epsilon or 0.0, delta=max_delta)
 
 
-def _check_run(then_run: bool, others: bool, partition: str) -> None:
-    Partition.parse(partition)
-    if others and not then_run:
+def _check_goes_on(*, run: bool, evaluate: bool, trains: bool, stay: bool) -> None:
+    if run and evaluate:
+        raise ConfigError("--run trains and --evaluate does not: leave out one of them")
+    if trains and not run:
         raise ConfigError("--report-metrics and --fine-tune apply to training: add --run, or use `ternbus edge run`")
+    if stay and not (run or evaluate):
+        raise ConfigError("--stay applies to a device that goes on after joining: add --run or --evaluate")
 
 
 def _check_renew(renew: bool, task: str, others: bool) -> None:
