@@ -3,6 +3,7 @@
 import json
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -354,11 +355,15 @@ def test_join_and_run_in_one(server: Server, tmp_path: Path) -> None:
         assert server.until_ended(process)[0] == 0
 
 
+def evaluated(server: Server, version: int) -> bool:
+    return [found.version for found in server.metrics] == [*range(version + 1)]
+
+
 def test_join_and_evaluate_in_one(server: Server, tmp_path: Path) -> None:
     invitation = server.invite(tmp_path, "judge")
     for version in range(2):  # the second time it has joined already, and goes on
         process = edge("join", invitation, tmp_path / "judge", "--task", TASK, "--evaluate", "--stay")
-        server.until(lambda version=version: [found.version for found in server.metrics] == [*range(version + 1)])
+        server.until(partial(evaluated, server, version))
         process.send_signal(signal.SIGINT)
         assert server.until_ended(process)[0] == 0
         server.next_version()
