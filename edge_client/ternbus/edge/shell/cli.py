@@ -13,6 +13,7 @@ from ternbus.broker.json_output import json_output
 from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from ternbus.edge.core.actions import Stop
+from ternbus.edge.core.profile import Role
 from ternbus.edge.learn.failure import explained
 from ternbus.edge.learn.kinds import tensor_kinds
 from ternbus.edge.learn.partition_spec import FORMS, Partition
@@ -107,6 +108,9 @@ MaxDelta = Annotated[float, typer.Option(metavar="DELTA", help="Largest delta of
 MaxSeconds = Annotated[float | None, typer.Option(metavar="SECONDS", help="Largest duration of one training.")]
 MaxSteps = Annotated[int | None, typer.Option(metavar="N", help="Largest number of steps of one training.")]
 
+ThenRun = Annotated[bool, typer.Option("--run", help="Train after joining, like `ternbus edge run`.")]
+ThenEvaluate = Annotated[bool, typer.Option("--evaluate", help="Evaluate after joining, like `ternbus edge evaluate`.")]
+
 
 @app.command()
 def join(
@@ -134,10 +138,8 @@ def join(
     width: Width = 1.0,
     processor: Processor = "",
     frame_bytes: FrameBytes = FRAME_BYTES,
-    then_run: Annotated[bool, typer.Option("--run", help="Train after joining, like `ternbus edge run`.")] = False,
-    then_evaluate: Annotated[
-        bool, typer.Option("--evaluate", help="Evaluate after joining, like `ternbus edge evaluate`.")
-    ] = False,
+    then_run: ThenRun = False,
+    then_evaluate: ThenEvaluate = False,
     reports: Reports = False,
     fine_tune: FineTune = 0.0,
     timeout: Timeout = None,
@@ -147,8 +149,7 @@ def join(
     """Join a federation: make a key, enroll it with the invitation's code, check that the task's model fits.
 
     The command waits for a broker and an aggregator that are not reachable yet. It can be repeated after an
-    interruption. With `--run` or `--evaluate` it can also be repeated after the device has joined: the device then
-    only trains or evaluates. So a container needs one command for its first start and all others.
+    interruption, with `--run` or `--evaluate` also after the device has joined: it then only trains or evaluates.
 
     `--renew` replaces the key of a device that has joined. The old key stays valid until the new one is admitted.
 
@@ -158,8 +159,7 @@ def join(
     sums = pinned(private, helpers or [], private_min, private_roster, private_colluding)
     _check_renew(renew, task, any((data, seed, username, password_file, dp, max_epsilon, processor, not usual, sums)))
     Partition.parse(f"{partition};test:{hold_out!r}" if hold_out else partition)
-    _check_goes_on(run=then_run, evaluate=then_evaluate, trains=bool(reports or fine_tune), stay=stay)
-    goes_on = then_run or then_evaluate
+    role = _next_role(run=then_run, evaluate=then_evaluate, trains=bool(reports or fine_tune), stay=stay)
     policy, limits = _policy(dp, max_epsilon, max_delta, private), TrainingLimits(seconds=max_seconds, steps=max_steps)
     home = DeviceDirectory(directory)
     options = Options(timeout_s=timeout, reports=reports, fine_tune=fine_tune, stays=stay)
@@ -167,21 +167,22 @@ def join(
     with json_output(as_json) as output:
         printer = Printer(as_json=as_json, output=output)
         if renew:
-            _end(printer, agent.renew(home, asked, load_task(home.settings().task), options, printer), goes_on)
-        elif not (goes_on and home.has_joined(asked)):
+            _end(printer, agent.renew(home, asked, load_task(home.settings().task), options, printer), role)
+        elif not (role and home.has_joined(asked)):
             model = _task_for(task, width, processor, data)
             settings = home.prepare(
                 asked, task=absolute(task), data=data, partition=partition, seed=seed, hold_out=hold_out, width=width,
                 processor=processor, frame_bytes=frame_bytes, username=username, password_file=password_file,
                 policy=policy, limits=limits, sums=sums,
             )  # fmt: skip
-            _end(printer, agent.join(home, settings, model, options, printer), goes_on)
-    raise typer.Exit(run_device(home, "evaluate" if then_evaluate else "train", options, as_json=as_json))
+            _end(printer, agent.join(home, settings, model, options, printer), role)
+    assert role is not None  # noqa: S101 - _end has ended the command otherwise
+    raise typer.Exit(run_device(home, role, options, as_json=as_json))
 
 
-def _end(printer: Printer, stop: Stop, goes_on: bool) -> None:
-    """Print how joining ended; end the command too, unless it succeeded and goes on with training or evaluating."""
-    if not (goes_on and stop.code == EXIT_DONE):
+def _end(printer: Printer, stop: Stop, role: Role | None) -> None:
+    """Print how joining ended; end the command too, unless it succeeded and the device goes on in a role."""
+    if not (role and stop.code == EXIT_DONE):
         raise typer.Exit(printer.finish(stop, ended=True))
     printer.end(stop)
 
@@ -205,13 +206,15 @@ def _policy(kind: str, max_epsilon: float | None, max_delta: float, private: boo
     return PrivacyPolicy(kind=kind, epsilon=max_epsilon or 0.0, delta=max_delta)
 
 
-def _check_goes_on(*, run: bool, evaluate: bool, trains: bool, stay: bool) -> None:
+def _next_role(*, run: bool, evaluate: bool, trains: bool, stay: bool) -> Role | None:
+    """What the device does after joining. Raises `ConfigError` for options that do not go together."""
     if run and evaluate:
         raise ConfigError("--run trains and --evaluate does not: leave out one of them")
     if trains and not run:
         raise ConfigError("--report-metrics and --fine-tune apply to training: add --run, or use `ternbus edge run`")
     if stay and not (run or evaluate):
         raise ConfigError("--stay applies to a device that goes on after joining: add --run or --evaluate")
+    return "evaluate" if evaluate else "train" if run else None
 
 
 def _check_renew(renew: bool, task: str, others: bool) -> None:
