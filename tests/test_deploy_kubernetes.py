@@ -80,7 +80,6 @@ def test_the_brokers_limits_are_those_of_broker_up() -> None:
     limits = re.compile(
         r"^\s*(max_connections|max_payload|max_pending|ack_wait|max_ack_pending|reject_qos2_publish): (.*)$",
         re.MULTILINE,
-        re.MULTILINE,
     )
     assert limits.findall(NATS) == limits.findall(own)
     assert ("max_connections", str(CONNECTIONS_MAX)) in limits.findall(NATS)

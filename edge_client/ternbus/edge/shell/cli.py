@@ -1,5 +1,7 @@
 """The commands `ternbus edge …`: join a federation, train or evaluate for it, inspect the device, leave."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +14,7 @@ from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.json_output import json_output
 from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
+from ternbus.broker.protocol.invitation import Invitation
 from ternbus.edge.core.actions import Stop
 from ternbus.edge.core.profile import Role
 from ternbus.edge.learn.failure import explained
@@ -26,7 +29,7 @@ from ternbus.edge.shell import agent, inspection_commands
 from ternbus.edge.shell.agent import Options
 from ternbus.edge.shell.arguments import TASKS, AsJson, Dir, InvitationFile, Timeout, load_invitation
 from ternbus.edge.shell.check_command import check
-from ternbus.edge.shell.directory import DeviceDirectory
+from ternbus.edge.shell.directory import DeviceDirectory, Settings
 from ternbus.edge.shell.noise_command import noise
 from ternbus.edge.shell.printer import Printer
 from ternbus.edge.shell.private_options import Helpers, Private, PrivateColluding, PrivateMin, PrivateRoster, pinned
@@ -161,23 +164,38 @@ def join(
     Partition.parse(f"{partition};test:{hold_out!r}" if hold_out else partition)
     role = _next_role(run=then_run, evaluate=then_evaluate, trains=bool(reports or fine_tune), stay=stay)
     policy, limits = _policy(dp, max_epsilon, max_delta, private), TrainingLimits(seconds=max_seconds, steps=max_steps)
-    home = DeviceDirectory(directory)
+    home, asked = DeviceDirectory(directory), load_invitation(invitation, directory)
     options = Options(timeout_s=timeout, reports=reports, fine_tune=fine_tune, stays=stay)
-    asked = load_invitation(invitation, directory)
+    prepare = partial(
+        home.prepare, asked, task=task and absolute(task), data=data, partition=partition, seed=seed, hold_out=hold_out,
+        width=width, processor=processor, frame_bytes=frame_bytes, username=username, password_file=password_file,
+        policy=policy, limits=limits, sums=sums,
+    )  # fmt: skip
+    made = partial(_task_for, task, width, processor, data)
+    _enroll(home, asked, made, prepare, renew=renew, role=role, options=options, as_json=as_json)
+    assert role is not None  # noqa: S101 - _enroll has ended the command otherwise
+    raise typer.Exit(run_device(home, role, options, as_json=as_json))
+
+
+def _enroll(
+    home: DeviceDirectory,
+    asked: Invitation,
+    task: Callable[[], Task],
+    prepare: Callable[[], Settings],
+    *,
+    renew: bool,
+    role: Role | None,
+    options: Options,
+    as_json: bool,
+) -> None:
+    """Join, or renew the key, unless the device has joined and goes on. Ends the command if it does not go on."""
     with json_output(as_json) as output:
         printer = Printer(as_json=as_json, output=output)
         if renew:
             _end(printer, agent.renew(home, asked, load_task(home.settings().task), options, printer), role)
         elif not (role and home.has_joined(asked)):
-            model = _task_for(task, width, processor, data)
-            settings = home.prepare(
-                asked, task=absolute(task), data=data, partition=partition, seed=seed, hold_out=hold_out, width=width,
-                processor=processor, frame_bytes=frame_bytes, username=username, password_file=password_file,
-                policy=policy, limits=limits, sums=sums,
-            )  # fmt: skip
-            _end(printer, agent.join(home, settings, model, options, printer), role)
-    assert role is not None  # noqa: S101 - _end has ended the command otherwise
-    raise typer.Exit(run_device(home, role, options, as_json=as_json))
+            model = task()  # before the invitation is spent
+            _end(printer, agent.join(home, prepare(), model, options, printer), role)
 
 
 def _end(printer: Printer, stop: Stop, role: Role | None) -> None:
