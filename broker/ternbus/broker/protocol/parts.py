@@ -130,7 +130,7 @@ class Collector:
             headers = b"".join(assembly.headers[part] for part in range(frame.parts))
             return _whole(frame, body, headers, assembly.first)
         while len(self._assemblies) > self.messages_max or self.size_bytes > self.bytes_max:
-            self.drop_oldest()
+            self._forget(next(iter(self._assemblies)))
             self.dropped += 1
         return None
 
@@ -159,10 +159,6 @@ class Collector:
 
     def __len__(self) -> int:
         return len(self._assemblies)
-
-    def drop_oldest(self) -> None:
-        """Forget the message whose first part came before those of all others."""
-        self._forget(next(iter(self._assemblies)))
 
     def _forget(self, name: tuple[KeyId, str, int, int, bytes]) -> None:
         self.size_bytes -= self._assemblies.pop(name).size_bytes
