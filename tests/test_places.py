@@ -184,6 +184,18 @@ def test_an_offered_update_gives_back_what_its_first_part_says_that_it_does_not_
     assert offer(line, "a", 2.0)  # again: it has its place
 
 
+def test_what_turns_out_to_be_smaller_has_its_place_for_a_shorter_time() -> None:
+    line = Places(2**26, 0, 1000)
+    assert [offer(line, name, 0.0) for name in "abc"] == [True, True, False]
+    for name in "ab":
+        place = line.of(name)
+        assert place is not None
+        place.heard = LIFE_S + 20.0
+    assert not offer(line, "c", LIFE_S + 20.0)
+    assert send(line, "a", LIFE_S + 21.0, parts=10, size_bytes=2**18)
+    assert offer(line, "c", LIFE_S + 22.0)
+
+
 def test_a_grant_names_at_most_500_ranges_and_joins_what_adjoins() -> None:
     assert ranges([]) == ()
     assert ranges(list(range(7))) == ((0, 6),)

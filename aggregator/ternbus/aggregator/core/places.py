@@ -107,7 +107,7 @@ class Room:
         self.line[place.device] = place
         self._bytes += place.size_bytes
         self._parts += place.window
-        if not self.waits and self._bytes <= self.bytes_max and self._parts <= self.parts_max:
+        if self._bytes <= self.bytes_max and self._parts <= self.parts_max:
             place.since = now
         else:
             self.waits = self._has_changed = True
