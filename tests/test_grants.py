@@ -203,6 +203,15 @@ def test_a_restart_forgets_the_line_and_devices_ask_again(make: Make) -> None:
         assert receipts(bench.receive(pi.topic("update"), *parts))[0].outcome == "accepted"
 
 
+def test_while_the_disk_is_full_an_offer_is_busy_and_stands_in_no_line(make: Make) -> None:
+    bench = make()
+    pi = bench.join("pi")
+    bench.handle(events.DiskChecked(free=0.01))
+    (receipt,) = receipts(bench.receive(pi.topic("offer"), pi.offer(0, 3)))
+    assert (receipt.outcome, receipt.retry_after_s > 0) == ("busy", True)
+    assert bench.core._updates.places.of("pi") is None
+
+
 # --- whole federations in simulated time
 
 
