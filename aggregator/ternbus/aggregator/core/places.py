@@ -19,7 +19,7 @@ device whose deadline passed asks again, at the end of the line.
 There are two rooms with a line each, so that large updates that never end keep out no small ones.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -83,8 +83,8 @@ class Place:
 
     def ask(self) -> tuple[tuple[int, int], ...]:
         """The ranges [first, last] of the parts to ask for now."""
-        missing = self.collector.missing("update", self.seq) or list(range(self.parts))
-        found = ranges(missing[: self.window or None])
+        at_most = self.window or self.parts
+        found = ranges(self.collector.missing("update", self.seq, at_most) or range(min(self.parts, at_most)))
         self.asked = self.came + sum(last - first + 1 for first, last in found)
         return found
 
@@ -236,7 +236,7 @@ class Places:
         self._unfinished += place.collector.dropped + len(place.collector)
 
 
-def ranges(parts: list[int]) -> tuple[tuple[int, int], ...]:
+def ranges(parts: Iterable[int]) -> tuple[tuple[int, int], ...]:
     """Ascending part numbers as ranges, as many as one grant may hold."""
     found: list[tuple[int, int]] = []
     for part in parts:

@@ -20,7 +20,7 @@ from ternbus.broker.protocol.messages import Offer, Update
 from ternbus.broker.protocol.meta_fields import counter
 from ternbus.broker.protocol.parts import Collector, Whole, encoded_bytes_max, parts_max, whole
 from ternbus.broker.protocol.schema import Schema
-from ternbus.broker.protocol.ternary import FLOAT32, TERNARY, Block, content_bytes
+from ternbus.broker.protocol.ternary import CODECS, FLOAT32, TERNARY, Block, content_bytes
 from ternbus.broker.sums.sets import SetMember
 
 SEAL_BYTES: Final = 64  # key id, seq and what a libsodium sealed box adds
@@ -77,7 +77,7 @@ class Validation:
     parts_max: int = field(init=False)
 
     def __post_init__(self) -> None:
-        content_bytes_max = 4 * self.schema.elements
+        content_bytes_max = max(content_bytes(self.schema, codec) for codec in CODECS)
         if self.sums is not None:
             content_bytes_max = max(content_bytes_max, 8 * words_max(self.schema))
         self.update_bytes_max = encoded_bytes_max(content_bytes_max)

@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import islice
 from typing import Any, Final
 
 from ternbus.broker.errors import LinkError, ProtocolError
@@ -139,10 +140,12 @@ class Collector:
         assembly = self._assemblies.get(_name(frame))
         return assembly is not None and len(assembly.bodies) == frame.parts - 1 and frame.part not in assembly.bodies
 
-    def missing(self, kind: str, seq: int) -> list[int]:
-        """The missing parts of a partly received message; empty if no part has arrived."""
+    def missing(self, kind: str, seq: int, at_most: int | None = None) -> list[int]:
+        """The missing parts of a partly received message, ``at_most`` the first so many; empty if none has arrived."""
         assembly = self._find(kind, seq)
-        return [part for part in range(assembly.parts) if part not in assembly.bodies] if assembly is not None else []
+        if assembly is None:
+            return []
+        return list(islice((part for part in range(assembly.parts) if part not in assembly.bodies), at_most))
 
     def came(self, kind: str, seq: int) -> int:
         """How many parts of a partly received message have arrived."""
