@@ -13,6 +13,7 @@ from ternbus.broker.sums.terms import Terms
 from ternbus.broker.sums.words import WEIGHT_STEPS
 from ternbus.edge.core.actions import StartFineTuning, StartTraining
 from ternbus.edge.core.events import FineTuningFailed, TrainingFinished
+from ternbus.edge.learn.subnetwork import narrow
 from ternbus.edge.learn.sum_content import SumContent, SumJob, value
 from ternbus.edge.learn.task import Evaluation, Trained, TrainingError
 from ternbus.edge.learn.task_loader import load_task
@@ -72,6 +73,24 @@ def test_noise_goes_on_before_anything_is_drawn() -> None:
     assert done.account.epsilon > 0
     total = value(SCHEMA, wide, content.words)
     assert total.std() == pytest.approx(0.5, rel=0.1)  # dp_noise times dp_clip: the weight scales no noise
+
+
+def test_what_only_one_device_of_full_width_trains_is_its_own_in_a_sum() -> None:
+    """So `edge join` refuses --width with --private: no set of a private federation has narrow devices."""
+    terms = terms_for(SCHEMA, scales=(0.01,) * len(SCHEMA.tensors))
+    total, wide = terms.layout.zeros(), terms.layout.zeros()
+    for number in range(5):
+        of = narrow(TASK, 0.5) if number else TASK
+        done = train(of.trainer(data=None, partition=f"iid:{number}/5"), job(terms))
+        assert isinstance(done, TrainingFinished)
+        assert isinstance(done.content, SumContent)
+        for words in (total,) if number else (total, wide):
+            terms.layout.add(words, terms.layout.read(done.content.words))
+    outer = slice(64 * 64, 128 * 64)  # the hidden units that narrow devices leave out
+    start = next(each.offset for each in SCHEMA.segments if each.tensor.name == "hidden.weight")
+    shown, own = (terms.layout.unpack(words)[0][start:][outer] for words in (total, wide))
+    assert own.any()
+    assert np.array_equal(shown, own)
 
 
 class Failing:
