@@ -66,7 +66,7 @@ def test_a_private_update_is_masked_and_sealed_and_says_nothing_of_the_data() ->
     frame = update_in(done)
     update = Update.from_meta(frame.meta)
     assert (update.codec, update.encoding, update.sealed, update.samples) == ("private", "raw", True, 1)
-    assert update.metrics == {"epsilon": 1.0, "delta": 1e-5}
+    assert update.metrics == {}
     assert (update.min, len(update.boxes)) == (PINS.min, 1)
     assert frame.body.startswith(SEALED + frame.key + frame.seq.to_bytes(8, "little"))
     content = finished(job).content
@@ -76,6 +76,13 @@ def test_a_private_update_is_masked_and_sealed_and_says_nothing_of_the_data() ->
     assert isinstance(done[0], Save)
     assert done[0].state.outstanding is not None
     assert done[0].state.outstanding.encoded == content.words  # type: ignore[union-attr]
+
+
+def test_an_update_states_the_account_of_privacy_and_no_metric_of_the_task_by_its_name() -> None:
+    """A task may call a loss "delta"."""
+    assert Update.from_meta(sending()[2].meta).metrics == {}
+    noisy = {"dp": "device", "dp_clip": 1.0, "dp_noise": 1.0, "dp_epsilon": 8.0}
+    assert Update.from_meta(sending(plan=noisy)[2].meta).metrics == {"epsilon": 1.0, "delta": 1e-5}
 
 
 def test_the_context_binds_version_model_plan_bytes_and_terms() -> None:

@@ -95,8 +95,8 @@ class Settings:
             raise ConfigError(f"edge.toml: width is {self.width!r}: give a number from {WIDTH_MIN:g} to 1") from None
         if self.sums is not None and self.share_of_channels < 1:
             raise ConfigError(
-                "--width does not go with --private: a narrow device sends 0 for what it does not train, so there a sum "
-                "shows the devices of full width, or the only one; leave one of both out"
+                "--width does not go with --private: a narrow device sends 0 for what it does not train, so there a "
+                "sum shows the devices of full width, or the only one; leave one of both out"
             )
 
     @property
