@@ -297,6 +297,29 @@ def test_too_few_that_have_sent_get_no_version_though_others_never_send() -> Non
     assert (world.version, len(world.merged())) == (1, 3)
 
 
+def test_the_operator_is_told_at_each_change_that_too_few_devices_have_sent() -> None:
+    world = World()
+    devices = world.begin(4)
+
+    def told(actions: list[events.Action]) -> list[str]:
+        return [each.text for each in actions if isinstance(each, events.Log) and "wait for more" in each.text]
+
+    world.tick(10.0)
+    for device in devices:
+        world.say(device, "training", 0)
+    world.give(devices[0], 0)
+    assert told(world.last) == []  # three may still send
+    assert world.core.deadline is not None
+    assert world.core.deadline <= world.now + 30.0
+    assert told(world.tick(30.0)) == ["private updates wait for more: 1 device on version 0, and a sum has 3 or more"]
+    assert told(world.tick(100.0)) == []
+    world.give(devices[1], 0)
+    assert told(world.last) == ["private updates wait for more: 2 devices on version 0, and a sum has 3 or more"]
+    world.give_all(devices[2:3])
+    world.settle()
+    assert (world.version, told(world.tick(100.0))) == (1, [])
+
+
 def test_nobody_waits_for_a_second_update_of_a_device_on_one_version() -> None:
     """Its status may come late, or not at all."""
     world = World(merge__max_wait_s=30.0)

@@ -44,6 +44,7 @@ class SetMerging:
     _trigger: MergeTrigger = field(init=False)
     _close_by: float = 0.0
     _no_empty_before: float = 0.0
+    _told: str = ""  # what the operator knows of updates that wait for company
     _newest: tuple[int, float] = (-1, 0.0)  # the newest version, and since when it is
     _is_stopped: bool = False
 
@@ -97,7 +98,7 @@ class SetMerging:
         """When ``on_time`` has something to do."""
         if self.is_closing:
             return min(self._close_by, self.sets.asks.due or math.inf)
-        moments = [self.sets.due_s(self._rule, now)]
+        moments = [self.sets.due_s(self._rule, now), *self._late(now)]
         silent = self._unsent(now) if self.sets.is_stuck else self._awaited(now)  # its silence may change what is due
         moments.append(None if silent is None else self._trigger.silent_at(silent))
         empty_at = max(
@@ -106,6 +107,11 @@ class SetMerging:
         if self.registry.online and self.sets.is_stuck and now < empty_at:
             moments.append(empty_at)  # perhaps for a version of no update
         return min((moment for moment in moments if moment is not None and moment < math.inf), default=None)
+
+    def _late(self, now: float) -> list[float]:
+        """When groups that do not suffice have waited so long that the operator is told."""
+        moments = [each.since + self.settings.merge.max_wait_s for each in self.sets.groups()]
+        return [moment for moment in moments if now < moment]
 
     def on_time(self, now: float) -> list[Action]:
         """Make sets, merge those that are opened, ask again, let devices go on; finish closing."""
@@ -129,7 +135,15 @@ class SetMerging:
                 *self.versions.empty(),
                 Log(text="a version of no update: devices can go on only from a new one"),
             ]
-        return actions
+        return [*actions, *self._tell_waiting(now)]
+
+    def _tell_waiting(self, now: float) -> list[Action]:
+        """Tell the operator, at each change, which updates wait for company though nobody is known to send more."""
+        groups = self.sets.groups() if self.sets.is_stuck and self.versions.published.state == OPEN else ()
+        is_known = self._awaited(now) is None and self._rule.not_before <= now
+        waits = [each for each in groups if is_known or each.since + self.settings.merge.max_wait_s <= now]
+        before, self._told = self._told, "; ".join(each.says for each in waits)
+        return [Log(text=f"private updates wait for more: {self._told}")] if self._told not in {"", before} else []
 
     def _is_stuck(self, now: float) -> bool:
         """Whether nobody is waited for that can send before another version, and nothing is on its way to one."""

@@ -61,6 +61,12 @@ class Group:
         return [tuple(each.device for each in able[first:last]) for first, last in pairwise(ends)]
 
     @property
+    def says(self) -> str:
+        """For people: how many there are, and how many a set is to have."""
+        count, least = len(self.members), max(self.need, min(each.min for each in self.members))
+        return f"{count} device{'s' if count > 1 else ''} on version {self.base}, and a sum has {least} or more"
+
+    @property
     def suffices(self) -> bool:
         """Whether a set can be cut from it."""
         return bool(self.sets)
