@@ -285,9 +285,10 @@ def test_a_helper_answers_an_ask_with_the_sum_of_the_masks() -> None:
     ask = sets.Ask.parse(content)
     assert ask.content() == content
     assert ask.context == CONTEXT
-    found, layout = sets.first_parts(ask.members, "lab"), ask.parsed_terms.layout
+    layout = ask.parsed_terms.layout
     total = np.zeros(layout.words, "<u8")
-    for member, frame, update in found.values():
+    for member in ask.members:
+        frame, update = sets.first_part(member, "lab")
         about = {"context": update.context, "device": member.public, "helper": HELPER.public}
         seed = masks.open_box(BOX_SECRET, update.boxes[0], seq=frame.seq, **about)
         layout.add(total, masks.mask(layout, seed, **about))
