@@ -248,7 +248,9 @@ def test_restored_replaces_a_database_that_is_lost(spoil: str, helper: Any, tmp_
     assert ran.code == 0
     assert ("damaged-1" in ran.err) == (spoil == "damaged")
     assert summary(folder).state.enrolled
+    assert (folder / "damaged-1").exists() == (spoil == "damaged")
     assert helper("restored", folder).code == 0
+    assert not (folder / "damaged-1").exists()  # the lost box keys were in it
 
 
 def test_a_database_from_before_the_enrollment_is_an_old_copy(helper: Any, tmp_path: Path) -> None:

@@ -152,7 +152,11 @@ def restored(directory: Dir) -> None:
         try:
             store = HelperStore(home.folder, settings.roster)
         except CorruptError:
-            typer.echo(f"{FILE} was damaged and is in {home.move_database_aside()} now", err=True)
+            typer.echo(
+                f"{FILE} was damaged and is in {home.move_database_aside()} now; the old box keys are in it, so it is "
+                "removed with the next new one",
+                err=True,
+            )
             store = HelperStore(home.folder, settings.roster)
         now = time.time()
         enrolled = bool(settings.aggregator_key) and not settings.code  # whatever the database says
