@@ -116,6 +116,7 @@ def test_a_context_of_the_plans_bytes_in_the_head() -> None:
     head = Head.from_meta(frame.meta)
     assert (head.version, head.digest) == (VECTORS["context"]["version"], about["model"])
     assert (head.plan["codec"], head.plan["terms"]) == ("private", about["terms"])
+    assert head.plan["schema"] == head.schema == bytes.fromhex(WHOLE["schema"]["digest"])
     plan = unhex("head", "plan_bytes")
     assert plan == msgpack.packb(dict(head.plan)) == stranger.plan_bytes(frame.meta_bytes)
     assert about["plan"] == digest_of(plan)

@@ -87,7 +87,7 @@ class HelperStore:
         self.state = state
         self._is_to_be_erased |= bool(gone)
         if self._is_to_be_erased and step is None:
-            with naming(self._path):  # an erased key is in the write-ahead log too; a reader may keep it, till another save
+            with naming(self._path):  # an erased key is in the write-ahead log too, and a reader may keep it there
                 is_busy, *_ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             self._is_to_be_erased = bool(is_busy)
         if before is not None and before.box_key.number < state.box_key.number:
