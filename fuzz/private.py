@@ -79,9 +79,8 @@ def ask(data: bytes) -> None:
     read = sets.Ask.parse(data)
     assert read.content() == data
     signed = [resigned(each) for each in read.members]
-    found = sets.first_parts(signed, FEDERATION)
-    assert len(found) == len(signed)
-    name = sets.set_digest(read.context, {device: member.digest for device, (member, _, _) in found.items()})
+    headers = {sets.first_part(each, FEDERATION)[0].sender: each.digest for each in signed}
+    name = sets.set_digest(read.context, headers)
     assert len(name) == 32
     assert read.parsed_terms.content() == read.terms
 

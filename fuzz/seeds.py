@@ -188,6 +188,7 @@ def _invitations() -> dict[str, str]:
         ca=pem,
         certificate=pem,
         key=pem,
+        role="helper",
     )
     return {"plain": invitation.dumps(), "tls": secured.dumps()}
 

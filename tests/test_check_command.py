@@ -12,16 +12,19 @@ from typer.testing import CliRunner
 
 from support.edge_processes import CODE
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.protocol.identity import Identity
+from ternbus.broker.protocol.identity import Identity, KeyId
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.edge import TorchTask
+from ternbus.edge.core.state import State
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.plan.limits import TrainingLimits
 from ternbus.edge.plan.privacy import PrivacyPolicy
+from ternbus.edge.plan.sum_policy import SumPolicy
 from ternbus.edge.shell.check_report import Report
 from ternbus.edge.shell.cli import app
 from ternbus.edge.shell.directory import DeviceDirectory
 from ternbus.edge.shell.preflight import Conditions, check
+from ternbus.edge.store.outbox import Outbox
 
 BY_SAMPLE = {"dp": "sample", "dp_clip": 1.0, "dp_noise": 2.0, "dp_epsilon": 8.0}
 
@@ -177,3 +180,22 @@ def test_the_command_checks_a_device_by_its_directory(tmp_path: Path) -> None:
     assert (code, found["task"], found["samples"], found["steps"]) == (0, "digits-numpy", 135, 2)
     code, out = run("--dir", tmp_path / "pi", "--partition", "iid:0/4", "--json")
     assert json.loads(out)["samples"] == 270
+
+
+def test_a_device_whose_federation_breaks_a_pin_is_not_ready(tmp_path: Path) -> None:
+    invited = Invitation(
+        federation="fed", device="pi", broker="mqtt://127.0.0.1:1", code=CODE,
+        aggregator_key=Identity.generate().public.hex(),
+    )  # fmt: skip
+    home = DeviceDirectory(tmp_path / "pi")
+    home.prepare(
+        invited, task="digits-numpy", data=None, partition="iid:0/8", hold_out=0, sums=SumPolicy(helpers=(bytes(32),))
+    )
+    with Outbox(home.folder, KeyId(bytes(8))) as outbox:
+        outbox.save(State(key=KeyId(bytes(8)), refusal="the helper is not in the terms"), None, {})
+    code, out = run("--dir", home.folder, "--json")
+    assert (code, [*json.loads(out)["problems"]]) == (
+        2,
+        ["the device makes no update by the newest plan that it has seen: the helper is not in the terms"],
+    )
+    assert run("--dir", home.folder, "--plan", "batch_size=8")[0] == 0  # another plan is what is asked for

@@ -11,7 +11,14 @@ from ternbus.broker.exit_codes import EXIT_BUDGET, EXIT_CONFIG, EXIT_REFUSED
 from ternbus.command import COMMANDS
 
 FOLDER = Path(__file__).resolve().parent.parent / "deploy" / "systemd"
-UNITS = [FOLDER / f"ternbus-{name}.service" for name in ("aggregator", "edge", "helper")]
+ACTIONS = {
+    "aggregator": ["run"],
+    "broker": ["up"],
+    "edge": ["run", "--stay"],
+    "evaluator": ["evaluate", "--stay"],
+    "helper": ["run"],
+}
+UNITS = [FOLDER / f"ternbus-{name}.service" for name in ACTIONS]
 BACKUP = [FOLDER / f"ternbus-backup.{kind}" for kind in ("service", "timer")]
 
 
@@ -22,7 +29,7 @@ def service(unit: Path) -> configparser.SectionProxy:
     return parser["Service"]
 
 
-def test_there_is_a_unit_for_the_aggregator_one_for_a_device_and_one_for_a_helper() -> None:
+def test_there_is_a_unit_for_each_role_and_one_for_backups() -> None:
     assert set(FOLDER.iterdir()) == {*UNITS, *BACKUP}
 
 
@@ -37,10 +44,10 @@ def test_the_backup_s_timer_starts_a_backup_that_may_write_where_it_writes() -> 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
 def test_it_starts_a_command_that_exists_in_the_folder_that_systemd_makes(unit: Path) -> None:
     settings = service(unit)
-    program, command, action, *options, folder = settings["ExecStart"].split()
-    assert (program, action) == ("/opt/ternbus/bin/ternbus", "run")
+    program, command, *words, folder = settings["ExecStart"].split()
+    assert program == "/opt/ternbus/bin/ternbus"
     assert command in COMMANDS
-    assert options == (["--stay"] if command == "edge" else [])
+    assert words == ACTIONS[unit.stem.removeprefix("ternbus-")]
     assert folder == f"/var/lib/{settings['StateDirectory']}"
 
 

@@ -275,6 +275,9 @@ def test_the_share_is_kept_with_the_device_and_without_one_nothing_can_be_measur
         (["--hold-out", "0.2", "--report-metrics"], "add --run"),
         (["--fine-tune", "2"], "add --run"),
         (["--report-metrics", "--run"], "needs held-out data, and this device has none"),
+        (["--fine-tune", "2", "--evaluate"], "add --run"),
+        (["--run", "--evaluate"], "leave out one of them"),
+        (["--stay"], "add --run or --evaluate"),
     ],
 )
 def test_join_says_what_is_wrong_before_anything_is_sent(tmp_path: Path, options: list[str], message: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -352,6 +353,21 @@ def test_join_and_run_in_one(server: Server, tmp_path: Path) -> None:
         server.until_more_updates_than(count)
         process.send_signal(signal.SIGINT)
         assert server.until_ended(process)[0] == 0
+
+
+def evaluated(server: Server, version: int) -> bool:
+    return [found.version for found in server.metrics] == [*range(version + 1)]
+
+
+def test_join_and_evaluate_in_one(server: Server, tmp_path: Path) -> None:
+    invitation = server.invite(tmp_path, "judge")
+    for version in range(2):  # the second time it has joined already, and goes on
+        process = edge("join", invitation, tmp_path / "judge", "--task", TASK, "--evaluate", "--stay")
+        server.until(partial(evaluated, server, version))
+        process.send_signal(signal.SIGINT)
+        assert server.until_ended(process)[0] == 0
+        server.next_version()
+    assert not server.updates
 
 
 def test_who_starts_first_waits_and_gives_up_only_when_told_to(tmp_path: Path) -> None:

@@ -92,7 +92,13 @@ def test_a_traceback_is_logged_once_until_there_is_another() -> None:
 
 
 @pytest.mark.parametrize(
-    ("plan", "said"), [({}, REASON), ({"seal": True}, "the device's log says why"), (PRIVATE, ""), ({"dp": "?"}, "")]
+    ("plan", "said"),
+    [
+        ({}, REASON),
+        ({"seal": True}, "the device's log says why"),
+        (PRIVATE, ""),
+        ({"dp": "?"}, "bad-plan: dp is '?', not one of none, device, sample, sum"),  # what is wrong with the plan
+    ],
 )
 def test_what_others_learn_of_a_failure_depends_on_the_plan(plan: dict[str, Any], said: str) -> None:
     """A reason may depend on the data, or quote them."""

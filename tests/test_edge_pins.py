@@ -77,6 +77,7 @@ def test_the_smallest_sum_is_five_and_the_roster_the_aggregators_unless_told(
         (["--private", "--helper", "ab" * 32, "--private-min", 1], "--private-min is 1"),
         (["--private", "--helper", "ab" * 32, "--private-roster", "mine"], "--private-roster is 'mine'"),
         (["--private", "--helper", "ab" * 32, "--run", "--hold-out", 0.2, "--report-metrics"], "--report-metrics"),
+        (["--private", "--helper", "ab" * 32, "--width", 0.5], "--width does not go with --private"),
     ],
 )
 def test_what_does_not_go_together_is_refused_in_words(

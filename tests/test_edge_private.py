@@ -34,11 +34,11 @@ from support.private_device import (
     words_of,
 )
 from support.private_sums import card, seeds_in, terms_for
-from support.scripted_aggregator import ScriptedAggregator
+from support.scripted_aggregator import SHAPES, ScriptedAggregator
 from ternbus.broker.protocol.frame import Frame, parse
 from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.messages import Status, Update
-from ternbus.broker.protocol.schema import vector_digest
+from ternbus.broker.protocol.schema import Schema, vector_digest
 from ternbus.broker.sums.terms import Terms, context, digest_of
 from ternbus.edge.core import events
 from ternbus.edge.core.actions import Publish, Save, StartEvaluation, StartTraining
@@ -66,7 +66,7 @@ def test_a_private_update_is_masked_and_sealed_and_says_nothing_of_the_data() ->
     frame = update_in(done)
     update = Update.from_meta(frame.meta)
     assert (update.codec, update.encoding, update.sealed, update.samples) == ("private", "raw", True, 1)
-    assert update.metrics == {"epsilon": 1.0, "delta": 1e-5}
+    assert update.metrics == {}
     assert (update.min, len(update.boxes)) == (PINS.min, 1)
     assert frame.body.startswith(SEALED + frame.key + frame.seq.to_bytes(8, "little"))
     content = finished(job).content
@@ -78,6 +78,13 @@ def test_a_private_update_is_masked_and_sealed_and_says_nothing_of_the_data() ->
     assert done[0].state.outstanding.encoded == content.words  # type: ignore[union-attr]
 
 
+def test_an_update_states_the_account_of_privacy_and_no_metric_of_the_task_by_its_name() -> None:
+    """A task may call a loss "delta"."""
+    assert Update.from_meta(sending()[2].meta).metrics == {}
+    noisy = {"dp": "device", "dp_clip": 1.0, "dp_noise": 1.0, "dp_epsilon": 8.0}
+    assert Update.from_meta(sending(plan=noisy)[2].meta).metrics == {"epsilon": 1.0, "delta": 1e-5}
+
+
 def test_the_context_binds_version_model_plan_bytes_and_terms() -> None:
     scripted, _, job = training()
     plan = msgpack.packb(scripted.plan)
@@ -85,6 +92,45 @@ def test_the_context_binds_version_model_plan_bytes_and_terms() -> None:
     model = vector_digest(scripted.vectors[0])
     assert job.sums is not None
     assert job.sums.context == context(version=0, model=model, plan=digest_of(plan), terms=terms)
+
+
+def test_the_same_bytes_as_other_tensors_are_another_context() -> None:
+    """Tensors in another order, or of other roles, make another model of one vector: it may be dead for all but one."""
+    jobs = []
+    for shapes in (SHAPES, dict(reversed(SHAPES.items()))):
+        scripted, device = aggregator(schema=Schema.of(shapes)), private()
+        done = device.arrive(*terms_messages(scripted), scripted.status(), scripted.head(), *scripted.snapshot())
+        jobs.append(only(done, StartTraining))
+    one, other = jobs
+    assert np.array_equal(one.vector, other.vector)
+    assert one.schema != other.schema
+    assert one.sums is not None
+    assert other.sums is not None
+    assert one.sums.terms == other.sums.terms
+    assert one.sums.context != other.sums.context
+
+
+@pytest.mark.parametrize("names", [bytes(32), "x", None])
+def test_no_update_is_made_where_the_plan_does_not_name_the_schema_of_the_model(names: Any) -> None:
+    scripted, device = aggregator(), private()
+    scripted.plan["schema"] = names
+    done = device.arrive(*terms_messages(scripted), scripted.status(), scripted.head(), *scripted.snapshot())
+    assert of(done, StartTraining) == []
+    assert "does not name the schema" in device.core.state.refusal
+    scripted.plan["schema"] = scripted.schema.digest
+    assert len(of(device.arrive(scripted.head()), StartTraining)) == 1
+
+
+def test_a_plan_that_names_another_schema_later_has_no_update_by_the_first() -> None:
+    scripted, device, frame = sending()
+    other = Schema.of(dict(reversed(SHAPES.items())))
+    scripted.advance()
+    scripted.plan["schema"] = other.digest
+    accepted = receipt(scripted, frame.seq, "accepted")
+    done = device.arrive(accepted, scripted.head(schema=other.digest), *scripted.delta(1))
+    assert of(done, StartTraining) == []
+    scripted.plan["schema"] = scripted.schema.digest
+    assert len(of(device.arrive(scripted.head()), StartTraining)) == 1
 
 
 def test_the_same_plan_in_other_bytes_is_another_context() -> None:

@@ -65,6 +65,7 @@ class CrashingPrivateDevice(CrashingDevice):
         self.scripted.direct_parts = 0  # each update is offered first, so that one may be late before it was sent
         self.terms = terms_for(self.scripted.schema, bits=8, levels=16, scales=(SCALE, SCALE))
         self.scripted.plan = {"codec": "private", "error_feedback": True, "terms": digest_of(self.terms.content())}
+        self.scripted.plan["schema"] = self.scripted.schema.digest
         self.retained |= dict(self.terms_messages())
         self.profile = replace(self.profile, sums=SumPolicy(helpers=(helper_key(1).public,)))
         self.answers = self.new_answers(KEY, {})

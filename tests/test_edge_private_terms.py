@@ -339,6 +339,31 @@ def test_a_device_that_was_not_joined_for_private_sums_refuses_them_and_says_how
     (text,) = refusals(device.actions)
     assert "edge join … --private --helper KEY" in text
     assert of(device.actions, StartTraining) == []
+    assert device.disk is not None
+    assert device.disk.refusal == text  # for `edge status`
+    failing = Status.from_meta(published(device.actions, "status")[-1].meta).failing
+    assert failing == text  # for `aggregator status`, and nobody waits for this device
+    scripted.plan = {}
+    device.arrive(scripted.head())
+    assert device.disk.refusal == ""
+    assert Status.from_meta(published(device.actions, "status")[-1].meta).failing == ""
+
+
+def test_an_evaluator_needs_no_helpers_and_says_nothing_of_them() -> None:
+    scripted = plain_aggregator()
+    scripted.plan = {"codec": "private", "terms": bytes(32)}
+    _, device = following(scripted=scripted, role="evaluate", state={"refusal": "of a time when it trained"})
+    assert Status.from_meta(published(device.actions, "status")[-1].meta).failing == ""
+
+
+def test_whether_a_training_failed_does_not_change_what_is_said_of_a_plan() -> None:
+    scripted, device, job = training()
+    scripted.plan["codec"] = "ternary"
+    device.arrive(scripted.head())
+    before = Status.from_meta(published(device.actions, "status")[-1].meta).failing
+    assert "its owner requires private sums" in before
+    done = device.handle(events.TrainingFailed(base=job.base, reason="out of memory"))
+    assert Status.from_meta(published(done, "status")[-1].meta).failing == before
 
 
 def test_a_plan_of_no_bytes_of_its_own_changes_nothing() -> None:

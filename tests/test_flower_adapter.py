@@ -115,15 +115,15 @@ def test_no_key_of_the_aggregator_s_takes_the_place_of_the_owner_s_limits() -> N
     assert (config["lr"], config["server_round"]) == (0.05, 5)
 
 
-def test_what_a_client_returns_under_privacy_is_answered_with_noise_and_not_with_silence() -> None:
-    """It may depend on a sample; `ConfigError` would keep the update back."""
+def test_what_a_client_returns_under_privacy_is_no_reason_to_keep_an_update_back() -> None:
+    """It may depend on a sample; a `ConfigError` would keep the update back."""
     client = Client()
     task = task_of(lambda context: client)
     trainer, start = task.trainer(data=None, partition="all"), task.initial(0)
     client.fit = lambda parameters, config: (parameters, 0, {})  # type: ignore[method-assign]
-    private = plan(dp="device", dp_clip=1.0, dp_noise=1.0, dp_epsilon=8.0)
-    with pytest.raises(TrainingError, match="returned 0 as num_examples"):
-        trainer.train(start, private, version=0, seed=0)
+    for private in (plan(dp="device", dp_clip=1.0, dp_noise=1.0, dp_epsilon=8.0), plan(codec="private")):
+        with pytest.raises(TrainingError, match="returned 0 as num_examples"):
+            trainer.train(start, private, version=0, seed=0)
     with pytest.raises(ConfigError, match="returned 0 as num_examples"):
         trainer.train(start, plan(), version=0, seed=0)
 

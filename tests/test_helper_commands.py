@@ -47,8 +47,15 @@ def helper(capfd: pytest.CaptureFixture[str]) -> Any:
     return ran
 
 
-def invitation(folder: Path, **changes: str) -> Path:
-    values = {"federation": "lab", "device": "h-1", "broker": URL, "aggregator_key": SERVER.public.hex(), "code": "c"}
+def invitation(folder: Path, **changes: str | None) -> Path:
+    values = {
+        "federation": "lab",
+        "device": "h-1",
+        "broker": URL,
+        "aggregator_key": SERVER.public.hex(),
+        "code": "c",
+        "role": "helper",
+    }
     path = folder / "invitation.toml"
     path.write_text(Invitation(**{**values, **changes}).dumps())  # type: ignore[arg-type]
     path.chmod(0o600)
@@ -106,6 +113,24 @@ def test_an_invitation_of_another_is_refused(changes: dict[str, str], text: str,
     init(helper, folder, "--invitation", invitation(tmp_path))
     ran = helper("init", folder, "--invitation", invitation(tmp_path, **changes))
     assert (ran.code, text in ran.err) == (2, True)
+
+
+def test_an_invitation_of_a_device_makes_no_helper_and_a_helper_s_no_device(
+    helper: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "bureau"
+    ran = helper("init", folder, "--invitation", invitation(tmp_path, role=None))
+    assert (ran.code, folder.exists()) == (2, False)
+    assert "is the invitation of the device h-1" in ran.err
+    path = invitation(tmp_path)
+    for words in (["join", path, tmp_path / "pi", "--task", "digits-numpy"], ["rejoin", path, tmp_path / "pi"]):
+        with pytest.raises(SystemExit) as ended:
+            main(["edge", *map(str, words)])
+        said = capfd.readouterr().err
+        assert (ended.value.code, (tmp_path / "pi").exists()) == (2, False)
+        assert "is the invitation of the helper h-1, and `ternbus helper init DIR --invitation FILE` takes it" in said
+    path.write_text(path.read_text().replace('role = "helper"', 'role = "judge"'))
+    assert "role in the invitation is 'judge'" in helper("init", folder, "--invitation", path).err
 
 
 def test_a_helper_that_is_there_is_not_made_again(helper: Any, tmp_path: Path) -> None:
@@ -223,7 +248,9 @@ def test_restored_replaces_a_database_that_is_lost(spoil: str, helper: Any, tmp_
     assert ran.code == 0
     assert ("damaged-1" in ran.err) == (spoil == "damaged")
     assert summary(folder).state.enrolled
+    assert (folder / "damaged-1").exists() == (spoil == "damaged")
     assert helper("restored", folder).code == 0
+    assert not (folder / "damaged-1").exists()  # the lost box keys were in it
 
 
 def test_a_database_from_before_the_enrollment_is_an_old_copy(helper: Any, tmp_path: Path) -> None:

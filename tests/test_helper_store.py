@@ -164,6 +164,20 @@ def test_an_erased_box_key_is_in_no_file(helper: OnDisk, tmp_path: Path) -> None
     assert not [path for path in tmp_path.iterdir() if secret in path.read_bytes()]
 
 
+def test_a_reader_keeps_an_erased_box_key_no_longer_than_it_reads(helper: OnDisk, tmp_path: Path) -> None:
+    secret = helper.disk.box_key.secret
+    helper.wait(MONTH_S + 3600)
+    helper.store._db.execute("PRAGMA busy_timeout = 1")
+    with closing(sqlite3.connect(tmp_path / FILE)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM kept").fetchall()
+        helper.wait(MONTH_S + 3600)
+        assert secret not in {key.secret for key in helper.disk.box_keys}
+        assert [path for path in tmp_path.iterdir() if secret in path.read_bytes()]
+    helper.store.save(replace(helper.disk, session=helper.disk.session + 1))
+    assert not [path for path in tmp_path.iterdir() if secret in path.read_bytes()]
+
+
 def test_a_new_store_is_empty_and_only_its_owner_reads_it(tmp_path: Path) -> None:
     with HelperStore(tmp_path, OWN) as store:
         assert store.state is None

@@ -211,10 +211,10 @@ def test_parts_of_a_revoked_device_are_forgotten(make: Make) -> None:
     bad = bench.join("bad")
     parts = bad.update(float32_block(bench.schema, 1), 0, frame_bytes=1500)
     bench.receive(bad.topic("update"), *parts[:-1])
-    validation = bench.core._updates.validation
-    assert validation._held_bytes > 0
+    places = bench.core._updates.places
+    assert places.of("bad") is not None
     bench.revoke("bad")
-    assert (validation._held_bytes, dict(validation._assembling)) == (0, {})
+    assert places.of("bad") is None
 
 
 def test_revoking_again_drops_what_was_kept(make: Make) -> None:

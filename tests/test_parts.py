@@ -98,6 +98,7 @@ def test_only_what_agrees_belongs_together() -> None:
     assert collect(collector, [one[0], other[1], third[1], part(1, 2, seq=1)]) == []
     assert len(collector) == 4
     assert collector.missing("update", 2) == [0]
+    assert collector.missing("update", 1, 1) == collector.missing("update", 1)[:1] != []
     assert collector.missing("update", 9) == collector.missing("delta", 2) == []
     assert collect(collector, [one[1]])[0].body == body
 

@@ -277,29 +277,6 @@ def test_it_does_so_after_a_restart_too_once_the_broker_has_delivered_all_status
     assert len(world.dropped()) == 3
 
 
-def test_a_device_that_is_silent_for_long_is_not_waited_for() -> None:
-    world = World(merge__max_wait_s=1e6)
-    devices = world.begin(4)
-    for device in devices:
-        world.say(device, "training", 0)
-    for base in range(4):
-        world.tick(10.0)
-        world.give_all(devices, base)
-        world.settle()
-        for device in devices:
-            world.say(device, "training", base + 1)
-    assert world.version == 4
-    world.give_all(devices[:3])
-    world.settle()
-    assert world.version == 4  # the fourth would be left alone
-    assert world.core.deadline is not None
-    assert world.core.deadline <= world.now + 60.0
-    for _ in range(20):
-        world.tick(10.0)
-        world.settle()
-    assert (world.version, len(world.entries()[-1].sets[0].members)) == (5, 3)
-
-
 # --- sums that cannot be
 
 

@@ -10,6 +10,8 @@ no linear system of its sums has a single update, or part of one, as its solutio
     (b) duplicate with highest_seq, packet limits,      test_private_attacks_runs.py over whole runs, at a weakened
         a new key, stale with learning rate 0           helper too; test_private_lies.py; test_edge_private.py
     (c) another model, plan, terms, scales or n_ref     test_private_lies.py; test_edge_private.py: the_context_binds
+        one vector as tensors in another order          test_edge_private.py: the_same_bytes_as_other_tensors
+        a plan for one machine; one wide device         test_private_training.py
     (d) a database put back, an empty helper            here; test_helper_processes.py on both brokers
         two processes on one directory                  test_helper_commands.py; test_helper_processes.py
         interleavings at two helpers                    here; test_private_orders.py at the aggregator

@@ -57,6 +57,7 @@ def test_devices_wait_for_terms_until_every_helper_has_sent_its_card(tmp_path: P
     terms = bench.check_published()
     assert [signed.card.helper for signed in terms.helpers] == ["h-1", "h-2"]
     assert terms.fits(bench.schema)
+    assert bench.head.plan["schema"] == bench.head.schema == bench.schema.digest
 
 
 def test_terms_are_durable_and_retained_before_the_head_that_names_them(

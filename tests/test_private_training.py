@@ -5,19 +5,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from support.private_sums import terms_for
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.schema import Schema, to_vector
 from ternbus.broker.sums.terms import Terms
 from ternbus.broker.sums.words import WEIGHT_STEPS
+from ternbus.edge import TorchTask
 from ternbus.edge.core.actions import StartFineTuning, StartTraining
-from ternbus.edge.core.events import FineTuningFailed, TrainingFinished
+from ternbus.edge.core.events import FineTuningFailed, TrainingFailed, TrainingFinished
+from ternbus.edge.learn.subnetwork import narrow
 from ternbus.edge.learn.sum_content import SumContent, SumJob, value
 from ternbus.edge.learn.task import Evaluation, Trained, TrainingError
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.shell.worker import fine_tune, train
+from ternbus.edge.torch.objective import default_loss
 
 TASK = load_task("digits-numpy")
 START = TASK.initial(1)
@@ -74,20 +78,39 @@ def test_noise_goes_on_before_anything_is_drawn() -> None:
     assert total.std() == pytest.approx(0.5, rel=0.1)  # dp_noise times dp_clip: the weight scales no noise
 
 
+def test_what_only_one_device_of_full_width_trains_is_its_own_in_a_sum() -> None:
+    """So `edge join` refuses --width with --private: no set of a private federation has narrow devices."""
+    terms = terms_for(SCHEMA, scales=(0.01,) * len(SCHEMA.tensors))
+    total, wide = terms.layout.zeros(), terms.layout.zeros()
+    for number in range(5):
+        of = narrow(TASK, 0.5) if number else TASK
+        done = train(of.trainer(data=None, partition=f"iid:{number}/5"), job(terms))
+        assert isinstance(done, TrainingFinished)
+        assert isinstance(done.content, SumContent)
+        for words in (total,) if number else (total, wide):
+            terms.layout.add(words, terms.layout.read(done.content.words))
+    outer = slice(64 * 64, 128 * 64)  # the hidden units that narrow devices leave out
+    start = next(each.offset for each in SCHEMA.segments if each.tensor.name == "hidden.weight")
+    shown, own = (terms.layout.unpack(words)[0][start:][outer] for words in (total, wide))
+    assert own.any()
+    assert np.array_equal(shown, own)
+
+
 class Failing:
     """A trainer that fails, as on a model by which only some data overflow."""
 
     samples = 7
 
-    def __init__(self, fault: Exception | None) -> None:
+    def __init__(self, fault: Exception | None, states: Any = 7) -> None:
         self.fault = fault
+        self.states = states
 
     def train(self, start: Any, plan: Plan, *, version: int, seed: int) -> Trained:
         if self.fault is not None:
             raise self.fault
-        return Trained(
-            tensors={name: np.full_like(tensor, 2.0**41) for name, tensor in start.items()}, samples=7, metrics={}
-        )
+        value = 2.0**41 if self.states == self.samples else 1.0
+        tensors = {name: np.full_like(tensor, value) for name, tensor in start.items()}
+        return Trained(tensors=tensors, samples=self.states, metrics={})
 
     def evaluate(self, tensors: Any) -> Evaluation:
         raise AssertionError
@@ -102,8 +125,47 @@ def test_a_training_that_fails_sends_a_change_of_0_which_no_sum_shows(fault: Exc
     assert not value(SCHEMA, TERMS, done.content.words).any()
     assert (omega(done.content), done.metrics, done.samples, done.local) == (64, {}, 1, None)
     assert (str(fault) if fault is not None else "beyond 2^40") in done.failure
+
+
+def test_what_a_trainer_states_wrongly_of_its_data_is_a_failure_like_any_other() -> None:
+    done = train(Failing(None, states="many"), job())
+    assert isinstance(done, TrainingFinished)
+    assert isinstance(done.content, SumContent)
+    assert not value(SCHEMA, TERMS, done.content.words).any()
+    assert "unsupported operand" in done.failure or "not supported" in done.failure or "float" in done.failure
+
+
+def test_a_plan_that_a_machine_cannot_carry_out_has_it_send_nothing() -> None:
+    """With a change of 0 from all others, a batch that one memory alone holds would have the sum show its update."""
+    assert isinstance(train(Failing(MemoryError()), job()), TrainingFailed)
     with pytest.raises(ConfigError):
         train(Failing(ConfigError("no such plan, whatever the data")), job())
+
+
+@pytest.mark.parametrize("loss", ["cross entropy", "own"])
+@pytest.mark.parametrize("precision", ["float32", "auto"])
+def test_no_data_decide_whether_a_trainer_of_pytorch_sends_an_update(loss: str, precision: str) -> None:
+    """Shares of classes that are none in one sample: whether it is in a batch is nobody's to see."""
+
+    def data(folder: Any, split: str) -> Any:
+        targets = torch.full((8, 2), 0.5)
+        targets[0] = torch.tensor([0.3, 0.3])
+        return torch.ones(8, 4), targets
+
+    def own(outputs: torch.Tensor, targets: torch.Tensor) -> Any:
+        return default_loss(outputs, targets)
+
+    more = {} if loss == "cross entropy" else {"loss": own}
+    task = TorchTask(name="shares", model=lambda: torch.nn.Linear(4, 2), data=data, **more)  # type: ignore[arg-type]
+    schema = Schema.of({name: tensor.shape for name, tensor in task.initial(0).items()})
+    terms = terms_for(schema, scales=(0.01,) * len(schema.tensors))
+    asked = Plan.from_meta({"codec": "private", "precision": precision})
+    sums = SumJob(terms=terms, context=bytes(32))
+    work = replace(job(), schema=schema, vector=to_vector(schema, task.initial(0)), plan=asked, sums=sums)
+    done = [train(task.trainer(data=None, partition=f"iid:{number}/2"), work) for number in range(2)]
+    assert [isinstance(each, TrainingFinished) and bool(each.failure) for each in done] == [False, True]
+    with pytest.raises(ConfigError, match="fraction"):
+        train(task.trainer(data=None, partition="all"), replace(work, plan=Plan(), sums=None))
 
 
 def test_a_model_that_fails_on_some_data_only_gets_an_update_from_all() -> None:

@@ -117,6 +117,7 @@ def test_a_context_of_the_plans_bytes_in_the_head() -> None:
     head = Head.from_meta(frame.meta)
     assert (head.version, head.digest) == (VECTORS["context"]["version"], about["model"])
     assert (head.plan["codec"], head.plan["terms"]) == ("private", about["terms"])
+    assert head.plan["schema"] == head.schema == bytes.fromhex(WHOLE["schema"]["digest"])
     plan = unhex("head", "plan_bytes")
     assert plan == msgpack.packb(dict(head.plan)) == stranger.plan_bytes(frame.meta_bytes)
     assert about["plan"] == digest_of(plan)
@@ -286,9 +287,10 @@ def test_a_helper_answers_an_ask_with_the_sum_of_the_masks() -> None:
     ask = sets.Ask.parse(content)
     assert ask.content() == content
     assert ask.context == CONTEXT
-    found, layout = sets.first_parts(ask.members, "lab"), ask.parsed_terms.layout
+    layout = ask.parsed_terms.layout
     total = np.zeros(layout.words, "<u8")
-    for member, frame, update in found.values():
+    for member in ask.members:
+        frame, update = sets.first_part(member, "lab")
         about = {"context": update.context, "device": member.public, "helper": HELPER.public}
         seed = masks.open_box(BOX_SECRET, update.boxes[0], seq=frame.seq, **about)
         layout.add(total, masks.mask(layout, seed, **about))

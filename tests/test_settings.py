@@ -61,7 +61,6 @@ BOUNDS: dict[str, tuple[list[object], list[object]]] = {
     "limits.frames_per_s": ([500, 10_000], [499, True]),
     "limits.broker_queue_messages": ([100], [99]),
     "limits.frame_bytes": ([4096, 268_000_000], [4095, 268_000_001]),
-    "limits.messages_in_assembly": ([4, 50], [3]),
     "limits.assembly_bytes": ([2**20], [2**20 - 1, 0]),
     "limits.work_bytes_per_s": ([2**20, 2**27], [2**20 - 1, 1e9]),
     "limits.receipts_per_s": ([10, 100], [9, 1.5]),
@@ -113,6 +112,12 @@ def test_values_out_of_their_bounds_are_refused_by_name(key: str, value: object)
         from_table(table(key, value))
     assert key in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_keys_of_older_files_that_have_no_effect_any_more_are_ignored() -> None:
+    assert from_table(table("limits.messages_in_assembly", "whatever it says")) == from_table(BASE)
+    with pytest.raises(ConfigError, match=r"merge\.messages_in_assembly is unknown"):
+        from_table(table("merge.messages_in_assembly", 4))
 
 
 def test_the_first_alternatives_are_the_defaults() -> None:

@@ -180,6 +180,7 @@ def test_a_merge_is_as_large_as_two_sums_or_as_the_bits_hold(bits: int, levels: 
         ({"private": {}, "aggregator": {"merge": {"rule": "median"}}}, "no single update is seen"),
         ({"private": {}, "plan": {"codec": "ternary"}}, 'codec = "ternary"'),
         ({"private": {}, "local": {"hold_out": 0.1}}, "local.hold_out"),
+        ({"private": {}, "narrow": {"share": 0.5}}, "narrow.share"),
         ({"fault": [{"kill": "helper:0", "after_version": 1}]}, "only with [private]"),
         ({"private": {}, "fault": [{"kill": "helper:1", "after_version": 1}]}, "a helper from 0 to 0"),
         ({"private": {}, "fault": [{"kill": "helper", "after_version": 1}]}, '"helper:I"'),

@@ -111,6 +111,8 @@ class Version:
         plan = frame.meta["plan"]
         if content is None or plan.get("codec") != "private" or plan.get("terms") != wire.digest(content):
             raise RefusedError(7, "the plan names other terms")
+        if plan.get("schema") != frame.meta["schema"]:
+            raise RefusedError(7, "the plan names another schema")
         return cls(frame, content)
 
     @property

@@ -19,7 +19,7 @@ from ternbus.broker.link.tls import Tls
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.identity import enroll_proof, key_id
-from ternbus.broker.protocol.invitation import Invitation
+from ternbus.broker.protocol.invitation import HELPER, Invitation
 from ternbus.broker.protocol.messages import Enroll, Receipt, Status
 from ternbus.broker.protocol.parts import Collector
 from ternbus.broker.sums.sets import ABANDON, ABANDONED, OPEN, OPENED, PREPARE, PREPARED, REFUSED, Answer
@@ -158,8 +158,9 @@ def serving(url: str, tls: Tls | None = None) -> Iterator[Server]:
 
 def invitation(url: str, folder: Path, **credentials: Any) -> Path:
     made = Invitation(
-        federation=FEDERATION, device=NAME, broker=url, aggregator_key=SERVER.public.hex(), code=CODE, **credentials
-    )
+        federation=FEDERATION, device=NAME, broker=url, aggregator_key=SERVER.public.hex(), code=CODE, role=HELPER,
+        **credentials,
+    )  # fmt: skip
     path = folder / f"{NAME}.toml"
     path.write_text(made.dumps())
     path.chmod(0o600)

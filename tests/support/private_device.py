@@ -29,6 +29,7 @@ def aggregator(of: Terms | None = None, **settings: Any) -> ScriptedAggregator:
     scripted = ScriptedAggregator(identity=AGGREGATOR_KEY, **settings)
     scripted.plan = {"codec": "private", "error_feedback": True, **scripted.plan}
     scripted.plan["terms"] = digest_of((of or terms_for(scripted.schema)).content())
+    scripted.plan["schema"] = scripted.schema.digest
     return scripted
 
 

@@ -1,6 +1,6 @@
 """Sections of aggregator.toml: keys with their meaning and bounds, read into a dataclass."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import Field, field, fields
 from typing import Any
 
@@ -13,10 +13,14 @@ def key(default: Any, doc: str, *, low: float | None = None, high: float | None 
     return field(default=default, metadata={"doc": doc, "low": low, "high": high, "one_of": one_of})
 
 
-def section(kind: type, table: object, where: str) -> Any:
-    """The dataclass ``kind`` from a table; ConfigError names the key that is wrong, and what it may be."""
+def section(kind: type, table: object, where: str, retired: Set[str] = frozenset()) -> Any:
+    """The dataclass ``kind`` from a table; ConfigError names the key that is wrong, and what it may be.
+
+    Keys in ``retired`` are ignored: files of older versions have them.
+    """
     if not isinstance(table, Mapping):
         raise ConfigError(f"{where} must be a table")
+    table = {name: value for name, value in table.items() if name not in retired}
     known = {entry.name: entry for entry in fields(kind)}
     for name in table:
         if name not in known:

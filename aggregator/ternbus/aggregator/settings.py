@@ -140,9 +140,8 @@ class LimitSettings:
     frame_bytes: int = key(
         FRAME_BYTES, "largest MQTT payload sent, in bytes", low=FRAME_BYTES_RANGE[0], high=FRAME_BYTES_RANGE[1]
     )
-    messages_in_assembly: int = key(4, "unfinished messages of one device; beyond that the oldest is dropped", low=4)
     assembly_bytes: int = key(
-        256 * 2**20, "bytes of all devices' unfinished messages; three updates always fit", low=2**20
+        256 * 2**20, "bytes of all updates of several parts that devices are sending; three always fit", low=2**20
     )
     receipts_per_s: int = key(
         100, "receipts to one device per second; frames that need more are dropped before they are read", low=10
@@ -265,6 +264,7 @@ SECTIONS: Final[Mapping[str, type]] = {
     "invitations": InvitationSettings,
     "transport": TransportSettings,
 }
+RETIRED: Final[Mapping[str, frozenset[str]]] = {"limits": frozenset({"messages_in_assembly"})}  # of older files
 OTHERS: Final = ("plan", "plan_check", "private")  # sections that are read by their own rules
 
 
@@ -283,7 +283,10 @@ def from_table(table: Mapping[str, Any], source: str = "aggregator.toml") -> Set
             raise ConfigError(f"{source}: {name!r} is missing; add it, or restore the file from a backup")
         if not isinstance(table[name], str):
             raise ConfigError(f"{source}: {name!r} must be a string")
-    sections = {name: section(kind, table.get(name, {}), f"{source}: {name}") for name, kind in SECTIONS.items()}
+    sections = {
+        name: section(kind, table.get(name, {}), f"{source}: {name}", RETIRED.get(name, frozenset()))
+        for name, kind in SECTIONS.items()
+    }
     check = PlanCheck.from_table(table.get("plan_check"), f"{source}: plan_check")
     plan = plan_settings.read(table.get("plan", {}), check, f"{source}: plan")
     private = PrivateSettings.from_table(table.get("private"), f"{source}: private")

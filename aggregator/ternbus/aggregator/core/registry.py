@@ -11,7 +11,6 @@ from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.identity import KeyId, enroll_proof, key_id
 from ternbus.broker.protocol.messages import Enroll, Status, is_outdated
-from ternbus.broker.protocol.parts import Collector
 
 ACTIVE, REPLACED, REVOKED = "active", "replaced", "revoked"
 UNKNOWN: Final = "unknown"
@@ -51,8 +50,6 @@ class Member:
     bases: set[int] = field(default_factory=set)  # accepted ones that could still be sent again and not be stale
     highest_base: int = -1
     answer: Answer = field(default_factory=Answer)
-    granted: int = -1  # the seq whose parts were asked for
-    granted_up_to: int = 0  # so many parts of it have come once all that were asked for have
     role: str = DEVICE
     evaluates: bool = False  # an evaluator, or published test metrics and no update: nobody waits for its updates
     status: Status | None = None
@@ -62,7 +59,6 @@ class Member:
     metrics_stated: int = 0  # hash of what it last stated beside its metrics' values; 0: not known
     waiting_bytes: int = 0  # of its updates in the buffer, on disk
     update_bytes: int = 0  # PUBLISH packets since the last count was written
-    collector: Collector | None = None
     pace: Pace = field(default_factory=Pace)
     frames: TokenBucket = field(default_factory=TokenBucket)
     receipts: TokenBucket = field(default_factory=TokenBucket)

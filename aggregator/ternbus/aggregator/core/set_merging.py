@@ -44,6 +44,8 @@ class SetMerging:
     _trigger: MergeTrigger = field(init=False)
     _close_by: float = 0.0
     _no_empty_before: float = 0.0
+    _told: str = ""  # what the operator knows of updates that wait for company
+    _newest: tuple[int, float] = (-1, 0.0)  # the newest version, and since when it is
     _is_stopped: bool = False
 
     def __post_init__(self) -> None:
@@ -96,13 +98,20 @@ class SetMerging:
         """When ``on_time`` has something to do."""
         if self.is_closing:
             return min(self._close_by, self.sets.asks.due or math.inf)
-        moments = [self.sets.due_s(self._rule, now)]
+        moments = [self.sets.due_s(self._rule, now), *self._late(now)]
         silent = self._unsent(now) if self.sets.is_stuck else self._awaited(now)  # its silence may change what is due
         moments.append(None if silent is None else self._trigger.silent_at(silent))
-        empty_at = max(self._rule.not_before, self._no_empty_before)
-        if self.registry.online and self.sets.is_stuck and silent is None and now < empty_at:
+        empty_at = max(
+            self._rule.not_before, self._no_empty_before, -math.inf if silent is None else self._patient_until
+        )
+        if self.registry.online and self.sets.is_stuck and now < empty_at:
             moments.append(empty_at)  # perhaps for a version of no update
         return min((moment for moment in moments if moment is not None and moment < math.inf), default=None)
+
+    def _late(self, now: float) -> list[float]:
+        """When groups that do not suffice have waited so long that the operator is told."""
+        moments = [each.since + self.settings.merge.max_wait_s for each in self.sets.groups()]
+        return [moment for moment in moments if now < moment]
 
     def on_time(self, now: float) -> list[Action]:
         """Make sets, merge those that are opened, ask again, let devices go on; finish closing."""
@@ -110,13 +119,15 @@ class SetMerging:
             return []
         if self.is_closing:
             return self._close_on_time(now)
+        if self._newest[0] != self.versions.model.version:
+            self._newest = self.versions.model.version, now
         actions = self.sets.on_time(self._rule, partial(self._fleet, now), now)
         if self.sets.may_merge(now):
             actions += self._merge(now)
         elif (
             now >= self._no_empty_before
             and self._is_stuck(now)
-            and self.sets.needs_version(self._rule, self._expected(now), now)
+            and self.sets.needs_version(self._rule, self._resting(now), now)
         ):
             self._trigger = self._trigger.merged(now)
             self._no_empty_before = now + EMPTY_EVERY_S
@@ -124,12 +135,25 @@ class SetMerging:
                 *self.versions.empty(),
                 Log(text="a version of no update: devices can go on only from a new one"),
             ]
-        return actions
+        return [*actions, *self._tell_waiting(now)]
+
+    def _tell_waiting(self, now: float) -> list[Action]:
+        """Tell the operator, at each change, which updates wait for company though nobody is known to send more."""
+        groups = self.sets.groups() if self.sets.is_stuck and self.versions.published.state == OPEN else ()
+        is_known = self._awaited(now) is None and self._rule.not_before <= now
+        waits = [each for each in groups if is_known or each.since + self.settings.merge.max_wait_s <= now]
+        before, self._told = self._told, "; ".join(each.says for each in waits)
+        return [Log(text=f"private updates wait for more: {self._told}")] if self._told not in {"", before} else []
 
     def _is_stuck(self, now: float) -> bool:
-        """Whether nobody can send before another version, and nothing is on its way to one."""
+        """Whether nobody is waited for that can send before another version, and nothing is on its way to one."""
         is_open = self.versions.published.state == OPEN
-        return is_open and self.sets.is_stuck and self._unsent(now) is None
+        return is_open and self.sets.is_stuck and (self._unsent(now) is None or self._patient_until <= now)
+
+    @property
+    def _patient_until(self) -> float:
+        """When those that have sent on the newest version wait for no others any more: one may say that it trains."""
+        return self._newest[1] + self.settings.merge.max_wait_s
 
     @property
     def _rule(self) -> Rule:
@@ -150,6 +174,11 @@ class SetMerging:
         expected = (each for each in self.registry.online.values() if self._trigger.is_expected(each, now))
         return next((each for each in expected if each.highest_base < newest), None)
 
+    def _resting(self, now: float) -> frozenset[str]:
+        """Devices online that have sent an update on the newest version, and wait for another one."""
+        newest, online = self.versions.model.version, self.registry.online
+        return frozenset(name for name in self._expected(now) if online[name].highest_base >= newest)
+
     def _expected(self, now: float) -> frozenset[str]:
         online = self.registry.online.values()
         return frozenset(each.name for each in online if self._trigger.is_expected(each, now))
@@ -162,9 +191,9 @@ class SetMerging:
             return Fleet()
         training: dict[int, set[str]] = {group.base: set() for group in groups}
         for name in self._expected(now):
-            status = online[name].status
-            if status is not None and status.state == TRAINING and status.base in training:
-                training[status.base].add(name)
+            status, sent = online[name].status, online[name].highest_base
+            if status is not None and status.state == TRAINING and sent < status.base and status.base in training:
+                training[status.base].add(name)  # nobody sends a second update on a version
         return Fleet(
             training={base: frozenset(names) for base, names in training.items()}, all_contributed=all_contributed
         )

@@ -203,7 +203,7 @@ class Sets:
         return bool(self.opened) and (not self._sets or waited)
 
     def needs_version(self, rule: Rule, resting: frozenset[str], now: float) -> bool:
-        """Whether only a version of no update lets devices go on; ``resting`` are all, each of which waits for one."""
+        """Whether only a version of no update lets devices go on; ``resting`` are those that wait for one."""
         if self.model.version not in self.sums.contexts:
             return False
         return rule.needs_version(self.groups(), resting, self._group(self.model.version), now)

@@ -15,7 +15,8 @@ from ternbus.aggregator.core.events import Save
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.sums.state import ContextOf, PrivateSums
-from ternbus.broker.sums.terms import digest_of
+from ternbus.broker.protocol.topics import TERMS
+from ternbus.broker.sums.terms import SCHEMA, digest_of
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,7 +35,7 @@ class PrivateTerms:
 
     def _plan(self, terms: bytes) -> Mapping[str, Any]:
         plan = self.settings.published_plan
-        return {**plan, "terms": terms} if terms else plan
+        return {**plan, TERMS: terms, SCHEMA: self.sums.schema.digest} if terms else plan
 
     def can_begin(self, model: Model) -> bool:
         """Whether the newest version has no terms yet, and could have some."""

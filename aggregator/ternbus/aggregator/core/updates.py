@@ -9,7 +9,7 @@ from ternbus.aggregator.core.counters import Counters
 from ternbus.aggregator.core.disk_guard import ENOUGH, FULL, RETRY_S, sentence, state_of
 from ternbus.aggregator.core.events import Action, Log, Save
 from ternbus.aggregator.core.frames import FrameWriter
-from ternbus.aggregator.core.grants import GRANT_S, Grants
+from ternbus.aggregator.core.places import Place, Places
 from ternbus.aggregator.core.rate_limit import LogLimit
 from ternbus.aggregator.core.registry import Answer, Member
 from ternbus.aggregator.core.sets import Sets
@@ -24,8 +24,10 @@ from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.messages import Grant, Receipt
 
+GRANT_S: Final = 60.0
 BUSY_S: Final = 5.0
 BUSY_MAX_S: Final = 60.0
+TURN_S: Final = 30.0  # until a device that waits for its turn asks again; it is told of it before
 
 
 @dataclass(slots=True, kw_only=True)
@@ -43,10 +45,11 @@ class Updates:
     stopping: bool = False
     disk: str = ENOUGH  # in a state of `disk_guard`
     sets: Sets | None = None  # of a federation whose updates are private
-    _grants: Grants = field(init=False)
+    places: Places = field(init=False)
 
     def __post_init__(self) -> None:
-        self._grants = Grants(self.settings.limits.broker_queue_messages // 2)
+        limits = self.settings.limits
+        self.places = Places(self.validation.largest_bytes, limits.assembly_bytes, limits.broker_queue_messages // 2)
 
     def offer(self, member: Member, frame: Frame, now: float) -> list[Action]:
         """Answer an offer at once where nothing of the update is wanted; else ask for what there is room for."""
@@ -56,17 +59,32 @@ class Updates:
         offer = self.validation.judge_offer(member, frame, self.model.version, closed=self.closed)
         if isinstance(offer, Verdict):
             return self._answer(member, frame.seq, offer)
-        collector = member.collector
-        missing = collector.missing("update", frame.seq) if collector is not None else []
-        came = collector.came("update", frame.seq) if collector is not None else 0
-        goes_on = came > 0 and frame.seq == member.granted and came >= member.granted_up_to
-        granted = self._grants.grant(member.name, missing or list(range(offer.parts)), now, goes_on=goes_on)
-        if not granted or self._accepts_nothing:
+        if self._accepts_nothing:
             return self._busy(member, frame.seq, now)
-        member.granted = frame.seq
-        member.granted_up_to = came + sum(last - first + 1 for first, last in granted)
-        grant = Grant(device=member.name, device_key=member.key, seq=frame.seq, parts=granted, deadline_s=GRANT_S)
-        return self.frames.to_device(grant)
+        place = self._asks(member, frame, offer.parts, now)
+        answer = self._grant(place) if place.has_room else self._busy(member, frame.seq, now, retry_after_s=TURN_S)
+        return [*answer, *self._turns(now)]
+
+    def _grant(self, place: Place) -> list[Action]:
+        """Ask for parts of an update that has room."""
+        return self.frames.to_device(
+            Grant(device=place.device, device_key=place.key, seq=place.seq, parts=place.ask(), deadline_s=GRANT_S)
+        )
+
+    def _turns(self, now: float) -> list[Action]:
+        """Ask those for their parts whose turn has come."""
+        actions: list[Action] = []
+        for place in self.places.turns(now):
+            actions += self._grant(place)
+        for _ in range(self.places.take_unfinished()):
+            self.counters.refuse("unfinished", now)
+        return actions
+
+    def _asks(self, member: Member, frame: Frame, parts: int, now: float, size_bytes: int | None = None) -> Place:
+        place = self.places.ask(member.name, member.key, now, seq=frame.seq, parts=parts, size_bytes=size_bytes)
+        if place is None:
+            raise ProtocolError("old-update", f"an update before the one that {member.name} is sending")
+        return place
 
     def update(
         self, member: Member, frame: Frame, now: float, ahead: Measured | None = None, *, is_late: bool = False
@@ -87,22 +105,46 @@ class Updates:
         if self._accepts_nothing:
             self.afford(member, now)
             return self._busy(member, frame.seq, now)
-        if frame.parts > self.frames.direct_parts and member.granted != frame.seq:
-            raise ProtocolError("not-granted", f"{frame.parts} parts, unasked")
-        if self.validation.is_last(member, frame):
+        place = self._place(member, frame, now) if frame.parts > 1 else None
+        if place is not None:
+            if not place.has_room:
+                return self._no_room(member, frame, now)
+            place.heard = now
+        if place is None or place.collector.lacks_only(frame):
             self.afford(member, now)  # before it is decompressed and read
             if is_late and ahead is None and self.owes(member, frame, now):
                 return self.shed(member, frame.seq, now)
             if ahead is None:  # what was read ahead is charged already
                 self.work.charge(member.name, self.validation.work_bytes(frame), now)
-        return self._collect(member, frame, now, ahead)
+        return [*self._collect(member, frame, place, now, ahead), *self._turns(now)]
 
-    def _collect(self, member: Member, frame: Frame, now: float, ahead: Measured | None) -> list[Action]:
-        valid = self.validation.collect(member, frame, self.model.version, ahead)
-        for reason in self.validation.take_drops().elements():
-            self.counters.refuse(reason, now)
+    def _place(self, member: Member, frame: Frame, now: float) -> Place:
+        """The place of an update of several parts; one that comes unasked asks by its parts."""
+        size_bytes = self.validation.body_bytes_max(frame)
+        place = self.places.of(member.name)
+        if place is not None and not place.is_for(frame.seq, frame.parts, size_bytes):
+            place = None
+        if frame.parts > self.frames.direct_parts and not (place is not None and place.has_room):
+            raise ProtocolError("not-granted", f"{frame.parts} parts, unasked")
+        if place is None:
+            self.afford(member, now)
+        return self._asks(member, frame, frame.parts, now, size_bytes)
+
+    def _no_room(self, member: Member, frame: Frame, now: float) -> list[Action]:
+        """Answer a part of an update that has to wait: once a message, not once a part."""
+        if frame.part > 0:
+            return self._turns(now)
+        self.afford(member, now)
+        return [*self._busy(member, frame.seq, now, retry_after_s=TURN_S), *self._turns(now)]
+
+    def _collect(
+        self, member: Member, frame: Frame, place: Place | None, now: float, ahead: Measured | None
+    ) -> list[Action]:
+        collector = None if place is None else place.collector
+        valid = self.validation.collect(member, frame, self.model.version, collector, ahead)
         if valid is None:
-            return []
+            return self._grant(place) if place is not None and place.has_sent else []
+        self.places.leave(member.name)
         if isinstance(valid, Verdict):
             return self._answer(member, frame.seq, valid)
         if member.waiting_bytes and member.waiting_bytes + len(valid.body) > self.settings.limits.journal_bytes:
@@ -136,7 +178,6 @@ class Updates:
     def _accepted(self, member: Member, record: records.UpdateAccepted, now: float) -> list[Action]:
         """The record of an update stands before its receipt."""
         update = record.update
-        self._grants.close(member.name)
         member.accept(update.base, self.validation.oldest(self.model.version))
         member.answer = Answer(seq=update.seq, outcome="accepted")
         member.evaluates = False
@@ -154,7 +195,7 @@ class Updates:
 
     def _answer(self, member: Member, seq: int, verdict: Verdict) -> list[Action]:
         """Answer an update that will not be merged, for good."""
-        self._grants.close(member.name)
+        self.places.leave(member.name)
         member.answer = Answer(seq=seq, outcome=verdict.outcome, reason=verdict.reason)
         record = records.UpdateAnswered(
             device=member.name,
@@ -167,7 +208,8 @@ class Updates:
 
     def owes(self, member: Member, frame: Frame, now: float) -> bool:
         """Whether a device has used its share of the work; the parts of what it is sending are left out."""
-        held = member.collector.size_bytes if member.collector is not None else 0
+        place = self.places.of(member.name)
+        held = 0 if place is None else place.collector.size_bytes
         return self.work.owes(member.name, now, held + len(frame.body))
 
     def shed(self, member: Member, seq: int, now: float) -> list[Action]:
@@ -209,8 +251,7 @@ class Updates:
 
     def forget(self, member: Member) -> None:
         """Drop what a device has begun to send."""
-        self._grants.close(member.name)
-        self.validation.forget(member)
+        self.places.leave(member.name)
 
     def drop(self, member: Member, buffer: Iterable[BufferedUpdate]) -> bool:
         """Take a device's updates out of the buffer, the whole of which is ``buffer``; whether there were any."""

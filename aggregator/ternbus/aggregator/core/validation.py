@@ -1,6 +1,5 @@
-"""Whether an update is valid: the protocol's checks in their order, its parts assembled, its block read."""
+"""Whether an update is valid: the protocol's checks in their order, its parts joined, its block read."""
 
-from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -21,7 +20,7 @@ from ternbus.broker.protocol.messages import Offer, Update
 from ternbus.broker.protocol.meta_fields import counter
 from ternbus.broker.protocol.parts import Collector, Whole, encoded_bytes_max, parts_max, whole
 from ternbus.broker.protocol.schema import Schema
-from ternbus.broker.protocol.ternary import FLOAT32, TERNARY, Block, content_bytes
+from ternbus.broker.protocol.ternary import CODECS, FLOAT32, TERNARY, Block, content_bytes
 from ternbus.broker.sums.sets import SetMember
 
 SEAL_BYTES: Final = 64  # key id, seq and what a libsodium sealed box adds
@@ -67,7 +66,7 @@ class ValidPrivate:
 
 @dataclass(slots=True)
 class Validation:
-    """Judges updates by what their device may send; holds unfinished ones within bounds."""
+    """Judges updates by what their device may send."""
 
     settings: Settings
     identity: Identity
@@ -76,12 +75,9 @@ class Validation:
     sums: PrivateSums | None = None  # of a federation whose updates are private
     update_bytes_max: int = field(init=False)
     parts_max: int = field(init=False)
-    _assembling: OrderedDict[str, Collector] = field(default_factory=OrderedDict)  # longest silent device first
-    _held_bytes: int = 0  # in all of them: counted along, since there is one for every device that is sending
-    _drops: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        content_bytes_max = 4 * self.schema.elements
+        content_bytes_max = max(content_bytes(self.schema, codec) for codec in CODECS)
         if self.sums is not None:
             content_bytes_max = max(content_bytes_max, body_bytes_max(self.schema, self.sums.settings.kind))
         self.update_bytes_max = encoded_bytes_max(content_bytes_max)
@@ -152,82 +148,39 @@ class Validation:
         return Verdict("invalid", "too-long") if parts > self.parts_max else None
 
     def collect(
-        self, member: Member, frame: Frame, version: int, ahead: Measured | None = None
+        self,
+        member: Member,
+        frame: Frame,
+        version: int,
+        collector: Collector | None = None,
+        ahead: Measured | None = None,
     ) -> ValidUpdate | ValidPrivate | Verdict | None:
         """Take in a part; None while parts are missing. ``ahead`` is the content of a single part, if it was read.
 
-        ``version`` is the model's, by which the update is stale.
+        ``version`` is the model's, by which the update is stale. ``collector``: where an update of several parts has
+        its place.
         """
-        if frame.parts == 1:
+        if collector is None:
             return self._read(member, whole(frame), version, ahead)
-        if member.collector is None:
-            limits = self.settings.limits
-            member.collector = Collector(
-                limits.messages_in_assembly, limits.messages_in_assembly * self.update_bytes_max
-            )
-        collector = member.collector
-        self._forget(member.name)
-        before = collector.dropped
-        try:
-            message = collector.add(frame)
-        finally:
-            self._remember(member, collector)
-        self._drops["unfinished"] += collector.dropped - before
-        self._bound()
-        return None if message is None else self._read(member, message, version)
-
-    def is_last(self, member: Member, frame: Frame) -> bool:
-        """Whether this part makes its message whole."""
-        return frame.parts == 1 or (member.collector is not None and member.collector.lacks_only(frame))
+        message = collector.add(frame)
+        if message is not None:
+            return self._read(member, message, version)
+        return None if len(collector) else Verdict("invalid", "too-long")
 
     def work_bytes(self, frame: Frame) -> int:
-        """The bytes to decode for the content of the update that this last part completes, according to its meta."""
+        """The bytes to decode for the content of the update of which this is a part, according to its meta."""
         if self.sums is not None:
             return body_bytes_max(self.schema, self.sums.settings.kind)
         return content_bytes(self.schema, FLOAT32 if frame.meta["codec"] == FLOAT32 else TERNARY)
 
-    def forget(self, member: Member) -> None:
-        """Drop what a device has begun to send."""
-        self._forget(member.name)
-        member.collector = None
+    @property
+    def largest_bytes(self) -> int:
+        """The largest body of an update."""
+        return self.update_bytes_max + SEAL_BYTES
 
-    def _forget(self, device: str) -> None:
-        collector = self._assembling.pop(device, None)
-        if collector is not None:
-            self._held_bytes -= collector.size_bytes
-
-    def _remember(self, member: Member, collector: Collector) -> None:
-        if len(collector):
-            self._assembling[member.name] = collector
-            self._held_bytes += collector.size_bytes
-        else:
-            member.collector = None
-
-    def take_drops(self) -> Counter[str]:
-        """Unfinished messages dropped since the last call, by reason."""
-        drops, self._drops = +self._drops, Counter()
-        return drops
-
-    def _bound(self) -> None:
-        """Keep all devices' unfinished messages within one bound.
-
-        A device has one update outstanding, so what it holds beyond one goes first, whoever else has been silent for
-        longer: no device alone takes the place of one on a slow line. Then the longest silent device's goes.
-        Three of the largest updates always fit: else one device that never finishes would leave room for one, and two
-        that send theirs in several grants would push each other out.
-        """
-        one = self.update_bytes_max + SEAL_BYTES
-        bound = max(self.settings.limits.assembly_bytes, 3 * one)
-        while self._held_bytes > bound:
-            waiting = self._assembling.items()
-            found = (each for each in waiting if len(each[1]) > 1 or each[1].size_bytes > one)
-            device, collector = next(found, None) or next(iter(waiting))
-            before = collector.size_bytes
-            collector.drop_oldest()
-            self._drops["unfinished"] += 1
-            self._held_bytes -= before - collector.size_bytes
-            if not len(collector):
-                del self._assembling[device]
+    def body_bytes_max(self, frame: Frame) -> int:
+        """The largest body of the update of which this is a part, according to its meta."""
+        return encoded_bytes_max(self.work_bytes(frame)) + SEAL_BYTES
 
     def _read(
         self, member: Member, message: Whole, version: int, ahead: Measured | None = None
@@ -296,7 +249,7 @@ class Validation:
             raise ProtocolError("too-large", f"an L2 norm of {length:.4g}, at most {about.max_update_norm:g}")
 
     def _unseal(self, message: Whole) -> bytes:
-        if len(message.body) > self.update_bytes_max + SEAL_BYTES:
+        if len(message.body) > self.largest_bytes:
             raise ProtocolError("bad-length", "a sealed body longer than any update")
         plain = self.identity.unseal(message.body)
         if plain[:16] != bytes(message.key) + message.seq.to_bytes(8, "little"):

@@ -30,7 +30,7 @@ from ternbus.broker.errors import ConfigError, CorruptError, ProtocolError
 from ternbus.broker.files import load_toml, read_key, write_key, write_text
 from ternbus.broker.model_files import load_metadata, load_safetensors, save_safetensors
 from ternbus.broker.protocol.identity import Identity, check_device, helper_user
-from ternbus.broker.protocol.invitation import Invitation
+from ternbus.broker.protocol.invitation import HELPER, Invitation
 from ternbus.broker.protocol.schema import Schema, to_tensors, to_vector, vector_digest
 from ternbus.broker.protocol.task_plan import TaskPlan
 from ternbus.broker.protocol.tensor_kinds import TensorKinds, version_metadata
@@ -178,13 +178,14 @@ def invite(
     now = time.time()
     expires_at = now + (settings.invitations.expire_after_s if expires_in_s is None else expires_in_s)
     expires = datetime.fromtimestamp(expires_at, UTC)
-    clients = {check_device(each): each for each in dict.fromkeys((*devices, *evaluators))}
+    members = [check_device(each) for each in dict.fromkeys((*devices, *evaluators))]
+    named = [*((each, None) for each in members), *((each, HELPER) for each in dict.fromkeys(helpers))]
     invitations = [
-        replace(_invitation(directory, settings, identity, name, certificates, client=client), expires=expires)
-        for name, client in (*clients.items(), *((each, helper_user(each)) for each in dict.fromkeys(helpers)))
+        replace(_invitation(directory, settings, identity, name, certificates, role=role), expires=expires)
+        for name, role in named
     ]
-    codes = {invitation.device: invitation.code for invitation in invitations[: len(clients)]}
-    helper_codes = {invitation.device: invitation.code for invitation in invitations[len(clients) :]}
+    codes = {invitation.device: invitation.code for invitation in invitations if invitation.role is None}
+    helper_codes = {invitation.device: invitation.code for invitation in invitations if invitation.role == HELPER}
     with writing(directory) as ledger, ledger.transaction():
         membership.invite(ledger.db, codes, now, expires_at, evaluators)
         private_rows.invite(ledger.db, helper_codes, now, expires_at)
@@ -205,13 +206,14 @@ def _check_helpers(settings: Settings, helpers: Sequence[str], directory: Path) 
 
 
 def _invitation(
-    directory: Path, settings: Settings, identity: Identity, device: str, certificates: Path | None, *, client: str
+    directory: Path, settings: Settings, identity: Identity, name: str, certificates: Path | None, *, role: str | None
 ) -> Invitation:
-    """``client`` is the name at the broker."""
+    client = helper_user(name) if role == HELPER else name  # the name at the broker
     credentials = transport.for_device(directory, settings, client, certificates)
     return Invitation(
         federation=settings.federation,
-        device=device,
+        device=name,
+        role=role,
         broker=settings.broker,
         aggregator_key=identity.public.hex(),
         code=secrets.token_urlsafe(24),

@@ -6,12 +6,14 @@ helpers and each of its members' owners ask for, and at most as many as cannot w
 Groups become sets where those that can be cut are as many updates as a merge is to have, where one has waited for
 ``max_wait_s``, or where every device online has contributed. A group stays open while one device or more, but too few
 for another set, still train on its base: they would be left alone. It does not stay open beyond ``max_wait_s``, nor
-when its base becomes stale. Updates that cannot be cut yet do not fill the buffer: if they did, a few that wait for
-company would bring about small merges one after the other, which leave still more alone.
+when its base becomes stale: then none of them can join any more. Updates that cannot be cut yet do not fill the
+buffer: if they did, a few that wait for company would bring about small merges one after the other, which leave still
+more alone.
 
 A group that is too small waits for company. What is too small when its base becomes stale is dropped (``lost``): no
 update on that base is accepted any more. Where every device has sent on the newest version, and no set can be cut, as
-after one whose sum was out of range, only a version of no update lets them go on (``needs_version``).
+after one whose sum was out of range, only a version of no update lets them go on (``needs_version``). For a device that
+does not send, though it says that it trains, they wait ``max_wait_s``.
 """
 
 import math
@@ -59,6 +61,12 @@ class Group:
         return [tuple(each.device for each in able[first:last]) for first, last in pairwise(ends)]
 
     @property
+    def says(self) -> str:
+        """For people: how many there are, and how many a set is to have."""
+        count, least = len(self.members), max(self.need, min(each.min for each in self.members))
+        return f"{count} device{'s' if count > 1 else ''} on version {self.base}, and a sum has {least} or more"
+
+    @property
     def suffices(self) -> bool:
         """Whether a set can be cut from it."""
         return bool(self.sets)
@@ -104,8 +112,8 @@ class Rule:
     def needs_version(self, groups: Sequence[Group], resting: frozenset[str], newest: Group, now: float) -> bool:
         """Whether only a version of no update lets devices go on: none of them can send, and nothing can be merged.
 
-        ``resting`` are all devices online, each of which has sent an update on the newest version; ``newest`` is its
-        group, perhaps empty. Where no set could be cut from updates of all devices either, a version changes nothing.
+        ``resting`` are devices online, each of which has sent an update on the newest version; ``newest`` is its
+        group, perhaps empty. Where no set could be cut from updates of all of them either, a version changes nothing.
         """
         if self.not_before > now or any(group.suffices for group in groups):
             return False

@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import islice
 from typing import Any, Final
 
 from ternbus.broker.errors import LinkError, ProtocolError
@@ -130,7 +131,7 @@ class Collector:
             headers = b"".join(assembly.headers[part] for part in range(frame.parts))
             return _whole(frame, body, headers, assembly.first)
         while len(self._assemblies) > self.messages_max or self.size_bytes > self.bytes_max:
-            self.drop_oldest()
+            self._forget(next(iter(self._assemblies)))
             self.dropped += 1
         return None
 
@@ -139,10 +140,12 @@ class Collector:
         assembly = self._assemblies.get(_name(frame))
         return assembly is not None and len(assembly.bodies) == frame.parts - 1 and frame.part not in assembly.bodies
 
-    def missing(self, kind: str, seq: int) -> list[int]:
-        """The missing parts of a partly received message; empty if no part has arrived."""
+    def missing(self, kind: str, seq: int, at_most: int | None = None) -> list[int]:
+        """The missing parts of a partly received message, ``at_most`` the first so many; empty if none has arrived."""
         assembly = self._find(kind, seq)
-        return [part for part in range(assembly.parts) if part not in assembly.bodies] if assembly is not None else []
+        if assembly is None:
+            return []
+        return list(islice((part for part in range(assembly.parts) if part not in assembly.bodies), at_most))
 
     def came(self, kind: str, seq: int) -> int:
         """How many parts of a partly received message have arrived."""
@@ -159,10 +162,6 @@ class Collector:
 
     def __len__(self) -> int:
         return len(self._assemblies)
-
-    def drop_oldest(self) -> None:
-        """Forget the message whose first part came before those of all others."""
-        self._forget(next(iter(self._assemblies)))
 
     def _forget(self, name: tuple[KeyId, str, int, int, bytes]) -> None:
         self.size_bytes -= self._assemblies.pop(name).size_bytes

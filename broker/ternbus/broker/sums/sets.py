@@ -1,7 +1,7 @@
 """What the aggregator asks helpers, and what they answer: the sum of the masks of one set of updates."""
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Final, Self
@@ -171,21 +171,6 @@ def _names(value: Any) -> tuple[str, ...]:
     if names is None or not all(isinstance(each, str) and is_device(each) for each in names):
         raise ProtocolError("bad-meta", f"'updates' is not at most {NAMED_MAX} names of devices")
     return tuple(names)
-
-
-def first_parts(members: Iterable[SetMember], federation: str) -> dict[str, tuple[SetMember, Frame, Update]]:
-    """The updates of a set by device name, each authentic under the public key that comes with it.
-
-    ProtocolError for a header that is not part 0 of a private update of this federation, and for a device twice.
-    Whether a key belongs to a device is the caller's question.
-    """
-    found: dict[str, tuple[SetMember, Frame, Update]] = {}
-    for member in members:
-        frame, update = first_part(member, federation)
-        if frame.sender in found:
-            raise ProtocolError("bad-ask", f"{frame.sender} is in the set twice")
-        found[frame.sender] = member, frame, update
-    return found
 
 
 def first_part(member: SetMember, federation: str) -> tuple[Frame, Update]:

@@ -26,6 +26,7 @@ MASK, BFV = "mask", "bfv"  # kinds of private sums
 KINDS: Final = (MASK, BFV)
 AGGREGATOR, OWN = "aggregator", "own"  # rosters: who says which devices there are
 ROSTERS: Final = (AGGREGATOR, OWN)
+SCHEMA: Final = "schema"  # the key of a head's plan that binds the order and the roles of tensors to the context
 HELPERS_MAX: Final = 8
 CARD_BYTES_MAX: Final = 1024
 TERMS_BYTES_MAX: Final = 8 * TENSORS_MAX + 64 * 1024

@@ -17,8 +17,9 @@ import numpy.typing as npt
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.direction import Direction
 from ternbus.edge.adapters.foreign import place_of, seeded
+from ternbus.edge.learn.failure import looking_at_data
 from ternbus.edge.learn.partition_spec import Partition, PartitionError
-from ternbus.edge.learn.task import Evaluation, Trained, TrainingError
+from ternbus.edge.learn.task import Evaluation, Trained
 from ternbus.edge.plan.plan import NO_DP, Plan
 from ternbus.edge.plan.tensors import FloatArray, Tensors
 
@@ -223,15 +224,11 @@ class FlowerTrainer:
         with seeded(seed):
             found = self._client.fit(self._layout.arrays(start), config)
         rate = plan.statistics_rate if plan.dp == NO_DP else 0.0  # no statistic of the data travels under privacy
-        try:
+        with looking_at_data(plan):
             arrays, samples, metrics = _three(found, f"{place}fit()", "parameters, num_examples, metrics")
             self._samples = _count(samples, f"{place}fit()")
             tensors = self._layout.read(arrays, start, rate, place)
             values = {"seconds": time.perf_counter() - began, **_numbers(metrics, f"{place}fit()")}
-        except ConfigError as error:
-            if plan.dp == NO_DP:
-                raise
-            raise TrainingError(str(error)) from error  # it may depend on the data: noise is sent all the same
         return Trained(tensors=tensors, samples=self._samples, metrics=values)
 
     def evaluate(self, tensors: Tensors) -> Evaluation:

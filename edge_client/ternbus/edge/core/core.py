@@ -245,9 +245,9 @@ class Core:
         return [*self._own_status.now()] if self._online else []
 
     def _note_refusal(self) -> list[Action]:
-        """Keep, for its owner and the aggregator's operator, why a private device makes no update."""
+        """Keep, for its owner and the aggregator's operator, why the device makes no update by this plan."""
         refusal = self.training.refusal or self.terms.refusal
-        if not self.profile.is_private or refusal == self.state.refusal:
+        if self.profile.role not in {"join", "train"} or refusal == self.state.refusal:
             return []
         self.pending.put(replace(self.state, refusal=refusal))
         return self._status()

@@ -33,8 +33,8 @@ class OwnStatus:
         work, base = ("idle", seen) if training.running is None else ("training", training.running.base)
         reason = training.failures.reason or self.evaluation.failures.reason
         failing = shown(reason, private=training.private, sealed=training.sealed)
-        if not reason:
-            failing = shown(state.refusal, private=False, sealed=False)  # which no data decide
+        if not failing and self.profile.role == "train":  # no data decide what is said then, nor whether it is
+            failing = shown(state.refusal, private=False, sealed=False)
         seq = self.pending.next_seq()
         return [self.noted(self.profile.status(work, seq=seq, session=state.session, base=base, failing=failing))]
 

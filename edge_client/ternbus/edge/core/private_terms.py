@@ -16,7 +16,7 @@ from ternbus.broker.protocol.parts import Collector, parts_max
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.sums import bfv
 from ternbus.broker.sums.plan_bytes import plan_bytes
-from ternbus.broker.sums.terms import BFV, TERMS_BYTES_MAX, Terms, context, digest_of
+from ternbus.broker.sums.terms import BFV, SCHEMA, TERMS_BYTES_MAX, Terms, context, digest_of
 from ternbus.edge.core.actions import Action, Log
 from ternbus.edge.core.part_requests import PartRequests
 from ternbus.edge.core.pending_state import PendingState
@@ -32,6 +32,10 @@ NO_TERMS: Final = (
     "it names no terms of private sums; the aggregator has none while it waits for a helper, and `ternbus aggregator "
     "status` says for which"
 )
+OTHER_SCHEMA: Final = (
+    "its plan does not name the schema of the model: who gets the tensors in another order has another model, and its "
+    "update would be in a sum with the others'"
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,6 +49,7 @@ class PrivateTerms:
     fault: str = ""  # why the device makes no update by them
     _digest: bytes = b""  # of the head's terms; empty: it names none
     _plan_digest: bytes = b""
+    _schema: bytes = b""  # digest, as the head's plan names it
     _collector: Collector = field(default_factory=lambda: Collector(MESSAGES_MAX, 2 * TERMS_BYTES_MAX))
     _held: dict[bytes, bytes] = field(default_factory=dict)  # by digest, the newest last
     _newest_seq: int = -1  # of parts that have arrived
@@ -89,7 +94,8 @@ class PrivateTerms:
         if not self.profile.is_private:
             return []
         digest = named_terms(head.plan)
-        self._plan_digest = digest_of(plan_bytes(meta_bytes))
+        self._plan_digest, schema = digest_of(plan_bytes(meta_bytes)), head.plan.get(SCHEMA)
+        self._schema = schema if isinstance(schema, bytes) else b""
         self._checked = False
         if digest == self._digest and digest:
             return []
@@ -159,7 +165,8 @@ class PrivateTerms:
             return []
         if terms is not None and schema is not None:
             self._checked = True
-            self.fault = policy.terms_fault(terms, schema, plan, state.cards) or _key_fault(terms)
+            self.fault = policy.terms_fault(terms, schema, plan, state.cards)
+            self.fault = self.fault or ("" if schema.digest == self._schema else OTHER_SCHEMA) or _key_fault(terms)
             if not self.fault and (cards := policy.seen_in(terms, state.cards)) != state.cards:
                 self.pending.put(replace(state, cards=cards))
         if self.fault in {"", self._logged}:
@@ -169,10 +176,13 @@ class PrivateTerms:
         text = f"the device does not train by this plan: {self.fault}"
         return [Log(event="bad-plan", text=text, fields={"reason": self.fault})]
 
-    def job(self, head: Head) -> SumJob | None:
-        """What makes an update of a training on the head's version private; None while the terms do not allow one."""
+    def job(self, head: Head, schema: Schema) -> SumJob | None:
+        """What makes an update of a training on the head's version private; None while the terms do not allow one.
+
+        ``schema`` is that by which the vector is trained on. It is in the context as the plan's bytes are.
+        """
         policy = self.profile.sums
-        if policy is None or self.terms is None or self.fault or not self._checked:
+        if policy is None or self.terms is None or self.fault or not self._checked or schema.digest != self._schema:
             return None
         bound = context(version=head.version, model=head.digest, plan=self._plan_digest, terms=self._digest)
         return SumJob(terms=self.terms, context=bound, honest=policy.honest(self.terms))

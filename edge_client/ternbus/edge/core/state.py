@@ -134,7 +134,7 @@ class State:
     account: Account = field(default_factory=Account)
     left: int = -1  # base of the newest private update of which a frame may have left the device
     cards: Mapping[bytes, int] = field(default_factory=dict)  # the highest box key seen, by a pinned helper's key
-    refusal: str = ""  # why a device with pinned helpers makes no update at present; for its owner
+    refusal: str = ""  # why the device makes no update by the present plan; for its owner
 
     def with_key(self, key: KeyId) -> "State":
         """The state with a new key, which must be enrolled and has its own counters."""

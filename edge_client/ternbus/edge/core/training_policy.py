@@ -8,6 +8,7 @@ from ternbus.broker.backoff import Retry
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.messages import OPEN, PRIVATE, Head
+from ternbus.broker.sums.terms import SCHEMA
 from ternbus.edge.core.actions import Log, StartTraining
 from ternbus.edge.core.events import BudgetSpent, TrainingFailed, TrainingFinished
 from ternbus.edge.core.failures import Failures
@@ -66,8 +67,8 @@ class TrainingPolicy:
     def read_plan(self, head: Head) -> list[Log]:
         """Read the head's plan; the task's default plan completes it, the owner's policy and limits bound it."""
         self.plan, policy = None, self.profile.policy
-        # The terms' digest is in a head's plan, but is no part of how to train: only `PrivateTerms` reads it.
-        keys = {name: value for name, value in head.plan.items() if name != topics.TERMS}
+        # The digests of terms and schema are in a head's plan, but no part of how to train: `PrivateTerms` reads them.
+        keys = {name: value for name, value in head.plan.items() if name not in {topics.TERMS, SCHEMA}}
         try:
             plan = Plan.from_meta({**self.profile.default_plan, **keys})
         except ProtocolError as error:
@@ -104,7 +105,7 @@ class TrainingPolicy:
             self.plan = None  # until the next head
             before = SUM if plan.dp == SAMPLE else SAMPLE
             return [*self._refuse(MIXED.format(plan.dp, before, before))]
-        sums = terms.job(head) if plan.codec == PRIVATE else None
+        sums = terms.job(head, schema) if plan.codec == PRIVATE else None
         if sums is None and plan.codec == PRIVATE:
             return []
         if (waiting := self._wait_for_turn(plan, head.version, now)) is not None:

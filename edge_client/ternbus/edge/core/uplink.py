@@ -89,7 +89,8 @@ class Uplink:
     def _prepared(self, finished: TrainingFinished, job: StartTraining) -> OutstandingUpdate:
         # metrics are in the header, in the clear, and depend on the data
         hidden = job.plan.seal or job.plan.dp != NO_DP or job.sums is not None
-        metrics = privacy_metrics(finished.metrics) if hidden else _sendable(finished.metrics)
+        account = {} if job.plan.dp == NO_DP else privacy_metrics(finished.metrics)  # without one a task's by that name
+        metrics = account if hidden else _sendable(finished.metrics)
         seq = self.pending.next_seq()
         if job.sums is not None:
             assert isinstance(finished.content, SumContent)  # noqa: S101 - the worker encodes by the job

@@ -9,6 +9,7 @@ from typing import Final
 from ternbus.broker.errors import WRONG_PATH, ConfigError, FederationError, StorageError
 from ternbus.edge.learn.task import TrainingError
 from ternbus.edge.learn.task_loader import code_errors, described, location_of
+from ternbus.edge.plan.plan import Plan
 
 TRACE_CHARS: Final = 10_000
 NO_MEMORY: Final = ("out of memory", "not enough memory", "can't allocate memory")  # as PyTorch says it
@@ -26,6 +27,20 @@ def describe(error: BaseException) -> str:
     place = location_of(error)
     where = f"{Path(place[0]).name}, line {place[1]}: " if place is not None else ""
     return f"a bug in the task: {where}{described(error)}"
+
+
+@contextmanager
+def looking_at_data(plan: Plan) -> Iterator[None]:
+    """Around what a trainer does with data: whatever they bring about is a `TrainingError` where failures are hidden.
+
+    A `ConfigError` has the device send nothing, and says that no data matter: the task cannot train by the plan.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        if not plan.hides_failures:
+            raise
+        raise TrainingError(str(error)) from error
 
 
 @contextmanager

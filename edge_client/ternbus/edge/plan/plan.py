@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import plan_keys
+from ternbus.broker.protocol.messages import PRIVATE
 from ternbus.edge.plan.schedule import share
 
 NO_DP: Final = plan_keys.NO_DP
@@ -87,6 +88,11 @@ class Plan:
         extra = {name: value for name, value in meta.items() if name not in plan_keys.KEYS}
         given = {name: value for name, value in meta.items() if name in plan_keys.KEYS}
         return cls(**given, extra=extra)  # type: ignore[arg-type]  # __post_init__ checks every value
+
+    @property
+    def hides_failures(self) -> bool:
+        """Whether nobody else may see that a training failed, since that may depend on the data."""
+        return self.dp != NO_DP or self.codec == PRIVATE
 
     @property
     def seconds(self) -> float:

@@ -26,6 +26,7 @@ def load_invitation(path: Path, directory: Path) -> Invitation:
     A warning on stderr if others can read it.
     """
     invitation = Invitation.from_table(load_toml(path), str(path))
+    invitation.check_role(None, str(path))
     if is_exposed(path):
         typer.echo(f"ternbus: other users can read {path}, which contains a secret: chmod 600 {path}", err=True)
     act_as_owner(directory)

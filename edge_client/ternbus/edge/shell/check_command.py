@@ -21,6 +21,7 @@ from ternbus.edge.shell.arguments import TASKS
 from ternbus.edge.shell.directory import DeviceDirectory
 from ternbus.edge.shell.preflight import Conditions
 from ternbus.edge.shell.preflight import check as examine
+from ternbus.edge.store import outbox
 
 
 def check(
@@ -57,7 +58,8 @@ def check(
     """Check a task without a federation: train one step, encode and decode an update, evaluate, list problems.
 
     The step is that of the task's default plan with the changes of `--plan-from` and `--plan`: its batch size,
-    precision and differential privacy. What the plan asks for and the model cannot do is a problem.
+    precision and differential privacy. What the plan asks for and the model cannot do is a problem. With `--dir` and no
+    other plan, so is a reason for which the device trains by no plan of its federation at present.
 
     Exit codes: 0 ready, 2 problems found.
 
@@ -95,6 +97,7 @@ def _conditions(task: str | None, device: Path | None, given: Mapping[str, Any])
             policy=settings.policy,
             sums=settings.sums,
             limits=settings.limits,
+            refusal=outbox.summary(device).state.refusal if outbox.exists(device) else "",
         )
     if task is None:
         raise ConfigError(f"no task is given: name {TASKS} Or give --dir DIR")

@@ -1,5 +1,7 @@
 """The commands `ternbus edge …`: join a federation, train or evaluate for it, inspect the device, leave."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +14,9 @@ from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.json_output import json_output
 from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
+from ternbus.broker.protocol.invitation import Invitation
 from ternbus.edge.core.actions import Stop
+from ternbus.edge.core.profile import Role
 from ternbus.edge.learn.failure import explained
 from ternbus.edge.learn.kinds import tensor_kinds
 from ternbus.edge.learn.partition_spec import FORMS, Partition
@@ -25,7 +29,7 @@ from ternbus.edge.shell import agent, inspection_commands
 from ternbus.edge.shell.agent import Options
 from ternbus.edge.shell.arguments import TASKS, AsJson, Dir, InvitationFile, Timeout, load_invitation
 from ternbus.edge.shell.check_command import check
-from ternbus.edge.shell.directory import DeviceDirectory
+from ternbus.edge.shell.directory import DeviceDirectory, Settings
 from ternbus.edge.shell.noise_command import noise
 from ternbus.edge.shell.printer import Printer
 from ternbus.edge.shell.private_options import (
@@ -115,6 +119,9 @@ MaxDelta = Annotated[float, typer.Option(metavar="DELTA", help="Largest delta of
 MaxSeconds = Annotated[float | None, typer.Option(metavar="SECONDS", help="Largest duration of one training.")]
 MaxSteps = Annotated[int | None, typer.Option(metavar="N", help="Largest number of steps of one training.")]
 
+ThenRun = Annotated[bool, typer.Option("--run", help="Train after joining, like `ternbus edge run`.")]
+ThenEvaluate = Annotated[bool, typer.Option("--evaluate", help="Evaluate after joining, like `ternbus edge evaluate`.")]
+
 
 @app.command()
 def join(
@@ -143,16 +150,18 @@ def join(
     width: Width = 1.0,
     processor: Processor = "",
     frame_bytes: FrameBytes = FRAME_BYTES,
-    then_run: Annotated[bool, typer.Option("--run", help="Train after joining, like `ternbus edge run`.")] = False,
+    then_run: ThenRun = False,
+    then_evaluate: ThenEvaluate = False,
     reports: Reports = False,
     fine_tune: FineTune = 0.0,
     timeout: Timeout = None,
+    stay: Stay = False,
     as_json: AsJson = False,
 ) -> None:
     """Join a federation: make a key, enroll it with the invitation's code, check that the task's model fits.
 
     The command waits for a broker and an aggregator that are not reachable yet. It can be repeated after an
-    interruption. With `--run` it can also be repeated after the device has joined: the device then only trains.
+    interruption, with `--run` or `--evaluate` also after the device has joined: it then only trains or evaluates.
 
     `--renew` replaces the key of a device that has joined. The old key stays valid until the new one is admitted.
 
@@ -161,27 +170,46 @@ def join(
     usual = (width, partition, frame_bytes, max_seconds, max_steps, hold_out) == (1, "all", FRAME_BYTES, None, None, 0)
     sums = pinned(private, helpers or [], private_min, private_roster, private_colluding, kind=private_kind)
     _check_renew(renew, task, any((data, seed, username, password_file, dp, max_epsilon, processor, not usual, sums)))
-    _check_run(then_run, bool(reports or fine_tune), f"{partition};test:{hold_out!r}" if hold_out else partition)
+    Partition.parse(f"{partition};test:{hold_out!r}" if hold_out else partition)
+    role = _next_role(run=then_run, evaluate=then_evaluate, trains=bool(reports or fine_tune), stay=stay)
     policy, limits = _policy(dp, max_epsilon, max_delta, private), TrainingLimits(seconds=max_seconds, steps=max_steps)
-    home, options = DeviceDirectory(directory), Options(timeout_s=timeout, reports=reports, fine_tune=fine_tune)
+    home, asked = DeviceDirectory(directory), load_invitation(invitation, directory)
+    options = Options(timeout_s=timeout, reports=reports, fine_tune=fine_tune, stays=stay)
+    prepare = partial(
+        home.prepare, asked, task=task and absolute(task), data=data, partition=partition, seed=seed, hold_out=hold_out,
+        width=width, processor=processor, frame_bytes=frame_bytes, username=username, password_file=password_file,
+        policy=policy, limits=limits, sums=sums,
+    )  # fmt: skip
+    made = partial(_task_for, task, width, processor, data)
+    _enroll(home, asked, made, prepare, renew=renew, role=role, options=options, as_json=as_json)
+    assert role is not None  # noqa: S101 - _enroll has ended the command otherwise
+    raise typer.Exit(run_device(home, role, options, as_json=as_json))
+
+
+def _enroll(
+    home: DeviceDirectory,
+    asked: Invitation,
+    task: Callable[[], Task],
+    prepare: Callable[[], Settings],
+    *,
+    renew: bool,
+    role: Role | None,
+    options: Options,
+    as_json: bool,
+) -> None:
+    """Join, or renew the key, unless the device has joined and goes on. Ends the command if it does not go on."""
     with json_output(as_json) as output:
-        asked, printer = load_invitation(invitation, directory), Printer(as_json=as_json, output=output)
+        printer = Printer(as_json=as_json, output=output)
         if renew:
-            _end(printer, agent.renew(home, asked, load_task(home.settings().task), options, printer), then_run)
-        elif not (then_run and home.has_joined(asked)):
-            model = _task_for(task, width, processor, data)
-            settings = home.prepare(
-                asked, task=absolute(task), data=data, partition=partition, seed=seed, hold_out=hold_out, width=width,
-                processor=processor, frame_bytes=frame_bytes, username=username, password_file=password_file,
-                policy=policy, limits=limits, sums=sums,
-            )  # fmt: skip
-            _end(printer, agent.join(home, settings, model, options, printer), then_run)
-    raise typer.Exit(run_device(home, "train", options, as_json=as_json))
+            _end(printer, agent.renew(home, asked, load_task(home.settings().task), options, printer), role)
+        elif not (role and home.has_joined(asked)):
+            model = task()  # before the invitation is spent
+            _end(printer, agent.join(home, prepare(), model, options, printer), role)
 
 
-def _end(printer: Printer, stop: Stop, then_run: bool) -> None:
-    """Print how joining ended; end the command too, unless it succeeded and goes on with training."""
-    if not (then_run and stop.code == EXIT_DONE):
+def _end(printer: Printer, stop: Stop, role: Role | None) -> None:
+    """Print how joining ended; end the command too, unless it succeeded and the device goes on in a role."""
+    if not (role and stop.code == EXIT_DONE):
         raise typer.Exit(printer.finish(stop, ended=True))
     printer.end(stop)
 
@@ -205,10 +233,15 @@ def _policy(kind: str, max_epsilon: float | None, max_delta: float, private: boo
     return PrivacyPolicy(kind=kind, epsilon=max_epsilon or 0.0, delta=max_delta)
 
 
-def _check_run(then_run: bool, others: bool, partition: str) -> None:
-    Partition.parse(partition)
-    if others and not then_run:
+def _next_role(*, run: bool, evaluate: bool, trains: bool, stay: bool) -> Role | None:
+    """What the device does after joining. Raises `ConfigError` for options that do not go together."""
+    if run and evaluate:
+        raise ConfigError("--run trains and --evaluate does not: leave out one of them")
+    if trains and not run:
         raise ConfigError("--report-metrics and --fine-tune apply to training: add --run, or use `ternbus edge run`")
+    if stay and not (run or evaluate):
+        raise ConfigError("--stay applies to a device that goes on after joining: add --run or --evaluate")
+    return "evaluate" if evaluate else "train" if run else None
 
 
 def _check_renew(renew: bool, task: str, others: bool) -> None:

@@ -94,6 +94,11 @@ class Settings:
             check_width(self.share_of_channels)
         except ValueError:
             raise ConfigError(f"edge.toml: width is {self.width!r}: give a number from {WIDTH_MIN:g} to 1") from None
+        if self.sums is not None and self.share_of_channels < 1:
+            raise ConfigError(
+                "--width does not go with --private: a narrow device sends 0 for what it does not train, so there a "
+                "sum shows the devices of full width, or the only one; leave one of both out"
+            )
 
     @property
     def share_of_channels(self) -> float:
@@ -269,10 +274,6 @@ class DeviceDirectory:
             raise ConfigError(
                 f"{self.folder} has joined already: choose another directory, or run `ternbus edge leave {self.quoted}`"
             )
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as error:
-            raise fault(error, self.folder, "cannot create ") from error
         settings = Settings(
             federation=invitation.federation,
             device=invitation.device,
@@ -295,6 +296,10 @@ class DeviceDirectory:
             **(_bounds(limits) if limits is not None else {}),
             code=invitation.code,
         )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise fault(error, self.folder, "cannot create ") from error
         if before not in {None, invitation.code} or not (self.folder / KEY).exists():
             write_key(self.folder / KEY, Identity.generate().seed)
         for name, pem in ((CA, invitation.ca), (CERTIFICATE, invitation.certificate), (TLS_KEY, invitation.key)):

@@ -58,6 +58,7 @@ class Conditions:
     policy: PrivacyPolicy | None = None
     sums: SumPolicy | None = None
     limits: TrainingLimits = field(default_factory=TrainingLimits)
+    refusal: str = ""  # why the device makes no update by the newest plan and terms that it has seen
     allowed: tuple[str, ...] = ()  # keys that may be in the plan though neither Ternbus nor the task knows them
 
     @property
@@ -71,7 +72,10 @@ def check(task: Task, conditions: Conditions | None = None, plan: Mapping[str, o
 
     ``plan`` has the federation's keys, which override those of the task's default plan.
     """
-    check = _Check(task, Report(task=task.name), conditions or Conditions(), plan or {})
+    about = conditions or Conditions()
+    check = _Check(task, Report(task=task.name), about, plan or {})
+    if about.refusal and not plan:
+        check.problem(f"the device makes no update by the newest plan that it has seen: {about.refusal}")
     for examine in (check.device, check.evaluator, check.alone):
         try:
             examine()

@@ -10,7 +10,6 @@ import numpy as np
 
 from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.protocol.messages import PRIVATE
 from ternbus.broker.protocol.schema import Vector, flatten, flush_tiny, is_bounded
 from ternbus.edge.core.actions import Job, StartEvaluation, StartFineTuning, StartTraining, tensors_of
 from ternbus.edge.core.events import (
@@ -45,15 +44,19 @@ def train(trainer: Trainer, job: StartTraining, random_source: RandomSource | No
     if job.plan.dp != NO_DP:
         return private_training.train(trainer, job, random_source)
     try:
-        trained = trainer.train(tensors_of(job), job.plan, version=job.base, seed=job.seed)
-        change = _change(job, trained)
+        return _finished(trainer, job, random_source)
     except ConfigError:
         raise
     except code_errors() as error:
-        if job.sums is not None:
-            return _unchanged(job, failure.describe(error), random_source)
-        return TrainingFailed(base=job.base, reason=failure.describe(error), trace=failure.trace_of(error))
-    content, residual = encoded(job, change, job.residual, trained.samples, random_source)
+        reason = failure.describe(error)
+        if job.sums is None or failure.is_memory(error):
+            return TrainingFailed(base=job.base, reason=reason, trace=failure.trace_of(error))
+        return _unchanged(job, reason, random_source)
+
+
+def _finished(trainer: Trainer, job: StartTraining, random_source: RandomSource) -> TrainingFinished:
+    trained = trainer.train(tensors_of(job), job.plan, version=job.base, seed=job.seed)
+    content, residual = encoded(job, _change(job, trained), job.residual, trained.samples, random_source)
     return TrainingFinished(
         base=job.base,
         samples=trained.samples,
@@ -67,7 +70,9 @@ def train(trainer: Trainer, job: StartTraining, random_source: RandomSource | No
 def _unchanged(job: StartTraining, reason: str, random_source: RandomSource) -> TrainingFinished:
     """What a training for a private sum sends that has failed: a change of 0, which nobody sees alone.
 
-    A model can be made on which it fails for some data only: who sent nothing would tell of its own.
+    A model can be made on which it fails for some data only: who sent nothing would tell of its own. It is another
+    matter with the memory, and with a `ConfigError`: they follow from the plan and the machine. If such devices sent 0,
+    a plan that only one machine can carry out would have a sum show that device's change.
     """
     content, _ = encoded(job, np.zeros_like(job.vector), None, 1, random_source)
     return TrainingFinished(base=job.base, samples=1, metrics={}, content=content, residual=None, failure=reason)
@@ -99,7 +104,7 @@ def fine_tune(trainer: Trainer, held: Trainer, job: StartFineTuning) -> FineTune
 
     If the data are private, what fails does not end it early: others see when the device goes.
     """
-    private, faults = job.plan.dp != NO_DP or job.plan.codec == PRIVATE, list[BaseException]()
+    private, faults = job.plan.hides_failures, list[BaseException]()
 
     def tried(work: Callable[[], object]) -> Any:
         try:

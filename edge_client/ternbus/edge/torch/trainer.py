@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.edge.learn import local_optimizer
 from ternbus.edge.learn.class_counts import counted
+from ternbus.edge.learn.failure import looking_at_data
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.task import Evaluation, Trained, TrainingError
 from ternbus.edge.learn.task_loader import code_errors
@@ -119,15 +120,13 @@ class TorchTrainer:
             descend = self._step_own if self._own_step else self._descend
             self._read_at = started = time.perf_counter()
             read = self._chosen(plan, np.random.default_rng(seed))
-            try:
-                metrics = descend(plan, version, way, self._steps(read, plan, version))
-            except code_errors() as error:
-                if plan.dp == NO_DP:
+            with looking_at_data(plan):
+                try:
+                    metrics = descend(plan, version, way, self._steps(read, plan, version))
+                except code_errors():
+                    if plan.dp != NO_DP:
+                        self._wait_out(read, plan, step_s, started)
                     raise
-                self._wait_out(read, plan, step_s, started)
-                if isinstance(error, ConfigError):  # by the data, since that for zeros was raised
-                    raise TrainingError(str(error)) from error
-                raise
         metrics |= {"seconds": time.perf_counter() - began, **way.metrics()}
         return self._result(start, plan, metrics)
 
@@ -346,7 +345,7 @@ class TorchTrainer:
                 if len(candidates) > 1:
                     found = fastest(candidates, self._measured(plan), time.perf_counter, plan.seconds)
             except code_errors():
-                if not private:
+                if not plan.hides_failures:
                     raise
                 found = candidates[0]
             self._shared.ways[key] = found

@@ -14,7 +14,7 @@ from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.files import is_exposed, load_toml
 from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.protocol.identity import check_device, is_public_key
-from ternbus.broker.protocol.invitation import Invitation
+from ternbus.broker.protocol.invitation import HELPER, Invitation
 from ternbus.broker.sums.terms import AGGREGATOR, BFV, MASK, OWN
 from ternbus.helper.core.state import State
 from ternbus.helper.shell import inspection_commands, process
@@ -161,7 +161,11 @@ def restored(directory: Dir) -> None:
         try:
             store = HelperStore(home.folder, settings.roster)
         except CorruptError:
-            typer.echo(f"{FILE} was damaged and is in {home.move_database_aside()} now", err=True)
+            typer.echo(
+                f"{FILE} was damaged and is in {home.move_database_aside()} now; the old box keys are in it, so it is "
+                "removed with the next new one",
+                err=True,
+            )
             store = HelperStore(home.folder, settings.roster)
         now = time.time()
         enrolled = bool(settings.aggregator_key) and not settings.code  # whatever the database says
@@ -231,6 +235,7 @@ def _say_what_is_next(home: HelperDirectory) -> None:
 def _load_invitation(path: Path) -> Invitation:
     """The invitation in a file, which root may read for the owner of the directory; a warning if others can read it."""
     invitation = Invitation.from_table(load_toml(path), str(path))
+    invitation.check_role(HELPER, str(path))
     if is_exposed(path):
         typer.echo(f"ternbus: other users can read {path}, which contains a secret: chmod 600 {path}", err=True)
     return invitation

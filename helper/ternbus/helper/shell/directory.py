@@ -29,7 +29,7 @@ from ternbus.broker.protocol.invitation import Invitation, check_broker_url
 from ternbus.broker.sums import bfv
 from ternbus.broker.sums.terms import BFV, KINDS, MASK, ROSTERS
 from ternbus.broker.sums.words import DEVICES_MAX
-from ternbus.helper.store.tables import FILE
+from ternbus.helper.store.tables import ASIDE, FILE
 
 KEY: Final = "helper.key"
 BFV_KEY: Final = "bfv.key"
@@ -195,7 +195,7 @@ class HelperDirectory:
     def move_database_aside(self) -> Path:
         """Move a damaged database away; returns where it is."""
         number = 1
-        while (aside := self.folder / f"damaged-{number}").exists():
+        while (aside := self.folder / f"{ASIDE}{number}").exists():
             number += 1
         aside.mkdir(mode=0o700)
         for path in self.folder.glob(f"{FILE}*"):

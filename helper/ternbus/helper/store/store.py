@@ -4,6 +4,7 @@ Unlike a device's outbox, this file must never be restored from a backup: an old
 opened since. `ternbus helper restored` is for a helper that has lost it.
 """
 
+import shutil
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -18,7 +19,7 @@ from ternbus.broker.sums.terms import AGGREGATOR, OWN
 from ternbus.helper.core.actions import Note
 from ternbus.helper.core.records import ABANDONED, OPENED, PREPARED, Abandoned, Opened, Prepared, Step
 from ternbus.helper.core.state import BoxKey, State
-from ternbus.helper.store.tables import FILE, insert, naming, open_for_reading, open_for_writing, remedy
+from ternbus.helper.store.tables import ASIDE, FILE, insert, naming, open_for_reading, open_for_writing, remedy
 
 _VALUES: Final = tuple(each.name for each in fields(State) if each.name != "box_keys")  # one row of `kept` for each
 _NUMBERS: Final = tuple(name for name in _VALUES if name not in {"enrolled", "log_hash"})
@@ -46,6 +47,7 @@ class HelperStore:
         """
         self._path = folder / FILE
         self._roster = roster
+        self._is_to_be_erased = False  # an erased box key may still be in the write-ahead log
         self._db = open_for_writing(self._path)
         with naming(self._path):
             if roster == OWN:
@@ -63,7 +65,10 @@ class HelperStore:
     # -- writing
 
     def save(self, state: State, step: Step | None = None) -> None:
-        """Save the state and the step in one transaction. Only changed values are written."""
+        """Save the state and the step in one transaction. Only changed values are written.
+
+        An erased box key is in no file then: with a new one, damaged databases that were kept are removed, too.
+        """
         before = self.state
         with naming(self._path), self._db:
             self._db.execute("BEGIN IMMEDIATE")
@@ -80,9 +85,14 @@ class HelperStore:
                 self._write(step)
             reached("state-written")
         self.state = state
-        if gone:
-            with naming(self._path):  # an erased key is in the write-ahead log too
-                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._is_to_be_erased |= bool(gone)
+        if self._is_to_be_erased and step is None:
+            with naming(self._path):  # an erased key is in the write-ahead log too, and a reader may keep it there
+                is_busy, *_ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            self._is_to_be_erased = bool(is_busy)
+        if before is not None and before.box_key.number < state.box_key.number:
+            for aside in self._path.parent.glob(f"{ASIDE}*"):
+                shutil.rmtree(aside, ignore_errors=True)
 
     def _write(self, step: Step) -> None:
         match step:

@@ -17,6 +17,7 @@ from ternbus.broker.errors import ConfigError, CorruptError
 from ternbus.broker.store_format import EMPTY, Formats, Step, checksum
 
 FILE: Final = "helper.db"
+ASIDE: Final = "damaged-"  # and a number: a folder with a damaged file, which may have box keys in it
 FORMAT: Final = 1
 TABLES: Final = {  # ``crc`` is a row's checksum
     "kept": "CREATE TABLE kept (name TEXT PRIMARY KEY, value, crc INTEGER NOT NULL) WITHOUT ROWID",

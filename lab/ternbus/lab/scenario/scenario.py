@@ -253,6 +253,11 @@ class Scenario:
                 "local.hold_out: with [private] devices send nothing but private updates, so no metrics of their own "
                 "data; remove one of them"
             )
+        if self.narrow.share:
+            raise ConfigError(
+                "narrow.share: with [private] all devices are of full width, since a sum would show what only a few of "
+                "them train; remove one of them"
+            )
 
     def _check(self, fault: Fault) -> None:
         helpers = 0 if self.private is None else self.private.helpers
