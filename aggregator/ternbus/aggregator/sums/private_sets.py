@@ -100,11 +100,9 @@ class PrivateSet:
 
     def begin_opening(self) -> None:
         """All helpers are prepared: add up its words, which are then needed no more."""
-        layout = self.about.terms.layout
-        self.state, self.done, self.total = OPENING, set(), layout.zeros()
-        for each in self.members:
-            assert each.words is not None  # noqa: S101 - kept until now
-            layout.add(self.total, each.words)
+        kept = [each.words for each in self.members if each.words is not None]
+        assert len(kept) == len(self.members)  # noqa: S101 - kept until now
+        self.state, self.done, self.total = OPENING, set(), self.about.terms.layout.sum(kept)
         self.members = tuple(replace(each, words=None) for each in self.members)
 
     def take_masks(self, helper: str, masks: Words) -> None:
