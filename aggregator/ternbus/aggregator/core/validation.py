@@ -172,7 +172,8 @@ class Validation:
             message = collector.add(frame)
         finally:
             self._remember(member, collector)
-        self._drops["unfinished"] += collector.dropped - before
+        if collector.dropped > before:
+            self._drops["unfinished"] += collector.dropped - before
         self._bound()
         return None if message is None else self._read(member, message, version)
 
@@ -205,7 +206,9 @@ class Validation:
 
     def take_drops(self) -> Counter[str]:
         """Unfinished messages dropped since the last call, by reason."""
-        drops, self._drops = +self._drops, Counter()
+        if not self._drops:  # as nearly always: this is asked for at each part
+            return self._drops
+        drops, self._drops = self._drops, Counter()
         return drops
 
     def _bound(self) -> None:
