@@ -28,8 +28,8 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks import path_task
-from benchmarks.aggregating import cpu_s, run_aggregator
-from benchmarks.ingest import FEDERATION, shapes
+from benchmarks.aggregating import run_aggregator
+from benchmarks.ingest import FEDERATION, cpu_s, shapes
 from ternbus.aggregator.merge.accumulator import Accumulator
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store.ledger import reading
