@@ -94,7 +94,9 @@ class Identity:
     _signing: nacl.signing.SigningKey = field(init=False, repr=False, compare=False)
     public: bytes = field(init=False)
     key_id: KeyId = field(init=False)
-    _box: list[nacl.public.SealedBox] = field(init=False, repr=False, compare=False)  # empty until one is opened
+    _box: list[nacl.public.SealedBox[nacl.public.PrivateKey]] = field(
+        init=False, repr=False, compare=False
+    )  # empty until one is opened
 
     def __post_init__(self) -> None:
         signing = nacl.signing.SigningKey(self.seed)
