@@ -44,6 +44,7 @@ BENCHMARKS: Final[Mapping[str, Benchmark]] = {
     "encrypted_sums": Benchmark(),
     "fleet": Benchmark(),
     "edge": Benchmark(data=True),
+    "path": Benchmark(),
     "time_to_accuracy": Benchmark(("--seeds", "1"), data=True, folder=True),
     "attacks": Benchmark(),
     "hostile": Benchmark(long=True),

@@ -1,13 +1,12 @@
 """An aggregator process under measurement: its CPU time, memory and idle load."""
 
-import os
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.ingest import resident_mb
+from benchmarks.ingest import cpu_s, resident_mb
 
 
 @dataclass(slots=True)
@@ -38,12 +37,6 @@ class Aggregator:
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait(60)
-
-
-def cpu_s(pid: int) -> float:
-    """The CPU time of a process so far, in seconds."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def run_aggregator(directory: Path, log: Path) -> Aggregator:

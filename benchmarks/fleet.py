@@ -27,9 +27,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.aggregating import Aggregator, cpu_s, run_aggregator
+from benchmarks.aggregating import Aggregator, run_aggregator
 from benchmarks.clients import Answers, Task, serve, shares
-from benchmarks.ingest import FEDERATION, prepared_body, shapes
+from benchmarks.ingest import FEDERATION, cpu_s, prepared_body, shapes
 from benchmarks.sender import device, identity
 from ternbus.aggregator.core import records
 from ternbus.aggregator.shell import administration

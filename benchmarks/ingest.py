@@ -98,6 +98,12 @@ def resident_mb(pid: int, field: str = "VmHWM") -> float:
     return 0.0
 
 
+def cpu_s(pid: int) -> float:
+    """The CPU time of a process so far, in seconds."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def measure_aggregator(url: str, about: Target, load: Load, folder: Path) -> dict[str, Any]:
     """Measure updates per second, delay of receipts, memory and size of the ledger."""
     directory = folder / f"aggregator-{load.parameters}-{load.frame_bytes}-{load.per_s:.0f}"
@@ -106,8 +112,9 @@ def measure_aggregator(url: str, about: Target, load: Load, folder: Path) -> dic
     process = subprocess.Popen(command, stderr=(folder / "aggregator.log").open("ab"))
     try:
         await_retained(about, topics.status(FEDERATION))  # the aggregator is connected
+        before = cpu_s(process.pid)
         answered = run_load(about, load)
-        peak = resident_mb(process.pid)
+        spent, peak = cpu_s(process.pid) - before, resident_mb(process.pid)
     finally:
         process.terminate()
         process.wait(60)
@@ -120,6 +127,7 @@ def measure_aggregator(url: str, about: Target, load: Load, folder: Path) -> dic
         "accepted": found["counts"]["accepted"],
         "merged": found["counts"]["merged"],
         "versions": found["version"],
+        "cpu_ms": 1000 * spent / load.updates,
         "peak_mb": peak,
         "ledger_mb": size / 2**20,
     }
@@ -150,10 +158,12 @@ def measure(parameters: int, frame_bytes: int, engine: Engine, folder: Path) -> 
         full = measure_aggregator(broker.url, about, load, folder)
         half_load = replace(load, updates=updates // 2, per_s=full["updates_per_s"] / 2)
         half = measure_aggregator(broker.url, about, half_load, folder)
+        broker_mb = resident_mb(broker.pid)
     return {
         "parameters": Schema.of(shapes(parameters)).elements,
         **asdict(load),
         "compiled": COMPILED,  # whether aggregator/native is installed
+        "broker_peak_mb": broker_mb,
         "skeleton_per_s": bare,
         "ratio": full["updates_per_s"] / bare,
         "full": full,
@@ -184,14 +194,15 @@ def main() -> None:
     print(f"buffer {BUFFER}, {SENDERS} sender processes, {os.cpu_count()} cores for all processes")
     print(
         f"{'parameters':>11} {'frames':>8} {'skeleton/s':>11} {'merged/s':>9} {'ratio':>6}"
-        f" {'half load p50':>14} {'p99, ms':>8} {'peak MB':>8} {'ledger MB':>10}"
+        f" {'CPU ms':>7} {'half load p50':>14} {'p99, ms':>8} {'peak MB':>8} {'broker MB':>10} {'ledger MB':>10}"
     )
     for row in rows:
         full, half = row["full"], row["half"]
         print(
             f"{row['parameters']:>11,} {row['frame_bytes'] // 1024:>4} KiB {row['skeleton_per_s']:>11.0f}"
             f" {full['updates_per_s']:>9.0f} {row['ratio']:>6.2f}"
-            f" {half['p50_ms']:>14.1f} {half['p99_ms']:>8.1f} {full['peak_mb']:>8.0f} {full['ledger_mb']:>10.1f}"
+            f" {full['cpu_ms']:>7.2f} {half['p50_ms']:>14.1f} {half['p99_ms']:>8.1f} {full['peak_mb']:>8.0f}"
+            f" {row['broker_peak_mb']:>10.0f} {full['ledger_mb']:>10.1f}"
         )
 
 

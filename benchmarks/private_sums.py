@@ -24,7 +24,7 @@ from typing import Any, Final
 import nacl.bindings
 import numpy as np
 
-from benchmarks.ingest import FEDERATION, percentile, rate, resident_mb, shapes
+from benchmarks.ingest import FEDERATION, cpu_s, percentile, rate, resident_mb, shapes
 from benchmarks.sender import PUBLISH, SENDERS, Line, Load, Target, device, identity, run_load
 from ternbus.aggregator.core import records
 from ternbus.aggregator.shell import administration, helper_cards
@@ -322,12 +322,6 @@ def measure_ingest(parameters: int, updates: int, engine: Engine, folder: Path) 
         "peak_mb": peak,
         "versions": statuses.read(agg)["version"],
     }
-
-
-def cpu_s(pid: int) -> float:
-    """CPU seconds of a process and its threads so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def prepare(directory: Path, url: str, load: Load, helpers: dict[str, str]) -> None:

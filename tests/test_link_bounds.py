@@ -7,8 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import pytest
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from paho.mqtt import _packet
+from paho.mqtt.client import MQTTMessage
+from paho.mqtt.enums import MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.exception import MalformedPacket
 
 from support.brokers import (
     CONNECT,
@@ -210,17 +214,28 @@ def test_properties_of_a_message_are_cut_off_unread(qos: int, count: int) -> Non
         assert [each.payload for each in inbox.arrivals(2)] == [b"x", b"y"]
 
 
-@given(content=st.binary(max_size=40), qos=st.sampled_from([0, 1]))
-@example(content=b"\x00\x01t\x00\x01\x00", qos=1)
-def test_of_no_packet_properties_reach_the_decoder(content: bytes, qos: int) -> None:
-    client = BoundedClient("dev", MQTT_5, Backlog(messages_max=1, bytes_max=1), 1000)
-    client._in_packet["command"], client._in_packet["packet"] = PUBLISH | qos << 1, bytearray(content)
-    if client._strip_properties():
-        start = 2 + int.from_bytes(content[:2], "big") + 2 * qos
-        packet = bytes(client._in_packet["packet"])
-        assert packet[:start] == content[:start]
-        assert packet[start] == 0
-        assert content.endswith(packet[start + 1 :])
+@given(content=st.binary(max_size=40), qos=st.sampled_from([0, 1]), protocol=st.sampled_from([MQTT_5, MQTT_311]))
+@example(content=b"\x00\x01t\x00\x01\x00", qos=1, protocol=MQTT_5)
+@example(content=b"\x00\x01t\x03\x01\x02\x01\x01xy", qos=1, protocol=MQTT_5)
+@example(content=b"\x00\x09t\x00\x01", qos=1, protocol=MQTT_311)
+def test_a_message_is_read_as_by_pahos_own_decoder(content: bytes, qos: int, protocol: int) -> None:
+    """But for properties, which nobody reads; a message that exceeds its packet is read by neither."""
+    assume(content[:2] != b"\0\0")  # no topic
+    client, got = BoundedClient("dev", protocol, Backlog(messages_max=1, bytes_max=1), 1000), list[MQTTMessage]()
+    client.on_message = lambda _client, _data, message: got.append(message)
+    command = PUBLISH | qos << 1 | 1
+    client._in_packet["command"], client._in_packet["packet"] = command, bytearray(content)
+    if client._handle_publish() == MQTTErrorCode.MQTT_ERR_SUCCESS:
+        (message,) = got
+        assert content.endswith(message.payload)
+        before = content[: 2 + int.from_bytes(content[:2], "big") + 2 * qos]
+        same = content if protocol == MQTT_311 else before + b"\0" + message.payload
+        decoded = _packet.decode_publish(command, same, MQTTProtocolVersion(protocol))
+        assert (message._topic, message.mid, message.payload) == (decoded.topic, decoded.mid, decoded.payload)
+        assert (message.qos, message.retain) == (decoded.qos, decoded.retain)
+    elif protocol == MQTT_311:
+        with pytest.raises(MalformedPacket):
+            _packet.decode_publish(command, content, MQTTProtocolVersion(protocol))
 
 
 @pytest.mark.parametrize("properties", [b"", b"\x80", b"\x05\x26", b"\x80\x80\x80\x80\x01"])
@@ -230,7 +245,7 @@ def test_properties_longer_than_their_message_end_the_connection(properties: byt
         linked(broker.url, "dev") as (link, inbox),
     ):
         link.publish("t", b"now")
-        assert inbox.next(Disconnected).reason == "the broker sent a message whose properties exceed its packet"
+        assert inbox.next(Disconnected).reason == "the broker sent a message that does not fit into its packet"
 
 
 @pytest.mark.parametrize("protocol", [MQTT_5, MQTT_311])

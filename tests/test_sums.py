@@ -92,6 +92,18 @@ def test_lanes_are_added_and_subtracted_each_by_itself(layout: Layout, seed: int
     assert np.array_equal(total, before)
 
 
+@given(layouts(), st.integers(0, 2**32), st.integers(0, 16))
+def test_the_sum_of_many_is_what_adding_one_after_the_other_gives(layout: Layout, seed: int, count: int) -> None:
+    """Of as many as have room beside each other at 4 bits, all at the ends of their range or anywhere."""
+    many = [layout.pack(*values_of(layout, seed + each)) for each in range(count)]
+    ends = layout.pack(np.full(layout.ternary, -1), np.full(layout.plain, -1))
+    for words in (many, [ends] * count):
+        total = layout.zeros()
+        for each in words:
+            layout.add(total, each)
+        assert np.array_equal(layout.sum(iter(words)), total)
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_the_sum_of_masked_words_less_the_masks_is_the_sum(bits: int) -> None:
     layout = Layout(bits=bits, ternary=1003, dense=11, tensors=2)

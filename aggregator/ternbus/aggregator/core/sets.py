@@ -77,6 +77,7 @@ class Sets:
     _since: dict[int, float] = field(default_factory=dict)  # when a group's first update came
     _sets: dict[bytes, PrivateSet] = field(default_factory=dict)  # made or opening
     _groups: Sequence[Group] | None = None  # of what waits now
+    _devices: frozenset[str] | None = None  # asked for at each event; None once an update came or went
 
     # --- what is here
 
@@ -93,10 +94,12 @@ class Sets:
     @property
     def devices(self) -> frozenset[str]:
         """Those with an update here that no version contains."""
-        parts: list[Sequence[PrivateUpdate]] = list(self._waiting.values())
-        parts += [each.members for each in self._sets.values()]
-        parts += [each.members for each in self.opened]
-        return frozenset(update.device for part in parts for update in part)
+        if self._devices is None:
+            parts: list[Sequence[PrivateUpdate]] = list(self._waiting.values())
+            parts += [each.members for each in self._sets.values()]
+            parts += [each.members for each in self.opened]
+            self._devices = frozenset(update.device for part in parts for update in part)
+        return self._devices
 
     @property
     def bases(self) -> frozenset[int]:
@@ -163,14 +166,14 @@ class Sets:
         self._put_back([update], now)
 
     def _put_back(self, updates: Iterable[PrivateUpdate], since: float) -> None:
-        self._groups = None
+        self._groups = self._devices = None
         for update in updates:
             base = update.update.base
             self._waiting.setdefault(base, []).append(update)
             self._since[base] = min(since, self._since.get(base, since))
 
     def _take_out(self, base: int, devices: Iterable[str]) -> list[PrivateUpdate]:
-        self._groups, chosen = None, frozenset(devices)
+        self._groups, self._devices, chosen = None, None, frozenset(devices)
         found = [each for each in self._waiting[base] if each.device in chosen]
         self._waiting[base] = [each for each in self._waiting[base] if each.device not in chosen]
         if not self._waiting[base]:
@@ -210,7 +213,7 @@ class Sets:
 
     def take_opened(self) -> list[OpenedSet]:
         """The sets of the next version, in the order of its sum."""
-        taken, self.opened, self.opened_at = in_order(self.opened), [], None
+        taken, self.opened, self.opened_at, self._devices = in_order(self.opened), [], None, None
         for each in taken:
             self._let_go(each.members)
         return taken

@@ -6,7 +6,7 @@ mechanism (Chen, Ozgur & Kairouz 2022, algorithm 2), and the block is S T / (2 k
 """
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from ternbus.broker.protocol.ternary import Block
 from ternbus.broker.sums.terms import Terms
 from ternbus.broker.sums.words import BUCKETS, DENSE_STEPS, WEIGHT_MIN, WEIGHT_STEPS, Integers, Words
 
+_LANE: Final = np.arange(256).astype(np.uint8).view(np.int8).astype(np.int64)  # signed, in the order of its bits
 RANGE: Final = "sum-out-of-range"  # why a set is dropped: a device or a helper did not keep to the protocol
 
 
@@ -52,17 +53,18 @@ def decode(terms: Terms, schema: Schema, total: Words, devices: int) -> SetSum:
     if (counts < 0).any() or (counts.sum(axis=1) != (0 if private else devices)).any():
         raise ProtocolError(RANGE, f"the buckets of a tensor do not count {devices} devices")
     factor = WEIGHT_STEPS / omega
-    change = np.zeros(schema.elements, np.float64)
-    parts = ((schema.ternary, ternary, terms.ternary_steps), (schema.dense, dense, terms.dense_steps))
+    change = np.empty(schema.elements, np.float32)
     scales = dict(zip(schema.segments, terms.scales, strict=True))
-    for segments, integers, divisor in parts:
-        for segment in segments:
-            own = integers[segment.offset :][: segment.tensor.elements]
-            change[segment.start : segment.stop] = scales[segment] * own / divisor * factor
-    block = Block.of_float32(schema, change.astype(np.float32))
-    return SetSum(block=block, weight=omega, buckets=counts)
+    for segment in schema.ternary:  # each is one of the 256 values that a lane has
+        own = ternary[segment.offset :][: segment.tensor.elements]
+        values = (scales[segment] * _LANE / terms.ternary_steps * factor).astype(np.float32)
+        np.take(values, own.view(np.uint8), out=change[segment.start : segment.stop], mode="clip")  # without a buffer
+    for segment in schema.dense:
+        numbers = dense[segment.offset :][: segment.tensor.elements]
+        change[segment.start : segment.stop] = scales[segment] * numbers / terms.dense_steps * factor
+    return SetSum(block=Block.of_float32(schema, change), weight=omega, buckets=counts)
 
 
-def _check(values: npt.NDArray[np.int64], most: int, what: str) -> None:
-    if values.size and int(np.abs(values).max()) > most:
+def _check(values: npt.NDArray[np.signedinteger[Any]], most: int, what: str) -> None:
+    if values.size and max(int(values.max()), -int(values.min())) > most:
         raise ProtocolError(RANGE, f"the sum of {what} is beyond {most}")

@@ -10,7 +10,7 @@ import errno
 import time
 from typing import Final
 
-from paho.mqtt.client import PUBLISH, Client
+from paho.mqtt.client import PUBLISH, Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
 
 from ternbus.broker.link.window import Backlog
@@ -19,9 +19,9 @@ READ_BYTES: Final = 1 << 18  # per read: paho allocates this much for each read,
 ANSWERS_MAX: Final = 1024  # unwritten packets, such as acknowledgements to a broker that reads none
 ANSWER_BYTES_MAX: Final = 1 << 13  # of all other packets, such as CONNACK with its properties
 LENGTH_BYTES_MAX: Final = 4  # of the length of properties
-NO_PROPERTIES: Final = b"\0"
 QOS_BITS: Final = 0x06  # in the first byte of a PUBLISH packet
 QOS_1: Final = 0x02
+RETAIN: Final = 0x01
 
 
 class BoundedClient(Client):
@@ -65,33 +65,42 @@ class BoundedClient(Client):
         return super()._packet_handle()
 
     def _handle_publish(self) -> MQTTErrorCode:
-        """Refuse a message of QoS 2, which paho would keep until the broker releases it."""
-        if self._in_packet["command"] & QOS_BITS > QOS_1:
+        """Take a message out of its packet, with one copy of the payload where paho's decoder makes five.
+
+        A message of QoS 2, which paho would keep until the broker releases it, is refused.
+        """
+        command, packet = self._in_packet["command"], self._in_packet["packet"]
+        if command & QOS_BITS > QOS_1:
             return self._refuse("the broker sent a message at a QoS that no subscription asked for")
-        if self._protocol == MQTTProtocolVersion.MQTTv5 and not self._strip_properties():
-            return self._refuse("the broker sent a message whose properties exceed its packet")
-        return super()._handle_publish()
+        start = self._payload_start()
+        if start is None:
+            return self._refuse("the broker sent a message that does not fit into its packet")
+        topic_end = 2 + int.from_bytes(packet[:2], "big")
+        message = MQTTMessage(topic=bytes(packet[2:topic_end]))
+        message.qos, message.retain = (command & QOS_BITS) >> 1, bool(command & RETAIN)
+        message.mid = int.from_bytes(packet[topic_end : topic_end + 2], "big") if message.qos else 0
+        message.payload = bytes(memoryview(packet)[start:])
+        self._handle_on_message(message)
+        return MQTTErrorCode.MQTT_ERR_SUCCESS
 
     def _refuse(self, fault: str) -> MQTTErrorCode:
         """End the connection for this reason."""
         self.fault = fault
         return MQTTErrorCode.MQTT_ERR_PROTOCOL
 
-    def _strip_properties(self) -> bool:
-        """Cut the properties out of the message that has come; False if their length is none (MQTT 5.0 §3.3.2)."""
+    def _payload_start(self) -> int | None:
+        """Where the payload begins, behind topic, mid and properties (MQTT 5.0 §3.3.2); None if not in the packet."""
         packet: bytearray = self._in_packet["packet"]
         start = 2 + int.from_bytes(packet[:2], "big") + (2 if self._in_packet["command"] & QOS_BITS else 0)
+        if self._protocol != MQTTProtocolVersion.MQTTv5:
+            return start if start <= len(packet) else None
         size_bytes = shift = 0
         for end, byte in enumerate(packet[start : start + LENGTH_BYTES_MAX], start + 1):
             size_bytes |= (byte & 0x7F) << shift
             shift += 7
             if byte < 0x80:
-                if end + size_bytes > len(packet):
-                    return False
-                if size_bytes:
-                    packet[start : end + size_bytes] = NO_PROPERTIES
-                return True
-        return False
+                return end + size_bytes if end + size_bytes <= len(packet) else None
+        return None
 
     def _check_keepalive(self) -> None:
         """Send pings also while paused, but expect no answers, because they follow unread data."""

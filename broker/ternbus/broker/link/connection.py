@@ -339,7 +339,7 @@ class Connection:
             return
         if self._leaving:
             return  # unacknowledged, so the broker delivers it again at the next connection
-        payload = bytes(message.payload)
+        payload = bytes(message.payload)  # no copy: it is bytes
         self._backlog.arrived(len(payload))
         token = Token(connection=self.number, mid=message.mid, size_bytes=len(payload))
         self._deliver(Arrived(topic=topic, payload=payload, retained=message.retain, token=token, qos=message.qos))

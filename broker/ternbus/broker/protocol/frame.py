@@ -198,10 +198,11 @@ def _unpacker(header: bytes) -> msgpack.Unpacker:
 def _check_depth(fields: dict[str, Any]) -> None:
     level: list[Any] = [fields]
     for _ in range(DEPTH_MAX):
-        children = (each.values() if isinstance(each, dict) else each for each in level)
+        children = (each.values() if type(each) is dict else each for each in level)
         level = [child for each in children for child in each if type(child) in (dict, list)]
-    if level:
-        raise ProtocolError("bad-header", f"the header is nested more than {DEPTH_MAX} levels deep")
+        if not level:
+            return
+    raise ProtocolError("bad-header", f"the header is nested more than {DEPTH_MAX} levels deep")
 
 
 def _part(fields: Mapping[str, Any]) -> tuple[int, int]:

@@ -94,12 +94,16 @@ class Identity:
     _signing: nacl.signing.SigningKey = field(init=False, repr=False, compare=False)
     public: bytes = field(init=False)
     key_id: KeyId = field(init=False)
+    _box: list[nacl.public.SealedBox[nacl.public.PrivateKey]] = field(
+        init=False, repr=False, compare=False
+    )  # empty until one is opened
 
     def __post_init__(self) -> None:
         signing = nacl.signing.SigningKey(self.seed)
         object.__setattr__(self, "_signing", signing)
         object.__setattr__(self, "public", bytes(signing.verify_key))
         object.__setattr__(self, "key_id", key_id(self.public))
+        object.__setattr__(self, "_box", [])
 
     @classmethod
     def generate(cls) -> "Identity":
@@ -112,7 +116,9 @@ class Identity:
     def unseal(self, box: bytes) -> bytes:
         """Decrypt a libsodium sealed box for this key (converted to X25519); ProtocolError if that fails."""
         try:
-            return nacl.public.SealedBox(self._signing.to_curve25519_private_key()).decrypt(box)
+            if not self._box:
+                self._box.append(nacl.public.SealedBox(self._signing.to_curve25519_private_key()))
+            return self._box[0].decrypt(box)
         except (nacl.exceptions.CryptoError, ValueError, TypeError) as error:
             raise ProtocolError("bad-seal", "the aggregator's key does not decrypt the sealed box") from error
 

@@ -1,6 +1,7 @@
 """MQTT topics of each kind of message: build and parse them, and compare them with a frame's header."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from ternbus.broker.errors import ProtocolError
@@ -96,8 +97,12 @@ class Address:
     page: int | None = None
 
 
+@lru_cache(maxsize=1024)
 def parse(topic: str) -> Address:
-    """Parse a topic; ProtocolError for one that the protocol does not have."""
+    """Parse a topic; ProtocolError for one that the protocol does not have.
+
+    Each part of a message comes on the topic of the one before. What is no topic is not kept.
+    """
     match topic.split("/"):
         case ["ternbus", "1", federation, "all", kind] if is_federation(federation) and kind in WHOLE_KINDS:
             return Address(federation=federation, group="all", kind=kind)

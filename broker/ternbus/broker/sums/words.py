@@ -5,6 +5,7 @@ numbers modulo 2^32, two in a word: the dense elements, one weight, and for each
 that hold no value are 0, in masks too.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
@@ -53,18 +54,23 @@ class Layout:
     def words(self) -> int:
         return self.ternary_words + -(-self.plain // 2)
 
-    @cached_property
-    def _used(self) -> Words:
-        """The bits of the ternary words that hold a value."""
-        lane = 2**self.bits - 1
-        used = np.full(self.ternary_words, sum(lane << (self.bits * each) for each in range(self.lanes)), "<u8")
-        if rest := self.ternary % self.lanes:
-            used[-1] = sum(lane << (self.bits * each) for each in range(rest))
-        return used
+    def _used_in(self, lanes: int) -> np.uint64:
+        """The bits of a ternary word that hold its first ``lanes`` values."""
+        return np.uint64(sum((2**self.bits - 1) << (self.bits * each) for each in range(lanes)))
 
     @cached_property
-    def _unused(self) -> Words:
-        return ~self._used
+    def _used(self) -> np.uint64:
+        """The bits of a ternary word that hold a value; in the last one perhaps fewer do."""
+        return self._used_in(self.lanes)
+
+    @cached_property
+    def _used_last(self) -> np.uint64:
+        return self._used_in(self.ternary % self.lanes or self.lanes)
+
+    @cached_property
+    def _even(self) -> np.uint64:
+        """The bits of every other lane, from the lowest."""
+        return np.uint64(sum((2**self.bits - 1) << (self.bits * each) for each in range(0, self.lanes, 2)))
 
     @cached_property
     def _top(self) -> np.uint64:
@@ -90,14 +96,14 @@ class Layout:
         self._plain_of(words)[: self.plain] = (plain & 0xFFFFFFFF).astype(np.uint32)
         return words
 
-    def unpack(self, words: Words) -> tuple[Integers, Integers]:
+    def unpack(self, words: Words) -> tuple[npt.NDArray[np.int8], Integers]:
         """The signed values of words, shapes (ternary,) and (plain,)."""
         lanes = np.empty((self.ternary_words, self.lanes), np.uint8)  # no lane is wider
         for lane in range(self.lanes):
             lanes[:, lane] = (words[: self.ternary_words] >> np.uint64(self.bits * lane)).astype(np.uint8)
         spare = 8 - self.bits  # what is above a lane is shifted out, and its sign in
         signed = (lanes.reshape(-1)[: self.ternary] << spare).view(np.int8) >> spare
-        return signed.astype(np.int64), self._plain_of(words)[: self.plain].astype(np.int32).astype(np.int64)
+        return signed, self._plain_of(words)[: self.plain].astype(np.int32).astype(np.int64)
 
     def add(self, total: Words, words: Words) -> None:
         """Add words to ``total`` in place, lane by lane."""
@@ -108,6 +114,25 @@ class Layout:
         own ^= top
         self._plain_of(total)[:] += self._plain_of(words)
 
+    def sum(self, many: Iterable[Words]) -> Words:
+        """The sum of at most 2^bits words, lane by lane.
+
+        Lanes whose neighbours are masked away have twice the room, so nothing overflows, and no carry is looked for.
+        The other lanes are what is left of a sum modulo 2^64 of whole words.
+        """
+        total, even, own = self.zeros(), np.zeros(self.ternary_words, "<u8"), np.empty(self.ternary_words, "<u8")
+        whole, plain = total[: self.ternary_words], self._plain_of(total)
+        for words in many:
+            whole += words[: self.ternary_words]
+            np.bitwise_and(words[: self.ternary_words], self._even, out=own)
+            even += own
+            plain += self._plain_of(words)
+        whole -= even
+        whole &= self._used & ~self._even
+        even &= self._even
+        whole |= even
+        return total
+
     def subtract(self, total: Words, words: Words) -> None:
         """Subtract words from ``total`` in place, lane by lane."""
         own, other = total[: self.ternary_words], words[: self.ternary_words]
@@ -115,24 +140,32 @@ class Layout:
         own |= self._top
         own -= other & ~self._top
         own ^= top
-        own &= self._used
+        self._clear(own)
         self._plain_of(total)[:] -= self._plain_of(words)
 
     def of_stream(self, stream: bytes) -> Words:
         """A mask of ``8 * words`` random bytes, in which the bits that hold no value are 0."""
         words = np.frombuffer(stream, "<u8").copy()
-        words[: self.ternary_words] &= self._used
+        self._clear(words[: self.ternary_words])
         self._plain_of(words)[self.plain :] = 0
         return words
 
     def read(self, body: bytes) -> Words:
-        """Words as they travel; ProtocolError for a wrong length, or a bit set that holds no value."""
+        """Words as they travel, read-only; ProtocolError for a wrong length, or a bit set that holds no value."""
         if len(body) != 8 * self.words:
             raise ProtocolError("bad-length", f"{len(body)} bytes of words instead of {8 * self.words}")
-        words = np.frombuffer(body, "<u8").copy()
-        if (words[: self.ternary_words] & self._unused).any() or self._plain_of(words)[self.plain :].any():
+        words = np.frombuffer(body, "<u8")
+        ternary = words[: self.ternary_words]
+        stray = np.bitwise_or.reduce(ternary) & ~self._used
+        stray |= np.bitwise_or.reduce(ternary[-1:]) & ~self._used_last
+        if stray or self._plain_of(words)[self.plain :].any():
             raise ProtocolError("bad-words", "a bit is set that holds no value")
         return words
+
+    def _clear(self, ternary: Words) -> None:
+        """Set the bits that hold no value to 0."""
+        ternary &= self._used
+        ternary[-1:] &= self._used_last
 
     def _plain_of(self, words: Words) -> npt.NDArray[np.uint32]:
         return words[self.ternary_words :].view("<u4")

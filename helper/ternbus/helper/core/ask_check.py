@@ -66,11 +66,8 @@ class CheckedAsk:
 
     def sum_of_masks(self, helper: bytes) -> Words:
         """The sum of the members' masks for the helper with this public key."""
-        total = self.layout.zeros()
-        for each in self.members:
-            own = masks.mask(self.layout, each.seed, context=self.context, device=each.public, helper=helper)
-            self.layout.add(total, own)
-        return total
+        about = {"context": self.context, "helper": helper}
+        return self.layout.sum(masks.mask(self.layout, each.seed, device=each.public, **about) for each in self.members)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
