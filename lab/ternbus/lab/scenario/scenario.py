@@ -28,7 +28,7 @@ from ternbus.lab.scenario.private import Private
 from ternbus.lab.scenario.toml_table import Table, within
 
 ENGINES: Final = ("auto", "mosquitto", "nats")
-DEVICES_MAX: Final = 1000
+DEVICES_MAX: Final = 10_000
 SYNCHRONOUS_WAIT_S: Final = 86_400.0  # a day, longer than any run, so that only a full buffer makes a version
 
 _ONE_OF_MANY: Final = re.compile(r"(device|helper):(\d{1,4})")

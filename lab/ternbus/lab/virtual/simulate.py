@@ -25,6 +25,7 @@ from ternbus.broker.protocol.tensor_kinds import version_metadata
 from ternbus.edge.core.actions import Stop
 from ternbus.edge.learn.failure import explained
 from ternbus.edge.learn.kinds import local_notice, tensor_kinds
+from ternbus.edge.learn.partition import watched
 from ternbus.edge.learn.task import Evaluation, Task, evaluated_by, initial_of
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import Tensors
@@ -35,7 +36,7 @@ from ternbus.lab.report.observation import Observation
 from ternbus.lab.report.progress import Progress
 from ternbus.lab.scenario import plan_check
 from ternbus.lab.scenario.partitions import in_scenario_words
-from ternbus.lab.scenario.resolve import settled
+from ternbus.lab.scenario.resolve import remarks, settled
 from ternbus.lab.scenario.scenario import Fault, Scenario
 from ternbus.lab.virtual import setup
 from ternbus.lab.virtual.clock import Clock
@@ -110,7 +111,10 @@ class Simulation:
             for profile in setup.helper_profiles(scenario, public, founded.helper_codes)
         ]
         with self._explained(), in_scenario_words(scenario.partition):
-            bodies = setup.bodies(scenario, task, model, public, founded.codes, place=place)
+            with watched() as divided:
+                bodies = setup.bodies(scenario, task, model, public, founded.codes, place=place)
+            for line in remarks(scenario, divided[0]) if divided and found.rows is None else []:
+                progress.say(line)
         self.devices = [
             VirtualDevice(
                 self.clock, self.broker, body, vectors, partial(self._left, body.profile.device), trained=self._trained
