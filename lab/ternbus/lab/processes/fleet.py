@@ -20,6 +20,8 @@ def check(scenario: Scenario) -> None:
             f"devices = {scenario.devices}: `lab run` starts a process for each, at most {DEVICES_MAX}; use "
             "`ternbus lab simulate`, or fewer devices"
         )
+    if not scenario.availability.is_always:
+        raise ConfigError("[availability] is for `ternbus lab simulate`, whose time is virtual: remove it")
 
 
 def device(
