@@ -44,6 +44,8 @@ BENCHMARKS: Final[Mapping[str, Benchmark]] = {
     "fleet": Benchmark(),
     "edge": Benchmark(data=True),
     "time_to_accuracy": Benchmark(("--seeds", "1"), data=True, folder=True),
+    "simulator": Benchmark(),
+    "agreement": Benchmark(),
     "attacks": Benchmark(),
     "hostile": Benchmark(long=True),
     "fashion": Benchmark(("--seeds", "6"), data=True, folder=True, long=True),
