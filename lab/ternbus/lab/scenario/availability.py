@@ -2,8 +2,8 @@
 
 A device trains for a federation only while it is idle, charging and on an unmetered network (Bonawitz et al. 2019,
 section 2), which is mostly at night: of a population in one country four times as many are online at the best hour as
-at the worst (section 9), and 6 to 10 % drop out of a round. In the traces of 136,000 phones 12 % of the trainings end
-without an update (Yang et al. 2021).
+at the worst (section 9), and 6 to 10 % drop out of a round. In the traces of 136,000 phones this costs up to 9.2 % of
+accuracy and 2.3 times the time (Yang et al. 2021).
 """
 
 import random
