@@ -44,6 +44,7 @@ BENCHMARKS: Final[Mapping[str, Benchmark]] = {
     "fleet": Benchmark(),
     "edge": Benchmark(data=True),
     "time_to_accuracy": Benchmark(("--seeds", "1"), data=True, folder=True),
+    "slow_classes": Benchmark(),
     "simulator": Benchmark(),
     "agreement": Benchmark(),
     "attacks": Benchmark(),
