@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.__main__ import RESULTS
+from benchmarks.slow_classes import NAMES, final
 from ternbus.lab.experiment.table import table as experiment_table
 
 ROOT: Final = Path(__file__).parent.parent
@@ -181,14 +182,49 @@ def edge(rows: Any) -> str:
 
 
 def time_to_accuracy(found: Any) -> str:
-    ratios = found["compared"]
-    if ratios is None:
-        return "one of the runs did not reach the accuracy."
+    head = ("way", "virtual s", "versions", "updates", "MB up", "MB down", "asynchronous, times sooner", "of its bytes")
+    body = []
+    for way in _ways(found):
+        rows = [each[way] for each in found["seeds"]]
+        if any(row["version"] is None for row in rows):
+            body.append([way, "never", *([""] * 6)])
+            continue
+        means = [statistics.mean(row[key] for row in rows) for key in ("seconds", "version", "updates")]
+        sizes = [statistics.mean(row[key] for row in rows) / 1e6 for key in ("up", "both")]
+        ratios = found["compared"].get(way)
+        than = ["", ""] if ratios is None else [f"{ratios['sooner']:.1f}", _percent(ratios["both"])]
+        body.append([way, *(f"{mean:.0f}" for mean in means), f"{sizes[0]:.1f}", f"{sizes[1] - sizes[0]:.1f}", *than])
+    over = " Over-selection takes the first 10 of 20 on each version (Bonawitz et al. 2019)."
+    over = over if any(way.startswith("over") for way in _ways(found)) else ""
     return (
         "fashion-mnist, 20 devices of very unequal speed (sigma 1.0), lines of 1/4 Mbit/s, virtual time, "
-        f"{_seeds(len(found['seeds']))}. An asynchronous ternary federation reaches {100 * found['accuracy']:.0f} % "
-        f"{ratios['sooner']:.0f} times sooner than a float32 one with a barrier, which waits for all 20 devices. It "
-        f"takes {_percent(ratios['up'])} of the bytes up and {_percent(ratios['both'])} of those both ways."
+        f"{_seeds(len(found['seeds']))}: until {100 * found['accuracy']:.0f} %. The barrier waits for all 20 devices "
+        f"(McMahan et al. 2017).{over}\n\n{_table(head, body)}"
+    )
+
+
+def _ways(found: Any) -> list[str]:
+    """The ways that were run, the asynchronous one first."""
+    return [name for name in found["seeds"][0] if ", " in name]
+
+
+def slow_classes(found: Any) -> str:
+    head = ("way", "versions", "test accuracy", "on the slow devices' classes", "updates too stale")
+    seconds, body = found["asked"]["seconds"], []
+    for way, runs in found["ways"].items():
+        accuracies = [
+            "{:.1f} % ± {:.1f}".format(*(100 * each for each in final(runs, name, seconds))) for name in NAMES
+        ]
+        stale = sum(each["stale"] for each in runs)
+        share = stale / max(1, stale + sum(each["updates"] for each in runs))
+        versions = statistics.mean(len(each["seconds"]) - 1 for each in runs)
+        body.append([way, f"{versions:.0f}", *accuracies, _percent(share)])
+    return (
+        "digits-numpy, 20 devices of very unequal speed (sigma 1.0); the five slowest have three classes that no other "
+        "device has. Over-selection takes the first 10 of 20 on each version, so it seldom hears of a slow device. The "
+        "asynchronous way hears of them, but a late update counts less, and many others come between two of theirs. "
+        f"After {seconds:.0f} virtual seconds, {_seeds(found['asked']['seeds'])}, ± standard deviation "
+        f"([plot](../benchmarks/results/slow_classes.png)).\n\n{_table(head, body)}"
     )
 
 
@@ -209,10 +245,55 @@ def fashion(rows: Any) -> str:
     )
 
 
+def simulator(rows: Any) -> str:
+    head = ("devices", "versions", "updates", "setup", "in all", "peak memory")
+    body = [
+        [
+            f"{row['devices']:,}",
+            str(row["versions"]),
+            f"{row['updates']:,}",
+            *(f"{row[key]:.1f} s" for key in ("setup_s", "seconds")),
+            f"{row['peak_mb']:.0f} MB",
+        ]
+        for row in rows
+    ]
+    return (
+        "A simulation of digits-numpy, Dirichlet 0.5: three versions, each of the updates of a tenth of the devices. "
+        "All devices enroll, fetch each version and begin to train. Times are those of one processor.\n\n"
+        f"{_table(head, body)}"
+    )
+
+
+AGREEMENT: Final[Mapping[str, str]] = {
+    "versions_per_min": "versions a minute",
+    "update_bytes": "bytes of an update",
+    "staleness": "staleness of an update, mean",
+    "staleness_p95": "staleness of a version's oldest update, 95th percentile",
+    "accepted": "share of the updates accepted",
+}
+
+
+def agreement(found: Any) -> str:
+    head = ("figure", "real processes", "simulation", "apart", "allowed")
+    body = []
+    for row in found["rows"]:
+        share = row["relative"]
+        apart, allowed = (_percent(row[key]) if share else f"{row[key]:.2f}" for key in ("apart", "allowed"))
+        body.append([AGREEMENT[row["figure"]], f"{row['real']:.4g}", f"{row['simulated']:.4g}", apart, allowed])
+    return (
+        f"digits-numpy, {found['devices']} devices (speeds lognormal 0.7), {found['versions']} versions of 10 updates: "
+        "the same scenario by `ternbus lab run`, with a process for each device, and by `ternbus lab simulate`. The "
+        f"first third of the versions is left out, while processes start.\n\n{_table(head, body)}"
+    )
+
+
 SECTIONS: Final[Mapping[str, tuple[str, Callable[[Any], str]]]] = {
     "uplink": ("Bytes of an update", uplink),
     "fashion": ("What ternary costs in accuracy", fashion),
     "time_to_accuracy": ("Time to an accuracy", time_to_accuracy),
+    "slow_classes": ("Where slow devices have classes of their own", slow_classes),
+    "simulator": ("A simulation", simulator),
+    "agreement": ("A simulation beside real processes", agreement),
     "codec": ("Encode and decode", codec),
     "ingest": ("An aggregator", ingest),
     "private_sums": ("Private sums", private_sums),
@@ -274,12 +355,21 @@ def _fashion_line(rows: Any) -> str:
 
 
 def _time_line(found: Any) -> str:
-    ratios = found["compared"]
-    if ratios is None:
+    names = {
+        "barrier, float32": "a float32 barrier that waits for all",
+        "over-selection, ternary": "the first 10 of 20",
+    }
+    told = [
+        f"{ratios['sooner']:.{0 if ratios['sooner'] >= 10 else 1}f} times sooner than with {name}"
+        for way, name in names.items()
+        if (ratios := found["compared"].get(way)) is not None
+    ]
+    if not told:
         return "not reached"
+    barrier = found["compared"]["barrier, float32"]
+    share = f", with {_percent(barrier['both'])} of the barrier's bytes" if barrier is not None else ""
     return (
-        f"{100 * found['accuracy']:.0f} % is reached {ratios['sooner']:.0f} times sooner than with a float32 barrier "
-        f"that waits for all, with {_percent(ratios['both'])} of its bytes "
+        f"{100 * found['accuracy']:.0f} % is reached {' and '.join(told)}{share} "
         f"({_seeds(len(found['seeds']))}, virtual time)"
     )
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from stranger.servers import until
 from ternbus.broker.errors import ConfigError
 from ternbus.lab.experiment import experiment, runner
 from ternbus.lab.experiment.goals import Goal
-from ternbus.lab.experiment.measures import MEASURES, measure
+from ternbus.lab.experiment.measures import MEASURES, OF_FLEET, measure
+from ternbus.lab.experiment.result import collect
+from ternbus.lab.experiment.runner import Run
 from ternbus.lab.experiment.table import table
 
 ROOT = Path(__file__).parent.parent
@@ -396,6 +399,44 @@ def test_the_measures_of_a_run() -> None:
     assert found["both_share"] == (56 + 130) / (2 * 4 * 10 * 14)
     assert measure(report(), last=3, updates=None)["accuracy"] == pytest.approx((0.5 + 0.8) / 2)
     assert measure(report(), last=2, updates=15)["accuracy_at_updates"] is None  # it never came so far
+
+
+def test_the_measures_of_a_fleet() -> None:
+    rows = [{**row, "seconds": 1800.0 * number} for number, row in enumerate(report()["versions"])]
+    devices = {
+        f"device-{index}": {"updates": 7, "epsilon": 0.0, "trainings": 10, "online_s": 3600.0} for index in range(2)
+    }
+    found = measure(report(versions=rows, devices=devices, staleness={"p95": 3.0}), 2, None, reach=0.5)
+    assert found["wasted"] == 1 - 14 / 20
+    assert (found["up_kb_hour"], found["down_kb_hour"]) == (0.056 / 2, 0.13 / 2)
+    assert (found["versions_hour"], found["hours_to_reach"], found["staleness_p95"]) == (3 / 1.5, 0.5, 3.0)
+    assert measure(report(versions=rows), 2, None, reach=0.9)["hours_to_reach"] is None
+    assert measure(report(), 2, None)["wasted"] is None  # a report of before has no trainings
+
+
+def test_a_scenario_of_ones_own_takes_the_place_of_the_experiment_s(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('task = "digits-numpy"\ndata = "here"\ndevices = 7\nseed = 3\n')
+    found = experiment.load("fleet", tmp_path / "mine.toml")
+    tables = [combination.scenario for combination in found.grid.combinations()]
+    assert len(tables) == 18
+    assert {(table["data"], table["devices"], "seed" in table) for table in tables} == {
+        (str(tmp_path / "here"), 7, False)
+    }
+    assert {table["aggregator"]["staleness"]["max"] for table in tables} == {0, 4, 32}
+    assert found.replaced
+    assert not experiment.load("fleet").replaced
+
+
+def test_a_table_has_the_columns_that_are_named_and_those_of_a_fleet_only_then() -> None:
+    plain = experiment.load("staleness")
+    run = Run(combination=next(plain.grid.combinations()), seed=0, data=None, folder=Path())
+    names = collect(replace(plain, goals=()), [run], [report()])["rows"][0]["measures"]
+    assert "megabytes" in names
+    assert not {*OF_FLEET} & {*names}
+    fleet = experiment.load("fleet")
+    assert {*collect(fleet, [run], [report()])["rows"][0]["measures"]} == {*fleet.columns, *fleet.y}
+    with pytest.raises(ConfigError, match="columns is 'speed'"):
+        replace(fleet, columns=("speed",))
 
 
 def test_a_goal_is_about_the_worst_of_what_it_names() -> None:

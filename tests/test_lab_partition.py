@@ -21,6 +21,7 @@ from ternbus.edge.tasks import digits_data
 from ternbus.edge.tasks.digits_numpy import DigitsNumpy, NumpyTrainer
 from ternbus.edge.torch.trainer import TorchTask
 from ternbus.lab import cli
+from ternbus.lab.report.partition_table import describe
 from ternbus.lab.report.progress import Lines
 from ternbus.lab.scenario import partitions, scenario
 from ternbus.lab.scenario.resolve import Resolved, resolved, settled
@@ -176,9 +177,10 @@ def test_there_are_as_many_devices_as_owners_unless_devices_are_written() -> Non
     table = task_of(torch.arange(ROWS) % 4, {"site": np.arange(ROWS) % 5, "kind": np.arange(ROWS) % 2})
     assert settled(Scenario(partition="by:site"), table).scenario.devices == 5
     assert "there is no column 'city': the columns are site, kind" in refusal(Scenario(partition="by:city"), table)
-    many = settled(Scenario(partition="natural"), task_of(torch.zeros(1500), np.arange(1500)))
-    assert many.scenario.devices == DEVICES_MAX
-    assert "500 of 1500 owners are beyond 1000 devices (1000, 1001, 1002, 1003, 1004, …)" in many.lines[1]
+    owners = DEVICES_MAX + 500
+    many = settled(Scenario(partition="natural"), task_of(torch.zeros(owners), np.arange(owners)))
+    assert many.scenario.devices == DEVICES_MAX == 10_000
+    assert "500 of 10500 owners are beyond 10000 devices (10000, 10001, 10002, 10003, 10004, …)" in many.lines[1]
     gaps = task_of(torch.zeros(4), np.array([0, 1, 3, 3]))
     assert "owner 2 has no samples: number the owners 0 to 2 without gaps" in refusal(
         Scenario(partition="natural"), gaps
@@ -215,7 +217,17 @@ def test_devices_that_drew_too_little_are_counted() -> None:
         r'partition = "quantity:0.01": \d of 6 devices drew too few samples, and got some of the largest part: up to 8',
         line,
     )
-    assert "60 samples are too few for 61 devices: use fewer" in refusal(Scenario(devices=61, partition="iid"), NUMBERS)
+
+
+def test_more_devices_than_samples_draw_a_few_each_and_a_line_says_so() -> None:
+    found = resolved(Scenario(devices=61, partition="iid"), NUMBERS)
+    (line,) = found.lines
+    assert line.startswith('partition = "iid": 60 samples are too few for 61 devices: each draws about 9 by the seed')
+    assert line.endswith("and a sample is at about 9 devices")
+    facts = describe(found, NUMBERS)
+    assert facts["left_over"] == 0
+    assert 6 <= facts["samples"]["min"] <= facts["samples"]["max"] <= 9
+    assert not resolved(Scenario(devices=60, partition="iid"), NUMBERS).lines
 
 
 def test_a_simulation_by_owners_has_a_device_for_each(tmp_path: Path) -> None:

@@ -107,9 +107,26 @@ def test_natural_parts_are_those_of_the_owners() -> None:
         select("natural:0", np.zeros(4, np.int64))
 
 
-def test_more_devices_than_samples_are_refused() -> None:
-    with pytest.raises(ConfigError, match="3 samples are too few for 4 devices"):
-        select("iid:0/4", np.zeros(3, np.int64))
+@given(
+    labels=hnp.arrays(np.int64, st.integers(1, 40), elements=st.integers(0, 9)),
+    more=st.integers(1, 100),
+    kind=st.sampled_from(["iid:{}/{}", "dirichlet:0.3:{}/{}:4", "quantity:0.3:{}/{}:4", "shards:2:{}/{}:4"]),
+)
+def test_more_devices_than_samples_have_a_few_each_and_together_all(labels: Labels, more: int, kind: str) -> None:
+    count = len(labels) + more
+    chosen = [select(kind.format(index, count), labels) for index in range(count)]
+    assert {*np.concatenate(chosen).tolist()} == {*range(len(labels))}
+    assert all(len(part) and np.all(np.diff(part) > 0) for part in chosen)
+    if kind.startswith(("iid", "shards")):
+        assert max(map(len, chosen)) <= SAMPLES_MIN + 2 + len(labels) // count
+
+
+def test_the_few_samples_of_a_device_depend_on_the_seed_alone() -> None:
+    labels = np.arange(20) % 4
+    one, again = (select("quantity:1.0:7/50:3", labels) for _ in range(2))
+    assert one.tolist() == again.tolist() != select("quantity:1.0:7/50:4", labels).tolist()
+    with pytest.raises(ConfigError, match="no samples to divide"):
+        select("iid:0/4", np.zeros(0, np.int64))
 
 
 @given(

@@ -10,6 +10,7 @@ from ternbus.broker.exports import exports
 
 if TYPE_CHECKING:
     from ternbus.lab.report.progress import Lines
+    from ternbus.lab.scenario.availability import Availability
     from ternbus.lab.scenario.scenario import End, Fault, Hostile, Local, Narrow, Scenario, Simulated, Speeds
     from ternbus.lab.virtual.simulate import Simulation
     from ternbus.lab.virtual.training import Workers
@@ -18,6 +19,7 @@ else:
         __name__,
         {
             "ternbus.lab.report.progress": ["Lines"],
+            "ternbus.lab.scenario.availability": ["Availability"],
             "ternbus.lab.scenario.scenario": [
                 "End",
                 "Fault",
@@ -34,6 +36,7 @@ else:
     )
 
 __all__ = [
+    "Availability",
     "End",
     "Fault",
     "Hostile",

@@ -190,6 +190,10 @@ def run_experiments(
         typer.Argument(metavar="NAME|FILE.toml", help="Experiments that come with Ternbus, or files of your own."),
     ] = None,
     *,
+    own_scenario: Annotated[
+        Path | None,
+        typer.Option("--scenario", metavar="FILE.toml", help="Scenario in place of the experiment's, such as yours."),
+    ] = None,
     data: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with the datasets of the tasks.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds, instead of the experiment's own.")] = None,
     jobs: Annotated[
@@ -218,7 +222,7 @@ def run_experiments(
         return
     raise typer.Exit(
         _run_experiments(
-            [experiment.load(name) for name in names],
+            [experiment.load(name, own_scenario) for name in names],
             Choices(
                 data=data and expanded(data),
                 seeds=seeds,

@@ -15,6 +15,11 @@ def generator(seed: int) -> np.random.RandomState:
     return np.random.RandomState(seed)
 
 
+def copies(rows: int, parts: int, each: int) -> int:
+    """The number of copies of the rows to divide: 1, unless they are fewer than the parts' shards, `each` to a part."""
+    return 1 if parts * each <= rows else -(-parts * max(SAMPLES_MIN, each) // rows)
+
+
 def equal(random: np.random.RandomState, rows: int, parts: int) -> Indices:
     """Random parts whose sizes differ by at most one."""
     return _placed(random.permutation(rows), _sizes(rows, parts))

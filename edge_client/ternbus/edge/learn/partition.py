@@ -12,7 +12,9 @@
 - `natural:i`: the data of the i-th owner in the data, for example a writer.
 - `by:column:i`: the rows with the i-th value of a column, in the order of the values.
 
-The parts are disjoint and cover everything. Where the target is a number with a fraction, its quantiles take the place
+The parts are disjoint and cover everything, unless there are more parts (or shards) than samples: then copies of the
+data are divided, as many as give each part `draws.SAMPLES_MIN` samples on average, and a part has each of its samples
+once. Where the target is a number with a fraction, its quantiles take the place
 of classes (`labels.quantiles`).
 
 A suffix splits the part further: `;test:s` is the share s that the device holds out for evaluation, `;train:s` the
@@ -92,22 +94,26 @@ def watched() -> Iterator[list["Rows"]]:
 class Division:
     """All parts of the data: the sorted rows of part i are `order[bounds[i] : bounds[i + 1]]`.
 
-    `filled` is the number of parts that were too small and got rows of the largest.
+    `filled` is the number of parts that were too small and got rows of the largest. With `copies` of `samples` rows,
+    row r of the division is row r % `samples` of the data.
     """
 
     order: Indices
     bounds: Indices
     filled: int = 0
+    samples: int = 0
+    copies: int = 1
 
     @classmethod
-    def of(cls, part_of: Indices, parts: int, filled: int = 0) -> "Division":
+    def of(cls, part_of: Indices, parts: int, filled: int = 0, copies: int = 1) -> "Division":
         """The division in which row r is in part `part_of[r]`."""
         bounds = np.zeros(parts + 1, np.int64)
         np.cumsum(np.bincount(part_of, minlength=parts), out=bounds[1:])
-        return cls(np.argsort(part_of, kind="stable"), bounds, filled)
+        return cls(np.argsort(part_of, kind="stable"), bounds, filled, len(part_of) // copies, copies)
 
     def part(self, index: int) -> Indices:
-        return self.order[self.bounds[index] : self.bounds[index + 1]].copy()
+        found = self.order[self.bounds[index] : self.bounds[index + 1]]
+        return found.copy() if self.copies == 1 else np.unique(found % self.samples)
 
 
 class Rows:
@@ -213,27 +219,22 @@ class Rows:
         kind, parts = partition.kind, partition.parts
         if kind == "all":
             return Division(np.arange(self.samples), np.array([0, self.samples]))
-        pieces = parts * (partition.shards or 1)
-        if pieces > self.samples:
-            shards = f" with {partition.shards} shards each" if partition.shards else ""
-            raise PartitionError(
-                partition.spec, f"{self.samples} samples are too few for {parts} devices{shards}: use fewer"
-            )
+        if kind in ("natural", "by"):
+            found = self.labels_of(partition)
+            return Division.of(found.codes, len(found.values))
+        if not self.samples:
+            raise PartitionError(partition.spec, "the data have no samples to divide")
+        copies = draws.copies(self.samples, parts, partition.shards or 1)
         generator = draws.generator(partition.seed)
         if kind == "iid":
-            return Division.of(draws.equal(generator, self.samples, parts), parts)
-        if kind == "quantity":
-            codes = np.zeros(self.samples, np.int64)
-        else:
-            found = self.labels_of(partition)
-            if kind in ("natural", "by"):
-                return Division.of(found.codes, len(found.values))
-            codes = found.codes
+            return Division.of(draws.equal(generator, copies * self.samples, parts), parts, copies=copies)
+        codes = np.zeros(self.samples, np.int64) if kind == "quantity" else self.labels_of(partition).codes
+        codes = np.tile(codes, copies)
         if kind == "shards":
-            return Division.of(draws.shards(generator, codes, parts, partition.shards), parts)
+            return Division.of(draws.shards(generator, codes, parts, partition.shards), parts, copies=copies)
         part_of = draws.unequal(generator, codes, parts, partition.alpha)
         filled = draws.fill_up(generator, part_of, parts)
-        return Division.of(part_of, parts, filled)
+        return Division.of(part_of, parts, filled, copies)
 
     def _place(self, partition: Partition) -> int:
         """The place of a part in its division; of an owner, by its number."""

@@ -4,6 +4,7 @@ A fixed stratified fifth is the test set: no device trains on it.
 """
 
 import gzip
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,12 @@ _FILE = Path(__file__).with_name("digits.csv.gz")
 
 def load(split: Literal["train", "test"]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """(images in 0…1, shape [samples, 64]; labels) of the 80 % for training, or of the other 20 %."""
+    images, labels = _read(split)
+    return images.copy(), labels.copy()
+
+
+@cache  # a simulation asks once for each device
+def _read(split: Literal["train", "test"]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     with gzip.open(_FILE, "rt") as lines:
         table = np.loadtxt(lines, dtype=np.uint8, delimiter=",")
     labels = table[:, PIXELS].astype(np.int64)

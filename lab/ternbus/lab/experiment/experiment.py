@@ -5,7 +5,7 @@ This module checks the keys of an experiment; ``ternbus.lab.scenario`` checks th
 
 import difflib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -25,8 +25,10 @@ class Experiment:
     """The content of one experiment file.
 
     An accuracy is the mean over the ``last`` versions of a run. The measure ``accuracy_at_updates`` is taken after
-    ``updates`` merged updates; if that is None, the measure is left out. ``x`` is the axis and ``y`` the measures of
-    the plot; none mean the primary metric of the task.
+    ``updates`` merged updates, ``hours_to_reach`` at the first version with the accuracy ``reach``; if these are None,
+    the measures are left out. ``x`` is the axis and ``y`` the measures of the plot; none mean the primary metric of the
+    task. ``columns`` are the measures of the table; none mean all but those of `measures.OF_FLEET`. ``replaced`` says
+    whether the scenario is another file's.
     """
 
     name: str
@@ -39,6 +41,9 @@ class Experiment:
     x: str
     y: tuple[str, ...]
     goals: tuple[Goal, ...]
+    columns: tuple[str, ...] = ()
+    reach: float | None = None
+    replaced: bool = False
 
     def __post_init__(self) -> None:
         for key, number in {"seeds": self.seeds, "last": self.last, "updates": self.updates}.items():
@@ -47,6 +52,8 @@ class Experiment:
         _choose("plot.x", self.x, self.grid.axes)
         for measure in self.y:
             named(measure, "plot.y")
+        for measure in self.columns:
+            named(measure, "columns")
         self._check_scenarios()
         for goal in self.goals:
             self._check_labels(goal.of)
@@ -77,16 +84,22 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
-def load(name: str) -> Experiment:
-    """Load an experiment of Ternbus by name, or a file NAME.toml. Raises `ConfigError`, which names file and key."""
+def load(name: str, own_scenario: Path | None = None) -> Experiment:
+    """Load an experiment of Ternbus by name, or a file NAME.toml. Raises `ConfigError`, which names file and key.
+
+    The scenario in the file ``own_scenario``, but for its seed, takes the place of the experiment's.
+    """
     path = Path(name)
     if path.suffix != ".toml":
         if name not in names():
             raise ConfigError(_unknown(name))
         path = FOLDER / f"{name}.toml"
     table = load_toml(path)
+    if own_scenario is not None:
+        given = scenario.from_folder(load_toml(own_scenario), own_scenario.absolute().parent)
+        table = {**table, "scenario": {key: value for key, value in given.items() if key != "seed"}}
     try:
-        return parse(path.stem, table, path.parent)
+        return replace(parse(path.stem, table, path.parent), replaced=own_scenario is not None)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
@@ -114,6 +127,8 @@ def parse(name: str, table: Mapping[str, object], folder: Path) -> Experiment:
         x=plot.text("x") or next(iter(grid.axes)),
         y=tuple((plot.text("y") or "").split()),
         goals=tuple(_goal(row) for row in top.rows("goal")),
+        columns=tuple((top.text("columns") or "").split()),
+        reach=top.number("reach"),
     )
     plot.refuse_unknown()
     top.refuse_unknown()

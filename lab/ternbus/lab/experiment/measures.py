@@ -33,7 +33,15 @@ MEASURES: Final[Mapping[str, Measure]] = {
     "update_kb": Measure(title="kB an update", unit="number"),
     "megabytes": Measure(title="MB in all", unit="number"),
     "seconds": Measure(title="seconds a run", unit="number"),
+    "staleness_p95": Measure(title="versions behind, 95 %", unit="decimal"),
+    "wasted": Measure(title="trainings wasted", unit="percent"),
+    "up_kb_hour": Measure(title="kB up, a device and hour", unit="number"),
+    "down_kb_hour": Measure(title="kB down, a device and hour", unit="number"),
+    "versions_hour": Measure(title="versions an hour", unit="decimal"),
+    "hours_to_reach": Measure(title="hours until it is reached", unit="decimal"),
 }
+OF_FLEET: Final = ("staleness_p95", "wasted", "up_kb_hour", "down_kb_hour", "versions_hour", "hours_to_reach")
+"""Measures that a table has only if its experiment names them."""
 METRIC: Final = "metric."  # before the name of a metric: the measure of its values on the test data
 WORST: Final = "worst."  # likewise: of the devices' own data, the mean of the worst tenth
 GAIN: Final = "gain."  # likewise: how much better the devices' own models are, by the median
@@ -60,7 +68,9 @@ def ordered(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: fixed.index(name) if name in MEASURES else 1.5)
 
 
-def measure(report: Mapping[str, Any], last: int, updates: int | None) -> dict[str, float | None]:
+def measure(
+    report: Mapping[str, Any], last: int, updates: int | None, reach: float | None = None
+) -> dict[str, float | None]:
     """The measures of one run's report; None for a measure without a value.
 
     An accuracy is the mean over the ``last`` versions. ``accuracy_at_updates`` is taken after ``updates`` merged
@@ -70,6 +80,10 @@ def measure(report: Mapping[str, Any], last: int, updates: int | None) -> dict[s
     change is lost. ``staleness`` is the mean number of versions that had been made since the base of a merged one.
     ``most_updates`` and ``epsilon`` are maxima over the devices. ``metric.NAME`` is a metric of the test
     data, also a mean over the ``last`` versions; the loss is one only where there is no other.
+
+    ``wasted`` is the share of the trainings whose update is in no version. Bytes and versions of an hour are those of
+    virtual time; a device's hours are those that it is online. ``hours_to_reach`` is the time of the first version
+    whose accuracy is at least ``reach``.
     """
     devices = report["devices"].values()
     rows, accepted, stale = report["versions"], report["updates"], report["counts"]["stale"]
@@ -95,7 +109,26 @@ def measure(report: Mapping[str, Any], last: int, updates: int | None) -> dict[s
         "update_kb": report["bytes_up"] / (accepted + stale) / 1e3 if accepted + stale else None,
         "megabytes": (report["bytes_up"] + down) / 1e6,
         "seconds": report["wall_seconds"],
+        **_of_fleet(report, merged[-1], down, reach),
         **_of_metrics(report, rows[-last:]),
+    }
+
+
+def _of_fleet(report: Mapping[str, Any], merged: int, down_bytes: int, reach: float | None) -> dict[str, float | None]:
+    """The measures of `OF_FLEET`; None for those that the report of an earlier version lacks."""
+    devices, rows = report["devices"].values(), report["versions"]
+    trainings = sum(device.get("trainings", 0) for device in devices)
+    online_h = sum(device.get("online_s", 0.0) for device in devices) / 3600
+    hours = rows[-1].get("seconds", 0.0) / 3600
+    reached = (row["seconds"] for row in rows if reach is not None and (row["accuracy"] or 0.0) >= reach)
+    first = next(reached, None)
+    return {
+        "staleness_p95": (report.get("staleness") or {}).get("p95"),
+        "wasted": 1 - merged / trainings if trainings else None,
+        "up_kb_hour": report["bytes_up"] / online_h / 1e3 if online_h else None,
+        "down_kb_hour": down_bytes / online_h / 1e3 if online_h else None,
+        "versions_hour": rows[-1]["version"] / hours if hours else None,
+        "hours_to_reach": None if first is None else first / 3600,
     }
 
 

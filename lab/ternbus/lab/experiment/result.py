@@ -5,7 +5,7 @@ from typing import Any
 
 from ternbus.broker.protocol.direction import ACCURACY
 from ternbus.lab.experiment.experiment import Experiment
-from ternbus.lab.experiment.measures import METRIC, measure
+from ternbus.lab.experiment.measures import METRIC, OF_FLEET, measure
 from ternbus.lab.experiment.runner import Run
 
 
@@ -18,8 +18,14 @@ def _primary(reports: Sequence[Mapping[str, Any]]) -> str:
 def collect(experiment: Experiment, runs: Sequence[Run], reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The result as JSON: for each combination its labels and the values of each measure by seed; and the goals."""
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
-    measured = [measure(report, experiment.last, experiment.updates) for report in reports]
-    names = dict.fromkeys(name for values in measured for name in values)
+    measured = [measure(report, experiment.last, experiment.updates, experiment.reach) for report in reports]
+    wanted = {*experiment.columns, *experiment.y, *(goal.measure for goal in experiment.goals)}
+    names = {
+        name: None
+        for values in measured
+        for name in values
+        if name in wanted or (not experiment.columns and name not in OF_FLEET)
+    }
     for run, values in zip(runs, measured, strict=True):
         labels = run.combination.labels
         empty: dict[str, list[float | None]] = {name: [] for name in names}

@@ -76,7 +76,8 @@ def _command(wanted: Experiment, choices: Choices) -> str:
     name = wanted.name if wanted.name in experiment.names() else f"{wanted.name}.toml"
     data = " --data DIR" if choices.data is not None else ""
     seeds = f" --seeds {choices.seeds}" if choices.seeds is not None else ""
-    return f"ternbus lab experiment {name}{data}{seeds}"
+    own = " --scenario FILE.toml" if wanted.replaced else ""
+    return f"ternbus lab experiment {name}{own}{data}{seeds}"
 
 
 def _make(folder: Path) -> None:

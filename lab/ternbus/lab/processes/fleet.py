@@ -2,12 +2,26 @@
 
 import json
 from collections.abc import Sequence
+from typing import Final
 
+from ternbus.broker.errors import ConfigError
 from ternbus.edge.learn.task_loader import absolute
 from ternbus.lab.report.output import Output
 from ternbus.lab.scenario.scenario import Scenario
 
 MODULE = "ternbus.lab.processes.device"
+DEVICES_MAX: Final = 1000  # each is a process
+
+
+def check(scenario: Scenario) -> None:
+    """Raise `ConfigError` for a scenario that only a simulation can run."""
+    if scenario.devices > DEVICES_MAX:
+        raise ConfigError(
+            f"devices = {scenario.devices}: `lab run` starts a process for each, at most {DEVICES_MAX}; use "
+            "`ternbus lab simulate`, or fewer devices"
+        )
+    if not scenario.availability.is_always:
+        raise ConfigError("[availability] is for `ternbus lab simulate`, whose time is virtual: remove it")
 
 
 def device(

@@ -87,6 +87,7 @@ class Testbed:
     def start(self) -> None:
         """Start all processes; devices wait for the broker and the aggregator by themselves."""
         scenario, output = self._scenario, self._output
+        fleet.check(scenario)
         devices = partitions.devices_in_words(scenario.devices)
         others = "an evaluator, an aggregator and a broker"
         if scenario.private is not None:
@@ -99,6 +100,7 @@ class Testbed:
         self._prepared()
         task = json.loads(output.task.read_text(encoding="utf-8"))
         self._scenario = scenario = replace(scenario, partition=task["partition"], devices=task["devices"])
+        fleet.check(scenario)
         settings = plan_check.settings_of(scenario, task["plan"], task["plan_keys"])
         self.parameters = task["parameters"]
         for line in task["lines"]:

@@ -33,9 +33,10 @@ def describe(found: Resolved, task: Task) -> dict[str, Any]:
     scenario, rows = found.scenario, found.rows
     with in_scenario_words(scenario.partition):
         parts = _parts(scenario, task) if rows is None else _parts_of(scenario, rows)
+        division = None if rows is None else rows.division(Partition.parse(scenario.partition_of(0)))
     sizes = [part["samples"] for part in parts]
     labels = None if rows is None else rows.bins
-    everybody_has_all = scenario.partition == "all"
+    everybody_has_all = scenario.partition == "all" or (division is not None and division.copies > 1)
     return {
         "task": scenario.task,
         "partition": scenario.partition,

@@ -54,12 +54,31 @@ def resolved(scenario: Scenario, task: Task) -> Resolved:
             raise partitions.refusal(
                 scenario.partition, f"the task {task.name} does not say who owns which sample: set devices"
             )
-        if rows is not None and (filled := rows.division(Partition.parse(scenario.partition_of(0))).filled):
-            lines.append(
-                f'partition = "{scenario.partition}": {filled} of {scenario.devices} devices drew too few samples, and '
-                f"got some of the largest part: up to {min(SAMPLES_MIN, rows.samples // scenario.devices)}"
-            )
+        if rows is not None:
+            lines += remarks(scenario, rows)
     return Resolved(scenario=scenario, rows=rows, lines=lines)
+
+
+def remarks(scenario: Scenario, rows: Rows) -> list[str]:
+    """What a user has to know of how these rows are divided: devices that drew too few, and samples of many devices.
+
+    Raises `ConfigError` if they cannot be divided so.
+    """
+    found = rows.division(Partition.parse(scenario.partition_of(0)))
+    what, lines = f'partition = "{scenario.partition}"', []
+    copied = found.copies * rows.samples
+    if found.copies > 1:
+        lines.append(
+            f"{what}: {rows.samples} samples are too few for {scenario.devices} devices: each draws about "
+            f"{copied / scenario.devices:.0f} by the seed, and a sample is at about {found.copies} devices"
+        )
+    if found.filled:
+        least = min(SAMPLES_MIN, copied // scenario.devices)
+        lines.append(
+            f"{what}: {found.filled} of {scenario.devices} devices drew too few samples, and got some of the largest "
+            f"part: up to {least}"
+        )
+    return lines
 
 
 def look(task: Task, data: Path | None) -> Rows | None:

@@ -22,13 +22,14 @@ from ternbus.edge.learn import task_loader
 from ternbus.edge.learn.partition_spec import LARGEST_SHARE
 from ternbus.edge.learn.subnetwork import check_width
 from ternbus.lab.hostile import KINDS, STRENGTHS, Behaviour
-from ternbus.lab.scenario import end, partitions, private
+from ternbus.lab.scenario import availability, end, partitions, private
+from ternbus.lab.scenario.availability import Availability
 from ternbus.lab.scenario.end import End as End  # noqa: PLC0414 - a part of this module's interface
 from ternbus.lab.scenario.private import Private
 from ternbus.lab.scenario.toml_table import Table, within
 
 ENGINES: Final = ("auto", "mosquitto", "nats")
-DEVICES_MAX: Final = 1000
+DEVICES_MAX: Final = 10_000
 SYNCHRONOUS_WAIT_S: Final = 86_400.0  # a day, longer than any run, so that only a full buffer makes a version
 
 _ONE_OF_MANY: Final = re.compile(r"(device|helper):(\d{1,4})")
@@ -176,6 +177,7 @@ class Scenario:
     local: Local = field(default_factory=Local)
     private: Private | None = None  # None: plain updates
     simulate: Simulated = field(default_factory=Simulated)
+    availability: Availability = field(default_factory=Availability)
 
     def __post_init__(self) -> None:
         partitions.check(self.partition)
@@ -266,6 +268,8 @@ class Scenario:
             raise ConfigError(f'[[fault]] kill = "{fault.kill}": {which}')
         if fault.device is not None and fault.device >= self.devices:
             raise ConfigError(f'[[fault]] kill = "{fault.kill}": use a device from 0 to {self.devices - 1}')
+        if fault.device is not None and not self.availability.is_always:
+            raise ConfigError(f'[[fault]] kill = "{fault.kill}": [availability] says when devices are lost; remove one')
         if fault.kill == "broker" and self.broker_url is not None:
             raise ConfigError(
                 '[[fault]] kill = "broker": the lab cannot kill the broker of broker.url; remove one of them'
@@ -330,6 +334,7 @@ def parse(table: Mapping[str, object]) -> Scenario:
         "local": _local(top.table("local")),
         "private": private.parse(top.table("private")) if "private" in table else None,
         "simulate": _simulated(top.table("simulate")),
+        "availability": availability.parse(top.table("availability")),
     }
     broker.refuse_unknown()
     top.refuse_unknown()

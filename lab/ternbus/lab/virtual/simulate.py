@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 from weakref import WeakValueDictionary
 
+import numpy as np
+
 from ternbus.aggregator.core import records
 from ternbus.aggregator.store import ledger as durable
 from ternbus.aggregator.store import private_status, status
@@ -25,6 +27,7 @@ from ternbus.broker.protocol.tensor_kinds import version_metadata
 from ternbus.edge.core.actions import Stop
 from ternbus.edge.learn.failure import explained
 from ternbus.edge.learn.kinds import local_notice, tensor_kinds
+from ternbus.edge.learn.partition import watched
 from ternbus.edge.learn.task import Evaluation, Task, evaluated_by, initial_of
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import Tensors
@@ -35,9 +38,10 @@ from ternbus.lab.report.observation import Observation
 from ternbus.lab.report.progress import Progress
 from ternbus.lab.scenario import plan_check
 from ternbus.lab.scenario.partitions import in_scenario_words
-from ternbus.lab.scenario.resolve import settled
+from ternbus.lab.scenario.resolve import remarks, settled
 from ternbus.lab.scenario.scenario import Fault, Scenario
 from ternbus.lab.virtual import setup
+from ternbus.lab.virtual.attendance import Attendance
 from ternbus.lab.virtual.clock import Clock
 from ternbus.lab.virtual.memory_broker import MemoryBroker
 from ternbus.lab.virtual.memory_ledger import MemoryLedger
@@ -110,7 +114,10 @@ class Simulation:
             for profile in setup.helper_profiles(scenario, public, founded.helper_codes)
         ]
         with self._explained(), in_scenario_words(scenario.partition):
-            bodies = setup.bodies(scenario, task, model, public, founded.codes, place=place)
+            with watched() as divided:
+                bodies = setup.bodies(scenario, task, model, public, founded.codes, place=place)
+            for line in remarks(scenario, divided[0]) if divided and found.rows is None else []:
+                progress.say(line)
         self.devices = [
             VirtualDevice(
                 self.clock, self.broker, body, vectors, partial(self._left, body.profile.device), trained=self._trained
@@ -119,11 +126,22 @@ class Simulation:
         ]
         if notice := local_notice(task):
             progress.say(notice)
+        self._attendances = self._attended()
         self._staying = {device.name for device in self.devices}
         self._failing = FailingDevices()
 
     def _explained(self) -> AbstractContextManager[None]:
         return explained(self._scenario.task, lacks_data=self._scenario.data is None)
+
+    def _attended(self) -> dict[str, Attendance]:
+        """Of each device when it is online, by name; empty if all are online all the time."""
+        about = self._scenario.availability
+        if about.is_always:
+            return {}
+        found = {device.name: Attendance(self.clock, device, about, self._scenario.seed) for device in self.devices}
+        for device in self.devices:
+            device.begun = found[device.name].training_begins
+        return found
 
     def _founded(self, model: Tensors, chosen: Mapping[str, object]) -> setup.Setup:
         scenario = self._scenario
@@ -152,7 +170,8 @@ class Simulation:
         for helper in self.helpers:
             helper.start()
         for device in self.devices:
-            device.start()
+            begin = self._attendances[device.name].begin if self._attendances else device.start
+            begin()
         last = self._scenario.end.seconds or math.inf
         while not self._ended and (when := self.clock.next_at) is not None and when <= last:
             if self.clock.now - self._made_at > QUIET_S:
@@ -196,7 +215,9 @@ class Simulation:
     def report(self, wall_seconds: float) -> dict[str, Any]:
         """The content of `report.json`; each version also has the bytes `carried` until it was made.
 
-        Of each device it has the true number of samples, also by class, and its spent epsilon by its own account.
+        Of each device it has the true number of samples, also by class, its spent epsilon by its own account, the
+        trainings that have ended, also those that were lost, and the seconds that it was online. `staleness` has the
+        mean, the 95th percentile and the maximum over the accepted updates.
         """
         result = report.summary(
             self.moment(),
@@ -213,8 +234,21 @@ class Simulation:
                 "samples": device.samples,
                 "classes": device.classes or None,
                 "epsilon": device.state.account.epsilon,
+                "trainings": device.trainings,
+                "online_s": round(self._online_s(device.name), 3),
             }
-        return result
+        return result | {"staleness": self._staleness()}
+
+    def _online_s(self, device: str) -> float:
+        attendance = self._attendances.get(device)
+        return self.clock.now if attendance is None else attendance.seconds_online(self.clock.now)
+
+    def _staleness(self) -> dict[str, float] | None:
+        """Of the accepted updates; None if there are none, or a ledger on disk has them."""
+        known = [row.staleness for row in self.ledger.contributions] if isinstance(self.ledger, MemoryLedger) else []
+        if not known:
+            return None
+        return {"mean": float(np.mean(known)), "p95": float(np.percentile(known, 95)), "max": float(max(known))}
 
     def export(self, path: Path) -> None:
         """Write the last version of the model as a safetensors file."""

@@ -73,6 +73,9 @@ class VirtualDevice:
         self.state = State(key=body.profile.key)
         self.happened: Counter[str] = Counter()  # counts of log events
         self.failures = 0  # trainings that failed
+        self.trainings = 0  # that have ended, or were lost by a `kill`
+        self.has_stopped = False
+        self.begun: Callable[[float], None] = lambda _: None  # called when a training begins, with its seconds
         self.hidden_failure = ""  # why its last training failed, if it sent noise in its place
         self.trouble = "it has said nothing"  # its last complaint; if it has none, the last line of its log
         self._complained = False
@@ -104,6 +107,7 @@ class VirtualDevice:
     def kill(self) -> None:
         """Simulate SIGKILL: state that is not in the outbox is lost, such as a training in progress."""
         self._runs = False
+        self.trainings += self.core.training.running is not None
         self._alarm.off()
         self.session.cut()
 
@@ -162,6 +166,7 @@ class VirtualDevice:
             case StartFineTuning() | SaveModel():
                 raise AssertionError("the simulation fine-tunes in last_report")
             case Stop():
+                self.has_stopped = True
                 self._remember(action.reason, is_complaint=True)
                 self.session.disconnect()
                 self._left(action)
@@ -181,12 +186,14 @@ class VirtualDevice:
         seconds = self._body.seconds()
         awaited = self._body.begin(job)
         self._clock.at(self._clock.now + seconds, partial(self._trained, self.core, seconds, awaited))
+        self.begun(seconds)
 
     def _trained(self, life: Core, seconds: float, awaited: Awaited) -> None:
         """Deliver the result of a training, unless the device was killed since."""
         if life is not self.core or not self._runs or life.training.running is None:
             return
         result = awaited()
+        self.trainings += 1
         if isinstance(result, events.TrainingFinished):
             result = replace(result, metrics={**result.metrics, "seconds": seconds})
         self.hidden_failure = result.failure if isinstance(result, events.TrainingFinished) else ""
