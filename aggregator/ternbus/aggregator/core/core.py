@@ -12,7 +12,7 @@ from typing import assert_never
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.clones import Clones
 from ternbus.aggregator.core.counters import Counters
-from ternbus.aggregator.core.device_messages import DeviceMessages
+from ternbus.aggregator.core.device_messages import DeviceMessages, address_of
 from ternbus.aggregator.core.enrollment import Enrollment
 from ternbus.aggregator.core.events import Action, Publish, Save
 from ternbus.aggregator.core.frames import FrameWriter
@@ -29,6 +29,7 @@ from ternbus.aggregator.core.sets import Held
 from ternbus.aggregator.core.updates import Updates
 from ternbus.aggregator.core.validation import Validation
 from ternbus.aggregator.core.versions import PublishedState, Versions, leap_of
+from ternbus.aggregator.core.watch import Watch
 from ternbus.aggregator.core.work import WorkShares
 from ternbus.aggregator.merge.influence import Influence
 from ternbus.aggregator.merge.model import Model
@@ -76,6 +77,7 @@ class Core:
     work: WorkShares = field(init=False)
     validation: Validation = field(init=False)
     _reconnect: Reconnect = field(init=False)
+    _watch: Watch = field(init=False)
     _is_linked: bool = False  # there is a connection, or one is being made
     _now: float = 0.0
 
@@ -130,6 +132,7 @@ class Core:
             influence=self.influence,
         )
         self._reconnect = Reconnect(salt=self.identity.public.hex())
+        self._watch = Watch(registry=self.registry)
 
     def _with_private(self, sums: PrivateSums) -> Private:
         private = Private.of(
@@ -170,6 +173,7 @@ class Core:
     def start(self, now: float) -> list[Action]:
         """What is to be done before the first event."""
         self._now = now
+        self._watch.started(now)
         if self.model.buffer:
             self._merging.first_accepted(now)
         begun = [] if self._private is None else self._private.start(now)  # before any head is published
@@ -203,7 +207,7 @@ class Core:
             case events.Connected():
                 return self._connected(event)
             case events.ConnectFailed() | events.Disconnected():
-                return self._disconnected()
+                return self._disconnected(event.reason)
             case events.Published():
                 return self._retained.acknowledged(event.topic, self._now)
             case events.Refused():
@@ -219,7 +223,8 @@ class Core:
                 return self._change_state(event)
             case events.CountsRequested():
                 asked = [] if self._private is None else self._private.merging.count()
-                return [*self._count(), *asked, *self._done(event.request)]
+                told = self._watch.told(self._merges.waiting(self._now), event, self._now)
+                return [*self._count(), *asked, told, *self._done(event.request)]
             case events.DiskChecked():
                 return self._updates.disk_checked(event.free)
             case events.TimeReached():
@@ -246,6 +251,7 @@ class Core:
 
     def _connected(self, event: events.Connected) -> list[Action]:
         self._is_linked = True
+        self._watch.connected(self._now)
         self._reconnect.connected(self._now)
         federation = self.settings.federation
         filters = [f"{topics.root(federation)}/up/#", topics.head(federation), topics.status(federation)]
@@ -263,8 +269,9 @@ class Core:
             actions += self._private.merging.ask_all(self._now)
         return actions
 
-    def _disconnected(self) -> list[Action]:
+    def _disconnected(self, reason: str) -> list[Action]:
         self._is_linked = False
+        self._watch.disconnected(reason, self._now)
         self._merges.disconnected()
         self._versions.confirm_by = None
         return self._retained.disconnected(self._now, is_contested=self._reconnect.failed(self._now))
@@ -272,7 +279,8 @@ class Core:
     def _stop(self) -> list[Action]:
         """Finish what is accepted, then publish that this is offline. What lacks devices stays for the next start."""
         self._updates.stopping = True
-        return [*self._merges.merge_all(self._now), *self._count(), *self._status("offline"), events.Stop()]
+        told = self._watch.told(self._merges.waiting(self._now), events.CountsRequested(), self._now)
+        return [*self._merges.merge_all(self._now), *self._count(), told, *self._status("offline"), events.Stop()]
 
     def _status(self, state: str) -> list[Action]:
         reserved, (topic, payload) = self._frames.status(state, self.session, self.software)
@@ -284,7 +292,7 @@ class Core:
         """Take in what the broker delivered; whatever is wrong with it is counted, and that is all."""
         what = "a message"
         try:
-            address = self._address(event.topic)
+            address = address_of(event.topic, self.settings.federation)
             what = f"{address.kind} of {address.device or AGGREGATOR}"
             if address.group == "help":
                 return self._from_helper(event, address)
@@ -298,12 +306,6 @@ class Core:
         if self._private is None:
             raise ProtocolError("unknown-topic", "this federation has no helpers")
         return self._private.take(event, address, self._now) if event.payload else []
-
-    def _address(self, topic: str) -> topics.Address:
-        address = topics.parse(topic)
-        if address.federation != self.settings.federation:
-            raise ProtocolError("wrong-federation", address.federation)
-        return address
 
     def _from_device(self, event: events.MessageArrived, address: topics.Address) -> list[Action]:
         was_empty = not self.model.buffer
@@ -351,7 +353,7 @@ class Core:
         begun = Save(record=records.SessionBegun(session=self.session))
         return [begun, *self._status("online")]
 
-    # --- what the operator asks for
+    # --- what the operator asks for, and what is due
 
     def _membership(self, event: events.CancelRequested | events.RevokeRequested) -> list[Action]:
         try:
@@ -380,8 +382,6 @@ class Core:
 
     def _done(self, request: int, error: str = "") -> list[Action]:
         return [Save(record=records.RequestDone(request=request, error=error))] if request or error else []
-
-    # --- time
 
     def _on_time(self) -> list[Action]:
         """Whatever is due now, whichever event was taken."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ternbus.aggregator.core.registry import DEVICE
+from ternbus.aggregator.core.situation import Situation
 from ternbus.aggregator.merge.accepted import AcceptedUpdate
 from ternbus.aggregator.merge.optimizer import ServerState
 from ternbus.aggregator.merge.recipe import Recipe
@@ -215,6 +216,13 @@ class Observed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SituationTold:
+    """What the running process knows beside its ledger: for those who look at the status, and nothing else."""
+
+    situation: Situation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HelperEnrolled:
     """A helper has shown that it has its pinned key; it spends the invitation."""
 
@@ -299,6 +307,7 @@ Record = (
     | StateChanged
     | MetricsReceived
     | Observed
+    | SituationTold
     | HelperEnrolled
     | HelperInvitationCancelled
     | HelperObserved

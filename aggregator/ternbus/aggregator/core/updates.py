@@ -10,6 +10,7 @@ from ternbus.aggregator.core.disk_guard import ENOUGH, FULL, RETRY_S, sentence, 
 from ternbus.aggregator.core.events import Action, Log, Save
 from ternbus.aggregator.core.frames import FrameWriter
 from ternbus.aggregator.core.grants import GRANT_S, Grants
+from ternbus.aggregator.core.log_lines import refused_line
 from ternbus.aggregator.core.rate_limit import LogLimit
 from ternbus.aggregator.core.registry import Answer, Member
 from ternbus.aggregator.core.sets import Sets
@@ -20,6 +21,7 @@ from ternbus.aggregator.merge.influence import Measured
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Settings
 from ternbus.broker.errors import ProtocolError
+from ternbus.broker.log_levels import INFO, WARNING
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.messages import Grant, Receipt
@@ -55,7 +57,7 @@ class Updates:
             return self._answer_again(member, frame.seq, now)
         offer = self.validation.judge_offer(member, frame, self.model.version, closed=self.closed)
         if isinstance(offer, Verdict):
-            return self._answer(member, frame.seq, offer)
+            return self._answer(member, frame.seq, offer, now)
         collector = member.collector
         missing = collector.missing("update", frame.seq) if collector is not None else []
         came = collector.came("update", frame.seq) if collector is not None else 0
@@ -83,7 +85,7 @@ class Updates:
         judged = self.validation.judge(member, frame, self.model.version, closed=self.closed, ahead=ahead)
         if isinstance(judged, Verdict):
             self.afford(member, now)
-            return self._answer(member, frame.seq, judged)
+            return self._answer(member, frame.seq, judged, now)
         if self._accepts_nothing:
             self.afford(member, now)
             return self._busy(member, frame.seq, now)
@@ -104,7 +106,7 @@ class Updates:
         if valid is None:
             return []
         if isinstance(valid, Verdict):
-            return self._answer(member, frame.seq, valid)
+            return self._answer(member, frame.seq, valid, now)
         if member.waiting_bytes and member.waiting_bytes + len(valid.body) > self.settings.limits.journal_bytes:
             return self._busy(member, frame.seq, now, "too many updates of this device wait to be merged")
         if isinstance(valid, ValidPrivate):
@@ -118,7 +120,9 @@ class Updates:
     def disk_checked(self, free: float) -> list[Action]:
         """Accept nothing while too little of the disk is free; tell the operator of each change."""
         before, self.disk = self.disk, state_of(free)
-        return [Log(text=sentence(free))] if self.disk != before else []
+        if self.disk == before:
+            return []
+        return [Log(text=sentence(free), level=INFO if self.disk == ENOUGH else WARNING, event="disk")]
 
     def _accept(self, member: Member, valid: ValidUpdate, now: float) -> list[Action]:
         """Put an update into the buffer."""
@@ -142,6 +146,7 @@ class Updates:
         member.evaluates = False
         member.pace.updated(now)
         member.waiting_bytes += len(record.body)
+        member.loss = update.loss
         return [Save(record=record), *self.receipt(member.name, member.key, update.seq, Verdict("accepted"))]
 
     def _bounded(self, valid: ValidUpdate, now: float) -> list[Action]:
@@ -150,9 +155,9 @@ class Updates:
             return []
         self.counters.answer("bounded", now)
         line = self.log_limit.write("bounded", f"an update of {valid.update.device} {valid.bounded}", now)
-        return [Log(text=line)] if line else []
+        return [Log(text=line, event="bounded", fields={"device": valid.update.device})] if line else []
 
-    def _answer(self, member: Member, seq: int, verdict: Verdict) -> list[Action]:
+    def _answer(self, member: Member, seq: int, verdict: Verdict, now: float) -> list[Action]:
         """Answer an update that will not be merged, for good."""
         self._grants.close(member.name)
         member.answer = Answer(seq=seq, outcome=verdict.outcome, reason=verdict.reason)
@@ -163,7 +168,8 @@ class Updates:
             outcome=verdict.outcome,
             reason=verdict.reason,
         )
-        return [Save(record=record), *self.receipt(member.name, member.key, seq, verdict)]
+        answered = [Save(record=record), *self.receipt(member.name, member.key, seq, verdict)]
+        return [*answered, *refused_line(self.log_limit, member.name, seq, verdict, now)]
 
     def owes(self, member: Member, frame: Frame, now: float) -> bool:
         """Whether a device has used its share of the work; the parts of what it is sending are left out."""

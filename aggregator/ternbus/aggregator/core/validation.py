@@ -256,6 +256,7 @@ class Validation:
             epsilon=update.metrics.get("epsilon"),
             norm=counted.norm,
             stated=counted.stated,
+            loss=None if self.settings.is_dp else update.metrics.get("loss"),
         )
         return ValidUpdate(accepted, content.block, body, counted.bounded)
 

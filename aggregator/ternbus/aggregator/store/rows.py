@@ -7,7 +7,7 @@ from typing import Final, assert_never
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.core.registry import Answer
-from ternbus.aggregator.store import checksums, membership, private_rows, set_rows
+from ternbus.aggregator.store import answers, checksums, membership, private_rows, set_rows
 from ternbus.aggregator.store.bodies import Place
 from ternbus.aggregator.store.revocations import Revocation
 from ternbus.broker.protocol.identity import KeyId
@@ -38,6 +38,7 @@ Inserted = (  # all records but those that come with a file: of a body, of vecto
     | records.StateChanged
     | records.MetricsReceived
     | records.Observed
+    | records.SituationTold
     | records.RequestDone
     | Private
 )
@@ -63,6 +64,7 @@ def write(db: sqlite3.Connection, record: Inserted, now: float) -> None:
         return
     match record:
         case records.UpdateAnswered():
+            answers.refused(db, record, now)
             _answered(db, record)
         case records.VersionMade():
             _version(db, record, now)
@@ -85,7 +87,7 @@ def write(db: sqlite3.Connection, record: Inserted, now: float) -> None:
             done = {"done": "1", "error": ":error"}
             checksums.update(db, "requests", done, "id = :id", {"error": record.error, "id": record.request})
         case _:
-            _fact(db, record)
+            _fact(db, record, now)
 
 
 def _private(db: sqlite3.Connection, record: Private, now: float) -> None:
@@ -105,7 +107,9 @@ def _fact(
     | records.SessionBegun
     | records.ClosingBegun
     | records.StateChanged
-    | records.SlotsChanged,
+    | records.SlotsChanged
+    | records.SituationTold,
+    now: float,
 ) -> None:
     match record:
         case records.SeqReserved():
@@ -119,6 +123,8 @@ def _fact(
             db.execute("DELETE FROM facts WHERE name = ?", (CLOSING,))
         case records.SlotsChanged():
             set_fact(db, "slots", record.slots)
+        case records.SituationTold():
+            answers.situation(db, record, now)
         case _:
             assert_never(record)
 
