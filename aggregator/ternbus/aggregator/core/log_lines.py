@@ -10,6 +10,7 @@ from ternbus.aggregator.core.validation import Verdict
 from ternbus.broker.log_levels import INFO, WARNING
 
 INVALID: Final = "invalid"
+VERSIONS_PER_MINUTE: Final = 60  # that have a line of their own; devices decide how many there are
 
 
 def refused_line(limit: LogLimit, device: str, seq: int, verdict: Verdict, now: float) -> list[Action]:

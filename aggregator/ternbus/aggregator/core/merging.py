@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from ternbus.aggregator.core.events import Action, Log
-from ternbus.aggregator.core.log_lines import made_in, version_line
+from ternbus.aggregator.core.log_lines import VERSIONS_PER_MINUTE, made_in, version_line
 from ternbus.aggregator.core.merge_trigger import MergeTrigger
 from ternbus.aggregator.core.rate_limit import LogLimit
 from ternbus.aggregator.core.registry import Registry
@@ -33,7 +33,7 @@ class Merging:
 
     def __post_init__(self) -> None:
         settings = self.settings
-        self._log_limit = LogLimit(settings.limits.log_lines_per_minute)
+        self._log_limit = LogLimit(VERSIONS_PER_MINUTE)
         self._trigger = MergeTrigger(
             settings=settings.merge, min_interval_s=settings.downlink.min_interval_s, min_devices=settings.min_devices
         )

@@ -12,7 +12,7 @@ from ternbus.aggregator.core import records
 from ternbus.aggregator.core.asks import Asks
 from ternbus.aggregator.core.counters import Counters
 from ternbus.aggregator.core.events import Action, Log, Save
-from ternbus.aggregator.core.log_lines import made_in, version_line
+from ternbus.aggregator.core.log_lines import VERSIONS_PER_MINUTE, made_in, version_line
 from ternbus.aggregator.core.merge_trigger import MergeTrigger
 from ternbus.aggregator.core.rate_limit import LogLimit
 from ternbus.aggregator.core.registry import Member, Registry
@@ -54,7 +54,7 @@ class SetMerging:
 
     def __post_init__(self) -> None:
         about = self.settings
-        self._log_limit = LogLimit(about.limits.log_lines_per_minute)
+        self._log_limit = LogLimit(VERSIONS_PER_MINUTE)
         self._trigger = MergeTrigger(settings=about.merge, min_interval_s=about.downlink.min_interval_s)
         schema = self.versions.model.schema
         self.sets = Sets(

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from ternbus.aggregator import settings as configuration
 from ternbus.aggregator.plan_settings import PlanCheck
 from ternbus.aggregator.settings import TransportSettings
 from ternbus.aggregator.shell import (
@@ -18,13 +17,14 @@ from ternbus.aggregator.shell import (
     membership_commands,
     quickstart,
     recovery_commands,
+    status_command,
     status_text,
 )
 from ternbus.aggregator.shell.arguments import AllowPlanKeys, AsJson, Dir, DirAsRoot, HelperCards, Private, Settings
 from ternbus.aggregator.shell.service import Service
 from ternbus.aggregator.store import control, private_status
 from ternbus.aggregator.store import status as statuses
-from ternbus.broker.errors import ConfigError, FederationError
+from ternbus.broker.errors import ConfigError
 from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.files import read_password
 from ternbus.broker.folder_owner import act_as_owner
@@ -246,24 +246,7 @@ for each in (membership_commands.invite, membership_commands.invitations, member
 recovery_commands.add_to(app)
 
 
-@app.command()
-def status(directory: Dir, as_json: AsJson = False) -> None:
-    """Show the version, the buffer, counters, devices and the last versions.
-
-    Example: ternbus aggregator status agg --json
-    """
-    settings = _flush_counts(directory)
-    found = statuses.read(directory) | private_status.read(directory, settings)
-    typer.echo(json.dumps(found) if as_json else status_text.summary(found))
-
-
-def _flush_counts(directory: Path) -> configuration.Settings:
-    settings = administration.load_settings(directory)
-    try:
-        administration.flush_counts(directory)
-    except FederationError as error:
-        typer.echo(f"ternbus: as the ledger has it: {error}", err=True)
-    return settings
+app.command()(status_command.status)
 
 
 @app.command()
@@ -272,8 +255,7 @@ def devices(directory: Dir, as_json: AsJson = False) -> None:
 
     Example: ternbus aggregator devices agg
     """
-    _flush_counts(directory)
-    found = statuses.read(directory)
+    found = status_command.looked(directory).found
     typer.echo(json.dumps(found["devices"]) if as_json else "\n".join(status_text.device_table(found)))
 
 
