@@ -152,7 +152,7 @@ def test_an_evaluator_that_is_a_few_versions_behind_is_not_named() -> None:
 
 
 def test_advice_follows_the_reason_of_a_refusal() -> None:
-    for reason, advice in [("evaluator: no", "without --evaluator"), ("bad-codec", "edge check")]:
+    for reason, advice in [("evaluator: no", "edge evaluate"), ("bad-codec", "edge check")]:
         about = {"outcome": "invalid", "reason": reason, "refused_in_a_row": 3}
         (found,) = examine(view(device("pi-1"), device("pi-3", **about))).findings
         assert advice in found.text

@@ -21,6 +21,7 @@ HELPER = {"helper", "helper.core", "helper.store", "helper.shell"}
 LAB = {"lab", "lab.scenario", "lab.report", "lab.processes", "lab.virtual", "lab.experiment"}
 ARROWS = {
     "command": {"broker"},  # the components' commands it imports by name, when one is run
+    "doctor": {*BUS, "broker.link", "broker.server"},  # the components' examinations it imports by name
     "broker": set[str](),
     "broker.protocol": {"broker"},
     "broker.sums": {"broker", "broker.protocol"},

@@ -16,8 +16,8 @@ LOSSES_MIN: Final = 3  # devices that say one
 BEHIND_VERSIONS: Final = 3  # that an evaluator has not measured
 BEHIND_S: Final = 600.0  # and for so long
 ADVICE: Final[Mapping[str, str]] = {
-    "evaluator": "it was invited as an evaluator, and trains: invite it again without --evaluator",
-    "closed": "the federation is closed: ternbus aggregator resume DIR",
+    "evaluator": "it is an evaluator, and trains: run `ternbus edge evaluate` there, or invite it by another name",
+    "closed": "the federation is closed: see `ternbus aggregator resume`",
     "too-large": "its updates are longer than merge.max_update_norm: look at its data, or raise the limit",
 }
 OF_MODEL: Final = "its task or its version of Ternbus is not the federation's: see `ternbus edge check` there"
@@ -91,7 +91,11 @@ def _diverging(devices: Sequence[DeviceView]) -> list[Finding]:
 def _absent(view: View, devices: Sequence[DeviceView]) -> list[Finding]:
     """Devices that are offline: a note at first, since devices come and go."""
     if not devices:
-        return [Finding(kind="no-device", text="no device has joined: ternbus aggregator invite DIR NAME")]
+        return [
+            Finding(
+                kind="no-device", text=f"no device has joined; run: ternbus aggregator invite {view.directory} NAME"
+            )
+        ]
     found = []
     if not any(each.online for each in devices):
         since = max((each.seen_at for each in devices if each.seen_at is not None), default=None)

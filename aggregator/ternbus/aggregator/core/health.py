@@ -129,7 +129,7 @@ def _process(view: View) -> list[Finding]:
     if not view.running:
         if view.state == CLOSED:
             return [Finding(kind="stopped", text="no process runs, and the federation is closed")]
-        text = "no process serves this directory; start it: ternbus aggregator run DIR"
+        text = f"no process serves this directory; start it: ternbus aggregator run {view.directory}"
         return [Finding(level=Level.DOWN, kind="not-running", text=text)]
     if not view.answers:
         text = "the process runs and does not answer: look at its log, and restart it"
@@ -164,10 +164,12 @@ def _certificates(view: View) -> list[Finding]:
     found = []
     for each in view.certificates:
         if each.days_left <= 0:
-            text = f"the certificate of {each.name} has expired: ternbus broker renew DIR"
+            text = f"the certificate of {each.name} has expired; run: ternbus broker renew BROKER"
             found.append(Finding(level=Level.DOWN, kind="certificate", text=text))
         elif each.days_left < CERTIFICATE_DAYS:
-            text = f"the certificate of {each.name} expires in {each.days_left:.0f} days: ternbus broker renew DIR"
+            text = (
+                f"the certificate of {each.name} expires in {each.days_left:.0f} days; run: ternbus broker renew BROKER"
+            )
             found.append(Finding(level=Level.DEGRADED, kind="certificate", text=text))
     return found
 
@@ -177,7 +179,10 @@ def _versions(view: View) -> list[Finding]:
     found = []
     if view.claim is not None:
         device, version = view.claim
-        text = f"names version {version}, which is not here: was this directory copied back from a backup?"
+        text = (
+            f"names version {version}, which is not here: was this directory copied back from a backup? Then stop the "
+            f"process, and run: ternbus aggregator restored {view.directory}"
+        )
         found.append(Finding(level=Level.DEGRADED, kind="newer-version", subject=device, text=text))
     if view.waits_for_helpers:
         text = f"private updates wait for {of_devices(list(view.waits_for_helpers), 'helper')}"

@@ -47,6 +47,7 @@ class View:
 
     now: float
     federation: str
+    directory: str = "DIR"  # as commands take it
     state: str  # open, paused, closed
     version: int
     running: bool  # a process serves the directory

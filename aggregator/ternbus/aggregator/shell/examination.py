@@ -1,5 +1,6 @@
 """The status and the health of a directory's aggregator, of one moment, whether or not a process serves it."""
 
+import shlex
 import shutil
 import time
 from collections.abc import Mapping
@@ -52,6 +53,7 @@ def look(directory: Path, versions_max: int | None = None) -> Examination:
     view = View(
         now=time.time(),
         federation=found["federation"],
+        directory=shlex.quote(str(directory)),
         state=found["state"],
         version=found["version"],
         running=running,

@@ -63,17 +63,6 @@ def read(
 ) -> dict[str, Any]:
     """By name, as JSON values; ``version`` is the newest. `status.read` says what they mean."""
     reasons, archived, said = failing(ledger.db), ledger.archived(), _said(ledger)
-    rows = ledger.db.execute(
-        "SELECT d.name, d.role, d.state, d.why, d.status, d.base, d.software, d.seen_at, d.update_bytes,"
-        " d.enrolled_at, k.key, k.seq, k.outcome, k.reason,"
-        " (SELECT count(*) FROM updates u WHERE u.device = d.name),"
-        " (SELECT max(base) FROM updates u WHERE u.device = d.name),"
-        " (SELECT epsilon FROM updates u WHERE u.device = d.name ORDER BY id DESC LIMIT 1),"
-        " (SELECT samples FROM updates u WHERE u.device = d.name ORDER BY id DESC LIMIT 1),"
-        " (SELECT value FROM counts c WHERE c.name = ? || lower(hex(k.key)))"
-        " FROM devices d JOIN keys k ON k.device = d.name AND k.public = d.public ORDER BY d.name",
-        (f"{CLONED}:",),
-    )
     return {
         name: {
             "key": key.hex(),
@@ -118,5 +107,19 @@ def read(
             epsilon,
             samples,
             cloned,
-        ) in rows
+        ) in _rows(ledger)
     }
+
+
+def _rows(ledger: Ledger) -> list[tuple[Any, ...]]:
+    return ledger.db.execute(
+        "SELECT d.name, d.role, d.state, d.why, d.status, d.base, d.software, d.seen_at, d.update_bytes,"
+        " d.enrolled_at, k.key, k.seq, k.outcome, k.reason,"
+        " (SELECT count(*) FROM updates u WHERE u.device = d.name),"
+        " (SELECT max(base) FROM updates u WHERE u.device = d.name),"
+        " (SELECT epsilon FROM updates u WHERE u.device = d.name ORDER BY id DESC LIMIT 1),"
+        " (SELECT samples FROM updates u WHERE u.device = d.name ORDER BY id DESC LIMIT 1),"
+        " (SELECT value FROM counts c WHERE c.name = ? || lower(hex(k.key)))"
+        " FROM devices d JOIN keys k ON k.device = d.name AND k.public = d.public ORDER BY d.name",
+        (f"{CLONED}:",),
+    ).fetchall()
