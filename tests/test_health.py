@@ -152,10 +152,17 @@ def test_an_evaluator_that_is_a_few_versions_behind_is_not_named() -> None:
 
 
 def test_advice_follows_the_reason_of_a_refusal() -> None:
-    for reason, advice in [("evaluator: no", "edge evaluate"), ("bad-codec", "edge check")]:
+    for reason, advice in [("closed", "aggregator resume"), ("bad-codec", "edge check")]:
         about = {"outcome": "invalid", "reason": reason, "refused_in_a_row": 3}
         (found,) = examine(view(device("pi-1"), device("pi-3", **about))).findings
         assert advice in found.text
+
+
+@pytest.mark.parametrize("outcome", ["invalid", "stale"])
+def test_an_evaluator_that_trains_is_told_apart_from_a_slow_device(outcome: str) -> None:
+    judge = device("judge", evaluates=True, outcome=outcome, refused_in_a_row=3)
+    (found,) = examine(view(device("pi-1"), judge)).findings
+    assert (found.kind, "edge evaluate" in found.text) == ("refused", True)
 
 
 def test_all_stale_is_one_finding() -> None:

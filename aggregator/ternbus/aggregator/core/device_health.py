@@ -16,7 +16,6 @@ LOSSES_MIN: Final = 3  # devices that say one
 BEHIND_VERSIONS: Final = 3  # that an evaluator has not measured
 BEHIND_S: Final = 600.0  # and for so long
 ADVICE: Final[Mapping[str, str]] = {
-    "evaluator": "it is an evaluator, and trains: run `ternbus edge evaluate` there, or invite it by another name",
     "closed": "the federation is closed: see `ternbus aggregator resume`",
     "too-large": "its updates are longer than merge.max_update_norm: look at its data, or raise the limit",
 }
@@ -26,7 +25,7 @@ OF_MODEL: Final = "its task or its version of Ternbus is not the federation's: s
 def findings(view: View) -> list[Finding]:
     """All that is wrong with devices, in the order of the devices; presence only counts while a process can see it."""
     training = [each for each in view.devices if each.trains]
-    found = [*_cloned(view.devices), *_failing(view.devices), *_refused(training), *_diverging(training)]
+    found = [*_cloned(view.devices), *_failing(view.devices), *_refused(view.devices), *_diverging(training)]
     if view.running and view.state == OPEN:
         found += [*_absent(view, training), *_silent(view, training), *_evaluators(view)]
     return found
@@ -51,8 +50,8 @@ def _refused(devices: Sequence[DeviceView]) -> list[Finding]:
     """Devices whose updates are always invalid, or always stale; all of them stale is a finding of its own."""
     found = []
     stuck = [each for each in devices if each.refused_in_a_row >= IN_A_ROW]
-    answered = [each for each in devices if each.outcome]
-    all_stale = bool(stuck) and all(each.outcome == "stale" for each in answered)
+    answered = [each for each in devices if each.outcome and each.trains]
+    all_stale = any(each.trains for each in stuck) and all(each.outcome == "stale" for each in answered)
     if all_stale:
         text = (
             f"all updates are stale, of {counted(len(answered), 'device')}: they train for longer than staleness.max "
@@ -60,7 +59,12 @@ def _refused(devices: Sequence[DeviceView]) -> list[Finding]:
         )
         found.append(Finding(level=Level.DEGRADED, kind="all-stale", text=text))
     for each in stuck:
-        if each.outcome == "stale" and not all_stale:
+        if each.evaluates:
+            text = (
+                "is an evaluator and trains, in vain: run `ternbus edge evaluate` there, or invite it by another name"
+            )
+            found.append(Finding(level=Level.DEGRADED, kind="refused", subject=each.name, text=text))
+        elif each.outcome == "stale" and not all_stale:
             text = f"is too slow: its last {each.refused_in_a_row} updates were stale ({each.reason})"
             found.append(Finding(level=Level.DEGRADED, kind="stale", subject=each.name, text=text))
         elif each.outcome == "invalid":
