@@ -19,7 +19,7 @@ from ternbus.aggregator.core import events, first_version, records
 from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.shell import transport
-from ternbus.aggregator.store import archives, control, lost_ledger, membership, private_rows, swapping
+from ternbus.aggregator.store import archives, control, lost_ledger, membership, private_rows, swapping, tags
 from ternbus.aggregator.store.ledger import KINDS, LEDGER, Ledger, reading, writing
 from ternbus.aggregator.store.recovery import recover
 from ternbus.aggregator.store.remedy import remedy
@@ -292,7 +292,7 @@ def tensors_of(directory: Path, version: int | None) -> tuple[int, bytes, dict[s
     """(version, digest, tensors) of a kept version, the newest by default."""
     with reading(directory) as ledger:
         number = ledger.version if version is None else version
-        vector = ledger.vector(number)
+        vector = tags.vector_of(ledger, number)
         return number, vector_digest(vector), to_tensors(ledger.schema(), vector)
 
 

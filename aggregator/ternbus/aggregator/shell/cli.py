@@ -19,6 +19,7 @@ from ternbus.aggregator.shell import (
     recovery_commands,
     status_command,
     status_text,
+    version_commands,
 )
 from ternbus.aggregator.shell.arguments import AllowPlanKeys, AsJson, Dir, DirAsRoot, HelperCards, Private, Settings
 from ternbus.aggregator.shell.service import Service
@@ -299,20 +300,6 @@ def close(directory: Dir) -> None:
         )
 
 
-@app.command()
-def export(
-    directory: DirAsRoot,
-    out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="File to write.")],
-    number: Annotated[
-        int | None,
-        typer.Option(
-            "--version", min=0, max=2**63 - 1, help="Version to export, one of those kept. [default: the newest]"
-        ),
-    ] = None,
-) -> None:
-    """Write a version of the model to a safetensors file, exactly as devices hold it.
-
-    Example: ternbus aggregator export agg model.safetensors
-    """
-    found, digest = administration.export(directory, out, number)
-    typer.echo(f"{out}: version {found}, digest {digest.hex()}")
+app.command()(version_commands.versions)
+app.command()(version_commands.tag)
+app.command()(version_commands.export)
