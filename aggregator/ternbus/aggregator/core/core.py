@@ -22,6 +22,7 @@ from ternbus.aggregator.core.private import Private
 from ternbus.aggregator.core.rate_limit import LogLimit
 from ternbus.aggregator.core.refusals import Refusals
 from ternbus.aggregator.core.registry import Invited, Registry
+from ternbus.aggregator.core.requests import Asked, Requests
 from ternbus.aggregator.core.retained import Retained
 from ternbus.aggregator.core.revocations import Revocations
 from ternbus.aggregator.core.set_merging import SetMerging
@@ -72,6 +73,7 @@ class Core:
     _refusals: Refusals = field(init=False)
     _private: Private | None = field(init=False)
     _revocations: Revocations = field(init=False)
+    _requests: Requests = field(init=False)
     _counters: Counters = field(default_factory=Counters)
     _merging: Merging = field(init=False)  # of plain updates
     work: WorkShares = field(init=False)
@@ -87,7 +89,7 @@ class Core:
         log_limit = LogLimit(settings.limits.log_lines_per_minute)
         self._refusals = Refusals(counters=self._counters, log_limit=log_limit)
         self.work = WorkShares(settings.limits.work_bytes_per_s)
-        self.validation = Validation(settings, self.identity, self.schema, self.influence, self.sums)
+        self.validation = Validation(settings, self.identity, self.schema, self.influence, self.sums, self.published)
         self._updates = Updates(
             settings=settings,
             work=self.work,
@@ -123,6 +125,13 @@ class Core:
             registry=self.registry,
             frames=self._frames,
             published=self.published,
+        )
+        self._requests = Requests(
+            enrollment=self._enrollment,
+            registry=self.registry,
+            revocations=self._revocations,
+            versions=self._versions,
+            private=self._private,
         )
         self._merging = Merging(
             settings=settings,
@@ -217,8 +226,8 @@ class Core:
                 if self._private is not None:
                     self._private.invite(event.helpers)
                 return self._done(event.request)
-            case events.CancelRequested() | events.RevokeRequested():
-                return self._membership(event)
+            case events.CancelRequested() | events.RevokeRequested() | events.RollbackRequested():
+                return self._request(event)
             case events.StateRequested():
                 return self._change_state(event)
             case events.CountsRequested():
@@ -355,26 +364,12 @@ class Core:
 
     # --- what the operator asks for, and what is due
 
-    def _membership(self, event: events.CancelRequested | events.RevokeRequested) -> list[Action]:
+    def _request(self, event: Asked) -> list[Action]:
         try:
-            actions = self._revoke(event) if isinstance(event, events.RevokeRequested) else self._cancel(event.device)
+            actions = self._requests.take(event, self._now)
         except ConfigError as error:
             return self._done(event.request, str(error))
         return [*actions, *self._done(event.request)]
-
-    def _revoke(self, event: events.RevokeRequested) -> list[Action]:
-        if self._private is not None and event.device not in self.registry.members:
-            self._private.check_revocation(event.device)
-        actions = [*self._enrollment.revoke(event), *self._revocations.publish()]
-        if self._private is not None and not event.keep:
-            actions += self._private.merging.sets.revoke(event.device, self._now)
-        return actions
-
-    def _cancel(self, name: str) -> list[Action]:
-        """The invitation of a device, or else of a helper of that name."""
-        if self._private is not None and name in self._private.codes and name not in self.registry.codes:
-            return self._private.cancel(name)
-        return self._enrollment.cancel(name)
 
     def _change_state(self, event: events.StateRequested) -> list[Action]:
         self._updates.closed = event.state == CLOSED

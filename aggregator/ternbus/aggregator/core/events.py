@@ -9,6 +9,7 @@ from ternbus.aggregator.merge.accepted import BufferedUpdate
 from ternbus.aggregator.merge.influence import Measured
 from ternbus.broker.log_levels import INFO
 from ternbus.broker.protocol.frame import Frame
+from ternbus.broker.protocol.schema import Vector
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +128,19 @@ class StateRequested:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RollbackRequested:
+    """The operator wants a model back: ``vector``, that of version ``to``, or of a file (`OTHER_MODEL`).
+
+    ``error`` is why it cannot be had.
+    """
+
+    to: int
+    vector: Vector | None = None
+    error: str = ""
+    request: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CountsRequested:
     """The operator looks at the status: counters and the situation have to be on disk.
 
@@ -166,6 +180,7 @@ Event = (
     | CancelRequested
     | RevokeRequested
     | StateRequested
+    | RollbackRequested
     | CountsRequested
     | DiskChecked
     | TimeReached

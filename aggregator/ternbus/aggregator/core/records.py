@@ -175,6 +175,13 @@ class SnapshotTaken:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VersionsWithdrawn:
+    """A rollback: updates on versions below ``below`` are stale, and those that wait are never to be merged."""
+
+    below: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FramesRetained:
     """Frames by topic that the broker retains from now on; an empty one clears its topic."""
 
@@ -302,6 +309,7 @@ Record = (
     | ClosingBegun
     | VersionMade
     | SnapshotTaken
+    | VersionsWithdrawn
     | FramesRetained
     | SlotsChanged
     | StateChanged

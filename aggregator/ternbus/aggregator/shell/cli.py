@@ -17,6 +17,7 @@ from ternbus.aggregator.shell import (
     membership_commands,
     quickstart,
     recovery_commands,
+    rollback,
     status_command,
     status_text,
     version_commands,
@@ -302,4 +303,5 @@ def close(directory: Dir) -> None:
 
 app.command()(version_commands.versions)
 app.command()(version_commands.tag)
+app.command()(rollback.rollback)
 app.command()(version_commands.export)

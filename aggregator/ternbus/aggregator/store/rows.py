@@ -33,6 +33,7 @@ Inserted = (  # all records but those that come with a file: of a body, of vecto
     | records.UpdateAnswered
     | records.ClosingBegun
     | records.VersionMade
+    | records.VersionsWithdrawn
     | records.FramesRetained
     | records.SlotsChanged
     | records.StateChanged
@@ -51,6 +52,7 @@ ANSWERED: Final = {
     "highest_base": "max(highest_base, :base)",
 }
 CLOSING: Final = "closing"  # a fact: the federation is to be closed when helpers have answered
+FLOOR: Final = "floor"  # a fact: versions below it were withdrawn by a rollback
 STATED: Final = "stated"  # in place of a split: the row of what a device stated last beside its metrics' values
 ONE_KEY: Final = "device = :device AND key = :key"
 SENT: Final = {"update_bytes": "update_bytes + :size", "seen_at": ":now"}
@@ -108,7 +110,8 @@ def _fact(
     | records.ClosingBegun
     | records.StateChanged
     | records.SlotsChanged
-    | records.SituationTold,
+    | records.SituationTold
+    | records.VersionsWithdrawn,
     now: float,
 ) -> None:
     match record:
@@ -125,6 +128,9 @@ def _fact(
             set_fact(db, "slots", record.slots)
         case records.SituationTold():
             answers.situation(db, record, now)
+        case records.VersionsWithdrawn():
+            set_fact(db, FLOOR, record.below)
+            membership.drop(db, "merged IS NULL", {})
         case _:
             assert_never(record)
 
