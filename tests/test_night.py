@@ -50,7 +50,7 @@ DEVICES = {  # partition of the data, and options of `edge join`
 }
 EVALUATORS = ("misplaced", "judge")
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.extended]
 
 
 @dataclass(slots=True)
