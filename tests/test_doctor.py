@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ from ternbus.broker import checkup
 from ternbus.broker.checkup import Grade
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.link.probe import judge
+from ternbus.broker.protocol.identity import Identity
+from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.server import running
 from ternbus.broker.server.directory import BrokerDirectory
 from ternbus.broker.server.running import Engine
 from ternbus.command import app
+from ternbus.edge.plan.limits import TrainingLimits
+from ternbus.edge.shell.directory import DeviceDirectory
 
 RUN = CliRunner()
 
@@ -141,3 +146,40 @@ def test_a_broker_s_directory_is_examined_with_its_certificates(tmp_path: Path) 
     assert found["certificates"][0] == found["access"][0] == found["keys"][0] == "ok"
     os.truncate(home.folder / "access.list", 0)
     assert examined(home.folder, code=2)[str(home.folder)]["access"][0] == "warning"
+
+
+def test_a_helper_without_an_invitation_is_told_to_ask_for_one(tmp_path: Path) -> None:
+    folder = tmp_path / "bureau"
+    made = RUN.invoke(app, ["helper", "init", str(folder), "--federation", "lab", "--broker", "mqtt://127.0.0.1"])
+    assert made.exit_code == 0, made.output
+    found = examined(folder, code=1)[str(folder)]
+    assert found["settings"][0] == "ok"
+    assert found["joined"] == (
+        "warning", "there is no invitation yet", "ternbus aggregator invite AGG --helper helper",
+    )  # fmt: skip
+
+
+def test_a_device_is_examined_with_its_outbox_and_its_way_to_the_broker(tmp_path: Path) -> None:
+    port = running.reserve("127.0.0.1", 0)
+    folder = device_directory(tmp_path / "pi", f"mqtt://127.0.0.1:{port}")
+    found = examined(folder, code=2)[str(folder)]
+    assert found["settings"][1] == "device pi of lab, task digits-numpy"
+    assert found["joined"][0] == "warning"
+    assert found["process"] == ("warning", "no process runs", f"ternbus edge run {folder}")
+    assert "no broker listens there" in found["broker"][1]
+    home = DeviceDirectory(folder)
+    home.write(replace(home.settings(), code=""))
+    assert "outbox.db is missing or empty" in examined(folder, code=2)[str(folder)]["outbox"][1]
+
+
+def device_directory(folder: Path, broker: str) -> Path:
+    """A device's directory as `edge join` makes it before it connects."""
+    identity = Identity.generate()
+    invitation = Invitation(
+        federation="lab", device="pi", broker=broker, aggregator_key=identity.public.hex(), code="c" * 32
+    )
+    DeviceDirectory(folder).prepare(
+        invitation, task="digits-numpy", data=None, partition="all", seed=0, hold_out=0.0, width=1.0, processor="",
+        frame_bytes=122_880, username="", password_file=None, policy=None, limits=TrainingLimits(), sums=None,
+    )  # fmt: skip
+    return folder
