@@ -34,6 +34,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "ternbus.helper.shell.cli", "Run a helper of private sums: open sums of updates, never a single one."
     ),
     "lab": Command("ternbus.lab.cli", "Run a whole federation on this machine and report its results."),
+    "top": Command("ternbus.aggregator.shell.top_command", "Show an aggregator live in the terminal."),
     "doctor": Command("ternbus.doctor", "Examine a broker, an aggregator, a device or a helper, and say what to mend."),
 }
 
