@@ -104,16 +104,27 @@ def test_refused_updates_are_counted_by_device_and_logged(make: Make) -> None:
     (line,) = logged(bench)
     assert line.level == WARNING
     assert dict(line.fields) | {"reason": ""} == {"device": "pi", "seq": 3, "outcome": "invalid", "reason": ""}
+    told(bench)
     row = statuses.read(bench.directory)["devices"]["pi"]
     assert (row["invalid"], row["stale"], row["in_a_row"], row["refused_share"]) == (1, 1, 2, 0.5)
     assert row["answer"]["outcome"] == "invalid"
     assert row["answer"]["at"] == int(bench.now)
     assert "device" not in statuses.read(bench.directory)["counts"]["invalid"]
     assert bench.send(pi, ternary_block(bench.schema, 3), 1)[0].outcome == "accepted"
+    told(bench)
     row = statuses.read(bench.directory)["devices"]["pi"]
     assert (row["in_a_row"], row["answer"]["at"], row["stale_share"]) == (0, bench.now, 1 / 3)
-    bench.send(pi, b"nonsense", 2)
-    assert statuses.read(bench.directory)["devices"]["pi"]["in_a_row"] == 1
+    for expected in (1, 2):
+        bench.send(pi, b"nonsense", 2)
+        told(bench)
+        assert statuses.read(bench.directory)["devices"]["pi"]["in_a_row"] == expected
+    bench.send(other, ternary_block(bench.schema, 5), 2)
+    for _ in range(2):
+        bench.send(other, b"nonsense", 3)
+    bench.send(pi, b"nonsense", 3)
+    told(bench)
+    found = statuses.read(bench.directory)["devices"]
+    assert (found["other"]["in_a_row"], found["pi"]["in_a_row"]) == (2, 3)
 
 
 def test_a_duplicate_is_not_a_refusal(make: Make) -> None:
@@ -121,6 +132,7 @@ def test_a_duplicate_is_not_a_refusal(make: Make) -> None:
     pi = bench.join("pi")
     bench.send(pi, ternary_block(bench.schema, 2), 0)
     assert bench.send(pi, ternary_block(bench.schema, 2), 0)[0].outcome == "duplicate"
+    told(bench)
     row = statuses.read(bench.directory)["devices"]["pi"]
     assert (row["invalid"], row["stale"], row["in_a_row"], row["answer"]["outcome"]) == (0, 0, 0, "duplicate")
 

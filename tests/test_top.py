@@ -44,6 +44,7 @@ def test_health_devices_and_versions_are_shown_and_q_ends_it(make: Make) -> None
     bench.send(pi, ternary_block(bench.schema, 1), 0)
     for _ in range(3):
         bench.send(pi, b"nonsense", 1)
+    bench.tick(1.0)  # counters are written once a second
     health, devices, versions = asyncio.run(_looked(lambda: examination.look(bench.directory)))
     assert health.startswith("health: down: no process serves this directory")
     assert [row[0] for row in devices] == ["pi", "a-quiet-one"]  # what is wrong comes first

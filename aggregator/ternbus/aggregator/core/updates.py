@@ -160,6 +160,8 @@ class Updates:
     def _answer(self, member: Member, seq: int, verdict: Verdict, now: float) -> list[Action]:
         """Answer an update that will not be merged, for good."""
         self._grants.close(member.name)
+        after_accepted = member.answer.outcome == "accepted"
+        self.counters.refuse_update(member.name, verdict.outcome, now, after_accepted=after_accepted)
         member.answer = Answer(seq=seq, outcome=verdict.outcome, reason=verdict.reason)
         record = records.UpdateAnswered(
             device=member.name,

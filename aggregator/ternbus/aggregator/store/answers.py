@@ -1,7 +1,7 @@
 """What became of each device's updates, and what the running process knows: hints for the status, nothing else.
 
-Counts of refused updates are rows of ``counts`` that name their device, so that they survive every crash. The situation
-is a fact of the moment at which somebody looked.
+Counts of refused updates are rows of ``counts`` that name their device. They are written once a second, so that a flood
+costs little. The situation is a fact of the moment at which somebody looked.
 """
 
 import json
@@ -17,7 +17,6 @@ from ternbus.aggregator.store import checksums
 
 TALLY: Final = "device"  # the first part of a count's name: of one device
 IN_A_ROW, AT = "in-a-row", "at"  # the last part; or an outcome
-REFUSED: Final = ("invalid", "stale")
 SITUATION, LOSSES = "situation", "losses"  # facts
 
 
@@ -31,19 +30,19 @@ class Tally:
     at: int = 0
 
 
-def refused(db: sqlite3.Connection, record: records.UpdateAnswered, now: float) -> None:
-    """Count an update that will not be merged, before its answer is written."""
-    row = db.execute("SELECT outcome FROM keys WHERE device = ? AND key = ?", (record.device, record.key)).fetchone()
-    if record.outcome in REFUSED:
-        _count(db, record.device, record.outcome, "value + 1", 1)
-        _count(db, record.device, IN_A_ROW, "1" if row == ("accepted",) else "value + 1", 1)
-    _count(db, record.device, AT, str(int(now)), int(now))
+def refused(db: sqlite3.Connection, found: Mapping[str, records.RefusedUpdates], now: float) -> None:
+    """Add to the counts of devices, of what came since the last time."""
+    for device, new in found.items():
+        _count(db, device, "invalid", "value + :number", new.invalid)
+        _count(db, device, "stale", "value + :number", new.stale)
+        _count(db, device, IN_A_ROW, ":number" if new.after_accepted else "value + :number", new.in_a_row)
+        _count(db, device, AT, ":number", int(now))
 
 
-def _count(db: sqlite3.Connection, device: str, what: str, change: str, first: int) -> None:
+def _count(db: sqlite3.Connection, device: str, what: str, change: str, number: int) -> None:
     name = f"{TALLY}:{device}:{what}"
-    if not checksums.update(db, "counts", {"value": change}, "name = :name", {"name": name}):
-        checksums.insert(db, "counts", (name, first))
+    if not checksums.update(db, "counts", {"value": change}, "name = :name", {"name": name, "number": number}):
+        checksums.insert(db, "counts", (name, number))
 
 
 def tallies(db: sqlite3.Connection) -> Mapping[str, Tally]:

@@ -66,7 +66,6 @@ def write(db: sqlite3.Connection, record: Inserted, now: float) -> None:
         return
     match record:
         case records.UpdateAnswered():
-            answers.refused(db, record, now)
             _answered(db, record)
         case records.VersionMade():
             _version(db, record, now)
@@ -229,6 +228,7 @@ def _observed(db: sqlite3.Connection, record: records.Observed, now: float) -> N
         _count(db, f"invalid:{reason}", number)
     for outcome, number in record.outcomes.items():
         _count(db, outcome, number)
+    answers.refused(db, record.refused_updates, now)
     if record.claim is not None:
         set_fact(db, "claim", json.dumps(record.claim))
     for device, size_bytes in record.update_bytes.items():
