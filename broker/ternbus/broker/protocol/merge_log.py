@@ -89,8 +89,7 @@ class Entry:
     updates: tuple[Contribution, ...] = ()
     sets: tuple[MergedSet, ...] = ()
     dropped: tuple[DroppedUpdate, ...] = ()  # since the entry before
-    # The version whose model this is again, by a rollback: those above it are withdrawn. `OTHER_MODEL`: of a file.
-    rollback: int | None = None
+    rollback: int | None = None  # the version whose model this is again; `OTHER_MODEL`: that of a file
 
     @property
     def members(self) -> Iterator[PrivateMember]:
@@ -140,9 +139,7 @@ class Entry:
         except (msgpack.UnpackException, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ProtocolError("bad-entry", "the entry is not msgpack") from error
         if not isinstance(fields, dict) or tuple(fields) not in {_KEYS, _PRIVATE_KEYS, _ROLLBACK_KEYS}:
-            raise ProtocolError(
-                "bad-entry", f"the entry is not a map of {', '.join(_KEYS)}, or of sets and dropped, or rollback, too"
-            )
+            raise ProtocolError("bad-entry", f"the entry is not a map of {', '.join(_KEYS)}, and what may follow")
         federation = meta_fields.text(fields, "federation")
         rows, sets, dropped = (fields.get(key, []) for key in ("updates", "sets", "dropped"))
         if not is_federation(federation) or not all(isinstance(each, list) for each in (rows, sets, dropped)):
@@ -371,7 +368,7 @@ class Audit:
         to, later = self._links[after].rollback, self._links[after]
         if to is None or after - before > ROLLBACK_MAX:
             return False
-        if to != OTHER_MODEL and (to > before or (to in self._links and self._links[to].digest != later.digest)):
+        if to > before or (to in self._links and self._links[to].digest != later.digest):
             self.faults.append(f"version {after} claims to be version {to} again, and is not")
         return True
 
