@@ -85,7 +85,7 @@ def world(tmp_path: Path) -> Iterator[World]:
         ledger = Ledger(directory / LEDGER)
         ledger.write([records.DeviceEnrolled(device="pi", public=device.identity.public, proof=bytes(32))])
         ledger.close()
-        yield World(broker.url, Service(directory, "test", lambda _: None), frame)
+        yield World(broker.url, Service(directory, "test", lambda _, **__: None), frame)
 
 
 @contextmanager
@@ -109,7 +109,7 @@ def test_a_revocation_that_does_not_reach_the_backups_is_in_the_log(world: World
     directory, out = world.service.directory, tmp_path / "out"
     backup.backup(directory, out, None, "test")
     out.rename(tmp_path / "away")
-    world.service = Service(directory, "test", lines.append)
+    world.service = Service(directory, "test", lambda text, **_: lines.append(text))
     with running(world):
         administration.revoke(directory, "pi", "test")
     (line,) = [line for line in lines if line.startswith(backup.NOT_COPIED)]
@@ -156,7 +156,7 @@ def test_where_the_disk_fails_the_service_ends_and_nobody_is_told_of_what_is_not
             told.append(Status.from_meta(parse(arrived.payload).meta).state)
     assert [type(error) for error in world.errors] == [OSError]
     monkeypatch.undo()
-    world.service = Service(world.service.directory, "test", lambda _: None)
+    world.service = Service(world.service.directory, "test", lambda _, **__: None)
     with running(world) as (_, link, inbox):  # the broker delivers it again, and so does the device
         link.publish(topics.up(LAB, "pi", "update"), world.frame)
         while (arrived := inbox.until(Arrived)).topic != RECEIPTS:
@@ -179,7 +179,7 @@ def test_a_stop_goes_before_the_messages_that_wait(world: World, monkeypatch: py
 
 def test_what_a_broker_shows_ends_no_process_for_good(tmp_path: Path) -> None:
     """A head of a version to come: going on would do harm, but it is no mistake in the configuration."""
-    service = Service(tmp_path, "test", lambda _: None)
+    service = Service(tmp_path, "test", lambda _, **__: None)
     with pytest.raises(LinkError, match="restored from a backup"):
         service._perform([events.Stop(error="was it restored from a backup?")])
 

@@ -21,6 +21,7 @@ HELPER = {"helper", "helper.core", "helper.store", "helper.shell"}
 LAB = {"lab", "lab.scenario", "lab.report", "lab.processes", "lab.virtual", "lab.experiment"}
 ARROWS = {
     "command": {"broker"},  # the components' commands it imports by name, when one is run
+    "doctor": {*BUS, "broker.link", "broker.server"},  # the components' examinations it imports by name
     "broker": set[str](),
     "broker.protocol": {"broker"},
     "broker.sums": {"broker", "broker.protocol"},
@@ -97,6 +98,7 @@ CONFINED = {
     "torchvision": {"edge_client/ternbus/edge/torch/torchvision_ops.py", "edge_client/ternbus/edge/tasks/"},
     "matplotlib": {"lab/ternbus/lab/report/", "lab/ternbus/lab/experiment/plot.py"},
     "rich": {"lab/ternbus/lab/report/progress.py"},
+    "textual": {"aggregator/ternbus/aggregator/shell/top.py"},
     "sqlite3": {*STORES, "broker/ternbus/broker/complaint.py"},  # which names its errors to end with an exit code
     "cryptography": {"broker/ternbus/broker/server/certificates.py"},
     "dp_accounting": {"edge_client/ternbus/edge/learn/accountant.py"},

@@ -35,7 +35,7 @@ def serving(broker: RunningBroker, directory: Path) -> Iterator[Lines]:
         directory, federation=LAB, broker=broker.url, model=model, settings={"limits.frame_bytes": FRAME_BYTES}
     )
     lines: Lines = queue.SimpleQueue()
-    service = Service(directory, "test", lines.put)
+    service = Service(directory, "test", lambda text, **_: lines.put(text))
     thread = threading.Thread(target=service.run, daemon=True)
     thread.start()
     try:

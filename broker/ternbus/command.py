@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, NamedTuple, NoReturn
 
 import typer
 from typer.core import TyperGroup
-from typer.main import get_command, get_group
+from typer.main import get_command
 
 from ternbus.broker.complaint import complaint
 from ternbus.broker.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED
@@ -34,6 +34,8 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "ternbus.helper.shell.cli", "Run a helper of private sums: open sums of updates, never a single one."
     ),
     "lab": Command("ternbus.lab.cli", "Run a whole federation on this machine and report its results."),
+    "top": Command("ternbus.aggregator.shell.top_command", "Show an aggregator live in the terminal."),
+    "doctor": Command("ternbus.doctor", "Examine a broker, an aggregator, a device or a helper, and say what to mend."),
 }
 
 
@@ -50,7 +52,7 @@ class LazyGroup(TyperGroup):
         """
         name, command, rest = super().resolve_command(ctx, args)
         if name is not None:
-            command = get_group(importlib.import_module(COMMANDS[name].module).app)
+            command = get_command(importlib.import_module(COMMANDS[name].module).app)
         return name, command, rest
 
 

@@ -220,6 +220,11 @@ class Settings:
         return float(self._whole_plan.get("learning_rate") or LEARNING_RATE)
 
     @property
+    def is_dp(self) -> bool:
+        """Whether devices add noise: then nothing else of their data may show."""
+        return bool(self._whole_plan.get("dp", plan_keys.NO_DP) != plan_keys.NO_DP)
+
+    @property
     def sum_noise(self) -> tuple[float, float]:
         """θ and B of `dp = "sum"`, of the plan or the task; 0 and 0 for another `dp`."""
         plan = self._whole_plan

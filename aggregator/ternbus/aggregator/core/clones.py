@@ -13,6 +13,7 @@ from typing import Final
 from ternbus.aggregator.core.events import Action, Log
 from ternbus.aggregator.core.refusals import Refusals
 from ternbus.aggregator.core.registry import Member
+from ternbus.broker.log_levels import WARNING
 from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.messages import DEVICE_STATES, Status
 
@@ -80,7 +81,7 @@ class Clones:
             "each machine by its own name"
         )
         line = self.refusals.log_limit.write(CLONED, text, now)
-        self._actions += [Log(text=line)] if line else []
+        self._actions += [Log(text=line, level=WARNING, event="cloned", fields={"device": member.name})] if line else []
 
     def tell(self) -> list[Action]:
         """The log lines since the last call."""

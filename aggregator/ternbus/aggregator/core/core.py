@@ -12,7 +12,7 @@ from typing import assert_never
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.clones import Clones
 from ternbus.aggregator.core.counters import Counters
-from ternbus.aggregator.core.device_messages import DeviceMessages
+from ternbus.aggregator.core.device_messages import DeviceMessages, address_of
 from ternbus.aggregator.core.enrollment import Enrollment
 from ternbus.aggregator.core.events import Action, Publish, Save
 from ternbus.aggregator.core.frames import FrameWriter
@@ -22,6 +22,7 @@ from ternbus.aggregator.core.private import Private
 from ternbus.aggregator.core.rate_limit import LogLimit
 from ternbus.aggregator.core.refusals import Refusals
 from ternbus.aggregator.core.registry import Invited, Registry
+from ternbus.aggregator.core.requests import Asked, Requests
 from ternbus.aggregator.core.retained import Retained
 from ternbus.aggregator.core.revocations import Revocations
 from ternbus.aggregator.core.set_merging import SetMerging
@@ -29,6 +30,7 @@ from ternbus.aggregator.core.sets import Held
 from ternbus.aggregator.core.updates import Updates
 from ternbus.aggregator.core.validation import Validation
 from ternbus.aggregator.core.versions import PublishedState, Versions, leap_of
+from ternbus.aggregator.core.watch import Watch
 from ternbus.aggregator.core.work import WorkShares
 from ternbus.aggregator.merge.influence import Influence
 from ternbus.aggregator.merge.model import Model
@@ -71,11 +73,13 @@ class Core:
     _refusals: Refusals = field(init=False)
     _private: Private | None = field(init=False)
     _revocations: Revocations = field(init=False)
+    _requests: Requests = field(init=False)
     _counters: Counters = field(default_factory=Counters)
     _merging: Merging = field(init=False)  # of plain updates
     work: WorkShares = field(init=False)
     validation: Validation = field(init=False)
     _reconnect: Reconnect = field(init=False)
+    _watch: Watch = field(init=False)
     _is_linked: bool = False  # there is a connection, or one is being made
     _now: float = 0.0
 
@@ -85,7 +89,7 @@ class Core:
         log_limit = LogLimit(settings.limits.log_lines_per_minute)
         self._refusals = Refusals(counters=self._counters, log_limit=log_limit)
         self.work = WorkShares(settings.limits.work_bytes_per_s)
-        self.validation = Validation(settings, self.identity, self.schema, self.influence, self.sums)
+        self.validation = Validation(settings, self.identity, self.schema, self.influence, self.sums, self.published)
         self._updates = Updates(
             settings=settings,
             work=self.work,
@@ -122,6 +126,13 @@ class Core:
             frames=self._frames,
             published=self.published,
         )
+        self._requests = Requests(
+            enrollment=self._enrollment,
+            registry=self.registry,
+            revocations=self._revocations,
+            versions=self._versions,
+            private=self._private,
+        )
         self._merging = Merging(
             settings=settings,
             model=self.model,
@@ -130,6 +141,7 @@ class Core:
             influence=self.influence,
         )
         self._reconnect = Reconnect(salt=self.identity.public.hex())
+        self._watch = Watch(registry=self.registry)
 
     def _with_private(self, sums: PrivateSums) -> Private:
         private = Private.of(
@@ -170,6 +182,7 @@ class Core:
     def start(self, now: float) -> list[Action]:
         """What is to be done before the first event."""
         self._now = now
+        self._watch.started(now)
         if self.model.buffer:
             self._merging.first_accepted(now)
         begun = [] if self._private is None else self._private.start(now)  # before any head is published
@@ -203,7 +216,7 @@ class Core:
             case events.Connected():
                 return self._connected(event)
             case events.ConnectFailed() | events.Disconnected():
-                return self._disconnected()
+                return self._disconnected(event.reason)
             case events.Published():
                 return self._retained.acknowledged(event.topic, self._now)
             case events.Refused():
@@ -213,13 +226,14 @@ class Core:
                 if self._private is not None:
                     self._private.invite(event.helpers)
                 return self._done(event.request)
-            case events.CancelRequested() | events.RevokeRequested():
-                return self._membership(event)
+            case events.CancelRequested() | events.RevokeRequested() | events.RollbackRequested():
+                return self._request(event)
             case events.StateRequested():
                 return self._change_state(event)
             case events.CountsRequested():
                 asked = [] if self._private is None else self._private.merging.count()
-                return [*self._count(), *asked, *self._done(event.request)]
+                told = self._watch.told(self._merges.waiting(self._now), event, self._now)
+                return [*self._count(), *asked, told, *self._done(event.request)]
             case events.DiskChecked():
                 return self._updates.disk_checked(event.free)
             case events.TimeReached():
@@ -246,6 +260,7 @@ class Core:
 
     def _connected(self, event: events.Connected) -> list[Action]:
         self._is_linked = True
+        self._watch.connected(self._now)
         self._reconnect.connected(self._now)
         federation = self.settings.federation
         filters = [f"{topics.root(federation)}/up/#", topics.head(federation), topics.status(federation)]
@@ -263,8 +278,9 @@ class Core:
             actions += self._private.merging.ask_all(self._now)
         return actions
 
-    def _disconnected(self) -> list[Action]:
+    def _disconnected(self, reason: str) -> list[Action]:
         self._is_linked = False
+        self._watch.disconnected(reason, self._now)
         self._merges.disconnected()
         self._versions.confirm_by = None
         return self._retained.disconnected(self._now, is_contested=self._reconnect.failed(self._now))
@@ -272,7 +288,8 @@ class Core:
     def _stop(self) -> list[Action]:
         """Finish what is accepted, then publish that this is offline. What lacks devices stays for the next start."""
         self._updates.stopping = True
-        return [*self._merges.merge_all(self._now), *self._count(), *self._status("offline"), events.Stop()]
+        told = self._watch.told(self._merges.waiting(self._now), events.CountsRequested(), self._now)
+        return [*self._merges.merge_all(self._now), *self._count(), told, *self._status("offline"), events.Stop()]
 
     def _status(self, state: str) -> list[Action]:
         reserved, (topic, payload) = self._frames.status(state, self.session, self.software)
@@ -284,7 +301,7 @@ class Core:
         """Take in what the broker delivered; whatever is wrong with it is counted, and that is all."""
         what = "a message"
         try:
-            address = self._address(event.topic)
+            address = address_of(event.topic, self.settings.federation)
             what = f"{address.kind} of {address.device or AGGREGATOR}"
             if address.group == "help":
                 return self._from_helper(event, address)
@@ -298,12 +315,6 @@ class Core:
         if self._private is None:
             raise ProtocolError("unknown-topic", "this federation has no helpers")
         return self._private.take(event, address, self._now) if event.payload else []
-
-    def _address(self, topic: str) -> topics.Address:
-        address = topics.parse(topic)
-        if address.federation != self.settings.federation:
-            raise ProtocolError("wrong-federation", address.federation)
-        return address
 
     def _from_device(self, event: events.MessageArrived, address: topics.Address) -> list[Action]:
         was_empty = not self.model.buffer
@@ -351,28 +362,14 @@ class Core:
         begun = Save(record=records.SessionBegun(session=self.session))
         return [begun, *self._status("online")]
 
-    # --- what the operator asks for
+    # --- what the operator asks for, and what is due
 
-    def _membership(self, event: events.CancelRequested | events.RevokeRequested) -> list[Action]:
+    def _request(self, event: Asked) -> list[Action]:
         try:
-            actions = self._revoke(event) if isinstance(event, events.RevokeRequested) else self._cancel(event.device)
+            actions = self._requests.take(event, self._now)
         except ConfigError as error:
             return self._done(event.request, str(error))
         return [*actions, *self._done(event.request)]
-
-    def _revoke(self, event: events.RevokeRequested) -> list[Action]:
-        if self._private is not None and event.device not in self.registry.members:
-            self._private.check_revocation(event.device)
-        actions = [*self._enrollment.revoke(event), *self._revocations.publish()]
-        if self._private is not None and not event.keep:
-            actions += self._private.merging.sets.revoke(event.device, self._now)
-        return actions
-
-    def _cancel(self, name: str) -> list[Action]:
-        """The invitation of a device, or else of a helper of that name."""
-        if self._private is not None and name in self._private.codes and name not in self.registry.codes:
-            return self._private.cancel(name)
-        return self._enrollment.cancel(name)
 
     def _change_state(self, event: events.StateRequested) -> list[Action]:
         self._updates.closed = event.state == CLOSED
@@ -380,8 +377,6 @@ class Core:
 
     def _done(self, request: int, error: str = "") -> list[Action]:
         return [Save(record=records.RequestDone(request=request, error=error))] if request or error else []
-
-    # --- time
 
     def _on_time(self) -> list[Action]:
         """Whatever is due now, whichever event was taken."""

@@ -1,10 +1,10 @@
 """Counters of refusals, repeated answers, traffic and statuses, gathered for one record a second."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
-from ternbus.aggregator.core.records import Observed
+from ternbus.aggregator.core.records import Observed, RefusedUpdates
 from ternbus.aggregator.core.registry import Registry
 
 COUNT_S: Final = 1.0  # from a counter's first change until all of them are saved
@@ -19,6 +19,7 @@ class Counters:
     due: float | None = None
     _devices: set[str] = field(default_factory=set)
     _claim: tuple[str, int] | None = None
+    _refused_updates: dict[str, RefusedUpdates] = field(default_factory=dict)
 
     def refuse(self, reason: str, now: float, count: int = 1) -> None:
         """Count frames that were dropped."""
@@ -28,6 +29,17 @@ class Counters:
     def answer(self, outcome: str, now: float) -> None:
         """Count an answer that no other record stands for."""
         self.outcomes[outcome] += 1
+        self._wake(now)
+
+    def refuse_update(self, device: str, outcome: str, now: float, *, after_accepted: bool) -> None:
+        """Count an update of a device that was answered `invalid` or `stale`; another outcome is none of these."""
+        if outcome not in {"invalid", "stale"}:
+            return
+        before = self._refused_updates.get(device, RefusedUpdates())
+        counts = {outcome: getattr(before, outcome) + 1, "in_a_row": 1 if after_accepted else before.in_a_row + 1}
+        self._refused_updates[device] = replace(
+            before, **counts, after_accepted=after_accepted or before.after_accepted
+        )
         self._wake(now)
 
     def claim(self, device: str, version: int, now: float) -> None:
@@ -52,6 +64,7 @@ class Counters:
             outcomes=dict(self.outcomes),
             update_bytes={member.name: member.update_bytes for member in members},
             claim=self._claim,
+            refused_updates=dict(self._refused_updates),
             statuses={member.name: member.status for member in members if member.status is not None},
         )
         for member in members:
@@ -60,5 +73,6 @@ class Counters:
         self.outcomes.clear()
         self._devices.clear()
         self._claim = None
+        self._refused_updates.clear()
         self.due = None
         return record

@@ -20,6 +20,14 @@ from ternbus.broker.protocol.frame import Frame, header_bytes, parse
 from ternbus.broker.protocol.messages import Status
 
 
+def address_of(topic: str, federation: str) -> topics.Address:
+    """What a topic says; ProtocolError for one of another federation, or of none."""
+    address = topics.parse(topic)
+    if address.federation != federation:
+        raise ProtocolError("wrong-federation", address.federation)
+    return address
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceMessages:
     """Takes in messages on the topics of devices; ProtocolError for one that is dropped."""

@@ -146,7 +146,11 @@ class Enrollment:
         how = " as an evaluator" if member.role == EVALUATOR else ""
         return [
             Save(record=records.DeviceEnrolled(device=member.name, public=public, proof=frame.body, role=member.role)),
-            Log(text=f"{member.name} enrolled{how}{'' if before is None else ' with a new key'}"),
+            Log(
+                text=f"{member.name} enrolled{how}{'' if before is None else ' with a new key'}",
+                event="enrolled",
+                fields={"device": member.name, "role": member.role},
+            ),
         ]
 
     def _limit(self, name: str, now: float) -> None:
@@ -190,5 +194,9 @@ class Enrollment:
         dropped = not event.keep and self.updates.drop(member, event.buffer)
         return [
             Save(record=records.DeviceRevoked(device=member.name, why=event.why, drop=dropped)),
-            Log(text=f"{member.name} is revoked{f': {event.why}' if event.why else ''}"),
+            Log(
+                text=f"{member.name} is revoked{f': {event.why}' if event.why else ''}",
+                event="revoked",
+                fields={"device": member.name},
+            ),
         ]

@@ -7,7 +7,9 @@ from ternbus.aggregator.core.records import Record
 from ternbus.aggregator.core.registry import Invited
 from ternbus.aggregator.merge.accepted import BufferedUpdate
 from ternbus.aggregator.merge.influence import Measured
+from ternbus.broker.log_levels import INFO
 from ternbus.broker.protocol.frame import Frame
+from ternbus.broker.protocol.schema import Vector
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,12 +21,16 @@ class Connected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectFailed:
-    """What ``Connect`` asked for has led to no connection."""
+    """What ``Connect`` asked for has led to no connection; ``reason`` says why, for people."""
+
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Disconnected:
-    """The connection is gone, and with it what was not acknowledged."""
+    """The connection is gone, and with it what was not acknowledged; ``reason`` says why, for people."""
+
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,10 +128,27 @@ class StateRequested:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RollbackRequested:
+    """The operator wants a model back: ``vector``, that of version ``to``, or of a file (`OTHER_MODEL`).
+
+    ``error`` is why it cannot be had.
+    """
+
+    to: int
+    vector: Vector | None = None
+    error: str = ""
+    request: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CountsRequested:
-    """The operator looks at the status: counters have to be on disk."""
+    """The operator looks at the status: counters and the situation have to be on disk.
+
+    ``unacknowledged_s`` is how long the broker has acknowledged nothing of what it was sent.
+    """
 
     request: int = 0
+    unacknowledged_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +180,7 @@ Event = (
     | CancelRequested
     | RevokeRequested
     | StateRequested
+    | RollbackRequested
     | CountsRequested
     | DiskChecked
     | TimeReached
@@ -212,9 +236,12 @@ class RepublishRetained:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Log:
-    """Tell the operator."""
+    """Tell the operator: ``text`` for people, ``event`` and ``fields`` for programs."""
 
     text: str
+    level: str = INFO
+    event: str = "note"
+    fields: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -148,6 +148,7 @@ class FrameWriter:
         updates: tuple[Contribution, ...] = (),
         sets: tuple[MergedSet, ...] = (),
         dropped: tuple[DroppedUpdate, ...] = (),
+        rollback: int | None = None,
     ) -> Signed:
         """An entry in the log of merges, which is not published: the operator hands it out."""
         entry = Entry(
@@ -158,6 +159,7 @@ class FrameWriter:
             updates=updates,
             sets=sets,
             dropped=dropped,
+            rollback=rollback,
         )
         return entry.signed(self.identity)
 

@@ -3,12 +3,17 @@
 from dataclasses import dataclass, field
 
 from ternbus.aggregator.core.events import Action, Log
+from ternbus.aggregator.core.log_lines import VERSIONS_PER_MINUTE, made_in, version_line
 from ternbus.aggregator.core.merge_trigger import MergeTrigger
+from ternbus.aggregator.core.rate_limit import LogLimit
 from ternbus.aggregator.core.registry import Registry
+from ternbus.aggregator.core.situation import Waiting
 from ternbus.aggregator.core.versions import Versions
+from ternbus.aggregator.core.watch import waiting
 from ternbus.aggregator.merge.influence import Influence
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Settings
+from ternbus.broker.log_levels import WARNING
 from ternbus.broker.protocol.messages import CLOSED
 
 
@@ -22,10 +27,13 @@ class Merging:
     versions: Versions
     influence: Influence
     _trigger: MergeTrigger = field(init=False)
+    _log_limit: LogLimit = field(init=False)
     _told_held: bool = False  # the operator knows that the buffer lacks devices
+    _since: float | None = None  # when the wait for the next version began
 
     def __post_init__(self) -> None:
         settings = self.settings
+        self._log_limit = LogLimit(VERSIONS_PER_MINUTE)
         self._trigger = MergeTrigger(
             settings=settings.merge, min_interval_s=settings.downlink.min_interval_s, min_devices=settings.min_devices
         )
@@ -33,13 +41,20 @@ class Merging:
     def first_accepted(self, now: float) -> None:
         """An update was put into the empty buffer."""
         self._told_held = False
+        self._since = now
         self._trigger = self._trigger.first_accepted(now)
 
     def connected(self, now: float) -> None:
+        self._since = now if self._since is None else self._since
         self._trigger = self._trigger.connected(now)
 
     def disconnected(self) -> None:
         self._trigger = self._trigger.disconnected()
+
+    def waiting(self, now: float) -> Waiting:
+        """Whom the next version waits for."""
+        contributors = {update.device for update in self.model.buffer}
+        return waiting(self._trigger, contributors, self.registry.online, now, since=self._since)
 
     def due_s(self, now: float) -> float | None:
         """When ``on_time`` has something to do."""
@@ -62,7 +77,7 @@ class Merging:
         """Tell devices that the federation is open, paused or closed; of the end once all is merged."""
         actions = self.merge_all(now) if state == CLOSED else []
         if state != self.versions.published.state:
-            actions += [*self.versions.change_state(state), Log(text=f"the federation is {state}")]
+            actions += [*self.versions.change_state(state), Log(text=f"the federation is {state}", event=state)]
             if state == CLOSED and self.model.buffer:
                 actions += self.tell_held()
         return actions
@@ -76,11 +91,14 @@ class Merging:
             f"a version is made of at least {self.settings.min_devices} devices (merge.min_devices); "
             "the ledger keeps them"
         )
-        return [Log(text=text)]
+        return [Log(text=text, level=WARNING, event="held")]
 
     def _merge(self, now: float) -> list[Action]:
         self._trigger = self._trigger.merged(now)
+        self._since = now
         for update in self.model.buffer:
             self.registry.members[update.device].waiting_bytes = 0
         self.influence.merged(self.model.buffer)
-        return self.versions.merge()
+        devices = len({update.device for update in self.model.buffer})
+        actions = self.versions.merge()
+        return [*actions, *version_line(self._log_limit, made_in(actions), devices, now)]

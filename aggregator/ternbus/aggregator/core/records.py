@@ -1,9 +1,10 @@
 """What the core saves: each record is one fact, durable before anything that follows from it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ternbus.aggregator.core.registry import DEVICE
+from ternbus.aggregator.core.situation import Situation
 from ternbus.aggregator.merge.accepted import AcceptedUpdate
 from ternbus.aggregator.merge.optimizer import ServerState
 from ternbus.aggregator.merge.recipe import Recipe
@@ -174,6 +175,13 @@ class SnapshotTaken:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VersionsWithdrawn:
+    """A rollback: updates on versions below ``below`` are stale, and those that wait are never to be merged."""
+
+    below: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FramesRetained:
     """Frames by topic that the broker retains from now on; an empty one clears its topic."""
 
@@ -204,6 +212,16 @@ class MetricsReceived:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RefusedUpdates:
+    """A device's updates that were invalid or stale; ``in_a_row`` are the last of them without an accepted one."""
+
+    invalid: int = 0
+    stale: int = 0
+    in_a_row: int = 0
+    after_accepted: bool = False  # an accepted one came before these: they do not add to those counted before
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Observed:
     """What is only counted or hinted at, gathered since the last such record."""
 
@@ -212,6 +230,14 @@ class Observed:
     update_bytes: Mapping[str, int]  # PUBLISH packets on ``update``, by device
     statuses: Mapping[str, Status]  # the last one of each device
     claim: tuple[str, int] | None = None  # a device, and the version that it names and that there is not yet
+    refused_updates: Mapping[str, RefusedUpdates] = field(default_factory=dict)  # by device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SituationTold:
+    """What the running process knows beside its ledger: for those who look at the status, and nothing else."""
+
+    situation: Situation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -294,11 +320,13 @@ Record = (
     | ClosingBegun
     | VersionMade
     | SnapshotTaken
+    | VersionsWithdrawn
     | FramesRetained
     | SlotsChanged
     | StateChanged
     | MetricsReceived
     | Observed
+    | SituationTold
     | HelperEnrolled
     | HelperInvitationCancelled
     | HelperObserved

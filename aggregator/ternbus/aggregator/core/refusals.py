@@ -6,6 +6,7 @@ from ternbus.aggregator.core.counters import Counters
 from ternbus.aggregator.core.events import Action, Log
 from ternbus.aggregator.core.rate_limit import LogLimit
 from ternbus.broker.errors import ProtocolError
+from ternbus.broker.log_levels import WARNING
 from ternbus.broker.protocol.frame import COUNTER_MAX
 
 
@@ -19,7 +20,7 @@ class Refusals:
     def refuse(self, reason: str, text: str, now: float, count: int = 1) -> list[Action]:
         self.counters.refuse(reason, now, count)
         line = self.log_limit.write(reason, text, now)
-        return [Log(text=line)] if line else []
+        return [Log(text=line, level=WARNING, event="refused", fields={"reason": reason})] if line else []
 
     def drop(self, what: str, error: ProtocolError, now: float) -> list[Action]:
         return self.refuse(error.reason, f"dropped {what}: {error}", now)
@@ -34,4 +35,5 @@ class Refusals:
             "if this folder was copied back from a backup, stop and run: ternbus aggregator restored DIR"
         )
         line = self.log_limit.write("newer-version", text, now)
-        return [Log(text=line)] if line else []
+        fields = {"device": device, "version": version}
+        return [Log(text=line, level=WARNING, event="newer-version", fields=fields)] if line else []

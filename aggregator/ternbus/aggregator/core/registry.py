@@ -59,6 +59,7 @@ class Member:
     metrics_stated: int = 0  # hash of what it last stated beside its metrics' values; 0: not known
     waiting_bytes: int = 0  # of its updates in the buffer, on disk
     update_bytes: int = 0  # PUBLISH packets since the last count was written
+    loss: float | None = None  # of its last training, as it says; None: it does not, or not since the start
     pace: Pace = field(default_factory=Pace)
     frames: TokenBucket = field(default_factory=TokenBucket)
     receipts: TokenBucket = field(default_factory=TokenBucket)

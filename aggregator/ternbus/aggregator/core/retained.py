@@ -14,6 +14,7 @@ from ternbus.aggregator.core.refusals import Refusals
 from ternbus.aggregator.core.versions import Versions
 from ternbus.broker.backoff import contested
 from ternbus.broker.errors import ProtocolError
+from ternbus.broker.log_levels import WARNING
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.identity import AGGREGATOR
@@ -110,7 +111,7 @@ class Retained:
         self._unsure = self._unsure or bool(self.awaited or self._chunk)
         self._forget()
         line = self.refusals.log_limit.write("contested", text, now) if text else ""
-        return [Log(text=line)] if line else []
+        return [Log(text=line, level=WARNING, event="contested")] if line else []
 
     def on_time(self, now: float) -> list[Action]:
         """Whatever is due now; first of all, follow a snapshot that was just published."""

@@ -12,10 +12,14 @@ from ternbus.aggregator.core import records
 from ternbus.aggregator.core.asks import Asks
 from ternbus.aggregator.core.counters import Counters
 from ternbus.aggregator.core.events import Action, Log, Save
+from ternbus.aggregator.core.log_lines import VERSIONS_PER_MINUTE, made_in, version_line
 from ternbus.aggregator.core.merge_trigger import MergeTrigger
+from ternbus.aggregator.core.rate_limit import LogLimit
 from ternbus.aggregator.core.registry import Member, Registry
 from ternbus.aggregator.core.sets import Held, Sets
+from ternbus.aggregator.core.situation import Waiting
 from ternbus.aggregator.core.versions import Versions
+from ternbus.aggregator.core.watch import waiting
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.sums.groups import Fleet, Group, Rule
 from ternbus.aggregator.sums.private_header import body_bytes_max
@@ -42,14 +46,17 @@ class SetMerging:
     is_closing: bool = False  # the operator wants the federation closed, and helpers are waited for
     sets: Sets = field(init=False)
     _trigger: MergeTrigger = field(init=False)
+    _log_limit: LogLimit = field(init=False)
     _close_by: float = 0.0
     _no_empty_before: float = 0.0
     _told: str = ""  # what the operator knows of updates that wait for company
     _newest: tuple[int, float] = (-1, 0.0)  # the newest version, and since when it is
     _is_stopped: bool = False
+    _since: float | None = None  # when the wait for the next version began
 
     def __post_init__(self) -> None:
         about = self.settings
+        self._log_limit = LogLimit(VERSIONS_PER_MINUTE)
         self._trigger = MergeTrigger(settings=about.merge, min_interval_s=about.downlink.min_interval_s)
         schema = self.versions.model.schema
         self.sets = Sets(
@@ -82,7 +89,12 @@ class SetMerging:
         return actions
 
     def connected(self, now: float) -> None:
+        self._since = now if self._since is None else self._since
         self._trigger = self._trigger.connected(now)
+
+    def waiting(self, now: float) -> Waiting:
+        """Whom the next version waits for, of the devices; the status of private sums names the helpers."""
+        return waiting(self._trigger, self.sets.devices, self.registry.online, now, since=self._since)
 
     def ask_all(self, now: float) -> list[Action]:
         """Ask all helpers again what they have not answered."""
@@ -200,12 +212,15 @@ class SetMerging:
 
     def _merge(self, now: float) -> list[Action]:
         self._trigger = self._trigger.merged(now)
+        self._since = now
         opened = self.sets.take_opened()
         current = self.sums.scales
         self.sums.moved(
             np.sum([aligned(each.sum.buckets, each.about.terms.scales, current) for each in opened], axis=0)
         )
-        return self.versions.merge_sets(opened)
+        devices = len({member.device for each in opened for member in each.members})
+        actions = self.versions.merge_sets(opened)
+        return [*actions, *version_line(self._log_limit, made_in(actions), devices, now)]
 
     def count(self) -> list[Action]:
         """For those who look at the status: which helpers have not answered."""

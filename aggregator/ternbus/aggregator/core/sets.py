@@ -37,6 +37,7 @@ from ternbus.aggregator.sums.private_sets import (
 )
 from ternbus.aggregator.sums.state import ContextOf, PrivateSums
 from ternbus.broker.errors import ProtocolError
+from ternbus.broker.log_levels import WARNING
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.merge_log import DroppedUpdate
 from ternbus.broker.protocol.schema import Schema
@@ -313,7 +314,7 @@ class Sets:
         names = tuple(each.device for each in updates)
         record = records.UpdatesDropped(base=base, devices=names, reason=short(reason))
         what = f"{len(names)} private update{'s' if len(names) > 1 else ''} on version {base}"
-        return [Save(record=record), Log(text=f"dropped {what}: {short(reason)}")]
+        return [Save(record=record), Log(text=f"dropped {what}: {short(reason)}", level=WARNING, event="dropped")]
 
     def _let_go(self, updates: Iterable[PrivateUpdate]) -> None:
         for each in updates:

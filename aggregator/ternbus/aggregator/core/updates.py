@@ -9,6 +9,7 @@ from ternbus.aggregator.core.counters import Counters
 from ternbus.aggregator.core.disk_guard import ENOUGH, FULL, RETRY_S, sentence, state_of
 from ternbus.aggregator.core.events import Action, Log, Save
 from ternbus.aggregator.core.frames import FrameWriter
+from ternbus.aggregator.core.log_lines import refused_line
 from ternbus.aggregator.core.places import Place, Places
 from ternbus.aggregator.core.rate_limit import LogLimit
 from ternbus.aggregator.core.registry import Answer, Member
@@ -20,6 +21,7 @@ from ternbus.aggregator.merge.influence import Measured
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Settings
 from ternbus.broker.errors import ProtocolError
+from ternbus.broker.log_levels import INFO, WARNING
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.messages import Grant, Receipt
@@ -58,7 +60,7 @@ class Updates:
             return self._answer_again(member, frame.seq, now)
         offer = self.validation.judge_offer(member, frame, self.model.version, closed=self.closed)
         if isinstance(offer, Verdict):
-            return self._answer(member, frame.seq, offer)
+            return self._answer(member, frame.seq, offer, now)
         if self._accepts_nothing:
             return self._busy(member, frame.seq, now)
         place = self._asks(member, frame, offer.parts, now)
@@ -101,7 +103,7 @@ class Updates:
         judged = self.validation.judge(member, frame, self.model.version, closed=self.closed, ahead=ahead)
         if isinstance(judged, Verdict):
             self.afford(member, now)
-            return self._answer(member, frame.seq, judged)
+            return self._answer(member, frame.seq, judged, now)
         if self._accepts_nothing:
             self.afford(member, now)
             return self._busy(member, frame.seq, now)
@@ -146,7 +148,7 @@ class Updates:
             return self._grant(place) if place is not None and place.has_sent else []
         self.places.leave(member.name)
         if isinstance(valid, Verdict):
-            return self._answer(member, frame.seq, valid)
+            return self._answer(member, frame.seq, valid, now)
         if member.waiting_bytes and member.waiting_bytes + len(valid.body) > self.settings.limits.journal_bytes:
             return self._busy(member, frame.seq, now, "too many updates of this device wait to be merged")
         if isinstance(valid, ValidPrivate):
@@ -160,7 +162,9 @@ class Updates:
     def disk_checked(self, free: float) -> list[Action]:
         """Accept nothing while too little of the disk is free; tell the operator of each change."""
         before, self.disk = self.disk, state_of(free)
-        return [Log(text=sentence(free))] if self.disk != before else []
+        if self.disk == before:
+            return []
+        return [Log(text=sentence(free), level=INFO if self.disk == ENOUGH else WARNING, event="disk")]
 
     def _accept(self, member: Member, valid: ValidUpdate, now: float) -> list[Action]:
         """Put an update into the buffer."""
@@ -183,6 +187,7 @@ class Updates:
         member.evaluates = False
         member.pace.updated(now)
         member.waiting_bytes += len(record.body)
+        member.loss = update.loss
         return [Save(record=record), *self.receipt(member.name, member.key, update.seq, Verdict("accepted"))]
 
     def _bounded(self, valid: ValidUpdate, now: float) -> list[Action]:
@@ -191,11 +196,13 @@ class Updates:
             return []
         self.counters.answer("bounded", now)
         line = self.log_limit.write("bounded", f"an update of {valid.update.device} {valid.bounded}", now)
-        return [Log(text=line)] if line else []
+        return [Log(text=line, event="bounded", fields={"device": valid.update.device})] if line else []
 
-    def _answer(self, member: Member, seq: int, verdict: Verdict) -> list[Action]:
+    def _answer(self, member: Member, seq: int, verdict: Verdict, now: float) -> list[Action]:
         """Answer an update that will not be merged, for good."""
         self.places.leave(member.name)
+        after_accepted = member.answer.outcome == "accepted"
+        self.counters.refuse_update(member.name, verdict.outcome, now, after_accepted=after_accepted)
         member.answer = Answer(seq=seq, outcome=verdict.outcome, reason=verdict.reason)
         record = records.UpdateAnswered(
             device=member.name,
@@ -204,7 +211,8 @@ class Updates:
             outcome=verdict.outcome,
             reason=verdict.reason,
         )
-        return [Save(record=record), *self.receipt(member.name, member.key, seq, verdict)]
+        answered = [Save(record=record), *self.receipt(member.name, member.key, seq, verdict)]
+        return [*answered, *refused_line(self.log_limit, member.name, seq, verdict, now)]
 
     def owes(self, member: Member, frame: Frame, now: float) -> bool:
         """Whether a device has used its share of the work; the parts of what it is sending are left out."""

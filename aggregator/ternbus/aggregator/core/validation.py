@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from ternbus.aggregator.core.registry import EVALUATOR, Member
+from ternbus.aggregator.core.versions import PublishedState
 from ternbus.aggregator.merge.accepted import AcceptedUpdate
 from ternbus.aggregator.merge.influence import Influence, Measured, norm_at_most
 from ternbus.aggregator.merge.mean import clip_factor, norm
@@ -73,6 +74,7 @@ class Validation:
     schema: Schema
     influence: Influence = field(default_factory=Influence)
     sums: PrivateSums | None = None  # of a federation whose updates are private
+    published: PublishedState | None = None  # it says which versions were withdrawn; None: none were
     update_bytes_max: int = field(init=False)
     parts_max: int = field(init=False)
 
@@ -85,7 +87,7 @@ class Validation:
 
     def oldest(self, version: int) -> int:
         """The oldest base that is not stale at this version."""
-        return version - self.settings.staleness.max
+        return max(version - self.settings.staleness.max, 0 if self.published is None else self.published.floor)
 
     def _counted(self, content: Measured, samples: int) -> "_Counted":
         """What is left of an update whose norm, or whose claim, is too large.
@@ -110,6 +112,8 @@ class Validation:
         """The checks that need only (device, base): duplicate, then stale, then what cannot be."""
         if member.has_accepted(base, self.oldest(version)):
             return Verdict("duplicate", f"an update on version {base} was accepted before")
+        if self.published is not None and base < self.published.floor:
+            return Verdict("stale", f"version {base} was withdrawn")
         if base < self.oldest(version):
             return Verdict("stale", f"base {base} is more than {self.settings.staleness.max} behind {version}")
         if base > version:
@@ -209,6 +213,7 @@ class Validation:
             epsilon=update.metrics.get("epsilon"),
             norm=counted.norm,
             stated=counted.stated,
+            loss=None if self.settings.is_dp else update.metrics.get("loss"),
         )
         return ValidUpdate(accepted, content.block, body, counted.bounded)
 

@@ -8,6 +8,7 @@ from ternbus.aggregator.core import records
 from ternbus.aggregator.core.events import Action, Publish, RepublishRetained, Save
 from ternbus.aggregator.core.frames import FrameWriter, Message, Reserved
 from ternbus.aggregator.core.terms import PrivateTerms
+from ternbus.aggregator.merge import optimizer
 from ternbus.aggregator.merge.downlink import encoded_block, next_block
 from ternbus.aggregator.merge.model import Merged, Model
 from ternbus.aggregator.merge.recipe import Recipe
@@ -18,6 +19,7 @@ from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.merge_log import Contribution, DroppedUpdate, MergedSet, Signed
 from ternbus.broker.protocol.messages import RESTORE_LEAP, Delta, Head, SnapshotRef
+from ternbus.broker.protocol.schema import Vector, vector_digest
 
 LEAPS_SINCE_S: Final = 1_767_225_600  # 2026-01-01, in Unix time
 LEAPS_MAX: Final = 2**27  # minutes, 255 years: a clock that is wrong leaves room below 2^62
@@ -47,6 +49,7 @@ class PublishedState:
     log_hash: bytes  # of the last entry in the log of merges
     terms_seq: int = 0  # of the frames of the terms of private sums
     revoked: int = 0  # keys in the list of revoked ones
+    floor: int = 0  # updates on lower versions are stale: a rollback has withdrawn what they were made on
 
 
 @dataclass(slots=True, kw_only=True)
@@ -129,7 +132,17 @@ class Versions:
         retained = self._retain([*frames, *head, *_cleared(left)])
         return [*reserved, Save(record=taken), *reserved_head, *retained]
 
-    def leap(self, versions: int) -> list[Action]:
+    def roll_back(self, vector: Vector, to: int) -> list[Action]:
+        """Go on with this model, ``to`` in the log: so much later that every device takes the snapshot."""
+        model = self.model
+        model.empty()
+        model.published, model.server = vector, optimizer.init(self.settings.optimizer, vector)
+        model.digest = vector_digest(vector)
+        self.published.floor = model.version + self.settings.downlink.slots + 1
+        withdrawn = Save(record=records.VersionsWithdrawn(below=self.published.floor))
+        return [withdrawn, *self.leap(self.settings.downlink.slots + 1, rollback=to)]
+
+    def leap(self, versions: int, rollback: int | None = None) -> list[Action]:
         """Go on that many versions later with the same model: after a restore, above what devices may have seen."""
         model = self.model
         model.version += versions
@@ -144,7 +157,7 @@ class Versions:
             codec=block.codec,
             encoding=encoding,
             body=body,
-            entry=self._entry(()),
+            entry=self._entry((), rollback=rollback),
             sets=None if self.private is None else (),
         )
         return [Save(record=made), *self.snapshot()]
@@ -256,11 +269,15 @@ class Versions:
             found.append(topic)
         return found
 
-    def _entry(self, updates: tuple[Contribution, ...], sets: tuple[MergedSet, ...] = ()) -> Signed:
+    def _entry(
+        self, updates: tuple[Contribution, ...], sets: tuple[MergedSet, ...] = (), rollback: int | None = None
+    ) -> Signed:
         """The entry in the log of merges for the version that was just made."""
         model, dropped = self.model, tuple(self.dropped)
         previous = self.published.log_hash
-        entry = self.frames.entry(model.version, model.digest, previous, updates=updates, sets=sets, dropped=dropped)
+        entry = self.frames.entry(
+            model.version, model.digest, previous, updates=updates, sets=sets, dropped=dropped, rollback=rollback
+        )
         self.published.log_hash = entry.hash
         self.dropped.clear()
         return entry

@@ -1,6 +1,6 @@
 """An accepted update as one value, the same from its validation to the ledger and back."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.merge_log import Contribution
@@ -29,6 +29,7 @@ class AcceptedUpdate:
     # What the bound on later updates follows from; None where nothing is bounded by it, or was not yet.
     norm: float | None = None  # of its block, at most (``influence.norm_at_most``), and no more than the bound
     stated: int | None = None  # samples, as its device says
+    loss: float | None = field(default=None, compare=False)  # of the training, as its device says; not kept
 
     def contribution(self, weight: float) -> Contribution:
         """Its line in the log of merges, with the weight that a rule gave it (``mean.Change``)."""

@@ -19,7 +19,7 @@ from ternbus.aggregator.core import events, first_version, records
 from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.shell import transport
-from ternbus.aggregator.store import archives, control, lost_ledger, membership, private_rows, swapping
+from ternbus.aggregator.store import archives, control, lost_ledger, membership, private_rows, swapping, tags
 from ternbus.aggregator.store.ledger import KINDS, LEDGER, Ledger, reading, writing
 from ternbus.aggregator.store.recovery import recover
 from ternbus.aggregator.store.remedy import remedy
@@ -237,12 +237,12 @@ def _tell(directory: Path, what: str) -> None:
 
 def change_state(directory: Path, what: str, software: str) -> None:
     """Pause, resume or close; by the running aggregator, or here, to be published by the next."""
-    _request(directory, what, "", software)
+    request(directory, what, "", software)
 
 
 def cancel(directory: Path, device: str, software: str) -> None:
     """Make a device's invitation void, in force when this returns. ConfigError where it has no open one."""
-    _request(directory, control.CANCEL, device, software)
+    request(directory, control.CANCEL, device, software)
 
 
 def revoke(directory: Path, device: str, software: str, *, why: str = "", keep: bool = False) -> int:
@@ -252,12 +252,12 @@ def revoke(directory: Path, device: str, software: str, *, why: str = "", keep: 
     """
     if len(why) > WHY_CHARS_MAX or not why.isprintable():
         raise ConfigError(f"invalid --reason: write one line of at most {WHY_CHARS_MAX} characters")
-    _request(directory, control.REVOKE, json.dumps({"device": device, "why": why, "keep": keep}), software)
+    request(directory, control.REVOKE, json.dumps({"device": device, "why": why, "keep": keep}), software)
     with reading(directory) as ledger:
         return membership.dropped(ledger.db, device)
 
 
-def _request(directory: Path, what: str, argument: str, software: str) -> None:
+def request(directory: Path, what: str, argument: str, software: str) -> None:
     """Have the running aggregator do it, or do it here; done and on disk when this returns."""
     load_settings(directory)  # or there is none
     try:
@@ -296,7 +296,7 @@ def tensors_of(directory: Path, version: int | None) -> tuple[int, bytes, dict[s
     """(version, digest, tensors) of a kept version, the newest by default."""
     with reading(directory) as ledger:
         number = ledger.version if version is None else version
-        vector = ledger.vector(number)
+        vector = tags.vector_of(ledger, number)
         return number, vector_digest(vector), to_tensors(ledger.schema(), vector)
 
 

@@ -1,18 +1,13 @@
 """`ternbus aggregator …`: make, run, watch and steer a federation's server."""
 
 import json
-import logging
-import sys
-import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ternbus.aggregator import settings as configuration
 from ternbus.aggregator.plan_settings import PlanCheck
 from ternbus.aggregator.settings import TransportSettings
 from ternbus.aggregator.shell import (
@@ -22,7 +17,10 @@ from ternbus.aggregator.shell import (
     membership_commands,
     quickstart,
     recovery_commands,
+    rollback,
+    status_command,
     status_text,
+    version_commands,
 )
 from ternbus.aggregator.shell.arguments import (
     AllowPlanKeys,
@@ -37,10 +35,13 @@ from ternbus.aggregator.shell.arguments import (
 from ternbus.aggregator.shell.service import Service
 from ternbus.aggregator.store import control, private_status
 from ternbus.aggregator.store import status as statuses
-from ternbus.broker.errors import ConfigError, FederationError
+from ternbus.broker.errors import ConfigError
 from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.files import read_password
 from ternbus.broker.folder_owner import act_as_owner
+from ternbus.broker.log_levels import ERROR, WARNING
+from ternbus.broker.log_option import LogFormat, LogOption
+from ternbus.broker.log_output import LogOutput, take_library_lines
 from ternbus.broker.protocol.endpoint import PORTS, is_loopback
 from ternbus.broker.server.running import Engine, RunningBroker
 from ternbus.broker.stop_signals import on_stop
@@ -163,7 +164,9 @@ def _override(text: str) -> tuple[str, object]:
 
 
 @app.command()
-def run(directory: Dir, username: Username = "", password_file: PasswordFile = None) -> None:
+def run(
+    directory: Dir, username: Username = "", password_file: PasswordFile = None, log: LogOption = LogFormat.TEXT
+) -> None:
     """Serve the federation in DIR until Ctrl-C, SIGTERM or SIGHUP; accepted updates are merged before that.
 
     A broker that is not there yet is waited for.
@@ -175,21 +178,28 @@ def run(directory: Dir, username: Username = "", password_file: PasswordFile = N
         transport = replace(transport, username=username)
     if password_file is not None:
         transport = replace(transport, password_file=str(password_file.resolve()))
-    _serve(directory, transport)
+    _serve(directory, _log(log), transport)
 
 
-def _serve(directory: Path, transport: TransportSettings | None = None, broker: RunningBroker | None = None) -> None:
-    logging.basicConfig(stream=sys.stderr, format="%(message)s")
-    service = Service(directory, software(), _say, transport)
+def _log(form: LogFormat) -> LogOutput:
+    return LogOutput(as_json=form == LogFormat.JSON)
+
+
+def _serve(
+    directory: Path, say: LogOutput, transport: TransportSettings | None = None, broker: RunningBroker | None = None
+) -> None:
+    take_library_lines(say)
+    service = Service(directory, software(), say, transport)
     for warning in administration.load_settings(directory).warnings:
-        _say(f"{directory / administration.TOML}: {warning}")
+        say(f"{directory / administration.TOML}: {warning}", level=WARNING)
     on_stop(lambda *_: service.stop())
-    ended = quickstart.watch(broker, service.stop, _say) if broker is not None else []
+    ended = quickstart.watch(broker, service.stop, say) if broker is not None else []
     service.run()
     if broker is not None and ended:
-        _say(f"{broker.software} ended by itself with code {ended[0]}; its last lines:\n{broker.last_lines()}")
+        lines = f"{broker.software} ended by itself with code {ended[0]}; its last lines:\n{broker.last_lines()}"
+        say(lines, level=ERROR, event="broker-ended")
         raise typer.Exit(EXIT_FAILED)
-    _say("stopped")
+    say("stopped", event="stopped")
 
 
 @app.command()
@@ -221,6 +231,7 @@ def up(
     engine: Annotated[
         Engine, typer.Option(help="Broker software; auto takes mosquitto where it is installed, else nats-server.")
     ] = Engine.AUTO,
+    log: LogOption = LogFormat.TEXT,
 ) -> None:
     """Run a broker and an aggregator together, and make both at the first start.
 
@@ -231,22 +242,16 @@ def up(
     """
     secured = not is_loopback(host) if tls is None else tls
     port = PORTS["mqtts" if secured else "mqtt"] if port is None else port
+    say = _log(log)
     first = quickstart.First(model=model, federation=federation, host=host, port=port, tls=secured)
     with quickstart.start_broker(directory, engine, first) as broker:
         if not broker.endpoint.tls and not is_loopback(broker.endpoint.host):
-            _say(
-                f"{broker.url} is open to the network, without TLS: "
-                "anybody there can read and disturb, though not forge"
-            )
-        _say(f"{broker.software} ready on {broker.url}")
+            open_to = f"{broker.url} is open to the network, without TLS"
+            say(f"{open_to}: anybody there can read and disturb, though not forge", level=WARNING)
+        say(f"{broker.software} ready on {broker.url}", event="broker-ready", fields={"url": broker.url})
         for path in quickstart.prepare(directory, first, broker.url, devices or (), evaluators or ()):
-            _say(f"invitation, to be copied to the device: {path}")
-        _serve(directory, broker=broker)
-
-
-def _say(text: str) -> None:
-    with suppress(OSError):  # standard error may be a file on a full disk
-        typer.echo(f"{time.strftime('%H:%M:%S')} {text}", err=True)
+            say(f"invitation, to be copied to the device: {path}", event="invitation", fields={"path": str(path)})
+        _serve(directory, say, broker=broker)
 
 
 for each in (membership_commands.invite, membership_commands.invitations, membership_commands.revoke):
@@ -254,24 +259,7 @@ for each in (membership_commands.invite, membership_commands.invitations, member
 recovery_commands.add_to(app)
 
 
-@app.command()
-def status(directory: Dir, as_json: AsJson = False) -> None:
-    """Show the version, the buffer, counters, devices and the last versions.
-
-    Example: ternbus aggregator status agg --json
-    """
-    settings = _flush_counts(directory)
-    found = statuses.read(directory) | private_status.read(directory, settings)
-    typer.echo(json.dumps(found) if as_json else status_text.summary(found))
-
-
-def _flush_counts(directory: Path) -> configuration.Settings:
-    settings = administration.load_settings(directory)
-    try:
-        administration.flush_counts(directory)
-    except FederationError as error:
-        _say(f"as the ledger has it: {error}")
-    return settings
+app.command()(status_command.status)
 
 
 @app.command()
@@ -280,8 +268,7 @@ def devices(directory: Dir, as_json: AsJson = False) -> None:
 
     Example: ternbus aggregator devices agg
     """
-    _flush_counts(directory)
-    found = statuses.read(directory)
+    found = status_command.looked(directory).found
     typer.echo(json.dumps(found["devices"]) if as_json else "\n".join(status_text.device_table(found)))
 
 
@@ -325,20 +312,7 @@ def close(directory: Dir) -> None:
         )
 
 
-@app.command()
-def export(
-    directory: DirAsRoot,
-    out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="File to write.")],
-    number: Annotated[
-        int | None,
-        typer.Option(
-            "--version", min=0, max=2**63 - 1, help="Version to export, one of those kept. [default: the newest]"
-        ),
-    ] = None,
-) -> None:
-    """Write a version of the model to a safetensors file, exactly as devices hold it.
-
-    Example: ternbus aggregator export agg model.safetensors
-    """
-    found, digest = administration.export(directory, out, number)
-    typer.echo(f"{out}: version {found}, digest {digest.hex()}")
+app.command()(version_commands.versions)
+app.command()(version_commands.tag)
+app.command()(rollback.rollback)
+app.command()(version_commands.export)

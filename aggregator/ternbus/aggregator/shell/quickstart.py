@@ -13,6 +13,8 @@ from ternbus.aggregator.store import lost_ledger, membership, swapping
 from ternbus.aggregator.store.ledger import LEDGER, reading
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import write_secret
+from ternbus.broker.log_levels import ERROR
+from ternbus.broker.log_output import WriteLog
 from ternbus.broker.protocol.endpoint import Endpoint
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.server import running
@@ -110,7 +112,7 @@ def _known(directory: Path) -> set[str]:
         return membership.known(ledger.db, time.time())
 
 
-def watch(broker: running.RunningBroker, stop: Callable[[], None], say: Callable[[str], None]) -> list[int]:
+def watch(broker: running.RunningBroker, stop: Callable[[], None], say: WriteLog) -> list[int]:
     """Call ``stop`` when the broker ends before we end it; its exit code is then in the list that is returned.
 
     ``say`` is called, in a thread, when the broker's disk is full.
@@ -118,7 +120,7 @@ def watch(broker: running.RunningBroker, stop: Callable[[], None], say: Callable
     ended: list[int] = []
 
     def wait() -> None:
-        ended.append(broker.wait(say))
+        ended.append(broker.wait(lambda text: say(text, level=ERROR, event="broker-disk")))
         stop()
 
     threading.Thread(target=wait, name="broker", daemon=True).start()

@@ -17,7 +17,7 @@ from ternbus.aggregator.merge.recipe import Recipe
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.shell import administration, checking
 from ternbus.aggregator.shell.administration import KEY
-from ternbus.aggregator.store import control, merge_log, rebuilding, revocations, salvage, swapping
+from ternbus.aggregator.store import control, merge_log, rebuilding, revocations, salvage, swapping, tags
 from ternbus.aggregator.store.bodies import BODIES
 from ternbus.aggregator.store.ledger import KINDS, LEDGER, Ledger
 from ternbus.aggregator.store.remedy import restore_backup
@@ -132,7 +132,7 @@ def _rebuild(
         "session": int(found.facts.get("session", min(time.time_ns(), COUNTER_MAX // 2))),
     }
     numbers = leap_of(newest, clock_s)
-    carried = (KINDS, merge_log.ARCHIVES, merge_log.COMPARED_FROM) if found.log_is_whole else (KINDS,)
+    carried = (KINDS, tags.FACT, *((merge_log.ARCHIVES, merge_log.COMPARED_FROM) if found.log_is_whole else ()))
     facts |= {name: found.facts[name] for name in carried if name in found.facts}
     if not found.has_all_that_is_logged:
         facts[merge_log.COMPARED_FROM] = newest + numbers

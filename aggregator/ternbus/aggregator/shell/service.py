@@ -3,10 +3,10 @@
 import queue
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Final, assert_never
@@ -35,6 +35,8 @@ from ternbus.broker.link.link import (
     Token,
     packet_bytes,
 )
+from ternbus.broker.log_levels import ERROR, WARNING
+from ternbus.broker.log_output import WriteLog
 from ternbus.broker.protocol import topics
 
 BATCH: Final = 64  # events whose records share one fsync
@@ -79,7 +81,7 @@ class Service:
 
     directory: Path
     software: str
-    log: Callable[[str], None]
+    log: WriteLog
     transport: TransportSettings | None = None  # instead of what aggregator.toml says
     _queue: "queue.SimpleQueue[Item]" = field(default_factory=queue.SimpleQueue)
     _opening: ThreadPoolExecutor = field(
@@ -94,6 +96,7 @@ class Service:
     _answer_bytes: int = 0  # of all of them
     _unsent: int = 0  # receipts and grants, because of `ANSWER_BYTES_MAX`, that are not counted yet
     _protocol: int = 5
+    _heard_at: float = 0.0  # when the broker acknowledged a publication last, or had none to acknowledge
     _logged_at: float = -LOG_S
     _change_count: int = -1
     _polled_at: float = 0.0
@@ -130,7 +133,9 @@ class Service:
         try:
             self._perform(self._core.start(time.monotonic()))
             self.log(
-                f"federation {settings.federation!r} at version {self._core.model.version}, broker {settings.broker}"
+                f"federation {settings.federation!r} at version {self._core.model.version}, broker {settings.broker}",
+                event="started",
+                fields={"version": self._core.model.version, "broker": settings.broker},
             )
             while not self._stopped:
                 self._turn()
@@ -201,14 +206,15 @@ class Service:
                 return actions
             case Connected():
                 self._protocol = event.protocol
-                self.log(f"connected (MQTT {'5' if event.protocol == 5 else '3.1.1'})")
+                version = "5" if event.protocol == 5 else "3.1.1"
+                self.log(f"connected (MQTT {version})", event="connected", fields={"mqtt": version})
                 return self._core.handle(events.Connected(frame_bytes=event.frame_bytes), now)
             case Disconnected():
                 self._topics.clear()
                 self._answers.clear()
                 self._answer_bytes = 0
-                self.log(f"connection lost: {event.reason}")
-                return self._core.handle(events.Disconnected(), now)
+                self.log(f"connection lost: {event.reason}", level=WARNING, event="disconnected")
+                return self._core.handle(events.Disconnected(reason=event.reason), now)
             case events.ConnectFailed() | events.Refused():
                 return self._core.handle(event, now)
             case Interrupted():
@@ -237,8 +243,14 @@ class Service:
 
     def _settled(self, ticket: int) -> str:
         """The topic of a publication that the broker has acknowledged or refused."""
+        self._heard_at = time.monotonic()
         self._answer_bytes -= self._answers.pop(ticket, 0)
         return self._topics.pop(ticket)
+
+    @property
+    def _unacknowledged_s(self) -> float:
+        """How long the broker has answered no publication, while it has some to answer."""
+        return time.monotonic() - self._heard_at if self._topics else 0.0
 
     def _count_dropped(self) -> list[events.Action]:
         at_qos_0, self._dropped = self._link.dropped - self._dropped, self._link.dropped
@@ -276,7 +288,7 @@ class Service:
                     with suppress(LinkError):
                         self._link.unsubscribe(action.filters)
                 case events.Log():
-                    self.log(action.text)
+                    self.log(action.text, level=action.level, event=action.event, fields=action.fields)
                 case events.Stop():
                     reached("stop")
                     self._stopped = True
@@ -291,7 +303,7 @@ class Service:
         if action.why:
             count = len(action.topics)
             messages = "1 retained message" if count == 1 else f"{count} retained messages"
-            self.log(f"publishing {messages} again: {action.why}")
+            self.log(f"publishing {messages} again: {action.why}", level=WARNING, event="republished")
         for topic in action.topics:
             self._publish(topic, self._ledger.frame(topic), retain=True)
 
@@ -299,7 +311,7 @@ class Service:
         if not any(isinstance(record, records.DeviceRevoked | records.KeysRevoked) for record in batch):
             return
         for fault in backup.spread_revocations(self.directory, self._core.settings.federation):
-            self.log(backup.NOT_COPIED + fault)
+            self.log(backup.NOT_COPIED + fault, level=ERROR, event="revocations")
 
     def _publish(self, topic: str, payload: bytes, *, retain: bool) -> None:
         is_answer = not retain and topics.parse(topic).group == "down"
@@ -309,6 +321,8 @@ class Service:
         publishing(topic)
         try:
             ticket = self._link.publish(topic, payload, retain=retain)
+            if not self._topics:
+                self._heard_at = time.monotonic()
             self._topics[ticket] = topic
             if is_answer:
                 self._answers[ticket] = len(payload)
@@ -323,10 +337,10 @@ class Service:
         try:
             self._link.connect(action.will_topic, action.will_payload)
         except LinkError as error:
-            self._queue.put(events.ConnectFailed())
+            self._queue.put(events.ConnectFailed(reason=str(error)))
             if time.monotonic() - self._logged_at >= LOG_S:
                 self._logged_at = time.monotonic()
-                self.log(f"waiting for the broker: {error}")
+                self.log(f"waiting for the broker: {error}", level=WARNING, event="waiting")
 
     def _poll(self) -> None:
         """See what commands have asked for since the last look."""
@@ -336,4 +350,6 @@ class Service:
         self._change_count = change_count
         for request, what, argument in self._ledger.open_requests():
             event = control.event(self._ledger, what, argument, request)
+            if isinstance(event, events.CountsRequested):
+                event = replace(event, unacknowledged_s=self._unacknowledged_s)
             self._perform(self._core.handle(event, time.monotonic()))

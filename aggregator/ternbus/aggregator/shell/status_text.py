@@ -1,10 +1,11 @@
 """The status of an aggregator as text, for people."""
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from ternbus.aggregator.core import disk_guard
+from ternbus.aggregator.core.registry import EVALUATOR
+from ternbus.aggregator.shell.health_text import moment
 from ternbus.aggregator.store import device_metrics
 from ternbus.aggregator.store.device_metrics import shown_name, shown_value
 from ternbus.broker.protocol.direction import for_people
@@ -57,7 +58,7 @@ def _private(found: Mapping[str, Any]) -> list[str]:
     rows = []
     for name, row in found["helpers"].items():
         at = row["answered_at"]
-        answered = None if at is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+        answered = None if at is None else moment(at)
         rows.append((name, row["state"], row["roster"], row["card"], row["count"], answered, row["waits_for"]))
     return [*lines, *_on_their_way(found), *text_table({**columns, "last answer": "<", "waits for": "<"}, rows)]
 
@@ -114,9 +115,8 @@ def _version_table(
     rows = []
     for row in versions:
         values = [row["evaluations"].get(evaluator, {}).get(name) for evaluator, name in measured] or [None]
-        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["time"]))
         cells = [row["version"], row["updates"], f"{row['staleness_mean']:.2f}/{row['staleness_max']}"]
-        cells += [*map(shown_value, values), moment]
+        cells += [*map(shown_value, values), moment(row["time"])]
         if local is not None:
             own = (row["local"] or {"metrics": {}})["metrics"].get(local, {})
             cells += [shown_value(own.get(name)) for name in ("worst_decile", "median")]
@@ -131,6 +131,9 @@ def device_table(found: Mapping[str, Any]) -> list[str]:
     tuned = metric is not None and found["local"]["fine_tuned"] is not None
     columns = dict.fromkeys(("device", "role", "state"), "<")
     columns |= dict.fromkeys(("updates", "samples", "base", "staleness", "kB", "last seq"), ">")
+    columns |= {"last seen": "<", "last answer": "<", "refused": ">", "stale": ">"}
+    losses = any(row["loss"] is not None for row in devices.values())
+    columns |= {"loss": ">"} if losses else {}
     private = any(row["epsilon"] is not None for row in devices.values())
     if private:
         columns["epsilon"] = ">"
@@ -146,14 +149,20 @@ def device_table(found: Mapping[str, Any]) -> list[str]:
         traffic = [f"{row['bytes'] / 1000:.1f}", row["last_seq"]]
         cells = [
             name,
-            row["role"] or "any",
+            (row["role"] or "any") + (", evaluates" if row["evaluates"] and row["role"] != EVALUATOR else ""),
             state,
             row["updates"],
             row["samples"],
             row["base"],
             row["staleness"],
             *traffic,
+            None if row["seen_at"] is None else moment(row["seen_at"]),
+            _answer(row["answer"]),
+            _share(row["refused_share"]),
+            _share(row["stale_share"]),
         ]
+        if losses:
+            cells.append(shown_value(row["loss"]))
         if private:
             cells.append(None if row["epsilon"] is None else f"{row['epsilon']:.3f}")
         if metric is not None:
@@ -164,3 +173,15 @@ def device_table(found: Mapping[str, Any]) -> list[str]:
             cells.append(row["failing"])
         rows.append(cells)
     return text_table(columns, rows)
+
+
+def _answer(answer: Mapping[str, Any] | None) -> str | None:
+    """The last answer, of a reason its first words."""
+    if answer is None:
+        return None
+    slug = answer["reason"].partition(":")[0]
+    return f"invalid: {slug}" if answer["outcome"] == "invalid" else str(answer["outcome"])
+
+
+def _share(share: float | None) -> str | None:
+    return None if share is None else f"{share:.0%}"

@@ -2,18 +2,21 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from ternbus.aggregator.core import events
-from ternbus.aggregator.store import checksums, membership, migration, private_rows, recovery, revocations
+from ternbus.aggregator.store import checksums, membership, migration, private_rows, recovery, revocations, tags
 from ternbus.aggregator.store.ledger import LEDGER, Ledger, writing
 from ternbus.broker import files
 from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError, FederationError
+from ternbus.broker.model_files import load_safetensors
+from ternbus.broker.protocol.merge_log import OTHER_MODEL
 from ternbus.broker.protocol.messages import CLOSED, OPEN, PAUSED
+from ternbus.broker.protocol.schema import to_vector
 from ternbus.broker.store_format import naming
 
 LOCK: Final = "lock"
@@ -26,6 +29,7 @@ INVITATIONS: Final = "invitations"  # the open invitations changed
 COUNTS: Final = "counts"  # counters are to be on disk
 CANCEL: Final = "cancel"  # a device's invitation
 REVOKE: Final = "revoke"  # a device; the argument is JSON
+ROLLBACK: Final = "rollback"  # to a version, or to the model of a file; the argument is JSON
 
 
 class NotRunningError(FederationError):
@@ -39,6 +43,8 @@ def event(ledger: Ledger, what: str, argument: str, request: int = 0) -> events.
     if what == REVOKE:
         buffer = recovery.waiting(ledger, ledger.schema())
         return events.RevokeRequested(**json.loads(argument), buffer=buffer, request=request)
+    if what == ROLLBACK:
+        return _rollback(ledger, json.loads(argument), request)
     if what == INVITATIONS:
         return events.InvitationsRead(
             codes=membership.codes(ledger.db), helpers=private_rows.codes(ledger.db), request=request
@@ -46,6 +52,18 @@ def event(ledger: Ledger, what: str, argument: str, request: int = 0) -> events.
     if what == COUNTS:
         return events.CountsRequested(request=request)
     return events.StateRequested(state=STATES[what], request=request)
+
+
+def _rollback(ledger: Ledger, asked: Mapping[str, Any], request: int) -> events.RollbackRequested:
+    """The model that is asked for: of a kept version, or of a file in the directory."""
+    to = asked.get("version", OTHER_MODEL)
+    try:
+        if to != OTHER_MODEL:
+            return events.RollbackRequested(to=to, vector=tags.vector_of(ledger, to), request=request)
+        vector = to_vector(ledger.schema(), load_safetensors(ledger.path.parent / asked["file"]))
+        return events.RollbackRequested(to=to, vector=vector, request=request)
+    except FederationError as error:
+        return events.RollbackRequested(to=to, error=str(error), request=request)
 
 
 @contextmanager

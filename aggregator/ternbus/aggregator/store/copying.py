@@ -6,7 +6,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import IO, Final
 
-from ternbus.aggregator.store import control, merge_log
+from ternbus.aggregator.store import control, merge_log, tags
 from ternbus.aggregator.store.bodies import BODIES
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.aggregator.store.vectors import VECTORS
@@ -40,7 +40,7 @@ def copy(directory: Path, target: Path) -> int:
             for name, source in sources.items():  # what is open can be removed, and read all the same
                 (target / name).parent.mkdir(mode=0o700, exist_ok=True)
                 copy_file(source, target / name)
-            for folder in (BODIES, VECTORS, merge_log.FOLDER):
+            for folder in (BODIES, VECTORS, merge_log.FOLDER, tags.FOLDER):
                 if (target / folder).exists():
                     files.sync(target / folder)
             return version
@@ -70,6 +70,7 @@ def _named(ledger: Ledger) -> list[Path]:
         *(Path(VECTORS, f"{segment}-model.f32") for (segment,) in models),
         *(Path(VECTORS, f"{segment}-server.f32") for (segment,) in servers),
         *(archive.path.relative_to(ledger.path.parent) for archive in merge_log.archives(ledger)),
+        *(tags.path(Path(), name) for name in tags.read(ledger)),
     ]
 
 

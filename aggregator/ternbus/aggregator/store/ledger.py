@@ -268,7 +268,8 @@ class Ledger:
             "SELECT segment, checksum, version FROM snapshots WHERE version <= ? ORDER BY version DESC LIMIT 1",
             (version,),
         ).fetchone()
-        if row is None or version > newest:
+        exists = self.db.execute("SELECT 1 FROM versions WHERE version = ?", (version,)).fetchone()
+        if row is None or version > newest or not exists:
             (oldest,) = self.db.execute("SELECT min(version) FROM snapshots").fetchone()
             raise ConfigError(f"version {version} is not kept; kept are {oldest} to {newest}")
         vector = self.vectors.read(f"{row[0]}-model", row[1])

@@ -16,7 +16,7 @@ from ternbus.aggregator.merge.recipe import Recipe
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.store import influence_rows, membership, merge_log, private_rows, set_recovery, soundness
 from ternbus.aggregator.store.ledger import Ledger
-from ternbus.aggregator.store.rows import CLOSING, unsigned
+from ternbus.aggregator.store.rows import CLOSING, FLOOR, unsigned
 from ternbus.aggregator.store.schema import DROPPED
 from ternbus.aggregator.sums.state import PrivateSums
 from ternbus.broker.errors import ConfigError
@@ -47,6 +47,7 @@ def recover(ledger: Ledger, settings: Settings, identity: Identity, software: st
         log_hash=ledger.last_entry().hash,
         terms_seq=_terms_seq(ledger, settings.federation),
         revoked=_published_revocations(ledger, settings.federation),
+        floor=int(ledger.fact(FLOOR) or 0),
     )
     return Core(
         settings=settings,
@@ -175,7 +176,7 @@ def _registry(ledger: Ledger, settings: Settings) -> Registry:
             member.metrics_seq = unsigned(metrics_seq)
         else:
             member.old_keys[KeyId(key)] = (public, state)
-    oldest = ledger.version - settings.staleness.max
+    oldest = max(ledger.version - settings.staleness.max, int(ledger.fact(FLOOR) or 0))
     # an update is merged into a version above its base, if at all
     late = ledger.db.execute(
         "SELECT device, base FROM updates WHERE (merged > ?1 OR merged = ?2 OR merged IS NULL) AND base >= ?1",

@@ -7,7 +7,7 @@ from typing import Final, assert_never
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.core.registry import Answer
-from ternbus.aggregator.store import checksums, membership, private_rows, set_rows
+from ternbus.aggregator.store import answers, checksums, membership, private_rows, set_rows
 from ternbus.aggregator.store.bodies import Place
 from ternbus.aggregator.store.revocations import Revocation
 from ternbus.broker.protocol.identity import KeyId
@@ -33,11 +33,13 @@ Inserted = (  # all records but those that come with a file: of a body, of vecto
     | records.UpdateAnswered
     | records.ClosingBegun
     | records.VersionMade
+    | records.VersionsWithdrawn
     | records.FramesRetained
     | records.SlotsChanged
     | records.StateChanged
     | records.MetricsReceived
     | records.Observed
+    | records.SituationTold
     | records.RequestDone
     | Private
 )
@@ -50,6 +52,7 @@ ANSWERED: Final = {
     "highest_base": "max(highest_base, :base)",
 }
 CLOSING: Final = "closing"  # a fact: the federation is to be closed when helpers have answered
+FLOOR: Final = "floor"  # a fact: versions below it were withdrawn by a rollback
 STATED: Final = "stated"  # in place of a split: the row of what a device stated last beside its metrics' values
 ONE_KEY: Final = "device = :device AND key = :key"
 SENT: Final = {"update_bytes": "update_bytes + :size", "seen_at": ":now"}
@@ -85,7 +88,7 @@ def write(db: sqlite3.Connection, record: Inserted, now: float) -> None:
             done = {"done": "1", "error": ":error"}
             checksums.update(db, "requests", done, "id = :id", {"error": record.error, "id": record.request})
         case _:
-            _fact(db, record)
+            _fact(db, record, now)
 
 
 def _private(db: sqlite3.Connection, record: Private, now: float) -> None:
@@ -105,7 +108,10 @@ def _fact(
     | records.SessionBegun
     | records.ClosingBegun
     | records.StateChanged
-    | records.SlotsChanged,
+    | records.SlotsChanged
+    | records.SituationTold
+    | records.VersionsWithdrawn,
+    now: float,
 ) -> None:
     match record:
         case records.SeqReserved():
@@ -119,6 +125,11 @@ def _fact(
             db.execute("DELETE FROM facts WHERE name = ?", (CLOSING,))
         case records.SlotsChanged():
             set_fact(db, "slots", record.slots)
+        case records.SituationTold():
+            answers.situation(db, record, now)
+        case records.VersionsWithdrawn():
+            set_fact(db, FLOOR, record.below)
+            membership.drop(db, "merged IS NULL", {})
         case _:
             assert_never(record)
 
@@ -217,6 +228,7 @@ def _observed(db: sqlite3.Connection, record: records.Observed, now: float) -> N
         _count(db, f"invalid:{reason}", number)
     for outcome, number in record.outcomes.items():
         _count(db, outcome, number)
+    answers.refused(db, record.refused_updates, now)
     if record.claim is not None:
         set_fact(db, "claim", json.dumps(record.claim))
     for device, size_bytes in record.update_bytes.items():

@@ -8,33 +8,34 @@ from typing import Any
 from ternbus.aggregator.core import disk_guard
 from ternbus.aggregator.core.clones import CLONED
 from ternbus.aggregator.core.registry import HELPER
-from ternbus.aggregator.store import disk
+from ternbus.aggregator.store import device_rows, disk
+from ternbus.aggregator.store.answers import TALLY
 from ternbus.aggregator.store.device_metrics import Report
 from ternbus.aggregator.store.ledger import ARCHIVED, Ledger, reading
 from ternbus.aggregator.store.measurements import Measurements
-from ternbus.aggregator.store.rows import STATED, failing, unsigned
+from ternbus.aggregator.store.rows import STATED
 from ternbus.aggregator.store.schema import DROPPED
 from ternbus.broker.protocol.messages import CLOSED
 
 
-def read(directory: Path) -> dict[str, Any]:
+def read(directory: Path, versions_max: int | None = None) -> dict[str, Any]:
     """The status as JSON values.
 
-    ``versions`` has a row for every version that is not archived, with the newest test metrics that each evaluator sent
-    for it, by its name, as ``evaluations``, and those of the first of them by name as ``metrics``; ``metric`` is the
-    primary one, and ``better`` the direction of each; ``devices`` is a map by name, its ``samples`` those of its newest
-    update, its ``epsilon`` what a device says that it has spent of privacy (None: nothing), its ``failing`` why its
-    work fails (None: it does not), its ``cloned`` how often two machines were found to use its key, its ``classes`` on
-    how many samples of each class it trains (None: it does not say); ``local`` is what devices report of their own
-    data, see ``device_metrics``, over all of them, for a version or of a device, and None where nobody does; ``disk``
-    is the part of the file system that is free, and its state: `enough`, `low`, `full` (updates are answered `busy`);
-    ``claim`` is the ``device`` that last named a ``version`` newer than the newest here, and that version (None: none
-    does): perhaps the folder is an older copy. ``counts.unmerged`` are accepted updates that no version has though the
-    federation is closed: a merge takes updates of ``merge.min_devices`` devices; ``counts.invalid`` is a map by reason
-    of everything refused.
+    ``versions`` has a row for every version that is not archived, or of them the last ``versions_max``, with the newest
+    test metrics that each evaluator sent for it, by its name, as ``evaluations``, and those of the first of them by
+    name as ``metrics``; ``metric`` is the primary one, and ``better`` the direction of each; ``devices`` is a map by
+    name, its ``samples`` those of its newest update, its ``epsilon`` what a device says that it has spent of privacy
+    (None: nothing), its ``failing`` why its work fails (None: it does not), its ``cloned`` how often two machines were
+    found to use its key, its ``classes`` on how many samples of each class it trains (None: it does not say); ``local``
+    is what devices report of their own data, see ``device_metrics``, over all of them, for a version or of a device,
+    and None where nobody does; ``disk`` is the part of the file system that is free, and its state: `enough`, `low`,
+    `full` (updates are answered `busy`); ``claim`` is the ``device`` that last named a ``version`` newer than the
+    newest here, and that version (None: none does): perhaps the folder is an older copy. ``counts.unmerged`` are
+    accepted updates that no version has though the federation is closed: a merge takes updates of ``merge.min_devices``
+    devices; ``counts.invalid`` is a map by reason of everything refused.
     """
     with reading(directory) as ledger:
-        return _read(ledger)
+        return read_ledger(ledger, versions_max)
 
 
 def invitations(directory: Path, now: float) -> list[dict[str, Any]]:
@@ -60,7 +61,8 @@ def invitations(directory: Path, now: float) -> list[dict[str, Any]]:
     ]
 
 
-def _read(ledger: Ledger) -> dict[str, Any]:
+def read_ledger(ledger: Ledger, versions_max: int | None = None) -> dict[str, Any]:
+    """The same of a ledger that is open."""
     version = ledger.version
     (digest,) = ledger.db.execute("SELECT digest FROM versions WHERE version = ?", (version,)).fetchone()
     (buffer,) = ledger.db.execute("SELECT count(*) FROM updates WHERE merged IS NULL").fetchone()
@@ -76,8 +78,8 @@ def _read(ledger: Ledger) -> dict[str, Any]:
         "counts": _counts(ledger, unmerged=buffer if ledger.fact("state") == CLOSED else 0),
         **measured.common(),
         "claim": _claim(ledger, version),
-        "devices": _devices(ledger, version, measured, stated),
-        "versions": _versions(ledger, measured),
+        "devices": device_rows.read(ledger, version, measured, stated),
+        "versions": _versions(ledger, measured, versions_max),
     }
 
 
@@ -105,7 +107,7 @@ def _counts(ledger: Ledger, unmerged: int) -> dict[str, Any]:
     }
     for name, value in ledger.db.execute("SELECT name, value FROM counts ORDER BY name"):
         outcome, _, reason = name.partition(":")
-        if outcome in {CLONED, ARCHIVED.removesuffix(":")}:
+        if outcome in {CLONED, ARCHIVED.removesuffix(":"), TALLY}:
             continue  # of one device
         if reason:
             counts["invalid"][reason] = value
@@ -138,67 +140,12 @@ def _measured(ledger: Ledger, stated: Mapping[str, Mapping[str, Any]]) -> Measur
     return found
 
 
-def _devices(
-    ledger: Ledger, version: int, measured: Measurements, stated: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
-    reasons, archived = failing(ledger.db), ledger.archived()
+def _versions(ledger: Ledger, measured: Measurements, versions_max: int | None) -> list[dict[str, Any]]:
     rows = ledger.db.execute(
-        "SELECT d.name, d.role, d.state, d.why, d.status, d.base, d.software, d.seen_at, d.update_bytes, k.key, k.seq,"
-        " (SELECT count(*) FROM updates u WHERE u.device = d.name),"
-        " (SELECT max(base) FROM updates u WHERE u.device = d.name),"
-        " (SELECT epsilon FROM updates u WHERE u.device = d.name ORDER BY id DESC LIMIT 1),"
-        " (SELECT samples FROM updates u WHERE u.device = d.name ORDER BY id DESC LIMIT 1),"
-        " (SELECT value FROM counts c WHERE c.name = ? || lower(hex(k.key)))"
-        " FROM devices d JOIN keys k ON k.device = d.name AND k.public = d.public ORDER BY d.name",
-        (f"{CLONED}:",),
-    )
-    return {
-        name: {
-            "key": key.hex(),
-            "role": role,
-            "key_state": state,
-            "revoked_why": why,
-            "state": status or "offline",
-            "failing": reasons.get(name),
-            "training_on": unsigned(training_on) if training_on < -1 else training_on,
-            "last_seq": unsigned(seq),
-            "base": base,
-            "staleness": None if base is None else version - base,
-            "updates": updates + archived.get(name, 0),
-            "bytes": size_bytes,
-            "seen_at": seen_at,
-            "software": software,
-            "samples": samples,
-            "epsilon": epsilon,
-            "local": measured.devices.device(name, measured.better),
-            "classes": stated.get(name, {}).get("classes") or None,
-            "cloned": cloned or 0,
-        }
-        for (
-            name,
-            role,
-            state,
-            why,
-            status,
-            training_on,
-            software,
-            seen_at,
-            size_bytes,
-            key,
-            seq,
-            updates,
-            base,
-            epsilon,
-            samples,
-            cloned,
-        ) in rows
-    }
-
-
-def _versions(ledger: Ledger, measured: Measurements) -> list[dict[str, Any]]:
-    rows = ledger.db.execute(
-        "SELECT version, digest, made_at, updates, staleness_mean, staleness_max FROM versions ORDER BY version"
-    )
+        "SELECT version, digest, made_at, updates, staleness_mean, staleness_max FROM versions"
+        " ORDER BY version DESC LIMIT ?",
+        (-1 if versions_max is None else versions_max,),
+    ).fetchall()
     return [
         {
             "version": version,
@@ -209,5 +156,5 @@ def _versions(ledger: Ledger, measured: Measurements) -> list[dict[str, Any]]:
             "staleness_max": highest,
             **measured.version(version),
         }
-        for version, digest, made_at, updates, mean, highest in rows
+        for version, digest, made_at, updates, mean, highest in reversed(rows)
     ]

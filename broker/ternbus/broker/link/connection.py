@@ -12,7 +12,7 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
@@ -81,6 +81,7 @@ class Connection:
         self.number = number
         self.alive = False
         self.session_present = False
+        self.limits: Mapping[str, int] = {}  # what the broker told of itself, by MQTT 5's names
         self.packet_bytes_max = PACKET_BYTES_OUT
         # the receive maximum of messages, of the default frame size
         self._backlog = Backlog(messages_max=receive_maximum, bytes_max=receive_maximum * FRAME_BYTES)
@@ -312,6 +313,7 @@ class Connection:
         self, _c: Client, _u: object, flags: ConnectFlags, code: ReasonCode, extra: Properties | None
     ) -> None:
         limits: dict[str, int] = extra.json() if extra is not None else {}  # type: ignore[no-untyped-call]
+        self.limits = limits
         self.session_present = flags.session_present
         self.packet_bytes_max = limits.get("MaximumPacketSize", self.packet_bytes_max)
         self._retains = bool(limits.get("RetainAvailable", 1))

@@ -1,7 +1,7 @@
 """A persistent MQTT session: connect, publish, subscribe and acknowledge as calls, everything else as events."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from ternbus.broker.errors import ConfigError, LinkError
@@ -91,6 +91,21 @@ class Link:
     def outstanding(self) -> int:
         """The number of publications on this connection that the broker has not acknowledged."""
         return self._connection.outstanding if self._connection is not None else 0
+
+    @property
+    def protocol(self) -> int:
+        """The version of MQTT on the last connection: 5, or 4 for 3.1.1."""
+        return self._protocol
+
+    @property
+    def session_present(self) -> bool:
+        """Whether the broker had a session of this client when it accepted this connection."""
+        return self._connection is not None and self._connection.session_present
+
+    @property
+    def limits(self) -> Mapping[str, int]:
+        """What the broker told of itself on this connection, by the names of MQTT 5's properties."""
+        return self._connection.limits if self._connection is not None else {}
 
     def connect(self, will_topic: str, will_payload: bytes) -> Connected:
         """Connect with a retained last will, or raise LinkError, within 7 s (14 s if 3.1.1 is tried after MQTT 5).

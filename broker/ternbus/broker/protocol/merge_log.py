@@ -26,6 +26,9 @@ REASON_BYTES_MAX: Final = 200
 CONTAINER_BYTES_MIN: Final = 40  # of a set, which is two arrays and its members; an update has more
 _KEYS: Final = ("federation", "version", "digest", "previous", "updates")
 _PRIVATE_KEYS: Final = (*_KEYS, "sets", "dropped")  # of a version of private sums that has either
+_ROLLBACK_KEYS: Final = (*_KEYS, "rollback")  # of a version that is an earlier one again, or a model from elsewhere
+ROLLBACK_MAX: Final = 65_536  # versions that a rollback leaves out at most: the slots of deltas, and one
+OTHER_MODEL: Final = -1  # in place of the version that a rollback goes back to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +89,7 @@ class Entry:
     updates: tuple[Contribution, ...] = ()
     sets: tuple[MergedSet, ...] = ()
     dropped: tuple[DroppedUpdate, ...] = ()  # since the entry before
+    rollback: int | None = None  # the version whose model this is again; `OTHER_MODEL`: that of a file
 
     @property
     def members(self) -> Iterator[PrivateMember]:
@@ -119,6 +123,8 @@ class Entry:
                 for each in self.sets
             ]
             fields["dropped"] = [[*each.update.row, each.reason] for each in self.dropped]
+        if self.rollback is not None:
+            fields["rollback"] = self.rollback
         return bytes(msgpack.packb(fields))
 
     def signed(self, identity: Identity) -> "Signed":
@@ -132,10 +138,8 @@ class Entry:
             fields = _unpacked(content)
         except (msgpack.UnpackException, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ProtocolError("bad-entry", "the entry is not msgpack") from error
-        if not isinstance(fields, dict) or tuple(fields) not in {_KEYS, _PRIVATE_KEYS}:
-            raise ProtocolError(
-                "bad-entry", f"the entry is not a map of {', '.join(_KEYS)}, or of sets and dropped too"
-            )
+        if not isinstance(fields, dict) or tuple(fields) not in {_KEYS, _PRIVATE_KEYS, _ROLLBACK_KEYS}:
+            raise ProtocolError("bad-entry", f"the entry is not a map of {', '.join(_KEYS)}, and what may follow")
         federation = meta_fields.text(fields, "federation")
         rows, sets, dropped = (fields.get(key, []) for key in ("updates", "sets", "dropped"))
         if not is_federation(federation) or not all(isinstance(each, list) for each in (rows, sets, dropped)):
@@ -148,6 +152,7 @@ class Entry:
             updates=tuple(map(_contribution, rows)),
             sets=tuple(map(_set, sets)),
             dropped=tuple(map(_dropped, dropped)),
+            rollback=meta_fields.integer(fields, "rollback", OTHER_MODEL) if "rollback" in fields else None,
         )
         if entry.content() != content:
             raise ProtocolError("bad-entry", "the encoding of the entry is not canonical")
@@ -275,6 +280,7 @@ class _Link:
     hash: bytes
     digest: bytes
     genuine: bool
+    rollback: int | None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -309,7 +315,7 @@ class Audit:
         if entry.version < self._highest:
             self.faults.append(f"version {entry.version} comes after version {self._highest}: the order was changed")
         self._highest = max(self._highest, entry.version)
-        self._links[entry.version] = _Link(entry.previous, signed.hash, entry.digest, genuine)
+        self._links[entry.version] = _Link(entry.previous, signed.hash, entry.digest, genuine, entry.rollback)
         return entry if genuine else None
 
     def _look_twice(self, entry: Entry) -> None:
@@ -350,12 +356,21 @@ class Audit:
         """Check that two neighbouring entries are consecutive, and note a fault if they are not."""
         earlier, later = self._links[before], self._links[after]
         fits = later.previous == earlier.hash
-        leaps = fits and (after - before) % RESTORE_LEAP == 0
+        leaps = fits and ((after - before) % RESTORE_LEAP == 0 or self._goes_back(before, after))
         if after != before + 1 and not leaps:
             gap = f"version {before + 1} is" if after == before + 2 else f"versions {before + 1} to {after - 1} are"
             self.faults.append(f"{gap} missing")
         elif not fits and earlier.genuine and later.genuine:
             self.faults.append(f"version {after} was made after a different version {before} than the one in the log")
+
+    def _goes_back(self, before: int, after: int) -> bool:
+        """Whether the later entry is of a rollback; one to a version with another model is a fault."""
+        to, later = self._links[after].rollback, self._links[after]
+        if to is None or after - before > ROLLBACK_MAX:
+            return False
+        if to > before or (to in self._links and self._links[to].digest != later.digest):
+            self.faults.append(f"version {after} claims to be version {to} again, and is not")
+        return True
 
     def _look_for(self, version: int, digest: bytes | None) -> None:
         if version > self._highest:

@@ -328,7 +328,7 @@ def _await_answer(broker: RunningBroker, listener: Endpoint, secured: Secured | 
     port = partial(_await, partial(nats.own_port, broker.directory, broker.pid), broker)
     if broker.callout is not None:  # first: without it nats-server refuses every client, the probe too
         broker.callout.attend(port())
-    _await(partial(_answers, listener, secured), broker)
+    _await(partial(answers, listener, secured), broker)
     if broker.software.engine is Engine.NATS:  # last: its streams are made for the first client
         introduce = broker.callout.introduction if broker.callout is not None else lambda _: {"verbose": False}
         nats_streams.bound(port(), introduce)
@@ -353,7 +353,7 @@ def _full_disk(broker: RunningBroker) -> str:
     return f"; {disk.explanation}" if disk.is_seen() else ""
 
 
-def _answers(endpoint: Endpoint, secured: Secured | None) -> bool:
+def answers(endpoint: Endpoint, secured: Secured | None) -> bool:
     """Whether the broker accepts an MQTT client there; an open TCP port is not enough.
 
     A closed port answers at once, so the wait is long: a trial given up on a busy machine would be one more try, and

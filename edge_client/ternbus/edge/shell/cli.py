@@ -12,6 +12,7 @@ from ternbus.broker.exit_codes import EXIT_DONE
 from ternbus.broker.files import check_readable, expanded
 from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.json_output import json_output
+from ternbus.broker.log_option import LogFormat, LogOption
 from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from ternbus.broker.protocol.invitation import Invitation
@@ -271,6 +272,7 @@ def run(
     fine_tune: FineTune = 0.0,
     stay: Stay = False,
     as_json: AsJson = False,
+    log: LogOption = LogFormat.TEXT,
 ) -> None:
     """Train until the federation closes, or until Ctrl-C, SIGTERM or SIGHUP; unacknowledged updates are kept in DIR.
 
@@ -288,12 +290,18 @@ def run(
         versions=versions, timeout_s=timeout, min_seconds=min_seconds, reports=reports, fine_tune=fine_tune, stays=stay
     )
     act_as_owner(directory)
-    raise typer.Exit(run_device(DeviceDirectory(directory), "train", options, as_json=as_json))
+    raise typer.Exit(run_device(DeviceDirectory(directory), "train", options, as_json=as_json or log == LogFormat.JSON))
 
 
 @app.command()
 def evaluate(
-    directory: Dir, versions: Evaluated = None, timeout: Timeout = None, stay: Stay = False, as_json: AsJson = False
+    directory: Dir,
+    *,
+    versions: Evaluated = None,
+    timeout: Timeout = None,
+    stay: Stay = False,
+    as_json: AsJson = False,
+    log: LogOption = LogFormat.TEXT,
 ) -> None:
     """Follow the model, evaluate its newest version on the task's test data, and publish the metrics.
 
@@ -301,6 +309,7 @@ def evaluate(
     """
     options = Options(versions=versions, timeout_s=timeout, stays=stay)
     act_as_owner(directory)
+    as_json = as_json or log == LogFormat.JSON
     raise typer.Exit(run_device(DeviceDirectory(directory), "evaluate", options, as_json=as_json))
 
 

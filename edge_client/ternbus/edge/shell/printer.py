@@ -1,12 +1,18 @@
 """A device's output: one line per event, as text or as JSON."""
 
-import json
 import os
 import sys
-import time
-from typing import IO
+from typing import IO, Final
 
+from ternbus.broker.log_levels import ERROR, INFO, WARNING
+from ternbus.broker.log_output import LogOutput
 from ternbus.edge.core.actions import Log, Stop
+
+STOPPED: Final = "stopped"
+WARNINGS: Final = frozenset({  # events that the owner may have to do something about
+    "bad-plan", "cloned", "contested", "disconnected", "evaluation-failed", "fine-tuning-failed", "invalid",
+    "other-beginning", "refused", "revoked", "snapshot-failed", "stale", "training-failed", "unknown",
+})  # fmt: skip
 
 
 class Printer:
@@ -17,24 +23,16 @@ class Printer:
         self._output = output
 
     def __call__(self, log: Log) -> None:
-        if self._as_json:
-            line = json.dumps({"time": round(time.time(), 3), "event": log.event, "text": log.text, **log.fields})
-        else:
-            line = f"{time.strftime('%H:%M:%S')}  {log.text}"
-        try:
-            output = self._output or sys.stdout
-            output.write(line + "\n")
-            output.flush()
-        except BrokenPipeError:
-            raise
-        except OSError:  # a log on a full disk: the line is lost, the device goes on
-            return
+        level = WARNING if log.event in WARNINGS else INFO
+        level = ERROR if log.event == STOPPED and log.fields.get("code") else level
+        write = LogOutput(as_json=self._as_json, stream=self._output or sys.stdout, needs_reader=True)
+        write(log.text, level=level, event=log.event, fields=log.fields)
 
     def end(self, stop: Stop) -> None:
         """Print the last line: why the device stops."""
         if self._as_json or stop.code == 0:
             fields = {"code": stop.code, "reason": stop.reason}
-            self(Log(event="stopped", text=f"stopped: {stop.reason}", fields=fields))
+            self(Log(event=STOPPED, text=f"stopped: {stop.reason}", fields=fields))
         if stop.code != 0:
             sys.stderr.write(f"ternbus: {stop.reason}\n")
 

@@ -13,6 +13,7 @@ from ternbus.broker.errors import ConfigError, CorruptError
 from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.files import is_exposed, load_toml
 from ternbus.broker.folder_owner import act_as_owner
+from ternbus.broker.log_option import LogFormat, LogOption
 from ternbus.broker.protocol.identity import check_device, is_public_key
 from ternbus.broker.protocol.invitation import HELPER, Invitation
 from ternbus.broker.sums.terms import AGGREGATOR, BFV, MASK, OWN
@@ -100,7 +101,7 @@ def init(
 
 
 @app.command()
-def run(directory: Dir, as_json: AsJson = False) -> None:
+def run(directory: Dir, as_json: AsJson = False, log: LogOption = LogFormat.TEXT) -> None:
     """Run the helper until a signal ends it: enroll if need be, then answer the aggregator.
 
     The exit code is 2 if the database is an older copy than what others have seen: see `ternbus helper restored`. It
@@ -108,7 +109,7 @@ def run(directory: Dir, as_json: AsJson = False) -> None:
 
     Example: ternbus helper run bureau
     """
-    printer = Printer(as_json=as_json)
+    printer = Printer(as_json=as_json or log == LogFormat.JSON)
     try:
         code = printer.finish(process.run(HelperDirectory(directory), printer))
     except BrokenPipeError:  # who read the log has ended

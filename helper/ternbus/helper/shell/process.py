@@ -57,7 +57,7 @@ def run(home: HelperDirectory, report: Callable[[Log], None]) -> Stop:
             service = Service(
                 Core(profile, state, store),
                 store=store,
-                make_link=_link_maker(home, settings),
+                make_link=link_maker(home, settings),
                 report=report,
                 enrolled=lambda: home.write(replace(settings, code="")),
             )
@@ -65,7 +65,7 @@ def run(home: HelperDirectory, report: Callable[[Log], None]) -> Stop:
                 return service.run()
 
 
-def _link_maker(home: HelperDirectory, settings: Settings) -> Callable[[Callable[[LinkEvent], None]], Link]:
+def link_maker(home: HelperDirectory, settings: Settings) -> Callable[[Callable[[LinkEvent], None]], Link]:
     user = helper_user(settings.helper)
 
     def connect_to(deliver: Callable[[LinkEvent], None]) -> Link:

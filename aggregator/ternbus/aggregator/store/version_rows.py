@@ -1,0 +1,66 @@
+"""The versions of the model as values: what each was made of, what it is worth, whether it is still kept."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ternbus.aggregator.merge.mean import norm
+from ternbus.aggregator.store import status, tags
+from ternbus.aggregator.store.ledger import Ledger
+from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol.direction import direction_of, sign_of
+
+
+def read(ledger: Ledger, count: int) -> dict[str, Any]:
+    """The last ``count`` versions and all that have a tag, as JSON values.
+
+    Each has a row as in the status, and its ``tags``, whether it is ``kept`` (it can be exported), and the ``norm`` of
+    the change that it was (None: its delta is not kept). ``metric`` is the primary one, ``best`` the kept version that
+    has the best of it by the first evaluator (None: no kept version was evaluated).
+    """
+    found = status.read_ledger(ledger)
+    names: dict[int, list[str]] = {}
+    for name, tag in tags.read(ledger).items():
+        names.setdefault(tag.version, []).append(name)
+    (oldest,) = ledger.db.execute("SELECT min(version) FROM snapshots").fetchone()
+    rows = [row for row in found["versions"][-count:] if row["version"] not in names]
+    rows += [row for row in found["versions"] if row["version"] in names]
+    norms = _norms(ledger, oldest)
+    versions = [
+        {
+            **row,
+            "tags": sorted(names.get(row["version"], [])),
+            "kept": row["version"] >= oldest or row["version"] in names,
+            "norm": norms.get(row["version"]),
+        }
+        for row in sorted(rows, key=lambda row: int(row["version"]))
+    ]
+    kept = [row for row in found["versions"] if row["version"] >= oldest or row["version"] in names]
+    metric, better = found["metric"], found["better"]
+    return {"metric": metric, "best": best(kept, metric, better), "newest": found["version"], "versions": versions}
+
+
+def best(rows: Sequence[Mapping[str, Any]], metric: str | None, better: Mapping[str, Any]) -> int | None:
+    """The version with the best value of a metric, the newest of equals; None where no row has one."""
+    if metric is None:
+        return None
+    sign = sign_of(direction_of(metric, better))
+    worth = [(sign * row["metrics"][metric], row["version"]) for row in rows if metric in row["metrics"]]
+    return max(worth)[1] if worth else None
+
+
+def _norms(ledger: Ledger, oldest: int) -> dict[int, float]:
+    """The L2 norm of the change of each version whose delta is kept."""
+    return {version: float(norm(block)) for version, _, block in ledger.deltas(ledger.schema(), oldest, ledger.version)}
+
+
+def find(ledger: Ledger, *, tag: str | None, is_best: bool) -> int:
+    """The version with a tag, or the best; ConfigError where there is none."""
+    if tag is not None:
+        found = tags.read(ledger)
+        if tag not in found:
+            raise ConfigError(f"there is no tag {tag!r}; see `ternbus aggregator versions`")
+        return found[tag].version
+    best_version: int | None = read(ledger, 1)["best"] if is_best else ledger.version
+    if best_version is None:
+        raise ConfigError("no kept version has been evaluated: run an evaluator, or give --version")
+    return best_version

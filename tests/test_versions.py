@@ -1,0 +1,156 @@
+"""Versions of the model: listed with what they are worth, named and so kept for good, exported by name or worth."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from support.small_world import Bench, float32_block
+from ternbus.aggregator.merge.mean import norm
+from ternbus.aggregator.shell import backup, checking, cli
+from ternbus.aggregator.store import tags
+from ternbus.broker.errors import ConfigError
+from ternbus.broker.model_files import load_metadata, load_safetensors
+from ternbus.broker.protocol.schema import to_vector, vector_digest
+from ternbus.broker.protocol.tensor_kinds import version_metadata
+
+Make = Callable[..., Bench]
+RUN = CliRunner()
+
+
+def run(*arguments: object) -> str:
+    done = RUN.invoke(cli.app, [*map(str, arguments)])
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def refused(*arguments: object) -> str:
+    error = RUN.invoke(cli.app, [*map(str, arguments)]).exception
+    assert isinstance(error, ConfigError), error
+    return str(error)
+
+
+def advanced(bench: Bench, count: int, name: str = "pi") -> list[bytes]:
+    """The digests of as many new versions."""
+    device = bench.join(name)
+    digests = []
+    for _ in range(count):
+        bench.send(device, float32_block(bench.schema, bench.version), bench.version)
+        digests.append(bench.head.digest)
+    bench.beside.work()
+    bench.ledger.write([])  # the vectors of the last snapshot are on disk
+    return digests
+
+
+@pytest.fixture
+def bench(make: Make) -> Bench:
+    return make(merge__buffer_size=1, downlink__codec="float32", downlink__slots=4)
+
+
+def test_versions_are_listed_with_norm_metric_and_whether_they_are_kept(bench: Bench) -> None:
+    digests = advanced(bench, 9)
+    judge = bench.join("judge", evaluator=True)
+    for version, accuracy in ((7, 0.9), (8, 0.7), (9, 0.8), (2, 0.99)):
+        bench.receive(judge.topic("metrics"), judge.metrics(version, accuracy=accuracy))
+    found = json.loads(run("versions", bench.directory, "--json"))
+    rows = {row["version"]: row for row in found["versions"]}
+    assert (sorted(rows), found["newest"], found["metric"]) == ([*range(10)], 9, "accuracy")
+    assert found["best"] == 7  # 2 is no longer kept
+    assert [version for version, row in rows.items() if row["kept"]] == [*range(4, 10)]  # from a snapshot on
+    assert rows[9]["digest"] == digests[-1].hex()
+    assert rows[9]["norm"] == pytest.approx(norm(float32_block(bench.schema, 8)))
+    assert rows[2]["norm"] is None
+    text = run("versions", bench.directory, "--count", "3")
+    assert text.splitlines()[0].split() == [
+        "version",
+        "updates",
+        "staleness",
+        "norm",
+        "accuracy",
+        "kept",
+        "tags",
+        "time",
+    ]
+    assert len(text.splitlines()) == 4
+    assert "best" in run("versions", bench.directory)
+
+
+def test_a_version_is_shown_with_the_updates_in_it(bench: Bench) -> None:
+    advanced(bench, 2)
+    found = json.loads(run("versions", bench.directory, "2", "--json"))
+    assert [(each["device"], each["weight"]) for each in found["contributions"]] == [("pi", 1.0)]
+    text = run("versions", bench.directory, "2")
+    assert text.startswith("version 2, made 1970-01-01 ")
+    assert "pi" in text.splitlines()[-1]
+    assert "there is no version 3; the newest is 2" in refused("versions", bench.directory, "3")
+
+
+def test_a_tagged_version_is_kept_for_good_and_exported_as_devices_held_it(bench: Bench, tmp_path: Path) -> None:
+    digests = advanced(bench, 3)
+    run("tag", bench.directory, "3", "good")
+    advanced(bench, 9, "other")
+    assert "is not kept; kept are" in refused("export", bench.directory, tmp_path / "x", "--version", "2")
+    run("export", bench.directory, tmp_path / "good.safetensors", "--tag", "good")
+    tensors = load_safetensors(tmp_path / "good.safetensors")
+    assert vector_digest(to_vector(bench.schema, tensors)) == digests[2]
+    assert version_metadata(3, digests[2]).items() <= load_metadata(tmp_path / "good.safetensors").items()
+    run("export", bench.directory, tmp_path / "three.safetensors", "--version", "3")
+    assert (tmp_path / "three.safetensors").read_bytes() == (tmp_path / "good.safetensors").read_bytes()
+    rows = {
+        row["version"]: row
+        for row in json.loads(run("versions", bench.directory, "--count", "1", "--json"))["versions"]
+    }
+    assert sorted(rows) == [3, 12]
+    assert (rows[3]["tags"], rows[3]["kept"]) == (["good"], True)
+    assert ", and 3 (good)" in refused("export", bench.directory, tmp_path / "x", "--version", "2")
+
+
+def test_a_name_is_given_once_and_can_be_taken_away(bench: Bench) -> None:
+    advanced(bench, 2)
+    run("tag", bench.directory, "1", "good")
+    run("tag", bench.directory, "1", "good")
+    assert "good is version 1 already" in refused("tag", bench.directory, "2", "good")
+    assert "invalid tag" in refused("tag", bench.directory, "2", "../good")
+    assert "is not kept" in refused("tag", bench.directory, "7", "other")
+    assert "--remove NAME" in refused("tag", bench.directory, "2")
+    run("tag", bench.directory, "--remove", "good")
+    assert not tags.path(bench.directory, "good").exists()
+    assert "there is no tag 'good'" in refused("tag", bench.directory, "--remove", "good")
+
+
+def test_the_best_version_is_exported(bench: Bench, tmp_path: Path) -> None:
+    digests = advanced(bench, 3)
+    assert "no kept version has been evaluated" in refused("export", bench.directory, tmp_path / "x", "--best")
+    judge = bench.join("judge", evaluator=True)
+    for version, loss in ((1, 0.3), (2, 0.1), (3, 0.2)):
+        bench.receive(judge.topic("metrics"), judge.metrics(version, loss=loss))
+    out = tmp_path / "best.safetensors"
+    assert digests[1].hex() in run("export", bench.directory, out, "--best")
+    assert "only one of" in refused("export", bench.directory, out, "--best", "--version", "1")
+    assert "there is no tag" in refused("export", bench.directory, out, "--tag", "none")
+
+
+def test_a_tagged_model_that_was_changed_is_not_exported(bench: Bench, tmp_path: Path) -> None:
+    advanced(bench, 1)
+    run("tag", bench.directory, "1", "good")
+    advanced(bench, 9, "other")
+    file = tags.path(bench.directory, "good")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    error = RUN.invoke(cli.app, ["export", str(bench.directory), str(tmp_path / "x"), "--tag", "good"]).exception
+    assert "good.safetensors is not as it was written" in str(error)
+
+
+def test_a_backup_has_the_tagged_models(bench: Bench, tmp_path: Path) -> None:
+    digests = advanced(bench, 1)
+    run("tag", bench.directory, "1", "good")
+    advanced(bench, 9, "other")
+    made = backup.backup(bench.directory, tmp_path / "backups", None, "test")
+    tensors = load_safetensors(tags.path(made.path, "good"))
+    assert vector_digest(to_vector(bench.schema, tensors)) == digests[0]
+    assert np.isfinite(to_vector(bench.schema, tensors)).all()
+    assert checking.differences(made.path) == []
