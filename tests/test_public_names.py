@@ -26,7 +26,12 @@ PUBLIC = {
         decode encode enroll_proof key_id load_safetensors nearest_block parse save_safetensors seal to_tensors
         to_vector topics vector_digest vector_of verify whole
     """,
-    "ternbus.lab": "End Fault Hostile Lines Local Narrow Scenario Simulated Simulation Speeds Workers",
+    "ternbus.lab": """
+        Baseline BestModel Callback ClientError Comparison EarlyStopping End Fault Federation Hostile Job
+        Lines Local MLflow Narrow PartitionTable Parts Progress Run Scenario Simulated Simulation Speeds
+        State Sweep TensorBoard Tuning Update Workers by compare dirichlet iid mae natural quantity r2
+        shards sweep tune
+    """,
 }
 # The tasks that ship are public as modules, and so are the digits that ship.
 TASK_MODULES = {spec.partition(":")[0] for spec in BUILT_IN_TASKS.values()} | {"ternbus.edge.tasks.digits_data"}
