@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
 import pytest
 import torch
@@ -24,7 +23,6 @@ from ternbus.lab import (
     Federation,
     Hostile,
     Local,
-    MLflow,
     Run,
     State,
     TensorBoard,
@@ -91,7 +89,7 @@ def test_the_figures_are_drawn(run: Run) -> None:
 
 
 def test_the_same_cell_runs_twice_and_leaves_random_numbers_and_threads_alone() -> None:
-    fed, (inputs, targets) = federation(), numbers(64)
+    fed = federation()
     torch.manual_seed(5)
     torch.set_num_threads(2)
     expected = torch.rand(3)
@@ -103,8 +101,6 @@ def test_the_same_cell_runs_twice_and_leaves_random_numbers_and_threads_alone() 
     assert same(first, simulated(fed))
     assert not same(first, simulated(fed, seed=1))
     assert same(first, simulated(federation()))
-    assert fed.initial_evaluation().samples == len(TEST[0])
-    assert len(inputs) == len(targets)
 
 
 def test_seconds_for_each_client_decide_who_is_merged_how_often() -> None:
@@ -194,18 +190,35 @@ def test_early_stopping_keeps_the_best_version() -> None:
     assert run.version == run.best_version + 3 < 200
 
 
-def test_a_tracker_has_the_metrics_of_every_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = simulated(callbacks=[TensorBoard(tmp_path / "tb")], plan={"momentum": 0.5})
-    events = EventAccumulator(str(tmp_path / "tb")).Reload().Scalars("mae")
+def test_tensorboard_has_the_metrics_of_every_version(tmp_path: Path) -> None:
+    run = simulated(callbacks=[TensorBoard(tmp_path)])
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("mae")
     assert [event.step for event in events] == run.versions["version"].tolist()
-    assert [event.value for event in events] == pytest.approx(run.versions["mae"].tolist())
-    monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    run = simulated(callbacks=[MLflow("trial")], plan={"momentum": 0.5})
-    assert mlflow.active_run() is None
-    (kept,) = mlflow.MlflowClient().search_runs(["0"])
-    assert kept.data.metrics["mae"] == pytest.approx(run.metrics["mae"])
-    assert kept.data.params["plan.momentum"] == "0.5"
+    assert [event.value for event in events] == pytest.approx(run.versions["mae"].tolist(), rel=1e-4)
+
+
+@pytest.mark.extended
+def test_mlflow_has_the_metrics_of_every_version_and_the_settings(tmp_path: Path) -> None:
+    """In a process of its own: mlflow's libraries warn."""
+    script = f"""
+import mlflow
+from support.arrays import CLIENTS, TEST, linear
+from ternbus.lab import Federation, MLflow
+mlflow.set_tracking_uri("sqlite:///{tmp_path}/mlflow.db")
+run = Federation(linear, loss="mse", clients=CLIENTS, test=TEST).simulate(
+    versions=3, callbacks=[MLflow("trial")], plan={{"momentum": 0.5}}
+)
+client = mlflow.MlflowClient()
+(kept,) = client.search_runs(["0"])
+history = client.get_metric_history(kept.info.run_id, "mae")
+print(mlflow.active_run(), kept.data.params["plan.momentum"], kept.info.run_name)
+print([round(each.value, 6) for each in sorted(history, key=lambda each: each.step)] == run.versions["mae"].tolist())
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert ran.stdout.splitlines()[-2:] == ["None 0.5 trial", "True"], ran.stderr
 
 
 # --- ends
@@ -248,7 +261,7 @@ def test_a_bug_in_a_clients_training_names_client_batch_and_line() -> None:
 
 
 def test_a_training_that_diverges_is_a_failure_of_the_federation_and_no_bug() -> None:
-    with pytest.raises(Exception, match="no device can train\nalice, bob cannot train: training diverged"):
+    with pytest.raises(Exception, match=r"no device can train\n.* cannot train: training diverged"):
         simulated(plan={"learning_rate": 1000.0, "local_epochs": 50})
 
 
@@ -298,7 +311,9 @@ def test_a_sweep_has_the_mean_over_seeds_of_each_combination() -> None:
         simulated(fed, versions=2, seed=seed, plan={"learning_rate": 0.02}, merge={"buffer_size": 2}) for seed in (0, 1)
     ]
     assert table["mae"].iloc[3] == pytest.approx(np.mean([run.metrics["mae"] for run in runs]))
-    assert found.best() == {"plan.learning_rate": 0.02, "merge.buffer_size": 2}
+    best = table.sort_values("mae").iloc[0]
+    assert found.best() == {name: best[name] for name in ("plan.learning_rate", "merge.buffer_size")}
+    assert best["plan.learning_rate"] == 0.02
     assert found.plot()._repr_png_()[:4] == b"\x89PNG"
 
 
@@ -309,6 +324,6 @@ def test_tuning_finds_the_better_rate_and_prunes_what_is_worse() -> None:
     assert found.best["plan.learning_rate"] > 0.01
     assert set(table["state"]) == {"complete", "pruned"}
     assert table.loc[table["state"] == "pruned", "versions"].max() < 3
-    assert found.value == table.loc[table["state"] == "complete", "mae"].min()
+    assert found.value == pytest.approx(table.loc[table["state"] == "complete", "mae"].min(), abs=1e-6)
     again = tune(fed, {"plan.learning_rate": (1e-4, 0.1, "log")}, trials=9, versions=3)
     assert again.best == found.best

@@ -278,10 +278,10 @@ def _check_names(wanted: Mapping[str, Any], found: Any, hook: str) -> None:
 
 def _vector(schema: Schema, found: Any, hook: str) -> Vector:
     _check_names({each.name: np.empty(each.shape) for each in schema.tensors}, found, hook)
-    vector = to_vector(schema, {name: np.asarray(found[name], np.float32) for name in found})
-    if not np.isfinite(vector).all():
+    arrays = {each.name: np.asarray(found[each.name], np.float32) for each in schema.tensors}
+    if not all(np.isfinite(array).all() for array in arrays.values()):
         raise ConfigError(f"{hook}: apply() returned a NaN or an infinity: all elements must be finite")
-    return vector
+    return to_vector(schema, arrays)
 
 
 def _readonly(vector: Vector) -> Vector:
