@@ -177,8 +177,10 @@ class Federation:
         hooks = algorithms.Hooks.of(merge_rule, server_optimizer, client)
         hooks.check(wanted, task, jobs)
         watch = Watch(watching, wanted.end.versions, self.module)
-        for line in (*self.lines, *hooks.notices()):
+        for line in self.lines:
             watch.say(line)
+        for line in hooks.notices():
+            watch.say_once(line)
         run: Run | None = None
         try:
             run = self._simulated(wanted, hooks.task(task), hooks, jobs, watch)

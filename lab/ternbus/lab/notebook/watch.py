@@ -11,6 +11,8 @@ from ternbus.lab.notebook.callbacks import AnyCallback, State, asked_to_stop
 from ternbus.lab.report.observation import Observation
 from ternbus.lab.virtual.simulate import Simulation
 
+_said: set[str] = set()
+
 
 class Watch:
     """A `Progress` that calls callbacks after each version that is evaluated. `simulation` is set before it runs.
@@ -33,6 +35,14 @@ class Watch:
         for callback in self._callbacks:
             if callable(say := getattr(callback, "say", None)):
                 say(line)
+
+    def say_once(self, line: str) -> None:
+        """Say what this process has not said yet; every run keeps it."""
+        if line in _said:
+            self.lines.append(line)
+        else:
+            _said.add(line)
+            self.say(line)
 
     def show(self, moment: Observation, seconds: float) -> None:
         simulation = self.simulation
