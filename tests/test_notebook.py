@@ -78,7 +78,7 @@ def test_clients_may_have_tensors_frames_and_arrays_beside_each_other() -> None:
 def test_clients_may_have_datasets() -> None:
     class Doubled(TensorDataset):
         def __getitem__(self, index: Any) -> Any:
-            inputs, target = super().__getitem__(index)
+            inputs, target = super().__getitem__(index)  # type: ignore[no-untyped-call]  # torch's
             return inputs * 2, target
 
     given = {name: Doubled(torch.from_numpy(x), torch.from_numpy(y)) for name, (x, y) in CLIENTS.items()}

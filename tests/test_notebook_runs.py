@@ -1,6 +1,8 @@
 """Runs of a federation on arrays: tables, models, callbacks, interrupts, failures and baselines."""
 
 import os
+import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from torch import nn
 
 from support.arrays import CLIENTS, TEST, linear, numbers
 from ternbus.broker.errors import ConfigError
+from ternbus.edge.learn.task_loader import load_task
 from ternbus.lab import (
     BestModel,
     ClientError,
@@ -296,9 +299,10 @@ def test_centralized_training_is_plain_gradient_descent_on_all_samples() -> None
     net.load_state_dict(start)
     inputs, targets = (torch.from_numpy(np.concatenate([each[part] for each in CLIENTS.values()])) for part in (0, 1))
     nn.functional.mse_loss(net(inputs).squeeze(1), targets).backward()  # type: ignore[no-untyped-call]  # torch's
+    assert found.tensors is not None
     for name, parameter in net.named_parameters():
         expected = start[name] - 0.1 * parameter.grad  # type: ignore[operator]  # there is one
-        assert torch.allclose(torch.from_numpy(found.tensors[name]), expected, atol=1e-6)  # type: ignore[index]
+        assert torch.allclose(torch.from_numpy(found.tensors[name]), expected, atol=1e-6)
 
 
 def test_a_sweep_has_the_mean_over_seeds_of_each_combination() -> None:
@@ -327,3 +331,19 @@ def test_tuning_finds_the_better_rate_and_prunes_what_is_worse() -> None:
     assert found.value == pytest.approx(table.loc[table["state"] == "complete", "mae"].min(), abs=1e-6)
     again = tune(fed, {"plan.learning_rate": (1e-4, 0.1, "log")}, trials=9, versions=3)
     assert again.best == found.best
+
+
+@pytest.mark.extended
+def test_the_code_of_the_notebook_page_runs_as_it_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "notebook.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 8
+    script = tmp_path / "page.py"
+    script.write_text("\n".join(blocks), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names = runpy.run_path(str(script), run_name="__main__")
+    assert names["run"].best_version > 0
+    assert names["central"].metrics["accuracy"] > 0.9
+    assert names["wards"].devices == ("device-0", "device-1", "device-2")
+    assert load_task(f"{tmp_path}/my_task.py:TASK").name == "federation"
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["alice", "bob", "carol"]

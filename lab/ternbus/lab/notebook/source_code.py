@@ -27,7 +27,7 @@ class Source:
         """The name by which the file has this function or class. Raises `ConfigError` if it has no source."""
         if isinstance(function, type | types.FunctionType | types.BuiltinFunctionType):
             own = getattr(function, "__name__", name)
-            if _is_lambda(function):
+            if isinstance(function, types.FunctionType) and own == "<lambda>":
                 return self._lambda(function, name)
             if _is_importable(function):
                 return self._import(function, own)
@@ -94,10 +94,6 @@ class Source:
         is_new = name not in self._objects
         self._objects[name] = value
         return is_new
-
-
-def _is_lambda(function: Any) -> bool:
-    return getattr(function, "__name__", "") == "<lambda>"
 
 
 def _is_importable(function: Any) -> bool:
