@@ -153,12 +153,15 @@ def test_the_metrics_are_their_formulas() -> None:
     assert accuracy_of_signs(torch.tensor([-1.0, 2.0, 0.5]), torch.tensor([0, 1, 0])).item() == pytest.approx(2 / 3)
 
 
+TABLE = (pd.DataFrame({"a": [1.0, 2.0], "b": [3.0, 4.0]}), pd.Series([1.0, 2.0]))
+MIXED_UP = (TABLE[0][["b", "a"]], TABLE[1])
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"loss": "mes"}, "no loss 'mes' .do you mean mse"),
     ({"clients": {"Alice": TEST}}, "the client 'Alice' cannot be a device"),
     ({"clients": {}}, "clients must be a dict"),
     ({"clients": {"alice": TEST, "bob": (TEST[0][:, :3], TEST[1])}}, r"alice has \(10,\) of float32.* bob \(3,\)"),
     ({"clients": {"alice": (np.full((5, 10), np.nan, np.float32), np.zeros(5))}}, "client alice: 5 of 5 samples"),
+    ({"clients": {"alice": TABLE, "bob": MIXED_UP}, "test": 0.5}, "client bob has the columns b, a, and client alice"),
     ({"test": None}, "give test="),
     ({"test": 1.5}, "must be between 0 and 1"),
     ({"data": TEST}, "either clients=.* or data="),

@@ -166,6 +166,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "'bias': it must have shape",
     ),
     ({"client": (lambda _: 0, lambda s, _: (s, [], 0))}, "returned list as tensors"),
+    (
+        {"client": (lambda _: 0, lambda s, j: (s, j.train(correction={"weigth": 0}), 0))},
+        r"'weigth' \(do you mean weight",
+    ),
     ({"client": (lambda _: 0, lambda s, _: (s, {}, 0)), "plan": {"dp": "device"}}, "dp in the plan does not cover"),
 ]
 

@@ -298,10 +298,10 @@ def test_centralized_training_is_plain_gradient_descent_on_all_samples() -> None
     net = linear()
     net.load_state_dict(start)
     inputs, targets = (torch.from_numpy(np.concatenate([each[part] for each in CLIENTS.values()])) for part in (0, 1))
-    nn.functional.mse_loss(net(inputs).squeeze(1), targets).backward()  # type: ignore[no-untyped-call]  # torch's
+    nn.functional.mse_loss(net(inputs).squeeze(1), targets).backward()
     assert found.tensors is not None
     for name, parameter in net.named_parameters():
-        expected = start[name] - 0.1 * parameter.grad  # type: ignore[operator]  # there is one
+        expected = start[name] - 0.1 * parameter.grad
         assert torch.allclose(torch.from_numpy(found.tensors[name]), expected, atol=1e-6)
 
 

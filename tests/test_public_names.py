@@ -111,7 +111,11 @@ def private_imports(code: str) -> list[str]:
         match node:
             case ast.ImportFrom(module=str(module), names=names) if module.startswith("ternbus"):
                 public = set(PUBLIC.get(module, "").split())
-                found += [f"{module}.{alias.name}" for alias in names if alias.name not in public]
+                found += [
+                    f"{module}.{alias.name}"
+                    for alias in names
+                    if alias.name not in public and f"{module}.{alias.name}" not in TASK_MODULES
+                ]
                 if module in TASK_MODULES:
                     found = [name for name in found if not name.startswith(f"{module}.")]
             case ast.Import(names=names):

@@ -91,6 +91,11 @@ print(judge.evaluate(start).values["loss"] > judge.evaluate(trained.tensors).val
     assert run(tmp_path, "-c", program).strip() == "True"
 
 
+def test_the_federation_of_arrays_runs_and_becomes_a_task(tmp_path: Path) -> None:
+    run(tmp_path, "-W", "error", "-c", block("Federation("))  # of python -c its lambda has no source
+    assert (tmp_path / "my_task.py").exists()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_a_page_imports_public_names_only(page: Path) -> None:
     imported = re.findall(r"^\s*(?:from|import) (ternbus\S*)", "\n".join(blocks(page, "python")), flags=re.MULTILINE)

@@ -27,6 +27,7 @@ from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.torch.torch_task import TorchTask
 from ternbus.lab.notebook.correction import Correction, corrected
 from ternbus.lab.scenario.scenario import Scenario
+from ternbus.lab.spelling import refuse_unknown
 
 Pair = tuple[Callable[..., Any], Callable[..., Any]]
 """(init, apply)."""
@@ -47,7 +48,7 @@ class Update:
 
     `change` is what it changes of its base `version`, after the plan's codec; the model has made `staleness` versions
     since. `samples` and `discount` (of staleness, and of an update that is too long) are what the built-in rule weighs
-    by. `steps` is the number of local steps that the plan asks of so many samples. `extra` is what a `client` algorithm
+    by. `steps` is the number of local steps that the plan asks of the samples that the device states. `extra` is what a `client` algorithm
     gave with it.
     """
 
@@ -211,7 +212,7 @@ class OwnModel(Model):
             staleness=update.staleness,
             samples=update.samples,
             discount=update.discount,
-            steps=plan.steps(update.samples),
+            steps=plan.steps(update.samples if update.stated is None else update.stated),
             change=to_tensors(self.schema, _readonly(block.value())),
             extra=self.hooks.extras.pop((update.device, update.base), None),
         )
@@ -242,6 +243,7 @@ class _OwnTrainer:
         made: list[Trained] = []
 
         def run(first: Tensors, correction: Tensors | None) -> Trained:
+            refuse_unknown(correction or {}, start, "correction: the model has no tensor")
             with self._hooks.correction.set(correction):
                 made.append(self._trainer.train(first, plan, version=version, seed=seed))
             return made[-1]

@@ -95,6 +95,7 @@ def of_clients(clients: Any, testing: Testing) -> Arrays:
                 f"the client {name!r} cannot be a device: a name has a to z, 0 to 9, - and _, begins with a letter or "
                 "a number, and has at most 64 characters"
             )
+    _check_columns({**{f"client {name}": given for name, given in clients.items()}, "test": testing.data})
     samples = {name: _finite_samples(given, f"client {name}", testing.form) for name, given in clients.items()}
     owners = np.repeat(np.arange(len(samples)), [len(each) for each in samples.values()])
     return Arrays(_together(samples), owners, testing)
@@ -112,7 +113,21 @@ def of_table(data: Any, owners: Any, parts: Parts, testing: Testing) -> Arrays:
         owners = {str(name): np.asarray(table[name]) for name in table.columns}
     elif owners is not None and not labels.columns_of(owners):
         owners = np.asarray(owners)
+    _check_columns({"data": data, "test": testing.data})
     return Arrays(_finite_samples(data, "data", testing.form), owners, testing)
+
+
+def _check_columns(given: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for DataFrames with other columns, or in another order: a model knows them by place."""
+    tables = {name: table_of(data) for name, data in given.items()}
+    columns = {name: [str(each) for each in table.columns] for name, table in tables.items() if table is not None}
+    first = next(iter(columns), "")
+    for name, found in columns.items():
+        if found != columns[first]:
+            raise ConfigError(
+                f"{name} has the columns {', '.join(found)}, and {first} has {', '.join(columns[first])}: give all the "
+                "same, in the same order"
+            )
 
 
 def _finite_samples(given: Any, what: str, form: Mapping[str, Any]) -> Samples:

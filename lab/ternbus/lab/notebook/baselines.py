@@ -202,7 +202,7 @@ class Comparison:
             values = [row[metric] for row in result.parts if metric in row]
             if values:
                 axes.axhspan(min(values), max(values), color=colour, alpha=0.12)
-        better = next((each.better for each in self.results if isinstance(each, Baseline)), {})
+        better = self.results[0].better
         axes.set(xlabel="version", ylabel=_labelled(metric, better), title="test data")
         axes.legend()
 

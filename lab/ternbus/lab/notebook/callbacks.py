@@ -1,9 +1,9 @@
 """Callbacks: what a run calls after each version that it evaluates. The user's own are functions or objects like these.
 
 A callback is a function of a `State`, or an object with a method `on_version(state)`. It returns None, or True to end
-the run after this version. An object may also have `on_end(run)`, called once with the `Run`, however it ended, and
-`say(line)`, called with each notice of the run. Version 0 is the initial model: an object that is used for a second
-run begins anew there.
+the run after this version. An object may also have `on_end(run)`, called once with the `Run`, or with None if an
+exception ended it, and `say(line)`, called with each notice of the run. Version 0 is the initial model: an object that
+is used for a second run begins anew there.
 """
 
 from collections.abc import Callable, Mapping, Sequence

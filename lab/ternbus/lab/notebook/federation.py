@@ -74,7 +74,7 @@ class Federation:
         **more: Any,
     ) -> None:
         self.name = name
-        self.loss, self.partition_given = loss, partition
+        self.loss = loss
         self._folder: Path | None = None
         self._clients: tuple[str, ...] = ()
         if task is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ternbus.broker.model_files import save_safetensors
-from ternbus.broker.protocol.direction import for_people
+from ternbus.broker.protocol.direction import Direction, for_people
 from ternbus.edge.plan.tensors import Tensors
 from ternbus.lab.notebook.frames import figure, frame
 from ternbus.lab.report import plots
@@ -48,6 +48,12 @@ class Run:
     def metric(self) -> str | None:
         """The primary metric of the test data."""
         found: str | None = self.report["metric"]
+        return found
+
+    @property
+    def better(self) -> Mapping[str, Direction]:
+        """The direction of each metric: "higher" or "lower"."""
+        found: Mapping[str, Direction] = self.report["better"]
         return found
 
     @property

@@ -102,8 +102,8 @@ def sweep(fed: Federation, space: Mapping[str, Sequence[Any]], *, seeds: int = 1
     """Simulate all combinations of the values, each with the seeds 0 to `seeds` - 1.
 
     A name is "plan.K", "merge.K", another setting of aggregator.toml as "optimizer.name", or an argument of `simulate`,
-    to which `arguments` go, too. Ctrl-C ends the sweep, and what is finished is returned. Raises `ConfigError` for a
-    name that is none, before anything is simulated a second time.
+    to which `arguments` go, too. Ctrl-C ends the sweep, and what is finished is returned; `KeyboardInterrupt` if that
+    is nothing. Raises `ConfigError` for a name that is none, before anything is simulated a second time.
     """
     if not space or not all(isinstance(values, list | tuple) and values for values in space.values()):
         raise ConfigError('sweep() needs a list of values for each name, as {"plan.learning_rate": [0.01, 0.1]}')
@@ -176,8 +176,8 @@ def tune(
     A name is one as of `sweep`. Its value is (low, high), of whole numbers or of numbers with a fraction; the same with
     "log" as a third; or a list of choices. `metric` is by default the primary one. A trial that is worse than the
     median of those before it, at the same version, is pruned. `seed` is that of the search and of each run; `arguments`
-    go to `simulate`. Ctrl-C ends the search, and what was tried is returned. Raises `ConfigError` if optuna is missing,
-    or for a space that is none.
+    go to `simulate`. Ctrl-C ends the search, and what was tried is returned; `KeyboardInterrupt` if no trial is
+    finished. Raises `ConfigError` if optuna is missing, or for a space that is none.
     """
     optuna = library("optuna", "'ternbus[tune]'")
     for name, about in space.items():
