@@ -191,6 +191,9 @@ def test_early_stopping_keeps_the_best_version() -> None:
     run = simulated(versions=200, callbacks=[EarlyStopping("mae", patience=3)])
     assert run.ended == "stopped"
     assert run.version == run.best_version + 3 < 200
+    with torch.no_grad():
+        mae = float((run.best(torch.from_numpy(TEST[0])).squeeze(1) - torch.from_numpy(TEST[1])).abs().mean())
+    assert mae == pytest.approx(run.versions["mae"].min(), rel=1e-4)
 
 
 def test_tensorboard_has_the_metrics_of_every_version(tmp_path: Path) -> None:
@@ -301,6 +304,7 @@ def test_centralized_training_is_plain_gradient_descent_on_all_samples() -> None
     nn.functional.mse_loss(net(inputs).squeeze(1), targets).backward()
     assert found.tensors is not None
     for name, parameter in net.named_parameters():
+        assert parameter.grad is not None
         expected = start[name] - 0.1 * parameter.grad
         assert torch.allclose(torch.from_numpy(found.tensors[name]), expected, atol=1e-6)
 

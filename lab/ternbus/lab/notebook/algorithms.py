@@ -48,8 +48,8 @@ class Update:
 
     `change` is what it changes of its base `version`, after the plan's codec; the model has made `staleness` versions
     since. `samples` and `discount` (of staleness, and of an update that is too long) are what the built-in rule weighs
-    by. `steps` is the number of local steps that the plan asks of the samples that the device states. `extra` is what a `client` algorithm
-    gave with it.
+    by. `steps` is the number of local steps that the plan asks of the samples that the device states. `extra` is what a
+    `client` algorithm gave with it.
     """
 
     device: str
