@@ -92,7 +92,8 @@ print(judge.evaluate(start).values["loss"] > judge.evaluate(trained.tensors).val
 
 
 def test_the_federation_of_arrays_runs_and_becomes_a_task(tmp_path: Path) -> None:
-    run(tmp_path, "-W", "error", "-c", block("Federation("))  # of python -c its lambda has no source
+    (tmp_path / "notebook.py").write_text(block("Federation("), encoding="utf-8")
+    run(tmp_path, "-W", "error", "notebook.py")
     assert (tmp_path / "my_task.py").exists()
 
 

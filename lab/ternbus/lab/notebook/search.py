@@ -213,7 +213,7 @@ def _tried(fed: Federation, trial: Any, space: Mapping[str, Any], metric: str, a
         return True if ended_early else None
 
     values = {name: _suggested(trial, name, about) for name, about in space.items()}
-    callbacks = [*arguments.get("callbacks", ()), watch]
+    callbacks = [*(arguments.get("callbacks") or ()), watch]
     run = fed.simulate(**arguments_with({**arguments, "callbacks": callbacks}, values))
     if run.ended == "interrupted":
         trial.study.stop()
