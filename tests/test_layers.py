@@ -18,7 +18,9 @@ AGGREGATOR = {
     "aggregator", "aggregator.merge", "aggregator.sums", "aggregator.core", "aggregator.store", "aggregator.shell",
 }  # fmt: skip
 HELPER = {"helper", "helper.core", "helper.store", "helper.shell"}
-LAB = {"lab", "lab.scenario", "lab.report", "lab.processes", "lab.virtual", "lab.experiment"}
+LAB = {
+    "lab", "lab.scenario", "lab.report", "lab.processes", "lab.virtual", "lab.experiment",
+}  # fmt: skip
 ARROWS = {
     "command": {"broker"},  # the components' commands it imports by name, when one is run
     "doctor": {*BUS, "broker.link", "broker.server"},  # the components' examinations it imports by name
@@ -63,6 +65,7 @@ ARROWS = {
         "helper.core",
     },
     "lab.experiment": {*BUS, "broker.server", "lab", "lab.scenario", "lab.report", "lab.virtual", *EDGE},
+    "lab.notebook": {*BUS, "lab", "lab.scenario", "lab.report", "lab.virtual", *EDGE, "edge.torch", *AGGREGATOR},
     "lab.cli": {*BUS, *EDGE, *AGGREGATOR, *LAB},
 }
 ROOTS = {"broker": "broker", "edge_client": "edge", "aggregator": "aggregator", "helper": "helper", "lab": "lab"}
@@ -92,12 +95,17 @@ CONFINED = {
         "edge_client/ternbus/edge/torch/",
         "edge_client/ternbus/edge/tasks/",
         "edge_client/ternbus/edge/adapters/",
+        "lab/ternbus/lab/notebook/",
     },
     "sklearn": {"edge_client/ternbus/edge/adapters/sklearn.py", "edge_client/ternbus/edge/adapters/estimators.py"},
     "scipy": {"edge_client/ternbus/edge/adapters/estimators.py"},
     "torchvision": {"edge_client/ternbus/edge/torch/torchvision_ops.py", "edge_client/ternbus/edge/tasks/"},
-    "matplotlib": {"lab/ternbus/lab/report/", "lab/ternbus/lab/experiment/plot.py"},
-    "rich": {"lab/ternbus/lab/report/progress.py"},
+    "matplotlib": {
+        "lab/ternbus/lab/report/",
+        "lab/ternbus/lab/experiment/plot.py",
+        "lab/ternbus/lab/notebook/frames.py",
+    },
+    "rich": {"lab/ternbus/lab/report/progress.py", "lab/ternbus/lab/notebook/bar.py"},
     "textual": {"aggregator/ternbus/aggregator/shell/top.py"},
     "sqlite3": {*STORES, "broker/ternbus/broker/complaint.py"},  # which names its errors to end with an exit code
     "cryptography": {"broker/ternbus/broker/server/certificates.py"},

@@ -26,7 +26,12 @@ PUBLIC = {
         decode encode enroll_proof key_id load_safetensors nearest_block parse save_safetensors seal to_tensors
         to_vector topics vector_digest vector_of verify whole
     """,
-    "ternbus.lab": "Availability End Fault Hostile Lines Local Narrow Scenario Simulated Simulation Speeds Workers",
+    "ternbus.lab": """
+        Baseline BestModel Callback ClientError Comparison EarlyStopping End Fault Federation Hostile Job
+        Lines Local MLflow Narrow PartitionTable Parts Progress Run Scenario Simulated Simulation Speeds
+        State Sweep TensorBoard Tuning Update Workers by compare dirichlet iid mae natural quantity r2
+        shards sweep tune
+    """,
 }
 # The tasks that ship are public as modules, and so are the digits that ship.
 TASK_MODULES = {spec.partition(":")[0] for spec in BUILT_IN_TASKS.values()} | {"ternbus.edge.tasks.digits_data"}
@@ -106,7 +111,11 @@ def private_imports(code: str) -> list[str]:
         match node:
             case ast.ImportFrom(module=str(module), names=names) if module.startswith("ternbus"):
                 public = set(PUBLIC.get(module, "").split())
-                found += [f"{module}.{alias.name}" for alias in names if alias.name not in public]
+                found += [
+                    f"{module}.{alias.name}"
+                    for alias in names
+                    if alias.name not in public and f"{module}.{alias.name}" not in TASK_MODULES
+                ]
                 if module in TASK_MODULES:
                     found = [name for name in found if not name.startswith(f"{module}.")]
             case ast.Import(names=names):

@@ -91,6 +91,12 @@ print(judge.evaluate(start).values["loss"] > judge.evaluate(trained.tensors).val
     assert run(tmp_path, "-c", program).strip() == "True"
 
 
+def test_the_federation_of_arrays_runs_and_becomes_a_task(tmp_path: Path) -> None:
+    (tmp_path / "notebook.py").write_text(block("Federation("), encoding="utf-8")
+    run(tmp_path, "-W", "error", "notebook.py")
+    assert (tmp_path / "my_task.py").exists()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_a_page_imports_public_names_only(page: Path) -> None:
     imported = re.findall(r"^\s*(?:from|import) (ternbus\S*)", "\n".join(blocks(page, "python")), flags=re.MULTILINE)

@@ -12,6 +12,7 @@ from ternbus.edge.learn.task_loader import code_errors, described, location_of
 from ternbus.edge.plan.plan import Plan
 
 TRACE_CHARS: Final = 10_000
+IN_BATCH: Final = "in batch "
 NO_MEMORY: Final = ("out of memory", "not enough memory", "can't allocate memory")  # as PyTorch says it
 
 
@@ -26,7 +27,18 @@ def describe(error: BaseException) -> str:
         return f"{'missing data' if missing else 'cannot read data'}: {error.filename}: {error.strerror}"
     place = location_of(error)
     where = f"{Path(place[0]).name}, line {place[1]}: " if place is not None else ""
-    return f"a bug in the task: {where}{described(error)}"
+    return f"a bug in the task: {where}{described(error)}{_batch_of(error)}"
+
+
+def note_batch(error: BaseException, number: int, count: int) -> None:
+    """Have `describe`, and the traceback, say in which batch of a training it was raised, counted from 1."""
+    error.add_note(f"{IN_BATCH}{number} of {count}")
+
+
+def _batch_of(error: BaseException) -> str:
+    """The note, in brackets; empty without one. What is not ours, such as notes of the task, is left out."""
+    notes = [note for note in getattr(error, "__notes__", ()) if isinstance(note, str) and note.startswith(IN_BATCH)]
+    return f" ({notes[0]})" if notes else ""
 
 
 @contextmanager

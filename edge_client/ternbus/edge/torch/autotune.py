@@ -92,3 +92,8 @@ def typical(step: Callable[[], object], count: int, limit_s: float, clock: Calla
     while len(times) < min(TYPICAL, count) and clock() < ends:
         times.append(duration(step, clock))
     return median(times)
+
+
+def sleep_until(moment: float) -> None:
+    """Wait for a time of `time.perf_counter`."""
+    time.sleep(max(0.0, moment - time.perf_counter()))

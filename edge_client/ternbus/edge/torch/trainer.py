@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.edge.learn import local_optimizer
 from ternbus.edge.learn.class_counts import counted
-from ternbus.edge.learn.failure import looking_at_data
+from ternbus.edge.learn.failure import looking_at_data, note_batch
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.task import Evaluation, Trained, TrainingError
 from ternbus.edge.learn.task_loader import code_errors
@@ -27,7 +27,7 @@ from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.torch import device as devices
 from ternbus.edge.torch import dp_sgd, evaluation, scoring, steps
 from ternbus.edge.torch.augmentation import augmentation
-from ternbus.edge.torch.autotune import Way, fastest, typical, ways
+from ternbus.edge.torch.autotune import Way, fastest, sleep_until, typical, ways
 from ternbus.edge.torch.batches import inputs_of, prepared
 from ternbus.edge.torch.objective import Loss, Objective, trainable
 from ternbus.edge.torch.samples import Numbers, Samples
@@ -70,7 +70,7 @@ class TorchTrainer:
         self._own_step = task.has_own("train_step")
         self._metrics = task.measured()
         self._plan: Plan | None = None  # of the last training or evaluation
-        self._read_at = 0.0  # when the last batch was there
+        self._read_at, self._step = 0.0, 0  # when the last batch was there, and its number
         self._scorer = evaluation.Scorer(task, samples, self._objective)
 
     @property
@@ -123,9 +123,11 @@ class TorchTrainer:
             with looking_at_data(plan):
                 try:
                     metrics = descend(plan, version, way, self._steps(read, plan, version))
-                except code_errors():
+                except code_errors() as error:
                     if plan.dp != NO_DP:
                         self._wait_out(read, plan, step_s, started)
+                    else:
+                        note_batch(error, self._step, plan.steps(self.samples))
                     raise
         metrics |= {"seconds": time.perf_counter() - began, **way.metrics()}
         return self._result(start, plan, metrics)
@@ -286,9 +288,11 @@ class TorchTrainer:
 
     def _steps(self, read: Iterator[Tree], plan: Plan, version: int) -> Iterator[tuple[Tree, float]]:
         """The batch and the learning rate of each step."""
+        self._step = 1
         for batch, rate in zip(read, plan.rates(version, self.samples), strict=False):
             self._read_at = time.perf_counter()
             yield self._changed(prepared(batch, self._travelling.dtype, self._shared.device)), rate
+            self._step += 1
 
     def _chosen(self, plan: Plan, rng: np.random.Generator) -> Iterator[Tree]:
         """The batches as they are read, until the plan's steps or seconds end."""
@@ -322,12 +326,12 @@ class TorchTrainer:
 
         The batches that are left are read, which may take longer than a step. After a fault in reading none is left.
         """
-        _sleep_until(self._read_at + step_s)
+        sleep_until(self._read_at + step_s)
         with suppress(*code_errors()):
             for _ in read:
-                _sleep_until(time.perf_counter() + step_s)
+                sleep_until(time.perf_counter() + step_s)
         all_s = plan.steps(self.samples) * step_s
-        _sleep_until(started + min(all_s, plan.seconds))
+        sleep_until(started + min(all_s, plan.seconds))
 
     def _way(self, plan: Plan) -> Way:
         """The plan's way to train; if it leaves a choice, the fastest, measured at the first such training."""
@@ -392,7 +396,3 @@ class TorchTrainer:
 
     def _batch(self, numbers: Numbers | slice) -> Tree:
         return prepared(self._samples.batch(numbers), self._travelling.dtype, self._shared.device)
-
-
-def _sleep_until(moment: float) -> None:
-    time.sleep(max(0.0, moment - time.perf_counter()))

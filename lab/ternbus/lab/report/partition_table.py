@@ -145,17 +145,28 @@ def check_plot(path: Path) -> None:
 
 
 def plot(facts: Mapping[str, Any], path: Path) -> None:
+    """Draw the parts to a file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  # slow, and an extra
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    figure = Figure(figsize=(9, height_of(facts)), layout="constrained")
+    FigureCanvasAgg(figure)
+    draw(facts, figure.subplots())
+    figure.savefig(path, dpi=110)
+
+
+def height_of(facts: Mapping[str, Any]) -> float:
+    """The height of the picture, in inches."""
+    devices = len(facts["parts"])
+    return 1.6 + 0.24 * devices if devices <= NAMED_MAX else 12
+
+
+def draw(facts: Mapping[str, Any], axes: Any) -> None:
     """Draw a bar for each device, as long as its samples, in a colour for each class."""
     from matplotlib import colormaps  # noqa: PLC0415  # slow, and an extra
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
-    from matplotlib.figure import Figure  # noqa: PLC0415
 
     parts, labels = facts["parts"], facts["labels"]
     counts = np.array([part.get("counts", [part["samples"]]) for part in parts]).reshape(len(parts), -1)
-    each = len(parts) <= NAMED_MAX
-    figure = Figure(figsize=(9, 1.6 + 0.24 * len(parts) if each else 12), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
     few = counts.shape[1] <= COLOURS
     colours = colormaps["tab20" if few else "viridis"](
         np.arange(counts.shape[1]) if few else np.linspace(0, 1, counts.shape[1])
@@ -168,11 +179,12 @@ def plot(facts: Mapping[str, Any], path: Path) -> None:
         axes.fill_betweenx(
             edges, left, right, step="post", color=colour, linewidth=0, label=labels[number] if labels else "samples"
         )
-    if each:
+    if len(parts) <= NAMED_MAX:
         axes.hlines(edges, 0, ends[:, -1].max(), color="white", linewidth=1)
-        axes.set_yticks(range(len(parts)), [part.get("owner", str(index)) for index, part in enumerate(parts)])
+        axes.set_yticks(
+            range(len(parts)), [part.get("owner", part["device"].removeprefix("device-")) for part in parts]
+        )
     axes.set(xlabel="samples", ylabel="device", ylim=(len(parts) - 0.5, -0.5), xlim=(0, None))
     axes.set_title(f'{facts["task"]}, partition = "{facts["partition"]}"')
     if labels and few:
         axes.legend(title=facts["by"], loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
-    figure.savefig(path, dpi=110)

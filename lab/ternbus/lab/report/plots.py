@@ -26,6 +26,16 @@ def panels(report: Mapping[str, Any], seconds: str) -> list[Panel]:
     return drawn
 
 
+def first_panels(report: Mapping[str, Any], seconds: str) -> list[Panel]:
+    """The primary metric by version and by time, and the staleness of merged updates."""
+    metric = report["metric"] or "accuracy"
+    return [
+        partial(_by_version, report, metric),
+        partial(_by_time, report, metric, seconds),
+        partial(_staleness, report),
+    ]
+
+
 def ranked(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """The devices with the primary metric on their own data, the worst first, whatever its direction."""
     metric = report["local"]["metric"]

@@ -39,7 +39,7 @@ from ternbus.lab.scenario.private import Private
 from ternbus.lab.scenario.scenario import Scenario, Simulated
 from ternbus.lab.virtual.memory_broker import Line
 from ternbus.lab.virtual.memory_ledger import Ledger, MemoryLedger
-from ternbus.lab.virtual.training import InProcess, Place, pairs
+from ternbus.lab.virtual.training import InProcess, Place, Placing, pairs
 from ternbus.lab.virtual.virtual_device import Body
 
 FEDERATION: Final = "lab"
@@ -96,6 +96,7 @@ def without_disk(
     helpers: Sequence[str] = (),
     schema: Schema,
     kinds: TensorKinds,
+    made_by: Callable[..., Model] = Model,
 ) -> Setup:
     """A setup in memory; the seed determines all keys and codes."""
     table = configuration.with_overrides({"federation": FEDERATION, "broker": URL}, configuration.new_home(chosen))
@@ -103,7 +104,14 @@ def without_disk(
     identity = Identity(drawn(seed, "aggregator"))
     codes, helper_codes = ({name: drawn(seed, f"code of {name}").hex() for name in each} for each in (names, helpers))
     core, frames = _first_core(
-        settings, identity, schema, to_vector(schema, model), kinds=kinds, codes=codes, helper_codes=helper_codes
+        settings,
+        identity,
+        schema,
+        to_vector(schema, model),
+        kinds=kinds,
+        codes=codes,
+        helper_codes=helper_codes,
+        made_by=made_by,
     )
     return Setup(ledger=MemoryLedger(frames), core=lambda: core, codes=codes, helper_codes=helper_codes)
 
@@ -117,6 +125,7 @@ def _first_core(
     kinds: TensorKinds,
     codes: Mapping[str, str],
     helper_codes: Mapping[str, str],
+    made_by: Callable[..., Model],
 ) -> tuple[Core, list[tuple[str, bytes]]]:
     """The core of an aggregator at version 0, and its retained frames."""
     first = first_version.make(settings, identity, schema, vector)
@@ -124,7 +133,7 @@ def _first_core(
         settings=settings,
         identity=identity,
         schema=schema,
-        model=Model(
+        model=made_by(
             settings=settings,
             schema=schema,
             version=0,
@@ -151,7 +160,7 @@ def bodies(
     aggregator: bytes,
     codes: Mapping[str, str],
     *,
-    place: Place | None = None,
+    place: Place | Placing | None = None,
 ) -> list[Body]:
     """The devices of the aggregator with the public key ``aggregator``: their keys, data, speeds and lines.
 
@@ -159,7 +168,8 @@ def bodies(
     """
     own = pairs(scenario, task, model)
     policy = PrivacyPolicy.of(Plan.from_meta({**task.default_plan, **scenario.plan}))
-    place = place or InProcess([trainer for trainer, _ in own])
+    if place is None or callable(place):
+        place = (place or InProcess)([trainer for trainer, _ in own])
     shapes = {name: tuple(array.shape) for name, array in model.items()}
     initial_model = InitialModel(tensors=model)
     paces = scenario.speeds.draw(scenario.devices, scenario.seed)

@@ -5,7 +5,7 @@ published vector on the test data: every device has the same bits.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from ternbus.aggregator.core import records
+from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.store import ledger as durable
 from ternbus.aggregator.store import private_status, status
 from ternbus.broker.errors import ConfigError
@@ -45,7 +46,7 @@ from ternbus.lab.virtual.attendance import Attendance
 from ternbus.lab.virtual.clock import Clock
 from ternbus.lab.virtual.memory_broker import MemoryBroker
 from ternbus.lab.virtual.memory_ledger import MemoryLedger
-from ternbus.lab.virtual.training import Place
+from ternbus.lab.virtual.training import Place, Placing
 from ternbus.lab.virtual.virtual_aggregator import VirtualAggregator
 from ternbus.lab.virtual.virtual_device import VirtualDevice
 from ternbus.lab.virtual.virtual_helper import VirtualHelper
@@ -66,8 +67,13 @@ class Simulation:
     """One simulation: call `run`, then `report`.
 
     ``folder`` is the directory for a real aggregator's ledger; None keeps the ledger in memory. ``place`` is where
-    devices train, by default in this process.
+    devices train, by default in this process; a function makes it of the devices' trainers. ``names`` are the devices',
+    by default device-0 and so on. ``model`` makes the aggregator's `Model`, which decides what a merge comes to; a
+    ledger in memory takes any.
     """
+
+    evaluated: tuple[int, Vector] | None = None
+    """The newest version that was evaluated, and its vector."""
 
     def __init__(
         self,
@@ -75,7 +81,10 @@ class Simulation:
         task: Task,
         progress: Progress,
         folder: Path | None = None,
-        place: Place | None = None,
+        place: Place | Placing | None = None,
+        *,
+        names: Sequence[str] = (),
+        model: Callable[..., Model] = Model,
     ) -> None:
         self.clock = Clock()
         self.broker = MemoryBroker(self.clock)
@@ -87,12 +96,13 @@ class Simulation:
         if folder is None and any(fault.kill == "aggregator" for fault in self._faults):
             raise ConfigError('[[fault]] kill = "aggregator" needs a ledger to restart from: add --ledger')
         self._evaluated = -1
+        self._names, self._model = names, model
         self._made_at = 0.0
         self._ended = self._stopped = False
         with self._explained():
             self._evaluator = task.evaluator(data=scenario.data)
-            model = initial_of(task, scenario.seed)
-            self.kinds = tensor_kinds(task, model)
+            initial = initial_of(task, scenario.seed)
+            self.kinds = tensor_kinds(task, initial)
             found = settled(scenario, task)
         self._scenario = scenario = found.scenario
         chosen = plan_check.settings(scenario, task)  # the data may have said how many devices a barrier waits for
@@ -103,8 +113,8 @@ class Simulation:
         for line in found.lines:
             progress.say(line)
         dense = [*scenario.dense, *self.kinds.dense]
-        self.schema = Schema.of({name: array.shape for name, array in model.items()}, dense)
-        founded = self._founded(model, chosen)
+        self.schema = Schema.of({name: array.shape for name, array in initial.items()}, dense)
+        founded = self._founded(initial, chosen)
         self.ledger = founded.ledger
         self.aggregator = VirtualAggregator(self.clock, self.broker, founded.ledger, founded.core, self._made)
         vectors: WeakValueDictionary[bytes, Vector] = WeakValueDictionary()
@@ -115,7 +125,7 @@ class Simulation:
         ]
         with self._explained(), in_scenario_words(scenario.partition):
             with watched() as divided:
-                bodies = setup.bodies(scenario, task, model, public, founded.codes, place=place)
+                bodies = setup.bodies(scenario, task, initial, public, founded.codes, place=place)
             for line in remarks(scenario, divided[0]) if divided and found.rows is None else []:
                 progress.say(line)
         self.devices = [
@@ -145,11 +155,18 @@ class Simulation:
 
     def _founded(self, model: Tensors, chosen: Mapping[str, object]) -> setup.Setup:
         scenario = self._scenario
-        names = [f"device-{index}" for index in range(scenario.devices)]
+        names = self._names or [f"device-{index}" for index in range(scenario.devices)]
         helpers = () if scenario.private is None else scenario.private.names
         if self._folder is None:
             return setup.without_disk(
-                scenario.seed, names, model, chosen, helpers=helpers, schema=self.schema, kinds=self.kinds
+                scenario.seed,
+                names,
+                model,
+                chosen,
+                helpers=helpers,
+                schema=self.schema,
+                kinds=self.kinds,
+                made_by=self._model,
             )
         return setup.on_disk(
             self._folder, names, model, chosen, helpers=helpers, dense=scenario.dense, kinds=self.kinds
@@ -281,7 +298,8 @@ class Simulation:
             found = self._evaluate(version, vector)
             evaluations.append(found.values)
             self._progress.show(self.moment(), self.clock.now)
-        self._ended = self._scenario.end.reached(version=version, seconds=self.clock.now, evaluations=evaluations)
+        reached = self._scenario.end.reached(version=version, seconds=self.clock.now, evaluations=evaluations)
+        self._ended = self._ended or reached  # what is shown may have ended it
         self._disturb(version)
 
     def _count(self) -> Carried:
@@ -304,7 +322,7 @@ class Simulation:
         end.check(found.values, found.better)
         if version == 0:
             end.refuse_start(found.values)
-        self._evaluated = version
+        self._evaluated, self.evaluated = version, (version, vector)
         self.ledger.write(
             [records.MetricsReceived(device=setup.EVALUATOR, seq=version, metrics=metrics)], self.clock.now
         )

@@ -50,6 +50,10 @@ class Place(Protocol):
     def begin(self, device: int, job: StartTraining) -> Awaited: ...
 
 
+Placing = Callable[[Sequence[Trainer]], Place]
+"""Makes a place of the trainers of all devices."""
+
+
 class InProcess:
     """Training in this process, when the result is requested; the training of a killed device is never computed."""
 
@@ -61,17 +65,21 @@ class InProcess:
 
 
 class Workers:
-    """Training in ``count`` processes. Each process loads the scenario's task and the data of all devices."""
+    """Training in ``count`` processes. Each process loads the scenario's task and the data of all devices.
 
-    def __init__(self, scenario: Scenario, count: int) -> None:
+    ``load``, which must travel to a process, takes the place of loading the task by its name.
+    """
+
+    def __init__(self, scenario: Scenario, count: int, load: Callable[[], Task] | None = None) -> None:
         self._others = set(multiprocessing.active_children())
-        scenario = replace(scenario, task=absolute(scenario.task))
+        if load is None:
+            scenario = replace(scenario, task=absolute(scenario.task))
         with _safe_path():
             self._pool = ProcessPoolExecutor(
                 count,
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=_begin_worker,
-                initargs=(os.getpid(), scenario),
+                initargs=(os.getpid(), scenario, load or partial(load_task, scenario.task)),
             )
 
     def begin(self, device: int, job: StartTraining) -> Awaited:
@@ -157,11 +165,11 @@ def _train(trainer: Trainer, job: StartTraining) -> TrainingResult:
     return train(trainer, job, RandomSource(np.random.default_rng(job.seed).bytes))
 
 
-def _begin_worker(parent: int, scenario: Scenario) -> None:
+def _begin_worker(parent: int, scenario: Scenario, load: Callable[[], Task]) -> None:
     """Prepare a worker process: tie it to its parent and load the data of all devices."""
     os.environ.pop(SAFE_PATH, None)  # must not affect processes that the task may start
     parent_death.tie(parent)
-    task = load_task(scenario.task)
+    task = load()
     found = settled(scenario, task).scenario
     _trainers.extend(trainer for trainer, _ in pairs(found, task, task.initial(scenario.seed)))
 

@@ -1,0 +1,43 @@
+"""Write the examples from_….py as notebooks beside them: python -m examples.notebooks."""
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+FOLDER = Path(__file__).parent
+NAMES = ("from_secretflow", "from_tff", "from_fate")
+LAST = "run.plot()"
+
+
+def notebook(script: Path) -> Any:
+    """A notebook with a cell for each group of lines between blank ones, and a figure of the run at the end."""
+    text = script.read_text(encoding="utf-8")
+    title, *statements = ast.parse(text).body
+    lines = text.splitlines()
+    groups: list[list[ast.stmt]] = []
+    for statement in statements:
+        is_next = groups and not any(not line for line in lines[groups[-1][-1].end_lineno or 0 : statement.lineno - 1])
+        of_imports = groups and isinstance(statement, ast.Import | ast.ImportFrom)
+        if is_next or of_imports:
+            groups[-1].append(statement)
+        else:
+            groups.append([statement])
+    sources = ["\n".join(lines[group[0].lineno - 1 : group[-1].end_lineno]) for group in groups]
+    about = ast.literal_eval(title.value) if isinstance(title, ast.Expr) else ""
+    cells = [nbformat.v4.new_markdown_cell(about.strip()), *map(nbformat.v4.new_code_cell, [*sources, LAST])]
+    for number, cell in enumerate(cells):
+        cell["id"] = f"cell-{number}"
+    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    return nbformat.v4.new_notebook(cells=cells, metadata=kernel)
+
+
+def main() -> None:
+    for name in NAMES:
+        nbformat.write(notebook(FOLDER / f"{name}.py"), FOLDER / f"{name}.ipynb")
+        print(f"examples/{name}.ipynb")
+
+
+if __name__ == "__main__":
+    main()

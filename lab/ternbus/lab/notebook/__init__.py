@@ -1,0 +1,1 @@
+"""Federations on arrays, from Python: the simulation of `lab.virtual` with data, callbacks and results in memory."""

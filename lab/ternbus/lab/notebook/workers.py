@@ -1,0 +1,61 @@
+"""Worker processes for a task in memory, which travels to each of them by cloudpickle.
+
+They are spawned, as all of ours are: a forked process would have locks of torch's threads, and of Jupyter's, that
+nobody releases. Lambdas, and what a notebook's cells define, have no module that a spawned process could import, so
+the standard pickle does not carry them. Nothing is written to a disk or sent to another machine.
+"""
+
+import pickle
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Final
+
+from ternbus.broker.errors import ConfigError
+from ternbus.edge.core.actions import StartTraining
+from ternbus.edge.learn.task import Task
+from ternbus.edge.learn.task_loader import described
+from ternbus.lab.notebook.frames import library
+from ternbus.lab.scenario.scenario import Scenario
+from ternbus.lab.virtual.training import Awaited, Workers
+
+MAIN_NAMES: Final = ("__file__", "__spec__")
+
+
+class TaskWorkers(Workers):
+    """`Workers` with a task that is in memory. Raises `ConfigError` if it cannot travel."""
+
+    def __init__(self, scenario: Scenario, task: Task, jobs: int) -> None:
+        if type(jobs) is not int or jobs < 1:
+            raise ConfigError(f"jobs is {jobs!r}, but must be a whole number from 1")
+        super().__init__(scenario, jobs, partial(pickle.loads, _packed(task)))
+
+    def begin(self, device: int, job: StartTraining) -> Awaited:
+        with _main_unseen():
+            return super().begin(device, job)
+
+
+def _packed(task: Task) -> bytes:
+    try:
+        packed: bytes = library("cloudpickle", "'ternbus[notebook]'").dumps(task)
+    except ConfigError:
+        raise
+    except Exception as error:  # of any object's own code
+        raise ConfigError(
+            f"the task cannot travel to a worker process ({described(error)}): use jobs=1, or leave what holds a file, "
+            "a lock or a connection out of the model, the data and the functions"
+        ) from error
+    return packed
+
+
+@contextmanager
+def _main_unseen() -> Iterator[None]:
+    """Processes that start in this block do not run the caller's script again, which cloudpickle does not need."""
+    main = sys.modules["__main__"]
+    kept: dict[str, Any] = {name: vars(main).pop(name) for name in MAIN_NAMES if name in vars(main)}
+    main.__spec__ = None  # which multiprocessing reads
+    try:
+        yield
+    finally:
+        vars(main).update(kept)
