@@ -41,6 +41,7 @@ BENCHMARKS: Final[Mapping[str, Benchmark]] = {
     "codec": Benchmark(),
     "ingest": Benchmark(),
     "private_sums": Benchmark(),
+    "merge_costs": Benchmark(),
     "fleet": Benchmark(),
     "edge": Benchmark(data=True),
     "time_to_accuracy": Benchmark(("--seeds", "1"), data=True, folder=True),

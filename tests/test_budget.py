@@ -1,4 +1,4 @@
-"""The noise that a budget asks for: `ternbus edge noise`, and the plans of the privacy experiment."""
+"""The noise that a budget asks for: `ternbus edge noise`, and the plans of the experiments on privacy."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.learn.accountant import epsilon, noise
 from ternbus.edge.plan.plan import Plan
-from ternbus.edge.plan.privacy import Cost, cost
+from ternbus.edge.plan.privacy import Charge, Cost, SumCost, cost
 from ternbus.edge.shell import cli
 from ternbus.lab.experiment import experiment
 
@@ -80,3 +80,26 @@ def test_the_experiment_spends_its_budgets_and_no_more() -> None:
         assert least <= plan.dp_noise < 1.08 * least
         checked += 1
     assert checked == 4
+
+
+def test_the_experiment_on_private_sums_spends_its_budget_and_no_more() -> None:
+    """Every update of every device: a version has one of each, and a sum all of them, of whom all are honest."""
+    kinds = []
+    for combination in experiment.load("privacy-sum").grid.combinations():
+        scenario = combination.scenario
+        plan, devices, steps = (
+            Plan.from_meta(scenario.get("plan", {})),
+            scenario["devices"],
+            scenario["end"]["versions"],
+        )
+        assert combination.labels["privacy"] == f"{plan.dp}, {devices} devices"
+        assert scenario["sync"]  # a version of every device's update
+        if plan.dp == "none":
+            continue
+        kinds.append(plan.dp)
+        spent: Charge = replace(planned(1.0, steps), kind=plan.dp, noise=plan.dp_noise)
+        if plan.dp == "sum":
+            assert scenario["private"]["min"] == devices
+            spent = SumCost(levels=1, theta=plan.dp_theta, norm=plan.dp_norm, honest=devices, steps=steps)
+        assert 7.9 < epsilon([spent], plan.dp_delta) <= plan.dp_epsilon == 8.0
+    assert kinds == ["device"] * 2 + ["sum"] * 4
