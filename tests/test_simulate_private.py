@@ -101,7 +101,9 @@ def test_devices_of_a_scenario_take_a_plan_whose_noise_are_the_draws_of_a_sum() 
     plan = {"dp": "sum", "dp_theta": 0.2, "dp_norm": 2.0, "dp_epsilon": 1000.0}
     simulation = simulated(replace(SMALL, plan=plan, end=End(versions=3)))
     check_nothing_is_lost(simulation)
-    assert {begun.terms.dp for begun in simulation.aggregator.core.sums.contexts.values()} == {"sum"}
+    sums = simulation.aggregator.core.sums
+    assert sums is not None
+    assert {begun.terms.dp for begun in sums.contexts.values()} == {"sum"}
     assert all(each["epsilon"] > 0 for each in simulation.report(1.0)["devices"].values() if each["updates"])
 
 
