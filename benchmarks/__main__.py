@@ -42,6 +42,7 @@ BENCHMARKS: Final[Mapping[str, Benchmark]] = {
     "ingest": Benchmark(),
     "private_sums": Benchmark(),
     "encrypted_sums": Benchmark(),
+    "merge_costs": Benchmark(),
     "fleet": Benchmark(),
     "edge": Benchmark(data=True),
     "path": Benchmark(),

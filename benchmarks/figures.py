@@ -77,15 +77,42 @@ def ingest(rows: Any) -> str:
     )
 
 
+def merge_costs(found: Any) -> str:
+    head = (
+        "update", "bytes up", "of float32", "device's CPU", "bytes of a version", "aggregator's CPU", "helper's CPU",
+        "versions/s", "devices in a sum, at most",
+    )  # fmt: skip
+    float32 = next(row["bytes"] for row in found["rows"] if row["update"] == "plain float32")
+    body = [
+        [
+            row["update"],
+            f"{row['bytes']:,}",
+            _percent(row["bytes"] / float32),
+            f"{row['device_ms']:.1f} ms",
+            f"{row['merge_bytes']:,}",
+            f"{row['aggregator_ms']:.0f} ms",
+            "-" if row["helper_ms"] is None else f"{row['helper_ms']:.0f} ms",
+            f"{row['versions_per_s']:.1f}",
+            str(row["devices_max"] or "-"),
+        ]
+        for row in found["rows"]
+    ]
+    return (
+        f"A model of {found['parameters']:,} parameters; a version is made of {found['devices']} updates, as many as a "
+        "sum of 4 bits holds, and a sum is opened by one helper. Bytes up are those of all frames of an update, and a "
+        "device's CPU is what it takes to make them (one thread, median). Bytes of a version are those updates, what "
+        "aggregator and helper ask and answer, and what is published, once. CPU of aggregator and helper is that of "
+        "their processes for a version. Versions a second are made one after the other: the next updates are sent when "
+        f"the last version has come. Broker, aggregator, helper and devices share the machine; {found['versions']} "
+        f"versions of each kind.\n\n{_table(head, body)}"
+    )
+
+
 def private_sums(found: Any) -> str:
-    float32 = next(row["bytes"] for row in found["sizes"] if row["update"] == "float32")
-    head = "update", "bytes up", "of float32", "devices in a sum, at most"
-    body = [[row["update"], *_sized(row["bytes"], float32), str(row.get("devices", "-"))] for row in found["sizes"]]
     own, helper, bare, took = (found[name] for name in ("device", "helper", "bare", "ingest"))
     return (
-        f"An update of {found['parameters']:,} parameters and one helper. Bytes are those of all frames.\n\n"
-        f"{_table(head, body)}\n\n"
-        f"With {found['bits']} bits a value, in CPU time of one thread (medians): a device draws its integers in "
+        f"An update of {found['parameters']:,} parameters with {found['bits']} bits a value, and one helper. In CPU "
+        "time of one thread (medians): a device draws its integers in "
         f"{own['draw_ms']:.1f} ms, masks them in {own['mask_ms']:.1f} ms (ChaCha20's stream alone takes "
         f"{own['stream_ms']:.1f} ms) and seals them in {own['seal_ms']:.1f} ms. The whole update takes "
         f"{own['whole_ms']:.0f} ms, a plain one {own['plain_ms']:.0f} ms. A helper prepares a sum of {found['sum']} in "
@@ -298,6 +325,7 @@ SECTIONS: Final[Mapping[str, tuple[str, Callable[[Any], str]]]] = {
     "ingest": ("An aggregator", ingest),
     "private_sums": ("Private sums", private_sums),
     "encrypted_sums": ("Private sums by encryption", encrypted_sums),
+    "merge_costs": ("What an update and a version cost", merge_costs),
     "attacks": ("An aggregator under attack", attacks),
     "fleet": ("A fleet", fleet),
     "edge": ("A device", edge),
@@ -443,11 +471,6 @@ def _wrapped(text: str) -> str:
 def _table(head: Iterable[str], body: Iterable[Iterable[str]]) -> str:
     head = list(head)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *body])
-
-
-def _sized(size_bytes: int | None, float32: int) -> tuple[str, str]:
-    """A number of bytes, and what it is of float32's."""
-    return ("not built", "-") if size_bytes is None else (f"{size_bytes:,}", _percent(size_bytes / float32))
 
 
 def _bits(sizes: Any, encoding: str) -> float:

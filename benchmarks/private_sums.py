@@ -4,17 +4,15 @@
 
 A device masks a model's update (median CPU time of one thread), a helper opens a sum of 16, and an aggregator takes in
 updates of 6 bits a value on a real broker and disk, while a real helper opens their sums. Broker, aggregator, helper
-and senders share the machine. Bytes are those of all frames of an update.
+and senders share the machine. `benchmarks.merge_costs` compares kinds of updates.
 """
 
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -24,26 +22,22 @@ from typing import Any, Final
 import nacl.bindings
 import numpy as np
 
-from benchmarks.ingest import FEDERATION, cpu_s, percentile, rate, resident_mb, shapes
+from benchmarks import homes
+from benchmarks.ingest import FEDERATION, percentile, rate, resident_mb, shapes
 from benchmarks.sender import PUBLISH, SENDERS, Line, Load, Target, device, identity, run_load
-from ternbus.aggregator.core import records
-from ternbus.aggregator.shell import administration, helper_cards
 from ternbus.aggregator.store import status as statuses
-from ternbus.aggregator.store.ledger import LEDGER, Ledger
-from ternbus.broker.files import write_secret
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import FRAME_BYTES, parse
-from ternbus.broker.protocol.identity import Identity, enroll_proof, seal
+from ternbus.broker.protocol.identity import Identity, seal
 from ternbus.broker.protocol.messages import Head, Update
 from ternbus.broker.protocol.parts import Whole, cut, message_digest, whole
 from ternbus.broker.protocol.schema import Schema
-from ternbus.broker.protocol.ternary import FLOAT32, RAW, ZSTD, encode
+from ternbus.broker.protocol.ternary import ZSTD, encode
 from ternbus.broker.server.running import Engine, choose, start
 from ternbus.broker.sums import masks
 from ternbus.broker.sums.plan_bytes import plan_bytes
 from ternbus.broker.sums.sets import OPEN, PREPARE, Ask, AskStep, SetMember, set_digest
 from ternbus.broker.sums.terms import AGGREGATOR, MASK, Terms, context, digest_of
-from ternbus.broker.sums.words import BITS
 from ternbus.edge.core.masking import prepare_private
 from ternbus.edge.core.profile import Profile
 from ternbus.edge.learn import private_sum
@@ -62,7 +56,6 @@ BITS_HERE: Final = 6
 BUFFER: Final = 31  # of updates of 6 bits: as many as a sum holds
 RUNS: Final = 15
 WITHIN_S: Final = 120.0
-HELPER: Final = "helper"
 
 
 def cpu_ms(do: Callable[[], object]) -> float:
@@ -97,7 +90,7 @@ class Federation:
     @cached_property
     def helper(self) -> HelperProfile:
         return HelperProfile(
-            federation=FEDERATION, helper=HELPER, identity=Identity(b"h" * 32), random=os.urandom, min=2,
+            federation=FEDERATION, helper=homes.HELPER, identity=Identity(b"h" * 32), random=os.urandom, min=2,
             aggregator_public=self.aggregator.public, roster=AGGREGATOR,
         )  # fmt: skip
 
@@ -123,7 +116,14 @@ class Federation:
 
 
 def frames_of(
-    number: int, job: SumJob, content: SumContent, aggregator: bytes, *, base: int = 0, frame_bytes: int = FRAME_BYTES
+    number: int,
+    job: SumJob,
+    content: SumContent,
+    aggregator: bytes,
+    *,
+    seq: int = 1,
+    base: int = 0,
+    frame_bytes: int = FRAME_BYTES,
 ) -> list[bytes]:
     """The frames of a device's private update, made by the device's own code."""
     pins = SumPolicy(helpers=tuple(helper.card.public for helper in job.terms.helpers), min=2)
@@ -131,7 +131,7 @@ def frames_of(
         federation=FEDERATION, device=device(number), identity=identity(number), aggregator_public=aggregator,
         seal=lambda plain: seal(aggregator, plain), role="train", sums=pins,
     )  # fmt: skip
-    update = prepare_private(content, job, profile, seq=1, base=base, metrics={}, frame_bytes=frame_bytes)
+    update = prepare_private(content, job, profile, seq=seq, base=base, metrics={}, frame_bytes=frame_bytes)
     return [each.payload for each in profile.update(update)]
 
 
@@ -159,13 +159,13 @@ def measure_device(about: Federation) -> dict[str, float]:
     }
 
 
-def plain_frames(about: Federation, encoding: str, codec: str = "") -> list[bytes]:
-    """The frames of the same change as a plain update."""
+def plain_frames(about: Federation, encoding: str, codec: str = "", *, number: int = 0, base: int = 0) -> list[bytes]:
+    """The frames of the same change as a plain update of this device, the first on its base."""
     block = compress(about.schema, Plan(codec=codec) if codec else Plan(), about.change, None, 0).block
-    message = Update(base=0, samples=1, codec=block.codec, encoding=encoding, sealed=False)
+    message = Update(base=base, samples=1, codec=block.codec, encoding=encoding, sealed=False)
     return cut(
-        identity(0), federation=FEDERATION, sender=device(0), kind=Update.KIND, seq=1, meta=message.meta(),
-        body=encode(block.content, encoding), frame_bytes=FRAME_BYTES,
+        identity(number), federation=FEDERATION, sender=device(number), kind=Update.KIND, seq=base + 1,
+        meta=message.meta(), body=encode(block.content, encoding), frame_bytes=FRAME_BYTES,
     )  # fmt: skip
 
 
@@ -275,42 +275,25 @@ def target_of(about: Target, aggregator: bytes, parameters: int) -> PrivateTarge
     )
 
 
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "ternbus", *arguments]
-
-
 def measure_ingest(parameters: int, updates: int, engine: Engine, folder: Path) -> dict[str, Any]:
     """Receipts per second for private updates, and seconds until all are merged."""
     load = Load(parameters=parameters, updates=updates, window=16, frame_bytes=FRAME_BYTES)
-    agg, helper, log = folder / "aggregator", folder / "helper", (folder / "processes.log").open("ab")
-    processes: list[subprocess.Popen[bytes]] = []
+    settings: dict[str, object] = {
+        "private.bits": BITS_HERE, "private.min": 5, "merge.buffer_size": BUFFER, "merge.max_wait_s": 5,
+        "staleness.max": 1_000_000, "staleness.discount": "constant",
+    }  # fmt: skip
     with start(choose(engine), host="127.0.0.1", port=0, directory=folder / "broker") as broker:
         about = Target(broker.endpoint.host, broker.endpoint.port, FEDERATION, "", b"")
-        made = command("helper", "init", str(helper), "--federation", FEDERATION, "--broker", broker.url)
-        subprocess.run(made, check=True, stdout=log)
-        keys = dict([helper_cards.read(helper / "card.toml", FEDERATION)])
-        prepare(agg, broker.url, load, keys)
-        (invitation,) = administration.invite(agg, helpers=[HELPER])
-        write_secret(folder / "invitation", invitation.dumps().encode())
-        subprocess.run(
-            command("helper", "init", str(helper), "--invitation", str(folder / "invitation")), check=True, stdout=log
-        )
-        try:
-            processes += (
-                subprocess.Popen(command(name, "run", str(folder)), stdout=log, stderr=log)
-                for name, folder in (("aggregator", agg), ("helper", helper))
-            )
-            target = target_of(about, bytes.fromhex(invitation.aggregator_key), parameters)
-            before = [cpu_s(process.pid) for process in processes]
+        made = homes.make(
+            folder, broker.url, parameters=parameters, devices=updates, settings=settings, private=True
+        )  # fmt: skip
+        with made.running() as processes:
+            target = target_of(about, made.aggregator_public, parameters)
+            before = [homes.cpu_s(process.pid) for process in processes]
             answered = run_load(target, load)
-            counts = _merged_counts(agg, updates)
-            spent = [cpu_s(process.pid) - cpu for process, cpu in zip(processes, before, strict=True)]
+            counts = _merged_counts(made.aggregator, updates)
+            spent = [homes.cpu_s(process.pid) - cpu for process, cpu in zip(processes, before, strict=True)]
             peak = resident_mb(processes[0].pid)
-        finally:
-            for process in processes:
-                process.terminate()
-            for process in processes:
-                process.wait(60)
     return {
         "updates_per_s": rate(answered),
         "p50_ms": percentile(answered, 0.5),
@@ -320,27 +303,8 @@ def measure_ingest(parameters: int, updates: int, engine: Engine, folder: Path) 
         "aggregator_cpu_ms": 1000 * spent[0] / updates,
         "helper_cpu_ms": 1000 * spent[1] / updates,
         "peak_mb": peak,
-        "versions": statuses.read(agg)["version"],
+        "versions": statuses.read(made.aggregator)["version"],
     }
-
-
-def prepare(directory: Path, url: str, load: Load, helpers: dict[str, str]) -> None:
-    """Make an aggregator with enrolled devices and helpers."""
-    model = {name: np.zeros(shape, dtype=np.float32) for name, shape in shapes(load.parameters).items()}
-    settings: dict[str, object] = {
-        "private.helpers": helpers, "private.bits": BITS_HERE, "private.min": 5, "merge.buffer_size": BUFFER,
-        "merge.max_wait_s": 5, "staleness.max": 1_000_000, "staleness.discount": "constant",
-    }  # fmt: skip
-    administration.create(directory, federation=FEDERATION, broker=url, model=model, settings=settings)
-    ledger = Ledger(directory / LEDGER)
-    ledger.write(
-        records.DeviceEnrolled(
-            device=device(number), public=identity(number).public,
-            proof=enroll_proof("bench", FEDERATION, device(number), identity(number).public),
-        )
-        for number in range(load.updates)
-    )  # fmt: skip
-    ledger.close()
 
 
 def _merged_counts(directory: Path, updates: int) -> dict[str, int]:
@@ -351,24 +315,6 @@ def _merged_counts(directory: Path, updates: int) -> dict[str, int]:
         if counts["merged"] + counts["dropped"] >= updates or time.monotonic() > until:
             return {name: counts[name] for name in ("accepted", "merged", "dropped")}
         time.sleep(0.5)
-
-
-def sizes(parameters: int) -> list[dict[str, Any]]:
-    """Bytes of an update's frames, by what it is."""
-    plain = Federation(parameters)
-    rows = [
-        {"update": "plain ternary", "bytes": total(plain_frames(plain, ZSTD))},
-        {"update": "float32", "bytes": total(plain_frames(plain, RAW, FLOAT32))},
-    ]
-    for bits in BITS:
-        about = Federation(parameters, bits)
-        frames = frames_of(0, about.job, about.encoded(), about.aggregator.public)
-        rows.append({"update": f"private, {bits} bits", "bytes": total(frames), "devices": about.terms.devices_max})
-    return rows
-
-
-def total(frames: Sequence[bytes]) -> int:
-    return sum(map(len, frames))
 
 
 def main() -> None:
@@ -387,7 +333,6 @@ def main() -> None:
             "bits": BITS_HERE,
             "sum": DEVICES,
             "senders": SENDERS,
-            "sizes": sizes(given.parameters),
             "device": measure_device(about),
             "helper": measure_helper(about),
             "bare": bare_ingest(about, Path(folder)),

@@ -1,4 +1,4 @@
-"""The noise that a budget asks for: `ternbus edge noise`, and the plans of the privacy experiment."""
+"""The noise that a budget asks for: `ternbus edge noise`, and the plans of the experiments on privacy."""
 
 from dataclasses import replace
 
@@ -8,9 +8,10 @@ from typer.testing import CliRunner
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.learn.accountant import epsilon, noise
 from ternbus.edge.plan.plan import Plan
-from ternbus.edge.plan.privacy import Cost, cost
+from ternbus.edge.plan.privacy import Charge, Cost, SumCost, cost
 from ternbus.edge.shell import cli
 from ternbus.lab.experiment import experiment
+from ternbus.lab.scenario import scenario
 
 SAMPLES = 5000  # CIFAR-10's 50,000 on 10 devices
 
@@ -68,15 +69,35 @@ def test_the_experiment_spends_its_budgets_and_no_more() -> None:
     """Each plan's noise is enough for as many trainings as its run has room for; by RDP, when it ran, the least."""
     checked = 0
     for combination in experiment.load("privacy").grid.combinations():
-        scenario = combination.scenario
-        plan = Plan.from_meta(scenario["plan"])
+        table = combination.scenario
+        plan = Plan.from_meta(table["plan"])
         if plan.dp == "none":
             continue
         assert (combination.labels["privacy"], plan.dp_delta) == (f"{plan.dp}, epsilon {plan.dp_epsilon:g}", 1e-5)
         one = cost(plan, SAMPLES)
-        updates = 1 if plan.dp == "device" else scenario["end"]["versions"]  # a device trains once a version at most
+        updates = 1 if plan.dp == "device" else table["end"]["versions"]  # a device trains once a version at most
         assert updates <= 20
         least = noise(replace(one, steps=updates * one.steps), plan.dp_epsilon, plan.dp_delta)
         assert least <= plan.dp_noise < 1.08 * least
         checked += 1
     assert checked == 4
+
+
+def test_the_experiment_on_private_sums_spends_its_budget_and_no_more() -> None:
+    """Every update of every device: a version has one of each, and a sum all of them, of whom all are honest."""
+    kinds = []
+    for combination in experiment.load("privacy-sum").grid.combinations():
+        wanted = scenario.parse(combination.scenario)
+        plan, steps = Plan.from_meta(wanted.chosen_plan), wanted.end.versions or 0
+        assert combination.labels["privacy"] == f"{plan.dp}, {wanted.devices} devices"
+        assert wanted.sync  # a version of every device's update
+        if plan.dp == "none":
+            continue
+        kinds.append(plan.dp)
+        spent: Charge = replace(planned(1.0, steps), kind=plan.dp, noise=plan.dp_noise)
+        if plan.dp == "sum":
+            assert wanted.private is not None
+            assert wanted.private.min == wanted.devices
+            spent = SumCost(levels=1, theta=plan.dp_theta, norm=plan.dp_norm, honest=wanted.devices, steps=steps)
+        assert 7.9 < epsilon([spent], plan.dp_delta) <= plan.dp_epsilon == 8.0
+    assert kinds == ["device"] * 2 + ["sum"] * 4

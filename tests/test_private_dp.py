@@ -38,6 +38,15 @@ def test_terms_have_the_theta_and_norm_of_the_plan() -> None:
     assert (terms.dp, terms.theta, terms.norm) == ("none", 0.0, 0.0)
 
 
+def test_a_dense_tensor_has_the_range_of_a_ternary_one_since_a_wider_one_is_more_noise() -> None:
+    worlds = World(**PLAN), World()
+    for world in worlds:
+        world.begin(3)
+    names = [segment.tensor.name for segment in worlds[0].schema.segments]
+    private, plain = (dict(zip(names, world.terms_of[world.version].scales, strict=True)) for world in worlds)
+    assert private == pytest.approx({**plain, "b": plain["b"] / 8})
+
+
 def test_a_merge_moves_the_model_by_the_mean_of_what_devices_drew_and_no_scale() -> None:
     world = World(**PLAN)
     devices = world.begin(6)

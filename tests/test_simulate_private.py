@@ -97,6 +97,16 @@ def test_devices_send_private_updates_only_and_each_is_in_one_version_or_dropped
     }  # fmt: skip
 
 
+def test_devices_of_a_scenario_take_a_plan_whose_noise_are_the_draws_of_a_sum() -> None:
+    plan = {"dp": "sum", "dp_theta": 0.2, "dp_norm": 2.0, "dp_epsilon": 1000.0}
+    simulation = simulated(replace(SMALL, plan=plan, end=End(versions=3)))
+    check_nothing_is_lost(simulation)
+    sums = simulation.aggregator.core.sums
+    assert sums is not None
+    assert {begun.terms.dp for begun in sums.contexts.values()} == {"sum"}
+    assert all(each["epsilon"] > 0 for each in simulation.report(1.0)["devices"].values() if each["updates"])
+
+
 def test_the_report_says_how_many_sums_there_were_and_what_was_dropped_for_want_of_company() -> None:
     lonely = replace(SMALL, speeds=Speeds(sigma=1.5, median_s=10.0), aggregator={"staleness.max": 1})
     simulation = simulated(replace(lonely, end=End(versions=30)))

@@ -20,7 +20,9 @@ from ternbus.edge.tasks import cifar10_features, digits_data, movie_reviews
 from ternbus.edge.torch.trainer import TorchTask
 
 NAMES = tuple(BUILT_IN_TASKS)
-DRAW_NOTHING = {"cifar10-features", "reviews-ffa-lora", "reviews-head", "reviews-full"}  # they begin with what is known
+DRAW_NOTHING = {  # they begin with what is known, or with zeros
+    "cifar10-features", "digits-linear", "reviews-ffa-lora", "reviews-head", "reviews-full",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +116,7 @@ def test_the_digits_models_are_of_the_size_that_they_say() -> None:
     tensors = load_task("digits").initial(0)
     assert 35_000 <= sum(tensor.size for tensor in tensors.values()) <= 45_000
     assert sum(tensor.size for tensor in tensors.values() if tensor.size < 256) <= 122
+    assert sum(tensor.size for tensor in load_task("digits-linear").initial(0).values()) == 650
 
 
 def test_the_digits_test_set_is_a_stratified_fifth_that_nobody_trains_on() -> None:
@@ -134,12 +137,12 @@ def test_missing_fashion_mnist_says_where_it_is_looked_for(tmp_path: Path) -> No
         task.evaluator(data=tmp_path)
 
 
-def test_the_numpy_gradient_is_that_of_the_loss() -> None:
+@pytest.mark.parametrize("name", ["digits-numpy", "digits-linear"])
+def test_the_numpy_gradient_is_that_of_the_loss(name: str) -> None:
     """Against central differences in float64, element by element."""
     from ternbus.edge.tasks.digits_numpy import _backward  # noqa: PLC0415  # only this test looks inside
 
-    task = load_task("digits-numpy")
-    weights = {key: tensor.astype(np.float64) for key, tensor in task.initial(0).items()}
+    weights = {key: tensor.astype(np.float64) for key, tensor in load_task(name).initial(0).items()}
     images, labels = digits_data.load("train")
     images, labels = images[:20].astype(np.float64), labels[:20]
 

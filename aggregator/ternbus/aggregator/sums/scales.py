@@ -19,17 +19,18 @@ _END: Final = BUCKETS // 2  # the last bucket's octave
 _REACH: Final = _END + round(math.log2(SCALE_MAX / SCALE_MIN))  # octaves between any two scales, and a bucket
 
 
-def first(schema: Schema, model: Vector, learning_rate: float) -> tuple[float, ...]:
+def first(schema: Schema, model: Vector, learning_rate: float, dense_factor: float = DENSE_FACTOR) -> tuple[float, ...]:
     """One scale for each tensor in schema order: S of a ternary one, D of a dense one.
 
-    The reference is the learning rate times the root mean square of the tensor, of all tensors where that is 0.
+    The reference is the learning rate times the root mean square of the tensor, of all tensors where that is 0. D is
+    that times ``dense_factor``.
     """
     whole = _rms(model) or 1.0
     return tuple(
         _scale(
             learning_rate
             * (_rms(model[segment.start : segment.stop]) or whole)
-            * (DENSE_FACTOR if segment.tensor.role == DENSE else 1.0)
+            * (dense_factor if segment.tensor.role == DENSE else 1.0)
         )
         for segment in schema.segments
     )

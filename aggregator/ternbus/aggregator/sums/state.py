@@ -14,6 +14,7 @@ from ternbus.aggregator.sums.helper import Helper
 from ternbus.broker.protocol.plan_keys import NO_DP, SUM
 from ternbus.broker.protocol.schema import Schema, Vector
 from ternbus.broker.sums.terms import Terms, context, digest_of
+from ternbus.broker.sums.words import DENSE_FACTOR
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +96,10 @@ class PrivateSums:
         if self.waits_for():
             return None
         about = self.settings
-        self.scales = self.scales or scales.first(self.schema, model, self.learning_rate)
         theta, norm = self.noise
+        dp = SUM if theta and norm else NO_DP
+        factor = 1.0 if dp == SUM else DENSE_FACTOR  # with draws as noise, a wider range is more noise
+        self.scales = self.scales or scales.first(self.schema, model, self.learning_rate, factor)
         return Terms(
             kind=about.kind,
             bits=about.bits,
@@ -107,7 +110,7 @@ class PrivateSums:
             dense=self.schema.dense_elements,
             scales=self.scales,
             samples=about.samples,
-            dp=SUM if theta and norm else NO_DP,
+            dp=dp,
             theta=theta,
             norm=norm,
             key=cards[0].key,

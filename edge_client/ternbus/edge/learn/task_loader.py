@@ -27,6 +27,7 @@ from ternbus.edge.learn.task import Task
 BUILT_IN_TASKS: Mapping[str, str] = {
     "digits": "ternbus.edge.tasks.digits:TASK",
     "digits-numpy": "ternbus.edge.tasks.digits_numpy:TASK",
+    "digits-linear": "ternbus.edge.tasks.digits_numpy:LINEAR_TASK",
     "fashion-mnist": "ternbus.edge.tasks.fashion_mnist:TASK",
     "mnist-by-writer": "ternbus.edge.tasks.mnist_by_writer:TASK",
     "emnist-62": "ternbus.edge.tasks.emnist_62:TASK",

@@ -1,6 +1,6 @@
-"""The digits without PyTorch: a multilayer perceptron in plain numpy, for devices with little memory.
+"""The digits in plain numpy, without PyTorch: a multilayer perceptron, for devices with little memory; a linear model.
 
-It is also an example of a trainer without a framework.
+They are also an example of a trainer without a framework.
 """
 
 import time
@@ -57,6 +57,30 @@ class DigitsNumpy:
         return NumpyTrainer(*digits_data.load("test"))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DigitsLinear:
+    """64 pixels → 10 classes, softmax cross-entropy: 650 parameters, few enough for much noise (docs/privacy.md)."""
+
+    name: str = "digits-linear"
+    default_plan: Mapping[str, object] = field(
+        default_factory=lambda: {"local_epochs": 6, "batch_size": 16, "learning_rate": 0.15, "momentum": 0.9}
+    )
+
+    def initial(self, seed: int) -> dict[str, FloatArray]:  # noqa: ARG002  # without hidden units nothing is drawn
+        """Zeros."""
+        pixels, classes = digits_data.PIXELS, digits_data.CLASSES
+        return {
+            "output.weight": np.zeros((classes, pixels), np.float32),
+            "output.bias": np.zeros(classes, np.float32),
+        }
+
+    def trainer(self, *, data: Path | None, partition: str) -> "NumpyTrainer":
+        return TASK.trainer(data=data, partition=partition)
+
+    def evaluator(self, *, data: Path | None) -> "NumpyTrainer":
+        return TASK.evaluator(data=data)
+
+
 class NumpyTrainer:
     """One device's share of the digits."""
 
@@ -98,7 +122,9 @@ def _weights(rng: np.random.Generator, inputs: int, outputs: int) -> FloatArray:
 
 
 def _forward(weights: Tensors, images: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """The hidden units' values and the outputs before softmax."""
+    """The output layer's inputs, which are the hidden units' values if there are some; the outputs before softmax."""
+    if "hidden.weight" not in weights:
+        return images, images @ weights["output.weight"].T + weights["output.bias"]
     hidden = np.maximum(images @ weights["hidden.weight"].T + weights["hidden.bias"], 0)
     return hidden, hidden @ weights["output.weight"].T + weights["output.bias"]
 
@@ -119,17 +145,12 @@ def _backward(weights: Tensors, images: FloatArray, labels: Labels) -> tuple[flo
     hidden, outputs = _forward(weights, images)
     loss, hits, errors = _cross_entropy(outputs, labels)
     errors /= len(labels)
-    behind = (errors @ weights["output.weight"]) * (hidden > 0)
-    return (
-        loss,
-        hits,
-        {
-            "hidden.weight": behind.T @ images,
-            "hidden.bias": behind.sum(0),
-            "output.weight": errors.T @ hidden,
-            "output.bias": errors.sum(0),
-        },
-    )
+    gradients = {"output.weight": errors.T @ hidden, "output.bias": errors.sum(0)}
+    if "hidden.weight" in weights:
+        behind = (errors @ weights["output.weight"]) * (hidden > 0)
+        gradients |= {"hidden.weight": behind.T @ images, "hidden.bias": behind.sum(0)}
+    return loss, hits, gradients
 
 
 TASK = DigitsNumpy()
+LINEAR_TASK = DigitsLinear()

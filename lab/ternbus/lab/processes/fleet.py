@@ -87,5 +87,5 @@ def helper_init(scenario: Scenario, output: Output, name: str, federation: str, 
 def _member(scenario: Scenario, output: Output, name: str, task: str, partition: str) -> list[str]:
     data = [] if scenario.data is None else ["--data", str(scenario.data)]
     identity = [str(output.invitation(name)), str(output.device(name))]
-    plan = ["--plan", json.dumps(dict(scenario.plan))] if scenario.plan else []
+    plan = ["--plan", json.dumps(scenario.chosen_plan)] if scenario.chosen_plan else []
     return ["--task", task, "--partition", partition, "--seed", str(scenario.seed), *plan, *data, *identity]

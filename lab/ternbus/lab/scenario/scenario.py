@@ -18,6 +18,7 @@ from ternbus.broker import toml
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import expanded, load_toml
 from ternbus.broker.protocol.invitation import check_broker_url
+from ternbus.broker.protocol.messages import PRIVATE
 from ternbus.edge.learn import task_loader
 from ternbus.edge.learn.partition_spec import LARGEST_SHARE
 from ternbus.edge.learn.subnetwork import check_width
@@ -235,9 +236,14 @@ class Scenario:
         """The device's part of the data, in the form of `edge join --partition`."""
         return partitions.part_of(self.partition, device, self.devices, self.seed)
 
+    @property
+    def chosen_plan(self) -> dict[str, object]:
+        """The keys of the plan that the scenario chooses: with private sums, their codec too."""
+        return ({} if self.private is None else {"codec": PRIVATE}) | dict(self.plan)
+
     def settings(self, default_plan: Mapping[str, object]) -> dict[str, object]:
         """The aggregator's settings with dotted keys: of the task's plan, of the scenario, then of a barrier."""
-        plan = {**default_plan, **self.plan}
+        plan = {**default_plan, **self.chosen_plan}
         about = {} if self.private is None else self.private.settings()
         settings = {**{f"plan.{name}": value for name, value in plan.items()}, **about, **self.aggregator}
         if self.sync:

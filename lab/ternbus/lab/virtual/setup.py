@@ -167,7 +167,7 @@ def bodies(
     They train at ``place``, by default in this process.
     """
     own = pairs(scenario, task, model)
-    policy = PrivacyPolicy.of(Plan.from_meta({**task.default_plan, **scenario.plan}))
+    policy = PrivacyPolicy.of(Plan.from_meta({**task.default_plan, **scenario.chosen_plan}))
     if place is None or callable(place):
         place = (place or InProcess)([trainer for trainer, _ in own])
     shapes = {name: tuple(array.shape) for name, array in model.items()}
