@@ -118,5 +118,7 @@ def test_its_commands_make_a_federation_and_start_again(tmp_path: Path) -> None:
                 join = f"ternbus edge join {tmp_path}/invitations/pi-1.toml {tmp_path}/pi-1 --task digits-numpy --run"
                 run.start("pi-1", join.split())
             run.until_line("evaluator", rf"version {version}\b.*accuracy")
+            _, health = SERVICES["aggregator"]["healthcheck"]["test"]
+            run.done(["/bin/sh", "-c", health.replace("$$", "$")], {})
             for name in ("evaluator", "aggregator", "broker"):
                 assert run.end(name) == 0, name

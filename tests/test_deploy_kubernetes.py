@@ -126,6 +126,7 @@ def test_three_brokers_are_one_and_go_on_with_two(tmp_path: Path) -> None:
         run.kill("nats-2")
         for _ in range(3):
             run.until_line("pi-1", "accepted")
+        run.done(aggregator["readinessProbe"]["exec"]["command"], {})
         assert run.end("pi-1") == run.end("aggregator") == 0
 
 
