@@ -212,6 +212,34 @@ def test_while_the_disk_is_full_an_offer_is_busy_and_stands_in_no_line(make: Mak
     assert bench.core._updates.places.of("pi") is None
 
 
+def test_what_is_dropped_of_an_update_again_and_again_is_counted_at_once(make: Make) -> None:
+    """A device that never ends an update for a day leaves no loop behind."""
+    bench = make()
+    pi = bench.join("pi")
+    bench.receive(pi.topic("update"), wide_update(bench, pi)[0])
+    place = bench.core._updates.places.of("pi")
+    assert place is not None
+    place.collector.dropped = 10**12
+    assert receipts(bench.receive(pi.topic("update"), *wide_update(bench, pi)))[0].outcome == "accepted"
+    assert refusals(bench.tick(1.0)) == {"unfinished": 10**12 + 1}
+
+
+def test_a_device_that_lies_about_its_codec_holds_no_more_than_it_has_room_for(make: Make) -> None:
+    bench = make()
+    places = narrow(bench, direct_parts=8)
+    size = places.largest_bytes
+    about = {"base": 0, "samples": 1, "encoding": "raw", "sealed": False, "metrics": {}}
+    for number in range(5):
+        pi = bench.join(f"hostile-{number}")
+        seq, large = pi.next_seq(), {**about, "codec": "float32"}
+        small = {**about, "codec": "ternary"}
+        parts = [pi.frame("update", large, body=bytes(1100), part=part, parts=4, seq=seq) for part in range(3)]
+        lie = pi.frame("update", small, body=bytes(10), part=2, parts=4, seq=seq)
+        assert size > 3 * 1100
+        bench.receive(pi.topic("update"), *parts[: 2 if places.large.waits else 3], lie)
+        check_memory(places)
+
+
 # --- whole federations in simulated time
 
 

@@ -76,8 +76,8 @@ class Updates:
         actions: list[Action] = []
         for place in self.places.turns(now):
             actions += self._grant(place)
-        for _ in range(self.places.take_unfinished()):
-            self.counters.refuse("unfinished", now)
+        if unfinished := self.places.take_unfinished():
+            self.counters.refuse("unfinished", now, unfinished)
         return actions
 
     def _asks(self, member: Member, frame: Frame, parts: int, now: float, size_bytes: int | None = None) -> Place:
