@@ -240,6 +240,14 @@ def test_a_device_that_lies_about_its_codec_holds_no_more_than_it_has_room_for(m
         check_memory(places)
 
 
+def test_while_the_disk_is_full_an_update_of_several_parts_is_answered_once(make: Make) -> None:
+    bench = make()
+    pi = bench.join("pi")
+    bench.handle(events.DiskChecked(free=0.01))
+    found = receipts(bench.receive(pi.topic("update"), *wide_update(bench, pi)))
+    assert [receipt.outcome for receipt in found] == ["busy"]
+
+
 # --- whole federations in simulated time
 
 
