@@ -260,6 +260,7 @@ class Sender:
     offers: bool
     gap_s: float  # between two parts
     left: list[int] = field(default_factory=list)  # parts that it is about to send
+    offers_when_busy: bool = False  # as this project's devices do; others may send all of it again
     again_at: float = 0.0
     part_at: float = 0.0
     done_at: float | None = None
@@ -289,6 +290,7 @@ class Sender:
     def answered(self, receipt: Receipt, now: float) -> None:
         if receipt.outcome == "busy":
             self.left, self.again_at = [], now + 1.25 * receipt.retry_after_s
+            self.offers |= self.offers_when_busy
         elif receipt.outcome == "accepted":
             self.done_at = now
 
@@ -340,23 +342,33 @@ def play(bench: Bench, senders: list[Sender], until: float) -> None:
             return
 
 
-@pytest.mark.parametrize("offers", [True, False])
+@pytest.mark.parametrize("offers", [True, False, None])
 @pytest.mark.parametrize(
     "kinds", [[], ["silent"], ["renewing"] * 3, ["drip"] * 5, ["giant"] * 3, ["drip", "giant"] * 2]
 )
 def test_every_honest_device_is_whole_in_its_turn_whatever_hostile_ones_do(
-    offers: bool, kinds: list[str], make: Make
+    offers: bool | None, kinds: list[str], make: Make
 ) -> None:
-    """They were there first; honest ones have lines so slow that a part takes most of a minute."""
+    """They were there first; honest ones have lines so slow that a part takes most of a minute.
+
+    ``offers``: whether honest devices offer their updates; None: after they were answered `busy`.
+    """
     bench = make(merge__buffer_size=1000, merge__max_wait_s=1e7)
     narrow(bench, direct_parts=2 if offers else 8)
     honest, hostile = [bench.join(f"honest-{number}") for number in range(4)], []
     for number, kind in enumerate(kinds):
         device = bench.join(f"hostile-{number}")
-        hostile.append(Hostile(device, wide_update(bench, device), offers, 50.0, kind=kind, bench=bench))
+        hostile.append(Hostile(device, wide_update(bench, device), bool(offers), 50.0, kind=kind, bench=bench))
     began = bench.now
     senders: list[Sender] = [
-        Sender(pi, wide_update(bench, pi), offers, 50.0, again_at=began + 1.0 + number)
+        Sender(
+            pi,
+            wide_update(bench, pi),
+            bool(offers),
+            50.0,
+            offers_when_busy=offers is None,
+            again_at=began + 1.0 + number,
+        )
         for number, pi in enumerate(honest)
     ]
     before = len(senders) + len(hostile) - 1

@@ -199,8 +199,18 @@ def test_what_turns_out_to_be_smaller_has_its_place_for_a_shorter_time() -> None
 
 
 def part(number: int, parts: int, size_bytes: int = 1024, codec: str = "ternary") -> Frame:
-    about = {"federation": "lab", "sender": "a", "kind": "update", "seq": 1, "meta": {"codec": codec}}
-    return parse(build(PI, **about, part=number, parts=parts, body=bytes(size_bytes)))
+    frame = build(
+        PI,
+        federation="lab",
+        sender="a",
+        kind="update",
+        seq=1,
+        meta={"codec": codec},
+        part=number,
+        parts=parts,
+        body=bytes(size_bytes),
+    )
+    return parse(frame)
 
 
 def held_of(parts: int, came: Iterable[int], window: int) -> Place:

@@ -5,8 +5,8 @@ before it fit into the room together. Who asks stands at the end, nobody passes 
 grows: so the sum of those before it only decreases. Let n be how many updates always fit: 2 of the largest, 16 small
 ones.
 
-1. Memory: all that have a place fit into the room together, and hold at most what they take. Of offered updates no
-   more parts are asked for, and have not come, than the room has.
+1. Memory: all that have a place fit into the room together, and the bodies that they hold are at most what they
+   take. Of offered updates no more parts are asked for, and have not come, than the room has.
 2. A place ends by an answer to its update, by its own device, or by its own deadline; not by what others ask for.
 3. Liveness: the first n of the line have places, and while anybody waits a place lasts at most ``life_s``. So an
    update with k before it has its place within (k // n) * life_s and the pauses between two offers, if its device asks
