@@ -76,6 +76,16 @@ def test_busy_is_no_answer_the_update_waits_as_long_as_it_was_asked_to() -> None
     assert published(device.wait(8), "update") == [frame]
 
 
+def test_who_was_answered_busy_many_times_does_not_wait_an_hour_for_the_next_answer() -> None:
+    """A place in the aggregator's line ends after 90 s of silence."""
+    scripted, device, frame = sending()
+    for _ in range(10):
+        device.arrive(scripted.receipt(DEVICE, DEVICE_KEY.key_id, frame.seq, "busy", retry_after_s=30.0))
+        assert published(device.wait(38), "update") == [frame]
+        device.handle(events.Published(seq=frame.seq))
+    assert published(device.wait(76), "update") == [frame]
+
+
 def test_a_counter_from_an_old_copy_of_the_disk_goes_on_above_the_highest_answered() -> None:
     scripted, device, frame = sending()
     receipt = scripted.receipt(DEVICE, DEVICE_KEY.key_id, frame.seq, "duplicate", highest_seq=5000)

@@ -154,6 +154,24 @@ def test_a_large_update_is_offered_and_sent_by_grant() -> None:
     assert len(published(device.arrive(scripted.status()), "update")) == 3
 
 
+def test_an_update_of_several_parts_that_waits_for_its_turn_is_offered_and_not_sent_again_and_again() -> None:
+    scripted, device = following(scripted=aggregator(direct_parts=8))
+    job = only(device.actions, StartTraining)
+    big = np.random.default_rng(1).normal(size=job.schema.elements).astype(np.float32)
+    device.core.uplink.frame_bytes = 2000
+    parts = published(device.handle(replace(trained(job), content=Block.of_float32(job.schema, big))), "update")
+    assert len(parts) == 3
+    key, seq = DEVICE_KEY.key_id, parts[0].seq
+    for _ in range(3):
+        device.arrive(scripted.receipt(DEVICE, key, seq, "busy", retry_after_s=30.0))
+        done = device.wait(38)
+        assert [frame.seq for frame in published(done, "offer")] == [seq]
+        assert published(done, "update") == []
+    grant = scripted.grant(DEVICE, key, seq, [[1, 2]], deadline_s=20.0)
+    assert [part.part for part in published(device.arrive(grant), "update")] == [1, 2]
+    assert len(published(device.arrive(scripted.status(session=2)), "update")) == 3  # it knows of no turns
+
+
 def test_an_update_that_no_longer_fits_is_cut_and_signed_anew_under_a_new_number() -> None:
     scripted = aggregator(plan={"seal": True}, direct_parts=8)
     _, device = following(scripted=scripted)

@@ -212,6 +212,42 @@ def test_while_the_disk_is_full_an_offer_is_busy_and_stands_in_no_line(make: Mak
     assert bench.core._updates.places.of("pi") is None
 
 
+def test_what_is_dropped_of_an_update_again_and_again_is_counted_at_once(make: Make) -> None:
+    """A device that never ends an update for a day leaves no loop behind."""
+    bench = make()
+    pi = bench.join("pi")
+    bench.receive(pi.topic("update"), wide_update(bench, pi)[0])
+    place = bench.core._updates.places.of("pi")
+    assert place is not None
+    place.collector.dropped = 10**12
+    assert receipts(bench.receive(pi.topic("update"), *wide_update(bench, pi)))[0].outcome == "accepted"
+    assert refusals(bench.tick(1.0)) == {"unfinished": 10**12 + 1}
+
+
+def test_a_device_that_lies_about_its_codec_holds_no_more_than_it_has_room_for(make: Make) -> None:
+    bench = make()
+    places = narrow(bench, direct_parts=8)
+    size = places.largest_bytes
+    about = {"base": 0, "samples": 1, "encoding": "raw", "sealed": False, "metrics": {}}
+    for number in range(5):
+        pi = bench.join(f"hostile-{number}")
+        seq, large = pi.next_seq(), {**about, "codec": "float32"}
+        small = {**about, "codec": "ternary"}
+        parts = [pi.frame("update", large, body=bytes(1100), part=part, parts=4, seq=seq) for part in range(3)]
+        lie = pi.frame("update", small, body=bytes(10), part=2, parts=4, seq=seq)
+        assert size > 3 * 1100
+        bench.receive(pi.topic("update"), *parts[: 2 if places.large.waits else 3], lie)
+        check_memory(places)
+
+
+def test_while_the_disk_is_full_an_update_of_several_parts_is_answered_once(make: Make) -> None:
+    bench = make()
+    pi = bench.join("pi")
+    bench.handle(events.DiskChecked(free=0.01))
+    found = receipts(bench.receive(pi.topic("update"), *wide_update(bench, pi)))
+    assert [receipt.outcome for receipt in found] == ["busy"]
+
+
 # --- whole federations in simulated time
 
 
@@ -224,6 +260,7 @@ class Sender:
     offers: bool
     gap_s: float  # between two parts
     left: list[int] = field(default_factory=list)  # parts that it is about to send
+    offers_when_busy: bool = False  # as this project's devices do; others may send all of it again
     again_at: float = 0.0
     part_at: float = 0.0
     done_at: float | None = None
@@ -253,6 +290,7 @@ class Sender:
     def answered(self, receipt: Receipt, now: float) -> None:
         if receipt.outcome == "busy":
             self.left, self.again_at = [], now + 1.25 * receipt.retry_after_s
+            self.offers |= self.offers_when_busy
         elif receipt.outcome == "accepted":
             self.done_at = now
 
@@ -304,23 +342,33 @@ def play(bench: Bench, senders: list[Sender], until: float) -> None:
             return
 
 
-@pytest.mark.parametrize("offers", [True, False])
+@pytest.mark.parametrize("offers", [True, False, None])
 @pytest.mark.parametrize(
     "kinds", [[], ["silent"], ["renewing"] * 3, ["drip"] * 5, ["giant"] * 3, ["drip", "giant"] * 2]
 )
 def test_every_honest_device_is_whole_in_its_turn_whatever_hostile_ones_do(
-    offers: bool, kinds: list[str], make: Make
+    offers: bool | None, kinds: list[str], make: Make
 ) -> None:
-    """They were there first; honest ones have lines so slow that a part takes most of a minute."""
+    """They were there first; honest ones have lines so slow that a part takes most of a minute.
+
+    ``offers``: whether honest devices offer their updates; None: after they were answered `busy`.
+    """
     bench = make(merge__buffer_size=1000, merge__max_wait_s=1e7)
     narrow(bench, direct_parts=2 if offers else 8)
     honest, hostile = [bench.join(f"honest-{number}") for number in range(4)], []
     for number, kind in enumerate(kinds):
         device = bench.join(f"hostile-{number}")
-        hostile.append(Hostile(device, wide_update(bench, device), offers, 50.0, kind=kind, bench=bench))
+        hostile.append(Hostile(device, wide_update(bench, device), bool(offers), 50.0, kind=kind, bench=bench))
     began = bench.now
     senders: list[Sender] = [
-        Sender(pi, wide_update(bench, pi), offers, 50.0, again_at=began + 1.0 + number)
+        Sender(
+            pi,
+            wide_update(bench, pi),
+            bool(offers),
+            50.0,
+            offers_when_busy=offers is None,
+            again_at=began + 1.0 + number,
+        )
         for number, pi in enumerate(honest)
     ]
     before = len(senders) + len(hostile) - 1

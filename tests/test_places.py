@@ -1,6 +1,7 @@
 """The line of updates of several parts: who has room, for how long, and who waits for whom; in simulated time."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import cycle
 
 import pytest
@@ -16,11 +17,12 @@ from ternbus.aggregator.core.places import (
     Places,
     Room,
     life_s,
-    ranges,
 )
-from ternbus.broker.protocol.identity import KeyId
+from ternbus.broker.errors import ProtocolError
+from ternbus.broker.protocol.frame import Frame, build, parse
+from ternbus.broker.protocol.identity import Identity, KeyId
 
-KEY = KeyId(bytes(8))
+KEY, PI = KeyId(bytes(8)), Identity.generate()
 LARGEST, SMALL, PARTS = 1600, 100, 40
 PAUSE_S = 30.0  # between two offers of an honest device
 
@@ -196,11 +198,68 @@ def test_what_turns_out_to_be_smaller_has_its_place_for_a_shorter_time() -> None
     assert offer(line, "c", LIFE_S + 22.0)
 
 
-def test_a_grant_names_at_most_500_ranges_and_joins_what_adjoins() -> None:
-    assert ranges([]) == ()
-    assert ranges(list(range(7))) == ((0, 6),)
-    assert ranges([0, 1, 2, 5, 7, 8]) == ((0, 2), (5, 5), (7, 8))
-    assert ranges(list(range(0, 2000, 2))) == tuple((part, part) for part in range(0, 1000, 2))
+def part(number: int, parts: int, size_bytes: int = 1024, codec: str = "ternary") -> Frame:
+    frame = build(
+        PI,
+        federation="lab",
+        sender="a",
+        kind="update",
+        seq=1,
+        meta={"codec": codec},
+        part=number,
+        parts=parts,
+        body=bytes(size_bytes),
+    )
+    return parse(frame)
+
+
+def held_of(parts: int, came: Iterable[int], window: int) -> Place:
+    """An update of which these parts are here."""
+    place = Place(device="a", key=KEY, seq=1, parts=parts, size_bytes=2**24, heard=0.0, window=window)
+    frame = part(0, parts)
+    for number in came:
+        place.collector.add(replace(frame, part=number))
+    return place
+
+
+@pytest.mark.parametrize(
+    ("parts", "came", "window", "ranges"),
+    [
+        (7, [], 0, ((0, 6),)),
+        (7, [], 5, ((0, 4),)),
+        (9, [3, 4, 6, 8], 9, ((0, 2), (5, 5), (7, 7))),
+        (9, [3, 4, 6], 4, ((0, 2), (5, 5))),
+        (9, [0, 3], 3, ((1, 2), (4, 4))),
+        (2000, range(0, 2000, 2), 2000, tuple((number, number) for number in range(1, 1000, 2))),
+    ],
+)
+def test_a_grant_names_what_is_missing_in_at_most_500_ranges(
+    parts: int, came: list[int], window: int, ranges: tuple[tuple[int, int], ...]
+) -> None:
+    place = held_of(parts, came, window)
+    assert place.ask() == ranges
+    assert place.asked == len(came) + sum(last - first + 1 for first, last in ranges)
+
+
+def test_what_a_device_says_is_smaller_keeps_no_parts_of_the_larger_one() -> None:
+    """Or it would hold them in room that others have: a part that is refused leaves them where they are."""
+    line = Places(16_000, 0, 1000)
+    for number in range(9):
+        name = f"hostile-{number}"
+        if not offer(line, name, 0.0, parts=20):
+            break
+        place = line.of(name)
+        assert place is not None
+        for each in range(14):
+            place.collector.add(part(each, 20, codec="float32"))
+        send(line, name, 0.0, parts=20, size_bytes=1000)
+        with pytest.raises(ProtocolError, match="short-part"):
+            place.collector.add(part(15, 20, 10))
+    check_memory(line)
+    assert number == 8
+    assert line.take_unfinished() == 0
+    line.leave("hostile-0")
+    assert line.take_unfinished() == 1
 
 
 # --- whatever they do
@@ -228,6 +287,12 @@ def check_room(line: Places) -> None:
         assert sum(place.window for place in given) <= room.parts_max
         assert room.waits == (len(given) < len(room.line))
         assert (room._bytes, room._parts) == (size, parts)
+
+
+def check_memory(line: Places) -> None:
+    for room in rooms(line):
+        assert all(place.collector.size_bytes <= place.size_bytes for place in room.line.values())
+        assert all(place.has_room or not len(place.collector) for place in room.line.values())
 
 
 DEVICES = [f"d{number}" for number in range(12)]

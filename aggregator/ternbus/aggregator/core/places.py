@@ -5,8 +5,8 @@ before it fit into the room together. Who asks stands at the end, nobody passes 
 grows: so the sum of those before it only decreases. Let n be how many updates always fit: 2 of the largest, 16 small
 ones.
 
-1. Memory: all that have a place fit into the room together, and hold at most what they take. Of offered updates no
-   more parts are asked for, and have not come, than the room has.
+1. Memory: all that have a place fit into the room together, and the bodies that they hold are at most what they
+   take. Of offered updates no more parts are asked for, and have not come, than the room has.
 2. A place ends by an answer to its update, by its own device, or by its own deadline; not by what others ask for.
 3. Liveness: the first n of the line have places, and while anybody waits a place lasts at most ``life_s``. So an
    update with k before it has its place within (k // n) * life_s and the pauses between two offers, if its device asks
@@ -19,8 +19,9 @@ device whose deadline passed asks again, at the end of the line.
 There are two rooms with a line each, so that large updates that never end keep out no small ones.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final
 
 from ternbus.broker.protocol.identity import KeyId
@@ -83,10 +84,21 @@ class Place:
 
     def ask(self) -> tuple[tuple[int, int], ...]:
         """The ranges [first, last] of the parts to ask for now."""
-        at_most = self.window or self.parts
-        found = ranges(self.collector.missing("update", self.seq, at_most) or range(min(self.parts, at_most)))
-        self.asked = self.came + sum(last - first + 1 for first, last in found)
-        return found
+        missing = self.collector.missing_ranges("update", self.seq) if self.came else [(0, self.parts - 1)]
+        found, left = [], self.window or self.parts
+        for first, last in islice(missing, GRANT_RANGES_MAX):
+            end = min(last, first + left - 1)
+            found.append((first, end))
+            left -= end - first + 1
+            if not left:
+                break
+        self.asked = self.came + (self.window or self.parts) - left
+        return tuple(found)
+
+    def shrink(self, size_bytes: int) -> None:
+        """It turns out to be smaller: parts that came as of a larger one are not its, and would take what it gives."""
+        self.size_bytes = self.collector.bytes_max = size_bytes
+        self.collector.clear()
 
 
 @dataclass(slots=True)
@@ -122,7 +134,7 @@ class Room:
     def shrink(self, place: Place, size_bytes: int) -> None:
         """Give back what an update turns out not to need."""
         self._bytes -= place.size_bytes - size_bytes
-        place.size_bytes = place.collector.bytes_max = size_bytes
+        place.shrink(size_bytes)
         self._due = min(self._due, place.until)
         self._has_changed = True
 
@@ -234,16 +246,3 @@ class Places:
 
     def _ended(self, place: Place) -> None:
         self._unfinished += place.collector.dropped + len(place.collector)
-
-
-def ranges(parts: Iterable[int]) -> tuple[tuple[int, int], ...]:
-    """Ascending part numbers as ranges, as many as one grant may hold."""
-    found: list[tuple[int, int]] = []
-    for part in parts:
-        if found and found[-1][1] == part - 1:
-            found[-1] = (found[-1][0], part)
-        elif len(found) < GRANT_RANGES_MAX:
-            found.append((part, part))
-        else:
-            break
-    return tuple(found)

@@ -78,8 +78,8 @@ class Updates:
         actions: list[Action] = []
         for place in self.places.turns(now):
             actions += self._grant(place)
-        for _ in range(self.places.take_unfinished()):
-            self.counters.refuse("unfinished", now)
+        if unfinished := self.places.take_unfinished():
+            self.counters.refuse("unfinished", now, unfinished)
         return actions
 
     def _asks(self, member: Member, frame: Frame, parts: int, now: float, size_bytes: int | None = None) -> Place:
@@ -105,12 +105,11 @@ class Updates:
             self.afford(member, now)
             return self._answer(member, frame.seq, judged, now)
         if self._accepts_nothing:
-            self.afford(member, now)
-            return self._busy(member, frame.seq, now)
+            return self._no_room(member, frame, now, BUSY_S)
         place = self._place(member, frame, now) if frame.parts > 1 else None
         if place is not None:
             if not place.has_room:
-                return self._no_room(member, frame, now)
+                return [*self._no_room(member, frame, now, TURN_S), *self._turns(now)]
             place.heard = now
         if place is None or place.collector.lacks_only(frame):
             self.afford(member, now)  # before it is decompressed and read
@@ -132,12 +131,12 @@ class Updates:
             self.afford(member, now)
         return self._asks(member, frame, frame.parts, now, size_bytes)
 
-    def _no_room(self, member: Member, frame: Frame, now: float) -> list[Action]:
+    def _no_room(self, member: Member, frame: Frame, now: float, retry_after_s: float) -> list[Action]:
         """Answer a part of an update that has to wait: once a message, not once a part."""
         if frame.part > 0:
-            return self._turns(now)
+            return []
         self.afford(member, now)
-        return [*self._busy(member, frame.seq, now, retry_after_s=TURN_S), *self._turns(now)]
+        return self._busy(member, frame.seq, now, retry_after_s=retry_after_s)
 
     def _collect(
         self, member: Member, frame: Frame, place: Place | None, now: float, ahead: Measured | None

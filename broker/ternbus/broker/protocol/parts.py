@@ -1,10 +1,9 @@
 """Messages larger than one frame: split into signed parts, and assembled again within bounds on memory."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from itertools import islice
 from typing import Any, Final
 
 from ternbus.broker.errors import LinkError, ProtocolError
@@ -88,6 +87,7 @@ def message_digest(headers: Iterable[bytes]) -> bytes:
 @dataclass(slots=True)
 class _Assembly:
     parts: int
+    came: bytearray  # 1 for each part that is here: what is missing is found without a look at each part
     bodies: dict[int, bytes] = field(default_factory=dict)
     headers: dict[int, bytes] = field(default_factory=dict)  # digests of the headers
     size_bytes: int = 0
@@ -116,9 +116,12 @@ class Collector:
         if len(frame.body) > self.bytes_max:
             raise ProtocolError("too-long", f"a part has more than {self.bytes_max} bytes")
         name = _name(frame)
-        assembly = self._assemblies.setdefault(name, _Assembly(frame.parts))
+        assembly = self._assemblies.get(name)
+        if assembly is None:
+            assembly = self._assemblies[name] = _Assembly(frame.parts, bytearray(frame.parts))
         if frame.part in assembly.bodies:
             return None  # the first copy of a part wins
+        assembly.came[frame.part] = 1
         assembly.bodies[frame.part] = frame.body
         assembly.headers[frame.part] = header_digest(frame.header)
         if frame.part == 0:
@@ -140,12 +143,19 @@ class Collector:
         assembly = self._assemblies.get(_name(frame))
         return assembly is not None and len(assembly.bodies) == frame.parts - 1 and frame.part not in assembly.bodies
 
-    def missing(self, kind: str, seq: int, at_most: int | None = None) -> list[int]:
-        """The missing parts of a partly received message, ``at_most`` the first so many; empty if none has arrived."""
+    def missing(self, kind: str, seq: int) -> list[int]:
+        """The missing parts of a partly received message; empty if none has arrived."""
+        return [part for first, last in self.missing_ranges(kind, seq) for part in range(first, last + 1)]
+
+    def missing_ranges(self, kind: str, seq: int) -> Iterator[tuple[int, int]]:
+        """The missing parts as ascending ranges [first, last]; each costs the same, however many parts there are."""
         assembly = self._find(kind, seq)
-        if assembly is None:
-            return []
-        return list(islice((part for part in range(assembly.parts) if part not in assembly.bodies), at_most))
+        came = bytearray() if assembly is None else assembly.came
+        first = came.find(0)
+        while first >= 0:
+            end = came.find(1, first)
+            yield first, (end if end >= 0 else len(came)) - 1
+            first = came.find(0, end) if end >= 0 else -1
 
     def came(self, kind: str, seq: int) -> int:
         """How many parts of a partly received message have arrived."""
@@ -157,6 +167,7 @@ class Collector:
         return next(found, None)
 
     def clear(self) -> None:
+        self.dropped += len(self._assemblies)
         self._assemblies.clear()
         self.size_bytes = 0
 

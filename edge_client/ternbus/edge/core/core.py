@@ -270,7 +270,7 @@ class Core:
             case Status.KIND:
                 if self.presence.status_arrived(Status.from_meta(frame.meta), frame.seq):
                     self.enrollment.resend.restart(now)
-                    self.uplink.resend.restart(now)
+                    self.uplink.restart(now)
                 return []
             case Head.KIND:
                 return self._head(frame, now)

@@ -40,7 +40,11 @@ class Resend:
         self._last_s = now
 
     def busy(self, retry_after_s: float, now: float) -> None:
-        """Wait as the aggregator asks; neither a reconnect nor its return online shortens the wait."""
+        """Wait as the aggregator asks; neither a reconnect nor its return online shortens the wait.
+
+        The backoff begins anew: the aggregator is there, and who waits for its turn long must not lose it by silence.
+        """
+        self._attempts = 0
         wait_s = min(max(retry_after_s, BUSY_MIN_S), LONGEST_S)
         self._not_before_s = now + wait_s * (1 + fraction(self.salt, "busy", now) / 4)
         self._due_s = self._not_before_s

@@ -35,6 +35,7 @@ class Uplink:
     frame_bytes: int = FRAME_BYTES
     resend: Resend = field(init=False)
     _grant_seq: int = 0
+    _waits: int = 0  # the number of an update that was answered `busy`
     _in_transit: Counter[int] = field(default_factory=Counter)  # frames on this connection, by the update's number
 
     def __post_init__(self) -> None:
@@ -64,6 +65,11 @@ class Uplink:
             # The update may have been accepted under the old number, with a receipt that was lost.
             before = self._answered_update(update, RENUMBERED, self.pending.state.head_version)
             self._replace_outstanding(self._renumbered(update), before)
+        self.restart(now)
+
+    def restart(self, now: float) -> None:
+        """Send at once, on a new connection or to an aggregator that came online."""
+        self._waits = 0
         self.resend.restart(now)
 
     def store(self, finished: TrainingFinished, job: StartTraining, now: float) -> None:
@@ -128,12 +134,15 @@ class Uplink:
         return [Log(event="withdrawn", text=text, fields={"base": update.base, "version": head.version})]
 
     def send(self, update: OutstandingUpdate, direct_parts: int, now: float) -> list[Action]:
-        """Send the update, or offer it if it has more parts than the head's `direct_parts`."""
+        """Send the update, or offer it if it has more parts than the head's `direct_parts`.
+
+        An update of several parts that waits for its turn is offered, too: to ask again costs no copy of it.
+        """
         parts = self.profile.update(update)
         if self._is_congested(len(parts)):
             self.resend.sent(len(parts), now)  # the next attempt is by the backoff
             return []
-        offered = len(parts) > direct_parts
+        offered = len(parts) > (1 if self._waits == update.seq else direct_parts)
         if offered:
             parts = [self.profile.message(Offer.KIND, update.seq, Offer(base=update.base, parts=len(parts)).meta())]
         else:
@@ -182,6 +191,7 @@ class Uplink:
         """Handle a receipt: wait, renumber the update, or remove it."""
         fields = {"seq": update.seq, "base": update.base, "outcome": receipt.outcome, "version": receipt.version}
         if receipt.outcome == "busy":
+            self._waits = update.seq
             self.resend.busy(receipt.retry_after_s, now)
             text = f"the aggregator is busy; the update on version {update.base} waits"
             return [Log(event="busy", text=text, fields=fields)]
