@@ -35,7 +35,8 @@ from typing import Any, Final
 from ternbus.broker import toml
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.lab.report.progress import Lines
-from ternbus.lab.scenario.scenario import End, Scenario, Simulated, Speeds
+from ternbus.lab.scenario.scenario import End, Scenario, Speeds
+from ternbus.lab.scenario.simulated import Simulated
 from ternbus.lab.virtual.simulate import Simulation
 
 ASYNCHRONOUS: Final = "asynchronous, ternary"

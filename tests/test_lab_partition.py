@@ -25,7 +25,8 @@ from ternbus.lab.report.partition_table import describe
 from ternbus.lab.report.progress import Lines
 from ternbus.lab.scenario import partitions, scenario
 from ternbus.lab.scenario.resolve import Resolved, resolved, settled
-from ternbus.lab.scenario.scenario import DEVICES_MAX, End, Fault, Scenario, Simulated
+from ternbus.lab.scenario.scenario import DEVICES_MAX, End, Fault, Scenario
+from ternbus.lab.scenario.simulated import Simulated
 from ternbus.lab.virtual.simulate import Simulation
 from ternbus.lab.virtual.training import Workers
 

@@ -27,7 +27,7 @@ PUBLIC = {
         to_vector topics vector_digest vector_of verify whole
     """,
     "ternbus.lab": """
-        Baseline BestModel Callback ClientError Comparison EarlyStopping End Fault Federation Hostile Job
+        Availability Baseline BestModel Callback ClientError Comparison EarlyStopping End Fault Federation Hostile Job
         Lines Local MLflow Narrow PartitionTable Parts Progress Run Scenario Simulated Simulation Speeds
         State Sweep TensorBoard Tuning Update Workers by compare dirichlet iid mae natural quantity r2
         shards sweep tune

@@ -26,7 +26,8 @@ from ternbus.edge.tasks import digits_numpy
 from ternbus.lab import cli
 from ternbus.lab.report.progress import Lines
 from ternbus.lab.scenario import scenario
-from ternbus.lab.scenario.scenario import End, Fault, Hostile, Local, Scenario, Simulated, Speeds
+from ternbus.lab.scenario.scenario import End, Fault, Hostile, Local, Scenario, Speeds
+from ternbus.lab.scenario.simulated import Simulated
 from ternbus.lab.virtual.memory_ledger import MemoryLedger
 from ternbus.lab.virtual.simulate import Simulation
 

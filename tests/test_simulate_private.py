@@ -20,7 +20,8 @@ from ternbus.broker.protocol.messages import PRIVATE
 from ternbus.lab.report.progress import Lines, closing_table
 from ternbus.lab.scenario import scenario
 from ternbus.lab.scenario.private import Private
-from ternbus.lab.scenario.scenario import End, Fault, Hostile, Scenario, Simulated, Speeds
+from ternbus.lab.scenario.scenario import End, Fault, Hostile, Scenario, Speeds
+from ternbus.lab.scenario.simulated import Simulated
 from ternbus.lab.virtual.simulate import Simulation
 
 SMALL = Scenario(

@@ -43,11 +43,12 @@ def doctor(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
-    """Examine this machine, and the directories and brokers that are named; change nothing.
+    """Examine a broker, an aggregator, a device or a helper, and say what to mend.
 
-    Of each it looks at settings, keys and their modes, stores, clock, disk, certificates, versions, and whether the
-    broker can be reached; of a broker's URL at packet size, QoS, retained messages, sessions and access list. Each
-    fault comes with what to do.
+    It examines this machine, and the directories and brokers that are named, and changes nothing. Of each it looks at
+    settings, keys and their modes, stores, clock, disk, certificates, versions, and whether the broker can be reached;
+    of a broker's URL at packet size, QoS, retained messages, sessions and access list. Each fault comes with
+    what to do.
 
     Exit codes: 0 nothing to mend, 1 warnings only, 2 an error.
 

@@ -6,7 +6,6 @@ from functools import cache
 from typing import Any
 
 import nacl.public
-import numpy as np
 
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.identity import Identity
@@ -77,9 +76,8 @@ def opened(terms: Terms, whole: Whole, device: Identity, unsealed: bytes, seeds:
     """The words of one update without its masks, as all helpers and the aggregator together could have them."""
     update = Update.from_meta(whole.meta)
     assert unsealed[:16] == bytes(whole.key) + whole.seq.to_bytes(8, "little")
-    words = terms.layout.read(unsealed[16:])
+    words = terms.layout.read(unsealed[16:]).copy()
     for helper, seed in zip(terms.helpers, seeds, strict=True):
         one = masks.mask(terms.layout, seed, context=update.context, device=device.public, helper=helper.card.public)
         terms.layout.subtract(words, one)
-    assert isinstance(words, np.ndarray)
     return words

@@ -7,7 +7,8 @@ from ternbus.broker.protocol.schema import to_tensors
 from ternbus.edge.learn.task import Evaluation, Task
 from ternbus.edge.plan.tensors import Tensors
 from ternbus.lab.report.progress import Lines
-from ternbus.lab.scenario.scenario import End, Local, Scenario, Simulated
+from ternbus.lab.scenario.scenario import End, Local, Scenario
+from ternbus.lab.scenario.simulated import Simulated
 from ternbus.lab.virtual.simulate import Simulation
 
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from ternbus.lab.notebook.trackers import MLflow, TensorBoard
     from ternbus.lab.report.progress import Lines
     from ternbus.lab.scenario.availability import Availability
-    from ternbus.lab.scenario.scenario import End, Fault, Hostile, Local, Narrow, Scenario, Simulated, Speeds
+    from ternbus.lab.scenario.scenario import End, Fault, Hostile, Local, Narrow, Scenario, Speeds
+    from ternbus.lab.scenario.simulated import Simulated
     from ternbus.lab.virtual.simulate import Simulation
     from ternbus.lab.virtual.training import Workers
 else:
@@ -51,9 +52,9 @@ else:
                 "Local",
                 "Narrow",
                 "Scenario",
-                "Simulated",
                 "Speeds",
             ],
+            "ternbus.lab.scenario.simulated": ["Simulated"],
             "ternbus.lab.virtual.simulate": ["Simulation"],
             "ternbus.lab.virtual.training": ["Workers"],
         },

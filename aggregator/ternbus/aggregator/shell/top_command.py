@@ -17,7 +17,9 @@ def top(
     directory: Dir,
     every: Annotated[float, typer.Option(min=0.5, max=3600, metavar="SECONDS", help="Time between two looks.")] = 2.0,
 ) -> None:
-    """Show an aggregator's health, devices and versions live, in a terminal, also over ssh; q ends it.
+    """Show an aggregator live in the terminal.
+
+    It shows health, devices and versions, also over ssh; q ends it.
 
     It needs the extra `top`.
 

@@ -23,10 +23,11 @@ from ternbus.edge.learn import task_loader
 from ternbus.edge.learn.partition_spec import LARGEST_SHARE
 from ternbus.edge.learn.subnetwork import check_width
 from ternbus.lab.hostile import KINDS, STRENGTHS, Behaviour
-from ternbus.lab.scenario import availability, end, partitions, private
+from ternbus.lab.scenario import availability, end, partitions, private, simulated
 from ternbus.lab.scenario.availability import Availability
 from ternbus.lab.scenario.end import End as End  # noqa: PLC0414 - a part of this module's interface
 from ternbus.lab.scenario.private import Private
+from ternbus.lab.scenario.simulated import Simulated
 from ternbus.lab.scenario.toml_table import Table, within
 
 ENGINES: Final = ("auto", "mosquitto", "nats")
@@ -102,27 +103,6 @@ class Hostile:
     def behaviour(self) -> Behaviour:
         strength = STRENGTHS.get(self.kind, 1.0) if self.strength is None else self.strength
         return Behaviour(kind=self.kind, strength=strength, samples=self.samples)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Simulated:
-    """Settings of `lab simulate` only: the devices' network lines, and the jitter of training durations.
-
-    A training lasts the device's duration by `Speeds` times exp(jitter · z), z standard normal, drawn each time.
-    """
-
-    jitter: float = 0.0
-    up_mbit_s: float = 0.0  # 0 means unlimited
-    down_mbit_s: float = 0.0  # 0 means unlimited
-    latency_s: float = 0.02  # one way
-    evaluate_every: int = 1  # versions
-
-    def __post_init__(self) -> None:
-        within("simulate.jitter", self.jitter, 0, 5)
-        within("simulate.up_mbit_s", self.up_mbit_s, 0, 1e6)
-        within("simulate.down_mbit_s", self.down_mbit_s, 0, 1e6)
-        within("simulate.latency_s", self.latency_s, 0, 3600)
-        within("simulate.evaluate_every", self.evaluate_every, 1, 1_000_000)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -339,7 +319,7 @@ def parse(table: Mapping[str, object]) -> Scenario:
         "narrow": _narrow(top.table("narrow")),
         "local": _local(top.table("local")),
         "private": private.parse(top.table("private")) if "private" in table else None,
-        "simulate": _simulated(top.table("simulate")),
+        "simulate": simulated.parse(top.table("simulate")),
         "availability": availability.parse(top.table("availability")),
     }
     broker.refuse_unknown()
@@ -381,18 +361,6 @@ def _local(table: Table) -> Local:
     given = {"hold_out": table.number("hold_out"), "fine_tune": table.number("fine_tune")}
     table.refuse_unknown()
     return Local(**{name: value for name, value in given.items() if value is not None})
-
-
-def _simulated(table: Table) -> Simulated:
-    given = {
-        "jitter": table.number("jitter"),
-        "up_mbit_s": table.number("up_mbit_s"),
-        "down_mbit_s": table.number("down_mbit_s"),
-        "latency_s": table.number("latency_s"),
-        "evaluate_every": table.whole("evaluate_every"),
-    }
-    table.refuse_unknown()
-    return Simulated(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]  # read by kind above
 
 
 def _dotted(table: Mapping[str, object]) -> dict[str, object]:

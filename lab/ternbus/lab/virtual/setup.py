@@ -36,7 +36,8 @@ from ternbus.edge.plan.sum_policy import SumPolicy
 from ternbus.edge.plan.tensors import Tensors
 from ternbus.helper.core.profile import Profile as HelperProfile
 from ternbus.lab.scenario.private import Private
-from ternbus.lab.scenario.scenario import Scenario, Simulated
+from ternbus.lab.scenario.scenario import Scenario
+from ternbus.lab.scenario.simulated import Simulated
 from ternbus.lab.virtual.memory_broker import Line
 from ternbus.lab.virtual.memory_ledger import Ledger, MemoryLedger
 from ternbus.lab.virtual.training import InProcess, Place, Placing, pairs

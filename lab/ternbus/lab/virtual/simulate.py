@@ -48,7 +48,7 @@ from ternbus.lab.virtual.memory_broker import MemoryBroker
 from ternbus.lab.virtual.memory_ledger import MemoryLedger
 from ternbus.lab.virtual.training import Place, Placing
 from ternbus.lab.virtual.virtual_aggregator import VirtualAggregator
-from ternbus.lab.virtual.virtual_device import VirtualDevice
+from ternbus.lab.virtual.virtual_device import Body, VirtualDevice
 from ternbus.lab.virtual.virtual_helper import VirtualHelper
 
 QUIET_S: Final = 2 * 86_400.0  # virtual time, longer than any buffer waits; after that no further version is expected
@@ -117,7 +117,6 @@ class Simulation:
         founded = self._founded(initial, chosen)
         self.ledger = founded.ledger
         self.aggregator = VirtualAggregator(self.clock, self.broker, founded.ledger, founded.core, self._made)
-        vectors: WeakValueDictionary[bytes, Vector] = WeakValueDictionary()
         public = self.aggregator.core.identity.public
         self.helpers = [
             VirtualHelper(self.clock, self.broker, profile, partial(self._helper_left, profile.helper))
@@ -128,17 +127,21 @@ class Simulation:
                 bodies = setup.bodies(scenario, task, initial, public, founded.codes, place=place)
             for line in remarks(scenario, divided[0]) if divided and found.rows is None else []:
                 progress.say(line)
-        self.devices = [
-            VirtualDevice(
-                self.clock, self.broker, body, vectors, partial(self._left, body.profile.device), trained=self._trained
-            )
-            for body in bodies
-        ]
+        self.devices = self._devices(bodies)
         if notice := local_notice(task):
             progress.say(notice)
         self._attendances = self._attended()
         self._staying = {device.name for device in self.devices}
         self._failing = FailingDevices()
+
+    def _devices(self, bodies: Sequence[Body]) -> list[VirtualDevice]:
+        vectors: WeakValueDictionary[bytes, Vector] = WeakValueDictionary()
+        return [
+            VirtualDevice(
+                self.clock, self.broker, body, vectors, partial(self._left, body.profile.device), trained=self._trained
+            )
+            for body in bodies
+        ]
 
     def _explained(self) -> AbstractContextManager[None]:
         return explained(self._scenario.task, lacks_data=self._scenario.data is None)
