@@ -105,8 +105,14 @@ def test_what_waited_at_a_rollback_was_dropped_and_what_was_to_be_merged_before_
     log = log_of(tmp_path, [ours(5)], [])
     entries = [*unpack_all([log.read_bytes()])]
     for version, updates, rollback in ((35, (), 1), (36, (THEIRS,), None)):
-        about = {"federation": "lab", "version": version, "previous": entries[-1].hash}
-        entry = Entry(**about, digest=digest(-1 if rollback else -version), updates=updates, rollback=rollback)
+        entry = Entry(
+            federation="lab",
+            version=version,
+            digest=digest(-1 if rollback else -version),
+            previous=entries[-1].hash,
+            updates=updates,
+            rollback=rollback,
+        )
         entries.append(entry.signed(AGGREGATOR))
     log.write_bytes(b"".join(entry.pack() for entry in entries))
     found = check(log, [answer(5, 0), answer(6, 1), answer(7, 2), answer(8, 35)])
