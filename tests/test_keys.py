@@ -399,11 +399,14 @@ def test_updates_of_a_device_that_wait_on_disk_are_bounded(make: Make) -> None:
     for _ in range(2):
         (receipt,) = bench.send(bad, float32_block(bench.schema, 6), 1)
         assert (receipt.outcome, receipt.reason) == ("busy", "too many updates of this device wait to be merged")
+        (again,) = receipts(bench.receive(bad.topic("offer"), bad.offer(1, 4)))
+        assert (again.outcome, again.reason) == (receipt.outcome, receipt.reason)
         bench.restart()
         bench.start()
     assert bench.send(other, float32_block(bench.schema, 7), 2)[0].outcome == "accepted"
     bench.tick(31.0)
     assert bench.version == 3
+    assert not receipts(bench.receive(bad.topic("offer"), bad.offer(1, 4)))  # but a grant
     assert bench.send(bad, float32_block(bench.schema, 6), 1)[0].outcome == "accepted"
 
 

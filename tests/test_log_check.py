@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ternbus.broker.protocol.identity import Identity, KeyId
-from ternbus.broker.protocol.merge_log import FIRST, UNKNOWN_DIGEST, Contribution, Entry, Signed
+from ternbus.broker.protocol.merge_log import FIRST, UNKNOWN_DIGEST, Contribution, Entry, Signed, unpack_all
 from ternbus.command import main
 from ternbus.edge.core.state import RENUMBERED, AnsweredUpdate, OutstandingUpdate, State
 from ternbus.edge.shell import log_check
@@ -99,6 +99,29 @@ def test_versions_without_updates_break_no_promise(tmp_path: Path) -> None:
     (tmp_path / "lab.log").write_bytes(first.pack() + leap.pack())
     found = check(tmp_path / "lab.log", [answer(5, 0)])
     assert (found.faults, found.waiting) == ([], [5])
+
+
+def test_what_waited_at_a_rollback_was_dropped_and_what_was_to_be_merged_before_it_is_missed(tmp_path: Path) -> None:
+    log = log_of(tmp_path, [ours(5)], [])
+    entries = [*unpack_all([log.read_bytes()])]
+    for version, updates, rollback in ((35, (), 1), (36, (THEIRS,), None)):
+        entry = Entry(
+            federation="lab",
+            version=version,
+            digest=digest(-1 if rollback else -version),
+            previous=entries[-1].hash,
+            updates=updates,
+            rollback=rollback,
+        )
+        entries.append(entry.signed(AGGREGATOR))
+    log.write_bytes(b"".join(entry.pack() for entry in entries))
+    found = check(log, [answer(5, 0), answer(6, 1), answer(7, 2), answer(8, 35)])
+    assert [(each.seq, each.version) for each in found.dropped] == [(7, 35)]
+    assert "1 more were dropped, as the log says: 1 rollback" in found.report("pi")
+    assert found.faults == [
+        f"update {seq} on version {at} was accepted at version {at}, but is in no later version"
+        for seq, at in ((6, 1), (8, 35))
+    ]
 
 
 @pytest.mark.parametrize(

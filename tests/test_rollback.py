@@ -18,7 +18,7 @@ from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.protocol import merge_log
 from ternbus.broker.protocol.identity import Identity
-from ternbus.broker.protocol.merge_log import FIRST, OTHER_MODEL, ROLLBACK_MAX, Audit, Entry, Signed
+from ternbus.broker.protocol.merge_log import FIRST, OTHER_MODEL, ROLLBACK_MAX, Audit, Contribution, Entry, Signed
 from ternbus.broker.protocol.schema import to_vector, vector_digest
 from ternbus.edge.core.follower import Follower
 
@@ -247,6 +247,9 @@ def test_a_rollback_may_leave_versions_out_and_must_have_the_model_that_it_names
     assert faults(chain, version=2 + ROLLBACK_MAX) == []
     beyond = 3 + ROLLBACK_MAX
     assert faults(chain, version=beyond) == [f"versions 3 to {beyond - 1} are missing"]
+    assert faults(chain, version=2 + 2**32, digest=2) == [
+        f"version {2 + 2**32} claims to be version 1 again, and is not"
+    ]
     assert faults([chain[0], chain[2]]) != []
 
 
@@ -255,4 +258,7 @@ def test_an_entry_of_a_rollback_has_one_encoding(chain: list[Signed]) -> None:
     assert Entry.parse(entry.content()) == entry
     with pytest.raises(ProtocolError):
         Entry.parse(replace(entry, rollback=-2).content())
+    update = Contribution(device="pi", key=KEY.key_id, seq=1, digest=bytes(32), weight=1.0)
+    with pytest.raises(ProtocolError, match="a rollback with updates"):
+        Entry.parse(replace(entry, updates=(update,)).content())
     assert merge_log.unpack(entry.signed(KEY).pack()).content == entry.content()

@@ -29,6 +29,7 @@ from ternbus.broker.protocol.messages import Grant, Receipt
 GRANT_S: Final = 60.0
 BUSY_S: Final = 5.0
 BUSY_MAX_S: Final = 60.0
+MANY_WAIT: Final = "too many updates of this device wait to be merged"
 TURN_S: Final = 30.0  # until a device that waits for its turn asks again; it is told of it before
 
 
@@ -63,6 +64,8 @@ class Updates:
             return self._answer(member, frame.seq, offer, now)
         if self._accepts_nothing:
             return self._busy(member, frame.seq, now)
+        if self._is_full(member, self.validation.largest_bytes):  # before it is sent, which may take minutes each time
+            return self._busy(member, frame.seq, now, MANY_WAIT)
         place = self._asks(member, frame, offer.parts, now)
         answer = self._grant(place) if place.has_room else self._busy(member, frame.seq, now, retry_after_s=TURN_S)
         return [*answer, *self._turns(now)]
@@ -148,11 +151,16 @@ class Updates:
         self.places.leave(member.name)
         if isinstance(valid, Verdict):
             return self._answer(member, frame.seq, valid, now)
-        if member.waiting_bytes and member.waiting_bytes + len(valid.body) > self.settings.limits.journal_bytes:
-            return self._busy(member, frame.seq, now, "too many updates of this device wait to be merged")
+        if self._is_full(member, len(valid.body)):
+            return self._busy(member, frame.seq, now, MANY_WAIT)
         if isinstance(valid, ValidPrivate):
             return self._accept_private(member, valid, now)
         return self._accept(member, valid, now)
+
+    def _is_full(self, member: Member, size_bytes: int) -> bool:
+        """Whether one more update of this size is too much beside those of its device that wait for a merge."""
+        waiting_bytes = member.waiting_bytes
+        return waiting_bytes > 0 and waiting_bytes + size_bytes > self.settings.limits.journal_bytes
 
     @property
     def _accepts_nothing(self) -> bool:

@@ -154,8 +154,8 @@ class Entry:
             dropped=tuple(map(_dropped, dropped)),
             rollback=meta_fields.integer(fields, "rollback", OTHER_MODEL) if "rollback" in fields else None,
         )
-        if entry.content() != content:
-            raise ProtocolError("bad-entry", "the encoding of the entry is not canonical")
+        if entry.content() != content or (entry.rollback is not None and entry.updates):
+            raise ProtocolError("bad-entry", "the encoding of the entry is not canonical, or a rollback with updates")
         return entry
 
 
@@ -356,7 +356,7 @@ class Audit:
         """Check that two neighbouring entries are consecutive, and note a fault if they are not."""
         earlier, later = self._links[before], self._links[after]
         fits = later.previous == earlier.hash
-        leaps = fits and ((after - before) % RESTORE_LEAP == 0 or self._goes_back(before, after))
+        leaps = fits and (self._goes_back(before, after) or (after - before) % RESTORE_LEAP == 0)
         if after != before + 1 and not leaps:
             gap = f"version {before + 1} is" if after == before + 2 else f"versions {before + 1} to {after - 1} are"
             self.faults.append(f"{gap} missing")
@@ -366,11 +366,11 @@ class Audit:
     def _goes_back(self, before: int, after: int) -> bool:
         """Whether the later entry is of a rollback; one to a version with another model is a fault."""
         to, later = self._links[after].rollback, self._links[after]
-        if to is None or after - before > ROLLBACK_MAX:
+        if to is None:
             return False
         if to > before or (to in self._links and self._links[to].digest != later.digest):
             self.faults.append(f"version {after} claims to be version {to} again, and is not")
-        return True
+        return after - before <= ROLLBACK_MAX
 
     def _look_for(self, version: int, digest: bytes | None) -> None:
         if version > self._highest:

@@ -1,5 +1,6 @@
 """The check of the aggregator's log of merges against a device's receipts."""
 
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -38,7 +39,7 @@ class Merged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dropped:
-    """An accepted private update that the log says is in no version, and why; ``version`` has the entry."""
+    """An accepted update that the log says is in no version, and why; ``version`` has the entry."""
 
     seq: int
     base: int
@@ -127,6 +128,13 @@ class _Extent:
     first_merge: int
     newest_merge: int
     has_sets: bool  # of private updates, which may wait for company through several merges
+    turns: Sequence[tuple[int, bool]]  # versions in ascending order, and whether it is a rollback: else a merge
+
+    def withdrawn_by(self, version: int) -> int | None:
+        """The rollback that came before any merge after this version: it dropped the updates that waited then."""
+        after = bisect_right(self.turns, (version, True))
+        back, is_rollback = self.turns[after] if after < len(self.turns) else (None, False)
+        return back if is_rollback else None
 
 
 _Places = dict[tuple[KeyId, int], list[_Place]]
@@ -137,6 +145,7 @@ def check(log: Path, settings: Settings, state: State, answers: Sequence[Answere
     audit = Audit(public=bytes.fromhex(settings.aggregator_key), federation=settings.federation)
     places: _Places = defaultdict(list)
     merges: list[int] = []
+    rollbacks: list[int] = []
     has_sets = False
     try:
         for signed in unpack_all(chunks(log)):
@@ -144,6 +153,8 @@ def check(log: Path, settings: Settings, state: State, answers: Sequence[Answere
             if entry is not None and (entry.updates or entry.sets):
                 merges.append(entry.version)
                 has_sets |= bool(entry.sets)
+            if entry is not None and entry.rollback is not None:
+                rollbacks.append(entry.version)
             if entry is not None:
                 _collect(entry, settings.device, places)
     except ProtocolError as error:
@@ -151,7 +162,8 @@ def check(log: Path, settings: Settings, state: State, answers: Sequence[Answere
     faults = audit.finish((state.head_version, state.head_digest or None))
     result = LogCheck(entries=audit.entries, version=audit.last[0] if audit.readable else -1, faults=faults)
     begins = audit.begins if audit.readable else 0
-    extent = _Extent(begins, min(merges, default=-1), max(merges, default=-1), has_sets)
+    turns = sorted([*((each, False) for each in merges), *((each, True) for each in rollbacks)])
+    extent = _Extent(begins, min(merges, default=-1), max(merges, default=-1), has_sets, turns)
     for answered in sorted(answers, key=lambda each: (each.base, each.seq)):
         if answered.outcome == "accepted":
             _check_accepted(answered, places.get((answered.key, answered.seq), []), extent, result)
@@ -183,7 +195,8 @@ def _contribution(member: PrivateMember, weight: float) -> Contribution:
 def _check_accepted(answered: AnsweredUpdate, places: list[_Place], extent: _Extent, result: LogCheck) -> None:
     """An accepted update must be in exactly one version, at the latest in the first merge after its receipt.
 
-    A private one may wait through several merges; it is in exactly one version, or was dropped once.
+    One that waited when versions were withdrawn is in none. A private one may wait through several merges; it is in
+    exactly one version, or was dropped once.
 
     Two exceptions hold where the log begins later, since a ledger of an older format was migrated: updates merged
     before are in no entry, and those that waited then are in the first merge without a digest.
@@ -193,6 +206,9 @@ def _check_accepted(answered: AnsweredUpdate, places: list[_Place], extent: _Ext
         case []:
             if answered.version < extent.begins:
                 result.unlogged.append(answered.seq)
+            elif (back := extent.withdrawn_by(answered.version)) is not None:
+                reason = "rollback: the versions that it was made on were withdrawn"
+                result.dropped.append(Dropped(seq=answered.seq, base=answered.base, version=back, reason=reason))
             elif extent.newest_merge > answered.version and not extent.has_sets:
                 result.faults.append(f"{name} was accepted at version {answered.version}, but is in no later version")
             else:
