@@ -83,6 +83,7 @@ def test_shellcheck_passes(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.skipif(find() is None, reason="mosquitto is not installed")
 def test_its_commands_make_a_federation_and_start_again(tmp_path: Path) -> None:
     port = reserve("127.0.0.1", 0)
