@@ -34,10 +34,14 @@ def log_line(
     if as_json:
         about: dict[str, Any] = {"time": round(time.time(), 3), "level": level, "event": event, "text": text}
         return json.dumps({**about, **fields})
-    shown = "".join(each if each.isprintable() or each == "\n" else "?" for each in text)
+    shown = text if text.isprintable() else "".join(_shown(each) for each in text)
     if journal:
         return f"<{PRIORITIES[level]}>{shown}"
     return f"{datetime.now().astimezone().isoformat(timespec='seconds')} {level:7} {shown}"
+
+
+def _shown(character: str) -> str:
+    return character if character.isprintable() or character == "\n" else "?"
 
 
 class WriteLog(Protocol):
