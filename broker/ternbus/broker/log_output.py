@@ -16,11 +16,14 @@ JOURNAL: Final = "JOURNAL_STREAM"  # set by systemd for services: device and ino
 
 def is_journal(stream: IO[str]) -> bool:
     """Whether what is written there becomes lines of systemd's journal (systemd.exec(5), `$JOURNAL_STREAM`)."""
+    journal = os.environ.get(JOURNAL)
+    if journal is None:
+        return False
     try:
         about = os.fstat(stream.fileno())
     except (OSError, ValueError):  # no file, or a closed one
         return False
-    return os.environ.get(JOURNAL) == f"{about.st_dev}:{about.st_ino}"
+    return journal == f"{about.st_dev}:{about.st_ino}"
 
 
 def log_line(
