@@ -67,7 +67,8 @@ class Ledger:
             found = self.fact("format")
             self.bodies = Bodies(path.parent / BODIES, int(self.fact("segment") or 0))
             self.vectors = Vectors(path.parent / VECTORS)
-            self._updates = 0  # the highest id of one
+            self._updates: int | None = None  # the highest id of one, as soon as it is asked for
+            self._begun = False  # another file of bodies
             self._beside, self._unneeded, self._checkpoint_at = beside, False, time.monotonic()
             if beside is not None:
                 self.db.execute("PRAGMA wal_autocheckpoint = 0")  # else a commit does it, and everything waits
@@ -138,7 +139,6 @@ class Ledger:
         moment = time.time() if now is None else now
         with self.transaction():
             self._settle(wait=not batch)
-            (self._updates,) = self.db.execute("SELECT coalesce(max(id), 0) FROM updates").fetchone()
             for record in batch:
                 self._write(record, moment)
             self.bodies.sync()  # before the rows that refer to them
@@ -157,10 +157,13 @@ class Ledger:
 
     def _drop(self) -> None:
         """After a snapshot: begin another file of bodies, and remove files that nothing refers to any more."""
+        if not (self._begun or self._unneeded):
+            return
         segment = int(self.fact("segment") or 0)
         if segment != self.bodies.segment:
             self.bodies.begin(segment)
             reached("segment-begun")
+        self._begun = False
         if self._unneeded:
             self._unneeded = False
             (oldest,) = self.db.execute("SELECT min(segment) FROM updates WHERE segment IS NOT NULL").fetchone()
@@ -177,8 +180,7 @@ class Ledger:
     def _write(self, record: records.Record, now: float) -> None:
         match record:
             case records.UpdateAccepted():
-                self._updates += 1
-                rows.accepted(self.db, self._updates, record, self.bodies.append(record.body), now)
+                rows.accepted(self.db, self._next_update(), record, self.bodies.append(record.body), now)
             case records.SnapshotTaken():
                 self._snapshot(record)
             case records.DeviceRevoked() | records.KeysRevoked():
@@ -187,6 +189,13 @@ class Ledger:
                 revocations.add(self.path.with_name(revocations.FILE), revoked)  # more in the list does no harm
             case _:
                 rows.write(self.db, record, now)
+
+    def _next_update(self) -> int:
+        """An id above those of all updates; after a transaction that failed, some numbers are left out."""
+        if self._updates is None:
+            (self._updates,) = self.db.execute("SELECT coalesce(max(id), 0) FROM updates").fetchone()
+        self._updates += 1
+        return self._updates
 
     def _set(self, name: str, value: object) -> None:
         rows.set_fact(self.db, name, value)
@@ -197,6 +206,7 @@ class Ledger:
         self._set("snapshot", json.dumps([named.version, named.parts, named.content_bytes, named.place]))
         segment = int(self.fact("segment") or 0) + 1
         self._set("segment", segment)
+        self._begun = True
         self._settle(wait=True)  # one at a time, in their order
         if record.at_leisure and self._beside is not None:
             self._pending = self._beside.submit(self._write_vectors, record, segment)
