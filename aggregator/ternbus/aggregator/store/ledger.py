@@ -58,7 +58,7 @@ class Ledger:
     ) -> None:
         if not path.exists():
             raise lost_ledger.missing(path)
-        self.path = path
+        self.path, self._remedy = path, remedy(path.parent)
         try:
             self.db = _connect(path, read_only=read_only, untouched=untouched)
             self.db.execute("PRAGMA query_only = ON" if read_only else "PRAGMA synchronous = FULL")
@@ -76,7 +76,7 @@ class Ledger:
             self._pending: Future[_Written] | None = None
             self._checkpoint: Future[None] | None = None
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-            raise store_format.unreadable(path, error, remedy(path.parent)) from error
+            raise store_format.unreadable(path, error, self._remedy) from error
         if found != FORMAT:
             self.close()
             raise migration.refusal(path, found)
@@ -101,7 +101,7 @@ class Ledger:
 
     def naming(self) -> AbstractContextManager[None]:
         """StorageError or CorruptError, with the file's name and what to do, in place of SQLite's errors."""
-        return store_format.naming(self.path, remedy(self.path.parent))
+        return store_format.naming(self.path, self._remedy)
 
     def fact(self, name: str) -> Any:
         row = self.db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
@@ -306,7 +306,7 @@ class Ledger:
             raise self.corrupt(f"version {version} does not have its digest")
 
     def corrupt(self, what: str) -> CorruptError:
-        return CorruptError(f"{self.path}: {what}; {remedy(self.path.parent)}")
+        return CorruptError(f"{self.path}: {what}; {self._remedy}")
 
     def server(self) -> tuple[int, ServerState]:
         """The version at which a start begins, and the server's state then."""
