@@ -15,6 +15,7 @@ from ternbus.aggregator.shell import (
     helper_cards,
     log_commands,
     membership_commands,
+    metrics_command,
     quickstart,
     recovery_commands,
     rollback,
@@ -260,6 +261,7 @@ recovery_commands.add_to(app)
 
 
 app.command()(status_command.status)
+app.command()(metrics_command.metrics)
 
 
 @app.command()
