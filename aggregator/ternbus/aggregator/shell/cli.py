@@ -21,6 +21,7 @@ from ternbus.aggregator.shell import (
     rollback,
     status_command,
     status_text,
+    trace_command,
     version_commands,
 )
 from ternbus.aggregator.shell.arguments import (
@@ -262,6 +263,7 @@ recovery_commands.add_to(app)
 
 app.command()(status_command.status)
 app.command()(metrics_command.metrics)
+app.command()(trace_command.trace)
 
 
 @app.command()

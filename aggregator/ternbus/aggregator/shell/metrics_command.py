@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
-from ternbus.aggregator.shell.arguments import Dir
+from ternbus.aggregator.shell.arguments import DirAsRoot
 from ternbus.broker.files import replacing, storing
+from ternbus.broker.folder_owner import act_as_owner
 
 
 def metrics(
-    directory: Dir,
+    directory: DirAsRoot,
     textfile: Annotated[
         Path | None,
         typer.Option(
@@ -29,9 +30,10 @@ def metrics(
     """
     from ternbus.aggregator.dashboard.metrics import exposition  # noqa: PLC0415 - a library that only this needs
 
-    body, _ = exposition(directory)
     if textfile is None:
-        typer.echo(body.decode(), nl=False)
+        act_as_owner(directory)
+        typer.echo(exposition(directory)[0].decode(), nl=False)
         return
+    body, _ = exposition(directory)
     with storing(textfile), replacing(textfile) as partial:
         partial.write_bytes(body)
