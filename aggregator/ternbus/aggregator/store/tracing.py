@@ -7,7 +7,7 @@ from typing import Any, Final
 from ternbus.aggregator.core.registry import REVOKED
 from ternbus.aggregator.store import merge_log
 from ternbus.aggregator.store.ledger import Ledger
-from ternbus.aggregator.store.rows import signed, unsigned
+from ternbus.aggregator.store.rows import FLOOR, signed, unsigned
 from ternbus.aggregator.store.schema import DROPPED
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.merge_log import Entry, unpack
@@ -80,21 +80,24 @@ def _accepted(
     if merged is None:
         return {"state": WAITING, **found}
     if merged == DROPPED:
-        return {"state": GONE, **found, "reason": _why(ledger.db, name[0], number, received_at)}
+        return {"state": GONE, **found, "reason": _why(ledger, name, number, base)}
     version_digest, made_at = db.execute("SELECT digest, made_at FROM versions WHERE version = ?", (merged,)).fetchone()
     about = {"version": merged, "version_digest": version_digest.hex(), "made_at": made_at}
     return {"state": MERGED, **found, **about, **_weight(ledger, merged, name)}
 
 
-def _why(db: sqlite3.Connection, device: str, number: int, received_at: float) -> str:
+def _why(ledger: Ledger, name: tuple[str, bytes, int], number: int, base: int) -> str:
     """Why an accepted update is in no version."""
-    private = db.execute("SELECT why FROM private_updates WHERE update_id = ?", (number,)).fetchone()
+    private = ledger.db.execute("SELECT why FROM private_updates WHERE update_id = ?", (number,)).fetchone()
     if private is not None and private[0]:
         return str(private[0])
-    state, revoked_at = db.execute("SELECT state, revoked_at FROM devices WHERE name = ?", (device,)).fetchone()
-    if state == REVOKED and revoked_at >= received_at:
+    if base >= int(ledger.fact(FLOOR) or 0):
         return "its device was revoked"
-    return "a rollback: the versions that it was made on were withdrawn"
+    revoked = ledger.db.execute(
+        "SELECT 1 FROM keys WHERE device = ? AND key = ? AND state = ?", (*name[:2], REVOKED)
+    ).fetchone()
+    withdrawn = "the versions that it was made on were withdrawn"
+    return f"its device was revoked, or {withdrawn}" if revoked else withdrawn
 
 
 def _weight(ledger: Ledger, version: int, name: tuple[str, bytes, int]) -> dict[str, Any]:
