@@ -44,7 +44,8 @@ ARROWS = {
     "aggregator.sums": {*BUS, "aggregator", "aggregator.merge"},
     "aggregator.core": {*BUS, "aggregator", "aggregator.merge", "aggregator.sums"},
     "aggregator.store": {*BUS, "aggregator", "aggregator.merge", "aggregator.sums", "aggregator.core"},
-    "aggregator.shell": {*BUS, "broker.link", "broker.server", *AGGREGATOR},
+    "aggregator.shell": {*BUS, "broker.link", "broker.server", *AGGREGATOR, "aggregator.dashboard"},
+    "aggregator.dashboard": {*BUS, "broker.server", *AGGREGATOR},
     "helper": BUS,
     "helper.core": {*BUS, "helper"},
     "helper.store": {*BUS, "helper", "helper.core"},
@@ -106,6 +107,7 @@ CONFINED = {
         "lab/ternbus/lab/notebook/frames.py",
     },
     "rich": {"lab/ternbus/lab/report/progress.py", "lab/ternbus/lab/notebook/bar.py"},
+    "prometheus_client": {"aggregator/ternbus/aggregator/dashboard/metrics.py"},
     "textual": {"aggregator/ternbus/aggregator/shell/top.py"},
     "sqlite3": {*STORES, "broker/ternbus/broker/complaint.py"},  # which names its errors to end with an exit code
     "cryptography": {"broker/ternbus/broker/server/certificates.py"},

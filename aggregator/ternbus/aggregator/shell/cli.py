@@ -17,11 +17,13 @@ from ternbus.aggregator.shell import (
     helper_cards,
     log_commands,
     membership_commands,
+    metrics_command,
     quickstart,
     recovery_commands,
     rollback,
     status_command,
     status_text,
+    trace_command,
     version_commands,
 )
 from ternbus.aggregator.shell.arguments import (
@@ -277,6 +279,8 @@ recovery_commands.add_to(app)
 
 
 app.command()(status_command.status)
+app.command()(metrics_command.metrics)
+app.command()(trace_command.trace)
 
 
 @app.command()
