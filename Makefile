@@ -106,7 +106,7 @@ $(BIN)/python:
 
 $(SMALL): $(INSTALLED_FROM) | $(BIN)/python
 	@echo "Installing Ternbus, without torch, into $(VENV)"
-	@$(PIP_INSTALL) -e '.[broker,lab]'
+	@$(PIP_INSTALL) -e '.[broker,lab,dashboard]'
 	@touch $@
 
 $(FULL): $(INSTALLED_FROM) | $(BIN)/python

@@ -108,6 +108,8 @@ CONFINED = {
     },
     "rich": {"lab/ternbus/lab/report/progress.py", "lab/ternbus/lab/notebook/bar.py"},
     "prometheus_client": {"aggregator/ternbus/aggregator/dashboard/metrics.py"},
+    "starlette": {"aggregator/ternbus/aggregator/dashboard/"},
+    "uvicorn": {"aggregator/ternbus/aggregator/dashboard/"},
     "textual": {"aggregator/ternbus/aggregator/shell/top.py"},
     "sqlite3": {*STORES, "broker/ternbus/broker/complaint.py"},  # which names its errors to end with an exit code
     "cryptography": {"broker/ternbus/broker/server/certificates.py"},
