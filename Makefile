@@ -39,7 +39,7 @@ SLOW_TESTS := -m "slow and not extended"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo check lint types core test test-extended fuzz crash-test bench experiment format clean
+.PHONY: help setup demo check lint types core test test-extended chromium fuzz crash-test bench experiment format clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 18
@@ -67,11 +67,11 @@ types: $(FULL)
 core: $(FULL)
 	$(BIN)/python -m pytest -q $(PARALLEL) --cov --cov-report=term $(CORE_TESTS)
 
-test: check ## check, then the tests that start processes or train, then a minute of fuzzing
+test: check chromium ## check, then the tests that start processes or train, then a minute of fuzzing
 	$(BIN)/python -m pytest -q $(PARALLEL) $(SLOW_TESTS)
 	$(BIN)/python -m fuzz --seconds 60
 
-test-extended: $(FULL) ## Run the tests that take too long for `make test`
+test-extended: $(FULL) chromium ## Run the tests that take too long for `make test`
 	$(BIN)/python -m pytest -q $(PARALLEL) -m extended
 
 fuzz: $(FULL) ## Fuzz each parser with a million inputs (x86-64 Linux)
