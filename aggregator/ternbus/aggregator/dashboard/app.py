@@ -33,6 +33,7 @@ WAITING_MAX: Final = 8  # actions, one after the other
 BEARER: Final = "Bearer "
 TYPES: Final = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 PAGE: Final = "index.html"
+ALIVE: Final = b"event: alive\ndata: {}\n\n"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +141,7 @@ class Dashboard:
                 if not self._may_read(request):
                     yield b"event: logout\ndata: {}\n\n"
                     return
-                yield b":\n\n" if moment is None else moment.event
+                yield ALIVE if moment is None else moment.event
 
     async def history(self, request: Request) -> Response:
         """The versions above `?after=`, as columns."""

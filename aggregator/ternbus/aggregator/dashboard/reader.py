@@ -21,7 +21,7 @@ from ternbus.broker.errors import ConfigError, FederationError
 
 EVERY_S: Final = 1.0
 DUTY: Final = 0.05  # of a core, at most, for one kind of read: a large federation is looked at more rarely
-QUIET_S: Final = 15.0  # without a look, after which a viewer's connection is tried
+QUIET_S: Final = 4.0  # without a look, after which viewers are told that the connection is alive
 ENTRIES_MAX: Final = 64  # versions of the log of merges that are remembered
 UPDATES_MAX: Final = 1000  # of one version that are shown
 
@@ -37,6 +37,7 @@ class Paced(Generic[Value]):
         self._lock = asyncio.Lock()
         self._values: list[Value] = []  # the newest, or none
         self.due_at = 0.0  # of the monotonic clock
+        self.every_s = EVERY_S
 
     async def value(self) -> Value:
         async with self._lock:
@@ -44,7 +45,8 @@ class Paced(Generic[Value]):
                 began = time.monotonic()
                 value, spent_s = await asyncio.get_running_loop().run_in_executor(self._pool, self._timed)
                 self._values = [value]
-                self.due_at = began + max(EVERY_S, spent_s / DUTY)
+                self.every_s = max(EVERY_S, spent_s / DUTY)
+                self.due_at = began + self.every_s
             return self._values[0]
 
     def _timed(self) -> tuple[Value, float]:
@@ -140,7 +142,8 @@ class Reader:
                 _log.exception("a look at the ledger failed")
             fault = "the ledger cannot be read: a bug; the aggregator's log has the details"
         else:
-            return Moment(number=number, event=_event(state), health=seen.health, devices=Devices(seen))
+            event = _event({**state, "every_s": self._look.every_s})
+            return Moment(number=number, event=event, health=seen.health, devices=Devices(seen))
         devices = None if before is None else before.devices
         return Moment(
             number=number, event=_event({"at": now, "fault": fault, "head": None}), fault=fault, devices=devices

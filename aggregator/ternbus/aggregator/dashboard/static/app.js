@@ -6,7 +6,8 @@ import * as devices from "./devices.js";
 import * as versions from "./versions.js";
 import { age, byId, bytes, clock, count, fill, make, moment, percent, rate } from "./words.js";
 
-const SILENT_MS = 8000; // without news: say so
+const SILENT_MS = 10_000; // without a word of the server, which has one every 4 s
+const LATE_S = 10; // figures older than that, and than the server's usual pace, are old
 const HISTORY_MAX = 5000;
 const MARKS = { fine: "✓", degraded: "!", down: "✕", unknown: "?" };
 const WORDS = { fine: "Fine", degraded: "Degraded", down: "Down", unknown: "Unknown" };
@@ -18,6 +19,7 @@ let clockAhead = 0; // the server's clock, in seconds
 let history = null; // columns
 let wanted = { metric: null, across: "version" };
 let stream = null;
+let mayRead = false;
 
 const now = () => Date.now() / 1000 + clockAhead;
 
@@ -25,8 +27,13 @@ const now = () => Date.now() / 1000 + clockAhead;
 
 function open() {
   stream?.close();
+  if (!mayRead) return;
   stream = new EventSource("/events");
   stream.onmessage = (event) => take(JSON.parse(event.data));
+  stream.addEventListener("alive", () => {
+    heardAt = Date.now();
+    show();
+  });
   stream.addEventListener("logout", () => {
     stream.close();
     actions.look();
@@ -40,7 +47,7 @@ function open() {
 
 async function take(found) {
   heardAt = Date.now();
-  clockAhead = found.at - Date.now() / 1000;
+  clockAhead = found.at - Date.now() / 1000; // the same machine's, or another's
   fault = found.fault ?? "";
   if (found.head !== null) {
     state = found;
@@ -75,21 +82,30 @@ async function keepUp(recent) {
 
 // Showing
 
+/** Why the figures cannot be believed to be of now; empty where they can. */
+function doubt() {
+  if (heardAt > 0 && Date.now() - heardAt > SILENT_MS) {
+    return "The dashboard does not answer: the aggregator may have ended, or the network is cut.";
+  }
+  if (fault) return `${fault}.`;
+  const isOld = state !== null && now() - state.at > LATE_S + 3 * state.every_s;
+  return isOld ? "The aggregator has not answered for a while: look at its log." : "";
+}
+
 function showLive() {
-  const silentMs = Date.now() - heardAt;
-  const isLost = heardAt > 0 && silentMs > SILENT_MS;
+  const why = doubt();
   const live = byId("live");
-  live.dataset.level = heardAt === 0 ? "unknown" : isLost || fault ? "down" : "fine";
-  const text = heardAt === 0 ? "connecting …" : isLost ? `no news for ${age(silentMs / 1000)}` : `live, ${clock(now())}`;
+  live.dataset.level = why ? "down" : heardAt === 0 ? "unknown" : "fine";
+  const text = why ? (state ? `no news for ${age(now() - state.at)}` : "no news") : heardAt === 0 ? "connecting …" : `live, ${clock(now())}`;
   if (live.textContent !== text) live.textContent = text;
-  document.body.dataset.stale = isLost || fault ? "yes" : "no";
-  if (isLost) showHealth();
+  document.body.dataset.stale = why ? "yes" : "no";
+  if (why) showHealth();
 }
 
 function showHealth() {
-  const isLost = Date.now() - heardAt > SILENT_MS;
+  const doubted = doubt();
   const health = state?.health;
-  const level = isLost || fault || !health ? "unknown" : health.state;
+  const level = doubted || !health ? "unknown" : health.state;
   byId("health").dataset.level = level;
   byId("mark").textContent = MARKS[level];
   const verdict = byId("verdict");
@@ -97,11 +113,7 @@ function showHealth() {
   const name = state?.federation ?? "Ternbus";
   document.title = `${MARKS[level]} ${name}: ${WORDS[level].toLowerCase()}`;
   const old = state ? ` What stands below is of ${moment(state.at)}.` : "";
-  let why;
-  if (isLost) why = `The dashboard does not answer: the aggregator may have ended, or the network is cut.${old}`;
-  else if (fault) why = `${fault}.${old}`;
-  else why = inWords(health);
-  byId("why").textContent = why;
+  byId("why").textContent = doubted ? doubted + old : health ? inWords(health) : "";
   const findings = health?.findings ?? [];
   fill(
     byId("findings"),
@@ -234,6 +246,7 @@ function who(found) {
   devices.onRevoke(isIn ? actions.revoke : null);
   versions.onActions(isIn ? { tag: actions.tag, rollBack: actions.rollBack } : null);
   actions.records();
+  mayRead = found.may_read;
   const isFollowing = stream !== null && stream.readyState !== EventSource.CLOSED;
   if (found.may_read && !isFollowing) open();
   if (!found.may_read) stream?.close();

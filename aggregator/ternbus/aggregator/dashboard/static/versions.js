@@ -13,11 +13,11 @@ const HEADINGS = [
 ];
 
 function headings(metric) {
-  document.querySelector("#versions thead tr").replaceChildren(
-    ...HEADINGS.map(([text, kind]) =>
-      make("th", { scope: "col", className: kind }, text === "" ? make("span", { className: "hidden", textContent: "actions" }) : (text === "metric" ? metric || "metric" : text)),
-    ),
-  );
+  const cell = ([text, kind]) => {
+    if (text === "") return make("th", { scope: "col" }, make("span", { className: "hidden", textContent: "actions" }));
+    return make("th", { scope: "col", className: kind, textContent: text === "metric" ? metric || text : text });
+  };
+  fill(document.querySelector("#versions thead tr"), HEADINGS.map(cell));
 }
 
 function line(history, i, metric, keptFrom, tags) {
