@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final, Self
 
+from ternbus.aggregator.shell.dashboard_token import AUDIT, AUDIT_BEFORE
 from ternbus.broker.files import inherit_owner
 from ternbus.broker.log_levels import INFO, WARNING
 from ternbus.broker.log_output import WriteLog
 
-FILE: Final = "dashboard-audit.jsonl"
 BYTES_MAX: Final = 1 << 20  # then a new file is begun, and one of before is kept
 SHOWN: Final = 100
 
@@ -41,7 +41,7 @@ class Audit:
     @classmethod
     def open(cls, directory: Path, log: WriteLog) -> Self:
         """With the last records of the file, where there is one that can be read."""
-        found = cls(directory / FILE, log)
+        found = cls(directory / AUDIT, log)
         with suppress(OSError), found.path.open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - BYTES_MAX // 4))
             for line in file.read().splitlines()[-SHOWN:]:
@@ -63,7 +63,7 @@ class Audit:
     def _append(self, line: bytes) -> None:
         with suppress(FileNotFoundError):
             if self.path.stat().st_size > BYTES_MAX:
-                self.path.replace(self.path.with_name(f"{FILE}.1"))
+                self.path.replace(self.path.with_name(AUDIT_BEFORE))
         is_new = not self.path.exists()
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:

@@ -131,10 +131,10 @@ class Reader:
 
     def _take_a_look(self) -> Moment:
         """In the reader's thread. A fault is a value: nobody may take the figures of before for those of now."""
-        before, now = self._last, time.time()
+        before = self._last
         number = 0 if before is None else before.number + 1
         try:
-            state, seen = self._read(now)
+            state, seen = self._read()
         except (FederationError, OSError) as error:
             fault = f"the ledger cannot be read: {error}"
         except Exception:  # noqa: BLE001 - a bug must not leave old figures on the page as if they were new
@@ -146,10 +146,10 @@ class Reader:
             return Moment(number=number, event=event, health=seen.health, devices=Devices(seen))
         devices = None if before is None else before.devices
         return Moment(
-            number=number, event=_event({"at": now, "fault": fault, "head": None}), fault=fault, devices=devices
+            number=number, event=_event({"at": time.time(), "fault": fault, "head": None}), fault=fault, devices=devices
         )
 
-    def _read(self, now: float) -> tuple[dict[str, Any], examination.Examination]:
+    def _read(self) -> tuple[dict[str, Any], examination.Examination]:
         history = self.history
         settings = administration.load_settings(self.directory)
         seen = examination.look(self.directory, RECENT if history.rows else KEPT)
@@ -159,7 +159,7 @@ class Reader:
             first = max(history.counted_to, seen.found["version"] - KEPT)
             traffic, kept = version_traffic.read(ledger, first), version_traffic.kept(ledger)
         history.take(seen.found["versions"], traffic)
-        return summary.of(seen, history, kept, settings, now), seen
+        return summary.of(seen, history, kept, settings, time.time()), seen
 
     def _entry(self, version: int) -> dict[str, Any]:
         found = next(log.entries(self.directory, version), None)

@@ -13,6 +13,8 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import read_secret, storing, write_secret
 
 FILE: Final = "dashboard.token"
+AUDIT: Final = "dashboard-audit.jsonl"
+AUDIT_BEFORE: Final = f"{AUDIT}.1"
 TOKEN_BYTES: Final = 32
 TOKEN: Final = re.compile(r"[A-Za-z0-9_-]{40,100}")
 
