@@ -9,7 +9,7 @@ from typing import Final
 
 from ternbus.broker.link.tls import ServerTls
 from ternbus.broker.protocol import topics
-from ternbus.broker.protocol.identity import AGGREGATOR, HELPER_USER, is_helper_user
+from ternbus.broker.protocol.identity import AGGREGATOR, HELPER_USER, is_helper_user, is_reader_user
 from ternbus.broker.server.limits import CONNECTIONS_MAX
 
 OLDEST: Final = (2, 0, 11)  # of Debian 11 and 12; older ones lack options, or fixes against hostile clients
@@ -36,12 +36,12 @@ def is_recent(found: str) -> bool:
     return numbers is not None and tuple(map(int, numbers.groups())) >= OLDEST
 
 
-def access_list(federations: Sequence[str] = (), helpers: Sequence[str] = ()) -> str:
+def access_list(federations: Sequence[str] = (), helpers: Sequence[str] = (), readers: Sequence[str] = ()) -> str:
     """The access list by patterns (docs/protocol.md, Topics): a client's MQTT user name is its device name.
 
     The list protects a federation only if the broker authenticates user names. Without ``federations`` it does not,
     and every client may read and write everything below ``ternbus/1``. ``helpers`` are user names of helpers: no
-    pattern makes a helper's topics of them.
+    pattern makes a helper's topics of them. ``readers`` are those of readers, who are denied what the patterns allow.
     """
     if not federations:
         return (
@@ -59,6 +59,9 @@ def access_list(federations: Sequence[str] = (), helpers: Sequence[str] = ()) ->
         lines += [f"user aggregator-{name}", *(f"topic {each}" for each in _of_aggregator(name))]
         for user in sorted(helpers):
             lines += [f"user {user}", *(f"topic {each}" for each in _of_helper(name, user))]
+        for user in sorted(readers):
+            denied = [f"deny {topics.root(name)}/{each}/#" for each in ("up", "down", "all")]
+            lines += [f"user {user}", *(f"topic {each}" for each in (*denied, *_of_reader(name)))]
     return "\n".join(lines) + "\n"
 
 
@@ -81,6 +84,10 @@ def _of_helper(federation: str, user: str) -> list[str]:
     return [*written, f"read {topics.root(federation)}/help/{helper}/#", f"read {topics.status(federation)}"]
 
 
+def _of_reader(federation: str) -> list[str]:
+    return [f"read {topic}" for topic in topics.of_reader(federation)]
+
+
 def separating_list(names: Mapping[str, Sequence[str]]) -> str:
     """The access list for authenticated clients; ``names`` has the members of each federation.
 
@@ -88,19 +95,25 @@ def separating_list(names: Mapping[str, Sequence[str]]) -> str:
     under its name in every federation.
     """
     if len(names) == 1:
-        return access_list(
-            list(names), [name for members in names.values() for name in members if is_helper_user(name)]
-        )
+        ((federation, members),) = names.items()
+        helpers = [name for name in members if is_helper_user(name)]
+        return access_list([federation], helpers, [name for name in members if is_reader_user(name)])
     lines = ["# Every client with a certificate, limited to the topics of its federation."]
     for federation, members in sorted(names.items()):
         for name in sorted(members):
             lines += [f"user {name}", *(f"topic {each}" for each in _of_member(federation, name))]
+            if is_reader_user(name):
+                lines += [
+                    f"topic deny {topics.DISCOVERY}/device/{other}/#" for other in sorted(names) if other != federation
+                ]
     return "\n".join(lines) + "\n"
 
 
 def _of_member(federation: str, name: str) -> list[str]:
     if name == f"{AGGREGATOR}-{federation}":
         return _of_aggregator(federation)
+    if is_reader_user(name):
+        return _of_reader(federation)
     return _of_helper(federation, name) if is_helper_user(name) else _of_device(federation, name)
 
 

@@ -41,7 +41,7 @@ REASONS: Final[Mapping[str, str]] = {
     "old-tls": "uses TLS 1.2 or older",
     "no-handshake": "ended the TLS handshake: not a TLS client, or it does not trust this broker's certificate",
     "wrong-client-id": "used a client id that is not the name in its certificate",
-    "not-admitted": "connected without MQTT, or with a certificate that names no device, helper or aggregator",
+    "not-admitted": "connected without MQTT, or with a certificate that names no device, helper, reader or aggregator",
     "write-denied": "published to a topic of another client",
     "read-denied": "subscribed to topics of another client",
 }
