@@ -9,10 +9,11 @@ import pytest
 from ha_mqtt_discoverable import DeviceInfo, EntityInfo
 from ha_mqtt_discoverable.sensors import BinarySensorInfo, SensorInfo
 
+from support.set_world import World
 from support.small_world import LAB, Bench, reconfigure, refusals, saved, ternary_block
 from ternbus.aggregator import settings as configuration
 from ternbus.aggregator.core import events, records
-from ternbus.aggregator.core.home_assistant import OF_DEVICE, OF_FEDERATION
+from ternbus.aggregator.core.home_assistant import OF_BUFFER, OF_DEVICE, OF_FEDERATION
 from ternbus.aggregator.store import status as statuses
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol import topics
@@ -94,6 +95,14 @@ def test_a_device_is_shown_with_its_state_and_the_federation_with_its_own(shown:
     assert view(bench, "pi")["state"] == "offline"
 
 
+def test_private_sums_have_no_buffer_to_show() -> None:
+    world = World(home_assistant__discovery_prefix=PREFIX)
+    world.begin()
+    world.tick(EVERY_S)
+    assert "buffer" not in view(world, AGGREGATOR)
+    assert set(configuration_of(world, AGGREGATOR)["components"]) == set(OF_FEDERATION)
+
+
 def test_what_is_left_of_a_privacy_budget_is_shown_where_there_is_one(shown: Make) -> None:
     plan = {"plan__dp": "device", "plan__dp_noise": 1.0, "plan__dp_clip": 1.0, "plan__dp_epsilon": 9.0}
     bench = shown(**plan)
@@ -145,7 +154,7 @@ def test_a_message_of_discovery_is_one_that_home_assistant_reads(shown: Make) ->
     assert len(set(ids)) == len(ids)
     assert set(configuration_of(bench, "pi")["components"]) == set(OF_DEVICE)
     assert set(configuration_of(bench, "judge")["components"]) == set(OF_DEVICE) - {"lag", "loss"}
-    assert set(configuration_of(bench, AGGREGATOR)["components"]) == set(OF_FEDERATION)
+    assert set(configuration_of(bench, AGGREGATOR)["components"]) == {*OF_FEDERATION, *OF_BUFFER}
     via = configuration_of(bench, "pi")["device"]["via_device"]
     assert configuration_of(bench, AGGREGATOR)["device"]["identifiers"] == [via]
 

@@ -50,6 +50,8 @@ OF_FEDERATION: Final[Mapping[str, Component]] = {
     "state": _sensor("State", "state", device_class="enum", options=["open", "paused", "closed"]),
     "version": _sensor("Version", "version", **MEASURED),
     "devices_online": _sensor("Devices online", "devices_online", unit_of_measurement="devices", **MEASURED),
+}
+OF_BUFFER: Final[Mapping[str, Component]] = {  # private sums have none
     "buffer": _sensor("Updates in the buffer", "buffer", unit_of_measurement="updates", **MEASURED),
 }
 
@@ -144,7 +146,8 @@ class HomeAssistant:
 
     def _messages(self) -> Iterator[tuple[str, bytes]]:
         """Topic and payload of each message, a device's configuration before its state."""
-        yield self._configuration(AGGREGATOR, self._about_federation(), OF_FEDERATION)
+        of_all = {**OF_FEDERATION, **({} if self.versions.private is not None else OF_BUFFER)}
+        yield self._configuration(AGGREGATOR, self._about_federation(), of_all)
         yield self._federation("online")
         members = sorted(each for each, member in self.registry.members.items() if not member.revoked)
         for name in members[: self._settings.devices_max]:
@@ -161,13 +164,14 @@ class HomeAssistant:
 
     def _federation(self, availability: str) -> tuple[str, bytes]:
         online = sum(not member.evaluates for member in self.registry.online.values())
-        state = {
+        state: dict[str, Any] = {
             "availability": availability,
             "state": self.versions.published.state,
             "version": self.versions.model.version,
             "devices_online": online,
-            "buffer": len(self.versions.model.buffer),
         }
+        if self.versions.private is None:
+            state["buffer"] = len(self.versions.model.buffer)
         return self._topic(AGGREGATOR), _json(state)
 
     def _components(self, member: Member) -> Mapping[str, Component]:
