@@ -4,7 +4,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -159,13 +159,14 @@ def test_a_giant_body_is_not_read(site: Site) -> None:
     )
     with socket.create_connection((site.host, site.port), timeout=WITHIN_S) as line:
         line.sendall(head.encode())
-        answer = line.recv(2000)
-        assert b" 413 " in answer or b" 400 " in answer
-        assert line.recv(1) == b"" or line.recv(100_000)  # the end comes without the body
-    head = f"GET / HTTP/1.1\r\nHost: {site.authority}\r\nX: {'x' * 100_000}\r\n\r\n"
+        assert b" 413 " in _rest(line)  # the end comes without the body
     with socket.create_connection((site.host, site.port), timeout=WITHIN_S) as line:
-        line.sendall(head.encode())
-        assert b" 400 " in line.recv(2000) or b" 431 " in line.recv(2000)
+        line.sendall(f"GET / HTTP/1.1\r\nHost: {site.authority}\r\nX: ".encode())
+        with suppress(ConnectionError):
+            for _ in range(100):
+                line.sendall(b"x" * 100_000)
+            line.sendall(b"\r\n\r\n")
+        assert b" 200 " not in _rest(line)
     assert site.get("/session").status == 200
 
 
@@ -277,6 +278,15 @@ def test_silent_connections_end_and_there_are_not_too_many() -> None:
             for line in lines:
                 line.close()
         assert site.get("/session").status == 200
+
+
+def _rest(line: socket.socket) -> bytes:
+    """All that comes until the end."""
+    found = b""
+    with suppress(ConnectionError):
+        while content := line.recv(100_000):
+            found += content
+    return found
 
 
 def _ended(line: socket.socket) -> bool:

@@ -48,9 +48,8 @@ class Asked:
 
     def about(self) -> str:
         """For the audit."""
-        return " ".join(f"{name}={value}" for name, value in self.fields.items() if value not in ("", False, None))[
-            :TEXT_CHARS_MAX
-        ]
+        given = {name: value for name, value in self.fields.items() if value != "" and value is not False}
+        return " ".join(f"{name}={value}" for name, value in given.items())[:TEXT_CHARS_MAX]
 
 
 def _pause(directory: Path, _: Asked) -> Done:

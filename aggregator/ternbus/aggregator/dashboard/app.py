@@ -25,6 +25,7 @@ from ternbus.aggregator.dashboard.audit import Audit
 from ternbus.aggregator.dashboard.guard import Guard
 from ternbus.aggregator.dashboard.reader import Paced, Reader
 from ternbus.aggregator.dashboard.sessions import LIFE_S, Session, Sessions, TooManyError
+from ternbus.aggregator.shell import version_commands
 from ternbus.broker.errors import FederationError
 
 VIEWERS_MAX: Final = 64
@@ -164,7 +165,10 @@ class Dashboard:
 
     async def version(self, request: Request) -> Response:
         """A version's entry in the log of merges."""
-        return _json(await self.reader.entry(request.path_params["version"]))
+        version = request.path_params["version"]
+        if version > version_commands.VERSION_MAX:
+            raise HTTPException(404, "there is no such version")
+        return _json(await self.reader.entry(version))
 
     async def health(self, _: Request) -> Response:
         """The health as `aggregator status --check --json` prints it; 503 where no version can be made."""

@@ -133,7 +133,7 @@ function showHealth() {
 
 function inWords(health) {
   const wrong = health.findings.filter((each) => each.level !== "note").length;
-  if (wrong) return `${wrong === 1 ? "One thing needs" : `${wrong} things need`} somebody to look. What to do stands beside each.`;
+  if (wrong) return `${wrong === 1 ? "One thing needs" : `${wrong} things need`} somebody to look.`;
   const online = `${health.online} of ${health.devices} devices online`;
   return `Nothing needs you. Version ${health.version}, ${online}.`;
 }
@@ -175,7 +175,7 @@ function bars(id, rows, total) {
     rows.map(([name, value]) => {
       const share = total ? value / total : 0;
       const bar = make("i");
-      bar.style.width = `${Math.max(0, Math.min(1, share)) * 70}%`;
+      bar.style.width = `${Math.max(0, Math.min(1, share)) * 60}%`;
       const meter = make("div", { className: "meter" }, bar, percent(share));
       return make("tr", {}, make("th", { scope: "row", textContent: String(name) }), make("td", { className: "number", textContent: count(value) }), make("td", {}, meter));
     }),

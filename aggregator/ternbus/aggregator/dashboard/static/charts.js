@@ -4,12 +4,18 @@ import { byId, bytes, figure, make, moment } from "./words.js";
 
 const WINDOW = 5; // versions whose updates make a rate
 const HEIGHT = 220;
+const BINARY = Array.from({ length: 50 }, (_, power) => 2 ** power); // so that ticks are whole KiB or MiB
 const drawn = new Map(); // by the id of their place
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-function options(place, series, across, show) {
+function atEnd(plot) {
+  const last = plot.data[0].length - 1;
+  if (plot.legend.idx !== last) plot.setLegend({ idx: last });
+}
+
+function options(place, series, across, { show, tick = show, steps }) {
   const axis = { stroke: colour("--quiet"), grid: { stroke: colour("--line"), width: 1 }, ticks: { show: false } };
   return {
     width: Math.max(200, place.clientWidth),
@@ -27,8 +33,10 @@ function options(place, series, across, show) {
     ],
     axes: [
       { ...axis, ...(across === "version" ? { values: (_, ticks) => ticks.map((x) => (Number.isInteger(x) ? String(x) : "")) } : {}) },
-      { ...axis, size: 70, values: (_, ticks) => ticks.map(show) },
+      { ...axis, size: 70, values: (_, ticks) => ticks.map(tick), ...(steps ? { incrs: steps } : {}) },
     ],
+    // where nobody points, the legend has the newest values
+    hooks: { setLegend: [(plot) => plot.cursor.idx === null && plot.data[0].length && atEnd(plot)] },
   };
 }
 
@@ -47,15 +55,16 @@ function inWords(series, rows, xs, across, show) {
   return parts.join("; ");
 }
 
-function draw(id, series, rows, xs, across, show) {
+function draw(id, series, rows, xs, across, scale) {
   const place = byId(id);
   if (!place.clientWidth) return;
   const isEmpty = xs.length === 0 || rows.every((row) => row.every((y) => y === null || y === undefined));
-  place.setAttribute("aria-label", isEmpty ? "no value yet" : inWords(series, rows, xs, across, show));
+  place.setAttribute("aria-label", isEmpty ? "no value yet" : inWords(series, rows, xs, across, scale.show));
   const key = JSON.stringify([series, across, dark.matches, isEmpty]);
   const before = drawn.get(id);
   if (before && before.key === key) {
     if (!isEmpty) before.plot.setData([xs, ...rows]);
+    if (!isEmpty && before.plot.cursor.idx === null) atEnd(before.plot);
     return;
   }
   before?.plot?.destroy();
@@ -65,7 +74,9 @@ function draw(id, series, rows, xs, across, show) {
     drawn.set(id, { key, plot: null });
     return;
   }
-  drawn.set(id, { key, plot: new uPlot(options(place, series, across, show), [xs, ...rows], place) });
+  const plot = new uPlot(options(place, series, across, scale), [xs, ...rows], place);
+  atEnd(plot);
+  drawn.set(id, { key, plot });
 }
 
 /** Updates a minute at each version, over the versions just before it. */
@@ -85,10 +96,11 @@ export function charts(history, metric, across) {
   const xs = across === "time" ? history.time : history.version;
   const values = history.metrics[metric] ?? xs.map(() => null);
   const perMinute = (y) => (y >= 100 ? String(Math.round(y)) : y.toFixed(1));
-  draw("metric-chart", [[metric || "metric", "--accent"]], [values], xs, across, figure);
-  draw("rate-chart", [["updates a minute", "--accent"]], [rates(history)], xs, across, perMinute);
+  const short = (y) => String(Number(y.toPrecision(4)));
+  draw("metric-chart", [[metric || "metric", "--accent"]], [values], xs, across, { show: figure, tick: short });
+  draw("rate-chart", [["updates a minute", "--accent"]], [rates(history)], xs, across, { show: perMinute, tick: short });
   const traffic = [history.up_bytes, history.down_bytes];
-  draw("bytes-chart", [["up", "--accent"], ["down", "--second"]], traffic, xs, across, bytes);
+  draw("bytes-chart", [["up", "--accent"], ["down", "--second"]], traffic, xs, across, { show: bytes, steps: BINARY });
 }
 
 new ResizeObserver(() => {

@@ -8,15 +8,15 @@ const COLUMNS = [
   // key of the order, heading, class, first direction is down
   ["name", "device", "", false],
   ["state", "state", "", false],
+  ["wrong", "what is wrong", "", false],
+  ["seen_at", "seen", "number", true],
+  ["answer", "last answer", "", false],
   ["updates", "updates", "number less", true],
   ["staleness", "staleness", "number less", true],
-  ["answer", "last answer", "", false],
   ["refused_share", "refused", "number less", true],
   ["stale_share", "stale", "number less", true],
   ["loss", "loss", "number less", true],
   ["bytes", "sent", "number less", true],
-  ["seen_at", "seen", "number", true],
-  ["wrong", "what is wrong", "", false],
 ];
 
 const shown = { search: "", sort: "wrong", descending: false, offset: 0 };
@@ -77,7 +77,7 @@ function line(row) {
     const button = make("button", { type: "button", className: "grave", textContent: "Revoke …", "aria-label": `Revoke ${row.name} …` });
     button.disabled = row.state === "revoked";
     button.addEventListener("click", () => revoke(row.name));
-    cells.push(make("td", {}, button));
+    cells.push(make("td", { className: "acts" }, button));
   }
   return make("tr", {}, name, ...cells);
 }

@@ -8,7 +8,7 @@ let actions = null; // { tag, rollBack }, functions of a version; null: not logg
 let last = null;
 
 const HEADINGS = [
-  ["version", "number"], ["updates", "number"], ["staleness", "number less"], ["metric", "number"], ["size", "number less"],
+  ["version", "number"], ["updates", "number less"], ["staleness", "number less"], ["metric", "number"], ["size", "number less"],
   ["tags", ""], ["digest", "less"], ["made", ""], ["", ""],
 ];
 
@@ -40,14 +40,14 @@ function line(history, i, metric, keptFrom, tags) {
     "tr",
     {},
     make("th", { scope: "row", className: "number", textContent: String(version) }),
-    number(count(history.updates[i])),
+    number(count(history.updates[i]), "less"),
     number(`${history.staleness_mean[i].toFixed(2)} / ${history.staleness_max[i]}`, "less"),
     number(figure(history.metrics[metric]?.[i])),
     number(bytes(history.down_bytes[i]), "less"),
     make("td", { textContent: names.join(", ") || (isKept ? "kept" : "") }),
     make("td", { className: "code less", textContent: history.digest[i] }),
-    make("td", { textContent: moment(history.time[i]) }),
-    make("td", {}, ...buttons),
+    make("td", { className: "time", textContent: moment(history.time[i]) }),
+    make("td", { className: "acts" }, ...buttons),
   );
 }
 

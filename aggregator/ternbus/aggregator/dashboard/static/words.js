@@ -18,6 +18,7 @@ const DAY = 86400;
 
 export function age(seconds) {
   const s = Math.max(0, seconds);
+  if (s > 0 && s < 1) return `${s.toFixed(1)} s`;
   if (s < 120) return `${Math.round(s)} s`;
   if (s < 7200) return `${Math.round(s / 60)} min`;
   if (s < 2 * DAY) return `${Math.round(s / 3600)} h`;
@@ -74,6 +75,12 @@ export function fill(element, rows) {
   if (focused) element.querySelector(`[aria-label="${CSS.escape(focused)}"]`)?.focus();
 }
 
+const SAID_MS = 20_000;
+let silence = null;
+
+/** Say what was done, for a while. */
 export function say(text) {
   byId("said").textContent = text;
+  clearTimeout(silence);
+  if (text) silence = setTimeout(() => say(""), SAID_MS);
 }
