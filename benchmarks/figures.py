@@ -87,7 +87,8 @@ def dashboard(found: Any) -> str:
         f"Updates of {found['parameters']:,} parameters that one aggregator merges a second at full load, with its "
         f"broker and senders on the same machine: medians of {found['rounds']} rounds of {found['updates']:,} updates "
         "each, in which both kinds alternate. Each open dashboard follows the events and asks for the table of devices "
-        f"every three seconds. The ratio of the medians is {found['ratio']:.3f}.\n\n"
+        f"every three seconds. The ratio of the medians is {found['ratio']:.3f}; the dashboard took "
+        f"{found['dashboard_cores']:.2f} of a core.\n\n"
         f"{_table(('dashboards', 'merged/s', 'from the slowest round to the fastest'), body)}"
     )
 

@@ -25,7 +25,7 @@ from ternbus.broker.protocol.invitation import Invitation
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-pytestmark = pytest.mark.extended
+pytestmark = pytest.mark.slow
 WITHIN_MS = 60_000
 HOSTILE = '<img src=x onerror="alert(1)"><script>alert(2)</script>'
 SCENARIO = """
@@ -104,13 +104,13 @@ def log_in(page: "Page", site: Site) -> None:
     page.wait_for_selector("#logout:visible")
 
 
-def violations(browser: "Browser", url: str, prepare: Any = None, **about: Any) -> list[str]:
+def violations(browser: "Browser", site: Site, prepare: Any, **about: Any) -> list[str]:
     """What axe finds; it is injected, which the content policy of the page would not let happen."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
-    with opened(browser, url, bypass_csp=True, **about) as seen:
+    with opened(browser, f"http://{site.authority}/", bypass_csp=True, **about) as seen:
         wait_for_figures(seen.page)
         if prepare is not None:
-            prepare(seen.page)
+            prepare(seen.page, site)
         found = axe.run(seen.page).response["violations"]
     return [f"{each['id']}: {[node['html'][:200] for node in each['nodes']]}" for each in found]
 
@@ -138,25 +138,33 @@ def test_health_comes_first_and_figures_follow_the_federation(federation_page: S
         assert page.locator(name).is_hidden()
 
 
-def test_axe_finds_nothing(browser: "Browser", federation: Site) -> None:
-    url = f"http://{federation.authority}/"
+def entered(page: "Page", site: Site) -> None:
+    log_in(page, site)
+    page.wait_for_selector("#audit tbody tr")
 
-    def entered(page: "Page") -> None:
-        log_in(page, federation)
-        page.wait_for_selector("#audit tbody tr")
 
-    def asked(page: "Page") -> None:
-        page.click("#login")
+def asked(page: "Page", _: Site) -> None:
+    page.click("#login")
 
-    def entry(page: "Page") -> None:
-        page.click("#versions tbody tr:first-child button")
-        page.wait_for_selector("#entry-content table")
 
-    assert violations(browser, url) == []
-    assert violations(browser, url, color_scheme="dark") == []
-    assert violations(browser, url, entered, viewport=PHONE, color_scheme="dark") == []
-    assert violations(browser, url, asked) == []
-    assert violations(browser, url, entry, color_scheme="dark") == []
+def entry(page: "Page", _: Site) -> None:
+    page.click("#versions tbody tr:first-child button")
+    page.wait_for_selector("#entry-content table")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "about"),
+    [
+        (None, {}),
+        (None, {"color_scheme": "dark"}),
+        (entered, {"color_scheme": "dark", "viewport": PHONE}),
+        (asked, {}),
+        (entry, {"color_scheme": "dark"}),
+    ],
+    ids=["light", "dark", "phone, logged in", "dialog", "merge log"],
+)
+def test_axe_finds_nothing(browser: "Browser", federation: Site, prepare: Any, about: dict[str, Any]) -> None:
+    assert violations(browser, federation, prepare, **about) == []
 
 
 def test_everything_works_by_keyboard(federation_page: Seen, federation: Site) -> None:

@@ -21,6 +21,7 @@ from ternbus.broker.errors import ConfigError, FederationError
 
 EVERY_S: Final = 1.0
 DUTY: Final = 0.05  # of a core, at most, for one kind of read: a large federation is looked at more rarely
+AGED_S: Final = 10.0  # beyond its time, in which a value still serves while the next one is read
 QUIET_S: Final = 4.0  # without a look, after which viewers are told that the connection is alive
 ENTRIES_MAX: Final = 64  # versions of the log of merges that are remembered
 UPDATES_MAX: Final = 1000  # of one version that are shown
@@ -30,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 class Paced(Generic[Value]):
-    """A read in a thread whose result serves everybody who asks until the next one is due."""
+    """A read in a thread whose result serves everybody who asks until the next one is due, and while that is made."""
 
     def __init__(self, read: Callable[[], Value], pool: ThreadPoolExecutor) -> None:
         self._read, self._pool = read, pool
@@ -40,6 +41,8 @@ class Paced(Generic[Value]):
         self.every_s = EVERY_S
 
     async def value(self) -> Value:
+        if self._values and self._lock.locked() and time.monotonic() < self.due_at + AGED_S:
+            return self._values[0]
         async with self._lock:
             if not self._values or time.monotonic() >= self.due_at:
                 began = time.monotonic()
