@@ -77,22 +77,6 @@ def ingest(rows: Any) -> str:
     )
 
 
-def dashboard(found: Any) -> str:
-    spread = [f"{min(each):,.0f} to {max(each):,.0f}" for each in found["all_per_s"].values()]
-    body = [
-        ["none", f"{found['without_per_s']:,.0f}", spread[0]],
-        [f"{found['viewers']} open", f"{found['watched_per_s']:,.0f}", spread[1]],
-    ]
-    return (
-        f"Updates of {found['parameters']:,} parameters that one aggregator merges a second at full load, with its "
-        f"broker and senders on the same machine: medians of {found['rounds']} rounds of {found['updates']:,} updates "
-        "each, in which both kinds alternate. Each open dashboard follows the events and asks for the table of devices "
-        f"every three seconds. The ratio of the medians is {found['ratio']:.3f}; the dashboard took "
-        f"{found['dashboard_cores']:.2f} of a core.\n\n"
-        f"{_table(('dashboards', 'merged/s', 'from the slowest round to the fastest'), body)}"
-    )
-
-
 def merge_costs(found: Any) -> str:
     head = (
         "update", "bytes up", "of float32", "device's CPU", "bytes of a version", "aggregator's CPU", "helper's CPU",
@@ -339,7 +323,6 @@ SECTIONS: Final[Mapping[str, tuple[str, Callable[[Any], str]]]] = {
     "agreement": ("A simulation beside real processes", agreement),
     "codec": ("Encode and decode", codec),
     "ingest": ("An aggregator", ingest),
-    "dashboard": ("An aggregator with open dashboards", dashboard),
     "private_sums": ("Private sums", private_sums),
     "encrypted_sums": ("Private sums by encryption", encrypted_sums),
     "merge_costs": ("What an update and a version cost", merge_costs),
