@@ -9,8 +9,8 @@ import pytest
 from ha_mqtt_discoverable import DeviceInfo, EntityInfo
 from ha_mqtt_discoverable.sensors import BinarySensorInfo, SensorInfo
 
-from support.set_world import World
-from support.small_world import LAB, Bench, reconfigure, refusals, saved, ternary_block
+from support.private_world import HelperSide, PrivateBench, make_private
+from support.small_world import LAB, Bench, reconfigure, refusals, saved, scratch, ternary_block
 from ternbus.aggregator import settings as configuration
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.home_assistant import OF_BUFFER, OF_DEVICE, OF_FEDERATION
@@ -96,22 +96,24 @@ def test_a_device_is_shown_with_its_state_and_the_federation_with_its_own(shown:
 
 
 def test_private_sums_have_no_buffer_to_show() -> None:
-    world = World(home_assistant__discovery_prefix=PREFIX)
-    world.begin()
-    world.tick(EVERY_S)
-    assert "buffer" not in view(world, AGGREGATOR)
-    assert set(configuration_of(world, AGGREGATOR)["components"]) == set(OF_FEDERATION)
+    chosen = {"home_assistant__discovery_prefix": PREFIX}
+    bench = PrivateBench(make_private(scratch() / "private", [HelperSide("h-1")], **chosen))
+    bench.start()
+    assert "buffer" not in view(bench, AGGREGATOR)
+    assert set(configuration_of(bench, AGGREGATOR)["components"]) == set(OF_FEDERATION)
+    bench.close()
 
 
 def test_what_is_left_of_a_privacy_budget_is_shown_where_there_is_one(shown: Make) -> None:
     plan = {"plan__dp": "device", "plan__dp_noise": 1.0, "plan__dp_clip": 1.0, "plan__dp_epsilon": 9.0}
     bench = shown(**plan)
     pi = bench.join("pi")
-    bench.send(pi, ternary_block(bench.schema, 1), 0, metrics={"dp_epsilon": 2.5})
+    bench.tick(EVERY_S)
+    assert view(bench, "pi")["epsilon_left"] is None
+    assert "epsilon_left" in configuration_of(bench, "pi")["components"]
+    bench.send(pi, ternary_block(bench.schema, 1), 0, metrics={"epsilon": 2.5})
     bench.tick(EVERY_S)
     assert view(bench, "pi")["epsilon_left"] == 6.5
-    assert "epsilon_left" in configuration_of(bench, "pi")["components"]
-    bench.send(pi, ternary_block(bench.schema, 2), 0)
     bench.restart()
     bench.start()
     assert view(bench, "pi")["epsilon_left"] == 6.5
@@ -252,7 +254,7 @@ def test_a_device_that_comes_back_before_the_broker_answers_is_shown(shown: Make
     bench.tick(EVERY_S)
     bench.join("pi")
     bench.tick(EVERY_S)
-    assert acknowledge(bench) == []
+    assert saved(acknowledge(bench), records.TopicsShown) == []
     assert view(bench, "pi")["state"] == "offline"
     assert configuration_of(bench, "pi")["device"]["name"] == "pi"
 
