@@ -18,6 +18,7 @@ from ternbus.aggregator.store import status as statuses
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.identity import AGGREGATOR
+from ternbus.broker.protocol.messages import Status
 
 Make = Callable[..., Bench]
 PREFIX = "homeassistant"
@@ -123,32 +124,34 @@ def test_a_message_of_discovery_is_one_that_home_assistant_reads(shown: Make) ->
     """By the models of ha-mqtt-discoverable, by the keys of Home Assistant's schema, and by rendering its templates."""
     bench = shown()
     pi, judge = bench.join("pi"), bench.join("judge", evaluator=True)
-    for device in (pi, judge):
-        bench.receive(device.topic("status"), device.status("idle"))
+    about = Status(state="idle", session=1, software="ternbus 9.9")
+    bench.receive(pi.topic("status"), pi.frame("status", about.meta()))
     bench.tick(EVERY_S)
+    assert configuration_of(bench, "pi")["device"]["sw_version"] == "ternbus 9.9"
+    assert "sw_version" not in configuration_of(bench, judge.name)["device"]
     names = ("pi", "judge", AGGREGATOR)
     ids: list[str] = []
     for name in names:
         message, state = configuration_of(bench, name), view(bench, name)
         assert message.keys() >= REQUIRED
         assert message.keys() <= ALLOWED
-        device = DeviceInfo(**message["device"])
+        about_device = DeviceInfo(**message["device"])
         assert set(message["device"]) <= set(DeviceInfo.model_fields)
         assert message["origin"]["name"] == "Ternbus"
-        for key, about in message["components"].items():
-            rest = {name: value for name, value in about.items() if name != "platform"}
-            entity = MODELS[about["platform"]](device=device, **rest)
-            assert (entity.component, entity.unique_id) == (about["platform"], about["unique_id"])
-            ids.append(about["unique_id"])
-            value = jinja2.Template(about["value_template"]).render(value_json=state)
-            if about["platform"] == "binary_sensor":
+        for key, entry in message["components"].items():
+            rest = {name: value for name, value in entry.items() if name != "platform"}
+            entity = MODELS[entry["platform"]](device=about_device, **rest)
+            assert (entity.component, entity.unique_id) == (entry["platform"], entry["unique_id"])
+            ids.append(entry["unique_id"])
+            value = jinja2.Template(entry["value_template"]).render(value_json=state)
+            if entry["platform"] == "binary_sensor":
                 assert value in {"ON", "OFF"}
-            elif about.get("device_class") == "enum":
-                assert value in about["options"]
-                assert not {"state_class", "unit_of_measurement"} & about.keys()
+            elif entry.get("device_class") == "enum":
+                assert value in entry["options"]
+                assert not {"state_class", "unit_of_measurement"} & entry.keys()
             else:
                 assert value == str(state[key])
-            assert about["expire_after"] == 2 * REFRESH_S + 60
+            assert entry["expire_after"] == 2 * REFRESH_S + 60
         (available,) = message["availability"]
         assert available["topic"] == topics.view(LAB, AGGREGATOR)
         rendered = jinja2.Template(available["value_template"]).render(value_json=view(bench, AGGREGATOR))
