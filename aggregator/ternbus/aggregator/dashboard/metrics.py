@@ -23,7 +23,7 @@ except ImportError as error:  # an extra: devices and small servers do not need 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
-@dataclass(frozen=True, slots=True, eq=False)  # the registry wants a hash
+@dataclass(frozen=True, slots=True, eq=False)  # the registry keeps it by identity
 class _Collected(Collector):
     seen: Seen
 
