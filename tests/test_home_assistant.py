@@ -9,8 +9,8 @@ import pytest
 from ha_mqtt_discoverable import DeviceInfo, EntityInfo
 from ha_mqtt_discoverable.sensors import BinarySensorInfo, SensorInfo
 
-from support.set_world import World
-from support.small_world import LAB, Bench, reconfigure, refusals, saved, ternary_block
+from support.private_world import HelperSide, PrivateBench, make_private
+from support.small_world import LAB, Bench, reconfigure, refusals, saved, scratch, ternary_block
 from ternbus.aggregator import settings as configuration
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.home_assistant import OF_BUFFER, OF_DEVICE, OF_FEDERATION
@@ -18,6 +18,7 @@ from ternbus.aggregator.store import status as statuses
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.identity import AGGREGATOR
+from ternbus.broker.protocol.messages import Status
 
 Make = Callable[..., Bench]
 PREFIX = "homeassistant"
@@ -96,22 +97,24 @@ def test_a_device_is_shown_with_its_state_and_the_federation_with_its_own(shown:
 
 
 def test_private_sums_have_no_buffer_to_show() -> None:
-    world = World(home_assistant__discovery_prefix=PREFIX)
-    world.begin()
-    world.tick(EVERY_S)
-    assert "buffer" not in view(world, AGGREGATOR)
-    assert set(configuration_of(world, AGGREGATOR)["components"]) == set(OF_FEDERATION)
+    chosen = {"home_assistant__discovery_prefix": PREFIX}
+    bench = PrivateBench(make_private(scratch() / "private", [HelperSide("h-1")], **chosen))
+    bench.start()
+    assert "buffer" not in view(bench, AGGREGATOR)
+    assert set(configuration_of(bench, AGGREGATOR)["components"]) == set(OF_FEDERATION)
+    bench.close()
 
 
 def test_what_is_left_of_a_privacy_budget_is_shown_where_there_is_one(shown: Make) -> None:
     plan = {"plan__dp": "device", "plan__dp_noise": 1.0, "plan__dp_clip": 1.0, "plan__dp_epsilon": 9.0}
     bench = shown(**plan)
     pi = bench.join("pi")
-    bench.send(pi, ternary_block(bench.schema, 1), 0, metrics={"dp_epsilon": 2.5})
+    bench.tick(EVERY_S)
+    assert view(bench, "pi")["epsilon_left"] is None
+    assert "epsilon_left" in configuration_of(bench, "pi")["components"]
+    bench.send(pi, ternary_block(bench.schema, 1), 0, metrics={"epsilon": 2.5})
     bench.tick(EVERY_S)
     assert view(bench, "pi")["epsilon_left"] == 6.5
-    assert "epsilon_left" in configuration_of(bench, "pi")["components"]
-    bench.send(pi, ternary_block(bench.schema, 2), 0)
     bench.restart()
     bench.start()
     assert view(bench, "pi")["epsilon_left"] == 6.5
@@ -121,32 +124,34 @@ def test_a_message_of_discovery_is_one_that_home_assistant_reads(shown: Make) ->
     """By the models of ha-mqtt-discoverable, by the keys of Home Assistant's schema, and by rendering its templates."""
     bench = shown()
     pi, judge = bench.join("pi"), bench.join("judge", evaluator=True)
-    for device in (pi, judge):
-        bench.receive(device.topic("status"), device.status("idle"))
+    about = Status(state="idle", session=1, software="ternbus 9.9")
+    bench.receive(pi.topic("status"), pi.frame("status", about.meta()))
     bench.tick(EVERY_S)
+    assert configuration_of(bench, "pi")["device"]["sw_version"] == "ternbus 9.9"
+    assert "sw_version" not in configuration_of(bench, judge.name)["device"]
     names = ("pi", "judge", AGGREGATOR)
     ids: list[str] = []
     for name in names:
         message, state = configuration_of(bench, name), view(bench, name)
         assert message.keys() >= REQUIRED
         assert message.keys() <= ALLOWED
-        device = DeviceInfo(**message["device"])
+        about_device = DeviceInfo(**message["device"])
         assert set(message["device"]) <= set(DeviceInfo.model_fields)
         assert message["origin"]["name"] == "Ternbus"
-        for key, about in message["components"].items():
-            rest = {name: value for name, value in about.items() if name != "platform"}
-            entity = MODELS[about["platform"]](device=device, **rest)
-            assert (entity.component, entity.unique_id) == (about["platform"], about["unique_id"])
-            ids.append(about["unique_id"])
-            value = jinja2.Template(about["value_template"]).render(value_json=state)
-            if about["platform"] == "binary_sensor":
+        for key, entry in message["components"].items():
+            rest = {name: value for name, value in entry.items() if name != "platform"}
+            entity = MODELS[entry["platform"]](device=about_device, **rest)
+            assert (entity.component, entity.unique_id) == (entry["platform"], entry["unique_id"])
+            ids.append(entry["unique_id"])
+            value = jinja2.Template(entry["value_template"]).render(value_json=state)
+            if entry["platform"] == "binary_sensor":
                 assert value in {"ON", "OFF"}
-            elif about.get("device_class") == "enum":
-                assert value in about["options"]
-                assert not {"state_class", "unit_of_measurement"} & about.keys()
+            elif entry.get("device_class") == "enum":
+                assert value in entry["options"]
+                assert not {"state_class", "unit_of_measurement"} & entry.keys()
             else:
                 assert value == str(state[key])
-            assert about["expire_after"] == 2 * REFRESH_S + 60
+            assert entry["expire_after"] == 2 * REFRESH_S + 60
         (available,) = message["availability"]
         assert available["topic"] == topics.view(LAB, AGGREGATOR)
         rendered = jinja2.Template(available["value_template"]).render(value_json=view(bench, AGGREGATOR))
@@ -252,7 +257,7 @@ def test_a_device_that_comes_back_before_the_broker_answers_is_shown(shown: Make
     bench.tick(EVERY_S)
     bench.join("pi")
     bench.tick(EVERY_S)
-    assert acknowledge(bench) == []
+    assert saved(acknowledge(bench), records.TopicsShown) == []
     assert view(bench, "pi")["state"] == "offline"
     assert configuration_of(bench, "pi")["device"]["name"] == "pi"
 

@@ -199,7 +199,7 @@ class HomeAssistant:
             "failing": status is not None and bool(status.failing),
         }
         if budget is not None:
-            state["epsilon_left"] = max(0.0, budget - (member.epsilon or 0.0))
+            state["epsilon_left"] = None if member.epsilon is None else max(0.0, budget - member.epsilon)
         return state
 
     def _about_federation(self) -> dict[str, Any]:

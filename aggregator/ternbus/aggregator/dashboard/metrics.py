@@ -52,7 +52,7 @@ def exposition(directory: Path) -> tuple[bytes, str]:
     registry = CollectorRegistry()  # our own: the global one has metrics of this process
     seen = Seen(
         now=time.time(),
-        software=software(),
+        software=software().removeprefix("ternbus "),
         found=looked.found,
         health=looked.health,
         settings=settings,

@@ -43,13 +43,12 @@ def trace(
 def _lines(device: str, seq: int, row: Mapping[str, Any]) -> list[str]:
     key = row["key"] if row["key_state"] == "active" else f"{row['key']}, {row['key_state']}"
     lines = [f"update {seq} of {device} (key {key}): {row['state']}"]
-    match row["state"]:
-        case tracing.UNKNOWN:
-            return [f"{lines[0]}; no update with this number has been answered"]
-        case tracing.FORGOTTEN:
-            return [f"{lines[0]}; it was not accepted: a higher number was answered, and only the last answer is kept"]
-        case tracing.REFUSED:
-            return [f"{lines[0]}; the answer was {row['outcome']}: {row['reason']}"]
+    if row["state"] == tracing.UNKNOWN:
+        return [f"{lines[0]}; no update with this number has been answered"]
+    if row["state"] == tracing.FORGOTTEN:
+        return [f"{lines[0]}; it was not accepted: a higher number was answered, and only the last answer is kept"]
+    if row["state"] == tracing.REFUSED:
+        return [f"{lines[0]}; the answer was {row['outcome']}: {row['reason']}"]
     lines.append(
         f"  accepted {moment(row['accepted_at'])} on version {row['base']}, staleness {row['staleness']}, "
         f"discount {row['discount']:.4g}, {row['samples']} samples, digest {row['digest']}"

@@ -35,6 +35,7 @@ Inserted = (  # all records but those that come with a file: of a body, of vecto
     | records.VersionMade
     | records.VersionsWithdrawn
     | records.FramesRetained
+    | records.TopicsShown
     | records.SlotsChanged
     | records.StateChanged
     | records.MetricsReceived

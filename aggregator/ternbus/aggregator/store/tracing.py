@@ -104,12 +104,14 @@ def _weight(ledger: Ledger, version: int, name: tuple[str, bytes, int]) -> dict[
     """What the log of merges says of the update in the version; nothing where the log begins later."""
     for _, packed in merge_log.entries(ledger, version):
         entry = Entry.parse(unpack(packed).content)
-        named = [(each, each.weight, {}) for each in entry.updates]
-        named += [
-            (member, merged.weight, {"set": merged.digest.hex()}) for merged in entry.sets for member in merged.members
-        ]
-        for update, weight, more in named:
-            if (update.device, bytes(update.key), update.seq) == name:
-                share = weight / entry.weight if entry.weight else None
-                return {"weight": weight, "share": share, **more}
+        for update in entry.updates:
+            if (update.device, update.key, update.seq) == name:
+                return _share(update.weight, entry)
+        for merged in entry.sets:
+            if any((member.device, member.key, member.seq) == name for member in merged.members):
+                return {**_share(merged.weight, entry), "set": merged.digest.hex()}
     return {}
+
+
+def _share(weight: float, entry: Entry) -> dict[str, Any]:
+    return {"weight": weight, "share": weight / entry.weight if entry.weight else None}
