@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from support.dashboards import WITHIN_S, Site, next_state, serving
+from support.dashboards import WITHIN_S, Log, Site, next_state, serving
 from support.small_world import make_directory, scratch
 from ternbus.aggregator.dashboard.app import VIEWERS_MAX
+from ternbus.aggregator.dashboard.audit import Audit
 from ternbus.aggregator.dashboard.connections import CONNECTIONS_MAX, SILENT_S
 from ternbus.aggregator.dashboard.guard import BODY_BYTES_MAX
 from ternbus.aggregator.dashboard.sessions import ALL_TRIES, LIFE_S, SESSIONS_MAX, TRIES, Sessions, TooManyError
@@ -113,9 +114,21 @@ def test_tokens_are_not_guessed() -> None:
         assert codes == [403] * TRIES + [429] * 3
         right = site.post("/login", {"token": dashboard_token.read(directory)})
         assert (right.status, right.headers["retry-after"]) == (429, "60")
-        lines = [json.loads(line) for line in (directory / "dashboard-audit.jsonl").read_text().splitlines()]
-        assert len(lines) == TRIES + 1  # a flood is one line
-        assert not any(line["done"] for line in lines)
+        assert not (directory / "dashboard-audit.jsonl").exists()  # what strangers do pushes no action out
+
+
+def test_refused_logins_are_counted_and_push_no_action_out(tmp_path: Path) -> None:
+    log = Log()
+    audit = Audit.open(tmp_path, log)
+    audit.note("127.0.0.1, session a", "pause", "", "paused")
+    for number in range(500):
+        audit.refused_login(f"10.0.0.{number % 256}", "a wrong token")
+    first, second = audit.records()
+    assert first.result == "refused, 500 times since the dashboard started: a wrong token"
+    assert (second.what, first.done, second.done) == ("pause", False, True)
+    assert 2 <= len(log.lines) < 20
+    again = Audit.open(tmp_path, log)
+    assert [each.what for each in again.records()] == ["pause"]
 
 
 def test_guesses_of_many_addresses_are_counted_together(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -161,7 +161,7 @@ class Dashboard:
             offset=_number(request, "offset", 0),
             limit=_number(request, "limit", devices.LIMIT),
         )
-        return _json({**page, "look": moment.number, "fault": moment.fault})
+        return _json({**page, "fault": moment.fault})
 
     async def version(self, request: Request) -> Response:
         """A version's entry in the log of merges."""
@@ -206,10 +206,10 @@ class Dashboard:
         try:
             is_right = self.sessions.is_token(token, peer)
         except TooManyError:
-            self._note_flood(peer)
+            self.audit.refused_login(peer, "too many tries")
             raise
         if not is_right:
-            self.audit.note(peer, "login", "", "refused: a wrong token", done=False)
+            self.audit.refused_login(peer, "a wrong token")
             raise HTTPException(403, "this is not the token")
         cookie, session = self.sessions.begin()
         self.audit.note(_who(request, session), "login", "", "logged in")
@@ -260,22 +260,13 @@ class Dashboard:
             raise HTTPException(403, "the request lacks the page's token: load the page again")
         return session
 
-    def _note_flood(self, peer: str) -> None:
-        last = self.audit.last[-1] if self.audit.last else None
-        if last is None or (last.who, last.result) != (peer, FLOOD):
-            self.audit.note(peer, "login", "", FLOOD, done=False)
-
     # Acting
 
     async def records(self, request: Request) -> Response:
         """The last actions, the newest first."""
         if self._session(request) is None:
             raise HTTPException(401, "log in first")
-        rows = [
-            {"at": each.at, "who": each.who, "what": each.what, "about": each.about, "result": each.result}
-            for each in reversed(self.audit.last)
-        ]
-        return _json({"records": rows})
+        return _json({"records": [asdict(each) for each in self.audit.records()]})
 
     async def act(self, request: Request) -> Response:
         """Do one thing; it is done and on disk when this answers. A file it makes is handed out here, once."""
@@ -315,9 +306,6 @@ class _Events(Response):
         about = {"X-Accel-Buffering": "no"}  # or nginx keeps them
         async with aclosing(self._stream):
             await StreamingResponse(self._stream, media_type="text/event-stream", headers=about)(scope, receive, send)
-
-
-FLOOD: Final = "refused: too many wrong tokens"
 
 
 def _json(value: Any, status: int = 200) -> Response:

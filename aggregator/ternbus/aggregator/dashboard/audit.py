@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final, Self
 
+from ternbus.aggregator.core.rate_limit import LogLimit
 from ternbus.aggregator.shell.dashboard_token import AUDIT, AUDIT_BEFORE
 from ternbus.broker.files import inherit_owner
 from ternbus.broker.log_levels import INFO, WARNING
@@ -16,6 +17,7 @@ from ternbus.broker.log_output import WriteLog
 
 BYTES_MAX: Final = 1 << 20  # then a new file is begun, and one of before is kept
 SHOWN: Final = 100
+REFUSED_PER_MINUTE: Final = 6  # lines of the log about logins that were refused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +39,9 @@ class Audit:
     path: Path
     log: WriteLog
     last: deque[Record] = field(default_factory=lambda: deque(maxlen=SHOWN))
+    _refused: Record | None = None  # the last login that was, and how many there were: they push no action out
+    _refused_count: int = 0
+    _limit: LogLimit = field(default_factory=lambda: LogLimit(per_minute=REFUSED_PER_MINUTE))
 
     @classmethod
     def open(cls, directory: Path, log: WriteLog) -> Self:
@@ -59,6 +64,19 @@ class Audit:
             self._append(json.dumps(asdict(record)).encode() + b"\n")
         except OSError as error:
             self.log(f"{self.path} was not written: {error.strerror}", level=WARNING, event="dashboard-audit")
+
+    def refused_login(self, who: str, why: str) -> None:
+        """Note that somebody does not have the token, without room for many of them: in the log, within its limit."""
+        self._refused_count += 1
+        result = f"refused, {self._refused_count} times since the dashboard started: {why}"
+        self._refused = Record(at=round(time.time(), 3), who=who, what="login", about="", result=result, done=False)
+        if line := self._limit.write("login", f"dashboard: {who}: login: {result}", time.monotonic()):
+            self.log(line, level=WARNING, event="dashboard-action", fields=asdict(self._refused))
+
+    def records(self) -> list[Record]:
+        """The last ones, the newest first."""
+        refused = [self._refused] if self._refused is not None else []
+        return sorted([*self.last, *refused], key=lambda each: -each.at)
 
     def _append(self, line: bytes) -> None:
         with suppress(FileNotFoundError):

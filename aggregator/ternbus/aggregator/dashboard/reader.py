@@ -61,7 +61,6 @@ class Paced(Generic[Value]):
 class Moment:
     """One look, shared by all viewers. Where it failed, ``fault`` says why and the rest is of the look before."""
 
-    number: int
     event: bytes  # as server-sent event
     fault: str = ""
     health: Health | None = None
@@ -77,7 +76,8 @@ class Reader:
     viewers: int = 0
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="reader"))
     _look: Paced[Moment] = field(init=False)
-    _last: Moment | None = None
+    _last: Moment | None = None  # that viewers get
+    _before: Moment | None = None  # the newest one, whoever asked for it
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     _pump: asyncio.Task[None] | None = None
     _closed: bool = False
@@ -94,13 +94,14 @@ class Reader:
         """Each new look while the caller waits for it: one that is slow misses some. None: nothing for a while."""
         self.viewers += 1
         if self._pump is None or self._pump.done():
+            self._last = None  # of the last viewer before, perhaps of yesterday
             self._pump = asyncio.create_task(self._keep_looking())
-        shown = -1
+        shown: Moment | None = None
         try:
             while not self._closed:
-                if self._last is not None and self._last.number > shown:
-                    shown = self._last.number
-                    yield self._last
+                if self._last is not shown:
+                    shown = self._last
+                    yield shown
                     continue
                 try:
                     async with asyncio.timeout(QUIET_S), self._changed:
@@ -134,8 +135,7 @@ class Reader:
 
     def _take_a_look(self) -> Moment:
         """In the reader's thread. A fault is a value: nobody may take the figures of before for those of now."""
-        before = self._last
-        number = 0 if before is None else before.number + 1
+        before = self._before
         try:
             state, seen = self._read()
         except (FederationError, OSError) as error:
@@ -146,11 +146,11 @@ class Reader:
             fault = "the ledger cannot be read: a bug; the aggregator's log has the details"
         else:
             event = _event({**state, "every_s": self._look.every_s})
-            return Moment(number=number, event=event, health=seen.health, devices=Devices(seen))
-        devices = None if before is None else before.devices
-        return Moment(
-            number=number, event=_event({"at": time.time(), "fault": fault, "head": None}), fault=fault, devices=devices
-        )
+            self._before = Moment(event=event, health=seen.health, devices=Devices(seen))
+            return self._before
+        event = _event({"at": time.time(), "fault": fault, "head": None})
+        self._before = Moment(event=event, fault=fault, devices=None if before is None else before.devices)
+        return self._before
 
     def _read(self) -> tuple[dict[str, Any], examination.Examination]:
         history = self.history
