@@ -23,6 +23,7 @@ from ternbus.aggregator.store.version_traffic import Traffic
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.merge_log import Entry, unpack
+from ternbus.broker.protocol.messages import Metrics
 
 pytestmark = pytest.mark.slow
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -37,7 +38,8 @@ def filled(folder: Path) -> Bench:
         assert bench.send(pi, ternary_block(bench.schema, base), base)[0].outcome == "accepted"
     assert bench.send(slow, ternary_block(bench.schema, 9), 0)[0].outcome == "stale"
     assert bench.send(slow, b"nonsense", 4)[0].outcome == "invalid"
-    bench.receive(judge.topic("metrics"), judge.metrics(3, **{"accuracy": 0.75, HOSTILE: 1.0}))
+    meta = Metrics(version=3, samples=100, split="test", values={"accuracy": 0.75, HOSTILE: 1.0}).meta()
+    bench.receive(judge.topic("metrics"), judge.frame("metrics", meta))
     bench.receive(slow.topic("status"), slow.frame("status", {**STATUS, "failing": HOSTILE}))
     bench.tick(1.0)
     return bench

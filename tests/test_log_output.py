@@ -84,7 +84,7 @@ def test_lines_of_modules_and_libraries_become_lines_of_the_service(monkeypatch:
         ("warning", "module", "it fails"),
     ]
     try:
-        {}["a bug"]
+        dict[str, str]()["a bug"]
     except KeyError:
         logging.getLogger("ternbus.some.module").exception("it fails")
     text = json.loads(stream.getvalue().splitlines()[-1])["text"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Dialog, Page
 
 NAMES: Final = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PATH: Final = next((found for name in NAMES if (found := shutil.which(name))), None)
@@ -68,9 +68,13 @@ def opened(browser: "Browser", url: str, *, viewport: dict[str, int] | None = No
         if not re.search(r"status of 4\d\d|ERR_(CONNECTION|EMPTY_RESPONSE|INCOMPLETE|ABORTED)", text):
             seen.errors.append(text)
 
+    def refuse(dialog: "Dialog") -> None:
+        seen.errors.append(f"a dialog: {dialog.message}")
+        dialog.dismiss()
+
     page.on("console", lambda message: note(message.text) if message.type in {"error", "warning"} else None)
     page.on("pageerror", lambda error: note(str(error)))
-    page.on("dialog", lambda dialog: (note(f"a dialog: {dialog.message}"), dialog.dismiss()))
+    page.on("dialog", refuse)
     page.on("request", lambda request: seen.hosts.add(request.url.partition("://")[2].partition("/")[0]))
     try:
         page.goto(url)
