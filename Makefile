@@ -6,6 +6,7 @@ DATA ?=
 NAME ?=
 KEEP ?=
 MOSQUITTO ?=
+CHROMIUM ?=
 KILLS ?= 1000
 SEED ?=
 ENGINE ?= mosquitto
@@ -39,7 +40,7 @@ SLOW_TESTS := -m "slow and not extended"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo check lint types core test test-extended fuzz crash-test bench experiment format clean
+.PHONY: help setup demo check lint types core test test-extended chromium fuzz crash-test bench experiment format clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 18
@@ -48,7 +49,7 @@ help: ## List these targets
 	@echo "  KEEP=yes       experiment: copy the result to benchmarks/results/experiments, for docs/figures.md"
 	@echo "  PIP_ARGS=…     further options of pip; on Linux, for torch without CUDA: PIP_ARGS='$(CPU_INDEX)'"
 	@echo "  JOBS=2         processes that run tests at the same time"
-	@echo "  PYTHON=…       Python executable for $(VENV); MOSQUITTO=no: do not install mosquitto"
+	@echo "  PYTHON=…       Python executable for $(VENV); MOSQUITTO=no: do not install mosquitto; CHROMIUM=no: nor chromium"
 
 setup: $(FULL) ## Make .venv with all packages, and install mosquitto if possible
 
@@ -67,12 +68,15 @@ types: $(FULL)
 core: $(FULL)
 	$(BIN)/python -m pytest -q $(PARALLEL) --cov --cov-report=term $(CORE_TESTS)
 
-test: check ## check, then the tests that start processes or train, then a minute of fuzzing
+test: check chromium ## check, then the tests that start processes or train, then a minute of fuzzing
 	$(BIN)/python -m pytest -q $(PARALLEL) $(SLOW_TESTS)
 	$(BIN)/python -m fuzz --seconds 60
 
-test-extended: $(FULL) ## Run the tests that take too long for `make test`
+test-extended: $(FULL) chromium ## Run the tests that take too long for `make test`
 	$(BIN)/python -m pytest -q $(PARALLEL) -m extended
+
+chromium: # for the tests of the dashboard, which are skipped without
+	@$(INSTALL_CHROMIUM)
 
 fuzz: $(FULL) ## Fuzz each parser with a million inputs (x86-64 Linux)
 	$(BIN)/python -m fuzz --runs 1000000
@@ -106,7 +110,7 @@ $(BIN)/python:
 
 $(SMALL): $(INSTALLED_FROM) | $(BIN)/python
 	@echo "Installing Ternbus, without torch, into $(VENV)"
-	@$(PIP_INSTALL) -e '.[broker,lab]'
+	@$(PIP_INSTALL) -e '.[broker,lab,dashboard]'
 	@touch $@
 
 $(FULL): $(INSTALLED_FROM) | $(BIN)/python
@@ -116,6 +120,18 @@ $(FULL): $(INSTALLED_FROM) | $(BIN)/python
 	@if command -v cc > /dev/null; then $(PIP_INSTALL) ./$(NATIVE) || echo "$(NATIVE) was not installed: numpy is used instead"; fi
 	@$(INSTALL_MOSQUITTO)
 	@touch $(SMALL) $@
+
+# Chromium for tests of the dashboard. A machine that may not install packages runs the other tests.
+define INSTALL_CHROMIUM
+for name in chromium chromium-browser google-chrome; do if command -v $$name > /dev/null; then exit 0; fi; done; \
+if [ "$$(id -u)" = 0 ]; then root=env; else root="sudo -n env"; fi; \
+if [ "$(CHROMIUM)" != no ] && command -v apt-get > /dev/null && $$root true 2> /dev/null; then \
+    echo "Installing chromium with apt-get, for tests of the dashboard (CHROMIUM=no skips this)"; \
+    install="$$root DEBIAN_FRONTEND=noninteractive apt-get -qq -y install --no-install-recommends chromium"; \
+    if $$install || { $$root apt-get -qq update && $$install; }; then exit 0; fi; \
+fi; \
+echo "chromium is not installed: tests of the dashboard in a browser are skipped."
+endef
 
 # mosquitto is the faster broker, and the tests use it if it is installed; otherwise they use nats-server from above.
 define INSTALL_MOSQUITTO

@@ -174,6 +174,8 @@ def test_the_aggregator_gets_what_the_access_list_gives_it() -> None:
         *(f"{root}.all.{rest}" for rest in ("head", "status", "delta.*.*", "snapshot.*.*", "revocations.*", "terms.*")),
         *(f"{root}.down.*.{kind}" for kind in ("grant", "receipt")),
         *(f"{root}.help.*.{kind}" for kind in ("ask", "receipt")),
+        f"{root}.view.*",
+        "homeassistant.device.lab.*.config",
     ]
     readable = [(f"{root}.{group}", f"{root}.{group}.>") for group in ("up", "all", "help")]
     assert access.read == [subject for pair in readable for subject in pair]
@@ -186,6 +188,13 @@ def test_a_helper_gets_what_the_access_list_gives_it() -> None:
     assert access.read == [f"{root}.help.bureau", f"{root}.help.bureau.>", f"{root}.all.status"]
 
 
+def test_a_reader_gets_what_the_access_list_gives_it_and_may_write_nothing() -> None:
+    access = auth_callout.decide(asked("aggregator_read_ha", "lab"))
+    root = "ternbus.1.lab"
+    assert access.write == []
+    assert access.read == [f"{root}.view", f"{root}.view.>", "homeassistant", "homeassistant.>"]
+
+
 @pytest.mark.parametrize(
     ("question", "reason"),
     [
@@ -196,6 +205,8 @@ def test_a_helper_gets_what_the_access_list_gives_it() -> None:
         (asked("a.>", "lab"), "no-device"),
         (asked("aggregator_help_", "lab"), "no-device"),
         (asked("aggregator_help_a.>", "lab"), "no-device"),
+        (asked("aggregator_read_", "lab"), "no-device"),
+        (asked("aggregator_read_a.>", "lab"), "no-device"),
         (asked("pi-1", "lab.>"), "no-federation"),
         (Question(server="S", user="U", kind="mqtt", client_id="pi-1", chain=()), "no-certificate"),
     ],
@@ -251,6 +262,8 @@ def test_with_several_federations_each_member_is_listed_with_its_own() -> None:
         "topic write ternbus/1/lab/down/+/receipt",
         "topic write ternbus/1/lab/help/+/ask",
         "topic write ternbus/1/lab/help/+/receipt",
+        "topic write ternbus/1/lab/view/+",
+        "topic write homeassistant/device/lab/+/config",
         "topic read ternbus/1/lab/up/#",
         "topic read ternbus/1/lab/all/#",
         "topic read ternbus/1/lab/help/#",
@@ -269,6 +282,24 @@ def test_with_several_federations_each_member_is_listed_with_its_own() -> None:
     ]
     assert mosquitto.separating_list({"lab": ["pi-1"]}) == mosquitto.access_list(["lab"])
     assert [line for line in mosquitto.separating_list({}).splitlines() if not line.startswith("#")] == []
+
+
+def test_a_reader_is_denied_what_patterns_give_a_device_and_the_discovery_of_other_federations() -> None:
+    names = {"lab": ["pi-1", "aggregator-lab", "aggregator_read_ha"]}
+    alone = mosquitto.separating_list(names).splitlines()
+    assert alone[alone.index("user aggregator_read_ha") + 1 :] == [
+        *(f"topic deny ternbus/1/lab/{group}/#" for group in ("up", "down", "all")),
+        "topic read ternbus/1/lab/view/#",
+        "topic read homeassistant/#",
+    ]
+    beside = mosquitto.separating_list({**names, "other": ["pi-9"]}).splitlines()
+    first = beside.index("user aggregator_read_ha") + 1
+    assert beside[first : first + 4] == [
+        "topic read ternbus/1/lab/view/#",
+        "topic read homeassistant/#",
+        "topic deny homeassistant/device/other/#",
+        "user pi-1",
+    ]
 
 
 def test_the_deployed_files_are_what_is_generated() -> None:

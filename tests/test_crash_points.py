@@ -27,6 +27,7 @@ SERVING = (  # in the order in which they are tried: the first start finds an em
     at("segment-begun"), at("vectors-piece-written"), at("vectors-piece-written", 2), at("vectors-written"),
     at("log-moved"), at("file-removed"), at("publish-delta"), at("publish-head"), at("publish-snapshot"),
     at("publish-head", 2), at("save", 9), at("saved", 9), at("publish-receipt", 2), at("acknowledge", 9),
+    at("publish-view", 3),
 )  # fmt: skip
 JOINING = {
     "d0": [at("file-written"), at("file-written", 2), at("connect"), at("state-written"), at("saved", 2), at("joined")],

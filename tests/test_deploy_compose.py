@@ -7,6 +7,7 @@ import getpass
 import re
 import shutil
 import subprocess
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,22 @@ def test_the_build_context_has_what_the_wheel_is_made_of() -> None:
     assert {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "NOTICE"} <= kept
 
 
+def test_prometheus_scrapes_where_the_aggregator_shows_its_metrics_and_reaches_it() -> None:
+    _, _, _, option, address = SERVICES["aggregator"]["command"]
+    folder, inside, _ = SERVICES["prometheus"]["volumes"][0].split(":")
+    configuration = yaml.safe_load((DEPLOY / "compose" / folder / "prometheus.yml").read_text())
+    (job,) = configuration["scrape_configs"]
+    assert (option, inside) == ("--dashboard", "/etc/prometheus")
+    assert job["static_configs"] == [{"targets": [address]}]
+    assert SERVICES["prometheus"]["network_mode"] == "service:aggregator"
+
+
+def metrics(port: int) -> str:
+    """What the dashboard of this machine says to Prometheus."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
+        return str(answer.read().decode())
+
+
 @pytest.mark.parametrize("name", ["setup.sh"])
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
 def test_shellcheck_passes(name: str) -> None:
@@ -86,7 +103,7 @@ def test_shellcheck_passes(name: str) -> None:
 @pytest.mark.extended
 @pytest.mark.skipif(find() is None, reason="mosquitto is not installed")
 def test_its_commands_make_a_federation_and_start_again(tmp_path: Path) -> None:
-    port = reserve("127.0.0.1", 0)
+    port, shown = reserve("127.0.0.1", 0), reserve("127.0.0.1", 0)
     configuration = (DEPLOY / "mosquitto-tls" / "mosquitto.conf").read_text()
     places = {
         "/data/": f"{tmp_path}/",
@@ -96,6 +113,7 @@ def test_its_commands_make_a_federation_and_start_again(tmp_path: Path) -> None:
         "/var/lib/mosquitto/": f"{tmp_path}/mosquitto/",
         # root's mosquitto would become a user that cannot read the folders of a test
         "listener 8883 0.0.0.0": f"user {getpass.getuser()}\nlistener {port} 127.0.0.1",
+        "127.0.0.1:8080": f"127.0.0.1:{shown}",
     }
     for folder in SERVICES["setup"]["volumes"]:
         if not folder.startswith("."):
@@ -121,5 +139,6 @@ def test_its_commands_make_a_federation_and_start_again(tmp_path: Path) -> None:
             run.until_line("evaluator", rf"version {version}\b.*accuracy")
             _, health = SERVICES["aggregator"]["healthcheck"]["test"]
             run.done(["/bin/sh", "-c", health.replace("$$", "$")], {})
+            assert f'ternbus_head_version{{federation="home"}} {version}.0' in metrics(shown)
             for name in ("evaluator", "aggregator", "broker"):
                 assert run.end(name) == 0, name

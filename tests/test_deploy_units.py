@@ -20,6 +20,7 @@ ACTIONS = {
 }
 UNITS = [FOLDER / f"ternbus-{name}.service" for name in ACTIONS]
 BACKUP = [FOLDER / f"ternbus-backup.{kind}" for kind in ("service", "timer")]
+METRICS = [FOLDER / f"ternbus-metrics.{kind}" for kind in ("service", "timer")]
 
 
 def service(unit: Path) -> configparser.SectionProxy:
@@ -29,8 +30,8 @@ def service(unit: Path) -> configparser.SectionProxy:
     return parser["Service"]
 
 
-def test_there_is_a_unit_for_each_role_and_one_for_backups() -> None:
-    assert set(FOLDER.iterdir()) == {*UNITS, *BACKUP}
+def test_there_is_a_unit_for_each_role_and_one_for_backups_and_one_for_metrics() -> None:
+    assert set(FOLDER.iterdir()) == {*UNITS, *BACKUP, *METRICS}
 
 
 def test_the_backup_s_timer_starts_a_backup_that_may_write_where_it_writes() -> None:
@@ -39,6 +40,14 @@ def test_the_backup_s_timer_starts_a_backup_that_may_write_where_it_writes() -> 
     assert command == ["aggregator", "backup", "/var/lib/ternbus/aggregator", "/var/backups/ternbus"]
     assert settings["ReadWritePaths"].split() == command[2:]
     assert (keep, int(number) > 1, settings["Type"]) == ("--keep", True, "oneshot")
+
+
+def test_metrics_are_written_where_the_unit_may_write_and_others_may_read() -> None:
+    settings = service(METRICS[0])
+    _, *command, directory, option, file = settings["ExecStart"].split()
+    assert (command, option) == (["aggregator", "metrics"], "--textfile")
+    assert settings["ReadWritePaths"].split() == [directory, str(Path(file).parent)]
+    assert (Path(file).suffix, settings["UMask"]) == (".prom", "0022")
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
@@ -60,7 +69,7 @@ def test_a_crash_is_restarted_and_a_configuration_error_is_not(unit: Path) -> No
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not installed")
-@pytest.mark.parametrize("unit", [*UNITS, BACKUP[0]], ids=lambda unit: unit.stem)
+@pytest.mark.parametrize("unit", [*UNITS, BACKUP[0], METRICS[0]], ids=lambda unit: unit.stem)
 def test_systemd_accepts_it(unit: Path, tmp_path: Path) -> None:
     copy = tmp_path / unit.name  # with a program that exists on this machine, or systemd complains of that
     copy.write_text(unit.read_text().replace("/opt/ternbus/bin/ternbus", "/bin/true"))

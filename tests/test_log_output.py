@@ -83,6 +83,13 @@ def test_lines_of_modules_and_libraries_become_lines_of_the_service(monkeypatch:
         ("error", "module", "it fails"),
         ("warning", "module", "it fails"),
     ]
+    try:
+        dict[str, str]()["a bug"]
+    except KeyError:
+        logging.getLogger("ternbus.some.module").exception("it fails")
+    text = json.loads(stream.getvalue().splitlines()[-1])["text"]
+    assert text.startswith("it fails\nTraceback")
+    assert text.endswith("KeyError: 'a bug'")
 
 
 def printed(stream: IO[str], *logs: Log, stop: Stop | None = None) -> list[str]:

@@ -100,6 +100,15 @@ def test_with_several_federations_each_member_has_its_own_rights() -> None:
     assert not access.may_read("nobody", f"{LAB}/all/head")
 
 
+def test_what_a_reader_is_denied_is_no_pattern_s() -> None:
+    access = Access.parse(mosquitto.separating_list({"lab": ["aggregator_read_ha"]}))
+    assert access.may_read("pi-1", f"{LAB}/all/#")
+    assert not access.may_read("aggregator_read_ha", f"{LAB}/all/#")
+    assert not access.may_read("aggregator_read_ha", f"{LAB}/all/head")
+    assert access.may_read("aggregator_read_ha", f"{LAB}/view/#")
+    assert access.may_read("aggregator_read_ha", "homeassistant/+/+/config")
+
+
 @pytest.mark.parametrize(
     ("allowed", "wanted", "expected"),
     [

@@ -154,6 +154,7 @@ def test_a_version_has_a_line_and_many_versions_have_few(make: Make) -> None:
     (line,) = logged(bench)
     assert line.text == "version 1: 1 update of 1 device, staleness 0.00, at most 0"
     assert line.fields["digest"] == bench.head.digest.hex()
+    assert line.fields["merged"] == [("pi", pi.seq)]
     lines = 1
     for version in range(1, 101):
         bench.send(pi, float32_block(bench.schema, 1), version)

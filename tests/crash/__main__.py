@@ -34,7 +34,7 @@ BOTH: Final = ("save", "saved", "connect", "subscribe", "publish-status", "ackno
 SERVING: Final = (
     *BOTH, "republish", "publish-head", "publish-delta", "publish-snapshot", "publish-receipt", "publish-grant",
     "body-written", "bodies-synced", "segment-begun", "vectors-piece-written", "vectors-written", "log-moved",
-    "file-removed",
+    "file-removed", "publish-view",
 )  # fmt: skip
 SUMMING: Final = (*SERVING, "publish-terms", "publish-ask")  # an aggregator of private sums
 HELPING: Final = (*BOTH, "publish-card", "publish-answer", "state-written")

@@ -42,6 +42,8 @@ JOIN: Final = {
 RUN: Final = {"d0": Options(reports=True, fine_tune=0.5)}
 SETTINGS: Final = {
     "merge.buffer_size": len(DEVICES),
+    "home_assistant.discovery_prefix": "homeassistant",
+    "home_assistant.every_s": 1.0,
     "merge.min_devices": len(DEVICES),  # a version of one device's update alone would be another version
     "downlink.slots": 4,  # a snapshot every second version
     "downlink.min_interval_s": 0.05,

@@ -11,7 +11,7 @@ from ternbus.aggregator.private_settings import PRIVATE_DOC, PrivateSettings, pl
 from ternbus.aggregator.sections import key, section
 from ternbus.broker import toml
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.protocol import plan_keys
+from ternbus.broker.protocol import plan_keys, topics
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from ternbus.broker.protocol.identity import check_federation
 from ternbus.broker.protocol.invitation import check_broker_url
@@ -183,6 +183,18 @@ class TransportSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HomeAssistantSettings:
+    """What Home Assistant is shown (docs/home-assistant.md)."""
+
+    discovery_prefix: str = key("", "topic below which Home Assistant looks, usually homeassistant; empty: off")
+    every_s: float = key(15.0, "shortest time between two states of a device, in s", low=1, high=3600)
+    refresh_s: float = key(
+        600.0, "a state is sent again after so long, in s; one of twice the age is unavailable", low=60, high=86_400
+    )
+    devices_max: int = key(200, "largest number of devices shown, the first by name", low=1, high=1000)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The whole file."""
 
@@ -195,6 +207,7 @@ class Settings:
     limits: LimitSettings = field(default_factory=LimitSettings)
     invitations: InvitationSettings = field(default_factory=InvitationSettings)
     transport: TransportSettings = field(default_factory=TransportSettings)
+    home_assistant: HomeAssistantSettings = field(default_factory=HomeAssistantSettings)
     plan: Mapping[str, Any] = field(default_factory=dict)
     plan_check: PlanCheck | None = None
     private: PrivateSettings | None = None
@@ -223,6 +236,11 @@ class Settings:
     def is_dp(self) -> bool:
         """Whether devices add noise: then nothing else of their data may show."""
         return bool(self._whole_plan.get("dp", plan_keys.NO_DP) != plan_keys.NO_DP)
+
+    @property
+    def epsilon(self) -> float:
+        """After which devices stop, by the plan; of an owner's own limit nothing is known here."""
+        return float(self._whole_plan.get("dp_epsilon", 0.0))
 
     @property
     def sum_noise(self) -> tuple[float, float]:
@@ -268,6 +286,7 @@ SECTIONS: Final[Mapping[str, type]] = {
     "limits": LimitSettings,
     "invitations": InvitationSettings,
     "transport": TransportSettings,
+    "home_assistant": HomeAssistantSettings,
 }
 RETIRED: Final[Mapping[str, frozenset[str]]] = {"limits": frozenset({"messages_in_assembly"})}  # of older files
 OTHERS: Final = ("plan", "plan_check", "private")  # sections that are read by their own rules
@@ -297,6 +316,9 @@ def from_table(table: Mapping[str, Any], source: str = "aggregator.toml") -> Set
     private = PrivateSettings.from_table(table.get("private"), f"{source}: private")
     plan = plan_with_codec(plan, private, f"{source}: plan")
     _check_merge(sections["merge"], f"{source}: merge", seal=bool(plan.get("seal")))
+    if (prefix := sections["home_assistant"].discovery_prefix) and not topics.is_discovery_prefix(prefix):
+        where = f"{source}: home_assistant.discovery_prefix = {prefix!r}"
+        raise ConfigError(f"{where} must be levels of a topic, of a-z, A-Z, 0-9, '_' and '-', and not ternbus")
     if private is not None:
         private.check_merge(sections["merge"], f"{source}: merge")
     return Settings(

@@ -13,13 +13,15 @@ from ternbus.broker.files import make_folder, write_secret, write_text
 from ternbus.broker.folder_owner import as_owner
 from ternbus.broker.link.tls import CA, CERTIFICATE, TLS_KEY
 from ternbus.broker.protocol.endpoint import is_loopback
+from ternbus.broker.protocol.identity import reader_user
+from ternbus.broker.protocol.topics import of_reader
 from ternbus.broker.server import refusals as counts
 from ternbus.broker.server.running import HOME, Engine, RunningBroker, choose, is_home, start
 from ternbus.broker.stop_signals import ignore_stops, on_stop
 from ternbus.broker.text_table import text_table
 
 if TYPE_CHECKING:
-    from ternbus.broker.server.directory import BrokerDirectory
+    from ternbus.broker.server.directory import BrokerDirectory, Credentials
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", help="Run a broker: mosquitto, or nats-server from its wheel."
@@ -157,13 +159,39 @@ def certificate(
     """
     home = _home(directory)
     for name in names:
-        issued = home.issue(name, federation)
-        folder = out / name
-        make_folder(folder, 0o700)
-        write_secret(folder / TLS_KEY, issued.key.encode())
-        write_text(folder / CERTIFICATE, issued.certificate)
-        write_text(folder / CA, issued.authority)
-        typer.echo(str(folder))
+        _write_credentials(out / name, home.issue(name, federation))
+        typer.echo(str(out / name))
+
+
+@app.command()
+def admit(
+    directory: DirToRead,  # as in `certificate`
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the reader, such as home-assistant.")],
+    *,
+    read: Annotated[
+        bool, typer.Option("--read", help="It may read what the aggregator shows, and publish nothing.")
+    ] = False,
+    federation: Annotated[
+        str | None, typer.Option(help="Federation that it may read. [default: the only one on this broker]")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Folder to write; FOLDER/NAME gets certificate, key and ca.pem.")
+    ],
+) -> None:
+    """Admit a client that is no member of the federation, such as Home Assistant, to the broker.
+
+    It gets a certificate, and what the access list allows a reader. docs/home-assistant.md says what there is to read.
+
+    Example: ternbus broker admit bus home-assistant --read --out readers
+    """
+    if not read:
+        raise ConfigError(f"what may {name} do? Add --read; devices are invited with: ternbus aggregator invite")
+    home = _home(directory)
+    issued, of = home.admit(name, federation)
+    _write_credentials(out / name, issued)
+    user = reader_user(name)
+    typer.echo(f"{out / name}: client id {user}, for {home.url}")
+    typer.echo(f"it may read {' and '.join(of_reader(of))}")
 
 
 @app.command()
@@ -246,6 +274,13 @@ def refusals(directory: Dir, as_json: AsJson = False) -> None:
         wanted = f": {row['detail']}" if row["detail"] else ""
         why = counts.REASONS.get(row["reason"], row["reason"])
         typer.echo(f"{row['count']:>8}  {row['client']:<24} {why}\n{'':>10}last {row['last']}{wanted}")
+
+
+def _write_credentials(folder: Path, issued: "Credentials") -> None:
+    make_folder(folder, 0o700)
+    write_secret(folder / TLS_KEY, issued.key.encode())
+    write_text(folder / CERTIFICATE, issued.certificate)
+    write_text(folder / CA, issued.authority)
 
 
 def _home(directory: Path) -> "BrokerDirectory":

@@ -21,7 +21,7 @@ Point = Literal[
     "save", "saved", "connect", "subscribe", "publish-status", "acknowledge", "stop",
     # what the aggregator's shell does
     "republish", "publish-head", "publish-delta", "publish-snapshot", "publish-receipt", "publish-grant",
-    "publish-terms", "publish-ask",
+    "publish-terms", "publish-ask", "publish-view",
     # what the device's shell does
     "publish-enroll", "publish-offer", "publish-update", "publish-metrics", "start-job", "job-done", "save-personal",
     "disconnected",
@@ -73,7 +73,10 @@ class _Armed:
     def publishing(self, topic: str) -> None:
         """The point ``publish-KIND`` of a publication under this topic."""
         levels = topic.split("/")
-        self.reached(f"publish-{levels[4] if levels[3] == 'all' else levels[5]}")
+        if levels[0] != "ternbus" or levels[3] == "view":
+            self.reached("publish-view")
+        else:
+            self.reached(f"publish-{levels[4] if levels[3] == 'all' else levels[5]}")
 
 
 def _nothing(_: str) -> None:

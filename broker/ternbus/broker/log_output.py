@@ -85,6 +85,9 @@ class LogOutput:
             return
 
 
+_FORMATTER: Final = logging.Formatter()
+
+
 class _Handler(logging.Handler):
     """Hands the lines of Python's logging on."""
 
@@ -94,7 +97,10 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         level = ERROR if record.levelno >= logging.ERROR else WARNING if record.levelno >= logging.WARNING else INFO
-        self._write(record.getMessage(), level=level, event=record.name.rpartition(".")[2])
+        text = record.getMessage()
+        if record.exc_info:
+            text = f"{text.rstrip()}\n{_FORMATTER.formatException(record.exc_info)}"
+        self._write(text, level=level, event=record.name.rpartition(".")[2])
 
 
 def take_library_lines(write: WriteLog) -> None:

@@ -16,6 +16,7 @@ from ternbus.aggregator.core.device_messages import DeviceMessages, address_of
 from ternbus.aggregator.core.enrollment import Enrollment
 from ternbus.aggregator.core.events import Action, Publish, Save
 from ternbus.aggregator.core.frames import FrameWriter
+from ternbus.aggregator.core.home_assistant import HomeAssistant
 from ternbus.aggregator.core.merge_trigger import RETAINED_S
 from ternbus.aggregator.core.merging import Merging
 from ternbus.aggregator.core.private import Private
@@ -106,7 +107,8 @@ class Core:
         self._versions = Versions(settings=settings, model=self.model, published=self.published, frames=self._frames)
         self._private = None if self.sums is None else self._with_private(self.sums)
         online = partial(self._status, "online")
-        self._retained = Retained(versions=self._versions, refusals=self._refusals, say_online=online)
+        shown = HomeAssistant(versions=self._versions, registry=self.registry, software=self.software)
+        self._retained = Retained(versions=self._versions, refusals=self._refusals, shown=shown, say_online=online)
         self._clones = Clones(refusals=self._refusals)
         self._devices = DeviceMessages(
             settings=settings,
@@ -177,7 +179,7 @@ class Core:
     @property
     def awaited(self) -> Set[str]:
         """Topics of retained messages whose acknowledgement by the broker matters: ``Published`` tells of these."""
-        return self._retained.awaited
+        return self._retained.acknowledgements
 
     def start(self, now: float) -> list[Action]:
         """What is to be done before the first event."""
@@ -271,6 +273,7 @@ class Core:
         actions += self._status("online")
         self._versions.confirm_by = self._now + RETAINED_S
         self._merges.connected(self._now)
+        self._retained.shown.connected(self._now)
         actions += self._versions.fit(event.frame_bytes)
         if self.session == 1 and self._versions.confirm_by is not None:
             actions += self._versions.republish()  # the broker cannot have anything of ours yet
@@ -289,7 +292,9 @@ class Core:
         """Finish what is accepted, then publish that this is offline. What lacks devices stays for the next start."""
         self._updates.stopping = True
         told = self._watch.told(self._merges.waiting(self._now), events.CountsRequested(), self._now)
-        return [*self._merges.merge_all(self._now), *self._count(), told, *self._status("offline"), events.Stop()]
+        merged = self._merges.merge_all(self._now)
+        gone = [*self._retained.shown.stop(self._now), *self._status("offline")]
+        return [*merged, *self._count(), told, *gone, events.Stop()]
 
     def _status(self, state: str) -> list[Action]:
         reserved, (topic, payload) = self._frames.status(state, self.session, self.software)

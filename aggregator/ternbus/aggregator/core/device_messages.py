@@ -64,28 +64,34 @@ class DeviceMessages:
         if frame.kind == "update":
             sender.update_bytes += event.packet_bytes
             self.counters.observe(sender.name, now)
+        if frame.kind == "status":
+            return self._status(sender, frame, now, event.clock_s)
+        sender.heard(now, event.clock_s)
         return self._frame(sender, frame, None if opened is None else opened.content, now, is_late=is_late)
+
+    def _claimed(self, member: Member, version: object, now: float) -> list[Action]:
+        return self.refusals.claim(member.name, version, self.model.version, now)
+
+    def _status(self, member: Member, frame: Frame, now: float, clock_s: float) -> list[Action]:
+        claimed = self._claimed(member, frame.meta.get("base"), now)
+        frame.check_bodiless()
+        status, was_online = Status.from_meta(frame.meta), member.online
+        self.clones.observe(member, status, frame.seq, self.model.version, now)
+        if self.registry.observe(member, status, frame.seq):
+            # an `offline` may be one that the broker has retained since long ago
+            member.heard(now, clock_s if status.online or was_online else 0.0)
+            self.counters.observe(member.name, now)
+        return claimed
 
     def _frame(
         self, member: Member, frame: Frame, ahead: Measured | None, now: float, *, is_late: bool
     ) -> list[Action]:
-        if frame.kind != "status":  # the broker delivers a retained one again, long after it was said
-            member.pace.heard(now)
-        named = frame.meta.get("version" if frame.kind == "metrics" else "base")
-        claimed = self.refusals.claim(member.name, named, self.model.version, now)
+        claimed = self._claimed(member, frame.meta.get("version" if frame.kind == "metrics" else "base"), now)
         match frame.kind:
             case "update":
                 return [*claimed, *self.updates.update(member, frame, now, ahead, is_late=is_late)]
             case "offer":
                 return [*claimed, *self.updates.offer(member, frame, now)]
-            case "status":
-                frame.check_bodiless()
-                status = Status.from_meta(frame.meta)
-                self.clones.observe(member, status, frame.seq, self.model.version, now)
-                if self.registry.observe(member, status, frame.seq):
-                    member.pace.heard(now)
-                    self.counters.observe(member.name, now)
-                return claimed
             case _:  # the topics that a device may write on leave only metrics
                 bytes_max = self.settings.limits.metrics_bytes
                 return [*claimed, metrics.received(member, frame, version=self.model.version, bytes_max=bytes_max)]

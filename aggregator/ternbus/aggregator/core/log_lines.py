@@ -1,6 +1,6 @@
 """The lines that the operator's log has of each version and of each refused update, at most so many a minute."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from ternbus.aggregator.core.events import Action, Log, Save
@@ -10,6 +10,7 @@ from ternbus.aggregator.core.validation import Verdict
 from ternbus.broker.log_levels import INFO, WARNING
 
 INVALID: Final = "invalid"
+NAMED_MAX: Final = 100  # updates of a version
 VERSIONS_PER_MINUTE: Final = 60  # that have a line of their own; devices decide how many there are
 
 
@@ -24,14 +25,15 @@ def refused_line(limit: LogLimit, device: str, seq: int, verdict: Verdict, now: 
     return [Log(text=line, level=WARNING if verdict.outcome == INVALID else INFO, event="refused", fields=fields)]
 
 
-def version_line(limit: LogLimit, made: VersionMade, devices: int, now: float) -> list[Action]:
-    """What a version was made of; ``devices`` sent its updates."""
+def version_line(limit: LogLimit, made: VersionMade, merged: Sequence[tuple[str, int]], now: float) -> list[Action]:
+    """What a version was made of: updates, each of a device with a number, of which programs are told the first."""
+    devices = len({device for device, _ in merged})
     whole = f"{_counted(made.updates, 'update')} of {_counted(devices, 'device')}"
     text = f"version {made.version}: {whole}, staleness {made.staleness_mean:.2f}, at most {made.staleness_max}"
     line = limit.write("version", text, now)
     fields = {
         "version": made.version, "digest": made.digest.hex(), "updates": made.updates, "devices": devices,
-        "staleness_mean": made.staleness_mean, "staleness_max": made.staleness_max,
+        "staleness_mean": made.staleness_mean, "staleness_max": made.staleness_max, "merged": merged[:NAMED_MAX],
     }  # fmt: skip
     return [Log(text=line, event="version", fields=fields)] if line else []
 

@@ -99,6 +99,6 @@ class Merging:
         for update in self.model.buffer:
             self.registry.members[update.device].waiting_bytes = 0
         self.influence.merged(self.model.buffer)
-        devices = len({update.device for update in self.model.buffer})
+        merged = [(update.device, update.seq) for update in self.model.buffer]
         actions = self.versions.merge()
-        return [*actions, *version_line(self._log_limit, made_in(actions), devices, now)]
+        return [*actions, *version_line(self._log_limit, made_in(actions), merged, now)]

@@ -6,6 +6,7 @@ from ternbus.aggregator.core import records
 from ternbus.aggregator.core.events import Save
 from ternbus.aggregator.core.registry import DEVICE, Member
 from ternbus.broker.errors import ProtocolError
+from ternbus.broker.protocol.direction import primary_of
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.messages import Metrics
 
@@ -31,6 +32,8 @@ def received(member: Member, frame: Frame, *, version: int, bytes_max: int) -> S
         raise ProtocolError("too-many-metrics", f"more than limits.metrics_bytes of {member.name}")
     member.metrics_bytes += size_bytes
     member.metrics_seq, member.metrics_stated = frame.seq, hash(stated)
+    if (primary := primary_of(metrics.values)) is not None:
+        member.metric = primary, metrics.values[primary]
     if metrics.split == "test" and member.highest_base < 0:
         member.evaluates = True
     return Save(record=records.MetricsReceived(device=member.name, seq=frame.seq, metrics=metrics))

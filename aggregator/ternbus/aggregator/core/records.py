@@ -189,6 +189,13 @@ class FramesRetained:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TopicsShown:
+    """All topics that the broker may hold for Home Assistant: what is there and no longer wanted is cleared."""
+
+    topics: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SlotsChanged:
     """Deltas are laid out over another number of slots from now on."""
 
@@ -322,6 +329,7 @@ Record = (
     | SnapshotTaken
     | VersionsWithdrawn
     | FramesRetained
+    | TopicsShown
     | SlotsChanged
     | StateChanged
     | MetricsReceived

@@ -60,6 +60,9 @@ class Member:
     waiting_bytes: int = 0  # of its updates in the buffer, on disk
     update_bytes: int = 0  # PUBLISH packets since the last count was written
     loss: float | None = None  # of its last training, as it says; None: it does not, or not since the start
+    epsilon: float | None = None  # that it has spent, as its last update says
+    metric: tuple[str, float] | None = None  # the primary one of its last metrics, and its value
+    seen_at: float | None = None  # when it was heard, in Unix seconds
     pace: Pace = field(default_factory=Pace)
     frames: TokenBucket = field(default_factory=TokenBucket)
     receipts: TokenBucket = field(default_factory=TokenBucket)
@@ -72,6 +75,11 @@ class Member:
     @property
     def online(self) -> bool:
         return self.status is not None and self.status.online
+
+    def heard(self, now: float, clock_s: float) -> None:
+        """It has said something; ``clock_s`` is the time of day in Unix seconds, 0 if it is not known."""
+        self.pace.heard(now)
+        self.seen_at = clock_s or self.seen_at
 
     @property
     def contributes(self) -> bool:

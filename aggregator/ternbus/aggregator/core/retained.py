@@ -5,11 +5,12 @@ above a limit. So the parts of a snapshot are asked for by name once the broker 
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from typing import Final
 
 from ternbus.aggregator.core.events import Action, Log, Publish, RepublishRetained, Subscribe, Unsubscribe
+from ternbus.aggregator.core.home_assistant import HomeAssistant
 from ternbus.aggregator.core.refusals import Refusals
 from ternbus.aggregator.core.versions import Versions
 from ternbus.broker.backoff import contested
@@ -34,6 +35,7 @@ class Retained:
 
     versions: Versions
     refusals: Refusals
+    shown: HomeAssistant  # what is retained for others than devices
     say_online: Callable[[], list[Action]]  # publishes our status anew
     awaited: set[str] = field(default_factory=set)  # topics whose PUBACK matters
     _silent_at: float | None = None  # when the operator is told that no PUBACK comes
@@ -52,8 +54,18 @@ class Retained:
     _told: set[tuple[str, str]] = field(default_factory=set)  # kinds and reasons that the operator knows of
 
     @property
+    def acknowledgements(self) -> Set[str]:
+        """Topics whose PUBACK matters."""
+        return self.awaited | self.shown.clearing if self.shown.clearing else self.awaited
+
+    @property
     def due(self) -> float | None:
         """When ``on_time`` has something to do."""
+        return min((due for due in (self._due, self.shown.due) if due is not None), default=None)
+
+    @property
+    def _due(self) -> float | None:
+        """Of our own frames."""
         if self.awaited:
             return self._silent_at
         return self._ask_by if self._chunk else self._retry_at
@@ -63,13 +75,15 @@ class Retained:
     def acknowledged(self, topic: str, now: float) -> list[Action]:
         """The broker took a message; with the last one, ask what it keeps of the snapshot."""
         if topic not in self.awaited:
-            return []
+            return self.shown.acknowledged(topic)
         self.awaited.discard(topic)
         self._tells, self._silent_at = True, now + ACKNOWLEDGE_S
         return [] if self.awaited else self._ask(now)
 
     def refused(self, topic: str, reason: str, now: float) -> list[Action]:
         """The broker refused a message. What it should retain is published again later."""
+        if self.shown.owns(topic):
+            return self._tell("view", reason, f"the broker refused {topic}: {reason}", now)
         actions = self._tell(topics.parse(topic).kind, reason, f"the broker refused {topic}: {reason}", now)
         if topic in self._current():
             self._lose(topic, reason, now)
@@ -110,14 +124,19 @@ class Retained:
             text += f". Or does the broker end a connection at too large a message? Then {self._advice(TOO_LARGE)}"
         self._unsure = self._unsure or bool(self.awaited or self._chunk)
         self._forget()
+        self.shown.disconnected()
         line = self.refusals.log_limit.write("contested", text, now) if text else ""
         return [Log(text=line, level=WARNING, event="contested")] if line else []
 
     def on_time(self, now: float) -> list[Action]:
-        """Whatever is due now; first of all, follow a snapshot that was just published."""
+        """Whatever is due now, of our own frames and of what is shown."""
+        return [*self._frames_on_time(now), *self.shown.on_time(now)]
+
+    def _frames_on_time(self, now: float) -> list[Action]:
+        """First of all, follow a snapshot that was just published."""
         if self._given != self.versions.given:
             return self._follow(now)
-        if self.due is None or self.due > now:
+        if self._due is None or self._due > now:
             return []
         if self.awaited:
             return self._nothing_comes(now)

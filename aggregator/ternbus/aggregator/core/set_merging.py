@@ -218,9 +218,9 @@ class SetMerging:
         self.sums.moved(
             np.sum([aligned(each.sum.buckets, each.about.terms.scales, current) for each in opened], axis=0)
         )
-        devices = len({member.device for each in opened for member in each.members})
+        merged = [(member.device, member.update.seq) for each in opened for member in each.members]
         actions = self.versions.merge_sets(opened)
-        return [*actions, *version_line(self._log_limit, made_in(actions), devices, now)]
+        return [*actions, *version_line(self._log_limit, made_in(actions), merged, now)]
 
     def count(self) -> list[Action]:
         """For those who look at the status: which helpers have not answered."""

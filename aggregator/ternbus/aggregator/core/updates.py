@@ -194,7 +194,7 @@ class Updates:
         member.evaluates = False
         member.pace.updated(now)
         member.waiting_bytes += len(record.body)
-        member.loss = update.loss
+        member.loss, member.epsilon = update.loss, update.epsilon
         return [Save(record=record), *self.receipt(member.name, member.key, update.seq, Verdict("accepted"))]
 
     def _bounded(self, valid: ValidUpdate, now: float) -> list[Action]:

@@ -50,6 +50,7 @@ class PublishedState:
     terms_seq: int = 0  # of the frames of the terms of private sums
     revoked: int = 0  # keys in the list of revoked ones
     floor: int = 0  # updates on lower versions are stale: a rollback has withdrawn what they were made on
+    shown: set[str] = field(default_factory=set)  # topics that the broker may hold for Home Assistant
 
 
 @dataclass(slots=True, kw_only=True)

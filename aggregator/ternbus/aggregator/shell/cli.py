@@ -12,14 +12,18 @@ from ternbus.aggregator.plan_settings import PlanCheck
 from ternbus.aggregator.settings import TransportSettings
 from ternbus.aggregator.shell import (
     administration,
+    dashboard_process,
+    dashboard_token,
     helper_cards,
     log_commands,
     membership_commands,
+    metrics_command,
     quickstart,
     recovery_commands,
     rollback,
     status_command,
     status_text,
+    trace_command,
     version_commands,
 )
 from ternbus.aggregator.shell.arguments import (
@@ -62,6 +66,17 @@ Username = Annotated[
 PasswordFile = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="File with the broker's password in its first line; mode 0600, with TLS only."),
+]
+
+Tls = Annotated[
+    bool | None,
+    typer.Option(
+        "--tls/--no-tls",
+        help="TLS for the broker; used at the first start. [default: TLS if other machines reach the host]",
+    ),
+]
+EngineName = Annotated[
+    Engine, typer.Option(help="Broker software; auto takes mosquitto where it is installed, else nats-server.")
 ]
 
 
@@ -165,31 +180,40 @@ def _override(text: str) -> tuple[str, object]:
 
 @app.command()
 def run(
-    directory: Dir, username: Username = "", password_file: PasswordFile = None, log: LogOption = LogFormat.TEXT
+    directory: Dir,
+    *,
+    username: Username = "",
+    password_file: PasswordFile = None,
+    dashboard: dashboard_process.Address = None,
+    dashboard_hosts: dashboard_process.Hosts = None,
+    log: LogOption = LogFormat.TEXT,
 ) -> None:
     """Serve the federation in DIR until Ctrl-C, SIGTERM or SIGHUP; accepted updates are merged before that.
 
-    A broker that is not there yet is waited for.
+    A broker that is not there yet is waited for. With --dashboard a browser shows the federation; whoever logs in with
+    the token of `ternbus aggregator dashboard-token` can also act there.
 
-    Example: ternbus aggregator run agg
+    Example: ternbus aggregator run agg --dashboard 127.0.0.1:8080
     """
     transport = administration.load_settings(directory).transport
     if username:
         transport = replace(transport, username=username)
     if password_file is not None:
         transport = replace(transport, password_file=str(password_file.resolve()))
-    _serve(directory, _log(log), transport)
-
-
-def _log(form: LogFormat) -> LogOutput:
-    return LogOutput(as_json=form == LogFormat.JSON)
+    _serve(directory, log, transport, listener=dashboard_process.listen(dashboard, dashboard_hosts or ()))
 
 
 def _serve(
-    directory: Path, say: LogOutput, transport: TransportSettings | None = None, broker: RunningBroker | None = None
+    directory: Path,
+    log: LogFormat,
+    transport: TransportSettings | None = None,
+    broker: RunningBroker | None = None,
+    listener: dashboard_process.Listener | None = None,
 ) -> None:
+    say = LogOutput(as_json=log == LogFormat.JSON)
     take_library_lines(say)
-    service = Service(directory, software(), say, transport)
+    beside = dashboard_process.beside(listener, directory, say, as_json=log == LogFormat.JSON)
+    service = Service(directory, software(), say, transport, beside)
     for warning in administration.load_settings(directory).warnings:
         say(f"{directory / administration.TOML}: {warning}", level=WARNING)
     on_stop(lambda *_: service.stop())
@@ -221,16 +245,10 @@ def up(
         int | None,
         typer.Option(min=0, max=65535, help="TCP port; 0 takes a free port. [default: 8883, without TLS 1883]"),
     ] = None,
-    tls: Annotated[
-        bool | None,
-        typer.Option(
-            "--tls/--no-tls",
-            help="TLS for the broker; used at the first start. [default: TLS if other machines reach the host]",
-        ),
-    ] = None,
-    engine: Annotated[
-        Engine, typer.Option(help="Broker software; auto takes mosquitto where it is installed, else nats-server.")
-    ] = Engine.AUTO,
+    tls: Tls = None,
+    engine: EngineName = Engine.AUTO,
+    dashboard: dashboard_process.Address = None,
+    dashboard_hosts: dashboard_process.Hosts = None,
     log: LogOption = LogFormat.TEXT,
 ) -> None:
     """Run a broker and an aggregator together, and make both at the first start.
@@ -242,7 +260,8 @@ def up(
     """
     secured = not is_loopback(host) if tls is None else tls
     port = PORTS["mqtts" if secured else "mqtt"] if port is None else port
-    say = _log(log)
+    say = LogOutput(as_json=log == LogFormat.JSON)
+    listener = dashboard_process.listen(dashboard, dashboard_hosts or ())
     first = quickstart.First(model=model, federation=federation, host=host, port=port, tls=secured)
     with quickstart.start_broker(directory, engine, first) as broker:
         if not broker.endpoint.tls and not is_loopback(broker.endpoint.host):
@@ -251,7 +270,7 @@ def up(
         say(f"{broker.software} ready on {broker.url}", event="broker-ready", fields={"url": broker.url})
         for path in quickstart.prepare(directory, first, broker.url, devices or (), evaluators or ()):
             say(f"invitation, to be copied to the device: {path}", event="invitation", fields={"path": str(path)})
-        _serve(directory, say, broker=broker)
+        _serve(directory, log, broker=broker, listener=listener)
 
 
 for each in (membership_commands.invite, membership_commands.invitations, membership_commands.revoke):
@@ -260,6 +279,8 @@ recovery_commands.add_to(app)
 
 
 app.command()(status_command.status)
+app.command()(metrics_command.metrics)
+app.command()(trace_command.trace)
 
 
 @app.command()
@@ -312,6 +333,7 @@ def close(directory: Dir) -> None:
         )
 
 
+app.command("dashboard-token")(dashboard_token.dashboard_token)
 app.command()(version_commands.versions)
 app.command()(version_commands.tag)
 app.command()(rollback.rollback)

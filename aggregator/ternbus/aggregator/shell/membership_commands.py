@@ -65,7 +65,7 @@ def invite(
     devices, evaluators, helpers = devices or [], evaluators or [], helpers or []
     _check_names(devices, evaluators, helpers)
     _warn_of_helpers(directory, devices)
-    expires_in_s = None if expires_in is None else _seconds(expires_in)
+    expires_in_s = None if expires_in is None else seconds(expires_in)
     if out is None and len([*devices, *evaluators, *helpers]) > 1:
         raise ConfigError("several invitations need a folder: add --out FOLDER")
     if out is not None:
@@ -100,7 +100,8 @@ def _warn_of_helpers(directory: Path, devices: Sequence[str]) -> None:
         typer.echo(f"ternbus: this invites a device {name}; for the helper of that name use --helper {name}", err=True)
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
+    """A duration such as `12h`, in seconds; ConfigError for a text that is none."""
     found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhdw])", text)
     if found is None or not 0 < (seconds := float(found[1]) * UNITS[found[2]]) <= 1e9:
         raise ConfigError(f"invalid --expires-in {text}: write a number and a unit, for example 30m, 12h, 7d or 2w")
@@ -156,11 +157,15 @@ def revoke(
 
     Example: ternbus aggregator revoke agg pi-7 --reason "stolen on 3 May"
     """
-    dropped = administration.revoke(directory, device, software(), why=reason, keep=keep)
-    faults = backup.spread_revocations(directory, administration.load_settings(directory).federation)
+    dropped, faults = put_out(directory, device, why=reason, keep=keep)
     typer.echo(f"{device} is revoked; {dropped} of its accepted updates will not be merged")
     if faults:
-        raise StorageError(
-            f"{device} is revoked all the same, but {backup.NOT_COPIED}{'; '.join(faults)}; "
-            "the next revocation or backup copies it"
-        )
+        raise StorageError(f"{device} is revoked all the same, but {faults}")
+
+
+def put_out(directory: Path, device: str, *, why: str, keep: bool) -> tuple[int, str]:
+    """Revoke a device; how many of its updates were dropped, and what hindered copies of the list of revoked keys."""
+    dropped = administration.revoke(directory, device, software(), why=why, keep=keep)
+    faults = backup.spread_revocations(directory, administration.load_settings(directory).federation)
+    copied = f"{backup.NOT_COPIED}{'; '.join(faults)}; the next revocation or backup copies it" if faults else ""
+    return dropped, copied

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from ternbus.aggregator.shell import administration, backup, checking
+from ternbus.aggregator.shell import administration, backup, checking, dashboard_token
 from ternbus.aggregator.shell.administration import KEY
 from ternbus.aggregator.store import control, membership, revocations, swapping
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
@@ -18,7 +18,13 @@ from ternbus.broker.files import read_key
 from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.protocol.identity import Identity
 
-KEPT: Final = (control.LOCK, backup.PLACE)  # they belong to the folder, not to its state
+KEPT: Final = (  # they belong to the folder, not to its state
+    control.LOCK,
+    backup.PLACE,
+    dashboard_token.FILE,
+    dashboard_token.AUDIT,
+    dashboard_token.AUDIT_BEFORE,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,15 +55,20 @@ def rollback(
     what = f"the model of {model}" if number is None else f"version {number}"
     if not yes and sys.stdin.isatty():
         typer.confirm(f"publish {what} again, and withdraw the versions up to {newest}?", abort=True)
-    if content is None:
-        found = _ask(directory, {"version": number})
-    else:
+    if number is not None:
+        found = to_version(directory, number)
+    elif content is not None:
         save_safetensors(directory / FILE, content.tensors, {})
         try:
             found = _ask(directory, {"file": FILE})
         finally:
             (directory / FILE).unlink(missing_ok=True)
     typer.echo(f"version {found} is {what} again; versions up to {newest} are withdrawn")
+
+
+def to_version(directory: Path, number: int) -> int:
+    """Publish a kept version again; the number under which it is back. ConfigError where it cannot be had."""
+    return _ask(directory, {"version": number})
 
 
 def _ask(directory: Path, asked: dict[str, object]) -> int:

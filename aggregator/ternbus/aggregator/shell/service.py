@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -83,6 +83,7 @@ class Service:
     software: str
     log: WriteLog
     transport: TransportSettings | None = None  # instead of what aggregator.toml says
+    beside: AbstractContextManager[object] = field(default_factory=nullcontext)  # entered while this directory is ours
     _queue: "queue.SimpleQueue[Item]" = field(default_factory=queue.SimpleQueue)
     _opening: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="preverifier")
@@ -117,6 +118,7 @@ class Service:
             ThreadPoolExecutor(1, thread_name_prefix="vectors") as beside,
             ThreadPoolExecutor(1, thread_name_prefix="adding") as adding,
             writing(self.directory, beside) as self._ledger,
+            self.beside,
             _quick_handover(),
         ):
             self._core = open_core(self.directory, self._ledger, self.software)

@@ -14,6 +14,7 @@ from ternbus.aggregator.shell.health_text import moment
 from ternbus.aggregator.store import tags, version_rows
 from ternbus.aggregator.store.device_metrics import shown_name, shown_value
 from ternbus.aggregator.store.ledger import reading, writing
+from ternbus.aggregator.store.tags import Tag
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.text_table import text_table
 
@@ -110,12 +111,18 @@ def tag(
     administration.load_settings(directory)
     if (version is None or name is None) == (remove is None):
         raise ConfigError("give VERSION and NAME, or --remove NAME")
-    with writing(directory) as ledger:
-        if version is None or name is None:
+    if version is None or name is None:
+        with writing(directory) as ledger:
             tags.remove(ledger, remove or "")
-            return
-        found = tags.put(ledger, name, version, time.time())
+        return
+    found = name_version(directory, version, name)
     typer.echo(f"{name}: version {found.version}, digest {found.digest}, in {tags.path(directory, name)}")
+
+
+def name_version(directory: Path, version: int, name: str) -> Tag:
+    """Give a kept version a name, also beside a running aggregator; ConfigError says why it cannot have it."""
+    with writing(directory) as ledger:
+        return tags.put(ledger, name, version, time.time())
 
 
 def export(

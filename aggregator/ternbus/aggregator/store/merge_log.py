@@ -6,7 +6,7 @@ Entries of before may be in archives, which the ledger names: ``archives.py`` ma
 import json
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -36,12 +36,18 @@ class Archive:
 
     def entries(self, version: int | None) -> Iterator[tuple[int, bytes]]:
         """As `entries` gives them; CorruptError where the file is not as it was written."""
+        with self.opened() as db:
+            yield from db.execute(ENTRIES, (version, version))
+
+    @contextmanager
+    def opened(self) -> Iterator[sqlite3.Connection]:
+        """Read its tables, which are the ledger's; CorruptError where the file is not as it was written."""
         self.check()
         with (
             store_format.naming(self.path, remedy(self.path.parent.parent)),
             closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?immutable=1", uri=True)) as db,
         ):
-            yield from db.execute(ENTRIES, (version, version))
+            yield db
 
     def check(self) -> None:
         """Raise CorruptError where the file is not there, or not as it was written."""

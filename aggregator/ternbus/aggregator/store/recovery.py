@@ -14,13 +14,22 @@ from ternbus.aggregator.merge.influence import Influence
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.merge.recipe import Recipe
 from ternbus.aggregator.settings import Settings
-from ternbus.aggregator.store import influence_rows, membership, merge_log, private_rows, set_recovery, soundness
+from ternbus.aggregator.store import (
+    influence_rows,
+    membership,
+    merge_log,
+    private_rows,
+    set_recovery,
+    soundness,
+    status,
+)
 from ternbus.aggregator.store.ledger import Ledger
-from ternbus.aggregator.store.rows import CLOSING, FLOOR, unsigned
+from ternbus.aggregator.store.rows import CLOSING, FLOOR, SHOWN, STATED, unsigned
 from ternbus.aggregator.store.schema import DROPPED
 from ternbus.aggregator.sums.state import PrivateSums
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol import revocations, topics
+from ternbus.broker.protocol.direction import primary_of
 from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.identity import Identity, KeyId
 from ternbus.broker.protocol.messages import SnapshotRef
@@ -48,6 +57,7 @@ def recover(ledger: Ledger, settings: Settings, identity: Identity, software: st
         terms_seq=_terms_seq(ledger, settings.federation),
         revoked=_published_revocations(ledger, settings.federation),
         floor=int(ledger.fact(FLOOR) or 0),
+        shown=set(json.loads(ledger.fact(SHOWN) or "[]")),
     )
     return Core(
         settings=settings,
@@ -192,7 +202,21 @@ def _registry(ledger: Ledger, settings: Settings) -> Registry:
         member = registry.members[device]
         member.evaluates = member.evaluates or member.highest_base < 0
     _recall_pace(ledger, registry)
+    if settings.home_assistant.discovery_prefix:
+        _recall_shown(ledger, registry)
     return registry
+
+
+def _recall_shown(ledger: Ledger, registry: Registry) -> None:
+    """What others are shown of devices, until these say it again; it decides nothing."""
+    for name, row in status.read_ledger(ledger, 1)["devices"].items():
+        member = registry.members[name]
+        member.seen_at, member.epsilon, member.loss = row["seen_at"], row["epsilon"], row["loss"]
+    newest = "SELECT device, entries, max(received_at) FROM metrics WHERE split != ? GROUP BY device"
+    for device, entries, _ in ledger.db.execute(newest, (STATED,)):
+        values = json.loads(entries)
+        if (primary := primary_of(values)) is not None:
+            registry.members[device].metric = primary, values[primary]
 
 
 def _recall_pace(ledger: Ledger, registry: Registry) -> None:

@@ -35,6 +35,7 @@ Inserted = (  # all records but those that come with a file: of a body, of vecto
     | records.VersionMade
     | records.VersionsWithdrawn
     | records.FramesRetained
+    | records.TopicsShown
     | records.SlotsChanged
     | records.StateChanged
     | records.MetricsReceived
@@ -52,6 +53,7 @@ ANSWERED: Final = {
     "highest_base": "max(highest_base, :base)",
 }
 CLOSING: Final = "closing"  # a fact: the federation is to be closed when helpers have answered
+SHOWN: Final = "shown"  # a fact: topics that the broker may hold for Home Assistant, in JSON
 FLOOR: Final = "floor"  # a fact: versions below it were withdrawn by a rollback
 STATED: Final = "stated"  # in place of a split: the row of what a device stated last beside its metrics' values
 ONE_KEY: Final = "device = :device AND key = :key"
@@ -109,6 +111,7 @@ def _fact(
     | records.ClosingBegun
     | records.StateChanged
     | records.SlotsChanged
+    | records.TopicsShown
     | records.SituationTold
     | records.VersionsWithdrawn,
     now: float,
@@ -125,6 +128,8 @@ def _fact(
             db.execute("DELETE FROM facts WHERE name = ?", (CLOSING,))
         case records.SlotsChanged():
             set_fact(db, "slots", record.slots)
+        case records.TopicsShown():
+            set_fact(db, SHOWN, json.dumps(record.topics))
         case records.SituationTold():
             answers.situation(db, record, now)
         case records.VersionsWithdrawn():

@@ -16,7 +16,8 @@ KeyId = NewType("KeyId", bytes)
 
 AGGREGATOR = "aggregator"
 HELPER_USER = "aggregator_help_"  # begins no device's name, and no federation's user: those have no underscore
-HELPER_NAME_MAX = 48  # with HELPER_USER in front it still is the common name of a certificate
+READER_USER = "aggregator_read_"  # likewise
+HELPER_NAME_MAX = 48  # with HELPER_USER or READER_USER in front it still is the common name of a certificate
 FEDERATION_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}\Z")
 PUBLIC_KEY = re.compile(r"[0-9a-fA-F]{64}\Z")
 DEVICE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\Z")
@@ -64,6 +65,26 @@ def is_helper_user(name: str) -> bool:
 def helper_user(helper: str) -> str:
     """The MQTT user name and client id of a helper, and the common name of its certificate."""
     return f"{HELPER_USER}{helper}"
+
+
+def is_reader_user(name: str) -> bool:
+    """Whether ``name`` is the MQTT user name of a reader, who is shown the federation and takes no part in it."""
+    return name.startswith(READER_USER) and is_helper(name.removeprefix(READER_USER))
+
+
+def reader_user(reader: str) -> str:
+    """The MQTT user name and client id of a reader, and the common name of its certificate."""
+    return f"{READER_USER}{reader}"
+
+
+def check_reader(name: str) -> str:
+    """Return ``name`` or raise ConfigError; readers are named as helpers are."""
+    if not is_helper(name):
+        raise ConfigError(
+            f"invalid reader name {name!r}: use 1 to {HELPER_NAME_MAX} of a-z, 0-9, '_' and '-', with a letter or "
+            "digit first; a name must not begin with 'aggregator'"
+        )
+    return name
 
 
 def is_helper(name: str) -> bool:

@@ -1,5 +1,6 @@
 """MQTT topics of each kind of message: build and parse them, and compare them with a frame's header."""
 
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -17,6 +18,8 @@ TERMS: Final = "terms"  # under all/, one topic for each part
 CARD: Final = "card"
 HELPER_KINDS: Final = frozenset({"status", CARD, "enroll", "answer"})  # under help/, by a helper
 TO_HELPER_KINDS: Final = frozenset({"ask", "receipt"})  # under help/, by the aggregator
+DISCOVERY: Final = "homeassistant"  # below it Home Assistant looks for devices, unless it is told another prefix
+DISCOVERY_PREFIX: Final = re.compile(r"(?!ternbus(/|\Z))(?=.{1,64}\Z)[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+){0,3}")
 
 
 def root(federation: str) -> str:
@@ -47,6 +50,21 @@ def terms(federation: str, part: int) -> str:
     return f"{root(federation)}/all/{TERMS}/{part}"
 
 
+def view(federation: str, name: str) -> str:
+    """What others than members are shown of a device, or of the aggregator by its name: JSON, and no frame."""
+    return f"{root(federation)}/view/{name}"
+
+
+def is_discovery_prefix(text: str) -> bool:
+    """Whether it may be a prefix of `discovery`."""
+    return DISCOVERY_PREFIX.fullmatch(text) is not None
+
+
+def discovery(prefix: str, federation: str, name: str) -> str:
+    """Where Home Assistant reads what there is to show of a device, or of the aggregator."""
+    return f"{prefix}/device/{federation}/{name}/config"
+
+
 def help_of(federation: str, helper: str, kind: str) -> str:
     """A topic between a helper and the aggregator."""
     return f"{root(federation)}/help/{helper}/{kind}"
@@ -70,6 +88,11 @@ def of_helper(federation: str, helper: str) -> tuple[str, ...]:
     return tuple(help_of(federation, helper, kind) for kind in sorted(HELPER_KINDS))
 
 
+def of_reader(federation: str) -> tuple[str, ...]:
+    """All topics that a reader may read, as filters; Home Assistant subscribes to more than there is of devices."""
+    return view(federation, "#"), f"{DISCOVERY}/#"
+
+
 def of_aggregator(federation: str) -> tuple[str, ...]:
     """All topics that a federation's aggregator may write, as filters."""
     prefix = f"{root(federation)}/all"
@@ -78,7 +101,8 @@ def of_aggregator(federation: str) -> tuple[str, ...]:
     pages = [f"{prefix}/{kind}/+" for kind in (*sorted(PAGE_KINDS), TERMS)]
     devices = [down(federation, "+", kind) for kind in sorted(DOWN_KINDS)]
     helpers = [help_of(federation, "+", kind) for kind in sorted(TO_HELPER_KINDS)]
-    return (*whole, *parts, *pages, *devices, *helpers)
+    shown = [view(federation, "+"), discovery(DISCOVERY, federation, "+")]
+    return (*whole, *parts, *pages, *devices, *helpers, *shown)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

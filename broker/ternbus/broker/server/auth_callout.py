@@ -24,6 +24,7 @@ from ternbus.broker.protocol.identity import (
     is_device,
     is_federation,
     is_helper_user,
+    is_reader_user,
 )
 from ternbus.broker.server import callout_tokens, certificates
 from ternbus.broker.server.callout_tokens import Access, Question
@@ -66,7 +67,9 @@ def _subjects(name: str, federation: str) -> tuple[list[str], list[str]]:
         helper = name.removeprefix(HELPER_USER)
         readable = [*_below(f"{root}.help.{helper}"), *_subjects_of([topics.status(federation)])]
         return _subjects_of(topics.of_helper(federation, helper)), readable
-    raise ProtocolError("no-device", f"{name!r} is neither a device or helper, nor the aggregator of {federation!r}")
+    if is_reader_user(name):
+        return [], _below(f"{root}.view", topics.DISCOVERY)
+    raise ProtocolError("no-device", f"{name!r} is no device, helper or reader, nor the aggregator of {federation!r}")
 
 
 def _subjects_of(filters: Iterable[str]) -> list[str]:

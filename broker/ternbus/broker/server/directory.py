@@ -13,7 +13,15 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import fault, load_toml, read_secret, replacing, write_secret, write_text
 from ternbus.broker.link.tls import PROBE, ServerTls, Tls
 from ternbus.broker.protocol.endpoint import Endpoint, is_loopback
-from ternbus.broker.protocol.identity import AGGREGATOR, check_device, check_federation, is_helper_user
+from ternbus.broker.protocol.identity import (
+    AGGREGATOR,
+    check_device,
+    check_federation,
+    check_reader,
+    is_helper_user,
+    is_reader_user,
+    reader_user,
+)
 from ternbus.broker.server import certificates, mosquitto
 from ternbus.broker.server.certificates import Authority, Named, Pair
 from ternbus.broker.server.running import ACCESS, HOME, Engine, Secured, is_home, reserve
@@ -135,12 +143,12 @@ class BrokerDirectory:
         return Secured(files=files, name=self.settings().names[0], probe=probe, names=self.names())
 
     def issue(self, name: str, federation: str) -> Credentials:
-        """A certificate with a new key for a device, a helper or the aggregator; a running broker accepts it.
+        """A certificate with a new key for a device, helper, reader or the aggregator; a running broker accepts it.
 
         ConfigError for an invalid name, or one that another federation uses on this broker.
         """
         check_federation(federation)
-        if name != f"{AGGREGATOR}-{federation}" and not is_helper_user(name):
+        if name != f"{AGGREGATOR}-{federation}" and not (is_helper_user(name) or is_reader_user(name)):
             check_device(name)
         path = self._path(ISSUED, f"{name}.pem")
         if path.exists() and (other := self._read(path).federation) != federation:
@@ -150,6 +158,20 @@ class BrokerDirectory:
         _replace(path, pair.certificate)
         self.write_access()
         return Credentials(authority=authority.pair.certificate, certificate=pair.certificate, key=pair.key)
+
+    def admit(self, reader: str, federation: str | None) -> tuple[Credentials, str]:
+        """A certificate for a reader of a federation, by default of the only one on this broker, and that one's name.
+
+        ConfigError if there are several, or none.
+        """
+        known = sorted(self.names())
+        if federation is None and len(known) != 1:
+            which = f"it has {', '.join(known)}" if known else "make one with: ternbus aggregator init"
+            raise ConfigError(f"which federation on {self.folder}? Add --federation NAME; {which}")
+        chosen = known[0] if federation is None else federation
+        if chosen not in known:
+            raise ConfigError(f"{self.folder} has no federation {chosen!r}; it has {', '.join(known) or 'none'}")
+        return self.issue(reader_user(check_reader(reader)), chosen), chosen
 
     def issued(self, name: str) -> Path:
         """The path of a client's newest certificate, which is not secret."""

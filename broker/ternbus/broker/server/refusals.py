@@ -41,7 +41,7 @@ REASONS: Final[Mapping[str, str]] = {
     "old-tls": "uses TLS 1.2 or older",
     "no-handshake": "ended the TLS handshake: not a TLS client, or it does not trust this broker's certificate",
     "wrong-client-id": "used a client id that is not the name in its certificate",
-    "not-admitted": "connected without MQTT, or with a certificate that names no device, helper or aggregator",
+    "not-admitted": "connected without MQTT, or with a certificate that names no device, helper, reader or aggregator",
     "write-denied": "published to a topic of another client",
     "read-denied": "subscribed to topics of another client",
 }
@@ -80,13 +80,18 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
-    """The topic filters that each client may read, from mosquitto's access list; those of None are for all clients."""
+    """The topic filters that each client may read, from mosquitto's access list; those of None are for all clients.
+
+    What a client is ``denied`` comes before.
+    """
 
     readable: Mapping[str | None, list[str]] = field(default_factory=dict)
+    denied: Mapping[str | None, list[str]] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str) -> "Access":
         found: dict[str | None, list[str]] = {}
+        denied: dict[str | None, list[str]] = {}
         user: str | None = None
         for line in text.splitlines():
             match line.split():
@@ -94,11 +99,15 @@ class Access:
                     user = name
                 case ["topic" | "pattern" as kind, "read" | "readwrite", topics]:
                     found.setdefault(user if kind == "topic" else None, []).append(topics)
+                case ["topic", "deny", topics]:
+                    denied.setdefault(user, []).append(topics)
                 case _:  # write permissions and comments
                     continue
-        return cls(readable=found)
+        return cls(readable=found, denied=denied)
 
     def may_read(self, client: str, wanted: str) -> bool:
+        if any(covers(each, wanted) for each in self.denied.get(client, ())):
+            return False
         mine = [*self.readable.get(None, ()), *self.readable.get(client, ())]
         return any(covers(each.replace("%u", client), wanted) for each in mine)
 

@@ -353,8 +353,8 @@ class Core:
         job = self.training.finished(event)
         if job is None:
             return []
-        self.uplink.store(event, job, now)
-        return [describe(event), *self._status()]
+        seq = self.uplink.store(event, job, now)
+        return [describe(event, seq), *self._status()]
 
     # -- sending
 

@@ -27,14 +27,17 @@ MIXED: Final = (
 )
 
 
-def describe(event: TrainingFinished) -> Log:
-    """The log of a finished training; or of a failed one, whose release says no more than that of a change of 0."""
+def describe(event: TrainingFinished, seq: int) -> Log:
+    """The log of a finished training, whose update has the number ``seq``; with it the update's way can be followed.
+
+    Of a failed one the release says no more than that of a change of 0.
+    """
     if event.failure:
         text = f"training on version {event.base} failed, the device sends a change of 0 instead: {event.failure}"
-        return Log(event="training-failed", text=text, fields={"base": event.base, "reason": event.failure})
-    fields = {"base": event.base, "samples": event.samples, **event.metrics}
+        return Log(event="training-failed", text=text, fields={"base": event.base, "seq": seq, "reason": event.failure})
+    fields = {"base": event.base, "seq": seq, "samples": event.samples, **event.metrics}
     shown = ", ".join(f"{name} {value:.4g}" for name, value in event.metrics.items())
-    return Log(event="trained", text=f"trained on version {event.base}: {shown}", fields=fields)
+    return Log(event="trained", text=f"trained on version {event.base}, update {seq}: {shown}", fields=fields)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -72,8 +72,8 @@ class Uplink:
         self._waits = 0
         self.resend.restart(now)
 
-    def store(self, finished: TrainingFinished, job: StartTraining, now: float) -> None:
-        """Make the result of a job the outstanding update, with residual, local tensors and privacy cost.
+    def store(self, finished: TrainingFinished, job: StartTraining, now: float) -> int:
+        """Make the result of a job the outstanding update, with residual, local tensors and privacy cost; its number.
 
         All of it is one durable write, before any part of the update is sent.
         """
@@ -91,6 +91,7 @@ class Uplink:
             )
         )
         self.resend.restart(now)
+        return update.seq
 
     def _prepared(self, finished: TrainingFinished, job: StartTraining) -> OutstandingUpdate:
         # metrics are in the header, in the clear, and depend on the data

@@ -267,7 +267,7 @@ app.command()(check)
 app.command()(noise)
 
 
-for _each in (inspection_commands.status, inspection_commands.verify):
+for _each in (inspection_commands.status, inspection_commands.trace, inspection_commands.verify):
     app.command()(_each)
 
 

@@ -1,4 +1,4 @@
-"""The commands of `ternbus edge` that only look at a device, also while it runs: status, verify."""
+"""The commands of `ternbus edge` that only look at a device, also while it runs: status, trace, verify."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,8 @@ import typer
 
 from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.folder_owner import act_as_owner
-from ternbus.edge.shell import log_check
+from ternbus.broker.protocol.frame import COUNTER_MAX
+from ternbus.edge.shell import log_check, update_trace
 from ternbus.edge.shell.arguments import Dir
 from ternbus.edge.shell.directory import DeviceDirectory
 from ternbus.edge.shell.printer import shown
@@ -67,6 +68,29 @@ def status(
     for name, value in facts.items():
         for line, each in value.items() if name == "counters" and isinstance(value, dict) else [(name, value)]:
             typer.echo(f"{line:28} {shown(each)}")
+
+
+def trace(
+    directory: Dir,
+    seq: Annotated[int, typer.Argument(metavar="SEQ", min=1, max=COUNTER_MAX, help="Number of the update.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+) -> None:
+    """Show what became of one update, by its number: the version that it was trained on, and its receipt.
+
+    Numbers are those of the log: `trained`, `sent`. `ternbus aggregator trace DIR DEVICE SEQ` shows the version that
+    the update is in. The exit code is 1 if no update had this number.
+
+    Example: ternbus edge trace pi-7 12
+    """
+    act_as_owner(directory)
+    settings = DeviceDirectory(directory).settings()
+    found = update_trace.find(outbox.summary(directory).state, outbox.answers(directory), seq)
+    about = {"device": settings.device, "seq": seq, "updates": [each.facts() for each in found]}
+    lines = [f"update {seq} of {settings.device} {each.sentence()}" for each in found]
+    lines = lines or [f"{settings.device} has no update {seq}: other messages have numbers too"]
+    typer.echo(json.dumps(about) if as_json else "\n".join(lines))
+    if not found:
+        raise typer.Exit(EXIT_FAILED)
 
 
 def verify(

@@ -1,14 +1,16 @@
 """A federation of processes on this machine: start, supervision, faults, end."""
 
 import json
+import re
 import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final, Self
+from urllib.parse import SplitResult, urlsplit
 
 from ternbus.aggregator.settings import Settings
-from ternbus.aggregator.shell import administration, helper_cards
+from ternbus.aggregator.shell import administration, dashboard_process, helper_cards
 from ternbus.aggregator.store import control, private_status, status
 from ternbus.broker.errors import FederationError
 from ternbus.broker.files import write_secret
@@ -40,6 +42,7 @@ BROKER: Final = "broker"
 AGGREGATOR: Final = "aggregator"
 PREPARE: Final = "prepare"
 SOFTWARE: Final = "ternbus lab"
+ANY_PORT: Final = "127.0.0.1:0"
 
 
 class OverdueError(FederationError):
@@ -124,7 +127,7 @@ class Testbed:
             dense=scenario.dense,
         )
         self._invite()
-        self._start(AGGREGATOR, "ternbus", ["aggregator", "run", str(output.aggregator)])
+        self._start_aggregator()
         for name in self._helpers:
             self._start(name, "ternbus", ["helper", "run", str(output.helper(name))])
         speeds = scenario.speeds.draw(scenario.devices, scenario.seed)
@@ -132,6 +135,19 @@ class Testbed:
             self._start(name, *fleet.device(scenario, output, index, name, speeds[index], helpers=[*keys.values()]))
         self._start(self._evaluator, *fleet.evaluator(scenario, output, self._evaluator))
         self._progress.say(f"all processes started; logs in {output.logs}")
+
+    def _start_aggregator(self) -> None:
+        """With the dashboard, where it is installed, at a free port; that stays the same if it is started again."""
+        run = ["aggregator", "run", str(self._output.aggregator)]
+        if not dashboard_process.is_installed():
+            self._start(AGGREGATOR, "ternbus", run)
+            return
+        started = self._start(AGGREGATOR, "ternbus", [*run, "--dashboard", ANY_PORT])
+        self._until(lambda: _dashboard(started.output()) is not None, START_TIMEOUT_S, "the aggregator")
+        found = _dashboard(started.output())
+        assert found is not None  # noqa: S101 - it was waited for
+        started.arguments = (*run, "--dashboard", f"{found.hostname}:{found.port}")
+        self._progress.say(f"dashboard while it runs: {found.geturl()}")
 
     def watch(self) -> None:
         """Supervise the run until the scenario's end: restart processes, inject faults, show progress.
@@ -344,6 +360,12 @@ def _ready(output: str) -> dict[str, Any]:
             found: dict[str, Any] = json.loads(line)
             return found
     return {}
+
+
+def _dashboard(output: str) -> SplitResult | None:
+    """Where the aggregator says in its log that the dashboard is; None before it says so."""
+    found = re.search(r"dashboard at (http://\S+/);", output)
+    return None if found is None else urlsplit(found[1])
 
 
 def _software(output: str) -> list[int]:
