@@ -88,7 +88,7 @@ class PrivateSettings:
         """Refuse a model that is too large for encrypted sums, and a machine without TenSEAL; ConfigError says why."""
         if self.kind != BFV:
             return
-        bfv.library()
+        bfv.require()
         if schema.elements > bfv.ELEMENTS_MAX:
             raise ConfigError(
                 f'private.kind = "{BFV}" is for linear models and heads of at most {bfv.ELEMENTS_MAX:,} parameters, '

@@ -372,7 +372,6 @@ class Sets:
             actions = self.asks.done(helper, found.digest, now)
             if found.awaited:
                 return actions
-            assert found.total is not None  # noqa: S101 - since it is opening
             total = decode(terms, self.schema, found.total, len(found.members))
         except ProtocolError as error:
             self.counters.refuse(error.reason, now)
