@@ -1,4 +1,4 @@
-"""The section [private] of aggregator.toml: helpers, and what updates are masked by; a plain federation has none."""
+"""The section [private] of aggregator.toml: the helpers and parameters of private sums."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace

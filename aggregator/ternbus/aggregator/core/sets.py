@@ -1,4 +1,4 @@
-"""Private updates from their acceptance to their version: groups, sets, what helpers are asked, what they answer.
+"""Private updates between acceptance and version: groups, sets, requests to helpers and their answers.
 
 The life of a set:
 

@@ -1,4 +1,4 @@
-"""`ternbus aggregator status`: what is wrong first, then everything else; for people, programs and monitors."""
+"""The command `ternbus aggregator status`, for people, programs and monitors; the health comes first."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""Private updates that were accepted, and sets of them on their way to a sum."""
+"""Accepted private updates, and the sets in which they are summed."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
