@@ -18,17 +18,15 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from support.core_device import DEVICE_KEY, aggregator, evaluated, following, logged, only, published, trained
+from support.growing_outbox import KEY, state_after
 from ternbus.broker.crash_points import VARIABLE
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.model_files import load_metadata, load_safetensors
-from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.schema import Schema, to_tensors, to_vector
-from ternbus.broker.protocol.ternary import Block
 from ternbus.broker.server import running
 from ternbus.edge import Plan, TorchTask, Trained, TrainingError, load_task
 from ternbus.edge.core import events
 from ternbus.edge.core.actions import SaveModel, StartEvaluation, StartFineTuning, StartTraining, Stop, tensors_of
-from ternbus.edge.core.state import State, prepare
 from ternbus.edge.learn.kinds import staying
 from ternbus.edge.learn.local_state import packed, unpacked
 from ternbus.edge.learn.noise import RandomSource
@@ -273,26 +271,16 @@ def test_equal_tensors_are_packed_as_equal_bytes() -> None:
     assert unpacked(b"") == {}
 
 
-KEY = Identity(b"o" * 32).key_id
-SCHEMA = Schema.of({"w": (400, 10)})
 SAVE = """
 import sys
 from pathlib import Path
 from dataclasses import replace
 sys.path[:0] = {paths!r}
-from test_local_state import KEY, state_after
+from support.growing_outbox import KEY, state_after
 from ternbus.edge.store.outbox import Outbox
 with Outbox(Path({folder!r}), KEY) as outbox:
     outbox.save(state_after(outbox.state), None, {{}})
 """
-
-
-def state_after(state: State) -> State:
-    """The state after one more training."""
-    number = len(state.local) + 1
-    block = Block.of_float32(SCHEMA, np.full(SCHEMA.elements, number, np.float32))
-    update = prepare(block, seq=10 + number, base=number, samples=1, metrics={}, frame_bytes=3000)
-    return replace(state, outstanding=update, local=b"x" * number)
 
 
 @pytest.mark.slow
