@@ -33,7 +33,8 @@ endif
 # Tests that start processes or train are marked slow: `make check` skips them, `make test` runs them. Longer ones are
 # marked extended, and run by `make test-extended` only.
 JOBS ?= 2
-PARALLEL := -n $(JOBS) --dist loadfile # tests of one file may build on each other
+# Tests of one file may build on each other. The order of the files is that of tests/conftest.py.
+PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 CORE_TESTS := -m "not slow and not extended"
 SLOW_TESTS := -m "slow and not extended"
 

@@ -23,7 +23,7 @@ from ternbus.lab.scenario.simulated import Simulated
 from ternbus.lab.virtual.simulate import Simulation
 
 PLAN = Plan(local_steps=5)
-VERSIONS = 12
+VERSIONS = 8
 SMALL = Scenario(
     task="digits-numpy",
     devices=10,

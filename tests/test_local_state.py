@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+from support.commands import typed
 from support.core_device import DEVICE_KEY, aggregator, evaluated, following, logged, only, published, trained
 from support.growing_outbox import KEY, state_after
 from ternbus.broker.crash_points import VARIABLE
@@ -414,10 +415,10 @@ def broker(tmp_path: Path) -> Iterator[str]:
 def test_a_device_exports_the_version_and_what_it_keeps_for_itself(broker: str, tmp_path: Path, task: str) -> None:
     """Without tensors of its own it writes the same bytes as the aggregator."""
     first, home, device = tmp_path / "first.safetensors", tmp_path / "agg", tmp_path / "pi"
-    ternbus("edge", "init-model", task, first)
-    settings = "--set", "merge.buffer_size=1"
-    ternbus("aggregator", "init", home, "--federation", "lab", "--broker", broker, "--model", first, *settings)
-    ternbus("aggregator", "invite", home, "pi", "--evaluator", "judge", "--out", tmp_path)
+    typed(tmp_path, "edge", "init-model", task, first)
+    about = "--federation", "lab", "--broker", broker, "--model", first, "--set", "merge.buffer_size=1"
+    typed(tmp_path, "aggregator", "init", home, *about)
+    typed(tmp_path, "aggregator", "invite", home, "pi", "--evaluator", "judge", "--out", tmp_path)
     serving = subprocess.Popen([sys.executable, "-m", "ternbus", "aggregator", "run", str(home)])
     try:
         ternbus("edge", "join", tmp_path / "pi.toml", device, "--task", task, "--partition", "natural:1")
@@ -428,7 +429,7 @@ def test_a_device_exports_the_version_and_what_it_keeps_for_itself(broker: str, 
     finally:
         serving.terminate()
         serving.wait(TIMEOUT_S)
-    ternbus("aggregator", "export", home, tmp_path / "all.safetensors")
+    typed(tmp_path, "aggregator", "export", home, tmp_path / "all.safetensors")
     everyone, own = load_safetensors(tmp_path / "all.safetensors"), load_safetensors(tmp_path / "own.safetensors")
     kept = unpacked(outboxes.summary(device).state.local)
     assert bits(own) == bits({**everyone, **kept})
