@@ -56,7 +56,7 @@ setup: $(FULL) ## Make .venv with all packages, and install mosquitto if possibl
 demo: $(DEMO_NEEDS) ## Run a federation on this machine: broker, aggregator, 8 devices, evaluator (TASK=…)
 	@$(BIN)/ternbus lab run --task $(TASK)
 
-check: lint types core ## Lint, types, layers and core tests: about 5 minutes
+check: lint types core ## Lint, types, layers and core tests
 
 lint: $(FULL)
 	$(BIN)/ruff check
