@@ -287,7 +287,10 @@ def test_a_running_aggregator_is_steered_and_watched(tmp_path: Path, model: Path
     schema = ledger.schema()
     ledger.close()
     with listening(directory, url) as agg:
-        assert "another process serves" in run("run", directory, code=2)
+        with started(directory) as second:
+            assert second.wait(60) == 2
+            assert second.stderr is not None
+            assert "another process serves" in second.stderr.read()
         pi = joined(agg, "pi", schema)
         (frame,) = pi.update(float32_block(schema, 1), 0)
         agg.link.publish(pi.topic("update"), frame)
