@@ -96,9 +96,11 @@ def test_the_scikit_learn_example_tests_the_model_that_a_federation_of_processes
     scenario = tmp_path / "scenario.toml"
     scenario.write_text('partition = "iid"\ndevices = 2\nend = { versions = 8 }\n')
     out = tmp_path / "out"
-    lab = [sys.executable, "-m", "ternbus", "lab", "run", scenario, "--task", "examples.sklearn_task:TASK"]
+    lab = [sys.executable, "-m", "ternbus", "lab", "run", str(scenario), "--task", "examples.sklearn_task:TASK"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run([*lab, "--out", out], cwd=ROOT, env=environment, capture_output=True, timeout=300, check=False)
+    ran = subprocess.run(
+        [*lab, "--out", str(out)], cwd=ROOT, env=environment, capture_output=True, timeout=300, check=False
+    )
     assert ran.returncode == 0, ran.stderr.decode()
     federated = printed(str(out / "model.safetensors"))
     assert federated > 0.88
