@@ -16,11 +16,14 @@ JOURNAL: Final = "JOURNAL_STREAM"  # set by systemd for services: device and ino
 
 def is_journal(stream: IO[str]) -> bool:
     """Whether what is written there becomes lines of systemd's journal (systemd.exec(5), `$JOURNAL_STREAM`)."""
+    journal = os.environ.get(JOURNAL)
+    if journal is None:
+        return False
     try:
         about = os.fstat(stream.fileno())
     except (OSError, ValueError):  # no file, or a closed one
         return False
-    return os.environ.get(JOURNAL) == f"{about.st_dev}:{about.st_ino}"
+    return journal == f"{about.st_dev}:{about.st_ino}"
 
 
 def log_line(
@@ -34,10 +37,14 @@ def log_line(
     if as_json:
         about: dict[str, Any] = {"time": round(time.time(), 3), "level": level, "event": event, "text": text}
         return json.dumps({**about, **fields})
-    shown = "".join(each if each.isprintable() or each == "\n" else "?" for each in text)
+    shown = text if text.isprintable() else "".join(_shown(each) for each in text)
     if journal:
         return f"<{PRIORITIES[level]}>{shown}"
     return f"{datetime.now().astimezone().isoformat(timespec='seconds')} {level:7} {shown}"
+
+
+def _shown(character: str) -> str:
+    return character if character.isprintable() or character == "\n" else "?"
 
 
 class WriteLog(Protocol):

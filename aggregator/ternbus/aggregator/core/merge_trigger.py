@@ -88,8 +88,8 @@ class MergeTrigger:
         """Whether every device online that may still send an update has one in the buffer, and there is one."""
         if now < self.statuses_by:
             return False
-        is_known = any(update.device in online for update in buffer)
-        return is_known and self._awaited(buffer, online, now) is None
+        contributors = {update.device for update in buffer}
+        return not contributors.isdisjoint(online) and self.awaited(contributors, online, now) is None
 
     def _awaited(self, buffer: Buffer, online: Online, now: float) -> Member | None:
         """The first device online that trains, is not in the buffer and has not been silent for too long."""

@@ -253,6 +253,8 @@ class Service:
         return time.monotonic() - self._heard_at if self._topics else 0.0
 
     def _count_dropped(self) -> list[events.Action]:
+        if self._link.dropped == self._dropped and not self._unsent:
+            return []
         at_qos_0, self._dropped = self._link.dropped - self._dropped, self._link.dropped
         unsent, self._unsent = self._unsent, 0
         found = (

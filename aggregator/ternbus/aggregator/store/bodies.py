@@ -33,13 +33,17 @@ class Bodies:
 
     folder: Path
     segment: int  # the one that is appended to
+    _path: Path = field(init=False)
     _descriptor: int | None = field(default=None)
     _end: int = 0
     _dirty: bool = False
 
+    def __post_init__(self) -> None:
+        self._path = self._of(self.segment)
+
     def append(self, body: bytes) -> Place:
         """Put a body behind the last one; StorageError where the disk does not take it."""
-        with files.storing(self._path(self.segment)):
+        with files.storing(self._path):
             if self._descriptor is None:
                 self._open()
             assert self._descriptor is not None  # noqa: S101 - for the type checker
@@ -55,13 +59,13 @@ class Bodies:
     def sync(self) -> None:
         """Make durable what was appended since the last call."""
         if self._dirty and self._descriptor is not None:
-            with files.storing(self._path(self.segment)):
+            with files.storing(self._path):
                 os.fdatasync(self._descriptor)
         self._dirty = False
 
     def read(self, place: Place) -> bytes:
         """A body; CorruptError where the file has lost or changed it, StorageError where the disk cannot read it."""
-        path = self._path(place.segment)
+        path = self._of(place.segment)
         with reading(path), path.open("rb") as file:
             file.seek(place.offset)
             body = file.read(place.size_bytes)
@@ -72,7 +76,7 @@ class Bodies:
     def begin(self, segment: int) -> None:
         """Append to another file from now on."""
         self.close()
-        self.segment = segment
+        self.segment, self._path = segment, self._of(segment)
 
     def below(self, segment: int) -> list[Path]:
         """Every file with a lower number."""
@@ -86,12 +90,12 @@ class Bodies:
 
     def _open(self) -> None:
         self.folder.mkdir(mode=0o700, exist_ok=True)
-        new = not self._path(self.segment).exists()
-        self._descriptor = os.open(self._path(self.segment), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        new = not self._path.exists()
+        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         # what a crash left behind without a row in the ledger stays where it is: nothing refers to it
         self._end = os.fstat(self._descriptor).st_size
         if new:
             files.sync(self.folder)
 
-    def _path(self, segment: int) -> Path:
+    def _of(self, segment: int) -> Path:
         return self.folder / f"{segment}.bodies"

@@ -58,7 +58,7 @@ class Ledger:
     ) -> None:
         if not path.exists():
             raise lost_ledger.missing(path)
-        self.path = path
+        self.path, self._remedy = path, remedy(path.parent)
         try:
             self.db = _connect(path, read_only=read_only, untouched=untouched)
             self.db.execute("PRAGMA query_only = ON" if read_only else "PRAGMA synchronous = FULL")
@@ -67,7 +67,8 @@ class Ledger:
             found = self.fact("format")
             self.bodies = Bodies(path.parent / BODIES, int(self.fact("segment") or 0))
             self.vectors = Vectors(path.parent / VECTORS)
-            self._updates = 0  # the highest id of one
+            self._updates: int | None = None  # the highest id of one, as soon as it is asked for
+            self._begun = False  # another file of bodies
             self._beside, self._unneeded, self._checkpoint_at = beside, False, time.monotonic()
             if beside is not None:
                 self.db.execute("PRAGMA wal_autocheckpoint = 0")  # else a commit does it, and everything waits
@@ -75,7 +76,7 @@ class Ledger:
             self._pending: Future[_Written] | None = None
             self._checkpoint: Future[None] | None = None
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-            raise store_format.unreadable(path, error, remedy(path.parent)) from error
+            raise store_format.unreadable(path, error, self._remedy) from error
         if found != FORMAT:
             self.close()
             raise migration.refusal(path, found)
@@ -100,7 +101,7 @@ class Ledger:
 
     def naming(self) -> AbstractContextManager[None]:
         """StorageError or CorruptError, with the file's name and what to do, in place of SQLite's errors."""
-        return store_format.naming(self.path, remedy(self.path.parent))
+        return store_format.naming(self.path, self._remedy)
 
     def fact(self, name: str) -> Any:
         row = self.db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
@@ -138,7 +139,6 @@ class Ledger:
         moment = time.time() if now is None else now
         with self.transaction():
             self._settle(wait=not batch)
-            (self._updates,) = self.db.execute("SELECT coalesce(max(id), 0) FROM updates").fetchone()
             for record in batch:
                 self._write(record, moment)
             self.bodies.sync()  # before the rows that refer to them
@@ -157,10 +157,13 @@ class Ledger:
 
     def _drop(self) -> None:
         """After a snapshot: begin another file of bodies, and remove files that nothing refers to any more."""
+        if not (self._begun or self._unneeded):
+            return
         segment = int(self.fact("segment") or 0)
         if segment != self.bodies.segment:
             self.bodies.begin(segment)
             reached("segment-begun")
+        self._begun = False
         if self._unneeded:
             self._unneeded = False
             (oldest,) = self.db.execute("SELECT min(segment) FROM updates WHERE segment IS NOT NULL").fetchone()
@@ -177,8 +180,7 @@ class Ledger:
     def _write(self, record: records.Record, now: float) -> None:
         match record:
             case records.UpdateAccepted():
-                self._updates += 1
-                rows.accepted(self.db, self._updates, record, self.bodies.append(record.body), now)
+                rows.accepted(self.db, self._next_update(), record, self.bodies.append(record.body), now)
             case records.SnapshotTaken():
                 self._snapshot(record)
             case records.DeviceRevoked() | records.KeysRevoked():
@@ -187,6 +189,13 @@ class Ledger:
                 revocations.add(self.path.with_name(revocations.FILE), revoked)  # more in the list does no harm
             case _:
                 rows.write(self.db, record, now)
+
+    def _next_update(self) -> int:
+        """An id above those of all updates; after a transaction that failed, some numbers are left out."""
+        if self._updates is None:
+            (self._updates,) = self.db.execute("SELECT coalesce(max(id), 0) FROM updates").fetchone()
+        self._updates += 1
+        return self._updates
 
     def _set(self, name: str, value: object) -> None:
         rows.set_fact(self.db, name, value)
@@ -197,6 +206,7 @@ class Ledger:
         self._set("snapshot", json.dumps([named.version, named.parts, named.content_bytes, named.place]))
         segment = int(self.fact("segment") or 0) + 1
         self._set("segment", segment)
+        self._begun = True
         self._settle(wait=True)  # one at a time, in their order
         if record.at_leisure and self._beside is not None:
             self._pending = self._beside.submit(self._write_vectors, record, segment)
@@ -296,7 +306,7 @@ class Ledger:
             raise self.corrupt(f"version {version} does not have its digest")
 
     def corrupt(self, what: str) -> CorruptError:
-        return CorruptError(f"{self.path}: {what}; {remedy(self.path.parent)}")
+        return CorruptError(f"{self.path}: {what}; {self._remedy}")
 
     def server(self) -> tuple[int, ServerState]:
         """The version at which a start begins, and the server's state then."""

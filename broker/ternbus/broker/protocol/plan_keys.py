@@ -4,7 +4,6 @@ A device follows a plan that `fault` finds nothing in, and ignores keys that it 
 also refuses keys that nobody knows (`unknown`), since a misspelt key would be ignored without a word.
 """
 
-import difflib
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -153,6 +152,8 @@ def unknown(plan: Mapping[str, object], own: Collection[str]) -> list[str]:
 
     The text begins with the name of the key.
     """
+    import difflib  # noqa: PLC0415 - for an error only: a device that runs has no memory for it
+
     known = [*KEYS, *own]
     found = []
     for name in plan:

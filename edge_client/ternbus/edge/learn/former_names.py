@@ -5,7 +5,6 @@ other modules are read from their source.
 """
 
 import ast
-import symtable
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from importlib.util import find_spec
@@ -135,6 +134,8 @@ def names_in(module: str) -> set[str]:
     source = _source(module)
     if source is None:
         return set()
+    import symtable  # noqa: PLC0415 - for an error only: a device that runs has no memory for it
+
     table = symtable.symtable(source.read_text(encoding="utf-8"), str(source), "exec")
     return {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() and not symbol.is_imported()}
 

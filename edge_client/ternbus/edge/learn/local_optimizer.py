@@ -39,18 +39,17 @@ class _Stepper:
 
     def step(self, gradients: Sequence[Array], rate: float) -> None:
         self._steps += 1
-        clip = self._plan.grad_clip
-        objective = list(map(self._objective, range(len(self._parameters)), gradients, self._parameters))
-        norm = _norm(objective) if clip else 0.0
-        for number, g in enumerate(objective):
-            self._move(number, g * (clip / norm) if norm > clip else g, rate)
+        if self._plan.proximal_mu:
+            gradients = self._objective(gradients)
+        if self._plan.grad_clip:
+            gradients = _clipped(gradients, self._plan.grad_clip)
+        for number, g in enumerate(gradients):
+            self._move(number, g, rate)
 
-    def _objective(self, number: int, g: Array, w: Array) -> Array:
-        """The gradient of FedProx's objective: loss + mu/2·|w - w0|² (Li et al. 2020, eq. 2)."""
-        return g + self._plan.proximal_mu * (w - self._began[number]) if self._began else g
-
-    def _decayed(self, g: Array, w: Array) -> Array:
-        return g + self._plan.weight_decay * w if self._plan.weight_decay else g
+    def _objective(self, gradients: Sequence[Array]) -> list[Array]:
+        """The gradients of FedProx's objective: loss + mu/2·|w - w0|² (Li et al. 2020, eq. 2)."""
+        mu = self._plan.proximal_mu
+        return [g + mu * (w - w0) for g, w, w0 in zip(gradients, self._parameters, self._began, strict=True)]
 
     def _move(self, number: int, g: Array, rate: float) -> None:
         raise NotImplementedError
@@ -67,11 +66,12 @@ class Sgd(_Stepper):
         self._momenta = [w * 0 for w in parameters]
 
     def _move(self, number: int, g: Array, rate: float) -> None:
-        w, m, beta = self._parameters[number], self._momenta[number], self._plan.momentum
-        g = self._decayed(g, w)
-        m *= beta
+        plan, w, m = self._plan, self._parameters[number], self._momenta[number]
+        if plan.weight_decay:
+            g = g + plan.weight_decay * w
+        m *= plan.momentum
         m += g
-        w -= rate * (g + beta * m if self._plan.nesterov else m)
+        w -= rate * (g + plan.momentum * m if plan.nesterov else m)
 
 
 class Adam(_Stepper):
@@ -89,8 +89,8 @@ class Adam(_Stepper):
 
     def _move(self, number: int, g: Array, rate: float) -> None:
         plan, w, m, v = self._plan, self._parameters[number], self._means[number], self._squares[number]
-        if plan.optimizer == "adam":
-            g = self._decayed(g, w)
+        if plan.weight_decay and plan.optimizer == "adam":
+            g = g + plan.weight_decay * w
         elif plan.weight_decay:
             w *= 1 - rate * plan.weight_decay
         m *= plan.beta1
@@ -112,11 +112,17 @@ class RmsProp(_Stepper):
         self._squares = [w * 0 for w in parameters]
 
     def _move(self, number: int, g: Array, rate: float) -> None:
-        w, v, alpha = self._parameters[number], self._squares[number], self._plan.rmsprop_alpha
-        g = self._decayed(g, w)
+        plan, w, v, alpha = self._plan, self._parameters[number], self._squares[number], self._plan.rmsprop_alpha
+        if plan.weight_decay:
+            g = g + plan.weight_decay * w
         v *= alpha
         v += (1 - alpha) * g * g
         w -= rate * g / (v**0.5 + EPSILON)
+
+
+def _clipped(gradients: Sequence[Array], clip: float) -> Sequence[Array]:
+    norm = _norm(gradients)
+    return [g * (clip / norm) for g in gradients] if norm > clip else gradients
 
 
 def _norm(gradients: Sequence[Array]) -> float:

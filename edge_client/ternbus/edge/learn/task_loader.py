@@ -9,7 +9,6 @@ my_task                   the only task in my_task.py
 import importlib
 import linecache
 import os
-import sysconfig
 import threading
 import traceback
 from collections.abc import Callable, Mapping
@@ -44,7 +43,7 @@ BUILT_IN_TASKS: Mapping[str, str] = {
 }
 NEEDED: Final = "a task needs name, default_plan, initial(), trainer() and evaluator()"
 SHOWN_CHARS: Final = 300  # of the message of an error of a task
-OTHERS: Final = (sysconfig.get_path("stdlib"), *ternbus.__path__)  # folders of code that no task's author wrote
+OTHERS: Final = (str(Path(os.__file__).parent), *ternbus.__path__)  # folders of code that no task's author wrote
 
 
 def load_task(spec: str) -> Task:

@@ -27,5 +27,7 @@ class TrainingLimits:
 
     def bound(self, plan: Plan) -> Plan:
         """The plan with at most the owner's seconds and steps."""
+        if self.seconds is None and self.steps is plan.steps_max:
+            return plan
         seconds = [each for each in (plan.local_seconds, self.seconds) if each is not None]
         return replace(plan, local_seconds=min(seconds, default=None), steps_max=self.steps)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import Final
 
 import numpy as np
@@ -130,6 +131,8 @@ class Plan:
     def rates(self, version: int, samples: int) -> Iterator[float]:
         """The learning rate of each step, one for each of `batches`."""
         rate, steps = self.rate(version), self.steps(samples)
+        if self.step_schedule == "constant" and not self.warmup_steps:
+            return repeat(rate, steps)
         return (rate * self.step_share(step, steps) for step in range(steps))
 
     def batches(

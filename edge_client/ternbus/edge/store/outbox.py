@@ -6,7 +6,7 @@ It converts a `State` into rows and back. A second process can read the file at 
 import json
 import shlex
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +32,12 @@ _NUMBERS: Final = (
     "enrolled", "seq_limit", "session", "head_version", "head_seq", "answered_base", "evaluated", "accepted",
     "receipt_seq",
 )  # fmt: skip
+_RARE: Final = (
+    "local",
+    "left",
+    "cards",
+    "refusal",
+)  # most devices have none of these, and an earlier version wrote none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,26 +90,22 @@ class Outbox:
                 self._save_residual(state.residual)
             if before is None or state.outstanding is not before.outstanding:
                 self._save_outstanding(state.outstanding)
+            if before is None or _private(state) is not _private(before):
+                self._save_private(_private(state))
             if answered is not None:
                 self._save_answered(answered)
-            for row in counters.items():
+            for row in counters.items() - self.counters.items():
                 insert(self._db, "counters", row)
             reached("state-written")
         self.state = self._stored = state
+        self.counters = dict(counters)
 
     def _save_numbers(self, state: State) -> None:
-        values: dict[str, Any] = {name: str(int(getattr(state, name))) for name in _NUMBERS}
-        values |= {"key": bytes(state.key), "schema": state.schema, "head_digest": state.head_digest}
-        values |= {"protected": state.protected, "account": state.account.dumps()}
-        before = self._stored
-        new = before or State(key=state.key)
-        few = {"local": state.local, "left": str(state.left), "cards": _dumps(state.cards), "refusal": state.refusal}
-        # most devices have none of these, and an earlier version wrote none
-        values |= {name: value for name, value in few.items() if getattr(state, name) != getattr(new, name)}
-        if before is not None:
-            values = {name: value for name, value in values.items() if getattr(state, name) != getattr(before, name)}
-        for row in values.items():
-            insert(self._db, "kept", row)
+        before = self._stored or State(key=state.key)
+        for name, as_value in _VALUES.items():
+            changed = getattr(state, name) != getattr(before, name)
+            if changed or (self._stored is None and name not in _RARE):
+                insert(self._db, "kept", (name, as_value(getattr(state, name))))
 
     def _save_residual(self, residual: Vector | None) -> None:
         self._db.execute("DELETE FROM residual")
@@ -121,7 +123,6 @@ class Outbox:
             )  # fmt: skip
             insert(self._db, "outstanding", row)
         insert(self._db, "kept", ("outstanding", "" if update is None else str(checksum(*row))))
-        self._save_private(update.private if update is not None else None)
 
     def _save_private(self, part: PrivatePart | None) -> None:
         self._db.execute("DELETE FROM private")
@@ -234,8 +235,22 @@ def _outstanding(db: sqlite3.Connection) -> OutstandingUpdate | None:
     return replace(outstanding_of(row), private=None if private is None else private_of(private))
 
 
+def _private(state: State) -> PrivatePart | None:
+    return None if state.outstanding is None else state.outstanding.private
+
+
 def _dumps(cards: Mapping[bytes, int]) -> str:
     return json.dumps({key.hex(): number for key, number in cards.items()})
+
+
+_VALUES: Final[Mapping[str, Callable[[Any], object]]] = {  # what `kept` holds of each field
+    **dict.fromkeys(_NUMBERS, lambda number: str(int(number))),
+    **dict.fromkeys(("schema", "head_digest", "protected", "local", "refusal"), lambda value: value),
+    "key": bytes,
+    "account": Account.dumps,
+    "left": str,
+    "cards": _dumps,
+}
 
 
 def cards_of(text: str) -> dict[bytes, int]:

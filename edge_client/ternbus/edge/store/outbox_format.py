@@ -64,6 +64,11 @@ NAMES: Final = {  # that `kept` has as soon as anything was saved
 NAMED_MAX: Final = 3  # in an error
 _TABLES_3: Final = tuple(name for name in TABLES if name != "private")
 WHOLE: Final = ("residual", "outstanding", "private")  # tables of one row at most, whose checksum is in `kept`
+_REPLACE: Final = {  # a row, beside what `COLUMNS` has its id or its checksum
+    table: f"REPLACE INTO {table} ({f'id, {names}' if table in WHOLE else f'{names}, crc'}) "  # noqa: S608 - our own names
+    f"VALUES ({', '.join('?' * (names.count(',') + 2))})"
+    for table, names in COLUMNS.items()
+}
 _NAMES_2: Final = {"account": Account().dumps(), "head_digest": b"", "protected": ""}  # in `kept`; nothing is known
 
 
@@ -106,13 +111,8 @@ def _make(db: sqlite3.Connection, _: Path) -> None:
 
 def insert(db: sqlite3.Connection, table: str, row: Sequence[object]) -> None:
     """Write a row of the newest format, in place of one of the same name; ``row`` is in the order of ``COLUMNS``."""
-    names, values = COLUMNS[table], tuple(row)
-    if table in WHOLE:
-        names, values = f"id, {names}", (0, *values)
-    else:
-        names, values = f"{names}, crc", (*values, checksum(*values))
-    places = ", ".join("?" for _ in values)
-    db.execute(f"REPLACE INTO {table} ({names}) VALUES ({places})", values)  # noqa: S608 - our own names
+    values = tuple(row)
+    db.execute(_REPLACE[table], (0, *values) if table in WHOLE else (*values, checksum(*values)))
 
 
 def whole_checksum(db: sqlite3.Connection, table: str) -> str:
