@@ -34,7 +34,8 @@ endif
 # Tests that start processes or train are marked slow: `make check` skips them, `make test` runs them. Longer ones are
 # marked extended, and run by `make test-extended` only.
 JOBS ?= 2
-PARALLEL := -n $(JOBS) --dist loadfile # tests of one file may build on each other
+# Tests of one file may build on each other. The order of the files is that of tests/conftest.py.
+PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 CORE_TESTS := -m "not slow and not extended"
 SLOW_TESTS := -m "slow and not extended"
 
@@ -56,7 +57,7 @@ setup: $(FULL) ## Make .venv with all packages, and install mosquitto if possibl
 demo: $(DEMO_NEEDS) ## Run a federation on this machine: broker, aggregator, 8 devices, evaluator (TASK=…)
 	@$(BIN)/ternbus lab run --task $(TASK)
 
-check: lint types core ## Lint, types, layers and core tests: about 5 minutes
+check: lint types core ## Lint, types, layers and core tests
 
 lint: $(FULL)
 	$(BIN)/ruff check

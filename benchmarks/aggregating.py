@@ -5,8 +5,11 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
-from benchmarks.ingest import cpu_s, resident_mb
+from benchmarks.program import cpu_s, resident_mb, wait_until
+
+CONNECTED_S: Final = 300.0  # with a large ledger
 
 
 @dataclass(slots=True)
@@ -24,14 +27,14 @@ class Aggregator:
         """The resident memory, in KiB, when the process is almost idle."""
         while True:
             before = self.cpu_s
-            time.sleep(2.0)
+            time.sleep(2.0)  # over which the load is taken
             if self.cpu_s - before < 0.2:
                 return 1024 * resident_mb(self.process.pid, "VmRSS")
 
     def idle_share(self, seconds: float = 5.0) -> float:
         """The share of a core that the idle process uses."""
         before = self.cpu_s
-        time.sleep(seconds)
+        time.sleep(seconds)  # what is measured
         return (self.cpu_s - before) / seconds
 
     def stop(self) -> None:
@@ -45,7 +48,10 @@ def run_aggregator(directory: Path, log: Path) -> Aggregator:
     command = [sys.executable, "-m", "ternbus", "aggregator", "run", str(directory)]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stderr=output)
-    while b"connected (" not in log.read_bytes():
+
+    def is_connected() -> bool:
         assert process.poll() is None, log.read_text()
-        time.sleep(0.02)
+        return b"connected (" in log.read_bytes()
+
+    wait_until(is_connected, "the aggregator is connected", CONNECTED_S)
     return Aggregator(process, time.monotonic() - began)

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.program import options, print_result
 from ternbus.broker import toml
 
 BUFFER: Final = 10
@@ -89,12 +90,11 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def main() -> None:
     """Run both and print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = options(__doc__)
     parser.add_argument("--devices", type=int, default=50)
     parser.add_argument("--versions", type=int, default=60)
     parser.add_argument("--median-s", type=float, default=10.0, help="median duration of a local training")
     parser.add_argument("--out", type=Path, help="folder for both runs; by default a temporary one")
-    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         arguments.out = arguments.out or Path(temporary)
@@ -112,10 +112,8 @@ def main() -> None:
         }
         for name, allowed in TOLERANCES.items()
     ]
-    if arguments.json:
-        print(json.dumps({"devices": arguments.devices, "versions": arguments.versions, "rows": rows}))
-    else:
-        show(rows)
+    result = {"devices": arguments.devices, "versions": arguments.versions, "rows": rows}
+    print_result(result, as_json=arguments.json, show=lambda: show(rows))
     if any(found[name] > allowed for name, allowed in TOLERANCES.items()):
         sys.exit("the simulation does not agree with the real processes")
 

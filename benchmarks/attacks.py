@@ -9,10 +9,7 @@ the same ones on a version that is not yet, which their header refuses, 90 a sec
 attacker share the machine.
 """
 
-import argparse
-import json
 import multiprocessing
-import os
 import subprocess
 import sys
 import tempfile
@@ -26,7 +23,8 @@ import msgpack
 import numpy as np
 
 from benchmarks import mqtt
-from benchmarks.ingest import FEDERATION, percentile, prepare, prepared_body, resident_mb, shapes
+from benchmarks.ingest import FEDERATION, percentile, prepare, prepared_body, shapes
+from benchmarks.program import one_thread, options, print_result, resident_mb
 from benchmarks.sender import Line, Load, Target, await_retained, device, identity, run_load
 from ternbus.aggregator.store import status as statuses
 from ternbus.broker.protocol import topics
@@ -114,7 +112,7 @@ def assail(about: Target, attack: Attack, member: int, ready: Any, over: Any) ->
         while unanswered > 200:
             unanswered -= sum(kind >> 4 == PUBACK for kind, _ in line.packets())
         if attack.per_s:
-            time.sleep(max(0.0, begun + sent / attack.per_s - time.monotonic()))
+            time.sleep(max(0.0, begun + sent / attack.per_s - time.monotonic()))  # the pace of the attack
     line.socket.close()
 
 
@@ -192,19 +190,18 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measure each attack on each engine, and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", action="store_true")
+    parser = options(__doc__)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--engines", type=Engine, nargs="+", default=[Engine.MOSQUITTO, Engine.NATS])
     parser.add_argument("--attacks", nargs="+", choices=list(ATTACKS), default=list(ATTACKS))
     arguments = parser.parse_args()
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    one_thread()
     rows = []
     for engine in arguments.engines:
         for name in arguments.attacks:
             with tempfile.TemporaryDirectory() as folder:
                 rows.append(measure(ATTACKS[name], engine, arguments.seconds, Path(folder)))
-    print(json.dumps(rows) if arguments.json else table(rows))
+    print_result(rows, as_json=arguments.json, show=lambda: print(table(rows)))
 
 
 if __name__ == "__main__":

@@ -7,18 +7,17 @@ add to a float32 sum. If `aggregator/native` is installed, decoding is also meas
 baseline adds one float32 vector to another, which reads and writes the same memory. GB/s count the update as float32.
 """
 
-import argparse
-import json
 import statistics
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Final
 
 import numpy as np
 
+from benchmarks.program import options, print_result
 from ternbus.aggregator.merge.accumulator import COMPILED, Accumulator
 from ternbus.broker.protocol.schema import Schema, Vector
 from ternbus.broker.protocol.ternary import TERNARY, ZSTD, Block, encode
@@ -101,16 +100,8 @@ def measure(parameters: int) -> Row:
     )
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
-    parser.add_argument("--parameters", type=int, nargs="+", default=list(SIZES), help="sizes of the model")
-    arguments = parser.parse_args()
-    rows = [measure(parameters) for parameters in arguments.parameters]
-    if arguments.json:
-        print(json.dumps([asdict(row) for row in rows]))
-        return
+def show(rows: Sequence[Row]) -> None:
+    """Print a table."""
     print(
         f"{'parameters':>11} {'add, ms':>9} {'GB/s':>6} {'encode, ms':>11} {'GB/s':>6} {'decode, ms':>11} {'GB/s':>6}"
         f" {'of add':>7} {'compiled':>9} {'temporary MB':>13}"
@@ -123,6 +114,15 @@ def main() -> None:
             f" {'' if row.decode_compiled_ms is None else format(row.decode_compiled_ms, '.3f'):>9}"
             f" {row.encode_temporary_mb:>6.2f} {row.decode_temporary_mb:>6.2f}"
         )
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = options(__doc__)
+    parser.add_argument("--parameters", type=int, nargs="+", default=list(SIZES), help="sizes of the model")
+    arguments = parser.parse_args()
+    rows = [measure(parameters) for parameters in arguments.parameters]
+    print_result([asdict(row) for row in rows], as_json=arguments.json, show=lambda: show(rows))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ and of its other threads during trainings. Two tasks are measured: digits-numpy,
 3,000 samples and one local epoch. DIR contains FashionMNIST/raw/*-ubyte, as torchvision writes it.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.instrumented_task import used
+from benchmarks.program import ONE_THREAD, cpu_s, options, print_result, used, wait_until
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import control
 from ternbus.broker.files import write_secret
@@ -31,11 +30,11 @@ from ternbus.broker.server.running import Engine, choose, start
 
 DEVICE: Final = "pi"
 IDLE_S: Final = 10.0
+SETTLE_S: Final = 2.0
 WARM_UP: Final = 2  # trainings that are left out
 PATIENCE_S: Final = 300.0
 GOALS: Final = {"share": 0.03, "above_mb": 20.0}
 PARTITIONS: Final = {"digits-numpy": "iid:0/2", "fashion-mnist": "iid:0/20"}
-ONE_THREAD: Final = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 Note = Mapping[str, Any]
 
@@ -159,7 +158,7 @@ def federated(case: Case, url: str) -> dict[str, Any]:
             await_trainings(case, notes, process)
             administration.change_state(directory, control.PAUSE, "benchmark")
             idle = idling(process.pid, notes)
-            peak_mb = used(Path(f"/proc/{process.pid}"))["peak_kb"] / 1024
+            peak_mb = used(process.pid)["peak_kb"] / 1024
     pairs = notes_in(notes)
     return {
         **trained(pairs),
@@ -173,32 +172,27 @@ def federated(case: Case, url: str) -> dict[str, Any]:
 
 
 def await_trainings(case: Case, notes: Path, process: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while len(notes_in(notes)) < case.rounds:
+    def are_done() -> bool:
         assert process.poll() is None, (case.folder / "device.log").read_text()
-        assert time.monotonic() < deadline, f"{case.rounds} trainings take too long"
-        time.sleep(0.2)
+        return len(notes_in(notes)) >= case.rounds
+
+    wait_until(are_done, f"{case.rounds} trainings", PATIENCE_S)
 
 
 def idling(pid: int, notes: Path) -> dict[str, float]:
     """The resource use of an idle device after its last training."""
     lines = -1
     while lines != (lines := len(notes.read_text().splitlines())) or lines % 2:
-        time.sleep(2.0)
-    time.sleep(2.0)
-    process, ticks = Path(f"/proc/{pid}"), os.sysconf("SC_CLK_TCK")
+        time.sleep(SETTLE_S)  # no event says that no other training begins
+    time.sleep(SETTLE_S)  # nor that the update of the last one is off
 
-    def look() -> tuple[float, float]:
-        fields = (process / "stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / ticks, used(process)["wakeups"]
-
-    before = look()
-    time.sleep(IDLE_S)
-    after = look()
+    before = cpu_s(pid), used(pid)["wakeups"]
+    time.sleep(IDLE_S)  # what is measured
+    after = cpu_s(pid), used(pid)["wakeups"]
     return {
         "idle_cpu_share": (after[0] - before[0]) / IDLE_S,
         "idle_wakeups_per_s": (after[1] - before[1]) / IDLE_S,
-        "idle_mb": used(process)["resident_kb"] / 1024,
+        "idle_mb": used(pid)["resident_kb"] / 1024,
     }
 
 
@@ -255,11 +249,9 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = options(__doc__, Engine)
     parser.add_argument("--data", type=Path, help="folder with FashionMNIST; without it fashion-mnist is left out")
     parser.add_argument("--rounds", type=int, default=12, help="number of trainings")
-    parser.add_argument("--engine", type=Engine, default=Engine.AUTO, help="broker software: auto, mosquitto or nats")
-    parser.add_argument("--json", action="store_true", help="JSON instead of tables")
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -271,10 +263,7 @@ def main() -> None:
             data = arguments.data if task == "fashion-mnist" else None
             case = Case(task=task, data=data, rounds=max(arguments.rounds, WARM_UP + 3), folder=place)
             rows.append(measure(case, arguments.engine))
-    if arguments.json:
-        print(json.dumps(rows))
-    else:
-        show(rows)
+    print_result(rows, as_json=arguments.json, show=lambda: show(rows))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,6 @@ signatures are the same for both. CPU is the median of one thread. Models above 
 though no federation of this kind takes them.
 """
 
-import argparse
-import json
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +16,7 @@ import numpy as np
 
 from benchmarks.ingest import shapes
 from benchmarks.private_sums import BITS_HERE, DEVICES, Federation
+from benchmarks.program import one_thread, options, print_result
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.sums import bfv, masks
 from ternbus.broker.sums.words import Layout, Words
@@ -107,15 +105,14 @@ def measure(parameters: int, devices: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="JSON instead of lines")
+    parser = options(__doc__)
     parser.add_argument("--parameters", type=int, nargs="+", default=PARAMETERS, help="sizes of models")
     parser.add_argument("--devices", type=int, default=DEVICES, help="devices in the sum")
     given = parser.parse_args()
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    one_thread()
     rows = [row for each in map(partial(measure, devices=given.devices), given.parameters) for row in each]
     found = {"bits": BITS_HERE, "sum": given.devices, "limit": bfv.ELEMENTS_MAX, "rows": rows}
-    print(json.dumps(found) if given.json else "\n".join(map(str, rows)))
+    print_result(found, as_json=given.json, show=lambda: print("\n".join(map(str, rows))))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,11 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.program import options, print_result
 from ternbus.broker import toml
 
 CODECS: Final = ("ternary", "float32")
@@ -63,24 +65,8 @@ def summary(report: dict[str, Any], versions: int) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    """Run missing runs and print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with FashionMNIST/raw/*-ubyte")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
-    parser.add_argument("--versions", type=int, default=60, help="versions of each run")
-    parser.add_argument("--out", type=Path, default=Path("benchmark-fashion"), help="folder for the runs")
-    parser.add_argument("--real", action="store_true", help="real processes and a broker instead of virtual time")
-    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    rows: dict[str, list[dict[str, float]]] = {codec: [] for codec in CODECS}
-    for seed in range(arguments.seeds):
-        for codec in CODECS:
-            rows[codec].append(summary(run(codec, seed, arguments), arguments.versions))
-    if arguments.json:
-        print(json.dumps(rows))
-        return
+def show(rows: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    """Print a table, and the difference."""
     print(
         f"| both ways | accuracy, mean of the last {LAST} versions | of seeds | bits/parameter up | down | MB in all |"
     )
@@ -96,6 +82,23 @@ def main() -> None:
     fewest = min(int(row["measured"]) for found in rows.values() for row in found)
     print(f"\nEvaluated: {fewest} or more of the last {LAST} versions of each run.")
     print(f"ternary - float32: {100 * (statistics.mean(ternary) - statistics.mean(plain)):+.2f} points")
+
+
+def main() -> None:
+    """Run missing runs and print the table."""
+    parser = options(__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder with FashionMNIST/raw/*-ubyte")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--versions", type=int, default=60, help="versions of each run")
+    parser.add_argument("--out", type=Path, default=Path("benchmark-fashion"), help="folder for the runs")
+    parser.add_argument("--real", action="store_true", help="real processes and a broker instead of virtual time")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, list[dict[str, float]]] = {codec: [] for codec in CODECS}
+    for seed in range(arguments.seeds):
+        for codec in CODECS:
+            rows[codec].append(summary(run(codec, seed, arguments), arguments.versions))
+    print_result(rows, as_json=arguments.json, show=lambda: show(rows))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ device has read its head. The model is small, since the number of devices is the
 these processes share the machine.
 """
 
-import argparse
-import json
 import multiprocessing
 import os
 import resource
@@ -29,7 +27,8 @@ import numpy as np
 
 from benchmarks.aggregating import Aggregator, run_aggregator
 from benchmarks.clients import Answers, Task, serve, shares
-from benchmarks.ingest import FEDERATION, cpu_s, prepared_body, shapes
+from benchmarks.ingest import FEDERATION, prepared_body, shapes
+from benchmarks.program import cpu_s, one_thread, options, print_result
 from benchmarks.sender import device, identity
 from ternbus.aggregator.core import records
 from ternbus.aggregator.shell import administration
@@ -222,12 +221,12 @@ def live(
         resident_kb = {"joined": aggregator.settled_kb()}
         found["idle_share_of_a_core"] = aggregator.idle_share()
         found["send"] = fleet.phase("send", SPAN_S)
-        time.sleep(MERGE_S + HEARD_S)
+        time.sleep(MERGE_S + HEARD_S)  # the last version is made, and heard or not: that is measured
         busy = fan_outs(pipes, directory, devices)
         resident_kb["sent"] = aggregator.settled_kb()
         for number in range(QUIET):
             tell(pipes[:1], "one", number)
-            time.sleep(MERGE_S + HEARD_S)
+            time.sleep(MERGE_S + HEARD_S)  # likewise
         quiet = fan_outs(pipes, directory, devices)[len(busy) :]
         aggregator.stop()
         aggregator = run_aggregator(directory, log)
@@ -270,21 +269,16 @@ def show(row: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="JSON instead of tables")
+    parser = options(__doc__, Engine)
     parser.add_argument("--devices", type=int, default=10_000, help="number of devices")
-    parser.add_argument("--engine", type=Engine, default=Engine.AUTO, help="broker software: auto, mosquitto or nats")
     arguments = parser.parse_args()
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    one_thread()
     devices, why = possible(arguments.devices)
     if why:
         print(f"{devices:,} devices instead of {arguments.devices:,}: {why}", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         row = measure(devices, arguments.engine, Path(folder))
-    if arguments.json:
-        print(json.dumps(row))
-    else:
-        show(row)
+    print_result(row, as_json=arguments.json, show=lambda: show(row))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """An aggregator with enrolled devices, and a helper if its sums are private: their folders, processes and CPU."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -24,12 +23,6 @@ HELPER: Final = "helper"
 
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "ternbus", *arguments]
-
-
-def cpu_s(pid: int) -> float:
-    """CPU seconds of a process and its threads so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,13 +9,13 @@ of a run, then over all seeds. It does not depend on the speed of the machine.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Mapping
 from typing import Any, Final
 
+from benchmarks.program import options, print_result
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.lab.report.progress import Lines
 from ternbus.lab.scenario.scenario import End, Hostile, Scenario
@@ -83,12 +83,11 @@ def table(found: Mapping[str, Mapping[str, list[float]]]) -> str:
 
 def main() -> None:
     """Run all simulations and print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = options(__doc__)
     parser.add_argument("--task", default="digits-numpy", help="name of the task")
     parser.add_argument("--partition", default="dirichlet:0.5", help="partition of the data, as in a scenario")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--versions", type=int, default=30, help="versions of each run")
-    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
     arguments = parser.parse_args()
     began = time.monotonic()
     found: dict[str, dict[str, list[float]]] = {}
@@ -104,7 +103,7 @@ def main() -> None:
         "seconds": round(time.monotonic() - began, 1),
         "accuracy": found,
     }
-    print(json.dumps(result) if arguments.json else table(found))
+    print_result(result, as_json=arguments.json, show=lambda: print(table(found)))
 
 
 if __name__ == "__main__":

@@ -8,19 +8,18 @@ updates, decompress, add, sign a receipt. Both run with the same broker and the 
 ratio is comparable between machines.
 """
 
-import argparse
-import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
+from benchmarks.program import cpu_s, one_thread, options, print_result, resident_mb
 from benchmarks.sender import SENDERS, Answered, Load, Target, await_retained, device, identity, run_load
 from ternbus.aggregator.core import records
 from ternbus.aggregator.merge.accumulator import COMPILED
@@ -90,20 +89,6 @@ def prepare(directory: Path, url: str, load: Load) -> None:
     ledger.close()
 
 
-def resident_mb(pid: int, field: str = "VmHWM") -> float:
-    """The resident memory of a process in MiB: VmHWM is the peak, VmRSS the current value."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 1024
-    return 0.0
-
-
-def cpu_s(pid: int) -> float:
-    """The CPU time of a process so far, in seconds."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def measure_aggregator(url: str, about: Target, load: Load, folder: Path) -> dict[str, Any]:
     """Measure updates per second, delay of receipts, memory and size of the ledger."""
     directory = folder / f"aggregator-{load.parameters}-{load.frame_bytes}-{load.per_s:.0f}"
@@ -171,26 +156,8 @@ def measure(parameters: int, frame_bytes: int, engine: Engine, folder: Path) -> 
     }
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
-    parser.add_argument(
-        "--parameters", type=int, nargs="+", default=[100_000, 1_200_000, 10_000_000], help="sizes of the model"
-    )
-    parser.add_argument("--frame-kib", type=int, nargs="+", default=[120, 256], help="maximum sizes of a frame")
-    parser.add_argument("--engine", type=Engine, default=Engine.AUTO, help="broker software: auto, mosquitto or nats")
-    arguments = parser.parse_args()
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    with tempfile.TemporaryDirectory() as folder:
-        rows = [
-            measure(parameters, 1024 * kib, arguments.engine, Path(folder))
-            for parameters in arguments.parameters
-            for kib in arguments.frame_kib
-        ]
-    if arguments.json:
-        print(json.dumps(rows))
-        return
+def show(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print a table."""
     print(f"buffer {BUFFER}, {SENDERS} sender processes, {os.cpu_count()} cores for all processes")
     print(
         f"{'parameters':>11} {'frames':>8} {'skeleton/s':>11} {'merged/s':>9} {'ratio':>6}"
@@ -204,6 +171,24 @@ def main() -> None:
             f" {full['cpu_ms']:>7.2f} {half['p50_ms']:>14.1f} {half['p99_ms']:>8.1f} {full['peak_mb']:>8.0f}"
             f" {row['broker_peak_mb']:>10.0f} {full['ledger_mb']:>10.1f}"
         )
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = options(__doc__, Engine)
+    parser.add_argument(
+        "--parameters", type=int, nargs="+", default=[100_000, 1_200_000, 10_000_000], help="sizes of the model"
+    )
+    parser.add_argument("--frame-kib", type=int, nargs="+", default=[120, 256], help="maximum sizes of a frame")
+    arguments = parser.parse_args()
+    one_thread()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [
+            measure(parameters, 1024 * kib, arguments.engine, Path(folder))
+            for parameters in arguments.parameters
+            for kib in arguments.frame_kib
+        ]
+    print_result(rows, as_json=arguments.json, show=lambda: show(rows))
 
 
 if __name__ == "__main__":

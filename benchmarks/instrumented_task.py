@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.program import used
 from ternbus.edge.learn.task import Evaluation, Task, Trained, Trainer
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import FloatArray, Tensors
-
-OURSELVES = Path("/proc/self")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +77,7 @@ class InstrumentedTrainer:
         if self._is_new:  # reset the peak of memory, so that it does not include reading the data
             self._is_new = False
             with suppress(OSError):
-                (OURSELVES / "clear_refs").write_text("5")
+                Path("/proc/self/clear_refs").write_text("5")
         with self._notes.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**note, "went": clocks()}) + "\n")
 
@@ -86,20 +85,6 @@ class InstrumentedTrainer:
 def clocks() -> dict[str, float]:
     """The wall clock, the CPU time of this process, and the CPU time of this thread."""
     return {"wall": time.monotonic(), "process": time.process_time(), "thread": time.thread_time()}
-
-
-def used(process: Path = OURSELVES) -> dict[str, float]:
-    """Peak and current memory, number of wakeups of all threads, and bytes written to disk."""
-    found = table(process / "status")
-    wakeups = sum(table(each)["voluntary_ctxt_switches"] for each in process.glob("task/*/status"))
-    written = table(process / "io").get("write_bytes", 0)
-    return {"peak_kb": found["VmHWM"], "resident_kb": found["VmRSS"], "wakeups": wakeups, "written_bytes": written}
-
-
-def table(path: Path) -> dict[str, int]:
-    """The numbers in a file of the kernel with lines ``name: number``."""
-    rows = (line.partition(":") for line in path.read_text().splitlines())
-    return {name: int(value.split()[0]) for name, _, value in rows if value.split() and value.split()[0].isdigit()}
 
 
 def main() -> None:

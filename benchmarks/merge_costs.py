@@ -8,9 +8,6 @@ it sends the first, and waits for the next version. A version takes the time fro
 bytes are those of the updates, of what aggregator and helper ask and answer, and of what is published, once.
 """
 
-import argparse
-import json
-import os
 import statistics
 import tempfile
 import time
@@ -22,7 +19,8 @@ from typing import Any, Final
 
 from benchmarks import homes, mqtt
 from benchmarks.ingest import FEDERATION
-from benchmarks.private_sums import Federation, cpu_ms, frames_of, plain_frames
+from benchmarks.private_sums import Federation, frames_of, plain_frames
+from benchmarks.program import cpu_ms, cpu_s, one_thread, options, print_result
 from benchmarks.sender import PUBLISH, Line, Target, device
 from ternbus.aggregator.store import status as statuses
 from ternbus.broker.protocol import topics
@@ -174,7 +172,7 @@ def measure(kind: Kind, parameters: int, versions: int, engine: Engine, folder: 
             taken, sizes = [], []
             for number in range(versions + 1):
                 if number == 1:  # the first is not counted
-                    before = [homes.cpu_s(process.pid) for process in processes]
+                    before = [cpu_s(process.pid) for process in processes]
                 updates = [devices.frames(each, published) for each in range(DEVICES)]
                 watch.size_bytes, began = 0, time.monotonic()
                 for each, frames in enumerate(updates):
@@ -182,7 +180,7 @@ def measure(kind: Kind, parameters: int, versions: int, engine: Engine, folder: 
                 published = watch.await_version(published.message.version + 1, private=private)
                 taken.append(time.monotonic() - began)
                 sizes.append(watch.size_bytes)
-            spent = [homes.cpu_s(process.pid) - cpu for process, cpu in zip(processes, before, strict=True)]
+            spent = [cpu_s(process.pid) - cpu for process, cpu in zip(processes, before, strict=True)]
     counts = statuses.read(made.aggregator)["counts"]
     assert counts["merged"] == (versions + 1) * DEVICES, counts
     return {
@@ -199,20 +197,18 @@ def measure(kind: Kind, parameters: int, versions: int, engine: Engine, folder: 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="JSON instead of lines")
+    parser = options(__doc__, Engine)
     parser.add_argument("--parameters", type=int, default=1_200_000, help="size of the model")
     parser.add_argument("--versions", type=int, default=20, help="versions of each kind")
-    parser.add_argument("--engine", type=Engine, default=Engine.AUTO, help="broker software: auto, mosquitto or nats")
     given = parser.parse_args()
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    one_thread()
     rows = []
     for kind in KINDS:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(measure(kind, given.parameters, given.versions, given.engine, Path(folder)))
     elements = Federation(given.parameters).schema.elements
     found = {"parameters": elements, "devices": DEVICES, "versions": given.versions, "rows": rows}
-    print(json.dumps(found) if given.json else "\n".join(map(str, [elements, *rows])))
+    print_result(found, as_json=given.json, show=lambda: print("\n".join(map(str, [elements, *rows]))))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ whole processes, from the kernel, for each accepted update; the bare parts are m
 Durable writes are calls of fsync and fdatasync, counted by strace, where it is installed, after the other figures.
 """
 
-import argparse
 import json
 import os
 import re
@@ -18,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -29,7 +28,8 @@ import numpy as np
 
 from benchmarks import path_task
 from benchmarks.aggregating import run_aggregator
-from benchmarks.ingest import FEDERATION, cpu_s, shapes
+from benchmarks.ingest import FEDERATION, shapes
+from benchmarks.program import ONE_THREAD, cpu_ms, cpu_s, options, wait_until
 from ternbus.aggregator.merge.accumulator import Accumulator
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store.ledger import reading
@@ -44,11 +44,9 @@ from ternbus.broker.server.running import Engine, choose, start
 from ternbus.edge.learn.compress import compress
 from ternbus.edge.plan.plan import Plan
 
-RUNS: Final = 15
 WITHIN_S: Final = 300.0
 WARM_UP: Final = 3  # versions that are left out
 TASK: Final = "benchmarks.path_task:TASK"
-ONE_THREAD: Final = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 DURABLE: Final = re.compile(rb"\b(?:fsync|fdatasync)\(")
 
 
@@ -83,12 +81,13 @@ class Running:
             return ledger.accepted(), ledger.version
 
     def await_count(self, updates: int, versions: int) -> None:
-        deadline = time.monotonic() + WITHIN_S
-        while (found := self.count())[0] < updates or found[1] < versions:
-            assert time.monotonic() < deadline, f"{found[0]} updates and {found[1]} versions in {WITHIN_S:.0f} s"
+        def are_there() -> bool:
             for log in self.directory.parent.glob("d*.log"):
                 assert b"error" not in log.read_bytes(), log.read_text()
-            time.sleep(0.05)
+            found = self.count()
+            return found[0] >= updates and found[1] >= versions
+
+        wait_until(are_there, f"{updates} updates and {versions} versions", WITHIN_S)
 
     def broker_bytes(self) -> tuple[int, int]:
         """Bytes that the broker has read and written, on sockets and disk."""
@@ -142,7 +141,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
         start_s = statistics.median(map(cpu_s, running.roles["device"]))
         running.await_count(0, WARM_UP)
         began, cpu, (first, version), sizes = time.monotonic(), running.cpu_s(), running.count(), running.broker_bytes()
-        time.sleep(case.seconds)
+        time.sleep(case.seconds)  # what is measured
         (last, newest), after, spent = running.count(), running.cpu_s(), time.monotonic() - began
         read, written = running.broker_bytes()
         updates = last - first
@@ -165,9 +164,14 @@ def durable_writes(running: Running, seconds: float) -> dict[str, float] | None:
     for role, pids in running.roles.items():
         command = ["strace", "-f", "-q", "-e", "trace=fsync,fdatasync", *(f"--attach={pid}" for pid in pids)]
         tracers[role] = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    time.sleep(1.0)
+    attached = [pid for pids in running.roles.values() for pid in pids]
+    wait_until(
+        lambda: any(each.poll() is not None for each in tracers.values()) or all(map(is_traced, attached)),
+        "strace attached to all threads",
+        WITHIN_S,
+    )
     first, _ = running.count()
-    time.sleep(seconds)
+    time.sleep(seconds)  # what is measured
     updates = running.count()[0] - first
     found = {}
     for role, tracer in tracers.items():
@@ -179,14 +183,10 @@ def durable_writes(running: Running, seconds: float) -> dict[str, float] | None:
     return found
 
 
-def cpu_ms(do: Callable[[], object]) -> float:
-    """Median processor milliseconds of this thread for a call."""
-    spent = []
-    for _ in range(RUNS):
-        began = time.thread_time()
-        do()
-        spent.append(1000 * (time.thread_time() - began))
-    return statistics.median(spent)
+def is_traced(pid: int) -> bool:
+    """Whether each thread of a process has a tracer."""
+    states = [each.read_text() for each in Path(f"/proc/{pid}/task").glob("*/status")]
+    return not any("TracerPid:\t0\n" in state for state in states)
 
 
 def bare_parts(parameters: int, folder: Path) -> dict[str, float]:
@@ -254,8 +254,7 @@ def show(row: Mapping[str, Any]) -> None:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="JSON instead of lines")
+    parser = options(__doc__)
     parser.add_argument("--parameters", type=int, nargs="+", default=[1_200_000], help="sizes of the model")
     parser.add_argument("--devices", type=int, default=8, help="number of devices")
     parser.add_argument("--engine", type=Engine, nargs="+", default=[Engine.AUTO], help="auto, mosquitto or nats")

@@ -52,11 +52,11 @@ class NothingTrainer:
     def samples(self) -> int:
         return SAMPLES
 
-    def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:  # noqa: ARG002
+    def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:  # noqa: ARG002 - as of any trainer
         tensors = {name: start[name] + change for name, change in self._change.items()}
         return Trained(tensors=tensors, samples=SAMPLES, metrics={"loss": 0.5, "seconds": 0.0, "steps": 1.0})
 
-    def evaluate(self, tensors: Tensors) -> Evaluation:  # noqa: ARG002
+    def evaluate(self, tensors: Tensors) -> Evaluation:  # noqa: ARG002 - likewise
         return Evaluation(samples=SAMPLES, values={"loss": 0.5})
 
 

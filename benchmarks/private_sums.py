@@ -7,12 +7,10 @@ updates of 6 bits a value on a real broker and disk, while a real helper opens t
 and senders share the machine. `benchmarks.merge_costs` compares kinds of updates.
 """
 
-import argparse
-import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -23,7 +21,8 @@ import nacl.bindings
 import numpy as np
 
 from benchmarks import homes
-from benchmarks.ingest import FEDERATION, percentile, rate, resident_mb, shapes
+from benchmarks.ingest import FEDERATION, percentile, rate, shapes
+from benchmarks.program import cpu_ms, cpu_s, one_thread, options, print_result, resident_mb, wait_until
 from benchmarks.sender import PUBLISH, SENDERS, Line, Load, Target, device, identity, run_load
 from ternbus.aggregator.store import status as statuses
 from ternbus.broker.protocol import topics
@@ -54,18 +53,7 @@ from ternbus.helper.core.state import State
 DEVICES: Final = 16  # in a sum that a helper opens
 BITS_HERE: Final = 6
 BUFFER: Final = 31  # of updates of 6 bits: as many as a sum holds
-RUNS: Final = 15
 WITHIN_S: Final = 120.0
-
-
-def cpu_ms(do: Callable[[], object]) -> float:
-    """Median CPU milliseconds of this thread for a call."""
-    spent = []
-    for _ in range(RUNS):
-        began = time.thread_time()
-        do()
-        spent.append(1000 * (time.thread_time() - began))
-    return float(np.median(spent))
 
 
 @dataclass(frozen=True)
@@ -289,10 +277,10 @@ def measure_ingest(parameters: int, updates: int, engine: Engine, folder: Path) 
         )  # fmt: skip
         with made.running() as processes:
             target = target_of(about, made.aggregator_public, parameters)
-            before = [homes.cpu_s(process.pid) for process in processes]
+            before = [cpu_s(process.pid) for process in processes]
             answered = run_load(target, load)
             counts = _merged_counts(made.aggregator, updates)
-            spent = [homes.cpu_s(process.pid) - cpu for process, cpu in zip(processes, before, strict=True)]
+            spent = [cpu_s(process.pid) - cpu for process, cpu in zip(processes, before, strict=True)]
             peak = resident_mb(processes[0].pid)
     return {
         "updates_per_s": rate(answered),
@@ -309,23 +297,29 @@ def measure_ingest(parameters: int, updates: int, engine: Engine, folder: Path) 
 
 def _merged_counts(directory: Path, updates: int) -> dict[str, int]:
     """Wait until all are merged or dropped; how many are."""
-    until = time.monotonic() + WITHIN_S
-    while True:
+
+    def are_settled() -> bool:
         counts = statuses.read(directory)["counts"]
-        if counts["merged"] + counts["dropped"] >= updates or time.monotonic() > until:
-            return {name: counts[name] for name in ("accepted", "merged", "dropped")}
-        time.sleep(0.5)
+        return bool(counts["merged"] + counts["dropped"] >= updates)
+
+    wait_until(are_settled, f"{updates} updates merged or dropped", WITHIN_S)
+    counts = statuses.read(directory)["counts"]
+    return {name: counts[name] for name in ("accepted", "merged", "dropped")}
+
+
+def show(found: Mapping[str, Any]) -> None:
+    """Print a line for each figure."""
+    for name, value in found.items():
+        print(f"{name}: {value}")
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="JSON instead of lines")
+    parser = options(__doc__, Engine)
     parser.add_argument("--parameters", type=int, default=1_200_000, help="size of the model")
     parser.add_argument("--updates", type=int, default=480, help="updates that the aggregator takes in")
-    parser.add_argument("--engine", type=Engine, default=Engine.AUTO, help="broker software: auto, mosquitto or nats")
     given = parser.parse_args()
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    one_thread()
     about = Federation(given.parameters)
     with tempfile.TemporaryDirectory() as folder:
         found = {
@@ -338,7 +332,7 @@ def main() -> None:
             "bare": bare_ingest(about, Path(folder)),
             "ingest": measure_ingest(given.parameters, given.updates, given.engine, Path(folder)),
         }
-    print(json.dumps(found) if given.json else "\n".join(f"{name}: {value}" for name, value in found.items()))
+    print_result(found, as_json=given.json, show=lambda: show(found))
 
 
 if __name__ == "__main__":

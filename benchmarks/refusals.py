@@ -8,8 +8,6 @@ for each message. "counted" is the configuration of `ternbus broker up` with TLS
 are medians.
 """
 
-import argparse
-import json
 import os
 import socket
 import statistics
@@ -17,12 +15,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Final
 
 from benchmarks.mqtt import packet, text
+from benchmarks.program import cpu_s, options, print_result
 from ternbus.broker.link.tls import Tls
 from ternbus.broker.server import mosquitto, refusals
 from ternbus.broker.server.directory import BrokerDirectory
@@ -44,12 +44,6 @@ class Cost:
     per_s: float
 
 
-def processor_s(pid: int) -> float:
-    """The user and system time of a process so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def client_files(home: BrokerDirectory, folder: Path, name: str) -> Tls:
     issued = home.issue(name, "lab")
     files = {"ca": issued.authority, "certificate": issued.certificate, "key": issued.key}
@@ -68,7 +62,7 @@ def connect(tls: Tls, name: str, port: int) -> socket.socket:
         except OSError:
             if time.monotonic() > deadline:
                 raise
-            time.sleep(0.02)
+            time.sleep(0.02)  # mosquitto is starting
     line = tls.context().wrap_socket(plain, server_hostname="127.0.0.1")
     line.sendall(packet(0x10, text("MQTT") + b"\x04\x02\x00\x3c" + text(name)))
     if (answer := exactly(line, 4)) != CONNECTED:
@@ -125,10 +119,10 @@ def measure(home: BrokerDirectory, folder: Path, clients: dict[str, Tls], *, cou
         stack.callback(process.terminate)
         lines = [stack.enter_context(connect(tls, name, port)) for name, tls in clients.items()]
         pids = [process.pid, counter.pid if counter is not None else os.getpid()]
-        before, began = [processor_s(pid) for pid in pids], time.monotonic()
+        before, began = [cpu_s(pid) for pid in pids], time.monotonic()
         exchange(lines[0], lines[1], count)
         took_s = time.monotonic() - began
-        spent = [1e6 * (processor_s(pid) - earlier) / count for pid, earlier in zip(pids, before, strict=True)]
+        spent = [1e6 * (cpu_s(pid) - earlier) / count for pid, earlier in zip(pids, before, strict=True)]
     return Cost(broker_us=spent[0], counter_us=spent[1] if counter is not None else 0.0, per_s=count / took_s)
 
 
@@ -137,28 +131,29 @@ def median(costs: list[Cost]) -> Cost:
     return Cost(**fields)
 
 
+def show(rows: Mapping[str, Cost]) -> None:
+    """Print a table."""
+    print(f"mosquitto {choose(Engine.MOSQUITTO).version}, per message: µs of the broker, µs of the counter; messages/s")
+    for label, cost in rows.items():
+        print(f"{label:<10} {cost.broker_us:>8.1f} {cost.counter_us:>8.1f} {cost.per_s:>10.0f}")
+
+
 def main() -> None:
     """Measure, and print a table or JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
+    parser = options(__doc__)
     parser.add_argument("--messages", type=int, default=20_000, help="messages in each run")
     parser.add_argument("--runs", type=int, default=5, help="number of runs of each kind")
-    options = parser.parse_args()
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         home = BrokerDirectory.create(folder / "bus", names=["127.0.0.1"], port=0)
         clients = {each: client_files(home, folder, each) for each in ("pi-1", "aggregator-lab")}
         found: dict[bool, list[Cost]] = {False: [], True: []}
-        for _ in range(options.runs):
+        for _ in range(given.runs):
             for counted, costs in found.items():
-                costs.append(measure(home, folder, clients, counted=counted, count=options.messages))
+                costs.append(measure(home, folder, clients, counted=counted, count=given.messages))
     rows = {"plain": median(found[False]), "counted": median(found[True])}
-    if options.json:
-        print(json.dumps({name: asdict(cost) for name, cost in rows.items()}, indent=2))
-        return
-    print(f"mosquitto {choose(Engine.MOSQUITTO).version}, per message: µs of the broker, µs of the counter; messages/s")
-    for label, cost in rows.items():
-        print(f"{label:<10} {cost.broker_us:>8.1f} {cost.counter_us:>8.1f} {cost.per_s:>10.0f}")
+    print_result({name: asdict(cost) for name, cost in rows.items()}, as_json=given.json, show=lambda: show(rows))
 
 
 if __name__ == "__main__":

@@ -7,15 +7,15 @@ signatures, digests, unseal, decompress, check, add. Runs with and without seali
 of CPU time in one thread, without network and disk, which are the same for both.
 """
 
-import argparse
-import json
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Final
 
 import numpy as np
 
+from benchmarks.program import options, print_result
 from ternbus.aggregator.merge.accumulator import Accumulator
 from ternbus.broker.protocol.frame import FRAME_BYTES, parse
 from ternbus.broker.protocol.identity import Identity, seal
@@ -120,18 +120,8 @@ def measure(parameters: int) -> Row:
     )
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
-    parser.add_argument(
-        "--parameters", type=int, nargs="+", default=[10_000, 1_200_000, 10_000_000], help="sizes of the model"
-    )
-    arguments = parser.parse_args()
-    rows = [measure(parameters) for parameters in arguments.parameters]
-    if arguments.json:
-        print(json.dumps([asdict(row) for row in rows]))
-        return
+def show(rows: Sequence[Row]) -> None:
+    """Print a table."""
     print(f"{'':>11} {'device, ms':^24} {'aggregator, ms':^24} {'bytes':^24}")
     print(f"{'parameters':>11}" + f" {'plain':>8} {'sealed':>8} {'':>6}" * 3)
     for row in rows:
@@ -145,6 +135,17 @@ def main() -> None:
             (f"{row.plain_bytes}", f"{row.sealed_bytes}", row.sealed_bytes / row.plain_bytes),
         ]
         print(f"{row.parameters:>11,}" + "".join(f" {a:>8} {b:>8} {100 * (r - 1):>+5.1f}%" for a, b, r in pairs))
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = options(__doc__)
+    parser.add_argument(
+        "--parameters", type=int, nargs="+", default=[10_000, 1_200_000, 10_000_000], help="sizes of the model"
+    )
+    arguments = parser.parse_args()
+    rows = [measure(parameters) for parameters in arguments.parameters]
+    print_result([asdict(row) for row in rows], as_json=arguments.json, show=lambda: show(rows))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ digits-numpy, Dirichlet 0.5, three versions of updates of a tenth of the devices
 `seconds` are those of the processor: the simulation has one thread. Peak memory is that of the whole process.
 """
 
-import argparse
 import json
 import resource
 import subprocess
@@ -15,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from benchmarks.program import options, print_result
 from ternbus.edge.tasks import digits_numpy
 from ternbus.lab.report.progress import Lines
 from ternbus.lab.scenario.scenario import End, Scenario
@@ -70,19 +70,15 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def main() -> None:
     """Simulate each number of devices and print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = options(__doc__)
     parser.add_argument("--devices", type=int, nargs="+", default=DEVICES, help="numbers of devices")
     parser.add_argument("--one", type=int, help="measure this number in this process, and print JSON")
-    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
     arguments = parser.parse_args()
     if arguments.one is not None:
         print(json.dumps(measured(arguments.one)))
         return
     rows = [apart(devices) for devices in arguments.devices]
-    if arguments.json:
-        print(json.dumps(rows))
-    else:
-        show(rows)
+    print_result(rows, as_json=arguments.json, show=lambda: show(rows))
 
 
 if __name__ == "__main__":

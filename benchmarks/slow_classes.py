@@ -10,7 +10,6 @@ all test data, and on those of the slow classes alone; a final one is the mean o
 
 import argparse
 import bisect
-import json
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.program import options, print_result
 from benchmarks.time_to_accuracy import ASYNCHRONOUS, BARRIER, DEVICES, LONGEST_WAIT_S, WAYS
 from ternbus.edge import select
 from ternbus.edge.learn.task import Evaluation
@@ -171,24 +171,20 @@ def show(result: Mapping[str, Any]) -> None:
 
 def main() -> None:
     """Run missing runs and print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = options(__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--seconds", type=float, default=300.0, help="virtual time of each run")
     parser.add_argument("--median-s", type=float, default=10.0, help="median duration of a local training")
     parser.add_argument("--buffer", type=int, default=10, help="updates of a version, barrier excepted")
     parser.add_argument("--bound", type=int, default=50, help="staleness bound, asynchronous only")
     parser.add_argument("--plot", type=Path, help="picture to write")
-    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
     arguments = parser.parse_args()
     ways = {way: [run(way, seed, arguments) for seed in range(arguments.seeds)] for way in WAYS}
     asked = {name: getattr(arguments, name) for name in ("seeds", "seconds", "median_s", "buffer", "bound")}
     result = {"asked": asked, "ways": ways}
     if arguments.plot is not None:
         plot(result, arguments.plot)
-    if arguments.json:
-        print(json.dumps(result))
-    else:
-        show(result)
+    print_result(result, as_json=arguments.json, show=lambda: show(result))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.program import options, print_result
 from ternbus.broker import toml
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.lab.report.progress import Lines
@@ -243,7 +244,7 @@ def _print_ratios(name: str, found: Mapping[str, Mapping[str, float] | None]) ->
 
 def main() -> None:
     """Run missing runs and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with FashionMNIST/raw/*-ubyte")
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds")
     parser.add_argument("--accuracy", type=float, default=0.85, help="accuracy to reach")
@@ -254,16 +255,12 @@ def main() -> None:
     parser.add_argument("--bound", type=int, default=50, help="staleness bound, asynchronous only")
     parser.add_argument("--versions", type=int, default=150, help="maximum number of versions")
     parser.add_argument("--out", type=Path, default=Path("benchmark-time-to-accuracy"), help="folder for the runs")
-    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
     parser.add_argument("--real", action="store_true", help="real processes and real time instead of virtual time")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.real:
         rows = [(seed, way, run_real(way, seed, arguments)) for seed in range(arguments.seeds) for way in WAYS]
-        if arguments.json:
-            print(json.dumps(rows))
-        else:
-            show_real(rows, arguments.accuracy)
+        print_result(rows, as_json=arguments.json, show=lambda: show_real(rows, arguments.accuracy))
         return
     seeds: list[dict[str, Any]] = []
     for seed in range(arguments.seeds):
@@ -279,10 +276,7 @@ def main() -> None:
         },
         "machine": {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()},
     }
-    if arguments.json:
-        print(json.dumps(result))
-    else:
-        show(result)
+    print_result(result, as_json=arguments.json, show=lambda: show(result))
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@
 The update is Gaussian, like typical changes of weights, and clipped at 2.5 sigma, the default of every task.
 """
 
-import argparse
-import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from benchmarks.program import options, print_result
 from ternbus.broker.link.link import packet_bytes
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import FRAME_BYTES
@@ -69,16 +69,8 @@ def measure(encoding: str, seed: int = 0) -> Size:
     )
 
 
-def main() -> None:
-    """Measure and print both encodings."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
-    as_json = parser.parse_args().json
-    schema = Schema.of(SHAPES, dense=["*.bias"])
-    sizes = [measure(encoding) for encoding in (RAW, ZSTD)]
-    if as_json:
-        print(json.dumps({"parameters": schema.elements, "sizes": [asdict(size) for size in sizes]}))
-        return
+def show(schema: Schema, sizes: Sequence[Size]) -> None:
+    """Print a table."""
     print(f"{schema.elements:,} parameters, {schema.dense_elements:,} dense; as float32 {4 * schema.elements:,} bytes")
     print(
         f"{'encoding':<9} {'parts':>5} {'in frames':>14} {'in PUBLISH':>15} {'bits/parameter':>15} {'of float32':>11}"
@@ -89,6 +81,16 @@ def main() -> None:
             f"{size.encoding:<9} {size.parts:>5} {size.frame_bytes:>14,} {size.packet_bytes:>15,}"
             f" {size.bits_per_parameter:>15.3f} {share:>11.2%}"
         )
+
+
+def main() -> None:
+    """Measure and print both encodings."""
+    parser = options(__doc__)
+    as_json = parser.parse_args().json
+    schema = Schema.of(SHAPES, dense=["*.bias"])
+    sizes = [measure(encoding) for encoding in (RAW, ZSTD)]
+    result = {"parameters": schema.elements, "sizes": [asdict(size) for size in sizes]}
+    print_result(result, as_json=as_json, show=lambda: show(schema, sizes))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,19 @@ settings.register_profile("ci", deadline=None, derandomize=False, database=None,
 settings.load_profile("ci" if "CI" in os.environ else "developer")
 
 
+# Files that take longest come first, so that no process is left alone with one of them at the end (see the Makefile).
+LONGEST = (
+    "test_crash_points.py", "test_lab_run.py", "test_private_kill.py", "test_tls.py", "test_edge_agent.py",
+    "test_kill.py", "test_local_state.py", "test_byzantine_proxy.py", "test_aggregator_crash.py",
+    "test_byzantine_broker.py", "test_hostile_devices.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Choose the seed before Hypothesis' plugin reads it."""

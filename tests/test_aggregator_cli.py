@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from support.commands import printed, typed
 from support.small_world import BROKER_URL, LAB, Device, float32_block, follow, initial_model
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
@@ -38,22 +39,14 @@ def environment() -> dict[str, str]:
 
 
 def run(*arguments: object, code: int = 0) -> str:
-    """Run a command to its end; return what it printed, or its error where it is to fail."""
-    done = subprocess.run(
-        [sys.executable, "-m", "ternbus", "aggregator", *map(str, arguments)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    if code:
-        assert done.stdout == ""
-        assert done.stderr.startswith("ternbus: ")
-        assert done.stderr.count("\n") == 1
-        return done.stderr
-    return done.stdout
+    """Run a command to its end, in this process; return what it printed, or its error where it is to fail."""
+    words = ("aggregator", *arguments)
+    if not code:
+        return printed(Path.cwd(), *words, environment={"COLUMNS": "100"})
+    said = typed(Path.cwd(), *words, code=code)
+    assert said.startswith("ternbus: ")
+    assert said.count("\n") == 1
+    return said
 
 
 def status(directory: Path) -> dict[str, Any]:
@@ -294,7 +287,10 @@ def test_a_running_aggregator_is_steered_and_watched(tmp_path: Path, model: Path
     schema = ledger.schema()
     ledger.close()
     with listening(directory, url) as agg:
-        assert "another process serves" in run("run", directory, code=2)
+        with started(directory) as second:
+            assert second.wait(60) == 2
+            assert second.stderr is not None
+            assert "another process serves" in second.stderr.read()
         pi = joined(agg, "pi", schema)
         (frame,) = pi.update(float32_block(schema, 1), 0)
         agg.link.publish(pi.topic("update"), frame)

@@ -7,13 +7,15 @@ each crash the federation goes on from where its devices are.
 import shutil
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from support import plain_server
+from support.at_length import at_length, in_every_run
 from support.small_world import LAB, Bench, Device, float32_block, follow, make_directory, scratch, ternary_block
 from ternbus.aggregator import settings as configuration
 from ternbus.aggregator.core import events, records
@@ -590,10 +592,6 @@ class Federation(RuleBasedStateMachine):
             np.testing.assert_allclose(model.published, self.server.target, rtol=1e-3, atol=1e-3)
 
 
-TestFederation = Federation.TestCase
-TestFederation.settings = settings(
-    max_examples=250,
-    stateful_step_count=25,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+ABOUT: dict[str, Any] = {"stateful_step_count": 25, "suppress_health_check": list(HealthCheck)}
+TestFederation = in_every_run(Federation, max_examples=70, **ABOUT)
+TestFederationAtLength = at_length(Federation, max_examples=500, **ABOUT)

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -254,8 +255,6 @@ def test_a_folder_of_another_aggregator_is_not_replaced(bench: Bench, tmp_path: 
 
 
 def _arrays(model: dict[str, Any]) -> dict[str, Any]:
-    import numpy as np  # noqa: PLC0415
-
     return {name: np.array(value, np.float32) for name, value in model.items()}
 
 

@@ -45,11 +45,12 @@ def run(line: str) -> tuple[int, str]:
 
 
 def test_the_command_says_what_the_plan_needs() -> None:
+    """With few steps: the search composes them again and again."""
     assert run("--dp device --epsilon 8 --updates 20") == (0, f"dp_noise = {noise(planned(1.0, 20), 8, 1e-5)}\n")
-    steps = "--dp sample --epsilon 4 --updates 20 --samples 5000 --batch-size 1000 --local-steps 10"
-    assert run(steps) == (0, f"dp_noise = {noise(planned(0.2, 200), 4, 1e-5)}\n")
-    assert run(steps.replace("steps 10", "epochs 2")) == run(steps)
-    assert run(f"{steps} --delta 1e-9") == (0, f"dp_noise = {noise(planned(0.2, 200), 4, 1e-9)}\n")
+    steps = "--dp sample --epsilon 4 --updates 2 --samples 5000 --batch-size 1000 --local-steps 5"
+    assert run(steps) == (0, f"dp_noise = {noise(planned(0.2, 10), 4, 1e-5)}\n")
+    assert run(steps.replace("steps 5", "epochs 1")) == run(steps)
+    assert run(f"{steps} --delta 1e-6") == (0, f"dp_noise = {noise(planned(0.2, 10), 4, 1e-6)}\n")
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,15 @@ digest the aggregator signed, nobody stops, and when the attack ends all come to
 import shutil
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from support.at_length import at_length, in_every_run
 from support.byzantine_broker import FAULTS, NUMBERS, Adversary, ByzantineBroker, Fault
 from support.noise_trainer import MODEL, NoiseTrainer
 from support.small_world import scratch
@@ -269,7 +271,6 @@ class ByzantineFederation(RuleBasedStateMachine):
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-TestByzantineBroker = ByzantineFederation.TestCase
-TestByzantineBroker.settings = settings(
-    max_examples=120, stateful_step_count=20, suppress_health_check=list(HealthCheck)
-)
+ABOUT: dict[str, Any] = {"stateful_step_count": 20, "suppress_health_check": list(HealthCheck)}
+TestByzantineBroker = in_every_run(ByzantineFederation, max_examples=35, **ABOUT)
+TestByzantineBrokerAtLength = at_length(ByzantineFederation, max_examples=250, **ABOUT)

@@ -5,11 +5,12 @@ from contextlib import closing
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from stranger.servers import Aggregator, until
+from support.at_length import at_length, in_every_run
 from support.byzantine_broker import FAULTS, NUMBERS, Adversary, Fault
 from support.byzantine_proxy import ByzantineProxy
 from support.noise_trainer import MODEL
@@ -149,10 +150,10 @@ class ByzantineServices(RuleBasedStateMachine):
         assert accepted_by_devices <= self.status()["counts"]["accepted"]
 
 
-TestByzantineProxy = ByzantineServices.TestCase
-TestByzantineProxy.settings = settings(
-    max_examples=5,
-    stateful_step_count=8,
-    phases=[Phase.explicit, Phase.generate],  # to shrink what real time was part of is to look for another failure
-    suppress_health_check=list(HealthCheck),
-)
+ABOUT: dict[str, Any] = {
+    "stateful_step_count": 8,
+    "phases": [Phase.explicit, Phase.generate],  # to shrink what real time was part of is to look for another failure
+    "suppress_health_check": list(HealthCheck),
+}
+TestByzantineProxy = in_every_run(ByzantineServices, max_examples=2, **ABOUT)
+TestByzantineProxyAtLength = at_length(ByzantineServices, max_examples=20, **ABOUT)

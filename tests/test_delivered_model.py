@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
+from support.commands import typed
 from ternbus.edge import TorchTask, load_task
 from ternbus.lab import cli
 
@@ -61,8 +62,7 @@ def test_a_simulated_model_with_batch_norm_is_delivered_as_reported(tmp_path: Pa
         assert result.exit_code == 0, result.output
         check(json.loads((tmp_path / name / "report.json").read_text()), tmp_path / name / "model.safetensors")
         contents.append((tmp_path / name / "model.safetensors").read_bytes())
-    export = ["aggregator", "export", str(tmp_path / "disk" / "aggregator"), str(tmp_path / "again.safetensors")]
-    subprocess.run([sys.executable, "-m", "ternbus", *export], check=True, timeout=TIMEOUT_S)
+    typed(tmp_path, "aggregator", "export", "disk/aggregator", "again.safetensors")
     assert {*contents, (tmp_path / "again.safetensors").read_bytes()} == {contents[0]}
 
 
@@ -75,12 +75,11 @@ def test_a_model_with_batch_norm_under_device_privacy_is_delivered_as_reported(t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", OPTIMIZERS[:2])
+@pytest.mark.parametrize("optimizer", [OPTIMIZERS[0], pytest.param(OPTIMIZERS[1], marks=pytest.mark.extended)])
 def test_a_run_of_real_processes_delivers_what_its_evaluator_reported(tmp_path: Path, optimizer: str) -> None:
     scenario = scenario_of(tmp_path, optimizer, versions=6, devices=3)
     run = [sys.executable, "-m", "ternbus", "lab", "run", str(scenario), "--out", str(tmp_path / "out")]
     subprocess.run(run, check=True, timeout=TIMEOUT_S, capture_output=True)
     check(json.loads((tmp_path / "out" / "report.json").read_text()), tmp_path / "out" / "model.safetensors")
-    export = ["aggregator", "export", str(tmp_path / "out" / "aggregator"), str(tmp_path / "again.safetensors")]
-    subprocess.run([sys.executable, "-m", "ternbus", *export], check=True, timeout=TIMEOUT_S)
+    typed(tmp_path, "aggregator", "export", "out/aggregator", "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()

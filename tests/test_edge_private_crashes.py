@@ -8,10 +8,10 @@ and key.
 from dataclasses import replace
 
 import numpy as np
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, rule
 
+from support.at_length import at_length, in_every_run
 from support.crashing_device import DEVICE, KEY, Answers, CrashingDevice
 from support.private_sums import helper_key, opened, seeds_in, terms_for
 from support.scripted_aggregator import Message
@@ -248,5 +248,5 @@ class CrashingPrivateDevice(CrashingDevice):
         assert not [each for each in self.sent if each[1] == "metrics"]
 
 
-TestCrashingPrivateDevice = CrashingPrivateDevice.TestCase
-TestCrashingPrivateDevice.settings = settings(max_examples=60, stateful_step_count=80, deadline=None)
+TestCrashingPrivateDevice = in_every_run(CrashingPrivateDevice, max_examples=30, stateful_step_count=80)
+TestCrashingPrivateDeviceAtLength = at_length(CrashingPrivateDevice, max_examples=200, stateful_step_count=80)

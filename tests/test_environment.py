@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from support.commands import typed
 from support.edge_processes import Server, answering, edge
 from ternbus.aggregator.settings import from_table
 from ternbus.aggregator.shell import transport
@@ -83,11 +84,22 @@ def server(tmp_path: Path) -> Iterator[Server]:
         yield started
 
 
-@pytest.mark.parametrize(
-    ("fault", "command"),
-    [*((fault, command) for fault in TASKS for command in ("check", "init-model", "simulate")), ("model", "run")],
-)
+def typed_with(name: str, text: str, tmp_path: Path, command: str, code: int) -> str:
+    """What a command says of a task with a name that no other test has, since modules stay in this process."""
+    (tmp_path / f"{name}.py").write_text(text)
+    return typed(tmp_path, *(word.replace("odd:", f"{name}:") for word in COMMANDS[command]), code=code)
+
+
+@pytest.mark.parametrize("command", ["check", "init-model", "simulate"])
+@pytest.mark.parametrize("fault", TASKS)
 def test_a_task_that_is_none_is_a_mistake_in_words(tmp_path: Path, fault: str, command: str) -> None:
+    text, said = TASKS[fault]
+    name = f"odd_{fault}_{command.replace('-', '_')}"
+    assert said.replace("odd", name) in typed_with(name, text, tmp_path, command, 2)
+
+
+@pytest.mark.parametrize(("fault", "command"), [("syntax", "check"), ("model", "run")])
+def test_a_process_says_so_too(tmp_path: Path, fault: str, command: str) -> None:
     text, said = TASKS[fault]
     (tmp_path / "odd.py").write_text(text)
     code, out = ternbus(tmp_path, *COMMANDS[command])
@@ -97,11 +109,9 @@ def test_a_task_that_is_none_is_a_mistake_in_words(tmp_path: Path, fault: str, c
 @pytest.mark.parametrize("fault", LATE)
 def test_a_task_that_fails_later_is_named_too(tmp_path: Path, fault: str) -> None:
     text, said, ends = LATE[fault]
-    (tmp_path / "odd.py").write_text(text)
-    code, out = ternbus(tmp_path, *COMMANDS["check"])
-    assert (code, said in out or "it must return an Evaluation" in out) == (2, True), out
-    code, out = ternbus(tmp_path, *COMMANDS["simulate"])
-    assert (code, said in out) == (ends, True), out
+    out = typed_with(f"late_{fault}", text, tmp_path, "check", 2)
+    assert said in out or "it must return an Evaluation" in out
+    assert said in typed_with(f"late_{fault}", text, tmp_path, "simulate", ends)
 
 
 def test_data_that_are_not_there_keep_the_invitation_unspent(server: Server, tmp_path: Path) -> None:

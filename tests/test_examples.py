@@ -1,8 +1,11 @@
 """The examples run as they stand there, alone and as tasks, and a script becomes a task by less than 15 lines."""
 
+import contextlib
 import difflib
 import importlib
+import io
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -82,20 +85,24 @@ def test_an_example_is_a_task_that_is_ready_and_learns(name: str, epochs: int, l
 
 @pytest.mark.slow
 def test_the_scikit_learn_example_tests_the_model_that_a_federation_of_processes_made(tmp_path: Path) -> None:
-    def run(*command: str) -> str:
-        ran = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
-        assert ran.returncode == 0, ran.stderr
-        return ran.stdout
+    def printed(*arguments: str) -> float:
+        said = io.StringIO()
+        with pytest.MonkeyPatch.context() as patched, contextlib.redirect_stdout(said):
+            patched.setattr(sys, "argv", ["sklearn_task.py", *arguments])
+            runpy.run_path(str(EXAMPLES / "sklearn_task.py"), run_name="__main__")
+        return float(said.getvalue().split()[1])
 
-    alone = float(run("examples/sklearn_task.py").split()[1])
+    alone = printed()
     scenario = tmp_path / "scenario.toml"
     scenario.write_text('partition = "iid"\ndevices = 2\nend = { versions = 8 }\n')
     out = tmp_path / "out"
-    run("-m", "ternbus", "lab", "run", str(scenario), "--task", "examples.sklearn_task:TASK", "--out", str(out))
-    federated = float(run("examples/sklearn_task.py", str(out / "model.safetensors")).split()[1])
+    lab = [sys.executable, "-m", "ternbus", "lab", "run", str(scenario), "--task", "examples.sklearn_task:TASK"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(
+        [*lab, "--out", str(out)], cwd=ROOT, env=environment, capture_output=True, timeout=300, check=False
+    )
+    assert ran.returncode == 0, ran.stderr.decode()
+    federated = printed(str(out / "model.safetensors"))
     assert federated > 0.88
     assert federated > alone - 0.08
 

@@ -184,13 +184,18 @@ def test_what_a_dtype_cannot_represent_is_not_sent_as_a_change() -> None:
 
 
 def test_the_same_seed_gives_the_same_client_and_other_code_keeps_its_random_numbers() -> None:
-    random.seed(1)
-    np.random.seed(1)  # noqa: NPY002 - it is restored
-    expected = [random.random(), np.random.rand()]  # noqa: NPY002
-    random.seed(1)
-    np.random.seed(1)  # noqa: NPY002
+    def drawn() -> list[float]:
+        return [random.random(), np.random.rand()]  # noqa: NPY002 - as users' code does
+
+    def seed_both() -> None:
+        random.seed(1)
+        np.random.seed(1)  # noqa: NPY002 - as users' code does
+
+    seed_both()
+    expected = drawn()
+    seed_both()
     first, again, other = (task_of().initial(seed)["0"] for seed in (5, 5, 6))
-    assert [random.random(), np.random.rand()] == expected  # noqa: NPY002
+    assert drawn() == expected
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 

@@ -13,22 +13,15 @@ from typing import Any
 
 import pytest
 
+from support.commands import printed
 from support.old_formats import FIXTURES, copy_of, expected
 from ternbus.broker.server.running import Engine, choose, start
 
 pytestmark = pytest.mark.slow
 
 
-def ternbus(*arguments: object) -> str:
-    """Run a command to its end, beside the fixtures' task; return what it printed."""
-    words = [sys.executable, "-m", "ternbus", *map(str, arguments)]
-    done = subprocess.run(words, cwd=FIXTURES, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def facts(*arguments: object) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(ternbus(*arguments, "--json"))
+    found: dict[str, Any] = json.loads(printed(FIXTURES, *arguments, "--json"))
     return found
 
 
@@ -53,7 +46,8 @@ def test_a_federation_that_an_older_version_began_goes_on_to_the_same_model(name
                     if "connected" in line:
                         break
                 # it sends the update that has no answer again; with north's, which is in the buffer, they are enough
-                ternbus("edge", "run", south, "--versions", 1, "--timeout", 60)
+                device = [sys.executable, "-m", "ternbus", "edge", "run", south, "--versions", "1", "--timeout", "60"]
+                subprocess.run(device, cwd=FIXTURES, timeout=120, check=True)
                 aggregator.send_signal(signal.SIGTERM)
                 assert aggregator.wait(60) == 0
             finally:
@@ -64,7 +58,7 @@ def test_a_federation_that_an_older_version_began_goes_on_to_the_same_model(name
     after, before = facts("edge", "status", south), want["devices"]["south"]
     assert (after["accepted"], after["outstanding"]) == (before["accepted"] + 1, None)
     assert after["receipt"] == {"seq": before["outstanding"]["seq"], "base": 5, "outcome": "accepted"}
-    ternbus("aggregator", "log", "export", home, tmp_path / "log")
+    printed(FIXTURES, "aggregator", "log", "export", home, tmp_path / "log")
     found = facts("edge", "verify", south, tmp_path / "log")
     assert found["faults"] == []
     assert found["merged"][-1]["seq"] == before["outstanding"]["seq"]

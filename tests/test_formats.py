@@ -13,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from support.old_formats import (
@@ -157,8 +158,6 @@ def test_a_migrated_ledger_has_the_tables_and_facts_of_a_new_one(name: str, tmp_
 
 
 def as_array(value: object) -> Any:
-    import numpy as np  # noqa: PLC0415
-
     return np.array(value, np.float32)
 
 

@@ -210,6 +210,15 @@ def test_the_worst_comes_first_and_one_line_has_two() -> None:
     assert health.as_json()["code"] == 2
 
 
+@pytest.mark.parametrize("forged", ["all is well | version=9999", "a\r\nb\x1b[2Jc\u2028d\x85e", "||", "\n|\n"])
+def test_no_text_of_a_device_or_a_broker_gets_among_the_figures_for_a_monitor(forged: str) -> None:
+    lost = Situation(running_s=90, connected_s=None, lost_s=60, fault=forged)
+    for health in (examine(view(device("pi-3", failing=forged))), examine(view(situation=lost))):
+        figures = f" version=57 age=12s buffer=0 devices={health.devices} online={health.online} disk_free=100.0%"
+        assert health.line().partition("|")[2] == figures
+        assert health.line().isprintable()
+
+
 def test_of_many_names_the_first_are_shown() -> None:
     assert of_devices(["a", "b", "c"]) == "a, b, c"
     assert of_devices(["a", "b", "c", "d"]) == "a, b, c and 1 more device"

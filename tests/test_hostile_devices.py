@@ -19,15 +19,17 @@ from ternbus.lab.report import output
 from ternbus.lab.report.progress import Lines
 from ternbus.lab.scenario import scenario
 from ternbus.lab.scenario.scenario import End, Hostile, Scenario
+from ternbus.lab.scenario.simulated import Simulated
 from ternbus.lab.virtual.simulate import Simulation
 
 PLAN = Plan(local_steps=5)
+VERSIONS = 8
 SMALL = Scenario(
     task="digits-numpy",
     devices=10,
     partition="iid",
     aggregator={"merge.buffer_size": 10, "merge.max_wait_s": 1000.0},
-    end=End(versions=12),
+    end=End(versions=VERSIONS),
 )
 
 
@@ -195,9 +197,9 @@ def test_processes_are_told_who_is_hostile(tmp_path: Path) -> None:
 
 def accuracy(harm: tuple[Hostile, ...], **aggregator: object) -> float:
     settings = {**SMALL.aggregator, **{f"merge.{key}": value for key, value in aggregator.items()}}
-    simulation = Simulation(
-        replace(SMALL, hostile=harm, aggregator=settings), load_task(SMALL.task), Lines(io.StringIO())
-    )
+    once = Simulated(evaluate_every=VERSIONS)
+    wanted = replace(SMALL, hostile=harm, aggregator=settings, simulate=once)
+    simulation = Simulation(wanted, load_task(SMALL.task), Lines(io.StringIO()))
     simulation.run()
     found = simulation.moment().last.accuracy
     assert found is not None

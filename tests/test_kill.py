@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from support.commands import printed
 from ternbus.broker.server.running import Engine, choose
 from ternbus.edge.store import outbox
 
@@ -70,11 +71,11 @@ def rows(ledger: Path, query: str) -> list[tuple[Any, ...]]:
 
 
 def test_each_was_killed_and_came_back_and_the_run_went_on_to_its_end(killed: tuple[Path, str]) -> None:
-    out, printed = killed
+    out, said = killed
     for name in ("aggregator", "broker", "device-1"):
-        assert f"killing {name}" in printed
-        assert f"{name} was restarted" in printed
-    assert "the run ended before" not in printed
+        assert f"killing {name}" in said
+        assert f"{name} was restarted" in said
+    assert "the run ended before" not in said
     assert (
         "Shutdown" not in (out / "broker" / "broker.log.1").read_text()
     )  # as nats-server says when it is asked to end
@@ -115,26 +116,16 @@ def test_the_versions_count_each_update_once(killed: tuple[Path, str]) -> None:
 def test_the_log_shows_each_device_its_updates(killed: tuple[Path, str]) -> None:
     """Exported, and checked by others than who wrote it."""
     out, _ = killed
-    exported = ternbus("aggregator", "log", "export", out / "aggregator", out / "lab.log")
+    exported = printed(out, "aggregator", "log", "export", "aggregator", "lab.log")
     assert "check it with" in exported
-    facts = json.loads(ternbus("aggregator", "log", "verify", out / "aggregator", "--json"))
+    facts = json.loads(printed(out, "aggregator", "log", "verify", "aggregator", "--json"))
     merged = rows(out / "aggregator" / "ledger.sqlite", "SELECT count(*) FROM updates WHERE merged IS NOT NULL")
     assert (facts["ok"], facts["updates"]) == (True, merged[0][0])
     shown = 0
     for index in range(DEVICES):
         folder = out / "devices" / f"device-{index}"
-        found = json.loads(ternbus("edge", "verify", folder, out / "lab.log", "--json"))
+        found = json.loads(printed(out, "edge", "verify", folder, "lab.log", "--json"))
         accepted = [answer for answer in outbox.answers(folder) if answer.outcome == "accepted"]
         assert (found["ok"], len(found["merged"]), found["waiting"]) == (True, len(accepted), [])
         shown += len(found["merged"])
     assert shown >= VERSIONS
-
-
-def ternbus(*arguments: object) -> str:
-    return subprocess.run(
-        [sys.executable, "-m", "ternbus", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    ).stdout

@@ -293,7 +293,6 @@ def test_a_run_of_processes_has_what_the_data_decide(tmp_path: Path) -> None:
     task = own(tmp_path, SEVERAL, "SITES")
     command = [sys.executable, "-m", "ternbus", "lab", "run", "--task", task, "--versions", "1"]
     for more, line, code in (
-        (["--devices", "2"], NO_CLASSES, 0),
         (["--partition", "natural"], "devices = 3: as many as the data have owners", 0),
         (["--partition", "shards:2"], 'partition = "shards:2": the data have no classes to split by', 2),
     ):

@@ -112,9 +112,11 @@ def test_a_run_leaves_report_plot_model_and_logs_and_no_process(lab: Lab) -> Non
 
 
 def test_a_second_run_replaces_the_first_and_a_barrier_takes_nothing_stale(lab: Lab) -> None:
+    """With --json, its report is all that is on standard output."""
     lab.run(versions=2)
     (lab.out / "notes.txt").write_text("mine")
-    _, report = lab.run("--sync", versions=3)
+    printed, report = lab.run("--sync", "--json", versions=3)
+    assert json.loads(printed) == report
     assert (lab.out / "notes.txt").read_text() == "mine"
     assert report["scenario"]["sync"] is True
     assert all(row["staleness"] == 0 and row["updates"] == 3 for row in report["versions"][1:4])
@@ -162,11 +164,6 @@ def test_closing_the_federation_from_elsewhere_ends_the_run(lab: Lab) -> None:
     assert "all devices have ended; the federation is closed" in printed
 
 
-def test_json_is_all_that_is_on_standard_output(lab: Lab) -> None:
-    printed, report = lab.run("--json", versions=2)
-    assert json.loads(printed) == report
-
-
 def test_a_child_that_needs_another_configuration_ends_the_run_with_its_words(lab: Lab) -> None:
     process = lab.start("--task", "nowhere:TASK")
     _, errors = process.communicate(timeout=TIMEOUT_S)
@@ -177,15 +174,16 @@ def test_a_child_that_needs_another_configuration_ends_the_run_with_its_words(la
 
 
 @pytest.mark.parametrize("moment", ["digits-numpy:", "broker:", "all processes started", "version", "closing"])
-@pytest.mark.parametrize("number", [signal.SIGINT])
-def test_ctrl_c_at_any_moment_leaves_no_process(lab: Lab, moment: str, number: signal.Signals) -> None:
+def test_ctrl_c_at_any_moment_leaves_no_process(lab: Lab, moment: str) -> None:
     """The moments are lines that the run prints."""
-    interrupt(lab, moment, number, 130, "Ctrl-C")
+    interrupt(lab, moment, signal.SIGINT, 130, "Ctrl-C")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_sigterm_and_a_hangup_too(lab: Lab, number: signal.Signals, code: int) -> None:
-    interrupt(lab, "version", number, code, number.name)
+@pytest.mark.parametrize(
+    ("moment", "number", "code"), [("version", signal.SIGTERM, 143), ("broker:", signal.SIGHUP, 129)]
+)
+def test_sigterm_and_a_hangup_too(lab: Lab, moment: str, number: signal.Signals, code: int) -> None:
+    interrupt(lab, moment, number, code, number.name)
 
 
 def interrupt(lab: Lab, moment: str, number: signal.Signals, code: int, word: str) -> None:

@@ -17,18 +17,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+from support.commands import typed
 from support.core_device import DEVICE_KEY, aggregator, evaluated, following, logged, only, published, trained
+from support.growing_outbox import KEY, state_after
 from ternbus.broker.crash_points import VARIABLE
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.model_files import load_metadata, load_safetensors
-from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.schema import Schema, to_tensors, to_vector
-from ternbus.broker.protocol.ternary import Block
 from ternbus.broker.server import running
 from ternbus.edge import Plan, TorchTask, Trained, TrainingError, load_task
 from ternbus.edge.core import events
 from ternbus.edge.core.actions import SaveModel, StartEvaluation, StartFineTuning, StartTraining, Stop, tensors_of
-from ternbus.edge.core.state import State, prepare
 from ternbus.edge.learn.kinds import staying
 from ternbus.edge.learn.local_state import packed, unpacked
 from ternbus.edge.learn.noise import RandomSource
@@ -273,26 +272,16 @@ def test_equal_tensors_are_packed_as_equal_bytes() -> None:
     assert unpacked(b"") == {}
 
 
-KEY = Identity(b"o" * 32).key_id
-SCHEMA = Schema.of({"w": (400, 10)})
 SAVE = """
 import sys
 from pathlib import Path
 from dataclasses import replace
 sys.path[:0] = {paths!r}
-from test_local_state import KEY, state_after
+from support.growing_outbox import KEY, state_after
 from ternbus.edge.store.outbox import Outbox
 with Outbox(Path({folder!r}), KEY) as outbox:
     outbox.save(state_after(outbox.state), None, {{}})
 """
-
-
-def state_after(state: State) -> State:
-    """The state after one more training."""
-    number = len(state.local) + 1
-    block = Block.of_float32(SCHEMA, np.full(SCHEMA.elements, number, np.float32))
-    update = prepare(block, seq=10 + number, base=number, samples=1, metrics={}, frame_bytes=3000)
-    return replace(state, outstanding=update, local=b"x" * number)
 
 
 @pytest.mark.slow
@@ -426,10 +415,10 @@ def broker(tmp_path: Path) -> Iterator[str]:
 def test_a_device_exports_the_version_and_what_it_keeps_for_itself(broker: str, tmp_path: Path, task: str) -> None:
     """Without tensors of its own it writes the same bytes as the aggregator."""
     first, home, device = tmp_path / "first.safetensors", tmp_path / "agg", tmp_path / "pi"
-    ternbus("edge", "init-model", task, first)
-    settings = "--set", "merge.buffer_size=1"
-    ternbus("aggregator", "init", home, "--federation", "lab", "--broker", broker, "--model", first, *settings)
-    ternbus("aggregator", "invite", home, "pi", "--evaluator", "judge", "--out", tmp_path)
+    typed(tmp_path, "edge", "init-model", task, first)
+    about = "--federation", "lab", "--broker", broker, "--model", first, "--set", "merge.buffer_size=1"
+    typed(tmp_path, "aggregator", "init", home, *about)
+    typed(tmp_path, "aggregator", "invite", home, "pi", "--evaluator", "judge", "--out", tmp_path)
     serving = subprocess.Popen([sys.executable, "-m", "ternbus", "aggregator", "run", str(home)])
     try:
         ternbus("edge", "join", tmp_path / "pi.toml", device, "--task", task, "--partition", "natural:1")
@@ -440,7 +429,7 @@ def test_a_device_exports_the_version_and_what_it_keeps_for_itself(broker: str, 
     finally:
         serving.terminate()
         serving.wait(TIMEOUT_S)
-    ternbus("aggregator", "export", home, tmp_path / "all.safetensors")
+    typed(tmp_path, "aggregator", "export", home, tmp_path / "all.safetensors")
     everyone, own = load_safetensors(tmp_path / "all.safetensors"), load_safetensors(tmp_path / "own.safetensors")
     kept = unpacked(outboxes.summary(device).state.local)
     assert bits(own) == bits({**everyone, **kept})

@@ -70,7 +70,7 @@ def test_fednova_is_its_formula() -> None:
 
         def watched(state: Any, updates: Any, model: Any) -> Any:
             state, change = apply(state, updates, model)  # noqa: B023 - called within this turn
-            seen.append((updates, model, change))  # noqa: B023
+            seen.append((updates, model, change))  # noqa: B023 - likewise
             return state, change
 
         simulated(versions=1, merge_rule=(init, watched), plan={"momentum": momentum})

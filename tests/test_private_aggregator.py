@@ -454,6 +454,20 @@ def test_a_set_that_is_opened_does_not_wait_for_ever_for_one_that_is_not() -> No
     assert len(world.merged()) == 6
 
 
+def test_a_set_is_added_up_once_and_masks_are_taken_from_its_sum_only() -> None:
+    """A sum of a part of its updates, or of none, would be merged as if it were of all."""
+    world = World()
+    world.give_all(world.begin())
+    sets = world.core._updates.sets
+    assert sets is not None
+    (found,) = sets.in_flight
+    with pytest.raises(ValueError, match="broadcast"):
+        found.take_answer("h-1", world.terms_of[0].layout.zeros().tobytes())
+    found.begin_opening(b"secret")
+    with pytest.raises(ValueError, match="6 updates of a set have no content"):
+        found.begin_opening(b"secret")
+
+
 # --- revocation
 
 

@@ -151,7 +151,7 @@ def test_each_accepted_update_is_in_one_version_or_dropped_whenever_it_is_killed
     die(range(JOINED, SAVES, 9), when)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("when", [BEFORE, AFTER, BETWEEN])
 def test_so_it_is_at_every_single_moment(when: str) -> None:
     die(range(JOINED, SAVES), when)

@@ -6,7 +6,17 @@ from typing import Any
 import pytest
 
 from support.private_world import CODE, HelperSide, PrivateBench, make_private
-from support.small_world import LAB, Bench, frames_of, make_directory, receipts, refusals, saved
+from support.small_world import (
+    LAB,
+    Bench,
+    frames_of,
+    make_directory,
+    preverifier_of,
+    receipts,
+    reconfigure,
+    refusals,
+    saved,
+)
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.store import private_rows
 from ternbus.broker.protocol import topics
@@ -171,8 +181,6 @@ def test_who_has_not_enrolled_is_told_that_it_is_unknown_at_a_low_rate(tmp_path:
 
 
 def test_a_key_that_the_settings_no_longer_name_is_unknown(tmp_path: Path, helper: HelperSide) -> None:
-    from support.small_world import reconfigure  # noqa: PLC0415
-
     bench = PrivateBench(make_private(tmp_path / "agg", [helper]))
     bench.start()
     bench.ready(helper)
@@ -217,8 +225,6 @@ def test_a_device_of_the_same_name_speaks_for_no_helper(bench: PrivateBench, hel
     device = bench.join("h-1")
     imitation = HelperSide("h-1", device.identity, 50)
     payload = imitation.card(2)
-    from support.small_world import preverifier_of  # noqa: PLC0415
-
     opened = preverifier_of(bench).open(imitation.topic("card"), payload)
     bench.handle(events.MessageArrived(topic=imitation.topic("card"), payload=payload, opened=opened))
     assert bench.check_published().helpers[0].card.number == 1

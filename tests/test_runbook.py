@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from support.commands import typed
 from ternbus.aggregator.shell import backup
 from ternbus.aggregator.store import status as statuses
 from ternbus.broker.protocol.messages import RESTORE_LEAP
@@ -35,19 +36,16 @@ class Machine:
     def __init__(self, folder: Path) -> None:
         self.folder, self.agg, self.backups = folder, folder / "agg", folder / "backups"
 
-    def words(self, *words: str) -> list[str]:
+    def named(self, *words: str) -> list[str]:
         made = backup.found_in(self.backups, "lab")[-1].name if self.backups.exists() else ""
-        named = [re.sub(r"lab-\d{8}T\d{6}Z", made, word).replace("/backups", str(self.backups)) for word in words]
-        return [sys.executable, "-m", "ternbus", *named]
+        return [re.sub(r"lab-\d{8}T\d{6}Z", made, word).replace("/backups", str(self.backups)) for word in words]
 
     def do(self, *words: str) -> str:
-        done = subprocess.run(self.words(*words), cwd=self.folder, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        return typed(self.folder, *self.named(*words))
 
     @contextmanager
     def running(self, *words: str) -> Iterator[subprocess.Popen[bytes]]:
-        with subprocess.Popen(self.words(*words), cwd=self.folder) as process:
+        with subprocess.Popen([sys.executable, "-m", "ternbus", *self.named(*words)], cwd=self.folder) as process:
             try:
                 yield process
             finally:
@@ -90,7 +88,8 @@ def test_a_federation_is_backed_up_lost_and_restored_with_an_empty_broker(
         )
         machine.do("aggregator", "invite", "agg", "pi", "--out", ".")
         with machine.running("aggregator", "run", "agg"):
-            machine.do("edge", "join", "pi.toml", "pi", "--task", "digits-numpy")
+            with machine.running("edge", "join", "pi.toml", "pi", "--task", "digits-numpy") as joining:
+                assert joining.wait(WITHIN_S) == 0
             device = until_the_end.enter_context(machine.running("edge", "run", "pi", "--min-seconds", "0.2"))
             wait_for(lambda: machine.version >= 2)
             machine.do(*make_backup)

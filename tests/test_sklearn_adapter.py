@@ -156,7 +156,10 @@ def test_a_linear_model_continues_where_the_version_is() -> None:
 def test_the_rows_that_fill_missing_classes_up_weigh_nothing() -> None:
     images, labels = digits(None, "train")
     few = labels < 3
-    data = lambda folder, split: (images[few], labels[few])  # noqa: E731
+
+    def data(folder: Path | None, split: str) -> Any:
+        return images[few], labels[few]
+
     plan = Plan.from_meta({"local_steps": 200})
     whole = task_of(LogisticRegression(tol=1e-8), data, range(4)).trainer(data=None, partition="all")
     start = {"coef_": np.zeros((4, PIXELS), np.float32), "intercept_": np.zeros(4, np.float32)}

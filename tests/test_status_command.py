@@ -46,6 +46,8 @@ def test_what_cannot_be_read_is_unknown_and_without_check_a_mistake(make: Make) 
     code, line = checked(bench.directory)
     assert (code, administration.TOML in line) == (3, True)
     assert isinstance(RUN.invoke(cli.app, ["status", str(bench.directory)]).exception, ConfigError)
+    code, line = checked(bench.directory / "none|version=9")
+    assert (code, "|" in line) == (3, False)
 
 
 def test_the_status_opens_with_the_health_and_ends_with_0(make: Make) -> None:

@@ -140,7 +140,7 @@ def test_missing_fashion_mnist_says_where_it_is_looked_for(tmp_path: Path) -> No
 @pytest.mark.parametrize("name", ["digits-numpy", "digits-linear"])
 def test_the_numpy_gradient_is_that_of_the_loss(name: str) -> None:
     """Against central differences in float64, element by element."""
-    from ternbus.edge.tasks.digits_numpy import _backward  # noqa: PLC0415  # only this test looks inside
+    from ternbus.edge.tasks.digits_numpy import _backward  # noqa: PLC0415 - only this test looks inside
 
     weights = {key: tensor.astype(np.float64) for key, tensor in load_task(name).initial(0).items()}
     images, labels = digits_data.load("train")

@@ -14,7 +14,10 @@ from ternbus.edge.shell.preflight import Conditions, check
 
 PAGE = Path(__file__).parent.parent / "docs" / "tasks.md"
 TASKS = dict(re.findall(r"^```python\n# (\w+)\.py\n(.*?)^```", PAGE.read_text(), flags=re.DOTALL | re.MULTILINE))
-EPOCHS = 20
+PLANS = {
+    "gan": {"local_epochs": 80},
+    "readings": {"local_epochs": 4, "learning_rate": 0.5},
+}  # its epochs start processes
 
 
 def write_data(folder: Path) -> None:
@@ -58,7 +61,7 @@ def test_a_task_of_the_page_is_ready_and_learns(name: str, tmp_path: Path, monke
     task = load_task(f"{name}:TASK")
     report = check(task, Conditions(data=tmp_path))
     assert [problem for problem in report.problems if "no finite 'accuracy'" not in problem] == []
-    plan = Plan.from_meta({**task.default_plan, "local_epochs": 80 if name == "gan" else EPOCHS})
+    plan = Plan.from_meta({**task.default_plan, "local_epochs": 20, **PLANS.get(name, {})})
     start, evaluator = task.initial(0), task.evaluator(data=tmp_path)
     found = task.trainer(data=tmp_path, partition="all").train(start, plan, version=0, seed=1)
     metric, low, high = REACHED[name]

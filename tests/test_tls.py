@@ -122,6 +122,7 @@ def awaited(look: Callable[[], bool]) -> None:
     deadline = time.monotonic() + WITHIN_S
     while not look():
         assert time.monotonic() < deadline
+        time.sleep(0.02)  # between two looks
 
 
 def test_the_members_of_a_federation_talk_over_tls_1_3(bus: Bus) -> None:

@@ -22,7 +22,7 @@ from ternbus.edge.shell import cli
 from ternbus.edge.shell.directory import DeviceDirectory
 from ternbus.edge.shell.preflight import check
 from ternbus.edge.torch import device as devices
-from ternbus.edge.torch import torchvision_ops  # noqa: F401  # must come before torchvision
+from ternbus.edge.torch import torchvision_ops  # noqa: F401 - must come before torchvision
 from ternbus.edge.torch.augmentation import augmentation
 
 from torchvision.transforms import v2  # isort: skip
@@ -52,9 +52,11 @@ IMAGES = torch.arange(36.0).reshape(1, 1, 6, 6).repeat(40, 1, 1, 1)
 
 
 def of_images(augment: Any) -> TorchTask:
-    model = lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 2))  # noqa: E731
     return TorchTask(
-        name="own", model=model, data=lambda folder, split: (IMAGES, torch.zeros(40).long()), augment=augment
+        name="own",
+        model=lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 2)),
+        data=lambda folder, split: (IMAGES, torch.zeros(40).long()),
+        augment=augment,
     )
 
 

@@ -16,7 +16,7 @@ from ternbus.broker.errors import ConfigError
 from ternbus.edge import Metric, Plan, TorchTask, TrainingError, higher, lower
 from ternbus.edge.learn.task import evaluated_by
 from ternbus.edge.shell.preflight import check
-from ternbus.edge.torch import torchvision_ops  # noqa: F401  # must come before torchvision
+from ternbus.edge.torch import torchvision_ops  # noqa: F401 - must come before torchvision
 
 # -- functions, or a class
 
@@ -261,7 +261,10 @@ def test_targets_may_be_the_probability_of_each_class() -> None:
 def test_images_are_segmented() -> None:
     images = torch.randint(0, 256, (30, 1, 12, 12), dtype=torch.uint8, generator=DRAW)
     masks = (images[:, 0] > 127).to(torch.uint8)
-    net = lambda: nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))  # noqa: E731
+
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+
     task = TorchTask(name="own", model=net, data=lambda folder, split: (images.numpy(), masks.numpy()))
     found = trained(task, Plan(local_epochs=30, batch_size=10, optimizer="adam", learning_rate=0.02))
     assert found.metrics["accuracy"] > 0.7

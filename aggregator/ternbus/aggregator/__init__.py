@@ -1,1 +1,1 @@
-"""The server: accepts signed updates, merges them under a staleness bound, republishes the model, never loses one."""
+"""The server: it accepts signed updates, merges them under a staleness bound, and publishes the model."""

@@ -1,4 +1,4 @@
-"""The plan in aggregator.toml, checked as devices check it, and by the keys that its task knows."""
+"""The plan in aggregator.toml, with the checks that devices make and those of the task's own keys."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The section [private] of aggregator.toml: helpers, and what updates are masked by; a plain federation has none."""
+"""The section [private] of aggregator.toml: the helpers and parameters of private sums."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -88,7 +88,7 @@ class PrivateSettings:
         """Refuse a model that is too large for encrypted sums, and a machine without TenSEAL; ConfigError says why."""
         if self.kind != BFV:
             return
-        bfv.library()
+        bfv.require()
         if schema.elements > bfv.ELEMENTS_MAX:
             raise ConfigError(
                 f'private.kind = "{BFV}" is for linear models and heads of at most {bfv.ELEMENTS_MAX:,} parameters, '

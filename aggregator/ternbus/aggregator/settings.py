@@ -1,4 +1,4 @@
-"""aggregator.toml: every key with its default and its meaning, checked when it is read."""
+"""The settings in aggregator.toml: each key with its default, meaning and check."""
 
 import math
 from collections.abc import Mapping

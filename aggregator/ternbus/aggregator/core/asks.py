@@ -1,7 +1,7 @@
-"""What each helper is asked, and asked again until it answers: one step of a set at a time.
+"""The open requests to helpers, one step of a set at a time; each is repeated until the helper answers.
 
-A helper answers to the same ask in the same way, so to ask once more is always safe. Where it is to abandon a set,
-nothing else is asked before it has: else it could find an update of that set in another one, and refuse it.
+A helper answers the same request in the same way, so repeating it is safe. Until a helper has abandoned a set that it
+is to abandon, it is asked nothing else: it could find an update of that set in another one, and refuse that one.
 """
 
 from collections.abc import Callable

@@ -1,9 +1,9 @@
-"""Devices whose key two machines use: again and again a lower sequence number is signed after a higher one.
+"""Detection of cloned devices: two machines that use one key sign lower sequence numbers after higher ones.
 
-A device numbers its statuses upwards, over connections, restarts and crashes; one that was restored from an old copy
-goes back once. Only two that run at once go back again and again. The order of arrival shows none of this: a broker can
-replay a status, or hold it back. A status on a version shows it, since nobody could sign it before that version was
-made: where a higher number had arrived by then, this one was signed after it.
+The numbers of a device's statuses increase over connections, restarts and crashes. A device that was restored from an
+old copy goes back once; only two machines at the same time go back repeatedly. The order of arrival proves nothing,
+since a broker can replay or delay a status. A status that names a version does: it was signed after that version was
+made, so also after each higher number that had arrived by then.
 """
 
 from collections import deque

@@ -1,4 +1,4 @@
-"""Counters of refusals, repeated answers, traffic and statuses, gathered for one record a second."""
+"""Counters of refusals, repeated answers, traffic and statuses, saved in one record a second."""
 
 from collections import Counter
 from dataclasses import dataclass, field, replace

@@ -1,4 +1,4 @@
-"""What is wrong with single devices: silent, refused, stale, failing, diverging; and with evaluators."""
+"""The findings about single devices: silent, refused, stale, failing or diverging ones, and evaluators."""
 
 from collections.abc import Mapping, Sequence
 from typing import Final

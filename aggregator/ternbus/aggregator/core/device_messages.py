@@ -1,4 +1,4 @@
-"""What devices send, from the topic to whoever decides about it: limited, authenticated, then taken in by kind."""
+"""The path of a device's message through the core: rate limit, authentication, then the handler of its kind."""
 
 from dataclasses import dataclass
 

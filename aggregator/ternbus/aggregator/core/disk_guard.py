@@ -1,4 +1,4 @@
-"""What little room on the disk means: first a warning, then nothing more is accepted until there is room again."""
+"""The reaction to a full disk: a warning at first, then no update is accepted until there is room again."""
 
 from typing import Final
 

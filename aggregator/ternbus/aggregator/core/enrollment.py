@@ -1,4 +1,4 @@
-"""Which keys may speak for which devices: invitations, enrolments, revocations."""
+"""The keys of devices: invitations, enrolments and revocations."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Events that the core is told of, in the past tense, and actions that it asks for, in the imperative."""
+"""The core's inputs and outputs: events, named in the past tense, and actions, named in the imperative."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field

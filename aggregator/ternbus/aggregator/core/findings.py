@@ -1,4 +1,4 @@
-"""What an examination finds: how bad it is, whom it is about, since when, and what to do."""
+"""The findings of an examination, as values: level, subject, start, and what to do."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

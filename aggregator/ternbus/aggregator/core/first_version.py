@@ -1,4 +1,4 @@
-"""Version 0 of a federation: what is saved before its aggregator has ever run."""
+"""Version 0 of a federation: the records that are saved before its aggregator first runs."""
 
 from dataclasses import dataclass
 

@@ -73,12 +73,18 @@ class Health:
             f"version={self.version} age={self.age_s:.0f}s buffer={self.buffer} devices={self.devices} "
             f"online={self.online} disk_free={100 * self.disk_free:.1f}%"
         )
-        return f"TERNBUS {words[self.state]} - {self.federation}: {what}{more} | {figures}".replace("\n", " ")
+        return f"{monitor_text(words[self.state], f'{self.federation}: {what}{more}')} | {figures}"
 
     def _fine(self) -> str:
         if self.federation_state == CLOSED and not self.running:
             return f"closed at version {self.version}"
         return f"{self.federation_state}, version {self.version}, {self.online} of {self.devices} devices online"
+
+
+def monitor_text(state: str, text: str) -> str:
+    """What a monitor shows, in one line; a bar in ``text``, which may be a device's, would begin figures of its own."""
+    plain = "".join(each if each.isprintable() else " " for each in text.replace("|", "/"))
+    return f"TERNBUS {state} - {' '.join(plain.split())}"
 
 
 def examine(view: View) -> Health:

@@ -1,4 +1,4 @@
-"""What is looked at to tell the health of an aggregator, as values."""
+"""The input of a health examination, as values."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

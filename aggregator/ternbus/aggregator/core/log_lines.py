@@ -1,4 +1,4 @@
-"""The lines that the operator's log has of each version and of each refused update, at most so many a minute."""
+"""The log lines for each version and each refused update, with a limit for each minute."""
 
 from collections.abc import Iterable, Sequence
 from typing import Final

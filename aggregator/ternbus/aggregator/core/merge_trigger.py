@@ -1,14 +1,13 @@
-"""When the updates in the buffer are merged into a version: the rule at the heart of asynchronous aggregation.
+"""The trigger of a merge: when the updates in the buffer become a version.
 
-A buffer is due ``max_wait_s`` after its first update, whatever happened since. It is due earlier, but not sooner than
-``min_interval_s`` after the last merge, where it is full (FedBuff, Nguyen et al. 2022) or where no device that is
-online has an update still to come. None is to come from a device whose status says that its work fails, or that has
-been silent for several times its usual time between updates, until it is heard again (``pace``). A further rule is a
-further line in ``is_due``; where it depends on time, ``due_s`` names the moment.
+A merge is due ``max_wait_s`` after the buffer's first update. It is due earlier, but at least ``min_interval_s`` after
+the last merge, in two cases: the buffer is full (FedBuff, Nguyen et al. 2022), or no update is expected from any
+device that is online. No update is expected from a device whose status says that its work fails, nor from one that has
+been silent for several times its usual time between updates (``pace``). A further rule is a further line in ``is_due``;
+if it depends on time, ``due_s`` returns the moment.
 
-A buffer with updates of fewer than ``min_devices`` devices is never due, and is not merged at a stop or a close either
-(``may_merge``): it is held over. Who is online is hearsay, which a broker can make up; it may delay a merge, and cannot
-bring one about below that number.
+A buffer with updates of fewer than ``min_devices`` devices is never merged, not even at a stop or a close
+(``may_merge``). A broker can forge who is online. That can delay a merge, and cannot cause one below that number.
 """
 
 import math

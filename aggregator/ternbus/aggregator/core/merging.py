@@ -1,4 +1,4 @@
-"""The buffer and its merges: when they are due, what they leave behind, and what the operator is told."""
+"""Merges of the buffer: when one is due, its records and messages, and its log lines."""
 
 from dataclasses import dataclass, field
 

@@ -1,4 +1,4 @@
-"""What devices and evaluators say that a version is worth: checked, bounded, and kept."""
+"""Reported metrics of a version, by devices and evaluators: checked, limited in size, and saved."""
 
 import json
 

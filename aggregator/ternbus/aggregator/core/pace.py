@@ -1,7 +1,7 @@
-"""How often a device sends updates, and from when on its silence says that none is to be expected.
+"""The pace of a device: its usual time between updates, and the silence after which none is expected.
 
-A device whose process hangs, or died without its last will, stays `training` for ever. Its silence is judged by its
-own usual time between updates, so that a slow device is given as much more time as it is slow.
+A device whose process hangs, or died without its last will, stays `training` for ever. Its silence is compared with
+its own usual time between updates, so a slow device is given more time.
 """
 
 import math

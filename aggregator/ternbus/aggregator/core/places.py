@@ -1,4 +1,4 @@
-"""Which updates of several parts are assembled: each has a place with room for all of it, in the order of asking.
+"""The queue of updates in several parts: each gets a place with room for all of it, in the order of the requests.
 
 All that ask stand in a line, each device with one update. An update has its place as soon as it and all that stand
 before it fit into the room together. Who asks stands at the end, nobody passes another, and what an update takes never

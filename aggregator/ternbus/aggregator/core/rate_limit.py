@@ -1,4 +1,4 @@
-"""How often something may be done for somebody else: token buckets, and the log lines that one reason may have."""
+"""Rate limits: token buckets for peers, and a limit on the log lines for one reason."""
 
 import math
 from collections import Counter

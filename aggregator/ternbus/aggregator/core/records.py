@@ -1,4 +1,4 @@
-"""What the core saves: each record is one fact, durable before anything that follows from it."""
+"""The records that the core saves. Each is one fact, and durable before the actions that follow from it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

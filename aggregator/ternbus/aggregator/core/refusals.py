@@ -1,4 +1,4 @@
-"""What happens to a frame that is dropped: it is counted, and the operator is told of some."""
+"""Dropped frames: all are counted, and some are logged."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What an operator asks for that may have to be refused: a device in or out, an earlier model back."""
+"""Requests of the operator that can be refused: revocations, cancelled invitations, rollbacks."""
 
 from dataclasses import dataclass
 from typing import assert_never

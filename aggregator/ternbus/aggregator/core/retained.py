@@ -1,4 +1,4 @@
-"""Whether the broker keeps what it is given to retain: refusals, and each snapshot asked back for part by part.
+"""A check that the broker keeps retained messages: refusals are noted, and each snapshot is read back by its parts.
 
 A PUBACK does not say that a message is retained: on MQTT 3.1.1 it has no code, and brokers drop messages silently
 above a limit. So the parts of a snapshot are asked for by name once the broker has acknowledged all of them.

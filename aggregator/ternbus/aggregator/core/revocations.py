@@ -1,4 +1,4 @@
-"""The list of revoked keys, published signed and retained, so that a restored aggregator learns what it forgot."""
+"""The list of revoked keys as a signed, retained message, which a restored aggregator reads to catch up."""
 
 from dataclasses import dataclass
 

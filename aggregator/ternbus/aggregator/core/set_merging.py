@@ -1,4 +1,4 @@
-"""Versions of private updates: when groups become sets, when opened sets are merged, how a federation is closed."""
+"""Merges of private updates: when groups become sets, when opened sets are merged, and the end of a federation."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Private updates from their acceptance to their version: groups, sets, what helpers are asked, what they answer.
+"""Private updates between acceptance and version: groups, sets, requests to helpers and their answers.
 
 The life of a set:
 
@@ -372,7 +372,6 @@ class Sets:
             actions = self.asks.done(helper, found.digest, now)
             if found.awaited:
                 return actions
-            assert found.total is not None  # noqa: S101 - since it is opening
             total = decode(terms, self.schema, found.total, len(found.members))
         except ProtocolError as error:
             self.counters.refuse(error.reason, now)

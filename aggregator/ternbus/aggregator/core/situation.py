@@ -1,4 +1,4 @@
-"""What a running aggregator knows that no row of its ledger says: its connection, whom it waits for, losses.
+"""The state of a running aggregator that is not in its ledger: connection, awaited devices, losses.
 
 The core saves it when somebody looks at the status, and at a stop.
 """

@@ -1,7 +1,7 @@
-"""Terms and contexts of private sums: with each version one context begins, for good, and new terms only with it.
+"""Terms and contexts of private sums: each version has exactly one context, and terms change only with a version.
 
-Updates of one set have one context, which names the model, the plan and the terms. If a version had two, whoever gives
-one device another plan or other terms could single it out.
+All updates of a set have the same context, which names the model, the plan and the terms. With two contexts for one
+version, an aggregator could single a device out by giving it another plan or other terms.
 """
 
 from collections.abc import Callable, Collection, Mapping

@@ -1,4 +1,4 @@
-"""What becomes of updates and offers: each is validated, accepted or refused, and answered once and for all."""
+"""Updates and offers: each is validated, accepted or refused, and gets one final answer."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Whether an update is valid: the protocol's checks in their order, its parts joined, its block read."""
+"""Validation of updates: the protocol's checks in their order, from the parts to the decoded block."""
 
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple

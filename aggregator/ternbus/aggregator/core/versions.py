@@ -1,4 +1,4 @@
-"""Makes versions and publishes them: delta, head and snapshot, each on disk before anybody can read it."""
+"""Versions and their messages: delta, head and snapshot, each saved before it is published."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

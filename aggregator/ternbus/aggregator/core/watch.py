@@ -1,4 +1,4 @@
-"""What the core keeps up for those who look at the status: its connection, and whom the next version waits for."""
+"""The state of the core that the status shows: its connection, and the devices that the next version waits for."""
 
 from collections.abc import Set
 from dataclasses import dataclass

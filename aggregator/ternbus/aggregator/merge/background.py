@@ -1,4 +1,4 @@
-"""Sums up beside the core: numpy lets go of the interpreter while it adds, and the next frame is judged meanwhile."""
+"""Sums in another thread: numpy releases the interpreter lock, so the core goes on with the next frame."""
 
 from collections import deque
 from concurrent.futures import Executor, Future

@@ -1,4 +1,4 @@
-"""What devices are sent: the block that brings the published vector towards the server's own, and the snapshot."""
+"""The content of deltas and snapshots: the block that moves the published vector towards the server's vector."""
 
 from ternbus.broker.protocol.schema import Schema, Vector
 from ternbus.broker.protocol.ternary import RAW, TERNARY, ZSTD, Block, encode, nearest_block

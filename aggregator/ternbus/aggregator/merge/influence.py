@@ -1,17 +1,16 @@
-"""How much one update may weigh, by what is usual among the updates that were merged before it.
+"""The bound on an update's norm and samples, by the usual values of the updates that were merged before it.
 
-A bound on norms (Sun et al. 2019, section 4) that follows the norms of late (as Andrew et al. 2021 do it by a quantile
-for differential privacy), and the same for the number of samples that a device claims. What is usual is the lower
-median over devices, each with its newest merged update, which is the one on the highest version, so that fewer than
-half of them cannot move it beyond what the others send; it is a multiple of this that an update may have, since honest
-devices are unequal.
+A bound on norms (Sun et al. 2019, section 4) that follows recent norms, as Andrew et al. 2021 do it by a quantile for
+differential privacy; and a bound on the number of samples that a device claims. Each bound is a multiple of the usual
+value, since honest devices differ. The usual value is the lower median over devices, of each the newest merged update,
+which is the one on the highest version. Fewer than half of the devices cannot raise it above what the others send.
 
-Devices, not updates, are what is remembered, and none is forgotten: a few that answer so fast that only theirs are
-merged take no other's place, however long they go on. Of each it is what it was allowed, not what it claimed, so that a
-bound which its own updates lead grows at most by its factor a merge.
+One value is kept for each device and none is dropped, so a few devices that send very often do not displace the others.
+The value is the one after the bound was applied, so a bound that follows its own updates grows at most by its factor a
+merge.
 
-The bound changes with a merge and at no other time. What it does to an update becomes part of the update's ``discount``
-and ``samples``, so a merge that is done again from the ledger gives the same bits.
+The bound changes only with a merge. Its effect on an update becomes part of the update's ``discount`` and ``samples``,
+so a merge that is computed again from the ledger gives the same bits.
 """
 
 from collections.abc import Iterable

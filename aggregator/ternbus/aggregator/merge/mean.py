@@ -1,4 +1,4 @@
-"""The buffered weighted mean of updates, added up as they come so that a buffer costs one vector."""
+"""The weighted mean of a buffer, added up as updates arrive, so that a buffer takes the memory of one vector."""
 
 import math
 from dataclasses import dataclass, field

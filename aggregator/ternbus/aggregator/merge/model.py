@@ -1,4 +1,4 @@
-"""The global model between merges: what devices hold, what the server holds, and the buffer in between."""
+"""The global model between merges: the published vector, the server's state, and the buffer."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field

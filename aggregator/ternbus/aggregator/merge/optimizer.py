@@ -1,4 +1,4 @@
-"""Server optimizers: a mean update is a pseudo-gradient, and these say how far the model follows it."""
+"""Server optimizers (FedAvg, FedAvgM, FedAdam, FedYogi), with the mean update as pseudo-gradient."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a merge is made by besides its updates, as the ledger keeps it."""
+"""The settings that a merge depends on, as the ledger keeps them."""
 
 import json
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""Merge rules that bound what a few hostile devices can do: they look at a whole buffer before they merge it.
+"""Robust merge rules, which limit the influence of a few hostile devices; they need the whole buffer.
 
 Each device counts once, by the mean of its updates in the buffer, since nothing that it claims (how many samples it
 has) and nothing that it can do more often (send updates on several versions) may buy it influence. A device's mean is

@@ -1,4 +1,4 @@
-"""What an update is still worth, by how many versions the model moved on while it was being made."""
+"""The discount of an update by its staleness, the number of versions since its base."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What a merge does to statistics and to tensors without negative elements, whatever the server optimizer is."""
+"""The merge of statistics and of tensors without negative elements, the same for every server optimizer."""
 
 from collections.abc import Iterator
 

@@ -1,1 +1,1 @@
-"""What runs an aggregator: process, threads, directory and the command line."""
+"""The I/O of an aggregator: process, threads, directory and command line."""

@@ -1,4 +1,4 @@
-"""An aggregator's directory: made, opened, and changed by commands, whether or not a process serves it."""
+"""An aggregator's directory: commands create, open and change it, also while a process serves it."""
 
 import json
 import secrets

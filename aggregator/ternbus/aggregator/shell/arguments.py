@@ -1,4 +1,4 @@
-"""What the commands of `ternbus aggregator` have in common."""
+"""Arguments and options that several commands of `ternbus aggregator` share."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""Backups of an aggregator's folder: made beside the process that serves it, checked, and known by their names."""
+"""Backups of an aggregator's folder: made while a process serves it, checked, and named by federation and time."""
 
 import re
 import shutil

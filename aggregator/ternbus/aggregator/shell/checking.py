@@ -1,4 +1,4 @@
-"""Whether an aggregator's folder, or a backup of one, holds what was written to it; nothing in it is changed."""
+"""The check of an aggregator's folder or backup for damage; it changes nothing."""
 
 from collections.abc import Iterator
 from contextlib import closing

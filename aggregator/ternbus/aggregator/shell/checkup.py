@@ -1,6 +1,7 @@
 """`ternbus doctor` for an aggregator's directory."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from ternbus.aggregator.core.findings import Level
@@ -11,7 +12,7 @@ from ternbus.aggregator.store.ledger import LEDGER
 from ternbus.broker import checkup
 from ternbus.broker.checkup import Grade, Result, failed, ok, warning
 from ternbus.broker.errors import FederationError
-from ternbus.broker.link.probe import Inbox, reach
+from ternbus.broker.link.probe import reach
 from ternbus.broker.link.tls import TLS_KEY
 from ternbus.broker.protocol import topics
 from ternbus.broker.version import software
@@ -42,13 +43,7 @@ def examine(directory: Path) -> Iterator[Result]:
     if seen.health.connected:
         yield ok("broker", f"connected to {settings.broker}")
     elif not control.is_running(directory):
-        inbox = Inbox()
-        try:
-            link = transport.connect(directory, settings, inbox.put)
-        except FederationError as problem:
-            yield failed("broker", str(problem))
-            return
-        yield from reach(link, topics.status(settings.federation))
+        yield from reach(partial(transport.connect, directory, settings), topics.status(settings.federation))
     others = {
         name: row["software"]
         for name, row in seen.found["devices"].items()

@@ -1,4 +1,4 @@
-"""`ternbus aggregator …`: make, run, watch and steer a federation's server."""
+"""The commands `ternbus aggregator …`: create, run, watch and control an aggregator."""
 
 import json
 from collections.abc import Sequence

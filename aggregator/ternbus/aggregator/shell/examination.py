@@ -1,4 +1,4 @@
-"""The status and the health of a directory's aggregator, of one moment, whether or not a process serves it."""
+"""The status and health of an aggregator at one moment, read from its directory, also without a process."""
 
 import shlex
 import shutil

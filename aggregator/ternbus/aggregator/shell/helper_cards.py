@@ -1,4 +1,4 @@
-"""Cards of helpers, which their operators hand out: what a new federation with private sums is made with."""
+"""The card files of helpers, from which a federation with private sums is created."""
 
 from collections.abc import Sequence
 from pathlib import Path

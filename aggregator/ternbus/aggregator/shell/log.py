@@ -1,4 +1,4 @@
-"""The log of merges as it is kept and as it is handed out: read, checked against the ledger, written to a file."""
+"""The log of merges: read from the ledger, checked against it, and exported to a file."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`ternbus aggregator log …`: look at the log of merges, check it, and hand it out."""
+"""The commands `ternbus aggregator log …`: show, verify and export the log of merges."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""`ternbus aggregator invite`, `invitations` and `revoke`: who belongs, as commands."""
+"""The commands `ternbus aggregator invite`, `invitations` and `revoke`."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The costly part of looking at a frame, done ahead in another thread: signature, digest, and what an update says.
+"""The expensive checks of a frame, ahead of the core in another thread: signature, digest, content of an update.
 
 It decides nothing: a frame that does not pass reaches the core unopened, which finds out why in the protocol's order.
 """

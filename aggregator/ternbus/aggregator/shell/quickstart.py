@@ -1,4 +1,4 @@
-"""Broker and aggregator of a first federation, made and run by one command."""
+"""The broker and the aggregator of a first federation, created and run by one command."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""`ternbus aggregator backup`, `check`, `restore`, `repair` and `prune`: what keeps a folder, as commands."""
+"""The commands `ternbus aggregator backup`, `check`, `restore`, `repair` and `prune`."""
 
 import json
 from pathlib import Path

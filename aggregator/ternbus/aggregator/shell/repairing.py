@@ -1,4 +1,4 @@
-"""Repair a damaged folder: from the last version that is sound, above every number that devices may have seen."""
+"""Repair of a damaged folder: it goes on from the last sound version, with numbers that no device has seen."""
 
 import shutil
 import time

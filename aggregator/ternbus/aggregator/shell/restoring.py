@@ -1,4 +1,4 @@
-"""Restore an aggregator's folder from a backup: above every number that devices may have seen, with all revocations."""
+"""Restoring a folder from a backup: it goes on with numbers that no device has seen, and keeps all revocations."""
 
 import shutil
 import time

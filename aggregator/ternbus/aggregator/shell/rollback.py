@@ -1,4 +1,4 @@
-"""Go back to an earlier model: by the running process, or here for the next one."""
+"""The rollback to an earlier model, by the running process or, without one, by the command."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""The running aggregator: it owns the connection, the ledger and the clock, and does what the core asks, in order."""
+"""The running aggregator: it owns connection, ledger and clock, and performs the core's actions in order."""
 
 import queue
 import sys

@@ -1,4 +1,4 @@
-"""`ternbus aggregator status`: what is wrong first, then everything else; for people, programs and monitors."""
+"""The command `ternbus aggregator status`, for people, programs and monitors; the health comes first."""
 
 import json
 import time
@@ -7,7 +7,7 @@ from typing import Annotated, Final
 
 import typer
 
-from ternbus.aggregator.core.health import State
+from ternbus.aggregator.core.health import State, monitor_text
 from ternbus.aggregator.shell import administration, examination, health_text, status_text
 from ternbus.aggregator.shell.arguments import AsJson, DirAsRoot
 from ternbus.aggregator.shell.examination import Examination
@@ -46,7 +46,7 @@ def status(directory: DirAsRoot, as_json: AsJson = False, check: Check = False) 
         act_as_owner(directory)
         health = examination.look(directory, VERSIONS_MAX).health
     except (FederationError, OSError) as error:
-        typer.echo(f"TERNBUS {State.UNKNOWN.name} - {' '.join(str(error).split())}")
+        typer.echo(monitor_text(State.UNKNOWN.name, str(error)))
         raise typer.Exit(State.UNKNOWN) from error
     typer.echo(json.dumps(health.as_json()) if as_json else health.line())
     raise typer.Exit(health.state)

@@ -1,4 +1,4 @@
-"""How an aggregator reaches its broker, by certificate or password, and what of it its invitations carry."""
+"""The aggregator's access to its broker, by certificate or password, and the part of it in invitations."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

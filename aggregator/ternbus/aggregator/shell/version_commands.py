@@ -1,4 +1,4 @@
-"""The commands `ternbus aggregator versions`, `tag` and `export`: look at versions, name them, take them out."""
+"""The commands `ternbus aggregator versions`, `tag` and `export`."""
 
 import json
 import time

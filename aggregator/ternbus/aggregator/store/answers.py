@@ -1,7 +1,7 @@
-"""What became of each device's updates, and what the running process knows: hints for the status, nothing else.
+"""The last answers to each device, and the situation of the running process; only the status reads them.
 
 Counts of refused updates are rows of ``counts`` that name their device. They are written once a second, so that a flood
-costs little. The situation is a fact of the moment at which somebody looked.
+costs little. The situation is that of the last look at the status.
 """
 
 import json

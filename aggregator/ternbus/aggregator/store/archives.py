@@ -1,6 +1,6 @@
 """Old rows of the ledger in files beside it: ``archive/NUMBER.sqlite``, with the tables that grow with every update.
 
-A start needs none of them. The log of merges is read through them, so a chain that was pruned is still whole.
+A start reads none of them. The log of merges includes them, so its chain is complete after pruning.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""Update bodies on disk: appended to a file, one file from snapshot to snapshot, and dropped a file at a time.
+"""Update bodies on disk: appended to one file for each snapshot, and removed a file at a time.
 
-SQLite would write each of them twice, page by page; appended they cost one write, and dropping them costs nothing.
+SQLite would write each body twice, page by page. Appended to a file, a body is written once, and removal is cheap.
 """
 
 import os

@@ -1,8 +1,8 @@
-"""A checksum in every row of the ledger: SQLite's pages have none, so that a bit that flips on disk goes unseen.
+"""A checksum in every row of the ledger. SQLite's pages have none, so a flipped bit would go undetected.
 
 Each table has a column ``crc``, the CRC-32 of the row's other values. ``log`` has none: its entries are signed and
-chained. What may change without the row is left out, and is checked by something else: of ``updates`` the version that
-an update is in, by the log, and its file, by the body's own checksum; of ``versions`` the body, which has its own too.
+chained. Columns that change later are left out and checked otherwise: in ``updates`` the version that an update is in,
+by the log, and its file, by the body's own checksum; in ``versions`` the body, by its own checksum.
 """
 
 import sqlite3

@@ -1,4 +1,4 @@
-"""What a command asks of an aggregator: done by the running process if there is one, else done here."""
+"""Requests of commands to an aggregator: the running process performs them; without one, the command does."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""A consistent copy of a ledger and of the files that it names, beside a process that goes on writing and removing."""
+"""A consistent copy of a ledger and its files, while a process goes on writing and removing."""
 
 import os
 import sqlite3

@@ -1,4 +1,4 @@
-"""What versions are worth on the devices' own data, as those say that report it: over all devices, not only on average.
+"""The metrics that devices report on their own data, as a distribution over devices and not only as an average.
 
 A model that is good on average can be bad for some, so the worst are shown. Every figure is a device's own word.
 """

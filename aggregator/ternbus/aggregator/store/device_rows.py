@@ -1,4 +1,4 @@
-"""The devices in the status of an aggregator: what the ledger says of each."""
+"""The rows of the status's table of devices, from the ledger."""
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""How much of the file system is free on which a directory lies."""
+"""The free share of the file system of a directory."""
 
 import os
 from pathlib import Path

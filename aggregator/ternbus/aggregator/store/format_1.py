@@ -1,4 +1,4 @@
-"""From format 1 of the ledger to format 5: vectors and bodies into files of their own, and a log of merges.
+"""The migration of the ledger from format 1 to 5: vectors and bodies move to files, and the log of merges begins.
 
 Format 1 had three layouts, told apart by the columns of ``updates``: bodies in the ledger; bodies in files; bodies in
 files, with checksums. Of no update it kept the digest that the log of merges names, so the log begins with the version

@@ -1,4 +1,4 @@
-"""From format 5 of the ledger to format 6: members have roles, and updates what bounds the influence of later ones."""
+"""The migration of the ledger from format 5 to 6: roles of members, and the norms and samples that bound influence."""
 
 import sqlite3
 from pathlib import Path

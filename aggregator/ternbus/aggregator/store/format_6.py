@@ -1,4 +1,4 @@
-"""From format 6 of the ledger to format 7: rows have checksums, and keys the highest base accepted under them."""
+"""The migration of the ledger from format 6 to 7: checksums of rows, and the highest accepted base of each key."""
 
 import sqlite3
 import zlib

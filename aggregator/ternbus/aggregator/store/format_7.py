@@ -1,4 +1,4 @@
-"""From format 7 of the ledger to format 8: tables of private sums, without rows."""
+"""The migration of the ledger from format 7 to 8: empty tables for private sums."""
 
 import sqlite3
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which rows of the ledger tell how much one update may weigh: those of each device's newest merged update."""
+"""The query for the bound on influence: each device's newest merged update."""
 
 import sqlite3
 from typing import Final

@@ -1,4 +1,4 @@
-"""The aggregator's disk: records in, whole state out, in one SQLite file that survives a kill at any moment."""
+"""The ledger: it stores the core's records in one SQLite file, and survives a kill at any moment."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A folder without its ledger: one that holds no aggregator, or one whose ledger is lost."""
+"""A folder without a ledger: one that never held an aggregator, or one whose ledger is lost."""
 
 import shlex
 from pathlib import Path

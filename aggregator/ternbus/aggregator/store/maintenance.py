@@ -1,4 +1,4 @@
-"""Maintenance of a ledger's files, for another thread: a crash before it costs nothing; and of a simulation's."""
+"""Maintenance of a ledger's files in another thread. Nothing is lost if a crash prevents it."""
 
 import sqlite3
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""All metrics that a federation's members have sent: by evaluators on the test data, by devices on their own."""
+"""All metrics in the ledger: those of evaluators on the test data, and those of devices on their own data."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

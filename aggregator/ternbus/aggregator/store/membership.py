@@ -1,4 +1,4 @@
-"""Members as the ledger's rows: keys, invitations, revocations."""
+"""Keys, invitations and revocations as rows of the ledger."""
 
 import sqlite3
 from collections.abc import Collection, Iterable, Mapping

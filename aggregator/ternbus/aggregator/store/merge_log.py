@@ -1,4 +1,4 @@
-"""The log of merges as the ledger holds it, and what its other tables say of the same merges.
+"""The log of merges in the ledger, and the rows of other tables about the same merges.
 
 Entries of before may be in archives, which the ledger names: ``archives.py`` makes them.
 """

@@ -1,4 +1,4 @@
-"""The formats that the ledger has had, and the way from each to the next. ``schema.py`` has the newest one's tables.
+"""The migrations of the ledger, from each format to the next. ``schema.py`` has the tables of the newest.
 
 A change of what the ledger holds raises ``FORMAT`` and adds a step here, with a module of its own for what it does.
 """

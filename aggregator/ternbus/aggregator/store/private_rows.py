@@ -1,4 +1,4 @@
-"""Records of private sums as rows of the ledger's tables, and what a start makes of these rows."""
+"""Helpers, terms and contexts of private sums as rows of the ledger: written, and read at a start."""
 
 import sqlite3
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""A new ledger out of what is sound in a damaged one; what cannot be taken over is named."""
+"""A new ledger from the sound rows of a damaged one, with a list of what is lost."""
 
 from contextlib import suppress
 from typing import Any, Final

@@ -1,4 +1,4 @@
-"""From the ledger back to a running state: the last snapshot, and every merge since then done again."""
+"""Recovery of the core's state from the ledger: the last snapshot, and each merge since, computed again."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What is said of a file that the ledger refers to and that is lost, and what the operator is told to do."""
+"""What the operator is told to do about damaged or missing files, as the end of an error."""
 
 import shlex
 from collections.abc import Iterator

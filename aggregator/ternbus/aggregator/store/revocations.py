@@ -1,4 +1,4 @@
-"""The list of revoked keys, which only grows: a file of its own, so that no older copy of the ledger takes one back."""
+"""The file of revoked keys. It only grows, and an older copy of the ledger does not undo a revocation."""
 
 import json
 import zlib

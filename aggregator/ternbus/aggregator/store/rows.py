@@ -1,4 +1,4 @@
-"""Records as rows of the ledger's tables, in the transaction that the caller has begun."""
+"""The rows of each record, written in the caller's transaction."""
 
 import json
 import sqlite3

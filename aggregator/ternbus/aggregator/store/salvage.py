@@ -1,4 +1,4 @@
-"""What is still sound in a damaged ledger: rows with their checksums, and the newest version that they make."""
+"""The sound rows of a damaged ledger, by their checksums, and the newest version that they give."""
 
 import shutil
 import sqlite3

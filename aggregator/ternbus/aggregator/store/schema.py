@@ -1,4 +1,4 @@
-"""The ledger's tables, and the number that changes with them."""
+"""The tables of the ledger, and the number of their format."""
 
 from typing import Final
 

@@ -1,4 +1,4 @@
-"""From the ledger back to private updates and their sets, and to what sets have been merged."""
+"""Recovery of private updates and sets from the ledger, also of merged ones."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Private updates and their sets as rows of the ledger, in the transaction that the caller has begun.
+"""Private updates and sets as rows of the ledger, written in the caller's transaction.
 
 A row of ``private_updates`` is kept until its update is merged, or for good, without its header, if it was dropped. A
 row of ``sets`` is kept until a start needs the set no more: it was abandoned everywhere, or merged before the version

@@ -1,4 +1,4 @@
-"""Whether a ledger holds what was written to it: what a start reads, or all of it."""
+"""The check that a ledger holds what was written to it: the rows that a start reads, or all."""
 
 import sqlite3
 import zlib

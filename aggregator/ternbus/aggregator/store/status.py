@@ -1,4 +1,4 @@
-"""What an aggregator has done so far, read from its ledger beside a running process."""
+"""The status of an aggregator, read from its ledger while a process may be writing."""
 
 import json
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
-"""A folder's state is replaced by another one; after a kill at any moment, `settle` makes it the old or the new one.
+"""The replacement of a folder's state by another. After a kill at any moment `settle` makes it the old or the new one.
 
-What comes is a folder in DIR, too, and what was there is kept in DIR. In between there is no ledger in its place, and
-every command says to end what was begun.
+The new state is prepared as a folder in DIR, and the old state is kept in DIR. Between the two there is no ledger, and
+every command tells the operator to finish the replacement.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""Names that the operator gave to versions: each keeps its version's model, in a file beside the ledger."""
+"""Tags, the operator's names for versions. A tag keeps the model of its version, in a file beside the ledger."""
 
 import json
 import re

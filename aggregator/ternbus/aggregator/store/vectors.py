@@ -1,4 +1,4 @@
-"""Whole vectors on disk, a file each: SQLite would write them twice, and hold everything up meanwhile."""
+"""Vectors on disk, in files: SQLite would write them twice, and block other writes meanwhile."""
 
 import os
 import zlib

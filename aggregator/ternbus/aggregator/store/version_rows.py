@@ -1,4 +1,4 @@
-"""The versions of the model as values: what each was made of, what it is worth, whether it is still kept."""
+"""The rows of `aggregator versions`: each version's updates, norm, metric and tags, and whether its model is kept."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

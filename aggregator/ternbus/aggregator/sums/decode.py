@@ -1,4 +1,4 @@
-"""From the sum of a set's words to what a merge takes: integers, checked, then a block with a weight.
+"""Decoding of a set's sum: from words to integers, which are checked, and then to a block with a weight.
 
 With one level of draws and no differential privacy: block = S T / k / (Omega / 255), T the sum of the set's integers,
 Omega that of its devices' weights in steps of 1/255. With `dp` = "sum" an integer is a draw of the Poisson binomial

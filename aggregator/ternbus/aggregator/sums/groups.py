@@ -1,4 +1,4 @@
-"""Which accepted updates become sets now.
+"""The rule by which accepted private updates are grouped into sets.
 
 Updates with one context are a group. A set is cut from one group: it has at least as many devices as the terms, the
 helpers and each of its members' owners ask for, and at most as many as cannot wrap (``devices_max``).

@@ -1,4 +1,4 @@
-"""A helper as the aggregator knows it: its pinned key, its newest card, and the steps that it has written down."""
+"""The aggregator's record of a helper: pinned key, newest card, and the number of steps that it has saved."""
 
 from dataclasses import dataclass
 

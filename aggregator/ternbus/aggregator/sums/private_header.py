@@ -1,4 +1,4 @@
-"""What the header of an update says of private sums, and whether it goes with the federation and its base."""
+"""The check of an update's header for private sums, against the federation and the base."""
 
 from typing import Final
 

@@ -1,8 +1,8 @@
-"""Private updates that were accepted, and sets of them on their way to a sum."""
+"""Accepted private updates, and the sets in which they are summed."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,8 @@ MADE: Final = "made"  # helpers are asked to prepare it
 OPENING: Final = "opening"  # all are prepared; they are asked to open it
 OPENED: Final = "opened"  # its sum is known; the next version has it
 ABANDONED: Final = "abandoned"  # helpers are asked to give its updates free
+
+Content = TypeVar("Content", Words, bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +79,8 @@ class PrivateSet:
     members: tuple[PrivateUpdate, ...]
     state: str = MADE
     done: set[str] = field(default_factory=set)  # helpers that have answered to the present step
-    total: Words | None = field(default=None, repr=False)  # less the masks of helpers that have opened it
+    # Less the masks of helpers that have opened it. Empty until it is opening: ValueError where masks come before.
+    total: Words = field(default_factory=lambda: np.zeros(0, "<u8"), repr=False)
     encrypted: bytes = field(default=b"", repr=False)  # of the kind `bfv`, while it is opening: the blinded sum
     blind: bytes = field(default=b"", repr=False)  # by what it is blinded
     digest: bytes = field(init=False)
@@ -120,15 +123,20 @@ class PrivateSet:
         """
         terms = self.about.terms
         if terms.kind == BFV:
-            bodies = [each.words for each in self.members if isinstance(each.words, bytes)]
+            bodies = self._contents(bytes)
             self.blind = bfv.blind_of(secret, self.digest)
             self.encrypted = bfv.blinded_sum(terms.key, terms.layout, bodies, self.blind)
         else:
-            kept = [each.words for each in self.members if isinstance(each.words, np.ndarray)]
-            assert len(kept) == len(self.members)  # noqa: S101 - kept until now
-            self.total = terms.layout.sum(kept)
+            self.total = terms.layout.sum(self._contents(np.ndarray))
         self.state, self.done = OPENING, set()
         self.members = tuple(replace(each, words=None) for each in self.members)
+
+    def _contents(self, kind: type[Content]) -> list[Content]:
+        """What all members sent; ValueError where it is no longer here, since a sum of the rest would be wrong."""
+        found = [each.words for each in self.members if isinstance(each.words, kind)]
+        if len(found) < len(self.members):
+            raise ValueError(f"{len(self.members) - len(found)} updates of a set have no content that can be added up")
+        return found
 
     def take_answer(self, helper: str, body: bytes) -> None:
         """A helper's sum of masks, or the decrypted sum, once; ProtocolError where it is neither."""
@@ -136,7 +144,6 @@ class PrivateSet:
         if terms.kind == BFV:
             self.total = bfv.opened(terms.layout, body, self.blind)
         else:
-            assert self.total is not None  # noqa: S101 - since it is opening
             terms.layout.subtract(self.total, terms.layout.read(body))
         self.done.add(helper)
 

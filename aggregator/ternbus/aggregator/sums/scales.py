@@ -1,4 +1,4 @@
-"""The range of each tensor in private updates: where it begins, and how it follows what devices have.
+"""The scale of each tensor in private updates: its first value, and how it follows the devices' scales.
 
 A device states for each tensor how many octaves its own scale lies from the reference, cut to ±3, as one of seven
 buckets. Sums of them are all that the aggregator sees; the reference moves to the median.

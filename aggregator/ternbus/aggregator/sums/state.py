@@ -1,4 +1,4 @@
-"""What the aggregator knows of its private sums: helpers, terms, and the context of each base that may be sent to."""
+"""The aggregator's state of private sums: helpers, terms, and the context of each base that updates may have."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field

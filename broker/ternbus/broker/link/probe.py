@@ -5,12 +5,12 @@ Its own traffic stays below ``ternbus/1/doctor``, a federation that nobody else 
 
 import queue
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final, TypeVar
 
 from ternbus.broker.checkup import Result, error, failed, ok, warning
-from ternbus.broker.errors import ConfigError, LinkError
+from ternbus.broker.errors import ConfigError, FederationError, LinkError
 from ternbus.broker.link.connection import MQTT_5
 from ternbus.broker.link.link import Arrived, Disconnected, Link, LinkEvent, Published, Refused, Tls
 from ternbus.broker.protocol import topics
@@ -34,13 +34,17 @@ def probe(url: str) -> list[Result]:
         return [failed("broker", str(problem))]
 
 
-def reach(link: Link, will_topic: str) -> list[Result]:
-    """Connect as a member that does not run now, by its own name and certificate, and look at the limits."""
+def reach(make_link: Callable[[Callable[[LinkEvent], None]], Link], will_topic: str) -> list[Result]:
+    """Connect as a member that does not run now, by its own name and certificate, and look at the limits.
+
+    ``make_link`` makes its link for what is to be given the events.
+    """
     began = time.monotonic()
     try:
+        link = make_link(Inbox().put)
         link.connect(will_topic, b"")
         results = [ok("broker", f"connected in {1000 * (time.monotonic() - began):.0f} ms"), *_limits(link)]
-    except (LinkError, ConfigError) as problem:
+    except FederationError as problem:
         return [failed("broker", str(problem))]
     link.disconnect(flush_s=0.0)
     return results

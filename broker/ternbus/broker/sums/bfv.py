@@ -36,7 +36,7 @@ _LENGTH_BYTES: Final = 4
 _FAULTS: Final = (ValueError, RuntimeError, IndexError, OverflowError, MemoryError)  # what TenSEAL raises
 
 
-def library() -> Any:
+def require() -> Any:
     """TenSEAL; ConfigError where it is not installed."""
     try:
         import tenseal  # noqa: PLC0415 - an extra, which only federations of this kind need
@@ -161,7 +161,7 @@ def encrypt(public: bytes, layout: Layout, words: Words) -> bytes:
 
     ProtocolError for a wrong key.
     """
-    context, tenseal = _public(public), library()
+    context, tenseal = _public(public), require()
     rows = Slots(layout).of_words(words).tolist()
     return b"".join(_padded(tenseal.bfv_vector(context, row).serialize(), CIPHERTEXT_BYTES) for row in rows)
 
@@ -232,7 +232,7 @@ def _vectors(context: Any, slots: Slots, body: bytes) -> Iterator[Any]:
         raise ProtocolError("bad-length", f"{len(body)} bytes of ciphertexts instead of {slots.body_bytes}")
     for start in range(0, len(body), CIPHERTEXT_BYTES):
         try:
-            vector = library().bfv_vector_from(context, _unpadded(body[start : start + CIPHERTEXT_BYTES]))
+            vector = require().bfv_vector_from(context, _unpadded(body[start : start + CIPHERTEXT_BYTES]))
             is_whole = vector.size() == SLOTS and len(vector.ciphertext()) == 1
         except _FAULTS as error:
             raise ProtocolError("bad-ciphertext", "not a ciphertext under the helper's key") from error
@@ -254,7 +254,7 @@ def _public(padded: bytes) -> Any:
 def _context(content: bytes) -> Any:
     """The keys in a serialized context, whose parameters must be those of this module."""
     try:
-        found = library().context_from(content, n_threads=1)
+        found = require().context_from(content, n_threads=1)
         agrees = found.has_public_key() and _parameters_of(found) == _parameters_of(_reference())
     except _FAULTS as error:
         raise ProtocolError("bad-key", "not a serialized context") from error
@@ -269,7 +269,7 @@ def _reference() -> Any:
 
 
 def _fresh_context() -> Any:
-    tenseal = library()
+    tenseal = require()
     return tenseal.context(
         tenseal.SCHEME_TYPE.BFV,
         poly_modulus_degree=SLOTS,

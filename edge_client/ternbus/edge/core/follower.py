@@ -171,7 +171,8 @@ class Follower:
         if whole is not None:
             self._keep(delta, whole.body)
             actions += self._apply_deltas(now)
-        if requested and self.vector is not None and not self.synced and (whole is None or not self.requests):
+        few = len(self.requests) < REQUESTED_MAX // 2 if whole is None else not self.requests  # not at each part anew
+        if requested and self.vector is not None and not self.synced and few:
             actions += self._request_deltas(now)
         return actions
 

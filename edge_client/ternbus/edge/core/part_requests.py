@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final
 
 from ternbus.edge.core.actions import LinkAction, Subscribe, Unsubscribe
@@ -65,7 +66,7 @@ class PartRequests:
     def _subscribe_next(self, now: float) -> list[LinkAction]:
         if not self.connected:
             return []
-        filters = tuple(self._queued)[: SUBSCRIBED_MAX - len(self._subscribed)]
+        filters = tuple(islice(self._queued, SUBSCRIBED_MAX - len(self._subscribed)))
         for topic in filters:
             del self._queued[topic]
             self._subscribed[topic] = now

@@ -122,7 +122,7 @@ def serve(home: DeviceDirectory, role: Role, options: Options, report: Report) -
 def check(settings: Settings, options: Options) -> None:
     """Raises `ConfigError` if an option needs held-out data and the device has none, or options exclude each other."""
     if settings.sums is not None and settings.sums.kind == BFV:
-        bfv.library()
+        bfv.require()
     if options.reports and settings.sums is not None:
         raise ConfigError(
             "--report-metrics publishes metrics of this device's data, and --private keeps them on it: leave one out"

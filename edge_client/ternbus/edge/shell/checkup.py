@@ -7,12 +7,12 @@ from ternbus.broker import checkup
 from ternbus.broker.checkup import Result, error, failed, ok, warning
 from ternbus.broker.errors import FederationError
 from ternbus.broker.files import is_locked
-from ternbus.broker.link.probe import Inbox, reach
+from ternbus.broker.link.probe import reach
 from ternbus.broker.link.tls import TLS_KEY
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.messages import Status
 from ternbus.edge.shell import agent
-from ternbus.edge.shell.directory import KEY, LOCK, TOML, DeviceDirectory, Settings
+from ternbus.edge.shell.directory import KEY, LOCK, TOML, DeviceDirectory
 from ternbus.edge.store import outbox
 
 
@@ -41,7 +41,7 @@ def examine(directory: Path) -> Iterator[Result]:
         yield ok("process", "a process runs; its log says whether it is connected")
         return
     yield warning("process", "no process runs", f"ternbus edge run {directory}")
-    yield from _broker(home, settings)
+    yield from reach(agent.make_link(home, settings), topics.up(settings.federation, settings.device, Status.KIND))
 
 
 def _outbox(directory: Path) -> Iterator[Result]:
@@ -58,13 +58,3 @@ def _outbox(directory: Path) -> Iterator[Result]:
     if found.last is not None and found.last.outcome in {"stale", "invalid", "revoked", "refused"}:
         text = f"the last update, on version {found.last.base}, was {found.last.outcome}"
         yield warning("answer", text, "ask the aggregator's operator: ternbus aggregator status AGG")
-
-
-def _broker(home: DeviceDirectory, settings: Settings) -> Iterator[Result]:
-    inbox = Inbox()
-    try:
-        link = agent.make_link(home, settings)(inbox.put)
-    except FederationError as problem:
-        yield failed("broker", str(problem))
-        return
-    yield from reach(link, topics.up(settings.federation, settings.device, Status.KIND))

@@ -60,6 +60,6 @@ def pinned(
             "add --private"
         )
     if kind == BFV:
-        bfv.library()
+        bfv.require()
     least = MIN if least is None else least
     return SumPolicy.of(helpers, least, roster or AGGREGATOR, colluding, kind=kind or MASK) if private else None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ternbus.broker.errors import ConfigError
-from ternbus.edge.torch import torchvision_ops  # noqa: F401  # must come before torchvision
+from ternbus.edge.torch import torchvision_ops  # noqa: F401 - must come before torchvision
 from ternbus.edge.torch.torch_task import Split
 
 from torchvision.transforms import v2  # isort: skip

@@ -27,7 +27,7 @@ def model(width: float = 1.0) -> nn.Module:
     )
 
 
-def data(folder: Path | None, split: Split) -> tuple[Tensor, Tensor]:  # noqa: ARG001  # of every task
+def data(folder: Path | None, split: Split) -> tuple[Tensor, Tensor]:  # noqa: ARG001 - of every task
     """The data in the package; the folder is ignored."""
     images, labels = digits_data.load(split)
     return torch.from_numpy(images).reshape(-1, 1, 8, 8), torch.from_numpy(labels)

@@ -48,12 +48,12 @@ class DigitsNumpy:
     def narrowed(self, width: float) -> "DigitsNumpy":
         return replace(self, hidden=channels(self.hidden, width))
 
-    def trainer(self, *, data: Path | None, partition: str) -> "NumpyTrainer":  # noqa: ARG002  # it is in the package
+    def trainer(self, *, data: Path | None, partition: str) -> "NumpyTrainer":  # noqa: ARG002 - it is in the package
         images, labels = digits_data.load("train")
         chosen = select(partition, labels)
         return NumpyTrainer(images[chosen], labels[chosen])
 
-    def evaluator(self, *, data: Path | None) -> "NumpyTrainer":  # noqa: ARG002  # likewise
+    def evaluator(self, *, data: Path | None) -> "NumpyTrainer":  # noqa: ARG002 - likewise
         return NumpyTrainer(*digits_data.load("test"))
 
 
@@ -66,7 +66,7 @@ class DigitsLinear:
         default_factory=lambda: {"local_epochs": 6, "batch_size": 16, "learning_rate": 0.15, "momentum": 0.9}
     )
 
-    def initial(self, seed: int) -> dict[str, FloatArray]:  # noqa: ARG002  # without hidden units nothing is drawn
+    def initial(self, seed: int) -> dict[str, FloatArray]:  # noqa: ARG002 - without hidden units nothing is drawn
         """Zeros."""
         pixels, classes = digits_data.PIXELS, digits_data.CLASSES
         return {

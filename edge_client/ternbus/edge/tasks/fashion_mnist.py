@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.tasks.convolutions import two_convolutions
-from ternbus.edge.torch import torchvision_ops  # noqa: F401  # must come before torchvision
+from ternbus.edge.torch import torchvision_ops  # noqa: F401 - must come before torchvision
 from ternbus.edge.torch.torch_task import Split, TorchTask
 
 from torchvision.datasets import FashionMNIST  # isort: skip

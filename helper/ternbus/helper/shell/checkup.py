@@ -6,7 +6,7 @@ from pathlib import Path
 from ternbus.broker import checkup
 from ternbus.broker.checkup import Result, error, failed, ok, warning
 from ternbus.broker.errors import FederationError
-from ternbus.broker.link.probe import Inbox, reach
+from ternbus.broker.link.probe import reach
 from ternbus.broker.link.tls import TLS_KEY
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.messages import Status
@@ -41,10 +41,5 @@ def examine(directory: Path) -> Iterator[Result]:
         yield ok("process", f"it runs; broker {found.facts.get('broker', 'connected')}")
         return
     yield error("process", "no process runs", f"ternbus helper run {home.quoted}")
-    inbox = Inbox()
-    try:
-        link = process.link_maker(home, settings)(inbox.put)
-    except FederationError as problem:
-        yield failed("broker", str(problem))
-        return
-    yield from reach(link, topics.help_of(settings.federation, settings.helper, Status.KIND))
+    topic = topics.help_of(settings.federation, settings.helper, Status.KIND)
+    yield from reach(process.link_maker(home, settings), topic)

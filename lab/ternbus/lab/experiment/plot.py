@@ -14,8 +14,8 @@ def write(result: Mapping[str, Any], path: Path) -> str:
     Returns the name of the file, or without matplotlib a message instead.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  # slow, and an extra
-        from matplotlib.figure import Figure  # noqa: PLC0415  # likewise
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - slow, and an extra
+        from matplotlib.figure import Figure  # noqa: PLC0415 - likewise
     except ImportError:
         return f"but no {path.name}: matplotlib is missing; run: pip install matplotlib"
     figure = Figure(figsize=(5 * len(result["y"]), 4), layout="constrained")

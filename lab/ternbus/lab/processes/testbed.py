@@ -34,6 +34,7 @@ START_TIMEOUT_S: Final = 120.0
 DATA_TIMEOUT_S: Final = 7200.0  # of a task that computes features of its data first
 FINISH_TIMEOUT_S: Final = 120.0  # allows for a long evaluation on a slow machine
 EVALUATED_TIMEOUT_S: Final = 30.0  # for the metrics of an evaluator that has ended to reach the ledger
+FAILING_TIMEOUT_S: Final = 3.0  # likewise, of one whose last evaluation failed
 GRACE_S: Final = 10.0
 INTERRUPTED_GRACE_S: Final = 2.0
 BROKER_GRACE_S: Final = 15.0  # `broker up` waits up to 10 s for its own child
@@ -228,7 +229,9 @@ class Testbed:
                 FINISH_TIMEOUT_S,
                 "the last evaluation",
             )
-            self._until(self._is_evaluated, EVALUATED_TIMEOUT_S, f"the last evaluation; {log}")
+            fails = self._evaluator in self.moment().evaluators_failing  # then there will hardly be any metrics
+            timeout_s = FAILING_TIMEOUT_S if fails else EVALUATED_TIMEOUT_S
+            self._until(self._is_evaluated, timeout_s, f"the last evaluation; {log}")
             self._until(lambda: not self._processes.running(self._devices), FINISH_TIMEOUT_S, "the devices to end")
         except OverdueError as error:
             self._progress.say(f"{error}; the run ends without it")

@@ -139,15 +139,15 @@ def check_plot(path: Path) -> None:
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"--plot {path}: the name must end with {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     try:
-        import matplotlib as mpl  # noqa: PLC0415, F401  # an extra
+        import matplotlib as mpl  # noqa: PLC0415, F401 - an extra
     except ImportError:
         raise ConfigError("--plot: matplotlib is missing; run: pip install 'ternbus[lab]'") from None
 
 
 def plot(facts: Mapping[str, Any], path: Path) -> None:
     """Draw the parts to a file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  # slow, and an extra
-    from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - slow, and an extra
+    from matplotlib.figure import Figure  # noqa: PLC0415 - likewise
 
     figure = Figure(figsize=(9, height_of(facts)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -163,7 +163,7 @@ def height_of(facts: Mapping[str, Any]) -> float:
 
 def draw(facts: Mapping[str, Any], axes: Any) -> None:
     """Draw a bar for each device, as long as its samples, in a colour for each class."""
-    from matplotlib import colormaps  # noqa: PLC0415  # slow, and an extra
+    from matplotlib import colormaps  # noqa: PLC0415 - slow, and an extra
 
     parts, labels = facts["parts"], facts["labels"]
     counts = np.array([part.get("counts", [part["samples"]]) for part in parts]).reshape(len(parts), -1)

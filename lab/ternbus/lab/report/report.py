@@ -102,8 +102,8 @@ def write(report: Mapping[str, Any], path: Path) -> None:
 def plot(report: Mapping[str, Any], path: Path) -> str | None:
     """Plot the metrics by version and by time, staleness, and the devices; without matplotlib, return a message."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  # slow, and an extra
-        from matplotlib.figure import Figure  # noqa: PLC0415
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - slow, and an extra
+        from matplotlib.figure import Figure  # noqa: PLC0415 - likewise
     except ImportError:
         return "no report.png: matplotlib is missing; run: pip install matplotlib"
     panels = plots.panels(report, _seconds(report))

@@ -50,7 +50,7 @@ class Speeds:
 
     def draw(self, devices: int, seed: int) -> tuple[float, ...]:
         """The seconds of each device; those of device i do not depend on the number of devices."""
-        generator = random.Random(seed)  # noqa: S311  # reproducible on purpose, no secret
+        generator = random.Random(seed)  # noqa: S311 - reproducible on purpose, no secret
         return tuple(self.median_s * math.exp(self.sigma * generator.gauss(0, 1)) for _ in range(devices))
 
 
