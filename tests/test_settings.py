@@ -57,6 +57,8 @@ BOUNDS: dict[str, tuple[list[object], list[object]]] = {
     "downlink.codec": (["ternary", "float32"], ["float16", 32]),
     "downlink.min_interval_s": ([0, 2.5, 1e6], [-0.1, 1e7, "1"]),
     "downlink.slots": ([1, 65_535], [0, 65_536, 32.0]),
+    "versions.keep": ([0, 1, 10_000], [-1, 32.0, True]),
+    "versions.keep_best": ([0, 3, 1000], [-1, 1001, 1.0]),
     "limits.direct_parts": ([4, 100], [3, 8.0, 2**63]),
     "limits.frames_per_s": ([500, 10_000], [499, True]),
     "limits.broker_queue_messages": ([100], [99]),

@@ -9,6 +9,7 @@ from ternbus.aggregator import plan_settings
 from ternbus.aggregator.plan_settings import PlanCheck
 from ternbus.aggregator.private_settings import PRIVATE_DOC, PrivateSettings, plan_with_codec
 from ternbus.aggregator.sections import key, section
+from ternbus.aggregator.version_settings import VersionSettings
 from ternbus.broker import toml
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol import plan_keys
@@ -192,6 +193,7 @@ class Settings:
     staleness: StalenessSettings = field(default_factory=StalenessSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     downlink: DownlinkSettings = field(default_factory=DownlinkSettings)
+    versions: VersionSettings = field(default_factory=VersionSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
     invitations: InvitationSettings = field(default_factory=InvitationSettings)
     transport: TransportSettings = field(default_factory=TransportSettings)
@@ -265,6 +267,7 @@ SECTIONS: Final[Mapping[str, type]] = {
     "staleness": StalenessSettings,
     "optimizer": OptimizerSettings,
     "downlink": DownlinkSettings,
+    "versions": VersionSettings,
     "limits": LimitSettings,
     "invitations": InvitationSettings,
     "transport": TransportSettings,

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 from ternbus.aggregator.core import pace
 from ternbus.aggregator.core.core import Core
@@ -14,7 +15,15 @@ from ternbus.aggregator.merge.influence import Influence
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.merge.recipe import Recipe
 from ternbus.aggregator.settings import Settings
-from ternbus.aggregator.store import influence_rows, membership, merge_log, private_rows, set_recovery, soundness
+from ternbus.aggregator.store import (
+    best_versions,
+    influence_rows,
+    membership,
+    merge_log,
+    private_rows,
+    set_recovery,
+    soundness,
+)
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.aggregator.store.rows import CLOSING, FLOOR, unsigned
 from ternbus.aggregator.store.schema import DROPPED
@@ -33,6 +42,8 @@ def recover(ledger: Ledger, settings: Settings, identity: Identity, software: st
     """The core as it was when its last record became durable; CorruptError where what it is made of was changed."""
     soundness.check_start(ledger, settings, identity.public)
     _check_archived(ledger, settings)
+    ledger.keep = settings.versions.keep
+    ledger.leaving = partial(best_versions.keep, ledger, settings.versions.keep_best)
     schema = ledger.schema()
     sums = private_rows.recover(ledger.db, settings, schema)
     version, parts, content_bytes, place = json.loads(ledger.fact("snapshot"))
