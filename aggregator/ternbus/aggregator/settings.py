@@ -9,7 +9,7 @@ from ternbus.aggregator import plan_settings
 from ternbus.aggregator.plan_settings import PlanCheck
 from ternbus.aggregator.private_settings import PRIVATE_DOC, PrivateSettings, plan_with_codec
 from ternbus.aggregator.sections import key, section
-from ternbus.aggregator.version_settings import VersionSettings
+from ternbus.aggregator.version_settings import CanarySettings, VersionSettings
 from ternbus.broker import toml
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol import plan_keys
@@ -194,6 +194,7 @@ class Settings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     downlink: DownlinkSettings = field(default_factory=DownlinkSettings)
     versions: VersionSettings = field(default_factory=VersionSettings)
+    canary: CanarySettings = field(default_factory=CanarySettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
     invitations: InvitationSettings = field(default_factory=InvitationSettings)
     transport: TransportSettings = field(default_factory=TransportSettings)
@@ -268,6 +269,7 @@ SECTIONS: Final[Mapping[str, type]] = {
     "optimizer": OptimizerSettings,
     "downlink": DownlinkSettings,
     "versions": VersionSettings,
+    "canary": CanarySettings,
     "limits": LimitSettings,
     "invitations": InvitationSettings,
     "transport": TransportSettings,
@@ -302,6 +304,7 @@ def from_table(table: Mapping[str, Any], source: str = "aggregator.toml") -> Set
     _check_merge(sections["merge"], f"{source}: merge", seal=bool(plan.get("seal")))
     if private is not None:
         private.check_merge(sections["merge"], f"{source}: merge")
+    sections["canary"].check(f"{source}: canary", is_private=private is not None)
     return Settings(
         federation=check_federation(table["federation"]),
         broker=check_broker_url(table["broker"]),

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 from ternbus.aggregator.core import metrics
+from ternbus.aggregator.core.canary import Canary
 from ternbus.aggregator.core.clones import Clones
 from ternbus.aggregator.core.counters import Counters
 from ternbus.aggregator.core.enrollment import Enrollment
-from ternbus.aggregator.core.events import Action, MessageArrived
+from ternbus.aggregator.core.events import Action, MessageArrived, Save
 from ternbus.aggregator.core.refusals import Refusals
 from ternbus.aggregator.core.registry import Member, Registry
 from ternbus.aggregator.core.updates import Updates
@@ -17,7 +18,7 @@ from ternbus.aggregator.settings import Settings
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame, header_bytes, parse
-from ternbus.broker.protocol.messages import Status
+from ternbus.broker.protocol.messages import Metrics, Status
 
 
 def address_of(topic: str, federation: str) -> topics.Address:
@@ -41,6 +42,7 @@ class DeviceMessages:
     counters: Counters
     refusals: Refusals
     clones: Clones
+    canary: Canary
 
     def take(self, event: MessageArrived, address: topics.Address, now: float) -> list[Action]:
         """Take in a message on a topic below ``up/``."""
@@ -71,6 +73,8 @@ class DeviceMessages:
     ) -> list[Action]:
         if frame.kind != "status":  # the broker delivers a retained one again, long after it was said
             member.pace.heard(now)
+        if frame.kind == Metrics.KIND and "candidate" in frame.meta:
+            return self.canary.report(member, frame)
         named = frame.meta.get("version" if frame.kind == "metrics" else "base")
         claimed = self.refusals.claim(member.name, named, self.model.version, now)
         match frame.kind:
@@ -88,4 +92,6 @@ class DeviceMessages:
                 return claimed
             case _:  # the topics that a device may write on leave only metrics
                 bytes_max = self.settings.limits.metrics_bytes
-                return [*claimed, metrics.received(member, frame, version=self.model.version, bytes_max=bytes_max)]
+                received = metrics.received(member, frame, version=self.model.version, bytes_max=bytes_max)
+                self.canary.observe(received)
+                return [*claimed, Save(record=received)]

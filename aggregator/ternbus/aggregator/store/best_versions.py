@@ -7,7 +7,8 @@ from typing import Final
 
 from ternbus.aggregator.store import tags
 from ternbus.aggregator.store.ledger import Ledger
-from ternbus.aggregator.store.rows import STATED, set_fact
+from ternbus.aggregator.store.rows import set_fact
+from ternbus.aggregator.store.schema import STATED
 from ternbus.broker.protocol.direction import Direction, direction_of, primary_of, sign_of
 
 WORTH: Final = "best_worth"  # a fact: the metrics of the versions that are kept, which `prune` may have archived
