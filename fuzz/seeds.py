@@ -30,7 +30,8 @@ Seeds = dict[str, bytes]
 def seeds() -> dict[str, Seeds]:
     """The seeds by target and name."""
     vectors = json.loads((ROOT / "tests" / "vectors.json").read_text(encoding="utf-8"))
-    frames = {name: bytes.fromhex(vectors[name]["frame"]) for name in ("update", "head", "receipt", "enroll", "candidate")}
+    whole = ("update", "head", "receipt", "enroll", "candidate")
+    frames = {name: bytes.fromhex(vectors[name]["frame"]) for name in whole}
     frames |= {f"part-{i}": bytes.fromhex(frame) for i, frame in enumerate(vectors["message_in_3_parts"]["frames"])}
     schema = bytes.fromhex(vectors["schema"]["bytes"])
     vector = bytes.fromhex(vectors["vector"]["float32"])

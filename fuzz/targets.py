@@ -53,7 +53,8 @@ FEDERATION: Final = "lab"
 DEVICE: Final = Identity(bytes(range(32)))  # the keys of tests/vectors.json
 SERVER: Final = Identity(bytes(range(32, 64)))
 KINDS: Final = {
-    kind.KIND: kind for kind in (Candidate, Delta, Enroll, Grant, Head, Metrics, Offer, Receipt, Snapshot, Status, Update)
+    kind.KIND: kind
+    for kind in (Candidate, Delta, Enroll, Grant, Head, Metrics, Offer, Receipt, Snapshot, Status, Update)
 }
 SCHEMA: Final = peer.SCHEMA
 START: Final = np.arange(SCHEMA.elements, dtype=np.float32)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -175,7 +176,7 @@ def test_a_bad_candidate_is_withdrawn_and_devices_train_on(world: World) -> None
     ],
 )
 def test_every_evaluator_has_to_hold_and_half_of_the_devices(
-    judge: dict[str, float], own: dict[str, float], holds: bool, world: World
+    judge: dict[str, Any], own: dict[str, Any], holds: bool, world: World
 ) -> None:
     world.train()
     world.report(world.judge, **judge)

@@ -151,8 +151,7 @@ def test_under_a_plan_that_hides_them_no_metrics_of_a_candidate_leave_a_device(p
 
 def test_a_device_whose_owner_reports_nothing_evaluates_no_candidate() -> None:
     pins = SumPolicy.of([("ab" * 32)], 5, "aggregator", 0)
-    for about in ({}, {"reports": True, "sums": pins}):
-        scripted, device = following(**about)
+    for scripted, device in (following(), following(reports=True, sums=pins)):
         device.arrive(*scripted.candidate(DEVICE, change(scripted)))
         assert published(device.actions, "metrics") == []
         assert [job for job in of(device.actions, StartEvaluation) if job.version == 1] == []

@@ -11,7 +11,7 @@ from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import frame as frames
 from ternbus.broker.protocol import revocations
 from ternbus.broker.protocol.identity import Identity, enroll_proof, seal
-from ternbus.broker.protocol.messages import Enroll, Head, Metrics, Receipt, Update
+from ternbus.broker.protocol.messages import Candidate, Enroll, Head, Metrics, Receipt, Update
 from ternbus.broker.protocol.parts import Collector
 from ternbus.broker.protocol.schema import Schema, Tensor, vector_digest, vector_of
 from ternbus.broker.protocol.ternary import Block, content_bytes, decode, encode, pack, unpack
@@ -182,7 +182,13 @@ def test_a_candidate_and_the_metrics_that_name_it() -> None:
     frame.check_authentic(AGGREGATOR.public)
     candidate = Candidate.from_meta(frame.meta)
     assert {**candidate.meta(), "digest": candidate.digest.hex()} == meta
-    about = {"federation": "lab", "sender": "aggregator", "kind": "candidate", "seq": 100, "body": frame.body}
+    about: dict[str, Any] = {
+        "federation": "lab",
+        "sender": "aggregator",
+        "kind": "candidate",
+        "seq": 100,
+        "body": frame.body,
+    }
     assert frames.build(AGGREGATOR, meta=candidate.meta(), **about) == unhex("candidate", "frame")
     vector = Block.read(SCHEMA, candidate.codec, candidate.encoding, frame.body).apply(VECTOR)
     assert vector_digest(vector) == candidate.digest

@@ -36,8 +36,11 @@ class CanarySettings:
 
     def check(self, where: str, *, is_private: bool) -> None:
         """Refuse what cannot work; ConfigError says why."""
-        for name in self.group:
-            check_device(name)
+        try:
+            for name in self.group:
+                check_device(name)
+        except ConfigError as error:
+            raise ConfigError(f"{where}.group: {error}") from error
         if self.min_reports > len(set(self.group)):
             raise ConfigError(f"{where}.min_reports = {self.min_reports} is more than {where}.group has names")
         if self.group and is_private:

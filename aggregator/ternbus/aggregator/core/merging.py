@@ -8,7 +8,7 @@ from ternbus.aggregator.core.log_lines import VERSIONS_PER_MINUTE, made_in, vers
 from ternbus.aggregator.core.merge_trigger import MergeTrigger
 from ternbus.aggregator.core.rate_limit import LogLimit
 from ternbus.aggregator.core.registry import Registry
-from ternbus.aggregator.core.situation import Waiting
+from ternbus.aggregator.core.situation import NAMED_MAX, Waiting
 from ternbus.aggregator.core.versions import Versions
 from ternbus.aggregator.core.watch import waiting
 from ternbus.aggregator.merge.downlink import encoded_block
@@ -57,7 +57,10 @@ class Merging:
         self._trigger = self._trigger.disconnected()
 
     def waiting(self, now: float) -> Waiting:
-        """Whom the next version waits for."""
+        """Whom the next version waits for: devices that train, or who evaluates the candidate."""
+        if self.canary.candidate is not None:
+            awaited, since = self.canary.awaited, now if self._since is None else self._since
+            return Waiting(devices=tuple(awaited[:NAMED_MAX]), count=len(awaited), for_s=now - since)
         contributors = {update.device for update in self.model.buffer}
         return waiting(self._trigger, contributors, self.registry.online, now, since=self._since)
 
