@@ -30,7 +30,8 @@ Seeds = dict[str, bytes]
 def seeds() -> dict[str, Seeds]:
     """The seeds by target and name."""
     vectors = json.loads((ROOT / "tests" / "vectors.json").read_text(encoding="utf-8"))
-    frames = {name: bytes.fromhex(vectors[name]["frame"]) for name in ("update", "head", "receipt", "enroll")}
+    whole = ("update", "head", "receipt", "enroll", "candidate")
+    frames = {name: bytes.fromhex(vectors[name]["frame"]) for name in whole}
     frames |= {f"part-{i}": bytes.fromhex(frame) for i, frame in enumerate(vectors["message_in_3_parts"]["frames"])}
     schema = bytes.fromhex(vectors["schema"]["bytes"])
     vector = bytes.fromhex(vectors["vector"]["float32"])
@@ -38,6 +39,7 @@ def seeds() -> dict[str, Seeds]:
     refused = {_slug("bad", name): bytes.fromhex(bad) for name, bad in malformed.items()}
     only_meta_shows = {_slug("bad", name) for name in ("base 2^62 + 1", *vectors["malformed_metrics"])}
     metrics = {name: bytes.fromhex(vectors["metrics"][name]) for name in ("frame", "plain_frame")}
+    metrics["of_a_candidate"] = bytes.fromhex(vectors["candidate"]["metrics_frame"])
     return {
         "frame": frames | {name: bad for name, bad in refused.items() if name not in only_meta_shows},
         "header": _headers(frames)
@@ -214,7 +216,9 @@ def _peer(frames: Seeds) -> Seeds:
         ).meta(),
         "enroll": Enroll(public_key=peer.KEY.public).meta(),
     }
+    judged = Metrics(version=1, samples=9, split="local", values={"loss": 0.5}, candidate=bytes(32)).meta()
     found = {kind: _input(kind, about, b"") for kind, about in metas.items()}
+    found["candidate"] = _input("metrics", judged, b"")
     body = update.body
     found["update"] = _input("update", meta, body)
     found["update-zstd"] = _input("update", {**meta, "encoding": "zstd"}, encode(body))

@@ -26,6 +26,7 @@ from ternbus.broker.protocol.identity import AGGREGATOR, Identity
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.messages import (
     OPEN,
+    Candidate,
     Delta,
     Enroll,
     Grant,
@@ -46,13 +47,14 @@ from ternbus.edge.core.follower import Follower
 from ternbus.lab.scenario import scenario
 
 Target = Callable[[bytes], None]
-Message = Delta | Enroll | Grant | Head | Metrics | Offer | Receipt | Snapshot | Status | Update
+Message = Candidate | Delta | Enroll | Grant | Head | Metrics | Offer | Receipt | Snapshot | Status | Update
 
 FEDERATION: Final = "lab"
 DEVICE: Final = Identity(bytes(range(32)))  # the keys of tests/vectors.json
 SERVER: Final = Identity(bytes(range(32, 64)))
 KINDS: Final = {
-    kind.KIND: kind for kind in (Delta, Enroll, Grant, Head, Metrics, Offer, Receipt, Snapshot, Status, Update)
+    kind.KIND: kind
+    for kind in (Candidate, Delta, Enroll, Grant, Head, Metrics, Offer, Receipt, Snapshot, Status, Update)
 }
 SCHEMA: Final = peer.SCHEMA
 START: Final = np.arange(SCHEMA.elements, dtype=np.float32)

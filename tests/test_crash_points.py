@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from test_canary_federation import KILLED
 
 from crash import commands, differences, private
 from crash.federation import AGGREGATOR, DEVICES, Federation, at, failing, joined, preload_in
@@ -104,8 +105,9 @@ def test_every_point_is_killed_at() -> None:
     ends = [*SERVING, *RENEWING, *RENEWED, *MIGRATING, *LEAVING, *INVITING, *ASKING, STOPPED]
     ends += [end for table in (JOINING, TRAINING) for named in table.values() for end in named]
     ends += [end for ends_of_one in private.ENDS.values() for end in ends_of_one]  # in test_private_kill.py
+    canary = {point.partition(":")[0] for point in KILLED}  # in test_canary_federation.py
     helping = {point.partition(":")[0] for point in HELPING}
-    assert {end.what.partition(":")[0] for end in ends} | commands.POINTS | helping == set(POINTS)
+    assert {end.what.partition(":")[0] for end in ends} | commands.POINTS | helping | canary == set(POINTS)
 
 
 @pytest.mark.parametrize("wrong", ["nowhere", "save:0", "save:x", "save:", ":1"])

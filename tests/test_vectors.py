@@ -11,7 +11,7 @@ from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import frame as frames
 from ternbus.broker.protocol import revocations
 from ternbus.broker.protocol.identity import Identity, enroll_proof, seal
-from ternbus.broker.protocol.messages import Enroll, Head, Metrics, Receipt, Update
+from ternbus.broker.protocol.messages import Candidate, Enroll, Head, Metrics, Receipt, Update
 from ternbus.broker.protocol.parts import Collector
 from ternbus.broker.protocol.schema import Schema, Tensor, vector_digest, vector_of
 from ternbus.broker.protocol.ternary import Block, content_bytes, decode, encode, pack, unpack
@@ -177,6 +177,30 @@ def test_metrics_byte_for_byte_with_directions_and_as_a_stranger_writes_them(nam
     assert ("better" in meta, "classes" in meta) == (not name, not name)
 
 
+def test_a_candidate_and_the_metrics_that_name_it() -> None:
+    meta, frame = VECTORS["candidate"]["meta"], frames.parse(unhex("candidate", "frame"))
+    frame.check_authentic(AGGREGATOR.public)
+    candidate = Candidate.from_meta(frame.meta)
+    assert {**candidate.meta(), "digest": candidate.digest.hex()} == meta
+    about: dict[str, Any] = {
+        "federation": "lab",
+        "sender": "aggregator",
+        "kind": "candidate",
+        "seq": 100,
+        "body": frame.body,
+    }
+    assert frames.build(AGGREGATOR, meta=candidate.meta(), **about) == unhex("candidate", "frame")
+    vector = Block.read(SCHEMA, candidate.codec, candidate.encoding, frame.body).apply(VECTOR)
+    assert vector_digest(vector) == candidate.digest
+    told = frames.parse(unhex("candidate", "metrics_frame"))
+    told.check_authentic(DEVICE.public)
+    metrics = Metrics.from_meta(told.meta)
+    assert (metrics.version, metrics.candidate) == (candidate.version, candidate.digest)
+    assert {**metrics.meta(), "candidate": metrics.candidate.hex()} == VECTORS["candidate"]["metrics_meta"]
+    about = {"federation": "lab", "sender": "pi-01", "kind": "metrics", "seq": 10, "body": b""}
+    assert frames.build(DEVICE, meta=metrics.meta(), **about) == unhex("candidate", "metrics_frame")
+
+
 @pytest.mark.parametrize("what", VECTORS["malformed_metrics"])
 def test_malformed_metrics_are_refused(what: str) -> None:
     frame = frames.parse(unhex("malformed_metrics", what))
@@ -251,7 +275,7 @@ def test_malformed_pages_of_revocations_are_refused(what: str) -> None:
 def test_every_entry_is_used() -> None:
     """A vector added to the file must be added here."""
     others = "enroll sealed malformed_zstd malformed_blocks malformed_vectors malformed_frames revocations"
-    others += " malformed_revocations metrics malformed_metrics"
+    others += " malformed_revocations metrics malformed_metrics candidate"
     others += " private malformed_private"  # test_private_vectors.py
     used = "about keys schema vector ternary_block float32_block tiny_numbers update message_in_3_parts head receipt"
     assert set(VECTORS) == {*used.split(), *others.split()}

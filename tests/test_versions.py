@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from support.small_world import Bench, float32_block
+from support.small_world import Bench, float32_block, reconfigure
+from ternbus.aggregator import settings as configuration
 from ternbus.aggregator.merge.mean import norm
 from ternbus.aggregator.shell import backup, checking, cli
 from ternbus.aggregator.store import tags
@@ -154,3 +155,87 @@ def test_a_backup_has_the_tagged_models(bench: Bench, tmp_path: Path) -> None:
     assert vector_digest(to_vector(bench.schema, tensors)) == digests[0]
     assert np.isfinite(to_vector(bench.schema, tensors)).all()
     assert checking.differences(made.path) == []
+
+
+def kept(bench: Bench) -> list[int]:
+    found = json.loads(run("versions", bench.directory, "--json"))
+    return [row["version"] for row in found["versions"] if row["kept"]]
+
+
+def test_more_versions_are_kept_than_the_broker_has_deltas_if_the_settings_say_so(make: Make, tmp_path: Path) -> None:
+    bench = make(merge__buffer_size=1, downlink__codec="float32", downlink__slots=4, versions__keep=9)
+    digests = advanced(bench, 20)
+    assert kept(bench) == [*range(12, 21)]
+    out = tmp_path / "model.safetensors"
+    run("export", bench.directory, out, "--version", "13")
+    assert vector_digest(to_vector(bench.schema, load_safetensors(out))) == digests[12]
+    reconfigure(bench, versions={"keep": 3})
+    bench.restart()
+    bench.start()
+    for _ in range(4):
+        bench.send(bench.join(f"pi-{bench.version}"), float32_block(bench.schema, bench.version), bench.version)
+    bench.beside.work()
+    bench.ledger.write([])
+    assert kept(bench) == [22, 23, 24]
+
+
+def test_the_versions_with_the_best_metric_are_kept_by_themselves(make: Make, tmp_path: Path) -> None:
+    bench = make(merge__buffer_size=1, downlink__codec="float32", downlink__slots=4, versions__keep_best=2)
+    pi, judge = bench.join("pi"), bench.join("judge", evaluator=True)
+    digests = []
+    accuracies = {2: 0.9, 3: 0.95, 5: 0.5, 9: 0.92, 12: 0.97}
+    for version in range(1, 21):
+        bench.send(pi, float32_block(bench.schema, version), version - 1)
+        digests.append(bench.head.digest)
+        if version in accuracies:
+            bench.receive(judge.topic("metrics"), judge.metrics(version, accuracy=accuracies[version]))
+        if version == 8:
+            bench.beside.work()
+            bench.ledger.write([])
+            assert set(tags.read(bench.ledger)) == {"best-2", "best-3"}
+    bench.beside.work()
+    bench.ledger.write([])
+    assert kept(bench) == [3, 12, *range(16, 21)]
+    out = tmp_path / "best.safetensors"
+    assert digests[11].hex() in run("export", bench.directory, out, "--best")
+    run("export", bench.directory, out, "--tag", "best-3")
+    assert vector_digest(to_vector(bench.schema, load_safetensors(out))) == digests[2]
+    assert "versions.keep_best; choose another" in refused("tag", bench.directory, "20", "best-20")
+    assert "lower versions.keep_best" in refused("tag", bench.directory, "--remove", "best-3")
+    made = backup.backup(bench.directory, tmp_path / "backups", None, "test")
+    assert checking.differences(made.path) == []
+    reconfigure(bench, versions={"keep_best": 0})
+    bench.restart()
+    bench.start()
+    for _ in range(4):
+        bench.send(pi, float32_block(bench.schema, bench.version), bench.version)
+    bench.beside.work()
+    bench.ledger.write([])
+    assert tags.read(bench.ledger) == {}
+    assert not list((bench.directory / tags.FOLDER).glob("best-2.*"))
+
+
+def test_archived_metrics_do_not_let_a_best_version_go(make: Make) -> None:
+    bench = make(merge__buffer_size=1, downlink__codec="float32", downlink__slots=4, versions__keep_best=1)
+    pi, judge = bench.join("pi"), bench.join("judge", evaluator=True)
+
+    def advance(count: int) -> None:
+        for _ in range(count):
+            bench.send(pi, float32_block(bench.schema, bench.version), bench.version)
+            accuracy = 0.9 if bench.version == 1 else 0.5
+            bench.receive(judge.topic("metrics"), judge.metrics(bench.version, accuracy=accuracy))
+        bench.beside.work()
+        bench.ledger.write([])
+
+    advance(20)
+    bench.close()
+    run("prune", bench.directory, "--keep-versions", "1")
+    bench.recover()
+    bench.start()
+    advance(6)
+    assert set(tags.read(bench.ledger)) == {"best-1"}
+
+
+def test_a_home_without_the_keys_keeps_as_many_versions_as_before() -> None:
+    about = configuration.parse('federation = "lab"\nbroker = "mqtt://x"').versions
+    assert (about.keep, about.keep_best) == (0, 0)

@@ -8,7 +8,7 @@ import numpy as np
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame, build, parse
 from ternbus.broker.protocol.identity import AGGREGATOR, Identity
-from ternbus.broker.protocol.messages import Delta, Grant, Head, Receipt, Snapshot, SnapshotRef, Status
+from ternbus.broker.protocol.messages import Candidate, Delta, Grant, Head, Receipt, Snapshot, SnapshotRef, Status
 from ternbus.broker.protocol.parts import cut
 from ternbus.broker.protocol.schema import Schema, Vector, vector_digest
 from ternbus.broker.protocol.ternary import RAW, ZSTD, Block, encode, nearest_block
@@ -119,6 +119,15 @@ class ScriptedAggregator:
         """A snapshot of the newest version in the other place, to be named by the next head."""
         self.snapshot_version, self.place = self.version, 1 - self.place
         return self.snapshot()
+
+    def candidate(self, device: str, change: Vector, *, version: int | None = None, **about: Any) -> list[Message]:
+        """A candidate for the version after the newest, or for another; all parts."""
+        block = Block.of_float32(self.schema, change)
+        digest = vector_digest(block.apply(self.vectors[-1]))
+        number = self.version + 1 if version is None else version
+        fields = {"version": number, "digest": digest, "codec": block.codec, "encoding": RAW, **about}
+        frames = self.cut(Candidate.KIND, Candidate(**fields).meta(), encode(block.content, RAW))
+        return [(topics.down(FEDERATION, device, Candidate.KIND), frame) for frame in frames]
 
     def status(self, state: str = "online", session: int = 1) -> Message:
         meta = Status(state=state, session=session, software="scripted").meta()

@@ -30,6 +30,10 @@ def section(kind: type, table: object, where: str, retired: Set[str] = frozenset
 
 def _value(entry: Field[Any], value: object, where: str) -> Any:
     about = entry.metadata
+    if isinstance(entry.default, tuple):
+        if not isinstance(value, list | tuple) or not all(isinstance(each, str) for each in value):
+            raise ConfigError(f"{where} = {value!r} must be a list of strings")
+        return tuple(value)
     if about["one_of"] is not None:
         if value not in about["one_of"] or type(value) is not type(entry.default):  # 6.0 is equal to 6
             raise ConfigError(f"{where} = {value!r} must be one of {', '.join(map(str, about['one_of']))}")

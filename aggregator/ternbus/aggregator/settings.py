@@ -9,6 +9,7 @@ from ternbus.aggregator import plan_settings
 from ternbus.aggregator.plan_settings import PlanCheck
 from ternbus.aggregator.private_settings import PRIVATE_DOC, PrivateSettings, plan_with_codec
 from ternbus.aggregator.sections import key, section
+from ternbus.aggregator.version_settings import CanarySettings, VersionSettings
 from ternbus.broker import toml
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol import plan_keys, topics
@@ -204,6 +205,8 @@ class Settings:
     staleness: StalenessSettings = field(default_factory=StalenessSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     downlink: DownlinkSettings = field(default_factory=DownlinkSettings)
+    versions: VersionSettings = field(default_factory=VersionSettings)
+    canary: CanarySettings = field(default_factory=CanarySettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
     invitations: InvitationSettings = field(default_factory=InvitationSettings)
     transport: TransportSettings = field(default_factory=TransportSettings)
@@ -283,6 +286,8 @@ SECTIONS: Final[Mapping[str, type]] = {
     "staleness": StalenessSettings,
     "optimizer": OptimizerSettings,
     "downlink": DownlinkSettings,
+    "versions": VersionSettings,
+    "canary": CanarySettings,
     "limits": LimitSettings,
     "invitations": InvitationSettings,
     "transport": TransportSettings,
@@ -321,6 +326,7 @@ def from_table(table: Mapping[str, Any], source: str = "aggregator.toml") -> Set
         raise ConfigError(f"{where} must be levels of a topic, of a-z, A-Z, 0-9, '_' and '-', and not ternbus")
     if private is not None:
         private.check_merge(sections["merge"], f"{source}: merge")
+    sections["canary"].check(f"{source}: canary", is_private=private is not None)
     return Settings(
         federation=check_federation(table["federation"]),
         broker=check_broker_url(table["broker"]),

@@ -21,7 +21,7 @@ Point = Literal[
     "save", "saved", "connect", "subscribe", "publish-status", "acknowledge", "stop",
     # what the aggregator's shell does
     "republish", "publish-head", "publish-delta", "publish-snapshot", "publish-receipt", "publish-grant",
-    "publish-terms", "publish-ask", "publish-view",
+    "publish-terms", "publish-ask", "publish-view", "publish-candidate",
     # what the device's shell does
     "publish-enroll", "publish-offer", "publish-update", "publish-metrics", "start-job", "job-done", "save-personal",
     "disconnected",

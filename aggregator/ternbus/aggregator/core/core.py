@@ -10,6 +10,7 @@ from functools import partial
 from typing import assert_never
 
 from ternbus.aggregator.core import events, records
+from ternbus.aggregator.core.canary import Canary, Recalled
 from ternbus.aggregator.core.clones import Clones
 from ternbus.aggregator.core.counters import Counters
 from ternbus.aggregator.core.device_messages import DeviceMessages, address_of
@@ -63,6 +64,7 @@ class Core:
     sums: PrivateSums | None = None  # only of a federation with private sums
     helper_codes: Mapping[str, Invited] = field(default_factory=dict)
     held: Held = field(default_factory=Held)  # private updates that no version contains
+    recalled: Recalled = field(default_factory=Recalled)  # of the canary
     is_closing: bool = False  # of a federation with private sums, whose helpers are waited for
     _frames: FrameWriter = field(init=False)
     _updates: Updates = field(init=False)
@@ -110,6 +112,7 @@ class Core:
         shown = HomeAssistant(versions=self._versions, registry=self.registry, software=self.software)
         self._retained = Retained(versions=self._versions, refusals=self._refusals, shown=shown, say_online=online)
         self._clones = Clones(refusals=self._refusals)
+        canary = Canary.of(settings, self.registry, self._versions, self.recalled)
         self._devices = DeviceMessages(
             settings=settings,
             model=self.model,
@@ -120,6 +123,7 @@ class Core:
             counters=self._counters,
             refusals=self._refusals,
             clones=self._clones,
+            canary=canary,
         )
         self._revocations = Revocations(
             federation=settings.federation,
@@ -128,19 +132,19 @@ class Core:
             frames=self._frames,
             published=self.published,
         )
-        self._requests = Requests(
-            enrollment=self._enrollment,
-            registry=self.registry,
-            revocations=self._revocations,
-            versions=self._versions,
-            private=self._private,
-        )
         self._merging = Merging(
             settings=settings,
             model=self.model,
             registry=self.registry,
             versions=self._versions,
             influence=self.influence,
+            canary=canary,
+        )
+        self._requests = Requests(
+            enrollment=self._enrollment,
+            revocations=self._revocations,
+            merging=self._merging,
+            private=self._private,
         )
         self._reconnect = Reconnect(salt=self.identity.public.hex())
         self._watch = Watch(registry=self.registry)
@@ -187,7 +191,8 @@ class Core:
         self._watch.started(now)
         if self.model.buffer:
             self._merging.first_accepted(now)
-        begun = [] if self._private is None else self._private.start(now)  # before any head is published
+        begun = self.recalled.start()
+        begun += [] if self._private is None else self._private.start(now)  # before any head is published
         return [*begun, *self._versions.renew(), *self._revocations.publish()]
 
     def handle(self, event: events.Event, now: float) -> list[Action]:
@@ -203,7 +208,8 @@ class Core:
         See section 14 of the protocol.
         """
         numbers = leap_of(self._versions.model.version, clock_s)
-        settled = [] if self._private is None else self._private.merging.settle(self._now)
+        settled = self._merging.canary.dissolve()
+        settled += [] if self._private is None else self._private.merging.settle(self._now)
         self._frames.leap(numbers)
         self.session += numbers
         begun = Save(record=records.SessionBegun(session=self.session))

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 from ternbus.aggregator.core import metrics
+from ternbus.aggregator.core.canary import Canary
 from ternbus.aggregator.core.clones import Clones
 from ternbus.aggregator.core.counters import Counters
 from ternbus.aggregator.core.enrollment import Enrollment
-from ternbus.aggregator.core.events import Action, MessageArrived
+from ternbus.aggregator.core.events import Action, MessageArrived, Save
 from ternbus.aggregator.core.refusals import Refusals
 from ternbus.aggregator.core.registry import Member, Registry
 from ternbus.aggregator.core.updates import Updates
@@ -17,7 +18,7 @@ from ternbus.aggregator.settings import Settings
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame, header_bytes, parse
-from ternbus.broker.protocol.messages import Status
+from ternbus.broker.protocol.messages import Metrics, Status
 
 
 def address_of(topic: str, federation: str) -> topics.Address:
@@ -41,6 +42,7 @@ class DeviceMessages:
     counters: Counters
     refusals: Refusals
     clones: Clones
+    canary: Canary
 
     def take(self, event: MessageArrived, address: topics.Address, now: float) -> list[Action]:
         """Take in a message on a topic below ``up/``."""
@@ -86,6 +88,8 @@ class DeviceMessages:
     def _frame(
         self, member: Member, frame: Frame, ahead: Measured | None, now: float, *, is_late: bool
     ) -> list[Action]:
+        if frame.kind == Metrics.KIND and "candidate" in frame.meta:
+            return self.canary.report(member, frame)
         claimed = self._claimed(member, frame.meta.get("version" if frame.kind == "metrics" else "base"), now)
         match frame.kind:
             case "update":
@@ -94,4 +98,6 @@ class DeviceMessages:
                 return [*claimed, *self.updates.offer(member, frame, now)]
             case _:  # the topics that a device may write on leave only metrics
                 bytes_max = self.settings.limits.metrics_bytes
-                return [*claimed, metrics.received(member, frame, version=self.model.version, bytes_max=bytes_max)]
+                received = metrics.received(member, frame, version=self.model.version, bytes_max=bytes_max)
+                self.canary.observe(received)
+                return [*claimed, Save(record=received)]

@@ -16,7 +16,7 @@ from ternbus.broker.protocol import revocations, topics
 from ternbus.broker.protocol.frame import build
 from ternbus.broker.protocol.identity import AGGREGATOR, Identity
 from ternbus.broker.protocol.merge_log import Contribution, DroppedUpdate, Entry, MergedSet, Signed
-from ternbus.broker.protocol.messages import Delta, Grant, Head, Receipt, Snapshot, SnapshotRef, Status
+from ternbus.broker.protocol.messages import Candidate, Delta, Grant, Head, Receipt, Snapshot, SnapshotRef, Status
 from ternbus.broker.protocol.parts import cut
 from ternbus.broker.protocol.schema import Schema, Vector
 from ternbus.broker.protocol.topics import TERMS
@@ -66,6 +66,12 @@ class FrameWriter:
         reserved, frames = self._parts(step.KIND, step.meta(), body)
         topic = topics.help_of(self.settings.federation, helper, step.KIND)
         return reserved, [(topic, frame) for frame in frames]
+
+    def candidate(self, devices: Iterable[str], value: Candidate, body: bytes) -> list[Action]:
+        """Publish a candidate for some devices: the same frames for each."""
+        reserved, frames = self._parts(value.KIND, value.meta(), body)
+        names = [topics.down(self.settings.federation, device, value.KIND) for device in devices]
+        return [*reserved, *(Publish(topic=topic, payload=frame) for topic in names for frame in frames)]
 
     def to_helper(self, message: Receipt) -> list[Action]:
         """Publish a message for one helper."""

@@ -3,7 +3,6 @@
 import json
 
 from ternbus.aggregator.core import records
-from ternbus.aggregator.core.events import Save
 from ternbus.aggregator.core.registry import DEVICE, Member
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.direction import primary_of
@@ -11,7 +10,7 @@ from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.messages import Metrics
 
 
-def received(member: Member, frame: Frame, *, version: int, bytes_max: int) -> Save:
+def received(member: Member, frame: Frame, *, version: int, bytes_max: int) -> records.MetricsReceived:
     """The record of a member's metrics, at most ``bytes_max`` of one member; ``version`` is the model's.
 
     Raises ProtocolError for metrics that this member may not send.
@@ -36,4 +35,4 @@ def received(member: Member, frame: Frame, *, version: int, bytes_max: int) -> S
         member.metric = primary, metrics.values[primary]
     if metrics.split == "test" and member.highest_base < 0:
         member.evaluates = True
-    return Save(record=records.MetricsReceived(device=member.name, seq=frame.seq, metrics=metrics))
+    return records.MetricsReceived(device=member.name, seq=frame.seq, metrics=metrics)

@@ -14,6 +14,8 @@ from ternbus.broker.protocol.merge_log import Signed
 from ternbus.broker.protocol.messages import Metrics, SnapshotRef, Status
 from ternbus.broker.protocol.schema import Vector
 
+PUBLISHED, WITHDRAWN = "published", "withdrawn"  # what becomes of a candidate
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionBegun:
@@ -160,6 +162,32 @@ class VersionMade:
     body: bytes
     entry: Signed  # of the log of merges
     sets: tuple[bytes, ...] | None = None  # of private updates, by digest; None: there are none in this federation
+    candidate: str = ""  # what becomes of one: `PUBLISHED` as this version, or `WITHDRAWN` in its favour
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateMade:
+    """Every accepted update that no version has yet is in this candidate for the next one."""
+
+    version: int
+    digest: bytes
+    codec: str
+    encoding: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateEvaluated:
+    """A device evaluated the candidate."""
+
+    device: str
+    seq: int
+    metrics: Metrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateDissolved:
+    """There is no candidate any more; its updates wait as before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -326,6 +354,9 @@ Record = (
     | AsksCounted
     | ClosingBegun
     | VersionMade
+    | CandidateMade
+    | CandidateEvaluated
+    | CandidateDissolved
     | SnapshotTaken
     | VersionsWithdrawn
     | FramesRetained

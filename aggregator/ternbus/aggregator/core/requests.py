@@ -5,10 +5,9 @@ from typing import assert_never
 
 from ternbus.aggregator.core.enrollment import Enrollment
 from ternbus.aggregator.core.events import Action, CancelRequested, Log, RevokeRequested, RollbackRequested
+from ternbus.aggregator.core.merging import Merging
 from ternbus.aggregator.core.private import Private
-from ternbus.aggregator.core.registry import Registry
 from ternbus.aggregator.core.revocations import Revocations
-from ternbus.aggregator.core.versions import Versions
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.log_levels import WARNING
 from ternbus.broker.protocol.merge_log import OTHER_MODEL
@@ -21,9 +20,8 @@ class Requests:
     """Does what is asked for; ConfigError says why not."""
 
     enrollment: Enrollment
-    registry: Registry
     revocations: Revocations
-    versions: Versions
+    merging: Merging
     private: Private | None
 
     def take(self, event: Asked, now: float) -> list[Action]:
@@ -39,16 +37,17 @@ class Requests:
                 assert_never(event)
 
     def _revoke(self, event: RevokeRequested, now: float) -> list[Action]:
-        if self.private is not None and event.device not in self.registry.members:
+        if self.private is not None and event.device not in self.merging.registry.members:
             self.private.check_revocation(event.device)
-        actions = [*self.enrollment.revoke(event), *self.revocations.publish()]
+        actions = [] if event.keep else self.merging.dissolve(event.device, now)
+        actions += [*self.enrollment.revoke(event), *self.revocations.publish()]
         if self.private is not None and not event.keep:
             actions += self.private.merging.sets.revoke(event.device, now)
         return actions
 
     def _cancel(self, name: str) -> list[Action]:
         """The invitation of a device, or else of a helper of that name."""
-        if self.private is not None and name in self.private.codes and name not in self.registry.codes:
+        if self.private is not None and name in self.private.codes and name not in self.merging.registry.codes:
             return self.private.cancel(name)
         return self.enrollment.cancel(name)
 
@@ -58,12 +57,18 @@ class Requests:
             raise ConfigError(event.error)
         if self.private is not None:
             raise ConfigError("a federation with private sums cannot be rolled back: make a new one with the model")
-        newest, dropped = self.versions.model.version, len(self.versions.model.buffer)
-        for update in self.versions.model.buffer:
-            self.registry.members[update.device].waiting_bytes = 0
-        actions = self.versions.roll_back(event.vector, event.to)
+        versions, dissolved = self.merging.versions, self.merging.canary.dissolve()
+        newest, dropped = versions.model.version, len(versions.model.buffer)
+        for update in versions.model.buffer:
+            self.merging.registry.members[update.device].waiting_bytes = 0
+        actions = versions.roll_back(event.vector, event.to)
         what = "the model of a file" if event.to == OTHER_MODEL else f"version {event.to} again"
-        text = f"version {self.versions.model.version} is {what}: versions up to {newest} are withdrawn"
+        text = f"version {versions.model.version} is {what}: versions up to {newest} are withdrawn"
         text += f", {dropped} updates that waited are dropped" if dropped else ""
-        fields = {"version": self.versions.model.version, "to": event.to, "withdrawn": newest, "dropped": dropped}
-        return [*actions, Log(text=text, level=WARNING, event="rollback", fields=fields)]
+        fields = {
+            "version": versions.model.version,
+            "to": event.to,
+            "withdrawn": newest,
+            "dropped": dropped,
+        }
+        return [*dissolved, *actions, Log(text=text, level=WARNING, event="rollback", fields=fields)]

@@ -10,7 +10,7 @@ from ternbus.aggregator.core.frames import FrameWriter, Message, Reserved
 from ternbus.aggregator.core.terms import PrivateTerms
 from ternbus.aggregator.merge import optimizer
 from ternbus.aggregator.merge.downlink import encoded_block, next_block
-from ternbus.aggregator.merge.model import Merged, Model
+from ternbus.aggregator.merge.model import Merged, Model, Prepared
 from ternbus.aggregator.merge.recipe import Recipe
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.sums.private_sets import OpenedSet
@@ -65,7 +65,7 @@ class Versions:
     # has shown it, or was given everything; while it has not, no head may be published that names what it lost.
     confirm_by: float | None = None
     private: PrivateTerms | None = None
-    dropped: list[DroppedUpdate] = field(default_factory=list)  # private ones that the log of merges has not named
+    dropped: list[DroppedUpdate] = field(default_factory=list)  # those that the log of merges has not named
     given: int = 0  # how often a snapshot was published since the start
 
     def merge(self) -> list[Action]:
@@ -83,11 +83,20 @@ class Versions:
         sets = tuple(each.merged(weight) for each, weight in zip(opened, weights, strict=True))
         return self._publish(about, sets)
 
+    def publish_candidate(self, prepared: Prepared) -> list[Action]:
+        """Make the version that was a candidate."""
+        return self._publish(self.model.adopt(prepared), candidate=records.PUBLISHED)
+
+    def withdraw_candidate(self, dropped: Iterable[DroppedUpdate]) -> list[Action]:
+        """Make a version of no update in place of a candidate, whose updates the log says are dropped."""
+        self.dropped.extend(dropped)
+        return self._publish(self.model.skip(), candidate=records.WITHDRAWN)
+
     def empty(self) -> list[Action]:
         """Make a version of no update: what must not change within a version changes with it."""
         return self._publish(self.model.skip())
 
-    def _publish(self, merged: Merged, sets: tuple[MergedSet, ...] = ()) -> list[Action]:
+    def _publish(self, merged: Merged, sets: tuple[MergedSet, ...] = (), candidate: str = "") -> list[Action]:
         encoding, body = encoded_block(merged.block)
         delta = Delta(version=merged.version, digest=merged.digest, codec=merged.block.codec, encoding=encoding)
         reserved, frames = self.frames.delta(delta, body)
@@ -102,6 +111,7 @@ class Versions:
             body=body,
             entry=self._entry(merged.contributions, sets),
             sets=None if self.private is None else tuple(each.digest for each in sets),
+            candidate=candidate,
         )
         # an empty message clears what an older, longer delta left in this slot
         left = self._delta_topics(merged.version)[len(frames) :]

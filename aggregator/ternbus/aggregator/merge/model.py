@@ -30,6 +30,16 @@ class Merged:
     staleness_max: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prepared:
+    """What a merge comes to that has not happened: the version, and the server's state with it."""
+
+    merged: Merged
+    updates: tuple[AcceptedUpdate, ...]
+    server: ServerState
+    published: Vector
+
+
 @dataclass(slots=True, kw_only=True)
 class Model:
     """``published`` is bit for bit what every device holds; ``server.target`` is ahead of it by the residual."""
@@ -73,21 +83,37 @@ class Model:
 
     def merge(self) -> Merged:
         """Step the server's optimizer with what the buffer comes to, and the published vector towards it."""
+        return self.adopt(self.prepare())
+
+    def prepare(self, block: Block | None = None) -> Prepared:
+        """What the buffer comes to, with a new buffer begun; nothing else changes.
+
+        ``block`` is the change of the published vector where it was decided before.
+        """
+        before = self.server
         weights = self.step_server()
-        block = next_block(self.schema, self.settings.downlink.codec, self.published, self.server.target)
-        staleness = [update.staleness for update in self.buffer]
-        self.publish(block)
+        server, self.server = self.server, before
+        if block is None:
+            block = next_block(self.schema, self.settings.downlink.codec, self.published, server.target)
+        published, staleness = block.apply(self.published), [update.staleness for update in self.buffer]
         merged = Merged(
-            version=self.version,
-            digest=self.digest,
+            version=self.version + 1,
+            digest=vector_digest(published),
             block=block,
             contributions=tuple(map(AcceptedUpdate.contribution, self.buffer, weights)),
             updates=len(staleness),
             staleness_mean=sum(staleness) / len(staleness),
             staleness_max=max(staleness),
         )
+        prepared = Prepared(merged=merged, updates=tuple(self.buffer), server=server, published=published)
         self.empty()
-        return merged
+        return prepared
+
+    def adopt(self, prepared: Prepared) -> Merged:
+        """Let it have happened."""
+        self.server, self.published = prepared.server, prepared.published
+        self.version, self.digest = prepared.merged.version, prepared.merged.digest
+        return prepared.merged
 
     def skip(self) -> Merged:
         """Make a version of no update, whose model is the one before; the buffer stays as it is."""

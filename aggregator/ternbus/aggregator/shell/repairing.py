@@ -132,7 +132,12 @@ def _rebuild(
         "session": int(found.facts.get("session", min(time.time_ns(), COUNTER_MAX // 2))),
     }
     numbers = leap_of(newest, clock_s)
-    carried = (KINDS, tags.FACT, *((merge_log.ARCHIVES, merge_log.COMPARED_FROM) if found.log_is_whole else ()))
+    carried = (
+        KINDS,
+        tags.FACT,
+        tags.BEST_FACT,
+        *((merge_log.ARCHIVES, merge_log.COMPARED_FROM) if found.log_is_whole else ()),
+    )
     facts |= {name: found.facts[name] for name in carried if name in found.facts}
     if not found.has_all_that_is_logged:
         facts[merge_log.COMPARED_FROM] = newest + numbers

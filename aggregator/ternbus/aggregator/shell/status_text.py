@@ -24,6 +24,9 @@ def summary(found: Mapping[str, Any]) -> str:
         f"{found['buffer']} in the buffer",
         "updates: " + ", ".join(f"{value} {name}" for name, value in counts.items()),
     ]
+    if (candidate := found["candidate"]) is not None:
+        reports = ", ".join(candidate["reports"]) or "nobody"
+        lines.append(f"candidate {candidate['version']} is evaluated; reported by {reports} so far")
     if invalid:
         lines.append("refused: " + ", ".join(f"{value} {name}" for name, value in invalid.items()))
     if found["disk"]["state"] != disk_guard.ENOUGH:

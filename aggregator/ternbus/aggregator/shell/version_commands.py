@@ -36,8 +36,8 @@ def versions(
 ) -> None:
     """List the versions: what each was made of, the norm of its change, its metric, its tags, whether it is kept.
 
-    Kept are the last downlink.slots versions (32), and those with a tag: they can be exported. With VERSION, show one,
-    and which device's updates are in it with which weight.
+    Kept are the last versions.keep (0 = downlink.slots, 32), those with a tag, and the versions.keep_best with the best
+    metric: they can be exported. With VERSION, show one, and which device's updates are in it with which weight.
 
     Example: ternbus aggregator versions agg 57
     """

@@ -5,7 +5,7 @@ import os
 import sqlite3
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
@@ -73,6 +73,8 @@ class Ledger:
             if beside is not None:
                 self.db.execute("PRAGMA wal_autocheckpoint = 0")  # else a commit does it, and everything waits
                 self.db.execute("PRAGMA cache_spill = 0")  # a snapshot's frames are more than the cache, once
+            self.keep = 0  # versions, the newest; 0: as many as there are slots for deltas on the broker
+            self.leaving: Callable[[int], None] | None = None  # called before versions below one are forgotten
             self._pending: Future[_Written] | None = None
             self._checkpoint: Future[None] | None = None
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
@@ -237,9 +239,11 @@ class Ledger:
             "UPDATE updates SET segment = NULL WHERE segment IS NOT NULL AND merged <= ?", (record.version,)
         )
         set_rows.forget_merged(self.db, record.version)
-        oldest = record.version - int(self.fact("slots") or 0) + 1
+        oldest = record.version - (self.keep or int(self.fact("slots") or 0)) + 1
         row = self.db.execute("SELECT max(version) FROM snapshots WHERE version <= ?", (max(oldest, 0),)).fetchone()
         if row[0] is not None:
+            if self.leaving is not None:
+                self.leaving(row[0])
             self.db.execute("DELETE FROM snapshots WHERE version < ?", (row[0],))
             self.db.execute("UPDATE versions SET body = NULL WHERE version <= ? AND body IS NOT NULL", (row[0],))
         self._unneeded = True

@@ -96,6 +96,12 @@ def drop(db: sqlite3.Connection, where: str, parameters: Mapping[str, object]) -
     return checksums.update(db, "updates", change, where, parameters)
 
 
+def metrics_seq(db: sqlite3.Connection, device: str, seq: int) -> None:
+    """The newest metrics under a device's key have this number."""
+    row = {"seq": seq, "device": device}
+    checksums.update(db, "keys", {"metrics_seq": ":seq"}, "device = :device AND state = 'active'", row)
+
+
 def invite(
     db: sqlite3.Connection,
     codes: Mapping[str, str],

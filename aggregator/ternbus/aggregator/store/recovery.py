@@ -3,8 +3,10 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 from ternbus.aggregator.core import pace
+from ternbus.aggregator.core.canary import Judged, Recalled
 from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.core.registry import ACTIVE, REVOKED, Answer, Member, Registry
 from ternbus.aggregator.core.sets import Held
@@ -15,6 +17,8 @@ from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.merge.recipe import Recipe
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.store import (
+    best_versions,
+    candidate_rows,
     influence_rows,
     membership,
     merge_log,
@@ -42,6 +46,8 @@ def recover(ledger: Ledger, settings: Settings, identity: Identity, software: st
     """The core as it was when its last record became durable; CorruptError where what it is made of was changed."""
     soundness.check_start(ledger, settings, identity.public)
     _check_archived(ledger, settings)
+    ledger.keep = settings.versions.keep
+    ledger.leaving = partial(best_versions.keep, ledger, settings.versions.keep_best)
     schema = ledger.schema()
     sums = private_rows.recover(ledger.db, settings, schema)
     version, parts, content_bytes, place = json.loads(ledger.fact("snapshot"))
@@ -59,11 +65,13 @@ def recover(ledger: Ledger, settings: Settings, identity: Identity, software: st
         floor=int(ledger.fact(FLOOR) or 0),
         shown=set(json.loads(ledger.fact(SHOWN) or "[]")),
     )
+    model = recover_model(ledger, settings, schema, sums)
+    candidate = _candidate(ledger, settings, schema, model)
     return Core(
         settings=settings,
         identity=identity,
         schema=schema,
-        model=recover_model(ledger, settings, schema, sums),
+        model=model,
         registry=_registry(ledger, settings),
         published=published,
         seq=int(ledger.fact("seq")),
@@ -73,8 +81,27 @@ def recover(ledger: Ledger, settings: Settings, identity: Identity, software: st
         sums=sums,
         helper_codes=private_rows.codes(ledger.db),
         held=Held() if sums is None else set_recovery.held(ledger, settings, schema, sums),
+        recalled=Recalled(
+            candidate=candidate,
+            references=candidate_rows.references(ledger.db, settings.canary.group),
+            dissolves=candidate is None and ledger.fact(candidate_rows.CANDIDATE) is not None,
+        ),
         is_closing=ledger.fact(CLOSING) is not None,
     )
+
+
+def _candidate(ledger: Ledger, settings: Settings, schema: Schema, model: Model) -> Judged | None:
+    """The candidate, with what came after it left in the buffer; None without one, or after a change of settings."""
+    last = candidate_rows.last_of(ledger.db)
+    if last is None or not settings.canary.group or Recipe.loads(ledger.fact("recipe")) != Recipe.of(settings):
+        return None
+    model.refill(_updates(ledger, schema, "merged IS NULL AND id <= ?", (last,)))
+    try:
+        candidate = candidate_rows.recover(ledger.db, model)
+    except ValueError as error:
+        raise ledger.corrupt(str(error)) from error
+    model.refill(_updates(ledger, schema, "merged IS NULL AND id > ?", (last,)))
+    return candidate
 
 
 def _check_archived(ledger: Ledger, settings: Settings) -> None:

@@ -7,9 +7,10 @@ from typing import Final, assert_never
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.core.registry import Answer
-from ternbus.aggregator.store import answers, checksums, membership, private_rows, set_rows
+from ternbus.aggregator.store import answers, candidate_rows, checksums, membership, private_rows, set_rows
 from ternbus.aggregator.store.bodies import Place
 from ternbus.aggregator.store.revocations import Revocation
+from ternbus.aggregator.store.schema import STATED
 from ternbus.broker.protocol.identity import KeyId
 
 
@@ -22,7 +23,7 @@ def unsigned(number: int) -> int:
     return number + 2**64 if number < 0 else number
 
 
-Private = private_rows.Inserted | set_rows.Written
+Elsewhere = private_rows.Inserted | set_rows.Written | candidate_rows.Written
 Inserted = (  # all records but those that come with a file: of a body, of vectors
     records.SessionBegun
     | records.SeqReserved
@@ -42,7 +43,7 @@ Inserted = (  # all records but those that come with a file: of a body, of vecto
     | records.Observed
     | records.SituationTold
     | records.RequestDone
-    | Private
+    | Elsewhere
 )
 
 
@@ -55,7 +56,6 @@ ANSWERED: Final = {
 CLOSING: Final = "closing"  # a fact: the federation is to be closed when helpers have answered
 SHOWN: Final = "shown"  # a fact: topics that the broker may hold for Home Assistant, in JSON
 FLOOR: Final = "floor"  # a fact: versions below it were withdrawn by a rollback
-STATED: Final = "stated"  # in place of a split: the row of what a device stated last beside its metrics' values
 ONE_KEY: Final = "device = :device AND key = :key"
 SENT: Final = {"update_bytes": "update_bytes + :size", "seen_at": ":now"}
 SEEN: Final = {"status": ":status", "base": ":base", "software": ":software", "seen_at": ":now"}
@@ -63,8 +63,8 @@ SEEN: Final = {"status": ":status", "base": ":base", "software": ":software", "s
 
 def write(db: sqlite3.Connection, record: Inserted, now: float) -> None:
     """Write a record's rows; ``now`` is the time to write beside them (Unix seconds)."""
-    if isinstance(record, Private):
-        _private(db, record, now)
+    if isinstance(record, Elsewhere):
+        _elsewhere(db, record, now)
         return
     match record:
         case records.UpdateAnswered():
@@ -93,9 +93,11 @@ def write(db: sqlite3.Connection, record: Inserted, now: float) -> None:
             _fact(db, record, now)
 
 
-def _private(db: sqlite3.Connection, record: Private, now: float) -> None:
+def _elsewhere(db: sqlite3.Connection, record: Elsewhere, now: float) -> None:
     if isinstance(record, set_rows.Written):
         set_rows.write(db, record)
+    elif isinstance(record, candidate_rows.Written):
+        candidate_rows.write(db, record)
     else:
         private_rows.write(db, record, now)
 
@@ -185,6 +187,8 @@ def _version(db: sqlite3.Connection, record: records.VersionMade, now: float) ->
     set_fact(db, "version", record.version)
     if record.sets is not None:
         set_rows.merged(db, record.version, record.sets)
+    elif record.candidate:
+        candidate_rows.decided(db, record)
     elif record.updates:
         db.execute("UPDATE updates SET merged = ? WHERE merged IS NULL", (record.version,))
     values = (
@@ -216,8 +220,7 @@ def _metrics(db: sqlite3.Connection, record: records.MetricsReceived, now: float
     values = (record.device, metrics.version, metrics.split, metrics.samples, entries, float(now))
     checksums.insert(db, "metrics", values, replace=True)
     _state(db, record, now)
-    seq = {"seq": signed(record.seq), "device": record.device}
-    checksums.update(db, "keys", {"metrics_seq": ":seq"}, "device = :device AND state = 'active'", seq)
+    membership.metrics_seq(db, record.device, signed(record.seq))
 
 
 def _state(db: sqlite3.Connection, record: records.MetricsReceived, now: float) -> None:

@@ -4,6 +4,7 @@ from typing import Final
 
 FORMAT: Final = 8
 DROPPED: Final = -1  # in place of the version that an update was merged into: its device was revoked before
+STATED: Final = "stated"  # in place of a split: the row of what a device stated last beside its metrics' values
 # ``crc`` is a row's checksum: checksums.py
 # Of private sums (docs/protocol.md, section 16); without rows in a federation that has none.
 PRIVATE_SQL: Final = """

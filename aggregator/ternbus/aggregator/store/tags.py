@@ -1,7 +1,10 @@
-"""Tags, the operator's names for versions. A tag keeps the model of its version, in a file beside the ledger."""
+"""Versions that are kept for good, each with its model in a file beside the ledger: those that the operator gave a
+name, and the best by a metric, which have the name `best-VERSION`.
+"""
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -15,6 +18,8 @@ from ternbus.broker.protocol.tensor_kinds import version_metadata
 
 FOLDER: Final = "tagged"
 FACT: Final = "tags"
+BEST_FACT: Final = "best"
+BEST: Final = "best-"  # before the version, in the name of one that is kept for its metric
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -28,8 +33,12 @@ class Tag:
 
 
 def read(ledger: Ledger) -> dict[str, Tag]:
-    """All tags by name."""
-    return {name: Tag(**row) for name, row in json.loads(ledger.fact(FACT) or "{}").items()}
+    """All tags by name, also those of the best versions."""
+    return {name: tag for fact in (BEST_FACT, FACT) for name, tag in _read_fact(ledger, fact).items()}
+
+
+def _read_fact(ledger: Ledger, fact: str) -> dict[str, Tag]:
+    return {name: Tag(**row) for name, row in json.loads(ledger.fact(fact) or "{}").items()}
 
 
 def path(directory: Path, name: str) -> Path:
@@ -43,30 +52,58 @@ def put(ledger: Ledger, name: str, version: int, now: float) -> Tag:
         raise ConfigError(f"invalid tag {name!r}: use a-z, 0-9, '.', '_' and '-', at most 64 characters")
     if (known := read(ledger).get(name)) is not None and known.version != version:
         raise ConfigError(f"{name} is version {known.version} already: remove it first, or choose another name")
+    if name.startswith(BEST):
+        raise ConfigError(f"{name}: names with {BEST} are those of versions.keep_best; choose another name")
+    tag = _saved(ledger, name, version, now)
+    with ledger.transaction():
+        _write(ledger, FACT, {**_read_fact(ledger, FACT), name: tag})
+    return tag
+
+
+def keep_best(ledger: Ledger, versions: Collection[int], below: int, now: float) -> None:
+    """Have these versions kept and no others for their metric; the caller has begun a transaction.
+
+    Of those that are not kept yet, the versions ``below`` are saved, which are about to go. The file of one that is no
+    longer among them is removed by the next call: until the transaction ends, a row names it.
+    """
+    known = {tag.version: (name, tag) for name, tag in _read_fact(ledger, BEST_FACT).items()}
+    named = {path(ledger.path.parent, name) for name, _ in known.values()}
+    for file in set((ledger.path.parent / FOLDER).glob(f"{BEST}*.safetensors")) - named:
+        file.unlink(missing_ok=True)
+    found = dict(known[version] for version in versions if version in known)
+    for version in versions:
+        if version not in known and version < below:
+            found[f"{BEST}{version}"] = _saved(ledger, f"{BEST}{version}", version, now)
+    if set(found) != {name for name, _ in known.values()}:
+        _write(ledger, BEST_FACT, found)
+
+
+def _saved(ledger: Ledger, name: str, version: int, now: float) -> Tag:
+    """The tag of a version that is still kept, whose model is written."""
     vector = vector_of(ledger, version)
     tag = Tag(version=version, digest=vector_digest(vector).hex(), at=now)
     file = path(ledger.path.parent, name)
     file.parent.mkdir(mode=0o700, exist_ok=True)
     metadata = ledger.kinds().metadata() | version_metadata(version, bytes.fromhex(tag.digest))
     save_safetensors(file, to_tensors(ledger.schema(), vector), metadata)
-    with ledger.transaction():
-        _write(ledger, {**read(ledger), name: tag})
     return tag
 
 
 def remove(ledger: Ledger, name: str) -> None:
     """Take a name away, and its file; ConfigError where there is none."""
     with ledger.transaction():
-        found = read(ledger)
+        found = _read_fact(ledger, FACT)
         if found.pop(name, None) is None:
+            if name in _read_fact(ledger, BEST_FACT):
+                raise ConfigError(f"{name} is kept for its metric: lower versions.keep_best in aggregator.toml")
             raise ConfigError(f"there is no tag {name!r}; see `ternbus aggregator versions`")
-        _write(ledger, found)
+        _write(ledger, FACT, found)
     path(ledger.path.parent, name).unlink(missing_ok=True)
 
 
-def _write(ledger: Ledger, found: dict[str, Tag]) -> None:
+def _write(ledger: Ledger, fact: str, found: dict[str, Tag]) -> None:
     content = json.dumps({name: asdict(tag) for name, tag in found.items()})
-    checksums.insert(ledger.db, "facts", (FACT, content), replace=True)
+    checksums.insert(ledger.db, "facts", (fact, content), replace=True)
 
 
 def vector_of(ledger: Ledger, version: int) -> Vector:

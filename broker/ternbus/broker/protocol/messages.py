@@ -149,6 +149,13 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate(Delta):
+    """The delta of a version that is not published yet, for a device that is to evaluate it first."""
+
+    KIND: ClassVar[str] = "candidate"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
     """The change of the vector by local training on version ``base``; the body is a block."""
 
@@ -314,12 +321,8 @@ class Status:
         return self.state != "offline"
 
     def meta(self) -> dict[str, Any]:
-        meta: dict[str, Any] = {
-            "state": self.state,
-            "session": self.session,
-            "base": self.base,
-            "software": self.software,
-        }
+        meta: dict[str, Any] = {"state": self.state, "session": self.session, "base": self.base}
+        meta |= {"software": self.software}
         meta |= {"failing": self.failing} if self.failing else {}
         return meta | ({"count": self.count} if self.count >= 0 else {})
 
@@ -350,7 +353,7 @@ def is_outdated(status: Status, seq: int, known: Status, known_seq: int) -> bool
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metrics:
-    """The results of an evaluation of a version. `better` and `classes` are in the map only if they are not empty."""
+    """The results of an evaluation of a version. What may be empty beside `values` is then not in the map."""
 
     KIND: ClassVar[str] = "metrics"
     version: int
@@ -359,16 +362,13 @@ class Metrics:
     values: Mapping[str, float]
     better: Mapping[str, Direction] = field(default_factory=dict)  # directions of values, by name
     classes: Mapping[str, int] = field(default_factory=dict)  # samples that the device trains on, by class
+    candidate: bytes = b""  # digest of the version's vector, if it is not published yet
 
     def meta(self) -> dict[str, Any]:
-        meta: dict[str, Any] = {
-            "version": self.version,
-            "samples": self.samples,
-            "split": self.split,
-            "values": dict(self.values),
-        }
-        meta |= {"better": dict(self.better)} if self.better else {}
-        return meta | ({"classes": dict(self.classes)} if self.classes else {})
+        meta: dict[str, Any] = {"version": self.version, "samples": self.samples, "split": self.split}
+        meta |= {"values": dict(self.values)} | ({"better": dict(self.better)} if self.better else {})
+        meta |= {"classes": dict(self.classes)} if self.classes else {}
+        return meta | ({"candidate": self.candidate} if self.candidate else {})
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
@@ -380,6 +380,7 @@ class Metrics:
             values=values,
             better=meta_fields.directions(meta, "better", values) if "better" in meta else {},
             classes=meta_fields.counts(meta, "classes", CLASSES_MAX, SAMPLES_MAX) if "classes" in meta else {},
+            candidate=meta_fields.binary(meta, "candidate", 32) if "candidate" in meta else b"",
         )
 
 

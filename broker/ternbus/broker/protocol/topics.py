@@ -10,7 +10,8 @@ from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.identity import AGGREGATOR, is_device, is_federation
 
 UP_KINDS: Final = frozenset({"status", "offer", "update", "metrics", "enroll"})
-DOWN_KINDS: Final = frozenset({"receipt", "grant"})
+CANDIDATE: Final = "candidate"
+DOWN_KINDS: Final = frozenset({"receipt", "grant", CANDIDATE})
 WHOLE_KINDS: Final = frozenset({"status", "head"})  # under all/, one topic for each kind
 PART_KINDS: Final = frozenset({"snapshot", "delta"})  # under all/, one topic for each part
 PAGE_KINDS: Final = frozenset({"revocations"})  # under all/, one topic for each page

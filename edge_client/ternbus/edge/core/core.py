@@ -39,7 +39,7 @@ from ternbus.broker.errors import ProtocolError
 from ternbus.broker.exit_codes import EXIT_BUDGET, EXIT_DONE, EXIT_FAILED, EXIT_REFUSED
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame
-from ternbus.broker.protocol.messages import OPEN, Grant, Head, Receipt, Status
+from ternbus.broker.protocol.messages import OPEN, Candidate, Grant, Head, Receipt, Status
 from ternbus.edge.core import events
 from ternbus.edge.core.actions import Action, Connect, Log, Publish, StartTraining, Stop, Subscribe
 from ternbus.edge.core.enrollment import Enrollment
@@ -93,8 +93,7 @@ class Core:
         self._foreign_numbers = ForeignNumbers(profile=profile, pending=self.pending)
         self._wait_timer = WaitTimer(timeout_s=profile.timeout_s)
         self._resubscribe = Resubscribe()
-        self._online = False  # whether there is a connection
-        self._connecting = False
+        self._online = self._connecting = False  # whether there is a connection, or one is being made
         self._logged_head_state = ""
         self._accepted = 0  # updates, since this process began
         self._schema_check = SchemaCheck(profile=profile, pending=self.pending)
@@ -167,7 +166,7 @@ class Core:
                     return self._stop(EXIT_BUDGET, budget_spent(event))
                 return [*self.training.unaffordable(event, now), *self._status()]
             case events.EvaluationFailed():
-                return [self.evaluation.failed(event, now), *self._status()]
+                return [*self._evaluated(*self.evaluation.failed(event, now)), *self._status()]
             case events.Evaluated():
                 recovered = bool(self.evaluation.failures.reason)
                 done = self._evaluated(*self.evaluation.finished(event, sealed=self.training.sealed))
@@ -229,7 +228,7 @@ class Core:
         return [Subscribe(filters=(topics.status(self.profile.federation), topics.head(self.profile.federation)))]
 
     def _disconnected(self, reason: str, now: float) -> list[Action]:
-        self._online, self._connecting = False, False
+        self._online = self._connecting = False
         self.follower.disconnected()
         self.terms.disconnected()
         return [*self._reconnect.failed(reason, now)]
@@ -265,6 +264,8 @@ class Core:
             return self.terms.part_arrived(topic, frame, now)
         if address.part is not None:
             return self.follower.part_arrived(topic, frame, now)
+        if frame.kind == Candidate.KIND:
+            return [*self.evaluation.candidate_arrived(frame, self.follower)]
         frame.check_bodiless()
         match frame.kind:
             case Status.KIND:
@@ -346,8 +347,7 @@ class Core:
 
     def _begin_training(self, now: float) -> list[Action]:
         done = self.training.begin(self.follower, self.terms, self.state, now)
-        began = any(isinstance(action, StartTraining) for action in done)
-        return [*done, *(self._status() if began else [])]
+        return [*done, *(self._status() if any(isinstance(each, StartTraining) for each in done) else [])]
 
     def _training_finished(self, event: events.TrainingFinished, now: float) -> list[Action]:
         job = self.training.finished(event)

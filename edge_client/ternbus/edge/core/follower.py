@@ -159,7 +159,7 @@ class Follower:
             raise ProtocolError("wrong-slot", f"the delta of version {delta.version} in slot {address.slot}")
         if delta.version > head.version + head.slots:
             raise ProtocolError("far-ahead", f"the delta of version {delta.version} at head {head.version}")
-        _check_parts(frame, head)
+        check_parts(frame, head)
         if delta.version <= self._base_version(head) or delta.version in self._deltas:
             return []
         self._delta_seqs[delta.version] = frame.seq
@@ -306,7 +306,7 @@ class Follower:
             # An earlier process subscribed to it: the broker keeps the session after a crash.
             return [Unsubscribe(filters=(topic,))] if self.requests.connected else []
         snapshot = Snapshot.from_meta(frame.meta)
-        _check_parts(frame, head)
+        check_parts(frame, head)
         whole = self._collector.add(frame)
         actions: list[Action] = []
         if fetch.version in {None, snapshot.version}:
@@ -343,7 +343,7 @@ class Follower:
         self.version, self.digest = snapshot.version, snapshot.digest
 
 
-def _check_parts(frame: Frame, head: Head) -> None:
+def check_parts(frame: Frame, head: Head) -> None:
     """Raise ProtocolError where a delta or snapshot has more parts than any of this model needs."""
     if frame.parts > parts_max(head.snapshot.content_bytes):
         raise ProtocolError("too-long", f"{frame.parts} parts")

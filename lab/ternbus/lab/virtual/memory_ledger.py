@@ -45,6 +45,7 @@ class MemoryLedger:
         self.digests: dict[int, bytes] = {}
         self._frames = dict(frames)
         self._buffer: list[Contribution] = []
+        self._judged: list[Contribution] = []  # those of the buffer that a candidate has
         self.merged_sets = 0
         self._sets: dict[bytes, frozenset[tuple[str, int]]] = {}  # (device, base) of private updates, by digest
         self._versions = [_Version(made=None, seconds=0.0)]
@@ -95,6 +96,8 @@ class MemoryLedger:
                 self._buffer.append(row)
             case records.UpdateAnswered():
                 self._answered(record)
+            case records.CandidateMade():
+                self._judged = [*self._buffer]
             case records.VersionMade():
                 self._versions.append(_Version(made=record, seconds=now))
                 self.digests[record.version] = record.digest
@@ -119,13 +122,18 @@ class MemoryLedger:
 
     def _merged(self, record: records.VersionMade) -> None:
         """All that waits is in a version, but of private updates only those of its sets."""
-        if record.sets is None:
+        if record.candidate:
+            names = {(row.device, row.base) for row in self._judged}
+        elif record.sets is None:
             names = {(row.device, row.base) for row in self._buffer} if record.updates else set()
         else:
             names = {name for digest in record.sets for name in self._sets.pop(digest)}
             self.merged_sets += len(record.sets)
         for row in self._take(names):
-            row.merged = record.version
+            if record.candidate == records.WITHDRAWN:
+                row.dropped = "canary"
+            else:
+                row.merged = record.version
 
     def _take(self, names: Set[tuple[str, int]]) -> list[Contribution]:
         """The rows of updates that wait no longer."""

@@ -21,6 +21,7 @@ from ternbus.aggregator.store import ledger as durable
 from ternbus.aggregator.store import maintenance
 from ternbus.aggregator.store.ledger import LEDGER
 from ternbus.aggregator.sums.state import PrivateSums
+from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.identity import Identity, seal
 from ternbus.broker.protocol.schema import Schema, Vector, to_vector
 from ternbus.broker.protocol.tensor_kinds import TensorKinds
@@ -70,6 +71,7 @@ def on_disk(
     kinds: TensorKinds | None = None,
 ) -> Setup:
     """A setup with a real aggregator directory, which `ternbus aggregator` can read afterwards."""
+    _check(chosen)
     administration.create(
         folder, federation=FEDERATION, broker=URL, model=model, settings=chosen, dense=dense, kinds=kinds
     )
@@ -88,6 +90,15 @@ def on_disk(
     )
 
 
+def _check(chosen: Mapping[str, object]) -> None:
+    """Raise ConfigError where a canary waits for the evaluator, which is no device here."""
+    group = chosen.get("canary.group", ())
+    if isinstance(group, list | tuple) and EVALUATOR in group:
+        raise ConfigError(
+            f"canary.group names {EVALUATOR}, which evaluates no candidate in a simulation: name devices that hold data"
+        )
+
+
 def without_disk(
     seed: int,
     names: Sequence[str],
@@ -100,6 +111,7 @@ def without_disk(
     made_by: Callable[..., Model] = Model,
 ) -> Setup:
     """A setup in memory; the seed determines all keys and codes."""
+    _check(chosen)
     table = configuration.with_overrides({"federation": FEDERATION, "broker": URL}, configuration.new_home(chosen))
     settings = configuration.from_table(table, "[aggregator]")
     identity = Identity(drawn(seed, "aggregator"))
