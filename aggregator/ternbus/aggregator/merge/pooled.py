@@ -96,7 +96,9 @@ class Pooled:
     def unpack(cls, request: StatisticsRequest, content: bytes) -> Self:
         """What `pack` wrote."""
         table = msgpack.unpackb(content)
-        arrays = {name: np.frombuffer(table.pop(name), dtype="<f8").copy() for name in (*COLUMNS, "histogram")}
+        arrays: dict[str, Any] = {
+            name: np.frombuffer(table.pop(name), dtype="<f8").copy() for name in (*COLUMNS, "histogram")
+        }
         return cls(request=request, **table, **arrays)
 
     def result(self, min_devices: int) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Statistics of a device's own samples: what it answers to a request (docs/statistics.md), with noise where it asks."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Protocol, runtime_checkable
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +18,10 @@ from ternbus.edge.learn.task_loader import code_errors
 
 CHUNK: Final = 2**20  # values that are looked at together
 SAMPLES_MIN: Final = 10  # without noise: of fewer samples an answer shows single ones
+OF_DATA: Final = ("measured_inputs", "feature_names", "feature_axis", "inputs_at_random")
 ONLY: Final = "value"  # the name of the feature of inputs without an axis of features
 
 
-@runtime_checkable
 class MeasuredTrainer(Protocol):
     """A trainer that gives the inputs of its samples to statistics; optional beside `Trainer`.
 
@@ -148,12 +148,13 @@ def _labels(trainer: Trainer, request: StatisticsRequest) -> tuple[tuple[str, ..
 
 def _inputs(trainer: Trainer, request: StatisticsRequest, sums: _Sums) -> Iterator[Floats]:
     """The inputs as [samples, values, features]; the first sets the names of the features."""
-    if not isinstance(trainer, MeasuredTrainer):
+    read: Callable[[], Iterable[npt.NDArray[Any]]] | None = getattr(trainer, "measured_inputs", None)
+    if read is None:  # `MeasuredTrainer`, which does not see what `NarrowTrainer` passes on
         raise ConfigError("its task gives no inputs to statistics: the trainer needs measured_inputs()")
     given: Sequence[str] = getattr(trainer, "feature_names", ())
     axis = int(getattr(trainer, "feature_axis", 1))
     chosen: list[int] | None = None
-    for array in trainer.measured_inputs():
+    for array in read():
         cube = _cube(np.asarray(array), axis)
         if chosen is None:
             names = _names(given, cube.shape[2])
@@ -237,8 +238,7 @@ def _add_histogram(sums: _Sums, flat: Floats, request: StatisticsRequest, each: 
     features, bins = flat.shape[1], request.bins
     low, high = request.bounds(features)
     found, fits = usable(flat)
-    place: Floats = np.floor((found - low) / (high - low) * bins)
-    place = np.where(found == high, bins - 1, np.clip(place, -1, bins)) + 1
-    place += np.arange(features) * (bins + 2)
+    inside = np.clip(np.floor((found - low) / (high - low) * bins), -1, bins)
+    place = np.where(found == high, bins - 1, inside) + 1 + np.arange(features) * (bins + 2)
     counts = np.bincount(place[fits].astype(np.int64), minlength=features * (bins + 2)) * each
     sums.histogram = counts if not sums.histogram.size else sums.histogram + counts
