@@ -225,6 +225,12 @@ class Settings:
         return bool(self._whole_plan.get("dp", plan_keys.NO_DP) != plan_keys.NO_DP)
 
     @property
+    def noise_of_plan(self) -> tuple[str, float]:
+        """The `dp` of the plan or the task, and its noise multiplier."""
+        plan = self._whole_plan
+        return str(plan.get("dp", plan_keys.NO_DP)), float(plan.get("dp_noise", 0.0))
+
+    @property
     def sum_noise(self) -> tuple[float, float]:
         """θ and B of `dp = "sum"`, of the plan or the task; 0 and 0 for another `dp`."""
         plan = self._whole_plan

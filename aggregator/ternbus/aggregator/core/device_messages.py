@@ -9,6 +9,7 @@ from ternbus.aggregator.core.enrollment import Enrollment
 from ternbus.aggregator.core.events import Action, MessageArrived
 from ternbus.aggregator.core.refusals import Refusals
 from ternbus.aggregator.core.registry import Member, Registry
+from ternbus.aggregator.core.statistics import FederatedStatistics
 from ternbus.aggregator.core.updates import Updates
 from ternbus.aggregator.core.work import LARGE_HEADER_BYTES, PATIENCE_S, WorkShares, header_work
 from ternbus.aggregator.merge.influence import Measured
@@ -18,6 +19,7 @@ from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame, header_bytes, parse
 from ternbus.broker.protocol.messages import Status
+from ternbus.broker.protocol.statistics import StatisticsAnswer
 
 
 def address_of(topic: str, federation: str) -> topics.Address:
@@ -41,6 +43,7 @@ class DeviceMessages:
     counters: Counters
     refusals: Refusals
     clones: Clones
+    statistics: FederatedStatistics
 
     def take(self, event: MessageArrived, address: topics.Address, now: float) -> list[Action]:
         """Take in a message on a topic below ``up/``."""
@@ -86,6 +89,8 @@ class DeviceMessages:
                     member.pace.heard(now)
                     self.counters.observe(member.name, now)
                 return claimed
+            case StatisticsAnswer.KIND:
+                return [*claimed, *self.statistics.take(member, frame, now)]
             case _:  # the topics that a device may write on leave only metrics
                 bytes_max = self.settings.limits.metrics_bytes
                 return [*claimed, metrics.received(member, frame, version=self.model.version, bytes_max=bytes_max)]

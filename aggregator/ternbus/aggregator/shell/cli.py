@@ -18,6 +18,7 @@ from ternbus.aggregator.shell import (
     quickstart,
     recovery_commands,
     rollback,
+    statistics_command,
     status_command,
     status_text,
     version_commands,
@@ -260,6 +261,7 @@ recovery_commands.add_to(app)
 
 
 app.command()(status_command.status)
+app.command()(statistics_command.statistics)
 
 
 @app.command()

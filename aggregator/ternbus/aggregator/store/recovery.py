@@ -14,7 +14,15 @@ from ternbus.aggregator.merge.influence import Influence
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.merge.recipe import Recipe
 from ternbus.aggregator.settings import Settings
-from ternbus.aggregator.store import influence_rows, membership, merge_log, private_rows, set_recovery, soundness
+from ternbus.aggregator.store import (
+    influence_rows,
+    membership,
+    merge_log,
+    private_rows,
+    set_recovery,
+    soundness,
+    statistics_rows,
+)
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.aggregator.store.rows import CLOSING, FLOOR, unsigned
 from ternbus.aggregator.store.schema import DROPPED
@@ -63,6 +71,7 @@ def recover(ledger: Ledger, settings: Settings, identity: Identity, software: st
         sums=sums,
         helper_codes=private_rows.codes(ledger.db),
         held=Held() if sums is None else set_recovery.held(ledger, settings, schema, sums),
+        statistics=statistics_rows.read(ledger.db),
         is_closing=ledger.fact(CLOSING) is not None,
     )
 

@@ -7,7 +7,7 @@ from typing import Final, assert_never
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.core.registry import Answer
-from ternbus.aggregator.store import answers, checksums, membership, private_rows, set_rows
+from ternbus.aggregator.store import answers, checksums, membership, private_rows, set_rows, statistics_rows
 from ternbus.aggregator.store.bodies import Place
 from ternbus.aggregator.store.revocations import Revocation
 from ternbus.broker.protocol.identity import KeyId
@@ -41,6 +41,7 @@ Inserted = (  # all records but those that come with a file: of a body, of vecto
     | records.Observed
     | records.SituationTold
     | records.RequestDone
+    | statistics_rows.Written
     | Private
 )
 
@@ -61,8 +62,8 @@ SEEN: Final = {"status": ":status", "base": ":base", "software": ":software", "s
 
 def write(db: sqlite3.Connection, record: Inserted, now: float) -> None:
     """Write a record's rows; ``now`` is the time to write beside them (Unix seconds)."""
-    if isinstance(record, Private):
-        _private(db, record, now)
+    if isinstance(record, Private | statistics_rows.Written):
+        _beside(db, record, now)
         return
     match record:
         case records.UpdateAnswered():
@@ -91,8 +92,10 @@ def write(db: sqlite3.Connection, record: Inserted, now: float) -> None:
             _fact(db, record, now)
 
 
-def _private(db: sqlite3.Connection, record: Private, now: float) -> None:
-    if isinstance(record, set_rows.Written):
+def _beside(db: sqlite3.Connection, record: Private | statistics_rows.Written, now: float) -> None:
+    if isinstance(record, statistics_rows.Written):
+        statistics_rows.write(db, record)
+    elif isinstance(record, set_rows.Written):
         set_rows.write(db, record)
     else:
         private_rows.write(db, record, now)

@@ -240,5 +240,7 @@ def _add_histogram(sums: _Sums, flat: Floats, request: StatisticsRequest, each: 
     found, fits = usable(flat)
     inside = np.clip(np.floor((found - low) / (high - low) * bins), -1, bins)
     place = np.where(found == high, bins - 1, inside) + 1 + np.arange(features) * (bins + 2)
-    counts = np.bincount(place[fits].astype(np.int64), minlength=features * (bins + 2)) * each
+    counts: Floats = each * np.bincount(place[fits].astype(np.int64), minlength=features * (bins + 2)).astype(
+        np.float64
+    )
     sums.histogram = counts if not sums.histogram.size else sums.histogram + counts

@@ -254,8 +254,8 @@ def _next_role(*, run: bool, evaluate: bool, trains: bool, stay: bool) -> Role |
 def _check_renew(renew: bool, task: str, others: bool) -> None:
     if renew and (task or others):
         raise ConfigError(
-            "--renew keeps task, data, partition, seed, login, privacy, helpers, statistics, hold-out, width, processor, "
-            "frame size and limits: leave out these options"
+            "--renew keeps task, data, partition, seed, login, privacy, helpers, statistics, hold-out, width, "
+            "processor, frame size and limits: leave out these options"
         )
     if not renew and not task:
         raise ConfigError(f"no task is given: add --task with {TASKS}")
