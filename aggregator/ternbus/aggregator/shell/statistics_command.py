@@ -14,7 +14,7 @@ from ternbus.aggregator.shell.arguments import AsJson, Dir
 from ternbus.aggregator.store import control, statistics_rows
 from ternbus.aggregator.store.ledger import reading
 from ternbus.broker.errors import ConfigError, FederationError
-from ternbus.broker.protocol.statistics import BINS_MAX, KINDS, LABELS, MOMENTS
+from ternbus.broker.protocol.statistics import BINS_MAX, HISTOGRAM, KINDS, LABELS, MOMENTS
 from ternbus.broker.text_table import text_table
 
 MIN_DEVICES: Final = 2
