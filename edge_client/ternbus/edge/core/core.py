@@ -112,6 +112,7 @@ class Core:
             self._enroll_due_s(),
             self._send_due_s(),
             self._statistics_due_s(),
+            None if self._leaving else self.measuring.begin_due_s,
             self._wait_timer.due_s(),
             None if self._leaving else self.training.due_s,
             self.evaluation.due_s,
@@ -174,7 +175,7 @@ class Core:
         actions += self.uplink.withdraw(self.follower.head)
         actions += self.evaluation.begin(self.follower, self.training, now)
         if not self._leaving:
-            actions += self.measuring.begin(self.training, self.uplink.frame_bytes if self._online else 0)
+            actions += self.measuring.begin(self.training, self.uplink.frame_bytes if self._online else 0, now)
             actions += [] if self.measuring.running else self._begin_training(now)
         actions += self._send(now)
         return [*actions, *self._foreign_numbers.tell(), *self._check_wait(now)]
@@ -196,7 +197,7 @@ class Core:
         self.presence.reconnected()
         self._resubscribe.connected(now)
         self.enrollment.resend.restart(now)
-        self.measuring.resend.restart(now)
+        self.measuring.reconnected(now)
         self.uplink.connected(frame_bytes, now)
         log = Log(event="connected", text="connected to the broker", fields={"session": self.state.session})
         private = self.profile.is_private

@@ -19,6 +19,7 @@ from ternbus.edge.core.state import Asked, Statistics
 from ternbus.edge.core.training_policy import TrainingPolicy
 
 FIRST_RESEND_S: Final = 60.0
+SETTLE_S: Final = 2.0  # a broker first delivers heads that waited: a newer one may ask for something else, or nothing
 ENVELOPE_BYTES: Final = 1024  # of a frame, beside the content of an answer
 ASKED_MAX: Final = 100  # answers that the owner can look up
 SETTLED: Final = ("accepted", "duplicate", "stale", "invalid")
@@ -32,6 +33,7 @@ class Measuring:
     pending: PendingState
     request: StatisticsRequest | None = None  # of the newest head
     running: bool = False
+    begin_due_s: float | None = None  # until then newer heads are waited for
     resend: Resend = field(init=False)
     _seqs: set[int] = field(default_factory=set)  # under which the answer was sent, by this process
     _is_closed: bool = False
@@ -42,6 +44,11 @@ class Measuring:
     @property
     def _state(self) -> Statistics:
         return self.pending.state.statistics
+
+    def reconnected(self, now: float) -> None:
+        """The answer is sent again; newer heads are waited for before a request is answered."""
+        self.resend.restart(now)
+        self.begin_due_s = None if self.request is None else now + SETTLE_S
 
     def head_accepted(self, head: Head, asked: Any, now: float) -> list[Action]:
         """Read the request of a head, ``asked``, if it has one, and forget an answer that it asks for no more."""
@@ -57,13 +64,18 @@ class Measuring:
                 actions.append(Log(event="bad-request", text=text, fields={"reason": str(error)}))
         if self._state.content and (self.request is None or self.request.id != self._state.request):
             self._put(replace(self._state, content=b""))
-        if before is None and self.request is not None:
-            self.resend.restart(now)
+        if self.request is None:
+            self.begin_due_s = None
+        elif self.request != before:
+            self.begin_due_s = now + SETTLE_S
         return actions
 
-    def begin(self, training: TrainingPolicy, frame_bytes: int) -> list[StartStatistics]:
+    def begin(self, training: TrainingPolicy, frame_bytes: int, now: float) -> list[StartStatistics]:
         """Start the job, unless a condition is missing: the account must not change meanwhile."""
         request, state = self.request, self.pending.state
+        if self.begin_due_s is not None and now < self.begin_due_s:
+            return []
+        self.begin_due_s = None
         if request is None or self.running or self._is_closed or request.id <= self._state.request:
             return []
         if self.profile.role != "train" or not state.enrolled or training.running is not None or not frame_bytes:
