@@ -1,6 +1,6 @@
 """Federated statistics: what an aggregator asks devices of their data, in a head, and what one of them answers.
 
-See docs/protocol.md, section 17.
+See docs/protocol.md, section 11.12.
 """
 
 import math
