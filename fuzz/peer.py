@@ -23,7 +23,7 @@ from ternbus.lab.virtual.setup import FEDERATION, without_disk
 
 DEVICE: Final = "rogue"
 KEY: Final = Identity(b"r" * 32)
-KINDS: Final = ("update", "status", "offer", "metrics", "enroll", "head", "receipt", "no-such-kind")
+KINDS: Final = ("update", "status", "offer", "metrics", "enroll", "head", "receipt", "no-such-kind", "statistics")
 BASE: Final = b"\xa4base\x00"  # in a seed: replaced by the current version, since most updates would be stale otherwise
 STEP_S: Final = 0.01
 SCHEMA: Final = Schema.write(  # as in tests/vectors.json

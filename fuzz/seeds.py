@@ -17,6 +17,7 @@ from ternbus.aggregator import settings
 from ternbus.broker.protocol.frame import SIGNATURE_BYTES, parse
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.protocol.messages import Delta, Enroll, Grant, Metrics, Offer, Snapshot, Status
+from ternbus.broker.protocol.statistics import StatisticsAnswer
 from ternbus.broker.protocol.ternary import RAW, encode
 from ternbus.broker.sums import bfv
 from ternbus.broker.sums.words import BITS
@@ -35,15 +36,18 @@ def seeds() -> dict[str, Seeds]:
     frames |= {f"part-{i}": bytes.fromhex(frame) for i, frame in enumerate(vectors["message_in_3_parts"]["frames"])}
     schema = bytes.fromhex(vectors["schema"]["bytes"])
     vector = bytes.fromhex(vectors["vector"]["float32"])
-    malformed = vectors["malformed_frames"] | vectors["malformed_metrics"]
+    malformed = vectors["malformed_frames"] | vectors["malformed_metrics"] | vectors["malformed_requests"]
     refused = {_slug("bad", name): bytes.fromhex(bad) for name, bad in malformed.items()}
-    only_meta_shows = {_slug("bad", name) for name in ("base 2^62 + 1", *vectors["malformed_metrics"])}
+    only_meta_shows = {
+        _slug("bad", name) for name in ("base 2^62 + 1", *vectors["malformed_metrics"], *vectors["malformed_requests"])
+    }
     metrics = {name: bytes.fromhex(vectors["metrics"][name]) for name in ("frame", "plain_frame")}
     metrics["of_a_candidate"] = bytes.fromhex(vectors["candidate"]["metrics_frame"])
     return {
         "frame": frames | {name: bad for name, bad in refused.items() if name not in only_meta_shows},
         "header": _headers(frames)
         | {_slug("metrics", name): parse(frame).header for name, frame in metrics.items()}
+        | {"head-statistics": parse(bytes.fromhex(vectors["statistics"]["head"])).header}
         | {name: bad[8 : 8 + int.from_bytes(bad[4:8], "little")] for name, bad in refused.items()},
         "block": _blocks(vectors),
         "schema": {"vectors": schema, "one": msgpack.packb([["w", [3], "dense"]])},
@@ -68,6 +72,7 @@ def seeds() -> dict[str, Seeds]:
             "vectors": bytes.fromhex(vectors["revocations"]["body"]),
             **{_slug("bad", name): bytes.fromhex(bad) for name, bad in vectors["malformed_revocations"].items()},
         },
+        "statistics": _statistics(vectors),
         **_private(vectors["private"], vectors["malformed_private"]),
         **({"ciphertext": _ciphertext()} if "ciphertext" in TARGETS else {}),
     }
@@ -115,6 +120,15 @@ def _private(vectors: Any, malformed: Any) -> dict[str, Seeds]:
     }
 
 
+def _statistics(vectors: Any) -> Seeds:
+    """Answers, in the format of the target: [request] content."""
+    entry = vectors["statistics"]
+    good = {"plain": b"\0" + bytes.fromhex(entry["content"]), "noisy": b"\1" + bytes.fromhex(entry["noisy_content"])}
+    good["refusal"] = b"\2" + bytes.fromhex(entry["refusal"]["content"])
+    bad = vectors["malformed_statistics"]
+    return good | {_slug("bad", name): b"\0" + bytes.fromhex(content) for name, content in bad.items()}
+
+
 def _ciphertext() -> Seeds:
     """Edits of valid bytes, in the format of the target."""
     return {
@@ -153,6 +167,7 @@ def _headers(frames: Seeds) -> Seeds:
         Metrics(version=3, samples=100, split="test", values={"accuracy": 0.5}),
         Offer(base=3, parts=9),
         Snapshot(version=3, digest=bytes(32), schema_bytes=80, content_bytes=200, encoding="zstd"),
+        StatisticsAnswer(request=100),
         Status(state="training", session=2, base=3, software="ternbus", failing="missing data: /srv/data"),
     ):
         headers[message.KIND] = msgpack.packb({**about, "kind": message.KIND, "meta": message.meta()})
@@ -214,6 +229,7 @@ def _peer(frames: Seeds) -> Seeds:
         "metrics": Metrics(
             version=0, samples=9, split="local", values={"loss": 0.5}, better={"loss": "lower"}, classes={"a": 4}
         ).meta(),
+        "statistics": StatisticsAnswer(request=100).meta(),
         "enroll": Enroll(public_key=peer.KEY.public).meta(),
     }
     judged = Metrics(version=1, samples=9, split="local", values={"loss": 0.5}, candidate=bytes(32)).meta()

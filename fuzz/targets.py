@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 import zstandard
 
-from fuzz import encrypted, peer, private
+from fuzz import encrypted, peer, private, statistics
 from ternbus.aggregator import settings
 from ternbus.aggregator.plan_settings import PlanCheck
 from ternbus.aggregator.store.device_metrics import Report, sentences
@@ -40,6 +40,7 @@ from ternbus.broker.protocol.messages import (
     Update,
 )
 from ternbus.broker.protocol.schema import Schema, is_bounded, to_tensors, vector_digest
+from ternbus.broker.protocol.statistics import StatisticsAnswer
 from ternbus.broker.protocol.task_plan import TaskPlan
 from ternbus.broker.protocol.ternary import CODECS, RAW, VALUE_MAX, ZSTD, Block, content_bytes, decode, encode
 from ternbus.broker.server import mosquitto, refusals
@@ -47,14 +48,40 @@ from ternbus.edge.core.follower import Follower
 from ternbus.lab.scenario import scenario
 
 Target = Callable[[bytes], None]
-Message = Candidate | Delta | Enroll | Grant | Head | Metrics | Offer | Receipt | Snapshot | Status | Update
+Message = (
+    Candidate
+    | Delta
+    | Enroll
+    | Grant
+    | Head
+    | Metrics
+    | Offer
+    | Receipt
+    | Snapshot
+    | StatisticsAnswer
+    | Status
+    | Update
+)
 
 FEDERATION: Final = "lab"
 DEVICE: Final = Identity(bytes(range(32)))  # the keys of tests/vectors.json
 SERVER: Final = Identity(bytes(range(32, 64)))
 KINDS: Final = {
     kind.KIND: kind
-    for kind in (Candidate, Delta, Enroll, Grant, Head, Metrics, Offer, Receipt, Snapshot, Status, Update)
+    for kind in (
+        Candidate,
+        Delta,
+        Enroll,
+        Grant,
+        Head,
+        Metrics,
+        Offer,
+        Receipt,
+        Snapshot,
+        StatisticsAnswer,
+        Status,
+        Update,
+    )
 }
 SCHEMA: Final = peer.SCHEMA
 START: Final = np.arange(SCHEMA.elements, dtype=np.float32)
@@ -86,6 +113,8 @@ def header(data: bytes) -> None:
         assert kind.from_meta(message.meta()) == message
         if isinstance(message, Metrics):
             check_metrics(message)
+        if isinstance(message, Head):
+            statistics.request(found.meta)
 
 
 def check_metrics(message: Metrics) -> None:
@@ -264,6 +293,7 @@ TARGETS: Final[Mapping[str, Target]] = {
     "broker-log": broker_log,
     "update": peer.update,
     "revocations": revoked,
+    "statistics": statistics.answer,
     "card": private.card,
     "terms": private.terms,
     "ask": private.ask,

@@ -14,6 +14,7 @@ from ternbus.broker.protocol.identity import Identity, enroll_proof, seal
 from ternbus.broker.protocol.messages import Candidate, Enroll, Head, Metrics, Receipt, Update
 from ternbus.broker.protocol.parts import Collector
 from ternbus.broker.protocol.schema import Schema, Tensor, vector_digest, vector_of
+from ternbus.broker.protocol.statistics import Measured, StatisticsAnswer, StatisticsRequest
 from ternbus.broker.protocol.ternary import Block, content_bytes, decode, encode, pack, unpack
 
 VECTORS: dict[str, Any] = json.loads((Path(__file__).parent / "vectors.json").read_text())
@@ -22,6 +23,7 @@ AGGREGATOR = Identity(bytes.fromhex(VECTORS["keys"]["aggregator"]["seed"]))
 SCHEMA = Schema.parse(bytes.fromhex(VECTORS["schema"]["bytes"]))
 VECTOR = vector_of(bytes.fromhex(VECTORS["vector"]["float32"]), SCHEMA)
 CONTENT = bytes.fromhex(VECTORS["ternary_block"]["content"])
+NUMBERS = ("count", "first", "second", "histogram", "labels")
 
 
 def unhex(name: str, key: str) -> bytes:
@@ -272,10 +274,64 @@ def test_malformed_pages_of_revocations_are_refused(what: str) -> None:
     assert error.value.reason == "bad-revocations"
 
 
+def _statistics(name: str, request: StatisticsRequest) -> Measured:
+    found = VECTORS["statistics"][f"{name}values"]
+    made = Measured(**{
+        each: np.array(value) if each in NUMBERS else tuple(value) if isinstance(value, list) else value
+        for each, value in found.items()
+    })  # fmt: skip
+    assert made.pack() == unhex("statistics", f"{name}content")
+    read = Measured.read(unhex("statistics", f"{name}content"), request)
+    assert {each: getattr(read, each).tolist() for each in NUMBERS} == {each: found[each] for each in NUMBERS}
+    return read
+
+
+@pytest.mark.parametrize("name", ["", "noisy_"])
+def test_requests_for_statistics_and_answers_byte_for_byte(name: str) -> None:
+    meta = VECTORS["statistics"][f"{name}request"]
+    request = StatisticsRequest.from_meta(meta)
+    assert request.meta() == meta
+    assert _statistics(name, request).features
+
+
+def test_a_head_asks_for_statistics_and_a_device_answers_in_a_sealed_box() -> None:
+    entry, head = VECTORS["statistics"], frames.parse(unhex("head", "frame"))
+    asked = {**head.meta, "statistics": entry["request"]}
+    built = frames.build(AGGREGATOR, federation="lab", sender="aggregator", kind="head", seq=100, meta=asked)
+    assert built.hex() == entry["head"]
+    assert Head.from_meta(frames.parse(built).meta) == Head.from_meta(head.meta)
+    answer = frames.parse(unhex("statistics", "example"))
+    answer.check_authentic(DEVICE.public)
+    assert StatisticsAnswer.from_meta(answer.meta) == StatisticsAnswer(request=100)
+    plain = AGGREGATOR.unseal(answer.body)
+    assert plain == unhex("statistics", "plain")
+    assert plain == bytes(DEVICE.key_id) + (10).to_bytes(8, "little") + unhex("statistics", "content")
+    refusal = Measured.read(bytes.fromhex(entry["refusal"]["content"]), StatisticsRequest.from_meta(entry["request"]))
+    assert refusal.refusal == entry["refusal"]["text"]
+
+
+@pytest.mark.parametrize("what", VECTORS["malformed_statistics"])
+def test_malformed_statistics_are_refused(what: str) -> None:
+    request = StatisticsRequest.from_meta(VECTORS["statistics"]["request"])
+    with pytest.raises(ProtocolError) as error:
+        Measured.read(unhex("malformed_statistics", what), request)
+    assert error.value.reason in {"bad-answer", "bad-meta"}
+
+
+@pytest.mark.parametrize("what", VECTORS["malformed_requests"])
+def test_malformed_requests_for_statistics_are_refused_and_their_heads_are_not(what: str) -> None:
+    head = frames.parse(unhex("malformed_requests", what))
+    head.check_authentic(AGGREGATOR.public)
+    assert Head.from_meta(head.meta).version == 42
+    with pytest.raises(ProtocolError):
+        StatisticsRequest.from_meta(head.meta["statistics"])
+
+
 def test_every_entry_is_used() -> None:
     """A vector added to the file must be added here."""
     others = "enroll sealed malformed_zstd malformed_blocks malformed_vectors malformed_frames revocations"
     others += " malformed_revocations metrics malformed_metrics candidate"
+    others += " statistics malformed_statistics malformed_requests"
     others += " private malformed_private"  # test_private_vectors.py
     used = "about keys schema vector ternary_block float32_block tiny_numbers update message_in_3_parts head receipt"
     assert set(VECTORS) == {*used.split(), *others.split()}

@@ -29,6 +29,7 @@ class ScriptedAggregator:
     max_staleness: int = 2
     state: str = "open"
     plan: dict[str, Any] = field(default_factory=dict)
+    statistics: Any = None  # asked for in heads
     identity: Identity = field(default_factory=Identity.generate)
     schema: Schema = field(default_factory=lambda: Schema.of(SHAPES))
     seq: int = 0
@@ -80,8 +81,9 @@ class ScriptedAggregator:
             "plan": self.plan,
         }
         seq = changes.pop("seq", None) or self.number()
+        asked = {} if self.statistics is None else {"statistics": self.statistics}
         head = Head(**{**fields, **changes})
-        return topics.head(FEDERATION), self.frame(Head.KIND, head.meta(), seq=seq)
+        return topics.head(FEDERATION), self.frame(Head.KIND, {**head.meta(), **asked}, seq=seq)
 
     def delta(self, version: int) -> list[Message]:
         """All parts; the same frames each time, as they are retained."""

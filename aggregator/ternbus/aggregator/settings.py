@@ -246,6 +246,12 @@ class Settings:
         return float(self._whole_plan.get("dp_epsilon", 0.0))
 
     @property
+    def noise_of_plan(self) -> tuple[str, float]:
+        """The `dp` of the plan or the task, and its noise multiplier."""
+        plan = self._whole_plan
+        return str(plan.get("dp", plan_keys.NO_DP)), float(plan.get("dp_noise", 0.0))
+
+    @property
     def sum_noise(self) -> tuple[float, float]:
         """θ and B of `dp = "sum"`, of the plan or the task; 0 and 0 for another `dp`."""
         plan = self._whole_plan

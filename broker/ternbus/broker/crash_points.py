@@ -23,7 +23,8 @@ Point = Literal[
     "republish", "publish-head", "publish-delta", "publish-snapshot", "publish-receipt", "publish-grant",
     "publish-terms", "publish-ask", "publish-view", "publish-candidate",
     # what the device's shell does
-    "publish-enroll", "publish-offer", "publish-update", "publish-metrics", "start-job", "job-done", "save-personal",
+    "publish-enroll", "publish-offer", "publish-update", "publish-metrics", "publish-statistics", "start-job",
+    "job-done", "save-personal",
     "disconnected",
     # what the helper's shell does
     "publish-card", "publish-answer",

@@ -7,7 +7,6 @@ event. What must survive a crash is a ``Save``, and stands before every action t
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from functools import partial
-from typing import assert_never
 
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.canary import Canary, Recalled
@@ -29,6 +28,7 @@ from ternbus.aggregator.core.retained import Retained
 from ternbus.aggregator.core.revocations import Revocations
 from ternbus.aggregator.core.set_merging import SetMerging
 from ternbus.aggregator.core.sets import Held
+from ternbus.aggregator.core.statistics import FederatedStatistics, StatisticsState
 from ternbus.aggregator.core.updates import Updates
 from ternbus.aggregator.core.validation import Validation
 from ternbus.aggregator.core.versions import PublishedState, Versions, leap_of
@@ -65,6 +65,7 @@ class Core:
     helper_codes: Mapping[str, Invited] = field(default_factory=dict)
     held: Held = field(default_factory=Held)  # private updates that no version contains
     recalled: Recalled = field(default_factory=Recalled)  # of the canary
+    statistics: StatisticsState = field(default_factory=StatisticsState)
     is_closing: bool = False  # of a federation with private sums, whose helpers are waited for
     _frames: FrameWriter = field(init=False)
     _updates: Updates = field(init=False)
@@ -77,6 +78,7 @@ class Core:
     _private: Private | None = field(init=False)
     _revocations: Revocations = field(init=False)
     _requests: Requests = field(init=False)
+    _statistics: FederatedStatistics = field(init=False)
     _counters: Counters = field(default_factory=Counters)
     _merging: Merging = field(init=False)  # of plain updates
     work: WorkShares = field(init=False)
@@ -108,6 +110,9 @@ class Core:
         )
         self._versions = Versions(settings=settings, model=self.model, published=self.published, frames=self._frames)
         self._private = None if self.sums is None else self._with_private(self.sums)
+        self._statistics = FederatedStatistics(
+            state=self.statistics, registry=self.registry, versions=self._versions, updates=self._updates
+        )
         online = partial(self._status, "online")
         shown = HomeAssistant(versions=self._versions, registry=self.registry, software=self.software)
         self._retained = Retained(versions=self._versions, refusals=self._refusals, shown=shown, say_online=online)
@@ -124,6 +129,7 @@ class Core:
             refusals=self._refusals,
             clones=self._clones,
             canary=canary,
+            statistics=self._statistics,
         )
         self._revocations = Revocations(
             federation=settings.federation,
@@ -145,6 +151,7 @@ class Core:
             revocations=self._revocations,
             merging=self._merging,
             private=self._private,
+            statistics=self._statistics,
         )
         self._reconnect = Reconnect(salt=self.identity.public.hex())
         self._watch = Watch(registry=self.registry)
@@ -176,6 +183,7 @@ class Core:
             self._versions.confirm_by,
             self._counters.due,
             self._retained.due,
+            self._statistics.due,
             None if self._private is None else self._private.due,
         ]
         return min((due for due in dues if due is not None), default=None)
@@ -189,6 +197,7 @@ class Core:
         """What is to be done before the first event."""
         self._now = now
         self._watch.started(now)
+        self._statistics.start(now)
         if self.model.buffer:
             self._merging.first_accepted(now)
         begun = self.recalled.start()
@@ -212,8 +221,7 @@ class Core:
         settled += [] if self._private is None else self._private.merging.settle(self._now)
         self._frames.leap(numbers)
         self.session += numbers
-        begun = Save(record=records.SessionBegun(session=self.session))
-        return [*settled, begun, *self._versions.leap(numbers)]
+        return [*settled, Save(record=records.SessionBegun(session=self.session)), *self._versions.leap(numbers)]
 
     def _take(self, event: events.Event) -> list[Action]:  # noqa: C901, PLR0911, PLR0912 - a table, one line an event
         match event:
@@ -234,8 +242,6 @@ class Core:
                 if self._private is not None:
                     self._private.invite(event.helpers)
                 return self._done(event.request)
-            case events.CancelRequested() | events.RevokeRequested() | events.RollbackRequested():
-                return self._request(event)
             case events.StateRequested():
                 return self._change_state(event)
             case events.CountsRequested():
@@ -249,7 +255,7 @@ class Core:
             case events.StopRequested():
                 return self._stop()
             case _:
-                assert_never(event)
+                return self._request(event)
 
     # --- connection
 
@@ -396,7 +402,7 @@ class Core:
             actions += self._versions.republish()
         if self._private is not None and not self._updates.stopping:
             actions += self._private.on_time(self._now)
-        actions += [*self._retained.on_time(self._now), *self._clones.tell()]
+        actions += [*self._statistics.on_time(self._now), *self._retained.on_time(self._now), *self._clones.tell()]
         if self._counters.due is not None and self._counters.due <= self._now:
             actions += self._count()
         return actions

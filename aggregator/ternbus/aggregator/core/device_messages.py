@@ -10,6 +10,7 @@ from ternbus.aggregator.core.enrollment import Enrollment
 from ternbus.aggregator.core.events import Action, MessageArrived, Save
 from ternbus.aggregator.core.refusals import Refusals
 from ternbus.aggregator.core.registry import Member, Registry
+from ternbus.aggregator.core.statistics import FederatedStatistics
 from ternbus.aggregator.core.updates import Updates
 from ternbus.aggregator.core.work import LARGE_HEADER_BYTES, PATIENCE_S, WorkShares, header_work
 from ternbus.aggregator.merge.influence import Measured
@@ -19,6 +20,7 @@ from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame, header_bytes, parse
 from ternbus.broker.protocol.messages import Metrics, Status
+from ternbus.broker.protocol.statistics import StatisticsAnswer
 
 
 def address_of(topic: str, federation: str) -> topics.Address:
@@ -43,6 +45,7 @@ class DeviceMessages:
     refusals: Refusals
     clones: Clones
     canary: Canary
+    statistics: FederatedStatistics
 
     def take(self, event: MessageArrived, address: topics.Address, now: float) -> list[Action]:
         """Take in a message on a topic below ``up/``."""
@@ -96,6 +99,8 @@ class DeviceMessages:
                 return [*claimed, *self.updates.update(member, frame, now, ahead, is_late=is_late)]
             case "offer":
                 return [*claimed, *self.updates.offer(member, frame, now)]
+            case StatisticsAnswer.KIND:
+                return [*claimed, *self.statistics.take(member, frame, now)]
             case _:  # the topics that a device may write on leave only metrics
                 bytes_max = self.settings.limits.metrics_bytes
                 received = metrics.received(member, frame, version=self.model.version, bytes_max=bytes_max)

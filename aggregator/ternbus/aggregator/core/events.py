@@ -141,6 +141,24 @@ class RollbackRequested:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StatisticsRequested:
+    """The operator wants statistics of the devices' data, and waits so long; as in `StatisticsRequest`.
+
+    Without ``noise`` it is the plan's.
+    """
+
+    kinds: tuple[str, ...]
+    features: tuple[str, ...] = ()
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
+    bins: int = 0
+    labels: tuple[str, ...] = ()
+    noise: float | None = None
+    wait_s: float = 60.0
+    request: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CountsRequested:
     """The operator looks at the status: counters and the situation have to be on disk.
 
@@ -181,6 +199,7 @@ Event = (
     | RevokeRequested
     | StateRequested
     | RollbackRequested
+    | StatisticsRequested
     | CountsRequested
     | DiskChecked
     | TimeReached

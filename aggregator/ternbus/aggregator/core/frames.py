@@ -19,6 +19,7 @@ from ternbus.broker.protocol.merge_log import Contribution, DroppedUpdate, Entry
 from ternbus.broker.protocol.messages import Candidate, Delta, Grant, Head, Receipt, Snapshot, SnapshotRef, Status
 from ternbus.broker.protocol.parts import cut
 from ternbus.broker.protocol.schema import Schema, Vector
+from ternbus.broker.protocol.statistics import KEY as STATISTICS
 from ternbus.broker.protocol.topics import TERMS
 from ternbus.broker.sums.sets import AskStep
 
@@ -85,7 +86,14 @@ class FrameWriter:
         return reserved, (topics.status(self.settings.federation), payload)
 
     def head(
-        self, *, version: int, digest: bytes, snapshot: SnapshotRef, state: str, plan: Mapping[str, Any]
+        self,
+        *,
+        version: int,
+        digest: bytes,
+        snapshot: SnapshotRef,
+        state: str,
+        plan: Mapping[str, Any],
+        asked: Mapping[str, Any] | None = None,
     ) -> tuple[Reserved, Message]:
         head = Head(
             version=version,
@@ -98,7 +106,8 @@ class FrameWriter:
             state=state,
             plan=plan,
         )
-        reserved, payload = self._frame(head.KIND, head.meta())
+        statistics = {} if asked is None else {STATISTICS: dict(asked)}
+        reserved, payload = self._frame(head.KIND, {**head.meta(), **statistics})
         return reserved, (topics.head(self.settings.federation), payload)
 
     def terms(self, content: bytes) -> tuple[Reserved, list[Message]]:

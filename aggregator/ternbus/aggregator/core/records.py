@@ -329,6 +329,28 @@ class ContextBegun:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StatisticsAsked:
+    """Devices are asked for statistics of their data; what was asked before is forgotten, with its answers."""
+
+    request: bytes  # as in heads
+    wait_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatisticsAnswered:
+    """A device has answered a request for statistics, or not; ``pooled`` is the new sum, empty where it is the old."""
+
+    device: str
+    outcome: str
+    pooled: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatisticsEnded:
+    """No more answers are taken."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RequestDone:
     """What a command asked for is in force."""
 
@@ -372,5 +394,8 @@ Record = (
     | CardReceived
     | TermsMade
     | ContextBegun
+    | StatisticsAsked
+    | StatisticsAnswered
+    | StatisticsEnded
     | RequestDone
 )

@@ -4,15 +4,23 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from ternbus.aggregator.core.enrollment import Enrollment
-from ternbus.aggregator.core.events import Action, CancelRequested, Log, RevokeRequested, RollbackRequested
+from ternbus.aggregator.core.events import (
+    Action,
+    CancelRequested,
+    Log,
+    RevokeRequested,
+    RollbackRequested,
+    StatisticsRequested,
+)
 from ternbus.aggregator.core.merging import Merging
 from ternbus.aggregator.core.private import Private
 from ternbus.aggregator.core.revocations import Revocations
+from ternbus.aggregator.core.statistics import FederatedStatistics
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.log_levels import WARNING
 from ternbus.broker.protocol.merge_log import OTHER_MODEL
 
-Asked = CancelRequested | RevokeRequested | RollbackRequested
+Asked = CancelRequested | RevokeRequested | RollbackRequested | StatisticsRequested
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +31,7 @@ class Requests:
     revocations: Revocations
     merging: Merging
     private: Private | None
+    statistics: FederatedStatistics
 
     def take(self, event: Asked, now: float) -> list[Action]:
         """The actions that it takes, in order."""
@@ -33,6 +42,8 @@ class Requests:
                 return self._cancel(event.device)
             case RollbackRequested():
                 return self._roll_back(event)
+            case StatisticsRequested():
+                return self.statistics.ask(event, now)
             case _:
                 assert_never(event)
 

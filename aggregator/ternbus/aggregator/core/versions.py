@@ -66,6 +66,7 @@ class Versions:
     confirm_by: float | None = None
     private: PrivateTerms | None = None
     dropped: list[DroppedUpdate] = field(default_factory=list)  # those that the log of merges has not named
+    asked: Mapping[str, Any] | None = None  # an open request for statistics, which each head has
     given: int = 0  # how often a snapshot was published since the start
 
     def merge(self) -> list[Action]:
@@ -300,6 +301,7 @@ class Versions:
             snapshot=self.published.snapshot,
             state=self.published.state,
             plan=self._plan(),
+            asked=self.asked,
         )
 
     def _plan(self) -> Mapping[str, Any]:

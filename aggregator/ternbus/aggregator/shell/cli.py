@@ -21,6 +21,7 @@ from ternbus.aggregator.shell import (
     quickstart,
     recovery_commands,
     rollback,
+    statistics_command,
     status_command,
     status_text,
     trace_command,
@@ -281,6 +282,7 @@ recovery_commands.add_to(app)
 app.command()(status_command.status)
 app.command()(metrics_command.metrics)
 app.command()(trace_command.trace)
+app.command()(statistics_command.statistics)
 
 
 @app.command()

@@ -29,6 +29,7 @@ INVITATIONS: Final = "invitations"  # the open invitations changed
 COUNTS: Final = "counts"  # counters are to be on disk
 CANCEL: Final = "cancel"  # a device's invitation
 REVOKE: Final = "revoke"  # a device; the argument is JSON
+STATISTICS: Final = "statistics"  # of devices' data; the argument is JSON
 ROLLBACK: Final = "rollback"  # to a version, or to the model of a file; the argument is JSON
 
 
@@ -45,6 +46,9 @@ def event(ledger: Ledger, what: str, argument: str, request: int = 0) -> events.
         return events.RevokeRequested(**json.loads(argument), buffer=buffer, request=request)
     if what == ROLLBACK:
         return _rollback(ledger, json.loads(argument), request)
+    if what == STATISTICS:
+        table: dict[str, Any] = {name: _tupled(value) for name, value in json.loads(argument).items()}
+        return events.StatisticsRequested(**table, request=request)
     if what == INVITATIONS:
         return events.InvitationsRead(
             codes=membership.codes(ledger.db), helpers=private_rows.codes(ledger.db), request=request
@@ -52,6 +56,10 @@ def event(ledger: Ledger, what: str, argument: str, request: int = 0) -> events.
     if what == COUNTS:
         return events.CountsRequested(request=request)
     return events.StateRequested(state=STATES[what], request=request)
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _rollback(ledger: Ledger, asked: Mapping[str, Any], request: int) -> events.RollbackRequested:

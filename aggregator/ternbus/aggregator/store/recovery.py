@@ -25,6 +25,7 @@ from ternbus.aggregator.store import (
     private_rows,
     set_recovery,
     soundness,
+    statistics_rows,
     status,
 )
 from ternbus.aggregator.store.ledger import Ledger
@@ -86,6 +87,7 @@ def recover(ledger: Ledger, settings: Settings, identity: Identity, software: st
             references=candidate_rows.references(ledger.db, settings.canary.group),
             dissolves=candidate is None and ledger.fact(candidate_rows.CANDIDATE) is not None,
         ),
+        statistics=statistics_rows.read(ledger.db),
         is_closing=ledger.fact(CLOSING) is not None,
     )
 

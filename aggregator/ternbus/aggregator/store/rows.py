@@ -7,7 +7,15 @@ from typing import Final, assert_never
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.core.registry import Answer
-from ternbus.aggregator.store import answers, candidate_rows, checksums, membership, private_rows, set_rows
+from ternbus.aggregator.store import (
+    answers,
+    candidate_rows,
+    checksums,
+    membership,
+    private_rows,
+    set_rows,
+    statistics_rows,
+)
 from ternbus.aggregator.store.bodies import Place
 from ternbus.aggregator.store.revocations import Revocation
 from ternbus.aggregator.store.schema import STATED
@@ -23,7 +31,7 @@ def unsigned(number: int) -> int:
     return number + 2**64 if number < 0 else number
 
 
-Elsewhere = private_rows.Inserted | set_rows.Written | candidate_rows.Written
+Elsewhere = private_rows.Inserted | set_rows.Written | candidate_rows.Written | statistics_rows.Written
 Inserted = (  # all records but those that come with a file: of a body, of vectors
     records.SessionBegun
     | records.SeqReserved
@@ -98,6 +106,8 @@ def _elsewhere(db: sqlite3.Connection, record: Elsewhere, now: float) -> None:
         set_rows.write(db, record)
     elif isinstance(record, candidate_rows.Written):
         candidate_rows.write(db, record)
+    elif isinstance(record, statistics_rows.Written):
+        statistics_rows.write(db, record)
     else:
         private_rows.write(db, record, now)
 

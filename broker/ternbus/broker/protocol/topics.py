@@ -9,7 +9,7 @@ from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.identity import AGGREGATOR, is_device, is_federation
 
-UP_KINDS: Final = frozenset({"status", "offer", "update", "metrics", "enroll"})
+UP_KINDS: Final = frozenset({"status", "offer", "update", "metrics", "enroll", "statistics"})
 CANDIDATE: Final = "candidate"
 DOWN_KINDS: Final = frozenset({"receipt", "grant", CANDIDATE})
 WHOLE_KINDS: Final = frozenset({"status", "head"})  # under all/, one topic for each kind

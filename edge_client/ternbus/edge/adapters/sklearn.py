@@ -4,13 +4,14 @@
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.adapters.estimators import Estimator, Labels, Matrix, Model, refused
@@ -136,6 +137,9 @@ class SklearnTask:
         return targets
 
 
+ROWS: Final = 1000  # that are read together for statistics: a sparse matrix becomes a dense one
+
+
 class SklearnTrainer:
     """One device's data, and an estimator that has the shapes of the model."""
 
@@ -152,6 +156,11 @@ class SklearnTrainer:
     @property
     def class_counts(self) -> dict[str, int]:
         return {} if self._task.classes is None else counted(self._targets)
+
+    def measured_inputs(self) -> Iterator[npt.NDArray[Any]]:
+        for first in range(0, self.samples, ROWS):
+            rows = self._rows[first : first + ROWS]
+            yield rows if isinstance(rows, np.ndarray) else rows.toarray()
 
     def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:
         began = time.perf_counter()

@@ -33,4 +33,31 @@ protocol promises holds if the shell keeps this contract. `edge.shell.service` i
 11. **Stop.** Flush what was published, disconnect so that the broker does not publish the last will, and end with the
     code. `StopRequested` asks for it. The core ignores every event after it. A process that ends otherwise closes the
     connection without DISCONNECT, so that the broker publishes the last will.
+
+The states of the connection, and of the work, which continues while the device is disconnected:
+
+    connection    meaning                                  entered by                           status published
+    disconnected  the next attempt has a time              the start, ConnectFailed,            by the broker: the last
+                                                           Disconnected                         will, "offline"
+    connecting    `Connect` is not answered yet            the time of the next attempt         none
+    connected     it publishes and follows the model       Connected                            that of the work
+
+    work          meaning                                  entered by                           status published
+    enrolling     enrollment is sent until a receipt       a start with a key that is not       none: the key could not
+                  admits the key                           enrolled                             be checked
+    following     snapshot and deltas are requested until  enrollment; a head of a version or   "idle"
+                  the vector is the head's                 other digest than the vector
+    idle          a condition of `TrainingPolicy.begin`    the head's vector; a receipt; a      "idle"
+                  is not met                               training that failed
+    training      the shell trains on the head's version   `StartTraining`                      "training" and its base
+    outstanding   an update on disk is sent, or offered    TrainingFinished; a start with an    "idle"
+                  and granted, until a receipt comes       update on disk
+    leaving       fine-tuning and the last metrics remain  a closed head; as many versions as   as before
+                                                           `Profile.versions`
+    stopped       every event is ignored                   `Stop`, with its exit code           "offline"
+
+A device that is enrolling is in no other state; otherwise it is in the lowest state of the table that applies. It
+follows the model in every state but "stopped", and evaluates a new version whenever it does not train. It publishes its
+status, retained, at each connect, at enrollment, when a training begins or ends, at the first old head after a connect
+or after one that it accepted, and at the end; with the roles "join" and "export" only at the end.
 """

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ternbus.broker.protocol.schema import Schema, Vector, to_tensors
-from ternbus.edge.core.state import AnsweredUpdate, State
+from ternbus.broker.protocol.statistics import StatisticsRequest
+from ternbus.edge.core.state import AnsweredUpdate, Asked, State
 from ternbus.edge.learn.local_state import unpacked
 from ternbus.edge.learn.sum_content import SumJob
 from ternbus.edge.plan.plan import Plan
@@ -93,6 +94,20 @@ class StartFineTuning:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StartStatistics:
+    """Answer a request for statistics, or refuse it in words: by the plan, the owner's limits and the account."""
+
+    request: StatisticsRequest
+    plan: Plan | None  # the federation's, bound by the owner; None: ``refusal`` says why
+    refusal: str
+    account: Account
+    asked: tuple[Asked, ...]  # before
+    per_day: int  # that the owner allows
+    is_private: bool  # the device takes part in private sums
+    content_bytes: int  # that the answer may have
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SaveModel:
     """Write a model to the file for the device's owner."""
 
@@ -123,5 +138,5 @@ def tensors_of(job: StartTraining | StartEvaluation | StartFineTuning) -> dict[s
 
 
 LinkAction = Subscribe | Unsubscribe | Publish
-Job = StartTraining | StartEvaluation | StartFineTuning
+Job = StartTraining | StartEvaluation | StartFineTuning | StartStatistics
 Action = Save | SaveModel | Connect | LinkAction | Job | Stop | Log

@@ -3,32 +3,7 @@
 If an event changes the `State`, one `Save` comes before every other action of the event. So the device publishes
 nothing that is not on disk, and a receipt and its effects are one durable write.
 
-The states of the connection, and of the work, which continues while the device is disconnected:
-
-    connection    meaning                                  entered by                           status published
-    disconnected  the next attempt has a time              the start, ConnectFailed,            by the broker: the last
-                                                           Disconnected                         will, "offline"
-    connecting    `Connect` is not answered yet            the time of the next attempt         none
-    connected     it publishes and follows the model       Connected                            that of the work
-
-    work          meaning                                  entered by                           status published
-    enrolling     enrollment is sent until a receipt       a start with a key that is not       none: the key could not
-                  admits the key                           enrolled                             be checked
-    following     snapshot and deltas are requested until  enrollment; a head of a version or   "idle"
-                  the vector is the head's                 other digest than the vector
-    idle          a condition of `TrainingPolicy.begin`    the head's vector; a receipt; a      "idle"
-                  is not met                               training that failed
-    training      the shell trains on the head's version   `StartTraining`                      "training" and its base
-    outstanding   an update on disk is sent, or offered    TrainingFinished; a start with an    "idle"
-                  and granted, until a receipt comes       update on disk
-    leaving       fine-tuning and the last metrics remain  a closed head; as many versions as   as before
-                                                           `Profile.versions`
-    stopped       every event is ignored                   `Stop`, with its exit code           "offline"
-
-A device that is enrolling is in no other state; otherwise it is in the lowest state of the table that applies. It
-follows the model in every state but "stopped", and evaluates a new version whenever it does not train. It publishes its
-status, retained, at each connect, at enrollment, when a training begins or ends, at the first old head after a connect
-or after one that it accepted, and at the end; with the roles "join" and "export" only at the end.
+The states of connection and work are in the docstring of the package.
 """
 
 from collections import Counter
@@ -40,6 +15,7 @@ from ternbus.broker.exit_codes import EXIT_BUDGET, EXIT_DONE, EXIT_FAILED, EXIT_
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.messages import OPEN, Candidate, Grant, Head, Receipt, Status
+from ternbus.broker.protocol.statistics import KEY as STATISTICS
 from ternbus.edge.core import events
 from ternbus.edge.core.actions import Action, Connect, Log, Publish, StartTraining, Stop, Subscribe
 from ternbus.edge.core.enrollment import Enrollment
@@ -49,6 +25,7 @@ from ternbus.edge.core.fine_tuning import FineTuning
 from ternbus.edge.core.follower import Follower, InitialModel
 from ternbus.edge.core.foreign_numbers import ForeignNumbers
 from ternbus.edge.core.log_sampler import LogSampler
+from ternbus.edge.core.measuring import Measuring
 from ternbus.edge.core.own_status import OwnStatus
 from ternbus.edge.core.pending_state import PendingState
 from ternbus.edge.core.presence import Presence
@@ -79,6 +56,7 @@ class Core:
         self.uplink = Uplink(profile=profile, pending=self.pending)
         self.training = TrainingPolicy(profile=profile)
         self.evaluation = EvaluationPolicy(profile=profile, pending=self.pending)
+        self.measuring = Measuring(profile=profile, pending=self.pending)
         self.fine_tuning = FineTuning(profile=profile, training=self.training, evaluation=self.evaluation)
         self.presence = Presence()
         self._own_status = OwnStatus(
@@ -132,6 +110,8 @@ class Core:
             self._resubscribe.due_s(self.presence.online is not None) if self._online else None,
             self._enroll_due_s(),
             self._send_due_s(),
+            self._statistics_due_s(),
+            None if self._leaving else self.measuring.begin_due_s,
             self._wait_timer.due_s(),
             None if self._leaving else self.training.due_s,
             self.evaluation.due_s,
@@ -171,6 +151,8 @@ class Core:
                 recovered = bool(self.evaluation.failures.reason)
                 done = self._evaluated(*self.evaluation.finished(event, sealed=self.training.sealed))
                 return [*done, *(self._status() if recovered else [])]
+            case events.StatisticsMeasured():
+                return [self.measuring.finished(event, now)]
             case events.FineTuned() | events.FineTuningFailed():
                 return self._evaluated(*self.fine_tuning.finished(event))
             case events.StopRequested():
@@ -191,7 +173,9 @@ class Core:
         actions += [*self.terms.check(self.training.plan, self.follower.schema), *self._note_refusal()]
         actions += self.uplink.withdraw(self.follower.head)
         actions += self.evaluation.begin(self.follower, self.training, now)
-        actions += [] if self._leaving else self._begin_training(now)
+        if not self._leaving:
+            actions += self.measuring.begin(self.training, self.uplink.frame_bytes if self._online else 0, now)
+            actions += [] if self.measuring.running else self._begin_training(now)
         actions += self._send(now)
         return [*actions, *self._foreign_numbers.tell(), *self._check_wait(now)]
 
@@ -212,6 +196,7 @@ class Core:
         self.presence.reconnected()
         self._resubscribe.connected(now)
         self.enrollment.resend.restart(now)
+        self.measuring.reconnected(now)
         self.uplink.connected(frame_bytes, now)
         log = Log(event="connected", text="connected to the broker", fields={"session": self.state.session})
         private = self.profile.is_private
@@ -235,6 +220,7 @@ class Core:
 
     def _acknowledged(self, seq: int, now: float) -> None:
         self.evaluation.acknowledged(seq)
+        self.measuring.acknowledged(seq, now)
         if seq == ENROLL_SEQ:
             self.enrollment.resend.acknowledged(now)
         else:
@@ -272,6 +258,7 @@ class Core:
                 if self.presence.status_arrived(Status.from_meta(frame.meta), frame.seq):
                     self.enrollment.resend.restart(now)
                     self.uplink.restart(now)
+                    self.measuring.resend.restart(now)
                 return []
             case Head.KIND:
                 return self._head(frame, now)
@@ -292,7 +279,8 @@ class Core:
         if head.state != self._logged_head_state:
             self._logged_head_state = head.state
             actions.append(Log(event=head.state, text=f"the federation is {head.state}"))
-        return [*actions, *self.training.read_plan(head), *self.follower.head_accepted(head, now)]
+        asked = self.measuring.head_accepted(head, frame.meta.get(STATISTICS), now)
+        return [*actions, *self.training.read_plan(head), *asked, *self.follower.head_accepted(head, now)]
 
     def _grant(self, frame: Frame, now: float) -> list[Action]:
         grant = Grant.from_meta(frame.meta)
@@ -306,13 +294,16 @@ class Core:
         update = self.state.outstanding
         ours = update is not None and receipt.seq == update.seq
         enrollment = receipt.seq == ENROLL_SEQ and not self.state.enrolled
-        known = ours or enrollment or (receipt.outcome in ENDINGS and receipt.seq in self._own_status.recent_seqs)
-        if not (self.profile.is_addressed(receipt) and known):
+        statistics = self.measuring.owns(receipt.seq)
+        recent = receipt.outcome in ENDINGS and receipt.seq in self._own_status.recent_seqs
+        if not (self.profile.is_addressed(receipt) and (ours or enrollment or statistics or recent)):
             raise ProtocolError("not-outstanding", "a receipt for no outstanding message of this device")
         if ends(receipt, frame_seq, self.state, enrollment=enrollment):
             return self._stop(EXIT_REFUSED, describe_refusal(receipt))
-        if update is None or enrollment:
-            actions: list[Action] = [*self.enrollment.answered(receipt, now)]
+        if statistics:
+            actions: list[Action] = [*self.measuring.answered(receipt, now)]
+        elif update is None or enrollment:
+            actions = [*self.enrollment.answered(receipt, now)]
             actions += self._status() if actions else []
         else:
             actions = self.uplink.answered(update, receipt, self.follower.schema, now)
@@ -369,14 +360,21 @@ class Core:
     def _enroll_due_s(self) -> float | None:
         return self.enrollment.due_s() if self._online and self.presence.online else None
 
+    def _statistics_due_s(self) -> float | None:
+        """Also while the head is paused: statistics are asked for before any training."""
+        ready = self._online and self.state.enrolled and self.presence.online
+        return self.measuring.due_s() if ready else None
+
     def _send(self, now: float) -> list[Action]:
         enroll_due, send_due = self._enroll_due_s(), self._send_due_s()
         head, update = self.follower.head, self.state.outstanding
         if enroll_due is not None and enroll_due <= now:
             return [*self.enrollment.send(now)]
+        due = self._statistics_due_s()
+        sent: list[Action] = [*self.measuring.send(now)] if due is not None and due <= now else []
         if head is not None and update is not None and send_due is not None and send_due <= now:
-            return self.uplink.send(update, head.direct_parts, now)
-        return []
+            return [*sent, *self.uplink.send(update, head.direct_parts, now)]
+        return sent
 
     # -- waiting and leaving
 

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from ternbus.broker.protocol.direction import PERSONAL, Direction
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.schema import Vector
+from ternbus.broker.protocol.statistics import StatisticsRequest
 from ternbus.broker.protocol.ternary import Block
 from ternbus.edge.learn.sum_content import SumContent
 from ternbus.edge.plan.privacy import Account
@@ -164,6 +165,18 @@ class FineTuningFailed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StatisticsMeasured:
+    """A request for statistics has its answer, ``content``; ``refusal`` says in words why it has no numbers."""
+
+    request: StatisticsRequest
+    content: bytes
+    clock_s: float  # the time of day, in Unix seconds
+    refusal: str = ""
+    account: Account | None = None  # this answer included; None without differential privacy
+    failure: str = ""  # why only noise is sent; for the device's own log
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TimeReached:
     """The time of `Core.due_s` was reached."""
 
@@ -191,6 +204,7 @@ Event = (
     | EvaluationFailed
     | FineTuned
     | FineTuningFailed
+    | StatisticsMeasured
     | TimeReached
     | StopRequested
 )

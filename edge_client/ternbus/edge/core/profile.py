@@ -112,6 +112,7 @@ class Profile:
     classes: Mapping[str, int] = field(default_factory=dict)  # its samples by class, to publish with them
     fine_tune: float = 0.0  # epochs on the device's own data before it stops; 0: none
     stays: bool = False  # while the federation is closed, until it is resumed
+    statistics: int | None = None  # requests for statistics a day that its owner allows; None: none are answered
     sums: SumPolicy | None = None  # what its owner pins of private sums; with it the device sends no other updates
     box: Box = field(default=masks.box, repr=False)  # random, as ``seal`` is
     encrypt: Encrypt = field(default=bfv.encrypt, repr=False)  # likewise
@@ -181,9 +182,9 @@ class Profile:
         proof = enroll_proof(self.code, self.federation, self.device, public)
         return self._publish(Enroll.KIND, ENROLL_SEQ, Enroll(public_key=public).meta(), body=proof)
 
-    def message(self, kind: str, seq: int, meta: Mapping[str, object]) -> Publish:
-        """A message without a body."""
-        return self._publish(kind, seq, meta)
+    def message(self, kind: str, seq: int, meta: Mapping[str, object], *, body: bytes = b"") -> Publish:
+        """A message of one part, that is not retained."""
+        return self._publish(kind, seq, meta, body=body)
 
     def update(self, update: OutstandingUpdate) -> list[Publish]:
         """All parts of an update; each call returns the same bytes."""

@@ -15,6 +15,7 @@ SEQ_BLOCK = 64  # sequence numbers reserved by one write; a crash skips the rest
 FIRST_SEQ = 2  # 1 is the enrollment's, whose frame must be the same each time
 
 OLD_HEAD = "old-head"  # the reason to drop a head below one that was accepted
+TOO_MANY = "its owner allows no more requests a day than "  # begins a refusal
 RENUMBERED = "renumbered"  # instead of an outcome: the update was sent again with another number
 
 Seal = Callable[[bytes], bytes]  # plain bytes -> sealed box
@@ -111,6 +112,32 @@ class AnsweredUpdate:
     digest: bytes = field(repr=False)  # of the message, as in the aggregator's log of merges; empty: not kept
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A request for statistics, for the owner's log: when it was answered, in Unix seconds, what it was for, and how.
+
+    ``outcome`` is "answered", or why it was refused.
+    """
+
+    at: float
+    kinds: str
+    outcome: str
+
+    @property
+    def is_limit(self) -> bool:
+        """Whether it was refused since the owner allows no more of them a day: nothing was looked at."""
+        return self.outcome.startswith(TOO_MANY)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """The newest request that is answered, the answer until its receipt, and the last requests, oldest first."""
+
+    request: int = 0
+    content: bytes = field(default=b"", repr=False)
+    asked: tuple[Asked, ...] = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class State:
     """The durable state. Sequence numbers, session, enrollment and ``receipt_seq`` belong to ``key``."""
@@ -135,6 +162,7 @@ class State:
     left: int = -1  # base of the newest private update of which a frame may have left the device
     cards: Mapping[bytes, int] = field(default_factory=dict)  # the highest box key seen, by a pinned helper's key
     refusal: str = ""  # why the device makes no update by the present plan; for its owner
+    statistics: Statistics = field(default_factory=Statistics)
 
     def with_key(self, key: KeyId) -> "State":
         """The state with a new key, which must be enrolled and has its own counters."""
@@ -144,7 +172,8 @@ class State:
         """The state with a new key and without any counter that another could have raised.
 
         What the owner's budget and the device's own count rest on stays: ``account`` and ``accepted``; ``local`` and
-        ``cards`` too.
+        ``cards`` and
+        the log of statistics, by which they are limited, too.
         The outstanding update is dropped, because its base may be a version that was never published.
         """
         new = State(key=key)
@@ -156,6 +185,7 @@ class State:
             local=self.local,
             protected=self.protected,
             cards=self.cards,
+            statistics=Statistics(asked=self.statistics.asked),
         )
 
     def with_head(self, version: int, seq: int, digest: bytes) -> "State":

@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.learn.class_counts import class_counts_of
+from ternbus.edge.learn.measure import OF_DATA
 from ternbus.edge.learn.task import Evaluation, Task, Trained, Trainer, halves_of, initial_of, trainers_of
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import FloatArray, Tensors
@@ -119,6 +120,12 @@ class NarrowTrainer:
     @property
     def class_counts(self) -> Mapping[str, int]:
         return class_counts_of(self.inner)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the trainer offers beside `Trainer` of its data, which are the same."""
+        if name in OF_DATA:
+            return getattr(self.inner, name)
+        raise AttributeError(name)
 
     def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:
         """Train the corners. Batch norm's statistics are not sent: with fewer channels they differ."""

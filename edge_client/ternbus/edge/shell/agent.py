@@ -256,4 +256,5 @@ def _profile(
         fine_tune=options.fine_tune,
         stays=options.stays,
         sums=settings.sums,
+        statistics=settings.statistics_per_day,
     )

@@ -44,6 +44,7 @@ from ternbus.edge.shell.private_options import (
 )
 from ternbus.edge.shell.rejoin_command import rejoin
 from ternbus.edge.shell.run_commands import evaluate, export, run, run_device
+from ternbus.edge.shell.statistics_options import Statistics, StatisticsPerDay, allowed
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", help="Run a device: follow the model, train, send updates."
@@ -123,6 +124,8 @@ def join(
     private_roster: PrivateRoster = "",
     private_colluding: PrivateColluding = 0,
     private_kind: PrivateKind = "",
+    statistics: Statistics = False,
+    statistics_per_day: StatisticsPerDay = None,
     max_seconds: MaxSeconds = None,
     max_steps: MaxSteps = None,
     renew: Renew = False,
@@ -149,7 +152,10 @@ def join(
     """
     usual = (width, partition, frame_bytes, max_seconds, max_steps, hold_out) == (1, "all", FRAME_BYTES, None, None, 0)
     sums = pinned(private, helpers or [], private_min, private_roster, private_colluding, kind=private_kind)
-    _check_renew(renew, task, any((data, seed, username, password_file, dp, max_epsilon, processor, not usual, sums)))
+    per_day = allowed(statistics, statistics_per_day)
+    _check_renew(
+        renew, task, any((data, seed, username, password_file, dp, max_epsilon, processor, not usual, sums, per_day))
+    )
     Partition.parse(f"{partition};test:{hold_out!r}" if hold_out else partition)
     role = _next_role(run=then_run, evaluate=then_evaluate, trains=bool(reports or fine_tune), stay=stay)
     policy, limits = _policy(dp, max_epsilon, max_delta, private), TrainingLimits(seconds=max_seconds, steps=max_steps)
@@ -158,7 +164,7 @@ def join(
     prepare = partial(
         home.prepare, asked, task=task and absolute(task), data=data, partition=partition, seed=seed, hold_out=hold_out,
         width=width, processor=processor, frame_bytes=frame_bytes, username=username, password_file=password_file,
-        policy=policy, limits=limits, sums=sums,
+        policy=policy, limits=limits, sums=sums, statistics=per_day,
     )  # fmt: skip
     made = partial(_task_for, task, width, processor, data)
     _enroll(home, asked, made, prepare, renew=renew, role=role, options=options, as_json=as_json)
@@ -227,8 +233,8 @@ def _next_role(*, run: bool, evaluate: bool, trains: bool, stay: bool) -> Role |
 def _check_renew(renew: bool, task: str, others: bool) -> None:
     if renew and (task or others):
         raise ConfigError(
-            "--renew keeps task, data, partition, seed, login, privacy, helpers, hold-out, width, processor, frame "
-            "size and limits: leave out these options"
+            "--renew keeps task, data, partition, seed, login, privacy, helpers, statistics, hold-out, width, "
+            "processor, frame size and limits: leave out these options"
         )
     if not renew and not task:
         raise ConfigError(f"no task is given: add --task with {TASKS}")

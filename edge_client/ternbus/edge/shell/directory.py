@@ -33,6 +33,7 @@ from ternbus.edge.learn.subnetwork import WIDTH_MIN, check_width
 from ternbus.edge.plan.limits import TrainingLimits
 from ternbus.edge.plan.privacy import PrivacyPolicy
 from ternbus.edge.plan.sum_policy import SumPolicy
+from ternbus.edge.shell.statistics_options import check_setting
 from ternbus.edge.store.outbox import FILE as OUTBOX
 
 KEY: Final = "device.key"
@@ -76,12 +77,13 @@ class Settings:
     private_kind: str = ""  # with helpers: "bfv" for encrypted sums, where all parties follow the protocol
     max_seconds: str = ""  # time limit of one training; empty for none
     max_steps: str = ""  # step limit of one training; empty for none
+    statistics: str = ""  # requests for statistics of its data that the device answers a day; empty for none
     rejoin: str = ""  # of a renewal only, "yes": the counters start anew with the new key
     code: str = field(default="", repr=False)  # of the invitation, until the device has joined
 
     def __post_init__(self) -> None:
         check_federation(self.federation)
-        _ = self.policy, self.limits, self.sums  # raise ConfigError if one is invalid
+        _ = self.policy, self.limits, self.sums, self.statistics_per_day  # raise ConfigError if one is invalid
         check_device(self.device)
         check_broker_url(self.broker)
         if self.seed and not (self.seed.isascii() and self.seed.isdecimal()):
@@ -137,6 +139,11 @@ class Settings:
             raise ConfigError(f'edge.toml: private_colluding is {colluding!r}: give a number of devices, as in "1"')
         roster, kind = self.private_roster or AGGREGATOR, self.private_kind or MASK
         return SumPolicy.of(self.helpers.split(), int(self.private_min), roster, int(colluding), kind=kind)
+
+    @property
+    def statistics_per_day(self) -> int | None:
+        """Requests for statistics a day; None for none at all. Raises `ConfigError` for what is no such number."""
+        return check_setting(self.statistics)
 
     @property
     def limits(self) -> TrainingLimits:
@@ -264,6 +271,7 @@ class DeviceDirectory:
         policy: PrivacyPolicy | None = None,
         limits: TrainingLimits | None = None,
         sums: SumPolicy | None = None,
+        statistics: int | None = None,
     ) -> Settings:
         """Write key, certificates and settings for `join`; the key of an interrupted `join` is used again.
 
@@ -294,6 +302,7 @@ class DeviceDirectory:
             max_delta=str(policy.delta) if policy is not None else "",
             **(_pins(sums) if sums is not None else {}),
             **(_bounds(limits) if limits is not None else {}),
+            statistics=str(statistics or ""),
             code=invitation.code,
         )
         try:

@@ -1,6 +1,9 @@
 """The commands of `ternbus edge` that only look at a device, also while it runs: status, trace, verify."""
 
 import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +18,8 @@ from ternbus.edge.shell.directory import DeviceDirectory
 from ternbus.edge.shell.printer import shown
 from ternbus.edge.shell.service import PERSONAL
 from ternbus.edge.store import outbox
+
+SHOWN = 10  # answers to requests for statistics, of all in --json
 
 
 def status(
@@ -54,6 +59,8 @@ def status(
         "private_colluding": None if settings.sums is None else settings.sums.colluding,
         "private_kind": None if settings.sums is None else settings.sums.kind,
         "refusal": state.refusal or None,
+        "statistics_per_day": settings.statistics_per_day,
+        "statistics": [asdict(each) for each in state.statistics.asked] or None,
         "personal": str(directory / PERSONAL) if (directory / PERSONAL).exists() else None,
         "outstanding": None
         if waiting is None
@@ -66,7 +73,7 @@ def status(
         typer.echo(json.dumps(facts))
         return
     for name, value in facts.items():
-        for line, each in value.items() if name == "counters" and isinstance(value, dict) else [(name, value)]:
+        for line, each in _lines(name, value):
             typer.echo(f"{line:28} {shown(each)}")
 
 
@@ -91,6 +98,20 @@ def trace(
     typer.echo(json.dumps(about) if as_json else "\n".join(lines))
     if not found:
         raise typer.Exit(EXIT_FAILED)
+
+
+def _lines(name: str, value: object) -> Iterator[tuple[str, object]]:
+    """What a fact is for people: a line for each counter, and for each of the last answers to statistics."""
+    if name == "counters" and isinstance(value, dict):
+        yield from value.items()
+    elif name == "statistics" and isinstance(value, list):
+        for each in value[-SHOWN:]:
+            yield (
+                name,
+                f"{datetime.fromtimestamp(each['at'], UTC):%Y-%m-%d %H:%M:%SZ} {each['kinds']}: {each['outcome']}",
+            )
+    else:
+        yield name, value
 
 
 def verify(

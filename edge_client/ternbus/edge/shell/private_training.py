@@ -55,7 +55,7 @@ def train(trainer: Trainer, job: StartTraining, random_source: RandomSource) -> 
     plan = job.plan
     samples = trainer.samples if plan.dp == SAMPLE else 1  # an adapter may have to train for it, which may fail
     planned = _planned(job, samples)
-    account = _charged(job.account, planned, plan)
+    account = charged(job.account, planned, plan)
     if not account.epsilon <= plan.dp_epsilon:
         final = _is_spent(job, planned)
         return BudgetSpent(
@@ -161,8 +161,8 @@ def _encoded(
     return _Released(content=content, residual=residual, outcome=outcome)
 
 
-def _charged(account: Account, charge: Charge, plan: Plan) -> Account:
-    """The account with one more training by this plan."""
+def charged(account: Account, charge: Charge, plan: Plan) -> Account:
+    """The account with one more charge, under this plan."""
     after = account.plus(charge)
     spent = epsilon(after.of(plan.dp), plan.dp_delta) if after.covers(plan.dp) else math.inf
     return replace(after, epsilon=spent, delta=plan.dp_delta)

@@ -23,6 +23,7 @@ from ternbus.edge.core.actions import (
     SaveModel,
     StartEvaluation,
     StartFineTuning,
+    StartStatistics,
     StartTraining,
     Stop,
     Subscribe,
@@ -154,7 +155,7 @@ class Service:
                 self._connect(action)
             case Subscribe() | Unsubscribe() | Publish():
                 self._use_link(action)
-            case StartTraining() | StartEvaluation() | StartFineTuning():
+            case StartTraining() | StartEvaluation() | StartFineTuning() | StartStatistics():
                 assert self._worker is not None  # noqa: S101 - the roles "join" and "export" start no job
                 reached("start-job")
                 self._worker.start(action)

@@ -11,13 +11,21 @@ import numpy as np
 from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.schema import Vector, flatten, flush_tiny, is_bounded
-from ternbus.edge.core.actions import Job, StartEvaluation, StartFineTuning, StartTraining, tensors_of
+from ternbus.edge.core.actions import (
+    Job,
+    StartEvaluation,
+    StartFineTuning,
+    StartStatistics,
+    StartTraining,
+    tensors_of,
+)
 from ternbus.edge.core.events import (
     BudgetSpent,
     Evaluated,
     EvaluationFailed,
     FineTuned,
     FineTuningFailed,
+    StatisticsMeasured,
     TrainingFailed,
     TrainingFinished,
 )
@@ -27,11 +35,11 @@ from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.task import Trained, Trainer, TrainingError, evaluated_by
 from ternbus.edge.learn.task_loader import code_errors
 from ternbus.edge.plan.plan import NO_DP
-from ternbus.edge.shell import private_training
+from ternbus.edge.shell import measuring, private_training
 from ternbus.edge.shell.encoding import encoded
 
 TrainingResult = TrainingFinished | TrainingFailed | BudgetSpent
-Result = TrainingResult | Evaluated | EvaluationFailed | FineTuned | FineTuningFailed
+Result = TrainingResult | Evaluated | EvaluationFailed | FineTuned | FineTuningFailed | StatisticsMeasured
 
 
 def train(trainer: Trainer, job: StartTraining, random_source: RandomSource | None = None) -> TrainingResult:
@@ -183,6 +191,8 @@ class Worker:
             return evaluate(self._held, job)
         if isinstance(job, StartFineTuning):
             return fine_tune(self._trainer, self._held, job)
+        if isinstance(job, StartStatistics):
+            return measuring.answer(self._trainer, job, RandomSource(), time.time())
         began = time.monotonic()
         try:
             result = train(self._trainer, job)

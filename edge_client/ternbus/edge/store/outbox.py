@@ -8,7 +8,7 @@ import shlex
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -22,7 +22,15 @@ from ternbus.broker.protocol.schema import Vector, type_f32
 from ternbus.broker.store_format import checksum
 from ternbus.broker.sums.masks import SEED_BYTES
 from ternbus.edge.core.foreign_numbers import cloned_counter
-from ternbus.edge.core.state import RENUMBERED, AnsweredUpdate, OutstandingUpdate, PrivatePart, State
+from ternbus.edge.core.state import (
+    RENUMBERED,
+    AnsweredUpdate,
+    Asked,
+    OutstandingUpdate,
+    PrivatePart,
+    State,
+    Statistics,
+)
 from ternbus.edge.plan.privacy import Account
 from ternbus.edge.store.outbox_format import COLUMNS, insert, naming, open_for_reading, open_for_writing
 
@@ -37,6 +45,7 @@ _RARE: Final = (
     "left",
     "cards",
     "refusal",
+    "statistics",
 )  # most devices have none of these, and an earlier version wrote none
 
 
@@ -220,6 +229,7 @@ def _read(db: sqlite3.Connection) -> State | None:
         left=int(values.get("left", -1)),
         cards=cards_of(values.get("cards", "{}")),
         refusal=values.get("refusal", ""),
+        statistics=statistics_of(values["statistics"]) if "statistics" in values else Statistics(),
         account=Account.loads(values["account"]),
         residual=np.frombuffer(vector[0], dtype=type_f32).astype(np.float32) if vector else None,
         outstanding=_outstanding(db),
@@ -243,6 +253,12 @@ def _dumps(cards: Mapping[bytes, int]) -> str:
     return json.dumps({key.hex(): number for key, number in cards.items()})
 
 
+def _dumps_statistics(known: Statistics) -> str:
+    return json.dumps(
+        {"request": known.request, "content": known.content.hex(), "asked": [asdict(each) for each in known.asked]}
+    )
+
+
 _VALUES: Final[Mapping[str, Callable[[Any], object]]] = {  # what `kept` holds of each field
     **dict.fromkeys(_NUMBERS, lambda number: str(int(number))),
     **dict.fromkeys(("schema", "head_digest", "protected", "local", "refusal"), lambda value: value),
@@ -250,12 +266,20 @@ _VALUES: Final[Mapping[str, Callable[[Any], object]]] = {  # what `kept` holds o
     "account": Account.dumps,
     "left": str,
     "cards": _dumps,
+    "statistics": _dumps_statistics,
 }
 
 
 def cards_of(text: str) -> dict[bytes, int]:
     """The highest numbers of helpers' box keys, by the helpers' keys."""
     return {bytes.fromhex(key): int(number) for key, number in json.loads(text).items()}
+
+
+def statistics_of(text: str) -> Statistics:
+    """What a device has answered to requests for statistics."""
+    table = json.loads(text)
+    asked = tuple(Asked(**each) for each in table["asked"])
+    return Statistics(request=table["request"], content=bytes.fromhex(table["content"]), asked=asked)
 
 
 def private_of(row: Sequence[Any]) -> PrivatePart:

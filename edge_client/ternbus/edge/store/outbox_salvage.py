@@ -19,10 +19,10 @@ from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.messages import PRIVATE
 from ternbus.broker.protocol.schema import Vector, type_f32
 from ternbus.broker.store_format import checksum
-from ternbus.edge.core.state import OutstandingUpdate, State
+from ternbus.edge.core.state import OutstandingUpdate, State, Statistics
 from ternbus.edge.plan.privacy import Account
 from ternbus.edge.store import outbox_format
-from ternbus.edge.store.outbox import FILE, Outbox, cards_of, outstanding_of, private_of, summary
+from ternbus.edge.store.outbox import FILE, Outbox, cards_of, outstanding_of, private_of, statistics_of, summary
 from ternbus.edge.store.outbox_format import COLUMNS, open_for_reading
 
 READ_ERRORS: Final = (sqlite3.Error, UnicodeError, FederationError, ValueError, TypeError, KeyError)
@@ -123,6 +123,7 @@ def _state(path: Path, key: KeyId, kept: dict[str, Any], lost: list[str]) -> Sta
         outstanding=outstanding,
         left=-1 if outstanding is None else outstanding.base,  # whether it was sent may be lost
         cards=cards_of(kept.get("cards", "{}")),
+        statistics=statistics_of(kept["statistics"]) if "statistics" in kept else Statistics(),
         refusal="",  # as the next head has it
         **numbers,
     )

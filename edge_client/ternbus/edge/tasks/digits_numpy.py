@@ -4,7 +4,7 @@ They are also an example of a trainer without a framework.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -95,6 +95,9 @@ class NumpyTrainer:
     @property
     def class_counts(self) -> dict[str, int]:
         return counted(self._labels)
+
+    def measured_inputs(self) -> Iterator[FloatArray]:
+        yield self._images
 
     def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:
         began = time.perf_counter()

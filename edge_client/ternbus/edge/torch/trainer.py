@@ -29,6 +29,7 @@ from ternbus.edge.torch import dp_sgd, evaluation, scoring, steps
 from ternbus.edge.torch.augmentation import augmentation
 from ternbus.edge.torch.autotune import Way, fastest, sleep_until, typical, ways
 from ternbus.edge.torch.batches import inputs_of, prepared
+from ternbus.edge.torch.measured_inputs import MeasuredInputs
 from ternbus.edge.torch.objective import Loss, Objective, trainable
 from ternbus.edge.torch.samples import Numbers, Samples
 from ternbus.edge.torch.torch_task import Split, TorchTask
@@ -57,7 +58,7 @@ class Shared:
             self.fitting = sys.maxsize  # samples that the memory suffices to evaluate at a time, as far as is known
 
 
-class TorchTrainer:
+class TorchTrainer(MeasuredInputs):
     """One device's model and data."""
 
     def __init__(self, task: TorchTask, samples: Samples, shared: Shared) -> None:

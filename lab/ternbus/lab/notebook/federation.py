@@ -11,7 +11,7 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.schema import to_tensors, vector_digest
 from ternbus.broker.protocol.tensor_kinds import version_metadata
 from ternbus.edge.learn.failure import explained
-from ternbus.edge.learn.task import Evaluation, Task, Trainer, initial_of, placed
+from ternbus.edge.learn.task import Evaluation, Task, Trainer, initial_of, placed, trainers_of
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.torch.torch_task import TorchTask
@@ -27,6 +27,7 @@ from ternbus.lab.notebook.partition import PartitionTable
 from ternbus.lab.notebook.parts import Parts, parts_of
 from ternbus.lab.notebook.run import Run
 from ternbus.lab.notebook.simulated import Choices, scenario_of
+from ternbus.lab.notebook.statistics import DEFAULT_KINDS, facts_of, request_of, table_of
 from ternbus.lab.notebook.surroundings import Interrupt, untouched
 from ternbus.lab.notebook.watch import Watch
 from ternbus.lab.notebook.workers import TaskWorkers
@@ -137,6 +138,28 @@ class Federation:
         """Who has what, with this seed of the partition. `.table` is a DataFrame of device, samples and classes."""
         with untouched(seed):
             return PartitionTable.of(settled(replace(self._scenario, seed=seed), self.task), self.task, self.devices)
+
+    def statistics(
+        self,
+        *kinds: str,
+        features: Sequence[str] = (),
+        bounds: tuple[float, float] | None = None,
+        bins: int = 32,
+        seed: int = 0,
+    ) -> Any:
+        """Statistics of the devices' training data, as `ternbus aggregator statistics` shows them: a DataFrame.
+
+        `kinds` are "moments" (count, mean, variance), "labels" and "histogram", by default the first two. A histogram
+        needs `bounds`, and gives quantiles with an error of at most `q_error`. `features` names some, else it is all of
+        them. A row is a feature or a label; `.attrs["facts"]` has the histograms, and which devices refused and why.
+        Raises `ConfigError` where no device can answer.
+        """
+        request = request_of(kinds or DEFAULT_KINDS, features, bounds, bins)
+        wanted = replace(self._scenario, seed=seed)
+        with untouched(seed):
+            parts = [wanted.partition_of(number) for number in range(len(self.devices))]
+            trainers = trainers_of(self.task, self._folder, parts)
+            return table_of(facts_of(dict(zip(self.devices, trainers, strict=True)), request))
 
     def simulate(
         self,

@@ -20,6 +20,7 @@ from ternbus.edge.core.actions import (
     SaveModel,
     StartEvaluation,
     StartFineTuning,
+    StartStatistics,
     StartTraining,
     Stop,
     Subscribe,
@@ -163,8 +164,8 @@ class VirtualDevice:
                 self._train()
             case StartEvaluation():
                 self._clock.at(self._clock.now, partial(self._evaluate, self.core, action))
-            case StartFineTuning() | SaveModel():
-                raise AssertionError("the simulation fine-tunes in last_report")
+            case StartFineTuning() | SaveModel() | StartStatistics():
+                raise AssertionError("the simulation fine-tunes in last_report, and nobody asks for statistics")
             case Stop():
                 self.has_stopped = True
                 self._remember(action.reason, is_complaint=True)
