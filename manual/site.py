@@ -4,14 +4,14 @@ The navigation is that of docs/README.md. Zensical wants all pages below one fol
 at the same places, with the files that they link to.
 """
 
+import ast
+import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from manual.errors import ManualError
 
@@ -33,7 +33,7 @@ nav = {nav}
 [project.theme]
 font = false
 language = "en"
-features = ["navigation.indexes", "navigation.top", "toc.follow", "content.code.copy", "search.highlight"]
+features = ["navigation.top", "toc.follow", "content.code.copy", "search.highlight"]
 
 [[project.theme.palette]]
 media = "(prefers-color-scheme: light)"
@@ -46,6 +46,16 @@ scheme = "slate"
 [project.validation]
 invalid_links = true
 invalid_link_anchors = true
+
+[project.markdown_extensions.tables]
+
+[project.markdown_extensions.toc]
+permalink = true
+slugify = {{ object = "pymdownx.slugs.slugify", kwds = {{ case = "lower" }} }}
+
+[project.markdown_extensions.pymdownx.highlight]
+
+[project.markdown_extensions.pymdownx.superfences]
 """
 
 
@@ -84,10 +94,11 @@ def build(root: Path, folder: Path) -> Path:
     pages, made = folder / "pages", folder / "site"
     for old in (pages, made):
         shutil.rmtree(old, ignore_errors=True)
-    _stage(root, pages)
+    _stage(root.resolve(), pages)
     (folder / "zensical.toml").write_text(CONFIG.format(nav=_nav(root)), encoding="utf-8")
     command = [sys.executable, "-m", "zensical", "build", "--clean", "--strict", "-f", str(folder / "zensical.toml")]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    plain = {**os.environ, "NO_COLOR": "1"}
+    done = subprocess.run(command, cwd=folder, env=plain, capture_output=True, text=True, check=False)
     if done.returncode or not (made / "index.html").exists():
         raise ManualError(f"the site was not built: {done.stdout}{done.stderr}".rstrip())
     return made
@@ -119,7 +130,7 @@ def _stage(root: Path, pages: Path) -> None:
         source, target = root / name, pages / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.suffix == ".md":
-            text, linked = _linked(root, source)
+            text, linked = _linked(root, source) if source.exists() else _listed(root, source.parent)
             target.write_text(text, encoding="utf-8")
             waiting += linked
         else:
@@ -135,30 +146,27 @@ def _linked(root: Path, page: Path) -> tuple[str, list[str]]:
             return found[0]
         target = (page.parent / found[2]).resolve()
         if target.is_dir():
-            target = next(_index(target), target)
-        if not target.is_file():
-            return found[0]
+            target /= "README.md"
+        if not target.is_file() and not (page.parent / found[2]).is_dir():
+            raise ManualError(f"{page.relative_to(root)}: the link to {found[2]} leads to no file: correct it")
         linked.append(target.relative_to(root.resolve()).as_posix())
-        way = target.relative_to(page.parent.resolve(), walk_up=True) if False else _way(page.parent.resolve(), target)
-        return f"{found[1]}{way}{_ending(target)}{found[3]}"
+        return f"{found[1]}{os.path.relpath(target, page.parent.resolve())}{_ending(target)}{found[3]}"
 
     parts = BLOCK.split(page.read_text(encoding="utf-8"))
     return "".join(part if number % 2 else LINK.sub(changed, part) for number, part in enumerate(parts)), linked
 
 
-def _index(folder: Path) -> Iterator[Path]:
-    """The file that stands for a folder."""
-    yield from (path for path in [folder / "README.md"] if path.exists())
-
-
-def _way(start: Path, target: Path) -> str:
-    import os
-    return os.path.relpath(target, start)
+def _listed(root: Path, folder: Path) -> tuple[str, list[str]]:
+    """A page for a folder that has none: its files, each with the first sentence in it; and these files."""
+    files = [path for path in sorted(folder.iterdir()) if path.suffix == ".py"]
+    lines = [f"# {folder.relative_to(root).as_posix()}/", ""]
+    for path in files:
+        about = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n\n")[0]
+        lines.append(f"- [{path.name}]({path.name}{_ending(path)}): {' '.join(about.split())}")
+    return "\n".join([*lines, ""]), [path.relative_to(root).as_posix() for path in files]
 
 
 def _ending(path: Path) -> str:
     """A file of source is shown as text, not downloaded."""
     return "" if path.suffix in {".md", ".png", ".svg", ".html", ".txt"} else ".txt"
 
-
-__all__: list[Any] = []
