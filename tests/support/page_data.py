@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 
-def data(folder: str) -> None:
+def samples(folder: str) -> None:
     """Samples of the README's own task: 20 inputs, 3 classes."""
     rng = np.random.default_rng(0)
     Path(folder).mkdir()
@@ -62,4 +62,4 @@ def _printed(*words: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    {each.__name__: each for each in (data, arrays, key, card, device, head)}[sys.argv[1]](*sys.argv[2:])
+    {each.__name__: each for each in (samples, arrays, key, card, device, head)}[sys.argv[1]](*sys.argv[2:])

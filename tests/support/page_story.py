@@ -12,8 +12,8 @@ What a reader has done between two blocks stands in a comment too, and is run be
     until version agg 2
     -->
 
-There are five commands of the story's own: `until version DIR N` and `until file PATH` wait, `stop DIR` ends the service
-of a directory, `write NAME` writes the page's block of Python that begins with `# NAME`, and `let NAME COMMAND` puts what
+There are six commands of the story's own: `until version DIR N` and `until file PATH` wait, `stop DIR` ends the service
+of a directory and `kill DIR` cuts its power, `write NAME` writes the page's block of Python that begins with `# NAME`, and `let NAME COMMAND` puts what
 the command prints in the place of NAME from then on.
 """
 
@@ -129,6 +129,10 @@ class Story:
                 self._until((self.folder / path).exists, line)
             case ["stop", directory]:
                 self._stop(directory)
+            case ["kill", directory]:
+                process = self._services.pop(directory)[1]
+                process.kill()
+                process.wait(WITHIN_S)
             case ["write", name]:
                 (self.folder / name).write_text(python_of(self.page, name), encoding="utf-8")
             case ["let", name, *_]:
@@ -180,11 +184,15 @@ class Story:
         if directory in self._services:
             assert self._services[directory][1].poll() is not None, f"{command}: {directory} is served already"
             self._stop(directory)
-        with (self.folder / f"{directory.replace('/', '-')}.log").open("ab") as log:
+        path = self.folder / f"{directory.replace('/', '-')}.log"
+        with path.open("ab") as log:
+            before = log.tell()
             process = subprocess.Popen(
                 words, cwd=self.current, env=self._env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
         self._services[directory] = kind, process
+        # its first line: from then on it can be stopped in order
+        self._until(lambda: path.stat().st_size > before or process.poll() is not None, command)
 
     def _stop(self, directory: str) -> None:
         kind, process = self._services.pop(directory)
