@@ -73,7 +73,9 @@ def _class(name: str, found: griffe.Object | griffe.Alias) -> Iterator[str]:
     init = found.members.get("__init__")
     bases = ", ".join(str(each) for each in found.bases)
     made = _parameters(init) if init else ""
-    yield from _block(f"class {name}({bases})" + (f"\n\n{name}{made}" if made else "") if bases else f"class {name}{made}")
+    yield from _block(
+        f"class {name}({bases})" + (f"\n\n{name}{made}" if made else "") if bases else f"class {name}{made}"
+    )
     yield from _docstring(found)
     if (doc := init.docstring if init else None) and doc.value.strip():
         yield from (paragraphs(doc.value), "")

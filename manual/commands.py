@@ -139,4 +139,3 @@ def _default(parameter: Any) -> str:
     if isinstance(value, float) and math.isfinite(value) and value == int(value) and abs(value) < 1e15:
         value = int(value)
     return "on" if value is True else code(str(value))
-

@@ -21,10 +21,10 @@ def cell(text: str) -> str:
 
 
 def number(value: float) -> str:
-    """A number as one reads it: 10,000,000, 2^32−1, 0.001, 1e-09."""
+    """A number as one reads it: 10,000,000, 2^32 - 1, 0.001, 1e-09."""
     if isinstance(value, int) and abs(value) >= 2**31 and (abs(value) + (value > 0)).bit_count() == 1:
         power = (abs(value) + (value > 0)).bit_length() - 1
-        return f"2^{power}−1" if value > 0 else f"−2^{power}"
+        return f"2^{power} - 1" if value > 0 else f"-2^{power}"
     return f"{int(value):,}" if value == int(value) and abs(value) < 1e15 else f"{value:g}"
 
 

@@ -30,14 +30,18 @@ TABLE = re.compile(r"^(?:# )?(\[\[?)([\w.]+)\]\]?(?:\s+# (.*))?$")
 KEY = re.compile(r"^(# )?(\w+) = (.+?)(?:\s+# (.*))?$")
 
 
+Entry = tuple[str, Any, bool, str]  # key, value, whether that is the default, and what is said of it
+Bounds = dict[str, tuple[Any, Any]]
+
+
 @dataclass(slots=True)
 class Section:
-    """A table of the file: its heading, what is said of it, and (key, value, has it as default, comment) in it."""
+    """A table of the file: its heading, what is said of it, and the keys in it."""
 
     name: str
     heading: str
     about: list[str] = field(default_factory=list)
-    keys: list[tuple[str, Any, bool, str]] = field(default_factory=list)
+    keys: list[Entry] = field(default_factory=list)
 
 
 def parsed(text: str) -> Iterator[Section]:
@@ -72,7 +76,7 @@ def sections(unit: Callable[[str], str]) -> list[str]:
     limits = {key: span for module in MODULES for key, span in bounds(module).items()}
     lines = [HEAD]
     for section in parsed(text):
-        rows = [_row(section, *key, limits, unit) for key in section.keys]
+        rows = [_row(section, key, limits, unit) for key in section.keys]
         about = FREE.get(section.name, " ".join(section.about))
         heading = "[aggregator.SECTION]" if section.name == "aggregator.merge" else section.heading
         lines += [f"### {heading} of a scenario".replace("above the tables of", "Above the tables of"), ""]
@@ -89,7 +93,8 @@ def _sentence(text: str) -> str:
     return text if text.endswith(".") else f"{text}."
 
 
-def _row(section: Section, key: str, value: Any, is_default: bool, about: str, limits: Any, unit: Any) -> list[str]:
+def _row(section: Section, entry: Entry, limits: Bounds, unit: Callable[[str], str]) -> list[str]:
+    key, value, is_default, about = entry
     name = f"{section.name}.{key}" if section.name else key
     span = interval(*limits.pop(name, (None, None)))
     kind = KINDS.get(section.name)

@@ -42,25 +42,24 @@ task's `default_plan`. A key of the federation replaces one of the task.
 begin with `dp`. A key marked * is one that every device follows, whatever its software; Ternbus
 devices follow all of them.
 """
-OTHERS = (
-    (
-        "edge.toml",
+OTHERS: dict[str, tuple[type, str]] = {
+    "edge.toml": (
         device_directory.Settings,
-        "A device's own settings. `ternbus edge join` writes the file, by its\n[options](cli.md#ternbus-edge-join). "
-        "Every value is a text in quotes, also a number.",
+        """\
+A device's own settings. `ternbus edge join` writes the file, by its
+[options](cli.md#ternbus-edge-join). Every value is a text in quotes, also a number.""",
     ),
-    (
-        "helper.toml",
+    "helper.toml": (
         helper_directory.Settings,
         "The settings of a helper of private sums. `ternbus helper init` writes the file.",
     ),
-    (
-        "broker.toml",
+    "broker.toml": (
         broker_directory.Settings,
-        "The settings of a broker that Ternbus runs. `ternbus broker init` writes the file; after a change\nof "
-        "`names` run `ternbus broker renew`.",
+        """\
+The settings of a broker that Ternbus runs. `ternbus broker init` writes the file; after a change of
+`names` run `ternbus broker renew`.""",
     ),
-)
+}
 COLUMNS = ("key", "type", "default", "range", "unit", "meaning")
 TYPES = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 # Of the end of a key's name. The longer ending first.
@@ -74,7 +73,7 @@ UNITS = (
 def page() -> str:
     """The text of the page."""
     parts = [HEAD, AGGREGATOR, *_aggregator(), PLAN, _plan(), ""]
-    for name, kind, about in OTHERS:
+    for name, (kind, about) in OTHERS.items():
         parts += [f"## {name}", "", about, "", _commented(kind), ""]
     parts += scenario.sections(unit)
     return "\n".join(parts).rstrip("\n") + "\n"

@@ -169,4 +169,3 @@ def _listed(root: Path, folder: Path) -> tuple[str, list[str]]:
 def _ending(path: Path) -> str:
     """A file of source is shown as text, not downloaded."""
     return "" if path.suffix in {".md", ".png", ".svg", ".html", ".txt"} else ".txt"
-

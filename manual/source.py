@@ -60,7 +60,9 @@ def field_comments(kind: type) -> dict[str, str]:
     found = comments(module, kind.__name__)
     names = [entry.name for entry in fields(kind)]
     if missing := [name for name in names if name not in found]:
-        raise ManualError(f"{module.__file__}: {kind.__name__}.{missing[0]} has no comment behind it that says what it is")
+        raise ManualError(
+            f"{module.__file__}: {kind.__name__}.{missing[0]} has no comment behind it that says what it is"
+        )
     return {name: found[name] for name in names}
 
 

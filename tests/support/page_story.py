@@ -13,8 +13,8 @@ What a reader has done between two blocks stands in a comment too, and is run be
     -->
 
 There are six commands of the story's own: `until version DIR N` and `until file PATH` wait, `stop DIR` ends the service
-of a directory and `kill DIR` cuts its power, `write NAME` writes the page's block of Python that begins with `# NAME`, and `let NAME COMMAND` puts what
-the command prints in the place of NAME from then on.
+of a directory and `kill DIR` cuts its power, `write NAME` writes the page's block that begins with `# NAME`, and
+`let NAME COMMAND` puts what the command prints in the place of NAME from then on.
 """
 
 import os
@@ -134,7 +134,7 @@ class Story:
                 process.kill()
                 process.wait(WITHIN_S)
             case ["write", name]:
-                (self.folder / name).write_text(python_of(self.page, name), encoding="utf-8")
+                (self.folder / name).write_text(written(self.page, name), encoding="utf-8")
             case ["let", name, *_]:
                 self.names[name] = self._run(line.split(None, 2)[2]).strip()
             case ["cd", folder]:
@@ -175,7 +175,11 @@ class Story:
             capture_output=True, text=True, timeout=WITHIN_S, check=False,
         )  # fmt: skip
         codes = next((codes for pattern, codes in CODES.items() if re.match(pattern, line)), {0})
-        assert done.returncode in codes, f"{local}\nexit code {done.returncode}\n{done.stdout}{done.stderr}{self._logs()}"
+        if said := re.search(r"# exit code (\d+)", line):
+            codes = {int(said[1])}
+        assert done.returncode in codes, (
+            f"{local}\nexit code {done.returncode}\n{done.stdout}{done.stderr}{self._logs()}"
+        )
         return done.stdout
 
     def _start(self, command: str) -> None:
@@ -231,10 +235,11 @@ class Story:
                     raise
 
 
-def python_of(page: Path, name: str) -> str:
-    """The page's block of Python that begins with `# name`."""
-    found = re.search(rf"^```python\n(# {re.escape(name)}\n.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
-    assert found, f"{page} has no block of Python that begins with # {name}"
+def written(page: Path, name: str) -> str:
+    """The page's block, of Python or of TOML, that begins with `# name`."""
+    text = page.read_text(encoding="utf-8")
+    found = re.search(rf"^```\w+\n(# {re.escape(name)}\n.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    assert found, f"{page} has no block that begins with # {name}"
     return found[1]
 
 
