@@ -55,6 +55,11 @@ def head(folder: str) -> None:
     print(f"{status['version']}:{status['digest']}")
 
 
+def newest(folder: str) -> None:
+    """The number of an aggregator's newest version but one."""
+    print(int(_printed("aggregator", "status", folder)["version"]) - 1)
+
+
 def _printed(*words: str) -> dict[str, str]:
     command = [sys.executable, "-m", "ternbus", *words, "--json"]
     found: dict[str, str] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
@@ -62,4 +67,4 @@ def _printed(*words: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    {each.__name__: each for each in (samples, arrays, key, card, device, head)}[sys.argv[1]](*sys.argv[2:])
+    {each.__name__: each for each in (samples, arrays, key, card, device, head, newest)}[sys.argv[1]](*sys.argv[2:])

@@ -36,7 +36,7 @@ from ternbus.aggregator.store import status as statuses
 ROOT = Path(__file__).resolve().parent.parent.parent
 BIN = Path(sys.executable).parent
 SHELL = ("sh", "bash", "console", "shell")
-WITHIN_S = 240.0  # ends a wait for what never comes
+WITHIN_S = 600.0  # ends a wait for what never comes
 BLOCK = re.compile(
     r"(?P<above>(?:^<!--(?:(?!-->).)*-->\n+)*)^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^ *```",
     flags=re.DOTALL | re.MULTILINE,
@@ -52,8 +52,8 @@ SERVICE = re.compile(
 STOPPED = re.compile(r"ternbus aggregator (?:restore|restored|repair|prune) ")  # these say: stop the aggregator first
 ADDRESS, NAME = re.compile(r"\b192\.168\.\d+\.\d+\b"), re.compile(r"\b(?:bus|broker)\.example\.org\b")
 PORT = re.compile(r"(?<=://127\.0\.0\.1)(?::\d+|\b)|(?<=://localhost)(?::\d+|\b)")
-# A run that takes minutes as it is printed, and the option with which it takes seconds.
-SHORTER = {r"ternbus lab (?:run|simulate) ": "--versions"}
+# Runs that take minutes as they are printed, and the options with which they take seconds.
+SHORTER = {r"ternbus lab run ": {"--versions": 2, "--devices": 3}, r"ternbus lab simulate ": {"--versions": 2}}
 STAMP = re.compile(r"\b(\w+)-\d{8}T\d{6}Z\b")  # of a backup, which stands for the newest there is
 CODES = {  # exit codes that are an answer
     r"ternbus doctor": {0, 1},
@@ -108,12 +108,14 @@ class Story:
         self.names: dict[str, str] = {"/backups": str(folder / "backups")}
         self.port = 0
         self._services: dict[str, tuple[str, subprocess.Popen[bytes]]] = {}
+        self._written: list[str] = []  # scenarios among it are as short as they are printed
         self._env = {
             **os.environ,
             "PATH": f"{BIN}:{os.environ['PATH']}:/usr/sbin",
             "HOME": str(folder),
             "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",  # for examples.NAME and support.page_data
             "MPLBACKEND": "agg",
+            "OMP_NUM_THREADS": "1",  # torch in many processes at once is slower with more
         }
 
     def tell(self, text: str) -> None:
@@ -135,6 +137,7 @@ class Story:
                 process.wait(WITHIN_S)
             case ["write", name]:
                 (self.folder / name).write_text(written(self.page, name), encoding="utf-8")
+                self._written.append(name)
             case ["let", name, *_]:
                 self.names[name] = self._run(line.split(None, 2)[2]).strip()
             case ["cd", folder]:
@@ -159,9 +162,12 @@ class Story:
             self.port = free_port()
             tls = " --tls" if "aggregator up" in local and local != line and "--no-tls" not in local else ""
             local = _with(local, f"--port {self.port}{tls}")
-        for pattern, option in SHORTER.items():
-            if re.match(pattern, local) and option not in local:
-                local = _with(local, f"{option} 2")
+        written_here = any(name in local.split() for name in self._written)
+        for options in (
+            options for pattern, options in SHORTER.items() if re.match(pattern, local) and not written_here
+        ):
+            for option, value in options.items():
+                local = local if option in local else _with(local, f"{option} {value}")
         return PORT.sub(f":{self.port}", local) if self.port else local
 
     def _newest(self, stamp: re.Match[str]) -> str:
@@ -170,17 +176,20 @@ class Story:
 
     def _run(self, line: str) -> str:
         local = self._here(line)
-        done = subprocess.run(
+        with subprocess.Popen(
             ["bash", "-c", local], cwd=self.current, env=self._env, stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, timeout=WITHIN_S, check=False,
-        )  # fmt: skip
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        ) as process:  # fmt: skip
+            try:
+                printed, _ = process.communicate(timeout=WITHIN_S)
+            except BaseException:
+                os.killpg(process.pid, signal.SIGTERM)  # the shell and what it has begun
+                raise
         codes = next((codes for pattern, codes in CODES.items() if re.match(pattern, line)), {0})
         if said := re.search(r"# exit code (\d+)", line):
             codes = {int(said[1])}
-        assert done.returncode in codes, (
-            f"{local}\nexit code {done.returncode}\n{done.stdout}{done.stderr}{self._logs()}"
-        )
-        return done.stdout
+        assert process.returncode in codes, f"{local}\nexit code {process.returncode}\n{printed}{self._logs()}"
+        return printed
 
     def _start(self, command: str) -> None:
         words = shlex.split(command, comments=True)
@@ -227,12 +236,14 @@ class Story:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End the services, the newest first. After a failure nobody looks at how they end."""
+        failed: list[AssertionError] = []
         for directory in reversed(list(self._services)):
             try:
                 self._stop(directory)
-            except AssertionError:
-                if error is None:
-                    raise
+            except AssertionError as wrong:
+                failed.append(wrong)
+        if failed and error is None:
+            raise failed[0]
 
 
 def written(page: Path, name: str) -> str:
