@@ -41,7 +41,7 @@ def key(invitation: str) -> None:
 
 def card(path: str) -> None:
     """A helper's public key."""
-    print(tomllib.loads(Path(path).read_text(encoding="utf-8"))["public_key"])
+    print(tomllib.loads(Path(path).read_text(encoding="utf-8"))["key"])
 
 
 def device(folder: str) -> None:
