@@ -6,6 +6,7 @@ griffe reads the source without running it, so a signature is shown as it is wri
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import griffe
 
@@ -28,6 +29,7 @@ PACKAGES = {
     "ternbus.edge.adapters": "Tasks of models of other libraries: [adapters.md](../adapters.md).",
     "ternbus.broker": "The wire format, for a device in Python of your own: [protocol.md](../protocol.md).",
 }
+Found = Any  # griffe's types do not say which of its objects has which members
 COMPONENTS = ("broker", "edge_client", "aggregator", "helper", "lab")
 
 
@@ -56,7 +58,7 @@ def _places(package: str) -> Iterator[tuple[str, str]]:
             yield from ((str(node.module), alias.name) for alias in node.names)
 
 
-def _entry(package: str, name: str, found: griffe.Object | griffe.Alias) -> Iterator[str]:
+def _entry(package: str, name: str, found: Found) -> Iterator[str]:
     """The part about one public name."""
     yield f"### {package}.{name}"
     yield ""
@@ -69,7 +71,7 @@ def _entry(package: str, name: str, found: griffe.Object | griffe.Alias) -> Iter
         yield from _docstring(found)
 
 
-def _class(name: str, found: griffe.Object | griffe.Alias) -> Iterator[str]:
+def _class(name: str, found: Found) -> Iterator[str]:
     init = found.members.get("__init__")
     bases = ", ".join(str(each) for each in found.bases)
     made = _parameters(init) if init else ""
@@ -91,17 +93,17 @@ def _class(name: str, found: griffe.Object | griffe.Alias) -> Iterator[str]:
             yield from _function(each.name, each)
 
 
-def _one_line(found: griffe.Object | griffe.Alias) -> str:
+def _one_line(found: Found) -> str:
     return found.docstring.value.replace("``", "`") if found.docstring else ""
 
 
-def _function(name: str, found: griffe.Object | griffe.Alias) -> Iterator[str]:
+def _function(name: str, found: Found) -> Iterator[str]:
     returns = f" -> {found.returns}" if found.returns is not None else ""
     yield from _block(f"{name}{_parameters(found)}{returns}")
     yield from _docstring(found)
 
 
-def _docstring(found: griffe.Object | griffe.Alias) -> Iterator[str]:
+def _docstring(found: Found) -> Iterator[str]:
     """The docstring. A public class or function without one is an error of the source."""
     if found.docstring is None or not found.docstring.value.strip():
         if found.is_attribute or (found.parent is not None and found.parent.is_class):
@@ -114,9 +116,10 @@ def _block(text: str) -> Iterator[str]:
     yield from ("```py", text, "```", "")
 
 
-def _parameters(function: griffe.Object | griffe.Alias) -> str:
+def _parameters(function: Found) -> str:
     """The parameters in brackets, one a line if they are longer than a line."""
-    shown, star = [], False
+    shown: list[str] = []
+    star = False
     for each in function.parameters:
         if each.name in ("self", "cls"):
             continue
@@ -128,7 +131,7 @@ def _parameters(function: griffe.Object | griffe.Alias) -> str:
     return line if len(line) <= 80 else "(\n    " + ",\n    ".join(shown) + ",\n)"
 
 
-def _parameter(found: griffe.Parameter) -> str:
+def _parameter(found: Any) -> str:
     stars = {griffe.ParameterKind.var_positional: "*", griffe.ParameterKind.var_keyword: "**"}.get(found.kind, "")
     kind = f": {found.annotation}" if found.annotation is not None else ""
     if stars or found.default is None:

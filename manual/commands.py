@@ -56,11 +56,12 @@ def _section(name: str, command: Any, depth: int) -> str:
     words = " ".join([name, *(_usage(each) for each in arguments), *(["[OPTIONS]"] if options else [])])
     lines += [code(words), ""]
     if arguments:
-        rows = [(code(_argument(each)), *_about(each)) for each in arguments]
-        lines += [table(["argument", "meaning", "default"], rows), ""]
+        lines += [
+            table(["argument", "meaning", "default"], ((code(_argument(each)), *_about(each)) for each in arguments)),
+            "",
+        ]
     if options:
-        rows = [(_names(each), *_about(each)) for each in options]
-        lines += [table(["option", "meaning", "default"], rows), ""]
+        lines += [table(["option", "meaning", "default"], ((_names(each), *_about(each)) for each in options)), ""]
     return "\n".join(lines)
 
 
@@ -111,12 +112,9 @@ def _value(option: Any) -> str:
 
 def _bounded(name: str, low: float | None, high: float | None) -> str:
     """`N ≥ 1`, `N 1 to 4`; a bound of the machine's whole numbers is none."""
-    high = None if high is not None and high >= 2**62 else high
-    if low is None and high is None:
-        return name
-    if high is None:
-        return f"{name} ≥ {number(low)}"
-    return f"{name} ≤ {number(high)}" if low is None else f"{name} {number(low)} to {number(high)}"
+    if high is not None and high < 2**62:
+        return f"{name} ≤ {number(high)}" if low is None else f"{name} {number(low)} to {number(high)}"
+    return name if low is None else f"{name} ≥ {number(low)}"
 
 
 def _about(parameter: Any) -> tuple[str, str]:

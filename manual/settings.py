@@ -108,7 +108,8 @@ def _aggregator() -> Iterable[str]:
 
 
 def _row(section: str, entry: Field[Any]) -> tuple[str, ...]:
-    about, default = entry.metadata, entry.default
+    about: Mapping[str, Any] = entry.metadata
+    default = entry.default
     choices = about.get("one_of")
     kind = "list of texts" if section == "plan_check" else "table" if default is MISSING else TYPES[type(default)]
     if entry.name == "default_plan":

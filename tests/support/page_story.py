@@ -153,7 +153,7 @@ class Story:
     def _here(self, line: str) -> str:
         """The command with this machine's addresses, free ports, and the names that are known by now."""
         for name, value in self.names.items():
-            line = re.sub(rf"(?<![\w/]){re.escape(name)}(?!\w)", lambda _, value=value: value, line)
+            line = re.sub(rf"(?<![\w/]){re.escape(name)}(?!\w)", value.replace("\\", r"\\"), line)
         line = STAMP.sub(self._newest, line)
         local = NAME.sub("localhost", ADDRESS.sub("127.0.0.1", line))
         makes_broker = re.match(r"ternbus (?:broker init|aggregator up .*--model)", local)
@@ -166,8 +166,8 @@ class Story:
         for options in (
             options for pattern, options in SHORTER.items() if re.match(pattern, local) and not written_here
         ):
-            for option, value in options.items():
-                local = local if option in local else _with(local, f"{option} {value}")
+            for option, number in options.items():
+                local = local if option in local else _with(local, f"{option} {number}")
         return PORT.sub(f":{self.port}", local) if self.port else local
 
     def _newest(self, stamp: re.Match[str]) -> str:
