@@ -41,7 +41,7 @@ SLOW_TESTS := -m "slow and not extended"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo check lint types core test test-extended chromium fuzz crash-test bench experiment format clean
+.PHONY: help setup demo check lint types core test test-extended chromium fuzz crash-test bench experiment docs format clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 18
@@ -90,6 +90,9 @@ bench: $(FULL) ## Run the benchmarks into benchmarks/results, under 15 minutes (
 
 experiment: $(FULL) ## Run an experiment and print its table: NAME=…, DATA=DIR; without NAME list the experiments
 	$(BIN)/ternbus lab experiment $(NAME) $(if $(DATA),--data '$(DATA)') $(if $(KEEP),--keep benchmarks/results/experiments)
+
+docs: $(FULL) ## Write docs/reference from the code, and build the site of all pages into build/site
+	$(BIN)/python -m manual --write --site
 
 format: $(FULL) ## Format the code and apply the linter's fixes
 	$(BIN)/ruff check --fix

@@ -24,7 +24,8 @@ from statistics import median
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from benchmarks.ingest import FEDERATION, cpu_s, prepare, prepared_body, rate
+from benchmarks.ingest import FEDERATION, prepare, prepared_body, rate
+from benchmarks.program import cpu_s
 from benchmarks.sender import Load, Target, await_retained, run_load
 from ternbus.broker.protocol import topics
 from ternbus.broker.server.running import Engine, choose, start

@@ -12,7 +12,7 @@ COMPONENTS = (
     "broker/ternbus/broker", "edge_client/ternbus/edge", "aggregator/ternbus/aggregator", "helper/ternbus/helper",
     "lab/ternbus/lab",
 )  # fmt: skip
-TOPS = (*ROOTS, "tests", "benchmarks", "fuzz", "docs", "deploy", "examples")
+TOPS = (*ROOTS, "tests", "benchmarks", "fuzz", "docs", "deploy", "examples", "manual")
 # These name rooms too, so all that has a slash; other documents have topics and files of a user's as well.
 OF_ROOMS = [ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", *(ROOT / root / "README.md" for root in ROOTS)]
 # Hidden and built folders are none of ours.
@@ -24,7 +24,7 @@ DOCUMENTS = [
 PATH = re.compile(r"[\w.*-]+(?:/[\w.*-]+)*/?")
 ENDINGS = {".py", ".md"}
 # What a reader fills in, and files of the reader's own.
-NOT_OURS = re.compile(r"\b(?:DIR|NAME|TARGET|DEVICE|ROOT)\b|^(?:broker|my_task|queue)\.py$")
+NOT_OURS = re.compile(r"\b(?:DIR|NAME|TARGET|DEVICE|ROOT)\b|^(?:broker|first|my_task|queue|use)\.py$")
 
 
 def name_of(page: Path) -> str:

@@ -139,7 +139,7 @@ WITHOUT_TORCH = {
 FILE_LINES = 400
 FUNCTION_LINES = 60
 FILE_LINES_BESIDE = 600  # of tests, and of what else no user of a package imports
-BESIDE = ("tests", "benchmarks", "fuzz", "examples")
+BESIDE = ("tests", "benchmarks", "fuzz", "examples", "manual")
 VAGUE = {"utils", "util", "helpers", "manager", "common", "misc"}  # `helper` is a role, of private sums
 
 

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-EXIT_DONE: Final = 0
+EXIT_DONE: Final = 0  # done
 EXIT_FAILED: Final = 1  # no broker, a full disk, a timeout, a check that found faults, stopped with work unfinished
 EXIT_CONFIG: Final = 2  # an error that the operator must correct, such as a wrong option; a corrupt store
 EXIT_REFUSED: Final = 3  # device: the aggregator has revoked or refused it

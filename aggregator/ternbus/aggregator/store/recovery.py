@@ -29,8 +29,8 @@ from ternbus.aggregator.store import (
     status,
 )
 from ternbus.aggregator.store.ledger import Ledger
-from ternbus.aggregator.store.rows import CLOSING, FLOOR, SHOWN, STATED, unsigned
-from ternbus.aggregator.store.schema import DROPPED
+from ternbus.aggregator.store.rows import CLOSING, FLOOR, SHOWN, unsigned
+from ternbus.aggregator.store.schema import DROPPED, STATED
 from ternbus.aggregator.sums.state import PrivateSums
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol import revocations, topics

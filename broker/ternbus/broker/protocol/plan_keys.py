@@ -72,49 +72,49 @@ SCHEDULES: Final = ("constant", "linear", "cosine")
 
 # Keys that every device follows (docs/protocol.md, section 11.1), and error_feedback.
 SHARED: Final[Mapping[str, Key]] = {
-    "local_epochs": Number(low=0, high=1e4),
-    "local_steps": Number(low=1, high=1e9, whole=True, optional=True),
-    "batch_size": Number(low=1, high=1e6, whole=True),
-    "learning_rate": Number(low=0, high=1e3),
-    "momentum": Number(low=0, high=1),
-    "weight_decay": Number(low=0, high=1e3),
-    "proximal_mu": Number(low=0, high=1e6),
-    "clip_sigma": Number(low=0, high=1e6),
-    "codec": Choice(names=(*CODECS, PRIVATE)),
-    "seal": Switch(),
-    "error_feedback": Switch(),
-    "seed": Number(low=-(2**63), high=2**64 - 1, whole=True),
+    "local_epochs": Number(low=0, high=1e4),  # passes over the device's data in one training; fractions too
+    "local_steps": Number(low=1, high=1e9, whole=True, optional=True),  # steps of one training, for local_epochs
+    "batch_size": Number(low=1, high=1e6, whole=True),  # samples in a step; a device with fewer takes all it has
+    "learning_rate": Number(low=0, high=1e3),  # of the device's optimizer, before the schedules
+    "momentum": Number(low=0, high=1),  # of sgd
+    "weight_decay": Number(low=0, high=1e3),  # L2 penalty, or decoupled decay with adamw
+    "proximal_mu": Number(low=0, high=1e6),  # µ of FedProx; 0 = none
+    "clip_sigma": Number(low=0, high=1e6),  # c of TernGrad's clipping, in standard deviations of a tensor; 0 = none
+    "codec": Choice(names=(*CODECS, PRIVATE)),  # of updates; private is for private sums
+    "seal": Switch(),  # updates are encrypted to the aggregator, so no broker reads them
+    "error_feedback": Switch(),  # what the codec left out of an update is added to the next one
+    "seed": Number(low=-(2**63), high=2**64 - 1, whole=True),  # of what a device draws, except for privacy
 }
 # Further keys that Ternbus devices follow; the aggregator forwards them unchanged.
 OWN: Final[Mapping[str, Key]] = {
-    "local_seconds": Number(low=0, high=1e7, optional=True),
-    "optimizer": Choice(names=("sgd", "adam", "adamw", "rmsprop")),
-    "nesterov": Switch(),
-    "beta1": Number(low=0, high=1 - 1e-9),
-    "beta2": Number(low=0, high=1 - 1e-9),
-    "rmsprop_alpha": Number(low=0, high=1 - 1e-9),
-    "grad_clip": Number(low=0, high=1e6),
-    "schedule": Choice(names=SCHEDULES),
-    "warmup_versions": Number(low=0, high=1e9, whole=True),
-    "schedule_versions": Number(low=0, high=1e9, whole=True),
-    "final_rate": Number(low=0, high=1),
-    "step_schedule": Choice(names=SCHEDULES),
-    "warmup_steps": Number(low=0, high=1e9, whole=True),
-    "final_step_rate": Number(low=0, high=1),
-    "statistics_rate": Number(low=0, high=1),
-    "device": Device(),
-    "evaluation_batch_size": Number(low=1, high=1e6, whole=True, optional=True),
-    "precision": Choice(names=("float32", "bfloat16", "auto")),
-    "memory_format": Choice(names=("contiguous", "channels-last", "auto")),
-    "dp": Choice(names=(NO_DP, DEVICE, SAMPLE, SUM)),
-    "dp_clip": Number(low=0, high=1e6),
-    "dp_noise": Number(low=0, high=1e6),
-    "dp_theta": Number(low=0, high=THETA_MAX),
-    "dp_norm": Number(low=0, high=1e6),
-    "dp_epsilon": Number(low=0, high=1e6),
-    "dp_delta": Number(low=1e-30, high=0.1),
-    "participation": Number(low=1e-6, high=1),
-    "turn_s": Number(low=1e-3, high=1e7),
+    "local_seconds": Number(low=0, high=1e7, optional=True),  # no step begins after this time, in s
+    "optimizer": Choice(names=("sgd", "adam", "adamw", "rmsprop")),  # of the device's training
+    "nesterov": Switch(),  # Nesterov's form of the momentum
+    "beta1": Number(low=0, high=1 - 1e-9),  # decay of the first moment (adam, adamw)
+    "beta2": Number(low=0, high=1 - 1e-9),  # decay of the second moment (adam, adamw)
+    "rmsprop_alpha": Number(low=0, high=1 - 1e-9),  # decay of the mean of squared gradients (rmsprop)
+    "grad_clip": Number(low=0, high=1e6),  # largest L2 norm of a step's gradient; 0 = no limit
+    "schedule": Choice(names=SCHEDULES),  # of the learning rate, by the version's number
+    "warmup_versions": Number(low=0, high=1e9, whole=True),  # versions over which the rate rises
+    "schedule_versions": Number(low=0, high=1e9, whole=True),  # version at which the schedule ends
+    "final_rate": Number(low=0, high=1),  # share of learning_rate at the schedule's end
+    "step_schedule": Choice(names=SCHEDULES),  # of the learning rate, by the step within a training
+    "warmup_steps": Number(low=0, high=1e9, whole=True),  # steps over which the rate rises within a training
+    "final_step_rate": Number(low=0, high=1),  # share of the version's rate at a training's last step
+    "statistics_rate": Number(low=0, high=1),  # share of the change of batch norm's statistics that is sent
+    "device": Device(),  # processor that trains
+    "evaluation_batch_size": Number(low=1, high=1e6, whole=True, optional=True),  # samples evaluated at a time
+    "precision": Choice(names=("float32", "bfloat16", "auto")),  # of the arithmetic of a training
+    "memory_format": Choice(names=("contiguous", "channels-last", "auto")),  # of images in memory
+    "dp": Choice(names=(NO_DP, DEVICE, SAMPLE, SUM)),  # kind of differential privacy
+    "dp_clip": Number(low=0, high=1e6),  # largest L2 norm of what one device or sample adds
+    "dp_noise": Number(low=0, high=1e6),  # noise, in multiples of dp_clip
+    "dp_theta": Number(low=0, high=THETA_MAX),  # θ of the Poisson binomial mechanism (dp = "sum")
+    "dp_norm": Number(low=0, high=1e6),  # largest L2 norm of a change (dp = "sum")
+    "dp_epsilon": Number(low=0, high=1e6),  # budget of a device; it stops when it is spent
+    "dp_delta": Number(low=1e-30, high=0.1),  # δ at which epsilon is accounted
+    "participation": Number(low=1e-6, high=1),  # share of the versions on which a device trains, in turns
+    "turn_s": Number(low=1e-3, high=1e7),  # seconds without a new version until the next devices have their turn
 }
 KEYS: Final[Mapping[str, Key]] = {**SHARED, **OWN}
 

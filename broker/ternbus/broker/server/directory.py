@@ -38,9 +38,9 @@ class Settings:
     """The settings in broker.toml."""
 
     names: tuple[str, ...]  # host names or addresses for clients; invitations contain the first
-    listen: str
-    port: int
-    engine: Engine = Engine.AUTO
+    listen: str  # address to listen on
+    port: int  # to listen on
+    engine: Engine = Engine.AUTO  # broker software: auto, mosquitto or nats
 
     def __post_init__(self) -> None:
         if not self.names:

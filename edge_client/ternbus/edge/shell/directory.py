@@ -53,23 +53,23 @@ def check_frame_bytes(text: str) -> None:
 class Settings:
     """The keys of edge.toml: the federation's address, and the task, data and privacy of this device."""
 
-    federation: str
-    device: str
-    broker: str
+    federation: str  # its name
+    device: str  # the name of this device
+    broker: str  # its URL
     aggregator_key: str  # 64 hex digits
     task: str  # as `--task` takes it; the user's own with the folder of its module: /home/pi/my_task:TASK
     data: str = ""  # a folder; empty if the task needs none
-    partition: str = "all"
+    partition: str = "all"  # of the data, as `edge join --partition` takes it
     hold_out: str = ""  # the share of the device's data that is never trained on
     processor: str = ""  # that trains, as `edge join --device` takes it; empty for the plan's choice
     width: str = ""  # the share of each layer's channels that the device trains; empty for all
     seed: str = ""  # of the task's initial model
     username: str = ""  # at the broker; empty for the device's name
-    password_file: str = ""
+    password_file: str = ""  # with the broker's password in its first line, mode 0600
     frame_bytes: str = ""  # the largest MQTT payload to send; empty for the protocol's 120 KiB
     dp: str = ""  # the kind of differential privacy that the plan must have; see docs/privacy.md
-    max_epsilon: str = ""
-    max_delta: str = ""
+    max_epsilon: str = ""  # with dp: the largest epsilon to spend, whatever the plan allows
+    max_delta: str = ""  # with dp: the largest delta of a plan to accept
     helpers: str = ""  # of private sums: keys that the owner trusts, 64 hex digits each, separated by spaces
     private_min: str = ""  # with helpers: the smallest number of devices in a sum
     private_roster: str = ""  # with helpers: "own" if they must not leave the list of devices to the aggregator

@@ -45,15 +45,15 @@ Never restore helper.db from a backup: run `ternbus helper restored DIR` instead
 class Settings:
     """The keys of helper.toml."""
 
-    federation: str
+    federation: str  # its name
     helper: str  # its name
-    broker: str
-    roster: str
-    min: int
+    broker: str  # its URL
+    roster: str  # who says which devices there are: own (`ternbus helper admit`) or aggregator
+    min: int  # smallest number of devices in a sum that this helper opens
     aggregator_key: str = ""  # 64 hex digits; empty until the invitation
     username: str = ""  # at the broker; empty for aggregator_help_NAME
-    password_file: str = ""
-    kind: str = MASK  # of the sums that it opens
+    password_file: str = ""  # with the broker's password in its first line, mode 0600
+    kind: str = MASK  # of the sums that it opens: mask, or bfv
     code: str = field(default="", repr=False)  # of the invitation, until the helper has enrolled
 
     def __post_init__(self) -> None:
