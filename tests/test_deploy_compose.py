@@ -139,6 +139,8 @@ def test_its_commands_make_a_federation_and_start_again(tmp_path: Path) -> None:
             run.until_line("evaluator", rf"version {version}\b.*accuracy")
             _, health = SERVICES["aggregator"]["healthcheck"]["test"]
             run.done(["/bin/sh", "-c", health.replace("$$", "$")], {})
-            assert f'ternbus_head_version{{federation="home"}} {version}.0' in metrics(shown)
+            found = re.search(r'^ternbus_head_version\{federation="home"\} (\d+)', metrics(shown), re.MULTILINE)
+            assert found is not None
+            assert int(found[1]) >= version  # the device goes on
             for name in ("evaluator", "aggregator", "broker"):
                 assert run.end(name) == 0, name
