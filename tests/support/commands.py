@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from contextlib import chdir
 from pathlib import Path
 
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from ternbus.broker.complaint import complaint
 from ternbus.command import app
