@@ -31,6 +31,7 @@ from ternbus.edge.shell.agent import Options
 from ternbus.edge.shell.arguments import TASKS, AsJson, Dir, InvitationFile, Timeout, load_invitation
 from ternbus.edge.shell.check_command import check
 from ternbus.edge.shell.directory import DeviceDirectory, Settings
+from ternbus.edge.shell.export_command import export
 from ternbus.edge.shell.noise_command import noise
 from ternbus.edge.shell.printer import Printer
 from ternbus.edge.shell.private_options import (
@@ -313,22 +314,7 @@ def evaluate(
     raise typer.Exit(run_device(DeviceDirectory(directory), "evaluate", options, as_json=as_json))
 
 
-@app.command()
-def export(
-    directory: Dir,
-    out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="File to write.")],
-    timeout: Timeout = None,
-    as_json: AsJson = False,
-) -> None:
-    """Fetch the newest version and write it, with the tensors that stay on this device, to a safetensors file.
-
-    The device must not run at the same time. It sends no status; tensors of its own exist with the task's stays_local.
-
-    Example: ternbus edge export pi-7 model.safetensors
-    """
-    options = Options(timeout_s=timeout, out=str(out.absolute()))
-    act_as_owner(directory)
-    raise typer.Exit(run_device(DeviceDirectory(directory), "export", options, as_json=as_json))
+app.command()(export)
 
 
 @app.command("init-model")
