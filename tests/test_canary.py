@@ -244,6 +244,8 @@ def test_a_candidate_is_sent_again_to_who_has_not_reported(world: World) -> None
         sent = [action for action in actions if isinstance(action, events.Publish)]
         return [action.topic.split("/")[4] for action in sent if action.topic.endswith("/candidate")]
 
+    assert bench.core.deadline is not None
+    assert bench.core.deadline <= bench.now + 30.0
     assert receivers(bench.tick(29.0)) == []
     assert receivers(bench.tick(2.0)) == ["own"]
     assert receivers(bench.tick(31.0)) == []

@@ -141,8 +141,7 @@ class Canary:
 
     def send(self) -> list[Action]:
         """Send the candidate to who has not reported."""
-        if self.candidate is None:
-            return []
+        assert self.candidate is not None  # noqa: S101 - only then it is asked for
         merged = self.candidate.prepared.merged
         value = Candidate(
             version=merged.version,
@@ -153,8 +152,8 @@ class Canary:
         return self.versions.frames.candidate(self.awaited, value, self.candidate.body)
 
     def on_time(self, now: float) -> list[Action]:
-        """Send again what was perhaps lost."""
-        if self.candidate is None or now < self._resend_at or not self._can_be_heard:
+        """Send the candidate again, if there is one, where it was perhaps lost."""
+        if now < self._resend_at or not self._can_be_heard:
             return []
         self._resends += 1
         self._resend_at = now + RESEND_S * 2.0 ** min(self._resends, 20)
@@ -188,9 +187,8 @@ class Canary:
     # --- the verdict
 
     def verdict(self, now: float) -> Verdict | None:
-        """What becomes of the candidate; None while reports are awaited."""
-        if self.candidate is None:
-            return None
+        """What becomes of the candidate, if there is one; None while reports are awaited."""
+        assert self.candidate is not None  # noqa: S101 - only then it is asked for
         reports, about = self.candidate.reports, self.settings.canary
         if self.awaited or not reports:
             if now < self._decide_by or not self._can_be_heard:

@@ -1,4 +1,4 @@
-"""The commands of `ternbus edge` that become a device's process: train, evaluate, export.
+"""The commands of `ternbus edge` that become a device's process: train, evaluate.
 
 They import neither numpy nor the core; the process does that replaces this one. So a device starts sooner.
 """
@@ -91,21 +91,3 @@ def evaluate(
     act_as_owner(directory)
     as_json = as_json or log == LogFormat.JSON
     raise typer.Exit(run_device(directory, "evaluate", options, as_json=as_json))
-
-
-@app.command()
-def export(
-    directory: Dir,
-    out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="File to write.")],
-    timeout: Timeout = None,
-    as_json: AsJson = False,
-) -> None:
-    """Fetch the newest version and write it, with the tensors that stay on this device, to a safetensors file.
-
-    The device must not run at the same time. It sends no status; tensors of its own exist with the task's stays_local.
-
-    Example: ternbus edge export pi-7 model.safetensors
-    """
-    options = Options(timeout_s=timeout, out=str(out.absolute()))
-    act_as_owner(directory)
-    raise typer.Exit(run_device(directory, "export", options, as_json=as_json))

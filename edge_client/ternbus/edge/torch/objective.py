@@ -86,13 +86,19 @@ def called(net: nn.Module, batch: Tree) -> Tree:
             "several networks loss(net, batch, plan)"
         )
     if isinstance(batch, Mapping):
-        return net(**(batch if _takes(net.forward, target_key(batch)) else without_targets(batch)))
+        return net(**named_inputs(net, batch))
     if isinstance(batch, tuple | list) and not is_pair(batch):
         raise ConfigError(
             f"the data have {len(batch)} parts: nest them as (inputs, targets), or give the task its own "
             "loss(net, batch, plan) and predict(net, batch)"
         )
     return net(inputs_of(batch))
+
+
+def named_inputs(net: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The entries of a dict that the model is called with."""
+    named: Mapping[str, Any] = batch if _takes(net.forward, target_key(batch)) else without_targets(batch)
+    return named
 
 
 def _takes(forward: Callable[..., Any], name: str | None) -> bool:

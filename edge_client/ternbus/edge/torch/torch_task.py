@@ -256,6 +256,16 @@ class TorchTask:
 
         return TorchTrainer(self, self._samples(self.dataset(data, "test")), Shared(self))
 
+    def samples(self, data: Path | None, split: Split) -> Samples:
+        """All samples of a split."""
+        return self._samples(self.dataset(data, split))
+
+    def deploy(self, tensors: Mapping[str, FloatArray], out: Path, *, data: Path | None) -> None:
+        """Write the model with these tensors as TorchScript (.pt) or ONNX (.onnx)."""
+        from ternbus.edge.torch import deployed  # noqa: PLC0415 - it imports this module
+
+        deployed.write(self, tensors, out, data)
+
     def _samples(self, given: Any) -> Samples:
         return samples_of(given, task=self.name, collate=self.collate, workers=self.workers)
 
