@@ -134,8 +134,9 @@ def test_what_is_no_answer_is_refused_once_and_counted(make: Make) -> None:
     request = ask(bench)
     nan = replace(content(), first=np.full(2, np.nan))
     negative = replace(content(), count=np.full(2, -1.0))
-    for device, found in zip(bad, (nan, negative, b"\xc1", content().pack() + b"\0", b"x" * 60_000), strict=True):
-        assert send(bench, device, request.id, found) == "invalid"
+    wrong: list[Measured | bytes] = [nan, negative, b"\xc1", content().pack() + b"\0", b"x" * 60_000]
+    for device, each in zip(bad, wrong, strict=True):
+        assert send(bench, device, request.id, each) == "invalid"
         assert send(bench, device, request.id, content()) == "invalid"  # nothing is read a second time
     assert send(bench, judge, request.id, content()) == "invalid"
     found = result(bench.directory)

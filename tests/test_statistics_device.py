@@ -26,7 +26,7 @@ from ternbus.edge.store.outbox import Outbox, summary
 
 REQUEST = StatisticsRequest(id=5, kinds=("moments",))
 NOISY = StatisticsRequest(id=5, kinds=("moments",), low=(0.0,), high=(1.0,), dp="device", noise=5.0)
-DP = {"dp": "device", "dp_clip": 1.0, "dp_noise": 5.0, "dp_epsilon": 3.0}
+DP: dict[str, Any] = {"dp": "device", "dp_clip": 1.0, "dp_noise": 5.0, "dp_epsilon": 3.0}
 NOW = 1_000_000.0  # Unix seconds
 
 
@@ -70,7 +70,7 @@ def test_an_answer_is_on_disk_with_its_cost_before_it_is_sent_sealed_and_forgott
     assert frame.body == b"sealed:" + DEVICE_KEY.key_id + frame.seq.to_bytes(8, "little") + b"answer"
     assert "statistics" in logged(made)
     settled = device.arrive(scripted.receipt(DEVICE, DEVICE_KEY.key_id, frame.seq, "accepted"))
-    assert settled[0].state.statistics.content == b""
+    assert only(settled, Save).state.statistics.content == b""
     assert published(device.wait(10_000), "statistics") == []
     device.arrive(scripted.head())
     assert of(device.wait(10), StartStatistics) == []  # the same request again
@@ -182,7 +182,8 @@ def job(**changes: Any) -> StartStatistics:
 
 
 def answer(work: StartStatistics, trainer: Any = None) -> events.StatisticsMeasured:
-    return measuring.answer(trainer or Data(), work, RandomSource(), NOW)
+    data: Any = trainer or Data()
+    return measuring.answer(data, work, RandomSource(), NOW)
 
 
 def test_an_answer_has_the_statistics() -> None:

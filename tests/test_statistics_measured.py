@@ -17,7 +17,7 @@ from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol import statistics
 from ternbus.broker.protocol.moments import Moments, total
 from ternbus.broker.protocol.statistics import HISTOGRAM, LABELS, MOMENTS, OTHERS, Measured, StatisticsRequest
-from ternbus.edge.learn.measure import measured, measured_with_noise
+from ternbus.edge.learn import measure
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.subnetwork import NarrowTrainer
 
@@ -25,6 +25,8 @@ RNG = np.random.default_rng(3)
 DATA = RNG.normal(1e6, 2.0, (600, 3))
 CLASSES = RNG.integers(0, 4, 600)
 Array = npt.NDArray[Any]
+measured: Any = measure.measured  # of what is no whole trainer
+measured_with_noise: Any = measure.measured_with_noise
 
 
 class Data:
@@ -51,7 +53,7 @@ class Data:
 
 
 def request(*kinds: str, **fields: Any) -> StatisticsRequest:
-    bins = {"bins": 16} if HISTOGRAM in kinds and "bins" not in fields else {}
+    bins: dict[str, Any] = {"bins": 16} if HISTOGRAM in kinds and "bins" not in fields else {}
     return StatisticsRequest(id=7, kinds=kinds or (MOMENTS,), **bins, **fields)
 
 
@@ -146,10 +148,11 @@ def test_features_have_names_bounds_and_an_axis() -> None:
 
 
 def test_a_narrow_trainer_has_the_data_of_the_full_one() -> None:
-    narrow = NarrowTrainer(Data(DATA, feature_names=("a", "b", "c")), {})  # type: ignore[arg-type]
+    full: Any = Data(DATA, feature_names=("a", "b", "c"))
+    narrow: Any = NarrowTrainer(full, {})
     assert [row["feature"] for row in result(request(), narrow, min_devices=1)["features"]] == ["a", "b", "c"]
     with pytest.raises(AttributeError):
-        _ = narrow.train_privately  # type: ignore[attr-defined]
+        _ = narrow.train_privately
 
 
 @pytest.mark.parametrize(
@@ -172,10 +175,10 @@ def test_what_has_no_statistics_is_refused_in_words(data: Any, wanted: Statistic
 
 
 def test_no_samples_are_refused_in_words() -> None:
-    data = Data(DATA)
-    data.measured_inputs = lambda: iter(())  # type: ignore[method-assign]
+    data: Any = Data(DATA)
+    data.measured_inputs = lambda: iter(())
     with pytest.raises(ConfigError, match="no samples"):
-        measured(data, request())  # type: ignore[arg-type]
+        measured(data, request())
 
 
 def test_labels_that_are_named_count_the_others_together() -> None:
@@ -223,8 +226,8 @@ def test_the_noise_is_the_gaussian_mechanism_for_what_one_sample_changes() -> No
     assert set(scale) == {"count", "first", "second", "histogram", "labels"}
     silent = RandomSource(lambda count: b"\xff" * count)  # its uniform numbers are 1: all normal ones are 0
     rows, labels = np.full((20, 3), 1e9), np.zeros(20, int)
-    whole, _ = measured_with_noise(Data(rows, labels), wanted, silent)  # type: ignore[arg-type]
-    less, _ = measured_with_noise(Data(rows[:-1], labels[:-1]), wanted, silent)  # type: ignore[arg-type]
+    whole, _ = measured_with_noise(Data(rows, labels), wanted, silent)
+    less, _ = measured_with_noise(Data(rows[:-1], labels[:-1]), wanted, silent)
     change = [(getattr(whole, name) - getattr(less, name)) / deviation for name, deviation in scale.items()]
     length = math.sqrt(sum(float(np.square(each).sum()) for each in change))
     assert 0.99 / 2.0 < length <= 1 / 2.0
@@ -233,7 +236,7 @@ def test_the_noise_is_the_gaussian_mechanism_for_what_one_sample_changes() -> No
 def test_the_answer_of_a_device_is_bounded_by_what_its_noise_is_for() -> None:
     wanted = request(MOMENTS, HISTOGRAM, low=(-1.0,), high=(1.0,), bins=4, dp="device", noise=2.0)
     silent = RandomSource(lambda count: b"\xff" * count)
-    found, _ = measured_with_noise(Data(np.full((50, 3), -1e9)), wanted, silent)  # type: ignore[arg-type]
+    found, _ = measured_with_noise(Data(np.full((50, 3), -1e9)), wanted, silent)
     scale = statistics.scale_of(wanted, 3)
     length = math.sqrt(sum(float(np.square(getattr(found, name) / each).sum()) for name, each in scale.items()))
     assert 0.99 / 2.0 < length <= 1 / 2.0
@@ -241,7 +244,7 @@ def test_the_answer_of_a_device_is_bounded_by_what_its_noise_is_for() -> None:
 
 def test_noise_has_its_deviation() -> None:
     wanted = request(MOMENTS, low=(-1.0,), high=(1.0,), dp="sample", noise=3.0)
-    found, _ = measured_with_noise(Data(np.zeros((20, 900))), wanted, RandomSource())  # type: ignore[arg-type]
+    found, _ = measured_with_noise(Data(np.zeros((20, 900))), wanted, RandomSource())
     assert np.std(found.first) == pytest.approx(statistics.scale_of(wanted, 900)["first"], rel=0.15)
 
 
@@ -252,7 +255,7 @@ def test_failing_code_gives_noise_alone_and_says_why_at_home() -> None:
             raise ValueError("row 3 of patient 7")
 
     wanted = request(MOMENTS, HISTOGRAM, low=(0.0,), high=(1.0,), dp="device", noise=1e-9)
-    found, why = measured_with_noise(Failing(np.ones((20, 2))), wanted, RandomSource())  # type: ignore[arg-type]
+    found, why = measured_with_noise(Failing(np.ones((20, 2))), wanted, RandomSource())
     assert why == "ValueError: row 3 of patient 7"
     assert np.abs(found.first).max() < 1e-6
     assert found.histogram.shape == (36,)
@@ -262,14 +265,14 @@ def test_failing_code_gives_noise_alone_and_says_why_at_home() -> None:
             raise ValueError("no file")
 
     with pytest.raises(ConfigError, match="log says why"):
-        measured_with_noise(Mute(DATA), wanted, RandomSource())  # type: ignore[arg-type]
+        measured_with_noise(Mute(DATA), wanted, RandomSource())
     named = replace(wanted, features=("0",))
-    assert measured_with_noise(Mute(DATA), named, RandomSource())[1] == "ValueError: no file"  # type: ignore[arg-type]
+    assert measured_with_noise(Mute(DATA), named, RandomSource())[1] == "ValueError: no file"
     with pytest.raises(ConfigError, match="read by code"):
         measured_with_noise(
             Data(DATA, inputs_at_random=False),
             replace(wanted, dp="sample"),
-            RandomSource(),  # type: ignore[arg-type]
+            RandomSource(),
         )
 
 
@@ -279,7 +282,7 @@ def test_only_labels_with_noise() -> None:
     assert found["label_noise"] < 1e-6
     assert found["labels"]["0"] == pytest.approx((CLASSES == 0).sum(), abs=1e-3)
     with pytest.raises(ConfigError, match="no labels"):
-        measured_with_noise(Data(DATA), wanted, RandomSource())  # type: ignore[arg-type]
+        measured_with_noise(Data(DATA), wanted, RandomSource())
 
 
 # --- what is no request, and no answer
@@ -309,7 +312,7 @@ def test_nonsense_is_no_request(fields: dict[str, Any]) -> None:
         StatisticsRequest(**{"id": 1, "kinds": ("moments",), **fields})
 
 
-ANSWER = measured(Data(DATA, CLASSES), request(MOMENTS, HISTOGRAM, LABELS, low=(0.0,), high=(1.0,)))  # type: ignore[arg-type]
+ANSWER = measured(Data(DATA, CLASSES), request(MOMENTS, HISTOGRAM, LABELS, low=(0.0,), high=(1.0,)))
 
 
 @pytest.mark.parametrize(
@@ -357,7 +360,7 @@ def test_an_answer_must_be_to_the_request() -> None:
         with pytest.raises(ProtocolError):
             Measured.read(ANSWER.pack(), other)
     noisy = request(MOMENTS, low=(0.0,), high=(1.0,), dp="sample", noise=1.0)
-    found, _ = measured_with_noise(Data(DATA), noisy, RandomSource())  # type: ignore[arg-type]
+    found, _ = measured_with_noise(Data(DATA), noisy, RandomSource())
     with pytest.raises(ProtocolError):
         Measured.read(replace(found, count=np.full(3, 2.0**61)).pack(), noisy)
     with pytest.raises(ProtocolError):
@@ -384,7 +387,7 @@ def test_bytes_that_are_no_answer_are_refused(content: bytes) -> None:
 def test_names_are_bounded_over_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pooling, "NAMES_MAX", 4)
     found = Pooled(request=request())
-    found.add(measured(Data(DATA), request()))  # type: ignore[arg-type]
+    found.add(measured(Data(DATA), request()))
     with pytest.raises(ProtocolError, match="more features"):
-        found.add(measured(Data(DATA, feature_names=("a", "b", "c")), request()))  # type: ignore[arg-type]
+        found.add(measured(Data(DATA, feature_names=("a", "b", "c")), request()))
     assert found.answers == 1

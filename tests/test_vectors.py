@@ -276,10 +276,11 @@ def test_malformed_pages_of_revocations_are_refused(what: str) -> None:
 
 def _statistics(name: str, request: StatisticsRequest) -> Measured:
     found = VECTORS["statistics"][f"{name}values"]
-    made = Measured(**{
+    fields: dict[str, Any] = {
         each: np.array(value) if each in NUMBERS else tuple(value) if isinstance(value, list) else value
         for each, value in found.items()
-    })  # fmt: skip
+    }
+    made = Measured(**fields)
     assert made.pack() == unhex("statistics", f"{name}content")
     read = Measured.read(unhex("statistics", f"{name}content"), request)
     assert {each: getattr(read, each).tolist() for each in NUMBERS} == {each: found[each] for each in NUMBERS}
