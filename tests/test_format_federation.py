@@ -46,8 +46,8 @@ def test_a_federation_that_an_older_version_began_goes_on_to_the_same_model(name
                     if "connected" in line:
                         break
                 # it sends the update that has no answer again; with north's, which is in the buffer, they are enough
-                device = [sys.executable, "-m", "ternbus", "edge", "run", south, "--versions", "1", "--timeout", "60"]
-                subprocess.run(device, cwd=FIXTURES, timeout=120, check=True)
+                device = [sys.executable, "-m", "ternbus", "edge", "run", str(south)]
+                subprocess.run([*device, "--versions", "1", "--timeout", "60"], cwd=FIXTURES, timeout=120, check=True)
                 aggregator.send_signal(signal.SIGTERM)
                 assert aggregator.wait(60) == 0
             finally:

@@ -14,7 +14,7 @@ from ternbus.edge.shell.preflight import Conditions, check
 
 PAGE = Path(__file__).parent.parent / "docs" / "tasks.md"
 TASKS = dict(re.findall(r"^```python\n# (\w+)\.py\n(.*?)^```", PAGE.read_text(), flags=re.DOTALL | re.MULTILINE))
-PLANS = {
+PLANS: dict[str, dict[str, object]] = {
     "gan": {"local_epochs": 80},
     "readings": {"local_epochs": 4, "learning_rate": 0.5},
 }  # its epochs start processes
