@@ -1,9 +1,9 @@
 """The dashboard over a directory: what it shows, and what it does; by HTTP, as the page does."""
 
-import itertools
 import json
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,11 +78,11 @@ def test_a_page_that_is_open_gets_the_state(site: Site) -> None:
 
 
 def test_all_viewers_share_one_look_a_second(site: Site) -> None:
+    began = time.monotonic()
     with site.events() as first, site.events() as second:
-        looks = [[next_state(stream)["at"] for _ in range(3)] for stream in (first, second)]
-    assert set(looks[0][:2]) & set(looks[1])  # the same look, not one each
-    for row in looks:
-        assert all(later - earlier > 0.9 for earlier, later in itertools.pairwise(row))
+        looks = [{next_state(stream)["at"] for _ in range(3)} for stream in (first, second)]
+    assert looks[0] & looks[1]  # the same look, not one each
+    assert len(looks[0] | looks[1]) <= time.monotonic() - began + 2
 
 
 def test_the_history_is_given_from_any_version_on(site: Site) -> None:

@@ -5,7 +5,6 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -246,9 +245,10 @@ def test_an_address_for_all_machines_is_private() -> None:
 
 def test_fifty_viewers_are_served_and_too_many_are_refused(site: Site) -> None:
     with ExitStack() as stack:
+        began = time.monotonic()
         streams = [stack.enter_context(site.events()) for _ in range(50)]
         looks = [next_state(stream)["at"] for stream in streams]
-        assert all(later - earlier > 0.9 for earlier, later in pairwise(sorted(set(looks))))  # shared
+        assert len(set(looks)) <= time.monotonic() - began + 2  # shared, one a second
         while len(streams) <= VIEWERS_MAX:
             streams.append(stack.enter_context(site.events()))
             if streams[-1].status != 200:
