@@ -84,7 +84,7 @@ def test_mean_and_variance_are_those_of_all_data_far_from_zero() -> None:
         assert row["mean"] == pytest.approx(column.mean(), rel=1e-12)
         assert row["variance"] == pytest.approx(column.var(), rel=1e-6)
         assert row["std"] == pytest.approx(column.std(), rel=1e-6)
-    assert found["labels"] == {str(name): list(CLASSES).count(name) for name in range(4)}
+    assert found["labels"] == {str(name): CLASSES.tolist().count(name) for name in range(4)}
 
 
 @given(st.lists(st.lists(st.floats(-1e6, 1e6), max_size=8), min_size=1, max_size=5))

@@ -17,7 +17,7 @@ from ternbus.broker.crash_points import VARIABLE
 from ternbus.broker.server.running import Engine
 from ternbus.edge.tasks.digits_numpy import TASK
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.extended]
 
 WITHIN_S = 300.0
 DEVICES = ("one", "two")

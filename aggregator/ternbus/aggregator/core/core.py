@@ -91,8 +91,7 @@ class Core:
     def __post_init__(self) -> None:
         settings = self.settings
         self._frames = FrameWriter(settings, self.identity, self.schema, self.seq)
-        log_limit = LogLimit(settings.limits.log_lines_per_minute)
-        self._refusals = Refusals(counters=self._counters, log_limit=log_limit)
+        self._refusals = Refusals(counters=self._counters, log_limit=LogLimit(settings.limits.log_lines_per_minute))
         self.work = WorkShares(settings.limits.work_bytes_per_s)
         self.validation = Validation(settings, self.identity, self.schema, self.influence, self.sums, self.published)
         self._updates = Updates(
@@ -102,7 +101,7 @@ class Core:
             validation=self.validation,
             frames=self._frames,
             counters=self._counters,
-            log_limit=log_limit,
+            log_limit=self._refusals.log_limit,
             closed=self.published.state == CLOSED or self.is_closing,
         )
         self._enrollment = Enrollment(
@@ -110,9 +109,7 @@ class Core:
         )
         self._versions = Versions(settings=settings, model=self.model, published=self.published, frames=self._frames)
         self._private = None if self.sums is None else self._with_private(self.sums)
-        self._statistics = FederatedStatistics(
-            state=self.statistics, registry=self.registry, versions=self._versions, updates=self._updates
-        )
+        self._statistics = FederatedStatistics(self.statistics, self.registry, self._versions, self._updates)
         online = partial(self._status, "online")
         shown = HomeAssistant(versions=self._versions, registry=self.registry, software=self.software)
         self._retained = Retained(versions=self._versions, refusals=self._refusals, shown=shown, say_online=online)
@@ -153,8 +150,7 @@ class Core:
             private=self._private,
             statistics=self._statistics,
         )
-        self._reconnect = Reconnect(salt=self.identity.public.hex())
-        self._watch = Watch(registry=self.registry)
+        self._reconnect, self._watch = Reconnect(salt=self.identity.public.hex()), Watch(registry=self.registry)
 
     def _with_private(self, sums: PrivateSums) -> Private:
         private = Private.of(

@@ -43,7 +43,7 @@ class StatisticsState:
     outcomes: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class FederatedStatistics:
     """Asks, takes answers, and ends a request."""
 

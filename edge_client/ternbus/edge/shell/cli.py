@@ -146,18 +146,14 @@ def join(
 
     The command waits for a broker and an aggregator that are not reachable yet. It can be repeated after an
     interruption, with `--run` or `--evaluate` also after the device has joined: it then only trains or evaluates.
-
     `--renew` replaces the key of a device that has joined. The old key stays valid until the new one is admitted.
 
     Example: ternbus edge join pi-7.toml pi-7 --task digits --partition iid:0/8
     """
     usual = (width, partition, frame_bytes, max_seconds, max_steps, hold_out) == (1, "all", FRAME_BYTES, None, None, 0)
     sums = pinned(private, helpers or [], private_min, private_roster, private_colluding, kind=private_kind)
-    per_day = allowed(statistics, statistics_per_day)
-    _check_renew(
-        renew, task, any((data, seed, username, password_file, dp, max_epsilon, processor, not usual, sums, per_day))
-    )
-    Partition.parse(f"{partition};test:{hold_out!r}" if hold_out else partition)
+    given = (data, seed, username, password_file, dp, max_epsilon, processor, sums, statistics, not usual)
+    _check_renew(renew, task, any(given))
     role = _next_role(run=then_run, evaluate=then_evaluate, trains=bool(reports or fine_tune), stay=stay)
     policy, limits = _policy(dp, max_epsilon, max_delta, private), TrainingLimits(seconds=max_seconds, steps=max_steps)
     home, asked = DeviceDirectory(directory), load_invitation(invitation, directory)
@@ -165,12 +161,11 @@ def join(
     prepare = partial(
         home.prepare, asked, task=task and absolute(task), data=data, partition=partition, seed=seed, hold_out=hold_out,
         width=width, processor=processor, frame_bytes=frame_bytes, username=username, password_file=password_file,
-        policy=policy, limits=limits, sums=sums, statistics=per_day,
+        policy=policy, limits=limits, sums=sums, statistics=allowed(statistics, statistics_per_day),
     )  # fmt: skip
-    made = partial(_task_for, task, width, processor, data)
-    _enroll(home, asked, made, prepare, renew=renew, role=role, options=options, as_json=as_json)
-    assert role is not None  # noqa: S101 - _enroll has ended the command otherwise
-    raise typer.Exit(run_device(directory, role, options, as_json=as_json))
+    made = partial(_task_for, task, width, processor, data, f"{partition};test:{hold_out!r}" if hold_out else partition)
+    goes_on = _enroll(home, asked, made, prepare, renew=renew, role=role, options=options, as_json=as_json)
+    raise typer.Exit(run_device(directory, goes_on, options, as_json=as_json))
 
 
 def _enroll(
@@ -183,8 +178,8 @@ def _enroll(
     role: Role | None,
     options: Options,
     as_json: bool,
-) -> None:
-    """Join, or renew the key, unless the device has joined and goes on. Ends the command if it does not go on."""
+) -> Role:
+    """Join, or renew the key, unless the device has joined. The role in which it goes on; else it ends the command."""
     with json_output(as_json) as output:
         printer = Printer(as_json=as_json, output=output)
         if renew:
@@ -192,6 +187,8 @@ def _enroll(
         elif not (role and home.has_joined(asked)):
             model = task()  # before the invitation is spent
             _end(printer, agent.join(home, prepare(), model, options, printer), role)
+    assert role is not None  # noqa: S101 - `_end` has ended the command otherwise
+    return role
 
 
 def _end(printer: Printer, stop: Stop, role: Role | None) -> None:
@@ -201,8 +198,9 @@ def _end(printer: Printer, stop: Stop, role: Role | None) -> None:
     printer.end(stop)
 
 
-def _task_for(name: str, width: float, processor: str, data: Path | None) -> Task:
+def _task_for(name: str, width: float, processor: str, data: Path | None, partition: str) -> Task:
     """The task. Raises `ConfigError` for what `edge run` would refuse, before the invitation is spent."""
+    Partition.parse(partition)
     narrow(placed(task := load_task(name), processor), width)
     if data is not None:
         check_readable(expanded(data), "--data")

@@ -183,6 +183,11 @@ class Settings:
         return toml.dumps({name: value for name, value in asdict(self).items() if value}, {(): about})
 
 
+def _privacy(policy: PrivacyPolicy) -> dict[str, str]:
+    """The settings of the owner's privacy policy."""
+    return {"dp": policy.kind, "max_epsilon": str(policy.epsilon), "max_delta": str(policy.delta)}
+
+
 def _pins(sums: SumPolicy) -> dict[str, str]:
     """The settings of what the owner pins of private sums."""
     roster = {"private_roster": sums.roster} if sums.roster != AGGREGATOR else {}
@@ -297,9 +302,7 @@ class DeviceDirectory:
             frame_bytes=str(frame_bytes) if frame_bytes != FRAME_BYTES else "",
             username=username,
             password_file=str(password_file.resolve()) if password_file is not None else "",
-            dp=policy.kind if policy is not None else "",
-            max_epsilon=str(policy.epsilon) if policy is not None else "",
-            max_delta=str(policy.delta) if policy is not None else "",
+            **(_privacy(policy) if policy is not None else {}),
             **(_pins(sums) if sums is not None else {}),
             **(_bounds(limits) if limits is not None else {}),
             statistics=str(statistics or ""),
