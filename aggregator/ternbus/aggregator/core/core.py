@@ -110,7 +110,14 @@ class Core:
         online = partial(self._status, "online")
         self._retained = Retained(versions=self._versions, refusals=self._refusals, say_online=online)
         self._clones = Clones(refusals=self._refusals)
-        canary = Canary.of(settings, self.registry, self._versions, self.recalled)
+        self._merging = Merging(
+            settings=settings,
+            model=self.model,
+            registry=self.registry,
+            versions=self._versions,
+            influence=self.influence,
+            canary=Canary.of(settings, self.registry, self._versions, self.recalled),
+        )
         self._devices = DeviceMessages(
             settings=settings,
             model=self.model,
@@ -121,7 +128,7 @@ class Core:
             counters=self._counters,
             refusals=self._refusals,
             clones=self._clones,
-            canary=canary,
+            canary=self._merging.canary,
         )
         self._revocations = Revocations(
             federation=settings.federation,
@@ -129,14 +136,6 @@ class Core:
             registry=self.registry,
             frames=self._frames,
             published=self.published,
-        )
-        self._merging = Merging(
-            settings=settings,
-            model=self.model,
-            registry=self.registry,
-            versions=self._versions,
-            influence=self.influence,
-            canary=canary,
         )
         self._requests = Requests(
             enrollment=self._enrollment,
