@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
@@ -252,3 +253,19 @@ def test_a_reader_that_has_gone_is_no_traceback(fake_lab: Path, name: str) -> No
     finally:
         os.close(writing)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("name", COMMANDS["edge"].alone)
+def test_a_device_s_service_is_started_without_what_its_process_imports(name: str) -> None:
+    """The libraries and the core are imported once, by the process that replaces the command."""
+    lines, modules = loaded_by("edge", name, "--help")
+    assert any(f"Usage: ternbus edge {name} " in line for line in lines)
+    assert not modules & {"numpy", "nacl", "paho", "ternbus.edge.core", COMMANDS["edge"].module}
+
+
+def test_commands_that_are_loaded_alone_are_those_of_their_group() -> None:
+    for entry in COMMANDS.values():
+        registered = {each.callback for each in import_module(entry.module).app.registered_commands}
+        for name, module in entry.alone.items():
+            alone = import_module(module).app.registered_commands
+            assert [each.callback in registered for each in alone if each.callback.__name__ == name] == [True]

@@ -29,6 +29,7 @@ from ternbus.edge.plan.plan import Plan
 from ternbus.edge.shell import agent
 from ternbus.edge.shell import cli as edge_cli
 from ternbus.edge.shell.directory import DeviceDirectory
+from ternbus.edge.shell.options import Options
 from ternbus.edge.shell.worker import fine_tune
 from ternbus.edge.tasks import digits_numpy
 
@@ -258,10 +259,10 @@ def prepared(folder: Path, **about: Any) -> DeviceDirectory:
 def test_the_share_is_kept_with_the_device_and_without_one_nothing_can_be_measured(tmp_path: Path) -> None:
     settings = prepared(tmp_path / "a", hold_out=0.25).settings()
     assert settings.hold_out == "0.25"
-    agent.check(settings, agent.Options(reports=True, fine_tune=1.0))
+    agent.check(settings, Options(reports=True, fine_tune=1.0))
     without = prepared(tmp_path / "b").settings()
-    agent.check(without, agent.Options())
-    for options in (agent.Options(reports=True), agent.Options(fine_tune=1.0)):
+    agent.check(without, Options())
+    for options in (Options(reports=True), Options(fine_tune=1.0)):
         with pytest.raises(ConfigError, match=r"--hold-out 0\.2"):
             agent.check(without, options)
     with pytest.raises(ConfigError, match=r"held-out share of the data is 0\.9"):

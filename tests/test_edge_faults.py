@@ -21,8 +21,8 @@ from ternbus.broker.protocol.invitation import Invitation
 from ternbus.edge.core.state import State
 from ternbus.edge.learn.failure import explained
 from ternbus.edge.shell import agent
-from ternbus.edge.shell.agent import Options
 from ternbus.edge.shell.directory import DeviceDirectory
+from ternbus.edge.shell.options import Options
 from ternbus.edge.store.outbox import FILE, Outbox
 
 INVITATION = Invitation(

@@ -16,8 +16,8 @@ from ternbus.broker.protocol.invitation import Invitation
 from ternbus.edge.core.state import State
 from ternbus.edge.plan.sum_policy import SumPolicy
 from ternbus.edge.shell import agent, cli, key_rotation
-from ternbus.edge.shell.agent import Options
 from ternbus.edge.shell.directory import DeviceDirectory
+from ternbus.edge.shell.options import Options
 from ternbus.edge.store.outbox import Outbox
 
 ONE, TWO = (helper_key(number).public for number in (1, 2))

@@ -24,8 +24,8 @@ from ternbus.edge.learn.local_state import packed
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.plan.privacy import Account
 from ternbus.edge.shell import agent, key_rotation
-from ternbus.edge.shell.agent import Options
 from ternbus.edge.shell.directory import DeviceDirectory, Settings
+from ternbus.edge.shell.options import Options
 from ternbus.edge.store import outbox as outboxes
 from ternbus.edge.store import outbox_salvage
 from ternbus.edge.store.outbox import FILE, Outbox

@@ -20,6 +20,7 @@ from ternbus.edge.core.state import OutstandingUpdate, State, prepare, sealed
 from ternbus.edge.plan.privacy import DEVICE, Account, Cost
 from ternbus.edge.shell import agent, key_rotation
 from ternbus.edge.shell.directory import KEY, TOML, DeviceDirectory, Settings
+from ternbus.edge.shell.options import Options
 from ternbus.edge.shell.printer import Printer
 from ternbus.edge.store.outbox import FILE, Outbox
 from ternbus.edge.tasks import digits_numpy
@@ -148,7 +149,7 @@ def test_no_new_key_forgets_what_was_spent_of_an_owners_budget(tmp_path: Path, r
         with Outbox(home.folder, OLD.key_id):
             pass
     with pytest.raises(ConfigError, match="add --account-lost to `ternbus edge rejoin"):
-        agent.renew(home, INVITED, digits_numpy.TASK, agent.Options(), Printer(as_json=True), rejoin=rejoin)
+        agent.renew(home, INVITED, digits_numpy.TASK, Options(), Printer(as_json=True), rejoin=rejoin)
     assert not home.renewal().exists()
     home.write(settings())
     key_rotation.check_account(home)

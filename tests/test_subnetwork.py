@@ -23,6 +23,7 @@ from ternbus.edge.plan.tensors import FloatArray, Tensors
 from ternbus.edge.shell import agent
 from ternbus.edge.shell import cli as edge_cli
 from ternbus.edge.shell.directory import DeviceDirectory
+from ternbus.edge.shell.options import Options
 from ternbus.edge.shell.worker import train
 from ternbus.edge.tasks import digits, digits_data, digits_numpy, hapt
 from ternbus.edge.torch.trainer import TorchTask
@@ -182,7 +183,7 @@ def test_a_device_keeps_its_width_and_makes_no_narrow_model_of_its_own(tmp_path:
     assert home.settings() == settings
     assert settings.share_of_channels == 0.25
     with pytest.raises(ConfigError, match="full width"):
-        agent.check(settings, agent.Options(fine_tune=1.0))
+        agent.check(settings, Options(fine_tune=1.0))
     for width, message in (("2", "the width is 2"), ("wide", "give a number from 0.05 to 1")):
         with pytest.raises(ConfigError, match=message):
             replace(settings, width=width)

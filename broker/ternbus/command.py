@@ -18,10 +18,14 @@ from ternbus.broker.version import software
 
 
 class Command(NamedTuple):
-    """The module with a command's typer app `app`, and its line in `ternbus --help`."""
+    """The module with a command's typer app `app`, and its line in `ternbus --help`.
+
+    ``alone`` are modules with an app of some of its commands, by their names: those that start a service on a device.
+    """
 
     module: str
     help: str
+    alone: Mapping[str, str] = {}
 
 
 COMMANDS: Final[Mapping[str, Command]] = {
@@ -29,7 +33,11 @@ COMMANDS: Final[Mapping[str, Command]] = {
     "aggregator": Command(
         "ternbus.aggregator.shell.cli", "Run the server: accept updates, merge them, publish the model."
     ),
-    "edge": Command("ternbus.edge.shell.cli", "Run a device: follow the model, train, send updates."),
+    "edge": Command(
+        "ternbus.edge.shell.cli",
+        "Run a device: follow the model, train, send updates.",
+        dict.fromkeys(("run", "evaluate", "export"), "ternbus.edge.shell.run_commands"),
+    ),
     "helper": Command(
         "ternbus.helper.shell.cli", "Run a helper of private sums: open sums of updates, never a single one."
     ),
@@ -52,7 +60,9 @@ class LazyGroup(TyperGroup):
         """
         name, command, rest = super().resolve_command(ctx, args)
         if name is not None:
-            command = get_command(importlib.import_module(COMMANDS[name].module).app)
+            known = COMMANDS[name]
+            module = known.alone.get(rest[0], known.module) if rest else known.module
+            command = get_command(importlib.import_module(module).app)
         return name, command, rest
 
 

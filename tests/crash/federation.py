@@ -24,7 +24,7 @@ from ternbus.aggregator.store.ledger import LEDGER
 from ternbus.broker.crash_points import VARIABLE
 from ternbus.broker.server import running
 from ternbus.edge.learn.task_loader import load_task
-from ternbus.edge.shell.agent import Options
+from ternbus.edge.shell.options import Options
 from ternbus.lab.processes.child import Child, stop
 
 HERE: Final = Path(__file__).parent

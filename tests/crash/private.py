@@ -16,7 +16,7 @@ from crash.federation import AGGREGATOR, SETTINGS, Federation, at
 from ternbus.broker.server import running
 from ternbus.broker.sums.terms import AGGREGATOR as BY_AGGREGATOR
 from ternbus.broker.sums.terms import OWN
-from ternbus.edge.shell.agent import Options
+from ternbus.edge.shell.options import Options
 from ternbus.helper.store.store import admit
 
 MIN: Final = 3

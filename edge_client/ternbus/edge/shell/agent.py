@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from ternbus.broker.crash_points import reached
@@ -31,25 +31,13 @@ from ternbus.edge.learn.task import Task, Trainer, initial_of, placed
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.shell import key_rotation
 from ternbus.edge.shell.directory import DeviceDirectory, Settings
+from ternbus.edge.shell.options import Options
 from ternbus.edge.shell.service import PERSONAL, Report, Service
 from ternbus.edge.store import outbox as outboxes
 from ternbus.edge.store import outbox_salvage
 from ternbus.edge.store.outbox import Outbox
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """The options of one run: when to stop, and what to do beside training."""
-
-    versions: int | None = None
-    timeout_s: float | None = None
-    min_seconds: float = 0.0
-    reports: bool = False  # publish metrics of versions on the held-out data
-    fine_tune: float = 0.0  # epochs before the device stops
-    stays: bool = False  # while the federation is closed
-    out: str = ""  # the file to export to
 
 
 def join(home: DeviceDirectory, settings: Settings, task: Task, options: Options, report: Report) -> Stop:

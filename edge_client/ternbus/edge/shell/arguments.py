@@ -1,33 +1,32 @@
-"""What the commands of `ternbus edge` have in common."""
+"""What the commands of `ternbus edge` have in common. It imports little: see `run_commands`."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ternbus.broker.files import is_exposed, load_toml
-from ternbus.broker.folder_owner import act_as_owner
-from ternbus.broker.protocol.invitation import Invitation
-from ternbus.edge.learn.task_loader import BUILT_IN_TASKS
-
-TASKS = f"{', '.join(BUILT_IN_TASKS)}, or your own as MODULE:ATTRIBUTE or FILE.py:ATTRIBUTE."
-InvitationFile = Annotated[Path, typer.Argument(metavar="INVITATION.toml", help="File of `ternbus aggregator invite`.")]
 Dir = Annotated[Path, typer.Argument(metavar="DIR", help="The device's directory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object per line and event, for scripts.")]
 Timeout = Annotated[
     float | None,
     typer.Option(min=0, metavar="SECONDS", help="Longest wait for broker, aggregator or model; no limit by default."),
 ]
-
-
-def load_invitation(path: Path, directory: Path) -> Invitation:
-    """The invitation in a file, which root may read for the owner of the device's directory. Raises `ConfigError`.
-
-    A warning on stderr if others can read it.
-    """
-    invitation = Invitation.from_table(load_toml(path), str(path))
-    invitation.check_role(None, str(path))
-    if is_exposed(path):
-        typer.echo(f"ternbus: other users can read {path}, which contains a secret: chmod 600 {path}", err=True)
-    act_as_owner(directory)
-    return invitation
+Stay = Annotated[
+    bool, typer.Option("--stay", help="Wait while the federation is closed, for `aggregator resume`; for services.")
+]
+Reports = Annotated[
+    bool,
+    typer.Option(
+        "--report-metrics",
+        help="Send each version's metrics on the held-out data, and class counts; the broker can read them.",
+    ),
+]
+FineTune = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        max=1e4,
+        metavar="EPOCHS",
+        help="Epochs of fine-tuning before the device stops; the personal model is DIR/personal.safetensors.",
+    ),
+]

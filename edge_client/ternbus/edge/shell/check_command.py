@@ -17,8 +17,8 @@ from ternbus.broker.toml import toml_value
 from ternbus.edge.learn.partition_spec import FORMS, Partition
 from ternbus.edge.learn.task import placed
 from ternbus.edge.learn.task_loader import load_task
-from ternbus.edge.shell.arguments import TASKS
 from ternbus.edge.shell.directory import DeviceDirectory
+from ternbus.edge.shell.invitations import TASKS
 from ternbus.edge.shell.preflight import Conditions
 from ternbus.edge.shell.preflight import check as examine
 from ternbus.edge.store import outbox

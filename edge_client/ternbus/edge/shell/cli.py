@@ -12,7 +12,6 @@ from ternbus.broker.exit_codes import EXIT_DONE
 from ternbus.broker.files import check_readable, expanded
 from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.json_output import json_output
-from ternbus.broker.log_option import LogFormat, LogOption
 from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from ternbus.broker.protocol.invitation import Invitation
@@ -27,12 +26,12 @@ from ternbus.edge.learn.task_loader import absolute, load_task
 from ternbus.edge.plan.limits import TrainingLimits
 from ternbus.edge.plan.privacy import SUM, PrivacyPolicy
 from ternbus.edge.shell import agent, inspection_commands
-from ternbus.edge.shell.agent import Options
-from ternbus.edge.shell.arguments import TASKS, AsJson, Dir, InvitationFile, Timeout, load_invitation
+from ternbus.edge.shell.arguments import AsJson, Dir, FineTune, Reports, Stay, Timeout
 from ternbus.edge.shell.check_command import check
 from ternbus.edge.shell.directory import DeviceDirectory, Settings
-from ternbus.edge.shell.export_command import export
+from ternbus.edge.shell.invitations import TASKS, InvitationFile, load_invitation
 from ternbus.edge.shell.noise_command import noise
+from ternbus.edge.shell.options import Options
 from ternbus.edge.shell.printer import Printer
 from ternbus.edge.shell.private_options import (
     Helpers,
@@ -43,15 +42,13 @@ from ternbus.edge.shell.private_options import (
     PrivateRoster,
     pinned,
 )
-from ternbus.edge.shell.process import run_device
 from ternbus.edge.shell.rejoin_command import rejoin
+from ternbus.edge.shell.run_commands import evaluate, export, run, run_device
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", help="Run a device: follow the model, train, send updates."
 )
 
-Versions = Annotated[int | None, typer.Option(min=1, help="Number of accepted updates before stopping.")]
-Evaluated = Annotated[int | None, typer.Option(min=1, help="Number of versions to evaluate before stopping.")]
 Seed = Annotated[
     int,
     typer.Option(
@@ -82,25 +79,6 @@ HoldOut = Annotated[
     typer.Option(
         metavar="SHARE", help="Share of the device's data, up to 0.4, kept for evaluation and never trained on."
     ),
-]
-Reports = Annotated[
-    bool,
-    typer.Option(
-        "--report-metrics",
-        help="Send each version's metrics on the held-out data, and class counts; the broker can read them.",
-    ),
-]
-FineTune = Annotated[
-    float,
-    typer.Option(
-        min=0,
-        max=1e4,
-        metavar="EPOCHS",
-        help="Epochs of fine-tuning before the device stops; the personal model is DIR/personal.safetensors.",
-    ),
-]
-Stay = Annotated[
-    bool, typer.Option("--stay", help="Wait while the federation is closed, for `aggregator resume`; for services.")
 ]
 FrameBytes = Annotated[
     int,
@@ -185,7 +163,7 @@ def join(
     made = partial(_task_for, task, width, processor, data)
     _enroll(home, asked, made, prepare, renew=renew, role=role, options=options, as_json=as_json)
     assert role is not None  # noqa: S101 - _enroll has ended the command otherwise
-    raise typer.Exit(run_device(home, role, options, as_json=as_json))
+    raise typer.Exit(run_device(directory, role, options, as_json=as_json))
 
 
 def _enroll(
@@ -259,61 +237,8 @@ def _check_renew(renew: bool, task: str, others: bool) -> None:
 app.command()(rejoin)
 
 
-@app.command()
-def run(
-    directory: Dir,
-    *,
-    versions: Versions = None,
-    timeout: Timeout = None,
-    min_seconds: Annotated[
-        float,
-        typer.Option(min=0, metavar="SECONDS", help="Shortest duration of a training, to imitate a slow device."),
-    ] = 0.0,
-    reports: Reports = False,
-    fine_tune: FineTune = 0.0,
-    stay: Stay = False,
-    as_json: AsJson = False,
-    log: LogOption = LogFormat.TEXT,
-) -> None:
-    """Train until the federation closes, or until Ctrl-C, SIGTERM or SIGHUP; unacknowledged updates are kept in DIR.
-
-    `--versions N` stops after N accepted updates. `--report-metrics` and `--fine-tune EPOCHS` need held-out
-    data: join with `--hold-out 0.2`. A fine-tuned model stays on the device; `--report-metrics` sends its metrics.
-
-    A training that fails does not end the device: it says why, to the aggregator too, and tries again ever later.
-
-    Exit codes: 0 done, 1 timeout or a fault of disk or network, 2 invalid configuration or a corrupt store, 3 refused
-    or revoked by the aggregator, 4 privacy budget spent.
-
-    Example: ternbus edge run pi-7
-    """
-    options = Options(
-        versions=versions, timeout_s=timeout, min_seconds=min_seconds, reports=reports, fine_tune=fine_tune, stays=stay
-    )
-    act_as_owner(directory)
-    raise typer.Exit(run_device(DeviceDirectory(directory), "train", options, as_json=as_json or log == LogFormat.JSON))
-
-
-@app.command()
-def evaluate(
-    directory: Dir,
-    *,
-    versions: Evaluated = None,
-    timeout: Timeout = None,
-    stay: Stay = False,
-    as_json: AsJson = False,
-    log: LogOption = LogFormat.TEXT,
-) -> None:
-    """Follow the model, evaluate its newest version on the task's test data, and publish the metrics.
-
-    Example: ternbus edge evaluate evaluator-1
-    """
-    options = Options(versions=versions, timeout_s=timeout, stays=stay)
-    act_as_owner(directory)
-    as_json = as_json or log == LogFormat.JSON
-    raise typer.Exit(run_device(DeviceDirectory(directory), "evaluate", options, as_json=as_json))
-
-
+app.command()(run)
+app.command()(evaluate)
 app.command()(export)
 
 

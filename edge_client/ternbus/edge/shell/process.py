@@ -9,7 +9,6 @@ import os
 import sys
 import threading
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,25 +16,10 @@ from ternbus.broker.complaint import complaint
 from ternbus.broker.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED
 from ternbus.broker.json_output import json_output
 from ternbus.broker.streams import prepare_streams
-from ternbus.edge.core.profile import Role
 from ternbus.edge.shell import agent
-from ternbus.edge.shell.agent import Options
 from ternbus.edge.shell.directory import DeviceDirectory
+from ternbus.edge.shell.options import Options
 from ternbus.edge.shell.printer import Printer
-
-
-def run_device(home: DeviceDirectory, role: Role, options: Options, *, as_json: bool) -> int:
-    """Run the device: in a fresh interpreter with the same process id, or here if torch is loaded already."""
-    agent.check(home.joined(), options)  # raises ConfigError before the process is replaced
-    if "torch" not in sys.modules:
-        request = {"folder": str(home.folder), "role": role, "options": asdict(options), "as_json": as_json}
-        sys.stdout.flush()
-        command = [sys.executable, "-P", "-m", __name__, json.dumps(request)]
-        os.execv(sys.executable, command)  # noqa: S606 - ourselves, without a shell
-    with json_output(as_json) as output:
-        printer = Printer(as_json=as_json, output=output)
-        stop, ended = agent.serve(home, role, options, printer)
-        return printer.finish(stop, ended=ended)
 
 
 def main() -> NoReturn:
@@ -51,13 +35,18 @@ def main() -> NoReturn:
     sys.exit(code)
 
 
-def _run(request: dict[str, Any]) -> int:
+def run(request: dict[str, Any]) -> int:
+    """Run the device of a request in this process; return the exit code."""
     as_json, home = request["as_json"], DeviceDirectory(Path(request["folder"]))
+    with json_output(as_json) as output:
+        printer = Printer(as_json=as_json, output=output)
+        stop, ended = agent.serve(home, request["role"], Options(**request["options"]), printer)
+        return printer.finish(stop, ended=ended)
+
+
+def _run(request: dict[str, Any]) -> int:
     try:
-        with json_output(as_json) as output:
-            printer = Printer(as_json=as_json, output=output)
-            stop, ended = agent.serve(home, request["role"], Options(**request["options"]), printer)
-            return printer.finish(stop, ended=ended)
+        return run(request)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:

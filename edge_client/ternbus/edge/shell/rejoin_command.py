@@ -7,9 +7,10 @@ import typer
 from ternbus.broker.json_output import json_output
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.shell import agent
-from ternbus.edge.shell.agent import Options
-from ternbus.edge.shell.arguments import AsJson, Dir, InvitationFile, Timeout, load_invitation
+from ternbus.edge.shell.arguments import AsJson, Dir, Timeout
 from ternbus.edge.shell.directory import DeviceDirectory
+from ternbus.edge.shell.invitations import InvitationFile, load_invitation
+from ternbus.edge.shell.options import Options
 from ternbus.edge.shell.printer import Printer
 
 

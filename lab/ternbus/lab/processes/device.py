@@ -19,8 +19,8 @@ from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.privacy import PrivacyPolicy
 from ternbus.edge.plan.sum_policy import MIN, SumPolicy
 from ternbus.edge.shell import agent
-from ternbus.edge.shell.agent import Options
 from ternbus.edge.shell.directory import TOML, DeviceDirectory
+from ternbus.edge.shell.options import Options
 from ternbus.edge.shell.printer import Printer
 
 

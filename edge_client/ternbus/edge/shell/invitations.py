@@ -1,0 +1,27 @@
+"""What commands have in common that take an invitation or a task."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ternbus.broker.files import is_exposed, load_toml
+from ternbus.broker.folder_owner import act_as_owner
+from ternbus.broker.protocol.invitation import Invitation
+from ternbus.edge.learn.task_loader import BUILT_IN_TASKS
+
+TASKS = f"{', '.join(BUILT_IN_TASKS)}, or your own as MODULE:ATTRIBUTE or FILE.py:ATTRIBUTE."
+InvitationFile = Annotated[Path, typer.Argument(metavar="INVITATION.toml", help="File of `ternbus aggregator invite`.")]
+
+
+def load_invitation(path: Path, directory: Path) -> Invitation:
+    """The invitation in a file, which root may read for the owner of the device's directory. Raises `ConfigError`.
+
+    A warning on stderr if others can read it.
+    """
+    invitation = Invitation.from_table(load_toml(path), str(path))
+    invitation.check_role(None, str(path))
+    if is_exposed(path):
+        typer.echo(f"ternbus: other users can read {path}, which contains a secret: chmod 600 {path}", err=True)
+    act_as_owner(directory)
+    return invitation
