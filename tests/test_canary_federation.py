@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from support.canary import KILLED
 from ternbus.aggregator.shell import checking, log
 from ternbus.aggregator.store.ledger import LEDGER
 from ternbus.broker.crash_points import VARIABLE
@@ -56,7 +57,6 @@ SETTINGS = {
     "canary.tolerance": 0.3,
 }
 DEVICES = {"good": "iid:0/4", "bad": "iid:1/4", "own": "iid:2/4"}
-KILLED = ("publish-candidate:5", "save:9", "saved:9", "publish-delta:3", "publish-head:4", "publish-candidate:4")
 
 pytestmark = [pytest.mark.slow, pytest.mark.extended]
 

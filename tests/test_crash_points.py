@@ -11,10 +11,10 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from test_canary_federation import KILLED
 
 from crash import commands, differences, private
 from crash.federation import AGGREGATOR, DEVICES, Federation, at, failing, joined, preload_in
+from support.canary import KILLED
 from support.helper_processes import HELPING
 from support.old_formats import LEDGER, copy_of, dump
 from ternbus.aggregator.store.schema import FORMAT

@@ -36,7 +36,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
     "edge": Command(
         "ternbus.edge.shell.cli",
         "Run a device: follow the model, train, send updates.",
-        dict.fromkeys(("run", "evaluate"), "ternbus.edge.shell.run_commands"),
+        dict.fromkeys(("run", "evaluate", "export"), "ternbus.edge.shell.run_commands"),
     ),
     "helper": Command(
         "ternbus.helper.shell.cli", "Run a helper of private sums: open sums of updates, never a single one."

@@ -114,7 +114,14 @@ class Core:
         shown = HomeAssistant(versions=self._versions, registry=self.registry, software=self.software)
         self._retained = Retained(versions=self._versions, refusals=self._refusals, shown=shown, say_online=online)
         self._clones = Clones(refusals=self._refusals)
-        canary = Canary.of(settings, self.registry, self._versions, self.recalled)
+        self._merging = Merging(
+            settings=settings,
+            model=self.model,
+            registry=self.registry,
+            versions=self._versions,
+            influence=self.influence,
+            canary=Canary.of(settings, self.registry, self._versions, self.recalled),
+        )
         self._devices = DeviceMessages(
             settings=settings,
             model=self.model,
@@ -125,7 +132,7 @@ class Core:
             counters=self._counters,
             refusals=self._refusals,
             clones=self._clones,
-            canary=canary,
+            canary=self._merging.canary,
             statistics=self._statistics,
         )
         self._revocations = Revocations(
@@ -134,14 +141,6 @@ class Core:
             registry=self.registry,
             frames=self._frames,
             published=self.published,
-        )
-        self._merging = Merging(
-            settings=settings,
-            model=self.model,
-            registry=self.registry,
-            versions=self._versions,
-            influence=self.influence,
-            canary=canary,
         )
         self._requests = Requests(
             enrollment=self._enrollment,

@@ -29,7 +29,6 @@ from ternbus.edge.shell import agent, inspection_commands
 from ternbus.edge.shell.arguments import AsJson, Dir, FineTune, Reports, Stay, Timeout
 from ternbus.edge.shell.check_command import check
 from ternbus.edge.shell.directory import DeviceDirectory, Settings
-from ternbus.edge.shell.export_command import export
 from ternbus.edge.shell.invitations import TASKS, InvitationFile, load_invitation
 from ternbus.edge.shell.noise_command import noise
 from ternbus.edge.shell.options import Options
@@ -44,7 +43,7 @@ from ternbus.edge.shell.private_options import (
     pinned,
 )
 from ternbus.edge.shell.rejoin_command import rejoin
-from ternbus.edge.shell.run_commands import evaluate, run, run_device
+from ternbus.edge.shell.run_commands import evaluate, export, run, run_device
 from ternbus.edge.shell.statistics_options import Statistics, StatisticsPerDay, allowed
 
 app = typer.Typer(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ternbus.broker.errors import ConfigError
 from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.log_option import LogFormat, LogOption
 from ternbus.edge.shell.arguments import AsJson, Dir, FineTune, Reports, Stay, Timeout
@@ -91,3 +92,42 @@ def evaluate(
     act_as_owner(directory)
     as_json = as_json or log == LogFormat.JSON
     raise typer.Exit(run_device(directory, "evaluate", options, as_json=as_json))
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(metavar="DIR|TASK", help="Device's directory; with --model the task.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write: .safetensors; with --model .pt or .onnx.")],
+    model: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Model file, as `ternbus aggregator export` writes it.")
+    ] = None,
+    *,
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="With --model: folder with the task's data, if it needs one.")
+    ] = None,
+    timeout: Timeout = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model for use: a device's own, or with --model a task's as TorchScript (.pt) or ONNX (.onnx).
+
+    Without --model the device fetches the newest version and writes it with the tensors that stay on it (stays_local);
+    it must not run at the same time, and sends no status. With --model nothing is fetched: the model file's tensors
+    are put into the task's model, which runs once on a batch of the test data. ONNX needs the extra `onnx`.
+
+    Example: ternbus edge export pi-7 model.safetensors
+
+    Example: ternbus edge export digits model.onnx --model model.safetensors
+    """
+    if model is not None:
+        from ternbus.edge.shell.deploying import deploy  # noqa: PLC0415 - with numpy and the task
+
+        typer.echo(deploy(source, out, model, data))
+        return
+    if out.suffix in {".pt", ".onnx"} or data is not None:
+        raise ConfigError(
+            f"{out.suffix} is written of a task and a model file: ternbus edge export TASK OUT{out.suffix} --model FILE"
+        )
+    directory = Path(source)
+    options = Options(timeout_s=timeout, out=str(out.absolute()))
+    act_as_owner(directory)
+    raise typer.Exit(run_device(directory, "export", options, as_json=as_json))
