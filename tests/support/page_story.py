@@ -106,6 +106,7 @@ class Story:
     def __init__(self, page: Path, folder: Path) -> None:
         self.page, self.folder, self.current = page, folder, folder
         self.names: dict[str, str] = {"/backups": str(folder / "backups")}
+        self.logs = folder / ".logs"
         self.port = 0
         self._services: dict[str, tuple[str, subprocess.Popen[bytes]]] = {}
         self._written: list[str] = []  # scenarios among it are as short as they are printed
@@ -197,7 +198,8 @@ class Story:
         if directory in self._services:
             assert self._services[directory][1].poll() is not None, f"{command}: {directory} is served already"
             self._stop(directory)
-        path = self.folder / f"{directory.replace('/', '-')}.log"
+        self.logs.mkdir(exist_ok=True)
+        path = self.logs / directory.replace("/", "-")
         with path.open("ab") as log:
             before = log.tell()
             process = subprocess.Popen(
@@ -227,7 +229,8 @@ class Story:
             time.sleep(0.1)
 
     def _logs(self) -> str:
-        return "".join(f"\n--- {log.name}\n{log.read_text()[-1500:]}" for log in sorted(self.folder.glob("*.log")))
+        found = sorted(self.logs.glob("*"))
+        return "".join(f"\n--- {log.name}\n{log.read_text('utf-8', 'replace')[-1500:]}" for log in found)
 
     def __enter__(self) -> Self:
         return self
