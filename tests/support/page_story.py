@@ -106,6 +106,7 @@ class Story:
     def __init__(self, page: Path, folder: Path) -> None:
         self.page, self.folder, self.current = page, folder, folder
         self.names: dict[str, str] = {"/backups": str(folder / "backups")}
+        self.logs = folder / ".logs"
         self.port = 0
         self._services: dict[str, tuple[str, subprocess.Popen[bytes]]] = {}
         self._written: list[str] = []  # scenarios among it are as short as they are printed
@@ -181,7 +182,7 @@ class Story:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         ) as process:  # fmt: skip
             try:
-                printed, _ = process.communicate(timeout=WITHIN_S)
+                printed = self._printed(process, local)
             except BaseException:
                 os.killpg(process.pid, signal.SIGTERM)  # the shell and what it has begun
                 raise
@@ -191,13 +192,29 @@ class Story:
         assert process.returncode in codes, f"{local}\nexit code {process.returncode}\n{printed}{self._logs()}"
         return printed
 
+    def _printed(self, process: subprocess.Popen[str], what: str) -> str:
+        """What the process prints until it ends; a service that fails meanwhile is a failure, not something to await."""
+        deadline = time.monotonic() + WITHIN_S
+        while True:
+            try:
+                return process.communicate(timeout=2)[0]
+            except subprocess.TimeoutExpired:
+                self._check(what, deadline)
+
+    def _check(self, what: str, deadline: float) -> None:
+        """Fail if a service has failed, or the time is over."""
+        failed = [each for each, (_, process) in self._services.items() if process.poll() not in (None, 0, 3)]
+        assert not failed, f"{what}: {failed[0]} has ended:{self._logs()}"
+        assert time.monotonic() < deadline, f"{what}: it does not end{self._logs()}"
+
     def _start(self, command: str) -> None:
         words = shlex.split(command, comments=True)
         kind, directory = words[1], words[4] if words[2] == "join" else words[3]
         if directory in self._services:
             assert self._services[directory][1].poll() is not None, f"{command}: {directory} is served already"
             self._stop(directory)
-        path = self.folder / f"{directory.replace('/', '-')}.log"
+        self.logs.mkdir(exist_ok=True)
+        path = self.logs / directory.replace("/", "-")
         with path.open("ab") as log:
             before = log.tell()
             process = subprocess.Popen(
@@ -212,6 +229,8 @@ class Story:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         code = process.wait(WITHIN_S)
+        if code == -signal.SIGTERM and "stopped" in (self.logs / directory.replace("/", "-")).read_text()[-200:]:
+            return  # it was on its way out by itself
         # a device ends with 3 if it was revoked
         assert code in ({0, 3} if kind == "edge" else {0}), f"{directory} ended with {code}:{self._logs()}"
 
@@ -221,13 +240,12 @@ class Story:
     def _until(self, condition: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + WITHIN_S
         while not condition():
-            failed = [each for each, (_, process) in self._services.items() if process.poll() not in (None, 0, 3)]
-            assert not failed, f"{what}: {failed[0]} has ended:{self._logs()}"
-            assert time.monotonic() < deadline, f"{what}: it does not come{self._logs()}"
+            self._check(what, deadline)
             time.sleep(0.1)
 
     def _logs(self) -> str:
-        return "".join(f"\n--- {log.name}\n{log.read_text()[-1500:]}" for log in sorted(self.folder.glob("*.log")))
+        found = sorted(self.logs.glob("*"))
+        return "".join(f"\n--- {log.name}\n{log.read_text('utf-8', 'replace')[-1500:]}" for log in found)
 
     def __enter__(self) -> Self:
         return self
