@@ -30,7 +30,7 @@ def drawn(test: Path, *options: str, ci: bool = True) -> tuple[str | None, list[
         cwd=test.parent,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr

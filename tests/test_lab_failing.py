@@ -214,7 +214,7 @@ def test_a_run_of_processes_ends_with_1_only_if_no_device_can_train(tmp_path: Pa
         "buffer_size = 2\nmax_wait_s = 1\n[end]\nversions = 40\n"
     )
     command = [sys.executable, "-m", "ternbus", "lab", "run", "scenario.toml", "--out", "out"]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert ran.returncode == code, ran.stdout + ran.stderr
     (named_once, *_) = [line for line in ran.stdout.splitlines() if "cannot train" in line]
     assert named_once.startswith("device-")
@@ -235,7 +235,7 @@ def test_a_run_of_processes_that_ends_before_anything_is_accepted_names_the_logs
         'task = "digits-numpy"\ndevices = 2\n[speeds]\nmedian_s = 600\nsigma = 0\n[end]\nseconds = 2\n'
     )
     command = [sys.executable, "-m", "ternbus", "lab", "run", "scenario.toml", "--out", "out"]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert ran.returncode == 1, ran.stdout + ran.stderr
     assert "no version was made in" in ran.stderr
     assert f"device-1: see {tmp_path / 'out' / 'logs' / 'device-1.log'}" in ran.stderr
@@ -265,7 +265,7 @@ def test_a_run_whose_evaluator_fails_says_why_and_does_not_wait_for_it(tmp_path:
         "buffer_size = 1\n[end]\nversions = 20\n"
     )
     command = [sys.executable, "-m", "ternbus", "lab", "run", "scenario.toml", "--out", "out"]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     log = tmp_path / "out" / "logs" / "evaluator.log"
     said = (

@@ -296,7 +296,7 @@ def test_a_run_of_processes_has_what_the_data_decide(tmp_path: Path) -> None:
         (["--partition", "natural"], "devices = 3: as many as the data have owners", 0),
         (["--partition", "shards:2"], 'partition = "shards:2": the data have no classes to split by', 2),
     ):
-        ran = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+        ran = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
         assert ran.returncode == code, ran.stdout + ran.stderr
         assert line in (ran.stderr if code else ran.stdout)
         if not code:
