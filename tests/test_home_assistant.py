@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import jinja2
@@ -327,6 +328,25 @@ def test_a_broker_that_refuses_it_is_named_once_and_devices_are_served_all_the_s
     assert line.startswith("the broker refused homeassistant/device/lab/pi/config: Not authorized")
     assert refusals(bench.handle(events.CountsRequested())) == {"broker-refused": 3}
     assert bench.send(pi, ternary_block(bench.schema, 1), 0)[0].outcome == "accepted"
+
+
+def test_what_the_broker_refused_is_sent_again_ever_more_rarely_and_then_as_before(shown: Make) -> None:
+    """As where the access list is read a moment after the aggregator has connected."""
+    bench = shown()
+    bench.join("pi")
+    bench.tick(EVERY_S)
+    config = topics.discovery(PREFIX, LAB, "pi")
+    moments: list[float] = []
+    while len(moments) < 8:
+        bench.handle(events.Refused(topic=config, reason="Not authorized"))
+        assert bench.core._retained.shown.due is not None
+        bench.now = bench.core._retained.shown.due
+        sent = shown_by(bench.tick())
+        moments += [bench.now for each in sent if each.topic == config]
+    waits = [round(later - earlier) for earlier, later in pairwise(moments)]
+    assert waits == [15, 20, 40, 80, 160, 320, 600]
+    bench.tick(600.0)
+    assert bench.core._retained.shown.due == bench.now + EVERY_S
 
 
 def test_what_was_said_before_a_restart_is_still_shown(shown: Make) -> None:

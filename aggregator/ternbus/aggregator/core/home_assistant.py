@@ -20,6 +20,7 @@ from ternbus.broker.protocol.identity import AGGREGATOR
 OFFLINE: Final = "offline"
 STATES: Final = ("training", "idle", OFFLINE)  # of devices
 EXPIRE_S: Final = 60.0  # beyond two refreshes
+RETRY_S, RETRY_MAX_S = 10.0, 600.0  # until a look after one that was refused; it doubles each time
 
 Component = Mapping[str, Any]
 
@@ -66,6 +67,8 @@ class HomeAssistant:
     due: float | None = None  # when ``on_time`` has something to do
     clearing: set[str] = field(default_factory=set)  # topics that were cleared, and not yet acknowledged
     _sent: dict[str, tuple[bytes, float]] = field(default_factory=dict)  # on this connection: what, and when
+    _refused: bool = False  # something, since the last look
+    _wait_s: float = 0.0  # until the next look, while the broker refuses
 
     def owns(self, topic: str) -> bool:
         """Whether it is a topic of this view, perhaps of a former prefix."""
@@ -80,6 +83,7 @@ class HomeAssistant:
         """Publish everything; the broker may have lost it."""
         self._sent.clear()
         self.clearing.clear()
+        self._refused, self._wait_s = False, 0.0
         self.due = now if self._is_on or self._held else None
 
     def disconnected(self) -> None:
@@ -93,11 +97,18 @@ class HomeAssistant:
         self._held.discard(topic)
         return [] if self.clearing else [self._save()]
 
+    def refused(self, topic: str) -> None:
+        """The broker refused a message: it is sent again, ever more rarely."""
+        self._refused |= self._sent.pop(topic, None) is not None or topic in self.clearing
+        self.clearing.discard(topic)
+
     def on_time(self, now: float) -> list[Action]:
         """Publish what has changed, and clear what is no longer wanted."""
         if self.due is None or now < self.due:
             return []
-        self.due = now + self._settings.every_s if self._is_on else None
+        self._wait_s = min(max(2 * self._wait_s, RETRY_S), RETRY_MAX_S) if self._refused else 0.0
+        self._refused = False
+        self.due = now + max(self._settings.every_s, self._wait_s) if self._is_on else None
         wanted = dict(self._messages()) if self._is_on else {}
         gone = sorted(self._held - wanted.keys() - self.clearing)
         actions: list[Action] = []

@@ -83,6 +83,7 @@ class Retained:
     def refused(self, topic: str, reason: str, now: float) -> list[Action]:
         """The broker refused a message. What it should retain is published again later."""
         if self.shown.owns(topic):
+            self.shown.refused(topic)
             return self._tell("view", reason, f"the broker refused {topic}: {reason}", now)
         actions = self._tell(topics.parse(topic).kind, reason, f"the broker refused {topic}: {reason}", now)
         if topic in self._current():
