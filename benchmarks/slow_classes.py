@@ -153,7 +153,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
             axes.fill_between(times, found.min(0), found.max(0), color=color, alpha=0.15, linewidth=0)
         axes.set(title=title, xlabel="virtual seconds", ylabel="%")
         axes.grid(visible=True, alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(loc="best", fontsize="small")
     figure.savefig(path, dpi=90)
 
 

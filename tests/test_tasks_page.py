@@ -51,7 +51,10 @@ def test_the_page_has_a_task_of_each_kind() -> None:
     assert set(TASKS) == set(REACHED)
 
 
-@pytest.mark.parametrize("name", REACHED)
+STARTING = pytest.param("readings", marks=pytest.mark.slow)  # its data are read by processes
+
+
+@pytest.mark.parametrize("name", [STARTING if name == "readings" else name for name in REACHED])
 def test_a_task_of_the_page_is_ready_and_learns(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "import pandas" in TASKS[name]:
         pytest.importorskip("pandas")

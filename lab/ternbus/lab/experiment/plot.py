@@ -39,7 +39,7 @@ def write(result: Mapping[str, Any], path: Path) -> str:
         axes.set(xlabel=result["x"], ylabel=f"{measure.title}, %" if measure.unit == "percent" else measure.title)
         axes.grid(visible=True, alpha=0.3)
         if len(lines) > 1:
-            axes.legend(fontsize="small")
+            axes.legend(loc="best", fontsize="small")
     figure.suptitle(result["title"])
     figure.savefig(path, dpi=90)
     return path.name

@@ -204,7 +204,7 @@ class Comparison:
                 axes.axhspan(min(values), max(values), color=colour, alpha=0.12)
         better = self.results[0].better
         axes.set(xlabel="version", ylabel=_labelled(metric, better), title="test data")
-        axes.legend()
+        axes.legend(loc="best")
 
     def __repr__(self) -> str:
         return "\n".join(map(repr, self.results))

@@ -88,7 +88,7 @@ class Sweep:
         axes.set_xticks(range(len(places)), places)
         axes.set(xlabel=first, ylabel=f"test {self.metric}")
         if others:
-            axes.legend(fontsize="small")
+            axes.legend(loc="best", fontsize="small")
 
     def __repr__(self) -> str:
         return str(self.table)

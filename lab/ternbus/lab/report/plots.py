@@ -79,7 +79,7 @@ def _local(axes: Any, versions: Sequence[Mapping[str, Any]], metric: str) -> Non
         for name, label, mark in (("median", "median", "_"), ("worst_decile", "worst tenth", "v")):
             values = [row["local"]["metrics"][metric][name] for row in own]
             axes.plot(numbers, values, mark, label=f"devices' own data, {label}")
-        axes.legend()
+        axes.legend(loc="best")  # said here and below: else matplotlib warns on a slow machine
 
 
 def _by_time(report: Mapping[str, Any], metric: str, seconds: str, axes: Any) -> None:
@@ -95,7 +95,7 @@ def _staleness(report: Mapping[str, Any], axes: Any) -> None:
     axes.plot(numbers, [row["staleness"] for row in merged], label="mean")
     axes.plot(numbers, [row["staleness_max"] for row in merged], ".", label="largest")
     axes.set(xlabel="version", ylabel="versions", title="staleness of the merged updates")
-    axes.legend()
+    axes.legend(loc="best")
 
 
 def _own(report: Mapping[str, Any], axes: Any) -> None:
@@ -108,7 +108,7 @@ def _own(report: Mapping[str, Any], axes: Any) -> None:
         axes.plot([*personal], [*personal.values()], "+", label="the device's own model")
     axes.locator_params(axis="x", integer=True)
     axes.set(xlabel="devices, the worst first", ylabel=_labelled(report, metric), title="on each device's own data")
-    axes.legend()
+    axes.legend(loc="best")
 
 
 def _samples(devices: Mapping[str, Mapping[str, Any]], axes: Any) -> None:
@@ -121,7 +121,7 @@ def _samples(devices: Mapping[str, Mapping[str, Any]], axes: Any) -> None:
             counts = [(row["classes"] or {}).get(name, 0) for row in devices.values()]
             axes.bar(range(len(devices)), counts, bottom=below, label=_text(name))
             below = [low + count for low, count in zip(below, counts, strict=True)]
-        axes.legend(title="class", fontsize="x-small", ncols=2)
+        axes.legend(loc="best", title="class", fontsize="x-small", ncols=2)
     else:
         axes.bar(range(len(devices)), [row["samples"] or 0 for row in devices.values()])
     axes.set(xlabel="devices, in the order of the scenario", ylabel="samples", title="training data")
