@@ -100,7 +100,7 @@ def build(root: Path, folder: Path) -> Path:
     plain = {**os.environ, "NO_COLOR": "1"}
     done = subprocess.run(command, cwd=folder, env=plain, capture_output=True, text=True, check=False)
     if done.returncode or not (made / "index.html").exists():
-        raise ManualError(f"the site was not built: {done.stdout}{done.stderr}".rstrip())
+        raise ManualError(f"the site was not built: {(done.stdout + done.stderr).partition('Traceback')[0]}".rstrip())
     return made
 
 

@@ -193,7 +193,7 @@ class Story:
         return printed
 
     def _printed(self, process: subprocess.Popen[str], what: str) -> str:
-        """What the process prints until it ends; a service that fails meanwhile is a failure, not something to await."""
+        """What the process prints until it ends. A service that fails meanwhile fails the story at once."""
         deadline = time.monotonic() + WITHIN_S
         while True:
             try:
