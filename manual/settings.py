@@ -61,7 +61,7 @@ The settings of a broker that Ternbus runs. `ternbus broker init` writes the fil
     ),
 }
 COLUMNS = ("key", "type", "default", "range", "unit", "meaning")
-TYPES = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+TYPES = {int: "whole number", float: "number", str: "text", bool: "true or false", tuple: "list of texts"}
 # Of the end of a key's name. The longer ending first.
 UNITS = (
     ("_bytes_per_s", "bytes/s"), ("_mbit_s", "Mbit/s"), ("frames_per_s", "frames/s"), ("_per_s", "per second"),
@@ -91,6 +91,8 @@ def shown(value: object) -> str:
             return code(str(value).lower())
         case str():
             return code(f'"{value}"')
+        case tuple():
+            return code(f"[{', '.join(map(repr, value))}]")
         case int() | float():
             return code(f"{value}" if isinstance(value, int) else f"{value:g}")
         case _:

@@ -26,6 +26,8 @@ from ternbus.broker.server.directory import BrokerDirectory
 from ternbus.broker.server.running import ACCESS, Engine
 from ternbus.edge.shell.directory import DeviceDirectory as Device
 
+KINDS = ("enroll", "metrics", "offer", "statistics", "status", "update")  # that a device writes
+
 ROOT = Path(__file__).resolve().parent.parent
 AUTHORITY = Authority.create("Ternbus broker bus")
 
@@ -162,7 +164,7 @@ def asked(name: str, federation: str, *, client_id: str | None = None, kind: str
 def test_a_device_gets_what_the_access_list_gives_it() -> None:
     access = auth_callout.decide(asked("pi-1", "lab"))
     root = "ternbus.1.lab"
-    assert access.write == [f"{root}.up.pi-1.{kind}" for kind in ("enroll", "metrics", "offer", "status", "update")]
+    assert access.write == [f"{root}.up.pi-1.{kind}" for kind in KINDS]
     assert access.read == [f"{root}.down.pi-1", f"{root}.down.pi-1.>", f"{root}.all", f"{root}.all.>"]
     assert access.until > certificates.now().timestamp()
 
@@ -172,7 +174,7 @@ def test_the_aggregator_gets_what_the_access_list_gives_it() -> None:
     root = "ternbus.1.lab"
     assert access.write == [
         *(f"{root}.all.{rest}" for rest in ("head", "status", "delta.*.*", "snapshot.*.*", "revocations.*", "terms.*")),
-        *(f"{root}.down.*.{kind}" for kind in ("grant", "receipt")),
+        *(f"{root}.down.*.{kind}" for kind in ("candidate", "grant", "receipt")),
         *(f"{root}.help.*.{kind}" for kind in ("ask", "receipt")),
         f"{root}.view.*",
         "homeassistant.device.lab.*.config",
@@ -258,6 +260,7 @@ def test_with_several_federations_each_member_is_listed_with_its_own() -> None:
         "topic write ternbus/1/lab/all/snapshot/+/+",
         "topic write ternbus/1/lab/all/revocations/+",
         "topic write ternbus/1/lab/all/terms/+",
+        "topic write ternbus/1/lab/down/+/candidate",
         "topic write ternbus/1/lab/down/+/grant",
         "topic write ternbus/1/lab/down/+/receipt",
         "topic write ternbus/1/lab/help/+/ask",
@@ -272,11 +275,11 @@ def test_with_several_federations_each_member_is_listed_with_its_own() -> None:
         "topic read ternbus/1/lab/help/bureau/#",
         "topic read ternbus/1/lab/all/status",
         "user pi-1",
-        *(f"topic write ternbus/1/lab/up/pi-1/{kind}" for kind in ("enroll", "metrics", "offer", "status", "update")),
+        *(f"topic write ternbus/1/lab/up/pi-1/{kind}" for kind in KINDS),
         "topic read ternbus/1/lab/down/pi-1/#",
         "topic read ternbus/1/lab/all/#",
         "user pi-9",
-        *(f"topic write ternbus/1/other/up/pi-9/{kind}" for kind in ("enroll", "metrics", "offer", "status", "update")),
+        *(f"topic write ternbus/1/other/up/pi-9/{kind}" for kind in KINDS),
         "topic read ternbus/1/other/down/pi-9/#",
         "topic read ternbus/1/other/all/#",
     ]

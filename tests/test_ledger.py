@@ -237,6 +237,7 @@ def test_the_status_counts_what_happened(bench: Bench) -> None:
         "digest",
         "state",
         "buffer",
+        "candidate",
         "disk",
         "counts",
         "metric",

@@ -238,7 +238,7 @@ class Settings:
     @property
     def is_dp(self) -> bool:
         """Whether devices add noise: then nothing else of their data may show."""
-        return bool(self._whole_plan.get("dp", plan_keys.NO_DP) != plan_keys.NO_DP)
+        return self.noise_of_plan[0] != plan_keys.NO_DP
 
     @property
     def epsilon(self) -> float:
@@ -248,16 +248,13 @@ class Settings:
     @property
     def noise_of_plan(self) -> tuple[str, float]:
         """The `dp` of the plan or the task, and its noise multiplier."""
-        plan = self._whole_plan
-        return str(plan.get("dp", plan_keys.NO_DP)), float(plan.get("dp_noise", 0.0))
+        return str(self._whole_plan.get("dp", plan_keys.NO_DP)), float(self._whole_plan.get("dp_noise", 0.0))
 
     @property
     def sum_noise(self) -> tuple[float, float]:
         """θ and B of `dp = "sum"`, of the plan or the task; 0 and 0 for another `dp`."""
-        plan = self._whole_plan
-        if plan.get("dp") != plan_keys.SUM:
-            return 0.0, 0.0
-        return float(plan.get("dp_theta", 0.0)), float(plan.get("dp_norm", 0.0))
+        theta, norm = (float(self._whole_plan.get(name, 0.0)) for name in ("dp_theta", "dp_norm"))
+        return (theta, norm) if self.noise_of_plan[0] == plan_keys.SUM else (0.0, 0.0)
 
     @property
     def min_devices(self) -> int:

@@ -123,18 +123,10 @@ class Core:
             canary=Canary.of(settings, self.registry, self._versions, self.recalled),
         )
         self._devices = DeviceMessages(
-            settings=settings,
-            model=self.model,
-            registry=self.registry,
-            enrollment=self._enrollment,
-            updates=self._updates,
-            work=self.work,
-            counters=self._counters,
-            refusals=self._refusals,
-            clones=self._clones,
-            canary=self._merging.canary,
-            statistics=self._statistics,
-        )
+            settings=settings, model=self.model, registry=self.registry, enrollment=self._enrollment,
+            updates=self._updates, work=self.work, counters=self._counters, refusals=self._refusals,
+            clones=self._clones, canary=self._merging.canary, statistics=self._statistics,
+        )  # fmt: skip
         self._revocations = Revocations(
             federation=settings.federation,
             identity=self.identity,
@@ -242,7 +234,7 @@ class Core:
             case events.CountsRequested():
                 asked = [] if self._private is None else self._private.merging.count()
                 told = self._watch.told(self._merges.waiting(self._now), event, self._now)
-                return [*self._count(), *asked, told, *self._done(event.request)]
+                return [self._count(), *asked, told, *self._done(event.request)]
             case events.DiskChecked():
                 return self._updates.disk_checked(event.free)
             case events.TimeReached():
@@ -301,7 +293,7 @@ class Core:
         told = self._watch.told(self._merges.waiting(self._now), events.CountsRequested(), self._now)
         merged = self._merges.merge_all(self._now)
         gone = [*self._retained.shown.stop(self._now), *self._status("offline")]
-        return [*merged, *self._count(), told, *gone, events.Stop()]
+        return [*merged, self._count(), told, *gone, events.Stop()]
 
     def _status(self, state: str) -> list[Action]:
         reserved, (topic, payload) = self._frames.status(state, self.session, self.software)
@@ -399,8 +391,8 @@ class Core:
             actions += self._private.on_time(self._now)
         actions += [*self._statistics.on_time(self._now), *self._retained.on_time(self._now), *self._clones.tell()]
         if self._counters.due is not None and self._counters.due <= self._now:
-            actions += self._count()
+            actions.append(self._count())
         return actions
 
-    def _count(self) -> list[Action]:
-        return [Save(record=self._counters.take(self.registry))]
+    def _count(self) -> Action:
+        return Save(record=self._counters.take(self.registry))

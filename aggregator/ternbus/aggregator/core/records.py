@@ -14,8 +14,6 @@ from ternbus.broker.protocol.merge_log import Signed
 from ternbus.broker.protocol.messages import Metrics, SnapshotRef, Status
 from ternbus.broker.protocol.schema import Vector
 
-PUBLISHED, WITHDRAWN = "published", "withdrawn"  # what becomes of a candidate
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionBegun:
@@ -162,7 +160,7 @@ class VersionMade:
     body: bytes
     entry: Signed  # of the log of merges
     sets: tuple[bytes, ...] | None = None  # of private updates, by digest; None: there are none in this federation
-    candidate: str = ""  # what becomes of one: `PUBLISHED` as this version, or `WITHDRAWN` in its favour
+    candidate: str = ""  # what becomes of one: `published` as this version, or `withdrawn` in its favour
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

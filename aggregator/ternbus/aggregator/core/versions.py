@@ -9,6 +9,7 @@ from ternbus.aggregator.core.events import Action, Publish, RepublishRetained, S
 from ternbus.aggregator.core.frames import FrameWriter, Message, Reserved
 from ternbus.aggregator.core.terms import PrivateTerms
 from ternbus.aggregator.merge import optimizer
+from ternbus.aggregator.merge.accepted import PUBLISHED, WITHDRAWN
 from ternbus.aggregator.merge.downlink import encoded_block, next_block
 from ternbus.aggregator.merge.model import Merged, Model, Prepared
 from ternbus.aggregator.merge.recipe import Recipe
@@ -86,12 +87,12 @@ class Versions:
 
     def publish_candidate(self, prepared: Prepared) -> list[Action]:
         """Make the version that was a candidate."""
-        return self._publish(self.model.adopt(prepared), candidate=records.PUBLISHED)
+        return self._publish(self.model.adopt(prepared), candidate=PUBLISHED)
 
     def withdraw_candidate(self, dropped: Iterable[DroppedUpdate]) -> list[Action]:
         """Make a version of no update in place of a candidate, whose updates the log says are dropped."""
         self.dropped.extend(dropped)
-        return self._publish(self.model.skip(), candidate=records.WITHDRAWN)
+        return self._publish(self.model.skip(), candidate=WITHDRAWN)
 
     def empty(self) -> list[Action]:
         """Make a version of no update: what must not change within a version changes with it."""

@@ -6,6 +6,8 @@ from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.merge_log import Contribution
 from ternbus.broker.protocol.ternary import Block
 
+PUBLISHED, WITHDRAWN = "published", "withdrawn"  # what becomes of the candidate of a canary
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AcceptedUpdate:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ternbus.aggregator.shell.arguments import DirAsRoot
+from ternbus.broker import files
 from ternbus.broker.files import replacing, storing
 from ternbus.broker.folder_owner import act_as_owner
 
@@ -36,4 +37,4 @@ def metrics(
         return
     body, _ = exposition(directory)
     with storing(textfile), replacing(textfile) as partial:
-        partial.write_bytes(body)
+        files.write_text(partial, body.decode())

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.core.canary import Judged
+from ternbus.aggregator.merge.accepted import WITHDRAWN
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.store import checksums, membership
 from ternbus.aggregator.store.schema import STATED
@@ -45,7 +46,7 @@ def write(db: sqlite3.Connection, record: Written) -> None:
 def decided(db: sqlite3.Connection, record: records.VersionMade) -> None:
     """Merge the updates of the candidate into a version, or drop them."""
     last = json.loads(_get(db, CANDIDATE))["last"]
-    if record.candidate == records.WITHDRAWN:
+    if record.candidate == WITHDRAWN:
         membership.drop(db, "merged IS NULL AND id <= :last", {"last": last})
     else:
         db.execute("UPDATE updates SET merged = ? WHERE merged IS NULL AND id <= ?", (record.version, last))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ternbus.aggregator.core import records
+from ternbus.aggregator.merge.accepted import WITHDRAWN
 from ternbus.aggregator.store.device_metrics import Report
 from ternbus.aggregator.store.measurements import Measurements
 from ternbus.broker.protocol.messages import CLOSED, OPEN, Status
@@ -130,7 +131,7 @@ class MemoryLedger:
             names = {name for digest in record.sets for name in self._sets.pop(digest)}
             self.merged_sets += len(record.sets)
         for row in self._take(names):
-            if record.candidate == records.WITHDRAWN:
+            if record.candidate == WITHDRAWN:
                 row.dropped = "canary"
             else:
                 row.merged = record.version
