@@ -229,7 +229,7 @@ class Story:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         code = process.wait(WITHIN_S)
-        if code == -signal.SIGTERM and "stopped" in (self.logs / directory.replace("/", "-")).read_text()[-200:]:
+        if code == -signal.SIGTERM and "stopped" in (self.logs / directory.replace("/", "-")).read_text()[-1000:]:
             return  # it was on its way out by itself
         # a device ends with 3 if it was revoked
         assert code in ({0, 3} if kind == "edge" else {0}), f"{directory} ended with {code}:{self._logs()}"
