@@ -190,7 +190,7 @@ class Canary:
         """What becomes of the candidate, if there is one; None while reports are awaited."""
         assert self.candidate is not None  # noqa: S101 - only then it is asked for
         reports, about = self.candidate.reports, self.settings.canary
-        if self.awaited or not reports:
+        if self.awaited or len(reports) < max(about.min_reports, 1):
             if now < self._decide_by or not self._can_be_heard:
                 return None
             needed = about.min_reports or len(set(about.group))
