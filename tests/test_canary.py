@@ -247,6 +247,17 @@ def test_a_member_that_is_gone_does_not_lower_the_number_of_reports_that_was_ask
     assert {each.reason for each in entry.dropped} == {"canary: 1 of 2 reports in 20 s"}
 
 
+def test_a_report_of_a_member_that_was_revoked_since_is_none(world: World) -> None:
+    bench = world.bench
+    world.train()
+    world.report(world.judge, accuracy=0.1)
+    bench.revoke("judge")
+    assert bench.version == 0
+    world.report(world.own, "local", accuracy=0.9)
+    (entry,) = [entry for entry, _ in log.entries(bench.directory, 1)]
+    assert (len(entry.updates), entry.dropped) == (2, ())
+
+
 def test_a_candidate_is_sent_again_to_who_has_not_reported(world: World) -> None:
     bench = world.bench
     world.train()

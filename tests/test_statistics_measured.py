@@ -254,7 +254,9 @@ def test_a_trainer_that_has_more_rows_or_labels_than_samples_is_bounded_too() ->
     class Few(Data):
         samples = 5
 
-    wanted = request(MOMENTS, HISTOGRAM, LABELS, low=(-1.0,), high=(1.0,), bins=4, labels=("0",), dp="device", noise=2.0)
+    wanted = request(
+        MOMENTS, HISTOGRAM, LABELS, low=(-1.0,), high=(1.0,), bins=4, labels=("0",), dp="device", noise=2.0
+    )
     silent = RandomSource(lambda count: b"\xff" * count)
     found, _ = measured_with_noise(Few(np.full((50, 3), -1e9), np.zeros(50, int)), wanted, silent)
     scale = statistics.scale_of(wanted, 3)

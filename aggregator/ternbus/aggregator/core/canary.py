@@ -189,7 +189,9 @@ class Canary:
     def verdict(self, now: float) -> Verdict | None:
         """What becomes of the candidate, if there is one; None while reports are awaited."""
         assert self.candidate is not None  # noqa: S101 - only then it is asked for
-        reports, about = self.candidate.reports, self.settings.canary
+        found, about = self.candidate.reports, self.settings.canary
+        # of who was revoked since, or left the group, a report is none
+        reports = {each.name: found[each.name] for each in self.judges if each.name in found}
         if self.awaited or len(reports) < max(about.min_reports, 1):
             if now < self._decide_by or not self._can_be_heard:
                 return None

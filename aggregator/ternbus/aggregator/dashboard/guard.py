@@ -57,8 +57,9 @@ class Guard:
             return 414, "there is no address as long"
         if scope["method"] not in METHODS:
             return 405, "GET and POST only"
-        if scope["method"] != "POST":
-            return None
+        return self._refusal_of_post(headers, host) if scope["method"] == "POST" else None
+
+    def _refusal_of_post(self, headers: Headers, host: str) -> tuple[int, str] | None:
         origin = urlsplit(headers.get("origin", ""))
         if origin.scheme not in {"http", "https"} or origin.netloc.lower() != host.lower():
             return 403, "this request does not come from the dashboard's own page"
