@@ -235,6 +235,40 @@ def test_so_many_reports_suffice_as_the_settings_say(make: Make) -> None:
     assert len(entry.updates) == 2
 
 
+def test_a_member_that_is_gone_does_not_lower_the_number_of_reports_that_was_asked_for(make: Make) -> None:
+    world = World.of(make(**{**SETTINGS, "canary__min_reports": 2, "canary__patience_s": 20.0}))
+    bench = world.bench
+    bench.revoke("judge")
+    world.train()
+    world.report(world.own, "local", accuracy=0.9)
+    assert bench.version == 0
+    bench.tick(21.0)
+    (entry,) = [entry for entry, _ in log.entries(bench.directory, 1)]
+    assert {each.reason for each in entry.dropped} == {"canary: 1 of 2 reports in 20 s"}
+
+
+def test_a_device_that_praises_a_version_does_not_outweigh_one_that_measures_less(make: Make) -> None:
+    world = World.of(make(**{**SETTINGS, "canary__group": ("own", "liar")}))
+    liar = world.bench.join("liar")
+    world.bench.receive(liar.topic("metrics"), liar.metrics(0, "local", accuracy=0.5))
+    world.train()
+    world.report(world.own, "local", accuracy=0.1)
+    world.report(liar, "local", accuracy=1e300)
+    (entry,) = [entry for entry, _ in log.entries(world.bench.directory, 1)]
+    assert (entry.updates, len(entry.dropped)) == ((), 2)
+
+
+def test_a_report_of_a_member_that_was_revoked_since_is_none(world: World) -> None:
+    bench = world.bench
+    world.train()
+    world.report(world.judge, accuracy=0.1)
+    bench.revoke("judge")
+    assert bench.version == 0
+    world.report(world.own, "local", accuracy=0.9)
+    (entry,) = [entry for entry, _ in log.entries(bench.directory, 1)]
+    assert (len(entry.updates), entry.dropped) == (2, ())
+
+
 def test_a_candidate_is_sent_again_to_who_has_not_reported(world: World) -> None:
     bench = world.bench
     world.train()

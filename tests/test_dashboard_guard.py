@@ -193,6 +193,12 @@ def test_no_path_leads_to_a_file(site: Site, path: str) -> None:
     assert site.get(path).status in {404, 409}
 
 
+def test_a_path_is_not_long(private: Site) -> None:
+    """A number of thousands of digits is an error of Python's own: lines of a log for whoever asks for it."""
+    for path in (f"/versions/{'9' * 5000}", f"/static/{'x' * 1000}"):
+        assert private.get(path).status == 414
+
+
 def test_a_link_in_place_of_the_token_or_the_audit_is_not_followed(tmp_path: Path) -> None:
     directory, other = make_directory(tmp_path / "aggregator"), tmp_path / "other"
     other.write_text("mine")

@@ -67,8 +67,12 @@ def test_answers_are_added_up_once_for_each_device(make: Make) -> None:
     assert result(bench.directory)["shown"] is False
     assert send(bench, one, request.id, content(9.0)) == "accepted"  # the same receipt, and nothing is added
     assert send(bench, two, request.id, content(3.0, 300)) == "accepted"
+    found = result(bench.directory)  # or the difference to what a third answer makes of it would be that answer
+    assert (found["devices"], found["open"], found["shown"], found["samples"]) == (2, True, False, None)
+    assert "nothing is shown before the request has ended" in lines(found)
+    bench.tick(61.0)
     found = result(bench.directory)
-    assert (found["devices"], found["samples"], found["answered"], found["open"]) == (2, 400, ["one", "two"], True)
+    assert (found["devices"], found["samples"], found["answered"], found["open"]) == (2, 400, ["one", "two"], False)
     assert found["features"][0]["mean"] == 2.5
     assert found["features"][0]["variance"] == pytest.approx(4 + 0.75)
     assert "2.5" in "\n".join(lines(found))

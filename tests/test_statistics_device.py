@@ -113,6 +113,14 @@ def test_an_answer_is_sent_again_until_the_aggregator_has_it_also_after_a_crash(
     assert published(late.wait(10_000), "statistics") == []
 
 
+def test_an_answer_does_not_leave_once_its_owner_no_longer_allows_it() -> None:
+    scripted, device, _ = answered()
+    late = device.restarted(statistics=None)
+    late.connect()
+    late.arrive(scripted.status(session=2), scripted.head())
+    assert published(late.actions + late.wait(10_000), "statistics") == []
+
+
 def test_a_receipt_that_no_answer_has_is_dropped() -> None:
     scripted, device, seq = answered()
     device.arrive(scripted.receipt(DEVICE, DEVICE_KEY.key_id, seq, "enrolled"))

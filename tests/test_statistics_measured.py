@@ -198,6 +198,14 @@ def test_nothing_is_shown_of_too_few_devices() -> None:
     assert (other["devices"], other["features"], other["hidden"]) == (2, [], 4)
 
 
+def test_a_hidden_label_is_not_what_is_left_of_the_samples() -> None:
+    """All samples less those with a label that is shown would be those of the one device that has the hidden label."""
+    first, second = Data(DATA[:300], np.repeat([0, 1, 2], 100)), Data(DATA[300:], np.repeat([0, 1], [250, 50]))
+    found = result(request(LABELS), first, second)
+    assert found["labels"] == {"0": 350}
+    assert (found["samples"], found["hidden"]) == (600, 2)
+
+
 # --- with noise
 
 
@@ -237,6 +245,20 @@ def test_the_answer_of_a_device_is_bounded_by_what_its_noise_is_for() -> None:
     wanted = request(MOMENTS, HISTOGRAM, low=(-1.0,), high=(1.0,), bins=4, dp="device", noise=2.0)
     silent = RandomSource(lambda count: b"\xff" * count)
     found, _ = measured_with_noise(Data(np.full((50, 3), -1e9)), wanted, silent)
+    scale = statistics.scale_of(wanted, 3)
+    length = math.sqrt(sum(float(np.square(getattr(found, name) / each).sum()) for name, each in scale.items()))
+    assert 0.99 / 2.0 < length <= 1 / 2.0
+
+
+def test_a_trainer_that_has_more_rows_or_labels_than_samples_is_bounded_too() -> None:
+    class Few(Data):
+        samples = 5
+
+    wanted = request(
+        MOMENTS, HISTOGRAM, LABELS, low=(-1.0,), high=(1.0,), bins=4, labels=("0",), dp="device", noise=2.0
+    )
+    silent = RandomSource(lambda count: b"\xff" * count)
+    found, _ = measured_with_noise(Few(np.full((50, 3), -1e9), np.zeros(50, int)), wanted, silent)
     scale = statistics.scale_of(wanted, 3)
     length = math.sqrt(sum(float(np.square(getattr(found, name) / each).sum()) for name, each in scale.items()))
     assert 0.99 / 2.0 < length <= 1 / 2.0

@@ -72,6 +72,15 @@ def test_the_last_refused_one_of_a_key_has_its_reason_and_those_before_are_forgo
         tracing.find(bench.ledger, "nobody", 1)
 
 
+def test_one_of_a_withdrawn_candidate_says_what_the_group_measured(make: Make) -> None:
+    bench = make(merge__buffer_size=1, canary__group=("judge",), canary__patience_s=20.0)
+    pi, _ = bench.join("pi"), bench.join("judge", evaluator=True)
+    seq = sent(bench, pi, 0)
+    bench.tick(21.0)
+    found = traced(bench, pi, seq)
+    assert (found["state"], found["reason"]) == ("dropped", "canary: 0 of 1 reports in 20 s")
+
+
 def test_a_dropped_one_says_whether_its_device_was_revoked_or_its_versions_withdrawn(make: Make) -> None:
     bench = make(merge__buffer_size=2, merge__min_devices=2)
     pi, other = bench.join("pi"), bench.join("other")

@@ -7,7 +7,7 @@ dropped, as the log of merges says. So devices have a version to train on in bot
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import median_low
 from typing import Final
 
 from ternbus.aggregator.core import records
@@ -189,8 +189,10 @@ class Canary:
     def verdict(self, now: float) -> Verdict | None:
         """What becomes of the candidate, if there is one; None while reports are awaited."""
         assert self.candidate is not None  # noqa: S101 - only then it is asked for
-        reports, about = self.candidate.reports, self.settings.canary
-        if self.awaited or not reports:
+        found, about = self.candidate.reports, self.settings.canary
+        # of who was revoked since, or left the group, a report is none
+        reports = {each.name: found[each.name] for each in self.judges if each.name in found}
+        if self.awaited or len(reports) < max(about.min_reports, 1):
             if now < self._decide_by or not self._can_be_heard:
                 return None
             needed = about.min_reports or len(set(about.group))
@@ -199,7 +201,8 @@ class Canary:
         changes = {device: self._change(device, metrics) for device, metrics in reports.items()}
         tests = [each for device, each in changes.items() if reports[device].split == TEST]
         local = [each for device, each in changes.items() if reports[device].split != TEST]
-        worst = min([*tests, *([median(local)] if local else [])])
+        # of an even number the lower middle: a mean of both would be whatever a hostile device makes it
+        worst = min([*tests, *([median_low(local)] if local else [])])
         told = "; ".join(self._told(reports))
         return Verdict(holds=worst >= -about.tolerance - ROUNDING, why=told)
 

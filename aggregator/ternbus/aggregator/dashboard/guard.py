@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 METHODS: Final = frozenset({"GET", "HEAD", "POST"})
 BODY_BYTES_MAX: Final = 4096
+PATH_CHARS_MAX: Final = 200  # no address of ours is longer, and none becomes a number of thousands of digits
 SECURED: Final = {
     "Content-Security-Policy": (
         "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
@@ -52,10 +53,13 @@ class Guard:
         host = headers.get("host", "")
         if not self._is_known(host, scope):
             return 421, f"no dashboard of this name: add --dashboard-host {_name(host) or 'NAME'} if it is yours"
+        if len(scope["path"]) > PATH_CHARS_MAX:
+            return 414, "there is no address as long"
         if scope["method"] not in METHODS:
             return 405, "GET and POST only"
-        if scope["method"] != "POST":
-            return None
+        return self._refusal_of_post(headers, host) if scope["method"] == "POST" else None
+
+    def _refusal_of_post(self, headers: Headers, host: str) -> tuple[int, str] | None:
         origin = urlsplit(headers.get("origin", ""))
         if origin.scheme not in {"http", "https"} or origin.netloc.lower() != host.lower():
             return 403, "this request does not come from the dashboard's own page"

@@ -101,12 +101,14 @@ class Pooled:
         }
         return cls(request=request, **table, **arrays)
 
-    def result(self, min_devices: int) -> dict[str, Any]:
+    def result(self, min_devices: int, *, is_open: bool = False) -> dict[str, Any]:
         """What all of it comes to, as JSON has it; of fewer than ``min_devices`` devices nothing.
 
-        A feature or a label that fewer devices have is not shown, only counted in `hidden`.
+        A feature or a label that fewer devices have is not shown, only counted in `hidden`. Without noise nothing is
+        shown while the request ``is_open`` either: before and after an answer it would differ by that answer.
         """
         request = self.request
+        shown = self.answers >= min_devices and not (is_open and request.dp == NONE)
         found: dict[str, Any] = {
             "request": request.id,
             "kinds": list(request.kinds),
@@ -114,17 +116,17 @@ class Pooled:
             "noise": request.noise,
             "devices": self.answers,
             "min_devices": min_devices,
-            "shown": self.answers >= min_devices,
+            "shown": shown,
             "unit": {NONE: "values", DEVICE: "devices"}.get(request.dp, "samples"),
             "samples": None,
             "features": [],
             "labels": {},
             "hidden": 0,
         }
-        if self.answers < min_devices:
+        if not shown:
             return found
         features = [place for place in range(len(self.names)) if self.devices[place] >= min_devices]
-        labels = {name: count for name, (count, devices) in self.labels.items() if devices >= min_devices}
+        labels = self._shown_labels(min_devices)
         found["samples"] = self.samples if request.dp == NONE else None
         found["features"] = [self._feature(place) for place in features]
         found["labels"] = {name: _tidy(labels[name]) for name in _ordered(labels)}
@@ -132,6 +134,16 @@ class Pooled:
         if LABELS in request.kinds and request.dp != NONE:
             found["label_noise"] = self._noise("labels")
         return found
+
+    def _shown_labels(self, min_devices: int) -> dict[str, float]:
+        """Those that enough devices have; without noise, one fewer where some are hidden.
+
+        The samples without all labels that are shown are those with the hidden ones: of too few devices, perhaps.
+        """
+        labels = {name: count for name, (count, devices) in self.labels.items() if devices >= min_devices}
+        if self.request.dp == NONE and 0 < len(labels) < len(self.labels):
+            del labels[min(labels, key=lambda name: (labels[name], name))]
+        return labels
 
     def _noise(self, array: str) -> float:
         """The standard deviation of the noise of a number that is added up over devices."""

@@ -134,7 +134,7 @@ def result(directory: Path) -> dict[str, Any]:
         raise ConfigError(f"nobody was asked for statistics in {directory}: leave out --last")
     outcomes = state.outcomes
     return {
-        **state.pooled.result(least),
+        **state.pooled.result(least, is_open=state.is_open),
         "open": state.is_open,
         "answered": [name for name, outcome in outcomes.items() if outcome == ANSWERED],
         "refused": _why(outcomes, REFUSED),
@@ -151,6 +151,8 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     told = [f"{found['devices']} devices answered" + (", and some may yet" if found["open"] else "")]
     for what in ("refused", "invalid"):
         told += [f"{what}: {name}: {why}" for name, why in found[what].items()]
+    if not found["shown"] and found["open"]:
+        return [*told, "nothing is shown before the request has ended"]
     if not found["shown"]:
         return [*told, f"fewer than {found['min_devices']} devices have answered, so nothing is shown"]
     if found["samples"] is not None:
@@ -166,7 +168,8 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         counts = [(name, _number(count)) for name, count in found["labels"].items()]
         told += ["", *text_table({"label": "<", unit: ">"}, counts)]
     if found["hidden"]:
-        told += ["", f"not shown: {found['hidden']} features or labels, of fewer than {found['min_devices']} devices"]
+        few = f"of fewer than {found['min_devices']} devices, or by which those could be told"
+        told += ["", f"not shown: {found['hidden']} features or labels, {few}"]
     return told
 
 

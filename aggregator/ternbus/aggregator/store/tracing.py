@@ -91,13 +91,26 @@ def _why(ledger: Ledger, name: tuple[str, bytes, int], number: int, base: int) -
     private = ledger.db.execute("SELECT why FROM private_updates WHERE update_id = ?", (number,)).fetchone()
     if private is not None and private[0]:
         return str(private[0])
+    if withdrawn := _withdrawn(ledger, name, base):
+        return withdrawn
     if base >= int(ledger.fact(FLOOR) or 0):
         return "its device was revoked"
     revoked = ledger.db.execute(
         "SELECT 1 FROM keys WHERE device = ? AND key = ? AND state = ?", (*name[:2], REVOKED)
     ).fetchone()
-    withdrawn = "the versions that it was made on were withdrawn"
-    return f"its device was revoked, or {withdrawn}" if revoked else withdrawn
+    rolled_back = "the versions that it was made on were withdrawn"
+    return f"its device was revoked, or {rolled_back}" if revoked else rolled_back
+
+
+def _withdrawn(ledger: Ledger, name: tuple[str, bytes, int], base: int) -> str:
+    """What the log of merges says of an update in a candidate that was withdrawn: a version of no update is there."""
+    query = "SELECT version FROM versions WHERE version > ? AND updates = 0"
+    for version in sorted({version for db in _databases(ledger) for (version,) in db.execute(query, (base,))}):
+        for _, packed in merge_log.entries(ledger, version):
+            for each in Entry.parse(unpack(packed).content).dropped:
+                if (each.update.device, each.update.key, each.update.seq) == name:
+                    return each.reason
+    return ""
 
 
 def _weight(ledger: Ledger, version: int, name: tuple[str, bytes, int]) -> dict[str, Any]:

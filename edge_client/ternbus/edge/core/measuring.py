@@ -115,8 +115,8 @@ class Measuring:
         return Log(event="statistics", text=text, fields={"kinds": kinds, "outcome": asked.outcome})
 
     def due_s(self) -> float | None:
-        """When the answer is to be sent next; None without one."""
-        return self.resend.due_s() if self._state.content else None
+        """When the answer is to be sent next; None without one, or once its owner no longer allows statistics."""
+        return self.resend.due_s() if self._state.content and self.profile.statistics is not None else None
 
     def send(self, now: float) -> list[Publish]:
         """The answer, under a new number and in a new box: the aggregator takes one of each device and request."""

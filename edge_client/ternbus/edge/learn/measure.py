@@ -110,7 +110,9 @@ def measured_with_noise(
 def _noisy(
     sums: _Sums, labels: tuple[tuple[str, ...], Floats], request: StatisticsRequest, samples: int, source: RandomSource
 ) -> Measured:
-    per = ROUNDING / (max(samples, 1) if request.dp == statistics.DEVICE else 1)
+    # of rows or labels there may be more than the trainer says samples: no mean may go beyond what the noise is for
+    most = max(samples, sums.samples, int(labels[1].sum()), 1)
+    per = ROUNDING / (most if request.dp == statistics.DEVICE else 1)
     exact: dict[str, Floats] = {
         "count": sums.count,
         "first": sums.first,

@@ -50,7 +50,7 @@ def write(task: "TorchTask", tensors: Tensors, out: Path, data: Path | None) -> 
             else:
                 _torchscript(net, positional, named, Path(partial))
         except (RuntimeError, TypeError, ValueError) as error:  # torch has no other class for what it cannot trace
-            first = str(error).strip().splitlines()[0]
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(f"the model of {task.name} cannot be written as {out.suffix}: {first}") from error
 
 
