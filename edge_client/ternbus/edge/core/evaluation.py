@@ -49,9 +49,9 @@ class EvaluationPolicy:
         version, vector, schema = follower.version, follower.vector, follower.schema
         if not self.profile.evaluates or training.running is not None or self._running:
             return []
-        if not follower.synced or self.evaluated == self.profile.versions:
+        if not follower.synced or version is None or vector is None or schema is None:
             return []
-        if version is None or vector is None or schema is None:
+        if self.evaluated == self.profile.versions:
             return []
         if version <= self.pending.state.evaluated:
             return self._begin_candidate(follower, training)
