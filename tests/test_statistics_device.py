@@ -20,7 +20,7 @@ from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.privacy import SAMPLE, Account, Cost, PrivacyPolicy
 from ternbus.edge.shell import measuring
-from ternbus.edge.shell.statistics_options import PER_DAY, allowed, check_setting
+from ternbus.edge.shell.statistics_limit import PER_DAY, allowed, check_setting
 from ternbus.edge.shell.worker import Worker
 from ternbus.edge.store.outbox import Outbox, summary
 

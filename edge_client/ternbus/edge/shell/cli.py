@@ -44,7 +44,8 @@ from ternbus.edge.shell.private_options import (
 )
 from ternbus.edge.shell.rejoin_command import rejoin
 from ternbus.edge.shell.run_commands import evaluate, export, run, run_device
-from ternbus.edge.shell.statistics_options import Statistics, StatisticsPerDay, allowed
+from ternbus.edge.shell.statistics_limit import allowed
+from ternbus.edge.shell.statistics_options import Statistics, StatisticsPerDay
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", help="Run a device: follow the model, train, send updates."

@@ -33,7 +33,7 @@ from ternbus.edge.learn.subnetwork import WIDTH_MIN, check_width
 from ternbus.edge.plan.limits import TrainingLimits
 from ternbus.edge.plan.privacy import PrivacyPolicy
 from ternbus.edge.plan.sum_policy import SumPolicy
-from ternbus.edge.shell.statistics_options import check_setting
+from ternbus.edge.shell.statistics_limit import check_setting
 from ternbus.edge.store.outbox import FILE as OUTBOX
 
 KEY: Final = "device.key"
