@@ -119,7 +119,8 @@ def test_a_second_run_replaces_the_first_and_a_barrier_takes_nothing_stale(lab: 
     assert json.loads(printed) == report
     assert (lab.out / "notes.txt").read_text() == "mine"
     assert report["scenario"]["sync"] is True
-    assert all(row["staleness"] == 0 and row["updates"] == 3 for row in report["versions"][1:4])
+    assert [row["staleness"] for row in report["versions"][1:4]] == [0, 0, 0]
+    assert max(row["updates"] for row in report["versions"][1:4]) == 3  # a barrier ends at last without who is slow
 
 
 def test_the_lab_runs_on_a_broker_that_exists_and_leaves_it_alone(lab: Lab, tmp_path: Path) -> None:
