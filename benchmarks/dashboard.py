@@ -7,9 +7,7 @@ does: it follows the server-sent events, and asks for the table of devices every
 viewers alternate, so that both meet the same machine; the ratio is that of the medians.
 """
 
-import argparse
 import http.client
-import json
 import os
 import re
 import subprocess
@@ -25,7 +23,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from benchmarks.ingest import FEDERATION, prepare, prepared_body, rate
-from benchmarks.program import cpu_s
+from benchmarks.program import cpu_s, one_thread, options, print_result, wait_until
 from benchmarks.sender import Load, Target, await_retained, run_load
 from ternbus.broker.protocol import topics
 from ternbus.broker.server.running import Engine, choose, start
@@ -83,11 +81,9 @@ def aggregator(directory: Path, log: Path, *options: str) -> Iterator[subprocess
 
 def dashboard_at(log: Path) -> tuple[str, int]:
     """Host and port, as the log of the aggregator says."""
-    deadline = time.monotonic() + WITHIN_S
-    while (found := re.search(r"dashboard at (http://\S+);", log.read_text())) is None:
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.05)
-    place = urlsplit(found[1])
+    pattern = re.compile(r"dashboard at (http://\S+);")
+    wait_until(lambda: pattern.search(log.read_text()) is not None, f"the dashboard's address in {log}", WITHIN_S)
+    place = urlsplit(pattern.findall(log.read_text())[0])
     assert place.hostname is not None
     assert place.port is not None
     return place.hostname, place.port
@@ -152,25 +148,26 @@ def run(viewers: int, rounds: int, parameters: int, updates: int) -> dict[str, A
     }
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
-    parser.add_argument("--viewers", type=int, default=10, help="open dashboards")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of each kind")
-    parser.add_argument("--parameters", type=int, default=1_200_000, help="size of the model")
-    parser.add_argument("--updates", type=int, default=2400, help="updates a round")
-    given = parser.parse_args()
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    row = run(given.viewers, given.rounds, given.parameters, given.updates)
-    if given.json:
-        print(json.dumps(row))
-        return
+def show(row: dict[str, Any]) -> None:
+    """Print text."""
     print(f"{os.cpu_count()} cores for all processes, {row['parameters']:,} parameters, {row['rounds']} rounds")
     print(f"without a dashboard      {row['without_per_s']:7.0f} updates/s, {row['cpu_ms']['0']:.2f} ms CPU each")
     about = f"{row['cpu_ms'][str(row['viewers'])]:.2f} ms CPU each, {row['events']:.0f} looks seen"
     print(f"with {row['viewers']:2} open dashboards  {row['watched_per_s']:7.0f} updates/s, {about}")
     print(f"ratio                    {row['ratio']:7.3f}; the dashboard took {row['dashboard_cores']:.3f} of a core")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = options(__doc__)
+    parser.add_argument("--viewers", type=int, default=10, help="open dashboards")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each kind")
+    parser.add_argument("--parameters", type=int, default=1_200_000, help="size of the model")
+    parser.add_argument("--updates", type=int, default=2400, help="updates a round")
+    given = parser.parse_args()
+    one_thread()
+    row = run(given.viewers, given.rounds, given.parameters, given.updates)
+    print_result(row, as_json=given.json, show=lambda: show(row))
 
 
 if __name__ == "__main__":

@@ -225,6 +225,8 @@ def test_beyond_this_machine_reading_needs_the_token(private: Site) -> None:
     assert private.get("/metrics", Authorization=f"Bearer {token}").status == 200
     assert private.get("/health", Authorization=f"Bearer {token}x").status == 403
     assert private.post("/actions/pause", Authorization=f"Bearer {token}").status == 401  # a page acts, or a command
+    with private.events(Authorization=f"Bearer {token}") as stream:
+        assert next_state(stream)["head"]["version"] == 0
     inside = Site(private.directory, private.host, private.port)
     inside.log_in()
     assert inside.get("/history").status == 200

@@ -99,10 +99,10 @@ class Site:
         self.csrf = answer.json["csrf"]
 
     @contextmanager
-    def events(self) -> Iterator[http.client.HTTPResponse]:
+    def events(self, **headers: str) -> Iterator[http.client.HTTPResponse]:
         """The stream of a page that is open."""
         connection = self.connection()
-        connection.request("GET", "/events", headers={"Cookie": self.cookie} if self.cookie else {})
+        connection.request("GET", "/events", headers={"Cookie": self.cookie, **headers} if self.cookie else headers)
         answer = connection.getresponse()
         try:
             yield answer

@@ -128,7 +128,7 @@ class Canary:
 
     def make(self, prepared: Prepared, encoding: str, body: bytes, now: float) -> list[Action]:
         """Save the candidate, then send it to the group."""
-        self.candidate = Judged(prepared=prepared, encoding=encoding, body=body)
+        self.candidate = judged = Judged(prepared=prepared, encoding=encoding, body=body)
         self.begin(now)
         merged = prepared.merged
         made = records.CandidateMade(
@@ -137,27 +137,26 @@ class Canary:
         names = ", ".join(member.name for member in self.judges) or "nobody"
         text = f"candidate {merged.version}, of {merged.updates} updates, is evaluated by {names}"
         fields = {"version": merged.version, "digest": merged.digest.hex(), "updates": merged.updates}
-        return [Save(record=made), Log(text=text, event="candidate", fields=fields), *self.send()]
+        return [Save(record=made), Log(text=text, event="candidate", fields=fields), *self._send(judged)]
 
-    def send(self) -> list[Action]:
+    def _send(self, judged: Judged) -> list[Action]:
         """Send the candidate to who has not reported."""
-        assert self.candidate is not None  # noqa: S101 - only then it is asked for
-        merged = self.candidate.prepared.merged
+        merged = judged.prepared.merged
         value = Candidate(
             version=merged.version,
             digest=merged.digest,
             codec=merged.block.codec,
-            encoding=self.candidate.encoding,
+            encoding=judged.encoding,
         )
-        return self.versions.frames.candidate(self.awaited, value, self.candidate.body)
+        return self.versions.frames.candidate(self.awaited, value, judged.body)
 
-    def on_time(self, now: float) -> list[Action]:
-        """Send the candidate again, if there is one, where it was perhaps lost."""
+    def on_time(self, judged: Judged, now: float) -> list[Action]:
+        """Send the candidate again where it was perhaps lost."""
         if now < self._resend_at or not self._can_be_heard:
             return []
         self._resends += 1
         self._resend_at = now + RESEND_S * 2.0 ** min(self._resends, 20)
-        return self.send()
+        return self._send(judged)
 
     # --- reports
 
@@ -186,10 +185,9 @@ class Canary:
 
     # --- the verdict
 
-    def verdict(self, now: float) -> Verdict | None:
-        """What becomes of the candidate, if there is one; None while reports are awaited."""
-        assert self.candidate is not None  # noqa: S101 - only then it is asked for
-        found, about = self.candidate.reports, self.settings.canary
+    def verdict(self, judged: Judged, now: float) -> Verdict | None:
+        """What becomes of the candidate; None while reports are awaited."""
+        found, about = judged.reports, self.settings.canary
         # of who was revoked since, or left the group, a report is none
         reports = {each.name: found[each.name] for each in self.judges if each.name in found}
         if self.awaited or len(reports) < max(about.min_reports, 1):
@@ -239,16 +237,11 @@ class Canary:
 
     def dissolve(self) -> list[Action]:
         """Let the candidate's updates wait as before: in the buffer, whose sum the caller makes anew."""
-        if self.candidate is None:
+        judged, self.candidate = self.candidate, None
+        if judged is None:
             return []
-        self.versions.model.buffer[:0] = self.forget().prepared.updates
+        self.versions.model.buffer[:0] = judged.prepared.updates
         return [Save(record=records.CandidateDissolved())]
-
-    def forget(self) -> Judged:
-        """There is no candidate any more."""
-        assert self.candidate is not None  # noqa: S101 - the caller has seen it
-        candidate, self.candidate = self.candidate, None
-        return candidate
 
 
 def dropped(judged: Judged, why: str) -> list[DroppedUpdate]:

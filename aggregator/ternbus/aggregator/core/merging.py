@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ternbus.aggregator.core.canary import Canary, dropped, withdrawn_line
+from ternbus.aggregator.core.canary import Canary, Judged, dropped, withdrawn_line
 from ternbus.aggregator.core.events import Action, Log
 from ternbus.aggregator.core.log_lines import VERSIONS_PER_MINUTE, made_in, version_line
 from ternbus.aggregator.core.merge_trigger import MergeTrigger
@@ -72,8 +72,8 @@ class Merging:
 
     def on_time(self, now: float) -> list[Action]:
         """Merge if that is due; tell the operator if too few devices have contributed for long."""
-        if self.canary.candidate is not None:
-            return self._judge(now)
+        if (judged := self.canary.candidate) is not None:
+            return self._judge(judged, now)
         actions: list[Action] = []
         if self._trigger.is_due(self.model.buffer, self.registry.online, now):
             actions += self._merge(now)
@@ -138,12 +138,12 @@ class Merging:
         actions = self.versions.merge()
         return [*actions, *version_line(self._log_limit, made_in(actions), merged, now)]
 
-    def _judge(self, now: float) -> list[Action]:
+    def _judge(self, judged: Judged, now: float) -> list[Action]:
         """Publish the candidate or withdraw it, if the group has decided; the next one may be due at once."""
-        verdict = self.canary.verdict(now)
+        verdict = self.canary.verdict(judged, now)
         if verdict is None:
-            return self.canary.on_time(now)
-        judged, self._since = self.canary.forget(), now
+            return self.canary.on_time(judged, now)
+        self.canary.candidate, self._since = None, now
         if verdict.holds:
             updates = judged.prepared.updates
             self.influence.merged(updates)

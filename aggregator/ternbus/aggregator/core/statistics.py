@@ -150,8 +150,11 @@ class FederatedStatistics:
 
     def _all_answered(self) -> bool:
         """Whether all have that could: whether an owner allows it, nobody here knows."""
-        expected = [each for each in self.registry.members.values() if each.role == DEVICE and not each.revoked]
-        return bool(expected) and all(each.name in self.state.outcomes for each in expected)
+        outcomes = self.state.outcomes
+        return bool(outcomes) and not any(  # this is asked at each event: it ends at the first that is missing
+            each.name not in outcomes and each.role == DEVICE and not each.revoked
+            for each in self.registry.members.values()
+        )
 
 
 def _verdict(outcome: str) -> Verdict:

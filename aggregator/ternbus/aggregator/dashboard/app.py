@@ -139,7 +139,7 @@ class Dashboard:
         yield b"retry: 2000\n\n"
         async with aclosing(self.reader.follow()) as moments:
             async for moment in moments:
-                if not self._may_read(request):
+                if not (self._may_read(request) or _bearer(request)):  # a program has shown the token at the start
                     yield b"event: logout\ndata: {}\n\n"
                     return
                 yield ALIVE if moment is None else moment.event
@@ -242,11 +242,10 @@ class Dashboard:
         """The handler for those who may read; a program shows the token itself, as `Authorization: Bearer`."""
 
         async def checked(request: Request) -> Response:
-            shown = request.headers.get("authorization", "")
             if not self._may_read(request):
-                if not shown.startswith(BEARER):
+                if not (shown := _bearer(request)):
                     raise HTTPException(401, "log in first", {"WWW-Authenticate": "Bearer"})
-                if not self.sessions.is_bearer(shown.removeprefix(BEARER), _peer(request)):
+                if not self.sessions.is_bearer(shown, _peer(request)):
                     raise HTTPException(403, "this is not the token")
             return await handler(request)
 
@@ -315,6 +314,12 @@ def _json(value: Any, status: int = 200) -> Response:
 
 def _peer(request: Request) -> str:
     return "" if request.client is None else request.client.host
+
+
+def _bearer(request: Request) -> str:
+    """The token that a program shows; empty if it shows none."""
+    shown = request.headers.get("authorization", "")
+    return shown.removeprefix(BEARER) if shown.startswith(BEARER) else ""
 
 
 def _who(request: Request, session: Session) -> str:

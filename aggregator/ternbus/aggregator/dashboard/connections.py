@@ -24,7 +24,7 @@ class Connection(H11Protocol):
     _stuck_s: float = 0.0
     _unsent: int = 0
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # of TCP here; typeshed has the base class
         super().connection_made(transport)
         if len(self.connections) > CONNECTIONS_MAX:
             transport.abort()

@@ -120,7 +120,7 @@ def _open(host: str, port: int, address: str) -> socket.socket:
             opened.close()
             if error.errno == errno.EADDRINUSE:
                 if time.monotonic() < deadline:
-                    time.sleep(LOOK_S)
+                    time.sleep(LOOK_S)  # no event says that a port is free
                     continue
                 raise ConfigError(f"{what}another process has this port; choose another one, or 0 for any") from error
             if error.errno == errno.EACCES:

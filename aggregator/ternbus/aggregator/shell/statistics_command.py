@@ -122,7 +122,7 @@ def _wait(directory: Path, wait_s: float) -> None:
             )
         if time.monotonic() > deadline:
             raise FederationError("the aggregator does not end the request: look at its log; --last shows what came")
-        time.sleep(POLL_S)
+        time.sleep(POLL_S)  # between two looks at the ledger, which another process writes
 
 
 def result(directory: Path) -> dict[str, Any]:
