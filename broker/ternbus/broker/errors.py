@@ -3,6 +3,8 @@
 import errno
 from typing import Final
 
+from ternbus.broker.printable import printable
+
 FORBIDDEN: Final = frozenset({errno.EACCES, errno.EPERM})
 # A path that may not be used, does not exist or is of another kind is so after a restart, too.
 WRONG_PATH: Final = FORBIDDEN | {
@@ -22,7 +24,7 @@ class ProtocolError(FederationError):
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
-        shown = detail if detail.isprintable() else "".join(each if each.isprintable() else "?" for each in detail)
+        shown = printable(detail)
         super().__init__(f"{reason}: {shown}" if shown else reason)
         self.reason = reason
         self.detail = shown

@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import IO, Any, Final, Protocol
 
 from ternbus.broker.log_levels import ERROR, INFO, PRIORITIES, WARNING
+from ternbus.broker.printable import printable
 
 JOURNAL: Final = "JOURNAL_STREAM"  # set by systemd for services: device and inode of the stream to its journal
 
@@ -37,14 +38,10 @@ def log_line(
     if as_json:
         about: dict[str, Any] = {"time": round(time.time(), 3), "level": level, "event": event, "text": text}
         return json.dumps({**about, **fields})
-    shown = text if text.isprintable() else "".join(_shown(each) for each in text)
+    shown = printable(text, keep="\n")
     if journal:
         return f"<{PRIORITIES[level]}>{shown}"
     return f"{datetime.now().astimezone().isoformat(timespec='seconds')} {level:7} {shown}"
-
-
-def _shown(character: str) -> str:
-    return character if character.isprintable() or character == "\n" else "?"
 
 
 class WriteLog(Protocol):

@@ -144,7 +144,7 @@ class FederatedStatistics:
             return []
         self.due, self.state.is_open, self.versions.asked = None, False, None
         counts = sum(outcome == ANSWERED for outcome in self.state.outcomes.values())
-        text = f"statistics: {counts} devices answered, {len(self.state.outcomes) - counts} did not want or fit"
+        text = f"the request for statistics has ended: {counts} answers, {len(self.state.outcomes) - counts} refusals"
         ended = Log(text=text, event="statistics-ended", fields={"answered": counts})
         return [Save(record=records.StatisticsEnded()), *self.versions.renew_head(), ended]
 

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, Final
 
 from ternbus.aggregator.store.schema import DROPPED
+from ternbus.broker.printable import printable
 from ternbus.broker.store_format import checksum
 
 COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -117,7 +118,7 @@ def damaged(
 def shown(key: Sequence[Any]) -> str:
     """What names a row, for people; it may be anything."""
     parts = (each.hex() if isinstance(each, bytes) else str(each) for each in key)
-    return " ".join("".join(sign if sign.isprintable() else "?" for sign in part) for part in parts)
+    return " ".join(map(printable, parts))
 
 
 def _as_it_is(text: bytes) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from ternbus.broker.printable import printable
 from ternbus.broker.protocol.direction import (
     HIGHER,
     LOWER,
@@ -193,7 +194,7 @@ def sentences(summary: Mapping[str, Any] | None) -> list[tuple[str, str]]:
 
 def shown_name(name: str) -> str:
     """A metric's name for a screen: a peer has chosen it."""
-    return "".join(each if each.isprintable() else "?" for each in name[:NAME_CHARS])
+    return printable(name[:NAME_CHARS])
 
 
 def shown_value(value: float | None, sign: str = "") -> str:

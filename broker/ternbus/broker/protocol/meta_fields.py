@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from ternbus.broker.errors import ProtocolError
+from ternbus.broker.printable import printable
 from ternbus.broker.protocol.direction import DIRECTIONS, Direction
 from ternbus.broker.protocol.frame import COUNTER_MAX, PARTS_MAX, U64
 from ternbus.broker.protocol.identity import is_device
@@ -70,7 +71,7 @@ def line(meta: Mapping[str, Any], key: str, bytes_max: int) -> str:
     value = text(meta, key)
     if len(value.encode("utf-8", "surrogatepass")) > bytes_max:
         raise ProtocolError("bad-meta", f"{key!r} is longer than {bytes_max} bytes")
-    return _printable(value)
+    return printable(value)
 
 
 def shown(meta: Mapping[str, Any], key: str, chars_max: int) -> str:
@@ -78,11 +79,7 @@ def shown(meta: Mapping[str, Any], key: str, chars_max: int) -> str:
 
     It is printed, and must neither be a second line of a log nor do anything to a terminal.
     """
-    return _printable(text(meta, key)[:chars_max])
-
-
-def _printable(value: str) -> str:
-    return "".join(each if each.isprintable() else "?" for each in value)
+    return printable(text(meta, key)[:chars_max])
 
 
 def one_of(meta: Mapping[str, Any], key: str, names: tuple[str, ...]) -> str:

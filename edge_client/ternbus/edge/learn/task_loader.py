@@ -20,6 +20,7 @@ from typing import Final, Self
 import ternbus
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import expanded
+from ternbus.broker.printable import printable
 from ternbus.edge.learn import former_names, task_folder
 from ternbus.edge.learn.task import Task
 
@@ -150,12 +151,8 @@ def _text(value: object, convert: Callable[[object], str]) -> str:
 
 def _line(text: str) -> str:
     """The text on one line, without control characters, and shortened to `SHOWN_CHARS`."""
-    text = _printable(" ".join(text.split()))
+    text = printable(" ".join(text.split()))
     return text if len(text) <= SHOWN_CHARS else f"{text[: SHOWN_CHARS - 1]}…"
-
-
-def _printable(text: str) -> str:
-    return "".join(each if each.isprintable() else "?" for each in text)
 
 
 def _missing(error: BaseException) -> str:
@@ -269,7 +266,7 @@ class _Reference:
         if place is None and self.module.startswith("ternbus."):
             return ""
         file, line = place or (self.module, 0)
-        file = _printable(file)
+        file = printable(file)
         message = import_hint(error) or described(error) + self._hint(error, missing)
         return f"{file}, line {line}: {message}" if place else f"{file}: {message}"
 

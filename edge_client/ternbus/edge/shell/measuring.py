@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.printable import printable
 from ternbus.broker.protocol import statistics
 from ternbus.broker.protocol.statistics import Measured, StatisticsRequest
 from ternbus.edge.core.actions import StartStatistics
@@ -73,7 +74,7 @@ def _paid(account: Account, request: StatisticsRequest, plan: Plan) -> Account:
 
 
 def _refused(request: StatisticsRequest, reason: str, clock_s: float, failure: str = "") -> StatisticsMeasured:
-    encoded = "".join(each if each.isprintable() else "?" for each in reason).encode("utf-8", "replace")
+    encoded = printable(reason).encode("utf-8", "replace")
     told = encoded[: statistics.REFUSAL_BYTES_MAX].decode("utf-8", "ignore")
     return StatisticsMeasured(
         request=request, content=Measured(refusal=told).pack(), clock_s=clock_s, refusal=failure or reason
