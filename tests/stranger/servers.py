@@ -3,10 +3,12 @@
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -100,6 +102,16 @@ class Aggregator:
     def log(self) -> Path:
         """What it said."""
         return self.folder.with_suffix(".log")
+
+    @contextmanager
+    def halted(self) -> Iterator[None]:
+        """It does nothing during the block, as on a machine that is busy with something else."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
 
     @property
     def pid(self) -> int:
