@@ -10,6 +10,9 @@ from ternbus.aggregator.core.findings import Finding, Level, of_devices
 from ternbus.aggregator.core.health import Health, State, examine, usual
 from ternbus.aggregator.core.health_view import Certificate, DeviceView, View
 from ternbus.aggregator.core.situation import Situation, Waiting
+from ternbus.aggregator.settings import Settings
+from ternbus.aggregator.shell.examination import canary_of
+from ternbus.aggregator.version_settings import CanarySettings
 
 NOW = 1_000_000.0
 CONNECTED = Situation(running_s=500.0, connected_s=400.0, lost_s=None)
@@ -69,6 +72,13 @@ def test_whom_the_next_version_waits_for_is_said_with_the_time() -> None:
         ({"waits_for_helpers": {"bureau": "its card"}}, State.DEGRADED, "helpers"),
         ({"buffer": 1, "buffer_devices": 1, "min_devices": 2, "max_wait_s": 10.0}, State.DEGRADED, "held"),
         ({"intervals_s": (10.0,) * 4, "made_at": NOW - 601}, State.DEGRADED, "stalled"),
+        ({"group": ("judge",), "withdrawn": 2}, State.DEGRADED, "withdrawn"),
+        ({"group": ("judge", "pi-9"), "candidate": 58}, State.DEGRADED, "canary-silent"),
+        (
+            {"group": ("judge", "pi-1"), "candidate": 58, "reports": frozenset({"pi-1"})},
+            State.DEGRADED,
+            "canary-silent",
+        ),
     ],
 )
 def test_each_fault_has_its_state_and_its_name(about: dict[str, Any], state: State, kind: str) -> None:
@@ -91,10 +101,47 @@ def test_each_fault_has_its_state_and_its_name(about: dict[str, Any], state: Sta
         {"intervals_s": (70.0,) * 4, "made_at": NOW - 699},
         {"intervals_s": (10.0,) * 3, "made_at": NOW - 1e6},
         {"intervals_s": (10.0,) * 4, "made_at": NOW - 1e6, "state": "paused"},
+        {"group": ("judge", "pi-1"), "candidate": 58},
+        {"group": ("judge",)},
     ],
 )
 def test_what_is_within_its_bounds_is_fine(about: dict[str, Any]) -> None:
     assert examine(view(**about)).state is State.FINE
+
+
+def test_one_withdrawn_candidate_is_a_note_and_names_what_to_do() -> None:
+    health = examine(view(group=("judge",), withdrawn=1))
+    assert (health.state, kinds(health)) == (State.FINE, [(Level.NOTE, "withdrawn", "")])
+    assert "the last candidate was withdrawn" in health.findings[0].text
+    assert "the last 3 candidates were withdrawn" in examine(view(group=("judge",), withdrawn=3)).findings[0].text
+
+
+def versions(*updates: int | None) -> list[dict[str, Any]]:
+    """Rows of a status; None leaves a number out, as a rollback does."""
+    return [{"version": number, "updates": count} for number, count in enumerate(updates) if count is not None]
+
+
+@pytest.mark.parametrize(
+    ("rows", "withdrawn"),
+    [
+        (versions(0), 0),  # version 0 is no merge
+        (versions(0, 3, 3), 0),
+        (versions(0, 3, 0), 1),
+        (versions(0, 0, 0), 2),
+        (versions(0, 0, 3, 0, 0), 2),
+        (versions(0, 0, None, None, 0), 0),  # made by a rollback
+        (versions(0, 0, None, None, 0, 0), 1),
+    ],
+)
+def test_versions_without_a_change_up_to_the_newest_are_withdrawn_candidates(
+    rows: list[dict[str, Any]], withdrawn: int
+) -> None:
+    settings = Settings(federation="home", broker="mqtt://127.0.0.1", canary=CanarySettings(group=("judge",)))
+    found = {"candidate": {"version": 9, "reports": {"judge": {"accuracy": 0.5}}}, "versions": rows}
+    about = {"group": ("judge",), "candidate": 9, "reports": {"judge"}, "withdrawn": withdrawn}
+    assert canary_of(found, settings) == about
+    assert canary_of({**found, "candidate": None}, settings) == {**about, "candidate": None, "reports": set()}
+    assert canary_of(found, Settings(federation="home", broker="mqtt://127.0.0.1")) == {}
 
 
 def test_a_closed_federation_needs_no_process() -> None:

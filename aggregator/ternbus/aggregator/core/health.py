@@ -18,6 +18,7 @@ UNACKNOWLEDGED_S: Final = 60.0  # the broker has acknowledged nothing for so lon
 CERTIFICATE_DAYS: Final = 30.0
 STALLED: Final = 10.0  # usual times between versions without one: something holds it up
 STALLED_S: Final = 600.0  # and at least so long
+WITHDRAWN: Final = 2  # candidates in a row: one may be bad luck, after two somebody should look
 USUAL_VERSIONS: Final = 4  # as many times between versions make a usual one
 
 
@@ -89,7 +90,14 @@ def monitor_text(state: str, text: str) -> str:
 
 def examine(view: View) -> Health:
     """The health of what was seen."""
-    found = [*_process(view), *_disk(view), *_certificates(view), *_versions(view), *device_health.findings(view)]
+    found = [
+        *_process(view),
+        *_disk(view),
+        *_certificates(view),
+        *_versions(view),
+        *_canary(view),
+        *device_health.findings(view),
+    ]
     ordered = tuple(sorted(found, key=lambda each: -each.level))
     worst = max((each.level for each in ordered), default=Level.NOTE)
     situation, waiting = view.situation, None if view.situation is None else view.situation.waiting
@@ -204,4 +212,26 @@ def _versions(view: View) -> list[Finding]:
     if view.state == OPEN and view.running and often_s is not None and age_s > max(STALLED * often_s, STALLED_S):
         text = f"no new version, though one came every {often_s:.0f} s"
         found.append(Finding(level=Level.DEGRADED, kind="stalled", text=text, since=view.made_at))
+    return found
+
+
+def _canary(view: View) -> list[Finding]:
+    """Whether candidates become versions."""
+    found = []
+    if view.withdrawn:
+        level = Level.DEGRADED if view.withdrawn >= WITHDRAWN else Level.NOTE
+        last = "the last candidate was" if view.withdrawn == 1 else f"the last {view.withdrawn} candidates were"
+        text = (
+            f"{last} withdrawn with all updates in it: the process's log has what the group measured; revoke the "
+            "device whose updates spoil the model, or raise canary.tolerance"
+        )
+        found.append(Finding(level=level, kind="withdrawn", text=text, since=view.made_at))
+    online = {each.name for each in view.devices if each.online}
+    awaited = [name for name in view.group if name not in view.reports]
+    if view.candidate is not None and view.running and view.state != CLOSED and not online.intersection(awaited):
+        text = (
+            f"candidate {view.candidate} waits for {of_devices(awaited)}, of whom none is online: start one, or "
+            "change canary.group"
+        )
+        found.append(Finding(level=Level.DEGRADED, kind="canary-silent", text=text))
     return found

@@ -65,4 +65,8 @@ class View:
     devices: tuple[DeviceView, ...] = ()
     evaluated: Mapping[str, int] = field(default_factory=dict)  # evaluator -> newest version that it has measured
     claim: tuple[str, int] | None = None  # a device that names a version which is not here
+    group: tuple[str, ...] = ()  # that evaluates candidates
+    candidate: int | None = None  # that is evaluated now
+    reports: frozenset[str] = frozenset()  # who has reported on it
+    withdrawn: int = 0  # candidates in a row, up to the newest version
     waits_for_helpers: Mapping[str, str] = field(default_factory=dict)  # of private sums: helper -> what for

@@ -72,6 +72,7 @@ def look(directory: Path, versions_max: int | None = None) -> Examination:
         evaluated={name: row["evaluated"] for name, row in found["devices"].items() if row["evaluated"] is not None},
         claim=None if claim is None else (claim["device"], claim["version"]),
         waits_for_helpers=_helpers(found),
+        **canary_of(found, settings),
     )
     health = examine(view)
     return Examination(found={"health": health.as_json(), **found}, health=health, fault=fault)
@@ -103,6 +104,23 @@ def _helpers(found: Mapping[str, Any]) -> dict[str, str]:
     if private is None or private["terms"] is not None:
         return {}
     return {name: row["waits_for"] for name, row in private["helpers"].items() if row["waits_for"]}
+
+
+def canary_of(found: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """The group, the candidate and who has reported on it, and how many before it were withdrawn."""
+    if not settings.canary.group:
+        return {}
+    about, withdrawn = found["candidate"] or {"version": None, "reports": {}}, 0
+    for row, before in pairwise(reversed(found["versions"])):
+        if row["updates"] or before["version"] != row["version"] - 1:  # after a rollback there is a gap
+            break
+        withdrawn += 1
+    return {
+        "group": settings.canary.group,
+        "candidate": about["version"],
+        "reports": frozenset(about["reports"]),
+        "withdrawn": withdrawn,
+    }
 
 
 def broker_folder(directory: Path, settings: Settings) -> Path | None:
