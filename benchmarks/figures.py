@@ -125,6 +125,17 @@ def private_sums(found: Any) -> str:
     )
 
 
+def dashboard(row: Any) -> str:
+    viewers = str(row["viewers"])
+    return (
+        f"With {viewers} open dashboards an aggregator merges {row['watched_per_s']:.0f} updates of "
+        f"{row['parameters']:,} parameters a second, without one {row['without_per_s']:.0f} (medians of "
+        f"{row['rounds']} alternating rounds; the ratio is {row['ratio']:.2f}). Each update takes it "
+        f"{row['cpu_ms'][viewers]:.2f} and {row['cpu_ms']['0']:.2f} ms of CPU. The dashboard is a process of its own, "
+        f"and takes {row['dashboard_cores']:.2f} of a core."
+    )
+
+
 def encrypted_sums(found: Any) -> str:
     head = (
         "parameters", "kind", "an update", "to the helper", "from it", "device", "aggregator", "helper",
@@ -323,6 +334,7 @@ SECTIONS: Final[Mapping[str, tuple[str, Callable[[Any], str]]]] = {
     "agreement": ("A simulation beside real processes", agreement),
     "codec": ("Encode and decode", codec),
     "ingest": ("An aggregator", ingest),
+    "dashboard": ("An aggregator with a dashboard", dashboard),
     "private_sums": ("Private sums", private_sums),
     "encrypted_sums": ("Private sums by encryption", encrypted_sums),
     "merge_costs": ("What an update and a version cost", merge_costs),
