@@ -78,11 +78,24 @@ def ingest(rows: Any) -> str:
 
 
 def merge_costs(found: Any) -> str:
+    tables = (f"{each['parameters']:,} parameters:\n\n{_costs(each['rows'])}" for each in found["tables"])
+    return (
+        f"A version is made of {found['devices']} updates, as many as a sum of 4 bits holds, and a sum is opened by one "
+        "helper. Bytes up are those of all frames of an update, and a device's CPU is what it takes to make them (one "
+        "thread, median). Bytes of a version are those updates, what aggregator and helper ask and answer, and what is "
+        "published, once. CPU of aggregator and helper is that of their processes for a version. Versions a second are "
+        "made one after the other: the next updates are sent when the last version has come. Broker, aggregator, "
+        f"helper and devices share the machine; {found['versions']} versions of each kind. Encryption (`bfv`) is for "
+        "small models only.\n\n" + "\n\n".join(tables)
+    )
+
+
+def _costs(rows: Any) -> str:
     head = (
         "update", "bytes up", "of float32", "device's CPU", "bytes of a version", "aggregator's CPU", "helper's CPU",
         "versions/s", "devices in a sum, at most",
     )  # fmt: skip
-    float32 = next(row["bytes"] for row in found["rows"] if row["update"] == "plain float32")
+    float32 = next(row["bytes"] for row in rows if row["update"] == "plain float32")
     body = [
         [
             row["update"],
@@ -95,17 +108,9 @@ def merge_costs(found: Any) -> str:
             f"{row['versions_per_s']:.1f}",
             str(row["devices_max"] or "-"),
         ]
-        for row in found["rows"]
+        for row in rows
     ]
-    return (
-        f"A model of {found['parameters']:,} parameters; a version is made of {found['devices']} updates, as many as a "
-        "sum of 4 bits holds, and a sum is opened by one helper. Bytes up are those of all frames of an update, and a "
-        "device's CPU is what it takes to make them (one thread, median). Bytes of a version are those updates, what "
-        "aggregator and helper ask and answer, and what is published, once. CPU of aggregator and helper is that of "
-        "their processes for a version. Versions a second are made one after the other: the next updates are sent when "
-        f"the last version has come. Broker, aggregator, helper and devices share the machine; {found['versions']} "
-        f"versions of each kind.\n\n{_table(head, body)}"
-    )
+    return _table(head, body)
 
 
 def private_sums(found: Any) -> str:

@@ -17,6 +17,7 @@ from ternbus.aggregator.shell import administration, helper_cards
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.broker.files import write_secret
 from ternbus.broker.protocol.identity import enroll_proof
+from ternbus.broker.sums.terms import MASK
 
 HELPER: Final = "helper"
 
@@ -55,15 +56,16 @@ class Homes:
 
 
 def make(
-    folder: Path, url: str, *, parameters: int, devices: int, settings: Mapping[str, object], private: bool
-) -> Homes:
-    """Make the folders for a model of zeros; devices are enrolled."""
+    folder: Path, url: str, *, parameters: int, devices: int, settings: Mapping[str, object], private: bool,
+    sums: str = MASK,
+) -> Homes:  # fmt: skip
+    """Make the folders for a model of zeros; devices are enrolled. ``sums`` is the kind of private sums."""
     model = {name: np.zeros(shape, dtype=np.float32) for name, shape in shapes(parameters).items()}
     helper, log = folder / HELPER, folder / "processes.log"
     own: dict[str, object] = {}
     if private:
-        _run(log, "helper", "init", str(helper), "--federation", FEDERATION, "--broker", url)
-        own = {"private.helpers": dict([helper_cards.read(helper / "card.toml", FEDERATION)])}
+        _run(log, "helper", "init", str(helper), "--federation", FEDERATION, "--broker", url, "--private-kind", sums)
+        own = helper_cards.settings_of([helper / "card.toml"], FEDERATION, sums)
     homes = Homes(folder=folder)
     administration.create(
         homes.aggregator, federation=FEDERATION, broker=url, model=model, settings={**settings, **own}

@@ -1,17 +1,18 @@
-"""What an update and a version cost, by how updates are sent: plain ternary, float32, and private with 4 to 8 bits.
+"""What an update and a version cost, by how updates are sent: plain ternary, float32, masked, and encrypted (bfv).
 
-    python -m benchmarks.merge_costs [--json] [--parameters 1200000] [--versions 20] [--engine auto]
+    python -m benchmarks.merge_costs [--json] [--parameters 1200000 99000] [--versions 20] [--engine auto]
 
 A real aggregator with a real broker and disk makes each version of 7 updates, as many as a sum of 4 bits holds; a real
 helper opens the sums. The devices are this process: it makes the updates of a version with the device's own code before
 it sends the first, and waits for the next version. A version takes the time from the first byte sent to its head. Its
-bytes are those of the updates, of what aggregator and helper ask and answer, and of what is published, once.
+bytes are those of the updates, of what aggregator and helper ask and answer, and of what is published, once. Models
+that are too large for encryption have no row of it.
 """
 
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,8 +29,9 @@ from ternbus.broker.protocol.frame import Frame, parse
 from ternbus.broker.protocol.messages import Head, Update
 from ternbus.broker.protocol.ternary import FLOAT32, RAW, ZSTD
 from ternbus.broker.server.running import Engine, choose, start
+from ternbus.broker.sums import bfv
 from ternbus.broker.sums.plan_bytes import plan_bytes
-from ternbus.broker.sums.terms import Terms, context, digest_of
+from ternbus.broker.sums.terms import BFV, MASK, Terms, context, digest_of
 from ternbus.broker.sums.words import BITS
 from ternbus.edge.learn import private_sum
 from ternbus.edge.learn.noise import RandomSource
@@ -47,6 +49,7 @@ class Kind:
     name: str
     private: Mapping[str, object] | None = None
     codec: str = ""  # of plain updates; "" is ternary
+    sums: str = MASK  # the kind of private sums
 
     @property
     def settings(self) -> dict[str, object]:
@@ -58,6 +61,7 @@ KINDS: Final = (  # a row each
     Kind(name="plain ternary"),
     Kind(name="plain float32", codec=FLOAT32),
     *(Kind(name=f"private, {bits} bits", private={"private.bits": bits}) for bits in BITS),
+    Kind(name="private, 6 bits, bfv", private={"private.bits": 6}, sums=BFV),
 )
 
 
@@ -159,8 +163,9 @@ def measure(kind: Kind, parameters: int, versions: int, engine: Engine, folder: 
     private = kind.private is not None
     with start(choose(engine), host="127.0.0.1", port=0, directory=folder / "broker") as broker:
         made = homes.make(
-            folder, broker.url, parameters=parameters, devices=DEVICES, settings=kind.settings, private=private
-        )
+            folder, broker.url, parameters=parameters, devices=DEVICES, settings=kind.settings, private=private,
+            sums=kind.sums,
+        )  # fmt: skip
         with made.running() as processes:
             address = Target(broker.endpoint.host, broker.endpoint.port, FEDERATION, "", b"")
             watch = Watch(line=Line(address, "devices"))
@@ -198,17 +203,26 @@ def measure(kind: Kind, parameters: int, versions: int, engine: Engine, folder: 
 def main() -> None:
     """Measure and print."""
     parser = options(__doc__, Engine)
-    parser.add_argument("--parameters", type=int, default=1_200_000, help="size of the model")
+    parser.add_argument("--parameters", type=int, nargs="+", default=[1_200_000, 99_000], help="sizes of the model")
     parser.add_argument("--versions", type=int, default=20, help="versions of each kind")
     given = parser.parse_args()
     one_thread()
-    rows = []
-    for kind in KINDS:
-        with tempfile.TemporaryDirectory() as folder:
-            rows.append(measure(kind, given.parameters, given.versions, given.engine, Path(folder)))
-    elements = Federation(given.parameters).schema.elements
-    found = {"parameters": elements, "devices": DEVICES, "versions": given.versions, "rows": rows}
-    print_result(found, as_json=given.json, show=lambda: print("\n".join(map(str, [elements, *rows]))))
+    tables = []
+    for parameters in given.parameters:
+        about, rows = Federation(parameters), []
+        for kind in KINDS:
+            if kind.sums == BFV and about.schema.elements > bfv.ELEMENTS_MAX:
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                rows.append(measure(kind, parameters, given.versions, given.engine, Path(folder)))
+        tables.append({"parameters": about.schema.elements, "rows": rows})
+    found = {"devices": DEVICES, "versions": given.versions, "tables": tables}
+    print_result(found, as_json=given.json, show=lambda: show(tables))
+
+
+def show(tables: Sequence[Mapping[str, Any]]) -> None:
+    for table in tables:
+        print(f"{table['parameters']:,} parameters", *table["rows"], sep="\n")
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def frames_of(
     frame_bytes: int = FRAME_BYTES,
 ) -> list[bytes]:
     """The frames of a device's private update, made by the device's own code."""
-    pins = SumPolicy(helpers=tuple(helper.card.public for helper in job.terms.helpers), min=2)
+    pins = SumPolicy(helpers=tuple(each.card.public for each in job.terms.helpers), min=2, kind=job.terms.kind)
     profile = Profile(
         federation=FEDERATION, device=device(number), identity=identity(number), aggregator_public=aggregator,
         seal=lambda plain: seal(aggregator, plain), role="train", sums=pins,
