@@ -80,8 +80,8 @@ def ingest(rows: Any) -> str:
 def merge_costs(found: Any) -> str:
     tables = (f"{each['parameters']:,} parameters:\n\n{_costs(each['rows'])}" for each in found["tables"])
     return (
-        f"A version is made of {found['devices']} updates, as many as a sum of 4 bits holds, and a sum is opened by one "
-        "helper. Bytes up are those of all frames of an update, and a device's CPU is what it takes to make them (one "
+        f"A version is made of {found['devices']} updates, as many as a sum of 4 bits holds. One helper opens a "
+        "sum. Bytes up are those of all frames of an update, and a device's CPU is what it takes to make them (one "
         "thread, median). Bytes of a version are those updates, what aggregator and helper ask and answer, and what is "
         "published, once. CPU of aggregator and helper is that of their processes for a version. Versions a second are "
         "made one after the other: the next updates are sent when the last version has come. Broker, aggregator, "
