@@ -4,10 +4,14 @@
 """
 
 import json
+import socket
 import subprocess
 import sys
+import time
 import tomllib
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -60,11 +64,35 @@ def newest(folder: str) -> None:
     print(int(_printed("aggregator", "status", folder)["version"]) - 1)
 
 
-def _printed(*words: str) -> dict[str, str]:
+def update(folder: str) -> None:
+    """The number of a device's last answered update."""
+    print(_printed("edge", "status", folder)["receipt"]["seq"])
+
+
+def port() -> None:
+    """A free port."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        print(listener.getsockname()[1])
+
+
+def answers(url: str) -> None:
+    """Waits for an answer."""
+    for _ in range(600):
+        try:
+            urllib.request.urlopen(url, timeout=60).close()
+        except OSError:
+            time.sleep(0.1)
+        else:
+            return
+    raise SystemExit(f"{url} does not answer")
+
+
+def _printed(*words: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "ternbus", *words, "--json"]
-    found: dict[str, str] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    found: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     return found
 
 
 if __name__ == "__main__":
-    {each.__name__: each for each in (samples, arrays, key, card, device, head, newest)}[sys.argv[1]](*sys.argv[2:])
+    kinds = (samples, arrays, key, card, device, head, newest, update, port, answers)
+    {each.__name__: each for each in kinds}[sys.argv[1]](*sys.argv[2:])

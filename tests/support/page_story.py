@@ -51,7 +51,7 @@ SERVICE = re.compile(
 )
 STOPPED = re.compile(r"ternbus aggregator (?:restore|restored|repair|prune) ")  # these say: stop the aggregator first
 ADDRESS, NAME = re.compile(r"\b192\.168\.\d+\.\d+\b"), re.compile(r"\b(?:bus|broker)\.example\.org\b")
-PORT = re.compile(r"(?<=://127\.0\.0\.1)(?::\d+|\b)|(?<=://localhost)(?::\d+|\b)")
+PORT = re.compile(r"\b(mqtts?://(?:127\.0\.0\.1|localhost))(?::\d+|\b)")
 # Runs that take minutes as they are printed, and the options with which they take seconds.
 SHORTER = {r"ternbus lab run ": {"--versions": 2, "--devices": 3}, r"ternbus lab simulate ": {"--versions": 2}}
 STAMP = re.compile(r"\b(\w+)-\d{8}T\d{6}Z\b")  # of a backup, which stands for the newest there is
@@ -169,7 +169,7 @@ class Story:
         ):
             for option, number in options.items():
                 local = local if option in local else _with(local, f"{option} {number}")
-        return PORT.sub(f":{self.port}", local) if self.port else local
+        return PORT.sub(rf"\1:{self.port}", local) if self.port else local
 
     def _newest(self, stamp: re.Match[str]) -> str:
         made = sorted((self.folder / "backups").glob(f"{stamp[1]}-*"))
@@ -229,8 +229,11 @@ class Story:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         code = process.wait(WITHIN_S)
-        if code == -signal.SIGTERM and "stopped" in (self.logs / directory.replace("/", "-")).read_text()[-1000:]:
+        last = (self.logs / directory.replace("/", "-")).read_text("utf-8", "replace").splitlines()[-1:]
+        if code == -signal.SIGTERM and last and re.search(r"\bstopped|^ternbus: ", last[0]):
             return  # it was on its way out by itself
+        if code == 1 and last == ["ternbus: SIGTERM"]:
+            return  # it was still joining
         # a device ends with 3 if it was revoked
         assert code in ({0, 3} if kind == "edge" else {0}), f"{directory} ended with {code}:{self._logs()}"
 
