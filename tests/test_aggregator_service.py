@@ -16,8 +16,8 @@ from support.brokers import WITHIN_S, Inbox, linked
 from support.small_world import LAB, Device, ternary_block
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.core import Core
-from ternbus.aggregator.merge.accumulator import Accumulator
 from ternbus.aggregator.merge.background import WORTHWHILE
+from ternbus.aggregator.merge.exact import ExactSum
 from ternbus.aggregator.shell import administration, backup
 from ternbus.aggregator.shell import service as service_module
 from ternbus.aggregator.shell.preverify import WORTHWHILE_BYTES
@@ -121,7 +121,7 @@ def test_a_large_update_is_opened_and_added_in_threads_of_their_own(
 ) -> None:
     verified = noted(monkeypatch, Frame, "check_authentic", lambda about, _: about.kind == "update")
     read = noted(monkeypatch, Block, "read")
-    added = noted(monkeypatch, Accumulator, "add")
+    added = noted(monkeypatch, ExactSum, "add")
     with running(world) as (_, link, inbox):
         link.publish(topics.up(LAB, "pi", "update"), world.frame)
         while (arrived := inbox.until(Arrived)).topic != RECEIPTS:

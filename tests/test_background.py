@@ -7,8 +7,8 @@ import numpy as np
 
 from support.small_world import Lazy, accepted_update, float32_block, ternary_block
 from ternbus.aggregator.merge import optimizer
-from ternbus.aggregator.merge.accumulator import Accumulator
-from ternbus.aggregator.merge.background import WAITING_MAX, WORTHWHILE, Background, summing
+from ternbus.aggregator.merge.background import ADDERS_MAX, WAITING_MAX, WORTHWHILE, Background, adders_for, summing
+from ternbus.aggregator.merge.exact import ExactSum
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Settings
 from ternbus.broker.protocol.schema import Schema, Tensor
@@ -23,7 +23,7 @@ def blocks(count: int) -> list[Block]:
 
 
 def summed(chosen: list[Block]) -> bytes:
-    total = Accumulator(SCHEMA)
+    total = ExactSum(SCHEMA)
     for place, block in enumerate(chosen):
         total.add(block, 1 / (1 + place))
     return total.total().tobytes()
@@ -48,9 +48,14 @@ def test_few_blocks_wait_for_a_slow_thread() -> None:
 
 def test_only_a_large_model_is_worth_a_thread() -> None:
     with ThreadPoolExecutor(1) as thread:
-        assert isinstance(summing(thread, SCHEMA), Accumulator)
+        assert isinstance(summing(thread, 1, SCHEMA), ExactSum)
         large = Schema.write([Tensor("w", (WORTHWHILE,), "ternary")])
-        assert isinstance(summing(thread, large), Background)
+        assert isinstance(summing(thread, 1, large), Background)
+
+
+def test_adders_leave_processors_to_the_core_and_the_preverifier() -> None:
+    assert [adders_for(count) for count in (None, 1, 2, 3, 4, 6, 64)] == [1, 1, 1, 1, 2, 4, ADDERS_MAX]
+    assert 1 <= adders_for() <= ADDERS_MAX
 
 
 def test_another_way_to_add_up_begins_with_an_empty_buffer() -> None:

@@ -1,4 +1,6 @@
-"""A weighted sum of blocks, laid out so that a ternary block is added at the speed of memory.
+"""A weighted sum of blocks in the order in which they come, for rules that weigh them at a merge, and for old ledgers.
+
+It is laid out so that a ternary block is added at the speed of memory, as in ``exact.py``, which most sums are made by.
 
 Five trits are one byte and one look-up. numpy copies rows of 8 floats at twice the speed of rows of 5, so the sum of
 the ternary tensors has a row of 8 for each byte, three of them always 0; ``total`` takes them out once a merge. Where
@@ -25,7 +27,7 @@ COMPILED: Final = ternbus_rows is not None
 _count_other: Final = getattr(ternbus_rows, "count_other", None)  # not in its first version
 ROW: Final = 8
 CHUNK_ROWS: Final = 2**15  # 1 MiB of looked-up rows: they stay in the processor's cache, and are few calls
-_ROWS_OF_TRITS: Final = np.pad(TRITS, ((0, 256 - len(TRITS)), (0, ROW - 5)))  # a row for every byte there is
+ROWS_OF_TRITS: Final = np.pad(TRITS, ((0, 256 - len(TRITS)), (0, ROW - 5)))  # a row for every byte there is
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,28 @@ class Layout:
 
 
 @dataclass(slots=True)
+class RowAdder:
+    """Adds rows that are looked up: rows[i] += table[packed[i]]."""
+
+    compiled: bool = COMPILED
+    _looked_up: FloatArray | None = field(default=None)  # (CHUNK_ROWS, 8), of the block that is being added
+
+    def add(self, rows: FloatArray, table: FloatArray, packed: Bytes) -> None:
+        """``rows`` of shape (bytes, 8), ``table`` of (256, 8), ``packed`` of (bytes,)."""
+        if self.compiled:  # pragma: no cover - likewise; tests/test_native.py compares both
+            ternbus_rows.add(rows, table, packed)
+            return
+        if self._looked_up is None:
+            self._looked_up = np.empty((CHUNK_ROWS, ROW), dtype=np.float32)
+        for start in range(0, len(packed), CHUNK_ROWS):
+            part = packed[start : start + CHUNK_ROWS]
+            looked_up = self._looked_up[: len(part)]
+            # no byte is beyond the table: "clip" has numpy write straight to ``out``
+            table.take(part, axis=0, out=looked_up, mode="clip")
+            rows[start : start + CHUNK_ROWS] += looked_up
+
+
+@dataclass(slots=True)
 class Accumulator:
     """sum_i w_i block_i over one schema; nothing is allocated before the first block."""
 
@@ -59,9 +83,10 @@ class Accumulator:
     _rows: FloatArray | None = field(default=None)  # (bytes, 8), of ternary blocks
     _plain: FloatArray | None = field(default=None)  # (ternary elements,), of float32 blocks
     _dense: FloatArray = field(init=False)  # (dense elements,)
-    _looked_up: FloatArray | None = field(default=None)  # (CHUNK_ROWS, 8), of the block that is being added
+    _adder: RowAdder = field(init=False)
 
     def __post_init__(self) -> None:
+        self._adder = RowAdder(compiled=self.compiled)
         self._layout = Layout.of(self.schema)
         self._dense = np.zeros(self.schema.dense_elements, dtype=np.float32)
 
@@ -94,24 +119,10 @@ class Accumulator:
         if self._rows is None:
             self._rows = np.zeros((len(packed), ROW), dtype=np.float32)
         for (first, last), scale in zip(self._layout.inner, scales, strict=True):
-            self._add_rows(self._rows[first:last], _ROWS_OF_TRITS * scale, packed[first:last])
+            self._adder.add(self._rows[first:last], ROWS_OF_TRITS * scale, packed[first:last])
         shared = self._layout.shared
         if len(shared):
             self._rows[shared, :5] += TRITS[packed[shared]] * np.append(scales, np.float32(0))[self._layout.owners]
-
-    def _add_rows(self, rows: FloatArray, table: FloatArray, packed: Bytes) -> None:
-        """rows[i] += table[packed[i]]."""
-        if self.compiled:  # pragma: no cover - likewise; tests/test_native.py compares both
-            ternbus_rows.add(rows, table, packed)
-            return
-        if self._looked_up is None:
-            self._looked_up = np.empty((CHUNK_ROWS, ROW), dtype=np.float32)
-        for start in range(0, len(packed), CHUNK_ROWS):
-            part = packed[start : start + CHUNK_ROWS]
-            looked_up = self._looked_up[: len(part)]
-            # no byte is beyond the table: "clip" has numpy write straight to ``out``
-            table.take(part, axis=0, out=looked_up, mode="clip")
-            rows[start : start + CHUNK_ROWS] += looked_up
 
 
 def count_other(values: Bytes, value: int) -> int:
