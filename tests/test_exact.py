@@ -95,7 +95,12 @@ def test_threads_side_by_side_have_the_same_bits(adders: int, chosen: list[Weigh
         background = Background(SCHEMA, threads, adders)
         for block, weight in chosen:
             background.add(block, weight)
-        assert background.total().tobytes() == summed(chosen).total().tobytes()
+        whole = summed(chosen)
+        assert background.total().tobytes() == whole.total().tobytes()
+        assert background.subtracts == whole.subtracts
+        if whole.subtracts:
+            background.subtract(*chosen[0])
+            assert background.total().tobytes() == summed(chosen[1:]).total().tobytes()
 
 
 @given(near_buffers, st.data())

@@ -8,17 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ternbus.aggregator.merge.accumulator import COMPILED, Accumulator, count_other
+from ternbus.aggregator.merge.exact import ExactSum
 from ternbus.broker.protocol.schema import Schema, Tensor
 from ternbus.broker.protocol.ternary import Block
 
 pytestmark = pytest.mark.skipif(not COMPILED, reason="pip install ./aggregator/native")
 
 
-@given(st.data())
-def test_the_sums_have_the_same_bits(data: st.DataObject) -> None:
+@pytest.mark.parametrize("kind", [Accumulator, ExactSum])
+@given(data=st.data())
+def test_the_sums_have_the_same_bits(kind: type[Accumulator | ExactSum], data: st.DataObject) -> None:
     sizes = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=5))
     schema = Schema.write([Tensor(f"t{index}", (size,), "ternary") for index, size in enumerate(sizes)])
-    plain, compiled = Accumulator(schema, compiled=False), Accumulator(schema, compiled=True)
+    plain, compiled = kind(schema, compiled=False), kind(schema, compiled=True)
     generator = np.random.default_rng(data.draw(st.integers(0, 99)))
     for _ in range(data.draw(st.integers(1, 4))):
         trits = generator.integers(-1, 2, schema.ternary_elements).astype(np.int8)
