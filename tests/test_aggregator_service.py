@@ -121,7 +121,7 @@ def test_a_large_update_is_opened_and_added_in_threads_of_their_own(
 ) -> None:
     verified = noted(monkeypatch, Frame, "check_authentic", lambda about, _: about.kind == "update")
     read = noted(monkeypatch, Block, "read")
-    added = noted(monkeypatch, ExactSum, "add")
+    added = noted(monkeypatch, ExactSum, "add_all")
     with running(world) as (_, link, inbox):
         link.publish(topics.up(LAB, "pi", "update"), world.frame)
         while (arrived := inbox.until(Arrived)).topic != RECEIPTS:

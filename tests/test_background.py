@@ -7,7 +7,15 @@ import numpy as np
 
 from support.small_world import Lazy, accepted_update, float32_block, ternary_block
 from ternbus.aggregator.merge import optimizer
-from ternbus.aggregator.merge.background import ADDERS_MAX, WAITING_MAX, WORTHWHILE, Background, adders_for, summing
+from ternbus.aggregator.merge.background import (
+    ADDERS_MAX,
+    AT_A_TIME,
+    WAITING_MAX,
+    WORTHWHILE,
+    Background,
+    adders_for,
+    summing,
+)
 from ternbus.aggregator.merge.exact import ExactSum
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Settings
@@ -39,11 +47,11 @@ def test_a_thread_s_sum_has_the_bits_of_one_that_is_added_at_once() -> None:
 
 def test_few_blocks_wait_for_a_slow_thread() -> None:
     thread = Lazy()
-    background = Background(SCHEMA, thread)
-    for place, block in enumerate(blocks(WAITING_MAX + 5)):
+    background, more = Background(SCHEMA, thread), 5 * AT_A_TIME + 1
+    for place, block in enumerate(blocks(WAITING_MAX + more)):
         background.add(block, 1 / (1 + place))
-    assert [late.done() for late in thread.given] == [True] * 5 + [False] * WAITING_MAX
-    assert background.total().tobytes() == summed(blocks(WAITING_MAX + 5))
+    assert [late.done() for late in thread.given] == [True] * 5 + [False] * (WAITING_MAX // AT_A_TIME)
+    assert background.total().tobytes() == summed(blocks(WAITING_MAX + more))
 
 
 def test_only_a_large_model_is_worth_a_thread() -> None:
@@ -58,6 +66,11 @@ def test_adders_leave_processors_to_the_core_and_the_preverifier() -> None:
     assert 1 <= adders_for() <= ADDERS_MAX
 
 
+def take_in(model: Model, seqs: list[int]) -> None:
+    for seq in seqs:
+        model.accept(accepted_update(seq=seq), blocks(1)[0])
+
+
 def test_another_way_to_add_up_begins_with_an_empty_buffer() -> None:
     settings = Settings(federation="lab", broker="mqtt://127.0.0.1:1")
     start = np.zeros(SCHEMA.elements, dtype=np.float32)
@@ -65,11 +78,12 @@ def test_another_way_to_add_up_begins_with_an_empty_buffer() -> None:
     model = Model(settings=settings, schema=SCHEMA, version=0, published=start, server=server, kinds=TensorKinds())
     first, second = Lazy(), Lazy()
     model.sum_by(partial(lambda thread, schema: Background(schema, thread), first))
-    model.accept(accepted_update(), blocks(1)[0])
+    take_in(model, seqs=[1, 2, 3, 4])
     assert len(first.given) == 1
     model.sum_by(partial(lambda thread, schema: Background(schema, thread), second))
-    model.accept(accepted_update(seq=2), blocks(1)[0])
+    take_in(model, seqs=[5, 6, 7, 8])
     assert (len(first.given), len(second.given)) == (2, 0)
     model.merge()
-    model.accept(accepted_update(seq=3), blocks(1)[0])
-    assert (len(first.given), len(second.given)) == (2, 1)
+    before = len(first.given)
+    take_in(model, seqs=[9, 10, 11, 12])
+    assert (len(first.given), len(second.given)) == (before, 1)

@@ -21,7 +21,9 @@ level of the tensor's largest, and added in float64: each moves by at most 2^-40
 Sums of floats in bins by their exponents, which need no order: Demmel & Nguyen 2013, section III.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -33,6 +35,7 @@ from ternbus.broker.protocol.schema import Schema, Segment, Vector
 from ternbus.broker.protocol.ternary import TERNARY, Block
 
 F64 = npt.NDArray[np.float64]
+Weighted = tuple[Block, float]
 OCTAVES: Final = 6  # of the coefficients on one level
 COEFFICIENT_BITS: Final = 17  # of the largest coefficient on a level
 ELEMENT_BITS: Final = 45  # likewise of elements that travel as float32
@@ -155,11 +158,15 @@ class ExactSum:
 
     def add(self, block: Block, weight: float) -> None:
         """Add ``weight`` times a block."""
-        self._put(block, weight, 1)
+        self._put([(block, weight)], 1)
+
+    def add_all(self, weighted: Sequence[Weighted]) -> None:
+        """Add each block times its weight; the sum is read and written less often than by ``add``."""
+        self._put(weighted, 1)
 
     def subtract(self, block: Block, weight: float) -> None:
         """Take out ``weight`` times a block that was added; only if ``subtracts``."""
-        self._put(block, -weight, -1)
+        self._put([(block, -weight)], -1)
         for _, levels in (*self._trits, *self._elements):
             levels.forget_empty()
 
@@ -183,37 +190,43 @@ class ExactSum:
             levels.add_to(vector[segment.start : segment.stop], 0)
         return vector
 
-    def _put(self, block: Block, weight: float, blocks: int) -> None:
-        travelling = self._elements
-        if block.codec == TERNARY:
-            self._put_trits(block, weight, blocks)
-            travelling = self._elements[len(self._trits) :]
-        elements, first = block.elements, 0
-        for segment, levels in travelling:
-            values = elements[first : first + segment.tensor.elements]
-            first += segment.tensor.elements
-            largest = weight * max(float(values.max()), -float(values.min()))
-            if largest:
-                numbers, quantums = _level(np.array([largest]), ELEMENT_BITS)
-                quantum = float(quantums[0])
-                target = levels.put(int(numbers[0]), quantum, math.ceil(abs(largest) / quantum), blocks)
-                if target is not None:
-                    _add_rounded(target, values, weight, quantum)
+    def _put(self, weighted: Sequence[Weighted], sign: int) -> None:
+        ternary = [(block, weight) for block, weight in weighted if block.codec == TERNARY]
+        self._put_trits(ternary, sign)
+        for block, weight in weighted:
+            travelling = self._elements[len(self._trits) :] if block.codec == TERNARY else self._elements
+            if travelling:
+                _put_elements(travelling, block.elements, weight, sign)
 
-    def _put_trits(self, block: Block, weight: float, blocks: int) -> None:
-        packed = block.packed
-        coefficients = np.multiply(block.scales, weight, dtype=np.float64)
-        numbers, quantums = _level(coefficients, COEFFICIENT_BITS)
-        quanta = np.rint(coefficients / quantums)
-        rounded = (quanta * quantums).astype(np.float32)
-        counts = np.abs(quanta).astype(np.int64).tolist()
-        for (segment, levels), number, quantum, count, scale in zip(
-            self._trits, numbers.tolist(), quantums.tolist(), counts, rounded, strict=True
-        ):
-            # a byte at either end may have trits of a neighbour: they are added, too, and ``total`` leaves them out
-            target = levels.put(number, quantum, count, blocks) if count else None
+    def _put_trits(self, weighted: Sequence[Weighted], sign: int) -> None:
+        packed = [block.packed for block, _ in weighted]
+        coefficients = [[scale * weight for scale in block.scales.tolist()] for block, weight in weighted]
+        for place, (segment, levels) in enumerate(self._trits):
+            by_level: dict[tuple[int, float], list[tuple[int, int]]] = {}
+            for each, own in enumerate(coefficients):
+                number, quantum = _level(own[place], COEFFICIENT_BITS)
+                if quanta := round(own[place] / quantum):
+                    by_level.setdefault((number, quantum), []).append((each, quanta))
+            for (number, quantum), chosen in by_level.items():
+                target = levels.put(number, quantum, sum(abs(quanta) for _, quanta in chosen), sign * len(chosen))
+                if target is not None:
+                    # a byte at either end may have trits of a neighbour: they are added, and ``total`` leaves them out
+                    tables = [ROWS_OF_TRITS * np.float32(quanta * quantum) for _, quanta in chosen]
+                    self._adder.add(target, tables, [packed[each][_slice(segment)] for each, _ in chosen])
+
+
+def _put_elements(travelling: Sequence[tuple[Segment, Levels]], elements: FloatArray, weight: float, sign: int) -> None:
+    """Add the weighted elements of these tensors, which lie one behind the other."""
+    sizes = [segment.tensor.elements for segment, _ in travelling]
+    ends = list(itertools.accumulate(sizes))
+    starts = [end - size for end, size in zip(ends, sizes, strict=True)]
+    highest, lowest = (each.reduceat(elements, starts).tolist() for each in (np.maximum, np.minimum))
+    for (_, levels), start, end, high, low in zip(travelling, starts, ends, highest, lowest, strict=True):
+        if largest := abs(weight * max(high, -low)):
+            number, quantum = _level(largest, ELEMENT_BITS)
+            target = levels.put(number, quantum, math.ceil(largest / quantum), sign)
             if target is not None:
-                self._adder.add(target, ROWS_OF_TRITS * scale, packed[_slice(segment)])
+                _add_rounded(target, elements[start:end], weight, quantum)
 
 
 def _slice(segment: Segment) -> slice:
@@ -221,11 +234,11 @@ def _slice(segment: Segment) -> slice:
     return slice(segment.offset // 5, -(-(segment.offset + segment.tensor.elements) // 5))
 
 
-def _level(coefficients: F64, bits: int) -> tuple[npt.NDArray[np.int64], F64]:
-    """The level of each coefficient, and the quantum of its level where the largest has so many bits."""
-    _, exponents = np.frexp(coefficients)  # 2^(exponent - 1) <= |c| < 2^exponent
-    numbers = np.maximum((exponents.astype(np.int64) - 1) // OCTAVES, LOWEST)
-    return numbers, np.ldexp(1.0, OCTAVES * (numbers + 1) - bits)
+def _level(coefficient: float, bits: int) -> tuple[int, float]:
+    """The level of a coefficient other than 0, and its quantum, if the largest on a level has so many bits."""
+    _, exponent = math.frexp(coefficient)  # 2^(exponent - 1) <= |c| < 2^exponent
+    number = max((exponent - 1) // OCTAVES, LOWEST)
+    return number, math.ldexp(1.0, OCTAVES * (number + 1) - bits)
 
 
 def _add_rounded(target: F64, values: FloatArray, weight: float, quantum: float) -> None:
