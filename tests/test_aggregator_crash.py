@@ -585,7 +585,8 @@ class Federation(RuleBasedStateMachine):
         if not self.alive:
             return
         model = self.bench.core.model
-        np.testing.assert_allclose(model.server.target, self.server.target, rtol=1e-4, atol=1e-4)
+        # coefficients are rounded, by at most 2^-12 of themselves; fedyogi at rate 1 takes steps of about 1 with them
+        np.testing.assert_allclose(model.server.target, self.server.target, rtol=1e-3, atol=1e-3)
         assert len(model.buffer) == len(self.pending)
         rows = self.bench.ledger.db.execute("SELECT codec, updates FROM versions WHERE version = ?", (model.version,))
         if rows.fetchone() in {("float32", updates) for updates in range(1, 100)}:  # else there may be a residual

@@ -116,9 +116,11 @@ def test_a_revocation_that_does_not_reach_the_backups_is_in_the_log(world: World
     assert f"{out} is away: mount it" in line
 
 
+@pytest.mark.parametrize("adders", [1, 3])
 def test_a_large_update_is_opened_and_added_in_threads_of_their_own(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World, adders: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    world.service.adders = adders
     verified = noted(monkeypatch, Frame, "check_authentic", lambda about, _: about.kind == "update")
     read = noted(monkeypatch, Block, "read")
     added = noted(monkeypatch, ExactSum, "add_all")
