@@ -40,6 +40,7 @@ BENCHMARKS: Final[Mapping[str, Benchmark]] = {
     "uplink": Benchmark(),
     "codec": Benchmark(),
     "ingest": Benchmark(),
+    "exact_sums": Benchmark(),
     "dashboard": Benchmark(),
     "private_sums": Benchmark(),
     "encrypted_sums": Benchmark(),

@@ -18,7 +18,8 @@ from typing import Final
 import numpy as np
 
 from benchmarks.program import options, print_result
-from ternbus.aggregator.merge.accumulator import COMPILED, Accumulator
+from ternbus.aggregator.merge.accumulator import COMPILED
+from ternbus.aggregator.merge.exact import ExactSum
 from ternbus.broker.protocol.schema import Schema, Vector
 from ternbus.broker.protocol.ternary import TERNARY, ZSTD, Block, encode
 from ternbus.edge.learn.compress import compress
@@ -74,15 +75,15 @@ def measure(parameters: int) -> Row:
     schema = Schema.of({"weight": (parameters,)})
     change = np.random.default_rng(0).normal(0.0, 0.01, parameters).astype(np.float32)
     total: Vector = np.zeros(parameters, dtype=np.float32)
-    plain, compiled = Accumulator(schema, compiled=False), Accumulator(schema)
+    plain, compiled = ExactSum(schema, compiled=False), ExactSum(schema)
 
     def encode_update() -> bytes:
         return encode(compress(schema, Plan(), change, None, 7).block.content, ZSTD)
 
     body = encode_update()
 
-    def decode_update(accumulator: Accumulator = plain) -> None:
-        accumulator.add(Block.read(schema, TERNARY, ZSTD, body), 600.0)
+    def decode_update(into: ExactSum = plain) -> None:
+        into.add(Block.read(schema, TERNARY, ZSTD, body), 600.0)
 
     def add() -> None:
         np.add(total, change, out=total)

@@ -113,6 +113,41 @@ def _costs(rows: Any) -> str:
     return _table(head, body)
 
 
+def exact_sums(found: Any) -> str:
+    rounded, way, took = found["rounding"], found["accuracy"], found["revocation"]
+    exact, noise = rounded["exact"], rounded["terngrad"]
+    apart = [100 * (new - old) for new, old in zip(way["exact"], way["in order"], strict=True)]
+    percent = {name: f"{100 * statistics.mean(values):.2f} %" for name, values in way.items()}
+    head = ("sum", "adders", "CPU an update, all adders", "the busiest adder", "updates/s by its CPU", "times")
+    rows = found["adders"]
+    body = [
+        [
+            row["way"],
+            str(row["adders"]),
+            f"{row['cpu_ms']:.2f} ms",
+            f"{row.get('busiest_ms', row['cpu_ms']):.2f} ms",
+            f"{row['per_s']:,.0f}",
+            f"{row['per_s'] / rows[0]['per_s']:.1f}",
+        ]
+        for row in rows
+    ]
+    how = " with the compiled loop" if found["compiled"] else ""
+    old, new = took["cpu_ms"]["in order"], took["cpu_ms"]["exact"]
+    return (
+        f"Buffers of {found['updates']} updates, made ternary at random ({found['buffers']} buffers). Rounding their "
+        f"coefficients moves a sum by {exact['error']:.1e} of its norm, where TernGrad itself has moved it by "
+        f"{noise['error']:.2f}: {noise['error'] / exact['error']:,.0f} times as much. Its bias, the part along the "
+        f"sum, is {exact['bias']:+.1e} (standard error {exact['bias_se']:.1e}); TernGrad's, which clips, is "
+        f"{noise['bias']:+.1e}. digits-numpy, 8 devices, Dirichlet 0.5, {found['versions']} versions, "
+        f"{_seeds(len(apart))}: {percent['exact']} with exact sums, {percent['in order']} in order, "
+        f"{statistics.mean(apart):+.2f} points apart (standard error {_error(apart):.2f}).\n\n"
+        f"Threads that add updates of {found['parameters']:,} parameters{how}, by the CPU time of the threads. All "
+        f"have the same bits.\n\n{_table(head, body)}\n\n"
+        f"To take one of {took['devices']} devices out of a buffer of {took['buffer']} takes {old:.0f} ms of CPU where "
+        f"the others are added anew, and {new:.1f} ms where its updates are subtracted: {old / new:.0f} times less."
+    )
+
+
 def private_sums(found: Any) -> str:
     own, helper, bare, took = (found[name] for name in ("device", "helper", "bare", "ingest"))
     return (
@@ -340,6 +375,7 @@ SECTIONS: Final[Mapping[str, tuple[str, Callable[[Any], str]]]] = {
     "codec": ("Encode and decode", codec),
     "ingest": ("An aggregator", ingest),
     "dashboard": ("An aggregator with a dashboard", dashboard),
+    "exact_sums": ("Exact sums", exact_sums),
     "private_sums": ("Private sums", private_sums),
     "encrypted_sums": ("Private sums by encryption", encrypted_sums),
     "merge_costs": ("What an update and a version cost", merge_costs),

@@ -22,7 +22,7 @@ from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.registry import REVOKED
 from ternbus.aggregator.shell import administration, log
 from ternbus.aggregator.store import membership
-from ternbus.aggregator.store.recovery import waiting
+from ternbus.aggregator.store.recovery import Waiting
 from ternbus.aggregator.store.schema import DROPPED
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
@@ -565,7 +565,7 @@ class Federation(RuleBasedStateMachine):
     @rule(name=DEVICES, keep=st.booleans(), crash=CRASHES)
     def revoke(self, name: str, keep: bool, crash: int | None) -> None:
         """The operator puts a device out, perhaps one that was out already; `change_key` lets it in again."""
-        buffer = waiting(self.bench.ledger, self.bench.schema)
+        buffer = Waiting(self.bench.ledger, self.bench.schema)
         self.perform(self.handle(events.RevokeRequested(device=name, keep=keep, buffer=buffer)), crash)
 
     @precondition(lambda self: self.alive)
@@ -585,7 +585,8 @@ class Federation(RuleBasedStateMachine):
         if not self.alive:
             return
         model = self.bench.core.model
-        np.testing.assert_allclose(model.server.target, self.server.target, rtol=1e-4, atol=1e-4)
+        # coefficients are rounded, by at most 2^-12 of themselves; fedyogi at rate 1 takes steps of about 1 with them
+        np.testing.assert_allclose(model.server.target, self.server.target, rtol=1e-3, atol=1e-3)
         assert len(model.buffer) == len(self.pending)
         rows = self.bench.ledger.db.execute("SELECT codec, updates FROM versions WHERE version = ?", (model.version,))
         if rows.fetchone() in {("float32", updates) for updates in range(1, 100)}:  # else there may be a residual

@@ -16,8 +16,8 @@ from support.brokers import WITHIN_S, Inbox, linked
 from support.small_world import LAB, Device, ternary_block
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.core import Core
-from ternbus.aggregator.merge.accumulator import Accumulator
 from ternbus.aggregator.merge.background import WORTHWHILE
+from ternbus.aggregator.merge.exact import ExactSum
 from ternbus.aggregator.shell import administration, backup
 from ternbus.aggregator.shell import service as service_module
 from ternbus.aggregator.shell.preverify import WORTHWHILE_BYTES
@@ -116,12 +116,14 @@ def test_a_revocation_that_does_not_reach_the_backups_is_in_the_log(world: World
     assert f"{out} is away: mount it" in line
 
 
+@pytest.mark.parametrize("adders", [1, 3])
 def test_a_large_update_is_opened_and_added_in_threads_of_their_own(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World, adders: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    world.service.adders = adders
     verified = noted(monkeypatch, Frame, "check_authentic", lambda about, _: about.kind == "update")
     read = noted(monkeypatch, Block, "read")
-    added = noted(monkeypatch, Accumulator, "add")
+    added = noted(monkeypatch, ExactSum, "add_all")
     with running(world) as (_, link, inbox):
         link.publish(topics.up(LAB, "pi", "update"), world.frame)
         while (arrived := inbox.until(Arrived)).topic != RECEIPTS:

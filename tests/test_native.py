@@ -8,17 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ternbus.aggregator.merge.accumulator import COMPILED, Accumulator, count_other
+from ternbus.aggregator.merge.exact import ExactSum
 from ternbus.broker.protocol.schema import Schema, Tensor
 from ternbus.broker.protocol.ternary import Block
 
 pytestmark = pytest.mark.skipif(not COMPILED, reason="pip install ./aggregator/native")
 
 
-@given(st.data())
-def test_the_sums_have_the_same_bits(data: st.DataObject) -> None:
+@pytest.mark.parametrize("kind", [Accumulator, ExactSum])
+@given(data=st.data())
+def test_the_sums_have_the_same_bits(kind: type[Accumulator | ExactSum], data: st.DataObject) -> None:
     sizes = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=5))
     schema = Schema.write([Tensor(f"t{index}", (size,), "ternary") for index, size in enumerate(sizes)])
-    plain, compiled = Accumulator(schema, compiled=False), Accumulator(schema, compiled=True)
+    plain, compiled = kind(schema, compiled=False), kind(schema, compiled=True)
     generator = np.random.default_rng(data.draw(st.integers(0, 99)))
     for _ in range(data.draw(st.integers(1, 4))):
         trits = generator.integers(-1, 2, schema.ternary_elements).astype(np.int8)
@@ -27,6 +29,8 @@ def test_the_sums_have_the_same_bits(data: st.DataObject) -> None:
         weight = float(generator.random())
         for each in (plain, compiled):
             each.add(block, weight)
+            if isinstance(each, ExactSum):
+                each.add_all([(block, weight / place) for place in range(1, 8)])  # four in one pass, and three
     assert plain.total().tobytes() == compiled.total().tobytes()
     assert np.any(plain.total()) or not np.any(trits)
 
@@ -39,6 +43,7 @@ def test_other_bytes_are_counted_as_numpy_does(content: bytes, value: int) -> No
 
 ROWS, TABLE, PACKED = np.zeros((6, 8), np.float32), np.ones((256, 8), np.float32), np.zeros(6, np.uint8)
 READ_ONLY = np.zeros((6, 8), np.float32)
+FOUR = np.ones((4, 256, 8), np.float32)
 READ_ONLY.flags.writeable = False
 
 
@@ -57,9 +62,33 @@ def test_what_does_not_fit_is_refused(wrong: Any) -> None:
     ROWS[:] = 0
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        (ROWS[:5], FOUR, *[PACKED] * 4),
+        (ROWS, FOUR[:3], *[PACKED] * 4),
+        *((ROWS, FOUR, *[PACKED] * place, PACKED[1:], *[PACKED] * (3 - place)) for place in range(4)),
+        (READ_ONLY, FOUR, *[PACKED] * 4),
+        (ROWS, FOUR, *[PACKED] * 3),
+    ],
+)
+def test_four_that_do_not_fit_are_refused(wrong: Any) -> None:
+    import ternbus_rows  # noqa: PLC0415 - not everywhere
+
+    with pytest.raises((ValueError, TypeError, BufferError)):
+        ternbus_rows.add_four(*wrong)
+    tables = FOUR * np.array([1, 10, 100, 1000], np.float32)[:, None, None]
+    ternbus_rows.add_four(ROWS, tables, *[PACKED] * 4)
+    assert (ROWS == 1111).all()
+    ROWS[:] = 0
+
+
 def test_the_largest_byte_has_a_row() -> None:
     import ternbus_rows  # noqa: PLC0415 - not everywhere
 
     rows = np.zeros((1, 8), np.float32)
-    ternbus_rows.add(rows, np.repeat(np.arange(256, dtype=np.float32)[:, None], 8, axis=1), np.array([255], np.uint8))
+    table = np.repeat(np.arange(256, dtype=np.float32)[:, None], 8, axis=1)
+    ternbus_rows.add(rows, table, np.array([255], np.uint8))
     assert rows.tolist() == [[255.0] * 8]
+    ternbus_rows.add_four(rows, np.stack([table] * 4), *[np.array([255], np.uint8)] * 4)
+    assert rows.tolist() == [[5 * 255.0] * 8]

@@ -22,7 +22,7 @@ from ternbus.aggregator.shell import administration
 from ternbus.aggregator.shell.preverify import ROOM_BYTES, Preverifier
 from ternbus.aggregator.store import membership
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
-from ternbus.aggregator.store.recovery import recover, waiting
+from ternbus.aggregator.store.recovery import Waiting, recover
 from ternbus.broker.files import read_key
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame, build, parse
@@ -290,7 +290,7 @@ class Bench:
         return code
 
     def revoke(self, name: str, why: str = "", *, keep: bool = False) -> list[events.Action]:
-        buffer = waiting(self.ledger, self.schema)
+        buffer = Waiting(self.ledger, self.schema)
         return self.handle(events.RevokeRequested(device=name, why=why, keep=keep, buffer=buffer))
 
     def join(self, name: str, *, evaluator: bool = False) -> Device:

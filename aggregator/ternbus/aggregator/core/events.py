@@ -1,11 +1,11 @@
 """The core's inputs and outputs: events, named in the past tense, and actions, named in the imperative."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ternbus.aggregator.core.records import Record
 from ternbus.aggregator.core.registry import Invited
-from ternbus.aggregator.merge.accepted import BufferedUpdate
+from ternbus.aggregator.merge.accepted import Journal
 from ternbus.aggregator.merge.influence import Measured
 from ternbus.broker.log_levels import INFO
 from ternbus.broker.protocol.frame import Frame
@@ -109,13 +109,13 @@ class CancelRequested:
 class RevokeRequested:
     """The operator wants a device revoked, told ``why``; its updates in the buffer dropped unless ``keep``.
 
-    ``buffer`` is all that waits for a merge, in order, as the ledger has it; read at most once.
+    ``buffer`` is all that waits for a merge, as the ledger has it.
     """
 
     device: str
     why: str = ""
     keep: bool = False
-    buffer: Iterable[BufferedUpdate] = ()
+    buffer: Journal = field(default_factory=Journal)
     request: int = 0
 
 

@@ -1,6 +1,5 @@
 """Updates and offers: each is validated, accepted or refused, and gets one final answer."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -16,7 +15,7 @@ from ternbus.aggregator.core.registry import Answer, Member
 from ternbus.aggregator.core.sets import Sets
 from ternbus.aggregator.core.validation import Validation, ValidPrivate, ValidUpdate, Verdict
 from ternbus.aggregator.core.work import WorkShares
-from ternbus.aggregator.merge.accepted import BufferedUpdate
+from ternbus.aggregator.merge.accepted import Journal
 from ternbus.aggregator.merge.influence import Measured
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Settings
@@ -268,13 +267,11 @@ class Updates:
         """Drop what a device has begun to send."""
         self.places.leave(member.name)
 
-    def drop(self, member: Member, buffer: Iterable[BufferedUpdate]) -> bool:
-        """Take a device's updates out of the buffer, the whole of which is ``buffer``; whether there were any."""
-        left = sum(update.device != member.name for update in self.model.buffer)
-        if left == len(self.model.buffer):
+    def drop(self, member: Member, journal: Journal) -> bool:
+        """Take a device's updates out of the buffer, the whole of which is in the journal; whether there were any."""
+        if all(update.device != member.name for update in self.model.buffer):
             return False
-        self.model.refill(update for update in buffer if update[0].device != member.name)
-        assert len(self.model.buffer) == left  # noqa: S101 - nothing that was accepted may be lost with them
+        self.model.drop(member.name, journal)
         member.waiting_bytes = 0
         return True
 

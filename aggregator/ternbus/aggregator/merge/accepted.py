@@ -1,5 +1,6 @@
 """An accepted update as one value, the same from its validation to the ledger and back."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ternbus.broker.protocol.identity import KeyId
@@ -39,3 +40,14 @@ class AcceptedUpdate:
 
 
 BufferedUpdate = tuple[AcceptedUpdate, Block]  # an update in the buffer, and its content
+
+
+class Journal:
+    """What waits for a merge as it is written down, in order, each content read when it is its turn. Here: nothing."""
+
+    def __iter__(self) -> Iterator[BufferedUpdate]:
+        return iter(())
+
+    def of(self, device: str) -> Iterator[BufferedUpdate]:
+        """Only the updates of a device."""
+        return (each for each in self if each[0].device == device)

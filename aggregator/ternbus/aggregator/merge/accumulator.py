@@ -1,12 +1,15 @@
-"""A weighted sum of blocks, laid out so that a ternary block is added at the speed of memory.
+"""A weighted sum of blocks in the order in which they come, for rules that weigh them at a merge, and for old ledgers.
+
+It is laid out so that a ternary block is added at the speed of memory, as in ``exact.py``, which most sums are made by.
 
 Five trits are one byte and one look-up. numpy copies rows of 8 floats at twice the speed of rows of 5, so the sum of
 the ternary tensors has a row of 8 for each byte, three of them always 0; ``total`` takes them out once a merge. Where
 `aggregator/native` is installed, look-up and addition are one pass, in C: the same additions, the same bits.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +26,11 @@ Bytes = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32]
 COMPILED: Final = ternbus_rows is not None
 _count_other: Final = getattr(ternbus_rows, "count_other", None)  # not in its first version
+_add_four: Final[Any] = getattr(ternbus_rows, "add_four", None)  # nor in its second
 ROW: Final = 8
-CHUNK_ROWS: Final = 2**15  # 1 MiB of looked-up rows: they stay in the processor's cache, and are few calls
-_ROWS_OF_TRITS: Final = np.pad(TRITS, ((0, 256 - len(TRITS)), (0, ROW - 5)))  # a row for every byte there is
+CHUNK_ROWS: Final = 2**13  # 256 KiB of looked-up rows: they stay in the processor's cache, and are few calls
+# a row for every byte there is
+ROWS_OF_TRITS: Final = np.pad(TRITS, ((0, 256 - len(TRITS)), (0, ROW - 5))).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,29 @@ class Layout:
 
 
 @dataclass(slots=True)
+class RowAdder:
+    """Adds rows that are looked up: rows[i] += sum_k tables[k][packed[k][i]], in any order where there are several."""
+
+    compiled: bool = COMPILED
+    _looked_up: FloatArray | None = field(default=None)  # (CHUNK_ROWS, 8), of the block that is being added
+
+    def add(self, rows: FloatArray, tables: Sequence[FloatArray], packed: Sequence[Bytes]) -> None:
+        """``rows`` of shape (bytes, 8), each of ``tables`` of (256, 8), each of ``packed`` of (bytes,)."""
+        if self.compiled:  # pragma: no cover - likewise; tests/test_native.py compares both
+            _add_in_c(rows, tables, packed)
+            return
+        if self._looked_up is None:
+            self._looked_up = np.empty((CHUNK_ROWS, ROW), dtype=np.float32)
+        for start in range(0, len(rows), CHUNK_ROWS):
+            target = rows[start : start + CHUNK_ROWS]
+            looked_up = self._looked_up[: len(target)]
+            for table, trits in zip(tables, packed, strict=True):
+                # no byte is beyond the table: "clip" has numpy write straight to ``out``
+                table.take(trits[start : start + CHUNK_ROWS], axis=0, out=looked_up, mode="clip")
+                target += looked_up
+
+
+@dataclass(slots=True)
 class Accumulator:
     """sum_i w_i block_i over one schema; nothing is allocated before the first block."""
 
@@ -59,9 +87,10 @@ class Accumulator:
     _rows: FloatArray | None = field(default=None)  # (bytes, 8), of ternary blocks
     _plain: FloatArray | None = field(default=None)  # (ternary elements,), of float32 blocks
     _dense: FloatArray = field(init=False)  # (dense elements,)
-    _looked_up: FloatArray | None = field(default=None)  # (CHUNK_ROWS, 8), of the block that is being added
+    _adder: RowAdder = field(init=False)
 
     def __post_init__(self) -> None:
+        self._adder = RowAdder(compiled=self.compiled)
         self._layout = Layout.of(self.schema)
         self._dense = np.zeros(self.schema.dense_elements, dtype=np.float32)
 
@@ -94,24 +123,20 @@ class Accumulator:
         if self._rows is None:
             self._rows = np.zeros((len(packed), ROW), dtype=np.float32)
         for (first, last), scale in zip(self._layout.inner, scales, strict=True):
-            self._add_rows(self._rows[first:last], _ROWS_OF_TRITS * scale, packed[first:last])
+            self._adder.add(self._rows[first:last], [ROWS_OF_TRITS * scale], [packed[first:last]])
         shared = self._layout.shared
         if len(shared):
             self._rows[shared, :5] += TRITS[packed[shared]] * np.append(scales, np.float32(0))[self._layout.owners]
 
-    def _add_rows(self, rows: FloatArray, table: FloatArray, packed: Bytes) -> None:
-        """rows[i] += table[packed[i]]."""
-        if self.compiled:  # pragma: no cover - likewise; tests/test_native.py compares both
-            ternbus_rows.add(rows, table, packed)
-            return
-        if self._looked_up is None:
-            self._looked_up = np.empty((CHUNK_ROWS, ROW), dtype=np.float32)
-        for start in range(0, len(packed), CHUNK_ROWS):
-            part = packed[start : start + CHUNK_ROWS]
-            looked_up = self._looked_up[: len(part)]
-            # no byte is beyond the table: "clip" has numpy write straight to ``out``
-            table.take(part, axis=0, out=looked_up, mode="clip")
-            rows[start : start + CHUNK_ROWS] += looked_up
+
+def _add_in_c(
+    rows: FloatArray, tables: Sequence[FloatArray], packed: Sequence[Bytes]
+) -> None:  # pragma: no cover - likewise
+    fours = 0 if _add_four is None else len(tables) // 4 * 4
+    for first in range(0, fours, 4):
+        _add_four(rows, np.stack(tables[first : first + 4]), *packed[first : first + 4])
+    for table, trits in zip(tables[fours:], packed[fours:], strict=True):
+        ternbus_rows.add(rows, table, trits)
 
 
 def count_other(values: Bytes, value: int) -> int:

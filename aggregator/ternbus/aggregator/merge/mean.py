@@ -1,12 +1,13 @@
 """The weighted mean of a buffer, added up as updates arrive, so that a buffer takes the memory of one vector."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from ternbus.aggregator.merge.accepted import AcceptedUpdate
+from ternbus.aggregator.merge.accepted import AcceptedUpdate, BufferedUpdate
 from ternbus.broker.protocol.schema import Vector
 from ternbus.broker.protocol.ternary import Block
 
@@ -24,10 +25,19 @@ class Change:
 
 
 class Sum(Protocol):
-    """sum_i w_i block_i: an `Accumulator`, or something that adds up elsewhere."""
+    """sum_i w_i block_i: an `ExactSum`, or something that adds up elsewhere or otherwise."""
 
     def add(self, block: Block, weight: float) -> None: ...
     def total(self) -> Vector: ...
+
+
+@runtime_checkable
+class Reversible(Sum, Protocol):
+    """A sum from which what was added can be taken out, if ``subtracts`` says so."""
+
+    def subtract(self, block: Block, weight: float) -> None: ...
+    @property
+    def subtracts(self) -> bool: ...
 
 
 @dataclass(slots=True)
@@ -39,20 +49,36 @@ class Mean:
 
     sum: Sum
     samples: int = 0
-    _factors: list[float] = field(default_factory=list)
+    updates: list[AcceptedUpdate] = field(default_factory=list)
 
     def add(self, update: AcceptedUpdate, block: Block) -> None:
         """Add one update."""
-        factor = update.samples * update.discount
-        self.sum.add(block, factor)
+        self.sum.add(block, _factor(update))
         self.samples += update.samples
-        self._factors.append(factor)
+        self.updates.append(update)
+
+    @property
+    def subtracts(self) -> bool:
+        """Whether ``remove`` can be used; else what is left has to be added anew."""
+        return isinstance(self.sum, Reversible) and self.sum.subtracts
+
+    def remove(self, gone: Iterable[BufferedUpdate]) -> None:
+        """Take out updates that were added; what is left has the bits that it has without them."""
+        assert isinstance(self.sum, Reversible)  # noqa: S101 - as ``subtracts`` has said
+        for update, block in gone:
+            self.sum.subtract(block, _factor(update))
+            self.samples -= update.samples
+            self.updates.remove(update)
 
     def result(self) -> Change:
         """There must have been an update."""
         total = self.sum.total()
         total /= np.float32(self.samples)
-        return Change(total, tuple(factor / self.samples for factor in self._factors))
+        return Change(total, tuple(_factor(update) / self.samples for update in self.updates))
+
+
+def _factor(update: AcceptedUpdate) -> float:
+    return update.samples * update.discount
 
 
 def norm(block: Block) -> float:

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from ternbus.aggregator.merge import optimizer, statistics
-from ternbus.aggregator.merge.accepted import AcceptedUpdate, BufferedUpdate
-from ternbus.aggregator.merge.accumulator import Accumulator
+from ternbus.aggregator.merge.accepted import AcceptedUpdate, BufferedUpdate, Journal
 from ternbus.aggregator.merge.downlink import next_block
+from ternbus.aggregator.merge.exact import ExactSum
 from ternbus.aggregator.merge.mean import Mean, Sum
 from ternbus.aggregator.merge.optimizer import ServerState
 from ternbus.aggregator.merge.robust import Buffered, gather
@@ -52,7 +52,7 @@ class Model:
     kinds: TensorKinds  # none: as merges were before statistics were told apart
     digest: bytes = b""
     buffer: list[AcceptedUpdate] = field(default_factory=list)
-    summing: Callable[[Schema], Sum] = Accumulator  # of buffers that begin from now on
+    summing: Callable[[Schema], Sum] = ExactSum  # of buffers that begin from now on
     _gathered: Mean | Buffered = field(init=False)
 
     def __post_init__(self) -> None:
@@ -76,10 +76,21 @@ class Model:
         self._gathered = gather(self.settings.merge, self.schema, self.summing)
 
     def refill(self, updates: Iterable[BufferedUpdate]) -> None:
-        """Let the buffer hold these and no others, added up in this order: a sum of floats depends on it."""
+        """Let the buffer hold these and no others."""
         self.empty()
         for update, block in updates:
             self.accept(update, block)
+
+    def drop(self, device: str, journal: Journal) -> None:
+        """Take a device's updates out of the buffer, the whole of which is in the journal."""
+        left, gathered = [update for update in self.buffer if update.device != device], self._gathered
+        # after a candidate was dissolved the sum lacks its updates
+        if isinstance(gathered, Mean) and len(gathered.updates) == len(self.buffer) and gathered.subtracts:
+            gathered.remove(journal.of(device))
+            self.buffer = left
+        else:
+            self.refill(each for each in journal if each[0].device != device)
+        assert len(self.buffer) == len(left)  # noqa: S101 - nothing that was accepted may be lost with them
 
     def merge(self) -> Merged:
         """Step the server's optimizer with what the buffer comes to, and the published vector towards it."""

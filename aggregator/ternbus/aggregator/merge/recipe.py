@@ -14,6 +14,7 @@ class Recipe:
     merge: MergeSettings
     optimizer: OptimizerSettings
     averages_statistics: bool = True  # False: the optimizer moves them, too, as it did before there were kinds
+    exact_sums: bool = True  # False: sums of updates have the bits of the order in which they came
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
@@ -26,6 +27,6 @@ class Recipe:
     @classmethod
     def loads(cls, text: str) -> Self:
         """What ``dumps`` made."""
-        found = {"averages_statistics": False, **json.loads(text)}
+        found = {"averages_statistics": False, "exact_sums": False, **json.loads(text)}
         parts = {"merge": MergeSettings(**found["merge"]), "optimizer": OptimizerSettings(**found["optimizer"])}
         return cls(**found | parts)

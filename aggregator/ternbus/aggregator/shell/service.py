@@ -14,7 +14,7 @@ from typing import Final, assert_never
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.core.events import Opened
-from ternbus.aggregator.merge.background import summing
+from ternbus.aggregator.merge.background import adders_for, summing
 from ternbus.aggregator.settings import TransportSettings
 from ternbus.aggregator.shell import backup, transport
 from ternbus.aggregator.shell.administration import exclusive, open_core
@@ -84,6 +84,7 @@ class Service:
     log: WriteLog
     transport: TransportSettings | None = None  # instead of what aggregator.toml says
     beside: AbstractContextManager[object] = field(default_factory=nullcontext)  # entered while this directory is ours
+    adders: int = field(default_factory=adders_for)  # threads that add up updates of a large model
     _queue: "queue.SimpleQueue[Item]" = field(default_factory=queue.SimpleQueue)
     _opening: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="preverifier")
@@ -116,13 +117,13 @@ class Service:
         with (
             exclusive(self.directory),
             ThreadPoolExecutor(1, thread_name_prefix="vectors") as beside,
-            ThreadPoolExecutor(1, thread_name_prefix="adding") as adding,
+            ThreadPoolExecutor(self.adders, thread_name_prefix="adding") as adding,
             writing(self.directory, beside) as self._ledger,
             self.beside,
             _quick_handover(),
         ):
             self._core = open_core(self.directory, self._ledger, self.software)
-            self._core.model.sum_by(partial(summing, adding))
+            self._core.model.sum_by(partial(summing, adding, self.adders))
             core = self._core
             self._preverifier = Preverifier(
                 registry=core.registry, validation=core.validation, model=core.model, work=core.work

@@ -42,7 +42,7 @@ def event(ledger: Ledger, what: str, argument: str, request: int = 0) -> events.
     if what == CANCEL:
         return events.CancelRequested(device=argument, request=request)
     if what == REVOKE:
-        buffer = recovery.waiting(ledger, ledger.schema())
+        buffer = recovery.Waiting(ledger, ledger.schema())
         return events.RevokeRequested(**json.loads(argument), buffer=buffer, request=request)
     if what == ROLLBACK:
         return _rollback(ledger, json.loads(argument), request)

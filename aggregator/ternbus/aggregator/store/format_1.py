@@ -99,7 +99,7 @@ def _write_recipe(db: sqlite3.Connection, settings: Settings) -> None:
         optimizer = replace(optimizer, name=name, learning_rate=learning_rate, momentum=momentum)
     merge = replace(settings.merge, rule=usual.rule, max_share=usual.max_share)  # there was no other way yet
     db.execute("DELETE FROM facts WHERE name = 'optimizer'")
-    recipe = Recipe(merge=merge, optimizer=optimizer, averages_statistics=False)
+    recipe = Recipe(merge=merge, optimizer=optimizer, averages_statistics=False, exact_sums=False)
     db.execute("INSERT INTO facts VALUES ('recipe', ?)", (recipe.dumps(),))
 
 

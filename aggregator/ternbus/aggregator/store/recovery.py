@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from ternbus.aggregator.core import pace
@@ -11,7 +11,9 @@ from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.core.registry import ACTIVE, REVOKED, Answer, Member, Registry
 from ternbus.aggregator.core.sets import Held
 from ternbus.aggregator.core.versions import PublishedState
-from ternbus.aggregator.merge.accepted import AcceptedUpdate, BufferedUpdate
+from ternbus.aggregator.merge.accepted import AcceptedUpdate, BufferedUpdate, Journal
+from ternbus.aggregator.merge.accumulator import Accumulator
+from ternbus.aggregator.merge.exact import ExactSum
 from ternbus.aggregator.merge.influence import Influence
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.merge.recipe import Recipe
@@ -146,6 +148,7 @@ def recover_model(ledger: Ledger, settings: Settings, schema: Schema, sums: Priv
         published=ledger.vector(start),
         server=server,
         kinds=kinds if recipe.averages_statistics else TensorKinds(),
+        summing=ExactSum if recipe.exact_sums else Accumulator,
     )
     for version, digest, block in ledger.deltas(schema, start, ledger.version):
         if sums is None:
@@ -156,17 +159,26 @@ def recover_model(ledger: Ledger, settings: Settings, schema: Schema, sums: Priv
             model.step_server()
         model.publish(block)
         ledger.check_digest(version, digest, model.digest)
-    model.settings, model.kinds = settings, kinds
-    model.refill(waiting(ledger, schema) if sums is None else ())
+    model.settings, model.kinds, model.summing = settings, kinds, ExactSum
+    model.refill(Waiting(ledger, schema) if sums is None else ())
     return model
 
 
-def waiting(ledger: Ledger, schema: Schema) -> Iterator[BufferedUpdate]:
-    """What the buffer holds, in the order in which it came; a body is read when it is its turn."""
-    return _updates(ledger, schema, "merged IS NULL", ())
+@dataclass(frozen=True, slots=True)
+class Waiting(Journal):
+    """What the buffer holds, in the order in which it came."""
+
+    ledger: Ledger
+    schema: Schema
+
+    def __iter__(self) -> Iterator[BufferedUpdate]:
+        return _updates(self.ledger, self.schema, "merged IS NULL", ())
+
+    def of(self, device: str) -> Iterator[BufferedUpdate]:
+        return _updates(self.ledger, self.schema, "merged IS NULL AND device = ?", (device,))
 
 
-def _updates(ledger: Ledger, schema: Schema, where: str, values: tuple[int, ...]) -> Iterator[BufferedUpdate]:
+def _updates(ledger: Ledger, schema: Schema, where: str, values: tuple[int | str, ...]) -> Iterator[BufferedUpdate]:
     rows = ledger.db.execute(
         "SELECT device, key, seq, base, digest, staleness, samples, discount, codec, encoding, epsilon,"  # noqa: S608 - our own text
         " norm, stated,"

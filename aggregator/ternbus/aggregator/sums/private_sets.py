@@ -203,7 +203,7 @@ class OpenedSet:
 
 
 def in_order(sets: Iterable[OpenedSet]) -> list[OpenedSet]:
-    """The order in which a merge adds sets up: a sum of floats depends on it. A start takes it from the log of merges.
+    """The order in which a merge adds sets up and names them. A start takes it from the log of merges.
 
     It depends on devices, which are in one set of a base, and on nothing random, so a simulation can be repeated.
     """
