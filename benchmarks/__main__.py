@@ -1,10 +1,11 @@
 """Run benchmarks one after the other and keep their results, as ``make bench`` does.
 
-    python -m benchmarks [NAME …] [--data DIR] [--out benchmarks/results]
+    python -m benchmarks [NAME …] [--data DIR] [--out benchmarks/results] [--runs FOLDER]
 
 Each result is a JSON file, NAME.json, with the command, the machine and the packages. `python -m benchmarks.figures`
 makes the figures in README.md and docs/figures.md from these files. Run nothing else at the same time; ``load_before``
-is the machine's load average at the start.
+is the machine's load average at the start. Benchmarks of many runs go on where they were interrupted if --runs names
+the same folder.
 """
 
 import argparse
@@ -47,7 +48,8 @@ BENCHMARKS: Final[Mapping[str, Benchmark]] = {
     "fleet": Benchmark(),
     "edge": Benchmark(data=True),
     "path": Benchmark(),
-    "time_to_accuracy": Benchmark(("--seeds", "1"), data=True, folder=True),
+    "time_to_accuracy": Benchmark(("--seeds", "3"), data=True, folder=True, long=True),
+    "race": Benchmark(data=True, folder=True, long=True),
     "slow_classes": Benchmark(),
     "simulator": Benchmark(),
     "agreement": Benchmark(),
@@ -63,6 +65,7 @@ class Runner:
 
     data: Path | None
     out: Path
+    runs: Path | None = None
     failed: list[str] = field(default_factory=list)
 
     def run(self, name: str, about: Benchmark) -> None:
@@ -74,7 +77,7 @@ class Runner:
         with tempfile.TemporaryDirectory() as folder:
             arguments = [*about.arguments]
             arguments += ["--data", str(self.data)] if about.data else []
-            arguments += ["--out", folder] if about.folder else []
+            arguments += ["--out", str((self.runs or Path(folder)) / name)] if about.folder else []
             command = [sys.executable, "-m", f"benchmarks.{name}", *arguments, "--json"]
             log = self.out / f"{name}.log"
             with log.open("wb") as errors:
@@ -113,12 +116,13 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"benchmark: {', '.join(BENCHMARKS)}")
     parser.add_argument("--data", type=Path, help="folder with FashionMNIST/raw/*-ubyte")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    parser.add_argument("--runs", type=Path, help="folder for single runs, which are not repeated; else they are lost")
     arguments = parser.parse_args()
     for name in arguments.names:
         if name not in BENCHMARKS:
             parser.error(f"unknown benchmark {name!r}: choose one of {', '.join(BENCHMARKS)}")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    runner = Runner(data=arguments.data, out=arguments.out)
+    runner = Runner(data=arguments.data, out=arguments.out, runs=arguments.runs)
     began = time.monotonic()
     for name in arguments.names or everything:
         runner.run(name, BENCHMARKS[name])

@@ -12,9 +12,9 @@ writes it.
   update, which is kinder than that paper, whose server drops it.
 - barrier: a version from the updates of all devices (McMahan et al. 2017).
 
-An accuracy is reached at the first version that has it, if the mean of that version and the next two has it too. A
-single outlier therefore does not count, and neither side is delayed by a moving average. Bytes are those of PUBLISH
-packets until that version was made: updates up, deltas and snapshots down.
+An accuracy is reached at the first version that has it, if the mean of that version and those of the next 20 updates,
+at least two, has it too. A single outlier therefore does not count, and neither side is delayed by a moving average.
+Bytes are those of PUBLISH packets until that version was made: updates up, deltas and snapshots down.
 
 With --real, each run is `ternbus lab run`: 23 processes, a broker and real time, without emulated network lines. The
 run ends at the first version for which the evaluator measures the accuracy.
@@ -24,15 +24,19 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.program import options, print_result
+from ternbus.aggregator.merge.model import Model
 from ternbus.broker import toml
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.lab.report.progress import Lines
@@ -46,7 +50,8 @@ FIRST_FLOAT32: Final = "over-selection, float32"
 BARRIER: Final = "barrier, float32"
 WAYS: Final = (ASYNCHRONOUS, FIRST_TERNARY, FIRST_FLOAT32, BARRIER)
 LONGEST_WAIT_S: Final = 1e6  # so that only a full buffer makes a version
-WINDOW: Final = 3  # versions
+WINDOW: Final = 3  # versions, at least; and as many as WINDOW_UPDATES more updates make, so that it is
+WINDOW_UPDATES: Final = 20  # equally long for small and for large buffers
 DEVICES: Final = 20
 GOALS: Final = {"sooner": 3.0, "up": 0.05, "both": 0.10}
 
@@ -59,36 +64,48 @@ def scenario(way: str, seed: int, arguments: argparse.Namespace) -> Scenario:
         # The staleness bound must allow for the slowest device, which misses about 30 versions during a training.
         bound = arguments.bound if way == ASYNCHRONOUS else 0
         merging |= {"merge.buffer_size": arguments.buffer, "merge.max_wait_s": LONGEST_WAIT_S, "staleness.max": bound}
+    end = End(versions=arguments.versions)
+    made = unequal_devices("fashion-mnist", seed, arguments, codec=codec, merging=merging, end=end)
+    return replace(made, sync=way == BARRIER)
+
+
+def unequal_devices(
+    task: str, seed: int, arguments: argparse.Namespace, *, codec: str, merging: Mapping[str, object], end: End
+) -> Scenario:
+    """What all ways have in common: the devices, their data, speeds and lines."""
     return Scenario(
-        task="fashion-mnist",
+        task=task,
         devices=DEVICES,
         seed=seed,
         data=arguments.data,
         partition="dirichlet:0.5",
-        sync=way == BARRIER,
         speeds=Speeds(sigma=1.0, median_s=arguments.median_s),
         plan={"codec": codec},
         aggregator=merging,
-        end=End(versions=arguments.versions),
+        end=end,
         simulate=Simulated(up_mbit_s=arguments.up_mbit_s, down_mbit_s=arguments.down_mbit_s, latency_s=0.05),
     )
 
 
-def run(way: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The report of one run, which ends when the accuracy is reached."""
-    path: Path = arguments.out / f"{file_name(way)}-{seed}.json"
+def run(name: str, wanted: Scenario, arguments: argparse.Namespace, model: Callable[..., Model] = Model) -> Any:
+    """The report of one run, which ends when the accuracy is reached; of a kept run if there is one in --out.
+
+    A kept run is known by its name and scenario.
+    """
+    digest = blake2b(f"{wanted} {arguments.accuracy}".encode(), digest_size=4).hexdigest()
+    path: Path = arguments.out / f"{file_name(name)}-{wanted.seed}-{digest}.json"
     if path.exists():
-        kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return kept
-    began, wanted = time.monotonic(), scenario(way, seed, arguments)
-    simulation = Simulation(wanted, load_task(wanted.task), Lines(sys.stderr))
+        return json.loads(path.read_text(encoding="utf-8"))
+    began = time.monotonic()
+    simulation = Simulation(wanted, load_task(wanted.task), Lines(sys.stderr), model=model)
     seen = 0
 
     def look() -> None:
         nonlocal seen
         if len(simulation.carried) > seen:
             seen = len(simulation.carried)
-            rows = [{"accuracy": version.accuracy} for version in simulation.moment().versions]
+            versions = simulation.moment().versions
+            rows = [{"accuracy": version.accuracy, "updates": version.updates} for version in versions]
             if reached(rows, arguments.accuracy) is not None:
                 simulation.stop()
 
@@ -99,7 +116,7 @@ def run(way: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def file_name(way: str) -> str:
-    return way.replace(", ", "-")
+    return re.sub(r"[^A-Za-z0-9.]+", "-", way)
 
 
 def _nested(dotted: Mapping[str, object]) -> dict[str, dict[str, object]]:
@@ -154,12 +171,21 @@ def show_real(rows: Sequence[tuple[int, str, Mapping[str, Any]]], accuracy: floa
 
 def reached(versions: Sequence[Mapping[str, Any]], accuracy: float) -> int | None:
     """The first version with the accuracy, if the mean over the window that begins with it has it too."""
-    found = [row["accuracy"] for row in versions]
-    for first in range(len(found) - WINDOW + 1):
-        window = found[first : first + WINDOW]
-        if None not in window and min(window[0], statistics.mean(window)) >= accuracy:
+    for first in range(len(versions)):
+        window = _window(versions, first)
+        if window and None not in window and min(window[0], statistics.mean(window)) >= accuracy:
             return first
     return None
+
+
+def _window(versions: Sequence[Mapping[str, Any]], first: int) -> list[Any]:
+    """The accuracies of the versions from this one on, until the window is full; none if it is not yet."""
+    updates = 0
+    for last in range(first, len(versions)):
+        updates += versions[last]["updates"] if last > first else 0
+        if last - first + 1 >= WINDOW and updates >= WINDOW_UPDATES:
+            return [row["accuracy"] for row in versions[first : last + 1]]
+    return []
 
 
 def figures(report: Mapping[str, Any], accuracy: float) -> dict[str, Any]:
@@ -264,7 +290,8 @@ def main() -> None:
         return
     seeds: list[dict[str, Any]] = []
     for seed in range(arguments.seeds):
-        found = {way: figures(run(way, seed, arguments), arguments.accuracy) for way in WAYS}
+        reports = {way: run(way, scenario(way, seed, arguments), arguments) for way in WAYS}
+        found = {way: figures(report, arguments.accuracy) for way, report in reports.items()}
         seeds.append({"seed": seed, **found, "compared": against([found])})
     result = {
         "accuracy": arguments.accuracy,
