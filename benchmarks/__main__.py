@@ -33,6 +33,7 @@ class Benchmark:
 
     arguments: tuple[str, ...] = ()
     data: bool = False
+    more_with_data: bool = False  # runs without a dataset, too, and then does less
     folder: bool = False
     long: bool = False  # runs only if it is named
 
@@ -49,7 +50,7 @@ BENCHMARKS: Final[Mapping[str, Benchmark]] = {
     "edge": Benchmark(data=True),
     "path": Benchmark(),
     "time_to_accuracy": Benchmark(("--seeds", "3"), data=True, folder=True, long=True),
-    "race": Benchmark(data=True, folder=True, long=True),
+    "race": Benchmark(more_with_data=True, folder=True, long=True),
     "slow_classes": Benchmark(),
     "simulator": Benchmark(),
     "agreement": Benchmark(),
@@ -76,7 +77,8 @@ class Runner:
         began, load = time.time(), os.getloadavg()[0]
         with tempfile.TemporaryDirectory() as folder:
             arguments = [*about.arguments]
-            arguments += ["--data", str(self.data)] if about.data else []
+            takes_data = about.data or (about.more_with_data and self.data is not None)
+            arguments += ["--data", str(self.data)] if takes_data else []
             arguments += ["--out", str((self.runs or Path(folder)) / name)] if about.folder else []
             command = [sys.executable, "-m", f"benchmarks.{name}", *arguments, "--json"]
             log = self.out / f"{name}.log"
@@ -88,7 +90,7 @@ class Runner:
             print(f"failed with exit code {done.returncode} after {seconds:.0f} s; see {log}", flush=True)
             return
         log.unlink()
-        shown = " ".join(["python -m", f"benchmarks.{name}", *about.arguments, *(["--data DIR"] if about.data else [])])
+        shown = " ".join(["python -m", f"benchmarks.{name}", *about.arguments, *(["--data DIR"] if takes_data else [])])
         kept = {
             "command": shown,
             "began": datetime.fromtimestamp(began, UTC).isoformat(timespec="seconds"),

@@ -75,7 +75,15 @@ def test_the_ways_are_compared_where_both_came_so_far() -> None:
 
 
 ASKED = Namespace(
-    data=Path("data"), buffer=10, bound=50, median_s=10.0, up_mbit_s=1.0, down_mbit_s=4.0, versions=9, seconds=9.0
+    data=Path("data"),
+    buffer=10,
+    bound=50,
+    first=10,
+    median_s=10.0,
+    up_mbit_s=1.0,
+    down_mbit_s=4.0,
+    versions=9,
+    seconds=9.0,
 )
 
 
