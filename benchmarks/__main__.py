@@ -1,10 +1,11 @@
 """Run benchmarks one after the other and keep their results, as ``make bench`` does.
 
-    python -m benchmarks [NAME …] [--data DIR] [--out benchmarks/results]
+    python -m benchmarks [NAME …] [--data DIR] [--out benchmarks/results] [--runs FOLDER]
 
 Each result is a JSON file, NAME.json, with the command, the machine and the packages. `python -m benchmarks.figures`
 makes the figures in README.md and docs/figures.md from these files. Run nothing else at the same time; ``load_before``
-is the machine's load average at the start.
+is the machine's load average at the start. Benchmarks of many runs go on where they were interrupted if --runs names
+the same folder.
 """
 
 import argparse
@@ -32,6 +33,7 @@ class Benchmark:
 
     arguments: tuple[str, ...] = ()
     data: bool = False
+    more_with_data: bool = False  # runs without a dataset, too, and then does less
     folder: bool = False
     long: bool = False  # runs only if it is named
 
@@ -48,7 +50,8 @@ BENCHMARKS: Final[Mapping[str, Benchmark]] = {
     "fleet": Benchmark(),
     "edge": Benchmark(data=True),
     "path": Benchmark(),
-    "time_to_accuracy": Benchmark(("--seeds", "1"), data=True, folder=True),
+    "time_to_accuracy": Benchmark(("--seeds", "3"), data=True, folder=True, long=True),
+    "race": Benchmark(more_with_data=True, folder=True, long=True),
     "slow_classes": Benchmark(),
     "simulator": Benchmark(),
     "agreement": Benchmark(),
@@ -64,6 +67,7 @@ class Runner:
 
     data: Path | None
     out: Path
+    runs: Path | None = None
     failed: list[str] = field(default_factory=list)
 
     def run(self, name: str, about: Benchmark) -> None:
@@ -74,8 +78,9 @@ class Runner:
         began, load = time.time(), os.getloadavg()[0]
         with tempfile.TemporaryDirectory() as folder:
             arguments = [*about.arguments]
-            arguments += ["--data", str(self.data)] if about.data else []
-            arguments += ["--out", folder] if about.folder else []
+            takes_data = about.data or (about.more_with_data and self.data is not None)
+            arguments += ["--data", str(self.data)] if takes_data else []
+            arguments += ["--out", str((self.runs or Path(folder)) / name)] if about.folder else []
             command = [sys.executable, "-m", f"benchmarks.{name}", *arguments, "--json"]
             log = self.out / f"{name}.log"
             with log.open("wb") as errors:
@@ -86,7 +91,7 @@ class Runner:
             print(f"failed with exit code {done.returncode} after {seconds:.0f} s; see {log}", flush=True)
             return
         log.unlink()
-        shown = " ".join(["python -m", f"benchmarks.{name}", *about.arguments, *(["--data DIR"] if about.data else [])])
+        shown = " ".join(["python -m", f"benchmarks.{name}", *about.arguments, *(["--data DIR"] if takes_data else [])])
         kept = {
             "command": shown,
             "began": datetime.fromtimestamp(began, UTC).isoformat(timespec="seconds"),
@@ -114,12 +119,13 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"benchmark: {', '.join(BENCHMARKS)}")
     parser.add_argument("--data", type=Path, help="folder with FashionMNIST/raw/*-ubyte")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    parser.add_argument("--runs", type=Path, help="folder for single runs, which are not repeated; else they are lost")
     arguments = parser.parse_args()
     for name in arguments.names:
         if name not in BENCHMARKS:
             parser.error(f"unknown benchmark {name!r}: choose one of {', '.join(BENCHMARKS)}")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    runner = Runner(data=arguments.data, out=arguments.out)
+    runner = Runner(data=arguments.data, out=arguments.out, runs=arguments.runs)
     began = time.monotonic()
     for name in arguments.names or everything:
         runner.run(name, BENCHMARKS[name])

@@ -6,15 +6,15 @@ Fashion-MNIST, 20 devices, Dirichlet 0.5, lognormal speeds, in virtual time with
 simulate`). A run that is already in --out is not repeated. DIR contains FashionMNIST/raw/*-ubyte, as torchvision
 writes it.
 
-- asynchronous: a version from each --buffer updates, at most --bound versions stale.
-- over-selection: a version from the first --buffer updates on the newest version, of all devices that train on it
+- asynchronous: a version from each --buffer updates, at most --bound versions stale; `benchmarks.race` chose the sizes.
+- over-selection: a version from the first --first updates on the newest version, of all devices that train on it
   (Bonawitz et al. 2019, section 4.2). An update that is later is not merged. Its device adds the change to its next
   update, which is kinder than that paper, whose server drops it.
 - barrier: a version from the updates of all devices (McMahan et al. 2017).
 
-An accuracy is reached at the first version that has it, if the mean of that version and the next two has it too. A
-single outlier therefore does not count, and neither side is delayed by a moving average. Bytes are those of PUBLISH
-packets until that version was made: updates up, deltas and snapshots down.
+An accuracy is reached at the first version that has it, if the mean of that version and those of the next 20 updates,
+at least two, has it too. A single outlier therefore does not count, and neither side is delayed by a moving average.
+Bytes are those of PUBLISH packets until that version was made: updates up, deltas and snapshots down.
 
 With --real, each run is `ternbus lab run`: 23 processes, a broker and real time, without emulated network lines. The
 run ends at the first version for which the evaluator measures the accuracy.
@@ -24,15 +24,19 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.program import options, print_result
+from ternbus.aggregator.merge.model import Model
 from ternbus.broker import toml
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.lab.report.progress import Lines
@@ -46,7 +50,8 @@ FIRST_FLOAT32: Final = "over-selection, float32"
 BARRIER: Final = "barrier, float32"
 WAYS: Final = (ASYNCHRONOUS, FIRST_TERNARY, FIRST_FLOAT32, BARRIER)
 LONGEST_WAIT_S: Final = 1e6  # so that only a full buffer makes a version
-WINDOW: Final = 3  # versions
+WINDOW: Final = 3  # versions, at least; and as many as WINDOW_UPDATES more updates make, so that it is
+WINDOW_UPDATES: Final = 20  # equally long for small and for large buffers
 DEVICES: Final = 20
 GOALS: Final = {"sooner": 3.0, "up": 0.05, "both": 0.10}
 
@@ -56,39 +61,51 @@ def scenario(way: str, seed: int, arguments: argparse.Namespace) -> Scenario:
     codec = way.partition(", ")[2]
     merging: dict[str, object] = {"downlink.codec": codec}
     if way != BARRIER:
-        # The staleness bound must allow for the slowest device, which misses about 30 versions during a training.
-        bound = arguments.bound if way == ASYNCHRONOUS else 0
-        merging |= {"merge.buffer_size": arguments.buffer, "merge.max_wait_s": LONGEST_WAIT_S, "staleness.max": bound}
+        # The staleness bound must allow for the slowest device, which misses about 60 versions during a training.
+        size, bound = (arguments.buffer, arguments.bound) if way == ASYNCHRONOUS else (arguments.first, 0)
+        merging |= {"merge.buffer_size": size, "merge.max_wait_s": LONGEST_WAIT_S, "staleness.max": bound}
+    end = End(versions=arguments.versions)
+    made = unequal_devices("fashion-mnist", seed, arguments, codec=codec, merging=merging, end=end)
+    return replace(made, sync=way == BARRIER)
+
+
+def unequal_devices(
+    task: str, seed: int, arguments: argparse.Namespace, *, codec: str, merging: Mapping[str, object], end: End
+) -> Scenario:
+    """What all ways have in common: the devices, their data, speeds and lines."""
     return Scenario(
-        task="fashion-mnist",
+        task=task,
         devices=DEVICES,
         seed=seed,
         data=arguments.data,
         partition="dirichlet:0.5",
-        sync=way == BARRIER,
         speeds=Speeds(sigma=1.0, median_s=arguments.median_s),
         plan={"codec": codec},
         aggregator=merging,
-        end=End(versions=arguments.versions),
+        end=end,
         simulate=Simulated(up_mbit_s=arguments.up_mbit_s, down_mbit_s=arguments.down_mbit_s, latency_s=0.05),
     )
 
 
-def run(way: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The report of one run, which ends when the accuracy is reached."""
-    path: Path = arguments.out / f"{file_name(way)}-{seed}.json"
+def run(name: str, wanted: Scenario, arguments: argparse.Namespace, model: Callable[..., Model] = Model) -> Any:
+    """The report of one run, which ends when the accuracy is reached; of a kept run if there is one in --out.
+
+    A kept run is known by its name and scenario.
+    """
+    digest = blake2b(f"{wanted} {arguments.accuracy}".encode(), digest_size=4).hexdigest()
+    path: Path = arguments.out / f"{file_name(name)}-{wanted.seed}-{digest}.json"
     if path.exists():
-        kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return kept
-    began, wanted = time.monotonic(), scenario(way, seed, arguments)
-    simulation = Simulation(wanted, load_task(wanted.task), Lines(sys.stderr))
+        return json.loads(path.read_text(encoding="utf-8"))
+    began = time.monotonic()
+    simulation = Simulation(wanted, load_task(wanted.task), Lines(sys.stderr), model=model)
     seen = 0
 
     def look() -> None:
         nonlocal seen
         if len(simulation.carried) > seen:
             seen = len(simulation.carried)
-            rows = [{"accuracy": version.accuracy} for version in simulation.moment().versions]
+            versions = simulation.moment().versions
+            rows = [{"accuracy": version.accuracy, "updates": version.updates} for version in versions]
             if reached(rows, arguments.accuracy) is not None:
                 simulation.stop()
 
@@ -99,7 +116,7 @@ def run(way: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def file_name(way: str) -> str:
-    return way.replace(", ", "-")
+    return re.sub(r"[^A-Za-z0-9.]+", "-", way)
 
 
 def _nested(dotted: Mapping[str, object]) -> dict[str, dict[str, object]]:
@@ -154,12 +171,21 @@ def show_real(rows: Sequence[tuple[int, str, Mapping[str, Any]]], accuracy: floa
 
 def reached(versions: Sequence[Mapping[str, Any]], accuracy: float) -> int | None:
     """The first version with the accuracy, if the mean over the window that begins with it has it too."""
-    found = [row["accuracy"] for row in versions]
-    for first in range(len(found) - WINDOW + 1):
-        window = found[first : first + WINDOW]
-        if None not in window and min(window[0], statistics.mean(window)) >= accuracy:
+    for first in range(len(versions)):
+        window = _window(versions, first)
+        if window and None not in window and min(window[0], statistics.mean(window)) >= accuracy:
             return first
     return None
+
+
+def _window(versions: Sequence[Mapping[str, Any]], first: int) -> list[Any]:
+    """The accuracies of the versions from this one on, until the window is full; none if it is not yet."""
+    updates = 0
+    for last in range(first, len(versions)):
+        updates += versions[last]["updates"] if last > first else 0
+        if last - first + 1 >= WINDOW and updates >= WINDOW_UPDATES:
+            return [row["accuracy"] for row in versions[first : last + 1]]
+    return []
 
 
 def figures(report: Mapping[str, Any], accuracy: float) -> dict[str, Any]:
@@ -251,8 +277,9 @@ def main() -> None:
     parser.add_argument("--median-s", type=float, default=10.0, help="median duration of a local training")
     parser.add_argument("--up-mbit-s", type=float, default=1.0, help="uplink of each device; 0 means unlimited")
     parser.add_argument("--down-mbit-s", type=float, default=4.0, help="downlink of each device; 0 means unlimited")
-    parser.add_argument("--buffer", type=int, default=10, help="updates of a version, barrier excepted")
-    parser.add_argument("--bound", type=int, default=50, help="staleness bound, asynchronous only")
+    parser.add_argument("--buffer", type=int, default=5, help="updates of a version, asynchronous")
+    parser.add_argument("--bound", type=int, default=10_000, help="staleness bound, asynchronous")
+    parser.add_argument("--first", type=int, default=10, help="updates of a version, over-selection")
     parser.add_argument("--versions", type=int, default=150, help="maximum number of versions")
     parser.add_argument("--out", type=Path, default=Path("benchmark-time-to-accuracy"), help="folder for the runs")
     parser.add_argument("--real", action="store_true", help="real processes and real time instead of virtual time")
@@ -262,9 +289,10 @@ def main() -> None:
         rows = [(seed, way, run_real(way, seed, arguments)) for seed in range(arguments.seeds) for way in WAYS]
         print_result(rows, as_json=arguments.json, show=lambda: show_real(rows, arguments.accuracy))
         return
+    reports = [[run(way, scenario(way, seed, arguments), arguments) for seed in range(arguments.seeds)] for way in WAYS]
     seeds: list[dict[str, Any]] = []
-    for seed in range(arguments.seeds):
-        found = {way: figures(run(way, seed, arguments), arguments.accuracy) for way in WAYS}
+    for seed, of_ways in enumerate(zip(*reports, strict=True)):
+        found = {way: figures(each, arguments.accuracy) for way, each in zip(WAYS, of_ways, strict=True)}
         seeds.append({"seed": seed, **found, "compared": against([found])})
     result = {
         "accuracy": arguments.accuracy,

@@ -29,7 +29,7 @@ PUBLIC = {
     "ternbus.lab": """
         Availability Baseline BestModel Callback ClientError Comparison EarlyStopping End Fault Federation Hostile Job
         Lines Local MLflow Narrow PartitionTable Parts Progress Run Scenario Simulated Simulation Speeds
-        State Sweep TensorBoard Tuning Update Workers by compare dirichlet iid mae natural quantity r2
+        State Sweep TensorBoard Tuning Update Workers by ca2fl compare dirichlet fadas iid mae natural quantity r2
         shards sweep tune
     """,
 }

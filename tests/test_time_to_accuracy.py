@@ -24,18 +24,21 @@ from ternbus.edge.tasks import digits_data
 
 
 @pytest.mark.parametrize(
-    ("accuracies", "version"),
+    ("accuracies", "updates", "version"),
     [
-        ([0.1, 0.8, 0.86, 0.87, 0.88], 2),
-        ([0.1, 0.86, 0.80, 0.81, 0.86, 0.85, 0.85], 4),  # the first was lucky
-        ([0.1, 0.84, 0.90, 0.90, 0.90], 2),  # a mean alone does not count
-        ([0.1, 0.8, 0.9, 0.9], None),  # nobody knows yet whether it stays
-        ([0.1, 0.9, None, 0.9], None),
-        ([], None),
+        ([0.1, 0.8, 0.86, 0.87, 0.88], 10, 2),
+        ([0.1, 0.86, 0.80, 0.81, 0.86, 0.85, 0.85], 10, 4),  # the first was lucky
+        ([0.1, 0.84, 0.90, 0.90, 0.90], 10, 2),  # a mean alone does not count
+        ([0.1, 0.8, 0.9, 0.9], 10, None),  # nobody knows yet whether it stays
+        ([0.1, 0.9, None, 0.9], 10, None),
+        ([0.1, 0.8, 0.86, 0.87, 0.88], 20, 2),  # at least three versions, of however many updates
+        ([0.1, 0.86, 0.87, 0.80, 0.81, 0.86, 0.86, 0.86, 0.86, 0.86], 5, 5),  # of small ones, more: 20 updates are five
+        ([0.1, 0.8, 0.86, 0.87, 0.88], 5, None),
+        ([], 10, None),
     ],
 )
-def test_one_lucky_version_does_not_count(accuracies: list[float | None], version: int | None) -> None:
-    assert reached([{"accuracy": accuracy} for accuracy in accuracies], 0.85) == version
+def test_one_lucky_version_does_not_count(accuracies: list[float | None], updates: int, version: int | None) -> None:
+    assert reached([{"accuracy": accuracy, "updates": updates} for accuracy in accuracies], 0.85) == version
 
 
 def report(seconds: float, size: int) -> dict[str, object]:
@@ -43,7 +46,7 @@ def report(seconds: float, size: int) -> dict[str, object]:
         {
             "accuracy": 0.3 * version,
             "seconds": seconds * version,
-            "updates": 2,
+            "updates": 10,
             "update_bytes": size * version,
             "delta_bytes": size * version,
             "snapshot_bytes": 100,
@@ -56,7 +59,7 @@ def report(seconds: float, size: int) -> dict[str, object]:
 
 def test_figures_are_those_of_the_version_that_reached_it() -> None:
     found = figures(report(10.0, 1000), 0.5)
-    assert (found["version"], found["seconds"], found["updates"]) == (2, 20.0, 6)
+    assert (found["version"], found["seconds"], found["updates"]) == (2, 20.0, 30)
     assert (found["up"], found["both"]) == (2000, 4100)
 
 
@@ -72,7 +75,15 @@ def test_the_ways_are_compared_where_both_came_so_far() -> None:
 
 
 ASKED = Namespace(
-    data=Path("data"), buffer=10, bound=50, median_s=10.0, up_mbit_s=1.0, down_mbit_s=4.0, versions=9, seconds=9.0
+    data=Path("data"),
+    buffer=10,
+    bound=50,
+    first=10,
+    median_s=10.0,
+    up_mbit_s=1.0,
+    down_mbit_s=4.0,
+    versions=9,
+    seconds=9.0,
 )
 
 

@@ -10,6 +10,7 @@ from ternbus.broker.exports import exports
 
 if TYPE_CHECKING:
     from ternbus.lab.notebook.algorithms import Job, Update
+    from ternbus.lab.notebook.asynchronous import ca2fl, fadas
     from ternbus.lab.notebook.bar import Progress
     from ternbus.lab.notebook.baselines import Baseline, Comparison, compare
     from ternbus.lab.notebook.callbacks import BestModel, Callback, EarlyStopping, State
@@ -32,6 +33,7 @@ else:
         __name__,
         {
             "ternbus.lab.notebook.algorithms": ["Job", "Update"],
+            "ternbus.lab.notebook.asynchronous": ["ca2fl", "fadas"],
             "ternbus.lab.notebook.bar": ["Progress"],
             "ternbus.lab.notebook.baselines": ["Baseline", "Comparison", "compare"],
             "ternbus.lab.notebook.callbacks": ["BestModel", "Callback", "EarlyStopping", "State"],
@@ -92,8 +94,10 @@ __all__ = [
     "Update",
     "Workers",
     "by",
+    "ca2fl",
     "compare",
     "dirichlet",
+    "fadas",
     "iid",
     "mae",
     "natural",

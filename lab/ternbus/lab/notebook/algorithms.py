@@ -199,7 +199,7 @@ class OwnModel(Model):
         updates = [self._update(update, block) for update, block in self._kept]
         state, change = _parts(apply(hooks.shared_at(self.version), updates, model), 2, "merge_rule")
         hooks.shared[self.version + 1] = state
-        oldest = self.version - self.settings.staleness.max
+        oldest = self.version - (0 if hooks.client is None else self.settings.staleness.max)  # what a `Job` may ask for
         hooks.shared = {version: kept for version, kept in hooks.shared.items() if version >= oldest}
         return _vector(self.schema, change, "merge_rule")
 
