@@ -134,9 +134,11 @@ class Delta:
     digest: bytes
     codec: str
     encoding: str
+    blake3: bytes = b""  # BLAKE3 of the new vector; in the map only if the sender says it
 
     def meta(self) -> dict[str, Any]:
-        return {"version": self.version, "digest": self.digest, "codec": self.codec, "encoding": self.encoding}
+        meta = {"version": self.version, "digest": self.digest, "codec": self.codec, "encoding": self.encoding}
+        return meta | ({"blake3": self.blake3} if self.blake3 else {})
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
@@ -145,6 +147,7 @@ class Delta:
             digest=meta_fields.binary(meta, "digest", 32),
             codec=meta_fields.text(meta, "codec"),
             encoding=meta_fields.text(meta, "encoding"),
+            blake3=meta_fields.binary(meta, "blake3", 32) if "blake3" in meta else b"",
         )
 
 

@@ -67,11 +67,10 @@ class Block:
 
     def apply(self, vector: Vector) -> Vector:
         """The next version: v + s*t and v + d in float32, tiny numbers as +0; the same bits on every machine."""
-        result = vector.copy()
+        result = np.empty_like(vector)
         for start, values in self._pieces():
-            target = result[start : start + len(values)]
-            target += values
-            flush_tiny(target)
+            piece = slice(start, start + len(values))
+            flush_tiny(np.add(vector[piece], values, out=result[piece]))
         return result
 
     def piece(self, segment: Segment, first: int, last: int) -> npt.NDArray[np.float32]:

@@ -49,7 +49,10 @@ class Core:
         self.pending = PendingState(state)
         schema_bytes = profile.model_size.schema
         self.follower = Follower(
-            federation=profile.federation, initial_model=initial_model, schema_bytes_max=schema_bytes
+            federation=profile.federation,
+            initial_model=initial_model,
+            schema_bytes_max=schema_bytes,
+            is_private=profile.is_private,
         )
         self.terms = PrivateTerms(profile=profile, pending=self.pending)
         self.enrollment = Enrollment(profile=profile, pending=self.pending)
@@ -108,6 +111,7 @@ class Core:
             self.follower.due_s() if self._online else None,
             self.terms.due_s() if self._online else None,
             self._resubscribe.due_s(self.presence.online is not None) if self._online else None,
+            self._own_status.due_s if self._online else None,
             self._enroll_due_s(),
             self._send_due_s(),
             self._statistics_due_s(),
@@ -166,6 +170,7 @@ class Core:
         actions = self._connect(now)
         if self._online:
             actions += [*self._subscribe_again(now), *self.follower.time_reached(now), *self.terms.time_reached(now)]
+            actions += self._own_status.time_reached(now)
         actions += self._check_schema()
         actions += self._leave_if_done()
         if self._stopped:
@@ -226,8 +231,11 @@ class Core:
         else:
             self.uplink.acknowledged(seq, now)
 
-    def _status(self) -> list[Action]:
-        return [*self._own_status.now()] if self._online else []
+    def _status(self, changed_s: float | None = None) -> list[Action]:
+        """The own status; if only its work has changed, at that time, it may come later."""
+        if not self._online:
+            return []
+        return [*(self._own_status.now() if changed_s is None else self._own_status.changed(changed_s))]
 
     def _note_refusal(self) -> list[Action]:
         """Keep, for its owner and the aggregator's operator, why the device makes no update by this plan."""
@@ -338,14 +346,14 @@ class Core:
 
     def _begin_training(self, now: float) -> list[Action]:
         done = self.training.begin(self.follower, self.terms, self.state, now)
-        return [*done, *(self._status() if any(isinstance(each, StartTraining) for each in done) else [])]
+        return [*done, *(self._status(changed_s=now) if any(isinstance(each, StartTraining) for each in done) else [])]
 
     def _training_finished(self, event: events.TrainingFinished, now: float) -> list[Action]:
         job = self.training.finished(event)
         if job is None:
             return []
         seq = self.uplink.store(event, job, now)
-        return [describe(event, seq), *self._status()]
+        return [describe(event, seq), *self._status(changed_s=now)]
 
     # -- sending
 
