@@ -1,7 +1,7 @@
 """The device's state machine without I/O: events in, actions out.
 
 If an event changes the `State`, one `Save` comes before every other action of the event. So the device publishes
-nothing that is not on disk, and a receipt and its effects are one durable write.
+nothing that is not on disk, and a receipt and its effects are one write.
 
 The states of connection and work are in the docstring of the package.
 """
@@ -47,13 +47,10 @@ class Core:
     def __init__(self, profile: Profile, state: State, initial_model: InitialModel | None = None) -> None:
         self.profile = profile
         self.pending = PendingState(state)
-        schema_bytes = profile.model_size.schema
         self.follower = Follower(
-            federation=profile.federation,
-            initial_model=initial_model,
-            schema_bytes_max=schema_bytes,
+            federation=profile.federation, initial_model=initial_model, schema_bytes_max=profile.model_size.schema,
             is_private=profile.is_private,
-        )
+        )  # fmt: skip
         self.terms = PrivateTerms(profile=profile, pending=self.pending)
         self.enrollment = Enrollment(profile=profile, pending=self.pending)
         self.uplink = Uplink(profile=profile, pending=self.pending)
@@ -63,12 +60,9 @@ class Core:
         self.fine_tuning = FineTuning(profile=profile, training=self.training, evaluation=self.evaluation)
         self.presence = Presence()
         self._own_status = OwnStatus(
-            profile=profile,
-            pending=self.pending,
-            presence=self.presence,
-            training=self.training,
+            profile=profile, pending=self.pending, presence=self.presence, training=self.training,
             evaluation=self.evaluation,
-        )
+        )  # fmt: skip
         self._sampler = LogSampler()
         self._reconnect = Reconnection(device=profile.device, salt=profile.key.hex())
         self._foreign_numbers = ForeignNumbers(profile=profile, pending=self.pending)
@@ -232,10 +226,9 @@ class Core:
             self.uplink.acknowledged(seq, now)
 
     def _status(self, changed_s: float | None = None) -> list[Action]:
-        """The own status; if only its work has changed, at that time, it may come later."""
-        if not self._online:
-            return []
-        return [*(self._own_status.now() if changed_s is None else self._own_status.changed(changed_s))]
+        """The own status; where a training began or ended, at ``changed_s``, it may come later."""
+        own = self._own_status
+        return [*(own.now() if changed_s is None else own.changed(changed_s))] if self._online else []
 
     def _note_refusal(self) -> list[Action]:
         """Keep, for its owner and the aggregator's operator, why the device makes no update by this plan."""
