@@ -1,4 +1,4 @@
-"""The device's durable state in one SQLite file; each save is one transaction on stable storage.
+"""The device's durable state in one SQLite file; each save is one transaction, on stable storage where it has to be.
 
 It converts a `State` into rows and back. A second process can read the file at the same time.
 """
