@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from ternbus.broker.protocol import compiled
+
 BLOCK = 65_536  # elements at a time; the largest temporary array is a block of float32 or random bits, 256 KiB
 LARGEST_SCALE = 65_504.0  # the protocol's bound
 SMALLEST_SCALE = 2.0**-126  # below it a float32 counts as zero everywhere in the protocol
@@ -35,7 +37,11 @@ def ternarize(
     flat = values.reshape(-1)
     trits = np.empty(flat.shape, np.int8) if out is None else out
     s = scale(flat, clip_sigma=clip_sigma)
-    if s > 0:
+    if s > 0 and compiled.takes(flat):
+        state = bits.state
+        compiled.vectors.draw(trits, flat, state["state"]["state"], s)
+        bits.state = state
+    elif s > 0:
         for block in _blocks(flat.size):
             _draw(flat[block], s, bits, trits[block])
     else:
