@@ -16,7 +16,7 @@ from fuzz.targets import KINDS, TARGETS
 from ternbus.aggregator import settings
 from ternbus.broker.protocol.frame import SIGNATURE_BYTES, parse
 from ternbus.broker.protocol.invitation import Invitation
-from ternbus.broker.protocol.messages import Delta, Enroll, Grant, Metrics, Offer, Snapshot, Status
+from ternbus.broker.protocol.messages import Enroll, Grant, Metrics, Offer, Snapshot, Status
 from ternbus.broker.protocol.statistics import StatisticsAnswer
 from ternbus.broker.protocol.ternary import RAW, encode
 from ternbus.broker.sums import bfv
@@ -31,16 +31,15 @@ Seeds = dict[str, bytes]
 def seeds() -> dict[str, Seeds]:
     """The seeds by target and name."""
     vectors = json.loads((ROOT / "tests" / "vectors.json").read_text(encoding="utf-8"))
-    whole = ("update", "head", "receipt", "enroll", "candidate")
+    whole = ("update", "head", "receipt", "enroll", "delta", "candidate")
     frames = {name: bytes.fromhex(vectors[name]["frame"]) for name in whole}
     frames |= {f"part-{i}": bytes.fromhex(frame) for i, frame in enumerate(vectors["message_in_3_parts"]["frames"])}
     schema = bytes.fromhex(vectors["schema"]["bytes"])
     vector = bytes.fromhex(vectors["vector"]["float32"])
-    malformed = vectors["malformed_frames"] | vectors["malformed_metrics"] | vectors["malformed_requests"]
+    in_meta = vectors["malformed_metrics"] | vectors["malformed_requests"] | vectors["malformed_deltas"]
+    malformed = vectors["malformed_frames"] | in_meta
     refused = {_slug("bad", name): bytes.fromhex(bad) for name, bad in malformed.items()}
-    only_meta_shows = {
-        _slug("bad", name) for name in ("base 2^62 + 1", *vectors["malformed_metrics"], *vectors["malformed_requests"])
-    }
+    only_meta_shows = {_slug("bad", name) for name in ("base 2^62 + 1", *in_meta)}
     metrics = {name: bytes.fromhex(vectors["metrics"][name]) for name in ("frame", "plain_frame")}
     metrics["of_a_candidate"] = bytes.fromhex(vectors["candidate"]["metrics_frame"])
     return {
@@ -48,6 +47,7 @@ def seeds() -> dict[str, Seeds]:
         "header": _headers(frames)
         | {_slug("metrics", name): parse(frame).header for name, frame in metrics.items()}
         | {"head-statistics": parse(bytes.fromhex(vectors["statistics"]["head"])).header}
+        | {"delta-plain": parse(bytes.fromhex(vectors["delta"]["plain_frame"])).header}
         | {name: bad[8 : 8 + int.from_bytes(bad[4:8], "little")] for name, bad in refused.items()},
         "block": _blocks(vectors),
         "schema": {"vectors": schema, "one": msgpack.packb([["w", [3], "dense"]])},
@@ -162,7 +162,6 @@ def _headers(frames: Seeds) -> Seeds:
     headers = {name: parse(frame).header for name, frame in frames.items()}
     about = msgpack.unpackb(headers["receipt"])
     for message in (
-        Delta(version=3, digest=bytes(32), codec="ternary", encoding="zstd"),
         Grant(device="pi-01", device_key=about["key"], seq=7, parts=((0, 2), (5, 9)), deadline_s=30.0),
         Metrics(version=3, samples=100, split="test", values={"accuracy": 0.5}),
         Offer(base=3, parts=9),

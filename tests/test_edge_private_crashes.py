@@ -59,6 +59,7 @@ class PrivateAnswers(Answers):
 class CrashingPrivateDevice(CrashingDevice):
     """The device of before, with pins; it also renews its key, and is lied to."""
 
+    WRITTEN = ("disk", "records", "left")
     answers: PrivateAnswers
 
     def prepare(self) -> None:

@@ -24,9 +24,10 @@ from support.core_device import (
 from support.scripted_aggregator import Message, ScriptedAggregator
 from ternbus.broker.protocol.identity import seal
 from ternbus.broker.protocol.messages import Offer, Update
+from ternbus.broker.protocol.parts import message_digest
 from ternbus.broker.protocol.ternary import Block
 from ternbus.edge.core import events
-from ternbus.edge.core.actions import Publish, Save, StartTraining
+from ternbus.edge.core.actions import Action, Publish, Save, StartTraining
 from ternbus.edge.core.state import SEQ_BLOCK
 
 
@@ -46,6 +47,30 @@ def test_an_update_is_on_disk_before_it_is_sent() -> None:
     assert (update.base, update.samples, dict(update.metrics)) == (0, 10, {"loss": 1.0})
     block = Block.read(job.schema, update.codec, update.encoding, frame.body)
     assert (block.value() == 1).all()
+
+
+def test_its_frames_are_cut_and_signed_once_and_again_where_they_have_to_be_others() -> None:
+    scripted, device, frame = sending()
+    first = only_update(device.actions)
+    device.handle(events.Disconnected(reason="gone"))
+    device.wait(60.0)
+    device.connect()
+    again = only_update(device.arrive(scripted.status(session=2)))
+    assert again is first
+    behind = scripted.receipt(DEVICE, DEVICE_KEY.key_id, frame.seq, "duplicate", highest_seq=frame.seq + 70)
+    renumbered = device.arrive(behind)
+    assert update_in(renumbered).seq == frame.seq + 71
+    receipt = scripted.receipt(DEVICE, DEVICE_KEY.key_id, frame.seq + 71, "accepted")
+    answered = only(device.arrive(receipt), Save).answered
+    assert answered is not None
+    assert answered.digest == message_digest([update_in(renumbered).header])
+
+
+def only_update(actions: list[Action]) -> bytes:
+    """The very bytes."""
+    (found,) = {id(each.payload): each.payload for each in of(actions, Publish) if "/update" in each.topic}.values()
+    assert isinstance(found, bytes)
+    return found
 
 
 def test_a_sealed_update_binds_key_and_number() -> None:

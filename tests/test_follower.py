@@ -125,9 +125,10 @@ def test_a_delta_missing_30_s_after_it_was_asked_for_gives_way_to_a_snapshot() -
     assert has(follower, aggregator, 2)
 
 
+@pytest.mark.parametrize("fast_digest", [True, False])
 @pytest.mark.parametrize("fault", ["digest", "length"])
-def test_a_delta_that_gives_another_digest_gives_way_to_a_snapshot(fault: str) -> None:
-    aggregator, follower, broker = started()
+def test_a_delta_that_gives_another_digest_gives_way_to_a_snapshot(fault: str, fast_digest: bool) -> None:
+    aggregator, follower, broker = started(fast_digest=fast_digest)
     aggregator.advance()
     true = aggregator.vectors[1]
     if fault == "digest":

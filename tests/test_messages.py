@@ -67,7 +67,12 @@ KINDS: dict[Any, st.SearchStrategy[Any]] = {
         Snapshot, version=COUNTER, digest=digest, schema_bytes=U64, content_bytes=U64, encoding=st.text(max_size=5)
     ),
     Delta: st.builds(
-        Delta, version=st.integers(1, 2**62), digest=digest, codec=st.text(max_size=5), encoding=st.text(max_size=5)
+        Delta,
+        version=st.integers(1, 2**62),
+        digest=digest,
+        codec=st.text(max_size=5),
+        encoding=st.text(max_size=5),
+        blake3=digest,
     ),
     Update: st.builds(
         Update,
@@ -114,7 +119,7 @@ KINDS: dict[Any, st.SearchStrategy[Any]] = {
 ORDER = {
     Head: "version digest schema snapshot slots max_staleness direct_parts state plan",
     Snapshot: "version digest schema_bytes bytes encoding",
-    Delta: "version digest codec encoding",
+    Delta: "version digest codec encoding blake3",
     Update: "base samples codec encoding sealed metrics",
     Offer: "base parts",
     Grant: "device device_key seq parts deadline_s",
@@ -123,7 +128,7 @@ ORDER = {
     Metrics: "version samples split values",
     Enroll: "public_key",
 }
-OPTIONAL = {Receipt: {"reason", "retry_after_s", "highest_seq"}, Status: {"failing"}}
+OPTIONAL = {Delta: {"blake3"}, Receipt: {"reason", "retry_after_s", "highest_seq"}, Status: {"failing"}}
 ALL = sorted(KINDS, key=lambda kind: kind.__name__)
 
 plain = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary()

@@ -184,6 +184,56 @@ def test_tiny_numbers_count_as_zero() -> None:
     assert values.tobytes() == np.array([smallest, -smallest, 0, 0, 0, 0, 1], dtype=np.float32).tobytes()
 
 
+def plainly_flushed(values: npt.NDArray[np.float32]) -> bytes:
+    """One element after the other, by its bits: an exponent of 0 is +0."""
+    return b"".join(
+        bytes(4) if int.from_bytes(each.tobytes(), "little") & 0x7F800000 == 0 else each.tobytes() for each in values
+    )
+
+
+EVERY_KIND = np.array(
+    [
+        0x00000000, 0x80000000, 0x00000001, 0x80000001, 0x007FFFFF, 0x807FFFFF, 0x00800000, 0x80800000, 0x00800001,
+        0x3F800000, 0xBF800000, 0x7F7FFFFF, 0xFF7FFFFF, 0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC00000, 0x7FC00001,
+    ],
+    np.uint32,
+).view(np.float32)  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**16 - 1, 2**16, 2**16 + 1, 3 * 2**16 + 5])
+@pytest.mark.parametrize("kind", range(len(EVERY_KIND)))
+def test_every_kind_of_number_is_flushed_or_kept_in_the_middle_of_others_and_at_the_ends(kind: int, size: int) -> None:
+    """NaN stays one."""
+    for place in {0, size // 2, size - 1} if size else {0}:
+        values = np.full(size, 0.5, np.float32)
+        values[place : place + 1] = EVERY_KIND[kind]
+        want = np.frombuffer(plainly_flushed(EVERY_KIND[kind : kind + 1]), "<f4")
+        flush_tiny(values)
+        rest = np.delete(values, place) if size else values
+        assert (rest == 0.5).all()
+        if size and np.isnan(want[0]):
+            assert np.isnan(values[place])
+        elif size:
+            assert values[place].tobytes() == want.tobytes()
+
+
+@given(st.lists(st.integers(0, 2**32 - 1), max_size=200))
+def test_any_bits_are_flushed_as_element_by_element(bits: list[int]) -> None:
+    values = np.array(bits, np.uint32).view(np.float32)
+    values = values[~np.isnan(values)]
+    want = plainly_flushed(values)
+    flush_tiny(values)
+    assert values.tobytes() == want
+
+
+def test_a_strided_array_is_flushed_in_place() -> None:
+    values = np.tile(EVERY_KIND, 3)
+    before = values.copy()
+    flush_tiny(values[::2])
+    assert values[1::2].tobytes() == before[1::2].tobytes()
+    assert not np.signbit(values[2])
+
+
 def test_a_schema_may_be_written_from_tensors() -> None:
     tensors = (Tensor("a", (2,), "ternary"), Tensor("b", (), "dense"))
     assert Schema.write(tensors).tensors == tensors

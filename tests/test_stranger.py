@@ -67,6 +67,7 @@ def test_known_keys(who: str) -> None:
         ("enroll", "enroll", "device"),
         ("head", "head", "aggregator"),
         ("receipt", "receipt", "aggregator"),
+        ("delta", "delta", "aggregator"),  # with a key that the stranger does not know
     ],
 )
 def test_known_frames(entry: str, kind: str, who: str) -> None:

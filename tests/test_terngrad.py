@@ -2,6 +2,7 @@
 
 import math
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -131,6 +132,47 @@ def test_the_scale_never_exceeds_what_the_protocol_takes() -> None:
     scale, trits = terngrad.ternarize(values, clip_sigma=2.5, bits=np.random.SFC64(0))
     assert scale == np.float32(65_504)
     assert trits.tolist()[:2] == [1, -1]
+
+
+LONG = 3 * terngrad.BLOCK + 17
+SHAPED = {
+    "gaussian": gaussian(LONG),
+    "a mean far from zero": 1e3 + gaussian(LONG),
+    "another mean in each block": np.repeat([1.0, -500.0, 3.0, 900.0], terngrad.BLOCK)[:LONG] + gaussian(LONG),
+    "an outlier in the first block": np.concatenate([np.array([100], np.float32), gaussian(LONG - 1)]),
+    "an outlier in the last block": np.concatenate([gaussian(LONG - 1), np.array([-100], np.float32)]),
+    "a first block of zeros": np.concatenate([np.zeros(terngrad.BLOCK, np.float32), gaussian(LONG - terngrad.BLOCK)]),
+    "zeros but for the first block": np.concatenate([gaussian(terngrad.BLOCK), np.zeros(50 * terngrad.BLOCK)]),
+    "one block": gaussian(terngrad.BLOCK),
+    "one more than a block": gaussian(terngrad.BLOCK + 1),
+    "squares that float32 takes for zero": np.float32(1e-15) * gaussian(LONG),
+}
+
+
+@pytest.mark.parametrize("values", SHAPED.values(), ids=SHAPED)
+def test_the_scale_in_one_pass_is_that_of_a_plain_computation_in_float64(values: npt.NDArray[Any]) -> None:
+    """But for the rounding of sums of blocks."""
+    values = values.astype(np.float32)
+    exact = values.astype(np.float64)
+    for clip in (0.01, 0.5, 2.5):
+        want = min(float(np.abs(exact).max()), clip * float(exact.std()))
+        assert float(terngrad.scale(values, clip_sigma=clip)) == pytest.approx(want, rel=2e-5)
+
+
+@pytest.mark.parametrize("value", [0.1, -1e6, 1e20, -3e38])
+def test_a_constant_tensor_of_many_blocks_is_not_clipped(value: float) -> None:
+    values = np.full(LONG, value, np.float32)
+    assert float(terngrad.scale(values, clip_sigma=0.5)) == min(abs(float(np.float32(value))), 65_504.0)
+
+
+@pytest.mark.parametrize("place", [0, terngrad.BLOCK - 1, terngrad.BLOCK, LONG - 1])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_refused_wherever_it_is(bad: float, place: int) -> None:
+    values = gaussian(LONG)
+    values[place] = bad
+    for clip in (0.0, 2.5):
+        with pytest.raises(ValueError, match="NaN or an infinity"):
+            terngrad.scale(values, clip_sigma=clip)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

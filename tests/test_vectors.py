@@ -11,9 +11,9 @@ from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import frame as frames
 from ternbus.broker.protocol import revocations
 from ternbus.broker.protocol.identity import Identity, enroll_proof, seal
-from ternbus.broker.protocol.messages import Candidate, Enroll, Head, Metrics, Receipt, Update
+from ternbus.broker.protocol.messages import Candidate, Delta, Enroll, Head, Metrics, Receipt, Update
 from ternbus.broker.protocol.parts import Collector
-from ternbus.broker.protocol.schema import Schema, Tensor, vector_digest, vector_of
+from ternbus.broker.protocol.schema import Schema, Tensor, vector_blake3, vector_digest, vector_of
 from ternbus.broker.protocol.statistics import Measured, StatisticsAnswer, StatisticsRequest
 from ternbus.broker.protocol.ternary import Block, content_bytes, decode, encode, pack, unpack
 
@@ -179,6 +179,29 @@ def test_metrics_byte_for_byte_with_directions_and_as_a_stranger_writes_them(nam
     assert ("better" in meta, "classes" in meta) == (not name, not name)
 
 
+@pytest.mark.parametrize(("name", "seq"), [("", 97), ("plain_", 98)])
+def test_a_delta_byte_for_byte_with_a_fast_digest_and_without(name: str, seq: int) -> None:
+    frame = frames.parse(unhex("delta", f"{name}frame"))
+    frame.check_authentic(AGGREGATOR.public)
+    delta = Delta.from_meta(frame.meta)
+    as_hex = {key: value.hex() if isinstance(value, bytes) else value for key, value in delta.meta().items()}
+    assert as_hex == VECTORS["delta"][f"{name}meta"]
+    about: dict[str, Any] = {"federation": "lab", "sender": "aggregator", "kind": "delta", "seq": seq}
+    assert frames.build(AGGREGATOR, meta=delta.meta(), body=CONTENT, **about) == unhex("delta", f"{name}frame")
+    vector = Block.read(SCHEMA, delta.codec, delta.encoding, frame.body).apply(VECTOR)
+    assert vector_digest(vector) == delta.digest
+    assert delta.blake3 == (b"" if name else vector_blake3(vector))
+
+
+@pytest.mark.parametrize("what", VECTORS["malformed_deltas"])
+def test_malformed_deltas_are_refused(what: str) -> None:
+    frame = frames.parse(unhex("malformed_deltas", what))
+    frame.check_authentic(AGGREGATOR.public)
+    with pytest.raises(ProtocolError) as error:
+        Delta.from_meta(frame.meta)
+    assert error.value.reason == "bad-meta"
+
+
 def test_a_candidate_and_the_metrics_that_name_it() -> None:
     meta, frame = VECTORS["candidate"]["meta"], frames.parse(unhex("candidate", "frame"))
     frame.check_authentic(AGGREGATOR.public)
@@ -331,7 +354,7 @@ def test_malformed_requests_for_statistics_are_refused_and_their_heads_are_not(w
 def test_every_entry_is_used() -> None:
     """A vector added to the file must be added here."""
     others = "enroll sealed malformed_zstd malformed_blocks malformed_vectors malformed_frames revocations"
-    others += " malformed_revocations metrics malformed_metrics candidate"
+    others += " malformed_revocations metrics malformed_metrics candidate delta malformed_deltas"
     others += " statistics malformed_statistics malformed_requests"
     others += " private malformed_private"  # test_private_vectors.py
     used = "about keys schema vector ternary_block float32_block tiny_numbers update message_in_3_parts head receipt"

@@ -1,10 +1,14 @@
 """A device that crashes between any two actions, on a network that loses, doubles and reorders messages.
 
+A cut of the power takes with it any number of the last saves that were not durable.
+
 Changes are small whole numbers sent as float32, so that every sum is exact: what training gave must at any time be in
 what was accepted, in the outstanding update, or in the residual, and nowhere twice.
 """
 
+from copy import copy
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 from hypothesis import strategies as st
@@ -75,6 +79,8 @@ class Answers:
 class CrashingDevice(RuleBasedStateMachine):
     """Rules are what may happen; each may be followed by any other."""
 
+    WRITTEN: ClassVar[tuple[str, ...]] = ("disk", "records")  # what goes back with the disk where the power fails
+
     @initialize()
     def begin(self) -> None:
         self.scripted = ScriptedAggregator(max_staleness=1)
@@ -95,6 +101,7 @@ class CrashingDevice(RuleBasedStateMachine):
         self.now = 0.0
         self.disk = State(key=KEY.key_id, enrolled=True)
         self.records: list[AnsweredUpdate] = []
+        self.unsynced: list[dict[str, Any]] = []  # what was on disk before each save since the last durable one
         self.gained = np.zeros(self.scripted.schema.elements, np.float32)  # by trainings whose result was saved
         self.sent: dict[tuple[bytes, str, int, int], bytes] = {}
         self.told: set[int] = set()  # the versions on which an update was made and sent
@@ -133,8 +140,11 @@ class CrashingDevice(RuleBasedStateMachine):
 
     def perform(self, action: Action) -> None:
         match action:
-            case Save(state=state, answered=answered):
+            case Save(state=state, answered=answered, durable=durable):
+                self.unsynced.append({name: copy(getattr(self, name)) for name in self.WRITTEN})
                 self.save(state, answered)
+                if durable:
+                    self.unsynced.clear()
             case Connect(will_payload=will):
                 self.check_public(parse(will))
                 self.wants_connection = True
@@ -199,6 +209,16 @@ class CrashingDevice(RuleBasedStateMachine):
 
     @rule()
     def crash(self) -> None:
+        self.start()
+
+    @precondition(lambda self: self.unsynced)
+    @rule(data=st.data())
+    def the_power_fails(self, data: st.DataObject) -> None:
+        """SQLite's log on disk is then any beginning of what was written since the last durable save."""
+        for name, value in self.unsynced[data.draw(st.integers(0, len(self.unsynced) - 1))].items():
+            setattr(self, name, value)
+        self.unsynced.clear()
+        self.crash_after = None
         self.start()
 
     @precondition(lambda self: self.wants_connection)

@@ -10,7 +10,7 @@ from ternbus.broker.protocol.frame import Frame, build, parse
 from ternbus.broker.protocol.identity import AGGREGATOR, Identity
 from ternbus.broker.protocol.messages import Candidate, Delta, Grant, Head, Receipt, Snapshot, SnapshotRef, Status
 from ternbus.broker.protocol.parts import cut
-from ternbus.broker.protocol.schema import Schema, Vector, vector_digest
+from ternbus.broker.protocol.schema import Schema, Vector, vector_blake3, vector_digest
 from ternbus.broker.protocol.ternary import RAW, ZSTD, Block, encode, nearest_block
 
 SHAPES = {"w": (50, 20), "b": (7,)}
@@ -28,6 +28,7 @@ class ScriptedAggregator:
     direct_parts: int = 8
     max_staleness: int = 2
     state: str = "open"
+    fast_digest: bool = True  # whether deltas have a BLAKE3 beside their digest
     plan: dict[str, Any] = field(default_factory=dict)
     statistics: Any = None  # asked for in heads
     identity: Identity = field(default_factory=Identity.generate)
@@ -90,7 +91,14 @@ class ScriptedAggregator:
         if version not in self.delta_frames:
             block = self.blocks[version]
             assert block is not None
-            about = Delta(version=version, digest=vector_digest(self.vectors[version]), codec=block.codec, encoding=RAW)
+            vector = self.vectors[version]
+            about = Delta(
+                version=version,
+                digest=vector_digest(vector),
+                codec=block.codec,
+                encoding=RAW,
+                blake3=vector_blake3(vector) if self.fast_digest else b"",
+            )
             frames = self.cut(Delta.KIND, about.meta(), encode(block.content, RAW))
             slot = version % self.slots
             self.delta_frames[version] = [

@@ -134,9 +134,11 @@ class Delta:
     digest: bytes
     codec: str
     encoding: str
+    blake3: bytes = b""  # BLAKE3 of the new vector; empty, and then not in the map, if the sender does not say it
 
     def meta(self) -> dict[str, Any]:
-        return {"version": self.version, "digest": self.digest, "codec": self.codec, "encoding": self.encoding}
+        meta = {"version": self.version, "digest": self.digest, "codec": self.codec, "encoding": self.encoding}
+        return meta | ({"blake3": self.blake3} if self.blake3 else {})
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
@@ -145,6 +147,7 @@ class Delta:
             digest=meta_fields.binary(meta, "digest", 32),
             codec=meta_fields.text(meta, "codec"),
             encoding=meta_fields.text(meta, "encoding"),
+            blake3=meta_fields.binary(meta, "blake3", 32) if "blake3" in meta else b"",
         )
 
 
@@ -184,9 +187,8 @@ class Update:
             "sealed": self.sealed,
             "metrics": dict(self.metrics),
         }
-        if not self.is_private:
-            return meta
-        return {**meta, "context": self.context, "min": self.min, "boxes": list(self.boxes)}
+        private = {"context": self.context, "min": self.min, "boxes": list(self.boxes)}
+        return meta | (private if self.is_private else {})
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
@@ -322,8 +324,7 @@ class Status:
 
     def meta(self) -> dict[str, Any]:
         meta: dict[str, Any] = {"state": self.state, "session": self.session, "base": self.base}
-        meta |= {"software": self.software}
-        meta |= {"failing": self.failing} if self.failing else {}
+        meta |= {"software": self.software} | ({"failing": self.failing} if self.failing else {})
         return meta | ({"count": self.count} if self.count >= 0 else {})
 
     @classmethod

@@ -11,6 +11,7 @@ from typing import Any, Final
 import msgpack
 import numpy as np
 import numpy.typing as npt
+from blake3 import blake3
 
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol.packed import NO_EXTENSIONS, check_whole
@@ -27,6 +28,8 @@ ELEMENTS_MAX: Final = 2**31
 MSGPACK_BYTES: Final = 9  # the maximum size of a number, or of the prefix of a text or an array
 ROLE_BYTES: Final = len(TERNARY)
 SMALLEST_NORMAL: Final = np.float32(2.0**-126)
+DOUBLED_NORMAL: Final = 2 * 0x00800000 - 1  # its bits doubled, less 1
+PIECE: Final = 2**16  # elements at a time: a quarter MiB stays in the processor's cache from one step to the next
 # The largest magnitude of an element of a model. Squares of such elements, and sums of 2^31 of them, are finite in
 # float32. No block exceeds it: 65,504 is less than half of the distance to the next float32, so v + d is rounded to
 # 2^40 again.
@@ -152,11 +155,14 @@ def _tensor(row: Any) -> Tensor:
 
 def flush_tiny(values: npt.NDArray[np.float32]) -> None:
     """Set every magnitude below 2^-126, and -0, to +0 in place: some processors do, and all must have the same bits."""
-    values += np.float32(0.0)  # -0 + 0 is +0
-    tiny = np.abs(values) < SMALLEST_NORMAL
-    tiny &= values != 0  # a third of a ternary change is 0 already, and masked writes are slow
-    if tiny.any():
-        values[tiny] = 0.0
+    for first in range(0, len(values), PIECE):
+        piece = values[first : first + PIECE]
+        piece += np.float32(0.0)  # -0 + 0 is +0
+        bits = piece.view(np.uint32)
+        doubled = bits + bits  # without the sign
+        doubled -= np.uint32(1)  # 0 becomes the largest number, so that the smallest one is of no 0
+        if doubled.min() < DOUBLED_NORMAL:
+            piece[np.abs(piece) < SMALLEST_NORMAL] = 0.0
 
 
 def is_bounded(vector: Vector) -> bool:
@@ -168,6 +174,11 @@ def is_bounded(vector: Vector) -> bool:
 def vector_digest(vector: Vector) -> bytes:
     """BLAKE2b-256 over the vector's little-endian bytes."""
     return blake2b(np.ascontiguousarray(vector, dtype=type_f32).data, digest_size=32).digest()
+
+
+def vector_blake3(vector: Vector) -> bytes:
+    """BLAKE3-256 over the same bytes: as strong, and several times as fast (O'Connor et al. 2020, section 5)."""
+    return blake3(np.ascontiguousarray(vector, dtype=type_f32).view(np.uint8).data).digest()
 
 
 def vector_of(content: bytes, schema: Schema) -> Vector:

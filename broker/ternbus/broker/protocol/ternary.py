@@ -14,6 +14,7 @@ import numpy.typing as npt
 import zstandard
 
 from ternbus.broker.errors import ProtocolError
+from ternbus.broker.protocol import compiled
 from ternbus.broker.protocol.schema import SMALLEST_NORMAL, Schema, Segment, Vector, flush_tiny, type_f32
 
 TERNARY: Final = "ternary"
@@ -67,11 +68,16 @@ class Block:
 
     def apply(self, vector: Vector) -> Vector:
         """The next version: v + s*t and v + d in float32, tiny numbers as +0; the same bits on every machine."""
-        result = vector.copy()
-        for start, values in self._pieces():
-            target = result[start : start + len(values)]
-            target += values
-            flush_tiny(target)
+        result = np.empty_like(vector)
+        is_compiled = self.codec == TERNARY and compiled.takes(vector)
+        if is_compiled:
+            packed = self.packed
+            for segment, scale in zip(self.schema.ternary, self.scales, strict=True):
+                tensor = slice(segment.start, segment.stop)
+                compiled.vectors.apply(result[tensor], vector[tensor], packed, segment.offset, scale)
+        for start, values in self._plain_pieces() if is_compiled else self._pieces():
+            piece = slice(start, start + len(values))
+            flush_tiny(np.add(vector[piece], values, out=result[piece]))
         return result
 
     def piece(self, segment: Segment, first: int, last: int) -> npt.NDArray[np.float32]:
@@ -113,11 +119,15 @@ class Block:
 
     def _pieces(self) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
         """(position in the vector, values), in pieces of at most CHUNK elements."""
-        elements = self.elements
-        runs = [(segment.start, segment.stop, segment.offset) for segment in self.schema.dense]
         if self.codec == TERNARY:
             yield from self._ternary_pieces()
-        else:
+        yield from self._plain_pieces()
+
+    def _plain_pieces(self) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """Those that are float32 in the block."""
+        elements = self.elements
+        runs = [(segment.start, segment.stop, segment.offset) for segment in self.schema.dense]
+        if self.codec == FLOAT32:
             after = self.schema.ternary_elements
             runs = [(start, stop, offset + after) for start, stop, offset in runs]
             runs += [(segment.start, segment.stop, segment.offset) for segment in self.schema.ternary]
@@ -156,6 +166,9 @@ def content_bytes(schema: Schema, codec: str) -> int:
 def pack(trits: Trits) -> bytes:
     """Pack N trits in -1, 0, +1 into ceil(N/5) bytes, t0 as the lowest power of three; 0 fills the last byte."""
     packed = np.empty(-(-len(trits) // 5), dtype=np.uint8)
+    if compiled.vectors is not None and trits.flags.c_contiguous:
+        compiled.vectors.pack(packed, trits)
+        return packed.tobytes()
     for first in range(0, len(packed), CHUNK_BYTES):
         piece = trits[5 * first : 5 * (first + CHUNK_BYTES)]
         digits = np.ones(-(-len(piece) // 5) * 5, dtype=np.uint8)

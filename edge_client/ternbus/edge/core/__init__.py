@@ -11,7 +11,8 @@ protocol promises holds if the shell keeps this contract. `edge.shell.service` i
 3. **Actions in order.** Perform the actions that `handle` returns, all of them and in their order, before the next
    event. If one fails, perform none of those after it: end the process, and start again from the disk.
 4. **Save.** Write the state, and the answered update if there is one, to stable storage in one transaction, before the
-   next action. The actions after it may publish what only this write remembers.
+   next action. The actions after it may publish what only this write remembers. A save that is not ``durable`` must
+   outlive the process, and may be lost with the power; then nothing that was saved after it may be kept.
 5. **Time.** After each `handle`, ask `due_s`, and handle `TimeReached` when ``now`` has reached it, if nothing happens
    before. Too early does no harm; too late causes a delay.
 6. **Connect.** Open a connection to the broker with a persistent session, QoS 1, and the given last will, retained.
@@ -58,6 +59,7 @@ The states of the connection, and of the work, which continues while the device 
 
 A device that is enrolling is in no other state; otherwise it is in the lowest state of the table that applies. It
 follows the model in every state but "stopped", and evaluates a new version whenever it does not train. It publishes its
-status, retained, at each connect, at enrollment, when a training begins or ends, at the first old head after a connect
-or after one that it accepted, and at the end; with the roles "join" and "export" only at the end.
+status, retained, at each connect, at enrollment, when a training begins or ends (of quick ones not each), at the first
+old head after a connect or after one that it accepted, and at the end; with the roles "join" and "export" only at the
+end.
 """

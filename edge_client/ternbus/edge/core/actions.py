@@ -15,10 +15,14 @@ from ternbus.edge.plan.tensors import FloatArray, Tensors
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Save:
-    """Write the state to stable storage in one transaction, with the receipt that caused the write, if any."""
+    """Write the state to stable storage in one transaction, with the receipt that caused the write, if any.
+
+    Where it is not ``durable``, it must outlive the process, but not the power: the next durable write includes it.
+    """
 
     state: State
     answered: AnsweredUpdate | None = None
+    durable: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

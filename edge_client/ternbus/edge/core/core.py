@@ -1,7 +1,7 @@
 """The device's state machine without I/O: events in, actions out.
 
 If an event changes the `State`, one `Save` comes before every other action of the event. So the device publishes
-nothing that is not on disk, and a receipt and its effects are one durable write.
+nothing that is not on disk, and a receipt and its effects are one write.
 
 The states of connection and work are in the docstring of the package.
 """
@@ -47,10 +47,10 @@ class Core:
     def __init__(self, profile: Profile, state: State, initial_model: InitialModel | None = None) -> None:
         self.profile = profile
         self.pending = PendingState(state)
-        schema_bytes = profile.model_size.schema
         self.follower = Follower(
-            federation=profile.federation, initial_model=initial_model, schema_bytes_max=schema_bytes
-        )
+            federation=profile.federation, initial_model=initial_model, schema_bytes_max=profile.model_size.schema,
+            is_private=profile.is_private,
+        )  # fmt: skip
         self.terms = PrivateTerms(profile=profile, pending=self.pending)
         self.enrollment = Enrollment(profile=profile, pending=self.pending)
         self.uplink = Uplink(profile=profile, pending=self.pending)
@@ -60,12 +60,9 @@ class Core:
         self.fine_tuning = FineTuning(profile=profile, training=self.training, evaluation=self.evaluation)
         self.presence = Presence()
         self._own_status = OwnStatus(
-            profile=profile,
-            pending=self.pending,
-            presence=self.presence,
-            training=self.training,
+            profile=profile, pending=self.pending, presence=self.presence, training=self.training,
             evaluation=self.evaluation,
-        )
+        )  # fmt: skip
         self._sampler = LogSampler()
         self._reconnect = Reconnection(device=profile.device, salt=profile.key.hex())
         self._foreign_numbers = ForeignNumbers(profile=profile, pending=self.pending)
@@ -108,6 +105,7 @@ class Core:
             self.follower.due_s() if self._online else None,
             self.terms.due_s() if self._online else None,
             self._resubscribe.due_s(self.presence.online is not None) if self._online else None,
+            self._own_status.due_s if self._online else None,
             self._enroll_due_s(),
             self._send_due_s(),
             self._statistics_due_s(),
@@ -166,6 +164,7 @@ class Core:
         actions = self._connect(now)
         if self._online:
             actions += [*self._subscribe_again(now), *self.follower.time_reached(now), *self.terms.time_reached(now)]
+            actions += self._own_status.time_reached(now)
         actions += self._check_schema()
         actions += self._leave_if_done()
         if self._stopped:
@@ -226,8 +225,10 @@ class Core:
         else:
             self.uplink.acknowledged(seq, now)
 
-    def _status(self) -> list[Action]:
-        return [*self._own_status.now()] if self._online else []
+    def _status(self, changed_s: float | None = None) -> list[Action]:
+        """The own status; where a training began or ended, at ``changed_s``, it may come later."""
+        own = self._own_status
+        return [*(own.now() if changed_s is None else own.changed(changed_s))] if self._online else []
 
     def _note_refusal(self) -> list[Action]:
         """Keep, for its owner and the aggregator's operator, why the device makes no update by this plan."""
@@ -338,14 +339,14 @@ class Core:
 
     def _begin_training(self, now: float) -> list[Action]:
         done = self.training.begin(self.follower, self.terms, self.state, now)
-        return [*done, *(self._status() if any(isinstance(each, StartTraining) for each in done) else [])]
+        return [*done, *(self._status(changed_s=now) if any(isinstance(each, StartTraining) for each in done) else [])]
 
     def _training_finished(self, event: events.TrainingFinished, now: float) -> list[Action]:
         job = self.training.finished(event)
         if job is None:
             return []
         seq = self.uplink.store(event, job, now)
-        return [describe(event, seq), *self._status()]
+        return [describe(event, seq), *self._status(changed_s=now)]
 
     # -- sending
 

@@ -16,7 +16,7 @@ from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.messages import Delta, Head, Snapshot
 from ternbus.broker.protocol.parts import Collector, parts_max
-from ternbus.broker.protocol.schema import Schema, Vector, to_vector, vector_digest, vector_of
+from ternbus.broker.protocol.schema import Schema, Vector, to_vector, vector_blake3, vector_digest, vector_of
 from ternbus.broker.protocol.ternary import Block, decode
 from ternbus.broker.protocol.topics import Address
 from ternbus.edge.core.actions import Action, Log, Unsubscribe
@@ -61,6 +61,7 @@ class Follower:
     federation: str
     initial_model: InitialModel | None = None  # until the first head
     schema_bytes_max: int = BYTES_MAX
+    is_private: bool = False  # updates are private: their context names the version's digest
     head: Head | None = None
     version: int | None = None
     vector: Vector | None = None
@@ -231,11 +232,21 @@ class Follower:
             vector = Block.read(self.schema, delta.codec, delta.encoding, body).apply(self.vector)
         except ProtocolError as error:
             return f"the delta of version {delta.version} is malformed ({error})"
-        if is_last and vector_digest(vector) != delta.digest:
+        if is_last and not self._is_of(delta, vector):
             return f"the digest of version {delta.version} is not that of its delta"
         self.vector, self.version, self.digest = vector, delta.version, delta.digest
         self.unconfirmed = self.unconfirmed and not is_last
         return ""
+
+    def _is_of(self, delta: Delta, vector: Vector) -> bool:
+        """Whether the delta's digest is this vector's: by BLAKE3 where the delta has it, in a seventh of the time.
+
+        The context of a private update names ``digest``: there the device believes no other one. An aggregator could
+        otherwise have one device train on another model under the digest of all.
+        """
+        if delta.blake3 and not self.is_private:
+            return vector_blake3(vector) == delta.blake3
+        return vector_digest(vector) == delta.digest
 
     def _request_deltas(self, now: float) -> list[Action]:
         head, version = self.head, self.version

@@ -46,6 +46,7 @@ class PendingState:
         """The pending write, if the state has changed."""
         if self.state is self._saved:
             return []
-        action = Save(state=self.state, answered=self._answered)
+        durable = self.state.tells_more_than(self._saved)
+        action = Save(state=self.state, answered=self._answered, durable=durable)
         self._saved, self._answered = self.state, None
         return [action]

@@ -7,10 +7,10 @@ from typing import Final, Literal, Protocol
 
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import topics
-from ternbus.broker.protocol.frame import Frame, build, parse
+from ternbus.broker.protocol.frame import Frame, build
 from ternbus.broker.protocol.identity import Identity, KeyId, enroll_proof, key_id
 from ternbus.broker.protocol.messages import DEVICE_STATES, Enroll, Grant, Receipt, Status
-from ternbus.broker.protocol.parts import cut, message_digest
+from ternbus.broker.protocol.parts import cut
 from ternbus.broker.protocol.schema import ELEMENTS_MAX, Schema
 from ternbus.broker.protocol.topics import Address
 from ternbus.broker.sums import bfv, masks
@@ -201,10 +201,6 @@ class Profile:
         )
         topic = topics.up(self.federation, self.device, message.KIND)
         return [Publish(topic=topic, payload=frame, seq=update.seq) for frame in frames]
-
-    def digest(self, update: OutstandingUpdate) -> bytes:
-        """The message digest of this update in the aggregator's log of merges."""
-        return message_digest(parse(part.payload).header for part in self.update(update))
 
     def is_addressed(self, receipt: Receipt | Grant) -> bool:
         return receipt.device == self.device and receipt.device_key == self.key

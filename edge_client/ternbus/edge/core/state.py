@@ -1,7 +1,8 @@
 """The durable state of a device, as one value: counters, the outstanding update, the residual."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Final
 
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import ternary
@@ -17,6 +18,9 @@ FIRST_SEQ = 2  # 1 is the enrollment's, whose frame must be the same each time
 OLD_HEAD = "old-head"  # the reason to drop a head below one that was accepted
 TOO_MANY = "its owner allows no more requests a day than "  # begins a refusal
 RENUMBERED = "renumbered"  # instead of an outcome: the update was sent again with another number
+
+HEARD: Final = frozenset({"head_version", "head_seq", "head_digest", "receipt_seq"})  # of a `State`, by a message
+ANSWERED: Final = frozenset({"outstanding", "residual", "answered_base", "accepted"})  # likewise, by a receipt
 
 Seal = Callable[[bytes], bytes]  # plain bytes -> sealed box
 
@@ -163,6 +167,16 @@ class State:
     cards: Mapping[bytes, int] = field(default_factory=dict)  # the highest box key seen, by a pinned helper's key
     refusal: str = ""  # why the device makes no update by the present plan; for its owner
     statistics: Statistics = field(default_factory=Statistics)
+
+    def tells_more_than(self, before: "State") -> bool:
+        """Whether it has what nobody would tell the device again, if only ``before`` were on disk.
+
+        The aggregator sends its newest head again. It answers an update that is outstanding, by the same receipt.
+        """
+        answered = self.outstanding is None and before.outstanding is not None
+        told = HEARD | ANSWERED if answered else HEARD
+        names = (each.name for each in fields(self) if each.name not in told)
+        return any(getattr(self, name) is not getattr(before, name) for name in names)
 
     def with_key(self, key: KeyId) -> "State":
         """The state with a new key, which must be enrolled and has its own counters."""

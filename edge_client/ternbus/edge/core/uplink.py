@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from ternbus.broker.protocol.frame import FRAME_BYTES
+from ternbus.broker.protocol.frame import FRAME_BYTES, parse
+from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.messages import SAMPLES_MAX, Grant, Head, Offer, Receipt
 from ternbus.broker.protocol.meta_fields import ENTRIES_MAX
+from ternbus.broker.protocol.parts import message_digest
 from ternbus.broker.protocol.schema import Schema
 from ternbus.edge.core.actions import Action, Log, Publish, StartTraining
 from ternbus.edge.core.events import TrainingFinished
@@ -23,6 +25,8 @@ from ternbus.edge.plan.plan import NO_DP
 from ternbus.edge.plan.privacy import privacy_metrics
 
 FIRST_RESEND_S: Final = 60.0
+Frames = tuple[OutstandingUpdate | None, KeyId, list[Publish]]
+NO_FRAMES: Final[Frames] = (None, KeyId(bytes(8)), [])
 IN_TRANSIT: Final = 64  # frames that wait for the broker, or twice those of the update: then nothing is sent again
 
 
@@ -36,6 +40,7 @@ class Uplink:
     resend: Resend = field(init=False)
     _grant_seq: int = 0
     _waits: int = 0  # the number of an update that was answered `busy`
+    _frames: Frames = NO_FRAMES  # those made last, and by which key
     _in_transit: Counter[int] = field(default_factory=Counter)  # frames on this connection, by the update's number
 
     def __post_init__(self) -> None:
@@ -61,7 +66,7 @@ class Uplink:
         self.frame_bytes = frame_bytes
         self._in_transit.clear()
         update = self.pending.state.outstanding
-        if update is not None and any(len(part.payload) > frame_bytes for part in self.profile.update(update)):
+        if update is not None and any(len(part.payload) > frame_bytes for part in self._frames_of(update)):
             # The update may have been accepted under the old number, with a receipt that was lost.
             before = self._answered_update(update, RENUMBERED, self.pending.state.head_version)
             self._replace_outstanding(self._renumbered(update), before)
@@ -139,7 +144,7 @@ class Uplink:
 
         An update of several parts that waits for its turn is offered, too: to ask again costs no copy of it.
         """
-        parts = self.profile.update(update)
+        parts = self._frames_of(update)
         if self._is_congested(len(parts)):
             self.resend.sent(len(parts), now)  # the next attempt is by the backoff
             return []
@@ -161,7 +166,7 @@ class Uplink:
         if grant_seq <= self._grant_seq:
             return []
         self._grant_seq = grant_seq
-        parts = self.profile.update(update)
+        parts = self._frames_of(update)
         wanted = {part for first, last in grant.parts for part in range(first, min(last + 1, len(parts)))}
         self.resend.granted(grant.deadline_s, now)
         if self._is_congested(len(parts)):
@@ -197,7 +202,7 @@ class Uplink:
             text = f"the aggregator is busy; the update on version {update.base} waits"
             return [Log(event="busy", text=text, fields=fields)]
         if counter_is_behind(update, receipt):
-            if self._is_congested(len(self.profile.update(update))):
+            if self._is_congested(len(self._frames_of(update))):
                 return []  # the number is the next attempt's concern: each new one is a write of the whole update
             self.pending.skip_past(receipt.highest_seq)
             self._replace_outstanding(self._renumbered(update))
@@ -211,13 +216,22 @@ class Uplink:
             ]
         self._in_transit.pop(update.seq, None)  # a last answer: it has arrived
         answered = self._answered_update(update, receipt.outcome, receipt.version)
+        self._frames = NO_FRAMES
         state = self.pending.state
         self.pending.put(after_receipt(state, update, receipt, schema or Schema.parse(state.schema)), answered)
         text = describe(receipt, update)
         return [Log(event=receipt.outcome, text=text, fields={**fields, "reason": receipt.reason})]
 
+    def _frames_of(self, update: OutstandingUpdate) -> list[Publish]:
+        """All parts of the update. They are asked for when it is sent and when it is answered, and signed once."""
+        known, key, frames = self._frames
+        if known is not update or key != self.profile.key:
+            frames = self.profile.update(update)
+            self._frames = update, self.profile.key, frames
+        return frames
+
     def _answered_update(self, update: OutstandingUpdate, outcome: str, version: int) -> AnsweredUpdate:
-        digest = self.profile.digest(update)
+        digest = message_digest(parse(frame.payload).header for frame in self._frames_of(update))
         key = self.profile.key
         return AnsweredUpdate(
             seq=update.seq, base=update.base, outcome=outcome, version=version, key=key, digest=digest

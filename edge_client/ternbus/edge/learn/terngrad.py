@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from ternbus.broker.protocol import compiled
+
 BLOCK = 65_536  # elements at a time; the largest temporary array is a block of float32 or random bits, 256 KiB
 LARGEST_SCALE = 65_504.0  # the protocol's bound
 SMALLEST_SCALE = 2.0**-126  # below it a float32 counts as zero everywhere in the protocol
@@ -35,7 +37,11 @@ def ternarize(
     flat = values.reshape(-1)
     trits = np.empty(flat.shape, np.int8) if out is None else out
     s = scale(flat, clip_sigma=clip_sigma)
-    if s > 0:
+    if s > 0 and compiled.takes(flat):
+        state = bits.state
+        compiled.vectors.draw(trits, flat, state["state"]["state"], s)
+        bits.state = state
+    elif s > 0:
         for block in _blocks(flat.size):
             _draw(flat[block], s, bits, trits[block])
     else:
@@ -52,12 +58,11 @@ def scale(values: FloatArray, *, clip_sigma: float) -> np.float32:
     flat = values.reshape(-1)
     if not flat.size:
         return np.float32(0)
-    largest = max(float(flat.max()), -float(flat.min()))
+    largest, sigma = _spread(flat)
     if not math.isfinite(largest):
         raise ValueError("cannot ternarize: the tensor has a NaN or an infinity")
-    sigma = _standard_deviation(flat) if clip_sigma > 0 else 0.0
-    spread = sigma > largest * EPSILON  # a smaller sigma is float32's rounding, and nothing to clip
-    bounded = min(largest, LARGEST_SCALE, clip_sigma * sigma if spread else math.inf)
+    clips = clip_sigma > 0 and sigma > largest * EPSILON  # a smaller sigma is float32's rounding, and nothing to clip
+    bounded = min(largest, LARGEST_SCALE, clip_sigma * sigma if clips else math.inf)
     return np.float32(bounded) if bounded >= SMALLEST_SCALE else np.float32(0)
 
 
@@ -75,16 +80,27 @@ def _draw(values: FloatArray, s: np.float32, bits: np.random.SFC64, out: Trits) 
     np.subtract(shares.astype(np.uint8), 1, out=out.view(np.uint8))
 
 
-def _standard_deviation(flat: FloatArray) -> float:
-    """Two passes, so that a mean far from zero does not cancel; sums of blocks in float32, the total in float64."""
-    squares = 0.0
+def _spread(flat: FloatArray) -> tuple[float, float]:
+    """The largest magnitude, which is NaN if there is a NaN, and the standard deviation; one pass over the memory.
+
+    sigma^2 = E[(x - p)^2] - (E[x] - p)^2 with the mean p of the first block. As that block is a share f of the tensor,
+    (E[x] - p)^2 is at most (1 - f) / f · sigma^2: a mean far from zero does not cancel what is left. Sums of a block
+    are in float32, the totals in float64.
+    """
+    largest = total = squares = 0.0
     with np.errstate(over="ignore", invalid="ignore"):  # an overflow is bounded by LARGEST_SCALE later
-        mean = sum(float(flat[block].sum()) for block in _blocks(flat.size)) / flat.size
+        pilot = flat[:BLOCK].sum() / np.float32(min(BLOCK, flat.size))
         for block in _blocks(flat.size):
-            off = flat[block] - np.float32(mean)
+            piece = flat[block]
+            largest = max(float(piece.max()), -float(piece.min()), largest)
+            if math.isnan(largest):
+                return math.nan, math.nan
+            off = piece - pilot
+            total += float(off.sum())
             np.square(off, out=off)
             squares += float(off.sum())
-    return math.sqrt(squares / flat.size)
+    mean = total / flat.size
+    return largest, math.sqrt(max(0.0, squares / flat.size - mean * mean))
 
 
 def _blocks(size: int) -> Iterator[slice]:

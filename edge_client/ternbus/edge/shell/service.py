@@ -149,7 +149,7 @@ class Service:
                 if action.answered is not None:
                     self._counters[f"updates.{action.answered.outcome}"] += 1
                 reached("save")
-                self._outbox.save(action.state, action.answered, self._counters)
+                self._outbox.save(action.state, action.answered, self._counters, durable=action.durable)
                 reached("saved")
             case Connect():
                 self._connect(action)

@@ -10,7 +10,7 @@ import numpy as np
 
 from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.protocol.schema import Vector, flatten, flush_tiny, is_bounded
+from ternbus.broker.protocol.schema import PIECE, Vector, flatten, flush_tiny, is_bounded
 from ternbus.edge.core.actions import (
     Job,
     StartEvaluation,
@@ -88,10 +88,12 @@ def _unchanged(job: StartTraining, reason: str, random_source: RandomSource) -> 
 
 def _change(job: StartTraining, trained: Trained) -> Vector:
     change = flatten(job.schema, trained.tensors)
-    if not is_bounded(change):
-        raise TrainingError("training diverged (a value is beyond 2^40): lower the plan's learning_rate")
-    flush_tiny(change)
-    change -= job.vector
+    for first in range(0, len(change), PIECE):
+        piece = change[first : first + PIECE]
+        if not is_bounded(piece):
+            raise TrainingError("training diverged (a value is beyond 2^40): lower the plan's learning_rate")
+        flush_tiny(piece)
+        piece -= job.vector[first : first + PIECE]
     return change
 
 

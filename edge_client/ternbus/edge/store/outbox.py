@@ -1,4 +1,4 @@
-"""The device's durable state in one SQLite file; each save is one transaction on stable storage.
+"""The device's durable state in one SQLite file; each save is one transaction, on stable storage where it has to be.
 
 It converts a `State` into rows and back. A second process can read the file at the same time.
 """
@@ -76,6 +76,7 @@ class Outbox:
         self._path.touch(mode=0o600)
         self._path.chmod(0o600)
         self._db = open_for_writing(self._path)
+        self._durable = True  # what the connection does at a commit
         with naming(self._path):
             self._stored = _read(self._db)  # the content of the file
             self.state = (self._stored or State(key=key)).with_receipt(0)  # which a save then writes
@@ -89,9 +90,17 @@ class Outbox:
     ) -> None:
         self._db.close()
 
-    def save(self, state: State, answered: AnsweredUpdate | None, counters: Mapping[str, int]) -> None:
-        """Save everything in one transaction. Only changed values are written."""
+    def save(
+        self, state: State, answered: AnsweredUpdate | None, counters: Mapping[str, int], *, durable: bool = True
+    ) -> None:
+        """Save everything in one transaction. Only changed values are written.
+
+        What is not ``durable`` is in the operating system's hands at the end: it outlives the process, and a cut of the
+        power once a durable save has followed (https://sqlite.org/pragma.html#pragma_synchronous, with WAL).
+        """
         before = self._stored
+        with naming(self._path):
+            self._synchronize(durable)
         with naming(self._path), self._db:
             self._db.execute("BEGIN IMMEDIATE")
             self._save_numbers(state)
@@ -108,6 +117,11 @@ class Outbox:
             reached("state-written")
         self.state = self._stored = state
         self.counters = dict(counters)
+
+    def _synchronize(self, durable: bool) -> None:
+        if durable is not self._durable:
+            self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            self._durable = durable
 
     def _save_numbers(self, state: State) -> None:
         before = self._stored or State(key=state.key)

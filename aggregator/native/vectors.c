@@ -1,0 +1,201 @@
+/* Loops over a model's vector that numpy makes in several passes: what a device and an aggregator do for each version
+   and each update. Each gives the bits of its numpy counterpart: the same float32 operations on the same operands, and
+   no multiplication beside an addition that a compiler could contract.
+
+   apply:  the next version of ternary elements (`Block.apply`)
+   draw:   TernGrad's trits, with the random numbers of numpy's SFC64 (`terngrad._draw`)
+   pack:   five trits to a byte (`ternary.pack`) */
+
+#define Py_LIMITED_API 0x030B0000 /* buffers are part of it since 3.11 */
+#include <Python.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { TRITS = 5, ROW = 8, VALUES = 256, BYTE_MAX = 242, AT_ONCE = 1024 };
+
+typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t bits_of_four __attribute__((vector_size(16), aligned(4), may_alias));
+
+static const int32_t EXPONENT = 0x7F800000; /* all 0: a magnitude below 2^-126, or 0 */
+
+static inline int32_t bits_of(float value) {
+    int32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+static inline float flushed(float value) { return bits_of(value) & EXPONENT ? value : 0.0f; }
+
+static inline four flushed_four(four value) {
+    bits_of_four bits;
+    memcpy(&bits, &value, sizeof bits);
+    bits &= (bits & EXPONENT) != 0;
+    memcpy(&value, &bits, sizeof bits);
+    return value;
+}
+
+static void make_table(float *table, float scale) {
+    memset(table, 0, sizeof(float) * ROW * VALUES);
+    for (int byte = 0; byte <= BYTE_MAX; byte++)
+        for (int place = 0, rest = byte; place < TRITS; place++, rest /= 3)
+            table[ROW * byte + place] = (float)(rest % 3 - 1) * scale;
+}
+
+static void apply_trits(float *to, const float *from, Py_ssize_t count, const uint8_t *packed, Py_ssize_t first, float scale) {
+    float table[ROW * VALUES];
+    Py_ssize_t i = 0;
+    make_table(table, scale);
+    packed += first / TRITS;
+    for (int place = (int)(first % TRITS); place && place < TRITS && i < count; place++, i++)
+        to[i] = flushed(from[i] + table[ROW * (size_t)*packed + place]);
+    packed += first % TRITS != 0;
+    for (; i + ROW <= count; i += TRITS, packed++) { /* the three elements too many are written again */
+        const four *row = (const four *)(table + ROW * (size_t)*packed);
+        *(four *)(to + i) = flushed_four(*(const four *)(from + i) + row[0]);
+        *(four *)(to + i + 4) = flushed_four(*(const four *)(from + i + 4) + row[1]);
+    }
+    for (int place = 0; i < count; i++) {
+        to[i] = flushed(from[i] + table[ROW * (size_t)*packed + place]);
+        if (++place == TRITS)
+            place = 0, packed++;
+    }
+}
+
+static int overlap(const Py_buffer *one, const Py_buffer *other) {
+    const char *a = one->buf, *b = other->buf;
+    return a < b + other->len && b < a + one->len;
+}
+
+static PyObject *apply(PyObject *self, PyObject *args) {
+    Py_buffer to, from, packed;
+    Py_ssize_t first;
+    float scale;
+    PyObject *result = NULL;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "w*y*y*nf:apply", &to, &from, &packed, &first, &scale))
+        return NULL;
+    const Py_ssize_t count = from.len / (Py_ssize_t)sizeof(float);
+    if (from.len % (Py_ssize_t)sizeof(float) || to.len != from.len || first < 0 || first > packed.len * TRITS ||
+        count > packed.len * TRITS - first || overlap(&to, &from)) {
+        PyErr_SetString(PyExc_ValueError, "apply(to, from, packed, first, scale): two arrays of float32 (n,), and bytes with "
+                                          "first + n trits");
+    } else {
+        Py_BEGIN_ALLOW_THREADS
+        apply_trits(to.buf, from.buf, count, packed.buf, first, scale);
+        Py_END_ALLOW_THREADS
+        result = Py_NewRef(Py_None);
+    }
+    PyBuffer_Release(&to);
+    PyBuffer_Release(&from);
+    PyBuffer_Release(&packed);
+    return result;
+}
+
+/* Small Fast Chaotic 64 (C. Doty-Humphrey, PractRand, 2010), as numpy has it: a, b, c and a counter. */
+static inline uint64_t next_of(uint64_t *state) {
+    const uint64_t found = state[0] + state[1] + state[3]++;
+    state[0] = state[1] ^ (state[1] >> 11);
+    state[1] = state[2] + (state[2] << 3);
+    state[2] = ((state[2] << 24) | (state[2] >> 40)) + found;
+    return found;
+}
+
+static void draw_some(int8_t *restrict to, const float *restrict values, const uint32_t *restrict random, int count,
+                      float scale) {
+    for (int i = 0; i < count; i++) {
+        const uint32_t bits = (random[i] & 0x007FFFFE) | 0x3F800000; /* 1 + u, of 22 random bits */
+        float one_and_u, share = values[i] / scale;
+        memcpy(&one_and_u, &bits, sizeof bits);
+        share = share > -1.0f ? share : -1.0f; /* also in place of NaN */
+        share = share < 1.0f ? share : 1.0f;
+        to[i] = (int8_t)((int32_t)(share + one_and_u) - 1);
+    }
+}
+
+static void draw_trits(int8_t *to, const float *values, uint64_t *stored, Py_ssize_t count, float scale) {
+    uint64_t state[4], random[AT_ONCE / 2];
+    memcpy(state, stored, sizeof state);
+    for (Py_ssize_t first = 0; first < count; first += AT_ONCE) {
+        const int some = count - first < AT_ONCE ? (int)(count - first) : AT_ONCE;
+        for (int i = 0; i < (some + 1) / 2; i++)
+            random[i] = next_of(state);
+        uint32_t halves[AT_ONCE];
+        memcpy(halves, random, sizeof halves);
+        draw_some(to + first, values + first, halves, some, scale);
+    }
+    memcpy(stored, state, sizeof state);
+}
+
+static PyObject *draw(PyObject *self, PyObject *args) {
+    Py_buffer to, values, state;
+    float scale;
+    PyObject *result = NULL;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "w*y*w*f:draw", &to, &values, &state, &scale))
+        return NULL;
+    if (values.len != to.len * (Py_ssize_t)sizeof(float) || state.len != 4 * (Py_ssize_t)sizeof(uint64_t) || !(scale > 0)) {
+        PyErr_SetString(PyExc_ValueError, "draw(to, values, state, scale): int8 (n,), float32 (n,), uint64 (4,), and a scale "
+                                          "above 0");
+    } else {
+        Py_BEGIN_ALLOW_THREADS
+        draw_trits(to.buf, values.buf, state.buf, to.len, scale);
+        Py_END_ALLOW_THREADS
+        result = Py_NewRef(Py_None);
+    }
+    PyBuffer_Release(&to);
+    PyBuffer_Release(&values);
+    PyBuffer_Release(&state);
+    return result;
+}
+
+static void pack_trits(uint8_t *restrict to, const int8_t *restrict trits, Py_ssize_t count) {
+    const Py_ssize_t whole = count / TRITS;
+    for (Py_ssize_t i = 0; i < whole; i++) {
+        const int8_t *from = trits + TRITS * i;
+        to[i] = (uint8_t)(from[0] + 3 * from[1] + 9 * from[2] + 27 * from[3] + 81 * from[4] + 121);
+    }
+    if (count % TRITS) {
+        int byte = 121;
+        for (int place = 0, power = 1; place < count % TRITS; place++, power *= 3)
+            byte += power * trits[TRITS * whole + place];
+        to[whole] = (uint8_t)byte;
+    }
+}
+
+static PyObject *pack(PyObject *self, PyObject *args) {
+    Py_buffer to, trits;
+    PyObject *result = NULL;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "w*y*:pack", &to, &trits))
+        return NULL;
+    if (to.len != trits.len / TRITS + (trits.len % TRITS != 0)) {
+        PyErr_SetString(PyExc_ValueError, "pack(to, trits): uint8 (n / 5, rounded up) and int8 (n,)");
+    } else {
+        Py_BEGIN_ALLOW_THREADS
+        pack_trits(to.buf, trits.buf, trits.len);
+        Py_END_ALLOW_THREADS
+        result = Py_NewRef(Py_None);
+    }
+    PyBuffer_Release(&to);
+    PyBuffer_Release(&trits);
+    return result;
+}
+
+static PyMethodDef methods[] = {
+    {"apply", apply, METH_VARARGS,
+     "apply(to, from, packed, first, scale): to[i] = from[i] + scale * trit[first + i], tiny numbers as +0.\n\n"
+     "float32 (n,) twice, which may not overlap, and packed trits. Raises ValueError for other lengths. As the other\n"
+     "functions, for C-contiguous arrays and without the GIL."},
+    {"draw", draw, METH_VARARGS,
+     "draw(to, values, state, scale): to[i] = floor(values[i] / scale + u[i]), u from 22 random bits each.\n\n"
+     "int8 (n,), float32 (n,), and the state of numpy's SFC64, uint64 (4,), which goes on by as many numbers as half of\n"
+     "n, rounded up. Raises ValueError for other lengths, or a scale that is not above 0."},
+    {"pack", pack, METH_VARARGS,
+     "pack(to, trits): five trits of -1, 0 and 1 to a byte, the first as the lowest power of three; 0 fills the last.\n\n"
+     "uint8 (n / 5, rounded up) and int8 (n,). Raises ValueError for other lengths."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "ternbus_vectors", NULL, 0, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit_ternbus_vectors(void) { return PyModule_Create(&module); }

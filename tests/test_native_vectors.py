@@ -1,0 +1,140 @@
+"""The compiled loops over vectors: bit for bit what numpy computes, and no read or write out of bounds."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ternbus.broker.protocol import compiled, ternary
+from ternbus.broker.protocol.schema import Schema, Tensor, Vector
+from ternbus.broker.protocol.ternary import Block
+from ternbus.edge.learn import terngrad
+
+pytestmark = pytest.mark.skipif(compiled.vectors is None, reason="pip install ./aggregator/native")
+TINY = np.float32(2.0**-126)
+ODD = np.array([0, -0.0, TINY, -TINY, TINY / 2, -TINY / 4, 0.25, -0.25, 1e-45, 2.0**40, -(2.0**40)], np.float32)
+SCALES = np.array([0, TINY, 2 * TINY, 0.25, 1e-30, 65_504], np.float32)
+LENGTHS = [0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 64, 1023, 1024, 1025, 65_535, 65_536, 65_537, 200_003]
+
+
+def both(work: Callable[[], Any]) -> tuple[Any, Any]:
+    """What numpy computes, and what the loops do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "vectors", None)
+        plain = work()
+    assert compiled.vectors is not None
+    return plain, work()
+
+
+def random_vector(size: int, generator: np.random.Generator) -> Vector:
+    vector = generator.normal(0, 1e-3, size).astype(np.float32)
+    some = generator.random(size) < 0.3
+    vector[some] = generator.choice(ODD, some.sum())
+    return vector
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.booleans()), min_size=1, max_size=6), st.integers(0, 10_000))
+def test_a_version_has_the_same_bits(sizes: list[tuple[int, bool]], seed: int) -> None:
+    """Trits of a tensor begin and end within bytes."""
+    rows = [Tensor(f"t{place}", (size,), "ternary" if of else "dense") for place, (size, of) in enumerate(sizes)]
+    schema, generator = Schema.write(rows), np.random.default_rng(seed)
+    trits = generator.integers(-1, 2, schema.ternary_elements).astype(np.int8)
+    scales = generator.choice(SCALES, len(schema.ternary)).tolist()
+    block = Block.of_trits(schema, scales, trits, random_vector(schema.dense_elements, generator).clip(-9, 9))
+    vector = random_vector(schema.elements, generator)
+    vector.flags.writeable = False  # as what the simulator shares
+    plain, looped = both(lambda: block.apply(vector))
+    assert looped.tobytes() == plain.tobytes()
+
+
+@pytest.mark.parametrize("size", [size for size in LENGTHS if size])
+def test_a_version_of_any_length_has_the_same_bits(size: int) -> None:
+    generator = np.random.default_rng(size)
+    schema = Schema.write([Tensor("a", (3,), "ternary"), Tensor("b", (size,), "ternary")])
+    trits = generator.integers(-1, 2, schema.ternary_elements).astype(np.int8)
+    block = Block.of_trits(schema, [0.5, 0.25], trits, np.zeros(0, np.float32))
+    vector = random_vector(schema.elements, generator)
+    vector[3:][trits[3:] != 0] = 0.25 * generator.choice([-1, 1], (trits[3:] != 0).sum())  # so that many sums are 0
+    plain, looped = both(lambda: block.apply(vector))
+    assert looped.tobytes() == plain.tobytes()
+    assert not np.signbit(looped[looped == 0]).any()
+
+
+def test_an_array_that_the_loops_do_not_read_is_left_to_numpy() -> None:
+    schema = Schema.of({"w": (30, 20)})
+    block = ternary.nearest_block(schema, random_vector(600, np.random.default_rng(0)))
+    vector = random_vector(1200, np.random.default_rng(1))
+    assert block.apply(vector[::2]).tobytes() == block.apply(vector[::2].copy()).tobytes()
+    assert not compiled.takes(vector[::2])
+    assert not compiled.takes(vector.astype(">f4"))
+
+
+@pytest.mark.parametrize("size", LENGTHS)
+def test_trits_are_packed_to_the_same_bytes(size: int) -> None:
+    trits = np.random.default_rng(size).integers(-1, 2, size).astype(np.int8)
+    plain, looped = both(lambda: ternary.pack(trits))
+    assert looped == plain
+    assert ternary.unpack(looped, size).tolist() == trits.tolist()
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5, 2.5])
+@pytest.mark.parametrize("size", [size for size in LENGTHS if size])
+def test_draws_are_the_same_and_so_are_those_that_follow(size: int, clip: float) -> None:
+    values = np.random.default_rng(size).normal(0, 1e-3, size).astype(np.float32)
+    values[size // 2] = 3e38 if size % 2 else 0.001
+
+    def drawn() -> tuple[bytes, bytes, int]:
+        bits = np.random.SFC64(size)
+        scale, trits = terngrad.ternarize(values, clip_sigma=clip, bits=bits)
+        return scale.tobytes(), trits.tobytes(), int(bits.random_raw())
+
+    plain, looped = both(drawn)
+    assert looped == plain
+
+
+FLOATS, BYTES, TRITS = np.zeros(12, np.float32), np.zeros(3, np.uint8), np.zeros(12, np.int8)
+STATE = np.arange(4, dtype=np.uint64)
+READ_ONLY = np.zeros(12, np.float32)
+READ_ONLY.flags.writeable = False
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("apply", FLOATS.copy(), FLOATS[:11], BYTES, 0, 0.5),
+        ("apply", FLOATS.copy(), FLOATS, BYTES[:2], 0, 0.5),
+        ("apply", FLOATS.copy(), FLOATS, BYTES, 4, 0.5),
+        ("apply", FLOATS.copy(), FLOATS, BYTES, -1, 0.5),
+        ("apply", FLOATS.copy(), FLOATS, BYTES, 2**62, 0.5),
+        ("apply", FLOATS[:0], FLOATS[:0], BYTES, 16, 0.5),
+        ("apply", FLOATS, FLOATS, BYTES, 0, 0.5),
+        ("apply", READ_ONLY, FLOATS, BYTES, 0, 0.5),
+        ("apply", np.zeros(24, np.float32)[::2], FLOATS, BYTES, 0, 0.5),
+        ("apply", BYTES.copy(), BYTES, BYTES, 0, 0.5),
+        ("draw", TRITS, FLOATS[:11], STATE, 0.5),
+        ("draw", TRITS[:11], FLOATS, STATE, 0.5),
+        ("draw", TRITS, FLOATS, STATE[:3], 0.5),
+        ("draw", TRITS, FLOATS, STATE, 0.0),
+        ("draw", TRITS, FLOATS, STATE, float("nan")),
+        ("pack", BYTES, TRITS[:10]),
+        ("pack", BYTES[:2], TRITS),
+    ],
+    ids=lambda wrong: f"{wrong[0]}-{[getattr(each, 'shape', each) for each in wrong[1:]]}",
+)
+def test_what_does_not_fit_is_refused(wrong: tuple[Any, ...]) -> None:
+    with pytest.raises((ValueError, TypeError, BufferError)):
+        getattr(compiled.vectors, wrong[0])(*wrong[1:])
+
+
+def test_any_bytes_and_any_numbers_are_read_within_bounds() -> None:
+    """A byte above 242 has five trits of 0, NaN is drawn as a number; no block has any."""
+    to, packed = np.full(12, np.nan, np.float32), np.array([243, 255, 250], np.uint8)
+    compiled.vectors.apply(to, np.ones(12, np.float32), packed, 0, np.float32(0.5))
+    assert to.tolist() == [1.0] * 12
+    trits: npt.NDArray[np.int8] = np.full(12, 9, np.int8)
+    compiled.vectors.draw(trits, np.full(12, np.nan, np.float32), STATE.copy(), np.float32(0.5))
+    assert set(trits.tolist()) <= {-1, 0, 1}
