@@ -30,7 +30,7 @@ from ternbus.lab.scenario import partitions, plan_check, scenario
 from ternbus.lab.scenario.resolve import resolved
 from ternbus.lab.scenario.scenario import Scenario
 from ternbus.lab.virtual.simulate import Simulation
-from ternbus.lab.virtual.training import Workers
+from ternbus.lab.virtual.workers import Workers
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -366,7 +366,7 @@ def _simulated(
         folder = place.aggregator if keep_ledger else None
         with (
             Workers(wanted, jobs) if jobs > 1 else nullcontext() as workers,
-            closing(Simulation(wanted, load_task(wanted.task), shown, folder, workers)) as simulation,
+            closing(Simulation(wanted, load_task(wanted.task), shown, folder, workers, later=jobs > 1)) as simulation,
         ):
             simulation.run(interrupts.check)
             simulation.export(place.model)

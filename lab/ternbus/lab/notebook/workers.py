@@ -13,12 +13,11 @@ from functools import partial
 from typing import Any, Final
 
 from ternbus.broker.errors import ConfigError
-from ternbus.edge.core.actions import StartTraining
 from ternbus.edge.learn.task import Task
 from ternbus.edge.learn.task_loader import described
 from ternbus.lab.notebook.frames import library
 from ternbus.lab.scenario.scenario import Scenario
-from ternbus.lab.virtual.training import Awaited, Workers
+from ternbus.lab.virtual.workers import Workers
 
 MAIN_NAMES: Final = ("__file__", "__spec__")
 
@@ -29,11 +28,9 @@ class TaskWorkers(Workers):
     def __init__(self, scenario: Scenario, task: Task, jobs: int) -> None:
         if type(jobs) is not int or jobs < 1:
             raise ConfigError(f"jobs is {jobs!r}, but must be a whole number from 1")
-        super().__init__(scenario, jobs, partial(pickle.loads, _packed(task)))
-
-    def begin(self, device: int, job: StartTraining) -> Awaited:
+        packed = _packed(task)
         with _main_unseen():
-            return super().begin(device, job)
+            super().__init__(scenario, jobs, partial(pickle.loads, packed))
 
 
 def _packed(task: Task) -> bytes:
