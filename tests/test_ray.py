@@ -1,6 +1,7 @@
 """A simulation that trains on a Ray cluster of two nodes, one of which is killed: the model of a single process."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -37,26 +38,38 @@ MARKS = Path(__file__).with_name("marks")
 
 
 class Trainer:
-    def __init__(self, inner, stuck):
+    def __init__(self, inner, stuck):  # the name of the node that it stays on until that is killed
         self.inner, self.stuck, self.samples = inner, stuck, inner.samples
         self.evaluate = inner.evaluate
 
     def train(self, *arguments, **named):
         (MARKS / NODE).touch()
-        while self.stuck and NODE == "other":  # until its node is killed
+        while self.stuck == NODE:
             time.sleep(0.1)
         return self.inner.train(*arguments, **named)
 
 
 @dataclass(frozen=True)
 class Marking(DigitsNumpy):
-    stuck: bool = False
+    stuck: str = ""
 
     def trainer(self, *, data, partition):
         return Trainer(super().trainer(data=data, partition=partition), self.stuck)
 
 
-TASK, STUCK = Marking(), Marking(stuck=True)
+TASK, STUCK, LOST = Marking(), Marking(stuck="other"), Marking(stuck="head")
+"""
+
+SCRIPT = """
+import numpy as np
+from torch import nn
+from ternbus.lab import Federation
+
+rng = np.random.default_rng(0)
+data = (rng.normal(size=(40, 3)).astype("f4"), rng.normal(size=40).astype("f4"))
+fed = Federation(lambda: nn.Linear(3, 1), loss="mse", clients={{"a": data, "b": data}}, test=0.2)
+runs = [fed.simulate(versions=2, callbacks=[], jobs=jobs) for jobs in (1, "{address}")]
+print(all((runs[0].tensors[name] == runs[1].tensors[name]).all() for name in runs[0].tensors))
 """
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'ternbus[ray]'")
@@ -175,8 +188,23 @@ def test_two_nodes_make_the_same_model_and_one_that_is_lost_loses_no_training(tm
     assert model_of(tmp_path, "two", simulate(tmp_path, "TASK", "two", cluster.address)) == alone
     assert {each.name for each in marks.iterdir()} == {"here", "head", "other"}
 
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(address=cluster.address))
+    ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False)
+    assert (ran.stderr, ran.stdout) == ("", "True\n")
+
     (marks / "other").unlink()
-    running = simulate(tmp_path, "STUCK", "lost", cluster.address)
+    running = simulate(tmp_path, "STUCK", "stuck", cluster.address)
     until((marks / "other").exists, 120.0, "a training on the node")
     cluster.kill(cluster.other)
-    assert model_of(tmp_path, "lost", running) == alone
+    assert model_of(tmp_path, "stuck", running) == alone
+
+    (marks / "head").unlink()
+    running = simulate(tmp_path, "LOST", "lost", cluster.address)
+    until((marks / "head").exists, 120.0, "a training on the head")
+    cluster.kill(cluster.head)
+    _, complaint = running.communicate(timeout=300)
+    assert running.returncode == 1
+    assert re.search(
+        r"^ternbus: the Ray cluster at ray://127\.0\.0\.1:\d+ was lost \(.*\): start it again", complaint, re.M
+    )

@@ -104,7 +104,9 @@ class RayCluster:
             raise error.cause from error
         except (exceptions.RayError, ConnectionError) as error:
             reason = " ".join(str(error).split())
-            raise FederationError(f"the Ray cluster at {self._address} was lost: {reason}") from error
+            raise FederationError(
+                f"the Ray cluster at {self._address} was lost ({reason}): start it again, and repeat the command"
+            ) from error
 
     def __enter__(self) -> Self:
         return self
