@@ -28,7 +28,7 @@ from ternbus.lab.scenario.resolve import Resolved, resolved, settled
 from ternbus.lab.scenario.scenario import DEVICES_MAX, End, Fault, Scenario
 from ternbus.lab.scenario.simulated import Simulated
 from ternbus.lab.virtual.simulate import Simulation
-from ternbus.lab.virtual.training import Workers
+from ternbus.lab.virtual.workers import Workers
 
 ROWS = 60
 OWN = """

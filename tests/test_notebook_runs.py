@@ -144,6 +144,13 @@ def test_worker_processes_train_what_lambdas_make_to_the_same_bits(tmp_path: Pat
     assert (ran.stderr, ran.stdout) == ("", "began\nTrue True\n")
 
 
+def test_devices_that_are_trained_at_once_make_the_same_versions_to_rounding() -> None:
+    alone, at_once = (simulated(federation(), versions=3, vectorise=count) for count in (1, 2))
+    assert alone.versions["seconds"].tolist() == at_once.versions["seconds"].tolist()
+    for name, tensor in alone.tensors.items():
+        np.testing.assert_allclose(at_once.tensors[name], tensor, rtol=1e-4, atol=1e-5)
+
+
 def test_a_model_that_cannot_travel_says_so() -> None:
     class Held(nn.Linear):
         lock = None

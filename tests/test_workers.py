@@ -13,12 +13,16 @@ import pytest
 
 from stranger.servers import until
 from ternbus.broker.errors import FederationError
+from ternbus.broker.protocol.schema import Schema, to_vector
+from ternbus.edge.core.actions import StartTraining
+from ternbus.edge.core.events import TrainingFinished
 from ternbus.edge.learn.task_loader import load_task
+from ternbus.edge.plan.plan import Plan
 from ternbus.lab.report.progress import Lines
 from ternbus.lab.scenario.scenario import End, Hostile, Scenario, Speeds
 from ternbus.lab.virtual.memory_ledger import MemoryLedger
 from ternbus.lab.virtual.simulate import Simulation
-from ternbus.lab.virtual.training import Workers
+from ternbus.lab.virtual.workers import Workers
 
 pytestmark = pytest.mark.slow
 
@@ -49,11 +53,20 @@ def has_numpy(pid: str) -> bool:
         return False
 
 
-def digests(workers: Workers | None, wanted: Scenario = SMALL) -> object:
-    simulation = Simulation(wanted, load_task(wanted.task), Lines(io.StringIO()), place=workers)
+def digests(workers: Workers | None, wanted: Scenario = SMALL, *, later: bool = False) -> object:
+    """Of all versions, with what they were evaluated to."""
+    simulation = Simulation(wanted, load_task(wanted.task), Lines(io.StringIO()), place=workers, later=later)
     simulation.run()
     assert isinstance(simulation.ledger, MemoryLedger)
-    return simulation.ledger.digests
+    return simulation.ledger.digests, simulation.report(0.0)["versions"]
+
+
+def job_of(seed: int) -> StartTraining:
+    task = load_task(SMALL.task)
+    model = task.initial(0)
+    schema = Schema.of({name: tensor.shape for name, tensor in model.items()})
+    plan = Plan.from_meta(task.default_plan)
+    return StartTraining(base=0, schema=schema, vector=to_vector(schema, model), residual=None, plan=plan, seed=seed)
 
 
 def test_processes_make_the_same_model_and_end() -> None:
@@ -61,10 +74,25 @@ def test_processes_make_the_same_model_and_end() -> None:
     with Workers(SMALL, 2) as workers:
         found = digests(workers)
         processes = set(multiprocessing.active_children()) - others
-        assert processes  # one or two: a second is started only if the first is busy
+        assert len(processes) == 2
     until(lambda: not any(exists(process.pid or 0) for process in processes), 60.0, "they do not end")
     assert found == digests(None)
+    with Workers(SMALL, 2) as workers:
+        assert digests(workers, later=True) == found
     assert found != digests(None, replace(SMALL, seed=1))
+
+
+@pytest.mark.parametrize(("sync", "order"), [(False, [0, 1, 4, 3, 2]), (True, [0, 1, 2, 3, 4])])
+def test_what_is_due_first_is_computed_first(sync: bool, order: list[int]) -> None:
+    """The first two go to the process at once. Behind a barrier all are due together, and none's length is known."""
+    ended: list[int] = []
+    with Workers(replace(SMALL, sync=sync), 1) as workers:
+        awaited = [workers.begin(device, job_of(device), 9.0 - device) for device in range(SMALL.devices)]
+        for device, each in enumerate(awaited):
+            each.args[0].add_done_callback(lambda _, device=device: ended.append(device))  # type: ignore[attr-defined]
+        results = [each() for each in awaited]
+    assert all(isinstance(result, TrainingFinished) for result in results)
+    assert ended == order
 
 
 def test_a_process_that_is_killed_is_said_in_words() -> None:

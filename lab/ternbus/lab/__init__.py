@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ternbus.lab.scenario.scenario import End, Fault, Hostile, Local, Narrow, Scenario, Speeds
     from ternbus.lab.scenario.simulated import Simulated
     from ternbus.lab.virtual.simulate import Simulation
-    from ternbus.lab.virtual.training import Workers
+    from ternbus.lab.virtual.workers import Workers
 else:
     __getattr__, __dir__ = exports(
         __name__,
@@ -58,7 +58,7 @@ else:
             ],
             "ternbus.lab.scenario.simulated": ["Simulated"],
             "ternbus.lab.virtual.simulate": ["Simulation"],
-            "ternbus.lab.virtual.training": ["Workers"],
+            "ternbus.lab.virtual.workers": ["Workers"],
         },
     )
 

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -29,8 +29,8 @@ from ternbus.lab.report import output, partition_table, progress, report
 from ternbus.lab.scenario import partitions, plan_check, scenario
 from ternbus.lab.scenario.resolve import resolved
 from ternbus.lab.scenario.scenario import Scenario
+from ternbus.lab.virtual.computation import Computation
 from ternbus.lab.virtual.simulate import Simulation
-from ternbus.lab.virtual.training import Workers
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -112,7 +112,10 @@ def simulate(
     every: Annotated[
         int | None, typer.Option(help="Number of versions from one evaluation to the next. [default: 1]", min=1)
     ] = None,
-    jobs: Annotated[int, typer.Option(help="Number of processes that train; the result is the same.", min=1)] = 1,
+    jobs: Annotated[
+        str, typer.Option(metavar="N|ray://HOST:PORT", help="Processes that train, or a Ray cluster.")
+    ] = "1",
+    vectorise: Annotated[int, typer.Option(metavar="N", help="Devices that one process trains at once.", min=1)] = 1,
     ledger: Annotated[bool, typer.Option("--ledger", help="Keep the aggregator's ledger in OUT/aggregator.")] = False,
     out: Out = Path("ternbus-lab"),
     as_json: AsJson = False,
@@ -121,7 +124,8 @@ def simulate(
 
     Training is real, but its duration is drawn at random. A simulation of slow devices therefore takes only the time
     of its computations. The same seed gives the same model, bit for bit. The scenario's broker is ignored. --jobs
-    spreads training over processors, and is useful if one training takes seconds.
+    spreads training over processors, and is useful if one training takes seconds; --vectorise trains several devices
+    of a small model at once, and gives the same model to rounding. Choose one of them.
 
     Example: ternbus lab simulate --devices 20 --versions 100
     """
@@ -130,7 +134,7 @@ def simulate(
     wanted = _wanted(file, given, versions)
     if every is not None:
         wanted = dataclasses.replace(wanted, simulate=dataclasses.replace(wanted.simulate, evaluate_every=every))
-    raise typer.Exit(_simulate(wanted, out, as_json, jobs=jobs, keep_ledger=ledger))
+    raise typer.Exit(_simulate(wanted, out, as_json, Computation(jobs=jobs, vectorise=vectorise), keep_ledger=ledger))
 
 
 @app.command("partition")
@@ -295,12 +299,12 @@ def _run(wanted: Scenario, out: Path, as_json: bool) -> int:
     )
 
 
-def _simulate(wanted: Scenario, out: Path, as_json: bool, *, jobs: int, keep_ledger: bool) -> int:
+def _simulate(wanted: Scenario, out: Path, as_json: bool, how: Computation, *, keep_ledger: bool) -> int:
     """Simulate a federation, and return the exit code."""
     return _reported(
         out,
         as_json,
-        lambda place, interrupts, shown: _simulated(wanted, place, interrupts, shown, jobs, keep_ledger=keep_ledger),
+        lambda place, interrupts, shown: _simulated(wanted, place, interrupts, shown, how, keep_ledger=keep_ledger),
         "no report was written",
     )
 
@@ -356,7 +360,7 @@ def _simulated(
     place: output.Output,
     interrupts: Interrupts,
     shown: progress.Progress,
-    jobs: int,
+    how: Computation,
     *,
     keep_ledger: bool,
 ) -> dict[str, Any]:
@@ -365,8 +369,10 @@ def _simulated(
         shown.say(f"{wanted.task} in virtual time, with {partitions.devices_in_words(wanted.devices)}")
         folder = place.aggregator if keep_ledger else None
         with (
-            Workers(wanted, jobs) if jobs > 1 else nullcontext() as workers,
-            closing(Simulation(wanted, load_task(wanted.task), shown, folder, workers)) as simulation,
+            how.place(wanted, shown.say) as trained,
+            closing(
+                Simulation(wanted, load_task(wanted.task), shown, folder, trained, later=how.elsewhere)
+            ) as simulation,
         ):
             simulation.run(interrupts.check)
             simulation.export(place.model)

@@ -54,7 +54,7 @@ MODULES: Final[Mapping[str, tuple[str, ...]]] = {
     "lab.hostile": ("ternbus.lab.hostile",),
     "lab.scenario": ("ternbus.lab.scenario.scenario",),
     "lab.simulate": ("ternbus.lab.virtual.simulate",),
-    "lab.training": ("ternbus.lab.virtual.training",),
+    "lab.training": ("ternbus.lab.virtual.training", "ternbus.lab.virtual.workers"),
 }
 RENAMED: Final[Mapping[str, str]] = {
     "Chance": "RandomSource",

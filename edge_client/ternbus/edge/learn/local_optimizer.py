@@ -18,9 +18,14 @@ Array = Any  # a numpy array or a tensor
 class Optimizer(Protocol):
     """Changes the parameters of its constructor in place."""
 
-    def step(self, gradients: Sequence[Array], rate: float) -> None:
-        """Make one step by the gradients of the loss, at a rate of `Plan.rates`. The plan's `grad_clip` is applied."""
+    def step(self, gradients: Sequence[Array], rate: float | Sequence[Array]) -> None:
+        """Make one step by the gradients of the loss, at a rate of `Plan.rates`. The plan's `grad_clip` is applied.
+
+        Of stacked models the rates may differ: then there is an array for each parameter, which broadcasts with it.
+        """
         ...
+
+    def keep_first(self, count: int) -> None: ...
 
 
 def begin(plan: Plan, parameters: Sequence[Array]) -> Optimizer:
@@ -37,21 +42,27 @@ class _Stepper:
         self._began = [w * 1 for w in parameters] if plan.proximal_mu else []
         self._steps = 0
 
-    def step(self, gradients: Sequence[Array], rate: float) -> None:
+    def keep_first(self, count: int) -> None:
+        """Go on with the first `count` rows of each parameter, of models that are stacked along a new dimension."""
+        for name, value in vars(self).items():
+            if isinstance(value, list):  # parameters, and what there is for each: momenta, squares
+                setattr(self, name, [each[:count] for each in value])
+
+    def step(self, gradients: Sequence[Array], rate: float | Sequence[Array]) -> None:
         self._steps += 1
         if self._plan.proximal_mu:
             gradients = self._objective(gradients)
         if self._plan.grad_clip:
             gradients = _clipped(gradients, self._plan.grad_clip)
         for number, g in enumerate(gradients):
-            self._move(number, g, rate)
+            self._move(number, g, rate if isinstance(rate, int | float) else rate[number])
 
     def _objective(self, gradients: Sequence[Array]) -> list[Array]:
         """The gradients of FedProx's objective: loss + mu/2·|w - w0|² (Li et al. 2020, eq. 2)."""
         mu = self._plan.proximal_mu
         return [g + mu * (w - w0) for g, w, w0 in zip(gradients, self._parameters, self._began, strict=True)]
 
-    def _move(self, number: int, g: Array, rate: float) -> None:
+    def _move(self, number: int, g: Array, rate: Array) -> None:
         raise NotImplementedError
 
 
@@ -65,7 +76,7 @@ class Sgd(_Stepper):
         super().__init__(plan, parameters)
         self._momenta = [w * 0 for w in parameters]
 
-    def _move(self, number: int, g: Array, rate: float) -> None:
+    def _move(self, number: int, g: Array, rate: Array) -> None:
         plan, w, m = self._plan, self._parameters[number], self._momenta[number]
         if plan.weight_decay:
             g = g + plan.weight_decay * w
@@ -87,7 +98,7 @@ class Adam(_Stepper):
         self._means = [w * 0 for w in parameters]
         self._squares = [w * 0 for w in parameters]
 
-    def _move(self, number: int, g: Array, rate: float) -> None:
+    def _move(self, number: int, g: Array, rate: Array) -> None:
         plan, w, m, v = self._plan, self._parameters[number], self._means[number], self._squares[number]
         if plan.weight_decay and plan.optimizer == "adam":
             g = g + plan.weight_decay * w
@@ -111,7 +122,7 @@ class RmsProp(_Stepper):
         super().__init__(plan, parameters)
         self._squares = [w * 0 for w in parameters]
 
-    def _move(self, number: int, g: Array, rate: float) -> None:
+    def _move(self, number: int, g: Array, rate: Array) -> None:
         plan, w, v, alpha = self._plan, self._parameters[number], self._squares[number], self._plan.rmsprop_alpha
         if plan.weight_decay:
             g = g + plan.weight_decay * w

@@ -102,6 +102,33 @@ def evaluated_by(trainer: Trainer, tensors: Tensors, plan: Plan | None, *, priva
     return trainer.evaluate(tensors)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Start:
+    """What one of several trainings at once starts from: the arguments of its `Trainer.train`, but for the plan."""
+
+    trainer: Trainer
+    tensors: Tensors
+    version: int
+    seed: int
+
+
+@runtime_checkable
+class VectorisedTrainer(Protocol):
+    """A trainer that computes its training and those of others at once, vectorised over devices."""
+
+    def alone(self, plan: Plan) -> str:
+        """Why a training by the plan must be computed alone; empty if it need not be."""
+        ...
+
+    def likeness(self, plan: Plan) -> object:
+        """What is equal of trainers whose trainings by the plan can be computed at once."""
+        ...
+
+    def train_at_once(self, plan: Plan, starts: Sequence[Start]) -> list[Trained | TrainingError]:
+        """The result of each, or why it has none. Any other exception is raised, and concerns all of them."""
+        ...
+
+
 @runtime_checkable
 class PrivateTrainer(Protocol):
     """A trainer with per-sample differential privacy, which `dp = "sample"` needs."""

@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from ternbus.broker.errors import ConfigError
+from ternbus.edge.tasks import idx  # torchvision's import takes as long as torch's
 from ternbus.edge.tasks.convolutions import two_convolutions
-from ternbus.edge.torch import torchvision_ops  # noqa: F401 - must come before torchvision
 from ternbus.edge.torch.torch_task import Split, TorchTask
-
-from torchvision.datasets import FashionMNIST  # isort: skip
 
 
 def model(width: float = 1.0) -> nn.Module:
@@ -21,12 +20,11 @@ def data(folder: Path | None, split: Split) -> tuple[Tensor, Tensor]:
     """(images, uint8 [samples, 1, 28, 28]; labels). Raises `ConfigError`, with the place of the missing files."""
     if folder is None:
         raise ConfigError("fashion-mnist needs --data DIR, with the four *-ubyte files in DIR/FashionMNIST/raw")
-    try:
-        images = FashionMNIST(str(folder), train=split == "train", download=False)
-    except RuntimeError as error:
-        raw = folder / "FashionMNIST" / "raw"
-        raise ConfigError(f"no Fashion-MNIST in {raw}: put its four *-ubyte files there") from error
-    return images.data.unsqueeze(1), images.targets
+    raw, prefix = folder / "FashionMNIST" / "raw", "train" if split == "train" else "t10k"
+    if not raw.is_dir():
+        raise ConfigError(f"no Fashion-MNIST in {raw}: put its four *-ubyte files there")
+    images = torch.from_numpy(idx.read(raw, f"{prefix}-images-idx3-ubyte"))
+    return images.unsqueeze(1), torch.from_numpy(idx.read(raw, f"{prefix}-labels-idx1-ubyte")).long()
 
 
 TASK = TorchTask(

@@ -35,6 +35,7 @@ from ternbus.edge.torch.samples import Numbers, Samples
 from ternbus.edge.torch.torch_task import Split, TorchTask
 from ternbus.edge.torch.travelling_state import TravellingState
 from ternbus.edge.torch.tree import Tree, leaves, mapped
+from ternbus.edge.torch.vectorised import VectorisedTraining
 
 __all__ = ["Shared", "Split", "TorchTask", "TorchTrainer"]
 
@@ -58,7 +59,7 @@ class Shared:
             self.fitting = sys.maxsize  # samples that the memory suffices to evaluate at a time, as far as is known
 
 
-class TorchTrainer(MeasuredInputs):
+class TorchTrainer(MeasuredInputs, VectorisedTraining):
     """One device's model and data."""
 
     def __init__(self, task: TorchTask, samples: Samples, shared: Shared) -> None:
@@ -131,7 +132,7 @@ class TorchTrainer(MeasuredInputs):
                         note_batch(error, self._step, plan.steps(self.samples))
                     raise
         metrics |= {"seconds": time.perf_counter() - began, **way.metrics()}
-        return self._result(start, plan, metrics)
+        return self.result(start, plan, metrics)
 
     def train_privately(
         self,
@@ -166,7 +167,7 @@ class TorchTrainer(MeasuredInputs):
                 random_source=random_source,
             )
         metrics |= {"seconds": time.perf_counter() - began}
-        return self._result(start, plan, metrics)
+        return self.result(start, plan, metrics)
 
     def _check_private(self) -> None:
         """Raises `ConfigError` if a sample could change more than its own gradient, by what the task's code does."""
@@ -184,7 +185,7 @@ class TorchTrainer(MeasuredInputs):
                 "sample, and not a Dataset or a stream"
             )
 
-    def _result(self, start: Tensors, plan: Plan, metrics: Mapping[str, float]) -> Trained:
+    def result(self, start: Tensors, plan: Plan, metrics: Mapping[str, float]) -> Trained:
         """The trained model. Raises `TrainingError` if it is not finite, and says whether the data are.
 
         Under differential privacy it does not look, since that takes time, and no statistic of the data travels.

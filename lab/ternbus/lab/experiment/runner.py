@@ -25,7 +25,7 @@ from ternbus.lab.interrupts import without_interrupts
 from ternbus.lab.report.progress import Lines
 from ternbus.lab.scenario import scenario
 from ternbus.lab.virtual.simulate import Simulation
-from ternbus.lab.virtual.training import Workers
+from ternbus.lab.virtual.workers import Workers
 
 LOOK_S: Final = 0.2  # between two checks for an interruption
 
@@ -169,7 +169,7 @@ def _simulate(run: Run, jobs: int) -> dict[str, Any]:
         (run.folder / "log").open("w", encoding="utf-8") as log,
         Workers(wanted, jobs) if jobs > 1 else nullcontext() as workers,
     ):
-        simulation = Simulation(wanted, load_task(wanted.task), Lines(log), place=workers)
+        simulation = Simulation(wanted, load_task(wanted.task), Lines(log), place=workers, later=jobs > 1)
         simulation.run()
     report = simulation.report(time.monotonic() - began)
     report["scenario"]["data"] = None  # the path of the data is private

@@ -28,6 +28,7 @@ from ternbus.edge.torch.torch_task import TorchTask
 from ternbus.lab.notebook.correction import Correction, corrected
 from ternbus.lab.scenario.scenario import Scenario
 from ternbus.lab.spelling import refuse_unknown
+from ternbus.lab.virtual.computation import Computation
 
 Pair = tuple[Callable[..., Any], Callable[..., Any]]
 """(init, apply)."""
@@ -119,13 +120,13 @@ class Hooks:
         """What is to be said of these algorithms."""
         return [NOT_COVERED, *([EXTRA] if self.client is not None else [])] if self.any else []
 
-    def check(self, scenario: Scenario, task: Task, jobs: int) -> None:
+    def check(self, scenario: Scenario, task: Task, how: Computation) -> None:
         """Raises `ConfigError` for what these algorithms cannot be run with."""
         if self.any and scenario.private is not None:
             raise ConfigError("private sums hide the updates that an algorithm of your own needs: remove private")
         if self.client is None:
             return
-        if jobs != 1:
+        if how.elsewhere:
             raise ConfigError("a client algorithm of your own keeps its states in this process: use jobs=1")
         if {**task.default_plan, **scenario.plan}.get("dp", NO_DP) != NO_DP:
             raise ConfigError("dp in the plan does not cover a client algorithm of your own: remove one of them")

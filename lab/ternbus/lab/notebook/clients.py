@@ -30,8 +30,8 @@ class NamedPlace:
     def __init__(self, place: Place, names: Sequence[str]) -> None:
         self._place, self._names = place, names
 
-    def begin(self, device: int, job: StartTraining) -> Awaited:
-        return partial(self._checked, device, self._place.begin(device, job))
+    def begin(self, device: int, job: StartTraining, due_s: float) -> Awaited:
+        return partial(self._checked, device, self._place.begin(device, job, due_s))
 
     def _checked(self, device: int, awaited: Awaited) -> TrainingResult:
         result = awaited()

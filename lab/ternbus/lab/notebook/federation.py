@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -30,11 +29,12 @@ from ternbus.lab.notebook.simulated import Choices, scenario_of
 from ternbus.lab.notebook.statistics import DEFAULT_KINDS, facts_of, request_of, table_of
 from ternbus.lab.notebook.surroundings import Interrupt, untouched
 from ternbus.lab.notebook.watch import Watch
-from ternbus.lab.notebook.workers import TaskWorkers
+from ternbus.lab.notebook.workers import place_of
 from ternbus.lab.scenario.partitions import DEVICES_OF_DATA
 from ternbus.lab.scenario.resolve import resolved, settled
 from ternbus.lab.scenario.scenario import Scenario
 from ternbus.lab.spelling import refuse_unknown
+from ternbus.lab.virtual.computation import Computation
 from ternbus.lab.virtual.simulate import Simulation
 from ternbus.lab.virtual.training import InProcess, Place
 
@@ -171,7 +171,8 @@ class Federation:
         settings: Mapping[str, object] | None = None,
         speeds: Any = None,
         device: str = "auto",
-        jobs: int = 1,
+        jobs: int | str = 1,
+        vectorise: int = 1,
         callbacks: Sequence[AnyCallback] | None = None,
         merge_rule: Pair | None = None,
         server_optimizer: Pair | None = None,
@@ -183,10 +184,12 @@ class Federation:
         `seed` decides the initial model, the partition, the speeds and the batches: the same call gives the same
         versions, bit for bit. `plan` has keys of local training, `merge` those of `[merge]` in aggregator.toml, and
         `settings` those of its other sections, as "optimizer.name". `speeds` are the seconds of a training: a `Speeds`,
-        one number, or one for each device. `device` is the processor that trains, as "cpu" or "cuda"; with `jobs` so
-        many processes train at a time. `callbacks` (docs/notebook.md) are by default one `Progress()`. `merge_rule`,
-        `server_optimizer` and `client` are algorithms of one's own, each a pair of functions (docs/notebook.md), which
-        no real federation runs. `scenario` has further fields of `Scenario`, as `sync=True` or `local=Local(...)`.
+        one number, or one for each device. `device` is the processor that trains, as "cpu" or "cuda". With `jobs` so
+        many processes train at a time, or the Ray cluster at ray://HOST:PORT. With `vectorise` this process trains so
+        many devices of a small model at once, and the versions agree to rounding. `callbacks` (docs/notebook.md) are by
+        default one `Progress()`. `merge_rule`, `server_optimizer` and `client` are algorithms of one's own, each a pair
+        of functions (docs/notebook.md), which no real federation runs. `scenario` has further fields of `Scenario`, as
+        `sync=True` or `local=Local(...)`.
 
         Ctrl-C ends the run after the training that is going on, and what was reached is returned. Raises `ConfigError`
         for arguments that do not fit, `ClientError` if the task's code raises an exception in a client's training, and
@@ -198,7 +201,8 @@ class Federation:
         wanted = scenario_of(self._scenario, given, self.devices)
         task = placed(self.task, device)
         hooks = algorithms.Hooks.of(merge_rule, server_optimizer, client)
-        hooks.check(wanted, task, jobs)
+        how = Computation(jobs=jobs, vectorise=vectorise)
+        hooks.check(wanted, task, how)
         watch = Watch(watching, wanted.end.versions, self.module)
         for line in self.lines:
             watch.say(line)
@@ -206,22 +210,23 @@ class Federation:
             watch.say_once(line)
         run: Run | None = None
         try:
-            run = self._simulated(wanted, hooks.task(task), hooks, jobs, watch)
+            run = self._simulated(wanted, hooks.task(task), hooks, how, watch)
             run = replace(run, settings=given.flat())
         finally:
             watch.end(run)
         return run
 
-    def _simulated(self, wanted: Scenario, task: Task, hooks: algorithms.Hooks, jobs: int, watch: Watch) -> Run:
+    def _simulated(self, wanted: Scenario, task: Task, hooks: algorithms.Hooks, how: Computation, watch: Watch) -> Run:
         names, began = self.devices, time.monotonic()
         with (
             untouched(wanted.seed),
-            TaskWorkers(wanted, task, jobs) if jobs != 1 else nullcontext() as pool,
+            place_of(how, wanted, task, watch.say) as given,
             Interrupt() as interrupt,
         ):
 
             def place(trainers: Sequence[Trainer]) -> Place:
-                return NamedPlace(pool or InProcess(hooks.trainers(trainers, names)), names)
+                own = hooks.trainers(trainers, names)
+                return NamedPlace(given(own) if callable(given) else given or InProcess(own), names)
 
             simulation = Simulation(wanted, task, watch, place=place, names=names, model=hooks.model)
             watch.simulation = simulation

@@ -1,39 +1,38 @@
-"""Worker processes for a task in memory, which travels to each of them by cloudpickle.
+"""Other processes for a task in memory, which travels to each of them by cloudpickle.
 
-They are spawned, as all of ours are: a forked process would have locks of torch's threads, and of Jupyter's, that
-nobody releases. Lambdas, and what a notebook's cells define, have no module that a spawned process could import, so
-the standard pickle does not carry them. Nothing is written to a disk or sent to another machine.
+Those of this machine are spawned, as all of ours are: a forked process would have locks of torch's threads, and of
+Jupyter's, that nobody releases. Lambdas, and what a notebook's cells define, have no module that another process could
+import, so the standard pickle does not carry them. Nothing is written to a disk, and nothing leaves this machine,
+except to the Ray cluster that the caller names.
 """
 
 import pickle
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Final
 
 from ternbus.broker.errors import ConfigError
-from ternbus.edge.core.actions import StartTraining
 from ternbus.edge.learn.task import Task
 from ternbus.edge.learn.task_loader import described
 from ternbus.lab.notebook.frames import library
 from ternbus.lab.scenario.scenario import Scenario
-from ternbus.lab.virtual.training import Awaited, Workers
+from ternbus.lab.virtual.computation import Computation
+from ternbus.lab.virtual.training import Place, Placing
 
 MAIN_NAMES: Final = ("__file__", "__spec__")
 
 
-class TaskWorkers(Workers):
-    """`Workers` with a task that is in memory. Raises `ConfigError` if it cannot travel."""
-
-    def __init__(self, scenario: Scenario, task: Task, jobs: int) -> None:
-        if type(jobs) is not int or jobs < 1:
-            raise ConfigError(f"jobs is {jobs!r}, but must be a whole number from 1")
-        super().__init__(scenario, jobs, partial(pickle.loads, _packed(task)))
-
-    def begin(self, device: int, job: StartTraining) -> Awaited:
-        with _main_unseen():
-            return super().begin(device, job)
+def place_of(
+    how: Computation, scenario: Scenario, task: Task, say: Callable[[str], None]
+) -> AbstractContextManager[Place | Placing | None]:
+    """The place where a task in memory trains. Raises `ConfigError` if it must travel and cannot."""
+    if not how.elsewhere:
+        return how.place(scenario, say)
+    packed = _packed(task)
+    with _main_unseen():
+        return how.place(scenario, say, partial(pickle.loads, packed))
 
 
 def _packed(task: Task) -> bytes:

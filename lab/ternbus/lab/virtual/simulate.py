@@ -69,7 +69,8 @@ class Simulation:
     ``folder`` is the directory for a real aggregator's ledger; None keeps the ledger in memory. ``place`` is where
     devices train, by default in this process; a function makes it of the devices' trainers. ``names`` are the devices',
     by default device-0 and so on. ``model`` makes the aggregator's `Model`, which decides what a merge comes to; a
-    ledger in memory takes any.
+    ledger in memory takes any. ``later``: a version is evaluated only when a training is awaited, while other processes
+    train, unless the end depends on metrics; so ``progress`` sees it later, and must not end the run.
     """
 
     evaluated: tuple[int, Vector] | None = None
@@ -85,6 +86,7 @@ class Simulation:
         *,
         names: Sequence[str] = (),
         model: Callable[..., Model] = Model,
+        later: bool = False,
     ) -> None:
         self.clock = Clock()
         self.broker = MemoryBroker(self.clock)
@@ -95,9 +97,10 @@ class Simulation:
         self._faults = sorted(scenario.faults, key=lambda fault: fault.after_version)
         if folder is None and any(fault.kill == "aggregator" for fault in self._faults):
             raise ConfigError('[[fault]] kill = "aggregator" needs a ledger to restart from: add --ledger')
-        self._evaluated = -1
+        self._evaluated, self._made_at = -1, 0.0
+        self._later = later and not scenario.end.limits
+        self._unseen: tuple[int, Vector, float] | None = None  # a version to evaluate, and when it was made
         self._names, self._model = names, model
-        self._made_at = 0.0
         self._ended = self._stopped = False
         with self._explained():
             self._evaluator = task.evaluator(data=scenario.data)
@@ -136,12 +139,8 @@ class Simulation:
 
     def _devices(self, bodies: Sequence[Body]) -> list[VirtualDevice]:
         vectors: WeakValueDictionary[bytes, Vector] = WeakValueDictionary()
-        return [
-            VirtualDevice(
-                self.clock, self.broker, body, vectors, partial(self._left, body.profile.device), trained=self._trained
-            )
-            for body in bodies
-        ]
+        made = partial(VirtualDevice, self.clock, self.broker, awaiting=self._catch_up, trained=self._trained)
+        return [made(body, vectors, partial(self._left, body.profile.device)) for body in bodies]
 
     def _explained(self) -> AbstractContextManager[None]:
         return explained(self._scenario.task, lacks_data=self._scenario.data is None)
@@ -200,6 +199,7 @@ class Simulation:
                 break
             self.clock.step()
             check()
+        self._catch_up()
         if not (self._stopped or self.moment().accepted):
             self._check_versions(f"in {self.clock.now:,.0f} virtual seconds")
         model = self.aggregator.core.model
@@ -294,16 +294,26 @@ class Simulation:
 
     def _made(self, version: int, vector: Vector) -> None:
         """Handle a new version: evaluate it, show progress, check for the end, inject faults."""
+        self._catch_up()
         self._made_at = self.clock.now
         self.carried.append(self._count())
         evaluations = []
         if version % self._scenario.simulate.evaluate_every == 0:
-            found = self._evaluate(version, vector)
-            evaluations.append(found.values)
-            self._progress.show(self.moment(), self.clock.now)
+            self._unseen = (version, vector, self.clock.now)
+            if not self._later:
+                evaluations = self._catch_up()
         reached = self._scenario.end.reached(version=version, seconds=self.clock.now, evaluations=evaluations)
         self._ended = self._ended or reached  # what is shown may have ended it
         self._disturb(version)
+
+    def _catch_up(self) -> list[Mapping[str, float]]:
+        """Evaluate the version that is not evaluated yet, if there is one, and show progress. Returns its metrics."""
+        if self._unseen is None:
+            return []
+        (version, vector, made_at), self._unseen = self._unseen, None
+        found = self._evaluate(version, vector)
+        self._progress.show(self.moment(), made_at)
+        return [found.values]
 
     def _count(self) -> Carried:
         sessions = [device.session for device in self.devices]

@@ -46,7 +46,7 @@ class Body:
 
     profile: Profile
     initial_model: InitialModel
-    begin: Callable[[StartTraining], Awaited]  # starts a training
+    begin: Callable[[StartTraining, float], Awaited]  # starts a training that is due at a time
     trainer: Trainer
     held: Trainer | None  # with the held-out data
     seconds: Callable[[], float]  # draws the duration of the next training
@@ -57,7 +57,8 @@ class VirtualDevice:
     """Performs the actions of a core. Its outbox is in memory and is kept over `kill`.
 
     ``vectors`` has the vector of each version that a device uses, by digest. Equal digests mean equal bits, so all
-    devices on a version share one array. ``left`` is called when the device stops, ``trained`` after each training.
+    devices on a version share one array. ``left`` is called when the device stops, ``awaiting`` before it waits for a
+    training, ``trained`` after each.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class VirtualDevice:
         vectors: MutableMapping[bytes, Vector],
         left: Callable[[Stop], None],
         *,
+        awaiting: Callable[[], object] = lambda: None,
         trained: Callable[["VirtualDevice"], None] = lambda _: None,
     ) -> None:
         self.session: Session = broker.session(self, body.line)
@@ -83,7 +85,7 @@ class VirtualDevice:
         self._clock = clock
         self._body = body
         self._vectors = vectors
-        self._left, self._after_training = left, trained
+        self._left, self._awaiting, self._after_training = left, awaiting, trained
         self.core, self._alarm = self._begin()
         self._runs = False
 
@@ -185,14 +187,16 @@ class VirtualDevice:
         job = self.core.training.running  # with the shared vector
         assert job is not None  # noqa: S101 - the core has just started it
         seconds = self._body.seconds()
-        awaited = self._body.begin(job)
-        self._clock.at(self._clock.now + seconds, partial(self._trained, self.core, seconds, awaited))
+        due_s = self._clock.now + seconds
+        awaited = self._body.begin(job, due_s)
+        self._clock.at(due_s, partial(self._trained, self.core, seconds, awaited))
         self.begun(seconds)
 
     def _trained(self, life: Core, seconds: float, awaited: Awaited) -> None:
         """Deliver the result of a training, unless the device was killed since."""
         if life is not self.core or not self._runs or life.training.running is None:
             return
+        self._awaiting()
         result = awaited()
         self.trainings += 1
         if isinstance(result, events.TrainingFinished):

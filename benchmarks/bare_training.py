@@ -1,0 +1,109 @@
+"""A federation's training without a federation: the same batches of the same models in a plain loop of PyTorch.
+
+    python -m benchmarks.bare_training TASK --devices 20 --versions 10 --processes 2 [--data DIR] [--json]
+
+Each process trains a part of the devices, and waits for nobody: less cannot be done. Nothing is merged or evaluated.
+`benchmarks.training_speed` compares with it; `train` is what a client of its peer does too.
+"""
+
+import argparse
+import json
+import multiprocessing
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks.program import options
+from ternbus.edge import TorchTask
+from ternbus.edge.learn.task_loader import load_task
+from ternbus.edge.plan.plan import Plan
+
+SEED = 0
+PARTITION = "dirichlet:0.5"
+
+
+class Clients:
+    """All clients of a task: their rows of its data, and a plain training."""
+
+    def __init__(self, task: str, data: Path | None, devices: int) -> None:
+        torch.set_num_threads(1)
+        found = load_task(task)
+        assert isinstance(found, TorchTask)
+        self.task, self.plan = found, Plan.from_meta(found.default_plan)
+        self.inputs, self.targets = found.dataset(data, "train")
+        partitions = [f"{PARTITION}:{device}/{devices}:{SEED}" for device in range(devices)]
+        trainers: Any = found.trainers(data=data, partitions=partitions)
+        self.rows: list[Any] = [trainer.data.numbers for trainer in trainers]
+
+    def train(self, net: nn.Module, device: int, version: int) -> float:
+        """Train in place; the mean loss."""
+        plan, rows = self.plan, self.rows[device]
+        optimizer = torch.optim.SGD(net.parameters(), lr=plan.learning_rate, momentum=plan.momentum)
+        losses = []
+        net.train()
+        for chosen in plan.batches(len(rows), np.random.default_rng([SEED, device, version])):
+            numbers = torch.from_numpy(rows[chosen])
+            loss = functional.cross_entropy(net(as_floats(self.inputs[numbers])), self.targets[numbers])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return sum(losses) / len(losses)
+
+
+def as_floats(inputs: Tensor) -> Tensor:
+    return inputs.float() / 255 if inputs.dtype == torch.uint8 else inputs
+
+
+def part(given: argparse.Namespace, which: Mapping[int, int], process: int) -> float:
+    """Train the devices of one process, all versions; the seconds of its processor."""
+    clients = Clients(given.task, given.data, given.devices)
+    initial = clients.task.fresh().state_dict()
+    net = clients.task.fresh()
+    for version in range(given.versions):
+        for device in (device for device, own in which.items() if own == process):
+            net.load_state_dict(initial)
+            clients.train(net, device, version)
+    return time.process_time()
+
+
+def divided(task: str, data: Path | None, devices: int, processes: int) -> dict[int, int]:
+    """The process of each device: the largest first, each to the process with the fewest samples."""
+    sizes = {device: len(rows) for device, rows in enumerate(Clients(task, data, devices).rows)}
+    loads, found = [0] * processes, dict[int, int]()
+    for device in sorted(sizes, key=lambda each: -sizes[each]):
+        found[device] = loads.index(min(loads))
+        loads[found[device]] += sizes[device]
+    return found
+
+
+def main() -> None:
+    """Train, and print the seconds."""
+    parser = options(__doc__)
+    parser.add_argument("task", help="the task, of tensors")
+    parser.add_argument("--devices", type=int, default=20)
+    parser.add_argument("--versions", type=int, default=10)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--data", type=Path)
+    given = parser.parse_args()
+    which = divided(given.task, given.data, given.devices, given.processes)
+    began = time.perf_counter()
+    work = partial(part, given, which)
+    if given.processes == 1:
+        spent = [work(0)]
+    else:
+        with multiprocessing.get_context("spawn").Pool(given.processes) as pool:
+            spent = pool.map(work, range(given.processes), chunksize=1)
+    found = {"wall_s": time.perf_counter() - began, "cpu_s": sum(spent)}
+    print(json.dumps(found) if given.json else f"{found['wall_s']:.1f} s, {found['cpu_s']:.1f} s of processor")
+
+
+if __name__ == "__main__":
+    main()

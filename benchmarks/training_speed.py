@@ -1,0 +1,112 @@
+"""How long a simulation takes beside the training in it, and beside Flower's simulation engine.
+
+    python -m benchmarks.training_speed [--data DIR] [--flower PYTHON] [--repeat 3] [--json]
+
+Rounds of 20 devices, Dirichlet 0.5. With ``--data``: ten versions of fashion-mnist by `lab simulate --jobs 2`. Always:
+fifty versions of digits-mlp, a small model, by `--vectorise 20`. ``bare`` is `benchmarks.bare_training`: the same
+batches in a plain loop, in two processes that wait for nobody. ``flower`` is `benchmarks.flower_peer`, by a Python that
+has `flwr[simulation]`. All of these are whole commands, with their imports, one after the other and again; the shortest
+time of each counts, since other work on the machine can only lengthen it.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks.program import options, print_result
+
+DEVICES: Final = 20
+PROCESSES: Final = 2
+MLP: Final = "benchmarks.digits_mlp:TASK"
+ENVIRONMENT: Final = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}  # a library too is named benchmarks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One federation, and what `lab simulate` is given beside it."""
+
+    task: str
+    versions: int
+    options: tuple[str, ...]
+    data: Path | None = None
+
+    def commands(self, flower: str | None) -> dict[str, list[str]]:
+        """The command of each way to train it, by name."""
+        data = [] if self.data is None else ["--data", str(self.data)]
+        same = ["--devices", str(DEVICES), "--versions", str(self.versions), *data, "--json"]
+        peers = [self.task, "--processes", str(PROCESSES), *same]
+        ours = [sys.executable, "-m", "ternbus", "lab", "simulate", "--task", self.task, "--sync"]
+        found = {
+            "ternbus": [*ours, "--partition", "dirichlet:0.5", *self.options, *same, "--out"],
+            "bare": [sys.executable, "-m", "benchmarks.bare_training", *peers],
+        }
+        return found if flower is None else {**found, "flower": [flower, "-m", "benchmarks.flower_peer", *peers]}
+
+
+def timed(command: Sequence[str]) -> dict[str, Any]:
+    """Run a command: its seconds, those of the processor of it and its children, and what it printed."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        full = [*command, folder + "/out"] if command[-1] == "--out" else command
+        printed = subprocess.run(
+            full, check=True, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ).stdout
+    wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"wall_s": wall, "cpu_s": cpu, "printed": json.loads(printed.splitlines()[-1])}
+
+
+def measured(case: Case, flower: str | None, repeat: int) -> dict[str, Any]:
+    """Each way's shortest run, and the ratios to ours."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for _ in range(repeat):
+        for name, command in case.commands(flower).items():
+            found = timed(command)
+            runs.setdefault(name, []).append(found)
+            print(f"{case.task}, {name}: {found['wall_s']:.1f} s, {found['cpu_s']:.1f} s of processor", file=sys.stderr)
+    best = {name: min(each, key=lambda run: run["wall_s"]) for name, each in runs.items()}
+    row: dict[str, Any] = {"task": case.task, "versions": case.versions, "options": " ".join(case.options)}
+    for name, each in best.items():
+        row |= {f"{name}_s": each["wall_s"], f"{name}_cpu_s": each["cpu_s"]}
+    row["accuracy"] = best["ternbus"]["printed"]["metrics"]["accuracy"]
+    row["to_bare"] = best["ternbus"]["wall_s"] / best["bare"]["wall_s"]
+    if flower is not None:
+        row["flower_accuracy"] = best["flower"]["printed"]["accuracy"]
+        row["to_flower"] = best["flower"]["wall_s"] / best["ternbus"]["wall_s"]
+    return row
+
+
+def show(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print a line for each figure."""
+    for row in rows:
+        print(f"{row['task']}, {DEVICES} devices, {row['versions']} versions, {row['options']}:")
+        print(f"  ternbus {row['ternbus_s']:.1f} s, bare training {row['bare_s']:.1f} s: {row['to_bare']:.2f} times")
+        if "to_flower" in row:
+            print(f"  flower {row['flower_s']:.1f} s: {row['to_flower']:.1f} times as long as ternbus")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = options(__doc__)
+    parser.add_argument("--data", type=Path, help="folder with fashion-mnist")
+    parser.add_argument("--flower", metavar="PYTHON", help="a Python with flwr[simulation]; without it no peer is run")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each")
+    given = parser.parse_args()
+    cases = [Case(task=MLP, versions=50, options=("--vectorise", str(DEVICES)))]
+    if given.data is not None:
+        images = Case(task="fashion-mnist", versions=10, options=("--jobs", str(PROCESSES)), data=given.data)
+        cases.insert(0, images)
+    rows = [measured(case, given.flower, given.repeat) for case in cases]
+    print_result(rows, as_json=given.json, show=lambda: show(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""How the trainings of a simulation are computed: in this process, in several, on a cluster, or several at once."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+from ternbus.broker.errors import ConfigError
+from ternbus.edge.learn.task import Task
+from ternbus.lab.scenario.scenario import Scenario
+from ternbus.lab.virtual.ray_cluster import RayCluster
+from ternbus.lab.virtual.training import Place, Placing
+from ternbus.lab.virtual.vectorised import Vectorised
+from ternbus.lab.virtual.workers import Workers
+
+RAY: Final = "ray://"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Computation:
+    """`jobs` is a number of processes of this machine, or the address of a Ray cluster, ray://HOST:PORT.
+
+    `vectorise` is the number of devices that this process trains at once. Raises `ConfigError` for what is neither.
+    """
+
+    jobs: int | str = 1
+    vectorise: int = 1
+
+    def __post_init__(self) -> None:
+        jobs: object = int(self.jobs) if isinstance(self.jobs, str) and self.jobs.isdecimal() else self.jobs
+        is_number, is_address = type(jobs) is int and jobs > 0, isinstance(jobs, str) and jobs.startswith(RAY)
+        if not (is_number or is_address):
+            raise ConfigError(f"jobs is {self.jobs!r}: write a whole number from 1, or {RAY}HOST:PORT of a Ray cluster")
+        object.__setattr__(self, "jobs", jobs)
+        if type(self.vectorise) is not int or self.vectorise < 1:
+            raise ConfigError(f"vectorise is {self.vectorise!r}, but must be a whole number from 1")
+        if self.vectorise > 1 and self.elsewhere:
+            raise ConfigError("vectorise trains several devices at once in this process: leave out jobs, or vectorise")
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether other processes train."""
+        return self.jobs != 1
+
+    def place(
+        self, scenario: Scenario, say: Callable[[str], None], load: Callable[[], Task] | None = None
+    ) -> AbstractContextManager[Place | Placing | None]:
+        """The place, as of `Simulation`. ``load`` takes the place of loading the task by its name elsewhere."""
+        if isinstance(self.jobs, str):
+            return RayCluster(scenario, self.jobs, load)
+        if self.jobs > 1:
+            return Workers(scenario, self.jobs, load)
+        return nullcontext(partial(Vectorised, most=self.vectorise, say=say) if self.vectorise > 1 else None)
