@@ -67,6 +67,7 @@ class StartTraining:
     policy: PrivacyPolicy | None = None  # the owner's
     local: bytes = field(default=b"", repr=False)  # the device's own tensors, packed
     sums: SumJob | None = None  # of a private sum; None: the change is sent as a block
+    arm: int | None = None  # of a search, which the plan has in it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -46,6 +46,7 @@ class OutstandingUpdate:
     sealed: bytes = field(default=b"", repr=False)  # the sealed box; empty without `seal` in the plan
     frame_bytes: int  # the limit for its frames
     private: PrivatePart | None = field(default=None, repr=False)  # of a private sum
+    arm: int | None = None  # of a search
 
     @property
     def body(self) -> bytes:
@@ -63,6 +64,7 @@ class OutstandingUpdate:
             context=self.private.context if self.private is not None else b"",
             min=self.private.min if self.private is not None else 0,
             boxes=self.private.boxes if self.private is not None else (),
+            arm=self.arm,
         )
 
     def block(self, schema: Schema) -> Block:
@@ -78,6 +80,7 @@ def prepare(
     samples: int,
     metrics: Mapping[str, float],
     frame_bytes: int,
+    arm: int | None = None,
 ) -> OutstandingUpdate:
     """The update of a block, ready to be sent; compressed if that makes it smaller."""
     compressed = ternary.encode(block.content, ternary.ZSTD)
@@ -91,6 +94,7 @@ def prepare(
         encoding=ternary.ZSTD if smaller else ternary.RAW,
         encoded=compressed if smaller else block.content,
         frame_bytes=frame_bytes,
+        arm=arm,
     )
 
 
@@ -163,6 +167,11 @@ class State:
     cards: Mapping[bytes, int] = field(default_factory=dict)  # the highest box key seen, by a pinned helper's key
     refusal: str = ""  # why the device makes no update by the present plan; for its owner
     statistics: Statistics = field(default_factory=Statistics)
+
+    @property
+    def arm(self) -> int:
+        """That of the outstanding update; -1 without one."""
+        return -1 if self.outstanding is None or self.outstanding.arm is None else self.outstanding.arm
 
     def with_key(self, key: KeyId) -> "State":
         """The state with a new key, which must be enrolled and has its own counters."""

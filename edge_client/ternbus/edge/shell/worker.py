@@ -10,6 +10,7 @@ import numpy as np
 
 from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol.direction import GAIN, direction_of, sign_of
 from ternbus.broker.protocol.schema import Vector, flatten, flush_tiny, is_bounded
 from ternbus.edge.core.actions import (
     Job,
@@ -34,7 +35,8 @@ from ternbus.edge.learn.local_state import packed
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.task import Trained, Trainer, TrainingError, evaluated_by
 from ternbus.edge.learn.task_loader import code_errors
-from ternbus.edge.plan.plan import NO_DP
+from ternbus.edge.plan.plan import NO_DP, Plan
+from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.shell import measuring, private_training
 from ternbus.edge.shell.encoding import encoded
 
@@ -42,17 +44,19 @@ TrainingResult = TrainingFinished | TrainingFailed | BudgetSpent
 Result = TrainingResult | Evaluated | EvaluationFailed | FineTuned | FineTuningFailed | StatisticsMeasured
 
 
-def train(trainer: Trainer, job: StartTraining, random_source: RandomSource | None = None) -> TrainingResult:
+def train(
+    trainer: Trainer, job: StartTraining, random_source: RandomSource | None = None, held: Trainer | None = None
+) -> TrainingResult:
     """Train and encode the change, under the plan's differential privacy, if the budget allows it.
 
-    `random_source` is for tests and simulations; on a device it is the operating system's. Raises `ConfigError` if the
-    task cannot train by the plan.
+    A training by an arm is judged with the data of `held`, if any are held out. `random_source` is for tests and
+    simulations; on a device it is the operating system's. Raises `ConfigError` if the task cannot train by the plan.
     """
     random_source = random_source or RandomSource()
     if job.plan.dp != NO_DP:
         return private_training.train(trainer, job, random_source)
     try:
-        return _finished(trainer, job, random_source)
+        return _finished(trainer, job, random_source, None if job.arm is None else held)
     except ConfigError:
         raise
     except code_errors() as error:
@@ -62,17 +66,31 @@ def train(trainer: Trainer, job: StartTraining, random_source: RandomSource | No
         return _unchanged(job, reason, random_source)
 
 
-def _finished(trainer: Trainer, job: StartTraining, random_source: RandomSource) -> TrainingFinished:
-    trained = trainer.train(tensors_of(job), job.plan, version=job.base, seed=job.seed)
+def _finished(
+    trainer: Trainer, job: StartTraining, random_source: RandomSource, held: Trainer | None
+) -> TrainingFinished:
+    start = tensors_of(job)
+    trained = trainer.train(start, job.plan, version=job.base, seed=job.seed)
+    gains = {} if held is None else _gains(held, start, {**start, **trained.tensors, **trained.local}, job.plan)
     content, residual = encoded(job, _change(job, trained), job.residual, trained.samples, random_source)
     return TrainingFinished(
         base=job.base,
         samples=trained.samples,
-        metrics=trained.metrics,
+        metrics={**trained.metrics, **gains},
         content=content,
         residual=residual,
         local=packed(trained.local),
     )
+
+
+def _gains(held: Trainer, before: Tensors, after: Tensors, plan: Plan) -> dict[str, float]:
+    """By how much a training has made each metric of the held-out data better, by its direction."""
+    first, last = (evaluated_by(held, tensors, plan) for tensors in (before, after))
+    return {
+        GAIN + name: sign_of(direction_of(name, last.better)) * (value - first.values[name])
+        for name, value in last.finite.items()
+        if name in first.finite
+    }
 
 
 def _unchanged(job: StartTraining, reason: str, random_source: RandomSource) -> TrainingFinished:
@@ -195,7 +213,7 @@ class Worker:
             return measuring.answer(self._trainer, job, RandomSource(), time.time())
         began = time.monotonic()
         try:
-            result = train(self._trainer, job)
+            result = train(self._trainer, job, held=self._held if self._held is not self._trainer else None)
         except code_errors() as error:  # the plan is none that this device can carry out, or the fault is ours
             result = TrainingFailed(base=job.base, reason=failure.describe(error), trace=failure.trace_of(error))
         self._stopping.wait(max(0.0, began + self._min_seconds - time.monotonic()))

@@ -37,6 +37,7 @@ from ternbus.lab.scenario.scenario import Scenario
 from ternbus.lab.spelling import refuse_unknown
 from ternbus.lab.virtual.simulate import Simulation
 from ternbus.lab.virtual.training import InProcess, Place
+from ternbus.lab.virtual.training import Pair as Trainers
 
 FORM_ARGUMENTS: Final = ("collate", "workers")
 
@@ -220,8 +221,8 @@ class Federation:
             Interrupt() as interrupt,
         ):
 
-            def place(trainers: Sequence[Trainer]) -> Place:
-                return NamedPlace(pool or InProcess(hooks.trainers(trainers, names)), names)
+            def place(pairs: Sequence[Trainers]) -> Place:
+                return NamedPlace(pool or InProcess(hooks.pairs(pairs, names)), names)
 
             simulation = Simulation(wanted, task, watch, place=place, names=names, model=hooks.model)
             watch.simulation = simulation

@@ -65,6 +65,7 @@ def summary(
         "devices": {device.name: _device(device) for device in moment.devices},
         "versions": [_rounded(asdict(version)) for version in moment.versions],
         **({} if sets is None else {"private": _private(moment, sets)}),
+        **({} if moment.search is None else {"search": moment.search}),
         "wall_seconds": round(wall_seconds, 3),
         "parameters": parameters,
         "counts": dict(moment.counts),

@@ -14,6 +14,7 @@ from ternbus.aggregator import settings as configuration
 from ternbus.aggregator.core import first_version, records, registry
 from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.core.registry import Invited, Registry
+from ternbus.aggregator.core.search import Search
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.shell import administration
@@ -162,6 +163,7 @@ def _first_core(
         software=SOFTWARE,
         sums=PrivateSums.of(settings, schema),
         helper_codes={name: Invited(code=code) for name, code in helper_codes.items()},
+        search=Search.of(settings.search, 0),
     )
     return core, [*first.frames.frames]
 
@@ -182,7 +184,7 @@ def bodies(
     own = pairs(scenario, task, model)
     policy = PrivacyPolicy.of(Plan.from_meta({**task.default_plan, **scenario.chosen_plan}))
     if place is None or callable(place):
-        place = (place or InProcess)([trainer for trainer, _ in own])
+        place = (place or InProcess)(own)
     shapes = {name: tuple(array.shape) for name, array in model.items()}
     initial_model = InitialModel(tensors=model)
     paces = scenario.speeds.draw(scenario.devices, scenario.seed)

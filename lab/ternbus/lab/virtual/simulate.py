@@ -329,6 +329,7 @@ class Simulation:
         self.ledger.write(
             [records.MetricsReceived(device=setup.EVALUATOR, seq=version, metrics=metrics)], self.clock.now
         )
+        self.aggregator.core.search.observe(setup.EVALUATOR, metrics)
         return found
 
     def _hear_devices(self, version: int, vector: Vector) -> None:

@@ -41,7 +41,7 @@ Pair = tuple[Trainer, Trainer | None]
 
 SAFE_PATH: Final = "PYTHONSAFEPATH"
 
-_trainers: list[Trainer] = []  # in a worker process: of all devices
+_pairs: list[Pair] = []  # in a worker process: of all devices
 
 
 class Place(Protocol):
@@ -50,18 +50,18 @@ class Place(Protocol):
     def begin(self, device: int, job: StartTraining) -> Awaited: ...
 
 
-Placing = Callable[[Sequence[Trainer]], Place]
+Placing = Callable[[Sequence[Pair]], Place]
 """Makes a place of the trainers of all devices."""
 
 
 class InProcess:
     """Training in this process, when the result is requested; the training of a killed device is never computed."""
 
-    def __init__(self, trainers: Sequence[Trainer]) -> None:
-        self._trainers = trainers
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self._pairs = pairs
 
     def begin(self, device: int, job: StartTraining) -> Awaited:
-        return partial(_train, self._trainers[device], job)
+        return partial(_train, self._pairs[device], job)
 
 
 class Workers:
@@ -160,9 +160,10 @@ def pairs(scenario: Scenario, task: Task, model: Tensors) -> list[Pair]:
     ]
 
 
-def _train(trainer: Trainer, job: StartTraining) -> TrainingResult:
+def _train(pair: Pair, job: StartTraining) -> TrainingResult:
     """Train with seeded noise: a simulation protects no data, and must be reproducible."""
-    return train(trainer, job, RandomSource(np.random.default_rng(job.seed).bytes))
+    trainer, held = pair
+    return train(trainer, job, RandomSource(np.random.default_rng(job.seed).bytes), held)
 
 
 def _begin_worker(parent: int, scenario: Scenario, load: Callable[[], Task]) -> None:
@@ -171,8 +172,8 @@ def _begin_worker(parent: int, scenario: Scenario, load: Callable[[], Task]) -> 
     parent_death.tie(parent)
     task = load()
     found = settled(scenario, task).scenario
-    _trainers.extend(trainer for trainer, _ in pairs(found, task, task.initial(scenario.seed)))
+    _pairs.extend(pairs(found, task, task.initial(scenario.seed)))
 
 
 def _train_in_worker(device: int, job: StartTraining) -> TrainingResult:
-    return _train(_trainers[device], job)
+    return _train(_pairs[device], job)
