@@ -11,6 +11,7 @@ from ternbus.broker.protocol.arms import CLASSES_MAX, WIDTH, Arms
 from ternbus.broker.protocol.messages import ARMS_MAX
 
 HALVING, FEDEX = "successive-halving", "fedex"
+WIDTHS_MAX: Final = 8  # an evaluator's metrics of each fit into one message
 SEARCH_DOC: Final = """\
 Arms of the plan, each tried by some devices for each version; what evaluators say decides; see docs/search.md.
 arms = [{ learning_rate = 0.01 }, { learning_rate = 0.1 }]
@@ -92,14 +93,19 @@ class SearchSettings:
                 f'{where}: with plan.dp = "{dp}" devices train by one plan, by which their epsilon is accounted; leave '
                 "out [search], or search before, without dp, on data that need none"
             )
+        if plan.get("seal") and (self.latency_s or not self.is_of_widths):
+            raise ConfigError(
+                f"{where}: with plan.seal = true devices do not say what a training gained, nor how long it took; "
+                "leave out [search] or seal"
+            )
+        if self.is_of_widths and len(self.arms) > WIDTHS_MAX:
+            raise ConfigError(f"{where}.arms has {len(self.arms)} widths, of at most {WIDTHS_MAX}")
         for place, arm in enumerate(self.arms):
             if WIDTH in arm and (len(arm) > 1 or not self.is_of_widths):
                 raise ConfigError(
                     f"{where}.arms[{place}]: a search of widths compares sub-networks of one model, so each arm states "
                     "its width and nothing else"
                 )
-        if self.latency_s and self.is_of_widths and plan.get("seal"):
-            raise ConfigError(f"{where}.latency_s: with plan.seal = true devices do not say how long they train")
 
 
 def _arms(rows: object, where: str) -> tuple[Mapping[str, Any], ...]:

@@ -113,19 +113,16 @@ class Search:
         ).restarted(version)
 
     def _of_widths(self, state: SearchState) -> tuple[int, Effects]:
-        """How many versions evaluators have judged, and what the newest one's sub-networks are worth, in the mean."""
+        """How many versions evaluators have judged, and what their sub-networks are worth, in the mean of all."""
         widths = [arm[WIDTH] for arm in state.settings.arms]
-        worth: dict[int, list[list[float]]] = defaultdict(list)
-        for name in sorted(self.found):
-            for number, metrics in self.found[name].items():
-                values = _of_sub_networks(metrics, state.settings.metric, widths)
-                if len(values) == len(widths):
-                    worth[number].append(values)
-        if not worth:
-            return 0, ()
-        newest = worth[max(worth)]
-        row = tuple(fsum(column) / len(newest) for column in zip(*newest, strict=True))
-        return len(worth), (row,) * len(state.settings.names)
+        judged, worth = set[int](), list[list[float]]()
+        for number, metrics in (each for name in sorted(self.found) for each in sorted(self.found[name].items())):
+            values = _of_sub_networks(metrics, state.settings.metric, widths)
+            if len(values) == len(widths):
+                judged.add(number)
+                worth.append(values)
+        row = tuple(fsum(column) / len(worth) for column in zip(*worth, strict=True))
+        return len(judged), (row,) * len(state.settings.names)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

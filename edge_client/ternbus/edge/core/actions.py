@@ -79,6 +79,7 @@ class StartEvaluation:
     vector: Vector
     plan: Plan | None = None  # the federation's; None if the device cannot follow it
     private: bool = False  # others may see nothing of the data, not even a failure
+    widths: tuple[float, ...] = ()  # of sub-networks to be evaluated, too
     local: bytes = field(default=b"", repr=False)  # the device's own tensors, packed
 
 

@@ -7,7 +7,7 @@ from typing import Final
 from ternbus.broker.backoff import Retry
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import arms, topics
-from ternbus.broker.protocol.arms import Arms
+from ternbus.broker.protocol.arms import WIDTH, Arms
 from ternbus.broker.protocol.messages import OPEN, PRIVATE, Head
 from ternbus.broker.sums.terms import SCHEMA
 from ternbus.edge.core.actions import Log, StartTraining
@@ -70,6 +70,11 @@ class TrainingPolicy:
     def private(self) -> bool:
         """Whether others may see nothing of the device's data, nor that a training failed; true without a plan."""
         return self.profile.sums is not None or self.plan is None or self.plan.dp != NO_DP
+
+    @property
+    def widths(self) -> tuple[float, ...]:
+        """Those that the federation searches."""
+        return () if self.arms is None else tuple(arm[WIDTH] for arm in self.arms.arms if WIDTH in arm)
 
     def read_plan(self, head: Head) -> list[Log]:
         """Read the head's plan; the task's default plan completes it, the owner's policy and limits bound it."""
@@ -145,7 +150,7 @@ class TrainingPolicy:
         if self.arms is None or self.profile.is_private or plan.dp != NO_DP:
             return None, plan
         arm = self.arms.drawn(self.profile.device, self.profile.identity.public, version)
-        found = None if arm is None else with_arm(plan, self.arms.arms[arm])
+        found = None if arm is None else with_arm(plan, self.arms.arms[arm], is_elastic=self.profile.is_elastic)
         return (None, plan) if found is None else (arm, found)
 
     def _wait_for_turn(self, plan: Plan, version: int, now: float) -> list[Log] | None:

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.protocol.direction import GAIN, direction_of, sign_of
+from ternbus.broker.protocol.direction import GAIN, direction_of, sign_of, width_metric
 from ternbus.broker.protocol.schema import Vector, flatten, flush_tiny, is_bounded
 from ternbus.edge.core.actions import (
     Job,
@@ -33,6 +33,7 @@ from ternbus.edge.core.events import (
 from ternbus.edge.learn import failure
 from ternbus.edge.learn.local_state import packed
 from ternbus.edge.learn.noise import RandomSource
+from ternbus.edge.learn.subnetwork import Narrowed
 from ternbus.edge.learn.task import Trained, Trainer, TrainingError, evaluated_by
 from ternbus.edge.learn.task_loader import code_errors
 from ternbus.edge.plan.plan import NO_DP, Plan
@@ -45,18 +46,24 @@ Result = TrainingResult | Evaluated | EvaluationFailed | FineTuned | FineTuningF
 
 
 def train(
-    trainer: Trainer, job: StartTraining, random_source: RandomSource | None = None, held: Trainer | None = None
+    trainer: Trainer,
+    job: StartTraining,
+    random_source: RandomSource | None = None,
+    held: Trainer | None = None,
+    narrowed: Narrowed | None = None,
 ) -> TrainingResult:
     """Train and encode the change, under the plan's differential privacy, if the budget allows it.
 
-    A training by an arm is judged with the data of `held`, if any are held out. `random_source` is for tests and
-    simulations; on a device it is the operating system's. Raises `ConfigError` if the task cannot train by the plan.
+    A training by an arm is judged with the data of `held`, if any are held out, and is one of `narrowed` where its
+    width is below 1. `random_source` is for tests and simulations; on a device it is the operating system's. Raises
+    `ConfigError` if the task cannot train by the plan.
     """
     random_source = random_source or RandomSource()
     if job.plan.dp != NO_DP:
         return private_training.train(trainer, job, random_source)
     try:
-        return _finished(trainer, job, random_source, None if job.arm is None else held)
+        chosen = trainer if narrowed is None or job.plan.width == 1 else narrowed(job.plan.width)
+        return _finished(chosen, job, random_source, None if job.arm is None else held)
     except ConfigError:
         raise
     except code_errors() as error:
@@ -113,16 +120,30 @@ def _change(job: StartTraining, trained: Trained) -> Vector:
     return change
 
 
-def evaluate(trainer: Trainer, job: StartEvaluation) -> Evaluated | EvaluationFailed:
-    """Evaluate the version; a failure on private data counts as evaluated, since others would see another attempt."""
+def evaluate(trainer: Trainer, job: StartEvaluation, narrowed: Narrowed | None = None) -> Evaluated | EvaluationFailed:
+    """Evaluate the version; a failure on private data counts as evaluated, since others would see another attempt.
+
+    Where the job names widths, the metrics of their sub-networks follow.
+    """
     try:
-        found = evaluated_by(trainer, tensors_of(job), job.plan, private=job.private)
-        return Evaluated(version=job.version, samples=found.samples, values=found.finite, better=found.better)
+        tensors = tensors_of(job)
+        found = evaluated_by(trainer, tensors, job.plan, private=job.private)
+        values = dict(found.finite) | ({} if narrowed is None else of_widths(narrowed, tensors, job.plan, job.widths))
+        return Evaluated(version=job.version, samples=found.samples, values=values, better=found.better)
     except code_errors() as error:
         reason = failure.describe(error)
         if job.private:
             return Evaluated(version=job.version, samples=0, values={}, failure=reason)
         return EvaluationFailed(version=job.version, reason=reason, trace=failure.trace_of(error))
+
+
+def of_widths(narrowed: Narrowed, tensors: Tensors, plan: Plan | None, widths: Sequence[float]) -> dict[str, float]:
+    """The metrics of the sub-networks of these widths, by name and width."""
+    return {
+        width_metric(name, width): value
+        for width in widths
+        for name, value in evaluated_by(narrowed(width), tensors, plan).finite.items()
+    }
 
 
 def fine_tune(trainer: Trainer, held: Trainer, job: StartFineTuning) -> FineTuned | FineTuningFailed:
@@ -173,8 +194,10 @@ class Worker:
         deliver: Callable[[Result], None],
         min_seconds: float = 0.0,
         held: Trainer | None = None,
+        narrowed: Narrowed | None = None,
     ) -> None:
         self._trainer = trainer
+        self._narrowed = narrowed
         self._held = held or trainer
         self._deliver = deliver
         self._min_seconds = min_seconds
@@ -206,14 +229,15 @@ class Worker:
 
     def _perform(self, job: Job) -> Result:
         if isinstance(job, StartEvaluation):
-            return evaluate(self._held, job)
+            return evaluate(self._held, job, self._narrowed)
         if isinstance(job, StartFineTuning):
             return fine_tune(self._trainer, self._held, job)
         if isinstance(job, StartStatistics):
             return measuring.answer(self._trainer, job, RandomSource(), time.time())
         began = time.monotonic()
         try:
-            result = train(self._trainer, job, held=self._held if self._held is not self._trainer else None)
+            held = self._held if self._held is not self._trainer else None
+            result = train(self._trainer, job, held=held, narrowed=self._narrowed)
         except code_errors() as error:  # the plan is none that this device can carry out, or the fault is ours
             result = TrainingFailed(base=job.base, reason=failure.describe(error), trace=failure.trace_of(error))
         self._stopping.wait(max(0.0, began + self._min_seconds - time.monotonic()))

@@ -23,7 +23,7 @@ from ternbus.broker.server import parent_death
 from ternbus.edge.core.actions import StartTraining
 from ternbus.edge.learn import task_folder
 from ternbus.edge.learn.noise import RandomSource
-from ternbus.edge.learn.subnetwork import narrow
+from ternbus.edge.learn.subnetwork import Narrowed, narrow
 from ternbus.edge.learn.task import Task, Trainer, halves_of, trainers_of
 from ternbus.edge.learn.task_loader import absolute, load_task
 from ternbus.edge.plan.tensors import Tensors
@@ -42,6 +42,7 @@ Pair = tuple[Trainer, Trainer | None]
 SAFE_PATH: Final = "PYTHONSAFEPATH"
 
 _pairs: list[Pair] = []  # in a worker process: of all devices
+_widths: "list[Widths]" = []  # likewise, one
 
 
 class Place(Protocol):
@@ -54,14 +55,34 @@ Placing = Callable[[Sequence[Pair]], Place]
 """Makes a place of the trainers of all devices."""
 
 
+class Widths:
+    """Trainers of sub-networks of any width: those of all devices, when the first of them is asked for."""
+
+    def __init__(self, scenario: Scenario, task: Task) -> None:
+        self._scenario, self._task = scenario, task
+        self._made: dict[float, list[Trainer]] = {}
+
+    def of(self, device: int) -> Narrowed:
+        return partial(self._trainer, device)
+
+    def _trainer(self, device: int, width: float) -> Trainer:
+        if width not in self._made:
+            about, share = self._scenario, self._scenario.local.hold_out
+            parts = [about.partition_of(index) for index in range(about.devices)]
+            parts = [f"{part};train:{share!r}" for part in parts] if share else parts
+            self._made[width] = trainers_of(narrow(self._task, width), about.data, parts)
+        return self._made[width][device]
+
+
 class InProcess:
     """Training in this process, when the result is requested; the training of a killed device is never computed."""
 
-    def __init__(self, pairs: Sequence[Pair]) -> None:
-        self._pairs = pairs
+    def __init__(self, pairs: Sequence[Pair], widths: Widths | None = None) -> None:
+        self._pairs, self._widths = pairs, widths
 
     def begin(self, device: int, job: StartTraining) -> Awaited:
-        return partial(_train, self._pairs[device], job)
+        narrowed = None if self._widths is None else self._widths.of(device)
+        return partial(_train, self._pairs[device], job, narrowed)
 
 
 class Workers:
@@ -160,10 +181,10 @@ def pairs(scenario: Scenario, task: Task, model: Tensors) -> list[Pair]:
     ]
 
 
-def _train(pair: Pair, job: StartTraining) -> TrainingResult:
+def _train(pair: Pair, job: StartTraining, narrowed: Narrowed | None) -> TrainingResult:
     """Train with seeded noise: a simulation protects no data, and must be reproducible."""
     trainer, held = pair
-    return train(trainer, job, RandomSource(np.random.default_rng(job.seed).bytes), held)
+    return train(trainer, job, RandomSource(np.random.default_rng(job.seed).bytes), held, narrowed)
 
 
 def _begin_worker(parent: int, scenario: Scenario, load: Callable[[], Task]) -> None:
@@ -173,7 +194,8 @@ def _begin_worker(parent: int, scenario: Scenario, load: Callable[[], Task]) -> 
     task = load()
     found = settled(scenario, task).scenario
     _pairs.extend(pairs(found, task, task.initial(scenario.seed)))
+    _widths.append(Widths(found, task))
 
 
 def _train_in_worker(device: int, job: StartTraining) -> TrainingResult:
-    return _train(_pairs[device], job)
+    return _train(_pairs[device], job, _widths[0].of(device))
