@@ -41,9 +41,8 @@ def ranked(search: Search, gains: Sequence[float | None], versions: int, first: 
         search.made(version, made)
 
 
-def judged(version: int, split: str = "test", **values: float) -> Metrics:
-    named = {name.replace("_at_", "@").replace("_", "."): value for name, value in values.items()}
-    return Metrics(version=version, samples=10, split=split, values=named)
+def judged(version: int, **values: float) -> Metrics:
+    return Metrics(version=version, samples=10, split="test", values=values)
 
 
 def state_of(search: Search) -> SearchState:
@@ -186,10 +185,10 @@ def test_evaluators_judge_widths_by_the_sub_networks() -> None:
         if version == 10:
             assert len(state_of(search).steps) == 1  # nobody has judged any version
         if version >= 10:
-            values = {"accuracy": 0.9, "accuracy_at_0_25": 0.7, "accuracy_at_0_5": 0.8, "accuracy_at_1": 0.9}
+            values = {"accuracy": 0.9, "accuracy@0.25": 0.7, "accuracy@0.5": 0.8, "accuracy@1": 0.9}
             search.observe("judge", judged(version, **values))
             search.observe("other", judged(version, accuracy=0.1))  # it measures no sub-networks
-            search.observe("pi", judged(version, "local", **values))
+            search.observe("pi", replace(judged(version, **values), split="local"))
     assert state_of(search).steps[1].weights == ((0, 1, 1),)
     assert state_of(search).steps[1].effects == ((0.7, 0.8, 0.9),)
     assert state_of(search).steps[1].judged == BUDGET
@@ -197,9 +196,9 @@ def test_evaluators_judge_widths_by_the_sub_networks() -> None:
 
 def test_a_loss_of_sub_networks_is_better_where_it_is_lower_and_old_versions_do_not_judge() -> None:
     search = Search.of(settings(WIDTHS, metric="loss"), 0)
-    search.observe("judge", judged(0, loss_at_0_25=0.0, loss_at_0_5=1.0, loss_at_1=2.0))
+    search.observe("judge", judged(0, **{"loss@0.25": 0.0, "loss@0.5": 1.0, "loss@1": 2.0}))
     for version in range(1, 200):
-        search.observe("judge", judged(version, loss_at_0_25=2.0, loss_at_0_5=1.0, loss_at_1=3.0))
+        search.observe("judge", judged(version, **{"loss@0.25": 2.0, "loss@0.5": 1.0, "loss@1": 3.0}))
     assert len(search.found["judge"]) == PATIENCE * BUDGET
     for version in range(1, UPDATES_MIN + 1):
         search.made(version, [update("pi", arm) for arm in range(3)])
@@ -257,7 +256,7 @@ def test_other_settings_begin_another_search_with_the_next_version() -> None:
 def test_a_rung_begins_anew_where_versions_were_skipped() -> None:
     search = Search.of(settings(WIDTHS), 0)
     search.made(1, [update("pi", 0)])
-    search.observe("judge", judged(1, accuracy_at_0_25=0.5, accuracy_at_0_5=0.5, accuracy_at_1=0.5))
+    search.observe("judge", judged(1, **{"accuracy@0.25": 0.5, "accuracy@0.5": 0.5, "accuracy@1": 0.5}))
     left = search.leapt(50)
     assert left is not None
     assert (left.since, left.updates) == (50, ((0, 0, 0),))

@@ -127,7 +127,9 @@ def _found(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict
     """The best arm of each class of devices, and the primary metric of its sub-network; behind the key, the class."""
     search, metric = report.get("search"), report["metric"]
     found: dict[str, float | None] = {}
-    for name, best in [] if search is None else zip(search["classes"], search["best"], strict=True):
+    if search is None:
+        return found
+    for name, best in zip(search["classes"], search["best"], strict=True):
         if best is None:
             continue
         arm = search["arms"][best]
