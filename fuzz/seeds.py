@@ -48,6 +48,7 @@ def seeds() -> dict[str, Seeds]:
         | {_slug("metrics", name): parse(frame).header for name, frame in metrics.items()}
         | {"head-statistics": parse(bytes.fromhex(vectors["statistics"]["head"])).header}
         | {"delta-plain": parse(bytes.fromhex(vectors["delta"]["plain_frame"])).header}
+        | _arms(vectors["arms"], vectors["malformed_arms"])
         | {name: bad[8 : 8 + int.from_bytes(bad[4:8], "little")] for name, bad in refused.items()},
         "block": _blocks(vectors),
         "schema": {"vectors": schema, "one": msgpack.packb([["w", [3], "dense"]])},
@@ -209,12 +210,25 @@ def _invitations() -> dict[str, str]:
     return {"plain": invitation.dumps(), "tls": secured.dumps()}
 
 
+def _arms(vectors: Any, malformed: Any) -> Seeds:
+    """Headers of an update by an arm, and of heads with arms."""
+    head = parse(bytes.fromhex(vectors["head"])).header
+    about = msgpack.unpackb(head)
+    bad = {
+        _slug("bad-arms", name): msgpack.packb({**about, "meta": {**about["meta"], "plan": plan}})
+        for name, plan in malformed.items()
+    }
+    return {"head-arms": head, "update-arm": parse(bytes.fromhex(vectors["update"])).header, **bad}
+
+
 def _aggregator() -> Seeds:
     table = {"federation": "lab", "broker": "mqtt://127.0.0.1:1883"}
     plan = {"local_epochs": 0.5, "codec": "ternary", "seal": True, "seed": 7, "own": ["a", 1, 2.5, False], "ü": "\x7f"}
     chosen: dict[str, Any] = {**table, "plan": plan, "optimizer": {"name": "fedavgm"}, "downlink": {"codec": "float32"}}
     check = {"task_keys": ["own", "ü"], "allowed_keys": [], "default_plan": {"momentum": 0.5}}
+    search = {"arms": [{"learning_rate": 0.1}, {"local_steps": 3}], "method": "fedex", "classes": ["pi-"]}
     named = {"default": table, "chosen": chosen, "checked": {**chosen, "plan_check": check}}
+    named["search"] = {**table, "search": search}
     return {name: settings.dumps(settings.from_table(each)).encode() for name, each in named.items()}
 
 

@@ -21,6 +21,7 @@ from ternbus.aggregator.store.device_metrics import Report, sentences
 from ternbus.aggregator.store.measurements import Measurements
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol import revocations, topics
+from ternbus.broker.protocol.arms import Arms
 from ternbus.broker.protocol.frame import CONTAINERS_MAX, COUNTER_MAX, MAGIC, SIGNATURE_BYTES, Frame, build, parse
 from ternbus.broker.protocol.identity import AGGREGATOR, Identity
 from ternbus.broker.protocol.invitation import Invitation
@@ -45,6 +46,8 @@ from ternbus.broker.protocol.task_plan import TaskPlan
 from ternbus.broker.protocol.ternary import CODECS, RAW, VALUE_MAX, ZSTD, Block, content_bytes, decode, encode
 from ternbus.broker.server import mosquitto, refusals
 from ternbus.edge.core.follower import Follower
+from ternbus.edge.plan.arm import with_arm
+from ternbus.edge.plan.plan import Plan
 from ternbus.lab.scenario import scenario
 
 Target = Callable[[bytes], None]
@@ -115,6 +118,21 @@ def header(data: bytes) -> None:
             check_metrics(message)
         if isinstance(message, Head):
             statistics.request(found.meta)
+            check_arms(message.plan)
+
+
+def check_arms(plan: Mapping[str, object]) -> None:
+    """What a device makes of a plan with arms: none, or one that is drawn at all."""
+    arms = Arms.from_plan(plan)
+    if arms is None:
+        return
+    assert Arms.from_plan(arms.meta()) == arms
+    for name in ("pi", "cam-2"):
+        place, arm = arms.class_of(name), arms.drawn(name, DEVICE.public, COUNTER_MAX)
+        assert (arm is None) == (place is None)
+        assert place is None or arm is None or arms.weights[place][1][arm] > 0
+        if arm is not None:
+            with_arm(Plan(), arms.arms[arm], is_elastic=True)
 
 
 def check_metrics(message: Metrics) -> None:

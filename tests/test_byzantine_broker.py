@@ -141,7 +141,7 @@ class ByzantineFederation(RuleBasedStateMachine):
             )
             body = Body(
                 profile=profile,
-                begin=partial(InProcess([NoiseTrainer()]).begin, 0),
+                begin=partial(InProcess([(NoiseTrainer(), None)]).begin, 0),
                 trainer=NoiseTrainer(),
                 held=None,
                 initial_model=InitialModel(

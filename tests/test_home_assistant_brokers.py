@@ -17,6 +17,7 @@ from support.brokers import WITHIN_S
 from support.small_world import Device, initial_model
 from ternbus.aggregator import settings as configuration
 from ternbus.aggregator.core import records
+from ternbus.aggregator.home_assistant_settings import HomeAssistantSettings
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.shell.service import Service
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
@@ -193,7 +194,7 @@ def test_a_reader_follows_a_device_until_it_is_revoked_and_the_view_is_turned_of
             reader.until(lambda held: held[config] == held[state] == b"")
         reader.until(lambda _: reader.state("aggregator")["availability"] == "offline")
         settings = administration.load_settings(home.directory)
-        off = configuration.HomeAssistantSettings()
+        off = HomeAssistantSettings()
         text = configuration.dumps(replace(settings, home_assistant=off))
         (home.directory / administration.TOML).write_text(text)
         with running(home.directory):

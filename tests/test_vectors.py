@@ -1,6 +1,7 @@
 """Every entry of vectors.json is reproduced, both ways, and each malformed one is refused with a reason."""
 
 import json
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import frame as frames
 from ternbus.broker.protocol import revocations
+from ternbus.broker.protocol.arms import Arms
 from ternbus.broker.protocol.identity import Identity, enroll_proof, seal
 from ternbus.broker.protocol.messages import Candidate, Delta, Enroll, Head, Metrics, Receipt, Update
 from ternbus.broker.protocol.parts import Collector
@@ -351,11 +353,50 @@ def test_malformed_requests_for_statistics_are_refused_and_their_heads_are_not(w
         StatisticsRequest.from_meta(head.meta["statistics"])
 
 
+def test_a_device_s_key_and_the_base_choose_its_arm() -> None:
+    entry = VECTORS["arms"]
+    arms = Arms.from_plan(entry["plan"])
+    assert arms is not None
+    assert arms.meta() == {name: entry["plan"][name] for name in ("arms", "arm_weights")}
+    for row in entry["drawn"]:
+        h = int.from_bytes(
+            blake2b(
+                b"ternbus/1 arm\0" + bytes.fromhex(entry["public"]) + row["base"].to_bytes(8, "little"), digest_size=32
+            ).digest()[:8],
+            "little",
+        )
+        assert str(h) == row["number"]
+        assert arms.drawn(row["device"], DEVICE.public, row["base"]) == row["arm"]
+    assert {row["arm"] for row in entry["drawn"]} == {0, 1, 2}
+
+
+def test_a_head_with_arms_and_an_update_by_one_byte_for_byte() -> None:
+    entry = VECTORS["arms"]
+    head = frames.parse(unhex("arms", "head"))
+    head.check_authentic(AGGREGATOR.public)
+    assert Head.from_meta(head.meta).plan == entry["plan"]
+    update = Update.from_meta(entry["update_meta"])
+    built = frames.build(
+        DEVICE, federation="lab", sender="pi-01", kind="update", seq=8, meta=update.meta(), body=CONTENT
+    )
+    assert built == unhex("arms", "update")
+    assert Update.from_meta(frames.parse(built).meta) == update
+    arms = Arms.from_plan(entry["plan"])
+    assert arms is not None
+    assert update.arm == arms.drawn("pi-01", DEVICE.public, update.base)
+
+
+@pytest.mark.parametrize("what", VECTORS["malformed_arms"])
+def test_malformed_arms_are_refused(what: str) -> None:
+    with pytest.raises(ProtocolError, match="bad-plan"):
+        Arms.from_plan(VECTORS["malformed_arms"][what])
+
+
 def test_every_entry_is_used() -> None:
     """A vector added to the file must be added here."""
     others = "enroll sealed malformed_zstd malformed_blocks malformed_vectors malformed_frames revocations"
     others += " malformed_revocations metrics malformed_metrics candidate delta malformed_deltas"
-    others += " statistics malformed_statistics malformed_requests"
+    others += " statistics malformed_statistics malformed_requests arms malformed_arms"
     others += " private malformed_private"  # test_private_vectors.py
     used = "about keys schema vector ternary_block float32_block tiny_numbers update message_in_3_parts head receipt"
     assert set(VECTORS) == {*used.split(), *others.split()}

@@ -9,6 +9,7 @@ import msgpack
 
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol import plan_keys
+from ternbus.broker.protocol.arms import ARMS, WEIGHTS
 from ternbus.broker.protocol.task_plan import TaskPlan
 
 PLAN_BYTES_MAX: Final = 8192  # half of what a header may have
@@ -81,6 +82,8 @@ def read(table: object, check: PlanCheck | None, where: str) -> dict[str, Any]:
         raise ConfigError(f"{where} must be a table")
     plan: dict[str, Any] = {}
     for key, value in table.items():
+        if key in (ARMS, WEIGHTS):
+            raise ConfigError(f"{where}.{key} is what a search makes: write [search] with its arms instead")
         known = plan_keys.KEYS.get(key)
         if known is not None and (fault := known.fault(value)):
             raise ConfigError(f"{where}.{key} is {value!r}, {fault}")

@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final
 
 from ternbus.aggregator import plan_settings
+from ternbus.aggregator.home_assistant_settings import HomeAssistantSettings
 from ternbus.aggregator.plan_settings import PlanCheck
 from ternbus.aggregator.private_settings import PRIVATE_DOC, PrivateSettings, plan_with_codec
+from ternbus.aggregator.search_settings import SEARCH_DOC, SearchSettings
 from ternbus.aggregator.sections import key, section
 from ternbus.aggregator.version_settings import CanarySettings, VersionSettings
 from ternbus.broker import toml
@@ -184,18 +186,6 @@ class TransportSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HomeAssistantSettings:
-    """What Home Assistant is shown (docs/home-assistant.md)."""
-
-    discovery_prefix: str = key("", "topic below which Home Assistant looks, usually homeassistant; empty: off")
-    every_s: float = key(15.0, "shortest time between two states of a device, in s", low=1, high=3600)
-    refresh_s: float = key(
-        600.0, "a state is sent again after so long, in s; one of twice the age is unavailable", low=60, high=86_400
-    )
-    devices_max: int = key(200, "largest number of devices shown, the first by name", low=1, high=1000)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The whole file."""
 
@@ -214,6 +204,7 @@ class Settings:
     plan: Mapping[str, Any] = field(default_factory=dict)
     plan_check: PlanCheck | None = None
     private: PrivateSettings | None = None
+    search: SearchSettings | None = None
 
     @property
     def published_plan(self) -> Mapping[str, Any]:
@@ -297,7 +288,7 @@ SECTIONS: Final[Mapping[str, type]] = {
     "home_assistant": HomeAssistantSettings,
 }
 RETIRED: Final[Mapping[str, frozenset[str]]] = {"limits": frozenset({"messages_in_assembly"})}  # of older files
-OTHERS: Final = ("plan", "plan_check", "private")  # sections that are read by their own rules
+OTHERS: Final = ("plan", "plan_check", "private", "search")  # sections that are read by their own rules
 
 
 def parse(text: str, source: str = "aggregator.toml") -> Settings:
@@ -330,14 +321,18 @@ def from_table(table: Mapping[str, Any], source: str = "aggregator.toml") -> Set
     if private is not None:
         private.check_merge(sections["merge"], f"{source}: merge")
     sections["canary"].check(f"{source}: canary", is_private=private is not None)
-    return Settings(
+    made = Settings(
         federation=check_federation(table["federation"]),
         broker=check_broker_url(table["broker"]),
         plan=plan,
         plan_check=check,
         private=private,
+        search=SearchSettings.from_table(table.get("search"), f"{source}: search"),
         **sections,
     )
+    if made.search is not None:
+        made.search.check(plan, f"{source}: search", is_private=private is not None, dp=made.noise_of_plan[0])
+    return made
 
 
 def _check_merge(about: MergeSettings, where: str, *, seal: bool) -> None:
@@ -394,7 +389,9 @@ def dumps(settings: Settings) -> str:
         ("plan",): plan_settings.PLAN_DOC,
         ("plan_check",): plan_settings.CHECK_DOC,
         ("private",): PRIVATE_DOC,
+        ("search",): SEARCH_DOC,
     }
-    for name, kind in {**SECTIONS, "plan_check": PlanCheck, "private": PrivateSettings}.items():
+    more = {"plan_check": PlanCheck, "private": PrivateSettings, "search": SearchSettings}
+    for name, kind in {**SECTIONS, **more}.items():
         comments |= {(name, entry.name): entry.metadata.get("doc", "") for entry in fields(kind)}
     return toml.dumps({name: value for name, value in asdict(settings).items() if value is not None}, comments)

@@ -26,6 +26,7 @@ from ternbus.aggregator.core.registry import Invited, Registry
 from ternbus.aggregator.core.requests import Asked, Requests
 from ternbus.aggregator.core.retained import Retained
 from ternbus.aggregator.core.revocations import Revocations
+from ternbus.aggregator.core.search import Search
 from ternbus.aggregator.core.set_merging import SetMerging
 from ternbus.aggregator.core.sets import Held
 from ternbus.aggregator.core.statistics import FederatedStatistics, StatisticsState
@@ -67,6 +68,7 @@ class Core:
     recalled: Recalled = field(default_factory=Recalled)  # of the canary
     statistics: StatisticsState = field(default_factory=StatisticsState)
     is_closing: bool = False  # of a federation with private sums, whose helpers are waited for
+    search: Search = field(default_factory=Search)
     _frames: FrameWriter = field(init=False)
     _updates: Updates = field(init=False)
     _versions: Versions = field(init=False)
@@ -93,7 +95,9 @@ class Core:
         self._frames = FrameWriter(settings, self.identity, self.schema, self.seq)
         self._refusals = Refusals(counters=self._counters, log_limit=LogLimit(settings.limits.log_lines_per_minute))
         self.work = WorkShares(settings.limits.work_bytes_per_s)
-        self.validation = Validation(settings, self.identity, self.schema, self.influence, self.sums, self.published)
+        self.validation = Validation(
+            settings, self.identity, self.schema, self.influence, self.sums, self.published, self.search
+        )
         self._updates = Updates(
             settings=settings,
             work=self.work,
@@ -107,7 +111,9 @@ class Core:
         self._enrollment = Enrollment(
             settings=settings, registry=self.registry, updates=self._updates, refusals=self._refusals
         )
-        self._versions = Versions(settings=settings, model=self.model, published=self.published, frames=self._frames)
+        self._versions = Versions(
+            settings=settings, model=self.model, published=self.published, frames=self._frames, search=self.search
+        )
         self._private = None if self.sums is None else self._with_private(self.sums)
         self._statistics = FederatedStatistics(self.statistics, self.registry, self._versions, self._updates)
         online = partial(self._status, "online")
@@ -125,22 +131,16 @@ class Core:
         self._devices = DeviceMessages(
             settings=settings, model=self.model, registry=self.registry, enrollment=self._enrollment,
             updates=self._updates, work=self.work, counters=self._counters, refusals=self._refusals,
-            clones=self._clones, canary=self._merging.canary, statistics=self._statistics,
+            clones=self._clones, canary=self._merging.canary, statistics=self._statistics, search=self.search,
         )  # fmt: skip
         self._revocations = Revocations(
-            federation=settings.federation,
-            identity=self.identity,
-            registry=self.registry,
-            frames=self._frames,
+            federation=settings.federation, identity=self.identity, registry=self.registry, frames=self._frames,
             published=self.published,
-        )
+        )  # fmt: skip
         self._requests = Requests(
-            enrollment=self._enrollment,
-            revocations=self._revocations,
-            merging=self._merging,
-            private=self._private,
+            enrollment=self._enrollment, revocations=self._revocations, merging=self._merging, private=self._private,
             statistics=self._statistics,
-        )
+        )  # fmt: skip
         self._reconnect, self._watch = Reconnect(salt=self.identity.public.hex()), Watch(registry=self.registry)
 
     def _with_private(self, sums: PrivateSums) -> Private:

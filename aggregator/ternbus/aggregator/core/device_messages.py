@@ -10,6 +10,7 @@ from ternbus.aggregator.core.enrollment import Enrollment
 from ternbus.aggregator.core.events import Action, MessageArrived, Save
 from ternbus.aggregator.core.refusals import Refusals
 from ternbus.aggregator.core.registry import Member, Registry
+from ternbus.aggregator.core.search import Search
 from ternbus.aggregator.core.statistics import FederatedStatistics
 from ternbus.aggregator.core.updates import Updates
 from ternbus.aggregator.core.work import LARGE_HEADER_BYTES, PATIENCE_S, WorkShares, header_work
@@ -46,6 +47,7 @@ class DeviceMessages:
     clones: Clones
     canary: Canary
     statistics: FederatedStatistics
+    search: Search
 
     def take(self, event: MessageArrived, address: topics.Address, now: float) -> list[Action]:
         """Take in a message on a topic below ``up/``."""
@@ -105,4 +107,5 @@ class DeviceMessages:
                 bytes_max = self.settings.limits.metrics_bytes
                 received = metrics.received(member, frame, version=self.model.version, bytes_max=bytes_max)
                 self.canary.observe(received)
+                self.search.observe(member.name, received.metrics)
                 return [*claimed, Save(record=received)]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from ternbus.aggregator.core import records
 from ternbus.aggregator.core.frames import FrameWriter
+from ternbus.aggregator.core.search import Search
 from ternbus.aggregator.core.versions import PublishedState
 from ternbus.aggregator.merge import optimizer
 from ternbus.aggregator.merge.downlink import encoded_block, next_block
@@ -50,7 +51,9 @@ def make(settings: Settings, identity: Identity, schema: Schema, vector: Vector)
     writer = FrameWriter(settings, identity, schema, 0)
     digest = vector_digest(vector)
     _, named, frames = writer.snapshot(0, digest, vector, 0)
-    _, head = writer.head(version=0, digest=digest, snapshot=named, state=OPEN, plan=settings.published_plan)
+    search = Search.of(settings.search, 0)
+    plan = {**settings.published_plan, **search.plan(0)}
+    _, head = writer.head(version=0, digest=digest, snapshot=named, state=OPEN, plan=plan)
     codec = settings.downlink.codec
     encoding, body = encoded_block(next_block(schema, codec, vector, vector))
     return FirstVersion(
@@ -65,6 +68,7 @@ def make(settings: Settings, identity: Identity, schema: Schema, vector: Vector)
             encoding=encoding,
             body=body,
             entry=writer.entry(0, digest, merge_log.FIRST),
+            search=search.state,
         ),
         snapshot=records.SnapshotTaken(
             version=0,

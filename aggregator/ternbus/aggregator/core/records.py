@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ternbus.aggregator.core.registry import DEVICE
+from ternbus.aggregator.core.search_state import SearchState
 from ternbus.aggregator.core.situation import Situation
 from ternbus.aggregator.merge.accepted import AcceptedUpdate
 from ternbus.aggregator.merge.optimizer import ServerState
@@ -145,10 +146,7 @@ class ClosingBegun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VersionMade:
-    """A merge: every accepted update that no version has yet is in this one. The block turned version - 1 into it.
-
-    Of private updates it is those of its sets, and its entry names all that were dropped before.
-    """
+    """A merge of all updates that no version has yet, or of sets of private ones, and the block that made it."""
 
     version: int
     digest: bytes
@@ -158,9 +156,10 @@ class VersionMade:
     codec: str
     encoding: str
     body: bytes
-    entry: Signed  # of the log of merges
+    entry: Signed  # of the log of merges; it names all private updates that were dropped before
     sets: tuple[bytes, ...] | None = None  # of private updates, by digest; None: there are none in this federation
     candidate: str = ""  # what becomes of one: `published` as this version, or `withdrawn` in its favour
+    search: SearchState | None = field(default=None, repr=False)  # of the federation, if it has one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

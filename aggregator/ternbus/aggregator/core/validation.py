@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from ternbus.aggregator.core.registry import EVALUATOR, Member
+from ternbus.aggregator.core.search import Search
 from ternbus.aggregator.core.versions import PublishedState
 from ternbus.aggregator.merge.accepted import AcceptedUpdate
 from ternbus.aggregator.merge.influence import Influence, Measured, norm_at_most
@@ -75,6 +76,7 @@ class Validation:
     influence: Influence = field(default_factory=Influence)
     sums: PrivateSums | None = None  # of a federation whose updates are private
     published: PublishedState | None = None  # it says which versions were withdrawn; None: none were
+    search: Search = field(default_factory=Search)
     update_bytes_max: int = field(init=False)
     parts_max: int = field(init=False)
 
@@ -214,6 +216,7 @@ class Validation:
             norm=counted.norm,
             stated=counted.stated,
             loss=None if self.settings.is_dp else update.metrics.get("loss"),
+            **self.search.claimed(member, update),
         )
         return ValidUpdate(accepted, content.block, body, counted.bounded)
 

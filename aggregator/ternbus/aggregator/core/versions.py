@@ -7,9 +7,10 @@ from typing import Any, Final
 from ternbus.aggregator.core import records
 from ternbus.aggregator.core.events import Action, Publish, RepublishRetained, Save
 from ternbus.aggregator.core.frames import FrameWriter, Message, Reserved
+from ternbus.aggregator.core.search import Search
 from ternbus.aggregator.core.terms import PrivateTerms
 from ternbus.aggregator.merge import optimizer
-from ternbus.aggregator.merge.accepted import PUBLISHED, WITHDRAWN
+from ternbus.aggregator.merge.accepted import PUBLISHED, WITHDRAWN, AcceptedUpdate
 from ternbus.aggregator.merge.downlink import encoded_block, next_block
 from ternbus.aggregator.merge.model import Merged, Model, Prepared
 from ternbus.aggregator.merge.recipe import Recipe
@@ -69,10 +70,12 @@ class Versions:
     dropped: list[DroppedUpdate] = field(default_factory=list)  # those that the log of merges has not named
     asked: Mapping[str, Any] | None = None  # an open request for statistics, which each head has
     given: int = 0  # how often a snapshot was published since the start
+    search: Search = field(default_factory=Search)
 
     def merge(self) -> list[Action]:
         """Make the next version: on disk first, then its delta, then the head that names it."""
-        return self._publish(self.model.merge())
+        updates = tuple(self.model.buffer)
+        return self._publish(self.model.merge(), updates=updates)
 
     def merge_sets(self, opened: Sequence[OpenedSet]) -> list[Action]:
         """Make the next version of sets of private updates."""
@@ -87,7 +90,7 @@ class Versions:
 
     def publish_candidate(self, prepared: Prepared) -> list[Action]:
         """Make the version that was a candidate."""
-        return self._publish(self.model.adopt(prepared), candidate=PUBLISHED)
+        return self._publish(self.model.adopt(prepared), candidate=PUBLISHED, updates=prepared.updates)
 
     def withdraw_candidate(self, dropped: Iterable[DroppedUpdate]) -> list[Action]:
         """Make a version of no update in place of a candidate, whose updates the log says are dropped."""
@@ -98,7 +101,14 @@ class Versions:
         """Make a version of no update: what must not change within a version changes with it."""
         return self._publish(self.model.skip())
 
-    def _publish(self, merged: Merged, sets: tuple[MergedSet, ...] = (), candidate: str = "") -> list[Action]:
+    def _publish(
+        self,
+        merged: Merged,
+        sets: tuple[MergedSet, ...] = (),
+        candidate: str = "",
+        updates: Sequence[AcceptedUpdate] = (),
+    ) -> list[Action]:
+        """``updates`` are those of its contributions."""
         encoding, body = encoded_block(merged.block)
         delta = Delta(
             version=merged.version,
@@ -120,6 +130,7 @@ class Versions:
             entry=self._entry(merged.contributions, sets),
             sets=None if self.private is None else tuple(each.digest for each in sets),
             candidate=candidate,
+            search=self.search.made(merged.version, updates),
         )
         # an empty message clears what an older, longer delta left in this slot
         left = self._delta_topics(merged.version)[len(frames) :]
@@ -178,6 +189,7 @@ class Versions:
             body=body,
             entry=self._entry((), rollback=rollback),
             sets=None if self.private is None else (),
+            search=self.search.leapt(model.version),
         )
         return [Save(record=made), *self.snapshot()]
 
@@ -312,7 +324,9 @@ class Versions:
         )
 
     def _plan(self) -> Mapping[str, Any]:
-        return self.settings.published_plan if self.private is None else self.private.plan(self.model.version)
+        if self.private is not None:
+            return self.private.plan(self.model.version)
+        return {**self.settings.published_plan, **self.search.plan(self.model.version)}
 
     def _head(self) -> tuple[Reserved, list[Message]]:
         """The head, behind the terms that it names, where these are new."""

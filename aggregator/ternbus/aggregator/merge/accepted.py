@@ -33,6 +33,9 @@ class AcceptedUpdate:
     norm: float | None = None  # of its block, at most (``influence.norm_at_most``), and no more than the bound
     stated: int | None = None  # samples, as its device says
     loss: float | None = field(default=None, compare=False)  # of the training, as its device says; not kept
+    arm: int | None = None  # of the search, by which it was trained
+    seconds: float | None = None  # of its training, as its device says; only with an arm
+    gain: float | None = None  # of its training on held-out data, the higher the better; likewise
 
     def contribution(self, weight: float) -> Contribution:
         """Its line in the log of merges, with the weight that a rule gave it (``mean.Change``)."""

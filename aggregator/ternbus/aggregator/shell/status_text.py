@@ -5,6 +5,7 @@ from typing import Any, Final
 
 from ternbus.aggregator.core import disk_guard
 from ternbus.aggregator.core.registry import EVALUATOR
+from ternbus.aggregator.shell import search_text
 from ternbus.aggregator.shell.health_text import moment
 from ternbus.aggregator.store import device_metrics
 from ternbus.aggregator.store.device_metrics import shown_name, shown_value
@@ -47,6 +48,8 @@ def summary(found: Mapping[str, Any]) -> str:
             f"{claim['device']} names version {claim['version']}, which is not here: if this folder was copied back "
             "from a backup, stop the aggregator and run: ternbus aggregator restored DIR"
         )
+    if found["search"] is not None:
+        lines += ["", *search_text.lines(found["search"])]
     if "private" in found:
         lines += ["", *_private(found["private"])]
     lines += ["", *device_table(found)]

@@ -9,6 +9,7 @@ from ternbus.aggregator.core import pace
 from ternbus.aggregator.core.canary import Judged, Recalled
 from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.core.registry import ACTIVE, REVOKED, Answer, Member, Registry
+from ternbus.aggregator.core.search import Search
 from ternbus.aggregator.core.sets import Held
 from ternbus.aggregator.core.versions import PublishedState
 from ternbus.aggregator.merge.accepted import AcceptedUpdate, BufferedUpdate, Journal
@@ -25,6 +26,7 @@ from ternbus.aggregator.store import (
     membership,
     merge_log,
     private_rows,
+    search_rows,
     set_recovery,
     soundness,
     statistics_rows,
@@ -91,7 +93,14 @@ def recover(ledger: Ledger, settings: Settings, identity: Identity, software: st
         ),
         statistics=statistics_rows.read(ledger.db),
         is_closing=ledger.fact(CLOSING) is not None,
+        search=_search(ledger, settings),
     )
+
+
+def _search(ledger: Ledger, settings: Settings) -> Search:
+    state = search_rows.read(ledger.db)
+    found = () if state is None else search_rows.judgements(ledger.db, state.since)
+    return Search.of(settings.search, ledger.version, state, found)
 
 
 def _candidate(ledger: Ledger, settings: Settings, schema: Schema, model: Model) -> Judged | None:
@@ -182,6 +191,7 @@ def _updates(ledger: Ledger, schema: Schema, where: str, values: tuple[int | str
     rows = ledger.db.execute(
         "SELECT device, key, seq, base, digest, staleness, samples, discount, codec, encoding, epsilon,"  # noqa: S608 - our own text
         " norm, stated,"
+        f" (SELECT value FROM facts WHERE name = '{search_rows.ARM}' || id),"
         " segment, place, size, checksum"
         " FROM updates"
         f" WHERE {where} ORDER BY id",
@@ -189,6 +199,7 @@ def _updates(ledger: Ledger, schema: Schema, where: str, values: tuple[int | str
     )
     for row in rows:
         device, key, seq, base, digest, staleness, samples, discount, codec, encoding, epsilon, norm, stated = row[:13]
+        arm = search_rows.arm_of(row[13])
         update = AcceptedUpdate(
             device=device,
             key=KeyId(key),
@@ -203,8 +214,9 @@ def _updates(ledger: Ledger, schema: Schema, where: str, values: tuple[int | str
             epsilon=epsilon,
             norm=norm,
             stated=stated,
+            **arm,
         )
-        yield update, Block.read(schema, codec, encoding, ledger.body(*row[13:]))
+        yield update, Block.read(schema, codec, encoding, ledger.body(*row[14:]))
 
 
 def _registry(ledger: Ledger, settings: Settings) -> Registry:

@@ -13,6 +13,7 @@ from ternbus.aggregator.store import (
     checksums,
     membership,
     private_rows,
+    search_rows,
     set_rows,
     statistics_rows,
 )
@@ -175,6 +176,7 @@ def accepted(db: sqlite3.Connection, number: int, record: records.UpdateAccepted
         update.stated,
     )
     checksums.insert(db, "updates", values, segment=place.segment)
+    search_rows.accepted(db, number, update)
     if record.private is not None:
         set_rows.accepted(db, number, record.private)
     _answer(db, update.device, update.key, Answer(seq=update.seq, outcome="accepted"), base=update.base)
@@ -201,6 +203,7 @@ def _version(db: sqlite3.Connection, record: records.VersionMade, now: float) ->
         candidate_rows.decided(db, record)
     elif record.updates:
         db.execute("UPDATE updates SET merged = ? WHERE merged IS NULL", (record.version,))
+    search_rows.made(db, record.search)
     values = (
         record.version,
         record.digest,

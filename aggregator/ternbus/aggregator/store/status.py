@@ -8,7 +8,7 @@ from typing import Any
 from ternbus.aggregator.core import disk_guard
 from ternbus.aggregator.core.clones import CLONED
 from ternbus.aggregator.core.registry import HELPER
-from ternbus.aggregator.store import candidate_rows, device_rows, disk
+from ternbus.aggregator.store import candidate_rows, device_rows, disk, search_rows
 from ternbus.aggregator.store.answers import TALLY
 from ternbus.aggregator.store.device_metrics import Report
 from ternbus.aggregator.store.ledger import ARCHIVED, Ledger, reading
@@ -30,7 +30,8 @@ def read(directory: Path, versions_max: int | None = None) -> dict[str, Any]:
     and None where nobody does; ``disk`` is the part of the file system that is free, and its state: `enough`, `low`,
     `full` (updates are answered `busy`); ``claim`` is the ``device`` that last named a ``version`` newer than the
     newest here, and that version (None: none does): perhaps the folder is an older copy; ``candidate`` is what is
-    evaluated before it becomes a version, with its ``reports`` by device (None: nothing is). ``counts.unmerged`` are
+    evaluated before it becomes a version, with its ``reports`` by device (None: nothing is); ``search`` is what
+    `SearchState.status` says of the search in the federation (None: there is none). ``counts.unmerged`` are
     accepted updates that no version has though the federation is closed: a merge takes updates of ``merge.min_devices``
     devices; ``counts.invalid`` is a map by reason of everything refused.
     """
@@ -80,6 +81,7 @@ def read_ledger(ledger: Ledger, versions_max: int | None = None) -> dict[str, An
         "claim": _claim(ledger, version),
         "devices": device_rows.read(ledger, version, measured, stated),
         "candidate": candidate_rows.status(ledger.db),
+        "search": search_rows.status(ledger.db),
         "versions": _versions(ledger, measured, versions_max),
     }
 

@@ -9,6 +9,8 @@ LOWER: Final = "lower"
 DIRECTIONS: Final = (HIGHER, LOWER)
 ACCURACY: Final = "accuracy"
 LOSS: Final = "loss"
+OF_WIDTH: Final = "@"  # between the name of a metric and the width of the sub-network that was measured
+GAIN: Final = "gain_"  # before the name of a metric: by how much a training has made it better, on held-out data
 PERSONAL: Final = "personal_"  # before the name of a metric of the model that a device has made for itself
 
 
@@ -34,14 +36,23 @@ def primary_of(names: Collection[str]) -> str | None:
 
 
 def for_people(names: Collection[str], primary: str | None) -> list[str]:
-    """The metrics to show: the primary one first, then the others, but the loss only where there is no other."""
-    chosen = [name for name in names if name != LOSS] or list(names)
+    """The metrics to show: the primary one first, then the others, but the loss only where there is no other.
+
+    Those of sub-networks are left out.
+    """
+    whole = [name for name in names if OF_WIDTH not in name]
+    chosen = [name for name in whole if name != LOSS] or whole
     return sorted(chosen, key=lambda name: name != primary)
 
 
 def is_personal(name: str, names: Collection[str]) -> bool:
     """Whether it is a metric of a device's own model, beside the same metric of the federation's."""
     return name.startswith(PERSONAL) and name.removeprefix(PERSONAL) in names
+
+
+def width_metric(name: str, width: float) -> str:
+    """The name of a metric of the sub-network of this width."""
+    return f"{name}{OF_WIDTH}{width:g}"
 
 
 def sign_of(direction: Direction) -> int:

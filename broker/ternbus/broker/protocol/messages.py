@@ -17,8 +17,7 @@ from ternbus.broker.protocol.parts import parts_max
 GRANT_RANGES_MAX: Final = 500
 SAMPLES_MAX: Final = 2**32 - 1
 PRIVATE: Final = "private"  # in place of a codec: the body has masked words, not a block
-BOXES_MAX: Final = 8
-BOX_BYTES_MAX: Final = 1024
+BOXES_MAX, BOX_BYTES_MAX = 8, 1024
 RESTORE_LEAP: Final = 2**32  # restored from a backup, an aggregator adds a multiple of it to version, seq, session
 
 OPEN, PAUSED, CLOSED = "open", "paused", "closed"
@@ -27,10 +26,10 @@ OUTCOMES: Final = ("accepted", "stale", "duplicate", "invalid", "busy", "revoked
 DEVICE_STATES: Final = ("idle", "training", "offline")
 AGGREGATOR_STATES: Final = ("online", "offline")
 FAILING_BYTES_MAX: Final = 200
-REASON_CHARS: Final = 1000  # that are read of a receipt's reason
-SOFTWARE_CHARS: Final = 100  # likewise of a status' software
+REASON_CHARS, SOFTWARE_CHARS = 1000, 100  # that are read of a receipt's reason, of a status' software
 SPLITS: Final = ("test", "local")
 CLASSES_MAX: Final = 256  # in a message of metrics
+ARMS_MAX: Final = 16  # of a search
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,13 +172,14 @@ class Update:
     context: bytes = b""
     min: int = 0  # devices in the sum, by the device's owner
     boxes: tuple[bytes, ...] = field(default=(), repr=False)  # one for each helper, in the order of the terms
+    arm: int | None = None  # of a search, and only then in the map
 
     @property
     def is_private(self) -> bool:
         return bool(self.context)
 
     def meta(self) -> dict[str, Any]:
-        meta = {
+        meta: dict[str, Any] = {
             "base": self.base,
             "samples": self.samples,
             "codec": self.codec,
@@ -187,8 +187,9 @@ class Update:
             "sealed": self.sealed,
             "metrics": dict(self.metrics),
         }
-        private = {"context": self.context, "min": self.min, "boxes": list(self.boxes)}
-        return meta | (private if self.is_private else {})
+        if self.is_private:
+            meta |= {"context": self.context, "min": self.min, "boxes": list(self.boxes)}
+        return meta | ({} if self.arm is None else {"arm": self.arm})
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
@@ -199,6 +200,7 @@ class Update:
             encoding=meta_fields.text(meta, "encoding"),
             sealed=meta_fields.boolean(meta, "sealed"),
             metrics=meta_fields.numbers(meta, "metrics"),
+            arm=meta_fields.integer(meta, "arm", 0, ARMS_MAX - 1) if "arm" in meta else None,
             **(_private(meta) if meta["codec"] == PRIVATE else {}),
         )
 

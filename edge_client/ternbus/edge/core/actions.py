@@ -71,6 +71,7 @@ class StartTraining:
     policy: PrivacyPolicy | None = None  # the owner's
     local: bytes = field(default=b"", repr=False)  # the device's own tensors, packed
     sums: SumJob | None = None  # of a private sum; None: the change is sent as a block
+    arm: int | None = None  # of a search, which the plan has in it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -82,6 +83,7 @@ class StartEvaluation:
     vector: Vector
     plan: Plan | None = None  # the federation's; None if the device cannot follow it
     private: bool = False  # others may see nothing of the data, not even a failure
+    widths: tuple[float, ...] = ()  # of sub-networks to be evaluated, too
     local: bytes = field(default=b"", repr=False)  # the device's own tensors, packed
 
 

@@ -69,6 +69,7 @@ class EvaluationPolicy:
             plan=training.plan,
             private=training.private and self.profile.role == "train",
             local=self.pending.state.local,
+            widths=training.widths if self.profile.role == "evaluate" and self.profile.is_elastic else (),
         )
 
     # -- candidates

@@ -115,6 +115,7 @@ class Profile:
     statistics: int | None = None  # requests for statistics a day that its owner allows; None: none are answered
     sums: SumPolicy | None = None  # what its owner pins of private sums; with it the device sends no other updates
     box: Box = field(default=masks.box, repr=False)  # random, as ``seal`` is
+    is_elastic: bool = False  # it trains, or evaluates, sub-networks of the widths of a search
     encrypt: Encrypt = field(default=bfv.encrypt, repr=False)  # likewise
 
     @property

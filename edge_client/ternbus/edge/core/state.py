@@ -50,6 +50,7 @@ class OutstandingUpdate:
     sealed: bytes = field(default=b"", repr=False)  # the sealed box; empty without `seal` in the plan
     frame_bytes: int  # the limit for its frames
     private: PrivatePart | None = field(default=None, repr=False)  # of a private sum
+    arm: int | None = None  # of a search
 
     @property
     def body(self) -> bytes:
@@ -67,6 +68,7 @@ class OutstandingUpdate:
             context=self.private.context if self.private is not None else b"",
             min=self.private.min if self.private is not None else 0,
             boxes=self.private.boxes if self.private is not None else (),
+            arm=self.arm,
         )
 
     def block(self, schema: Schema) -> Block:
@@ -82,6 +84,7 @@ def prepare(
     samples: int,
     metrics: Mapping[str, float],
     frame_bytes: int,
+    arm: int | None = None,
 ) -> OutstandingUpdate:
     """The update of a block, ready to be sent; compressed if that makes it smaller."""
     compressed = ternary.encode(block.content, ternary.ZSTD)
@@ -95,6 +98,7 @@ def prepare(
         encoding=ternary.ZSTD if smaller else ternary.RAW,
         encoded=compressed if smaller else block.content,
         frame_bytes=frame_bytes,
+        arm=arm,
     )
 
 
@@ -177,6 +181,11 @@ class State:
         told = HEARD | ANSWERED if answered else HEARD
         names = (each.name for each in fields(self) if each.name not in told)
         return any(getattr(self, name) is not getattr(before, name) for name in names)
+
+    @property
+    def arm(self) -> int:
+        """That of the outstanding update; -1 without one."""
+        return -1 if self.outstanding is None or self.outstanding.arm is None else self.outstanding.arm
 
     def with_key(self, key: KeyId) -> "State":
         """The state with a new key, which must be enrolled and has its own counters."""

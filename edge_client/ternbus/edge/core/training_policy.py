@@ -6,7 +6,8 @@ from typing import Final
 
 from ternbus.broker.backoff import Retry
 from ternbus.broker.errors import ProtocolError
-from ternbus.broker.protocol import topics
+from ternbus.broker.protocol import arms, topics
+from ternbus.broker.protocol.arms import WIDTH, Arms
 from ternbus.broker.protocol.messages import OPEN, PRIVATE, Head
 from ternbus.broker.sums.terms import SCHEMA
 from ternbus.edge.core.actions import Log, StartTraining
@@ -16,11 +17,13 @@ from ternbus.edge.core.follower import Follower
 from ternbus.edge.core.private_terms import PrivateTerms
 from ternbus.edge.core.profile import Profile
 from ternbus.edge.core.state import State
+from ternbus.edge.plan.arm import with_arm
 from ternbus.edge.plan.plan import NO_DP, Plan
 from ternbus.edge.plan.privacy import SAMPLE, SUM
 from ternbus.edge.plan.schedule import TURNS, turn
 from ternbus.edge.plan.sum_policy import fault
 
+NOT_TRAINED_BY: Final = {topics.TERMS, SCHEMA, arms.ARMS, arms.WEIGHTS}  # keys of a head's plan
 MIXED: Final = (
     'it has dp = "{}", but this device has trained under dp = "{}", which has no epsilon for what that protects; use '
     'dp = "{}", or leave and join again as another device'
@@ -48,6 +51,7 @@ class TrainingPolicy:
     running: StartTraining | None = None
     plan: Plan | None = None  # the federation's; None if it is invalid, or forbidden by the owner
     refusal: str = ""  # why there is no plan
+    arms: Arms | None = None  # of the federation's search, if it has one
     due_s: float | None = None  # the time of its turn, if no new version arrives before; or of the next attempt
     failures: Failures = field(init=False)
     _newest: tuple[int, float] = (-1, 0.0)  # the newest version, and since when it could be trained on
@@ -67,13 +71,19 @@ class TrainingPolicy:
         """Whether others may see nothing of the device's data, nor that a training failed; true without a plan."""
         return self.profile.sums is not None or self.plan is None or self.plan.dp != NO_DP
 
+    @property
+    def widths(self) -> tuple[float, ...]:
+        """Those that the federation searches."""
+        return () if self.arms is None else tuple(arm[WIDTH] for arm in self.arms.arms if WIDTH in arm)
+
     def read_plan(self, head: Head) -> list[Log]:
         """Read the head's plan; the task's default plan completes it, the owner's policy and limits bound it."""
         self.plan, policy = None, self.profile.policy
         # The digests of terms and schema are in a head's plan, but no part of how to train: `PrivateTerms` reads them.
-        keys = {name: value for name, value in head.plan.items() if name not in {topics.TERMS, SCHEMA}}
+        keys = {name: value for name, value in head.plan.items() if name not in NOT_TRAINED_BY}
         try:
             plan = Plan.from_meta({**self.profile.default_plan, **keys})
+            self.arms = Arms.from_plan(head.plan)
         except ProtocolError as error:
             return self._refuse(str(error))
         if reason := fault(self.profile.sums, plan):
@@ -113,6 +123,7 @@ class TrainingPolicy:
             return []
         if (waiting := self._wait_for_turn(plan, head.version, now)) is not None:
             return [*waiting]
+        arm, plan = self._by_arm(plan, head.version)
         self.running = StartTraining(
             base=head.version,
             schema=schema,
@@ -125,9 +136,22 @@ class TrainingPolicy:
             policy=self.profile.policy,
             local=state.local_under(plan.dp),
             sums=sums,
+            arm=arm,
         )
-        text = f"training on version {head.version}"
-        return [self.running, Log(event="training", text=text, fields={"base": head.version})]
+        text = f"training on version {head.version}{'' if arm is None else f' by arm {arm}'}"
+        fields = {"base": head.version} | ({} if arm is None else {"arm": arm})
+        return [self.running, Log(event="training", text=text, fields=fields)]
+
+    def _by_arm(self, plan: Plan, version: int) -> tuple[int | None, Plan]:
+        """The device's arm for a version, and the plan with it; the plan alone where it takes no part in the search.
+
+        Noise and private sums hide which device did what, and an arm would change what they were accounted for.
+        """
+        if self.arms is None or self.profile.is_private or plan.dp != NO_DP:
+            return None, plan
+        arm = self.arms.drawn(self.profile.device, self.profile.identity.public, version)
+        found = None if arm is None else with_arm(plan, self.arms.arms[arm], is_elastic=self.profile.is_elastic)
+        return (None, plan) if found is None else (arm, found)
 
     def _wait_for_turn(self, plan: Plan, version: int, now: float) -> list[Log] | None:
         """Take the turn, and return None, if it is the device's turn to train on this version; else set `due_s`.

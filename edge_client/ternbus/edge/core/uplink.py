@@ -122,6 +122,7 @@ class Uplink:
             samples=min(max(finished.samples, 1), SAMPLES_MAX),
             metrics=metrics,
             frame_bytes=self.frame_bytes,
+            arm=job.arm,
         )
         return sealed(update, self.profile.key, self.profile.seal) if job.plan.seal else update
 

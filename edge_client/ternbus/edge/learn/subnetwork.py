@@ -5,8 +5,9 @@ each device. Each tensor of the sub-network is the leading corner of the full on
 elements: its update is zero there, and the merge counts these zeros.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import ceil
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -14,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol.messages import ARMS_MAX
 from ternbus.edge.learn.class_counts import class_counts_of
 from ternbus.edge.learn.measure import OF_DATA
 from ternbus.edge.learn.task import Evaluation, Task, Trained, Trainer, halves_of, initial_of, trainers_of
@@ -21,6 +23,9 @@ from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import FloatArray, Tensors
 
 WIDTH_MIN = 0.05
+Narrowed = Callable[[float], Trainer]
+"""The trainer of the sub-network of a width, made when it is first asked for."""
+
 ROUNDING = 1e-9  # 0.1 · 30 is a little more than 3 in binary
 
 
@@ -67,6 +72,33 @@ def narrow(task: Task, width: float) -> Task:
     return NarrowTask(full=task, inner=inner, shapes=shapes)
 
 
+def is_narrowing(task: Task) -> bool:
+    """Whether the task has narrower models at all."""
+    if not isinstance(task, NarrowingTask) or getattr(task, "stays_local", None):
+        return False
+    try:
+        task.narrowed(0.5)
+    except ConfigError:
+        return False
+    return True
+
+
+def trainers_by_width(task: Task, *, data: Path | None, partition: str, hold_out: float) -> Narrowed:
+    """Trainers with a device's training data, by width; beside a trainer of the whole model."""
+    part = f"{partition};train:{hold_out!r}" if hold_out else partition
+    return lru_cache(ARMS_MAX)(lambda width: narrow(task, width).trainer(data=data, partition=part))
+
+
+def evaluators_by_width(task: Task, *, data: Path | None) -> Narrowed:
+    """Trainers with the test data that evaluate sub-networks of the whole model, by width."""
+
+    def made(width: float) -> Trainer:
+        narrowed = narrow(task, width)
+        return narrowed.sub_evaluator(data) if isinstance(narrowed, NarrowTask) else task.evaluator(data=data)
+
+    return lru_cache(ARMS_MAX)(made)
+
+
 def trainers_of_device(
     task: Task, *, data: Path | None, partition: str, width: float, hold_out: float
 ) -> tuple[Trainer, Trainer | None]:
@@ -104,6 +136,10 @@ class NarrowTask:
 
     def evaluator(self, *, data: Path | None) -> Trainer:
         return self.full.evaluator(data=data)
+
+    def sub_evaluator(self, data: Path | None) -> Trainer:
+        """A trainer with the test data that evaluates the sub-network alone."""
+        return NarrowTrainer(self.inner.evaluator(data=data), self.shapes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,6 +77,7 @@ class Plan:
     participation: float = 1.0
     turn_s: float = 600.0
     steps_max: int | None = None  # the limit of the device's owner; not a key of a head's plan
+    width: float = 1.0  # of an arm of a search; likewise
     extra: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

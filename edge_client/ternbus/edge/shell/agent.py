@@ -26,7 +26,13 @@ from ternbus.edge.core.profile import Profile, Role, subscriptions
 from ternbus.edge.learn.class_counts import class_counts_of
 from ternbus.edge.learn.failure import explained
 from ternbus.edge.learn.kinds import local_notice, tensor_kinds
-from ternbus.edge.learn.subnetwork import trainers_of_device
+from ternbus.edge.learn.subnetwork import (
+    Narrowed,
+    evaluators_by_width,
+    is_narrowing,
+    trainers_by_width,
+    trainers_of_device,
+)
 from ternbus.edge.learn.task import Task, Trainer, initial_of, placed
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.shell import key_rotation
@@ -154,6 +160,16 @@ def _data(settings: Settings, task: Task, role: Role) -> tuple[Trainer, Trainer 
     )
 
 
+def _narrowed(settings: Settings, task: Task, role: Role) -> Narrowed:
+    """What trains, or evaluates, sub-networks of the widths of a search."""
+    task = placed(task, settings.processor)
+    if role == "evaluate":
+        return evaluators_by_width(task, data=settings.data_folder)
+    return trainers_by_width(
+        task, data=settings.data_folder, partition=settings.partition, hold_out=settings.held_share
+    )
+
+
 def clear_status(home: DeviceDirectory, settings: Settings) -> None:
     """Clear the retained status, and unsubscribe, so that the broker queues nothing for the session.
 
@@ -204,6 +220,7 @@ def _serve(
         profile = replace(
             _profile(settings, identity, task, role=role, options=options, shapes=shapes, classes=classes),
             metadata=metadata,
+            is_elastic=settings.share_of_channels == 1 and is_narrowing(task),
         )
         core = Core(profile, outbox.state, InitialModel(tensors=initial))
         del initial  # the core frees it at the first head
@@ -216,6 +233,7 @@ def _serve(
             report=report,
             trainer=trainer,
             held=held,
+            narrowed=_narrowed(settings, task, role) if profile.is_elastic else None,
             min_seconds=options.min_seconds,
             personal=Path(options.out) if options.out else home.folder / PERSONAL,
         )

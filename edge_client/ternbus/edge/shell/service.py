@@ -31,6 +31,7 @@ from ternbus.edge.core.actions import (
 )
 from ternbus.edge.core.core import Core
 from ternbus.edge.core.foreign_numbers import CLONED, cloned_counter
+from ternbus.edge.learn.subnetwork import Narrowed
 from ternbus.edge.learn.task import Trainer
 from ternbus.edge.shell.worker import Worker
 from ternbus.edge.store.outbox import Outbox
@@ -55,17 +56,19 @@ class Service:
         report: Report,
         trainer: Trainer | None = None,
         held: Trainer | None = None,
+        narrowed: Narrowed | None = None,
         min_seconds: float = 0.0,
         personal: Path = Path(PERSONAL),
     ) -> None:
-        """`held` is the trainer with the held-out data; `personal` is the file for the owner's model."""
+        """`held` has the held-out data, `narrowed` are sub-networks; `personal` is the file for the owner's model."""
         self._core = core
         self._outbox = outbox
         self._report = report
         self._personal = personal
         self._queue: SimpleQueue[_Happened] = SimpleQueue()
         self._link = make_link(self._queue.put)
-        self._worker = Worker(trainer, self._queue.put, min_seconds, held) if trainer is not None else None
+        worker = None if trainer is None else Worker(trainer, self._queue.put, min_seconds, held, narrowed)
+        self._worker = worker
         self._counters: Counter[str] = Counter(outbox.counters)
         self._tickets: dict[int, int] = {}  # the link's ticket of a publication -> its message's sequence number
         self._protocol = 5

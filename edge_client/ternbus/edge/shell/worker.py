@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol.direction import GAIN, direction_of, sign_of, width_metric
 from ternbus.broker.protocol.schema import PIECE, Vector, flatten, flush_tiny, is_bounded
 from ternbus.edge.core.actions import (
     Job,
@@ -32,9 +33,11 @@ from ternbus.edge.core.events import (
 from ternbus.edge.learn import failure
 from ternbus.edge.learn.local_state import packed
 from ternbus.edge.learn.noise import RandomSource
+from ternbus.edge.learn.subnetwork import Narrowed
 from ternbus.edge.learn.task import Trained, Trainer, TrainingError, evaluated_by
 from ternbus.edge.learn.task_loader import code_errors
-from ternbus.edge.plan.plan import NO_DP
+from ternbus.edge.plan.plan import NO_DP, Plan
+from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.shell import measuring, private_training
 from ternbus.edge.shell.encoding import encoded
 
@@ -42,17 +45,25 @@ TrainingResult = TrainingFinished | TrainingFailed | BudgetSpent
 Result = TrainingResult | Evaluated | EvaluationFailed | FineTuned | FineTuningFailed | StatisticsMeasured
 
 
-def train(trainer: Trainer, job: StartTraining, random_source: RandomSource | None = None) -> TrainingResult:
+def train(
+    trainer: Trainer,
+    job: StartTraining,
+    random_source: RandomSource | None = None,
+    held: Trainer | None = None,
+    narrowed: Narrowed | None = None,
+) -> TrainingResult:
     """Train and encode the change, under the plan's differential privacy, if the budget allows it.
 
-    `random_source` is for tests and simulations; on a device it is the operating system's. Raises `ConfigError` if the
-    task cannot train by the plan.
+    A training by an arm is judged with the data of `held`, if any are held out, and is one of `narrowed` where its
+    width is below 1. `random_source` is for tests and simulations; on a device it is the operating system's. Raises
+    `ConfigError` if the task cannot train by the plan.
     """
     random_source = random_source or RandomSource()
     if job.plan.dp != NO_DP:
         return private_training.train(trainer, job, random_source)
     try:
-        return _finished(trainer, job, random_source)
+        chosen = trainer if narrowed is None or job.plan.width == 1 else narrowed(job.plan.width)
+        return _finished(chosen, job, random_source, None if job.arm is None else held)
     except ConfigError:
         raise
     except code_errors() as error:
@@ -62,17 +73,31 @@ def train(trainer: Trainer, job: StartTraining, random_source: RandomSource | No
         return _unchanged(job, reason, random_source)
 
 
-def _finished(trainer: Trainer, job: StartTraining, random_source: RandomSource) -> TrainingFinished:
-    trained = trainer.train(tensors_of(job), job.plan, version=job.base, seed=job.seed)
+def _finished(
+    trainer: Trainer, job: StartTraining, random_source: RandomSource, held: Trainer | None
+) -> TrainingFinished:
+    start = tensors_of(job)
+    trained = trainer.train(start, job.plan, version=job.base, seed=job.seed)
+    gains = {} if held is None else _gains(held, start, {**start, **trained.tensors, **trained.local}, job.plan)
     content, residual = encoded(job, _change(job, trained), job.residual, trained.samples, random_source)
     return TrainingFinished(
         base=job.base,
         samples=trained.samples,
-        metrics=trained.metrics,
+        metrics={**trained.metrics, **gains},
         content=content,
         residual=residual,
         local=packed(trained.local),
     )
+
+
+def _gains(held: Trainer, before: Tensors, after: Tensors, plan: Plan) -> dict[str, float]:
+    """By how much a training has made each metric of the held-out data better, by its direction."""
+    first, last = (evaluated_by(held, tensors, plan) for tensors in (before, after))
+    return {
+        GAIN + name: sign_of(direction_of(name, last.better)) * (value - first.values[name])
+        for name, value in last.finite.items()
+        if name in first.finite
+    }
 
 
 def _unchanged(job: StartTraining, reason: str, random_source: RandomSource) -> TrainingFinished:
@@ -97,16 +122,30 @@ def _change(job: StartTraining, trained: Trained) -> Vector:
     return change
 
 
-def evaluate(trainer: Trainer, job: StartEvaluation) -> Evaluated | EvaluationFailed:
-    """Evaluate the version; a failure on private data counts as evaluated, since others would see another attempt."""
+def evaluate(trainer: Trainer, job: StartEvaluation, narrowed: Narrowed | None = None) -> Evaluated | EvaluationFailed:
+    """Evaluate the version; a failure on private data counts as evaluated, since others would see another attempt.
+
+    Where the job names widths, the metrics of their sub-networks follow.
+    """
     try:
-        found = evaluated_by(trainer, tensors_of(job), job.plan, private=job.private)
-        return Evaluated(version=job.version, samples=found.samples, values=found.finite, better=found.better)
+        tensors = tensors_of(job)
+        found = evaluated_by(trainer, tensors, job.plan, private=job.private)
+        values = dict(found.finite) | ({} if narrowed is None else of_widths(narrowed, tensors, job.plan, job.widths))
+        return Evaluated(version=job.version, samples=found.samples, values=values, better=found.better)
     except code_errors() as error:
         reason = failure.describe(error)
         if job.private:
             return Evaluated(version=job.version, samples=0, values={}, failure=reason)
         return EvaluationFailed(version=job.version, reason=reason, trace=failure.trace_of(error))
+
+
+def of_widths(narrowed: Narrowed, tensors: Tensors, plan: Plan | None, widths: Sequence[float]) -> dict[str, float]:
+    """The metrics of the sub-networks of these widths, by name and width."""
+    return {
+        width_metric(name, width): value
+        for width in widths
+        for name, value in evaluated_by(narrowed(width), tensors, plan).finite.items()
+    }
 
 
 def fine_tune(trainer: Trainer, held: Trainer, job: StartFineTuning) -> FineTuned | FineTuningFailed:
@@ -157,8 +196,10 @@ class Worker:
         deliver: Callable[[Result], None],
         min_seconds: float = 0.0,
         held: Trainer | None = None,
+        narrowed: Narrowed | None = None,
     ) -> None:
         self._trainer = trainer
+        self._narrowed = narrowed
         self._held = held or trainer
         self._deliver = deliver
         self._min_seconds = min_seconds
@@ -190,14 +231,15 @@ class Worker:
 
     def _perform(self, job: Job) -> Result:
         if isinstance(job, StartEvaluation):
-            return evaluate(self._held, job)
+            return evaluate(self._held, job, self._narrowed)
         if isinstance(job, StartFineTuning):
             return fine_tune(self._trainer, self._held, job)
         if isinstance(job, StartStatistics):
             return measuring.answer(self._trainer, job, RandomSource(), time.time())
         began = time.monotonic()
         try:
-            result = train(self._trainer, job)
+            held = self._held if self._held is not self._trainer else None
+            result = train(self._trainer, job, held=held, narrowed=self._narrowed)
         except code_errors() as error:  # the plan is none that this device can carry out, or the fault is ours
             result = TrainingFailed(base=job.base, reason=failure.describe(error), trace=failure.trace_of(error))
         self._stopping.wait(max(0.0, began + self._min_seconds - time.monotonic()))

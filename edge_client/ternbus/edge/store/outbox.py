@@ -46,6 +46,7 @@ _RARE: Final = (
     "cards",
     "refusal",
     "statistics",
+    "arm",
 )  # most devices have none of these, and an earlier version wrote none
 
 
@@ -256,7 +257,12 @@ def _outstanding(db: sqlite3.Connection) -> OutstandingUpdate | None:
     if row is None:
         return None
     private = db.execute(f"SELECT {COLUMNS['private']} FROM private").fetchone()  # noqa: S608 - our own names
-    return replace(outstanding_of(row), private=None if private is None else private_of(private))
+    arm = db.execute("SELECT value FROM kept WHERE name = 'arm'").fetchone()
+    return replace(
+        outstanding_of(row),
+        private=None if private is None else private_of(private),
+        arm=None if arm is None else arm_of(arm[0]),
+    )
 
 
 def _private(state: State) -> PrivatePart | None:
@@ -279,9 +285,15 @@ _VALUES: Final[Mapping[str, Callable[[Any], object]]] = {  # what `kept` holds o
     "key": bytes,
     "account": Account.dumps,
     "left": str,
+    "arm": str,
     "cards": _dumps,
     "statistics": _dumps_statistics,
 }
+
+
+def arm_of(text: str) -> int | None:
+    """The arm of the outstanding update, by which no other is trained."""
+    return None if int(text) < 0 else int(text)
 
 
 def cards_of(text: str) -> dict[bytes, int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.protocol.direction import ACCURACY, for_people
+from ternbus.broker.protocol.direction import ACCURACY, for_people, width_metric
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,13 @@ OF_FLEET: Final = ("staleness_p95", "wasted", "up_kb_hour", "down_kb_hour", "ver
 METRIC: Final = "metric."  # before the name of a metric: the measure of its values on the test data
 WORST: Final = "worst."  # likewise: of the devices' own data, the mean of the worst tenth
 GAIN: Final = "gain."  # likewise: how much better the devices' own models are, by the median
-OF_METRICS: Final[Mapping[str, str]] = {METRIC: "test {}", WORST: "worst tenth, {}", GAIN: "gain of own models, {}"}
+FOUND: Final = "found."  # before a key of a search's arms: its value in the best one, of devices without a class
+OF_METRICS: Final[Mapping[str, str]] = {
+    METRIC: "test {}",
+    WORST: "worst tenth, {}",
+    GAIN: "gain of own models, {}",
+    FOUND: "{} found",
+}
 
 
 def named(name: str, key: str = "measure") -> Measure:
@@ -77,7 +83,9 @@ def measure(
     updates. Shares of bytes are relative to synchronous float32 averaging with the same number of updates, which needs
     4 B a parameter down and up. ``stale`` is the share of updates that were too stale to be merged; their devices send
     the change with a later update. ``dropped`` is the share of accepted private updates that found no company, whose
-    change is lost. ``staleness`` is the mean number of versions that had been made since the base of a merged one.
+    change is lost. ``found.KEY`` is what a search has found, ``found.KEY@CLASS`` for a class of devices; of widths also
+    the metric of the sub-network.
+    ``staleness`` is the mean number of versions that had been made since the base of a merged one.
     ``most_updates`` and ``epsilon`` are maxima over the devices. ``metric.NAME`` is a metric of the test
     data, also a mean over the ``last`` versions; the loss is one only where there is no other.
 
@@ -111,7 +119,23 @@ def measure(
         "seconds": report["wall_seconds"],
         **_of_fleet(report, merged[-1], down, reach),
         **_of_metrics(report, rows[-last:]),
+        **_found(report, rows[-last:]),
     }
+
+
+def _found(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """The best arm of each class of devices, and the primary metric of its sub-network; behind the key, the class."""
+    search, metric = report.get("search"), report["metric"]
+    found: dict[str, float | None] = {}
+    if search is None:
+        return found
+    for name, best in zip(search["classes"], search["best"], strict=True):
+        if best is None:
+            continue
+        arm = search["arms"][best]
+        values = {**arm, metric: _mean(rows, width_metric(metric, arm["width"]))} if "width" in arm else arm
+        found |= {f"{FOUND}{key}{f'@{name}' if name else ''}": value for key, value in values.items()}
+    return found
 
 
 def _of_fleet(report: Mapping[str, Any], merged: int, down_bytes: int, reach: float | None) -> dict[str, float | None]:

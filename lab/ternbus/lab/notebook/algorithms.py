@@ -29,6 +29,7 @@ from ternbus.lab.notebook.correction import Correction, corrected
 from ternbus.lab.scenario.scenario import Scenario
 from ternbus.lab.spelling import refuse_unknown
 from ternbus.lab.virtual.computation import Computation
+from ternbus.lab.virtual.training import Pair as Trainers
 
 Pair = tuple[Callable[..., Any], Callable[..., Any]]
 """(init, apply)."""
@@ -135,10 +136,10 @@ class Hooks:
         """The task whose steps can be corrected."""
         return corrected(task, self.correction) if self.client is not None and isinstance(task, TorchTask) else task
 
-    def trainers(self, trainers: Sequence[Trainer], names: Sequence[str]) -> Sequence[Trainer]:
+    def pairs(self, pairs: Sequence[Trainers], names: Sequence[str]) -> Sequence[Trainers]:
         if self.client is None:
-            return trainers
-        return [_OwnTrainer(trainer, name, self) for trainer, name in zip(trainers, names, strict=True)]
+            return pairs
+        return [(_OwnTrainer(trainer, name, self), held) for (trainer, held), name in zip(pairs, names, strict=True)]
 
     def model(self, **about: Any) -> Model:
         """The aggregator's model."""

@@ -37,6 +37,7 @@ from ternbus.lab.spelling import refuse_unknown
 from ternbus.lab.virtual.computation import Computation
 from ternbus.lab.virtual.simulate import Simulation
 from ternbus.lab.virtual.training import InProcess, Place
+from ternbus.lab.virtual.training import Pair as Trainers
 
 FORM_ARGUMENTS: Final = ("collate", "workers")
 
@@ -224,8 +225,8 @@ class Federation:
             Interrupt() as interrupt,
         ):
 
-            def place(trainers: Sequence[Trainer]) -> Place:
-                own = hooks.trainers(trainers, names)
+            def place(pairs: Sequence[Trainers]) -> Place:
+                own = hooks.pairs(pairs, names)
                 return NamedPlace(given(own) if callable(given) else given or InProcess(own), names)
 
             simulation = Simulation(wanted, task, watch, place=place, names=names, model=hooks.model)

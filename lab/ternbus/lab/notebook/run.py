@@ -14,6 +14,7 @@ from ternbus.lab.report import plots
 from ternbus.lab.report.report import size
 
 VERSION_COLUMNS: Final = ("version", "seconds", "updates", "staleness", "staleness_max", "bytes_up", "bytes_down")
+SEARCH_COLUMNS: Final = ("version", "judged", "class", "arm", "share", "effect")
 DEVICE_COLUMNS: Final = ("device", "samples", "updates", "accepted", "stale", "failures")
 
 
@@ -100,6 +101,16 @@ class Run:
         return frame([self._device(name, row) for name, row in self.report["devices"].items()], DEVICE_COLUMNS)
 
     @property
+    def search(self) -> Any:
+        """A DataFrame with a row for each step of the search in the federation, class of devices and arm.
+
+        From `version` on devices drew the arm with the share `share`; `effect` is what the versions before, of which
+        `judged` were judged, have found of it. A column for each key of the arms follows. Without a search it is empty.
+        """
+        found = self.report.get("search")
+        return frame([] if found is None else _steps(found), SEARCH_COLUMNS)
+
+    @property
     def table(self) -> Any:
         """A DataFrame of one row: what was reached, and what it cost."""
         return frame([self.row()])
@@ -160,6 +171,23 @@ class Run:
 def _metrics(row: Mapping[str, Any]) -> Mapping[str, float]:
     found: Mapping[str, float] = next(iter(row["evaluations"].values()), {})
     return found
+
+
+def _steps(search: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            "version": step["version"],
+            "judged": step["judged"],
+            "class": name,
+            "arm": arm,
+            "share": weight / sum(weights),
+            "effect": step["effects"][place][arm] if step["effects"] else None,
+            **search["arms"][arm],
+        }
+        for step in search["steps"]
+        for place, (name, weights) in enumerate(zip(search["classes"], step["weights"], strict=True))
+        for arm, weight in enumerate(weights)
+    ]
 
 
 def _version(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -64,6 +64,7 @@ class Observation:
     metric: str | None = None  # the primary one
     better: Mapping[str, Direction] = field(default_factory=dict)  # of each metric its direction
     dropped: Mapping[str, int] = field(default_factory=dict)  # private updates that no version contains, by reason
+    search: Mapping[str, Any] | None = None  # in the federation; see ternbus.aggregator.core.search_state
     evaluators_failing: Mapping[str, str] = field(default_factory=dict)  # why the last evaluation of each failed
 
     @classmethod
@@ -98,6 +99,7 @@ class Observation:
             metric=status.get("metric"),
             better=status.get("better") or {},
             dropped=status.get("private", {}).get("dropped", {}),
+            search=status.get("search"),
             evaluators_failing={
                 name: row["failing"]
                 for name, row in status["devices"].items()

@@ -42,7 +42,8 @@ def summary(
     each, and for each version, over the devices that reported it. `devices` has for each device the samples that it
     trains on, also by class where it says so, its own metrics and the gain of its own model. `private`, only with
     private sums, has the number of merged `sets`, the updates that were dropped by reason, and as `dropped_share` the
-    share of accepted updates that were dropped because too few devices sent one on the same version.
+    share of accepted updates that were dropped because too few devices sent one on the same version. `search`, only
+    with a search in the federation, has its arms and its steps, as `aggregator status --json`.
     """
     metrics = {} if moment.evaluated is None else moment.evaluated.metrics
     best = {name: found for name in metrics if (found := moment.best(name)) is not None}
@@ -65,6 +66,7 @@ def summary(
         "devices": {device.name: _device(device) for device in moment.devices},
         "versions": [_rounded(asdict(version)) for version in moment.versions],
         **({} if sets is None else {"private": _private(moment, sets)}),
+        **({} if moment.search is None else {"search": moment.search}),
         "wall_seconds": round(wall_seconds, 3),
         "parameters": parameters,
         "counts": dict(moment.counts),
@@ -127,6 +129,7 @@ def table(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("versions", str(report["versions"][-1]["version"])),
         ("updates", f"{report['updates']} accepted, {report['rejected']} rejected"),
         *_sets(report),
+        *_search(report),
         ("up", f"{size(report['bytes_up'])}, {up} bits per parameter and update"),
         ("down", f"{size(report['bytes_down'])}, {down} bits per parameter, device and version"),
         (_seconds(report), f"{report['seconds']:.1f} (whole run {report['wall_seconds']:.1f})"),
@@ -141,6 +144,22 @@ def _sets(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     share = "" if about["dropped_share"] is None else f"; {about['dropped_share']:.1%} of updates without company"
     why = ", ".join(f"{count} {reason}" for reason, count in about["dropped"].items())
     return [("private sums", f"{about['sets']} merged{share}{f' (dropped: {why})' if why else ''}")]
+
+
+def _search(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a search has found, if there was one."""
+    about = report.get("search")
+    if about is None:
+        return []
+    found = []
+    for name, best in zip(about["classes"], about["best"], strict=True):
+        arm = (
+            "nothing yet"
+            if best is None
+            else ", ".join(f"{key} {value:g}" for key, value in about["arms"][best].items())
+        )
+        found.append(f"{arm}{f' for {name}…' if name else ''}")
+    return [("search", f"{'; '.join(found)} ({len(about['steps']) - 1} rungs)")]
 
 
 def _test(report: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -39,19 +39,31 @@ _ONE_OF_MANY: Final = re.compile(r"(device|helper):(\d{1,4})")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speeds:
-    """The minimum duration of a training: `median_s` · exp(sigma · z), z standard normal, drawn for each device."""
+    """The minimum duration of a training: `median_s` · exp(sigma · z), z standard normal, drawn for each device.
+
+    Devices whose names begin with a key of `factors` take so many times as long.
+    """
 
     sigma: float = 0.7
     median_s: float = 0.5
+    factors: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         within("speeds.sigma", self.sigma, 0, 5)
         within("speeds.median_s", self.median_s, 0, 86_400)
+        for beginning, factor in self.factors.items():
+            if isinstance(factor, bool) or not isinstance(factor, int | float):
+                raise ConfigError(f"speeds.factors.{beginning} is {factor!r}: give a number")
+            within(f"speeds.factors.{beginning}", factor, 1e-3, 1e3)
 
     def draw(self, devices: int, seed: int) -> tuple[float, ...]:
         """The seconds of each device; those of device i do not depend on the number of devices."""
         generator = random.Random(seed)  # noqa: S311 - reproducible on purpose, no secret
-        return tuple(self.median_s * math.exp(self.sigma * generator.gauss(0, 1)) for _ in range(devices))
+        drawn = (self.median_s * math.exp(self.sigma * generator.gauss(0, 1)) for _ in range(devices))
+        return tuple(seconds * self._factor(f"device-{index}") for index, seconds in enumerate(drawn))
+
+    def _factor(self, device: str) -> float:
+        return math.prod(factor for beginning, factor in self.factors.items() if device.startswith(beginning))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -329,8 +341,9 @@ def parse(table: Mapping[str, object]) -> Scenario:
 
 def _speeds(table: Table) -> Speeds:
     given = {"sigma": table.number("sigma"), "median_s": table.number("median_s")}
+    factors = table.table("factors").rest()
     table.refuse_unknown()
-    return Speeds(**{name: value for name, value in given.items() if value is not None})
+    return Speeds(**{name: value for name, value in given.items() if value is not None}, factors=factors)  # type: ignore[arg-type]  # checked there
 
 
 def _fault(table: Table) -> Fault:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ternbus.aggregator.core import records
+from ternbus.aggregator.core.search_state import SearchState
 from ternbus.aggregator.merge.accepted import WITHDRAWN
 from ternbus.aggregator.store.device_metrics import Report
 from ternbus.aggregator.store.measurements import Measurements
@@ -56,6 +57,7 @@ class MemoryLedger:
         self._counts: Counter[str] = Counter()
         self._invalid: Counter[str] = Counter()
         self._state = OPEN
+        self._search: SearchState | None = None
 
     def frame(self, topic: str) -> bytes:
         return self._frames.get(topic, b"")
@@ -79,6 +81,7 @@ class MemoryLedger:
             "private": {"dropped": dict(sorted(reasons.items()))},
             **self._measurements.common(),
             "devices": self._devices(accepted),
+            "search": None if self._search is None else self._search.status(),
             "versions": [self._version(number) for number in range(len(self._versions))],
         }
 
@@ -102,6 +105,7 @@ class MemoryLedger:
             case records.VersionMade():
                 self._versions.append(_Version(made=record, seconds=now))
                 self.digests[record.version] = record.digest
+                self._search = record.search
                 self._merged(record)
             case records.SetMade():
                 self._sets[record.digest] = frozenset((device, record.base) for device in record.devices)

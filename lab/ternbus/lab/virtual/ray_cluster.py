@@ -22,12 +22,12 @@ from uuid import uuid4
 from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.edge.core.actions import StartTraining
 from ternbus.edge.learn.failure import describe
-from ternbus.edge.learn.task import Task, Trainer
+from ternbus.edge.learn.task import Task
 from ternbus.edge.learn.task_loader import absolute, code_errors, load_task
 from ternbus.edge.shell.worker import TrainingResult
 from ternbus.lab.scenario.resolve import settled
 from ternbus.lab.scenario.scenario import Scenario
-from ternbus.lab.virtual.training import Awaited, computed, pairs
+from ternbus.lab.virtual.training import Awaited, Pair, Widths, computed, pairs
 
 SAME: Final = ("ternbus", "numpy", "torch")  # packages that decide the bits of a training
 THREADS: Final = "OMP_NUM_THREADS"
@@ -137,7 +137,7 @@ def _versions() -> dict[str, str | None]:
     return found
 
 
-_loaded: dict[str, list[Trainer]] = {}  # in a process of a node: the trainers of the last simulation
+_loaded: "dict[str, tuple[list[Pair], Widths]]" = {}  # in a process of a node: the trainers of the last simulation
 
 
 def _train_on_node(setting: _Setting, device: int, job: StartTraining) -> TrainingResult:
@@ -147,10 +147,11 @@ def _train_on_node(setting: _Setting, device: int, job: StartTraining) -> Traini
             _loaded[setting.name] = _trainers(setting)
         except code_errors() as error:
             raise ConfigError(f"the node {platform.node()} of the Ray cluster: {describe(error)}") from error
-    return computed(_loaded[setting.name][device], job)
+    own, widths = _loaded[setting.name]
+    return computed(own[device], job, widths.of(device))
 
 
-def _trainers(setting: _Setting) -> list[Trainer]:
+def _trainers(setting: _Setting) -> tuple[list[Pair], Widths]:
     """Of all devices, on a node. Raises `ConfigError` where its packages would give other bits."""
     for package, own in _versions().items():
         if own != (asked := setting.versions[package]):
@@ -158,4 +159,4 @@ def _trainers(setting: _Setting) -> list[Trainer]:
     os.environ[THREADS] = setting.threads
     task = setting.load()
     found = settled(setting.scenario, task).scenario
-    return [trainer for trainer, _ in pairs(found, task, task.initial(setting.scenario.seed))]
+    return pairs(found, task, task.initial(setting.scenario.seed)), Widths(found, task)

@@ -4,7 +4,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import blake2b
 from itertools import count
 from pathlib import Path
@@ -14,6 +14,7 @@ from ternbus.aggregator import settings as configuration
 from ternbus.aggregator.core import first_version, records, registry
 from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.core.registry import Invited, Registry
+from ternbus.aggregator.core.search import Search
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.shell import administration
@@ -23,6 +24,7 @@ from ternbus.aggregator.store.ledger import LEDGER
 from ternbus.aggregator.sums.state import PrivateSums
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.identity import Identity, seal
+from ternbus.broker.protocol.messages import ARMS_MAX
 from ternbus.broker.protocol.schema import Schema, Vector, to_vector
 from ternbus.broker.protocol.tensor_kinds import TensorKinds
 from ternbus.broker.sums.bfv import SecretKey
@@ -30,6 +32,7 @@ from ternbus.broker.sums.terms import AGGREGATOR, BFV
 from ternbus.edge.core.follower import InitialModel
 from ternbus.edge.core.profile import Profile
 from ternbus.edge.learn.class_counts import class_counts_of
+from ternbus.edge.learn.subnetwork import NarrowTask, is_narrowing, narrow
 from ternbus.edge.learn.task import Task
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.privacy import PrivacyPolicy
@@ -41,7 +44,7 @@ from ternbus.lab.scenario.scenario import Scenario
 from ternbus.lab.scenario.simulated import Simulated
 from ternbus.lab.virtual.memory_broker import Line
 from ternbus.lab.virtual.memory_ledger import Ledger, MemoryLedger
-from ternbus.lab.virtual.training import InProcess, Place, Placing, pairs
+from ternbus.lab.virtual.training import InProcess, Place, Placing, Widths, pairs
 from ternbus.lab.virtual.virtual_device import Body
 
 FEDERATION: Final = "lab"
@@ -162,6 +165,7 @@ def _first_core(
         software=SOFTWARE,
         sums=PrivateSums.of(settings, schema),
         helper_codes={name: Invited(code=code) for name, code in helper_codes.items()},
+        search=Search.of(settings.search, 0),
     )
     return core, [*first.frames.frames]
 
@@ -181,9 +185,11 @@ def bodies(
     """
     own = pairs(scenario, task, model)
     policy = PrivacyPolicy.of(Plan.from_meta({**task.default_plan, **scenario.chosen_plan}))
+    is_elastic = not callable(place) and is_narrowing(task)  # one that a caller makes knows no widths
     if place is None or callable(place):
-        place = (place or InProcess)([trainer for trainer, _ in own])
+        place = InProcess(own, Widths(scenario, task)) if place is None else place(own)
     shapes = {name: tuple(array.shape) for name, array in model.items()}
+    costs = lru_cache(ARMS_MAX)(partial(_cost, task, sum(array.size for array in model.values())))
     initial_model = InitialModel(tensors=model)
     paces = scenario.speeds.draw(scenario.devices, scenario.seed)
     sums = None if scenario.private is None else _pins(scenario.private, scenario.seed)
@@ -205,15 +211,19 @@ def bodies(
                 classes=class_counts_of(trainer),
                 fine_tune=scenario.local.fine_tune if held is not None else 0.0,
                 sums=sums,
+                is_elastic=is_elastic and width == 1 and index not in scenario.behaviours,
             ),
             initial_model=initial_model,
             begin=partial(place.begin, index),
             trainer=trainer,
             held=held,
             seconds=_seconds(scenario, name, pace),
+            cost=costs,
             line=_line(scenario.simulate),
         )
-        for index, ((name, code), (trainer, held), pace) in enumerate(zip(codes.items(), own, paces, strict=True))
+        for index, ((name, code), (trainer, held), pace, width) in enumerate(
+            zip(codes.items(), own, paces, scenario.widths, strict=True)
+        )
     ]
 
 
@@ -260,6 +270,14 @@ def _random(seed: int, name: str) -> Callable[[int], bytes]:
     """A helper's random numbers, for box keys that protect nothing."""
     number = count()
     return lambda size: drawn(seed, f"{name} {next(number)}")[:size]
+
+
+def _cost(task: Task, size: int, width: float) -> float:
+    """How long a training of a sub-network takes, of the whole model's: the share of its parameters."""
+    narrowed = narrow(task, width)
+    if not isinstance(narrowed, NarrowTask):
+        return 1.0
+    return sum(math.prod(shape) for shape in narrowed.shapes.values()) / size
 
 
 def _seconds(scenario: Scenario, name: str, pace: float) -> Callable[[], float]:

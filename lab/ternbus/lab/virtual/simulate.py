@@ -22,6 +22,7 @@ from ternbus.aggregator.store import private_status, status
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.model_files import save_safetensors
+from ternbus.broker.protocol.arms import WIDTH
 from ternbus.broker.protocol.messages import Metrics
 from ternbus.broker.protocol.schema import Schema, Vector, to_tensors
 from ternbus.broker.protocol.tensor_kinds import version_metadata
@@ -29,9 +30,11 @@ from ternbus.edge.core.actions import Stop
 from ternbus.edge.learn.failure import explained
 from ternbus.edge.learn.kinds import local_notice, tensor_kinds
 from ternbus.edge.learn.partition import watched
+from ternbus.edge.learn.subnetwork import evaluators_by_width
 from ternbus.edge.learn.task import Evaluation, Task, evaluated_by, initial_of
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import Tensors
+from ternbus.edge.shell.worker import of_widths
 from ternbus.helper.core.actions import Stop as HelperStop
 from ternbus.lab.report import report
 from ternbus.lab.report.failing import FailingDevices, named, nothing_made
@@ -104,6 +107,7 @@ class Simulation:
         self._ended = self._stopped = False
         with self._explained():
             self._evaluator = task.evaluator(data=scenario.data)
+            self._sub_evaluators = evaluators_by_width(task, data=scenario.data)
             initial = initial_of(task, scenario.seed)
             self.kinds = tensor_kinds(task, initial)
             found = settled(scenario, task)
@@ -173,6 +177,12 @@ class Simulation:
         return setup.on_disk(
             self._folder, names, model, chosen, helpers=helpers, dense=scenario.dense, kinds=self.kinds
         )
+
+    @property
+    def _widths(self) -> list[float]:
+        """Those of a search, whose sub-networks the evaluator measures, too."""
+        about = self.aggregator.core.settings.search
+        return [arm[WIDTH] for arm in about.arms] if about is not None and about.is_of_widths else []
 
     @property
     def parameters(self) -> int:
@@ -325,10 +335,10 @@ class Simulation:
 
     def _evaluate(self, version: int, vector: Vector) -> Evaluation:
         with explained(self._scenario.task):
-            found = evaluated_by(self._evaluator, to_tensors(self.schema, vector), self._plan)
-            metrics = Metrics(
-                version=version, samples=found.samples, split="test", values=found.finite, better=found.better
-            )
+            tensors = to_tensors(self.schema, vector)
+            found = evaluated_by(self._evaluator, tensors, self._plan)
+            values = found.finite | of_widths(self._sub_evaluators, tensors, self._plan, self._widths)
+            metrics = Metrics(version=version, samples=found.samples, split="test", values=values, better=found.better)
         end = self._scenario.end
         if self._evaluated < 0 and (fault := end.missing(found.values)):
             raise ConfigError(fault)
@@ -339,6 +349,7 @@ class Simulation:
         self.ledger.write(
             [records.MetricsReceived(device=setup.EVALUATOR, seq=version, metrics=metrics)], self.clock.now
         )
+        self.aggregator.core.search.observe(setup.EVALUATOR, metrics)
         return found
 
     def _hear_devices(self, version: int, vector: Vector) -> None:

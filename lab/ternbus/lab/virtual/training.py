@@ -12,7 +12,7 @@ import numpy as np
 
 from ternbus.edge.core.actions import StartTraining
 from ternbus.edge.learn.noise import RandomSource
-from ternbus.edge.learn.subnetwork import narrow
+from ternbus.edge.learn.subnetwork import Narrowed, narrow
 from ternbus.edge.learn.task import Task, Trainer, halves_of, trainers_of
 from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.shell.worker import TrainingResult, train
@@ -34,18 +34,38 @@ class Place(Protocol):
         ...
 
 
-Placing = Callable[[Sequence[Trainer]], Place]
+Placing = Callable[[Sequence[Pair]], Place]
 """Makes a place of the trainers of all devices."""
+
+
+class Widths:
+    """Trainers of sub-networks of any width: those of all devices, when the first of them is asked for."""
+
+    def __init__(self, scenario: Scenario, task: Task) -> None:
+        self._scenario, self._task = scenario, task
+        self._made: dict[float, list[Trainer]] = {}
+
+    def of(self, device: int) -> Narrowed:
+        return partial(self._trainer, device)
+
+    def _trainer(self, device: int, width: float) -> Trainer:
+        if width not in self._made:
+            about, share = self._scenario, self._scenario.local.hold_out
+            parts = [about.partition_of(index) for index in range(about.devices)]
+            parts = [f"{part};train:{share!r}" for part in parts] if share else parts
+            self._made[width] = trainers_of(narrow(self._task, width), about.data, parts)
+        return self._made[width][device]
 
 
 class InProcess:
     """Training in this process, when the result is requested; the training of a killed device is never computed."""
 
-    def __init__(self, trainers: Sequence[Trainer]) -> None:
-        self._trainers = trainers
+    def __init__(self, pairs: Sequence[Pair], widths: Widths | None = None) -> None:
+        self._pairs, self._widths = pairs, widths
 
     def begin(self, device: int, job: StartTraining, due_s: float) -> Awaited:  # noqa: ARG002 - as of `Place`
-        return partial(computed, self._trainers[device], job)
+        narrowed = None if self._widths is None else self._widths.of(device)
+        return partial(computed, self._pairs[device], job, narrowed)
 
 
 def pairs(scenario: Scenario, task: Task, model: Tensors) -> list[Pair]:
@@ -70,6 +90,7 @@ def pairs(scenario: Scenario, task: Task, model: Tensors) -> list[Pair]:
     ]
 
 
-def computed(trainer: Trainer, job: StartTraining) -> TrainingResult:
+def computed(pair: Pair, job: StartTraining, narrowed: Narrowed | None = None) -> TrainingResult:
     """Train with seeded noise: a simulation protects no data, and must be reproducible."""
-    return train(trainer, job, RandomSource(np.random.default_rng(job.seed).bytes))
+    trainer, held = pair
+    return train(trainer, job, RandomSource(np.random.default_rng(job.seed).bytes), held, narrowed)

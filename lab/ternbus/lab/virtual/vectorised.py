@@ -16,7 +16,7 @@ from ternbus.edge.learn.task_loader import code_errors, described
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.shell.worker import TrainingResult
-from ternbus.lab.virtual.training import Awaited, computed
+from ternbus.lab.virtual.training import Awaited, Pair, computed
 
 FOREIGN: Final = "a hostile device, a client algorithm of your own, or a task without PyTorch"
 
@@ -36,8 +36,9 @@ class Vectorised:
     The results agree with those of training alone to rounding, and are the same bits for the same `most`.
     """
 
-    def __init__(self, trainers: Sequence[Trainer], most: int, say: Callable[[str], None]) -> None:
-        self._trainers, self._most, self._say = trainers, most, say
+    def __init__(self, pairs: Sequence[Pair], most: int, say: Callable[[str], None]) -> None:
+        self._trainers, self._held = [trainer for trainer, _ in pairs], [held for _, held in pairs]
+        self._most, self._say = most, say
         self._numbers = itertools.count()
         self._waiting: dict[int, _Begun] = {}  # by number, in the order in which they began
         self._results: dict[int, tuple[_Begun, TrainingResult]] = {}
@@ -110,12 +111,12 @@ class Vectorised:
         assert isinstance(trainer, VectorisedTrainer)  # noqa: S101 - or it would be alone
         found = trainer.train_at_once(group[0].job.plan, starts)
         return [
-            computed(_Computed(each, start.trainer.samples), begun.job)
+            computed((_Computed(each, start.trainer.samples), self._held[begun.device]), begun.job)
             for each, start, begun in zip(found, starts, group, strict=True)
         ]
 
     def _alone(self, begun: _Begun) -> TrainingResult:
-        return computed(self._trainers[begun.device], begun.job)
+        return computed((self._trainers[begun.device], self._held[begun.device]), begun.job)
 
 
 @dataclass(frozen=True, slots=True)

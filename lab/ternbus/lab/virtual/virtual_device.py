@@ -51,6 +51,7 @@ class Body:
     held: Trainer | None  # with the held-out data
     seconds: Callable[[], float]  # draws the duration of the next training
     line: Line
+    cost: Callable[[float], float] = lambda _: 1.0  # share of that time which a sub-network of a width takes
 
 
 class VirtualDevice:
@@ -186,7 +187,7 @@ class VirtualDevice:
     def _train(self) -> None:
         job = self.core.training.running  # with the shared vector
         assert job is not None  # noqa: S101 - the core has just started it
-        seconds = self._body.seconds()
+        seconds = self._body.seconds() * (1.0 if job.plan.width == 1 else self._body.cost(job.plan.width))
         due_s = self._clock.now + seconds
         awaited = self._body.begin(job, due_s)
         self._clock.at(due_s, partial(self._trained, self.core, seconds, awaited))

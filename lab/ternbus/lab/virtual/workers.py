@@ -21,13 +21,13 @@ from ternbus.broker.server import parent_death
 from ternbus.edge.core.actions import StartTraining
 from ternbus.edge.core.events import TrainingFinished
 from ternbus.edge.learn import task_folder
-from ternbus.edge.learn.task import Task, Trainer
+from ternbus.edge.learn.task import Task
 from ternbus.edge.learn.task_loader import absolute, code_errors, load_task
 from ternbus.edge.shell.worker import TrainingResult
 from ternbus.lab.interrupts import without_interrupts
 from ternbus.lab.scenario.resolve import settled
 from ternbus.lab.scenario.scenario import Scenario
-from ternbus.lab.virtual.training import Awaited, computed, pairs
+from ternbus.lab.virtual.training import Awaited, Pair, Widths, computed, pairs
 
 SAFE_PATH: Final = "PYTHONSAFEPATH"
 
@@ -177,19 +177,20 @@ def _begin_worker(parent: int, scenario: Scenario, load: Callable[[], Task]) -> 
 
 
 @cache
-def _trainers() -> tuple[Trainer, ...]:
-    """Of all devices, in a worker process."""
+def _loaded() -> tuple[list[Pair], Widths]:
+    """The trainers of all devices, and those of sub-networks, in a worker process."""
     scenario, load = _given[0]
     task = load()
     found = settled(scenario, task).scenario
-    return tuple(trainer for trainer, _ in pairs(found, task, task.initial(scenario.seed)))
+    return pairs(found, task, task.initial(scenario.seed)), Widths(found, task)
 
 
 def _prepare() -> None:
     """Load ahead. What fails is not said twice: the simulation loads the same, and so does the first training."""
     with suppress(*code_errors()):
-        _trainers()
+        _loaded()
 
 
 def _train_in_worker(device: int, job: StartTraining) -> TrainingResult:
-    return computed(_trainers()[device], job)
+    own, widths = _loaded()
+    return computed(own[device], job, widths.of(device))
