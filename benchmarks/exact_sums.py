@@ -1,6 +1,6 @@
 """What exact sums cost, and what they save: rounding beside TernGrad's noise, accuracies, adders, revocations.
 
-    python -m benchmarks.exact_sums [--seeds 6] [--versions 60] [--buffers 40] [--parameters 1200000] [--json]
+    python -m benchmarks.exact_sums [--seeds 40] [--versions 60] [--buffers 40] [--parameters 1200000] [--json]
 
 *Rounding*: buffers of 32 updates of 100,000 parameters, made ternary at random (TernGrad), with samples and staleness
 of unequal devices. The reference adds the same updates up in float64; TernGrad's noise is the distance of that from the
@@ -277,7 +277,7 @@ def show(found: dict[str, Any]) -> None:
 def main() -> None:
     """Measure and print."""
     parser = options(__doc__)
-    parser.add_argument("--seeds", type=int, default=6, help="runs of each way")
+    parser.add_argument("--seeds", type=int, default=40, help="runs of each way")
     parser.add_argument("--versions", type=int, default=60, help="versions of a run")
     parser.add_argument("--buffers", type=int, default=40, help="buffers whose rounding is measured")
     parser.add_argument("--parameters", type=int, default=1_200_000, help="size of the model of adders and revocation")

@@ -129,9 +129,7 @@ class Accumulator:
             self._rows[shared, :5] += TRITS[packed[shared]] * np.append(scales, np.float32(0))[self._layout.owners]
 
 
-def _add_in_c(
-    rows: FloatArray, tables: Sequence[FloatArray], packed: Sequence[Bytes]
-) -> None:  # pragma: no cover - likewise
+def _add_in_c(rows: FloatArray, tables: Sequence[FloatArray], packed: Sequence[Bytes]) -> None:  # pragma: no cover
     fours = 0 if _add_four is None else len(tables) // 4 * 4
     for first in range(0, fours, 4):
         _add_four(rows, np.stack(tables[first : first + 4]), *packed[first : first + 4])
