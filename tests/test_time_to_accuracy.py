@@ -102,6 +102,11 @@ def test_over_selection_takes_the_first_updates_on_a_version_and_a_barrier_all(m
     }  # fmt: skip
 
 
+def test_the_calibrated_way_is_asynchronous_with_a_smaller_rate() -> None:
+    plain, calibrated = (slow_classes.scenario(way, 0, ASKED) for way in slow_classes.ALL_WAYS[:2])
+    assert dict(calibrated.aggregator) == {**plain.aggregator, "optimizer.learning_rate": slow_classes.RATE}
+
+
 def test_the_asynchronous_way_is_compared_with_each_other_way() -> None:
     quick, slow = figures(report(1.0, 100), 0.5), figures(report(10.0, 1000), 0.5)
     found = against([{ASYNCHRONOUS: quick, FIRST_TERNARY: quick, FIRST_FLOAT32: slow, BARRIER: slow}])
@@ -130,3 +135,12 @@ def test_the_slow_classes_are_measured_alone() -> None:
 def test_a_final_accuracy_is_that_of_the_last_tenth_of_the_time() -> None:
     runs = [{"seconds": [0.0, 50.0, 85.0], "accuracy": [0.1, 0.5, 0.8]}, {"seconds": [0.0], "accuracy": [0.4]}]
     assert slow_classes.final(runs, "accuracy", 100.0) == pytest.approx((0.6, 0.2))
+
+
+def test_an_accuracy_is_reached_for_good_where_no_later_version_has_less() -> None:
+    runs = [
+        {"seconds": [0.0, 50.0, 85.0, 90.0], "accuracy": [0.1, 0.8, 0.7, 0.8]},
+        {"seconds": [0.0, 30.0], "accuracy": [0.1, 0.8]},
+    ]
+    assert slow_classes.until(runs, 0.75) == 60.0
+    assert slow_classes.until([*runs, {"seconds": [0.0], "accuracy": [0.4]}], 0.75) is None
