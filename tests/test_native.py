@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ternbus.aggregator.merge import accumulator
 from ternbus.aggregator.merge.accumulator import COMPILED, Accumulator, count_other
 from ternbus.aggregator.merge.exact import ExactSum
 from ternbus.broker.protocol.schema import Schema, Tensor
@@ -39,6 +40,11 @@ def test_the_sums_have_the_same_bits(kind: type[Accumulator | ExactSum], data: s
 def test_other_bytes_are_counted_as_numpy_does(content: bytes, value: int) -> None:
     values = np.frombuffer(content + bytes([value]) * 300, np.uint8)
     assert count_other(values, value) == np.count_nonzero(values != value)
+
+
+def test_without_the_loop_numpy_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accumulator, "_count_other", None)
+    assert count_other(np.array([1, 2, 1, 3], np.uint8), 1) == 2
 
 
 ROWS, TABLE, PACKED = np.zeros((6, 8), np.float32), np.ones((256, 8), np.float32), np.zeros(6, np.uint8)
