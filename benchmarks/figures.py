@@ -346,7 +346,7 @@ def race(found: Any) -> str:
         goal = f"Goal: {found['goal']:.0f} times sooner than the best synchronous way: {met}, {verdict}."
         table = _table(RACE_HEAD, [race_cells(row, rows) for row in best_of_each(rows)])
         late = "; ".join(never(rows))
-        late = f" Not with every seed within {LONGEST_S:.0f} s: {late}." if late else ""
+        late = f" Not with every seed within {LONGEST_S[task]:.0f} s: {late}." if late else ""
         parts += [f"{task}, until {100 * raced['accuracy']:.0f} %:", table, f"{goal}{late}"]
     return "\n\n".join(parts)
 
