@@ -50,6 +50,7 @@ BENCHMARKS: Final[Mapping[str, Benchmark]] = {
     "time_to_accuracy": Benchmark(("--seeds", "1"), data=True, folder=True),
     "slow_classes": Benchmark(),
     "simulator": Benchmark(),
+    "training_speed": Benchmark(data=True),
     "agreement": Benchmark(),
     "attacks": Benchmark(),
     "hostile": Benchmark(long=True),

@@ -206,5 +206,5 @@ def test_two_nodes_make_the_same_model_and_one_that_is_lost_loses_no_training(tm
     _, complaint = running.communicate(timeout=300)
     assert running.returncode == 1
     assert re.search(
-        r"^ternbus: the Ray cluster at ray://127\.0\.0\.1:\d+ was lost \(.*\): start it again", complaint, re.M
+        r"^ternbus: the Ray cluster at ray://127\.0\.0\.1:\d+ was lost \(.*\): start it again", complaint, re.MULTILINE
     )
