@@ -78,6 +78,20 @@ class OwnLoss(nn.Module):
         return found
 
 
+class InPlace(nn.Module):
+    """It changes its inputs, and uses one layer twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+        self.last = nn.Linear(64, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.layer(images.mul_(0.5).flatten(1)).relu_()
+        found: Tensor = self.last(self.layer(hidden))
+        return found
+
+
 def named(_: Any, split: Any) -> dict[str, Tensor]:
     images, labels = digits.data(None, split)
     return {"images": images, "weight": torch.ones(len(labels)), "target": labels.float()}
@@ -91,6 +105,7 @@ def named(_: Any, split: Any) -> dict[str, Tensor]:
         (task_of(), {"schedule": "cosine", "schedule_versions": 9, "step_schedule": "linear", "warmup_steps": 2}),
         (task_of(), {"optimizer": "adamw", "learning_rate": 0.003, "weight_decay": 0.1}),
         (task_of(), {"optimizer": "rmsprop", "learning_rate": 0.001}),
+        (task_of(InPlace), {}),
         (digits.TASK, {"local_epochs": 1}),  # convolutions, and dropout
         (
             TorchTask(name="named", model=OwnLoss, data=named, loss=nn.MSELoss()),
