@@ -54,6 +54,7 @@ BENCHMARKS: Final[Mapping[str, Benchmark]] = {
     "race": Benchmark(more_with_data=True, folder=True, long=True),
     "slow_classes": Benchmark(),
     "simulator": Benchmark(),
+    "training_speed": Benchmark(data=True),
     "agreement": Benchmark(),
     "attacks": Benchmark(),
     "hostile": Benchmark(long=True),

@@ -387,6 +387,33 @@ def simulator(rows: Any) -> str:
     )
 
 
+def training_speed(rows: Any) -> str:
+    head = (
+        "task",
+        "versions",
+        "option",
+        "simulation",
+        "bare training",
+        "times",
+        "Flower's engine",
+        "times",
+        "processor",
+    )
+    body = []
+    for row in rows:
+        ours = [row["task"], str(row["versions"]), f"`{row['options']}`", f"{row['ternbus_s']:.1f} s"]
+        peer = ["", ""] if "flower_s" not in row else [f"{row['flower_s']:.1f} s", f"{row['to_flower']:.1f}"]
+        spent = f"{row['cpu_to_training']:.2f}"
+        body.append([*ours, f"{row['bare_s']:.1f} s", f"{row['to_bare']:.2f}", *peer, spent])
+    return (
+        "Rounds of 20 devices, Dirichlet 0.5. Bare training is the same batches in a plain loop of PyTorch, in two "
+        "processes that wait for nobody; nothing is merged or evaluated. Flower's engine trains in two processes, and "
+        "both evaluate each version. Seconds are those of whole commands, with their imports. The last column has the "
+        "processor's time of the simulation as a multiple of that of the training alone.\n\n"
+        f"{_table(head, body)}"
+    )
+
+
 AGREEMENT: Final[Mapping[str, str]] = {
     "versions_per_min": "versions a minute",
     "update_bytes": "bytes of an update",
@@ -417,6 +444,7 @@ SECTIONS: Final[Mapping[str, tuple[str, Callable[[Any], str]]]] = {
     "race": ("A race of ways and settings", race),
     "slow_classes": ("Where slow devices have classes of their own", slow_classes),
     "simulator": ("A simulation", simulator),
+    "training_speed": ("A simulation beside the training in it", training_speed),
     "agreement": ("A simulation beside real processes", agreement),
     "codec": ("Encode and decode", codec),
     "ingest": ("An aggregator", ingest),

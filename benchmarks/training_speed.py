@@ -1,12 +1,14 @@
 """How long a simulation takes beside the training in it, and beside Flower's simulation engine.
 
-    python -m benchmarks.training_speed [--data DIR] [--flower PYTHON] [--repeat 3] [--json]
+    python -m benchmarks.training_speed [--data DIR] [--flower PYTHON] [--repeat 1] [--json]
 
 Rounds of 20 devices, Dirichlet 0.5. With ``--data``: ten versions of fashion-mnist by `lab simulate --jobs 2`. Always:
 fifty versions of digits-mlp, a small model, by `--vectorise 20`. ``bare`` is `benchmarks.bare_training`: the same
 batches in a plain loop, in two processes that wait for nobody. ``flower`` is `benchmarks.flower_peer`, by a Python that
-has `flwr[simulation]`. All of these are whole commands, with their imports, one after the other and again; the shortest
-time of each counts, since other work on the machine can only lengthen it.
+has `flwr[simulation]`, by default the one that FLOWER_PYTHON names. All of these are whole commands, with their
+imports, one after the other, and again with ``--repeat``; the shortest time of each counts, since other work can only
+lengthen it. ``to_bare`` is the ratio of the times, ``cpu_to_training`` that of the processor's: all that the simulation
+and its processes spent, by what the bare loops spent in training alone.
 """
 
 import json
@@ -78,6 +80,7 @@ def measured(case: Case, flower: str | None, repeat: int) -> dict[str, Any]:
         row |= {f"{name}_s": each["wall_s"], f"{name}_cpu_s": each["cpu_s"]}
     row["accuracy"] = best["ternbus"]["printed"]["metrics"]["accuracy"]
     row["to_bare"] = best["ternbus"]["wall_s"] / best["bare"]["wall_s"]
+    row["cpu_to_training"] = best["ternbus"]["cpu_s"] / best["bare"]["printed"]["training_cpu_s"]
     if flower is not None:
         row["flower_accuracy"] = best["flower"]["printed"]["accuracy"]
         row["to_flower"] = best["flower"]["wall_s"] / best["ternbus"]["wall_s"]
@@ -89,6 +92,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         print(f"{row['task']}, {DEVICES} devices, {row['versions']} versions, {row['options']}:")
         print(f"  ternbus {row['ternbus_s']:.1f} s, bare training {row['bare_s']:.1f} s: {row['to_bare']:.2f} times")
+        print(f"  {row['ternbus_cpu_s']:.1f} s of processor: {row['cpu_to_training']:.2f} times that of the bare loops")
         if "to_flower" in row:
             print(f"  flower {row['flower_s']:.1f} s: {row['to_flower']:.1f} times as long as ternbus")
 
@@ -97,8 +101,13 @@ def main() -> None:
     """Measure and print."""
     parser = options(__doc__)
     parser.add_argument("--data", type=Path, help="folder with fashion-mnist")
-    parser.add_argument("--flower", metavar="PYTHON", help="a Python with flwr[simulation]; without it no peer is run")
-    parser.add_argument("--repeat", type=int, default=3, help="runs of each")
+    parser.add_argument(
+        "--flower",
+        metavar="PYTHON",
+        default=os.environ.get("FLOWER_PYTHON"),
+        help="a Python with flwr[simulation]; without it no peer is run",
+    )
+    parser.add_argument("--repeat", type=int, default=1, help="runs of each")
     given = parser.parse_args()
     cases = [Case(task=MLP, versions=50, options=("--vectorise", str(DEVICES)))]
     if given.data is not None:

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from support.commands import typed
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.schema import Vector
 from ternbus.edge import TorchTask
@@ -78,6 +80,20 @@ class OwnLoss(nn.Module):
         return found
 
 
+class InPlace(nn.Module):
+    """It changes its inputs, and uses one layer twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+        self.last = nn.Linear(64, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.layer(images.mul_(0.5).flatten(1)).relu_()
+        found: Tensor = self.last(self.layer(hidden))
+        return found
+
+
 def named(_: Any, split: Any) -> dict[str, Tensor]:
     images, labels = digits.data(None, split)
     return {"images": images, "weight": torch.ones(len(labels)), "target": labels.float()}
@@ -91,6 +107,7 @@ def named(_: Any, split: Any) -> dict[str, Tensor]:
         (task_of(), {"schedule": "cosine", "schedule_versions": 9, "step_schedule": "linear", "warmup_steps": 2}),
         (task_of(), {"optimizer": "adamw", "learning_rate": 0.003, "weight_decay": 0.1}),
         (task_of(), {"optimizer": "rmsprop", "learning_rate": 0.001}),
+        (task_of(InPlace), {}),
         (digits.TASK, {"local_epochs": 1}),  # convolutions, and dropout
         (
             TorchTask(name="named", model=OwnLoss, data=named, loss=nn.MSELoss()),
@@ -236,6 +253,20 @@ def test_a_hostile_device_is_trained_alone_beside_others_at_once() -> None:
 def test_a_wrong_way_to_compute_is_refused(given: dict[str, Any], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         Computation(**given)
+
+
+@pytest.mark.slow
+def test_the_command_trains_at_once_and_refuses_what_does_not_fit(tmp_path: Path) -> None:
+    simulate = ("lab", "simulate", "--task", "digits", "--devices", 3, "--versions", 1, "--vectorise", 3)
+    said = typed(tmp_path, *simulate, "--out", "run")
+    assert "updates          3 accepted" in said
+    assert "one by one" not in said
+    assert "ternbus: vectorise trains several devices at once in this process: leave out jobs, or vectorise" in typed(
+        tmp_path, *simulate, "--jobs", 2, code=2
+    )
+    assert "ternbus: jobs is 'two': write a whole number from 1, or ray://HOST:PORT of a Ray cluster" in typed(
+        tmp_path, "lab", "simulate", "--jobs", "two", code=2
+    )
 
 
 def test_a_number_of_processes_may_be_text() -> None:

@@ -112,7 +112,8 @@ class VectorisedTraining:
             optimizer.keep_first(count)
             batch = self._stacked([each[step] for each in batches[:count]], data)
             if dropout is None:
-                dropout = _Dropout(objective, _row(batch, 0), [start.seed for start in starts])
+                one = mapped(Tensor.clone, _row(batch, 0))  # a model may change its inputs in place
+                dropout = _Dropout(objective, one, [start.seed for start in starts])
             parameters = stack.first(count)
             found, outputs = losses_of_all(parameters, batch, dropout.masks(count))
             # A loss depends on its own model alone, so the gradients of their sum are those of each.

@@ -42,16 +42,17 @@ class Workers:
         self._others = set(multiprocessing.active_children())
         if load is None:
             scenario = replace(scenario, task=absolute(scenario.task))
-        # Made first: it starts a process of multiprocessing's own, and that start lifts the block of interrupts.
-        self._pool = ProcessPoolExecutor(
-            count,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_begin_worker,
-            initargs=(os.getpid(), scenario, load or partial(load_task, scenario.task)),
-        )
-        with _safe_path(), without_interrupts():
-            for _ in range(count):  # start them all: they load while this process does
-                self._pool.submit(_prepare)
+        with _safe_path():
+            # Made first: it starts a process of multiprocessing's own, and that start lifts the block of interrupts.
+            self._pool = ProcessPoolExecutor(
+                count,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_begin_worker,
+                initargs=(os.getpid(), scenario, load or partial(load_task, scenario.task)),
+            )
+            with without_interrupts():
+                for _ in range(count):  # start them all: they load while this process does
+                    self._pool.submit(_prepare)
         self._queue = _Queue(self._pool, count)
         self._sync = scenario.sync
 
