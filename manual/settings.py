@@ -101,8 +101,8 @@ def shown(value: object) -> str:
 
 
 def _aggregator() -> Iterable[str]:
-    more = {"private": PrivateSettings, "search": SearchSettings, "plan_check": PlanCheck}
-    for name, kind in {**SECTIONS, **more}.items():
+    others = {"private": PrivateSettings, "search": SearchSettings, "plan_check": PlanCheck}
+    for name, kind in {**SECTIONS, **others}.items():
         doc = (kind.__doc__ or "").partition("\n\n")[0].strip()
         begins = [f"`{key}` = {shown(value)}" for key, value in NEW_HOME.items() if key.startswith(f"{name}.")]
         begins = [each for each in begins if not each.endswith("= ")]

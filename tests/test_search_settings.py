@@ -3,10 +3,10 @@
 from typing import Any
 
 import pytest
-from test_search import UPDATES_MIN, ranked, settings
+from test_search import ranked, settings
 
 from ternbus.aggregator import settings as configuration
-from ternbus.aggregator.core.search import Search
+from ternbus.aggregator.core.search import UPDATES_MIN, Search
 from ternbus.aggregator.search_settings import SearchSettings
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.shell import search_text
