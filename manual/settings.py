@@ -9,6 +9,7 @@ from manual.markdown import code, interval, paragraphs, table
 from manual.source import comments, field_comments
 from ternbus.aggregator.plan_settings import PlanCheck
 from ternbus.aggregator.private_settings import PrivateSettings
+from ternbus.aggregator.search_settings import SearchSettings
 from ternbus.aggregator.settings import NEW_HOME, SECTIONS
 from ternbus.broker.protocol import plan_keys
 from ternbus.broker.server import directory as broker_directory
@@ -100,7 +101,8 @@ def shown(value: object) -> str:
 
 
 def _aggregator() -> Iterable[str]:
-    for name, kind in {**SECTIONS, "private": PrivateSettings, "plan_check": PlanCheck}.items():
+    others = {"private": PrivateSettings, "search": SearchSettings, "plan_check": PlanCheck}
+    for name, kind in {**SECTIONS, **others}.items():
         doc = (kind.__doc__ or "").partition("\n\n")[0].strip()
         begins = [f"`{key}` = {shown(value)}" for key, value in NEW_HOME.items() if key.startswith(f"{name}.")]
         begins = [each for each in begins if not each.endswith("= ")]
@@ -114,6 +116,8 @@ def _row(section: str, entry: Field[Any]) -> tuple[str, ...]:
     default = entry.default
     choices = about.get("one_of")
     kind = "list of texts" if section == "plan_check" else "table" if default is MISSING else TYPES[type(default)]
+    if entry.name == "arms":
+        kind = "list of tables"
     if entry.name == "default_plan":
         kind, about = "table", {"doc": "the task's plan, from the model's file; with it devices complete the plan"}
     span = ", ".join(map(str, choices)) if choices else interval(about.get("low"), about.get("high"))

@@ -198,6 +198,8 @@ def test_an_evaluator_is_told_the_widths_and_a_device_that_trains_is_not() -> No
     judge.handle(evaluated())
     _, rigid = following("evaluate", scripted=aggregator(plan=plan))
     assert only(rigid.actions, StartEvaluation).widths == ()
+    _, plain = following("evaluate", is_elastic=True)
+    assert only(plain.actions, StartEvaluation).widths == ()
     _, device = following(scripted=aggregator(plan=plan), is_elastic=True, reports=True)
     assert only(device.actions, StartEvaluation).widths == ()
 

@@ -11,7 +11,7 @@ from support.small_world import LAB, Bench, Device, accepted_update, float32_blo
 from ternbus.aggregator import settings as configuration
 from ternbus.aggregator.core import events
 from ternbus.aggregator.core.registry import Member
-from ternbus.aggregator.core.search import PATIENCE, UPDATES_MIN, Search
+from ternbus.aggregator.core.search import KEPT, UPDATES_MIN, Search
 from ternbus.aggregator.core.search_state import LATENCIES_MIN, SECONDS_KEPT, SearchState, rank
 from ternbus.aggregator.merge.accepted import AcceptedUpdate
 from ternbus.aggregator.search_settings import FEDEX, SearchSettings
@@ -137,14 +137,15 @@ def test_each_class_has_its_own_search() -> None:
 
 def test_a_class_that_sends_too_little_is_left_as_it_is_and_does_not_hold_up_the_others() -> None:
     search = Search.of(settings(classes=("pi-",)), 0)
-    ranked(search, (0.1, 0.4, 0.3, 0.2), PATIENCE * BUDGET - 1, device="cam")
-    assert len(state_of(search).steps) == 1
-    ranked(search, (0.1, 0.4, 0.3, 0.2), 1, first=PATIENCE * BUDGET, device="cam")
+    half = UPDATES_MIN // 2
+    ranked(search, (0.1, 0.4, 0.3, 0.2), half, device="pi-1")
+    ranked(search, (0.1, 0.4, 0.3, 0.2), UPDATES_MIN, first=100, device="cam")
     assert state_of(search).weights == ((1, 1, 1, 1), (0, 1, 1, 0))
-    # one that has a single arm left is not waited for
-    ranked(search, (None, 0.4, 0.3, None), PATIENCE * BUDGET, first=100, device="cam")
+    assert state_of(search).updates == ((half,) * 4, (0,) * 4)  # what it has sent counts on
+    ranked(search, (None, 0.4, 0.3, None), UPDATES_MIN, first=200, device="cam")
     assert state_of(search).weights == ((1, 1, 1, 1), (0, 1, 0, 0))
-    ranked(search, (0.1, 0.4, 0.3, 0.2), UPDATES_MIN, first=200, device="pi-1")
+    assert state_of(search).status()["best"] == [None, 1]
+    ranked(search, (0.1, 0.4, 0.3, 0.2), half, first=300, device="pi-1")
     assert state_of(search).weights == ((0, 1, 1, 0), (0, 1, 0, 0))
 
 
@@ -170,7 +171,7 @@ def test_where_no_arm_is_fast_enough_the_fastest_is_taken() -> None:
         weights = state_of(search).weights[0]
         assert [weight > 0 for weight in weights] == [False, False, False, True]  # nobody knows that it is slow
         assert state_of(search).latency_s(0, 3) is None
-        for version in range(50, 50 + LATENCIES_MIN + PATIENCE * BUDGET):
+        for version in range(50, 50 + LATENCIES_MIN + 4 * BUDGET):
             search.made(version, [update("pi", 3, arm, 20.0) for arm in range(2)])
         assert state_of(search).weights[0][3] > 0
 
@@ -199,7 +200,7 @@ def test_a_loss_of_sub_networks_is_better_where_it_is_lower_and_old_versions_do_
     search.observe("judge", judged(0, **{"loss@0.25": 0.0, "loss@0.5": 1.0, "loss@1": 2.0}))
     for version in range(1, 200):
         search.observe("judge", judged(version, **{"loss@0.25": 2.0, "loss@0.5": 1.0, "loss@1": 3.0}))
-    assert len(search.found["judge"]) == PATIENCE * BUDGET
+    assert len(search.found["judge"]) == KEPT * BUDGET
     for version in range(1, UPDATES_MIN + 1):
         search.made(version, [update("pi", arm) for arm in range(3)])
     assert state_of(search).weights == ((1, 1, 0),)

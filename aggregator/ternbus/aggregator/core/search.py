@@ -18,7 +18,7 @@ from ternbus.broker.protocol.direction import GAIN, direction_of, primary_of, si
 from ternbus.broker.protocol.messages import Metrics, Update
 
 UPDATES_MIN: Final = 8  # in a rung, for each arm that is left: that one has none is then no accident
-PATIENCE: Final = 4  # rungs' budgets after which a class that has sent too little is left as it is
+KEPT: Final = 4  # rungs' budgets: so many versions of an evaluator's metrics are kept
 SCALE: Final = 1000  # of the weights of `fedex`
 ODDS_MIN: Final = 1e-6  # so that a few steps can bring back what many have made rare
 TEST: Final = "test"
@@ -76,7 +76,7 @@ class Search:
             return
         known = self.found[evaluator]
         known[metrics.version] = metrics
-        if len(known) > PATIENCE * state.settings.budget:
+        if len(known) > KEPT * state.settings.budget:
             del known[min(known)]
 
     def leapt(self, version: int) -> SearchState | None:
@@ -93,15 +93,17 @@ class Search:
         return self.state
 
     def _stepped(self, state: SearchState, version: int) -> SearchState:
-        """The state after a step, if enough versions and updates have been judged."""
+        """The state after a step, if enough versions and updates have been judged.
+
+        Classes that have sent too little go on as they are, and count on.
+        """
         judged, effects = self._of_widths(state) if state.settings.is_of_widths else (state.ranked_in, state.effects())
-        classes, late = range(len(state.settings.names)), judged >= PATIENCE * state.settings.budget
-        ready = [not state.is_done(number) and _has_enough(state, number) for number in classes]
-        waits = any(not (each or state.is_done(number)) for number, each in enumerate(ready))
-        if judged < state.settings.budget or not any(ready) or (waits and not late):
+        classes = range(len(state.settings.names))
+        ready = [number for number in classes if not state.is_done(number) and _has_enough(state, number)]
+        if judged < state.settings.budget or not ready:
             return state
         rows = [
-            _next(state, number, effects[number]) if ready[number] else _Row.of(state, number) for number in classes
+            _next(state, number, effects[number]) if number in ready else _Row.of(state, number) for number in classes
         ]
         step = Step(since=version, weights=tuple(row.weights for row in rows), effects=effects, judged=judged)
         self.found.clear()
@@ -110,7 +112,7 @@ class Search:
             steps=(*state.steps, step),
             odds=tuple(row.odds for row in rows),
             squares=tuple(row.squares for row in rows),
-        ).restarted(version)
+        ).restarted(version, ready)
 
     def _of_widths(self, state: SearchState) -> tuple[int, Effects]:
         """How many versions evaluators have judged, and what their sub-networks are worth, in the mean of all."""

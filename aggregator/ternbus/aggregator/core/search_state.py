@@ -3,10 +3,10 @@
 Cells are the pairs of a class of devices and an arm: a table has a row for each class, an entry for each arm.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import median_low
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 from ternbus.aggregator.merge.accepted import AcceptedUpdate
 from ternbus.aggregator.search_settings import HALVING, SearchSettings
@@ -16,6 +16,7 @@ SECONDS_KEPT: Final = 15  # the newest trainings of each cell
 LATENCIES_MIN: Final = 3  # trainings before an arm may be too slow
 BESIDE: Final = 4  # updates of rank 0 beside an arm's own: one of which little is known is held to be like most
 
+N = TypeVar("N", int, float)
 Table = tuple[tuple[float, ...], ...]
 Weights = tuple[tuple[int, ...], ...]
 Effects = tuple[tuple[float | None, ...], ...]
@@ -130,11 +131,21 @@ class SearchState:
         """Whether a class has one arm left."""
         return self.settings.method == HALVING and sum(weight > 0 for weight in self.weights[number]) == 1
 
-    def restarted(self, version: int) -> "SearchState":
-        """The same with a rung that begins at a version: it has nothing to do with those before."""
-        none = tuple((0,) * len(row) for row in self.updates)
-        no_ranks = tuple((0.0,) * len(row) for row in self.updates)
-        return replace(self, since=version, updates=none, ranks=no_ranks, ranked=none, ranked_in=0)
+    def restarted(self, version: int, classes: Collection[int] | None = None) -> "SearchState":
+        """The same with a rung that begins at a version; what was counted is forgotten for some classes, or all."""
+
+        def cleared(table: tuple[tuple[N, ...], ...], zero: N) -> tuple[tuple[N, ...], ...]:
+            forgotten = range(len(table)) if classes is None else classes
+            return tuple((zero,) * len(row) if number in forgotten else row for number, row in enumerate(table))
+
+        return replace(
+            self,
+            since=version,
+            updates=cleared(self.updates, 0),
+            ranks=cleared(self.ranks, 0.0),
+            ranked=cleared(self.ranked, 0),
+            ranked_in=0,
+        )
 
     def status(self) -> dict[str, Any]:
         """As JSON values, for people and programs; lists by class and arm."""
@@ -148,6 +159,7 @@ class SearchState:
             "best": [self._best(number) for number in range(len(about.names))],
             "done": [self.is_done(number) for number in range(len(about.names))],
             "since": self.since,
+            "judged": None if about.is_of_widths else self.ranked_in,
             "updates": [list(row) for row in self.updates],
             "latency_s": [
                 [self.latency_s(number, arm) for arm in range(len(about.arms))] for number in range(len(about.names))
@@ -164,9 +176,9 @@ class SearchState:
         }
 
     def _best(self, number: int) -> int | None:
-        """The most frequent arm of a class, of equals the one with the best effect; None before the first step."""
+        """The most frequent arm of a class, of equals the one with the best effect; None before its first step."""
         step = self.steps[-1]
-        if not step.effects:
+        if step.weights[number] == self.steps[0].weights[number]:
             return None
         worth = [
             (weight, _known(effect)) for weight, effect in zip(step.weights[number], step.effects[number], strict=True)

@@ -14,6 +14,8 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     opening = f"{about} {step['version']}"
     if all(found["done"]):
         opening += "; it has ended: write the best arm into [plan], and leave out [search]"
+    if found["judged"] == 0 and any(map(any, found["updates"])):
+        opening += "; no two devices with held-out data have judged a version: join devices with --hold-out"
     columns = dict.fromkeys(("class", "arm"), "<") | dict.fromkeys(("share", "updates", "effect", "seconds"), ">")
     rows = []
     for place, name in enumerate(found["classes"]):
