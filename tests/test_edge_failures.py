@@ -18,6 +18,7 @@ from support.core_device import (
     trained,
     update_in,
 )
+from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.messages import FAILING_BYTES_MAX, Status
 from ternbus.edge.core import events
 from ternbus.edge.core.actions import Action, Log, StartEvaluation, StartTraining, Stop
@@ -210,3 +211,23 @@ def test_an_evaluator_that_stays_waits_through_closed() -> None:
     device.handle(events.Published(seq=published(device.handle(evaluated()), "metrics")[0].seq))
     scripted.state = "closed"
     assert of(device.arrive(scripted.head()), Stop) == []
+
+
+def test_what_a_session_has_missed_does_not_end_a_device_before_the_head_of_now_has_come() -> None:
+    """The federation was closed and opened again while the device was away: both heads wait for it at the broker."""
+    scripted, device, frame = sending()
+    device.handle(events.Disconnected(reason="a cable"))
+    device.wait(LONG_S)
+    device.handle(events.Connected(frame_bytes=2**20))
+    device.arrive(scripted.status())
+    scripted.state = "closed"
+    topic, missed = scripted.head()
+    done = device.handle(events.FrameArrived(topic=topic, frame=parse(missed), retained=False))
+    done += device.wait(LONG_S)
+    assert (of(done, Stop), published(done, "update")) == ([], [])
+    scripted.state = "open"
+    assert update_in(device.arrive(scripted.head())).seq == frame.seq  # what was trained before is not lost
+    scripted.state = "closed"
+    topic, live = scripted.head()
+    done = device.handle(events.FrameArrived(topic=topic, frame=parse(live), retained=False))
+    assert only(done, Stop).reason == "the federation is closed"

@@ -3,6 +3,7 @@
 import re
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +23,8 @@ PLACE: Final = "backups.toml"  # in an aggregator's folder: where its backups we
 PLACES_MAX: Final = 16
 NOT_COPIED: Final = "the list of revoked keys could not be copied beside the backups: "
 LOCK: Final = "backup.lock"
+SPREADING: Final = "revocations.lock"
+SPREAD_WITHIN_S: Final = 60.0
 FORMAT: Final = 1
 BROKER: Final = (Path("broker", "broker.toml"), Path("broker", "tls"))  # of `ternbus aggregator up`
 
@@ -177,6 +180,18 @@ def beside(out: Path, federation: str) -> Path:
 
 def spread_revocations(directory: Path, federation: str, *also: Path) -> tuple[str, ...]:
     """Copy the list of revoked keys beside all backups; what could not be copied, and why."""
+    try:
+        # the running process does so after a revocation, and the command that asked for it does, too
+        held = files.lock(directory / SPREADING, patience_s=SPREAD_WITHIN_S)
+    except OSError as error:
+        return (str(files.fault(error, directory / SPREADING)),)
+    if held is None:
+        return (f"another process has copied it for {SPREAD_WITHIN_S:.0f} s",)
+    with held:
+        return _spread_revocations(directory, federation, also)
+
+
+def _spread_revocations(directory: Path, federation: str, also: Sequence[Path]) -> tuple[str, ...]:
     faults = []
     known: tuple[Path, ...] = ()
     try:

@@ -125,6 +125,7 @@ class Core:
             case events.ConnectFailed() | events.Disconnected():
                 return self._disconnected(event.reason, now)
             case events.FrameArrived():
+                self.presence.is_current |= event.retained and event.frame.kind == Head.KIND
                 return self._frame(event.topic, event.frame, now)
             case events.FrameMalformed():
                 raise ProtocolError(event.reason)
@@ -326,7 +327,7 @@ class Core:
         if self.profile.role == "join":
             done = self.state.enrolled and self._schema_check.done
             return self._stop(EXIT_DONE, f"{self.profile.device} has joined {self.profile.federation}") if done else []
-        reason = self.fine_tuning.stop_reason(self.follower, self._accepted)
+        reason = self.fine_tuning.stop_reason(self.follower, self._accepted, is_current=self.presence.is_current)
         self._leaving = bool(reason)  # may become false again: the federation can be reopened
         if not reason:
             return []

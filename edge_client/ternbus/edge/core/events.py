@@ -43,10 +43,14 @@ class Disconnected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrameArrived:
-    """A payload with the form of a frame arrived; its sender is not verified yet."""
+    """A payload with the form of a frame arrived; its sender is not verified yet.
+
+    ``retained``: the broker says that it holds this now. What is not may be of long ago, from a session that goes on.
+    """
 
     topic: str
     frame: Frame
+    retained: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

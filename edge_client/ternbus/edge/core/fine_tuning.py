@@ -46,8 +46,12 @@ class FineTuning:
     done: bool = False
     _running: bool = False
 
-    def stop_reason(self, follower: Follower, contributed: int) -> str:
-        """The reason for the device to stop, after this many accepted updates; empty if it continues."""
+    def stop_reason(self, follower: Follower, contributed: int, *, is_current: bool) -> str:
+        """The reason for the device to stop, after this many accepted updates; empty if it continues.
+
+        A head that says `closed` counts if it ``is_current``: where a session goes on, the broker first delivers what
+        the device has missed, and the federation may have been opened again since.
+        """
         if self.profile.role == "export":
             own = len(unpacked(self.evaluation.pending.state.local))
             beside = f", with {own} tensors of this device's own" if own else ""
@@ -55,7 +59,7 @@ class FineTuning:
         if max(contributed, self.evaluation.evaluated) == self.profile.versions:
             return f"{self.profile.versions} versions are done"
         head, evaluated = follower.head, self.evaluation.pending.state.evaluated
-        if head is None or head.state != CLOSED or self.profile.stays:
+        if head is None or head.state != CLOSED or self.profile.stays or not is_current:
             return ""
         if not self.profile.evaluates or evaluated >= head.version:
             return "the federation is closed"

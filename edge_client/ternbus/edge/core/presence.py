@@ -10,13 +10,14 @@ class Presence:
     """The newest status; ``online`` is None until a status arrives on this connection."""
 
     online: bool | None = None
+    is_current: bool = False  # whether the head that the broker retains has come on this connection
     is_behind: bool = False  # whether its last head on this connection was older than one that this device has seen
     _known: Status | None = None
     _seq: int = -1
 
     def reconnected(self) -> None:
         """Forget whether the aggregator is online, but keep the last status: an older one is still a replay."""
-        self.online, self.is_behind = None, False
+        self.online, self.is_behind, self.is_current = None, False, False
 
     def head_arrived(self, *, is_old: bool) -> bool:
         """Note whether a head was too old to be accepted. Returns whether it is the first such one."""

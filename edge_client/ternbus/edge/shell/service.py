@@ -138,7 +138,7 @@ class Service:
             except ProtocolError as error:
                 self._handle(events.FrameMalformed(reason=error.reason))
             else:
-                self._handle(events.FrameArrived(topic=message.topic, frame=parsed))
+                self._handle(events.FrameArrived(topic=message.topic, frame=parsed, retained=message.retained))
         reached("acknowledge")
         self._link.acknowledge(message.token)
 
