@@ -19,7 +19,8 @@ from benchmarks import mqtt
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import build, parse
 from ternbus.broker.protocol.identity import Identity, enroll_proof
-from ternbus.broker.protocol.messages import Enroll, Head, Receipt, Status, Update
+from ternbus.broker.protocol.messages import Enroll, Receipt, Status, Update
+from ternbus.broker.protocol.model_messages import Head
 from ternbus.edge.core.profile import ENROLL_SEQ, OFFLINE, subscriptions
 
 CONNECTING_MAX: Final = 32  # at the same time, since brokers listen with a backlog of about 100

@@ -29,7 +29,7 @@ from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.broker.files import read_key
 from ternbus.broker.protocol.identity import Identity, key_id
 from ternbus.broker.protocol.merge_log import Entry, Signed
-from ternbus.broker.protocol.messages import SnapshotRef
+from ternbus.broker.protocol.model_messages import SnapshotRef
 from ternbus.broker.protocol.schema import Vector, vector_digest
 
 FEDERATION = "bench"

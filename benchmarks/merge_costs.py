@@ -26,7 +26,8 @@ from benchmarks.sender import PUBLISH, Line, Target, device
 from ternbus.aggregator.store import status as statuses
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame, parse
-from ternbus.broker.protocol.messages import Head, Update
+from ternbus.broker.protocol.messages import Update
+from ternbus.broker.protocol.model_messages import Head
 from ternbus.broker.protocol.ternary import FLOAT32, RAW, ZSTD
 from ternbus.broker.server.running import Engine, choose, start
 from ternbus.broker.sums import bfv

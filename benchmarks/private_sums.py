@@ -28,7 +28,8 @@ from ternbus.aggregator.store import status as statuses
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import FRAME_BYTES, parse
 from ternbus.broker.protocol.identity import Identity, seal
-from ternbus.broker.protocol.messages import Head, Update
+from ternbus.broker.protocol.messages import Update
+from ternbus.broker.protocol.model_messages import Head
 from ternbus.broker.protocol.parts import Whole, cut, message_digest, whole
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import ZSTD, encode

@@ -16,7 +16,8 @@ from fuzz.targets import KINDS, TARGETS
 from ternbus.aggregator import settings
 from ternbus.broker.protocol.frame import SIGNATURE_BYTES, parse
 from ternbus.broker.protocol.invitation import Invitation
-from ternbus.broker.protocol.messages import Enroll, Grant, Metrics, Offer, Snapshot, Status
+from ternbus.broker.protocol.messages import Enroll, Grant, Metrics, Offer, Status
+from ternbus.broker.protocol.model_messages import Snapshot
 from ternbus.broker.protocol.statistics import StatisticsAnswer
 from ternbus.broker.protocol.ternary import RAW, encode
 from ternbus.broker.sums import bfv

@@ -25,21 +25,8 @@ from ternbus.broker.protocol.arms import Arms
 from ternbus.broker.protocol.frame import CONTAINERS_MAX, COUNTER_MAX, MAGIC, SIGNATURE_BYTES, Frame, build, parse
 from ternbus.broker.protocol.identity import AGGREGATOR, Identity
 from ternbus.broker.protocol.invitation import Invitation
-from ternbus.broker.protocol.messages import (
-    OPEN,
-    Candidate,
-    Delta,
-    Enroll,
-    Grant,
-    Head,
-    Metrics,
-    Offer,
-    Receipt,
-    Snapshot,
-    SnapshotRef,
-    Status,
-    Update,
-)
+from ternbus.broker.protocol.messages import OPEN, Enroll, Grant, Metrics, Offer, Receipt, Status, Update
+from ternbus.broker.protocol.model_messages import Candidate, Delta, Head, Snapshot, SnapshotRef
 from ternbus.broker.protocol.schema import Schema, is_bounded, to_tensors, vector_digest
 from ternbus.broker.protocol.statistics import StatisticsAnswer
 from ternbus.broker.protocol.task_plan import TaskPlan

@@ -28,7 +28,8 @@ from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.invitation import Invitation
-from ternbus.broker.protocol.messages import Head, Receipt, Status
+from ternbus.broker.protocol.messages import Receipt, Status
+from ternbus.broker.protocol.model_messages import Head
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.server import mosquitto, running
 from ternbus.broker.server.running import Engine

@@ -27,7 +27,8 @@ from ternbus.aggregator.store.schema import DROPPED
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.merge_log import FIRST, Entry
-from ternbus.broker.protocol.messages import Head, Receipt, Status
+from ternbus.broker.protocol.messages import Receipt, Status
+from ternbus.broker.protocol.model_messages import Head
 from ternbus.broker.protocol.schema import vector_digest
 from ternbus.broker.protocol.ternary import Block
 

@@ -34,7 +34,8 @@ from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import build, parse
 from ternbus.broker.protocol.identity import AGGREGATOR, Identity, enroll_proof
 from ternbus.broker.protocol.invitation import Invitation
-from ternbus.broker.protocol.messages import Delta, Enroll, Receipt, Status, Update
+from ternbus.broker.protocol.messages import Enroll, Receipt, Status, Update
+from ternbus.broker.protocol.model_messages import Delta
 from ternbus.broker.server import tls_service
 from ternbus.broker.server.certificates import Authority
 from ternbus.broker.server.directory import BrokerDirectory

@@ -23,7 +23,8 @@ from ternbus.aggregator.store import candidate_rows, membership
 from ternbus.aggregator.store import status as statuses
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol import topics
-from ternbus.broker.protocol.messages import Candidate, Metrics
+from ternbus.broker.protocol.messages import Metrics
+from ternbus.broker.protocol.model_messages import Candidate
 from ternbus.broker.protocol.ternary import Block
 
 Make = Callable[..., Bench]

@@ -21,7 +21,8 @@ from support.core_device import (
 )
 from support.scripted_aggregator import Message, ScriptedAggregator
 from ternbus.broker.protocol.frame import parse
-from ternbus.broker.protocol.messages import Candidate, Metrics
+from ternbus.broker.protocol.messages import Metrics
+from ternbus.broker.protocol.model_messages import Candidate
 from ternbus.broker.protocol.schema import Vector, vector_digest
 from ternbus.edge.core import events
 from ternbus.edge.core.actions import StartEvaluation, StartTraining

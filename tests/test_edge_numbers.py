@@ -19,7 +19,7 @@ from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
-from ternbus.broker.protocol.messages import Head, Snapshot, SnapshotRef
+from ternbus.broker.protocol.model_messages import Head, Snapshot, SnapshotRef
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import ZSTD
 from ternbus.edge.core import events

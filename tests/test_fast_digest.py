@@ -10,7 +10,7 @@ from support.scripted_aggregator import FEDERATION, Message, ScriptedAggregator
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
-from ternbus.broker.protocol.messages import Candidate, Delta, Head
+from ternbus.broker.protocol.model_messages import Candidate, Delta, Head
 from ternbus.broker.protocol.schema import vector_blake3, vector_digest
 from ternbus.broker.protocol.ternary import RAW
 from ternbus.edge.core.follower import Follower

@@ -13,7 +13,7 @@ from support.following import Broker, a_head, connected, deliver, has, started
 from support.scripted_aggregator import FEDERATION, ScriptedAggregator
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.frame import PARTS_MAX, build, parse
-from ternbus.broker.protocol.messages import Head
+from ternbus.broker.protocol.model_messages import Head
 from ternbus.broker.protocol.parts import parts_max
 from ternbus.broker.protocol.schema import Schema, to_tensors, vector_digest
 from ternbus.broker.protocol.ternary import Block

@@ -24,7 +24,8 @@ from support.private_sets import (
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import COUNTER_MAX, build, parse
 from ternbus.broker.protocol.identity import Identity, enroll_proof
-from ternbus.broker.protocol.messages import RESTORE_LEAP, Enroll, Head, Receipt, Status
+from ternbus.broker.protocol.messages import RESTORE_LEAP, Enroll, Receipt, Status
+from ternbus.broker.protocol.model_messages import Head
 from ternbus.broker.sums.sets import OPEN, OPENED, PREPARE, PREPARED
 from ternbus.broker.sums.terms import SignedCard
 from ternbus.helper.core import events

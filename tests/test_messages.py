@@ -15,18 +15,15 @@ from ternbus.broker.protocol.messages import (
     OUTCOMES,
     SPLITS,
     STATES,
-    Delta,
     Enroll,
     Grant,
-    Head,
     Metrics,
     Offer,
     Receipt,
-    Snapshot,
-    SnapshotRef,
     Status,
     Update,
 )
+from ternbus.broker.protocol.model_messages import Delta, Head, Snapshot, SnapshotRef
 from ternbus.broker.protocol.parts import parts_max
 
 U64 = st.integers(0, 2**64 - 1)

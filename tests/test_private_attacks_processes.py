@@ -31,7 +31,8 @@ from ternbus.broker.link.link import Link
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame, build, parse
 from ternbus.broker.protocol.identity import Identity
-from ternbus.broker.protocol.messages import Head, Status, Update
+from ternbus.broker.protocol.messages import Status, Update
+from ternbus.broker.protocol.model_messages import Head
 from ternbus.broker.server.running import Engine
 from ternbus.broker.sums.plan_bytes import plan_bytes
 from ternbus.broker.sums.terms import Terms, context, digest_of

@@ -20,7 +20,8 @@ from stranger.helper import Helper as StrangeHelper
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import frame as frames
 from ternbus.broker.protocol.identity import Identity, enroll_proof
-from ternbus.broker.protocol.messages import Enroll, Head, Status, Update
+from ternbus.broker.protocol.messages import Enroll, Status, Update
+from ternbus.broker.protocol.model_messages import Head
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import Block
 from ternbus.broker.sums import masks, sets

@@ -13,7 +13,8 @@ from ternbus.broker.protocol import frame as frames
 from ternbus.broker.protocol import revocations
 from ternbus.broker.protocol.arms import Arms
 from ternbus.broker.protocol.identity import Identity, enroll_proof, seal
-from ternbus.broker.protocol.messages import Candidate, Delta, Enroll, Head, Metrics, Receipt, Update
+from ternbus.broker.protocol.messages import Enroll, Metrics, Receipt, Update
+from ternbus.broker.protocol.model_messages import Candidate, Delta, Head
 from ternbus.broker.protocol.parts import Collector
 from ternbus.broker.protocol.schema import Schema, Tensor, vector_blake3, vector_digest, vector_of
 from ternbus.broker.protocol.statistics import Measured, StatisticsAnswer, StatisticsRequest

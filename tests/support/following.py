@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from support.scripted_aggregator import FEDERATION, Message, ScriptedAggregator
 from ternbus.broker.protocol.frame import parse
-from ternbus.broker.protocol.messages import Head
+from ternbus.broker.protocol.model_messages import Head
 from ternbus.edge.core.actions import Action, Log, Subscribe, Unsubscribe
 from ternbus.edge.core.follower import Follower
 from ternbus.edge.core.part_requests import SUBSCRIBED_MAX

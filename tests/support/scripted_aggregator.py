@@ -8,7 +8,8 @@ import numpy as np
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame, build, parse
 from ternbus.broker.protocol.identity import AGGREGATOR, Identity
-from ternbus.broker.protocol.messages import Candidate, Delta, Grant, Head, Receipt, Snapshot, SnapshotRef, Status
+from ternbus.broker.protocol.messages import Grant, Receipt, Status
+from ternbus.broker.protocol.model_messages import Candidate, Delta, Head, Snapshot, SnapshotRef
 from ternbus.broker.protocol.parts import cut
 from ternbus.broker.protocol.schema import Schema, Vector, vector_blake3, vector_digest
 from ternbus.broker.protocol.ternary import RAW, ZSTD, Block, encode, nearest_block

@@ -20,7 +20,8 @@ from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import build, parse
 from ternbus.broker.protocol.identity import seal
 from ternbus.broker.protocol.merge_log import Entry, unpack
-from ternbus.broker.protocol.messages import PRIVATE, Head, Receipt, Status, Update
+from ternbus.broker.protocol.messages import PRIVATE, Receipt, Status, Update
+from ternbus.broker.protocol.model_messages import Head
 from ternbus.broker.protocol.parts import cut
 from ternbus.broker.sums import masks
 from ternbus.broker.sums.bfv import SecretKey, encrypt

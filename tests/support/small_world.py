@@ -27,7 +27,8 @@ from ternbus.broker.files import read_key
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame, build, parse
 from ternbus.broker.protocol.identity import Identity, KeyId, enroll_proof, seal
-from ternbus.broker.protocol.messages import Enroll, Head, Metrics, Offer, Receipt, Snapshot, Status, Update
+from ternbus.broker.protocol.messages import Enroll, Metrics, Offer, Receipt, Status, Update
+from ternbus.broker.protocol.model_messages import Head, Snapshot
 from ternbus.broker.protocol.parts import cut
 from ternbus.broker.protocol.schema import Schema, vector_blake3, vector_digest, vector_of
 from ternbus.broker.protocol.ternary import Block, decode, encode

@@ -19,19 +19,8 @@ if TYPE_CHECKING:
     from ternbus.broker.protocol.frame import FRAME_BYTES, Frame, build, parse
     from ternbus.broker.protocol.identity import AGGREGATOR, Identity, KeyId, enroll_proof, key_id, seal, verify
     from ternbus.broker.protocol.invitation import Invitation
-    from ternbus.broker.protocol.messages import (
-        Delta,
-        Enroll,
-        Grant,
-        Head,
-        Metrics,
-        Offer,
-        Receipt,
-        Snapshot,
-        SnapshotRef,
-        Status,
-        Update,
-    )
+    from ternbus.broker.protocol.messages import Enroll, Grant, Metrics, Offer, Receipt, Status, Update
+    from ternbus.broker.protocol.model_messages import Delta, Head, Snapshot, SnapshotRef
     from ternbus.broker.protocol.parts import Collector, Whole, cut, whole
     from ternbus.broker.protocol.schema import (
         Schema,
@@ -74,18 +63,15 @@ else:
             ],
             "ternbus.broker.protocol.invitation": ["Invitation"],
             "ternbus.broker.protocol.messages": [
-                "Delta",
                 "Enroll",
                 "Grant",
-                "Head",
                 "Metrics",
                 "Offer",
                 "Receipt",
-                "Snapshot",
-                "SnapshotRef",
                 "Status",
                 "Update",
             ],
+            "ternbus.broker.protocol.model_messages": ["Delta", "Head", "Snapshot", "SnapshotRef"],
             "ternbus.broker.protocol.parts": ["Collector", "Whole", "cut", "whole"],
             "ternbus.broker.protocol.schema": [
                 "Schema",

@@ -21,7 +21,8 @@ from ternbus.broker.log_levels import WARNING
 from ternbus.broker.protocol.direction import direction_of, primary_of, sign_of
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.merge_log import REASON_BYTES_MAX, DroppedUpdate, PrivateMember
-from ternbus.broker.protocol.messages import CLOSED, Candidate, Metrics
+from ternbus.broker.protocol.messages import CLOSED, Metrics
+from ternbus.broker.protocol.model_messages import Candidate
 
 RESEND_S: Final = 30.0  # until it is sent once more to who has not reported; it doubles each time
 TEST: Final = "test"

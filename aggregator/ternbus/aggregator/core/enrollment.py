@@ -15,7 +15,8 @@ from ternbus.aggregator.core.work import LARGE_BODY_BYTES, LARGE_HEADER_BYTES
 from ternbus.aggregator.settings import Settings
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol.frame import Frame, header_bytes
-from ternbus.broker.protocol.messages import Head, Snapshot, Status, Update
+from ternbus.broker.protocol.messages import Status, Update
+from ternbus.broker.protocol.model_messages import Head, Snapshot
 from ternbus.broker.protocol.topics import TERMS
 
 NOT_KNOWN: Final = "this aggregator does not know this key: it may have been restored from before the device joined"

@@ -16,7 +16,8 @@ from ternbus.broker.protocol import revocations, topics
 from ternbus.broker.protocol.frame import build
 from ternbus.broker.protocol.identity import AGGREGATOR, Identity
 from ternbus.broker.protocol.merge_log import Contribution, DroppedUpdate, Entry, MergedSet, Signed
-from ternbus.broker.protocol.messages import Candidate, Delta, Grant, Head, Receipt, Snapshot, SnapshotRef, Status
+from ternbus.broker.protocol.messages import Grant, Receipt, Status
+from ternbus.broker.protocol.model_messages import Candidate, Delta, Head, Snapshot, SnapshotRef
 from ternbus.broker.protocol.parts import cut
 from ternbus.broker.protocol.schema import Schema, Vector
 from ternbus.broker.protocol.statistics import KEY as STATISTICS

@@ -12,7 +12,8 @@ from ternbus.aggregator.merge.recipe import Recipe
 from ternbus.aggregator.sums.private_sets import PrivateUpdate
 from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.merge_log import Signed
-from ternbus.broker.protocol.messages import Metrics, SnapshotRef, Status
+from ternbus.broker.protocol.messages import Metrics, Status
+from ternbus.broker.protocol.model_messages import SnapshotRef
 from ternbus.broker.protocol.schema import Vector
 
 

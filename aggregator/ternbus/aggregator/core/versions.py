@@ -20,7 +20,8 @@ from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.merge_log import Contribution, DroppedUpdate, MergedSet, Signed
-from ternbus.broker.protocol.messages import RESTORE_LEAP, Delta, Head, SnapshotRef
+from ternbus.broker.protocol.messages import RESTORE_LEAP
+from ternbus.broker.protocol.model_messages import Delta, Head, SnapshotRef
 from ternbus.broker.protocol.schema import Vector, vector_blake3, vector_digest
 
 LEAPS_SINCE_S: Final = 1_767_225_600  # 2026-01-01, in Unix time

@@ -12,7 +12,7 @@ from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.merge_log import Audit, Entry, Signed, unpack, unpack_all
-from ternbus.broker.protocol.messages import Head
+from ternbus.broker.protocol.model_messages import Head
 
 Published = tuple[int, bytes | None]
 

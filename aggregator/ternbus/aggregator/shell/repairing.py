@@ -29,7 +29,8 @@ from ternbus.broker.files import read_key
 from ternbus.broker.protocol.frame import COUNTER_MAX
 from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.merge_log import FIRST
-from ternbus.broker.protocol.messages import PAUSED, SnapshotRef
+from ternbus.broker.protocol.messages import PAUSED
+from ternbus.broker.protocol.model_messages import SnapshotRef
 from ternbus.broker.protocol.tensor_kinds import TensorKinds
 
 STATE: Final = (LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", BODIES, VECTORS, merge_log.FOLDER)

@@ -41,7 +41,7 @@ from ternbus.broker.protocol import revocations, topics
 from ternbus.broker.protocol.direction import primary_of
 from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.identity import Identity, KeyId
-from ternbus.broker.protocol.messages import SnapshotRef
+from ternbus.broker.protocol.model_messages import SnapshotRef
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.tensor_kinds import TensorKinds
 from ternbus.broker.protocol.ternary import Block

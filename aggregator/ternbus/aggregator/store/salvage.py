@@ -21,7 +21,7 @@ from ternbus.broker.errors import CorruptError, ProtocolError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.merge_log import Audit, Entry, Signed, unpack
-from ternbus.broker.protocol.messages import Delta, Head, Snapshot
+from ternbus.broker.protocol.model_messages import Delta, Head, Snapshot
 from ternbus.broker.protocol.parts import Collector
 from ternbus.broker.protocol.schema import Schema, Vector, vector_digest, vector_of
 from ternbus.broker.protocol.ternary import Block, decode

@@ -9,7 +9,8 @@ from typing import Final
 
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.frame import Frame
-from ternbus.broker.protocol.messages import Candidate, Metrics
+from ternbus.broker.protocol.messages import Metrics
+from ternbus.broker.protocol.model_messages import Candidate
 from ternbus.broker.protocol.parts import Collector
 from ternbus.broker.protocol.schema import Vector, vector_digest
 from ternbus.broker.protocol.ternary import Block

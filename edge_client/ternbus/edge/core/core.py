@@ -14,7 +14,8 @@ from ternbus.broker.errors import ProtocolError
 from ternbus.broker.exit_codes import EXIT_BUDGET, EXIT_DONE, EXIT_FAILED, EXIT_REFUSED
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame
-from ternbus.broker.protocol.messages import OPEN, Candidate, Grant, Head, Receipt, Status
+from ternbus.broker.protocol.messages import OPEN, Grant, Receipt, Status
+from ternbus.broker.protocol.model_messages import Candidate, Head
 from ternbus.broker.protocol.statistics import KEY as STATISTICS
 from ternbus.edge.core import events
 from ternbus.edge.core.actions import Action, Connect, Log, Publish, StartTraining, Stop, Subscribe

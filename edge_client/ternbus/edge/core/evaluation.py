@@ -11,8 +11,9 @@ from typing import Final
 from ternbus.broker.backoff import Retry
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol.frame import Frame
-from ternbus.broker.protocol.messages import CLOSED, Candidate, Metrics
+from ternbus.broker.protocol.messages import CLOSED, Metrics
 from ternbus.broker.protocol.meta_fields import ENTRIES_MAX
+from ternbus.broker.protocol.model_messages import Candidate
 from ternbus.broker.protocol.schema import Schema, Vector
 from ternbus.edge.core.actions import Action, Log, Publish, StartEvaluation
 from ternbus.edge.core.candidates import Candidates

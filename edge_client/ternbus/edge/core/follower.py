@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame
-from ternbus.broker.protocol.messages import Delta, Head, Snapshot
+from ternbus.broker.protocol.model_messages import Delta, Head, Snapshot
 from ternbus.broker.protocol.parts import Collector, parts_max
 from ternbus.broker.protocol.schema import Schema, Vector, to_vector, vector_blake3, vector_digest, vector_of
 from ternbus.broker.protocol.ternary import Block, decode

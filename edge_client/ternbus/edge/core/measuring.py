@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from ternbus.broker.errors import ProtocolError
-from ternbus.broker.protocol.messages import CLOSED, Head, Receipt
+from ternbus.broker.protocol.messages import CLOSED, Receipt
+from ternbus.broker.protocol.model_messages import Head
 from ternbus.broker.protocol.statistics import StatisticsAnswer, StatisticsRequest
 from ternbus.edge.core.actions import Action, Log, Publish, StartStatistics
 from ternbus.edge.core.events import StatisticsMeasured

@@ -11,7 +11,8 @@ from typing import Any, Final
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame
-from ternbus.broker.protocol.messages import PRIVATE, Head
+from ternbus.broker.protocol.messages import PRIVATE
+from ternbus.broker.protocol.model_messages import Head
 from ternbus.broker.protocol.parts import Collector, parts_max
 from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.sums import bfv

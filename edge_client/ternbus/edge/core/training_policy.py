@@ -8,7 +8,8 @@ from ternbus.broker.backoff import Retry
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import arms, topics
 from ternbus.broker.protocol.arms import WIDTH, Arms
-from ternbus.broker.protocol.messages import OPEN, PRIVATE, Head
+from ternbus.broker.protocol.messages import OPEN, PRIVATE
+from ternbus.broker.protocol.model_messages import Head
 from ternbus.broker.sums.terms import SCHEMA
 from ternbus.edge.core.actions import Log, StartTraining
 from ternbus.edge.core.events import BudgetSpent, TrainingFailed, TrainingFinished

@@ -8,8 +8,9 @@ from typing import Final
 
 from ternbus.broker.protocol.frame import FRAME_BYTES, parse
 from ternbus.broker.protocol.identity import KeyId
-from ternbus.broker.protocol.messages import SAMPLES_MAX, Grant, Head, Offer, Receipt
+from ternbus.broker.protocol.messages import SAMPLES_MAX, Grant, Offer, Receipt
 from ternbus.broker.protocol.meta_fields import ENTRIES_MAX
+from ternbus.broker.protocol.model_messages import Head
 from ternbus.broker.protocol.parts import message_digest
 from ternbus.broker.protocol.schema import Schema
 from ternbus.edge.core.actions import Action, Log, Publish, StartTraining
