@@ -7,11 +7,10 @@ Without --write, both sections are printed. With --write, each replaces the text
 
 import argparse
 import json
-import math
 import statistics
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +19,9 @@ from benchmarks.race import HEAD as RACE_HEAD
 from benchmarks.race import LONGEST_S, best, best_of_each, never, sooner
 from benchmarks.race import cells as race_cells
 from benchmarks.slow_classes import CALIBRATED, NAMES, STAYS, final, until
+from benchmarks.sum_figures import encrypted_sums, exact_sums, merge_costs, private_sums
 from benchmarks.time_to_accuracy import WAYS
+from benchmarks.words import percent, seeds_of, standard_error, table_of
 from ternbus.lab.experiment.table import table as experiment_table
 
 ROOT: Final = Path(__file__).parent.parent
@@ -38,7 +39,7 @@ def uplink(sizes: Any) -> str:
     raw, packed = (_bits(sizes, encoding) for encoding in ("raw", "zstd"))
     return (
         f"An update of {sizes['parameters']:,} parameters, a Gaussian change: {raw:.2f} bits a parameter raw, "
-        f"{packed:.2f} with zstd. That is {_percent(packed / 32)} of float32."
+        f"{packed:.2f} with zstd. That is {percent(packed / 32)} of float32."
     )
 
 
@@ -78,95 +79,7 @@ def ingest(rows: Any) -> str:
         "Updates that one aggregator merges a second. Broker and senders share the machine; each update is on disk "
         f"before its receipt is sent.{how} The skeleton verifies, stores, adds and answers updates and does nothing "
         "else; it runs on the same broker with the same senders. p50 and p99 are the time from sending an update to "
-        f"its receipt, at half of that load.\n\n{_table(head, body)}"
-    )
-
-
-def merge_costs(found: Any) -> str:
-    tables = (f"{each['parameters']:,} parameters:\n\n{_costs(each['rows'])}" for each in found["tables"])
-    return (
-        f"A version is made of {found['devices']} updates, as many as a sum of 4 bits holds. One helper opens a "
-        "sum. Bytes up are those of all frames of an update, and a device's CPU is what it takes to make them (one "
-        "thread, median). Bytes of a version are those updates, what aggregator and helper ask and answer, and what is "
-        "published, once. CPU of aggregator and helper is that of their processes for a version. Versions a second are "
-        "made one after the other: the next updates are sent when the last version has come. Broker, aggregator, "
-        f"helper and devices share the machine; {found['versions']} versions of each kind. Encryption (`bfv`) is for "
-        "small models only.\n\n" + "\n\n".join(tables)
-    )
-
-
-def _costs(rows: Any) -> str:
-    head = (
-        "update", "bytes up", "of float32", "device's CPU", "bytes of a version", "aggregator's CPU", "helper's CPU",
-        "versions/s", "devices in a sum, at most",
-    )  # fmt: skip
-    float32 = next(row["bytes"] for row in rows if row["update"] == "plain float32")
-    body = [
-        [
-            row["update"],
-            f"{row['bytes']:,}",
-            _percent(row["bytes"] / float32),
-            f"{row['device_ms']:.1f} ms",
-            f"{row['merge_bytes']:,}",
-            f"{row['aggregator_ms']:.0f} ms",
-            "-" if row["helper_ms"] is None else f"{row['helper_ms']:.0f} ms",
-            f"{row['versions_per_s']:.1f}",
-            str(row["devices_max"] or "-"),
-        ]
-        for row in rows
-    ]
-    return _table(head, body)
-
-
-def exact_sums(found: Any) -> str:
-    rounded, way, took = found["rounding"], found["accuracy"], found["revocation"]
-    exact, noise = rounded["exact"], rounded["terngrad"]
-    apart = [100 * (new - old) for new, old in zip(way["exact"], way["in order"], strict=True)]
-    percent = {name: f"{100 * statistics.mean(values):.2f} %" for name, values in way.items()}
-    head = ("sum", "adders", "CPU an update, all adders", "the busiest adder", "updates/s by its CPU", "times")
-    rows = found["adders"]
-    body = [
-        [
-            row["way"],
-            str(row["adders"]),
-            f"{row['cpu_ms']:.2f} ms",
-            f"{row.get('busiest_ms', row['cpu_ms']):.2f} ms",
-            f"{row['per_s']:,.0f}",
-            f"{row['per_s'] / rows[0]['per_s']:.1f}",
-        ]
-        for row in rows
-    ]
-    how = " with the compiled loop" if found["compiled"] else ""
-    old, new = took["cpu_ms"]["in order"], took["cpu_ms"]["exact"]
-    return (
-        f"Buffers of {found['updates']} updates, made ternary at random ({found['buffers']} buffers). Rounding their "
-        f"coefficients moves a sum by {exact['error']:.1e} of its norm, where TernGrad itself has moved it by "
-        f"{noise['error']:.2f}: {noise['error'] / exact['error']:,.0f} times as much. Its bias, the part along the "
-        f"sum, is {exact['bias']:+.1e} (standard error {exact['bias_se']:.1e}); TernGrad's, which clips, is "
-        f"{noise['bias']:+.1e}. digits-numpy, 8 devices, Dirichlet 0.5, {found['versions']} versions, "
-        f"{_seeds(len(apart))}: {percent['exact']} with exact sums, {percent['in order']} in order, "
-        f"{statistics.mean(apart):+.2f} points apart (standard error {_error(apart):.2f}).\n\n"
-        f"Threads that add updates of {found['parameters']:,} parameters{how}, by the CPU time of the threads. All "
-        f"have the same bits.\n\n{_table(head, body)}\n\n"
-        f"To take one of {took['devices']} devices out of a buffer of {took['buffer']} takes {old:.0f} ms of CPU where "
-        f"the others are added anew, and {new:.1f} ms where its updates are subtracted: {old / new:.0f} times less."
-    )
-
-
-def private_sums(found: Any) -> str:
-    own, helper, bare, took = (found[name] for name in ("device", "helper", "bare", "ingest"))
-    return (
-        f"An update of {found['parameters']:,} parameters with {found['bits']} bits a value, and one helper. In CPU "
-        "time of one thread (medians): a device draws its integers in "
-        f"{own['draw_ms']:.1f} ms, masks them in {own['mask_ms']:.1f} ms (ChaCha20's stream alone takes "
-        f"{own['stream_ms']:.1f} ms) and seals them in {own['seal_ms']:.1f} ms. The whole update takes "
-        f"{own['whole_ms']:.0f} ms, a plain one {own['plain_ms']:.0f} ms. A helper prepares a sum of {found['sum']} in "
-        f"{helper['prepare_ms']:.1f} ms and opens it in {helper['open_ms']:.0f} ms; to make and add the masks, and "
-        f"nothing else, takes {helper['masks_ms']:.0f} ms. An aggregator answers {took['updates_per_s']:.0f} private "
-        f"updates a second, while broker, helper and senders share its cores; {took['counts']['merged']} of "
-        f"{took['counts']['accepted']} were merged. Until it is merged, each takes {took['aggregator_cpu_ms']:.0f} ms "
-        f"of CPU, and {took['helper_cpu_ms']:.1f} ms of the helper's. To verify, hash, unseal and append one, and "
-        f"nothing else, takes {sum(bare.values()):.1f} ms."
+        f"its receipt, at half of that load.\n\n{table_of(head, body)}"
     )
 
 
@@ -178,29 +91,6 @@ def dashboard(row: Any) -> str:
         f"{row['rounds']} alternating rounds; the ratio is {row['ratio']:.2f}). Each update takes it "
         f"{row['cpu_ms'][viewers]:.2f} and {row['cpu_ms']['0']:.2f} ms of CPU. The dashboard is a process of its own, "
         f"and takes {row['dashboard_cores']:.2f} of a core."
-    )
-
-
-def encrypted_sums(found: Any) -> str:
-    head = (
-        "parameters", "kind", "an update", "to the helper", "from it", "device", "aggregator", "helper",
-    )  # fmt: skip
-    body = [
-        [
-            f"{row['parameters']:,}",
-            f"`{row['kind']}`",
-            *(f"{row[name]:,}" for name in ("update_bytes", "ask_bytes", "answer_bytes")),
-            *(f"{row[name]:,.1f} ms" for name in ("device_ms", "aggregator_ms", "helper_ms")),
-        ]
-        for row in found["rows"]
-    ]
-    key = max(row["key_bytes"] for row in found["rows"])
-    return (
-        f"A sum of {found['sum']} updates with {found['bits']} bits a value, by masks and by encryption (`bfv`): bytes "
-        "of the bodies, and CPU time of one thread (medians). An aggregator's time is for all updates of the sum, a "
-        "device's for its own. A set's headers go to the helper with both kinds. With `bfv` the helper's public key, "
-        f"{key:,} bytes, goes to each device with each version besides. Both open to the same integers. A federation "
-        f"of the kind `bfv` takes models of up to {found['limit']:,} parameters.\n\n{_table(head, body)}"
     )
 
 
@@ -220,7 +110,7 @@ def attacks(rows: Any) -> str:
     return (
         "What honest devices notice of one attacker, who does all that it can do at once: their updates answered, the "
         "time from sending one to its receipt, and the aggregator's memory. Broker, aggregator, senders and attacker "
-        f"share the machine.\n\n{_table(head, body)}"
+        f"share the machine.\n\n{table_of(head, body)}"
     )
 
 
@@ -250,7 +140,7 @@ def edge(rows: Any) -> str:
     body = []
     for row in rows:
         device, bare = row["device"], row["alone"]
-        work = [f"{1000 * device['own_cpu_s']:.0f} ms", _percent(row["share"])]
+        work = [f"{1000 * device['own_cpu_s']:.0f} ms", percent(row["share"])]
         memory = [f"{device['peak_mb']:.0f} MB", f"{row['above_mb']:.0f} MB"]
         rest = [
             f"{device['written_bytes'] / 1000:,.0f} kB",
@@ -260,7 +150,7 @@ def edge(rows: Any) -> str:
         body.append([row["task"], f"{bare['samples']:,.0f}", *work, *memory, *rest])
     return (
         "The same trainer in a device of Ternbus and alone in a process. Own CPU is what Ternbus adds to the training "
-        f"for one update.\n\n{_table(head, body)}"
+        f"for one update.\n\n{table_of(head, body)}"
     )
 
 
@@ -275,14 +165,14 @@ def time_to_accuracy(found: Any) -> str:
         means = [statistics.mean(row[key] for row in rows) for key in ("seconds", "version", "updates")]
         sizes = [statistics.mean(row[key] for row in rows) / 1e6 for key in ("up", "both")]
         ratios = found["compared"].get(way)
-        than = ["", ""] if ratios is None else [f"{ratios['sooner']:.1f}", _percent(ratios["both"])]
+        than = ["", ""] if ratios is None else [f"{ratios['sooner']:.1f}", percent(ratios["both"])]
         body.append([way, *(f"{mean:.0f}" for mean in means), f"{sizes[0]:.1f}", f"{sizes[1] - sizes[0]:.1f}", *than])
     over = " Over-selection takes the first 10 of 20 on each version (Bonawitz et al. 2019)."
     over = over if any(way.startswith("over") for way in _ways(found)) else ""
     return (
         "fashion-mnist, 20 devices of very unequal speed (sigma 1.0), lines of 1/4 Mbit/s, virtual time, "
-        f"{_seeds(len(found['seeds']))}: until {100 * found['accuracy']:.0f} %. The barrier waits for all 20 devices "
-        f"(McMahan et al. 2017).{over}\n\n{_table(head, body)}"
+        f"{seeds_of(len(found['seeds']))}: until {100 * found['accuracy']:.0f} %. The barrier waits for all 20 devices "
+        f"(McMahan et al. 2017).{over}\n\n{table_of(head, body)}"
     )
 
 
@@ -305,14 +195,14 @@ def slow_classes(found: Any) -> str:
         share = stale / max(1, stale + sum(each["updates"] for each in runs))
         versions, reached = statistics.mean(len(each["seconds"]) - 1 for each in runs), until(runs)
         arrived = "never" if reached is None else f"{reached:.0f}"
-        body.append([way, f"{versions:.0f}", *accuracies, arrived, _percent(share)])
+        body.append([way, f"{versions:.0f}", *accuracies, arrived, percent(share)])
     return (
         "digits-numpy, 20 devices of very unequal speed (sigma 1.0); the five slowest have three classes that no other "
         "device has. Over-selection takes the first 10 of 20 on each version, so it seldom hears of a slow device. The "
         "asynchronous way hears of them, but a late update counts less, and many others come between two of theirs. "
         "With CA2FL and a server rate of 0.5, each version also moves by what every device sent last. "
-        f"After {seconds:.0f} virtual seconds, {_seeds(found['asked']['seeds'])}, ± standard deviation "
-        f"([plot](../benchmarks/results/slow_classes.png)).\n\n{_table(head, body)}{_sooner_with_ca2fl(found['ways'])}"
+        f"After {seconds:.0f} virtual seconds, {seeds_of(found['asked']['seeds'])}, ± standard deviation "
+        f"([plot](../benchmarks/results/slow_classes.png)).\n\n{table_of(head, body)}{_sooner_with_ca2fl(found['ways'])}"
     )
 
 
@@ -334,7 +224,7 @@ def race(found: Any) -> str:
         "version from the first updates on the newest one (over-selection), an asynchronous one from each full "
         "buffer, however stale its updates are: by a discount of staleness, or by an algorithm of its own "
         "([CA2FL, FADAS](notebook.md#algorithms-of-your-own)). Both choose from the same server optimizers; of each "
-        f"buffer and discount the best is shown. Virtual time, {_seeds(found['asked']['seeds'])}, ternary both ways."
+        f"buffer and discount the best is shown. Virtual time, {seeds_of(found['asked']['seeds'])}, ternary both ways."
     )
     parts = [about]
     for task, raced in found["tasks"].items():
@@ -344,7 +234,7 @@ def race(found: Any) -> str:
         verdict = "no synchronous way arrives" if ratio is None else f"the first one is {ratio:.2f} times sooner"
         met = "met" if ratio is None or ratio >= found["goal"] else "missed"
         goal = f"Goal: {found['goal']:.0f} times sooner than the best synchronous way: {met}, {verdict}."
-        table = _table(RACE_HEAD, [race_cells(row, rows) for row in best_of_each(rows)])
+        table = table_of(RACE_HEAD, [race_cells(row, rows) for row in best_of_each(rows)])
         late = "; ".join(never(rows))
         late = f" Not with every seed within {LONGEST_S[task]:.0f} s: {late}." if late else ""
         parts += [f"{task}, until {100 * raced['accuracy']:.0f} %:", table, f"{goal}{late}"]
@@ -358,12 +248,12 @@ def fashion(rows: Any) -> str:
         accuracies = [100 * row["mean_of_last"] for row in found]
         up, down, size = (statistics.mean(row[key] for row in found) for key in ("bits_up", "bits_down", "megabytes"))
         seeds = ", ".join(f"{each:.1f}" for each in accuracies)
-        mean, error = f"{statistics.mean(accuracies):.2f} %", f"{_error(accuracies):.2f}"
+        mean, error = f"{statistics.mean(accuracies):.2f} %", f"{standard_error(accuracies):.2f}"
         body.append([name, mean, error, seeds, f"{up:.2f}", f"{down:.2f}", f"{size:.0f}"])
     apart, scatter = _ternary_minus_float32(rows)
     return (
         "fashion-mnist, 20 devices, Dirichlet 0.5, speeds lognormal 0.7, 60 versions of 5 updates, in virtual time. "
-        f"Bits are those of one parameter.\n\n{_table(head, body)}\n\n"
+        f"Bits are those of one parameter.\n\n{table_of(head, body)}\n\n"
         f"Ternary minus float32, seed by seed: {apart:+.2f} points, standard error {scatter:.2f}."
     )
 
@@ -383,7 +273,7 @@ def simulator(rows: Any) -> str:
     return (
         "A simulation of digits-numpy, Dirichlet 0.5: three versions, each of the updates of a tenth of the devices. "
         "All devices enroll, fetch each version and begin to train. Times are those of one processor.\n\n"
-        f"{_table(head, body)}"
+        f"{table_of(head, body)}"
     )
 
 
@@ -410,7 +300,7 @@ def training_speed(rows: Any) -> str:
         "processes that wait for nobody; nothing is merged or evaluated. Flower's engine trains in two processes, and "
         "both evaluate each version. Seconds are those of whole commands, with their imports. The last column has the "
         "processor's time of the simulation as a multiple of that of the training alone.\n\n"
-        f"{_table(head, body)}"
+        f"{table_of(head, body)}"
     )
 
 
@@ -428,12 +318,12 @@ def agreement(found: Any) -> str:
     body = []
     for row in found["rows"]:
         share = row["relative"]
-        apart, allowed = (_percent(row[key]) if share else f"{row[key]:.2f}" for key in ("apart", "allowed"))
+        apart, allowed = (percent(row[key]) if share else f"{row[key]:.2f}" for key in ("apart", "allowed"))
         body.append([AGREEMENT[row["figure"]], f"{row['real']:.4g}", f"{row['simulated']:.4g}", apart, allowed])
     return (
         f"digits-numpy, {found['devices']} devices (speeds lognormal 0.7), {found['versions']} versions of 10 updates: "
         "the same scenario by `ternbus lab run`, with a process for each device, and by `ternbus lab simulate`. The "
-        f"first third of the versions is left out, while processes start.\n\n{_table(head, body)}"
+        f"first third of the versions is left out, while processes start.\n\n{table_of(head, body)}"
     )
 
 
@@ -505,18 +395,18 @@ def summary() -> str:
         )
         for name, (what, words) in SUMMARY.items()
     ]
-    return _wrapped(f"Measured on {here}.\n\n{_table(('what', 'figure', 'command'), rows)}")
+    return _wrapped(f"Measured on {here}.\n\n{table_of(('what', 'figure', 'command'), rows)}")
 
 
 def _uplink_line(sizes: Any) -> str:
     packed = _bits(sizes, "zstd")
-    return f"{packed:.2f} bits a parameter, {_percent(packed / 32)} of float32"
+    return f"{packed:.2f} bits a parameter, {percent(packed / 32)} of float32"
 
 
 def _fashion_line(rows: Any) -> str:
     mean, error = _ternary_minus_float32(rows)
     seeds = len(next(iter(rows.values())))
-    return f"{mean:+.2f} points beside float32 both ways, standard error {error:.2f} ({_seeds(seeds)})"
+    return f"{mean:+.2f} points beside float32 both ways, standard error {error:.2f} ({seeds_of(seeds)})"
 
 
 def _time_line(found: Any) -> str:
@@ -531,7 +421,9 @@ def _time_line(found: Any) -> str:
     ]
     if not told:
         return "not reached"
-    return f"{100 * found['accuracy']:.0f} % is reached {', '.join(told)} ({_seeds(len(found['seeds']))}, virtual time)"
+    return (
+        f"{100 * found['accuracy']:.0f} % is reached {', '.join(told)} ({seeds_of(len(found['seeds']))}, virtual time)"
+    )
 
 
 def _ingest_line(rows: Any) -> str:
@@ -546,7 +438,7 @@ def _ingest_line(rows: Any) -> str:
 def _edge_line(rows: Any) -> str:
     numpy, torch = rows[0], rows[-1]
     return (
-        f"{1000 * torch['device']['own_cpu_s']:.0f} ms of CPU an update, {_percent(torch['share'])} of the training "
+        f"{1000 * torch['device']['own_cpu_s']:.0f} ms of CPU an update, {percent(torch['share'])} of the training "
         f"({torch['task']}); {numpy['device']['peak_mb']:.0f} MB in all with a numpy model ({numpy['task']})"
     )
 
@@ -605,11 +497,6 @@ def _wrapped(text: str) -> str:
     )
 
 
-def _table(head: Iterable[str], body: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *body])
-
-
 def _bits(sizes: Any, encoding: str) -> float:
     """The bits per parameter of an update with this encoding."""
     return float(next(each["bits_per_parameter"] for each in sizes["sizes"] if each["encoding"] == encoding))
@@ -623,23 +510,10 @@ def _compiled(row: Any) -> bool:
     return bool(row.get("compiled"))
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def _seeds(count: int) -> str:
-    return "one seed" if count == 1 else f"{count} seeds"
-
-
 def _ternary_minus_float32(rows: Any) -> tuple[float, float]:
     """(mean, standard error) of the differences in accuracy between runs with the same seed, in points."""
     apart = [100 * (one["mean_of_last"] - two["mean_of_last"]) for one, two in zip(*rows.values(), strict=True)]
-    return statistics.mean(apart), _error(apart)
-
-
-def _error(values: list[float]) -> float:
-    """The standard error of the mean."""
-    return statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.mean(apart), standard_error(apart)
 
 
 def between_markers(text: str) -> str | None:

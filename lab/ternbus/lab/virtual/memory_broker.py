@@ -32,6 +32,15 @@ class Line:
     latency_s: float = 0.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Carried:
+    """The bytes of all devices' PUBLISH packets until a version was made, by kind of message."""
+
+    update: int
+    delta: int
+    snapshot: int
+
+
 class Client(Protocol):
     """The callbacks of a session's client."""
 

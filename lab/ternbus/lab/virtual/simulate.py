@@ -7,7 +7,6 @@ published vector on the test data: every device has the same bits.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -47,7 +46,7 @@ from ternbus.lab.scenario.scenario import Fault, Scenario
 from ternbus.lab.virtual import setup
 from ternbus.lab.virtual.attendance import Attendance
 from ternbus.lab.virtual.clock import Clock
-from ternbus.lab.virtual.memory_broker import MemoryBroker
+from ternbus.lab.virtual.memory_broker import Carried, MemoryBroker
 from ternbus.lab.virtual.memory_ledger import MemoryLedger
 from ternbus.lab.virtual.training import Place, Placing
 from ternbus.lab.virtual.virtual_aggregator import VirtualAggregator
@@ -55,15 +54,6 @@ from ternbus.lab.virtual.virtual_device import Body, VirtualDevice
 from ternbus.lab.virtual.virtual_helper import VirtualHelper
 
 QUIET_S: Final = 2 * 86_400.0  # virtual time, longer than any buffer waits; after that no further version is expected
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Carried:
-    """The bytes of all devices' PUBLISH packets until a version was made, by kind of message."""
-
-    update: int
-    delta: int
-    snapshot: int
 
 
 class Simulation:
