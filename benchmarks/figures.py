@@ -202,7 +202,8 @@ def slow_classes(found: Any) -> str:
         "asynchronous way hears of them, but a late update counts less, and many others come between two of theirs. "
         "With CA2FL and a server rate of 0.5, each version also moves by what every device sent last. "
         f"After {seconds:.0f} virtual seconds, {seeds_of(found['asked']['seeds'])}, ± standard deviation "
-        f"([plot](../benchmarks/results/slow_classes.png)).\n\n{table_of(head, body)}{_sooner_with_ca2fl(found['ways'])}"
+        f"([plot](../benchmarks/results/slow_classes.png)).\n\n{table_of(head, body)}"
+        f"{_sooner_with_ca2fl(found['ways'])}"
     )
 
 
