@@ -292,17 +292,8 @@ def simulator(rows: Any) -> str:
 
 
 def training_speed(rows: Any) -> str:
-    head = (
-        "task",
-        "versions",
-        "option",
-        "simulation",
-        "bare training",
-        "times",
-        "Flower's engine",
-        "times",
-        "processor",
-    )
+    ways = ("simulation", "bare training", "times", "Flower's engine", "times", "processor")
+    head = ("task", "data", "versions", "option", *ways)
     body = []
     for row in rows:
         ours = [row["task"], row["partition"], str(row["versions"]), f"`{row['options']}`", f"{row['ternbus_s']:.1f} s"]
