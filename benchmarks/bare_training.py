@@ -24,21 +24,21 @@ from benchmarks.program import options
 from ternbus.edge import TorchTask
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.plan.plan import Plan
+from ternbus.lab.scenario.partitions import part_of
 
 SEED = 0
-PARTITION = "dirichlet:0.5"
 
 
 class Clients:
     """All clients of a task: their rows of its data, and a plain training."""
 
-    def __init__(self, task: str, data: Path | None, devices: int) -> None:
+    def __init__(self, task: str, data: Path | None, devices: int, partition: str) -> None:
         torch.set_num_threads(1)
         found = load_task(task)
         assert isinstance(found, TorchTask)
         self.task, self.plan = found, Plan.from_meta(found.default_plan)
         self.inputs, self.targets = found.dataset(data, "train")
-        partitions = [f"{PARTITION}:{device}/{devices}:{SEED}" for device in range(devices)]
+        partitions = [part_of(partition, device, devices, SEED) for device in range(devices)]
         trainers: Any = found.trainers(data=data, partitions=partitions)
         self.rows: list[Any] = [trainer.data.numbers for trainer in trainers]
 
@@ -64,7 +64,7 @@ def as_floats(inputs: Tensor) -> Tensor:
 
 def part(given: argparse.Namespace, which: Mapping[int, int], process: int) -> float:
     """Train the devices of one process, all versions; the seconds of its processor, without imports and data."""
-    clients = Clients(given.task, given.data, given.devices)
+    clients = Clients(given.task, given.data, given.devices, given.partition)
     initial = clients.task.fresh().state_dict()
     net = clients.task.fresh()
     began = time.process_time()
@@ -75,13 +75,13 @@ def part(given: argparse.Namespace, which: Mapping[int, int], process: int) -> f
     return time.process_time() - began
 
 
-def divided(task: str, data: Path | None, devices: int, processes: int) -> dict[int, int]:
+def divided(given: argparse.Namespace) -> dict[int, int]:
     """The process of each device: the largest first, each to the process with the fewest samples."""
-    sizes = {device: len(rows) for device, rows in enumerate(Clients(task, data, devices).rows)}
-    loads, found = [0] * processes, dict[int, int]()
-    for device in sorted(sizes, key=lambda each: -sizes[each]):
+    rows = Clients(given.task, given.data, given.devices, given.partition).rows
+    loads, found = [0] * given.processes, dict[int, int]()
+    for device in sorted(range(given.devices), key=lambda each: -len(rows[each])):
         found[device] = loads.index(min(loads))
-        loads[found[device]] += sizes[device]
+        loads[found[device]] += len(rows[device])
     return found
 
 
@@ -92,10 +92,11 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=20)
     parser.add_argument("--versions", type=int, default=10)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--partition", default="dirichlet:0.5")
     parser.add_argument("--data", type=Path)
     given = parser.parse_args()
     began = time.perf_counter()
-    which = divided(given.task, given.data, given.devices, given.processes)
+    which = divided(given)
     work = partial(part, given, which)
     if given.processes == 1:
         spent = [work(0)]

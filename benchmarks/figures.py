@@ -279,25 +279,16 @@ def simulator(rows: Any) -> str:
 
 
 def training_speed(rows: Any) -> str:
-    head = (
-        "task",
-        "versions",
-        "option",
-        "simulation",
-        "bare training",
-        "times",
-        "Flower's engine",
-        "times",
-        "processor",
-    )
+    ways = ("simulation", "bare training", "times", "Flower's engine", "times", "processor")
+    head = ("task", "data", "versions", "option", *ways)
     body = []
     for row in rows:
-        ours = [row["task"], str(row["versions"]), f"`{row['options']}`", f"{row['ternbus_s']:.1f} s"]
+        ours = [row["task"], row["partition"], str(row["versions"]), f"`{row['options']}`", f"{row['ternbus_s']:.1f} s"]
         peer = ["", ""] if "flower_s" not in row else [f"{row['flower_s']:.1f} s", f"{row['to_flower']:.1f}"]
         spent = f"{row['cpu_to_training']:.2f}"
         body.append([*ours, f"{row['bare_s']:.1f} s", f"{row['to_bare']:.2f}", *peer, spent])
     return (
-        "Rounds of 20 devices, Dirichlet 0.5. Bare training is the same batches in a plain loop of PyTorch, in two "
+        "Rounds of 20 devices. Bare training is the same batches in a plain loop of PyTorch, in two "
         "processes that wait for nobody; nothing is merged or evaluated. Flower's engine trains in two processes, and "
         "both evaluate each version. Seconds are those of whole commands, with their imports. The last column has the "
         "processor's time of the simulation as a multiple of that of the training alone.\n\n"

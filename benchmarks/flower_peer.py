@@ -7,6 +7,7 @@ older versions of some packages. FedAvg in rounds of all clients; a client train
 the server evaluates each version on the test data.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -33,18 +34,18 @@ from flwr.simulation import run_simulation
 
 
 @cache
-def clients(task: str, data: str, devices: int) -> Clients:
+def clients(task: str, data: str, devices: int, partition: str) -> Clients:
     """Loaded once in each process of the engine."""
-    return Clients(task, Path(data) if data else None, devices)
+    return Clients(task, Path(data) if data else None, devices, partition)
 
 
-def client_app(task: str, data: str, devices: int) -> ClientApp:
-    """What each client does in a round."""
+def client_app(*which: Any) -> ClientApp:
+    """What each client does in a round; ``which`` are the arguments of `clients`."""
     app = ClientApp()
 
     @app.train()  # type: ignore[untyped-decorator]
     def train(message: Message, context: Context) -> Message:
-        mine = clients(task, data, devices)
+        mine = clients(*which)
         device, version = int(context.node_config["partition-id"]), int(message.content["config"]["server-round"])
         net = mine.task.fresh()
         net.load_state_dict(message.content["arrays"].to_torch_state_dict())
@@ -56,11 +57,11 @@ def client_app(task: str, data: str, devices: int) -> ClientApp:
     return app
 
 
-def server_app(task: str, data: str, devices: int, versions: int, found: dict[str, Any]) -> ServerApp:
+def server_app(versions: int, found: dict[str, Any], *which: Any) -> ServerApp:
     """FedAvg, with an evaluation of each version."""
     app = ServerApp()
-    mine = clients(task, data, devices)
-    evaluator = mine.task.evaluator(data=Path(data) if data else None)
+    mine, devices = clients(*which), which[2]
+    evaluator = mine.task.evaluator(data=Path(which[1]) if which[1] else None)
 
     def evaluate(_: int, arrays: ArrayRecord) -> MetricRecord:
         tensors = {name: array.numpy() for name, array in arrays.to_torch_state_dict().items()}
@@ -82,16 +83,18 @@ def server_app(task: str, data: str, devices: int, versions: int, found: dict[st
     return app
 
 
-def simulated(task: str, data: str, devices: int, versions: int, processes: int) -> Mapping[str, float]:
+def simulated(given: argparse.Namespace) -> Mapping[str, float]:
     """Run it; the seconds until the last version was evaluated, and its accuracy."""
     torch.set_num_threads(1)
     began = time.perf_counter()
     found: dict[str, Any] = {}
+    which = (given.task, given.data, given.devices, given.partition)
+    resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"num_cpus": given.processes}}
     run_simulation(
-        server_app=server_app(task, data, devices, versions, found),
-        client_app=client_app(task, data, devices),
-        num_supernodes=devices,
-        backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"num_cpus": processes}},
+        server_app=server_app(given.versions, found, *which),
+        client_app=client_app(*which),
+        num_supernodes=given.devices,
+        backend_config=resources,
     )
     return {"wall_s": found["evaluated_s"] - began, "accuracy": found["accuracy"]}
 
@@ -104,8 +107,9 @@ def main() -> None:
     parser.add_argument("--versions", type=int, default=10)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--data", default="")
+    parser.add_argument("--partition", default="dirichlet:0.5")
     given = parser.parse_args()
-    found = simulated(given.task, given.data, given.devices, given.versions, given.processes)
+    found = simulated(given)
     print("\n" + json.dumps(found) if given.json else f"{found['wall_s']:.1f} s, accuracy {found['accuracy']:.4f}")
 
 

@@ -2,13 +2,13 @@
 
     python -m benchmarks.training_speed [--data DIR] [--flower PYTHON] [--repeat 1] [--json]
 
-Rounds of 20 devices, Dirichlet 0.5. With ``--data``: ten versions of fashion-mnist by `lab simulate --jobs 2`. Always:
-fifty versions of digits-mlp, a small model, by `--vectorise 20`. ``bare`` is `benchmarks.bare_training`: the same
-batches in a plain loop, in two processes that wait for nobody. ``flower`` is `benchmarks.flower_peer`, by a Python that
-has `flwr[simulation]`, by default the one that FLOWER_PYTHON names. All of these are whole commands, with their
-imports, one after the other, and again with ``--repeat``; the shortest time of each counts, since other work can only
-lengthen it. ``to_bare`` is the ratio of the times, ``cpu_to_training`` that of the processor's: all that the simulation
-and its processes spent, by what the bare loops spent in training alone.
+Rounds of 20 devices. With ``--data``: ten versions of fashion-mnist by `lab simulate --jobs 2`. Always: fifty versions
+of digits-mlp, a small model, by `--vectorise 20`, for devices with equal and with unequal data. ``bare`` is
+`benchmarks.bare_training`: the same batches in a plain loop, in two processes that wait for nobody. ``flower`` is
+`benchmarks.flower_peer`, by a Python that has `flwr[simulation]`, by default the one that FLOWER_PYTHON names. All of
+these are whole commands, with their imports, one after the other, and again with ``--repeat``; the shortest time of
+each counts, since other work can only lengthen it. ``to_bare`` is the ratio of the times, ``cpu_to_training`` that of
+the processor's: all that the simulation and its processes spent, by what the bare loops spent in training alone.
 """
 
 import json
@@ -38,16 +38,18 @@ class Case:
     task: str
     versions: int
     options: tuple[str, ...]
+    partition: str = "dirichlet:0.5"
     data: Path | None = None
 
     def commands(self, flower: str | None) -> dict[str, list[str]]:
         """The command of each way to train it, by name."""
         data = [] if self.data is None else ["--data", str(self.data)]
-        same = ["--devices", str(DEVICES), "--versions", str(self.versions), *data, "--json"]
+        same = ["--devices", str(DEVICES), "--versions", str(self.versions), "--partition", self.partition]
+        same += [*data, "--json"]
         peers = [self.task, "--processes", str(PROCESSES), *same]
         ours = [sys.executable, "-m", "ternbus", "lab", "simulate", "--task", self.task, "--sync"]
         found = {
-            "ternbus": [*ours, "--partition", "dirichlet:0.5", *self.options, *same, "--out"],
+            "ternbus": [*ours, *self.options, *same, "--out"],
             "bare": [sys.executable, "-m", "benchmarks.bare_training", *peers],
         }
         return found if flower is None else {**found, "flower": [flower, "-m", "benchmarks.flower_peer", *peers]}
@@ -75,7 +77,8 @@ def measured(case: Case, flower: str | None, repeat: int) -> dict[str, Any]:
             runs.setdefault(name, []).append(found)
             print(f"{case.task}, {name}: {found['wall_s']:.1f} s, {found['cpu_s']:.1f} s of processor", file=sys.stderr)
     best = {name: min(each, key=lambda run: run["wall_s"]) for name, each in runs.items()}
-    row: dict[str, Any] = {"task": case.task, "versions": case.versions, "options": " ".join(case.options)}
+    row: dict[str, Any] = {"task": case.task.partition(":")[0].rpartition(".")[2], "partition": case.partition}
+    row |= {"versions": case.versions, "options": " ".join(case.options)}
     for name, each in best.items():
         row |= {f"{name}_s": each["wall_s"], f"{name}_cpu_s": each["cpu_s"]}
     row["accuracy"] = best["ternbus"]["printed"]["metrics"]["accuracy"]
@@ -90,7 +93,7 @@ def measured(case: Case, flower: str | None, repeat: int) -> dict[str, Any]:
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print a line for each figure."""
     for row in rows:
-        print(f"{row['task']}, {DEVICES} devices, {row['versions']} versions, {row['options']}:")
+        print(f"{row['task']}, {DEVICES} devices, {row['partition']}, {row['versions']} versions, {row['options']}:")
         print(f"  ternbus {row['ternbus_s']:.1f} s, bare training {row['bare_s']:.1f} s: {row['to_bare']:.2f} times")
         print(f"  {row['ternbus_cpu_s']:.1f} s of processor: {row['cpu_to_training']:.2f} times that of the bare loops")
         if "to_flower" in row:
@@ -109,7 +112,8 @@ def main() -> None:
     )
     parser.add_argument("--repeat", type=int, default=1, help="runs of each")
     given = parser.parse_args()
-    cases = [Case(task=MLP, versions=50, options=("--vectorise", str(DEVICES)))]
+    at_once = ("--vectorise", str(DEVICES))
+    cases = [Case(task=MLP, versions=50, options=at_once, partition=each) for each in ("iid", "dirichlet:0.5")]
     if given.data is not None:
         images = Case(task="fashion-mnist", versions=10, options=("--jobs", str(PROCESSES)), data=given.data)
         cases.insert(0, images)

@@ -68,6 +68,13 @@ class Objective:
             return loss(outputs, targets)
         return default_loss(outputs, targets)
 
+    def of_classes(self, outputs: Tree, targets: Tree) -> bool:
+        """Whether it is cross entropy, one class for each row of scores."""
+        return not self._own and all(
+            isinstance(each, Tensor) and each.dim() == dimensions and each.is_floating_point() == scores
+            for each, dimensions, scores in ((outputs, 2, True), (targets, 1, False))
+        )
+
     def outputs(self, net: nn.Module, batch: Tree, found: Loss) -> Tree | None:
         """The outputs for metrics; None if the loss gives none, and the task does not say how to predict."""
         if found.outputs is None and (self._task.has_own("predict") or self._task.has_own_metrics):

@@ -34,6 +34,9 @@ from ternbus.edge.torch.tree import Tree, mapped, some_rows
 if TYPE_CHECKING:
     from ternbus.edge.torch.trainer import Shared, TorchTrainer
 
+Asked = tuple[torch.Size, float]
+"""The shape of a tensor that dropout is applied to, and the share of it that becomes 0."""
+
 DROPOUT: Final = inspect.signature(functional.dropout)
 
 
@@ -98,24 +101,22 @@ class VectorisedTraining:
 
     def _descend_at_once(self, plan: Plan, starts: Sequence[Start], stack: "_Stack") -> list[dict[str, float]]:
         """Run the plan's steps on all models, in place. Returns the steps, the mean loss and the metrics of each."""
-        batches = [list(plan.batches(start.trainer.samples, np.random.default_rng(start.seed))) for start in starts]
+        batches = [_numbers(start, plan) for start in starts]
         rates = [list(plan.rates(start.version, start.trainer.samples)) for start in starts]
-        data = [cast("TensorSamples", _trainer(start).data) for start in starts]
         optimizer = local_optimizer.begin(plan, list(stack.parameters.values()))
         scores = [scoring.Scores(self._metrics, scoring.TRAINING_BYTES) for _ in starts]
         losses = [0.0] * len(starts)
-        objective = _Objective(self._shared.model, self._objective, plan)
-        losses_of_all = vmap(objective.with_parameters)
+        objective = _Objective(self._shared.model, self._task, self._objective, plan)
         dropout: _Dropout | None = None
         for step in range(len(batches[0])):
             count = sum(len(each) > step for each in batches)
             optimizer.keep_first(count)
-            batch = self._stacked([each[step] for each in batches[:count]], data)
+            batch = self._stacked([each[step] for each in batches[:count]])
             if dropout is None:
                 one = mapped(Tensor.clone, _row(batch, 0))  # a model may change its inputs in place
                 dropout = _Dropout(objective, one, [start.seed for start in starts])
             parameters = stack.first(count)
-            found, outputs = losses_of_all(parameters, batch, dropout.masks(count))
+            found, outputs = objective.of_all(parameters, batch, dropout.masks(count))
             # A loss depends on its own model alone, so the gradients of their sum are those of each.
             gradients = torch.autograd.grad(found.sum(), list(parameters.values()), materialize_grads=True)
             with torch.no_grad():
@@ -129,12 +130,11 @@ class VectorisedTraining:
             for loss, score, each in zip(losses, scores, batches, strict=True)
         ]
 
-    def _stacked(self, chosen: Sequence[Numbers], data: Sequence[TensorSamples]) -> Tree:
+    def _stacked(self, numbers: Sequence[Numbers]) -> Tree:
         """A batch of each device, with a new first dimension: [devices, samples of a batch, …]."""
-        numbers = [one if each.numbers is None else each.numbers[one] for one, each in zip(chosen, data, strict=False)]
-        batch = some_rows(data[0].tree, torch.from_numpy(np.concatenate(numbers)))
-        ready = prepared(batch, torch.float32, self._shared.device)
-        return mapped(lambda tensor: tensor.reshape(len(chosen), -1, *tensor.shape[1:]), ready)
+        tree = cast("TensorSamples", self._samples).tree  # that of all devices
+        ready = prepared(some_rows(tree, torch.from_numpy(np.concatenate(numbers))), torch.float32, self._shared.device)
+        return mapped(lambda tensor: tensor.reshape(len(numbers), -1, *tensor.shape[1:]), ready)
 
 
 class _Stack:
@@ -160,20 +160,45 @@ class _Stack:
 class _Objective(nn.Module):
     """The loss of a batch as a module, so that `functional_call` evaluates it with other parameters of the model."""
 
-    def __init__(self, net: nn.Module, objective: Objective, plan: Plan) -> None:
+    def __init__(self, net: nn.Module, task: TorchTask, objective: Objective, plan: Plan) -> None:
         super().__init__()
         self.net = net
-        self._objective, self._plan = objective, plan
+        self.of_classes = False  # whether outputs are enough: the cross entropy of all follows without `vmap`
+        self._task, self._objective, self._plan = task, objective, plan
 
-    def forward(self, batch: Tree) -> tuple[Tensor, tuple[Tree, ...]]:
+    def forward(self, batch: Tree) -> tuple[Tensor | None, tuple[Tree, ...]]:
         """The loss, and in a tuple the outputs if they are known."""
+        if self.of_classes:
+            return None, (self._task.predict(self.net, batch),)
         found = self._objective.of(self.net, batch, self._plan, Way())
-        return found.value.reshape(()), () if found.outputs is None else (found.outputs,)
+        return found.value, () if found.outputs is None else (found.outputs,)
 
-    def with_parameters(self, parameters: Mapping[str, Tensor], batch: Tree, masks: Sequence[Tensor]) -> Any:
-        """The same with these parameters, and these masks of dropout."""
+    def tried(self, batch: Tree) -> list[Asked]:
+        """Evaluate it once on a batch of one device; the shapes and the shares of its dropout."""
+        seen = _Masks()
+        with seen:
+            found, outputs = self(batch)
+        processor = trainable(found).device.type
+        if seen.asked and processor != "cpu":
+            raise ConfigError(f"dropout on {processor} draws other numbers for several devices than for one")
+        self.of_classes = bool(outputs) and self._objective.of_classes(outputs[0], self._task.targets(batch))
+        return seen.asked
+
+    def of_all(
+        self, parameters: Mapping[str, Tensor], batch: Tree, masks: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tree, ...]]:
+        """The loss of each device, [devices], and the outputs, of stacked parameters, batches and masks of dropout."""
+        found, outputs = vmap(self._with_parameters)(parameters, batch, masks)
+        if self.of_classes:
+            targets = self._task.targets(batch)
+            each = functional.cross_entropy(outputs[0].flatten(0, 1), targets.flatten(), reduction="none")
+            found = each.view(targets.shape).mean(1)
+        return found, outputs
+
+    def _with_parameters(self, parameters: Mapping[str, Tensor], batch: Tree, masks: Sequence[Tensor]) -> Any:
         with _Masks(masks) if masks else nullcontext():
-            return functional_call(self, {f"net.{name}": each for name, each in parameters.items()}, (batch,))
+            value, outputs = functional_call(self, {f"net.{name}": each for name, each in parameters.items()}, (batch,))
+        return () if value is None else value.reshape(()), outputs
 
 
 class _Masks(TorchFunctionMode):
@@ -182,7 +207,7 @@ class _Masks(TorchFunctionMode):
     def __init__(self, masks: Sequence[Tensor] | None = None) -> None:
         super().__init__()
         self._masks = None if masks is None else iter(masks)
-        self.asked: list[tuple[torch.Size, float]] = []
+        self.asked: list[Asked] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -206,12 +231,8 @@ class _Dropout:
     """
 
     def __init__(self, objective: _Objective, batch: Tree, seeds: Sequence[int]) -> None:
-        with _Masks() as seen:
-            value = trainable(objective(batch)[0])
-        if seen.asked and value.device.type != "cpu":
-            raise ConfigError(f"dropout on {value.device.type} draws other numbers for several devices than for one")
-        self._asked = seen.asked
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds] if seen.asked else []
+        self._asked = objective.tried(batch)
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds] if self._asked else []
 
     def masks(self, count: int) -> list[Tensor]:
         """Those of the next step of the first `count` devices, [count, *shape]."""
@@ -224,6 +245,13 @@ class _Dropout:
 
 def _trainer(start: Start) -> "TorchTrainer":
     return cast("TorchTrainer", start.trainer)  # by its likeness
+
+
+def _numbers(start: Start, plan: Plan) -> Numbers:
+    """The samples of each batch of a training, by their numbers in the data of all devices: [steps, samples]."""
+    found = np.stack(list(plan.batches(start.trainer.samples, np.random.default_rng(start.seed))))
+    own = cast("TensorSamples", _trainer(start).data).numbers
+    return found if own is None else own[found]
 
 
 def _row(tree: Tree, row: int) -> Tree:
