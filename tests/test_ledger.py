@@ -244,6 +244,7 @@ def test_the_status_counts_what_happened(bench: Bench) -> None:
         "better",
         "local",
         "claim",
+        "search",
         "devices",
         "versions",
     }

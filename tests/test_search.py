@@ -1,54 +1,25 @@
 """A search: what devices claim, how a rung ends, what survives a crash, and what the heads say of it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support.small_world import LAB, Bench, Device, accepted_update, float32_block, heads, make_directory, scratch
+from support.searches import BUDGET, RATES, WIDTHS, judged, ranked, settings, state_of, update
+from support.small_world import LAB, Bench, Device, float32_block, heads, make_directory, scratch
 from ternbus.aggregator import settings as configuration
 from ternbus.aggregator.core import events
 from ternbus.aggregator.core.registry import Member
 from ternbus.aggregator.core.search import KEPT, UPDATES_MIN, Search
-from ternbus.aggregator.core.search_state import LATENCIES_MIN, SECONDS_KEPT, SearchState, rank
-from ternbus.aggregator.merge.accepted import AcceptedUpdate
-from ternbus.aggregator.search_settings import FEDEX, SearchSettings
+from ternbus.aggregator.core.search_state import LATENCIES_MIN, SECONDS_KEPT, rank
+from ternbus.aggregator.search_settings import FEDEX
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import search_rows, status
 from ternbus.broker.protocol.arms import Arms, drawn
 from ternbus.broker.protocol.messages import Metrics, Update
 from ternbus.broker.protocol.parts import cut
-
-RATES = ({"learning_rate": 0.01}, {"learning_rate": 0.1}, {"learning_rate": 1.0}, {"learning_rate": 10.0})
-WIDTHS = ({"width": 0.25}, {"width": 0.5}, {"width": 1.0})
-BUDGET = 4
-
-
-def settings(arms: Sequence[Mapping[str, Any]] = RATES, **changes: Any) -> SearchSettings:
-    return replace(SearchSettings(arms=tuple(arms), budget=BUDGET), **changes)
-
-
-def update(device: str, arm: int | None, gain: float | None = None, seconds: float | None = None) -> AcceptedUpdate:
-    return accepted_update(device, arm=arm, gain=gain, seconds=seconds)
-
-
-def ranked(search: Search, gains: Sequence[float | None], versions: int, first: int = 1, device: str = "pi") -> None:
-    """Versions of one update by each arm, whose gain is the arm's; None: no update."""
-    made = [update(device, arm, gain) for arm, gain in enumerate(gains) if gain is not None]
-    for version in range(first, first + versions):
-        search.made(version, made)
-
-
-def judged(version: int, **values: float) -> Metrics:
-    return Metrics(version=version, samples=10, split="test", values=values)
-
-
-def state_of(search: Search) -> SearchState:
-    assert search.state is not None
-    return search.state
-
 
 # --- the arithmetic
 
@@ -216,8 +187,9 @@ def test_a_claim_counts_only_if_the_key_and_the_base_choose_this_arm() -> None:
     arm = drawn((1, 1, 1, 1), member.public, 7)
     metrics = {"loss": 0.5, "seconds": 3.0, "gain_loss": 0.1, "gain_accuracy": 0.2}
     true = Update(base=7, samples=1, codec="ternary", encoding="raw", sealed=False, metrics=metrics, arm=arm)
-    assert search.claimed(member, true) == {"arm": arm, "seconds": 3.0, "gain": 0.2}
-    assert Search.of(settings(metric="loss"), 0).claimed(member, true)["gain"] == 0.1
+    assert search.claimed(member, true) == {"arm": arm, "seconds": 3.0, "gain": 0.1}
+    assert Search.of(settings(metric="accuracy"), 0).claimed(member, true)["gain"] == 0.2
+    assert search.claimed(member, replace(true, metrics={"gain_accuracy": 0.2, "gain_f1": 0.3}))["gain"] == 0.2
     assert search.claimed(member, replace(true, metrics={}))["gain"] is None
     for wrong in range(16):
         assert (search.claimed(member, replace(true, arm=wrong)) == {}) == (wrong != arm)

@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
-from test_search import ranked, settings
 
+from support.searches import ranked, settings
 from ternbus.aggregator import settings as configuration
 from ternbus.aggregator.core.search import UPDATES_MIN, Search
 from ternbus.aggregator.search_settings import SearchSettings

@@ -13,7 +13,7 @@ from ternbus.broker.protocol.messages import ARMS_MAX
 HALVING, FEDEX = "successive-halving", "fedex"
 WIDTHS_MAX: Final = 8  # an evaluator's metrics of each fit into one message
 SEARCH_DOC: Final = """\
-Arms of the plan, each tried by some devices for each version; what evaluators say decides; see docs/search.md.
+Arms of the plan, each tried by some devices for each version; those with held-out data judge; see docs/search.md.
 arms = [{ learning_rate = 0.01 }, { learning_rate = 0.1 }]
 """
 
@@ -34,7 +34,7 @@ class SearchSettings:
         one_of=(HALVING, FEDEX),
     )
     budget: int = key(8, "versions that are judged in a rung, at least", low=2, high=100_000)
-    metric: str = key("", "metric that judges; empty = the primary one")
+    metric: str = key("", "metric that judges; empty = the loss, or of widths the primary one")
     classes: tuple[str, ...] = key((), "beginnings of device names; each has a search of its own, as all others have")
     latency_s: float = key(
         0.0, "longest training that an arm may take on a class of devices, in s; 0 = no limit", low=0, high=1e7
@@ -43,7 +43,7 @@ class SearchSettings:
     @property
     def names(self) -> tuple[str, ...]:
         """The classes of devices; the last one, of all others, has no beginning."""
-        return (*(name for name in self.classes if name), "")
+        return (*self.classes, "")
 
     @property
     def is_of_widths(self) -> bool:

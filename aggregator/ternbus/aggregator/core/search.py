@@ -14,7 +14,7 @@ from ternbus.aggregator.core.search_state import Effects, SearchState, Step
 from ternbus.aggregator.merge.accepted import AcceptedUpdate
 from ternbus.aggregator.search_settings import HALVING, SearchSettings
 from ternbus.broker.protocol.arms import WIDTH
-from ternbus.broker.protocol.direction import GAIN, direction_of, primary_of, sign_of, width_metric
+from ternbus.broker.protocol.direction import GAIN, LOSS, direction_of, primary_of, sign_of, width_metric
 from ternbus.broker.protocol.messages import Metrics, Update
 
 UPDATES_MIN: Final = 8  # in a rung, for each arm that is left: that one has none is then no accident
@@ -66,7 +66,8 @@ class Search:
         if self.state is None or arm is None:
             return {}
         gains = {name.removeprefix(GAIN): each for name, each in update.metrics.items() if name.startswith(GAIN)}
-        gain = gains.get(self.state.settings.metric or primary_of(gains) or "")
+        usual = LOSS if LOSS in gains else primary_of(gains) or ""  # few samples give an accuracy few values
+        gain = gains.get(self.state.settings.metric or usual)
         return {"arm": arm, "seconds": update.metrics.get("seconds"), "gain": gain}
 
     def observe(self, evaluator: str, metrics: Metrics) -> None:

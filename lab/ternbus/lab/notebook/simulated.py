@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
+from ternbus.aggregator.search_settings import SearchSettings
 from ternbus.aggregator.settings import SECTIONS
 from ternbus.broker.errors import ConfigError
 from ternbus.lab.scenario.end import End
@@ -14,7 +15,11 @@ from ternbus.lab.spelling import refuse_unknown
 FURTHER: Final = (
     "sync", "end", "faults", "hostile", "narrow", "local", "private", "simulate", "dense", "allow_plan_keys",
 )  # fmt: skip
-SETTINGS: Final = tuple(f"{section}.{each.name}" for section, kind in SECTIONS.items() for each in fields(kind))
+SETTINGS: Final = tuple(
+    f"{section}.{each.name}"
+    for section, kind in {**SECTIONS, "search": SearchSettings}.items()
+    for each in fields(kind)
+)
 MERGE: Final = tuple(name.removeprefix("merge.") for name in SETTINGS if name.startswith("merge."))
 
 
