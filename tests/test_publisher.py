@@ -61,7 +61,7 @@ def test_at_every_moment_a_device_can_follow(make: Make, slots: int) -> None:
 
 
 def test_topics_beyond_the_last_part_of_a_delta_are_cleared(make: Make) -> None:
-    bench = make(merge__buffer_size=1, downlink__slots=1, downlink__codec="float32", frame_bytes=1500)
+    bench = make(merge__buffer_size=1, downlink__slots=1, downlink__codec="float32", frame_bytes=1600)
     pi = bench.join("pi")
     bench.send(pi, float32_block(bench.schema, 1), 0)
     parts = [topic for topic in bench.retained if "/delta/0/" in topic]

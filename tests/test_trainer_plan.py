@@ -45,7 +45,11 @@ def test_every_key_of_the_protocol_is_taken_and_an_unknown_one_kept_for_the_trai
 
 
 def test_every_key_has_a_field_and_a_default_within_its_bounds() -> None:
-    names = {entry.name for entry in fields(Plan)} - {"extra", "steps_max"}  # the owner's limit is not a key
+    names = {entry.name for entry in fields(Plan)} - {
+        "extra",
+        "steps_max",
+        "width",
+    }  # the owner's limit, and an arm's width, are no keys
     assert names == set(plan_keys.KEYS)
     assert not set(plan_keys.SHARED) & set(plan_keys.OWN)
     assert [name for name, key in plan_keys.KEYS.items() if key.fault(getattr(Plan(), name))] == []

@@ -18,7 +18,7 @@ LOST: Final = ("broker-dropped", "broker-refused", "unacknowledged")
 REFUSED: Final = (
     "bad-answer", "bad-ask", "bad-body", "bad-box", "bad-boxes", "bad-card", "bad-ciphertext", "bad-codec",
     "bad-digest", "bad-element", "bad-encoding", "bad-entry", "bad-header", "bad-key", "bad-length", "bad-log",
-    "bad-meta", "bad-min", "bad-private", "bad-request", "bad-revocations", "bad-scale", "bad-schema", "bad-seal",
+    "bad-meta", "bad-min", "bad-plan", "bad-private", "bad-request", "bad-revocations", "bad-scale", "bad-schema", "bad-seal",
     "bad-seq", "bad-signature", "bad-statistics", "bad-sum", "bad-terms", "bad-trits", "bad-vector", "bad-words",
     "bad-zstd", "base-in-future", "closed", "evaluator", "header-too-long", "helper-behind", "not-a-frame",
     "not-asked", "not-evaluator", "not-granted", "not-in-group", "not-private", "old-candidate", "old-card",
