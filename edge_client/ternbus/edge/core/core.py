@@ -200,11 +200,10 @@ class Core:
         self.measuring.reconnected(now)
         self.uplink.connected(frame_bytes, now)
         log = Log(event="connected", text="connected to the broker", fields={"session": self.state.session})
-        private = self.profile.is_private
-        subscribe = Subscribe(filters=subscriptions(self.profile.federation, self.profile.device, private=private))
+        filters = subscriptions(self.profile.federation, self.profile.device, private=self.profile.is_private)
         metrics = self.evaluation.unacknowledged.values()
         asked = [*self.follower.reconnected(now), *self.terms.reconnected(now)]
-        return [log, subscribe, *self._status(), *asked, *metrics]
+        return [log, Subscribe(filters=filters), *self._status(), *asked, *metrics]
 
     def _subscribe_again(self, now: float) -> list[Action]:
         """Subscribe again to status and head, if they did not arrive."""
