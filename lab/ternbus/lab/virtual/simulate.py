@@ -84,9 +84,7 @@ class Simulation:
         self.clock = Clock()
         self.broker = MemoryBroker(self.clock)
         self.carried: list[Carried] = []  # by version
-        self._scenario = scenario
-        self._progress = progress
-        self._folder = folder
+        self._scenario, self._progress, self._folder = scenario, progress, folder
         self._faults = sorted(scenario.faults, key=lambda fault: fault.after_version)
         if folder is None and any(fault.kill == "aggregator" for fault in self._faults):
             raise ConfigError('[[fault]] kill = "aggregator" needs a ledger to restart from: add --ledger')
