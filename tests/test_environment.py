@@ -53,7 +53,7 @@ LATE = {  # what only a training or an evaluation meets; the exit code of a simu
     "trainer": (f"{HEAD}def trainer(self): ...\n\n\nTASK = Own()\n", "unexpected keyword argument 'data'", 2),
     "none": (f"{HEAD}def trainer(self, **_): return None\n\n\nTASK = Own()\n", "'NoneType' object has no attribute", 1),
     "evaluator": (f"{HEAD}def evaluator(self, **_): return None\n\n\nTASK = Own()\n", "has no attribute 'evaluate'", 2),
-    "evaluation": (HEAD + RETURNS_ODD, "has no attribute 'samples'", 2),
+    "evaluation": (HEAD + RETURNS_ODD, "object has no attribute", 2),
 }
 OPENS = """def trainer(self, *, data, partition):
         open(data / "x").close()

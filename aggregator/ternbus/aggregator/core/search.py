@@ -23,6 +23,8 @@ SCALE: Final = 1000  # of the weights of `fedex`
 ODDS_MIN: Final = 1e-6  # so that a few steps can bring back what many have made rare
 TEST: Final = "test"
 NEVER: Final = float("-inf")
+LARGEST: Final = 1e100  # of a metric that counts
+ROUNDING: Final = 1e-24  # of the square of an effect: below it arms are equal
 
 
 @dataclass(slots=True, kw_only=True)
@@ -143,12 +145,13 @@ class _Row:
 
 
 def _of_sub_networks(metrics: Metrics, metric: str, widths: Sequence[float]) -> list[float]:
-    """What an evaluator says of each width, the higher the better; without those that it has not measured."""
+    """What an evaluator says of each width, the higher the better; without those that it has not measured.
+
+    What no measure comes to is none: sums and squares of what is left are finite.
+    """
     name = metric or primary_of(metrics.values) or ""
-    names = [width_metric(name, width) for width in widths]
-    return [
-        sign_of(direction_of(name, metrics.better)) * metrics.values[each] for each in names if each in metrics.values
-    ]
+    sign, names = sign_of(direction_of(name, metrics.better)), [width_metric(name, width) for width in widths]
+    return [sign * metrics.values[each] for each in names if abs(metrics.values.get(each, NEVER)) <= LARGEST]
 
 
 def _has_enough(state: SearchState, number: int) -> bool:
@@ -184,7 +187,7 @@ def _exponentiated(row: _Row, worth: Mapping[int, float]) -> _Row:
     mean = fsum(known) / len(known)
     effects = {arm: max(each, min(known)) - mean for arm, each in worth.items()}
     squares = row.squares + max(map(abs, effects.values())) ** 2
-    rate = sqrt(2 * log(len(row.odds)) / squares) if squares > 0 else 0.0
+    rate = sqrt(2 * log(len(row.odds)) / squares) if squares > ROUNDING else 0.0
     grown = [odds * exp(rate * effects[arm]) if arm in worth else 0.0 for arm, odds in enumerate(row.odds)]
     made = [max(each / fsum(grown), ODDS_MIN) if arm in worth else 0.0 for arm, each in enumerate(grown)]
     # each arm that is left is still drawn, so that it can show that it is better

@@ -95,11 +95,15 @@ class SearchState:
         """The state with one more version in its rung, made of these updates."""
         counts, ranked = [list(row) for row in self.updates], [list(row) for row in self.ranked]
         ranks, seconds = [list(row) for row in self.ranks], [[*row] for row in self.seconds]
-        gains = [each.gain for each in updates if each.gain is not None]
-        for update in updates:
-            if update.arm is None:
-                continue
-            number, arm = self.class_of(update.device), update.arm
+        # an update that waited since before the search may have an arm of an earlier one
+        counted = [
+            (each, each.arm)
+            for each in updates
+            if each.arm is not None and each.arm < len(self.settings.arms) and self.step_of(each.base) is not None
+        ]
+        gains = [each.gain for each, _ in counted if each.gain is not None]
+        for update, arm in counted:
+            number = self.class_of(update.device)
             counts[number][arm] += 1
             if update.seconds is not None:
                 seconds[number][arm] = (*seconds[number][arm], update.seconds)[-SECONDS_KEPT:]

@@ -68,13 +68,19 @@ class Mean:
         for update, block in gone:
             self.sum.subtract(block, _factor(update))
             self.samples -= update.samples
-            self.updates.remove(update)
+            place = next(at for at, each in enumerate(self.updates) if _name(each) == _name(update))
+            del self.updates[place]
 
     def result(self) -> Change:
         """There must have been an update."""
         total = self.sum.total()
         total /= np.float32(self.samples)
         return Change(total, tuple(_factor(update) / self.samples for update in self.updates))
+
+
+def _name(update: AcceptedUpdate) -> tuple[str, int]:
+    """No two accepted updates have the same; other fields may have been forgotten by now."""
+    return update.device, update.base
 
 
 def _factor(update: AcceptedUpdate) -> float:

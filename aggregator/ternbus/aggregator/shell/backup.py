@@ -178,15 +178,17 @@ def beside(out: Path, federation: str) -> Path:
     return out / f"{federation}.{revocations.FILE}"
 
 
-def spread_revocations(directory: Path, federation: str, *also: Path) -> tuple[str, ...]:
+def spread_revocations(
+    directory: Path, federation: str, *also: Path, patience_s: float = SPREAD_WITHIN_S
+) -> tuple[str, ...]:
     """Copy the list of revoked keys beside all backups; what could not be copied, and why."""
     try:
         # the running process does so after a revocation, and the command that asked for it does, too
-        held = files.lock(directory / SPREADING, patience_s=SPREAD_WITHIN_S)
+        held = files.lock(directory / SPREADING, patience_s=patience_s)
     except OSError as error:
         return (str(files.fault(error, directory / SPREADING)),)
     if held is None:
-        return (f"another process has copied it for {SPREAD_WITHIN_S:.0f} s",)
+        return (f"another process has copied it for {patience_s:.0f} s",)
     with held:
         return _spread_revocations(directory, federation, also)
 

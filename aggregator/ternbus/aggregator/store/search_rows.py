@@ -30,14 +30,14 @@ def arm_of(content: str | None) -> dict[str, Any]:
 
 def made(db: sqlite3.Connection, state: SearchState | None) -> None:
     """Write the state with a version, whose updates are marked as merged."""
-    if state is None:
-        db.execute("DELETE FROM facts WHERE name = ? OR name GLOB ? OR name GLOB ?", (STATE, f"{STEP}*", f"{ARM}*"))
-        return
     db.execute(
         "DELETE FROM facts WHERE name GLOB ? AND"
         " substr(name, ?) NOT IN (SELECT CAST(id AS TEXT) FROM updates WHERE merged IS NULL)",
         (f"{ARM}*", len(ARM) + 1),
     )
+    if state is None:
+        db.execute("DELETE FROM facts WHERE name = ? OR name GLOB ?", (STATE, f"{STEP}*"))
+        return
     before = _state(db)
     if before is None or before["settings"] != json.loads(json.dumps(asdict(state.settings))):
         db.execute("DELETE FROM facts WHERE name GLOB ?", (f"{STEP}*",))

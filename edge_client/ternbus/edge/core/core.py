@@ -105,7 +105,7 @@ class Core:
             None if self._online or self._connecting else self._reconnect.due_s,
             self.follower.due_s() if self._online else None,
             self.terms.due_s() if self._online else None,
-            self._resubscribe.due_s(self.presence.online is not None) if self._online else None,
+            self._resubscribe.due_s(self.presence.is_known) if self._online else None,
             self._own_status.due_s if self._online else None,
             self._enroll_due_s(),
             self._send_due_s(),
@@ -126,8 +126,7 @@ class Core:
             case events.ConnectFailed() | events.Disconnected():
                 return self._disconnected(event.reason, now)
             case events.FrameArrived():
-                self.presence.is_current |= event.retained and event.frame.kind == Head.KIND
-                return self._frame(event.topic, event.frame, now)
+                return self._frame(event, now)
             case events.FrameMalformed():
                 raise ProtocolError(event.reason)
             case events.Published():
@@ -207,7 +206,7 @@ class Core:
 
     def _subscribe_again(self, now: float) -> list[Action]:
         """Subscribe again to status and head, if they did not arrive."""
-        if now < self._resubscribe.due_s(self.presence.online is not None):
+        if now < self._resubscribe.due_s(self.presence.is_known):
             return []
         self._resubscribe.subscribed(now)
         return [Subscribe(filters=(topics.status(self.profile.federation), topics.head(self.profile.federation)))]
@@ -245,8 +244,9 @@ class Core:
 
     # -- messages that arrive
 
-    def _frame(self, topic: str, frame: Frame, now: float) -> list[Action]:
+    def _frame(self, event: events.FrameArrived, now: float) -> list[Action]:
         """Check the frame in the protocol's order, then handle it by its kind."""
+        topic, frame = event.topic, event.frame
         address = self.profile.checked(topic, frame)
         if address.kind == topics.TERMS:
             return self.terms.part_arrived(topic, frame, now)
@@ -263,18 +263,18 @@ class Core:
                     self.measuring.resend.restart(now)
                 return []
             case Head.KIND:
-                return self._head(frame, now)
+                return self._head(frame, event.retained, now)
             case Grant.KIND:
                 return self._grant(frame, now)
             case _:
                 return self._receipt(Receipt.from_meta(frame.meta), frame.seq, now)
 
-    def _head(self, frame: Frame, now: float) -> list[Action]:
+    def _head(self, frame: Frame, retained: bool, now: float) -> list[Action]:
         head = Head.from_meta(frame.meta)
         self._resubscribe.head_arrived(now)
         seen = self.state.with_head(head.version, frame.seq, head.digest)
         actions = self.terms.head_accepted(head, frame.meta_bytes, now)
-        self.presence.head_arrived(is_old=False)
+        self.presence.head_arrived(is_old=False, retained=retained)
         if fault := self.profile.size_fault(head.snapshot.content_bytes):
             return self._stop(EXIT_FAILED, fault)
         self.pending.put(seen)

@@ -19,8 +19,14 @@ class Presence:
         """Forget whether the aggregator is online, but keep the last status: an older one is still a replay."""
         self.online, self.is_behind, self.is_current = None, False, False
 
-    def head_arrived(self, *, is_old: bool) -> bool:
+    @property
+    def is_known(self) -> bool:
+        """Whether what the broker retains of status and head has come on this connection."""
+        return self.online is not None and self.is_current
+
+    def head_arrived(self, *, is_old: bool, retained: bool = False) -> bool:
         """Note whether a head was too old to be accepted. Returns whether it is the first such one."""
+        self.is_current |= retained
         is_news = is_old and not self.is_behind
         self.is_behind = is_old
         return is_news

@@ -10,7 +10,7 @@ import numpy as np
 
 from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.protocol.direction import GAIN, direction_of, sign_of, width_metric
+from ternbus.broker.protocol.direction import GAIN, LOSS, direction_of, primary_of, sign_of, width_metric
 from ternbus.broker.protocol.schema import PIECE, Vector, flatten, flush_tiny, is_bounded
 from ternbus.edge.core.actions import (
     Job,
@@ -140,11 +140,17 @@ def evaluate(trainer: Trainer, job: StartEvaluation, narrowed: Narrowed | None =
 
 
 def of_widths(narrowed: Narrowed, tensors: Tensors, plan: Plan | None, widths: Sequence[float]) -> dict[str, float]:
-    """The metrics of the sub-networks of these widths, by name and width."""
+    """The metrics of the sub-networks of these widths, by name and width.
+
+    A message of metrics has room for some: all widths of the primary metric come first, then of the loss.
+    """
+    found = {width: evaluated_by(narrowed(width), tensors, plan).finite for width in widths}
+    names = dict.fromkeys(name for values in found.values() for name in (primary_of(values), LOSS, *values))
     return {
-        width_metric(name, width): value
-        for width in widths
-        for name, value in evaluated_by(narrowed(width), tensors, plan).finite.items()
+        width_metric(name, width): values[name]
+        for name in names
+        for width, values in found.items()
+        if name is not None and name in values
     }
 
 
