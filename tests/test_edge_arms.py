@@ -183,7 +183,7 @@ def test_an_evaluator_measures_the_sub_networks_of_the_plans_widths() -> None:
     work = StartEvaluation(version=0, schema=job.schema, vector=job.vector, widths=(0.5, 1.0))
     found = evaluate(task.evaluator(data=None), work, evaluators_by_width(task, data=None))
     assert isinstance(found, Evaluated)
-    assert list(found.values) == ["accuracy", "loss", "accuracy@0.5", "loss@0.5", "accuracy@1", "loss@1"]
+    assert list(found.values) == ["accuracy", "loss", "accuracy@0.5", "accuracy@1", "loss@0.5", "loss@1"]
     assert found.values["accuracy@1"] == found.values["accuracy"]
     alone = task.narrowed(0.5)
     corner = {name: task.initial(0)[name][tuple(map(slice, t.shape))] for name, t in alone.initial(0).items()}
