@@ -383,7 +383,7 @@ def summary() -> str:
         (
             what,
             words(kept[name]["result"]),
-            f"`{kept[name]['command']}`" if name in VIRTUAL else _command(kept[name], here),
+            f"`{kept[name]['command']}`" if name in VIRTUAL else _short(kept[name], here),
         )
         for name, (what, words) in SUMMARY.items()
     ]
@@ -431,7 +431,7 @@ def _edge_line(rows: Any) -> str:
     numpy, torch = rows[0], rows[-1]
     return (
         f"{1000 * torch['device']['own_cpu_s']:.0f} ms of CPU an update, {percent(torch['share'])} of the training "
-        f"({torch['task']}); {numpy['device']['peak_mb']:.0f} MB in all with a numpy model ({numpy['task']})"
+        f"({torch['task']}); {numpy['device']['peak_mb']:.0f} MB with a numpy model ({numpy['task']})"
     )
 
 
@@ -479,6 +479,12 @@ def _command(kept: Any, here: str) -> str:
     load = kept.get("load_before") or 0.0
     busy = f", beside other work (load average {load:.1f})" if load > kept["machine"]["cores"] else ""
     return f"`{kept['command']}`{elsewhere}{busy}"
+
+
+def _short(kept: Any, here: str) -> str:
+    """The command, with no more than the processor's name if the machine is not `here`."""
+    elsewhere = "" if _machine(kept) == here else f" ({kept['machine']['processor'].partition('(')[0]})"
+    return f"`{kept['command']}`{elsewhere}"
 
 
 def _wrapped(text: str) -> str:
