@@ -43,7 +43,7 @@ def client_app(*which: Any) -> ClientApp:
     """What each client does in a round; ``which`` are the arguments of `clients`."""
     app = ClientApp()
 
-    @app.train()  # type: ignore[untyped-decorator]
+    @app.train()  # type: ignore[untyped-decorator]  # Flower has no types here
     def train(message: Message, context: Context) -> Message:
         mine = clients(*which)
         device, version = int(context.node_config["partition-id"]), int(message.content["config"]["server-round"])
@@ -69,7 +69,7 @@ def server_app(versions: int, found: dict[str, Any], *which: Any) -> ServerApp:
         found["evaluated_s"] = time.perf_counter()
         return MetricRecord({"accuracy": found["accuracy"]})
 
-    @app.main()  # type: ignore[untyped-decorator]
+    @app.main()  # type: ignore[untyped-decorator]  # Flower has no types here
     def run(grid: Grid, context: Context) -> None:  # noqa: ARG001 - of Flower
         strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=devices, min_available_nodes=devices)
         strategy.start(

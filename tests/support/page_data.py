@@ -81,7 +81,7 @@ def answers(url: str) -> None:
         try:
             urllib.request.urlopen(url, timeout=60).close()
         except OSError:
-            time.sleep(0.1)
+            time.sleep(0.1)  # a service that starts tells nobody when it listens
         else:
             return
     raise SystemExit(f"{url} does not answer")

@@ -105,7 +105,7 @@ class Core:
             None if self._online or self._connecting else self._reconnect.due_s,
             self.follower.due_s() if self._online else None,
             self.terms.due_s() if self._online else None,
-            self._resubscribe.due_s(self.presence.is_known) if self._online else None,
+            self._resubscribe.due_s(self.presence.online is not None) if self._online else None,
             self._own_status.due_s if self._online else None,
             self._enroll_due_s(),
             self._send_due_s(),
@@ -206,7 +206,7 @@ class Core:
 
     def _subscribe_again(self, now: float) -> list[Action]:
         """Subscribe again to status and head, if they did not arrive."""
-        if now < self._resubscribe.due_s(self.presence.is_known):
+        if now < self._resubscribe.due_s(self.presence.online is not None):
             return []
         self._resubscribe.subscribed(now)
         return [Subscribe(filters=(topics.status(self.profile.federation), topics.head(self.profile.federation)))]
@@ -271,10 +271,10 @@ class Core:
 
     def _head(self, frame: Frame, retained: bool, now: float) -> list[Action]:
         head = Head.from_meta(frame.meta)
-        self._resubscribe.head_arrived(now)
+        self._resubscribe.head_arrived(now, retained=retained)
         seen = self.state.with_head(head.version, frame.seq, head.digest)
         actions = self.terms.head_accepted(head, frame.meta_bytes, now)
-        self.presence.head_arrived(is_old=False, retained=retained)
+        self.presence.head_arrived(is_old=False)
         if fault := self.profile.size_fault(head.snapshot.content_bytes):
             return self._stop(EXIT_FAILED, fault)
         self.pending.put(seen)
@@ -327,7 +327,7 @@ class Core:
         if self.profile.role == "join":
             done = self.state.enrolled and self._schema_check.done
             return self._stop(EXIT_DONE, f"{self.profile.device} has joined {self.profile.federation}") if done else []
-        reason = self.fine_tuning.stop_reason(self.follower, self._accepted, is_current=self.presence.is_current)
+        reason = self.fine_tuning.stop_reason(self.follower, self._accepted, is_current=self._resubscribe.is_current)
         self._leaving = bool(reason)  # may become false again: the federation can be reopened
         if not reason:
             return []

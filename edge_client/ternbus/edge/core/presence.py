@@ -10,23 +10,16 @@ class Presence:
     """The newest status; ``online`` is None until a status arrives on this connection."""
 
     online: bool | None = None
-    is_current: bool = False  # whether the head that the broker retains has come on this connection
     is_behind: bool = False  # whether its last head on this connection was older than one that this device has seen
     _known: Status | None = None
     _seq: int = -1
 
     def reconnected(self) -> None:
         """Forget whether the aggregator is online, but keep the last status: an older one is still a replay."""
-        self.online, self.is_behind, self.is_current = None, False, False
+        self.online, self.is_behind = None, False
 
-    @property
-    def is_known(self) -> bool:
-        """Whether what the broker retains of status and head has come on this connection."""
-        return self.online is not None and self.is_current
-
-    def head_arrived(self, *, is_old: bool, retained: bool = False) -> bool:
+    def head_arrived(self, *, is_old: bool) -> bool:
         """Note whether a head was too old to be accepted. Returns whether it is the first such one."""
-        self.is_current |= retained
         is_news = is_old and not self.is_behind
         self.is_behind = is_old
         return is_news

@@ -9,21 +9,26 @@ REFRESH_S: Final = 300.0  # while nothing is missing: a lost message shows in no
 
 @dataclass(slots=True)
 class Resubscribe:
-    """Whether a head arrived on this connection, and the time of the last subscription or head."""
+    """Whether the head that the broker retains has come on this connection, and the time from which the wait counts.
 
-    _head_known: bool = False
-    _subscribed_s: float = 0.0
+    A head that comes live before it does not put off the next subscription.
+    """
+
+    is_current: bool = False  # it has
+    _since_s: float = 0.0
 
     def connected(self, now: float) -> None:
         """Start the timer: a connect subscribes to status and head."""
-        self._head_known, self._subscribed_s = False, now
+        self.is_current, self._since_s = False, now
 
     def subscribed(self, now: float) -> None:
-        self._subscribed_s = now
+        self._since_s = now
 
-    def head_arrived(self, now: float) -> None:
-        self._head_known, self._subscribed_s = True, now
+    def head_arrived(self, now: float, *, retained: bool) -> None:
+        self.is_current |= retained
+        if self.is_current:
+            self._since_s = now
 
     def due_s(self, status_known: bool) -> float:
         """The time at which to subscribe again."""
-        return self._subscribed_s + (REFRESH_S if self._head_known and status_known else MISSING_S)
+        return self._since_s + (REFRESH_S if self.is_current and status_known else MISSING_S)

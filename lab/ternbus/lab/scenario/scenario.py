@@ -343,7 +343,7 @@ def _speeds(table: Table) -> Speeds:
     given = {"sigma": table.number("sigma"), "median_s": table.number("median_s")}
     factors = table.table("factors").rest()
     table.refuse_unknown()
-    return Speeds(**{name: value for name, value in given.items() if value is not None}, factors=factors)  # type: ignore[arg-type]  # checked there
+    return Speeds(**{name: value for name, value in given.items() if value is not None}, factors=factors)  # type: ignore[arg-type]  # `Speeds` checks them
 
 
 def _fault(table: Table) -> Fault:
