@@ -102,6 +102,7 @@ def test_each_fault_has_its_state_and_its_name(about: dict[str, Any], state: Sta
         {"intervals_s": (10.0,) * 3, "made_at": NOW - 1e6},
         {"intervals_s": (10.0,) * 4, "made_at": NOW - 1e6, "state": "paused"},
         {"group": ("judge", "pi-1"), "candidate": 58},
+        {"group": ("judge",), "candidate": 58, "reports": frozenset({"judge"})},
         {"group": ("judge",)},
     ],
 )

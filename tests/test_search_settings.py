@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from support.searches import ranked, settings
+from support.searches import WIDTHS, ranked, settings, state_of, update
 from ternbus.aggregator import settings as configuration
 from ternbus.aggregator.core.search import UPDATES_MIN, Search
 from ternbus.aggregator.search_settings import SearchSettings
@@ -94,8 +94,22 @@ def test_people_see_each_arm_and_what_to_do() -> None:
     (row,) = [line for line in search_text.lines(found) if "(best)" in line]
     assert row.split()[:5] == ["all", "learning_rate", "1", "(best)", "100%"]
     assert "write the best arm into [plan]" in search_text.lines(found)[0]
-    unjudged = {**found, "done": [False], "judged": 0, "updates": [[1, 0, 0, 0]]}
-    assert "join devices with --hold-out" in search_text.lines(unjudged)[0]
+    assert "--hold-out" not in search_text.lines(found)[0]
+
+
+def test_people_see_that_nobody_judges() -> None:
+    hint = "join devices with --hold-out"
+    search = Search.of(settings(classes=("pi-",)), 0)
+    assert hint not in search_text.lines(state_of(search).status())[0]
+    search.made(1, [update("pi-1", 0)])
+    assert hint in search_text.lines(state_of(search).status())[0]
+    ranked(search, (0.1, 0.4, 0.3, 0.2), UPDATES_MIN, first=2, device="pi-1")
+    search.made(UPDATES_MIN + 2, [update("other", 0)])
+    opening = search_text.lines(state_of(search).status())[0]
+    assert "1 rung judged" in opening  # of one class; the other has sent too little
+    assert hint not in opening
+    widths = Search.of(settings(WIDTHS), 0)
+    assert "evaluators judge widths" in search_text.lines(state_of(widths).status())[0]
 
 
 def test_a_notebook_has_a_row_for_each_step_and_arm() -> None:

@@ -7,7 +7,7 @@ from typing import Any, Final
 from ternbus.aggregator.sections import key, section
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol import arms as protocol
-from ternbus.broker.protocol.arms import CLASSES_MAX, WIDTH, Arms
+from ternbus.broker.protocol.arms import DEVICE_CLASSES_MAX, WIDTH, Arms
 from ternbus.broker.protocol.messages import ARMS_MAX
 
 HALVING, FEDEX = "successive-halving", "fedex"
@@ -72,8 +72,8 @@ class SearchSettings:
             raise ConfigError(
                 f"{where}.classes = {list(found.classes)} must be different beginnings of names, none empty"
             )
-        if len(found.names) > CLASSES_MAX:
-            raise ConfigError(f"{where}.classes has {len(found.classes)} entries: at most {CLASSES_MAX - 1}")
+        if len(found.names) > DEVICE_CLASSES_MAX:
+            raise ConfigError(f"{where}.classes has {len(found.classes)} entries: at most {DEVICE_CLASSES_MAX - 1}")
         made = replace(found, arms=arms)
         try:
             made.with_weights(((1,) * len(arms),) * len(made.names))

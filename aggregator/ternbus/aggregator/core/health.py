@@ -228,7 +228,8 @@ def _canary(view: View) -> list[Finding]:
         found.append(Finding(level=level, kind="withdrawn", text=text, since=view.made_at))
     online = {each.name for each in view.devices if each.online}
     awaited = [name for name in view.group if name not in view.reports]
-    if view.candidate is not None and view.running and view.state != CLOSED and not online.intersection(awaited):
+    silent = awaited and not online.intersection(awaited)
+    if view.candidate is not None and view.running and view.state != CLOSED and silent:
         text = (
             f"candidate {view.candidate} waits for {of_devices(awaited)}, of whom none is online: start one, or "
             "change canary.group"

@@ -18,7 +18,7 @@ from ternbus.broker.protocol.direction import GAIN, LOSS, direction_of, primary_
 from ternbus.broker.protocol.messages import Metrics, Update
 
 UPDATES_MIN: Final = 8  # in a rung, for each arm that is left: that one has none is then no accident
-KEPT: Final = 4  # rungs' budgets: so many versions of an evaluator's metrics are kept
+KEPT: Final = 4  # budgets: of so many versions an evaluator's metrics are kept
 SCALE: Final = 1000  # of the weights of `fedex`
 ODDS_MIN: Final = 1e-6  # so that a few steps can bring back what many have made rare
 TEST: Final = "test"
@@ -100,10 +100,12 @@ class Search:
 
         Classes that have sent too little go on as they are, and count on.
         """
-        judged, effects = self._of_widths(state) if state.settings.is_of_widths else (state.ranked_in, state.effects())
         classes = range(len(state.settings.names))
         ready = [number for number in classes if not state.is_done(number) and _has_enough(state, number)]
-        if judged < state.settings.budget or not ready:
+        if not ready:
+            return state
+        judged, effects = self._of_widths(state) if state.settings.is_of_widths else (state.ranked_in, state.effects())
+        if judged < state.settings.budget:
             return state
         rows = [
             _next(state, number, effects[number]) if number in ready else _Row.of(state, number) for number in classes

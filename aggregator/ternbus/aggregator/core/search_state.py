@@ -24,7 +24,10 @@ Effects = tuple[tuple[float | None, ...], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """Bases from ``since`` on have these weights; ``effects`` are what the rung before has found, ``judged`` by."""
+    """Bases from ``since`` on have these weights.
+
+    ``effects`` are what the rung before found; ``judged`` counts its versions.
+    """
 
     since: int
     weights: Weights
@@ -120,7 +123,7 @@ class SearchState:
         )
 
     def effects(self) -> Effects:
-        """The mean rank of each arm in this rung; None where no update has a gain."""
+        """The mean rank of each arm in this rung, with ``BESIDE`` updates of rank 0; None where none has a gain."""
         return tuple(
             tuple(found / (count + BESIDE) if count else None for found, count in zip(ranks, counts, strict=True))
             for ranks, counts in zip(self.ranks, self.ranked, strict=True)
@@ -191,7 +194,7 @@ class SearchState:
 
     def as_json(self) -> dict[str, Any]:
         """All but the steps."""
-        return {name: value for name, value in asdict(self).items() if name != "steps"}
+        return {name: value for name, value in asdict(replace(self, steps=())).items() if name != "steps"}
 
     @classmethod
     def from_json(cls, table: Mapping[str, Any], steps: tuple[Mapping[str, Any], ...]) -> Self:

@@ -24,7 +24,7 @@ PLACES_MAX: Final = 16
 NOT_COPIED: Final = "the list of revoked keys could not be copied beside the backups: "
 LOCK: Final = "backup.lock"
 SPREADING: Final = "revocations.lock"
-SPREAD_WITHIN_S: Final = 60.0
+SPREAD_WITHIN_S: Final = 60.0  # of a command, which has nothing else to do
 FORMAT: Final = 1
 BROKER: Final = (Path("broker", "broker.toml"), Path("broker", "tls"))  # of `ternbus aggregator up`
 
@@ -188,7 +188,7 @@ def spread_revocations(
     except OSError as error:
         return (str(files.fault(error, directory / SPREADING)),)
     if held is None:
-        return (f"another process has copied it for {patience_s:.0f} s",)
+        return (f"another process is still copying it after {patience_s:.0f} s",)
     with held:
         return _spread_revocations(directory, federation, also)
 

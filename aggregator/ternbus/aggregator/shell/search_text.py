@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ternbus.aggregator.core.findings import counted
 from ternbus.broker.text_table import text_table
 
 
@@ -10,12 +11,15 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     """What `ternbus aggregator status` says of a search: how far it is, and a row for each arm of each class."""
     steps = found["steps"]
     step = steps[-1]
-    about = f"search ({found['method']}): {len(steps) - 1} rungs judged, the newest arms are those of version"
+    judged = counted(len(steps) - 1, "rung")
+    about = f"search ({found['method']}): {judged} judged, the newest arms are those of version"
     opening = f"{about} {step['version']}"
     if all(found["done"]):
         opening += "; it has ended: write the best arm into [plan], and leave out [search]"
-    if found["judged"] == 0 and any(map(any, found["updates"])):
+    if len(steps) == 1 and found["judged"] == 0 and any(map(any, found["updates"])):
         opening += "; no two devices with held-out data have judged a version: join devices with --hold-out"
+    if len(steps) == 1 and found["judged"] is None:
+        opening += "; evaluators judge widths: there must be one"
     columns = dict.fromkeys(("class", "arm"), "<") | dict.fromkeys(("share", "updates", "effect", "seconds"), ">")
     rows = []
     for place, name in enumerate(found["classes"]):

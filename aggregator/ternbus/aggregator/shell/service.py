@@ -42,7 +42,7 @@ from ternbus.broker.protocol import topics
 BATCH: Final = 64  # events whose records share one fsync
 MEASURE_S: Final = 5.0  # how often the free space of the disk is looked at
 POLL_S: Final = 0.1  # how often the ledger is looked at for what commands have asked
-SPREAD_WITHIN_S: Final = 2.0  # for the lock on the lists beside backups: the command copies them, too
+SPREAD_PATIENCE_S: Final = 2.0  # for the lock on the lists beside backups: the command copies them, too
 LOG_S: Final = 10.0  # how often a failed attempt to connect is logged
 ANSWER_BYTES_MAX: Final = 1 << 24  # to devices, that the broker has not acknowledged; then no more, until it has
 GOODBYE_S: Final = 5.0
@@ -317,7 +317,7 @@ class Service:
         if not any(isinstance(record, records.DeviceRevoked | records.KeysRevoked) for record in batch):
             return
         federation = self._core.settings.federation
-        for fault in backup.spread_revocations(self.directory, federation, patience_s=SPREAD_WITHIN_S):
+        for fault in backup.spread_revocations(self.directory, federation, patience_s=SPREAD_PATIENCE_S):
             self.log(backup.NOT_COPIED + fault, level=ERROR, event="revocations")
 
     def _publish(self, topic: str, payload: bytes, *, retain: bool) -> None:

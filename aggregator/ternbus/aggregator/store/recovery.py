@@ -99,7 +99,8 @@ def recover(ledger: Ledger, settings: Settings, identity: Identity, software: st
 
 def _search(ledger: Ledger, settings: Settings) -> Search:
     state = search_rows.read(ledger.db)
-    found = () if state is None else search_rows.judgements(ledger.db, state.since)
+    judges = state is not None and state.settings.is_of_widths  # of rates, updates say what they gain
+    found = search_rows.judgements(ledger.db, state.since) if state is not None and judges else ()
     return Search.of(settings.search, ledger.version, state, found)
 
 

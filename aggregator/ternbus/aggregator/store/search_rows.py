@@ -38,10 +38,9 @@ def made(db: sqlite3.Connection, state: SearchState | None) -> None:
     if state is None:
         db.execute("DELETE FROM facts WHERE name = ? OR name GLOB ?", (STATE, f"{STEP}*"))
         return
-    before = _state(db)
-    if before is None or before["settings"] != json.loads(json.dumps(asdict(state.settings))):
-        db.execute("DELETE FROM facts WHERE name GLOB ?", (f"{STEP}*",))
     newest = len(state.steps) - 1
+    if newest == 0:  # a search that has begun: steps of an earlier one are none of its own
+        db.execute("DELETE FROM facts WHERE name GLOB ?", (f"{STEP}*",))
     _set(db, STATE, state.as_json())
     _set(db, f"{STEP}{newest}", asdict(state.steps[newest]))
 

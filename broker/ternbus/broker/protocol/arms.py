@@ -15,7 +15,7 @@ from ternbus.broker.protocol import plan_keys
 from ternbus.broker.protocol.messages import ARMS_MAX
 
 ARMS, WEIGHTS = "arms", "arm_weights"  # keys of a plan
-CLASSES_MAX: Final = 8
+DEVICE_CLASSES_MAX: Final = 8
 PREFIX_BYTES_MAX: Final = 64
 WEIGHT_MAX: Final = 65_535
 DOMAIN: Final = b"ternbus/1 arm\x00"
@@ -105,8 +105,8 @@ def _fault(arms: tuple[Mapping[str, Any], ...]) -> str | None:
 
 
 def _weights_fault(rows: Weights, arms: int) -> str | None:
-    if not 1 <= len(rows) <= CLASSES_MAX:
-        return f"{WEIGHTS} has {len(rows)} entries, not 1 to {CLASSES_MAX}"
+    if not 1 <= len(rows) <= DEVICE_CLASSES_MAX:
+        return f"{WEIGHTS} has {len(rows)} entries, not 1 to {DEVICE_CLASSES_MAX}"
     for prefix, weights in rows:
         if len(prefix.encode("utf-8", "surrogatepass")) > PREFIX_BYTES_MAX:
             return f"{WEIGHTS} has a beginning of more than {PREFIX_BYTES_MAX} bytes"

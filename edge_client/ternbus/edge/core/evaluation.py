@@ -63,6 +63,8 @@ class EvaluationPolicy:
 
     def _start(self, version: int, schema: Schema, vector: Vector, training: TrainingPolicy) -> StartEvaluation:
         self._running = True
+        # a search reads metrics of published versions
+        searches = self.profile.role == "evaluate" and self.profile.is_elastic and self._candidate is None
         return StartEvaluation(
             version=version,
             schema=schema,
@@ -70,7 +72,7 @@ class EvaluationPolicy:
             plan=training.plan,
             private=training.private and self.profile.role == "train",
             local=self.pending.state.local,
-            widths=training.widths if self.profile.role == "evaluate" and self.profile.is_elastic else (),
+            widths=training.widths if searches else (),
         )
 
     # -- candidates

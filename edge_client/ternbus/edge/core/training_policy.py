@@ -79,7 +79,7 @@ class TrainingPolicy:
 
     def read_plan(self, head: Head) -> list[Log]:
         """Read the head's plan; the task's default plan completes it, the owner's policy and limits bound it."""
-        self.plan, policy = None, self.profile.policy
+        self.plan, self.arms, policy = None, None, self.profile.policy
         # The digests of terms and schema are in a head's plan, but no part of how to train: `PrivateTerms` reads them.
         keys = {name: value for name, value in head.plan.items() if name not in NOT_TRAINED_BY}
         try:

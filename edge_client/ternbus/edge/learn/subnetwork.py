@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol.arms import WIDTH_MIN
 from ternbus.broker.protocol.messages import ARMS_MAX
 from ternbus.edge.learn.class_counts import class_counts_of
 from ternbus.edge.learn.measure import OF_DATA
@@ -22,7 +23,6 @@ from ternbus.edge.learn.task import Evaluation, Task, Trained, Trainer, halves_o
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import FloatArray, Tensors
 
-WIDTH_MIN = 0.05
 Narrowed = Callable[[float], Trainer]
 """The trainer of the sub-network of a width, made when it is first asked for."""
 

@@ -9,10 +9,9 @@ from ternbus.edge.plan.plan import Plan
 
 
 def with_arm(plan: Plan, arm: Mapping[str, Any], *, is_elastic: bool) -> Plan | None:
-    """The plan for a training by the arm; None if the arm has a key that this device does not know, or cannot follow.
+    """The plan for a training by the arm.
 
-    Only one that is elastic trains sub-networks of any width.
-
+    None if the arm has a key that this device does not know, or a width below 1 and the device is not elastic.
     An arm's `local_epochs` takes the place of the plan's `local_steps`. The owner's limits, which the plan has, stay.
     """
     if not arm.keys() <= KEYS.keys() or (arm.get(WIDTH, 1) < 1 and not is_elastic):

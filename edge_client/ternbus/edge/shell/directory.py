@@ -23,13 +23,14 @@ from ternbus.broker.files import (
     write_secret,
 )
 from ternbus.broker.link.tls import CA, CERTIFICATE, TLS_KEY, Tls
+from ternbus.broker.protocol.arms import WIDTH_MIN
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from ternbus.broker.protocol.identity import Identity, check_device, check_federation, is_public_key
 from ternbus.broker.protocol.invitation import Invitation, check_broker_url
 from ternbus.broker.store_format import copies
 from ternbus.broker.sums.terms import AGGREGATOR, MASK
 from ternbus.edge.learn.partition_spec import Partition
-from ternbus.edge.learn.subnetwork import WIDTH_MIN, check_width
+from ternbus.edge.learn.subnetwork import check_width
 from ternbus.edge.plan.limits import TrainingLimits
 from ternbus.edge.plan.privacy import PrivacyPolicy
 from ternbus.edge.plan.sum_policy import SumPolicy

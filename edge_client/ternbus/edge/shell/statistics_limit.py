@@ -1,4 +1,7 @@
-"""How many requests for federated statistics a device's owner allows. Its process imports this, and no typer."""
+"""How many requests for federated statistics a device's owner allows.
+
+The device's process imports this module, which needs no typer.
+"""
 
 from typing import Final
 

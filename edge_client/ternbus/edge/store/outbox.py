@@ -100,9 +100,8 @@ class Outbox:
         power once a durable save has followed (https://sqlite.org/pragma.html#pragma_synchronous, with WAL).
         """
         before = self._stored
-        with naming(self._path):
-            self._synchronize(durable)
         with naming(self._path), self._db:
+            self._synchronize(durable)
             self._db.execute("BEGIN IMMEDIATE")
             self._save_numbers(state)
             if before is None or state.residual is not before.residual:
