@@ -54,7 +54,7 @@ BENCHMARKS: Final[Mapping[str, Benchmark]] = {
     "race": Benchmark(more_with_data=True, folder=True, long=True),
     "slow_classes": Benchmark(),
     "simulator": Benchmark(),
-    "training_speed": Benchmark(data=True),
+    "training_speed": Benchmark(("--repeat", "3"), more_with_data=True, long=True),
     "agreement": Benchmark(),
     "attacks": Benchmark(),
     "hostile": Benchmark(long=True),
@@ -120,7 +120,11 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"benchmark: {', '.join(BENCHMARKS)}")
     parser.add_argument("--data", type=Path, help="folder with FashionMNIST/raw/*-ubyte")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
-    parser.add_argument("--runs", type=Path, help="folder for single runs, which are not repeated; else they are lost")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        help="folder that keeps single runs, so that an interrupted benchmark goes on; without it they are deleted",
+    )
     arguments = parser.parse_args()
     for name in arguments.names:
         if name not in BENCHMARKS:

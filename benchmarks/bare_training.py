@@ -10,7 +10,7 @@ import argparse
 import json
 import multiprocessing
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,9 +62,10 @@ def as_floats(inputs: Tensor) -> Tensor:
     return inputs.float() / 255 if inputs.dtype == torch.uint8 else inputs
 
 
-def part(given: argparse.Namespace, which: Mapping[int, int], process: int) -> float:
+def part(given: argparse.Namespace, process: int) -> float:
     """Train the devices of one process, all versions; the seconds of its processor, without imports and data."""
     clients = Clients(given.task, given.data, given.devices, given.partition)
+    which = divided(clients.rows, given.processes)
     initial = clients.task.fresh().state_dict()
     net = clients.task.fresh()
     began = time.process_time()
@@ -75,29 +76,32 @@ def part(given: argparse.Namespace, which: Mapping[int, int], process: int) -> f
     return time.process_time() - began
 
 
-def divided(given: argparse.Namespace) -> dict[int, int]:
+def divided(rows: Sequence[Any], processes: int) -> dict[int, int]:
     """The process of each device: the largest first, each to the process with the fewest samples."""
-    rows = Clients(given.task, given.data, given.devices, given.partition).rows
-    loads, found = [0] * given.processes, dict[int, int]()
-    for device in sorted(range(given.devices), key=lambda each: -len(rows[each])):
+    loads, found = [0] * processes, dict[int, int]()
+    for device in sorted(range(len(rows)), key=lambda each: -len(rows[each])):
         found[device] = loads.index(min(loads))
         loads[found[device]] += len(rows[device])
     return found
 
 
-def main() -> None:
-    """Train, and print the seconds."""
-    parser = options(__doc__)
+def federation_options(description: str | None) -> argparse.ArgumentParser:
+    """The options that name a federation, also one of the peer."""
+    parser = options(description)
     parser.add_argument("task", help="the task, of tensors")
     parser.add_argument("--devices", type=int, default=20)
     parser.add_argument("--versions", type=int, default=10)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--partition", default="dirichlet:0.5")
     parser.add_argument("--data", type=Path)
-    given = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Train, and print the seconds."""
+    given = federation_options(__doc__).parse_args()
     began = time.perf_counter()
-    which = divided(given)
-    work = partial(part, given, which)
+    work = partial(part, given)
     if given.processes == 1:
         spent = [work(0)]
     else:

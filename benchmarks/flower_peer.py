@@ -21,8 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.bare_training import Clients
-from benchmarks.program import options
+from benchmarks.bare_training import Clients, federation_options
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 
@@ -34,9 +33,9 @@ from flwr.simulation import run_simulation
 
 
 @cache
-def clients(task: str, data: str, devices: int, partition: str) -> Clients:
+def clients(task: str, data: Path | None, devices: int, partition: str) -> Clients:
     """Loaded once in each process of the engine."""
-    return Clients(task, Path(data) if data else None, devices, partition)
+    return Clients(task, data, devices, partition)
 
 
 def client_app(*which: Any) -> ClientApp:
@@ -61,7 +60,7 @@ def server_app(versions: int, found: dict[str, Any], *which: Any) -> ServerApp:
     """FedAvg, with an evaluation of each version."""
     app = ServerApp()
     mine, devices = clients(*which), which[2]
-    evaluator = mine.task.evaluator(data=Path(which[1]) if which[1] else None)
+    evaluator = mine.task.evaluator(data=which[1])
 
     def evaluate(_: int, arrays: ArrayRecord) -> MetricRecord:
         tensors = {name: array.numpy() for name, array in arrays.to_torch_state_dict().items()}
@@ -101,14 +100,7 @@ def simulated(given: argparse.Namespace) -> Mapping[str, float]:
 
 def main() -> None:
     """Simulate, and print the seconds."""
-    parser = options(__doc__)
-    parser.add_argument("task", help="the task, of tensors")
-    parser.add_argument("--devices", type=int, default=20)
-    parser.add_argument("--versions", type=int, default=10)
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--data", default="")
-    parser.add_argument("--partition", default="dirichlet:0.5")
-    given = parser.parse_args()
+    given = federation_options(__doc__).parse_args()
     found = simulated(given)
     print("\n" + json.dumps(found) if given.json else f"{found['wall_s']:.1f} s, accuracy {found['accuracy']:.4f}")
 

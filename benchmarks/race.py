@@ -18,11 +18,13 @@ import argparse
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.program import options, print_result
 from benchmarks.time_to_accuracy import DEVICES, LONGEST_WAIT_S, figures, run, unequal_devices
+from benchmarks.words import table_of
 from ternbus.aggregator.merge.model import Model
 from ternbus.lab.notebook.algorithms import Hooks, Pair
 from ternbus.lab.notebook.asynchronous import ca2fl, fadas
@@ -84,7 +86,7 @@ def ways() -> Iterator[Way]:
             yield Way(name=name, synchronous=False, settings=settings, pairs=_ca2fl)
         for rate, divided in ((0.03, False), (0.1, True)):
             name = f"buffer {buffer}, FADAS, rate {rate}{' / τ' if divided else ''}"
-            yield Way(name=name, synchronous=False, settings=merging, pairs=_Fadas(rate, divided))
+            yield Way(name=name, synchronous=False, settings=merging, pairs=partial(_fadas, rate, divided))
 
 
 FINALISTS: Final = (
@@ -99,25 +101,20 @@ def _ca2fl() -> Mapping[str, Pair]:
     return {"merge_rule": ca2fl(DEVICES)}
 
 
-@dataclass(frozen=True, slots=True)
-class _Fadas:
-    rate: float
-    divided: bool
-
-    def __call__(self) -> Mapping[str, Pair]:
-        rule, optimizer = fadas(self.rate, divided=self.divided)
-        return {"merge_rule": rule, "server_optimizer": optimizer}
+def _fadas(rate: float, divided: bool) -> Mapping[str, Pair]:
+    rule, optimizer = fadas(rate, divided=divided)
+    return {"merge_rule": rule, "server_optimizer": optimizer}
 
 
 def raced(way: Way, task: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """The figures of a way, one for each seed."""
-    asked = argparse.Namespace(**{**vars(arguments), "accuracy": ACCURACIES[task]})
     merging = {"downlink.codec": "ternary", "merge.max_wait_s": LONGEST_WAIT_S, **way.settings}
     rows = []
     for seed in range(arguments.seeds):
         end = End(seconds=LONGEST_S[task])
         wanted = unequal_devices(task, seed, arguments, codec="ternary", merging=merging, end=end)
-        rows.append(figures(run(f"{task}, {way.name}", wanted, asked, way.model()), asked.accuracy))
+        report = run(f"{task}, {way.name}", wanted, ACCURACIES[task], arguments.out, way.model())
+        rows.append(figures(report, ACCURACIES[task]))
     return {"way": way.name, "synchronous": way.synchronous, "seeds": rows}
 
 
@@ -183,9 +180,7 @@ def show(result: Mapping[str, Any]) -> None:
     for task, about in result["tasks"].items():
         rows = about["rows"]
         print(f"\n{task}, until {about['accuracy']:.0%}, means of {result['asked']['seeds']} seeds\n")
-        print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
-        for row in ranked(rows):
-            print(f"| {' | '.join(cells(row, rows))} |")
+        print(table_of(HEAD, [cells(row, rows) for row in ranked(rows)]))
         lost = [row["way"] for row in rows if seconds(row) is None]
         print(f"\nnot within {LONGEST_S[task]:.0f} s with every seed: {'; '.join(lost) or 'none'}")
     print(f"\nGoal: {GOAL:.0f} times sooner than the best synchronous way")

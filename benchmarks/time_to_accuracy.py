@@ -6,7 +6,8 @@ Fashion-MNIST, 20 devices, Dirichlet 0.5, lognormal speeds, in virtual time with
 simulate`). A run that is already in --out is not repeated. DIR contains FashionMNIST/raw/*-ubyte, as torchvision
 writes it.
 
-- asynchronous: a version from each --buffer updates, at most --bound versions stale; `benchmarks.race` chose the sizes.
+- asynchronous: a version from each --buffer updates, at most --bound versions stale; both are what `benchmarks.race`
+  found on digits-numpy.
 - over-selection: a version from the first --first updates on the newest version, of all devices that train on it
   (Bonawitz et al. 2019, section 4.2). An update that is later is not merged. Its device adds the change to its next
   update, which is kinder than that paper, whose server drops it.
@@ -87,13 +88,13 @@ def unequal_devices(
     )
 
 
-def run(name: str, wanted: Scenario, arguments: argparse.Namespace, model: Callable[..., Model] = Model) -> Any:
-    """The report of one run, which ends when the accuracy is reached; of a kept run if there is one in --out.
+def run(name: str, wanted: Scenario, accuracy: float, out: Path, model: Callable[..., Model] = Model) -> Any:
+    """The report of one run, which ends when the accuracy is reached; of a kept run if there is one in ``out``.
 
     A kept run is known by its name and scenario.
     """
-    digest = blake2b(f"{wanted} {arguments.accuracy}".encode(), digest_size=4).hexdigest()
-    path: Path = arguments.out / f"{file_name(name)}-{wanted.seed}-{digest}.json"
+    digest = blake2b(f"{wanted} {accuracy}".encode(), digest_size=4).hexdigest()
+    path = out / f"{file_name(name)}-{wanted.seed}-{digest}.json"
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
     began = time.monotonic()
@@ -106,7 +107,7 @@ def run(name: str, wanted: Scenario, arguments: argparse.Namespace, model: Calla
             seen = len(simulation.carried)
             versions = simulation.moment().versions
             rows = [{"accuracy": version.accuracy, "updates": version.updates} for version in versions]
-            if reached(rows, arguments.accuracy) is not None:
+            if reached(rows, accuracy) is not None:
                 simulation.stop()
 
     simulation.run(look)
@@ -289,10 +290,10 @@ def main() -> None:
         rows = [(seed, way, run_real(way, seed, arguments)) for seed in range(arguments.seeds) for way in WAYS]
         print_result(rows, as_json=arguments.json, show=lambda: show_real(rows, arguments.accuracy))
         return
-    reports = [[run(way, scenario(way, seed, arguments), arguments) for seed in range(arguments.seeds)] for way in WAYS]
-    seeds: list[dict[str, Any]] = []
-    for seed, of_ways in enumerate(zip(*reports, strict=True)):
-        found = {way: figures(each, arguments.accuracy) for way, each in zip(WAYS, of_ways, strict=True)}
+    accuracy, seeds = arguments.accuracy, list[dict[str, Any]]()
+    for seed in range(arguments.seeds):
+        reports = {way: run(way, scenario(way, seed, arguments), accuracy, arguments.out) for way in WAYS}
+        found = {way: figures(report, accuracy) for way, report in reports.items()}
         seeds.append({"seed": seed, **found, "compared": against([found])})
     result = {
         "accuracy": arguments.accuracy,

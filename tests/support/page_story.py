@@ -109,6 +109,7 @@ class Story:
         self.logs = folder / ".logs"
         self.port = 0
         self._services: dict[str, tuple[str, subprocess.Popen[bytes]]] = {}
+        self._begun: dict[str, int] = {}  # where the log of a service's newest run begins
         self._written: list[str] = []  # scenarios among it are as short as they are printed
         self._env = {
             **os.environ,
@@ -216,7 +217,7 @@ class Story:
         self.logs.mkdir(exist_ok=True)
         path = self.logs / directory.replace("/", "-")
         with path.open("ab") as log:
-            before = log.tell()
+            before = self._begun[directory] = log.tell()
             process = subprocess.Popen(
                 words, cwd=self.current, env=self._env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
@@ -229,10 +230,11 @@ class Story:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         code = process.wait(WITHIN_S)
-        last = (self.logs / directory.replace("/", "-")).read_text("utf-8", "replace").splitlines()[-1:]
-        if code == -signal.SIGTERM and last and re.search(r"\bstopped|^ternbus: ", last[0]):
+        text = (self.logs / directory.replace("/", "-")).read_text("utf-8", "replace")
+        last = text[self._begun[directory] :].splitlines()[-1:]
+        if code == -signal.SIGTERM and last and re.search(r"\bstopped|^ternbus: .*revoked", last[0]):
             return  # it was on its way out by itself
-        if code == 1 and last == ["ternbus: SIGTERM"]:
+        if kind == "edge" and code == 1 and last == ["ternbus: SIGTERM"]:
             return  # it was still joining
         # a device ends with 3 if it was revoked
         assert code in ({0, 3} if kind == "edge" else {0}), f"{directory} ended with {code}:{self._logs()}"
