@@ -115,14 +115,29 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        port, self._client_port = free_port(), free_port()
-        self.head = self._start(
-            "head", "--head", f"--port={port}", f"--ray-client-server-port={self._client_port}",
-            "--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={folder}",
+        self._port, self._client_port = free_port(), free_port()
+        self._nodes: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> None:
+        self._start(
+            "head", "--head", f"--port={self._port}", f"--ray-client-server-port={self._client_port}",
+            "--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={self._folder}",
         )  # fmt: skip
         self._until_it_has(1)
-        self.other = self._start("other", f"--address=127.0.0.1:{port}")
+        self._start("other", f"--address=127.0.0.1:{self._port}")
         self._until_it_has(2)
+
+    def kill_all(self) -> None:
+        for node in reversed(self._nodes):
+            self.kill(node)
+
+    @property
+    def head(self) -> subprocess.Popen[bytes]:
+        return self._nodes[0]
+
+    @property
+    def other(self) -> subprocess.Popen[bytes]:
+        return self._nodes[1]
 
     @property
     def address(self) -> str:
@@ -133,12 +148,12 @@ class Cluster:
             os.killpg(node.pid, signal.SIGKILL)
         node.wait()
 
-    def _start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
+    def _start(self, name: str, *arguments: str) -> None:
         environment = {**os.environ, "NODE_OF_TEST": name, "RAY_USAGE_STATS_ENABLED": "0"}
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1",
                    "--node-ip-address=127.0.0.1", "--object-store-memory=100000000", *arguments]  # fmt: skip
         with (self._folder / f"{name}.log").open("wb") as log:
-            return subprocess.Popen(command, env=environment, stdout=log, stderr=log, process_group=0)
+            self._nodes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, process_group=0))
 
     def _until_it_has(self, processors: int) -> None:
         look = f"import ray; ray.init({self.address!r}); print(ray.cluster_resources().get('CPU'))"
@@ -157,10 +172,10 @@ def cluster() -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="ray-"))  # a short path, as sockets need it
     made = Cluster(folder)
     try:
+        made.start()
         yield made
     finally:
-        made.kill(made.other)
-        made.kill(made.head)
+        made.kill_all()
         shutil.rmtree(folder, ignore_errors=True)
 
 

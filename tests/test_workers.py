@@ -6,8 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import Executor, Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,13 +21,12 @@ from ternbus.edge.core.actions import StartTraining
 from ternbus.edge.core.events import TrainingFinished
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.plan.plan import Plan
+from ternbus.edge.shell.worker import TrainingResult
 from ternbus.lab.report.progress import Lines
 from ternbus.lab.scenario.scenario import End, Hostile, Scenario, Speeds
 from ternbus.lab.virtual.memory_ledger import MemoryLedger
 from ternbus.lab.virtual.simulate import Simulation
-from ternbus.lab.virtual.workers import Workers
-
-pytestmark = pytest.mark.slow
+from ternbus.lab.virtual.workers import Workers, _Queue
 
 SMALL = Scenario(
     task="digits-numpy",
@@ -69,6 +71,7 @@ def job_of(seed: int) -> StartTraining:
     return StartTraining(base=0, schema=schema, vector=to_vector(schema, model), residual=None, plan=plan, seed=seed)
 
 
+@pytest.mark.slow
 def test_processes_make_the_same_model_and_end() -> None:
     others = set(multiprocessing.active_children())
     with Workers(SMALL, 2) as workers:
@@ -82,19 +85,69 @@ def test_processes_make_the_same_model_and_end() -> None:
     assert found != digests(None, replace(SMALL, seed=1))
 
 
-@pytest.mark.parametrize(("sync", "order"), [(False, [0, 1, 4, 3, 2]), (True, [0, 1, 2, 3, 4])])
-def test_what_is_due_first_is_computed_first(sync: bool, order: list[int]) -> None:
-    """The first two go to the process at once. Behind a barrier all are due together, and none's length is known."""
-    ended: list[int] = []
-    with Workers(replace(SMALL, sync=sync), 1) as workers:
-        awaited = [workers.begin(device, job_of(device), 9.0 - device) for device in range(SMALL.devices)]
-        for device, each in enumerate(awaited):
-            each.args[0].add_done_callback(lambda _, device=device: ended.append(device))  # type: ignore[attr-defined]
-        results = [each() for each in awaited]
-    assert all(isinstance(result, TrainingFinished) for result in results)
-    assert ended == order
+class Pool(Executor):
+    """A pool whose trainings end when the test says so; a broken one takes no more."""
+
+    def __init__(self) -> None:
+        self.begun: dict[int, Future[Any]] = {}  # by device
+        self.is_broken = False
+
+    def submit(self, _: Any, /, *arguments: Any, **__: Any) -> Future[Any]:
+        if self.is_broken:
+            raise BrokenProcessPool("a process died")
+        return self.begun.setdefault(arguments[0], Future())
+
+    def end(self, device: int, seconds: float = 1.0) -> None:
+        self.begun.pop(device).set_result(
+            TrainingFinished(base=0, samples=1, metrics={"seconds": seconds}, content=b"", residual=None)
+        )
 
 
+def begin(queue: _Queue, *due_s: float) -> list[Future[TrainingResult]]:
+    """Of each device a training, that is due then."""
+    return [queue.add(device, job_of(device), due) for device, due in enumerate(due_s)]
+
+
+def test_what_is_due_first_is_computed_first() -> None:
+    """Two go to the one process at once: one is computed, one waits there."""
+    pool = Pool()
+    results = begin(_Queue(pool, 1), 9.0, 8.0, 7.0, 6.0, 5.0)
+    order = []
+    for device in (0, 1, 4, 3, 2):
+        order.append([*pool.begun])
+        pool.end(device)
+    assert order == [[0, 1], [1, 4], [4, 3], [3, 2], [2]]
+    assert all(isinstance(each.result(0), TrainingFinished) for each in results)
+
+
+def test_of_what_is_due_together_the_longest_is_computed_first() -> None:
+    """One whose length nobody knows counts as the longest."""
+    pool = Pool()
+    queue = _Queue(pool, 1)
+    begin(queue, 0.0, 0.0, 0.0, 0.0)
+    for device in range(4):
+        pool.end(device, seconds=[1.0, 1.0, 2.0, 3.0][device])
+    begin(queue, 1.0, 1.0, 1.0, 1.0, 1.0)
+    order = [*pool.begun]
+    for _ in range(4):
+        pool.end(next(iter(pool.begun)))
+        order += [device for device in pool.begun if device not in order]
+    assert order == [0, 1, 4, 3, 2]
+
+
+def test_after_a_process_has_died_no_training_waits_for_ever() -> None:
+    pool = Pool()
+    queue = _Queue(pool, 1)
+    before = begin(queue, 0.0, 0.0, 0.0)
+    pool.is_broken = True
+    for future in pool.begun.values():
+        future.set_exception(BrokenProcessPool("a process died"))
+    after = begin(queue, 1.0, 1.0, 1.0)
+    for result in (*before, *after):
+        assert isinstance(result.exception(0), BrokenProcessPool)
+
+
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_said_in_words() -> None:
     others = set(multiprocessing.active_children())
     with Workers(SMALL, 1) as workers:
@@ -109,6 +162,7 @@ def test_a_process_that_is_killed_is_said_in_words() -> None:
             simulation.run(kill)
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_they_start_leaves_no_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ternbus", "lab", "simulate", "--task", "digits-numpy", "--jobs", "2"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, process_group=0) as process:

@@ -25,14 +25,13 @@ from ternbus.edge.learn.failure import describe
 from ternbus.edge.learn.task import Task
 from ternbus.edge.learn.task_loader import absolute, code_errors, load_task
 from ternbus.edge.shell.worker import TrainingResult
-from ternbus.lab.scenario.resolve import settled
 from ternbus.lab.scenario.scenario import Scenario
-from ternbus.lab.virtual.training import Awaited, Pair, Widths, computed, pairs
+from ternbus.lab.virtual.training import Awaited, Pair, Widths, computed, loaded
 
 SAME: Final = ("ternbus", "numpy", "torch")  # packages that decide the bits of a training
 THREADS: Final = "OMP_NUM_THREADS"
 ANSWERS_S: Final = 10.0
-FOREVER: Final = -1  # how often Ray repeats a training whose node or process is lost
+RETRIES: Final = 5  # of a training whose node or process is lost: it may itself be what ends the process
 START: Final = "start one with `ray start --head --ray-client-server-port=10001`"
 
 
@@ -70,7 +69,7 @@ class RayCluster:
         )
         with self._readable():
             self._setting = self._ray.put(setting)
-            self._train = self._ray.remote(num_cpus=1, max_retries=FOREVER)(_train_on_node)
+            self._train = self._ray.remote(num_cpus=1, max_retries=RETRIES)(_train_on_node)
 
     def _connected(self) -> Any:
         """The session. What answers at the address is looked at first: Ray itself waits half a minute."""
@@ -81,8 +80,7 @@ class RayCluster:
                 warnings.simplefilter("ignore")  # what is wrong is in the exception too
                 return self._ray.init(self._address, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # of many kinds: its address, its version, its connection
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"no Ray cluster can be used at {self._address} ({reason}): {START}") from error
+            raise ConfigError(f"no Ray cluster can be used at {self._address} ({_line(error)}): {START}") from error
 
     def begin(self, device: int, job: StartTraining, due_s: float) -> Awaited:  # noqa: ARG002 - as of `Place`
         """Queue a training. The returned function raises `FederationError` if the cluster is lost."""
@@ -102,10 +100,14 @@ class RayCluster:
             yield
         except exceptions.RayTaskError as error:
             raise error.cause from error
-        except (exceptions.RayError, ConnectionError) as error:
-            reason = " ".join(str(error).split())
+        except (exceptions.WorkerCrashedError, exceptions.OutOfMemoryError) as error:
             raise FederationError(
-                f"the Ray cluster at {self._address} was lost ({reason}): start it again, and repeat the command"
+                f"the Ray cluster at {self._address} lost a training {RETRIES + 1} times ({_line(error)}): give its "
+                "nodes more memory, or look into their logs"
+            ) from error
+        except (exceptions.RayError, ConnectionError) as error:
+            raise FederationError(
+                f"the Ray cluster at {self._address} was lost ({_line(error)}): start it again, and repeat the command"
             ) from error
 
     def __enter__(self) -> Self:
@@ -116,6 +118,10 @@ class RayCluster:
     ) -> None:
         """Leave the cluster, which drops unfinished trainings."""
         self._session.disconnect()
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _library() -> Any:
@@ -137,7 +143,7 @@ def _versions() -> dict[str, str | None]:
     return found
 
 
-_loaded: "dict[str, tuple[list[Pair], Widths]]" = {}  # in a process of a node: the trainers of the last simulation
+_loaded: dict[str, tuple[list[Pair], Widths]] = {}  # in a process of a node: the trainers of the last simulation
 
 
 def _train_on_node(setting: _Setting, device: int, job: StartTraining) -> TrainingResult:
@@ -157,6 +163,4 @@ def _trainers(setting: _Setting) -> tuple[list[Pair], Widths]:
         if own != (asked := setting.versions[package]):
             raise ConfigError(f"it has {package} {own}, and the simulation {asked}: install the same")
     os.environ[THREADS] = setting.threads
-    task = setting.load()
-    found = settled(setting.scenario, task).scenario
-    return pairs(found, task, task.initial(setting.scenario.seed)), Widths(found, task)
+    return loaded(setting.scenario, setting.load())

@@ -17,6 +17,7 @@ from ternbus.edge.learn.task import Task, Trainer, halves_of, trainers_of
 from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.shell.worker import TrainingResult, train
 from ternbus.lab.hostile import HostileTrainer
+from ternbus.lab.scenario.resolve import settled
 from ternbus.lab.scenario.scenario import Scenario
 
 Awaited = Callable[[], TrainingResult]
@@ -88,6 +89,12 @@ def pairs(scenario: Scenario, task: Task, model: Tensors) -> list[Pair]:
         (HostileTrainer(trainer, behaviours[index], tuple(model)), None) if index in behaviours else (trainer, held)
         for index, (trainer, held) in sorted(made.items())
     ]
+
+
+def loaded(scenario: Scenario, task: Task) -> tuple[list[Pair], Widths]:
+    """The trainers of all devices, and those of sub-networks, of a scenario that its data may still have to settle."""
+    found = settled(scenario, task).scenario
+    return pairs(found, task, task.initial(found.seed)), Widths(found, task)
 
 
 def computed(pair: Pair, job: StartTraining, narrowed: Narrowed | None = None) -> TrainingResult:

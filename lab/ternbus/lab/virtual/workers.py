@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
+from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -25,9 +25,8 @@ from ternbus.edge.learn.task import Task
 from ternbus.edge.learn.task_loader import absolute, code_errors, load_task
 from ternbus.edge.shell.worker import TrainingResult
 from ternbus.lab.interrupts import without_interrupts
-from ternbus.lab.scenario.resolve import settled
 from ternbus.lab.scenario.scenario import Scenario
-from ternbus.lab.virtual.training import Awaited, Pair, Widths, computed, pairs
+from ternbus.lab.virtual.training import Awaited, Pair, Widths, computed, loaded
 
 SAFE_PATH: Final = "PYTHONSAFEPATH"
 
@@ -78,11 +77,11 @@ class _Queue:
     """Trainings that wait for a process. What is due first goes first; of what is due at one time, the longest.
 
     So no process computes what may be lost before it is due, while another training is awaited. And where a barrier
-    has all of them due together, no long one is left for the end, with the other processes idle. A few more than there
-    are processes have gone already, so that none waits for this one.
+    has all of them due together, no long one is left for the end, with the other processes idle. One more than there
+    are processes has gone already, so that none waits for this one.
     """
 
-    def __init__(self, pool: ProcessPoolExecutor, processes: int) -> None:
+    def __init__(self, pool: Executor, processes: int) -> None:
         self._pool = pool
         self._free = processes + 1
         self._lock = threading.Lock()  # a thread of the pool says that a training is done
@@ -107,7 +106,9 @@ class _Queue:
                 *_, device, job, result = heapq.heappop(self._waiting)
             try:
                 sent = self._pool.submit(_train_in_worker, device, job)
-            except (BrokenProcessPool, RuntimeError) as error:  # a process has died, or all of them are ended
+            except RuntimeError as error:  # a process has died, or all of them are ended
+                with self._lock:
+                    self._free += 1
                 result.set_exception(error)
             else:
                 sent.add_done_callback(partial(self._done, device, result))
@@ -116,6 +117,7 @@ class _Queue:
         error = CancelledError() if sent.cancelled() else sent.exception()
         if isinstance(error, BrokenProcessPool | CancelledError):  # the pool takes no more, and may hold its lock
             with self._lock:
+                self._free += 1  # what comes later is sent, and fails as soon
                 lost, self._waiting = [*self._waiting], []
             for future in (result, *(each[-1] for each in lost)):
                 future.set_exception(error)
@@ -181,9 +183,7 @@ def _begin_worker(parent: int, scenario: Scenario, load: Callable[[], Task]) -> 
 def _loaded() -> tuple[list[Pair], Widths]:
     """The trainers of all devices, and those of sub-networks, in a worker process."""
     scenario, load = _given[0]
-    task = load()
-    found = settled(scenario, task).scenario
-    return pairs(found, task, task.initial(scenario.seed)), Widths(found, task)
+    return loaded(scenario, load())
 
 
 def _prepare() -> None:
