@@ -18,7 +18,6 @@ from support.core_device import (
     trained,
     update_in,
 )
-from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.messages import FAILING_BYTES_MAX, Status
 from ternbus.edge.core import events
 from ternbus.edge.core.actions import Action, Log, StartEvaluation, StartTraining, Stop
@@ -221,13 +220,11 @@ def test_what_a_session_has_missed_does_not_end_a_device_before_the_head_of_now_
     device.handle(events.Connected(frame_bytes=2**20))
     device.arrive(scripted.status())
     scripted.state = "closed"
-    topic, missed = scripted.head()
-    done = device.handle(events.FrameArrived(topic=topic, frame=parse(missed), retained=False))
+    done = device.arrive(scripted.head(), retained=False)
     done += device.wait(LONG_S)
     assert (of(done, Stop), published(done, "update")) == ([], [])
     scripted.state = "open"
     assert update_in(device.arrive(scripted.head())).seq == frame.seq  # what was trained before is not lost
     scripted.state = "closed"
-    topic, live = scripted.head()
-    done = device.handle(events.FrameArrived(topic=topic, frame=parse(live), retained=False))
+    done = device.arrive(scripted.head(), retained=False)
     assert only(done, Stop).reason == "the federation is closed"

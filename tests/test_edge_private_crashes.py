@@ -169,7 +169,7 @@ class CrashingPrivateDevice(CrashingDevice):
         update = self.disk.outstanding
         assert update is not None
         topic, payload = self.scripted.receipt(DEVICE, self.answers.key, update.seq, outcome)
-        self.handle(events.FrameArrived(topic=topic, frame=parse(payload)))
+        self.handle(events.FrameArrived(topic=topic, frame=parse(payload), retained=True))
 
     @precondition(lambda self: self.disk.outstanding is not None and self.connected)
     @rule(ahead=st.integers(1, 200))
@@ -179,7 +179,7 @@ class CrashingPrivateDevice(CrashingDevice):
         topic, payload = self.scripted.receipt(
             DEVICE, self.answers.key, update.seq, "duplicate", highest_seq=update.seq + ahead
         )
-        self.handle(events.FrameArrived(topic=topic, frame=parse(payload)))
+        self.handle(events.FrameArrived(topic=topic, frame=parse(payload), retained=True))
 
     @precondition(lambda self: self.renewals < len(KEYS))
     @rule()

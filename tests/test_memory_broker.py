@@ -61,6 +61,7 @@ class Ear:
     def __init__(self, broker: MemoryBroker, line: Line | None = None, *filters: str) -> None:
         self.clock = broker.clock
         self.heard: list[tuple[float, str, bytes]] = []
+        self.retained: list[bool] = []  # of each that was heard
         self.told: list[str] = []
         self.acknowledged_seqs: list[int] = []
         self.filters = filters
@@ -74,8 +75,9 @@ class Ear:
     def disconnected(self, reason: str) -> None:
         self.told.append(reason)
 
-    def arrived(self, topic: str, payload: bytes) -> None:
+    def arrived(self, topic: str, payload: bytes, *, retained: bool) -> None:
         self.heard.append((self.clock.now, topic, payload))
+        self.retained.append(retained)
 
     def acknowledged(self, seq: int) -> None:
         self.acknowledged_seqs.append(seq)
@@ -149,6 +151,21 @@ def test_what_was_under_way_to_a_client_that_died_comes_when_it_is_back(broker: 
     ear.session.connect("will", b"dead")
     settle(broker)
     assert ear.payloads == [b"under way", b"while away"]
+
+
+def test_a_client_is_told_what_the_broker_holds_and_what_is_of_the_session(broker: MemoryBroker) -> None:
+    broker.route("x", b"old", retain=True)
+    ear = Ear(broker, None, "x")
+    settle(broker)
+    ear.session.cut()
+    broker.route("x", b"while away", retain=True)
+    ear.session.connect("will", b"dead")  # it subscribes again
+    settle(broker)
+    assert [*zip(ear.payloads, ear.retained, strict=True)] == [
+        (b"old", True),
+        (b"while away", False),
+        (b"while away", True),
+    ]
 
 
 def test_what_was_under_way_from_a_client_that_died_is_lost(broker: MemoryBroker) -> None:

@@ -6,6 +6,7 @@ It has a key of its own and, since devices get stolen, the keys that a test hand
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 from hypothesis import strategies as st
@@ -151,8 +152,8 @@ class AttackedClient:
         self.connected, self.disconnected = client.connected, client.disconnected
         self.acknowledged = client.acknowledged
 
-    def arrived(self, topic: str, payload: bytes) -> None:
-        self.adversary.pass_on(topic, payload, self.client.arrived)
+    def arrived(self, topic: str, payload: bytes, *, retained: bool) -> None:
+        self.adversary.pass_on(topic, payload, partial(self.client.arrived, retained=retained))
 
 
 class ObservedSession(Session):
@@ -204,7 +205,7 @@ class ByzantineBroker(MemoryBroker):
         """Send a made-up message to a client that is online."""
         session = self.sessions[client % len(self.sessions)]
         if session.online:
-            session.attacked.client.arrived(topic, payload)
+            session.attacked.client.arrived(topic, payload, retained=True)
 
     def become_honest(self, *, lose_everything: bool) -> None:
         """An honest broker takes its place: all clients connect anew, to all of the stored messages or to none."""

@@ -59,11 +59,11 @@ class Device:
         self.actions += done
         return done
 
-    def arrive(self, *messages: Message) -> list[Action]:
+    def arrive(self, *messages: Message, retained: bool = True) -> list[Action]:
         return [
             action
             for topic, payload in messages
-            for action in self.handle(events.FrameArrived(topic=topic, frame=parse(payload)))
+            for action in self.handle(events.FrameArrived(topic=topic, frame=parse(payload), retained=retained))
         ]
 
     def wait(self, seconds: float) -> list[Action]:

@@ -263,7 +263,7 @@ class CrashingDevice(RuleBasedStateMachine):
 
     def arrive(self, topic: str, payload: bytes) -> None:
         self.past.append((topic, payload))
-        self.handle(events.FrameArrived(topic=topic, frame=parse(payload)))
+        self.handle(events.FrameArrived(topic=topic, frame=parse(payload), retained=True))
 
     @rule(messages=st.integers(1, 30))
     def the_network_works_for_a_while(self, messages: int) -> None:

@@ -50,7 +50,7 @@ class FrameArrived:
 
     topic: str
     frame: Frame
-    retained: bool = True
+    retained: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,7 +46,7 @@ class Client(Protocol):
 
     def connected(self) -> None: ...
     def disconnected(self, reason: str) -> None: ...
-    def arrived(self, topic: str, payload: bytes) -> None: ...
+    def arrived(self, topic: str, payload: bytes, *, retained: bool) -> None: ...
     def acknowledged(self, seq: int) -> None: ...
 
 
@@ -82,7 +82,7 @@ class MemoryBroker:
         elif retain:
             self.retained.pop(topic, None)
         for session in self._wanting(topic):
-            session.deliver(topic, payload)
+            session.deliver(topic, payload, retained=False)
 
     def subscribe(self, session: "Session", filters: Iterable[str]) -> None:
         for pattern in filters:
@@ -90,7 +90,7 @@ class MemoryBroker:
             if "+" in pattern:
                 self._patterns[pattern] = None
             for topic in self._retained_under(pattern):
-                session.deliver(topic, self.retained[topic])
+                session.deliver(topic, self.retained[topic], retained=True)
 
     def unsubscribe(self, session: "Session", filters: Iterable[str]) -> None:
         for pattern in filters:
@@ -133,7 +133,7 @@ class Session:
         self._will = ("", b"")
         self._free_at = [0.0, 0.0]  # when uplink and downlink have sent all earlier packets
         self._numbers = count()
-        self._waiting: dict[int, tuple[str, bytes]] = {}  # undelivered messages, in order
+        self._waiting: dict[int, tuple[str, bytes, bool]] = {}  # undelivered messages, in order; whether retained
 
     def connect(self, will_topic: str, will_payload: bytes) -> None:
         """Begin to connect; the result is a call of `connected` or `disconnected`."""
@@ -175,12 +175,12 @@ class Session:
             self._left()
             self._client.disconnected(reason)
 
-    def deliver(self, topic: str, payload: bytes) -> None:
-        """Send the client a message now, or after it has reconnected."""
+    def deliver(self, topic: str, payload: bytes, *, retained: bool) -> None:
+        """Send the client a message now, or after it has reconnected; ``retained`` is what a subscription asked for."""
         if not self._online and len(self._waiting) >= QUEUED_MAX:
             return
         number = next(self._numbers)
-        self._waiting[number] = (topic, payload)
+        self._waiting[number] = (topic, payload, retained)
         if self._online:
             self._transmit(number)
 
@@ -208,7 +208,7 @@ class Session:
             self._clock.at(when, partial(self._if_connected, self._connection, do))
 
     def _transmit(self, number: int) -> None:
-        topic, payload = self._waiting[number]
+        topic, payload, _ = self._waiting[number]
         size_bytes = packet_bytes(topic, len(payload), PROTOCOL)
         self.carried[_kind(topic)] += size_bytes
         when = self._through(1, size_bytes, self._line.down_bits_s)
@@ -224,7 +224,8 @@ class Session:
             do()
 
     def _arrived(self, number: int) -> None:
-        self._client.arrived(*self._waiting.pop(number))
+        topic, payload, retained = self._waiting.pop(number)
+        self._client.arrived(topic, payload, retained=retained)
 
     def _published(self, topic: str, payload: bytes, retain: bool, seq: int) -> None:
         self._broker.route(topic, payload, retain=retain)

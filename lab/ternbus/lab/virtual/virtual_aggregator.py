@@ -54,7 +54,7 @@ class VirtualAggregator:
     def disconnected(self, reason: str) -> None:  # noqa: ARG002 - signature of the callback
         self._handle(events.Disconnected())
 
-    def arrived(self, topic: str, payload: bytes) -> None:
+    def arrived(self, topic: str, payload: bytes, *, retained: bool) -> None:  # noqa: ARG002 - signature of the callback
         size_bytes = packet_bytes(topic, len(payload), PROTOCOL)
         self._handle(events.MessageArrived(topic=topic, payload=payload, packet_bytes=size_bytes))
 

@@ -127,7 +127,7 @@ class VirtualDevice:
     def disconnected(self, reason: str) -> None:
         self._handle(events.Disconnected(reason=reason))
 
-    def arrived(self, topic: str, payload: bytes) -> None:
+    def arrived(self, topic: str, payload: bytes, *, retained: bool) -> None:
         if not payload:  # the removal of a retained message
             return
         try:
@@ -135,7 +135,7 @@ class VirtualDevice:
         except ProtocolError as error:
             self._handle(events.FrameMalformed(reason=error.reason))
         else:
-            self._handle(events.FrameArrived(topic=topic, frame=parsed))
+            self._handle(events.FrameArrived(topic=topic, frame=parsed, retained=retained))
 
     def acknowledged(self, seq: int) -> None:
         self._handle(events.Published(seq=seq))
@@ -187,7 +187,7 @@ class VirtualDevice:
     def _train(self) -> None:
         job = self.core.training.running  # with the shared vector
         assert job is not None  # noqa: S101 - the core has just started it
-        seconds = self._body.seconds() * (1.0 if job.plan.width == 1 else self._body.cost(job.plan.width))
+        seconds = self._body.seconds() * self._body.cost(job.plan.width)
         due_s = self._clock.now + seconds
         awaited = self._body.begin(job, due_s)
         self._clock.at(due_s, partial(self._trained, self.core, seconds, awaited))

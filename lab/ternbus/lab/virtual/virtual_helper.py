@@ -54,7 +54,7 @@ class VirtualHelper:
     def disconnected(self, reason: str) -> None:
         self._handle(events.Disconnected(reason=reason))
 
-    def arrived(self, topic: str, payload: bytes) -> None:
+    def arrived(self, topic: str, payload: bytes, *, retained: bool) -> None:  # noqa: ARG002 - signature of the callback
         if not payload:  # the removal of a retained message
             return
         try:
