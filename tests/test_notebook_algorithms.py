@@ -171,6 +171,13 @@ BAD: list[tuple[dict[str, Any], str]] = [
         r"'weigth' \(do you mean weight",
     ),
     ({"client": (lambda _: 0, lambda s, _: (s, {}, 0)), "plan": {"dp": "device"}}, "dp in the plan does not cover"),
+    (
+        {
+            "client": (lambda _: 0, lambda s, _: (s, {}, 0)),
+            "settings": {"search.arms": [{"width": 0.5}, {"width": 1.0}]},
+        },
+        "trains no sub-network",
+    ),
 ]
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from support.arrays import CLIENTS, TEST, linear, numbers
 from ternbus.broker.errors import ConfigError
+from ternbus.edge.learn.subnetwork import channels
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.lab import (
     BestModel,
@@ -27,6 +28,7 @@ from ternbus.lab import (
     Hostile,
     Local,
     Run,
+    Speeds,
     State,
     TensorBoard,
     compare,
@@ -38,6 +40,11 @@ from ternbus.lab import (
 pytestmark = pytest.mark.slow
 PLAN = {"learning_rate": 0.02, "batch_size": 10}
 ROOT = Path(__file__).parent.parent
+
+
+def hidden(width: float = 1.0) -> nn.Module:
+    units = channels(8, width)
+    return nn.Sequential(nn.Linear(10, units), nn.Tanh(), nn.Linear(units, 1))
 
 
 def federation(**changes: Any) -> Federation:
@@ -110,6 +117,24 @@ def test_seconds_for_each_client_decide_who_is_merged_how_often() -> None:
     run = simulated(versions=12, merge={"buffer_size": 1}, speeds={"alice": 1.0, "bob": 5.0})
     accepted = dict(zip(run.devices["device"], run.devices["accepted"], strict=True))
     assert accepted["alice"] >= 4 * accepted["bob"] > 0
+
+
+def test_some_clients_are_slower_by_the_beginning_of_their_names() -> None:
+    speeds = Speeds(sigma=0.0, median_s=1.0, factors={"bo": 5.0})
+    run = simulated(versions=12, merge={"buffer_size": 1}, speeds=speeds)
+    accepted = dict(zip(run.devices["device"], run.devices["accepted"], strict=True))
+    assert accepted["alice"] >= 4 * accepted["bob"] > 0
+
+
+@pytest.mark.parametrize("how", [{}, {"vectorise": 2}, {"jobs": 2}], ids=["one by one", "at once", "processes"])
+def test_clients_train_the_sub_networks_of_a_search(how: dict[str, int]) -> None:
+    fed = federation(model=hidden, narrow=hidden)
+    arms = [{"width": 0.25}, {"width": 0.5}]
+    run = simulated(fed, settings={"search.arms": arms}, merge={"buffer_size": 2}, **how)
+    before, after = fed.task.initial(0)["2.weight"], run.tensors["2.weight"]
+    assert {"mae@0.25", "mae@0.5"} <= run.metrics.keys()
+    assert (before == after)[:, 4:].all()  # no arm has the other half
+    assert (before != after)[:, :2].all()
 
 
 def test_what_a_scenario_can_say_an_argument_says() -> None:

@@ -138,6 +138,7 @@ def test_some_devices_are_slower_by_the_beginning_of_their_names() -> None:
     speeds = Speeds(sigma=0.0, median_s=2.0, factors={"device-1": 4.0, "device-11": 2.0})
     drawn = speeds.draw(12, 0)
     assert (drawn[0], drawn[1], drawn[10], drawn[11]) == (2.0, 8.0, 8.0, 16.0)
+    assert speeds.draw(3, 0, ["bob", "device-1", "device-0"]) == (2.0, 8.0, 2.0)
     assert scenario.parse({"speeds": {"factors": {"device-1": 4}}}).speeds.factors == {"device-1": 4}
     for wrong in (0, -1.0, True, "4"):
         with pytest.raises(ConfigError, match="factors"):

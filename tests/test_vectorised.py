@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from support.commands import typed
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.schema import Vector
 from ternbus.edge import TorchTask
-from ternbus.edge.learn.task import Start, Task, Trained, TrainingError, VectorisedTrainer
+from ternbus.edge.learn.subnetwork import channels
+from ternbus.edge.learn.task import Start, Task, Trained, Trainer, TrainingError, VectorisedTrainer
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.tasks import digits
@@ -25,15 +25,16 @@ from ternbus.lab.scenario.scenario import End, Hostile, Scenario, Speeds
 from ternbus.lab.virtual.computation import Computation
 from ternbus.lab.virtual.memory_ledger import MemoryLedger
 from ternbus.lab.virtual.simulate import Simulation
-from ternbus.lab.virtual.training import InProcess
-from ternbus.lab.virtual.vectorised import FOREIGN, Vectorised
+from ternbus.lab.virtual.training import InProcess, Pair, Widths
+from ternbus.lab.virtual.vectorised import FOREIGN, SUBNETWORK, Vectorised
 
 RELATIVE = 1e-5  # of a device's change, in the L2 norm: what is promised in docs/lab.md
 DEVICES = 6
 
 
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+def mlp(width: float = 1.0) -> nn.Module:
+    units = channels(32, width)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, units), nn.ReLU(), nn.Linear(units, 10))
 
 
 def task_of(model: Callable[[], nn.Module] = mlp, **more: Any) -> TorchTask:
@@ -153,9 +154,9 @@ def run(wanted: Scenario, task: Task, most: int = 1, lines: list[str] | None = N
     """A simulation that has ended, and the place where it trained."""
     places: list[Any] = []
 
-    def place(trainers: Any) -> Any:
+    def place(trainers: Any, widths: Widths) -> Any:
         said = [] if lines is None else lines
-        places.append(Vectorised(trainers, most, said.append) if most > 1 else InProcess(trainers))
+        places.append(Vectorised(trainers, widths, most, said.append) if most > 1 else InProcess(trainers, widths))
         return places[0]
 
     simulation = Simulation(wanted, task, Lines(io.StringIO()), place=place)
@@ -176,14 +177,21 @@ ASYNCHRONOUS, BARRIER = scenario_of(), scenario_of(sync=True, aggregator={})
 COMING_AND_GOING = scenario_of(
     availability=Availability(hours=20.0, session_min=1.0, pause_min=0.2, drop_out=0.3), end=End(versions=4)
 )
+WIDTHS = scenario_of(aggregator={"merge.buffer_size": 3, "search.arms": [{"width": 0.5}, {"width": 1.0}]})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wanted", [ASYNCHRONOUS, BARRIER, COMING_AND_GOING], ids=["async", "barrier", "availability"])
+@pytest.mark.parametrize(
+    "wanted",
+    [ASYNCHRONOUS, BARRIER, COMING_AND_GOING, WIDTHS],
+    ids=["async", "barrier", "availability", "arms of width"],
+)
 def test_a_simulation_at_once_is_that_of_one_by_one(wanted: Scenario) -> None:
-    alone, _ = run(wanted, task_of())
-    found, place = run(wanted, task_of(), 4)
-    assert digests(run(wanted, task_of(), 4)[0]) == digests(found)  # the same bits each time
+    task, lines = task_of(narrow=mlp), list[str]()
+    alone, _ = run(wanted, task)
+    found, place = run(wanted, task, 4, lines)
+    assert digests(run(wanted, task, 4)[0]) == digests(found)  # the same bits each time
+    assert lines == ([f"trained one by one, not vectorised: {SUBNETWORK}"] if wanted is WIDTHS else [])
     one, other = alone.report(0.0), found.report(0.0)
     assert [row["seconds"] for row in one["versions"]] == [row["seconds"] for row in other["versions"]]
     assert one["updates"] == other["updates"]
@@ -230,6 +238,35 @@ def test_what_cannot_be_at_once_is_trained_one_by_one_and_said_once(
     assert why in lines[0]
 
 
+class Limited:
+    """A trainer that finds a limit of its own, as dropout on a GPU is one."""
+
+    def __init__(self, inner: Trainer) -> None:
+        self.samples, self.train, self.evaluate = inner.samples, inner.train, inner.evaluate
+
+    def alone(self, _: Plan) -> str:
+        return ""
+
+    def likeness(self, _: Plan) -> object:
+        return "all alike"
+
+    def train_at_once(self, plan: Plan, starts: Sequence[Start]) -> list[Trained | TrainingError]:
+        raise ConfigError("dropout draws other numbers")
+
+
+def test_a_known_limit_is_said_in_its_own_words() -> None:
+    lines, task, trainers = list[str](), task_of(), list[Any]()
+
+    def place(pairs: Sequence[Pair], widths: Widths) -> Vectorised:
+        trainers.extend(Limited(trainer) for trainer, _ in pairs)
+        return Vectorised([(trainer, None) for trainer in trainers], widths, 4, lines.append)
+
+    simulation = Simulation(scenario_of(end=End(versions=1)), task, Lines(io.StringIO()), place=place)
+    simulation.run()
+    assert isinstance(trainers[0], VectorisedTrainer)
+    assert lines == ["trained one by one, not vectorised: dropout draws other numbers"]
+
+
 def test_a_hostile_device_is_trained_alone_beside_others_at_once() -> None:
     lines = list[str]()
     wanted = scenario_of(
@@ -271,4 +308,4 @@ def test_the_command_trains_at_once_and_refuses_what_does_not_fit(tmp_path: Path
 
 def test_a_number_of_processes_may_be_text() -> None:
     assert Computation(jobs="2") == Computation(jobs=2)
-    assert partial(Computation, jobs="1")().elsewhere is False
+    assert Computation(jobs="1").elsewhere is False

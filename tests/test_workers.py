@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from stranger.servers import until
+from support.core_device import trained
 from ternbus.broker.errors import FederationError
 from ternbus.broker.protocol.schema import Schema, to_vector
 from ternbus.edge.core.actions import StartTraining
@@ -36,6 +37,14 @@ SMALL = Scenario(
     aggregator={"merge.buffer_size": 2},
     end=End(versions=4),
 )
+OF_WIDTHS = replace(
+    SMALL,
+    devices=7,
+    hostile=(),
+    speeds=Speeds(sigma=0.0, median_s=10.0),  # so several versions are made while no training is awaited
+    aggregator={"merge.buffer_size": 1, "search.arms": [{"width": 0.25}, {"width": 1.0}], "search.budget": 2},
+    end=End(versions=20),
+)
 
 
 def exists(pid: int) -> bool:
@@ -56,11 +65,12 @@ def has_numpy(pid: str) -> bool:
 
 
 def digests(workers: Workers | None, wanted: Scenario = SMALL, *, later: bool = False) -> object:
-    """Of all versions, with what they were evaluated to."""
+    """Of all versions, with what they were evaluated to, and what a search has found."""
     simulation = Simulation(wanted, load_task(wanted.task), Lines(io.StringIO()), place=workers, later=later)
     simulation.run()
     assert isinstance(simulation.ledger, MemoryLedger)
-    return simulation.ledger.digests, simulation.report(0.0)["versions"]
+    report = simulation.report(0.0)
+    return simulation.ledger.digests, report["versions"], report.get("search")
 
 
 def job_of(seed: int) -> StartTraining:
@@ -72,17 +82,18 @@ def job_of(seed: int) -> StartTraining:
 
 
 @pytest.mark.slow
-def test_processes_make_the_same_model_and_end() -> None:
+@pytest.mark.parametrize("wanted", [SMALL, OF_WIDTHS], ids=["one plan", "a search of widths"])
+def test_processes_make_the_same_model_and_end(wanted: Scenario) -> None:
     others = set(multiprocessing.active_children())
-    with Workers(SMALL, 2) as workers:
-        found = digests(workers)
+    with Workers(wanted, 2) as workers:
+        found = digests(workers, wanted)
         processes = set(multiprocessing.active_children()) - others
         assert len(processes) == 2
     until(lambda: not any(exists(process.pid or 0) for process in processes), 60.0, "they do not end")
-    assert found == digests(None)
-    with Workers(SMALL, 2) as workers:
-        assert digests(workers, later=True) == found
-    assert found != digests(None, replace(SMALL, seed=1))
+    assert found == digests(None, wanted)
+    with Workers(wanted, 2) as workers:
+        assert digests(workers, wanted, later=True) == found
+    assert found != digests(None, replace(wanted, seed=1))
 
 
 class Pool(Executor):
@@ -98,9 +109,7 @@ class Pool(Executor):
         return self.begun.setdefault(arguments[0], Future())
 
     def end(self, device: int, seconds: float = 1.0) -> None:
-        self.begun.pop(device).set_result(
-            TrainingFinished(base=0, samples=1, metrics={"seconds": seconds}, content=b"", residual=None)
-        )
+        self.begun.pop(device).set_result(replace(trained(job_of(device)), metrics={"seconds": seconds}))
 
 
 def begin(queue: _Queue, *due_s: float) -> list[Future[TrainingResult]]:

@@ -19,7 +19,16 @@ from ternbus.broker.protocol.arms import WIDTH_MIN
 from ternbus.broker.protocol.messages import ARMS_MAX
 from ternbus.edge.learn.class_counts import class_counts_of
 from ternbus.edge.learn.measure import OF_DATA
-from ternbus.edge.learn.task import Evaluation, Task, Trained, Trainer, halves_of, initial_of, trainers_of
+from ternbus.edge.learn.task import (
+    Evaluation,
+    Task,
+    Trained,
+    Trainer,
+    halves_of,
+    initial_of,
+    trainers_of,
+    training_part,
+)
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import FloatArray, Tensors
 
@@ -85,16 +94,17 @@ def is_narrowing(task: Task) -> bool:
 
 def trainers_by_width(task: Task, *, data: Path | None, partition: str, hold_out: float) -> Narrowed:
     """Trainers with a device's training data, by width; beside a trainer of the whole model."""
-    part = f"{partition};train:{hold_out!r}" if hold_out else partition
+    part = training_part(partition, hold_out)
     return lru_cache(ARMS_MAX)(lambda width: narrow(task, width).trainer(data=data, partition=part))
 
 
 def evaluators_by_width(task: Task, *, data: Path | None) -> Narrowed:
-    """Trainers with the test data that evaluate sub-networks of the whole model, by width."""
+    """Trainers with the test data that evaluate sub-networks of the whole model, by a width below 1."""
 
     def made(width: float) -> Trainer:
         narrowed = narrow(task, width)
-        return narrowed.sub_evaluator(data) if isinstance(narrowed, NarrowTask) else task.evaluator(data=data)
+        assert isinstance(narrowed, NarrowTask)  # noqa: S101 - of a width below 1
+        return narrowed.sub_evaluator(data)
 
     return lru_cache(ARMS_MAX)(made)
 

@@ -240,6 +240,11 @@ def trainers_of(task: Task, data: Path | None, partitions: Sequence[str]) -> lis
     return [task.trainer(data=data, partition=partition) for partition in partitions]
 
 
+def training_part(partition: str, share: float) -> str:
+    """What a device trains on of its part, where it holds out a share of it, which may be 0."""
+    return f"{partition};train:{share!r}" if share else partition
+
+
 def halves_of(
     task: Task, data: Path | None, partitions: Sequence[str], share: float, evaluated_by: Task | None = None
 ) -> list[tuple[Trainer, Trainer]]:
@@ -248,7 +253,8 @@ def halves_of(
     The task `evaluated_by`, if given, makes the second: a device that trains a sub-network evaluates the full model.
     Raises `ConfigError` for a task that ignores the split: it would evaluate on its training data.
     """
-    train, test = ([f"{partition};{half}:{share!r}" for partition in partitions] for half in ("train", "test"))
+    train = [training_part(partition, share) for partition in partitions]
+    test = [f"{partition};test:{share!r}" for partition in partitions]
     if evaluated_by is None:
         made = trainers_of(task, data, [*train, *test])
     else:

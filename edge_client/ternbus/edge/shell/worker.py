@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
 from typing import Any
 
@@ -130,7 +130,9 @@ def evaluate(trainer: Trainer, job: StartEvaluation, narrowed: Narrowed | None =
     try:
         tensors = tensors_of(job)
         found = evaluated_by(trainer, tensors, job.plan, private=job.private)
-        values = dict(found.finite) | ({} if narrowed is None else of_widths(narrowed, tensors, job.plan, job.widths))
+        values = found.finite
+        if narrowed is not None:
+            values |= of_widths(narrowed, tensors, job.plan, job.widths, values)
         return Evaluated(version=job.version, samples=found.samples, values=values, better=found.better)
     except code_errors() as error:
         reason = failure.describe(error)
@@ -139,12 +141,14 @@ def evaluate(trainer: Trainer, job: StartEvaluation, narrowed: Narrowed | None =
         return EvaluationFailed(version=job.version, reason=reason, trace=failure.trace_of(error))
 
 
-def of_widths(narrowed: Narrowed, tensors: Tensors, plan: Plan | None, widths: Sequence[float]) -> dict[str, float]:
-    """The metrics of the sub-networks of these widths, by name and width.
+def of_widths(
+    narrowed: Narrowed, tensors: Tensors, plan: Plan | None, widths: Sequence[float], whole: Mapping[str, float]
+) -> dict[str, float]:
+    """The metrics of the sub-networks of these widths, by name and width; `whole` are those of the whole model.
 
     A message of metrics has room for some: all widths of the primary metric come first, then of the loss.
     """
-    found = {width: evaluated_by(narrowed(width), tensors, plan).finite for width in widths}
+    found = {width: whole if width == 1 else evaluated_by(narrowed(width), tensors, plan).finite for width in widths}
     names = dict.fromkeys(name for values in found.values() for name in (primary_of(values), LOSS, *values))
     return {
         width_metric(name, width): values[name]

@@ -19,6 +19,7 @@ from ternbus.aggregator.merge.accepted import AcceptedUpdate
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.merge.optimizer import ServerState
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol.arms import WIDTH
 from ternbus.broker.protocol.schema import Schema, Vector, to_tensors, to_vector
 from ternbus.broker.protocol.ternary import Block
 from ternbus.edge.learn.task import Evaluation, Task, Trained, Trainer
@@ -131,6 +132,9 @@ class Hooks:
             raise ConfigError("a client algorithm of your own keeps its states in this process: use jobs=1")
         if {**task.default_plan, **scenario.plan}.get("dp", NO_DP) != NO_DP:
             raise ConfigError("dp in the plan does not cover a client algorithm of your own: remove one of them")
+        arms: Any = scenario.aggregator.get("search.arms") or ()
+        if any(WIDTH in arm for arm in arms):
+            raise ConfigError("a client algorithm of your own trains no sub-network: remove it, or the arms of width")
 
     def task(self, task: Task) -> Task:
         """The task whose steps can be corrected."""

@@ -36,7 +36,7 @@ from ternbus.lab.scenario.scenario import Scenario
 from ternbus.lab.spelling import refuse_unknown
 from ternbus.lab.virtual.computation import Computation
 from ternbus.lab.virtual.simulate import Simulation
-from ternbus.lab.virtual.training import InProcess, Place
+from ternbus.lab.virtual.training import InProcess, Place, Widths
 from ternbus.lab.virtual.training import Pair as Trainers
 
 FORM_ARGUMENTS: Final = ("collate", "workers")
@@ -225,9 +225,9 @@ class Federation:
             Interrupt() as interrupt,
         ):
 
-            def place(pairs: Sequence[Trainers]) -> Place:
+            def place(pairs: Sequence[Trainers], widths: Widths) -> Place:
                 own = hooks.pairs(pairs, names)
-                return NamedPlace(given(own) if callable(given) else given or InProcess(own), names)
+                return NamedPlace(given(own, widths) if callable(given) else given or InProcess(own, widths), names)
 
             simulation = Simulation(wanted, task, watch, place=place, names=names, model=hooks.model)
             watch.simulation = simulation

@@ -102,10 +102,10 @@ class Run:
 
     @property
     def search(self) -> Any:
-        """A DataFrame with a row for each step of the search in the federation, class of devices and arm.
+        """A DataFrame with a row for each arm, class of devices and step of the search.
 
-        From `version` on devices drew the arm with the share `share`; `effect` is what the versions before, of which
-        `judged` were judged, have found of it. A column for each key of the arms follows. Without a search it is empty.
+        From `version` on, the share `share` of the class drew the arm. `effect` is what the step found of the arm, in
+        `judged` versions. A column for each key of the arms follows. Empty without a search.
         """
         found = self.report.get("search")
         return frame([] if found is None else _steps(found), SEARCH_COLUMNS)

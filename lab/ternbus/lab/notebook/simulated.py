@@ -29,7 +29,7 @@ class GivenSpeeds(Speeds):
 
     seconds: tuple[float, ...] = ()
 
-    def draw(self, devices: int, seed: int) -> tuple[float, ...]:  # noqa: ARG002 - as of `Speeds`
+    def draw(self, devices: int, seed: int, names: Sequence[str] = ()) -> tuple[float, ...]:  # noqa: ARG002 - as of `Speeds`
         return self.seconds[:devices]
 
 

@@ -6,7 +6,7 @@ This module checks the keys of a scenario's TOML file and their bounds; the aggr
 import math
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -56,11 +56,12 @@ class Speeds:
                 raise ConfigError(f"speeds.factors.{beginning} is {factor!r}: give a number")
             within(f"speeds.factors.{beginning}", factor, 1e-3, 1e3)
 
-    def draw(self, devices: int, seed: int) -> tuple[float, ...]:
-        """The seconds of each device; those of device i do not depend on the number of devices."""
+    def draw(self, devices: int, seed: int, names: Sequence[str] = ()) -> tuple[float, ...]:
+        """The seconds of each device, by default device-0 and so on; they do not depend on the number of devices."""
         generator = random.Random(seed)  # noqa: S311 - reproducible on purpose, no secret
         drawn = (self.median_s * math.exp(self.sigma * generator.gauss(0, 1)) for _ in range(devices))
-        return tuple(seconds * self._factor(f"device-{index}") for index, seconds in enumerate(drawn))
+        names = names or [f"device-{index}" for index in range(devices)]
+        return tuple(seconds * self._factor(name) for name, seconds in zip(names, drawn, strict=True))
 
     def _factor(self, device: str) -> float:
         return math.prod(factor for beginning, factor in self.factors.items() if device.startswith(beginning))

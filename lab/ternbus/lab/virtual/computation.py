@@ -21,7 +21,8 @@ RAY: Final = "ray://"
 class Computation:
     """`jobs` is a number of processes of this machine, or the address of a Ray cluster, ray://HOST:PORT.
 
-    `vectorise` is the number of devices that this process trains at once. Raises `ConfigError` for what is neither.
+    `vectorise` is the number of devices that this process trains at once. Raises `ConfigError` for any other value, and
+    for both at once.
     """
 
     jobs: int | str = 1

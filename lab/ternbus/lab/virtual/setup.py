@@ -185,13 +185,13 @@ def bodies(
     """
     own = pairs(scenario, task, model)
     policy = PrivacyPolicy.of(Plan.from_meta({**task.default_plan, **scenario.chosen_plan}))
-    is_elastic = not callable(place) and is_narrowing(task)  # one that a caller makes knows no widths
+    is_elastic = is_narrowing(task)
     if place is None or callable(place):
-        place = InProcess(own, Widths(scenario, task)) if place is None else place(own)
+        place = (place or InProcess)(own, Widths(scenario, task))
     shapes = {name: tuple(array.shape) for name, array in model.items()}
     costs = lru_cache(ARMS_MAX)(partial(_cost, task, sum(array.size for array in model.values())))
     initial_model = InitialModel(tensors=model)
-    paces = scenario.speeds.draw(scenario.devices, scenario.seed)
+    paces = scenario.speeds.draw(scenario.devices, scenario.seed, [*codes])
     sums = None if scenario.private is None else _pins(scenario.private, scenario.seed)
     return [
         Body(

@@ -63,7 +63,8 @@ class Simulation:
     devices train, by default in this process; a function makes it of the devices' trainers. ``names`` are the devices',
     by default device-0 and so on. ``model`` makes the aggregator's `Model`, which decides what a merge comes to; a
     ledger in memory takes any. ``later``: a version is evaluated only when a training is awaited, while other processes
-    train, unless the end depends on metrics; so ``progress`` sees it later, and must not end the run.
+    train, unless the end or a search of widths depends on metrics; so ``progress`` sees it later, and must not end the
+    run.
     """
 
     evaluated: tuple[int, Vector] | None = None
@@ -89,7 +90,6 @@ class Simulation:
         if folder is None and any(fault.kill == "aggregator" for fault in self._faults):
             raise ConfigError('[[fault]] kill = "aggregator" needs a ledger to restart from: add --ledger')
         self._evaluated, self._made_at = -1, 0.0
-        self._later = later and not scenario.end.limits
         self._unseen: tuple[int, Vector, float] | None = None  # a version to evaluate, and when it was made
         self._names, self._model = names, model
         self._ended = self._stopped = False
@@ -112,6 +112,7 @@ class Simulation:
         founded = self._founded(initial, chosen)
         self.ledger = founded.ledger
         self.aggregator = VirtualAggregator(self.clock, self.broker, founded.ledger, founded.core, self._made)
+        self._later = later and not scenario.end.limits and not self._widths
         public = self.aggregator.core.identity.public
         self.helpers = [
             VirtualHelper(self.clock, self.broker, profile, partial(self._helper_left, profile.helper))
@@ -325,7 +326,7 @@ class Simulation:
         with explained(self._scenario.task):
             tensors = to_tensors(self.schema, vector)
             found = evaluated_by(self._evaluator, tensors, self._plan)
-            values = found.finite | of_widths(self._sub_evaluators, tensors, self._plan, self._widths)
+            values = found.finite | self._of_widths(tensors, found.finite)
             metrics = Metrics(version=version, samples=found.samples, split="test", values=values, better=found.better)
         end = self._scenario.end
         if self._evaluated < 0 and (fault := end.missing(found.values)):
@@ -339,6 +340,9 @@ class Simulation:
         )
         self.aggregator.core.search.observe(setup.EVALUATOR, metrics)
         return found
+
+    def _of_widths(self, tensors: Tensors, whole: Mapping[str, float]) -> dict[str, float]:
+        return of_widths(self._sub_evaluators, tensors, self._plan, self._widths, whole)
 
     def _hear_devices(self, version: int, vector: Vector) -> None:
         """Collect the devices' last reports, which in a real federation arrive after it is closed."""

@@ -13,7 +13,7 @@ import numpy as np
 from ternbus.edge.core.actions import StartTraining
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.subnetwork import Narrowed, narrow
-from ternbus.edge.learn.task import Task, Trainer, halves_of, trainers_of
+from ternbus.edge.learn.task import Task, Trainer, halves_of, trainers_of, training_part
 from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.shell.worker import TrainingResult, train
 from ternbus.lab.hostile import HostileTrainer
@@ -35,10 +35,6 @@ class Place(Protocol):
         ...
 
 
-Placing = Callable[[Sequence[Pair]], Place]
-"""Makes a place of the trainers of all devices."""
-
-
 class Widths:
     """Trainers of sub-networks of any width: those of all devices, when the first of them is asked for."""
 
@@ -52,10 +48,13 @@ class Widths:
     def _trainer(self, device: int, width: float) -> Trainer:
         if width not in self._made:
             about, share = self._scenario, self._scenario.local.hold_out
-            parts = [about.partition_of(index) for index in range(about.devices)]
-            parts = [f"{part};train:{share!r}" for part in parts] if share else parts
+            parts = [training_part(about.partition_of(index), share) for index in range(about.devices)]
             self._made[width] = trainers_of(narrow(self._task, width), about.data, parts)
         return self._made[width][device]
+
+
+Placing = Callable[[Sequence[Pair], Widths], Place]
+"""Makes a place of the trainers of all devices, and those of sub-networks."""
 
 
 class InProcess:

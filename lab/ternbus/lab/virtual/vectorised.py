@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
+from ternbus.broker.errors import ConfigError
 from ternbus.edge.core.actions import StartTraining, tensors_of
 from ternbus.edge.learn.task import Evaluation, Start, Trained, Trainer, TrainingError, VectorisedTrainer
 from ternbus.edge.learn.task_loader import code_errors, described
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.shell.worker import TrainingResult
-from ternbus.lab.virtual.training import Awaited, Pair, computed
+from ternbus.lab.virtual.training import Awaited, Pair, Widths, computed
 
-FOREIGN: Final = "a hostile device, a client algorithm of your own, or a task without PyTorch"
+FOREIGN: Final = "a hostile or a narrow device, a client algorithm of your own, or a task without PyTorch"
+SUBNETWORK: Final = "the arm is a sub-network"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -36,14 +38,14 @@ class Vectorised:
     The results agree with those of training alone to rounding, and are the same bits for the same `most`.
     """
 
-    def __init__(self, pairs: Sequence[Pair], most: int, say: Callable[[str], None]) -> None:
+    def __init__(self, pairs: Sequence[Pair], widths: Widths, most: int, say: Callable[[str], None]) -> None:
         self._trainers, self._held = [trainer for trainer, _ in pairs], [held for _, held in pairs]
-        self._most, self._say = most, say
+        self._widths, self._most, self._say = widths, most, say
         self._numbers = itertools.count()
         self._waiting: dict[int, _Begun] = {}  # by number, in the order in which they began
         self._results: dict[int, tuple[_Begun, TrainingResult]] = {}
         self._said: set[str] = set()
-        self._failure = ""  # why the last group could not be computed at once
+        self._failure = ""  # why no group is computed at once any more
 
     def begin(self, device: int, job: StartTraining, due_s: float) -> Awaited:
         number = next(self._numbers)
@@ -60,12 +62,14 @@ class Vectorised:
         # What was due before is lost with its device: results are awaited in the order of their ends.
         self._waiting = {number: each for number, each in self._waiting.items() if each.end >= first.end}
         self._results = {number: each for number, each in self._results.items() if each[0].end >= first.end}
-        group = self._group(first)
+        group, results = self._group(first), list[TrainingResult]()
         try:
-            results = self._at_once(group) if len(group) > 1 else [self._alone(first)]
+            results = self._at_once(group) if len(group) > 1 else []
         except code_errors() as error:
-            self._failure = f"torch.func cannot vectorise it ({described(error)})"
+            is_known = isinstance(error, ConfigError)  # a limit that we know of, in words of its own
+            self._failure = str(error) if is_known else f"torch.func cannot vectorise it ({described(error)})"
             self._note(self._failure)
+        if not results:
             group, results = [first], [self._alone(first)]
         for each, result in zip(group, results, strict=True):
             self._results[each.end[1]] = (self._waiting.pop(each.end[1]), result)
@@ -73,7 +77,7 @@ class Vectorised:
     def _group(self, first: _Begun) -> list[_Begun]:
         """Those that are computed at once with the first, which is one of them."""
         trainer, plan = self._trainers[first.device], first.job.plan
-        if self._most == 1 or not (like := self._likeness(trainer, plan)):
+        if not (like := self._likeness(trainer, plan)):
             return [first]
         alike = (
             each
@@ -84,13 +88,14 @@ class Vectorised:
 
     def _likeness(self, trainer: Trainer, plan: Plan) -> object:
         """What is equal of those that are computed at once; None if this one is computed alone."""
-        if not isinstance(trainer, VectorisedTrainer):
-            self._note(FOREIGN)
-            return None
-        if reason := trainer.alone(plan) or self._failure:
-            self._note(reason)
-            return None
-        return trainer.likeness(plan)
+        if plan.width != 1:
+            reason = SUBNETWORK
+        elif not isinstance(trainer, VectorisedTrainer):
+            reason = FOREIGN
+        elif not (reason := trainer.alone(plan) or self._failure):
+            return trainer.likeness(plan)
+        self._note(reason)
+        return None
 
     def _note(self, reason: str) -> None:
         if reason not in self._said:
@@ -116,7 +121,8 @@ class Vectorised:
         ]
 
     def _alone(self, begun: _Begun) -> TrainingResult:
-        return computed((self._trainers[begun.device], self._held[begun.device]), begun.job)
+        pair = self._trainers[begun.device], self._held[begun.device]
+        return computed(pair, begun.job, self._widths.of(begun.device))
 
 
 @dataclass(frozen=True, slots=True)
