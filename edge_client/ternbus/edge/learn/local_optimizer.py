@@ -25,7 +25,9 @@ class Optimizer(Protocol):
         """
         ...
 
-    def keep_first(self, count: int) -> None: ...
+    def keep_first(self, count: int) -> None:
+        """Go on with the first `count` of stacked models."""
+        ...
 
 
 def begin(plan: Plan, parameters: Sequence[Array]) -> Optimizer:

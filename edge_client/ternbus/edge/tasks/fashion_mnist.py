@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ternbus.broker.errors import ConfigError
-from ternbus.edge.tasks import idx  # torchvision's import takes as long as torch's
+from ternbus.edge.tasks import idx  # not torchvision, whose import takes as long as torch's
 from ternbus.edge.tasks.convolutions import two_convolutions
 from ternbus.edge.torch.torch_task import Split, TorchTask
 
@@ -20,11 +20,11 @@ def data(folder: Path | None, split: Split) -> tuple[Tensor, Tensor]:
     """(images, uint8 [samples, 1, 28, 28]; labels). Raises `ConfigError`, with the place of the missing files."""
     if folder is None:
         raise ConfigError("fashion-mnist needs --data DIR, with the four *-ubyte files in DIR/FashionMNIST/raw")
-    raw, prefix = folder / "FashionMNIST" / "raw", "train" if split == "train" else "t10k"
+    raw = folder / "FashionMNIST" / "raw"
     if not raw.is_dir():
         raise ConfigError(f"no Fashion-MNIST in {raw}: put its four *-ubyte files there")
-    images = torch.from_numpy(idx.read(raw, f"{prefix}-images-idx3-ubyte"))
-    return images.unsqueeze(1), torch.from_numpy(idx.read(raw, f"{prefix}-labels-idx1-ubyte")).long()
+    images, labels = idx.images_and_labels(raw, split)
+    return torch.from_numpy(images), torch.from_numpy(labels)
 
 
 TASK = TorchTask(

@@ -36,3 +36,10 @@ def read(folder: Path, name: str) -> npt.NDArray[Any]:
         shape = "x".join(map(str, sizes))
         raise ConfigError(f"{path} has {len(numbers)} numbers, but its header {shape}: replace the file")
     return numbers.reshape(sizes).astype(numbers.dtype.newbyteorder("="))
+
+
+def images_and_labels(folder: Path, split: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """(images [samples, 1, height, width], labels) of the files of MNIST's names; the test part is of `t10k`."""
+    prefix = "train" if split == "train" else "t10k"
+    images = read(folder, f"{prefix}-images-idx3-ubyte")
+    return images[:, np.newaxis], read(folder, f"{prefix}-labels-idx1-ubyte").astype(np.int64)

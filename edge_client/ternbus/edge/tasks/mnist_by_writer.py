@@ -41,9 +41,8 @@ def random_affine(images: Tensor) -> Tensor:
 
 def data(folder: Path | None, split: Split) -> tuple[Tensor, Tensor]:
     """(images, uint8 [samples, 1, 28, 28]; labels). Raises `ConfigError`, with the place of the missing files."""
-    raw, prefix = _raw(folder), "train" if split == "train" else "t10k"
-    images = torch.from_numpy(idx.read(raw, f"{prefix}-images-idx3-ubyte"))
-    return images.unsqueeze(1), torch.from_numpy(idx.read(raw, f"{prefix}-labels-idx1-ubyte")).long()
+    images, labels = idx.images_and_labels(_raw(folder), split)
+    return torch.from_numpy(images), torch.from_numpy(labels)
 
 
 def owners(folder: Path | None) -> Indices:

@@ -108,9 +108,11 @@ class VectorisedTraining:
         losses = [0.0] * len(starts)
         objective = _Objective(self._shared.model, self._task, self._objective, plan)
         dropout: _Dropout | None = None
+        left = len(starts)
         for step in range(len(batches[0])):
             count = sum(len(each) > step for each in batches)
-            optimizer.keep_first(count)
+            if count < left:
+                optimizer.keep_first(left := count)
             batch = self._stacked([each[step] for each in batches[:count]])
             if dropout is None:
                 one = mapped(Tensor.clone, _row(batch, 0))  # a model may change its inputs in place

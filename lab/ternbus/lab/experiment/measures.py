@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol.arms import WIDTH
 from ternbus.broker.protocol.direction import ACCURACY, for_people, width_metric
 
 
@@ -83,11 +84,11 @@ def measure(
     updates. Shares of bytes are relative to synchronous float32 averaging with the same number of updates, which needs
     4 B a parameter down and up. ``stale`` is the share of updates that were too stale to be merged; their devices send
     the change with a later update. ``dropped`` is the share of accepted private updates that found no company, whose
-    change is lost. ``found.KEY`` is what a search has found, ``found.KEY@CLASS`` for a class of devices; of widths also
-    the metric of the sub-network.
-    ``staleness`` is the mean number of versions that had been made since the base of a merged one.
-    ``most_updates`` and ``epsilon`` are maxima over the devices. ``metric.NAME`` is a metric of the test
-    data, also a mean over the ``last`` versions; the loss is one only where there is no other.
+    change is lost. ``staleness`` is the mean number of versions that had been made since the base of a merged one.
+    ``most_updates`` and ``epsilon`` are maxima over the devices. ``metric.NAME`` is a metric of the test data, also a
+    mean over the ``last`` versions; the loss is one only where there is no other. ``found.KEY`` is what a search has
+    found for devices without a class, ``found.KEY@CLASS`` for a class; a search of widths also has the metric of that
+    sub-network.
 
     ``wasted`` is the share of the trainings whose update is in no version. Bytes and versions of an hour are those of
     virtual time; a device's hours are those that it is online. ``hours_to_reach`` is the time of the first version
@@ -133,7 +134,7 @@ def _found(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict
         if best is None:
             continue
         arm = search["arms"][best]
-        values = {**arm, metric: _mean(rows, width_metric(metric, arm["width"]))} if "width" in arm else arm
+        values = {**arm, metric: _mean(rows, width_metric(metric, arm[WIDTH]))} if WIDTH in arm else arm
         found |= {f"{FOUND}{key}{f'@{name}' if name else ''}": value for key, value in values.items()}
     return found
 

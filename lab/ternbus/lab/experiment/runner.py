@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -24,8 +24,8 @@ from ternbus.lab.experiment.provenance import Provenance
 from ternbus.lab.interrupts import without_interrupts
 from ternbus.lab.report.progress import Lines
 from ternbus.lab.scenario import scenario
+from ternbus.lab.virtual.computation import Computation
 from ternbus.lab.virtual.simulate import Simulation
-from ternbus.lab.virtual.workers import Workers
 
 LOOK_S: Final = 0.2  # between two checks for an interruption
 
@@ -164,13 +164,12 @@ def _simulate(run: Run, jobs: int) -> dict[str, Any]:
     wanted = scenario.parse(run.table)
     if run.data is not None:
         wanted = replace(wanted, data=run.data)
-    began = time.monotonic()
-    with (
-        (run.folder / "log").open("w", encoding="utf-8") as log,
-        Workers(wanted, jobs) if jobs > 1 else nullcontext() as workers,
-    ):
-        simulation = Simulation(wanted, load_task(wanted.task), Lines(log), place=workers, later=jobs > 1)
-        simulation.run()
+    began, how = time.monotonic(), Computation(jobs=jobs)
+    with (run.folder / "log").open("w", encoding="utf-8") as log:
+        lines = Lines(log)
+        with how.place(wanted, lines.say) as place:
+            simulation = Simulation(wanted, load_task(wanted.task), lines, place=place, later=how.elsewhere)
+            simulation.run()
     report = simulation.report(time.monotonic() - began)
     report["scenario"]["data"] = None  # the path of the data is private
     simulation.export(run.folder / "model.safetensors")
