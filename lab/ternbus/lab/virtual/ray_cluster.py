@@ -83,7 +83,7 @@ class RayCluster:
             raise ConfigError(f"no Ray cluster can be used at {self._address} ({_line(error)}): {START}") from error
 
     def begin(self, device: int, job: StartTraining, due_s: float) -> Awaited:  # noqa: ARG002 - as of `Place`
-        """Queue a training. The returned function raises `FederationError` if the cluster is lost."""
+        """Queue a training. The returned function raises `FederationError` if it, or the cluster, is lost."""
         with self._readable():
             return partial(self._result, self._train.remote(self._setting, device, job))
 
@@ -102,8 +102,8 @@ class RayCluster:
             raise error.cause from error
         except (exceptions.WorkerCrashedError, exceptions.OutOfMemoryError) as error:
             raise FederationError(
-                f"the Ray cluster at {self._address} lost a training {RETRIES + 1} times ({_line(error)}): give its "
-                "nodes more memory, or look into their logs"
+                f"the Ray cluster at {self._address} lost a training ({_line(error)}): give its nodes more memory, or "
+                "look into their logs"
             ) from error
         except (exceptions.RayError, ConnectionError) as error:
             raise FederationError(
