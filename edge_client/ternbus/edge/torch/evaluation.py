@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from ternbus.edge.torch.trainer import Shared
 
 BATCH: Final = 500  # samples at most, unless the plan asks for more
-BYTES: Final = 2**20  # of inputs, up to which a batch may be larger than the plan's
+# Bytes of inputs, up to which a batch may be larger than the plan's: outputs of the first layers, several times as
+# large, should stay in a processor's cache. A GPU needs more samples for all of its cores.
+PROCESSOR_BYTES: Final = 2**18
+GPU_BYTES: Final = 2**20
 
 
 class Scorer:
@@ -32,7 +35,7 @@ class Scorer:
         self._samples = samples
         self._objective = objective
         self._metrics = task.measured()
-        self._small: int | None = None  # how many samples are of `BYTES`
+        self._sample_bytes: int | None = None  # of one sample's inputs as float32; 0 if they are no numbers
 
     def evaluated(self, shared: "Shared", plan: Plan, *, private: bool) -> Evaluation:
         """The metrics of all samples at once, and their mean loss.
@@ -41,7 +44,7 @@ class Scorer:
         others see when the training after it begins.
         """
         scores, loss, fault = scoring.Scores(self._metrics), 0.0, None
-        for batch in self._samples.in_order(min(shared.fitting, self._size(plan))):
+        for batch in self._samples.in_order(min(shared.fitting, self._size(plan, shared.device))):
             try:
                 loss += self._scored(shared, batch, plan, scores)
             except code_errors() as error:
@@ -78,17 +81,19 @@ class Scorer:
         parts = [some_rows(batch, slice(first, first + half)) for first in range(0, count, half)]
         return sum(self._scored(shared, part, plan, scores) for part in parts)
 
-    def _size(self, plan: Plan) -> int:
+    def _size(self, plan: Plan, device: torch.device) -> int:
         """The plan's batch size, so that an evaluation needs no more memory than a training; more of small inputs."""
         asked = plan.evaluation_batch_size
         if asked is not None:
             return asked
-        if self._small is None:
+        if self._sample_bytes is None:
             found = list(leaves(inputs_of(self._samples.batch(slice(0, 1)))))
             size = sum(leaf.numel() * max(4, leaf.element_size()) for leaf in found)
             numbers = all(leaf.is_floating_point() or leaf.dtype == torch.uint8 for leaf in found)  # no words to embed
-            self._small = BYTES // max(1, size) if numbers else 0
-        return min(BATCH, max(plan.batch_size, self._small))
+            self._sample_bytes = max(1, size) if numbers else 0
+        limit = PROCESSOR_BYTES if device.type == "cpu" else GPU_BYTES
+        small = limit // self._sample_bytes if self._sample_bytes else 0
+        return min(BATCH, max(plan.batch_size, small))
 
 
 def _count(batch: Any) -> int:
