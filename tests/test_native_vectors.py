@@ -1,6 +1,9 @@
 """The compiled loops over vectors: bit for bit what numpy computes, and no read or write out of bounds."""
 
+import importlib
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ternbus.broker.protocol import compiled, ternary
-from ternbus.broker.protocol.schema import Schema, Tensor, Vector
+from ternbus.broker.protocol.schema import Schema, Tensor, Vector, to_tensors
 from ternbus.broker.protocol.ternary import Block
-from ternbus.edge.learn import terngrad
+from ternbus.edge.learn import local_change, terngrad
+from ternbus.edge.learn.task import TrainingError
 
 pytestmark = pytest.mark.skipif(compiled.vectors is None, reason="pip install ./aggregator/native")
 TINY = np.float32(2.0**-126)
@@ -81,6 +85,59 @@ def test_trits_are_packed_to_the_same_bytes(size: int) -> None:
     assert ternary.unpack(looped, size).tolist() == trits.tolist()
 
 
+@pytest.mark.parametrize("size", [size for size in LENGTHS if size])
+def test_a_change_has_the_same_bits(size: int) -> None:
+    generator = np.random.default_rng(size)
+    schema = Schema.of({"a": (3,), "b": (size,)})
+    start, after = random_vector(schema.elements, generator), random_vector(schema.elements, generator)
+    trained = to_tensors(schema, after)
+    plain, looped = both(lambda: local_change.change(schema, start, trained))
+    assert looped.tobytes() == plain.tobytes()
+    assert trained["b"].tobytes() == after[3:].tobytes()  # which are the task's own
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf, np.nextafter(np.float32(2.0**40), np.float32(np.inf))])
+def test_a_training_that_diverged_has_no_change(wrong: float) -> None:
+    schema = Schema.of({"a": (3,), "b": (70_000,)})
+    after = np.ones(schema.elements, np.float32)
+    after[-2] = wrong
+
+    def diverged() -> str:
+        with pytest.raises(TrainingError, match="lower the plan's learning_rate") as found:
+            local_change.change(schema, np.zeros_like(after), to_tensors(schema, after))
+        return str(found.value)
+
+    plain, looped = both(diverged)
+    assert looped == plain
+
+
+@pytest.mark.parametrize("clip", [0.0, 2.5])
+@pytest.mark.parametrize("size", [size for size in LENGTHS if size])
+def test_a_scale_has_the_same_bits_far_from_zero_too(size: int, clip: float) -> None:
+    generator = np.random.default_rng(size)
+    values = (generator.choice([0, 1, 1000]) + generator.normal(0, 1e-3, size)).astype(np.float32)
+    plain, looped = both(lambda: terngrad.scale(values, clip_sigma=clip))
+    assert looped.tobytes() == plain.tobytes()
+
+
+@pytest.mark.parametrize("wrong", [np.nan, -np.nan, np.inf, -np.inf])
+def test_the_spread_of_what_is_no_number_is_refused(wrong: float) -> None:
+    values = np.ones(70_000, np.float32)
+    values[-1] = wrong
+
+    def refused() -> None:
+        with pytest.raises(ValueError, match="NaN or an infinity"):
+            terngrad.scale(values, clip_sigma=2.5)
+
+    both(refused)
+
+
+def test_loops_of_an_earlier_version_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ternbus_vectors", SimpleNamespace(apply=None, draw=None, pack=None))
+    monkeypatch.delitem(sys.modules, compiled.__name__)
+    assert importlib.import_module(compiled.__name__).vectors is None
+
+
 @pytest.mark.parametrize("clip", [0.0, 0.5, 2.5])
 @pytest.mark.parametrize("size", [size for size in LENGTHS if size])
 def test_draws_are_the_same_and_so_are_those_that_follow(size: int, clip: float) -> None:
@@ -115,6 +172,14 @@ READ_ONLY.flags.writeable = False
         ("apply", READ_ONLY, FLOATS, BYTES, 0, 0.5),
         ("apply", np.zeros(24, np.float32)[::2], FLOATS, BYTES, 0, 0.5),
         ("apply", BYTES.copy(), BYTES, BYTES, 0, 0.5),
+        ("change", FLOATS.copy(), FLOATS[:11], FLOATS),
+        ("change", FLOATS.copy(), FLOATS, FLOATS[:11]),
+        ("change", FLOATS, FLOATS, FLOATS.copy()),
+        ("change", FLOATS, FLOATS.copy(), FLOATS),
+        ("change", READ_ONLY, FLOATS, FLOATS),
+        ("change", BYTES.copy(), BYTES, BYTES),
+        ("spread", BYTES, 0.5),
+        ("spread", np.zeros(24, np.float32)[::2], 0.5),
         ("draw", TRITS, FLOATS[:11], STATE, 0.5),
         ("draw", TRITS[:11], FLOATS, STATE, 0.5),
         ("draw", TRITS, FLOATS, STATE[:3], 0.5),

@@ -1,8 +1,10 @@
 /* Loops over a model's vector that numpy makes in several passes: what a device and an aggregator do for each version
-   and each update. Each gives the bits of its numpy counterpart: the same float32 operations on the same operands, and
-   no multiplication beside an addition that a compiler could contract.
+   and each update. Each gives the bits of its numpy counterpart: the same float32 operations on the same operands.
+   pyproject.toml forbids the compiler to contract a multiplication and an addition.
 
    apply:  the next version of ternary elements (`Block.apply`)
+   change: what a training has changed (`local_change.change`)
+   spread: the largest magnitude and the moments of a tensor (`terngrad._moments`)
    draw:   TernGrad's trits, with the random numbers of numpy's SFC64 (`terngrad._draw`)
    pack:   five trits to a byte (`ternary.pack`) */
 
@@ -11,12 +13,14 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { TRITS = 5, ROW = 8, VALUES = 256, BYTE_MAX = 242, AT_ONCE = 1024 };
+enum { TRITS = 5, ROW = 8, VALUES = 256, BYTE_MAX = 242, AT_ONCE = 1024, BLOCK = 65536, LANES = 256 };
 
 typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t bits_of_four __attribute__((vector_size(16), aligned(4), may_alias));
 
 static const int32_t EXPONENT = 0x7F800000; /* all 0: a magnitude below 2^-126, or 0 */
+
+static const int32_t WEIGHT_MAX = 0x53800000; /* 2^40, the largest magnitude of an element of a model */
 
 static inline int32_t bits_of(float value) {
     int32_t bits;
@@ -89,6 +93,88 @@ static PyObject *apply(PyObject *self, PyObject *args) {
     PyBuffer_Release(&from);
     PyBuffer_Release(&packed);
     return result;
+}
+
+static int change_all(float *restrict to, const float *restrict trained, const float *restrict start, Py_ssize_t count) {
+    int beyond = 0;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        const int32_t magnitude = bits_of(trained[i]) & 0x7FFFFFFF; /* as integers, NaN is above infinity */
+        beyond |= magnitude > WEIGHT_MAX;
+        to[i] = flushed(trained[i]) - start[i];
+    }
+    return !beyond;
+}
+
+static PyObject *change(PyObject *self, PyObject *args) {
+    Py_buffer to, trained, start;
+    PyObject *result = NULL;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "w*y*y*:change", &to, &trained, &start))
+        return NULL;
+    if (to.len % (Py_ssize_t)sizeof(float) || trained.len != to.len || start.len != to.len || overlap(&to, &trained) ||
+        overlap(&to, &start)) {
+        PyErr_SetString(PyExc_ValueError, "change(to, trained, start): three arrays of float32 (n,), the first apart");
+    } else {
+        int bounded;
+        Py_BEGIN_ALLOW_THREADS
+        bounded = change_all(to.buf, trained.buf, start.buf, to.len / (Py_ssize_t)sizeof(float));
+        Py_END_ALLOW_THREADS
+        result = PyBool_FromLong(bounded);
+    }
+    PyBuffer_Release(&to);
+    PyBuffer_Release(&trained);
+    PyBuffer_Release(&start);
+    return result;
+}
+
+/* Sums of a block: LANES of them in float32, then one after the other in double. */
+static void add_block(const float *values, Py_ssize_t count, float pilot, int32_t *largest, double *total, double *squares) {
+    float sums[LANES] = {0}, of_squares[LANES] = {0};
+    int32_t bits[LANES] = {0};
+    double sum = 0, of_square = 0;
+    for (Py_ssize_t first = 0; first < count; first += LANES) {
+        const int some = count - first < LANES ? (int)(count - first) : LANES;
+        for (int i = 0; i < some; i++) {
+            const int32_t magnitude = bits_of(values[first + i]) & 0x7FFFFFFF;
+            const float off = values[first + i] - pilot;
+            bits[i] = bits[i] > magnitude ? bits[i] : magnitude;
+            sums[i] += off;
+            of_squares[i] += off * off;
+        }
+    }
+    for (int i = 0; i < LANES; i++) {
+        *largest = *largest > bits[i] ? *largest : bits[i];
+        sum += sums[i];
+        of_square += of_squares[i];
+    }
+    *total += sum;
+    *squares += of_square;
+}
+
+static PyObject *spread(PyObject *self, PyObject *args) {
+    Py_buffer values;
+    float pilot, largest;
+    int32_t bits = 0;
+    double total = 0, squares = 0;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "y*f:spread", &values, &pilot))
+        return NULL;
+    const Py_ssize_t count = values.len / (Py_ssize_t)sizeof(float);
+    const int fits = values.len % (Py_ssize_t)sizeof(float) == 0;
+    if (fits) {
+        Py_BEGIN_ALLOW_THREADS
+        for (Py_ssize_t first = 0; first < count; first += BLOCK)
+            add_block((const float *)values.buf + first, count - first < BLOCK ? count - first : BLOCK, pilot, &bits, &total,
+                      &squares);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&values);
+    if (!fits) {
+        PyErr_SetString(PyExc_ValueError, "spread(values, pilot): an array of float32 (n,), and a number");
+        return NULL;
+    }
+    memcpy(&largest, &bits, sizeof largest);
+    return Py_BuildValue("ddd", (double)largest, total, squares);
 }
 
 /* Small Fast Chaotic 64 (C. Doty-Humphrey, PractRand, 2010), as numpy has it: a, b, c and a counter. */
@@ -186,6 +272,13 @@ static PyMethodDef methods[] = {
      "apply(to, from, packed, first, scale): to[i] = from[i] + scale * trit[first + i], tiny numbers as +0.\n\n"
      "float32 (n,) twice, which may not overlap, and packed trits. Raises ValueError for other lengths. As the other\n"
      "functions, for C-contiguous arrays and without the GIL."},
+    {"change", change, METH_VARARGS,
+     "change(to, trained, start): to[i] = trained[i] - start[i], tiny numbers of the first as +0.\n\n"
+     "float32 (n,) three times; the first may overlap no other. Returns whether all of trained are at most 2^40 in\n"
+     "magnitude. Raises ValueError for other lengths."},
+    {"spread", spread, METH_VARARGS,
+     "spread(values, pilot): the largest magnitude, the sum of values[i] - pilot, and that of their squares.\n\n"
+     "float32 (n,). The largest is NaN if there is a NaN. Sums of 65,536 are 256 in float32, and then one in double."},
     {"draw", draw, METH_VARARGS,
      "draw(to, values, state, scale): to[i] = floor(values[i] / scale + u[i]), u from 22 random bits each.\n\n"
      "int8 (n,), float32 (n,), and the state of numpy's SFC64, uint64 (4,), which goes on by as many numbers as half of\n"

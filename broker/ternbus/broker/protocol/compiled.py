@@ -1,6 +1,6 @@
 """The compiled loops of `aggregator/native` over vectors: the bits of their numpy counterparts, in fewer passes."""
 
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +10,9 @@ try:
 except ModuleNotFoundError:  # they are optional
     ternbus_vectors = None
 
-vectors: Any = ternbus_vectors  # None where they are not installed
+LOOPS: Final = ("apply", "change", "draw", "pack", "spread")
+# None where they are not installed, or are of an earlier version
+vectors: Any = ternbus_vectors if all(hasattr(ternbus_vectors, loop) for loop in LOOPS) else None
 
 
 def takes(*arrays: npt.NDArray[Any]) -> bool:

@@ -1,7 +1,7 @@
 """The schema of a model: its tensors with order, shape and role, and conversions to one float32 vector."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -218,24 +218,31 @@ def flatten(schema: Schema, tensors: Mapping[str, npt.NDArray[Any]]) -> Vector:
 
     Numbers beyond float32's range become infinite.
     """
+    vector = np.empty(schema.elements, dtype=np.float32)
+    for segment, values in flat_tensors(schema, tensors):
+        vector[segment.start : segment.stop] = values
+    return vector
+
+
+def flat_tensors(schema: Schema, tensors: Mapping[str, npt.NDArray[Any]]) -> Iterator[tuple[Segment, Vector]]:
+    """Each tensor as a float32 array of one dimension, which may be the tensor's own memory; otherwise as `flatten`."""
     missing = [tensor.name for tensor in schema.tensors if tensor.name not in tensors]
     if missing:
         raise ConfigError(
             f"the model lacks tensor {missing[0]!r} of the federation's schema ({len(missing)} missing in total); "
             "use the federation's model"
         )
-    vector = np.empty(schema.elements, dtype=np.float32)
     for segment in schema.segments:
-        array = tensors[segment.tensor.name]
         name, shape = segment.tensor.name, segment.tensor.shape
+        array = tensors[name]
         if tuple(array.shape) != shape:
             raise ConfigError(
                 f"tensor {name!r} has shape {tuple(array.shape)} instead of the federation's {shape}; use the "
                 "federation's model"
             )
         with np.errstate(over="ignore", invalid="ignore"):
-            vector[segment.start : segment.stop] = np.asarray(array, dtype=np.float32).reshape(-1)
-    return vector
+            values = np.asarray(array, dtype=np.float32).reshape(-1)
+        yield segment, values
 
 
 def to_tensors(schema: Schema, vector: Vector) -> dict[str, npt.NDArray[np.float32]]:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from ternbus.broker.protocol import compiled
 
 BLOCK = 65_536  # elements at a time; the largest temporary array is a block of float32 or random bits, 256 KiB
+LANES = 256  # sums of a block in float32, before they are added up in float64: an order that a compiled loop has too
 LARGEST_SCALE = 65_504.0  # the protocol's bound
 SMALLEST_SCALE = 2.0**-126  # below it a float32 counts as zero everywhere in the protocol
 EPSILON = 2.0**-20
@@ -86,25 +87,43 @@ def _spread(flat: FloatArray, *, sigma: bool) -> tuple[float, float]:
     Without ``sigma``, which clipping alone needs, the second is 0.
 
     sigma^2 = E[(x - p)^2] - (E[x] - p)^2 with the mean p of the first block. As that block is a share f of the tensor,
-    (E[x] - p)^2 is at most (1 - f) / f · sigma^2: a mean far from zero does not cancel what is left. Sums of a block
-    are in float32, the totals in float64.
+    (E[x] - p)^2 is at most (1 - f) / f · sigma^2: a mean far from zero does not cancel what is left.
     """
-    largest = total = squares = 0.0
     with np.errstate(over="ignore", invalid="ignore"):  # an overflow is bounded by LARGEST_SCALE later
         pilot = flat[:BLOCK].sum() / np.float32(min(BLOCK, flat.size))
-        for block in _blocks(flat.size):
-            piece = flat[block]
-            largest = max(float(piece.max()), -float(piece.min()), largest)
-            if math.isnan(largest):
-                return math.nan, math.nan
-            if not sigma:
-                continue
-            off = piece - pilot
-            total += float(off.sum())
-            np.square(off, out=off)
-            squares += float(off.sum())
+        if compiled.takes(flat):
+            largest, total, squares = compiled.vectors.spread(flat, pilot)
+        else:
+            largest, total, squares = _moments(flat, pilot, sums=sigma)
+    if not sigma or math.isnan(largest):
+        return largest, 0.0
     mean = total / flat.size
     return largest, math.sqrt(max(0.0, squares / flat.size - mean * mean))
+
+
+def _moments(flat: FloatArray, pilot: np.float32, *, sums: bool) -> tuple[float, float, float]:
+    """The largest magnitude, and the sums of x - p and of its square, which are 0 without ``sums``."""
+    largest = total = squares = 0.0
+    for block in _blocks(flat.size):
+        piece = flat[block]
+        largest = max(float(piece.max()), -float(piece.min()), largest)
+        if math.isnan(largest):
+            break
+        if sums:
+            off = piece - pilot
+            total += _sum(off)
+            np.square(off, out=off)
+            squares += _sum(off)
+    return largest, total, squares
+
+
+def _sum(values: FloatArray) -> float:
+    """The sum of a block, in the order of LANES."""
+    whole = values.size // LANES * LANES
+    lanes = values[:whole].reshape(-1, LANES).sum(axis=0)
+    rest = values[whole:]
+    lanes[: rest.size] += rest
+    return float(np.cumsum(lanes, dtype=np.float64)[-1])  # one after the other
 
 
 def _blocks(size: int) -> Iterator[slice]:

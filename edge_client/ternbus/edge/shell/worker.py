@@ -11,7 +11,6 @@ import numpy as np
 from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.direction import GAIN, LOSS, direction_of, primary_of, sign_of, width_metric
-from ternbus.broker.protocol.schema import PIECE, Vector, flatten, flush_tiny, is_bounded
 from ternbus.edge.core.actions import (
     Job,
     StartEvaluation,
@@ -31,10 +30,11 @@ from ternbus.edge.core.events import (
     TrainingFinished,
 )
 from ternbus.edge.learn import failure
+from ternbus.edge.learn.local_change import change
 from ternbus.edge.learn.local_state import packed
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.subnetwork import Narrowed
-from ternbus.edge.learn.task import Trained, Trainer, TrainingError, evaluated_by
+from ternbus.edge.learn.task import Trainer, evaluated_by
 from ternbus.edge.learn.task_loader import code_errors
 from ternbus.edge.plan.plan import NO_DP, Plan
 from ternbus.edge.plan.tensors import Tensors
@@ -79,7 +79,8 @@ def _finished(
     start = tensors_of(job)
     trained = trainer.train(start, job.plan, version=job.base, seed=job.seed)
     gains = {} if held is None else _gains(held, start, {**start, **trained.tensors, **trained.local}, job.plan)
-    content, residual = encoded(job, _change(job, trained), job.residual, trained.samples, random_source)
+    changed = change(job.schema, job.vector, trained.tensors)
+    content, residual = encoded(job, changed, job.residual, trained.samples, random_source)
     return TrainingFinished(
         base=job.base,
         samples=trained.samples,
@@ -109,17 +110,6 @@ def _unchanged(job: StartTraining, reason: str, random_source: RandomSource) -> 
     """
     content, _ = encoded(job, np.zeros_like(job.vector), None, 1, random_source)
     return TrainingFinished(base=job.base, samples=1, metrics={}, content=content, residual=None, failure=reason)
-
-
-def _change(job: StartTraining, trained: Trained) -> Vector:
-    change = flatten(job.schema, trained.tensors)
-    for first in range(0, len(change), PIECE):
-        piece = change[first : first + PIECE]
-        if not is_bounded(piece):
-            raise TrainingError("training diverged (a value is beyond 2^40): lower the plan's learning_rate")
-        flush_tiny(piece)
-        piece -= job.vector[first : first + PIECE]
-    return change
 
 
 def evaluate(trainer: Trainer, job: StartEvaluation, narrowed: Narrowed | None = None) -> Evaluated | EvaluationFailed:
