@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ternbus.aggregator.merge.exact import ExactSum
 from ternbus.broker.protocol import compiled, ternary
 from ternbus.broker.protocol.schema import Schema, Tensor, Vector, to_tensors
 from ternbus.broker.protocol.ternary import Block
@@ -132,6 +134,33 @@ def test_the_spread_of_what_is_no_number_is_refused(wrong: float) -> None:
     both(refused)
 
 
+@pytest.mark.parametrize("size", [size for size in LENGTHS if size])
+def test_the_nearest_block_has_the_same_bits(size: int) -> None:
+    """Also of equal magnitudes, of zeros and of what is smaller than a number of the protocol."""
+    generator = np.random.default_rng(size)
+    kinds = (random_vector(size, generator), generator.choice([-0.25, 0.25], size), generator.choice(ODD[:6], size))
+    for values in kinds:
+        plain, looped = both(partial(nearest, values.astype(np.float32)))
+        assert looped == plain
+
+
+def nearest(values: Vector) -> tuple[bytes, bytes]:
+    trits = np.full(len(values), 9, np.int8)
+    return ternary.nearest(values, trits).tobytes(), trits.tobytes()
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(0, 10_000))
+def test_a_sum_of_rows_has_the_same_bits(sizes: list[int], seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    schema = Schema.of({f"t{place}": (size,) for place, size in enumerate(sizes)})
+    added = ExactSum(schema)
+    for weight in (1.0, 300.0, 1e-9):
+        block = ternary.nearest_block(schema, random_vector(schema.elements, generator).clip(-9, 9))
+        added.add(block, weight)
+    plain, looped = both(added.total)
+    assert looped.tobytes() == plain.tobytes()
+
+
 def test_loops_of_an_earlier_version_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ternbus_vectors", SimpleNamespace(apply=None, draw=None, pack=None))
     monkeypatch.delitem(sys.modules, compiled.__name__)
@@ -154,6 +183,7 @@ def test_draws_are_the_same_and_so_are_those_that_follow(size: int, clip: float)
 
 
 FLOATS, BYTES, TRITS = np.zeros(12, np.float32), np.zeros(3, np.uint8), np.zeros(12, np.int8)
+ROWS = np.zeros((3, 8), np.float32)
 STATE = np.arange(4, dtype=np.uint64)
 READ_ONLY = np.zeros(12, np.float32)
 READ_ONLY.flags.writeable = False
@@ -179,6 +209,17 @@ READ_ONLY.flags.writeable = False
         ("change", READ_ONLY, FLOATS, FLOATS),
         ("change", BYTES.copy(), BYTES, BYTES),
         ("spread", BYTES, 0.5),
+        ("mean", FLOATS[:0]),
+        ("mean", BYTES),
+        ("keep", TRITS, FLOATS[:11], 0.5),
+        ("keep", TRITS[:11], FLOATS, 0.5),
+        ("add_rows", FLOATS.copy(), ROWS[:2], 0),
+        ("add_rows", FLOATS.copy(), ROWS, 4),
+        ("add_rows", FLOATS.copy(), ROWS, -1),
+        ("add_rows", FLOATS[:1].copy(), ROWS, 5),
+        ("add_rows", FLOATS.copy(), FLOATS, 0),
+        ("add_rows", ROWS[0], ROWS, 0),
+        ("add_rows", READ_ONLY, ROWS, 0),
         ("spread", np.zeros(24, np.float32)[::2], 0.5),
         ("draw", TRITS, FLOATS[:11], STATE, 0.5),
         ("draw", TRITS[:11], FLOATS, STATE, 0.5),

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from ternbus.broker.protocol.lane_sum import BLOCK
 from ternbus.edge.learn import terngrad
 
 FloatArray = npt.NDArray[np.float32]
@@ -134,17 +135,17 @@ def test_the_scale_never_exceeds_what_the_protocol_takes() -> None:
     assert trits.tolist()[:2] == [1, -1]
 
 
-LONG = 3 * terngrad.BLOCK + 17
+LONG = 3 * BLOCK + 17
 SHAPED = {
     "gaussian": gaussian(LONG),
     "a mean far from zero": 1e3 + gaussian(LONG),
-    "another mean in each block": np.repeat([1.0, -500.0, 3.0, 900.0], terngrad.BLOCK)[:LONG] + gaussian(LONG),
+    "another mean in each block": np.repeat([1.0, -500.0, 3.0, 900.0], BLOCK)[:LONG] + gaussian(LONG),
     "an outlier in the first block": np.concatenate([np.array([100], np.float32), gaussian(LONG - 1)]),
     "an outlier in the last block": np.concatenate([gaussian(LONG - 1), np.array([-100], np.float32)]),
-    "a first block of zeros": np.concatenate([np.zeros(terngrad.BLOCK, np.float32), gaussian(LONG - terngrad.BLOCK)]),
-    "zeros but for the first block": np.concatenate([gaussian(terngrad.BLOCK), np.zeros(50 * terngrad.BLOCK)]),
-    "one block": gaussian(terngrad.BLOCK),
-    "one more than a block": gaussian(terngrad.BLOCK + 1),
+    "a first block of zeros": np.concatenate([np.zeros(BLOCK, np.float32), gaussian(LONG - BLOCK)]),
+    "zeros but for the first block": np.concatenate([gaussian(BLOCK), np.zeros(50 * BLOCK)]),
+    "one block": gaussian(BLOCK),
+    "one more than a block": gaussian(BLOCK + 1),
     "squares that float32 takes for zero": np.float32(1e-15) * gaussian(LONG),
 }
 
@@ -165,7 +166,7 @@ def test_a_constant_tensor_of_many_blocks_is_not_clipped(value: float) -> None:
     assert float(terngrad.scale(values, clip_sigma=0.5)) == min(abs(float(np.float32(value))), 65_504.0)
 
 
-@pytest.mark.parametrize("place", [0, terngrad.BLOCK - 1, terngrad.BLOCK, LONG - 1])
+@pytest.mark.parametrize("place", [0, BLOCK - 1, BLOCK, LONG - 1])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_refused_wherever_it_is(bad: float, place: int) -> None:
     values = gaussian(LONG)

@@ -6,7 +6,9 @@
    change: what a training has changed (`local_change.change`)
    spread: the largest magnitude and the moments of a tensor (`terngrad._moments`)
    draw:   TernGrad's trits, with the random numbers of numpy's SFC64 (`terngrad._draw`)
-   pack:   five trits to a byte (`ternary.pack`) */
+   mean, keep: the nearest ternary block (`ternary.nearest`)
+   pack:   five trits to a byte (`ternary.pack`)
+   add_rows: a sum of rows to a vector (`Levels.add_to`) */
 
 #define Py_LIMITED_API 0x030B0000 /* buffers are part of it since 3.11 */
 #include <Python.h>
@@ -234,6 +236,133 @@ static PyObject *draw(PyObject *self, PyObject *args) {
     return result;
 }
 
+/* The sum of the magnitudes, by block as in add_block. */
+static double magnitudes(const float *values, Py_ssize_t count) {
+    double total = 0;
+    for (Py_ssize_t block = 0; block < count; block += BLOCK) {
+        const Py_ssize_t size = count - block < BLOCK ? count - block : BLOCK;
+        float sums[LANES] = {0};
+        double sum = 0;
+        for (Py_ssize_t first = 0; first < size; first += LANES) {
+            const int some = size - first < LANES ? (int)(size - first) : LANES;
+            for (int i = 0; i < some; i++) {
+                const float value = values[block + first + i];
+                sums[i] += value < 0 ? -value : value;
+            }
+        }
+        for (int i = 0; i < LANES; i++)
+            sum += sums[i];
+        total += sum;
+    }
+    return total;
+}
+
+/* Trits of what is at least the threshold in magnitude; the sum of those magnitudes, and how many there are. */
+static double keep_some(int8_t *restrict to, const float *restrict values, Py_ssize_t count, float threshold, Py_ssize_t *kept) {
+    double total = 0;
+    for (Py_ssize_t block = 0; block < count; block += BLOCK) {
+        const Py_ssize_t size = count - block < BLOCK ? count - block : BLOCK;
+        float sums[LANES] = {0};
+        int32_t counts[LANES] = {0};
+        double sum = 0;
+        for (Py_ssize_t first = 0; first < size; first += LANES) {
+            const int some = size - first < LANES ? (int)(size - first) : LANES;
+            for (int i = 0; i < some; i++) {
+                const float value = values[block + first + i];
+                const int trit = (value >= threshold) - (value <= -threshold);
+                to[block + first + i] = (int8_t)trit;
+                sums[i] += value * (float)trit;
+                counts[i] += trit & 1;
+            }
+        }
+        for (int i = 0; i < LANES; i++) {
+            sum += sums[i];
+            *kept += counts[i];
+        }
+        total += sum;
+    }
+    return total;
+}
+
+static PyObject *mean(PyObject *self, PyObject *args) {
+    Py_buffer values;
+    double total = 0;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "y*:mean", &values))
+        return NULL;
+    const Py_ssize_t count = values.len / (Py_ssize_t)sizeof(float);
+    const int fits = count > 0 && values.len % (Py_ssize_t)sizeof(float) == 0;
+    if (fits) {
+        Py_BEGIN_ALLOW_THREADS
+        total = magnitudes(values.buf, count) / (double)count;
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&values);
+    if (fits)
+        return PyFloat_FromDouble(total);
+    PyErr_SetString(PyExc_ValueError, "mean(values): an array of float32 (n,), not empty");
+    return NULL;
+}
+
+static PyObject *keep(PyObject *self, PyObject *args) {
+    Py_buffer to, values;
+    float threshold;
+    PyObject *result = NULL;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "w*y*f:keep", &to, &values, &threshold))
+        return NULL;
+    if (values.len != to.len * (Py_ssize_t)sizeof(float)) {
+        PyErr_SetString(PyExc_ValueError, "keep(to, values, threshold): int8 (n,), float32 (n,), and a number");
+    } else {
+        Py_ssize_t kept = 0;
+        double total;
+        Py_BEGIN_ALLOW_THREADS
+        total = keep_some(to.buf, values.buf, to.len, threshold, &kept);
+        Py_END_ALLOW_THREADS
+        result = Py_BuildValue("dn", total, kept);
+    }
+    PyBuffer_Release(&to);
+    PyBuffer_Release(&values);
+    return result;
+}
+
+static void add_rows_to(float *restrict to, const float *restrict rows, int place, Py_ssize_t count) {
+    Py_ssize_t i = 0;
+    rows += place;
+    for (; place && place < TRITS && i < count; place++, i++)
+        to[i] += *rows++;
+    rows += place == TRITS ? ROW - TRITS : 0;
+    for (; i + TRITS <= count; i += TRITS, rows += ROW) {
+        *(four *)(to + i) += *(const four *)rows;
+        to[i + 4] += rows[4];
+    }
+    for (; i < count; i++)
+        to[i] += *rows++;
+}
+
+static PyObject *add_rows(PyObject *self, PyObject *args) {
+    Py_buffer to, rows;
+    Py_ssize_t first;
+    PyObject *result = NULL;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "w*y*n:add_rows", &to, &rows, &first))
+        return NULL;
+    const Py_ssize_t count = to.len / (Py_ssize_t)sizeof(float), whole = rows.len / (ROW * (Py_ssize_t)sizeof(float));
+    if (to.len % (Py_ssize_t)sizeof(float) || rows.len % (ROW * (Py_ssize_t)sizeof(float)) || first < 0 || first >= TRITS ||
+        first + count > whole * TRITS || overlap(&to, &rows)) {
+        PyErr_SetString(PyExc_ValueError, "add_rows(to, rows, first): float32 (n,), float32 (m, 8) with first + n <= 5 m, and "
+                                          "0 to 4");
+    } else {
+        Py_BEGIN_ALLOW_THREADS
+        add_rows_to(to.buf, rows.buf, (int)first, count);
+        Py_END_ALLOW_THREADS
+        result = Py_NewRef(Py_None);
+    }
+    PyBuffer_Release(&to);
+    PyBuffer_Release(&rows);
+    return result;
+}
+
 static void pack_trits(uint8_t *restrict to, const int8_t *restrict trits, Py_ssize_t count) {
     const Py_ssize_t whole = count / TRITS;
     for (Py_ssize_t i = 0; i < whole; i++) {
@@ -283,6 +412,16 @@ static PyMethodDef methods[] = {
      "draw(to, values, state, scale): to[i] = floor(values[i] / scale + u[i]), u from 22 random bits each.\n\n"
      "int8 (n,), float32 (n,), and the state of numpy's SFC64, uint64 (4,), which goes on by as many numbers as half of\n"
      "n, rounded up. Raises ValueError for other lengths, or a scale that is not above 0."},
+    {"mean", mean, METH_VARARGS,
+     "mean(values): the mean magnitude, in the order of `spread`.\n\n"
+     "float32 (n,). Raises ValueError for an empty array."},
+    {"keep", keep, METH_VARARGS,
+     "keep(to, values, threshold): the signs of what is at least the threshold in magnitude, and else 0.\n\n"
+     "int8 (n,) and float32 (n,). Returns the sum of those magnitudes, in the order of `spread`, and their number. Raises\n"
+     "ValueError for other lengths."},
+    {"add_rows", add_rows, METH_VARARGS,
+     "add_rows(to, rows, first): to[i] += the element first + i of the rows, each of which has five, and three unused.\n\n"
+     "float32 (n,) and float32 (m, 8), with first + n <= 5 m. Raises ValueError for other lengths."},
     {"pack", pack, METH_VARARGS,
      "pack(to, trits): five trits of -1, 0 and 1 to a byte, the first as the lowest power of three; 0 fills the last.\n\n"
      "uint8 (n / 5, rounded up) and int8 (n,). Raises ValueError for other lengths."},

@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ternbus.aggregator.merge.accumulator import COMPILED, ROW, ROWS_OF_TRITS, FloatArray, RowAdder
+from ternbus.broker.protocol import compiled
 from ternbus.broker.protocol.schema import Schema, Segment, Vector
 from ternbus.broker.protocol.ternary import TERNARY, Block
 
@@ -122,6 +123,9 @@ class Levels:
         """Add the sums to a tensor's elements, the lowest level first; element 0 is at ``first`` of the sums."""
         for number in sorted(self.sums):
             values = self.sums[number].rounded()
+            if values.ndim > 1 and compiled.takes(target, values):  # pragma: no cover - where the loops are installed
+                compiled.vectors.add_rows(target, values, first)
+                continue
             flat = values if values.ndim == 1 else values[:, :5].reshape(-1)
             target += flat[first : first + len(target)]
 

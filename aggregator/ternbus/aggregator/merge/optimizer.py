@@ -44,10 +44,10 @@ def apply(about: OptimizerSettings, state: ServerState, mean: Vector) -> ServerS
              w <- w + eta m / (sqrt(v) + tau)
     """
     if state.momentum is None:
-        return ServerState(state.target + about.learning_rate * mean)
+        return ServerState(_stepped(state.target, about.learning_rate, mean))
     if state.squares is None:
-        momentum = about.momentum * state.momentum + mean
-        return ServerState(state.target + about.learning_rate * momentum, momentum)
+        momentum = _stepped(mean, about.momentum, state.momentum)
+        return ServerState(_stepped(state.target, about.learning_rate, momentum), momentum)
     w, m, v = (np.empty_like(vector) for vector in (state.target, state.momentum, state.squares))
     for first in range(0, len(mean), PIECE):
         here = slice(first, first + PIECE)
@@ -55,6 +55,15 @@ def apply(about: OptimizerSettings, state: ServerState, mean: Vector) -> ServerS
         v[here] = ADAPTIVE[about.name](about, state.squares[here], np.square(mean[here]))
         w[here] = state.target[here] + about.learning_rate * m[here] / (np.sqrt(v[here]) + about.tau)
     return ServerState(w, m, v)
+
+
+def _stepped(vector: Vector, factor: float, direction: Vector) -> Vector:
+    """``vector + factor * direction``, with no vector in between."""
+    result = np.empty_like(vector)
+    for first in range(0, len(vector), PIECE):
+        here = slice(first, first + PIECE)
+        np.add(vector[here], factor * direction[here], out=result[here])
+    return result
 
 
 def _adagrad(_: OptimizerSettings, v: Vector, squares: Vector) -> Vector:

@@ -10,7 +10,7 @@ try:
 except ModuleNotFoundError:  # they are optional
     ternbus_vectors = None
 
-LOOPS: Final = ("apply", "change", "draw", "pack", "spread")
+LOOPS: Final = ("add_rows", "apply", "change", "draw", "keep", "mean", "pack", "spread")
 # None where they are not installed, or are of an earlier version
 vectors: Any = ternbus_vectors if all(hasattr(ternbus_vectors, loop) for loop in LOOPS) else None
 

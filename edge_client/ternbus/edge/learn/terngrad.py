@@ -1,7 +1,7 @@
 """TernGrad: unbiased quantization of a tensor to one scale and one trit per element (Wen et al. 2017).
 
 It works in blocks, so that a device needs memory for one more copy of the model, not for four, and a block stays in
-the processor's cache.
+the processor's cache: the largest temporary array is one of float32 or random bits, 256 KiB.
 """
 
 import math
@@ -11,9 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ternbus.broker.protocol import compiled
+from ternbus.broker.protocol.lane_sum import BLOCK, lane_sum
 
-BLOCK = 65_536  # elements at a time; the largest temporary array is a block of float32 or random bits, 256 KiB
-LANES = 256  # sums of a block in float32, before they are added up in float64: an order that a compiled loop has too
 LARGEST_SCALE = 65_504.0  # the protocol's bound
 SMALLEST_SCALE = 2.0**-126  # below it a float32 counts as zero everywhere in the protocol
 EPSILON = 2.0**-20
@@ -111,19 +110,10 @@ def _moments(flat: FloatArray, pilot: np.float32, *, sums: bool) -> tuple[float,
             break
         if sums:
             off = piece - pilot
-            total += _sum(off)
+            total += lane_sum(off)
             np.square(off, out=off)
-            squares += _sum(off)
+            squares += lane_sum(off)
     return largest, total, squares
-
-
-def _sum(values: FloatArray) -> float:
-    """The sum of a block, in the order of LANES."""
-    whole = values.size // LANES * LANES
-    lanes = values[:whole].reshape(-1, LANES).sum(axis=0)
-    rest = values[whole:]
-    lanes[: rest.size] += rest
-    return float(np.cumsum(lanes, dtype=np.float64)[-1])  # one after the other
 
 
 def _blocks(size: int) -> Iterator[slice]:
