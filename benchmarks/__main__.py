@@ -49,7 +49,7 @@ BENCHMARKS: Final[Mapping[str, Benchmark]] = {
     "merge_costs": Benchmark(),
     "fleet": Benchmark(),
     "edge": Benchmark(data=True),
-    "path": Benchmark(),
+    "path": Benchmark(("--parameters", "100000", "1200000", "10000000", "--engine", "mosquitto", "nats"), long=True),
     "time_to_accuracy": Benchmark(("--seeds", "3"), data=True, folder=True, long=True),
     "race": Benchmark(more_with_data=True, folder=True, long=True),
     "slow_classes": Benchmark(),
