@@ -1,6 +1,7 @@
 """The commands `ternbus lab …`: run or simulate a federation, print an example scenario, run experiments."""
 
 import dataclasses
+import gc
 import json
 import os
 import sys
@@ -374,6 +375,7 @@ def _simulated(
                 Simulation(wanted, load_task(wanted.task), shown, folder, trained, later=how.elsewhere)
             ) as simulation,
         ):
+            gc.freeze()  # what is loaded by now stays: the collections of a run need not look at it
             simulation.run(interrupts.check)
             simulation.export(place.model)
             result = simulation.report(time.monotonic() - began)

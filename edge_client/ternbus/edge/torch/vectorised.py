@@ -125,8 +125,10 @@ class VectorisedTraining:
                 optimizer.step(gradients, _rates([each[step] for each in rates[:count]], gradients))
             for row, loss in enumerate(found.tolist()):
                 losses[row] += loss
-                if outputs:
-                    scores[row].keep(_row(outputs[0], row), self._task.targets(_row(batch, row)))
+            if outputs and self._metrics:
+                targets = _rows(self._task.targets(batch), count)
+                for score, *kept in zip(scores, _rows(outputs[0], count), targets, strict=False):
+                    score.keep(*kept)
         return [
             {"loss": loss / len(each), **score.values_if_any(), "steps": len(each)}
             for loss, score, each in zip(losses, scores, batches, strict=True)
@@ -258,6 +260,10 @@ def _numbers(start: Start, plan: Plan) -> Numbers:
 
 def _row(tree: Tree, row: int) -> Tree:
     return mapped(lambda tensor: tensor[row], tree)
+
+
+def _rows(tree: Tree, count: int) -> Sequence[Tree]:
+    return tree.unbind() if isinstance(tree, Tensor) else [_row(tree, row) for row in range(count)]
 
 
 def _rates(rates: Sequence[float], like: Sequence[Tensor]) -> float | list[Tensor]:
