@@ -5,7 +5,7 @@ from typing import Any
 from benchmarks.words import table_of
 
 
-def path(rows: Any) -> str:
+def whole_path(rows: Any) -> str:
     """A table of all cases, and what the engines and ways of merging are beside each other."""
     head = (
         "parameters", "broker", "merge", "updates/s", "a device's CPU", "bare parts", "the aggregator's CPU",
