@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.__main__ import RESULTS
+from benchmarks.path_figures import whole_path
 from benchmarks.race import HEAD as RACE_HEAD
 from benchmarks.race import LONGEST_S, best, best_of_each, never, sooner
 from benchmarks.race import cells as race_cells
@@ -365,6 +366,7 @@ SECTIONS: Final[Mapping[str, tuple[str, Callable[[Any], str]]]] = {
     "agreement": ("A simulation beside real processes", agreement),
     "codec": ("Encode and decode", codec),
     "ingest": ("An aggregator", ingest),
+    "path": ("The whole path of an update", whole_path),
     "dashboard": ("An aggregator with a dashboard", dashboard),
     "exact_sums": ("Exact sums", exact_sums),
     "private_sums": ("Private sums", private_sums),

@@ -18,12 +18,22 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from support.commands import typed
-from support.core_device import DEVICE_KEY, aggregator, evaluated, following, logged, only, published, trained
+from support.core_device import (
+    DEVICE_KEY,
+    aggregator,
+    connected,
+    evaluated,
+    following,
+    logged,
+    only,
+    published,
+    trained,
+)
 from support.growing_outbox import KEY, state_after
 from ternbus.broker.crash_points import VARIABLE
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.model_files import load_metadata, load_safetensors
-from ternbus.broker.protocol.schema import Schema, to_tensors, to_vector
+from ternbus.broker.protocol.schema import Schema, to_tensors, to_vector, vector_digest
 from ternbus.broker.server import running
 from ternbus.edge import Plan, TorchTask, Trained, TrainingError, load_task
 from ternbus.edge.core import events
@@ -325,6 +335,18 @@ def test_an_export_writes_the_newest_version_and_stops_without_a_status_but_offl
     assert only(device.actions, Stop) == Stop(code=0, reason="version 0 is written")
     assert [frame.meta["state"] for frame in published(device.actions, "status")] == ["offline"]
     assert not {"training", "evaluated"} & {*logged(device.actions)}
+
+
+def test_an_export_names_the_digest_of_what_it_writes_whatever_head_and_delta_name() -> None:
+    """Where a delta has a BLAKE3 as well, devices check that one."""
+    scripted = aggregator()
+    scripted.advance()
+    scripted.lies[1] = bytes(32)
+    device = connected("export")
+    device.arrive(scripted.status(), scripted.head(), *scripted.snapshot(), *scripted.delta(1))
+    assert device.core.follower.digest == bytes(32)
+    saved = only(device.actions, SaveModel)
+    assert (saved.metadata["version"], saved.metadata["digest"]) == ("1", vector_digest(scripted.vectors[1]).hex())
 
 
 def test_an_export_keeps_the_update_and_writes_local_tensors_also_when_the_federation_is_closed() -> None:

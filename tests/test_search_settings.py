@@ -56,6 +56,7 @@ def test_a_search_is_read_and_written_as_it_is() -> None:
         ({"arms": [{"width": (each + 1) / 10} for each in range(9)]}, {}, "has 9 widths, of at most 8"),
         ({"arms": RATES}, {"plan": {"seal": True}}, "devices do not say what a training gained"),
         ({"arms": RATES}, {"plan": {"arms": 3}}, "is what a search makes"),
+        ({"arms": RATES}, {"plan": {"notes": "x" * 8100}}, "plan and arms take 8[0-9]{3} bytes, at most 8192"),
         (
             {"arms": RATES},
             {"plan": {"dp": "device", "dp_clip": 1.0, "dp_noise": 1.0, "dp_epsilon": 1.0}},

@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+import msgpack
+
+from ternbus.aggregator.plan_settings import PLAN_BYTES_MAX
 from ternbus.aggregator.sections import key, section
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol import arms as protocol
@@ -100,6 +103,12 @@ class SearchSettings:
             )
         if self.is_of_widths and len(self.arms) > WIDTHS_MAX:
             raise ConfigError(f"{where}.arms has {len(self.arms)} widths, of at most {WIDTHS_MAX}")
+        widest = self.with_weights(((protocol.WEIGHT_MAX,) * len(self.arms),) * len(self.names))
+        if (size_bytes := len(msgpack.packb({**plan, **widest.meta()}))) > PLAN_BYTES_MAX:
+            raise ConfigError(
+                f"{where}: plan and arms take {size_bytes} bytes, at most {PLAN_BYTES_MAX}: every head carries them; "
+                "use fewer arms or classes, or a shorter plan"
+            )
         for place, arm in enumerate(self.arms):
             if WIDTH in arm and (len(arm) > 1 or not self.is_of_widths):
                 raise ConfigError(

@@ -6,7 +6,7 @@ The model stays on the device, in a file for its owner. Its gain is measured on 
 from dataclasses import dataclass, replace
 
 from ternbus.broker.protocol.messages import CLOSED
-from ternbus.broker.protocol.schema import Schema, Vector, to_tensors
+from ternbus.broker.protocol.schema import Schema, Vector, to_tensors, vector_digest
 from ternbus.broker.protocol.tensor_kinds import version_metadata
 from ternbus.edge.core.actions import Action, Log, Publish, SaveModel, StartFineTuning
 from ternbus.edge.core.evaluation import EvaluationPolicy
@@ -74,7 +74,8 @@ class FineTuning:
         if self.profile.role == "export" and version is not None and vector is not None and schema is not None:
             self.done = True
             tensors = {**unpacked(self.evaluation.pending.state.local), **to_tensors(schema, vector)}
-            about = {**self.profile.metadata, **version_metadata(version, follower.digest)}
+            digest = vector_digest(vector)  # the head's was not checked where the delta has another one
+            about = {**self.profile.metadata, **version_metadata(version, digest)}
             return [SaveModel(tensors=tensors, metadata=about)]
         if self.profile.role != "train" or not self.profile.fine_tune or plan is None:
             self.done = True

@@ -1,0 +1,53 @@
+"""The words of the figures about the whole path of an update."""
+
+from typing import Any
+
+from benchmarks.words import table_of
+
+
+def whole_path(rows: Any) -> str:
+    """A table of all cases, and what the engines and ways of merging are beside each other."""
+    head = (
+        "parameters", "broker", "merge", "updates/s", "a device's CPU", "bare parts", "the aggregator's CPU",
+        "bare parts", "the broker's CPU", "bytes to the broker", "durable writes: device", "aggregator",
+    )  # fmt: skip
+    body = []
+    for row in rows:
+        cpu, bare, writes = row["cpu_ms"], row["bare_ms"], row["durable_writes"] or {}
+        times = [f"{cpu['device']:.1f} ms", f"{bare['device']:.1f}", f"{cpu['aggregator']:.1f} ms"]
+        times += [f"{bare['aggregator']:.1f}", f"{cpu['broker']:.1f} ms"]
+        durable = [f"{writes[role]:.1f}" if role in writes else "-" for role in ("device", "aggregator")]
+        about = [f"{row['parameters']:,}", row["engine"], _merge(row), f"{row['updates_per_s']:.1f}"]
+        body.append([*about, *times, f"{row['broker_bytes']['in']:,.0f}", *durable])
+    first = rows[0]
+    start = sum(row["start_cpu_s"] for row in rows) / len(rows)
+    return (
+        f"{first['devices']} devices, each a process as on a Raspberry Pi, whose task trains nothing: they follow, "
+        "compress, store, sign, send and wait for receipts. Devices, broker and aggregator share the machine. With a "
+        f"barrier a version takes an update of each device, asynchronously of {first['devices'] // 2}. CPU is that of "
+        "whole processes for an accepted update; beside it are the parts that cannot be left out, each once and alone "
+        "on an idle processor. Durable writes are calls of fsync and fdatasync for an update. A device without torch "
+        f"takes {start:.1f} s of CPU from its start to its first update.\n\n{table_of(head, body)}\n\n{_beside(rows)}"
+    )
+
+
+def _merge(row: Any) -> str:
+    return "barrier" if row["barrier"] else "asynchronous"
+
+
+def _beside(rows: Any) -> str:
+    """By model: asynchronous merges beside the barrier, and the second broker beside the first."""
+    engines = list(dict.fromkeys(row["engine"] for row in rows))
+    rates = {(row["parameters"], row["engine"], row["barrier"]): row["updates_per_s"] for row in rows}
+    lines = []
+    for size in dict.fromkeys(row["parameters"] for row in rows):
+        found = [
+            f"asynchronous merges have {rates[size, engine, False] / rates[size, engine, True]:.2f} of the barrier's "
+            f"updates/s with {engine}"
+            for engine in engines
+        ]
+        if len(engines) == 2:
+            of, to = (rates[size, engine, True] for engine in engines)
+            found.append(f"{engines[1]} has {to / of:.2f} of {engines[0]}'s with a barrier")
+        lines.append(f"{size:,} parameters: {', '.join(found)}.")
+    return " ".join(lines)
