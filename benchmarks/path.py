@@ -30,7 +30,7 @@ from benchmarks import path_task
 from benchmarks.aggregating import run_aggregator
 from benchmarks.ingest import FEDERATION, shapes
 from benchmarks.program import ONE_THREAD, cpu_ms, cpu_s, options, wait_until
-from ternbus.aggregator.merge.accumulator import Accumulator
+from ternbus.aggregator.merge.exact import ExactSum
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store.ledger import reading
 from ternbus.broker.files import write_secret
@@ -39,7 +39,7 @@ from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.messages import Update
 from ternbus.broker.protocol.parts import cut
 from ternbus.broker.protocol.schema import Schema, vector_blake3, vector_digest
-from ternbus.broker.protocol.ternary import ZSTD, Block, encode
+from ternbus.broker.protocol.ternary import ZSTD, Block, encode, nearest_block
 from ternbus.broker.server.running import Engine, choose, start
 from ternbus.edge.learn.compress import compress
 from ternbus.edge.plan.plan import Plan
@@ -200,7 +200,7 @@ def bare_parts(parameters: int, folder: Path) -> dict[str, float]:
         "federation": FEDERATION, "sender": "d0", "kind": update.KIND, "seq": 1, "meta": update.meta(), "body": body,
     }  # fmt: skip
     frames = [parse(each) for each in cut(identity, frame_bytes=FRAME_BYTES, **about)]
-    vector, total = np.zeros(schema.elements, np.float32), Accumulator(schema)
+    vector, total = np.zeros(schema.elements, np.float32), ExactSum(schema)
 
     def verify() -> None:
         for each in frames:
@@ -221,6 +221,8 @@ def bare_parts(parameters: int, folder: Path) -> dict[str, float]:
             "hash_ms": cpu_ms(lambda: blake2b(body).digest()),
             "read_ms": cpu_ms(lambda: Block.read(schema, block.codec, ZSTD, body)),
             "add_ms": cpu_ms(lambda: total.add(block, 1.0)),
+            "total_ms": cpu_ms(total.total),
+            "nearest_ms": cpu_ms(lambda: nearest_block(schema, change)),
             "apply_ms": cpu_ms(lambda: block.apply(vector)),
             "vector_digest_ms": cpu_ms(lambda: vector_digest(vector)),
             "vector_blake3_ms": cpu_ms(lambda: vector_blake3(vector)),
@@ -232,7 +234,7 @@ def bare_sums(parts: Mapping[str, float], buffer: int) -> dict[str, float]:
     """The bare parts of an update by role; what an aggregator does once a version is shared by its updates."""
     device = ("read_ms", "verify_ms", "apply_ms", "vector_blake3_ms", "compress_ms", "zstd_ms", "sign_ms", "store_ms")
     update = ("verify_ms", "read_ms", "add_ms", "store_ms")
-    version = ("compress_ms", "zstd_ms", "sign_ms", "apply_ms", "vector_digest_ms", "vector_blake3_ms")
+    version = ("total_ms", "nearest_ms", "zstd_ms", "sign_ms", "apply_ms", "vector_digest_ms", "vector_blake3_ms")
     return {
         "device": sum(parts[each] for each in device),
         "aggregator": sum(parts[each] for each in update) + sum(parts[each] for each in version) / buffer,

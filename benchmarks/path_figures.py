@@ -1,5 +1,6 @@
 """The words of the figures about the whole path of an update."""
 
+import statistics
 from typing import Any
 
 from benchmarks.words import table_of
@@ -9,7 +10,7 @@ def whole_path(rows: Any) -> str:
     """A table of all cases, and what the engines and ways of merging are beside each other."""
     head = (
         "parameters", "broker", "merge", "updates/s", "a device's CPU", "bare parts", "the aggregator's CPU",
-        "bare parts", "the broker's CPU", "bytes to the broker", "durable writes: device", "aggregator",
+        "bare parts", "the broker's CPU", "bytes that the broker reads", "durable writes: device", "aggregator",
     )  # fmt: skip
     body = []
     for row in rows:
@@ -20,14 +21,13 @@ def whole_path(rows: Any) -> str:
         about = [f"{row['parameters']:,}", row["engine"], _merge(row), f"{row['updates_per_s']:.1f}"]
         body.append([*about, *times, f"{row['broker_bytes']['in']:,.0f}", *durable])
     first = rows[0]
-    start = sum(row["start_cpu_s"] for row in rows) / len(rows)
     return (
-        f"{first['devices']} devices, each a process as on a Raspberry Pi, whose task trains nothing: they follow, "
-        "compress, store, sign, send and wait for receipts. Devices, broker and aggregator share the machine. With a "
+        f"{first['devices']} devices, each a process of its own, whose task trains nothing: they follow, compress, "
+        "store, sign, send and wait for receipts. Devices, broker and aggregator share the machine. With a "
         f"barrier a version takes an update of each device, asynchronously of {first['devices'] // 2}. CPU is that of "
         "whole processes for an accepted update; beside it are the parts that cannot be left out, each once and alone "
-        "on an idle processor. Durable writes are calls of fsync and fdatasync for an update. A device without torch "
-        f"takes {start:.1f} s of CPU from its start to its first update.\n\n{table_of(head, body)}\n\n{_beside(rows)}"
+        "on an idle processor. Durable writes are calls of fsync and fdatasync for an update."
+        f"\n\n{table_of(head, body)}\n\n{_beside(rows)}"
     )
 
 
@@ -49,5 +49,7 @@ def _beside(rows: Any) -> str:
         if len(engines) == 2:
             of, to = (rates[size, engine, True] for engine in engines)
             found.append(f"{engines[1]} has {to / of:.2f} of {engines[0]}'s with a barrier")
+        start = statistics.median(row["start_cpu_s"] for row in rows if row["parameters"] == size)
+        found.append(f"a device takes {start:.1f} s of CPU from its start to its first update")
         lines.append(f"{size:,} parameters: {', '.join(found)}.")
     return " ".join(lines)

@@ -6,14 +6,15 @@ Rounds of 20 devices. With ``--data``: ten versions of fashion-mnist by `lab sim
 of digits-mlp, a small model, by `--vectorise 20`, for devices with equal and with unequal data. ``bare`` is
 `benchmarks.bare_training`: the same batches in a plain loop, in two processes that wait for nobody. ``flower`` is
 `benchmarks.flower_peer`, by a Python that has `flwr[simulation]`, by default the one that FLOWER_PYTHON names. All of
-these are whole commands, with their imports, one after the other, and again with ``--repeat``; the shortest time of
-each counts, since other work can only lengthen it. ``to_bare`` is the ratio of the times, ``cpu_to_training`` that of
-the processor's: all that the simulation and its processes spent, by what the bare loops spent in training alone.
+these are whole commands, with their imports, one after the other, and again with ``--repeat``. Times are medians, and
+so are ratios, each of times of one round: ``to_bare`` and ``to_flower`` of the whole commands, ``cpu_to_training`` of
+the processor's, all that the simulation and its processes spent, by what the bare loops spent in training alone.
 """
 
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -69,25 +70,33 @@ def timed(command: Sequence[str]) -> dict[str, Any]:
 
 
 def measured(case: Case, flower: str | None, repeat: int) -> dict[str, Any]:
-    """Each way's shortest run, and the ratios to ours."""
+    """Each way's median, and the ratios."""
     runs: dict[str, list[dict[str, Any]]] = {}
     for _ in range(repeat):
         for name, command in case.commands(flower).items():
             found = timed(command)
             runs.setdefault(name, []).append(found)
             print(f"{case.task}, {name}: {found['wall_s']:.1f} s, {found['cpu_s']:.1f} s of processor", file=sys.stderr)
-    best = {name: min(each, key=lambda run: run["wall_s"]) for name, each in runs.items()}
+    wall = {name: [run["wall_s"] for run in each] for name, each in runs.items()}
+    spent = [run["cpu_s"] for run in runs["ternbus"]]
     row: dict[str, Any] = {"task": case.task.partition(":")[0].rpartition(".")[2], "partition": case.partition}
     row |= {"versions": case.versions, "options": " ".join(case.options)}
-    row |= {f"{name}_s": each["wall_s"] for name, each in best.items()}  # Flower's processes outlive its command
-    row["ternbus_cpu_s"] = best["ternbus"]["cpu_s"]
-    row["accuracy"] = best["ternbus"]["printed"]["metrics"]["accuracy"]
-    row["to_bare"] = best["ternbus"]["wall_s"] / best["bare"]["wall_s"]
-    row["cpu_to_training"] = best["ternbus"]["cpu_s"] / best["bare"]["printed"]["training_cpu_s"]
+    row |= {
+        f"{name}_s": statistics.median(each) for name, each in wall.items()
+    }  # Flower's processes outlive its command
+    row["ternbus_cpu_s"] = statistics.median(spent)
+    row["accuracy"] = runs["ternbus"][0]["printed"]["metrics"]["accuracy"]  # the same in each run
+    row["to_bare"] = _ratio(wall["ternbus"], wall["bare"])
+    row["cpu_to_training"] = _ratio(spent, [run["printed"]["training_cpu_s"] for run in runs["bare"]])
     if flower is not None:
-        row["flower_accuracy"] = best["flower"]["printed"]["accuracy"]
-        row["to_flower"] = best["flower"]["wall_s"] / best["ternbus"]["wall_s"]
+        row["flower_accuracy"] = statistics.median(run["printed"]["accuracy"] for run in runs["flower"])
+        row["to_flower"] = _ratio(wall["flower"], wall["ternbus"])
     return row
+
+
+def _ratio(some: Sequence[float], others: Sequence[float]) -> float:
+    """The median of the rounds' ratios."""
+    return statistics.median(one / other for one, other in zip(some, others, strict=True))
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:

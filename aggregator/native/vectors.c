@@ -21,7 +21,6 @@ typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t bits_of_four __attribute__((vector_size(16), aligned(4), may_alias));
 
 static const int32_t EXPONENT = 0x7F800000; /* all 0: a magnitude below 2^-126, or 0 */
-
 static const int32_t WEIGHT_MAX = 0x53800000; /* 2^40, the largest magnitude of an element of a model */
 
 static inline int32_t bits_of(float value) {

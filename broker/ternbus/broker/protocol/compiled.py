@@ -16,5 +16,7 @@ vectors: Any = ternbus_vectors if all(hasattr(ternbus_vectors, loop) for loop in
 
 
 def takes(*arrays: npt.NDArray[Any]) -> bool:
-    """Whether the loops are installed and read these arrays: C-contiguous ones of float32, in the machine's order."""
-    return vectors is not None and all(each.flags.c_contiguous and each.dtype == np.float32 for each in arrays)
+    """Whether the loops are installed and read these arrays: aligned C-contiguous float32, in the machine's order."""
+    return vectors is not None and all(
+        each.flags.c_contiguous and each.flags.aligned and each.dtype == np.float32 for each in arrays
+    )

@@ -232,16 +232,15 @@ def flat_tensors(schema: Schema, tensors: Mapping[str, npt.NDArray[Any]]) -> Ite
             f"the model lacks tensor {missing[0]!r} of the federation's schema ({len(missing)} missing in total); "
             "use the federation's model"
         )
-    for segment in schema.segments:
-        name, shape = segment.tensor.name, segment.tensor.shape
-        array = tensors[name]
-        if tuple(array.shape) != shape:
+    for tensor in schema.tensors:
+        if (shape := tuple(tensors[tensor.name].shape)) != tensor.shape:
             raise ConfigError(
-                f"tensor {name!r} has shape {tuple(array.shape)} instead of the federation's {shape}; use the "
+                f"tensor {tensor.name!r} has shape {shape} instead of the federation's {tensor.shape}; use the "
                 "federation's model"
             )
+    for segment in schema.segments:
         with np.errstate(over="ignore", invalid="ignore"):
-            values = np.asarray(array, dtype=np.float32).reshape(-1)
+            values = np.asarray(tensors[segment.tensor.name], dtype=np.float32).reshape(-1)
         yield segment, values
 
 

