@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from support.commands import typed
-from ternbus.broker.errors import ConfigError
+from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.broker.protocol.schema import Vector
 from ternbus.edge import TorchTask
 from ternbus.edge.learn.subnetwork import channels
 from ternbus.edge.learn.task import Start, Task, Trained, Trainer, TrainingError, VectorisedTrainer
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.plan.plan import Plan
+from ternbus.edge.shell.worker import TrainingResult
 from ternbus.edge.tasks import digits
+from ternbus.lab.notebook.federation import Federation
 from ternbus.lab.report.progress import Lines
 from ternbus.lab.scenario.availability import Availability
 from ternbus.lab.scenario.scenario import End, Hostile, Scenario, Speeds
@@ -26,7 +28,8 @@ from ternbus.lab.virtual.computation import Computation
 from ternbus.lab.virtual.memory_ledger import MemoryLedger
 from ternbus.lab.virtual.simulate import Simulation
 from ternbus.lab.virtual.training import InProcess, Pair, Widths
-from ternbus.lab.virtual.vectorised import FOREIGN, SUBNETWORK, Vectorised
+from ternbus.lab.virtual.vectorised import FOREIGN, SUBNETWORK, Training, Vectorised
+from ternbus.lab.virtual.vectorised import at_once as at_once_of
 
 RELATIVE = 1e-5  # of a device's change, in the L2 norm: what is promised in docs/lab.md
 DEVICES = 6
@@ -150,13 +153,40 @@ def scenario_of(**more: Any) -> Scenario:
     return Scenario(task="small", **about)
 
 
-def run(wanted: Scenario, task: Task, most: int = 1, lines: list[str] | None = None) -> tuple[Simulation, Any]:
+class Others:
+    """Two other processes, in this one."""
+
+    count = 2
+
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self._pairs = pairs
+
+    def begin(self, trainings: Sequence[Training]) -> Callable[[], list[TrainingResult]]:
+        found = at_once_of(self._pairs, trainings)
+        return lambda: found
+
+
+class Ended(Others):
+    """Processes that have ended."""
+
+    def begin(self, trainings: Sequence[Training]) -> Callable[[], list[TrainingResult]]:
+        raise FederationError("a worker process has ended unexpectedly")
+
+
+def run(
+    wanted: Scenario,
+    task: Task,
+    most: int = 1,
+    lines: list[str] | None = None,
+    others: Callable[[Sequence[Pair]], "Others"] | None = None,
+) -> tuple[Simulation, Any]:
     """A simulation that has ended, and the place where it trained."""
     places: list[Any] = []
 
     def place(trainers: Any, widths: Widths) -> Any:
-        said = [] if lines is None else lines
-        places.append(Vectorised(trainers, widths, most, said.append) if most > 1 else InProcess(trainers, widths))
+        said, processes = [] if lines is None else lines, None if others is None else others(trainers)
+        vectorised = Vectorised(trainers, widths, most, said.append, processes)
+        places.append(vectorised if most > 1 else InProcess(trainers, widths))
         return places[0]
 
     simulation = Simulation(wanted, task, Lines(io.StringIO()), place=place)
@@ -198,6 +228,35 @@ def test_a_simulation_at_once_is_that_of_one_by_one(wanted: Scenario) -> None:
     assert other["metrics"]["accuracy"] == pytest.approx(one["metrics"]["accuracy"], abs=0.02)
     assert not any(each.end[0] < found.clock.now for each in place._waiting.values())
     assert len(place._results) < wanted.devices
+
+
+@pytest.mark.parametrize("wanted", [ASYNCHRONOUS, BARRIER], ids=["async", "barrier"])
+def test_parts_of_a_group_in_several_processes_have_the_results_of_one(wanted: Scenario) -> None:
+    task, lines = task_of(), list[str]()
+    alone, _ = run(wanted, task)
+    found, _ = run(wanted, task, 2, lines, Others)
+    assert lines == []
+    assert digests(run(wanted, task, 2, others=Others)[0]) == digests(found)
+    one, other = alone.report(0.0), found.report(0.0)
+    assert one["updates"] == other["updates"]
+    np.testing.assert_allclose(published(found), published(alone), atol=0.02)
+
+
+def test_a_process_that_has_ended_ends_the_simulation_in_words() -> None:
+    with pytest.raises(FederationError, match="a worker process has ended unexpectedly"):
+        run(BARRIER, task_of(), 2, others=Ended)
+
+
+@pytest.mark.slow
+def test_a_task_in_memory_trains_at_once_in_several_processes() -> None:
+    inputs, targets = digits.data(None, "train")
+    clients = {name: (inputs[part::4], targets[part::4]) for part, name in enumerate("abcd")}
+    fed = Federation(model=mlp, loss="cross_entropy", clients=clients, test=digits.data(None, "test"))
+    plan = {"local_epochs": 1, "batch_size": 16, "learning_rate": 0.1}
+    runs = [fed.simulate(versions=2, plan=plan, sync=True, callbacks=[], vectorise=2, jobs=jobs) for jobs in (1, 2, 2)]
+    one, two, again = ([*run.model.parameters()] for run in runs)
+    assert all(torch.equal(first, second) for first, second in zip(two, again, strict=True))
+    assert all(torch.allclose(first, second, atol=1e-4) for first, second in zip(one, two, strict=True))
 
 
 def with_batch_norm() -> nn.Module:
@@ -284,7 +343,7 @@ def test_a_hostile_device_is_trained_alone_beside_others_at_once() -> None:
         ({"jobs": "two"}, "jobs is 'two'"),
         ({"jobs": True}, "jobs is True"),
         ({"vectorise": 0}, "vectorise is 0"),
-        ({"vectorise": 4, "jobs": "2"}, "leave out jobs, or vectorise"),
+        ({"vectorise": 4, "jobs": "ray://host:10001"}, "a Ray cluster trains each device by itself"),
     ],
 )
 def test_a_wrong_way_to_compute_is_refused(given: dict[str, Any], why: str) -> None:
@@ -298,8 +357,8 @@ def test_the_command_trains_at_once_and_refuses_what_does_not_fit(tmp_path: Path
     said = typed(tmp_path, *simulate, "--out", "run")
     assert "updates          3 accepted" in said
     assert "one by one" not in said
-    assert "ternbus: vectorise trains several devices at once in this process: leave out jobs, or vectorise" in typed(
-        tmp_path, *simulate, "--jobs", 2, code=2
+    assert "ternbus: a Ray cluster trains each device by itself: leave out vectorise, or name processes" in typed(
+        tmp_path, *simulate, "--jobs", "ray://127.0.0.1:1", code=2
     )
     assert "ternbus: jobs is 'two': write a whole number from 1, or ray://HOST:PORT of a Ray cluster" in typed(
         tmp_path, "lab", "simulate", "--jobs", "two", code=2

@@ -116,7 +116,7 @@ def simulate(
     jobs: Annotated[
         str, typer.Option(metavar="N|ray://HOST:PORT", help="Processes that train, or a Ray cluster.")
     ] = "1",
-    vectorise: Annotated[int, typer.Option(metavar="N", help="Devices that one process trains at once.", min=1)] = 1,
+    vectorise: Annotated[int, typer.Option(metavar="N", help="Devices that a process trains at once.", min=1)] = 1,
     ledger: Annotated[bool, typer.Option("--ledger", help="Keep the aggregator's ledger in OUT/aggregator.")] = False,
     out: Out = Path("ternbus-lab"),
     as_json: AsJson = False,
@@ -126,7 +126,7 @@ def simulate(
     Training is real, but its duration is drawn at random. A simulation of slow devices therefore takes only the time
     of its computations. The same seed gives the same model, bit for bit. The scenario's broker is ignored. --jobs
     spreads training over processors, and is useful if one training takes seconds; --vectorise trains several devices
-    of a small model at once, and gives the same model to rounding. Choose one of them.
+    of a small model at once, and gives the same model to rounding. With both, each of the processes does so.
 
     Example: ternbus lab simulate --devices 20 --versions 100
     """

@@ -186,7 +186,7 @@ class Federation:
         versions, bit for bit. `plan` has keys of local training, `merge` those of `[merge]` in aggregator.toml, and
         `settings` those of its other sections, as "optimizer.name". `speeds` are the seconds of a training: a `Speeds`,
         one number, or one for each device. `device` is the processor that trains, as "cpu" or "cuda". With `jobs` so
-        many processes train at a time, or the Ray cluster at ray://HOST:PORT. With `vectorise` this process trains so
+        many processes train at a time, or the Ray cluster at ray://HOST:PORT. With `vectorise` each process trains so
         many devices of a small model at once, and the versions agree to rounding. `callbacks` (docs/notebook.md) are by
         default one `Progress()`. `merge_rule`, `server_optimizer` and `client` are algorithms of one's own, each a pair
         of functions (docs/notebook.md), which no real federation runs. `scenario` has further fields of `Scenario`, as

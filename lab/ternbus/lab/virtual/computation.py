@@ -1,7 +1,7 @@
 """How the trainings of a simulation are computed: in this process, in several, on a cluster, or several at once."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -12,7 +12,7 @@ from ternbus.lab.scenario.scenario import Scenario
 from ternbus.lab.virtual.ray_cluster import RayCluster
 from ternbus.lab.virtual.training import Place, Placing
 from ternbus.lab.virtual.vectorised import Vectorised
-from ternbus.lab.virtual.workers import Workers
+from ternbus.lab.virtual.workers import GroupWorkers, Workers
 
 RAY: Final = "ray://"
 
@@ -21,8 +21,8 @@ RAY: Final = "ray://"
 class Computation:
     """`jobs` is a number of processes of this machine, or the address of a Ray cluster, ray://HOST:PORT.
 
-    `vectorise` is the number of devices that this process trains at once. Raises `ConfigError` for any other value, and
-    for both at once.
+    `vectorise` is the number of devices that a process trains at once; then this one is one of `jobs`. Raises
+    `ConfigError` for any other value, and for vectorised training on a cluster.
     """
 
     jobs: int | str = 1
@@ -36,8 +36,8 @@ class Computation:
         object.__setattr__(self, "jobs", jobs)
         if type(self.vectorise) is not int or self.vectorise < 1:
             raise ConfigError(f"vectorise is {self.vectorise!r}, but must be a whole number from 1")
-        if self.vectorise > 1 and self.elsewhere:
-            raise ConfigError("vectorise trains several devices at once in this process: leave out jobs, or vectorise")
+        if self.vectorise > 1 and is_address:
+            raise ConfigError("a Ray cluster trains each device by itself: leave out vectorise, or name processes")
 
     @property
     def elsewhere(self) -> bool:
@@ -50,6 +50,13 @@ class Computation:
         """The place, as of `Simulation`. ``load`` takes the place of loading the task by its name elsewhere."""
         if isinstance(self.jobs, str):
             return RayCluster(scenario, self.jobs, load)
-        if self.jobs > 1:
-            return Workers(scenario, self.jobs, load)
-        return nullcontext(partial(Vectorised, most=self.vectorise, say=say) if self.vectorise > 1 else None)
+        if self.vectorise > 1:
+            others = GroupWorkers(scenario, self.jobs - 1, load) if self.jobs > 1 else None  # which start here
+            return _vectorised(partial(Vectorised, most=self.vectorise, say=say, others=others), others)
+        return Workers(scenario, self.jobs, load) if self.jobs > 1 else nullcontext()
+
+
+@contextmanager
+def _vectorised(placing: Placing, others: GroupWorkers | None) -> Iterator[Placing]:
+    with others or nullcontext():
+        yield placing

@@ -1,4 +1,4 @@
-"""Training of simulated devices in this process, several at a time, vectorised over devices.
+"""Training of simulated devices several at a time, vectorised over devices, in this process and in others.
 
 In virtual time a training may be computed at any moment between its start and its end. So when one is awaited, those
 are computed with it that are due next, also on other versions.
@@ -8,9 +8,9 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Final, Protocol
 
-from ternbus.broker.errors import ConfigError
+from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.edge.core.actions import StartTraining, tensors_of
 from ternbus.edge.learn.task import Evaluation, Start, Trained, Trainer, TrainingError, VectorisedTrainer
 from ternbus.edge.learn.task_loader import code_errors, described
@@ -23,6 +23,20 @@ FOREIGN: Final = "a hostile or a narrow device, a client algorithm of your own, 
 SUBNETWORK: Final = "the arm is a sub-network"
 
 
+Training = tuple[int, StartTraining]
+"""A device's number and its job."""
+
+
+class Others(Protocol):
+    """Other processes that train parts of a group; a `GroupWorkers`."""
+
+    count: int
+
+    def begin(self, trainings: Sequence[Training]) -> Callable[[], list[TrainingResult]]:
+        """Begin to train them at once; the returned function waits for the results."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Begun:
     """A training that has begun, with its place in the order of ends."""
@@ -33,14 +47,22 @@ class _Begun:
 
 
 class Vectorised:
-    """Training of at most `most` devices at once. What cannot be is trained alone, and `say` is told why, once.
+    """Training of at most `most` devices at once here, and of as many in each of `others`.
 
-    The results agree with those of training alone to rounding, and are the same bits for the same `most`.
+    What cannot be at once is trained alone, here, and `say` is told why, once. The results agree with those of training
+    alone to rounding, and are the same bits for the same `most` and as many processes.
     """
 
-    def __init__(self, pairs: Sequence[Pair], widths: Widths, most: int, say: Callable[[str], None]) -> None:
-        self._trainers, self._held = [trainer for trainer, _ in pairs], [held for _, held in pairs]
-        self._widths, self._most, self._say = widths, most, say
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        widths: Widths,
+        most: int,
+        say: Callable[[str], None],
+        others: Others | None = None,
+    ) -> None:
+        self._pairs, self._widths, self._say, self._others = pairs, widths, say, others
+        self._most = most * (1 if others is None else 1 + others.count)
         self._numbers = itertools.count()
         self._waiting: dict[int, _Begun] = {}  # by number, in the order in which they began
         self._results: dict[int, tuple[_Begun, TrainingResult]] = {}
@@ -64,8 +86,10 @@ class Vectorised:
         self._results = {number: each for number, each in self._results.items() if each[0].end >= first.end}
         group, results = self._group(first), list[TrainingResult]()
         try:
-            results = self._at_once(group) if len(group) > 1 else []
+            results = self._at_once([(each.device, each.job) for each in group]) if len(group) > 1 else []
         except code_errors() as error:
+            if isinstance(error, FederationError) and not isinstance(error, ConfigError):
+                raise  # a process has died
             is_known = isinstance(error, ConfigError)  # a limit that we know of, in words of its own
             self._failure = str(error) if is_known else f"torch.func cannot vectorise it ({described(error)})"
             self._note(self._failure)
@@ -76,13 +100,13 @@ class Vectorised:
 
     def _group(self, first: _Begun) -> list[_Begun]:
         """Those that are computed at once with the first, which is one of them."""
-        trainer, plan = self._trainers[first.device], first.job.plan
+        trainer, plan = self._pairs[first.device][0], first.job.plan
         if not (like := self._likeness(trainer, plan)):
             return [first]
         alike = (
             each
             for each in sorted(self._waiting.values(), key=lambda each: each.end)
-            if each.job.plan == plan and self._likeness(self._trainers[each.device], plan) == like
+            if each.job.plan == plan and self._likeness(self._pairs[each.device][0], plan) == like
         )
         return list(itertools.islice(alike, self._most))
 
@@ -102,27 +126,39 @@ class Vectorised:
             self._said.add(reason)
             self._say(f"trained one by one, not vectorised: {reason}")
 
-    def _at_once(self, group: Sequence[_Begun]) -> list[TrainingResult]:
-        starts = [
-            Start(
-                trainer=self._trainers[each.device],
-                tensors=tensors_of(each.job),
-                version=each.job.base,
-                seed=each.job.seed,
-            )
-            for each in group
-        ]
-        trainer = starts[0].trainer
-        assert isinstance(trainer, VectorisedTrainer)  # noqa: S101 - or it would be alone
-        found = trainer.train_at_once(group[0].job.plan, starts)
-        return [
-            computed((_Computed(each, start.trainer.samples), self._held[begun.device]), begun.job)
-            for each, start, begun in zip(found, starts, group, strict=True)
-        ]
+    def _at_once(self, group: Sequence[Training]) -> list[TrainingResult]:
+        """The results of all, in order; each process has a part of them."""
+        if self._others is None:
+            return at_once(self._pairs, group)
+        # A part takes as long as its longest training, and a little for each other one: so the longest are spread.
+        order = sorted(range(len(group)), key=lambda place: -self._pairs[group[place][0]][0].samples)
+        dealt = [part for each in range(1 + self._others.count) if (part := order[each :: 1 + self._others.count])]
+        awaited = [self._others.begin([group[place] for place in part]) for part in dealt[1:]]
+        found = [at_once(self._pairs, [group[place] for place in dealt[0]]), *(results() for results in awaited)]
+        by_place = {
+            place: result
+            for part, results in zip(dealt, found, strict=True)
+            for place, result in zip(part, results, strict=True)
+        }
+        return [by_place[place] for place in range(len(group))]
 
     def _alone(self, begun: _Begun) -> TrainingResult:
-        pair = self._trainers[begun.device], self._held[begun.device]
-        return computed(pair, begun.job, self._widths.of(begun.device))
+        return computed(self._pairs[begun.device], begun.job, self._widths.of(begun.device))
+
+
+def at_once(pairs: Sequence[Pair], group: Sequence[Training]) -> list[TrainingResult]:
+    """The results of trainings by one plan that are alike, in order; ``pairs`` are those of all devices."""
+    starts = [
+        Start(trainer=pairs[device][0], tensors=tensors_of(job), version=job.base, seed=job.seed)
+        for device, job in group
+    ]
+    trainer = starts[0].trainer
+    assert isinstance(trainer, VectorisedTrainer)  # noqa: S101 - or it would be alone
+    found = trainer.train_at_once(group[0][1].plan, starts)
+    return [
+        computed((_Computed(each, start.trainer.samples), pairs[device][1]), job)
+        for each, start, (device, job) in zip(found, starts, group, strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True)

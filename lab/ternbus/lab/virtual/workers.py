@@ -7,14 +7,14 @@ import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache, partial
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Self, TypeVar
 
 from ternbus.broker.errors import FederationError
 from ternbus.broker.server import parent_death
@@ -27,12 +27,14 @@ from ternbus.edge.shell.worker import TrainingResult
 from ternbus.lab.interrupts import without_interrupts
 from ternbus.lab.scenario.scenario import Scenario
 from ternbus.lab.virtual.training import Awaited, Pair, Widths, computed, loaded
+from ternbus.lab.virtual.vectorised import Training, at_once
 
+Result = TypeVar("Result")
 SAFE_PATH: Final = "PYTHONSAFEPATH"
 
 
-class Workers:
-    """Training in ``count`` processes. Each loads the scenario's task and the data of all devices, at once.
+class Processes:
+    """``count`` processes, each of which loads the scenario's task and the data of all devices, at once.
 
     ``load``, which must travel to a process, takes the place of loading the task by its name.
     """
@@ -52,13 +54,6 @@ class Workers:
             with without_interrupts():
                 for _ in range(count):  # start them all: they load while this process does
                     self._pool.submit(_prepare)
-        self._queue = _Queue(self._pool, count)
-        self._sync = scenario.sync
-
-    def begin(self, device: int, job: StartTraining, due_s: float) -> Awaited:
-        """Queue a training. The returned function raises `FederationError` if a process has died."""
-        # All that wait for one barrier are due together.
-        return partial(_result, self._queue.add(device, job, job.base if self._sync else due_s))
 
     def __enter__(self) -> Self:
         return self
@@ -71,6 +66,32 @@ class Workers:
         self._pool.shutdown(wait=False, cancel_futures=True)
         for process in mine:
             process.terminate()
+
+
+class Workers(Processes):
+    """Training in processes, of one device at a time in each."""
+
+    def __init__(self, scenario: Scenario, count: int, load: Callable[[], Task] | None = None) -> None:
+        super().__init__(scenario, count, load)
+        self._queue = _Queue(self._pool, count)
+        self._sync = scenario.sync
+
+    def begin(self, device: int, job: StartTraining, due_s: float) -> Awaited:
+        """Queue a training. The returned function raises `FederationError` if a process has died."""
+        # All that wait for one barrier are due together.
+        return partial(_result, self._queue.add(device, job, job.base if self._sync else due_s))
+
+
+class GroupWorkers(Processes):
+    """Processes that train parts of a group of devices, each part at once; see `Vectorised`."""
+
+    def __init__(self, scenario: Scenario, count: int, load: Callable[[], Task] | None = None) -> None:
+        super().__init__(scenario, count, load)
+        self.count = count
+
+    def begin(self, trainings: Sequence[Training]) -> Callable[[], list[TrainingResult]]:
+        """Begin to train them. The returned function raises what that raises, and `FederationError` if it has died."""
+        return partial(_result, self._pool.submit(_train_group_in_worker, trainings))
 
 
 class _Queue:
@@ -134,7 +155,7 @@ class _Queue:
         self._send()
 
 
-def _result(future: Future[TrainingResult]) -> TrainingResult:
+def _result(future: Future[Result]) -> Result:
     with _readable_errors():
         return future.result()
 
@@ -195,3 +216,8 @@ def _prepare() -> None:
 def _train_in_worker(device: int, job: StartTraining) -> TrainingResult:
     own, widths = _loaded()
     return computed(own[device], job, widths.of(device))
+
+
+def _train_group_in_worker(trainings: Sequence[Training]) -> list[TrainingResult]:
+    own, _ = _loaded()
+    return at_once(own, trainings)
