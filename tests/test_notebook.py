@@ -203,7 +203,7 @@ BAD_RUNS: list[tuple[dict[str, Any], str]] = [
     ({"merge_rule": (abs,)}, "merge_rule is .* give a pair of functions"),
     ({"client": (abs, abs), "jobs": 2}, "use jobs=1"),
     ({"jobs": 0}, "jobs is 0"),
-    ({"jobs": 2, "vectorise": 2}, "leave out jobs, or vectorise"),
+    ({"jobs": "ray://127.0.0.1:1", "vectorise": 2}, "a Ray cluster trains each device by itself"),
     ({"device": "tpu"}, "device is 'tpu'"),
 ]
 
