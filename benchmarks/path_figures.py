@@ -36,20 +36,17 @@ def _merge(row: Any) -> str:
 
 
 def _beside(rows: Any) -> str:
-    """By model: asynchronous merges beside the barrier, and the second broker beside the first."""
-    engines = list(dict.fromkeys(row["engine"] for row in rows))
+    """By model: asynchronous merges beside the barrier, the brokers beside each other, and the start of a device."""
+    first, second = dict.fromkeys(row["engine"] for row in rows)
     rates = {(row["parameters"], row["engine"], row["barrier"]): row["updates_per_s"] for row in rows}
-    lines = []
+    head = (
+        "parameters", f"asynchronous / barrier, {first}", f"{second}", f"{second} / {first}, barrier",
+        "a device's CPU from its start to its first update",
+    )  # fmt: skip
+    body = []
     for size in dict.fromkeys(row["parameters"] for row in rows):
-        found = [
-            f"asynchronous merges have {rates[size, engine, False] / rates[size, engine, True]:.2f} of the barrier's "
-            f"updates/s with {engine}"
-            for engine in engines
-        ]
-        if len(engines) == 2:
-            of, to = (rates[size, engine, True] for engine in engines)
-            found.append(f"{engines[1]} has {to / of:.2f} of {engines[0]}'s with a barrier")
+        ratios = [rates[size, engine, False] / rates[size, engine, True] for engine in (first, second)]
+        ratios.append(rates[size, second, True] / rates[size, first, True])
         start = statistics.median(row["start_cpu_s"] for row in rows if row["parameters"] == size)
-        found.append(f"a device takes {start:.1f} s of CPU from its start to its first update")
-        lines.append(f"{size:,} parameters: {', '.join(found)}.")
-    return " ".join(lines)
+        body.append([f"{size:,}", *(f"{each:.2f}" for each in ratios), f"{start:.1f} s"])
+    return f"Ratios of updates/s:\n\n{table_of(head, body)}"

@@ -81,10 +81,8 @@ def measured(case: Case, flower: str | None, repeat: int) -> dict[str, Any]:
     spent = [run["cpu_s"] for run in runs["ternbus"]]
     row: dict[str, Any] = {"task": case.task.partition(":")[0].rpartition(".")[2], "partition": case.partition}
     row |= {"versions": case.versions, "options": " ".join(case.options)}
-    row |= {
-        f"{name}_s": statistics.median(each) for name, each in wall.items()
-    }  # Flower's processes outlive its command
-    row["ternbus_cpu_s"] = statistics.median(spent)
+    row |= {f"{name}_s": statistics.median(each) for name, each in wall.items()}
+    row["ternbus_cpu_s"] = statistics.median(spent)  # of Flower there is none: its processes outlive its command
     row["accuracy"] = runs["ternbus"][0]["printed"]["metrics"]["accuracy"]  # the same in each run
     row["to_bare"] = _ratio(wall["ternbus"], wall["bare"])
     row["cpu_to_training"] = _ratio(spent, [run["printed"]["training_cpu_s"] for run in runs["bare"]])

@@ -27,7 +27,7 @@ from ternbus.lab.report.progress import Lines
 from ternbus.lab.scenario.scenario import End, Hostile, Scenario, Speeds
 from ternbus.lab.virtual.memory_ledger import MemoryLedger
 from ternbus.lab.virtual.simulate import Simulation
-from ternbus.lab.virtual.workers import Workers, _Queue
+from ternbus.lab.virtual.workers import GroupWorkers, Workers, _Queue
 
 SMALL = Scenario(
     task="digits-numpy",
@@ -169,6 +169,18 @@ def test_a_process_that_is_killed_is_said_in_words() -> None:
 
         with pytest.raises(FederationError, match="fewer --jobs"):
             simulation.run(kill)
+
+
+@pytest.mark.slow
+def test_a_group_whose_process_is_killed_is_said_in_words() -> None:
+    others = set(multiprocessing.active_children())
+    with GroupWorkers(SMALL, 1) as workers:
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
+            process.join()
+        for _ in range(2):  # where its end is seen, and after that
+            with pytest.raises(FederationError, match="a worker process has ended unexpectedly"):
+                workers.begin([(0, job_of(0))])()
 
 
 @pytest.mark.slow

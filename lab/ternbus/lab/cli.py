@@ -377,6 +377,7 @@ def _simulated(
         ):
             gc.freeze()  # what is loaded by now stays: the collections of a run need not look at it
             simulation.run(interrupts.check)
+            gc.unfreeze()
             simulation.export(place.model)
             result = simulation.report(time.monotonic() - began)
     _write(result, place, shown)

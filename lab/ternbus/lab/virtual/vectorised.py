@@ -131,16 +131,14 @@ class Vectorised:
         if self._others is None:
             return at_once(self._pairs, group)
         # A part takes as long as its longest training, and a little for each other one: so the longest are spread.
-        order = sorted(range(len(group)), key=lambda place: -self._pairs[group[place][0]][0].samples)
-        dealt = [part for each in range(1 + self._others.count) if (part := order[each :: 1 + self._others.count])]
-        awaited = [self._others.begin([group[place] for place in part]) for part in dealt[1:]]
-        found = [at_once(self._pairs, [group[place] for place in dealt[0]]), *(results() for results in awaited)]
-        by_place = {
-            place: result
-            for part, results in zip(dealt, found, strict=True)
-            for place, result in zip(part, results, strict=True)
-        }
-        return [by_place[place] for place in range(len(group))]
+        longest = sorted(group, key=lambda each: -self._pairs[each[0]][0].samples)
+        processes = min(1 + self._others.count, len(group))
+        own, *others = (longest[each::processes] for each in range(processes))
+        awaited = [(part, self._others.begin(part)) for part in others]
+        found = [*zip(own, at_once(self._pairs, own), strict=True)]
+        found += [pair for part, results in awaited for pair in zip(part, results(), strict=True)]
+        by_job = {id(job): result for (_, job), result in found}
+        return [by_job[id(job)] for _, job in group]
 
     def _alone(self, begun: _Begun) -> TrainingResult:
         return computed(self._pairs[begun.device], begun.job, self._widths.of(begun.device))

@@ -34,10 +34,7 @@ SAFE_PATH: Final = "PYTHONSAFEPATH"
 
 
 class Processes:
-    """``count`` processes, each of which loads the scenario's task and the data of all devices, at once.
-
-    ``load``, which must travel to a process, takes the place of loading the task by its name.
-    """
+    """``count`` processes, each of which loads the scenario's task and the data of all devices, at once."""
 
     def __init__(self, scenario: Scenario, count: int, load: Callable[[], Task] | None = None) -> None:
         self._others = set(multiprocessing.active_children())
@@ -69,7 +66,10 @@ class Processes:
 
 
 class Workers(Processes):
-    """Training in processes, of one device at a time in each."""
+    """Training in ``count`` processes, of one device at a time in each; they load task and data at once.
+
+    ``load``, which must travel to a process, takes the place of loading the task by its name.
+    """
 
     def __init__(self, scenario: Scenario, count: int, load: Callable[[], Task] | None = None) -> None:
         super().__init__(scenario, count, load)
@@ -90,8 +90,9 @@ class GroupWorkers(Processes):
         self.count = count
 
     def begin(self, trainings: Sequence[Training]) -> Callable[[], list[TrainingResult]]:
-        """Begin to train them. The returned function raises what that raises, and `FederationError` if it has died."""
-        return partial(_result, self._pool.submit(_train_group_in_worker, trainings))
+        """Begin to train them; the returned function waits. Both raise `FederationError` if a process has died."""
+        with _readable_errors():
+            return partial(_result, self._pool.submit(_train_group_in_worker, trainings))
 
 
 class _Queue:
