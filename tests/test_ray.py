@@ -12,12 +12,13 @@ from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from stranger.servers import until
 from support.page_story import free_port
-from ternbus.broker.errors import ConfigError
+from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.broker.protocol.schema import Schema, to_vector
 from ternbus.edge.core.actions import StartTraining
 from ternbus.edge.core.events import TrainingFinished
@@ -97,6 +98,33 @@ def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"pip install 'ternbus\[ray\]'"):
         ray_cluster.RayCluster(Scenario(), "ray://127.0.0.1:1")
+
+
+class RayError(Exception):
+    """As Ray's."""
+
+
+class WorkerCrashedError(RayError):
+    """As Ray's."""
+
+
+def test_a_training_that_is_lost_is_told_from_a_cluster_that_is() -> None:
+    """By the kinds of Ray's exceptions; each training of a real one is repeated before."""
+    kinds = {"RayTaskError": type("RayTaskError", (RayError,), {}), "OutOfMemoryError": type("Memory", (RayError,), {})}
+    exceptions = SimpleNamespace(RayError=RayError, WorkerCrashedError=WorkerCrashedError, **kinds)
+    made = object.__new__(ray_cluster.RayCluster)
+    made._address, made._ray = "ray://here:1", SimpleNamespace(exceptions=exceptions, get=throw)
+    for error in (WorkerCrashedError("it died"), kinds["OutOfMemoryError"]("it was full")):
+        with pytest.raises(
+            FederationError, match=r"lost a training \(it (died|was full)\): give its nodes more memory"
+        ):
+            made._result(error)
+    with pytest.raises(FederationError, match=r"was lost \(no answer\): start it again"):
+        made._result(RayError("no answer"))
+
+
+def throw(error: Exception) -> None:
+    raise error
 
 
 def test_a_node_with_other_packages_or_without_the_data_is_named() -> None:

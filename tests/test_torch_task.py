@@ -452,6 +452,11 @@ def test_an_evaluation_takes_as_many_samples_at_a_time_as_the_plan(monkeypatch: 
     seen.clear()
     assert evaluated(small).samples == sum(seen) == 2400
     assert max(seen) == 500
+    images = TorchTask(name="own", model=lambda: Counting(784, 2), data=lambda folder, split: (torch.zeros(200, 784),
+                       torch.zeros(200).long()), default_plan={"batch_size": 20})  # fmt: skip
+    seen.clear()
+    evaluated(images)
+    assert max(seen) == 2**18 // (4 * 784)  # on a processor 256 KiB
 
 
 def test_an_evaluation_that_is_too_large_for_the_memory_goes_on_in_smaller_batches(
