@@ -77,8 +77,7 @@ def main() -> None:
             receipt = Receipt(device=sender, device_key=KeyId(me.key_id), seq=number, outcome="accepted", version=0)
             frame = build(me, federation=FEDERATION, sender="aggregator", kind="receipt", seq=seq, meta=receipt.meta())
             link.publish(topics.down(FEDERATION, sender, "receipt"), frame)
-        for token in tokens:
-            link.acknowledge(token)
+        link.acknowledge(tokens)
 
 
 if __name__ == "__main__":

@@ -207,7 +207,7 @@ class Running:
         while not done():
             event = self.heard.get(timeout=60.0)
             if isinstance(event, Arrived):
-                self.link.acknowledge(event.token)
+                self.link.acknowledge([event.token])
                 if "/down/" in event.topic:
                     self.receipts.append(Receipt.from_meta(parse(event.payload).meta))
                 elif event.payload:

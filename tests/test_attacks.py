@@ -154,7 +154,7 @@ class Siege:
         def deliver(event: LinkEvent) -> None:
             inbox.put(event)
             if isinstance(event, Arrived):
-                link.acknowledge(event.token)
+                link.acknowledge([event.token])
 
         link = Link(
             self.bus.url, client_id=client_id or name, username=name, deliver=deliver, tls=tls or self.tls[name]

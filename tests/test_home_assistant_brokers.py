@@ -119,7 +119,7 @@ class Client:
     def _take(self, event: LinkEvent) -> None:
         if isinstance(event, Arrived):
             self.held[event.topic] = event.payload
-            self.link.acknowledge(event.token)
+            self.link.acknowledge([event.token])
 
     def state(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.held.get(topics.view(LAB, name)) or "{}")

@@ -79,7 +79,7 @@ def test_what_is_published_arrives_once(broker: RunningBroker, client_id: str) -
         assert published.ticket == ticket
         assert (arrived.topic, arrived.payload) == (f"{UP}/{client_id}/update", payload)
         assert not arrived.retained
-        link.acknowledge(arrived.token)
+        link.acknowledge([arrived.token])
         assert link.outstanding == 0
 
 
@@ -177,7 +177,7 @@ def test_a_session_keeps_messages_while_its_client_is_away(broker: RunningBroker
     arrived = inbox.arrivals(20)
     assert [each.payload for each in arrived] == [bytes([number]) for number in range(20)]
     for each in arrived:
-        link.acknowledge(each.token)
+        link.acknowledge([each.token])
     link.disconnect()
 
 
@@ -198,13 +198,13 @@ def test_what_was_not_acknowledged_comes_again_and_an_old_token_is_worthless(
             first = inbox.arrivals(2)
             line.cut()
             inbox.until(Disconnected)
-            link.acknowledge(first[0].token)  # without a connection: no effect
+            link.acknowledge([first[0].token])  # without a connection: no effect
             assert link.connect(*WILL).session_present
             inbox.next(Connected)
             again = sorted(inbox.arrivals(2), key=lambda each: each.payload)
             assert [each.payload for each in again] == [b"a", b"b"]
-            link.acknowledge(first[1].token)  # of the old connection: no effect
-            link.acknowledge(again[0].token)
+            link.acknowledge([first[1].token])  # of the old connection: no effect
+            link.acknowledge([again[0].token])
             link.publish(f"{UP}/{client_id}/metrics", b"so that the acknowledgement has been dealt with")
             inbox.until(Published)
             line.cut()
@@ -334,7 +334,7 @@ def test_the_broker_is_told_our_receive_maximum(confining: RunningBroker) -> Non
         for number in range(10):  # from now on mosquitto 2.0.11 sends up to two for each acknowledgement
             if number == len(waiting):
                 waiting += inbox.arrivals(1)
-            link.acknowledge(waiting[number].token)
+            link.acknowledge([waiting[number].token])
         assert [each.payload for each in waiting] == [bytes([number]) for number in range(10)]
 
 

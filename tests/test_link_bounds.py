@@ -129,7 +129,7 @@ def test_no_more_is_read_than_may_be_unacknowledged(protocol: int, qos: int) -> 
         for number in range(200):
             if number == len(waiting):
                 waiting += inbox.arrivals(1)
-            link.acknowledge(waiting[number].token)
+            link.acknowledge([waiting[number].token])
         assert [each.payload[0] for each in waiting] == list(range(200))
         assert inbox.rest() == []
 
@@ -142,7 +142,7 @@ def test_large_messages_are_bounded_by_their_bytes() -> None:
         waiting = inbox.arrivals(4)
         assert inbox.arrivals_within(1, 0.3) == []
         while waiting:
-            link.acknowledge(waiting.pop(0).token)
+            link.acknowledge([waiting.pop(0).token])
             waiting += inbox.arrivals_within(1, 0.3)
 
 
@@ -159,7 +159,7 @@ def test_while_nothing_is_read_pings_go_on_and_the_broker_is_not_taken_for_dead(
         assert inbox.rest() == []
         assert link.connected
         for each in waiting:
-            link.acknowledge(each.token)
+            link.acknowledge([each.token])
         assert len(inbox.arrivals(4)) == 4
 
 
@@ -289,11 +289,11 @@ def test_a_broker_that_takes_no_acknowledgements_gives_no_more_to_acknowledge(
             link.publish("t", b"now")
             while arrived := inbox.arrivals_within(1, 0.5):
                 taken += 1
-                link.acknowledge(arrived[0].token)
+                link.acknowledge([arrived[0].token])
             assert 0 < taken < 10_000
             reads_on.set()
             while taken < 10_000:
-                link.acknowledge(inbox.next(Arrived).token)
+                link.acknowledge([inbox.next(Arrived).token])
                 taken += 1
         serving.join(WITHIN_S)
         accepted[0].close()

@@ -75,7 +75,7 @@ class Client:
                 if event.payload:
                     self.newest[event.topic] = parse(event.payload)
                     self.kinds.append(self.newest[event.topic].kind)
-                self.link.acknowledge(event.token)
+                self.link.acknowledge([event.token])
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,7 @@ def test_nobody_takes_over_anothers_session(bus: Bus) -> None:
         subscribe(device, inbox, f"{LAB}/up/pi-1/offer", f"{LAB}/down/pi-1/#")
         publish(aggregator, heard, f"{LAB}/down/pi-1/receipt", b"before")
         before = inbox.next(Arrived)
-        device.acknowledge(before.token)
+        device.acknowledge([before.token])
         assert before.payload == b"before"
         with suppress(LinkError), bus.linked("pi-1", bus.kept("pi-2")) as (intruder, loot):
             subscribe(intruder, loot, f"{LAB}/up/pi-2/offer", f"{LAB}/down/pi-1/#")

@@ -17,6 +17,13 @@
 
 enum { TRITS = 5, ROW = 8, VALUES = 256, BYTE_MAX = 242, AT_ONCE = 1024, BLOCK = 65536, LANES = 256 };
 
+/* Each such function twice, where the loader can choose by the processor: as for every x86-64, and for those with AVX2. */
+#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define WIDE __attribute__((target_clones("avx2", "default")))
+#else
+#define WIDE
+#endif
+
 typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t bits_of_four __attribute__((vector_size(16), aligned(4), may_alias));
 
@@ -96,7 +103,7 @@ static PyObject *apply(PyObject *self, PyObject *args) {
     return result;
 }
 
-static int change_all(float *restrict to, const float *restrict trained, const float *restrict start, Py_ssize_t count) {
+WIDE static int change_all(float *restrict to, const float *restrict trained, const float *restrict start, Py_ssize_t count) {
     int beyond = 0;
     for (Py_ssize_t i = 0; i < count; i++) {
         const int32_t magnitude = bits_of(trained[i]) & 0x7FFFFFFF; /* as integers, NaN is above infinity */
@@ -129,7 +136,7 @@ static PyObject *change(PyObject *self, PyObject *args) {
 }
 
 /* Sums of a block: LANES of them in float32, then one after the other in double. */
-static void add_block(const float *values, Py_ssize_t count, float pilot, int32_t *largest, double *total, double *squares) {
+WIDE static void add_block(const float *values, Py_ssize_t count, float pilot, int32_t *largest, double *total, double *squares) {
     float sums[LANES] = {0}, of_squares[LANES] = {0};
     int32_t bits[LANES] = {0};
     double sum = 0, of_square = 0;
@@ -187,7 +194,7 @@ static inline uint64_t next_of(uint64_t *state) {
     return found;
 }
 
-static void draw_some(int8_t *restrict to, const float *restrict values, const uint32_t *restrict random, int count,
+WIDE static void draw_some(int8_t *restrict to, const float *restrict values, const uint32_t *restrict random, int count,
                       float scale) {
     for (int i = 0; i < count; i++) {
         const uint32_t bits = (random[i] & 0x007FFFFE) | 0x3F800000; /* 1 + u, of 22 random bits */
@@ -236,7 +243,7 @@ static PyObject *draw(PyObject *self, PyObject *args) {
 }
 
 /* The sum of the magnitudes, by block as in add_block. */
-static double magnitudes(const float *values, Py_ssize_t count) {
+WIDE static double magnitudes(const float *values, Py_ssize_t count) {
     double total = 0;
     for (Py_ssize_t block = 0; block < count; block += BLOCK) {
         const Py_ssize_t size = count - block < BLOCK ? count - block : BLOCK;
@@ -257,7 +264,7 @@ static double magnitudes(const float *values, Py_ssize_t count) {
 }
 
 /* Trits of what is at least the threshold in magnitude; the sum of those magnitudes, and how many there are. */
-static double keep_some(int8_t *restrict to, const float *restrict values, Py_ssize_t count, float threshold, Py_ssize_t *kept) {
+WIDE static double keep_some(int8_t *restrict to, const float *restrict values, Py_ssize_t count, float threshold, Py_ssize_t *kept) {
     double total = 0;
     for (Py_ssize_t block = 0; block < count; block += BLOCK) {
         const Py_ssize_t size = count - block < BLOCK ? count - block : BLOCK;
@@ -362,7 +369,7 @@ static PyObject *add_rows(PyObject *self, PyObject *args) {
     return result;
 }
 
-static void pack_trits(uint8_t *restrict to, const int8_t *restrict trits, Py_ssize_t count) {
+WIDE static void pack_trits(uint8_t *restrict to, const int8_t *restrict trits, Py_ssize_t count) {
     const Py_ssize_t whole = count / TRITS;
     for (Py_ssize_t i = 0; i < whole; i++) {
         const int8_t *from = trits + TRITS * i;

@@ -63,7 +63,7 @@ class Inbox:
             link.subscribe(missing)
             for arrived in self.arrivals_within(len(missing), 1.0):
                 found[arrived.topic] = arrived
-                link.acknowledge(arrived.token)
+                link.acknowledge([arrived.token])
         return found
 
     def set_of(self, count: int) -> list[LinkEvent]:

@@ -83,7 +83,7 @@ class Server:
                 continue
             if isinstance(event, Arrived):
                 self._arrived(event)
-                self.link.acknowledge(event.token)
+                self.link.acknowledge([event.token])
 
     def until_more_updates_than(self, count: int) -> None:
         self.until(lambda: len(self.updates) > count)

@@ -95,7 +95,7 @@ class Server:
                 continue
             if isinstance(event, Arrived):
                 self._arrived(event)
-                self.link.acknowledge(event.token)
+                self.link.acknowledge([event.token])
 
     def _status(self, state: str) -> tuple[str, bytes]:
         self._seq += 1

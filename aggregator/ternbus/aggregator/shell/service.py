@@ -184,9 +184,9 @@ class Service:
         last = events.StopRequested() if self._interrupted else events.TimeReached()
         actions += self._core.handle(last, time.monotonic())
         self._perform(actions)
-        for token in tokens:
+        if tokens:
             reached("acknowledge")
-            self._link.acknowledge(token)
+            self._link.acknowledge(tokens)
 
     def _next_batch(self) -> list[Item]:
         """Everything that waits, at most BATCH; nothing if a deadline comes first."""

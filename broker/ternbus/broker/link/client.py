@@ -7,21 +7,25 @@ decoder copies the rest of the packet for each. The protocol uses none of a mess
 """
 
 import errno
+import struct
 import time
+from collections.abc import Sequence
 from typing import Final
 
-from paho.mqtt.client import PUBLISH, Client, MQTTMessage
+from paho.mqtt.client import PUBACK, PUBLISH, Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
 
 from ternbus.broker.link.window import Backlog
 
 READ_BYTES: Final = 1 << 18  # per read: paho allocates this much for each read, even if less arrives
+AHEAD_BYTES: Final = 1 << 16  # per read of small packets, or of a large one's beginning
 ANSWERS_MAX: Final = 1024  # unwritten packets, such as acknowledgements to a broker that reads none
 ANSWER_BYTES_MAX: Final = 1 << 13  # of all other packets, such as CONNACK with its properties
 LENGTH_BYTES_MAX: Final = 4  # of the length of properties
 QOS_BITS: Final = 0x06  # in the first byte of a PUBLISH packet
 QOS_1: Final = 0x02
 RETAIN: Final = 0x01
+PUBACK_OF: Final = struct.Struct("!BBH")  # a packet: its type, the length of what follows, and the message's identifier
 
 
 class BoundedClient(Client):
@@ -42,20 +46,47 @@ class BoundedClient(Client):
         self.packet_bytes_max = packet_bytes_max
         self.fault = ""  # why the client ended the connection, if it did
         self.packets = 0  # number of packets received
+        self._ahead = b""  # what was read last
+        self._used = 0  # of that
+        self._was_full = True  # whether the socket had as much as the last read asked for
 
     @property
     def is_paused(self) -> bool:
         """Whether reading waits, for acknowledgements of received messages or for the broker to read packets."""
         return self.backlog.is_full or len(self._out_packet) > ANSWERS_MAX
 
+    @property
+    def has_more(self) -> bool:
+        """Whether there is something of the next packet that was read already."""
+        return self._used < len(self._ahead)
+
+    @property
+    def may_have_more(self) -> bool:
+        """Whether there is, or the socket had as much as was asked for."""
+        return self.has_more or self._was_full
+
     def _sock_recv(self, bufsize: int) -> bytes:
-        """Read for paho: single bytes until the length of a packet is known, then the rest of the packet."""
+        """Read for paho, which asks for single bytes until it knows the length of a packet, then for the rest of it."""
         if self.is_paused:
             raise BlockingIOError
         if bufsize > self.packet_bytes_max:
             self.fault = f"the broker sent a packet of {bufsize} bytes, more than the {self.packet_bytes_max} announced"
             raise OSError(errno.EMSGSIZE, self.fault)
-        return super()._sock_recv(min(bufsize, READ_BYTES))
+        if not self.has_more:
+            wanted = AHEAD_BYTES if bufsize < AHEAD_BYTES else min(bufsize, READ_BYTES)
+            found = super()._sock_recv(wanted)
+            self._was_full = len(found) == wanted
+            if bufsize >= AHEAD_BYTES:
+                return found
+            self._ahead, self._used = found, 0
+        found = self._ahead[self._used : self._used + bufsize]
+        self._used += len(found)
+        return found
+
+    def acknowledge(self, mids: Sequence[int]) -> None:
+        """Acknowledge messages: one write of all PUBACK packets (MQTT 5.0 §3.4), where paho writes each by itself."""
+        if mids:
+            self._packet_queue(PUBACK, b"".join(PUBACK_OF.pack(PUBACK, 2, mid) for mid in mids), 0, 1)
 
     def _packet_handle(self) -> MQTTErrorCode:
         self.packets += 1

@@ -12,7 +12,7 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
@@ -140,8 +140,9 @@ class Connection:
     def unsubscribe(self, filters: list[str]) -> None:
         self._command(lambda: self._unsubscribe(filters))
 
-    def acknowledge(self, token: Token) -> None:
-        self._command(lambda: self._acknowledge(token))
+    def acknowledge(self, tokens: Sequence[Token]) -> None:
+        if tokens:
+            self._command(lambda: self._acknowledge(tokens))
 
     def publish(self, ticket: int, topic: str, payload: bytes, retain: bool) -> None:
         self._issued += 1
@@ -244,9 +245,10 @@ class Connection:
         if sock is None:
             return
         self._watch(sock)
-        # the selector does not see data that TLS has already decrypted
-        decrypted = isinstance(sock, ssl.SSLSocket) and sock.pending() > 0 and not self.client.is_paused
-        for key, ready in self._selector.select(0 if decrypted else timeout_s):
+        # the selector does not see data that were read ahead, or that TLS has already decrypted
+        is_here = self.client.has_more or (isinstance(sock, ssl.SSLSocket) and sock.pending() > 0)
+        is_here = is_here and not self.client.is_paused
+        for key, ready in self._selector.select(0 if is_here else timeout_s):
             if key.fileobj is self._wake_receiver:
                 self._wake_receiver.recv(len(WAKE))
                 self._woken = False
@@ -255,7 +257,7 @@ class Connection:
                 self._read()
             if ready & EVENT_WRITE:
                 self.client.loop_write()
-        if decrypted:
+        if is_here:
             self._read()
         self.client.loop_misc()
 
@@ -264,7 +266,7 @@ class Connection:
         for _ in range(PACKETS_AT_ONCE if self.alive else 1):
             before = self.client.packets
             self.client.loop_read()
-            if self.client.packets == before:
+            if self.client.packets == before or not self.client.may_have_more:
                 return
 
     def _watch(self, sock: Any) -> None:
@@ -280,10 +282,10 @@ class Connection:
             self._selector.modify(sock, events)
         self._events = events
 
-    def _acknowledge(self, token: Token) -> None:
-        self._backlog.released(token.size_bytes)
-        if token.mid:  # QoS 0 has no mid and no acknowledgement
-            self.client.ack(token.mid, 1)
+    def _acknowledge(self, tokens: Sequence[Token]) -> None:
+        for token in tokens:
+            self._backlog.released(token.size_bytes)
+        self.client.acknowledge([token.mid for token in tokens if token.mid])  # QoS 0 has none, and no acknowledgement
 
     def _subscribe(self, filters: list[str]) -> None:
         _, mid = self.client.subscribe([(topic, 1) for topic in filters])

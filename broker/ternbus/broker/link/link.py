@@ -1,7 +1,7 @@
 """A persistent MQTT session: connect, publish, subscribe and acknowledge as calls, everything else as events."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 from ternbus.broker.errors import ConfigError, LinkError
@@ -180,10 +180,11 @@ class Link:
         connection.publish(ticket, topic, payload, retain)
         return ticket
 
-    def acknowledge(self, token: Token) -> None:
-        """Acknowledge a message, in order of arrival. A token of an older connection is ignored."""
-        if self._connection is not None and token.connection == self._connection.number:
-            self._connection.acknowledge(token)
+    def acknowledge(self, tokens: Iterable[Token]) -> None:
+        """Acknowledge messages, in order of arrival. A token of an older connection is ignored."""
+        if self._connection is not None:
+            number = self._connection.number
+            self._connection.acknowledge([token for token in tokens if token.connection == number])
 
     def disconnect(self, flush_s: float = 5.0) -> None:
         """Wait at most ``flush_s`` for acknowledgements, then disconnect without a last will.

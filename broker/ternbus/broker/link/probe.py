@@ -135,7 +135,7 @@ def _retained(link: Link, inbox: Inbox, topic: str) -> Iterator[Result]:
     link.subscribe([topic])
     found = inbox.next(Arrived)
     if isinstance(found, Arrived):
-        link.acknowledge(found.token)
+        link.acknowledge([found.token])
         yield ok("retained", "the broker holds retained messages")
     else:
         mend = "allow retained messages (mosquitto: retain_available true, max_retained…); or an access list denies it"

@@ -102,6 +102,11 @@ def header_bytes(payload: bytes) -> int:
     return int.from_bytes(payload[4:8], "little")
 
 
+def header_of(payload: bytes) -> bytes:
+    """The header of a well-formed frame."""
+    return payload[8 : 8 + header_bytes(payload)]
+
+
 def parse(payload: bytes) -> Frame:
     """Parse a payload and check the form of its header, but neither signature nor digest; else ProtocolError."""
     if len(payload) < 8 + SIGNATURE_BYTES or payload[:4] != MAGIC:

@@ -1,7 +1,7 @@
 """The device's state machine without I/O: events in, actions out.
 
-If an event changes the `State`, one `Save` comes before every other action of the event. So the device publishes
-nothing that is not on disk, and a receipt and its effects are one write.
+If events change the `State`, one `Save` comes before every other action that follows from them. So the device publishes
+nothing that is not saved, and a receipt and its effects are one write.
 
 The states of connection and work are in the docstring of the package.
 """
@@ -73,7 +73,8 @@ class Core:
         self._logged_head_state = ""
         self._accepted = 0  # updates, since this process began
         self._schema_check = SchemaCheck(profile=profile, pending=self.pending)
-        self._leaving = self._stopped = False
+        self._leaving = self.stopped = False
+        self._taken: list[Action] = []  # that follow from events, and that `proceed` returns
         self.uplink.started()
 
     @property
@@ -87,16 +88,26 @@ class Core:
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """The actions for an event at time `now`, in seconds of a monotonic clock."""
-        if self._stopped:
-            return []
+        self.take(event, now)
+        return self.proceed(now)
+
+    def take(self, event: Event, now: float) -> None:
+        """Take one of several events in; `proceed` returns the actions for all of them. None follow once it stopped."""
+        if self.stopped:
+            return
         try:
-            actions = self._dispatch(event, now)
+            self._taken += self._dispatch(event, now)
         except ProtocolError as error:
             text = f"dropped a message: {error}"
-            actions = [*self._sampler.log("dropped", error.reason, text, {"detail": error.detail})]
+            self._taken += self._sampler.log("dropped", error.reason, text, {"detail": error.detail})
             if error.reason == OLD_HEAD and self.presence.head_arrived(is_old=True):
-                actions += self._status()
-        actions += self._proceed(now)
+                self._taken += self._status()
+
+    def proceed(self, now: float) -> list[Action]:
+        """The actions for the events that were taken in; a `Save` of the state comes first."""
+        actions, self._taken = self._taken, []
+        if not self.stopped:
+            actions += self._proceed(now)
         return [*self.pending.save(), *self._sampler.limit(actions, now)]
 
     def due_s(self) -> float | None:
@@ -115,7 +126,7 @@ class Core:
             None if self._leaving else self.training.due_s,
             self.evaluation.due_s,
         ]
-        return None if self._stopped else min((time for time in times if time is not None), default=None)
+        return None if self.stopped else min((time for time in times if time is not None), default=None)
 
     def _dispatch(self, event: Event, now: float) -> list[Action]:  # noqa: C901, PLR0911, PLR0912 - a table
         match event:
@@ -168,7 +179,7 @@ class Core:
             actions += self._own_status.time_reached(now)
         actions += self._check_schema()
         actions += self._leave_if_done()
-        if self._stopped:
+        if self.stopped:
             return actions
         actions += [*self.terms.check(self.training.plan, self.follower.schema), *self._note_refusal()]
         actions += self.uplink.withdraw(self.follower.head)
@@ -182,7 +193,7 @@ class Core:
     # -- the connection
 
     def _connect(self, now: float) -> list[Action]:
-        if self._online or self._connecting or self._stopped or now < self._reconnect.due_s:
+        if self._online or self._connecting or self.stopped or now < self._reconnect.due_s:
             return []
         self._connecting = True
         # Each attempt has its own session number: the broker may have accepted an attempt whose answer was lost.
@@ -322,7 +333,7 @@ class Core:
         return self._stop(EXIT_FAILED, fault) if fault else []  # not EXIT_CONFIG: the schema comes from a peer
 
     def _leave_if_done(self) -> list[Action]:
-        if self._stopped:
+        if self.stopped:
             return []
         if self.profile.role == "join":
             done = self.state.enrolled and self._schema_check.done
@@ -393,7 +404,7 @@ class Core:
         return [*self._wait_timer.report(now)]
 
     def _stop(self, code: int, reason: str) -> list[Action]:
-        self._stopped = True
+        self.stopped = True
         goodbye: list[Action] = []
         if self._online and self.state.enrolled:
             goodbye = [self._own_status.offline()]

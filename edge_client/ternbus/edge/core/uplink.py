@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from ternbus.broker.protocol.frame import FRAME_BYTES, parse
+from ternbus.broker.protocol.frame import FRAME_BYTES, header_of
 from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.messages import SAMPLES_MAX, Grant, Offer, Receipt
 from ternbus.broker.protocol.meta_fields import ENTRIES_MAX
@@ -186,8 +186,10 @@ class Uplink:
 
     def acknowledged(self, seq: int, now: float) -> None:
         """The broker has taken, or refused, a frame with this number."""
-        if seq in self._in_transit:
-            self._in_transit -= Counter([seq])
+        if self._in_transit[seq] > 1:
+            self._in_transit[seq] -= 1
+        else:
+            self._in_transit.pop(seq, None)
         if self.pending.state.outstanding is not None and seq == self.pending.state.outstanding.seq:
             self.resend.acknowledged(now)
 
@@ -233,7 +235,7 @@ class Uplink:
         return frames
 
     def _answered_update(self, update: OutstandingUpdate, outcome: str, version: int) -> AnsweredUpdate:
-        digest = message_digest(parse(frame.payload).header for frame in self._frames_of(update))
+        digest = message_digest(header_of(frame.payload) for frame in self._frames_of(update))
         key = self.profile.key
         return AnsweredUpdate(
             seq=update.seq, base=update.base, outcome=outcome, version=version, key=key, digest=digest

@@ -40,12 +40,19 @@ class Trained:
 
     def __post_init__(self) -> None:
         for name, tensor in (*self.tensors.items(), *self.local.items()):
-            # The extremes, since they propagate a NaN and, unlike isfinite(), need no second array of this size.
-            if tensor.size and not (math.isfinite(tensor.min()) and math.isfinite(tensor.max())):
+            if not _is_finite(tensor):
                 raise TrainingError(
                     f"training diverged ({name} is not finite): lower the plan's learning_rate, or remove NaN from the "
                     "data"
                 )
+
+
+def _is_finite(tensor: FloatArray) -> bool:
+    """Whether no element is a NaN or an infinity; unlike isfinite(), without a second array of this size."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if math.isfinite(tensor.sum()):  # a NaN or an infinity makes the sum one
+            return True
+    return math.isfinite(tensor.min()) and math.isfinite(tensor.max())  # the sum of finite ones may have no room
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

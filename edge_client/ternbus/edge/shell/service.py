@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Final
@@ -31,17 +31,21 @@ from ternbus.edge.core.actions import (
 )
 from ternbus.edge.core.core import Core
 from ternbus.edge.core.foreign_numbers import CLONED, cloned_counter
+from ternbus.edge.core.state import AnsweredUpdate
 from ternbus.edge.learn.subnetwork import Narrowed
 from ternbus.edge.learn.task import Trainer
 from ternbus.edge.shell.worker import Worker
 from ternbus.edge.store.outbox import Outbox
 
 FLUSH_S: Final = 5.0
+SAVE_WITHIN_S: Final = 1.0  # what a peer would tell again
+AT_ONCE: Final = 64  # events
 PERSONAL: Final = "personal.safetensors"
 FAILED_TRAININGS: Final = "trainings.failed"
 Report = Callable[[Log], None]
 LinkMaker = Callable[[Callable[[link.LinkEvent], None]], Link]
 _Happened = events.Event | link.LinkEvent
+_TOGETHER: Final = link.Arrived | link.Published  # events of the link that are handled at once where several wait
 
 
 class Service:
@@ -71,6 +75,9 @@ class Service:
         self._worker = worker
         self._counters: Counter[str] = Counter(outbox.counters)
         self._tickets: dict[int, int] = {}  # the link's ticket of a publication -> its message's sequence number
+        self._following: _Happened | None = None  # taken out of the queue already
+        self._answered: list[AnsweredUpdate] = []  # not saved yet
+        self._save_due_s: float | None = None  # when the core's state is saved, if no other save comes before
         self._protocol = 5
         self._stop: Stop | None = None
 
@@ -87,73 +94,109 @@ class Service:
             self._handle(events.Started())
             while self._stop is None:
                 self._take(self._next())
+                if self._save_due_s is not None and time.monotonic() >= self._save_due_s:
+                    self._save(durable=False)
         except BaseException:
             self._link.abandon()
             raise
         self._link.disconnect(flush_s=FLUSH_S)
         reached("disconnected")
-        self._outbox.save(self._core.state, None, self._counters)
+        self._save()
         return self._stop
 
     def stop_training(self) -> bool:
         """Stop the training thread. Returns whether it has ended; if not, the caller must end the process."""
         return self._worker is None or self._worker.stop()
 
-    def _next(self) -> _Happened:
-        due = self._core.due_s()
+    def _next(self) -> list[_Happened]:
+        """What has happened: one event, or several messages and acknowledgements that wait already."""
+        found = [self._following or self._wait()]
+        self._following = None
+        while isinstance(found[-1], _TOGETHER) and len(found) < AT_ONCE and not self._queue.empty():
+            found.append(self._queue.get())  # no other thread takes any
+        if len(found) > 1 and not isinstance(found[-1], _TOGETHER):
+            self._following = found.pop()
+        return found
+
+    def _wait(self) -> _Happened:
+        times = [time for time in (self._core.due_s(), self._save_due_s) if time is not None]
         try:
-            return self._queue.get(timeout=None if due is None else max(0.0, due - time.monotonic()))
+            return self._queue.get(timeout=max(0.0, min(times) - time.monotonic()) if times else None)
         except Empty:
             return events.TimeReached()
 
-    def _take(self, happened: _Happened) -> None:
-        match happened:
-            case link.Arrived():
-                self._arrived(happened)
-            case link.Connected():
-                self._protocol = happened.protocol
-                self._handle(events.Connected(frame_bytes=happened.frame_bytes))
-            case link.Disconnected():
+    def _take(self, happened: Sequence[_Happened]) -> None:
+        match happened[0]:
+            case link.Arrived() | link.Published():
+                self._take_together([each for each in happened if isinstance(each, _TOGETHER)])
+            case link.Connected() as connected:
+                self._protocol = connected.protocol
+                self._handle(events.Connected(frame_bytes=connected.frame_bytes))
+            case link.Disconnected(reason=reason):
                 self._tickets.clear()
-                self._handle(events.Disconnected(reason=happened.reason))
-            case link.Published():
-                self._handle(events.Published(seq=self._tickets.pop(happened.ticket, 0)))
-            case link.Refused():
-                seq = self._tickets.pop(happened.ticket, 0)
-                self._handle(events.Refused(seq=seq, reason=happened.reason))
-            case events.TrainingFailed():
+                self._handle(events.Disconnected(reason=reason))
+            case link.Refused(ticket=ticket, reason=reason):
+                self._handle(events.Refused(seq=self._tickets.pop(ticket, 0), reason=reason))
+            case events.TrainingFailed() as failed:
                 self._counters[FAILED_TRAININGS] += 1
-                self._handle(happened)
-                self._outbox.save(self._core.state, None, self._counters)  # `ternbus lab run` counts them
-            case _:
-                self._handle(happened)
+                self._handle(failed)
+                self._save()  # `ternbus lab run` counts them
+            case event:
+                self._handle(event)
 
-    def _arrived(self, message: link.Arrived) -> None:
+    def _take_together(self, happened: Sequence[link.Arrived | link.Published]) -> None:
+        """Handle them in order, until the core stops, then perform what follows from all; acknowledge what arrived."""
+        now, tokens = time.monotonic(), list[link.Token]()
+        for each in happened:
+            if isinstance(each, link.Published):
+                self._core.take(events.Published(seq=self._tickets.pop(each.ticket, 0)), now)
+                continue
+            tokens.append(each.token)
+            if (event := self._received(each)) is not None:
+                self._core.take(event, now)
+            if self._core.stopped:
+                break
+        self._perform_all(self._core.proceed(now))
+        reached("acknowledge")
+        self._link.acknowledge(tokens)
+
+    def _received(self, message: link.Arrived) -> events.FrameArrived | events.FrameMalformed | None:
+        """Count a message; its event, unless it is an empty one, which clears a retained topic."""
         kind = _kind(message.topic)
         self._counters[f"received_bytes.{kind}"] += packet_bytes(message.topic, len(message.payload), self._protocol)
         self._counters[f"received.{kind}"] += 1
-        if message.payload:  # an empty one clears a retained topic
-            try:
-                parsed = frame.parse(message.payload)
-            except ProtocolError as error:
-                self._handle(events.FrameMalformed(reason=error.reason))
-            else:
-                self._handle(events.FrameArrived(topic=message.topic, frame=parsed, retained=message.retained))
-        reached("acknowledge")
-        self._link.acknowledge(message.token)
+        if not message.payload:
+            return None
+        try:
+            parsed = frame.parse(message.payload)
+        except ProtocolError as error:
+            return events.FrameMalformed(reason=error.reason)
+        return events.FrameArrived(topic=message.topic, frame=parsed, retained=message.retained)
 
     def _handle(self, event: events.Event) -> None:
-        for action in self._core.handle(event, time.monotonic()):
+        self._perform_all(self._core.handle(event, time.monotonic()))
+
+    def _perform_all(self, actions: Sequence[Action]) -> None:
+        for action in actions:
             self._perform(action)
+
+    def _save(self, *, durable: bool = True) -> None:
+        """Save the core's state, and all that was put off."""
+        reached("save")
+        self._outbox.save(self._core.state, self._answered, self._counters, durable=durable)
+        self._answered, self._save_due_s = [], None
+        reached("saved")
 
     def _perform(self, action: Action) -> None:
         match action:
             case Save():
                 if action.answered is not None:
                     self._counters[f"updates.{action.answered.outcome}"] += 1
-                reached("save")
-                self._outbox.save(action.state, action.answered, self._counters, durable=action.durable)
-                reached("saved")
+                    self._answered.append(action.answered)
+                if action.durable:
+                    self._save()
+                elif self._save_due_s is None:
+                    self._save_due_s = time.monotonic() + SAVE_WITHIN_S
             case Connect():
                 self._connect(action)
             case Subscribe() | Unsubscribe() | Publish():

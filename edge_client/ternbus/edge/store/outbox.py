@@ -6,7 +6,7 @@ It converts a `State` into rows and back. A second process can read the file at 
 import json
 import shlex
 import sqlite3
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, Final, Self
 
 import numpy as np
 
+from ternbus.broker import store_format
 from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.identity import KeyId
@@ -32,7 +33,7 @@ from ternbus.edge.core.state import (
     Statistics,
 )
 from ternbus.edge.plan.privacy import Account
-from ternbus.edge.store.outbox_format import COLUMNS, insert, naming, open_for_reading, open_for_writing
+from ternbus.edge.store.outbox_format import COLUMNS, insert, naming, open_for_reading, open_for_writing, remedy
 
 FILE: Final = "outbox.db"
 RECEIPTS_MAX: Final = 100_000
@@ -76,6 +77,7 @@ class Outbox:
         self._path = folder / FILE
         self._path.touch(mode=0o600)
         self._path.chmod(0o600)
+        self._remedy = remedy(self._path)
         self._db = open_for_writing(self._path)
         self._durable = True  # what the connection does at a commit
         with naming(self._path):
@@ -92,7 +94,7 @@ class Outbox:
         self._db.close()
 
     def save(
-        self, state: State, answered: AnsweredUpdate | None, counters: Mapping[str, int], *, durable: bool = True
+        self, state: State, answered: Iterable[AnsweredUpdate], counters: Mapping[str, int], *, durable: bool = True
     ) -> None:
         """Save everything in one transaction. Only changed values are written.
 
@@ -100,7 +102,7 @@ class Outbox:
         power once a durable save has followed (https://sqlite.org/pragma.html#pragma_synchronous, with WAL).
         """
         before = self._stored
-        with naming(self._path), self._db:
+        with store_format.naming(self._path, self._remedy), self._db:
             self._synchronize(durable)
             self._db.execute("BEGIN IMMEDIATE")
             self._save_numbers(state)
@@ -110,8 +112,8 @@ class Outbox:
                 self._save_outstanding(state.outstanding)
             if before is None or _private(state) is not _private(before):
                 self._save_private(_private(state))
-            if answered is not None:
-                self._save_answered(answered)
+            for each in answered:
+                self._save_answered(each)
             for row in counters.items() - self.counters.items():
                 insert(self._db, "counters", row)
             reached("state-written")

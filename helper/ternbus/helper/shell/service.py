@@ -90,7 +90,7 @@ class Service:
             else:
                 self._handle(events.FrameArrived(topic=message.topic, frame=parsed))
         reached("acknowledge")
-        self._link.acknowledge(message.token)
+        self._link.acknowledge([message.token])
 
     def _handle(self, event: events.Event) -> None:
         for action in self._core.handle(event, time.monotonic()):
